@@ -1,0 +1,1 @@
+"""The laptop side: rents, pushes, follows, pulls, destroys. Never imports torch."""

@@ -1,0 +1,125 @@
+"""What can go wrong, sorted by who must act.
+
+    MilkteaError
+    ├── ConfigError         2   the user edits the job file
+    ├── PreflightError      3   the user mends data, key, credit or image; nothing was spent
+    ├── MarketError         4   vast.ai did not give a machine
+    │   ├── NoOffer             no offer passes; says which filter removed most
+    │   ├── OfferGone           taken between search and create: the next one is tried
+    │   ├── Refused             vast.ai said no, and would again (credit, key, arguments)
+    │   ├── RateLimited         asked too often: waited and asked again
+    │   └── NoAnswer            no reply, or one that says nothing: the label decides what exists
+    ├── BoxError            5   this machine is no good: destroyed, the next is tried
+    │   ├── NeverReady          did not boot or let us in by its deadline
+    │   ├── Unsuitable          is not what was offered
+    │   ├── Lost                the connection broke; says nothing about the training
+    │   └── HostKeyChanged      somebody else answers at its address: stop
+    ├── TrainingError       6   the training ended without an adapter
+    │   ├── Failed              the trainer's own exit code and reason
+    │   ├── Stalled             no event for limits.stall_minutes
+    │   └── OverBudget          limits.max_usd or limits.max_hours reached
+    ├── AdapterError        7   what came home is not a whole, sane adapter
+    ├── JournalError        8   the run's journal is damaged, fenced, or of a newer version
+    └── BoxLeaked          70   a box may still be billing
+
+Every message has three parts: what happened, with the numbers; the state of the money; `hint`, the next command to type.
+"""
+
+from __future__ import annotations
+
+
+class MilkteaError(Exception):
+    """`money` says what is or is not being billed; `hint` is what to type or edit next."""
+
+    exit_code = 1
+    money = "nothing was spent"
+    hint = ""
+
+    def __init__(self, what: str, *, money: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        if money is not None:
+            self.money = money
+        if hint is not None:
+            self.hint = hint
+
+
+class ConfigError(MilkteaError):
+    exit_code = 2
+    hint = "edit the job file; `milktea schema` prints every key, jobs/reference.toml explains them"
+
+
+class PreflightError(MilkteaError):
+    exit_code = 3
+
+
+class MarketError(MilkteaError):
+    exit_code = 4
+
+
+class NoOffer(MarketError):
+    hint = "relax the filter named above in [offer], or run `milktea plan` later: the market moves"
+
+
+class OfferGone(MarketError):
+    hint = "run it again: offers come and go"
+
+
+class Refused(MarketError):
+    pass
+
+
+class RateLimited(MarketError):
+    hint = "wait a minute and run it again"
+
+
+class NoAnswer(MarketError):
+    hint = "run `milktea reap`: it lists by label what exists and destroys it"
+
+
+class BoxError(MilkteaError):
+    exit_code = 5
+
+
+class NeverReady(BoxError):
+    pass
+
+
+class Unsuitable(BoxError):
+    pass
+
+
+class Lost(BoxError):
+    hint = "`milktea resume RUN` goes on from the journal"
+
+
+class HostKeyChanged(BoxError):
+    pass
+
+
+class TrainingError(MilkteaError):
+    exit_code = 6
+
+
+class Failed(TrainingError):
+    pass
+
+
+class Stalled(TrainingError):
+    pass
+
+
+class OverBudget(TrainingError):
+    pass
+
+
+class AdapterError(MilkteaError):
+    exit_code = 7
+
+
+class JournalError(MilkteaError):
+    exit_code = 8
+
+
+class BoxLeaked(MilkteaError):
+    exit_code = 70
+    hint = "run `milktea reap`; if that fails, destroy the instance at https://cloud.vast.ai/instances/"

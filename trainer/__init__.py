@@ -1,0 +1,1 @@
+"""The box side: trains an adapter from job.json. Never imports ops, never opens a socket of its own accord."""

@@ -1,0 +1,128 @@
+"""events.jsonl: one JSON object a line, appended and flushed by rank 0, followed home by byte offset. stdlib + pydantic.
+
+A line is a fact: ``{"t": unix seconds, "event": NAME, ...}``. A reader keeps unknown names and fields (``extra="allow"``), so that
+a newer trainer does not break an older follower. A line without its newline is not there yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+    t: float
+
+
+class Started(_Event):
+    event: Literal["started"] = "started"
+    step: int = 0  # the step that it continues from
+    total_steps: int
+    processes: int = 1
+    device: str = "cpu"
+    trainable_parameters: int = 0
+    kernels: dict[str, str] = {}
+    versions: dict[str, str] = {}
+
+
+class Step(_Event):
+    event: Literal["step"] = "step"
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float = 0.0
+    gpu_memory_gib: float = 0.0
+    eta_s: float = 0.0
+
+
+class Checkpoint(_Event):
+    """``path`` is relative to the run folder; its manifest.json is written last and names every file with its sha256."""
+
+    event: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    manifest_sha256: str
+
+
+class Sample(_Event):
+    """One held-out question, answered by the base model and by the trained one."""
+
+    event: Literal["sample"] = "sample"
+    prompt: str
+    expected: str = ""
+    before: str = ""
+    after: str = ""
+
+
+class Score(_Event):
+    """Exact match over the held-out rows, 0 to 1."""
+
+    event: Literal["score"] = "score"
+    rows: int
+    exact_match_before: float
+    exact_match_after: float
+
+
+class Warned(_Event):
+    event: Literal["warning"] = "warning"
+    message: str
+
+
+class Failed(_Event):
+    """The trainer stopped itself: what, the samples it saw (file:line), and what to do."""
+
+    event: Literal["failed"] = "failed"
+    reason: str
+    samples: list[str] = []
+    hint: str = ""
+
+
+class Finished(_Event):
+    event: Literal["finished"] = "finished"
+    steps: int
+    final_loss: float
+    seconds: float
+    adapter_sha256: str
+
+
+class Unknown(_Event):
+    event: str
+
+
+Event = Started | Step | Checkpoint | Sample | Score | Warned | Failed | Finished | Unknown
+_KNOWN = {c.model_fields["event"].default: c for c in (Started, Step, Checkpoint, Sample, Score, Warned, Failed, Finished)}
+
+
+def parse(line: str) -> Event:
+    """One line to its event. Raises ValueError (pydantic's or json's) on a line that no trainer wrote."""
+    row: dict[str, Any] = json.loads(line)
+    return _KNOWN.get(row.get("event"), Unknown).model_validate(row)
+
+
+def whole_lines(chunk: bytes) -> tuple[list[str], int]:
+    """The complete lines of `chunk` and the number of bytes that they take, newline included."""
+    end = chunk.rfind(b"\n") + 1
+    return chunk[:end].decode("utf-8", "replace").splitlines(), end
+
+
+class Writer:
+    """Appends to events.jsonl; each line reaches the kernel before `write` returns. Used by rank 0 only."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+
+    def write(self, event: type[_Event], **fields: Any) -> None:
+        row = event(t=round(time.time(), 3), **fields).model_dump()
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
