@@ -49,10 +49,8 @@ class Training(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     packing: bool = True
-    train_on_prompt: bool = False
     freeze_trainable_layers: Positive = 2
     seed: int = 42
     save_every_s: Annotated[float, Field(gt=0)] = 120.0
