@@ -1,0 +1,213 @@
+"""Image archives that plain ``docker load`` accepts, whole or one layer at a time.
+
+A *hybrid* archive is an OCI layout (``oci-layout``, ``index.json``) and a docker archive (``manifest.json``) over the same
+blobs, so engines from 20.10 on read it with either image store. Such an archive may list k layers and carry only layer k:
+it loads where layers 1..k-1 are present. That is a *part*; a stair of parts is an image, and a changed part is an update.
+
+Everything here is a pure function of its arguments: no clock, no user, no file name leaks into the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+BLOCK = 512
+RECORD = 10240
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer. ``diff_id`` is ``sha256:HEX`` of the uncompressed tar, ``size_bytes`` its size; ``blob_sha256`` (hex) and
+    ``blob_bytes`` are of the gzip blob, which lies at ``path`` (None: known from the lock, not built on this machine)."""
+
+    name: str
+    diff_id: str
+    blob_sha256: str
+    blob_bytes: int
+    path: Path | None
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """``config_json_bytes`` is the image config as it is stored; its sha256 is the image ID on the classic store.
+    ``tag`` (``name:tag``) is what the loaded image is called."""
+
+    config_json_bytes: bytes
+    layers: tuple[Layer, ...]
+    tag: str = "milktea:latest"
+
+    @property
+    def config_digest(self) -> str:
+        """Image ID on the classic (overlay2) store."""
+        return digest(self.config_json_bytes)
+
+    @property
+    def manifest_digest(self) -> str:
+        """Image ID on the containerd store, and the digest that a registry shows."""
+        return digest(manifest_json(self))
+
+    @property
+    def diff_ids(self) -> list[str]:
+        """What ``docker inspect -f '{{json .RootFS.Layers}}'`` prints on either store."""
+        return [layer.diff_id for layer in self.layers]
+
+
+def digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def prefix(image: Image, k: int, tag: str) -> Image:
+    """The image made of layers 1..k only: same config with the lists cut. Its first k DiffIDs are the whole image's."""
+    if not 1 <= k <= len(image.layers):
+        raise ValueError(f"part {k} of an image with {len(image.layers)} layers")
+    if k == len(image.layers):
+        return replace(image, tag=tag)
+    config = json.loads(image.config_json_bytes)
+    config["rootfs"]["diff_ids"] = config["rootfs"]["diff_ids"][:k]
+    if "history" in config:
+        config["history"] = config["history"][:k]
+    return Image(canonical_json(config), image.layers[:k], tag)
+
+
+def manifest_json(image: Image) -> bytes:
+    """The OCI manifest. It depends on the blobs (gzip bytes), while the config depends on DiffIDs alone."""
+    config = {"mediaType": OCI_CONFIG, "digest": image.config_digest, "size": len(image.config_json_bytes)}
+    layers = [{"mediaType": OCI_LAYER, "digest": f"sha256:{x.blob_sha256}", "size": x.blob_bytes} for x in image.layers]
+    return canonical_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers})
+
+
+def metadata(image: Image) -> dict[str, bytes]:
+    """Every small file of the archive by its path, in the order in which it is written; layers come after."""
+    manifest = manifest_json(image)
+    reference = image.tag if "/" in image.tag else f"docker.io/library/{image.tag}"
+    names = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": image.tag.rpartition(":")[2]}
+    entry = {"mediaType": OCI_MANIFEST, "digest": digest(manifest), "size": len(manifest), "annotations": names}
+    docker = [{"Config": _blob(image.config_digest), "RepoTags": [image.tag], "Layers": [_blob(x.blob_sha256) for x in image.layers]}]
+    return {
+        "oci-layout": canonical_json({"imageLayoutVersion": "1.0.0"}),
+        "index.json": canonical_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}),
+        "manifest.json": canonical_json(docker),
+        _blob(image.config_digest): image.config_json_bytes,
+        _blob(digest(manifest)): manifest,
+    }
+
+
+def write_part(image: Image, k: int, out: BinaryIO, tag: str | None = None) -> int:
+    """Write the archive that lists layers 1..k and carries only layer k (counted from 1); return its size in bytes.
+
+    The last part is the image itself under its own tag; the earlier ones are called ``NAME:part-KK`` unless ``tag`` says
+    otherwise. Safe to repeat: the same arguments give the same bytes.
+    """
+    name = image.tag.rpartition(":")[0] or image.tag
+    tag = tag or (image.tag if k == len(image.layers) else f"{name}:part-{k:02d}")
+    return write_archive(prefix(image, k, tag), out, carry=[k])
+
+
+def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = None) -> int:
+    """Write a hybrid archive that carries the layers numbered in ``carry`` (from 1; default all); return its size."""
+    size = 0
+    for chunk, source in _pieces(image, carry):
+        out.write(chunk)
+        size += len(chunk)
+        if source is not None:
+            _copy(_blob_path(source), out, source.blob_bytes)
+            size += source.blob_bytes
+    return size
+
+
+def stream_archive(image: Image, carry: Collection[int] | None = None, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+    """The same bytes as :func:`write_archive`, piece by piece, for an engine's socket; nothing is written to disk."""
+    for chunk, source in _pieces(image, carry):
+        yield chunk
+        if source is not None:
+            with _blob_path(source).open("rb") as blob:
+                while piece := blob.read(chunk_bytes):
+                    yield piece
+
+
+def archive_bytes(image: Image, carry: Collection[int] | None = None) -> int:
+    """The size of what :func:`write_archive` would write, from the lock alone."""
+    return sum(len(chunk) + (source.blob_bytes if source else 0) for chunk, source in _pieces(image, carry))
+
+
+def _pieces(image: Image, carry: Collection[int] | None) -> Iterator[tuple[bytes, Layer | None]]:
+    """Bytes to write, each followed by a layer's blob or by nothing."""
+    wanted = set(range(1, len(image.layers) + 1) if carry is None else carry)
+    written = 0
+    for path, data in metadata(image).items():
+        chunk = _header(path, len(data)) + data + _padding(len(data))
+        written += len(chunk)
+        yield chunk, None
+    seen: set[str] = set()
+    for number, layer in enumerate(image.layers, 1):
+        if number not in wanted or layer.blob_sha256 in seen:
+            continue
+        seen.add(layer.blob_sha256)
+        head, tail = _header(_blob(layer.blob_sha256), layer.blob_bytes), _padding(layer.blob_bytes)
+        written += len(head) + layer.blob_bytes + len(tail)
+        yield head, layer
+        yield tail, None
+    yield b"\0" * (2 * BLOCK + (-(written + 2 * BLOCK)) % RECORD), None
+
+
+def _header(path: str, size: int) -> bytes:
+    entry = tarfile.TarInfo(path)
+    entry.size, entry.mode = size, 0o644
+    return entry.tobuf(tarfile.GNU_FORMAT)
+
+
+def _padding(size: int) -> bytes:
+    return b"\0" * (-size % BLOCK)
+
+
+def _blob(name: str) -> str:
+    return "blobs/sha256/" + name.removeprefix("sha256:")
+
+
+def _blob_path(layer: Layer) -> Path:
+    if layer.path is None:
+        raise FileNotFoundError(f"layer {layer.name} ({layer.blob_sha256[:12]}) is not on this machine: run `make image`")
+    if (found := layer.path.stat().st_size) != layer.blob_bytes:
+        raise OSError(f"{layer.path.name} has {found:,} bytes, the lock says {layer.blob_bytes:,}: run `make image` again")
+    return layer.path
+
+
+def _copy(path: Path, out: BinaryIO, size: int) -> None:
+    """Copy inside the kernel where both ends are files; through memory otherwise."""
+    with path.open("rb") as source:
+        try:
+            target = out.fileno()
+        except (AttributeError, io.UnsupportedOperation):
+            shutil.copyfileobj(source, out, 1 << 20)
+            return
+        out.flush()
+        while size > 0 and (done := _copy_range(source.fileno(), target, size)):
+            size -= done
+        if size:
+            shutil.copyfileobj(source, out, 1 << 20)
+
+
+def _copy_range(source: int, target: int, size: int) -> int:
+    """Bytes copied; 0 where the kernel or the file system cannot (the caller then copies through memory)."""
+    try:
+        return os.copy_file_range(source, target, min(size, 1 << 30))
+    except (AttributeError, OSError):
+        return 0
