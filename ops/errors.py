@@ -12,6 +12,7 @@
     ├── BoxError            5   this machine is no good: destroyed, the next is tried
     │   ├── NeverReady          did not boot or let us in by its deadline
     │   ├── Unsuitable          is not what was offered
+    │   ├── Preempted           outbid or out of credit: the newest checkpoint goes on elsewhere
     │   ├── Lost                the connection broke; says nothing about the training
     │   └── HostKeyChanged      somebody else answers at its address: stop
     ├── TrainingError       6   the training ended without an adapter
@@ -85,6 +86,10 @@ class NeverReady(BoxError):
 
 
 class Unsuitable(BoxError):
+    pass
+
+
+class Preempted(BoxError):
     pass
 
 

@@ -1,0 +1,162 @@
+"""Follow a training by byte offset, mirror its newest checkpoint home, and keep to the money, the hours and the patience.
+
+A lost connection says nothing about the training: it is made again until the box must be given up by the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ops import commands
+from ops.box import Box
+from ops.errors import Failed, HostKeyChanged, Lost, NeverReady, OverBudget, Stalled
+from ops.rental import refuse_preempted
+from ops.session import MARGIN_S, Session
+from trainer import events
+
+POLL_S = 2.0
+EVENTS = "events.jsonl"  # at home beside the journal, byte for byte what the box wrote
+
+
+def follow(session: Session, box: Box) -> None:
+    """Return when the training ended well. Raises Failed with the trainer's reason, Stalled, OverBudget, or Preempted."""
+    home = session.journal.folder / EVENTS
+    home.touch()
+    heard = session.clock.now()
+    failure: events.Failed | None = None
+    while True:
+        answer = _poll(session, box, home.stat().st_size)
+        if answer is not None:
+            code, running, size, news = answer
+            lines, used = events.whole_lines(news)
+            with home.open("ab") as f:
+                f.write(news[:used])
+            if lines:
+                heard = session.clock.now()
+            for event in map(events.parse, lines):
+                failure = event if isinstance(event, events.Failed) else failure
+                _tell(session, box, event)
+            if code is not None and home.stat().st_size >= size:
+                return _ended(session, box, code, failure)
+            if not running and code is None:
+                _refuse_vanished(session, box)
+            if used and home.stat().st_size < size:
+                continue
+        _enforce(session, heard)
+        session.clock.sleep(POLL_S * session.pace)
+
+
+def _poll(session: Session, box: Box, offset: int) -> tuple[int | None, bool, int, bytes] | None:
+    """One look, or None when the box could not be reached; then vast.ai is asked whether it was taken away."""
+    try:
+        return commands.parse_poll(box.run(commands.poll(session.run_id, offset)).stdout)
+    except (Lost, ValueError) as e:
+        session.screen.waiting(f"no connection ({e}); the training goes on without us")
+    refuse_preempted(session)
+    try:
+        box.connect(deadline_s=20 * session.pace)
+    except HostKeyChanged:
+        raise
+    except NeverReady:
+        pass
+    return None
+
+
+def _tell(session: Session, box: Box, event: events.Event) -> None:
+    session.screen.event(event, session.spent_usd(), session.plan.max_usd, session.dies_at())
+    match event:
+        case events.Started():
+            session.note("event", event="started", step=event.step, total_steps=event.total_steps, kernels=event.kernels)
+        case events.Checkpoint():
+            mirror(session, box, event)
+        case events.Warned():
+            session.note("event", event="warning", message=event.message)
+        case events.Failed():
+            session.note("event", event="failed", reason=event.reason, samples=event.samples[:20], hint=event.hint)
+        case events.Finished():
+            session.note("event", event="finished", steps=event.steps, final_loss=event.final_loss, seconds=event.seconds)
+        case _:
+            pass
+
+
+def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
+    """Bring one checkpoint home whole, then forget the older. A failure is no reason to stop: the next one comes."""
+    folder = session.journal.folder / "checkpoints" / str(checkpoint.step)
+    remote = f"{commands.run_folder(session.run_id)}/{checkpoint.path}"
+    try:
+        moved = pull_folder(box, remote, folder, checkpoint.manifest_sha256)
+    except (Lost, OSError, ValueError, KeyError) as e:
+        session.screen.waiting(f"checkpoint {checkpoint.step} not mirrored: {e}")
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    session.note("checkpoint", step=checkpoint.step, folder=str(folder), manifest_sha256=checkpoint.manifest_sha256, bytes_out=moved)
+    for older in folder.parent.iterdir():
+        if older != folder:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def pull_folder(box: Box, remote: str, local: Path, manifest_sha256: str | None) -> int:
+    """Pull the files that `remote`/manifest.json names, each checked, the manifest last. Returns the bytes moved."""
+    local.mkdir(parents=True, exist_ok=True)
+    staged = local / "manifest.json.incoming"
+    box.pull(f"{remote}/manifest.json", staged, sha256=manifest_sha256)
+    files = json.loads(staged.read_text("utf-8"))["files"]
+    for name, said in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"the manifest names {name!r}, outside its folder")
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        box.pull(f"{remote}/{name}", local / name, sha256=said["sha256"])
+    staged.rename(local / "manifest.json")
+    return sum(int(said["bytes"]) for said in files.values())
+
+
+def newest_checkpoint(session: Session) -> Path | None:
+    """The mirrored checkpoint to continue from: the newest whose manifest is there."""
+    whole = [p.parent for p in (session.journal.folder / "checkpoints").glob("*/manifest.json") if p.parent.name.isdigit()]
+    return max(whole, key=lambda p: int(p.name), default=None)
+
+
+def _ended(session: Session, box: Box, code: int, failure: events.Failed | None) -> None:
+    session.note("ended", exit_code=code)
+    if code == 0:
+        return
+    tail = box.run(commands.log_tail(session.run_id)).stdout.decode("utf-8", "replace")
+    (session.journal.folder / "log.txt").write_text(tail, "utf-8")
+    reason = failure.reason if failure else "\n".join(tail.strip().splitlines()[-8:])
+    samples = f" (rows: {', '.join(failure.samples[:5])})" if failure and failure.samples else ""
+    raise Failed(
+        f"the training ended with exit code {code}: {reason}{samples}",
+        money=session.money(),
+        hint=(failure.hint if failure else "") or f"`milktea logs {session.run_id}` shows its last lines",
+    )
+
+
+def _refuse_vanished(session: Session, box: Box) -> None:
+    """Neither running nor ended: killed whole (out of memory, a restart of the container). Looked at twice, a poll apart."""
+    session.clock.sleep(POLL_S * session.pace)
+    again = commands.parse_poll(box.run(commands.poll(session.run_id, 0, max_bytes=0)).stdout)
+    if again[0] is None and not again[1]:
+        tail = box.run(commands.log_tail(session.run_id)).stdout.decode("utf-8", "replace")
+        raise Failed(
+            "the trainer's processes are gone without an exit code: killed from outside, most often for memory\n" + tail[-800:],
+            money=session.money(),
+            hint=f"lower data.max_length, or take a machine with more memory, then `milktea resume {session.run_id}`",
+        )
+
+
+def _enforce(session: Session, heard: float) -> None:
+    now = session.clock.now()
+    if now - heard > session.plan.stall_s:
+        raise Stalled(
+            f"no event for {(now - heard) / 60:.0f} minutes (limits.stall_minutes)",
+            money=session.money(),
+            hint=f"`milktea logs {session.run_id}` shows what it did last",
+        )
+    if now > session.dies_at() - MARGIN_S:
+        raise OverBudget(
+            f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached; the newest checkpoint is at home",
+            money=session.money(),
+            hint=f"raise the limit in the job file, then `milktea resume {session.run_id}` goes on from the checkpoint",
+        )

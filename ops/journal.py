@@ -1,0 +1,186 @@
+"""runs/RUN/journal.jsonl: intent before effect, fact after it. Enough to resume, to reap and to explain a run.
+
+A line is ``{"n", "t", "kind", ..., "chain"}``; ``chain`` is the SHA-256 of the previous line's chain and this line without it, so that
+an edit anywhere is found. ``append`` returns after fsync. A last line without its newline (power cut) never happened.
+One client acts at a time: the kernel's lock on ``runs/RUN/lock`` dies with its holder; a client whose journal grew behind its back
+(a copy of the folder on another machine) is fenced at its next line.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+from ops.errors import JournalError
+
+VERSION = 1
+FILE = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Line:
+    n: int
+    t: float
+    kind: str
+    data: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.data[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.data.get(key, default)
+
+
+def read(folder: Path) -> list[Line]:
+    """Every whole line, oldest first. Raises JournalError where the chain breaks, or for a newer version's journal."""
+    return [line for line, _, _ in _checked(folder)]
+
+
+def _checked(folder: Path) -> Iterator[tuple[Line, str, int]]:
+    """(line, its chain, byte offset after it) of every whole line."""
+    path = folder / FILE
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as e:
+        raise JournalError(f"{path}: no journal there", hint="`milktea status` lists the runs") from e
+    chain, offset = "", 0
+    for n, text in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines()):
+        offset += len(text) + 1
+        try:
+            row = json.loads(text)
+            said = row.pop("chain")
+        except (ValueError, KeyError, AttributeError) as e:
+            raise _damaged(path, n + 1) from e
+        chain = _link(chain, row)
+        if said != chain or row.get("n") != n:
+            raise _damaged(path, n + 1)
+        if row.get("version", VERSION) > VERSION:
+            raise JournalError(
+                f"{path}: written by a newer milktea (journal version {row['version']}, this one reads {VERSION})",
+                money="unknown to this version",
+                hint="use the newer milktea for this run",
+            )
+        yield Line(row.pop("n"), row.pop("t"), row.pop("kind"), row), chain, offset
+
+
+def _link(previous: str, row: dict[str, Any]) -> str:
+    return hashlib.sha256((previous + json.dumps(row, sort_keys=True, ensure_ascii=False)).encode()).hexdigest()
+
+
+def _damaged(path: Path, line: int) -> JournalError:
+    return JournalError(
+        f"{path}:{line}: does not follow from the lines before it: edited, or the disk lost it",
+        money="a box of this run may be billing",
+        hint=f"`milktea reap` destroys by label whatever {path.parent.name} still has",
+    )
+
+
+class Journal:
+    """The acting client's hand on one run's journal. Use as a context manager; raises JournalError when another client acts."""
+
+    def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self._now = now
+        self.lines: list[Line] = []
+        self._chain, self._size = "", 0
+        self._file: IO[bytes] | None = None
+        self._lock: IO[str] | None = None
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.name
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(self.folder)
+        try:
+            self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        path = self.folder / FILE
+        if path.exists():
+            for line, chain, offset in _checked(self.folder):
+                self.lines.append(line)
+                self._chain, self._size = chain, offset
+        self._file = open(path, "ab")  # noqa: SIM115 - closed in __exit__
+        self._file.truncate(self._size)  # a torn last line never happened
+        for folder in (self.folder, self.folder.parent):
+            _sync_folder(folder)
+
+    def __exit__(self, *exc: object) -> None:
+        for f in (self._file, self._lock):
+            if f:
+                f.close()
+
+    def append(self, kind: str, **data: Any) -> Line:
+        """Write one line and return once it is on the disk. Raises JournalError (fenced) if somebody else wrote meanwhile."""
+        assert self._file is not None, "the journal is open only inside `with`"
+        if os.fstat(self._file.fileno()).st_size != self._size:
+            raise JournalError(
+                f"{self.run_id}: another client has taken this run over; this one stops",
+                money="the other client looks after the box",
+            )
+        row = {"n": len(self.lines), "t": round(self._now(), 3), "kind": kind, **data}
+        if not self.lines:
+            row["version"] = VERSION
+        self._chain = _link(self._chain, row)
+        text = (json.dumps(row | {"chain": self._chain}, ensure_ascii=False) + "\n").encode()
+        self._file.write(text)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._size += len(text)
+        n, t, _ = row.pop("n"), row.pop("t"), row.pop("kind")
+        self.lines.append(Line(n, t, kind, row))
+        return self.lines[-1]
+
+    def last(self, *kinds: str) -> Line | None:
+        return last(self.lines, *kinds)
+
+
+def last(lines: list[Line], *kinds: str) -> Line | None:
+    """The newest line of one of `kinds`."""
+    return next((line for line in reversed(lines) if line.kind in kinds), None)
+
+
+def hold(folder: Path) -> IO[str]:
+    """The run's lock, held until the returned file is closed or this process dies. Raises JournalError when another client has it."""
+    lock = open(folder / "lock", "a+")  # noqa: SIM115 - its life is the lock's
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise JournalError(
+            f"{folder.name}: another milktea (process {holder}) is acting on this run",
+            money="it looks after the box",
+            hint=f"`milktea logs -f {folder.name}` follows along without acting",
+        ) from e
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def runs(root: Path) -> list[Path]:
+    """Folders under `root` that hold a journal, oldest first by name (run ids begin with the job's name, then the time)."""
+    return sorted(p.parent for p in root.glob(f"*/{FILE}"))
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,201 @@
+"""One acting client on one run: its journal, its provider, its clock and its screen; and what the journal says of the money.
+
+`Plan` is all that a later client needs to go on: it is the journal's first line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from ops import cost
+from ops.box import Box, PushFile
+from ops.commands import WATCH_S
+from ops.cost import Cost, Workload
+from ops.errors import OverBudget
+from ops.journal import Journal, Line, last
+from ops.offers import Instance, Needs, Offer, Priced, Ranking
+from ops.vast import Vast
+from ops.wait import Clock
+from trainer.events import Event
+
+MARGIN_S = 60.0  # before the box's own deadline, in which the laptop fetches what there is
+
+
+class Detached(BaseException):  # noqa: N818 - not an error: the user's word that leaves the box alone
+    """The user chose to leave; the box goes on and ends by itself."""
+
+
+class Interrupted(BaseException):  # noqa: N818
+    """The user pressed Ctrl-C, or the terminal went away."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, decided before a cent is spent. All of it goes into the journal's first line."""
+
+    run_id: str
+    image: str
+    trainer: str  # push or image
+    wire_job: dict[str, Any]
+    pushes: list[PushFile]
+    needs: Needs
+    workload: Workload
+    max_usd: float
+    max_s: float
+    stall_s: float
+    out: str
+    notes: list[str]
+
+    def to_line(self) -> dict[str, Any]:
+        row = asdict(self)
+        row["pushes"] = [{"local": str(p.local), "remote": p.remote, "sha256": p.sha256} for p in self.pushes]
+        return row
+
+    @classmethod
+    def from_line(cls, line: Line) -> Plan:
+        row = {f.name: line[f.name] for f in fields(cls)}
+        row["pushes"] = [PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]]
+        return cls(**row | {"needs": Needs(**row["needs"]), "workload": Workload(**row["workload"])})
+
+
+class Screen(Protocol):
+    """Where a run is told to people. Every method returns at once and never raises."""
+
+    def line(self, line: Line) -> None: ...
+    def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None: ...
+    def renting(self, priced: Priced) -> None: ...
+    def booting(self, instance: Instance, waited_s: float) -> None: ...
+    def connecting(self, message: str) -> None: ...
+    def moving(self, what: str, done_bytes: int, total_bytes: int) -> None: ...
+    def event(self, event: Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None: ...
+    def waiting(self, message: str) -> None: ...
+    def destroying(self, why: str) -> None: ...
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
+        """The user's choice after Ctrl-C, by its key; without a terminal, the second (fetch then destroy)."""
+
+
+class Session:
+    def __init__(self, journal: Journal, plan: Plan, vast: Vast, clock: Clock, screen: Screen) -> None:
+        self.journal, self.plan, self.vast, self.clock, self.screen = journal, plan, vast, clock, screen
+        self.pace = vast.provider.pace
+        self._key = journal.folder / "id_ed25519"
+        public = self._key.with_suffix(".pub")
+        if not self._key.exists() or not public.exists():
+            public.write_text(Box.make_key(self._key) + "\n", "utf-8")
+        self.public_key = public.read_text("utf-8").strip()
+
+    @property
+    def run_id(self) -> str:
+        return self.plan.run_id
+
+    @property
+    def key_path(self) -> Path:
+        return self._key
+
+    @property
+    def known_hosts(self) -> Path:
+        """One per machine: another machine may show another key, the same one may not."""
+        return self.journal.folder / f"known_hosts.{self.instance_id()}"
+
+    def note(self, kind: str, **data: Any) -> Line:
+        line = self.journal.append(kind, **data)
+        self.screen.line(line)
+        return line
+
+    # -- what the journal says ------------------------------------------------------------------------------------
+
+    def may_have_box(self) -> bool:
+        return may_have_box(self.journal.lines)
+
+    def instance_id(self) -> int | None:
+        line = self.journal.last("rented", "destroyed", "absent")
+        return line["instance_id"] if line and line.kind == "rented" else None
+
+    def offer(self) -> Offer:
+        """The offer taken last."""
+        line = self.journal.last("renting")
+        assert line is not None, "nothing was rented yet"
+        return Offer(**line["offer"])
+
+    def bid(self, offer: Offer) -> float | None:
+        """$/h to bid, None on demand: the user's, or a fifth over the least."""
+        if not self.plan.needs.interruptible:
+            return None
+        return self.plan.needs.bid_usd_per_hour or round(offer.min_bid_usd_per_hour * 1.2, 4)
+
+    def predicted(self, offer: Offer) -> Cost:
+        return cost.predict(offer, self.plan.workload, self.bid(offer))
+
+    def usd_per_hour(self) -> float:
+        offer = self.offer()
+        return (self.bid(offer) or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
+
+    def spent_usd(self) -> float:
+        """All machines of this run so far, by our own meter (vast.ai's bill comes later)."""
+        return spent_usd(self.journal.lines, self.clock.now())
+
+    def money(self) -> str:
+        return f"spent {self.spent_usd():.4f} $ of {self.plan.max_usd:.2f} $"
+
+    def allowed_s(self, offer: Offer) -> float:
+        """Seconds a new machine may live, by money and by hours; the box's watchdog gets this number.
+        Raises OverBudget when it is not worth starting."""
+        burn = (self.bid(offer) or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
+        predicted = self.predicted(offer)
+        left_usd = self.plan.max_usd - self.spent_usd() - predicted.inet_down_usd - predicted.inet_up_usd
+        left_s = min(left_usd / burn * 3600, self.plan.max_s - (self.clock.now() - self.journal.lines[0].t)) - WATCH_S
+        if left_s < 2 * MARGIN_S:
+            raise OverBudget(
+                f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: too few for another machine",
+                money=self.money(), hint="raise limits.max_usd or limits.max_hours in the job file and run it again",
+            )  # fmt: skip
+        return left_s
+
+    def dies_at(self) -> float:
+        """Unix seconds at which the box ends itself."""
+        line = self.journal.last("booted") or self.journal.last("renting")
+        rent = self.journal.last("renting")
+        assert line is not None and rent is not None, "nothing was rented yet"
+        return line.t + rent["max_s"]
+
+
+def may_have_box(lines: list[Line]) -> bool:
+    """Whether something with this run's label may exist: rented or asked for, and not proven absent since."""
+    line = last(lines, "renting", "rented", "absent", "destroyed")
+    return line is not None and line.kind in ("renting", "rented")
+
+
+def spent_usd(lines: list[Line], now: float) -> float:
+    """Dollars of every machine in the journal up to `now`: GPU from running, disk from rent, bytes both ways."""
+    total = 0.0
+    offer: Offer | None = None
+    rented_t = running_t = 0.0
+    gb_in = gb_out = 0.0
+    bid: float | None = None
+    disk = 0.0
+
+    def close(until: float) -> float:
+        if offer is None or not rented_t:
+            return 0.0
+        return cost.burn_usd(
+            offer, max(0.0, until - running_t) if running_t else 0.0, max(0.0, until - rented_t), gb_in, gb_out, disk_gib=disk, bid_usd_per_hour=bid
+        )
+
+    for line in lines:
+        if line.kind == "renting":
+            offer, bid, disk = Offer(**line["offer"]), line["bid_usd_per_hour"], line["disk_gib"]
+            rented_t = running_t = gb_in = gb_out = 0.0
+        elif line.kind == "rented" and not rented_t:
+            rented_t = line.t
+        elif line.kind == "booted":
+            running_t = running_t or line.t
+        elif line.kind in ("pushed", "pulled", "checkpoint"):
+            gb_in += line.get("bytes_in", 0) / 1e9
+            gb_out += line.get("bytes_out", 0) / 1e9
+        elif line.kind in ("destroyed", "absent"):
+            total += close(line.t)
+            offer, rented_t = None, 0.0
+    return total + close(now)
