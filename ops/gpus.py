@@ -106,9 +106,9 @@ def like(name: str) -> list[str]:
     return list(dict.fromkeys(prefixed + close))
 
 
-def that_hold(memory_gib: float, precision: str = "bf16", num_gpus: int = 1) -> list[Gpu]:
-    """The cards with at least `memory_gib` that can compute in `precision`, smallest and then slowest first: what to name
-    when the asked one does not fit. `num_gpus` is accepted for symmetry: each GPU holds the whole base model."""
+def that_hold(memory_gib: float, precision: str = "bf16") -> list[Gpu]:
+    """The cards with at least `memory_gib` that compute in `precision`, smallest and then slowest first: the first is what
+    to name when the asked one does not fit."""
     least = LEAST_COMPUTE_CAPABILITY[precision]
     fits = [g for g in GPUS if g.memory_gib >= memory_gib and g.compute_capability >= least]
     return sorted(fits, key=lambda g: (g.memory_gib, g.bf16_tflops))
@@ -124,19 +124,25 @@ def from_benchmark(name: str, memory_gib: float, compute_capability: float, dlpe
 
 
 def tokens_per_second(
-    gpu: Gpu, precision: str, model_parameters: float, shape: Shape | None = None, recomputed: float = 0.0, num_gpus: int = 1
+    gpu: Gpu,
+    precision: str,
+    model_parameters: float,
+    shape: Shape | None = None,
+    recomputed: float = 0.0,
+    num_gpus: int = 1,
+    full: bool = False,
 ) -> float:
-    """Real tokens a second of LoRA training on packed rows, all GPUs together.
+    """Real tokens a second of training on packed rows, all GPUs together; 0 when the card lacks the precision.
 
-    A step takes 4 N FLOPs a token: 2 N forward, 2 N for the gradients of activations, none for frozen weights
-    (2 N more for those of trained ones: see `full`). `recomputed` is the share of layers that are checkpointed: each adds
-    half of its cost again. Without a shape, hidden x layers follows from N as it does in the Llama family.
+    LoRA takes 4 N FLOPs a token: 2 N forward, 2 N for the gradients of activations, none for frozen weights; `full` takes
+    2 N more. `recomputed` is the share of layers that are checkpointed: each adds half of its cost again. Without a shape,
+    hidden x layers follows from N as it does in the Llama family.
     """
     peak = gpu.fp8_tflops if precision == "fp8" else gpu.bf16_tflops
     if peak <= 0:
         return 0.0
     hidden_layers = shape.hidden * shape.layers if shape else 131_072 * (model_parameters / 6.74e9) ** (2 / 3)
-    gemm_s = 4 * model_parameters * _GEMM_COST[precision] / (gpu.gemm * peak * 1e12)
+    gemm_s = (6 if full else 4) * model_parameters * _GEMM_COST[precision] / (gpu.gemm * peak * 1e12)
     elementwise_s = _ELEMENTWISE_BYTES * hidden_layers / (gpu.memory_gb_s * 1e9)
     scaling = (1 - _PARALLEL_LOSS) ** (num_gpus.bit_length() - 1)
     return num_gpus * scaling / ((gemm_s + elementwise_s) * (1 + recomputed / 2))

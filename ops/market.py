@@ -1,68 +1,193 @@
-"""Search, rank and choose: the cheapest finished run first, each time with the market as it is now."""
+"""Pure: one row of vast.ai's replies as a value of ours.
+
+Units are in the names; vast.ai's own units are turned into ours here and nowhere else. Two of its words are kept: a disk's GB
+(what create takes, what storage is priced by) is our gib, and a reliability is the host's record between 0 and 1.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from ops import journal
-from ops.errors import JournalError, NoOffer, OverBudget
-from ops.offers import Offer, Ranking, query, rank
-from ops.session import Session
-
-HALF_LIFE_S = 7 * 86400.0  # of a machine's bad name
+Row = Mapping[str, Any]
 
 
-def choose(session: Session) -> Offer:
-    """The best offer of this moment that was not tried in this run. Raises NoOffer naming the filter that removed most."""
-    ranking = search(session)
-    tried = {line["machine_id"] for line in session.journal.lines if line.kind == "bad_machine"}
-    gone = {line["offer_id"] for line in session.journal.lines if line.kind == "missed"}
-    fresh = [p for p in ranking.accepted if p.offer.machine_id not in tried and p.offer.id not in gone]
-    if not fresh:
-        raise none_left(session, ranking, len(ranking.accepted))
-    affordable = [p for p in fresh if p.cost.usd <= session.plan.max_usd - session.spent_usd()]
-    if not affordable:
-        raise OverBudget(
-            f"the cheapest of {len(fresh)} offers would finish this run for {fresh[0].cost.usd:.2f} $, and limits.max_usd leaves "
-            f"{session.plan.max_usd - session.spent_usd():.2f} $",
-            money=session.money(),
-            hint="raise limits.max_usd, or shorten the training (num_train_epochs, max_steps)",
-        )
-    best = affordable[0]
-    session.note(
-        "offers", chosen=best.offer.id, why=best.why, predicted=asdict(best.cost), seen=len(ranking.accepted) + len(ranking.rejected),
-        runners_up=[{"offer": asdict(p.offer), "usd": p.cost.usd, "why_not": p.why} for p in affordable[1:4]],
-        rejected=[{"offer": o.id, "gpu": o.gpu_name, "why": why} for o, why, _ in ranking.rejected],
-    )  # fmt: skip
-    session.screen.renting(best)
-    return best.offer
+@dataclass(frozen=True)
+class Offer:
+    """One ask on the market. `id` is what create takes; it is gone once rented, and comes back under a new id."""
+
+    id: int
+    machine_id: int
+    host_id: int
+    gpu_name: str
+    num_gpus: int
+    gpu_memory_gib: float  # of one GPU
+    compute_capability: float  # 8.9
+    cuda_max: float
+    cpu_ram_gib: float
+    disk_gib: float  # the most that can be rented
+    usd_per_hour: float  # all GPUs together, without disk
+    min_bid_usd_per_hour: float
+    storage_usd_per_gib_month: float
+    inet_up_mbps: float
+    inet_down_mbps: float
+    inet_up_usd_per_gb: float
+    inet_down_usd_per_gb: float
+    reliability: float
+    country: str
+    duration_s: float  # how long it can still be rented
+    verified: bool
+    direct_ports: int
+    score: float = 0.0  # vast.ai's own ranking, for comparison only
+    rentable: bool = True
+    dlperf: float = 0.0  # vast.ai's benchmark, all GPUs together
+    gpu_memory_gb_s: float = 0.0
+    disk_mb_s: float = 0.0
 
 
-def search(session: Session) -> Ranking:
-    needs = session.plan.needs
-    found = session.vast.search(query(needs), interruptible=needs.interruptible, disk_gib=needs.disk_gib)
-    return rank(found, needs, session.plan.workload, bad_machines(session.journal.folder.parent, session.clock.now()))
+@dataclass(frozen=True)
+class Instance:
+    """One rented machine as vast.ai lists it. `usd_per_hour` is the whole bill of an hour: GPUs (or bid) and disk."""
+
+    id: int
+    label: str
+    machine_id: int
+    status: str  # actual_status, "" while it is being provisioned
+    intended_status: str
+    cur_state: str
+    next_state: str
+    status_msg: str
+    gpu_name: str
+    num_gpus: int
+    usd_per_hour: float
+    disk_gib: float
+    is_bid: bool
+    ssh_host: str
+    ssh_port: int
+    direct_host: str
+    direct_port: int | None
+    end_unix_s: float | None = None
+    storage_usd_per_gib_month: float = 0.0
+    inet_up_usd_per_gb: float = 0.0
+    inet_down_usd_per_gb: float = 0.0
+
+    @property
+    def outbid(self) -> bool:
+        return self.status != "" and self.cur_state == self.intended_status == self.next_state == "stopped"
 
 
-def none_left(session: Session, ranking: Ranking, accepted: int) -> NoOffer:
-    if accepted:
-        return NoOffer(f"all {accepted} offers that fit were tried", money=session.money())
-    if not ranking.rejected:
-        return NoOffer("the market has no offer for these needs at all", money=session.money(), hint="relax [offer]: gpu_name, countries, num_gpus")
-    name, count = ranking.most_removed()
-    return NoOffer(f"none of {len(ranking.rejected)} offers fits; {name} alone removes {count}", money=session.money())
+def parse_offer(row: Row) -> Offer:
+    """A row of a search (POST /bundles/). Strings that hold numbers are numbers; what vast.ai sends as null has a default that
+    no filter mistakes for a good value. Raises ValueError naming the key that is missing or is not what it should be."""
+    return Offer(
+        id=int(number(row, "ask_contract_id", "id")),
+        machine_id=int(number(row, "machine_id")),
+        host_id=int(number(row, "host_id", default=0)),
+        gpu_name=_required_text(row, "gpu_name"),
+        num_gpus=int(number(row, "num_gpus")),
+        gpu_memory_gib=number(row, "gpu_ram") / 1024,
+        compute_capability=number(row, "compute_cap", default=0) / 100,
+        cuda_max=number(row, "cuda_max_good", default=0),
+        cpu_ram_gib=number(row, "cpu_ram", default=0) / 1024,
+        disk_gib=number(row, "disk_space", default=0),
+        usd_per_hour=_gpu_price(row),
+        min_bid_usd_per_hour=number(row, "min_bid", default=0),
+        storage_usd_per_gib_month=number(row, "storage_cost"),
+        inet_up_mbps=number(row, "inet_up", default=0),
+        inet_down_mbps=number(row, "inet_down", default=0),
+        inet_up_usd_per_gb=number(row, "inet_up_cost"),
+        inet_down_usd_per_gb=number(row, "inet_down_cost"),
+        reliability=number(row, "reliability", "reliability2", default=0),
+        country=_country(row),
+        duration_s=number(row, "duration", default=0),
+        verified=_text(row, "verification") == "verified" or row.get("verified") is True or row.get("vericode") == 1,
+        direct_ports=int(number(row, "direct_port_count", default=0)),
+        score=number(row, "score", default=0),
+        rentable=row.get("rentable") is not False and row.get("rented") is not True,
+        dlperf=number(row, "dlperf", default=0),
+        gpu_memory_gb_s=number(row, "gpu_mem_bw", default=0),
+        disk_mb_s=number(row, "disk_bw", default=0),
+    )
 
 
-def bad_machines(root: Path, now: float) -> dict[int, float]:
-    """machine_id -> how often it failed us, each failure counting half after a week: one bad day is no ban for ever."""
-    found: dict[int, float] = {}
-    for folder in journal.runs(root):
-        try:
-            lines = journal.read(folder)
-        except JournalError:
+def parse_instance(row: Row) -> Instance:
+    """A row of the instance list, or the object of show. Almost everything may be null while it is provisioned; only the id
+    may not. Raises ValueError naming the key."""
+    port = _port(row.get("ports"), "22/tcp")
+    return Instance(
+        id=int(number(row, "id")),
+        label=_text(row, "label"),
+        machine_id=int(number(row, "machine_id", default=0)),
+        status=_text(row, "actual_status"),
+        intended_status=_text(row, "intended_status"),
+        cur_state=_text(row, "cur_state"),
+        next_state=_text(row, "next_state"),
+        status_msg=_text(row, "status_msg"),
+        gpu_name=_text(row, "gpu_name"),
+        num_gpus=int(number(row, "num_gpus", default=0)),
+        usd_per_hour=number(row, "dph_total", default=0),
+        disk_gib=number(row, "disk_space", default=0),
+        is_bid=row.get("is_bid") is True,
+        ssh_host=_text(row, "ssh_host"),
+        ssh_port=int(number(row, "ssh_port", default=0)),
+        direct_host=_text(row, "public_ipaddr"),
+        direct_port=port,
+        end_unix_s=number(row, "end_date") if row.get("end_date") is not None else None,
+        storage_usd_per_gib_month=number(row, "storage_cost", default=0),
+        inet_up_usd_per_gb=number(row, "inet_up_cost", default=0),
+        inet_down_usd_per_gb=number(row, "inet_down_cost", default=0),
+    )
+
+
+def number(row: Row, *names: str, default: float | None = None) -> float:
+    """The first of `names` that is not null, as a finite number; `default` when all are. Raises ValueError naming them when
+    none is there and there is no default, or when one holds something else."""
+    for name in names:
+        value = row.get(name)
+        if value is None or value == "":
             continue
-        for line in lines:
-            if line.kind == "bad_machine":
-                found[line["machine_id"]] = found.get(line["machine_id"], 0.0) + 0.5 ** ((now - line.t) / HALF_LIFE_S)
-    return found
+        try:
+            if isinstance(value, bool) or not math.isfinite(parsed := float(value)):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is {value!r}, not a number") from None
+        return parsed
+    if default is None:
+        raise ValueError(f"no number under {' or '.join(names)}")
+    return default
+
+
+def _gpu_price(row: Row) -> float:
+    if row.get("dph_base") is not None:
+        return number(row, "dph_base")
+    return number(row, "dph_total") - number(row, "storage_total_cost", default=0)
+
+
+def _text(row: Row, name: str) -> str:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}, not text")
+    return (value or "").strip()
+
+
+def _required_text(row: Row, name: str) -> str:
+    text = _text(row, name)
+    if not text:
+        raise ValueError(f"no text under {name}")
+    return text
+
+
+def _country(row: Row) -> str:
+    """"Ontario, CA" and ", CA" are CA; a place without a code is no country."""
+    code = _text(row, "geolocation").rpartition(",")[2].strip().upper()
+    return code if len(code) == 2 and code.isalpha() else ""
+
+
+def _port(ports: Any, name: str) -> int | None:
+    """The host's port in docker's map: {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "30022"}]}; null until it runs."""
+    bound = ports.get(name) if isinstance(ports, Mapping) else None
+    if not bound or not isinstance(bound, list) or not isinstance(bound[0], Mapping):
+        return None
+    return int(number(bound[0], "HostPort"))

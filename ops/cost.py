@@ -1,0 +1,250 @@
+"""Pure: what a run will cost on an offer, what it costs by now, and how the bill compares.
+
+vast.ai bills GPUs by the second while running (not while loading), disk by the second while the instance exists, and every
+byte both ways at the host's price. A month is 720 hours (its own arithmetic), a GB here is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ops import gpus
+from ops.market import Instance, Offer
+from trainer import memory
+
+MONTH_H = 720.0
+GB = 1e9
+
+_LINK = 0.6  # of the advertised bandwidth that one download reaches (seen: 550 of a gigabit, dstack#2020)
+_UNPACK_BYTES_S = 120e6  # compressed image bytes: docker inflates a layer on one core
+_MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU, when the host does not say
+_START_S = 40.0  # imports, self-tests, compilation, to the first step
+_RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 lasts a day's rental with that chance
+_OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
+_BOOT_FAILS = 0.02  # even on the best host
+_CPU_FLOPS = 30e9  # of the practice run, which trains on this computer's CPU
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run moves and computes, wherever it runs.
+
+    `tokens` is over all epochs. `model_parameters` are those that a matrix product touches; with `shape` given, whether and
+    how the model fits a card is solved as the trainer will. `home_*_mbps` is the laptop's own link. `boot_s` is from create
+    to a shell, without the image. `cpu_practice`: a run against the emulator, whose speed is this computer's.
+    """
+
+    tokens: float
+    model_parameters: float
+    precision: str = "bf16"
+    num_gpus: int = 1
+    image_bytes: float = 4e9
+    model_download_bytes: float = 0.0
+    push_bytes: float = 0.0
+    pull_bytes: float = 0.0
+    disk_gib: float = 40.0
+    cpu_practice: bool = False
+    shape: memory.Shape | None = None
+    method: str = "lora"
+    r: int = 16
+    target_modules: memory.Targets = "all-linear"
+    least_tokens: int = 2048
+    checkpoint_bytes: float = 0.0
+    save_every_s: float = 120.0
+    home_up_mbps: float = 50.0
+    home_down_mbps: float = 100.0
+    boot_s: float = 60.0
+    start_s: float = _START_S
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The prediction for one offer. `usd` is a run without accident, `expected_usd` counts failed boots and restarts from the
+    last checkpoint; `p_finish` is the chance that this very machine finishes. `hours` is from create to destroy."""
+
+    usd: float
+    gpu_usd: float
+    disk_usd: float
+    inet_down_usd: float
+    inet_up_usd: float
+    boot_s: float
+    pull_s: float
+    train_s: float
+    transfer_s: float
+    hours: float
+    p_finish: float
+    expected_usd: float
+    lines: tuple[str, ...]
+    start_s: float = 0.0
+    usd_per_hour: float = 0.0
+    tokens_per_s: float = 0.0
+    risk_usd: float = 0.0
+    gb_in: float = 0.0
+    gb_out: float = 0.0
+
+    @property
+    def running_h(self) -> float:
+        """The hours that GPUs are billed: all but boot and image pull."""
+        return (self.transfer_s + self.start_s + self.train_s) / 3600
+
+
+class DoesNotFit(ValueError):
+    """This card cannot run the workload; the message says why."""
+
+
+def bid_for(offer: Offer, bid_usd_per_hour: float | None = None) -> float:
+    """The bid to place: the user's, or 20 % over the minimum, which survives most newcomers."""
+    return bid_usd_per_hour or 1.2 * offer.min_bid_usd_per_hour
+
+
+def tokens_per_second(offer: Offer, workload: Workload) -> float:
+    """The predicted speed of an offer. Raises DoesNotFit when the card is too small, lacks the precision, or is unknown
+    to both the table and vast.ai's benchmark."""
+    if workload.cpu_practice:
+        return _CPU_FLOPS / (6 * workload.model_parameters)
+    gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
+        offer.gpu_name, offer.gpu_memory_gib, offer.compute_capability, offer.dlperf / offer.num_gpus, offer.gpu_memory_gb_s
+    )
+    if gpu is None:
+        raise DoesNotFit(f"the speed of a {offer.gpu_name} is unknown, and the offer carries no DLPerf")
+    recomputed = _recomputed_share(offer, workload)
+    full = workload.method == "full"
+    speed = gpus.tokens_per_second(
+        gpu, workload.precision, workload.model_parameters, workload.shape, recomputed, workload.num_gpus, full
+    )
+    if speed <= 0:
+        raise DoesNotFit(f"{offer.gpu_name} (compute capability {offer.compute_capability}) does not compute in {workload.precision}")
+    return speed
+
+
+def predict(offer: Offer, workload: Workload, bid_usd_per_hour: float | None = None, p_bad: float = 0.0) -> Cost:
+    """Dollars and seconds of `workload` on `offer`; `bid_usd_per_hour` makes it interruptible, `p_bad` is what our own memory
+    of this machine says (0 to 1). Raises DoesNotFit."""
+    speed = tokens_per_second(offer, workload)
+    down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3  # bytes a second
+    pull_s = max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
+    transfer_s = (
+        _over(workload.push_bytes, min(down, workload.home_up_mbps * 125e3))
+        + _over(workload.model_download_bytes, down)
+        + _over(workload.pull_bytes, min(up, workload.home_down_mbps * 125e3))
+    )
+    read_s = 0.0 if workload.cpu_practice else 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
+    start_s, train_s = workload.start_s + read_s, workload.tokens / speed
+    running_h = (transfer_s + start_s + train_s) / 3600
+    hours = running_h + (workload.boot_s + pull_s) / 3600
+    rate = offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
+    disk_rate = workload.disk_gib * offer.storage_usd_per_gib_month / MONTH_H
+    gb_in = (workload.image_bytes + workload.model_download_bytes + workload.push_bytes) / GB
+    inet_down_usd = gb_in * offer.inet_down_usd_per_gb
+    mirrored_bytes = workload.checkpoint_bytes * math.floor(train_s / workload.save_every_s)
+    gb_out = (workload.pull_bytes + mirrored_bytes) / GB
+    gpu_usd, disk_usd, inet_up_usd = rate * running_h, disk_rate * hours, gb_out * offer.inet_up_usd_per_gb
+    usd = gpu_usd + disk_usd + inet_down_usd + inet_up_usd
+
+    # Accidents: a boot that fails costs the image and some disk; a break costs everything up to the first step once more.
+    p_boot_fails = 1 - (1 - _BOOT_FAILS) * max(offer.reliability, 0.5) * (1 - min(p_bad, 0.99))
+    breaks_per_h = _breaks_per_hour(offer, bid_usd_per_hour)
+    loading_h = (workload.boot_s + pull_s) / 3600
+    dead_boot_usd = workload.image_bytes / GB * offer.inet_down_usd_per_gb + disk_rate * 3 * loading_h
+    again_h = (transfer_s + start_s + min(workload.save_every_s, train_s) / 2) / 3600
+    again_usd = (rate + disk_rate) * again_h + disk_rate * loading_h + inet_down_usd
+    breaks = breaks_per_h * running_h / max(1 - breaks_per_h * again_h, 0.05)
+    risk_usd = breaks * again_usd + (1 + breaks) * dead_boot_usd * p_boot_fails / (1 - p_boot_fails)
+    p_finish = (1 - p_boot_fails) * math.exp(-breaks_per_h * running_h)
+    predicted = Cost(
+        usd, gpu_usd, disk_usd, inet_down_usd, inet_up_usd, workload.boot_s, pull_s, train_s, transfer_s, hours, p_finish,
+        usd + risk_usd, (), start_s, rate, speed, risk_usd, gb_in, gb_out,
+    )  # fmt: skip
+    return replace(predicted, lines=_arithmetic(offer, workload, predicted))
+
+
+def burn_usd(
+    machine: Instance | Offer,
+    elapsed_running_s: float,
+    elapsed_existing_s: float,
+    gb_in: float = 0.0,
+    gb_out: float = 0.0,
+    disk_gib: float | None = None,
+) -> float:
+    """Dollars spent by now: GPUs for the running seconds, disk for the existing ones, bytes at the host's prices.
+    `disk_gib` is needed for an Offer, which does not know what was rented of it."""
+    disk = machine.disk_gib if disk_gib is None and isinstance(machine, Instance) else disk_gib or 0.0
+    disk_rate = disk * machine.storage_usd_per_gib_month / MONTH_H
+    gpu_rate = machine.usd_per_hour - (disk_rate if isinstance(machine, Instance) else 0.0)
+    spent = gpu_rate * elapsed_running_s / 3600 + disk_rate * elapsed_existing_s / 3600
+    return spent + gb_in * machine.inet_down_usd_per_gb + gb_out * machine.inet_up_usd_per_gb
+
+
+def compare(prediction: Cost, bill_items: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The bill (items of /charges/: type gpu, disk, bwd or bwu, and amount) beside the prediction, a line a kind and a total.
+    A kind that we do not know is listed as it is called."""
+    predicted = {
+        "gpu": prediction.gpu_usd, "disk": prediction.disk_usd, "bwd": prediction.inet_down_usd, "bwu": prediction.inet_up_usd,
+    }  # fmt: skip
+    billed: dict[str, float] = dict.fromkeys(predicted, 0.0)
+    for item in bill_items:
+        kind = str(item.get("type", "unknown"))
+        billed[kind] = billed.get(kind, 0.0) + float(item.get("amount") or 0.0)
+    lines = [_beside(_KINDS.get(k, k), predicted.get(k, 0.0), amount) for k, amount in billed.items()]
+    return [*lines, _beside("total", prediction.usd, sum(billed.values()))]
+
+
+_KINDS = {"gpu": "GPU", "disk": "disk", "bwd": "download", "bwu": "upload"}
+
+
+def _recomputed_share(offer: Offer, workload: Workload) -> float:
+    shape = workload.shape
+    if shape is None:
+        return 0.0
+    least = min(workload.least_tokens, int(workload.tokens) or 1)
+    options = {"precision": workload.precision, "r": workload.r, "target_modules": workload.target_modules, "method": workload.method}
+    plan = memory.solve(shape, offer.gpu_memory_gib, least_tokens=least, processes=workload.num_gpus, **options)  # type: ignore[arg-type]
+    if plan is None:
+        need = memory.min_gpu_memory_gib(shape, least_tokens=least, processes=workload.num_gpus, **options)  # type: ignore[arg-type]
+        raise DoesNotFit(f"needs {need:.1f} GiB in {workload.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB")
+    return plan[1] / shape.layers
+
+
+def _breaks_per_hour(offer: Offer, bid: float | None) -> float:
+    host = -math.log(max(offer.reliability, 0.5)) / _RELIABLE_FOR_H
+    if bid is None or offer.min_bid_usd_per_hour <= 0:
+        return host
+    return host + _OUTBID_PER_H * 0.5 ** ((bid / offer.min_bid_usd_per_hour - 1.2) / 0.2)
+
+
+def _disk_speed(offer: Offer) -> float:
+    return offer.disk_mb_s * 1e6 if offer.disk_mb_s > 0 else _MODEL_READ_BYTES_S
+
+
+def _over(amount: float, rate: float) -> float:
+    return amount / max(rate, 1e3) if amount > 0 else 0.0
+
+
+def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
+    each = f"{offer.num_gpus}x {offer.gpu_name}" if offer.num_gpus > 1 else offer.gpu_name
+    where = "this computer" if workload.cpu_practice else each
+    return (
+        f"train     {_span(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / {c.tokens_per_s:,.0f} a second on {where}",
+        f"before    {_span(c.boot_s + c.pull_s)} to boot and pull {workload.image_bytes / GB:.2f} GB of image, "
+        f"{_span(c.transfer_s + c.start_s)} to move {(workload.push_bytes + workload.model_download_bytes + workload.pull_bytes) / GB:.2f} GB and start",
+        f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h (loading is not billed)",
+        f"disk      ${c.disk_usd:.4f} = {workload.disk_gib:g} GB x ${offer.storage_usd_per_gib_month:.3f}/GB/month x {c.hours:.3f} h",
+        f"download  ${c.inet_down_usd:.4f} = {c.gb_in:.2f} GB x ${offer.inet_down_usd_per_gb:.4f}/GB",
+        f"upload    ${c.inet_up_usd:.4f} = {c.gb_out:.2f} GB x ${offer.inet_up_usd_per_gb:.4f}/GB",
+        f"risk      ${c.risk_usd:.4f} for boots that fail and restarts, at reliability {offer.reliability:.3f}",
+        f"total     ${c.expected_usd:.4f} expected, ${c.usd:.4f} without accident; {c.p_finish:.0%} that this machine finishes",
+    )
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _beside(what: str, predicted: float, billed: float) -> str:
+    off = f" ({billed / predicted - 1:+.0%})" if predicted > 0 else ""
+    return f"{what:<9} predicted ${predicted:.4f}, billed ${billed:.4f}{off}"

@@ -1,0 +1,326 @@
+"""Pure: how much GPU memory a training needs, before any weight is loaded. No torch: ops uses it to choose cards.
+
+The peak is what `torch.cuda.max_memory_allocated` will say, in GiB, of one GPU:
+
+    weights + adapter (and its gradients) + optimizer + stored activations + the larger of two passing needs:
+    the logits of one chunk, or one layer's backward (with its recomputed activations when it is checkpointed)
+
+Sizes of tensors are exact arithmetic; three factors are fitted to measurements (docs/memory-grid.jsonl, and until that exists
+the probes on one H200 in the field notes): see `_STORED`, `_PASSING` and `_CONSTANT_GIB`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+GIB = 1024**3
+
+MARGIN = 0.05  # of the predicted peak, before anything is said to fit
+RESERVED_GIB = 1.0  # of the card: the driver's share, the CUDA context, cuBLAS and Triton workspaces
+
+_STORED = 1.08  # what the compiled layer keeps for backward, against the count in `_stored_bytes`
+_PASSING = 1.0  # one layer's backward, against the count in `_passing_bytes`
+_CONSTANT_GIB = 0.15  # position tables, packing indices, the allocator's rounding
+_LOGIT_CHUNK = 1024  # tokens whose logits exist at once (trainer/loss.py)
+_LAUNCH_TOKENS = 400  # a micro-batch costs as much as this many tokens more: launches, small matrix products
+
+Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's dimensions, as its config.json tells them."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    tied: bool = False  # the head is the embedding
+    gated: bool = True  # gate and up projections (SwiGLU), else one fc (GPT-2)
+    qkv_bias: bool = False
+    other_bias: bool = False  # on every other linear layer, and on the norms
+    qk_norm: bool = False
+    positions: int = 0  # learned position embeddings
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Shape:
+        """From a parsed config.json of the Llama, Qwen, Mistral, GPT-2 or ChatGLM2 family. Raises ValueError naming what is
+        missing or, for a mixture of experts, that it cannot be predicted."""
+        config = config.get("text_config") or config
+        kind = str(config.get("model_type", ""))
+        experts = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), 0)
+        if experts > 1:
+            raise ValueError(f"config.json describes a mixture of {experts} experts, whose memory cannot be predicted yet")
+        if kind == "gpt2":
+            return cls._from_gpt2(config)
+        hidden, heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
+        return cls(
+            vocab=_need(config, "padded_vocab_size", "vocab_size"),
+            hidden=hidden,
+            layers=_need(config, "num_hidden_layers", "num_layers"),
+            heads=heads,
+            kv_heads=_first(config, "num_key_value_heads", "multi_query_group_num") or heads,
+            head_dim=_first(config, "head_dim", "kv_channels") or hidden // heads,
+            intermediate=_need(config, "intermediate_size", "ffn_hidden_size"),
+            tied=bool(config.get("tie_word_embeddings", kind.startswith("gemma"))),
+            qkv_bias=bool(config.get("attention_bias") or config.get("add_qkv_bias") or kind.startswith("qwen2")),
+            other_bias=False,
+            qk_norm=kind.startswith("qwen3"),
+        )
+
+    @classmethod
+    def _from_gpt2(cls, config: dict[str, Any]) -> Shape:
+        hidden, heads = _need(config, "n_embd"), _need(config, "n_head")
+        return cls(
+            vocab=_need(config, "vocab_size"),
+            hidden=hidden,
+            layers=_need(config, "n_layer"),
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            intermediate=config.get("n_inner") or 4 * hidden,
+            tied=bool(config.get("tie_word_embeddings", True)),
+            gated=False,
+            qkv_bias=True,
+            other_bias=True,
+            positions=_need(config, "n_positions"),
+        )
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """One layer's linear modules by the name that PEFT matches: (inputs, outputs)."""
+        h, f, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
+        if not self.gated:
+            return {"attn.c_attn": (h, q + 2 * kv), "attn.c_proj": (q, h), "mlp.c_fc": (h, f), "mlp.c_proj": (f, h)}
+        attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
+        return attention | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
+
+    def targeted(self, target_modules: Targets) -> dict[str, tuple[int, int]]:
+        """The linear modules of one layer that get an adapter. Raises ValueError when a name matches none."""
+        linears = self.linears()
+        if target_modules == "all-linear":
+            return linears
+        chosen = {n: s for n, s in linears.items() if n in target_modules or n.split(".")[-1] in target_modules}
+        unknown = [t for t in target_modules if not any(t in (n, n.split(".")[-1]) for n in linears)]
+        if unknown:
+            raise ValueError(f"target_modules: {', '.join(unknown)} is not among {', '.join(linears)}")
+        return chosen
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The predicted peak of one GPU, in GiB, and its parts. `lines` is the arithmetic for people."""
+
+    weights_gib: float
+    adapter_gib: float  # with its gradients
+    optimizer_gib: float
+    activations_gib: float  # kept from forward to backward
+    logits_gib: float
+    workspace_gib: float  # passing needs beside the logits
+    peak_gib: float
+    lines: tuple[str, ...]
+
+    def fits(self, capacity_gib: float) -> bool:
+        """Whether a card whose driver reports `capacity_gib` holds this with the safety margin."""
+        return needed_gib(self.peak_gib) <= capacity_gib
+
+
+def needed_gib(peak_gib: float) -> float:
+    """The capacity that a predicted peak asks for: a margin for our own error, and what CUDA takes for itself."""
+    return peak_gib * (1 + MARGIN) + RESERVED_GIB
+
+
+def linear_parameters(shape: Shape) -> int:
+    """Weights of all layers' linear modules, without biases: what a matrix product touches, and what is quantised."""
+    return shape.layers * sum(i * o for i, o in shape.linears().values())
+
+
+def parameters(shape: Shape) -> int:
+    """All parameters of the base model, as `model.num_parameters()` counts them (a tied head once)."""
+    embeddings = (shape.vocab * (1 if shape.tied else 2) + shape.positions) * shape.hidden
+    norms = (2 * shape.layers + 1) * shape.hidden * (2 if shape.other_bias else 1)
+    norms += shape.layers * 2 * shape.head_dim if shape.qk_norm else 0
+    biases = shape.layers * (shape.q_size + 2 * shape.kv_size) if shape.qkv_bias else 0
+    if shape.other_bias:
+        qkv = {"q_proj", "k_proj", "v_proj", "attn.c_attn"}
+        biases += shape.layers * sum(o for n, (_, o) in shape.linears().items() if n not in qkv)
+    return linear_parameters(shape) + embeddings + norms + biases
+
+
+def adapter_parameters(shape: Shape, r: int, target_modules: Targets = "all-linear") -> int:
+    """Weights of a LoRA adapter: r rows of A and r columns of B for each targeted module."""
+    return shape.layers * sum(r * (i + o) for i, o in shape.targeted(target_modules).values())
+
+
+def predict(
+    shape: Shape,
+    precision: str = "bf16",
+    r: int = 16,
+    target_modules: Targets = "all-linear",
+    tokens_per_micro_batch: int = 8192,
+    checkpointed_layers: int = 0,
+    method: str = "lora",
+    trainable_layers: int = 2,
+    processes: int = 1,
+) -> Memory:
+    """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens.
+
+    `trainable_layers` counts for method "freeze"; with several `processes` the adapter's gradients are kept once more, in
+    the buckets that are all-reduced. Raises ValueError for an unknown precision, method or module.
+    """
+    if precision not in _LINEAR_BYTES:
+        raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
+    tokens, element = tokens_per_micro_batch, 4 if precision == "fp32" else 2
+    trained, adapter = _trained(shape, method, r, target_modules, trainable_layers)
+    weights = _weight_bytes(shape, precision)
+    gradients = trained * (4 + 4 * (processes > 1)) + adapter * 4
+    optimizer = trained * 8
+    layer = _stored_bytes(shape, target_modules if method == "lora" else "all-linear", r, element) * _STORED
+    checkpoint = element * shape.hidden
+    plain = shape.layers - checkpointed_layers
+    stored = tokens * (plain * layer + checkpointed_layers * checkpoint + 3 * element * shape.hidden)
+    logits = min(tokens, _LOGIT_CHUNK) * shape.vocab * (4 + 4 + element)
+    recomputed = tokens * layer if checkpointed_layers else 0.0
+    passing = recomputed + tokens * _passing_bytes(shape, element) * _PASSING + _unpacked_bytes(shape, precision)
+    parts = [x / GIB for x in (weights, gradients, optimizer, stored, logits, passing)]
+    w, a, o, s, lo, p = parts
+    peak = w + a + o + s + max(lo, p) + _CONSTANT_GIB
+    lines = (
+        f"weights      {w:7.2f} GiB = {parameters(shape) / 1e9:.2f} B parameters in {precision}",
+        f"trained      {a + o:7.2f} GiB = {trained / 1e6:.1f} M values, gradients and two moments in fp32",
+        f"activations  {s:7.2f} GiB = {tokens:,} tokens x {s * GIB / tokens / 1e6:.2f} MB, {checkpointed_layers} of {shape.layers} layers recomputed",
+        f"passing      {max(lo, p) + _CONSTANT_GIB:7.2f} GiB = the larger of logits {lo:.2f} and one layer's backward {p:.2f}",
+        f"peak         {peak:7.2f} GiB; a card needs {needed_gib(peak):.1f} GiB",
+    )
+    return Memory(w, a, o, s, lo, p, peak, lines)
+
+
+def solve(
+    shape: Shape,
+    capacity_gib: float,
+    precision: str = "bf16",
+    r: int = 16,
+    target_modules: Targets = "all-linear",
+    method: str = "lora",
+    least_tokens: int = 2048,
+    most_tokens: int = 16384,
+    **more: int,
+) -> tuple[int, int] | None:
+    """The fastest (tokens of a micro-batch, layers to checkpoint) that a card of `capacity_gib` holds, or None.
+
+    `least_tokens` is the longest row: a micro-batch must hold one. A checkpointed layer costs half of its time again, a small
+    micro-batch its launches; of all that fits, the pair with the least time a token wins, and never one that does not fit.
+    """
+    best: tuple[float, int, int] | None = None
+    for tokens in _budgets(least_tokens, most_tokens):
+        layers = _fewest_checkpointed(shape, capacity_gib, precision, r, target_modules, tokens, method, more)
+        if layers is None:
+            continue
+        time = (1 + layers / (2 * shape.layers)) * (1 + _LAUNCH_TOKENS / tokens)
+        if best is None or time < best[0]:
+            best = (time, tokens, layers)
+    return best and (best[1], best[2])
+
+
+def min_gpu_memory_gib(
+    shape: Shape,
+    precision: str = "bf16",
+    r: int = 16,
+    target_modules: Targets = "all-linear",
+    method: str = "lora",
+    least_tokens: int = 2048,
+    **more: int,
+) -> float:
+    """The smallest card (as its driver reports it) on which `solve` finds a way: every layer checkpointed, the longest row alone."""
+    least = predict(shape, precision, r, target_modules, least_tokens, shape.layers, method, **more)
+    return needed_gib(least.peak_gib)
+
+
+_LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+
+
+def _need(config: dict[str, Any], *names: str) -> int:
+    value = _first(config, *names)
+    if value is None:
+        raise ValueError(f"config.json (model_type {config.get('model_type', 'unknown')!r}) has no {' or '.join(names)}")
+    return value
+
+
+def _first(config: dict[str, Any], *names: str) -> int | None:
+    return next((int(config[n]) for n in names if config.get(n) is not None), None)
+
+
+def _trained(shape: Shape, method: str, r: int, targets: Targets, trainable_layers: int) -> tuple[int, int]:
+    """How many values are trained, and how many of them are an adapter's own copy beside the weights."""
+    if method == "lora":
+        adapter = adapter_parameters(shape, r, targets)
+        return adapter, adapter
+    if method == "full":
+        return parameters(shape), 0
+    if method == "freeze":
+        return min(trainable_layers, shape.layers) * linear_parameters(shape) // shape.layers, 0
+    raise ValueError(f"method {method!r} is none of lora, full, freeze")
+
+
+def _weight_bytes(shape: Shape, precision: str) -> float:
+    linear = linear_parameters(shape)
+    rest = (parameters(shape) - linear) * (4 if precision == "fp32" else 2)
+    scales = 4 * shape.layers * sum(o for _, o in shape.linears().values()) if precision in ("fp8", "int8") else 0
+    return linear * _LINEAR_BYTES[precision] + rest + scales
+
+
+def _stored_bytes(shape: Shape, targets: Targets, r: int, element: int) -> float:
+    """What one layer keeps of one token from forward to backward: its input, the stream between its halves, q, k, v and the
+    attention's output, gate and up; then the inputs of the adapted modules (for their A), and A's own output."""
+    h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    kept = 2 * h + 2 * q + 2 * kv + (2 if shape.gated else 1) * f
+    names = {n.split(".")[-1] if shape.gated else n for n in shape.targeted(targets)}
+    kept += h if names & {"q_proj", "k_proj", "v_proj", "attn.c_attn"} else 0
+    kept += h if names & {"gate_proj", "up_proj", "mlp.c_fc"} else 0
+    kept += f if names & {"down_proj", "mlp.c_proj"} else 0
+    return element * (kept + r * len(names)) + 4 * shape.heads + 8
+
+
+def _passing_bytes(shape: Shape, element: int) -> float:
+    """The gradients that exist together for one token in one layer's backward: of product, gate and up, and of two streams."""
+    return element * ((3 if shape.gated else 2) * shape.intermediate + 3 * shape.hidden)
+
+
+def _unpacked_bytes(shape: Shape, precision: str) -> float:
+    """A quantised weight's passing copy: FP8's transpose is one byte a value, NF4 and int8 are unpacked to two."""
+    largest = max(i * o for i, o in shape.linears().values())
+    return {"fp8": 1.0, "nf4": 2.0, "int8": 2.0}.get(precision, 0.0) * largest
+
+
+def _budgets(least: int, most: int) -> list[int]:
+    doubled = [2**k for k in range(8, 21) if least < 2**k < most]
+    return sorted({least, *doubled, max(least, most)}, reverse=True)
+
+
+def _fewest_checkpointed(
+    shape: Shape, capacity: float, precision: str, r: int, targets: Targets, tokens: int, method: str, more: dict[str, int]
+) -> int | None:
+    def fits(layers: int) -> bool:
+        return predict(shape, precision, r, targets, tokens, layers, method, **more).fits(capacity)
+
+    if fits(0):
+        return 0
+    if not fits(shape.layers):
+        return None
+    low, high = 0, shape.layers  # low does not fit, high does; one checkpointed layer may cost more than it saves, never two
+    while high - low > 1:
+        middle = math.ceil((low + high) / 2)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
