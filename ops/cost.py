@@ -59,6 +59,10 @@ class Workload:
     boot_s: float = 60.0
     start_s: float = _START_S
 
+    def __post_init__(self) -> None:
+        if isinstance(self.shape, dict):  # read back from a journal's line
+            object.__setattr__(self, "shape", memory.Shape(**self.shape))
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -96,8 +100,13 @@ class DoesNotFit(ValueError):
 
 
 def bid_for(offer: Offer, bid_usd_per_hour: float | None = None) -> float:
-    """The bid to place: the user's, or 20 % over the minimum, which survives most newcomers."""
-    return bid_usd_per_hour or 1.2 * offer.min_bid_usd_per_hour
+    """The $/h to bid: the user's, or 20 % over the minimum, which survives most newcomers."""
+    return bid_usd_per_hour or round(1.2 * offer.min_bid_usd_per_hour, 4)
+
+
+def disk_usd_per_hour(machine: Instance | Offer, disk_gib: float) -> float:
+    """What a disk of `disk_gib` costs an hour, from create to destroy."""
+    return disk_gib * machine.storage_usd_per_gib_month / MONTH_H
 
 
 def tokens_per_second(offer: Offer, workload: Workload) -> float:
@@ -116,7 +125,9 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
         gpu, workload.precision, workload.model_parameters, workload.shape, recomputed, workload.num_gpus, full
     )
     if speed <= 0:
-        raise DoesNotFit(f"{offer.gpu_name} (compute capability {offer.compute_capability}) does not compute in {workload.precision}")
+        raise DoesNotFit(
+            f"{offer.gpu_name} (compute capability {offer.compute_capability}) does not compute in {workload.precision}"
+        )
     return speed
 
 
@@ -136,7 +147,7 @@ def predict(offer: Offer, workload: Workload, bid_usd_per_hour: float | None = N
     running_h = (transfer_s + start_s + train_s) / 3600
     hours = running_h + (workload.boot_s + pull_s) / 3600
     rate = offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
-    disk_rate = workload.disk_gib * offer.storage_usd_per_gib_month / MONTH_H
+    disk_rate = disk_usd_per_hour(offer, workload.disk_gib)
     gb_in = (workload.image_bytes + workload.model_download_bytes + workload.push_bytes) / GB
     inet_down_usd = gb_in * offer.inet_down_usd_per_gb
     mirrored_bytes = workload.checkpoint_bytes * math.floor(train_s / workload.save_every_s)
@@ -168,13 +179,19 @@ def burn_usd(
     gb_in: float = 0.0,
     gb_out: float = 0.0,
     disk_gib: float | None = None,
+    bid_usd_per_hour: float | None = None,
 ) -> float:
-    """Dollars spent by now: GPUs for the running seconds, disk for the existing ones, bytes at the host's prices.
-    `disk_gib` is needed for an Offer, which does not know what was rented of it."""
-    disk = machine.disk_gib if disk_gib is None and isinstance(machine, Instance) else disk_gib or 0.0
-    disk_rate = disk * machine.storage_usd_per_gib_month / MONTH_H
-    gpu_rate = machine.usd_per_hour - (disk_rate if isinstance(machine, Instance) else 0.0)
-    spent = gpu_rate * elapsed_running_s / 3600 + disk_rate * elapsed_existing_s / 3600
+    """Dollars spent by now: GPUs (or the bid) for the running seconds, disk for the existing ones, bytes at the host's prices.
+
+    An Offer does not know what disk was rented of it: `disk_gib` says. An Instance does, and its $/h holds the bid already.
+    """
+    disk_rate = disk_usd_per_hour(
+        machine, machine.disk_gib if disk_gib is None and isinstance(machine, Instance) else disk_gib or 0.0
+    )
+    gpu_rate = machine.usd_per_hour - disk_rate if isinstance(machine, Instance) else machine.usd_per_hour
+    if bid_usd_per_hour is not None:
+        gpu_rate = bid_usd_per_hour
+    spent = (gpu_rate * elapsed_running_s + disk_rate * elapsed_existing_s) / 3600
     return spent + gb_in * machine.inet_down_usd_per_gb + gb_out * machine.inet_up_usd_per_gb
 
 
@@ -200,7 +217,12 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
     if shape is None:
         return 0.0
     least = min(workload.least_tokens, int(workload.tokens) or 1)
-    options = {"precision": workload.precision, "r": workload.r, "target_modules": workload.target_modules, "method": workload.method}
+    options = {
+        "precision": workload.precision,
+        "r": workload.r,
+        "target_modules": workload.target_modules,
+        "method": workload.method,
+    }
     plan = memory.solve(shape, offer.gpu_memory_gib, least_tokens=least, processes=workload.num_gpus, **options)  # type: ignore[arg-type]
     if plan is None:
         need = memory.min_gpu_memory_gib(shape, least_tokens=least, processes=workload.num_gpus, **options)  # type: ignore[arg-type]
@@ -226,10 +248,11 @@ def _over(amount: float, rate: float) -> float:
 def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
     each = f"{offer.num_gpus}x {offer.gpu_name}" if offer.num_gpus > 1 else offer.gpu_name
     where = "this computer" if workload.cpu_practice else each
+    moved = workload.push_bytes + workload.model_download_bytes + workload.pull_bytes
     return (
         f"train     {_span(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / {c.tokens_per_s:,.0f} a second on {where}",
-        f"before    {_span(c.boot_s + c.pull_s)} to boot and pull {workload.image_bytes / GB:.2f} GB of image, "
-        f"{_span(c.transfer_s + c.start_s)} to move {(workload.push_bytes + workload.model_download_bytes + workload.pull_bytes) / GB:.2f} GB and start",
+        f"before    {_span(c.boot_s + c.pull_s)} to boot and pull {workload.image_bytes / GB:.2f} GB of image",
+        f"around    {_span(c.transfer_s)} to move {moved / GB:.2f} GB, {_span(c.start_s)} to start",
         f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h (loading is not billed)",
         f"disk      ${c.disk_usd:.4f} = {workload.disk_gib:g} GB x ${offer.storage_usd_per_gib_month:.3f}/GB/month x {c.hours:.3f} h",
         f"download  ${c.inet_down_usd:.4f} = {c.gb_in:.2f} GB x ${offer.inet_down_usd_per_gb:.4f}/GB",

@@ -180,7 +180,7 @@ def _required_text(row: Row, name: str) -> str:
 
 
 def _country(row: Row) -> str:
-    """"Ontario, CA" and ", CA" are CA; a place without a code is no country."""
+    """ "Ontario, CA" and ", CA" are CA; a place without a code is no country."""
     code = _text(row, "geolocation").rpartition(",")[2].strip().upper()
     return code if len(code) == 2 and code.isalpha() else ""
 

@@ -79,7 +79,9 @@ class Ranking:
         alone = [(offer, reasons[0]) for offer, reasons in self.obstacles if len(reasons) == 1]
         if not alone:
             name, count = self.most_removed()
-            return f"{name} removed {count} of {len(self.obstacles)} offers, each of which fails another filter too" if count else ""
+            return (
+                f"{name} removed {count} of {len(self.obstacles)} offers, each of which fails another filter too" if count else ""
+            )
         name, count = Counter(reason[0] for _, reason in alone).most_common(1)[0]
         example = next(reason[1] for _, reason in alone if reason[0] == name)
         return f"{name} alone keeps {count} of {len(self.obstacles)} offers out; the first: {example}"
@@ -171,7 +173,9 @@ def _judge(offer: Offer, needs: Needs, workload: Workload, bad: float) -> tuple[
     except cost.DoesNotFit as e:
         return (*reasons, ("model.precision" if "compute in" in str(e) else "gpu_memory", str(e))), None
     if predicted.hours > needs.hours:
-        reasons.append(("limits.max_hours", f"would take {predicted.hours:.1f} h on {offer.gpu_name}, the limit is {needs.hours:g} h"))
+        reasons.append(
+            ("limits.max_hours", f"would take {predicted.hours:.1f} h on {offer.gpu_name}, the limit is {needs.hours:g} h")
+        )
     if needs.max_usd is not None and predicted.expected_usd > needs.max_usd:
         reasons.append(("limits.max_usd", f"would cost ${predicted.expected_usd:.2f}, the limit is ${needs.max_usd:.2f}"))
     return tuple(reasons), predicted
@@ -220,7 +224,9 @@ _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
     "min_reliability": _at_least(lambda o: o.reliability, lambda n: n.min_reliability, "has reliability {:.3f}, under {:.3f}"),
     "verified": lambda o, n: "is not verified by vast.ai" if n.verified_only and not o.verified else "",
     "countries": lambda o, n: (
-        f"is in {o.country or 'an unknown country'}, not in {', '.join(n.countries)}" if n.countries and o.country not in n.countries else ""
+        f"is in {o.country or 'an unknown country'}, not in {', '.join(n.countries)}"
+        if n.countries and o.country not in n.countries
+        else ""
     ),
     "min_inet_down_mbps": _at_least(
         lambda o: o.inet_down_mbps, lambda n: n.min_inet_down_mbps, "downloads at {:.0f} Mb/s, under {:.0f} Mb/s"
@@ -235,7 +241,9 @@ def _why(offer: Offer, predicted: Cost, best: Offer, least: Cost, rank_: int) ->
         return f"the cheapest finished run: ${predicted.expected_usd:.3f} expected in {predicted.hours:.2f} h"
     parts = sorted(_differences(offer, predicted, best, least), reverse=True)
     more = ", ".join(f"{text} (+${usd:.3f})" for usd, text in parts[:3] if usd >= 0.0005)
-    return f"+${predicted.expected_usd - least.expected_usd:.3f}" + (f": {more}" if more else ": as good within a tenth of a cent")
+    return f"+${predicted.expected_usd - least.expected_usd:.3f}" + (
+        f": {more}" if more else ": as good within a tenth of a cent"
+    )
 
 
 def _differences(offer: Offer, here: Cost, best: Offer, least: Cost) -> list[tuple[float, str]]:
