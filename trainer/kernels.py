@@ -1,0 +1,188 @@
+"""Triton kernels of the fast decoder layer. ``trainer/eager.py`` has the same functions in plain torch: the twins.
+
+Everything here is bound by memory, so each kernel does all that one visit to a row allows: the LoRA B product is added where
+the base product is read next, the LoRA A product and the FP8 cast happen where the input is made. Reductions run over whole
+rows inside one program, never through atomics, so a second run gives the same bits.
+
+Shapes: M tokens, K or N features, R the padded rank (a power of two, 16 or more), G linears that read one input.
+``a`` is [G*R, K] and ``b`` is [N, R], both in the compute dtype, ``b`` already multiplied by PEFT's scaling.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from trainer import kernels_jit as jit
+
+FP8 = torch.float8_e4m3fn
+
+
+def _rows(m: int) -> int:
+    """Rows a program takes: 16 keeps 132 multiprocessors busy when tokens are few, 32 reads the adapters half as often."""
+    return 32 if m >= 12288 else 16
+
+
+def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, device=x.device, dtype=dtype or x.dtype)
+
+
+def norm_forward(
+    h: Tensor, weight: Tensor, eps: float, a: Tensor | None, fp8: bool, y: Tensor | None = None, t: Tensor | None = None, b: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """RMSNorm of ``h [M, K]``, after adding ``y`` and the LoRA term ``t b^T`` of the projection before it, where given.
+
+    Returns (the sum or ``h``, the normed input [M, K] in h's dtype or FP8, its row scales [M] or None, ``x a^T`` [M, G*R] or None, rstd [M])."""
+    m, k = h.shape
+    total = torch.empty_like(h) if y is not None else h
+    x = _empty(h, m, k, dtype=FP8 if fp8 else None)
+    scale = _empty(h, m, dtype=torch.float32) if fp8 else None
+    ro = a.shape[0] if a is not None else 0
+    t_out = _empty(h, m, ro) if a is not None else None
+    rstd = _empty(h, m, dtype=torch.float32)
+    bm = _rows(m)
+    jit.norm_forward[(triton.cdiv(m, bm),)](
+        h, y, t, b, weight, a, total, x, scale, t_out, rstd, m, k, ro, eps,
+        R=b.shape[1] if b is not None else 16, RO=triton.next_power_of_2(max(ro, 16)), ADD=y is not None, LORA=b is not None,
+        PROJECT=a is not None, QUANT=fp8, BM=bm, BN=128, num_warps=4,
+    )  # fmt: skip
+    return total, x, scale, t_out, rstd
+
+
+def norm_backward(dx: Tensor, dt: Tensor | None, a: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
+    """d(h) = ``residual`` + the RMSNorm gradient of ``dx + dt a``. All [M, K]; dt [M, G*R]."""
+    m, k = h.shape
+    out = torch.empty_like(h)
+    bm = _rows(m)
+    ro = a.shape[0] if a is not None else 0
+    jit.norm_backward[(triton.cdiv(m, bm),)](
+        dx, dt, a, h, weight, rstd, residual, out, m, k, ro,
+        RO=triton.next_power_of_2(max(ro, 16)), LORA=a is not None, ADD=residual is not None, BM=bm, BN=64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def rope_forward_(
+    qkv: Tensor, t: Tensor | None, b: Tensor | None, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> None:
+    """In place on ``qkv [M, (heads + 2 kv_heads) D]``: add LoRA and bias, rotate q and k. cos, sin: [M, D], halves equal."""
+    m, s = qkv.shape
+    d = cos.shape[-1]
+    touched = heads + (2 if b is not None or bias is not None else 1) * kv_heads
+    r = b.shape[1] if b is not None else 16
+    jit.rope_forward[(triton.cdiv(m, 64), touched)](
+        qkv, t, b, bias, cos, sin, m, s, heads, kv_heads, R=r, HALF=d // 2, LORA=b is not None, BIAS=bias is not None, BM=64, num_warps=4
+    )
+
+
+def rope_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, b: Tensor | None, column_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dq [M, H, D], dk and dv [M, KV, D] -> (d(qkv) [M, S], its FP8 copy times column_scale, row scales, ``d b`` [M, 3 R])."""
+    m, heads, d = dq.shape
+    kv_heads = dk.shape[1]
+    s = (heads + 2 * kv_heads) * d
+    quant = column_scale is not None
+    out = _empty(dq, m, s)
+    out8 = _empty(dq, m, s, dtype=FP8) if quant else None
+    scale = _empty(dq, m, dtype=torch.float32) if quant else None
+    r = b.shape[1] if b is not None else 16
+    dt = _empty(dq, m, 3 * r) if b is not None else None
+    bm = _rows(m)
+    jit.rope_backward[(triton.cdiv(m, bm),)](
+        dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, b, column_scale, out, out8, scale, dt, m, s, heads, kv_heads,
+        R=r, HALF=d // 2, LORA=b is not None, QUANT=quant, BM=bm, BN=128, num_warps=4,
+    )  # fmt: skip
+    return out, out8, scale, dt
+
+
+def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """FP8 copy of ``x [M, K] * column_scale [K]`` with one scale a row, and ``x p`` for a LoRA factor p [K, R] on the same visit."""
+    m, k = x.shape
+    out = _empty(x, m, k, dtype=FP8)
+    scale = _empty(x, m, dtype=torch.float32)
+    r = p.shape[1] if p is not None else 0
+    t = _empty(x, m, r) if p is not None else None
+    bm = _rows(m)
+    pk, pr = p.stride() if p is not None else (0, 0)
+    jit.quantise_rows[(triton.cdiv(m, bm),)](
+        x, column_scale, p, out, scale, t, m, k, r, pk, pr,
+        RO=triton.next_power_of_2(max(r, 16)), PROJECT=p is not None, FOLD=column_scale is not None, BM=bm, BN=128, num_warps=4,
+    )  # fmt: skip
+    return out, scale, t
+
+
+def swiglu_forward(
+    gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """silu(gate) * up of ``gu [M, 2F]`` plus its LoRA terms -> (act [M, F] in gu's dtype or FP8, row scales, ``act a^T`` [M, R])."""
+    m, f2 = gu.shape
+    f = f2 // 2
+    act = _empty(gu, m, f)
+    act8 = _empty(gu, m, f, dtype=FP8) if fp8 else None
+    scale = _empty(gu, m, dtype=torch.float32) if fp8 else None
+    ro = a.shape[0] if a is not None else 0
+    t_out = _empty(gu, m, ro) if a is not None else None
+    bm = _rows(m)
+    jit.swiglu_forward[(triton.cdiv(m, bm),)](
+        gu, t, b, a, act, act8, scale, t_out, m, f, ro,
+        R=b.shape[1] if b is not None else 16, RO=triton.next_power_of_2(max(ro, 16)), LORA=b is not None, PROJECT=a is not None,
+        QUANT=fp8, BM=bm, BN=64, num_warps=4,
+    )  # fmt: skip
+    return (act8 if act8 is not None else act), scale, t_out
+
+
+def swiglu_backward(
+    gu: Tensor, t: Tensor | None, b: Tensor | None, dact: Tensor, dt: Tensor | None, a: Tensor | None, column_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Overwrites ``gu [M, 2F]`` with its gradient and ``dact [M, F]`` with act, which the gradient of down's A needs.
+
+    ``dact + dt a`` is the gradient of act. Returns (act, d(gu), its FP8 copy times column_scale, row scales, ``d(gu) b`` [M, 2 R])."""
+    m, f2 = gu.shape
+    f = f2 // 2
+    quant = column_scale is not None
+    d8 = _empty(gu, m, f2, dtype=FP8) if quant else None
+    scale = _empty(gu, m, dtype=torch.float32) if quant else None
+    r = b.shape[1] if b is not None else 16
+    dt_out = _empty(gu, m, 2 * r) if b is not None else None
+    bm = _rows(m)
+    jit.swiglu_backward[(triton.cdiv(m, bm),)](
+        gu, t, b, dact, dt, a, column_scale, d8, scale, dt_out, m, f,
+        R=r, RD=a.shape[0] if a is not None else 16, LORA=b is not None, DOWN=a is not None, QUANT=quant, BM=bm, BN=64, num_warps=4,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([gu, dact])  # the launch is invisible to autograd: a second backward must be told
+    return dact, gu, d8, scale, dt_out
+
+
+def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Tensor:
+    """h + y + t b^T, written over ``y``. [M, K]."""
+    m, k = h.shape
+    r = b.shape[1] if b is not None else 16
+    grid = (triton.cdiv(m, 64), triton.cdiv(k, 128))
+    jit.residual_add[grid](h, y, t, b, y, m, k, R=r, LORA=b is not None, BM=64, BN=128, num_warps=4)
+    return y
+
+
+def cross_entropy_rows(logits: Tensor, targets: Tensor, dlogits_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Per-row cross-entropy [C] (fp32) and d(logits) of their sum [C, V] in ``dlogits_dtype``. A target of -100 gives zero for both."""
+    c, v = logits.shape
+    loss = _empty(logits, c, dtype=torch.float32)
+    grad = _empty(logits, c, v, dtype=dlogits_dtype)
+    jit.cross_entropy_rows[(c,)](logits, targets, loss, grad, v, BN=4096, num_warps=8)
+    return loss, grad
+
+
+def dequantise_nf4(packed: Tensor, absmax: Tensor, codebook: Tensor, out: Tensor, block: int) -> Tensor:
+    """packed uint8 [n / 2] (high nibble first), absmax fp32 [n / block] -> ``out``, n elements."""
+    n = out.numel()
+    jit.dequantise_nf4[(triton.cdiv(n // 2, 2048),)](packed, absmax, codebook, out, n // 2, BLOCK=block, BN=2048, num_warps=4)
+    return out
+
+
+def transpose_fp8(w: Tensor, out: Tensor | None = None) -> Tensor:
+    """[N, K] -> [K, N], both row-major FP8."""
+    n, k = w.shape
+    out = _empty(w, k, n) if out is None else out
+    jit.transpose_bytes[(triton.cdiv(n, 128), triton.cdiv(k, 128))](w.view(torch.uint8), out.view(torch.uint8), n, k, B=128, num_warps=8)
+    return out
