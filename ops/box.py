@@ -150,7 +150,7 @@ class Box:
         self.close()
 
     def reconnect(self) -> None:
-        """Open a new connection unless the present one is alive; one try at each endpoint, the last good one first. Raises Lost."""
+        """Open a new connection unless the present one is alive: one try at each endpoint, the last good first. Raises Lost."""
         if self._fabric is not None and self._fabric.is_connected:
             return
         first = self.endpoint
@@ -242,10 +242,12 @@ class Box:
     def read_from(self, path: str, offset: int, max_bytes: int = 1 << 20) -> bytes:
         """Up to `max_bytes` bytes of a file from byte `offset`; b"" where the file is missing or not longer than that."""
         name = transfer.quoted(path)
-        script = f"[ -e {name} ] || exit 44\ntail -c +{offset + 1} {name} | head -c {max_bytes}"
+        script = f"[ -e {name} ] || exit 44; [ -f {name} ] && [ -r {name} ] || exit 45\n"
+        script += f"tail -c +{offset + 1} {name} | head -c {max_bytes}"
         code, out, err, _ = self._exec(script, 60.0, None, max_bytes)
         if code not in (0, 44):
-            raise BoxError(f"cannot read {path} on the box: {err.decode('utf-8', 'replace').strip()}", money=_STILL_RENTED)
+            why = "not a readable file" if code == 45 else err.decode("utf-8", "replace").strip()
+            raise BoxError(f"cannot read {path} on the box: {why}", money=_STILL_RENTED)
         return out
 
     def push(self, files: Sequence[PushFile], progress: Progress | None = None) -> None:
@@ -254,8 +256,8 @@ class Box:
         transfer.push(self, files, progress)
 
     def pull(self, remote: str, local: Path, sha256: str | None = None, progress: Progress | None = None) -> Path:
-        """Fetch one file to `local`.part, compare its sha256 with `sha256` (default: what the box computes), rename. Goes on where
-        an earlier call stopped. Raises Lost after `patience_s` without a new byte, BoxError when missing or wrong twice."""
+        """Fetch one file to `local`.part, compare its sha256 with `sha256` (default: what the box computes), rename. Goes on
+        where an earlier call stopped. Raises Lost after `patience_s` without a new byte, BoxError when missing or wrong twice."""
         return transfer.pull(self, remote, local, sha256, progress)
 
     @property
@@ -332,7 +334,7 @@ class Box:
         assert self._fabric is not None
         # The subshell makes a signal that kills the script an exit code of 128 + n instead of a closed channel.
         whole = f"printf '\\036milktea\\n'; printf '\\036milktea\\n' >&2; cd || exit\n(\n{script}\n)"
-        with self.link_errors("starting a command"), self._answers_within(min(timeout_s, 30)):
+        with self.link_errors("starting a command"), self._answers_within(30):
             channel = self._fabric.create_session()
             channel.exec_command(f"exec sh -c {shlex.quote(whole)}")
         feeder = threading.Thread(target=_feed, args=(channel, feed), daemon=True)

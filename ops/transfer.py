@@ -237,7 +237,8 @@ def _tar(files: Sequence[PushFile], meter: _Meter) -> Iterator[bytes]:
     for f in files:
         data = f.local.read_bytes()
         info = tarfile.TarInfo(f.remote)
-        info.size, info.mtime, info.mode = len(data), int(f.local.stat().st_mtime), 0o755 if os.access(f.local, os.X_OK) else 0o644
+        info.size, info.mtime = len(data), int(f.local.stat().st_mtime)
+        info.mode = 0o755 if os.access(f.local, os.X_OK) else 0o644
         piece += info.tobuf(tarfile.GNU_FORMAT, "utf-8") + data + bytes(-len(data) % 512)
         if len(piece) >= 1 << 18:
             yield bytes(piece)

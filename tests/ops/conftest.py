@@ -18,7 +18,7 @@ import pytest
 
 from ops.box import Box, Endpoint
 
-TOOLS = "sh bash cat cd chmod cp cut date df dirname env head kill ln ls mkdir mv openssl printf rm sha256sum sleep stat tail tar touch true wc xargs"
+TOOLS = "bash cat cp date df env head ln ls mkdir mv openssl rm sh sha256sum sleep stat tail tar touch wc xargs"
 
 
 @dataclass
@@ -36,7 +36,7 @@ class SshServer:
     _listener: asyncssh.SSHAcceptor | None = None
     _thread: threading.Thread | None = None
     _links: set[asyncssh.SSHServerConnection] = field(default_factory=set)
-    _children: set[int] = field(default_factory=set)
+    _children: set[int] = field(default_factory=set)  # process groups; like sshd, a cut link does not end them, `close` does
 
     def start(self) -> None:
         if self._thread is None:
@@ -55,6 +55,7 @@ class SshServer:
 
     def close(self) -> None:
         self.stop()
+        self._wait(self._loop.shutdown_asyncgens())
         self._loop.call_soon_threadsafe(self._loop.stop)
         assert self._thread is not None
         self._thread.join(10)
@@ -107,6 +108,8 @@ class SshServer:
         for pid in list(self._children):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait(others, timeout=10) if others else None
 
     async def _run(self, process: asyncssh.SSHServerProcess) -> None:
         child = await asyncio.create_subprocess_exec(
@@ -116,19 +119,29 @@ class SshServer:
         )  # fmt: skip
         self._children.add(child.pid)
         try:
-            await process.redirect(stdin=child.stdin, stdout=child.stdout, stderr=child.stderr)
-            code = await child.wait()
-            await process.stdout.drain()
-            process.exit(code)
+            feeder = asyncio.create_task(_copy_stream(process.stdin, child.stdin))
+            await asyncio.gather(_copy_stream(child.stdout, process.stdout), _copy_stream(child.stderr, process.stderr))
+            process.exit(await child.wait())
         except (OSError, asyncssh.Error):
             process.exit(255)
         finally:
-            self._children.discard(child.pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            feeder.cancel()
+            child._transport.close()
 
     def without(self, tool: str) -> None:
         (self.bin / tool).unlink(missing_ok=True)
+
+
+async def _copy_stream(source, sink) -> None:
+    """Until the source ends; a child that reads no more loses its stdin and nothing else."""
+    try:
+        while data := await source.read(1 << 18):
+            sink.write(data)
+            await sink.drain()
+    except (BrokenPipeError, ConnectionResetError):
+        return
+    if isinstance(sink, asyncio.StreamWriter):
+        sink.close()
 
 
 @pytest.fixture
