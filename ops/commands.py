@@ -20,7 +20,9 @@ gone() {
   if command -v curl >/dev/null 2>&1; then
     curl -sS -m 20 -X DELETE -H "Authorization: Bearer $CONTAINER_API_KEY" -H 'Content-Type: application/json' -d '{}' "$1"
   else
-    python3 -c 'import os,sys,urllib.request as u;u.urlopen(u.Request(sys.argv[1],b"{}",{"Authorization":"Bearer "+os.environ["CONTAINER_API_KEY"],"Content-Type":"application/json"},method="DELETE"),timeout=20)' "$1"
+    python3 -c 'import os,sys,urllib.request as u
+h={"Authorization":"Bearer "+os.environ["CONTAINER_API_KEY"],"Content-Type":"application/json"}
+u.urlopen(u.Request(sys.argv[1],b"{}",h,method="DELETE"),timeout=20)' "$1"
   fi
 }
 watch() {
@@ -88,7 +90,7 @@ def launch(run_id: str, trainer: str) -> str:
     """Start the training detached, once: a second call finds it running or finished. `exit_code` appears last, by rename."""
     command = "milktea-train job.json"
     if trainer == "push":
-        command = "sh trainer-start.sh"
+        command = "sh trainer-start.sh"  # ops/box_side/trainer-start.sh, pushed with the trainer
     wrapper = f'{command} >>log.txt 2>&1; echo $? >exit_code.new; mv exit_code.new exit_code'
     return f"""\
 {RENEW}
@@ -100,21 +102,6 @@ echo $! >pid
 echo started
 """
 
-
-# For an image that does not hold our trainer: it came with the data, and what it imports is installed once beside it.
-TRAINER_START = """\
-set -e
-for p in /opt/venv/bin/python /venv/main/bin/python /opt/conda/bin/python python3; do
-  if command -v "$p" >/dev/null 2>&1 && "$p" -c 'import torch' 2>/dev/null; then py=$p; break; fi
-done
-[ -n "${py:-}" ] || { echo "no Python with torch in this image: choose another image.ref" >&2; exit 3; }
-if [ ! -e ../venv.ready ]; then
-  "$py" -m venv --system-site-packages ../venv
-  ../venv/bin/python -m pip install -q --disable-pip-version-check -r trainer-requirements.txt
-  touch ../venv.ready
-fi
-PYTHONPATH=. exec ../venv/bin/python -m trainer.launch job.json
-"""
 
 POLL_MARK = "=milktea="
 
@@ -135,14 +122,16 @@ true
 """
 
 
-def parse_poll(stdout: bytes) -> tuple[int | None, bool, int, bytes]:
-    """(exit code or None, running, size of events.jsonl, new event bytes) from `poll`'s output. Raises ValueError without its header."""
-    head, _, rest = stdout.partition(b"\n")
-    words = head.decode("utf-8", "replace").split()
+def parse_poll(stdout: str) -> tuple[int | None, bool, int, bytes]:
+    """(exit code or None, running, size of events.jsonl, new event bytes) from `poll`'s output. Raises ValueError without its header.
+
+    A character cut at the end of the output is in a line without its newline, which nobody reads yet: whole lines are exact."""
+    head, _, rest = stdout.partition("\n")
+    words = head.split()
     if len(words) != 4 or words[0] != POLL_MARK:
         raise ValueError(f"not a poll answer: {head[:80]!r}")
     code = None if words[1] == "-" else int(words[1])
-    return code, words[2] == "yes", int(words[3]), rest
+    return code, words[2] == "yes", int(words[3]), rest.encode()
 
 
 def log_tail(run_id: str, lines: int = 40) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from ops import gpus
@@ -213,20 +214,26 @@ _KINDS = {"gpu": "GPU", "disk": "disk", "bwd": "download", "bwu": "upload"}
 
 
 def _recomputed_share(offer: Offer, workload: Workload) -> float:
-    shape = workload.shape
-    if shape is None:
+    w, named = workload, isinstance(workload.target_modules, str)
+    if w.shape is None:
         return 0.0
-    least = min(workload.least_tokens, int(workload.tokens) or 1)
-    options = {
-        "precision": workload.precision,
-        "r": workload.r,
-        "target_modules": workload.target_modules,
-        "method": workload.method,
-    }
-    plan = memory.solve(shape, offer.gpu_memory_gib, least_tokens=least, processes=workload.num_gpus, **options)  # type: ignore[arg-type]
+    targets = w.target_modules if named else tuple(w.target_modules)
+    least = max(1, min(w.least_tokens, int(w.tokens)))
+    found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, least, w.num_gpus)
+    if isinstance(found, str):
+        raise DoesNotFit(f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB")
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _fit(
+    shape: memory.Shape, capacity: float, precision: str, r: int, targets: memory.Targets, method: str, least: int, processes: int
+) -> float | str:
+    """The share of layers that are checkpointed on such a card, or what it would need. Remembered: a market has few sizes."""
+    plan = memory.solve(shape, capacity, precision, r, targets, method, least, processes=processes)
     if plan is None:
-        need = memory.min_gpu_memory_gib(shape, least_tokens=least, processes=workload.num_gpus, **options)  # type: ignore[arg-type]
-        raise DoesNotFit(f"needs {need:.1f} GiB in {workload.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB")
+        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, least, processes=processes)
+        return f"needs {need:.1f} GiB"
     return plan[1] / shape.layers
 
 

@@ -122,7 +122,7 @@ def _ended(session: Session, box: Box, code: int, failure: events.Failed | None)
     session.note("ended", exit_code=code)
     if code == 0:
         return
-    tail = box.run(commands.log_tail(session.run_id)).stdout.decode("utf-8", "replace")
+    tail = box.run(commands.log_tail(session.run_id)).stdout
     (session.journal.folder / "log.txt").write_text(tail, "utf-8")
     reason = failure.reason if failure else "\n".join(tail.strip().splitlines()[-8:])
     samples = f" (rows: {', '.join(failure.samples[:5])})" if failure and failure.samples else ""
@@ -138,7 +138,7 @@ def _refuse_vanished(session: Session, box: Box) -> None:
     session.clock.sleep(POLL_S * session.pace)
     again = commands.parse_poll(box.run(commands.poll(session.run_id, 0, max_bytes=0)).stdout)
     if again[0] is None and not again[1]:
-        tail = box.run(commands.log_tail(session.run_id)).stdout.decode("utf-8", "replace")
+        tail = box.run(commands.log_tail(session.run_id)).stdout
         raise Failed(
             "the trainer's processes are gone without an exit code: killed from outside, most often for memory\n" + tail[-800:],
             money=session.money(),

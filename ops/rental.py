@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from ops import commands, cost
 from ops.errors import BoxLeaked, MarketError, MilkteaError, NeverReady, NoAnswer, OfferGone, Preempted, Refused, Unsuitable
-from ops.offers import Instance, Offer
+from ops.market import Instance, Offer
 from ops.session import Detached, Session
 from ops.wait import until
 
@@ -34,14 +34,13 @@ FATAL_WORDS = (
 def rented(session: Session, offer: Offer) -> Iterator[int]:
     """The instance id of the machine behind `offer`, or the one that this run already has. On the way out, however, it is destroyed and proven gone;
     only `Detached` leaves it, guarded by its own watchdog. A failing destroy raises BoxLeaked from the first error."""
-    instance_id = adopt(session) or rent(session, offer)
     try:
-        yield instance_id
+        yield adopt(session) or rent(session, offer)
     except Detached:
         raise
     except BaseException as first:
         try:
-            _keep_diagnostics(session, instance_id, first)
+            _keep_diagnostics(session, first)
             give_back(session, why=type(first).__name__)
         except BoxLeaked as leak:
             raise leak from first
@@ -224,9 +223,10 @@ def _bill(session: Session, instance_id: int | None) -> None:
     session.note("bill", instance_id=instance_id, items=[asdict(c) for c in charges], usd=round(sum(c.usd for c in charges), 6))
 
 
-def _keep_diagnostics(session: Session, instance_id: int, first: BaseException) -> None:
+def _keep_diagnostics(session: Session, first: BaseException) -> None:
     """The container's log dies with the box; when something went wrong it is the only witness. Best effort."""
-    if not isinstance(first, MilkteaError):
+    instance_id = session.instance_id()
+    if instance_id is None or not isinstance(first, MilkteaError):
         return
     try:
         text = session.vast.container_log(instance_id)

@@ -7,21 +7,37 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ops import adapter, commands, facts
-from ops.box import Box, Endpoint, PushFile
+from ops.box import Box, Endpoint
+from ops.choose import choose
 from ops.errors import (
-    AdapterError, BoxError, Failed, Lost, MilkteaError, NeverReady, NoOffer, OfferGone, OverBudget, Preempted, RateLimited, Stalled,
+    AdapterError,
+    BoxError,
+    Failed,
+    Lost,
+    MilkteaError,
+    NeverReady,
+    NoOffer,
+    OfferGone,
+    OverBudget,
+    Preempted,
+    RateLimited,
+    Stalled,
     Unsuitable,
 )  # fmt: skip
 from ops.follow import follow, newest_checkpoint, pull_folder
-from ops.market import choose
-from ops.offers import Instance, Offer
-from ops.rental import boot, rented
-from ops.session import Detached, Interrupted, Session
+from ops.market import Instance, Offer
+from ops.rental import boot, refuse_preempted, rented
+from ops.session import MARGIN_S, Detached, Interrupted, Session
+from ops.transfer import PushFile, sha256_of
 
+T = TypeVar("T")
 MACHINES = 5  # tried for one run before giving up
 CONNECT_S = 300.0
 TUNNEL_S = 75.0  # after which a stuck proxy tunnel is cured by one reboot
@@ -51,7 +67,7 @@ def rent_and_train(session: Session) -> Outcome:
     raise NoOffer(f"{MACHINES} machines were tried and none carried the run through", money=session.money())
 
 
-def offers(session: Session):  # noqa: ANN201 - a generator of Offer
+def offers(session: Session):
     """The offers to try, the cheapest finished run first, searched anew each time; first the one that this run still has."""
     if session.may_have_box():
         yield session.offer()
@@ -74,22 +90,26 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     endpoints = [Endpoint(instance.ssh_host, instance.ssh_port, "proxy")]
     if instance.direct_port:
         endpoints.insert(0, Endpoint(instance.direct_host, instance.direct_port, "direct"))
-    box = Box(endpoints, "root", session.key_path, session.known_hosts)
+    box = Box(endpoints, "root", session.key_path, session.known_hosts, retry_s=3 * session.pace)
     began = session.clock.now()
+
+    def told(endpoint: Endpoint, reason: str) -> None:
+        session.screen.connecting(f"{endpoint}: {reason}")
+
     try:
-        box.connect(deadline_s=TUNNEL_S * session.pace, on_try=session.screen.connecting)
+        box.connect(deadline_s=TUNNEL_S * session.pace, on_try=told)
     except NeverReady:
         if "port forwarding failed" in session.vast.container_log(instance.id):
             session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
             session.vast.reboot(instance.id)
-        box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.pace, on_try=session.screen.connecting)
+        box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.pace, on_try=told)
     armed = box.run(commands.ready(session.run_id))
-    if b"armed" not in armed.stdout:
-        raise Unsuitable(f"the box did not arm its watchdog: {armed.stderr.decode('utf-8', 'replace')[-300:]}", money=session.money())
+    if "armed" not in armed.stdout:
+        raise Unsuitable(f"the box did not arm its watchdog: {armed.stderr[-300:]}", money=session.money())
     why = facts.unsuitable(facts.parse(box.run(facts.SCRIPT).stdout), facts.Expected.of(offer, session.plan.needs))
     if why:
         raise Unsuitable(f"machine {offer.machine_id} is not what was offered: {why}", money=session.money())
-    session.note("connected", instance_id=instance.id, via=box.via, seconds=round(session.clock.now() - began, 2))
+    session.note("connected", instance_id=instance.id, via=box.endpoint.kind if box.endpoint else None, seconds=round(session.clock.now() - began, 2))
     return box
 
 
@@ -99,16 +119,35 @@ def push(session: Session, box: Box) -> None:
     job = session.journal.folder / "job.json"
     job.write_text(json.dumps(session.plan.wire_job, ensure_ascii=False, indent=1), "utf-8")
     files = [PushFile(p.local, f"{folder}/{p.remote}", p.sha256) for p in session.plan.pushes]
-    files.append(PushFile.of(job, f"{folder}/job.json"))
+    files.append(_push_file(job, f"{folder}/job.json"))
     checkpoint = newest_checkpoint(session)
     if checkpoint and session.journal.last("launched", "renting").kind == "renting":  # type: ignore[union-attr]
         files += [
-            PushFile.of(p, f"{folder}/checkpoints/{checkpoint.name}/{p.relative_to(checkpoint)}")
+            _push_file(p, f"{folder}/checkpoints/{checkpoint.name}/{p.relative_to(checkpoint)}")
             for p in sorted(checkpoint.rglob("*")) if p.is_file()
         ]  # fmt: skip
     began = session.clock.now()
-    sent = box.push(files, lambda done, total: session.screen.moving("push", done, total))
+    persist(session, box, lambda: box.push(files, lambda done, total: session.screen.moving("push", done, total)))
+    sent = sum(f.local.stat().st_size for f in files)
     session.note("pushed", files=len(files), bytes_in=sent, seconds=round(session.clock.now() - began, 2))
+
+
+def _push_file(local: Path, remote: str) -> PushFile:
+    return PushFile(local, remote, sha256_of(local))
+
+
+def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
+    """A transfer again and again over broken links, for as long as the box lives. Raises Preempted when it was taken away."""
+    while True:
+        try:
+            return action()
+        except Lost as e:
+            session.screen.waiting(f"the link broke ({e}); again")
+            refuse_preempted(session)
+            if session.clock.now() > session.dies_at() - MARGIN_S:
+                raise
+        with suppress(NeverReady):
+            box.connect(deadline_s=60 * session.pace)
 
 
 def launch(session: Session, box: Box) -> None:
@@ -119,8 +158,8 @@ def launch(session: Session, box: Box) -> None:
         events.rename(events.with_name(f"events.{len(session.journal.lines)}.jsonl"))
     answer = box.run(commands.launch(session.run_id, session.plan.trainer))
     if answer.exit_code != 0:
-        raise Lost(f"the training could not be started: {answer.stderr.decode('utf-8', 'replace')[-300:]}", money=session.money())
-    session.note("launched", state=answer.stdout.decode("utf-8", "replace").strip().splitlines()[-1])
+        raise Lost(f"the training could not be started: {answer.stderr[-300:]}", money=session.money())
+    session.note("launched", state=answer.stdout.strip().splitlines()[-1])
 
 
 def watch(session: Session, box: Box) -> None:
@@ -160,7 +199,7 @@ def fetch_newest(session: Session, box: Box) -> None:
         box.run(commands.stop_training(session.run_id))
         session.clock.sleep(3 * session.pace)
         folder = commands.run_folder(session.run_id)
-        names = box.run(f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json").stdout.decode().split()
+        names = box.run(f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json").stdout.split()
         steps = sorted((int(n.split("/")[0]) for n in names if n.split("/")[0].isdigit()), reverse=True)
         have = newest_checkpoint(session)
         if steps and (have is None or steps[0] > int(have.name)):
@@ -178,7 +217,7 @@ def pull(session: Session, box: Box) -> Outcome:
     staging.mkdir(exist_ok=True)
     for attempt in range(1, FETCHES + 1):
         try:
-            found = _fetch(session, box, folder, staging)
+            found = persist(session, box, lambda: _fetch(session, box, folder, staging))
             break
         except AdapterError as e:
             session.note("bad_result", attempt=attempt, why=str(e))
@@ -195,15 +234,18 @@ def pull(session: Session, box: Box) -> Outcome:
 
 
 def _fetch(session: Session, box: Box, folder: str, staging: Path) -> adapter.Verified:
-    box.pull(f"{folder}/manifest.json", staging / "manifest.json")
+    for name in ("manifest.json", "adapter.zip"):
+        (staging / name).unlink(missing_ok=True)
     try:
+        box.pull(f"{folder}/manifest.json", staging / "manifest.json")
         manifest = json.loads((staging / "manifest.json").read_text("utf-8"))
         size = int(manifest["adapter_bytes"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise AdapterError(f"result/manifest.json cannot be read: {e}", money=session.money()) from e
-    box.pull(f"{folder}/adapter.zip", staging / "adapter.zip", progress=lambda done, _: session.screen.moving("pull", done, size))
-    found = adapter.verify(staging / "adapter.zip", manifest, adapter.Expect.of(session.plan.wire_job))
-    for name in manifest.get("extras", []):
-        if "/" not in name and not name.startswith("."):
-            box.pull(f"{folder}/{name}", staging / name)
-    return found
+        box.pull(f"{folder}/adapter.zip", staging / "adapter.zip", progress=lambda done, _: session.screen.moving("pull", done, size))
+        for name in manifest.get("extras", []):
+            if "/" not in name and not name.startswith("."):
+                box.pull(f"{folder}/{name}", staging / name)
+    except Lost:
+        raise
+    except (ValueError, KeyError, TypeError, BoxError) as e:
+        raise AdapterError(f"the result cannot be fetched whole: {e}", money=session.money()) from e
+    return adapter.verify(staging / "adapter.zip", manifest, expected_adapter(session.plan.wire_job))

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ops import cost
-from ops.box import Box, PushFile
+from ops.box import Box
 from ops.commands import WATCH_S
 from ops.cost import Cost, Workload
 from ops.errors import OverBudget
 from ops.journal import Journal, Line, last
-from ops.offers import Instance, Needs, Offer, Priced, Ranking
+from ops.market import Instance, Offer
+from ops.offers import Needs, Priced, Ranking, bid_of
+from ops.transfer import PushFile
 from ops.vast import Vast
 from ops.wait import Clock
 from trainer.events import Event
@@ -24,11 +26,11 @@ from trainer.events import Event
 MARGIN_S = 60.0  # before the box's own deadline, in which the laptop fetches what there is
 
 
-class Detached(BaseException):  # noqa: N818 - not an error: the user's word that leaves the box alone
+class Detached(BaseException):
     """The user chose to leave; the box goes on and ends by itself."""
 
 
-class Interrupted(BaseException):  # noqa: N818
+class Interrupted(BaseException):
     """The user pressed Ctrl-C, or the terminal went away."""
 
 
@@ -81,19 +83,12 @@ class Session:
     def __init__(self, journal: Journal, plan: Plan, vast: Vast, clock: Clock, screen: Screen) -> None:
         self.journal, self.plan, self.vast, self.clock, self.screen = journal, plan, vast, clock, screen
         self.pace = vast.provider.pace
-        self._key = journal.folder / "id_ed25519"
-        public = self._key.with_suffix(".pub")
-        if not self._key.exists() or not public.exists():
-            public.write_text(Box.make_key(self._key) + "\n", "utf-8")
-        self.public_key = public.read_text("utf-8").strip()
+        self.key_path = journal.folder / "id_ed25519"  # of this run alone
+        self.public_key = Box.make_key(self.key_path)
 
     @property
     def run_id(self) -> str:
         return self.plan.run_id
-
-    @property
-    def key_path(self) -> Path:
-        return self._key
 
     @property
     def known_hosts(self) -> Path:
@@ -121,10 +116,8 @@ class Session:
         return Offer(**line["offer"])
 
     def bid(self, offer: Offer) -> float | None:
-        """$/h to bid, None on demand: the user's, or a fifth over the least."""
-        if not self.plan.needs.interruptible:
-            return None
-        return self.plan.needs.bid_usd_per_hour or round(offer.min_bid_usd_per_hour * 1.2, 4)
+        """$/h to bid, None on demand."""
+        return bid_of(offer, self.plan.needs)
 
     def predicted(self, offer: Offer) -> Cost:
         return cost.predict(offer, self.plan.workload, self.bid(offer))
@@ -180,9 +173,9 @@ def spent_usd(lines: list[Line], now: float) -> float:
     def close(until: float) -> float:
         if offer is None or not rented_t:
             return 0.0
-        return cost.burn_usd(
-            offer, max(0.0, until - running_t) if running_t else 0.0, max(0.0, until - rented_t), gb_in, gb_out, disk_gib=disk, bid_usd_per_hour=bid
-        )
+        paid = offer if bid is None else replace(offer, usd_per_hour=bid)
+        running_s = max(0.0, until - running_t) if running_t else 0.0
+        return cost.burn_usd(paid, running_s, max(0.0, until - rented_t), gb_in, gb_out, disk)
 
     for line in lines:
         if line.kind == "renting":

@@ -16,7 +16,7 @@ from vastai.api.client import VastClient
 from vastai.api.instances import build_create_instance_payload
 
 from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
-from ops.offers import Instance, Offer, parse_instance, parse_offer
+from ops.market import Instance, Offer, parse_instance, parse_offer
 from ops.wait import Clock
 
 # Least seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429 below them).
@@ -182,7 +182,7 @@ class Vast:
         except requests.exceptions.JSONDecodeError:
             content = {"msg": reply.text[:200].strip()}
             if reply.ok:
-                raise NoAnswer(f"{what}: vast.ai answered {reply.status_code} with something that is not JSON: {content['msg']}", money="unknown") from None
+                raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}, but not in JSON: {content['msg']}", money="unknown") from None
         except requests.RequestException as e:
             raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_short(e)}", money="unknown") from e
         if reply.status_code == 429:

@@ -1,0 +1,73 @@
+# The front door. Every target sets up what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+JOB ?= jobs/practice.toml
+RUN ?= last
+IMAGE ?= practice
+N ?= 1000
+milktea := $(VENV)/bin/python -m ops.cli
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup rent-and-train plan resume reap status test test-slow lint crash-matrix image image-lock bundle push-image lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(VENV)/ready ## a virtual environment with everything, once
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "milktea needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "setting up $(VENV) (a minute or two, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install -q $$(grep '^torch==' requirements.lock) -c requirements.lock 2> >(grep -v 'is ignored: it is neither' >&2)
+	@$(VENV)/bin/pip install -q --no-deps -r requirements.lock 2> >(grep -v 'is ignored: it is neither' >&2)
+	@$(VENV)/bin/pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v 'is ignored: it is neither' >&2)
+	@touch $@
+
+rent-and-train: setup ## the main job: JOB=jobs/practice.toml (no account needed), jobs/alpaca-zh.toml, yours
+	@$(milktea) rent-and-train $(JOB)
+
+plan: setup ## checks, offers and prices of JOB; rents nothing
+	@$(milktea) plan $(JOB)
+
+resume: setup ## go on with RUN
+	@$(milktea) resume $(RUN)
+
+reap: setup ## destroy whatever no live client looks after
+	@$(milktea) reap
+
+status: setup ## where every run stands
+	@$(milktea) status
+
+test: setup ## the test suite
+	@$(VENV)/bin/python -m pytest -n 2
+
+test-slow: setup ## the long proofs: crash matrix, kills, corruption, Docker where an engine is
+	@$(VENV)/bin/python -m pytest -m "(slow or docker) and not gpu and not live" -n 2
+
+lint: setup ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy ops trainer
+
+crash-matrix: setup ## N client deaths, one later command each, boxes left: none
+	@$(VENV)/bin/python tests/crash_matrix.py $(N)
+
+image: setup ## build IMAGE=practice, train-cu130, ... from its lock
+	@$(milktea) image build $(IMAGE)
+
+image-lock: setup ## pin every package and file of IMAGE by hash
+	@$(milktea) image lock $(IMAGE)
+
+bundle: setup ## a folder to carry to a server without a network: IMAGE=..., SINCE=previous lock
+	@$(milktea) image bundle $(IMAGE) $(if $(SINCE),--since $(SINCE))
+
+push-image: setup ## to a registry that vast.ai's hosts pull from: IMAGE=..., REGISTRY=...
+	@$(milktea) image push $(IMAGE) $(REGISTRY)
+
+lock: ## resolve requirements.lock anew from pyproject.toml
+	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q torch==2.13.0 && $(PYTHON) -c 'import tomllib;p=tomllib.load(open("pyproject.toml","rb"))["project"];print("setuptools", *[d for d in p["dependencies"]+p["optional-dependencies"]["dev"] if not d.startswith("vastai")], sep="\n")' >.venv-lock/in.txt && .venv-lock/bin/pip install -q -r .venv-lock/in.txt && .venv-lock/bin/pip install -q --no-deps "vastai>=1.9.1"
+	@{ echo "# Installed with --no-deps. Made by make lock."; .venv-lock/bin/pip freeze --exclude-editable | sed 's/ @ file:.*//; s/+cpu//' | grep -v -E '^(nvidia-|triton|pip=)'; } >requirements.lock
+	@rm -rf .venv-lock
+
+clean: ## what can be made again, except runs/ and out/
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .milktea

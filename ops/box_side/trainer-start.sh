@@ -1,0 +1,12 @@
+# For an image that does not hold our trainer: it came with the data; what it imports is installed once, beside the runs.
+set -e
+for p in /opt/venv/bin/python /venv/main/bin/python /opt/conda/bin/python python3; do
+  if command -v "$p" >/dev/null 2>&1 && "$p" -c 'import torch' 2>/dev/null; then py=$p; break; fi
+done
+[ -n "${py:-}" ] || { echo "no Python with torch in this image: choose another image.ref" >&2; exit 3; }
+if [ ! -e ../venv.ready ]; then
+  "$py" -m venv --system-site-packages ../venv
+  ../venv/bin/python -m pip install -q --disable-pip-version-check -r trainer-requirements.txt
+  touch ../venv.ready
+fi
+PYTHONPATH=. exec ../venv/bin/python -m trainer.launch job.json

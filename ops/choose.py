@@ -1,0 +1,68 @@
+"""Search, rank and choose: the cheapest finished run first, each time with the market as it is now."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ops import journal
+from ops.errors import JournalError, NoOffer, OverBudget
+from ops.market import Offer
+from ops.offers import Ranking, penalty, query, rank
+from ops.session import Session
+
+
+def choose(session: Session) -> Offer:
+    """The best offer of this moment that was not tried in this run. Raises NoOffer naming the filter that removed most."""
+    ranking = search(session)
+    tried = {line["machine_id"] for line in session.journal.lines if line.kind == "bad_machine"}
+    gone = {line["offer_id"] for line in session.journal.lines if line.kind == "missed"}
+    fresh = [p for p in ranking.accepted if p.offer.machine_id not in tried and p.offer.id not in gone]
+    if not fresh:
+        raise none_left(ranking, len(ranking.accepted), session.money())
+    affordable = [p for p in fresh if p.cost.usd <= session.plan.max_usd - session.spent_usd()]
+    if not affordable:
+        raise OverBudget(
+            f"the cheapest of {len(fresh)} offers would finish this run for {fresh[0].cost.usd:.2f} $, and limits.max_usd leaves "
+            f"{session.plan.max_usd - session.spent_usd():.2f} $",
+            money=session.money(),
+            hint="raise limits.max_usd, or shorten the training (num_train_epochs, max_steps)",
+        )
+    best = affordable[0]
+    session.note(
+        "offers", chosen=best.offer.id, why=best.why, predicted=asdict(best.cost), seen=len(ranking.accepted) + len(ranking.rejected),
+        runners_up=[{"offer": asdict(p.offer), "usd": p.cost.usd, "why_not": p.why} for p in affordable[1:4]],
+        rejected=[{"offer": o.id, "gpu": o.gpu_name, "why": why} for o, why, _ in ranking.rejected],
+    )  # fmt: skip
+    session.screen.renting(best)
+    return best.offer
+
+
+def search(session: Session) -> Ranking:
+    """What the market offers now, ranked for this run with the memory of machines that failed us."""
+    needs = session.plan.needs
+    found = session.vast.search(query(needs), interruptible=needs.interruptible, disk_gib=needs.disk_gib)
+    return rank(found, needs, session.plan.workload, bad_machines(session.journal.folder.parent, session.clock.now()))
+
+
+def none_left(ranking: Ranking, tried: int, money: str) -> NoOffer:
+    """The error for a market without an offer for us: which filter keeps most out, or that all were tried."""
+    if tried:
+        return NoOffer(f"all {tried} offers that fit were tried", money=money)
+    if not ranking.rejected:
+        return NoOffer("the market has no offer for these needs at all", money=money, hint="relax [offer]: gpu_name, countries, num_gpus")
+    return NoOffer(f"none of {len(ranking.rejected)} offers fits: {ranking.advice()}", money=money)
+
+
+def bad_machines(root: Path, now: float) -> dict[int, float]:
+    """machine_id -> how likely it is to fail us again, from every journal under `root`."""
+    ages: dict[int, list[float]] = {}
+    for folder in journal.runs(root):
+        try:
+            lines = journal.read(folder)
+        except JournalError:
+            continue
+        for line in lines:
+            if line.kind == "bad_machine":
+                ages.setdefault(line["machine_id"], []).append(now - line.t)
+    return {machine_id: penalty(seen) for machine_id, seen in ages.items()}

@@ -1,0 +1,385 @@
+"""The command line: the only module that reads the environment, and with screen.py the only one that prints.
+
+Imports are inside the commands: `--help` answers at once, and only what a command needs is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from ops.session import Plan, Session
+    from ops.vast import Vast
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+JobArgument = Annotated[Path, typer.Argument(help="The job file")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs")]
+Run = Annotated[str, typer.Argument(help="A run id, or an unambiguous beginning of one; `last` is the newest")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask")]
+PRACTICE = Path("jobs/practice.toml")
+
+
+@app.command("rent-and-train")
+def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes = False) -> None:
+    """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends."""
+    with _errors(as_json), _vast() as vast:
+        from ops.journal import Journal
+        from ops.preflight import preflight
+        from ops.run import rent_and_train as story
+        from ops.session import Session
+        from ops.wait import RealClock
+
+        clock, screen = RealClock(), _screen(as_json)
+        _finish_destroys(vast, screen)
+        plan = preflight(_job(job), vast, clock, _runs())
+        with Journal(_runs() / plan.run_id) as journal:
+            _first_line(journal, plan, screen)
+            session = Session(journal, plan, vast, clock, screen)
+            _show_plan(session)
+            if not yes and _is_real() and sys.stdin.isatty() and not typer.confirm("Rent it?", default=True):
+                raise typer.Exit(0)
+            _act(session, story, as_json)
+
+
+@app.command()
+def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
+    """Everything up to the plan screen: checks, search, prices. Nothing is rented."""
+    with _errors(as_json), _vast() as vast:
+        from ops.choose import none_left
+        from ops.offers import query, rank
+        from ops.preflight import preflight
+        from ops.wait import RealClock
+
+        screen = _screen(as_json)
+        done = preflight(_job(job), vast, RealClock(), _runs())
+        found = vast.search(query(done.needs), interruptible=done.needs.interruptible, disk_gib=done.needs.disk_gib)
+        ranking = rank(found, done.needs, done.workload, {})
+        if not ranking.accepted:
+            raise none_left(ranking, 0, "nothing was spent")
+        screen.plan(done, ranking, vast.credit_usd())
+
+
+@app.command()
+def resume(run: Run, as_json: Json = False) -> None:
+    """Go on with a run whose client died, that was interrupted, or whose box was taken away."""
+    with _errors(as_json), _vast() as vast:
+        from ops.errors import JournalError
+        from ops.journal import Journal
+        from ops.run import rent_and_train as story
+        from ops.session import Plan, Session
+        from ops.wait import RealClock
+
+        screen = _screen(as_json)
+        with Journal(_folder(run)) as journal:
+            if not journal.lines:
+                raise JournalError(f"{journal.run_id} has an empty journal", hint="start it anew with rent-and-train")
+            if (pulled := journal.last("pulled")) is not None:
+                raise JournalError(f"{journal.run_id} is done: its adapter is {pulled['adapter']}", hint="`milktea reap` if its box still stands")
+            session = Session(journal, Plan.from_line(journal.lines[0]), vast, RealClock(), screen)
+            _act(session, story, as_json)
+
+
+@app.command()
+def status(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
+    """Where every run stands, from the journals alone."""
+    with _errors(as_json):
+        import time
+
+        from ops import explain, journal
+
+        folders = [_folder(run)] if run else journal.runs(_runs())
+        rows = [explain.status(f.name, lines, time.time()) for f in folders if (lines := _readable(f))]
+        if as_json:
+            for row in rows:
+                print(json.dumps(row.as_dict()))
+            return
+        for row in rows:
+            box = f"box {row.box}" if row.box else "no box"
+            step = f"  checkpoint {row.step}" if row.step else ""
+            print(f"{row.run_id}  {row.stage}  {box}  {row.spent_usd:.4f} of {row.max_usd:.2f} ${step}" + (f"  {row.adapter}" if row.adapter else ""))
+        if not rows:
+            print("no runs yet: `make rent-and-train` makes the first")
+
+
+@app.command()
+def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come")] = False) -> None:
+    """What the trainer said, as far as it is at home; acts on nothing."""
+    with _errors(False):
+        import time
+
+        from ops import journal
+        from trainer.events import parse, whole_lines
+
+        folder, offset = _folder(run), 0
+        while True:
+            path = folder / "events.jsonl"
+            if path.exists():
+                with path.open("rb") as f:
+                    f.seek(offset)
+                    lines, used = whole_lines(f.read())
+                offset += used
+                for text in lines:
+                    event = parse(text)
+                    facts = event.model_dump(exclude={"t", "event"})
+                    print(getattr(event, "event", ""), *(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()), sep="  ")
+            ended = journal.last(journal.read(folder), "destroyed", "leaked", "renting")
+            if not follow or (ended is not None and ended.kind != "renting"):
+                break
+            time.sleep(1)
+        for name in ("log.txt", "container.log"):
+            if (folder / name).exists():
+                print(f"--- {name}\n{(folder / name).read_text('utf-8')}")
+
+
+@app.command()
+def reap(as_json: Json = False, foreign: Annotated[bool, typer.Option("--foreign", help="Also runs that have no folder here")] = False) -> None:
+    """Destroy every box that no live client looks after, and prove it."""
+    with _errors(as_json), _vast() as vast:
+        from ops.reap import reap as sweep
+        from ops.wait import RealClock
+
+        _report(sweep(_runs(), vast, RealClock(), _screen(as_json), foreign=foreign), as_json, say_nothing_found=True)
+
+
+@app.command()
+def destroy(run: Run, as_json: Json = False) -> None:
+    """Destroy the box of one run now, and prove it."""
+    with _errors(as_json), _vast() as vast:
+        from ops.journal import Journal
+        from ops.rental import give_back
+        from ops.session import Plan, Session, may_have_box
+        from ops.wait import RealClock
+
+        with Journal(_folder(run)) as journal:
+            had = may_have_box(journal.lines)
+            give_back(Session(journal, Plan.from_line(journal.lines[0]), vast, RealClock(), _screen(as_json)), why="asked for")
+            print(f"{journal.run_id}: " + ("destroyed, absent in three spaced reads" if had else "has no box; nothing to do"))
+
+
+@app.command()
+def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None) -> None:
+    """Our meter, vast.ai's bill and the prediction, from the journals alone."""
+    with _errors(False):
+        import time
+
+        from ops import explain, journal
+
+        for folder in [_folder(run)] if run else journal.runs(_runs()):
+            if lines := _readable(folder):
+                print(folder.name, *explain.cost_lines(lines, time.time()), sep="\n  ")
+
+
+@app.command()
+def explain(run: Run) -> None:
+    """Why this offer, why it stopped, where each cent went."""
+    with _errors(False):
+        import time
+
+        from ops import explain as telling
+        from ops import journal
+
+        print(*telling.explain(journal.read(_folder(run)), time.time()), sep="\n")
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a job file, for editors."""
+    from ops.config import schema as exported
+
+    print(json.dumps(exported(), indent=1))
+
+
+# -- what the commands share ----------------------------------------------------------------------------------------
+
+
+def _runs() -> Path:
+    return Path(os.environ.get("MILKTEA_RUNS", "runs")).resolve()
+
+
+def _folder(run: str) -> Path:
+    from ops import journal
+    from ops.errors import JournalError
+
+    found = journal.runs(_runs())
+    chosen = found[-1:] if run == "last" else [f for f in found if f.name == run] or [f for f in found if f.name.startswith(run)]
+    if run == "last":
+        chosen = sorted(found, key=lambda f: (f / journal.FILE).stat().st_mtime)[-1:]
+    if len(chosen) != 1:
+        raise JournalError(f"{run!r} names {len(chosen)} runs under {_runs()}", hint="`milktea status` lists them")
+    return chosen[0]
+
+
+def _readable(folder: Path) -> list[Any]:
+    from ops import journal
+    from ops.errors import JournalError
+
+    try:
+        return journal.read(folder)
+    except JournalError as e:
+        print(f"{folder.name}: {e}\n  {e.hint}", file=sys.stderr)
+        return []
+
+
+def _job(path: Path) -> Any:
+    from ops.config import load
+
+    return load(path)
+
+
+def _is_real() -> bool:
+    return bool(os.environ.get("VAST_API_KEY", "").strip())
+
+
+@contextmanager
+def _vast() -> Iterator[Vast]:
+    """vast.ai when VAST_API_KEY is set; else the emulator on this machine, started when it is not running."""
+    from ops.vast import Provider, Vast, provider_from
+    from ops.wait import RealClock
+
+    provider = provider_from(os.environ)
+    if provider is None:
+        from ops.fakevast.embedded import ensure
+
+        server = ensure(Path(".milktea/fakevast"))
+        provider = Provider(server.url, server.api_key, pace=0.1)
+        print("VAST_API_KEY is not set: the emulator plays vast.ai on this machine; no money moves.", file=sys.stderr)
+    yield Vast(provider, RealClock())
+
+
+def _screen(as_json: bool) -> Any:
+    from ops.screen import JsonLines, Terminal
+
+    if as_json:
+        return JsonLines()
+    from rich.console import Console
+
+    return Terminal(Console())
+
+
+def _first_line(journal: Any, plan: Plan, screen: Any) -> None:
+    screen.line(journal.append("planned", **plan.to_line()))
+
+
+def _show_plan(session: Session) -> None:
+    from ops.choose import none_left, search
+
+    ranking = search(session)
+    if not ranking.accepted:
+        raise none_left(ranking, 0, session.money())
+    session.screen.plan(session.plan, ranking, session.vast.credit_usd())
+
+
+def _act(session: Session, story: Any, as_json: bool) -> None:
+    """Run the story with signals turned into Interrupted, and say how it ended."""
+    from ops.errors import MilkteaError
+    from ops.session import Detached, Interrupted
+
+    def interrupted(number: int, frame: Any) -> None:
+        if session.screen.shielded:
+            print("\nnot now: the box is being destroyed; a moment", file=sys.stderr)
+            return
+        raise Interrupted
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupted)
+    try:
+        outcome = story(session)
+    except Detached:
+        print(f"detached; `milktea resume {session.run_id}` goes on; the box ends itself at its deadline")
+        return
+    except Interrupted:
+        session.note("failed", what="interrupted", exit_code=130)
+        print(f"interrupted; the box is destroyed and proven absent; {session.money()}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except MilkteaError as e:
+        session.note("failed", what=f"{type(e).__name__}: {e}", exit_code=e.exit_code)
+        raise
+    _last_lines(session, outcome, as_json)
+
+
+def _last_lines(session: Session, outcome: Any, as_json: bool) -> None:
+    bill = session.journal.last("bill")
+    billed = f"{bill['usd']:.4f} $" if bill and "usd" in bill.data else "not to be had yet"
+    facts = {
+        "run_id": session.run_id, "adapter": str(outcome.adapter_zip), "sha256": outcome.sha256, "spent_usd": round(session.spent_usd(), 5),
+        "bill_usd": bill.get("usd") if bill else None,
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps({"kind": "done", **facts}))
+        return
+    screen = session.screen
+    for sample in screen.samples:  # type: ignore[attr-defined]
+        print(f"  {sample.prompt}\n    before: {sample.before}\n    after:  {sample.after}")
+    if (score := screen.score) is not None:  # type: ignore[attr-defined]
+        print(f"held-out exact match: {score.exact_match_before:.1%} before, {score.exact_match_after:.1%} after ({score.rows} rows)")
+    line = session.journal.last("rented", "destroyed")
+    predicted = session.journal.last("offers")
+    said = f", predicted {predicted['predicted']['usd']:.4f} $" if predicted else ""
+    gone = f"box {line.get('instance_id')} destroyed, verified absent x{len(line.get('reads', []))}" if line else ""
+    print(f"{gone}; cost {facts['spent_usd']:.4f} $ (vast.ai's bill {billed}{said}); adapter {_short(outcome.adapter_zip)} sha256 {outcome.sha256}")
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _finish_destroys(vast: Vast, screen: Any) -> None:
+    from ops.reap import finish_destroys
+    from ops.wait import RealClock
+
+    _report(finish_destroys(_runs(), vast, RealClock(), screen), False)
+
+
+def _report(reaped: Any, as_json: bool, *, say_nothing_found: bool = False) -> None:
+    if as_json:
+        print(json.dumps({"kind": "reaped", "destroyed": reaped.destroyed, "left": reaped.left, "leaked": [str(e) for e in reaped.leaked]}))
+    else:
+        for run_id in reaped.destroyed:
+            print(f"{run_id}: destroyed, absent in three spaced reads")
+        for line in reaped.left:
+            print(f"left alone: {line}")
+        if say_nothing_found and not (reaped.destroyed or reaped.left or reaped.leaked):
+            print("no box of ours exists")
+    if reaped.leaked:
+        raise reaped.leaked[0]
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """MilkteaError -> what, money, hint on stderr, and its exit code."""
+    from ops.errors import MilkteaError
+
+    try:
+        yield
+    except MilkteaError as e:
+        _fail(e, as_json)
+
+
+def _fail(e: Any, as_json: bool) -> NoReturn:
+    if as_json:
+        row = {"kind": "error", "error": type(e).__name__, "what": str(e), "money": e.money, "hint": e.hint, "exit_code": e.exit_code}
+        print(json.dumps(row, ensure_ascii=False))
+    else:
+        first = e.__cause__
+        print(f"\n{type(e).__name__}: {e}\n  money: {e.money}" + (f"\n  next:  {e.hint}" if e.hint else ""), file=sys.stderr)
+        if e.exit_code == 70 and first is not None:
+            print(f"  first: {type(first).__name__}: {first}", file=sys.stderr)
+    raise typer.Exit(e.exit_code)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Pure: a journal told as status, cost and explanation. No network, no clock but the caller's."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ops.cost import Cost, compare
+from ops.journal import Line, last
+from ops.session import may_have_box, spent_usd
+
+STAGES = {
+    "planned": "planned", "offers": "offer chosen", "renting": "renting", "rented": "rented", "booted": "booted", "connected": "connected",
+    "pushed": "pushed", "launched": "training", "event": "training", "checkpoint": "training", "ended": "training ended", "pulled": "adapter at home",
+    "destroying": "destroying", "destroyed": "destroyed", "leaked": "LEAKED", "absent": "nothing rented", "preempted": "taken away",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Status:
+    run_id: str
+    stage: str
+    began: float
+    spent_usd: float
+    max_usd: float
+    box: int | None
+    adapter: str | None
+    step: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def status(run_id: str, lines: list[Line], now: float) -> Status:
+    newest = next((line for line in reversed(lines) if line.kind in STAGES), lines[0])
+    pulled, rented, checkpoint = last(lines, "pulled"), last(lines, "rented"), last(lines, "checkpoint")
+    stage = STAGES[newest.kind]
+    if newest.kind == "destroyed" and pulled:
+        stage = "done"
+    return Status(
+        run_id, stage, lines[0].t, round(spent_usd(lines, now), 4), lines[0]["max_usd"],
+        rented["instance_id"] if rented and may_have_box(lines) else None,
+        pulled["adapter"] if pulled else None,
+        checkpoint["step"] if checkpoint else None,
+    )  # fmt: skip
+
+
+def explain(lines: list[Line], now: float) -> list[str]:
+    """Why this offer, why it stopped, where each cent went."""
+    told = [f"{_at(line.t)}  {text}" for line in lines if (text := _tell(line))]
+    return [*told, "", *cost_lines(lines, now)]
+
+
+def _tell(line: Line) -> str:
+    d = line.get
+    match line.kind:
+        case "planned":
+            return f"planned: {d('workload', {}).get('tokens', 0):,.0f} tokens, at most {d('max_usd')} $ and {d('max_s', 0) / 3600:.1f} h"
+        case "offers":
+            others = "".join(f"\n{'':21}not {r['offer']['gpu_name']} (offer {r['offer']['id']}): {r['why_not']}" for r in d("runners_up", []))
+            return f"chose offer {d('chosen')} of {d('seen')}: {d('why')}{others}"
+        case "renting":
+            offer = d("offer")
+            return f"rent {offer['num_gpus']} x {offer['gpu_name']} on machine {offer['machine_id']} at {offer['usd_per_hour']:.3f} $/h"
+        case "rented":
+            return f"instance {d('instance_id')}" + (" (found by its label)" if d("adopted") else "")
+        case "unclear":
+            return f"the answer was unclear, so the label decides: {d('error')}"
+        case "absent":
+            return f"nothing was created, seen {d('reads')} times"
+        case "booted" | "connected":
+            return f"{line.kind} after {d('seconds')} s" + (f" ({d('via')})" if d("via") else "")
+        case "pushed":
+            return f"pushed {d('files')} files, {d('bytes_in', 0):,} bytes in {d('seconds')} s"
+        case "launched":
+            return f"training {d('state')}"
+        case "checkpoint":
+            return f"checkpoint of step {d('step')} is at home"
+        case "event":
+            return f"trainer: {d('event')} {d('reason') or d('message') or ''}".rstrip()
+        case "ended":
+            return f"training ended with exit code {d('exit_code')}"
+        case "bad_result":
+            return f"the result was refused: {d('why')}"
+        case "pulled":
+            return f"adapter at home and verified: {d('adapter')} sha256 {d('sha256')[:16]}"
+        case "bad_machine" | "missed":
+            return f"machine {d('machine_id')} given up: {d('why')}"
+        case "preempted":
+            return f"taken away: {d('state')}"
+        case "interrupted":
+            return f"you chose: {d('chosen')}"
+        case "destroying":
+            return f"destroy, because: {d('why')}"
+        case "destroyed":
+            return f"destroyed and absent in {len(d('reads', []))} spaced reads"
+        case "leaked":
+            return f"LEAKED: {d('trouble')}"
+        case "failed":
+            return f"failed: {d('what')}"
+        case _:
+            return ""
+
+
+def cost_lines(lines: list[Line], now: float) -> list[str]:
+    """Our meter, vast.ai's bill, and the prediction, side by side."""
+    out = [f"our meter: {spent_usd(lines, now):.4f} $ of at most {lines[0]['max_usd']:.2f} $"]
+    predicted = last(lines, "offers")
+    for bill in (line for line in lines if line.kind == "bill"):
+        if "items" not in bill.data:
+            out.append(f"vast.ai's bill for instance {bill['instance_id']} could not be read: {bill.get('error')}")
+            continue
+        out.append(f"vast.ai's bill for instance {bill['instance_id']}: {bill['usd']:.4f} $")
+        if predicted:
+            out += [f"  {line}" for line in compare(Cost(**predicted["predicted"]), _by_type(bill["items"]))]
+    return out
+
+
+def _by_type(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": i["kind"], "amount": i["usd"]} for i in items]
+
+
+def _at(t: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t))

@@ -1,0 +1,266 @@
+"""Everything that can fail for free, before a cent is spent. The rows go through the trainer's own checks (trainer/prepare.py), so that
+what is refused here is what the box would have refused an hour later."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from ops import gpus
+from ops.config import JobFile
+from ops.cost import Workload
+from ops.errors import ConfigError, PreflightError, Refused
+from ops.offers import Needs
+from ops.session import Plan
+from ops.transfer import PushFile, sha256_of
+from ops.vast import Vast
+from ops.wait import Clock
+from trainer import memory, prepare, prompt
+from trainer.job import WIRE, Job
+
+CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}  # least compute capability
+SYSTEM_GIB = 4  # logs, pip's cache, the container's own
+IMAGE_UNPACKED = 2.5  # unpacked bytes for a compressed one
+TRAINER_FILES = ("*.py", "templates/*")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+
+
+def preflight(job: JobFile, vast: Vast, clock: Clock, root: Path) -> Plan:
+    """The plan of a run, or what stands against it: every defect of the data, an image of another wire, a key that does not work,
+    no credit, a model that fits no card asked for. Raises PreflightError or ConfigError; costs nothing."""
+    _check_image(job)
+    _check_credit(vast)
+    run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(clock.now()))}-{secrets.token_hex(2)}"
+    stage = root / run_id
+    stage.mkdir(parents=True)
+    try:
+        return _planned(job, run_id, stage)
+    except BaseException:
+        _forget(stage)
+        raise
+
+
+def _planned(job: JobFile, run_id: str, stage: Path) -> Plan:
+    pushes = [*_data_files(job), *_model_files(job), *(_trainer_files() if job.image.trainer == "push" else [])]
+    wire_job = _wire_job(job, run_id, pushes)
+    notes: list[str] = []
+    tokens, rows = _tokens(wire_job, stage, pushes, notes)
+    shape = _shape(job, notes)
+    steps = math.ceil(rows * job.training.num_train_epochs / job.training.batch_size)
+    if job.training.max_steps:
+        tokens *= min(1.0, job.training.max_steps / max(steps, 1))
+    workload = _workload(job, tokens, shape, pushes)
+    needs = _needs(job, workload, shape)
+    return Plan(
+        run_id=run_id, image=job.image.ref, trainer=job.image.trainer, wire_job=json.loads(wire_job.model_dump_json()), pushes=pushes, needs=needs,
+        workload=workload, max_usd=job.limits.max_usd, max_s=job.limits.max_hours * 3600, stall_s=job.limits.stall_minutes * 60,
+        out=str(job.results.folder), notes=notes,
+    )  # fmt: skip
+
+
+# -- key, credit, image -----------------------------------------------------------------------------------------------------------
+
+
+def _check_credit(vast: Vast) -> None:
+    try:
+        credit = vast.credit_usd()
+    except Refused as e:
+        raise PreflightError(str(e), hint=e.hint) from e
+    if credit <= 0:
+        raise PreflightError(f"the account has {credit:.2f} $ of credit", hint="add credit at https://cloud.vast.ai/billing/")
+
+
+def _check_image(job: JobFile) -> None:
+    """An image of ours says in images/*.toml which wire its trainer speaks."""
+    if job.image.trainer == "push":
+        return
+    folder = Path(__file__).parent.parent / "images"
+    for file in sorted(folder.glob("*.toml")):
+        said = tomllib.loads(file.read_text("utf-8"))
+        names = (said.get("name"), said.get("image", {}).get("name") if isinstance(said.get("image"), dict) else None, file.stem)
+        if job.image.ref.split("/")[-1].split(":")[0] in names:
+            wire = said.get("wire", said.get("image", {}).get("wire") if isinstance(said.get("image"), dict) else None)
+            if wire is not None and wire != WIRE:
+                raise PreflightError(
+                    f"image {job.image.ref} speaks wire {wire} ({file.name}), this milktea speaks {WIRE}",
+                    hint=f'`make image IMAGE={file.stem}` builds one that fits, or set image.trainer = "push"',
+                )
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------------
+
+
+def _data_files(job: JobFile) -> list[PushFile]:
+    wanted = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
+    missing = [p for p in wanted if not p.is_file()]
+    if missing:
+        raise PreflightError("\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file")
+    return [PushFile(p, f"data/{n}-{p.name}", sha256_of(p)) for n, p in enumerate(wanted)]
+
+
+def _model_files(job: JobFile) -> list[PushFile]:
+    folder = Path(job.model.base)
+    if not folder.is_dir():
+        return []
+    files = [p for pattern in MODEL_FILES for p in sorted(folder.glob(pattern))]
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise PreflightError(
+            f"{folder} holds no .safetensors file (pickled weights are not taken)", hint="save the model with save_pretrained, or name a hub model"
+        )
+    return [PushFile(p, f"model/{p.name}", sha256_of(p)) for p in files]
+
+
+def _trainer_files() -> list[PushFile]:
+    folder = Path(prepare.__file__).parent
+    files = [p for pattern in TRAINER_FILES for p in sorted(folder.glob(pattern))]
+    start = Path(__file__).parent / "box_side"
+    return [
+        *(PushFile(p, f"trainer/{p.relative_to(folder)}", sha256_of(p)) for p in files),
+        *(PushFile(p, p.name, sha256_of(p)) for p in sorted(start.iterdir()) if p.is_file()),
+    ]
+
+
+def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
+    data = [
+        {"path": p.remote, "name": p.local.name, "sha256": p.sha256, "size_bytes": p.local.stat().st_size}
+        for p in pushes if p.remote.startswith("data/")
+    ]  # fmt: skip
+    held_out = data.pop() if job.data.held_out else None
+    template, text = _template(job.data.template)
+    local = Path(job.model.base).is_dir()
+    base, _, revision = (job.model.base, "", "") if local else job.model.base.partition("@")
+    return Job.model_validate({
+        "run_id": run_id,
+        "model": {
+            "base": Path(base).name if local else base, "revision": revision or None,
+            "path": "model" if local else None, "precision": job.model.precision,
+        },
+        "data": {
+            "files": data, "held_out": held_out, "format": job.data.format, "template": template, "template_text": text,
+            "max_length": job.data.max_length, "over_length": job.data.over_length,
+        },
+        "lora": job.lora.model_dump(),
+        "training": job.training.model_dump(),
+        "processes": job.offer.num_gpus,
+    })  # fmt: skip
+
+
+def _template(name: str) -> tuple[str, str | None]:
+    path = Path(name)
+    if path.is_absolute():
+        if not path.is_file():
+            raise ConfigError(f"data.template: no such file: {path}")
+        return path.stem, path.read_text("utf-8")
+    if name != "chat" and name not in prompt.names():
+        raise ConfigError(f"data.template: {name!r} is none of {', '.join(prompt.names())}, chat, or a file")
+    return name, None
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------------------
+
+
+def _tokens(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> tuple[float, int]:
+    """(tokens over all epochs, rows), by the trainer's own preparation on links to the user's files."""
+    for p in pushes:
+        if p.remote.startswith(("data/", "model/")):
+            link = stage / p.remote
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(p.local)
+    try:
+        prepared = prepare.prepare(job, stage)
+    except prepare.Refused as e:
+        listed = "\n".join(f"  {s}" for s in e.samples)
+        raise PreflightError(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
+    except prompt.TemplateError as e:
+        raise PreflightError(str(e)) from e
+    except OSError as e:
+        raise PreflightError(
+            f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}", hint="check model.base and the network, or name a local folder"
+        ) from e
+    lengths = prepared.rows.lengths
+    if not lengths:
+        raise PreflightError("no row is left to train on", hint="`python -m trainer.data FILE` says what became of each")
+    notes.append(f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row {max(lengths):,} tokens, stop token trained in every row")
+    return sum(lengths) * job.training.num_train_epochs, len(lengths)
+
+
+def _shape(job: JobFile, notes: list[str]) -> memory.Shape | None:
+    config = Path(job.model.base) / "config.json"
+    try:
+        if not config.is_file():
+            from huggingface_hub import hf_hub_download
+
+            base, _, revision = job.model.base.partition("@")
+            config = Path(hf_hub_download(base, "config.json", revision=revision or None))
+        return memory.Shape.from_config(json.loads(config.read_text("utf-8")))
+    except (ValueError, OSError) as e:
+        if job.offer.min_gpu_memory_gib is None:
+            raise PreflightError(
+                f"the memory that {job.model.base} needs cannot be predicted: {str(e)[:200]}", hint="set offer.min_gpu_memory_gib in the job file"
+            ) from e
+        notes.append(f"memory is not predicted ({str(e)[:80]}); offer.min_gpu_memory_gib is believed")
+        return None
+
+
+def _workload(job: JobFile, tokens: float, shape: memory.Shape | None, pushes: list[PushFile]) -> Workload:
+    local = Path(job.model.base).is_dir()
+    parameters = float(memory.parameters(shape)) if shape else 7e9
+    adapter = memory.adapter_parameters(shape, job.lora.r, _targets(job)) * 4.0 if shape and job.training.method == "lora" else parameters * 4
+    image_bytes = job.image.size_gib * 2**30
+    pushed = float(sum(p.local.stat().st_size for p in pushes))
+    download = 0.0 if local else parameters * 2
+    disk = job.offer.disk_gib or max(
+        10, math.ceil((image_bytes * IMAGE_UNPACKED + 1.1 * (download + pushed) + 6 * adapter) / 2**30 + SYSTEM_GIB)
+    )
+    return Workload(
+        tokens=tokens, model_parameters=parameters, precision=job.model.precision, num_gpus=job.offer.num_gpus, image_bytes=image_bytes,
+        model_download_bytes=download, push_bytes=pushed, pull_bytes=adapter, disk_gib=float(disk), cpu_practice=parameters < 2e7, shape=shape,
+        method=job.training.method, r=job.lora.r, target_modules=_targets(job), least_tokens=job.data.max_length,
+        checkpoint_bytes=3 * adapter, save_every_s=job.training.save_every_s,
+    )  # fmt: skip
+
+
+def _targets(job: JobFile) -> Any:
+    return job.lora.target_modules
+
+
+def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
+    least = 0.0
+    if shape:
+        least = memory.min_gpu_memory_gib(
+            shape, job.model.precision, job.lora.r, _targets(job), job.training.method, min(job.data.max_length, 2048), processes=job.offer.num_gpus
+        )
+        _refuse_cards_too_small(job, least)
+    o = job.offer
+    return Needs(
+        gpu_names=tuple(o.gpu_name), min_gpu_memory_gib=max(least, o.min_gpu_memory_gib or 0.0), num_gpus=o.num_gpus,
+        max_usd_per_hour=o.max_usd_per_hour, min_reliability=o.min_reliability, countries=tuple(o.countries),
+        min_inet_down_mbps=o.min_inet_down_mbps, min_cuda=o.min_cuda, interruptible=o.type == "interruptible", bid_usd_per_hour=o.bid_usd_per_hour,
+        disk_gib=workload.disk_gib, hours=job.limits.max_hours, min_compute_capability=CAPABILITY[job.model.precision], max_usd=None,
+    )  # fmt: skip
+
+
+def _refuse_cards_too_small(job: JobFile, least_gib: float) -> None:
+    """Every card that was named is too small: say so, with the nearest that is not."""
+    named = [g for n in job.offer.gpu_name if (g := gpus.find(n))]
+    if not named or len(named) < len(job.offer.gpu_name) or any(g.memory_gib >= least_gib for g in named):
+        return
+    fits = sorted((g for g in gpus.GPUS if g.memory_gib >= least_gib), key=lambda g: (g.memory_gib, g.name))
+    nearest = f"the nearest that fits is {fits[0].name} ({fits[0].memory_gib:.0f} GiB)" if fits else "no card fits"
+    have = ", ".join(f"{g.name} {g.memory_gib:.0f} GiB" for g in named)
+    raise PreflightError(
+        f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} needs {least_gib:.1f} GiB on one GPU ({have}); {nearest}",
+        hint=f'add it to offer.gpu_name, or set model.precision = "nf4" (now {job.model.precision})',
+    )
+
+
+def _forget(stage: Path) -> None:
+    """A run that never began leaves nothing."""
+    for path in sorted(stage.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    stage.rmdir()

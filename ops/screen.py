@@ -1,0 +1,244 @@
+"""What people see: one plan screen, one line a stage, one status line with the money on it, and the last line that says it all.
+
+`Terminal` draws with rich; `JsonLines` prints one object a line for programs. Both are `ops.session.Screen`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ops.journal import Line
+from ops.market import Instance
+from ops.offers import Priced, Ranking
+from ops.session import Plan
+from trainer import events
+
+QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
+
+
+class Terminal:
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.shielded = False  # while a box is being destroyed nothing may interrupt
+        self._live = console.is_terminal
+        self._drawn = 0.0
+        self._began = time.monotonic()
+        self.samples: list[events.Sample] = []
+        self.score: events.Score | None = None
+        self.last_step: events.Step | None = None
+
+    # -- ops.session.Screen -----------------------------------------------------------------------------------------
+
+    def line(self, line: Line) -> None:
+        text = _stage(line)
+        if line.kind in ("destroyed", "leaked"):
+            self.shielded = False
+        if text:
+            self._say(text)
+
+    def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
+        draw_plan(self.console, plan, ranking, credit_usd)
+
+    def renting(self, priced: Priced) -> None:
+        self._say(f"offer     {_machine(priced)}: {priced.cost.usd:.4f} $ predicted for this run")
+
+    def booting(self, instance: Instance, waited_s: float) -> None:
+        self._status(f"boot      {instance.status or 'provisioning'} {waited_s:.0f} s  {instance.status_msg.strip()[:60]}")
+
+    def connecting(self, message: str) -> None:
+        self._status(f"connect   {message[:100]}")
+
+    def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        share = 100 * done_bytes / total_bytes if total_bytes else 100
+        self._status(f"{what:<9} {share:3.0f} % of {total_bytes / 1e6:.1f} MB")
+
+    def event(self, event: events.Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None:
+        match event:
+            case events.Step():
+                self.last_step = event
+                self._status(
+                    f"train     step {event.step}  loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s  {_minutes(event.eta_s)} left  "
+                    f"| {spent_usd:.4f} $ of {max_usd:.2f} $  ends itself {time.strftime('%H:%M', time.localtime(dies_at_unix_s))}"
+                )
+            case events.Sample():
+                self.samples.append(event)
+            case events.Score():
+                self.score = event
+            case events.Warned():
+                self._say(f"warning   {event.message}")
+            case _:
+                pass
+
+    def waiting(self, message: str) -> None:
+        self._status(f"wait      {message}", force=True)
+
+    def destroying(self, why: str) -> None:
+        self.shielded = True
+        self._status("destroy   and prove absent in three spaced reads")
+
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
+        if not sys.stdin.isatty():
+            return choices[1][0]
+        self._say("")
+        for n, (_, text) in enumerate(choices, 1):
+            self.console.print(f"  {n}  {text}", highlight=False)
+        try:
+            answer = self.console.input("choose 1, 2 or 3 [1]: ").strip() or "1"
+        except (EOFError, KeyboardInterrupt):
+            answer = "1"
+        return choices[int(answer) - 1 if answer in ("1", "2", "3") else 0][0]
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        self._clear()
+        self.console.print(f"[dim]{time.monotonic() - self._began:6.1f} s[/dim]  {text}" if text else "", highlight=False)
+
+    def _status(self, text: str, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if self._live:
+            if force or now - self._drawn > 0.1:
+                self._clear()
+                self.console.file.write(text[: self.console.width - 1])
+                self.console.file.flush()
+                self._drawn = now
+        elif force or now - self._drawn > QUIET_EVERY_S:
+            self._say(text)
+            self._drawn = now
+
+    def _clear(self) -> None:
+        if self._live:
+            self.console.file.write("\r\x1b[2K")
+
+
+class JsonLines:
+    """The same facts for a program: every journal line and every training event, one JSON object a line."""
+
+    shielded = False
+
+    def _out(self, kind: str, **data: Any) -> None:
+        sys.stdout.write(json.dumps({"kind": kind, **data}, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.flush()
+
+    def line(self, line: Line) -> None:
+        if line.kind in ("destroyed", "leaked"):
+            self.shielded = False
+        self._out(line.kind, t=line.t, **line.data)
+
+    def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
+        self._out("plan", **plan_facts(plan, ranking, credit_usd))
+
+    def renting(self, priced: Priced) -> None:
+        pass
+
+    def booting(self, instance: Instance, waited_s: float) -> None:
+        pass
+
+    def connecting(self, message: str) -> None:
+        pass
+
+    def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        pass
+
+    def event(self, event: events.Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None:
+        self._out("training", **event.model_dump(), spent_usd=round(spent_usd, 5), dies_at=dies_at_unix_s)
+
+    def waiting(self, message: str) -> None:
+        self._out("waiting", message=message)
+
+    def destroying(self, why: str) -> None:
+        self.shielded = True
+
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
+        return choices[1][0]
+
+
+def plan_facts(plan: Plan, ranking: Ranking, credit_usd: float) -> dict[str, Any]:
+    best = ranking.accepted[0] if ranking.accepted else None
+    return {
+        "run_id": plan.run_id,
+        "image": plan.image,
+        "workload": asdict(plan.workload),
+        "limits": {"max_usd": plan.max_usd, "max_hours": plan.max_s / 3600, "stall_minutes": plan.stall_s / 60},
+        "credit_usd": credit_usd,
+        "chosen": None if best is None else {"offer": asdict(best.offer), "cost": asdict(best.cost), "why": best.why},
+        "runners_up": [{"offer": asdict(p.offer), "usd": p.cost.usd, "why_not": p.why} for p in ranking.accepted[1:4]],
+        "rejected": len(ranking.rejected),
+        "notes": plan.notes,
+    }
+
+
+def draw_plan(console: Console, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
+    """The choice, three runners-up with why not, the arithmetic, deadline, cap, and what guards it."""
+    best = ranking.accepted[0]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name, justify in (("", "left"), ("offer", "right"), ("machine", "left"), ("$/h", "right"), ("this run", "right"), ("why", "left")):
+        table.add_column(name, justify=justify, no_wrap=name != "why")  # type: ignore[arg-type]
+    for n, priced in enumerate(ranking.accepted[:4]):
+        o = priced.offer
+        machine = f"{o.num_gpus} x {o.gpu_name} {o.country}"
+        table.add_row("✓" if n == 0 else "", str(o.id), machine, f"{o.usd_per_hour:.3f}", f"{priced.cost.usd:.4f} $", priced.why)
+    console.print(table, highlight=False)
+    for text in best.cost.lines:
+        console.print(f"  {text}", style="dim", highlight=False)
+    console.print(
+        f"guards    at most {plan.max_usd:.2f} $ and {plan.max_s / 3600:.1f} h, kept by this machine and by a watchdog on the box; "
+        f"a silent laptop for 10 min ends it too; no event for {plan.stall_s / 60:.0f} min ends it; credit {credit_usd:.2f} $",
+        highlight=False,
+    )
+    for note in plan.notes:
+        console.print(f"note      {note}", highlight=False)
+
+
+def _stage(line: Line) -> str:
+    d = line.get
+    match line.kind:
+        case "planned":
+            return f"plan      run {d('run_id')}"
+        case "rented":
+            return f"rent      instance {d('instance_id')}" + (" (found by its label)" if d("adopted") else "")
+        case "unclear":
+            return f"unclear   {d('error')}; the label decides"
+        case "booted":
+            return f"boot      running after {d('seconds')} s"
+        case "connected":
+            return f"connect   {d('via')}, host key pinned, the box is what was offered ({d('seconds')} s)"
+        case "pushed":
+            return f"push      {d('files')} files, {d('bytes_in', 0) / 1e6:.1f} MB sent, hashes equal ({d('seconds')} s)"
+        case "launched":
+            return f"launch    {d('state')}"
+        case "checkpoint":
+            return f"save      checkpoint of step {d('step')} is at home"
+        case "ended":
+            return f"train     ended with exit code {d('exit_code')}"
+        case "bad_result":
+            return f"[red]result    refused, fetched again: {d('why')}[/red]"
+        case "pulled":
+            return f"pull      verified: {d('tensors')} tensors, sha256 {d('sha256')[:16]}…"
+        case "bad_machine" | "missed":
+            return f"next      machine {d('machine_id')}: {d('why')}"
+        case "preempted":
+            return f"taken     {d('state')}"
+        case "destroyed":
+            return f"destroy   absent in {len(d('reads', []))} spaced reads"
+        case "leaked":
+            return f"[bold red]LEAKED    {d('trouble')}[/bold red]"
+        case _:
+            return ""
+
+
+def _machine(priced: Priced) -> str:
+    o = priced.offer
+    return f"{o.id}: {o.num_gpus} x {o.gpu_name}, {o.country}, {o.usd_per_hour:.3f} $/h"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
