@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from ops import gpus
 from ops.market import Instance, Offer
@@ -27,6 +27,8 @@ _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 lasts a day's rental with t
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
 _BOOT_FAILS = 0.02  # even on the best host
 _CPU_FLOPS = 30e9  # of the practice run, which trains on this computer's CPU
+
+Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Targets
 
 
 @dataclass(frozen=True)
@@ -214,10 +216,12 @@ _KINDS = {"gpu": "GPU", "disk": "disk", "bwd": "download", "bwu": "upload"}
 
 
 def _recomputed_share(offer: Offer, workload: Workload) -> float:
-    w, named = workload, isinstance(workload.target_modules, str)
+    w = workload
     if w.shape is None:
         return 0.0
-    targets = w.target_modules if named else tuple(w.target_modules)
+    targets: tuple[str, ...] | Literal["all-linear"] = (
+        "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
+    )
     least = max(1, min(w.least_tokens, int(w.tokens)))
     found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, least, w.num_gpus)
     if isinstance(found, str):
@@ -227,7 +231,14 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
 
 @lru_cache(maxsize=4096)
 def _fit(
-    shape: memory.Shape, capacity: float, precision: str, r: int, targets: memory.Targets, method: str, least: int, processes: int
+    shape: memory.Shape,
+    capacity: float,
+    precision: str,
+    r: int,
+    targets: tuple[str, ...] | Literal["all-linear"],
+    method: str,
+    least: int,
+    processes: int,
 ) -> float | str:
     """The share of layers that are checkpointed on such a card, or what it would need. Remembered: a market has few sizes."""
     plan = memory.solve(shape, capacity, precision, r, targets, method, least, processes=processes)
@@ -255,13 +266,14 @@ def _over(amount: float, rate: float) -> float:
 def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
     each = f"{offer.num_gpus}x {offer.gpu_name}" if offer.num_gpus > 1 else offer.gpu_name
     where = "this computer" if workload.cpu_practice else each
+    disk_month = offer.storage_usd_per_gib_month
     moved = workload.push_bytes + workload.model_download_bytes + workload.pull_bytes
     return (
         f"train     {_span(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / {c.tokens_per_s:,.0f} a second on {where}",
         f"before    {_span(c.boot_s + c.pull_s)} to boot and pull {workload.image_bytes / GB:.2f} GB of image",
         f"around    {_span(c.transfer_s)} to move {moved / GB:.2f} GB, {_span(c.start_s)} to start",
         f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h (loading is not billed)",
-        f"disk      ${c.disk_usd:.4f} = {workload.disk_gib:g} GB x ${offer.storage_usd_per_gib_month:.3f}/GB/month x {c.hours:.3f} h",
+        f"disk      ${c.disk_usd:.4f} = {c.hours:.3f} h x {workload.disk_gib:g} GB x ${disk_month:.3f}/GB/month",
         f"download  ${c.inet_down_usd:.4f} = {c.gb_in:.2f} GB x ${offer.inet_down_usd_per_gb:.4f}/GB",
         f"upload    ${c.inet_up_usd:.4f} = {c.gb_out:.2f} GB x ${offer.inet_up_usd_per_gb:.4f}/GB",
         f"risk      ${c.risk_usd:.4f} for boots that fail and restarts, at reliability {offer.reliability:.3f}",

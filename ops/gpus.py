@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from trainer.memory import Shape
 
@@ -87,6 +88,7 @@ _DLPERF_TO_BF16_TFLOPS = 1.5  # RTX 5090: 209.5 TFLOP/s at DLPerf 142; RTX 4090:
 _PARALLEL_LOSS = 0.03  # of each doubling of GPUs: one all-reduce of the adapter's gradients a step
 
 
+@lru_cache(maxsize=1024)
 def plain(name: str) -> str:
     """A GPU's name without what people spell differently: case, spaces, dashes, underscores, the vendor."""
     return re.sub(r"[\s_\-]|NVIDIA|GEFORCE", "", name.upper())
