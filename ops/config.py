@@ -121,7 +121,7 @@ def parse(raw: dict[str, Any], path: Path) -> JobFile:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a job file, for editors (`#:schema` in Taplo's convention)."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "milktea job"} | JobFile.model_json_schema()
+    return JobFile.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "milktea job"}
 
 
 def keys() -> list[str]:
@@ -137,7 +137,7 @@ def _fields_of(annotation: Any) -> list[str]:
 def _say(err: Any) -> str:
     where = ".".join(str(p) for p in err["loc"]) or "job"
     if err["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where, keys(), 1, 0.6) or [k for k in keys() if k.endswith("." + where.split(".")[-1])]
+        near = [k for k in keys() if k.endswith("." + where.split(".")[-1])] or difflib.get_close_matches(where, keys(), 1, 0.6)
         return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     message = err["msg"].removeprefix("Value error, ")
     given = f" (got {err['input']!r})" if err["type"] != "missing" and not isinstance(err["input"], dict) else ""
