@@ -121,8 +121,9 @@ def swiglu_backward(
     if dt is not None and a is not None:
         da = da + dt.float() @ a.float()
     sig = torch.sigmoid(g)
-    dact.copy_(g * sig * u)
-    gu.copy_(torch.cat([da * u * sig * (1 + g * (1 - sig)), da * g * sig], -1))
+    act, dgu = g * sig * u, torch.cat([da * u * sig * (1 + g * (1 - sig)), da * g * sig], -1)  # in fp32 the inputs are views: first make
+    dact.copy_(act)
+    gu.copy_(dgu)
     dt_out = None
     if b is not None:
         (dg, du), (bg, bu) = gu.chunk(2, -1), b.chunk(2, 0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import attention, eager
+from trainer import eager
 from trainer.frozen import FrozenWeight, freeze_weight
 from trainer.layer import FastLayer, Packed, frozen_norm, run_layer
 from trainer.lora import Group, base_linear, frozen_linear, refresh

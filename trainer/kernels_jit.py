@@ -196,8 +196,8 @@ def rope_backward(
     amax = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, R], tl.float32)
     acc, amax = _rope_back_segment(dq, b, column_scale, out, rows, ok, c, n, heads, 0, s, acc, amax, R, HALF, LORA, QUANT, True)
-    to = dt + rows[:, None] * (3 * R) + rank[None, :]
     if LORA:
+        to = dt + rows[:, None] * (3 * R) + rank[None, :]
         tl.store(to, acc.to(dt.dtype.element_ty), mask=ok)
     acc = tl.zeros([BM, R], tl.float32)
     acc, amax = _rope_back_segment(dk, b, column_scale, out, rows, ok, c, n, kv_heads, heads, s, acc, amax, R, HALF, LORA, QUANT, True)

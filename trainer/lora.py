@@ -55,6 +55,7 @@ class Group:
 
     weight: FrozenWeight
     sizes: list[int]  # output features of each linear
+    modules: list[nn.Module]
     adapters: list[tuple[nn.Parameter, nn.Parameter, float] | None]
     rank: int
     a: Tensor | None = None  # [G*R, K]
@@ -70,7 +71,7 @@ class Group:
         joined = torch.cat([x.weight.data for x in linears]) if len(linears) > 1 else linears[0].weight.data
         sizes = [x.weight.shape[0] for x in linears]
         joined = joined.to(dtype)
-        group = cls(freeze_weight(joined, precision, **options), sizes, adapters, 0)
+        group = cls(freeze_weight(joined, precision, **options), sizes, list(modules), adapters, 0)
         for linear, view in zip(linears, joined.split(sizes), strict=True):
             keep = view if precision in ("bf16", "fp32") else joined.new_empty(0)
             linear.weight = nn.Parameter(keep, requires_grad=False)
@@ -110,15 +111,17 @@ class Group:
 
 @torch.no_grad()
 def refresh(groups: Sequence[Group]) -> None:
-    """Copy all adapters into the groups' bf16 buffers: three launches for the whole model."""
-    slots = [s for g in groups for s in (*g.a_slots, *g.b_slots)]
-    if not slots:
+    """Copy all adapters into the groups' buffers, in three launches for the whole model. An adapter that PEFT has disabled counts as zero."""
+    adapters = [a for g in groups for a in g.adapters if a is not None]
+    if not adapters:
         return
-    source = [a[0].data for g in groups for a in g.adapters if a] , [a[1].data for g in groups for a in g.adapters if a]
-    torch._foreach_copy_([s for g in groups for s in g.a_slots], source[0])
     b_slots = [s for g in groups for s in g.b_slots]
-    torch._foreach_copy_(b_slots, source[1])
-    torch._foreach_mul_(b_slots, [a[2] for g in groups for a in g.adapters if a])
+    torch._foreach_copy_([s for g in groups for s in g.a_slots], [a.data for a, _, _ in adapters])
+    torch._foreach_copy_(b_slots, [b.data for _, b, _ in adapters])
+    torch._foreach_mul_(b_slots, [scaling for _, _, scaling in adapters])
+    for group in groups:
+        if group.b is not None and any(getattr(m, "disable_adapters", False) for m in group.modules):
+            group.b.zero_()
 
 
 def outer(dy: Tensor, x: Tensor) -> Tensor:
