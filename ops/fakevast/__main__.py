@@ -1,0 +1,90 @@
+"""`python -m ops.fakevast`: the emulator as a server of its own."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ops.fakevast", description="vast.ai on loopback: market, API, SSH boxes, bill")
+    parser.add_argument("--port", type=int, default=0, help="0: any free one (default)")
+    parser.add_argument("--state", type=Path, default=Path(".milktea/fakevast"), metavar="DIR", help="server.json, boxes and the account live here")
+    parser.add_argument("--idle-exit-s", type=float, default=0.0, metavar="N", help="end after N seconds without request and instance (0: never)")
+    parser.add_argument("--boot-s", type=float, default=2.0, metavar="N", help="seconds from create to running (default 2)")
+    parser.add_argument("--credit-usd", type=float, default=25.0, metavar="N", help="play money at the start (default 25)")
+    parser.add_argument("--catalogue", type=Path, metavar="FILE", help="JSON list of machines in place of the built-in market")
+    parser.add_argument("--faults", type=Path, metavar="FILE", help="JSON list of faults, see ops/fakevast/faults.py")
+    parser.add_argument("--docker", action="store_true", help="boxes are containers of the image that is asked for")
+    parser.add_argument("--share", action="append", default=[], metavar="PATH", help="a path of this machine that boxes may reach over SFTP too")
+    parser.add_argument("--rate-limits", action=argparse.BooleanOptionalAction, default=True, help="vast.ai's least intervals between calls")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    state = options.state.resolve()
+    state.mkdir(parents=True, exist_ok=True)
+    lock = open(state / "lock", "a")  # noqa: SIM115 (held for as long as the process lives)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        from ops.fakevast.embedded import running
+
+        server = running(state)
+        print(server.url if server else f"another emulator is starting in {state}")
+        sys.exit(0)
+    (state / "server.json").unlink(missing_ok=True)
+    from ops.fakevast.saved import account_key
+    from ops.fakevast.server import listening_socket, write_atomically
+
+    sock = listening_socket(options.port)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    key = account_key(state)
+    # written before the slow imports: whoever connects now waits in the socket's queue for a moment
+    write_atomically(state / "server.json", {"url": url, "pid": os.getpid(), "api_key": key})
+    print(url, flush=True)
+    try:
+        asyncio.run(serve(options, state, sock, key))
+    finally:
+        (state / "server.json").unlink(missing_ok=True)
+
+
+async def serve(options: argparse.Namespace, state: Path, sock: Any, key: str) -> None:
+    """Until SIGTERM, SIGINT, or idleness."""
+    from ops.fakevast.cloud import Cloud, Settings
+    from ops.fakevast.market import load_market
+    from ops.fakevast.saved import restore, save
+    from ops.fakevast.server import Emulator
+
+    market = load_market(options.catalogue) if options.catalogue else None
+    cloud = Cloud(settings=Settings(boot_s=options.boot_s, credit_usd=options.credit_usd), market=market, api_key=key)
+    restore(cloud, state)
+    for fault in json.loads(options.faults.read_text()) if options.faults else []:
+        cloud.faults.add(fault)
+    emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=tuple(options.share))
+    emulator.boxes.sweep()
+    cloud.on_destroy.append(lambda instance: asyncio.get_running_loop().call_soon(save, cloud, state) and None)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await emulator.start(sock)
+    while not stop.is_set():
+        try:
+            await asyncio.wait_for(stop.wait(), 1.0)
+        except TimeoutError:
+            if options.idle_exit_s and emulator.idle_s() > options.idle_exit_s:
+                break
+    save(cloud, state)
+    await emulator.close()
+
+
+if __name__ == "__main__":
+    main()

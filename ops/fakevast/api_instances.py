@@ -1,0 +1,271 @@
+"""Handlers of the calls about offers and instances. Each takes a Call and returns the JSON body, or raises Refusal."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from ops.fakevast.market import CARDS
+from ops.fakevast.refusal import Refusal, no_such_ask
+
+if TYPE_CHECKING:
+    from ops.fakevast.api import Call
+    from ops.fakevast.instance import Instance
+
+PAGE = 25
+_COMPUTED = {"dph_total", "num_gpus", "gpu_name", "duration", "search", "instance", "uptime_mins", "storage_total_cost"}
+
+
+def gpu_names(call: Call) -> Any:
+    return {"success": True, "gpu_names": sorted(CARDS)}
+
+
+def gpu_types(call: Call) -> Any:
+    return {"success": True, "gpu_types": [{"name": name, "gpu_ram": card[0]} for name, card in CARDS.items()]}
+
+
+def search(call: Call) -> Any:
+    return {"offers": call.cloud.search(call.json)}
+
+
+def search_asks(call: Call) -> Any:
+    return {"success": True, "offers": call.cloud.search(call.json.get("q") or {})}
+
+
+def create(call: Call) -> Any:
+    ask_id = call.path["id"]
+    if call.fault and call.fault.what == "no_such_ask":
+        raise no_such_ask(ask_id, int(call.fault.args.get("status", 404)))
+    if call.fault and call.fault.what in ("insufficient_credit", "spend_rate_limit"):
+        raise Refusal(int(call.fault.args.get("status", 400)), call.fault.what, f"error 400/3580: {call.fault.what}")
+    reply = call.cloud.create(ask_id, call.json, call.key)
+    instance = call.cloud.instances[reply["new_contract"]]
+    if call.fault and call.fault.what == "list_lag":
+        places = call.fault.args.get("in", ["list", "show"])
+        instance.hidden_reads |= dict.fromkeys([places] if isinstance(places, str) else places, int(call.fault.args.get("reads", 3)))
+    if call.fault and call.fault.what == "wrong_fields":
+        instance.shown_as |= call.fault.args["fields"]
+    return reply
+
+
+def create_bulk(call: Call) -> Any:
+    replies = []
+    for ask_id in call.json.get("ids") or []:
+        try:
+            replies.append(call.cloud.create(int(ask_id), call.json, call.key) | {"ask_id": ask_id})
+        except Refusal as refusal:
+            replies.append(refusal.body | {"ask_id": ask_id})
+    return {"success": any(reply["success"] for reply in replies), "results": replies}
+
+
+def launch(call: Call) -> Any:
+    """Search and create in one call."""
+    offers = call.cloud.search(call.json.get("q") or {})
+    if not offers:
+        raise Refusal(404, "no_such_ask", "error 404/3603: no_such_ask No offers match the query.")
+    return call.cloud.create(offers[0]["id"], call.json, call.key)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def list_v0(call: Call) -> Any:
+    raise Refusal(410, "deprecated_endpoint", "/api/v0/instances/ is deprecated. Use /api/v1/instances/ instead.")
+
+
+def list(call: Call) -> Any:
+    """One page. Rows of destroyed instances appear where a fault keeps them, those of new ones may be late."""
+    call.cloud.tick()
+    now = call.cloud.clock.now()
+    rows = [one.row(now) for one in call.cloud.instances.values() if not _late(one, "list")]
+    rows += [_ghost(call, number) for number in [*call.cloud.ghosts] if _haunts(call, number, "list")]
+    rows = [row for row in rows if _matches(row, call.query("select_filters", {}))]
+    for rule in reversed(call.query("order_by", [{"col": "id", "dir": "asc"}])):
+        rows.sort(key=lambda row: (row.get(rule["col"]) is not None, row.get(rule["col"])), reverse=rule.get("dir") == "desc")
+    limit = int(call.query("limit", PAGE))
+    limit = 5 if limit <= 0 else min(limit, PAGE)
+    start = _from_token(call.request_query.get("after_token"))
+    page, rest = rows[start : start + limit], len(rows) > start + limit
+    if columns := call.query("select_cols", None):
+        page = page if "*" in columns else [{name: row.get(name) for name in columns} for row in page]
+    return {
+        "success": True, "instances_found": len(page), "total_instances": len(rows),
+        "label_counts": dict(Counter(row["label"] for row in rows if row["label"] is not None)),
+        "next_token": base64.urlsafe_b64encode(json.dumps({"from": start + limit}).encode()).decode() if rest else None, "instances": page,
+    }  # fmt: skip
+
+
+def _from_token(token: str | None) -> int:
+    if not token:
+        return 0
+    try:
+        return int(json.loads(base64.urlsafe_b64decode(token))["from"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refusal(400, "invalid_request", "Error in query parameters: after_token is invalid") from error
+
+
+def _matches(row: dict[str, Any], filters: dict[str, Any]) -> bool:
+    for column, tests in filters.items():
+        if column in _COMPUTED or column not in row:
+            raise Refusal(400, "invalid_request", f"Error in query parameters: {column} is not a valid search key")
+        for op, wanted in (tests if isinstance(tests, dict) else {"eq": tests}).items():
+            same = {"eq": row[column] == wanted, "neq": row[column] != wanted}
+            inside = isinstance(wanted, (tuple, type([]))) and row[column] in wanted
+            answer = same.get(op, inside if op == "in" else not inside if op == "notin" else None)
+            if answer is None:
+                value = row[column]
+                answer = value is not None and {"gt": value > wanted, "gte": value >= wanted, "lt": value < wanted, "lte": value <= wanted}[op]
+            if not answer:
+                return False
+    return True
+
+
+def _late(instance: Instance, place: str) -> bool:
+    """Read-after-create lag: says no so many times, then tells the truth."""
+    left = instance.hidden_reads.get(place, 0)
+    instance.hidden_reads[place] = max(0, left - 1)
+    return left > 0
+
+
+def _haunts(call: Call, number: int, place: str) -> bool:
+    """Whether a destroyed instance is still shown there; counts this read."""
+    left = call.cloud.ghosts.get(number, {}).get(place, 0)
+    if left > 0:
+        call.cloud.ghosts[number][place] = left - 1
+    return left > 0
+
+
+def _ghost(call: Call, number: int) -> dict[str, Any]:
+    row = call.cloud.destroyed[number].row(call.cloud.clock.now())
+    return row | {"actual_status": "running", "cur_state": "running", "next_state": "stopped", "intended_status": "stopped"}
+
+
+def instance_filters(call: Call) -> Any:
+    rows = [one.row(call.cloud.clock.now()) for one in call.cloud.instances.values()]
+    columns = ("actual_status", "gpu_name", "geolocation", "label")
+    return {"success": True, "filters": [{"col": name, "values": sorted({str(row[name]) for row in rows})} for name in columns]}
+
+
+def show(call: Call) -> Any:
+    """A destroyed or unknown instance is `null` with status 200."""
+    number = call.path["id"]
+    call.cloud.tick()
+    if _haunts(call, number, "show"):
+        return {"instances": _ghost(call, number)}
+    instance = call.cloud.instances.get(number)
+    return {"instances": None if instance is None or _late(instance, "show") else instance.row(call.cloud.clock.now())}
+
+
+def balance(call: Call) -> Any:
+    call.cloud.get(call.path["id"])
+    return {"success": True, "balance": 0.0, "total": 0.0}
+
+
+# ---- changing -------------------------------------------------------------------------------------------------------
+
+
+def set_instance(call: Call) -> Any:
+    instance = call.cloud.get(call.path["id"], call.key)
+    if "label" in call.json:
+        if len(str(call.json["label"])) > 1024:
+            raise Refusal(400, "label_too_long", "Label must be at most 1024 characters")
+        instance.label = call.json["label"]
+        return {"success": True}
+    return call.cloud.set_state(instance.id, str(call.json.get("state")), call.key)
+
+
+def set_instances(call: Call) -> Any:
+    return {"success": all(call.cloud.set_state(int(number), str(call.json.get("state")))["success"] for number in call.json.get("ids") or [])}
+
+
+def destroy(call: Call) -> Any:
+    number, cloud, fault = call.path["id"], call.cloud, call.fault
+    if fault and fault.what in ("ignored", "resurrect"):
+        instance = cloud.get(number, call.key)
+        if fault.what == "resurrect":
+            instance.hidden_reads = dict.fromkeys(("list", "show"), int(fault.args.get("reads", 2)))
+        return {"success": True}
+    reply = cloud.destroy(number, call.key)
+    if fault and fault.what == "still_listed":
+        cloud.ghosts[number] = dict.fromkeys(("list", "show"), int(fault.args.get("reads", 2)))
+    return reply
+
+
+def destroy_bulk(call: Call) -> Any:
+    for number in call.json.get("instance_ids") or []:
+        call.cloud.destroy(int(number), call.key)
+    return {"success": True}
+
+
+def reboot(call: Call) -> Any:
+    return call.cloud.reboot(call.path["id"])
+
+
+def recycle(call: Call) -> Any:
+    instance = call.cloud.get(call.path["id"])
+    instance.pulled = False
+    for clear in call.emulator.on_recycle:
+        clear(instance)
+    return call.cloud.reboot(instance.id, "recycling")
+
+
+def change_bid(call: Call) -> Any:
+    return call.cloud.change_bid(call.path["id"], call.json.get("price"))
+
+
+def prepay(call: Call) -> Any:
+    call.cloud.get(call.path["id"])
+    amount = float(call.json.get("amount") or 0.0)
+    if amount <= 0 or amount > call.cloud.credit():
+        raise Refusal(411, "insufficient_credit", "Insufficient credit to prepay")
+    return {"success": True, "timescale": 30.0, "discount_rate": 0.1}
+
+
+def update_instance(call: Call) -> Any:
+    """Takes effect at the next recycle or start."""
+    instance = call.cloud.get(call.path["id"])
+    for name in ("image", "onstart", "args", "env"):
+        if call.json.get(name) is not None:
+            setattr(instance, name, call.json[name])
+    return {"success": True}
+
+
+# ---- logs and commands ----------------------------------------------------------------------------------------------
+
+
+def logs(call: Call) -> Any:
+    number = call.path["id"]
+    if number not in call.cloud.instances:
+        raise Refusal(404, "invalid_id", f"error 404/3330: Instance {number} not found.")
+    instance = call.cloud.get(number)
+    lines = call.emulator.box_log(instance)
+    if call.json.get("daemon_logs"):
+        lines = [f"daemon: {instance.actual_status} {instance.status_msg or ''}"]
+    if wanted := call.json.get("filter"):
+        lines = [line for line in lines if str(wanted) in line]
+    if tail := call.json.get("tail"):
+        lines = lines[-int(tail) :]
+    return {"success": True, "result_url": call.emulator.keep_result("\n".join(lines) + "\n"), "msg": "Logs are being fetched."}
+
+
+def command(call: Call) -> Any:
+    """Only ls, rm and du, also on a stopped box."""
+    instance = call.cloud.get(call.path["id"])
+    text = str(call.json.get("command") or "")
+    words = shlex.split(text)
+    if len(text) > 512 or not words or words[0] not in ("ls", "rm", "du"):
+        raise Refusal(400, "invalid_args", "error 400/3310: Invalid args: only ls, rm and du of at most 512 characters")
+    output = call.emulator.run_in_box(instance, words)
+    return {"success": True, "writeable_path": "/root", "result_url": call.emulator.keep_result(output), "msg": "Command is executing, wait..."}
+
+
+def contracts(call: Call) -> Any:
+    label, ids = call.json.get("label"), call.json.get("contract_ids")
+    both = [*call.cloud.instances.values(), *call.cloud.destroyed.values()]
+    found = [one for one in both if (label is None or one.label == label) and (ids is None or one.id in ids)]
+    return {"success": True, "contracts": [one.row(call.cloud.clock.now()) for one in found]}
+
+

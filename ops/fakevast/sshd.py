@@ -1,0 +1,135 @@
+"""A box's SSH server, on asyncssh: keys only, bytes counted both ways, commands as real processes, SFTP kept inside the box.
+
+Only accepted sockets come here (boxes.py listens), so that a box costs nothing until somebody connects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
+
+import asyncssh
+
+from ops.fakevast.faults import Fault
+from ops.fakevast.session import BoxSession
+
+if TYPE_CHECKING:
+    from ops.fakevast.boxes import Box
+
+BANNER = "Welcome to vast.ai. If authentication fails, try again after a few seconds, and double check your ssh key.\r\nHave fun!\r\n"
+_WINDOW = 16 * 1024 * 1024
+_CIPHERS = ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes256-ctr", "chacha20-poly1305@openssh.com"]
+
+
+def serve(sock: socket.socket, box: Box, fault: Fault | None) -> None:
+    """Speaks SSH on a connection that has been accepted."""
+    if box.ssh_options is None or (fault is not None and fault.what == "new_host_key"):
+        box.ssh_options = _options()
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(_start(loop, sock, box, fault))
+    box.tasks.add(task)
+    task.add_done_callback(box.tasks.discard)
+
+
+def _options() -> asyncssh.SSHServerConnectionOptions:
+    """With a host key of its own: made when first needed, the same for the life of the box."""
+    return asyncssh.SSHServerConnectionOptions(
+        server_factory=_Login, server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")], encryption_algs=_CIPHERS, encoding=None,
+        line_editor=False, window=_WINDOW, max_pktsize=32768, login_timeout=60, gss_host=None, agent_forwarding=False,
+        compression_algs=["none"], password_auth=False, kbdint_auth=False, config=None,
+    )  # fmt: skip
+
+
+async def _start(loop: asyncio.AbstractEventLoop, sock: socket.socket, box: Box, fault: Fault | None) -> None:
+    try:
+        await loop.connect_accepted_socket(lambda: BoxConnection(loop, box, fault), sock)
+    except OSError:
+        sock.close()
+
+
+class _Metered:
+    """The transport under a connection, counting what leaves."""
+
+    def __init__(self, transport: Any, connection: BoxConnection) -> None:
+        self._transport = transport
+        self._connection = connection
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+        self._connection.count(out=len(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class BoxConnection(asyncssh.SSHServerConnection):
+    """One connection to a box. A `cut` fault breaks it after so many bytes (`every_bytes`) or seconds (`every_s`)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, box: Box, fault: Fault | None) -> None:
+        super().__init__(loop, box.ssh_options)
+        self.box = box
+        self.denies = fault is not None and fault.what == "denied"
+        self._bytes = 0
+        cut = fault.args if fault is not None and fault.what == "cut" else {}
+        self._cut_at: int | None = cut.get("every_bytes")
+        self._cut_timer = loop.call_later(float(cut["every_s"]), self.cut) if "every_s" in cut else None
+
+    def connection_made(self, transport: Any) -> None:
+        self.box.connections.add(self)
+        super().connection_made(_Metered(transport, self))  # type: ignore[arg-type]
+
+    def data_received(self, data: bytes, datatype: Any = None) -> None:
+        self.count(into=len(data))
+        super().data_received(data, datatype)
+
+    def connection_lost(self, exc: Exception | None = None) -> None:
+        if self._cut_timer is not None:
+            self._cut_timer.cancel()
+        self.box.connections.discard(self)
+        super().connection_lost(exc)
+
+    def count(self, into: int = 0, out: int = 0) -> None:
+        self.box.carry(into, out)
+        if self._cut_at is not None:
+            self._bytes += into + out
+            if self._bytes >= self._cut_at:
+                self._cut_at = None
+                self.cut()
+
+    def cut(self) -> None:
+        """The link breaks as a pulled cable looks to the client's next write: a reset, no goodbye."""
+        sock = self.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.abort()
+
+
+class _Login(asyncssh.SSHServer):
+    """Lets root in with a key that the instance knows by now; nothing else, nobody else."""
+
+    _conn: BoxConnection
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        assert isinstance(conn, BoxConnection)
+        self._conn = conn
+
+    def begin_auth(self, username: str) -> bool:
+        self._conn.send_auth_banner(BANNER)
+        return True
+
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        return username == "root" and not self._conn.denies and key.public_data in self._conn.box.authorized_keys()
+
+    def session_requested(self) -> BoxSession:
+        return BoxSession(self._conn.box)
+
+    def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
+        """ssh -L to a port of the box, which is this machine's loopback."""
+        return dest_host in ("localhost", "127.0.0.1")
