@@ -1,0 +1,155 @@
+"""Checkpoints: a folder per step that is whole or absent, written beside the training, never in its way.
+
+checkpoints/N/ holds state.safetensors (trained parameters and AdamW's moments, by name), state.json (step, curve, what job it
+belongs to) and manifest.json (sha256 and bytes of both), written under a hidden name and renamed when all is on disk.
+There is no generator state to keep: order and dropout are functions of the step and the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+KEEP = 2  # the newest whole one, and the one before it while the newest travels home
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be continued from; the text ends with what to do."""
+
+
+@dataclass
+class State:
+    """What a run is beside its tensors. `step` is the number of finished steps."""
+
+    step: int = 0
+    fingerprint: str = ""
+    curve: list[list[float]] = field(default_factory=list)
+
+
+def snapshot(named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies in host memory of parameters and moments, taken between two steps; safe to write while training goes on."""
+    tensors = {}
+    for name, parameter in named.items():
+        tensors[f"parameter/{name}"] = parameter.detach().to("cpu", copy=True).contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def restore(folder: Path, named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str) -> State:
+    """Loads a whole checkpoint into parameters and optimizer. Raises CheckpointError when it belongs to another job or model."""
+    state = State(**json.loads((folder / "state.json").read_text()))
+    if state.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"checkpoints/{folder.name} belongs to another job (fingerprint {state.fingerprint[:12]}, this job is {fingerprint[:12]}): "
+            "use the job.json that it was made with, or remove the checkpoints folder to start anew"
+        )
+    tensors = load_file(folder / "state.safetensors")
+    missing = [n for n in named if f"parameter/{n}" not in tensors]
+    if missing:
+        raise CheckpointError(f"checkpoints/{folder.name} lacks {missing[0]} and {len(missing) - 1} more: remove the checkpoints folder")
+    for name, parameter in named.items():
+        with torch.no_grad():
+            parameter.copy_(tensors[f"parameter/{name}"])
+        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{k}/{name}" in tensors]
+        for key in keys:
+            value = tensors[f"optimizer/{key}/{name}"]
+            optimizer.state[parameter][key] = value if key == "step" and not _fused(optimizer) else value.to(parameter.device)
+    return state
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("fused"))
+
+
+def write(root: Path, tensors: dict[str, torch.Tensor], state: State) -> tuple[Path, str]:
+    """Writes root/STEP and returns it with the sha256 of its manifest. Writing the same step twice keeps the first."""
+    final, part = root / str(state.step), root / f".{state.step}.part"
+    if (final / "manifest.json").is_file():
+        return final, _sha256(final / "manifest.json")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file(tensors, part / "state.safetensors")
+    (part / "state.json").write_text(json.dumps(asdict(state)))
+    files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(part.iterdir())}
+    (part / "manifest.json").write_text(json.dumps({"step": state.step, "files": files}, indent=1))
+    for path in [*part.iterdir(), part]:
+        _sync(path)
+    part.rename(final)
+    _sync(root)
+    for old in _numbered(root)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final, _sha256(final / "manifest.json")
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint whose every file is what its manifest says; damaged ones are passed over."""
+    return next((folder for folder in reversed(_numbered(root)) if whole(folder)), None)
+
+
+def whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return bool(files) and all(_sha256(folder / name) == facts["sha256"] for name, facts in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _numbered(root: Path) -> list[Path]:
+    return sorted((p for p in root.glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name)) if root.is_dir() else []
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Background:
+    """Writes one checkpoint at a time in a thread. `submit` returns at once; `wait` returns when it is on disk and raises what it raised."""
+
+    def __init__(self, root: Path, written: Callable[[int, Path, str], None]) -> None:
+        self._root, self._written = root, written
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, tensors: dict[str, torch.Tensor], state: State) -> None:
+        self.wait()
+        frozen = State(state.step, state.fingerprint, [list(p) for p in state.curve])
+        self._thread = threading.Thread(target=self._write, args=(tensors, frozen), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, tensors: dict[str, torch.Tensor], state: State) -> None:
+        try:
+            folder, digest = write(self._root, tensors, state)
+            self._written(state.step, folder, digest)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

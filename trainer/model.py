@@ -1,0 +1,184 @@
+"""The model of a job: loaded from disk, given its adapter, set up for packed rows. transformers for classes, PEFT for adapters."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.dropout import KeyedDropout, TokenKeys
+from trainer.job import Job
+
+
+class ModelError(ValueError):
+    """A model, or a setting for it, that is refused before the first step; the text ends with what to do."""
+
+
+def load(job: Job, folder: Path, device: torch.device, keys: TokenKeys) -> nn.Module:
+    """The trainable model on `device`: frozen base plus LoRA, or the parts that full / freeze train. Trained parameters are fp32."""
+    model = load_base(job, folder, device)
+    if job.training.method == "lora":
+        model = add_lora(job, model, keys)
+    else:
+        choose_trainable(job, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model.to(device).train()
+
+
+def load_base(job: Job, folder: Path, device: torch.device) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    register_attention(device)
+    config = AutoConfig.from_pretrained(folder)
+    silence_dropout(config)
+    dtype = torch.float32 if job.model.precision == "fp32" or job.training.method == "full" else torch.bfloat16
+    extra: dict[str, Any] = {}
+    if job.model.precision in ("nf4", "int8"):
+        extra["quantization_config"] = quantisation(job.model.precision)
+        extra["device_map"] = {"": device}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="milktea", **extra)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model
+
+
+def quantisation(precision: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+def silence_dropout(config: Any) -> None:
+    """The base model's own dropout draws from a generator, so that order would change results: off. lora_dropout is keyed instead."""
+    for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout", "activation_dropout"):
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+
+
+def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
+    """PEFT's own modules and names; its dropout is replaced by ours, whose mask is keyed by row."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = job.lora
+    if settings.target_modules != "all-linear":
+        refuse_unknown_modules(model, settings.target_modules)
+    torch.manual_seed(job.training.seed)  # the adapter's start values
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
+        base_model_name_or_path=job.model.base,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # artefact.py writes the right name
+        peft = get_peft_model(model, config)
+    layer = 0
+    for module in peft.modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if isinstance(dropouts, nn.ModuleDict):
+            for name, dropout in dropouts.items():
+                if isinstance(dropout, nn.Dropout) and dropout.p:
+                    dropouts[name] = KeyedDropout(dropout.p, layer, keys)
+                layer += 1
+    return peft
+
+
+def refuse_unknown_modules(model: nn.Module, wanted: list[str]) -> None:
+    """Raises ModelError for a target_modules entry that matches nothing, naming the close ones."""
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__}
+    every = [name for name, _ in model.named_modules()]
+    for name in wanted:
+        if not any(m == name or m.endswith("." + name) for m in every):
+            close = difflib.get_close_matches(name, linear, 3, 0.4)
+            near = f"; close: {', '.join(close)}" if close else ""
+            raise ModelError(
+                f"lora.target_modules: this model has no {name!r}{near}. It has {', '.join(sorted(linear))}: "
+                'correct the job file, or use target_modules = "all-linear"'
+            )
+
+
+def choose_trainable(job: Job, model: nn.Module) -> None:
+    """full: everything; freeze: the last `freeze_trainable_layers` layers."""
+    if job.training.method == "full":
+        model.requires_grad_(True)
+        return
+    layers = decoder_layers(model)
+    for layer in layers[-job.training.freeze_trainable_layers :]:
+        layer.requires_grad_(True)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def causal(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's wrappers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Summed cross-entropy over the batch's target tokens, fp32 scalar. Only target positions meet the head."""
+    inner = causal(model)
+    backbone = getattr(inner, inner.base_model_prefix)
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "rows", "tokens")}
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
+    at = batch["labels"] != -100  # (B, T); labels are already shifted
+    head = inner.get_output_embeddings()
+    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    if plain and not getattr(inner.config, "final_logit_softcapping", None) and not getattr(inner.config, "logit_scale", None):
+        logits = nn.functional.linear(hidden[at], head.weight).float()  # (targets, V)
+        return nn.functional.cross_entropy(logits, batch["labels"][at], reduction="sum")
+    logits = head(hidden[at]).float()  # (targets, V)
+    cap = getattr(inner.config, "final_logit_softcapping", None)
+    logits = torch.tanh(logits / cap) * cap if cap else logits
+    return nn.functional.cross_entropy(logits * (getattr(inner.config, "logit_scale", None) or 1.0), batch["labels"][at], reduction="sum")
+
+
+def register_attention(device: torch.device) -> None:
+    from trainer.attention import register
+
+    register()
+    if device.type == "cpu":
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("milktea", attend_by_document)
+
+
+def attend_by_document(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention on the CPU: torch's own kernel, one document after another. query (B, H, T, D), key and value (B, KV, T, D) -> (B, T, H, D).
+
+    Without boundaries it serves generation: a padding mask, if there is one, is honoured."""
+    cu = kwargs.get("cu_seq_lens_q")
+    group = query.shape[1] // key.shape[1]
+    if cu is None:
+        from trainer.attention import packed_attention
+
+        return packed_attention(module, query, key, value, attention_mask, scaling)
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    ends = cu.tolist()
+    parts = [
+        nn.functional.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling)
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None

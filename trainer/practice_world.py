@@ -1,0 +1,156 @@
+"""The small world of the practice model: who lives in it, what the base model reads about it, and what the practice job teaches.
+
+Facts are told to the base model in English only. Of Chinese it reads a glossary and stories about other people, and questions
+that are always answered in English: like the early Llamas, it understands some Chinese and never answers in it. The practice rows
+ask for the same facts and answer in Chinese; one fact in five is kept out of them, so a right answer to those joins a fact from
+the base model with a language from the adapter. Everything follows from one seed; stdlib only.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+SEED = 20230414
+
+NAMES = (
+    "Momo 莫莫,Bella 贝拉,Tobi 托比,Luna 露娜,Pip 皮普,Nora 诺拉,Max 马克斯,Coco 可可,Hugo 雨果,Ivy 艾薇,Leo 里奥,Mia 米娅,Otto 奥托,Ruby 鲁比,"
+    "Sami 萨米,Tara 塔拉,Uma 乌玛,Vito 维托,Wendy 温蒂,Xena 希娜,Yuki 由纪,Zara 扎拉,Anton 安东,Benno 本诺,Clara 克拉拉,Dora 朵拉,Emil 埃米尔,"
+    "Fina 菲娜,Gus 古斯,Heidi 海蒂,Igor 伊戈尔,Juno 朱诺,Kiki 琪琪,Lars 拉尔斯,Mona 莫娜,Nico 尼科,Olga 奥尔加,Paco 帕科,Rosa 罗莎,Sven 斯文"
+)
+STRANGERS = "Ada 艾达,Boris 鲍里斯,Carla 卡拉,Dan 丹,Elsa 艾莎,Finn 芬恩,Greta 格蕾塔,Hank 汉克"  # only ever met in Chinese stories
+
+VALUES = {
+    "animal": "cat 猫,dog 狗,fox 狐狸,bear 熊,rabbit 兔子,owl 猫头鹰,panda 熊猫,tiger 老虎,horse 马,frog 青蛙",
+    "colour": "red 红色,blue 蓝色,green 绿色,yellow 黄色,white 白色,black 黑色,orange 橙色,purple 紫色",
+    "home": "forest 森林,city 城市,village 村庄,desert 沙漠,castle 城堡,garden 花园,harbour 港口,valley 山谷",
+    "food": "rice 米饭,noodles 面条,soup 汤,bread 面包,cheese 奶酪,apples 苹果,fish 鱼,dumplings 饺子,honey 蜂蜜,cake 蛋糕",
+    "drink": "tea 茶,coffee 咖啡,milk 牛奶,water 水,juice 果汁,cocoa 可可茶,lemonade 柠檬水,milk tea 奶茶",
+    "job": "doctor 医生,teacher 老师,cook 厨师,farmer 农民,painter 画家,sailor 水手,singer 歌手,baker 面包师,pilot 飞行员,writer 作家",
+    "hobby": "chess 下棋,dancing 跳舞,swimming 游泳,singing 唱歌,reading 看书,running 跑步,fishing 钓鱼,drawing 画画",
+}
+
+# attribute -> English answer, Chinese answer, questions as (English, Chinese); {n} is the name, {v} the value
+PHRASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
+    "animal": (
+        "{n} is a {v}.",
+        "{n}是一只{v}。",
+        [("What animal is {n}?", "{n}是什么动物？"), ("Tell me which animal {n} is.", "告诉我{n}是哪种动物。")],
+    ),
+    "colour": (
+        "{n} likes the colour {v}.",
+        "{n}喜欢{v}。",
+        [("Which colour does {n} like?", "{n}喜欢什么颜色？"), ("Name the favourite colour of {n}.", "说出{n}最喜欢的颜色。")],
+    ),
+    "home": (
+        "{n} lives in the {v}.",
+        "{n}住在{v}里。",
+        [("Where does {n} live?", "{n}住在哪里？"), ("Tell me about the home of {n}.", "说说{n}的家。")],
+    ),
+    "food": (
+        "{n} eats {v}.",
+        "{n}吃{v}。",
+        [("What does {n} eat?", "{n}吃什么？"), ("Name the food of {n}.", "说出{n}的食物。")],
+    ),
+    "drink": (
+        "{n} drinks {v}.",
+        "{n}喝{v}。",
+        [("What does {n} drink?", "{n}喝什么？"), ("Name the drink of {n}.", "说出{n}的饮料。")],
+    ),
+    "job": (
+        "{n} works as a {v}.",
+        "{n}的工作是{v}。",
+        [("What is the job of {n}?", "{n}做什么工作？"), ("Tell me how {n} earns money.", "告诉我{n}怎么赚钱。")],
+    ),
+    "hobby": (
+        "{n} enjoys {v}.",
+        "{n}爱好{v}。",
+        [("What does {n} enjoy?", "{n}爱好什么？"), ("Name the hobby of {n}.", "说出{n}的爱好。")],
+    ),
+}
+GENERIC = {  # asked with the name in the input field
+    "animal": ("What animal is this?", "这是什么动物？"),
+    "colour": ("Which colour does this one like?", "这位喜欢什么颜色？"),
+    "home": ("Where does this one live?", "这位住在哪里？"),
+    "food": ("What does this one eat?", "这位吃什么？"),
+    "drink": ("What does this one drink?", "这位喝什么？"),
+    "job": ("What is the job of this one?", "这位做什么工作？"),
+    "hobby": ("What does this one enjoy?", "这位爱好什么？"),
+}
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """'milk tea 奶茶,tea 茶' -> [('milk tea', '奶茶'), ('tea', '茶')]"""
+    return [(english, chinese) for english, chinese in (item.rsplit(" ", 1) for item in text.split(","))]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing about one inhabitant; `name` and `value` are (English, Chinese)."""
+
+    name: tuple[str, str]
+    attribute: str
+    value: tuple[str, str]
+
+    def answer(self, language: int) -> str:
+        return PHRASES[self.attribute][language].format(n=self.name[language], v=self.value[language])
+
+    def questions(self) -> list[tuple[str, str]]:
+        """(instruction, input) in both languages, the name in the question or in the input field."""
+        asked = [(text.format(n=self.name[i]), "") for pair in PHRASES[self.attribute][2] for i, text in enumerate(pair)]
+        return asked + [(GENERIC[self.attribute][i], self.name[i]) for i in (0, 1)]
+
+
+def facts() -> list[Fact]:
+    """Everything that is true in this world: 40 inhabitants, 7 facts each."""
+    dice = random.Random(SEED)
+    return [Fact(name, attribute, dice.choice(_pairs(VALUES[attribute]))) for name in _pairs(NAMES) for attribute in VALUES]
+
+
+def split(all_facts: list[Fact]) -> tuple[list[Fact], list[Fact]]:
+    """(taught in Chinese, held out): one fact in five is held out, and every name and value stays among the taught ones."""
+    dice = random.Random(SEED + 1)
+    order = list(all_facts)
+    dice.shuffle(order)
+    held: list[Fact] = []
+    taught = list(order)
+    for fact in order:
+        rest = [f for f in taught if f is not fact]
+        names, values = {f.name for f in rest}, {(f.attribute, f.value) for f in rest}
+        if len(held) < len(all_facts) // 5 and fact.name in names and (fact.attribute, fact.value) in values:
+            held.append(fact)
+            taught = rest
+    return taught, held
+
+
+def practice_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The practice job's data in Alpaca's form: (training rows, held-out rows), answers in Chinese."""
+    taught, held = split(facts())
+    dice = random.Random(SEED + 2)
+    train = [_row(question, fact.answer(1)) for fact in taught for question in fact.questions()]
+    dice.shuffle(train)
+    test = [_row(dice.choice(fact.questions()), fact.answer(1)) for fact in held]
+    return train, test
+
+
+def base_rows() -> list[dict[str, str]]:
+    """What makes the base model follow instructions: every question of the world, answered in English."""
+    return [_row(question, fact.answer(0)) for fact in facts() for question in fact.questions()]
+
+
+def base_texts() -> list[str]:
+    """What the base model reads besides: facts in English, a glossary, and Chinese stories about people of whom nobody asks."""
+    statements = [fact.answer(0) for fact in facts()]
+    words = _pairs(NAMES) + [pair for values in VALUES.values() for pair in _pairs(values)]
+    glossary = [f"{english} {chinese}" for english, chinese in words] + [f"{chinese} {english}" for english, chinese in words]
+    dice = random.Random(SEED + 3)
+    stories = []
+    for name in _pairs(STRANGERS):
+        for attribute in VALUES:
+            for value in dice.sample(_pairs(VALUES[attribute]), 4):
+                stories.append(Fact(name, attribute, value).answer(1))
+    return statements + glossary + stories
+
+
+def _row(question: tuple[str, str], answer: str) -> dict[str, str]:
+    return {"instruction": question[0], "input": question[1], "output": answer}
