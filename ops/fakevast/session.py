@@ -217,7 +217,8 @@ class BoxSession(SSHServerStreamSession[bytes]):
                 self._channel().resume_reading()
 
     def eof_received(self) -> bool:
-        if not self._runs:
+        if not self._runs:  # asyncssh ends SFTP without an exit status, which OpenSSH's scp takes for a failure
+            self._channel().exit(0)
             return bool(super().eof_received())
         self._stdin_ends = True
         if not self._unwritten and self._terminal is None:

@@ -22,12 +22,12 @@ class BoxSFTP(asyncssh.SFTPServer):
 
     def map_path(self, path: bytes) -> bytes:
         """The real path of what the client names; `..` cannot climb out. Shared paths (see Boxes) are as they are."""
-        whole = os.path.normpath(os.path.join(self._home, path))
-        if whole == self._home or whole.startswith(self._home + b"/"):
-            return whole
+        if path == self._home or path.startswith(self._home + b"/"):
+            path = path[len(self._home) :]
+        whole = os.path.normpath(b"/" + path.lstrip(b"/"))
         if any(whole == shared or whole.startswith(shared + b"/") for shared in self._box.shared_paths):
             return whole
-        return os.path.normpath(self._home + b"/" + whole.lstrip(b"/"))
+        return self._home + whole if whole != b"/" else self._home
 
     def reverse_map_path(self, path: bytes) -> bytes:
         return path
