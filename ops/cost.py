@@ -99,7 +99,11 @@ class Cost:
 
 
 class DoesNotFit(ValueError):
-    """This card cannot run the workload; the message says why."""
+    """This card cannot run the workload; the message says why, `filter_name` what to change in the job file."""
+
+    def __init__(self, why: str, filter_name: str) -> None:
+        super().__init__(why)
+        self.filter_name = filter_name
 
 
 def bid_for(offer: Offer, bid_usd_per_hour: float | None = None) -> float:
@@ -121,16 +125,15 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
         offer.gpu_name, offer.gpu_memory_gib, offer.compute_capability, offer.dlperf / offer.num_gpus, offer.gpu_memory_gb_s
     )
     if gpu is None:
-        raise DoesNotFit(f"the speed of a {offer.gpu_name} is unknown, and the offer carries no DLPerf")
+        raise DoesNotFit(f"the speed of a {offer.gpu_name} is unknown, and the offer carries no DLPerf", "gpu_name")
     recomputed = _recomputed_share(offer, workload)
     full = workload.method == "full"
     speed = gpus.tokens_per_second(
         gpu, workload.precision, workload.model_parameters, workload.shape, recomputed, workload.num_gpus, full
     )
     if speed <= 0:
-        raise DoesNotFit(
-            f"{offer.gpu_name} (compute capability {offer.compute_capability}) does not compute in {workload.precision}"
-        )
+        why = f"a {offer.gpu_name} (compute capability {offer.compute_capability}) does not compute in {workload.precision}"
+        raise DoesNotFit(why, "model.precision")
     return speed
 
 
@@ -225,7 +228,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
     least = max(1, min(w.least_tokens, int(w.tokens)))
     found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, least, w.num_gpus)
     if isinstance(found, str):
-        raise DoesNotFit(f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB")
+        raise DoesNotFit(f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB", "gpu_memory")
     return found
 
 

@@ -171,7 +171,7 @@ def _judge(offer: Offer, needs: Needs, workload: Workload, bad: float) -> tuple[
     try:
         predicted = cost.predict(offer, replace(workload, num_gpus=offer.num_gpus), bid_of(offer, needs), bad)
     except cost.DoesNotFit as e:
-        return (*reasons, ("model.precision" if "compute in" in str(e) else "gpu_memory", str(e))), None
+        return (*reasons, (e.filter_name, str(e))), None
     if predicted.hours > needs.hours:
         reasons.append(
             ("limits.max_hours", f"would take {predicted.hours:.1f} h on {offer.gpu_name}, the limit is {needs.hours:g} h")

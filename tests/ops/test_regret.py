@@ -108,7 +108,7 @@ class Truth:
         kinds = {k.name: k for k in KINDS}
         luck = {
             k.name: float(np.exp(rng.normal(0, TABLE_IS_OFF))) for k in KINDS
-        }  # this card with this trainer, all machines alike
+        }
         size = job.model_parameters / 6.7e9
         self.speed = np.empty((n, DRAWS))
         self.loading_s, self.before_s, self.breaks_s = np.empty((n, DRAWS)), np.empty((n, DRAWS)), np.empty((n, DRAWS))
