@@ -36,7 +36,9 @@ HOST_ALIAS = "milktea-box"  # one name in known_hosts for the direct port and th
 MAX_OUTPUT = 8 << 20  # bytes kept of stdout and of stderr: a box that talks for ever must not fill our memory
 _WINDOW = 32 << 20  # bytes in flight towards us: 2 MiB, paramiko's default, is 10 MB/s at 200 ms
 _STILL_RENTED = "the box is still rented"
-_START = "\x1emilktea\n"  # whatever a login's rc files print comes before this line, on both streams
+Feed = str | bytes | Iterable[bytes] | None
+Sink = Callable[[bytes], None]
+_START = b"\x1emilktea\n"  # whatever a login's rc files print comes before this line, on both streams
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else its threads print tracebacks of every cut link
 
@@ -231,7 +233,7 @@ class Box:
 
     # -- commands -----------------------------------------------------------------------------------------------------------
 
-    def run(self, script: str, *, timeout_s: float = 60.0, input: str | bytes | Iterable[bytes] | None = None) -> Result:
+    def run(self, script: str, *, timeout_s: float = 60.0, input: Feed = None) -> Result:
         """Run `script` with sh in the login's home, without a terminal; a non-zero exit is a result.
 
         `input` is its stdin. What the script leaves in the background must not hold stdout, else this waits `timeout_s` for it.
@@ -329,7 +331,14 @@ class Box:
         flags = ["-F", "/dev/null", "-i", str(self.key_path.resolve()), "-p", str(self.endpoint.port)]
         return flags + [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
 
-    def _exec(self, script: str, timeout_s: float, feed: Any, limit: int) -> tuple[int, bytes, bytes, bool]:
+    def stream(self, script: str, *, sink: Sink | None = None, feed: Iterable[bytes] = ()) -> Result:
+        """`run` for much data: `feed` goes to stdin, stdout to `sink`; Lost only after a minute without a byte either way."""
+        code, out, err, cut = self._exec(script, 60.0, feed, MAX_OUTPUT, sink, idle=True)
+        return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), cut)
+
+    def _exec(
+        self, script: str, timeout_s: float, feed: Feed, limit: int, sink: Sink | None = None, idle: bool = False
+    ) -> tuple[int, bytes, bytes, bool]:
         self.reconnect()
         assert self._fabric is not None
         # The subshell makes a signal that kills the script an exit code of 128 + n instead of a closed channel.
@@ -337,18 +346,56 @@ class Box:
         with self.link_errors("starting a command"), self._answers_within(30):
             channel = self._fabric.create_session()
             channel.exec_command(f"exec sh -c {shlex.quote(whole)}")
-        feeder = threading.Thread(target=_feed, args=(channel, feed), daemon=True)
+        out, err = _Stream(limit, sink), _Stream(limit)
+        clock = _Clock(timeout_s, idle)
+        feeder = threading.Thread(target=_feed, args=(channel, feed, clock), daemon=True)
         feeder.start()
         try:
-            out, err, cut, ended = _drain(channel, timeout_s, limit + len(_START) + 65536)
+            ended = _drain(channel, out, err, clock)
             code = channel.exit_status if channel.exit_status_ready() else -1
         finally:
             channel.close()
             feeder.join(5)
         if code == -1:
             about = script.strip().splitlines()[0][:80] if script.strip() else "an empty script"
-            raise self._lost(f"no end within {timeout_s:.0f} s of: {about}" if not ended else f"the link broke during: {about}")
-        return code, _after_start(out)[:limit], _after_start(err)[:limit], cut
+            raise self._lost(f"the link broke during: {about}" if ended else f"no end within {timeout_s:.0f} s of: {about}")
+        return code, bytes(out.kept), bytes(err.kept), out.cut or err.cut
+
+
+class _Stream:
+    """What one stream of a command brings after the start mark: kept up to `limit` bytes, or handed to `sink`."""
+
+    def __init__(self, limit: int, sink: Sink | None = None) -> None:
+        self.limit, self.sink, self.kept, self.cut, self._noise = limit, sink, bytearray(), False, bytearray()
+        self._started = False
+
+    def take(self, data: bytes) -> None:
+        if not self._started:
+            self._noise = (self._noise + data)[-(1 << 20) :]
+            _, mark, data = bytes(self._noise).partition(_START)
+            if not mark:
+                return
+            self._started = True
+        if self.sink is not None:
+            self.sink(data)
+            return
+        room = self.limit - len(self.kept)
+        self.cut |= len(data) > room
+        self.kept += data[:room]
+
+
+class _Clock:
+    """Seconds left of a command's time; with `idle`, every byte in or out winds it up again."""
+
+    def __init__(self, seconds: float, idle: bool) -> None:
+        self.seconds, self.idle, self.since = seconds, idle, time.monotonic()
+
+    def moved(self) -> None:
+        if self.idle:
+            self.since = time.monotonic()
+
+    def left(self) -> float:
+        return self.since + self.seconds - time.monotonic()
 
 
 def _transport(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:
@@ -377,45 +424,35 @@ def _reason(error: BaseException, timeout_s: float) -> str:
     return f"{error}" or "closed during the handshake"
 
 
-def _feed(channel: paramiko.Channel, feed: str | bytes | Iterable[bytes] | None) -> None:
+def _feed(channel: paramiko.Channel, feed: Feed, clock: _Clock) -> None:
     pieces: Iterable[bytes] = [feed.encode()] if isinstance(feed, str) else [feed] if isinstance(feed, bytes) else feed or []
     with contextlib.suppress(OSError, EOFError):  # the command ended without reading all of it: its exit code tells
         for piece in pieces:
             channel.sendall(piece)
+            clock.moved()
         channel.shutdown_write()
 
 
-def _drain(channel: paramiko.Channel, timeout_s: float, limit: int) -> tuple[bytes, bytes, bool, bool]:
-    """Both streams until the channel ends or the time is up: stdout, stderr, was anything dropped, did it end."""
-    out, err, cut = bytearray(), bytearray(), False
-    deadline = time.monotonic() + timeout_s
+def _drain(channel: paramiko.Channel, out: _Stream, err: _Stream, clock: _Clock) -> bool:
+    """Read both streams until the channel ends (True) or the time is up (False)."""
     with selectors.DefaultSelector() as ready:
         ready.register(channel.fileno(), selectors.EVENT_READ)
         while True:
             ended = channel.exit_status_ready() and (channel.eof_received or channel.closed)
             read = False
-            for has, recv, kept in (
-                (channel.recv_ready, channel.recv, out),
-                (channel.recv_stderr_ready, channel.recv_stderr, err),
-            ):
-                while has():
-                    data = recv(1 << 20)
-                    read = True
-                    cut |= len(kept) + len(data) > limit
-                    kept += data[: limit - len(kept)]
-            if ended and not read:
-                return bytes(out), bytes(err), cut, True
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return bytes(out), bytes(err), cut, False
-            if not read:
-                # at EOF the channel stays readable although the exit status may still be on its way
-                if channel.eof_received:
-                    channel.status_event.wait(min(left, 1.0))
-                else:
-                    ready.select(min(left, 5.0))
-
-
-def _after_start(data: bytes) -> bytes:
-    noise, mark, rest = data.partition(_START.encode())
-    return rest if mark else noise
+            while channel.recv_ready():
+                out.take(channel.recv(1 << 20))
+                read = True
+            while channel.recv_stderr_ready():
+                err.take(channel.recv_stderr(1 << 20))
+                read = True
+            if read:
+                clock.moved()
+            elif ended:
+                return True
+            elif clock.left() <= 0:
+                return False
+            elif channel.eof_received:  # from here on it is always readable, but the exit status may still be on its way
+                channel.status_event.wait(min(clock.left(), 1.0))
+            else:
+                ready.select(min(clock.left(), 5.0))

@@ -1,7 +1,7 @@
 """Files to a box and back: resumed where they stopped, compared by sha256 end to end.
 
-Many small files go as one tar stream; a big one by rsync over OpenSSH with AES-GCM where both ends have it, else by SFTP. Each
-attempt asks the box what is already whole, so a cut link costs what was in flight and nothing else.
+Many small files go as one tar stream; a big one by rsync over OpenSSH with AES-GCM where both ends have it, else by SFTP, and home
+as one stream. Each attempt asks the box what is already whole, so a cut link costs what was in flight and nothing else.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _mkdirs(box: Box, files: Sequence[PushFile]) -> None:
 
 
 def _push_tar(box: Box, files: Sequence[PushFile], meter: _Meter) -> None:
-    done = box.run("exec tar -xof -", input=_tar(files, meter), timeout_s=3600)
+    done = box.stream("exec tar -xof -", feed=_tar(files, meter))
     if done.exit_code:
         raise BoxError(f"tar on the box: {done.stderr.strip()[-500:]}", money=_STILL_RENTED)
 
@@ -298,7 +298,7 @@ def _rsync(box: Box, arguments: list[str], stdin: str, before: int, meter: _Mete
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(stdin.encode())
                 child.stdin.close()
-            while text := child.stdout.read1(4096):
+            while text := os.read(child.stdout.fileno(), 4096):
                 seen = re.findall(rb"(\d+)\s+\d+%", text)
                 if seen:
                     meter.at(before + int(seen[-1]))
@@ -338,7 +338,7 @@ def pull(box: Box, remote: str, local: Path, sha256: str | None = None, progress
         meter.at(have)
         if have < size or not part.exists():
             _refuse_full_disk_here(part, size - have)
-            (_pull_rsync if box.tools.rsync and size - have > 2 * CHUNK else _pull_sftp)(box, remote, part, have, size, meter)
+            (_pull_rsync if box.tools.rsync and size - have > 2 * CHUNK else _pull_stream)(box, remote, part, have, size, meter)
         sha256 = sha256 or remote_sha256(box, [remote]).get(remote)
         if part.stat().st_size == size and sha256_of(part) == sha256:
             return True
@@ -364,13 +364,17 @@ def _refuse_full_disk_here(part: Path, need: int) -> None:
         raise PreflightError(what, money=f"{_STILL_RENTED}, with the file on it", hint="make room, then `milktea resume RUN`")
 
 
-def _pull_sftp(box: Box, remote: str, part: Path, have: int, size: int, meter: _Meter) -> None:
-    with box.link_errors(f"pulling {remote}"), open(part, "ab") as target, box.sftp().open(remote, "rb") as source:
-        source.seek(have)
-        source.prefetch(size, max_concurrent_requests=64)
-        while chunk := source.read(32768):
-            target.write(chunk)
-            meter.add(len(chunk))
+def _pull_stream(box: Box, remote: str, part: Path, have: int, size: int, meter: _Meter) -> None:
+    """From byte `have` to the end, over the open connection. Not SFTP: paramiko's prefetch thread dies loudly on a cut link."""
+    with open(part, "ab") as target:
+
+        def sink(data: bytes) -> None:
+            target.write(data)
+            meter.add(len(data))
+
+        done = box.stream(f"exec tail -c +{have + 1} {quoted(remote)}", sink=sink)
+    if done.exit_code:
+        raise BoxError(f"cannot read {remote} on the box: {done.stderr.strip()[-300:]}", money=_STILL_RENTED)
 
 
 def _pull_rsync(box: Box, remote: str, part: Path, have: int, size: int, meter: _Meter) -> None:

@@ -109,7 +109,9 @@ class SshServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.wait(others, timeout=10) if others else None
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _run(self, process: asyncssh.SSHServerProcess) -> None:
         child = await asyncio.create_subprocess_exec(

@@ -98,23 +98,23 @@ def test_a_changed_file_replaces_the_old_one(way, box, server, write):
 
 
 def test_a_push_over_a_link_that_is_cut_again_and_again_resends_little(way, server, make_box, make_proxy, write):
-    size, cut_after = 24_000_000, 5_000_000
+    size, cut_after = 16_000_000, 4_000_000
     proxy = make_proxy(server.port, budget=cut_after)
     path = write("model.safetensors", size)
     make_box(proxy.port).push([pushed(path, "milktea/r/model.safetensors")])
     assert (server.home / "milktea/r/model.safetensors").read_bytes() == path.read_bytes()
-    assert proxy.cuts >= 4
+    assert proxy.cuts >= 3
     assert (proxy.up - size) / proxy.cuts < CHUNK
 
 
 def test_a_pull_over_a_link_that_is_cut_again_and_again_resends_little(way, server, make_box, make_proxy, tmp_path):
-    size, cut_after = 24_000_000, 5_000_000
+    size, cut_after = 16_000_000, 4_000_000
     data = random.Random(7).randbytes(size)
     (server.home / "adapter.zip").write_bytes(data)
     proxy = make_proxy(server.port, budget=cut_after)
     got = make_box(proxy.port).pull("adapter.zip", tmp_path / "home" / "adapter.zip", sha256(data))
     assert got.read_bytes() == data
-    assert proxy.cuts >= 4
+    assert proxy.cuts >= 3
     assert (proxy.down - size) / proxy.cuts < CHUNK
     assert [p.name for p in got.parent.iterdir()] == ["adapter.zip"]
 
@@ -175,6 +175,7 @@ def test_a_missing_file_is_an_error_with_its_name(box, tmp_path):
 
 def test_a_folder_in_the_way_is_an_error_and_not_a_loop(way, box, server, write):
     (server.home / "big.part").mkdir()
+    (server.home / "big.part" / "precious").touch()
     with pytest.raises(BoxError):
         box.push([pushed(write("big", 2_000_000), "big")])
 

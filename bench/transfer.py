@@ -1,0 +1,216 @@
+"""Number 6: transfers on loopback against OpenSSH's own sshd. `python -m bench.transfer [--gib 1] [--files 5000] [--repeat 5]`
+
+Prints one line a case with every sample and the median. The server is sshd on a free port with a key and home of its own, so the
+ends share the machine's cores: compare the ratios, not the MB/s. Ours includes sha256 at both ends, scp and plain SFTP do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import paramiko
+
+from ops.box import Box, Endpoint, PushFile
+from ops.transfer import CHUNK, Tools
+
+
+class Sshd:
+    """sshd in the foreground; logs every user in to `home` by way of ForceCommand-free HOME in the environment file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.key = folder, folder / "id"
+        line = Box.make_key(self.key)
+        Box.make_key(folder / "host")
+        (folder / "authorized").write_text(line + "\n")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        settings = {
+            "Port": self.port, "ListenAddress": "127.0.0.1", "HostKey": folder / "host", "AuthorizedKeysFile": folder / "authorized",
+            "StrictModes": "no", "UsePAM": "no", "PidFile": "none", "Subsystem": "sftp internal-sftp", "PermitRootLogin": "yes",
+        }  # fmt: skip
+        (folder / "conf").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
+        binary = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin") or "sshd"
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)
+        self.process = subprocess.Popen([binary, "-D", "-f", str(folder / "conf"), "-E", str(folder / "log")])
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+class TimedCuts(threading.Thread):
+    """A TCP proxy that resets every link when it is `every_s` old, and counts the bytes that came from each side."""
+
+    def __init__(self, target: int, every_s: float) -> None:
+        super().__init__(daemon=True)
+        self.target, self.every_s, self.up, self.down, self.cuts = target, every_s, 0, 0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                pumps = [threading.Thread(target=self._pump, args=(*pair,), daemon=True) for pair in ((near, far, "up"), (far, near, "down"))]
+                for pump in pumps:
+                    pump.start()
+                threading.Thread(target=self._cut, args=(near, far, pumps), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 18):
+                sink.sendall(data)
+                setattr(self, way, getattr(self, way) + len(data))
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _cut(self, near: socket.socket, far: socket.socket, pumps: list[threading.Thread]) -> None:
+        pumps[0].join(self.every_s)
+        self.cuts += pumps[0].is_alive()
+        for end in (near, far):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+def median_of(repeat: int, label: str, work: Callable[[], None], clean: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(repeat):
+        clean()
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    middle = statistics.median(seconds)
+    print(f"{label:44} median {middle:7.2f} s   ({', '.join(f'{s:.2f}' for s in seconds)})", flush=True)
+    return middle
+
+
+@contextlib.contextmanager
+def box_at(sshd: Sshd, port: int, rsync: bool = True) -> Iterator[Box]:
+    user = os.environ.get("USER") or "root"
+    with Box([Endpoint("127.0.0.1", port)], user, sshd.key, sshd.folder / "known_hosts", retry_s=0.1) as box:
+        box.connect(20)
+        if not rsync:
+            box._tools = Tools(rsync=False, sha256=box.tools.sha256)
+        yield box
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__)
+    ask.add_argument("--gib", type=float, default=1.0)
+    ask.add_argument("--files", type=int, default=5000)
+    ask.add_argument("--repeat", type=int, default=5)
+    ask.add_argument("--cut-every", type=float, default=5.0)
+    ask.add_argument("--only", choices=["big", "small", "cut"])
+    asked = ask.parse_args()
+    home = Path(os.path.expanduser("~"))
+    with tempfile.TemporaryDirectory(prefix="milktea-bench-") as temporary, tempfile.TemporaryDirectory(dir=home, prefix=".milktea-bench-") as far:
+        sshd = Sshd(Path(temporary))
+        remote = Path(far).name
+        try:
+            with contextlib.ExitStack() as stack:
+                fast = stack.enter_context(box_at(sshd, sshd.port))
+                plain = stack.enter_context(box_at(sshd, sshd.port, rsync=False))
+                if asked.only in (None, "big"):
+                    big(sshd, fast, plain, Path(temporary), Path(far), remote, asked)
+                if asked.only in (None, "small"):
+                    small(fast, plain, Path(temporary), Path(far), remote, asked)
+                if asked.only in (None, "cut"):
+                    cut(sshd, Path(temporary), Path(far), remote, asked)
+        finally:
+            sshd.close()
+
+
+def big(sshd: Sshd, fast: Box, plain: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
+    source = random_file(near / "big", int(asked.gib * 2**30))
+    file = PushFile(source, f"{remote}/big", sha256(source))
+    flags = ["-P" if word == "-p" else word for word in fast.ssh_options()]
+    scp = ["scp", "-q", "-c", "aes128-gcm@openssh.com", *flags, str(source), f"{fast.user}@127.0.0.1:{remote}/big"]
+
+    def clean() -> None:
+        for path in far.iterdir():
+            path.unlink()
+
+    base = median_of(asked.repeat, f"scp aes128-gcm, {asked.gib} GiB", lambda: subprocess.run(scp, check=True) and None, clean)
+    ours = median_of(asked.repeat, "push by rsync, sha256 included", lambda: fast.push([file]), clean)
+    sftp = median_of(asked.repeat, "push by SFTP, sha256 included", lambda: plain.push([file]), clean)
+    home = near / "home"
+    back = median_of(asked.repeat, "pull by rsync, sha256 included", lambda: fast.pull(file.remote, home) and None, lambda: home.unlink(True))
+    stream = median_of(asked.repeat, "pull as a stream, sha256 included", lambda: plain.pull(file.remote, home) and None, lambda: home.unlink(True))
+    for label, seconds in (("push rsync", ours), ("push SFTP", sftp), ("pull rsync", back), ("pull stream", stream)):
+        print(f"  {label:12} {base / seconds:.2f} x scp")
+    clean()
+    home.unlink()
+
+
+def small(fast: Box, plain: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
+    (near / "small").mkdir()
+    files = [random_file(near / "small" / f"{i:05}", 500 + 7 * (i % 500)) for i in range(asked.files)]
+    pushes = [PushFile(f, f"{remote}/{f.name}", sha256(f)) for f in files]
+
+    def one_by_one() -> None:
+        session: paramiko.SFTPClient = plain.sftp()
+        for f in files:
+            session.put(str(f), f"{remote}/{f.name}")
+
+    def clean() -> None:
+        for path in far.iterdir():
+            path.unlink()
+
+    base = median_of(asked.repeat, f"paramiko put, {asked.files} files", one_by_one, clean)
+    for label, box in (("rsync at both ends", fast), ("no rsync", plain)):
+        ours = median_of(asked.repeat, f"push, {label}, sha256 included", lambda box=box: box.push(pushes), clean)
+        print(f"  {base / ours:.1f} x plain SFTP")
+    clean()
+
+
+def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
+    source = random_file(near / "cut", int(2 * asked.gib * 2**30))
+    file = PushFile(source, f"{remote}/cut", sha256(source))
+    for rsync in (True, False):
+        for way in ("push", "pull"):
+            proxy = TimedCuts(sshd.port, asked.cut_every)
+            with box_at(sshd, proxy.port, rsync) as box:
+                began = time.perf_counter()
+                box.push([file]) if way == "push" else box.pull(file.remote, near / "home", file.sha256)
+                seconds = time.perf_counter() - began
+            proxy.listener.close()
+            extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
+            each = extra / max(proxy.cuts, 1) / 2**20
+            print(f"{way}, {'rsync' if rsync else 'no rsync'}: link cut every {asked.cut_every:.0f} s, {proxy.cuts} cuts, {seconds:.1f} s, "
+                  f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} MiB a cut (one chunk is {CHUNK / 2**20:.0f})", flush=True)
+            (near / "home" if way == "pull" else source.with_name("none")).unlink(missing_ok=True)
+        for path in far.iterdir():
+            path.unlink()
+
+
+def random_file(path: Path, size: int) -> Path:
+    with open(path, "wb") as file:
+        for at in range(0, size, 1 << 24):
+            file.write(os.urandom(min(1 << 24, size - at)))
+    return path
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main()
