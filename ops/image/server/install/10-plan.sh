@@ -1,0 +1,141 @@
+
+# --- the plan: what the bundle holds, one fact a line; written by the packer, covered by SHA256SUMS -------------------------
+
+plan() { # plan KEY: the rest of the first line that begins with KEY
+    while read -r _k _rest; do
+        if [ "$_k" = "$1" ]; then
+            echo "$_rest"
+            return 0
+        fi
+    done <"$BUNDLE/PLAN"
+    return 1
+}
+
+rows() { # rows KEY: the rest of every line that begins with KEY
+    while read -r _k _rest; do
+        [ "$_k" = "$1" ] && echo "$_rest"
+    done <"$BUNDLE/PLAN"
+    return 0
+}
+
+read_plan() {
+    for _f in PLAN SHA256SUMS; do
+        [ -f "$BUNDLE/$_f" ] || die 4 "$BUNDLE/$_f is missing: this is not a whole bundle" "copy $_f from the sender's disk again"
+    done
+    [ "$(plan milktea-bundle)" = 1 ] || die 4 "PLAN is damaged, or of a newer milktea than this INSTALL.sh" "copy the whole bundle again"
+    NAME=$(plan name) REF=$(plan ref) REPO=${REF%:*} ID=$(plan id) KIND=$(plan kind) CUDA=$(plan cuda) STAIR=$(plan stair)
+    rows layer >"$WORK/layers"
+    while read -r _n _diff _rest; do echo "$_diff"; done <"$WORK/layers" >"$WORK/want"
+    DEPTH=$(wc -l <"$WORK/want")
+    DEPTH=$((DEPTH + 0))
+}
+
+# --- finding and hashing -------------------------------------------------------------------------------------------------
+
+# Every place where a file of the bundle may lie, best first.
+places() {
+    echo "$PREFIX/repaired/$ID/$1"
+    echo "$BUNDLE/$1"
+    printf '%s' "$ALSO" | while read -r _d; do echo "$_d/$1"; done
+}
+
+where() { # where FILE: the place that verification found whole, or else the first that exists
+    if [ -f "$WORK/good" ]; then
+        while read -r _p _real; do
+            if [ "$_p" = "$1" ]; then
+                echo "$_real"
+                return 0
+            fi
+        done <"$WORK/good"
+    fi
+    places "$1" >"$WORK/places"
+    while read -r _p; do
+        if [ -f "$_p" ]; then
+            echo "$_p"
+            return 0
+        fi
+    done <"$WORK/places"
+    return 1
+}
+
+sums() { # sums FILE...: "HEX *FILE" lines from the fastest hasher here; a file that cannot be read gives no line
+    case $HASHER in
+        openssl) openssl dgst -sha256 -r "$@" ;;
+        python3) python3 -c 'import hashlib, sys
+for p in sys.argv[1:]:
+    h = hashlib.sha256()
+    with open(p, "rb", buffering=0) as f:
+        while b := f.read(1 << 20): h.update(b)
+    print(h.hexdigest(), "*" + p)' "$@" ;;
+        *) sha256sum "$@" ;;
+    esac 2>/dev/null
+}
+
+sum_of_stdin() {
+    case $HASHER in
+        openssl) openssl dgst -sha256 -r ;;
+        python3) python3 -c 'import hashlib, sys
+h = hashlib.sha256()
+while b := sys.stdin.buffer.read(1 << 20): h.update(b)
+print(h.hexdigest())' ;;
+        *) sha256sum ;;
+    esac 2>/dev/null | cut -c 1-64
+}
+
+# Coreutils' own SHA-256 is 3 to 4 times slower than the others where it is not linked with OpenSSL.
+choose_hasher() {
+    HASHER=sha256sum
+    for _h in openssl python3; do
+        if has "$_h"; then
+            HASHER=$_h
+            if [ "$(printf x | sum_of_stdin)" = 2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881 ]; then return 0; fi
+        fi
+    done
+    HASHER=sha256sum
+}
+
+cores() { nproc 2>/dev/null || echo 1; }
+
+# hash_all LIST OUT: the sums of the paths listed in LIST, as many at a time as there are processors (4 at most).
+# Paths come largest first, dealt in turn, so that the shares are about equal.
+hash_all() {
+    _shares=$(cores)
+    [ "$_shares" -gt 4 ] && _shares=4
+    rm -f "$WORK"/share.* "$WORK"/sums.*
+    _i=0
+    while read -r _p; do
+        echo "$_p" >>"$WORK/share.$_i"
+        _i=$(((_i + 1) % _shares))
+    done <"$1"
+    for _s in "$WORK"/share.*; do
+        [ -f "$_s" ] || continue
+        (
+            set --
+            while read -r _p; do set -- "$@" "$_p"; done <"$_s"
+            sums "$@" >"$WORK/sums.${_s##*.}"
+        ) &
+    done
+    wait
+    cat "$WORK"/sums.* >"$2" 2>/dev/null || : >"$2"
+}
+
+# same_prefix A B: how many leading lines two files share.
+same_prefix() {
+    _n=0
+    while read -r _x <&4 && read -r _y <&5; do
+        [ "$_x" = "$_y" ] || break
+        _n=$((_n + 1))
+    done 4<"$1" 5<"$2"
+    echo "$_n"
+}
+
+# join_volumes V1,V2,...: the bytes of a file that may have been split into volumes.
+join_volumes() {
+    _list=$1
+    while [ -n "$_list" ]; do
+        _v=${_list%%,*}
+        _real=$(where "$_v") || return 1
+        cat "$_real" || return 1
+        case $_list in *,*) _list=${_list#*,} ;; *) _list= ;; esac
+    done
+}

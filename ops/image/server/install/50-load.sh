@@ -1,0 +1,194 @@
+
+# --- base models: files beside the image, each copied and hashed in one pass ---------------------------------------------
+
+# copy_and_hash VOLUMES DEST: writes DEST and prints its hash; the bytes are read once, hashed while they are written.
+copy_and_hash() {
+    rm -f "$WORK/pipe"
+    mkfifo "$WORK/pipe" || return 1
+    sum_of_stdin <"$WORK/pipe" >"$WORK/copied" &
+    _hashing=$!
+    join_volumes "$1" | tee "$WORK/pipe" >"$2"
+    wait "$_hashing"
+    [ "$(stat -c %s "$2")" = "$3" ] || return 1
+    cat "$WORK/copied"
+}
+
+install_models() {
+    mkdir -p "$PREFIX/models" || die 3 "cannot write to $PREFIX/models" "choose another folder: --prefix DIR"
+    rows model >"$WORK/models"
+    while read -r _set _bytes _model _license; do
+        [ -d "$PREFIX/models/$_set" ] || install_model "$_set" "$_model"
+        # by name for people, by content for machines
+        mkdir -p "$(dirname "$PREFIX/models/by-name/$_model")"
+        ln -sfn "$PREFIX/models/$_set" "$PREFIX/models/by-name/$_model"
+    done 8<&0 <"$WORK/models"
+}
+
+install_model() { # install_model SET NAME: appears under its own name only when every file is right
+    _stage=$PREFIX/models/.$1.partial
+    STAGES="$STAGES $_stage"
+    mkdir -p "$_stage"
+    say "model $2"
+    rows mfile >"$WORK/mfiles"
+    : >"$WORK/mfiles.sums"
+    while read -r _s _fbytes _fsha _path _vols; do
+        [ "$_s" = "$1" ] || continue
+        echo "$_fsha  $_path" >>"$WORK/mfiles.sums"
+        # a file of an interrupted install: it got its name only after it had proved right
+        [ -f "$_stage/$_path" ] && continue
+        mkdir -p "$(dirname "$_stage/$_path")"
+        if [ "$(copy_and_hash "$_vols" "$_stage/$_path.part" "$_fbytes")" != "$_fsha" ]; then
+            # find out which volume it is, mend it, and read once more
+            verify_or_repair $(echo "$_vols" | tr , ' ')
+            [ "$(copy_and_hash "$_vols" "$_stage/$_path.part" "$_fbytes")" = "$_fsha" ] ||
+                die 4 "$_path of model $2 does not arrive whole: $_vols" "check the disk of $PREFIX for room and errors, then copy $_vols again"
+        fi
+        mv "$_stage/$_path.part" "$_stage/$_path"
+    done <"$WORK/mfiles"
+    mv "$WORK/mfiles.sums" "$_stage/.sha256"
+    chmod -R a-w,a+rX "$_stage"
+    chmod u+w "$_stage"
+    sync "$_stage" 2>/dev/null || sync
+    mv "$_stage" "$PREFIX/models/$1"
+}
+
+# --- load: a stair of archives that each carry what the one before lacks ---------------------------------------------------
+
+load_image() {
+    take_stock
+    if [ "$START" -ge "$DEPTH" ] && [ "$START_IMAGE" != "" ] && [ "$(layers_of "$START_IMAGE" | wc -l)" -eq "$DEPTH" ]; then
+        # the very layers are here under some name: nothing to load
+        [ "$START_IMAGE" = "$REF" ] || $DOCKER tag "$START_IMAGE" "$REF"
+        say "image already here, all $DEPTH layers"
+        return 0
+    fi
+    [ "$START" -gt 0 ] && say "image going on after layer $START of $DEPTH, which is here"
+    climb
+    if ! complete && [ "$START" -gt 0 ] && [ "$KIND" = full ]; then
+        # what was here only looked the same (other blobs, or a damaged store): bring everything
+        say "image what was here does not fit; loading every layer"
+        drop_stairs
+        $DOCKER rmi -f "$REF" >/dev/null 2>&1
+        START=0
+        climb
+    fi
+    complete || die 6 "the engine says that it loaded $REF, but the image has other layers than the plan; its last words: $(tail -c 300 "$WORK/engine" | tr '\n' ' ')" \
+        "look at the engine's log and its disk (docker info), then run this again"
+    drop_stairs
+}
+
+complete() { layers_of "$REF" >"$WORK/got" && [ "$(same_prefix "$WORK/want" "$WORK/got")" -eq "$DEPTH" ] && [ "$(wc -l <"$WORK/got")" -eq "$DEPTH" ]; }
+
+climb() {
+    TOUCHED=yes
+    rows step >"$WORK/steps"
+    while read -r _first _last _tag _files _reuse <&7; do
+        [ "$_last" -gt "$START" ] || continue
+        say "image layers $_first to $_last of $DEPTH"
+        if [ "$_reuse" != - ] && [ -z "$CONTAINERD" ]; then harvest "$_first" "$_last" "$_reuse"; fi
+        step_stream "$_files" "$_reuse" 2>"$WORK/stream.err"
+        # the exit code says little: the containerd store answers 0 for a broken image
+        layers_of "$_tag" >"$WORK/got"
+        [ "$(same_prefix "$WORK/want" "$WORK/got")" -ge "$_last" ] || step_failed "$_files"
+    done 7<"$WORK/steps"
+}
+
+# Files that are whole load by name, so that the engine reads them itself; joined or mixed ones come through a pipe.
+step_stream() {
+    case $1 in
+        *,*) ;;
+        *) if [ "$2" = - ] || [ -n "$CONTAINERD" ]; then $DOCKER load -q -i "$(where "$1")" >"$WORK/engine" 2>&1; return; fi ;;
+    esac
+    {
+        if [ "$2" != - ] && [ -z "$CONTAINERD" ]; then reused "$2"; fi
+        join_volumes "$1"
+    } | $DOCKER load -q >"$WORK/engine" 2>&1
+}
+
+step_failed() {
+    [ "$START" -gt 0 ] && [ "$KIND" = full ] && { START=$((DEPTH + 1)); return; } # load_image tries once more from the bottom
+    _words=$(tail -c 300 "$WORK/engine" | tr '\n' ' ')
+    case $_words in
+        *"no space left"*) die 6 "the engine ran out of disk while it loaded $1: $_words" "free room in $DATA_ROOT (docker system df shows what takes it), then run this again" ;;
+        *) die 6 "the engine did not take $1, although its hash is right: $_words" "run this again; if it stays, look at the engine's log (journalctl -u docker)" ;;
+    esac
+}
+
+# --- layers that an update takes from the server itself (overlay2 keeps a layer under all that lie below it, so the ones
+# above a changed layer must be given to the engine again; docker save gives them back byte for byte) ---------------------
+
+harvest() { # harvest FIRST LAST REUSE: the reused layers of this step, from the images that have them, into the spool
+    mkdir -p "$WORK/spool"
+    reuse_rows "$1" "$2" >"$WORK/reuse"
+    : >"$WORK/holders"
+    while read -r _n _diff _size; do
+        [ -f "$WORK/spool/${_diff#sha256:}" ] && continue
+        holder_of "$_diff" >>"$WORK/holders" || die 6 "layer $_n is no longer on the server" "carry $(full_part "$_n") of the full bundle and add --also DIR"
+    done <"$WORK/reuse"
+    sort -u "$WORK/holders" >"$WORK/holders.u"
+    while read -r _image <&9; do
+        say "      taking unchanged layers from $_image"
+        $DOCKER save "$_image" | pick_layers
+    done 9<"$WORK/holders.u"
+    while read -r _n _diff _size; do
+        [ -f "$WORK/spool/${_diff#sha256:}" ] || die 6 "layer $_n could not be taken from the images here" "carry $(full_part "$_n") of the full bundle and add --also DIR"
+    done <"$WORK/reuse"
+}
+
+reuse_rows() {
+    while read -r _n _diff _size _sha _blob _name _state; do
+        [ "$_state" = reuse ] && [ "$_n" -ge "$1" ] && [ "$_n" -le "$2" ] && echo "$_n $_diff $_size"
+    done <"$WORK/layers"
+}
+
+# Reads the archive of docker save from stdin and keeps the members that are wanted layers: of the right size, then hash.
+pick_layers() {
+    while dd bs=512 count=1 iflag=fullblock of="$WORK/header" 2>/dev/null && [ -s "$WORK/header" ]; do
+        _member=$(head -c 100 "$WORK/header" | tr -d '\0')
+        if [ -z "$_member" ]; then
+            cat >/dev/null
+            return
+        fi
+        _octal=$(dd if="$WORK/header" bs=1 skip=124 count=11 2>/dev/null | tr -cd 0-7)
+        _bytes=$((0$_octal))
+        _room=$(((_bytes + 511) / 512 * 512))
+        _wanted=
+        while read -r _n _diff _size; do [ "$_size" = "$_bytes" ] && _wanted=yes; done <"$WORK/reuse"
+        if [ -n "$_wanted" ]; then
+            dd bs=1048576 count="$_room" iflag=fullblock,count_bytes of="$WORK/spool/member" 2>/dev/null
+            _hash=$(sum_of_stdin <"$WORK/spool/member")
+            while read -r _n _diff _size; do
+                if [ "sha256:$_hash" = "$_diff" ]; then mv "$WORK/spool/member" "$WORK/spool/$_hash"; fi
+            done <"$WORK/reuse"
+            rm -f "$WORK/spool/member"
+        elif [ "$_room" -gt 0 ]; then
+            dd bs=1048576 count="$_room" iflag=fullblock,count_bytes of=/dev/null 2>/dev/null
+        fi
+    done
+}
+
+reused() { # reused HEADERS: the harvested layers as archive members; HEADERS has 512 bytes for each, in order
+    _at=$(where "$1") _i=0
+    while read -r _n _diff _size; do
+        dd if="$_at" bs=512 skip="$_i" count=1 2>/dev/null
+        cat "$WORK/spool/${_diff#sha256:}"
+        _i=$((_i + 1))
+    done <"$WORK/reuse"
+}
+
+drop_stairs() {
+    $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}' 2>/dev/null | while read -r _image; do
+        case $_image in "$STAIR"-*) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null ;; esac
+    done
+}
+
+# After a refusal: nothing of this run stays, what was there before is untouched.
+undo() {
+    TOUCHED=
+    drop_stairs
+    [ -n "$REF_BEFORE" ] || $DOCKER rmi -f "$REF" >/dev/null 2>&1
+    for _s in $STAGES; do
+        chmod -R u+w "$_s" 2>/dev/null
+        rm -rf "$_s"
+    done
+}

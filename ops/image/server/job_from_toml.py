@@ -1,0 +1,121 @@
+"""Inside the image, on a server without a network: a job file as for renting becomes a run folder as on a rented box.
+
+    python job_from_toml.py paths JOB.toml                              host paths that the job reads, one a line (to be mounted)
+    python job_from_toml.py run JOB.toml RUN_FOLDER [PROCESSES]         writes RUN_FOLDER/job.json and its data
+
+`milktea-run` calls it; `ops.config` and `ops.errors` travel with it in the bundle, `trainer.job` is the image's own. The keys
+that are about money and machines ([offer], [limits], [image], [results]) are checked and then mean nothing here, but for
+offer.num_gpus. A base model is looked for as a folder, then among the installed models, then in the image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from ops.config import JobFile, load
+from ops.errors import ConfigError, MilkteaError
+from trainer import prompt
+from trainer.job import DataFile, Job
+
+
+def paths_of(job: JobFile) -> list[Path]:
+    """Absolute host paths of data, template and base model folder; existing or not, that is the host's to say."""
+    found = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
+    template = Path(job.data.template)
+    return found + ([template] if template.is_absolute() else [])
+
+
+def model_paths(toml: Path, job: JobFile) -> list[Path]:
+    """Where a local base model may lie: `base` taken as a folder beside the job file."""
+    base = Path(job.model.base)
+    return [base if base.is_absolute() else (toml.parent / base.expanduser()).resolve()]
+
+
+def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job:
+    """Copy the data into the run folder, point to the model, write job.json. Raises ConfigError or FileNotFoundError."""
+    (run / "data").mkdir(parents=True, exist_ok=True)
+    wanted = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
+    data = [_copy(path, run, f"data/{n}-{path.name}") for n, path in enumerate(wanted)]
+    held_out = data.pop() if job.data.held_out else None
+    model = find_model(toml, job)
+    link = run / "model"
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(model)
+    template = Path(job.data.template)
+    if not template.is_absolute() and job.data.template != "chat" and job.data.template not in prompt.names():
+        raise ConfigError(f"data.template: {job.data.template!r} is none of {', '.join(prompt.names())}, chat, or a file")
+    wire = Job.model_validate({
+        "run_id": run.name,
+        "model": {"base": Path(job.model.base).name if model.name != "practice_model" else "practice_model", "path": "model",
+                  "precision": job.model.precision},
+        "data": {
+            "files": data, "held_out": held_out, "format": job.data.format,
+            "template": template.stem if template.is_absolute() else job.data.template,
+            "template_text": template.read_text("utf-8") if template.is_absolute() else None,
+            "max_length": job.data.max_length, "over_length": job.data.over_length,
+        },
+        "lora": job.lora.model_dump(),
+        "training": job.training.model_dump(),
+        "processes": processes or job.offer.num_gpus,
+    })  # fmt: skip
+    part = run / "job.json.part"
+    part.write_text(wire.model_dump_json(indent=1), "utf-8")
+    part.replace(run / "job.json")
+    return wire
+
+
+def find_model(toml: Path, job: JobFile) -> Path:
+    """The folder of the base model. Raises ConfigError that lists what is installed."""
+    base = job.model.base.partition("@")[0]
+    installed = Path(os.environ.get("MILKTEA_MODELS", "/models")) / "by-name"
+    practice = _package_folder("trainer") / "practice_model"
+    for folder in (*model_paths(toml, job), installed / base, *([practice] if Path(base).name == "practice_model" else [])):
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+    names = [str(p.parent.relative_to(installed)) for p in installed.rglob("config.json")] if installed.is_dir() else []
+    have = ", ".join(sorted(names)) or "none"
+    raise ConfigError(f"model.base: {job.model.base} is neither a folder here nor installed (installed: {have})", hint="milktea-run models lists them")
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else Path("/nonexistent")
+
+
+def _copy(source: Path, run: Path, relative: str) -> dict[str, object]:
+    target = run / relative
+    shutil.copyfile(source, target)
+    with target.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return DataFile(path=relative, name=source.name, sha256=digest, size_bytes=target.stat().st_size).model_dump()
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if arguments[:1] == ["paths"] and len(arguments) == 2:
+            toml = Path(arguments[1])
+            job = load(toml)
+            print(*paths_of(job), *model_paths(toml, job), sep="\n")
+        elif arguments[:1] == ["run"] and len(arguments) in (3, 4):
+            toml, run = Path(arguments[1]), Path(arguments[2])
+            write_run(toml, load(toml), run, int(arguments[3]) if len(arguments) == 4 else None)
+        else:
+            print(__doc__, file=sys.stderr)
+            return 2
+    except MilkteaError as error:
+        print(f"refused: {error}\ndo this: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"refused: {error}\ndo this: check the paths in {arguments[1]}; relative ones are relative to it", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
