@@ -13,7 +13,7 @@ from dataclasses import asdict
 from ops import commands, cost
 from ops.errors import BoxLeaked, MarketError, MilkteaError, NeverReady, NoAnswer, OfferGone, Preempted, Refused, Unsuitable
 from ops.market import Instance, Offer
-from ops.session import Detached, Session
+from ops.session import Detached, Session, boot_timeout_s
 from ops.wait import until
 
 READS = 3  # absences in a row that prove absence
@@ -107,7 +107,7 @@ def _settle(session: Session, error: MarketError) -> int:
 def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     """Wait until it runs and lets us at its ports. Raises NeverReady (fatal status, deadline), Preempted, Unsuitable."""
     session.vast.attach_key(instance_id, session.public_key)
-    timeout_s = 600 + 3 * session.predicted(offer).pull_s
+    timeout_s = boot_timeout_s(session.predicted(offer))
     began = session.clock.now()
     sick_since: list[float] = []
 

@@ -136,9 +136,11 @@ class Session:
     def allowed_s(self, offer: Offer) -> float:
         """Seconds a new machine may live, by money and by hours; the box's watchdog gets this number.
         Raises OverBudget when it is not worth starting."""
-        burn = (self.bid(offer) or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
+        disk = cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
+        burn = (self.bid(offer) or offer.usd_per_hour) + disk
         predicted = self.predicted(offer)
-        left_usd = self.plan.max_usd - self.spent_usd() - predicted.inet_down_usd - predicted.inet_up_usd
+        before_it_runs = predicted.inet_down_usd + predicted.inet_up_usd + disk * boot_timeout_s(predicted) / 3600
+        left_usd = self.plan.max_usd - self.spent_usd() - before_it_runs
         left_s = min(left_usd / burn * 3600, self.plan.max_s - (self.clock.now() - self.journal.lines[0].t)) - WATCH_S
         if left_s < 2 * MARGIN_S:
             raise OverBudget(
@@ -153,6 +155,11 @@ class Session:
         rent = self.journal.last("renting")
         assert line is not None and rent is not None, "nothing was rented yet"
         return line.t + rent["max_s"]
+
+
+def boot_timeout_s(predicted: Cost) -> float:
+    """Patience for a boot: ten minutes, and three times what the image should take."""
+    return 600.0 + 3.0 * predicted.pull_s
 
 
 def may_have_box(lines: list[Line]) -> bool:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import time
@@ -10,14 +9,9 @@ from pathlib import Path
 import pytest
 
 from ops import commands
+from rig import sh, watched
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGp1c3QgYSB0ZXN0IGtleSBvZiB0aGlydHktdHdvIGJ5 milktea"
-
-
-def sh(script: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["sh", "-c", script], cwd=home, env={"HOME": str(home), "PATH": os.environ["PATH"], **env}, capture_output=True, text=True, timeout=20
-    )
 
 
 def wait_for(path: Path) -> str:
@@ -102,34 +96,6 @@ def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_pa
 def test_a_poll_without_its_header_is_no_answer() -> None:
     with pytest.raises(ValueError, match="not a poll answer"):
         commands.parse_poll("Welcome to vast.ai\n")
-
-
-def watched(home: Path, *, kill_at: int, max_s: int, lease_s: int, renew_every_s: int) -> int:
-    """The virtual second at which the real watchdog text asks for destruction, with the client dying at `kill_at`.
-
-    `date`, `sleep` and `curl` are shell functions over one virtual clock; everything else is what runs on a box."""
-    stage = f"""
-now=0; kill_at={kill_at}
-date() {{ echo $now; }}
-sleep() {{
-  now=$((now + $1))
-  seen=$now; [ $seen -gt $kill_at ] && seen=$kill_at
-  echo $((seen / {renew_every_s} * {renew_every_s})) >lease
-  [ $now -lt 1000000 ] || exit 9
-}}
-curl() {{ echo "$now" >gone_at; echo "$*" >asked; exit 0; }}
-"""
-    (home / "milktea").mkdir(exist_ok=True)
-    for name in ("born", "lease"):
-        (home / "milktea" / name).write_text("0\n")
-    # `exit` inside the function ends the watchdog's shell: the instance is gone
-    done = sh(stage + commands.WATCHDOG, home, MILKTEA_MAX_S=str(max_s), MILKTEA_LEASE_S=str(lease_s), MILKTEA_WATCH_S=str(commands.WATCH_S),
-              MILKTEA_API="http://127.0.0.1:9", CONTAINER_ID="77", CONTAINER_API_KEY="only-this-box")
-    assert done.returncode == 0, done.stderr
-    asked = (home / "milktea/asked").read_text()
-    assert "/api/v0/instances/77/" in asked
-    assert shlex.split(asked)
-    return int((home / "milktea/gone_at").read_text())
 
 
 def test_the_watchdog_ends_a_box_whose_client_fell_silent(tmp_path: Path) -> None:

@@ -1,0 +1,247 @@
+"""The crash matrix: kill the client after every step of the main job, under every fault of a reply, then let one later command run.
+
+    python tests/crash_matrix.py [CASES] [--workers 2]     last line: `CASES cases, 0 leaks`
+
+A case is (fault, step): the fault is planted in the emulator, a client process runs the whole story and dies by SIGKILL at its
+step-th effect (before or after a journal line, an HTTP call, an SSH verb); then `milktea reap`'s own code runs in another process.
+A leak is an instance that the emulator still has. Steps that a fault's run does not reach end the run as it ends by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import rig  # noqa: E402
+
+from ops.box import Box  # noqa: E402
+from ops.errors import MilkteaError  # noqa: E402
+from ops.journal import Journal  # noqa: E402
+from ops.reap import reap  # noqa: E402
+from ops.run import rent_and_train  # noqa: E402
+from ops.vast import Provider, Vast  # noqa: E402
+from ops.wait import RealClock  # noqa: E402
+
+Fault = list[dict[str, Any]]
+
+FAULTS: dict[str, Fault] = {
+    "none": [],
+    "create: reply lost after commit": [{"where": "create", "what": "lost_reply"}],
+    "create: request lost": [{"where": "create", "what": "lost_request"}],
+    "create: late": [{"where": "create", "what": "late", "delay_s": 0.05}],
+    "create: 429 text": [{"where": "create", "what": "429_text"}],
+    "create: 429 JSON": [{"where": "create", "what": "429_json"}],
+    "create: 502 before": [{"where": "create", "what": "502_before"}],
+    "create: 502 after commit": [{"where": "create", "what": "502_after"}],
+    "create: success false": [{"where": "create", "what": "success_false"}],
+    "create: no_such_ask 404": [{"where": "create", "what": "no_such_ask", "status": 404}],
+    "create: no_such_ask 410": [{"where": "create", "what": "no_such_ask", "status": 410}],
+    "create: no_such_ask 400": [{"where": "create", "what": "no_such_ask", "status": 400}],
+    "create: list lags": [{"where": "create", "what": "list_lag", "in": ["list", "show"], "reads": 2}],
+    "create: reply lost and list lags": [
+        {"where": "create", "what": "list_lag", "in": ["list", "show"], "reads": 2}, {"where": "create", "what": "lost_reply"}],
+    "create: not what was offered": [{"where": "create", "what": "wrong_fields", "fields": {"gpu_name": "GTX 1080"}}],
+    "destroy: reply lost": [{"where": "destroy", "what": "lost_reply"}],
+    "destroy: 429 text": [{"where": "destroy", "what": "429_text", "times": 2}],
+    "destroy: 429 JSON": [{"where": "destroy", "what": "429_json", "times": 2}],
+    "destroy: 502 after": [{"where": "destroy", "what": "502_after"}],
+    "destroy: success but still listed": [{"where": "destroy", "what": "still_listed", "reads": 2}],
+    "destroy: success but ignored": [{"where": "destroy", "what": "ignored"}],
+    "destroy: comes back": [{"where": "destroy", "what": "resurrect", "reads": 2}],
+    "list: 502": [{"where": "list", "what": "502_before", "times": 2}],
+    "show: reply lost": [{"where": "show", "what": "lost_reply"}],
+    "boot: pull error": [{"where": "boot", "what": "pull_error"}],
+    "boot: exited": [{"where": "boot", "what": "exited"}],
+    "running: host dies": [{"where": "exec", "what": "host_death", "on_call": 3}],
+    "running: outbid": [{"where": "exec", "what": "cut", "on_call": 4}],
+    "ssh: new host key": [{"where": "ssh", "what": "new_host_key", "on_call": 2}],
+    "ssh: refused, then denied": [{"where": "ssh", "what": "reset", "times": 2}, {"where": "ssh", "what": "denied", "on_call": 3}],
+}  # fmt: skip
+
+
+class Steps:
+    """Counts the effects of this process and dies at the chosen one. The wrapped calls do what they did before."""
+
+    def __init__(self, die_at: int | None, count_file: Path | None = None) -> None:
+        self.die_at, self.count, self.count_file = die_at, 0, count_file
+
+    def step(self) -> None:
+        self.count += 1
+        if self.count == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(self, owner: type, name: str) -> None:
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            self.step()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                self.step()
+
+        setattr(owner, name, stepping)
+
+    def arm(self) -> None:
+        self.wrap(Journal, "append")
+        self.wrap(Vast, "_call")
+        for verb in ("connect", "run", "push", "pull"):
+            self.wrap(Box, verb)
+
+
+def live(folder: Path, runs: Path, url: str, key: str, die_at: int | None) -> int:
+    """One client's life in a forked process; returns the number of its steps (0 when it was killed)."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(read_end)
+            steps = Steps(die_at)
+            steps.arm()
+            own = rig.Rig(folder)
+            own.runs = runs
+            plan = own.plan(max_usd=5.0)
+            try:
+                with Journal(runs / plan.run_id) as journal:
+                    rent_and_train(rig.client(plan, journal, url, key))
+            except MilkteaError:
+                pass
+            os.write(write_end, str(steps.count).encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
+        raise RuntimeError("the client died of a bug, see above")
+    return int(said or 0)
+
+
+def later_command(runs: Path, url: str, key: str) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            reaped = reap(runs, Vast(Provider(url, key, rig.PACE), RealClock()), RealClock(), rig.Silent())
+            code = 0 if not reaped.leaked else 70
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.waitpid(child, 0)
+
+
+def cases(total: int) -> Iterator[tuple[str, int | None]]:
+    """(fault, step). All steps of every fault first, round by round; then pairs of fault and step at random, seeded."""
+    names = list(FAULTS)
+    made = 0
+    for step in [None, *range(1, 90)]:
+        for name in names:
+            if made == min(total, 91 * len(names)):
+                return
+            yield name, step
+            made += 1
+    rng = random.Random(7)
+    for _ in range(total - made):
+        yield rng.choice(names), rng.randrange(1, 120)
+
+
+def work(worker: int, workers: int, total: int, results: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="crash-matrix-") as name:
+        folder = Path(name)
+        rig.Rig(folder)  # its files, once
+        commands, server = multiprocessing.Pipe()
+        emulator = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, server), daemon=True)
+        emulator.start()
+        url, key = commands.recv()
+        leaks, done = [], 0
+        for n, (fault, step) in enumerate(cases(total)):
+            if n % workers != worker:
+                continue
+            commands.send(FAULTS[fault])
+            commands.recv()
+            runs = folder / f"runs{n}"
+            runs.mkdir()
+            live(folder, runs, url, key, step)
+            later_command(runs, url, key)
+            commands.send("what is left")
+            left = commands.recv()
+            if left:
+                leaks.append((fault, step, left))
+            done += 1
+        commands.send(None)
+        emulator.join(10)
+        results.put((done, leaks))
+
+
+def serve(folder: Path, pipe: Any) -> None:
+    """The emulator in a process of its own, so that clients can be forked from one without threads."""
+    with rig.Rig(folder).emulator(credit_usd=1e6) as fake:
+        pipe.send((fake.url, fake.api_key))
+        while (asked := pipe.recv()) is not None:
+            if asked == "what is left":
+                pipe.send(fake.do(lambda: _left(fake)))
+            else:
+                fake.do(lambda wanted=asked: _plant(fake, wanted))
+                pipe.send(True)
+
+
+def _plant(fake: Any, faults: Fault) -> None:
+    fake.faults.clear()
+    fake.requests.clear()
+    for fault in faults:
+        fake.faults.add(fault)
+
+
+def _left(fake: Any) -> list[str]:
+    """What still exists; it is removed, so that a leak of one case does not count in the next."""
+    fake.cloud.tick()
+    left = [f"{i.id} {i.label}" for i in fake.cloud.instances.values()]
+    fake.faults.clear()
+    for instance_id in list(fake.cloud.instances):
+        fake.cloud.destroy(instance_id, fake.api_key)
+    return left
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="?", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    began = time.monotonic()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=work, args=(w, options.workers, options.cases, results)) for w in range(options.workers)]
+    for worker in workers:
+        worker.start()
+    gathered = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    done, leaks = sum(d for d, _ in gathered), [leak for _, found in gathered for leak in found]
+    for fault, step, left in leaks:
+        print(f"leak: {fault}, killed at step {step}: {left}")
+    print(f"{len(FAULTS)} faults, {time.monotonic() - began:.0f} s")
+    print(f"{done} cases, {len(leaks)} leaks")
+    return 1 if leaks else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

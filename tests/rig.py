@@ -1,0 +1,203 @@
+"""The rig of the integration tests: an emulator, a stub image whose training takes no time, and a client on a plan.
+
+The stub is a shell script in place of the image's `milktea-train`: it copies a finished result and speaks the wire. Everything else
+is real: HTTP, SSH, processes, files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import subprocess
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from ops import commands
+from ops.cost import Workload
+from ops.fakevast import FakeVast
+from ops.offers import Needs
+from ops.session import Plan, Session
+from ops.transfer import PushFile, sha256_of
+from ops.vast import Provider, Vast
+from ops.wait import Clock, RealClock
+from trainer.job import Job
+
+IMAGE = "milktea/stub:1"
+PACE = 0.002  # spaced reads need no real seconds where the emulator's clock does not care
+
+STUB = """#!/bin/sh
+# stands in for an image's trainer: the wire's files, in the wire's order
+set -e
+[ "$1" = --wire ] && { echo 1; exit 0; }
+now=$(date +%s)
+say() { printf '%s\\n' "$1" >>events.jsonl; }
+say "{\\"t\\":$now,\\"event\\":\\"started\\",\\"step\\":0,\\"total_steps\\":2}"
+say "{\\"t\\":$now,\\"event\\":\\"step\\",\\"step\\":1,\\"loss\\":2.0,\\"learning_rate\\":0.1,\\"grad_norm\\":1.0}"
+[ -e @FOLDER@/pause ] && while [ -e @FOLDER@/pause ]; do sleep 0.05; done
+[ -e @FOLDER@/fail ] && { say "{\\"t\\":$now,\\"event\\":\\"failed\\",\\"reason\\":\\"planted\\"}"; exit 4; }
+mkdir -p checkpoints/1.new && cp @FOLDER@/checkpoint/* checkpoints/1.new && mv checkpoints/1.new checkpoints/1
+say "{\\"t\\":$now,\\"event\\":\\"checkpoint\\",\\"step\\":1,\\"path\\":\\"checkpoints/1\\",\\"manifest_sha256\\":\\"@MANIFEST@\\"}"
+mkdir -p result && cp @FOLDER@/result/adapter.zip result/
+run=$(basename "$PWD")
+sed "s/@RUN@/$run/" @FOLDER@/result/manifest.json >result/manifest.new && mv result/manifest.new result/manifest.json
+say "{\\"t\\":$now,\\"event\\":\\"finished\\",\\"steps\\":2,\\"final_loss\\":1.0,\\"seconds\\":1,\\"adapter_sha256\\":\\"@ADAPTER@\\"}"
+"""
+
+
+def stub_image(folder: Path, data_sha256: str) -> Path:
+    """A folder of executables for `FakeVast.register_image`, with a finished result to copy."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint/state.bin").write_bytes(b"state" * 100)
+    state = {"state.bin": {"sha256": sha256_of(folder / "checkpoint/state.bin"), "bytes": 500}}
+    (folder / "checkpoint/manifest.json").write_text(json.dumps({"step": 1, "files": state}))
+    manifest = adapter(folder / "result", data_sha256)
+    text = STUB.replace("@FOLDER@", str(folder)).replace("@ADAPTER@", manifest["adapter_sha256"])
+    script = folder / "bin/milktea-train"
+    script.write_text(text.replace("@MANIFEST@", sha256_of(folder / "checkpoint/manifest.json")))
+    script.chmod(0o755)
+    return folder / "bin"
+
+
+def adapter(folder: Path, data_sha256: str) -> dict[str, Any]:
+    """A small sane adapter in PEFT's form, and its manifest."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(7)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{prefix}.lora_A.weight": rng.normal(size=(4, 16)).astype(np.float32),
+        f"{prefix}.lora_B.weight": rng.normal(size=(16, 4)).astype(np.float32),
+    }
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "stub", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
+        "target_modules": ["q_proj"], "use_rslora": False, "use_dora": False, "bias": "none",
+    }  # fmt: skip
+    members = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors), "README.md": b"# stub\n"}
+    with zipfile.ZipFile(folder / "adapter.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content in members.items():
+            z.writestr(name, content)
+    manifest = {
+        "wire": 1, "run_id": "@RUN@", "base_model": "stub", "adapter_sha256": sha256_of(folder / "adapter.zip"),
+        "adapter_bytes": (folder / "adapter.zip").stat().st_size,
+        "files": {n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for n, c in members.items()},
+        "tensors": {n: {"shape": list(t.shape), "dtype": "F32"} for n, t in tensors.items()},
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, "steps": 2, "final_loss": 1.0, "data_sha256": [data_sha256],
+        "template": {"name": "alpaca", "sha256": "0" * 64, "token_hash": "0" * 64}, "versions": {}, "kernels": {}, "curve": [[1, 2.0], [2, 1.0]],
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return manifest
+
+
+class Silent:
+    """A screen that keeps what it was told."""
+
+    shielded = False
+
+    def __init__(self, choice: str = "fetch") -> None:
+        self.told: list[str] = []
+        self.choice = choice
+
+    def line(self, line: Any) -> None:
+        self.told.append(line.kind)
+
+    def waiting(self, message: str) -> None:
+        self.told.append(message)
+
+    def choose(self, choices: Any) -> str:
+        assert [key for key, _ in choices] == ["destroy", "fetch", "detach"]
+        assert all("$" in text for _, text in choices)
+        return self.choice
+
+    def plan(self, *told: Any) -> None: ...
+    def renting(self, *told: Any) -> None: ...
+    def booting(self, *told: Any) -> None: ...
+    def connecting(self, *told: Any) -> None: ...
+    def moving(self, *told: Any) -> None: ...
+    def event(self, *told: Any) -> None: ...
+    def destroying(self, why: str) -> None: ...
+
+
+class Rig:
+    """Folders and data of one test; `plan()` makes a new run, `session(journal)` a client on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = folder / "runs"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.data = folder / "rows.json"
+        if not self.data.exists():
+            self.data.write_text('[{"instruction": "q", "input": "", "output": "a"}]')
+        self.image = folder / "image"
+        if not self.image.exists():
+            stub_image(self.image, sha256_of(self.data))
+
+    @contextmanager
+    def emulator(self, **more: Any) -> Iterator[FakeVast]:
+        with FakeVast(self.folder / "fakevast", **more) as fake:
+            fake.register_image("milktea/stub*", self.image / "bin")
+            yield fake
+
+    def plan(self, **more: Any) -> Plan:
+        run_id = f"stub-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        data = PushFile(self.data, "data/0-rows.json", sha256_of(self.data))
+        wire_job = Job.model_validate({
+            "run_id": run_id, "model": {"base": "stub", "precision": "fp32"},
+            "data": {"files": [{"path": data.remote, "name": "rows.json", "sha256": data.sha256, "size_bytes": self.data.stat().st_size}]},
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
+        })  # fmt: skip
+        settings: dict[str, Any] = {
+            "run_id": run_id, "image": IMAGE, "trainer": "image", "wire_job": json.loads(wire_job.model_dump_json()), "pushes": [data],
+            "needs": Needs(min_reliability=0.9, hours=2, disk_gib=16), "workload": Workload(1e5, 1e6, cpu_practice=True, disk_gib=16, image_bytes=4e8),
+            "max_usd": 1.0, "max_s": 7200.0, "stall_s": 600.0, "out": str(self.folder / "out"), "notes": [],
+        }  # fmt: skip
+        return Plan(**settings | more)
+
+
+def client(plan: Plan, journal: Any, url: str, key: str, *, screen: Any = None, clock: Clock | None = None, pace: float = PACE) -> Session:
+    """A client that acts on `plan`; its first line is written when the journal is empty."""
+    if not journal.lines:
+        journal.append("planned", **plan.to_line())
+    clock = clock or RealClock()
+    return Session(journal, plan, Vast(Provider(url, key, pace), clock), clock, screen or Silent())
+
+
+def sh(script: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", script], cwd=home, env={"HOME": str(home), "PATH": os.environ["PATH"], **env}, capture_output=True, text=True, timeout=20
+    )
+
+
+def watched(home: Path, *, kill_at: int, max_s: int, lease_s: int, renew_every_s: int) -> int:
+    """The virtual second at which the real watchdog text asks for destruction, with the client dying at `kill_at`.
+
+    `date`, `sleep` and `curl` are shell functions over one virtual clock; everything else is what runs on a box."""
+    stage = f"""
+now=0; kill_at={kill_at}
+date() {{ echo $now; }}
+sleep() {{
+  now=$((now + $1))
+  seen=$now; [ $seen -gt $kill_at ] && seen=$kill_at
+  echo $((seen / {renew_every_s} * {renew_every_s})) >lease
+  [ $now -lt 1000000 ] || exit 9
+}}
+curl() {{ echo "$now" >gone_at; echo "$*" >asked; exit 0; }}
+"""
+    (home / "milktea").mkdir(exist_ok=True)
+    for name in ("born", "lease"):
+        (home / "milktea" / name).write_text("0\n")
+    # `exit` inside the function ends the watchdog's shell: the instance is gone
+    done = sh(stage + commands.WATCHDOG, home, MILKTEA_MAX_S=str(max_s), MILKTEA_LEASE_S=str(lease_s), MILKTEA_WATCH_S=str(commands.WATCH_S),
+              MILKTEA_API="http://127.0.0.1:9", CONTAINER_ID="77", CONTAINER_API_KEY="only-this-box")
+    assert done.returncode == 0, done.stderr
+    asked = (home / "milktea/asked").read_text()
+    assert "/api/v0/instances/77/" in asked
+    return int((home / "milktea/gone_at").read_text())
