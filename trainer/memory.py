@@ -1,12 +1,11 @@
 """Pure: how much GPU memory a training needs, before any weight is loaded. No torch: ops uses it to choose cards.
 
-The peak is what `torch.cuda.max_memory_allocated` will say, in GiB, of one GPU:
+The peak is what `torch.cuda.max_memory_allocated` will say, in GiB, of one GPU: weights, adapter with its gradients, optimizer,
+what layers keep for backward, and the largest passing need: the loss of one chunk, or one layer's backward.
 
-    weights + adapter (and its gradients) + optimizer + stored activations + the larger of two passing needs:
-    the logits of one chunk, or one layer's backward (with its recomputed activations when it is checkpointed)
-
-Sizes of tensors are exact arithmetic; three factors are fitted to measurements (docs/memory-grid.jsonl, and until that exists
-the probes on one H200 in the field notes): see `_STORED`, `_PASSING` and `_CONSTANT_GIB`.
+Two paths, each counted tensor by tensor from its code: the fused layer (trainer/layer.py) for LoRA on Llama, Mistral and Qwen2,
+and transformers' own forward for the rest, whose count is the field notes' 34 h + 8 f bytes a layer and token.
+docs/memory-grid.jsonl holds what the fused path really took on a GPU; tests hold the count to it.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from typing import Any, Literal
 GIB = 1024**3
 
 MARGIN = 0.05  # of the predicted peak, before anything is said to fit
-RESERVED_GIB = 1.0  # of the card: the driver's share, the CUDA context, cuBLAS and Triton workspaces
+RESERVED_GIB = 1.0  # of the card: the driver's share, the CUDA context, fragments between the allocator's blocks
 
-_STORED = 1.08  # what the compiled layer keeps for backward, against the count in `_stored_bytes`
-_PASSING = 1.0  # one layer's backward, against the count in `_passing_bytes`
-_CONSTANT_GIB = 0.15  # position tables, packing indices, the allocator's rounding
-_LOGIT_CHUNK = 1024  # tokens whose logits exist at once (trainer/loss.py)
+_CONSTANT_GIB = 0.10  # cuBLAS workspaces, position tables, the batch itself
+_LOGITS_PER_CHUNK = 2**26  # trainer/loss.py
+_MEAN_ROW = 200  # tokens of a document, where the data is not known
+_FLASH_ROUND = 128  # rows that flash attention's backward adds for each document
+_NF4_BYTES = 0.5 + 4 / 64  # half a byte, and an fp32 scale for 64 values
 _LAUNCH_TOKENS = 400  # a micro-batch costs as much as this many tokens more: launches, small matrix products
 
 Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
@@ -107,6 +107,11 @@ class Shape:
         attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
         return attention | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
 
+    def groups(self) -> dict[str, tuple[int, int]]:
+        """A gated layer's linears as the fused path joins those of one input: (inputs, outputs)."""
+        h, f, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
+        return {"qkv": (h, q + 2 * kv), "o": (q, h), "gate_up": (h, 2 * f), "down": (f, h)}
+
     def targeted(self, target_modules: Targets) -> dict[str, tuple[int, int]]:
         """The linear modules of one layer that get an adapter. Raises ValueError when a name matches none."""
         linears = self.linears()
@@ -173,38 +178,50 @@ def predict(
     checkpointed_layers: int = 0,
     method: str = "lora",
     trainable_layers: int = 2,
-    processes: int = 1,
+    documents: int | None = None,
+    fused: bool | None = None,
+    keep_transpose: bool = False,
 ) -> Memory:
-    """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens.
+    """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in `documents` rows.
 
-    `trainable_layers` counts for method "freeze"; with several `processes` the adapter's gradients are kept once more, in
-    the buckets that are all-reduced. Raises ValueError for an unknown precision, method or module.
+    `trainable_layers` counts for method "freeze". `fused` None: where the fused layer takes the model. `keep_transpose` is
+    FP8's faster form. Raises ValueError for an unknown precision, method or module.
     """
     if precision not in _LINEAR_BYTES:
         raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
-    tokens, element = tokens_per_micro_batch, 4 if precision == "fp32" else 2
-    trained, adapter = _trained(shape, method, r, target_modules, trainable_layers)
-    weights = _weight_bytes(shape, precision)
-    gradients = trained * (4 + 4 * (processes > 1)) + adapter * 4
+    tokens, element = tokens_per_micro_batch, 4 if precision == "fp32" or method == "full" else 2
+    fused = takes_fused_layer(shape, precision, r, method) if fused is None else fused
+    rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
+    trained, beside = _trained(shape, method, r, target_modules, trainable_layers)
+    weights = _weight_bytes(shape, precision, element, fused, keep_transpose)
+    adapter = trained * 4 + beside * 4 + (_padded_copies(shape, r, target_modules, element) if fused else 0)
     optimizer = trained * 8
-    layer = _stored_bytes(shape, target_modules if method == "lora" else "all-linear", r, element) * _STORED
-    checkpoint = element * shape.hidden
-    plain = shape.layers - checkpointed_layers
-    stored = tokens * (plain * layer + checkpointed_layers * checkpoint + 3 * element * shape.hidden)
-    logits = min(tokens, _LOGIT_CHUNK) * shape.vocab * (4 + 4 + element)
-    recomputed = tokens * layer if checkpointed_layers else 0.0
-    passing = recomputed + tokens * _passing_bytes(shape, element) * _PASSING + _unpacked_bytes(shape, precision)
-    parts = [x / GIB for x in (weights, gradients, optimizer, stored, logits, passing)]
-    w, a, o, s, lo, p = parts
+    if fused:
+        layer, loss = _kept_fused(shape, r, element), _loss_fused(shape, tokens, element)
+        passing = _passing_fused(shape, precision, tokens, rows, element, keep_transpose)
+    else:
+        layer, loss = _kept_eager(shape, element), tokens * shape.vocab * (8.0 + element)
+        passing = tokens * element * (3 * shape.intermediate + 3 * shape.hidden) + _unpacked(shape, precision, joined=False)
+    # The first layers are checkpointed: when backward reaches them, what the last ones kept is gone already.
+    kept_layers = max(shape.layers - checkpointed_layers, 1)
+    stored = tokens * (kept_layers * layer + (checkpointed_layers + 1) * element * shape.hidden)
+    w, a, o, s, lo, p = (x / GIB for x in (weights, adapter, optimizer, stored, loss, passing))
     peak = w + a + o + s + max(lo, p) + _CONSTANT_GIB
+    recomputed = f"{checkpointed_layers} of {shape.layers} layers recomputed"
     lines = (
-        f"weights      {w:7.2f} GiB = {parameters(shape) / 1e9:.2f} B parameters in {precision}",
-        f"trained      {a + o:7.2f} GiB = {trained / 1e6:.1f} M values, gradients and two moments in fp32",
-        f"activations  {s:7.2f} GiB = {tokens:,} tokens x {s * GIB / tokens / 1e6:.2f} MB, {checkpointed_layers} of {shape.layers} layers recomputed",
-        f"passing      {max(lo, p) + _CONSTANT_GIB:7.2f} GiB = the larger of logits {lo:.2f} and one layer's backward {p:.2f}",
+        f"weights      {w:7.2f} GiB = {parameters(shape) / 1e9:.2f} B parameters, the layers' in {precision}",
+        f"trained      {a + o:7.2f} GiB = {trained / 1e6:.1f} M values, their copies, gradients and two moments",
+        f"activations  {s:7.2f} GiB = {tokens:,} tokens x {s * GIB / tokens / 1e6:.2f} MB, {recomputed}",
+        f"passing      {max(lo, p) + _CONSTANT_GIB:7.2f} GiB = the larger of the loss {lo:.2f} and one layer's backward {p:.2f}",
         f"peak         {peak:7.2f} GiB; a card needs {needed_gib(peak):.1f} GiB",
     )
     return Memory(w, a, o, s, lo, p, peak, lines)
+
+
+def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool:
+    """Whether trainer/fast.py patches in the fused layer. It also wants dropout 0 and no DoRA, which no size tells."""
+    plain = shape.gated and not shape.qk_norm and not shape.other_bias and shape.head_dim in (32, 64, 128, 256)
+    return method == "lora" and plain and r <= 64 and precision != "int8"
 
 
 def solve(
@@ -216,7 +233,7 @@ def solve(
     method: str = "lora",
     least_tokens: int = 2048,
     most_tokens: int = 16384,
-    **more: int,
+    **more: Any,
 ) -> tuple[int, int] | None:
     """The fastest (tokens of a micro-batch, layers to checkpoint) that a card of `capacity_gib` holds, or None.
 
@@ -241,14 +258,14 @@ def min_gpu_memory_gib(
     target_modules: Targets = "all-linear",
     method: str = "lora",
     least_tokens: int = 2048,
-    **more: int,
+    **more: Any,
 ) -> float:
-    """The smallest card (as its driver reports it) on which `solve` finds a way: every layer checkpointed, the longest row alone."""
+    """The smallest card, as its driver reports it, on which `solve` finds a way: the longest row alone, all layers recomputed."""
     least = predict(shape, precision, r, target_modules, least_tokens, shape.layers, method, **more)
     return needed_gib(least.peak_gib)
 
 
-_LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+_LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": _NF4_BYTES, "int8": 1.0}
 
 
 def _need(config: dict[str, Any], *names: str) -> int:
@@ -274,34 +291,73 @@ def _trained(shape: Shape, method: str, r: int, targets: Targets, trainable_laye
     raise ValueError(f"method {method!r} is none of lora, full, freeze")
 
 
-def _weight_bytes(shape: Shape, precision: str) -> float:
+def _weight_bytes(shape: Shape, precision: str, element: int, fused: bool, keep_transpose: bool) -> float:
     linear = linear_parameters(shape)
-    rest = (parameters(shape) - linear) * (4 if precision == "fp32" else 2)
+    each = float(element) if precision in ("fp32", "bf16") else _LINEAR_BYTES[precision] + (precision == "fp8" and keep_transpose)
     scales = 4 * shape.layers * sum(o for _, o in shape.linears().values()) if precision in ("fp8", "int8") else 0
-    return linear * _LINEAR_BYTES[precision] + rest + scales
+    scratch = _unpacked(shape, precision, joined=True) if precision == "nf4" and fused else 0  # one buffer, never given back
+    return linear * each + (parameters(shape) - linear) * element + scales + scratch
 
 
-def _stored_bytes(shape: Shape, targets: Targets, r: int, element: int) -> float:
-    """What one layer keeps of one token from forward to backward: its input, the stream between its halves, q, k, v and the
-    attention's output, gate and up; then the inputs of the adapted modules (for their A), and A's own output."""
+def _padded_copies(shape: Shape, r: int, targets: Targets, element: int) -> int:
+    """The fused path's copies of A and B in the compute dtype: ranks padded, zeros for a linear without one beside others."""
+    rank, names = _padded_rank(r), set(shape.targeted(targets))
+    joined = {
+        "qkv": ("q_proj", "k_proj", "v_proj"),
+        "o": ("o_proj",),
+        "gate_up": ("gate_proj", "up_proj"),
+        "down": ("down_proj",),
+    }
+    sizes = [len(joined[g]) * i + o for g, (i, o) in shape.groups().items() if names & set(joined[g])]
+    return shape.layers * sum(sizes) * rank * element
+
+
+_JOINED = {"qkv": {"q_proj", "k_proj", "v_proj"}, "o": {"o_proj"}, "gate_up": {"gate_proj", "up_proj"}, "down": {"down_proj"}}
+
+
+def _padded_rank(r: int) -> int:
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def _kept_fused(shape: Shape, r: int, element: int) -> float:
+    """What a layer keeps of one token: its input, q k v, attention's output, the middle of the stream, gate and up, seven inner
+    products with A; attention's log-sum for each head and two norms in fp32."""
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
-    kept = 2 * h + 2 * q + 2 * kv + (2 if shape.gated else 1) * f
-    names = {n.split(".")[-1] if shape.gated else n for n in shape.targeted(targets)}
-    kept += h if names & {"q_proj", "k_proj", "v_proj", "attn.c_attn"} else 0
-    kept += h if names & {"gate_proj", "up_proj", "mlp.c_fc"} else 0
-    kept += f if names & {"down_proj", "mlp.c_proj"} else 0
-    return element * (kept + r * len(names)) + 4 * shape.heads + 8
+    return element * (2 * h + 2 * q + 2 * kv + 2 * f + 7 * _padded_rank(r)) + 4 * shape.heads + 8
 
 
-def _passing_bytes(shape: Shape, element: int) -> float:
-    """The gradients that exist together for one token in one layer's backward: of product, gate and up, and of two streams."""
-    return element * ((3 if shape.gated else 2) * shape.intermediate + 3 * shape.hidden)
+def _kept_eager(shape: Shape, element: int) -> float:
+    """transformers with PEFT, per layer and token: 34 h + 8 f bytes in bf16 (fp32 copies in the norms, q k v, gate, up, ...)."""
+    return element * (17 * shape.hidden + 4 * shape.intermediate)
 
 
-def _unpacked_bytes(shape: Shape, precision: str) -> float:
-    """A quantised weight's passing copy: FP8's transpose is one byte a value, NF4 and int8 are unpacked to two."""
-    largest = max(i * o for i, o in shape.linears().values())
-    return {"fp8": 1.0, "nf4": 2.0, "int8": 2.0}.get(precision, 0.0) * largest
+def _loss_fused(shape: Shape, tokens: int, element: int) -> float:
+    """The final norm's input and output, the targets' states and their gradient; then logits: the new chunk beside the last
+    one and its gradient."""
+    rows = max(16, _LOGITS_PER_CHUNK // shape.vocab)
+    chunk = min(tokens, rows) * shape.vocab
+    return 4 * tokens * element * shape.hidden + chunk * ((4 + 4 + element) if tokens > rows else (4 + element))
+
+
+def _passing_fused(shape: Shape, precision: str, tokens: int, documents: int, element: int, keep_transpose: bool) -> float:
+    """The most that one layer's backward holds beside what was kept: in attention's own backward, in the rotation after it, or
+    around gate and up. FP8 adds casts of a byte, and the transposed weight where it is made on the fly."""
+    h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    cast = 1 if precision == "fp8" else 0
+    streams = element * (2 * h + q)  # the gradients of the output and of the middle, and of attention's output
+    rounded = tokens + _FLASH_ROUND * documents
+    expanded = 0 if kv == q else 2 * element * q  # grouped heads: k's and v's gradients for every query head first
+    flash = tokens * (streams + element * (q + 2 * kv) + expanded) + rounded * 4 * (q + shape.heads)
+    rotate = tokens * (streams + (2 * element + cast) * (q + 2 * kv))
+    mlp = tokens * (element * (h + f) + cast * (h + 2 * f))
+    on_the_fly = cast and not keep_transpose
+    return max(flash, rotate + on_the_fly * h * (q + 2 * kv), mlp + on_the_fly * 2 * h * f)
+
+
+def _unpacked(shape: Shape, precision: str, joined: bool) -> float:
+    """The largest weight unpacked to two bytes for its product, where it is held quantised."""
+    sizes = shape.groups() if joined and shape.gated else shape.linears()
+    return 2.0 * max(i * o for i, o in sizes.values()) if precision in ("fp8", "nf4", "int8") else 0.0
 
 
 def _budgets(least: int, most: int) -> list[int]:
@@ -310,7 +366,7 @@ def _budgets(least: int, most: int) -> list[int]:
 
 
 def _fewest_checkpointed(
-    shape: Shape, capacity: float, precision: str, r: int, targets: Targets, tokens: int, method: str, more: dict[str, int]
+    shape: Shape, capacity: float, precision: str, r: int, targets: Targets, tokens: int, method: str, more: dict[str, Any]
 ) -> int | None:
     def fits(layers: int) -> bool:
         return predict(shape, precision, r, targets, tokens, layers, method, **more).fits(capacity)

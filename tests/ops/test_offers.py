@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ops import gpus, offers
 from ops.cost import Workload
 from ops.offers import Needs, Offer
-from trainer.memory import Shape
+from trainer.memory import Shape, min_gpu_memory_gib
 
 # The shape of a live row (market of July 2025), with a verified machine's values where it had none.
 ROW: dict[str, Any] = {
@@ -221,8 +221,9 @@ def test_a_card_passes_for_the_size_on_its_box(asked: int, reported_mb: int) -> 
 
 def test_a_model_that_does_not_fit_is_never_accepted_whatever_the_user_asks() -> None:
     work = replace(WORK, shape=SEVEN_B)
-    ranking = offers.rank([offer(gpu_name="RTX 4080", gpu_memory_gib=16.0)], NEEDS, work)
-    assert ranking.rejected[0][2] == "gpu_memory" and "needs 16.0 GiB" in ranking.rejected[0][1]
+    ranking = offers.rank([offer(gpu_name="RTX 4080", gpu_memory_gib=15.99)], NEEDS, work)
+    least = min_gpu_memory_gib(SEVEN_B)
+    assert ranking.rejected[0][1:] == (f"needs {least:.1f} GiB in bf16, a RTX 4080 has 16.0 GiB", "gpu_memory")
 
 
 def test_fp8_is_refused_on_a_card_without_it() -> None:
