@@ -33,6 +33,7 @@ GPUS=${MILKTEA_GPUS:-all}
 DRY=${MILKTEA_DRY_RUN:-}
 
 current_image() {
+    local _name _key _ref
     if [ -n "${MILKTEA_IMAGE:-}" ]; then
         echo "$MILKTEA_IMAGE"
         return
@@ -45,6 +46,7 @@ current_image() {
 
 # GPUs by the toolkit's runtime, or by CDI; none where the image or the server has none.
 gpu_flags() {
+    local _cdi _list _g
     [ "$GPUS" = none ] && return
     case $($DOCKER info --format '{{json .Runtimes}}' 2>/dev/null) in
         *nvidia*)
@@ -63,6 +65,7 @@ gpu_flags() {
 }
 
 shared_memory() {
+    local _key _kb _unit
     if [ -n "${MILKTEA_SHM:-}" ]; then
         echo "$MILKTEA_SHM"
         return
@@ -74,6 +77,7 @@ shared_memory() {
 
 # inside EXTRA... -- PROGRAM ARGUMENTS...: the one way into the image. EXTRA are more docker options.
 inside() {
+    local _image _options _i _program _a
     _image=$(current_image) || exit 2
     mkdir -p "$RUNS/cache"
     _options="--rm --init --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges --ulimit memlock=-1 --ulimit stack=67108864"
@@ -111,6 +115,7 @@ inside() {
 absolute() { (cd "$(dirname "$1")" 2>/dev/null && printf '%s/%s\n' "$(pwd)" "$(basename "$1")"); }
 
 train() {
+    local _job _processes _run _folder _named _old_ifs _p _code
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _job=$(absolute "$1") && [ -f "$_job" ] || refuse "$1 does not exist" "ls *.toml"
     shift
@@ -157,6 +162,7 @@ run_folder() {
 }
 
 chat() {
+    local _at
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _at=$(run_folder "$1") || exit 2
     shift
@@ -164,6 +170,7 @@ chat() {
 }
 
 evaluate() {
+    local _at _data
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _at=$(run_folder "$1") || exit 2
     shift

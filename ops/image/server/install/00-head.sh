@@ -42,6 +42,7 @@ say() { printf '%s\n' "$*" >&3; }
 
 # die CODE WHAT REMEDY: the three parts of every refusal: what happened, how the server is now, what to type next.
 die() {
+    local _code
     _code=$1
     if [ -n "$TOUCHED" ]; then undo; fi
     printf 'REFUSED: %s\n  server:  %s\n  do this: %s\n' "$2" "${LEFT:-as it was before}" "$3" >&2
@@ -56,6 +57,7 @@ leave() {
 
 # A JSON string of $1, quotes included; control characters become spaces.
 json_str() {
+    local _in _out _rest _c
     _in=$1 _out=
     while [ -n "$_in" ]; do
         _rest=${_in#?}
@@ -80,6 +82,7 @@ human() {
 
 # not_below A B: version A is at least version B, compared number by number.
 not_below() {
+    local _a _b _x _y
     _a=$1. _b=$2.
     while [ -n "$_b" ]; do
         _x=${_a%%.*} _y=${_b%%.*}
@@ -99,6 +102,7 @@ has() { command -v "$1" >/dev/null 2>&1; }
 
 # The nearest existing folder of a path: what a question about its disk is asked of.
 existing() {
+    local _d
     _d=$1
     while [ ! -d "$_d" ] && [ "$_d" != / ]; do _d=$(dirname "$_d"); done
     echo "$_d"

@@ -2,6 +2,7 @@
 # --- the plan: what the bundle holds, one fact a line; written by the packer, covered by SHA256SUMS -------------------------
 
 plan() { # plan KEY: the rest of the first line that begins with KEY
+    local _k _rest
     while read -r _k _rest; do
         if [ "$_k" = "$1" ]; then
             echo "$_rest"
@@ -12,6 +13,7 @@ plan() { # plan KEY: the rest of the first line that begins with KEY
 }
 
 rows() { # rows KEY: the rest of every line that begins with KEY
+    local _k _rest
     while read -r _k _rest; do
         [ "$_k" = "$1" ] && echo "$_rest"
     done <"$BUNDLE/PLAN"
@@ -19,6 +21,7 @@ rows() { # rows KEY: the rest of every line that begins with KEY
 }
 
 read_plan() {
+    local _f _n _diff _rest
     for _f in PLAN SHA256SUMS; do
         [ -f "$BUNDLE/$_f" ] || die 4 "$BUNDLE/$_f is missing: this is not a whole bundle" "copy $_f from the sender's disk again"
     done
@@ -34,12 +37,14 @@ read_plan() {
 
 # Every place where a file of the bundle may lie, best first.
 places() {
+    local _d
     echo "$PREFIX/repaired/$ID/$1"
     echo "$BUNDLE/$1"
     printf '%s' "$ALSO" | while read -r _d; do echo "$_d/$1"; done
 }
 
 where() { # where FILE: the place that verification found whole, or else the first that exists
+    local _p _real
     if [ -f "$WORK/good" ]; then
         while read -r _p _real; do
             if [ "$_p" = "$1" ]; then
@@ -84,6 +89,7 @@ print(h.hexdigest())' ;;
 
 # Coreutils' own SHA-256 is 3 to 4 times slower than the others where it is not linked with OpenSSL.
 choose_hasher() {
+    local _h
     HASHER=sha256sum
     for _h in openssl python3; do
         if has "$_h"; then
@@ -99,6 +105,7 @@ cores() { nproc 2>/dev/null || echo 1; }
 # hash_all LIST OUT: the sums of the paths listed in LIST, as many at a time as there are processors (4 at most).
 # Paths come largest first, dealt in turn, so that the shares are about equal.
 hash_all() {
+    local _shares _i _p _s
     _shares=$(cores)
     [ "$_shares" -gt 4 ] && _shares=4
     rm -f "$WORK"/share.* "$WORK"/sums.*
@@ -121,6 +128,7 @@ hash_all() {
 
 # same_prefix A B: how many leading lines two files share.
 same_prefix() {
+    local _n _x _y
     _n=0
     while read -r _x <&4 && read -r _y <&5; do
         [ "$_x" = "$_y" ] || break
@@ -131,6 +139,7 @@ same_prefix() {
 
 # join_volumes V1,V2,...: the bytes of a file that may have been split into volumes.
 join_volumes() {
+    local _list _v _real
     _list=$1
     while [ -n "$_list" ]; do
         _v=${_list%%,*}

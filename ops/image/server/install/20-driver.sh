@@ -11,6 +11,7 @@ in_list() { # in_list X A,B,C
 # the driver may compile for newer GPUs. Compiled code runs on the same major number with the same or a higher minor one;
 # an "a" behind a number binds it to exactly that GPU.
 runs_on() {
+    local _major _minor _older _lists _arch
     _major=${1%.*} _minor=${1#*.} _older='' _lists=$2
     while [ -n "$_lists" ]; do
         _arch=${_lists%%,*}
@@ -36,6 +37,7 @@ runs_on() {
 # verdict DRIVER CAP CLASS CUDA NATIVE FLOOR ARCHES PTX COMPAT
 #   -> native | minor | ptx | compat | driver-too-old | gpu-too-old | gpu-too-new
 verdict() {
+    local _how
     [ "$4" = none ] && { echo native; return; }
     _how=$(runs_on "$2" "$7" "$8")
     case $_how in old) echo gpu-too-old; return ;; new) echo gpu-too-new; return ;; esac
@@ -62,6 +64,7 @@ class_of() {
 
 # lines_for DRIVER CAP CLASS: the image lines of this project that run as they are.
 lines_for() {
+    local _fits _line _cuda _native _floor _arches _ptx _compat
     rows line >"$WORK/lines"
     _fits=
     while read -r _line _cuda _native _floor _arches _ptx _compat; do
@@ -75,6 +78,7 @@ lines_for() {
 
 # remedy VERDICT DRIVER CAP CLASS CUDA NATIVE FLOOR: what to do about it, in one sentence.
 remedy() {
+    local _needs _other _carry _update
     _needs=$7
     _other=$(lines_for "$2" "$3" "$4")
     _carry=${_other:+carry a bundle of the image line $_other}

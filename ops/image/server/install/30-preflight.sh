@@ -15,6 +15,7 @@ df_free() { # df_free PATH [-i]
 }
 
 layers_of() { # layers_of IMAGE: its DiffIDs, one a line; the same on either store
+    local _l
     $DOCKER image inspect --format '{{range .RootFS.Layers}}{{println .}}{{end}}' "$1" 2>/dev/null | while read -r _l; do
         if [ -n "$_l" ]; then echo "$_l"; fi
     done
@@ -30,6 +31,7 @@ candidates() {
 
 # What the engine has already: START layers from the bottom on in one image, and files "have" (all DiffIDs) and "from".
 take_stock() {
+    local _image _k _l
     START=0 START_IMAGE=''
     : >"$WORK/have"
     candidates >"$WORK/candidates"
@@ -42,6 +44,7 @@ take_stock() {
 }
 
 holder_of() { # holder_of DIFFID: an image that has this layer
+    local _l _image
     while read -r _l _image; do
         [ "$_l" = "$1" ] && { echo "$_image"; return 0; }
     done <"$WORK/have"
@@ -51,6 +54,7 @@ holder_of() { # holder_of DIFFID: an image that has this layer
 # Bytes that loading adds: layers that are missing, the largest of their archives while it is unpacked, and on the
 # containerd store the compressed blobs, which stay beside the unpacked files.
 bytes_to_load() {
+    local _sum _peak _n _diff _size _sha _blob _rest
     _sum=0 _peak=0
     while read -r _n _diff _size _sha _blob _rest; do
         [ "$_n" -gt "$START" ] || continue
@@ -62,6 +66,7 @@ bytes_to_load() {
 }
 
 bytes_of_models() {
+    local _sum _set _bytes _rest
     _sum=0
     [ -n "$MODELS" ] && rows model >"$WORK/models" && while read -r _set _bytes _rest; do
         [ -d "$PREFIX/models/$_set" ] || _sum=$((_sum + _bytes))
@@ -70,6 +75,7 @@ bytes_of_models() {
 }
 
 preflight() {
+    local _name _verdict _m _n _r
     : >"$WORK/checks"
     ENGINE='' CONTAINERD='' DATA_ROOT='' START=0 START_IMAGE=''
     : >"$WORK/have"
@@ -91,6 +97,7 @@ preflight() {
 }
 
 check_platform() {
+    local _is _needs
     _is=$(uname -m) _needs=$(plan platform)
     case $_is in x86_64) _is=amd64 ;; aarch64) _is=arm64 ;; esac
     if [ "$_is" = "$_needs" ]; then check platform ok "$_is" "$_needs" "nothing to do"
@@ -98,6 +105,7 @@ check_platform() {
 }
 
 check_engine() {
+    local _why
     if ! has "${DOCKER%% *}"; then
         check engine fail "no docker command" "Docker 20.10 or newer" "install Docker Engine from this server's own package source"
         return
@@ -122,6 +130,7 @@ check_engine() {
 }
 
 check_toolkit() {
+    local _cdi
     [ "$CUDA" = none ] && return
     case $($DOCKER info --format '{{json .Runtimes}}' 2>/dev/null) in
         *nvidia*) check toolkit ok "runtime nvidia" "NVIDIA container toolkit or CDI" "nothing to do"; return ;;
@@ -135,6 +144,7 @@ check_toolkit() {
 
 # Sizes only: a missing or half-copied volume is named before anything else happens.
 check_bundle() {
+    local _bad _v _bytes _sha _group _at _is _n
     _bad=
     while read -r _v _bytes _sha _group; do
         _at=$(where "$_v") || { _bad="$_bad $_v (missing)"; continue; }
@@ -150,6 +160,7 @@ ROWS
 
 # For an update: which layers must come from what is on the server, and are they there?
 check_base() {
+    local _missing _n _diff _size _sha _blob _name _state
     [ "$KIND" = delta ] || return 0
     _missing=''
     while read -r _n _diff _size _sha _blob _name _state; do
@@ -161,10 +172,12 @@ check_base() {
 }
 
 full_part() { # full_part N: what the full bundle calls the archive of layer N
+    local _fn _path _rest
     rows full | while read -r _fn _path _rest; do [ "$_fn" = "$1" ] && echo "$_path"; done
 }
 
 check_disk() {
+    local _load _models _free _mount _pfree _pmount _files
     _load=$(bytes_to_load) _models=$(bytes_of_models)
     set -- $(df_free "$(existing "$HOST$DATA_ROOT")")
     _free=$1 _mount=$2
@@ -182,6 +195,7 @@ check_disk() {
 }
 
 room() { # room NAME PATH FREE_KB BYTES WHAT_FOR
+    local _have
     case $3 in
         *[!0-9]* | '') check "$1" warn "cannot be seen from here: $2" "$(human "$4")" "make sure that $2 has $(human "$4") free: $5"; return ;;
     esac
@@ -191,12 +205,14 @@ room() { # room NAME PATH FREE_KB BYTES WHAT_FOR
 }
 
 check_prefix() {
+    local _at
     _at=$(existing "$PREFIX")
     if [ -w "$_at" ]; then check folder ok "$PREFIX" "a folder to write to" "nothing to do"
     else check folder fail "$_at cannot be written to by $(id -un)" "a folder to write to" "run this as root, or choose another: --prefix DIR"; fi
 }
 
 check_memory() {
+    local _kb _key _value _rest _need
     _kb=0
     while read -r _key _value _rest; do
         [ "$_key" = MemTotal: ] && _kb=$_value
@@ -213,6 +229,7 @@ check_memory() {
 
 # "NAME, DRIVER, CAPABILITY, MEMORY" of each GPU by nvidia-smi; without it the driver alone by the kernel.
 list_gpus() {
+    local _line _w
     if has nvidia-smi; then
         nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader 2>/dev/null && return
     fi
@@ -223,6 +240,7 @@ list_gpus() {
 }
 
 check_gpus() {
+    local _native _floor _compat _g _name _driver _cap _memory _class _v _do _level
     list_gpus >"$WORK/gpus"
     if [ "$CUDA" = none ]; then
         check driver ok "not needed" "none: this image trains on the CPU" "nothing to do"
@@ -253,11 +271,13 @@ check_gpus() {
 }
 
 rows_of_line() { # the numbers of this bundle's own line
+    local _own _line _cuda _rest
     _own=$(plan line_name)
     rows line | while read -r _line _cuda _rest; do [ "$_line" = "$_own" ] && echo "$_rest"; done
 }
 
 print_checks() {
+    local _name _verdict _m _n _r
     while read -r _name && read -r _verdict && read -r _m && read -r _n && read -r _r; do
         say "$(printf '%-5s %-20s %s (needs %s)' "$_verdict" "$_name" "$_m" "$_n")"
         [ "$_verdict" = ok ] || say "        do this: $_r"
@@ -266,6 +286,7 @@ print_checks() {
 
 # The facts and checks as one JSON object. Carried home, it lets the next bundle hold only what this server lacks.
 json_preflight() {
+    local _sep _name _driver _cap _memory _image _l _holder _d _verdict _m _n _r
     printf '{"milktea_preflight":1,"server":%s,"engine":%s,"store":%s,"kernel":%s,"bundle":%s,\n"gpus":[' \
         "$(json_str "$(uname -n)")" "$(json_str "$ENGINE")" "$(json_str "${CONTAINERD:+containerd}")" "$(json_str "$(uname -r)")" "$(json_str "$NAME $ID")"
     _sep=

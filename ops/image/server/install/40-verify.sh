@@ -3,6 +3,7 @@
 
 # The key is, in this order: --key, the key of the first install here, the bundle's own (which proves only wholeness).
 check_signature() {
+    local _e
     SIGNED=none
     if [ ! -f "$BUNDLE/SHA256SUMS.sig" ] && [ ! -f "$BUNDLE/SHA256SUMS.openssl" ]; then
         SIGNED="not signed"
@@ -47,6 +48,7 @@ trusted() { # trusted FILE: the key file to believe; says which in TRUST
 }
 
 allowed_signers() {
+    local _first _rest
     trusted allowed_signers >"$WORK/key" || return 1
     read -r _first _rest <"$WORK/key"
     case $_first in
@@ -58,8 +60,13 @@ allowed_signers() {
 
 # INSTALL.sh, PLAN and the other small files against SHA256SUMS; they are needed to trust anything else.
 verify_small() {
+    local _sha _path _p _mine _plan
     : >"$WORK/small"
     while read -r _sha _path; do
+        case ${#_sha}$_path in
+            64?*) ;;
+            *) die 4 "SHA256SUMS is damaged: one of its lines is not a hash and a path" "copy SHA256SUMS from the sender's disk again" ;;
+        esac
         case $_path in
             parts/* | models/* | parity/*) ;;
             *)
@@ -83,6 +90,7 @@ verify_small() {
 }
 
 listed() { # listed HEX PATH SUMS: the sums file has this hash for this path
+    local _h _p
     while read -r _h _p; do
         [ "${_p#\*}" = "$2" ] && { [ "$_h" = "$1" ]; return; }
     done <"$3"
@@ -91,6 +99,7 @@ listed() { # listed HEX PATH SUMS: the sums file has this hash for this path
 
 # verify_volumes FILTER...: each volume by itself, several at a time. Fills "good" (PATH PLACE) and "bad" (PATH WHY).
 verify_volumes() {
+    local _v _bytes _sha _group _take _f _at _is _else
     : >"$WORK/good.new"
     : >"$WORK/bad"
     : >"$WORK/todo"
@@ -98,6 +107,7 @@ verify_volumes() {
     rm -f "$WORK/good"
     while read -r _v _bytes _sha _group; do
         _take=
+        # shellcheck disable=SC2254
         for _f in "$@"; do case $_v in $_f) _take=yes ;; esac; done
         [ -n "$_take" ] || continue
         _at=$(where "$_v") || { echo "$_v missing" >>"$WORK/bad"; continue; }
@@ -124,6 +134,7 @@ ROWS
 }
 
 elsewhere() { # elsewhere FILE HEX NOT_HERE: another place that has it whole
+    local _p
     places "$1" >"$WORK/places"
     while read -r _p; do
         [ -f "$_p" ] && [ "$_p" != "$3" ] || continue
@@ -133,6 +144,7 @@ elsewhere() { # elsewhere FILE HEX NOT_HERE: another place that has it whole
 }
 
 say_bad() {
+    local _v _why
     while read -r _v _why; do say "BAD   $_v: $_why"; done <"$WORK/bad"
 }
 
@@ -140,6 +152,7 @@ say_bad() {
 
 # repair_bad: rebuild what "bad" lists into PREFIX/repaired. Names what it cannot.
 repair_bad() {
+    local _hopeless _v _why
     _hopeless=''
     cp "$WORK/bad" "$WORK/bad.before"
     while read -r _v _why; do
@@ -154,6 +167,7 @@ repair_bad() {
 }
 
 rebuild() { # rebuild VOLUME
+    local _lost _group _size _want _v _bytes _sha _g _out
     _lost=$1 _group='' _size='' _want=''
     while read -r _v _bytes _sha _g; do
         [ "$_v" = "$_lost" ] && _group=$_g _size=$_bytes _want=$_sha
@@ -184,6 +198,7 @@ ROWS
 }
 
 is_good() { # is_good FILE HEX: whole here, and where (FOUND)
+    local _gv _real
     FOUND=$(where "$1") || return 1
     if [ -f "$WORK/good" ]; then
         while read -r _gv _real; do
@@ -232,6 +247,7 @@ with open(sys.argv[2], "wb") as out:
 }
 
 verify_or_repair() { # verify_or_repair FILTER...
+    local _v _why
     verify_volumes "$@" && return 0
     say_bad
     LOST=$(while read -r _v _; do printf ' %s' "$_v"; done <"$WORK/bad")

@@ -3,6 +3,7 @@
 
 # copy_and_hash VOLUMES DEST: writes DEST and prints its hash; the bytes are read once, hashed while they are written.
 copy_and_hash() {
+    local _hashing
     rm -f "$WORK/pipe"
     mkfifo "$WORK/pipe" || return 1
     sum_of_stdin <"$WORK/pipe" >"$WORK/copied" &
@@ -14,6 +15,7 @@ copy_and_hash() {
 }
 
 install_models() {
+    local _set _bytes _model _license
     mkdir -p "$PREFIX/models" || die 3 "cannot write to $PREFIX/models" "choose another folder: --prefix DIR"
     rows model >"$WORK/models"
     while read -r _set _bytes _model _license; do
@@ -25,6 +27,7 @@ install_models() {
 }
 
 install_model() { # install_model SET NAME: appears under its own name only when every file is right
+    local _stage _s _fbytes _fsha _path _vols
     _stage=$PREFIX/models/.$1.partial
     STAGES="$STAGES $_stage"
     mkdir -p "$_stage"
@@ -64,7 +67,7 @@ load_image() {
     fi
     [ "$START" -gt 0 ] && say "image going on after layer $START of $DEPTH, which is here"
     climb
-    if ! complete && [ "$START" -gt 0 ] && [ "$KIND" = full ]; then
+    if ! whole_image && [ "$START" -gt 0 ] && [ "$KIND" = full ]; then
         # what was here only looked the same (other blobs, or a damaged store): bring everything
         say "image what was here does not fit; loading every layer"
         drop_stairs
@@ -72,14 +75,15 @@ load_image() {
         START=0
         climb
     fi
-    complete || die 6 "the engine says that it loaded $REF, but the image has other layers than the plan; its last words: $(tail -c 300 "$WORK/engine" | tr '\n' ' ')" \
+    whole_image || die 6 "the engine says that it loaded $REF, but the image has other layers than the plan; its last words: $(tail -c 300 "$WORK/engine" | tr '\n' ' ')" \
         "look at the engine's log and its disk (docker info), then run this again"
     drop_stairs
 }
 
-complete() { layers_of "$REF" >"$WORK/got" && [ "$(same_prefix "$WORK/want" "$WORK/got")" -eq "$DEPTH" ] && [ "$(wc -l <"$WORK/got")" -eq "$DEPTH" ]; }
+whole_image() { layers_of "$REF" >"$WORK/got" && [ "$(same_prefix "$WORK/want" "$WORK/got")" -eq "$DEPTH" ] && [ "$(wc -l <"$WORK/got")" -eq "$DEPTH" ]; }
 
 climb() {
+    local _first _last _tag _files _reuse
     TOUCHED=yes
     rows step >"$WORK/steps"
     while read -r _first _last _tag _files _reuse <&7; do
@@ -106,6 +110,7 @@ step_stream() {
 }
 
 step_failed() {
+    local _words
     [ "$START" -gt 0 ] && [ "$KIND" = full ] && { START=$((DEPTH + 1)); return; } # load_image tries once more from the bottom
     _words=$(tail -c 300 "$WORK/engine" | tr '\n' ' ')
     case $_words in
@@ -118,6 +123,7 @@ step_failed() {
 # above a changed layer must be given to the engine again; docker save gives them back byte for byte) ---------------------
 
 harvest() { # harvest FIRST LAST REUSE: the reused layers of this step, from the images that have them, into the spool
+    local _n _diff _size _image
     mkdir -p "$WORK/spool"
     reuse_rows "$1" "$2" >"$WORK/reuse"
     : >"$WORK/holders"
@@ -136,6 +142,7 @@ harvest() { # harvest FIRST LAST REUSE: the reused layers of this step, from the
 }
 
 reuse_rows() {
+    local _n _diff _size _sha _blob _name _state
     while read -r _n _diff _size _sha _blob _name _state; do
         [ "$_state" = reuse ] && [ "$_n" -ge "$1" ] && [ "$_n" -le "$2" ] && echo "$_n $_diff $_size"
     done <"$WORK/layers"
@@ -143,6 +150,7 @@ reuse_rows() {
 
 # Reads the archive of docker save from stdin and keeps the members that are wanted layers: of the right size, then hash.
 pick_layers() {
+    local _member _octal _bytes _room _wanted _n _diff _size _hash
     while dd bs=512 count=1 iflag=fullblock of="$WORK/header" 2>/dev/null && [ -s "$WORK/header" ]; do
         _member=$(head -c 100 "$WORK/header" | tr -d '\0')
         if [ -z "$_member" ]; then
@@ -168,6 +176,7 @@ pick_layers() {
 }
 
 reused() { # reused HEADERS: the harvested layers as archive members; HEADERS has 512 bytes for each, in order
+    local _at _i _n _diff _size
     _at=$(where "$1") _i=0
     while read -r _n _diff _size; do
         dd if="$_at" bs=512 skip="$_i" count=1 2>/dev/null
@@ -177,6 +186,7 @@ reused() { # reused HEADERS: the harvested layers as archive members; HEADERS ha
 }
 
 drop_stairs() {
+    local _image
     $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}' 2>/dev/null | while read -r _image; do
         case $_image in "$STAIR"-*) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null ;; esac
     done
@@ -184,6 +194,7 @@ drop_stairs() {
 
 # After a refusal: nothing of this run stays, what was there before is untouched.
 undo() {
+    local _s
     TOUCHED=
     drop_stairs
     [ -n "$REF_BEFORE" ] || $DOCKER rmi -f "$REF" >/dev/null 2>&1

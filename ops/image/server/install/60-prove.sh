@@ -11,6 +11,7 @@ gpu_flags() {
 
 # The image proves itself: no network, nothing writable but /tmp. Its answer is JSON on stdout.
 prove() {
+    local _program _limit _rc _said
     TOUCHED=yes
     say "prove the self-test runs with no network and a read-only image"
     set -- $(plan prove)
@@ -37,6 +38,7 @@ keep_failure() {
 }
 
 state_of() { # state_of current|previous
+    local _k _ref
     [ -f "$PREFIX/state/$NAME" ] || return 1
     while read -r _k _ref; do
         [ "$_k" = "$1" ] && { echo "$_ref"; return 0; }
@@ -53,6 +55,7 @@ write_state() { # write_state CURRENT PREVIOUS: the file is the truth, the tags 
 }
 
 activate() {
+    local _before _f
     _before=$(state_of current) || _before=
     if [ "$_before" = "$REF" ]; then _before=$(state_of previous) || _before=; fi
     mkdir -p "$PREFIX/bin" "$PREFIX/tools" "$PREFIX/keys"
@@ -73,6 +76,7 @@ activate() {
 }
 
 record() {
+    local _when _sep _l
     mkdir -p "$PREFIX/records"
     _when=$(date -u +%Y-%m-%dT%H:%M:%SZ)
     {
@@ -103,6 +107,7 @@ record() {
 
 # A page for the security officer, made inside the image and signed with this server's own key.
 evidence() {
+    local _page _file
     _page=$PREFIX/EVIDENCE.html
     if plan evidence >/dev/null; then
         $DOCKER run --rm -i --network=none --read-only --tmpfs /tmp -v "$PREFIX/tools:/tools:ro" --entrypoint "$(plan evidence)" "$REF" \
@@ -117,6 +122,7 @@ evidence() {
 }
 
 sign_here() {
+    local _key
     _key=$PREFIX/keys/server
     mkdir -p "$PREFIX/keys"
     rm -f "$1.sig" "$1.openssl"
@@ -134,6 +140,7 @@ sign_here() {
 }
 
 rollback() {
+    local _now _back
     _now=$(state_of current) || die 2 "nothing of $NAME is installed in $PREFIX" "sh INSTALL.sh install"
     _back=$(state_of previous) || die 2 "there is no image before $_now" "sh INSTALL.sh status shows what is installed"
     $DOCKER image inspect "$_back" >/dev/null 2>&1 || die 6 "$_back is no longer on the server" "install its bundle again"
@@ -143,6 +150,7 @@ rollback() {
 }
 
 status() {
+    local _now _back
     _now=$(state_of current) || _now=
     _back=$(state_of previous) || _back=
     if [ -n "$JSON" ]; then

@@ -23,6 +23,7 @@ install() {
 }
 
 lock() {
+    local _holder
     mkdir -p "$PREFIX/state" 2>/dev/null || die 3 "cannot write to $PREFIX" "run this as root, or choose another folder: --prefix DIR"
     if ! mkdir "$PREFIX/state/lock" 2>/dev/null; then
         _holder=$(cat "$PREFIX/state/lock/pid" 2>/dev/null)
@@ -41,6 +42,7 @@ lock() {
 drop_spools() { rm -rf "$PREFIX"/state/work.*; }
 
 verify() {
+    local _verdict _sep _v _why
     if verify_volumes 'parts/*' 'models/*' 'parity/*'; then
         _verdict=whole
     else

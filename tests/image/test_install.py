@@ -1,0 +1,373 @@
+"""INSTALL.sh where it needs no engine: preflight, verify, repair. Real shells, real files, nothing stood in for but the
+machine's own reports (nvidia-smi, docker info), which are recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.image import sign
+from ops.image.bundle import Options
+from ops.image.driver import Line
+
+SHELLS = ["dash", "busybox ash", "bash"]
+COREUTILS = "basename cat chmod cp cut date dd df dirname head id ln mkdir mkfifo mktemp mv nproc printf rm sort stat sync tail tee timeout tr uname wc"
+CU130 = Line("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",))
+CU126 = Line("train-cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0"))
+
+
+@pytest.fixture
+def packed(tiny: Any, tmp_path: Path, release_key: Path) -> Path:
+    tiny.add_model().pack(tmp_path / "bundle", Options(parity_members=4, volume_bytes=250_000, key=release_key))
+    return tmp_path / "bundle"
+
+
+def jail(folder: Path, *more: str) -> str:
+    """A PATH with sh, coreutils and nothing else."""
+    folder.mkdir()
+    for name in ["sh", "sha256sum", *COREUTILS.split(), *more]:
+        found = shutil.which(name)
+        assert found, f"{name} is not on this machine"
+        (folder / name).symlink_to(found)
+    return str(folder)
+
+
+def script(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("#!/bin/sh\n" + text)
+    (folder / name).chmod(0o755)
+
+
+def a_volume(packed: Path, part: str = "cublas") -> Path:
+    return sorted(p for p in (packed / "parts").iterdir() if part in p.name)[0]
+
+
+def flip(file: Path, at: int, bit: int = 0) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1 << bit
+    file.unlink()  # never through a hard link
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_whole_bundle_is_said_to_be_whole_in_every_shell(packed: Path, install: Callable, shell: str) -> None:
+    if not shutil.which(shell.split()[0]):
+        pytest.skip(f"{shell} is not on this machine")
+    ran = install(packed, "verify", shell=shell)
+    assert (ran.code, ran.err) == (0, "")
+    assert "whole: 18 volumes, signature good" in ran.out
+
+
+def test_verify_and_repair_need_nothing_but_sh_and_coreutils(packed: Path, install: Callable, tmp_path: Path) -> None:
+    path = jail(tmp_path / "jail")
+    ran = install(packed, "verify", path=path)
+    assert ran.code == 0 and "hashed by sha256sum" in ran.out
+    assert "neither ssh-keygen nor openssl here" in ran.out and "SHA256SUMS is " in ran.out
+    volume = a_volume(packed)
+    volume.unlink()
+    ran = install(packed, "repair", path=path)
+    assert ran.code == 4 and f"cannot be rebuilt: parts/{volume.name}" in ran.err and "repair on another machine" in ran.err
+
+
+@pytest.mark.parametrize("tool", ["perl", "python3"])
+def test_a_lost_volume_of_each_group_is_rebuilt_identical(packed: Path, install: Callable, tmp_path: Path, tool: str) -> None:
+    (tmp_path / "tool").mkdir()
+    real = "/usr/bin/perl" if tool == "perl" else os.path.realpath(sys.executable)
+    (tmp_path / "tool" / tool).symlink_to(real)
+    path = f"{jail(tmp_path / 'jail')}:{tmp_path / 'tool'}"
+    groups: dict[str, str] = {}
+    for line in (packed / "PLAN").read_text().splitlines():
+        if line.startswith("vol "):
+            _, volume, _, _, group = line.split()
+            groups[group] = volume
+    before = {v: (packed / v).read_bytes() for v in groups.values()}
+    assert len(before) == 5
+    for volume in before:
+        (packed / volume).unlink()
+    ran = install(packed, "repair", path=path, prefix=tmp_path / "p")
+    assert ran.code == 0, ran.err
+    rebuilt = next((tmp_path / "p" / "repaired").iterdir())
+    assert {v: (rebuilt / v).read_bytes() for v in before} == before
+    assert "18 volumes, all there" in install(packed, "preflight", prefix=tmp_path / "p").out
+
+
+def test_two_lost_volumes_of_one_group_are_named_and_nothing_is_invented(packed: Path, install: Callable, tmp_path: Path) -> None:
+    rows = [line.split() for line in (packed / "PLAN").read_text().splitlines() if line.startswith("vol ")]
+    first, second = [r[1] for r in rows if r[4] == "02"][:2]
+    (packed / first).unlink()
+    flip(packed / second, 1000)
+    ran = install(packed, "repair")
+    assert ran.code == 4 and first in ran.err and second in ran.err and "parity group 02" in ran.err and "copy again" in ran.err
+
+
+def test_a_lost_parity_file_alone_is_no_reason_to_stop(packed: Path, install: Callable) -> None:
+    (packed / "parity" / "P.01").unlink()
+    assert install(packed, "repair").code == 0
+    ran = install(packed, "verify")
+    assert ran.code == 4 and "parity/P.01" in ran.err
+
+
+def test_a_volume_may_lie_on_another_disk(packed: Path, install: Callable, tmp_path: Path) -> None:
+    (tmp_path / "disk2" / "parts").mkdir(parents=True)
+    volume = a_volume(packed)
+    volume.rename(tmp_path / "disk2" / "parts" / volume.name)
+    assert install(packed, "verify").code == 4
+    assert install(packed, "verify", "--also", str(tmp_path / "disk2")).code == 0
+
+
+def test_a_damaged_volume_here_is_taken_whole_from_the_other_disk(packed: Path, install: Callable, tmp_path: Path) -> None:
+    volume = a_volume(packed)
+    (tmp_path / "disk2" / "parts").mkdir(parents=True)
+    shutil.copy(volume, tmp_path / "disk2" / "parts")
+    flip(volume, 5)
+    assert install(packed, "verify", "--also", str(tmp_path / "disk2")).code == 0
+
+
+def test_parts_of_two_bundles_mixed_are_found_out(tiny: Any, packed: Path, install: Callable, tmp_path: Path) -> None:
+    tiny.contents["trainer"] = {"app/train.py": b"print('two')\n"}
+    tiny.pack(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "PLAN", packed / "PLAN")
+    ran = install(packed, "verify")
+    assert ran.code == 4 and "PLAN is damaged, or belongs to another bundle" in ran.err
+
+
+def test_a_wrong_signature_stops_everything(packed: Path, install: Callable, tmp_path: Path) -> None:
+    sign.make_key(tmp_path / "stranger")
+    sign.sign(packed / "SHA256SUMS", tmp_path / "stranger")
+    ran = install(packed, "verify")
+    assert ran.code == 5 and "wrong signature" in ran.err and "another way than this disk" in ran.err
+
+
+def test_a_whole_new_bundle_by_a_stranger_is_refused_with_the_key_that_came_another_way(tiny: Any, install: Callable, tmp_path: Path, release_key: Path) -> None:
+    sign.make_key(tmp_path / "stranger")
+    tiny.pack(tmp_path / "theirs", Options(key=tmp_path / "stranger"))
+    assert "not compared with anything" in install(tmp_path / "theirs", "verify").out
+    ran = install(tmp_path / "theirs", "verify", "--key", f"{release_key}.pub")
+    assert ran.code == 5 and "given by --key" in ran.err
+
+
+def test_the_key_of_the_first_install_binds_the_next_bundles(tiny: Any, packed: Path, install: Callable, tmp_path: Path) -> None:
+    keys = tmp_path / "prefix" / "keys"
+    keys.mkdir(parents=True)
+    shutil.copy(packed / "keys" / "allowed_signers", keys)
+    assert "with the key of the first install here" in install(packed, "verify").out
+    for name in ("SHA256SUMS.sig", "SHA256SUMS.openssl"):
+        (packed / name).unlink()
+    ran = install(packed, "verify")
+    assert ran.code == 5 and "not signed" in ran.err
+
+
+def test_without_ssh_keygen_openssl_checks_the_signature(packed: Path, install: Callable, tmp_path: Path) -> None:
+    path = jail(tmp_path / "jail", "openssl")
+    assert "good, by openssl" in install(packed, "verify", path=path).out
+    flip(packed / "SHA256SUMS.openssl", 40)
+    assert install(packed, "verify", path=path).code == 5
+
+
+def corrupt(folder: Path, dice: random.Random) -> tuple[str, set[str]]:
+    """Damage a bundle in one way; returns how, and the files of which one must be named."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    kind = dice.choice(["flip", "truncate", "swap", "delete"])
+    file = dice.choice(files)
+    name = str(file.relative_to(folder))
+    if kind == "flip":
+        flip(file, dice.randrange(file.stat().st_size), dice.randrange(8))
+    elif kind == "truncate":
+        data = file.read_bytes()
+        file.unlink()
+        file.write_bytes(data[: dice.randrange(len(data))])
+    elif kind == "delete":
+        file.unlink()
+    else:
+        other = dice.choice([f for f in files if f != file and f.read_bytes() != file.read_bytes()])
+        file.rename(folder / "swap")
+        other.rename(file)
+        (folder / "swap").rename(other)
+        return f"swap {name} {other.relative_to(folder)}", {name, str(other.relative_to(folder))}
+    return f"{kind} {name}", {name}
+
+
+def one_corruption(packed: Path, scratch: Path, seed: int) -> str:
+    """Empty when the damage was refused and named together with a remedy; else what went wrong."""
+    folder = scratch / str(seed)
+    shutil.copytree(packed, folder, copy_function=os.link)
+    how, names = corrupt(folder, random.Random(seed))
+    done = subprocess.run(["sh", str(folder / "INSTALL.sh"), "verify", "--prefix", str(scratch / "p")], capture_output=True, text=True, errors="replace", timeout=60)
+    shutil.rmtree(folder)
+    said = done.stdout + done.stderr
+    if done.returncode == 0:
+        # leaving the signature file out is seen by --key, --require-signature, or a server that was installed before
+        return "" if names <= {"SHA256SUMS.openssl", "SHA256SUMS.sig"} and how.startswith("delete") else f"{how}: accepted: {said}"
+    if names & {"INSTALL.sh"}:
+        return ""  # a damaged script stops in its own way; what counts is that it does not say yes
+    if names <= {"SHA256SUMS", "SHA256SUMS.sig"}:
+        named = any(word in said for word in ("signature", "SHA256SUMS", *names)) or "damaged" in said
+    else:
+        named = any(name in said for name in names) or "wrong signature" in said
+    remedy = any(word in said for word in ("do this: copy", "do this: sh INSTALL.sh repair", "do this: do not install it"))
+    return "" if named and remedy else f"{how}: not named: {said}"
+
+
+def corruptions(packed: Path, scratch: Path, seeds: range) -> list[str]:
+    with ThreadPoolExecutor(2) as pool:
+        return [bad for bad in pool.map(lambda s: one_corruption(packed, scratch, s), seeds) if bad]
+
+
+def test_forty_corruptions_are_all_caught_named_and_given_a_remedy(packed: Path, tmp_path: Path) -> None:
+    assert corruptions(packed, tmp_path / "trials", range(40)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_thousand_corruptions_are_all_caught_named_and_given_a_remedy(packed: Path, tmp_path: Path) -> None:
+    assert corruptions(packed, tmp_path / "trials", range(1000, 2000)) == []
+
+
+# -- preflight -------------------------------------------------------------------------------------------------------------
+
+
+def docker_says(folder: Path, version: str = "24.0.7", runtimes: str = '{"nvidia":{},"runc":{}}', root: str = "/", store: str = "[]") -> None:
+    """A docker command with an engine's recorded answers and no images."""
+    script(folder, "docker", f"""case "$*" in
+    *Server.Version*) echo '{version}' ;; *DriverStatus*) echo '{store}' ;; *Runtimes*) echo '{runtimes}' ;;
+    *DockerRootDir*) echo '{root}' ;; *"{{{{.Driver}}}}"*) echo overlay2 ;; esac\n""")  # fmt: skip
+
+
+def checks(ran: Any) -> dict[str, dict[str, str]]:
+    return {c["check"]: c for c in ran.json()["checks"]}
+
+
+def preflight(tiny: Any, install: Callable, tmp_path: Path, gpus: str = "", line: Line = CU130, **engine: str) -> Any:
+    """The preflight of a CUDA bundle on a machine with these GPUs (nvidia-smi's CSV)."""
+    if not (tmp_path / "b").exists():
+        tiny.pack(tmp_path / "b", line=line, lines=(CU130, CU126))
+    docker_says(tmp_path / "bin", **engine)
+    if gpus:
+        script(tmp_path / "bin", "nvidia-smi", f"echo '{gpus}'\n")
+    path = f"{tmp_path / 'bin'}:{jail(tmp_path / 'jail') if not (tmp_path / 'jail').exists() else tmp_path / 'jail'}"
+    return install(tmp_path / "b", "preflight", "--json", path=path)
+
+
+def test_a_ready_server_passes_every_check_and_each_says_measured_needed_and_remedy(tiny: Any, install: Callable, tmp_path: Path) -> None:
+    ran = preflight(tiny, install, tmp_path, "NVIDIA H100 80GB HBM3, 580.95.05, 9.0, 81559 MiB")
+    assert ran.code == 0, ran.err
+    found = checks(ran)
+    assert {"platform", "engine", "store", "toolkit", "bundle", "disk of the engine", "folder", "memory", "shm", "gpu 0"} <= set(found)
+    assert all(c["verdict"] in ("ok", "warn") and c["measured"] and c["needed"] and c["remedy"] for c in found.values())
+
+
+def test_a_driver_that_is_too_old_is_refused_with_the_image_line_that_fits(tiny: Any, install: Callable, tmp_path: Path) -> None:
+    ran = preflight(tiny, install, tmp_path, "NVIDIA GeForce RTX 3090, 535.104.05, 8.6, 24576 MiB")
+    assert ran.code == 3
+    found = checks(ran)["gpu 0"]
+    assert found["verdict"] == "fail" and "driver-too-old" in found["measured"]
+    assert found["remedy"] == "update the driver to 580.65.06 or newer, or carry a bundle of the image line train-cu126"
+
+
+def test_each_gpu_of_a_mixed_server_is_judged(tiny: Any, install: Callable, tmp_path: Path) -> None:
+    ran = preflight(tiny, install, tmp_path, "Tesla V100-SXM2-32GB, 580.95.05, 7.0, 32768 MiB\nNVIDIA A100-SXM4-80GB, 580.95.05, 8.0, 81920 MiB")
+    assert [checks(ran)[f"gpu {n}"]["verdict"] for n in (0, 1)] == ["fail", "ok"]
+    assert "train-cu126" in checks(ran)["gpu 0"]["remedy"]
+    assert [g["capability"] for g in ran.json()["gpus"]] == ["7.0", "8.0"]
+
+
+def test_without_nvidia_smi_the_kernel_tells_the_driver(tiny: Any, install: Callable, tmp_path: Path) -> None:
+    tiny.pack(tmp_path / "b", line=CU130)
+    docker_says(tmp_path / "bin")
+    root = tmp_path / "root"
+    (root / "proc/driver/nvidia").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal:       65536000 kB\n")
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc version 12.2.0\n"
+    (root / "proc/driver/nvidia/version").write_text(text)
+    path = f"{tmp_path / 'bin'}:{jail(tmp_path / 'jail')}"
+    ran = install(tmp_path / "b", "preflight", "--json", path=path, MILKTEA_HOST_ROOT=str(root))
+    assert checks(ran)["driver"]["measured"] == "535.104.05" and checks(ran)["driver"]["verdict"] == "fail"
+
+
+def test_no_driver_no_toolkit_and_an_old_engine_are_each_named(tiny: Any, install: Callable, tmp_path: Path) -> None:
+    ran = preflight(tiny, install, tmp_path, version="19.03.15", runtimes='{"runc":{}}')
+    found = checks(ran)
+    assert ran.code == 3
+    assert found["driver"]["measured"] == "no NVIDIA driver" and "580.65.06" in found["driver"]["remedy"]
+    assert found["toolkit"]["verdict"] == "fail" and "nvidia-ctk" in found["toolkit"]["remedy"]
+    assert found["engine"]["verdict"] == "fail" and "20.10" in found["engine"]["needed"]
+
+
+def test_no_space_is_said_with_the_number_before_anything_is_copied(tiny: Any, install: Callable, tmp_path: Path) -> None:
+    tiny.add_model()
+    script(tmp_path / "bin", "df", 'case "$*" in *-i*) echo h; echo "x 9 9 99999999 1% /" ;; *) echo h; echo "/dev/sda1 100 90 3000 97% /" ;; esac\n')
+    ran = preflight(tiny, install, tmp_path, "NVIDIA H100, 580.95.05, 9.0, 1 MiB")
+    found = checks(ran)["disk of the engine"]
+    layers, largest = 3_368_960, 1_115_689
+    assert ran.code == 3 and found["verdict"] == "fail" and "3072 KB free" in found["measured"]
+    assert f"free {(layers + largest + 500_022 - 3_072_000) // 1000} KB there" in found["remedy"]
+    assert not (tmp_path / "prefix").exists()
+
+
+def test_the_containerd_store_is_counted_with_the_compressed_copies_that_it_keeps(tiny: Any, install: Callable, tmp_path: Path) -> None:
+    plain = preflight(tiny, install, tmp_path)
+    other = preflight(tiny, install, tmp_path, store='[["driver-type","io.containerd.snapshotter.v1"]]')
+    def kb(ran: Any) -> int:
+        return int(checks(ran)["disk of the engine"]["needed"].split()[0])
+    assert checks(other)["store"]["measured"] == "containerd" and kb(other) - kb(plain) > 2000
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tiny: Any, tmp_path: Path) -> None:
+    tiny.pack(tmp_path / "b")
+    (tmp_path / "ro").mkdir()
+    inner = f"mount -t tmpfs -o ro none {tmp_path}/ro && exec sh {tmp_path}/b/INSTALL.sh preflight --json --prefix {tmp_path}/ro/milktea"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", inner], capture_output=True, text=True)
+    if not done.stdout:
+        pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
+    found = {c["check"]: c for c in json.loads(done.stdout)["checks"]}["folder"]
+    assert found["verdict"] == "fail" and f"{tmp_path}/ro cannot be written to" in found["measured"] and "--prefix DIR" in found["remedy"]
+
+
+def test_a_refused_install_leaves_nothing_behind(tiny: Any, install: Callable, tmp_path: Path) -> None:
+    tiny.pack(tmp_path / "b", line=CU130)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    ran = install(tmp_path / "b", path=jail(tmp_path / "jail"))
+    assert ran.code == 3 and "no docker command" in ran.out and "as it was before" in ran.err
+    after = sorted(p for p in tmp_path.rglob("*") if "jail" not in p.parts)
+    assert after == before
+
+
+def test_a_bundle_on_read_only_media_is_verified_without_writing_to_it(packed: Path, install: Callable) -> None:
+    for p in (packed, *packed.rglob("*")):
+        p.chmod(0o555 if p.is_dir() else 0o444)
+    before = {p: p.stat().st_mtime_ns for p in packed.rglob("*")}
+    assert install(packed, "verify").code == 0
+    assert {p: p.stat().st_mtime_ns for p in packed.rglob("*")} == before
+    for p in (packed, *packed.rglob("*")):
+        p.chmod(0o755)
+
+
+def test_verify_answers_in_json_for_programs(packed: Path, install: Callable) -> None:
+    volume = a_volume(packed)
+    flip(volume, 9)
+    ran = install(packed, "verify", "--json")
+    assert ran.code == 4
+    assert json.loads(ran.out)["bad"] == [{"file": f"parts/{volume.name}", "why": "damaged, or of another bundle"}]
+
+
+def test_wrong_words_are_answered_with_the_usage(packed: Path, install: Callable) -> None:
+    assert install(packed, "instal").code == 2
+    assert "usage: sh INSTALL.sh" in install(packed, "--help").out
+
+
+def test_the_installer_is_clean_for_shellcheck(packed: Path) -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not on this machine")
+    command = ["shellcheck", "-s", "dash", "-S", "warning", "-e", "SC2086,SC2046,SC2154", str(packed / "INSTALL.sh"), str(packed / "tools/milktea-run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == ""
