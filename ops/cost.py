@@ -226,7 +226,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
     )
     least = max(1, min(w.least_tokens, int(w.tokens)))
-    found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, least)
+    found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, least, w.num_gpus)
     if isinstance(found, str):
         raise DoesNotFit(f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB", "gpu_memory")
     return found
@@ -235,9 +235,10 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
 @lru_cache(maxsize=4096)
 def _fit(shape: memory.Shape, capacity: float, precision: str, r: int, targets: Modules, method: str, least: int) -> float | str:
     """The share of layers that are checkpointed on such a card, or what it would need. Remembered: a market has few sizes."""
-    plan = memory.solve(shape, capacity, precision, r, targets, method, least)
+    plan = memory.solve(shape, capacity, precision, r, targets, method, least, processes=processes)
     if plan is None:
-        return f"needs {memory.min_gpu_memory_gib(shape, precision, r, targets, method, least):.1f} GiB"
+        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, least, processes=processes)
+        return f"needs {math.ceil(need * 10) / 10:.1f} GiB"
     return plan[1] / shape.layers
 
 

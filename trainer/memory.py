@@ -20,6 +20,7 @@ MARGIN = 0.05  # of the predicted peak, before anything is said to fit
 RESERVED_GIB = 1.0  # of the card: the driver's share, the CUDA context, fragments between the allocator's blocks
 
 _CONSTANT_GIB = 0.10  # cuBLAS workspaces, position tables, the batch itself
+_NCCL_GIB = 0.4
 _LOGITS_PER_CHUNK = 2**26  # trainer/loss.py
 _MEAN_ROW = 200  # tokens of a document, where the data is not known
 _FLASH_ROUND = 128  # rows that flash attention's backward adds for each document
@@ -181,11 +182,12 @@ def predict(
     documents: int | None = None,
     fused: bool | None = None,
     keep_transpose: bool = False,
+    processes: int = 1,
 ) -> Memory:
     """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in `documents` rows.
 
     `trainable_layers` counts for method "freeze". `fused` None: where the fused layer takes the model. `keep_transpose` is
-    FP8's faster form. Raises ValueError for an unknown precision, method or module.
+    FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report. Raises ValueError for an unknown precision, method or module.
     """
     if precision not in _LINEAR_BYTES:
         raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
@@ -206,13 +208,14 @@ def predict(
     kept_layers = max(shape.layers - checkpointed_layers, 1)
     stored = tokens * (kept_layers * layer + (checkpointed_layers + 1) * element * shape.hidden)
     w, a, o, s, lo, p = (x / GIB for x in (weights, adapter, optimizer, stored, loss, passing))
-    peak = w + a + o + s + max(lo, p) + _CONSTANT_GIB
+    constant = _CONSTANT_GIB + (_NCCL_GIB if processes > 1 else 0)
+    peak = w + a + o + s + max(lo, p) + constant
     recomputed = f"{checkpointed_layers} of {shape.layers} layers recomputed"
     lines = (
         f"weights      {w:7.2f} GiB = {parameters(shape) / 1e9:.2f} B parameters, the layers' in {precision}",
         f"trained      {a + o:7.2f} GiB = {trained / 1e6:.1f} M values, their copies, gradients and two moments",
         f"activations  {s:7.2f} GiB = {tokens:,} tokens x {s * GIB / tokens / 1e6:.2f} MB, {recomputed}",
-        f"passing      {max(lo, p) + _CONSTANT_GIB:7.2f} GiB = the larger of the loss {lo:.2f} and one layer's backward {p:.2f}",
+        f"passing      {max(lo, p) + constant:7.2f} GiB = the larger of the loss {lo:.2f} and one layer's backward {p:.2f}",
         f"peak         {peak:7.2f} GiB; a card needs {needed_gib(peak):.1f} GiB",
     )
     return Memory(w, a, o, s, lo, p, peak, lines)
