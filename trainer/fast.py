@@ -189,6 +189,7 @@ def _base_name(fast: list[FastLayer], precision: str) -> str:
 
 
 def _patch(inner: nn.Module, layers: Sequence[nn.Module], fast: list[FastLayer], ops: ModuleType) -> None:
+    inner.fast_layers = fast  # type: ignore[assignment]
     groups = [g for f in fast for g in f.groups]
     inner.register_forward_pre_hook(lambda *_: refresh(groups))
     by_layer = iter(fast)

@@ -33,6 +33,11 @@ def scratch(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return kept[:n]
 
 
+def release_scratch() -> None:
+    """Give the buffers back, for measurements of memory."""
+    _scratch.clear()
+
+
 def quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[N, K], K a multiple of 64 -> packed uint8 [N K / 2], absmax fp32 [N K / 64]. Rows are taken in slabs to keep the peak low."""
     codebook = torch.tensor(CODEBOOK, device=weight.device)
