@@ -233,7 +233,9 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _fit(shape: memory.Shape, capacity: float, precision: str, r: int, targets: Modules, method: str, least: int) -> float | str:
+def _fit(
+    shape: memory.Shape, capacity: float, precision: str, r: int, targets: Modules, method: str, least: int, processes: int
+) -> float | str:
     """The share of layers that are checkpointed on such a card, or what it would need. Remembered: a market has few sizes."""
     plan = memory.solve(shape, capacity, precision, r, targets, method, least, processes=processes)
     if plan is None:

@@ -187,7 +187,8 @@ def predict(
     """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in `documents` rows.
 
     `trainable_layers` counts for method "freeze". `fused` None: where the fused layer takes the model. `keep_transpose` is
-    FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report. Raises ValueError for an unknown precision, method or module.
+    FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report.
+    Raises ValueError for an unknown precision, method or module.
     """
     if precision not in _LINEAR_BYTES:
         raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")

@@ -106,9 +106,7 @@ class Truth:
     def __init__(self, rng: np.random.Generator, market: Market, listed: list[Offer]) -> None:
         n, job = len(listed), market.workload
         kinds = {k.name: k for k in KINDS}
-        luck = {
-            k.name: float(np.exp(rng.normal(0, TABLE_IS_OFF))) for k in KINDS
-        }
+        luck = {k.name: float(np.exp(rng.normal(0, TABLE_IS_OFF))) for k in KINDS}
         size = job.model_parameters / 6.7e9
         self.speed = np.empty((n, DRAWS))
         self.loading_s, self.before_s, self.breaks_s = np.empty((n, DRAWS)), np.empty((n, DRAWS)), np.empty((n, DRAWS))
