@@ -100,7 +100,8 @@ def metadata(image: Image) -> dict[str, bytes]:
     reference = image.tag if "/" in image.tag else f"docker.io/library/{image.tag}"
     names = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": image.tag.rpartition(":")[2]}
     entry = {"mediaType": OCI_MANIFEST, "digest": digest(manifest), "size": len(manifest), "annotations": names}
-    docker = [{"Config": _blob(image.config_digest), "RepoTags": [image.tag], "Layers": [_blob(x.blob_sha256) for x in image.layers]}]
+    blobs = [_blob(layer.blob_sha256) for layer in image.layers]
+    docker = [{"Config": _blob(image.config_digest), "RepoTags": [image.tag], "Layers": blobs}]
     return {
         "oci-layout": canonical_json({"imageLayoutVersion": "1.0.0"}),
         "index.json": canonical_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}),

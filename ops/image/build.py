@@ -1,0 +1,108 @@
+"""What `milktea image ...` and the makefile call, one function a verb. None prints: each takes a ``progress`` that hears lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ops.errors import ConfigError
+from ops.image import assemble as assembly
+from ops.image import budget, debian, definition, dockerfile, model, packages
+from ops.image import lock as locks
+from ops.image.archive import Image, Layer
+from ops.image.debian import Mirrors
+from ops.image.definition import Definition
+from ops.image.lock import Identity, Lock
+from ops.image.places import Places
+
+Progress = Callable[[str], None]
+TOOLS = ("pip",)  # what the Dockerfile installs the wheels with; in no image
+
+
+def quiet(line: str) -> None:
+    """Hears progress and says nothing."""
+
+
+def define(name: str, places: Places = Places()) -> Definition:
+    """images/NAME.toml; raises ConfigError with the file and the key."""
+    return definition.read(places.definition(name))
+
+
+def read_lock(name: str, places: Places = Places()) -> Lock:
+    """images/NAME.lock, refused where it is older than the definition."""
+    found = locks.read(places.lock(name))
+    definition.require_current(found, define(name, places))
+    return found
+
+
+def lock(name: str, places: Places = Places(), mirrors: Mirrors | None = None, progress: Progress = quiet) -> Lock:
+    """Resolve everything as it is today, compute every identity, write images/NAME.lock and the Dockerfile made from it.
+
+    Needs a network; 1 to 3 minutes and the image's size on the disk. Raises PreflightError where something cannot be had.
+    """
+    spec, mirrors = define(name, places), mirrors or Mirrors.of_this_host()
+    debs = debian.resolve(spec.os, mirrors)
+    debian.fetch(debs, mirrors, places.debs, progress)
+    wheels = packages.resolve(spec.python, spec.python.requirements, places.wheels, progress)
+    tools = packages.resolve(spec.python, TOOLS, places.wheels, progress)
+    models = [model.resolve(source, places.root, places.models, progress) for source in spec.models]
+    found = Lock(
+        image=spec.name, version=spec.version, wire=spec.wire, platform=spec.platform, epoch=spec.epoch, dockerfile=spec.dockerfile,
+        definition_sha256=spec.sha256, python=spec.python.version, cuda=spec.cuda, debs=debs, models=models,
+        wheels=assembly.group(wheels, spec), tools=[tool.model_copy(update={"layer": "tools"}) for tool in tools],
+    )  # fmt: skip
+    base = assembly.base(None, found, spec, places, progress)
+    above = assembly.identify_all(assembly.contents(found, spec, places), spec.epoch, progress)
+    found = found.model_copy(update={"layers": [base, *above]})
+    locks.write(found, places.lock(name))
+    dockerfile.write(found, spec, places)
+    return found
+
+
+def fetch(name: str, places: Places = Places(), mirrors: Mirrors | None = None, progress: Progress = quiet) -> None:
+    """Get everything that the lock pins onto this disk, each file checked. The only step that needs a network."""
+    spec, found = define(name, places), read_lock(name, places)
+    debian.fetch(found.debs, mirrors or Mirrors.of_this_host(), places.debs, progress)
+    packages.fetch(spec.python, [*found.wheels, *found.tools], places.wheels, progress)
+    for base in found.models:
+        model.fetch(base, places.root, places.models, progress)
+
+
+def predict(name: str, places: Places = Places()) -> Identity:
+    """The digests of the image that :func:`assemble` would make from this lock and this checkout; milliseconds, no wheel needed."""
+    return assembly.predict(read_lock(name, places), define(name, places), places)
+
+
+def assemble(name: str, places: Places = Places(), progress: Progress = quiet) -> Image:
+    """The image from its lock: no engine, no root, no network. Writes config.json and image.lock under .milktea/images/NAME.
+
+    Raises PreflightError where a file was not fetched, ConfigError where a layer is over its budget. Safe to repeat: what is
+    there is kept.
+    """
+    spec, found = define(name, places), read_lock(name, places)
+    whole = assembly.complete(found, spec, places)
+    budget.require(whole, definition.read_budget(places.budget(name)), places.budget(name))
+    image = assembly.write(found, spec, places, progress)
+    folder = places.image(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes(image.config_json_bytes)
+    locks.write(whole, folder / "image.lock")
+    return image
+
+
+def assembled(name: str, places: Places = Places()) -> tuple[Image, Lock]:
+    """The image that was assembled last, with its whole lock; raises ConfigError where there is none."""
+    folder = places.image(name)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"image {name} has not been assembled here", hint=f"make image IMAGE={name}")
+    whole = locks.read(folder / "image.lock")
+    stacked = tuple(
+        Layer(x.name, x.diff_id, x.blob_sha256, x.blob_bytes, places.blobs / x.blob_sha256, x.size_bytes) for x in whole.layers
+    )
+    tag = whole.identity.tag if whole.identity else f"milktea/{name}:{whole.version}"
+    return Image((folder / "config.json").read_bytes(), stacked, tag), whole
+
+
+def context(name: str, folder: Path, places: Places = Places()) -> Path:
+    """The build context of the image's Dockerfile: everything fetched, nothing else. Returns the Dockerfile in it."""
+    return dockerfile.context(read_lock(name, places), define(name, places), places, folder)

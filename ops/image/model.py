@@ -1,0 +1,192 @@
+"""Base models for images and bundles: safetensors only, each file by its hash, one identity whatever the packing.
+
+From a commit of the hub, from a folder, or our own practice model. A pickle can run code when it is opened, so none is taken;
+`convert_llama` turns the one old layout that people still have into safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ops.errors import PreflightError
+from ops.image.definition import ModelSource
+from ops.image.layers import Entry
+from ops.image.lock import Model, ModelFile, set_digest
+from ops.image.packages import sha256_file
+
+Progress = Callable[[str], None]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+TAKEN = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", ".vocab", ".bpe")
+NAMED = ("LICENSE", "NOTICE", "USE_POLICY", "COPYING")
+HEADER_LIMIT = 100 << 20  # the safetensors library's own
+
+
+def resolve(source: ModelSource, root: Path, cache: Path, progress: Progress) -> Model:
+    """What the source holds now, copied to ``cache`` and pinned. Raises PreflightError where it is not a whole, safe model."""
+    folder = _folder(source, root, cache, progress)
+    paths = check(folder)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = list(pool.map(lambda path: sha256_file(folder / path), paths))
+    files = [ModelFile(path=path, sha256=digest, size_bytes=(folder / path).stat().st_size)
+             for path, digest in zip(paths, digests, strict=True)]
+    model = Model(name=source.name, source=source.source, revision=source.revision, license=source.license or license_of(folder),
+                  set_digest=set_digest(files), bundled=source.bundled, files=files)
+    _keep(model, folder, cache)
+    return model
+
+
+def fetch(model: Model, root: Path, cache: Path, progress: Progress) -> Path:
+    """The folder with exactly the locked files, each hashed; fetched again where one is missing or differs."""
+    target = where(model, cache)
+    if not _missing(model, target):
+        return target
+    source = ModelSource(name=model.name, source=model.source, revision=model.revision, bundled=model.bundled)
+    progress(f"fetching model {model.name}")
+    folder = _folder(source, root, cache, progress)
+    check(folder)
+    wrong = _missing(model, folder)
+    if wrong:
+        raise PreflightError(
+            f"model {model.name}: {wrong[0]} of {model.source} is not the locked one ({len(wrong)} of {len(model.files)} files differ)",
+            hint="make image-lock, if the new files are wanted; else restore the old ones",
+        )
+    _keep(model, folder, cache)
+    return target
+
+
+def check(folder: Path) -> list[str]:
+    """The files of a model that travel, sorted; raises PreflightError for a pickle, a torn or a missing file."""
+    if not folder.is_dir():
+        raise PreflightError(f"there is no model folder {folder}", hint="download the model, or correct source in images/NAME.toml")
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts)
+    weights = [path for path in files if path.endswith(".safetensors")]
+    if not weights:
+        raise PreflightError(_no_safetensors(folder, files), hint=_how_to_convert(folder))
+    taken = [path for path in files if path.endswith(TAKEN) or Path(path).name.startswith(NAMED)]
+    if "config.json" not in taken:
+        raise PreflightError(f"{folder} has weights and no config.json", hint="download the model again, all of it")
+    for path in weights:
+        check_safetensors(folder / path)
+    _check_index(folder, weights)
+    return taken
+
+
+def check_safetensors(path: Path) -> dict[str, dict]:
+    """The header: tensors by name. Raises PreflightError where the file is not as long as its header says: a torn download."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise PreflightError(f"{path.name} is not safetensors ({size:,} bytes)", hint="download it again")
+        try:
+            header = json.loads(file.read(length))
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PreflightError(f"{path.name}: its safetensors header cannot be read: {error}", hint="download it again") from error
+    if size != 8 + length + end:
+        raise PreflightError(f"{path.name} has {size:,} bytes, its header says {8 + length + end:,}", hint="download it again: it broke off")
+    return tensors
+
+
+def license_of(folder: Path) -> str:
+    """What the model's card says in its front matter, else the name of its licence file, else nothing."""
+    card = folder / "README.md"
+    if card.is_file() and (front := re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)):
+        lines = dict(re.findall(r"^(license\w*):\s*(\S.*)$", front[1], re.MULTILINE))
+        if said := lines.get("license_name") or lines.get("license"):
+            return said.strip().strip("\"'")
+    found = sorted(path.name for path in folder.iterdir() if path.name.startswith(("LICENSE", "COPYING")))
+    return f"see {found[0]}" if found else ""
+
+
+def layers(model: Model) -> Iterable[tuple[str, list[ModelFile]]]:
+    """Name and files of each layer of a bundled model: the small files together, then one layer a shard."""
+    yield f"model-{model.name}", [file for file in model.files if not file.path.endswith(".safetensors")]
+    shards = [file for file in model.files if file.path.endswith(".safetensors")]
+    for number, file in enumerate(shards, 1):
+        yield f"model-{model.name}-weights" + (f"-{number:02d}" if len(shards) > 1 else ""), [file]
+
+
+def entries(name: str, paths: Iterable[str], folder: Path) -> list[Entry]:
+    return [Entry(f"models/{name}/{path}", file=folder / path) for path in paths]
+
+
+def where(model: Model, cache: Path) -> Path:
+    return cache / model.set_digest.removeprefix("sha256:")[:16]
+
+
+def _folder(source: ModelSource, root: Path, cache: Path, progress: Progress) -> Path:
+    kind, _, rest = source.source.partition(":")
+    if kind == "practice":
+        return root / "trainer" / "practice_model"
+    if kind == "folder":
+        return root / Path(rest).expanduser()
+    from huggingface_hub import snapshot_download  # takes 0.5 s to import
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if not re.fullmatch("[0-9a-f]{40}", source.revision):
+        raise PreflightError(f"model {source.name}: revision {source.revision!r} is not a commit", hint="pin the hub's 40-digit commit")
+    progress(f"asking the hub for {rest}@{source.revision[:12]}")
+    wanted = [f"*{suffix}" for suffix in TAKEN] + [f"{name}*" for name in NAMED]
+    try:
+        target = cache / "hub" / f"{rest.replace('/', '--')}-{source.revision[:12]}"
+        return Path(snapshot_download(rest, revision=source.revision, local_dir=target, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise PreflightError(
+            f"model {rest}: the hub gave no answer: {str(error).splitlines()[0][:200]}",
+            hint="HF_ENDPOINT=https://a-mirror sets another hub, HF_TOKEN opens gated models; or source = \"folder:PATH\"",
+        ) from error
+
+
+def _missing(model: Model, folder: Path) -> list[str]:
+    """Locked files that are not in the folder as locked."""
+
+    def differs(file: ModelFile) -> bool:
+        path = folder / file.path
+        return not path.is_file() or path.stat().st_size != file.size_bytes or sha256_file(path) != file.sha256
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [file.path for file, wrong in zip(model.files, pool.map(differs, model.files), strict=True) if wrong]
+
+
+def _keep(model: Model, folder: Path, cache: Path) -> None:
+    """Copies into the cache by content; hard links where the file system allows, so that nothing lies on the disk twice."""
+    target = where(model, cache)
+    for file in model.files:
+        path = target / file.path
+        if path.exists():
+            path.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link((folder / file.path).resolve(), path)
+        except OSError:
+            shutil.copyfile(folder / file.path, path)
+
+
+def _check_index(folder: Path, weights: list[str]) -> None:
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if lost := sorted(named - set(weights)):
+            raise PreflightError(f"{index.name} names {lost[0]}, which is not there ({len(lost)} missing)", hint="download the model again")
+
+
+def _no_safetensors(folder: Path, files: list[str]) -> str:
+    pickles = [path for path in files if path.endswith(PICKLES)]
+    if pickles:
+        return f"{folder} has its weights as pickles ({pickles[0]}), which can run code when they are opened"
+    return f"{folder} has no weights (*.safetensors)"
+
+
+def _how_to_convert(folder: Path) -> str:
+    if (folder / "params.json").is_file():
+        return f"milktea image convert-llama {folder} NEW_FOLDER turns the original LLaMA layout into safetensors"
+    return "take a revision that has safetensors, or convert it on a machine that you trust"

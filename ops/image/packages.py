@@ -1,0 +1,135 @@
+"""Python packages: resolved by pip into a closed set of wheels, pinned by hash, fetched through whatever index pip is told to use.
+
+An index, a proxy or a certificate is pip's own configuration on this machine (pip.conf, PIP_*): it reaches no lock and no layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ops.errors import PreflightError
+from ops.image import wheels
+from ops.image.definition import Python
+from ops.image.lock import Wheel
+
+Progress = Callable[[str], None]
+GLIBC = 36  # Debian 12 has glibc 2.36: wheels for an older one run too (PEP 600)
+LEGACY = ("manylinux2014", "manylinux2010", "manylinux1")  # PEP 599, 571, 513
+
+
+def resolve(spec: Python, requirements: Sequence[str], cache: Path, progress: Progress) -> list[Wheel]:
+    """The closure of ``requirements`` as wheels in ``cache``, sorted by name, not yet given to layers.
+
+    Downloads what pip chooses today. Raises PreflightError with pip's last words.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        progress(f"resolving {len(requirements)} requirements for Python {spec.version}")
+        _download(spec, [*requirements], Path(folder))
+        found = sorted(Path(folder).glob("*.whl"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = list(pool.map(sha256_file, found))
+        locked = [_locked(path, digest) for path, digest in zip(found, digests, strict=True)]
+        for path, wheel in zip(found, locked, strict=True):
+            _keep(path, wheel, cache)
+    return sorted(locked, key=lambda wheel: wheel.name)
+
+
+def fetch(spec: Python, locked: Iterable[Wheel], cache: Path, progress: Progress) -> dict[str, Path]:
+    """Every wheel as a file by its name, each checked against the lock. Only what is missing is fetched."""
+    wanted = {wheel.name: wheel for wheel in locked}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        whole = dict(zip(wanted, pool.map(lambda wheel: is_whole(wheel, cache), wanted.values()), strict=True))
+    missing = [wheel for wheel in wanted.values() if not whole[wheel.name]]
+    if missing:
+        progress(f"fetching {len(missing)} wheels, {sum(wheel.size_bytes for wheel in missing) / 1e6:,.0f} MB")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            pins = Path(folder) / "requirements.txt"
+            pins.write_text("".join(f"{pin(wheel)}\n" for wheel in missing))
+            _download(spec, ["--no-deps", "--require-hashes", "-r", str(pins)], Path(folder))
+            for wheel in missing:
+                path = Path(folder) / wheel.file
+                if not path.is_file() or sha256_file(path) != wheel.sha256:
+                    raise PreflightError(
+                        f"{wheel.name} {wheel.version}: the index has no {wheel.file} with sha256 {wheel.sha256[:12]}",
+                        hint="use an index that has it, or make image-lock and read the difference",
+                    )
+                _keep(path, wheel, cache)
+    return {name: where(wheel, cache) for name, wheel in wanted.items()}
+
+
+def pin(wheel: Wheel) -> str:
+    """One line of a requirements file that pip checks with --require-hashes."""
+    return f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}"
+
+
+def where(wheel: Wheel, cache: Path) -> Path:
+    return cache / wheel.sha256[:16] / wheel.file
+
+
+def is_whole(wheel: Wheel, cache: Path) -> bool:
+    """Is the cached file the locked one? Hashed once; after that its size, time and inode are compared."""
+    path = where(wheel, cache)
+    if not path.is_file():
+        return False
+    stamp, facts = path.with_name("checked"), path.stat()
+    seen = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino} {wheel.sha256}"
+    if stamp.is_file() and stamp.read_text() == seen:
+        return True
+    if facts.st_size != wheel.size_bytes or sha256_file(path) != wheel.sha256:
+        return False
+    stamp.write_text(seen)
+    return True
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _keep(path: Path, wheel: Wheel, cache: Path) -> None:
+    target = where(wheel, cache)
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(path, target)
+    is_whole(wheel, cache)
+
+
+def _locked(path: Path, digest: str) -> Wheel:
+    try:
+        about = wheels.about(path)
+    except wheels.BadWheel as error:
+        raise PreflightError(str(error), hint="run it again: the download broke off") from error
+    return Wheel(name=about.name, version=about.version, file=path.name, sha256=digest, size_bytes=path.stat().st_size, layer="",
+                 license=about.license)
+
+
+def _download(spec: Python, what: list[str], folder: Path) -> None:
+    """pip as it is configured here; then, where that has no answer, with the definition's public index as well."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    command += ["--only-binary=:all:", *_target(spec.version), *what]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode and spec.index:
+        done = subprocess.run([*command, "--extra-index-url", spec.index], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.strip().splitlines()
+        raise PreflightError(
+            f"pip cannot get the wheels: {' '.join(errors[-2:])[-600:]}",
+            hint="point pip at an index that has them: pip config set global.index-url URL, or PIP_INDEX_URL=URL",
+        )
+
+
+def _target(python: str) -> list[str]:
+    """pip's words for Debian 12 on x86-64 with this Python."""
+    platforms = ["linux_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC, 4, -1)), *(f"{x}_x86_64" for x in LEGACY)]
+    tags = ["--implementation", "cp", "--python-version", python]
+    tags += [part for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for part in ("--abi", abi)]
+    return tags + [part for platform in platforms for part in ("--platform", platform)]
