@@ -26,7 +26,8 @@ _START_S = 40.0  # imports, self-tests, compilation, to the first step
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 lasts a day's rental with that chance
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
 _BOOT_FAILS = 0.02  # even on the best host
-_CPU_FLOPS = 30e9  # of the practice run, which trains on this computer's CPU
+_PRACTICE_FLOPS = 50e9  # a practice run trains on this computer's CPU: two cores reached 40 to 70 GFLOP/s
+_PRACTICE_BOOT_S, _PRACTICE_START_S = 3.0, 10.0  # and its boxes are processes
 
 Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Targets
 
@@ -120,7 +121,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
     """The predicted speed of an offer. Raises DoesNotFit when the card is too small, lacks the precision, or is unknown
     to both the table and vast.ai's benchmark."""
     if workload.cpu_practice:
-        return _CPU_FLOPS / (6 * workload.model_parameters)
+        return _PRACTICE_FLOPS / (4 * workload.model_parameters)
     gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
         offer.gpu_name, offer.gpu_memory_gib, offer.compute_capability, offer.dlperf / offer.num_gpus, offer.gpu_memory_gb_s
     )
@@ -141,8 +142,10 @@ def predict(offer: Offer, workload: Workload, bid_usd_per_hour: float | None = N
     """Dollars and seconds of `workload` on `offer`; `bid_usd_per_hour` makes it interruptible, `p_bad` is what our own memory
     of this machine says (0 to 1). Raises DoesNotFit."""
     speed = tokens_per_second(offer, workload)
+    if workload.cpu_practice:
+        workload = replace(workload, boot_s=_PRACTICE_BOOT_S, start_s=_PRACTICE_START_S)
     down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3  # bytes a second
-    pull_s = max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
+    pull_s = 0.0 if workload.cpu_practice else max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
     transfer_s = (
         _over(workload.push_bytes, min(down, workload.home_up_mbps * 125e3))
         + _over(workload.model_download_bytes, down)

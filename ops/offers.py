@@ -212,7 +212,7 @@ _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
     "gpu_name": _gpu_name,
     "num_gpus": lambda o, n: "" if o.num_gpus == n.num_gpus else f"has {o.num_gpus} GPUs, not {n.num_gpus}",
     "min_gpu_memory_gib": _at_least(
-        lambda o: o.gpu_memory_gib, lambda n: n.min_gpu_memory_gib * _MEMORY_SLACK, "has {:.1f} GiB a GPU, under {:.1f} GiB"
+        lambda o: o.gpu_memory_gib, lambda n: n.min_gpu_memory_gib * _MEMORY_SLACK, "has {:.2f} GiB a GPU, under {:.2f} GiB"
     ),
     "compute_capability": _at_least(
         lambda o: o.compute_capability, lambda n: n.min_compute_capability, "has compute capability {:.1f}, under {:.1f}"
