@@ -27,7 +27,7 @@ from ops.transfer import CHUNK, Tools
 
 
 class Sshd:
-    """sshd in the foreground; logs every user in to `home` by way of ForceCommand-free HOME in the environment file."""
+    """OpenSSH's server on a free port, with a host key and one login key of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.key = folder, folder / "id"
@@ -37,8 +37,8 @@ class Sshd:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         settings = {
-            "Port": self.port, "ListenAddress": "127.0.0.1", "HostKey": folder / "host", "AuthorizedKeysFile": folder / "authorized",
-            "StrictModes": "no", "UsePAM": "no", "PidFile": "none", "Subsystem": "sftp internal-sftp", "PermitRootLogin": "yes",
+            "Port": self.port, "ListenAddress": "127.0.0.1", "HostKey": folder / "host",
+            "AuthorizedKeysFile": folder / "authorized", "StrictModes": "no", "UsePAM": "no", "PidFile": "none", "Subsystem": "sftp internal-sftp", "PermitRootLogin": "yes",
         }  # fmt: skip
         (folder / "conf").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
         binary = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin") or "sshd"
@@ -66,7 +66,8 @@ class TimedCuts(threading.Thread):
             while True:
                 near, _ = self.listener.accept()
                 far = socket.create_connection(("127.0.0.1", self.target))
-                pumps = [threading.Thread(target=self._pump, args=(*pair,), daemon=True) for pair in ((near, far, "up"), (far, near, "down"))]
+                ways = ((near, far, "up"), (far, near, "down"))
+                pumps = [threading.Thread(target=self._pump, args=way, daemon=True) for way in ways]
                 for pump in pumps:
                     pump.start()
                 threading.Thread(target=self._cut, args=(near, far, pumps), daemon=True).start()
@@ -120,7 +121,9 @@ def main() -> None:
     ask.add_argument("--only", choices=["big", "small", "cut"])
     asked = ask.parse_args()
     home = Path(os.path.expanduser("~"))
-    with tempfile.TemporaryDirectory(prefix="milktea-bench-") as temporary, tempfile.TemporaryDirectory(dir=home, prefix=".milktea-bench-") as far:
+    with contextlib.ExitStack() as folders:
+        temporary = folders.enter_context(tempfile.TemporaryDirectory(prefix="milktea-bench-"))
+        far = folders.enter_context(tempfile.TemporaryDirectory(dir=home, prefix=".milktea-bench-"))
         sshd = Sshd(Path(temporary))
         remote = Path(far).name
         try:
@@ -149,11 +152,15 @@ def big(sshd: Sshd, fast: Box, plain: Box, near: Path, far: Path, remote: str, a
 
     base = median_of(asked.repeat, f"scp aes128-gcm, {asked.gib} GiB", lambda: subprocess.run(scp, check=True) and None, clean)
     ours = median_of(asked.repeat, "push by rsync, sha256 included", lambda: fast.push([file]), clean)
-    sftp = median_of(asked.repeat, "push by SFTP, sha256 included", lambda: plain.push([file]), clean)
+    stream = median_of(asked.repeat, "push as a stream, sha256 included", lambda: plain.push([file]), clean)
     home = near / "home"
-    back = median_of(asked.repeat, "pull by rsync, sha256 included", lambda: fast.pull(file.remote, home) and None, lambda: home.unlink(True))
-    stream = median_of(asked.repeat, "pull as a stream, sha256 included", lambda: plain.pull(file.remote, home) and None, lambda: home.unlink(True))
-    for label, seconds in (("push rsync", ours), ("push SFTP", sftp), ("pull rsync", back), ("pull stream", stream)):
+
+    def pull(box: Box) -> Callable[[], None]:
+        return lambda: box.pull(file.remote, home, file.sha256) and None
+
+    back = median_of(asked.repeat, "pull by rsync, sha256 included", pull(fast), lambda: home.unlink(True))
+    bare = median_of(asked.repeat, "pull as a stream, sha256 included", pull(plain), lambda: home.unlink(True))
+    for label, seconds in (("push rsync", ours), ("push stream", stream), ("pull rsync", back), ("pull stream", bare)):
         print(f"  {label:12} {base / seconds:.2f} x scp")
     clean()
     home.unlink()
@@ -165,7 +172,7 @@ def small(fast: Box, plain: Box, near: Path, far: Path, remote: str, asked: argp
     pushes = [PushFile(f, f"{remote}/{f.name}", sha256(f)) for f in files]
 
     def one_by_one() -> None:
-        session: paramiko.SFTPClient = plain.sftp()
+        session: paramiko.SFTPClient = plain._fabric.sftp()
         for f in files:
             session.put(str(f), f"{remote}/{f.name}")
 
@@ -193,8 +200,11 @@ def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespac
             proxy.listener.close()
             extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
             each = extra / max(proxy.cuts, 1) / 2**20
-            print(f"{way}, {'rsync' if rsync else 'no rsync'}: link cut every {asked.cut_every:.0f} s, {proxy.cuts} cuts, {seconds:.1f} s, "
-                  f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} MiB a cut (one chunk is {CHUNK / 2**20:.0f})", flush=True)
+            print(
+                f"{way}, {'rsync' if rsync else 'no rsync'}: link cut every {asked.cut_every:.0f} s, {proxy.cuts} cuts, {seconds:.1f} s, "
+                f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} a cut (one chunk: {CHUNK / 2**20:.0f})",
+                flush=True,
+            )
             (near / "home" if way == "pull" else source.with_name("none")).unlink(missing_ok=True)
         for path in far.iterdir():
             path.unlink()

@@ -1,6 +1,6 @@
 """One machine over SSH: connect, run, read, push, pull. The only module that imports fabric.
 
-fabric opens the connection and SFTP; `run` reads the session channel itself, because `Connection.run` feeds stdin one byte every
+fabric opens the connection; `run` reads the session channel itself, because `Connection.run` feeds stdin one byte every
 10 ms, decodes what it reads, keeps output without limit, and does not quote `env=`. A script is sent whole, so a stage costs one
 round trip. A connection that breaks is `Lost`, never an exit code, and the next call opens a new one.
 
@@ -156,7 +156,7 @@ class Box:
         if self._fabric is not None and self._fabric.is_connected:
             return
         first = self.endpoint
-        self.close()  # its SFTP session is dead although the object looks alive
+        self.close()  # what was opened on it is dead although the object looks alive
         said = []
         for endpoint in sorted(self.endpoints, key=lambda e: e != first):
             why = self._open(endpoint, timeout_s=self.connect_timeout_s)
@@ -269,22 +269,6 @@ class Box:
             self._tools = transfer.probe(self)
         return self._tools
 
-    def sftp(self) -> paramiko.SFTPClient:
-        """A live SFTP session. Raises Lost, BoxError where the box has none."""
-        import paramiko
-
-        self.reconnect()
-        assert self._fabric is not None
-        try:
-            with self._answers_within(30):
-                session = self._fabric.sftp()
-        except (OSError, EOFError, paramiko.SSHException) as error:
-            if self._fabric is not None and self._fabric.is_connected:
-                raise BoxError(f"the box has no SFTP: {error}", money=_STILL_RENTED) from error
-            raise self._lost(f"the link broke: {error}") from error
-        session.get_channel().settimeout(30)
-        return session
-
     @contextlib.contextmanager
     def _answers_within(self, seconds: float) -> Iterator[None]:
         """paramiko waits for ever for the answer to a request on a link that is dead but not closed: close it."""
@@ -298,16 +282,13 @@ class Box:
             timer.cancel()
 
     @contextlib.contextmanager
-    def link_errors(self, doing: str) -> Iterator[None]:
-        """Inside, what the library raises for a broken link becomes Lost, and what the box refuses becomes BoxError."""
+    def _link_errors(self, doing: str) -> Iterator[None]:
+        """Inside, what the library raises for a broken link becomes Lost."""
         import paramiko
 
         try:
             yield
         except (OSError, EOFError, paramiko.SSHException) as error:
-            refused = isinstance(error, OSError) and not isinstance(error, TimeoutError)
-            if refused and self._fabric is not None and self._fabric.is_connected:
-                raise BoxError(f"{doing}: {error}", money=_STILL_RENTED) from error
             raise self._lost(f"{doing}: the link broke ({error or type(error).__name__})") from error
 
     def ssh_options(self) -> list[str]:
@@ -343,7 +324,7 @@ class Box:
         assert self._fabric is not None
         # The subshell makes a signal that kills the script an exit code of 128 + n instead of a closed channel.
         whole = f"printf '\\036milktea\\n'; printf '\\036milktea\\n' >&2; cd || exit\n(\n{script}\n)"
-        with self.link_errors("starting a command"), self._answers_within(30):
+        with self._link_errors("starting a command"), self._answers_within(30):
             channel = self._fabric.create_session()
             channel.exec_command(f"exec sh -c {shlex.quote(whole)}")
         out, err = _Stream(limit, sink), _Stream(limit)
@@ -405,6 +386,9 @@ def _transport(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # a link that swallows our keepalives for 30 s is broken, not slow
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
     transport = paramiko.Transport(sock, default_window_size=_WINDOW, **kwargs)
+    # paramiko asks for new keys every 512 MiB, and dies of it when a channel closes meanwhile: its reader waits for itself.
+    # RFC 4344 allows AES 64 GiB; sshd asks in time on its side.
+    transport.packetizer.REKEY_BYTES = 16 << 30
     options = transport.get_security_options()
     options.ciphers = sorted(options.ciphers, key=lambda name: not name.startswith("aes128-gcm"))
     return transport

@@ -18,7 +18,7 @@ import pytest
 
 from ops.box import Box, Endpoint
 
-TOOLS = "bash cat cp date df env head ln ls mkdir mv openssl rm sh sha256sum sleep stat tail tar touch wc xargs"
+TOOLS = "bash cat cp date dd df env head ln ls mkdir mv openssl rm sh sha256sum sleep stat tail tar touch wc xargs"
 
 
 @dataclass
@@ -111,7 +111,7 @@ class SshServer:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.wait(others, timeout=2) if others else None
 
     async def _run(self, process: asyncssh.SSHServerProcess) -> None:
         child = await asyncio.create_subprocess_exec(
