@@ -131,6 +131,16 @@ def test_a_bid_replaces_the_price_and_a_higher_bid_is_outbid_less_often() -> Non
     assert cost.bid_for(OFFER) == pytest.approx(0.24) and cost.bid_for(OFFER, 0.5) == 0.5
 
 
+def test_a_run_that_is_often_interrupted_pays_its_model_and_its_start_again() -> None:
+    costly = replace(OFFER, inet_down_usd_per_gb=0.02)
+    work = replace(WORK, image_bytes=0)  # a boot that fails costs a little disk only
+    calm, rough = cost.predict(costly, work), cost.predict(costly, work, bid_usd_per_hour=0.2)
+    breaks = 0.16 * rough.running_h  # at the minimum bid: twice the rate of 20 % over it
+    assert rough.risk_usd - calm.risk_usd == pytest.approx(
+        breaks * (13.51 * 0.02 + 0.2 * (rough.transfer_s + 100) / 3600), rel=0.1
+    )
+
+
 def test_checkpoints_that_are_mirrored_home_are_billed_as_upload() -> None:
     work = replace(WORK, checkpoint_bytes=5e8, save_every_s=120)
     got = cost.predict(OFFER, work)

@@ -248,10 +248,11 @@ def test_expected_dollars_rise_along_the_ranking() -> None:
 
 
 def test_the_advice_names_the_filter_that_alone_keeps_most_out() -> None:
-    several = [offer(id=i, reliability=0.9) for i in range(3)] + [offer(id=9, disk_gib=5.0, cuda_max=11.0)]
-    ranking = offers.rank(several, NEEDS, WORK)
-    assert ranking.most_removed() == ("min_reliability", 3)
-    assert ranking.advice() == "min_reliability alone keeps 3 of 4 offers out; the first: has reliability 0.900, under 0.950"
+    hopeless = [offer(id=10 + i, disk_gib=5.0, cuda_max=11.0) for i in range(4)]
+    ranking = offers.rank([offer(id=i, reliability=0.9) for i in range(3)] + hopeless, NEEDS, WORK)
+    assert ranking.most_removed()[1] == 4 and ranking.most_removed()[0] in ("disk_gib", "min_cuda")
+    assert ranking.advice() == "min_reliability alone keeps 3 of 7 offers out; the first: has reliability 0.900, under 0.950"
+    assert "each of which fails another filter too" in offers.rank(hopeless, NEEDS, WORK).advice()
 
 
 def test_without_a_rejection_there_is_nothing_to_advise() -> None:
