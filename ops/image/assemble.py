@@ -145,7 +145,12 @@ def write(lock: Lock, definition: Definition, places: Places, progress: Progress
 
 
 def base(locked: LockedLayer | None, lock: Lock, definition: Definition, places: Places, progress: Progress) -> LockedLayer:
-    """Build the Debian layer from the fetched packages and keep its blob; raises where it is not the locked one."""
+    """Build the Debian layer from the fetched packages and keep its blob; raises where it is not the locked one.
+
+    What was made from the same packages and settings before is taken again."""
+    remembered = places.cache / f"{_base_key(lock, definition)}.base"
+    if remembered.is_file() and _is_there(made := LockedLayer.model_validate_json(remembered.read_text()), places):
+        return made
     progress(f"making Debian {definition.os.suite} from {len(lock.debs)} packages (about 30 s)")
     places.blobs.mkdir(parents=True, exist_ok=True)
     tar = places.blobs / f"os.{os.getpid()}.tar"
@@ -170,7 +175,13 @@ def base(locked: LockedLayer | None, lock: Lock, definition: Definition, places:
             hint="build with CPython from Debian or python.org (zlib 1.2 or 1.3), or make image-lock",
         )
     os.replace(blob, places.blobs / sha256)
+    remembered.write_text(made.model_dump_json())
     return made
+
+
+def _base_key(lock: Lock, definition: Definition) -> str:
+    of = [definition.os.model_dump_json(), str(lock.epoch), *(deb.sha256 for deb in lock.debs), Path(debian.__file__).read_text()]
+    return hashlib.sha256("\n".join(of).encode()).hexdigest()[:16]
 
 
 def require_space(needed: int, folder: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ops.errors import ConfigError
 from ops.image import assemble as assembly
-from ops.image import budget, debian, definition, dockerfile, model, packages
+from ops.image import budget, debian, definition, dockerfile, engine, model, packages
 from ops.image import lock as locks
 from ops.image.archive import Image, Layer
+from ops.image.config import config_json
 from ops.image.debian import Mirrors
 from ops.image.definition import Definition
 from ops.image.lock import Identity, Lock
@@ -106,3 +108,36 @@ def assembled(name: str, places: Places = Places()) -> tuple[Image, Lock]:
 def context(name: str, folder: Path, places: Places = Places()) -> Path:
     """The build context of the image's Dockerfile: everything fetched, nothing else. Returns the Dockerfile in it."""
     return dockerfile.context(read_lock(name, places), define(name, places), places, folder)
+
+
+def load(name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
+    """Bring the assembled image into the engine; returns its ID there. Raises PreflightError where there is no engine."""
+    image, _ = assembled(name, places)
+    return engine.load(engine.connect(host), image, progress)
+
+
+def load_base(name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
+    """Bring the image's Debian layer into the engine as an image of its own, for its Dockerfile to stand on; returns the tag."""
+    image, whole = assembled(name, places)
+    base = Image(config_json(whole, whole.layers[:1]), image.layers[:1], f"milktea/os-{name}:{whole.version}")
+    engine.load(engine.connect(host), base, progress)
+    return base.tag
+
+
+def build_with_dockerfile(
+    name: str, places: Places = Places(), progress: Progress = quiet, base: str | None = None, buildkit: bool = False, host: str | None = None
+) -> str:
+    """The same image by pip in the engine instead of by splicing; returns its tag. ``base``: another Debian with the packages in it."""
+    client = engine.connect(host)
+    spec = define(name, places)
+    arguments = {"BASE": base or load_base(name, places, progress, host)}
+    with tempfile.TemporaryDirectory(prefix="milktea-context-", dir=places.cache) as folder:
+        dockerfile.context(read_lock(name, places), spec, places, Path(folder))
+        engine.build(client, Path(folder), f"{spec.tag}-dockerfile", arguments, buildkit, progress)
+    return f"{spec.tag}-dockerfile"
+
+
+def push(name: str, target: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
+    """Push the image to a registry that vast.ai's hosts can pull from; returns its digest."""
+    load(name, places, progress, host)
+    return engine.push(engine.connect(host), define(name, places).tag, target, progress)

@@ -1,0 +1,131 @@
+"""The original LLaMA layout is converted without torch; torch and transformers judge the result."""
+
+import json
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import pytest
+
+from ops.errors import PreflightError
+from ops.image.convert_llama import convert
+from ops.image.model import check
+
+torch = pytest.importorskip("torch")
+DIM, LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 32, 2, 4, 2, 48, 96
+PARAMS = {"dim": DIM, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "norm_eps": 1e-5, "vocab_size": -1}
+CUT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "tok_embeddings": 1, "output": 0}
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def weights(dtype):
+    torch.manual_seed(0)
+    kv = DIM // HEADS * KV_HEADS
+    shapes = {"tok_embeddings.weight": (VOCABULARY, DIM), "norm.weight": (DIM,), "output.weight": (VOCABULARY, DIM)}
+    for i in range(LAYERS):
+        at, ff = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        shapes |= {f"{at}.wq.weight": (DIM, DIM), f"{at}.wk.weight": (kv, DIM), f"{at}.wv.weight": (kv, DIM), f"{at}.wo.weight": (DIM, DIM)}
+        shapes |= {f"{ff}.w1.weight": (HIDDEN, DIM), f"{ff}.w2.weight": (DIM, HIDDEN), f"{ff}.w3.weight": (HIDDEN, DIM)}
+        shapes |= {f"layers.{i}.attention_norm.weight": (DIM,), f"layers.{i}.ffn_norm.weight": (DIM,)}
+    return OrderedDict((name, (1 if "norm" in name else 0) + 0.2 * torch.randn(shape, dtype=torch.float32).to(dtype)) for name, shape in shapes.items())
+
+
+def save(folder, tensors, parts=1):
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(PARAMS))
+    for part in range(parts):
+        cut = OrderedDict()
+        for name, tensor in tensors.items():
+            axis = next((axis for word, axis in CUT.items() if word in name.split(".")), None)
+            cut[name] = tensor if axis is None else tensor.chunk(parts, axis)[part].clone()
+        cut["rope.freqs"] = torch.zeros(4).to(tensor.dtype)
+        torch.save(cut, folder / f"consolidated.{part:02d}.pth")
+    return folder
+
+
+def meta_forward(weight, tokens):
+    """LLaMA as its authors wrote it, in complex numbers: neighbouring pairs of a head's dimensions rotate together."""
+    x, length, size = weight["tok_embeddings.weight"][tokens], len(tokens), DIM // HEADS
+    angles = torch.outer(torch.arange(length), 10000.0 ** (-torch.arange(0, size, 2) / size))
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None, :]
+
+    def norm(x, w):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * w
+
+    def rotated(x):
+        return torch.view_as_real(torch.view_as_complex(x.reshape(length, -1, size // 2, 2)) * turn).flatten(2)
+
+    mask = torch.full((length, length), -math.inf).triu(1)
+    for i in range(LAYERS):
+        at, h = f"layers.{i}.attention", norm(x, weight[f"layers.{i}.attention_norm.weight"])
+        q = rotated((h @ weight[f"{at}.wq.weight"].T).reshape(length, HEADS, size))
+        k = rotated((h @ weight[f"{at}.wk.weight"].T).reshape(length, KV_HEADS, size)).repeat_interleave(HEADS // KV_HEADS, 1)
+        v = (h @ weight[f"{at}.wv.weight"].T).reshape(length, KV_HEADS, size).repeat_interleave(HEADS // KV_HEADS, 1)
+        score = torch.softmax(torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(size) + mask, -1)
+        x = x + torch.einsum("hqk,khd->qhd", score, v).flatten(1) @ weight[f"{at}.wo.weight"].T
+        h, ff = norm(x, weight[f"layers.{i}.ffn_norm.weight"]), f"layers.{i}.feed_forward"
+        gate = torch.nn.functional.silu(h @ weight[f"{ff}.w1.weight"].T) * (h @ weight[f"{ff}.w3.weight"].T)
+        x = x + gate @ weight[f"{ff}.w2.weight"].T
+    return norm(x, weight["norm.weight"]) @ weight["output.weight"].T
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_converted_model_computes_what_the_original_computes(tmp_path, parts):
+    tensors = weights(torch.float32)
+    convert(save(tmp_path / "7B", tensors, parts), tmp_path / "hf", quiet)
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    tokens = torch.tensor([1, 17, 4, 80, 33, 5, 9])
+    with torch.no_grad():
+        assert torch.allclose(model(tokens[None]).logits[0], meta_forward(tensors, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precisions_keep_every_bit(tmp_path, dtype):
+    from safetensors.torch import load_file
+
+    tensors = weights(getattr(torch, dtype))
+    shards = convert(save(tmp_path / "7B", tensors), tmp_path / "hf", quiet)
+    found = load_file(shards[0])
+    assert torch.equal(found["model.layers.1.mlp.down_proj.weight"], tensors["layers.1.feed_forward.w2.weight"])
+    assert found["lm_head.weight"].dtype == getattr(torch, dtype)
+    assert len(found) == len(tensors)
+
+
+def test_a_large_model_becomes_shards_with_an_index_that_the_model_check_accepts(tmp_path):
+    shards = convert(save(tmp_path / "7B", weights(torch.float16)), tmp_path / "hf", quiet, shard_bytes=12_000)
+    assert len(shards) > 2
+    assert set(check(tmp_path / "hf")) == {"config.json", "model.safetensors.index.json", *(shard.name for shard in shards)}
+
+
+def test_a_pickle_that_names_anything_but_tensors_is_refused_before_it_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    folder = save(tmp_path / "7B", weights(torch.float16))
+    with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
+        archive.writestr("consolidated/data.pkl", pickle.dumps({"x": Evil()}))
+    with pytest.raises(PreflightError, match="names (io|_io).open, which is no tensor"):
+        convert(folder, tmp_path / "hf", quiet)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_that_broke_off_is_named(tmp_path):
+    folder = save(tmp_path / "7B", weights(torch.float16))
+    whole = (folder / "consolidated.00.pth").read_bytes()
+    (folder / "consolidated.00.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PreflightError, match=r"consolidated\.00\.pth is not a whole checkpoint"):
+        convert(folder, tmp_path / "hf", quiet)
+
+
+def test_a_folder_without_a_checkpoint_says_which_folder_to_name(tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    with pytest.raises(PreflightError) as caught:
+        convert(tmp_path, tmp_path / "hf", quiet)
+    assert "7B" in caught.value.hint
