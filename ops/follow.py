@@ -1,6 +1,6 @@
 """Follow a training by byte offset, mirror its newest checkpoint home, and keep to the money, the hours and the patience.
 
-A lost connection says nothing about the training: it is made again until the box must be given up by the clock.
+A lost connection says nothing about the training: it is made again for as long as the box's own watchdog lets it live.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ def follow(session: Session, box: Box) -> None:
     """Return when the training ended well. Raises Failed with the trainer's reason, Stalled, OverBudget, or Preempted."""
     home = session.journal.folder / EVENTS
     home.touch()
-    heard = session.clock.now()
+    heard = reached = session.clock.now()
     failure: events.Failed | None = None
     while True:
         answer = _poll(session, box, home.stat().st_size)
+        if answer is None and session.clock.now() - reached > commands.LEASE_S * session.pace:
+            raise Lost(f"the box could not be reached for {session.clock.now() - reached:.0f} s: by now it has ended itself", money=session.money())
         if answer is not None:
+            reached = session.clock.now()
             code, running, size, news = answer
             lines, used = events.whole_lines(news)
             with home.open("ab") as f:

@@ -1,6 +1,6 @@
 """The crash matrix: kill the client after every step of the main job, under every fault of a reply, then let one later command run.
 
-    python tests/crash_matrix.py [CASES] [--workers 2]     last line: `CASES cases, 0 leaks`
+    python tests/crash_matrix.py [CASES] [--workers 4]     last line: `CASES cases, 0 leaks`
 
 A case is (fault, step): the fault is planted in the emulator, a client process runs the whole story and dies by SIGKILL at its
 step-th effect (before or after a journal line, an HTTP call, an SSH verb); then `milktea reap`'s own code runs in another process.
@@ -72,6 +72,9 @@ FAULTS: dict[str, Fault] = {
 }  # fmt: skip
 
 
+PATIENCE_S = 30
+
+
 class Steps:
     """Counts the effects of this process and dies at the chosen one. The wrapped calls do what they did before."""
 
@@ -108,6 +111,7 @@ def live(folder: Path, runs: Path, url: str, key: str, die_at: int | None) -> in
     child = os.fork()
     if child == 0:
         code = 1
+        signal.alarm(PATIENCE_S)  # its default action ends this process
         try:
             os.close(read_end)
             steps = Steps(die_at)
@@ -130,6 +134,8 @@ def live(folder: Path, runs: Path, url: str, key: str, die_at: int | None) -> in
     with os.fdopen(read_end) as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        print(f"slow: the client of {runs.name} did not end within {PATIENCE_S} s", flush=True)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
         raise RuntimeError("the client died of a bug, see above")
     return int(said or 0)
@@ -139,6 +145,7 @@ def later_command(runs: Path, url: str, key: str) -> None:
     child = os.fork()
     if child == 0:
         code = 1
+        signal.alarm(PATIENCE_S)
         try:
             reaped = reap(runs, Vast(Provider(url, key, rig.PACE), RealClock()), RealClock(), rig.Silent())
             code = 0 if not reaped.leaked else 70
@@ -164,7 +171,7 @@ def cases(total: int) -> Iterator[tuple[str, int | None]]:
         yield rng.choice(names), rng.randrange(1, 120)
 
 
-def work(worker: int, workers: int, total: int, results: Any) -> None:
+def work(worker: int, workers: int, total: int, verbose: bool, results: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="crash-matrix-") as name:
         folder = Path(name)
         rig.Rig(folder)  # its files, once
@@ -178,6 +185,7 @@ def work(worker: int, workers: int, total: int, results: Any) -> None:
                 continue
             commands.send(FAULTS[fault])
             commands.recv()
+            began = time.monotonic()
             runs = folder / f"runs{n}"
             runs.mkdir()
             live(folder, runs, url, key, step)
@@ -187,6 +195,8 @@ def work(worker: int, workers: int, total: int, results: Any) -> None:
             if left:
                 leaks.append((fault, step, left))
             done += 1
+            if verbose:
+                print(f"{time.monotonic() - began:6.2f} s  {fault}, step {step}", flush=True)
         commands.send(None)
         emulator.join(10)
         results.put((done, leaks))
@@ -224,12 +234,13 @@ def _left(fake: Any) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="?", type=int, default=1000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--verbose", action="store_true", help="each case with its seconds")
     options = parser.parse_args()
     began = time.monotonic()
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    workers = [context.Process(target=work, args=(w, options.workers, options.cases, results)) for w in range(options.workers)]
+    workers = [context.Process(target=work, args=(w, options.workers, options.cases, options.verbose, results)) for w in range(options.workers)]
     for worker in workers:
         worker.start()
     gathered = [results.get() for _ in workers]
