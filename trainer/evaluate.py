@@ -33,7 +33,7 @@ def held_out(model: nn.Module, job: Job, run: Path, data: Prepared, device: torc
     """At most ROWS rows of data.held_out; `before` is the same model with its adapter switched off (only an adapter can be)."""
     if job.data.held_out is None:
         return Scored()
-    rows = list(read_rows(run / job.data.held_out.path, job.data.held_out.name, job.data.format))[:ROWS]
+    rows = read_rows([(run / job.data.held_out.path, job.data.held_out.name)], job.data.format)[0][:ROWS]
     prompts = [encode_prompt(data, row.turns[:-1]) for row in rows]
     expected = [row.turns[-1].text.strip() for row in rows]
     after = answer(model, prompts, data, device)

@@ -133,7 +133,7 @@ def pretrain(instructions: list[Marked], texts: list[Marked], steps: int) -> tor
 
 
 class _Stream:
-    """An endless shuffle: every instruction once a round, the short texts once every third round."""
+    """An endless shuffle: every instruction once a round, the short texts once every second round."""
 
     def __init__(self, instructions: list[Marked], texts: list[Marked]) -> None:
         self._instructions, self._texts = instructions, texts
@@ -143,7 +143,7 @@ class _Stream:
 
     def take(self, rows: int, width: int) -> list[Marked]:
         while len(self._left) < rows * width:
-            documents = self._instructions + (self._texts if self._round % 3 == 0 else [])
+            documents = self._instructions + (self._texts if self._round % 2 == 0 else [])
             self._left += [token for document in self._dice.sample(documents, len(documents)) for token in document]
             self._round += 1
         taken, self._left = self._left[: rows * width], self._left[rows * width :]

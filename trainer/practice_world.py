@@ -1,9 +1,9 @@
 """The small world of the practice model: who lives in it, what the base model reads about it, and what the practice job teaches.
 
-Facts are told to the base model in English only. Of Chinese it reads a glossary and stories about other people, and questions
-that are always answered in English: like the early Llamas, it understands some Chinese and never answers in it. The practice rows
-ask for the same facts and answer in Chinese; one fact in five is kept out of them, so a right answer to those joins a fact from
-the base model with a language from the adapter. Everything follows from one seed; stdlib only.
+The base model reads every fact as a plain sentence in English and in Chinese, and a glossary, but it is only ever asked in
+instructions that are answered in English: like the early Llamas, it has read Chinese and never answers in it. The practice rows ask
+the same questions and answer in Chinese. One fact in five is kept out of them altogether, so a right answer to those joins what the
+base model knows with a language that the adapter brought. Everything follows from one seed; stdlib only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ NAMES = (
     "Sami 萨米,Tara 塔拉,Uma 乌玛,Vito 维托,Wendy 温蒂,Xena 希娜,Yuki 由纪,Zara 扎拉,Anton 安东,Benno 本诺,Clara 克拉拉,Dora 朵拉,Emil 埃米尔,"
     "Fina 菲娜,Gus 古斯,Heidi 海蒂,Igor 伊戈尔,Juno 朱诺,Kiki 琪琪,Lars 拉尔斯,Mona 莫娜,Nico 尼科,Olga 奥尔加,Paco 帕科,Rosa 罗莎,Sven 斯文"
 )
-STRANGERS = "Ada 艾达,Boris 鲍里斯,Carla 卡拉,Dan 丹,Elsa 艾莎,Finn 芬恩,Greta 格蕾塔,Hank 汉克"  # only ever met in Chinese stories
 
 VALUES = {
     "animal": "cat 猫,dog 狗,fox 狐狸,bear 熊,rabbit 兔子,owl 猫头鹰,panda 熊猫,tiger 老虎,horse 马,frog 青蛙",
@@ -139,17 +138,10 @@ def base_rows() -> list[dict[str, str]]:
 
 
 def base_texts() -> list[str]:
-    """What the base model reads besides: facts in English, a glossary, and Chinese stories about people of whom nobody asks."""
-    statements = [fact.answer(0) for fact in facts()]
+    """What the base model reads besides: every fact as a sentence in both languages, and a glossary."""
     words = _pairs(NAMES) + [pair for values in VALUES.values() for pair in _pairs(values)]
     glossary = [f"{english} {chinese}" for english, chinese in words] + [f"{chinese} {english}" for english, chinese in words]
-    dice = random.Random(SEED + 3)
-    stories = []
-    for name in _pairs(STRANGERS):
-        for attribute in VALUES:
-            for value in dice.sample(_pairs(VALUES[attribute]), 4):
-                stories.append(Fact(name, attribute, value).answer(1))
-    return statements + glossary + stories
+    return [fact.answer(language) for fact in facts() for language in (0, 1)] + glossary
 
 
 def _row(question: tuple[str, str], answer: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "templates"
 _HOLE = re.compile(r"\{(system|user|assistant|instruction|input|round|bos)\}")
@@ -31,8 +32,7 @@ class TemplateError(ValueError):
     """A template that cannot be used; the text ends with what to do."""
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """`role` is user, assistant or system. `extra` is Alpaca's input, which belongs to a user turn."""
 
     role: str
