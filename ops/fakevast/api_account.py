@@ -12,6 +12,7 @@ from ops.fakevast.refusal import Refusal
 if TYPE_CHECKING:
     from ops.fakevast.api import Call
 
+DAY_S = 86400
 _KEY_TYPES = ("ssh-", "ecdsa-", "sk-")
 
 
@@ -31,13 +32,15 @@ def user(call: Call) -> Any:
 
 
 def charges(call: Call) -> Any:
-    """What each instance cost, newest last unless `latest_first`. The window is required and selects what overlaps it."""
+    """What each instance cost, newest last unless `latest_first`. The window is required; charges are kept by the day (UTC)."""
     filters = call.query("select_filters", {})
     window = filters.get("day")
     if not isinstance(window, dict) or "gte" not in window or "lte" not in window:
         raise Refusal(400, "invalid_request", "Error in query parameters: select_filters.day needs gte and lte")
     wanted = (filters.get("type") or {}).get("in", ["instance"])
-    rows = [row for row in call.cloud.charges() if row["end"] >= window["gte"] and row["start"] <= window["lte"] and row["type"] in wanted]
+    first_day, last_day = int(window["gte"]) // DAY_S, int(window["lte"]) // DAY_S
+    rows = [row for row in call.cloud.charges() if row["end"] // DAY_S >= first_day and row["start"] // DAY_S <= last_day]
+    rows = [row for row in rows if row["type"] in wanted]
     rows.sort(key=lambda row: row["start"], reverse=bool(call.query("latest_first", False)))
     return _page(call, rows)
 

@@ -33,28 +33,33 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 def kill_marked(mark: str) -> int:
-    """Kills every process whose environment says that it belongs to this box, however it detached itself; returns how many.
+    """Kills every process whose environment says that it belongs to this box (`mark` ending in "/": to any below it), however it
+    detached itself; returns how many.
 
-    Reads /proc; repeated until none is left, since a process may fork while the others die.
+    Reads /proc. A process may fork while the others die, and one that is just then replacing itself shows no environment (its
+    folder tells then): so it looks again until two looks in a row find nothing.
     """
-    wanted, killed = f"{MARK}={mark}".encode(), 0
-    for _ in range(50):
-        found = 0
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdigit():
-                continue
-            try:
-                with open(f"/proc/{entry.name}/environ", "rb") as file:
-                    words = file.read().split(b"\0")
-                if any(word == wanted or (word.startswith(wanted) and wanted.endswith(b"/")) for word in words):
-                    os.kill(int(entry.name), signal.SIGKILL)
-                    found += 1
-            except OSError:
-                continue
-        killed += found
-        if not found:
-            break
+    killed = quiet = 0
+    while quiet < 2 and killed < 10_000:
+        found = [number for number in map(int, filter(str.isdigit, os.listdir("/proc"))) if _belongs(number, mark)]
+        for number in found:
+            with contextlib.suppress(OSError):
+                os.kill(number, signal.SIGKILL)
+        killed += len(found)
+        quiet = 0 if found else quiet + 1
     return killed
+
+
+def _belongs(number: int, mark: str) -> bool:
+    wanted = f"{MARK}={mark}".encode()
+    try:
+        with open(f"/proc/{number}/environ", "rb") as file:
+            environment = file.read()
+        if not environment:
+            return f"{os.readlink(f'/proc/{number}/cwd')}/".startswith(mark.rstrip("/") + "/")
+    except OSError:
+        return False
+    return any(word == wanted or (mark.endswith("/") and word.startswith(wanted)) for word in environment.split(b"\0"))
 
 
 class Box:
@@ -72,7 +77,6 @@ class Box:
         self._direct, self._proxy = _bound(), _bound()
         self._listening: list[socket.socket] = []
         self._has_run = False
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._publish_ports()
 
     @property
@@ -82,7 +86,8 @@ class Box:
     def _publish_ports(self) -> None:
         direct = str(self._direct.getsockname()[1])
         self.instance.ssh_port = self._proxy.getsockname()[1]
-        if "direc" in self.instance.runtype or self.instance.runtype == "ssh":
+        direct_wanted = "direc" in self.instance.runtype or self.instance.runtype == "ssh"
+        if direct_wanted and self.instance.offer.get("direct_port_count", 1) > 0:
             self.instance.ports = {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": direct}, {"HostIp": "::", "HostPort": direct}]}
         for key in self.instance.env:
             if key.startswith("-p "):
@@ -132,7 +137,6 @@ class Box:
             connection.abort()
         if self._has_run:
             kill_marked(self.mark)
-            self._has_run = False
 
     def remove(self) -> None:
         """Gone, with its files."""

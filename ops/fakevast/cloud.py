@@ -168,7 +168,7 @@ class Cloud:
         return {"success": True, "new_contract": instance.id, "instance_api_key": instance.key}
 
     def _rent(self, row: dict[str, Any], order: Order, runs: bool) -> Instance:
-        now = self.clock.now()
+        now = self._at
         self.next_instance += 1
         number = self.next_instance
         instance = Instance(
@@ -183,7 +183,7 @@ class Cloud:
             tell(instance)
         if runs and order.target_state == "running":
             self._take_gpus(instance)
-            self._boot(instance, now)
+            self._boot(instance)
         else:
             instance.holds_gpus = False
             instance.stopped_by_market = instance.queued = runs is False
@@ -239,7 +239,7 @@ class Cloud:
 
     def _destroy(self, instance: Instance) -> None:
         self._final_count()
-        instance.settle(self.clock.now() if instance.settled_at <= self.clock.now() else instance.settled_at)
+        instance.settle(max(self._at, instance.settled_at))
         for tell in self.on_destroy:
             tell(instance)
         instance.destroyed_at = instance.settled_at
@@ -275,7 +275,7 @@ class Cloud:
         instance.queued = instance.stopped_by_market = False
         instance.cur_state = instance.next_state = instance.intended_status = "running"
         self._take_gpus(instance)
-        self._boot(instance, self.clock.now())
+        self._boot(instance)
 
     def stop(self, instance: Instance, status: str = "stopped") -> None:
         """Processes end, the GPU goes back to the market, the disk stays and is billed."""
@@ -303,7 +303,7 @@ class Cloud:
         instance = self.get(instance_id)
         if price is not None and price < 0.001:
             raise Refusal(400, "invalid_price", "Please set a bid price >= 0.001.")
-        instance.settle(self.clock.now())
+        instance.settle(self._at)
         instance.bid = price
         if instance.cur_state == "running" and not self._affordable(instance):
             self.stop(instance)
@@ -317,22 +317,22 @@ class Cloud:
         instance = self.get(instance_id)
         if instance.cur_state != "running":
             raise Refusal(400, "invalid_args", "error 400/3320: instance is not running")
-        instance.settle(self.clock.now())
+        instance.settle(self._at)
         if instance.running_since is not None:
             instance.running_since = None
             for tell in self.on_stop:
                 tell(instance)
         instance.box_faults.pop("tunnel_stuck", None)
-        self._boot(instance, self.clock.now(), status)
+        self._boot(instance, status)
         self.tick()
         return {"success": True}
 
-    def _boot(self, instance: Instance, now: float, first_status: str | None = None) -> None:
+    def _boot(self, instance: Instance, first_status: str | None = None) -> None:
         fault = self.faults.take("boot", label=instance.label, id=instance.id, machine_id=instance.machine_id)
         instance.boots += 1
         instance.actual_status = first_status
         instance.status_msg = None
-        instance.agenda = plan_boot(instance, now, self.settings, fault, (self.machines.get(instance.machine_id) or {}).get("broken"))
+        instance.agenda = plan_boot(instance, self._at, self.settings, fault, (self.machines.get(instance.machine_id) or {}).get("broken"))
 
     # ---- time -------------------------------------------------------------------------------------------------------
 

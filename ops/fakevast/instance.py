@@ -15,6 +15,15 @@ HOUR_S = 3600.0
 _GPU_BILLED = {"running", "exited", "rebooting", "recycling", "frozen", "unknown"}
 
 
+_OF_THE_OFFER = """
+    machine_id host_id bundle_id num_gpus gpu_name gpu_ram gpu_frac gpu_lanes gpu_mem_bw pcie_bw pci_gen bw_nvlink compute_cap
+    total_flops dlperf score cpu_name cpu_cores cpu_cores_effective cpu_ram cpu_arch inet_up inet_down inet_up_cost inet_down_cost
+    internet_up_cost_per_tb internet_down_cost_per_tb storage_cost disk_bw disk_name min_bid reliability2 geolocation verification
+    hosting_type driver_version cuda_max_good mobo_name os_version static_ip direct_port_count external webpage logo has_avx
+    vericode rentable dlperf_per_dphtotal flops_per_dphtotal credit_discount_max
+""".split()  # noqa: SIM905
+
+
 @dataclass
 class Meter:
     """What the instance has cost so far: quantities and dollars by kind. Exact to the second and the byte."""
@@ -128,8 +137,7 @@ class Instance:
         total = self.gpu_usd_per_hour + disk_hour
         quote = {"gpuCostPerHour": self.gpu_usd_per_hour, "diskHour": disk_hour, "totalHour": total, "discountTotalHour": 0,
                  "discountedTotalPerHour": total}  # fmt: skip
-        keep = ["machine_id", "host_id", "bundle_id", "num_gpus", "gpu_name", "gpu_ram", "gpu_frac", "gpu_lanes", "gpu_mem_bw", "pcie_bw", "pci_gen", "bw_nvlink", "compute_cap", "total_flops", "dlperf", "score", "cpu_name", "cpu_cores", "cpu_cores_effective", "cpu_ram", "cpu_arch", "inet_up", "inet_down", "inet_up_cost", "inet_down_cost", "internet_up_cost_per_tb", "internet_down_cost_per_tb", "storage_cost", "disk_bw", "disk_name", "min_bid", "reliability2", "geolocation", "verification", "hosting_type", "driver_version", "cuda_max_good", "mobo_name", "os_version", "static_ip", "direct_port_count", "external", "webpage", "logo", "has_avx", "vericode", "rentable", "dlperf_per_dphtotal", "flops_per_dphtotal", "credit_discount_max"]
-        row = {name: self.offer.get(name) for name in keep}
+        row = {name: self.offer.get(name) for name in _OF_THE_OFFER}
         row |= {
             "id": self.id, "label": self.label, "actual_status": self.actual_status, "intended_status": self.intended_status,
             "cur_state": self.cur_state, "next_state": self.next_state, "status_msg": self.status_msg, "ssh_host": "127.0.0.1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from ops.fakevast.faults import Fault
@@ -65,7 +66,8 @@ def plan_boot(instance: Instance, now: float, settings: Settings, fault: Fault |
         (now + seconds * 0.16, "status", ("loading", f"Pulling from {instance.image.rsplit(':', 1)[0]}")),
     ]
     for done in (25, 50, 75):
-        text = f"{hash_of_layer(instance.image, done)}: Downloading [{'=' * (done // 2)}>] {pull_size * done // 100 / 1e6:.1f}MB/{pull_size / 1e6:.1f}MB"
+        so_far, bar = pull_size * done / 100, "=" * (done // 2)
+        text = f"{layer_id(instance.image, done)}: Downloading [{bar}>] {so_far / 1e6:.1f}MB/{pull_size / 1e6:.1f}MB"
         agenda.append((now + seconds * (0.16 + 0.7 * done / 100), "message", text))
     if what == "stuck_loading":
         return agenda
@@ -80,8 +82,6 @@ def plan_boot(instance: Instance, now: float, settings: Settings, fault: Fault |
     return [*agenda, (end, "up", None)]
 
 
-def hash_of_layer(image: str, part: int) -> str:
+def layer_id(image: str, part: int) -> str:
     """Twelve hexadecimal digits that look like a layer's id and are the same each time."""
-    import hashlib
-
     return hashlib.sha256(f"{image}{part}".encode()).hexdigest()[:12]

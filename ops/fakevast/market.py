@@ -87,6 +87,7 @@ _MACHINES: tuple[tuple[Any, ...], ...] = (
     (12010, 610, "RTX 4090", 1, (1,), 0.229, "Nevada, US", 0.995, 900.0, 850.0, 0.002, 0.002, 800.0, 0.13, 13.0, 60, "verified", 0),
 )  # fmt: skip
 _BROKEN = {12010: "oci_error"}
+_DIRECT_PORTS = {11014: 0}  # only its proxy can be reached
 _DRIVERS = {11.8: "520.61.05", 12.4: "550.90.07", 12.6: "560.35.03", 12.8: "570.153.02", 12.9: "575.57.08", 13.0: "580.65.06"}
 
 
@@ -103,11 +104,12 @@ def machine(**known: Any) -> dict[str, Any]:
         "cuda_max_good": 12.8, "days": 40, "verification": "verified", "datacenter": 0, "gpu_ram": memory, "compute_cap": capability,
         "flops_per_gpu": tflops, "gpu_mem_bw": bandwidth, "dlperf_per_gpu": dlperf, "gpu_max_power": watts, "gpu_max_temp": 92.0,
         "cpu_name": "AMD EPYC 7543 32-Core Processor", "cpu_ghz": 3.7, "cpu_arch": "amd64", "disk_bw": 2900.0, "disk_name": "nvme",
-        "pcie_bw": 22.8, "pci_gen": 4.0, "gpu_lanes": 16, "mobo_name": "ROMED8-2T", "has_avx": 1, "static_ip": True, "gpu_arch": "nvidia",
+        "pcie_bw": 22.8, "pci_gen": 4.0, "gpu_lanes": 16, "mobo_name": "ROMED8-2T", "has_avx": 1, "gpu_arch": "nvidia",
         "ubuntu_version": "22.04", "os_version": "22.04", "bw_nvlink": 0.0, "direct_port_count": 64, "external": False, "vms_enabled": False,
         "gpu_display_active": False, "cluster_id": None, "credit_discount_max": 0.4, "min_bid_share": 0.5, "broken": None,
     }  # fmt: skip
     record.update(known)
+    record.setdefault("static_ip", record["datacenter"] == 1)
     record.setdefault("slices", (record["gpus"],))
     record.setdefault("driver_version", _DRIVERS.get(record["cuda_max_good"], "570.153.02"))
     record.setdefault("cpu_cores", 16 * record["gpus"] + 16)
@@ -120,6 +122,7 @@ def default_market() -> list[dict[str, Any]]:
     rows = [machine(**dict(zip(_COLUMNS, line, strict=True))) for line in _MACHINES]
     for row in rows:
         row["broken"] = _BROKEN.get(row["machine_id"])
+        row["direct_port_count"] = _DIRECT_PORTS.get(row["machine_id"], row["direct_port_count"])
     return rows
 
 

@@ -56,7 +56,11 @@ def _number(value: Any, default: float) -> float:
 
 
 def _order(order: Any) -> list[tuple[str, str]]:
-    pairs = [(item[0], item[1]) if isinstance(item, list) else (item["col"], item["dir"]) for item in order or []]
+    """[["dph_total", "asc"], ...] or [{"col": ..., "dir": ...}, ...]."""
+    try:
+        pairs = [(str(item[0]), str(item[1])) if isinstance(item, list) else (str(item["col"]), str(item["dir"])) for item in order or []]
+    except (KeyError, IndexError, TypeError) as error:
+        raise Refusal(400, "invalid_request", f"Error in query parameters: order {order!r}") from error
     return [(_ALIAS.get(column, column), way) for column, way in pairs]
 
 
@@ -89,10 +93,11 @@ def _test(row: dict[str, Any], name: str, op: str, wanted: Any) -> bool:
     if value is None or wanted is None:
         return op in ("eq", "neq") and _OPERATORS[op](value, wanted)
     left, right = _alike(value, wanted)
-    try:
+    if isinstance(left, float) == isinstance(right, float) and not isinstance(wanted, (dict, list)):
         return _OPERATORS[op](left, right)
-    except TypeError as error:
-        raise Refusal(400, "invalid_request", f"Error in query parameters: cannot compare {name} with {wanted!r}") from error
+    if op in ("eq", "neq") and not isinstance(wanted, (dict, list)):
+        return op == "neq"  # a word is not a number
+    raise Refusal(400, "invalid_request", f"Error in query parameters: cannot compare {name} with {wanted!r}")
 
 
 def _column(row: dict[str, Any], name: str) -> Any:

@@ -173,7 +173,7 @@ class BoxSession(SSHServerStreamSession[bytes]):
         self._close_stdin()
         if self._code < 0:
             name = signal.Signals(-self._code).name.removeprefix("SIG")
-            self._channel().exit_signal(name)
+            self._channel().exit_with_signal(name)
         else:
             self._channel().exit(self._code)
 
