@@ -97,7 +97,7 @@ def manifest_json(image: Image) -> bytes:
 def metadata(image: Image) -> dict[str, bytes]:
     """Every small file of the archive by its path, in the order in which it is written; layers come after."""
     manifest = manifest_json(image)
-    reference = image.tag if "/" in image.tag else f"docker.io/library/{image.tag}"
+    reference = _canonical(image.tag)
     names = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": image.tag.rpartition(":")[2]}
     entry = {"mediaType": OCI_MANIFEST, "digest": digest(manifest), "size": len(manifest), "annotations": names}
     blobs = [_blob(layer.blob_sha256) for layer in image.layers]
@@ -109,6 +109,14 @@ def metadata(image: Image) -> dict[str, bytes]:
         _blob(image.config_digest): image.config_json_bytes,
         _blob(digest(manifest)): manifest,
     }
+
+
+def _canonical(tag: str) -> str:
+    """The name with its registry, without which the containerd store loads an image that nobody can then find."""
+    first, slash, _ = tag.partition("/")
+    if slash and (first == "localhost" or "." in first or ":" in first):
+        return tag
+    return f"docker.io/{tag}" if slash else f"docker.io/library/{tag}"
 
 
 def write_part(image: Image, k: int, out: BinaryIO, tag: str | None = None) -> int:
