@@ -10,7 +10,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ops.fakevast.instance import Instance
 
 
 def arguments() -> argparse.Namespace:
@@ -20,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--idle-exit-s", type=float, default=0.0, metavar="N", help="end after N seconds without request and instance (0: never)")
     parser.add_argument("--boot-s", type=float, default=2.0, metavar="N", help="seconds from create to running (default 2)")
     parser.add_argument("--credit-usd", type=float, default=25.0, metavar="N", help="play money at the start (default 25)")
+    parser.add_argument("--image-bytes", action="append", default=[], metavar="GLOB=N", help="what pulling such an image moves, and costs")
     parser.add_argument("--catalogue", type=Path, metavar="FILE", help="JSON list of machines in place of the built-in market")
     parser.add_argument("--faults", type=Path, metavar="FILE", help="JSON list of faults, see ops/fakevast/faults.py")
     parser.add_argument("--docker", action="store_true", help="boxes are containers of the image that is asked for")
@@ -65,13 +69,20 @@ async def serve(options: argparse.Namespace, state: Path, sock: Any, key: str) -
     from ops.fakevast.server import Emulator
 
     market = load_market(options.catalogue) if options.catalogue else None
-    cloud = Cloud(settings=Settings(boot_s=options.boot_s, credit_usd=options.credit_usd), market=market, api_key=key)
+    sizes = {glob: int(float(size)) for glob, _, size in (item.rpartition("=") for item in options.image_bytes)}
+    settings = Settings(boot_s=options.boot_s, credit_usd=options.credit_usd, image_bytes=sizes)
+    cloud = Cloud(settings=settings, market=market, api_key=key)
     restore(cloud, state)
     for fault in json.loads(options.faults.read_text()) if options.faults else []:
         cloud.faults.add(fault)
     emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=tuple(options.share))
     emulator.boxes.sweep()
-    cloud.on_destroy.append(lambda instance: asyncio.get_running_loop().call_soon(save, cloud, state) and None)
+
+    def save_soon(instance: Instance) -> None:
+        """After the books are closed on it, not during."""
+        asyncio.get_running_loop().call_soon(save, cloud, state)
+
+    cloud.on_destroy.append(save_soon)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -77,7 +77,8 @@ async def _serve(emulator: Emulator, request: web.Request) -> web.StreamResponse
     if request.path.startswith("/_results/"):
         return _result(emulator, request.path.rsplit("/", 1)[1])
     raw = await request.read()
-    entry = {"t": emulator.cloud.clock.now(), "method": request.method, "path": request.path_qs, "route": None, "status": None, "fault": None}
+    entry: dict[str, Any] = {"t": emulator.cloud.clock.now(), "method": request.method, "path": request.path_qs}
+    entry |= {"route": None, "status": None, "fault": None}
     emulator.requests.append(entry)
     try:
         reply = _answer(emulator, request, raw, entry)

@@ -36,7 +36,7 @@ class BoxSession(SSHServerStreamSession[bytes]):
     def __init__(self, box: Box) -> None:
         super().__init__(None, lambda chan: BoxSFTP(chan, box), 3)
         self._box = box
-        self._loop = asyncio.get_running_loop()
+        self._events = asyncio.get_running_loop()
         self._command: str | None = None
         self._runs = False
         self._terminal: tuple[str, tuple[int, int, int, int]] | None = None
@@ -123,7 +123,7 @@ class BoxSession(SSHServerStreamSession[bytes]):
 
     def _read_more(self) -> None:
         for fd in self._outputs:
-            self._loop.add_reader(fd, self._readable, fd)
+            self._events.add_reader(fd, self._readable, fd)
 
     def _readable(self, fd: int) -> None:
         try:
@@ -141,7 +141,7 @@ class BoxSession(SSHServerStreamSession[bytes]):
         self._finish()
 
     def _close_output(self, fd: int) -> None:
-        self._loop.remove_reader(fd)
+        self._events.remove_reader(fd)
         self._outputs.pop(fd, None)
         os.close(fd)
 
@@ -150,7 +150,7 @@ class BoxSession(SSHServerStreamSession[bytes]):
             super().pause_writing()
             return
         for fd in self._outputs:
-            self._loop.remove_reader(fd)
+            self._events.remove_reader(fd)
 
     def resume_writing(self) -> None:
         if not self._runs:
@@ -195,7 +195,7 @@ class BoxSession(SSHServerStreamSession[bytes]):
             except BlockingIOError:
                 if not self._paused:
                     self._paused = True
-                    self._loop.add_writer(self._stdin, self._write_more)
+                    self._events.add_writer(self._stdin, self._write_more)
                     self._channel().pause_reading()
                 return
             except OSError:  # the command reads no more
@@ -212,7 +212,7 @@ class BoxSession(SSHServerStreamSession[bytes]):
     def _unpause(self) -> None:
         if self._paused:
             self._paused = False
-            self._loop.remove_writer(self._stdin)
+            self._events.remove_writer(self._stdin)
             if self._chan is not None:
                 self._channel().resume_reading()
 
