@@ -291,7 +291,8 @@ def _plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Option
     lines += [
         f"layer {k} {x.diff_id} {x.size_bytes} {x.blob_sha256} {x.blob_bytes} {_safe(x.name)} {state[k]}" for k, x in enumerate(image.layers, 1)
     ]
-    lines += [f"full {k} {part_name(image, k)} {stair(image)}-{k:02d}" for k in range(1, len(image.layers) + 1)] if options.base else []
+    if options.base:
+        lines += [f"full {k} {part_name(image, k)} {step_tag(image, Step(k, k, (k,)))}" for k in range(1, len(image.layers) + 1)]
     for step in steps:
         name = step_name(image, step)
         reuse = f"{name}.reuse" if step.reuse else "-"

@@ -16,6 +16,7 @@ usage: sh INSTALL.sh [COMMAND] [OPTIONS]
   verify       only check every file of the bundle and its signature                    (changes nothing)
   repair       rebuild lost or damaged volumes from parity into PREFIX/repaired
   rollback     make the previous image the current one again
+  prune        remove the images before the previous one
   status       what is installed
 options:
   --prefix DIR      where models, tools and records go (/opt/milktea for root, else $HOME/milktea)

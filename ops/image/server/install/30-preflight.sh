@@ -160,15 +160,23 @@ ROWS
 
 # For an update: which layers must come from what is on the server, and are they there?
 check_base() {
-    local _missing _n _diff _size _sha _blob _name _state
+    local _missing _n _last _tag _files _reuse
     [ "$KIND" = delta ] || return 0
     _missing=''
-    while read -r _n _diff _size _sha _blob _name _state; do
-        [ "$_n" -gt "$START" ] && [ "$_state" = reuse ] || continue
-        holder_of "$_diff" >/dev/null || where "$(full_part "$_n")" >/dev/null || _missing="$_missing $(full_part "$_n")"
-    done <"$WORK/layers"
+    choose_steps >"$WORK/steps"
+    # what choose_steps could only find in the full bundle must be there
+    while read -r _n _last _tag _files _reuse; do
+        is_carried "$_files" || where "$_files" >/dev/null || _missing="$_missing $_files"
+    done <"$WORK/steps"
     if [ -z "$_missing" ]; then check base ok "the layers that this update builds on are here" "$(plan since)" "nothing to do"
     else check base fail "pruned or never installed: $(plan since)" "its layers" "carry the full bundle of $ID, or only these files of it, and add --also DIR:$_missing"; fi
+}
+
+is_carried() { # is_carried FILES: they are volumes of this bundle
+    local _v _rest _first=${1%%,*}
+    rows vol >"$WORK/vols"
+    while read -r _v _rest; do [ "$_v" = "$_first" ] && return 0; done <"$WORK/vols"
+    return 1
 }
 
 full_part() { # full_part N: what the full bundle calls the archive of layer N

@@ -85,7 +85,7 @@ whole_image() { layers_of "$REF" >"$WORK/got" && [ "$(same_prefix "$WORK/want" "
 climb() {
     local _first _last _tag _files _reuse
     TOUCHED=yes
-    rows step >"$WORK/steps"
+    choose_steps >"$WORK/steps"
     while read -r _first _last _tag _files _reuse <&7; do
         [ "$_last" -gt "$START" ] || continue
         say "image layers $_first to $_last of $DEPTH"
@@ -95,6 +95,33 @@ climb() {
         layers_of "$_tag" >"$WORK/got"
         [ "$(same_prefix "$WORK/want" "$WORK/got")" -ge "$_last" ] || step_failed "$_files"
     done 7<"$WORK/steps"
+}
+
+# The steps of the plan; for an update, those whose unchanged layers are no longer here are replaced by parts of the full
+# bundle (--also), and the layers below the first step come from there as well when the base was pruned.
+choose_steps() {
+    local _first _last _tag _files _reuse _rest _lowest _n _gone _diff _size
+    _lowest=$((DEPTH + 1))
+    rows step >"$WORK/steps.plan"
+    while read -r _first _rest; do [ "$_first" -lt "$_lowest" ] && _lowest=$_first; done <"$WORK/steps.plan"
+    full_steps 1 $((_lowest - 1))
+    while read -r _first _last _tag _files _reuse; do
+        _gone=
+        if [ "$_reuse" != - ]; then
+            reuse_rows "$_first" "$_last" >"$WORK/reuse"
+            while read -r _n _diff _size; do holder_of "$_diff" >/dev/null || _gone=yes; done <"$WORK/reuse"
+        fi
+        if [ -n "$_gone" ]; then full_steps "$_first" "$_last"; else echo "$_first $_last $_tag $_files $_reuse"; fi
+    done <"$WORK/steps.plan"
+}
+
+full_steps() { # full_steps FIRST LAST: these layers by the full bundle's own parts
+    local _n _path _tag
+    rows full >"$WORK/full"
+    while read -r _n _path _tag; do
+        [ "$_n" -ge "$1" ] && [ "$_n" -le "$2" ] && [ "$_n" -gt "$START" ] || continue
+        echo "$_n $_n $_tag $_path -"
+    done <"$WORK/full"
 }
 
 # Files that are whole load by name, so that the engine reads them itself; joined or mixed ones come through a pipe.

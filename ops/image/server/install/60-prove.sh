@@ -160,3 +160,16 @@ status() {
         say "previous ${_back:-none}"
     fi
 }
+
+# Removes the images of this name that are neither the current nor the previous one; asks nothing, says what went.
+prune() {
+    local _now _back _image
+    _now=$(state_of current) || die 2 "nothing of $NAME is installed in $PREFIX" "sh INSTALL.sh install"
+    _back=$(state_of previous) || _back=
+    $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}' | while read -r _image; do
+        case $_image in
+            "$_now" | "$_back" | "$REPO:current" | "$REPO:previous") ;;
+            *) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null && say "removed $_image" ;;
+        esac
+    done
+}

@@ -72,7 +72,7 @@ repair() {
 main() {
     while [ $# -gt 0 ]; do
         case $1 in
-            install | preflight | verify | repair | rollback | status) COMMAND=$1 ;;
+            install | preflight | verify | repair | rollback | status | prune) COMMAND=$1 ;;
             --prefix | --also | --key)
                 [ $# -ge 2 ] || { usage >&2; exit 2; }
                 case $1 in
@@ -101,7 +101,7 @@ main() {
     choose_hasher
     read_plan
     verify_small
-    case $COMMAND in preflight | status | rollback) SIGNED="not looked at" ;; *) check_signature ;; esac
+    case $COMMAND in preflight | status | rollback | prune) SIGNED="not looked at" ;; *) check_signature ;; esac
     case $COMMAND in
         preflight)
             preflight

@@ -1,0 +1,274 @@
+"""INSTALL.sh on real engines: the machine's own, and a newer one with either image store (tests/image/modern-engine.sh)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.image.bundle import Options, final_tag
+from ops.image.inventory import Present, read
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(240)]
+HERE = Path(__file__).parent
+MODERN = Path(os.environ.get("MILKTEA_MODERN_ENGINE", "/var/tmp/milktea-modern-engine"))
+COREUTILS = "basename cat chmod cp cut date dd df dirname head id ln mkdir mkfifo mktemp mv nproc printf rm sha256sum sort stat sync tail tee timeout tr uname wc"
+
+
+@dataclass(frozen=True)
+class Engine:
+    name: str
+    host: str
+
+    def docker(self, *arguments: str, check: bool = True) -> str:
+        environment = dict(os.environ, **({"DOCKER_HOST": self.host} if self.host else {}))
+        done = subprocess.run(["docker", *arguments], capture_output=True, text=True, env=environment)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout
+
+    def tags(self, repository: str) -> set[str]:
+        return {line for line in self.docker("images", "--filter", f"reference={repository}", "--format", "{{.Tag}}").split() if line}
+
+    def layers(self, ref: str) -> list[str]:
+        return json.loads(self.docker("image", "inspect", "--format", "{{json .RootFS.Layers}}", ref))
+
+
+@pytest.fixture(scope="session")
+def modern() -> Iterator[Callable[[str], Engine]]:
+    """The newer engine with one of its stores, started once; ended by its own process id."""
+    if os.geteuid() or not (shutil.which("mmdebstrap") or (MODERN / "root").exists()):
+        pytest.skip("the newer engine needs root and mmdebstrap")
+    MODERN.mkdir(parents=True, exist_ok=True)
+    built = subprocess.run(["sh", str(HERE / "modern-engine.sh"), "build", str(MODERN)], capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"the newer engine cannot be built here: {built.stderr.strip()[-200:]}")
+    started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(store: str) -> Engine:
+        engine = Engine(f"28-{store}", f"unix://{MODERN}/{store}.sock")
+        if store not in started and not _answers(engine):
+            command = ["sh", str(HERE / "modern-engine.sh"), "run", str(MODERN), store]
+            started[store] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            end = time.monotonic() + 60
+            while not _answers(engine):
+                assert time.monotonic() < end and started[store].poll() is None, f"{engine.name} did not come up"
+                started[store].poll()
+        return engine
+
+    yield start
+    for process in started.values():
+        process.terminate()
+        process.wait(30)
+
+
+def _answers(engine: Engine) -> bool:
+    environment = dict(os.environ, DOCKER_HOST=engine.host)
+    return subprocess.run(["docker", "version"], capture_output=True, env=environment, timeout=20).returncode == 0
+
+
+@pytest.fixture(params=["here", "28-overlay2", "28-containerd"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    if request.param != "here":
+        return request.getfixturevalue("modern")(request.param.removeprefix("28-"))
+    found = Engine("here", os.environ.get("DOCKER_HOST", ""))
+    if not shutil.which("docker") or not _answers(replace(found, host=found.host or "unix:///var/run/docker.sock")):
+        pytest.skip("no Docker engine here")
+    return found
+
+
+@pytest.fixture
+def product(tiny: Any, engine: Engine) -> Iterator[Any]:
+    """The tiny image under a name of its own; whatever of it is loaded goes away afterwards."""
+    tiny.name = f"t{uuid.uuid4().hex[:10]}"
+    tiny.contents["os"]["etc/hostname"] = tiny.name.encode()  # no layer in common with images of other tests
+    yield tiny
+    for tag in engine.tags(f"mtb/{tiny.name}"):
+        engine.docker("rmi", "-f", f"mtb/{tiny.name}:{tag}", check=False)
+
+
+@pytest.fixture
+def on(install: Callable, engine: Engine) -> Callable[..., Any]:
+    def run(folder: Path, *arguments: str, **more: Any) -> Any:
+        return install(folder, *arguments, DOCKER_HOST=engine.host, **more) if engine.host else install(folder, *arguments, **more)
+
+    return run
+
+
+def present(tiny: Any) -> Present:
+    return Present(ref="before", layers=tiny.cargo().image.diff_ids)
+
+
+def new_trainer(tiny: Any) -> None:
+    tiny.contents["trainer"] = {"app/train.py": b"print('two')\n"}
+
+
+def new_wheel(tiny: Any) -> None:
+    tiny.contents["wheel-a"] = {"lib/a.py": tiny.contents["wheel-a"]["lib/a.py"][::-1]}
+
+
+def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bundle(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+    product.add_model().pack(tmp_path / "b", Options(volume_bytes=250_000))
+    jail = tmp_path / "jail"
+    jail.mkdir()
+    for name in ("sh", "docker", *COREUTILS.split()):
+        (jail / name).symlink_to(shutil.which(name) or "missing")
+    ran = on(tmp_path / "b", path=str(jail))
+    assert ran.code == 0, ran.out + ran.err
+    assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
+    assert engine.tags(f"mtb/{product.name}") == {"current", final_tag(product.cargo().image).partition(":")[2]}
+    model = product.cargo().lock.models[0]
+    folder = tmp_path / "prefix" / "models" / model.set_digest.removeprefix("sha256:")
+    assert {f.path: f.size_bytes for f in model.files} == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != ".sha256"}
+    assert (tmp_path / "prefix/models/by-name/org/Tiny-1B/config.json").is_file()
+    record = json.loads((tmp_path / "prefix/INSTALL-RECORD.json").read_text())
+    assert record["selftest"]["ok"] and record["image"]["layers"] == product.cargo().image.diff_ids
+
+
+def test_updates_bring_what_changed_and_go_back_in_a_second(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+    product.pack(tmp_path / "v1")
+    assert on(tmp_path / "v1").code == 0
+    base = present(product)
+    new_trainer(product)
+    product.pack(tmp_path / "v2", Options(base=base))
+    assert on(tmp_path / "v2").code == 0
+    second = product.cargo().image
+    inventory = tmp_path / "server.json"
+    inventory.write_text(on(tmp_path / "v2", "preflight", "--json").out)
+    new_wheel(product)
+    third = product.cargo().image
+    found = read(inventory).base_for(third.diff_ids)
+    assert found is not None and found.layers == second.diff_ids
+    packed = product.pack(tmp_path / "v3", Options(base=found))
+    assert packed.carried_layers == 1
+    ran = on(tmp_path / "v3")
+    assert ran.code == 0, ran.out + ran.err
+    assert engine.layers(f"mtb/{product.name}:current") == third.diff_ids
+    assert on(tmp_path / "v3", "rollback").code == 0
+    assert engine.layers(f"mtb/{product.name}:current") == second.diff_ids
+    assert on(tmp_path / "v3", "prune").code == 0
+    assert len(engine.tags(f"mtb/{product.name}")) == 4  # two images, each under its own name and its role
+
+
+def test_an_update_whose_base_was_pruned_names_the_parts_of_the_full_bundle_and_takes_them(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+    base = present(product)
+    new_wheel(product)
+    product.pack(tmp_path / "delta", Options(base=base))
+    product.pack(tmp_path / "full")
+    ran = on(tmp_path / "delta")
+    assert ran.code == 3 and "pruned or never installed" in ran.out
+    named = next(line for line in ran.out.splitlines() if "--also DIR:" in line).split("--also DIR:")[1].split()
+    assert {Path(n).name for n in named} == {p.name for p in (tmp_path / "full" / "parts").iterdir()}
+    assert engine.tags(f"mtb/{product.name}") == set()
+    ran = on(tmp_path / "delta", "--also", str(tmp_path / "full"))
+    assert ran.code == 0, ran.out + ran.err
+    assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
+
+
+def broken_after_hashing(tiny: Any, layer: str) -> Any:
+    """A cargo whose blob is damaged although every hash of the bundle will fit: the packer's own disk lied."""
+    cargo = tiny.cargo()
+    found = next(x for x in cargo.image.layers if x.name == layer)
+    data = bytearray(found.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    found.path.write_bytes(data)
+    return cargo
+
+
+@pytest.mark.parametrize("layer", ["os", "cublas", "config"])
+def test_an_image_that_the_engine_takes_but_that_is_broken_is_found_and_removed(product: Any, engine: Engine, on: Callable, tmp_path: Path, layer: str) -> None:
+    from ops.image import bundle
+
+    new_trainer(product)
+    product.pack(tmp_path / "good")
+    assert on(tmp_path / "good").code == 0
+    before = engine.tags(f"mtb/{product.name}")
+    product.contents[layer] = dict(product.contents[layer], **{"etc/changed": random.Random(3).randbytes(20_000)})
+    bundle.write_bundle(broken_after_hashing(product, layer), tmp_path / "bad", Options(parity_members=0))
+    assert on(tmp_path / "bad", "verify").code == 0
+    ran = on(tmp_path / "bad")
+    assert ran.code in (6, 7), ran.out + ran.err
+    assert "do this:" in ran.err and "as it was before" in ran.err
+    assert engine.tags(f"mtb/{product.name}") == before
+
+
+def test_an_image_that_does_not_prove_itself_never_becomes_current(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+    product.pack(tmp_path / "good")
+    assert on(tmp_path / "good").code == 0
+    before, current = engine.tags(f"mtb/{product.name}"), engine.layers(f"mtb/{product.name}:current")
+    product.contents["config"] = {"bin/prove": b"#!/bin/sh\necho the GPU burns >&2\nexit 1\n"}
+    product.pack(tmp_path / "bad")
+    ran = on(tmp_path / "bad")
+    assert ran.code == 7 and "the GPU burns" in ran.err
+    assert engine.tags(f"mtb/{product.name}") == before and engine.layers(f"mtb/{product.name}:current") == current
+
+
+def test_a_lost_volume_is_rebuilt_on_the_way_and_the_record_says_so(product: Any, on: Callable, tmp_path: Path) -> None:
+    product.pack(tmp_path / "b", Options(volume_bytes=250_000, parity_members=4))
+    lost = sorted((tmp_path / "b" / "parts").iterdir())[1]
+    lost.unlink()
+    ran = on(tmp_path / "b")
+    assert ran.code == 0, ran.out + ran.err
+    assert f"rebuilding parts/{lost.name}" in ran.out
+    assert lost.name in json.loads((tmp_path / "prefix/INSTALL-RECORD.json").read_text())["bundle"]["rebuilt_from_parity"]
+    assert not list((tmp_path / "prefix").glob("repaired/*/parts"))
+
+
+def test_without_perl_on_the_server_an_image_of_ours_lends_it(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+    perl = Path("/usr/bin/perl")
+    if not perl.exists():
+        pytest.skip("no perl on this machine to put into the image")
+    files = {str(perl).lstrip("/"): perl.read_bytes(), "bin/perl": perl.read_bytes()}
+    for word in subprocess.run(["ldd", str(perl)], capture_output=True, text=True).stdout.split():
+        if word.startswith("/"):
+            files[word.lstrip("/")] = Path(word).read_bytes()
+    product.contents["os"] = {**product.contents["os"], **files}
+    product.pack(tmp_path / "v1", Options(parity_members=4))
+    assert on(tmp_path / "v1").code == 0
+    new_trainer(product)
+    product.pack(tmp_path / "v2", Options(parity_members=4))
+    lost = next(p for p in (tmp_path / "v2" / "parts").iterdir() if "trainer" in p.name)
+    lost.unlink()
+    jail = tmp_path / "jail"
+    jail.mkdir()
+    for name in ("sh", "docker", *COREUTILS.split()):
+        (jail / name).symlink_to(shutil.which(name) or "missing")
+    ran = on(tmp_path / "v2", path=str(jail))
+    assert ran.code == 0, ran.out + ran.err
+    assert "rebuilding" in ran.out
+
+
+def killed_runs(product: Any, engine: Engine, tmp_path: Path, seeds: range) -> None:
+    """Install, killed -9 with everything that it started, at a random moment; then once more to the end."""
+    product.add_model().pack(tmp_path / "b", Options(volume_bytes=250_000))
+    repository = f"mtb/{product.name}"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **({"DOCKER_HOST": engine.host} if engine.host else {})}
+    for seed in seeds:
+        prefix = tmp_path / f"p{seed}"
+        command = ["sh", str(tmp_path / "b" / "INSTALL.sh"), "--prefix", str(prefix)]
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(random.Random(seed).uniform(0.2, 6.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert again.returncode == 0, (seed, again.stdout, again.stderr)
+        assert engine.layers(f"{repository}:current") == product.cargo().image.diff_ids
+        assert engine.tags(repository) == {"current", final_tag(product.cargo().image).partition(":")[2]}
+        assert not list((prefix / "state").glob("work.*")) and not list(prefix.glob("models/.*.partial"))
+        for tag in engine.tags(repository):
+            engine.docker("rmi", "-f", f"{repository}:{tag}", check=False)
+
+
+def test_killed_at_any_moment_and_started_again_it_finishes(product: Any, engine: Engine, tmp_path: Path) -> None:
+    killed_runs(product, engine, tmp_path, range(3))
