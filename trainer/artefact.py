@@ -17,7 +17,14 @@ from torch import nn
 from trainer.job import WIRE, Job
 from trainer.prompt import Template
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
 
 
 class ArtefactError(RuntimeError):
@@ -64,9 +71,7 @@ def compare(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, dict[str
     return found
 
 
-def write_result(
-    root: Path, model: nn.Module, job: Job, base: Path, template: Template, facts: dict[str, Any], pages: dict[str, bytes]
-) -> str:
+def write_result(root: Path, model: nn.Module, job: Job, base: Path, template: Template, facts: dict[str, Any], pages: dict[str, bytes]) -> str:
     """result/adapter.zip and, last of all, result/manifest.json. Returns the zip's sha256. `facts` goes into the manifest as it is;
     `pages` are files put beside the zip. Raises ArtefactError when what was written is not what was trained."""
     stage, result = root / ".result", root / "result"
@@ -79,7 +84,12 @@ def write_result(
         if (base / name).is_file():
             shutil.copyfile(base / name, stage / "adapter" / name)
     (stage / "adapter" / "README.md").write_text(card(job, facts), encoding="utf-8")
-    prompt = {"name": template.name, "source": template.source, "sha256": template.sha256, "token_hash": facts["template"]["token_hash"]}
+    prompt = {
+        "name": template.name,
+        "source": template.source,
+        "sha256": template.sha256,
+        "token_hash": facts["template"]["token_hash"],
+    }
     (stage / "adapter" / "template.json").write_text(json.dumps(prompt, ensure_ascii=False, indent=1), encoding="utf-8")
     archive = zip_folder(stage / "adapter", stage / "adapter.zip")
     for name, data in pages.items():

@@ -17,8 +17,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,30 +81,29 @@ def lengths(setting: Setting, count: int = 20000) -> np.ndarray:
     return np.clip(drawn.round().astype(int), 16, min(2048, setting.tokens))
 
 
-def batches(setting: Setting, vocab: int, device: torch.device, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
-    """Endless packed micro-batches, each rank its own. Tokens come from 300 words, so that there is something to learn."""
+def batches(setting: Setting, vocab: int, device: torch.device, rank: int = 0, world: int = 1, count: int = 24) -> list[dict[str, Any]]:
+    """``count`` packed micro-batches on ``device``, each rank its own. Tokens come from 300 words, so that there is something to learn."""
     from trainer.packing import pack
 
     size = lengths(setting)
-    packs = [p for p in pack(range(len(size)), size.tolist(), setting.tokens) if size[p].sum() > 0.98 * setting.tokens]
+    enough = int(1.1 * count * world * setting.tokens / size.mean()) + 50
+    packs = [p for p in pack(range(min(enough, len(size))), size.tolist(), setting.tokens) if size[p].sum() > 0.98 * setting.tokens]
     generator = np.random.default_rng(1)
-    order = generator.permutation(len(packs))
+    packs = [packs[i] for i in generator.permutation(len(packs))][rank::world]
     words = generator.integers(0, vocab, 300)
-    at = rank
-    while True:
-        rows = size[packs[order[at % len(packs)]]]
-        at += world
-        ids = words[np.minimum(generator.geometric(0.02, int(rows.sum())), 300) - 1]
-        labels, positions = np.roll(ids, -1), np.concatenate([np.arange(n) for n in rows])
-        prompt = np.repeat((rows * 0.3).astype(int), rows)
-        ends = np.concatenate([[0], np.cumsum(rows)]).astype(np.int32)
-        labels[(positions < prompt)] = -100
-        labels[ends[1:] - 1] = -100
-        host = {"input_ids": ids, "position_ids": positions, "labels": labels}
-        tensors: dict[str, Any] = {k: torch.from_numpy(v)[None].pin_memory().to(device, non_blocking=True) for k, v in host.items()}
-        tensors["targets_at"] = torch.from_numpy(np.flatnonzero(labels >= 0)).pin_memory().to(device, non_blocking=True)
-        cu = torch.from_numpy(ends).pin_memory().to(device, non_blocking=True)
-        yield tensors | {"cu": cu, "longest": int(rows.max()), "count": int(rows.sum())}
+    return [_batch(size[p], words, generator, device) for p in packs[:count]]
+
+
+def _batch(rows: np.ndarray, words: np.ndarray, generator: np.random.Generator, device: torch.device) -> dict[str, Any]:
+    ids = words[np.minimum(generator.geometric(0.02, int(rows.sum())), 300) - 1]
+    labels, positions = np.roll(ids, -1), np.concatenate([np.arange(n) for n in rows])
+    ends = np.concatenate([[0], np.cumsum(rows)]).astype(np.int32)
+    labels[positions < np.repeat((rows * 0.3).astype(int), rows)] = -100  # the prompt
+    labels[ends[1:] - 1] = -100
+    host = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    tensors: dict[str, Any] = {k: torch.from_numpy(v)[None].to(device) for k, v in host.items()}
+    tensors["targets_at"] = torch.from_numpy(np.flatnonzero(labels >= 0)).to(device)
+    return tensors | {"cu": torch.from_numpy(ends).to(device), "longest": int(rows.max()), "count": int(rows.sum())}
 
 
 def build(setting: Setting, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
@@ -174,6 +173,7 @@ class Loop:
         self.gradients = Gradients(trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=device.type == "cuda")
         self.data = batches(setting, SHAPES[setting.model].vocab_size, device, rank, world)
+        self.taken = 0
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
 
@@ -183,7 +183,8 @@ class Loop:
         tokens = 0
         total: Tensor | float = 0.0
         for _ in range(self.setting.accumulate):
-            batch = next(self.data)
+            batch = self.data[self.taken % len(self.data)]
+            self.taken += 1
             share = 1.0 / (len(batch["targets_at"]) * self.setting.accumulate * self.world)
             loss = micro_loss(self.model, batch) * share
             loss.backward()
@@ -202,7 +203,9 @@ def measure(setting: Setting, device: torch.device, world: int = 1, rank: int = 
     """Build, warm up, run and report one configuration."""
     cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     warm = cache.is_dir() and any(cache.iterdir())
+    started = time.time() - _process_start()
     model, names = build(setting, device)
+    built = time.time() - _process_start()
     loop = Loop(model, setting, device, world, rank)
     loop.step()
     torch.cuda.synchronize()
@@ -213,7 +216,13 @@ def measure(setting: Setting, device: torch.device, world: int = 1, rank: int = 
         torch.distributed.barrier()
     torch.cuda.synchronize()
     began = time.perf_counter()
-    tokens = sum(loop.step() for _ in range(setting.steps))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(setting.steps + 1)]
+    tokens = 0
+    for mark in marks[:-1]:
+        mark.record()
+        tokens += loop.step()
+    marks[-1].record()
+    launched = time.perf_counter() - began
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     if world > 1:
@@ -229,7 +238,8 @@ def measure(setting: Setting, device: torch.device, world: int = 1, rank: int = 
         "mfu": round(flops / BF16_TFLOPS / 1e12, 4), "mfu_of_tflops": BF16_TFLOPS,
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3), "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
         "loss_first": round(losses[0], 4), "loss_last": round(losses[-1], 4), "grad_norm_last": round(norms[-1], 5),
-        "first_step_s": round(first, 1), "triton_cache": "warm" if warm else "cold",
+        "first_step_s": round(first, 1), "imports_s": round(started, 1), "model_s": round(built - started, 1),
+        "step_ms": [round(a.elapsed_time(b), 1) for a, b in pairwise(marks)][:8], "launch_s": round(launched, 2), "run_s": round(seconds, 2), "triton_cache": "warm" if warm else "cold",
         **{k: v for k, v in asdict(setting).items() if k not in ("model", "precision")},
         "kernels": names, "device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "command": "python -m trainer.bench " + " ".join(sys.argv[1:]),

@@ -56,7 +56,7 @@ def _measure(model: torch.nn.Module, setting: Setting, device: torch.device) -> 
     gc.collect()
     torch.cuda.empty_cache()
     loop = Loop(model, setting, device, 1, 0)
-    first = next(loop.data)
+    first = loop.data[0]
     static = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):

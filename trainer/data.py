@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
@@ -68,7 +68,7 @@ class Source:
     path: Path
     name: str
     form: str = ""
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     most: int | None = None
 
 
@@ -92,7 +92,7 @@ def read_rows(paths: Sequence[Path | tuple[Path, str]], form: str = "auto") -> t
     found: list[Row] = []
     for source in sources:
         source = replace(source, form=source.form or tell_format(source))
-        found += islice((row for row in examine(source, lambda line: f"{source.name}:{line}", defects) if row), source.most)
+        found += islice((row for row in examine(source, defects) if row), source.most)
     return found, sorted(defects)
 
 
@@ -153,10 +153,22 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
         columns, tags = entry.get("columns", {}), entry.get("tags", {})
         if entry.get("ranking") or "kto_tag" in columns:
             if file.is_file():
-                defects.append(Defect(name, 1, 1, key, "holds preferences, which this stage does not learn from", "remove the entry, or name another file"))
+                defects.append(
+                    Defect(
+                        name,
+                        1,
+                        1,
+                        key,
+                        "holds preferences, which this stage does not learn from",
+                        "remove the entry, or name another file",
+                    )
+                )
             continue
         form = "sharegpt" if entry.get("formatting") == "sharegpt" else "text" if set(columns) == {"prompt"} else "alpaca"
-        canonical = {"alpaca": {"prompt": "instruction", "query": "input", "response": "output"}, "sharegpt": {"messages": "conversations"}}
+        canonical = {
+            "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+            "sharegpt": {"messages": "conversations"},
+        }
         names = {canonical.get(form, {"prompt": "text"}).get(k, k): v for k, v in columns.items()}
         roles = {tags[t]: r for t, r in (("user_tag", "user"), ("assistant_tag", "assistant"), ("system_tag", "system")) if t in tags}
         how = Columns(names, tags.get("role_tag", ""), tags.get("content_tag", ""), roles)
@@ -182,7 +194,7 @@ def tell_format(source: Source) -> str:
 # -- reading and checking ---------------------------------------------------------------------------------------------------------
 
 
-def examine(source: Source, where: Callable[[int], str], defects: list[Defect], items: Iterator[Any] | None = None) -> Iterator[Row | None]:
+def examine(source: Source, defects: list[Defect], items: Iterator[Any] | None = None) -> Iterator[Row | None]:
     """Each row of a source: the row, or None after its defects were added to `defects`."""
     name, form, columns = source.name, source.form, source.columns
     check, undecoded = formats.problems_or_row, set()
@@ -192,7 +204,7 @@ def examine(source: Source, where: Callable[[int], str], defects: list[Defect], 
             undecoded.add(item.line)
             continue
         place, value = item
-        result = check(value, form, columns, where(place.line))
+        result = check(value, form, columns, f"{name}:{place.line}")
         if place.odd and type(result) is Row:
             odd = formats.odd_texts(value)
             result = odd if odd else result
@@ -246,7 +258,10 @@ def _parquet(path: Path) -> Iterator[Any]:
         for batch in parquet.ParquetFile(path).iter_batches(4096):
             for row in batch.to_pylist():
                 number += 1
-                yield _RowPlace("", 0, number, 0, True), _as_pairs({k: v for k, v in row.items() if v is not None or k in ("instruction", "output")})
+                yield (
+                    _RowPlace("", 0, number, 0, True),
+                    _as_pairs({k: v for k, v in row.items() if v is not None or k in ("instruction", "output")}),
+                )
     except (OSError, ValueError) as error:
         yield Broken(number + 1, 1, f"not a sound Parquet file ({error})", "write it again")
 
@@ -274,7 +289,7 @@ def _check_parts(source: Source, processes: int) -> Iterator[Part]:
     large = source.path.stat().st_size >= LARGE and processes > 1 and source.path.suffix not in (".parquet", ".txt")
     if not large:
         defects: list[Defect] = []
-        yield sum(row is not None for row in islice(examine(source, lambda _: "", defects), source.most)), defects
+        yield sum(row is not None for row in islice(examine(source, defects), source.most)), defects
         return
     array = _is_array(source.path)
     cuts = scan.row_starts(source.path, processes * 2) if array else _line_starts(source.path, processes * 2)
@@ -302,12 +317,12 @@ def _check_array_part(source: Source, begin: int, until: int | None) -> tuple[in
             else:
                 yield item
 
-    return sum(row is not None for row in examine(source, lambda _: "", defects, items())), defects, end
+    return sum(row is not None for row in examine(source, defects, items())), defects, end
 
 
 def _check_lines_part(source: Source, begin: int, until: int | None) -> tuple[int, list[Defect], scan.End]:
     defects: list[Defect] = []
-    count = sum(row is not None for row in examine(source, lambda _: "", defects, scan.scan_lines(source.path, begin, until)))
+    count = sum(row is not None for row in examine(source, defects, scan.scan_lines(source.path, begin, until)))
     lines, left = 0, (source.path.stat().st_size if until is None else until) - begin
     with open(source.path, "rb") as file:
         file.seek(begin)

@@ -42,7 +42,9 @@ def norm_forward(
     return total, x8, scale, t_out, rstd
 
 
-def norm_backward(dx: Tensor, dt: Tensor | None, a: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
+def norm_backward(
+    dx: Tensor, dt: Tensor | None, t: Tensor | None, a: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None
+) -> Tensor:
     d = dx.float()
     if dt is not None and a is not None:
         d = d + dt.float() @ a.float()

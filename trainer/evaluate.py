@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +11,7 @@ from torch import nn
 from trainer.data import read_rows
 from trainer.job import Job
 from trainer.model import causal
-from trainer.prepare import Prepared
-from trainer.prompt import render
-from trainer.tokens import encode
+from trainer.prepare import Prepared, prompt_ids
 
 ROWS, SHOWN, NEW_TOKENS, AT_ONCE = 200, 4, 64, 32
 
@@ -34,7 +31,7 @@ def held_out(model: nn.Module, job: Job, run: Path, data: Prepared, device: torc
     if job.data.held_out is None:
         return Scored()
     rows = read_rows([(run / job.data.held_out.path, job.data.held_out.name)], job.data.format)[0][:ROWS]
-    prompts = [encode_prompt(data, row.turns[:-1]) for row in rows]
+    prompts = [prompt_ids(data, row.turns[:-1]) for row in rows]
     expected = [row.turns[-1].text.strip() for row in rows]
     after = answer(model, prompts, data, device)
     if not hasattr(model, "disable_adapter"):
@@ -53,14 +50,8 @@ def match(answers: list[str], expected: list[str]) -> float:
     return sum(a == e for a, e in zip(answers, expected, strict=True)) / max(1, len(expected))
 
 
-def encode_prompt(data: Any, turns: Any) -> list[int]:
-    """The ids of a conversation up to where the model answers: the start of what training saw."""
-    segments = render(data.template, turns, eos=data.vocabulary.eos, bos=data.vocabulary.bos, answer_next=True)
-    return encode(data.vocabulary, data.template, [segments])[0][0]
-
-
 @torch.no_grad()
-def answer(model: nn.Module, prompts: list[list[int]], data: Any, device: torch.device, new_tokens: int = NEW_TOKENS) -> list[str]:
+def answer(model: nn.Module, prompts: list[list[int]], data: Prepared, device: torch.device, new_tokens: int = NEW_TOKENS) -> list[str]:
     """Greedy answers, up to the stop token or `new_tokens`. Prompts of one length go together, so nothing is padded."""
     inner, training = causal(model), model.training
     model.eval()

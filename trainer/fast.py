@@ -20,7 +20,10 @@ from trainer.lora import Group, base_linear, frozen_linear, refresh
 log = logging.getLogger(__name__)
 
 FUSED_CLASSES = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
-TOLERANCE = 0.03  # relative error of the fused layer against its twin, values and gradients; bf16 rounding gives up to 0.01
+# Relative error of the fused layer against its twin, values and gradients. bf16 rounding gives 0.006; where a value falls on the edge
+# of an FP8 step the two may round apart, which gives 0.04. A wrong kernel gives 0.3 and more.
+TOLERANCE = {"fp8": 0.1}
+OTHERWISE = 0.03
 Materialise = Callable[[nn.Module], None]
 
 
@@ -57,12 +60,12 @@ def accelerate_model(
             _freeze_linears(layer, precision, keep_transpose)
     names = {"base": _base_name(fast, precision), "attention": "torch flash, variable length" if device.type == "cuda" else "eager"}
     error = _self_test(fast[0]) if fast and ops is not eager else 0.0
-    if fast and error < TOLERANCE:
+    if fast and error < (tolerance := TOLERANCE.get(precision, OTHERWISE)):
         _patch(inner, layers, fast, ops)
         names["layer"] = f"fused, {len(fast)} of {len(layers)}" + (", eager twin" if ops is eager else f", self-test {error:.4f}")
         names["checkpointed_layers"] = f"{sum(f.checkpoint for f in fast)} of {len(layers)}"
     else:
-        names["layer"] = f"transformers: self-test error {error:.4f}, at most {TOLERANCE}" if fast else "transformers"
+        names["layer"] = f"transformers: self-test error {error:.4f}, at most {tolerance}" if fast else "transformers"
         log.warning("the fused layer is not used: %s", names["layer"])
     if reasons:
         names["not_fused"] = f"{len(reasons)} layers: {reasons[0]}"

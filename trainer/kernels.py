@@ -19,9 +19,22 @@ from trainer import kernels_jit as jit
 FP8 = torch.float8_e4m3fn
 
 
-def _rows(m: int) -> int:
-    """Rows a program takes: 16 keeps 132 multiprocessors busy when tokens are few, 32 reads the adapters half as often."""
-    return 32 if m >= 12288 else 16
+# Rows and columns of a tile, warps, pipeline stages: the best of a sweep on an H200 at 16,384 tokens of a 7B (docs/speed-log.md).
+TILES = {
+    "norm_forward": (32, 128, 4, 3),
+    "norm_backward": (32, 64, 4, 3),
+    "rope_forward": (32, 8, 4, 2),  # columns: heads
+    "rope_backward": (32, 128, 4, 3),
+    "quantise_rows": (32, 128, 4, 3),
+    "swiglu_forward": (32, 64, 4, 3),
+    "swiglu_backward": (32, 32, 4, 3),
+}
+
+
+def _tile(name: str, m: int) -> dict[str, int]:
+    """Launch options of a kernel. With few tokens a program takes 16 rows, so that every multiprocessor has work."""
+    bm, bn, warps, stages = TILES[name]
+    return {"BM": bm if m >= 12288 else 16, "BN": bn, "num_warps": warps, "STAGES": stages}
 
 
 def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -41,24 +54,26 @@ def norm_forward(
     ro = a.shape[0] if a is not None else 0
     t_out = _empty(h, m, ro) if a is not None else None
     rstd = _empty(h, m, dtype=torch.float32)
-    bm = _rows(m)
-    jit.norm_forward[(triton.cdiv(m, bm),)](
+    tile = _tile("norm_forward", m)
+    jit.norm_forward[(triton.cdiv(m, tile["BM"]),)](
         h, y, t, b, weight, a, total, x, scale, t_out, rstd, m, k, ro, eps,
         R=b.shape[1] if b is not None else 16, RO=triton.next_power_of_2(max(ro, 16)), ADD=y is not None, LORA=b is not None,
-        PROJECT=a is not None, QUANT=fp8, BM=bm, BN=128, num_warps=4,
+        PROJECT=a is not None, QUANT=fp8, **tile,
     )  # fmt: skip
     return total, x, scale, t_out, rstd
 
 
-def norm_backward(dx: Tensor, dt: Tensor | None, a: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
-    """d(h) = ``residual`` + the RMSNorm gradient of ``dx + dt a``. All [M, K]; dt [M, G*R]."""
+def norm_backward(
+    dx: Tensor, dt: Tensor | None, t: Tensor | None, a: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None
+) -> Tensor:
+    """d(h) = ``residual`` + the RMSNorm gradient of ``dx + dt a``. All [M, K]; dt and ``t``, forward's x a^T, are [M, G*R]."""
     m, k = h.shape
     out = torch.empty_like(h)
-    bm = _rows(m)
     ro = a.shape[0] if a is not None else 0
-    jit.norm_backward[(triton.cdiv(m, bm),)](
-        dx, dt, a, h, weight, rstd, residual, out, m, k, ro,
-        RO=triton.next_power_of_2(max(ro, 16)), LORA=a is not None, ADD=residual is not None, BM=bm, BN=64, num_warps=4,
+    tile = _tile("norm_backward", m)
+    jit.norm_backward[(triton.cdiv(m, tile["BM"]),)](
+        dx, dt, t, a, h, weight, rstd, residual, out, m, k, ro,
+        RO=triton.next_power_of_2(max(ro, 16)), LORA=a is not None, ADD=residual is not None, **tile,
     )  # fmt: skip
     return out
 
@@ -71,9 +86,12 @@ def rope_forward_(
     d = cos.shape[-1]
     touched = heads + (2 if b is not None or bias is not None else 1) * kv_heads
     r = b.shape[1] if b is not None else 16
-    jit.rope_forward[(triton.cdiv(m, 64), touched)](
-        qkv, t, b, bias, cos, sin, m, s, heads, kv_heads, R=r, HALF=d // 2, LORA=b is not None, BIAS=bias is not None, BM=64, num_warps=4
-    )
+    tile = _tile("rope_forward", m)
+    bm, per = tile["BM"], tile.pop("BN")
+    jit.rope_forward[(triton.cdiv(m, bm), triton.cdiv(touched, per))](
+        qkv, t, b, bias, cos, sin, m, s, heads, kv_heads, touched,
+        R=r, HALF=d // 2, LORA=b is not None, BIAS=bias is not None, HEADS=per, **tile,
+    )  # fmt: skip
 
 
 def rope_backward(
@@ -89,10 +107,10 @@ def rope_backward(
     scale = _empty(dq, m, dtype=torch.float32) if quant else None
     r = b.shape[1] if b is not None else 16
     dt = _empty(dq, m, 3 * r) if b is not None else None
-    bm = _rows(m)
-    jit.rope_backward[(triton.cdiv(m, bm),)](
+    tile = _tile("rope_backward", m)
+    jit.rope_backward[(triton.cdiv(m, tile["BM"]),)](
         dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, b, column_scale, out, out8, scale, dt, m, s, heads, kv_heads,
-        R=r, HALF=d // 2, LORA=b is not None, QUANT=quant, BM=bm, BN=128, num_warps=4,
+        R=r, HALF=d // 2, LORA=b is not None, QUANT=quant, **tile,
     )  # fmt: skip
     return out, out8, scale, dt
 
@@ -104,11 +122,11 @@ def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> t
     scale = _empty(x, m, dtype=torch.float32)
     r = p.shape[1] if p is not None else 0
     t = _empty(x, m, r) if p is not None else None
-    bm = _rows(m)
     pk, pr = p.stride() if p is not None else (0, 0)
-    jit.quantise_rows[(triton.cdiv(m, bm),)](
+    tile = _tile("quantise_rows", m)
+    jit.quantise_rows[(triton.cdiv(m, tile["BM"]),)](
         x, column_scale, p, out, scale, t, m, k, r, pk, pr,
-        RO=triton.next_power_of_2(max(r, 16)), PROJECT=p is not None, FOLD=column_scale is not None, BM=bm, BN=128, num_warps=4,
+        RO=triton.next_power_of_2(max(r, 16)), PROJECT=p is not None, FOLD=column_scale is not None, **tile,
     )  # fmt: skip
     return out, scale, t
 
@@ -124,11 +142,11 @@ def swiglu_forward(
     scale = _empty(gu, m, dtype=torch.float32) if fp8 else None
     ro = a.shape[0] if a is not None else 0
     t_out = _empty(gu, m, ro) if a is not None else None
-    bm = _rows(m)
-    jit.swiglu_forward[(triton.cdiv(m, bm),)](
+    tile = _tile("swiglu_forward", m)
+    jit.swiglu_forward[(triton.cdiv(m, tile["BM"]),)](
         gu, t, b, a, act, act8, scale, t_out, m, f, ro,
         R=b.shape[1] if b is not None else 16, RO=triton.next_power_of_2(max(ro, 16)), LORA=b is not None, PROJECT=a is not None,
-        QUANT=fp8, BM=bm, BN=64, num_warps=4,
+        QUANT=fp8, **tile,
     )  # fmt: skip
     return (act8 if act8 is not None else act), scale, t_out
 
@@ -146,10 +164,10 @@ def swiglu_backward(
     scale = _empty(gu, m, dtype=torch.float32) if quant else None
     r = b.shape[1] if b is not None else 16
     dt_out = _empty(gu, m, 2 * r) if b is not None else None
-    bm = _rows(m)
-    jit.swiglu_backward[(triton.cdiv(m, bm),)](
+    tile = _tile("swiglu_backward", m)
+    jit.swiglu_backward[(triton.cdiv(m, tile["BM"]),)](
         gu, t, b, dact, dt, a, column_scale, d8, scale, dt_out, m, f,
-        R=r, RD=a.shape[0] if a is not None else 16, LORA=b is not None, DOWN=a is not None, QUANT=quant, BM=bm, BN=64, num_warps=4,
+        R=r, RD=a.shape[0] if a is not None else 16, LORA=b is not None, DOWN=a is not None, QUANT=quant, **tile,
     )  # fmt: skip
     torch.autograd.graph.increment_version([gu, dact])  # the launch is invisible to autograd: a second backward must be told
     return dact, gu, d8, scale, dt_out

@@ -25,7 +25,7 @@ def _to_fp8(x):
 def norm_forward(
     h, y, t, b, weight, a, total, x, scale, t_out, rstd, m, k, ro, eps,
     R: tl.constexpr, RO: tl.constexpr, ADD: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = rows < m
@@ -35,7 +35,7 @@ def norm_forward(
         t_tile = tl.load(t + rows.to(tl.int64)[:, None] * R + rank[None, :], mask=ok[:, None], other=0.0)
     squares = tl.zeros([BM], tl.float32)
     amax = tl.zeros([BM], tl.float32)
-    for c in range(0, k, BN):
+    for c in tl.range(0, k, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
         mask = ok[:, None] & (cols < k)[None, :]
         v = tl.load(h + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def norm_forward(
         tl.debug_barrier()  # the second pass reads what other threads of this program stored
     out_rank = tl.arange(0, RO)
     acc = tl.zeros([BM, RO], tl.float32)
-    for c in range(0, k, BN):
+    for c in tl.range(0, k, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
         mask = ok[:, None] & (cols < k)[None, :]
         v = tl.load(total + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -80,8 +80,8 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    dx, dt, a, h, weight, rstd, residual, out, m, k, ro,
-    RO: tl.constexpr, LORA: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dx, dt, t, a, h, weight, rstd, residual, out, m, k, ro,
+    RO: tl.constexpr, LORA: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = rows < m
@@ -92,18 +92,18 @@ def norm_backward(
         t_tile = tl.load(dt + rows.to(tl.int64)[:, None] * ro + rank[None, :], mask=t_mask, other=0.0)
     r = tl.load(rstd + rows, mask=ok, other=0.0)
     dot = tl.zeros([BM], tl.float32)
-    for c in range(0, k, BN):
+    if LORA:  # sum((dt a) * w * h) = dt . (x a^T) / rstd, and x a^T was kept: the first pass needs no product
+        kept = tl.load(t + rows.to(tl.int64)[:, None] * ro + rank[None, :], mask=t_mask, other=0.0).to(tl.float32)
+        dot += tl.sum(t_tile.to(tl.float32) * kept, 1) / tl.maximum(r, 1e-30)
+    for c in tl.range(0, k, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
         mask = ok[:, None] & (cols < k)[None, :]
         d = tl.load(dx + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        if LORA:
-            a_tile = tl.load(a + rank[:, None] * k + cols[None, :], mask=(rank < ro)[:, None] & (cols < k)[None, :], other=0.0)
-            d += tl.dot(t_tile, a_tile)
         w = tl.load(weight + cols, mask=cols < k, other=0.0).to(tl.float32)
         v = tl.load(h + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         dot += tl.sum(d * w[None, :] * v, 1)
     factor = dot * r * r * r / k
-    for c in range(0, k, BN):
+    for c in tl.range(0, k, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
         mask = ok[:, None] & (cols < k)[None, :]
         d = tl.load(dx + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -120,34 +120,35 @@ def norm_backward(
 
 @triton.jit
 def rope_forward(
-    qkv, t, b, bias, cos, sin, m, s, heads, kv_heads,
-    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
+    qkv, t, b, bias, cos, sin, m, s, heads, kv_heads, touched,
+    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, HEADS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
-    head = tl.program_id(1)
-    segment = (head >= heads).to(tl.int32) + (head >= heads + kv_heads).to(tl.int32)
     d = tl.arange(0, HALF)
-    at = qkv + rows[:, None] * s + head * (2 * HALF) + d[None, :]
-    low = tl.load(at, mask=ok, other=0.0).to(tl.float32)
-    high = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
-    if LORA:
-        rank = tl.arange(0, R)
-        t_tile = tl.load(t + rows[:, None] * (3 * R) + segment * R + rank[None, :], mask=ok, other=0.0)
-        b_at = b + (head * (2 * HALF) + d)[None, :] * R + rank[:, None]
-        low += tl.dot(t_tile, tl.load(b_at))
-        high += tl.dot(t_tile, tl.load(b_at + HALF * R))
-    if BIAS:
-        low += tl.load(bias + head * (2 * HALF) + d).to(tl.float32)[None, :]
-        high += tl.load(bias + head * (2 * HALF) + HALF + d).to(tl.float32)[None, :]
-    if segment < 2:
-        c = tl.load(cos + rows[:, None] * (2 * HALF) + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        n = tl.load(sin + rows[:, None] * (2 * HALF) + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        turned = low * c - high * n
-        high = high * c + low * n
-        low = turned
-    tl.store(at, low.to(qkv.dtype.element_ty), mask=ok)
-    tl.store(at + HALF, high.to(qkv.dtype.element_ty), mask=ok)
+    rank = tl.arange(0, R)
+    c = tl.load(cos + rows[:, None] * (2 * HALF) + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    n = tl.load(sin + rows[:, None] * (2 * HALF) + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * HEADS
+    for head in tl.range(first, tl.minimum(first + HEADS, touched), num_stages=STAGES):
+        segment = (head >= heads).to(tl.int32) + (head >= heads + kv_heads).to(tl.int32)
+        at = qkv + rows[:, None] * s + head * (2 * HALF) + d[None, :]
+        low = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+        high = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
+        if LORA:
+            t_tile = tl.load(t + rows[:, None] * (3 * R) + segment * R + rank[None, :], mask=ok, other=0.0)
+            b_at = b + (head * (2 * HALF) + d)[None, :] * R + rank[:, None]
+            low += tl.dot(t_tile, tl.load(b_at))
+            high += tl.dot(t_tile, tl.load(b_at + HALF * R))
+        if BIAS:
+            low += tl.load(bias + head * (2 * HALF) + d).to(tl.float32)[None, :]
+            high += tl.load(bias + head * (2 * HALF) + HALF + d).to(tl.float32)[None, :]
+        turn = (segment < 2).to(tl.float32)  # v is not turned: cos 1, sin 0
+        cc = c * turn + (1.0 - turn)
+        nn = n * turn
+        tl.store(at, (low * cc - high * nn).to(qkv.dtype.element_ty), mask=ok)
+        tl.store(at + HALF, (high * cc + low * nn).to(qkv.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -185,7 +186,7 @@ def _rope_back_segment(
 @triton.jit
 def rope_backward(
     dq, dk, dv, cos, sin, b, column_scale, out, out8, scale, dt, m, s, heads, kv_heads,
-    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
@@ -213,7 +214,7 @@ def rope_backward(
         factor, inverse = _inverse_scale(amax)
         tl.store(scale + rows, factor, mask=rows < m)
         tl.debug_barrier()
-        for start in range(0, s, BN):
+        for start in tl.range(0, s, BN, num_stages=STAGES):
             cols = start + tl.arange(0, BN)
             mask = ok & (cols < s)[None, :]
             v = tl.load(out + rows[:, None] * s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -224,14 +225,14 @@ def rope_backward(
 @triton.jit
 def quantise_rows(
     x, column_scale, p, out, scale, t, m, k, r, pk, pr,
-    RO: tl.constexpr, PROJECT: tl.constexpr, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RO: tl.constexpr, PROJECT: tl.constexpr, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
     rank = tl.arange(0, RO)
     acc = tl.zeros([BM, RO], tl.float32)
     amax = tl.zeros([BM], tl.float32)
-    for c in range(0, k, BN):
+    for c in tl.range(0, k, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
         mask = ok & (cols < k)[None, :]
         raw = tl.load(x + rows[:, None] * k + cols[None, :], mask=mask, other=0.0)
@@ -246,7 +247,7 @@ def quantise_rows(
     tl.store(scale + rows, s, mask=rows < m)
     if PROJECT:
         tl.store(t + rows[:, None] * r + rank[None, :], acc.to(t.dtype.element_ty), mask=ok & (rank < r)[None, :])
-    for c in range(0, k, BN):
+    for c in tl.range(0, k, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
         mask = ok & (cols < k)[None, :]
         v = tl.load(x + rows[:, None] * k + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -258,7 +259,7 @@ def quantise_rows(
 @triton.jit
 def swiglu_forward(
     gu, t, b, a, act, act8, scale, t_out, m, f, ro,
-    R: tl.constexpr, RO: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    R: tl.constexpr, RO: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
@@ -269,7 +270,7 @@ def swiglu_forward(
         t_up = tl.load(t + rows[:, None] * (2 * R) + R + rank[None, :], mask=ok, other=0.0)
     acc = tl.zeros([BM, RO], tl.float32)
     amax = tl.zeros([BM], tl.float32)
-    for c in range(0, f, BN):
+    for c in tl.range(0, f, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
         mask = ok & (cols < f)[None, :]
         at = gu + rows[:, None] * (2 * f) + cols[None, :]
@@ -292,7 +293,7 @@ def swiglu_forward(
         s, inverse = _inverse_scale(amax)
         tl.store(scale + rows, s, mask=rows < m)
         tl.debug_barrier()
-        for c in range(0, f, BN):
+        for c in tl.range(0, f, BN, num_stages=STAGES):
             cols = c + tl.arange(0, BN)
             mask = ok & (cols < f)[None, :]
             v = tl.load(act + rows[:, None] * f + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -302,7 +303,7 @@ def swiglu_forward(
 @triton.jit
 def swiglu_backward(
     gu, t, b, dact, dt, a, column_scale, d8, scale, dt_out, m, f,
-    R: tl.constexpr, RD: tl.constexpr, LORA: tl.constexpr, DOWN: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    R: tl.constexpr, RD: tl.constexpr, LORA: tl.constexpr, DOWN: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
@@ -316,7 +317,7 @@ def swiglu_backward(
     acc_gate = tl.zeros([BM, R], tl.float32)
     acc_up = tl.zeros([BM, R], tl.float32)
     amax = tl.zeros([BM], tl.float32)
-    for c in range(0, f, BN):
+    for c in tl.range(0, f, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
         mask = ok & (cols < f)[None, :]
         at = gu + rows[:, None] * (2 * f) + cols[None, :]
@@ -353,7 +354,7 @@ def swiglu_backward(
         s, inverse = _inverse_scale(amax)
         tl.store(scale + rows, s, mask=rows < m)
         tl.debug_barrier()
-        for c in range(0, 2 * f, BN):
+        for c in tl.range(0, 2 * f, BN, num_stages=STAGES):
             cols = c + tl.arange(0, BN)
             mask = ok & (cols < 2 * f)[None, :]
             v = tl.load(gu + rows[:, None] * (2 * f) + cols[None, :], mask=mask, other=0.0).to(tl.float32)

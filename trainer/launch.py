@@ -62,7 +62,17 @@ def build(job: Job, path: Path, environment: dict[str, str]) -> list[str]:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.processes)))
     if job.processes == 1:
         return [sys.executable, *train]
-    options = ["--multi_gpu", "--num_processes", str(job.processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options = [
+        "--multi_gpu",
+        "--num_processes",
+        str(job.processes),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0", *train]
 
 

@@ -113,7 +113,7 @@ class FastLayer:
         del act, dact
         grad_b3 = outer(dgu, t3) if t3 is not None else None
         dx = self.gate_up.weight.backward(dgu if d8 is None else d8, s)
-        dmiddle = ops.norm_backward(dx, dt3, self.gate_up.a, kept.middle, self.norm2, kept.rstd2, dh)
+        dmiddle = ops.norm_backward(dx, dt3, t3, self.gate_up.a, kept.middle, self.norm2, kept.rstd2, dh)
         gate_up = self.gate_up.gradients(self._grad_a(dt3, kept.rstd2, kept.middle, self.norm2), grad_b3)
         del dgu, d8, dx
 
@@ -131,7 +131,7 @@ class FastLayer:
         if first:
             return None, grads
         dx = self.qkv.weight.backward(d if d8 is None else d8, s)
-        return ops.norm_backward(dx, dt1, self.qkv.a, h, self.norm1, kept.rstd1, dmiddle), grads
+        return ops.norm_backward(dx, dt1, t1, self.qkv.a, h, self.norm1, kept.rstd1, dmiddle), grads
 
     @staticmethod
     def _grad_a(dt: Tensor | None, rstd: Tensor, h: Tensor, norm: Tensor) -> Tensor | None:
@@ -179,7 +179,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
-        return ctx.ops.norm_backward(dx.contiguous(), None, None, h, weight, rstd, None), None, None, None
+        return ctx.ops.norm_backward(dx.contiguous(), None, None, None, h, weight, rstd, None), None, None, None
 
 
 def frozen_norm(h: Tensor, weight: Tensor, eps: float, ops: ModuleType) -> Tensor:

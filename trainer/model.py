@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,20 @@ def quantisation(precision: str) -> Any:
 
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def silence_dropout(config: Any) -> None:
     """The base model's own dropout draws from a generator, so that order would change results: off. lora_dropout is keyed instead."""
-    for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout", "activation_dropout"):
+    for name in (
+        "attention_dropout",
+        "hidden_dropout",
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "dropout",
+        "activation_dropout",
+    ):
         if getattr(config, name, None):
             setattr(config, name, 0.0)
 
@@ -163,7 +170,13 @@ def register_attention(device: torch.device) -> None:
 
 
 def attend_by_document(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention on the CPU: torch's own kernel, one document after another. query (B, H, T, D), key and value (B, KV, T, D) -> (B, T, H, D).
 
@@ -179,6 +192,6 @@ def attend_by_document(
     ends = cu.tolist()
     parts = [
         nn.functional.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling)
-        for a, b in zip(ends, ends[1:], strict=False)
+        for a, b in pairwise(ends)
     ]
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None

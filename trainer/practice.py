@@ -157,7 +157,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
-        make(HERE if arguments.out is None else arguments.out / "model", DATA if arguments.out is None else arguments.out, arguments.steps)
+        make(
+            HERE if arguments.out is None else arguments.out / "model",
+            DATA if arguments.out is None else arguments.out,
+            arguments.steps,
+        )
     elif arguments.out:
         copy(arguments.out)
     else:

@@ -1,6 +1,7 @@
-"""Everything that can be refused before torch is imported: the job, its files, the model's tokenizer, every row. Then the rows' tokens, cached.
+"""Everything that can be refused before torch is imported: the job's files, the model's tokenizer, every row. Then the rows' tokens, cached.
 
-The cache is keyed by content (data, tokenizer, template, settings), so a second run or a resume opens it at once.
+ops calls `prepare` before renting, trainer.launch before starting processes, every process once more to open the cache, which is keyed
+by content (data, tokenizer, template, settings). Nothing is dropped or cut without a line in `notes`.
 """
 
 from __future__ import annotations
@@ -8,26 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from trainer.data import read_rows
+from trainer.data import Defect, read_rows
 from trainer.job import Job
-from trainer.prompt import Template, load, render, with_chat_template
+from trainer.prompt import Segment, Template, TemplateError, load, render, with_chat_template
+from trainer.rows import Row
 from trainer.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
 
-VERSION = 1  # of the cache's layout and of what encode() makes
+VERSION = 2  # of the cache's layout and of what encode() makes
+AT_ONCE = 4096  # rows tokenised together: the tokenizer spreads them over the cores
 
 
 class Refused(ValueError):
     """The job cannot start: exit code 3. `samples` are file:line; `hint` is what to do."""
 
-    def __init__(self, reason: str, samples: list[str] | None = None, hint: str = "") -> None:
+    def __init__(self, reason: str, samples: Sequence[str] = (), hint: str = "") -> None:
         super().__init__(reason)
-        self.samples, self.hint = samples or [], hint
+        self.samples, self.hint = list(samples), hint
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Rows:
     trained: np.ndarray  # bool (tokens,)
     starts: np.ndarray  # int64 (rows + 1,)
     where: list[str]
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -62,65 +68,173 @@ class Prepared:
     token_hash: str
 
 
-def model_folder(job: Job, run: Path) -> Path:
-    """Where the base model lies: pushed with the data, named as a path, or fetched from the hub."""
+def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
+    """Where the base model lies: pushed with the data, or in the hub's cache, fetched there when it is not (weights only when asked for)."""
     if job.model.path:
         return run / job.model.path
-    if Path(job.model.base).is_dir():
-        return Path(job.model.base)
     from huggingface_hub import snapshot_download
 
-    keep = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-    return Path(snapshot_download(job.model.base, revision=job.model.revision, allow_patterns=keep))
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + (["*.safetensors"] if weights else [])
+    return Path(snapshot_download(job.model.base, revision=job.model.revision, allow_patterns=patterns))
 
 
 def prepare(job: Job, run: Path) -> Prepared:
-    """Checks and tokenises the job's data. Raises Refused, with every defect, before anything costs time."""
+    """Checks and tokenises the job's data. Raises Refused, with every defect, or TemplateError, before anything costs time or money."""
     folder = model_folder(job, run)
     vocabulary = open_vocabulary(folder)
-    template = load(job.data.template, job.data.template_text)
-    if template.name == "chat":
-        template = with_chat_template(template, vocabulary.chat_template)
+    template = job_template(job, vocabulary)
     stop = stop_token(vocabulary, template)
-    key = cache_key(job, folder, template)
-    cache = (run.parent if run.parent.name == "milktea" else run) / "cache" / f"{key}.safetensors"
+    cache = (run.parent if run.parent.name == "milktea" else run) / "cache" / f"{cache_key(job, folder, template)}.safetensors"
     rows = read_cache(cache)
     if rows is None:
-        rows = tokenise(job, run, vocabulary, template)
+        check_files_are_the_jobs(job, run)
+        found, defects = read_rows([(run / f.path, f.name) for f in job.data.files], job.data.format)
+        refuse_defects(defects)
+        rows = tokenise(found, vocabulary, template, stop, job.data.max_length, job.data.over_length)
         write_cache(cache, rows)
+    if not len(rows):
+        raise Refused("no row is left to train on", rows.notes, "`python -m trainer.data FILE` says what each file holds")
     return Prepared(rows, vocabulary, template, stop, token_hash(vocabulary, template))
 
 
-def tokenise(job: Job, run: Path, vocabulary: Vocabulary, template: Template) -> Rows:
-    found = [row for file in job.data.files for row in read_rows(run / file.path, file.name, job.data.format)]
-    texts = [render(template, row.turns, eos=vocabulary.eos, bos=vocabulary.bos) for row in found]
-    coded = encode(vocabulary, template, texts)
-    lengths = [len(ids) for ids, _ in coded]
-    return Rows(
-        np.fromiter((i for ids, _ in coded for i in ids), np.int32, sum(lengths)),
-        np.fromiter((t for _, trained in coded for t in trained), np.bool_, sum(lengths)),
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        [row.where for row in found],
-    )
+def job_template(job: Job, vocabulary: Vocabulary) -> Template:
+    template = load(job.data.template, job.data.template_text)
+    return with_chat_template(template, vocabulary.chat_template) if template.name == "chat" else template
+
+
+def check_files_are_the_jobs(job: Job, run: Path) -> None:
+    """Raises Refused when a data file is missing or is not the one that the job was made with."""
+    for file in job.data.files:
+        path = run / file.path
+        if not path.is_file():
+            raise Refused(f"{file.name} is not in the run folder ({file.path})", hint="push the data again")
+        with open(path, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != file.sha256:
+            raise Refused(
+                f"{file.name} has sha256 {found[:12]}, job.json says {file.sha256[:12]}",
+                hint="push the data again, or make the job anew",
+            )
+
+
+def refuse_defects(defects: Sequence[Defect]) -> None:
+    if defects:
+        many = "1 defect" if len(defects) == 1 else f"{len(defects)} defects"
+        raise Refused(f"{many} in the data", [str(d) for d in defects], "mend the rows above; `python -m trainer.data FILE` checks again")
+
+
+def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, stop: int, most: int, policy: str) -> Rows:
+    """Rows to ids and targets. Over-length rows are refused, dropped or cut by `policy`; each is in the notes or in the refusal. A row
+    that would teach nothing, whose answer would not end in the stop token, or that holds a special token's text, is refused."""
+    specials = [s for s in vocabulary.special_texts if len(s) > 2]
+    ids: list[np.ndarray] = []
+    marks: list[np.ndarray] = []
+    where: list[str] = []
+    notes: list[str] = []
+    refused: list[str] = []
+    for begin in range(0, len(rows), AT_ONCE):
+        group = rows[begin : begin + AT_ONCE]
+        texts = [segments(row, template, vocabulary, refused) for row in group]
+        for row, text, (token_ids, trained) in zip(group, texts, encode(vocabulary, template, texts), strict=True):
+            if not text:
+                continue
+            fault = special_text(row, specials) or unlearnable(token_ids, trained, stop)
+            if fault:
+                refused.append(f"{row.where}: {fault}")
+                continue
+            if len(token_ids) > most:
+                said = f"{row.where}: {len(token_ids)} tokens, data.max_length is {most}"
+                cut = shorten(token_ids, trained, stop, most) if policy == "truncate" else None
+                if policy == "refuse" or (policy == "truncate" and cut is None):
+                    refused.append(said if policy == "refuse" else f"{said}, and its prompt alone fills that")
+                    continue
+                notes.append(f"{said}: {'dropped' if cut is None else 'cut at the end, stop token kept'}")
+                if cut is None:
+                    continue
+                token_ids, trained = cut
+            ids.append(np.asarray(token_ids, np.int32))
+            marks.append(np.asarray(trained, np.bool_))
+            where.append(row.where)
+    if refused:
+        longest = [r for r in refused if "data.max_length" in r]
+        hint = (
+            'raise data.max_length, or set data.over_length to "drop" or "truncate"'
+            if longest
+            else "mend the rows above, or name another data.template"
+        )
+        raise Refused(f"{len(refused)} of {len(rows)} rows cannot be trained on", refused, hint)
+    starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
+    empty_ids, empty_marks = np.zeros(0, np.int32), np.zeros(0, np.bool_)
+    return Rows(np.concatenate([empty_ids, *ids]), np.concatenate([empty_marks, *marks]), starts, where, notes)
+
+
+def segments(row: Row, template: Template, vocabulary: Vocabulary, refused: list[str]) -> list[Segment]:
+    """A row's text with its trained parts; plain text is trained whole. What the template refuses is added to `refused`."""
+    if row.text:
+        return [Segment(row.text + vocabulary.eos, True)]
+    try:
+        return render(template, row.turns, eos=vocabulary.eos, bos=vocabulary.bos)
+    except TemplateError as error:
+        refused.append(f"{row.where}: {error}")
+        return []
+
+
+def special_text(row: Row, specials: Sequence[str]) -> str:
+    """The fault of a row that spells out a special token: it would become that token in the middle of a text."""
+    for turn in row.turns:
+        for special in specials:
+            if special in turn.text or special in turn.extra:
+                return f"holds the text {special!r}, which this tokenizer reads as a special token: write it otherwise"
+    return ""
+
+
+def unlearnable(ids: Sequence[int], trained: Sequence[bool], stop: int) -> str:
+    """The fault of a row without a target, or with an answer that does not end in the stop token."""
+    if not any(trained[1:]):
+        return "not one token of it would be learned: every label is masked"
+    ends = [i for i in range(len(ids)) if trained[i] and (i + 1 == len(ids) or not trained[i + 1])]
+    bare = [i for i in ends if ids[i] != stop]
+    return f"answer {ends.index(bare[0]) + 1} does not end in the stop token as a trained label" if bare else ""
+
+
+def shorten(ids: list[int], trained: list[bool], stop: int, most: int) -> tuple[list[int], list[bool]] | None:
+    """The first `most` tokens with the stop token as the last, trained one; None where no token of an answer would be left before it."""
+    room = most - 1
+    if not any(trained[1:room]):
+        return None
+    while not trained[room - 1]:  # the cut falls into a later question: end with the answer before it, whose stop token is there
+        room -= 1
+    if ids[room - 1] == stop and (room >= len(ids) or not trained[room]):
+        return ids[:room], trained[:room]
+    return [*ids[:room], stop], [*trained[:room], True]
 
 
 def cache_key(job: Job, folder: Path, template: Template) -> str:
     tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     settings = job.data.model_dump(exclude={"held_out", "template_text"}) | {"files": [(f.name, f.sha256) for f in job.data.files]}
-    parts = [VERSION, settings, tokenizer, template.sha256]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([VERSION, settings, tokenizer, template.name, template.sha256], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def write_cache(path: Path, rows: Rows) -> None:
+    """Atomic, and the same whoever writes it: several processes may."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    where = np.frombuffer("\n".join(rows.where).encode(), np.uint8)
-    save_file({"ids": rows.ids, "trained": rows.trained, "starts": rows.starts, "where": where}, part)
+    text = np.frombuffer(json.dumps([rows.where, rows.notes]).encode(), np.uint8)
+    save_file({"ids": rows.ids, "trained": rows.trained, "starts": rows.starts, "text": text}, part)
     part.rename(path)
 
 
 def read_cache(path: Path) -> Rows | None:
-    if not path.is_file():
+    """The cached rows, or None where there are none or the file is damaged."""
+    try:
+        data = load_file(path)
+        where, notes = json.loads(data["text"].tobytes())
+    except (OSError, ValueError, KeyError, SafetensorError):
         return None
-    data = load_file(path)
-    return Rows(data["ids"], data["trained"], data["starts"], data["where"].tobytes().decode().split("\n"))
+    return Rows(data["ids"], data["trained"], data["starts"], where, notes)
+
+
+def prompt_ids(data: Prepared, turns: Sequence) -> list[int]:
+    """The ids of a conversation up to where the model answers: exactly how training rows begin."""
+    text = render(data.template, turns, eos=data.vocabulary.eos, bos=data.vocabulary.bos, answer_next=True)
+    return encode(data.vocabulary, data.template, [text])[0][0]

@@ -153,7 +153,9 @@ def _from_text(name: str, source: str, with_input: str, without: str, stop: str 
     preamble_with_input, user_with_input = _cut_preamble(before)
     preamble, user = _cut_preamble(_without_input(_cut_at_output(without)[0]))
     if after.strip():
-        raise TemplateError(f"template {name}: text after {{output}} ({after.strip()[:30]!r}) would never be learned: end with {{output}}; eos follows")
+        raise TemplateError(
+            f"template {name}: text after {{output}} ({after.strip()[:30]!r}) would never be learned: end with {{output}}; eos follows"
+        )
     return Template(name, source, user, user_with_input, preamble, preamble_with_input, "{system}\n\n", "{assistant}", stop, "\n\n")
 
 

@@ -113,7 +113,11 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
     content_tag = columns.content_tag or ("value" if form == "sharegpt" else "content")
     said, problems = row.get(key), []
     if type(said) is not list:
-        return [_missing(row, key)] if said is None else [((key,), f"is {_kind(said)}, not a list of turns", f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]')]
+        return (
+            [_missing(row, key)]
+            if said is None
+            else [((key,), f"is {_kind(said)}, not a list of turns", f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]')]
+        )
     if not said:
         return [((key,), "has no turn", "remove the row, or fill it")]
     turns: list[Turn] = []
@@ -133,11 +137,23 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
                 problems.append(((key, i, role_tag), "a system turn that is not the first", "move it to the front, or remove it"))
                 continue
         elif role and role != expected and not problems:
-            problems.append(((key, i, role_tag), f"it is {one[role_tag]!r} who speaks, the {expected}'s turn was due", "let user and assistant take turns"))
+            problems.append(
+                (
+                    (key, i, role_tag),
+                    f"it is {one[role_tag]!r} who speaks, the {expected}'s turn was due",
+                    "let user and assistant take turns",
+                )
+            )
         if role:
             turns.append(Turn(role, content))
     if not problems and turns[-1].role != "assistant":
-        problems.append(((key, len(said) - 1, role_tag), "the conversation does not end with an answer, so there is nothing to learn after it", "add the answer, or remove the last turn"))
+        problems.append(
+            (
+                (key, len(said) - 1, role_tag),
+                "the conversation does not end with an answer, so there is nothing to learn after it",
+                "add the answer, or remove the last turn",
+            )
+        )
     return problems or Row(where, tuple(turns))
 
 
@@ -233,7 +249,13 @@ def odd_texts(value: Any, path: Path_ = ()) -> list[Problem]:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            return [(path, f"holds half a character (\\u{ord(value[error.start]):04x})", "write both halves of the pair, or the character itself")]
+            return [
+                (
+                    path,
+                    f"holds half a character (\\u{ord(value[error.start]):04x})",
+                    "write both halves of the pair, or the character itself",
+                )
+            ]
         return []
     items = value if type(value) is tuple else enumerate(value) if type(value) is list else ()
     return [problem for key, inner in items for problem in odd_texts(inner, (*path, key))]

@@ -20,7 +20,15 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")  # a comma between two rows
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple)
 _scan = _DECODER.scan_once
-_ODD = ("\x00", "\ufffd", "\\u0000", "\\ufffd", "\\uFFFD", "\\ud", "\\uD")  # NUL, replacement character, surrogates: raw or escaped
+_ODD = (
+    "\x00",
+    "\ufffd",
+    "\\u0000",
+    "\\ufffd",
+    "\\uFFFD",
+    "\\ud",
+    "\\uD",
+)  # NUL, replacement character, surrogates: raw or escaped
 
 
 @dataclass(frozen=True)
@@ -104,12 +112,15 @@ def _explain(error: json.JSONDecodeError, text: str) -> tuple[str, str]:
         if found in "\r\n":
             return "a string is not closed on its line", 'close it with ", or write a line break inside text as \\n'
         return f"a raw control character {found!r} inside a string", "write it as \\t or \\u00XX, or remove it"
-    if message.startswith("Invalid \\escape") or message.startswith("Invalid \\u"):
+    if message.startswith(("Invalid \\escape", "Invalid \\u")):
         return f"{text[error.pos : error.pos + 2]!r} is not an escape that JSON knows", "double the backslash: \\\\"
     if message.startswith("Unterminated string"):
         return "a string is never closed", 'close it with "'
     if message.startswith("Expecting ',' delimiter"):
-        return f"a comma or closing bracket is missing before {found!r}", "add the comma, or escape a quotation mark inside the text as \\\""
+        return (
+            f"a comma or closing bracket is missing before {found!r}",
+            'add the comma, or escape a quotation mark inside the text as \\"',
+        )
     if message.startswith("Expecting ':' delimiter"):
         return "a colon is missing after a field's name", 'write "name": value'
     if message.startswith("Illegal trailing comma") or (before == "," and found in "]}"):
@@ -197,7 +208,14 @@ def decode(block: bytes, first_line: int) -> tuple[str, list[Broken]]:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
             column = len(line[: error.start].decode("utf-8", "replace")) + 1
-            faults.append(Broken(number, column, f"byte 0x{line[error.start]:02x} is not UTF-8", "convert the file: iconv -f GB18030 -t UTF-8 (or the encoding it has)"))
+            faults.append(
+                Broken(
+                    number,
+                    column,
+                    f"byte 0x{line[error.start]:02x} is not UTF-8",
+                    "convert the file: iconv -f GB18030 -t UTF-8 (or the encoding it has)",
+                )
+            )
     return block.decode("utf-8", "replace"), faults
 
 
@@ -221,7 +239,11 @@ def scan_array(path: Path, begin: int = 0, until: int | None = None) -> Iterator
         yield from reader.faults()
         if at >= len(text):
             if reader.until is None:
-                yield Broken(*reader.place(at).at(at), "the file ends inside the array", "the file is cut short: copy it again, or add the closing ]")
+                yield Broken(
+                    *reader.place(at).at(at),
+                    "the file ends inside the array",
+                    "the file is cut short: copy it again, or add the closing ]",
+                )
             line, column = reader.place(at).at(at)
             yield End(reader.until, line - 1, column - 1)
             return
@@ -233,7 +255,11 @@ def scan_array(path: Path, begin: int = 0, until: int | None = None) -> Iterator
             place = reader.place(at)
             following = reader.skip(at + 1)
             if not after_row or reader.text[following : following + 1] == "]":
-                yield Broken(*place.at(at), "a comma with no row after it" if after_row else "a comma with no row before it", "remove the comma")
+                yield Broken(
+                    *place.at(at),
+                    "a comma with no row after it" if after_row else "a comma with no row before it",
+                    "remove the comma",
+                )
             at, after_row = following, False
             continue
         if after_row:
@@ -256,7 +282,11 @@ def scan_array(path: Path, begin: int = 0, until: int | None = None) -> Iterator
 def _after_end(reader: _Window, at: int) -> Iterator[Broken]:
     at = reader.skip(at)
     if at < len(reader.text):
-        yield Broken(*reader.place(at).at(at), "something more after the array's end", "one array a file: remove what follows, or use JSON lines")
+        yield Broken(
+            *reader.place(at).at(at),
+            "something more after the array's end",
+            "one array a file: remove what follows, or use JSON lines",
+        )
 
 
 class _Window:

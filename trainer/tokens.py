@@ -84,7 +84,9 @@ def stop_token(vocabulary: Vocabulary, template: Template) -> int:
         last = max(i for i, trained in enumerate(labels) if trained)
         if vocabulary.tokenizer.id_to_token(ids[last]) in vocabulary.special_texts:
             return ids[last]
-        raise TemplateError("the tokenizer's chat template ends an answer with no special token, so the model would never stop: name another template")
+        raise TemplateError(
+            "the tokenizer's chat template ends an answer with no special token, so the model would never stop: name another template"
+        )
     stop = vocabulary.id_of(text)
     if stop is None:
         pieces = len(vocabulary.tokenizer.encode(text, add_special_tokens=False).ids)

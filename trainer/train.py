@@ -159,7 +159,11 @@ def run_job(path: Path) -> int:
     }
     digest = artefact.write_result(run, model, job, base, data.template, facts, {})
     log.write(
-        events.Finished, steps=state.step, final_loss=state.curve[-1][1], seconds=round(time.time() - began, 1), adapter_sha256=digest
+        events.Finished,
+        steps=state.step,
+        final_loss=state.curve[-1][1],
+        seconds=round(time.time() - began, 1),
+        adapter_sha256=digest,
     )
     log.close()
     return 0
