@@ -285,10 +285,9 @@ def _act(session: Session, story: Any, as_json: bool) -> None:
     from ops.session import Detached, Interrupted
 
     def interrupted(number: int, frame: Any) -> None:
-        if session.screen.shielded:
-            print("\nnot now: the box is being destroyed; a moment", file=sys.stderr)
-            return
-        raise Interrupted
+        if session.shield.up:
+            print("\na moment: the box is not left halfway", file=sys.stderr)
+        session.shield.interrupt()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupted)

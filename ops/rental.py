@@ -65,6 +65,11 @@ def adopt(session: Session) -> int | None:
 def rent(session: Session, offer: Offer) -> int:
     """Create once. Raises OfferGone when it is proven that nothing was created, Refused when vast.ai would refuse any offer."""
     allowed_s = session.allowed_s(offer)
+    with session.shield:
+        return _rent(session, offer, allowed_s)
+
+
+def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
     session.note(
         "renting", offer=asdict(offer), label=session.run_id, bid_usd_per_hour=session.bid(offer), disk_gib=session.plan.needs.disk_gib,
         max_s=round(allowed_s),
@@ -178,6 +183,11 @@ def give_back(session: Session, why: str) -> None:
     Raises BoxLeaked after ten minutes without that proof."""
     if not session.may_have_box():
         return
+    with session.shield:
+        _give_back(session, why)
+
+
+def _give_back(session: Session, why: str) -> None:
     session.screen.destroying(why)
     session.note("destroying", why=why)
     started = session.clock.now()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ops import adapter, commands, facts
 from ops.box import Box, Endpoint
@@ -248,8 +248,4 @@ def _fetch(session: Session, box: Box, folder: str, staging: Path) -> adapter.Ve
         raise
     except (ValueError, KeyError, TypeError, BoxError) as e:
         raise AdapterError(f"the result cannot be fetched whole: {e}", money=session.money()) from e
-    return adapter.verify(staging / "adapter.zip", manifest, _expected(session.plan.wire_job))
-
-
-def _expected(job: dict[str, Any]) -> adapter.Expect:
-    return adapter.Expect(job["model"]["base"], job["lora"]["r"], tuple(f["sha256"] for f in job["data"]["files"]))
+    return adapter.verify(staging / "adapter.zip", manifest, adapter.Expect.of(session.plan.wire_job))

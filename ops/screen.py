@@ -27,7 +27,6 @@ QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
 class Terminal:
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.shielded = False  # while a box is being destroyed nothing may interrupt
         self._live = console.is_terminal
         self._drawn = 0.0
         self._began = time.monotonic()
@@ -39,8 +38,6 @@ class Terminal:
 
     def line(self, line: Line) -> None:
         text = _stage(line)
-        if line.kind in ("destroyed", "leaked"):
-            self.shielded = False
         if text:
             self._say(text)
 
@@ -81,7 +78,6 @@ class Terminal:
         self._status(f"wait      {message}", force=True)
 
     def destroying(self, why: str) -> None:
-        self.shielded = True
         self._status("destroy   and prove absent in three spaced reads")
 
     def choose(self, choices: Sequence[tuple[str, str]]) -> str:
@@ -100,7 +96,7 @@ class Terminal:
 
     def _say(self, text: str) -> None:
         self._clear()
-        self.console.print(f"[dim]{time.monotonic() - self._began:6.1f} s[/dim]  {text}" if text else "", highlight=False)
+        self.console.print(f"[dim]{time.monotonic() - self._began:6.1f} s[/dim]  {text}" if text else "", highlight=False, soft_wrap=True)
 
     def _status(self, text: str, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -122,15 +118,11 @@ class Terminal:
 class JsonLines:
     """The same facts for a program: every journal line and every training event, one JSON object a line."""
 
-    shielded = False
-
     def _out(self, kind: str, **data: Any) -> None:
         sys.stdout.write(json.dumps({"kind": kind, **data}, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
 
     def line(self, line: Line) -> None:
-        if line.kind in ("destroyed", "leaked"):
-            self.shielded = False
         self._out(line.kind, t=line.t, **line.data)
 
     def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
@@ -155,7 +147,7 @@ class JsonLines:
         self._out("waiting", message=message)
 
     def destroying(self, why: str) -> None:
-        self.shielded = True
+        pass
 
     def choose(self, choices: Sequence[tuple[str, str]]) -> str:
         return choices[1][0]

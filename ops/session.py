@@ -34,6 +34,36 @@ class Interrupted(BaseException):
     """The user pressed Ctrl-C, or the terminal went away."""
 
 
+class Shield:
+    """Keeps an interrupt out of what must not be cut in half: a journal line, a create under way, a destroy being proven.
+
+    `interrupt` is the signal handler's half: it raises Interrupted at once, or when the outermost `with shield:` ends."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._pending = False
+
+    def interrupt(self) -> None:
+        if self._depth:
+            self._pending = True
+        else:
+            raise Interrupted
+
+    @property
+    def up(self) -> bool:
+        return self._depth > 0
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self._depth -= 1
+        if self._pending and not self._depth:
+            self._pending = False
+            if kind is None:
+                raise Interrupted
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be done, decided before a cent is spent. All of it goes into the journal's first line."""
@@ -83,6 +113,7 @@ class Session:
     def __init__(self, journal: Journal, plan: Plan, vast: Vast, clock: Clock, screen: Screen) -> None:
         self.journal, self.plan, self.vast, self.clock, self.screen = journal, plan, vast, clock, screen
         self.pace = vast.provider.pace
+        self.shield = Shield()
         self.key_path = journal.folder / "id_ed25519"  # of this run alone
         self.public_key = Box.make_key(self.key_path)
 
@@ -96,8 +127,9 @@ class Session:
         return self.journal.folder / f"known_hosts.{self.instance_id()}"
 
     def note(self, kind: str, **data: Any) -> Line:
-        line = self.journal.append(kind, **data)
-        self.screen.line(line)
+        with self.shield:
+            line = self.journal.append(kind, **data)
+            self.screen.line(line)
         return line
 
     # -- what the journal says ------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def adapter(folder: Path, data_sha256: str) -> dict[str, Any]:
         "wire": 1, "run_id": "@RUN@", "base_model": "stub", "adapter_sha256": sha256_of(folder / "adapter.zip"),
         "adapter_bytes": (folder / "adapter.zip").stat().st_size,
         "files": {n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for n, c in members.items()},
-        "tensors": {n: {"shape": list(t.shape), "dtype": "F32"} for n, t in tensors.items()},
+        "tensors": {n: {"shape": list(t.shape), "dtype": "float32"} for n, t in tensors.items()},
         "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, "steps": 2, "final_loss": 1.0, "data_sha256": [data_sha256],
         "template": {"name": "alpaca", "sha256": "0" * 64, "token_hash": "0" * 64}, "versions": {}, "kernels": {}, "curve": [[1, 2.0], [2, 1.0]],
     }  # fmt: skip
@@ -99,8 +99,6 @@ def adapter(folder: Path, data_sha256: str) -> dict[str, Any]:
 
 class Silent:
     """A screen that keeps what it was told."""
-
-    shielded = False
 
     def __init__(self, choice: str = "fetch") -> None:
         self.told: list[str] = []
