@@ -90,7 +90,7 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     endpoints = [Endpoint(instance.ssh_host, instance.ssh_port, "proxy")]
     if instance.direct_port:
         endpoints.insert(0, Endpoint(instance.direct_host, instance.direct_port, "direct"))
-    box = Box(endpoints, "root", session.key_path, session.known_hosts, retry_s=3 * session.pace)
+    box = Box(endpoints, "root", session.key_path, session.known_hosts, retry_s=3 * session.pace, patience_s=max(2.0, 120 * session.pace))
     began = session.clock.now()
 
     def told(endpoint: Endpoint, reason: str) -> None:
@@ -137,17 +137,21 @@ def _push_file(local: Path, remote: str) -> PushFile:
 
 
 def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
-    """A transfer again and again over broken links, for as long as the box lives. Raises Preempted when it was taken away."""
+    """A transfer again and again over broken links, until the box must have ended itself for our silence or at its deadline.
+    Raises Lost then, Preempted when it was taken away."""
+    reached = session.clock.now()
     while True:
         try:
             return action()
         except Lost as e:
             session.screen.waiting(f"the link broke ({e}); again")
             refuse_preempted(session)
-            if session.clock.now() > session.dies_at() - MARGIN_S:
+            now = session.clock.now()
+            if now - reached > commands.LEASE_S * session.pace or now > session.dies_at() - MARGIN_S:
                 raise
         with suppress(NeverReady):
             box.connect(deadline_s=60 * session.pace)
+            reached = session.clock.now()
 
 
 def launch(session: Session, box: Box) -> None:
