@@ -21,20 +21,20 @@ FP8 = torch.float8_e4m3fn
 
 # Rows and columns of a tile, warps, pipeline stages: the best of a sweep on an H200 at 16,384 tokens of a 7B (docs/speed-log.md).
 TILES = {
-    "norm_forward": (32, 128, 4, 3),
+    "norm_forward": (32, 64, 4, 3),
     "norm_backward": (32, 64, 4, 3),
-    "rope_forward": (32, 8, 4, 2),  # columns: heads
-    "rope_backward": (32, 128, 4, 3),
+    "rope_forward": (32, 16, 4, 3),  # columns: heads
+    "rope_backward": (32, 0, 4, 3),  # no column loop
     "quantise_rows": (32, 128, 4, 3),
     "swiglu_forward": (32, 64, 4, 3),
-    "swiglu_backward": (32, 32, 4, 3),
+    "swiglu_backward": (32, 64, 4, 2),
 }
 
 
 def _tile(name: str, m: int) -> dict[str, int]:
     """Launch options of a kernel. With few tokens a program takes 16 rows, so that every multiprocessor has work."""
     bm, bn, warps, stages = TILES[name]
-    return {"BM": bm if m >= 12288 else 16, "BN": bn, "num_warps": warps, "STAGES": stages}
+    return {"BM": bm if m >= 6144 else 16, "BN": bn, "num_warps": warps, "STAGES": stages}
 
 
 def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -103,16 +103,25 @@ def rope_backward(
     s = (heads + 2 * kv_heads) * d
     quant = column_scale is not None
     out = _empty(dq, m, s)
-    out8 = _empty(dq, m, s, dtype=FP8) if quant else None
     scale = _empty(dq, m, dtype=torch.float32) if quant else None
     r = b.shape[1] if b is not None else 16
     dt = _empty(dq, m, 3 * r) if b is not None else None
     tile = _tile("rope_backward", m)
+    tile.pop("BN")
     jit.rope_backward[(triton.cdiv(m, tile["BM"]),)](
-        dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, b, column_scale, out, out8, scale, dt, m, s, heads, kv_heads,
+        dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, b, column_scale, out, scale, dt, m, s, heads, kv_heads,
         R=r, HALF=d // 2, LORA=b is not None, QUANT=quant, **tile,
     )  # fmt: skip
-    return out, out8, scale, dt
+    return out, _cast(out, column_scale, scale) if scale is not None else None, scale, dt
+
+
+def _cast(x: Tensor, column_scale: Tensor | None, scale: Tensor) -> Tensor:
+    """x * column_scale / scale in FP8, where the maxima of the rows were found on the way."""
+    m, k = x.shape
+    out = _empty(x, m, k, dtype=FP8)
+    grid = (triton.cdiv(m, 16), triton.cdiv(k, 512))
+    jit.cast_rows[grid](x, column_scale, scale, out, m, k, FOLD=column_scale is not None, BM=16, BN=512, num_warps=8)
+    return out
 
 
 def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -138,17 +147,16 @@ def swiglu_forward(
     m, f2 = gu.shape
     f = f2 // 2
     act = _empty(gu, m, f)
-    act8 = _empty(gu, m, f, dtype=FP8) if fp8 else None
     scale = _empty(gu, m, dtype=torch.float32) if fp8 else None
     ro = a.shape[0] if a is not None else 0
     t_out = _empty(gu, m, ro) if a is not None else None
     tile = _tile("swiglu_forward", m)
     jit.swiglu_forward[(triton.cdiv(m, tile["BM"]),)](
-        gu, t, b, a, act, act8, scale, t_out, m, f, ro,
+        gu, t, b, a, act, scale, t_out, m, f, ro,
         R=b.shape[1] if b is not None else 16, RO=triton.next_power_of_2(max(ro, 16)), LORA=b is not None, PROJECT=a is not None,
         QUANT=fp8, **tile,
     )  # fmt: skip
-    return (act8 if act8 is not None else act), scale, t_out
+    return (act if scale is None else _cast(act, None, scale)), scale, t_out
 
 
 def swiglu_backward(
@@ -160,17 +168,16 @@ def swiglu_backward(
     m, f2 = gu.shape
     f = f2 // 2
     quant = column_scale is not None
-    d8 = _empty(gu, m, f2, dtype=FP8) if quant else None
     scale = _empty(gu, m, dtype=torch.float32) if quant else None
     r = b.shape[1] if b is not None else 16
     dt_out = _empty(gu, m, 2 * r) if b is not None else None
     tile = _tile("swiglu_backward", m)
     jit.swiglu_backward[(triton.cdiv(m, tile["BM"]),)](
-        gu, t, b, dact, dt, a, column_scale, d8, scale, dt_out, m, f,
+        gu, t, b, dact, dt, a, column_scale, scale, dt_out, m, f,
         R=r, RD=a.shape[0] if a is not None else 16, LORA=b is not None, DOWN=a is not None, QUANT=quant, **tile,
     )  # fmt: skip
     torch.autograd.graph.increment_version([gu, dact])  # the launch is invisible to autograd: a second backward must be told
-    return dact, gu, d8, scale, dt_out
+    return dact, gu, _cast(gu, column_scale, scale) if scale is not None else None, scale, dt_out
 
 
 def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Tensor:

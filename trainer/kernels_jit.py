@@ -154,12 +154,12 @@ def rope_forward(
 @triton.jit
 def _rope_back_segment(
     src, b, column_scale, out, rows, ok, c, n, count, first, s, acc, amax,
-    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, ROTATE: tl.constexpr,
+    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One of q, k, v: turn its heads back, keep them in ``out``, gather the LoRA product and the row maximum."""
     d = tl.arange(0, HALF)
     rank = tl.arange(0, R)
-    for head in range(count):
+    for head in tl.range(0, count, num_stages=STAGES):
         at = src + rows[:, None] * (count * 2 * HALF) + head * (2 * HALF) + d[None, :]
         low = tl.load(at, mask=ok, other=0.0).to(tl.float32)
         high = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
@@ -185,8 +185,8 @@ def _rope_back_segment(
 
 @triton.jit
 def rope_backward(
-    dq, dk, dv, cos, sin, b, column_scale, out, out8, scale, dt, m, s, heads, kv_heads,
-    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    dq, dk, dv, cos, sin, b, column_scale, out, scale, dt, m, s, heads, kv_heads,
+    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
@@ -196,30 +196,23 @@ def rope_backward(
     n = tl.load(sin + rows[:, None] * (2 * HALF) + d[None, :], mask=ok, other=0.0).to(tl.float32)
     amax = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, R], tl.float32)
-    acc, amax = _rope_back_segment(dq, b, column_scale, out, rows, ok, c, n, heads, 0, s, acc, amax, R, HALF, LORA, QUANT, True)
+    acc, amax = _rope_back_segment(dq, b, column_scale, out, rows, ok, c, n, heads, 0, s, acc, amax, R, HALF, LORA, QUANT, True, STAGES)
     if LORA:
         to = dt + rows[:, None] * (3 * R) + rank[None, :]
         tl.store(to, acc.to(dt.dtype.element_ty), mask=ok)
     acc = tl.zeros([BM, R], tl.float32)
-    acc, amax = _rope_back_segment(dk, b, column_scale, out, rows, ok, c, n, kv_heads, heads, s, acc, amax, R, HALF, LORA, QUANT, True)
+    acc, amax = _rope_back_segment(dk, b, column_scale, out, rows, ok, c, n, kv_heads, heads, s, acc, amax, R, HALF, LORA, QUANT, True, STAGES)
     if LORA:
         tl.store(to + R, acc.to(dt.dtype.element_ty), mask=ok)
     acc = tl.zeros([BM, R], tl.float32)
     acc, amax = _rope_back_segment(
-        dv, b, column_scale, out, rows, ok, c, n, kv_heads, heads + kv_heads, s, acc, amax, R, HALF, LORA, QUANT, False
+        dv, b, column_scale, out, rows, ok, c, n, kv_heads, heads + kv_heads, s, acc, amax, R, HALF, LORA, QUANT, False, STAGES
     )
     if LORA:
         tl.store(to + 2 * R, acc.to(dt.dtype.element_ty), mask=ok)
     if QUANT:
-        factor, inverse = _inverse_scale(amax)
+        factor, _ = _inverse_scale(amax)
         tl.store(scale + rows, factor, mask=rows < m)
-        tl.debug_barrier()
-        for start in tl.range(0, s, BN, num_stages=STAGES):
-            cols = start + tl.arange(0, BN)
-            mask = ok & (cols < s)[None, :]
-            v = tl.load(out + rows[:, None] * s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            w = tl.load(column_scale + cols, mask=cols < s, other=0.0)
-            tl.store(out8 + rows[:, None] * s + cols[None, :], _to_fp8(v * w[None, :] * inverse[:, None]), mask=mask)
 
 
 @triton.jit
@@ -257,8 +250,20 @@ def quantise_rows(
 
 
 @triton.jit
+def cast_rows(x, column_scale, scale, out, m, k, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (rows[:, None] < m) & (cols < k)[None, :]
+    v = tl.load(x + rows[:, None] * k + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    v = v * (1.0 / tl.load(scale + rows, mask=rows < m, other=1.0))[:, None]
+    if FOLD:
+        v = v * tl.load(column_scale + cols, mask=cols < k, other=0.0)[None, :]
+    tl.store(out + rows[:, None] * k + cols[None, :], _to_fp8(v), mask=mask)
+
+
+@triton.jit
 def swiglu_forward(
-    gu, t, b, a, act, act8, scale, t_out, m, f, ro,
+    gu, t, b, a, act, scale, t_out, m, f, ro,
     R: tl.constexpr, RO: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -290,19 +295,13 @@ def swiglu_forward(
     if PROJECT:
         tl.store(t_out + rows[:, None] * ro + out_rank[None, :], acc.to(t_out.dtype.element_ty), mask=ok & (out_rank < ro)[None, :])
     if QUANT:
-        s, inverse = _inverse_scale(amax)
+        s, _ = _inverse_scale(amax)
         tl.store(scale + rows, s, mask=rows < m)
-        tl.debug_barrier()
-        for c in tl.range(0, f, BN, num_stages=STAGES):
-            cols = c + tl.arange(0, BN)
-            mask = ok & (cols < f)[None, :]
-            v = tl.load(act + rows[:, None] * f + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(act8 + rows[:, None] * f + cols[None, :], _to_fp8(v * inverse[:, None]), mask=mask)
 
 
 @triton.jit
 def swiglu_backward(
-    gu, t, b, dact, dt, a, column_scale, d8, scale, dt_out, m, f,
+    gu, t, b, dact, dt, a, column_scale, scale, dt_out, m, f,
     R: tl.constexpr, RD: tl.constexpr, LORA: tl.constexpr, DOWN: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -351,15 +350,8 @@ def swiglu_backward(
         tl.store(to, acc_gate.to(dt_out.dtype.element_ty), mask=ok)
         tl.store(to + R, acc_up.to(dt_out.dtype.element_ty), mask=ok)
     if QUANT:
-        s, inverse = _inverse_scale(amax)
+        s, _ = _inverse_scale(amax)
         tl.store(scale + rows, s, mask=rows < m)
-        tl.debug_barrier()
-        for c in tl.range(0, 2 * f, BN, num_stages=STAGES):
-            cols = c + tl.arange(0, BN)
-            mask = ok & (cols < 2 * f)[None, :]
-            v = tl.load(gu + rows[:, None] * (2 * f) + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            w = tl.load(column_scale + cols, mask=cols < 2 * f, other=0.0)
-            tl.store(d8 + rows[:, None] * (2 * f) + cols[None, :], _to_fp8(v * w[None, :] * inverse[:, None]), mask=mask)
 
 
 @triton.jit
