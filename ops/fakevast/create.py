@@ -81,5 +81,6 @@ def _bid(body: dict[str, Any], offer: dict[str, Any]) -> float | None:
     if price is None:
         return None
     if not isinstance(price, (int, float)) or isinstance(price, bool) or not 0.001 <= price <= 128:
-        raise Refusal(400, "invalid_price", "error 400/3460: invalid_price price must be between 0.001 and 128", ask_id=offer["id"])
+        text = f"error 400/3460: invalid_price price must be a number between 0.001 and 128, not {price!r}"
+        raise Refusal(400, "invalid_price", text, ask_id=offer["id"])
     return float(price)

@@ -53,9 +53,11 @@ utils.start(number)
 wait(number, "RUNNING")
 utils.remove(number)
 assert utils.list_instances() == {}
-spot = str(
-    utils.launch(name="spot-head", instance_type="1x-RTX_3090-32-65536", region="US", disk_size=20, image_name="i", ports=[8080],
-                 preemptible=True, secure_only=True)
+spot = str(  # with a bid of its own: the minimum bid that it would take has been rounded to 0 by vastai's `chunked`
+    utils.launch(
+        name="spot-head", instance_type="1x-RTX_3090-32-65536", region="US", disk_size=20, image_name="i", ports=[8080], preemptible=True,
+        secure_only=True, create_instance_kwargs={"bid_price": 0.5},
+    )
 )  # fmt: skip
 wait(spot, "RUNNING")
 utils.remove(spot)
