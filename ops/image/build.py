@@ -105,6 +105,13 @@ def assembled(name: str, places: Places = Places()) -> tuple[Image, Lock]:
     return Image((folder / "config.json").read_bytes(), stacked, tag), whole
 
 
+def write_dockerfile(name: str, places: Places = Places()) -> Path:
+    """Render docker/NAME/VERSION/ from the lock again, without locking again; returns the Dockerfile."""
+    found = read_lock(name, places)
+    dockerfile.write(found, define(name, places), places)
+    return places.dockerfile(found.dockerfile) / "Dockerfile"
+
+
 def context(name: str, folder: Path, places: Places = Places()) -> Path:
     """The build context of the image's Dockerfile: everything fetched, nothing else. Returns the Dockerfile in it."""
     return dockerfile.context(read_lock(name, places), define(name, places), places, folder)

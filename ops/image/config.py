@@ -33,7 +33,7 @@ NVIDIA = {"NVIDIA_DRIVER_CAPABILITIES": "compute,utility", "NVIDIA_VISIBLE_DEVIC
 def environment(lock: Lock) -> dict[str, str]:
     """The image's ENV. A login over SSH does not see it (so a rented box may reach the hub); `docker run` does."""
     path = f"{VENV}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    values = {"LANG": "C.UTF-8", "TOKENIZERS_PARALLELISM": "false", **OFFLINE, **PLACES, **(NVIDIA if lock.cuda else {})}
+    values = {"LANG": "C.UTF-8", **OFFLINE, **PLACES, **(NVIDIA if lock.cuda else {})}
     return {"PATH": path, **dict(sorted(values.items()))}
 
 

@@ -84,6 +84,9 @@ def build(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path) -> 
         command = [
             "mmdebstrap", "--quiet", "--variant=essential", "--format=tar", f"--hook-dir={HOOKS}", f"--include={','.join(spec.packages)}",
             *excludes,
+            # no fsync for each file of a folder that is thrown away: 4 times faster on a busy disk
+            '--setup-hook=mkdir -p "$1"/etc/dpkg/dpkg.cfg.d && echo force-unsafe-io >"$1"/etc/dpkg/dpkg.cfg.d/00unsafe',
+            '--customize-hook=rm "$1"/etc/dpkg/dpkg.cfg.d/00unsafe',
             # keys that identify one machine are made at its first start, never here
             '--customize-hook=rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/machine-id "$1"/var/lib/dbus/machine-id',
             f'--customize-hook=cp {repository}/sources.list "$1"/etc/apt/sources.list',

@@ -58,9 +58,10 @@ printf 'home = /usr/bin\\ninclude-system-site-packages = false\\nversion = %s\\n
 mkdir -p /opt
 cp -a /layers/venv/opt/venv /opt/venv
 
+pip=$(echo /work/wheels/pip-*.whl)/pip # Python runs it from inside its wheel
 for group in /work/groups/*.txt; do
   name=$(basename "$group" .txt)
-  /opt/venv/bin/python -B /work/wheels/pip-*.whl/pip install --quiet --disable-pip-version-check --root-user-action=ignore \\
+  /opt/venv/bin/python -B "$pip" install --quiet --disable-pip-version-check --root-user-action=ignore \\
     --no-warn-script-location --no-index --find-links /work/wheels --no-deps --no-compile --require-hashes --ignore-installed \\
     --root "/layers/$name" --prefix /opt/venv -r "$group"
   site=/layers/$name/opt/venv/lib/python$python/site-packages
