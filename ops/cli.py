@@ -167,28 +167,36 @@ def destroy(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
-def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None) -> None:
+def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
     """Our meter, vast.ai's bill and the prediction, from the journals alone."""
-    with _errors(False):
+    with _errors(as_json):
         import time
 
         from ops import explain, journal
 
         for folder in [_folder(run)] if run else journal.runs(_runs()):
-            if lines := _readable(folder):
+            if not (lines := _readable(folder)):
+                continue
+            if as_json:
+                print(json.dumps({"run_id": folder.name, **explain.cost_facts(lines, time.time())}))
+            else:
                 print(folder.name, *explain.cost_lines(lines, time.time()), sep="\n  ")
 
 
 @app.command()
-def explain(run: Run) -> None:
+def explain(run: Run, as_json: Json = False) -> None:
     """Why this offer, why it stopped, where each cent went."""
-    with _errors(False):
+    with _errors(as_json):
         import time
 
         from ops import explain as telling
         from ops import journal
 
-        print(*telling.explain(journal.read(_folder(run)), time.time()), sep="\n")
+        lines = journal.read(_folder(run))
+        if as_json:
+            print(*(json.dumps({"t": line.t, "kind": line.kind, **line.data}, ensure_ascii=False) for line in lines), sep="\n")
+        else:
+            print(*telling.explain(lines, time.time()), sep="\n")
 
 
 @app.command()

@@ -117,6 +117,17 @@ def cost_lines(lines: list[Line], now: float) -> list[str]:
     return out
 
 
+def cost_facts(lines: list[Line], now: float) -> dict[str, Any]:
+    """`cost_lines` as data: dollars by our meter, by vast.ai's bills, and as predicted for the offer taken last."""
+    bills, predicted = [line for line in lines if line.kind == "bill"], last(lines, "offers")
+    return {
+        "spent_usd": round(spent_usd(lines, now), 6),
+        "max_usd": lines[0]["max_usd"],
+        "bills": [{"instance_id": b["instance_id"], "usd": b.get("usd"), "items": b.get("items", [])} for b in bills],
+        "predicted_usd": predicted["predicted"]["usd"] if predicted else None,
+    }
+
+
 def _by_type(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"type": i["kind"], "amount": i["usd"]} for i in items]
 

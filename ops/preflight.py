@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import shutil
 import time
 import tomllib
 from pathlib import Path
@@ -41,7 +42,7 @@ def preflight(job: JobFile, vast: Vast, clock: Clock, root: Path) -> Plan:
     try:
         return _planned(job, run_id, stage)
     except BaseException:
-        _forget(stage)
+        shutil.rmtree(stage)  # a run that never began leaves nothing
         raise
 
 
@@ -182,6 +183,9 @@ def _tokens(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> 
         raise PreflightError(
             f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}", hint="check model.base and the network, or name a local folder"
         ) from e
+    finally:
+        for name in ("data", "model", "cache"):
+            shutil.rmtree(stage / name, ignore_errors=True)
     lengths = prepared.rows.lengths
     if not lengths:
         raise PreflightError("no row is left to train on", hint="`python -m trainer.data FILE` says what became of each")
@@ -257,10 +261,3 @@ def _refuse_cards_too_small(job: JobFile, least_gib: float) -> None:
         f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} needs {least_gib:.1f} GiB on one GPU ({have}); {nearest}",
         hint=f'add it to offer.gpu_name, or set model.precision = "nf4" (now {job.model.precision})',
     )
-
-
-def _forget(stage: Path) -> None:
-    """A run that never began leaves nothing."""
-    for path in sorted(stage.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-    stage.rmdir()

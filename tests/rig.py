@@ -97,6 +97,26 @@ def adapter(folder: Path, data_sha256: str) -> dict[str, Any]:
     return manifest
 
 
+def tiny_model(folder: Path) -> Path:
+    """A model folder as the hub has them: config, tokenizer with an end token, one safetensors file. Never loaded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir(parents=True)
+    words = ["<unk>", "</s>", *(chr(c) for c in range(33, 127)), "▁"]
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    config = {
+        "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "intermediate_size": 128, "tie_word_embeddings": False, "max_position_embeddings": 2048, "eos_token_id": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(save({"w": np.zeros(4, np.float32)}))
+    return folder
+
+
 class Silent:
     """A screen that keeps what it was told."""
 
