@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trainer.job import WIRE, Job
-from trainer.prompt import Template
+from trainer.prepare import Prepared
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,17 +32,20 @@ class ArtefactError(RuntimeError):
     """What was saved is not what was trained."""
 
 
-def save_model(model: nn.Module, job: Job, folder: Path) -> dict[str, torch.Tensor]:
+def save_model(model: nn.Module, job: Job, folder: Path, initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Writes the adapter (or, for full and freeze, the whole model) into `folder` and returns the tensors that must be in it, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     if job.training.method != "lora":
-        model.save_pretrained(folder)
-        return {}
+        model.save_pretrained(folder, max_shard_size="1TB")
+        return {k: v.detach().to("cpu") for k, v in model.state_dict().items() if not _tied(k, model)}
     from peft import get_peft_model_state_dict
 
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    config = copy.deepcopy(model.peft_config["default"])
+    if initial:  # PiSSA changed the base: written as a LoRA of twice the rank that takes the start values away again, for the base as it is
+        tensors = {k: _less_start(k, v, initial[k]) for k, v in tensors.items()}
+        config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config["default"]
     config.inference_mode = True
     config.base_model_name_or_path = job.model.base  # PEFT puts the folder here, which means nothing on another machine
     config.save_pretrained(folder)
@@ -50,6 +54,14 @@ def save_model(model: nn.Module, job: Job, folder: Path) -> dict[str, torch.Tens
         settings["target_modules"].sort()
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return tensors
+
+
+def _less_start(name: str, value: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    return torch.cat([value, start], 0) if "lora_A" in name else torch.cat([value, -start], 1)
+
+
+def _tied(name: str, model: nn.Module) -> bool:
+    return name == "lm_head.weight" and bool(getattr(model.config, "tie_word_embeddings", False))
 
 
 def compare(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
@@ -71,12 +83,15 @@ def compare(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, dict[str
     return found
 
 
-def write_result(root: Path, model: nn.Module, job: Job, base: Path, template: Template, facts: dict[str, Any], pages: dict[str, bytes]) -> str:
+def write_result(
+    root: Path, model: nn.Module, job: Job, base: Path, data: Prepared, facts: dict[str, Any], pages: dict[str, bytes],
+    initial: dict[str, torch.Tensor],
+) -> str:  # fmt: skip
     """result/adapter.zip and, last of all, result/manifest.json. Returns the zip's sha256. `facts` goes into the manifest as it is;
-    `pages` are files put beside the zip. Raises ArtefactError when what was written is not what was trained."""
+    `pages` are files put beside the zip, `initial` is model.start_values. Raises ArtefactError when what was written is not what was trained."""
     stage, result = root / ".result", root / "result"
     shutil.rmtree(stage, ignore_errors=True)
-    expected = save_model(model, job, stage / "adapter")
+    expected = save_model(model, job, stage / "adapter", initial)
     tensors: dict[str, Any] = {}
     for path in sorted((stage / "adapter").glob("*.safetensors")):
         tensors |= compare(path, expected)
@@ -84,6 +99,7 @@ def write_result(root: Path, model: nn.Module, job: Job, base: Path, template: T
         if (base / name).is_file():
             shutil.copyfile(base / name, stage / "adapter" / name)
     (stage / "adapter" / "README.md").write_text(card(job, facts), encoding="utf-8")
+    template = data.template
     prompt = {
         "name": template.name,
         "source": template.source,

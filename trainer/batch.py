@@ -24,6 +24,7 @@ def packed(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str,
     longest = int(max(lengths))
     batch = {"input_ids": ids, "position_ids": positions, "labels": labels, "rows": numbers}
     tensors: dict[str, Any] = {k: torch.from_numpy(v)[None].to(device, non_blocking=True) for k, v in batch.items()}
+    tensors["targets_at"] = _targets_at(labels, device)
     return tensors | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -38,7 +39,12 @@ def padded(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str,
         ids[b, :n], mask[b, :n], labels[b, :n], positions[b, :n] = rows.ids[span], 1, _shifted(rows, span), np.arange(n)
     numbers = np.repeat(np.asarray(chosen, np.int64)[:, None], shape[1], 1)
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels, "rows": numbers}
-    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()} | {"targets_at": _targets_at(labels, device)}
+
+
+def _targets_at(labels: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Flat positions of the targets, found here so that nothing waits for the device later."""
+    return torch.from_numpy(np.flatnonzero(labels != -100)).to(device, non_blocking=True)
 
 
 def _shifted(rows: Rows, span: slice) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trainer.events import Failed, Writer
 from trainer.job import WIRE, Job
-from trainer.prepare import Refused, prepare
+from trainer.prepare import model_folder, prepare
 
 EXIT_FILE = ".trainer_exit"  # the trainer's own exit code, which a launcher of several processes does not hand on
 
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     try:
         job = Job.model_validate_json(path.read_bytes())
         prepare(job, run)
+        model_folder(job, run, weights=True)
     except (OSError, ValueError) as error:
         return refuse(run, error)
     environment = os.environ | {"MILKTEA_STARTED": repr(time.time())}
@@ -43,13 +44,12 @@ def main(arguments: list[str]) -> int:
 
 
 def refuse(run: Path, error: Exception) -> int:
-    """Tells why, on stderr and in events.jsonl; returns exit code 3."""
-    hint = error.hint if isinstance(error, Refused) else ""
-    samples = error.samples if isinstance(error, Refused) else []
+    """Tells why, on stderr and in events.jsonl; returns the exit code of a refusal."""
+    hint, samples = getattr(error, "hint", ""), getattr(error, "samples", [])
     writer = Writer(run / "events.jsonl")
     writer.write(Failed, reason=str(error), samples=samples, hint=hint)
     writer.close()
-    print(f"refused: {error}", *samples, hint, sep="\n", file=sys.stderr)
+    print(f"stopped: {error}", *samples, hint, sep="\n", file=sys.stderr)
     return 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -13,15 +14,19 @@ from torch import Tensor, nn
 
 from trainer.dropout import KeyedDropout, TokenKeys
 from trainer.job import Job
+from trainer.loss import target_loss_sum
 
 
 class ModelError(ValueError):
     """A model, or a setting for it, that is refused before the first step; the text ends with what to do."""
 
 
-def load(job: Job, folder: Path, device: torch.device, keys: TokenKeys) -> nn.Module:
-    """The trainable model on `device`: frozen base plus LoRA, or the parts that full / freeze train. Trained parameters are fp32."""
-    model = load_base(job, folder, device)
+def load(job: Job, folder: Path, device: torch.device, keys: TokenKeys, checkpoint_layers: int = 0) -> tuple[nn.Module, dict[str, str]]:
+    """(the trainable model on `device`, what computes it by name): the frozen base with LoRA, or the parts that full and freeze train.
+    Trained parameters are fp32. The first `checkpoint_layers` layers keep only their input for the backward pass."""
+    refuse_precision(job.model.precision, job.training.method, device)
+    fast = device.type == "cuda" and job.training.method == "lora" and job.model.precision != "int8"
+    model = load_base(job, folder, device, quantise=not fast)
     if job.training.method == "lora":
         model = add_lora(job, model, keys)
     else:
@@ -29,10 +34,49 @@ def load(job: Job, folder: Path, device: torch.device, keys: TokenKeys) -> nn.Mo
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return model.to(device).train()
+    if fast:
+        from trainer.fast import accelerate_model
+
+        try:
+            return model.train(), accelerate_model(model, job.model.precision, device, checkpoint_layers=checkpoint_layers)
+        except ValueError as why:
+            if job.model.precision in ("fp8", "nf4"):
+                raise ModelError(f'precision {job.model.precision} does not serve this model ({why}): set model.precision = "bf16"') from why
+            reason = str(why)
+    else:
+        reason = f"{device.type}, {job.training.method}, {job.model.precision}"
+    if checkpoint_layers:
+        checkpoint_first(model, checkpoint_layers)
+    return model.to(device).train(), {"layer": f"transformers ({reason})", "attention": "varlen" if device.type == "cuda" else "by document"}
 
 
-def load_base(job: Job, folder: Path, device: torch.device) -> nn.Module:
+def refuse_precision(precision: str, method: str, device: torch.device) -> None:
+    """Raises ModelError for a precision that this device or method lacks."""
+    if precision == "fp8" and device.type != "cuda":
+        raise ModelError('precision fp8 needs an NVIDIA GPU of compute capability 8.9 or more, this is a CPU: set model.precision = "fp32"')
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        least = {"fp8": (8, 9), "bf16": (8, 0)}.get(precision, (0, 0))
+        if found < least:
+            other = "bf16" if precision == "fp8" and found >= (8, 0) else "fp32"
+            raise ModelError(
+                f"precision {precision} needs compute capability {least[0]}.{least[1]}, {torch.cuda.get_device_name(device)} has "
+                f'{found[0]}.{found[1]}: set model.precision = "{other}", or ask for another card in [offer]'
+            )
+    if method != "lora" and precision not in ("fp32", "bf16"):
+        raise ModelError(f'training.method = "{method}" changes base weights, which {precision} cannot hold: set model.precision = "bf16"')
+
+
+def checkpoint_first(model: nn.Module, count: int) -> None:
+    """Recomputes the first `count` decoder layers in the backward pass. Dropout is keyed, so they compute the same again."""
+    from torch.utils.checkpoint import checkpoint
+
+    for layer in decoder_layers(model)[:count]:
+        forward = layer.forward
+        layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)  # type: ignore[method-assign]
+
+
+def load_base(job: Job, folder: Path, device: torch.device, quantise: bool = True) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -42,7 +86,7 @@ def load_base(job: Job, folder: Path, device: torch.device) -> nn.Module:
     silence_dropout(config)
     dtype = torch.float32 if job.model.precision == "fp32" or job.training.method == "full" else torch.bfloat16
     extra: dict[str, Any] = {}
-    if job.model.precision in ("nf4", "int8"):
+    if quantise and job.model.precision in ("nf4", "int8"):
         extra["quantization_config"] = quantisation(job.model.precision)
         extra["device_map"] = {"": device}
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="milktea", **extra)
@@ -76,6 +120,7 @@ def silence_dropout(config: Any) -> None:
 
 def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     """PEFT's own modules and names; its dropout is replaced by ours, whose mask is keyed by row."""
+    without_bitsandbytes(job.model.precision)
     from peft import LoraConfig, get_peft_model
 
     settings = job.lora
@@ -105,6 +150,21 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
                     dropouts[name] = KeyedDropout(dropout.p, layer, keys)
                 layer += 1
     return peft
+
+
+def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
+    """Copies of the adapter's start values, by their names in the file, where the method needs them at the end (PiSSA); else nothing."""
+    if job.training.method != "lora" or job.lora.init_lora_weights != "pissa":
+        return {}
+    from peft import get_peft_model_state_dict
+
+    return {k: v.detach().to("cpu", copy=True) for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+
+
+def without_bitsandbytes(precision: str) -> None:
+    """PEFT imports bitsandbytes wherever it is installed, and with it torch's compiler: 2 s of start-up, for nothing unless it quantises."""
+    if precision not in ("nf4", "int8") and "bitsandbytes" not in sys.modules:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 
 def refuse_unknown_modules(model: nn.Module, wanted: list[str]) -> None:
@@ -141,22 +201,27 @@ def causal(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")
+
+
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """(B, T, H) after the final norm, before the head."""
+    inner = causal(model)
+    return getattr(inner, inner.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
+
+
 def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Summed cross-entropy over the batch's target tokens, fp32 scalar. Only target positions meet the head."""
+    hidden = hidden_states(model, **{k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL})  # (B, T, H)
     inner = causal(model)
-    backbone = getattr(inner, inner.base_model_prefix)
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "rows", "tokens")}
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
-    at = batch["labels"] != -100  # (B, T); labels are already shifted
-    head = inner.get_output_embeddings()
-    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    if plain and not getattr(inner.config, "final_logit_softcapping", None) and not getattr(inner.config, "logit_scale", None):
-        logits = nn.functional.linear(hidden[at], head.weight).float()  # (targets, V)
-        return nn.functional.cross_entropy(logits, batch["labels"][at], reduction="sum")
-    logits = head(hidden[at]).float()  # (targets, V)
-    cap = getattr(inner.config, "final_logit_softcapping", None)
-    logits = torch.tanh(logits / cap) * cap if cap else logits
-    return nn.functional.cross_entropy(logits * (getattr(inner.config, "logit_scale", None) or 1.0), batch["labels"][at], reduction="sum")
+    head, config, labels = inner.get_output_embeddings(), inner.config, batch["labels"]  # labels (B, T), already shifted
+    odd = getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None)
+    if type(head) is nn.Linear and head.bias is None and not odd:
+        return target_loss_sum(hidden, head.weight, labels, batch["targets_at"])
+    if odd:
+        raise ModelError(f"{type(inner).__name__} scales or caps its logits, which this trainer does not: name another base model")
+    chosen = hidden.flatten(0, 1).index_select(0, batch["targets_at"])  # (targets, H)
+    return nn.functional.cross_entropy(head(chosen).float(), labels.flatten().index_select(0, batch["targets_at"]), reduction="sum")
 
 
 def register_attention(device: torch.device) -> None:

@@ -42,6 +42,7 @@ class Rows:
     ids: np.ndarray  # int32 (tokens,)
     trained: np.ndarray  # bool (tokens,)
     starts: np.ndarray  # int64 (rows + 1,)
+    prompted: np.ndarray  # bool (rows,): has a prompt; plain text has none
     where: list[str]
     notes: list[str] = field(default_factory=list)
 
@@ -82,6 +83,7 @@ def prepare(job: Job, run: Path) -> Prepared:
     """Checks and tokenises the job's data. Raises Refused, with every defect, or TemplateError, before anything costs time or money."""
     folder = model_folder(job, run)
     vocabulary = open_vocabulary(folder)
+    refuse_other_vocabulary(vocabulary, folder)
     template = job_template(job, vocabulary)
     stop = stop_token(vocabulary, template)
     cache = (run.parent if run.parent.name == "milktea" else run) / "cache" / f"{cache_key(job, folder, template)}.safetensors"
@@ -100,6 +102,17 @@ def prepare(job: Job, run: Path) -> Prepared:
 def job_template(job: Job, vocabulary: Vocabulary) -> Template:
     template = load(job.data.template, job.data.template_text)
     return with_chat_template(template, vocabulary.chat_template) if template.name == "chat" else template
+
+
+def refuse_other_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
+    """Raises Refused when the tokenizer can emit ids that the model has no embedding for."""
+    config = folder / "config.json"
+    held = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    if held is not None and vocabulary.size > held:
+        raise Refused(
+            f"the tokenizer of {folder.name}/ has {vocabulary.size} ids, the model's embedding {held}: they do not belong together",
+            hint="take both from the same release of the model; tokens that were added need a model whose embedding was resized",
+        )
 
 
 def check_files_are_the_jobs(job: Job, run: Path) -> None:
@@ -129,6 +142,7 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
     specials = [s for s in vocabulary.special_texts if len(s) > 2]
     ids: list[np.ndarray] = []
     marks: list[np.ndarray] = []
+    prompted: list[bool] = []
     where: list[str] = []
     notes: list[str] = []
     refused: list[str] = []
@@ -154,6 +168,7 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
                 token_ids, trained = cut
             ids.append(np.asarray(token_ids, np.int32))
             marks.append(np.asarray(trained, np.bool_))
+            prompted.append(bool(row.turns))
             where.append(row.where)
     if refused:
         longest = [r for r in refused if "data.max_length" in r]
@@ -165,7 +180,7 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
         raise Refused(f"{len(refused)} of {len(rows)} rows cannot be trained on", refused, hint)
     starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
     empty_ids, empty_marks = np.zeros(0, np.int32), np.zeros(0, np.bool_)
-    return Rows(np.concatenate([empty_ids, *ids]), np.concatenate([empty_marks, *marks]), starts, where, notes)
+    return Rows(np.concatenate([empty_ids, *ids]), np.concatenate([empty_marks, *marks]), starts, np.asarray(prompted, np.bool_), where, notes)
 
 
 def segments(row: Row, template: Template, vocabulary: Vocabulary, refused: list[str]) -> list[Segment]:
@@ -220,7 +235,7 @@ def write_cache(path: Path, rows: Rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     text = np.frombuffer(json.dumps([rows.where, rows.notes]).encode(), np.uint8)
-    save_file({"ids": rows.ids, "trained": rows.trained, "starts": rows.starts, "text": text}, part)
+    save_file({"ids": rows.ids, "trained": rows.trained, "starts": rows.starts, "prompted": rows.prompted, "text": text}, part)
     part.rename(path)
 
 
@@ -231,7 +246,7 @@ def read_cache(path: Path) -> Rows | None:
         where, notes = json.loads(data["text"].tobytes())
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
-    return Rows(data["ids"], data["trained"], data["starts"], where, notes)
+    return Rows(data["ids"], data["trained"], data["starts"], data["prompted"], where, notes)
 
 
 def prompt_ids(data: Prepared, turns: Sequence) -> list[int]:

@@ -2,9 +2,9 @@
 
     accelerate launch -m trainer.train job.json
 
-A step is `training.batch_size` rows of one global order. Ranks take shares of it with level token counts, pack them, and add their
-gradients of summed losses; the sum is divided by the target tokens of the whole step. So the result does not depend on the number
-of processes, on micro-batches, or on where a run was resumed (beyond the order of floating-point additions).
+A step is `training.batch_size` rows of one global order. Ranks take shares of it with level token counts, pack them, and add up their
+gradients of summed losses, each divided by the target tokens of the whole step. So the result does not depend on the number of processes,
+on micro-batches, or on where a run was resumed (beyond the order of floating-point additions).
 """
 
 from __future__ import annotations
@@ -15,192 +15,308 @@ import os
 import signal
 import sys
 import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from trainer import artefact, batch, checkpoint, evaluate, events, packing
+from trainer import artefact, batch, checkpoint, evaluate, events, memory, packing, report
 from trainer.dropout import TokenKeys
 from trainer.job import Job
 from trainer.launch import EXIT_FILE, refuse
-from trainer.model import ModelError, load, target_loss
+from trainer.model import ModelError, hidden_states, load, start_values, target_loss
 from trainer.optim import Gradients, adamw
-from trainer.prepare import Refused, model_folder, prepare
+from trainer.prepare import Prepared, Refused, Rows, model_folder, prepare
+from trainer.prompt import TemplateError
 from trainer.schedule import learning_rate
+from trainer.watchdog import Stopped, Watchdog, check_labels, probe
 
 CPU_TOKENS = 2048  # tokens of a micro-batch where there is no GPU memory to fill
+GPU_TOKENS = 16384  # at most; the memory oracle says how many fit
+EVENT_EVERY_S = 0.25
+DONE, STOPPED, TERMINATED = 0, 4, 143
 
 
 def run_job(path: Path) -> int:
+    """Trains, and returns the exit code. Raises Refused, ModelError, CheckpointError before the first step, Stopped after it."""
     began = float(os.environ.get("MILKTEA_STARTED", time.time()))
     run = path.resolve().parent
     job = Job.model_validate_json(path.read_bytes())
+    training = job.training
     stop = StopSignal()
     if (run / "result" / "manifest.json").is_file():
-        return 0  # finished before: starting twice is once
-    data = prepare(job, run)  # a cache hit: trainer.launch has done it
+        return DONE  # starting twice is starting once
 
-    # processes and device
+    # processes and data; preparing again is opening the cache
+    data = prepare(job, run)
+    check_labels(data.rows)
     accelerator = Accelerator()
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
     log = events.Writer(run / "events.jsonl") if rank == 0 else None
-    torch.use_deterministic_algorithms(device.type == "cpu")
+    boards = report.Boards(job, run) if rank == 0 else None
 
-    # model, optimizer, order
-    keys = TokenKeys()
-    base = model_folder(job, run)
-    model = load(job, base, device, keys)
+    # model and optimizer
+    base, keys = model_folder(job, run, weights=True), TokenKeys()
+    budget, checkpointed = micro_batch(job, base, data.rows, device)
+    model, kernels = load(job, base, device, keys, checkpointed)
+    initial = start_values(model, job)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = Gradients(named.values())
-    optimizer = adamw(named.values(), job.training, device)
-    training, lengths, targets = job.training, data.rows.lengths, data.rows.targets()
+    optimizer = adamw(named.values(), training, device)
+    precise = nullcontext() if training.method == "lora" or job.model.precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+
+    # the order of rows
+    lengths, targets = data.rows.lengths, data.rows.targets()
     order = packing.Order(len(data.rows), training.batch_size, training.num_train_epochs, training.seed, training.max_steps)
     lay, collate = (packing.pack, batch.packed) if training.packing else (packing.pad, batch.padded)
-    budget = CPU_TOKENS
 
     # continue from the newest whole checkpoint
     state = checkpoint.State(fingerprint=fingerprint(job))
     if (found := checkpoint.newest(run / "checkpoints")) is not None:
         state = checkpoint.restore(found, named, optimizer, state.fingerprint)
-
-    def written(step: int, folder: Path, digest: str) -> None:
-        assert log is not None
-        log.write(events.Checkpoint, step=step, path=folder.relative_to(run).as_posix(), manifest_sha256=digest)
-
-    saver = checkpoint.Background(run / "checkpoints", written)
+    if training.packing:
+        probe(model, pack_reader(model), data.rows, device)
+    watchdog = Watchdog(named, model, data.rows)
+    saver = checkpoint.Background(run / "checkpoints", lambda *facts: tell_checkpoint(log, run, *facts))
     if log is not None:
-        log.write(
-            events.Started,
-            step=state.step,
-            total_steps=order.total_steps,
-            processes=world,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            trainable_parameters=sum(p.numel() for p in named.values()),
-            versions=versions(),
-            seconds_to_first_step=round(time.time() - began, 3),
-        )
+        tell_start(log, run, job, data, state.step, order.total_steps, world, device, named, kernels, boards.warning)
 
-    # the loop
     last_save = last_event = loop_began = time.monotonic()
-    tokens_done, first_step = 0, state.step
-    while state.step < order.total_steps:
+    begun_at = state.step
+    while state.step < order.total_steps and not stop.asked:
         step, tick = state.step, time.monotonic()
         rows = order.step(step)
         step_targets = sum(targets[r] for r in rows)
         rate = learning_rate(step, order.total_steps, training.learning_rate, training.lr_scheduler_type, training.warmup_ratio)
+
+        # this rank's share, micro-batch by micro-batch
         gradients.zero()
         for chosen in lay(packing.share(rows, lengths, world)[rank], lengths, budget):
             if stop.asked:
                 break
-            micro = collate(data.rows, chosen, device)  # input_ids (1, T) packed or (B, L) padded
+            micro = collate(data.rows, chosen, device)  # input_ids (1, T) packed, (B, L) padded
             keys.set(training.seed, step, micro["rows"], micro["position_ids"])
-            loss = target_loss(model, micro) / step_targets  # scalar: this micro-batch's part of the step's mean
+            with precise:
+                loss = target_loss(model, micro) / step_targets  # scalar: this micro-batch's part of the step's mean
             loss.backward()
             gradients.extra[0] += loss.detach()
         if stop.asked and rank == 0:
-            break  # parameters are still those of the last whole step: nothing to agree on, rank 0 saves them
+            break  # parameters are still those of the last whole step: rank 0 saves them, there is nothing to agree on
         gradients.extra[1] += stop.asked
+
+        # all ranks together: one sum, one look at it
         if world > 1:
-            torch.distributed.all_reduce(gradients.buffer)  # in place: the only exchange of a step
+            torch.distributed.all_reduce(gradients.buffer)
         norm = gradients.clip(training.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         step_loss, wish, grad_norm = torch.cat([gradients.extra, norm[None]]).tolist()  # the step's one wait for the device
         if wish:
             stop.asked = True
             break
+        seen = [data.rows.where[r] for r in rows]
+        watchdog.before_update(step + 1, step_loss, grad_norm, gradients.views, seen)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
+        watchdog.after_update(step + 1, rate, seen)
+        if world > 1 and watchdog.compares_ranks:
+            refuse_drift(watchdog.checksum(), world, device, step + 1)
         state.step = step + 1
         state.curve.append([state.step, step_loss])
-        tokens_done += sum(lengths[r] for r in rows)
 
+        # tell, save
         now = time.monotonic()
-        if log is not None and (now - last_event > 0.25 or state.step in (1, order.total_steps)):
+        if log is not None and (now - last_event > EVENT_EVERY_S or state.step in (1, order.total_steps)):
             last_event = now
-            log.write(
-                events.Step,
-                step=state.step,
-                loss=step_loss,
-                learning_rate=rate,
-                grad_norm=grad_norm,
-                tokens_per_second=round(sum(lengths[r] for r in rows) / (now - tick), 1),
-                gpu_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3) if device.type == "cuda" else 0.0,
-                eta_s=round((now - loop_began) / (state.step - first_step) * (order.total_steps - state.step), 1),
-            )
-        if rank == 0 and now - last_save >= training.save_every_s and not saver.busy:
+            speed = sum(lengths[r] for r in rows) / (now - tick)
+            eta = (now - loop_began) / (state.step - begun_at) * (order.total_steps - state.step)
+            tell_step(log, boards, state.step, step_loss, rate, grad_norm, speed, eta, device)
+        if rank == 0 and now - last_save >= training.save_every_s and not saver.busy and state.step < order.total_steps:
             last_save = now
             saver.submit(checkpoint.snapshot(named, optimizer), state)
+        if job.deadline_unix_s is not None and time.time() > job.deadline_unix_s:
+            stop.asked, stop.late = True, True
 
-    if stop.asked:
+    if stop.asked and state.step < order.total_steps:
         if rank == 0:
             saver.submit(checkpoint.snapshot(named, optimizer), state)
             saver.wait()
-        return 143
+        if stop.late:
+            raise Stopped(f"the deadline passed after {state.step} of {order.total_steps} steps; the checkpoint is whole", [], "`milktea resume RUN`")
+        return TERMINATED
     saver.wait()
-    if rank != 0:
-        return 0
-
-    # result
-    scored = evaluate.held_out(model, job, run, data, device)
-    for sample in scored.samples:
-        log.write(events.Sample, **sample)
-    if scored.rows:
-        log.write(events.Score, rows=scored.rows, exact_match_before=scored.before, exact_match_after=scored.after)
-    facts = {
-        "steps": state.step,
-        "final_loss": state.curve[-1][1],
-        "data_sha256": [f.sha256 for f in job.data.files],
-        "template": {"name": data.template.name, "sha256": data.template.sha256, "token_hash": data.token_hash},
-        "versions": versions(),
-        "kernels": {},
-        "curve": state.curve,
-    }
-    digest = artefact.write_result(run, model, job, base, data.template, facts, {})
-    log.write(
-        events.Finished,
-        steps=state.step,
-        final_loss=state.curve[-1][1],
-        seconds=round(time.time() - began, 1),
-        adapter_sha256=digest,
-    )
-    log.close()
-    return 0
+    watchdog.check_base(state.step)
+    if rank == 0:
+        finish(model, job, run, base, data, state, initial, kernels, device, log, boards, began)
+    return DONE
 
 
 class StopSignal:
-    """SIGTERM sets `asked`; the loop looks between micro-batches."""
+    """SIGTERM sets `asked`; the loop looks between micro-batches. `late` tells that it was the deadline."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.late = False
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
 
 
+def micro_batch(job: Job, base: Path, rows: Rows, device: torch.device) -> tuple[int, int]:
+    """(tokens of a micro-batch, layers to recompute in backward) that this device's memory holds. Raises Refused when none fits."""
+    if device.type != "cuda":
+        return CPU_TOKENS, 0
+    shape = memory.Shape.from_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    capacity = torch.cuda.get_device_properties(device).total_memory / 2**30
+    longest = max(rows.lengths)
+    solved = memory.solve(
+        shape, capacity, job.model.precision, job.lora.r, job.lora.target_modules, job.training.method, longest, max(longest, GPU_TOKENS)
+    )
+    if solved is None:
+        name = torch.cuda.get_device_name(device)
+        raise Refused(
+            f"{job.model.base} in {job.model.precision} with rows of {longest} tokens does not fit {name} ({capacity:.0f} GiB)",
+            hint='lower data.max_length, set model.precision = "nf4", or ask for a larger card in [offer]',
+        )
+    return solved
+
+
+def pack_reader(model: nn.Module) -> Any:
+    def read(ids: torch.Tensor, positions: torch.Tensor, ends: torch.Tensor, longest: int) -> torch.Tensor:
+        cut = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return hidden_states(model, input_ids=ids, position_ids=positions, **cut)
+
+    return read
+
+
+def refuse_drift(checksum: float, world: int, device: torch.device, step: int) -> None:
+    """Raises Stopped, on every rank, unless all ranks hold the same trained parameters."""
+    mine = torch.tensor([checksum], dtype=torch.float64, device=device)
+    all_of_them = [torch.empty_like(mine) for _ in range(world)]
+    torch.distributed.all_gather(all_of_them, mine)
+    sums = [float(t) for t in all_of_them]
+    if len(set(sums)) > 1:
+        raise Stopped(f"step {step}: the ranks hold different parameters (checksums {sums})", [], "report this, with the log of every rank")
+
+
 def fingerprint(job: Job) -> str:
     """sha256 of everything in the job that changes the numbers; not its id, its deadline, or how many processes share the work."""
-    parts = job.model_dump(exclude={"run_id": True, "processes": True, "deadline_unix_s": True, "training": {"save_every_s", "report_to"}})
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    free = {"run_id": True, "processes": True, "deadline_unix_s": True, "training": {"save_every_s", "report_to"}}
+    return hashlib.sha256(json.dumps(job.model_dump(exclude=free), sort_keys=True).encode()).hexdigest()  # type: ignore[arg-type]
 
 
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "safetensors")}
+    packages = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+
+
+# -- what is told -----------------------------------------------------------------------------------------------------------------
+
+
+def tell_start(
+    log: events.Writer, run: Path, job: Job, data: Prepared, step: int, total: int, world: int, device: torch.device,
+    named: dict[str, nn.Parameter], kernels: dict[str, str], warning: str,
+) -> None:  # fmt: skip
+    log.write(
+        events.Started,
+        step=step,
+        total_steps=total,
+        processes=world,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        trainable_parameters=sum(p.numel() for p in named.values()),
+        kernels=kernels,
+        versions=versions(),
+    )
+    if data.rows.notes:
+        (run / "data_report.txt").write_text("\n".join(data.rows.notes) + "\n", encoding="utf-8")
+        log.write(events.Warned, message=f"{len(data.rows.notes)} rows were changed or left out: {data.rows.notes[0]} ... (data_report.txt has all)")
+    if warning:
+        log.write(events.Warned, message=warning)
+
+
+def tell_step(
+    log: events.Writer, boards: report.Boards, step: int, loss: float, rate: float, norm: float, speed: float, eta: float, device: torch.device
+) -> None:
+    memory_gib = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": round(speed, 1), "gpu_memory_gib": round(memory_gib, 3)}
+    log.write(events.Step, step=step, eta_s=round(eta, 1), **values)
+    boards.step(step, values)
+
+
+def tell_checkpoint(log: events.Writer | None, run: Path, step: int, folder: Path, digest: str) -> None:
+    if log is not None:
+        log.write(events.Checkpoint, step=step, path=folder.relative_to(run).as_posix(), manifest_sha256=digest)
+
+
+def finish(
+    model: nn.Module, job: Job, run: Path, base: Path, data: Prepared, state: checkpoint.State, initial: dict[str, torch.Tensor],
+    kernels: dict[str, str], device: torch.device, log: events.Writer, boards: report.Boards, began: float,
+) -> None:  # fmt: skip
+    """Held-out answers, the verified result, the last event."""
+    scored = evaluate.held_out(model, job, run, data, device)
+    for sample in scored.samples:
+        log.write(events.Sample, **sample)
+    score = (scored.before, scored.after) if scored.rows else None
+    if score is not None:
+        log.write(events.Score, rows=scored.rows, exact_match_before=score[0], exact_match_after=score[1])
+    facts = {
+        "steps": state.step,
+        "final_loss": state.curve[-1][1],
+        "data_sha256": [f.sha256 for f in job.data.files],
+        "template": {"name": data.template.name, "sha256": data.template.sha256, "token_hash": data.token_hash},
+        "versions": versions(),
+        "kernels": kernels,
+        "curve": state.curve,
+    }
+    png = report.curve_png(state.curve, job.run_id)
+    pages = {"loss.png": png, "report.html": report.page(job, facts, scored.samples, score, png)}
+    digest = artefact.write_result(run, model, job, base, data, facts, pages, initial)
+    log.write(events.Finished, steps=state.step, final_loss=state.curve[-1][1], seconds=round(time.time() - began, 1), adapter_sha256=digest)
+    log.close()
+    boards.close()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the process ends, and what it says."""
+
+    code: int
+    error: Exception | None = None
+
+
+def ending(path: Path) -> Ending:
+    try:
+        return Ending(run_job(path))
+    except (Refused, ModelError, TemplateError, checkpoint.CheckpointError) as error:
+        return Ending(3, error)
+    except (Stopped, artefact.ArtefactError) as error:
+        return Ending(STOPPED, error)
+    except torch.OutOfMemoryError as error:
+        traceback.print_exc()
+        return Ending(
+            1, Stopped(f"out of GPU memory: {str(error)[:200]}", [], 'report this; meanwhile lower data.max_length or set model.precision = "nf4"')
+        )
 
 
 def main() -> None:
     path = Path(sys.argv[1])
-    try:
-        code = run_job(path)
-    except (Refused, ModelError, checkpoint.CheckpointError) as error:
-        code = refuse(path.resolve().parent, error) if int(os.environ.get("RANK", "0")) == 0 else 3
-    if int(os.environ.get("RANK", "0")) == 0:
-        (path.resolve().parent / EXIT_FILE).write_text(json.dumps(code))
-    sys.exit(code)
+    first = int(os.environ.get("RANK", "0")) == 0
+    end = ending(path)
+    if first and end.error is not None:
+        refuse(path.resolve().parent, end.error)
+    if first:
+        (path.resolve().parent / EXIT_FILE).write_text(json.dumps(end.code))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(end.code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from trainer import scan
 from trainer.data import check_files, read_rows
 
-GOOD = {"instruction": "Say \"hi\" in 中文 {now}", "input": "", "output": "你好, \\ and a tab\t, a brace } and [ a bracket"}
+GOOD = {"instruction": 'Say "hi" in 中文 {now}', "input": "", "output": "你好, \\ and a tab\t, a brace } and [ a bracket"}
 
 
 def row(n: int, **changes: object) -> dict:
@@ -38,7 +38,11 @@ ROW_DEFECTS = {
     "output is empty": (lambda n: text_of(row(n, output="")), 3, "output"),
     "output is blank": (lambda n: text_of(row(n, output=" \n\t ")), 3, "output"),
     "instruction is empty": (lambda n: text_of(row(n, instruction="", input="")), 1, "instruction"),
-    "instruction is an object": (lambda n: text_of(row(n, instruction={"a": 1})).replace('{\n    "a": 1\n  }', '{"a": 1}'), 1, "instruction"),
+    "instruction is an object": (
+        lambda n: text_of(row(n, instruction={"a": 1})).replace('{\n    "a": 1\n  }', '{"a": 1}'),
+        1,
+        "instruction",
+    ),
     "input is a number": (lambda n: text_of(row(n, input=3)), 2, "input"),
     "key given twice": (lambda n: text_of(row(n)).replace('"input":', '"output": "first",\n  "input":', 1), 4, "output"),
     "NUL character": (lambda n: text_of(row(n, output="a\x00b")), 3, "output"),
@@ -47,7 +51,7 @@ ROW_DEFECTS = {
     "row is a string": (lambda n: '"just text"', 0, ""),
     "row is a number": (lambda n: "42", 0, ""),
     "row is null": (lambda n: "null", 0, ""),
-    "string not closed": (lambda n: text_of(row(n)).replace(f"answer {n}\"", f"answer {n}"), 3, ""),
+    "string not closed": (lambda n: text_of(row(n)).replace(f'answer {n}"', f"answer {n}"), 3, ""),
     "comma missing between fields": (lambda n: text_of(row(n)).replace('",\n  "output"', '"\n  "output"'), 3, ""),
     "trailing comma in the row": (lambda n: text_of(row(n)).replace(f'answer {n}"', f'answer {n}",'), 3, ""),
     "single quotation marks": (lambda n: text_of(row(n)).replace(f'"answer {n}"', f"'answer {n}'"), 3, ""),
@@ -166,7 +170,10 @@ CHAT_DEFECTS = {
     "turns are text": ('{"conversations": "hello"}', "conversations"),
     "a turn is text": ('{"conversations": ["hello"]}', "conversations[0]"),
     "a turn without its text": ('{"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}', "conversations[0]"),
-    "a turn's text is a number": ('{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}]}', "conversations[0].value"),
+    "a turn's text is a number": (
+        '{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}]}',
+        "conversations[0].value",
+    ),
 }
 
 

@@ -1,0 +1,73 @@
+"""Tiny random models, a tokenizer and rows for the trainer's tests, and readers of what a run wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CORPUS = [
+    "Below is an instruction that describes a task.",
+    "### Instruction: What is 1 + 2?",
+    "### Response: 你好, it is three",
+    "USER: ASSISTANT: hi",
+]
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path, **settings: Any) -> None:
+    """A byte-level BPE of 300-odd ids with ChatML's tokens; </s> ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | settings))
+
+
+def write_model(folder: Path, kind: str = "llama", **changes: Any) -> None:
+    """A random model of two layers, 32 wide: llama (all heads), gqa (4 heads, 2 for k and v), qwen2 (biases), gpt2."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+    torch.manual_seed(7)
+    common: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attention_dropout": 0.0,
+    }  # fmt: skip
+    if kind == "gpt2":
+        config: Any = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2)
+    elif kind == "qwen2":
+        config = Qwen2Config(**common | {"num_key_value_heads": 4} | changes)
+    else:
+        config = LlamaConfig(**common | {"num_key_value_heads": 2 if kind == "gqa" else 4} | changes)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # larger than transformers' start values, so that attention is not uniform
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.15 if parameter.ndim > 1 else 0.02)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def rows(count: int = 24) -> list[dict[str, str]]:
+    """Alpaca rows of uneven length."""
+    return [
+        {"instruction": f"Say number {n}" + " please" * (n % 7), "input": "" if n % 3 else f"in {n} words", "output": f"it is {n} " * (1 + n % 5)}
+        for n in range(count)
+    ]
+
+
+def events_of(job: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job.parent / "events.jsonl").read_text().splitlines()]
+
+
+def manifest_of(job: Path) -> dict[str, Any]:
+    return json.loads((job.parent / "result" / "manifest.json").read_text())
