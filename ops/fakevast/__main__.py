@@ -46,6 +46,7 @@ def main() -> None:
         print(server.url if server else f"another emulator is starting in {state}")
         sys.exit(0)
     (state / "server.json").unlink(missing_ok=True)
+    market, faults = read_files(options)  # what can fail does so before anybody is told that we are here
     from ops.fakevast.saved import account_key
     from ops.fakevast.server import listening_socket, write_atomically
 
@@ -56,24 +57,35 @@ def main() -> None:
     write_atomically(state / "server.json", {"url": url, "pid": os.getpid(), "api_key": key})
     print(url, flush=True)
     try:
-        asyncio.run(serve(options, state, sock, key))
+        asyncio.run(serve(options, state, sock, key, market, faults))
     finally:
         (state / "server.json").unlink(missing_ok=True)
 
 
-async def serve(options: argparse.Namespace, state: Path, sock: Any, key: str) -> None:
+def read_files(options: argparse.Namespace) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]]]:
+    """The market and the faults of the command line, checked."""
+    from ops.fakevast.faults import Faults
+    from ops.fakevast.market import load_market
+
+    faults = json.loads(options.faults.read_text()) if options.faults else []
+    for fault in faults:
+        Faults().add(fault)
+    return load_market(options.catalogue) if options.catalogue else None, faults
+
+
+async def serve(
+    options: argparse.Namespace, state: Path, sock: Any, key: str, market: list[dict[str, Any]] | None, faults: list[dict[str, Any]]
+) -> None:
     """Until SIGTERM, SIGINT, or idleness."""
     from ops.fakevast.cloud import Cloud, Settings
-    from ops.fakevast.market import load_market
     from ops.fakevast.saved import restore, save
     from ops.fakevast.server import Emulator
 
-    market = load_market(options.catalogue) if options.catalogue else None
     sizes = {glob: int(float(size)) for glob, _, size in (item.rpartition("=") for item in options.image_bytes)}
     settings = Settings(boot_s=options.boot_s, credit_usd=options.credit_usd, image_bytes=sizes)
     cloud = Cloud(settings=settings, market=market, api_key=key)
     restore(cloud, state)
-    for fault in json.loads(options.faults.read_text()) if options.faults else []:
+    for fault in faults:
         cloud.faults.add(fault)
     emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=tuple(options.share))
     emulator.boxes.sweep()

@@ -15,13 +15,11 @@ from typing import Any
 from ops.fakevast import search as market_search
 from ops.fakevast.clock import Clock, RealClock
 from ops.fakevast.create import Order, parse_order
-from ops.fakevast.faults import Faults
+from ops.fakevast.exchange import Exchange
 from ops.fakevast.instance import Instance
 from ops.fakevast.lifecycle import plan_boot
-from ops.fakevast.market import default_market, machine, offer_row
 from ops.fakevast.refusal import Refusal, no_such_ask, no_such_instance, wrong_key
 
-DAY_S = 86400.0
 DELETED_AFTER_END_S = 48 * 3600.0
 
 
@@ -50,19 +48,15 @@ class Account:
     old_charges: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Cloud:
+class Cloud(Exchange):
     """Keys: the account's (`account.key`) may do everything; an instance's own may look at, start, stop and destroy that instance."""
 
     def __init__(
         self, clock: Clock | None = None, *, settings: Settings | None = None, market: list[dict[str, Any]] | None = None, api_key: str | None = None
     ) -> None:
-        self.clock: Clock = clock or RealClock()
+        super().__init__(clock or RealClock(), market)
         self.settings = settings or Settings()
-        self.faults = Faults()
         self.account = Account(key=api_key or hashlib.sha256(b"fakevast account").hexdigest())
-        self.machines: dict[int, dict[str, Any]] = {}
-        self.asks: dict[int, tuple[int, int]] = {}  # live offers: ask id -> (machine id, GPUs)
-        self.gone_asks: dict[int, tuple[int, int]] = {}
         self.instances: dict[int, Instance] = {}
         self.destroyed: dict[int, Instance] = {}
         self.ghosts: dict[int, dict[str, int]] = {}  # destroyed, yet still read so many times
@@ -70,56 +64,9 @@ class Cloud:
         self.on_stop: list[Callable[[Instance], None]] = []  # its processes end, its files stay
         self.on_destroy: list[Callable[[Instance], None]] = []
         self.on_create: list[Callable[[Instance], None]] = []
-        self.before_bill: list[Callable[[], None]] = []  # brings byte counters up to date
-        self.next_ask = 27_000_000
         self.next_instance = 33_400_000
-        self._free: dict[int, int] = {}
-        self._ends: dict[int, float] = {}
-        for row in default_market() if market is None else market:
-            self.add_machine(**row)
-
-    # ---- the market -------------------------------------------------------------------------------------------------
-
-    def add_machine(self, **fields: Any) -> int:
-        """Puts a machine on the market (see market.machine for the fields); returns its id."""
-        fields.setdefault("machine_id", 19_000 + len(self.machines))
-        record = machine(**fields)
-        self.machines[record["machine_id"]] = record
-        self._free[record["machine_id"]] = record["gpus"]
-        self._ends[record["machine_id"]] = self.clock.now() + record["days"] * DAY_S
-        self._relist(record["machine_id"])
-        return int(record["machine_id"])
-
-    def remove_machine(self, machine_id: int) -> None:
-        """Its offers vanish; what is rented on it stays."""
-        self._free[machine_id] = 0
-        self._relist(machine_id)
-        self.machines.pop(machine_id, None)
-
-    def _relist(self, machine_id: int) -> None:
-        """Offers are single-use: what no longer fits is withdrawn, what fits again comes back under a new number."""
-        listed = {size: ask for ask, (owner, size) in self.asks.items() if owner == machine_id}
-        for size in self.machines[machine_id]["slices"]:
-            fits = size <= self._free[machine_id]
-            if fits and size not in listed:
-                self.next_ask += 7
-                self.asks[self.next_ask] = (machine_id, size)
-            elif not fits and size in listed:
-                self.gone_asks[listed[size]] = self.asks.pop(listed[size])
-
-    def withdraw(self, ask_id: int) -> None:
-        """Somebody else rents it: the race between search and create."""
-        machine_id, size = self.asks.pop(ask_id)
-        self.gone_asks[ask_id] = (machine_id, size)
-        self._free[machine_id] -= size
-        self._relist(machine_id)
-
-    def _row(self, ask_id: int, machine_id: int, size: int) -> dict[str, Any]:
-        return offer_row(self.machines[machine_id], size, ask_id, self.clock.now(), self._ends[machine_id])
-
-    def offers(self) -> list[dict[str, Any]]:
-        """Every live offer, unpriced for storage, unfiltered."""
-        return [self._row(ask, *slot) for ask, slot in self.asks.items()]
+        self._owners: dict[str, int] = {}  # instance keys
+        self._closed_usd = 0.0  # what destroyed instances cost
 
     def search(self, query: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Rows of `POST /bundles/` for this query (at most 64). Raises Refusal for a bad one."""
@@ -132,10 +79,9 @@ class Cloud:
         """None for the account, an instance id for that instance's own key. Raises Refusal for a key that nobody has."""
         if key == self.account.key or any(key == extra["key"] for extra in self.account.api_keys):
             return None
-        for instance in [*self.instances.values(), *self.destroyed.values()]:
-            if key is not None and key == instance.key:
-                return instance.id
-        raise wrong_key()
+        if key is None or key not in self._owners:
+            raise wrong_key()
+        return self._owners[key]
 
     def _may_touch(self, key: str | None, instance_id: int) -> None:
         owner = None if key is None else self.who(key)
@@ -179,6 +125,7 @@ class Cloud:
             ssh_keys=[dict(item, since=now) for item in self.account.ssh_keys],
         )  # fmt: skip
         self.instances[number] = instance
+        self._owners[instance.key] = number
         for tell in self.on_create:
             tell(instance)
         if runs and order.target_state == "running":
@@ -238,7 +185,6 @@ class Cloud:
         return {"success": True}
 
     def _destroy(self, instance: Instance) -> None:
-        self._final_count()
         instance.settle(max(self._at, instance.settled_at))
         for tell in self.on_destroy:
             tell(instance)
@@ -246,6 +192,7 @@ class Cloud:
         instance.agenda.clear()
         instance.cur_state = instance.next_state = "unloaded"
         self.destroyed[instance.id] = self.instances.pop(instance.id)
+        self._closed_usd += instance.meter.usd
         self._give_gpus_back(instance)
 
     # ---- starting and stopping --------------------------------------------------------------------------------------
@@ -454,23 +401,17 @@ class Cloud:
 
     # ---- money ------------------------------------------------------------------------------------------------------
 
-    def _final_count(self) -> None:
-        for count in self.before_bill:
-            count()
-
     def carry(self, instance: Instance, bytes_in: int = 0, bytes_out: int = 0) -> None:
         """Bytes that crossed the box's link, as the box sees them."""
         instance.carry(bytes_in, bytes_out)
 
     def spent_usd(self) -> float:
         """Metered dollars of every instance that ever was."""
-        self._final_count()
         self.tick()
         return self._spent_as_settled()
 
     def _spent_as_settled(self) -> float:
-        both = (*self.instances.values(), *self.destroyed.values())
-        return self.account.spent_before_usd + sum(instance.meter.usd for instance in both)
+        return self.account.spent_before_usd + self._closed_usd + sum(instance.meter.usd for instance in self.instances.values())
 
     def _credit_as_settled(self) -> float:
         return self.settings.credit_usd - self._spent_as_settled()
@@ -480,7 +421,6 @@ class Cloud:
 
     def charges(self) -> list[dict[str, Any]]:
         """One row an instance, oldest first, those of earlier lives of this emulator included."""
-        self._final_count()
         self.tick()
         now = self.clock.now()
         both = sorted((*self.instances.values(), *self.destroyed.values()), key=lambda instance: instance.id)

@@ -123,7 +123,9 @@ class Instance:
             self.meter.disk_usd += seconds / HOUR_S * self.disk_gb * self.offer["storage_cost"] / HOURS_PER_MONTH
 
     def carry(self, bytes_in: int = 0, bytes_out: int = 0) -> None:
-        """Charges bandwidth, as the box sees it: in is what it received."""
+        """Charges bandwidth, as the box sees it: in is what it received. What trails in after the end is nobody's."""
+        if self.destroyed_at is not None:
+            return
         self.meter.bytes_in += bytes_in
         self.meter.bytes_out += bytes_out
         self.meter.in_usd += bytes_in / GIGABYTE * self.offer["inet_down_cost"]
