@@ -8,6 +8,7 @@ attempts are counted by a Python audit hook in this process and in all that it s
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -26,7 +27,7 @@ from typing import Any
 STEPS = 12
 # What the hook writes to the file that MILKTEA_AUDIT names, one line an attempt. AF_UNIX sockets stay on the machine, and
 # 127.0.0.1 is how the processes of several GPUs meet; neither is an attempt.
-HOOK = '''
+HOOK = """
 import os, sys
 def _watch(event, args, out=os.environ.get("MILKTEA_AUDIT")):
     if event not in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"): return
@@ -36,7 +37,7 @@ def _watch(event, args, out=os.environ.get("MILKTEA_AUDIT")):
     if host in ("unix", None, "127.0.0.1", "::1", "localhost"): return
     with open(out, "a") as f: f.write(f"{event} {host!r}\\n")
 if os.environ.get("MILKTEA_AUDIT"): sys.addaudithook(_watch)
-'''
+"""
 
 
 class Failed(Exception):
@@ -71,7 +72,8 @@ def no_network_and_read_only() -> str:
         writable = False
     others = [name for name in found if name != "lo" and not name.startswith(("tunl", "sit", "gre", "ip6", "erspan", "ip_vti"))]
     if others or writable:
-        raise Failed(f"interfaces {', '.join(found)}; the trainer's folder can{'' if writable else 'not'} be written: run with --network=none --read-only")
+        folder = "can be written" if writable else "cannot be written"
+        raise Failed(f"interfaces {', '.join(found)}; the trainer's folder {folder}: run with --network=none --read-only")
     return f"interfaces: {', '.join(found) or 'none'}; image read-only"
 
 
@@ -123,7 +125,8 @@ def bitsandbytes_library() -> str:
         major, minor = torch.version.cuda.split(".")[:2]
         usable = [n for n in names if (found := re.match(rf"libbitsandbytes_cuda{major}(\d+)\.", n)) and int(found[1]) <= int(minor)]
         if not usable:
-            raise Failed(f"none of {', '.join(names) or 'no library at all'} is for CUDA {torch.version.cuda}: another bitsandbytes, or another CUDA line")
+            have = ", ".join(names) or "no library at all"
+            raise Failed(f"none of {have} is for CUDA {torch.version.cuda}: another bitsandbytes, or another CUDA line")
         return f"{usable[-1]} for CUDA {torch.version.cuda}"
     if not any("cpu" in n for n in names):
         raise Failed(f"no CPU library among {', '.join(names) or 'no library at all'}")
@@ -176,6 +179,15 @@ def _can_trace() -> bool:
     return subprocess.run(["strace", "-qq", "-e", "trace=connect", "true"], capture_output=True).returncode == 0
 
 
+def find_model() -> Path:
+    """The practice model: beside the trainer, or in the image under /models. Raises Failed where there is none."""
+    folders = [Path(__file__).parent / "practice_model", *sorted(Path("/models").glob("*practice*"))]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return folder
+    raise Failed(f"no practice model to train: looked for {', '.join(map(str, folders))}")
+
+
 def _write_run(work: Path) -> Path:
     """A run folder with a few rows of the practice world and the practice model of the image."""
     from trainer import practice_world
@@ -186,14 +198,12 @@ def _write_run(work: Path) -> Path:
     rows, _ = practice_world.practice_rows()
     content = json.dumps(rows[: 8 * STEPS], ensure_ascii=False).encode()
     (run / "data" / "rows.json").write_bytes(content)
-    import hashlib
-
-    (run / "model").symlink_to(Path(__file__).parent / "practice_model")
+    (run / "model").symlink_to(find_model())
+    data = {"path": "data/rows.json", "name": "rows.json", "sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
     job = Job.model_validate({
         "run_id": "selftest",
         "model": {"base": "practice_model", "path": "model", "precision": "fp32"},
-        "data": {"files": [{"path": "data/rows.json", "name": "rows.json", "sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}],
-                 "template": "alpaca", "max_length": 128},
+        "data": {"files": [data], "template": "alpaca", "max_length": 128},
         "training": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "save_every_s": 3600, "report_to": []},
     })  # fmt: skip
     (run / "job.json").write_text(job.model_dump_json(), "utf-8")

@@ -250,18 +250,10 @@ def _write_small(cargo: Cargo, steps: list[Step], files: volumes.Files, folder: 
 
 
 def _tools() -> dict[str, str]:
-    """What runs inside the image but is not of the image: the converter of job files with the modules of ops that it imports,
-    chat and scoring, the evidence page."""
-    ops = SERVER.parents[1]
+    """What runs inside the image but is of the bundle: the converter of job files (ops.config is in the image), chat and
+    scoring, the evidence page."""
     found = {name: (SERVER / name).read_text("utf-8") for name in ("job_from_toml.py", "use_adapter.py")}
-    found["evidence.py"] = (SERVER.parent / "evidence.py").read_text("utf-8")
-    wanted = ["__init__", "config"]
-    while wanted:
-        name = f"ops/{wanted.pop()}.py"
-        if name not in found:
-            found[name] = (ops.parent / name).read_text("utf-8")
-            wanted += re.findall(r"^from ops\.(\w+) import", found[name], re.M)
-    return dict(sorted(found.items()))
+    return found | {"evidence.py": (SERVER.parent / "evidence.py").read_text("utf-8")}
 
 
 def _plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options) -> list[str]:

@@ -59,7 +59,9 @@ def read(path: Path) -> Inventory:
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist", hint="on the server: sh INSTALL.sh preflight --json > server.json") from error
     except (ValidationError, ValueError) as error:
-        raise ConfigError(f"{path} is not the JSON of a preflight: {error}", hint="on the server: sh INSTALL.sh preflight --json > server.json") from error
+        raise ConfigError(
+            f"{path} is not the JSON of a preflight: {error}", hint="on the server: sh INSTALL.sh preflight --json > server.json"
+        ) from error
 
 
 def shared_prefix(a: list[str], b: list[str]) -> int:

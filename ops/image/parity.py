@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 CHUNK = 1 << 20
 
 
@@ -46,14 +48,11 @@ def xor_files(sources: Sequence[Path], size_bytes: int, out: Path) -> str:
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("rb", buffering=0)) for path in sources]
         target = stack.enter_context(out.open("wb"))
-        left = size_bytes
-        while left:
-            step = min(CHUNK, left)
-            value = 0
+        for start in range(0, size_bytes, CHUNK):
+            value = np.zeros(min(CHUNK, size_bytes - start), np.uint8)
             for file in files:
-                value ^= int.from_bytes(file.read(step), "little")
-            chunk = value.to_bytes(step, "little")
-            digest.update(chunk)
-            target.write(chunk)
-            left -= step
+                piece = np.frombuffer(file.read(len(value)), np.uint8)
+                value[: len(piece)] ^= piece
+            digest.update(value)
+            target.write(value)
     return digest.hexdigest()

@@ -77,7 +77,7 @@ class TinyImage:
             "wheel-b": {"lib/b.py": blob(60_000)},
             "wheel-c": {"lib/c.py": blob(30_000)},
             "trainer": {"app/train.py": b"print('one')\n"},
-            "config": {"bin/prove": b"#!/bin/sh\ncat_() { while read -r l; do echo \"$l\"; done; }\ncat_ <<X\n" + self.prove_says.encode() + b"\nX\n"},
+            "config": {"bin/prove": b'#!/bin/sh\ncat_() { while read -r l; do echo "$l"; done; }\ncat_ <<X\n' + self.prove_says.encode() + b"\nX\n"},
         }
         return self
 
@@ -103,7 +103,11 @@ class TinyImage:
             layer = archive.Layer(name, archive.digest(raw), digest, len(blob), store / digest, len(raw))
             layers.append(layer)
             kind = "trainer" if name == "trainer" else "wheels"
-            locked.append(lock.LockedLayer(name=name, kind=kind, diff_id=layer.diff_id, blob_sha256=digest, blob_bytes=len(blob), size_bytes=len(raw), holds=[name]))
+            locked.append(
+                lock.LockedLayer(
+                    name=name, kind=kind, diff_id=layer.diff_id, blob_sha256=digest, blob_bytes=len(blob), size_bytes=len(raw), holds=[name]
+                )
+            )
         config = {
             "architecture": "amd64", "os": "linux", "created": "2023-11-14T22:13:20Z",
             "config": {"Env": ["PATH=/bin"], "Labels": {"milktea.wire": "1"}, "Cmd": ["/bin/sh"]},
@@ -114,9 +118,14 @@ class TinyImage:
         models = []
         for name, folder in self.models.items():
             files = [
-                lock.ModelFile(path=p.name, sha256=hashlib.sha256(p.read_bytes()).hexdigest(), size_bytes=p.stat().st_size) for p in sorted(folder.iterdir())
+                lock.ModelFile(path=p.name, sha256=hashlib.sha256(p.read_bytes()).hexdigest(), size_bytes=p.stat().st_size)
+                for p in sorted(folder.iterdir())
             ]
-            models.append(lock.Model(name=name, source="local", revision="r1", license="Apache-2.0", set_digest=lock.set_digest(files), bundled=False, files=files))
+            models.append(
+                lock.Model(
+                    name=name, source="local", revision="r1", license="Apache-2.0", set_digest=lock.set_digest(files), bundled=False, files=files
+                )
+            )
         whole = lock.Lock(
             image=self.name, version=1, wire=1, platform="linux/amd64", epoch=EPOCH, dockerfile="docker/tiny/1", definition_sha256="0" * 64, python="3.11",
             identity=lock.Identity(tag=image.tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest),
@@ -158,7 +167,12 @@ def install(tmp_path: Path) -> Callable[..., Ran]:
     """Runs INSTALL.sh of a bundle; `shell` is the shell, `path` the PATH (default: the one of this process)."""
 
     def run(folder: Path, *arguments: str, shell: str = "sh", path: str | None = None, prefix: Path | None = None, **env: str) -> Ran:
-        environment = {"PATH": path or os.environ["PATH"], "HOME": str(tmp_path), **{k: v for k, v in os.environ.items() if k == "DOCKER_HOST"}, **env}
+        environment = {
+            "PATH": path or os.environ["PATH"],
+            "HOME": str(tmp_path),
+            **{k: v for k, v in os.environ.items() if k == "DOCKER_HOST"},
+            **env,
+        }
         command = [*shell.split(), str(folder / "INSTALL.sh"), *arguments, "--prefix", str(prefix or tmp_path / "prefix")]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=170)
         return Ran(done.returncode, done.stdout, done.stderr)

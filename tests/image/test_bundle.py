@@ -175,7 +175,7 @@ def test_a_path_that_a_shell_would_cut_is_refused(tiny: Any, tmp_path: Path) -> 
     tiny.add_model()
     folder = tiny.models["org/Tiny-1B"]
     (folder / "with space.json").write_text("{}")
-    with pytest.raises(ConfigError, match="with space.json"):
+    with pytest.raises(ConfigError, match=r"with space\.json"):
         tiny.pack(tmp_path / "b")
 
 

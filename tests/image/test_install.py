@@ -21,7 +21,9 @@ from ops.image.bundle import Options
 from ops.image.driver import Line
 
 SHELLS = ["dash", "busybox ash", "bash"]
-COREUTILS = "basename cat chmod cp cut date dd df dirname head id ln mkdir mkfifo mktemp mv nproc printf rm sort stat sync tail tee timeout tr uname wc"
+COREUTILS = (
+    "basename cat chmod cp cut date dd df dirname head id ln mkdir mkfifo mktemp mv nproc printf rm sort stat sync tail tee timeout tr uname wc"
+)
 CU130 = Line("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",))
 CU126 = Line("train-cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0"))
 
@@ -148,7 +150,9 @@ def test_a_wrong_signature_stops_everything(packed: Path, install: Callable, tmp
     assert ran.code == 5 and "wrong signature" in ran.err and "another way than this disk" in ran.err
 
 
-def test_a_whole_new_bundle_by_a_stranger_is_refused_with_the_key_that_came_another_way(tiny: Any, install: Callable, tmp_path: Path, release_key: Path) -> None:
+def test_a_whole_new_bundle_by_a_stranger_is_refused_with_the_key_that_came_another_way(
+    tiny: Any, install: Callable, tmp_path: Path, release_key: Path
+) -> None:
     sign.make_key(tmp_path / "stranger")
     tiny.pack(tmp_path / "theirs", Options(key=tmp_path / "stranger"))
     assert "not compared with anything" in install(tmp_path / "theirs", "verify").out
@@ -202,7 +206,9 @@ def one_corruption(packed: Path, scratch: Path, seed: int) -> str:
     folder = scratch / str(seed)
     shutil.copytree(packed, folder, copy_function=os.link)
     how, names = corrupt(folder, random.Random(seed))
-    done = subprocess.run(["sh", str(folder / "INSTALL.sh"), "verify", "--prefix", str(scratch / "p")], capture_output=True, text=True, errors="replace", timeout=60)
+    done = subprocess.run(
+        ["sh", str(folder / "INSTALL.sh"), "verify", "--prefix", str(scratch / "p")], capture_output=True, text=True, errors="replace", timeout=60
+    )
     shutil.rmtree(folder)
     said = done.stdout + done.stderr
     if done.returncode == 0:
@@ -317,8 +323,10 @@ def test_no_space_is_said_with_the_number_before_anything_is_copied(tiny: Any, i
 def test_the_containerd_store_is_counted_with_the_compressed_copies_that_it_keeps(tiny: Any, install: Callable, tmp_path: Path) -> None:
     plain = preflight(tiny, install, tmp_path)
     other = preflight(tiny, install, tmp_path, store='[["driver-type","io.containerd.snapshotter.v1"]]')
+
     def kb(ran: Any) -> int:
         return int(checks(ran)["disk of the engine"]["needed"].split()[0])
+
     assert checks(other)["store"]["measured"] == "containerd" and kb(other) - kb(plain) > 2000
 
 
@@ -368,6 +376,16 @@ def test_wrong_words_are_answered_with_the_usage(packed: Path, install: Callable
 def test_the_installer_is_clean_for_shellcheck(packed: Path) -> None:
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not on this machine")
-    command = ["shellcheck", "-s", "dash", "-S", "warning", "-e", "SC2086,SC2046,SC2154", str(packed / "INSTALL.sh"), str(packed / "tools/milktea-run")]
+    command = [
+        "shellcheck",
+        "-s",
+        "dash",
+        "-S",
+        "warning",
+        "-e",
+        "SC2086,SC2046,SC2154",
+        str(packed / "INSTALL.sh"),
+        str(packed / "tools/milktea-run"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == ""

@@ -116,7 +116,9 @@ def new_wheel(tiny: Any) -> None:
     tiny.contents["wheel-a"] = {"lib/a.py": tiny.contents["wheel-a"]["lib/a.py"][::-1]}
 
 
-def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bundle(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bundle(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
     product.add_model().pack(tmp_path / "b", Options(volume_bytes=250_000))
     jail = tmp_path / "jail"
     jail.mkdir()
@@ -159,7 +161,9 @@ def test_updates_bring_what_changed_and_go_back_in_a_second(product: Any, engine
     assert len(engine.tags(f"mtb/{product.name}")) == 4  # two images, each under its own name and its role
 
 
-def test_an_update_whose_base_was_pruned_names_the_parts_of_the_full_bundle_and_takes_them(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+def test_an_update_whose_base_was_pruned_names_the_parts_of_the_full_bundle_and_takes_them(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
     base = present(product)
     new_wheel(product)
     product.pack(tmp_path / "delta", Options(base=base))
@@ -185,7 +189,9 @@ def broken_after_hashing(tiny: Any, layer: str) -> Any:
 
 
 @pytest.mark.parametrize("layer", ["os", "cublas", "config"])
-def test_an_image_that_the_engine_takes_but_that_is_broken_is_found_and_removed(product: Any, engine: Engine, on: Callable, tmp_path: Path, layer: str) -> None:
+def test_an_image_that_the_engine_takes_but_that_is_broken_is_found_and_removed(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path, layer: str
+) -> None:
     from ops.image import bundle
 
     new_trainer(product)
@@ -255,7 +261,9 @@ def killed_runs(product: Any, engine: Engine, tmp_path: Path, seeds: range) -> N
     for seed in seeds:
         prefix = tmp_path / f"p{seed}"
         command = ["sh", str(tmp_path / "b" / "INSTALL.sh"), "--prefix", str(prefix)]
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             process.wait(random.Random(seed).uniform(0.2, 6.0))
         except subprocess.TimeoutExpired:

@@ -74,13 +74,15 @@ def find_model(toml: Path, job: JobFile) -> Path:
     """The folder of the base model. Raises ConfigError that lists what is installed."""
     base = job.model.base.partition("@")[0]
     installed = Path(os.environ.get("MILKTEA_MODELS", "/models")) / "by-name"
-    practice = _package_folder("trainer") / "practice_model"
-    for folder in (*model_paths(toml, job), installed / base, *([practice] if Path(base).name == "practice_model" else [])):
+    inside = [_package_folder("trainer") / "practice_model", *sorted(Path("/models").glob("*practice*"))] if "practice" in base else []
+    for folder in (*model_paths(toml, job), installed / base, Path("/models") / base, *inside):
         if (folder / "config.json").is_file():
             return folder.resolve()
     names = [str(p.parent.relative_to(installed)) for p in installed.rglob("config.json")] if installed.is_dir() else []
     have = ", ".join(sorted(names)) or "none"
-    raise ConfigError(f"model.base: {job.model.base} is neither a folder here nor installed (installed: {have})", hint="milktea-run models lists them")
+    raise ConfigError(
+        f"model.base: {job.model.base} is neither a folder here nor installed (installed: {have})", hint="milktea-run models lists them"
+    )
 
 
 def _package_folder(name: str) -> Path:

@@ -1,7 +1,7 @@
 """Inside the image: talk to what a run made, or score it. Reads the run folder (job.json, data, model, result/adapter.zip).
 
-    python use_adapter.py chat RUN_FOLDER [PROMPT]
-    python use_adapter.py evaluate RUN_FOLDER [DATA.json]       BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and exact match, 0 to 100
+python use_adapter.py chat RUN_FOLDER [PROMPT]
+python use_adapter.py evaluate RUN_FOLDER [DATA.json]       BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and exact match, 0 to 100
 """
 
 from __future__ import annotations

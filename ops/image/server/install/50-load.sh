@@ -1,17 +1,43 @@
 
 # --- base models: files beside the image, each copied and hashed in one pass ---------------------------------------------
 
-# copy_and_hash VOLUMES DEST: writes DEST and prints its hash; the bytes are read once, hashed while they are written.
+# copy_and_hash VOLUMES DEST BYTES: writes DEST and prints its hash. Slice by slice: while one is copied, the one before is
+# hashed as it lies in DEST (in memory still), so that what is proved is what was written, and the disk is read once.
 copy_and_hash() {
     local _hashing
-    rm -f "$WORK/pipe"
-    mkfifo "$WORK/pipe" || return 1
-    sum_of_stdin <"$WORK/pipe" >"$WORK/copied" &
+    rm -f "$WORK/slices" "$2"
+    mkfifo "$WORK/slices" || return 1
+    hash_slices "$2" <"$WORK/slices" >"$WORK/copied" &
     _hashing=$!
-    join_volumes "$1" | tee "$WORK/pipe" >"$2"
+    copy_slices "$1" "$2" >"$WORK/slices" || return 1
     wait "$_hashing"
     [ "$(stat -c %s "$2")" = "$3" ] || return 1
     cat "$WORK/copied"
+}
+
+copy_slices() { # copy_slices VOLUMES DEST: says "START BYTES" of each slice that was written
+    local _list=$1 _v _real _from _size _at=0 _n
+    : >"$2"
+    while [ -n "$_list" ]; do
+        _v=${_list%%,*}
+        case $_list in *,*) _list=${_list#*,} ;; *) _list= ;; esac
+        _real=$(where "$_v") || return 1
+        _size=$(stat -c %s "$_real") _from=0
+        while [ "$_from" -lt "$_size" ]; do
+            _n=$((_size - _from))
+            [ "$_n" -gt 134217728 ] && _n=134217728
+            dd if="$_real" of="$2" bs=1048576 skip="$_from" count="$_n" iflag=skip_bytes,count_bytes oflag=append conv=notrunc 2>/dev/null || return 1
+            echo "$_at $_n"
+            _from=$((_from + _n)) _at=$((_at + _n))
+        done
+    done
+}
+
+hash_slices() { # hash_slices DEST: the hash of all slices that stdin names
+    local _at _n
+    while read -r _at _n; do
+        dd if="$1" bs=1048576 skip="$_at" count="$_n" iflag=skip_bytes,count_bytes 2>/dev/null
+    done | sum_of_stdin
 }
 
 install_models() {

@@ -22,7 +22,7 @@ prove() {
     mkdir -p "$PREFIX/models"
     # shellcheck disable=SC2046
     $_limit $DOCKER run --rm --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges \
-        --shm-size 1g -e HOME=/tmp -e MILKTEA_MODELS=/models -v "$PREFIX/models:/models:ro" \
+        --shm-size 1g -e HOME=/tmp -e MILKTEA_MODELS=/run/milktea/models -v "$PREFIX/models:/run/milktea/models:ro" \
         -v "$BUNDLE/image.lock:/run/milktea/image.lock:ro" $(gpu_flags) \
         --entrypoint "$_program" "$REF" "$@" >"$WORK/selftest" 2>"$WORK/selftest.err"
     _rc=$?

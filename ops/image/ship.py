@@ -1,0 +1,110 @@
+"""`milktea image bundle ...`: from the name of an image to the folder that is carried. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ops.errors import ConfigError
+from ops.image import bundle as bundles
+from ops.image import definition, inventory, lock, sign
+from ops.image import model as models
+from ops.image.build import assembled, quiet
+from ops.image.bundle import Bundle, Cargo, Options
+from ops.image.driver import NATIVE, Line
+from ops.image.inventory import Present
+from ops.image.lock import Cuda, Lock
+from ops.image.places import Places
+
+FAT32_BYTES = 4_294_967_295
+SIZES = {"fat32": FAT32_BYTES, "dvd": 4_700_000_000, "dvd-dl": 8_500_000_000, "bd": 25_000_000_000}
+
+
+def bundle(
+    name: str,
+    out: Path,
+    *,
+    since: Path | None = None,
+    server: Path | None = None,
+    volume: str = "",
+    parity_members: int = 8,
+    key: Path | None = None,
+    places: Places = Places(),
+    progress: Callable[[str], None] = quiet,
+) -> Bundle:
+    """Write the bundle of the image that was assembled last into `out`.
+
+    `since` is the image.lock of the bundle that the server has, `server` the JSON of its preflight; either makes an update.
+    `volume` is a number of bytes, or one of SIZES; `key` signs. Raises ConfigError, PreflightError.
+    """
+    image, whole = assembled(name, places)
+    base, base_models = _base(image.diff_ids, since, server)
+    folders = {m.name: models.where(m, places.models) for m in whole.models if not m.bundled}
+    options = Options(volume_bytes=volume_bytes(volume), parity_members=parity_members, base=base, base_models=base_models, key=key)
+    cargo = Cargo(whole, image, folders, line_of(whole.image, whole.cuda), tuple(lines(places)))
+    return bundles.write_bundle(cargo, out, options, progress)
+
+
+def keygen(path: Path) -> str:
+    """A key to sign bundles with; returns its fingerprint, which whoever installs must hear by another way than the disk."""
+    return sign.make_key(path)
+
+
+def fitting(server: Path, places: Places = Places()) -> list[str]:
+    """The images of this project that the server of this preflight JSON runs as they are."""
+    return inventory.read(server).lines_that_fit(lines(places))
+
+
+def lines(places: Places = Places()) -> list[Line]:
+    """Every CUDA line that images/*.toml define."""
+    found = [definition.read(path) for path in sorted(places.definition("x").parent.glob("*.toml"))]
+    return [line_of(d.name, d.cuda) for d in found if d.cuda]
+
+
+def line_of(name: str, cuda: Cuda | None) -> Line:
+    """Architectures are as in the definition: ``8.0``, ``sm_80``, ``9.0a``; ``12.0+PTX`` and ``compute_120`` are for newer GPUs too."""
+    if cuda is None:
+        return Line(name, None)
+    toolkit = ".".join(cuda.toolkit.split(".")[:2])
+    if toolkit not in NATIVE:
+        raise ConfigError(f"images/{name}.toml: cuda.toolkit {cuda.toolkit} is unknown", hint="add its driver to NATIVE in ops/image/driver.py")
+    arches, ptx = [], []
+    for text in cuda.architectures:
+        number = _dotted(text.removeprefix("sm_").removeprefix("compute_").removesuffix("+PTX"))
+        if not text.startswith("compute_"):
+            arches.append(number)
+        if text.startswith("compute_") or text.endswith("+PTX"):
+            ptx.append(number)
+    return Line(name, toolkit, tuple(arches), tuple(ptx))
+
+
+def volume_bytes(text: str) -> int:
+    """0 for "", bytes for a number, else one of SIZES."""
+    if not text or text in SIZES:
+        return SIZES.get(text, 0)
+    if not text.isdigit() or int(text) < 1_000_000:
+        raise ConfigError(f"volume size {text!r} is neither a number of bytes from 1,000,000 on nor one of {', '.join(SIZES)}")
+    return int(text)
+
+
+def _base(diff_ids: list[str], since: Path | None, server: Path | None) -> tuple[Present | None, frozenset[str]]:
+    if since and server:
+        raise ConfigError("SINCE and INVENTORY exclude each other: the inventory says what the server has", hint="give one of them")
+    if since:
+        old: Lock = lock.read(since)
+        if not old.layers or old.identity is None:
+            raise ConfigError(f"{since} is not the whole lock of a built image", hint="take the image.lock of the bundle that was carried")
+        return Present(ref=old.identity.tag, layers=[x.diff_id for x in old.layers]), frozenset(m.set_digest for m in old.models)
+    if server:
+        found = inventory.read(server)
+        return found.base_for(diff_ids), frozenset(found.models)
+    return None, frozenset()
+
+
+def _dotted(text: str) -> str:
+    """``80`` and ``8.0`` are one; ``90a`` is ``9.0a``."""
+    if "." in text:
+        return text
+    letter = text[-1] if text[-1].isalpha() else ""
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    return f"{digits[:-1]}.{digits[-1]}{letter}"
