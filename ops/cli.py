@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ops.session import Plan, Session
     from ops.vast import Vast
 
+BEGAN = time.time()  # as near to the user's Enter as Python can say
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 JobArgument = Annotated[Path, typer.Argument(help="The job file")]
@@ -93,8 +95,6 @@ def resume(run: Run, as_json: Json = False) -> None:
 def status(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
     """Where every run stands, from the journals alone."""
     with _errors(as_json):
-        import time
-
         from ops import explain, journal
 
         folders = [_folder(run)] if run else journal.runs(_runs())
@@ -115,8 +115,6 @@ def status(run: Annotated[str | None, typer.Argument(help="One run; without it, 
 def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come")] = False) -> None:
     """What the trainer said, as far as it is at home; acts on nothing."""
     with _errors(False):
-        import time
-
         from ops import journal
         from trainer.events import parse, whole_lines
 
@@ -170,8 +168,6 @@ def destroy(run: Run, as_json: Json = False) -> None:
 def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
     """Our meter, vast.ai's bill and the prediction, from the journals alone."""
     with _errors(as_json):
-        import time
-
         from ops import explain, journal
 
         for folder in [_folder(run)] if run else journal.runs(_runs()):
@@ -187,16 +183,16 @@ def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, al
 def explain(run: Run, as_json: Json = False) -> None:
     """Why this offer, why it stopped, where each cent went."""
     with _errors(as_json):
-        import time
-
         from ops import explain as telling
         from ops import journal
 
-        lines = journal.read(_folder(run))
+        folder = _folder(run)
+        lines = journal.read(folder)
         if as_json:
             print(*(json.dumps({"t": line.t, "kind": line.kind, **line.data}, ensure_ascii=False) for line in lines), sep="\n")
         else:
             print(*telling.explain(lines, time.time()), sep="\n")
+            print("from the command to the first step: " + ", ".join(f"{n} {s} s" for n, s in telling.phases(lines, _first_step(folder))))
 
 
 @app.command()
@@ -225,6 +221,16 @@ def _folder(run: str) -> Path:
     if len(chosen) != 1:
         raise JournalError(f"{run!r} names {len(chosen)} runs under {_runs()}", hint="`milktea status` lists them")
     return chosen[0]
+
+
+def _first_step(folder: Path) -> float | None:
+    from trainer.events import Step, parse
+
+    path = folder / "events.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as f:
+        return next((event.t for line in f if line.endswith(b"\n") and isinstance(event := parse(line.decode()), Step)), None)
 
 
 def _readable(folder: Path) -> list[Any]:
@@ -275,7 +281,7 @@ def _screen(as_json: bool) -> Any:
 
 
 def _first_line(journal: Any, plan: Plan, screen: Any) -> None:
-    screen.line(journal.append("planned", **plan.to_line()))
+    screen.line(journal.append("planned", began=round(BEGAN, 3), **plan.to_line()))
 
 
 def _show_plan(session: Session) -> None:

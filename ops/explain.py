@@ -103,6 +103,21 @@ def _tell(line: Line) -> str:
             return ""
 
 
+def phases(lines: list[Line], first_step_t: float | None) -> list[tuple[str, float]]:
+    """(phase, seconds) from the command to the first step of the last machine. `load` is the trainer's own: imports, model, step 1."""
+    marks = [("preflight", lines[0].get("began"), lines[0].t)]
+    before = lines[0].t
+    for name, kind in (("search", "renting"), ("rent", "rented"), ("boot", "booted"), ("connect", "connected"), ("push", "pushed"), ("launch", "launched")):
+        line = last(lines, kind)
+        if line is None:
+            return [(n, round(b - a, 2)) for n, a, b in marks if a is not None]
+        marks.append((name, before, line.t))
+        before = line.t
+    if first_step_t is not None:
+        marks.append(("load", before, first_step_t))
+    return [(n, round(b - a, 2)) for n, a, b in marks if a is not None]
+
+
 def cost_lines(lines: list[Line], now: float) -> list[str]:
     """Our meter, vast.ai's bill, and the prediction, side by side."""
     out = [f"our meter: {spent_usd(lines, now):.4f} $ of at most {lines[0]['max_usd']:.2f} $"]
