@@ -59,7 +59,7 @@ image-lock: setup ## pin every package and file of IMAGE by hash
 	@$(milktea) image lock $(IMAGE)
 
 bundle: setup ## a folder to carry to a server without a network: IMAGE=..., SINCE=previous lock
-	@$(milktea) image bundle $(IMAGE) $(if $(SINCE),--since $(SINCE))
+	@$(milktea) image bundle $(IMAGE) $(if $(SINCE),--since $(SINCE)) $(if $(INVENTORY),--inventory $(INVENTORY)) $(if $(VOLUME),--volume $(VOLUME)) $(if $(KEY),--key $(KEY))
 
 push-image: setup ## to a registry that vast.ai's hosts pull from: IMAGE=..., REGISTRY=...
 	@$(milktea) image push $(IMAGE) $(REGISTRY)

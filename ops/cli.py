@@ -13,9 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ops import cli_image
+from ops.cli_errors import errors
 
 if TYPE_CHECKING:
     from ops.session import Plan, Session
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 BEGAN = time.time()  # as near to the user's Enter as Python can say
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(cli_image.app, name="image")
 
 JobArgument = Annotated[Path, typer.Argument(help="The job file")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs")]
@@ -34,7 +38,7 @@ PRACTICE = Path("jobs/practice.toml")
 @app.command("rent-and-train")
 def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes = False) -> None:
     """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends."""
-    with _errors(as_json), _vast() as vast:
+    with errors(as_json), _vast() as vast:
         from ops.journal import Journal
         from ops.preflight import preflight
         from ops.run import rent_and_train as story
@@ -56,7 +60,7 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
 @app.command()
 def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
     """Everything up to the plan screen: checks, search, prices. Nothing is rented."""
-    with _errors(as_json), _vast() as vast:
+    with errors(as_json), _vast() as vast:
         from ops.choose import none_left
         from ops.offers import query, rank
         from ops.preflight import preflight
@@ -74,7 +78,7 @@ def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
 @app.command()
 def resume(run: Run, as_json: Json = False) -> None:
     """Go on with a run whose client died, that was interrupted, or whose box was taken away."""
-    with _errors(as_json), _vast() as vast:
+    with errors(as_json), _vast() as vast:
         from ops.errors import JournalError
         from ops.journal import Journal
         from ops.run import rent_and_train as story
@@ -94,7 +98,7 @@ def resume(run: Run, as_json: Json = False) -> None:
 @app.command()
 def status(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
     """Where every run stands, from the journals alone."""
-    with _errors(as_json):
+    with errors(as_json):
         from ops import explain, journal
 
         folders = [_folder(run)] if run else journal.runs(_runs())
@@ -114,7 +118,7 @@ def status(run: Annotated[str | None, typer.Argument(help="One run; without it, 
 @app.command()
 def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come")] = False) -> None:
     """What the trainer said, as far as it is at home; acts on nothing."""
-    with _errors(False):
+    with errors(False):
         from ops import journal
         from trainer.events import parse, whole_lines
 
@@ -142,7 +146,7 @@ def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="
 @app.command()
 def reap(as_json: Json = False, foreign: Annotated[bool, typer.Option("--foreign", help="Also runs that have no folder here")] = False) -> None:
     """Destroy every box that no live client looks after, and prove it."""
-    with _errors(as_json), _vast() as vast:
+    with errors(as_json), _vast() as vast:
         from ops.reap import reap as sweep
         from ops.wait import RealClock
 
@@ -152,7 +156,7 @@ def reap(as_json: Json = False, foreign: Annotated[bool, typer.Option("--foreign
 @app.command()
 def destroy(run: Run, as_json: Json = False) -> None:
     """Destroy the box of one run now, and prove it."""
-    with _errors(as_json), _vast() as vast:
+    with errors(as_json), _vast() as vast:
         from ops.journal import Journal
         from ops.rental import give_back
         from ops.session import Plan, Session, may_have_box
@@ -167,7 +171,7 @@ def destroy(run: Run, as_json: Json = False) -> None:
 @app.command()
 def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
     """Our meter, vast.ai's bill and the prediction, from the journals alone."""
-    with _errors(as_json):
+    with errors(as_json):
         from ops import explain, journal
 
         for folder in [_folder(run)] if run else journal.runs(_runs()):
@@ -182,7 +186,7 @@ def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, al
 @app.command()
 def explain(run: Run, as_json: Json = False) -> None:
     """Why this offer, why it stopped, where each cent went."""
-    with _errors(as_json):
+    with errors(as_json):
         from ops import explain as telling
         from ops import journal
 
@@ -365,29 +369,6 @@ def _report(reaped: Any, as_json: bool, *, say_nothing_found: bool = False) -> N
             print("no box of ours exists")
     if reaped.leaked:
         raise reaped.leaked[0]
-
-
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """MilkteaError -> what, money, hint on stderr, and its exit code."""
-    from ops.errors import MilkteaError
-
-    try:
-        yield
-    except MilkteaError as e:
-        _fail(e, as_json)
-
-
-def _fail(e: Any, as_json: bool) -> NoReturn:
-    if as_json:
-        row = {"kind": "error", "error": type(e).__name__, "what": str(e), "money": e.money, "hint": e.hint, "exit_code": e.exit_code}
-        print(json.dumps(row, ensure_ascii=False))
-    else:
-        first = e.__cause__
-        print(f"\n{type(e).__name__}: {e}\n  money: {e.money}" + (f"\n  next:  {e.hint}" if e.hint else ""), file=sys.stderr)
-        if e.exit_code == 70 and first is not None:
-            print(f"  first: {type(first).__name__}: {first}", file=sys.stderr)
-    raise typer.Exit(e.exit_code)
 
 
 def main() -> None:
