@@ -87,7 +87,7 @@ async def serve(
     restore(cloud, state)
     for fault in faults:
         cloud.faults.add(fault)
-    emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=tuple(options.share))
+    emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=tuple(options.share), docker=options.docker)
     emulator.boxes.sweep()
 
     def save_soon(instance: Instance) -> None:

@@ -29,7 +29,6 @@ from ops.fakevast.instance import Instance
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MARK = "FAKEVAST_BOX"
 _BASH = "/bin/bash" if Path("/bin/bash").exists() else "/bin/sh"
-_RESET = struct.pack("ii", 1, 0)
 
 
 def kill_marked(mark: str) -> int:
@@ -155,7 +154,7 @@ class Box:
         instance = self.instance
         fault = self._boxes.cloud.faults.take("ssh", label=instance.label, id=instance.id, machine_id=instance.machine_id)
         if fault is not None and fault.what in ("reset", "host_death"):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            reset_on_close(sock)
             sock.close()
             if fault.what == "host_death":
                 self.break_link("host_death")
@@ -163,6 +162,9 @@ class Box:
         if fault is not None and fault.what == "hang":
             self._boxes.hanging.append(sock)
             return
+        self._serve(sock, fault)
+
+    def _serve(self, sock: socket.socket, fault: Fault | None) -> None:
         from ops.fakevast import sshd  # asyncssh is half a second of imports: a thread has begun on it when the emulator started
 
         sshd.serve(sock, self, fault)
@@ -273,6 +275,18 @@ class Box:
 
         loop.add_reader(fd, gone)
 
+    def clear(self) -> None:
+        """Recycle: the container's files go."""
+        shutil.rmtree(self.home, ignore_errors=True)
+        self.home.mkdir(parents=True, exist_ok=True)
+
+    def execute(self, words: list[str]) -> str:
+        """`ls`, `rm`, `du` in the box: output and errors, as the execute call returns them."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        inside = [words[0], *(word if word.startswith("-") else _inside(self.home, word) for word in words[1:])]
+        done = subprocess.run(inside, cwd=self.home, capture_output=True, text=True, timeout=10, check=False)
+        return (done.stdout + done.stderr).replace(f"{self.home}", "/root")
+
     # ---- log ----
 
     def _say(self, line: str) -> None:
@@ -295,6 +309,20 @@ def _bound(port: int = 0) -> socket.socket:
     return sock
 
 
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def reset_on_close(sock: Any) -> None:
+    """Closing it will look like a pulled cable to the other side: a reset, no goodbye."""
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 def _no_room(limit: int) -> None:
     """The nearest thing to a full disk that needs no root: no file may grow past what is left."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -304,8 +332,9 @@ def _no_room(limit: int) -> None:
 class Boxes:
     """All boxes of a cloud. `images` maps image globs to folders whose programs come first on PATH."""
 
-    def __init__(self, cloud: Cloud, folder: Path, shared_paths: tuple[str, ...] = ()) -> None:
+    def __init__(self, cloud: Cloud, folder: Path, shared_paths: tuple[str, ...] = (), docker: bool = False) -> None:
         self.cloud = cloud
+        self.docker = docker
         self.folder = folder / "boxes"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tools = folder / "tools"
@@ -332,7 +361,12 @@ class Boxes:
         return next((folder for glob, folder in self.images if fnmatch.fnmatchcase(image, glob)), None)
 
     def _create(self, instance: Instance) -> None:
-        self.live[instance.id] = Box(self, instance)
+        if self.docker:
+            from ops.fakevast.docker_box import DockerBox
+
+            self.live[instance.id] = DockerBox(self, instance)
+        else:
+            self.live[instance.id] = Box(self, instance)
 
     def _destroy(self, instance: Instance) -> None:
         self.live.pop(instance.id).remove()
@@ -344,20 +378,6 @@ class Boxes:
         thread = threading.Thread(target=shutil.rmtree, args=(grave, True), daemon=False)
         thread.start()
         self._trash = [one for one in self._trash if one.is_alive()] + [thread]
-
-    def clear(self, instance: Instance) -> None:
-        """Recycle: the container's files go."""
-        box = self.live[instance.id]
-        shutil.rmtree(box.home, ignore_errors=True)
-        box.home.mkdir(parents=True, exist_ok=True)
-
-    def run(self, instance: Instance, words: list[str]) -> str:
-        """`ls`, `rm`, `du` in the box: output and errors, as the execute call returns them."""
-        box = self.live[instance.id]
-        box.home.mkdir(parents=True, exist_ok=True)
-        inside = [words[0], *(word if word.startswith("-") else _inside(box.home, word) for word in words[1:])]
-        done = subprocess.run(inside, cwd=box.home, capture_output=True, text=True, timeout=10, check=False)
-        return (done.stdout + done.stderr).replace(f"{box.home}", "/root")
 
     def close(self) -> None:
         """Ends every box; what a sudden death of the emulator left is swept at the next start."""
@@ -372,6 +392,10 @@ class Boxes:
     def sweep(self) -> int:
         """Ends processes and deletes folders that an emulator which died here left behind."""
         killed = kill_marked(f"{self.folder}/")
+        if self.docker:
+            from ops.fakevast.docker_box import sweep
+
+            killed += sweep(str(self.folder))
         for leftover in self.folder.iterdir():
             shutil.rmtree(leftover, ignore_errors=True)
         return killed

@@ -24,15 +24,18 @@ T = TypeVar("T")
 class Emulator:
     """One cloud with its boxes and its HTTP server. Everything runs on the loop that `start` is called on."""
 
-    def __init__(self, state_dir: Path, cloud: Cloud, *, rate_limits: bool = True, shared_paths: tuple[str, ...] = (), results_late: int = 1) -> None:
+    def __init__(
+        self, state_dir: Path, cloud: Cloud, *, rate_limits: bool = True, shared_paths: tuple[str, ...] = (), docker: bool = False,
+        results_late: int = 1,
+    ) -> None:  # fmt: skip
         self.state_dir = state_dir
         self.cloud = cloud
-        self.boxes = Boxes(cloud, state_dir, shared_paths)
+        self.boxes = Boxes(cloud, state_dir, shared_paths, docker)
         self.rate_limits = RateLimits(on=rate_limits)
         self.requests: list[dict[str, Any]] = []
         self.results: dict[str, Any] = {}
         self.results_late = results_late
-        self.on_recycle: list[Callable[[Instance], None]] = [self.boxes.clear]
+        self.on_recycle: list[Callable[[Instance], None]] = [lambda instance: self.boxes.live[instance.id].clear()]
         self.key_count = 0
         self.started_at = cloud.clock.now()
         self.url = ""
@@ -96,7 +99,7 @@ class Emulator:
         return self.boxes.live[instance.id].log()
 
     def run_in_box(self, instance: Instance, words: list[str]) -> str:
-        return self.boxes.run(instance, words)
+        return self.boxes.live[instance.id].execute(words)
 
     def keep_result(self, text: str) -> str:
         """Keeps a text for whoever fetches the URL that is returned; the first reads find nothing."""
@@ -148,15 +151,15 @@ class FakeVast:
 
     def __init__(
         self, state_dir: Path, *, clock: Clock | None = None, market: list[dict[str, Any]] | None = None, rate_limits: bool = False,
-        settings: Settings | None = None, faults: list[dict[str, Any]] | None = None, shared_paths: tuple[str, ...] = (), **more: Any,
+        settings: Settings | None = None, faults: list[dict[str, Any]] | None = None, shared_paths: tuple[str, ...] = (), docker: bool = False,
+        **more: Any,
     ) -> None:  # fmt: skip
         state_dir.mkdir(parents=True, exist_ok=True)
         self.state_dir = state_dir
         self.cloud = Cloud(clock or RealClock(), settings=settings or Settings(**{"boot_s": 0.0, **more}), market=market)
         for fault in faults or []:
             self.cloud.faults.add(fault)
-        self._rate_limits = rate_limits
-        self._shared_paths = shared_paths
+        self._options: dict[str, Any] = {"rate_limits": rate_limits, "shared_paths": shared_paths, "docker": docker}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fakevast", daemon=True)
         self.emulator: Emulator
@@ -167,7 +170,7 @@ class FakeVast:
         sock = listening_socket()
 
         async def start() -> None:
-            self.emulator = Emulator(self.state_dir, self.cloud, rate_limits=self._rate_limits, shared_paths=self._shared_paths)
+            self.emulator = Emulator(self.state_dir, self.cloud, **self._options)
             await self.emulator.start(sock)
 
         asyncio.run_coroutine_threadsafe(start(), self._loop).result()

@@ -6,13 +6,12 @@ Only accepted sockets come here (boxes.py listens), so that a box costs nothing 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-import struct
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
 
+from ops.fakevast.boxes import reset_on_close
 from ops.fakevast.faults import Fault
 from ops.fakevast.session import BoxSession
 
@@ -101,10 +100,7 @@ class BoxConnection(asyncssh.SSHServerConnection):
 
     def cut(self) -> None:
         """The link breaks as a pulled cable looks to the client's next write: a reset, no goodbye."""
-        sock = self.get_extra_info("socket")
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset_on_close(self.get_extra_info("socket"))
         self.abort()
 
 
