@@ -4,7 +4,7 @@
     PLAN                                what INSTALL.sh follows, one fact a line (a shell cannot read JSON)
     MANIFEST.json                       the same for programs: every file, its hash, its role, the layers
     SHA256SUMS  .sig  .openssl  keys/   one line a file; the signature is over this
-    parts/NN-NAME-HASH.tar[.vNNN]       plain `docker load` archives that carry one layer each
+    parts/NN-NAME-HASH.tar[.vNNN]       plain `docker load` archives: one large layer each, or a run of small ones
     models/SET/...  parity/P.NN  sbom/  licenses/  tools/  image.lock
 
 An update (``base``) carries the layers that the base lacks. Where a changed layer lies under unchanged ones, the overlay2
@@ -14,6 +14,7 @@ The same inputs give the same bytes, but for the signature: ECDSA draws a random
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ from ops.image.inventory import Present, shared_prefix
 from ops.image.lock import Lock, Model, dumps
 
 SERVER = Path(__file__).parent / "server"
+SMALL_BYTES = 32_000_000
 BATCH_BYTES = 256_000_000  # unchanged layers are given back to the engine in archives of about this size, or one layer's
 FORMAT = 1
 
@@ -112,36 +114,32 @@ def bundle_id(image: archive.Image) -> str:
 
 
 def plan_steps(image: archive.Image, base: Present | None) -> list[Step]:
-    """Which archives the bundle holds. Full: one a layer. Update: what lies above the layers shared with the base, each new
-    layer carried; once an unchanged layer lies above a changed one, archives of mixed origin, of about BATCH_BYTES."""
-    count = len(image.layers)
-    if base is None:
-        return [Step(k, k, (k,)) for k in range(1, count + 1)]
-    shared = shared_prefix(base.layers, image.diff_ids)
-    has = set(base.layers)
+    """Which archives the bundle holds. Full: every layer of SMALL_BYTES or more in its own, runs of smaller ones together (an
+    engine takes a quarter of a second for any archive). Update: what lies above the layers shared with the base, each new layer
+    carried; once an unchanged layer lies above a changed one, archives of mixed origin, of about BATCH_BYTES."""
+    shared = shared_prefix(base.layers, image.diff_ids) if base else 0
+    has = set(base.layers) if base else set()
     limit = max(BATCH_BYTES, max(layer.size_bytes for layer in image.layers))
     steps: list[Step] = []
-    for k in range(shared + 1, count + 1):
-        layer = image.layers[k - 1]
-        carried, reused = ((), (k,)) if layer.diff_id in has else ((k,), ())
-        last = steps[-1] if steps else None
-        held = sum(image.layers[i - 1].size_bytes for i in range(last.first, last.last + 1)) if last else 0
-        if last and (reused or last.reuse) and held + layer.size_bytes <= limit:
-            steps[-1] = Step(last.first, k, last.carry + carried, last.reuse + reused)
+    for k, layer in enumerate(image.layers[shared:], shared + 1):
+        new = Step(k, k, (), (k,)) if layer.diff_id in has else Step(k, k, (k,))
+        both = Step(steps[-1].first, k, steps[-1].carry + new.carry, steps[-1].reuse + new.reuse) if steps else new
+        held = image.layers[both.first - 1 : k]
+        if both.reuse:
+            joins = sum(x.size_bytes for x in held) <= limit
         else:
-            steps.append(Step(k, k, carried, reused))
+            joins = sum(x.blob_bytes for x in held) <= SMALL_BYTES
+        steps = [*steps[:-1], both] if steps and joins else [*steps, new]
     return steps
 
 
-def part_name(image: archive.Image, k: int) -> str:
-    layer = image.layers[k - 1]
-    return f"parts/{k:02d}-{_safe(layer.name)}-{layer.blob_sha256[:8]}.tar"
-
-
 def step_name(image: archive.Image, step: Step) -> str:
-    if step.first == step.last and step.carry:
-        return part_name(image, step.last)
-    return f"parts/{step.first:02d}-to-{step.last:02d}-{bundle_id(image)[:8]}.tar"
+    """Says which layers; its last digits are of their content, so that parts of two bundles are told apart by their names."""
+    held = image.layers[step.first - 1 : step.last]
+    if len(held) == 1 and step.carry:
+        return f"parts/{step.first:02d}-{_safe(held[0].name)}-{held[0].blob_sha256[:8]}.tar"
+    mark = hashlib.sha256("".join(x.blob_sha256 for x in held).encode() + (bundle_id(image).encode() if step.reuse else b"")).hexdigest()
+    return f"parts/{step.first:02d}-to-{step.last:02d}-{mark[:8]}.tar"
 
 
 def step_tag(image: archive.Image, step: Step) -> str:
@@ -284,7 +282,7 @@ def _plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Option
         f"layer {k} {x.diff_id} {x.size_bytes} {x.blob_sha256} {x.blob_bytes} {_safe(x.name)} {state[k]}" for k, x in enumerate(image.layers, 1)
     ]
     if options.base:
-        lines += [f"full {k} {part_name(image, k)} {step_tag(image, Step(k, k, (k,)))}" for k in range(1, len(image.layers) + 1)]
+        lines += [f"full {s.first} {s.last} {step_name(image, s)} {step_tag(image, s)}" for s in plan_steps(image, None)]
     for step in steps:
         name = step_name(image, step)
         reuse = f"{name}.reuse" if step.reuse else "-"
@@ -308,14 +306,15 @@ def _line(line: Line) -> str:
 
 def _needs(cargo: Cargo) -> dict[str, Any]:
     layers = cargo.image.layers
+    largest = max(sum(layers[k - 1].blob_bytes for k in s.carry) for s in plan_steps(cargo.image, None))
     return {
         "engine": "20.10",
         "platform": cargo.lock.platform,
         "cuda": cargo.line.cuda,
         "driver": cargo.line.floor if cargo.line.cuda else None,
         "architectures": list(cargo.line.arches),
-        "disk_bytes_overlay2": sum(x.size_bytes for x in layers) + max(x.blob_bytes for x in layers),
-        "disk_bytes_containerd": sum(x.size_bytes + x.blob_bytes for x in layers) + max(x.blob_bytes for x in layers),
+        "disk_bytes_overlay2": sum(x.size_bytes for x in layers) + largest,
+        "disk_bytes_containerd": sum(x.size_bytes + x.blob_bytes for x in layers) + largest,
         "model_bytes": sum(f.size_bytes for m in cargo.lock.models if not m.bundled for f in m.files),
         "memory_bytes": cargo.memory_bytes,
     }

@@ -139,7 +139,9 @@ class TinyImage:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> TinyImage:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyImage:
+    """Its layers are kilobytes; as with real ones, the larger have parts of their own and the smaller share some."""
+    monkeypatch.setattr(bundle, "SMALL_BYTES", 80_000)
     return TinyImage(tmp_path / "tiny").default()
 
 

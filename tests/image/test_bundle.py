@@ -44,7 +44,8 @@ def test_the_same_inputs_give_the_same_bytes(tiny: Any, tmp_path: Path) -> None:
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
-def test_each_part_of_a_full_bundle_carries_exactly_one_layer(tiny: Any, tmp_path: Path) -> None:
+def test_each_part_of_a_full_bundle_carries_exactly_one_layer(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "SMALL_BYTES", 0)
     tiny.pack(tmp_path / "b")
     parts = sorted((tmp_path / "b" / "parts").iterdir())
     assert [p.name[:2] for p in parts] == ["01", "02", "03", "04", "05", "06", "07"]
@@ -53,6 +54,12 @@ def test_each_part_of_a_full_bundle_carries_exactly_one_layer(tiny: Any, tmp_pat
             blobs = [m for m in tar.getnames() if m.startswith("blobs/")]
             listed = json.loads(tar.extractfile("manifest.json").read())[0]["Layers"]
         assert len(listed) == number and len([b for b in blobs if b in listed]) == 1
+
+
+def test_runs_of_small_layers_share_a_part_that_stays_small(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "SMALL_BYTES", 150_000)
+    steps = bundle.plan_steps(tiny.cargo().image, None)
+    assert [(s.first, s.last) for s in steps] == [(1, 1), (2, 2), (3, 7)]
 
 
 def test_no_volume_is_larger_than_asked_and_together_they_are_the_file(tiny: Any, tmp_path: Path) -> None:

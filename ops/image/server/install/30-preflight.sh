@@ -54,14 +54,23 @@ holder_of() { # holder_of DIFFID: an image that has this layer
 # Bytes that loading adds: layers that are missing, the largest of their archives while it is unpacked, and on the
 # containerd store the compressed blobs, which stay beside the unpacked files.
 bytes_to_load() {
-    local _sum _peak _n _diff _size _sha _blob _rest
+    local _sum _peak _part _n _last _k _diff _size _sha _blob _name _state _rest
     _sum=0 _peak=0
     while read -r _n _diff _size _sha _blob _rest; do
         [ "$_n" -gt "$START" ] || continue
         _sum=$((_sum + _size))
         [ -n "$CONTAINERD" ] && _sum=$((_sum + _blob))
-        [ "$_blob" -gt "$_peak" ] && _peak=$_blob
     done <"$WORK/layers"
+    rows step >"$WORK/steps.plan"
+    while read -r _n _last _rest; do
+        _part=0
+        while read -r _k _diff _size _sha _blob _name _state; do
+            [ "$_k" -ge "$_n" ] && [ "$_k" -le "$_last" ] || continue
+            # a layer given back to the engine lies in the spool and in the engine's own copy of the archive
+            if [ "$_state" = reuse ] && [ -z "$CONTAINERD" ]; then _part=$((_part + 2 * _size)); else _part=$((_part + _blob)); fi
+        done <"$WORK/layers"
+        [ "$_last" -gt "$START" ] && [ "$_part" -gt "$_peak" ] && _peak=$_part
+    done <"$WORK/steps.plan"
     echo $((_sum + _peak))
 }
 
@@ -179,9 +188,11 @@ is_carried() { # is_carried FILES: they are volumes of this bundle
     return 1
 }
 
-full_part() { # full_part N: what the full bundle calls the archive of layer N
-    local _fn _path _rest
-    rows full | while read -r _fn _path _rest; do [ "$_fn" = "$1" ] && echo "$_path"; done
+full_part() { # full_part N: what the full bundle calls the archive with layer N
+    local _first _last _path _rest
+    rows full | while read -r _first _last _path _rest; do
+        if [ "$_first" -le "$1" ] && [ "$_last" -ge "$1" ]; then echo "$_path"; fi
+    done
 }
 
 check_disk() {

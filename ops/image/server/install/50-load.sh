@@ -142,11 +142,11 @@ choose_steps() {
 }
 
 full_steps() { # full_steps FIRST LAST: these layers by the full bundle's own parts
-    local _n _path _tag
+    local _first _last _path _tag
     rows full >"$WORK/full"
-    while read -r _n _path _tag; do
-        [ "$_n" -ge "$1" ] && [ "$_n" -le "$2" ] && [ "$_n" -gt "$START" ] || continue
-        echo "$_n $_n $_tag $_path -"
+    while read -r _first _last _path _tag; do
+        [ "$_last" -ge "$1" ] && [ "$_first" -le "$2" ] && [ "$_last" -gt "$START" ] || continue
+        echo "$_first $_last $_tag $_path -"
     done <"$WORK/full"
 }
 
