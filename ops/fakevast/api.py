@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ops.fakevast.cloud import Cloud
     from ops.fakevast.server import Emulator
 
+_LONGEST_LOG = 200_000
 _CUT_BEFORE = {"lost_request"}
 _BUSY = "API requests too frequent endpoint threshold={}"
 
@@ -80,6 +81,8 @@ async def _serve(emulator: Emulator, request: web.Request) -> web.StreamResponse
     entry: dict[str, Any] = {"t": emulator.cloud.clock.now(), "method": request.method, "path": request.path_qs}
     entry |= {"route": None, "status": None, "fault": None}
     emulator.requests.append(entry)
+    if len(emulator.requests) > _LONGEST_LOG:
+        del emulator.requests[: _LONGEST_LOG // 2]
     try:
         reply = _answer(emulator, request, raw, entry)
     except Refusal as refusal:

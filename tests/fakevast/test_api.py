@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vastai.api import keys as vast_keys
 from vastai.api import offers as vast_offers
 from vastai.api.client import VastClient
 
-from ops.fakevast import FakeVast, VirtualClock
+from ops.fakevast import FakeVast, RealClock, VirtualClock
 
 
 def test_the_life_of_an_instance_through_vast_ais_own_client(fake: FakeVast, client: VastClient) -> None:
@@ -193,6 +194,16 @@ def test_a_virtual_clock_stands_still_until_it_is_moved(make: Callable[..., Fake
     fake.clock.advance(3600)
     vast_instances.destroy_instance(client, number)
     assert fake.charges()[0]["items"][0]["amount"] == pytest.approx(0.109, abs=1e-6)  # the 3090 of the old driver is the cheapest
+
+
+def test_a_clock_may_run_faster_than_the_wall(make: Callable[..., FakeVast]) -> None:
+    fake = make(clock=RealClock(scale=1000.0), boot_s=100.0)
+    number = rent(client_of(fake), onstart_cmd="touch up")
+    for _ in range(200):
+        if (fake.home(number) / "up").exists():
+            break
+        time.sleep(0.02)
+    assert fake.instances()[0]["actual_status"] == "running", "nobody asked it to tick: its own alarm did"
 
 
 def test_several_emulators_live_side_by_side(make: Callable[..., FakeVast]) -> None:

@@ -185,3 +185,24 @@ def test_a_full_disk_refuses_bytes_over_ssh_and_sftp(fake: FakeVast, client: Vas
     (tmp_path / "big").write_bytes(b"x" * 400_000)
     done = subprocess.run(["scp", *way.scp, str(tmp_path / "big"), "root@127.0.0.1:big"], capture_output=True, text=True, timeout=20)
     assert done.returncode != 0
+
+
+def test_a_command_may_fail_or_its_link_break_as_it_begins(fake: FakeVast, client: VastClient, key: Key) -> None:
+    vast_keys.create_ssh_key(client, key.public)
+    number = rent(client)
+    way = reach(client, number, key)
+    fake.faults.add(where="exec", what="fail", code=17, stderr="no luck\n")
+    fake.faults.add(where="exec", what="cut", on_call=2)
+    done = way.run("touch never")
+    assert (done.returncode, done.stderr) == (17, "no luck\n") and not (fake.home(number) / "never").exists()
+    assert way.run("sleep 5").returncode == 255
+    assert way.run("true").returncode == 0
+
+
+def test_a_host_may_be_slow_to_boot(fake: FakeVast, client: VastClient) -> None:
+    fake.faults.add(where="boot", what="slow", boot_s=600)
+    number = rent(client)
+    fake.clock.advance(590)
+    assert fake.instances()[0]["actual_status"] == "loading"
+    fake.clock.advance(11)
+    assert vast_instances.show_instance(client, number)["actual_status"] == "running"
