@@ -37,7 +37,8 @@ class Workload:
     """What a run moves and computes, wherever it runs.
 
     `tokens` is over all epochs. `model_parameters` are those that a matrix product touches; with `shape` given, whether and
-    how the model fits a card is solved as the trainer will. `home_*_mbps` is the laptop's own link. `boot_s` is from create
+    how the model fits a card is solved as the trainer will; `least_tokens` is its longest row, `row_tokens` the row of the mean
+    token (sum of squared lengths over sum of lengths). `home_*_mbps` is the laptop's own link. `boot_s` is from create
     to a shell, without the image. `cpu_practice`: a run against the emulator, whose speed is this computer's.
     """
 
@@ -56,6 +57,7 @@ class Workload:
     r: int = 16
     target_modules: memory.Targets = "all-linear"
     least_tokens: int = 2048
+    row_tokens: float = 340.0
     checkpoint_bytes: float = 0.0
     save_every_s: float = 120.0
     home_up_mbps: float = 50.0
@@ -130,7 +132,14 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
     recomputed = _recomputed_share(offer, workload)
     full = workload.method == "full"
     speed = gpus.tokens_per_second(
-        gpu, workload.precision, workload.model_parameters, workload.shape, recomputed, workload.num_gpus, full
+        gpu,
+        workload.precision,
+        workload.model_parameters,
+        workload.shape,
+        recomputed,
+        workload.num_gpus,
+        full,
+        workload.row_tokens,
     )
     if speed <= 0:
         why = f"a {offer.gpu_name} (compute capability {offer.compute_capability}) does not compute in {workload.precision}"

@@ -79,11 +79,14 @@ GPUS: tuple[Gpu, ...] = (
 
 LEAST_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int8": 8.0}
 
-# Calibrated on one H200, Llama-7B, r = 16 on all seven projections, no checkpointing: 17,687 real tokens/s in bf16 and 25,928
-# in FP8. Taking away the matrix products (35.9 and 17.9 us a token) leaves 20.6 us both times: element-wise work, bound by
-# memory, 99 MB a token, or 757 bytes for each of hidden x layers elements.
-_ELEMENTWISE_BYTES = 757.0
-_GEMM_COST = {"fp32": 4.0, "bf16": 1.0, "fp8": 1.0, "nf4": 1.08, "int8": 3.0}  # against bf16 (fp8: against its own peak)
+# Calibrated on docs/bench.jsonl of 2026-11-21, one H200, Llama-7B, r = 16 on all seven projections: 20,254 real tokens/s in bf16
+# and 30,527 in FP8. Taking away the matrix products (35.9 and 17.9 us a token) leaves 13.5 and 14.8 us: attention, and
+# element-wise work bound by memory, about 65 MB a token, or 500 bytes for each of hidden x layers. With every layer
+# checkpointed: 14,559 in bf16, 14,179 in NF4.
+_ELEMENTWISE_BYTES = 500.0
+_RECOMPUTED = 0.38  # of a layer's cost again when it is checkpointed: forward without its last product and without the head
+_GEMM_COST = {"fp32": 4.0, "bf16": 1.0, "fp8": 1.0, "nf4": 1.04, "int8": 3.0}  # against bf16 (fp8: against its own peak)
+_ATTENTION = 0.55  # of the rate of large matrix products that attention reaches
 _DLPERF_TO_BF16_TFLOPS = 1.5  # RTX 5090: 209.5 TFLOP/s at DLPerf 142; RTX 4090: 165 at 95; the lower of the two
 _PARALLEL_LOSS = 0.03  # of each doubling of GPUs: one all-reduce of the adapter's gradients a step
 
@@ -133,18 +136,22 @@ def tokens_per_second(
     recomputed: float = 0.0,
     num_gpus: int = 1,
     full: bool = False,
+    row_tokens: float = 340.0,
 ) -> float:
     """Real tokens a second of training on packed rows, all GPUs together; 0 when the card lacks the precision.
 
     LoRA takes 4 N FLOPs a token: 2 N forward, 2 N for the gradients of activations, none for frozen weights; `full` takes
-    2 N more. `recomputed` is the share of layers that are checkpointed: each adds half of its cost again. Without a shape,
-    hidden x layers follows from N as it does in the Llama family.
+    2 N more. `recomputed` is the share of layers that are checkpointed. `row_tokens` is the length of the row that the mean
+    token is in: causal attention costs 7 of them x hidden x layers. Without a shape, hidden x layers follows from N as it
+    does in the Llama family.
     """
     peak = gpu.fp8_tflops if precision == "fp8" else gpu.bf16_tflops
     if peak <= 0:
         return 0.0
     hidden_layers = shape.hidden * shape.layers if shape else 131_072 * (model_parameters / 6.74e9) ** (2 / 3)
-    gemm_s = (6 if full else 4) * model_parameters * _GEMM_COST[precision] / (gpu.gemm * peak * 1e12)
+    rate = gpu.gemm * 1e12
+    gemm_s = (6 if full else 4) * model_parameters * _GEMM_COST[precision] / (rate * peak)
+    attention_s = 7 * row_tokens * hidden_layers / (rate * gpu.bf16_tflops * _ATTENTION)
     elementwise_s = _ELEMENTWISE_BYTES * hidden_layers / (gpu.memory_gb_s * 1e9)
     scaling = (1 - _PARALLEL_LOSS) ** (num_gpus.bit_length() - 1)
-    return num_gpus * scaling / ((gemm_s + elementwise_s) * (1 + recomputed / 2))
+    return num_gpus * scaling / ((gemm_s + attention_s + elementwise_s) * (1 + recomputed * _RECOMPUTED))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from ops import cost, gpus
 from ops.cost import Workload
 from ops.market import Instance, Offer
-from trainer.memory import Shape
+from trainer.memory import Shape, linear_parameters
 
 OFFER = Offer(
     id=1, machine_id=2, host_id=3, gpu_name="RTX 4090", num_gpus=1, gpu_memory_gib=23.99, compute_capability=8.9, cuda_max=12.8,
@@ -27,6 +28,8 @@ INSTANCE = Instance(
     direct_host="", direct_port=None, storage_usd_per_gib_month=0.144, inet_up_usd_per_gb=0.004, inet_down_usd_per_gb=0.002,
 )  # fmt: skip
 LLAMA_7B = Shape(32_000, 4096, 32, 32, 32, 128, 11008)
+LLAMA_3_8B = Shape(128_256, 4096, 32, 32, 8, 128, 14336)
+H200 = next(g for g in gpus.GPUS if g.name == "H200")
 WORK = Workload(
     tokens=6e6,
     model_parameters=6.6e9,
@@ -44,21 +47,31 @@ def speed(name: str, precision: str = "bf16", **more: Any) -> float:
     return gpus.tokens_per_second(gpu, precision, 6.6e9, LLAMA_7B, **more)
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "recomputed", "measured"),
-    [("H200", "bf16", 0.0, 17_687), ("H200", "fp8", 0.0, 25_928), ("H200", "fp8", 1.0, 15_641)],
-)
-def test_the_speed_model_meets_the_measured_runs_within_12_percent(
-    name: str, precision: str, recomputed: float, measured: float
-) -> None:
-    assert speed(name, precision, recomputed=recomputed) == pytest.approx(measured, rel=0.12)
+def test_the_speed_model_meets_every_bench_run_on_the_h200_within_15_percent() -> None:
+    """When this fails because the trainer has become faster: calibrate ops/gpus.py again, plans are too dear by as much."""
+    shapes = {"llama-7b": LLAMA_7B, "llama-3-8b": LLAMA_3_8B}
+    lines = [json.loads(line) for line in (Path(__file__).parents[2] / "docs" / "bench.jsonl").read_text("utf-8").splitlines()]
+    newest = {
+        (x["model"], x["precision"], x["gpus"], x["tokens"], x["checkpoint_layers"], x["rows"]): x
+        for x in lines
+        if x["model"] in shapes
+    }
+    assert len(newest) >= 5
+    for run in newest.values():
+        shape, rows = shapes[run["model"]], run["rows"]
+        got = gpus.tokens_per_second(
+            H200, run["precision"], linear_parameters(shape) + shape.vocab * shape.hidden, shape,
+            run["checkpoint_layers"] / shape.layers, run["gpus"], row_tokens=340 if rows == "alpaca" else float(rows),
+        )  # fmt: skip
+        assert got == pytest.approx(run["real_tok_s"], rel=0.15), run["command"]
 
 
-def test_the_speed_model_meets_nvidias_published_llama_3_8b_on_an_h100_within_12_percent() -> None:
+def test_the_speed_model_is_near_nvidias_published_llama_3_8b_on_an_h100() -> None:
+    """12,473 tokens/s at rows of 4096 with another trainer (field notes 2.1): ours is a little faster, not another world."""
     h100 = gpus.find("H100 SXM")
     assert h100 is not None
-    shape = Shape(128_256, 4096, 32, 32, 8, 128, 14336)
-    assert gpus.tokens_per_second(h100, "bf16", 7.5e9 + 0.9e9, shape) == pytest.approx(12_473, rel=0.12)
+    got = gpus.tokens_per_second(h100, "bf16", linear_parameters(LLAMA_3_8B) + 128_256 * 4096, LLAMA_3_8B, row_tokens=4096)
+    assert 12_473 < got < 1.25 * 12_473
 
 
 def test_cards_and_precisions_are_ordered_as_everybody_finds_them() -> None:
