@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "practice_model"
 DATA = Path(__file__).parent.parent / "jobs" / "practice"
-VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, INNER = 1024, 96, 3, 3, 1, 288
+VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, INNER = 1280, 96, 3, 3, 1, 288
 STEPS, BATCH_TOKENS, ROW_TOKENS, PEAK_LR = 1500, 3072, 256, 4e-3
 EOS = "</s>"
 
@@ -58,7 +58,7 @@ def make(folder: Path, data: Path, steps: int = STEPS) -> None:
     write_rows(data / "held_out.json", held_out)
     template = load("alpaca")
     answers = [[s.text for s in render(template, alpaca_turns(row), eos=EOS)] for row in world.base_rows()]
-    tokenizer = make_tokenizer(world.base_texts() + ["".join(a) for a in answers] + [row["output"] for row in train], folder)
+    tokenizer = make_tokenizer(4 * world.base_texts() + ["".join(a) for a in answers], folder)
     instructions = [[(i, False) for i in tokenizer.encode(a[0]).ids] + [(i, True) for i in tokenizer.encode(a[1]).ids] for a in answers]
     texts = [[(i, True) for i in tokenizer.encode(text + EOS).ids] for text in world.base_texts()]
     model = pretrain(instructions, texts, steps)
@@ -82,7 +82,7 @@ def make_tokenizer(texts: list[str], folder: Path):
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<pad>", EOS], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(sorted(set(texts)), trainer)
+    tokenizer.train_from_iterator(sorted(texts), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": "<pad>", "model_max_length": 2048}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -133,19 +133,17 @@ def pretrain(instructions: list[Marked], texts: list[Marked], steps: int) -> tor
 
 
 class _Stream:
-    """An endless shuffle: every instruction once a round, the short texts once every second round."""
+    """An endless shuffle: a round has every instruction once and every short text four times."""
 
     def __init__(self, instructions: list[Marked], texts: list[Marked]) -> None:
         self._instructions, self._texts = instructions, texts
         self._dice = random.Random(world.SEED)
         self._left: Marked = []
-        self._round = 0
 
     def take(self, rows: int, width: int) -> list[Marked]:
         while len(self._left) < rows * width:
-            documents = self._instructions + (self._texts if self._round % 2 == 0 else [])
+            documents = self._instructions + 4 * self._texts
             self._left += [token for document in self._dice.sample(documents, len(documents)) for token in document]
-            self._round += 1
         taken, self._left = self._left[: rows * width], self._left[rows * width :]
         return [taken[i * width : (i + 1) * width] for i in range(rows)]
 

@@ -46,6 +46,10 @@ class Rows:
     where: list[str]
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def empty(cls) -> Rows:
+        return cls(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64), np.zeros(0, np.bool_), [])
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
