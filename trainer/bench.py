@@ -70,6 +70,7 @@ class Setting:
     keep_transpose: bool = False
     accumulate: int = 1
     rows: str = "alpaca"  # or a fixed row length, as "4096"
+    pack: int = 0  # 0: pack to ``tokens``; else a micro-batch is several packs of this many tokens, end to end
     steps: int = 20
 
 
@@ -87,9 +88,12 @@ def batches(setting: Setting, vocab: int, device: torch.device, rank: int = 0, w
 
     size = lengths(setting)
     enough = int(1.1 * count * world * setting.tokens / size.mean()) + 50
-    packs = [p for p in pack(range(min(enough, len(size))), size.tolist(), setting.tokens) if size[p].sum() > 0.98 * setting.tokens]
+    budget = setting.pack or setting.tokens
+    packs = [p for p in pack(range(min(enough, len(size))), size.tolist(), budget) if size[p].sum() > 0.98 * budget]
     generator = np.random.default_rng(1)
-    packs = [packs[i] for i in generator.permutation(len(packs))][rank::world]
+    packs = [packs[i] for i in generator.permutation(len(packs))]
+    each = setting.tokens // budget
+    packs = [sum(packs[i : i + each], []) for i in range(0, len(packs) - each + 1, each)][rank::world]
     words = generator.integers(0, vocab, 300)
     return [_batch(size[p], words, generator, device) for p in packs[:count]]
 
@@ -271,7 +275,7 @@ def main() -> int:
     defaults = Setting()
     parser.add_argument("--model", choices=SHAPES, default=defaults.model)
     parser.add_argument("--precision", choices=["bf16", "fp8", "nf4"], default=defaults.precision)
-    for name in ("r", "tokens", "checkpoint_layers", "accumulate", "steps"):
+    for name in ("r", "tokens", "checkpoint_layers", "accumulate", "steps", "pack"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(defaults, name))
     parser.add_argument("--rows", default=defaults.rows, help="alpaca, or a fixed row length")
     parser.add_argument("--keep-transpose", action="store_true", help="fp8: a transposed copy of the base for backward")
