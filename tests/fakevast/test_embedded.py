@@ -55,6 +55,7 @@ def test_ensure_starts_one_emulator_however_often_and_from_however_many_it_is_ca
     assert api(servers.pop(), "GET", "users/current").json()["credit"] == 25.0
 
 
+@pytest.mark.slow  # waits for an absence, seconds long
 def test_it_ends_by_itself_when_idle_but_not_while_an_instance_exists(state: Path) -> None:
     server = ensure(state, idle_exit_s=0.5, options=("--boot-s", "0", "--no-rate-limits"))
     ask = api(server, "POST", "bundles/", {}).json()["offers"][0]["id"]
