@@ -91,9 +91,10 @@ def batches(setting: Setting, vocab: int, device: torch.device, rank: int = 0, w
     budget = setting.pack or setting.tokens
     packs = [p for p in pack(range(min(enough, len(size))), size.tolist(), budget) if size[p].sum() > 0.98 * budget]
     generator = np.random.default_rng(1)
-    packs = [packs[i] for i in generator.permutation(len(packs))]
     each = setting.tokens // budget
-    packs = [sum(packs[i : i + each], []) for i in range(0, len(packs) - each + 1, each)][rank::world]
+    packs = [sum(packs[i : i + each], []) for i in range(0, len(packs) - each + 1, each)]
+    steps = generator.permutation(len(packs) // world)  # neighbours hold rows of like length: ranks get equal work, as packing.share deals it
+    packs = [packs[i * world + rank] for i in steps]
     words = generator.integers(0, vocab, 300)
     return [_batch(size[p], words, generator, device) for p in packs[:count]]
 
