@@ -25,6 +25,7 @@ _MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU, when the host do
 _START_S = 40.0  # imports, self-tests, compilation, to the first step
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 lasts a day's rental with that chance
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
+_TORCH_SEES = 0.98  # of the memory that the driver reports: an RTX 4090's 23.99 GiB are 23.6 to torch, and to the trainer
 _BOOT_FAILS = 0.02  # even on the best host
 _PRACTICE_FLOPS = 50e9  # a practice run trains on this computer's CPU: two cores reached 40 to 70 GFLOP/s
 _PRACTICE_BOOT_S, _PRACTICE_START_S = 3.0, 10.0  # and its boxes are processes
@@ -38,8 +39,9 @@ class Workload:
 
     `tokens` is over all epochs. `model_parameters` are those that a matrix product touches; with `shape` given, whether and
     how the model fits a card is solved as the trainer will; `least_tokens` is its longest row, `row_tokens` the row of the mean
-    token (sum of squared lengths over sum of lengths). `home_*_mbps` is the laptop's own link. `boot_s` is from create
-    to a shell, without the image. `cpu_practice`: a run against the emulator, whose speed is this computer's.
+    token (sum of squared lengths over sum of lengths), `fused` whether the fast layer serves it (None: by its shape).
+    `home_*_mbps` is the laptop's own link. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run
+    against the emulator, whose speed is this computer's.
     """
 
     tokens: float
@@ -58,6 +60,7 @@ class Workload:
     target_modules: memory.Targets = "all-linear"
     least_tokens: int = 2048
     row_tokens: float = 340.0
+    fused: bool | None = None
     checkpoint_bytes: float = 0.0
     save_every_s: float = 120.0
     home_up_mbps: float = 50.0
@@ -238,7 +241,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
     )
     least = max(1, min(w.least_tokens, int(w.tokens)))
-    found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, least, w.num_gpus)
+    found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, least, w.num_gpus, w.fused)
     if isinstance(found, str):
         raise DoesNotFit(f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB", "gpu_memory")
     return found
@@ -246,13 +249,15 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
 
 @lru_cache(maxsize=4096)
 def _fit(
-    shape: memory.Shape, capacity: float, precision: str, r: int, targets: Modules, method: str, least: int, processes: int
-) -> float | str:
+    shape: memory.Shape, driver_gib: float, precision: str, r: int, targets: Modules, method: str, least: int, processes: int,
+    fused: bool | None,
+) -> float | str:  # fmt: skip
     """The share of layers that are checkpointed on such a card, or what it would need. Remembered: a market has few sizes."""
-    plan = memory.solve(shape, capacity, precision, r, targets, method, least, processes=processes)
+    capacity = driver_gib * _TORCH_SEES
+    plan = memory.solve(shape, capacity, precision, r, targets, method, least, processes=processes, fused=fused)
     if plan is None:
-        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, least, processes=processes)
-        return f"needs {math.ceil(need * 10) / 10:.1f} GiB"
+        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, least, processes=processes, fused=fused)
+        return f"needs {math.ceil(need / _TORCH_SEES * 10) / 10:.1f} GiB"
     return plan[1] / shape.layers
 
 

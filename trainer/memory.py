@@ -17,7 +17,7 @@ from typing import Any, Literal
 GIB = 1024**3
 
 MARGIN = 0.05  # of the predicted peak, before anything is said to fit
-RESERVED_GIB = 1.0  # of the card: the driver's share, the CUDA context, fragments between the allocator's blocks
+RESERVED_GIB = 1.0  # of what torch reports as the card's total: the CUDA context, fragments between the allocator's blocks
 
 _CONSTANT_GIB = 0.10  # cuBLAS workspaces, position tables, the batch itself
 _NCCL_GIB = 0.4
@@ -140,7 +140,7 @@ class Memory:
     lines: tuple[str, ...]
 
     def fits(self, capacity_gib: float) -> bool:
-        """Whether a card whose driver reports `capacity_gib` holds this with the safety margin."""
+        """Whether a card of which torch reports `capacity_gib` holds this with the safety margin."""
         return needed_gib(self.peak_gib) <= capacity_gib
 
 
@@ -227,10 +227,13 @@ def predict(
     return Memory(w, a, o, s, lo, p, peak, lines)
 
 
-def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool:
-    """Whether trainer/fast.py patches in the fused layer. It also wants dropout 0 and no DoRA, which no size tells."""
+def takes_fused_layer(
+    shape: Shape, precision: str, r: int, method: str, lora_dropout: float = 0.0, use_dora: bool = False
+) -> bool:
+    """Whether trainer/fast.py patches in the fused layer. Pass the answer on as `fused` where dropout or DoRA may be set."""
     plain = shape.gated and not shape.qk_norm and not shape.other_bias and shape.head_dim in (32, 64, 128, 256)
-    return method == "lora" and plain and r <= 64 and precision != "int8"
+    adapter = method == "lora" and r <= 64 and lora_dropout == 0 and not use_dora
+    return plain and adapter and precision != "int8"
 
 
 def solve(
@@ -244,7 +247,8 @@ def solve(
     most_tokens: int = 16384,
     **more: Any,
 ) -> tuple[int, int] | None:
-    """The fastest (tokens of a micro-batch, layers to checkpoint) that a card of `capacity_gib` holds, or None.
+    """The fastest (tokens of a micro-batch, layers to checkpoint) that a card of `capacity_gib`, as torch
+    reports its total memory, holds; or None.
 
     `least_tokens` is the longest row: a micro-batch must hold one. A checkpointed layer is computed forward twice, a small
     micro-batch costs its launches; of all that fits the pair with the least time a token wins, never one that does not fit.
@@ -269,7 +273,7 @@ def min_gpu_memory_gib(
     least_tokens: int = 2048,
     **more: Any,
 ) -> float:
-    """The smallest card, as its driver reports it, on which `solve` finds a way: the longest row alone, all layers recomputed."""
+    """The smallest card, as torch reports it, on which `solve` finds a way: the longest row alone, all layers recomputed."""
     least = predict(shape, precision, r, target_modules, least_tokens, shape.layers, method, **more)
     return needed_gib(least.peak_gib)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ops import cost, gpus
 from ops.cost import Workload
 from ops.market import Instance, Offer
-from trainer.memory import Shape, linear_parameters
+from trainer.memory import Shape, linear_parameters, solve, takes_fused_layer
 
 OFFER = Offer(
     id=1, machine_id=2, host_id=3, gpu_name="RTX 4090", num_gpus=1, gpu_memory_gib=23.99, compute_capability=8.9, cuda_max=12.8,
@@ -169,6 +169,25 @@ def test_a_small_card_pays_for_recomputing_and_a_smaller_one_is_refused_with_wha
     with pytest.raises(cost.DoesNotFit, match=r"needs 1\d\.\d GiB in bf16, a RTX 4090 has 12\.0 GiB") as refused:
         cost.predict(replace(OFFER, gpu_memory_gib=12.0), work)
     assert refused.value.filter_name == "gpu_memory"
+
+
+def test_a_card_that_ops_takes_is_one_on_which_the_trainer_finds_room() -> None:
+    """The trainer solves with what torch reports, up to two percent less than the driver's number in the offer."""
+    work = replace(WORK, shape=LLAMA_7B)
+    for tenths in range(120, 200):
+        try:
+            cost.predict(replace(OFFER, gpu_memory_gib=tenths / 10), work)
+        except cost.DoesNotFit:
+            assert tenths < 180
+        else:
+            assert solve(LLAMA_7B, tenths / 10 * 0.983) is not None
+
+
+def test_dropout_or_dora_without_the_fused_layer_needs_a_larger_card() -> None:
+    work = replace(WORK, shape=LLAMA_7B, least_tokens=4096)
+    assert not takes_fused_layer(LLAMA_7B, "bf16", 16, "lora", use_dora=True)
+    fused, eager = (cost.predict(OFFER, replace(work, fused=f)).train_s for f in (True, False))
+    assert eager > fused, "more layers are recomputed"
 
 
 def test_a_practice_run_takes_as_long_on_every_offer() -> None:

@@ -223,7 +223,7 @@ def test_a_card_passes_for_the_size_on_its_box(asked: int, reported_mb: int) -> 
 def test_a_model_that_does_not_fit_is_never_accepted_whatever_the_user_asks() -> None:
     work = replace(WORK, shape=SEVEN_B)
     ranking = offers.rank([offer(gpu_name="RTX 4070 Ti", gpu_memory_gib=11.99)], NEEDS, work)
-    least = math.ceil(min_gpu_memory_gib(SEVEN_B) * 10) / 10
+    least = math.ceil(min_gpu_memory_gib(SEVEN_B) / 0.98 * 10) / 10
     assert ranking.rejected[0][1:] == (f"needs {least:.1f} GiB in bf16, a RTX 4070 Ti has 12.0 GiB", "gpu_memory")
 
 
