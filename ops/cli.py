@@ -33,6 +33,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for 
 Run = Annotated[str, typer.Argument(help="A run id, or an unambiguous beginning of one; `last` is the newest")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask")]
 PRACTICE = Path("jobs/practice.toml")
+EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=429496730")  # 0.4 GiB, as jobs/practice.toml says
 
 
 @app.command("rent-and-train")
@@ -268,7 +269,7 @@ def _vast() -> Iterator[Vast]:
     if provider is None:
         from ops.fakevast.embedded import ensure
 
-        server = ensure(Path(".milktea/fakevast"))
+        server = ensure(Path(".milktea/fakevast"), options=EMULATOR)
         provider = Provider(server.url, server.api_key, pace=0.1)
         print("VAST_API_KEY is not set: the emulator plays vast.ai on this machine; no money moves.", file=sys.stderr)
     yield Vast(provider, RealClock())
