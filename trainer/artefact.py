@@ -121,6 +121,7 @@ def write_result(
         "files": archive,
         "tensors": tensors,
         "lora": job.lora.model_dump(),
+        "extras": sorted(pages),
         **facts,
     }
     shutil.rmtree(result, ignore_errors=True)
