@@ -88,10 +88,9 @@ def place(path: Path, python: str, prune: Sequence[str] = ()) -> list[Entry]:
             if _is_script(member.filename, info):
                 if name.removesuffix(".exe").removesuffix("-script.py").removesuffix(".pya") in scripts:
                     continue
-                entry = _script(target, archive.read(member))
+                entry = Entry(target, _mode(member), _script(archive.read(member)))
             else:
-                executable = member.external_attr >> 16 & 0o111 and member.external_attr >> 16 & 0o170000 in (0, 0o100000)
-                entry = Entry(target, 0o755 if executable else 0o644, archive=path, member=member)
+                entry = Entry(target, _mode(member), archive=path, member=member)
             placed[target] = moved[member.filename] = entry
         made = [Entry(f"{VENV}/bin/{name}", 0o755, _launcher(path, name, where)) for name, where in scripts.items()]
         made += [Entry(f"{site}/{info}/INSTALLER", data=b"pip\n"), Entry(f"{site}/{info}/REQUESTED", data=b"")]
@@ -149,11 +148,15 @@ def _is_script(name: str, info: str) -> bool:
     return name.startswith(info.removesuffix(".dist-info") + ".data/scripts/")
 
 
-def _script(target: str, data: bytes) -> Entry:
+def _mode(member: zipfile.ZipInfo) -> int:
+    """Executable where the zip says so of a regular file; nothing else of its mode counts."""
+    mode = member.external_attr >> 16
+    return 0o755 if mode & 0o111 and mode & 0o170000 in (0, 0o100000) else 0o644
+
+
+def _script(data: bytes) -> bytes:
     first, newline, rest = data.partition(b"\n")
-    if first.startswith(b"#!python"):
-        data = b"#!" + PYTHON.encode() + newline + rest
-    return Entry(target, 0o755, data)
+    return b"#!" + PYTHON.encode() + newline + rest if first.startswith(b"#!python") else data
 
 
 def _entry_points(archive: zipfile.ZipFile, info: str) -> dict[str, str]:

@@ -1,0 +1,145 @@
+"""Fetching: any mirror will do, nothing wrong is kept, what is there is not asked for again."""
+
+import hashlib
+import http.server
+import threading
+
+import pytest
+from image_world import make_wheel
+
+from ops.errors import PreflightError
+from ops.image import debian, packages
+from ops.image.debian import Mirrors
+from ops.image.definition import Python
+from ops.image.lock import Deb
+
+PYTHON = Python(version="3.11", requirements=["pkg"])
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    """An HTTP server over a folder; ``asked`` are the paths that it was asked for."""
+    asked = []
+    root = tmp_path / "mirror"
+    root.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(root))
+
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield root, f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def quiet(line):
+    pass
+
+
+def deb(data, archive="debian"):
+    return Deb(name="tiny", version="1:2.0+b1", architecture="all", archive=archive, file="pool/main/t/tiny/tiny_2.0+b1_all.deb",
+               sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+
+
+def publish(root, data, archive="debian"):
+    path = root / archive / "pool/main/t/tiny/tiny_2.0+b1_all.deb"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+
+
+def test_a_debian_package_comes_from_the_configured_mirror_once(mirror, tmp_path):
+    root, url, asked = mirror
+    publish(root, b"package", "debian-security")
+    mirrors = Mirrors("http://127.0.0.1:9/none", f"{url}/debian-security")
+    for _ in range(2):
+        [path] = debian.fetch([deb(b"package", "debian-security")], mirrors, tmp_path / "cache", quiet)
+        assert path.read_bytes() == b"package"
+    assert len(asked) == 1
+
+
+def test_a_package_with_other_bytes_is_refused_and_not_kept(mirror, tmp_path):
+    root, url, _ = mirror
+    publish(root, b"another build")
+    with pytest.raises(PreflightError, match="the mirror sent 13 bytes with sha256"):
+        debian.fetch([deb(b"package")], Mirrors(f"{url}/debian"), tmp_path / "cache", quiet)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_package_that_the_mirror_dropped_says_where_old_ones_are_kept(mirror, tmp_path):
+    _, url, _ = mirror
+    with pytest.raises(PreflightError, match=r"tiny 1:2\.0\+b1 is not to be had") as caught:
+        debian.fetch([deb(b"package")], Mirrors(f"{url}/debian"), tmp_path / "cache", quiet)
+    assert "snapshot.debian.org" in caught.value.hint
+
+
+def test_a_cached_package_that_was_damaged_is_fetched_again(mirror, tmp_path):
+    root, url, asked = mirror
+    publish(root, b"package")
+    mirrors = Mirrors(f"{url}/debian")
+    [path] = debian.fetch([deb(b"package")], mirrors, tmp_path / "cache", quiet)
+    path.write_bytes(b"damaged")
+    [path] = debian.fetch([deb(b"package")], mirrors, tmp_path / "cache", quiet)
+    assert path.read_bytes() == b"package"
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("text", ["deb [signed-by=/k.gpg] http://mirror.example/debian bookworm main\n", "Types: deb\nURIs: http://mirror.example/debian\n"])
+def test_the_mirror_that_apt_uses_here_is_found_in_either_style(tmp_path, text):
+    (tmp_path / "sources.list.d").mkdir()
+    (tmp_path / "sources.list.d" / "debian.sources").write_text(text)
+    assert Mirrors.of_this_host(tmp_path) == Mirrors("http://mirror.example/debian", "https://deb.debian.org/debian-security")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """pip, told by its own configuration to look into a folder and nowhere else."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_wheels_are_resolved_and_pinned_and_come_back_by_their_hash(index, tmp_path):
+    make_wheel(index, "pkg", "1.0", {"pkg.py": b"1"})
+    make_wheel(index, "pkg", "1.1", {"pkg.py": b"2"})
+    [locked] = packages.resolve(PYTHON, ["pkg"], tmp_path / "cache", quiet)
+    assert (locked.name, locked.version, locked.license) == ("pkg", "1.1", "MIT")
+    found = packages.fetch(PYTHON, [locked], tmp_path / "other", quiet)
+    assert packages.sha256_file(found["pkg"]) == locked.sha256
+
+
+def test_a_wheel_whose_hash_changed_on_the_index_is_refused(index, tmp_path):
+    make_wheel(index, "pkg", "1.0", {"pkg.py": b"1"})
+    [locked] = packages.resolve(PYTHON, ["pkg"], tmp_path / "cache", quiet)
+    make_wheel(index, "pkg", "1.0", {"pkg.py": b"tampered"})
+    with pytest.raises(PreflightError, match=r"pip cannot get the wheels: .*(hash|HASH)"):
+        packages.fetch(PYTHON, [locked], tmp_path / "other", quiet)
+    assert not packages.where(locked, tmp_path / "other").exists()
+
+
+def test_a_cached_wheel_is_hashed_again_when_its_file_changed(index, tmp_path):
+    make_wheel(index, "pkg", "1.0", {"pkg.py": b"1"})
+    [locked] = packages.resolve(PYTHON, ["pkg"], tmp_path / "cache", quiet)
+    path = packages.where(locked, tmp_path / "cache")
+    assert packages.is_whole(locked, tmp_path / "cache")
+    path.write_bytes(path.read_bytes()[::-1])
+    assert not packages.is_whole(locked, tmp_path / "cache")
+    assert packages.sha256_file(packages.fetch(PYTHON, [locked], tmp_path / "cache", quiet)["pkg"]) == locked.sha256
+
+
+def test_an_index_without_the_package_says_how_to_name_another(index, tmp_path):
+    with pytest.raises(PreflightError) as caught:
+        packages.resolve(PYTHON, ["nothing-like-this"], tmp_path / "cache", quiet)
+    assert "PIP_INDEX_URL" in caught.value.hint
