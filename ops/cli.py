@@ -62,18 +62,18 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
 def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
     """Everything up to the plan screen: checks, search, prices. Nothing is rented."""
     with errors(as_json), _vast() as vast:
-        from ops.choose import none_left
-        from ops.offers import query, rank
+        from ops.choose import bad_machines, found_offers, none_left
+        from ops.offers import rank
         from ops.preflight import preflight
         from ops.wait import RealClock
 
         screen = _screen(as_json)
         done = preflight(_job(job), vast, RealClock(), _runs())
-        found = vast.search(query(done.needs), interruptible=done.needs.interruptible, disk_gib=done.needs.disk_gib)
-        ranking = rank(found, done.needs, done.workload, {})
+        ranking = rank(found_offers(vast, done.needs), done.needs, done.workload, bad_machines(_runs(), time.time()))
         if not ranking.accepted:
             raise none_left(ranking, 0, "nothing was spent")
         screen.plan(done, ranking, vast.credit_usd())
+        (_runs() / done.run_id).rmdir()  # nothing was begun
 
 
 @app.command()

@@ -107,7 +107,8 @@ def phases(lines: list[Line], first_step_t: float | None) -> list[tuple[str, flo
     """(phase, seconds) from the command to the first step of the last machine. `load` is the trainer's own: imports, model, step 1."""
     marks = [("preflight", lines[0].get("began"), lines[0].t)]
     before = lines[0].t
-    for name, kind in (("search", "renting"), ("rent", "rented"), ("boot", "booted"), ("connect", "connected"), ("push", "pushed"), ("launch", "launched")):
+    steps = {"search": "renting", "rent": "rented", "boot": "booted", "connect": "connected", "push": "pushed", "launch": "launched"}
+    for name, kind in steps.items():
         line = last(lines, kind)
         if line is None:
             return [(n, round(b - a, 2)) for n, a, b in marks if a is not None]

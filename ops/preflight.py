@@ -25,6 +25,7 @@ from trainer import memory, prepare, prompt
 from trainer.job import WIRE, Job
 
 CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}  # least compute capability
+DRIVER_SHARE = 0.98  # of the memory that a card's driver reports, torch can have
 SYSTEM_GIB = 4  # logs, pip's cache, the container's own
 IMAGE_UNPACKED = 2.5  # unpacked bytes for a compressed one
 TRAINER_FILES = ("*.py", "templates/*")
@@ -50,12 +51,9 @@ def _planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     pushes = [*_data_files(job), *_model_files(job), *(_trainer_files() if job.image.trainer == "push" else [])]
     wire_job = _wire_job(job, run_id, pushes)
     notes: list[str] = []
-    tokens, rows = _tokens(wire_job, stage, pushes, notes)
+    lengths = _lengths(wire_job, stage, pushes, notes)
     shape = _shape(job, notes)
-    steps = math.ceil(rows * job.training.num_train_epochs / job.training.batch_size)
-    if job.training.max_steps:
-        tokens *= min(1.0, job.training.max_steps / max(steps, 1))
-    workload = _workload(job, tokens, shape, pushes)
+    workload = _workload(job, lengths, shape, pushes)
     needs = _needs(job, workload, shape)
     return Plan(
         run_id=run_id, image=job.image.ref, trainer=job.image.trainer, wire_job=json.loads(wire_job.model_dump_json()), pushes=pushes, needs=needs,
@@ -165,8 +163,8 @@ def _template(name: str) -> tuple[str, str | None]:
 # -- sizes ------------------------------------------------------------------------------------------------------------------------
 
 
-def _tokens(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> tuple[float, int]:
-    """(tokens over all epochs, rows), by the trainer's own preparation on links to the user's files."""
+def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> list[int]:
+    """Tokens of each row that will be trained on, by the trainer's own preparation on links to the user's files."""
     for p in pushes:
         if p.remote.startswith(("data/", "model/")):
             link = stage / p.remote
@@ -190,7 +188,7 @@ def _tokens(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> 
     if not lengths:
         raise PreflightError("no row is left to train on", hint="`python -m trainer.data FILE` says what became of each")
     notes.append(f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row {max(lengths):,} tokens, stop token trained in every row")
-    return sum(lengths) * job.training.num_train_epochs, len(lengths)
+    return lengths
 
 
 def _shape(job: JobFile, notes: list[str]) -> memory.Shape | None:
@@ -211,7 +209,10 @@ def _shape(job: JobFile, notes: list[str]) -> memory.Shape | None:
         return None
 
 
-def _workload(job: JobFile, tokens: float, shape: memory.Shape | None, pushes: list[PushFile]) -> Workload:
+def _workload(job: JobFile, lengths: list[int], shape: memory.Shape | None, pushes: list[PushFile]) -> Workload:
+    steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
+    share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
+    tokens = sum(lengths) * job.training.num_train_epochs * share
     local = Path(job.model.base).is_dir()
     parameters = float(memory.parameters(shape)) if shape else 7e9
     adapter = memory.adapter_parameters(shape, job.lora.r, _targets(job)) * 4.0 if shape and job.training.method == "lora" else parameters * 4
@@ -224,9 +225,15 @@ def _workload(job: JobFile, tokens: float, shape: memory.Shape | None, pushes: l
     return Workload(
         tokens=tokens, model_parameters=parameters, precision=job.model.precision, num_gpus=job.offer.num_gpus, image_bytes=image_bytes,
         model_download_bytes=download, push_bytes=pushed, pull_bytes=adapter, disk_gib=float(disk), cpu_practice=parameters < 2e7, shape=shape,
-        method=job.training.method, r=job.lora.r, target_modules=_targets(job), least_tokens=job.data.max_length,
-        checkpoint_bytes=3 * adapter, save_every_s=job.training.save_every_s,
+        method=job.training.method, r=job.lora.r, target_modules=_targets(job), least_tokens=max(lengths),
+        row_tokens=sum(n * n for n in lengths) / sum(lengths), fused=_fused(job, shape), checkpoint_bytes=3 * adapter,
+        save_every_s=job.training.save_every_s,
     )  # fmt: skip
+
+
+def _fused(job: JobFile, shape: memory.Shape | None) -> bool:
+    lora = job.lora
+    return shape is None or memory.takes_fused_layer(shape, job.model.precision, lora.r, job.training.method, lora.lora_dropout, lora.use_dora)
 
 
 def _targets(job: JobFile) -> Any:
@@ -237,8 +244,9 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
     least = 0.0
     if shape:
         least = memory.min_gpu_memory_gib(
-            shape, job.model.precision, job.lora.r, _targets(job), job.training.method, min(job.data.max_length, 2048), processes=job.offer.num_gpus
-        )
+            shape, job.model.precision, job.lora.r, _targets(job), job.training.method, workload.least_tokens,
+            processes=job.offer.num_gpus, fused=workload.fused,
+        ) / DRIVER_SHARE  # fmt: skip
         _refuse_cards_too_small(job, least)
     o = job.offer
     return Needs(
@@ -254,7 +262,7 @@ def _refuse_cards_too_small(job: JobFile, least_gib: float) -> None:
     named = [g for n in job.offer.gpu_name if (g := gpus.find(n))]
     if not named or len(named) < len(job.offer.gpu_name) or any(g.memory_gib >= least_gib for g in named):
         return
-    fits = sorted((g for g in gpus.GPUS if g.memory_gib >= least_gib), key=lambda g: (g.memory_gib, g.name))
+    fits = gpus.that_hold(least_gib, job.model.precision)
     nearest = f"the nearest that fits is {fits[0].name} ({fits[0].memory_gib:.0f} GiB)" if fits else "no card fits"
     have = ", ".join(f"{g.name} {g.memory_gib:.0f} GiB" for g in named)
     raise PreflightError(

@@ -53,7 +53,7 @@ class Training(Strict):
     packing: bool = True
     freeze_trainable_layers: Positive = 2
     seed: int = 42
-    save_every_s: Annotated[float, Field(gt=0)] = 120.0
+    save_every_s: Annotated[float, Field(gt=0)] = 300.0
     report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
 
 

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,17 @@ def run_job(path: Path) -> int:
 
     # model and optimizer
     base, keys = model_folder(job, run, weights=True), TokenKeys()
-    budget, checkpointed = micro_batch(job, base, data.rows, device)
-    model, kernels = load(job, base, device, keys, checkpointed)
+    budget, checkpointed = micro_batch(job, base, data.rows, device, world)
+    in_parts = training.method == "full" and world > 1  # an adapter is small: every process holds it whole
+    if in_parts:
+        from trainer import sharded
+    model, kernels = load(job, base, device, keys, checkpointed, shard=rank if in_parts else None)
+    shards = sharded.Shards(model, device) if in_parts else None
+    stop.together, stop.asked = in_parts, stop.asked and not in_parts
+    enter = shards.enter if shards else call
     initial = start_values(model, job)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = Gradients(named.values())
+    gradients = sharded.Gradients(named.values(), device) if shards else Gradients(named.values())
     optimizer = adamw(named.values(), training, device)
     precise = nullcontext() if training.method == "lora" or job.model.precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
 
@@ -79,12 +86,14 @@ def run_job(path: Path) -> int:
 
     # continue from the newest whole checkpoint
     state = checkpoint.State(fingerprint=fingerprint(job))
-    if (found := checkpoint.newest(run / "checkpoints")) is not None:
-        state = checkpoint.restore(found, named, optimizer, state.fingerprint)
+    checkpoints, restore = run / "checkpoints", shards.restore if shards else checkpoint.restore
+    found = checkpoint.newest_for_all(checkpoints, rank, device) if world > 1 else checkpoint.newest(checkpoints)
+    if found is not None:
+        state = restore(found, named, optimizer, state.fingerprint)
     if training.packing:
-        probe(model, pack_reader(model), data.rows, device)
-    watchdog = Watchdog(named, model, data.rows)
-    saver = checkpoint.Background(run / "checkpoints", lambda *facts: tell_checkpoint(log, run, *facts))
+        probe(model, lambda *pack: enter(pack_reader(model), *pack), data.rows, device)
+    watchdog = Watchdog(sharded.local(named), model, data.rows, shards.sum) if shards else Watchdog(named, model, data.rows)
+    saver = checkpoint.Background(checkpoints, lambda *facts: tell_checkpoint(log, run, *facts))
     if log is not None:
         tell_start(log, run, job, data, state.step, order.total_steps, world, device, named, kernels, boards.warning)
 
@@ -98,13 +107,15 @@ def run_job(path: Path) -> int:
 
         # this rank's share, micro-batch by micro-batch
         gradients.zero()
-        for chosen in lay(packing.share(rows, lengths, world)[rank], lengths, budget):
+        packs = lay(packing.share(rows, lengths, world)[rank], lengths, budget)
+        for n, chosen in enumerate(shards.level(packs, rows[:1]) if shards else packs):
             if stop.asked:
                 break
             micro = collate(data.rows, chosen, device)  # input_ids (1, T) packed, (B, L) padded
             keys.set(training.seed, step, micro["rows"], micro["position_ids"])
             with precise:
-                loss = target_loss(model, micro) / step_targets  # scalar: this micro-batch's part of the step's mean
+                loss = enter(target_loss, model, micro) / step_targets  # scalar: this micro-batch's part of the step's mean
+            loss = loss if n < len(packs) else loss * 0
             loss.backward()
             gradients.extra[0] += loss.detach()
         if stop.asked and rank == 0:
@@ -113,7 +124,7 @@ def run_job(path: Path) -> int:
 
         # all ranks together: one sum, one look at it
         if world > 1:
-            torch.distributed.all_reduce(gradients.buffer)
+            gradients.reduce()
         norm = gradients.clip(training.max_grad_norm)
         step_loss, wish, grad_norm = torch.cat([gradients.extra, norm[None]]).tolist()  # the step's one wait for the device
         if wish:
@@ -137,14 +148,20 @@ def run_job(path: Path) -> int:
             speed = sum(lengths[r] for r in rows) / (now - tick)
             eta = (now - loop_began) / (state.step - begun_at) * (order.total_steps - state.step)
             tell_step(log, boards, state.step, step_loss, rate, grad_norm, speed, eta, device)
-        if rank == 0 and now - last_save >= training.save_every_s and not saver.busy and state.step < order.total_steps:
+        due = now - last_save >= training.save_every_s and not saver.busy and state.step < order.total_steps
+        if job.deadline_unix_s is not None and time.time() > job.deadline_unix_s:
+            stop.hear(late=True)
+        if shards and shards.agree(stop, due):
+            tell_checkpoint(log, run, state.step, *shards.save(checkpoints, named, optimizer, state))
+            last_save = time.monotonic()
+        elif rank == 0 and due and not shards:
             last_save = now
             saver.submit(checkpoint.snapshot(named, optimizer), state)
-        if job.deadline_unix_s is not None and time.time() > job.deadline_unix_s:
-            stop.asked, stop.late = True, True
 
     if stop.asked and state.step < order.total_steps:
-        if rank == 0:
+        if shards:
+            tell_checkpoint(log, run, state.step, *shards.save(checkpoints, named, optimizer, state))
+        elif rank == 0:
             saver.submit(checkpoint.snapshot(named, optimizer), state)
             saver.wait()
         if stop.late:
@@ -152,23 +169,34 @@ def run_job(path: Path) -> int:
         return TERMINATED
     saver.wait()
     watchdog.check_base(state.step)
+    if shards:
+        optimizer.state.clear()
+        gradients.zero()
+        model = shards.whole(job, base, on_device=job.data.held_out is not None)
     if rank == 0:
         finish(model, job, run, base, data, state, initial, kernels, device, log, boards, began)
     return DONE
 
 
 class StopSignal:
-    """SIGTERM sets `asked`; the loop looks between micro-batches. `late` tells that it was the deadline."""
+    """SIGTERM sets `asked`; the loop looks between micro-batches. `late` tells that it was the deadline. Processes that hold parts of one
+    model stop together: with `together`, a wish is only `heard`, and Shards.agree asks for all."""
 
     def __init__(self) -> None:
-        self.asked = self.late = False
-        signal.signal(signal.SIGTERM, self._ask)
+        self.heard = self.asked = self.late = self.together = False
+        signal.signal(signal.SIGTERM, self.hear)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def hear(self, *_: Any, late: bool = False) -> None:
+        self.heard, self.late = True, self.late or late
+        if not self.together:
+            self.asked = True
 
 
-def micro_batch(job: Job, base: Path, rows: Rows, device: torch.device) -> tuple[int, int]:
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def micro_batch(job: Job, base: Path, rows: Rows, device: torch.device, world: int) -> tuple[int, int]:
     """(tokens of a micro-batch, layers to recompute in backward) that this device's memory holds. Raises Refused when none fits."""
     if device.type != "cuda":
         return CPU_TOKENS, 0
@@ -176,8 +204,9 @@ def micro_batch(job: Job, base: Path, rows: Rows, device: torch.device) -> tuple
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30
     longest = max(rows.lengths)
     solved = memory.solve(
-        shape, capacity, job.model.precision, job.lora.r, job.lora.target_modules, job.training.method, longest, max(longest, GPU_TOKENS)
-    )
+        shape, capacity, job.model.precision, job.lora.r, job.lora.target_modules, job.training.method, longest, max(longest, GPU_TOKENS),
+        processes=world,
+    )  # fmt: skip
     if solved is None:
         name = torch.cuda.get_device_name(device)
         raise Refused(
@@ -185,6 +214,17 @@ def micro_batch(job: Job, base: Path, rows: Rows, device: torch.device) -> tuple
             hint='lower data.max_length, set model.precision = "nf4", or ask for a larger card in [offer]',
         )
     return solved
+
+
+def add_up(buffer: torch.Tensor, stop: StopSignal) -> bool:
+    """Sums `buffer` over the ranks, in place. False when the others are gone because all were asked to stop: rank 0 has saved."""
+    try:
+        torch.distributed.all_reduce(buffer)
+    except RuntimeError:
+        if stop.asked:
+            return False
+        raise
+    return True
 
 
 def pack_reader(model: nn.Module) -> Any:
@@ -261,7 +301,10 @@ def finish(
     kernels: dict[str, str], device: torch.device, log: events.Writer, boards: report.Boards, began: float,
 ) -> None:  # fmt: skip
     """Held-out answers, the verified result, the last event."""
-    scored = evaluate.held_out(model, job, run, data, device)
+    fits = next(model.parameters()).device.type == device.type
+    scored = evaluate.held_out(model, job, run, data, device) if fits else evaluate.Scored()
+    if not fits and job.data.held_out:
+        log.write(events.Warned, message="the held-out rows were not scored: the whole model does not fit one card; `python -m trainer.generate` asks it")
     for sample in scored.samples:
         log.write(events.Sample, **sample)
     score = (scored.before, scored.after) if scored.rows else None
@@ -314,7 +357,7 @@ def main() -> None:
         refuse(path.resolve().parent, end.error)
     if first:
         (path.resolve().parent / EXIT_FILE).write_text(json.dumps(end.code))
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and end.code == DONE:
         torch.distributed.destroy_process_group()
     sys.exit(end.code)
 
