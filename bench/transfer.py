@@ -37,9 +37,16 @@ class Sshd:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         settings = {
-            "Port": self.port, "ListenAddress": "127.0.0.1", "HostKey": folder / "host",
-            "AuthorizedKeysFile": folder / "authorized", "StrictModes": "no", "UsePAM": "no", "PidFile": "none", "Subsystem": "sftp internal-sftp", "PermitRootLogin": "yes",
-        }  # fmt: skip
+            "Port": self.port,
+            "ListenAddress": "127.0.0.1",
+            "HostKey": folder / "host",
+            "AuthorizedKeysFile": folder / "authorized",
+            "StrictModes": "no",
+            "UsePAM": "no",
+            "PidFile": "none",
+            "Subsystem": "sftp internal-sftp",
+            "PermitRootLogin": "yes",
+        }
         (folder / "conf").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
         binary = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin") or "sshd"
         if os.geteuid() == 0:
@@ -118,14 +125,18 @@ def main() -> None:
     ask.add_argument("--files", type=int, default=5000)
     ask.add_argument("--repeat", type=int, default=5)
     ask.add_argument("--cut-every", type=float, default=5.0)
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    ask.add_argument("--folder", default=memory, help="both ends' files lie here; memory, so that no disk is measured")
     ask.add_argument("--only", choices=["big", "small", "cut"])
     asked = ask.parse_args()
     home = Path(os.path.expanduser("~"))
     with contextlib.ExitStack() as folders:
-        temporary = folders.enter_context(tempfile.TemporaryDirectory(prefix="milktea-bench-"))
-        far = folders.enter_context(tempfile.TemporaryDirectory(dir=home, prefix=".milktea-bench-"))
+        temporary = folders.enter_context(tempfile.TemporaryDirectory(dir=asked.folder, prefix="milktea-bench-"))
+        far = folders.enter_context(tempfile.TemporaryDirectory(dir=asked.folder, prefix="milktea-bench-far-"))
         sshd = Sshd(Path(temporary))
-        remote = Path(far).name
+        remote = "." + Path(far).name
+        (home / remote).symlink_to(far)
+        folders.callback((home / remote).unlink)
         try:
             with contextlib.ExitStack() as stack:
                 fast = stack.enter_context(box_at(sshd, sshd.port))
@@ -201,7 +212,7 @@ def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespac
             extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
             each = extra / max(proxy.cuts, 1) / 2**20
             print(
-                f"{way}, {'rsync' if rsync else 'no rsync'}: link cut every {asked.cut_every:.0f} s, {proxy.cuts} cuts, {seconds:.1f} s, "
+                f"{way}, {'rsync' if rsync else 'no rsync'}, cut every {asked.cut_every:.0f} s: {proxy.cuts} cuts in {seconds:.1f} s, "
                 f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} a cut (one chunk: {CHUNK / 2**20:.0f})",
                 flush=True,
             )

@@ -140,13 +140,13 @@ def push(box: Box, files: Sequence[PushFile], progress: Progress | None = None) 
         if not left:
             return True
         _refuse_full_disk(survey, sizes, left)
-        _mkdirs(box, left)
         sent.update(f.remote for f in left)
         small = [f for f in left if sizes[f.remote] <= SMALL]
         if small:
             _push_tar(box, small, meter)
         big = [f for f in left if sizes[f.remote] > SMALL]
         if big:
+            _mkdirs(box, big)  # tar makes its own
             (_push_rsync if box.tools.rsync else _push_stream)(box, big, survey, meter)
         return False  # the next survey compares what arrived
 
