@@ -1,7 +1,8 @@
 """Checkpoints: a folder per step that is whole or absent, written beside the training, never in its way.
 
 checkpoints/N/ holds state.safetensors (trained parameters and AdamW's moments, by name), state.json (step, curve, what job it
-belongs to) and manifest.json (sha256 and bytes of both), written under a hidden name and renamed when all is on disk.
+belongs to) and manifest.json (sha256 and bytes of both), written under a hidden name and renamed when all is on disk. Full fine-tuning
+over several processes writes a part each instead (trainer/sharded.py, shard-*.safetensors); either form continues on any number of them.
 There is no generator state to keep: order and dropout are functions of the step and the row.
 """
 
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -47,27 +48,50 @@ def snapshot(named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimi
 
 def restore(folder: Path, named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str) -> State:
     """Loads a whole checkpoint into parameters and optimizer. Raises CheckpointError when it belongs to another job or model."""
-    state = State(**json.loads((folder / "state.json").read_text()))
-    if state.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"checkpoints/{folder.name} belongs to another job (fingerprint {state.fingerprint[:12]}, this job is {fingerprint[:12]}): "
-            "use the job.json that it was made with, or remove the checkpoints folder to start anew"
-        )
-    tensors = load_file(folder / "state.safetensors")
-    missing = [n for n in named if f"parameter/{n}" not in tensors]
-    if missing:
-        raise CheckpointError(f"checkpoints/{folder.name} lacks {missing[0]} and {len(missing) - 1} more: remove the checkpoints folder")
+    state = read_state(folder, fingerprint)
+    tensors = read_tensors(folder, state)
+    refuse_missing(folder, named, tensors)
     for name, parameter in named.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter/{name}"])
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{k}/{name}" in tensors]
         for key in keys:
             value = tensors[f"optimizer/{key}/{name}"]
-            optimizer.state[parameter][key] = value if key == "step" and not _fused(optimizer) else value.to(parameter.device)
+            optimizer.state[parameter][key] = value if key == "step" and not fused(optimizer) else value.to(parameter.device)
     return state
 
 
-def _fused(optimizer: torch.optim.Optimizer) -> bool:
+def read_state(folder: Path, fingerprint: str) -> State:
+    state = State(**json.loads((folder / "state.json").read_text()))
+    if state.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"checkpoints/{folder.name} belongs to another job (fingerprint {state.fingerprint[:12]}, this job is {fingerprint[:12]}): "
+            "use the job.json that it was made with, or remove the checkpoints folder to start anew"
+        )
+    return state
+
+
+def read_tensors(folder: Path, state: State) -> dict[str, torch.Tensor]:
+    """What `snapshot` made, in host memory; parts of several processes are put together."""
+    if (folder / "state.safetensors").is_file():
+        return load_file(folder / "state.safetensors")
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    held = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in held.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    moved = [name.removeprefix("optimizer/exp_avg/") for name in held if name.startswith("optimizer/exp_avg/")]
+    return tensors | {f"optimizer/step/{name}": torch.tensor(float(state.step)) for name in moved}
+
+
+def refuse_missing(folder: Path, named: dict[str, torch.nn.Parameter], held: Collection[str]) -> None:
+    missing = [n for n in named if f"parameter/{n}" not in held]
+    if missing:
+        raise CheckpointError(f"checkpoints/{folder.name} lacks {missing[0]} and {len(missing) - 1} more: remove the checkpoints folder")
+
+
+def fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.param_groups[0].get("fused"))
 
 
@@ -79,8 +103,19 @@ def write(root: Path, tensors: dict[str, torch.Tensor], state: State) -> tuple[P
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file(tensors, part / "state.safetensors")
+    return final, seal(root, part, state, {"state.safetensors": facts(part / "state.safetensors")})
+
+
+def facts(path: Path) -> dict[str, str | int]:
+    """Of a file, for the manifest."""
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+
+
+def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | int]]) -> str:
+    """Makes `part`, whose tensors are in `files`, the checkpoint root/STEP, and removes old ones. Returns the sha256 of its manifest."""
+    final = root / str(state.step)
     (part / "state.json").write_text(json.dumps(asdict(state)))
-    files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(part.iterdir())}
+    files = dict(sorted({**files, "state.json": facts(part / "state.json")}.items()))
     (part / "manifest.json").write_text(json.dumps({"step": state.step, "files": files}, indent=1))
     for path in [*part.iterdir(), part]:
         _sync(path)
@@ -88,7 +123,25 @@ def write(root: Path, tensors: dict[str, torch.Tensor], state: State) -> tuple[P
     _sync(root)
     for old in _numbered(root)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
-    return final, _sha256(final / "manifest.json")
+    return _sha256(final / "manifest.json")
+
+
+def newest_for_all(root: Path, rank: int, device: torch.device) -> Path | None:
+    """`newest` as rank 0 sees it, on every process; collective. Raises CheckpointError, everywhere, where one of them does not see it."""
+    import torch.distributed as dist
+
+    found = newest(root) if rank == 0 else None
+    name = [found.name if found else None]
+    dist.broadcast_object_list(name, 0, device=device)
+    folder = root / name[0] if name[0] else None
+    absent = torch.tensor(int(folder is not None and not (folder / "manifest.json").is_file()), device=device)
+    dist.all_reduce(absent)
+    if int(absent):
+        raise CheckpointError(
+            f"{int(absent)} of {dist.get_world_size()} processes do not see checkpoints/{name[0]}: the machines must share one run folder (NFS, a "
+            "ReadWriteMany volume); or copy checkpoints/ to each of them"
+        )
+    return folder
 
 
 def newest(root: Path) -> Path | None:

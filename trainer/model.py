@@ -21,12 +21,15 @@ class ModelError(ValueError):
     """A model, or a setting for it, that is refused before the first step; the text ends with what to do."""
 
 
-def load(job: Job, folder: Path, device: torch.device, keys: TokenKeys, checkpoint_layers: int = 0) -> tuple[nn.Module, dict[str, str]]:
+def load(
+    job: Job, folder: Path, device: torch.device, keys: TokenKeys, checkpoint_layers: int = 0, shard: int | None = None
+) -> tuple[nn.Module, dict[str, str]]:  # fmt: skip
     """(the trainable model on `device`, what computes it by name): the frozen base with LoRA, or the parts that full and freeze train.
-    Trained parameters are fp32. The first `checkpoint_layers` layers keep only their input for the backward pass."""
+    Trained parameters are fp32. The first `checkpoint_layers` layers keep only their input for the backward pass. For trainer/sharded.py,
+    `shard` is this process's rank: the model stays off the device, and holds weights on rank 0 only."""
     refuse_precision(job.model.precision, job.training.method, device)
     fast = device.type == "cuda" and job.training.method == "lora" and job.model.precision != "int8"
-    model = load_base(job, folder, device, quantise=not fast)
+    model = load_base(job, folder, device, quantise=not fast, empty=bool(shard))
     if job.training.method == "lora":
         model = add_lora(job, model, keys)
     else:
@@ -47,7 +50,8 @@ def load(job: Job, folder: Path, device: torch.device, keys: TokenKeys, checkpoi
         reason = f"{device.type}, {job.training.method}, {job.model.precision}"
     if checkpoint_layers:
         checkpoint_first(model, checkpoint_layers)
-    return model.to(device).train(), {"layer": f"transformers ({reason})", "attention": "varlen" if device.type == "cuda" else "by document"}
+    model = model if shard is not None else model.to(device)
+    return model.train(), {"layer": f"transformers ({reason})", "attention": "varlen" if device.type == "cuda" else "by document"}
 
 
 def refuse_precision(precision: str, method: str, device: torch.device) -> None:
@@ -76,7 +80,8 @@ def checkpoint_first(model: nn.Module, count: int) -> None:
         layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)  # type: ignore[method-assign]
 
 
-def load_base(job: Job, folder: Path, device: torch.device, quantise: bool = True) -> nn.Module:
+def load_base(job: Job, folder: Path, device: torch.device, quantise: bool = True, empty: bool = False) -> nn.Module:
+    """The frozen base. `empty`: on the meta device, without a byte of its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -89,7 +94,11 @@ def load_base(job: Job, folder: Path, device: torch.device, quantise: bool = Tru
     if quantise and job.model.precision in ("nf4", "int8"):
         extra["quantization_config"] = quantisation(job.model.precision)
         extra["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="milktea", **extra)
+    if empty:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="milktea")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="milktea", **extra)
     model.config.use_cache = False
     model.requires_grad_(False)
     return model

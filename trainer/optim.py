@@ -30,6 +30,10 @@ class Gradients:
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.grad = view
 
+    def reduce(self) -> None:
+        """Adds up over all processes."""
+        torch.distributed.all_reduce(self.buffer)
+
     def clip(self, most: float) -> Tensor:
         """Scales to a norm of at most `most` (torch.nn.utils.clip_grad_norm_'s formula); returns the norm before, on the device."""
         norm = torch.linalg.vector_norm(self.gradients)

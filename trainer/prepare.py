@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,7 +238,7 @@ def cache_key(job: Job, folder: Path, template: Template) -> str:
 def write_cache(path: Path, rows: Rows) -> None:
     """Atomic, and the same whoever writes it: several processes may."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.part")  # a pid is not unique over machines
     text = np.frombuffer(json.dumps([rows.where, rows.notes]).encode(), np.uint8)
     save_file({"ids": rows.ids, "trained": rows.trained, "starts": rows.starts, "prompted": rows.prompted, "text": text}, part)
     part.rename(path)

@@ -172,7 +172,7 @@ def run_job(path: Path) -> int:
     if shards:
         optimizer.state.clear()
         gradients.zero()
-        model = shards.whole(job, base, on_device=job.data.held_out is not None)
+        model = shards.whole(job, base, on_device=job.data.held_out is not None) or model
     if rank == 0:
         finish(model, job, run, base, data, state, initial, kernels, device, log, boards, began)
     return DONE
@@ -206,6 +206,7 @@ def micro_batch(job: Job, base: Path, rows: Rows, device: torch.device, world: i
     solved = memory.solve(
         shape, capacity, job.model.precision, job.lora.r, job.lora.target_modules, job.training.method, longest, max(longest, GPU_TOKENS),
         processes=world,
+        fused=memory.takes_fused_layer(shape, job.model.precision, job.lora.r, job.training.method, job.lora.lora_dropout, job.lora.use_dora),
     )  # fmt: skip
     if solved is None:
         name = torch.cuda.get_device_name(device)
@@ -304,7 +305,7 @@ def finish(
     fits = next(model.parameters()).device.type == device.type
     scored = evaluate.held_out(model, job, run, data, device) if fits else evaluate.Scored()
     if not fits and job.data.held_out:
-        log.write(events.Warned, message="the held-out rows were not scored: the whole model does not fit one card; `python -m trainer.generate` asks it")
+        log.write(events.Warned, message="the held-out rows were not scored: the whole model does not fit one card")
     for sample in scored.samples:
         log.write(events.Sample, **sample)
     score = (scored.before, scored.after) if scored.rows else None

@@ -8,7 +8,7 @@ that is too good to be true or that runs away.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -91,13 +91,14 @@ def probe(model: nn.Module, hidden: object, rows: Rows, device: torch.device) ->
 
 class Watchdog:
     """Looks at every step before its update is applied (`before_update`) and, now and then, after it (`after_update`). `moving` are the
-    trained parameters, `still` some frozen ones that must not change."""
+    trained parameters, `still` some frozen ones that must not change. Where `moving` are parts, `total` adds up over their holders."""
 
-    def __init__(self, moving: dict[str, nn.Parameter], model: nn.Module, rows: Rows) -> None:
+    def __init__(self, moving: Mapping[str, Tensor], model: nn.Module, rows: Rows, total: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+        self._total = total
         self._moving = {n: p for n, p in moving.items() if "expert" not in n}  # an expert may meet no token for long
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and p.is_floating_point() and p.numel()]
         self._still = dict(frozen[:: max(1, len(frozen) // 16)])
-        self._start = _sums(self._moving)
+        self._start = _sums(self._moving, total)
         self._base = _sums(self._still)
         self._without_gradient = dict.fromkeys(self._moving, True)
         self._updates, self._first_loss, self._above = 0, math.nan, 0
@@ -126,7 +127,7 @@ class Watchdog:
         if self._above >= RUNAWAY:
             raise Stopped(f"step {step}: the loss ran away, from {self._first_loss:.3f} to {loss:.3f}", shown, "lower training.learning_rate")
         if self._updates in (1, 2, *CHECKS) or self._updates % 100 == 0:
-            norms = torch.stack(torch._foreach_norm(list(views))).tolist()
+            norms = self._total(torch.stack(torch._foreach_norm(list(views)))).tolist()
             for name, size in zip(self._moving, norms, strict=False):
                 self._without_gradient[name] &= size == 0.0
 
@@ -141,7 +142,7 @@ class Watchdog:
                 list(seen[:SHOWN]),
                 "leave these modules out of lora.target_modules",
             )
-        now = _sums(self._moving)
+        now = _sums(self._moving, self._total)
         stuck = [n for n, before, after in zip(self._moving, self._start, now, strict=True) if before == after]
         if stuck:
             raise Stopped(
@@ -161,17 +162,17 @@ class Watchdog:
 
     def checksum(self) -> float:
         """Equal on all ranks, or their adapters have drifted apart."""
-        return math.fsum(_sums(self._moving))
+        return math.fsum(_sums(self._moving, self._total))
 
     @property
     def compares_ranks(self) -> bool:
         return self._updates in CHECKS or (self._updates > 0 and self._updates % 100 == 0)
 
 
-def _sums(named: dict[str, nn.Parameter]) -> list[float]:
+def _sums(named: Mapping[str, Tensor], total: Callable[[Tensor], Tensor] = lambda t: t) -> list[float]:
     if not named:
         return []
-    return torch.stack([(p.detach().double() * _weights(p)).sum() for p in named.values()]).tolist()
+    return total(torch.stack([(p.detach().double() * _weights(p)).sum() for p in named.values()])).tolist()
 
 
 def _weights(parameter: Tensor) -> Tensor:

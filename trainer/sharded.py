@@ -1,0 +1,204 @@
+"""Full fine-tuning over several processes: each keeps a part of every parameter, gradient and moment (torch's FSDP2, `fully_shard`).
+
+A layer's parameters are gathered when it runs, forward and backward, and let go after it; its gradients are summed over the processes and
+cut into parts as they are made. Checkpoints are written in parts too (torch.distributed.checkpoint, in safetensors: no pickle), so all
+processes need one run folder. Numbers are those of one process, beyond the order of additions.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from trainer import checkpoint
+from trainer.job import Job
+from trainer.model import decoder_layers, load_base
+from trainer.optim import EXTRA
+
+
+class Stop(Protocol):
+    heard: bool
+    asked: bool
+    late: bool
+
+
+class _Entered(nn.Module):
+    """The whole model as one call, whatever the function: FSDP gathers what lies outside the layers when its root is called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+class Shards:
+    """A model in parts over all processes. Every method is collective: all processes call it, in the same order."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Spreads rank 0's weights (the others' may be on the meta device), a layer at a time: no card ever holds the whole model."""
+        self.rank, self.device = dist.get_rank(), device
+        self._model, self._root = model, _Entered(model)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        spread: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = self._from_first(buffer)
+        for unit in (*decoder_layers(model), self._root):
+            self._spread(unit, spread)
+            fully_shard(unit, mesh=mesh)
+            unit.set_gradient_divide_factor(1.0)  # losses are divided by the step's targets already: gradients add up
+            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+    def _spread(self, unit: nn.Module, spread: dict[int, nn.Parameter]) -> None:
+        """`spread` maps ids of parameters to what replaces them, so that tied ones stay tied."""
+        for module in unit.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(parameter, DTensor):
+                    continue
+                if id(parameter) not in spread:
+                    spread[id(parameter)] = nn.Parameter(self._from_first(parameter), parameter.requires_grad)
+                setattr(module, name, spread[id(parameter)])
+
+    def _from_first(self, tensor: Tensor) -> Tensor:
+        here = tensor.detach().to(self.device).contiguous() if self.rank == 0 else torch.empty_like(tensor, device=self.device)
+        dist.broadcast(here, 0)
+        return here
+
+    def enter(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """function(*args, **kwargs) with the model at hand."""
+        result = self._root(function, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            self._root.reshard()  # type: ignore[operator]  # else the backward pass does
+        return result
+
+    def level(self, packs: list[list[int]], filler: list[int]) -> list[list[int]]:
+        """As many micro-batches on every process, since each takes part in gathering every layer. What `filler` adds must count nothing."""
+        most = torch.tensor(len(packs), device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return packs + [filler] * (int(most) - len(packs))
+
+    def agree(self, stop: Stop, due: bool) -> bool:
+        """Between two steps: whether anyone was asked to stop (stop.asked, stop.late), and whether rank 0 wants a checkpoint (returned)."""
+        wishes = torch.tensor([stop.heard, stop.late, due and self.rank == 0], dtype=torch.int32, device=self.device)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        asked, late, save = (bool(w) for w in wishes.tolist())
+        stop.asked, stop.late = stop.asked or asked, late
+        return save
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds up what each process computed from its parts."""
+        dist.all_reduce(values)
+        return values
+
+    def whole(self, job: Job, base: Path, on_device: bool) -> nn.Module | None:
+        """On rank 0 the model in one piece, on its device when that is wished and possible, else in host memory; on the others nothing."""
+        plain = load_base(job, base, self.device) if self.rank == 0 else None
+        targets = dict(plain.named_parameters()) if plain is not None else {}
+        for name, parameter in self._model.named_parameters():
+            full = parameter.full_tensor()  # type: ignore[attr-defined]
+            if plain is not None:
+                targets[name].data.copy_(full)
+        if plain is not None and on_device:
+            try:
+                plain.to(self.device)
+            except torch.OutOfMemoryError:
+                plain.to("cpu")
+        return plain
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------------------------
+
+    def save(self, root: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: checkpoint.State) -> tuple[Path, str]:
+        """Writes root/STEP, each process its own file. Returns it, on rank 0 with the sha256 of its manifest. Training waits meanwhile."""
+        final, part = root / str(state.step), root / f".{state.step}.part"
+        there = torch.tensor(int((final / "manifest.json").is_file()), device=self.device)
+        dist.broadcast(there, 0)
+        if int(there):
+            return final, str(checkpoint.facts(final / "manifest.json")["sha256"])
+        if self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(_tensors(named, optimizer), storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, {p.name: checkpoint.facts(p) for p in part.glob(f"shard-{self.rank + 1:05d}-*")})
+        digest = ""
+        if self.rank == 0:
+            digest = checkpoint.seal(root, part, state, {name: facts for files in everyone for name, facts in files.items()})
+        dist.barrier()
+        return final, digest
+
+    def restore(self, folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str) -> checkpoint.State:
+        """checkpoint.restore, from the parts of any number of processes or from the whole file of one."""
+        state = checkpoint.read_state(folder, fingerprint)
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        held = set(reader.read_metadata().state_dict_metadata)
+        checkpoint.refuse_missing(folder, named, held)
+        for name, parameter in named.items():
+            if f"optimizer/exp_avg/{name}" in held:
+                step = torch.tensor(float(state.step), device=self.device if checkpoint.fused(optimizer) else "cpu")
+                moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
+                optimizer.state[parameter] = {"step": step, **moments}
+        dcp.load(_tensors(named, optimizer), storage_reader=reader)
+        return state
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _tensors(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """By checkpoint.snapshot's names; AdamW's own count of steps is State.step."""
+    tensors = {f"parameter/{name}": parameter.detach() for name, parameter in named.items()}
+    for name, parameter in named.items():
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state.get(parameter, {}).items() if key in MOMENTS}
+    return tensors
+
+
+def local(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """This process's parts, sharing their storage."""
+    return {name: parameter.detach().to_local() for name, parameter in named.items()}  # type: ignore[attr-defined]
+
+
+class Gradients:
+    """optim.Gradients where each process has its part of them, already summed by the backward pass."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        self.parameters = list(parameters)
+        self.extra = torch.zeros(EXTRA, device=device)
+
+    @property
+    def views(self) -> list[Tensor]:
+        return [_part(p) for p in self.parameters]
+
+    def zero(self) -> None:
+        self.extra.zero_()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reduce(self) -> None:
+        dist.all_reduce(self.extra)
+
+    def clip(self, most: float) -> Tensor:
+        views = self.views
+        squares = torch.stack(torch._foreach_norm(views)).square().sum()
+        dist.all_reduce(squares)
+        norm = squares.sqrt()
+        torch._foreach_mul_(views, (most / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+def _part(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:  # nothing that this step computed depends on it
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad.to_local()  # type: ignore[attr-defined]
