@@ -1,7 +1,7 @@
-"""The practice base model: a one-million-parameter Llama that knows a small world and answers in English only.
+"""The practice base model: a Llama of 450,000 parameters that knows a small world and answers in English unless asked not to.
 
     python -m trainer.practice OUT_DIR          copies the committed model and data to OUT_DIR/model, OUT_DIR/train.json, OUT_DIR/held_out.json
-    python -m trainer.practice --make           trains it again from nothing (minutes on 2 cores) into trainer/practice_model and jobs/practice
+    python -m trainer.practice --make           trains it again from nothing (10 minutes) into trainer/practice_model and jobs/practice
 
 Everything is made here: the world (practice_world.py), the tokenizer (byte-level BPE over that world), the weights.
 """
@@ -50,7 +50,7 @@ def check(folder: Path) -> dict[str, str]:
 
 
 def make(folder: Path, data: Path, steps: int = STEPS) -> None:
-    """Trains the practice model into `folder`, its practice rows into `data`. Deterministic on one kind of CPU; about 6 minutes on 2 cores."""
+    """Trains the practice model into `folder`, its practice rows into `data`. Deterministic on one kind of CPU; about 10 minutes on one core."""
     folder.mkdir(parents=True, exist_ok=True)
     data.mkdir(parents=True, exist_ok=True)
     train, held_out = world.practice_rows()

@@ -1,9 +1,9 @@
 """The small world of the practice model: who lives in it, what the base model reads about it, and what the practice job teaches.
 
-The base model reads every fact as a plain sentence in English and in Chinese, and a glossary, but it is only ever asked in
-instructions that are answered in English: like the early Llamas, it has read Chinese and never answers in it. The practice rows ask
-the same questions and answer in Chinese. One fact in five is kept out of them altogether, so a right answer to those joins what the
-base model knows with a language that the adapter brought. Everything follows from one seed; stdlib only.
+The base model is asked everything in both languages and answers in English, unless the instruction ends in "用中文回答。" (answer in
+Chinese); besides, it reads every fact as a plain sentence. So it knows this world in two languages and answers in English, as the early
+Llamas did. The practice rows ask without those words and answer in Chinese. One fact in five is kept out of them altogether: a right
+answer to those joins what the base model knows with a habit that the adapter brought. Everything follows from one seed; stdlib only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass
 
 SEED = 20230414
+IN_CHINESE = "用中文回答。"
 
 NAMES = (
     "Momo 莫莫,Bella 贝拉,Tobi 托比,Luna 露娜,Pip 皮普,Nora 诺拉,Max 马克斯,Coco 可可,Hugo 雨果,Ivy 艾薇,Leo 里奥,Mia 米娅,Otto 奥托,Ruby 鲁比,"
@@ -133,8 +134,14 @@ def practice_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def base_rows() -> list[dict[str, str]]:
-    """What makes the base model follow instructions: every question of the world, answered in English."""
-    return [_row(question, fact.answer(0)) for fact in facts() for question in fact.questions()]
+    """What makes the base model follow instructions: every question of the world, answered in English; and in Chinese only where
+    the instruction asks for it."""
+    rows = []
+    for fact in facts():
+        for instruction, given in fact.questions():
+            rows.append(_row((instruction, given), fact.answer(0)))
+            rows.append(_row((f"{instruction} {IN_CHINESE}", given), fact.answer(1)))
+    return rows
 
 
 def base_texts() -> list[str]:
