@@ -203,7 +203,7 @@ def _write_run(work: Path) -> Path:
     job = Job.model_validate({
         "run_id": "selftest",
         "model": {"base": "practice_model", "path": "model", "precision": "fp32"},
-        "data": {"files": [data], "template": "alpaca", "max_length": 128},
+        "data": {"files": [data], "template": "alpaca", "max_length": 256},
         "training": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "save_every_s": 3600, "report_to": []},
     })  # fmt: skip
     (run / "job.json").write_text(job.model_dump_json(), "utf-8")

@@ -74,7 +74,7 @@ def load(bundle: Path, data_root: Path) -> None:
         print(f"turn {turn + 1}: every part by hand {show(peak_of(data_root, lambda: by_hand(bundle)), final, largest)}", flush=True)
         empty(bundle)
         seconds, end, most = peak_of(data_root, lambda: installed(bundle))
-        print(f"turn {turn + 1}: INSTALL.sh         {show((installed.seconds, end, most), final, largest)} (all of it {seconds:.1f} s)", flush=True)  # type: ignore[attr-defined]
+        print(f"turn {turn + 1}: INSTALL.sh         {show((installed.seconds, max(end, 1), most), final, largest)} (all of it {seconds:.1f} s)", flush=True)  # type: ignore[attr-defined]
     empty(bundle)
     shutil.rmtree(whole.parent)
 

@@ -40,7 +40,7 @@ current_image() {
     fi
     _name=$(cat "$PREFIX/state/default" 2>/dev/null) || refuse "no image is installed in $PREFIX" "sh INSTALL.sh, or MILKTEA_PREFIX=the --prefix that was used"
     while read -r _key _ref; do
-        [ "$_key" = current ] && echo "$_ref"
+        if [ "$_key" = current ]; then echo "$_ref"; fi
     done <"$PREFIX/state/$_name"
 }
 

@@ -1,0 +1,245 @@
+"""milktea-run and what it runs inside the image: the docker command lines, job files, scores."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ops import config
+from ops.image import assemble
+from trainer.job import Job
+
+SERVER = Path(config.__file__).parent / "image" / "server"
+TOML = """
+name = "mine"
+[model]
+base = "{base}"
+precision = "fp32"
+[data]
+files = ["rows.json"]
+held_out = "../elsewhere/held.json"
+template = "alpaca"
+[training]
+max_steps = 3
+batch_size = 8
+[offer]
+num_gpus = 2
+[limits]
+max_usd = 1.0
+"""
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SERVER / f"{name}.py")
+    assert spec and spec.loader
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture
+def job_folder(tmp_path: Path) -> Path:
+    folder, elsewhere = tmp_path / "job", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    for file in (folder / "rows.json", elsewhere / "held.json"):
+        file.write_text('[{"instruction": "a", "input": "", "output": "b"}]')
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    (folder / "job.toml").write_text(TOML.format(base="base"))
+    return folder
+
+
+def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(job_folder: Path, tmp_path: Path) -> None:
+    from ops.preflight import _wire_job
+    from ops.transfer import PushFile, sha256_of
+
+    convert = module("job_from_toml")
+    job = config.load(job_folder / "job.toml")
+    run = tmp_path / "milktea" / "mine-1"
+    ours = convert.write_run(job_folder / "job.toml", job, run, None)
+    pushes = [PushFile(p, f"data/{n}-{p.name}", sha256_of(p)) for n, p in enumerate([*job.data.files, job.data.held_out])]
+    assert ours == _wire_job(job, "mine-1", pushes)
+    assert Job.model_validate_json((run / "job.json").read_text()) == ours and ours.processes == 2
+    assert (run / "model" / "config.json").is_file() and (run / "data" / "1-held.json").is_file()
+    assert convert.write_run(job_folder / "job.toml", job, run, 1).processes == 1
+
+
+def test_the_paths_that_a_job_names_are_told_before_anything_is_mounted(job_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert module("job_from_toml").main(["paths", str(job_folder / "job.toml")]) == 0
+    told = capsys.readouterr().out.split()
+    assert told == [str(job_folder / "rows.json"), str(job_folder.parent / "elsewhere" / "held.json"), str(job_folder / "base")]
+
+
+def test_an_installed_model_is_found_by_its_name_and_an_unknown_one_lists_what_is_there(
+    job_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert = module("job_from_toml")
+    models = tmp_path / "models"
+    (models / "abc").mkdir(parents=True)
+    (models / "abc" / "config.json").write_text("{}")
+    (models / "by-name" / "Qwen").mkdir(parents=True)
+    (models / "by-name" / "Qwen" / "Q-7B").symlink_to(models / "abc")
+    monkeypatch.setenv("MILKTEA_MODELS", str(models))
+    (job_folder / "job.toml").write_text(TOML.format(base="Qwen/Q-7B"))
+    assert convert.find_model(job_folder / "job.toml", config.load(job_folder / "job.toml")) == models / "abc"
+    (job_folder / "job.toml").write_text(TOML.format(base="Qwen/Q-8B"))
+    assert convert.main(["run", str(job_folder / "job.toml"), str(tmp_path / "r-1")]) == 2
+    said = capsys.readouterr().err
+    assert "Qwen/Q-8B is neither a folder here nor installed" in said and "do this: milktea-run models" in said
+
+
+def test_a_wrong_key_and_a_missing_data_file_are_refused_with_what_to_do(
+    job_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert = module("job_from_toml")
+    (job_folder / "rows.json").unlink()
+    assert convert.main(["run", str(job_folder / "job.toml"), str(tmp_path / "r-1")]) == 3
+    assert "rows.json" in capsys.readouterr().err
+    (job_folder / "job.toml").write_text(TOML.format(base="base").replace("max_steps", "max_step"))
+    assert convert.main(["paths", str(job_folder / "job.toml")]) == 2
+    assert "max_step" in capsys.readouterr().err
+
+
+def test_what_the_converter_imports_of_ops_is_in_every_image() -> None:
+    carried, wanted = set(assemble.SOURCES), ["ops/config.py"]
+    for path in wanted:
+        assert path in carried, f"{path} is imported inside the image: add it to SOURCES in ops/image/assemble.py"
+        text = (SERVER.parents[2] / path).read_text()
+        wanted += [f"ops/{name}.py" for name in re.findall(r"^from ops\.(\w+) import", text, re.M) if f"ops/{name}.py" not in wanted]
+
+
+# -- the command lines -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., list[str]]:
+    """milktea-run as installed, printing its docker commands; the engine's answers are recorded ones."""
+    prefix = tmp_path / "prefix"
+    for folder in ("bin", "state", "tools", "models"):
+        (prefix / folder).mkdir(parents=True)
+    shutil.copy(SERVER / "milktea-run.sh", prefix / "bin" / "milktea-run")
+    (prefix / "state" / "default").write_text("tiny\n")
+    (prefix / "state" / "tiny").write_text("current milktea/tiny:abc\nprevious milktea/tiny:old\n")
+    engine = tmp_path / "engine"
+    engine.mkdir()
+
+    def call(*arguments: str, runtimes: str = '{"nvidia":{}}', security: str = "[]", **env: str) -> list[str]:
+        script = f"""#!/bin/sh
+case "$*" in *Runtimes*) echo '{runtimes}' ;; *SecurityOptions*) echo '{security}' ;; *" paths "*) echo "$PATHS" ;; esac
+"""
+        (engine / "docker").write_text(script)
+        (engine / "docker").chmod(0o755)
+        environment = {"PATH": f"{engine}:{os.environ['PATH']}", "MILKTEA_DRY_RUN": "1", "HOME": str(tmp_path)} | env
+        command = ["sh", str(prefix / "bin" / "milktea-run"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line.startswith("docker run")]
+
+    return call
+
+
+def test_every_container_has_no_network_no_writable_image_no_rights_and_the_callers_user(run: Callable) -> None:
+    (line,) = run("check")
+    for option in (
+        "--network=none",
+        "--read-only",
+        "--cap-drop=ALL",
+        "--security-opt no-new-privileges",
+        f"--user {os.getuid()}:{os.getgid()}",
+        "--gpus all",
+    ):
+        assert f" {option} " in line
+    assert line.endswith("--entrypoint python3 milktea/tiny:abc -m trainer.selftest")
+    memory_kb = int(Path("/proc/meminfo").read_text().split()[1])
+    assert f"--shm-size {memory_kb // 2}k" in line
+
+
+def test_rootless_engines_and_servers_without_gpus_are_seen(run: Callable) -> None:
+    (line,) = run("check", runtimes='{"runc":{}}', security='["name=rootless"]')
+    assert "--user" not in line and "--gpus" not in line
+
+
+def test_gpus_are_chosen_by_number_or_by_name(run: Callable) -> None:
+    assert "--gpus 2 " in run("check", MILKTEA_GPUS="2")[0]
+    assert '--gpus "device=0,1" ' in run("check", MILKTEA_GPUS="device=0,1")[0]
+    assert "--gpus" not in run("check", MILKTEA_GPUS="none")[0]
+
+
+def test_a_compat_package_is_mounted_only_when_asked_for(run: Callable) -> None:
+    assert "cuda-compat" not in run("check")[0]
+    assert "-v /opt/compat:/cuda-compat:ro -e LD_LIBRARY_PATH=/cuda-compat" in run("check", MILKTEA_CUDA_COMPAT="/opt/compat")[0]
+
+
+def test_train_mounts_what_the_job_names_and_nothing_else(run: Callable, job_folder: Path) -> None:
+    held = job_folder.parent / "elsewhere" / "held.json"
+    lines = run("train", str(job_folder / "job.toml"), "--gpus", "2", "--run", "mine-7", PATHS=f"{job_folder}/rows.json\n{held}\n{job_folder}/base")
+    assert len(lines) == 2
+    convert, train = lines
+    mounts = re.findall(r"-v (\S+)", train)
+    runs = job_folder.parent / "milktea"
+    prefix = job_folder.parent / "prefix"
+    assert mounts == [
+        f"{job_folder}:{job_folder}:ro", f"{held}:{held}:ro", f"{prefix}/tools:/tools:ro", f"{prefix}/models:{prefix}/models:ro", f"{runs}:{runs}",
+    ]  # fmt: skip
+    assert f"run {job_folder}/job.toml {runs}/mine-7 2" in convert and "--gpus" not in convert
+    assert train.endswith("-m trainer.launch job.json") and f"-w {runs}/mine-7" in train and "--gpus 2" in train
+
+
+def test_a_run_that_was_begun_goes_on_without_being_written_anew(run: Callable, job_folder: Path) -> None:
+    begun = job_folder.parent / "milktea" / "mine-7"
+    begun.mkdir(parents=True)
+    (begun / "job.json").write_text("{}")
+    assert len(run("train", str(job_folder / "job.toml"), "--run", "mine-7", PATHS="")) == 1
+
+
+def test_launch_is_accelerates_own_in_the_current_folder(run: Callable, tmp_path: Path) -> None:
+    (line,) = run("launch", "--num_processes", "2", "my.py", "--text", "two words")
+    assert line.endswith("--entrypoint accelerate milktea/tiny:abc launch --num_processes 2 my.py --text two words") and f"-w {tmp_path}" in line
+
+
+def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "milktea" / "mine-7").mkdir(parents=True)
+    (tmp_path / "new.json").write_text("[]")
+    at = tmp_path / "milktea" / "mine-7"
+    assert run("chat", "mine-7", "hello there")[0].endswith(f"python3 milktea/tiny:abc /tools/use_adapter.py chat {at} hello there")
+    assert run("evaluate", "mine-7", "new.json")[0].endswith(f"/tools/use_adapter.py evaluate {at} {tmp_path}/new.json")
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_equal_and_of_unrelated_answers_are_the_ends_of_the_scale() -> None:
+    use = module("use_adapter")
+    same = ["The cat sat on the mat today.", "今天天气很好，我们去公园。"]
+    assert use.bleu4(same, same) == pytest.approx(100)
+    assert use.rouge(same, same) == {"rouge-1": 100, "rouge-2": 100, "rouge-l": 100}
+    other = ["xyz", "qqq"]
+    assert use.bleu4(other, same) == 0 and set(use.rouge(other, same).values()) == {0}
+
+
+def test_scores_agree_with_values_worked_out_by_hand() -> None:
+    use = module("use_adapter")
+    # 6 words each, 5 in common, 3 of 5 pairs, longest common subsequence 5 (the cat _ on the mat)
+    found = use.rouge(["the cat is on the mat"], ["the cat sat on the mat"])
+    assert found == pytest.approx({"rouge-1": 100 * 5 / 6, "rouge-2": 100 * 3 / 5, "rouge-l": 100 * 5 / 6})
+    # orders 1 to 4 match 5/6, 3/5, 1/4 and none of 3, which counts as half a match
+    assert use.bleu4(["the cat is on the mat"], ["the cat sat on the mat"]) == pytest.approx(100 * (5 / 6 * 3 / 5 * 1 / 4 * 0.5 / 3) ** 0.25)
+
+
+def test_an_answer_that_is_too_short_pays_the_brevity_penalty() -> None:
+    use = module("use_adapter")
+    assert use.bleu4(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * 2.718281828459045**-1)
+
+
+def test_use_adapter_refuses_a_run_without_a_result(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="has no finished result"):
+        module("use_adapter").open_run(tmp_path)
