@@ -97,16 +97,22 @@ class TimedCuts(threading.Thread):
             end.close()
 
 
-def median_of(repeat: int, label: str, work: Callable[[], None], clean: Callable[[], None]) -> float:
-    seconds = []
+Case = tuple[str, Callable[[], object]]
+
+
+def compare(repeat: int, cases: list[Case], clean: Callable[[], None]) -> None:
+    """Median seconds of each, against the first. Taken in turns, so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[float]] = {label: [] for label, _ in cases}
     for _ in range(repeat):
-        clean()
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    middle = statistics.median(seconds)
-    print(f"{label:44} median {middle:7.2f} s   ({', '.join(f'{s:.2f}' for s in seconds)})", flush=True)
-    return middle
+        for label, work in cases:
+            clean()
+            began = time.perf_counter()
+            work()
+            seconds[label].append(time.perf_counter() - began)
+    base = statistics.median(seconds[cases[0][0]])
+    for label, took in seconds.items():
+        middle = statistics.median(took)
+        print(f"{label:44} median {middle:7.2f} s  {base / middle:5.2f} x  ({', '.join(f'{s:.2f}' for s in took)})", flush=True)
 
 
 @contextlib.contextmanager
@@ -161,18 +167,20 @@ def big(sshd: Sshd, fast: Box, plain: Box, near: Path, far: Path, remote: str, a
         for path in far.iterdir():
             path.unlink()
 
-    base = median_of(asked.repeat, f"scp aes128-gcm, {asked.gib} GiB", lambda: subprocess.run(scp, check=True) and None, clean)
-    ours = median_of(asked.repeat, "push by rsync, sha256 included", lambda: fast.push([file]), clean)
-    stream = median_of(asked.repeat, "push as a stream, sha256 included", lambda: plain.push([file]), clean)
     home = near / "home"
-
-    def pull(box: Box) -> Callable[[], None]:
-        return lambda: box.pull(file.remote, home, file.sha256) and None
-
-    back = median_of(asked.repeat, "pull by rsync, sha256 included", pull(fast), lambda: home.unlink(True))
-    bare = median_of(asked.repeat, "pull as a stream, sha256 included", pull(plain), lambda: home.unlink(True))
-    for label, seconds in (("push rsync", ours), ("push stream", stream), ("pull rsync", back), ("pull stream", bare)):
-        print(f"  {label:12} {base / seconds:.2f} x scp")
+    cases: list[Case] = [
+        (f"scp aes128-gcm, {asked.gib} GiB", lambda: subprocess.run(scp, check=True)),
+        ("push by rsync, sha256 included", lambda: fast.push([file])),
+        ("push as a stream, sha256 included", lambda: plain.push([file])),
+    ]
+    compare(asked.repeat, cases, clean)
+    subprocess.run(scp, check=True)
+    back: list[Case] = [
+        ("scp home", lambda: subprocess.run([*scp[:-2], scp[-1], str(home)], check=True)),
+        ("pull by rsync, sha256 included", lambda: fast.pull(file.remote, home, file.sha256)),
+        ("pull as a stream, sha256 included", lambda: plain.pull(file.remote, home, file.sha256)),
+    ]
+    compare(asked.repeat, back, lambda: home.unlink(missing_ok=True))
     clean()
     home.unlink()
 
@@ -191,10 +199,12 @@ def small(fast: Box, plain: Box, near: Path, far: Path, remote: str, asked: argp
         for path in far.iterdir():
             path.unlink()
 
-    base = median_of(asked.repeat, f"paramiko put, {asked.files} files", one_by_one, clean)
-    for label, box in (("rsync at both ends", fast), ("no rsync", plain)):
-        ours = median_of(asked.repeat, f"push, {label}, sha256 included", lambda box=box: box.push(pushes), clean)
-        print(f"  {base / ours:.1f} x plain SFTP")
+    cases: list[Case] = [
+        (f"paramiko put, {asked.files} files", one_by_one),
+        ("push, rsync at both ends, sha256 included", lambda: fast.push(pushes)),
+        ("push, no rsync, sha256 included", lambda: plain.push(pushes)),
+    ]
+    compare(asked.repeat, cases, clean)
     clean()
 
 
@@ -212,7 +222,7 @@ def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespac
             extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
             each = extra / max(proxy.cuts, 1) / 2**20
             print(
-                f"{way}, {'rsync' if rsync else 'no rsync'}, cut every {asked.cut_every:.0f} s: {proxy.cuts} cuts in {seconds:.1f} s, "
+                f"{way}, {'rsync' if rsync else 'stream'}, cut each {asked.cut_every:.0f} s: {proxy.cuts} cuts, {seconds:.1f} s, "
                 f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} a cut (one chunk: {CHUNK / 2**20:.0f})",
                 flush=True,
             )

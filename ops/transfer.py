@@ -281,7 +281,8 @@ def _push_rsync(box: Box, files: Sequence[PushFile], survey: _Survey, meter: _Me
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(f.local.resolve())
         listed = "".join(f"{f.remote}.part\n" for f in files)
-        _rsync(box, ["--copy-links", "--files-from=-", links + "/", f"{_login(box)}:./"], listed, before, meter)
+        # without --no-implied-dirs, rsync makes a real folder of a link such as ~/milktea -> /data/milktea
+        _rsync(box, ["--copy-links", "--no-implied-dirs", "--files-from=-", links + "/", f"{_login(box)}:./"], listed, before, meter)
 
 
 def _login(box: Box) -> str:

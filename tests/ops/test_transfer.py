@@ -194,6 +194,15 @@ def test_a_link_that_stays_down_is_lost_after_the_patience(way, server, make_box
     assert time.monotonic() - began < 15
 
 
+def test_a_folder_that_is_a_link_on_the_box_stays_one(way, box, server, write):
+    (server.home / "data").mkdir()
+    (server.home / "milktea").symlink_to("data")
+    for size in (100, 3_000_000):
+        box.push([pushed(write(f"f{size}", size), f"milktea/r/f{size}")])
+        assert (server.home / f"data/r/f{size}").stat().st_size == size
+    assert (server.home / "milktea").is_symlink()
+
+
 def test_two_files_for_one_place_are_refused(box, write):
     with pytest.raises(ValueError, match="two files go to the same place"):
         box.push([pushed(write("a", 1), "x"), pushed(write("b", 1), "x")])
