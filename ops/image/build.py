@@ -131,6 +131,19 @@ def load_base(name: str, places: Places = Places(), progress: Progress = quiet, 
     return base.tag
 
 
+def build_registry_base(
+    name: str, registry_base: str | None = None, places: Places = Places(), progress: Progress = quiet, buildkit: bool = False,
+    host: str | None = None,
+) -> str:
+    """The image's Debian on an ordinary base, by docker/os/1: for those who have a registry and no mmdebstrap. Returns the tag."""
+    client, spec, found = engine.connect(host), define(name, places), read_lock(name, places)
+    tag = f"milktea/os-{name}:{found.version}-registry"
+    with tempfile.TemporaryDirectory(prefix="milktea-context-", dir=places.cache) as folder:
+        dockerfile.base_context(found, spec, places, Path(folder))
+        engine.build(client, Path(folder), tag, {"REGISTRY_BASE": registry_base or spec.os.registry_base}, buildkit, progress)
+    return tag
+
+
 def build_with_dockerfile(
     name: str, places: Places = Places(), progress: Progress = quiet, base: str | None = None, buildkit: bool = False, host: str | None = None
 ) -> str:

@@ -99,6 +99,10 @@ def build(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path) -> 
         _run(command, "mmdebstrap could not make the base", environment)
 
 
+def where(deb: Deb, cache: Path) -> Path:
+    return cache / f"{deb.sha256[:16]}-{Path(deb.file).name}"
+
+
 def _private_apt(folder: Path, suite: str, mirrors: Mirrors) -> list[str]:
     """Options that give apt a state of its own: nothing installed, our three suites, no setting of this machine."""
     for name in ("state/lists/partial", "cache/archives/partial"):
@@ -128,7 +132,7 @@ def _deb(line: str, mirrors: Mirrors) -> Deb:
 
 
 def _fetch_one(deb: Deb, mirrors: Mirrors, cache: Path, progress: Progress) -> Path:
-    target = cache / f"{deb.sha256[:16]}-{Path(deb.file).name}"
+    target = where(deb, cache)
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == deb.sha256:
         return target
     progress(f"fetching {deb.name} {deb.version}")
@@ -159,7 +163,7 @@ def _repository(folder: Path, suite: str, debs: Sequence[Deb], cache: Path) -> N
     index.mkdir(parents=True)
     stanzas = []
     for deb in debs:
-        source = cache / f"{deb.sha256[:16]}-{Path(deb.file).name}"
+        source = where(deb, cache)
         if not source.is_file():
             raise PreflightError(f"{deb.name} {deb.version} was not fetched", hint="milktea image fetch, where there is a network")
         file = pool / f"{deb.name}_{deb.version.replace(':', '%3a')}_{deb.architecture}.deb"

@@ -13,12 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ops.errors import ConfigError
-from ops.image import assemble, model, packages, wheels
+from ops.image import assemble, debian, model, packages, wheels
 from ops.image.config import ENTRYPOINT, HEALTH, environment, labels
 from ops.image.definition import Definition
 from ops.image.lock import Lock
 from ops.image.places import Places
 
+BASE = "os/1"
 HEAD = """\
 # {name}, version {version}: {what}.
 # Made from images/{name}.toml and images/{name}.lock by `make image-lock`; a released version is never edited.
@@ -152,3 +153,16 @@ def _stamp(folder: Path, epoch: int) -> None:
             path.chmod(0o755)
         if path.parent.name != "wheels":
             os.utime(path, (epoch, epoch), follow_symlinks=False)
+
+
+def base_context(lock: Lock, definition: Definition, places: Places, folder: Path) -> None:
+    """The build context of docker/os/1: the locked Debian packages, for a base from a registry."""
+    source = places.dockerfile(BASE)
+    (folder / "debs").mkdir(parents=True)
+    for name in ("Dockerfile", "install-debs.sh"):
+        shutil.copyfile(source / name, folder / name)
+    rules = [f"path-exclude={path}" for path in definition.os.exclude] + [f"path-include={path}" for path in definition.os.keep]
+    (folder / "dpkg.cfg").write_text("".join(f"{rule}\n" for rule in rules))
+    for deb in lock.debs:
+        _link(debian.where(deb, places.debs), folder / "debs" / f"{deb.name}_{deb.architecture}.deb")
+    _stamp(folder, lock.epoch)

@@ -60,7 +60,7 @@ def test_every_blob_of_the_layout_has_the_digest_that_names_it(image):
     assert all(hashlib.sha256(data).hexdigest() == name for name, data in blobs.items())
     [manifest] = json.loads(files["index.json"])["manifests"]
     assert manifest["digest"] == image.manifest_digest
-    assert manifest["annotations"]["io.containerd.image.name"] == "milktea/test:1"
+    assert manifest["annotations"]["io.containerd.image.name"] == "docker.io/milktea/test:1"
     assert "oci-layout" in files
 
 

@@ -105,7 +105,7 @@ def test_a_wheel_that_changed_after_its_check_is_refused_and_leaves_no_blob(plac
     data[500] ^= 1
     path.write_bytes(data)
     [locked] = [layer for layer in found.layers if layer.name == "torch"]
-    with pytest.raises(PreflightError, match="layer torch came out as .* the lock says"):
+    with pytest.raises(PreflightError, match=r"layer torch came out as .* the lock says"):
         build.assemble("tiny", places)
     assert not (places.blobs / locked.blob_sha256).exists()
 
