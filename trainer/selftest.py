@@ -221,7 +221,8 @@ def run_all(lock_path: Path | None) -> dict[str, Any]:
         os.environ["MILKTEA_AUDIT"] = str(audit)
         exec(HOOK, {})  # in this process too
         path = os.pathsep.join(filter(None, [str(work / "hook"), os.environ.get("PYTHONPATH", str(Path(__file__).parent.parent))]))
-        environment = os.environ | {"PYTHONPATH": path, "MILKTEA_AUDIT": str(audit), "HOME": str(work)}
+        # one thread: so small a model spends its time waiting for others on a busy server
+        environment = os.environ | {"PYTHONPATH": path, "MILKTEA_AUDIT": str(audit), "HOME": str(work), "OMP_NUM_THREADS": "1"}
         checks: list[tuple[str, Callable[[], str]]] = [
             ("versions", lambda: versions_match_the_lock(lock)),
             ("isolation", no_network_and_read_only),
