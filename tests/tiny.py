@@ -66,8 +66,90 @@ def rows(count: int = 24) -> list[dict[str, str]]:
 
 
 def events_of(job: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (job.parent / "events.jsonl").read_text().splitlines()]
+    return _whole((job.parent / "events.jsonl").read_text().splitlines())
+
+
+def _whole(lines: list[str]) -> list[dict[str, Any]]:
+    """Lines that are JSON: one that a kill cut short is not there."""
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def manifest_of(job: Path) -> dict[str, Any]:
     return json.loads((job.parent / "result" / "manifest.json").read_text())
+
+
+# -- runs in processes of their own, which may be killed --------------------------------------------------------------------------
+
+
+def start(job: Path, world: int = 1) -> list[Any]:
+    """Forks `world` ranks that run `job`; this process has imported torch already, so they start at once. They end with the trainer's code."""
+    import multiprocessing
+    import socket
+
+    import matplotlib.backends.backend_agg  # noqa: F401 - imported once here, not in every rank
+    import peft  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    import trainer.train  # noqa: F401
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_rank, args=(job, rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _rank(job: Path, rank: int, world: int, port: int) -> None:
+    import os
+    import sys
+
+    import torch
+    from accelerate.state import AcceleratorState, PartialState
+
+    torch.set_num_threads(1)
+    PartialState._shared_state.clear()
+    AcceleratorState._shared_state.clear()
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stderr = open(job.parent / f"stderr{rank}.txt", "a")  # noqa: SIM115 - ends with the process
+    sys.argv = ["train", str(job)]
+    from trainer.train import main
+
+    main()
+
+
+def finish(processes: list[Any], seconds: float = 60) -> list[int]:
+    """Waits for the ranks and returns their exit codes; kills what is still there after `seconds`."""
+    for process in processes:
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    """Polls until `condition()`; fails the test after `seconds`."""
+    import time
+
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.005)
+
+
+def step_reached(job: Path) -> int:
+    """The last step that the run told of, 0 before."""
+    path = job.parent / "events.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return max((row["step"] for row in _whole(lines) if row["event"] == "step"), default=0)

@@ -29,7 +29,7 @@ from torch import nn
 from trainer import artefact, batch, checkpoint, evaluate, events, memory, packing, report
 from trainer.dropout import TokenKeys
 from trainer.job import Job
-from trainer.launch import EXIT_FILE, refuse
+from trainer.launch import EXIT_FILE, EXIT_VARIABLE, refuse
 from trainer.model import ModelError, hidden_states, load, start_values, target_loss
 from trainer.optim import Gradients, adamw
 from trainer.prepare import Prepared, Refused, Rows, model_folder, prepare
@@ -356,11 +356,12 @@ def main() -> None:
     end = ending(path)
     if first and end.error is not None:
         refuse(path.resolve().parent, end.error)
-    if first:
-        (path.resolve().parent / EXIT_FILE).write_text(json.dumps(end.code))
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        (path.resolve().parent / os.environ.get(EXIT_VARIABLE, EXIT_FILE)).write_text(json.dumps(end.code))
     if torch.distributed.is_initialized() and end.code == DONE:
         torch.distributed.destroy_process_group()
-    sys.exit(end.code)
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    sys.exit(DONE if end.code == STOPPED and again else end.code)  # all processes stopped for one reason: torchrun must not try again
 
 
 if __name__ == "__main__":
