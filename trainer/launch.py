@@ -1,7 +1,9 @@
 """What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train on every process.
 
 One process needs no rendezvous: this process becomes trainer.train, with the environment that `accelerate launch` would set (importing
-accelerate's launcher would cost a second import of torch). Several are started by `accelerate launch`.
+accelerate's launcher would cost a second import of torch). Several are started by `accelerate launch`, one configuration for adapters on
+every process (DDP) and for a model in parts (FSDP2, trainer/sharded.py). On several machines this runs once on each, in one shared run
+folder; trainer/machines.py reads from the environment who is first, and torchrun's rendezvous starts and restarts them together.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from pathlib import Path
 
 from trainer.events import Failed, Writer
 from trainer.job import WIRE, Job
+from trainer.machines import Machines, read_machines
 from trainer.prepare import model_folder, prepare
 
+EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # its name, one for each machine
 EXIT_FILE = ".trainer_exit"  # the trainer's own exit code, which a launcher of several processes does not hand on
 
 
@@ -34,13 +38,15 @@ def main(arguments: list[str]) -> int:
         job = Job.model_validate_json(path.read_bytes())
         prepare(job, run)
         model_folder(job, run, weights=True)
+        machines = read_machines(os.environ)
     except (OSError, ValueError) as error:
         return refuse(run, error)
     environment = os.environ | {"MILKTEA_STARTED": repr(time.time())}
-    command = build(job, path, environment)
-    if job.processes == 1:
+    command = build(job, path, environment, machines)
+    if job.processes == 1 and machines is None:
         os.execvpe(command[0], command, environment)
-    return supervise(command, environment, run)
+    environment[EXIT_VARIABLE] = exit_file(machines)
+    return supervise(command, environment, run / environment[EXIT_VARIABLE])
 
 
 def refuse(run: Path, error: Exception) -> int:
@@ -53,27 +59,29 @@ def refuse(run: Path, error: Exception) -> int:
     return 3
 
 
-def build(job: Job, path: Path, environment: dict[str, str]) -> list[str]:
+def exit_file(machines: Machines | None) -> str:
+    """Machines share the run folder: each has its own."""
+    return EXIT_FILE if machines is None else f"{EXIT_FILE}.{os.uname().nodename}.{os.getpid()}"
+
+
+def build(job: Job, path: Path, environment: dict[str, str], machines: Machines | None) -> list[str]:
     """The command for the hardware at hand; sets what it needs in `environment`."""
     train = ["-m", "trainer.train", str(path)]
+    for name in [n for n in environment if n.startswith("PET_")]:
+        del environment[name]  # torchrun would read them again, as defaults of options that are given here
     gpus = visible_gpus()
     if not gpus:
         environment["ACCELERATE_USE_CPU"] = "true"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.processes)))
-    if job.processes == 1:
+    if machines is None and job.processes == 1:
         return [sys.executable, *train]
-    options = [
-        "--multi_gpu",
-        "--num_processes",
-        str(job.processes),
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0", *train]
+    if machines is not None and machines.elastic:  # accelerate launch takes a number of machines, torchrun under it a range
+        return [sys.executable, "-m", "torch.distributed.run", *machines.torchrun_options(job.processes), *train]
+    count = machines.most if machines else 1
+    options = ["--multi_gpu", "--num_processes", str(job.processes * count), "--num_machines", str(count)]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    options += machines.accelerate_options() if machines else ["--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, *train]
 
 
 def visible_gpus() -> int:
@@ -84,17 +92,19 @@ def visible_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
 
 
-def supervise(command: list[str], environment: dict[str, str], run: Path) -> int:
-    """Runs the launcher, hands signals on, and returns the trainer's own exit code where it left one."""
-    (run / EXIT_FILE).unlink(missing_ok=True)
+def supervise(command: list[str], environment: dict[str, str], said: Path) -> int:
+    """Runs the launcher, hands signals on, and returns the trainer's own exit code where it left one, in the file `said`."""
+    said.unlink(missing_ok=True)
     child = subprocess.Popen(command, env=environment)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: child.send_signal(n))
     code = child.wait()
     try:
-        return int(json.loads((run / EXIT_FILE).read_text()))
+        return int(json.loads(said.read_text()))
     except (OSError, ValueError):
         return code if code >= 0 else 128 - code
+    finally:
+        said.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
