@@ -1,7 +1,7 @@
 """Files to a box and back: resumed where they stopped, compared by sha256 end to end.
 
-Many small files go as one tar stream; a big one by rsync over OpenSSH with AES-GCM where both ends have it, else as a stream of bytes
-over fabric's connection. Each attempt asks the box what is already whole, so a cut link costs what was in flight and nothing else.
+Many small files go as one tar stream; a big one by rsync over OpenSSH with AES-GCM where both ends have it, else as a stream over
+fabric's connection. Each attempt asks the box what is already whole, so a cut link costs what was in flight and nothing else.
 """
 
 from __future__ import annotations
@@ -273,16 +273,16 @@ def _counted(pieces: Iterator[bytes], meter: _Meter) -> Iterator[bytes]:
 
 
 def _push_rsync(box: Box, files: Sequence[PushFile], survey: _Survey, meter: _Meter) -> None:
-    """One rsync for all: a folder of links gives every file the name that it has on the box."""
-    before = meter.done + sum(survey.sizes.get(f.remote + ".part", 0) for f in files)
-    with tempfile.TemporaryDirectory(prefix="milktea-push-") as links:
-        for f in files:
-            link = Path(links, f.remote + ".part")
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(f.local.resolve())
-        listed = "".join(f"{f.remote}.part\n" for f in files)
-        # without --no-implied-dirs, rsync makes a real folder of a link such as ~/milktea -> /data/milktea
-        _rsync(box, ["--copy-links", "--no-implied-dirs", "--files-from=-", links + "/", f"{_login(box)}:./"], listed, before, meter)
+    """One rsync a folder, so that a folder may be a link there: inside a tree, rsync replaces or refuses links."""
+    for folder in sorted({str(PurePosixPath(f.remote).parent) for f in files}):
+        here = [f for f in files if str(PurePosixPath(f.remote).parent) == folder]
+        before = meter.done + sum(survey.sizes.get(f.remote + ".part", 0) for f in here)
+        with tempfile.TemporaryDirectory(prefix="milktea-push-") as links:  # links give every file its name on the box
+            names = [PurePosixPath(f.remote).name + ".part" for f in here]
+            for f, name in zip(here, names, strict=True):
+                Path(links, name).symlink_to(f.local.resolve())
+            listed = "".join(f"{name}\n" for name in names)
+            _rsync(box, ["--copy-links", "--files-from=-", f"{links}/", f"{_login(box)}:{folder}/"], listed, before, meter)
 
 
 def _login(box: Box) -> str:

@@ -195,11 +195,12 @@ def test_a_link_that_stays_down_is_lost_after_the_patience(way, server, make_box
 
 
 def test_a_folder_that_is_a_link_on_the_box_stays_one(way, box, server, write):
-    (server.home / "data").mkdir()
-    (server.home / "milktea").symlink_to("data")
+    big_disk = server.home.with_name("big-disk")
+    big_disk.mkdir()
+    (server.home / "milktea").symlink_to(big_disk)
     for size in (100, 3_000_000):
-        box.push([pushed(write(f"f{size}", size), f"milktea/r/f{size}")])
-        assert (server.home / f"data/r/f{size}").stat().st_size == size
+        box.push([pushed(write(f"f{size}", size), f"milktea/{place}f{size}") for place in ("", "r/", "r/s/")])
+        assert [(big_disk / f"{place}f{size}").stat().st_size for place in ("", "r/", "r/s/")] == [size] * 3
     assert (server.home / "milktea").is_symlink()
 
 
