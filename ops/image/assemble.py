@@ -180,7 +180,7 @@ def base(locked: LockedLayer | None, lock: Lock, definition: Definition, places:
 
 
 def _base_key(lock: Lock, definition: Definition) -> str:
-    of = [definition.os.model_dump_json(), str(lock.epoch), *(deb.sha256 for deb in lock.debs), Path(debian.__file__).read_text()]
+    of = [str(debian.FORMAT), definition.os.model_dump_json(), str(lock.epoch), *(deb.sha256 for deb in lock.debs)]
     return hashlib.sha256("\n".join(of).encode()).hexdigest()[:16]
 
 
@@ -206,7 +206,7 @@ def _write_one(content: Content, locked: LockedLayer, epoch: int, places: Places
         path.unlink()
         raise PreflightError(
             f"layer {content.name} came out as {found[:12]}, the lock says {locked.blob_sha256[:12]}: a wheel changed after its check",
-            hint="delete .milktea/cache/wheels and run `milktea image fetch` again",
+            hint="delete .milktea/cache/wheels and run `make image` again",
         )
     return content.name
 
@@ -221,7 +221,7 @@ def _image(lock: Lock, definition: Definition, found: Sequence[LockedLayer], pla
 def _wheel_layer(name: str, held: Sequence[Wheel], definition: Definition, places: Places) -> Content:
     paths = [packages.where(wheel, places.wheels) for wheel in held]
     if lost := [path.name for path in paths if not path.is_file()]:
-        raise PreflightError(f"{lost[0]} was not fetched", hint=f"milktea image fetch {definition.name}, where there is a network")
+        raise PreflightError(f"{lost[0]} was not fetched", hint=f"make image IMAGE={definition.name}, where there is a network")
     make = partial(_placed, paths, definition.python.version, definition.python.prune)
     return Content(name, "wheels", tuple(f"{x.name} {x.version}" for x in held), make, sum(x.size_bytes for x in held))
 

@@ -22,6 +22,7 @@ from ops.errors import PreflightError
 from ops.image.definition import Os
 from ops.image.lock import Deb
 
+FORMAT = 1  # of the tar that build() makes: counts up when another hook or option changes its bytes
 Progress = Callable[[str], None]
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PUBLIC = {"debian": "https://deb.debian.org/debian", "debian-security": "https://deb.debian.org/debian-security"}
@@ -165,7 +166,7 @@ def _repository(folder: Path, suite: str, debs: Sequence[Deb], cache: Path) -> N
     for deb in debs:
         source = where(deb, cache)
         if not source.is_file():
-            raise PreflightError(f"{deb.name} {deb.version} was not fetched", hint="milktea image fetch, where there is a network")
+            raise PreflightError(f"{deb.name} {deb.version} was not fetched", hint="make image, where there is a network")
         file = pool / f"{deb.name}_{deb.version.replace(':', '%3a')}_{deb.architecture}.deb"
         shutil.copyfile(source, file)
         control = _run(["dpkg-deb", "--field", str(file)], f"{file.name} is not a Debian package").strip()

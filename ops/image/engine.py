@@ -50,6 +50,8 @@ def load(client: docker.DockerClient, image: Image, progress: Progress) -> str:
         part = prefix(image, k, tag)
         if k < total and layers_of(client, tag) == part.diff_ids:
             continue
+        if layer.path is None or not layer.path.is_file() or layer.path.stat().st_size != layer.blob_bytes:
+            raise PreflightError(f"layer {layer.name} ({layer.blob_sha256[:12]}) is not whole on this disk", hint="make image puts it there again")
         progress(f"loading {k} of {total}: {layer.name}, {layer.blob_bytes / 1e6:,.1f} MB")
         said = _load_stream(client, part, k)
         if layers_of(client, tag) != part.diff_ids:

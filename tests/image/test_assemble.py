@@ -115,7 +115,7 @@ def test_a_wheel_that_was_not_fetched_is_named_with_the_command(places):
     places.wheels.mkdir()
     with pytest.raises(PreflightError, match=r"\.whl was not fetched") as caught:
         build.assemble("tiny", places)
-    assert "milktea image fetch tiny" in caught.value.hint
+    assert "make image IMAGE=tiny" in caught.value.hint
 
 
 def test_a_lock_older_than_its_definition_is_refused(places):
