@@ -26,9 +26,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, sca
     On CUDA it is torch's own flash attention for variable lengths, which serves grouped heads as they are; elsewhere the twin."""
     if not _has_flash(q):
         return eager_forward(q, k, v, cu, scale)
-    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scale, **CAUSAL
-    )
+    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scale, **CAUSAL)
     return out, (lse, rng, unused)
 
 
@@ -39,9 +37,7 @@ def flash_backward(
     if not _has_flash(q):
         return eager_backward(dout, q, k, v, cu, scale)
     lse, rng, unused = kept
-    return torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, rng, unused, scale=scale, **CAUSAL
-    )
+    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, rng, unused, scale=scale, **CAUSAL)
 
 
 def document_mask(cu: Tensor, tokens: int) -> Tensor:

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def batches(setting: Setting, vocab: int, device: torch.device, rank: int = 0, w
     packs = [p for p in pack(range(min(enough, len(size))), size.tolist(), budget) if size[p].sum() > 0.98 * budget]
     generator = np.random.default_rng(1)
     each = setting.tokens // budget
-    packs = [sum(packs[i : i + each], []) for i in range(0, len(packs) - each + 1, each)]
+    packs = [list(chain(*packs[i : i + each])) for i in range(0, len(packs) - each + 1, each)]
     steps = generator.permutation(len(packs) // world)  # neighbours hold rows of like length: ranks get equal work, as packing.share deals it
     packs = [packs[i * world + rank] for i in steps]
     words = generator.integers(0, vocab, 300)
@@ -123,7 +123,8 @@ def build(setting: Setting, device: torch.device) -> tuple[nn.Module, dict[str, 
     config = LlamaConfig(**asdict(shape), max_position_embeddings=8192, tie_word_embeddings=False)
     config._attn_implementation = register()
     with torch.device("meta"):
-        model: nn.Module = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
     inner = inner_model(model)
     inner.rotary_emb = type(inner.rotary_emb)(config)  # type: ignore[operator]
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -244,10 +245,12 @@ def measure(setting: Setting, device: torch.device, world: int = 1, rank: int = 
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3), "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
         "loss_first": round(losses[0], 4), "loss_last": round(losses[-1], 4), "grad_norm_last": round(norms[-1], 5),
         "first_step_s": round(first, 1), "imports_s": round(started, 1), "model_s": round(built - started, 1),
-        "step_ms": [round(a.elapsed_time(b), 1) for a, b in pairwise(marks)][:8], "launch_s": round(launched, 2), "run_s": round(seconds, 2), "triton_cache": "warm" if warm else "cold",
+        "step_ms": [round(a.elapsed_time(b), 1) for a, b in pairwise(marks)][:8], "launch_s": round(launched, 2), "run_s": round(seconds, 2),
+        "triton_cache": "warm" if warm else "cold",
         **{k: v for k, v in asdict(setting).items() if k not in ("model", "precision")},
         "kernels": names, "device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m trainer.bench " + " ".join(sys.argv[1:]),
+        "command": (f"accelerate launch --multi_gpu --num_processes {world}" if world > 1 else "python")
+        + " -m trainer.bench " + " ".join(sys.argv[1:]),
     }  # fmt: skip
 
 

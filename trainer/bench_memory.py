@@ -13,6 +13,7 @@ import gc
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def measure_grid(path: Path, device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
         model, _ = build(base, device)
         load_peak = torch.cuda.max_memory_allocated()
-        layers = inner_model(model).fast_layers
+        layers: Any = inner_model(model).fast_layers
         for tokens, fraction in LOADS:
             setting = replace(base, tokens=tokens, checkpoint_layers=round(fraction * len(layers)))
             for i, layer in enumerate(layers):

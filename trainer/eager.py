@@ -62,9 +62,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([low * c - high * s, high * c + low * s], -1)
 
 
-def rope_forward_(
-    qkv: Tensor, t: Tensor | None, b: Tensor | None, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
-) -> None:
+def rope_forward_(qkv: Tensor, t: Tensor | None, b: Tensor | None, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
     d = cos.shape[-1]
     ends = [0, heads * d, (heads + kv_heads) * d, (heads + 2 * kv_heads) * d]
     for i in range(3):
@@ -106,9 +104,7 @@ def _gate_up(gu: Tensor, t: Tensor | None, b: Tensor | None) -> tuple[Tensor, Te
     return g + _lora(tg, bg), u + _lora(tu, bu)
 
 
-def swiglu_forward(
-    gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def swiglu_forward(gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     g, u = _gate_up(gu, t, b)
     act = (g * torch.sigmoid(g) * u).to(gu.dtype)
     t_out = act @ a.t() if a is not None else None

@@ -14,18 +14,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from trainer import eager
+from trainer.frozen import operations
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-
-
-def _kernels(x: Tensor):  # the twins are a module with the same functions
-    if x.is_cuda:
-        from trainer import kernels
-
-        return kernels
-    return eager
 
 
 @cache
@@ -66,12 +58,12 @@ class Fp8Weight:
     def __init__(self, weight: Tensor, keep_transpose: bool = False) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         self.dtype = weight.dtype
-        self.w8, self.column_scale, _ = _kernels(weight).quantise_rows(weight.contiguous(), None, None)
+        self.w8, self.column_scale, _ = operations(weight.device).quantise_rows(weight.contiguous(), None, None)
         self.mode = matmul_mode(weight.device)
         if any(side % 16 for side in self.shape):
             self.mode = "dequantise"  # the FP8 units take multiples of 16
         kept = keep_transpose and self.mode != "dequantise"
-        self.w8_t: Tensor | None = _kernels(self.w8).transpose_fp8(self.w8) if kept else None
+        self.w8_t: Tensor | None = operations(self.w8.device).transpose_fp8(self.w8) if kept else None
         self.ones = torch.ones(self.shape[1], device=weight.device) if self.mode == "rowwise" else None
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -86,7 +78,7 @@ class Fp8Weight:
         assert scale is not None
         if self.mode == "dequantise":
             return torch.mm(self._decode(dy, scale), self.w8.to(self.dtype))
-        w8_t = self.w8_t if self.w8_t is not None else _kernels(self.w8).transpose_fp8(self.w8)
+        w8_t = self.w8_t if self.w8_t is not None else operations(self.w8.device).transpose_fp8(self.w8)
         return _product(dy, scale, w8_t.t(), self.ones, self.mode)
 
     def rows(self, start: int, stop: int) -> Fp8Weight:

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from trainer import eager
+
+log = logging.getLogger(__name__)
+_without_triton: list[str] = []  # why, once it is known
+
+
+def operations(device: torch.device) -> ModuleType:
+    """``trainer.kernels`` where it can run, else its twin ``trainer.eager``: on CPUs, without Triton, or after ``distrust``."""
+    if device.type != "cuda" or _without_triton:
+        return eager
+    try:
+        from trainer import kernels
+    except ImportError as why:
+        distrust(f"Triton is not usable: {why}")
+        return eager
+    return kernels
+
+
+def distrust(why: str) -> None:
+    """From now on plain torch does the kernels' work in this process; says so in the log."""
+    _without_triton.append(why)
+    log.warning("%s; plain torch does its work", why)
 
 
 class FrozenWeight(Protocol):

@@ -216,37 +216,15 @@ def rope_backward(
 
 
 @triton.jit
-def quantise_rows(
-    x, column_scale, p, out, scale, t, m, k, r, pk, pr,
-    RO: tl.constexpr, PROJECT: tl.constexpr, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    ok = rows[:, None] < m
-    rank = tl.arange(0, RO)
-    acc = tl.zeros([BM, RO], tl.float32)
-    amax = tl.zeros([BM], tl.float32)
-    for c in tl.range(0, k, BN, num_stages=STAGES):
-        cols = c + tl.arange(0, BN)
-        mask = ok & (cols < k)[None, :]
-        raw = tl.load(x + rows[:, None] * k + cols[None, :], mask=mask, other=0.0)
-        if PROJECT:
-            p_tile = tl.load(p + cols[:, None] * pk + rank[None, :] * pr, mask=(cols < k)[:, None] & (rank < r)[None, :], other=0.0)
-            acc = tl.dot(raw, p_tile, acc)
-        v = raw.to(tl.float32)
-        if FOLD:
-            v = v * tl.load(column_scale + cols, mask=cols < k, other=0.0)[None, :]
-        amax = tl.maximum(amax, tl.max(tl.abs(v), 1))
-    s, inverse = _inverse_scale(amax)
-    tl.store(scale + rows, s, mask=rows < m)
-    if PROJECT:
-        tl.store(t + rows[:, None] * r + rank[None, :], acc.to(t.dtype.element_ty), mask=ok & (rank < r)[None, :])
-    for c in tl.range(0, k, BN, num_stages=STAGES):
-        cols = c + tl.arange(0, BN)
-        mask = ok & (cols < k)[None, :]
-        v = tl.load(x + rows[:, None] * k + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        if FOLD:
-            v = v * tl.load(column_scale + cols, mask=cols < k, other=0.0)[None, :]
-        tl.store(out + rows[:, None] * k + cols[None, :], _to_fp8(v * inverse[:, None]), mask=mask)
+def quantise_rows(x, column_scale, out, scale, k, FOLD: tl.constexpr, BN: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BN)
+    v = tl.load(x + row * k + cols, mask=cols < k, other=0.0).to(tl.float32)
+    if FOLD:
+        v = v * tl.load(column_scale + cols, mask=cols < k, other=0.0)
+    s, inverse = _inverse_scale(tl.max(tl.abs(v), 0))
+    tl.store(scale + row, s)
+    tl.store(out + row * k + cols, _to_fp8(v * inverse), mask=cols < k)
 
 
 @triton.jit
@@ -264,7 +242,8 @@ def cast_rows(x, column_scale, scale, out, m, k, FOLD: tl.constexpr, BM: tl.cons
 @triton.jit
 def swiglu_forward(
     gu, t, b, a, act, scale, t_out, m, f, ro,
-    R: tl.constexpr, RO: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, RO: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
@@ -302,7 +281,8 @@ def swiglu_forward(
 @triton.jit
 def swiglu_backward(
     gu, t, b, dact, dt, a, column_scale, scale, dt_out, m, f,
-    R: tl.constexpr, RD: tl.constexpr, LORA: tl.constexpr, DOWN: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, RD: tl.constexpr, LORA: tl.constexpr, DOWN: tl.constexpr, QUANT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m

@@ -69,10 +69,10 @@ class FastLayer:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups for p in group.parameters]
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[M, (H + 2 KV) D] -> views q [M, H, D], k and v [M, KV, D]."""
         q, k, v = qkv.split([self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim], 1)
-        return tuple(x.unflatten(1, (-1, self.head_dim)) for x in (q, k, v))
+        return q.unflatten(1, (-1, self.head_dim)), k.unflatten(1, (-1, self.head_dim)), v.unflatten(1, (-1, self.head_dim))
 
     def _project(self, x: Tensor, group: Group, p: Tensor | None, fold: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the frozen product wants of ``x``, and ``x p``."""
@@ -157,8 +157,12 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         h, *rest = ctx.saved_tensors
         layer: FastLayer = ctx.layer
-        kept = Kept(*rest[:6], tuple(rest[6:10]), tuple(rest[10:])) if rest else layer.forward(h, ctx.packed, again=True)[1]
-        del rest
+        if rest:
+            qkv, out, middle, gu, rstd1, rstd2, t1, t2, t3, t4, *flash = rest
+            kept = Kept(qkv, out, middle, gu, rstd1, rstd2, (t1, t2, t3, t4), tuple(flash))
+            del rest, qkv, out, middle, gu, flash
+        else:
+            kept = layer.forward(h, ctx.packed, again=True)[1]
         dx, grads = layer.backward(dh.contiguous(), h, ctx.packed, kept, not ctx.needs_input_grad[0])
         return dx, None, None, *grads
 

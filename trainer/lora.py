@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.fp8 import _kernels
-from trainer.frozen import FrozenWeight, freeze_weight
+from trainer.frozen import FrozenWeight, freeze_weight, operations
 
 
 def padded_rank(r: int) -> int:
@@ -28,13 +27,13 @@ def base_linear(module: nn.Module) -> nn.Linear:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator, return-value]
 
 
-def adapter_of(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
     """(A [r, K], B [N, r], scaling) of the one active LoRA adapter of a PEFT linear, or None.
 
     Raises ValueError for what the fast path does not compute: several active adapters, DoRA, LoRA bias, dropout, merged weights."""
     if not hasattr(module, "lora_A") or not module.active_adapters or getattr(module, "disable_adapters", False):
         return None
-    active = [name for name in module.active_adapters if name in module.lora_A]  # type: ignore[operator]
+    active = [name for name in module.active_adapters if name in module.lora_A]
     if not active:
         return None
     if len(active) > 1:
@@ -42,11 +41,11 @@ def adapter_of(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter, float] | 
     name = active[0]
     if getattr(module, "use_dora", {}).get(name) or name in getattr(module, "lora_variant", {}):
         raise ValueError("a LoRA variant (DoRA or another) is used")
-    if getattr(module.lora_dropout[name], "p", 0.0):  # type: ignore[index]
+    if getattr(module.lora_dropout[name], "p", 0.0):
         raise ValueError("lora_dropout is not 0")
-    if module.lora_B[name].bias is not None or module.merged:  # type: ignore[index, union-attr]
+    if module.lora_B[name].bias is not None or module.merged:
         raise ValueError("the adapter has a bias or is merged")
-    return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]  # type: ignore[index, return-value, union-attr]
+    return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
 
 
 @dataclass
@@ -137,7 +136,7 @@ class _FrozenProduct(torch.autograd.Function):
         ctx.weight = weight
         if weight.column_scale is None:
             return weight.forward(x, None)
-        x8, scale, _ = _kernels(x).quantise_rows(x, None, None)
+        x8, scale, _ = operations(x.device).quantise_rows(x, None, None)
         return weight.forward(x8, scale)
 
     @staticmethod
@@ -145,7 +144,7 @@ class _FrozenProduct(torch.autograd.Function):
         weight, dy = ctx.weight, dy.contiguous()
         if weight.column_scale is None:
             return weight.backward(dy, None), None
-        d8, scale, _ = _kernels(dy).quantise_rows(dy, weight.column_scale, None)
+        d8, scale, _ = operations(dy.device).quantise_rows(dy, weight.column_scale, None)
         return weight.backward(d8, scale), None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.fp8 import _kernels
+from trainer.frozen import operations
 
 LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of fp32 logits at a time
 
@@ -20,7 +20,7 @@ LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of fp32 logits at a time
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        ops = _kernels(x)
+        ops = operations(x.device)
         total = torch.zeros((), device=x.device, dtype=torch.float32)
         need_x, need_head = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if need_x else None

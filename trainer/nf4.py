@@ -12,7 +12,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from trainer.fp8 import _kernels
+from trainer.frozen import operations
 
 BLOCK = 64
 # The 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact zero: the paper's appendix E.
@@ -67,7 +67,7 @@ class Nf4Weight:
 
     def _write(self) -> Tensor:
         out = scratch(self.shape[0] * self.shape[1], self.packed.device, self.dtype).view(self.shape)
-        return _kernels(self.packed).dequantise_nf4(self.packed, self.absmax, self.codebook, out, BLOCK)
+        return operations(self.packed.device).dequantise_nf4(self.packed, self.absmax, self.codebook, out, BLOCK)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         return torch.mm(x, self._write().t())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 WORDS, CHOICES, LENGTH = 128, 8, 512
-SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12}
+SIZES: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12}
 
 
 class Language:
@@ -52,7 +52,8 @@ def train_base(device: torch.device, steps: int) -> tuple[nn.Module, float]:
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, vocab_size=WORDS, max_position_embeddings=LENGTH, tie_word_embeddings=False)
     config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config).to(device)
+    model: Any = LlamaForCausalLM(config)
+    model.to(device)
     language = Language(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     loss = torch.zeros(())

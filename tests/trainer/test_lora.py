@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from trainer.attention import document_mask, register
-from trainer.fast import accelerate_model
+from trainer import eager
+from trainer.attention import register
+from trainer.fast import accelerate_model, build_layer
 from trainer.loss import target_loss_sum
+from trainer.self_test import OTHERWISE, TOLERANCE, layer_error
 
 DOCUMENTS = [7, 1, 20, 13]
 SIZES = {
@@ -146,6 +149,39 @@ def test_layers_that_do_not_fit_are_left_to_transformers_and_named():
     assert "3 layers: lora_dropout is not 0" in names["not_fused"]
 
 
-def test_the_document_mask_is_causal_and_blocks_other_documents():
-    mask = document_mask(torch.tensor([0, 2, 3, 5], dtype=torch.int32), 5)
-    assert mask.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+@pytest.mark.parametrize("precision", ["fp32", "fp8", "nf4"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        "norm_forward",
+        "norm_backward",
+        "rope_forward_",
+        "rope_backward",
+        "swiglu_forward",
+        "swiglu_backward",
+        "residual_add",
+        "cross_entropy_rows",
+    ],
+)
+def test_the_self_test_catches_any_kernel_that_is_wrong(broken, precision):
+    """Fault injection: each operation in turn gives numbers of which one in eight is off by a half."""
+
+    def spoil(result):
+        if isinstance(result, torch.Tensor):
+            if result.dtype.is_floating_point and result.dtype != torch.float8_e4m3fn:
+                result.view(-1)[::8] *= 1.5
+            return result
+        return tuple(spoil(x) for x in result) if isinstance(result, tuple) else result
+
+    def wrong(*args, **kwargs):
+        result = getattr(eager, broken)(*args, **kwargs)
+        return spoil(args[0] if result is None else result)  # None: it worked in place
+
+    model = build("llama", 1, "all-linear")
+    layer = build_layer(model.get_base_model().model.layers[0], precision, eager, False, False)
+    names = [n for n in vars(eager) if n.islower() and callable(getattr(eager, n)) and not n.startswith("_")]
+    layer.ops = SimpleNamespace(**{n: getattr(eager, n) for n in names} | ({broken: wrong} if broken else {}))
+    error = layer_error(layer)
+    limit = TOLERANCE.get(precision, OTHERWISE)
+    assert error < limit if broken is None else error > limit

@@ -1,6 +1,6 @@
 """Each Triton kernel against its eager twin: under Triton's interpreter on the CPU where Triton is installed, and compiled on a GPU.
 
-    TRITON_INTERPRET=1 pytest tests/trainer/test_lora_kernels.py
+TRITON_INTERPRET=1 pytest tests/trainer/test_lora_kernels.py
 """
 
 from __future__ import annotations

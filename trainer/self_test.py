@@ -1,0 +1,93 @@
+"""Does this GPU compute what the plain twins compute? Asked once, at start, of the first layer's own weights. Takes about a second.
+
+The fused layer's output and every gradient against the same layer on ``trainer.eager``; then the parts that both share, each
+against its own definition: attention, the products with quantised weights, the loss rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import attention, eager
+from trainer.layer import FastLayer, Packed
+from trainer.nf4 import BLOCK, Nf4Weight
+
+# Relative errors. bf16 rounding gives 0.006; where a value falls on the edge of an FP8 step the two may round apart, which gives 0.04.
+# A wrong kernel gives 0.2 and more.
+TOLERANCE = {"fp8": 0.1}
+OTHERWISE = 0.03
+TOKENS, ENDS = 160, [0, 50, 53, 160]
+
+
+@torch.no_grad()
+def layer_error(fast: FastLayer) -> float:
+    """The largest relative error found, infinite when anything is not finite. Fills the adapters' buffers with random numbers, since
+    a B of zeros would hide an error; ``refresh`` puts the true values back before the next forward."""
+    device, dtype, width = fast.norm1.device, fast.norm1.dtype, fast.qkv.weight.shape[1]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    for group in fast.groups:
+        if group.a is not None and group.b is not None:
+            group.a.copy_(random(*group.a.shape) * group.a.shape[1] ** -0.5)
+            group.b.copy_(random(*group.b.shape) * 0.02)
+    h, dh = random(TOKENS, width), random(TOKENS, width)
+    angle = torch.rand(TOKENS, fast.head_dim // 2, device=device, generator=generator).repeat(1, 2) * 6
+    cu = torch.tensor(ENDS, dtype=torch.int32, device=device)
+    packed = Packed(angle.cos().to(dtype), angle.sin().to(dtype), cu, ENDS[3] - ENDS[2])
+    own, results = fast.ops, []
+    for ops in (own, eager):
+        fast.ops = ops
+        y, kept = fast.forward(h, packed)
+        dx, grads = fast.backward(dh, h, packed, kept, first=False)
+        results.append([y, dx, *grads])
+    fast.ops = own
+    q, k, v = (random(TOKENS, n, fast.head_dim) for n in (fast.heads, fast.kv_heads, fast.kv_heads))
+    parts = [
+        _largest(*results),
+        _attention_error(q, k, v, random(*q.shape), packed, fast.scale),
+        *(_product_error(group.weight, random) for group in fast.groups),
+        _loss_error(own, random(8, 3000).float() * 3),
+    ]
+    return max(parts) if all(part == part for part in parts) else float("inf")
+
+
+def _largest(got: Iterable[Any], want: Iterable[Any]) -> float:
+    """The largest relative error of pairs of tensors; NaN stays NaN."""
+    errors = [float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-6)) for a, b in zip(got, want, strict=True) if b is not None]
+    return max(errors) if all(e == e for e in errors) else float("nan")
+
+
+def _attention_error(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, packed: Packed, scale: float) -> float:
+    out, kept = attention.flash_forward(q, k, v, packed.cu, packed.longest, scale)
+    got = attention.flash_backward(dout, q, k, v, out, kept, packed.cu, packed.longest, scale)
+    want, _ = attention.eager_forward(q, k, v, packed.cu, scale)
+    return _largest([out, *got], [want, *attention.eager_backward(dout, q, k, v, packed.cu, scale)])
+
+
+def _product_error(weight: Any, random: Any) -> float:
+    """Both products of a frozen weight against plain ones with the weight that torch itself decodes."""
+    n, k = weight.shape
+    x, dy = random(TOKENS, k), random(TOKENS, n)
+    if weight.column_scale is not None:
+        x8, x_scale, _ = eager.quantise_rows(x, None, None)
+        d8, d_scale, _ = eager.quantise_rows(dy, weight.column_scale, None)
+        want = [(x8.float() * x_scale[:, None]) @ weight.dense().float().t(), (d8.float() * d_scale[:, None]) @ weight.w8.float()]
+        return _largest([weight.forward(x8, x_scale), weight.backward(d8, d_scale)], want)
+    dense = weight.dense()
+    if isinstance(weight, Nf4Weight):
+        dense = eager.dequantise_nf4(weight.packed, weight.absmax, weight.codebook, torch.empty_like(dense), BLOCK)
+    return _largest([weight.forward(x, None), weight.backward(dy, None)], [x.float() @ dense.float().t(), dy.float() @ dense.float()])
+
+
+def _loss_error(ops: ModuleType, logits: Tensor) -> float:
+    targets = torch.arange(len(logits), device=logits.device) * 300
+    targets[3] = -100
+    return _largest(ops.cross_entropy_rows(logits, targets, torch.float32), eager.cross_entropy_rows(logits, targets, torch.float32))
