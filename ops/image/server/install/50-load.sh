@@ -130,7 +130,7 @@ choose_steps() {
     _lowest=$((DEPTH + 1))
     rows step >"$WORK/steps.plan"
     while read -r _first _rest; do [ "$_first" -lt "$_lowest" ] && _lowest=$_first; done <"$WORK/steps.plan"
-    full_steps 1 $((_lowest - 1))
+    [ "$START" -ge $((_lowest - 1)) ] || full_steps 1 $((_lowest - 1))
     while read -r _first _last _tag _files _reuse; do
         _gone=
         if [ "$_reuse" != - ]; then
