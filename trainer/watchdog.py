@@ -44,7 +44,7 @@ def check_labels(rows: Rows) -> None:
         )
     asked = np.flatnonzero(rows.prompted)
     if len(asked):
-        fraction = targets[asked].sum() / lengths[asked].sum()
+        fraction = np.add.reduceat(rows.trained.astype(np.int64), rows.starts[:-1])[asked].sum() / lengths[asked].sum()
         if not LEAST_LABELS < fraction < MOST_LABELS:
             why = "the prompts would be learned too" if fraction >= MOST_LABELS else "next to nothing would be learned"
             raise Stopped(
@@ -135,15 +135,15 @@ class Watchdog:
         self._updates += rate > 0
         if rate <= 0 or (self._updates not in CHECKS and self._updates % 100):
             return
+        now = _sums(self._moving, self._total)
+        stuck = [n for n, before, after in zip(self._moving, self._start, now, strict=True) if before == after]
         idle = [n for n, never in self._without_gradient.items() if never]
-        if idle:
+        if idle and len(stuck) < len(self._moving):
             raise Stopped(
                 f"step {step}: {len(idle)} of {len(self._moving)} trained parameters have had no gradient since the start: {', '.join(idle[:3])}",
                 list(seen[:SHOWN]),
                 "leave these modules out of lora.target_modules",
             )
-        now = _sums(self._moving, self._total)
-        stuck = [n for n, before, after in zip(self._moving, self._start, now, strict=True) if before == after]
         if stuck:
             raise Stopped(
                 f"step {step}: {len(stuck)} of {len(self._moving)} parameters never moved in {self._updates} updates: {', '.join(stuck[:3])}",
