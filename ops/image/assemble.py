@@ -160,7 +160,7 @@ def base(locked: LockedLayer | None, lock: Lock, definition: Definition, places:
         if locked is not None and diff_id != locked.diff_id:
             raise PreflightError(
                 f"Debian's layer came out as {diff_id[7:19]}, the lock says {locked.diff_id[7:19]}: another mmdebstrap, or another order",
-                hint="compare `mmdebstrap --version` with docs/images.md; make image-lock takes what this machine makes",
+                hint="the locks were made by mmdebstrap 1.3; make image-lock takes what this machine makes",
             )
         size, blob = tar.stat().st_size, _gzip_file(tar, places)
     finally:

@@ -190,7 +190,9 @@ def _write_shards(parts: _Parts, plan: list[tuple[str, str, int | None]], params
             filled = 0
         groups[-1].append((old, new))
         filled += size
-    paths, where, total = [], {}, 0
+    paths: list[Path] = []
+    where: dict[str, str] = {}
+    total = 0
     for number, group in enumerate(groups, 1):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         progress(f"writing {name}: {len(group)} tensors")
@@ -217,7 +219,7 @@ def _write_shard(parts: _Parts, group: list[tuple[str, str]], params: dict[str, 
     with path.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for old, _ in group:
-            out.write(memoryview(np.ascontiguousarray(_rotated(old, parts.joined(old), params))).cast("B"))
+            out.write(np.ascontiguousarray(_rotated(old, parts.joined(old), params)).data)
     return end
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docker.client import DockerClient
 from docker.errors import APIError, BuildError, DockerException, ImageNotFound
 
-import docker
 from ops.errors import PreflightError
 from ops.image.archive import Image, prefix, stream_archive
 
@@ -24,10 +24,10 @@ OLDEST = (20, 10)
 PART = "milktea/part"
 
 
-def connect(host: str | None = None) -> docker.DockerClient:
+def connect(host: str | None = None) -> DockerClient:
     """The engine at ``host``, or where DOCKER_HOST and Docker's own defaults say; raises PreflightError with the remedy."""
     try:
-        client = docker.DockerClient(base_url=host, timeout=600) if host else docker.from_env(timeout=600)
+        client = DockerClient(base_url=host, timeout=600) if host else DockerClient.from_env(timeout=600)
         version = client.version()["Version"]
     except DockerException as error:
         raise PreflightError(f"no Docker engine answers: {error}", hint="start Docker, or set DOCKER_HOST; `docker info` must work") from error
@@ -37,7 +37,7 @@ def connect(host: str | None = None) -> docker.DockerClient:
     return client
 
 
-def load(client: docker.DockerClient, image: Image, progress: Progress) -> str:
+def load(client: DockerClient, image: Image, progress: Progress) -> str:
     """Load layer by layer, so that the extra disk is one layer and a broken-off load goes on where it was; return the image's ID.
 
     Safe to call twice. Raises PreflightError where what the engine then has is not the image.
@@ -62,7 +62,7 @@ def load(client: docker.DockerClient, image: Image, progress: Progress) -> str:
     return str(client.images.get(image.tag).id)
 
 
-def layers_of(client: docker.DockerClient, tag: str) -> list[str] | None:
+def layers_of(client: DockerClient, tag: str) -> list[str] | None:
     """DiffIDs of a loaded image, the same with either store; None where there is no such image."""
     try:
         return list(client.images.get(tag).attrs["RootFS"]["Layers"])
@@ -70,7 +70,7 @@ def layers_of(client: docker.DockerClient, tag: str) -> list[str] | None:
         return None
 
 
-def build(client: docker.DockerClient, context: Path, tag: str, arguments: dict[str, str], buildkit: bool, progress: Progress) -> None:
+def build(client: DockerClient, context: Path, tag: str, arguments: dict[str, str], buildkit: bool, progress: Progress) -> None:
     """Build a Dockerfile with no network. BuildKit speaks through the docker command; the legacy builder through its API."""
     if buildkit:
         environment = {**os.environ, "DOCKER_BUILDKIT": "1", "DOCKER_HOST": client.api.base_url.replace("http+docker://localhost", _socket(client))}
@@ -89,7 +89,7 @@ def build(client: docker.DockerClient, context: Path, tag: str, arguments: dict[
         raise PreflightError(f"docker build failed: {error}", hint="docker info must work, and the engine must be 20.10 or newer") from error
 
 
-def push(client: docker.DockerClient, tag: str, target: str, progress: Progress) -> str:
+def push(client: DockerClient, tag: str, target: str, progress: Progress) -> str:
     """Push a loaded image as ``target`` (REGISTRY/NAME:TAG); returns the digest that a renter can pin.
 
     Credentials are those of `docker login`. Raises PreflightError with the registry's own words.
@@ -111,7 +111,7 @@ def push(client: docker.DockerClient, tag: str, target: str, progress: Progress)
     return digest
 
 
-def _load_stream(client: docker.DockerClient, part: Image, k: int) -> str:
+def _load_stream(client: DockerClient, part: Image, k: int) -> str:
     """What the engine said that was not progress."""
     said = []
     try:
@@ -122,13 +122,13 @@ def _load_stream(client: docker.DockerClient, part: Image, k: int) -> str:
     return " ".join(text.strip() for text in said if text and not text.startswith("Loaded image"))
 
 
-def _remove(client: docker.DockerClient, tag: str) -> None:
+def _remove(client: DockerClient, tag: str) -> None:
     try:
         client.images.remove(tag, noprune=True)
     except ImageNotFound:
         pass
 
 
-def _socket(client: docker.DockerClient) -> str:
+def _socket(client: DockerClient) -> str:
     adapter: Any = client.api.get_adapter(client.api.base_url)
     return f"unix://{adapter.socket_path}" if hasattr(adapter, "socket_path") else client.api.base_url
