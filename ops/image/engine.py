@@ -80,7 +80,7 @@ def build(client: DockerClient, context: Path, tag: str, arguments: dict[str, st
             raise PreflightError(f"docker build failed: {done.stderr.strip()[-800:]}", hint="its whole output: run the command by hand")
         return
     try:
-        for line in client.api.build(path=str(context), tag=tag, buildargs=arguments, network_mode="none", rm=True, decode=True):
+        for line in client.api.build(path=str(context), tag=tag, buildargs=arguments, network_mode="none", rm=True, forcerm=True, decode=True):
             if "error" in line:
                 raise PreflightError(f"docker build failed: {line['error'].strip()}", hint="the last lines above it say where")
             if text := line.get("stream", "").strip():
