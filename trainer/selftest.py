@@ -148,14 +148,15 @@ def lora_learns(work: Path, environment: dict[str, str]) -> str:
     events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     losses, norms = [e["loss"] for e in steps], [e["grad_norm"] for e in steps]
-    if len(steps) < STEPS or not losses[-1] < losses[0] or not all(n > 0 for n in norms):
-        raise Failed(f"{len(steps)} steps of {STEPS}, loss {losses[:1]} to {losses[-1:]}, smallest gradient norm {min(norms, default=0)}")
+    taken = next((e["steps"] for e in events if e["event"] == "finished"), 0)  # not every step has a line of its own
+    if taken != STEPS or len(steps) < 2 or not losses[-1] < losses[0] or not all(n > 0 for n in norms):
+        raise Failed(f"{taken} steps of {STEPS}, loss {losses[:1]} to {losses[-1:]}, smallest gradient norm {min(norms, default=0)}")
     manifest = json.loads((run / "result" / "manifest.json").read_text("utf-8"))
     if (run / "result" / "adapter.zip").stat().st_size != manifest["adapter_bytes"]:
         raise Failed("adapter.zip has another size than its manifest says")
     kernels = next((e.get("kernels") for e in events if e["event"] == "started"), None) or {}
     return (
-        f"{len(steps)} steps in {seconds:.1f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, gradient norm {min(norms):.3g} to {max(norms):.3g}, "
+        f"{taken} steps in {seconds:.1f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, gradient norm {min(norms):.3g} to {max(norms):.3g}, "
         f"adapter {manifest['adapter_bytes']:,} bytes" + (f", kernels {kernels}" if kernels else "")
     )
 
