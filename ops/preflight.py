@@ -41,13 +41,14 @@ def preflight(job: JobFile, vast: Vast, clock: Clock, root: Path) -> Plan:
     stage = root / run_id
     stage.mkdir(parents=True)
     try:
-        return _planned(job, run_id, stage)
+        return planned(job, run_id, stage)
     except BaseException:
         shutil.rmtree(stage)  # a run that never began leaves nothing
         raise
 
 
-def _planned(job: JobFile, run_id: str, stage: Path) -> Plan:
+def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
+    """The plan without a look at the provider; `stage` is a folder that exists."""
     pushes = [*_data_files(job), *_model_files(job), *(_trainer_files() if job.image.trainer == "push" else [])]
     wire_job = _wire_job(job, run_id, pushes)
     notes: list[str] = []
@@ -99,7 +100,8 @@ def _data_files(job: JobFile) -> list[PushFile]:
     missing = [p for p in wanted if not p.is_file()]
     if missing:
         raise PreflightError("\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file")
-    return [PushFile(p, f"data/{n}-{p.name}", sha256_of(p)) for n, p in enumerate(wanted)]
+    # the name on the box is ours: a user's may hold what no shell likes; errors name the user's
+    return [PushFile(p, f"data/{n}{p.suffix if p.suffix[1:].isalnum() else ''}", sha256_of(p)) for n, p in enumerate(wanted)]
 
 
 def _model_files(job: JobFile) -> list[PushFile]:

@@ -180,14 +180,14 @@ def draw_plan(console: Console, plan: Plan, ranking: Ranking, credit_usd: float)
         table.add_row("✓" if n == 0 else "", str(o.id), machine, f"{o.usd_per_hour:.3f}", f"{priced.cost.usd:.4f} $", priced.why)
     console.print(table, highlight=False)
     for text in best.cost.lines:
-        console.print(f"  {text}", style="dim", highlight=False)
+        console.print(f"  {text}", style="dim", highlight=False, soft_wrap=True)
     console.print(
         f"guards    at most {plan.max_usd:.2f} $ and {plan.max_s / 3600:.1f} h, kept by this machine and by a watchdog on the box; "
         f"a silent laptop for 10 min ends it too; no event for {plan.stall_s / 60:.0f} min ends it; credit {credit_usd:.2f} $",
-        highlight=False,
-    )
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     for note in plan.notes:
-        console.print(f"note      {note}", highlight=False)
+        console.print(f"note      {note}", highlight=False, soft_wrap=True)
 
 
 def _stage(line: Line) -> str:

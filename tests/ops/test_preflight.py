@@ -54,7 +54,7 @@ def refused(tmp_path: Path, fake: FakeVast, raw: dict[str, Any], key: str | None
 def test_a_good_job_becomes_a_plan_with_its_tokens_counted_and_its_files_named(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
     plan = planned(tmp_path, fake, job)
     assert {p.remote for p in plan.pushes} == {
-        "data/0-rows.json", "model/config.json", "model/tokenizer.json", "model/tokenizer_config.json", "model/model.safetensors",
+        "data/0.json", "model/config.json", "model/tokenizer.json", "model/tokenizer_config.json", "model/model.safetensors",
     }  # fmt: skip
     assert plan.workload.tokens > 20 * 100
     assert plan.wire_job["run_id"] == plan.run_id
