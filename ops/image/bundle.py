@@ -275,6 +275,7 @@ def _plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Option
         f"memory_bytes {cargo.memory_bytes}",
         f"prove {' '.join(cargo.prove)}",
     ]
+    lines += [f"signature {name}" for name in sign.signature_names("SHA256SUMS", options.key)] if options.key else []
     lines += [f"since {options.base.ref}"] if options.base else []
     lines += [f"evidence {cargo.evidence}"] if cargo.evidence else []
     lines += [f"tool {name}" for name in _tools()]

@@ -45,6 +45,11 @@ def sign(file: Path, key: Path) -> list[Path]:
     return written
 
 
+def signature_names(file: str, key: Path) -> list[str]:
+    """What `sign` will write beside `file` with this key."""
+    return [f"{file}.sig", *([f"{file}.openssl"] if _openssl_reads(key) else [])]
+
+
 def public_files(key: Path) -> dict[str, bytes]:
     """What a bundle carries of the key: the allowed_signers file of ssh-keygen and, where it can be had, the PEM of openssl."""
     kind, body = _run(["ssh-keygen", "-y", "-f", str(key)], f"{key} is not a private key").split()[:2]

@@ -3,8 +3,11 @@
 
 # The key is, in this order: --key, the key of the first install here, the bundle's own (which proves only wholeness).
 check_signature() {
-    local _e
+    local _e _file
     SIGNED=none
+    for _file in $(rows signature); do
+        [ -f "$BUNDLE/$_file" ] || die 4 "$_file is missing: this bundle was signed" "copy $_file from the sender's disk again"
+    done
     if [ ! -f "$BUNDLE/SHA256SUMS.sig" ] && [ ! -f "$BUNDLE/SHA256SUMS.openssl" ]; then
         SIGNED="not signed"
     elif has ssh-keygen && [ -f "$BUNDLE/SHA256SUMS.sig" ] && ssh-keygen -Y sign 2>&1 | head -c 400 | { read -r _e; [ "${_e#*unknown option}" = "$_e" ]; }; then
@@ -12,6 +15,7 @@ check_signature() {
         if ssh-keygen -Y verify -f "$WORK/allowed" -I milktea-release -n milktea-bundle -s "$BUNDLE/SHA256SUMS.sig" \
             <"$BUNDLE/SHA256SUMS" >"$WORK/signature" 2>&1; then
             SIGNED="good, by ssh-keygen, $TRUST"
+            openssl_agrees || die 4 "SHA256SUMS.openssl is damaged (the signature of ssh-keygen is good)" "copy SHA256SUMS.openssl from the sender's disk again"
         else
             wrong_signature
         fi
@@ -34,6 +38,12 @@ check_signature() {
             say "note  signature $SIGNED. Compare this with what the sender told you: SHA256SUMS is $(sum_of_stdin <"$BUNDLE/SHA256SUMS")"
             ;;
     esac
+}
+
+# The other signature, where it can be checked with the bundle's own key: a damaged copy is no use to the next server.
+openssl_agrees() {
+    [ -f "$BUNDLE/SHA256SUMS.openssl" ] && [ -f "$BUNDLE/keys/release.pem" ] && has openssl || return 0
+    openssl dgst -sha256 -verify "$BUNDLE/keys/release.pem" -signature "$BUNDLE/SHA256SUMS.openssl" "$BUNDLE/SHA256SUMS" >/dev/null 2>&1
 }
 
 wrong_signature() {
