@@ -132,6 +132,24 @@ def pretrain(instructions: list[Marked], texts: list[Marked], steps: int) -> tor
     return model
 
 
+def knows(folder: Path, count: int = 60) -> float:
+    """Share of `count` questions, asked in both languages, that the model in `folder` answers right in English."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trainer.evaluate import answer
+    from trainer.prepare import Prepared, Rows, prompt_ids
+    from trainer.tokens import open_vocabulary, stop_token, token_hash
+
+    vocabulary, template = open_vocabulary(folder), load("alpaca")
+    data = Prepared(Rows.empty(), vocabulary, template, stop_token(vocabulary, template), token_hash(vocabulary, template))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    asked = random.Random(0).sample([(q, fact.answer(0)) for fact in world.facts() for q in fact.questions()], count)
+    prompts = [prompt_ids(data, alpaca_turns({"instruction": q[0], "input": q[1], "output": ""})[:-1]) for q, _ in asked]
+    answers = answer(model, prompts, data, torch.device("cpu"), 16)
+    return sum(a == expected for a, (_, expected) in zip(answers, asked, strict=True)) / count
+
+
 class _Stream:
     """An endless shuffle: a round has every instruction once and every short text four times."""
 

@@ -1,0 +1,70 @@
+"""The command that ops runs on a box, as ops runs it: one process and two, and what it exits with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import events_of, manifest_of, step_reached, wait_for
+
+from trainer import launch
+from trainer.job import WIRE, Job
+
+Make = Callable[..., Path]
+COMMAND = [sys.executable, "-m", "trainer.launch"]
+ROOT = Path(launch.__file__).parent.parent
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_it_tells_its_wire_number() -> None:
+    done = subprocess.run([*COMMAND, "--wire"], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 0 and int(done.stdout) == WIRE
+
+
+def test_it_wants_one_job_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main([]) == 2 and launch.main(["a", "b"]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_runs_from_its_folder_and_ends_with_zero(run_folder: Make, processes: int) -> None:
+    job = run_folder(processes=processes, training={"max_steps": 4})
+    done = subprocess.run([*COMMAND, "job.json"], cwd=job.parent, capture_output=True, text=True, env=environment(), timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    started = events_of(job)[0]
+    assert started["event"] == "started" and started["processes"] == processes
+    assert len(manifest_of(job)["curve"]) == 4
+
+
+def test_two_processes_asked_to_stop_leave_a_checkpoint_and_exit_with_143(run_folder: Make) -> None:
+    job = run_folder(processes=2, training={"num_train_epochs": 400})
+    child = subprocess.Popen([*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: step_reached(job) >= 2, 150)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 143
+    finally:
+        child.kill()
+    assert events_of(job)[-1]["event"] == "checkpoint"
+
+
+def test_the_command_follows_job_and_hardware(run_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job.model_validate_json(run_folder(processes=2).read_bytes())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    told: dict[str, str] = {}
+    command = launch.build(job, Path("job.json"), told)
+    assert command[1:3] == ["-m", "accelerate.commands.launch"] and command[-3:] == ["-m", "trainer.train", "job.json"]
+    assert command[command.index("--num_processes") + 1] == "2" and told["ACCELERATE_USE_CPU"] == "true"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert launch.visible_gpus() == 2
+    told = {}
+    launch.build(job, Path("job.json"), told)
+    assert "ACCELERATE_USE_CPU" not in told
