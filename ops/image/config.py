@@ -58,7 +58,6 @@ def config_json(lock: Lock, layers: list[LockedLayer]) -> bytes:
         "ExposedPorts": {"22/tcp": {}},
         "Healthcheck": {"Test": ["CMD", HEALTH], "Interval": 60 * SECOND, "Timeout": 10 * SECOND, "Retries": 3},
         "Labels": labels(lock),
-        "WorkingDir": "/root",
     }
     return canonical_json({
         "architecture": architecture,

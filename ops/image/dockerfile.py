@@ -93,7 +93,7 @@ def render(lock: Lock, definition: Definition) -> str:
     text += f"COPY site/ /{wheels.site_packages(lock.python)}/\n\n"
     text += _block("ENV", environment(lock).items())
     text += _block("LABEL", labels(lock).items())
-    text += "WORKDIR /root\nEXPOSE 22\n"
+    text += "EXPOSE 22\n"  # no WORKDIR: BuildKit makes an empty layer of it, the legacy builder none
     text += f'HEALTHCHECK --interval=60s --timeout=10s --retries=3 CMD ["{HEALTH}"]\n'
     return text + "ENTRYPOINT [" + ", ".join(f'"{part}"' for part in ENTRYPOINT) + "]\n"
 

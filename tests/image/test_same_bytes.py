@@ -9,7 +9,7 @@ from ops.errors import MilkteaError
 from ops.image import build, canonical, engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
-RUNTIME = ("Entrypoint", "Cmd", "Env", "ExposedPorts", "Healthcheck", "Labels", "WorkingDir")
+RUNTIME = ("Entrypoint", "Cmd", "Env", "ExposedPorts", "Healthcheck", "Labels")
 
 
 @pytest.fixture(scope="module")
