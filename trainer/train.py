@@ -60,6 +60,8 @@ def run_job(path: Path) -> int:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
+    if rank == 0:
+        end_cut_line(run / "events.jsonl")
     log = events.Writer(run / "events.jsonl") if rank == 0 else None
     boards = report.Boards(job, run) if rank == 0 else None
 
@@ -91,7 +93,7 @@ def run_job(path: Path) -> int:
     if found is not None:
         state = restore(found, named, optimizer, state.fingerprint)
     if training.packing:
-        probe(model, lambda *pack: enter(pack_reader(model), *pack), data.rows, device)
+        probe(model, lambda *pack: enter(pack_reader(model), *pack), data.rows, device, 0.05 if job.model.precision == "int8" else 0.01)
     watchdog = Watchdog(sharded.local(named), model, data.rows, shards.sum) if shards else Watchdog(named, model, data.rows)
     saver = checkpoint.Background(checkpoints, lambda *facts: tell_checkpoint(log, run, *facts))
     if log is not None:
@@ -123,8 +125,8 @@ def run_job(path: Path) -> int:
         gradients.extra[1] += stop.asked
 
         # all ranks together: one sum, one look at it
-        if world > 1:
-            gradients.reduce()
+        if world > 1 and not add_up(gradients, stop):
+            break
         norm = gradients.clip(training.max_grad_norm)
         step_loss, wish, grad_norm = torch.cat([gradients.extra, norm[None]]).tolist()  # the step's one wait for the device
         if wish:
@@ -217,15 +219,24 @@ def micro_batch(job: Job, base: Path, rows: Rows, device: torch.device, world: i
     return solved
 
 
-def add_up(buffer: torch.Tensor, stop: StopSignal) -> bool:
-    """Sums `buffer` over the ranks, in place. False when the others are gone because all were asked to stop: rank 0 has saved."""
+def add_up(gradients: Any, stop: StopSignal) -> bool:
+    """Sums the step's gradients over the ranks. False when others are gone because all were asked to stop: rank 0 has saved."""
     try:
-        torch.distributed.all_reduce(buffer)
+        gradients.reduce()
     except RuntimeError:
         if stop.asked:
             return False
         raise
     return True
+
+
+def end_cut_line(path: Path) -> None:
+    """A run that was killed while it wrote a line leaves half of it: closed here, so that the next line is one."""
+    if path.is_file() and path.stat().st_size:
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 def pack_reader(model: nn.Module) -> Any:
