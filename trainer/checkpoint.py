@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,7 +81,9 @@ def read_tensors(folder: Path, state: State) -> dict[str, torch.Tensor]:
     reader = dcp.HuggingFaceStorageReader(str(folder))
     held = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in held.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is what is meant
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     moved = [name.removeprefix("optimizer/exp_avg/") for name in held if name.startswith("optimizer/exp_avg/")]
     return tensors | {f"optimizer/step/{name}": torch.tensor(float(state.step)) for name in moved}
 

@@ -190,7 +190,7 @@ def predict(
     which `targets` (left out: all) meet the head.
 
     `trainable_layers` counts for method "freeze". `fused` None: where the fused layer takes the model. `keep_transpose` is
-    FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report.
+    FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report, and method "full" is shared among them.
     Raises ValueError for an unknown precision, method or module.
     """
     if precision not in _LINEAR_BYTES:
@@ -203,6 +203,10 @@ def predict(
     weights = _weight_bytes(shape, precision, element, fused, keep_transpose)
     adapter = trained * 4 + beside * 4 + (_padded_copies(shape, r, target_modules, element) if fused else 0)
     optimizer = trained * 8
+    if method == "full" and processes > 1:  # trainer/sharded.py: a part of all; whole, for a while, what lies outside the layers and two of them
+        linear = linear_parameters(shape)
+        gathered = 4 * (parameters(shape) - linear + 2 * linear // shape.layers)
+        weights, adapter, optimizer = weights / processes + gathered, adapter / processes + gathered, optimizer / processes
     if fused:
         layer, loss = _kept_fused(shape, r, element), _loss_fused(shape, tokens, aims, element)
         passing = _passing_fused(shape, precision, tokens, rows, element, keep_transpose)

@@ -213,7 +213,7 @@ def wait_for_a_step(folder: Path, job: subprocess.Popen[bytes]) -> None:
 def test_the_batch_file_trains_on_two_nodes_and_goes_on_after_its_time_was_up(
     practice: Callable[..., Path], slurm_environment: dict[str, str]
 ) -> None:
-    folder = practice("slurm", num_train_epochs="8", save_every_s="600")
+    folder = practice("slurm", num_train_epochs="4", save_every_s="600")
     with submitted(folder, slurm_environment) as job:
         wait_for_a_step(folder, job)
         os.kill(job.pid, signal.SIGUSR1)  # what --signal=B:USR1@120 sends
