@@ -201,6 +201,24 @@ def explain(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
+def export(
+    kind: Annotated[str, typer.Argument(help="slurm or kubeflow")],
+    job: JobArgument = PRACTICE,
+    nodes: Annotated[int, typer.Option(help="Machines; GPUs of each are offer.num_gpus")] = 1,
+    queue: Annotated[str | None, typer.Option(help="Slurm's partition, or Kueue's local queue")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; export-KIND without it")] = None,
+) -> None:
+    """The same image and job.json for a scheduler that you have already: an sbatch file, or a Kubeflow TrainJob."""
+    with errors(False):
+        from ops.errors import ConfigError
+        from ops.export import export as write
+
+        if kind not in ("slurm", "kubeflow"):
+            raise ConfigError(f"{kind!r} is neither slurm nor kubeflow", hint="milktea export slurm JOB")
+        print(*write(kind, job, out or Path(f"export-{kind}"), nodes, queue), sep="\n")  # type: ignore[arg-type]
+
+
+@app.command()
 def schema() -> None:
     """The JSON Schema of a job file, for editors."""
     from ops.config import schema as exported
