@@ -206,7 +206,7 @@ def export(
     job: JobArgument = PRACTICE,
     nodes: Annotated[int, typer.Option(help="Machines; GPUs of each are offer.num_gpus")] = 1,
     queue: Annotated[str | None, typer.Option(help="Slurm's partition, or Kueue's local queue")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to write; export-KIND without it")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write in; exports/ without it")] = None,
 ) -> None:
     """The same image and job.json for a scheduler that you have already: an sbatch file, or a Kubeflow TrainJob."""
     with errors(False):
@@ -215,7 +215,7 @@ def export(
 
         if kind not in ("slurm", "kubeflow"):
             raise ConfigError(f"{kind!r} is neither slurm nor kubeflow", hint="milktea export slurm JOB")
-        print(*write(kind, job, out or Path(f"export-{kind}"), nodes, queue), sep="\n")  # type: ignore[arg-type]
+        print(*write(kind, job, out or Path("exports"), nodes, queue), sep="\n")  # type: ignore[arg-type]
 
 
 @app.command()
