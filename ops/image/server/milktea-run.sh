@@ -77,11 +77,14 @@ shared_memory() {
 
 # inside EXTRA... -- PROGRAM ARGUMENTS...: the one way into the image. EXTRA are more docker options.
 inside() {
-    local _image _options _i _program _a
+    local _gpus _image _options _i _program _a
     _image=$(current_image) || exit 2
     mkdir -p "$RUNS/cache"
-    _options="--rm --init --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges --ulimit memlock=-1 --ulimit stack=67108864"
-    _options="$_options --shm-size $(shared_memory) $(gpu_flags)"
+    _options="--rm --init --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges"
+    _gpus=$(gpu_flags)
+    # NVIDIA's advice for NCCL; engines without the right to raise limits refuse it, so only where there are GPUs
+    [ -n "$_gpus" ] && _options="$_options --ulimit memlock=-1 --ulimit stack=67108864"
+    _options="$_options --shm-size $(shared_memory) $_gpus"
     # rootless engines map root to the user already
     case $($DOCKER info --format '{{json .SecurityOptions}}' 2>/dev/null) in *rootless*) ;; *) _options="$_options --user $(id -u):$(id -g)" ;; esac
     [ "$(cat /sys/fs/selinux/enforce 2>/dev/null)" = 1 ] && _options="$_options --security-opt label=disable"
