@@ -29,6 +29,10 @@ Progress = Callable[[str], None]
 SOURCES = ("trainer", "ops/__init__.py", "ops/config.py", "ops/errors.py")
 LEFT_OUT = ("__pycache__", "practice_model")
 MIB = 1 << 20
+CHANGED: dict[str, tuple[str, str]] = {
+    "config": ("docker/box was edited after the lock", "make image-lock; a released box gets a new number"),
+    "model": ("the model's files changed", "delete .milktea/cache/models and run `make image` again"),
+}
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,9 @@ def contents(lock: Lock, definition: Definition, places: Places) -> list[Content
 
 
 def trainer_content(definition: Definition, places: Places) -> Content:
-    """Our own code as it is in the checkout, importable by the image's Python."""
-    site = wheels.site_packages(definition.python.version)
-    return Content("trainer", "trainer", ("milktea",), partial(_copied, sources(places), places.root, site), packed=True)
+    """Our own code as it is in the checkout now, importable by the image's Python. Read once: an edit during a build is for the next."""
+    files = _copied(sources(places), places.root, wheels.site_packages(definition.python.version))
+    return Content("trainer", "trainer", ("milktea",), partial(list, files), packed=True)
 
 
 def sources(places: Places) -> list[Path]:
@@ -109,10 +113,9 @@ def identify_all(found: Sequence[Content], epoch: int, progress: Progress) -> li
     return [done[i] for i in range(len(found))]
 
 
-def complete(lock: Lock, definition: Definition, places: Places) -> Lock:
-    """The whole lock of a build from this checkout: the trainer's layer and the image's digests. Milliseconds; writes nothing."""
-    trainer = identify(trainer_content(definition, places), lock.epoch)
-    found = [*lock.layers, trainer]
+def complete(lock: Lock, definition: Definition, places: Places, trainer: Content) -> Lock:
+    """The whole lock of a build with this trainer: its layer and the image's digests. Milliseconds; writes nothing."""
+    found = [*lock.layers, identify(trainer, lock.epoch)]
     image = _image(lock, definition, found, places)
     digests = Identity(tag=definition.tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest)
     return lock.complete(found, digests)
@@ -120,28 +123,25 @@ def complete(lock: Lock, definition: Definition, places: Places) -> Lock:
 
 def predict(lock: Lock, definition: Definition, places: Places) -> Identity:
     """The digests that a build will have, known before it."""
-    identity = complete(lock, definition, places).identity
+    identity = complete(lock, definition, places, trainer_content(definition, places)).identity
     assert identity is not None
     return identity
 
 
-def write(lock: Lock, definition: Definition, places: Places, progress: Progress) -> Image:
+def write(whole: Lock, definition: Definition, places: Places, trainer: Content, progress: Progress) -> Image:
     """Make every blob that is not there yet and return the image; each blob is checked against the lock while it is written."""
-    whole = complete(lock, definition, places)
     places.blobs.mkdir(parents=True, exist_ok=True)
     wanted = {layer.name: layer for layer in whole.layers if not _is_there(layer, places)}
-    todo = [content for content in contents(lock, definition, places) if content.name in wanted]
-    if "trainer" in wanted:
-        todo.append(trainer_content(definition, places))
+    todo = [content for content in [*contents(whole, definition, places), trainer] if content.name in wanted]
     require_space(sum(layer.blob_bytes for layer in wanted.values()), places.blobs)
     progress(f"writing {len(wanted)} of {len(whole.layers)} layers, {sum(x.blob_bytes for x in wanted.values()) / 1e6:,.0f} MB")
     if "os" in wanted:
-        base(wanted["os"], lock, definition, places, progress)
+        base(wanted["os"], whole, definition, places, progress)
     todo.sort(key=lambda content: -wanted[content.name].blob_bytes)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for name in pool.map(_write_one, todo, [wanted[c.name] for c in todo], [lock.epoch] * len(todo), [places] * len(todo)):
+        for name in pool.map(_write_one, todo, [wanted[c.name] for c in todo], [whole.epoch] * len(todo), [places] * len(todo)):
             progress(f"layer {name}")
-    return _image(lock, definition, whole.layers, places)
+    return _image(whole, definition, whole.layers, places)
 
 
 def base(locked: LockedLayer | None, lock: Lock, definition: Definition, places: Places, progress: Progress) -> LockedLayer:
@@ -204,10 +204,8 @@ def _write_one(content: Content, locked: LockedLayer, epoch: int, places: Places
         found = layers.write_file(content.entries(), epoch, path).sha256
     if found != locked.blob_sha256:
         path.unlink()
-        raise PreflightError(
-            f"layer {content.name} came out as {found[:12]}, the lock says {locked.blob_sha256[:12]}: a wheel changed after its check",
-            hint="delete .milktea/cache/wheels and run `make image` again",
-        )
+        why, hint = CHANGED.get(content.kind, ("a wheel changed after its check", "delete .milktea/cache/wheels and run `make image` again"))
+        raise PreflightError(f"layer {content.name} came out as {found[:12]}, the lock says {locked.blob_sha256[:12]}: {why}", hint=hint)
     return content.name
 
 

@@ -82,9 +82,10 @@ def assemble(name: str, places: Places = Places(), progress: Progress = quiet) -
     there is kept.
     """
     spec, found = define(name, places), read_lock(name, places)
-    whole = assembly.complete(found, spec, places)
+    trainer = assembly.trainer_content(spec, places)
+    whole = assembly.complete(found, spec, places, trainer)
     budget.require(whole, definition.read_budget(places.budget(name)), places.budget(name))
-    image = assembly.write(found, spec, places, progress)
+    image = assembly.write(whole, spec, places, trainer, progress)
     folder = places.image(name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_bytes(image.config_json_bytes)

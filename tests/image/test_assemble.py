@@ -110,6 +110,21 @@ def test_a_wheel_that_changed_after_its_check_is_refused_and_leaves_no_blob(plac
     assert not (places.blobs / locked.blob_sha256).exists()
 
 
+def test_an_edited_box_is_refused_with_what_to_do(places):
+    (places.root / "docker/box/1/usr/local/bin/milktea-train").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(PreflightError, match="docker/box was edited after the lock"):
+        build.assemble("tiny", places)
+
+
+def test_an_edit_of_the_trainer_during_the_build_is_for_the_next_build(places):
+    def edit(line):
+        (places.root / "trainer" / "launch.py").write_text("print('edited while building')\n")
+
+    foretold = build.predict("tiny", places)
+    assert build.assemble("tiny", places, progress=edit).config_digest == foretold.config_digest
+    assert build.predict("tiny", places) != foretold
+
+
 def test_a_wheel_that_was_not_fetched_is_named_with_the_command(places):
     shutil.rmtree(places.wheels)
     places.wheels.mkdir()
