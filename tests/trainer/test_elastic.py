@@ -27,11 +27,11 @@ PATIENCE_S = 120
 
 
 @pytest.fixture
-def agents() -> Iterator[list[Agent]]:
+def agents(tmp_path: Path) -> Iterator[list[Agent]]:
     """Launchers that a test starts; none outlives it, nor does a worker of theirs."""
     started: list[Agent] = []
     yield started
-    left = [pid for agent in started for pid in family(agent.pid)]
+    left = naming(tmp_path)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     for agent in started:
@@ -54,6 +54,18 @@ def start(agents: list[Agent], job: Path, **environment: str) -> Agent:
     log.close()
     agents.append(agent)
     return agent
+
+
+def naming(folder: Path) -> list[int]:
+    """Every living process with a path below `folder` on its command line, whoever its parent is."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if os.fsencode(folder) in line.read_bytes():
+                found.append(int(line.parent.name))
+        except OSError:
+            continue
+    return found
 
 
 def family(pid: int) -> list[int]:
