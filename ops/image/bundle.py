@@ -248,9 +248,9 @@ def _write_small(cargo: Cargo, steps: list[Step], files: volumes.Files, folder: 
 
 
 def _tools() -> dict[str, str]:
-    """What runs inside the image but is of the bundle: the converter of job files (ops.config is in the image), chat and
-    scoring, the evidence page."""
-    found = {name: (SERVER / name).read_text("utf-8") for name in ("job_from_toml.py", "use_adapter.py")}
+    """What runs inside the image but is of the bundle: the converter of job files (ops.config is in the image), scoring, the
+    evidence page."""
+    found = {name: (SERVER / name).read_text("utf-8") for name in ("job_from_toml.py", "score.py")}
     return found | {"evidence.py": (SERVER.parent / "evidence.py").read_text("utf-8")}
 
 

@@ -210,15 +210,17 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
     (tmp_path / "milktea" / "mine-7").mkdir(parents=True)
     (tmp_path / "new.json").write_text("[]")
     at = tmp_path / "milktea" / "mine-7"
-    assert run("chat", "mine-7", "hello there")[0].endswith(f"python3 milktea/tiny:abc /tools/use_adapter.py chat {at} hello there")
-    assert run("evaluate", "mine-7", "new.json")[0].endswith(f"/tools/use_adapter.py evaluate {at} {tmp_path}/new.json")
+    assert run("chat", "mine-7", "hello there")[0].endswith(
+        f"-m trainer.generate {at}/result/adapter.zip --base {at}/model --prompt hello there"
+    )
+    assert run("evaluate", "mine-7", "new.json")[0].endswith(f"/tools/score.py {at} {tmp_path}/new.json")
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------------
 
 
 def test_scores_of_equal_and_of_unrelated_answers_are_the_ends_of_the_scale() -> None:
-    use = module("use_adapter")
+    use = module("score")
     same = ["The cat sat on the mat today.", "今天天气很好，我们去公园。"]
     assert use.bleu4(same, same) == pytest.approx(100)
     assert use.rouge(same, same) == {"rouge-1": 100, "rouge-2": 100, "rouge-l": 100}
@@ -227,7 +229,7 @@ def test_scores_of_equal_and_of_unrelated_answers_are_the_ends_of_the_scale() ->
 
 
 def test_scores_agree_with_values_worked_out_by_hand() -> None:
-    use = module("use_adapter")
+    use = module("score")
     # 6 words each, 5 in common, 3 of 5 pairs, longest common subsequence 5 (the cat _ on the mat)
     found = use.rouge(["the cat is on the mat"], ["the cat sat on the mat"])
     assert found == pytest.approx({"rouge-1": 100 * 5 / 6, "rouge-2": 100 * 3 / 5, "rouge-l": 100 * 5 / 6})
@@ -236,10 +238,10 @@ def test_scores_agree_with_values_worked_out_by_hand() -> None:
 
 
 def test_an_answer_that_is_too_short_pays_the_brevity_penalty() -> None:
-    use = module("use_adapter")
+    use = module("score")
     assert use.bleu4(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * 2.718281828459045**-1)
 
 
-def test_use_adapter_refuses_a_run_without_a_result(tmp_path: Path) -> None:
+def test_a_run_without_a_result_is_not_scored(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has no finished result"):
-        module("use_adapter").open_run(tmp_path)
+        module("score").evaluate(tmp_path, None)

@@ -8,7 +8,7 @@ usage() {
     cat <<'TEXT'
 usage: milktea-run COMMAND ...
   train JOB.toml [--gpus N] [--run NAME]   train; the same NAME again goes on from its last checkpoint
-  chat RUN [PROMPT]                        talk to what a run made (RUN: a name under ./milktea, or a folder with an adapter)
+  chat RUN [PROMPT]                        talk to what a run made (RUN: a name under ./milktea, or its folder)
   evaluate RUN [DATA.json]                 BLEU-4, ROUGE and exact match on held-out rows (the job's own, or DATA.json)
   launch ARGUMENTS...                      accelerate launch ARGUMENTS, in the current folder
   models                                   the base models installed here
@@ -169,7 +169,8 @@ chat() {
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _at=$(run_folder "$1") || exit 2
     shift
-    inside -v "$_at:$_at" -w "$_at" -- python3 /tools/use_adapter.py chat "$_at" "$@"
+    if [ $# -gt 0 ]; then set -- --prompt "$*"; fi
+    inside -v "$_at:$_at" -w "$_at" -- python3 -m trainer.generate "$_at/result/adapter.zip" --base "$_at/model" "$@"
 }
 
 evaluate() {
@@ -179,9 +180,9 @@ evaluate() {
     shift
     if [ $# -ge 1 ]; then
         _data=$(absolute "$1") && [ -f "$_data" ] || refuse "$1 does not exist" "ls"
-        inside -v "$_at:$_at" -v "$_data:$_data:ro" -w "$_at" -- python3 /tools/use_adapter.py evaluate "$_at" "$_data"
+        inside -v "$_at:$_at" -v "$_data:$_data:ro" -w "$_at" -- python3 /tools/score.py "$_at" "$_data"
     else
-        inside -v "$_at:$_at" -w "$_at" -- python3 /tools/use_adapter.py evaluate "$_at"
+        inside -v "$_at:$_at" -w "$_at" -- python3 /tools/score.py "$_at"
     fi
 }
 

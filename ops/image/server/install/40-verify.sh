@@ -73,10 +73,12 @@ verify_small() {
     local _sha _path _p _mine _plan
     : >"$WORK/small"
     while read -r _sha _path; do
-        case ${#_sha}$_path in
-            64?*) ;;
-            *) die 4 "SHA256SUMS is damaged: one of its lines is not a hash and a path" "copy SHA256SUMS from the sender's disk again" ;;
+        case $_sha-${#_sha}-$_path in
+            *[!0-9a-f]*-64-* | *-64-*[!A-Za-z0-9._/+-]*) _path= ;;
+            *-64-?*) ;;
+            *) _path= ;;
         esac
+        [ -n "$_path" ] || die 4 "SHA256SUMS is damaged: one of its lines is not a hash and a path" "copy SHA256SUMS from the sender's disk again"
         case $_path in
             parts/* | models/* | parity/*) ;;
             *)

@@ -1,7 +1,6 @@
-"""Inside the image: talk to what a run made, or score it. Reads the run folder (job.json, data, model, result/adapter.zip).
+"""Inside the image: score what a run made, on held-out rows. Reads the run folder (job.json, data, model, result/adapter.zip).
 
-python use_adapter.py chat RUN_FOLDER [PROMPT]
-python use_adapter.py evaluate RUN_FOLDER [DATA.json]       BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and exact match, 0 to 100
+    python score.py RUN_FOLDER [DATA.json]       BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and exact match, 0 to 100
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 TOKEN = re.compile(r"[぀-ヿ㐀-鿿]|[^\W_]+|[^\w\s]")
 
@@ -72,44 +71,33 @@ def _common(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def open_run(run: Path) -> tuple[Any, Any, Any, Any]:
-    """(job, prepared data, model with the adapter of result/adapter.zip, device)."""
+def evaluate(run: Path, data_file: Path | None) -> int:
+    """Print and write (evaluation.json) the scores of the base model and of the adapter on held-out rows."""
     import torch
-    from peft import PeftModel
 
+    from trainer.data import read_rows
+    from trainer.evaluate import answer, match
+    from trainer.generate import open_adapter
     from trainer.job import Job
-    from trainer.model import load_base
-    from trainer.prepare import model_folder, prepare
+    from trainer.prepare import model_folder, prompt_ids
 
     if not (run / "result" / "manifest.json").is_file():
         raise SystemExit(f"refused: {run.name} has no finished result\ndo this: milktea-run train JOB.toml --run {run.name} goes on with it")
     job = Job.model_validate_json((run / "job.json").read_bytes())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(job, model_folder(job, run), device).to(device)
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(run / "result" / "adapter.zip") as archive:
-        archive.extractall(folder)
-        model = PeftModel.from_pretrained(base, folder).eval()
-    return job, prepare(job, run), model, device
-
-
-def evaluate(run: Path, data_file: Path | None) -> int:
-    from trainer.data import read_rows
-    from trainer.evaluate import answer, encode_prompt, match
-
-    job, data, model, device = open_run(run)
     if data_file is None and job.data.held_out is None:
         raise SystemExit("refused: the job has no held_out rows\ndo this: milktea-run evaluate RUN DATA.json")
     path = data_file or run / job.data.held_out.path
     rows = list(read_rows(path, path.name, job.data.format if data_file is None else "auto"))
-    prompts = [encode_prompt(data, row.turns[:-1]) for row in rows]
     expected = [row.turns[-1].text.strip() for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(run / "result" / "adapter.zip") as archive:
+            archive.extractall(folder)
+        chat = open_adapter(Path(folder), model_folder(job, run))
+    prompts = [prompt_ids(chat.data, row.turns[:-1]) for row in rows]
     found = {}
     for name in ("base", "adapter"):
-        if name == "base":
-            with model.disable_adapter():
-                answers = answer(model, prompts, data, device)
-        else:
-            answers = answer(model, prompts, data, device)
+        with chat.model.disable_adapter() if name == "base" else nullcontext(), torch.inference_mode():
+            answers = answer(chat.model, prompts, chat.data, chat.device)
         found[name] = {"bleu-4": bleu4(answers, expected), **rouge(answers, expected), "exact": 100 * match(answers, expected)}
     for name, scores in found.items():
         print(f"{name:8}", "  ".join(f"{k} {v:.2f}" for k, v in scores.items()))
@@ -117,38 +105,11 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     return 0
 
 
-def chat(run: Path, prompt: str | None) -> int:
-    """One pair at a time; an empty line or the end of input ends it."""
-    from trainer.evaluate import answer, encode_prompt
-    from trainer.prompt import alpaca_turns
-
-    _, data, model, device = open_run(run)
-
-    def reply(text: str) -> str:
-        turns = alpaca_turns({"instruction": text, "input": "", "output": ""})
-        return answer(model, [encode_prompt(data, turns[:-1])], data, device, 512)[0]
-
-    if prompt is not None:
-        print(reply(prompt))
-        return 0
-    while text := _ask():
-        print(reply(text))
-    return 0
-
-
-def _ask() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
-
-
 def main(arguments: list[str]) -> int:
-    if len(arguments) not in (2, 3) or arguments[0] not in ("chat", "evaluate"):
+    if len(arguments) not in (1, 2):
         print(__doc__, file=sys.stderr)
         return 2
-    run, extra = Path(arguments[1]), arguments[2] if len(arguments) == 3 else None
-    return chat(run, extra) if arguments[0] == "chat" else evaluate(run, Path(extra) if extra else None)
+    return evaluate(Path(arguments[0]), Path(arguments[1]) if len(arguments) == 2 else None)
 
 
 if __name__ == "__main__":
