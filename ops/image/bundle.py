@@ -125,10 +125,8 @@ def plan_steps(image: archive.Image, base: Present | None) -> list[Step]:
         new = Step(k, k, (), (k,)) if layer.diff_id in has else Step(k, k, (k,))
         both = Step(steps[-1].first, k, steps[-1].carry + new.carry, steps[-1].reuse + new.reuse) if steps else new
         held = image.layers[both.first - 1 : k]
-        if both.reuse:
-            joins = sum(x.size_bytes for x in held) <= limit
-        else:
-            joins = sum(x.blob_bytes for x in held) <= SMALL_BYTES
+        small = sum(x.blob_bytes for x in held) <= SMALL_BYTES
+        joins = sum(x.size_bytes for x in held) <= limit if both.reuse else small
         steps = [*steps[:-1], both] if steps and joins else [*steps, new]
     return steps
 

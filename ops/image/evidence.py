@@ -15,7 +15,8 @@ import sys
 from typing import Any
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;width:100%;margin:.5em 0 1.5em}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;vertical-align:top;word-break:break-word}
+table{border-collapse:collapse;width:100%;margin:.5em 0 1.5em}
+td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;vertical-align:top;word-break:break-word}
 th{background:#f3f0ea}.ok{color:#0a6b2d}.warn{color:#8a5a00}.fail{color:#a00}code{font-size:.9em;word-break:break-all}"""
 VERIFY = """ssh-keygen -Y verify -f allowed -I server -n milktea-evidence -s EVIDENCE.html.sig < EVIDENCE.html
     (allowed holds one line: server, a space, and the content of PREFIX/keys/server.pub)
@@ -58,19 +59,18 @@ def _selftest(selftest: Any) -> str:
     """The checks of trainer.selftest; an image with another self-test shows what it printed."""
     if not isinstance(selftest, dict) or "checks" not in selftest:
         return f"<pre>{_e(selftest if isinstance(selftest, str) else json.dumps(selftest, indent=1))}</pre>"
-    rows = "".join(
-        f'<tr><td>{_e(c["check"])}</td><td class="{"ok" if c["ok"] else "fail"}">{"passed" if c["ok"] else "FAILED"}</td><td>{_e(c["found"])}</td></tr>'
-        for c in selftest["checks"]
-    )
+    rows = "".join(_row(c["check"], *(("ok", "passed") if c["ok"] else ("fail", "FAILED")), c["found"]) for c in selftest["checks"])
     return f"<table><tr><th>check</th><th>result</th><th>found</th></tr>{rows}</table>"
 
 
 def _checks(checks: list[dict[str, str]]) -> str:
-    rows = "".join(
-        f'<tr><td>{_e(c["check"])}</td><td class="{_e(c["verdict"])}">{_e(c["verdict"])}</td><td>{_e(c["measured"])}</td><td>{_e(c["needed"])}</td></tr>'
-        for c in checks
-    )
+    rows = "".join(_row(c["check"], c["verdict"], c["verdict"], c["measured"], c["needed"]) for c in checks)
     return f"<table><tr><th>check</th><th>verdict</th><th>measured</th><th>needed</th></tr>{rows}</table>"
+
+
+def _row(name: str, colour: str, verdict: str, *cells: str) -> str:
+    more = "".join(f"<td>{_e(x)}</td>" for x in cells)
+    return f'<tr><td>{_e(name)}</td><td class="{_e(colour)}">{_e(verdict)}</td>{more}</tr>'
 
 
 def _rows(facts: dict[str, Any]) -> str:

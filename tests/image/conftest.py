@@ -127,10 +127,10 @@ class TinyImage:
                 )
             )
         whole = lock.Lock(
-            image=self.name, version=1, wire=1, platform="linux/amd64", epoch=EPOCH, dockerfile="docker/tiny/1", definition_sha256="0" * 64, python="3.11",
+            image=self.name, version=1, wire=1, platform="linux/amd64", epoch=EPOCH, dockerfile="docker/tiny/1", definition_sha256="0" * 64, python="3.11",  # noqa: E501
             identity=lock.Identity(tag=image.tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest),
             layers=locked, models=models,
-            wheels=[lock.Wheel(name="a", version="1.0", file="a-1.0-py3-none-any.whl", sha256="a" * 64, size_bytes=40_000, layer="wheel-a", license="MIT")],
+            wheels=[lock.Wheel(name="a", version="1.0", file="a-1.0-py3-none-any.whl", sha256="a" * 64, size_bytes=40_000, layer="wheel-a", license="MIT")],  # noqa: E501
         )  # fmt: skip
         return bundle.Cargo(whole, image, dict(self.models), line, lines, prove=("/bin/sh", "/bin/prove"), evidence=None, memory_bytes=1_000_000)
 

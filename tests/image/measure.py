@@ -1,3 +1,4 @@
+# ruff: noqa: E501, SIM905 - figures and shell text in one piece
 """Measures what a bundle costs on a real engine; not a test. Empties the engine of the bundle's images between measurements.
 
     python tests/image/measure.py load BUNDLE DATA_ROOT      extra disk and time: one plain `docker load` against INSTALL.sh

@@ -59,7 +59,7 @@ def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(tmp_pat
         line = LINES[name]
         _, cuda, native, floor, arches, ptx, compat = row(line).split()
         script.append(
-            f"PLAN_ARCHES={arches} PLAN_PTX={ptx}; c=$(class_of '{gpu}'); v=$(verdict {driver} {capability} $c {cuda} {native} {floor} {arches} {ptx} {compat})"
+            f"PLAN_ARCHES={arches} PLAN_PTX={ptx}; c=$(class_of '{gpu}'); v=$(verdict {driver} {capability} $c {cuda} {native} {floor} {arches} {ptx} {compat})"  # noqa: E501
         )
         script.append(f'echo "$v|$(remedy $v {driver} {capability} $c {cuda} {native} {floor})"')
     done = subprocess.run([*shell.split(), "-c", "\n".join(script)], capture_output=True, text=True)

@@ -245,3 +245,16 @@ def test_an_answer_that_is_too_short_pays_the_brevity_penalty() -> None:
 def test_a_run_without_a_result_is_not_scored(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has no finished result"):
         module("score").evaluate(tmp_path, None)
+
+
+@pytest.mark.slow
+def test_what_scoring_takes_from_the_trainer_is_there() -> None:
+    import inspect
+
+    from trainer import data, evaluate, generate, prepare
+
+    assert list(inspect.signature(generate.open_adapter).parameters)[:2] == ["adapter", "base"]
+    assert list(inspect.signature(evaluate.answer).parameters)[:4] == ["model", "prompts", "data", "device"]
+    assert list(inspect.signature(prepare.prompt_ids).parameters) == ["data", "turns"]
+    assert list(inspect.signature(data.read_rows).parameters) == ["paths", "form"]
+    assert callable(evaluate.match) and callable(prepare.model_folder)

@@ -87,7 +87,10 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     if data_file is None and job.data.held_out is None:
         raise SystemExit("refused: the job has no held_out rows\ndo this: milktea-run evaluate RUN DATA.json")
     path = data_file or run / job.data.held_out.path
-    rows = list(read_rows(path, path.name, job.data.format if data_file is None else "auto"))
+    rows, defects = read_rows([(path, path.name)], job.data.format if data_file is None else "auto")
+    if defects or not rows:
+        raise SystemExit("\n".join(["refused:", *map(str, defects[:10])]) + f"\ndo this: mend {path.name}, or leave these rows out")
+    rows = [row for row in rows if row.turns]
     expected = [row.turns[-1].text.strip() for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(run / "result" / "adapter.zip") as archive:
