@@ -72,7 +72,7 @@ def build(job: Job, path: Path, environment: dict[str, str], machines: Machines 
     gpus = visible_gpus()
     if not gpus:
         environment["ACCELERATE_USE_CPU"] = "true"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(job, path.resolve().parent)))
     if machines is None and job.processes == 1:
         return [sys.executable, *train]
     if machines is not None and machines.elastic:  # accelerate launch takes a number of machines, torchrun under it a range
@@ -82,6 +82,16 @@ def build(job: Job, path: Path, environment: dict[str, str], machines: Machines 
     options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     options += machines.accelerate_options() if machines else ["--main_process_port", "0"]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *train]
+
+
+SMALL_BYTES = 100 << 20
+
+
+def cpu_threads(job: Job, run: Path) -> int:
+    """Threads of a process on the CPU. A small model gets one: its matrices are not worth sharing, and threads that wait for each other on a
+    busy machine made the practice job 20 times slower."""
+    weights = sum(p.stat().st_size for p in (run / (job.model.path or "")).glob("*.safetensors")) if job.model.path else SMALL_BYTES
+    return 1 if weights < SMALL_BYTES else max(1, (os.cpu_count() or 1) // job.processes)
 
 
 def visible_gpus() -> int:

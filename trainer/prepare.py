@@ -96,6 +96,8 @@ def prepare(job: Job, run: Path) -> Prepared:
     if rows is None:
         check_files_are_the_jobs(job, run)
         found, defects = read_rows([(run / f.path, f.name) for f in job.data.files], job.data.format)
+        if job.data.held_out is not None:
+            defects += read_rows([(run / job.data.held_out.path, job.data.held_out.name)], job.data.format)[1]
         refuse_defects(defects)
         rows = tokenise(found, vocabulary, template, stop, job.data.max_length, job.data.over_length)
         write_cache(cache, rows)
@@ -122,7 +124,7 @@ def refuse_other_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
 
 def check_files_are_the_jobs(job: Job, run: Path) -> None:
     """Raises Refused when a data file is missing or is not the one that the job was made with."""
-    for file in job.data.files:
+    for file in [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]:
         path = run / file.path
         if not path.is_file():
             raise Refused(f"{file.name} is not in the run folder ({file.path})", hint="push the data again")
