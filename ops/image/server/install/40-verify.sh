@@ -82,7 +82,7 @@ verify_small() {
         case $_path in
             parts/* | models/* | parity/*) ;;
             *)
-                [ -f "$BUNDLE/$_path" ] || die 4 "$_path is missing" "copy $_path from the sender's disk again"
+                [ -f "$BUNDLE/$_path" ] || die 4 "$_path is missing (or SHA256SUMS is damaged)" "copy $_path and SHA256SUMS from the sender's disk again"
                 echo "$BUNDLE/$_path" >>"$WORK/small" ;;
         esac
     done <"$BUNDLE/SHA256SUMS"

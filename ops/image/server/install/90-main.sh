@@ -100,8 +100,9 @@ main() {
     trap 'exit 143' TERM HUP
     choose_hasher
     read_plan
-    verify_small
+    # the list first, by its signature; then what it lists
     case $COMMAND in preflight | status | rollback | prune) SIGNED="not looked at" ;; *) check_signature ;; esac
+    verify_small
     case $COMMAND in
         preflight)
             preflight
