@@ -75,6 +75,9 @@ def build(job: Job, path: Path, environment: dict[str, str], machines: Machines 
         environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(job, path.resolve().parent)))
     if machines is None and job.processes == 1:
         return [sys.executable, *train]
+    if machines is not None:
+        # torch 2.13 shares one store among all rounds of a rendezvous: after a restart a process may read where its peer was, not where it is
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if machines is not None and machines.elastic:  # accelerate launch takes a number of machines, torchrun under it a range
         return [sys.executable, "-m", "torch.distributed.run", *machines.torchrun_options(job.processes), *train]
     count = machines.most if machines else 1

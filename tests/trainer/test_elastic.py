@@ -23,7 +23,7 @@ from trainer.train import run_job
 
 Make = Callable[..., Path]
 Agent = subprocess.Popen[bytes]
-PATIENCE_S = 120
+PATIENCE_S = 240
 
 
 @pytest.fixture
@@ -198,6 +198,7 @@ def test_a_fixed_number_of_machines_goes_to_accelerate_and_a_range_to_torchrun(r
     given = dict(pairwise(fixed))
     assert (given["--num_processes"], given["--num_machines"], given["--machine_rank"]) == ("8", "4", "1")
     assert (given["--rdzv_backend"], given["--rdzv_conf"], given["--main_process_ip"]) == ("c10d", "is_host=false", "first")
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", "a shared store sends restarted ranks to where their peers were"
     elastic = build(job, path, {}, Machines(1, 4, None, "first", 29400))
     given = dict(pairwise(elastic))
     assert elastic[1:3] == ["-m", "torch.distributed.run"] and (given["--nnodes"], given["--nproc-per-node"]) == ("1:4", "2")
