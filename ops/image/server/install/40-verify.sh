@@ -42,7 +42,8 @@ check_signature() {
 
 # The other signature, where it can be checked with the bundle's own key: a damaged copy is no use to the next server.
 openssl_agrees() {
-    [ -f "$BUNDLE/SHA256SUMS.openssl" ] && [ -f "$BUNDLE/keys/release.pem" ] && has openssl || return 0
+    [ -f "$BUNDLE/SHA256SUMS.openssl" ] && has openssl || return 0
+    own_key_is_whole release.pem
     openssl dgst -sha256 -verify "$BUNDLE/keys/release.pem" -signature "$BUNDLE/SHA256SUMS.openssl" "$BUNDLE/SHA256SUMS" >/dev/null 2>&1
 }
 
@@ -54,7 +55,19 @@ wrong_signature() {
 trusted() { # trusted FILE: the key file to believe; says which in TRUST
     if [ -n "$KEY" ]; then TRUST="with the key given by --key"; cat "$KEY"
     elif [ -f "$PREFIX/keys/$1" ]; then TRUST="with the key of the first install here"; cat "$PREFIX/keys/$1"
-    else TRUST="with the bundle's own key, not compared with anything"; cat "$BUNDLE/keys/$1"; fi
+    else
+        TRUST="with the bundle's own key, not compared with anything"
+        own_key_is_whole "$1"
+        cat "$BUNDLE/keys/$1"
+    fi
+}
+
+# A damaged copy of the bundle's own key must not look like a forged signature.
+own_key_is_whole() {
+    local _sha _path _listed=''
+    while read -r _sha _path; do [ "$_path" = "keys/$1" ] && _listed=$_sha; done <"$BUNDLE/SHA256SUMS"
+    [ -f "$BUNDLE/keys/$1" ] && [ -n "$_listed" ] && [ "$(sum_of_stdin <"$BUNDLE/keys/$1")" = "$_listed" ] ||
+        die 4 "keys/$1 is missing or damaged (or SHA256SUMS is)" "copy keys/$1 and SHA256SUMS from the sender's disk again"
 }
 
 allowed_signers() {
