@@ -219,7 +219,8 @@ def spent_usd(lines: list[Line], now: float) -> float:
     for line in lines:
         if line.kind == "renting":
             offer, bid, disk = Offer(**line["offer"]), line["bid_usd_per_hour"], line["disk_gib"]
-            rented_t = running_t = gb_in = gb_out = 0.0
+            rented_t = running_t = gb_out = 0.0
+            gb_in = lines[0].get("workload", {}).get("image_bytes", 0.0) / 1e9  # pulled on our bill
         elif line.kind == "rented" and not rented_t:
             rented_t = line.t
         elif line.kind == "booted":
