@@ -60,11 +60,11 @@ def test_the_command_follows_job_and_hardware(run_folder: Make, monkeypatch: pyt
     job = Job.model_validate_json(run_folder(processes=2).read_bytes())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     told: dict[str, str] = {}
-    command = launch.build(job, Path("job.json"), told)
+    command = launch.build(job, Path("job.json"), told, None)
     assert command[1:3] == ["-m", "accelerate.commands.launch"] and command[-3:] == ["-m", "trainer.train", "job.json"]
     assert command[command.index("--num_processes") + 1] == "2" and told["ACCELERATE_USE_CPU"] == "true"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert launch.visible_gpus() == 2
     told = {}
-    launch.build(job, Path("job.json"), told)
+    launch.build(job, Path("job.json"), told, None)
     assert "ACCELERATE_USE_CPU" not in told

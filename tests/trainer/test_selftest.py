@@ -95,6 +95,7 @@ def test_a_bitsandbytes_without_a_library_for_this_cuda_is_found_out(monkeypatch
     (package / "__init__.py").touch()
     (package / "libbitsandbytes_cuda117.so").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)  # another test may have loaded the real one
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(selftest.Failed, match=r"none of libbitsandbytes_cuda117\.so is for CUDA 13\.0"):
         selftest.bitsandbytes_library()
