@@ -24,7 +24,7 @@ def shape(line: str) -> str:
 def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """(what `make rent-and-train` printed, its runs folder)."""
     runs = tmp_path_factory.mktemp("runs")
-    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST_")} | {"MILKTEA_RUNS": str(runs), "COLUMNS": "150"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "MAKE", "MFLAGS"))} | {"MILKTEA_RUNS": str(runs), "COLUMNS": "150"}
     done = subprocess.run(["make", "rent-and-train"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout, runs
