@@ -80,7 +80,7 @@ def test_every_method_learns_and_stock_libraries_load_what_it_learned(run_folder
     assert trained[0] < curve[0]
 
 
-@pytest.mark.parametrize("precision", ["nf4", "int8"])
+@pytest.mark.parametrize("precision", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_base_quantised_by_bitsandbytes_learns_on_its_cpu_backend(run_folder: Make, precision: str) -> None:
     """In a process of its own: this one has told PEFT that there is no bitsandbytes, which saves every other run two seconds."""
     job = run_folder(training={"num_train_epochs": 4})

@@ -44,6 +44,7 @@ def test_a_job_runs_from_its_folder_and_ends_with_zero(run_folder: Make, process
     assert len(manifest_of(job)["curve"]) == 4
 
 
+@pytest.mark.slow  # test_resume.py stops two processes in the quick suite
 def test_two_processes_asked_to_stop_leave_a_checkpoint_and_exit_with_143(run_folder: Make) -> None:
     job = run_folder(processes=2, training={"num_train_epochs": 400})
     child = subprocess.Popen([*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.DEVNULL)
