@@ -38,7 +38,7 @@ _WINDOW = 32 << 20  # bytes in flight towards us: 2 MiB, paramiko's default, is 
 _STILL_RENTED = "the box is still rented"
 Feed = str | bytes | Iterable[bytes] | None
 Sink = Callable[[bytes], None]
-_START = b"\x1emilktea\n"  # whatever a login's rc files print comes before this line, on both streams
+START = b"\x1emilktea\n"  # whatever a login's rc files print comes before this line, on both streams
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else its threads print tracebacks of every cut link
 
@@ -353,7 +353,7 @@ class _Stream:
     def take(self, data: bytes) -> None:
         if not self._started:
             self._noise = (self._noise + data)[-(1 << 20) :]
-            _, mark, data = bytes(self._noise).partition(_START)
+            _, mark, data = bytes(self._noise).partition(START)
             if not mark:
                 return
             self._started = True

@@ -1,27 +1,26 @@
 """Files to a box and back: resumed where they stopped, compared by sha256 end to end.
 
-Many small files go as one tar stream; a big one by rsync over OpenSSH with AES-GCM where both ends have it, else as a stream over
-fabric's connection. Each attempt asks the box what is already whole, so a cut link costs what was in flight and nothing else.
+Many small files go as one tar stream over fabric's connection, a big one as a stream from where its part ends: through OpenSSH's
+client with AES-GCM where this machine has it, else over fabric's. Not rsync: it hashes every byte once more, in one thread with its
+copying, and was a third slower. Each attempt asks the box what is already whole, so a cut link costs what was in flight and nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from ops import openssh
 from ops.errors import BoxError, Lost, PreflightError
 
 if TYPE_CHECKING:
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 SMALL = 1 << 20  # bytes; up to here a file is cheaper inside one tar stream than on its own
-CHUNK = 4 << 20  # bytes; what a cut link may cost, and from twice that a file is worth rsync's own connection on its way home
+CHUNK = 4 << 20  # bytes; what a cut link may cost
+BULK = 8 << 20  # bytes; from here on a file is worth a connection of its own
 _BLOCK = 1 << 16
 _STILL_RENTED = "the box is still rented"
 
@@ -48,7 +48,7 @@ class PushFile:
 class Tools:
     """What the two ends offer: `sha256` is the box's fastest hash command, printing `HEX *NAME` for each file named to it."""
 
-    rsync: bool
+    openssh: bool
     sha256: str
 
 
@@ -63,24 +63,9 @@ def quoted(path: str) -> str:
 def probe(box: Box) -> Tools:
     """Ask both ends once. OpenSSL's sha256 is four times coreutils' where the CPU has SHA instructions."""
     script = """
-rsync --version 2>/dev/null | head -n 1
 if command -v openssl >/dev/null; then echo 'openssl dgst -sha256 -r'
 else echo 'sha256sum -b'; fi"""
-    lines = box.run(script).stdout.splitlines()
-    theirs = lines[0] if len(lines) > 1 else ""
-    return Tools(rsync=bool(shutil.which("ssh")) and _rsync_3(theirs) and _rsync_3(_our_rsync()), sha256=lines[-1])
-
-
-def _our_rsync() -> str:
-    if not shutil.which("rsync"):
-        return ""
-    return subprocess.run(["rsync", "--version"], capture_output=True, text=True, check=False).stdout
-
-
-def _rsync_3(banner: str) -> bool:
-    """3.1 brought --info=progress2; Apple's openrsync calls itself 2.6.9 and lacks it."""
-    found = re.search(r"rsync\s+version\s+v?(\d+)\.(\d+)", banner)
-    return found is not None and (int(found[1]), int(found[2])) >= (3, 1)
+    return Tools(openssh=shutil.which("ssh") is not None, sha256=box.run(script).stdout.strip())
 
 
 def sha256_of(path: Path) -> str:
@@ -147,7 +132,7 @@ def push(box: Box, files: Sequence[PushFile], progress: Progress | None = None) 
         big = [f for f in left if sizes[f.remote] > SMALL]
         if big:
             _mkdirs(box, big)  # tar makes its own
-            (_push_rsync if box.tools.rsync else _push_stream)(box, big, survey, meter)
+            _push_big(box, big, survey, meter)
         return False  # the next survey compares what arrived
 
     _keep_trying(box, meter, attempt)
@@ -167,7 +152,7 @@ class _Survey:
 
 
 def _survey(box: Box, files: Sequence[PushFile], sizes: dict[str, int]) -> _Survey:
-    names = [name for f in files for name in (f.remote, f.remote + ".part")]
+    names = [name for f in files for name in ((f.remote, f.remote + ".part") if sizes[f.remote] > SMALL else (f.remote,))]
     script = "df -Pk . | tail -n 1\nLC_ALL=C xargs -0 -r stat -c '%s %n' 2>/dev/null || true"
     first, *rows = box.run(script, input="\0".join(names), timeout_s=120).stdout.splitlines()
     there = {name: int(size) for size, name in (row.split(" ", 1) for row in rows)}
@@ -252,18 +237,23 @@ def _tar(files: Sequence[PushFile], meter: _Meter) -> Iterator[bytes]:
     yield bytes(piece) + bytes(1024)
 
 
-def _push_stream(box: Box, files: Sequence[PushFile], survey: _Survey, meter: _Meter) -> None:
-    """Bytes at their offset over the open connection: like SFTP's writes, a late duplicate changes nothing; half its CPU time."""
+def _push_big(box: Box, files: Sequence[PushFile], survey: _Survey, meter: _Meter) -> None:
+    """Bytes at their offset: like SFTP's writes, a late duplicate changes nothing; half its CPU time."""
     for f in files:
-        have = min(survey.sizes.get(f.remote + ".part", 0), f.local.stat().st_size) // _BLOCK * _BLOCK
-        meter.add(have)
-        part = quoted(f.remote + ".part")
-        with open(f.local, "rb") as source:
+        size = f.local.stat().st_size
+        have = min(survey.sizes.get(f.remote + ".part", 0), size) // _BLOCK * _BLOCK
+        before = meter.done
+        script = f"exec dd of={quoted(f.remote + '.part')} bs={_BLOCK} seek={have // _BLOCK} conv=notrunc"
+        with open(f.local, "rb", buffering=0) as source:
             source.seek(have)
-            pieces = _counted(iter(partial(source.read, 1 << 18), b""), meter)
-            done = box.stream(f"exec dd of={part} bs={_BLOCK} seek={have // _BLOCK} conv=notrunc", feed=pieces)
-        if done.exit_code:
-            raise BoxError(f"cannot write {f.remote} on the box: {done.stderr.strip()[-300:]}", money=_STILL_RENTED)
+            if box.tools.openssh and size - have >= BULK:
+                openssh.pour(box, script, source, lambda at, before=before: meter.at(before + at))
+            else:
+                meter.add(have)
+                done = box.stream(script, feed=_counted(iter(partial(source.read, 1 << 18), b""), meter))
+                if done.exit_code:
+                    raise BoxError(f"cannot write {f.remote} on the box: {done.stderr.strip()[-300:]}", money=_STILL_RENTED)
+        meter.at(before + size)
 
 
 def _counted(pieces: Iterator[bytes], meter: _Meter) -> Iterator[bytes]:
@@ -272,117 +262,100 @@ def _counted(pieces: Iterator[bytes], meter: _Meter) -> Iterator[bytes]:
         meter.add(len(piece))
 
 
-def _push_rsync(box: Box, files: Sequence[PushFile], survey: _Survey, meter: _Meter) -> None:
-    """One rsync a folder, so that a folder may be a link there: inside a tree, rsync replaces or refuses links."""
-    for folder in sorted({str(PurePosixPath(f.remote).parent) for f in files}):
-        here = [f for f in files if str(PurePosixPath(f.remote).parent) == folder]
-        before = meter.done + sum(survey.sizes.get(f.remote + ".part", 0) for f in here)
-        with tempfile.TemporaryDirectory(prefix="milktea-push-") as links:  # links give every file its name on the box
-            names = [PurePosixPath(f.remote).name + ".part" for f in here]
-            for f, name in zip(here, names, strict=True):
-                Path(links, name).symlink_to(f.local.resolve())
-            listed = "".join(f"{name}\n" for name in names)
-            _rsync(box, ["--copy-links", "--files-from=-", f"{links}/", f"{_login(box)}:{folder}/"], listed, before, meter)
-
-
-def _login(box: Box) -> str:
-    assert box.endpoint is not None
-    return f"{box.user}@[{box.endpoint.host}]" if ":" in box.endpoint.host else f"{box.user}@{box.endpoint.host}"
-
-
-def _rsync(box: Box, arguments: list[str], stdin: str, before: int, meter: _Meter) -> None:
-    """Run rsync; `--append` sends only what is missing, and the sha256 afterwards judges the whole. Raises Lost, BoxError."""
-    rsh = shlex.join(["ssh", *box.ssh_options()])
-    how = ["--protect-args", "--inplace", "--append", "--times", "--timeout=30", "--info=progress2", "--no-h"]
-    command = ["rsync", "-e", rsh, *how, *arguments]
-    with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=os.environ | {"LC_ALL": "C"}
-        )
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(stdin.encode())
-                child.stdin.close()
-            while text := os.read(child.stdout.fileno(), 4096):
-                seen = re.findall(rb"(\d+)\s+\d+%", text)
-                if seen:
-                    meter.at(before + int(seen[-1]))
-        finally:
-            if child.poll() is None:
-                child.terminate()
-            code = child.wait()
-        errors.seek(0)
-        said = errors.read().decode("utf-8", "replace").strip()[-500:]
-    if code == 0:
-        return
-    if code in (3, 11, 23):  # file selection, file I/O, partial: the far disk or its rights, not the link
-        raise BoxError(f"rsync: {said}", money=_STILL_RENTED)
-    box.close()  # the same link carried it; the next call finds out who answers now
-    raise Lost(f"rsync ended with {code}: {said}", money=_STILL_RENTED)
-
-
 # -- pull -------------------------------------------------------------------------------------------------------------------
 
 
 def pull(box: Box, remote: str, local: Path, sha256: str | None = None, progress: Progress | None = None) -> Path:
     """See Box.pull."""
-    name, part = quoted(remote), local.with_name(local.name + ".part")
+    name = quoted(remote)
     meter = _Meter(1 << 62, progress)
     tries = 0
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with _Part(local.with_name(local.name + ".part"), meter) as part:
 
-    def attempt() -> bool:
-        nonlocal sha256, tries
-        asked = box.run(f"stat -c %s {name}")
-        if asked.exit_code:
-            raise BoxError(f"the box has no {remote}", money=_STILL_RENTED)
-        meter.total = size = int(asked.stdout)
-        have = part.stat().st_size if part.exists() else 0
-        if have > size:
-            part.unlink()
-            have = 0
-        meter.at(have)
-        if have < size or not part.exists():
-            _refuse_full_disk_here(part, size - have)
-            (_pull_rsync if box.tools.rsync and size - have > 2 * CHUNK else _pull_stream)(box, remote, part, have, size, meter)
-        sha256 = sha256 or remote_sha256(box, [remote]).get(remote)
-        if part.stat().st_size == size and sha256_of(part) == sha256:
-            return True
-        part.unlink()
-        tries += 1
-        if tries > 1:
-            what = f"{remote} came home twice with another sha256 than {sha256}"
-            raise BoxError(what, money=_STILL_RENTED, hint="the box is kept: look at the file there before it is destroyed")
-        return False
+        def attempt() -> bool:
+            nonlocal sha256, tries
+            asked = box.run(f"stat -c %s {name}")
+            if asked.exit_code:
+                raise BoxError(f"the box has no {remote}", money=_STILL_RENTED)
+            meter.total = size = int(asked.stdout)
+            if part.size > size:
+                part.empty()
+            meter.at(part.size)
+            if part.size < size:
+                _refuse_full_disk_here(part.path, size - part.size)
+                _pull_rest(box, remote, part, size)
+            sha256 = sha256 or remote_sha256(box, [remote]).get(remote)
+            if part.size == size and part.sha256 == sha256:
+                return True
+            part.empty()
+            tries += 1
+            if tries > 1:
+                part.path.unlink()
+                what = f"{remote} came home twice with another sha256 than {sha256}"
+                raise BoxError(what, money=_STILL_RENTED, hint="the box is kept: look at the file there before it is destroyed")
+            return False
 
-    _keep_trying(box, meter, attempt)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, local)
+        _keep_trying(box, meter, attempt)
+        part.sync()
+        os.replace(part.path, local)
     return local
 
 
+class _Part:
+    """A file on its way home, hashed as it grows, beginning with what an earlier call left of it."""
+
+    def __init__(self, path: Path, meter: _Meter) -> None:
+        self.path, self.meter, self.size, self._digest = path, meter, 0, hashlib.sha256()
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._file.seek(0)
+        while data := self._file.read(1 << 20):
+            self._count(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self.size == 0:
+            self.path.unlink(missing_ok=True)
+
+    def _count(self, data: bytes) -> None:
+        self._digest.update(data)
+        self.size += len(data)
+
+    def take(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+        self._count(data)
+        self.meter.add(len(data))
+
+    def empty(self) -> None:
+        self._file.truncate(0)
+        self.size, self._digest = 0, hashlib.sha256()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
 def _refuse_full_disk_here(part: Path, need: int) -> None:
-    part.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(part.parent).free
     if need > free:
         what = f"{part.parent} has {free / 2**30:.2f} GiB left, {part.stem} needs {need / 2**30:.2f} GiB"
         raise PreflightError(what, money=f"{_STILL_RENTED}, with the file on it", hint="make room, then `milktea resume RUN`")
 
 
-def _pull_stream(box: Box, remote: str, part: Path, have: int, size: int, meter: _Meter) -> None:
-    """From byte `have` to the end, over the open connection. Not SFTP: paramiko's prefetch thread dies loudly on a cut link."""
-    with open(part, "ab") as target:
-
-        def sink(data: bytes) -> None:
-            target.write(data)
-            meter.add(len(data))
-
-        done = box.stream(f"exec tail -c +{have + 1} {quoted(remote)}", sink=sink)
+def _pull_rest(box: Box, remote: str, part: _Part, size: int) -> None:
+    """From where the part ends. Not SFTP: paramiko's prefetch thread dies loudly on a cut link."""
+    script = f"exec tail -c +{part.size + 1} {quoted(remote)}"
+    if box.tools.openssh and size - part.size >= BULK:
+        openssh.draw(box, script, part.take)
+        return
+    done = box.stream(script, sink=part.take)
     if done.exit_code:
         raise BoxError(f"cannot read {remote} on the box: {done.stderr.strip()[-300:]}", money=_STILL_RENTED)
-
-
-def _pull_rsync(box: Box, remote: str, part: Path, have: int, size: int, meter: _Meter) -> None:
-    box.reconnect()
-    _rsync(box, [f"{_login(box)}:{remote}", str(part)], "", have, meter)

@@ -154,7 +154,7 @@ def make_server(tmp_path: Path) -> Iterator[Callable[..., SshServer]]:
         folder = tmp_path / f"box{len(made)}"
         (folder / "home").mkdir(parents=True)
         (folder / "bin").mkdir()
-        for tool in [*TOOLS.split(), "rsync"]:
+        for tool in TOOLS.split():
             if found := shutil.which(tool):
                 (folder / "bin" / tool).symlink_to(found)
         server = SshServer(folder / "home", folder / "bin", **settings)
