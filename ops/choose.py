@@ -14,9 +14,8 @@ from ops.session import Session
 from ops.vast import Vast
 
 
-def choose(session: Session) -> Offer:
-    """The best offer of this moment that was not tried in this run. Raises NoOffer naming the filter that removed most."""
-    ranking = search(session)
+def choose(session: Session, ranking: Ranking) -> Offer:
+    """The best offer that was not tried in this run. Raises NoOffer naming the filter that removed most."""
     tried = {line["machine_id"] for line in session.journal.lines if line.kind == "bad_machine"}
     gone = {line["offer_id"] for line in session.journal.lines if line.kind == "missed"}
     fresh = [p for p in ranking.accepted if p.offer.machine_id not in tried and p.offer.id not in gone]

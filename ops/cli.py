@@ -21,6 +21,7 @@ from ops import cli_image
 from ops.cli_errors import errors
 
 if TYPE_CHECKING:
+    from ops.offers import Ranking
     from ops.session import Plan, Session
     from ops.vast import Vast
 
@@ -39,35 +40,35 @@ EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=429496730")  # 0.4 G
 @app.command("rent-and-train")
 def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes = False) -> None:
     """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends."""
-    with errors(as_json), _vast() as vast:
+    with errors(as_json), _acting(as_json) as (vast, screen):
+        from functools import partial
+
         from ops.journal import Journal
         from ops.preflight import preflight
         from ops.run import rent_and_train as story
         from ops.session import Session
         from ops.wait import RealClock
 
-        clock, screen = RealClock(), _screen(as_json)
-        _finish_destroys(vast, screen)
+        clock = RealClock()
         plan = preflight(_job(job), vast, clock, _runs())
         with Journal(_runs() / plan.run_id) as journal:
             _first_line(journal, plan, screen)
             session = Session(journal, plan, vast, clock, screen)
-            _show_plan(session)
+            ranking = _show_plan(session)
             if not yes and _is_real() and sys.stdin.isatty() and not typer.confirm("Rent it?", default=True):
                 raise typer.Exit(0)
-            _act(session, story, as_json)
+            _act(session, partial(story, seen=ranking), as_json)
 
 
 @app.command()
 def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
     """Everything up to the plan screen: checks, search, prices. Nothing is rented."""
-    with errors(as_json), _vast() as vast:
+    with errors(as_json), _acting(as_json) as (vast, screen):
         from ops.choose import bad_machines, found_offers, none_left
         from ops.offers import rank
         from ops.preflight import preflight
         from ops.wait import RealClock
 
-        screen = _screen(as_json)
         done = preflight(_job(job), vast, RealClock(), _runs())
         ranking = rank(found_offers(vast, done.needs), done.needs, done.workload, bad_machines(_runs(), time.time()))
         if not ranking.accepted:
@@ -79,14 +80,13 @@ def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
 @app.command()
 def resume(run: Run, as_json: Json = False) -> None:
     """Go on with a run whose client died, that was interrupted, or whose box was taken away."""
-    with errors(as_json), _vast() as vast:
+    with errors(as_json), _acting(as_json) as (vast, screen):
         from ops.errors import JournalError
         from ops.journal import Journal
         from ops.run import rent_and_train as story
         from ops.session import Plan, Session
         from ops.wait import RealClock
 
-        screen = _screen(as_json)
         with Journal(_folder(run)) as journal:
             if not journal.lines:
                 raise JournalError(f"{journal.run_id} has an empty journal", hint="start it anew with rent-and-train")
@@ -157,7 +157,7 @@ def reap(as_json: Json = False, foreign: Annotated[bool, typer.Option("--foreign
 @app.command()
 def destroy(run: Run, as_json: Json = False) -> None:
     """Destroy the box of one run now, and prove it."""
-    with errors(as_json), _vast() as vast:
+    with errors(as_json), _acting(as_json) as (vast, screen):
         from ops.journal import Journal
         from ops.rental import give_back
         from ops.session import Plan, Session, may_have_box
@@ -165,7 +165,7 @@ def destroy(run: Run, as_json: Json = False) -> None:
 
         with Journal(_folder(run)) as journal:
             had = may_have_box(journal.lines)
-            give_back(Session(journal, Plan.from_line(journal.lines[0]), vast, RealClock(), _screen(as_json)), why="asked for")
+            give_back(Session(journal, Plan.from_line(journal.lines[0]), vast, RealClock(), screen), why="asked for")
             print(f"{journal.run_id}: " + ("destroyed, absent in three spaced reads" if had else "has no box; nothing to do"))
 
 
@@ -293,6 +293,18 @@ def _vast() -> Iterator[Vast]:
     yield Vast(provider, RealClock())
 
 
+@contextmanager
+def _acting(as_json: bool) -> Iterator[tuple[Vast, Any]]:
+    """For a command that acts: vast.ai and the screen, once every destroy that an earlier command could not finish is finished."""
+    from ops.reap import finish_destroys
+    from ops.wait import RealClock
+
+    with _vast() as vast:
+        screen = _screen(as_json)
+        _report(finish_destroys(_runs(), vast, RealClock(), screen), as_json)
+        yield vast, screen
+
+
 def _screen(as_json: bool) -> Any:
     from ops.screen import JsonLines, Terminal
 
@@ -307,13 +319,14 @@ def _first_line(journal: Any, plan: Plan, screen: Any) -> None:
     screen.line(journal.append("planned", began=round(BEGAN, 3), **plan.to_line()))
 
 
-def _show_plan(session: Session) -> None:
+def _show_plan(session: Session) -> Ranking:
     from ops.choose import none_left, search
 
     ranking = search(session)
     if not ranking.accepted:
         raise none_left(ranking, 0, session.money())
     session.screen.plan(session.plan, ranking, session.vast.credit_usd())
+    return ranking
 
 
 def _act(session: Session, story: Any, as_json: bool) -> None:
@@ -369,22 +382,16 @@ def _short(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _finish_destroys(vast: Vast, screen: Any) -> None:
-    from ops.reap import finish_destroys
-    from ops.wait import RealClock
-
-    _report(finish_destroys(_runs(), vast, RealClock(), screen), False)
-
-
 def _report(reaped: Any, as_json: bool, *, say_nothing_found: bool = False) -> None:
-    if as_json:
+    found = bool(reaped.destroyed or reaped.left or reaped.leaked)
+    if as_json and (found or say_nothing_found):
         print(json.dumps({"kind": "reaped", "destroyed": reaped.destroyed, "left": reaped.left, "leaked": [str(e) for e in reaped.leaked]}))
-    else:
+    if not as_json:
         for run_id in reaped.destroyed:
             print(f"{run_id}: destroyed, absent in three spaced reads")
         for line in reaped.left:
             print(f"left alone: {line}")
-        if say_nothing_found and not (reaped.destroyed or reaped.left or reaped.leaked):
+        if say_nothing_found and not found:
             print("no box of ours exists")
     if reaped.leaked:
         raise reaped.leaked[0]

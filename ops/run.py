@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ops import adapter, commands, facts
 from ops.box import Box, Endpoint
-from ops.choose import choose
+from ops.choose import choose, search
 from ops.errors import (
     AdapterError,
     BoxError,
@@ -33,6 +33,7 @@ from ops.errors import (
 )  # fmt: skip
 from ops.follow import follow, newest_checkpoint, pull_folder
 from ops.market import Instance, Offer
+from ops.offers import Ranking
 from ops.rental import boot, refuse_preempted, rented
 from ops.session import MARGIN_S, Detached, Interrupted, Session
 from ops.transfer import PushFile, sha256_of
@@ -51,10 +52,10 @@ class Outcome:
     spent_usd: float
 
 
-def rent_and_train(session: Session) -> Outcome:
-    """The main job. Returns once a verified adapter is at home and no box of this run exists; raises otherwise, with the same
+def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
+    """The main job; `seen` is the market as the user has just seen it. Returns once a verified adapter is at home and no box of this run exists; raises otherwise, with the same
     guarantee about the box, or BoxLeaked, or Detached."""
-    for offer in offers(session):
+    for offer in offers(session, seen):
         try:
             with rented(session, offer) as instance_id:
                 box = connect(session, boot(session, instance_id, offer), offer)
@@ -67,12 +68,13 @@ def rent_and_train(session: Session) -> Outcome:
     raise NoOffer(f"{MACHINES} machines were tried and none carried the run through", money=session.money())
 
 
-def offers(session: Session):
-    """The offers to try, the cheapest finished run first, searched anew each time; first the one that this run still has."""
+def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
+    """The offers to try, the cheapest finished run first, searched anew after each; first the one that this run still has."""
     if session.may_have_box():
         yield session.offer()
     for _ in range(MACHINES):
-        yield choose(session)
+        yield choose(session, seen or search(session))
+        seen = None
 
 
 def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:

@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import rig  # noqa: E402
-
 from ops.box import Box  # noqa: E402
 from ops.errors import MilkteaError  # noqa: E402
 from ops.journal import Journal  # noqa: E402

@@ -174,7 +174,8 @@ class Rig:
         })  # fmt: skip
         settings: dict[str, Any] = {
             "run_id": run_id, "image": IMAGE, "trainer": "image", "wire_job": json.loads(wire_job.model_dump_json()), "pushes": [data],
-            "needs": Needs(min_reliability=0.9, hours=2, disk_gib=16), "workload": Workload(1e5, 1e6, cpu_practice=True, disk_gib=16, image_bytes=4e8),
+            "needs": Needs(min_reliability=0.9, hours=2, disk_gib=16),
+            "workload": Workload(1e5, 1e6, cpu_practice=True, disk_gib=16, image_bytes=4e8),
             "max_usd": 1.0, "max_s": 7200.0, "stall_s": 600.0, "out": str(self.folder / "out"), "notes": [],
         }  # fmt: skip
         return Plan(**settings | more)

@@ -10,6 +10,7 @@ DOCKER_HOST names the engine; DATA_ROOT is a folder on the file system of its da
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -162,7 +163,7 @@ def repair(bundle: Path) -> None:
 
 
 def model(gigabytes: float, folder: Path) -> None:
-    """The copy of INSTALL.sh against `cp` and a sync, of one file that is in the page cache; best of 3 each."""
+    """The copy of INSTALL.sh against `cp` and a sync, of one file that is in the page cache; best of 5 each."""
     size = int(gigabytes * 1e9)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         source = Path(work, "source")
@@ -170,11 +171,13 @@ def model(gigabytes: float, folder: Path) -> None:
             for _ in range(size // 10_000_000):
                 out.write(os.urandom(10_000_000))
         install = Path(__file__).parents[2] / "ops/image/server/install"
-        text = "".join((install / n).read_text() for n in ("10-plan.sh", "50-load.sh"))
-        hashing = f"{text}\nBUNDLE={work} WORK={work} PREFIX={work} ALSO='' ID=x\nchoose_hasher\ncopy_and_hash source {work}/copy {source.stat().st_size}\nsync {work}/copy"
+        text = "".join((install / n).read_text() for n in ("10-plan.sh", "40-verify.sh", "50-load.sh"))
+        Path(work, "PLAN").write_text(f"vol source {size} {hashlib.sha256(source.read_bytes()).hexdigest()} -\n")
+        hashing = f"{text}\nBUNDLE={work} WORK={work} PREFIX={work} ALSO='' ID=x\nchoose_hasher\ncopy_model_file source {work}/copy {source.stat().st_size} || exit 1"
         best: dict[str, float] = {}
-        for _ in range(3):
+        for _ in range(5):
             ways = {
+                "openssl dgst -sha256": ["openssl", "dgst", "-sha256", str(source)],
                 "cp, sync": ["sh", "-c", f"cp {source} {work}/copy && sync {work}/copy"],
                 "INSTALL.sh (copy, hash, sync)": ["sh", "-c", "has() { command -v $1 >/dev/null 2>&1; }\n" + hashing],
                 "cp, sync, sha256sum": ["sh", "-c", f"cp {source} {work}/copy && sync {work}/copy && sha256sum {work}/copy"],

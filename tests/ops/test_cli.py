@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import rig
+from ops.errors import BoxLeaked
 from ops.fakevast import FakeVast
 from ops.journal import FILE, Journal
 from ops.run import rent_and_train
@@ -126,6 +127,21 @@ def test_reap_on_an_empty_account_says_so(own: rig.Rig, fake: FakeVast) -> None:
 def test_destroy_of_a_finished_run_has_nothing_to_do(own: rig.Rig, fake: FakeVast, finished: str) -> None:
     done = milktea("destroy", finished, runs=own.runs, fake=fake)
     assert done.returncode == 0 and "has no box; nothing to do" in done.stdout
+
+
+@pytest.mark.parametrize("words", [("plan", "jobs/practice.toml"), ("resume", "last"), ("destroy", "last")], ids=lambda w: w[0])
+def test_a_command_that_acts_first_finishes_a_destroy_that_could_not_be_proven(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("ops.rental.DESTROY_PATIENCE_S", 100.0)
+    fake.faults.add(where="destroy", what="ignored", times=None)
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j, pytest.raises(BoxLeaked):
+        rent_and_train(rig.client(plan, j, fake.url, fake.api_key))
+    assert len(fake.instances()) == 1
+    fake.faults.clear()
+    assert f"{plan.run_id}: destroyed, absent in three spaced reads" in milktea(*words, runs=own.runs, fake=fake).stdout
+    assert fake.instances() == []
 
 
 def test_resuming_a_finished_run_names_its_adapter(own: rig.Rig, fake: FakeVast, finished: str) -> None:

@@ -32,7 +32,8 @@ def one_death(folder: Path, seed: int) -> tuple[float, float] | None:
             allowed_s = session.allowed_s(offer)
         except OverBudget:
             return None
-    made = cloud.create(offer.id, {"image": "milktea/stub:1", "disk": 16, "label": plan.run_id, "env": {}, "runtype": "ssh_direc ssh_proxy"}, cloud.account.key)
+    asked = {"image": "milktea/stub:1", "disk": 16, "label": plan.run_id, "env": {}, "runtype": "ssh_direc ssh_proxy"}
+    made = cloud.create(offer.id, asked, cloud.account.key)
     instance = cloud.instances[made["new_contract"]]
     while instance.actual_status != "running":
         clock.advance(1)

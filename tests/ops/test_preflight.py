@@ -32,7 +32,8 @@ def job(tmp_path: Path) -> dict[str, Any]:
     rig.tiny_model(tmp_path / "model")
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     return {
-        "name": "tiny", "model": {"base": "model", "precision": "fp32"}, "data": {"files": ["rows.json"], "max_length": 512}, "limits": {"max_usd": 1},
+        "name": "tiny", "model": {"base": "model", "precision": "fp32"}, "data": {"files": ["rows.json"], "max_length": 512},
+        "limits": {"max_usd": 1},
         "image": {"ref": "milktea/practice:1", "trainer": "image"},
     }  # fmt: skip
 
@@ -113,7 +114,8 @@ def test_what_is_missing_is_named(tmp_path: Path, fake: FakeVast, job: dict[str,
 def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
     config_path = tmp_path / "model/config.json"
     big = json.loads(config_path.read_text()) | {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000,
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008,
+        "vocab_size": 32000,
     }  # fmt: skip
     config_path.write_text(json.dumps(big))
     job["model"]["precision"] = "bf16"
@@ -122,6 +124,8 @@ def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(
     assert "nf4" in error.hint
 
 
-def test_an_image_of_another_wire_is_refused_before_renting(tmp_path: Path, fake: FakeVast, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_another_wire_is_refused_before_renting(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ops.preflight.WIRE", 2)
     assert "speaks wire 1" in str(refused(tmp_path, fake, job))

@@ -14,6 +14,7 @@ import pytest
 
 import rig
 from ops import journal
+from ops.choose import search
 from ops.errors import AdapterError, BoxLeaked, Failed, HostKeyChanged, JournalError, MilkteaError, NoOffer, OfferGone, OverBudget, Refused, Stalled
 from ops.fakevast import FakeVast
 from ops.journal import Journal
@@ -161,7 +162,7 @@ def test_a_changed_host_key_stops_the_run(own: rig.Rig, fake: FakeVast) -> None:
 
 def test_a_failing_training_says_the_trainers_reason_and_keeps_the_checkpoint(own: rig.Rig, fake: FakeVast) -> None:
     (own.image / "fail").touch()
-    outcome, lines = run(own, fake)
+    outcome, _ = run(own, fake)
     assert isinstance(outcome, Failed)
     assert "exit code 4: planted" in str(outcome)
     assert outcome.exit_code == 6
@@ -233,7 +234,7 @@ def test_a_client_killed_while_training_is_resumed_on_the_same_box(own: rig.Rig,
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (own.image / "pause").unlink()
-    outcome, lines = run(own, fake, plan=plan)
+    outcome, _ = run(own, fake, plan=plan)
     assert outcome.sha256
     assert creates(fake) == 1
     said = [events.parse(text) for text in (own.runs / plan.run_id / "events.jsonl").read_text().splitlines()]
@@ -264,6 +265,17 @@ def test_a_box_that_is_taken_away_goes_on_elsewhere_from_the_checkpoint_within_o
     assert "preempted" in kinds(lines)
     assert kinds(lines).count("renting") == 2
     assert lines[-1]["usd"] < 1.0
+
+
+def test_the_market_that_was_shown_is_not_asked_for_again(own: rig.Rig, fake: FakeVast) -> None:
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j:
+        session = rig.client(plan, j, fake.url, fake.api_key)
+        shown = search(session)
+        outcome = rent_and_train(session, seen=shown)
+        assert j.last("renting")["offer"]["id"] == shown.accepted[0].offer.id
+    assert outcome.sha256
+    assert sum(r["route"] == "search" for r in fake.requests) == 2  # two orders, once
 
 
 def test_a_destroy_that_cannot_be_proven_is_a_leak_and_the_next_command_finishes_it(own: rig.Rig, fake: FakeVast, monkeypatch: Any) -> None:

@@ -102,6 +102,13 @@ choose_hasher() {
 
 cores() { nproc 2>/dev/null || echo 1; }
 
+hash_paths() { # hash_paths LIST: the sums of the paths listed in LIST, one after the other
+    local _p _from=$1
+    set --
+    while read -r _p; do set -- "$@" "$_p"; done <"$_from"
+    sums "$@"
+}
+
 # hash_all LIST OUT: the sums of the paths listed in LIST, as many at a time as there are processors (4 at most).
 # Paths come largest first, dealt in turn, so that the shares are about equal.
 hash_all() {
@@ -116,11 +123,7 @@ hash_all() {
     done <"$1"
     for _s in "$WORK"/share.*; do
         [ -f "$_s" ] || continue
-        (
-            set --
-            while read -r _p; do set -- "$@" "$_p"; done <"$_s"
-            sums "$@" >"$WORK/sums.${_s##*.}"
-        ) &
+        hash_paths "$_s" >"$WORK/sums.${_s##*.}" &
     done
     wait
     cat "$WORK"/sums.* >"$2" 2>/dev/null || : >"$2"

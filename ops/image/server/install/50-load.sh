@@ -1,43 +1,49 @@
 
-# --- base models: files beside the image, each copied and hashed in one pass ---------------------------------------------
+# --- base models: files beside the image, each hashed while it is copied -------------------------------------------------
 
-# copy_and_hash VOLUMES DEST BYTES: writes DEST and prints its hash. Slice by slice: while one is copied, the one before is
-# hashed as it lies in DEST (in memory still), so that what is proved is what was written, and the disk is read once.
-copy_and_hash() {
-    local _hashing
-    rm -f "$WORK/slices" "$2"
-    mkfifo "$WORK/slices" || return 1
-    hash_slices "$2" <"$WORK/slices" >"$WORK/copied" &
+# copy_model_file VOLUMES DEST BYTES: DEST is the volumes in a row, on the disk, and every volume is the plan's. The hasher and
+# the copy read the same pages at the same time, so the medium is read once; the disk writes meanwhile.
+copy_model_file() {
+    local _hashing _copied
+    rm -f "$2"
+    paths_of "$1" >"$WORK/copied.paths" || return 1
+    hash_paths "$WORK/copied.paths" >"$WORK/copied.sums" &
     _hashing=$!
-    copy_slices "$1" "$2" >"$WORK/slices" || return 1
+    copy_whole "$1" "$2"
+    _copied=$?
     wait "$_hashing"
-    [ "$(stat -c %s "$2")" = "$3" ] || return 1
-    cat "$WORK/copied"
+    [ $_copied = 0 ] && [ "$(stat -c %s "$2")" = "$3" ] && volumes_fit "$1"
 }
 
-copy_slices() { # copy_slices VOLUMES DEST: says "START BYTES" of each slice that was written
-    local _list=$1 _v _real _from _size _at=0 _n
-    : >"$2"
+copy_whole() { # copy_whole VOLUMES DEST: a copy in the kernel, or a clone where the file system has them
+    local _real
+    case $1 in
+        *,*) join_volumes "$1" >"$2" || return 1 ;;
+        *)
+            _real=$(where "$1") || return 1
+            cp --reflink=auto "$_real" "$2" 2>/dev/null || cp "$_real" "$2" || return 1 ;;
+    esac
+    sync "$2" 2>/dev/null || sync
+}
+
+paths_of() { # paths_of V1,V2,...: where each lies
+    local _list=$1
     while [ -n "$_list" ]; do
-        _v=${_list%%,*}
+        where "${_list%%,*}" || return 1
         case $_list in *,*) _list=${_list#*,} ;; *) _list= ;; esac
-        _real=$(where "$_v") || return 1
-        _size=$(stat -c %s "$_real") _from=0
-        while [ "$_from" -lt "$_size" ]; do
-            _n=$((_size - _from))
-            [ "$_n" -gt 134217728 ] && _n=134217728
-            dd if="$_real" of="$2" bs=1048576 skip="$_from" count="$_n" iflag=skip_bytes,count_bytes oflag=append conv=notrunc 2>/dev/null || return 1
-            echo "$_at $_n"
-            _from=$((_from + _n)) _at=$((_at + _n))
-        done
     done
 }
 
-hash_slices() { # hash_slices DEST: the hash of all slices that stdin names
-    local _at _n
-    while read -r _at _n; do
-        dd if="$1" bs=1048576 skip="$_at" count="$_n" iflag=skip_bytes,count_bytes 2>/dev/null
-    done | sum_of_stdin
+volumes_fit() { # volumes_fit VOLUMES: the hashes in copied.sums are the plan's, in the order of copied.paths
+    local _list=$1 _path _v _bytes _sha _rest
+    while read -r _path <&4; do
+        _sha=
+        while read -r _v _bytes _sha _rest; do [ "$_v" = "${_list%%,*}" ] && break; done <<ROWS
+$(rows vol)
+ROWS
+        listed "$_sha" "$_path" "$WORK/copied.sums" || return 1
+        _list=${_list#*,}
+    done 4<"$WORK/copied.paths"
 }
 
 install_models() {
@@ -66,10 +72,10 @@ install_model() { # install_model SET NAME: appears under its own name only when
         # a file of an interrupted install: it got its name only after it had proved right
         [ -f "$_stage/$_path" ] && continue
         mkdir -p "$(dirname "$_stage/$_path")"
-        if [ "$(copy_and_hash "$_vols" "$_stage/$_path.part" "$_fbytes")" != "$_fsha" ]; then
+        if ! copy_model_file "$_vols" "$_stage/$_path.part" "$_fbytes"; then
             # find out which volume it is, mend it, and read once more
             verify_or_repair $(echo "$_vols" | tr , ' ')
-            [ "$(copy_and_hash "$_vols" "$_stage/$_path.part" "$_fbytes")" = "$_fsha" ] ||
+            copy_model_file "$_vols" "$_stage/$_path.part" "$_fbytes" ||
                 die 4 "$_path of model $2 does not arrive whole: $_vols" "check the disk of $PREFIX for room and errors, then copy $_vols again"
         fi
         mv "$_stage/$_path.part" "$_stage/$_path"
