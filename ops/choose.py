@@ -35,7 +35,6 @@ def choose(session: Session, ranking: Ranking) -> Offer:
         runners_up=[{"offer": asdict(p.offer), "usd": p.cost.usd, "why_not": p.why} for p in affordable[1:4]],
         rejected=[{"offer": o.id, "gpu": o.gpu_name, "why": why} for o, why, _ in ranking.rejected],
     )  # fmt: skip
-    session.screen.renting(best)
     return best.offer
 
 

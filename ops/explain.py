@@ -48,59 +48,70 @@ def status(run_id: str, lines: list[Line], now: float) -> Status:
 
 def explain(lines: list[Line], now: float) -> list[str]:
     """Why this offer, why it stopped, where each cent went."""
-    told = [f"{_at(line.t)}  {text}" for line in lines if (text := _tell(line))]
+    told = [f"{_at(line.t)}  {text}" for line in lines if (text := told_line(line))]
     return [*told, "", *cost_lines(lines, now)]
 
 
-def _tell(line: Line) -> str:
+def told_line(line: Line) -> str:
+    """A journal line as a person reads it, on the screen and in `explain`: the stage, and what happened; empty where nobody asks."""
+    stage, text = _tell(line)
+    return f"{stage:<9} {text}" if stage else ""
+
+
+def _tell(line: Line) -> tuple[str, str]:
     d = line.get
     match line.kind:
         case "planned":
-            return f"planned: {d('workload', {}).get('tokens', 0):,.0f} tokens, at most {d('max_usd')} $ and {d('max_s', 0) / 3600:.1f} h"
+            tokens = d("workload", {}).get("tokens", 0)
+            return "plan", f"run {d('run_id')}: {tokens:,.0f} tokens, at most {d('max_usd')} $ and {d('max_s', 0) / 3600:.1f} h"
         case "offers":
-            others = "".join(f"\n{'':21}not {r['offer']['gpu_name']} (offer {r['offer']['id']}): {r['why_not']}" for r in d("runners_up", []))
-            return f"chose offer {d('chosen')} of {d('seen')}: {d('why')}{others}"
+            others = "".join(f"\n{'':31}not {r['offer']['gpu_name']} (offer {r['offer']['id']}): {r['why_not']}" for r in d("runners_up", []))
+            return "choose", f"offer {d('chosen')} of {d('seen')}: {d('why')}{others}"
         case "renting":
-            offer = d("offer")
-            return f"rent {offer['num_gpus']} x {offer['gpu_name']} on machine {offer['machine_id']} at {offer['usd_per_hour']:.3f} $/h"
+            o = d("offer")
+            return "offer", f"{o['id']}: {o['num_gpus']} x {o['gpu_name']}, {o['country']}, machine {o['machine_id']}, {o['usd_per_hour']:.3f} $/h"
         case "rented":
-            return f"instance {d('instance_id')}" + (" (found by its label)" if d("adopted") else "")
+            return "rent", f"instance {d('instance_id')}" + (" (found by its label)" if d("adopted") else "")
         case "unclear":
-            return f"the answer was unclear, so the label decides: {d('error')}"
+            return "unclear", f"{d('error')}; the label decides"
         case "absent":
-            return f"nothing was created, seen {d('reads')} times"
-        case "booted" | "connected":
-            return f"{line.kind} after {d('seconds')} s" + (f" ({d('via')})" if d("via") else "")
+            return "absent", f"nothing was created, seen {d('reads')} times"
+        case "booted":
+            return "boot", f"running after {d('seconds')} s"
+        case "rebooted":
+            return "reboot", f"{d('why')}"
+        case "connected":
+            return "connect", f"{d('via')}, host key pinned, the box is what was offered ({d('seconds')} s)"
         case "pushed":
-            return f"pushed {d('files')} files, {d('bytes_in', 0):,} bytes in {d('seconds')} s"
+            return "push", f"{d('files')} files, {d('bytes_in', 0) / 1e6:.1f} MB sent, hashes equal ({d('seconds')} s)"
         case "launched":
-            return f"training {d('state')}"
+            return "launch", f"training {d('state')}"
         case "checkpoint":
-            return f"checkpoint of step {d('step')} is at home"
+            return "save", f"checkpoint of step {d('step')} is at home"
         case "event":
-            return f"trainer: {d('event')} {d('reason') or d('message') or ''}".rstrip()
+            return "trainer", f"{d('event')} {d('reason') or d('message') or ''}".rstrip()
         case "ended":
-            return f"training ended with exit code {d('exit_code')}"
+            return "train", f"ended with exit code {d('exit_code')}"
         case "bad_result":
-            return f"the result was refused: {d('why')}"
+            return "result", f"refused, fetched again: {d('why')}"
         case "pulled":
-            return f"adapter at home and verified: {d('adapter')} sha256 {d('sha256')[:16]}"
+            return "pull", f"verified: {d('tensors')} tensors, sha256 {d('sha256')[:16]}…"
         case "bad_machine" | "missed":
-            return f"machine {d('machine_id')} given up: {d('why')}"
+            return "next", f"machine {d('machine_id')} given up: {d('why')}"
         case "preempted":
-            return f"taken away: {d('state')}"
+            return "taken", f"{d('state')}"
         case "interrupted":
-            return f"you chose: {d('chosen')}"
+            return "you", f"chose: {d('chosen')}"
         case "destroying":
-            return f"destroy, because: {d('why')}"
+            return "destroy", f"because: {d('why')}"
         case "destroyed":
-            return f"destroyed and absent in {len(d('reads', []))} spaced reads"
+            return "destroy", f"absent in {len(d('reads', []))} spaced reads"
         case "leaked":
-            return f"LEAKED: {d('trouble')}"
+            return "LEAKED", f"{d('trouble')}"
         case "failed":
-            return f"failed: {d('what')}"
+            return "failed", f"{d('what')}"
         case _:
-            return ""
+            return "", ""
 
 
 def phases(lines: list[Line], first_step_t: float | None) -> list[tuple[str, float]]:

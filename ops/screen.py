@@ -14,14 +14,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ops.explain import told_line
 from ops.journal import Line
 from ops.market import Instance
-from ops.offers import Priced, Ranking
+from ops.offers import Ranking
 from ops.session import Plan
 from trainer import events
 
 QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
+TOLD_ELSEWHERE = ("offers", "event", "destroying", "failed")  # by the plan screen, `event`, `destroying`, and the command's error
 
 
 class Terminal:
@@ -37,15 +40,11 @@ class Terminal:
     # -- ops.session.Screen -----------------------------------------------------------------------------------------
 
     def line(self, line: Line) -> None:
-        text = _stage(line)
-        if text:
-            self._say(text)
+        if line.kind not in TOLD_ELSEWHERE and (text := told_line(line)):
+            self._say(text, style="bold red" if line.kind in ("leaked", "bad_result") else "")
 
     def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
         draw_plan(self.console, plan, ranking, credit_usd)
-
-    def renting(self, priced: Priced) -> None:
-        self._say(f"offer     {_machine(priced)}: {priced.cost.usd:.4f} $ predicted for this run")
 
     def booting(self, instance: Instance, waited_s: float) -> None:
         self._status(f"boot      {instance.status or 'provisioning'} {waited_s:.0f} s  {instance.status_msg.strip()[:60]}")
@@ -85,7 +84,7 @@ class Terminal:
             return choices[1][0]
         self._say("")
         for n, (_, text) in enumerate(choices, 1):
-            self.console.print(f"  {n}  {text}", highlight=False)
+            self.console.print(f"  {n}  {text}", markup=False, highlight=False)
         try:
             answer = self.console.input("choose 1, 2 or 3 [1]: ").strip() or "1"
         except (EOFError, KeyboardInterrupt):
@@ -94,9 +93,10 @@ class Terminal:
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, style: str = "") -> None:
         self._clear()
-        self.console.print(f"[dim]{time.monotonic() - self._began:6.1f} s[/dim]  {text}" if text else "", highlight=False, soft_wrap=True)
+        line = Text.assemble((f"{time.monotonic() - self._began:6.1f} s  ", "dim"), (text, style)) if text else Text()
+        self.console.print(line, soft_wrap=True)
 
     def _status(self, text: str, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -127,9 +127,6 @@ class JsonLines:
 
     def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
         self._out("plan", **plan_facts(plan, ranking, credit_usd))
-
-    def renting(self, priced: Priced) -> None:
-        pass
 
     def booting(self, instance: Instance, waited_s: float) -> None:
         pass
@@ -177,59 +174,17 @@ def draw_plan(console: Console, plan: Plan, ranking: Ranking, credit_usd: float)
     for n, priced in enumerate(ranking.accepted[:4]):
         o = priced.offer
         machine = f"{o.num_gpus} x {o.gpu_name} {o.country}"
-        table.add_row("✓" if n == 0 else "", str(o.id), machine, f"{o.usd_per_hour:.3f}", f"{priced.cost.usd:.4f} $", priced.why)
+        table.add_row("✓" if n == 0 else "", str(o.id), machine, f"{o.usd_per_hour:.3f}", f"{priced.cost.usd:.4f} $", Text(priced.why))
     console.print(table, highlight=False)
     for text in best.cost.lines:
-        console.print(f"  {text}", style="dim", highlight=False, soft_wrap=True)
+        console.print(f"  {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"guards    at most {plan.max_usd:.2f} $ and {plan.max_s / 3600:.1f} h, kept by this machine and by a watchdog on the box; "
         f"a silent laptop for 10 min ends it too; no event for {plan.stall_s / 60:.0f} min ends it; credit {credit_usd:.2f} $",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for note in plan.notes:
-        console.print(f"note      {note}", highlight=False, soft_wrap=True)
-
-
-def _stage(line: Line) -> str:
-    d = line.get
-    match line.kind:
-        case "planned":
-            return f"plan      run {d('run_id')}"
-        case "rented":
-            return f"rent      instance {d('instance_id')}" + (" (found by its label)" if d("adopted") else "")
-        case "unclear":
-            return f"unclear   {d('error')}; the label decides"
-        case "booted":
-            return f"boot      running after {d('seconds')} s"
-        case "connected":
-            return f"connect   {d('via')}, host key pinned, the box is what was offered ({d('seconds')} s)"
-        case "pushed":
-            return f"push      {d('files')} files, {d('bytes_in', 0) / 1e6:.1f} MB sent, hashes equal ({d('seconds')} s)"
-        case "launched":
-            return f"launch    {d('state')}"
-        case "checkpoint":
-            return f"save      checkpoint of step {d('step')} is at home"
-        case "ended":
-            return f"train     ended with exit code {d('exit_code')}"
-        case "bad_result":
-            return f"[red]result    refused, fetched again: {d('why')}[/red]"
-        case "pulled":
-            return f"pull      verified: {d('tensors')} tensors, sha256 {d('sha256')[:16]}…"
-        case "bad_machine" | "missed":
-            return f"next      machine {d('machine_id')}: {d('why')}"
-        case "preempted":
-            return f"taken     {d('state')}"
-        case "destroyed":
-            return f"destroy   absent in {len(d('reads', []))} spaced reads"
-        case "leaked":
-            return f"[bold red]LEAKED    {d('trouble')}[/bold red]"
-        case _:
-            return ""
-
-
-def _machine(priced: Priced) -> str:
-    o = priced.offer
-    return f"{o.id}: {o.num_gpus} x {o.gpu_name}, {o.country}, {o.usd_per_hour:.3f} $/h"
+        console.print(f"note      {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _minutes(seconds: float) -> str:

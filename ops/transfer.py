@@ -247,13 +247,17 @@ def _push_big(box: Box, files: Sequence[PushFile], survey: _Survey, meter: _Mete
         with open(f.local, "rb", buffering=0) as source:
             source.seek(have)
             if box.tools.openssh and size - have >= BULK:
-                openssh.pour(box, script, source, lambda at, before=before: meter.at(before + at))
+                openssh.pour(box, script, source, moved=partial(_moved, meter, before))
             else:
                 meter.add(have)
                 done = box.stream(script, feed=_counted(iter(partial(source.read, 1 << 18), b""), meter))
                 if done.exit_code:
                     raise BoxError(f"cannot write {f.remote} on the box: {done.stderr.strip()[-300:]}", money=_STILL_RENTED)
         meter.at(before + size)
+
+
+def _moved(meter: _Meter, before: int, position: int) -> None:
+    meter.at(before + position)
 
 
 def _counted(pieces: Iterator[bytes], meter: _Meter) -> Iterator[bytes]:

@@ -64,7 +64,7 @@ class Vast:
 
     def search(self, query: dict[str, Any], *, interruptible: bool, disk_gib: float) -> list[Offer]:
         """Offers as the server filtered them, priced for `disk_gib`; rows that cannot be read are left out. At most 64 come."""
-        body = {"verified": {"eq": True}, "external": {"eq": False}, "rentable": {"eq": True}, "rented": {"eq": False}}
+        body: dict[str, Any] = {"verified": {"eq": True}, "external": {"eq": False}, "rentable": {"eq": True}, "rented": {"eq": False}}
         body |= query | {"type": "bid" if interruptible else "on-demand", "allocated_storage": disk_gib, "limit": 64}
         body.setdefault("order", [["dph_total", "asc"]])
         reply = self._repeat("search", "POST", "/bundles/", body)
