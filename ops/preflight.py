@@ -22,6 +22,7 @@ from ops.transfer import PushFile, sha256_of
 from ops.vast import Vast
 from ops.wait import Clock
 from trainer import memory, prepare, prompt
+from trainer.data import DATASET_INFO, find_sources
 from trainer.job import WIRE, Job
 
 CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}  # least compute capability
@@ -96,12 +97,22 @@ def _check_image(job: JobFile) -> None:
 
 
 def _data_files(job: JobFile) -> list[PushFile]:
-    wanted = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
+    wanted = [*_with_named(job.data.files), *([job.data.held_out] if job.data.held_out else [])]
     missing = [p for p in wanted if not p.is_file()]
     if missing:
         raise PreflightError("\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file")
     # the name on the box is ours: a user's may hold what no shell likes; errors name the user's
     return [PushFile(p, f"data/{n}{p.suffix if p.suffix[1:].isalnum() else ''}", sha256_of(p)) for n, p in enumerate(wanted)]
+
+
+def _with_named(files: list[Path]) -> list[Path]:
+    """The files, and where LLaMA-Factory's dataset_info.json stands alone, those that it names: the box needs them too."""
+    if not all(p.is_file() and p.name == DATASET_INFO for p in files):
+        return files
+    sources, defects = find_sources(files, "auto")
+    if defects:
+        raise PreflightError("\n".join(str(d) for d in defects), hint="correct the file, or name the data files themselves in data.files")
+    return [*files, *(s.path for s in sources)]
 
 
 def _model_files(job: JobFile) -> list[PushFile]:

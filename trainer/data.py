@@ -26,6 +26,7 @@ from trainer.rows import Columns, Row
 from trainer.scan import Broken
 
 LARGE = 32 << 20  # bytes from which a file is checked by several processes
+DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's
 LOOK = 20  # rows looked at to tell the format
 
 
@@ -105,9 +106,9 @@ def find_sources(paths: Sequence[Path | tuple[Path, str]], form: str) -> tuple[l
     known: dict[str, Source] = {}
     defects: list[Defect] = []
     for path, name in given:
-        if Path(name).name == "dataset_info.json":
+        if Path(name).name == DATASET_INFO:
             known |= _dataset_info(path, name, defects)
-    plain = [(path, name) for path, name in given if Path(name).name != "dataset_info.json"]
+    plain = [(path, name) for path, name in given if Path(name).name != DATASET_INFO]
     if not plain and known:
         plain = [(source.path, source.name) for source in known.values()]
     sources = []

@@ -17,6 +17,7 @@ from ops.preflight import preflight
 from ops.session import Plan
 from ops.vast import Provider, Vast
 from ops.wait import RealClock
+from trainer.data import read_rows
 
 ROWS = [{"instruction": f"say {n}", "input": "", "output": f"it is {n}"} for n in range(20)]
 
@@ -60,6 +61,24 @@ def test_a_good_job_becomes_a_plan_with_its_tokens_counted_and_its_files_named(t
     assert plan.workload.tokens > 20 * 100
     assert plan.wire_job["run_id"] == plan.run_id
     assert [f.name for f in (tmp_path / "runs" / plan.run_id).iterdir()] == []
+
+
+def test_a_dataset_info_alone_brings_the_files_that_it_names(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
+    """The box reads the same rows as the laptop, by the columns that the file gives."""
+    (tmp_path / "mine.json").write_text(json.dumps([{"q": r["instruction"], "a": r["output"]} for r in ROWS]))
+    info = {"mine": {"file_name": "mine.json", "columns": {"prompt": "q", "response": "a"}}, "hub": {"hf_hub_url": "someone/something"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    plan = planned(tmp_path, fake, job | {"data": {"files": ["dataset_info.json"], "max_length": 512}})
+    sent = {p.local.name: p.remote for p in plan.pushes if p.remote.startswith("data/")}
+    assert sent == {"dataset_info.json": "data/0.json", "mine.json": "data/1.json"}
+    assert "20 rows" in plan.notes[0]
+    box = tmp_path / "box/data"
+    box.mkdir(parents=True)
+    for p in plan.pushes:
+        if p.remote.startswith("data/"):
+            (box.parent / p.remote).write_bytes(p.local.read_bytes())
+    rows, defects = read_rows([(box.parent / f["path"], f["name"]) for f in plan.wire_job["data"]["files"]])
+    assert defects == [] and len(rows) == 20
 
 
 def test_a_pushed_trainer_travels_whole_with_what_starts_it(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
