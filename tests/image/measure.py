@@ -162,7 +162,7 @@ def repair(bundle: Path) -> None:
         hidden.rename(path)
 
 
-def model(gigabytes: float, folder: Path) -> None:
+def model(gigabytes: float, folder: Path) -> dict[str, float]:
     """The copy of INSTALL.sh against `cp` and a sync, of one file that is in the page cache; best of 5 each."""
     size = int(gigabytes * 1e9)
     with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -190,6 +190,7 @@ def model(gigabytes: float, folder: Path) -> None:
                 best[name] = min(best.get(name, 1e9), time.monotonic() - began)
         for name, seconds in best.items():
             print(f"{name:30} {seconds:6.2f} s  {source.stat().st_size / seconds / 1e6:.0f} MB/s  {seconds / best['cp, sync']:.2f} of a plain copy")
+    return best
 
 
 if __name__ == "__main__":

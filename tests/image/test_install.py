@@ -3,6 +3,7 @@ machine's own reports (nvidia-smi, docker info), which are recorded."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -393,3 +394,38 @@ def test_the_installer_is_clean_for_shellcheck(packed: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == ""
+
+
+INSTALL = Path(__file__).parents[2] / "ops/image/server/install"
+
+
+def copied(packed: Path, tmp_path: Path, volumes: str, size: int) -> subprocess.CompletedProcess[str]:
+    """copy_model_file of INSTALL.sh, called by itself."""
+    parts = "".join((INSTALL / name).read_text() for name in ("10-plan.sh", "40-verify.sh", "50-load.sh"))
+    has = "has() { command -v $1 >/dev/null 2>&1; }\n"
+    call = f"BUNDLE={packed} WORK={tmp_path} PREFIX={tmp_path} ALSO= ID=x\nchoose_hasher\ncopy_model_file {volumes} {tmp_path}/copy {size}"
+    return subprocess.run(["sh", "-c", has + parts + call], capture_output=True, text=True)
+
+
+def test_a_model_file_arrives_whole_from_one_volume_or_several_and_a_flipped_bit_is_found(packed: Path, tmp_path: Path) -> None:
+    rows = [line.split() for line in (packed / "PLAN").read_text().splitlines() if line.startswith("mfile ")]
+    cut = next(row for row in rows if "," in row[5])
+    whole = next(row for row in rows if "," not in row[5] and "safetensors" in row[4])
+    for _, _, size, digest, _, volumes in (cut, whole):
+        ran = copied(packed, tmp_path, volumes, int(size))
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert hashlib.sha256((tmp_path / "copy").read_bytes()).hexdigest() == digest
+        flip(packed / volumes.split(",")[-1], 7)
+        assert copied(packed, tmp_path, volumes, int(size)).returncode != 0
+    assert copied(packed, tmp_path, "models/none", 1).returncode != 0
+
+
+@pytest.mark.slow
+def test_installing_a_model_takes_no_longer_than_the_slower_of_a_copy_and_a_hash_and_a_third(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import measure
+
+    took = measure.model(0.5, tmp_path)
+    assert took["INSTALL.sh (copy, hash, sync)"] < 1.3 * max(took["cp, sync"], took["openssl dgst -sha256"])
