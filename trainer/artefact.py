@@ -32,7 +32,7 @@ class ArtefactError(RuntimeError):
     """What was saved is not what was trained."""
 
 
-def save_model(model: nn.Module, job: Job, folder: Path, initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def save_model(model: Any, job: Job, folder: Path, initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Writes the adapter (or, for full and freeze, the whole model) into `folder` and returns the tensors that must be in it, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     if job.training.method != "lora":
@@ -108,8 +108,8 @@ def write_result(
     }
     (stage / "adapter" / "template.json").write_text(json.dumps(prompt, ensure_ascii=False, indent=1), encoding="utf-8")
     archive = zip_folder(stage / "adapter", stage / "adapter.zip")
-    for name, data in pages.items():
-        (stage / name).write_bytes(data)
+    for name, page in pages.items():
+        (stage / name).write_bytes(page)
     shutil.rmtree(stage / "adapter")
     manifest = {
         "wire": WIRE,

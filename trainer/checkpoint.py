@@ -80,7 +80,7 @@ def read_tensors(folder: Path, state: State) -> dict[str, torch.Tensor]:
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     held = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in held.items()}
+    tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in held.items()}  # type: ignore[union-attr]  # tensors only
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is what is meant
         dcp.load(tensors, storage_reader=reader, no_dist=True)

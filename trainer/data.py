@@ -209,7 +209,7 @@ def examine(source: Source, defects: list[Defect], items: Iterator[Any] | None =
         if place.odd and type(result) is Row:
             odd = formats.odd_texts(value)
             result = odd if odd else result
-        if type(result) is Row:
+        if isinstance(result, Row):
             yield result
             continue
         for path, reason, fix in result:

@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class Scored:
     samples: list[dict[str, str]] = field(default_factory=list)
 
 
-def held_out(model: nn.Module, job: Job, run: Path, data: Prepared, device: torch.device) -> Scored:
+def held_out(model: Any, job: Job, run: Path, data: Prepared, device: torch.device) -> Scored:
     """Rows of data.held_out, in order, as many as SECONDS allow and at most ROWS; `before` is the same model with its adapter switched off
     (only an adapter can be)."""
     if job.data.held_out is None:

@@ -200,9 +200,9 @@ def predict(
     rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
     aims = tokens if targets is None else targets
     trained, beside = _trained(shape, method, r, target_modules, trainable_layers)
-    weights = _weight_bytes(shape, precision, element, fused, keep_transpose)
-    adapter = trained * 4 + beside * 4 + (_padded_copies(shape, r, target_modules, element) if fused else 0)
-    optimizer = trained * 8
+    weights: float = _weight_bytes(shape, precision, element, fused, keep_transpose)
+    adapter: float = trained * 4 + beside * 4 + (_padded_copies(shape, r, target_modules, element) if fused else 0)
+    optimizer: float = trained * 8
     if method == "full" and processes > 1:  # trainer/sharded.py: a part of all; whole, for a while, what lies outside the layers and two of them
         linear = linear_parameters(shape)
         gathered = 4 * (parameters(shape) - linear + 2 * linear // shape.layers)

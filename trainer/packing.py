@@ -46,7 +46,8 @@ class Order:
 
 def share(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
     """Splits a step's rows over ranks so that token counts are level: longest first, each to the rank that has least."""
-    loads, shares = [0] * ranks, [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
     for row in sorted(rows, key=lambda r: (-lengths[r], r)):
         rank = min(range(ranks), key=lambda k: (loads[k], k))
         loads[rank] += lengths[row]

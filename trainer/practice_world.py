@@ -93,7 +93,7 @@ class Fact:
     value: tuple[str, str]
 
     def answer(self, language: int) -> str:
-        return PHRASES[self.attribute][language].format(n=self.name[language], v=self.value[language])
+        return PHRASES[self.attribute][:2][language].format(n=self.name[language], v=self.value[language])
 
     def questions(self) -> list[tuple[str, str]]:
         """(instruction, input) in both languages, the name in the question or in the input field."""

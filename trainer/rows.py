@@ -78,7 +78,9 @@ def problems_or_row(value: Any, form: str, columns: Columns, where: str) -> Row 
 def _alpaca(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Problem]:
     names = columns.names
     ask, extra, reply = names.get("instruction", "instruction"), names.get("input", "input"), names.get("output", "output")
-    instruction, given, output = row.get(ask), row.get(extra), row.get(reply)
+    instruction: Any = row.get(ask)
+    given: Any = row.get(extra)
+    output: Any = row.get(reply)
     system, history = row.get(names.get("system", "system")), row.get(names.get("history", "history"))
     sound = type(instruction) is str and type(output) is str and (given is None or type(given) is str) and not system and not history
     if sound and output.strip() and (instruction.strip() or (given and given.strip())):
@@ -111,7 +113,8 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
     key = columns.name("conversations" if form == "sharegpt" else "messages")
     role_tag = columns.role_tag or ("from" if form == "sharegpt" else "role")
     content_tag = columns.content_tag or ("value" if form == "sharegpt" else "content")
-    said, problems = row.get(key), []
+    said = row.get(key)
+    problems: list[Problem] = []
     if type(said) is not list:
         return (
             [_missing(row, key)]

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]  # not in the stubs; there since Python 2.6
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ BLOCK = 16 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")  # a comma between two rows
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple)
-_scan = _DECODER.scan_once
+_scan = _DECODER.scan_once  # type: ignore[attr-defined]
 _ODD = (
     "\x00",
     "\ufffd",

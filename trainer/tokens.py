@@ -55,7 +55,7 @@ def open_vocabulary(folder: Path) -> Vocabulary:
     if not eos:
         eos_id = _json(folder / "config.json").get("eos_token_id")
         eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
-        eos = tokenizer.id_to_token(eos_id) if isinstance(eos_id, int) else ""
+        eos = (tokenizer.id_to_token(eos_id) if isinstance(eos_id, int) else None) or ""
     if not eos or tokenizer.token_to_id(eos) is None:
         raise TemplateError(f"the tokenizer in {folder.name}/ names no end token (eos_token={eos!r}): set eos_token in tokenizer_config.json")
     jinja = folder / "chat_template.jinja"

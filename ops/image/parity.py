@@ -53,6 +53,6 @@ def xor_files(sources: Sequence[Path], size_bytes: int, out: Path) -> str:
             for file in files:
                 piece = np.frombuffer(file.read(len(value)), np.uint8)
                 value[: len(piece)] ^= piece
-            digest.update(value)
-            target.write(value)
+            digest.update(value.data)
+            target.write(value.data)
     return digest.hexdigest()

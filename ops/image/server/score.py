@@ -86,7 +86,7 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     job = Job.model_validate_json((run / "job.json").read_bytes())
     if data_file is None and job.data.held_out is None:
         raise SystemExit("refused: the job has no held_out rows\ndo this: milktea-run evaluate RUN DATA.json")
-    path = data_file or run / job.data.held_out.path
+    path = data_file or run / job.data.held_out.path  # type: ignore[union-attr]  # refused above
     rows, defects = read_rows([(path, path.name)], job.data.format if data_file is None else "auto")
     if defects or not rows:
         raise SystemExit("\n".join(["refused:", *map(str, defects[:10])]) + f"\ndo this: mend {path.name}, or leave these rows out")
