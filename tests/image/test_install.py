@@ -421,11 +421,11 @@ def test_a_model_file_arrives_whole_from_one_volume_or_several_and_a_flipped_bit
 
 
 @pytest.mark.slow
-def test_installing_a_model_takes_no_longer_than_the_slower_of_a_copy_and_a_hash_and_a_third(
+def test_installing_a_model_costs_no_more_than_a_copy_and_a_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     import measure
 
     took = measure.model(0.5, tmp_path)
-    assert took["INSTALL.sh (copy, hash, sync)"] < 1.3 * max(took["cp, sync"], took["openssl dgst -sha256"])
+    assert took["INSTALL.sh (copy, hash, sync)"] < 1.1 * (took["cp, sync"] + took["openssl dgst -sha256"])
