@@ -34,7 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for 
 Run = Annotated[str, typer.Argument(help="A run id, or an unambiguous beginning of one; `last` is the newest")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask")]
 PRACTICE = Path("jobs/practice.toml")
-EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=429496730")  # 0.4 GiB, as jobs/practice.toml says
+EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=289910784")  # 0.27 GiB, as jobs/practice.toml says
 
 
 @app.command("rent-and-train")
