@@ -50,7 +50,7 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
         from ops.wait import RealClock
 
         clock = RealClock()
-        plan = preflight(_job(job), vast, clock, _runs())
+        plan = preflight(_job(job), vast, clock, _runs(), on_cpu=not _is_real())
         with Journal(_runs() / plan.run_id) as journal:
             _first_line(journal, plan, screen)
             session = Session(journal, plan, vast, clock, screen)

@@ -27,22 +27,27 @@ from trainer.job import WIRE, Job
 
 CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}  # least compute capability
 DRIVER_SHARE = 0.98  # of the memory that a card's driver reports, torch can have
+CPU_FLOP_S = 1e11  # of a laptop, generously
 SYSTEM_GIB = 4  # logs, pip's cache, the container's own
 IMAGE_UNPACKED = 2.5  # unpacked bytes for a compressed one
 TRAINER_FILES = ("*.py", "templates/*")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
-def preflight(job: JobFile, vast: Vast, clock: Clock, root: Path) -> Plan:
+def preflight(job: JobFile, vast: Vast, clock: Clock, root: Path, *, on_cpu: bool = False) -> Plan:
     """The plan of a run, or what stands against it: every defect of the data, an image of another wire, a key that does not work,
-    no credit, a model that fits no card asked for. Raises PreflightError or ConfigError; costs nothing."""
+    no credit, a model that fits no card asked for, with `on_cpu` one that the emulator's boxes could not train in time.
+    Raises PreflightError or ConfigError; costs nothing."""
     _check_image(job)
     _check_credit(vast)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(clock.now()))}-{secrets.token_hex(2)}"
     stage = root / run_id
     stage.mkdir(parents=True)
     try:
-        return planned(job, run_id, stage)
+        plan = planned(job, run_id, stage)
+        if on_cpu:
+            _refuse_too_slow_here(plan)
+        return plan
     except BaseException:
         shutil.rmtree(stage)  # a run that never began leaves nothing
         raise
@@ -62,6 +67,17 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
         workload=workload, max_usd=job.limits.max_usd, max_s=job.limits.max_hours * 3600, stall_s=job.limits.stall_minutes * 60,
         out=str(job.results.folder), notes=notes,
     )  # fmt: skip
+
+
+def _refuse_too_slow_here(plan: Plan) -> None:
+    """The emulator's boxes compute on this machine's CPU: a model made for a GPU would run into limits.max_hours without a result."""
+    seconds = 6 * plan.workload.model_parameters * plan.workload.tokens / CPU_FLOP_S
+    if seconds > plan.max_s:
+        raise PreflightError(
+            f"without VAST_API_KEY the training runs on this computer's CPU, where {plan.workload.model_parameters / 1e9:.1f} billion parameters "
+            f"and {plan.workload.tokens:,.0f} tokens take about {seconds / 3600:,.0f} hours; limits.max_hours is {plan.max_s / 3600:.1f}",
+            hint="export VAST_API_KEY=... for the real run, or `make plan JOB=...` to see the emulated market",
+        )
 
 
 # -- key, credit, image -----------------------------------------------------------------------------------------------------------

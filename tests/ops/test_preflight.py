@@ -81,6 +81,20 @@ def test_a_dataset_info_alone_brings_the_files_that_it_names(tmp_path: Path, fak
     assert defects == [] and len(rows) == 20
 
 
+def test_a_model_that_this_computer_could_not_train_in_time_is_refused_without_a_key(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    config_path = tmp_path / "model/config.json"
+    larger = {"hidden_size": 4096, "num_hidden_layers": 60, "intermediate_size": 14336}
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | larger))
+    vast = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
+    parsed = config.parse(job | {"limits": {"max_usd": 1, "max_hours": 0.1}}, tmp_path / "job.toml")
+    with pytest.raises(PreflightError, match=r"runs on this computer's CPU, where 1\d\.\d billion") as caught:
+        preflight(parsed, vast, RealClock(), tmp_path / "runs", on_cpu=True)
+    assert "VAST_API_KEY" in caught.value.hint
+    assert preflight(parsed, vast, RealClock(), tmp_path / "runs").workload.model_parameters > 1e10
+
+
 def test_a_pushed_trainer_travels_whole_with_what_starts_it(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
     plan = planned(tmp_path, fake, job | {"image": {"ref": "pytorch/pytorch:x"}})
     remotes = {p.remote for p in plan.pushes}
