@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trainer import imports
 from trainer.evaluate import answer
-from trainer.model import ModelError, register_attention, without_bitsandbytes
+from trainer.model import ModelError, register_attention
 from trainer.prepare import Prepared, Rows, prompt_ids
 from trainer.prompt import TemplateError, Turn, load, parse, with_chat_template
 from trainer.tokens import open_vocabulary, stop_token, token_hash
@@ -64,7 +65,7 @@ def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) 
 
 
 def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:
-    without_bitsandbytes("")
+    imports.lean(quantised=False, whole=False)
     from transformers import AutoModelForCausalLM
 
     register_attention(device)

@@ -1,27 +1,34 @@
 """What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train on every process.
 
-One process needs no rendezvous: this process becomes trainer.train, with the environment that `accelerate launch` would set (importing
-accelerate's launcher would cost a second import of torch). Several are started by `accelerate launch`, one configuration for adapters on
-every process (DDP) and for a model in parts (FSDP2, trainer/sharded.py). On several machines this runs once on each, in one shared run
-folder; trainer/machines.py reads from the environment who is first, and torchrun's rendezvous starts and restarts them together.
+One process needs no rendezvous: this process trains, with the environment that `accelerate launch` would set, and imports torch while a fork
+of it checks the data (accelerate's launcher would import torch a second time). Several are started by `accelerate launch`, one configuration
+for adapters on every process (DDP) and for a model in parts (FSDP2, trainer/sharded.py). On several machines this runs once on each, in one
+shared run folder; trainer/machines.py reads from the environment who is first, and torchrun's rendezvous starts and restarts them together.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import MutableMapping
 from pathlib import Path
 
+from trainer import imports
 from trainer.events import Failed, Writer
 from trainer.job import WIRE, Job
 from trainer.machines import Machines, read_machines
 from trainer.prepare import model_folder, prepare
 
 EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # its name, one for each machine
+REFUSED = 3
+QUANTISED = ("nf4", "int8")  # by bitsandbytes
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 EXIT_FILE = ".trainer_exit"  # the trainer's own exit code, which a launcher of several processes does not hand on
 
 
@@ -36,17 +43,74 @@ def main(arguments: list[str]) -> int:
     run = path.resolve().parent
     try:
         job = Job.model_validate_json(path.read_bytes())
-        prepare(job, run)
-        model_folder(job, run, weights=True)
         machines = read_machines(os.environ)
+        os.environ["MILKTEA_STARTED"] = repr(time.time())
+        if job.processes == 1 and machines is None:
+            return train_here(job, path)
+        check(job, run)
     except (OSError, ValueError) as error:
         return refuse(run, error)
-    environment = os.environ | {"MILKTEA_STARTED": repr(time.time())}
+    environment = dict(os.environ)
     command = build(job, path, environment, machines)
-    if job.processes == 1 and machines is None:
-        os.execvpe(command[0], command, environment)
     environment[EXIT_VARIABLE] = exit_file(machines)
     return supervise(command, environment, run / environment[EXIT_VARIABLE])
+
+
+def check(job: Job, run: Path) -> None:
+    """Raises ValueError or OSError for what can be refused without torch; leaves the rows tokenised and the model's files at hand."""
+    prepare(job, run)
+    model_folder(job, run, weights=True)
+
+
+def train_here(job: Job, path: Path) -> int:
+    """Imports torch and trains, in this process, while a fork of it checks. What the fork refuses ends this process, even in the middle of an
+    import."""
+    surround(job, path.resolve().parent, os.environ)
+    checker = Checker(job, path.resolve().parent)
+    with imports.without_collection():
+        imports.begin(job.model.precision in QUANTISED, whole=False)
+        from trainer import train
+    return train.to_end(path, checker.wait)
+
+
+class Checker:
+    """A fork of this process that runs `check`, and tells what it refuses."""
+
+    def __init__(self, job: Job, run: Path) -> None:
+        self._done = False
+        self._pid = os.fork()
+        if self._pid == 0:
+            die_with_parent()
+            os._exit(self._check(job, run))
+        signal.signal(signal.SIGCHLD, self._look)
+
+    @staticmethod
+    def _check(job: Job, run: Path) -> int:
+        try:
+            check(job, run)
+        except (OSError, ValueError) as error:
+            return refuse(run, error)
+        except BaseException:
+            traceback.print_exc()  # the parent checks again, and ends as this would have
+        return 0
+
+    def wait(self) -> None:
+        """Returns when the data is checked; does not return when it was refused."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._look(options=0)
+
+    def _look(self, *_: object, options: int = os.WNOHANG) -> None:
+        if self._done:
+            return
+        pid, status = os.waitpid(self._pid, options)
+        self._done = pid == self._pid
+        if self._done and os.WIFEXITED(status) and os.WEXITSTATUS(status) == REFUSED:
+            os._exit(REFUSED)  # half of torch may be imported: there is nothing that could end in order
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent is gone, so that none is left behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def refuse(run: Path, error: Exception) -> int:
@@ -55,8 +119,8 @@ def refuse(run: Path, error: Exception) -> int:
     writer = Writer(run / "events.jsonl")
     writer.write(Failed, reason=str(error), samples=samples, hint=hint)
     writer.close()
-    print(f"stopped: {error}", *samples, hint, sep="\n", file=sys.stderr)
-    return 3
+    print(f"stopped: {error}", *samples, hint, sep="\n", file=sys.stderr, flush=True)
+    return REFUSED
 
 
 def exit_file(machines: Machines | None) -> str:
@@ -64,17 +128,22 @@ def exit_file(machines: Machines | None) -> str:
     return EXIT_FILE if machines is None else f"{EXIT_FILE}.{os.uname().nodename}.{os.getpid()}"
 
 
+def surround(job: Job, run: Path, environment: MutableMapping[str, str]) -> None:
+    """Sets in `environment` what the training processes should find there for the hardware at hand."""
+    if visible_gpus():
+        # packs differ in length: segments that can grow keep torch's cache of GPU memory from splitting into pieces too small for the next one
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    else:
+        environment["ACCELERATE_USE_CPU"] = "true"
+        environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(job, run)))
+
+
 def build(job: Job, path: Path, environment: dict[str, str], machines: Machines | None) -> list[str]:
-    """The command for the hardware at hand; sets what it needs in `environment`."""
+    """The command that starts several processes; sets what it needs in `environment`."""
     train = ["-m", "trainer.train", str(path)]
     for name in [n for n in environment if n.startswith("PET_")]:
         del environment[name]  # torchrun would read them again, as defaults of options that are given here
-    gpus = visible_gpus()
-    if not gpus:
-        environment["ACCELERATE_USE_CPU"] = "true"
-        environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(job, path.resolve().parent)))
-    if machines is None and job.processes == 1:
-        return [sys.executable, *train]
+    surround(job, path.resolve().parent, environment)
     if machines is not None:
         # torch 2.13 shares one store among all rounds of a rendezvous: after a restart a process may read where its peer was, not where it is
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trainer.dropout import KeyedDropout, TokenKeys
 from trainer.job import Job
@@ -94,14 +94,35 @@ def load_base(job: Job, folder: Path, device: torch.device, quantise: bool = Tru
     if quantise and job.model.precision in ("nf4", "int8"):
         extra["quantization_config"] = quantisation(job.model.precision)
         extra["device_map"] = {"": device}
+    settings = {"config": config, "dtype": dtype, "attn_implementation": "milktea"}
     if empty:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="milktea")
+            model = AutoModelForCausalLM.from_config(**settings)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="milktea", **extra)
+        try:
+            with WithoutValues():
+                model = AutoModelForCausalLM.from_pretrained(folder, **settings, **extra)
+        except RuntimeError:  # a model that mixes ranges with tensors on the meta device; if it was something else, it will be told again
+            model = AutoModelForCausalLM.from_pretrained(folder, **settings, **extra)
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
+
+
+class WithoutValues(TorchFunctionMode):
+    """Models are laid out on the meta device first, and get their values later. What torch would compute there in Python (start values, what
+    is made of ranges) makes it import its compiler and a computer algebra system, 1.5 s, to find out shapes that are plain. So start values
+    are not drawn there, and ranges are made on the CPU, as transformers itself makes linspace."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        if func is torch.arange and str(kwargs.get("device")) == "meta":
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def quantisation(precision: str) -> Any:
@@ -129,7 +150,6 @@ def silence_dropout(config: Any) -> None:
 
 def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     """PEFT's own modules and names; its dropout is replaced by ours, whose mask is keyed by row."""
-    without_bitsandbytes(job.model.precision)
     from peft import LoraConfig, get_peft_model
 
     settings = job.lora
@@ -168,12 +188,6 @@ def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     return {k: v.detach().to("cpu", copy=True) for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-
-
-def without_bitsandbytes(precision: str) -> None:
-    """PEFT imports bitsandbytes wherever it is installed, and with it torch's compiler: 2 s of start-up, for nothing unless it quantises."""
-    if precision not in ("nf4", "int8") and "bitsandbytes" not in sys.modules:
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 
 def refuse_unknown_modules(model: nn.Module, wanted: list[str]) -> None:

@@ -18,22 +18,26 @@ class Boards:
     """Scalars by step to TensorBoard and, when asked for, Weights & Biases (offline where it has no key)."""
 
     def __init__(self, job: Job, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._folder = folder / "tensorboard"
+        self._board: Any = None
         self._wandb: Any = None
         self.warning = ""
         if "wandb" in job.training.report_to:
             self._wandb, self.warning = _wandb_run(job, folder)
 
     def step(self, step: int, values: dict[str, float]) -> None:
+        if self._board is None:  # not before the first step is told: importing it takes a while
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._folder))
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -26,10 +26,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from trainer import artefact, batch, checkpoint, evaluate, events, memory, packing, report
+from trainer import artefact, batch, checkpoint, evaluate, events, imports, memory, packing, report
 from trainer.dropout import TokenKeys
 from trainer.job import Job
-from trainer.launch import EXIT_FILE, EXIT_VARIABLE, refuse
+from trainer.launch import EXIT_FILE, EXIT_VARIABLE, QUANTISED, refuse
 from trainer.model import ModelError, hidden_states, load, start_values, target_loss
 from trainer.optim import Gradients, adamw
 from trainer.prepare import Prepared, Refused, Rows, model_folder, prepare
@@ -43,8 +43,9 @@ EVENT_EVERY_S = 0.25
 DONE, STOPPED, TERMINATED = 0, 4, 143
 
 
-def run_job(path: Path) -> int:
-    """Trains, and returns the exit code. Raises Refused, ModelError, CheckpointError before the first step, Stopped after it."""
+def run_job(path: Path, checked: Callable[[], None] = lambda: None) -> int:
+    """Trains, and returns the exit code. `checked` returns when the data may be read. Raises Refused, ModelError, CheckpointError before the
+    first step, Stopped after it."""
     began = float(os.environ.get("MILKTEA_STARTED", time.time()))
     run = path.resolve().parent
     job = Job.model_validate_json(path.read_bytes())
@@ -54,12 +55,15 @@ def run_job(path: Path) -> int:
         return DONE  # starting twice is starting once
 
     # processes and data; preparing again is opening the cache
+    in_parts = training.method == "full" and int(os.environ.get("WORLD_SIZE", "1")) > 1  # an adapter is small: every process holds it whole
+    imports.lean(job.model.precision in QUANTISED, in_parts)
+    checked()
     data = prepare(job, run)
     check_labels(data.rows)
     accelerator = Accelerator()
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, but it does not import torch's compiler to tell it so
     if rank == 0:
         end_cut_line(run / "events.jsonl")
     log = events.Writer(run / "events.jsonl") if rank == 0 else None
@@ -68,7 +72,6 @@ def run_job(path: Path) -> int:
     # model and optimizer
     base, keys = model_folder(job, run, weights=True), TokenKeys()
     budget, checkpointed = micro_batch(job, base, data.rows, device, world)
-    in_parts = training.method == "full" and world > 1  # an adapter is small: every process holds it whole
     if in_parts:
         from trainer import sharded
     model, kernels = load(job, base, device, keys, checkpointed, shard=rank if in_parts else None)
@@ -347,9 +350,9 @@ class Ending:
     error: Exception | None = None
 
 
-def ending(path: Path) -> Ending:
+def ending(path: Path, checked: Callable[[], None] = lambda: None) -> Ending:
     try:
-        return Ending(run_job(path))
+        return Ending(run_job(path, checked))
     except (Refused, ModelError, TemplateError, checkpoint.CheckpointError) as error:
         return Ending(3, error)
     except (Stopped, artefact.ArtefactError) as error:
@@ -361,10 +364,10 @@ def ending(path: Path) -> Ending:
         )
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
+def to_end(path: Path, checked: Callable[[], None] = lambda: None) -> int:
+    """Trains, tells how it ended in every place where that is looked for, and returns the exit code."""
     first = int(os.environ.get("RANK", "0")) == 0
-    end = ending(path)
+    end = ending(path, checked)
     if first and end.error is not None:
         refuse(path.resolve().parent, end.error)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
@@ -372,7 +375,11 @@ def main() -> None:
     if torch.distributed.is_initialized() and end.code == DONE:
         torch.distributed.destroy_process_group()
     again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    sys.exit(DONE if end.code == STOPPED and again else end.code)  # all processes stopped for one reason: torchrun must not try again
+    return DONE if end.code == STOPPED and again else end.code  # all processes stopped for one reason: torchrun must not try again
+
+
+def main() -> None:
+    sys.exit(to_end(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":
