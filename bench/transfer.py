@@ -22,8 +22,9 @@ from pathlib import Path
 
 import paramiko
 
-from ops.box import Box, Endpoint, PushFile
-from ops.transfer import CHUNK, Tools
+from ops import transfer
+from ops.box import Box, Endpoint
+from ops.transfer import CHUNK, PushFile
 
 
 class Sshd:
@@ -116,13 +117,32 @@ def compare(repeat: int, cases: list[Case], clean: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def box_at(sshd: Sshd, port: int, openssh: bool = True) -> Iterator[Box]:
+def box_at(sshd: Sshd, port: int) -> Iterator[Box]:
     user = os.environ.get("USER") or "root"
     with Box([Endpoint("127.0.0.1", port)], user, sshd.key, sshd.folder / "known_hosts", retry_s=0.1) as box:
         box.connect(20)
-        if not openssh:
-            box._tools = Tools(openssh=False, sha256=box.tools.sha256)
         yield box
+
+
+@contextlib.contextmanager
+def through(way: str) -> Iterator[None]:
+    """With "paramiko", as on a machine that has no ssh."""
+    kept = transfer.BULK
+    transfer.BULK = 1 << 62 if way == "paramiko" else kept
+    try:
+        yield
+    finally:
+        transfer.BULK = kept
+
+
+def push(box: Box, files: list[PushFile], way: str = "OpenSSH") -> None:
+    with through(way):
+        transfer.push(box, files)
+
+
+def pull(box: Box, file: PushFile, home: Path, way: str = "OpenSSH") -> None:
+    with through(way):
+        transfer.pull(box, file.remote, home, file.sha256)
 
 
 def main() -> None:
@@ -144,24 +164,22 @@ def main() -> None:
         (home / remote).symlink_to(far)
         folders.callback((home / remote).unlink)
         try:
-            with contextlib.ExitStack() as stack:
-                fast = stack.enter_context(box_at(sshd, sshd.port))
-                plain = stack.enter_context(box_at(sshd, sshd.port, openssh=False))
+            with box_at(sshd, sshd.port) as box:
                 if asked.only in (None, "big"):
-                    big(sshd, fast, plain, Path(temporary), Path(far), remote, asked)
+                    big(box, Path(temporary), Path(far), remote, asked)
                 if asked.only in (None, "small"):
-                    small(plain, Path(temporary), Path(far), remote, asked)
+                    small(box, Path(temporary), Path(far), remote, asked)
                 if asked.only in (None, "cut"):
                     cut(sshd, Path(temporary), Path(far), remote, asked)
         finally:
             sshd.close()
 
 
-def big(sshd: Sshd, fast: Box, plain: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
+def big(box: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
     source = random_file(near / "big", int(asked.gib * 2**30))
     file = PushFile(source, f"{remote}/big", sha256(source))
-    flags = ["-P" if word == "-p" else word for word in fast.ssh_options()]
-    scp = ["scp", "-q", "-c", "aes128-gcm@openssh.com", *flags, str(source), f"{fast.user}@127.0.0.1:{remote}/big"]
+    flags = ["-P" if word == "-p" else word for word in box.ssh_options()]
+    scp = ["scp", "-q", "-c", "aes128-gcm@openssh.com", *flags, str(source), f"{box.user}@127.0.0.1:{remote}/big"]
 
     def clean() -> None:
         for path in far.iterdir():
@@ -170,28 +188,28 @@ def big(sshd: Sshd, fast: Box, plain: Box, near: Path, far: Path, remote: str, a
     home = near / "home"
     cases: list[Case] = [
         (f"scp aes128-gcm, {asked.gib} GiB", lambda: subprocess.run(scp, check=True)),
-        ("push through OpenSSH, sha256 included", lambda: fast.push([file])),
-        ("push through paramiko, sha256 included", lambda: plain.push([file])),
+        ("push through OpenSSH, sha256 included", lambda: push(box, [file])),
+        ("push through paramiko, sha256 included", lambda: push(box, [file], "paramiko")),
     ]
     compare(asked.repeat, cases, clean)
     subprocess.run(scp, check=True)
     back: list[Case] = [
         ("scp home", lambda: subprocess.run([*scp[:-2], scp[-1], str(home)], check=True)),
-        ("pull through OpenSSH, sha256 included", lambda: fast.pull(file.remote, home, file.sha256)),
-        ("pull through paramiko, sha256 included", lambda: plain.pull(file.remote, home, file.sha256)),
+        ("pull through OpenSSH, sha256 included", lambda: pull(box, file, home)),
+        ("pull through paramiko, sha256 included", lambda: pull(box, file, home, "paramiko")),
     ]
     compare(asked.repeat, back, lambda: home.unlink(missing_ok=True))
     clean()
     home.unlink()
 
 
-def small(plain: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
+def small(box: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
     (near / "small").mkdir()
     files = [random_file(near / "small" / f"{i:05}", 500 + 7 * (i % 500)) for i in range(asked.files)]
     pushes = [PushFile(f, f"{remote}/{f.name}", sha256(f)) for f in files]
 
     def one_by_one() -> None:
-        session: paramiko.SFTPClient = plain._fabric.sftp()
+        session: paramiko.SFTPClient = box._fabric.sftp()  # type: ignore[union-attr]
         for f in files:
             session.put(str(f), f"{remote}/{f.name}")
 
@@ -201,7 +219,7 @@ def small(plain: Box, near: Path, far: Path, remote: str, asked: argparse.Namesp
 
     cases: list[Case] = [
         (f"paramiko put, {asked.files} files", one_by_one),
-        ("push, sha256 included", lambda: plain.push(pushes)),
+        ("push, sha256 included", lambda: push(box, pushes)),
     ]
     compare(asked.repeat, cases, clean)
     clean()
@@ -210,18 +228,18 @@ def small(plain: Box, near: Path, far: Path, remote: str, asked: argparse.Namesp
 def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
     source = random_file(near / "cut", int(2 * asked.gib * 2**30))
     file = PushFile(source, f"{remote}/cut", sha256(source))
-    for openssh in (True, False):
+    for through_what in ("OpenSSH", "paramiko"):
         for way in ("push", "pull"):
             proxy = TimedCuts(sshd.port, asked.cut_every)
-            with box_at(sshd, proxy.port, openssh) as box:
+            with box_at(sshd, proxy.port) as box:
                 began = time.perf_counter()
-                box.push([file]) if way == "push" else box.pull(file.remote, near / "home", file.sha256)
+                push(box, [file], through_what) if way == "push" else pull(box, file, near / "home", through_what)
                 seconds = time.perf_counter() - began
             proxy.listener.close()
             extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
             each = extra / max(proxy.cuts, 1) / 2**20
             print(
-                f"{way}, {'OpenSSH' if openssh else 'paramiko'}, cut each {asked.cut_every:.0f} s: {proxy.cuts} cuts, {seconds:.1f} s, "
+                f"{way}, {through_what}, cut each {asked.cut_every:.0f} s: {proxy.cuts} cuts, {seconds:.1f} s, "
                 f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} a cut (one chunk: {CHUNK / 2**20:.0f})",
                 flush=True,
             )

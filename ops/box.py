@@ -12,35 +12,36 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import selectors
 import shlex
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from ops import transfer
+from ops.channel import MARK, Clock, Feed, Sink, Stream, drain, feed_all
 from ops.errors import BoxError, HostKeyChanged, Lost, NeverReady
-from ops.transfer import Progress, PushFile
 
 if TYPE_CHECKING:  # fabric takes 0.3 s to import, which `milktea --help` must not pay
     import fabric
     import paramiko
 
-__all__ = ["Box", "Endpoint", "PushFile", "Result"]
-
 HOST_ALIAS = "milktea-box"  # one name in known_hosts for the direct port and the proxy, which lead to the same sshd
 MAX_OUTPUT = 8 << 20  # bytes kept of stdout and of stderr: a box that talks for ever must not fill our memory
 _WINDOW = 32 << 20  # bytes in flight towards us: 2 MiB, paramiko's default, is 10 MB/s at 200 ms
 _STILL_RENTED = "the box is still rented"
-Feed = str | bytes | Iterable[bytes] | None
-Sink = Callable[[bytes], None]
-START = b"\x1emilktea\n"  # whatever a login's rc files print comes before this line, on both streams
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else its threads print tracebacks of every cut link
+
+
+def quoted(path: str) -> str:
+    """`path` as one shell word. Raises ValueError unless it is relative, stays under the home, and is printable."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith(("/", "~", "-")) or ".." in parts or "\\" in path or not path.isprintable():
+        raise ValueError(f"not a path under the login's home: {path!r}")
+    return shlex.quote(path)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ class Box:
         self.patience_s = patience_s
         self.endpoint: Endpoint | None = None  # the one in use
         self._fabric: fabric.Connection | None = None
-        self._tools: transfer.Tools | None = None
 
     @staticmethod
     def make_key(path: Path) -> str:
@@ -243,7 +243,7 @@ class Box:
 
     def read_from(self, path: str, offset: int, max_bytes: int = 1 << 20) -> bytes:
         """Up to `max_bytes` bytes of a file from byte `offset`; b"" where the file is missing or not longer than that."""
-        name = transfer.quoted(path)
+        name = quoted(path)
         script = f"[ -e {name} ] || exit 44; [ -f {name} ] && [ -r {name} ] || exit 45\n"
         script += f"tail -c +{offset + 1} {name} | head -c {max_bytes}"
         code, out, err, _ = self._exec(script, 60.0, None, max_bytes)
@@ -251,23 +251,6 @@ class Box:
             why = "not a readable file" if code == 45 else err.decode("utf-8", "replace").strip()
             raise BoxError(f"cannot read {path} on the box: {why}", money=_STILL_RENTED)
         return out
-
-    def push(self, files: Sequence[PushFile], progress: Progress | None = None) -> None:
-        """Send files to the box; returns when the sha256 of each, computed there, equals ours. Files already whole are not sent
-        again, a big one goes on where it stopped. Raises Lost after `patience_s` without a new byte, BoxError with the names."""
-        transfer.push(self, files, progress)
-
-    def pull(self, remote: str, local: Path, sha256: str | None = None, progress: Progress | None = None) -> Path:
-        """Fetch one file to `local`.part, compare its sha256 with `sha256` (default: what the box computes), rename. Goes on
-        where an earlier call stopped. Raises Lost after `patience_s` without a new byte, BoxError when missing or wrong twice."""
-        return transfer.pull(self, remote, local, sha256, progress)
-
-    @property
-    def tools(self) -> transfer.Tools:
-        """What box and laptop can do together, asked once."""
-        if self._tools is None:
-            self._tools = transfer.probe(self)
-        return self._tools
 
     @contextlib.contextmanager
     def _answers_within(self, seconds: float) -> Iterator[None]:
@@ -323,16 +306,16 @@ class Box:
         self.reconnect()
         assert self._fabric is not None
         # The subshell makes a signal that kills the script an exit code of 128 + n instead of a closed channel.
-        whole = f"printf '\\036milktea\\n'; printf '\\036milktea\\n' >&2; cd || exit\n(\n{script}\n)"
+        whole = f"{MARK}; {MARK} >&2; cd || exit\n(\n{script}\n)"
         with self._link_errors("starting a command"), self._answers_within(30):
             channel = self._fabric.create_session()
             channel.exec_command(f"exec sh -c {shlex.quote(whole)}")
-        out, err = _Stream(limit, sink), _Stream(limit)
-        clock = _Clock(timeout_s, idle)
-        feeder = threading.Thread(target=_feed, args=(channel, feed, clock), daemon=True)
+        out, err = Stream(limit, sink), Stream(limit)
+        clock = Clock(timeout_s, idle)
+        feeder = threading.Thread(target=feed_all, args=(channel, feed, clock), daemon=True)
         feeder.start()
         try:
-            ended = _drain(channel, out, err, clock)
+            ended = drain(channel, out, err, clock)
             code = channel.exit_status if channel.exit_status_ready() else -1
         finally:
             channel.close()
@@ -341,42 +324,6 @@ class Box:
             about = script.strip().splitlines()[0][:80] if script.strip() else "an empty script"
             raise self._lost(f"the link broke during: {about}" if ended else f"no end within {timeout_s:.0f} s of: {about}")
         return code, bytes(out.kept), bytes(err.kept), out.cut or err.cut
-
-
-class _Stream:
-    """What one stream of a command brings after the start mark: kept up to `limit` bytes, or handed to `sink`."""
-
-    def __init__(self, limit: int, sink: Sink | None = None) -> None:
-        self.limit, self.sink, self.kept, self.cut, self._noise = limit, sink, bytearray(), False, bytearray()
-        self._started = False
-
-    def take(self, data: bytes) -> None:
-        if not self._started:
-            self._noise = (self._noise + data)[-(1 << 20) :]
-            _, mark, data = bytes(self._noise).partition(START)
-            if not mark:
-                return
-            self._started = True
-        if self.sink is not None:
-            self.sink(data)
-            return
-        room = self.limit - len(self.kept)
-        self.cut |= len(data) > room
-        self.kept += data[:room]
-
-
-class _Clock:
-    """Seconds left of a command's time; with `idle`, every byte in or out winds it up again."""
-
-    def __init__(self, seconds: float, idle: bool) -> None:
-        self.seconds, self.idle, self.since = seconds, idle, time.monotonic()
-
-    def moved(self) -> None:
-        if self.idle:
-            self.since = time.monotonic()
-
-    def left(self) -> float:
-        return self.since + self.seconds - time.monotonic()
 
 
 def _transport(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:
@@ -406,37 +353,3 @@ def _reason(error: BaseException, timeout_s: float) -> str:
     if isinstance(error, ConnectionResetError):
         return "reset"
     return f"{error}" or "closed during the handshake"
-
-
-def _feed(channel: paramiko.Channel, feed: Feed, clock: _Clock) -> None:
-    pieces: Iterable[bytes] = [feed.encode()] if isinstance(feed, str) else [feed] if isinstance(feed, bytes) else feed or []
-    with contextlib.suppress(OSError, EOFError):  # the command ended without reading all of it: its exit code tells
-        for piece in pieces:
-            channel.sendall(piece)
-            clock.moved()
-        channel.shutdown_write()
-
-
-def _drain(channel: paramiko.Channel, out: _Stream, err: _Stream, clock: _Clock) -> bool:
-    """Read both streams until the channel ends (True) or the time is up (False)."""
-    with selectors.DefaultSelector() as ready:
-        ready.register(channel.fileno(), selectors.EVENT_READ)
-        while True:
-            ended = channel.exit_status_ready() and (channel.eof_received or channel.closed)
-            read = False
-            while channel.recv_ready():
-                out.take(channel.recv(1 << 20))
-                read = True
-            while channel.recv_stderr_ready():
-                err.take(channel.recv_stderr(1 << 20))
-                read = True
-            if read:
-                clock.moved()
-            elif ended:
-                return True
-            elif clock.left() <= 0:
-                return False
-            elif channel.eof_received:  # from here on it is always readable, but the exit status may still be on its way
-                channel.status_event.wait(min(clock.left(), 1.0))
-            else:
-                ready.select(min(clock.left(), 5.0))

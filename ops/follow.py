@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ops import commands
+from ops import commands, transfer
 from ops.box import Box
 from ops.errors import Failed, HostKeyChanged, Lost, NeverReady, OverBudget, Stalled
 from ops.rental import refuse_preempted
@@ -104,13 +104,13 @@ def pull_folder(box: Box, remote: str, local: Path, manifest_sha256: str | None)
     """Pull the files that `remote`/manifest.json names, each checked, the manifest last. Returns the bytes moved."""
     local.mkdir(parents=True, exist_ok=True)
     staged = local / "manifest.json.incoming"
-    box.pull(f"{remote}/manifest.json", staged, sha256=manifest_sha256)
+    transfer.pull(box, f"{remote}/manifest.json", staged, sha256=manifest_sha256)
     files = json.loads(staged.read_text("utf-8"))["files"]
     for name, said in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"the manifest names {name!r}, outside its folder")
         (local / name).parent.mkdir(parents=True, exist_ok=True)
-        box.pull(f"{remote}/{name}", local / name, sha256=said["sha256"])
+        transfer.pull(box, f"{remote}/{name}", local / name, sha256=said["sha256"])
     staged.rename(local / "manifest.json")
     return sum(int(said["bytes"]) for said in files.values())
 

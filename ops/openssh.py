@@ -12,12 +12,11 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
+from ops.box import Box
+from ops.channel import MARK, START
 from ops.errors import BoxError, Lost
-
-if TYPE_CHECKING:
-    from ops.box import Box
 
 LOOK_S = 0.1  # between two looks at how far a file has gone
 PIPE_BYTES = 1 << 20
@@ -40,9 +39,7 @@ def pour(box: Box, script: str, source: IO[bytes], moved: Callable[[int], None])
 
 def draw(box: Box, script: str, sink: Callable[[bytes], None]) -> None:
     """Run `script`; what it prints goes to `sink` piece by piece. Raises Lost, BoxError."""
-    from ops.box import START
-
-    with _ssh(box, f"printf '\\036milktea\\n'\n{script}", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
+    with _ssh(box, f"{MARK}\n{script}", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         if hasattr(fcntl, "F_SETPIPE_SZ"):
             fcntl.fcntl(child.stdout.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)

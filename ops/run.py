@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ops import adapter, commands, facts
+from ops import adapter, commands, facts, transfer
 from ops.box import Box, Endpoint
 from ops.choose import choose, search
 from ops.errors import (
@@ -129,7 +129,7 @@ def push(session: Session, box: Box) -> None:
             for p in sorted(checkpoint.rglob("*")) if p.is_file()
         ]  # fmt: skip
     began = session.clock.now()
-    persist(session, box, lambda: box.push(files, lambda done, total: session.screen.moving("push", done, total)))
+    persist(session, box, lambda: transfer.push(box, files, lambda done, total: session.screen.moving("push", done, total)))
     sent = sum(f.local.stat().st_size for f in files)
     session.note("pushed", files=len(files), bytes_in=sent, seconds=round(session.clock.now() - began, 2))
 
@@ -243,13 +243,13 @@ def _fetch(session: Session, box: Box, folder: str, staging: Path) -> adapter.Ve
     for name in ("manifest.json", "adapter.zip"):
         (staging / name).unlink(missing_ok=True)
     try:
-        box.pull(f"{folder}/manifest.json", staging / "manifest.json")
+        transfer.pull(box, f"{folder}/manifest.json", staging / "manifest.json")
         manifest = json.loads((staging / "manifest.json").read_text("utf-8"))
         size = int(manifest["adapter_bytes"])
-        box.pull(f"{folder}/adapter.zip", staging / "adapter.zip", progress=lambda done, _: session.screen.moving("pull", done, size))
+        transfer.pull(box, f"{folder}/adapter.zip", staging / "adapter.zip", progress=lambda done, _: session.screen.moving("pull", done, size))
         for name in manifest.get("extras", []):
             if "/" not in name and not name.startswith("."):
-                box.pull(f"{folder}/{name}", staging / name)
+                transfer.pull(box, f"{folder}/{name}", staging / name)
     except Lost:
         raise
     except (ValueError, KeyError, TypeError, BoxError) as e:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import tarfile
 import time
@@ -18,13 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from ops import openssh
+from ops.box import Box, quoted
 from ops.errors import BoxError, Lost, PreflightError
-
-if TYPE_CHECKING:
-    from ops.box import Box
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -32,6 +29,11 @@ SMALL = 1 << 20  # bytes; up to here a file is cheaper inside one tar stream tha
 CHUNK = 4 << 20  # bytes; what a cut link may cost
 BULK = 8 << 20  # bytes; from here on a file is worth a connection of its own
 _BLOCK = 1 << 16
+# OpenSSL's is four times coreutils' where the CPU has SHA instructions. Both print `HEX *NAME` for each name on stdin.
+_SHA256 = """
+if command -v openssl >/dev/null; then xargs -0 -r openssl dgst -sha256 -r 2>/dev/null
+else xargs -0 -r sha256sum -b 2>/dev/null
+fi || true"""
 _STILL_RENTED = "the box is still rented"
 
 
@@ -44,28 +46,9 @@ class PushFile:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What the two ends offer: `sha256` is the box's fastest hash command, printing `HEX *NAME` for each file named to it."""
-
-    openssh: bool
-    sha256: str
-
-
-def quoted(path: str) -> str:
-    """`path` as one shell word. Raises ValueError unless it is relative, stays under the home, and is printable."""
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith(("/", "~", "-")) or ".." in parts or "\\" in path or not path.isprintable():
-        raise ValueError(f"not a path under the login's home: {path!r}")
-    return shlex.quote(path)
-
-
-def probe(box: Box) -> Tools:
-    """Ask both ends once. OpenSSL's sha256 is four times coreutils' where the CPU has SHA instructions."""
-    script = """
-if command -v openssl >/dev/null; then echo 'openssl dgst -sha256 -r'
-else echo 'sha256sum -b'; fi"""
-    return Tools(openssh=shutil.which("ssh") is not None, sha256=box.run(script).stdout.strip())
+def _by_openssh(size_bytes: int) -> bool:
+    """Whether a file is worth a connection of OpenSSH's client, and this machine has one."""
+    return size_bytes >= BULK and shutil.which("ssh") is not None
 
 
 def sha256_of(path: Path) -> str:
@@ -106,7 +89,8 @@ def _keep_trying(box: Box, meter: _Meter, attempt: Callable[[], bool]) -> None:
 
 
 def push(box: Box, files: Sequence[PushFile], progress: Progress | None = None) -> None:
-    """See Box.push."""
+    """Send files to the box; returns when the sha256 of each, computed there, equals ours. Files already whole are not sent again, a big
+    one goes on where it stopped. Raises Lost after the box's `patience_s` without a new byte, BoxError with the names."""
     sizes = {f.remote: f.local.stat().st_size for f in files}
     if len(sizes) != len(files):
         raise ValueError("two files go to the same place on the box")
@@ -171,8 +155,7 @@ def remote_sha256(box: Box, names: Sequence[str]) -> dict[str, str]:
     """sha256 of files on the box by name; a name that cannot be read is left out."""
     if not names:
         return {}
-    script = f"xargs -0 -r {box.tools.sha256} 2>/dev/null || true"
-    rows = box.run(script, input="\0".join(names), timeout_s=3600).stdout.splitlines()
+    rows = box.run(_SHA256, input="\0".join(names), timeout_s=3600).stdout.splitlines()
     return {row[66:]: row[:64] for row in rows if re.match(r"[0-9a-f]{64} \*", row)}
 
 
@@ -246,7 +229,7 @@ def _push_big(box: Box, files: Sequence[PushFile], survey: _Survey, meter: _Mete
         script = f"exec dd of={quoted(f.remote + '.part')} bs={_BLOCK} seek={have // _BLOCK} conv=notrunc"
         with open(f.local, "rb", buffering=0) as source:
             source.seek(have)
-            if box.tools.openssh and size - have >= BULK:
+            if _by_openssh(size - have):
                 openssh.pour(box, script, source, moved=partial(_moved, meter, before))
             else:
                 meter.add(have)
@@ -270,7 +253,8 @@ def _counted(pieces: Iterator[bytes], meter: _Meter) -> Iterator[bytes]:
 
 
 def pull(box: Box, remote: str, local: Path, sha256: str | None = None, progress: Progress | None = None) -> Path:
-    """See Box.pull."""
+    """Fetch one file to `local`.part, compare its sha256 with `sha256` (default: what the box computes), rename. Goes on where an earlier
+    call stopped. Raises Lost after the box's `patience_s` without a new byte, BoxError when missing or wrong twice."""
     name = quoted(remote)
     meter = _Meter(1 << 62, progress)
     tries = 0
@@ -357,7 +341,7 @@ def _refuse_full_disk_here(part: Path, need: int) -> None:
 def _pull_rest(box: Box, remote: str, part: _Part, size: int) -> None:
     """From where the part ends. Not SFTP: paramiko's prefetch thread dies loudly on a cut link."""
     script = f"exec tail -c +{part.size + 1} {quoted(remote)}"
-    if box.tools.openssh and size - part.size >= BULK:
+    if _by_openssh(size - part.size):
         openssh.draw(box, script, part.take)
         return
     done = box.stream(script, sink=part.take)

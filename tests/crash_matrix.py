@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import rig  # noqa: E402
+from ops import transfer  # noqa: E402
 from ops.box import Box  # noqa: E402
 from ops.errors import MilkteaError  # noqa: E402
 from ops.journal import Journal  # noqa: E402
@@ -100,8 +101,10 @@ class Steps:
     def arm(self) -> None:
         self.wrap(Journal, "append")
         self.wrap(Vast, "_call")
-        for verb in ("connect", "run", "push", "pull"):
+        for verb in ("connect", "run"):
             self.wrap(Box, verb)
+        for verb in ("push", "pull"):
+            self.wrap(transfer, verb)
 
 
 def live(folder: Path, runs: Path, url: str, key: str, die_at: int | None) -> int:
