@@ -317,8 +317,11 @@ class Box:
         try:
             ended = drain(channel, out, err, clock)
             code = channel.exit_status if channel.exit_status_ready() else -1
+        except EOFError:  # paramiko's word for a link that takes nothing more; an OSError is the sink's, of our own disk
+            ended, code = True, -1
         finally:
-            channel.close()
+            with contextlib.suppress(OSError, EOFError):  # it writes, and the link may be gone
+                channel.close()
             feeder.join(5)
         if code == -1:
             about = script.strip().splitlines()[0][:80] if script.strip() else "an empty script"

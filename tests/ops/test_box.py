@@ -234,3 +234,16 @@ def test_nothing_of_the_users_ssh_set_up_is_read(server, make_box, tmp_path, mon
     box = make_box(server.port)
     box.connect(10)
     assert box.run("echo fine").stdout == "fine\n"
+
+
+def test_a_link_that_takes_nothing_more_is_lost_and_nothing_else(server, box):
+    """The far end is gone and only writing shows it; what closes the channel after the time is up writes."""
+
+    def breaking():
+        server._loop.call_soon_threadsafe(time.sleep, 0.6)  # the server answers nothing meanwhile
+        box._fabric.transport.sock.shutdown(socket.SHUT_WR)
+        yield from ()
+
+    with pytest.raises(Lost):
+        box.run("sleep 2", timeout_s=0.3, input=breaking())
+    assert box.run("echo again").stdout == "again\n"
