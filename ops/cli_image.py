@@ -80,7 +80,7 @@ def push(name: Name, registry: Annotated[str, typer.Argument(help="As docker pus
 def bundle(
     name: Name = "practice",
     out: Annotated[Path | None, typer.Option(help="The folder to carry; bundle-NAME without it")] = None,
-    since: Annotated[Path | None, typer.Option(help="image.lock of the bundle that the server has: only what changed is carried")] = None,
+    since: Annotated[Path | None, typer.Option(help="The bundle that the server has, or its image.lock: only what changed is carried")] = None,
     inventory: Annotated[Path | None, typer.Option(help="What the server's `INSTALL.sh preflight --json` wrote")] = None,
     volume: Annotated[str, typer.Option(help="fat32, dvd, dvd-dl, bd, or bytes: no file will be larger")] = "",
     key: Annotated[Path | None, typer.Option(help="Sign with this key (milktea image keygen)")] = None,

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 BLOCK = 512
-RECORD = 10240
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -152,6 +151,18 @@ def stream_archive(image: Image, carry: Collection[int] | None = None, chunk_byt
                     yield piece
 
 
+def offsets(image: Image, carry: Collection[int] | None = None) -> dict[int, int]:
+    """Where the blob of each carried layer begins in what :func:`write_archive` would write."""
+    found: dict[str, int] = {}
+    written = 0
+    for chunk, source in _pieces(image, carry):
+        written += len(chunk)
+        if source is not None:
+            found[source.blob_sha256] = written
+            written += source.blob_bytes
+    return {k: found[x.blob_sha256] for k, x in enumerate(image.layers, 1) if x.blob_sha256 in found}
+
+
 def archive_bytes(image: Image, carry: Collection[int] | None = None) -> int:
     """The size of what :func:`write_archive` would write, from the lock alone."""
     return sum(len(chunk) + (source.blob_bytes if source else 0) for chunk, source in _pieces(image, carry))
@@ -160,21 +171,17 @@ def archive_bytes(image: Image, carry: Collection[int] | None = None) -> int:
 def _pieces(image: Image, carry: Collection[int] | None) -> Iterator[tuple[bytes, Layer | None]]:
     """Bytes to write, each followed by a layer's blob or by nothing."""
     wanted = set(range(1, len(image.layers) + 1) if carry is None else carry)
-    written = 0
     for path, data in metadata(image).items():
-        chunk = _header(path, len(data)) + data + _padding(len(data))
-        written += len(chunk)
-        yield chunk, None
+        yield _header(path, len(data)) + data + _padding(len(data)), None
     seen: set[str] = set()
     for number, layer in enumerate(image.layers, 1):
         if number not in wanted or layer.blob_sha256 in seen:
             continue
         seen.add(layer.blob_sha256)
         head, tail = _header(_blob(layer.blob_sha256), layer.blob_bytes), _padding(layer.blob_bytes)
-        written += len(head) + layer.blob_bytes + len(tail)
         yield head, layer
         yield tail, None
-    yield b"\0" * (2 * BLOCK + (-(written + 2 * BLOCK)) % RECORD), None
+    yield b"\0" * (2 * BLOCK), None  # the end; no filling up to a tape's record, which is 10 KB of every update
 
 
 def _header(path: str, size: int) -> bytes:

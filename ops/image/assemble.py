@@ -96,9 +96,9 @@ def identify(content: Content, epoch: int) -> LockedLayer:
     """The layer's hashes, computed from its contents; nothing is written."""
     sink = _Sink()
     if content.packed:
-        tar = _tar(content, epoch)
-        blob, diff_id = _pack(tar), "sha256:" + hashlib.sha256(tar).hexdigest()
-        return _locked(content, diff_id, hashlib.sha256(blob).hexdigest(), len(blob), len(tar))
+        pieces = _tar(content, epoch)
+        blob, tar = _pack(pieces), b"".join(pieces)
+        return _locked(content, "sha256:" + hashlib.sha256(tar).hexdigest(), hashlib.sha256(blob).hexdigest(), len(blob), len(tar))
     entries = content.entries()
     written = layers.write_blob(entries, epoch, sink)  # type: ignore[arg-type]
     return _locked(content, layers.diff_id(entries, epoch), written.sha256, written.blob_bytes, written.size_bytes)
@@ -257,16 +257,18 @@ def _files(source: Path) -> list[Path]:
     return sorted(path for path in source.rglob("*") if path.is_file() and not set(path.parts) & set(LEFT_OUT))
 
 
-def _tar(content: Content, epoch: int) -> bytes:
+def _tar(content: Content, epoch: int) -> list[bytes]:
+    """The layer's tar, a piece for each entry and one for its end."""
     pieces = []
     for entry in content.entries():
         data = entry.data or b""
-        pieces += [layers.tar_header(entry, epoch), data, b"\0" * (-len(data) % layers.BLOCK)]
-    return b"".join(pieces) + b"\0" * (2 * layers.BLOCK)
+        pieces.append(layers.tar_header(entry, epoch) + data + b"\0" * (-len(data) % layers.BLOCK))
+    return [*pieces, b"\0" * (2 * layers.BLOCK)]
 
 
-def _pack(tar: bytes) -> bytes:
-    return gzip.compress(tar, 9, mtime=0)
+def _pack(pieces: Iterable[bytes]) -> bytes:
+    """A gzip member for each piece: an update then carries the files that changed, not the layer."""
+    return b"".join(map(layers.packed_member, pieces))
 
 
 def _gzip_file(tar: Path, places: Places) -> Path:

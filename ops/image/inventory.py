@@ -38,6 +38,7 @@ class Inventory(Lenient):
     gpus: list[Gpu] = []
     images: list[Present] = []
     models: list[str] = []
+    kept: list[str] = []
 
     def base_for(self, diff_ids: list[str]) -> Present | None:
         """The image that shares the longest run of lowest layers with `diff_ids`, or the most layers at all; None if none does."""

@@ -143,6 +143,12 @@ def gzip_member(data: bytes) -> bytes:
     return GZIP_HEAD + deflate_plain(data) + struct.pack("<LL", zlib.crc32(data), len(data) & 0xFFFFFFFF)
 
 
+def packed_member(data: bytes) -> bytes:
+    """``data`` as one gzip member, by zlib at its hardest; the bytes depend on zlib's version."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return GZIP_HEAD + packer.compress(data) + packer.flush() + struct.pack("<LL", zlib.crc32(data), len(data) & 0xFFFFFFFF)
+
+
 def deflate_plain(data: bytes) -> bytes:
     """A raw deflate stream of ``data`` whose bytes no compressor's version can change: stored blocks, and runs of zeros
     (most of a tar header) as one fixed-Huffman block each."""

@@ -103,7 +103,8 @@ class Identity(Strict):
 
 
 class Lock(Strict):
-    """``epoch`` is the one time stamp of every file; ``definition_sha256`` tells a lock that is older than its definition."""
+    """``epoch`` is the one time stamp of every file; ``definition_sha256`` tells a lock that is older than its definition.
+    ``kept`` is in a bundle's lock only: what the server keeps of that bundle, for updates to build on."""
 
     schema_version: int = SCHEMA
     image: str
@@ -121,6 +122,7 @@ class Lock(Strict):
     wheels: list[Wheel] = []
     tools: list[Wheel] = []
     models: list[Model] = []
+    kept: dict[str, Sha256] | None = None
 
     @property
     def size_bytes(self) -> int:

@@ -45,6 +45,11 @@ class Places:
         """Layers by the sha256 of their gzip bytes, shared by all images."""
         return self.cache / "blobs"
 
+    @property
+    def kept(self) -> Path:
+        """The papers of bundles that were made here, by sha256: updates are made against them."""
+        return self.cache / "kept"
+
     def image(self, name: str) -> Path:
         """What an assembled image is: config.json and image.lock; its layers are blobs in the cache."""
         return self.root / ".milktea" / "images" / name

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ops.errors import ConfigError
 from ops.image import bundle as bundles
-from ops.image import definition, inventory, lock, sign
+from ops.image import definition, inventory, lock, papers, sign
 from ops.image import model as models
 from ops.image.build import assembled, quiet
-from ops.image.bundle import Bundle, Cargo, Options
+from ops.image.bundle import Bundle
+from ops.image.cargo import Cargo, Options
 from ops.image.driver import NATIVE, Line
 from ops.image.inventory import Present
 from ops.image.lock import Cuda, Lock
+from ops.image.packages import sha256_file
 from ops.image.places import Places
 
 FAT32_BYTES = 4_294_967_295
@@ -34,14 +37,17 @@ def bundle(
 ) -> Bundle:
     """Write the bundle of the image that was assembled last into `out`.
 
-    `since` is the image.lock of the bundle that the server has, `server` the JSON of its preflight; either makes an update.
+    `since` is the bundle that the server has, or the image.lock of it, `server` the JSON of its preflight; either makes an update.
     `volume` is a number of bytes, or one of SIZES; `key` signs. Raises ConfigError, PreflightError.
     """
     image, whole = assembled(name, places)
-    base, base_models = _base(image.diff_ids, since, server)
+    base, base_models, kept = _base(image.diff_ids, since, server, places)
     folders = {m.name: models.where(m, places.models) for m in whole.models if not m.bundled}
-    options = Options(volume_bytes=volume_bytes(volume), parity_members=parity_members, base=base, base_models=base_models, key=key)
+    options = Options(volume_bytes(volume), parity_members, base, base_models, kept, key)
     cargo = Cargo(whole, image, folders, line_of(whole.image, whole.cuda), tuple(lines(places)))
+    for digest, data in papers.kept(cargo).by_hash().items():
+        places.kept.mkdir(parents=True, exist_ok=True)
+        (places.kept / digest).write_bytes(data)
     return bundles.write_bundle(cargo, out, options, progress)
 
 
@@ -87,18 +93,41 @@ def volume_bytes(text: str) -> int:
     return int(text)
 
 
-def _base(diff_ids: list[str], since: Path | None, server: Path | None) -> tuple[Present | None, frozenset[str]]:
+def _base(
+    diff_ids: list[str], since: Path | None, server: Path | None, places: Places
+) -> tuple[Present | None, frozenset[str], dict[str, Path | None]]:
+    """The image, the models and the small files that the server has."""
     if since and server:
         raise ConfigError("SINCE and INVENTORY exclude each other: the inventory says what the server has", hint="give one of them")
     if since:
-        old: Lock = lock.read(since)
+        at = _lock_of(since, places)
+        old: Lock = lock.read(at)
         if not old.layers or old.identity is None:
             raise ConfigError(f"{since} is not the whole lock of a built image", hint="take the image.lock of the bundle that was carried")
-        return Present(ref=old.identity.tag, layers=[x.diff_id for x in old.layers]), frozenset(m.set_digest for m in old.models)
+        kept = _here({*(old.kept or {}).values()}, places) | ({sha256_file(at): at} if old.kept else {})
+        return Present(ref=old.identity.tag, layers=[x.diff_id for x in old.layers]), frozenset(m.set_digest for m in old.models), kept
     if server:
         found = inventory.read(server)
-        return found.base_for(diff_ids), frozenset(found.models)
-    return None, frozenset()
+        return found.base_for(diff_ids), frozenset(found.models), _here(set(found.kept), places)
+    return None, frozenset(), {}
+
+
+def _lock_of(since: Path, places: Places) -> Path:
+    """The lock that `since` is, or that the bundle `since` has; an update has none, but the machine that made it kept it."""
+    if not since.is_dir() or (since / "image.lock").is_file():
+        return since / "image.lock" if since.is_dir() else since
+    try:
+        digest = json.loads((since / "MANIFEST.json").read_text())["kept"]["image.lock"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{since} is not a bundle", hint="name the folder of a bundle, or its image.lock") from error
+    if not (places.kept / digest).is_file():
+        raise ConfigError(f"{since} is an update that was made on another machine", hint="make the bundle from INVENTORY=server.json")
+    return places.kept / digest
+
+
+def _here(digests: set[str], places: Places) -> dict[str, Path | None]:
+    """Each with the file of this machine that has the same content, papers and layers alike."""
+    return {x: next((at for at in (places.kept / x, places.blobs / x) if at.is_file()), None) for x in sorted(digests)}
 
 
 def _dotted(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.image import archive, bundle, lock
+from ops.image import archive, bundle, lock, papers, stair
 from ops.image.driver import Line
+from ops.image.layers import packed_member
 
 CPU = Line("tiny", None)
 EPOCH = 1_700_000_000
@@ -97,7 +97,7 @@ class TinyImage:
         store.mkdir(parents=True, exist_ok=True)
         for name, files in self.contents.items():
             raw = _tar(files)
-            blob = gzip.compress(raw, 1, mtime=0)
+            blob = b"".join(packed_member(raw[at : at + 8192]) for at in range(0, len(raw), 8192))
             digest = hashlib.sha256(blob).hexdigest()
             (store / digest).write_bytes(blob)
             layer = archive.Layer(name, archive.digest(raw), digest, len(blob), store / digest, len(raw))
@@ -134,6 +134,15 @@ class TinyImage:
         )  # fmt: skip
         return bundle.Cargo(whole, image, dict(self.models), line, lines, prove=("/bin/sh", "/bin/prove"), evidence=None, memory_bytes=1_000_000)
 
+    def kept(self) -> dict[str, Path | None]:
+        """What a server keeps that installed the bundle of today, as files that stay when the contents change."""
+        held = papers.kept(self.cargo())
+        folder = self.folder / "kept"
+        folder.mkdir(exist_ok=True)
+        for digest, data in held.by_hash().items():
+            (folder / digest).write_bytes(data)
+        return {digest: next(at for at in (folder / digest, self.folder / "blobs" / digest) if at.exists()) for digest in held.hashes().values()}
+
     def pack(self, out: Path, options: bundle.Options | None = None, **more: object) -> bundle.Bundle:
         return bundle.write_bundle(self.cargo(**more), out, options or bundle.Options(parity_members=4))  # type: ignore[arg-type]
 
@@ -141,7 +150,7 @@ class TinyImage:
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyImage:
     """Its layers are kilobytes; as with real ones, the larger have parts of their own and the smaller share some."""
-    monkeypatch.setattr(bundle, "SMALL_BYTES", 80_000)
+    monkeypatch.setattr(stair, "SMALL_BYTES", 80_000)
     return TinyImage(tmp_path / "tiny").default()
 
 

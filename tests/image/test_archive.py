@@ -70,7 +70,10 @@ def test_streamed_written_and_counted_archives_agree(image, tmp_path):
         with (tmp_path / "file").open("wb") as out:
             assert archive.write_archive(image, out, carry) == len(streamed) == archive.archive_bytes(image, carry)
         assert (tmp_path / "file").read_bytes() == streamed
-        assert len(streamed) % archive.RECORD == 0
+        assert streamed.endswith(bytes(2 * archive.BLOCK)) and len(streamed) % archive.BLOCK == 0
+        for k, offset in archive.offsets(image, carry).items():
+            blob = image.layers[k - 1].path.read_bytes()
+            assert streamed[offset : offset + len(blob)] == blob
 
 
 def test_a_layer_that_is_not_as_long_as_locked_is_refused(image):

@@ -13,9 +13,10 @@ import jsonschema
 import pytest
 
 from ops.errors import ConfigError, PreflightError
-from ops.image import bundle, inventory, sbom
-from ops.image.bundle import Options, Step
+from ops.image import bundle, inventory, sbom, stair
+from ops.image.cargo import Options
 from ops.image.inventory import Present
+from ops.image.stair import Step
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -45,7 +46,7 @@ def test_the_same_inputs_give_the_same_bytes(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_each_part_of_a_full_bundle_carries_exactly_one_layer(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "SMALL_BYTES", 0)
+    monkeypatch.setattr(stair, "SMALL_BYTES", 0)
     tiny.pack(tmp_path / "b")
     parts = sorted((tmp_path / "b" / "parts").iterdir())
     assert [p.name[:2] for p in parts] == ["01", "02", "03", "04", "05", "06", "07"]
@@ -57,8 +58,8 @@ def test_each_part_of_a_full_bundle_carries_exactly_one_layer(tiny: Any, tmp_pat
 
 
 def test_runs_of_small_layers_share_a_part_that_stays_small(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "SMALL_BYTES", 150_000)
-    steps = bundle.plan_steps(tiny.cargo().image, None)
+    monkeypatch.setattr(stair, "SMALL_BYTES", 150_000)
+    steps = stair.plan_steps(tiny.cargo().image, None)
     assert [(s.first, s.last) for s in steps] == [(1, 1), (2, 2), (3, 7)]
 
 
@@ -77,14 +78,14 @@ def test_an_update_of_the_trainer_carries_the_layers_above_it_and_nothing_else(t
     found = tiny.pack(tmp_path / "b", Options(parity_members=8, base=base))
     assert found.kind == "delta" and found.carried_layers == 1
     assert sum(p.stat().st_size for p in (tmp_path / "b" / "parts").iterdir()) < 16_000
-    assert sum(p.stat().st_size for p in (tmp_path / "b" / "parity").iterdir()) < 16_000
+    assert not (tmp_path / "b" / "parity").exists()  # over one volume it would be a copy of it
 
 
 def test_an_update_of_one_small_wheel_carries_that_wheel_and_takes_the_layers_above_from_the_server(tiny: Any, tmp_path: Path) -> None:
     base = installed(tiny)
     tiny.contents["wheel-a"] = {"lib/a.py": tiny.contents["wheel-a"]["lib/a.py"][::-1]}
     found = tiny.pack(tmp_path / "b", Options(parity_members=0, base=base))
-    steps = bundle.plan_steps(tiny.cargo().image, base)
+    steps = stair.plan_steps(tiny.cargo().image, base)
     assert steps == [Step(3, 7, (3,), (4, 5, 6, 7))]
     assert found.carried_layers == 1
     parts = sum(p.stat().st_size for p in (tmp_path / "b" / "parts").iterdir())
@@ -94,10 +95,10 @@ def test_an_update_of_one_small_wheel_carries_that_wheel_and_takes_the_layers_ab
 def test_unchanged_layers_come_back_in_archives_of_bounded_size(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = installed(tiny)
     tiny.contents["os"] = dict(tiny.contents["os"], **{"etc/release": b"2"})
-    monkeypatch.setattr(bundle, "BATCH_BYTES", 0)
+    monkeypatch.setattr(stair, "BATCH_BYTES", 0)
     image = tiny.cargo().image
     largest = max(x.size_bytes for x in image.layers)
-    steps = bundle.plan_steps(image, base)
+    steps = stair.plan_steps(image, base)
     assert [k for s in steps for k in range(s.first, s.last + 1)] == list(range(1, 8))
     assert all(sum(image.layers[k - 1].size_bytes for k in range(s.first, s.last + 1)) <= largest for s in steps)
 

@@ -69,9 +69,9 @@ def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(tmp_pat
 
 
 def row(line: Line) -> str:
-    from ops.image.bundle import _line
+    from ops.image.papers import line_row
 
-    return _line(line)
+    return line_row(line)
 
 
 def test_an_inventory_names_the_lines_that_every_gpu_of_the_server_runs() -> None:

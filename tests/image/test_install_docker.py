@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from ops.image.bundle import Options, final_tag
+from ops.image.cargo import Options
 from ops.image.inventory import Present, read
+from ops.image.stair import final_tag
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(240)]
 HERE = Path(__file__).parent
@@ -180,6 +181,61 @@ def test_an_update_whose_base_was_pruned_names_the_parts_of_the_full_bundle_and_
     assert {Path(n).name for n in named} == {p.name for p in (tmp_path / "full" / "parts").iterdir()}
     assert engine.tags(f"mtb/{product.name}") == set()
     ran = on(tmp_path / "delta", "--also", str(tmp_path / "full"))
+    assert ran.code == 0, ran.out + ran.err
+    assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
+
+
+def test_updates_of_kilobytes_are_put_together_from_what_the_server_kept(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+    product.contents["wheel-b"] |= {f"lib/b{n}.py": random.Random(n).randbytes(20_000) for n in range(10)}
+    product.pack(tmp_path / "v1")
+    assert on(tmp_path / "v1").code == 0
+    base, kept = present(product), product.kept()
+    assert {p.name for p in (tmp_path / "prefix/kept").glob("*/*/*")} == set(kept)
+    product.contents["wheel-b"]["lib/b4.py"] = random.Random(50).randbytes(20_000)
+    packed = product.pack(tmp_path / "v2", Options(base=base, kept=kept))
+    assert packed.size_bytes < 70_000
+    jail = tmp_path / "jail"
+    jail.mkdir()
+    for name in ("sh", "docker", *COREUTILS.split()):
+        (jail / name).symlink_to(shutil.which(name) or "missing")
+    ran = on(tmp_path / "v2", path=str(jail))
+    assert ran.code == 0, ran.out + ran.err
+    assert "taking unchanged layers" not in ran.out  # small ones are kept: no docker save
+    assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
+    server = tmp_path / "server.json"
+    server.write_text(on(tmp_path / "v2", "preflight", "--json").out)
+    found = read(server)
+    base, here = found.base_for(product.cargo().image.diff_ids), product.kept()
+    assert base is not None and set(here) <= set(found.kept)
+    new_trainer(product)
+    product.pack(tmp_path / "v3", Options(base=base, kept=here))
+    assert on(tmp_path / "v3").code == 0
+    assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
+    ids = {final_tag(product.cargo().image).partition(":")[2], packed.id}
+    assert {p.name for p in (tmp_path / "prefix/kept").glob("*/*")} == ids  # of the current and the previous image, no other
+
+
+def test_an_update_to_a_server_that_kept_nothing_says_what_to_carry_and_takes_it(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
+    product.pack(tmp_path / "v1")
+    assert on(tmp_path / "v1").code == 0
+    base, kept = present(product), product.kept()
+    new_wheel(product)
+    product.pack(tmp_path / "v2", Options(base=base, kept=kept))
+    product.pack(tmp_path / "full")
+    before = engine.tags(f"mtb/{product.name}")
+    shutil.rmtree(tmp_path / "prefix/kept")
+    ran = on(tmp_path / "v2")
+    assert ran.code == 3 and "REFUSED" in ran.err and "--also DIR" in ran.err
+    installer = next((digest for digest, path in kept.items() if path and path.read_bytes() == (tmp_path / "full/INSTALL.sh").read_bytes()))
+    folder = tmp_path / "prefix/kept/tiny/old"
+    folder.mkdir(parents=True)
+    shutil.copy(tmp_path / "full/INSTALL.sh", folder / installer)
+    ran = on(tmp_path / "v2")
+    assert ran.code == 3 and "image.lock" in ran.out and "--also DIR" in ran.out
+    assert engine.tags(f"mtb/{product.name}") == before
+    ran = on(tmp_path / "v2", "--also", str(tmp_path / "full"))
     assert ran.code == 0, ran.out + ran.err
     assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
 

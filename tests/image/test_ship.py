@@ -55,9 +55,9 @@ def test_since_and_inventory_exclude_each_other_and_a_committed_lock_is_no_base(
     lock.write(whole.model_copy(update={"identity": None}), tmp_path / "committed.lock")
     (tmp_path / "server.json").write_text('{"milktea_preflight":1,"server":"s","engine":"24"}')
     with pytest.raises(ConfigError, match="exclude"):
-        ship._base([], tmp_path / "image.lock", tmp_path / "server.json")
+        ship._base([], tmp_path / "image.lock", tmp_path / "server.json", Places())
     with pytest.raises(ConfigError, match="not the whole lock"):
-        ship._base([], tmp_path / "committed.lock", None)
-    base, _ = ship._base(tiny.cargo().image.diff_ids, tmp_path / "image.lock", None)
+        ship._base([], tmp_path / "committed.lock", None, Places())
+    base, _, _ = ship._base(tiny.cargo().image.diff_ids, tmp_path / "image.lock", None, Places())
     assert base is not None and base.layers == tiny.cargo().image.diff_ids
-    assert ship._base([], None, tmp_path / "server.json") == (None, frozenset())
+    assert ship._base([], None, tmp_path / "server.json", Places()) == (None, frozenset(), {})

@@ -31,7 +31,7 @@ exit: 0 done  2 wrong use  3 the server is not ready  4 a file is missing or dam
 TEXT
 }
 
-BUNDLE=$(cd "$(dirname "$0")" && pwd) || exit 2
+BUNDLE=$(cd "${MILKTEA_BUNDLE:-$(dirname "$0")}" && pwd) || exit 2
 COMMAND=install PREFIX='' KEY='' JSON='' FORCE='' MODELS=yes NEED_SIGNATURE='' ALSO=''
 if [ "$(id -u)" = 0 ]; then PREFIX=/opt/milktea; else PREFIX=${HOME:-/var/tmp}/milktea; fi
 # Where the server's own files are seen from, for a rescue shell that has the server mounted elsewhere.

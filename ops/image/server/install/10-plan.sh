@@ -25,7 +25,7 @@ read_plan() {
     for _f in PLAN SHA256SUMS; do
         [ -f "$BUNDLE/$_f" ] || die 4 "$BUNDLE/$_f is missing: this is not a whole bundle" "copy $_f from the sender's disk again"
     done
-    [ "$(plan milktea-bundle)" = 1 ] || die 4 "PLAN is damaged, or of a newer milktea than this INSTALL.sh" "copy the whole bundle again"
+    [ "$(plan milktea-bundle)" = 2 ] || die 4 "PLAN is damaged, or of a newer milktea than this INSTALL.sh" "copy the whole bundle again"
     NAME=$(plan name) REF=$(plan ref) REPO=${REF%:*} ID=$(plan id) KIND=$(plan kind) CUDA=$(plan cuda) STAIR=$(plan stair)
     rows layer >"$WORK/layers"
     while read -r _n _diff _rest; do echo "$_diff"; done <"$WORK/layers" >"$WORK/want"

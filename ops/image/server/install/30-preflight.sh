@@ -67,7 +67,7 @@ bytes_to_load() {
         while read -r _k _diff _size _sha _blob _name _state; do
             [ "$_k" -ge "$_n" ] && [ "$_k" -le "$_last" ] || continue
             # a layer given back to the engine lies in the spool and in the engine's own copy of the archive
-            if [ "$_state" = reuse ] && [ -z "$CONTAINERD" ]; then _part=$((_part + 2 * _size)); else _part=$((_part + _blob)); fi
+            if [ "$_state" = reuse ] && [ -z "$CONTAINERD" ] && ! kept_file "$_sha" >/dev/null; then _part=$((_part + 2 * _size)); else _part=$((_part + _blob)); fi
         done <"$WORK/layers"
         [ "$_last" -gt "$START" ] && [ "$_part" -gt "$_peak" ] && _peak=$_part
     done <"$WORK/steps.plan"
@@ -91,6 +91,7 @@ preflight() {
     check_platform
     check_engine
     check_bundle
+    read_recipes
     if [ -n "$ENGINE" ]; then
         take_stock
         check_base
@@ -169,9 +170,12 @@ ROWS
 
 # For an update: which layers must come from what is on the server, and are they there?
 check_base() {
-    local _missing _n _last _tag _files _reuse
+    local _missing _n _last _tag _files _reuse _rest
     [ "$KIND" = delta ] || return 0
     _missing=''
+    while read -r _n _last _rest; do
+        case $_n in layers/*) ;; *) can_restore "$_n" || _missing="$_missing $_n" ;; esac
+    done <"$WORK/recipes"
     choose_steps >"$WORK/steps"
     # what choose_steps could only find in the full bundle must be there
     while read -r _n _last _tag _files _reuse; do
@@ -332,6 +336,13 @@ json_preflight() {
     for _d in "$PREFIX"/models/*; do
         [ -f "$_d/.sha256" ] || continue
         printf '%s"sha256:%s"' "$_sep" "${_d##*/}"
+        _sep=,
+    done
+    printf '],\n"kept":['
+    _sep=
+    for _d in "$PREFIX"/kept/*/*/*; do
+        case ${_d##*/} in *[!0-9a-f]*) continue ;; esac
+        printf '%s"%s"' "$_sep" "${_d##*/}"
         _sep=,
     done
     printf '],\n"checks":['

@@ -121,7 +121,7 @@ climb() {
     while read -r _first _last _tag _files _reuse <&7; do
         [ "$_last" -gt "$START" ] || continue
         say "image layers $_first to $_last of $DEPTH"
-        if [ "$_reuse" != - ] && [ -z "$CONTAINERD" ]; then harvest "$_first" "$_last" "$_reuse"; fi
+        if [ "$_reuse" != - ]; then harvest "$_first" "$_last"; fi
         step_stream "$_files" "$_reuse" 2>"$WORK/stream.err"
         # the exit code says little: the containerd store answers 0 for a broken image
         layers_of "$_tag" >"$WORK/got"
@@ -132,7 +132,7 @@ climb() {
 # The steps of the plan; for an update, those whose unchanged layers are no longer here are replaced by parts of the full
 # bundle (--also), and the layers below the first step come from there as well when the base was pruned.
 choose_steps() {
-    local _first _last _tag _files _reuse _rest _lowest _n _gone _diff _size
+    local _first _last _tag _files _reuse _rest _lowest _gone _diff _layer _state
     _lowest=$((DEPTH + 1))
     rows step >"$WORK/steps.plan"
     while read -r _first _rest; do [ "$_first" -lt "$_lowest" ] && _lowest=$_first; done <"$WORK/steps.plan"
@@ -140,8 +140,10 @@ choose_steps() {
     while read -r _first _last _tag _files _reuse; do
         _gone=
         if [ "$_reuse" != - ]; then
-            reuse_rows "$_first" "$_last" >"$WORK/reuse"
-            while read -r _n _diff _size; do holder_of "$_diff" >/dev/null || _gone=yes; done <"$WORK/reuse"
+            borrowed_rows "$_first" "$_last" >"$WORK/borrowed"
+            while read -r _rest _diff _rest _rest _rest _layer _state; do
+                if [ "$_state" = reuse ]; then holder_of "$_diff" >/dev/null; else can_restore "layers/$_layer"; fi || _gone=yes
+            done <"$WORK/borrowed"
         fi
         if [ -n "$_gone" ]; then full_steps "$_first" "$_last"; else echo "$_first $_last $_tag $_files $_reuse"; fi
     done <"$WORK/steps.plan"
@@ -160,10 +162,10 @@ full_steps() { # full_steps FIRST LAST: these layers by the full bundle's own pa
 step_stream() {
     case $1 in
         *,*) ;;
-        *) if [ "$2" = - ] || [ -n "$CONTAINERD" ]; then $DOCKER load -q -i "$(where "$1")" >"$WORK/engine" 2>&1; return; fi ;;
+        *) if [ "$2" = - ]; then $DOCKER load -q -i "$(where "$1")" >"$WORK/engine" 2>&1; return; fi ;;
     esac
     {
-        if [ "$2" != - ] && [ -z "$CONTAINERD" ]; then reused "$2"; fi
+        if [ "$2" != - ]; then borrowed "$2"; fi
         join_volumes "$1"
     } | $DOCKER load -q >"$WORK/engine" 2>&1
 }
@@ -179,12 +181,19 @@ step_failed() {
 }
 
 # --- layers that an update takes from the server itself (overlay2 keeps a layer under all that lie below it, so the ones
-# above a changed layer must be given to the engine again; docker save gives them back byte for byte) ---------------------
+# above a changed layer must be given to the engine again: small ones are kept, docker save gives back the others byte for
+# byte; the containerd store finds them itself) ------------------------------------------------------------------------------
 
-harvest() { # harvest FIRST LAST REUSE: the reused layers of this step, from the images that have them, into the spool
-    local _n _diff _size _image
+harvest() { # harvest FIRST LAST: the borrowed layers of this step: rebuilt, or from the images that have them into the spool
+    local _n _diff _size _sha _blob _name _state _image
     mkdir -p "$WORK/spool"
-    reuse_rows "$1" "$2" >"$WORK/reuse"
+    borrowed_rows "$1" "$2" >"$WORK/borrowed"
+    : >"$WORK/reuse"
+    while read -r _n _diff _size _sha _blob _name _state <&6; do
+        if [ "$_state" = rebuilt ]; then
+            restore "layers/$_name" || die 6 "layer $_n could not be made of what $PREFIX/kept has" "carry $(full_part "$_n") of the full bundle and add --also DIR"
+        elif [ -z "$CONTAINERD" ] && ! kept_file "$_sha" >/dev/null; then echo "$_n $_diff $_size" >>"$WORK/reuse"; fi
+    done 6<"$WORK/borrowed"
     : >"$WORK/holders"
     while read -r _n _diff _size; do
         [ -f "$WORK/spool/${_diff#sha256:}" ] && continue
@@ -200,10 +209,11 @@ harvest() { # harvest FIRST LAST REUSE: the reused layers of this step, from the
     done <"$WORK/reuse"
 }
 
-reuse_rows() {
+borrowed_rows() { # borrowed_rows FIRST LAST: the rows of the layers that are not in the step's file
     local _n _diff _size _sha _blob _name _state
     while read -r _n _diff _size _sha _blob _name _state; do
-        [ "$_state" = reuse ] && [ "$_n" -ge "$1" ] && [ "$_n" -le "$2" ] && echo "$_n $_diff $_size"
+        case $_state in reuse | rebuilt) ;; *) continue ;; esac
+        [ "$_n" -ge "$1" ] && [ "$_n" -le "$2" ] && echo "$_n $_diff $_size $_sha $_blob $_name $_state"
     done <"$WORK/layers"
 }
 
@@ -234,14 +244,23 @@ pick_layers() {
     done
 }
 
-reused() { # reused HEADERS: the harvested layers as archive members; HEADERS has 512 bytes for each, in order
-    local _at _i _n _diff _size
+borrowed() { # borrowed HEADERS: the borrowed layers as archive members; HEADERS has two of 512 bytes for each: tar, and blob
+    local _at _i _n _diff _size _sha _blob _name _state _file
     _at=$(where "$1") _i=0
-    while read -r _n _diff _size; do
-        dd if="$_at" bs=512 skip="$_i" count=1 2>/dev/null
-        cat "$WORK/spool/${_diff#sha256:}"
-        _i=$((_i + 1))
-    done <"$WORK/reuse"
+    while read -r _n _diff _size _sha _blob _name _state <&6; do
+        _file=$WORK/spool/${_diff#sha256:}
+        if [ "$_state" = rebuilt ]; then member "$_at" $((_i + 1)) "$WORK/restored/layers/$_name" "$_blob"
+        elif [ -n "$CONTAINERD" ]; then :
+        elif [ -f "$_file" ]; then member "$_at" "$_i" "$_file" "$_size"
+        else member "$_at" $((_i + 1)) "$(kept_file "$_sha")" "$_blob"; fi
+        _i=$((_i + 2))
+    done 6<"$WORK/borrowed"
+}
+
+member() { # member HEADERS NUMBER FILE BYTES: one member of a tar, filled up to whole blocks
+    dd if="$1" bs=512 skip="$2" count=1 2>/dev/null
+    cat "$3"
+    head -c $(((512 - $4 % 512) % 512)) /dev/zero
 }
 
 drop_stairs() {

@@ -23,7 +23,7 @@ prove() {
     # shellcheck disable=SC2046
     $_limit $DOCKER run --rm --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges \
         --shm-size 1g -e HOME=/tmp -e MILKTEA_MODELS=/run/milktea/models -v "$PREFIX/models:/run/milktea/models:ro" \
-        -v "$BUNDLE/image.lock:/run/milktea/image.lock:ro" $(gpu_flags) \
+        -v "$(paper image.lock):/run/milktea/image.lock:ro" $(gpu_flags) \
         --entrypoint "$_program" "$REF" "$@" >"$WORK/selftest" 2>"$WORK/selftest.err"
     _rc=$?
     [ $_rc = 0 ] && return 0
@@ -61,9 +61,9 @@ activate() {
     mkdir -p "$PREFIX/bin" "$PREFIX/tools" "$PREFIX/keys"
     for _f in $(rows tool); do
         mkdir -p "$(dirname "$PREFIX/tools/$_f")"
-        cp "$BUNDLE/tools/$_f" "$PREFIX/tools/$_f.part" && mv "$PREFIX/tools/$_f.part" "$PREFIX/tools/$_f"
+        cp "$(paper "tools/$_f")" "$PREFIX/tools/$_f.part" && mv "$PREFIX/tools/$_f.part" "$PREFIX/tools/$_f"
     done
-    cp "$BUNDLE/tools/milktea-run" "$PREFIX/bin/milktea-run.part" && chmod 755 "$PREFIX/bin/milktea-run.part"
+    cp "$(paper tools/milktea-run)" "$PREFIX/bin/milktea-run.part" && chmod 755 "$PREFIX/bin/milktea-run.part"
     mv "$PREFIX/bin/milktea-run.part" "$PREFIX/bin/milktea-run"
     case $SIGNED in
         good*) # the next bundle must come from the same sender
@@ -71,7 +71,9 @@ activate() {
                 [ -f "$PREFIX/keys/$_f" ] || [ ! -f "$BUNDLE/keys/$_f" ] || cp "$BUNDLE/keys/$_f" "$PREFIX/keys/$_f"
             done ;;
     esac
+    keep_files
     write_state "$REF" "$_before"
+    drop_kept
     TOUCHED=
 }
 
@@ -92,7 +94,7 @@ record() {
             _sep=,
         done <"$WORK/want"
         printf ']},\n"sbom":'
-        if [ -f "$BUNDLE/sbom/image.cdx.json" ]; then printf '"%s"' "$(sum_of_stdin <"$BUNDLE/sbom/image.cdx.json")"; else printf null; fi
+        if [ -f "$(paper sbom/image.cdx.json)" ]; then printf '"%s"' "$(sum_of_stdin <"$(paper sbom/image.cdx.json)")"; else printf null; fi
         printf ',\n"preflight":'
         json_preflight
         printf ',"selftest":'

@@ -12,7 +12,8 @@ install() {
     lock
     REF_BEFORE=$($DOCKER image inspect --format '{{.Id}}' "$REF" 2>/dev/null) || REF_BEFORE=
     say "verify every volume, before anything is loaded"
-    if [ "$START" -lt "$DEPTH" ]; then verify_or_repair 'parts/*'; fi
+    if [ "$START" -lt "$DEPTH" ] || [ -s "$WORK/recipes" ]; then verify_or_repair 'parts/*'; fi
+    restore_papers
     if [ -n "$MODELS" ] && rows model | { read -r _; }; then TOUCHED=yes; install_models; fi
     load_image
     prove
