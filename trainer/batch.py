@@ -1,14 +1,65 @@
-"""Micro-batches as tensors: a pack of whole rows end to end, or a padded rectangle."""
+"""Micro-batches as tensors: a pack of whole rows end to end, or a padded rectangle; made a step ahead of the one that is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from trainer.prepare import Rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does in one step. `rows`, `targets` and `tokens` are those of all processes together, `micro` its own batches, in host
+    memory. `filler` is a batch that counts nothing, for processes that must take as many turns as others."""
+
+    rows: list[int]
+    targets: int
+    tokens: int
+    micro: list[dict[str, Any]]
+    filler: dict[str, Any]
+
+
+class Ahead:
+    """Makes the next step's work in a thread while the current one is computed. What was made and not taken is nothing that a run remembers:
+    it goes on from the steps that it took."""
+
+    def __init__(self, make: Callable[[int], Work], first: int, total: int) -> None:
+        """`make` gets the step's number, from `first` to `total` - 1."""
+        self._make, self._step, self._total = make, first, total
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._next: Future[Work] | None = self._start()
+
+    def _start(self) -> Future[Work] | None:
+        return self._thread.submit(self._make, self._step) if self._step < self._total else None
+
+    def take(self) -> Work:
+        """The next step's. Raises what making it raised."""
+        assert self._next is not None, f"all {self._total} steps were taken"
+        work = self._next.result()
+        self._step += 1
+        self._next = self._start()
+        return work
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+
+def pinned(batch: dict[str, Any]) -> dict[str, Any]:
+    """In memory from which a GPU copies by itself, where there is one."""
+    if not torch.cuda.is_available():
+        return batch
+    return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch on `device`. The copy from pinned memory is queued like any work of the device; nothing waits for it here."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def packed(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str, Any]:

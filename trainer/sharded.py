@@ -83,7 +83,7 @@ class Shards:
             self._root.reshard()  # type: ignore[operator]  # else the backward pass does
         return result
 
-    def level(self, packs: list[list[int]], filler: list[int]) -> list[list[int]]:
+    def level(self, packs: list[Any], filler: Any) -> list[Any]:
         """As many micro-batches on every process, since each takes part in gathering every layer. What `filler` adds must count nothing."""
         most = torch.tensor(len(packs), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)

@@ -33,13 +33,14 @@ from trainer.launch import EXIT_FILE, EXIT_VARIABLE, QUANTISED, refuse
 from trainer.model import ModelError, hidden_states, load, start_values, target_loss
 from trainer.optim import Gradients, adamw
 from trainer.prepare import Prepared, Refused, Rows, model_folder, prepare
+from trainer.progress import Launched, Progress, Reading, tell_checkpoint
 from trainer.prompt import TemplateError
 from trainer.schedule import learning_rate
 from trainer.watchdog import Stopped, Watchdog, check_labels, probe
 
 CPU_TOKENS = 2048  # tokens of a micro-batch where there is no GPU memory to fill
 GPU_TOKENS = 16384  # at most; the memory oracle says how many fit
-EVENT_EVERY_S = 0.25
+HOST = torch.device("cpu")
 DONE, STOPPED, TERMINATED = 0, 4, 143
 
 
@@ -98,74 +99,78 @@ def run_job(path: Path, checked: Callable[[], None] = lambda: None) -> int:
     if training.packing:
         probe(model, lambda *pack: enter(pack_reader(model), *pack), data.rows, device, 0.05 if job.model.precision == "int8" else 0.01)
     watchdog = Watchdog(sharded.local(named), model, data.rows, shards.sum) if shards else Watchdog(named, model, data.rows)
-    saver = checkpoint.Background(checkpoints, lambda *facts: tell_checkpoint(log, run, *facts))
+    tell_saved = tell_checkpoint(log, run)
+    saver = checkpoint.Background(checkpoints, tell_saved)
     if log is not None:
         tell_start(log, run, job, data, state.step, order.total_steps, world, device, named, kernels, boards.warning)
 
-    last_save = last_event = loop_began = time.monotonic()
-    begun_at = state.step
-    while state.step < order.total_steps and not stop.asked:
-        step, tick = state.step, time.monotonic()
+    def make(step: int) -> batch.Work:
         rows = order.step(step)
-        step_targets = sum(targets[r] for r in rows)
+        packs = lay(packing.share(rows, lengths, world)[rank], lengths, budget)
+        micro = [batch.pinned(collate(data.rows, chosen, HOST)) for chosen in packs]
+        return batch.Work(rows, sum(targets[r] for r in rows), sum(lengths[r] for r in rows), micro, collate(data.rows, rows[:1], HOST))
+
+    ahead = batch.Ahead(make, state.step, order.total_steps)
+    progress = Progress(state, order.total_steps, watchdog, data.rows.where, device, log, boards)
+    last_save, begun_at = time.monotonic(), state.step
+    while state.step < order.total_steps and not stop.asked:
+        step, work = state.step, ahead.take()
         rate = learning_rate(step, order.total_steps, training.learning_rate, training.lr_scheduler_type, training.warmup_ratio)
 
         # this rank's share, micro-batch by micro-batch
         gradients.zero()
-        packs = lay(packing.share(rows, lengths, world)[rank], lengths, budget)
-        for n, chosen in enumerate(shards.level(packs, rows[:1]) if shards else packs):
-            if stop.asked:
+        for n, micro in enumerate(shards.level(work.micro, work.filler) if shards else work.micro):
+            if stop.asked and rank == 0:
                 break
-            micro = collate(data.rows, chosen, device)  # input_ids (1, T) packed, (B, L) padded
+            micro = batch.on(device, micro)  # input_ids (1, T) packed, (B, L) padded
             keys.set(training.seed, step, micro["rows"], micro["position_ids"])
             with precise:
-                loss = enter(target_loss, model, micro) / step_targets  # scalar: this micro-batch's part of the step's mean
-            loss = loss if n < len(packs) else loss * 0
+                loss = enter(target_loss, model, micro) / work.targets  # scalar: this micro-batch's part of the step's mean
+            loss = loss if n < len(work.micro) else loss * 0
             loss.backward()
             gradients.extra[0] += loss.detach()
         if stop.asked and rank == 0:
             break  # parameters are still those of the last whole step: rank 0 saves them, there is nothing to agree on
         gradients.extra[1] += stop.asked
 
-        # all ranks together: one sum, one look at it
+        # all ranks together: one sum; the step before is on the host by now
         if world > 1 and not add_up(gradients, stop):
             break
-        norm = gradients.clip(training.max_grad_norm)
-        step_loss, wish, grad_norm = torch.cat([gradients.extra, norm[None]]).tolist()  # the step's one wait for the device
-        if wish:
+        if progress.settle():
             stop.asked = True
             break
-        seen = [data.rows.where[r] for r in rows]
-        watchdog.before_update(step + 1, step_loss, grad_norm, gradients.views, seen)
+        watchdog.before_update(gradients.views)
+        norm = gradients.clip(training.max_grad_norm)
+        numbers = Reading(torch.cat([gradients.extra, norm[None]]))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        watchdog.after_update(step + 1, rate, seen)
+        watchdog.after_update(step + 1, rate, [data.rows.where[r] for r in work.rows])
         if world > 1 and watchdog.compares_ranks:
             refuse_drift(watchdog.checksum(), world, device, step + 1)
         state.step = step + 1
-        state.curve.append([state.step, step_loss])
+        progress.launched(Launched(state.step, rate, work.tokens, work.rows, numbers))
 
-        # tell, save
+        # save
         now = time.monotonic()
-        if log is not None and (now - last_event > EVENT_EVERY_S or state.step in (1, order.total_steps)):
-            last_event = now
-            speed = sum(lengths[r] for r in rows) / (now - tick)
-            eta = (now - loop_began) / (state.step - begun_at) * (order.total_steps - state.step)
-            tell_step(log, boards, state.step, step_loss, rate, grad_norm, speed, eta, device)
         due = now - last_save >= training.save_every_s and not saver.busy and state.step < order.total_steps
         if job.deadline_unix_s is not None and time.time() > job.deadline_unix_s:
             stop.hear(late=True)
-        if shards and shards.agree(stop, due):
-            tell_checkpoint(log, run, state.step, *shards.save(checkpoints, named, optimizer, state))
+        save = shards.agree(stop, due) if shards else due and rank == 0
+        if save or state.step == begun_at + 1:
+            stop.asked |= progress.settle()
+        if save and shards:
+            tell_saved(state.step, *shards.save(checkpoints, named, optimizer, state))
             last_save = time.monotonic()
-        elif rank == 0 and due and not shards:
+        elif save:
             last_save = now
             saver.submit(checkpoint.snapshot(named, optimizer), state)
+    ahead.close()
+    progress.settle()
 
     if stop.asked and state.step < order.total_steps:
         if shards:
-            tell_checkpoint(log, run, state.step, *shards.save(checkpoints, named, optimizer, state))
+            tell_saved(state.step, *shards.save(checkpoints, named, optimizer, state))
         elif rank == 0:
             saver.submit(checkpoint.snapshot(named, optimizer), state)
             saver.wait()
@@ -295,20 +300,6 @@ def tell_start(
         log.write(events.Warned, message=f"{len(data.rows.notes)} rows were changed or left out: {data.rows.notes[0]} ... (data_report.txt has all)")
     if warning:
         log.write(events.Warned, message=warning)
-
-
-def tell_step(
-    log: events.Writer, boards: report.Boards, step: int, loss: float, rate: float, norm: float, speed: float, eta: float, device: torch.device
-) -> None:
-    memory_gib = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": round(speed, 1), "gpu_memory_gib": round(memory_gib, 3)}
-    log.write(events.Step, step=step, eta_s=round(eta, 1), **values)
-    boards.step(step, values)
-
-
-def tell_checkpoint(log: events.Writer | None, run: Path, step: int, folder: Path, digest: str) -> None:
-    if log is not None:
-        log.write(events.Checkpoint, step=step, path=folder.relative_to(run).as_posix(), manifest_sha256=digest)
 
 
 def finish(

@@ -91,7 +91,7 @@ def probe(model: nn.Module, hidden: object, rows: Rows, device: torch.device, to
 
 
 class Watchdog:
-    """Looks at every step before its update is applied (`before_update`) and, now and then, after it (`after_update`). `moving` are the
+    """Looks at every step's numbers (`look`) and, now and then, at its gradients (`before_update`) and parameters (`after_update`). `moving` are the
     trained parameters, `still` some frozen ones that must not change. Where `moving` are parts, `total` adds up over their holders."""
 
     def __init__(self, moving: Mapping[str, Tensor], model: nn.Module, rows: Rows, total: Callable[[Tensor], Tensor] = lambda t: t) -> None:
@@ -105,8 +105,8 @@ class Watchdog:
         self._updates, self._first_loss, self._above = 0, math.nan, 0
         self._entropy = target_entropy(rows)
 
-    def before_update(self, step: int, loss: float, norm: float, views: Sequence[Tensor], seen: Sequence[str]) -> None:
-        """`views` are this step's summed gradients in the order of the trained parameters; `seen` names the step's rows."""
+    def look(self, step: int, loss: float, norm: float, seen: Sequence[str]) -> None:
+        """`norm` is that of the step's gradients before they were clipped; `seen` names its rows. Steps come in order, maybe after their update."""
         shown = list(seen[:SHOWN])
         if not math.isfinite(loss):
             raise Stopped(f"step {step}: the loss is {loss}", shown, "lower training.learning_rate; look at these rows")
@@ -127,6 +127,9 @@ class Watchdog:
         self._above = self._above + 1 if loss > 1.5 * max(self._first_loss, self._entropy) + 1.0 else 0
         if self._above >= RUNAWAY:
             raise Stopped(f"step {step}: the loss ran away, from {self._first_loss:.3f} to {loss:.3f}", shown, "lower training.learning_rate")
+
+    def before_update(self, views: Sequence[Tensor]) -> None:
+        """`views` are this step's summed gradients in the order of the trained parameters."""
         if self._updates in (1, 2, *CHECKS) or self._updates % 100 == 0:
             norms = self._total(torch.stack(torch._foreach_norm(list(views)))).tolist()
             for name, size in zip(self._moving, norms, strict=False):

@@ -41,7 +41,7 @@ def killed(run_folder: Make, world: int, steps: list[int]) -> tuple[str, int]:
 @pytest.fixture(autouse=True)
 def every_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a kill can be aimed at a step; the ranks are forked and inherit it."""
-    monkeypatch.setattr("trainer.train.EVENT_EVERY_S", 0.0)
+    monkeypatch.setattr("trainer.progress.EVENT_EVERY_S", 0.0)
 
 
 @pytest.mark.parametrize("world", [1, 2])
