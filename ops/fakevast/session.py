@@ -205,8 +205,8 @@ class BoxSession(SSHServerStreamSession[bytes]):
                 self._unwritten[0] = self._unwritten[0][written:]
             else:
                 self._unwritten.pop(0)
-        self._unpause()
-        if self._stdin_ends:
+        self._unpause()  # hands over what has come meanwhile, and the end perhaps: both call us again
+        if self._stdin_ends and not self._unwritten:
             self._close_stdin()
 
     def _unpause(self) -> None:

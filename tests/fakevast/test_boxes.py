@@ -70,6 +70,14 @@ def test_bytes_go_through_a_command_unchanged_both_ways(box: tuple[int, Reach], 
     assert done.stdout == data and hashlib.sha256(data).hexdigest() in done.stderr.decode()
 
 
+@pytest.mark.parametrize("size", [1_500_000, 3_000_000, 3_100_000, 6_000_000])
+def test_a_command_that_reads_slowly_gets_every_byte_although_the_end_was_told_long_before(box: tuple[int, Reach], size: int) -> None:
+    data = os.urandom(size)
+    slowly = "while head -c 700000 >part && [ -s part ]; do cat part >>copy; sleep 0.02; done; wc -c <copy; sha256sum <copy"
+    done = subprocess.run([*box[1].ssh, "root@127.0.0.1", slowly], input=data, capture_output=True, timeout=30)
+    assert done.stdout.decode().split()[:2] == [str(size), hashlib.sha256(data).hexdigest()]
+
+
 def test_a_reader_that_does_not_read_makes_the_writer_wait(box: tuple[int, Reach]) -> None:
     """Without back-pressure the emulator would hold all of it in memory; with it, the command is blocked."""
     process = subprocess.Popen([*box[1].ssh, "root@127.0.0.1", "head -c 500000000 /dev/zero; date >done"], stdout=subprocess.PIPE)
