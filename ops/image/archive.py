@@ -129,10 +129,17 @@ def write_part(image: Image, k: int, out: BinaryIO, tag: str | None = None) -> i
     return write_archive(prefix(image, k, tag), out, carry=[k])
 
 
-def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = None) -> int:
-    """Write a hybrid archive that carries the layers numbered in ``carry`` (from 1; default all); return its size."""
+def head(image: Image) -> bytes:
+    """What every archive of this image begins with, whatever it carries."""
+    return b"".join(_header(path, len(data)) + data + _padding(len(data)) for path, data in metadata(image).items())
+
+
+def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = None, headless: bool = False) -> int:
+    """Write a hybrid archive that carries the layers numbered in ``carry`` (from 1; default all); return its size.
+
+    ``headless`` leaves out :func:`head`, for one who has it."""
     size = 0
-    for chunk, source in _pieces(image, carry):
+    for chunk, source in _pieces(image, carry, headless):
         out.write(chunk)
         size += len(chunk)
         if source is not None:
@@ -151,11 +158,11 @@ def stream_archive(image: Image, carry: Collection[int] | None = None, chunk_byt
                     yield piece
 
 
-def offsets(image: Image, carry: Collection[int] | None = None) -> dict[int, int]:
+def offsets(image: Image, carry: Collection[int] | None = None, headless: bool = False) -> dict[int, int]:
     """Where the blob of each carried layer begins in what :func:`write_archive` would write."""
     found: dict[str, int] = {}
     written = 0
-    for chunk, source in _pieces(image, carry):
+    for chunk, source in _pieces(image, carry, headless):
         written += len(chunk)
         if source is not None:
             found[source.blob_sha256] = written
@@ -168,19 +175,19 @@ def archive_bytes(image: Image, carry: Collection[int] | None = None) -> int:
     return sum(len(chunk) + (source.blob_bytes if source else 0) for chunk, source in _pieces(image, carry))
 
 
-def _pieces(image: Image, carry: Collection[int] | None) -> Iterator[tuple[bytes, Layer | None]]:
+def _pieces(image: Image, carry: Collection[int] | None, headless: bool = False) -> Iterator[tuple[bytes, Layer | None]]:
     """Bytes to write, each followed by a layer's blob or by nothing."""
     wanted = set(range(1, len(image.layers) + 1) if carry is None else carry)
-    for path, data in metadata(image).items():
-        yield _header(path, len(data)) + data + _padding(len(data)), None
+    if not headless:
+        yield head(image), None
     seen: set[str] = set()
     for number, layer in enumerate(image.layers, 1):
         if number not in wanted or layer.blob_sha256 in seen:
             continue
         seen.add(layer.blob_sha256)
-        head, tail = _header(_blob(layer.blob_sha256), layer.blob_bytes), _padding(layer.blob_bytes)
-        yield head, layer
-        yield tail, None
+        header, filler = _header(_blob(layer.blob_sha256), layer.blob_bytes), _padding(layer.blob_bytes)
+        yield header, layer
+        yield filler, None
     yield b"\0" * (2 * BLOCK), None  # the end; no filling up to a tape's record, which is 10 KB of every update
 
 

@@ -58,7 +58,7 @@ def write_bundle(cargo: Cargo, out: Path, options: Options = Options(), progress
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     progress(f"writing {len(steps)} archives")
-    files = _write_parts(cargo, steps, folder, options)
+    files = _write_parts(cargo, steps, folder, options, papers.HEAD in update.recipes)
     if update.changes:
         with volumes.Writer(folder, papers.changes_name(cargo), options.volume_bytes, role="part") as changes:
             changes.write(update.changes)
@@ -74,8 +74,8 @@ def write_bundle(cargo: Cargo, out: Path, options: Options = Options(), progress
     return Bundle(out, bundle_id(cargo.image), "delta" if options.base else "full", size, sum(len(s.carry) + len(s.rebuilt) for s in steps))
 
 
-def _write_parts(cargo: Cargo, steps: list[Step], folder: Path, options: Options) -> volumes.Files:
-    """Two threads: hashing releases the interpreter, and layers are big."""
+def _write_parts(cargo: Cargo, steps: list[Step], folder: Path, options: Options, headless: bool) -> volumes.Files:
+    """Two threads: hashing releases the interpreter, and layers are big. ``headless``: the server makes the last one's head."""
     (folder / "parts").mkdir()
 
     def one(step: Step) -> volumes.Files:
@@ -83,7 +83,7 @@ def _write_parts(cargo: Cargo, steps: list[Step], folder: Path, options: Options
         shown = archive.prefix(cargo.image, step.last, step_tag(cargo.image, step))
         with volumes.Writer(folder, name, options.volume_bytes, role="part") as out:
             try:
-                archive.write_archive(replace(shown, tag=step_tag(cargo.image, step)), out, carry=step.carry)  # type: ignore[arg-type]
+                archive.write_archive(shown, out, carry=step.carry, headless=headless and step is steps[-1])  # type: ignore[arg-type]
             except OSError as error:
                 raise PreflightError(f"{name}: {error}", hint=f"make image IMAGE={cargo.lock.image}") from error
         headers = borrowed_headers(cargo.image, step)
@@ -138,9 +138,9 @@ def _write_papers(
         texts["INSTALL.sh"] = papers.update_stub(held.papers["INSTALL.sh"]).encode()
     if update.recipes:
         texts["RECIPES"] = update.text().encode()
-    texts["PLAN"] = "".join(line + "\n" for line in papers.plan(cargo, steps, files, options, held)).encode()
+    texts["PLAN"] = "".join(line + "\n" for line in papers.plan(cargo, steps, files, options, held, papers.HEAD in update.recipes)).encode()
     texts["preflight.json"] = papers.as_json(papers.needs(cargo)).encode()
-    texts |= {f"README.{x}.txt": papers.readme(cargo, files, x).encode() for x in ("en", "zh")}
+    texts |= {f"README.{x}.txt": papers.readme(cargo, files, options, x).encode() for x in ("en", "zh")}
     texts |= {f"keys/{name}": data for name, data in (sign.public_files(options.key) if options.key else {}).items()}
     for name, data in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

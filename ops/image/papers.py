@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ops.image.update import KEPT_BYTES
 
 SERVER = Path(__file__).parent / "server"
 FORMAT = 2
+HEAD = "image/head.tar"  # what the last archive begins with: several kilobytes that an update mostly repeats
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,22 @@ class Kept:
 
     papers: dict[str, bytes]
     layers: dict[str, archive.Layer]
+    head: bytes
 
     def hashes(self) -> dict[str, str]:
         """sha256 (hex) by path."""
-        return {path: hashlib.sha256(data).hexdigest() for path, data in self.papers.items()} | {
+        texts = {**self.papers, HEAD: self.head}
+        return {path: hashlib.sha256(data).hexdigest() for path, data in texts.items()} | {
             path: layer.blob_sha256 for path, layer in self.layers.items()
         }
 
     def by_hash(self) -> dict[str, bytes]:
-        return {hashlib.sha256(data).hexdigest(): data for data in self.papers.values()}
+        return {hashlib.sha256(data).hexdigest(): data for data in (*self.papers.values(), self.head)}
 
     def files(self, without: Collection[str]) -> dict[str, bytes | Path]:
         """What can be rebuilt by a recipe: all but the installer, which must be there to follow one, and the layers (by DiffID)
         that the server has."""
-        papers: dict[str, bytes | Path] = {path: data for path, data in self.papers.items() if path != "INSTALL.sh"}
+        papers: dict[str, bytes | Path] = {path: data for path, data in self.papers.items() if path != "INSTALL.sh"} | {HEAD: self.head}
         new = {path: layer.path for path, layer in self.layers.items() if layer.diff_id not in without}
         return papers | {path: file for path, file in new.items() if file is not None and file.is_file()}
 
@@ -58,9 +61,10 @@ def kept(cargo: Cargo) -> Kept:
     found = Kept(
         {path: text.encode() for path, text in papers.items()},
         {f"layers/{safe(x.name)}": x for x in cargo.image.layers if x.blob_bytes <= KEPT_BYTES},
+        archive.head(replace(cargo.image, tag=final_tag(cargo.image))),
     )
     lock = dumps(cargo.lock.model_copy(update={"kept": dict(sorted(found.hashes().items()))}))
-    return Kept({**found.papers, "image.lock": lock.encode()}, found.layers)
+    return replace(found, papers={**found.papers, "image.lock": lock.encode()})
 
 
 def changes_name(cargo: Cargo) -> str:
@@ -80,7 +84,7 @@ def tools() -> dict[str, str]:
     return found | {"evidence.py": (SERVER.parent / "evidence.py").read_text("utf-8")}
 
 
-def plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options, held: Kept) -> list[str]:
+def plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options, held: Kept, headless: bool) -> list[str]:
     """What INSTALL.sh reads: one fact a line, fields apart by spaces; server/install/10-plan.sh is its reader."""
     image, lock = cargo.image, cargo.lock
     state = dict.fromkeys(range(1, len(image.layers) + 1), "base")
@@ -114,7 +118,8 @@ def plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options
     for step in steps:
         name = step_name(image, step)
         reuse = f"{name}.reuse" if step.borrowed else "-"
-        lines.append(f"step {step.first} {step.last} {step_tag(image, step)} {volumes.joined(files, name)} {reuse}")
+        head = HEAD if headless and step is steps[-1] else "-"
+        lines.append(f"step {step.first} {step.last} {step_tag(image, step)} {volumes.joined(files, name)} {reuse} {head}")
     lines += [f"line {line_row(x)}" for x in (*cargo.lines, *([] if cargo.line in cargo.lines else [cargo.line]))]
     for model in models_beside(cargo, options):
         short = model.set_digest.removeprefix("sha256:")
@@ -122,18 +127,21 @@ def plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options
         lines += [f"mfile {short} {f.size_bytes} {f.sha256} {f.path} {volumes.joined(files, f'models/{short}/{f.path}')}" for f in model.files]
     lines += [f"vol {p} {f.size_bytes} {f.sha256} {f.group}" for p, f in files.items() if f.role in ("part", "model", "headers")]
     lines += [f"parity {p} {f.size_bytes} {f.sha256} {f.group}" for p, f in files.items() if f.role == "parity"]
-    return lines + _keep_rows(image, steps, files, held)
+    return lines + _keep_rows(image, steps, files, held, headless)
 
 
-def _keep_rows(image: archive.Image, steps: list[Step], files: volumes.Files, held: Kept) -> list[str]:
+def _keep_rows(image: archive.Image, steps: list[Step], files: volumes.Files, held: Kept, headless: bool) -> list[str]:
     """Each thing to keep: hash, bytes, path, and for a carried layer the volumes and the place in them where its blob begins."""
     at = {}
     for step in steps:
         name = step_name(image, step)
         shown = archive.prefix(image, step.last, step_tag(image, step))
-        for k, offset in archive.offsets(shown, step.carry).items():
+        for k, offset in archive.offsets(shown, step.carry, headless and step is steps[-1]).items():
             at[image.layers[k - 1].blob_sha256] = f"{volumes.joined(files, name)} {offset}"
     rows = [f"keep {digest} {len(held.papers[path])} {path} - 0" for path, digest in held.hashes().items() if path in held.papers]
+    if steps:
+        last = "- 0" if headless else f"{volumes.joined(files, step_name(image, steps[-1]))} 0"
+        rows.append(f"keep {held.hashes()[HEAD]} {len(held.head)} {HEAD} {last}")
     return rows + [f"keep {x.blob_sha256} {x.blob_bytes} {path} {at.get(x.blob_sha256, '- 0')}" for path, x in held.layers.items()]
 
 
@@ -168,7 +176,7 @@ def manifest(cargo: Cargo, files: volumes.Files, options: Options, held: Kept) -
         "name": cargo.lock.image,
         "id": bundle_id(image),
         "kind": "delta" if options.base else "full",
-        "base": options.base.model_dump() if options.base else None,
+        "base": options.base.ref if options.base else None,
         "image": {
             "ref": final_tag(image),
             "config_digest": image.config_digest,
@@ -185,9 +193,10 @@ def manifest(cargo: Cargo, files: volumes.Files, options: Options, held: Kept) -
     }
 
 
-def readme(cargo: Cargo, files: volumes.Files, language: str) -> str:
-    text = (SERVER / f"README.{language}.txt").read_text("utf-8")
+def readme(cargo: Cargo, files: volumes.Files, options: Options, language: str) -> str:
+    text = (SERVER / f"{'UPDATE' if options.base else 'README'}.{language}.txt").read_text("utf-8")
     facts = {
+        "BASE": options.base.ref if options.base else "-",
         "NAME": cargo.lock.image,
         "ID": bundle_id(cargo.image),
         "CUDA": cargo.line.cuda or "-",

@@ -9,8 +9,10 @@ it stands. The server needs dd for it, and the result must have the hash that th
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ops.image.layers import GZIP_HEAD
@@ -19,6 +21,8 @@ KEPT_BYTES = 24_000_000  # a layer whose blob is larger is not kept: 100 to 180 
 MOST_ROWS = 2000  # a row costs the server a process
 SHORT = 64  # bytes: a shorter piece is only copied where it continues a longer one
 WORTH = 0.8  # of the file's size: a recipe that costs more is not used
+
+MEMBERS, ENDS = re.compile(re.escape(GZIP_HEAD)), re.compile(rb"[,\n]")
 
 Kept = Mapping[str, Path | None]  # sha256 (hex) of what the server kept -> the same content on this machine, if it is here
 
@@ -109,15 +113,10 @@ def _pieces(data: bytes, index: _Index, start: int) -> tuple[list[Piece], bytear
 
 
 def _cuts(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where a layer's gzip members begin, or a paper's lines. A false mark inside of a member does no harm."""
-    mark = GZIP_HEAD if data[:2] == GZIP_HEAD[:2] else b"\n"
-    step = 0 if mark is GZIP_HEAD else 1
-    begin = 0
-    while begin < len(data):
-        end = data.find(mark, begin + 1 - step)
-        end = len(data) if end < 0 else end + step
-        yield begin, end
-        begin = end
+    """Where a layer's gzip members begin, or a paper's lines and lists' items end. A false mark inside of a member does no harm."""
+    packed = data[:2] == GZIP_HEAD[:2]
+    ends = [x.start() for x in MEMBERS.finditer(data, 1)] if packed else [x.end() for x in ENDS.finditer(data)]
+    yield from pairwise([0, *ends, *([len(data)] if not ends or ends[-1] < len(data) else [])])
 
 
 def _mark(piece: bytes) -> bytes:

@@ -174,11 +174,11 @@ check_base() {
     [ "$KIND" = delta ] || return 0
     _missing=''
     while read -r _n _last _rest; do
-        case $_n in layers/*) ;; *) can_restore "$_n" || _missing="$_missing $_n" ;; esac
+        case $_n in layers/* | image/*) ;; *) can_restore "$_n" || _missing="$_missing $_n" ;; esac
     done <"$WORK/recipes"
     choose_steps >"$WORK/steps"
     # what choose_steps could only find in the full bundle must be there
-    while read -r _n _last _tag _files _reuse; do
+    while read -r _n _last _tag _files _reuse _rest; do
         is_carried "$_files" || where "$_files" >/dev/null || _missing="$_missing $_files"
     done <"$WORK/steps"
     if [ -z "$_missing" ]; then check base ok "the layers that this update builds on are here" "$(plan since)" "nothing to do"

@@ -86,7 +86,7 @@ slice() { dd bs=1048576 iflag=fullblock,skip_bytes,count_bytes skip="$1" count="
 restore_papers() {
     local _file _hex _ok
     while read -r _file _hex _ok <&6; do
-        case $_file in layers/*) continue ;; esac
+        case $_file in layers/* | image/*) continue ;; esac
         restore "$_file" || die 4 "$_file cannot be made of what $PREFIX/kept has" "carry the full bundle of $ID and add --also DIR"
     done 6<"$WORK/recipes"
 }

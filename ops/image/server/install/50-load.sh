@@ -115,14 +115,15 @@ load_image() {
 whole_image() { layers_of "$REF" >"$WORK/got" && [ "$(same_prefix "$WORK/want" "$WORK/got")" -eq "$DEPTH" ] && [ "$(wc -l <"$WORK/got")" -eq "$DEPTH" ]; }
 
 climb() {
-    local _first _last _tag _files _reuse
+    local _first _last _tag _files _reuse _head
     TOUCHED=yes
     choose_steps >"$WORK/steps"
-    while read -r _first _last _tag _files _reuse <&7; do
+    while read -r _first _last _tag _files _reuse _head <&7; do
         [ "$_last" -gt "$START" ] || continue
         say "image layers $_first to $_last of $DEPTH"
         if [ "$_reuse" != - ]; then harvest "$_first" "$_last"; fi
-        step_stream "$_files" "$_reuse" 2>"$WORK/stream.err"
+        [ "$_head" = - ] || restore "$_head" || die 6 "$_head could not be made of what $PREFIX/kept has" "carry the full bundle of $ID and add --also DIR"
+        step_stream "$_files" "$_reuse" "$_head" 2>"$WORK/stream.err"
         # the exit code says little: the containerd store answers 0 for a broken image
         layers_of "$_tag" >"$WORK/got"
         [ "$(same_prefix "$WORK/want" "$WORK/got")" -ge "$_last" ] || step_failed "$_files"
@@ -132,20 +133,21 @@ climb() {
 # The steps of the plan; for an update, those whose unchanged layers are no longer here are replaced by parts of the full
 # bundle (--also), and the layers below the first step come from there as well when the base was pruned.
 choose_steps() {
-    local _first _last _tag _files _reuse _rest _lowest _gone _diff _layer _state
+    local _first _last _tag _files _reuse _head _rest _lowest _gone _diff _layer _state
     _lowest=$((DEPTH + 1))
     rows step >"$WORK/steps.plan"
     while read -r _first _rest; do [ "$_first" -lt "$_lowest" ] && _lowest=$_first; done <"$WORK/steps.plan"
     [ "$START" -ge $((_lowest - 1)) ] || full_steps 1 $((_lowest - 1))
-    while read -r _first _last _tag _files _reuse; do
+    while read -r _first _last _tag _files _reuse _head; do
         _gone=
+        [ "$_head" = - ] || can_restore "$_head" || _gone=yes
         if [ "$_reuse" != - ]; then
             borrowed_rows "$_first" "$_last" >"$WORK/borrowed"
             while read -r _rest _diff _rest _rest _rest _layer _state; do
                 if [ "$_state" = reuse ]; then holder_of "$_diff" >/dev/null; else can_restore "layers/$_layer"; fi || _gone=yes
             done <"$WORK/borrowed"
         fi
-        if [ -n "$_gone" ]; then full_steps "$_first" "$_last"; else echo "$_first $_last $_tag $_files $_reuse"; fi
+        if [ -n "$_gone" ]; then full_steps "$_first" "$_last"; else echo "$_first $_last $_tag $_files $_reuse $_head"; fi
     done <"$WORK/steps.plan"
 }
 
@@ -154,7 +156,7 @@ full_steps() { # full_steps FIRST LAST: these layers by the full bundle's own pa
     rows full >"$WORK/full"
     while read -r _first _last _path _tag; do
         [ "$_last" -ge "$1" ] && [ "$_first" -le "$2" ] && [ "$_last" -gt "$START" ] || continue
-        echo "$_first $_last $_tag $_path -"
+        echo "$_first $_last $_tag $_path - -"
     done <"$WORK/full"
 }
 
@@ -162,10 +164,11 @@ full_steps() { # full_steps FIRST LAST: these layers by the full bundle's own pa
 step_stream() {
     case $1 in
         *,*) ;;
-        *) if [ "$2" = - ]; then $DOCKER load -q -i "$(where "$1")" >"$WORK/engine" 2>&1; return; fi ;;
+        *) if [ "$2$3" = -- ]; then $DOCKER load -q -i "$(where "$1")" >"$WORK/engine" 2>&1; return; fi ;;
     esac
     {
         if [ "$2" != - ]; then borrowed "$2"; fi
+        if [ "$3" != - ]; then cat "$WORK/restored/$3"; fi
         join_volumes "$1"
     } | $DOCKER load -q >"$WORK/engine" 2>&1
 }
