@@ -8,12 +8,44 @@ not be padded, because transformers makes no mask for an implementation that is 
 
 from __future__ import annotations
 
+import logging
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 CAUSAL = {"window_size_left": -1, "window_size_right": 0}
+LONG = 16384  # tokens of a document beyond which flash attention is used: up to here it was seen to be no faster (docs/speed-log.md)
+_short_refused: list[str] = []  # why, once it is known
+
+
+def short_kernels(q: Tensor, k: Tensor, v: Tensor, longest: int) -> ModuleType | None:
+    """``trainer.attention_short`` where it is the faster: Hopper and newer, q, k, v views of one matrix, documents that are not very long."""
+    if _short_refused or not q.is_cuda or longest > LONG or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return None
+    try:
+        from trainer import attention_short
+    except ImportError as why:
+        refuse_short(f"Triton is not usable: {why}")
+        return None
+    return attention_short if attention_short.fits(q, k, v) else None
+
+
+def refuse_short(why: str) -> None:
+    """From now on flash attention serves short documents too, in this process; says so in the log."""
+    _short_refused.append(why)
+    log.warning("attention for short documents: %s; flash attention does its work", why)
+
+
+def name(short: bool, device: torch.device) -> str:
+    """What runs, for the log and the manifest."""
+    if device.type != "cuda":
+        return "eager"
+    flash = "torch flash, variable length"
+    return f"Triton, tiles over short documents; {flash}, beyond {LONG} tokens" if short else flash
 
 
 def _has_flash(q: Tensor) -> bool:

@@ -5,8 +5,6 @@ They define what the kernels must compute. The start-up self-test compares the t
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -83,13 +81,18 @@ def rope_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     parts = [_rotate(dq, cos, -sin).flatten(1), _rotate(dk, cos, -sin).flatten(1), dv.float().flatten(1)]
     out = torch.cat(parts, 1).to(dq.dtype)
+    return (out, *joined_backward(out, b, column_scale, dq.shape[1], dk.shape[1]))
+
+
+def joined_backward(
+    d: Tensor, b: Tensor | None, column_scale: Tensor | None, heads: int, kv_heads: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dt = None
     if b is not None:
-        ends = [0, dq[0].numel(), dq[0].numel() + dk[0].numel(), out.shape[1]]
-        dt = torch.cat([out[:, i:j] @ b[i:j] for i, j in pairwise(ends)], 1)
-    if column_scale is None:
-        return out, None, None, dt
-    return (out, *_cast(out, column_scale), dt)
+        size = d.shape[1] // (heads + 2 * kv_heads)
+        parts = [heads * size, kv_heads * size, kv_heads * size]
+        dt = torch.cat([x @ y for x, y in zip(d.split(parts, 1), b.split(parts), strict=True)], 1)
+    return (None, None, dt) if column_scale is None else (*_cast(d, column_scale), dt)
 
 
 def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer import eager
+from trainer.attention import name as attention_name
 from trainer.frozen import FrozenWeight, distrust, freeze_weight, operations
 from trainer.layer import FastLayer, Packed, frozen_norm, run_layer
 from trainer.lora import Group, base_linear, frozen_linear, refresh
-from trainer.self_test import OTHERWISE, TOLERANCE, layer_error
+from trainer.self_test import OTHERWISE, TOLERANCE, layer_error, trust_short_attention
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def accelerate_model(
         except ValueError as why:
             reasons.append(str(why))
             _freeze_linears(layer, precision, keep_transpose)
-    names = {"base": _base_name(fast, precision), "attention": "torch flash, variable length" if device.type == "cuda" else "eager"}
+    short = bool(fast) and ops is not eager and trust_short_attention(fast[0])
+    names = {"base": _base_name(fast, precision), "attention": attention_name(short, device)}
     error = layer_error(fast[0]) if fast and ops is not eager else 0.0
     tolerance = TOLERANCE.get(precision, OTHERWISE)
     if fast and error < tolerance:

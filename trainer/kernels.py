@@ -115,6 +115,24 @@ def rope_backward(
     return out, _cast(out, column_scale, scale) if scale is not None else None, scale, dt
 
 
+def joined_backward(
+    d: Tensor, b: Tensor | None, column_scale: Tensor | None, heads: int, kv_heads: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What ``rope_backward`` returns beside d(qkv), for ``d [M, S]`` that is turned back already: FP8 copy times column_scale, its row
+    scales, ``d b`` [M, 3 R]."""
+    dt = None
+    if b is not None:
+        r, size = b.shape[1], d.shape[1] // (heads + 2 * kv_heads)
+        dt = _empty(d, len(d), 3 * r)
+        parts = [heads * size, kv_heads * size, kv_heads * size]
+        for i, (x, y) in enumerate(zip(d.split(parts, 1), b.split(parts), strict=True)):
+            torch.mm(x, y, out=dt[:, i * r : (i + 1) * r])
+    if column_scale is None:
+        return None, None, dt
+    d8, scale, _ = quantise_rows(d, column_scale, None)
+    return d8, scale, dt
+
+
 def _cast(x: Tensor, column_scale: Tensor | None, scale: Tensor) -> Tensor:
     """x * column_scale / scale in FP8, where the maxima of the rows were found on the way."""
     m, k = x.shape

@@ -1,4 +1,7 @@
-"""The device code of ``trainer/kernels.py``, which describes it. Arguments in capitals are compile-time constants."""
+"""The device code of ``trainer/kernels.py``, which describes it. Arguments in capitals are compile-time constants.
+
+The number of tokens is never specialised on: else the first pack whose length divides by 16 would stop the run to compile.
+"""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -21,7 +24,7 @@ def _to_fp8(x):
     return tl.minimum(tl.maximum(x, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def norm_forward(
     h, y, t, b, weight, a, total, x, scale, t_out, rstd, m, k, ro, eps,
     R: tl.constexpr, RO: tl.constexpr, ADD: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr,
@@ -78,7 +81,7 @@ def norm_forward(
         tl.store(at, acc.to(t_out.dtype.element_ty), mask=ok[:, None] & (out_rank < ro)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def norm_backward(
     dx, dt, t, a, h, weight, rstd, residual, out, m, k, ro,
     RO: tl.constexpr, LORA: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
@@ -118,7 +121,7 @@ def norm_backward(
         tl.store(out + base + cols[None, :], g.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def rope_forward(
     qkv, t, b, bias, cos, sin, m, s, heads, kv_heads, touched,
     R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, HEADS: tl.constexpr,
@@ -183,7 +186,7 @@ def _rope_back_segment(
     return acc, amax
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def rope_backward(
     dq, dk, dv, cos, sin, b, column_scale, out, scale, dt, m, s, heads, kv_heads,
     R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
@@ -227,7 +230,7 @@ def quantise_rows(x, column_scale, out, scale, k, FOLD: tl.constexpr, BN: tl.con
     tl.store(out + row * k + cols, _to_fp8(v * inverse), mask=cols < k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def cast_rows(x, column_scale, scale, out, m, k, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -239,7 +242,7 @@ def cast_rows(x, column_scale, scale, out, m, k, FOLD: tl.constexpr, BM: tl.cons
     tl.store(out + rows[:, None] * k + cols[None, :], _to_fp8(v), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def swiglu_forward(
     gu, t, b, a, act, scale, t_out, m, f, ro,
     R: tl.constexpr, RO: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr,
@@ -278,7 +281,7 @@ def swiglu_forward(
         tl.store(scale + rows, s, mask=rows < m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def swiglu_backward(
     gu, t, b, dact, dt, a, column_scale, scale, dt_out, m, f,
     R: tl.constexpr, RD: tl.constexpr, LORA: tl.constexpr, DOWN: tl.constexpr, QUANT: tl.constexpr,
@@ -334,7 +337,7 @@ def swiglu_backward(
         tl.store(scale + rows, s, mask=rows < m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def residual_add(h, y, t, b, out, m, k, R: tl.constexpr, LORA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.attention import flash_backward, flash_forward
+from trainer.attention import flash_backward, flash_forward, short_kernels
 from trainer.lora import Group, outer
 
 
@@ -80,6 +80,25 @@ class FastLayer:
             return x, None, x @ p if p is not None else None
         return self.ops.quantise_rows(x, group.weight.column_scale if fold else None, p)
 
+    def _attend(self, qkv: Tensor, packed: Packed) -> tuple[Tensor, tuple[Tensor, ...]]:
+        q, k, v = self._split(qkv)
+        short = short_kernels(q, k, v, packed.longest)
+        if short is None:
+            return flash_forward(q, k, v, packed.cu, packed.longest, self.scale)
+        return short.forward(q, k, v, short.spans(packed.cu, len(q)).first, self.scale)
+
+    def _attend_backward(self, dout: Tensor, kept: Kept, packed: Packed) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """d(attention's output) [M, H, D] -> what ``rope_backward`` returns."""
+        q, k, v = self._split(kept.qkv)
+        b, column_scale = self.qkv.b, self.qkv.weight.column_scale
+        short = short_kernels(q, k, v, packed.longest)
+        if short is None:
+            dqkv = flash_backward(dout, q, k, v, kept.out, kept.flash, packed.cu, packed.longest, self.scale)
+            return self.ops.rope_backward(*dqkv, packed.cos, packed.sin, b, column_scale)
+        spans = short.spans(packed.cu, len(q))
+        d = short.backward(dout, q, k, v, kept.out, kept.flash[0], spans, self.scale, packed.cos, packed.sin)
+        return (d, *self.ops.joined_backward(d, b, column_scale, self.heads, self.kv_heads))
+
     def forward(self, h: Tensor, packed: Packed, again: bool = False) -> tuple[Tensor | None, Kept]:
         """h [M, h] -> the layer's output [M, h] and what backward needs. ``again``: only the latter, without the last product."""
         ops = self.ops
@@ -87,7 +106,7 @@ class FastLayer:
         _, x, s, t1, rstd1 = ops.norm_forward(h, self.norm1, self.eps1, self.qkv.a, fp8)
         qkv = self.qkv.weight.forward(x, s)
         ops.rope_forward_(qkv, t1, self.qkv.b, self.bias, packed.cos, packed.sin, self.heads, self.kv_heads)
-        out, flash = flash_forward(*self._split(qkv), packed.cu, packed.longest, self.scale)
+        out, flash = self._attend(qkv, packed)
         x, s, t2 = self._project(out.flatten(1), self.o, self.o.a.t() if self.o.a is not None else None, False)
         y = self.o.weight.forward(x, s)
         middle, x, s, t3, rstd2 = ops.norm_forward(h, self.norm2, self.eps2, self.gate_up.a, fp8, y, t2, self.o.b)
@@ -123,9 +142,8 @@ class FastLayer:
             dout.addmm_(dt2, self.o.a)
         out = kept.out.flatten(1)
         o = self.o.gradients(outer(dt2, out) if dt2 is not None else None, outer(dmiddle, t2) if t2 is not None else None)
-        dqkv = flash_backward(dout.view_as(kept.out), *self._split(kept.qkv), kept.out, kept.flash, packed.cu, packed.longest, self.scale)
-        d, d8, s, dt1 = ops.rope_backward(*dqkv, packed.cos, packed.sin, self.qkv.b, self.qkv.weight.column_scale)
-        del dqkv, dout
+        d, d8, s, dt1 = self._attend_backward(dout.view_as(kept.out), kept, packed)
+        del dout
         grads = self.qkv.gradients(self._grad_a(dt1, kept.rstd1, h, self.norm1), outer(d, t1) if t1 is not None else None)
         grads += o + gate_up + down
         if first:

@@ -22,6 +22,7 @@ from trainer.nf4 import BLOCK, Nf4Weight
 TOLERANCE = {"fp8": 0.1}
 OTHERWISE = 0.03
 TOKENS, ENDS = 160, [0, 50, 53, 160]
+SHORT_ENDS = [0, 70, 71, 400]  # a document of several tiles, and three in one tile
 
 
 @torch.no_grad()
@@ -57,6 +58,43 @@ def layer_error(fast: FastLayer) -> float:
         _loss_error(own, random(8, 3000).float() * 3),
     ]
     return max(parts) if all(part == part for part in parts) else float("inf")
+
+
+def trust_short_attention(fast: FastLayer) -> bool:
+    """Whether attention for short documents computes on this GPU what its twin does, on the first layer's heads. Where not, it is
+    refused for this process. False as well where it is not for this device."""
+    device, dtype, group = fast.norm1.device, fast.norm1.dtype, (fast.heads, fast.kv_heads, fast.kv_heads)
+    generator = torch.Generator(device).manual_seed(1)
+    m, d = SHORT_ENDS[-1], fast.head_dim
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    q, k, v = (x.unflatten(1, (-1, d)) for x in random(m, sum(group) * d).split([n * d for n in group], 1))
+    short = attention.short_kernels(q, k, v, m)
+    if short is None:
+        return False
+    angle = torch.rand(m, d // 2, device=device, generator=generator).repeat(1, 2) * 6
+    cu = torch.tensor(SHORT_ENDS, dtype=torch.int32, device=device)
+    try:
+        error = short_attention_error(short, q, k, v, random(*q.shape), Packed(angle.cos().to(dtype), angle.sin().to(dtype), cu, m), fast.scale)
+    except Exception as why:  # a card that lacks the memory or the instructions: Triton's errors share no class
+        attention.refuse_short(f"it does not run here ({type(why).__name__}: {why})")
+        return False
+    if not error < OTHERWISE:
+        attention.refuse_short(f"its self-test is off by {error:.4f}")
+    return error < OTHERWISE
+
+
+def short_attention_error(short: Any, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, packed: Packed, scale: float) -> float:
+    """The largest relative error of the output and of the joined gradients, turned back by the angles, against ``trainer.eager``."""
+    spans = short.spans(packed.cu, len(q))
+    out, kept = short.forward(q, k, v, spans.first, scale)
+    got = short.backward(dout, q, k, v, out, *kept, spans, scale, packed.cos, packed.sin)
+    want, _ = attention.eager_forward(q, k, v, packed.cu, scale)
+    grads = attention.eager_backward(dout, q, k, v, packed.cu, scale)
+    turned = eager.rope_backward(*grads, packed.cos, packed.sin, None, None)[0]
+    return _largest([out, *got.split([x[0].numel() for x in grads], 1)], [want, *turned.split([x[0].numel() for x in grads], 1)])
 
 
 def _largest(got: Iterable[Any], want: Iterable[Any]) -> float:
