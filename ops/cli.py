@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ops import cli_image
+from ops import cli_image, cli_journal
 from ops.cli_errors import errors
+from ops.cli_journal import Json, Run, folder_of, runs
 
 if TYPE_CHECKING:
     from ops.offers import Ranking
@@ -30,8 +31,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 app.add_typer(cli_image.app, name="image")
 
 JobArgument = Annotated[Path, typer.Argument(help="The job file")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs")]
-Run = Annotated[str, typer.Argument(help="A run id, or an unambiguous beginning of one; `last` is the newest")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask")]
 PRACTICE = Path("jobs/practice.toml")
 EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=289910784")  # 0.27 GiB, as jobs/practice.toml says
@@ -50,8 +49,8 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
         from ops.wait import RealClock
 
         clock = RealClock()
-        plan = preflight(_job(job), vast, clock, _runs(), on_cpu=not _is_real())
-        with Journal(_runs() / plan.run_id) as journal:
+        plan = preflight(_job(job), vast, clock, runs(), on_cpu=not _is_real())
+        with Journal(runs() / plan.run_id) as journal:
             _first_line(journal, plan, screen)
             session = Session(journal, plan, vast, clock, screen)
             ranking = _show_plan(session)
@@ -69,12 +68,12 @@ def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
         from ops.preflight import preflight
         from ops.wait import RealClock
 
-        done = preflight(_job(job), vast, RealClock(), _runs())
-        ranking = rank(found_offers(vast, done.needs), done.needs, done.workload, bad_machines(_runs(), time.time()))
+        done = preflight(_job(job), vast, RealClock(), runs())
+        (runs() / done.run_id).rmdir()  # nothing is begun
+        ranking = rank(found_offers(vast, done.needs), done.needs, done.workload, bad_machines(runs(), time.time()))
         if not ranking.accepted:
             raise none_left(ranking, 0, "nothing was spent")
         screen.plan(done, ranking, vast.credit_usd())
-        (_runs() / done.run_id).rmdir()  # nothing was begun
 
 
 @app.command()
@@ -87,7 +86,7 @@ def resume(run: Run, as_json: Json = False) -> None:
         from ops.session import Plan, Session
         from ops.wait import RealClock
 
-        with Journal(_folder(run)) as journal:
+        with Journal(folder_of(run)) as journal:
             if not journal.lines:
                 raise JournalError(f"{journal.run_id} has an empty journal", hint="start it anew with rent-and-train")
             if (pulled := journal.last("pulled")) is not None:
@@ -97,61 +96,13 @@ def resume(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
-def status(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
-    """Where every run stands, from the journals alone."""
-    with errors(as_json):
-        from ops import explain, journal
-
-        folders = [_folder(run)] if run else journal.runs(_runs())
-        rows = [explain.status(f.name, lines, time.time()) for f in folders if (lines := _readable(f))]
-        if as_json:
-            for row in rows:
-                print(json.dumps(row.as_dict()))
-            return
-        for row in rows:
-            box = f"box {row.box}" if row.box else "no box"
-            step = f"  checkpoint {row.step}" if row.step else ""
-            print(f"{row.run_id}  {row.stage}  {box}  {row.spent_usd:.4f} of {row.max_usd:.2f} ${step}" + (f"  {row.adapter}" if row.adapter else ""))
-        if not rows:
-            print("no runs yet: `make rent-and-train` makes the first")
-
-
-@app.command()
-def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come")] = False) -> None:
-    """What the trainer said, as far as it is at home; acts on nothing."""
-    with errors(False):
-        from ops import journal
-        from trainer.events import parse, whole_lines
-
-        folder, offset = _folder(run), 0
-        while True:
-            path = folder / "events.jsonl"
-            if path.exists():
-                with path.open("rb") as f:
-                    f.seek(offset)
-                    lines, used = whole_lines(f.read())
-                offset += used
-                for text in lines:
-                    event = parse(text)
-                    facts = event.model_dump(exclude={"t", "event"})
-                    print(getattr(event, "event", ""), *(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()), sep="  ")
-            ended = journal.last(journal.read(folder), "destroyed", "leaked", "renting")
-            if not follow or (ended is not None and ended.kind != "renting"):
-                break
-            time.sleep(1)
-        for name in ("log.txt", "container.log"):
-            if (folder / name).exists():
-                print(f"--- {name}\n{(folder / name).read_text('utf-8')}")
-
-
-@app.command()
 def reap(as_json: Json = False, foreign: Annotated[bool, typer.Option("--foreign", help="Also runs that have no folder here")] = False) -> None:
     """Destroy every box that no live client looks after, and prove it."""
     with errors(as_json), _vast() as vast:
         from ops.reap import reap as sweep
         from ops.wait import RealClock
 
-        _report(sweep(_runs(), vast, RealClock(), _screen(as_json), foreign=foreign), as_json, say_nothing_found=True)
+        _report(sweep(runs(), vast, RealClock(), _screen(as_json), foreign=foreign), as_json, say_nothing_found=True)
 
 
 @app.command()
@@ -163,41 +114,17 @@ def destroy(run: Run, as_json: Json = False) -> None:
         from ops.session import Plan, Session, may_have_box
         from ops.wait import RealClock
 
-        with Journal(_folder(run)) as journal:
+        with Journal(folder_of(run)) as journal:
             had = may_have_box(journal.lines)
             give_back(Session(journal, Plan.from_line(journal.lines[0]), vast, RealClock(), screen), why="asked for")
-            print(f"{journal.run_id}: " + ("destroyed, absent in three spaced reads" if had else "has no box; nothing to do"))
-
-
-@app.command()
-def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
-    """Our meter, vast.ai's bill and the prediction, from the journals alone."""
-    with errors(as_json):
-        from ops import explain, journal
-
-        for folder in [_folder(run)] if run else journal.runs(_runs()):
-            if not (lines := _readable(folder)):
-                continue
             if as_json:
-                print(json.dumps({"run_id": folder.name, **explain.cost_facts(lines, time.time())}))
+                print(json.dumps({"kind": "destroyed" if had else "nothing", "run_id": journal.run_id}))
             else:
-                print(folder.name, *explain.cost_lines(lines, time.time()), sep="\n  ")
+                print(f"{journal.run_id}: " + ("destroyed, absent in three spaced reads" if had else "has no box; nothing to do"))
 
 
-@app.command()
-def explain(run: Run, as_json: Json = False) -> None:
-    """Why this offer, why it stopped, where each cent went."""
-    with errors(as_json):
-        from ops import explain as telling
-        from ops import journal
-
-        folder = _folder(run)
-        lines = journal.read(folder)
-        if as_json:
-            print(*(json.dumps({"t": line.t, "kind": line.kind, **line.data}, ensure_ascii=False) for line in lines), sep="\n")
-        else:
-            print(*telling.explain(lines, time.time()), sep="\n")
-            print("from the command to the first step: " + ", ".join(f"{n} {s} s" for n, s in telling.phases(lines, _first_step(folder))))
+for told in (cli_journal.status, cli_journal.logs, cli_journal.cost, cli_journal.explain):
+    app.command()(told)
 
 
 @app.command()
@@ -227,44 +154,6 @@ def schema() -> None:
 
 
 # -- what the commands share ----------------------------------------------------------------------------------------
-
-
-def _runs() -> Path:
-    return Path(os.environ.get("MILKTEA_RUNS", "runs")).resolve()
-
-
-def _folder(run: str) -> Path:
-    from ops import journal
-    from ops.errors import JournalError
-
-    found = journal.runs(_runs())
-    chosen = found[-1:] if run == "last" else [f for f in found if f.name == run] or [f for f in found if f.name.startswith(run)]
-    if run == "last":
-        chosen = sorted(found, key=lambda f: (f / journal.FILE).stat().st_mtime)[-1:]
-    if len(chosen) != 1:
-        raise JournalError(f"{run!r} names {len(chosen)} runs under {_runs()}", hint="`milktea status` lists them")
-    return chosen[0]
-
-
-def _first_step(folder: Path) -> float | None:
-    from trainer.events import Step, parse
-
-    path = folder / "events.jsonl"
-    if not path.exists():
-        return None
-    with path.open("rb") as f:
-        return next((event.t for line in f if line.endswith(b"\n") and isinstance(event := parse(line.decode()), Step)), None)
-
-
-def _readable(folder: Path) -> list[Any]:
-    from ops import journal
-    from ops.errors import JournalError
-
-    try:
-        return journal.read(folder)
-    except JournalError as e:
-        print(f"{folder.name}: {e}\n  {e.hint}", file=sys.stderr)
-        return []
 
 
 def _job(path: Path) -> Any:
@@ -301,7 +190,7 @@ def _acting(as_json: bool) -> Iterator[tuple[Vast, Any]]:
 
     with _vast() as vast:
         screen = _screen(as_json)
-        _report(finish_destroys(_runs(), vast, RealClock(), screen), as_json)
+        _report(finish_destroys(runs(), vast, RealClock(), screen), as_json)
         yield vast, screen
 
 
@@ -344,7 +233,10 @@ def _act(session: Session, story: Any, as_json: bool) -> None:
     try:
         outcome = story(session)
     except Detached:
-        print(f"detached; `milktea resume {session.run_id}` goes on; the box ends itself at its deadline")
+        if as_json:
+            print(json.dumps({"kind": "detached", "run_id": session.run_id, "dies_at": session.dies_at()}))
+        else:
+            print(f"detached; `milktea resume {session.run_id}` goes on; the box ends itself at its deadline")
         return
     except Interrupted:
         session.note("failed", what="interrupted", exit_code=130)
