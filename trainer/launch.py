@@ -19,14 +19,18 @@ import traceback
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from trainer import imports
 from trainer.events import Failed, Writer
 from trainer.job import WIRE, Job
 from trainer.machines import Machines, read_machines
-from trainer.prepare import model_folder, prepare
+from trainer.prepare import Refused, model_folder, prepare
+from trainer.weights import check_weights
 
 EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # its name, one for each machine
 REFUSED = 3
+SHOWN = 40  # samples on a terminal
 QUANTISED = ("nf4", "int8")  # by bitsandbytes
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 EXIT_FILE = ".trainer_exit"  # the trainer's own exit code, which a launcher of several processes does not hand on
@@ -42,7 +46,7 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     run = path.resolve().parent
     try:
-        job = Job.model_validate_json(path.read_bytes())
+        job = read_job(path)
         machines = read_machines(os.environ)
         os.environ["MILKTEA_STARTED"] = repr(time.time())
         if job.processes == 1 and machines is None:
@@ -56,10 +60,20 @@ def main(arguments: list[str]) -> int:
     return supervise(command, environment, run / environment[EXIT_VARIABLE])
 
 
+def read_job(path: Path) -> Job:
+    """Raises Refused, with every fault and its place, for a file that is no job of this wire."""
+    try:
+        return Job.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        faults = [f"{path.name}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors(include_url=False)]
+        many = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise Refused(f"{many} in {path.name}", faults, "correct these, or make the job anew: `milktea plan JOB.toml`") from error
+
+
 def check(job: Job, run: Path) -> None:
     """Raises ValueError or OSError for what can be refused without torch; leaves the rows tokenised and the model's files at hand."""
     prepare(job, run)
-    model_folder(job, run, weights=True)
+    check_weights(model_folder(job, run, weights=True))
 
 
 def train_here(job: Job, path: Path) -> int:
@@ -119,7 +133,8 @@ def refuse(run: Path, error: Exception) -> int:
     writer = Writer(run / "events.jsonl")
     writer.write(Failed, reason=str(error), samples=samples, hint=hint)
     writer.close()
-    print(f"stopped: {error}", *samples, hint, sep="\n", file=sys.stderr, flush=True)
+    shown = [*samples[:SHOWN], *([f"... and {len(samples) - SHOWN} more, all in events.jsonl"] if len(samples) > SHOWN else [])]
+    print(*filter(None, [f"stopped: {error}", *shown, hint]), sep="\n", file=sys.stderr, flush=True)
     return REFUSED
 
 

@@ -27,7 +27,7 @@ def load(
     """(the trainable model on `device`, what computes it by name): the frozen base with LoRA, or the parts that full and freeze train.
     Trained parameters are fp32. The first `checkpoint_layers` layers keep only their input for the backward pass. For trainer/sharded.py,
     `shard` is this process's rank: the model stays off the device, and holds weights on rank 0 only."""
-    refuse_precision(job.model.precision, job.training.method, device)
+    refuse_precision(job.model.precision, device)
     fast = device.type == "cuda" and job.training.method == "lora" and job.model.precision != "int8"
     model = load_base(job, folder, device, quantise=not fast, empty=bool(shard))
     if job.training.method == "lora":
@@ -54,8 +54,8 @@ def load(
     return model.train(), {"layer": f"transformers ({reason})", "attention": "varlen" if device.type == "cuda" else "by document"}
 
 
-def refuse_precision(precision: str, method: str, device: torch.device) -> None:
-    """Raises ModelError for a precision that this device or method lacks."""
+def refuse_precision(precision: str, device: torch.device) -> None:
+    """Raises ModelError for a precision that this device lacks."""
     if precision == "fp8" and device.type != "cuda":
         raise ModelError('precision fp8 needs an NVIDIA GPU of compute capability 8.9 or more, this is a CPU: set model.precision = "fp32"')
     if device.type == "cuda":
@@ -67,8 +67,6 @@ def refuse_precision(precision: str, method: str, device: torch.device) -> None:
                 f"precision {precision} needs compute capability {least[0]}.{least[1]}, {torch.cuda.get_device_name(device)} has "
                 f'{found[0]}.{found[1]}: set model.precision = "{other}", or ask for another card in [offer]'
             )
-    if method != "lora" and precision not in ("fp32", "bf16"):
-        raise ModelError(f'training.method = "{method}" changes base weights, which {precision} cannot hold: set model.precision = "bf16"')
 
 
 def checkpoint_first(model: nn.Module, count: int) -> None:
@@ -169,6 +167,7 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # artefact.py writes the right name
+        warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's, about what it asks transformers
         peft = get_peft_model(model, config)
     layer = 0
     for module in peft.modules():

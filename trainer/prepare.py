@@ -79,14 +79,25 @@ def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
     if job.model.path:
         return run / job.model.path
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + (["*.safetensors"] if weights else [])
-    return Path(snapshot_download(job.model.base, revision=job.model.revision, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(job.model.base, revision=job.model.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refused(
+            f"{job.model.base} is not on this machine and could not be fetched from the hub: {why}",
+            hint="check model.base and model.revision (a gated model needs HF_TOKEN); without a network, set model.base to the model's folder",
+        ) from error
 
 
 def prepare(job: Job, run: Path) -> Prepared:
     """Checks and tokenises the job's data. Raises Refused, with every defect, or TemplateError, before anything costs time or money."""
+    refuse_contradictions(job)
     folder = model_folder(job, run)
+    if not folder.is_dir():
+        raise Refused(f"the base model's folder {job.model.path}/ is not in the run folder", hint="push it again, or correct model.path in job.json")
     vocabulary = open_vocabulary(folder)
     refuse_other_vocabulary(vocabulary, folder)
     template = job_template(job, vocabulary)
@@ -104,6 +115,15 @@ def prepare(job: Job, run: Path) -> Prepared:
     if not len(rows):
         raise Refused("no row is left to train on", rows.notes, "`python -m trainer.data FILE` says what each file holds")
     return Prepared(rows, vocabulary, template, stop, token_hash(vocabulary, template))
+
+
+def refuse_contradictions(job: Job) -> None:
+    """Raises Refused for settings that no card and no data could serve."""
+    if job.training.method != "lora" and job.model.precision not in ("fp32", "bf16"):
+        raise Refused(
+            f'training.method = "{job.training.method}" changes base weights, which {job.model.precision} cannot hold',
+            hint='set model.precision = "bf16", or training.method = "lora"',
+        )
 
 
 def job_template(job: Job, vocabulary: Vocabulary) -> Template:
@@ -153,6 +173,7 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
     where: list[str] = []
     notes: list[str] = []
     refused: list[str] = []
+    longest = 0  # of the rows over `most`
     for begin in range(0, len(rows), AT_ONCE):
         group = rows[begin : begin + AT_ONCE]
         texts = [segments(row, template, vocabulary, refused) for row in group]
@@ -165,6 +186,7 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
                 continue
             if len(token_ids) > most:
                 said = f"{row.where}: {len(token_ids)} tokens, data.max_length is {most}"
+                longest = max(longest, len(token_ids))
                 cut = shorten(token_ids, trained, stop, most) if policy == "truncate" else None
                 if policy == "refuse" or (policy == "truncate" and cut is None):
                     refused.append(said if policy == "refuse" else f"{said}, and its prompt alone fills that")
@@ -178,16 +200,17 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
             prompted.append(bool(row.turns))
             where.append(row.where)
     if refused:
-        longest = [r for r in refused if "data.max_length" in r]
-        hint = (
-            'raise data.max_length, or set data.over_length to "drop" or "truncate"'
-            if longest
-            else "mend the rows above, or name another data.template"
-        )
+        hint = longer(longest, policy) if longest else "mend the rows above, or name another data.template"
         raise Refused(f"{len(refused)} of {len(rows)} rows cannot be trained on", refused, hint)
     starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
     empty_ids, empty_marks = np.zeros(0, np.int32), np.zeros(0, np.bool_)
     return Rows(np.concatenate([empty_ids, *ids]), np.concatenate([empty_marks, *marks]), starts, np.asarray(prompted, np.bool_), where, notes)
+
+
+def longer(longest: int, policy: str) -> str:
+    """What to do about rows that are too long."""
+    others = {"refuse": '"drop" or "truncate"', "truncate": '"drop"'}[policy]
+    return f"set data.max_length to {longest} (the longest row), or data.over_length to {others}"
 
 
 def segments(row: Row, template: Template, vocabulary: Vocabulary, refused: list[str]) -> list[Segment]:

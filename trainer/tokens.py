@@ -77,6 +77,8 @@ def _token(value: object) -> str:
 
 def stop_token(vocabulary: Vocabulary, template: Template) -> int:
     """The id of the one token that ends an answer. Raises TemplateError when the template emits none."""
+    if not template.stop:
+        raise TemplateError(f"template {template.name} has no stop token, so the model would never stop: use stop = 'eos' ({vocabulary.eos!r})")
     probe = _probe(vocabulary, template)
     ids, labels = encode(vocabulary, template, [probe])[0]
     text = vocabulary.eos if template.stop == "eos" else template.stop

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from tiny import rows, write_model, write_tokenizer
 
 from trainer.job import Job
 from trainer.launch import main as launch
+from trainer.launch import refuse as tell_refusal
 from trainer.prepare import Refused, prepare
 from trainer.prompt import TemplateError
 from trainer.train import ending
+from trainer.weights import check_weights
 
 Make = Callable[..., Path]
 
@@ -118,18 +122,6 @@ def test_a_model_folder_without_a_fast_tokenizer_is_refused(run_folder: Make, mo
     assert "tokenizer.json" in str(refused(run_folder(model=tmp_path / "bare")))
 
 
-def test_the_launcher_refuses_without_importing_torch_and_tells_it_in_the_events(run_folder: Make) -> None:
-    import subprocess
-    import sys
-
-    job = run_folder(data=[{"instruction": "a"}])
-    code = "import sys; from trainer.launch import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", code, str(job)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 3, done.stderr
-    assert "train.jsonl:1" in done.stderr
-    assert json.loads((job.parent / "events.jsonl").read_text())["event"] == "failed"
-
-
 @pytest.mark.parametrize("text", ["{", '{"wire": 99}', '{"run_id": "x"}'])
 def test_a_job_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "job.json").write_text(text)
@@ -147,3 +139,92 @@ def test_the_cache_is_keyed_by_content_and_a_damaged_one_is_made_again(run_folde
     settings["data"]["template"] = "vicuna"
     job.write_text(json.dumps(settings))
     assert prepared(job).rows.ids.tolist() != first.ids.tolist() and len(list((job.parent / "cache").glob("*.safetensors"))) == 2
+
+
+# -- the model's files, before torch ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(models: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model's folder that may be spoiled."""
+    shutil.copytree(models(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_sound_model_folder_passes(folder: Path) -> None:
+    check_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "may run code"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").write_text("{}"), "no model_type"),
+        (lambda f: os.truncate(f / "model.safetensors", 5000), "not a whole safetensors file"),
+        (lambda f: shutil.rmtree(f), "not in the run folder"),
+    ],
+)
+def test_a_model_folder_that_cannot_be_loaded_is_refused_with_what_to_do(folder: Path, spoil: Callable[[Path], object], said: str) -> None:
+    spoil(folder)
+    with pytest.raises(Refused, match=said) as caught:
+        check_weights(folder)
+    assert caught.value.hint
+
+
+def test_a_shard_that_the_index_names_and_nobody_pushed_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Refused, match=r"1 of 2 files of weights: model-00002-of-00002\.safetensors"):
+        check_weights(folder)
+
+
+def test_a_vocabulary_that_is_not_the_weights_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 7}))
+    with pytest.raises(Refused, match="do not belong together") as caught:
+        check_weights(folder)
+    assert str(config["vocab_size"]) in caught.value.hint
+
+
+def test_a_method_that_a_precision_cannot_serve_is_refused_without_torch(run_folder: Make) -> None:
+    job = run_folder(training={"method": "full"})
+    settings = json.loads(job.read_text())
+    settings["model"]["precision"] = "nf4"
+    job.write_text(json.dumps(settings))
+    assert "cannot hold" in str(refused(job))
+
+
+def test_a_template_with_an_empty_stop_token_is_refused(run_folder: Make) -> None:
+    job = run_folder()
+    settings = json.loads(job.read_text())
+    settings["data"] |= {"template": "mine", "template_text": 'user = "U: {user} A:"\nassistant = "{assistant}"\nstop = ""'}
+    job.write_text(json.dumps(settings))
+    assert "no stop token" in str(refused(job)) and "eos" in str(refused(job))
+
+
+def test_the_refusal_of_long_rows_says_how_long_the_longest_is(run_folder: Make) -> None:
+    error = refused(limited(run_folder, "refuse"))
+    longest = max(int(sample.split(": ")[1].split()[0]) for sample in error.samples)  # type: ignore[union-attr]
+    assert longest > 260 and f"data.max_length to {longest} " in error.hint  # type: ignore[union-attr]
+    assert '"truncate"' not in refused(limited(run_folder, "truncate")).hint  # type: ignore[union-attr]
+
+
+def test_a_thousand_bad_rows_do_not_fill_the_terminal_and_are_all_in_the_events(run_folder: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    job = run_folder(data=[*rows(4), *({"instruction": "a"} for _ in range(1000))])
+    with pytest.raises(Refused) as caught:
+        prepared(job)
+    assert tell_refusal(job.parent, caught.value) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) < 50 and "1000 defects" in lines[0] and "960 more" in lines[-2]
+    assert len(json.loads((job.parent / "events.jsonl").read_text())["samples"]) == 1000
+
+
+def test_a_fault_in_the_job_file_is_told_by_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job.json").write_text('{"run_id": "abc", "model": {"base": "x"}, "data": {"files": []}, "training": {"learnin_rate": 1}}')
+    assert launch([str(tmp_path / "job.json")]) == 3
+    told = capsys.readouterr().err
+    assert "job.json: training.learnin_rate:" in told and "pydantic" not in told
