@@ -67,6 +67,7 @@ push-image: setup ## to a registry that vast.ai's hosts pull from: IMAGE=..., RE
 lock: ## resolve requirements.lock anew from pyproject.toml
 	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q torch==2.13.0 && $(PYTHON) -c 'import tomllib;p=tomllib.load(open("pyproject.toml","rb"))["project"];print("setuptools", *[d for d in p["dependencies"]+p["optional-dependencies"]["dev"] if not d.startswith(("vastai","cyclonedx"))], sep="\n")' >.venv-lock/in.txt && .venv-lock/bin/pip install -q -r .venv-lock/in.txt && .venv-lock/bin/pip install -q -U pip && .venv-lock/bin/pip install -q --no-deps "vastai>=1.9.1" "cyclonedx-python-lib>=11"
 	@{ echo "# Installed with --no-deps. Made by make lock."; .venv-lock/bin/pip freeze --all --exclude-editable | sed 's/ @ file:.*//; s/+cpu//' | grep -v -E '^(nvidia-|triton)'; } >requirements.lock
+	@cd ops/box_side && for n in $$(cut -d= -f1 trainer-requirements.txt); do grep -i "^$$n==" ../../requirements.lock; done >new.txt && mv new.txt trainer-requirements.txt
 	@rm -rf .venv-lock
 
 clean: ## what can be made again, except runs/ and out/

@@ -30,3 +30,9 @@ def test_nothing_agpl_and_no_cuda_comes_in_by_the_back_door() -> None:
 def test_no_index_no_path_and_no_hash_of_a_local_build_is_in_the_lock() -> None:
     text = (ROOT / "requirements.lock").read_text()
     assert not re.search(r"https?://|file:|\+cpu| @ ", text)
+
+
+def test_a_box_installs_the_versions_that_were_tested_here() -> None:
+    pushed = (ROOT / "ops/box_side/trainer-requirements.txt").read_text().split()
+    assert len(pushed) > 8
+    assert [line for line in pushed if LOCKED.get(line.split("==")[0]) != line.split("==")[-1]] == [], "make lock writes this file too"
