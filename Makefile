@@ -52,8 +52,8 @@ lint: setup ## ruff and mypy
 crash-matrix: setup ## N client deaths, one later command each, boxes left: none
 	@$(VENV)/bin/python tests/crash_matrix.py $(N)
 
-image: setup ## build IMAGE=practice, train-cu130, ... from its lock
-	@$(milktea) image build $(IMAGE)
+image: setup ## build IMAGE=practice, train-cu130, ... from its lock; WITH=dockerfile by docker build, BASE=... on another Debian
+	@$(milktea) image build $(IMAGE) $(if $(WITH),--$(WITH)) $(if $(BASE),--base $(BASE))
 
 image-lock: setup ## pin every package and file of IMAGE by hash
 	@$(milktea) image lock $(IMAGE)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ops.cli_errors import errors
+
+if TYPE_CHECKING:
+    from ops.image.debian import Mirrors
 
 app = typer.Typer(no_args_is_help=True, help="Images: lock, build, push, and bundle for a server without a network", rich_markup_mode=None)
 
@@ -18,6 +22,12 @@ Name = Annotated[str, typer.Argument(help="One of images/*.toml, such as practic
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _mirrors() -> Mirrors:
+    from ops.image.debian import Mirrors
+
+    return Mirrors.given(os.environ)
 
 
 @app.command()
@@ -29,19 +39,70 @@ def build(
 ) -> None:
     """Fetch what the lock pins, put the image together without a network, and bring it into the engine."""
     with errors(False):
-        from ops.errors import PreflightError
+        from ops.errors import ConfigError, PreflightError
         from ops.image import build as images
 
-        images.fetch(name, progress=_say)
-        image = images.assemble(name, progress=_say)
-        print(f"{image.tag}: {len(image.layers)} layers, {sum(layer.blob_bytes for layer in image.layers) / 1e6:,.0f} MB, predicted digests met")
+        if base and not dockerfile:
+            raise ConfigError(f"--base {base} is for the Dockerfile", hint=f"make image IMAGE={name} WITH=dockerfile BASE={base}")
+        images.fetch(name, mirrors=_mirrors(), progress=_say)
         if dockerfile:
             print(f"built by its Dockerfile: {images.build_with_dockerfile(name, progress=_say, base=base)}")
-        elif load:
+            return
+        image = images.assemble(name, progress=_say)
+        print(f"{image.tag}: {len(image.layers)} layers, {sum(layer.blob_bytes for layer in image.layers) / 1e6:,.0f} MB, predicted digests met")
+        if load:
             try:
                 print(f"loaded: {images.load(name, progress=_say)}")
             except PreflightError as e:
                 print(f"not loaded into an engine: {e}\n  next: {e.hint or '`make bundle` needs none'}")
+
+
+@app.command()
+def fetch(name: Name = "practice") -> None:
+    """Bring everything that the lock pins onto this disk, each file checked; nothing after it needs a network."""
+    with errors(False):
+        from ops.image import build as images
+
+        images.fetch(name, mirrors=_mirrors(), progress=_say)
+        print(f"everything that images/{name}.lock pins is here")
+
+
+@app.command()
+def context(
+    name: Name, folder: Annotated[Path, typer.Argument(help="A new folder for docker build --network=none FOLDER")]
+) -> None:
+    """Lay out the build context of the image's Dockerfile: what was fetched, and nothing else."""
+    with errors(False):
+        from ops.image import build as images
+
+        images.fetch(name, mirrors=_mirrors(), progress=_say)
+        print(images.context(name, folder))
+
+
+@app.command()
+def base(
+    name: Name = "practice",
+    registry: Annotated[bool, typer.Option("--registry", help="By docker/os/1 on an ordinary base image, instead of mmdebstrap")] = False,
+    on: Annotated[str | None, typer.Option("--on", help="With --registry: another base than the definition's registry_base")] = None,
+) -> None:
+    """Bring the image's Debian into the engine, for its Dockerfile to stand on."""
+    with errors(False):
+        from ops.image import build as images
+
+        images.fetch(name, mirrors=_mirrors(), progress=_say)
+        print(images.build_registry_base(name, on, progress=_say) if registry else images.load_base(name, progress=_say))
+
+
+@app.command("convert-llama")
+def convert_llama(
+    source: Annotated[Path, typer.Argument(help="The folder of the original layout: params.json, consolidated.*.pth, tokenizer.model")],
+    target: Annotated[Path, typer.Argument(help="A new folder for safetensors")],
+) -> None:
+    """Turn the original LLaMA .pth layout into safetensors; no pickle is run."""
+    with errors(False):
+        from ops.image.convert_llama import convert
+
+        print(*convert(source, target, _say), sep="\n")
 
 
 @app.command()
@@ -50,7 +111,7 @@ def lock(name: Name = "practice") -> None:
     with errors(False):
         from ops.image import build as images
 
-        found = images.lock(name, progress=_say)
+        found = images.lock(name, mirrors=_mirrors(), progress=_say)
         counts = f"{len(found.wheels)} wheels, {len(found.debs)} Debian packages, {len(found.models)} models, {len(found.layers)} layers"
         print(f"images/{name}.lock: {counts}")
 

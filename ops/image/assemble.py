@@ -182,6 +182,12 @@ def base(locked: LockedLayer | None, lock: Lock, definition: Definition, places:
     return made
 
 
+def require_base(lock: Lock, definition: Definition, places: Places, progress: Progress) -> LockedLayer:
+    """The locked Debian layer, as a blob in the cache: there already, or made now."""
+    locked = lock.layers[0]
+    return locked if _is_there(locked, places) else base(locked, lock, definition, places, progress)
+
+
 def _base_key(lock: Lock, definition: Definition) -> str:
     of = [str(debian.FORMAT), definition.os.model_dump_json(), str(lock.epoch), *(deb.sha256 for deb in lock.debs)]
     return hashlib.sha256("\n".join(of).encode()).hexdigest()[:16]

@@ -125,10 +125,14 @@ def load(name: str, places: Places = Places(), progress: Progress = quiet, host:
 
 
 def load_base(name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
-    """Bring the image's Debian layer into the engine as an image of its own, for its Dockerfile to stand on; returns the tag."""
-    image, whole = assembled(name, places)
-    base = Image(config_json(whole, whole.layers[:1]), image.layers[:1], f"milktea/os-{name}:{whole.version}")
-    engine.load(engine.connect(host), base, progress)
+    """Bring the image's Debian layer into the engine as an image of its own, for its Dockerfile to stand on; returns the tag.
+
+    Makes the layer of the fetched packages where it is not there; the rest of the image need not be."""
+    client, spec, found = engine.connect(host), define(name, places), read_lock(name, places)
+    made = assembly.require_base(found, spec, places, progress)
+    layer = Layer(made.name, made.diff_id, made.blob_sha256, made.blob_bytes, places.blobs / made.blob_sha256, made.size_bytes)
+    base = Image(config_json(found, [made]), (layer,), f"milktea/os-{name}:{found.version}")
+    engine.load(client, base, progress)
     return base.tag
 
 

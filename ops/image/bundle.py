@@ -100,13 +100,13 @@ def _write_models(cargo: Cargo, folder: Path, options: Options) -> volumes.Files
         for file in model.files:
             path = source / file.path if source else None
             if path is None or not path.is_file():
-                raise PreflightError(f"model {model.name}: {file.path} is missing", hint=f"make fetch IMAGE={cargo.lock.image}")
+                raise PreflightError(f"model {model.name}: {file.path} is missing", hint=f"milktea image fetch {cargo.lock.image}")
             name = f"models/{model.set_digest.removeprefix('sha256:')}/{papers.safe_path(file.path)}"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with volumes.Writer(folder, name, options.volume_bytes, role="model") as out, path.open("rb") as content:
                 shutil.copyfileobj(content, out, 1 << 20)
             if out.sha256 != file.sha256:
-                hint = f"make fetch IMAGE={cargo.lock.image} brings it again"
+                hint = f"milktea image fetch {cargo.lock.image} brings it again"
                 raise PreflightError(f"model {model.name}: {file.path} is not the file of the lock (half downloaded, or changed)", hint=hint)
             found |= out.files
     return found

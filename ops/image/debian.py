@@ -13,12 +13,12 @@ import subprocess
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.errors import PreflightError
+from ops.errors import ConfigError, PreflightError
 from ops.image.definition import Os
 from ops.image.lock import Deb
 
@@ -50,6 +50,19 @@ class Mirrors:
         found = re.findall(r"^(?:URIs:|deb(?:\s+\[[^]]*])?)\s+(\S+)", text, re.MULTILINE)
         pick = {name: next((url for url in found if re.search(rf"/{name}/?$", url)), PUBLIC[name]) for name in PUBLIC}
         return cls(pick["debian"], pick["debian-security"])
+
+    @classmethod
+    def given(cls, environment: Mapping[str, str]) -> Mirrors:
+        """MILKTEA_DEBIAN_MIRROR and MILKTEA_DEBIAN_SECURITY_MIRROR, each in place of what :meth:`of_this_host` says."""
+        here = cls.of_this_host()
+        chosen = {
+            name: environment.get(variable, "").strip() or getattr(here, name)
+            for name, variable in (("debian", "MILKTEA_DEBIAN_MIRROR"), ("security", "MILKTEA_DEBIAN_SECURITY_MIRROR"))
+        }
+        for url in chosen.values():
+            if not re.match(r"(https?|file)://?\S+$", url):
+                raise ConfigError(f"{url!r} is no mirror of Debian", hint="MILKTEA_DEBIAN_MIRROR=https://HOST/debian, as in apt's sources")
+        return cls(**chosen)
 
 
 def resolve(spec: Os, mirrors: Mirrors) -> list[Deb]:

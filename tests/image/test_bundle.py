@@ -147,7 +147,7 @@ def test_a_model_file_that_is_not_the_locks_is_refused_before_a_bundle_appears(t
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(PreflightError, match="half downloaded") as refused:
         bundle.write_bundle(cargo, tmp_path / "b")
-    assert "make fetch" in refused.value.hint and not (tmp_path / "b").exists()
+    assert "milktea image fetch tiny" in refused.value.hint and not (tmp_path / "b").exists()
     file.unlink()
     with pytest.raises(PreflightError, match="is missing"):
         bundle.write_bundle(cargo, tmp_path / "b")

@@ -115,3 +115,14 @@ def test_a_layer_file_appears_whole_or_not_at_all(tmp_path):
 def test_directories_come_first_and_each_once():
     entries = layers.with_parents([Entry("a/b/c", data=b""), Entry("a/d", data=b""), Entry("a/b", 0o700)])
     assert [(entry.path, entry.mode) for entry in entries] == [("a", 0o755), ("a/b", 0o700), ("a/b/c", 0o644), ("a/d", 0o644)]
+
+
+@given(
+    path=st.text(st.characters(min_codepoint=33, max_codepoint=0x4FFF, exclude_characters="\\"), min_size=1, max_size=110),
+    mode=st.sampled_from([0o644, 0o755]),
+    size=st.integers(0, 3000),
+)
+def test_a_plain_files_header_is_the_one_that_tarfile_writes(path: str, mode: int, size: int) -> None:
+    info = tarfile.TarInfo(path)
+    info.mode, info.mtime, info.size = mode, 1_747_699_200, size
+    assert layers.tar_header(layers.Entry(path, mode, data=bytes(size)), 1_747_699_200) == info.tobuf(tarfile.GNU_FORMAT)

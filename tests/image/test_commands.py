@@ -1,0 +1,74 @@
+"""What our texts tell people to type exists: verbs, options, targets, the installer's commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from ops import cli, cli_image
+from ops.errors import ConfigError
+from ops.image.debian import Mirrors
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docker/README.md")),
+    *sorted(ROOT.glob("docker/*/*/Dockerfile")),
+    *sorted(ROOT.glob("ops/**/*.py")),
+    *sorted(ROOT.glob("ops/image/server/*.txt")),
+    *sorted(ROOT.glob("images/*.toml")),
+]
+MAKE = re.compile(r"`make ([a-z-]+)|make ([a-z-]+) (?:IMAGE|JOB|RUN|WITH|KEY|REGISTRY|SINCE|N|INVENTORY)=")
+IMAGE = re.compile(r"milktea image ([a-z-]+)((?: (?:--[a-z-]+|[A-Z_]+|\{[^}]*\}|[a-z0-9-]+))*)")
+VERB = re.compile(r"""(?:`|hint=f?"|Next: )milktea ([a-z][a-z-]*)""")
+INSTALL = re.compile(r"sh INSTALL\.sh ([a-z]+)\b")
+
+
+def said(pattern: re.Pattern[str]) -> list[tuple[str, ...]]:
+    """Every match in every text, with the file's name."""
+    return [(str(path.relative_to(ROOT)), *(g or "" for g in found.groups())) for path in TEXTS for found in pattern.finditer(path.read_text())]
+
+
+def test_every_make_target_that_a_text_names_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = [(path, one or two) for path, one, two in said(MAKE)]
+    assert len(named) > 30
+    assert [x for x in named if x[1] not in targets] == []
+
+
+def test_every_verb_of_milktea_image_that_a_text_names_exists_with_its_options() -> None:
+    commands = typer.main.get_command(cli_image.app).commands  # type: ignore[attr-defined]
+    named = said(IMAGE)
+    assert len(named) > 12 and {"context", "base", "convert-llama", "keygen", "fetch"} <= {verb for _, verb, _ in named}
+    for path, verb, rest in named:
+        assert verb in commands, (path, verb)
+        known = {option for parameter in commands[verb].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, (path, verb, rest)
+
+
+def test_every_verb_of_milktea_that_a_text_names_exists() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    named = said(VERB)
+    assert len(named) > 5
+    assert [x for x in named if x[1] not in commands and x[1] != "image"] == []
+
+
+def test_every_command_of_the_installer_that_a_text_names_exists() -> None:
+    usage = (ROOT / "ops/image/server/install/90-main.sh").read_text()
+    [known] = re.findall(r"^ +(install \| [a-z| ]+)\) COMMAND", usage, re.MULTILINE)
+    named = said(INSTALL)
+    assert len(named) > 5
+    assert [x for x in named if x[1] not in known.split(" | ")] == []
+
+
+def test_a_mirror_of_debian_is_taken_from_the_environment_and_one_that_is_none_is_refused() -> None:
+    here = Mirrors.of_this_host()
+    chosen = Mirrors.given({"MILKTEA_DEBIAN_MIRROR": "https://mirror.example/debian"})
+    assert chosen == Mirrors("https://mirror.example/debian", here.security)
+    assert Mirrors.given({"MILKTEA_DEBIAN_SECURITY_MIRROR": "https://m.example/s"}) == Mirrors(here.debian, "https://m.example/s")
+    assert Mirrors.given({}) == here
+    with pytest.raises(ConfigError, match="no mirror"):
+        Mirrors.given({"MILKTEA_DEBIAN_MIRROR": "mirror.example"})
