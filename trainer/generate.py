@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:
 
     register_attention(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="milktea")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="milktea")
     if (adapter / "adapter_config.json").is_file():
         from peft import PeftModel
 

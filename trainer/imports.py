@@ -89,7 +89,12 @@ class _Finder:
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (run(module), answer(module, self._whole))[0]  # type: ignore[method-assign]
+
+            def answered(module: ModuleType) -> None:
+                run(module)
+                answer(module, self._whole)
+
+            spec.loader.exec_module = answered  # type: ignore[method-assign]
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -124,7 +129,9 @@ def find_late(probes: ModuleType) -> None:
     if not hasattr(probes, "read_all_models"):
         return
 
-    class Late(type(transformers)):  # type: ignore[misc]
+    lazy: Any = type(transformers)
+
+    class Late(lazy):
         def __getattr__(self, name: str) -> Any:
             try:
                 return super().__getattr__(name)
@@ -132,13 +139,13 @@ def find_late(probes: ModuleType) -> None:
                 if name.startswith("_") or self.__dict__.get("_all_models"):
                     raise
             self._all_models = True
-            probes.create_import_structure_from_path = probes.read_all_models
+            vars(probes)["create_import_structure_from_path"] = probes.read_all_models
             probes.define_import_structure.cache_clear()
             models = Path(self.__file__).parent / "models"
-            every = type(transformers).__mro__[1](self.__name__, self.__file__, probes.define_import_structure(models, prefix="models"))
+            every = lazy(self.__name__, self.__file__, probes.define_import_structure(models, prefix="models"))
             self._modules |= every._modules
             self._object_missing_backend |= every._object_missing_backend
-            self._class_to_module = every._class_to_module | self._class_to_module
+            self._class_to_module.update({k: v for k, v in every._class_to_module.items() if k not in self._class_to_module})
             return getattr(self, name)
 
     transformers.__class__ = Late

@@ -156,7 +156,7 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     torch.manual_seed(job.training.seed)  # the adapter's start values
     config = LoraConfig(
         r=settings.r,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by it: any number will do
         lora_dropout=settings.lora_dropout,
         target_modules=settings.target_modules,
         use_rslora=settings.use_rslora,
@@ -218,9 +218,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def causal(model: nn.Module) -> nn.Module:
+def causal(model: nn.Module) -> Any:
     """The transformers model inside PEFT's wrappers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")

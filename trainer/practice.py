@@ -62,7 +62,7 @@ def make(folder: Path, data: Path, steps: int = STEPS) -> None:
     instructions = [[(i, False) for i in tokenizer.encode(a[0]).ids] + [(i, True) for i in tokenizer.encode(a[1]).ids] for a in answers]
     texts = [[(i, True) for i in tokenizer.encode(text + EOS).ids] for text in world.base_texts()]
     model = pretrain(instructions, texts, steps)
-    model.half().save_pretrained(folder)
+    model.half().save_pretrained(folder)  # type: ignore[operator]
     (folder / "generation_config.json").unlink(missing_ok=True)
     hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")

@@ -101,7 +101,7 @@ def run_job(path: Path, checked: Callable[[], None] = lambda: None) -> int:
     watchdog = Watchdog(sharded.local(named), model, data.rows, shards.sum) if shards else Watchdog(named, model, data.rows)
     tell_saved = tell_checkpoint(log, run)
     saver = checkpoint.Background(checkpoints, tell_saved)
-    if log is not None:
+    if log is not None and boards is not None:
         tell_start(log, run, job, data, state.step, order.total_steps, world, device, named, kernels, boards.warning)
 
     def make(step: int) -> batch.Work:
@@ -183,7 +183,7 @@ def run_job(path: Path, checked: Callable[[], None] = lambda: None) -> int:
         optimizer.state.clear()
         gradients.zero()
         model = shards.whole(job, base, on_device=job.data.held_out is not None) or model
-    if rank == 0:
+    if log is not None and boards is not None:
         finish(model, job, run, base, data, state, initial, kernels, device, log, boards, began)
     return DONE
 
