@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 FORMAT = 1
@@ -30,6 +30,7 @@ BLOCK = 512
 GZIP_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 CHUNK = 1 << 20  # bytes of a plain file read at a time
 PLAIN_LIMIT = 4 << 20  # bytes that are gathered before they become a gzip member
+_STORED = struct.Struct("<BHH")
 ZEROS = re.compile(rb"\0{24,}")
 
 
@@ -77,9 +78,18 @@ class _Member:
 def with_parents(entries: Iterable[Entry]) -> list[Entry]:
     """The entries preceded by every directory above them, sorted; a later entry of the same path replaces an earlier one."""
     files = {entry.path: entry for entry in entries}
-    missing = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."} - files.keys()
+    missing = _parents(files) - files.keys()
     directories = [Entry(path, 0o755) for path in missing] + [entry for entry in files.values() if _is_directory(entry)]
     return sorted(directories, key=lambda entry: entry.path) + [entry for entry in files.values() if not _is_directory(entry)]
+
+
+def _parents(paths: Iterable[str]) -> set[str]:
+    """Every folder above any of the paths."""
+    found: set[str] = set()
+    for path in paths:
+        while (path := path.rpartition("/")[0]) and path not in found:
+            found.add(path)
+    return found
 
 
 def write_blob(entries: Iterable[Entry], epoch: int, out: BinaryIO) -> Blob:
@@ -249,9 +259,13 @@ def _inflate(raw: memoryview) -> Iterator[bytes]:
 
 
 def _stored(data: bytes, start: int, end: int, out: bytearray) -> None:
+    if 0 < end - start <= 0xFFFF:  # most are: the few bytes of a tar header between its zeros
+        out += _STORED.pack(0, end - start, end - start ^ 0xFFFF)
+        out += data[start:end]
+        return
     for begin in range(start, end, 0xFFFF):
         piece = data[begin : min(begin + 0xFFFF, end)]
-        out += struct.pack("<BHH", 0, len(piece), len(piece) ^ 0xFFFF)
+        out += _STORED.pack(0, len(piece), len(piece) ^ 0xFFFF)
         out += piece
 
 

@@ -184,15 +184,20 @@ def _record(text: str, moved: dict[str, Entry], made: list[Entry], site: str) ->
     for path, digest, size, *_ in (row + ["", ""] for row in csv.reader(text.splitlines()) if row):
         entry = moved.get(path)
         if entry is not None and entry.data is not None:
-            rows.append((posixpath.relpath(entry.path, site), *_hashed(entry.data)))
+            rows.append((_from_site(entry.path, site), *_hashed(entry.data)))
         else:
-            rows.append((posixpath.relpath(entry.path, site) if entry else path, digest, size))
-    rows += [(posixpath.relpath(entry.path, site), *_hashed(entry.data or b"")) for entry in made]
+            rows.append((_from_site(entry.path, site) if entry else path, digest, size))
+    rows += [(_from_site(entry.path, site), *_hashed(entry.data or b"")) for entry in made]
     known = {row[0] for row in rows}
-    rows += [(where, "", "") for entry in moved.values() if (where := posixpath.relpath(entry.path, site)) not in known]
+    rows += [(where, "", "") for entry in moved.values() if (where := _from_site(entry.path, site)) not in known]
     out = io.StringIO(newline="")
     csv.writer(out).writerows(sorted(rows))
     return out.getvalue().encode()
+
+
+def _from_site(path: str, site: str) -> str:
+    """posixpath.relpath, which is slow, only for what is not below site-packages."""
+    return path.removeprefix(site + "/") if path.startswith(site + "/") else posixpath.relpath(path, site)
 
 
 def _hashed(data: bytes) -> tuple[str, str]:
