@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from ops import commands, cost
+from ops.box import load
 from ops.errors import BoxLeaked, MarketError, MilkteaError, NeverReady, NoAnswer, OfferGone, Preempted, Refused, Unsuitable
 from ops.market import Instance, Offer
 from ops.session import Detached, Session, boot_timeout_s
@@ -114,6 +115,7 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     session.vast.attach_key(instance_id, session.public_key)
     timeout_s = boot_timeout_s(session.predicted(offer))
     began = session.clock.now()
+    load()
     sick_since: list[float] = []
 
     def look() -> Instance | None:
