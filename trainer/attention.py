@@ -1,5 +1,8 @@
 """Attention over packed rows: each document sees itself only, and nothing of size S x S is ever made on a GPU.
 
+Three ways: Triton's for short documents (``trainer/attention_short.py``, the fused layer's on Hopper), torch's flash attention for
+variable lengths, and the eager twin for CPUs and for comparing.
+
 ``register()`` adds the implementation "milktea" to transformers' AttentionInterface. The model then takes the boundaries as
 forward arguments under transformers' own names: ``cu_seq_lens_q`` (int32 [documents + 1], on the model's device), ``max_length_q``
 (a Python int, so that nothing waits for the GPU), and the same for k. Without them a row is one causal sequence: such a batch must
@@ -24,7 +27,7 @@ _short_refused: list[str] = []  # why, once it is known
 
 def short_kernels(q: Tensor, k: Tensor, v: Tensor, longest: int) -> ModuleType | None:
     """``trainer.attention_short`` where it is the faster: Hopper and newer, q, k, v views of one matrix, documents that are not very long."""
-    if _short_refused or not q.is_cuda or longest > LONG or torch.cuda.get_device_capability(q.device) < (9, 0):
+    if _short_refused or longest > LONG or not _has_flash(q) or torch.cuda.get_device_capability(q.device) < (9, 0):
         return None
     try:
         from trainer import attention_short

@@ -19,8 +19,12 @@ def _lora(t: Tensor, b: Tensor) -> Tensor:
 def _cast(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """FP8 copy of ``x * column_scale`` and its row scales."""
     v = x.float() if column_scale is None else x.float() * column_scale
-    scale = v.abs().amax(-1).clamp_min(1e-12) / FP8_MAX
+    scale = _row_scale(v)
     return (v / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def _row_scale(v: Tensor) -> Tensor:
+    return v.abs().amax(-1).clamp_min(1e-12) / FP8_MAX
 
 
 def norm_forward(
@@ -95,6 +99,16 @@ def joined_backward(
     return (None, None, dt) if column_scale is None else (*_cast(d, column_scale), dt)
 
 
+def cast_outer(x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    out = None
+    if scale is not None and column_scale is not None:
+        out = (x.float() * column_scale / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    product = None
+    if t is not None:
+        product = torch.mm(x.t(), t, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else torch.mm(x.t(), t).float()
+    return out, product
+
+
 def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     return (*_cast(x, column_scale), x @ p if p is not None else None)
 
@@ -116,7 +130,7 @@ def swiglu_forward(gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | N
 
 def swiglu_backward(
     gu: Tensor, t: Tensor | None, b: Tensor | None, dact: Tensor, dt: Tensor | None, a: Tensor | None, column_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     g, u = _gate_up(gu, t, b)
     da = dact.float()
     if dt is not None and a is not None:
@@ -129,9 +143,7 @@ def swiglu_backward(
     if b is not None:
         (dg, du), (bg, bu) = gu.chunk(2, -1), b.chunk(2, 0)
         dt_out = torch.cat([dg @ bg, du @ bu], -1)
-    if column_scale is None:
-        return dact, gu, None, None, dt_out
-    return (dact, gu, *_cast(gu, column_scale), dt_out)
+    return dact, gu, None if column_scale is None else _row_scale(gu.float() * column_scale), dt_out
 
 
 def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Tensor:

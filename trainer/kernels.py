@@ -29,6 +29,7 @@ TILES = {
     "swiglu_backward": (32, 64, 2, 2),
 }
 CAST = (16, 512, 8)  # rows and columns of a tile, warps
+CAST_OUTER = (64, 128, 4, 3)  # the same, and stages
 
 
 def _tile(name: str, m: int) -> dict[str, int]:
@@ -143,6 +144,24 @@ def _cast(x: Tensor, column_scale: Tensor | None, scale: Tensor) -> Tensor:
     return out
 
 
+def cast_outer(x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(FP8 copy of ``x [M, K] * column_scale / scale``, or None without scales; ``x^T t`` [K, R] fp32 for t [M, R]) in one visit to x.
+
+    Rows are split over programs and their sums added after, in a fixed order."""
+    if scale is None or column_scale is None:
+        return None, torch.mm(x.t(), t, out_dtype=torch.float32) if t is not None else None
+    (m, k), r = x.shape, t.shape[1] if t is not None else 16
+    bm, bn, warps, stages = CAST_OUTER
+    splits = max(1, min(8, m // 1024))
+    rows = triton.cdiv(triton.cdiv(m, splits), bm) * bm
+    out = _empty(x, m, k, dtype=FP8)
+    partial = _empty(x, splits, k, r, dtype=torch.float32) if t is not None else None
+    jit.cast_outer[(triton.cdiv(k, bn), splits)](
+        x, column_scale, scale, t, out, partial, m, k, rows, R=r, LORA=t is not None, BM=bm, BN=bn, STAGES=stages, num_warps=warps
+    )
+    return out, partial.sum(0) if partial is not None else None
+
+
 def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """FP8 copy of ``x [M, K] * column_scale [K]`` with one scale a row, and ``x p`` for a LoRA factor p [K, R]. The row stays in
     registers between its maximum and its cast; a program for 32 rows with the LoRA product inside took twice as long."""
@@ -174,10 +193,11 @@ def swiglu_forward(gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | N
 
 def swiglu_backward(
     gu: Tensor, t: Tensor | None, b: Tensor | None, dact: Tensor, dt: Tensor | None, a: Tensor | None, column_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Overwrites ``gu [M, 2F]`` with its gradient and ``dact [M, F]`` with act, which the gradient of down's A needs.
 
-    ``dact + dt a`` is the gradient of act. Returns (act, d(gu), its FP8 copy times column_scale, row scales, ``d(gu) b`` [M, 2 R])."""
+    ``dact + dt a`` is the gradient of act. Returns (act, d(gu), the row scales that its FP8 copy
+    times column_scale wants, ``d(gu) b`` [M, 2 R])."""
     m, f2 = gu.shape
     f = f2 // 2
     quant = column_scale is not None
@@ -190,7 +210,7 @@ def swiglu_backward(
         R=r, RD=a.shape[0] if a is not None else 16, LORA=b is not None, DOWN=a is not None, QUANT=quant, **tile,
     )  # fmt: skip
     torch.autograd.graph.increment_version([gu, dact])  # the launch is invisible to autograd: a second backward must be told
-    return dact, gu, _cast(gu, column_scale, scale) if scale is not None else None, scale, dt_out
+    return dact, gu, scale, dt_out
 
 
 def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Tensor:

@@ -243,6 +243,32 @@ def cast_rows(x, column_scale, scale, out, m, k, FOLD: tl.constexpr, BM: tl.cons
 
 
 @triton.jit(do_not_specialize=["m"])
+def cast_outer(
+    x, column_scale, scale, t, out, partial, m, k, rows,
+    R: tl.constexpr, LORA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One visit for two uses of x: its FP8 copy, and x^T t over ``rows`` rows, partial [splits, K, R]."""
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = cols < k
+    fold = tl.load(column_scale + cols, mask=inside, other=0.0)
+    rank = tl.arange(0, R)
+    first = tl.program_id(1) * rows
+    acc = tl.zeros([BN, R], tl.float32)
+    for c in tl.range(first, tl.minimum(first + rows, m), BM, num_stages=STAGES):
+        row = (c + tl.arange(0, BM)).to(tl.int64)
+        at = row[:, None] * k + cols[None, :]
+        mask = (row < m)[:, None] & inside[None, :]
+        tile = tl.load(x + at, mask=mask, other=0.0)
+        if LORA:
+            acc = tl.dot(tl.trans(tile), tl.load(t + row[:, None] * R + rank[None, :], mask=(row < m)[:, None], other=0.0), acc)
+        inverse = 1.0 / tl.load(scale + row, mask=row < m, other=1.0)
+        tl.store(out + at, _to_fp8(tile.to(tl.float32) * inverse[:, None] * fold[None, :]), mask=mask)
+    if LORA:
+        to = partial + (tl.program_id(1) * k + cols)[:, None] * R + rank[None, :]
+        tl.store(to, acc, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["m"])
 def swiglu_forward(
     gu, t, b, a, act, scale, t_out, m, f, ro,
     R: tl.constexpr, RO: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr,

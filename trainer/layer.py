@@ -125,12 +125,12 @@ class FastLayer:
         x, s, dt4 = self._project(dh, self.down, self.down.b, True)
         dact = self.down.weight.backward(x, s)
         column_scale = self.gate_up.weight.column_scale
-        act, dgu, d8, s, dt3 = ops.swiglu_backward(kept.gu, t3, self.gate_up.b, dact, dt4, self.down.a, column_scale)
+        act, dgu, s, dt3 = ops.swiglu_backward(kept.gu, t3, self.gate_up.b, dact, dt4, self.down.a, column_scale)
         if t4 is None and self.down.a is not None:
             t4 = act @ self.down.a.t()
         down = self.down.gradients(outer(dt4, act) if dt4 is not None else None, outer(dh, t4) if t4 is not None else None)
         del act, dact
-        grad_b3 = outer(dgu, t3) if t3 is not None else None
+        d8, grad_b3 = ops.cast_outer(dgu, column_scale, s, t3)
         dx = self.gate_up.weight.backward(dgu if d8 is None else d8, s)
         dmiddle = ops.norm_backward(dx, dt3, t3, self.gate_up.a, kept.middle, self.norm2, kept.rstd2, dh)
         gate_up = self.gate_up.gradients(self._grad_a(dt3, kept.rstd2, kept.middle, self.norm2), grad_b3)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from trainer.attention import document_mask, flash_backward, flash_forward, packed_attention
+from trainer.attention import document_mask, flash_backward, flash_forward, name, packed_attention, short_kernels
 
 ENDS = [0, 5, 6, 19, 32]
 
@@ -17,7 +18,7 @@ def one_by_one(q, k, v, scale):
     """q [1, H, M, D] -> [1, M, H, D]."""
     parts = [
         scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True)
-        for a, b in zip(ENDS, ENDS[1:], strict=False)
+        for a, b in pairwise(ENDS)
     ]
     return torch.cat(parts, 2).transpose(1, 2)
 
@@ -59,6 +60,13 @@ def test_two_rows_with_boundaries_are_refused():
 def test_the_document_mask_is_causal_and_blocks_other_documents():
     mask = document_mask(torch.tensor([0, 2, 3, 5], dtype=torch.int32), 5)
     assert mask.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+
+
+def test_the_cpu_gets_the_eager_twin_and_says_so():
+    q = torch.randn(6, 2, 64, dtype=torch.bfloat16)
+    assert short_kernels(q, q, q, 6) is None
+    assert name(False, torch.device("cpu")) == "eager"
+    assert name(True, torch.device("cuda")).startswith("Triton") and name(False, torch.device("cuda")).startswith("torch flash")
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 pytest tests/trainer/test_attention_short.py
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from trainer import attention, attention_short, eager  # noqa: E402
+from trainer.layer import Packed  # noqa: E402
+from trainer.self_test import OTHERWISE, short_attention_error  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -58,13 +61,29 @@ def test_short_attention_and_its_gradients_are_the_twins(case):
     agree(got, torch.cat([x.flatten(1) for x in attention.eager_backward(dout, q, k, v, cu, 0.2)], 1))
 
 
+def angles(m, d):
+    angle = torch.rand(m, d // 2).repeat(1, 2) * 6
+    return angle.cos().to(DEVICE, DTYPE), angle.sin().to(DEVICE, DTYPE)
+
+
 def test_gradients_are_turned_back_by_the_angles_as_the_twin_does_it_after_attention():
     q, k, v, dout, cu, at = heads_of(*CASES[1])
-    angle = torch.rand(len(q), q.shape[2] // 2).repeat(1, 2) * 6
-    cos, sin = angle.cos().to(DEVICE, DTYPE), angle.sin().to(DEVICE, DTYPE)
+    cos, sin = angles(len(q), q.shape[2])
     out, (lse,) = attention_short.forward(q, k, v, at.first, 0.2)
     got = attention_short.backward(dout, q, k, v, out, lse, at, 0.2, cos, sin)
     agree(got, eager.rope_backward(*attention.eager_backward(dout, q, k, v, cu, 0.2), cos, sin, None, None)[0])
+
+
+def test_the_self_test_passes_these_kernels_and_catches_a_wrong_one():
+    q, k, v, dout, cu, _ = heads_of(*CASES[0])
+    packed = Packed(*angles(len(q), q.shape[2]), cu, 90)
+    assert short_attention_error(attention_short, q, k, v, dout, packed, 0.2) <= BOUND
+
+    def blind(*given):  # every document begins at the first token: it sees its neighbours
+        return attention_short.forward(*given[:3], torch.zeros_like(given[3]), given[4])
+
+    wrong = SimpleNamespace(spans=attention_short.spans, forward=blind, backward=attention_short.backward)
+    assert short_attention_error(wrong, q, k, v, dout, packed, 0.2) > OTHERWISE
 
 
 def test_a_document_does_not_see_its_neighbours():

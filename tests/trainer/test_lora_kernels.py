@@ -121,6 +121,14 @@ def test_swiglu_is_its_twin_both_ways(fp8, lora):
     agree(*(ops.swiglu_backward(gu.clone(), t, b, dact.clone(), dt, a, fold) for ops in (kernels, eager)))
 
 
+@pytest.mark.parametrize("rows", [37, 2100])  # one split, and two of which the second is not full
+def test_cast_outer_is_its_twin(rows):
+    x, t = random(rows, K), random(rows, 2 * R)
+    column, scale = (torch.rand(K) + 0.5).to(DEVICE), eager.quantise_rows(x, None, None)[1] * 1.5
+    agree(kernels.cast_outer(x, column, scale, t), eager.cast_outer(x, column, scale, t))
+    agree(kernels.cast_outer(x, column, scale, None), eager.cast_outer(x, column, scale, None))
+
+
 def test_residual_add_is_its_twin():
     h, y, t, b = random(M, K), random(M, K), random(M, R), random(K, R, scale=0.1)
     agree([kernels.residual_add(h, y.clone(), t, b)], [eager.residual_add(h, y, t, b)])
