@@ -11,7 +11,6 @@ Every function is deterministic: entries come in the given order, owner 0:0, one
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import re
 import struct
@@ -29,6 +28,7 @@ FORMAT = 1
 BLOCK = 512
 GZIP_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 CHUNK = 1 << 20  # bytes of a plain file read at a time
+PIECE = 1 << 18  # bytes of a wheel read at a time; they stay in the processor's cache from the read to the hash to the write
 PLAIN_LIMIT = 4 << 20  # bytes that are gathered before they become a gzip member
 _STORED = struct.Struct("<BHH")
 ZEROS = re.compile(rb"\0{24,}")
@@ -109,22 +109,24 @@ def write_blob(entries: Iterable[Entry], epoch: int, out: BinaryIO) -> Blob:
             plain.clear()
 
     with ExitStack() as stack:
-        maps = _Maps(stack)
-        for piece in _tar_pieces(entries, epoch, maps):
+        zips = _Zips(stack)
+        for piece in _tar_pieces(entries, epoch, zips):
             if len(plain) >= PLAIN_LIMIT:
                 flush()
             if isinstance(piece, bytes):
                 plain += piece
                 size += len(piece)
                 continue
-            raw = maps.view(piece)
             size += piece.size
             if piece.stored:
-                plain += raw
+                for raw in zips.pieces(piece):
+                    plain += raw
             else:
                 flush()
-                emit(GZIP_HEAD, raw, struct.pack("<LL", piece.crc, piece.size & 0xFFFFFFFF))
-            raw.release()
+                emit(GZIP_HEAD)
+                for raw in zips.pieces(piece):
+                    emit(raw)
+                emit(struct.pack("<LL", piece.crc, piece.size & 0xFFFFFFFF))
         flush()
     return Blob(hasher.hexdigest(), packed, size)
 
@@ -133,16 +135,15 @@ def diff_id(entries: Iterable[Entry], epoch: int) -> str:
     """``sha256:HEX`` of the uncompressed tar. Inflates every member once and checks its CRC-32."""
     hasher = hashlib.sha256()
     with ExitStack() as stack:
-        maps = _Maps(stack)
-        for piece in _tar_pieces(entries, epoch, maps):
+        zips = _Zips(stack)
+        for piece in _tar_pieces(entries, epoch, zips):
             if isinstance(piece, bytes):
                 hasher.update(piece)
                 continue
-            raw, crc, inflated = maps.view(piece), 0, 0
-            for data in (raw,) if piece.stored else _inflate(raw):
+            raw, crc, inflated = zips.pieces(piece), 0, 0
+            for data in raw if piece.stored else _inflate(raw):
                 hasher.update(data)
                 crc, inflated = zlib.crc32(data, crc), inflated + len(data)
-            raw.release()
             if (crc, inflated) != (piece.crc, piece.size):
                 raise zipfile.BadZipFile(f"{piece.archive.name}: the member at byte {piece.offset} fails its CRC-32")
     return "sha256:" + hasher.hexdigest()
@@ -201,13 +202,13 @@ def _is_directory(entry: Entry) -> bool:
     return entry.data is None and entry.file is None and entry.member is None and entry.link is None
 
 
-def _tar_pieces(entries: Iterable[Entry], epoch: int, maps: _Maps) -> Iterator[bytes | _Member]:
+def _tar_pieces(entries: Iterable[Entry], epoch: int, zips: _Zips) -> Iterator[bytes | _Member]:
     """The tar as literal bytes and zip members in turn."""
     for entry in entries:
         yield tar_header(entry, epoch)
         if entry.member is not None:
             assert entry.archive is not None
-            yield maps.member(entry.archive, entry.member)
+            yield zips.member(entry.archive, entry.member)
         elif entry.file is not None:
             yield from _read(entry.file)
         elif entry.data:
@@ -223,22 +224,25 @@ def _read(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-class _Maps:
-    """The zips being read, each mapped into memory once, closed by the stack."""
+class _Zips:
+    """The zips being read, each opened once, closed by the stack. Read and not mapped: the kernel reads ahead, and a fault for
+    every few pages costs more than the copy."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
-        self.maps: dict[Path, mmap.mmap] = {}
+        self.files: dict[Path, int] = {}
+        self.buffer = memoryview(bytearray(PIECE))
 
-    def of(self, archive: Path) -> mmap.mmap:
-        if archive not in self.maps:
-            file = self.stack.enter_context(archive.open("rb"))
-            self.maps[archive] = self.stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return self.maps[archive]
+    def of(self, archive: Path) -> int:
+        if archive not in self.files:
+            file = self.stack.enter_context(archive.open("rb", buffering=0)).fileno()
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            self.files[archive] = file
+        return self.files[archive]
 
     def member(self, archive: Path, info: zipfile.ZipInfo) -> _Member:
         """Where the stream starts: the local header has name and extra lengths of its own (APPNOTE 4.3.7)."""
-        head = self.of(archive)[info.header_offset : info.header_offset + 30]
+        head = os.pread(self.of(archive), 30, info.header_offset)
         plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
         if head[:4] != b"PK\x03\x04" or not plain:
             raise zipfile.BadZipFile(f"{archive.name}: {info.filename} is not a plain deflated member")
@@ -247,14 +251,21 @@ class _Maps:
         offset = info.header_offset + 30 + name + extra
         return _Member(archive, offset, info.compress_size, info.file_size, info.CRC, stored)
 
-    def view(self, member: _Member) -> memoryview:
-        return memoryview(self.of(member.archive))[member.offset : member.offset + member.packed]
+    def pieces(self, member: _Member) -> Iterator[memoryview]:
+        """The stream; each piece is good until the next is asked for."""
+        file, at, end = self.of(member.archive), member.offset, member.offset + member.packed
+        while at < end:
+            count = os.preadv(file, [self.buffer[: min(PIECE, end - at)]], at)
+            if not count:
+                raise zipfile.BadZipFile(f"{member.archive.name} ends inside of the member at byte {member.offset}")
+            yield self.buffer[:count]
+            at += count
 
 
-def _inflate(raw: memoryview) -> Iterator[bytes]:
+def _inflate(pieces: Iterable[memoryview]) -> Iterator[bytes]:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    for start in range(0, len(raw), 1 << 18):
-        yield inflater.decompress(raw[start : start + (1 << 18)])
+    for piece in pieces:
+        yield inflater.decompress(piece)
     yield inflater.flush()
 
 
@@ -324,7 +335,7 @@ def write_file(entries: Iterable[Entry], epoch: int, path: Path) -> Blob:
     """:func:`write_blob` into ``path``, which appears whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb", buffering=1 << 20) as out:
+        with part.open("wb", buffering=1 << 17) as out:
             blob = write_blob(entries, epoch, out)
         os.replace(part, path)
     finally:

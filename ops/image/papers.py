@@ -44,9 +44,12 @@ class Kept:
     def files(self, without: Collection[str]) -> dict[str, bytes | Path]:
         """What can be rebuilt by a recipe: all but the installer, which must be there to follow one, and the layers (by DiffID)
         that the server has."""
-        papers: dict[str, bytes | Path] = {path: data for path, data in self.papers.items() if path != "INSTALL.sh"} | {HEAD: self.head}
-        new = {path: layer.path for path, layer in self.layers.items() if layer.diff_id not in without}
-        return papers | {path: file for path, file in new.items() if file is not None and file.is_file()}
+        found: dict[str, bytes | Path] = {**self.papers, HEAD: self.head}
+        del found["INSTALL.sh"]
+        for path, layer in self.layers.items():
+            if layer.diff_id not in without and layer.path is not None and layer.path.is_file():
+                found[path] = layer.path
+        return found
 
 
 def kept(cargo: Cargo) -> Kept:
