@@ -9,6 +9,7 @@ shared run folder; trainer/machines.py reads from the environment who is first, 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -40,8 +41,11 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--wire"]:
         print(WIRE)
         return 0
+    if arguments == ["--warm"]:
+        warm()
+        return 0
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: milktea-train job.json | milktea-train --wire", file=sys.stderr)
+        print("usage: milktea-train job.json | milktea-train --wire | milktea-train --warm", file=sys.stderr)
         return 2
     path = Path(arguments[0])
     run = path.resolve().parent
@@ -58,6 +62,16 @@ def main(arguments: list[str]) -> int:
     command = build(job, path, environment, machines)
     environment[EXIT_VARIABLE] = exit_file(machines)
     return supervise(command, environment, run / environment[EXIT_VARIABLE])
+
+
+def warm() -> None:
+    """Imports what a job will, and ends: a box that runs this while it waits for its data has read its disk and compiled its modules by then."""
+    with imports.without_collection():
+        imports.begin(quantised=False, whole=False)
+        importlib.import_module("trainer.train")
+        imports.lean(quantised=False, whole=False)
+        if visible_gpus():
+            importlib.import_module("trainer.fast")
 
 
 def read_job(path: Path) -> Job:
@@ -147,7 +161,8 @@ def surround(job: Job, run: Path, environment: MutableMapping[str, str]) -> None
     """Sets in `environment` what the training processes should find there for the hardware at hand."""
     if visible_gpus():
         # packs differ in length: segments that can grow keep torch's cache of GPU memory from splitting into pieces too small for the next one
-        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_ALLOC_CONF" not in environment:  # its newer name, which wins
+            environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     else:
         environment["ACCELERATE_USE_CPU"] = "true"
         environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(job, run)))

@@ -57,6 +57,29 @@ def test_two_processes_asked_to_stop_leave_a_checkpoint_and_exit_with_143(run_fo
     assert events_of(job)[-1]["event"] == "checkpoint"
 
 
+def test_a_box_that_waits_for_its_data_may_warm_up() -> None:
+    done = subprocess.run([*COMMAND, "--warm"], capture_output=True, text=True, env=environment(), timeout=150)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(
+    run_folder: Make, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str | None
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    path = run_folder()
+    told = dict(given)
+    launch.surround(Job.model_validate_json(path.read_bytes()), path.parent, told)
+    assert told.get("PYTORCH_CUDA_ALLOC_CONF") == found and "OMP_NUM_THREADS" not in told
+
+
 def test_the_command_follows_job_and_hardware(run_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job.model_validate_json(run_folder(processes=2).read_bytes())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
