@@ -29,7 +29,7 @@ FOLDERS = ("auto", "bloom")  # of transformers/models: what we name, and what PE
 
 
 COMPILER = "torch._dynamo"
-MARKS = ("allow_in_graph", "assume_constant_result", "disable", "graph_break")
+MARKS = ("allow_in_graph", "assume_constant_result", "clear_lru_cache", "disable", "graph_break")
 
 # module -> what transformers takes from it at import, to name it in an annotation or as a base
 STAND_INS: dict[str, tuple[str, ...]] = {
@@ -46,17 +46,20 @@ def unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
 
 
 class _Compiler(ModuleType):
-    """torch asks it in every optimizer step to look away. Whoever asks for more than MARKS gets the real one."""
+    """torch asks it in every optimizer step to look away, and to forget its rules when processes meet. Whoever asks for more gets the real one."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return unmarked if name in MARKS else getattr(real_compiler(), name)
+        if self.__name__ == COMPILER and name == "trace_rules":
+            return _Compiler(f"{COMPILER}.trace_rules")
+        return unmarked if name in MARKS else getattr(importlib.import_module(made_way(self.__name__)), name)
 
 
-def real_compiler() -> ModuleType:
+def made_way(name: str = COMPILER) -> str:
+    """`name`, after making way for what it names."""
     put_away(COMPILER)
-    return importlib.import_module(COMPILER)
+    return name
 
 
 class _NoTensors(ModuleType):
@@ -83,7 +86,7 @@ class _Finder:
             self._names.remove(name)  # once: when it was put away, the next import means the real one
             return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
         if name.startswith(COMPILER + ".") and stands_in(COMPILER):
-            return PathFinder.find_spec(name, real_compiler().__path__, target)
+            return PathFinder.find_spec(name, importlib.import_module(made_way()).__path__, target)
         if name != PROBES:
             return None
         spec = PathFinder.find_spec(name, path, target)
