@@ -74,12 +74,17 @@ bytes_to_load() {
     echo $((_sum + _peak))
 }
 
-bytes_of_models() {
+# What comes to lie in PREFIX: the models that are not there yet, and what is kept for the next update.
+bytes_of_prefix() {
     local _sum _set _bytes _rest
     _sum=0
     [ -n "$MODELS" ] && rows model >"$WORK/models" && while read -r _set _bytes _rest; do
         [ -d "$PREFIX/models/$_set" ] || _sum=$((_sum + _bytes))
     done <"$WORK/models"
+    rows keep >"$WORK/keep"
+    while read -r _set _bytes _rest; do
+        kept_file "$_set" >/dev/null || _sum=$((_sum + _bytes))
+    done <"$WORK/keep"
     echo "$_sum"
 }
 
@@ -201,14 +206,14 @@ full_part() { # full_part N: what the full bundle calls the archive with layer N
 
 check_disk() {
     local _load _models _free _mount _pfree _pmount _files
-    _load=$(bytes_to_load) _models=$(bytes_of_models)
+    _load=$(bytes_to_load) _models=$(bytes_of_prefix)
     set -- $(df_free "$(existing "$HOST$DATA_ROOT")")
     _free=$1 _mount=$2
     set -- $(df_free "$(existing "$PREFIX")")
     _pfree=$1 _pmount=$2
     [ "$_mount" = "$_pmount" ] && _load=$((_load + _models)) _models=0
     room "disk of the engine" "$DATA_ROOT" "$_free" "$_load" "the layers that are missing, and the largest part while it is unpacked"
-    [ "$_models" -gt 0 ] && room "disk of the models" "$PREFIX" "$_pfree" "$_models" "the base models"
+    [ "$_models" -gt 0 ] && room "disk of the folder" "$PREFIX" "$_pfree" "$_models" "the base models, and what the next update builds on"
     set -- $(df_free "$(existing "$HOST$DATA_ROOT")" -i)
     _files=$(plan files || echo 0)
     case $1 in *[!0-9]* | '' | 0) return 0 ;; esac # btrfs and overlay count none
