@@ -95,6 +95,7 @@ load_image() {
         # the very layers are here under some name: nothing to load
         [ "$START_IMAGE" = "$REF" ] || $DOCKER tag "$START_IMAGE" "$REF"
         say "image already here, all $DEPTH layers"
+        drop_stairs # a run that was killed between its last layer and this line left them
         return 0
     fi
     [ "$START" -gt 0 ] && say "image going on after layer $START of $DEPTH, which is here"
