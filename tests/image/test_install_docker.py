@@ -325,14 +325,21 @@ def test_without_perl_on_the_server_an_image_of_ours_lends_it(product: Any, engi
     assert "rebuilding" in ran.out
 
 
-def killed_runs(product: Any, engine: Engine, tmp_path: Path, seeds: range) -> None:
+def killed_runs(product: Any, engine: Engine, tmp_path: Path, seeds: range, update: bool = False) -> None:
     """Install, killed -9 with everything that it started, at a random moment; then once more to the end."""
-    product.add_model().pack(tmp_path / "b", Options(volume_bytes=250_000))
-    repository = f"mtb/{product.name}"
+    before, kept = present(product), product.add_model().kept()
+    product.pack(tmp_path / "v1", Options(volume_bytes=250_000))
+    if update:
+        new_wheel(product)
+        product.pack(tmp_path / "v2", Options(base=before, kept=kept))
+    repository, at = f"mtb/{product.name}", tmp_path / ("v2" if update else "v1")
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **({"DOCKER_HOST": engine.host} if engine.host else {})}
     for seed in seeds:
         prefix = tmp_path / f"p{seed}"
-        command = ["sh", str(tmp_path / "b" / "INSTALL.sh"), "--prefix", str(prefix)]
+        if update:
+            subprocess.run(["sh", str(tmp_path / "v1/INSTALL.sh"), "--prefix", str(prefix)], env=environment, capture_output=True, check=True)
+        earlier = engine.tags(repository) - {"current"}
+        command = ["sh", str(at / "INSTALL.sh"), "--prefix", str(prefix)]
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -344,8 +351,10 @@ def killed_runs(product: Any, engine: Engine, tmp_path: Path, seeds: range) -> N
         again = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert again.returncode == 0, (seed, again.stdout, again.stderr)
         assert engine.layers(f"{repository}:current") == product.cargo().image.diff_ids
-        assert engine.tags(repository) == {"current", final_tag(product.cargo().image).partition(":")[2]}
+        roles = {"current", "previous"} if update else {"current"}
+        assert engine.tags(repository) == {*roles, *earlier, final_tag(product.cargo().image).partition(":")[2]}
         assert not list((prefix / "state").glob("work.*")) and not list(prefix.glob("models/.*.partial"))
+        assert not list(prefix.glob("kept/*/*/*.part"))
         for tag in engine.tags(repository):
             engine.docker("rmi", "-f", f"{repository}:{tag}", check=False)
 
@@ -354,7 +363,12 @@ def test_killed_at_any_moment_and_started_again_it_finishes(product: Any, engine
     killed_runs(product, engine, tmp_path, range(2))
 
 
+def test_an_update_killed_at_any_moment_and_started_again_finishes(product: Any, engine: Engine, tmp_path: Path) -> None:
+    killed_runs(product, engine, tmp_path, range(10, 12), update=True)
+
+
 @pytest.mark.skipif("MILKTEA_KILLS" not in os.environ, reason="the long proof: MILKTEA_KILLS=50")
 @pytest.mark.timeout(3000)
-def test_killed_fifty_times_it_always_finishes(product: Any, engine: Engine, tmp_path: Path) -> None:
-    killed_runs(product, engine, tmp_path, range(100, 100 + int(os.environ["MILKTEA_KILLS"])))
+@pytest.mark.parametrize("update", [False, True], ids=["full", "update"])
+def test_killed_fifty_times_it_always_finishes(product: Any, engine: Engine, tmp_path: Path, update: bool) -> None:
+    killed_runs(product, engine, tmp_path, range(100, 100 + int(os.environ["MILKTEA_KILLS"])), update)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,17 @@ def test_the_lock_of_a_bundle_lists_what_the_server_keeps_of_it(tiny: Any, tmp_p
     found = papers.kept(tiny.cargo()).hashes()
     assert listed == {path: digest for path, digest in found.items() if path != "image.lock"}
     assert {"INSTALL.sh", "layers/trainer", "layers/os", "sbom/image.cdx.json"} <= set(listed)
+
+
+@pytest.mark.slow
+def test_of_our_last_ten_changes_to_the_trainer_most_travel_in_64_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ops.errors import MilkteaError
+
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import measure_updates
+
+    try:
+        sizes = measure_updates.commits("practice", 10)
+    except (MilkteaError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"the practice image's wheels or the history are not here: {error}")
+    assert len(sizes) == 10 and sorted(sizes)[7] <= 64_000
