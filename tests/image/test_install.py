@@ -20,6 +20,7 @@ import pytest
 from ops.image import papers, sign, stair
 from ops.image.cargo import Options
 from ops.image.driver import Line
+from ops.image.inventory import Present
 
 SHELLS = ["dash", "busybox ash", "bash"]
 COREUTILS = (
@@ -433,3 +434,32 @@ def test_installing_a_model_costs_no_more_than_a_copy_and_a_hash(
 
     took = measure.model(0.5, tmp_path)
     assert took["INSTALL.sh (copy, hash, sync)"] < 1.1 * (took["cp, sync"] + took["openssl dgst -sha256"])
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell_makes_the_files_of_an_update_to_the_byte(tiny: Any, tmp_path: Path, shell: str) -> None:
+    if not shutil.which(shell.split()[0]):
+        pytest.skip(f"{shell} is not on this machine")
+    tiny.contents["trainer"] = {f"app/{n}.py": random.Random(n).randbytes(9_000) for n in range(10)}
+    kept, base = tiny.kept(), Present(ref="before", layers=tiny.cargo().image.diff_ids)
+    folder = tmp_path / "prefix" / "kept" / "tiny" / "before"
+    folder.mkdir(parents=True)
+    for digest, path in kept.items():
+        shutil.copy(path, folder / digest)
+    tiny.contents["trainer"]["app/3.py"] = random.Random(30).randbytes(9_000)
+    tiny.pack(tmp_path / "b", Options(base=base, kept=kept, volume_bytes=10_000))
+    wanted = papers.kept(tiny.cargo()).files(without=base.layers)
+    text = "".join((INSTALL / name).read_text() for name in ("10-plan.sh", "45-kept.sh"))
+    call = f"has() {{ command -v $1 >/dev/null 2>&1; }}\n{text}\nBUNDLE={tmp_path}/b WORK={tmp_path}/work PREFIX={tmp_path}/prefix ALSO= ID=x\n"
+    call += "choose_hasher\nread_recipes\nwhile read -r f _ <&8; do can_restore $f && restore $f || echo $f; done 8<$WORK/recipes"
+    (tmp_path / "work").mkdir()
+    ran = subprocess.run([*shell.split(), "-c", call], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    made = {str(p.relative_to(tmp_path / "work/restored")): p.read_bytes() for p in (tmp_path / "work/restored").rglob("*") if p.is_file()}
+    assert "layers/trainer" in made and "image.lock" in made
+    assert made == {path: data if isinstance(data, bytes) else data.read_bytes() for path, data in wanted.items() if path in made}
+    for digest in kept:
+        (folder / digest).unlink()
+    shutil.rmtree(tmp_path / "work/restored")
+    ran = subprocess.run([*shell.split(), "-c", call], capture_output=True, text=True)
+    assert ran.stdout.split() and not list((tmp_path / "work").glob("restored/*/*"))
