@@ -10,6 +10,9 @@ Shapes: M tokens, K or N features, R the padded rank (a power of two, 16 or more
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 from torch import Tensor
@@ -32,10 +35,25 @@ CAST = (16, 512, 8)  # rows and columns of a tile, warps
 CAST_OUTER = (64, 128, 4, 3)  # the same, and stages
 
 
+_whole = False
+
+
+@contextmanager
+def whole_tiles() -> Iterator[None]:
+    """Within it launches take the tiles of a long micro-batch, however few their rows: the self-test then compiles and checks the very
+    kernels that a run will use, instead of smaller ones that are compiled for it alone."""
+    global _whole
+    _whole = True
+    try:
+        yield
+    finally:
+        _whole = False
+
+
 def _tile(name: str, m: int) -> dict[str, int]:
     """Launch options of a kernel. With few tokens a program takes fewer rows, so that every multiprocessor has two to work on."""
     bm, bn, warps, stages = TILES[name]
-    while bm > 16 and m < 250 * bm:
+    while bm > 16 and m < 250 * bm and not _whole:
         bm //= 2
     return {"BM": bm, "BN": bn, "num_warps": warps, "STAGES": stages}
 

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 pytest tests/trainer/test_lora_kernels.py
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -24,9 +25,12 @@ DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 M, K, F, R, D = 37, 144, 208, 16, 32
 
 
-@pytest.fixture(autouse=True)
-def _seed():
+@pytest.fixture(autouse=True, params=["few rows", "whole tiles"])
+def _seed(request):
+    """Each test runs with the tiles of a short micro-batch, and with those of a long one over the same few rows."""
     torch.manual_seed(11)
+    with kernels.whole_tiles() if request.param == "whole tiles" else nullcontext():
+        yield
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
