@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from trainer import cast_jit
 from trainer import kernels_jit as jit
 
 FP8 = torch.float8_e4m3fn
@@ -158,7 +159,7 @@ def _cast(x: Tensor, column_scale: Tensor | None, scale: Tensor) -> Tensor:
     out = _empty(x, m, k, dtype=FP8)
     bm, bn, warps = CAST
     grid = (triton.cdiv(m, bm), triton.cdiv(k, bn))
-    jit.cast_rows[grid](x, column_scale, scale, out, m, k, FOLD=column_scale is not None, BM=bm, BN=bn, num_warps=warps)
+    cast_jit.cast_rows[grid](x, column_scale, scale, out, m, k, FOLD=column_scale is not None, BM=bm, BN=bn, num_warps=warps)
     return out
 
 
@@ -174,7 +175,7 @@ def cast_outer(x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: 
     rows = triton.cdiv(triton.cdiv(m, splits), bm) * bm
     out = _empty(x, m, k, dtype=FP8)
     partial = _empty(x, splits, k, r, dtype=torch.float32) if t is not None else None
-    jit.cast_outer[(triton.cdiv(k, bn), splits)](
+    cast_jit.cast_outer[(triton.cdiv(k, bn), splits)](
         x, column_scale, scale, t, out, partial, m, k, rows, R=r, LORA=t is not None, BM=bm, BN=bn, STAGES=stages, num_warps=warps
     )
     return out, partial.sum(0) if partial is not None else None
@@ -188,7 +189,7 @@ def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> t
     scale = _empty(x, m, dtype=torch.float32)
     width = triton.next_power_of_2(k)
     warps = 4 if width <= 4096 else 8 if width <= 16384 else 16
-    jit.quantise_rows[(m,)](x, column_scale, out, scale, k, FOLD=column_scale is not None, BN=width, num_warps=warps)
+    cast_jit.quantise_rows[(m,)](x, column_scale, out, scale, k, FOLD=column_scale is not None, BN=width, num_warps=warps)
     return out, scale, x @ p if p is not None else None
 
 
