@@ -26,8 +26,6 @@ from typing import Any, NoReturn
 PLAIN = "MILKTEA_PLAIN_IMPORTS"
 PROBES = "transformers.utils.import_utils"
 FOLDERS = ("auto", "bloom")  # of transformers/models: what we name, and what PEFT names when it is imported
-
-
 COMPILER = "torch._dynamo"
 MARKS = ("allow_in_graph", "assume_constant_result", "clear_lru_cache", "disable", "graph_break")
 
@@ -57,7 +55,7 @@ class _Compiler(ModuleType):
 
 
 def made_way(name: str = COMPILER) -> str:
-    """`name`, after making way for what it names."""
+    """`name`, after putting the stand-in away that is in front of it."""
     put_away(COMPILER)
     return name
 
@@ -189,7 +187,10 @@ def begin(quantised: bool, whole: bool) -> None:
         return
     libraries = threading.Thread(target=load_libraries, name="libraries")
     libraries.start()
-    _names(quantised, whole)
+    try:
+        _names(quantised, whole)
+    except (ImportError, AttributeError) as error:
+        plainly(error)
     libraries.join()
 
 

@@ -52,12 +52,14 @@ def main(arguments: list[str]) -> int:
     try:
         job = read_job(path)
         machines = read_machines(os.environ)
-        os.environ["MILKTEA_STARTED"] = repr(time.time())
-        if job.processes == 1 and machines is None:
-            return train_here(job, path)
-        check(job, run)
+        alone = job.processes == 1 and machines is None
+        if not alone:
+            check(job, run)
     except (OSError, ValueError) as error:
         return refuse(run, error)
+    os.environ["MILKTEA_STARTED"] = repr(time.time())
+    if alone:
+        return train_here(job, path)
     environment = dict(os.environ)
     command = build(job, path, environment, machines)
     environment[EXIT_VARIABLE] = exit_file(machines)
@@ -105,10 +107,10 @@ class Checker:
     """A fork of this process that runs `check`, and tells what it refuses."""
 
     def __init__(self, job: Job, run: Path) -> None:
-        self._done = False
+        self._done, parent = False, os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
-            die_with_parent()
+            die_with(parent)
             os._exit(self._check(job, run))
         signal.signal(signal.SIGCHLD, self._look)
 
@@ -136,9 +138,11 @@ class Checker:
             os._exit(REFUSED)  # half of torch may be imported: there is nothing that could end in order
 
 
-def die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """The kernel kills this process when its parent is gone, so that none is left behind."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before the kernel knew
+        os._exit(REFUSED)
 
 
 def refuse(run: Path, error: Exception) -> int:

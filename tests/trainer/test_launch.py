@@ -92,3 +92,13 @@ def test_the_command_follows_job_and_hardware(run_folder: Make, monkeypatch: pyt
     told = {}
     launch.build(job, Path("job.json"), told, None)
     assert "ACCELERATE_USE_CPU" not in told
+
+
+def test_an_error_of_the_training_itself_is_no_refusal(run_folder: Make) -> None:
+    """Here the result's folder cannot be made, for a file is in its place: an OSError, as any disk may give."""
+    job = run_folder(training={"max_steps": 3})
+    (job.parent / "checkpoints").write_text("")
+    settings = job.read_text().replace('"save_every_s": 1000', '"save_every_s": 0.001')
+    job.write_text(settings)
+    done = subprocess.run([*COMMAND, "job.json"], cwd=job.parent, capture_output=True, text=True, env=environment(), timeout=150)
+    assert done.returncode == 1 and "Traceback" in done.stderr
