@@ -115,7 +115,9 @@ def context(lock: Lock, definition: Definition, places: Places, folder: Path) ->
         _link(packages.where(wheel, places.wheels), folder / "wheels" / wheel.file)
     for path in assemble.sources(places):
         _copied(path, folder / "site" / path.relative_to(places.root))
-    shutil.copytree(places.dockerfile(definition.box), folder / "box")
+    box = places.dockerfile(definition.box)
+    for path in sorted(path for path in box.rglob("*") if path.is_file()):
+        _copied(path, folder / "box" / path.relative_to(box))  # whatever the checkout's umask was
     for bundled in lock.models:
         for layer, files in model.layers(bundled) if bundled.bundled else ():
             for file in files:

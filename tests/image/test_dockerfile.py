@@ -76,6 +76,18 @@ def test_the_context_holds_what_was_fetched_and_nothing_else(tmp_path):
     assert "--hash=sha256:" in (tmp_path / "context/groups/python.txt").read_text()
 
 
+def test_a_checkout_made_with_another_umask_gives_the_same_modes(tmp_path):
+    places = make_world(tmp_path / "world")
+    box = places.dockerfile(build.define("tiny", places).box)
+    commands = [path for path in box.rglob("*") if path.is_file()]
+    assert commands
+    before = {str(path.relative_to(box)): 0o755 if path.stat().st_mode & 0o100 else 0o644 for path in commands}
+    for path in commands:
+        path.chmod(path.stat().st_mode | 0o020)
+    build.context("tiny", tmp_path / "context", places)
+    assert {path: (tmp_path / "context/box" / path).stat().st_mode & 0o777 for path in before} == before
+
+
 def test_a_context_is_not_laid_over_other_files(tmp_path):
     places = make_world(tmp_path / "world")
     with pytest.raises(ConfigError, match="is not empty"):
