@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from ops.errors import ConfigError
-from ops.image import lock, ship
+from ops.image import lock, papers, ship
+from ops.image.cargo import Options
 from ops.image.driver import Line
 from ops.image.lock import Cuda
 from ops.image.places import Places
@@ -61,3 +62,25 @@ def test_since_and_inventory_exclude_each_other_and_a_committed_lock_is_no_base(
     base, _, _ = ship._base(tiny.cargo().image.diff_ids, tmp_path / "image.lock", None, Places())
     assert base is not None and base.layers == tiny.cargo().image.diff_ids
     assert ship._base([], None, tmp_path / "server.json", Places()) == (None, frozenset(), {})
+
+
+def test_an_update_builds_on_a_bundle_or_its_lock_or_on_an_update_that_this_machine_made(tiny: Any, tmp_path: Path) -> None:
+    places, image = Places(tmp_path), tiny.cargo().image
+    tiny.pack(tmp_path / "full")
+    for since in (tmp_path / "full", tmp_path / "full" / "image.lock"):
+        base, _, kept = ship._base(image.diff_ids, since, None, places)
+        assert base is not None and base.layers == image.diff_ids
+        assert set(kept) == set(papers.kept(tiny.cargo()).hashes().values())
+    held = tiny.kept()
+    tiny.contents["trainer"] = {"app/train.py": b"print('two')\n"}
+    tiny.pack(tmp_path / "update", Options(base=base, kept=held))
+    assert not (tmp_path / "update" / "image.lock").exists()
+    with pytest.raises(ConfigError, match="made on another machine"):
+        ship._base(image.diff_ids, tmp_path / "update", None, places)
+    places.kept.mkdir(parents=True)
+    for digest, data in papers.kept(tiny.cargo()).by_hash().items():
+        (places.kept / digest).write_bytes(data)
+    base, _, _ = ship._base(image.diff_ids, tmp_path / "update", None, places)
+    assert base is not None and base.layers == tiny.cargo().image.diff_ids
+    with pytest.raises(ConfigError, match="is not a bundle"):
+        ship._base(image.diff_ids, tmp_path, None, places)
