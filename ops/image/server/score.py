@@ -99,7 +99,7 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     prompts = [prompt_ids(chat.data, row.turns[:-1]) for row in rows]
     found = {}
     for name in ("base", "adapter"):
-        with chat.model.disable_adapter() if name == "base" else nullcontext(), torch.inference_mode():
+        with chat.model.disable_adapter() if name == "base" else nullcontext(), torch.inference_mode():  # type: ignore[operator]
             answers = answer(chat.model, prompts, chat.data, chat.device)
         found[name] = {"bleu-4": bleu4(answers, expected), **rouge(answers, expected), "exact": 100 * match(answers, expected)}
     for name, scores in found.items():
