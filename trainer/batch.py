@@ -50,11 +50,12 @@ class Ahead:
         self._thread.shutdown(cancel_futures=True)
 
 
-def pinned(batch: dict[str, Any]) -> dict[str, Any]:
-    """In memory from which a GPU copies by itself, where there is one."""
-    if not torch.cuda.is_available():
+def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """In memory from which a GPU copies by itself, where there is one. It is named because a new thread means the first GPU otherwise."""
+    if device.type != "cuda":
         return batch
-    return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    with torch.cuda.device(device):
+        return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:

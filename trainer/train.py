@@ -107,7 +107,7 @@ def run_job(path: Path, checked: Callable[[], None] = lambda: None) -> int:
     def make(step: int) -> batch.Work:
         rows = order.step(step)
         packs = lay(packing.share(rows, lengths, world)[rank], lengths, budget)
-        micro = [batch.pinned(collate(data.rows, chosen, HOST)) for chosen in packs]
+        micro = [batch.pinned(collate(data.rows, chosen, HOST), device) for chosen in packs]
         return batch.Work(rows, sum(targets[r] for r in rows), sum(lengths[r] for r in rows), micro, collate(data.rows, rows[:1], HOST))
 
     ahead = batch.Ahead(make, state.step, order.total_steps)

@@ -61,7 +61,7 @@ def test_an_error_in_the_thread_is_raised_when_its_step_is_taken() -> None:
 @pytest.mark.parametrize("collate", [batch.packed, batch.padded])
 def test_a_batch_made_on_the_host_is_the_batch_made_on_the_device(collate) -> None:
     rows = some_rows(5, 9, 2)
-    there, here = batch.on(CPU, batch.pinned(collate(rows, [2, 0, 1], CPU))), collate(rows, [2, 0, 1], CPU)
+    there, here = batch.on(CPU, batch.pinned(collate(rows, [2, 0, 1], CPU), CPU)), collate(rows, [2, 0, 1], CPU)
     assert there.keys() == here.keys()
     for name, value in here.items():
         assert torch.equal(there[name], value) if isinstance(value, torch.Tensor) else there[name] == value
