@@ -110,7 +110,9 @@ def start(job: Path, world: int = 1) -> list[Any]:
 
 
 def _rank(job: Path, rank: int, world: int, port: int) -> None:
+    import faulthandler
     import os
+    import signal
     import sys
 
     import torch
@@ -122,6 +124,7 @@ def _rank(job: Path, rank: int, world: int, port: int) -> None:
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stderr = open(job.parent / f"stderr{rank}.txt", "a")  # noqa: SIM115 - ends with the process
+    faulthandler.register(signal.SIGUSR1, sys.stderr)
     sys.argv = ["train", str(job)]
     from trainer.train import main
 
@@ -129,12 +132,19 @@ def _rank(job: Path, rank: int, world: int, port: int) -> None:
 
 
 def finish(processes: list[Any], seconds: float = 60) -> list[int]:
-    """Waits for the ranks and returns their exit codes; kills what is still there after `seconds`."""
+    """Waits for the ranks and returns their exit codes; what is still there after `seconds` tells where it stands, and is killed."""
+    import os
+    import signal
+
     for process in processes:
         process.join(seconds)
         if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(1)
             process.kill()
             process.join()
+            job, rank = process._args[:2]
+            print((job.parent / f"stderr{rank}.txt").read_text())
     return [process.exitcode for process in processes]
 
 

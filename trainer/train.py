@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,62 +110,61 @@ def run_job(path: Path, checked: Callable[[], None] = lambda: None) -> int:
         micro = [batch.pinned(collate(data.rows, chosen, HOST), device) for chosen in packs]
         return batch.Work(rows, sum(targets[r] for r in rows), sum(lengths[r] for r in rows), micro, collate(data.rows, rows[:1], HOST))
 
-    ahead = batch.Ahead(make, state.step, order.total_steps)
     progress = Progress(state, order.total_steps, watchdog, data.rows.where, device, log, boards)
     last_save, begun_at = time.monotonic(), state.step
-    while state.step < order.total_steps and not stop.asked:
-        step, work = state.step, ahead.take()
-        rate = learning_rate(step, order.total_steps, training.learning_rate, training.lr_scheduler_type, training.warmup_ratio)
+    with closing(batch.Ahead(make, state.step, order.total_steps)) as ahead:  # however the loop ends
+        while state.step < order.total_steps and not stop.asked:
+            step, work = state.step, ahead.take()
+            rate = learning_rate(step, order.total_steps, training.learning_rate, training.lr_scheduler_type, training.warmup_ratio)
 
-        # this rank's share, micro-batch by micro-batch
-        gradients.zero()
-        for n, micro in enumerate(shards.level(work.micro, work.filler) if shards else work.micro):
+            # this rank's share, micro-batch by micro-batch
+            gradients.zero()
+            for n, micro in enumerate(shards.level(work.micro, work.filler) if shards else work.micro):
+                if stop.asked and rank == 0:
+                    break
+                micro = batch.on(device, micro)  # input_ids (1, T) packed, (B, L) padded
+                keys.set(training.seed, step, micro["rows"], micro["position_ids"])
+                with precise:
+                    loss = enter(target_loss, model, micro) / work.targets  # scalar: this micro-batch's part of the step's mean
+                loss = loss if n < len(work.micro) else loss * 0
+                loss.backward()
+                gradients.extra[0] += loss.detach()
             if stop.asked and rank == 0:
+                break  # parameters are still those of the last whole step: rank 0 saves them, there is nothing to agree on
+            gradients.extra[1] += stop.asked
+
+            # all ranks together: one sum; the step before is on the host by now
+            if world > 1 and not add_up(gradients, stop):
                 break
-            micro = batch.on(device, micro)  # input_ids (1, T) packed, (B, L) padded
-            keys.set(training.seed, step, micro["rows"], micro["position_ids"])
-            with precise:
-                loss = enter(target_loss, model, micro) / work.targets  # scalar: this micro-batch's part of the step's mean
-            loss = loss if n < len(work.micro) else loss * 0
-            loss.backward()
-            gradients.extra[0] += loss.detach()
-        if stop.asked and rank == 0:
-            break  # parameters are still those of the last whole step: rank 0 saves them, there is nothing to agree on
-        gradients.extra[1] += stop.asked
+            if progress.settle():
+                stop.asked = True
+                break
+            watchdog.before_update(gradients.views)
+            norm = gradients.clip(training.max_grad_norm)
+            numbers = Reading(torch.cat([gradients.extra, norm[None]]))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            watchdog.after_update(step + 1, rate, [data.rows.where[r] for r in work.rows])
+            if world > 1 and watchdog.compares_ranks:
+                refuse_drift(watchdog.checksum(), world, device, step + 1)
+            state.step = step + 1
+            progress.launched(Launched(state.step, rate, work.tokens, work.rows, numbers))
 
-        # all ranks together: one sum; the step before is on the host by now
-        if world > 1 and not add_up(gradients, stop):
-            break
-        if progress.settle():
-            stop.asked = True
-            break
-        watchdog.before_update(gradients.views)
-        norm = gradients.clip(training.max_grad_norm)
-        numbers = Reading(torch.cat([gradients.extra, norm[None]]))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        watchdog.after_update(step + 1, rate, [data.rows.where[r] for r in work.rows])
-        if world > 1 and watchdog.compares_ranks:
-            refuse_drift(watchdog.checksum(), world, device, step + 1)
-        state.step = step + 1
-        progress.launched(Launched(state.step, rate, work.tokens, work.rows, numbers))
-
-        # save
-        now = time.monotonic()
-        due = now - last_save >= training.save_every_s and not saver.busy and state.step < order.total_steps
-        if job.deadline_unix_s is not None and time.time() > job.deadline_unix_s:
-            stop.hear(late=True)
-        save = shards.agree(stop, due) if shards else due and rank == 0
-        if save or state.step == begun_at + 1:
-            stop.asked |= progress.settle()
-        if save and shards:
-            tell_saved(state.step, *shards.save(checkpoints, named, optimizer, state))
-            last_save = time.monotonic()
-        elif save:
-            last_save = now
-            saver.submit(checkpoint.snapshot(named, optimizer), state)
-    ahead.close()
+            # save
+            now = time.monotonic()
+            due = now - last_save >= training.save_every_s and not saver.busy and state.step < order.total_steps
+            if job.deadline_unix_s is not None and time.time() > job.deadline_unix_s:
+                stop.hear(late=True)
+            save = shards.agree(stop, due) if shards else due and rank == 0
+            if save or state.step == begun_at + 1:
+                stop.asked |= progress.settle()
+            if save and shards:
+                tell_saved(state.step, *shards.save(checkpoints, named, optimizer, state))
+                last_save = time.monotonic()
+            elif save:
+                last_save = now
+                saver.submit(checkpoint.snapshot(named, optimizer), state)
     progress.settle()
 
     if stop.asked and state.step < order.total_steps:
