@@ -133,6 +133,7 @@ def test_the_manifest_holds_what_is_needed_to_trust_and_repeat_the_run(run_folde
     assert told["token_hash"] == manifest["template"]["token_hash"] and "### Instruction" in told["source"]
 
 
+@pytest.mark.slow
 def test_generation_uses_the_template_that_travelled_and_gives_the_trained_answer(run_folder: Make) -> None:
     data = [{"instruction": f"say {w}", "input": "", "output": f"{w} it is"} for w in ("tea", "milk", "rice")] * 8
     job = run_folder(data=data, training={"num_train_epochs": 25, "learning_rate": 1e-2})

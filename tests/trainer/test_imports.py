@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tiny import events_of, manifest_of
 
 from trainer import launch
@@ -72,12 +73,14 @@ def command(job: Path, path: str = "", **environment: str) -> subprocess.Complet
     return subprocess.run(line, capture_output=True, text=True, timeout=150, env=surroundings)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_plain_imports(run_folder: Make) -> None:
     lean, plain = run_folder(training={"max_steps": 4}), run_folder(training={"max_steps": 4})
     assert command(lean).returncode == 0 and command(plain, MILKTEA_PLAIN_IMPORTS="1").returncode == 0
     assert manifest_of(lean)["adapter_sha256"] == manifest_of(plain)["adapter_sha256"]
 
 
+@pytest.mark.slow
 def test_a_transformers_that_needs_more_than_a_stand_in_is_imported_whole(run_folder: Make, tmp_path: Path) -> None:
     """As a later version might be: sitecustomize adds a line to one of its modules that no stand-in satisfies."""
     (tmp_path / "sitecustomize.py").write_text(
