@@ -25,6 +25,8 @@ def milktea(*words: str | Path) -> str:
 
 
 def test_the_practice_image_is_built_carried_installed_and_trains_without_a_network(tmp_path: Path) -> None:
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+        pytest.skip("no Docker engine answers here")
     key, folder, prefix = tmp_path / "release", tmp_path / "bundle", tmp_path / "server"
     milktea("image", "keygen", key)
     milktea("image", "build", "practice", "--no-load")
@@ -42,3 +44,5 @@ def test_the_practice_image_is_built_carried_installed_and_trains_without_a_netw
     assert (runs / "carried/result/adapter.zip").is_file()
     score = run(prefix / "bin/milktea-run", "evaluate", "carried", MILKTEA_RUNS=str(runs))
     assert "exact" in score
+    said = run(prefix / "bin/milktea-run", "chat", "carried", "What animal is Zara?", MILKTEA_RUNS=str(runs))
+    assert "。" in said, "it learned to answer in Chinese"

@@ -164,25 +164,34 @@ run_folder() {
     else refuse "there is no run $1 under $RUNS" "ls $RUNS"; fi
 }
 
+# The base model of a run, where it is a folder of this server and not among the installed models, which are mounted always.
+model_folder() {
+    local _m
+    _m=$(readlink "$1/model") || return 0
+    case $_m in "$PREFIX/models"/*) ;; *) [ ! -d "$_m" ] || echo "$_m" ;; esac
+}
+
 chat() {
-    local _at
+    local _at _model
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _at=$(run_folder "$1") || exit 2
     shift
     if [ $# -gt 0 ]; then set -- --prompt "$*"; fi
-    inside -v "$_at:$_at" -w "$_at" -- python3 -m trainer.generate "$_at/result/adapter.zip" --base "$_at/model" "$@"
+    _model=$(model_folder "$_at")
+    inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -w "$_at" -- python3 -m trainer.generate "$_at/result/adapter.zip" --base "$_at/model" "$@"
 }
 
 evaluate() {
-    local _at _data
+    local _at _data _model
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _at=$(run_folder "$1") || exit 2
     shift
+    _model=$(model_folder "$_at")
     if [ $# -ge 1 ]; then
         _data=$(absolute "$1") && [ -f "$_data" ] || refuse "$1 does not exist" "ls"
-        inside -v "$_at:$_at" -v "$_data:$_data:ro" -w "$_at" -- python3 /tools/score.py "$_at" "$_data"
+        inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -v "$_data:$_data:ro" -w "$_at" -- python3 /tools/score.py "$_at" "$_data"
     else
-        inside -v "$_at:$_at" -w "$_at" -- python3 /tools/score.py "$_at"
+        inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -w "$_at" -- python3 /tools/score.py "$_at"
     fi
 }
 
