@@ -59,8 +59,8 @@ def test_the_adapter_loads_in_stock_peft(said: tuple[str, Path], tmp_path: Path)
 def test_the_readme_shows_what_the_command_prints(said: tuple[str, Path]) -> None:
     readme = (ROOT / "README.md").read_text()
     shown = readme.split("$ make rent-and-train\n", 1)[1].split("\n```", 1)[0].splitlines()
-    printed = {shape(line)[:24] for line in said[0].splitlines()}
-    varying = re.compile(r"train +step|save +checkpoint|boot +(provisioning|loading)|(push|pull) +[0-9.]+ %|before:|after:|^  \S")  # as time allows
-    missing = [line for line in shown if shape(line)[:24] not in printed and not varying.search(line)]
+    printed = {shape(line)[:10] for line in said[0].splitlines()}  # the stage, not which machine was the cheapest of the day
+    varying = re.compile(r"train +step|save +checkpoint|boot +(provisioning|loading)|(push|pull) +[0-9.]+ %|before:|after:|^  \S|^(✓| ) +\d{8} ")
+    missing = [line for line in shown if shape(line)[:10] not in printed and not varying.search(line)]
     assert len(shown) > 10
     assert missing == []
