@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from ops.box import Box
-from ops.channel import MARK, START
+from ops.channel import MARK, Stream
 from ops.errors import BoxError, Lost
 
 LOOK_S = 0.1  # between two looks at how far a file has gone
@@ -43,14 +43,9 @@ def draw(box: Box, script: str, sink: Callable[[bytes], None]) -> None:
         assert child.stdout is not None
         if hasattr(fcntl, "F_SETPIPE_SZ"):
             fcntl.fcntl(child.stdout.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        noise: bytes | None = b""  # what the login's rc files print before the mark
+        out = Stream(0, sink)
         while data := os.read(child.stdout.fileno(), READ_BYTES):
-            if noise is not None:
-                noise, mark, data = (noise + data).partition(START)
-                if not mark:
-                    continue
-                noise = None
-            sink(data)
+            out.take(data)
 
 
 @contextmanager

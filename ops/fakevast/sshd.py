@@ -57,8 +57,9 @@ class _Metered:
         self._connection = connection
 
     def write(self, data: bytes) -> None:
-        self._transport.write(data)
         self._connection.count(out=len(data))
+        if not self._connection.broken:  # what crosses a `cut` does not arrive
+            self._transport.write(data)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -71,7 +72,7 @@ class BoxConnection(asyncssh.SSHServerConnection):
         super().__init__(loop, box.ssh_options)
         self.box = box
         self.denies = fault is not None and fault.what == "denied"
-        self._bytes = 0
+        self._bytes, self.broken = 0, False
         cut = fault.args if fault is not None and fault.what == "cut" else {}
         self._cut_at: int | None = cut.get("every_bytes")
         self._cut_timer = loop.call_later(float(cut["every_s"]), self.cut) if "every_s" in cut else None
@@ -100,6 +101,7 @@ class BoxConnection(asyncssh.SSHServerConnection):
 
     def cut(self) -> None:
         """The link breaks as a pulled cable looks to the client's next write: a reset, no goodbye."""
+        self.broken = True
         reset_on_close(self.get_extra_info("socket"))
         self.abort()
 

@@ -129,8 +129,7 @@ def test_the_link_may_break_every_so_many_bytes(fake: FakeVast, client: VastClie
     fake.faults.add(where="ssh", what="cut", every_bytes=300_000, times=None)
     assert way.run("head -c 100000 /dev/zero").returncode == 0
     done = way.run("head -c 5000000 /dev/zero")
-    assert done.returncode == 255
-    assert 0 < len(done.stdout) <= 300_000 + 32_768  # the packet that crosses the line may still arrive
+    assert done.returncode == 255 and 0 < len(done.stdout) <= 300_000
 
 
 def test_a_host_may_die_in_the_middle_and_its_record_goes_on_saying_running(fake: FakeVast, client: VastClient, key: Key) -> None:
