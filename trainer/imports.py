@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ PLAIN = "MILKTEA_PLAIN_IMPORTS"
 PROBES = "transformers.utils.import_utils"
 FOLDERS = ("auto", "bloom")  # of transformers/models: what we name, and what PEFT names when it is imported
 COMPILER = "torch._dynamo"
+SHAPES = "torch._meta_registrations"  # what torch's operators would give for tensors without memory: 0.4 s, for the compiler and DTensors
 MARKS = ("allow_in_graph", "assume_constant_result", "clear_lru_cache", "disable", "graph_break")
 
 # module -> what transformers takes from it at import, to name it in an annotation or as a base
@@ -43,20 +44,30 @@ def unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
     return function if callable(function) else unmarked
 
 
-class _Compiler(ModuleType):
-    """torch asks it in every optimizer step to look away, and to forget its rules when processes meet. Whoever asks for more gets the real one."""
+class _Late(ModuleType):
+    """Gives way to the real module when something is asked of it."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        return getattr(importlib.import_module(made_way(self.__name__)), name)
+
+
+class _Compiler(_Late):
+    """torch asks it in every optimizer step to look away, and to forget its rules when processes meet."""
+
+    def __getattr__(self, name: str) -> Any:
         if self.__name__ == COMPILER and name == "trace_rules":
             return _Compiler(f"{COMPILER}.trace_rules")
-        return unmarked if name in MARKS else getattr(importlib.import_module(made_way(self.__name__)), name)
+        return unmarked if name in MARKS else super().__getattr__(name)
 
 
 def made_way(name: str = COMPILER) -> str:
-    """`name`, after putting the stand-in away that is in front of it."""
+    """`name`, after putting the stand-in away that is in front of it. Who asks for the compiler needs the shapes too."""
     put_away(COMPILER)
+    if stands_in(SHAPES):
+        put_away(SHAPES)
+        importlib.import_module(SHAPES)
     return name
 
 
@@ -66,7 +77,7 @@ class _NoTensors(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Nothing if name == "DTensor" else getattr(importlib.import_module("torch.distributed.tensor"), name)
+        return _Nothing if name == "DTensor" else getattr(importlib.import_module(made_way("torch.distributed.tensor")), name)
 
 
 class _Nothing:
@@ -99,7 +110,7 @@ class _Finder:
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return (_Compiler if spec.name == COMPILER else ModuleType)(spec.name)
+        return {COMPILER: _Compiler, SHAPES: _Late}.get(spec.name, ModuleType)(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         for name in STAND_INS.get(module.__name__, ()):
@@ -187,6 +198,8 @@ def begin(quantised: bool, whole: bool) -> None:
         return
     libraries = threading.Thread(target=load_libraries, name="libraries")
     libraries.start()
+    if not quantised and not whole and "torch" not in sys.modules:
+        sys.meta_path.insert(0, _Finder([SHAPES]))  # type: ignore[arg-type]  # until somebody asks for the compiler
     try:
         _names(quantised, whole)
     except (ImportError, AttributeError) as error:
@@ -199,10 +212,10 @@ def load_libraries() -> None:
     spec = PathFinder.find_spec("torch")
     if spec is None or spec.origin is None:
         return
-    folder = Path(spec.origin).parent / "lib"
-    with suppress(OSError):
-        ctypes.CDLL(str(folder / "libtorch_global_deps.so"), ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(folder / "libtorch.so"))
+    load = ctypes.CDLL(None).dlopen  # ctypes.CDLL would hold Python's lock while it loads
+    load.restype = ctypes.c_void_p
+    for name, mode in (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch.so", 0)):
+        load(bytes(Path(spec.origin).parent / "lib" / name), os.RTLD_NOW | mode)
 
 
 def lean(quantised: bool, whole: bool) -> None:

@@ -1,7 +1,8 @@
 """What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train on every process.
 
 One process needs no rendezvous: this process trains, with the environment that `accelerate launch` would set, and imports torch while a fork
-of it checks the data (accelerate's launcher would import torch a second time). Several are started by `accelerate launch`, one configuration
+of it checks the data (accelerate's launcher would import torch a second time). A box that waits for its data imports it meanwhile
+(`--stand-by`). Several are started by `accelerate launch`, one configuration
 for adapters on every process (DDP) and for a model in parts (FSDP2, trainer/sharded.py). On several machines this runs once on each, in one
 shared run folder; trainer/machines.py reads from the environment who is first, and torchrun's rendezvous starts and restarts them together.
 """
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -30,7 +31,8 @@ from trainer.prepare import Refused, model_folder, prepare
 from trainer.weights import check_weights
 
 EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # its name, one for each machine
-REFUSED = 3
+LAUNCHED = "launched"  # written by ops (ops/commands.py) when everything that the job needs is there
+REFUSED, NOT_LAUNCHED = 3, 75
 SHOWN = 40  # samples on a terminal
 QUANTISED = ("nf4", "int8")  # by bitsandbytes
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -41,11 +43,10 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--wire"]:
         print(WIRE)
         return 0
-    if arguments == ["--warm"]:
-        warm()
-        return 0
+    if arguments[:1] == ["--stand-by"] and len(arguments) == 2:
+        return stand_by(Path(arguments[1]))
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: milktea-train job.json | milktea-train --wire | milktea-train --warm", file=sys.stderr)
+        print("usage: milktea-train [--stand-by] job.json | milktea-train --wire", file=sys.stderr)
         return 2
     path = Path(arguments[0])
     run = path.resolve().parent
@@ -66,14 +67,43 @@ def main(arguments: list[str]) -> int:
     return supervise(command, environment, run / environment[EXIT_VARIABLE])
 
 
-def warm() -> None:
-    """Imports what a job will, and ends: a box that runs this while it waits for its data has read its disk and compiled its modules by then."""
+def stand_by(path: Path) -> int:
+    """Imports what most jobs need, and trains once `launched` lies beside the job file, as `milktea-train job.json` would. Ends when who started
+    it is gone."""
+    started_by, given, run = os.getppid(), dict(os.environ), path.resolve().parent
+    on_cpu = not visible_gpus()
+    if on_cpu:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for a small model: torch reads it when it is imported
+    checker = Checker(lambda: check(read_launched(path), run), run)
     with imports.without_collection():
         imports.begin(quantised=False, whole=False)
-        importlib.import_module("trainer.train")
+        from trainer import train
+
         imports.lean(quantised=False, whole=False)
-        if visible_gpus():
+        if not on_cpu:
             importlib.import_module("trainer.fast")
+    while not path.with_name(LAUNCHED).exists():
+        if os.getppid() != started_by:
+            return NOT_LAUNCHED
+        time.sleep(0.01)
+    checker.wait()
+    try:
+        job = read_job(path)
+        alone = job.processes == 1 and read_machines(os.environ) is None
+    except (OSError, ValueError) as error:
+        return refuse(run, error)
+    if not alone or job.model.precision in QUANTISED or (on_cpu and cpu_threads(job, run) > 1):
+        os.execve(sys.executable, [sys.executable, "-m", "trainer.launch", str(path)], given)  # imports in other processes, or other imports
+    os.environ["MILKTEA_STARTED"] = repr(time.time())
+    surround(job, run, os.environ)
+    return train.to_end(path)
+
+
+def read_launched(path: Path) -> Job:
+    """The job, when it is launched."""
+    while not path.with_name(LAUNCHED).exists():
+        time.sleep(0.01)
+    return read_job(path)
 
 
 def read_job(path: Path) -> Job:
@@ -96,7 +126,7 @@ def train_here(job: Job, path: Path) -> int:
     """Imports torch and trains, in this process, while a fork of it checks. What the fork refuses ends this process, even in the middle of an
     import."""
     surround(job, path.resolve().parent, os.environ)
-    checker = Checker(job, path.resolve().parent)
+    checker = Checker(lambda: check(job, path.resolve().parent), path.resolve().parent)
     with imports.without_collection():
         imports.begin(job.model.precision in QUANTISED, whole=False)
         from trainer import train
@@ -104,20 +134,20 @@ def train_here(job: Job, path: Path) -> int:
 
 
 class Checker:
-    """A fork of this process that runs `check`, and tells what it refuses."""
+    """A fork of this process that runs `look`, and tells what it refuses."""
 
-    def __init__(self, job: Job, run: Path) -> None:
+    def __init__(self, look: Callable[[], None], run: Path) -> None:
         self._done, parent = False, os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
             die_with(parent)
-            os._exit(self._check(job, run))
+            os._exit(self._check(look, run))
         signal.signal(signal.SIGCHLD, self._look)
 
     @staticmethod
-    def _check(job: Job, run: Path) -> int:
+    def _check(look: Callable[[], None], run: Path) -> int:
         try:
-            check(job, run)
+            look()
         except (OSError, ValueError) as error:
             return refuse(run, error)
         except BaseException:

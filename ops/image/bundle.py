@@ -1,16 +1,16 @@
 """A bundle: a folder that explains itself and brings an image, its base models and an installer to a server without a network.
 
     INSTALL.sh  README.{en,zh}.txt      what to run, what to read
-    PLAN                                what INSTALL.sh follows, one fact a line (a shell cannot read JSON)
+    PLAN  FACTS                         what INSTALL.sh follows, one fact a line (a shell cannot read JSON): of this bundle, of its image
     MANIFEST.json                       the same for programs: every file, its hash, its role, the layers
     SHA256SUMS  .sig  .openssl  keys/   one line a file; the signature is over this
     parts/NN-NAME-HASH.tar[.vNNN]       plain `docker load` archives: one large layer each, or a run of small ones
     models/SET/...  parity/P.NN  sbom/  licenses/  tools/  image.lock
-    RECIPES  parts/changes-ID.bin       of an update: how the server makes new files of those that it kept (ops/image/update.py)
+    RECIPES  CHANGES  parts/changes-ID.bin   of an update: how the server makes new files of those that it kept (ops/image/update.py)
 
 An update (``base``) carries the layers that the base lacks; of a small layer, and of the papers, only what changed. Where a
 changed layer lies under unchanged ones, the overlay2 store needs those again: INSTALL.sh takes them from what it kept, or
-from the image on the server, and the bundle has only their archive headers.
+from the image on the server.
 The same inputs give the same bytes, but for the signature: ECDSA draws a random number.
 """
 
@@ -27,8 +27,8 @@ from ops.image import archive, papers, parity, sign, volumes
 from ops.image import update as updates
 from ops.image.cargo import Cargo, Options, models_beside
 from ops.image.papers import Kept
-from ops.image.stair import Step, borrowed_headers, bundle_id, plan_steps, safe, step_name, step_tag
-from ops.image.update import Update
+from ops.image.stair import Step, bundle_id, plan_steps, safe, step_name, step_tag
+from ops.image.update import NOTHING, Update
 
 FEW = 4  # volumes: an update is small, and parity over fewer would cost more than a quarter of it
 
@@ -50,18 +50,18 @@ def write_bundle(cargo: Cargo, out: Path, options: Options = Options(), progress
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty", hint=f"rm -r {out}, or name another folder")
     held = papers.kept(cargo)
-    update = updates.plan(held.files(without=options.base.layers), options.kept) if options.base else Update({}, b"")
-    rebuilt = [k for k, x in enumerate(cargo.image.layers, 1) if f"layers/{safe(x.name)}" in update.recipes]
+    update = updates.plan(held.files(without=options.base.layers), options.kept) if options.base else NOTHING
+    rebuilt = [k for k, x in enumerate(cargo.image.layers, 1) if f"layers/{safe(x.name)}" in update.made]
     steps = plan_steps(cargo.image, options.base, rebuilt)
     _check_room(cargo, steps, options, out)
     folder = out.with_name(out.name + ".part")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     progress(f"writing {len(steps)} archives")
-    files = _write_parts(cargo, steps, folder, options, papers.HEAD in update.recipes)
-    if update.changes:
+    files = _write_parts(cargo, steps, folder, options, papers.HEAD in update.made)
+    if update.layers:
         with volumes.Writer(folder, papers.changes_name(cargo), options.volume_bytes, role="part") as changes:
-            changes.write(update.changes)
+            changes.write(update.layers)
         files |= changes.files
     files |= _write_models(cargo, folder, options)
     files |= _write_parity(files, folder, options)
@@ -75,7 +75,8 @@ def write_bundle(cargo: Cargo, out: Path, options: Options = Options(), progress
 
 
 def _write_parts(cargo: Cargo, steps: list[Step], folder: Path, options: Options, headless: bool) -> volumes.Files:
-    """Two threads: hashing releases the interpreter, and layers are big. ``headless``: the server makes the last one's head."""
+    """Two threads: hashing releases the interpreter, and layers are big. ``headless``: the server makes the last one's head, and
+    all of it where it makes the layers too."""
     (folder / "parts").mkdir()
 
     def one(step: Step) -> volumes.Files:
@@ -86,11 +87,10 @@ def _write_parts(cargo: Cargo, steps: list[Step], folder: Path, options: Options
                 archive.write_archive(shown, out, carry=step.carry, headless=headless and step is steps[-1])  # type: ignore[arg-type]
             except OSError as error:
                 raise PreflightError(f"{name}: {error}", hint=f"make image IMAGE={cargo.lock.image}") from error
-        headers = borrowed_headers(cargo.image, step)
-        return out.files | (volumes.write_small(folder, f"{name}.reuse", headers, role="headers") if headers else {})
+        return out.files
 
     with ThreadPoolExecutor(2) as pool:
-        return volumes.merge(pool.map(one, steps))
+        return volumes.merge(pool.map(one, [s for s in steps if s.carry or not headless or s is not steps[-1]]))
 
 
 def _write_models(cargo: Cargo, folder: Path, options: Options) -> volumes.Files:
@@ -133,13 +133,16 @@ def _write_papers(
     cargo: Cargo, steps: list[Step], files: volumes.Files, folder: Path, options: Options, held: Kept, update: Update
 ) -> None:
     """The files that explain and install; in no parity group, because one must read them to use parity."""
-    texts = {path: data for path, data in held.papers.items() if path not in update.recipes}
+    texts = {path: data for path, data in held.papers.items() if path not in update.made}
     if options.base and updates.has(options.kept, held.papers["INSTALL.sh"]):
         texts["INSTALL.sh"] = papers.update_stub(held.papers["INSTALL.sh"]).encode()
     if update.recipes:
         texts["RECIPES"] = update.text().encode()
-    texts["PLAN"] = "".join(line + "\n" for line in papers.plan(cargo, steps, files, options, held, papers.HEAD in update.recipes)).encode()
-    texts["preflight.json"] = papers.as_json(papers.needs(cargo)).encode()
+    if update.papers:
+        texts["CHANGES"] = update.papers
+    texts["PLAN"] = "".join(line + "\n" for line in papers.plan(cargo, steps, files, options, held, papers.HEAD in update.made)).encode()
+    if not options.base:
+        texts["preflight.json"] = papers.as_json(papers.needs(cargo)).encode()
     texts |= {f"README.{x}.txt": papers.readme(cargo, files, options, x).encode() for x in ("en", "zh")}
     texts |= {f"keys/{name}": data for name, data in (sign.public_files(options.key) if options.key else {}).items()}
     for name, data in texts.items():

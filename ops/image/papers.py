@@ -19,7 +19,7 @@ from ops.image.stair import Step, bundle_id, final_tag, plan_steps, safe, stair,
 from ops.image.update import KEPT_BYTES
 
 SERVER = Path(__file__).parent / "server"
-FORMAT = 2
+FORMAT = 3
 HEAD = "image/head.tar"  # what the last archive begins with: several kilobytes that an update mostly repeats
 
 
@@ -66,12 +66,16 @@ def kept(cargo: Cargo) -> Kept:
         {f"layers/{safe(x.name)}": x for x in cargo.image.layers if x.blob_bytes <= KEPT_BYTES},
         archive.head(replace(cargo.image, tag=final_tag(cargo.image))),
     )
+    sizes = {path: len(data) for path, data in found.papers.items()} | {HEAD: len(found.head)}
+    sizes |= {path: layer.blob_bytes for path, layer in found.layers.items()}
+    rows = "".join(f"{row}\n" for row in facts(cargo, found.hashes(), sizes))
+    found = replace(found, papers={"FACTS": rows.encode(), **found.papers})
     lock = dumps(cargo.lock.model_copy(update={"kept": dict(sorted(found.hashes().items()))}))
     return replace(found, papers={**found.papers, "image.lock": lock.encode()})
 
 
 def changes_name(cargo: Cargo) -> str:
-    """Where an update has the bytes that its recipes take."""
+    """Where an update has the bytes that the recipes of layers take; those of papers take theirs from CHANGES."""
     return f"parts/changes-{bundle_id(cargo.image)}.bin"
 
 
@@ -87,16 +91,11 @@ def tools() -> dict[str, str]:
     return found | {"evidence.py": (SERVER.parent / "evidence.py").read_text("utf-8")}
 
 
-def plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options, held: Kept, headless: bool) -> list[str]:
-    """What INSTALL.sh reads: one fact a line, fields apart by spaces; server/install/10-plan.sh is its reader."""
+def facts(cargo: Cargo, hashes: dict[str, str], sizes: dict[str, int]) -> list[str]:
+    """What INSTALL.sh reads and what is true of the image however it is cut, so that an update repeats little of it: one fact a
+    line, fields apart by spaces; server/install/10-plan.sh is the reader."""
     image, lock = cargo.image, cargo.lock
-    state = dict.fromkeys(range(1, len(image.layers) + 1), "base")
-    state |= {k: word for s in steps for word, layers in (("carried", s.carry), ("reuse", s.reuse), ("rebuilt", s.rebuilt)) for k in layers}
     lines = [
-        f"milktea-bundle {FORMAT}",
-        f"name {lock.image}",
-        f"id {bundle_id(image)}",
-        f"kind {'delta' if options.base else 'full'}",
         f"ref {final_tag(image)}",
         f"stair {stair(image)}",
         f"wire {lock.wire}",
@@ -107,45 +106,55 @@ def plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options
         f"memory_bytes {cargo.memory_bytes}",
         f"prove {' '.join(cargo.prove)}",
     ]
-    lines += [f"signature {name}" for name in sign.signature_names("SHA256SUMS", options.key)] if options.key else []
-    lines += [f"since {options.base.ref}"] if options.base else []
     lines += [f"evidence {cargo.evidence}"] if cargo.evidence else []
     lines += [f"tool {name}" for name in tools()]
-    lines += [
-        f"layer {k} {x.diff_id} {x.size_bytes} {x.blob_sha256} {x.blob_bytes} {safe(x.name)} {state[k]}" for k, x in enumerate(image.layers, 1)
+    lines += [f"layer {k} {x.diff_id} {x.size_bytes} {x.blob_sha256} {x.blob_bytes} {safe(x.name)}" for k, x in enumerate(image.layers, 1)]
+    lines += [f"full {s.first} {s.last} {step_name(image, s)}" for s in plan_steps(image, None)]
+    lines += [f"line {line_row(x)}" for x in (*cargo.lines, *([] if cargo.line in cargo.lines else [cargo.line]))]
+    return lines + [f"keep {digest} {sizes[path]} {path}" for path, digest in hashes.items()]
+
+
+def plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options, held: Kept, headless: bool) -> list[str]:
+    """What INSTALL.sh reads of this bundle: what is in it and what the server adds. The rest is in the facts."""
+    image = cargo.image
+    lines = [
+        f"milktea-bundle {FORMAT}",
+        f"name {cargo.lock.image}",
+        f"id {bundle_id(image)}",
+        f"kind {'delta' if options.base else 'full'}",
     ]
-    if options.base:
-        lines += [f"full {s.first} {s.last} {step_name(image, s)} {step_tag(image, s)}" for s in plan_steps(image, None)]
+    lines += [f"signature {name}" for name in sign.signature_names("SHA256SUMS", options.key)] if options.key else []
+    lines += [f"since {options.base.ref}"] if options.base else []
+    for word, layers in (("reuse", [k for s in steps for k in s.reuse]), ("rebuilt", [k for s in steps for k in s.rebuilt])):
+        lines += [f"{word} {' '.join(map(str, layers))}"] if layers else []
     if changes := [path for path in files if path.startswith(changes_name(cargo))]:
         lines.append(f"changes {','.join(sorted(changes))}")
     for step in steps:
-        name = step_name(image, step)
-        reuse = f"{name}.reuse" if step.borrowed else "-"
         head = HEAD if headless and step is steps[-1] else "-"
-        lines.append(f"step {step.first} {step.last} {step_tag(image, step)} {volumes.joined(files, name)} {reuse} {head}")
-    lines += [f"line {line_row(x)}" for x in (*cargo.lines, *([] if cargo.line in cargo.lines else [cargo.line]))]
+        carried = volumes.joined(files, step_name(image, step)) if step.carry or head == "-" else "-"
+        lines.append(f"step {step.first} {step.last} {carried} {head}")
     for model in models_beside(cargo, options):
         short = model.set_digest.removeprefix("sha256:")
         lines.append(f"model {short} {sum(f.size_bytes for f in model.files)} {safe_path(model.name)} {model.license or 'unknown'}")
         lines += [f"mfile {short} {f.size_bytes} {f.sha256} {f.path} {volumes.joined(files, f'models/{short}/{f.path}')}" for f in model.files]
-    lines += [f"vol {p} {f.size_bytes} {f.sha256} {f.group}" for p, f in files.items() if f.role in ("part", "model", "headers")]
+    lines += [f"vol {p} {f.size_bytes} {f.sha256} {f.group}" for p, f in files.items() if f.role in ("part", "model")]
     lines += [f"parity {p} {f.size_bytes} {f.sha256} {f.group}" for p, f in files.items() if f.role == "parity"]
-    return lines + _keep_rows(image, steps, files, held, headless)
+    lines += [f"keep {held.hashes()[path]} {len(held.papers[path])} {path}" for path in ("FACTS", "image.lock")]
+    return lines + _blob_rows(image, steps, files, held, headless)
 
 
-def _keep_rows(image: archive.Image, steps: list[Step], files: volumes.Files, held: Kept, headless: bool) -> list[str]:
-    """Each thing to keep: hash, bytes, path, and for a carried layer the volumes and the place in them where its blob begins."""
-    at = {}
+def _blob_rows(image: archive.Image, steps: list[Step], files: volumes.Files, held: Kept, headless: bool) -> list[str]:
+    """Of what is to be kept and carried in archives: its hash, the volumes, and where in them it begins."""
+    rows, small = [], {layer.blob_sha256 for layer in held.layers.values()}
     for step in steps:
         name = step_name(image, step)
         shown = archive.prefix(image, step.last, step_tag(image, step))
         for k, offset in archive.offsets(shown, step.carry, headless and step is steps[-1]).items():
-            at[image.layers[k - 1].blob_sha256] = f"{volumes.joined(files, name)} {offset}"
-    rows = [f"keep {digest} {len(held.papers[path])} {path} - 0" for path, digest in held.hashes().items() if path in held.papers]
-    if steps:
-        last = "- 0" if headless else f"{volumes.joined(files, step_name(image, steps[-1]))} 0"
-        rows.append(f"keep {held.hashes()[HEAD]} {len(held.head)} {HEAD} {last}")
-    return rows + [f"keep {x.blob_sha256} {x.blob_bytes} {path} {at.get(x.blob_sha256, '- 0')}" for path, x in held.layers.items()]
+            if (blob := image.layers[k - 1].blob_sha256) in small:
+                rows.append(f"blob {blob} {volumes.joined(files, name)} {offset}")
+    if steps and not headless:
+        rows.append(f"blob {held.hashes()[HEAD]} {volumes.joined(files, step_name(image, steps[-1]))} 0")
+    return rows
 
 
 def line_row(line: Line) -> str:
@@ -172,7 +181,7 @@ def needs(cargo: Cargo) -> dict[str, Any]:
 
 
 def manifest(cargo: Cargo, files: volumes.Files, options: Options, held: Kept) -> dict[str, Any]:
-    """The bundle for programs; of an update only what the base has not."""
+    """The bundle for programs; of an update only what the base has not, and no more of its papers than SHA256SUMS says."""
     image, has = cargo.image, set(options.base.layers) if options.base else set()
     return {
         "milktea_bundle": FORMAT,
@@ -191,8 +200,12 @@ def manifest(cargo: Cargo, files: volumes.Files, options: Options, held: Kept) -
             ],
         },
         "models": [m.model_dump() for m in models_beside(cargo, options)],
-        "kept": {path: digest for path, digest in held.hashes().items() if digest not in options.kept},
-        "files": {p: {"bytes": f.size_bytes, "sha256": f.sha256, "role": f.role, "parity_group": f.group} for p, f in sorted(files.items())},
+        "kept": {path: digest for path, digest in held.hashes().items() if not options.base or path == "image.lock"},
+        "files": {
+            p: {"bytes": f.size_bytes, "sha256": f.sha256, "role": f.role, "parity_group": f.group}
+            for p, f in sorted(files.items())
+            if not options.base or f.role != "small"
+        },
     }
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tarfile
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ops.image.archive import Image, Layer
+from ops.image.archive import Image
 from ops.image.inventory import Present, shared_prefix
 
 SMALL_BYTES = 32_000_000
@@ -86,19 +85,6 @@ def final_tag(image: Image) -> str:
 def stair(image: Image) -> str:
     """The beginning of the tags of the images that exist while a bundle is loaded."""
     return f"{image.tag.rpartition(':')[0] or image.tag}:stair-{bundle_id(image)[:8]}"
-
-
-def borrowed_headers(image: Image, step: Step) -> bytes:
-    """The tar headers under which borrowed layers stand where the archive's manifests expect their blobs: of each layer one
-    for the uncompressed tar, which `docker save` gives back, and one for the gzip blob, which the server kept or rebuilt."""
-    found = [image.layers[k - 1] for k in step.borrowed]
-    return b"".join(_header(layer, size) for layer in found for size in (layer.size_bytes, layer.blob_bytes))
-
-
-def _header(layer: Layer, size: int) -> bytes:
-    entry = tarfile.TarInfo(f"blobs/sha256/{layer.blob_sha256}")
-    entry.size, entry.mode = size, 0o644
-    return entry.tobuf(tarfile.GNU_FORMAT)
 
 
 def safe(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-Role = Literal["part", "headers", "model", "parity", "small"]
+Role = Literal["part", "model", "parity", "small"]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def peak_of(folder: Path, work: Callable[[], object]) -> tuple[float, int, int]:
 
 
 def plan(bundle: Path, key: str) -> list[list[str]]:
-    return [line.split()[1:] for line in (bundle / "PLAN").read_text().splitlines() if line.split()[0] == key]
+    text = "".join((bundle / name).read_text() for name in ("PLAN", "FACTS"))
+    return [line.split()[1:] for line in text.splitlines() if line.split()[0] == key]
 
 
 def docker(*arguments: str) -> str:
@@ -88,7 +89,7 @@ def show(measured: tuple[float, int, int], final: int, largest: int) -> str:
 
 def by_hand(bundle: Path) -> None:
     for step in plan(bundle, "step"):
-        docker("load", "-q", "-i", str(bundle / step[3]))
+        docker("load", "-q", "-i", str(bundle / step[2]))
 
 
 def installed(bundle: Path) -> None:
@@ -113,7 +114,7 @@ def merge(bundle: Path, out: Path) -> None:
 
     with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as target:
         for step in reversed(plan(bundle, "step")):
-            with tarfile.open(bundle / step[3]) as part:
+            with tarfile.open(bundle / step[2]) as part:
                 for member in part:
                     blobs = {x[3] for x in plan(bundle, "layer")}
                     if step[1] == plan(bundle, "step")[-1][1] or member.name.rpartition("/")[2] in blobs:

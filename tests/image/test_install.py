@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -324,7 +325,7 @@ def test_no_space_is_said_with_the_number_before_anything_is_copied(tiny: Any, i
     layers = sum(x.size_bytes for x in image.layers)
     largest = max(sum(x.blob_bytes for x in image.layers[step.first - 1 : step.last]) for step in stair.plan_steps(image, None))
     assert ran.code == 3 and found["verdict"] == "fail" and "3072 KB free" in found["measured"]
-    held = papers.kept(tiny.cargo())
+    held = papers.kept(tiny.cargo(CU130, (CU130, CU126)))
     kept = sum(map(len, held.by_hash().values())) + sum(x.blob_bytes for x in held.layers.values())
     assert f"free {(layers + largest + 500_022 + kept - 3_072_000) // 1000} KB there" in found["remedy"]
     assert not (tmp_path / "prefix").exists()
@@ -449,17 +450,34 @@ def test_every_shell_makes_the_files_of_an_update_to_the_byte(tiny: Any, tmp_pat
     tiny.contents["trainer"]["app/3.py"] = random.Random(30).randbytes(9_000)
     tiny.pack(tmp_path / "b", Options(base=base, kept=kept, volume_bytes=10_000))
     wanted = papers.kept(tiny.cargo()).files(without=base.layers)
-    text = "".join((INSTALL / name).read_text() for name in ("10-plan.sh", "45-kept.sh"))
-    call = f"has() {{ command -v $1 >/dev/null 2>&1; }}\n{text}\nBUNDLE={tmp_path}/b WORK={tmp_path}/work PREFIX={tmp_path}/prefix ALSO= ID=x\n"
-    call += "choose_hasher\nread_recipes\nwhile read -r f _ <&8; do can_restore $f && restore $f || echo $f; done 8<$WORK/recipes"
+    text = "".join((INSTALL / name).read_text() for name in ("00-head.sh", "10-plan.sh", "45-kept.sh")).replace("$(dirname \"$0\")", ".")
+    call = f"{text}\nBUNDLE={tmp_path}/b WORK={tmp_path}/work PREFIX={tmp_path}/prefix\nchoose_hasher\nis_a_bundle\nread_plan\n"
+    call += "rows keep | while read -r _ _ f; do [ -f $BUNDLE/$f ] || { can_restore $f && restore $f; } || echo $f; done"
     (tmp_path / "work").mkdir()
     ran = subprocess.run([*shell.split(), "-c", call], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
     made = {str(p.relative_to(tmp_path / "work/restored")): p.read_bytes() for p in (tmp_path / "work/restored").rglob("*") if p.is_file()}
-    assert "layers/trainer" in made and "image.lock" in made
-    assert made == {path: data if isinstance(data, bytes) else data.read_bytes() for path, data in wanted.items() if path in made}
-    for digest in kept:
-        (folder / digest).unlink()
+    assert {"layers/trainer", "layers/wheel-a", "image.lock", "FACTS", "image/head.tar"} <= set(made)
+    assert all(made[path] == (data if isinstance(data, bytes) else data.read_bytes()) for path, data in wanted.items() if path in made)
+    lock = [digest for digest, path in kept.items() if path and path.read_bytes().startswith(b"# Written")]
+    (folder / lock[0]).unlink()
     shutil.rmtree(tmp_path / "work/restored")
     ran = subprocess.run([*shell.split(), "-c", call], capture_output=True, text=True)
-    assert ran.stdout.split() and not list((tmp_path / "work").glob("restored/*/*"))
+    assert ran.stdout == "image.lock\n" and not (tmp_path / "work/restored/image.lock").exists()
+    for digest in kept:
+        (folder / digest).unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "work/restored")
+    ran = subprocess.run([*shell.split(), "-c", call], capture_output=True, text=True)
+    assert ran.returncode == 3 and "FACTS cannot be made" in ran.stderr and "--also DIR" in ran.stderr
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell_writes_the_header_of_a_tar_member_as_tarfile_does(shell: str) -> None:
+    if not shutil.which(shell.split()[0]):
+        pytest.skip(f"{shell} is not on this machine")
+    text = (INSTALL / "50-load.sh").read_text()
+    for size in (0, 9, 1_234_567_890):
+        entry = tarfile.TarInfo(f"blobs/sha256/{hashlib.sha256(bytes(size % 7)).hexdigest()}")
+        entry.size, entry.mode = size, 0o644
+        ran = subprocess.run([*shell.split(), "-c", f"{text}\ntar_header {entry.name} {size}"], capture_output=True)
+        assert (ran.stdout, ran.stderr) == (entry.tobuf(tarfile.GNU_FORMAT), b"")

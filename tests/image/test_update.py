@@ -29,33 +29,38 @@ def layer(dice: random.Random, sizes: list[int]) -> list[bytes]:
     return [packed_member(dice.randbytes(size)) for size in sizes]
 
 
+def written(folder: Path, members: list[bytes]) -> dict[str, Path]:
+    (folder / "new").write_bytes(b"".join(members))
+    return {"layers/x": folder / "new"}
+
+
 def test_a_layer_in_which_one_member_changed_carries_that_member(tmp_path: Path) -> None:
     dice = random.Random(1)
     members = layer(dice, [5000] * 20)
     kept = keep(tmp_path, b"".join(members))
     members[7] = packed_member(dice.randbytes(300))
-    made = update.plan({"layers/x": b"".join(members)}, kept)
-    assert made.changes == members[7]
-    assert update.rebuild(made.recipes["layers/x"], made.changes, kept) == b"".join(members)
+    made = update.plan(written(tmp_path, members), kept)
+    assert (made.layers, made.papers) == (members[7], b"")
+    assert update.rebuild(made.recipes["layers/x"], made.layers, kept) == b"".join(members)
 
 
 def test_members_that_moved_to_another_layer_are_found_there(tmp_path: Path) -> None:
     one, two = layer(random.Random(2), [4000] * 5), layer(random.Random(3), [4000] * 5)
     kept = keep(tmp_path, b"".join(one), b"".join(two))
-    new = b"".join([two[4], one[0], two[0], two[1]])
-    made = update.plan({"layers/x": new}, kept)
-    assert made.changes == b"" and len(made.recipes["layers/x"].pieces) == 3
+    made = update.plan(written(tmp_path, [two[4], one[0], two[0], two[1]]), kept)
+    assert made.layers == b"" and len(made.recipes["layers/x"].pieces) == 3
 
 
-def test_a_file_that_is_kept_whole_costs_one_row_even_where_its_content_is_not_on_this_machine(tmp_path: Path) -> None:
+def test_a_file_that_is_kept_whole_costs_nothing_even_where_its_content_is_not_on_this_machine(tmp_path: Path) -> None:
     data = b"the same tool\n" * 100
     made = update.plan({"tools/x": data}, {hashlib.sha256(data).hexdigest(): None})
-    assert made.changes == b"" and len(made.recipes["tools/x"].rows()) == 2
+    assert made == update.Update({}, frozenset({"tools/x"})) and made.text() == ""
 
 
 def test_what_has_nothing_in_common_with_the_kept_files_has_no_recipe(tmp_path: Path) -> None:
     kept = keep(tmp_path, b"".join(layer(random.Random(4), [5000] * 5)))
-    assert update.plan({"layers/x": b"".join(layer(random.Random(5), [5000] * 5))}, kept) == update.Update({}, b"")
+    assert update.plan(written(tmp_path, layer(random.Random(5), [5000] * 5)), kept) == update.NOTHING
+    assert update.plan({"paper": random.Random(6).randbytes(3000)}, kept) == update.NOTHING
 
 
 @settings(max_examples=150, deadline=None)
@@ -67,7 +72,17 @@ def test_any_edited_text_is_rebuilt_to_the_byte(tmp_path_factory: pytest.TempPat
     kept = keep(tmp_path_factory.mktemp("kept"), old.encode())
     made = update.plan({"paper": new.encode()}, kept)
     for recipe in made.recipes.values():
-        assert update.rebuild(recipe, made.changes, kept) == new.encode()
+        assert update.rebuild(recipe, made.papers, kept) == new.encode()
+
+
+def test_of_a_paper_full_of_repetitions_the_one_changed_hash_travels(tmp_path: Path) -> None:
+    rows = [f'{{"hashes": [{{"alg": "SHA-256", "content": "{hashlib.sha256(bytes([n])).hexdigest()}"}}]}}' for n in range(100)]
+    kept = keep(tmp_path, "\n".join(rows).encode(), b"")
+    rows[50] = rows[50].replace(rows[50][41:105], hashlib.sha256(b"new").hexdigest())
+    made = update.plan({"one": "\n".join(rows).encode(), "two": "\n".join(rows[:90]).encode()}, kept)
+    assert len(made.papers) <= 2 * 64 and len(made.text()) < 150
+    for name, text in (("one", rows), ("two", rows[:90])):
+        assert update.rebuild(made.recipes[name], made.papers, kept) == "\n".join(text).encode()
 
 
 def test_an_update_is_a_few_kilobytes_where_the_server_kept_the_bundle_before(tiny: Any, tmp_path: Path) -> None:

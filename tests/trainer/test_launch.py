@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,9 +59,58 @@ def test_two_processes_asked_to_stop_leave_a_checkpoint_and_exit_with_143(run_fo
     assert events_of(job)[-1]["event"] == "checkpoint"
 
 
-def test_a_box_that_waits_for_its_data_may_warm_up() -> None:
-    done = subprocess.run([*COMMAND, "--warm"], capture_output=True, text=True, env=environment(), timeout=150)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def standing_by(job: Path, **more: str) -> subprocess.Popen[str]:
+    line = [*COMMAND, "--stand-by", "job.json"]
+    return subprocess.Popen(line, cwd=job.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment() | more)
+
+
+def ended(child: subprocess.Popen[str], within_s: float = 120) -> tuple[int, str]:
+    """Exit code and output."""
+    try:
+        output, _ = child.communicate(timeout=within_s)
+        return child.returncode, output
+    finally:
+        child.kill()
+
+
+@pytest.mark.parametrize(("processes", "precision"), [(1, "fp32"), (2, "fp32"), (1, "nf4")])
+def test_a_trainer_that_stands_by_trains_what_it_finds_when_it_is_launched(run_folder: Make, processes: int, precision: str) -> None:
+    """In its own process; anew where the job wants several, or other imports."""
+    job = run_folder(training={"max_steps": 3}, processes=processes)
+    text = job.read_text().replace('"precision": "fp32"', f'"precision": "{precision}"')
+    job.unlink()  # it comes later, with the data
+    child = standing_by(job)
+    time.sleep(0.2)
+    job.write_text(text)
+    assert child.poll() is None and not (job.parent / "events.jsonl").exists()
+    (job.parent / launch.LAUNCHED).touch()
+    code, output = ended(child)
+    assert code == 0, output
+    assert manifest_of(job)["steps"] == 3 and events_of(job)[0]["processes"] == processes
+
+
+def test_a_trainer_that_stands_by_refuses_as_any_other(run_folder: Make) -> None:
+    job = run_folder(data=[{"instruction": "a"}])
+    (job.parent / launch.LAUNCHED).touch()
+    code, output = ended(standing_by(job))
+    assert code == 3 and "train.jsonl:1" in output
+    assert [e["event"] for e in events_of(job)] == ["failed"]
+
+
+def test_a_trainer_stands_by_no_longer_than_who_started_it(run_folder: Make, tmp_path: Path) -> None:
+    """Its pipe closes when it is gone."""
+    job = run_folder()
+    line = f"{sys.executable} -m trainer.launch --stand-by job.json & echo $!; exec sleep 100"
+    parent = subprocess.Popen(["sh", "-c", line], cwd=job.parent, stdout=subprocess.PIPE, text=True, env=environment())
+    assert parent.stdout is not None
+    maps = Path(f"/proc/{int(parent.stdout.readline())}/maps")
+    wait_for(lambda: "libtorch" in maps.read_text(), 60)
+    parent.kill()
+    rest = threading.Thread(target=parent.stdout.read, daemon=True)
+    rest.start()
+    rest.join(60)
+    assert not rest.is_alive()
+    parent.wait()
 
 
 @pytest.mark.parametrize(

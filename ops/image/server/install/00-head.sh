@@ -37,7 +37,7 @@ if [ "$(id -u)" = 0 ]; then PREFIX=/opt/milktea; else PREFIX=${HOME:-/var/tmp}/m
 # Where the server's own files are seen from, for a rescue shell that has the server mounted elsewhere.
 HOST=${MILKTEA_HOST_ROOT:-}
 DOCKER=${DOCKER:-docker}
-WORK='' LOCKED='' TOUCHED=''
+WORK='' LOCKED='' TOUCHED='' FACTS=''
 
 say() { printf '%s\n' "$*" >&3; }
 

@@ -1,33 +1,52 @@
 
-# --- the plan: what the bundle holds, one fact a line; written by the packer, covered by SHA256SUMS -------------------------
+# --- the plan: PLAN says what this bundle holds, FACTS what its image is; one fact a line, both covered by SHA256SUMS --------
 
 plan() { # plan KEY: the rest of the first line that begins with KEY
-    local _k _rest
-    while read -r _k _rest; do
-        if [ "$_k" = "$1" ]; then
-            echo "$_rest"
-            return 0
-        fi
-    done <"$BUNDLE/PLAN"
+    local _k _rest _file
+    for _file in "$BUNDLE/PLAN" ${FACTS:+"$FACTS"}; do
+        while read -r _k _rest; do
+            if [ "$_k" = "$1" ]; then
+                echo "$_rest"
+                return 0
+            fi
+        done <"$_file"
+    done
     return 1
 }
 
 rows() { # rows KEY: the rest of every line that begins with KEY
-    local _k _rest
-    while read -r _k _rest; do
-        [ "$_k" = "$1" ] && echo "$_rest"
-    done <"$BUNDLE/PLAN"
+    local _k _rest _file
+    for _file in "$BUNDLE/PLAN" ${FACTS:+"$FACTS"}; do
+        while read -r _k _rest; do
+            [ "$_k" = "$1" ] && echo "$_rest"
+        done <"$_file"
+    done
     return 0
 }
 
-read_plan() {
-    local _f _n _diff _rest
+is_a_bundle() {
+    local _f
     for _f in PLAN SHA256SUMS; do
         [ -f "$BUNDLE/$_f" ] || die 4 "$BUNDLE/$_f is missing: this is not a whole bundle" "copy $_f from the sender's disk again"
     done
-    [ "$(plan milktea-bundle)" = 2 ] || die 4 "PLAN is damaged, or of a newer milktea than this INSTALL.sh" "copy the whole bundle again"
-    NAME=$(plan name) REF=$(plan ref) REPO=${REF%:*} ID=$(plan id) KIND=$(plan kind) CUDA=$(plan cuda) STAIR=$(plan stair)
-    rows layer >"$WORK/layers"
+    [ "$(plan milktea-bundle)" = 3 ] || die 4 "PLAN is damaged, or of a newer milktea than this INSTALL.sh" "copy the whole bundle again"
+    NAME=$(plan name) ID=$(plan id) KIND=$(plan kind)
+}
+
+# After PLAN has proved whole. An update makes its facts of those that the server kept.
+read_plan() {
+    local _n _diff _rest _reuse _rebuilt _state
+    read_recipes
+    [ -f "$BUNDLE/FACTS" ] || restore FACTS || die 3 "FACTS cannot be made of what $PREFIX/kept has" "carry the full bundle of $ID and add --also DIR"
+    FACTS=$(paper FACTS)
+    REF=$(plan ref) REPO=${REF%:*} CUDA=$(plan cuda) STAIR=$(plan stair)
+    _reuse=" $(plan reuse) " _rebuilt=" $(plan rebuilt) "
+    rows layer | while read -r _n _rest; do
+        _state=other
+        case $_reuse in *" $_n "*) _state=reuse ;; esac
+        case $_rebuilt in *" $_n "*) _state=rebuilt ;; esac
+        echo "$_n $_rest $_state"
+    done >"$WORK/layers"
     while read -r _n _diff _rest; do echo "$_diff"; done <"$WORK/layers" >"$WORK/want"
     DEPTH=$(wc -l <"$WORK/want")
     DEPTH=$((DEPTH + 0))

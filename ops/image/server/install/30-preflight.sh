@@ -96,7 +96,6 @@ preflight() {
     check_platform
     check_engine
     check_bundle
-    read_recipes
     if [ -n "$ENGINE" ]; then
         take_stock
         check_base
@@ -175,16 +174,15 @@ ROWS
 
 # For an update: which layers must come from what is on the server, and are they there?
 check_base() {
-    local _missing _n _last _tag _files _reuse _rest
+    local _missing _n _last _files _rest
     [ "$KIND" = delta ] || return 0
     _missing=''
-    while read -r _n _last _rest; do
-        case $_n in layers/* | image/*) ;; *) can_restore "$_n" || _missing="$_missing $_n" ;; esac
-    done <"$WORK/recipes"
+    absent_papers >"$WORK/absent"
+    while read -r _n; do can_restore "$_n" || _missing="$_missing $_n"; done <"$WORK/absent"
     choose_steps >"$WORK/steps"
     # what choose_steps could only find in the full bundle must be there
-    while read -r _n _last _tag _files _reuse _rest; do
-        is_carried "$_files" || where "$_files" >/dev/null || _missing="$_missing $_files"
+    while read -r _n _last _files _rest; do
+        [ "$_files" = - ] || is_carried "$_files" || where "$_files" >/dev/null || _missing="$_missing $_files"
     done <"$WORK/steps"
     if [ -z "$_missing" ]; then check base ok "the layers that this update builds on are here" "$(plan since)" "nothing to do"
     else check base fail "pruned or never installed: $(plan since)" "its layers" "carry the full bundle of $ID, or only these files of it, and add --also DIR:$_missing"; fi
@@ -198,8 +196,8 @@ is_carried() { # is_carried FILES: they are volumes of this bundle
 }
 
 full_part() { # full_part N: what the full bundle calls the archive with layer N
-    local _first _last _path _rest
-    rows full | while read -r _first _last _path _rest; do
+    local _first _last _path
+    rows full | while read -r _first _last _path; do
         if [ "$_first" -le "$1" ] && [ "$_last" -ge "$1" ]; then echo "$_path"; fi
     done
 }

@@ -116,71 +116,75 @@ load_image() {
 whole_image() { layers_of "$REF" >"$WORK/got" && [ "$(same_prefix "$WORK/want" "$WORK/got")" -eq "$DEPTH" ] && [ "$(wc -l <"$WORK/got")" -eq "$DEPTH" ]; }
 
 climb() {
-    local _first _last _tag _files _reuse _head
+    local _first _last _files _head _borrows
     TOUCHED=yes
     choose_steps >"$WORK/steps"
-    while read -r _first _last _tag _files _reuse _head <&7; do
+    while read -r _first _last _files _head _borrows <&7; do
         [ "$_last" -gt "$START" ] || continue
         say "image layers $_first to $_last of $DEPTH"
-        if [ "$_reuse" != - ]; then harvest "$_first" "$_last"; fi
+        if [ "$_borrows" != - ]; then harvest "$_first" "$_last"; fi
         [ "$_head" = - ] || restore "$_head" || die 6 "$_head could not be made of what $PREFIX/kept has" "carry the full bundle of $ID and add --also DIR"
-        step_stream "$_files" "$_reuse" "$_head" 2>"$WORK/stream.err"
+        step_stream "$_files" "$_head" "$_borrows" 2>"$WORK/stream.err"
         # the exit code says little: the containerd store answers 0 for a broken image
-        layers_of "$_tag" >"$WORK/got"
+        layers_of "$(step_tag "$_last")" >"$WORK/got"
         [ "$(same_prefix "$WORK/want" "$WORK/got")" -ge "$_last" ] || step_failed "$_files"
     done 7<"$WORK/steps"
 }
 
 # The steps of the plan; for an update, those whose unchanged layers are no longer here are replaced by parts of the full
-# bundle (--also), and the layers below the first step come from there as well when the base was pruned.
+# bundle (--also), and the layers below the first step come from there as well when the base was pruned. A line for each:
+# FIRST LAST FILES HEAD BORROWS, each of the last three "-" where the archive has no files, no head apart, no layers from here.
 choose_steps() {
-    local _first _last _tag _files _reuse _head _rest _lowest _gone _diff _layer _state
+    local _first _last _files _head _borrows _rest _lowest _gone _diff _layer _state
     _lowest=$((DEPTH + 1))
     rows step >"$WORK/steps.plan"
     while read -r _first _rest; do [ "$_first" -lt "$_lowest" ] && _lowest=$_first; done <"$WORK/steps.plan"
     [ "$START" -ge $((_lowest - 1)) ] || full_steps 1 $((_lowest - 1))
-    while read -r _first _last _tag _files _reuse _head; do
-        _gone=
+    while read -r _first _last _files _head; do
+        _gone='' _borrows=-
         [ "$_head" = - ] || can_restore "$_head" || _gone=yes
-        if [ "$_reuse" != - ]; then
-            borrowed_rows "$_first" "$_last" >"$WORK/borrowed"
-            while read -r _rest _diff _rest _rest _rest _layer _state; do
-                if [ "$_state" = reuse ]; then holder_of "$_diff" >/dev/null; else can_restore "layers/$_layer"; fi || _gone=yes
-            done <"$WORK/borrowed"
-        fi
-        if [ -n "$_gone" ]; then full_steps "$_first" "$_last"; else echo "$_first $_last $_tag $_files $_reuse $_head"; fi
+        borrowed_rows "$_first" "$_last" >"$WORK/borrowed"
+        while read -r _rest _diff _rest _rest _rest _layer _state; do
+            _borrows=yes
+            if [ "$_state" = reuse ]; then holder_of "$_diff" >/dev/null; else can_restore "layers/$_layer"; fi || _gone=yes
+        done <"$WORK/borrowed"
+        if [ -n "$_gone" ]; then full_steps "$_first" "$_last"; else echo "$_first $_last $_files $_head $_borrows"; fi
     done <"$WORK/steps.plan"
 }
 
 full_steps() { # full_steps FIRST LAST: these layers by the full bundle's own parts
-    local _first _last _path _tag
+    local _first _last _path
     rows full >"$WORK/full"
-    while read -r _first _last _path _tag; do
+    while read -r _first _last _path; do
         [ "$_last" -ge "$1" ] && [ "$_first" -le "$2" ] && [ "$_last" -gt "$START" ] || continue
-        echo "$_first $_last $_tag $_path - -"
+        echo "$_first $_last $_path - -"
     done <"$WORK/full"
 }
 
+# step_tag LAST: what the image is called after the step that ends with this layer.
+step_tag() { if [ "$1" -eq "$DEPTH" ]; then echo "$REF"; else printf '%s-%02d\n' "$STAIR" "$1"; fi; }
+
 # Files that are whole load by name, so that the engine reads them itself; joined or mixed ones come through a pipe.
-step_stream() {
+step_stream() { # step_stream FILES HEAD BORROWS
     case $1 in
         *,*) ;;
         *) if [ "$2$3" = -- ]; then $DOCKER load -q -i "$(where "$1")" >"$WORK/engine" 2>&1; return; fi ;;
     esac
     {
-        if [ "$2" != - ]; then borrowed "$2"; fi
-        if [ "$3" != - ]; then cat "$WORK/restored/$3"; fi
-        join_volumes "$1"
+        if [ "$3" != - ]; then borrowed; fi
+        if [ "$2" != - ]; then cat "$WORK/restored/$2"; fi
+        if [ "$1" = - ]; then head -c 1024 /dev/zero; else join_volumes "$1"; fi # the end of an archive that carries nothing
     } | $DOCKER load -q >"$WORK/engine" 2>&1
 }
 
 step_failed() {
-    local _words
+    local _words _what=$1
+    [ "$_what" != - ] || _what="what was made of $PREFIX/kept"
     [ "$START" -gt 0 ] && [ "$KIND" = full ] && { START=$((DEPTH + 1)); return; } # load_image tries once more from the bottom
     _words=$(tail -c 300 "$WORK/engine" | tr '\n' ' ')
     case $_words in
-        *"no space left"*) die 6 "the engine ran out of disk while it loaded $1: $_words" "free room in $DATA_ROOT (docker system df shows what takes it), then run this again" ;;
-        *) die 6 "the engine did not take $1, although its hash is right: $_words" "run this again; if it stays, look at the engine's log (journalctl -u docker)" ;;
+        *"no space left"*) die 6 "the engine ran out of disk while it loaded $_what: $_words" "free room in $DATA_ROOT (docker system df shows what takes it), then run this again" ;;
+        *) die 6 "the engine did not take $_what, although its hash is right: $_words" "run this again; if it stays, look at the engine's log (journalctl -u docker)" ;;
     esac
 }
 
@@ -248,23 +252,47 @@ pick_layers() {
     done
 }
 
-borrowed() { # borrowed HEADERS: the borrowed layers as archive members; HEADERS has two of 512 bytes for each: tar, and blob
-    local _at _i _n _diff _size _sha _blob _name _state _file
-    _at=$(where "$1") _i=0
+borrowed() { # the borrowed layers as members of the archive, under the name that its manifests expect; the engine inflates or not
+    local _n _diff _size _sha _blob _name _state _file
     while read -r _n _diff _size _sha _blob _name _state <&6; do
         _file=$WORK/spool/${_diff#sha256:}
-        if [ "$_state" = rebuilt ]; then member "$_at" $((_i + 1)) "$WORK/restored/layers/$_name" "$_blob"
+        if [ "$_state" = rebuilt ]; then member "$_sha" "$WORK/restored/layers/$_name" "$_blob"
         elif [ -n "$CONTAINERD" ]; then :
-        elif [ -f "$_file" ]; then member "$_at" "$_i" "$_file" "$_size"
-        else member "$_at" $((_i + 1)) "$(kept_file "$_sha")" "$_blob"; fi
-        _i=$((_i + 2))
+        elif [ -f "$_file" ]; then member "$_sha" "$_file" "$_size"
+        else member "$_sha" "$(kept_file "$_sha")" "$_blob"; fi
     done 6<"$WORK/borrowed"
 }
 
-member() { # member HEADERS NUMBER FILE BYTES: one member of a tar, filled up to whole blocks
-    dd if="$1" bs=512 skip="$2" count=1 2>/dev/null
-    cat "$3"
-    head -c $(((512 - $4 % 512) % 512)) /dev/zero
+member() { # member HEX FILE BYTES: one member of a tar, filled up to whole blocks
+    tar_header "blobs/sha256/$1" "$3"
+    cat "$2"
+    head -c $(((512 - $3 % 512) % 512)) /dev/zero
+}
+
+tar_header() { # tar_header blobs/sha256/HEX BYTES: the 512 bytes before a plain file of mode 644 and owner 0
+    local _size _rest _first _sum
+    _size=$(printf %011o "$2")
+    _sum=3574 # of all bytes but those of HEX and the size, the sum itself as spaces
+    _rest=${1##*/}$_size
+    while [ -n "$_rest" ]; do
+        _first=${_rest%"${_rest#?}"}
+        case $_first in
+            a) _sum=$((_sum + 97)) ;;
+            b) _sum=$((_sum + 98)) ;;
+            c) _sum=$((_sum + 99)) ;;
+            d) _sum=$((_sum + 100)) ;;
+            e) _sum=$((_sum + 101)) ;;
+            f) _sum=$((_sum + 102)) ;;
+            *) _sum=$((_sum + 48 + _first)) ;;
+        esac
+        _rest=${_rest#?}
+    done
+    printf %s "$1"
+    head -c $((100 - ${#1})) /dev/zero
+    printf '0000644\0000000000\0000000000\000%s\00000000000000\000%06o\000 0' "$_size" "$_sum"
+    head -c 100 /dev/zero
+    printf 'ustar  '
+    head -c 248 /dev/zero
 }
 
 drop_stairs() {

@@ -12,7 +12,7 @@ install() {
     lock
     REF_BEFORE=$($DOCKER image inspect --format '{{.Id}}' "$REF" 2>/dev/null) || REF_BEFORE=
     say "verify every volume, before anything is loaded"
-    if [ "$START" -lt "$DEPTH" ] || [ -s "$WORK/recipes" ]; then verify_or_repair 'parts/*'; fi
+    if [ "$START" -lt "$DEPTH" ]; then verify_or_repair 'parts/*'; fi
     restore_papers
     if [ -n "$MODELS" ] && rows model | { read -r _; }; then TOUCHED=yes; install_models; fi
     load_image
@@ -38,6 +38,7 @@ lock() {
     echo $$ >"$PREFIX/state/lock/pid"
     # layers and spools may be gigabytes: keep them on the disk that was measured, not in /tmp
     mv "$WORK" "$PREFIX/state/work.$$" && WORK=$PREFIX/state/work.$$
+    FACTS=$(paper FACTS)
 }
 
 drop_spools() { rm -rf "$PREFIX"/state/work.*; }
@@ -100,10 +101,11 @@ main() {
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
     choose_hasher
-    read_plan
+    is_a_bundle
     # the list first, by its signature; then what it lists
     case $COMMAND in preflight | status | rollback | prune) SIGNED="not looked at" ;; *) check_signature ;; esac
     verify_small
+    read_plan
     case $COMMAND in
         preflight)
             preflight
