@@ -122,8 +122,8 @@ def _write_parity(files: volumes.Files, folder: Path, options: Options) -> volum
             continue
         (folder / "parity").mkdir(exist_ok=True)
         name = f"parity/P.{group.name}"
-        digest = parity.xor_files([folder / m for m in group.members], group.size_bytes, folder / name)
-        found[name] = volumes.File(group.size_bytes, digest, "parity", group.name)
+        digests = parity.xor_files([folder / m for m in group.members], group.size_bytes, folder / name)
+        found[name] = digests.file(group.size_bytes, "parity", group.name)
         for member in group.members:
             files[member] = replace(files[member], group=group.name)
     return found

@@ -137,8 +137,8 @@ def plan(cargo: Cargo, steps: list[Step], files: volumes.Files, options: Options
         short = model.set_digest.removeprefix("sha256:")
         lines.append(f"model {short} {sum(f.size_bytes for f in model.files)} {safe_path(model.name)} {model.license or 'unknown'}")
         lines += [f"mfile {short} {f.size_bytes} {f.sha256} {f.path} {volumes.joined(files, f'models/{short}/{f.path}')}" for f in model.files]
-    lines += [f"vol {p} {f.size_bytes} {f.sha256} {f.group}" for p, f in files.items() if f.role in ("part", "model")]
-    lines += [f"parity {p} {f.size_bytes} {f.sha256} {f.group}" for p, f in files.items() if f.role == "parity"]
+    lines += [f"vol {p} {f.size_bytes} {f.sha256} {f.group} {f.blake2}" for p, f in files.items() if f.role in ("part", "model")]
+    lines += [f"parity {p} {f.size_bytes} {f.sha256} {f.group} {f.blake2}" for p, f in files.items() if f.role == "parity"]
     lines += [f"keep {held.hashes()[path]} {len(held.papers[path])} {path}" for path in ("FACTS", "image.lock")]
     return lines + _blob_rows(image, steps, files, held, headless)
 

@@ -7,13 +7,14 @@ for the packing side.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from ops.image.volumes import Digests
 
 CHUNK = 1 << 20
 
@@ -36,15 +37,15 @@ def groups(sizes: dict[str, int], members: int) -> list[Group]:
     return [Group(f"{n:02d}", tuple(paths), sizes[paths[0]]) for n, paths in enumerate(cut, 1)]
 
 
-def xor_files(sources: Sequence[Path], size_bytes: int, out: Path) -> str:
-    """Write the XOR of `sources`, cut or filled with zeros to `size_bytes`; return its sha256 (hex).
+def xor_files(sources: Sequence[Path], size_bytes: int, out: Path) -> Digests:
+    """Write the XOR of `sources`, cut or filled with zeros to `size_bytes`; return its digests.
 
     A source that turns out longer than `size_bytes` would be lost silently, so it raises ValueError.
     """
     for path in sources:
         if (found := path.stat().st_size) > size_bytes and out.name.startswith("P."):
             raise ValueError(f"{path.name} has {found:,} bytes, its parity group holds {size_bytes:,}")
-    digest = hashlib.sha256()
+    digests = Digests()
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("rb", buffering=0)) for path in sources]
         target = stack.enter_context(out.open("wb"))
@@ -53,6 +54,6 @@ def xor_files(sources: Sequence[Path], size_bytes: int, out: Path) -> str:
             for file in files:
                 piece = np.frombuffer(file.read(len(value)), np.uint8)
                 value[: len(piece)] ^= piece
-            digest.update(value.data)
+            digests.update(value.data)
             target.write(value.data)
-    return digest.hexdigest()
+    return digests

@@ -4,7 +4,7 @@
     python tests/image/measure.py load BUNDLE DATA_ROOT      extra disk and time: one plain `docker load` against INSTALL.sh
     python tests/image/measure.py verify BUNDLE              INSTALL.sh verify against the fastest tool on the same files
     python tests/image/measure.py repair BUNDLE              the largest volume lost and rebuilt
-    python tests/image/measure.py model GIGABYTES FOLDER     copy and hash in one pass against a plain copy
+    python tests/image/measure.py model GIGABYTES FOLDER [FILES]   copy and hash in one pass against a plain copy
 DOCKER_HOST names the engine; DATA_ROOT is a folder on the file system of its data root, which nothing else should write to.
 """
 
@@ -163,41 +163,52 @@ def repair(bundle: Path) -> None:
         hidden.rename(path)
 
 
-def model(gigabytes: float, folder: Path) -> dict[str, float]:
-    """The copy of INSTALL.sh against `cp` and a sync, of one file that is in the page cache; best of 5 each."""
-    size = int(gigabytes * 1e9)
+def model(gigabytes: float, folder: Path, files: int = 2) -> dict[str, float]:
+    """A model of some files, in the page cache, installed by INSTALL.sh, against `cp` and a sync of them; best of 5 each. Once
+    with the best hasher of this machine, once with coreutils alone."""
+    size = int(gigabytes * 1e9 / files)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        source = Path(work, "source")
-        with source.open("wb") as out:
-            for _ in range(size // 10_000_000):
-                out.write(os.urandom(10_000_000))
+        sources = [Path(work, f"source-{n}") for n in range(files)]
+        rows = [f"model set {size * files} org/model MIT"]
+        for source in sources:
+            data = b"".join(os.urandom(10_000_000) for _ in range(size // 10_000_000))
+            source.write_bytes(data)
+            sha256, blake2 = hashlib.sha256(data).hexdigest(), hashlib.blake2b(data, digest_size=32).hexdigest()
+            rows += [f"vol {source.name} {len(data)} {sha256} - {blake2}", f"mfile set {len(data)} {sha256} {source.name} {source.name}"]
+        Path(work, "PLAN").write_text("".join(f"{row}\n" for row in rows))
         install = Path(__file__).parents[2] / "ops/image/server/install"
-        text = "".join((install / n).read_text() for n in ("10-plan.sh", "40-verify.sh", "50-load.sh"))
-        Path(work, "PLAN").write_text(f"vol source {size} {hashlib.sha256(source.read_bytes()).hexdigest()} -\n")
-        hashing = f"{text}\nBUNDLE={work} WORK={work} PREFIX={work} ALSO='' ID=x\nchoose_hasher\ncopy_model_file source {work}/copy {source.stat().st_size} || exit 1"
+        text = "".join((install / n).read_text() for n in ("00-head.sh", "10-plan.sh", "40-verify.sh", "50-load.sh"))
+        call = f"BUNDLE={work} WORK={work} PREFIX={work}/prefix ID=x STAGES=''\nexec 3>&1\nchoose_hasher\ninstall_models"
+        Path(work, "install.sh").write_text(f"{text}\n{call}\n")
+        jail = Path(work, "jail")
+        jail.mkdir()
+        for name in "b2sum basename cat chmod cp cut dirname id ln mkdir mv nproc rm sh sha256sum stat sync tr wc".split():
+            (jail / name).symlink_to(shutil.which(name) or name)
+        names = " ".join(map(str, sources))
         best: dict[str, float] = {}
         for _ in range(5):
             ways = {
-                "openssl dgst -sha256": ["openssl", "dgst", "-sha256", str(source)],
-                "cp, sync": ["sh", "-c", f"cp {source} {work}/copy && sync {work}/copy"],
-                "INSTALL.sh (copy, hash, sync)": ["sh", "-c", "has() { command -v $1 >/dev/null 2>&1; }\n" + hashing],
-                "cp, sync, sha256sum": ["sh", "-c", f"cp {source} {work}/copy && sync {work}/copy && sha256sum {work}/copy"],
+                "openssl dgst -sha256": (["openssl", "dgst", "-sha256", *map(str, sources)], ""),
+                "cp, sync": (["sh", "-c", f"mkdir -p {work}/prefix && cp {names} {work}/prefix && sync {work}/prefix/*"], ""),
+                "INSTALL.sh (copy, hash, sync)": (["sh", f"{work}/install.sh"], ""),
+                "INSTALL.sh, coreutils alone": (["sh", f"{work}/install.sh"], str(jail)),
+                "cp, sync, sha256sum": (["sh", "-c", f"mkdir -p {work}/prefix && cp {names} {work}/prefix && sync {work}/prefix/* && sha256sum {work}/prefix/*"], ""),
             }
-            for name, command in ways.items():
-                Path(work, "copy").unlink(missing_ok=True)
+            for name, (command, path) in ways.items():
+                shutil.rmtree(f"{work}/prefix", ignore_errors=True)
                 os.sync()
                 began = time.monotonic()
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path or os.environ["PATH"]})
                 best[name] = min(best.get(name, 1e9), time.monotonic() - began)
         for name, seconds in best.items():
-            print(f"{name:30} {seconds:6.2f} s  {source.stat().st_size / seconds / 1e6:.0f} MB/s  {seconds / best['cp, sync']:.2f} of a plain copy")
+            print(f"{name:30} {seconds:6.2f} s  {size * files / seconds / 1e6:.0f} MB/s  {seconds / best['cp, sync']:.2f} of a plain copy")
     return best
 
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["help"]
-    if what == "model" and len(rest) == 2:
-        model(float(rest[0]), Path(rest[1]))
+    if what == "model" and len(rest) in (2, 3):
+        model(float(rest[0]), Path(rest[1]), *map(int, rest[2:]))
     elif what == "load" and len(rest) == 2:
         load(Path(rest[0]).resolve(), Path(rest[1]))
     elif what in ("verify", "repair") and len(rest) == 1:

@@ -84,6 +84,24 @@ def test_verify_and_repair_need_nothing_but_sh_and_coreutils(packed: Path, insta
     assert ran.code == 4 and f"cannot be rebuilt: parts/{volume.name}" in ran.err and "repair on another machine" in ran.err
 
 
+def test_where_coreutils_has_b2sum_it_checks_the_volumes_and_repair_believes_it(packed: Path, install: Callable, tmp_path: Path) -> None:
+    path = jail(tmp_path / "jail", "b2sum")
+    ran = install(packed, "verify", path=path)
+    assert ran.code == 0 and "hashed by b2sum" in ran.out
+    for row in (packed / "PLAN").read_text().splitlines():
+        if row.startswith(("vol ", "parity ")):
+            _, volume, _, _, _, digest = row.split()
+            assert digest == hashlib.blake2b((packed / volume).read_bytes(), digest_size=32).hexdigest()
+    volume = a_volume(packed)
+    before = volume.read_bytes()
+    flip(volume, 77)
+    ran = install(packed, "verify", path=path)
+    assert ran.code == 4 and f"parts/{volume.name}: damaged" in ran.out
+    (tmp_path / "jail/perl").symlink_to("/usr/bin/perl")
+    assert install(packed, "repair", path=path).code == 0
+    assert next((tmp_path / "prefix/repaired").rglob(volume.name)).read_bytes() == before
+
+
 @pytest.mark.parametrize("tool", ["perl", "python3"])
 def test_a_lost_volume_of_each_group_is_rebuilt_identical(packed: Path, install: Callable, tmp_path: Path, tool: str) -> None:
     (tmp_path / "tool").mkdir()
@@ -93,7 +111,7 @@ def test_a_lost_volume_of_each_group_is_rebuilt_identical(packed: Path, install:
     groups: dict[str, str] = {}
     for line in (packed / "PLAN").read_text().splitlines():
         if line.startswith("vol "):
-            _, volume, _, _, group = line.split()
+            _, volume, _, _, group, _ = line.split()
             groups[group] = volume
     before = {v: (packed / v).read_bytes() for v in groups.values()}
     assert len(before) == 4
@@ -405,25 +423,27 @@ def test_the_installer_is_clean_for_shellcheck(packed: Path) -> None:
 INSTALL = Path(__file__).parents[2] / "ops/image/server/install"
 
 
-def copied(packed: Path, tmp_path: Path, volumes: str, size: int) -> subprocess.CompletedProcess[str]:
+def copied(packed: Path, tmp_path: Path, volumes: str, size: int, path: str) -> subprocess.CompletedProcess[str]:
     """copy_model_file of INSTALL.sh, called by itself."""
     parts = "".join((INSTALL / name).read_text() for name in ("10-plan.sh", "40-verify.sh", "50-load.sh"))
     has = "has() { command -v $1 >/dev/null 2>&1; }\n"
     call = f"BUNDLE={packed} WORK={tmp_path} PREFIX={tmp_path} ALSO= ID=x\nchoose_hasher\ncopy_model_file {volumes} {tmp_path}/copy {size}"
-    return subprocess.run(["sh", "-c", has + parts + call], capture_output=True, text=True)
+    return subprocess.run(["sh", "-c", has + parts + call], capture_output=True, text=True, env={"PATH": path})
 
 
-def test_a_model_file_arrives_whole_from_one_volume_or_several_and_a_flipped_bit_is_found(packed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hasher", ["openssl", "b2sum", "sha256sum"])
+def test_a_model_file_arrives_whole_from_one_volume_or_several_and_a_flipped_bit_is_found(packed: Path, tmp_path: Path, hasher: str) -> None:
+    path = jail(tmp_path / "jail", *([hasher] if hasher != "sha256sum" else []))
     rows = [line.split() for line in (packed / "PLAN").read_text().splitlines() if line.startswith("mfile ")]
     cut = next(row for row in rows if "," in row[5])
     whole = next(row for row in rows if "," not in row[5] and "safetensors" in row[4])
     for _, _, size, digest, _, volumes in (cut, whole):
-        ran = copied(packed, tmp_path, volumes, int(size))
+        ran = copied(packed, tmp_path, volumes, int(size), path)
         assert (ran.returncode, ran.stderr) == (0, "")
         assert hashlib.sha256((tmp_path / "copy").read_bytes()).hexdigest() == digest
         flip(packed / volumes.split(",")[-1], 7)
-        assert copied(packed, tmp_path, volumes, int(size)).returncode != 0
-    assert copied(packed, tmp_path, "models/none", 1).returncode != 0
+        assert copied(packed, tmp_path, volumes, int(size), path).returncode != 0
+    assert copied(packed, tmp_path, "models/none", 1, path).returncode != 0
 
 
 @pytest.mark.slow

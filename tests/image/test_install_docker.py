@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(240)]
 HERE = Path(__file__).parent
 MODERN = Path(os.environ.get("MILKTEA_MODERN_ENGINE", "/var/tmp/milktea-modern-engine"))
 COREUTILS = (
-    "basename cat chmod cp cut date dd df dirname head id ln mkdir mkfifo mktemp mv nproc printf rm sha256sum sort stat sync tail tee timeout "
-    "tr uname wc"
+    "b2sum basename cat chmod cp cut date dd df dirname head id ln mkdir mkfifo mktemp mv nproc printf rm sha256sum sort stat sync tail tee "
+    "timeout tr uname wc"
 )
 
 
@@ -134,11 +134,17 @@ def new_wheel(tiny: Any) -> None:
 def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bundle(
     product: Any, engine: Engine, on: Callable, tmp_path: Path
 ) -> None:
-    product.add_model().pack(tmp_path / "b", Options(volume_bytes=250_000))
+    product.add_model().pack(tmp_path / "b", Options(volume_bytes=250_000, parity_members=0))
     jail = tmp_path / "jail"
     jail.mkdir()
     for name in ("sh", "docker", *COREUTILS.split()):
         (jail / name).symlink_to(shutil.which(name) or "missing")
+    model = sorted((tmp_path / "b" / "models").rglob("*.safetensors*"))[1]
+    whole = model.read_bytes()
+    model.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    ran = on(tmp_path / "b", path=str(jail))
+    assert ran.code == 4 and model.name in ran.err and "as it was before" in ran.err
+    model.write_bytes(whole)
     ran = on(tmp_path / "b", path=str(jail))
     assert ran.code == 0, ran.out + ran.err
     assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids

@@ -82,8 +82,9 @@ where() { # where FILE: the place that verification found whole, or else the fir
     return 1
 }
 
-sums() { # sums FILE...: "HEX *FILE" lines from the fastest hasher here; a file that cannot be read gives no line
+sums() { # sums FILE...: "HEX *FILE" lines by HASHER; a file that cannot be read gives no line
     case $HASHER in
+        b2sum) b2sum -l 256 "$@" ;;
         openssl) openssl dgst -sha256 -r "$@" ;;
         python3) python3 -c 'import hashlib, sys
 for p in sys.argv[1:]:
@@ -97,6 +98,7 @@ for p in sys.argv[1:]:
 
 sum_of_stdin() {
     case $HASHER in
+        b2sum) b2sum -l 256 ;;
         openssl) openssl dgst -sha256 -r ;;
         python3) python3 -c 'import hashlib, sys
 h = hashlib.sha256()
@@ -106,34 +108,51 @@ print(h.hexdigest())' ;;
     esac 2>/dev/null | cut -c 1-64
 }
 
-# Coreutils' own SHA-256 is 3 to 4 times slower than the others where it is not linked with OpenSSL.
+# HASHER is for SHA-256, VOLUMES_BY for volumes. Coreutils' own sha256sum is 3 to 4 times slower than openssl where it is not
+# linked with OpenSSL; where it is all there is, volumes are known by their BLAKE2b digest in the plan, which takes b2sum a third.
 choose_hasher() {
     local _h
-    HASHER=sha256sum
     for _h in openssl python3; do
-        if has "$_h"; then
-            HASHER=$_h
-            if [ "$(printf x | sum_of_stdin)" = 2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881 ]; then return 0; fi
-        fi
+        HASHER=$_h VOLUMES_BY=$_h
+        if has "$_h" && [ "$(printf x | sum_of_stdin)" = 2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881 ]; then return 0; fi
     done
+    HASHER=b2sum VOLUMES_BY=b2sum
+    [ "$(printf x | sum_of_stdin)" = d161d71145abeec5ef15abcf0459cec60a27321e2f0ac0ef7ace5254f5944476 ] || VOLUMES_BY=sha256sum
     HASHER=sha256sum
 }
 
-cores() { nproc 2>/dev/null || echo 1; }
+volumes() { # volumes [parity]: "PATH BYTES DIGEST GROUP" of each volume, and of the parity files; the digest as VOLUMES_BY gives it
+    local _v _bytes _sha _group _blake2
+    { rows vol; ${1:+rows "$1"}; } | while read -r _v _bytes _sha _group _blake2; do
+        [ "$VOLUMES_BY" = b2sum ] && _sha=$_blake2
+        echo "$_v $_bytes $_sha $_group"
+    done
+}
 
-hash_paths() { # hash_paths LIST: the sums of the paths listed in LIST, one after the other
-    local _p _from=$1
+sum_of_volume() { # of stdin, as VOLUMES_BY gives it
+    local HASHER=$VOLUMES_BY
+    sum_of_stdin
+}
+
+# How many hashers run at a time: as many as there are processors, 4 at most.
+cores() {
+    local _n
+    _n=$(nproc 2>/dev/null) || _n=1
+    if [ "$_n" -gt 4 ]; then echo 4; else echo "$_n"; fi
+}
+
+hash_paths() { # hash_paths LIST: the sums of the volumes whose paths are listed in LIST, one after the other
+    local _p _from=$1 HASHER=$VOLUMES_BY
     set --
     while read -r _p; do set -- "$@" "$_p"; done <"$_from"
     sums "$@"
 }
 
-# hash_all LIST OUT: the sums of the paths listed in LIST, as many at a time as there are processors (4 at most).
+# hash_all LIST OUT: the sums of the paths listed in LIST, several at a time.
 # Paths come largest first, dealt in turn, so that the shares are about equal.
 hash_all() {
     local _shares _i _p _s
     _shares=$(cores)
-    [ "$_shares" -gt 4 ] && _shares=4
     rm -f "$WORK"/share.* "$WORK"/sums.*
     _i=0
     while read -r _p; do

@@ -140,7 +140,7 @@ verify_volumes() {
         _is=$(stat -c %s "$_at" 2>/dev/null || echo 0)
         [ "$_is" = "$_bytes" ] && echo "$_bytes $_at" >>"$WORK/todo.paths"
     done <<ROWS
-$(rows vol; rows parity)
+$(volumes parity)
 ROWS
     sort -rn "$WORK/todo.paths" | while read -r _bytes _at; do echo "$_at"; done >"$WORK/todo.sorted"
     hash_all "$WORK/todo.sorted" "$WORK/vol.sums"
@@ -158,12 +158,12 @@ ROWS
     [ ! -s "$WORK/bad" ]
 }
 
-elsewhere() { # elsewhere FILE HEX NOT_HERE: another place that has it whole
+elsewhere() { # elsewhere VOLUME DIGEST NOT_HERE: another place that has it whole
     local _p
     places "$1" >"$WORK/places"
     while read -r _p; do
         [ -f "$_p" ] && [ "$_p" != "$3" ] || continue
-        [ "$(sum_of_stdin <"$_p")" = "$2" ] && { echo "$_p"; return 0; }
+        [ "$(sum_of_volume <"$_p")" = "$2" ] && { echo "$_p"; return 0; }
     done <"$WORK/places"
     return 1
 }
@@ -197,7 +197,7 @@ rebuild() { # rebuild VOLUME
     while read -r _v _bytes _sha _g; do
         [ "$_v" = "$_lost" ] && _group=$_g _size=$_bytes _want=$_sha
     done <<ROWS
-$(rows vol)
+$(volumes)
 ROWS
     PARITY_WHY="this bundle carries no parity for it"
     [ "$_group" != - ] || return 1
@@ -208,7 +208,7 @@ ROWS
         is_good "$_v" "$_sha" || return 1
         set -- "$@" "$FOUND"
     done <<ROWS
-$(rows vol; rows parity)
+$(volumes parity)
 ROWS
     PARITY_WHY="neither perl nor python3 here, and no image of ours to borrow one from; repair on another machine: sh INSTALL.sh repair --prefix DIR"
     choose_xor || return 1
@@ -218,11 +218,11 @@ ROWS
     PARITY_WHY="no room in $PREFIX, or a volume cannot be read"
     xor_files "$_size" "$_out.part" "$@" || { rm -f "$_out.part"; return 1; }
     PARITY_WHY="the volumes changed while they were read"
-    [ "$(sum_of_stdin <"$_out.part")" = "$_want" ] || { rm -f "$_out.part"; return 1; }
+    [ "$(sum_of_volume <"$_out.part")" = "$_want" ] || { rm -f "$_out.part"; return 1; }
     mv "$_out.part" "$_out"
 }
 
-is_good() { # is_good FILE HEX: whole here, and where (FOUND)
+is_good() { # is_good VOLUME DIGEST: whole here, and where (FOUND)
     local _gv _real
     FOUND=$(where "$1") || return 1
     if [ -f "$WORK/good" ]; then
@@ -230,7 +230,7 @@ is_good() { # is_good FILE HEX: whole here, and where (FOUND)
             [ "$_gv" = "$1" ] && return 0
         done <"$WORK/good"
     fi
-    [ "$(sum_of_stdin <"$FOUND")" = "$2" ] && return 0
+    [ "$(sum_of_volume <"$FOUND")" = "$2" ] && return 0
     FOUND=$(elsewhere "$1" "$2" "$FOUND")
 }
 

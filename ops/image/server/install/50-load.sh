@@ -1,18 +1,22 @@
 
 # --- base models: files beside the image, each hashed while it is copied -------------------------------------------------
 
-# copy_model_file VOLUMES DEST BYTES: DEST is the volumes in a row, on the disk, and every volume is the plan's. The hasher and
-# the copy read the same pages at the same time, so the medium is read once; the disk writes meanwhile.
-copy_model_file() {
-    local _hashing _copied
-    rm -f "$2"
-    paths_of "$1" >"$WORK/copied.paths" || return 1
-    hash_paths "$WORK/copied.paths" >"$WORK/copied.sums" &
-    _hashing=$!
-    copy_whole "$1" "$2"
-    _copied=$?
-    wait "$_hashing"
-    [ $_copied = 0 ] && [ "$(stat -c %s "$2")" = "$3" ] && volumes_fit "$1"
+# A file of a model is hashed while it is copied: both read the same pages at the same time, so the medium is read once, and the
+# disk writes meanwhile. A hasher that lags behind goes on while the next file is copied; the medium still sees one reader.
+
+copy_model_file() { begin_copy 0 "$1" "$2"; end_copy 0 "$1" "$2" "$3" "$HASHING"; } # copy_model_file VOLUMES DEST BYTES
+
+begin_copy() { # begin_copy N VOLUMES DEST: DEST is the volumes in a row, on the disk; HASHING hashes them
+    rm -f "$3"
+    paths_of "$2" >"$WORK/copied.$1.paths" || : >"$WORK/copied.$1.paths"
+    hash_paths "$WORK/copied.$1.paths" >"$WORK/copied.$1.sums" </dev/null &
+    HASHING=$!
+    copy_whole "$2" "$3" || rm -f "$3"
+}
+
+end_copy() { # end_copy N VOLUMES DEST BYTES HASHING: true if DEST is whole and every volume is the plan's
+    wait "$5"
+    [ -f "$3" ] && [ "$(stat -c %s "$3")" = "$4" ] && volumes_fit "$2" "$1"
 }
 
 copy_whole() { # copy_whole VOLUMES DEST: a copy in the kernel, or a clone where the file system has them
@@ -34,16 +38,16 @@ paths_of() { # paths_of V1,V2,...: where each lies
     done
 }
 
-volumes_fit() { # volumes_fit VOLUMES: the hashes in copied.sums are the plan's, in the order of copied.paths
+volumes_fit() { # volumes_fit VOLUMES N: the digests in copied.N.sums are the plan's, in the order of copied.N.paths
     local _list=$1 _path _v _bytes _sha _rest
     while read -r _path <&4; do
         _sha=
         while read -r _v _bytes _sha _rest; do [ "$_v" = "${_list%%,*}" ] && break; done <<ROWS
-$(rows vol)
+$(volumes)
 ROWS
-        listed "$_sha" "$_path" "$WORK/copied.sums" || return 1
+        listed "$_sha" "$_path" "$WORK/copied.$2.sums" || return 1
         _list=${_list#*,}
-    done 4<"$WORK/copied.paths"
+    done 4<"$WORK/copied.$2.paths"
 }
 
 install_models() {
@@ -59,8 +63,9 @@ install_models() {
 }
 
 install_model() { # install_model SET NAME: appears under its own name only when every file is right
-    local _stage _s _fbytes _fsha _path _vols
+    local _stage _s _fbytes _fsha _path _vols _n=0 _open='' _most
     _stage=$PREFIX/models/.$1.partial
+    _most=$(cores)
     STAGES="$STAGES $_stage"
     mkdir -p "$_stage"
     say "model $2"
@@ -72,19 +77,36 @@ install_model() { # install_model SET NAME: appears under its own name only when
         # a file of an interrupted install: it got its name only after it had proved right
         [ -f "$_stage/$_path" ] && continue
         mkdir -p "$(dirname "$_stage/$_path")"
-        if ! copy_model_file "$_vols" "$_stage/$_path.part" "$_fbytes"; then
-            # find out which volume it is, mend it, and read once more
-            verify_or_repair $(echo "$_vols" | tr , ' ')
-            copy_model_file "$_vols" "$_stage/$_path.part" "$_fbytes" ||
-                die 4 "$_path of model $2 does not arrive whole: $_vols" "check the disk of $PREFIX for room and errors, then copy $_vols again"
+        _n=$((_n + 1))
+        echo "$_vols $_fbytes $_path" >"$WORK/copying.$_n"
+        begin_copy $_n "$_vols" "$_stage/$_path.part"
+        _open="$_open$_n:$HASHING "
+        if [ "$_n" -ge "$_most" ]; then
+            finish_copies "$2" "$_stage" "${_open%% *}"
+            _open=${_open#* }
         fi
-        mv "$_stage/$_path.part" "$_stage/$_path"
     done <"$WORK/mfiles"
+    finish_copies "$2" "$_stage" $_open
     mv "$WORK/mfiles.sums" "$_stage/.sha256"
     chmod -R a-w,a+rX "$_stage"
     chmod u+w "$_stage"
     sync "$_stage" 2>/dev/null || sync
     mv "$_stage" "$PREFIX/models/$1"
+}
+
+finish_copies() { # finish_copies NAME STAGE N:HASHING...: a file gets its name when it has proved right
+    local _model=$1 _stage=$2 _n _vols _fbytes _path
+    shift 2
+    for _n in "$@"; do
+        read -r _vols _fbytes _path <"$WORK/copying.${_n%:*}"
+        if ! end_copy "${_n%:*}" "$_vols" "$_stage/$_path.part" "$_fbytes" "${_n#*:}"; then
+            # find out which volume it is, mend it, and read once more
+            verify_or_repair $(echo "$_vols" | tr , ' ')
+            copy_model_file "$_vols" "$_stage/$_path.part" "$_fbytes" ||
+                die 4 "$_path of model $_model does not arrive whole: $_vols" "check the disk of $PREFIX for room and errors, then copy $_vols again"
+        fi
+        mv "$_stage/$_path.part" "$_stage/$_path"
+    done
 }
 
 # --- load: a stair of archives that each carry what the one before lacks ---------------------------------------------------

@@ -62,7 +62,7 @@ verify() {
     say_bad
     [ $_verdict = whole ] || die 4 "damaged or missing:$(while read -r _v _; do printf ' %s' "$_v"; done <"$WORK/bad")" \
         "sh INSTALL.sh repair rebuilds one volume of each parity group; else copy them again from the sender's disk"
-    say "whole: $(rows vol | wc -l) volumes, signature $SIGNED (hashed by $HASHER)"
+    say "whole: $(rows vol | wc -l) volumes, signature $SIGNED (hashed by $VOLUMES_BY)"
 }
 
 repair() {
