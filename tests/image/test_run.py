@@ -134,7 +134,7 @@ def run(tmp_path: Path) -> Callable[..., list[str]]:
 
     def call(*arguments: str, runtimes: str = '{"nvidia":{}}', security: str = "[]", **env: str) -> list[str]:
         script = f"""#!/bin/sh
-case "$*" in *Runtimes*) echo '{runtimes}' ;; *SecurityOptions*) echo '{security}' ;; *" paths "*) echo "$PATHS" ;; esac
+case "$*" in "image inspect"*:known) echo sha256:0123456789abcdef0123 ;; "image inspect"*) exit 1 ;; *Runtimes*) echo '{runtimes}' ;; *SecurityOptions*) echo '{security}' ;; *" paths "*) echo "$PATHS" ;; esac
 """
         (engine / "docker").write_text(script)
         (engine / "docker").chmod(0o755)
@@ -161,6 +161,12 @@ def test_every_container_has_no_network_no_writable_image_no_rights_and_the_call
     assert line.endswith("--entrypoint python3 milktea/tiny:abc -m trainer.selftest")
     memory_kb = int(Path("/proc/meminfo").read_text().split()[1])
     assert f"--shm-size {memory_kb // 2}k" in line
+
+
+def test_python_keeps_what_it_compiles_for_the_next_start_of_the_very_same_image(run: Callable, tmp_path: Path) -> None:
+    (line,) = run("check", MILKTEA_IMAGE="milktea/tiny:known")
+    assert f" -e PYTHONPYCACHEPREFIX={tmp_path}/milktea/cache/python-0123456789ab " in line
+    assert "PYTHONPYCACHEPREFIX" not in run("check")[0]  # an image that cannot be asked keeps its own setting
 
 
 def test_rootless_engines_and_servers_without_gpus_are_seen(run: Callable) -> None:
