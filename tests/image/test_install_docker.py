@@ -153,6 +153,8 @@ def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bund
     folder = tmp_path / "prefix" / "models" / model.set_digest.removeprefix("sha256:")
     assert {f.path: f.size_bytes for f in model.files} == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != ".sha256"}
     assert (tmp_path / "prefix/models/by-name/org/Tiny-1B/config.json").is_file()
+    locks = {p.name: p.read_bytes() for p in (tmp_path / "prefix/records").glob("*.lock")}
+    assert locks == {f"image-{final_tag(product.cargo().image).partition(':')[2]}.lock": (tmp_path / "b/image.lock").read_bytes()}
     record = json.loads((tmp_path / "prefix/INSTALL-RECORD.json").read_text())
     assert record["selftest"]["ok"] and record["image"]["layers"] == product.cargo().image.diff_ids
     left_over = [p.name for p in (tmp_path / "prefix" / "state").iterdir()]

@@ -134,7 +134,8 @@ def run(tmp_path: Path) -> Callable[..., list[str]]:
 
     def call(*arguments: str, runtimes: str = '{"nvidia":{}}', security: str = "[]", **env: str) -> list[str]:
         script = f"""#!/bin/sh
-case "$*" in "image inspect"*:known) echo sha256:0123456789abcdef0123 ;; "image inspect"*) exit 1 ;; *Runtimes*) echo '{runtimes}' ;; *SecurityOptions*) echo '{security}' ;; *" paths "*) echo "$PATHS" ;; esac
+case "$*" in "image inspect"*:known) echo sha256:0123456789abcdef0123 ;; "image inspect"*) exit 1 ;;
+    *Runtimes*) echo '{runtimes}' ;; *SecurityOptions*) echo '{security}' ;; *" paths "*) echo "$PATHS" ;; esac
 """
         (engine / "docker").write_text(script)
         (engine / "docker").chmod(0o755)
@@ -167,6 +168,14 @@ def test_python_keeps_what_it_compiles_for_the_next_start_of_the_very_same_image
     (line,) = run("check", MILKTEA_IMAGE="milktea/tiny:known")
     assert f" -e PYTHONPYCACHEPREFIX={tmp_path}/milktea/cache/python-0123456789ab " in line
     assert "PYTHONPYCACHEPREFIX" not in run("check")[0]  # an image that cannot be asked keeps its own setting
+
+
+def test_check_gives_the_self_test_the_lock_of_the_current_image(run: Callable, tmp_path: Path) -> None:
+    assert "image.lock" not in run("check")[0]
+    lock = tmp_path / "prefix/records/image-abc.lock"
+    lock.parent.mkdir()
+    lock.write_text("")
+    assert f" -v {lock}:/run/milktea/image.lock:ro " in run("check")[0]
 
 
 def test_rootless_engines_and_servers_without_gpus_are_seen(run: Callable) -> None:

@@ -166,6 +166,15 @@ train() {
     return "$_code"
 }
 
+# The self-test compares versions with the lock that was installed with this image.
+check() {
+    local _image _lock
+    _image=$(current_image) || exit 2
+    _lock=$PREFIX/records/image-${_image##*:}.lock
+    [ -f "$_lock" ] || _lock=
+    inside ${_lock:+-v "$_lock:/run/milktea/image.lock:ro"} -- python3 -m trainer.selftest "$@"
+}
+
 # The folder of a run by its name or path; what is not under RUNS is mounted.
 run_folder() {
     if [ -d "$RUNS/$1" ]; then echo "$RUNS/$1"
@@ -209,7 +218,7 @@ command=${1:-}
 case $command in
     train | chat | evaluate) $command "$@" ;;
     launch) inside -v "$(pwd):$(pwd)" -w "$(pwd)" -- accelerate launch "$@" ;;
-    check) inside -- python3 -m trainer.selftest "$@" ;;
+    check) check "$@" ;;
     shell) inside -v "$(pwd):$(pwd)" -w "$(pwd)" -- sh "$@" ;;
     models) for _m in "$PREFIX"/models/by-name/* "$PREFIX"/models/by-name/*/*; do [ -f "$_m/config.json" ] && echo "${_m#"$PREFIX"/models/by-name/}"; done; : ;;
     -h | --help) usage ;;

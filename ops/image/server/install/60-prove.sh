@@ -58,11 +58,12 @@ activate() {
     local _before _f
     _before=$(state_of current) || _before=
     if [ "$_before" = "$REF" ]; then _before=$(state_of previous) || _before=; fi
-    mkdir -p "$PREFIX/bin" "$PREFIX/tools" "$PREFIX/keys"
+    mkdir -p "$PREFIX/bin" "$PREFIX/tools" "$PREFIX/keys" "$PREFIX/records"
     for _f in $(rows tool); do
         mkdir -p "$(dirname "$PREFIX/tools/$_f")"
         cp "$(paper "tools/$_f")" "$PREFIX/tools/$_f.part" && mv "$PREFIX/tools/$_f.part" "$PREFIX/tools/$_f"
     done
+    cp "$(paper image.lock)" "$PREFIX/records/image.lock.part" && mv "$PREFIX/records/image.lock.part" "$PREFIX/records/image-$ID.lock"
     cp "$(paper tools/milktea-run)" "$PREFIX/bin/milktea-run.part" && chmod 755 "$PREFIX/bin/milktea-run.part"
     mv "$PREFIX/bin/milktea-run.part" "$PREFIX/bin/milktea-run"
     case $SIGNED in
