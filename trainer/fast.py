@@ -17,7 +17,7 @@ from trainer.attention import name as attention_name
 from trainer.frozen import FrozenWeight, distrust, freeze_weight, operations
 from trainer.layer import FastLayer, Packed, frozen_norm, run_layer
 from trainer.lora import Group, base_linear, frozen_linear, refresh
-from trainer.self_test import OTHERWISE, TOLERANCE, layer_error, trust_short_attention
+from trainer.self_test import OTHERWISE, TOLERANCE, compile_ahead, layer_error, trust_short_attention
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ def accelerate_model(
         except ValueError as why:
             reasons.append(str(why))
             _freeze_linears(layer, precision, keep_transpose)
+    if fast and ops is not eager:
+        compile_ahead(fast[0])
     short = bool(fast) and ops is not eager and trust_short_attention(fast[0])
     names = {"base": _base_name(fast, precision), "attention": attention_name(short, device)}
     error = layer_error(fast[0]) if fast and ops is not eager else 0.0

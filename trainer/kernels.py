@@ -10,12 +10,16 @@ Shapes: M tokens, K or N features, R the padded rank (a power of two, 16 or more
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from trainer import cast_jit
 from trainer import kernels_jit as jit
@@ -49,6 +53,28 @@ def whole_tiles() -> Iterator[None]:
         yield
     finally:
         _whole = False
+
+
+@contextmanager
+def only_compiling() -> Iterator[None]:
+    """Within it kernels are compiled, as many at a time as there are processors, and not launched: what they would have written is left as it
+    was. Ends when all are compiled; what does not compile says so when it is launched. Before Triton 3.5 it compiles one after the other."""
+    launch = JITFunction.run
+    mode = getattr(triton, "AsyncCompileMode", None)
+
+    def compile_only(kernel: Any, *args: Any, **options: Any) -> Any:
+        return launch(kernel, *args, **options | {"warmup": True})
+
+    JITFunction.run = compile_only
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            if mode is None:
+                yield
+            else:
+                with mode(pool, ignore_errors=True):
+                    yield
+    finally:
+        JITFunction.run = launch
 
 
 def _tile(name: str, m: int) -> dict[str, int]:

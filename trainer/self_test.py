@@ -6,6 +6,7 @@ against its own definition: attention, the products with quantised weights, the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import nullcontext
 from types import ModuleType
@@ -18,12 +19,30 @@ from trainer import attention, eager
 from trainer.layer import FastLayer, Packed
 from trainer.nf4 import BLOCK, Nf4Weight
 
+log = logging.getLogger(__name__)
+
 # Relative errors. bf16 rounding gives 0.006; where a value falls on the edge of an FP8 step the two may round apart, which gives 0.04.
 # A wrong kernel gives 0.2 and more.
 TOLERANCE = {"fp8": 0.1}
 OTHERWISE = 0.03
 TOKENS, ENDS = 160, [0, 50, 53, 160]
 SHORT_ENDS = [0, 70, 71, 400]  # a document of several tiles, and three in one tile
+
+
+def compile_ahead(fast: FastLayer) -> None:
+    """Compiles, many at a time, what the tests below and then the run will launch: one after the other takes 20 s where nothing is compiled."""
+    width = fast.norm1.numel()
+    h = torch.zeros(TOKENS, width, device=fast.norm1.device, dtype=fast.norm1.dtype)
+    try:
+        with fast.ops.only_compiling():
+            layer_error(fast)
+            if (short := _short_attention(fast)) is not None:
+                short_attention_error(*short)
+            with fast.ops.whole_tiles():  # the last norm, which no adapter follows
+                rstd = fast.ops.norm_forward(h, fast.norm1, fast.eps1, None, False)[-1]
+                fast.ops.norm_backward(h, None, None, None, h, fast.norm1, rstd, None)
+    except Exception as why:  # Triton's errors share no class; what it was will be told where it is launched
+        log.info("the kernels were not compiled ahead: %s", why)
 
 
 @torch.no_grad()
@@ -57,7 +76,7 @@ def layer_error(fast: FastLayer) -> float:
         _largest(*results),
         _attention_error(q, k, v, random(*q.shape), packed, fast.scale),
         *(_product_error(group.weight, random) for group in fast.groups),
-        _loss_error(own, random(8, 3000).float() * 3),
+        _loss_error(own, random(8, 3008).float() * 3, dtype),
     ]
     return max(parts) if all(part == part for part in parts) else float("inf")
 
@@ -65,6 +84,20 @@ def layer_error(fast: FastLayer) -> float:
 def trust_short_attention(fast: FastLayer) -> bool:
     """Whether attention for short documents computes on this GPU what its twin does, on the first layer's heads. Where not, it is
     refused for this process. False as well where it is not for this device."""
+    if (asked := _short_attention(fast)) is None:
+        return False
+    try:
+        error = short_attention_error(*asked)
+    except Exception as why:  # a card that lacks the memory or the instructions: Triton's errors share no class
+        attention.refuse_short(f"it does not run here ({type(why).__name__}: {why})")
+        return False
+    if not error < OTHERWISE:
+        attention.refuse_short(f"its self-test is off by {error:.4f}")
+    return error < OTHERWISE
+
+
+def _short_attention(fast: FastLayer) -> tuple[Any, Tensor, Tensor, Tensor, Tensor, Packed, float] | None:
+    """What `short_attention_error` is asked about the first layer's heads; None where these kernels are not for this device."""
     device, dtype, group = fast.norm1.device, fast.norm1.dtype, (fast.heads, fast.kv_heads, fast.kv_heads)
     generator = torch.Generator(device).manual_seed(1)
     m, d = SHORT_ENDS[-1], fast.head_dim
@@ -75,17 +108,10 @@ def trust_short_attention(fast: FastLayer) -> bool:
     q, k, v = (x.unflatten(1, (-1, d)) for x in random(m, sum(group) * d).split([n * d for n in group], 1))
     short = attention.short_kernels(q, k, v, m)
     if short is None:
-        return False
+        return None
     angle = torch.rand(m, d // 2, device=device, generator=generator).repeat(1, 2) * 6
     cu = torch.tensor(SHORT_ENDS, dtype=torch.int32, device=device)
-    try:
-        error = short_attention_error(short, q, k, v, random(*q.shape), Packed(angle.cos().to(dtype), angle.sin().to(dtype), cu, m), fast.scale)
-    except Exception as why:  # a card that lacks the memory or the instructions: Triton's errors share no class
-        attention.refuse_short(f"it does not run here ({type(why).__name__}: {why})")
-        return False
-    if not error < OTHERWISE:
-        attention.refuse_short(f"its self-test is off by {error:.4f}")
-    return error < OTHERWISE
+    return short, q, k, v, random(*q.shape), Packed(angle.cos().to(dtype), angle.sin().to(dtype), cu, m), fast.scale
 
 
 def short_attention_error(short: Any, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, packed: Packed, scale: float) -> float:
@@ -127,7 +153,7 @@ def _product_error(weight: Any, random: Any) -> float:
     return _largest([weight.forward(x, None), weight.backward(dy, None)], [x.float() @ dense.float().t(), dy.float() @ dense.float()])
 
 
-def _loss_error(ops: ModuleType, logits: Tensor) -> float:
+def _loss_error(ops: ModuleType, logits: Tensor, dtype: torch.dtype) -> float:
     targets = torch.arange(len(logits), device=logits.device) * 300
     targets[3] = -100
-    return _largest(ops.cross_entropy_rows(logits, targets, torch.float32), eager.cross_entropy_rows(logits, targets, torch.float32))
+    return _largest(ops.cross_entropy_rows(logits, targets, dtype), eager.cross_entropy_rows(logits, targets, dtype))

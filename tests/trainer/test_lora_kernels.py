@@ -158,3 +158,14 @@ def test_nf4_is_decoded_as_its_twin_does():
 def test_fp8_is_transposed_as_its_twin_does():
     w = random(80, 176).to(torch.float8_e4m3fn)
     assert torch.equal(kernels.transpose_fp8(w).view(torch.uint8), eager.transpose_fp8(w).view(torch.uint8))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_what_is_compiled_ahead_is_not_launched():
+    h, y = random(M, K), random(M, K)
+    before = y.clone()
+    with kernels.only_compiling():
+        kernels.residual_add(h, y, None, None)
+    assert torch.equal(y, before)
+    kernels.residual_add(h, y, None, None)
+    agree((y,), (h + before,))
