@@ -32,7 +32,7 @@ MARKS = ("allow_in_graph", "assume_constant_result", "clear_lru_cache", "disable
 
 # module -> what transformers takes from it at import, to name it in an annotation or as a base
 STAND_INS: dict[str, tuple[str, ...]] = {
-    "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex",),
+    "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex", "trace_wrapped"),  # the second in torch 2.11
     "torch.nn.attention.flex_attention": ("BlockMask", "create_block_mask", "flex_attention", "_DEFAULT_SPARSE_BLOCK_SIZE", "AuxRequest"),
     "transformers.generation.continuous_batching": ("PagedAttentionCache", "ContinuousMixin", "ContinuousBatchingManager"),
     "transformers.generation.continuous_batching.cache": ("PagedAttentionCache",),
