@@ -1,7 +1,7 @@
 """Attention over packed rows: each document sees itself only, and nothing of size S x S is ever made on a GPU.
 
 Three ways: Triton's for short documents (``trainer/attention_short.py``, the fused layer's on Hopper), torch's flash attention for
-variable lengths, and the eager twin for CPUs and for comparing.
+variable lengths, and one document after another for CPUs, fp32 and odd head sizes. The eager twin is for comparing.
 
 ``register()`` adds the implementation "milktea" to transformers' AttentionInterface. The model then takes the boundaries as
 forward arguments under transformers' own names: ``cu_seq_lens_q`` (int32 [documents + 1], on the model's device), ``max_length_q``
@@ -12,6 +12,7 @@ not be padded, because transformers makes no mask for an implementation that is 
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -146,13 +147,30 @@ def packed_attention(
             query, key, value, attention_mask, dropout, attention_mask is None and not one, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
+    if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does; the angles have made q and k fp32
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     if query.shape[0] != 1:
         raise ValueError(f"packed attention takes one row, got {query.shape[0]}: concatenate the documents and pass their boundaries")
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported on packed rows: set attention_dropout to 0 in the model's config")
+    if not _has_flash(query):
+        return by_document(query, key, value, cu_seq_lens_q, scale), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     assert max_length_q is not None, "cu_seq_lens_q came without max_length_q"
     return _Varlen.apply(q, k, v, cu_seq_lens_q, int(max_length_q), scale)[None], None
+
+
+def by_document(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float) -> Tensor:
+    """torch's own kernel, one document after another: on the CPU, and on a GPU for fp32 and odd head sizes. query [1, H, M, D], key and value
+    [1, KV, M, D] -> [1, M, H, D]."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scale)
+        for a, b in pairwise(cu.tolist())
+    ]
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
 def register() -> str:

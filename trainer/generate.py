@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from trainer import imports
+from trainer.attention import register
 from trainer.evaluate import answer
-from trainer.model import ModelError, register_attention
+from trainer.model import ModelError
 from trainer.prepare import Prepared, Rows, prompt_ids
 from trainer.prompt import TemplateError, Turn, load, parse, with_chat_template
 from trainer.tokens import open_vocabulary, stop_token, token_hash
@@ -69,7 +70,7 @@ def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:
     imports.lean(quantised=False, whole=False)
     from transformers import AutoModelForCausalLM
 
-    register_attention(device)
+    register()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="milktea")
     if (adapter / "adapter_config.json").is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from trainer.attention import name as attention_name
+from trainer.attention import register
 from trainer.dropout import KeyedDropout, TokenKeys
 from trainer.job import Job
 from trainer.loss import target_loss_sum
@@ -51,7 +52,8 @@ def load(
     if checkpoint_layers:
         checkpoint_first(model, checkpoint_layers)
     model = model if shard is not None else model.to(device)
-    return model.train(), {"layer": f"transformers ({reason})", "attention": "varlen" if device.type == "cuda" else "by document"}
+    flash = device.type == "cuda" and job.model.precision != "fp32"
+    return model.train(), {"layer": f"transformers ({reason})", "attention": attention_name(False, device) if flash else "by document"}
 
 
 def refuse_precision(precision: str, device: torch.device) -> None:
@@ -84,7 +86,7 @@ def load_base(job: Job, folder: Path, device: torch.device, quantise: bool = Tru
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    register_attention(device)
+    register()
     config = AutoConfig.from_pretrained(folder)
     silence_dropout(config)
     dtype = torch.float32 if job.model.precision == "fp32" or job.training.method == "full" else torch.bfloat16
@@ -244,41 +246,3 @@ def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         raise ModelError(f"{type(inner).__name__} scales or caps its logits, which this trainer does not: name another base model")
     chosen = hidden.flatten(0, 1).index_select(0, batch["targets_at"])  # (targets, H)
     return nn.functional.cross_entropy(head(chosen).float(), labels.flatten().index_select(0, batch["targets_at"]), reduction="sum")
-
-
-def register_attention(device: torch.device) -> None:
-    from trainer.attention import register
-
-    register()
-    if device.type == "cpu":
-        from transformers import AttentionInterface
-
-        AttentionInterface.register("milktea", attend_by_document)
-
-
-def attend_by_document(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention on the CPU: torch's own kernel, one document after another. query (B, H, T, D), key and value (B, KV, T, D) -> (B, T, H, D).
-
-    Without boundaries it serves generation: a padding mask, if there is one, is honoured."""
-    cu = kwargs.get("cu_seq_lens_q")
-    group = query.shape[1] // key.shape[1]
-    if cu is None:
-        from trainer.attention import packed_attention
-
-        return packed_attention(module, query, key, value, attention_mask, scaling)
-    if group > 1:
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    ends = cu.tolist()
-    parts = [
-        nn.functional.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling)
-        for a, b in pairwise(ends)
-    ]
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from trainer.attention import document_mask, flash_backward, flash_forward, name, packed_attention, short_kernels
+from trainer.attention import _Varlen, document_mask, flash_backward, flash_forward, name, packed_attention, short_kernels
 
 ENDS = [0, 5, 6, 19, 32]
 
@@ -23,12 +23,16 @@ def one_by_one(q, k, v, scale):
     return torch.cat(parts, 2).transpose(1, 2)
 
 
+@pytest.mark.parametrize("way", ["by document", "the GPU's, on its twin"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_each_document_is_attended_alone_with_the_right_gradients(kv_heads):
+def test_each_document_is_attended_alone_with_the_right_gradients(kv_heads, way):
     torch.manual_seed(0)
     cu = torch.tensor(ENDS, dtype=torch.int32)
     q, k, v = (torch.randn(1, n, 32, 16).requires_grad_() for n in (4, kv_heads, kv_heads))
-    out, _ = packed_attention(SimpleNamespace(), q, k, v, None, scaling=0.3, cu_seq_lens_q=cu, max_length_q=13)
+    if way == "by document":
+        out, _ = packed_attention(SimpleNamespace(), q, k, v, None, scaling=0.3, cu_seq_lens_q=cu, max_length_q=13)
+    else:
+        out = _Varlen.apply(*(x[0].transpose(0, 1) for x in (q, k, v)), cu, 13, 0.3)[None]
     want = one_by_one(q, k, v, 0.3)
     torch.testing.assert_close(out, want)
     d = torch.randn_like(want)
@@ -67,6 +71,31 @@ def test_the_cpu_gets_the_eager_twin_and_says_so():
     assert short_kernels(q, q, q, 6) is None
     assert name(False, torch.device("cpu")) == "eager"
     assert name(True, torch.device("cuda")).startswith("Triton") and name(False, torch.device("cuda")).startswith("torch flash")
+
+
+def test_mixed_precision_attends_in_the_lower_one():
+    """Rotary angles are fp32 and make q and k so."""
+    cu = torch.tensor(ENDS, dtype=torch.int32)
+    q, k, v = (torch.randn(1, 2, 32, 16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = packed_attention(SimpleNamespace(), q, k, v.bfloat16(), None, scaling=0.3, cu_seq_lens_q=cu, max_length_q=13)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), one_by_one(q, k, v, 0.3), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_long_pack_never_makes_a_square(mixed):
+    """32 heads of 16,384 x 16,384 fp32 are 34 GB. Mixed precision and fp32 alike."""
+    ends = list(range(0, 16384 + 1, 256))
+    cu = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    q, k, v = (torch.randn(1, 32, 16384, 64, device="cuda").requires_grad_() for _ in range(3))
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+        out, _ = packed_attention(SimpleNamespace(), q, k, v, None, scaling=0.125, cu_seq_lens_q=cu, max_length_q=256)
+    out.float().sum().backward()
+    assert torch.cuda.max_memory_allocated() < 3e9 and torch.isfinite(q.grad).all()
 
 
 @pytest.mark.gpu

@@ -120,20 +120,20 @@ def next_to_nothing_learned(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 
 def attention_that_looks_ahead(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    def open_eyes(module: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object, scaling: float, **_: object) -> tuple:
+    def open_eyes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float) -> torch.Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).contiguous(), None
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
-    patch.setattr("trainer.model.attend_by_document", open_eyes)
+    patch.setattr("trainer.attention.by_document", open_eyes)
     return make(**LONG)
 
 
 def documents_that_see_each_other(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    def one_row(module: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object, scaling: float, **_: object) -> tuple:
+    def one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float) -> torch.Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2).contiguous(), None
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).contiguous()
 
-    patch.setattr("trainer.model.attend_by_document", one_row)
+    patch.setattr("trainer.attention.by_document", one_row)
     return make(**LONG)
 
 
