@@ -202,7 +202,7 @@ def manifest(cargo: Cargo, files: volumes.Files, options: Options, held: Kept) -
         "models": [m.model_dump() for m in models_beside(cargo, options)],
         "kept": {path: digest for path, digest in held.hashes().items() if not options.base or path == "image.lock"},
         "files": {
-            p: {"bytes": f.size_bytes, "sha256": f.sha256, "role": f.role, "parity_group": f.group}
+            p: {"bytes": f.size_bytes, "role": f.role} | ({} if options.base else {"sha256": f.sha256, "parity_group": f.group})
             for p, f in sorted(files.items())
             if not options.base or f.role != "small"
         },
