@@ -76,6 +76,7 @@ def test_every_method_learns_and_stock_libraries_load_what_it_learned(run_folder
     else:
         base = AutoModelForCausalLM.from_pretrained(job.parent / "model", attn_implementation="milktea", dtype=torch.float32)
         model = PeftModel.from_pretrained(base, str(folder))
+    assert ("PeftModel.from_pretrained" in (folder / "README.md").read_text()) == (method not in ("full", "freeze"))
     assert loss_of(model, job) == pytest.approx(trained[0], abs=1e-5)
     assert trained[0] < curve[0]
 
@@ -129,6 +130,8 @@ def test_the_manifest_holds_what_is_needed_to_trust_and_repeat_the_run(run_folde
     assert {k: list(v.shape) for k, v in tensors.items()} == {k: v["shape"] for k, v in manifest["tensors"].items()}
     for name, facts in manifest["files"].items():
         assert artefact.digest(folder / name) == facts["sha256"] and (folder / name).stat().st_size == facts["bytes"]
+    with zipfile.ZipFile(job.parent / "result" / "adapter.zip") as archive:  # weights hardly shrink, and a box waits for it
+        assert archive.getinfo("adapter_model.safetensors").compress_type == zipfile.ZIP_STORED
     told = json.loads((folder / "template.json").read_text())
     assert told["token_hash"] == manifest["template"]["token_hash"] and "### Instruction" in told["source"]
 
