@@ -37,11 +37,10 @@ Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Tar
 class Workload:
     """What a run moves and computes, wherever it runs.
 
-    `tokens` is over all epochs. `model_parameters` are those that a matrix product touches; with `shape` given, whether and
-    how the model fits a card is solved as the trainer will; `least_tokens` is its longest row, `row_tokens` the row of the mean
-    token (sum of squared lengths over sum of lengths), `fused` whether the fast layer serves it (None: by its shape).
-    `home_*_mbps` is the laptop's own link. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run
-    against the emulator, whose speed is this computer's.
+    `tokens` is over all epochs. `model_parameters` are those that a matrix product touches; with `shape` given, whether and how the model
+    fits a card is solved as the trainer will: `method` and `trainable_layers` as memory.predict takes them, `least_tokens` its longest row,
+    `row_tokens` the row of the mean token (sum of squared lengths over sum of lengths). `home_*_mbps` is the laptop's own link. `boot_s` is
+    from create to a shell, without the image. `cpu_practice`: a run against the emulator, whose speed is this computer's.
     """
 
     tokens: float
@@ -56,11 +55,11 @@ class Workload:
     cpu_practice: bool = False
     shape: memory.Shape | None = None
     method: str = "lora"
+    trainable_layers: int = 2
     r: int = 16
     target_modules: memory.Targets = "all-linear"
     least_tokens: int = 2048
     row_tokens: float = 340.0
-    fused: bool | None = None
     checkpoint_bytes: float = 0.0
     save_every_s: float = 120.0
     home_up_mbps: float = 50.0
@@ -241,7 +240,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
     )
     least = max(1, min(w.least_tokens, int(w.tokens)))
-    found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, least, w.num_gpus, w.fused)
+    found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, w.trainable_layers, least, w.num_gpus)
     if isinstance(found, str):
         raise DoesNotFit(f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB", "gpu_memory")
     return found
@@ -249,14 +248,15 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
 
 @lru_cache(maxsize=4096)
 def _fit(
-    shape: memory.Shape, driver_gib: float, precision: str, r: int, targets: Modules, method: str, least: int, processes: int,
-    fused: bool | None,
+    shape: memory.Shape, driver_gib: float, precision: str, r: int, targets: Modules, method: str, trainable_layers: int, least: int,
+    processes: int,
 ) -> float | str:  # fmt: skip
     """The share of layers that are checkpointed on such a card, or what it would need. Remembered: a market has few sizes."""
     capacity = driver_gib * _TORCH_SEES
-    plan = memory.solve(shape, capacity, precision, r, targets, method, least, processes=processes, fused=fused)
+    more: Any = {"processes": processes, "trainable_layers": trainable_layers}
+    plan = memory.solve(shape, capacity, precision, r, targets, method, least, **more)
     if plan is None:
-        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, least, processes=processes, fused=fused)
+        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, least, **more)
         return f"needs {math.ceil(need / _TORCH_SEES * 10) / 10:.1f} GiB"
     return plan[1] / shape.layers
 

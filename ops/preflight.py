@@ -254,15 +254,15 @@ def _workload(job: JobFile, lengths: list[int], shape: memory.Shape | None, push
     return Workload(
         tokens=tokens, model_parameters=parameters, precision=job.model.precision, num_gpus=job.offer.num_gpus, image_bytes=image_bytes,
         model_download_bytes=download, push_bytes=pushed, pull_bytes=adapter, disk_gib=float(disk), cpu_practice=parameters < 2e7, shape=shape,
-        method=job.training.method, r=job.lora.r, target_modules=_targets(job), least_tokens=max(lengths),
-        row_tokens=sum(n * n for n in lengths) / sum(lengths), fused=_fused(job, shape), checkpoint_bytes=3 * adapter,
+        method=_method(job), trainable_layers=job.training.freeze_trainable_layers, r=job.lora.r, target_modules=_targets(job),
+        least_tokens=max(lengths),
+        row_tokens=sum(n * n for n in lengths) / sum(lengths), checkpoint_bytes=3 * adapter,
         save_every_s=job.training.save_every_s,
     )  # fmt: skip
 
 
-def _fused(job: JobFile, shape: memory.Shape | None) -> bool:
-    lora = job.lora
-    return shape is None or memory.takes_fused_layer(shape, job.model.precision, lora.r, job.training.method, lora.lora_dropout, lora.use_dora)
+def _method(job: JobFile) -> str:
+    return memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout)
 
 
 def _targets(job: JobFile) -> Any:
@@ -273,8 +273,8 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
     least = 0.0
     if shape:
         least = memory.min_gpu_memory_gib(
-            shape, job.model.precision, job.lora.r, _targets(job), job.training.method, workload.least_tokens,
-            processes=job.offer.num_gpus, fused=workload.fused,
+            shape, job.model.precision, job.lora.r, _targets(job), workload.method, workload.least_tokens,
+            processes=job.offer.num_gpus, trainable_layers=workload.trainable_layers,
         ) / DRIVER_SHARE  # fmt: skip
         _refuse_cards_too_small(job, least)
     o = job.offer

@@ -229,3 +229,4 @@ def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
         return run_layer(fast, hidden_states.squeeze(0).contiguous(), packed).unsqueeze(0)  # [0] would cost a zeroed copy in backward
 
     layer.forward = forward  # type: ignore[method-assign, assignment]
+    layer.is_fused = True  # type: ignore[assignment]

@@ -3,9 +3,8 @@
 The peak is what `torch.cuda.max_memory_allocated` will say, in GiB, of one GPU: weights, adapter with its gradients, optimizer,
 what layers keep for backward, and the largest passing need: the loss of one chunk, or one layer's backward.
 
-Two paths, each counted tensor by tensor from its code: the fused layer (trainer/layer.py) for LoRA on Llama, Mistral and Qwen2,
-and transformers' own forward for the rest, whose count is the field notes' 34 h + 8 f bytes a layer and token.
-docs/memory-grid.jsonl holds what the fused path really took on a GPU; tests hold the count to it.
+Two paths, each counted tensor by tensor: the fused layer (trainer/layer.py) for LoRA on Llama, Mistral and Qwen2, and transformers' own
+forward for the rest. docs/memory-grid.jsonl and memory-plain.jsonl hold what they really took on a GPU; tests hold the count to them.
 """
 
 from __future__ import annotations
@@ -19,12 +18,15 @@ GIB = 1024**3
 MARGIN = 0.05  # of the predicted peak, before anything is said to fit
 RESERVED_GIB = 1.0  # of what torch reports as the card's total: the CUDA context, fragments between the allocator's blocks
 
+DROPOUT = ", dropout"  # behind a method's name
+
 _CONSTANT_GIB = 0.10  # cuBLAS workspaces, position tables, the batch itself
 _NCCL_GIB = 0.4
 _LOGITS_PER_CHUNK = 2**26  # trainer/loss.py
 _MEAN_ROW = 200  # tokens of a document, where the data is not known
 _FLASH_ROUND = 128  # rows that flash attention's backward adds for each document
 _NF4_BYTES = 0.5 + 4 / 64  # half a byte, and an fp32 scale for 64 values
+_DROPOUT_BYTES = 28  # that lora_dropout's keys take for a moment, for each of the widest input's features
 _RECOMPUTED = 0.38  # of a layer's time again when it is checkpointed (docs/bench.jsonl: 14,559 against 20,254 tokens/s)
 _LAUNCH_TOKENS = 400  # a micro-batch costs as much as this many tokens more: launches, small matrix products
 
@@ -189,9 +191,9 @@ def predict(
     """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in `documents` rows, of
     which `targets` (left out: all) meet the head.
 
-    `trainable_layers` counts for method "freeze". `fused` None: where the fused layer takes the model. `keep_transpose` is
-    FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report, and method "full" is shared among them.
-    Raises ValueError for an unknown precision, method or module.
+    `method` is as `method_of` gives it. `trainable_layers` counts for "freeze". `fused` None: where the fused layer takes the model.
+    `keep_transpose` is FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report, and method
+    "full" is shared among them. Raises ValueError for an unknown precision, method or module.
     """
     if precision not in _LINEAR_BYTES:
         raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
@@ -211,12 +213,20 @@ def predict(
         layer, loss = _kept_fused(shape, r, element), _loss_fused(shape, tokens, aims, element)
         passing = _passing_fused(shape, precision, tokens, rows, element, keep_transpose)
     else:
-        layer, loss = _kept_eager(shape, element), tokens * shape.vocab * (8.0 + element)
+        layer, loss = _kept_plain(shape, method, precision, r), _loss_fused(shape, tokens, aims, element)
+        loss += 8 * shape.vocab * shape.hidden if method == "full" else 0  # the head's gradient, and a chunk's
         passing = tokens * element * (3 * shape.intermediate + 3 * shape.hidden) + _unpacked(shape, precision, joined=False)
+        if method.startswith("dora"):
+            passing += 16 * max(i * o for i, o in shape.linears().values())  # a weight with its adapter added, and its norm
+        if method.endswith(DROPOUT):
+            passing = max(passing, tokens * _DROPOUT_BYTES * shape.intermediate)
+        weights += _mixed_copies(shape, method, precision, trained)
     # The first layers are checkpointed: when backward reaches them, what the last ones kept is gone, so that one layer made
-    # again counts only where no layer kept anything.
-    stored = tokens * ((shape.layers - checkpointed_layers) * layer + (checkpointed_layers + 1) * element * shape.hidden)
-    passing += tokens * layer if checkpointed_layers == shape.layers else 0
+    # again counts only where no layer kept anything. Below the layers that "freeze" trains nothing is kept.
+    learning = min(trainable_layers, shape.layers) if method == "freeze" else shape.layers
+    whole = min(learning, shape.layers - checkpointed_layers)
+    stored = tokens * (whole * layer + (learning - whole + 1) * element * shape.hidden)
+    passing += tokens * layer if whole == 0 else 0
     w, a, o, s, lo, p = (x / GIB for x in (weights, adapter, optimizer, stored, loss, passing))
     constant = _CONSTANT_GIB + (_NCCL_GIB if processes > 1 else 0)
     peak = w + a + o + s + max(lo, p) + constant
@@ -231,13 +241,15 @@ def predict(
     return Memory(w, a, o, s, lo, p, peak, lines)
 
 
-def takes_fused_layer(
-    shape: Shape, precision: str, r: int, method: str, lora_dropout: float = 0.0, use_dora: bool = False
-) -> bool:
-    """Whether trainer/fast.py patches in the fused layer. Pass the answer on as `fused` where dropout or DoRA may be set."""
+def method_of(method: str, use_dora: bool = False, lora_dropout: float = 0.0) -> str:
+    """A job's method as it is told here: "full", "freeze", "lora" or "dora", the last two with DROPOUT behind them where there is any."""
+    return method if method != "lora" else ("dora" if use_dora else "lora") + (DROPOUT if lora_dropout else "")
+
+
+def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool:
+    """Whether trainer/fast.py patches in the fused layer."""
     plain = shape.gated and not shape.qk_norm and not shape.other_bias and shape.head_dim in (32, 64, 128, 256)
-    adapter = method == "lora" and r <= 64 and lora_dropout == 0 and not use_dora
-    return plain and adapter and precision != "int8"
+    return plain and method == "lora" and r <= 64 and precision != "int8"
 
 
 def solve(
@@ -298,14 +310,14 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
 
 def _trained(shape: Shape, method: str, r: int, targets: Targets, trainable_layers: int) -> tuple[int, int]:
     """How many values are trained, and how many of them are an adapter's own copy beside the weights."""
-    if method == "lora":
+    if method.removesuffix(DROPOUT) in ("lora", "dora"):
         adapter = adapter_parameters(shape, r, targets)
         return adapter, adapter
     if method == "full":
         return parameters(shape), 0
     if method == "freeze":
         return min(trainable_layers, shape.layers) * linear_parameters(shape) // shape.layers, 0
-    raise ValueError(f"method {method!r} is none of lora, full, freeze")
+    raise ValueError(f"method {method!r} is none of lora, dora, full, freeze")
 
 
 def _weight_bytes(shape: Shape, precision: str, element: int, fused: bool, keep_transpose: bool) -> float:
@@ -343,9 +355,25 @@ def _kept_fused(shape: Shape, r: int, element: int) -> float:
     return element * (2 * h + 2 * q + 2 * kv + 2 * f + 7 * _padded_rank(r)) + 4 * shape.heads + 8
 
 
-def _kept_eager(shape: Shape, element: int) -> float:
-    """transformers with PEFT, per layer and token: 34 h + 8 f bytes in bf16 (fp32 copies in the norms, q k v, gate, up, ...)."""
-    return element * (17 * shape.hidden + 4 * shape.intermediate)
+def _kept_plain(shape: Shape, method: str, precision: str, r: int) -> float:
+    """What a layer of transformers and PEFT keeps of one token, in bytes: fp32 copies in the norms, q k v, attention's output, gate, up and
+    their product; with LoRA an fp32 copy of each linear's input, with dropout its mask; with DoRA each linear's output besides."""
+    h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    if precision == "fp32":
+        return 68 * h + 16 * f
+    if method in ("full", "freeze"):  # mixed precision; the stream between layers is fp32 where the embeddings are
+        return (28 if method == "full" else 24) * h + 4 * q + 4 * kv + 8 * f + 4 * shape.heads + 8
+    kept, dora = 28 * h + 8 * q + 4 * kv + 10 * f + 28 * r + 4 * shape.heads + 8, method.startswith("dora")
+    if dora:
+        kept += 14 * h + 4 * q + 12 * kv + 12 * f
+    return kept if not method.endswith(DROPOUT) else kept + (16 * h + 5 * f if dora else 5 * h + q + f)
+
+
+def _mixed_copies(shape: Shape, method: str, precision: str, trained: int) -> float:
+    """The bf16 copies of linears that train, which mixed precision holds from forward to backward."""
+    if precision == "fp32" or method not in ("full", "freeze"):
+        return 0.0
+    return (3.0 if method == "freeze" else 2.0) * min(trained, linear_parameters(shape))  # freeze: as measured
 
 
 def _loss_fused(shape: Shape, tokens: int, targets: int, element: int) -> float:

@@ -42,7 +42,9 @@ def load(
         from trainer.fast import accelerate_model
 
         try:
-            return model.train(), accelerate_model(model, job.model.precision, device, checkpoint_layers=checkpoint_layers)
+            names = accelerate_model(model, job.model.precision, device, checkpoint_layers=checkpoint_layers)
+            checkpoint_first(model, checkpoint_layers)
+            return model.train(), names
         except ValueError as why:
             if job.model.precision in ("fp8", "nf4"):
                 raise ModelError(f'precision {job.model.precision} does not serve this model ({why}): set model.precision = "bf16"') from why
@@ -72,10 +74,13 @@ def refuse_precision(precision: str, device: torch.device) -> None:
 
 
 def checkpoint_first(model: nn.Module, count: int) -> None:
-    """Recomputes the first `count` decoder layers in the backward pass. Dropout is keyed, so they compute the same again."""
+    """Recomputes the first `count` decoder layers in the backward pass, but for those that are fused: they do by themselves. Dropout is keyed, so
+    they compute the same again."""
     from torch.utils.checkpoint import checkpoint
 
     for layer in decoder_layers(model)[:count]:
+        if getattr(layer, "is_fused", False):
+            continue
         forward = layer.forward
         layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)  # type: ignore[method-assign]
 

@@ -211,11 +211,10 @@ def micro_batch(job: Job, base: Path, rows: Rows, device: torch.device, world: i
         return CPU_TOKENS, 0
     shape = memory.Shape.from_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30
-    longest = max(rows.lengths)
+    longest, method = max(rows.lengths), memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout)
     solved = memory.solve(
-        shape, capacity, job.model.precision, job.lora.r, job.lora.target_modules, job.training.method, longest, max(longest, GPU_TOKENS),
-        processes=world,
-        fused=memory.takes_fused_layer(shape, job.model.precision, job.lora.r, job.training.method, job.lora.lora_dropout, job.lora.use_dora),
+        shape, capacity, job.model.precision, job.lora.r, job.lora.target_modules, method, longest, max(longest, GPU_TOKENS),
+        processes=world, trainable_layers=job.training.freeze_trainable_layers,
     )  # fmt: skip
     if solved is None:
         name = torch.cuda.get_device_name(device)

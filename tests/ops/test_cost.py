@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ops import cost, gpus
 from ops.cost import Workload
 from ops.market import Instance, Offer
-from trainer.memory import Shape, linear_parameters, solve, takes_fused_layer
+from trainer.memory import Shape, linear_parameters, solve
 
 OFFER = Offer(
     id=1, machine_id=2, host_id=3, gpu_name="RTX 4090", num_gpus=1, gpu_memory_gib=23.99, compute_capability=8.9, cuda_max=12.8,
@@ -185,9 +185,8 @@ def test_a_card_that_ops_takes_is_one_on_which_the_trainer_finds_room() -> None:
 
 def test_dropout_or_dora_without_the_fused_layer_needs_a_larger_card() -> None:
     work = replace(WORK, shape=LLAMA_7B, least_tokens=4096)
-    assert not takes_fused_layer(LLAMA_7B, "bf16", 16, "lora", use_dora=True)
-    fused, eager = (cost.predict(OFFER, replace(work, fused=f)).train_s for f in (True, False))
-    assert eager > fused, "more layers are recomputed"
+    fused, *eager = (cost.predict(OFFER, replace(work, method=m)).train_s for m in ("lora", "lora, dropout", "dora"))
+    assert min(eager) > fused, "more layers are recomputed"
 
 
 def test_a_practice_run_takes_as_long_on_every_offer() -> None:
