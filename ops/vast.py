@@ -162,16 +162,17 @@ class Vast:
         return ""
 
     def charges(self, instance_id: int, since_unix_s: float) -> list[Charge]:
-        """What vast.ai charged for one instance so far. It can lag behind by hours on the real service."""
+        """What vast.ai charged for one instance, which is no older than `since_unix_s`. It can lag behind by hours on the real service."""
         filters = {"day": {"gte": int(since_unix_s) - 86400, "lte": int(self._clock.now()) + 86400}, "type": {"in": ["instance"]}}
         query: dict[str, Any] = {"select_filters": filters, "format": "tree", "latest_first": True, "limit": 100}
         found: list[Charge] = []
         while True:
             page = self._repeat("charges", "GET", "/charges/", query=query)
-            for row in page.get("results") or []:
+            rows = page.get("results") or []
+            for row in rows:
                 if row.get("source") == f"instance-{instance_id}":
                     found += [Charge(str(i.get("type")), float(i.get("amount") or 0), str(i.get("description", ""))) for i in row.get("items") or []]
-            if not page.get("next_token"):
+            if not page.get("next_token") or float(rows[-1].get("start") or 0) < since_unix_s:  # the latest came first
                 return found
             query["after_token"] = page["next_token"]
 

@@ -77,6 +77,7 @@ class Instance:
     running_since: float | None = None
     first_running_at: float | None = None
     destroyed_at: float | None = None
+    _last_charge: dict[str, Any] | None = None
     boots: int = 0
     pulled: bool = False
     ssh_port: int = 0
@@ -160,7 +161,9 @@ class Instance:
         return row | self.shown_as
 
     def charge(self, now: float) -> dict[str, Any]:
-        """The bill of this instance, one row of `/charges/`."""
+        """The bill of this instance, one row of `/charges/`. Once it is destroyed it stays as it is."""
+        if self._last_charge is not None:
+            return self._last_charge
         meter = self.meter
         items = [
             ("gpu", meter.gpu_usd, f"{meter.gpu_s / HOUR_S:.3f} hours at ${self.gpu_usd_per_hour:.3f}/hour"),
@@ -169,10 +172,13 @@ class Instance:
             ("bwu", meter.out_usd, f"{meter.bytes_out / GIGABYTE:.6f} GB at ${self.offer['inet_up_cost']:.4f}/GB"),
         ]
         start, end = self.created_at, self.destroyed_at or now
-        return {
+        row = {
             "start": start, "end": end, "type": "instance", "source": f"instance-{self.id}",
             "description": f"Instance {self.id}: {self.num_gpus}x {self.offer['gpu_name']}", "amount": round(meter.usd, 6),
             "metadata": {"label": self.label, "template_id": None, "instance_id": self.id, "machine_id": self.machine_id},
             "items": [{"start": start, "end": end, "type": kind, "source": f"instance-{self.id}", "description": text,
                        "amount": round(usd, 6), "metadata": {}, "items": []} for kind, usd, text in items],
         }  # fmt: skip
+        if self.destroyed_at is not None:
+            self._last_charge = row
+        return row

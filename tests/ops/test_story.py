@@ -73,6 +73,17 @@ def test_the_main_job_brings_a_verified_adapter_home_and_leaves_no_box(own: rig.
     assert bill["usd"] == pytest.approx(sum(c["amount"] for c in fake.charges()), abs=1e-5)
 
 
+def test_the_bill_is_found_without_reading_what_older_instances_cost(own: rig.Rig, fake: FakeVast) -> None:
+    """They come last, 100 a page, and vast.ai answers such a question once a second."""
+    run(own, fake)
+    old = {**fake.charges()[0], "source": "instance-1"}
+    fake.do(lambda: fake.cloud.account.old_charges.extend({**old, "start": old["start"] - n, "end": old["end"]} for n in range(1, 251)))
+    before = len(fake.requests)
+    _, lines = run(own, fake)
+    assert lines[-1]["usd"] > 0
+    assert sum(r["route"] == "charges" for r in fake.requests[before:]) == 1
+
+
 def test_the_account_key_never_reaches_a_box(own: rig.Rig, fake: FakeVast) -> None:
     (own.image / "pause").touch()
     seen: list[str] = []
