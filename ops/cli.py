@@ -176,7 +176,7 @@ def _vast() -> Iterator[Vast]:
     if provider is None:
         from ops.fakevast.embedded import ensure
 
-        server = ensure(Path(".milktea/fakevast"), options=EMULATOR)
+        server = ensure(Path(os.environ.get("MILKTEA_EMULATOR", ".milktea/fakevast")), options=EMULATOR)
         provider = Provider(server.url, server.api_key, pace=0.1)
         print("VAST_API_KEY is not set: the emulator plays vast.ai on this machine; no money moves.", file=sys.stderr)
     yield Vast(provider, RealClock())
