@@ -6,11 +6,14 @@ The result is a pure function of the locked packages: the same tar as root and a
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +26,7 @@ from ops.image.definition import Os
 from ops.image.lock import Deb
 
 FORMAT = 1  # of the tar that build() makes: counts up when another hook or option changes its bytes
+PAUSES_S = (1.0, 5.0)  # before a network that failed is asked again
 Progress = Callable[[str], None]
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PUBLIC = {"debian": "https://deb.debian.org/debian", "debian-security": "https://deb.debian.org/debian-security"}
@@ -152,9 +156,8 @@ def _fetch_one(deb: Deb, mirrors: Mirrors, cache: Path, progress: Progress) -> P
     progress(f"fetching {deb.name} {deb.version}")
     url = f"{mirrors.root(deb.archive)}/{urllib.parse.quote(deb.file)}"
     try:
-        with urllib.request.urlopen(url, timeout=60) as reply:
-            data = reply.read()
-    except OSError as error:
+        data = _read(url, progress)
+    except (OSError, http.client.HTTPException) as error:
         raise PreflightError(
             f"{deb.name} {deb.version} is not to be had from the mirror: {error}",
             hint="set MILKTEA_DEBIAN_MIRROR to an archive that keeps old versions (snapshot.debian.org), or make image-lock",
@@ -168,6 +171,21 @@ def _fetch_one(deb: Deb, mirrors: Mirrors, cache: Path, progress: Progress) -> P
     part.write_bytes(data)
     os.replace(part, target)
     return target
+
+
+def _read(url: str, progress: Progress) -> bytes:
+    """What a mirror says itself is taken at its word; a network that fails is asked again, after PAUSES_S."""
+    pauses_s = list(PAUSES_S)
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as reply:
+                return bytes(reply.read())
+        except (OSError, http.client.HTTPException) as error:
+            final = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if final or not pauses_s:
+                raise
+            progress(f"{error}: again in {pauses_s[0]:g} s")
+            time.sleep(pauses_s.pop(0))
 
 
 def _repository(folder: Path, suite: str, debs: Sequence[Deb], cache: Path) -> None:

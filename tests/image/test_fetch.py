@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import socket
 import threading
 
 import pytest
@@ -73,6 +74,33 @@ def test_a_package_with_other_bytes_is_refused_and_not_kept(mirror, tmp_path):
     with pytest.raises(PreflightError, match="the mirror sent 13 bytes with sha256"):
         debian.fetch([deb(b"package")], Mirrors(f"{url}/debian"), tmp_path / "cache", quiet)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_network_that_fails_is_asked_again_and_a_mirrors_no_is_final(tmp_path, monkeypatch):
+    """The first answer is cut, the second is a gateway's 502, the third is the package; a 404 is asked for once."""
+    monkeypatch.setattr(debian, "PAUSES_S", (0.01, 0.01))
+    answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npac", b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
+               b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npackage", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"]
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for answer in answers:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        mirrors = Mirrors(f"http://127.0.0.1:{server.getsockname()[1]}/debian")
+        [path] = debian.fetch([deb(b"package")], mirrors, tmp_path / "cache", told.append)
+        assert path.read_bytes() == b"package" and sum("again in" in line for line in told) == 2
+        path.unlink()
+        with pytest.raises(PreflightError, match="404"):
+            debian.fetch([deb(b"package")], mirrors, tmp_path / "cache", quiet)
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_a_package_that_the_mirror_dropped_says_where_old_ones_are_kept(mirror, tmp_path):

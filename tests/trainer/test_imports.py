@@ -67,6 +67,7 @@ assert torch.distributed.tensor.DTensor.from_local
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", ["import torch._dynamo.eval_frame", "torch.distributed.tensor.Shard(0)", "torch._meta_registrations.device_hint"])
 def test_shapes_without_memory_are_there_for_who_asks_for_what_needs_them(ask: str) -> None:
     """torch.linalg.householder_product has its shape on `meta` from that module alone."""

@@ -73,7 +73,9 @@ def ended(child: subprocess.Popen[str], within_s: float = 120) -> tuple[int, str
         child.kill()
 
 
-@pytest.mark.parametrize(("processes", "precision"), [(1, "fp32"), (2, "fp32"), (1, "nf4")])
+@pytest.mark.parametrize(
+    ("processes", "precision"), [(1, "fp32"), pytest.param(2, "fp32", marks=pytest.mark.slow), pytest.param(1, "nf4", marks=pytest.mark.slow)]
+)
 def test_a_trainer_that_stands_by_trains_what_it_finds_when_it_is_launched(run_folder: Make, processes: int, precision: str) -> None:
     """In its own process; anew where the job wants several, or other imports."""
     job = run_folder(training={"max_steps": 3}, processes=processes)
