@@ -37,6 +37,8 @@ from ops.wait import RealClock  # noqa: E402
 
 Fault = list[dict[str, Any]]
 
+TOLD = 500  # cases between two lines of progress
+
 FAULTS: dict[str, Fault] = {
     "none": [],
     "create: reply lost after commit": [{"where": "create", "what": "lost_reply"}],
@@ -181,7 +183,6 @@ def work(worker: int, workers: int, total: int, verbose: bool, results: Any) -> 
         emulator = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, server), daemon=True)
         emulator.start()
         url, key = commands.recv()
-        leaks, done = [], 0
         for n, (fault, step) in enumerate(cases(total)):
             if n % workers != worker:
                 continue
@@ -194,14 +195,11 @@ def work(worker: int, workers: int, total: int, verbose: bool, results: Any) -> 
             later_command(runs, url, key)
             commands.send("what is left")
             left = commands.recv()
-            if left:
-                leaks.append((fault, step, left))
-            done += 1
+            results.put((fault, step, left))
             if verbose:
                 print(f"{time.monotonic() - began:6.2f} s  {fault}, step {step}", flush=True)
         commands.send(None)
         emulator.join(10)
-        results.put((done, leaks))
 
 
 def serve(folder: Path, pipe: Any) -> None:
@@ -245,14 +243,18 @@ def main() -> int:
     workers = [context.Process(target=work, args=(w, options.workers, options.cases, options.verbose, results)) for w in range(options.workers)]
     for worker in workers:
         worker.start()
-    gathered = [results.get() for _ in workers]
+    leaks = 0
+    for done in range(1, options.cases + 1):
+        fault, step, left = results.get()
+        if left:
+            leaks += 1
+            print(f"leak: {fault}, killed at step {step}: {left}", flush=True)
+        if done % TOLD == 0 and done < options.cases:
+            print(f"{done} of {options.cases} cases, {leaks} leaks, {time.monotonic() - began:.0f} s", flush=True)
     for worker in workers:
         worker.join()
-    done, leaks = sum(d for d, _ in gathered), [leak for _, found in gathered for leak in found]
-    for fault, step, left in leaks:
-        print(f"leak: {fault}, killed at step {step}: {left}")
     print(f"{len(FAULTS)} faults, {time.monotonic() - began:.0f} s")
-    print(f"{done} cases, {len(leaks)} leaks")
+    print(f"{options.cases} cases, {leaks} leaks")
     return 1 if leaks else 0
 
 
