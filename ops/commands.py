@@ -110,8 +110,8 @@ def launch(run_id: str, trainer: str) -> str:
 cd {run_folder(run_id)} || exit 9
 if [ -e exit_code ]; then echo finished; exit 0; fi
 state=started; [ -e launched ] && state=running
+if {ALIVE}; then : >launched; echo $state; exit 0; fi
 : >launched
-if {ALIVE}; then echo $state; exit 0; fi
 {_detached(command)}
 echo started
 """
