@@ -21,7 +21,7 @@ import torch
 
 from bench import real_job
 from trainer import batch, memory, packing
-from trainer.bench import GIB, SHAPES
+from trainer.bench import GIB, SHAPES, tell
 from trainer.dropout import TokenKeys
 from trainer.job import Job
 from trainer.model import load, target_loss
@@ -80,16 +80,13 @@ def main() -> int:
         for method in asked.methods:
             more = METHODS[method]
             job = Job.model_validate(told | {k: told[k] | v for k, v in more.items()})
+            told_method = memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout)
             for tokens, fraction in LOADS:
                 gc.collect()
                 torch.cuda.empty_cache()
-                told_method = memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout)
                 line = {"model": name, "method": told_method, "precision": "bf16", "r": job.lora.r} | asdict(SHAPES[name])
                 line |= measure(job, run, data, tokens, fraction, SHAPES[name])
-                print(json.dumps(line), flush=True)
-                if asked.append:
-                    with asked.append.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+                tell(line, asked.append)
     return 0
 
 

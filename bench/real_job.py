@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.bench import SHAPES, Setting, lengths
+from trainer.bench import SHAPES, Setting, lengths, tell
 from trainer.launch import LAUNCHED
 
 TEMPLATES = Path(__file__).parent.parent / "trainer/templates"
@@ -167,10 +167,7 @@ def main() -> int:
         "grad_norm_last": round(steps[-1]["grad_norm"], 5), "kernels": started["kernels"], "device": started["device"],
         "date": time.strftime("%Y-%m-%d"), "command": "python -m bench.real_job " + " ".join(sys.argv[1:]),
     }  # fmt: skip
-    print(json.dumps(line), flush=True)
-    if asked.append:
-        with asked.append.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    tell(line, asked.append)
     learned = line["loss_last"] < line["loss_first"] and line["grad_norm_last"] > 0
     return 0 if learned else 1
 

@@ -48,7 +48,7 @@ def onstart(public_key: str, standing_by: str | None = None) -> str:
     """What the box runs at each start: the watchdog first, then our key. Last, for the run `standing_by`, the image's trainer: it imports all
     that takes its time, and waits for `launch` while the data comes. Under vast.ai's 4,000 characters."""
     key = shlex.quote(public_key.strip())
-    trainer = f"""\
+    trainer = "" if standing_by is None else f"""\
 command -v milktea-train >/dev/null 2>&1 && mkdir -p {standing_by} && cd {standing_by} && rm -f launched && [ ! -e exit_code ] || exit 0
 {_detached("milktea-train --stand-by job.json")}
 """
@@ -61,7 +61,7 @@ cat >watchdog.sh <<'WATCHDOG'
 touch "$HOME/.no_auto_tmux"
 grep -qsF {key} "$HOME/.ssh/authorized_keys" || echo {key} >>"$HOME/.ssh/authorized_keys"
 (setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)
-{trainer if standing_by else ""}"""
+{trainer}"""
 
 
 def _detached(command: str) -> str:

@@ -274,6 +274,14 @@ def profile(setting: Setting, device: torch.device, out: Path) -> None:
     out.write_text(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
 
 
+def tell(line: dict[str, Any], append: Path | None) -> None:
+    """Prints a measurement as one line of JSON, and adds it to the file `append`, if any."""
+    print(json.dumps(line), flush=True)
+    if append:
+        with append.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = Setting()
@@ -309,10 +317,7 @@ def main() -> int:
         torch.distributed.destroy_process_group()
     if rank:
         return 0
-    print(json.dumps(line), flush=True)
-    if asked.append:
-        with asked.append.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    tell(line, asked.append)
     learned = line["loss_last"] < line["loss_first"] and line["grad_norm_last"] > 0
     if not learned:
         print("the loss did not fall or the gradient norm is zero: this is no result", file=sys.stderr)

@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -74,7 +75,7 @@ def stand_by(path: Path) -> int:
     on_cpu = not visible_gpus()
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for a small model: torch reads it when it is imported
-    checker = Checker(lambda: check(read_launched(path), run), run)
+    checker = Checker(partial(check_launched, path, os.getpid()), run)
     with imports.without_collection():
         imports.begin(quantised=False, whole=False)
         from trainer import train
@@ -82,10 +83,8 @@ def stand_by(path: Path) -> int:
         imports.lean(quantised=False, whole=False)
         if not on_cpu:
             importlib.import_module("trainer.fast")
-    while not path.with_name(LAUNCHED).exists():
-        if os.getppid() != started_by:
-            return NOT_LAUNCHED
-        time.sleep(0.01)
+    if not wait_for_launch(path, started_by):
+        return NOT_LAUNCHED
     checker.wait()
     try:
         job = read_job(path)
@@ -99,11 +98,19 @@ def stand_by(path: Path) -> int:
     return train.to_end(path)
 
 
-def read_launched(path: Path) -> Job:
-    """The job, when it is launched."""
+def wait_for_launch(path: Path, started_by: int) -> bool:
+    """Whether the job was launched before the process `started_by` was gone."""
     while not path.with_name(LAUNCHED).exists():
+        if os.getppid() != started_by:
+            return False
         time.sleep(0.01)
-    return read_job(path)
+    return True
+
+
+def check_launched(path: Path, parent: int) -> None:
+    """`check`, when the job is launched."""
+    if wait_for_launch(path, parent):
+        check(read_job(path), path.resolve().parent)
 
 
 def read_job(path: Path) -> Job:
