@@ -4,6 +4,7 @@ machine's own reports (nvidia-smi, docker info), which are recorded."""
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -445,6 +446,47 @@ def test_a_model_file_arrives_whole_from_one_volume_or_several_and_a_flipped_bit
         flip(packed / volumes.split(",")[-1], 7)
         assert copied(packed, tmp_path, volumes, int(size), path).returncode != 0
     assert copied(packed, tmp_path, "models/none", 1, path).returncode != 0
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell_joins_neighbouring_archives_into_one_for_the_containerd_store(packed: Path, tmp_path: Path, shell: str) -> None:
+    if not shutil.which(shell.split()[0]):
+        pytest.skip(f"{shell} is not on this machine")
+    text = "".join((INSTALL / name).read_text() for name in ("10-plan.sh", "45-kept.sh", "50-load.sh"))
+    rows = [line.split()[1:] for line in (packed / "PLAN").read_text().splitlines() if line.startswith("step ")]
+    (tmp_path / "steps").write_text("".join(f"{' '.join(row)} -\n" for row in rows))
+    layers = [line.split()[1:] for line in (packed / "FACTS").read_text().splitlines() if line.startswith("layer ")]
+    (tmp_path / "layers").write_text("".join(f"{' '.join(row)} other\n" for row in layers))
+
+    def run(call: str, **settings: object) -> bytes:
+        known = {"BUNDLE": packed, "WORK": tmp_path, "PREFIX": tmp_path, "ALSO": "", "ID": "x", "START": 0, "CONTAINERD": "yes"} | settings
+        ran = subprocess.run([*shell.split(), "-c", f"{text}\n{' '.join(f'{k}={v}' for k, v in known.items())}\n{call}"], capture_output=True)
+        assert (ran.returncode, ran.stderr) == (0, b"")
+        return ran.stdout
+
+    def joined(**settings: object) -> list[list[str]]:
+        return [line.split() for line in run(f"join_steps <{tmp_path}/steps", **settings).decode().splitlines()]
+
+    assert len(rows) > 2 and any("," in row[2] for row in rows), "several archives, one of them cut into volumes"
+    single = [[*row, "-"] for row in rows]
+    assert joined() == [[rows[0][0], rows[-1][1], "+".join(row[2] for row in rows), "-", "-"]]
+    assert joined(CONTAINERD="") == single, "other stores unpack the archive beside the layers: one at a time"
+    assert joined(AT_ONCE=1) == single
+    assert joined(START=rows[0][1])[0][0] == rows[1][0], "what is here is not joined to what is not"
+    borrowing = f"sed 's/- -$/- yes/' {tmp_path}/steps | join_steps"
+    assert len(run(borrowing).splitlines()) == len(rows)
+    sizes = [sum(int(layer[4]) for layer in layers[int(row[0]) - 1 : int(row[1])]) for row in rows]
+    assert joined(AT_ONCE=sum(sizes[:2]))[0][:2] == [rows[0][0], rows[1][1]]
+    with tarfile.open(fileobj=io.BytesIO(run(f"join_parts {joined()[0][2]}"))) as whole:
+        index = json.load(whole.extractfile("index.json"))  # of members of one name the last one counts, here and for containerd
+        assert index["manifests"][0]["annotations"]["io.containerd.image.name"].endswith(str(tiny_ref(packed)))
+        for layer in layers:
+            blob = whole.extractfile(f"blobs/sha256/{layer[3]}")
+            assert blob is not None and hashlib.sha256(blob.read()).hexdigest() == layer[3]
+
+
+def tiny_ref(packed: Path) -> str:
+    return next(line.split()[1] for line in (packed / "FACTS").read_text().splitlines() if line.startswith("ref "))
 
 
 @pytest.mark.slow

@@ -161,6 +161,17 @@ def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bund
     assert sorted(left_over) == ["default", product.name]
 
 
+def test_the_containerd_store_takes_the_archives_in_one_load_and_overlay2_one_by_one(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
+    product.pack(tmp_path / "b", Options(volume_bytes=250_000))
+    steps = [line for line in (tmp_path / "b/PLAN").read_text().splitlines() if line.startswith("step ")]
+    ran = on(tmp_path / "b")
+    assert ran.code == 0, ran.out + ran.err
+    assert ran.out.count("image layers ") == (1 if engine.name == "28-containerd" else len(steps))
+    assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
+
+
 def test_updates_bring_what_changed_and_go_back_in_a_second(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
     product.pack(tmp_path / "v1")
     assert on(tmp_path / "v1").code == 0

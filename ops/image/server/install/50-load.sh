@@ -140,7 +140,7 @@ whole_image() { layers_of "$REF" >"$WORK/got" && [ "$(same_prefix "$WORK/want" "
 climb() {
     local _first _last _files _head _borrows
     TOUCHED=yes
-    choose_steps >"$WORK/steps"
+    choose_steps | join_steps >"$WORK/steps"
     while read -r _first _last _files _head _borrows <&7; do
         [ "$_last" -gt "$START" ] || continue
         say "image layers $_first to $_last of $DEPTH"
@@ -174,6 +174,47 @@ choose_steps() {
     done <"$WORK/steps.plan"
 }
 
+# The containerd store keeps the blobs of what it loads anyway: there several archives at a time need no more room than one, and
+# each load takes it a fifth of a second. So neighbours go in together, of this many bytes at most: what a killed run does again.
+AT_ONCE=1000000000
+
+join_steps() { # join_steps: of the steps on stdin those that are missing, neighbours joined: "A+B" are the files of A, then of B
+    local _first _last _files _how _from='' _to='' _all='' _before='' _sum=0 _bytes
+    while read -r _first _last _files _how; do
+        [ "$_last" -gt "$START" ] || continue
+        _bytes=$(blob_bytes "$_first" "$_last")
+        if [ -n "$CONTAINERD" ] && [ "$_before" = "- -" ] && [ "$_how" = "- -" ] && [ $((_sum + _bytes)) -le "$AT_ONCE" ]; then
+            _all=$_all+$_files _sum=$((_sum + _bytes))
+        else
+            [ -z "$_from" ] || echo "$_from $_to $_all $_before"
+            _from=$_first _all=$_files _before=$_how _sum=$_bytes
+        fi
+        _to=$_last
+    done
+    [ -z "$_from" ] || echo "$_from $_to $_all $_before"
+}
+
+blob_bytes() { # blob_bytes FIRST LAST: of the blobs of these layers
+    local _n _diff _size _sha _blob _rest _sum=0
+    while read -r _n _diff _size _sha _blob _rest; do
+        if [ "$_n" -ge "$1" ] && [ "$_n" -le "$2" ]; then _sum=$((_sum + _blob)); fi
+    done <"$WORK/layers"
+    echo "$_sum"
+}
+
+join_parts() { # join_parts FILES+FILES...: archives in a row as one, so each but the last without its end, two empty blocks
+    local _left=$1 _p _bytes
+    while [ "${_left#*+}" != "$_left" ]; do
+        paths_of "${_left%%+*}" >"$WORK/joined" || return 1
+        _bytes=-1024
+        set --
+        while read -r _p; do set -- "$@" "$_p" && _bytes=$((_bytes + $(stat -c %s "$_p"))); done <"$WORK/joined"
+        if [ $# = 1 ]; then slice 0 "$_bytes" <"$1"; else cat "$@" | slice 0 "$_bytes"; fi
+        _left=${_left#*+}
+    done
+    join_volumes "$_left"
+}
+
 full_steps() { # full_steps FIRST LAST: these layers by the full bundle's own parts
     local _first _last _path
     rows full >"$WORK/full"
@@ -189,18 +230,19 @@ step_tag() { if [ "$1" -eq "$DEPTH" ]; then echo "$REF"; else printf '%s-%02d\n'
 # Files that are whole load by name, so that the engine reads them itself; joined or mixed ones come through a pipe.
 step_stream() { # step_stream FILES HEAD BORROWS
     case $1 in
-        *,*) ;;
+        *[,+]*) ;;
         *) if [ "$2$3" = -- ]; then $DOCKER load -q -i "$(where "$1")" >"$WORK/engine" 2>&1; return; fi ;;
     esac
     {
         if [ "$3" != - ]; then borrowed; fi
         if [ "$2" != - ]; then cat "$WORK/restored/$2"; fi
-        if [ "$1" = - ]; then head -c 1024 /dev/zero; else join_volumes "$1"; fi # the end of an archive that carries nothing
+        if [ "$1" = - ]; then head -c 1024 /dev/zero; else join_parts "$1"; fi # the end of an archive that carries nothing
     } | $DOCKER load -q >"$WORK/engine" 2>&1
 }
 
 step_failed() {
-    local _words _what=$1
+    local _words _what
+    _what=$(echo "$1" | tr + ' ')
     [ "$_what" != - ] || _what="what was made of $PREFIX/kept"
     [ "$START" -gt 0 ] && [ "$KIND" = full ] && { START=$((DEPTH + 1)); return; } # load_image tries once more from the bottom
     _words=$(tail -c 300 "$WORK/engine" | tr '\n' ' ')
@@ -319,9 +361,12 @@ tar_header() { # tar_header blobs/sha256/HEX BYTES: the 512 bytes before a plain
 
 drop_stairs() {
     local _image
-    $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}' 2>/dev/null | while read -r _image; do
-        case $_image in "$STAIR"-*) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null ;; esac
-    done
+    $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}' >"$WORK/stairs" 2>/dev/null
+    set --
+    while read -r _image; do
+        case $_image in "$STAIR"-*) set -- "$@" "$_image" ;; esac
+    done <"$WORK/stairs"
+    [ $# = 0 ] || $DOCKER rmi "$@" >/dev/null 2>&1 # one command: each takes a while to start
 }
 
 # After a refusal: nothing of this run stays, what was there before is untouched.
