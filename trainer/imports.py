@@ -1,10 +1,11 @@
-"""transformers, PEFT and accelerate, without the parts of them that no run of ours enters: 0.9 s instead of 4 s, and half of the files.
+"""transformers, PEFT and accelerate, and torch under them, without the parts that no run of ours enters: 1.6 s instead of 5 s.
 
-transformers asks for torch's compiler, for distributed tensors and for its own serving engine while it is imported, whether or not anything
-will use them, and opens every model's source (2,500 files) to learn what is in it. `lean` imports it with stand-ins for these. They are taken
-away again afterwards: whoever wants the compiler later gets the real one, and a model name that was not looked for is looked for then.
+torch imports its exporter, its quantiser and its distributions, transformers its serving engine, PEFT forty kinds of adapter, whether or not
+anything will use them, and transformers opens every model's source (2,500 files) to learn what is in it. Here the modules of TORCH, HUB and
+OTHERS have stand-ins. Each gives way to the real module as soon as somebody asks it for more than its name, so nothing is missing for whoever
+comes later.
 
-A version of transformers that needs more than a stand-in gives an ImportError or AttributeError here; then the process starts again with
+A version of these packages that needs more than that gives an error here; then the process starts again with
 MILKTEA_PLAIN_IMPORTS=1, and everything is imported as usual.
 """
 
@@ -16,8 +17,8 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -27,21 +28,98 @@ PLAIN = "MILKTEA_PLAIN_IMPORTS"
 PROBES = "transformers.utils.import_utils"
 FOLDERS = ("auto", "bloom")  # of transformers/models: what we name, and what PEFT names when it is imported
 COMPILER = "torch._dynamo"
-SHAPES = "torch._meta_registrations"  # what torch's operators would give for tensors without memory: 0.4 s, for the compiler and DTensors
 MARKS = ("allow_in_graph", "assume_constant_result", "clear_lru_cache", "disable", "graph_break")
+Late = dict[str, tuple[str, ...]]  # module -> names that others take from it while they are imported themselves
 
-# module -> what transformers takes from it at import, to name it in an annotation or as a base
-STAND_INS: dict[str, tuple[str, ...]] = {
+# for the compiler, for DTensors and for tensors without memory. They import each other in circles: whoever asks for one gets all, in torch's order
+TOGETHER: Late = {
+    "torch.nested": ("nested_tensor",),
+    "torch.nested._internal": (),
+    "torch.nested._internal.nested_tensor": ("NestedTensor",),
+    "torch.export": (),
+    "torch.func": ("vmap",),
+    "torch._higher_order_ops": ("cond", "while_loop"),
+    "torch._higher_order_ops.invoke_subgraph": ("NestedCompileRegionOptions",),
+    "torch._subclasses": (),
+    "torch._subclasses.fake_tensor": ("FakeTensor",),
+    "torch.distributed._meta_registrations": (),
+    "torch._meta_registrations": (),
+}
+TORCH: Late = TOGETHER | {
+    "torch.ao": (),
+    "torch.autograd.gradcheck": ("gradcheck", "gradgradcheck"),
+    "torch.distributions": ("constraints",),
+    "torch.distributions.wishart": ("Wishart",),
+    "torch.masked": (),
+    "torch.nn.intrinsic": (),
+    "torch.nn.qat": (),
+    "torch.nn.quantizable": (),
+    "torch.nn.quantized": (),
+    "torch.quantization": (),
+    "torch.testing": (),
+    "torch.testing._comparison": ("default_tolerances",),
+    "torch.utils.checkpoint": ("checkpoint",),
+    "torch.utils.data.graph_settings": (),
+    "torchgen": (),
+    "torchgen.model": (),
+    "unittest": (),
+    "unittest.mock": (),
+}
+# fmt: off
+HUB: Late = {
+    "huggingface_hub.hf_api": (
+        "HfApi", "RepoFile", "create_branch", "create_commit", "create_repo", "file_exists", "get_repo_discussions", "list_repo_tree", "upload_file",
+    ),
+    "huggingface_hub.hf_file_system": ("HfFileSystem",),
+}
+# fmt: on
+OTHERS: Late = {
+    COMPILER: (),
     "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex", "trace_wrapped"),  # the second in torch 2.11
     "torch.nn.attention.flex_attention": ("BlockMask", "create_block_mask", "flex_attention", "_DEFAULT_SPARSE_BLOCK_SIZE", "AuxRequest"),
     "transformers.generation.continuous_batching": ("PagedAttentionCache", "ContinuousMixin", "ContinuousBatchingManager"),
     "transformers.generation.continuous_batching.cache": ("PagedAttentionCache",),
+    "peft.tuners": (),
+    "peft.tuners.adalora": ("AdaLoraLayer",),
 }
+SHELLS = {"peft.tuners": "peft.tuners.lora"}  # package -> the module of it that is wanted: all of them are found, and the package never runs
+# to be imported before torch's libraries are loaded in a thread: the system loads one library at a time, and Python would wait for its turn
+EXTENSIONS = ("_asyncio", "_ssl", "unicodedata", "regex", "yaml", "markupsafe", "PIL.Image")
 
 
 def unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
     """Stands in for MARKS, as a decorator, plain or with arguments, or as a call. They tell the compiler what to leave alone; it never comes."""
     return function if callable(function) else unmarked
+
+
+class _Name:
+    """Stands in for what `module` calls `name`. Called or looked into, it is the real one; as a base it is nothing; what nobody has imported
+    has no instances."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    def _real(self) -> Any:
+        return getattr(real(self._module), self._name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._real(), name)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return self._module in sys.modules and not stands_in(self._module) and isinstance(instance, self._real())
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
+        return ()
+
+    def __or__(self, other: Any) -> Any:  # in an annotation
+        return self
+
+    __ror__ = __or__
 
 
 class _Late(ModuleType):
@@ -50,7 +128,7 @@ class _Late(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(made_way(self.__name__)), name)
+        return _Name(self.__name__, name) if name in FINDER.names.get(self.__name__, ()) else getattr(real(self.__name__), name)
 
 
 class _Compiler(_Late):
@@ -62,43 +140,48 @@ class _Compiler(_Late):
         return unmarked if name in MARKS else super().__getattr__(name)
 
 
-def made_way(name: str = COMPILER) -> str:
-    """`name`, after putting the stand-in away that is in front of it. Who asks for the compiler needs the shapes too."""
-    put_away(COMPILER)
-    if stands_in(SHAPES):
-        put_away(SHAPES)
-        importlib.import_module(SHAPES)
-    return name
+class _Shell(_Late):
+    """One of SHELLS. While `giving`, a name is that of the wanted module, or late."""
 
-
-class _NoTensors(ModuleType):
-    """torch.distributed.tensor before anybody imported it: nothing can be a DTensor yet. PEFT asks that of every weight."""
+    giving = True
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing if name == "DTensor" else getattr(importlib.import_module(made_way("torch.distributed.tensor")), name)
-
-
-class _Nothing:
-    """Has no instances."""
+        if not self.giving or name.startswith("__"):
+            return super().__getattr__(name)
+        return vars(sys.modules[SHELLS[self.__name__]]).get(name) or _Name(self.__name__, name)
 
 
 class _Finder:
-    """Answers for `names`; hands out transformers' own module of probes with two of them answered beforehand."""
+    """Answers for modules of `names`, once each, and for what lies in them; hands out transformers' own module of probes with two of them
+    answered beforehand."""
 
-    def __init__(self, names: Collection[str] = (), whole: bool = False) -> None:
-        self._names, self._whole = set(names), whole
+    def __init__(self) -> None:
+        self.names: Late = {}
+        self.answered: set[str] = set()
+        self._whole = False
+
+    def expect(self, names: Late, whole: bool = False) -> None:
+        self.names |= {name: given for name, given in names.items() if name not in sys.modules}
+        self._whole = whole
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)  # type: ignore[arg-type]
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name in self._names:
-            self._names.remove(name)  # once: when it was put away, the next import means the real one
-            return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
-        if name.startswith(COMPILER + ".") and stands_in(COMPILER):
-            return PathFinder.find_spec(name, importlib.import_module(made_way()).__path__, target)
-        if name != PROBES:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
+        if name in self.names and name not in self.answered:
+            self.answered.add(name)  # when it was put away, the next import means the real one
+            spec = ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+            found = PathFinder.find_spec(name, path) if name in SHELLS else None
+            spec.submodule_search_locations = found.submodule_search_locations if found else []
+            return spec
+        parent = name.rpartition(".")[0]
+        if stands_in(parent) and parent not in SHELLS:
+            real(parent)
+            there = importlib.import_module(name)
+            return ModuleSpec(name, self, loader_state=(there, there.__spec__))  # type: ignore[arg-type]
+        return self._probes(path, target) if name == PROBES else None
+
+    def _probes(self, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(PROBES, path, target)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
@@ -110,11 +193,65 @@ class _Finder:
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return {COMPILER: _Compiler, SHAPES: _Late}.get(spec.name, ModuleType)(spec.name)
+        if spec.loader_state:
+            there: ModuleType = spec.loader_state[0]
+            return there
+        kind = _Compiler if spec.name == COMPILER else _Shell if spec.name in SHELLS else _Late
+        return kind(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        for name in STAND_INS.get(module.__name__, ()):
-            setattr(module, name, type(name, (), {}))
+        state = module.__spec__.loader_state if module.__spec__ else None
+        if state:
+            module.__spec__ = state[1]
+
+
+FINDER = _Finder()
+
+
+def stands_in(name: str) -> bool:
+    return isinstance(sys.modules.get(name), _Late)
+
+
+def put_away(name: str) -> None:
+    """Takes a stand-in from sys.modules and from its parent, so that the next import finds the real module."""
+    if not stands_in(name):
+        return
+    module = sys.modules.pop(name)
+    parent, _, last = name.rpartition(".")
+    if vars(sys.modules.get(parent, ModuleType(""))).get(last) is module:
+        delattr(sys.modules[parent], last)
+
+
+def real(name: str) -> ModuleType:
+    """The module itself, after putting away the stand-in that is in front of it."""
+    if name in TOGETHER or name in (COMPILER, "torch.distributed.tensor"):
+        together()
+    put_away(name)
+    return importlib.import_module(name)
+
+
+def together() -> None:
+    """Puts TOGETHER away and imports what was left out, unless torch itself is at it."""
+    FINDER.answered |= TOGETHER.keys()
+    left_out = [name for name in TOGETHER if stands_in(name)]
+    for name in left_out:
+        put_away(name)
+    if left_out and not getattr(sys.modules["torch"].__spec__, "_initializing", False):
+        for name in TOGETHER:
+            importlib.import_module(name)
+
+
+class _NoTensors(ModuleType):
+    """torch.distributed.tensor before anybody imported it: nothing can be a DTensor yet. PEFT asks that of every weight."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing if name == "DTensor" else getattr(real("torch.distributed.tensor"), name)
+
+
+class _Nothing:
+    """Has no instances."""
 
 
 def answer(probes: ModuleType, whole: bool) -> None:
@@ -163,46 +300,21 @@ def find_late(probes: ModuleType) -> None:
     transformers.__class__ = Late
 
 
-@contextmanager
-def standing_in(names: Collection[str], whole: bool = False) -> Iterator[None]:
-    """While this lasts `names` of STAND_INS are in place, except for those that are imported already."""
-    names = {name for name in names if name not in sys.modules}
-    finder = _Finder(names, whole)
-    sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)  # type: ignore[arg-type]
-        for name in names:
-            put_away(name)
-
-
-def stands_in(name: str) -> bool:
-    return isinstance(getattr(getattr(sys.modules.get(name), "__spec__", None), "loader", None), _Finder)
-
-
-def put_away(name: str) -> None:
-    """Takes a stand-in from sys.modules and from its parent, so that the next import finds the real module."""
-    if not stands_in(name):
-        return
-    module = sys.modules.pop(name)
-    parent, _, last = name.rpartition(".")
-    if vars(sys.modules.get(parent, ModuleType(""))).get(last) is module:
-        delattr(sys.modules[parent], last)
-
-
 def begin(quantised: bool, whole: bool) -> None:
     """The part of `lean` that goes without torch, while a thread has the system load torch's libraries (0.3 s; more where they are on a cold
     disk). Call when the environment is as torch should find it: OMP_NUM_THREADS counts when they are loaded."""
     if os.environ.get(PLAIN):
         return
+    for name in EXTENSIONS:
+        with suppress(ImportError):
+            importlib.import_module(name)
     libraries = threading.Thread(target=load_libraries, name="libraries")
     libraries.start()
     if not quantised and not whole and "torch" not in sys.modules:
-        sys.meta_path.insert(0, _Finder([SHAPES]))  # type: ignore[arg-type]  # until somebody asks for the compiler
+        FINDER.expect(TORCH)
     try:
         _names(quantised, whole)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         plainly(error)
     libraries.join()
 
@@ -225,16 +337,17 @@ def lean(quantised: bool, whole: bool) -> None:
         without_bitsandbytes()
     if "transformers.modeling_utils" in sys.modules or os.environ.get(PLAIN):
         return
-    if COMPILER not in sys.modules:
-        sys.meta_path.insert(0, _Finder([COMPILER]))  # type: ignore[arg-type]  # stays: it gives way to the real one by itself
     try:
         _names(quantised, whole)
-        with without_collection(), standing_in(STAND_INS):
+        FINDER.expect(OTHERS, whole)
+        with without_collection():
             import peft  # noqa: F401
             import torch
             import transformers.models.auto.modeling_auto  # noqa: F401
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         plainly(error)
+    for shell in SHELLS:
+        vars(sys.modules[shell])["giving"] = False
     if "torch.distributed.tensor" not in sys.modules and torch.distributed.is_available():
         torch.distributed.tensor = _NoTensors("torch.distributed.tensor")
     find_late(sys.modules[PROBES])
@@ -243,8 +356,8 @@ def lean(quantised: bool, whole: bool) -> None:
 def _names(quantised: bool, whole: bool) -> None:
     if not quantised:
         without_bitsandbytes()
-    with standing_in((), whole):
-        import transformers  # noqa: F401
+    FINDER.expect(HUB, whole)
+    import transformers  # noqa: F401
 
 
 def without_bitsandbytes() -> None:
