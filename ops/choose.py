@@ -46,9 +46,14 @@ def search(session: Session) -> Ranking:
 
 
 def found_offers(vast: Vast, needs: Needs) -> list[Offer]:
-    """The fastest for their price and the cheapest by the hour: vast.ai sends 64 rows a search, so two orders see more of the market."""
-    orders = ("dlperf_per_dphtotal", "dph_total")
-    return [o for order in orders for o in vast.search(query(needs, order), interruptible=needs.interruptible, disk_gib=needs.disk_gib)]
+    """The fastest for their price, and the cheapest by the hour where one search does not show the whole market."""
+    found: list[Offer] = []
+    for order in ("dlperf_per_dphtotal", "dph_total"):
+        offers, more = vast.search(query(needs, order), interruptible=needs.interruptible, disk_gib=needs.disk_gib)
+        found += offers
+        if not more:
+            break
+    return found
 
 
 def remaining(session: Session) -> Workload:

@@ -44,6 +44,7 @@ INTERVAL_S = {
 }  # fmt: skip
 PATIENCE_S = 60.0  # for a call that may be repeated
 PAGE = 25
+ROWS = 64  # of a search, at most, whatever is asked for
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ class Vast:
 
     # -- market -------------------------------------------------------------------------------------------------
 
-    def search(self, query: dict[str, Any], *, interruptible: bool, disk_gib: float) -> list[Offer]:
-        """Offers as the server filtered them, priced for `disk_gib`; rows that cannot be read are left out. At most 64 come."""
+    def search(self, query: dict[str, Any], *, interruptible: bool, disk_gib: float) -> tuple[list[Offer], bool]:
+        """(offers as the server filtered them, priced for `disk_gib`; whether there may be more). Rows that cannot be read are left out."""
         body: dict[str, Any] = {"verified": {"eq": True}, "external": {"eq": False}, "rentable": {"eq": True}, "rented": {"eq": False}}
-        body |= query | {"type": "bid" if interruptible else "on-demand", "allocated_storage": disk_gib, "limit": 64}
+        body |= query | {"type": "bid" if interruptible else "on-demand", "allocated_storage": disk_gib, "limit": ROWS}
         body.setdefault("order", [["dph_total", "asc"]])
-        reply = self._repeat("search", "POST", "/bundles/", body)
-        return _readable(parse_offer, reply.get("offers"))
+        rows = self._repeat("search", "POST", "/bundles/", body).get("offers")
+        return _readable(parse_offer, rows), isinstance(rows, list) and len(rows) >= ROWS
 
     # -- instances ----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import ctypes
 import gc
 import importlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ TORCH: Late = TOGETHER | {
     "torch.utils.data.graph_settings": (),
     "torchgen": (),
     "torchgen.model": (),
-    "unittest": (),
+    "unittest": ("mock",),
     "unittest.mock": (),
 }
 # fmt: off
@@ -84,7 +85,7 @@ OTHERS: Late = {
 }
 SHELLS = {"peft.tuners": "peft.tuners.lora"}  # package -> the module of it that is wanted: all of them are found, and the package never runs
 # to be imported before torch's libraries are loaded in a thread: the system loads one library at a time, and Python would wait for its turn
-EXTENSIONS = ("_asyncio", "_ssl", "unicodedata", "regex", "yaml", "markupsafe", "PIL.Image")
+EXTENSIONS = ("_asyncio", "_ssl", "unicodedata", "regex", "yaml", "markupsafe")
 
 
 def unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
@@ -152,7 +153,7 @@ class _Shell(_Late):
 
 
 class _Finder:
-    """Answers for modules of `names`, once each, and for what lies in them; hands out transformers' own module of probes with two of them
+    """Answers for modules of `names`, once each, and for what lies in them; hands out transformers' own module of probes with some of them
     answered beforehand."""
 
     def __init__(self) -> None:
@@ -255,8 +256,10 @@ class _Nothing:
 
 
 def answer(probes: ModuleType, whole: bool) -> None:
-    """Unless the job spreads one model over processes (`whole`), transformers is told that there are no distributed tensors. The folders of
-    models are not read, but for FOLDERS."""
+    """Tells transformers that nobody can read pictures here, and, unless the job spreads one model over processes (`whole`), that there are no
+    distributed tensors. The folders of models are not read, but for FOLDERS."""
+    for name in ("is_vision_available", "is_torchvision_available"):  # torchvision asks for torch's compiler
+        setattr(probes, name, lambda: False)
     if not whole:
         probes.is_torch_distributed_available = lambda: False  # type: ignore[attr-defined]
     read = probes.create_import_structure_from_path
@@ -269,6 +272,30 @@ def answer(probes: ModuleType, whole: bool) -> None:
 
     probes.create_import_structure_from_path = read_some  # type: ignore[attr-defined]
     probes.read_all_models = read  # type: ignore[attr-defined]
+
+
+class LatePattern:
+    """re.Pattern, compiled when something is asked of it."""
+
+    def __init__(self, pattern: str, flags: int = 0) -> None:
+        self._asked_for = (pattern, flags)
+        self._compiled: re.Pattern[str] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self._compiled is None:
+            self._compiled = re.compile(*self._asked_for)
+        return getattr(self._compiled, name)
+
+
+def compile_late() -> None:
+    """transformers compiles 900 patterns, by which checkpoints of all its models are renamed, to load one model: 0.2 s."""
+    loading = sys.modules.get("transformers.core_model_loading")
+    if vars(loading or ModuleType("")).get("re") is re:
+        late = ModuleType("re")
+        vars(late).update(vars(re) | {"compile": LatePattern})
+        loading.re = late  # type: ignore[union-attr]
 
 
 def find_late(probes: ModuleType) -> None:
@@ -351,6 +378,7 @@ def lean(quantised: bool, whole: bool) -> None:
     if "torch.distributed.tensor" not in sys.modules and torch.distributed.is_available():
         torch.distributed.tensor = _NoTensors("torch.distributed.tensor")
     find_late(sys.modules[PROBES])
+    compile_late()
 
 
 def _names(quantised: bool, whole: bool) -> None:

@@ -73,6 +73,17 @@ def test_the_main_job_brings_a_verified_adapter_home_and_leaves_no_box(own: rig.
     assert bill["usd"] == pytest.approx(sum(c["amount"] for c in fake.charges()), abs=1e-5)
 
 
+@pytest.mark.parametrize(("offers", "searches"), [(20, 1), (64, 2)])
+def test_a_market_that_one_search_shows_whole_is_asked_once(own: rig.Rig, fake: FakeVast, offers: int, searches: int) -> None:
+    """A search shows 64 offers at most, and vast.ai answers one a second."""
+    market = [fake.catalogue[11014] | {"machine_id": n, "slices": (1,)} for n in range(1, offers + 1)]
+    with own.emulator(market=market) as other:
+        outcome, lines = run(own, other)
+        assert outcome.sha256
+        assert next(line for line in lines if line.kind == "offers")["seen"] == offers
+        assert sum(r["route"] == "search" for r in other.requests) == searches
+
+
 def test_the_bill_is_found_without_reading_what_older_instances_cost(own: rig.Rig, fake: FakeVast) -> None:
     """They come last, 100 a page, and vast.ai answers such a question once a second."""
     run(own, fake)
