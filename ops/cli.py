@@ -23,7 +23,9 @@ from ops.cli_journal import Json, Run, folder_of, runs
 
 if TYPE_CHECKING:
     from ops.offers import Ranking
-    from ops.session import Plan, Session
+    from ops.plan import Plan
+    from ops.preflight import Ahead
+    from ops.session import Session
     from ops.vast import Vast
 
 BEGAN = time.time()  # as near to the user's Enter as Python can say
@@ -39,7 +41,7 @@ EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=289910784")  # 0.27 
 @app.command("rent-and-train")
 def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes = False) -> None:
     """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends."""
-    with errors(as_json), _acting(as_json) as (vast, screen):
+    with errors(as_json), _planning(job, on_cpu=not _is_real()) as ahead, _acting(as_json) as (vast, screen):
         from functools import partial
 
         from ops.journal import Journal
@@ -48,11 +50,10 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
         from ops.session import Session
         from ops.wait import RealClock
 
-        clock = RealClock()
-        plan = preflight(_job(job), vast, clock, runs(), on_cpu=not _is_real())
+        plan = preflight(ahead.plan, vast, runs())
         with Journal(runs() / plan.run_id) as journal:
             _first_line(journal, plan, screen)
-            session = Session(journal, plan, vast, clock, screen)
+            session = Session(journal, plan, vast, RealClock(), screen)
             ranking = _show_plan(session)
             if not yes and _is_real() and sys.stdin.isatty() and not typer.confirm("Rent it?", default=True):
                 raise typer.Exit(0)
@@ -62,13 +63,12 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
 @app.command()
 def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
     """Everything up to the plan screen: checks, search, prices. Nothing is rented."""
-    with errors(as_json), _acting(as_json) as (vast, screen):
+    with errors(as_json), _planning(job) as ahead, _acting(as_json) as (vast, screen):
         from ops.choose import bad_machines, found_offers, none_left
         from ops.offers import rank
         from ops.preflight import preflight
-        from ops.wait import RealClock
 
-        done = preflight(_job(job), vast, RealClock(), runs())
+        done = preflight(ahead.plan, vast, runs())
         (runs() / done.run_id).rmdir()  # nothing is begun
         ranking = rank(found_offers(vast, done.needs), done.needs, done.workload, bad_machines(runs(), time.time()))
         if not ranking.accepted:
@@ -82,8 +82,9 @@ def resume(run: Run, as_json: Json = False) -> None:
     with errors(as_json), _acting(as_json) as (vast, screen):
         from ops.errors import JournalError
         from ops.journal import Journal
+        from ops.plan import Plan
         from ops.run import rent_and_train as story
-        from ops.session import Plan, Session
+        from ops.session import Session
         from ops.wait import RealClock
 
         with Journal(folder_of(run)) as journal:
@@ -110,8 +111,9 @@ def destroy(run: Run, as_json: Json = False) -> None:
     """Destroy the box of one run now, and prove it."""
     with errors(as_json), _acting(as_json) as (vast, screen):
         from ops.journal import Journal
+        from ops.plan import Plan
         from ops.rental import give_back
-        from ops.session import Plan, Session, may_have_box
+        from ops.session import Session, may_have_box
         from ops.wait import RealClock
 
         with Journal(folder_of(run)) as journal:
@@ -156,10 +158,16 @@ def schema() -> None:
 # -- what the commands share ----------------------------------------------------------------------------------------
 
 
-def _job(path: Path) -> Any:
-    from ops.config import load
+def _planning(job: Path, *, on_cpu: bool = False) -> Ahead:
+    from ops.preflight import Ahead
 
-    return load(path)
+    def make() -> Plan:
+        from ops.config import load
+        from ops.planner import new_plan
+
+        return new_plan(load(job), runs(), time.time(), on_cpu=on_cpu)
+
+    return Ahead(make)
 
 
 def _is_real() -> bool:

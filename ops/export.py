@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from ops import config, preflight
+from ops import config, planner
 from ops.config import JobFile
 from ops.errors import ConfigError
-from ops.session import Plan
+from ops.plan import Plan
 
 Kind = Literal["slurm", "kubeflow"]
 GRACE_S = 120  # before the end of its time a job is told to save
@@ -41,7 +41,7 @@ def export(kind: Kind, job_path: Path, out: Path, nodes: int = 1, queue: str | N
     if (folder / "events.jsonl").exists():
         raise ConfigError(f"{folder}: a run has begun here", hint="name another --out, or remove that folder")
     with tempfile.TemporaryDirectory() as stage:
-        plan = preflight.planned(job, folder.name, Path(stage))
+        plan = planner.planned(job, folder.name, Path(stage))
     folder.mkdir(parents=True, exist_ok=True)
     written = {"job.json": json.dumps(plan.wire_job, indent=1, ensure_ascii=False) + "\n"}
     if kind == "slurm":

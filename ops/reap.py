@@ -11,8 +11,9 @@ from pathlib import Path
 from ops import journal
 from ops.errors import BoxLeaked, JournalError, MarketError
 from ops.journal import Journal
+from ops.plan import Plan
 from ops.rental import PROOF_S, READS, give_back
-from ops.session import Plan, Screen, Session, may_have_box
+from ops.session import Screen, Session, may_have_box
 from ops.vast import Vast
 from ops.wait import Clock
 

@@ -20,7 +20,7 @@ from ops.explain import told_line
 from ops.journal import Line
 from ops.market import Instance
 from ops.offers import Ranking
-from ops.session import Plan
+from ops.plan import Plan
 from trainer import events
 
 QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn

@@ -1,24 +1,21 @@
-"""One acting client on one run: its journal, its provider, its clock and its screen; and what the journal says of the money.
-
-`Plan` is all that a later client needs to go on: it is the journal's first line.
-"""
+"""One acting client on one run: its journal, its provider, its clock and its screen; and what the journal says of the money."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ops import cost
 from ops.box import Box
 from ops.commands import WATCH_S
-from ops.cost import Cost, Workload
+from ops.cost import Cost
 from ops.errors import OverBudget
 from ops.journal import Journal, Line, last
 from ops.market import Instance, Offer
-from ops.offers import Needs, Ranking, bid_of
-from ops.transfer import PushFile
+from ops.offers import Ranking, bid_of
+from ops.plan import Plan
 from ops.vast import Vast
 from ops.wait import Clock
 from trainer.events import Event
@@ -62,35 +59,6 @@ class Shield:
             self._pending = False
             if kind is None:
                 raise Interrupted
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done, decided before a cent is spent. All of it goes into the journal's first line."""
-
-    run_id: str
-    image: str
-    trainer: str  # push or image
-    wire_job: dict[str, Any]
-    pushes: list[PushFile]
-    needs: Needs
-    workload: Workload
-    max_usd: float
-    max_s: float
-    stall_s: float
-    out: str
-    notes: list[str]
-
-    def to_line(self) -> dict[str, Any]:
-        row = asdict(self)
-        row["pushes"] = [{"local": str(p.local), "remote": p.remote, "sha256": p.sha256} for p in self.pushes]
-        return row
-
-    @classmethod
-    def from_line(cls, line: Line) -> Plan:
-        row = {f.name: line[f.name] for f in fields(cls)}
-        row["pushes"] = [PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]]
-        return cls(**row | {"needs": Needs(**row["needs"]), "workload": Workload(**row["workload"])})
 
 
 class Screen(Protocol):

@@ -25,7 +25,8 @@ from ops import commands
 from ops.cost import Workload
 from ops.fakevast import FakeVast
 from ops.offers import Needs
-from ops.session import Plan, Session
+from ops.plan import Plan
+from ops.session import Session
 from ops.transfer import PushFile, sha256_of
 from ops.vast import Provider, Vast
 from ops.wait import Clock, RealClock

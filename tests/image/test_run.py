@@ -59,7 +59,7 @@ def job_folder(tmp_path: Path) -> Path:
 
 
 def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(job_folder: Path, tmp_path: Path) -> None:
-    from ops.preflight import _wire_job
+    from ops.planner import _wire_job
     from ops.transfer import PushFile, sha256_of
 
     convert = module("job_from_toml")

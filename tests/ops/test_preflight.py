@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import rig
 from ops import config
 from ops.errors import ConfigError, MilkteaError, PreflightError
 from ops.fakevast import FakeVast
-from ops.preflight import preflight
-from ops.session import Plan
+from ops.plan import Plan
+from ops.planner import new_plan
+from ops.preflight import Ahead, preflight
 from ops.vast import Provider, Vast
 from ops.wait import RealClock
 from trainer.data import read_rows
@@ -41,7 +43,8 @@ def job(tmp_path: Path) -> dict[str, Any]:
 
 def planned(tmp_path: Path, fake: FakeVast, raw: dict[str, Any], key: str | None = None) -> Plan:
     vast = Vast(Provider(fake.url, key or fake.api_key, rig.PACE), RealClock())
-    return preflight(config.parse(raw, tmp_path / "job.toml"), vast, RealClock(), tmp_path / "runs")
+    runs = tmp_path / "runs"
+    return preflight(lambda: new_plan(config.parse(raw, tmp_path / "job.toml"), runs, time.time()), vast, runs)
 
 
 def refused(tmp_path: Path, fake: FakeVast, raw: dict[str, Any], key: str | None = None) -> MilkteaError:
@@ -81,18 +84,15 @@ def test_a_dataset_info_alone_brings_the_files_that_it_names(tmp_path: Path, fak
     assert defects == [] and len(rows) == 20
 
 
-def test_a_model_that_this_computer_could_not_train_in_time_is_refused_without_a_key(
-    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
-) -> None:
+def test_a_model_that_this_computer_could_not_train_in_time_is_refused_without_a_key(tmp_path: Path, job: dict[str, Any]) -> None:
     config_path = tmp_path / "model/config.json"
     larger = {"hidden_size": 4096, "num_hidden_layers": 60, "intermediate_size": 14336}
     config_path.write_text(json.dumps(json.loads(config_path.read_text()) | larger))
-    vast = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
     parsed = config.parse(job | {"limits": {"max_usd": 1, "max_hours": 0.1}}, tmp_path / "job.toml")
     with pytest.raises(PreflightError, match=r"runs on this computer's CPU, where 1\d\.\d billion") as caught:
-        preflight(parsed, vast, RealClock(), tmp_path / "runs", on_cpu=True)
+        new_plan(parsed, tmp_path / "runs", time.time(), on_cpu=True)
     assert "VAST_API_KEY" in caught.value.hint
-    assert preflight(parsed, vast, RealClock(), tmp_path / "runs").workload.model_parameters > 1e10
+    assert new_plan(parsed, tmp_path / "runs", time.time()).workload.model_parameters > 1e10
 
 
 def test_a_pushed_trainer_travels_whole_with_what_starts_it(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
@@ -162,3 +162,43 @@ def test_an_image_of_another_wire_is_refused_before_renting(
 ) -> None:
     monkeypatch.setattr("ops.preflight.WIRE", 2)
     assert "speaks wire 1" in str(refused(tmp_path, fake, job))
+
+
+def test_a_plan_made_ahead_is_the_plan_and_its_refusal_is_the_refusal(tmp_path: Path, job: dict[str, Any]) -> None:
+    runs, parsed = tmp_path / "runs", config.parse(job, tmp_path / "job.toml")
+    with Ahead(lambda: new_plan(parsed, runs, time.time())) as ahead:
+        plan = ahead.plan()
+    assert plan.workload == new_plan(parsed, runs, time.time()).workload and (runs / plan.run_id).is_dir()
+    (tmp_path / "rows.json").write_text('[{"instruction": 5}]')
+    with pytest.raises(PreflightError, match=r"rows\.json") as caught, Ahead(lambda: new_plan(parsed, runs, time.time())) as ahead:
+        ahead.plan()
+    assert caught.value.hint == "mend the rows above; `python -m trainer.data FILE` checks again"
+
+
+def test_a_fault_of_ours_is_shown_where_it_happened() -> None:
+    def faulty() -> Plan:
+        raise ZeroDivisionError("in here")
+
+    with pytest.raises(ZeroDivisionError) as caught, Ahead(faulty) as ahead:
+        ahead.plan()
+    assert "in faulty" in caught.value.__notes__[0]
+
+
+def test_a_plan_that_nobody_waits_for_leaves_nothing(tmp_path: Path, job: dict[str, Any]) -> None:
+    """As after a key that vast.ai does not know."""
+    began = tmp_path / "began"
+
+    def slow() -> Plan:
+        began.mkdir()
+        try:
+            time.sleep(30)
+        finally:
+            began.rmdir()
+        raise AssertionError
+
+    since = time.monotonic()
+    with pytest.raises(ConfigError), Ahead(slow):
+        while not began.exists() and time.monotonic() < since + 10:
+            time.sleep(0.01)
+        raise ConfigError("no")
+    assert not began.exists() and time.monotonic() < since + 10

@@ -18,9 +18,10 @@ from ops.choose import search
 from ops.errors import AdapterError, BoxLeaked, Failed, HostKeyChanged, JournalError, MilkteaError, NoOffer, OfferGone, OverBudget, Refused, Stalled
 from ops.fakevast import FakeVast
 from ops.journal import Journal
+from ops.plan import Plan
 from ops.reap import finish_destroys, reap
 from ops.run import rent_and_train
-from ops.session import Detached, Interrupted, Plan, Session
+from ops.session import Detached, Interrupted, Session
 from ops.vast import Provider, Vast
 from ops.wait import RealClock
 from trainer import events
