@@ -4,7 +4,8 @@
     python tests/image/measure.py load BUNDLE DATA_ROOT      extra disk and time: one plain `docker load` against INSTALL.sh
     python tests/image/measure.py verify BUNDLE              INSTALL.sh verify against the fastest tool on the same files
     python tests/image/measure.py repair BUNDLE              the largest volume lost and rebuilt
-    python tests/image/measure.py model GIGABYTES FOLDER [FILES]   copy and hash in one pass against a plain copy
+    python tests/image/measure.py model GIGABYTES FOLDER [FILES [IMAGE]]   copy and hash in one pass against a plain copy; IMAGE, which
+                                                             the engine has and which sees FOLDER, lends its Python to a bare server
 DOCKER_HOST names the engine; DATA_ROOT is a folder on the file system of its data root, which nothing else should write to.
 """
 
@@ -95,7 +96,8 @@ def by_hand(bundle: Path) -> None:
 def installed(bundle: Path) -> None:
     """INSTALL.sh; `installed.seconds` is from the first layer to the proof."""
     with tempfile.TemporaryDirectory(dir=bundle.parent) as prefix:
-        command = ["sh", str(bundle / "INSTALL.sh"), "--prefix", prefix, "--no-models"]
+        # --force: an image for GPUs is loaded on a machine without one too; it fails its proof, after what is measured
+        command = ["sh", str(bundle / "INSTALL.sh"), "--prefix", prefix, "--no-models", "--force"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         first = last = 0.0
@@ -163,13 +165,13 @@ def repair(bundle: Path) -> None:
         hidden.rename(path)
 
 
-def model(gigabytes: float, folder: Path, files: int = 2) -> dict[str, float]:
-    """A model of some files, in the page cache, installed by INSTALL.sh, against `cp` and a sync of them; best of 5 each. Once
-    with the best hasher of this machine, once with coreutils alone."""
+def model(gigabytes: float, folder: Path, files: int = 2, image: str = "") -> dict[str, float]:
+    """A model of some files, in the page cache, installed by INSTALL.sh, against `cp` and a sync of them; best of 5 each. With
+    the best hasher of this machine, with coreutils alone, and with coreutils and the image's Python."""
     size = int(gigabytes * 1e9 / files)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         sources = [Path(work, f"source-{n}") for n in range(files)]
-        rows = [f"model set {size * files} org/model MIT"]
+        rows = [f"model set {size * files} org/model MIT", "evidence python3"]
         for source in sources:
             data = b"".join(os.urandom(10_000_000) for _ in range(size // 10_000_000))
             source.write_bytes(data)
@@ -178,12 +180,13 @@ def model(gigabytes: float, folder: Path, files: int = 2) -> dict[str, float]:
         Path(work, "PLAN").write_text("".join(f"{row}\n" for row in rows))
         install = Path(__file__).parents[2] / "ops/image/server/install"
         text = "".join((install / n).read_text() for n in ("00-head.sh", "10-plan.sh", "40-verify.sh", "50-load.sh"))
-        call = f"BUNDLE={work} WORK={work} PREFIX={work}/prefix ID=x STAGES=''\nexec 3>&1\nchoose_hasher\ninstall_models"
+        call = f"BUNDLE={work} WORK={work} PREFIX={work}/prefix ID=x STAGES='' REF={image}\nexec 3>&1\nchoose_hasher\ninstall_models"
         Path(work, "install.sh").write_text(f"{text}\n{call}\n")
-        jail = Path(work, "jail")
-        jail.mkdir()
-        for name in "b2sum basename cat chmod cp cut dirname id ln mkdir mv nproc rm sh sha256sum stat sync tr wc".split():
-            (jail / name).symlink_to(shutil.which(name) or name)
+        jail, docker = Path(work, "jail"), Path(work, "docker")
+        for place, tools in ((jail, "b2sum basename cat chmod cp cut dirname id ln mkdir mv nproc rm sh sha256sum stat sync tr wc"), (docker, "docker")):
+            place.mkdir()
+            for name in tools.split():
+                (place / name).symlink_to(shutil.which(name) or name)
         names = " ".join(map(str, sources))
         best: dict[str, float] = {}
         for _ in range(5):
@@ -192,6 +195,7 @@ def model(gigabytes: float, folder: Path, files: int = 2) -> dict[str, float]:
                 "cp, sync": (["sh", "-c", f"mkdir -p {work}/prefix && cp {names} {work}/prefix && sync {work}/prefix/*"], ""),
                 "INSTALL.sh (copy, hash, sync)": (["sh", f"{work}/install.sh"], ""),
                 "INSTALL.sh, coreutils alone": (["sh", f"{work}/install.sh"], str(jail)),
+                **({"INSTALL.sh, coreutils, image": (["sh", f"{work}/install.sh"], f"{jail}:{docker}")} if image else {}),
                 "cp, sync, sha256sum": (["sh", "-c", f"mkdir -p {work}/prefix && cp {names} {work}/prefix && sync {work}/prefix/* && sha256sum {work}/prefix/*"], ""),
             }
             for name, (command, path) in ways.items():
@@ -207,8 +211,8 @@ def model(gigabytes: float, folder: Path, files: int = 2) -> dict[str, float]:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["help"]
-    if what == "model" and len(rest) in (2, 3):
-        model(float(rest[0]), Path(rest[1]), *map(int, rest[2:]))
+    if what == "model" and len(rest) in (2, 3, 4):
+        model(float(rest[0]), Path(rest[1]), *map(int, rest[2:3]), *rest[3:])
     elif what == "load" and len(rest) == 2:
         load(Path(rest[0]).resolve(), Path(rest[1]))
     elif what in ("verify", "repair") and len(rest) == 1:

@@ -448,6 +448,84 @@ def test_a_model_file_arrives_whole_from_one_volume_or_several_and_a_flipped_bit
     assert copied(packed, tmp_path, "models/none", 1, path).returncode != 0
 
 
+def installed_models(packed: Path, tmp_path: Path, path: str, shell: str = "sh", lend: int = 1) -> subprocess.CompletedProcess[str]:
+    """install_models of INSTALL.sh, called by itself where the engine has the image; `lend` is from how many bytes on it hashes."""
+    text = "".join((INSTALL / name).read_text() for name in ("00-head.sh", "10-plan.sh", "30-preflight.sh", "40-verify.sh", "50-load.sh"))
+    call = f"BUNDLE={packed} WORK={tmp_path}/work PREFIX={tmp_path}/prefix ID=x STAGES='' STAIR=s REPO=r REF=mtb/tiny:1 LEND={lend}\n"
+    call += "exec 3>&1\nchoose_hasher\ninstall_models"
+    shutil.rmtree(tmp_path / "work", ignore_errors=True)
+    (tmp_path / "work").mkdir()
+    program, *words = shell.split()
+    return subprocess.run([shutil.which(program) or program, *words, "-c", f"{text}\n{call}"], capture_output=True, text=True, env={"PATH": path})
+
+
+def model_at(packed: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """Where the model goes, and the SHA-256 of each of its files."""
+    rows = [line.split() for line in (packed / "PLAN").read_text().splitlines() if line.startswith("mfile ")]
+    return tmp_path / "prefix/models" / rows[0][1], {row[4]: row[3] for row in rows}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != ".sha256"}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("own", [["b2sum"], []], ids=["b2sum", "sha256sum"])
+def test_on_a_bare_server_the_image_lends_its_python_to_hash_models_and_gets_no_network(
+    packed: Path, tmp_path: Path, own: list[str], shell: str
+) -> None:
+    # the container's part is played by this machine's Python: what it is asked for, and that its answer is believed, is what counts
+    if not shutil.which(shell.split()[0]):
+        pytest.skip(f"{shell} is not on this machine")
+    python = os.path.realpath(sys.executable)
+    script(tmp_path / "bin", "docker", f"""[ "$1" = run ] || exit 1
+    echo $* | tr '\\n' ' ' >>{tmp_path}/asked
+    while [ "$1" != mtb/tiny:1 ]; do shift; done; shift; exec {python} "$@"\n""")  # fmt: skip
+    path = f"{jail(tmp_path / 'jail', *own)}:{tmp_path / 'bin'}"
+    with (packed / "PLAN").open("a") as plan:
+        plan.write("evidence python3\n")
+    folder, wanted = model_at(packed, tmp_path)
+    volumes = sorted(p for p in (packed / "models").rglob("*") if p.is_file())
+    assert len(volumes) == 4, "two files of weights, one of them cut in two, and a config"
+    flip(volumes[-1], 7)
+    ran = installed_models(packed, tmp_path, path, shell)
+    assert ran.returncode == 4 and volumes[-1].name in ran.stderr and not folder.exists()
+    flip(volumes[-1], 7)
+    asked = (tmp_path / "asked").read_text()
+    (tmp_path / "asked").unlink()
+    ran = installed_models(packed, tmp_path, path, shell)
+    assert (ran.returncode, ran.stderr) == (0, "") and hashes(folder) == wanted
+    assert f"-v {volumes[-1]}:" in (tmp_path / "asked").read_text() != asked, "files that proved right are not asked for again"
+    shutil.rmtree(tmp_path / "prefix")
+    (tmp_path / "asked").unlink()
+    ran = installed_models(packed, tmp_path, path, shell)
+    assert (ran.returncode, ran.stderr) == (0, "") and hashes(folder) == wanted
+    asked = (tmp_path / "asked").read_text()
+    assert asked.count("run --rm --network=none --read-only --cap-drop=ALL") == 1, "one container for all"
+    assert all(f"-v {v}:{v}:ro" in asked for v in volumes) and str(folder.parent) not in asked
+    shutil.rmtree(tmp_path / "prefix")
+    (tmp_path / "asked").unlink()
+    ran = installed_models(packed, tmp_path, path, shell, lend=10**9)
+    assert ran.returncode == 0 and not (tmp_path / "asked").exists(), "a small model is hashed sooner than a container starts"
+
+
+@pytest.mark.parametrize("answers", ["exit 125", "echo 1234 '*x'; exit 1", "exit 0", None], ids=["no container", "dies", "dumb", "no Python"])
+def test_where_the_image_cannot_hash_models_the_server_does_it_itself(packed: Path, tmp_path: Path, answers: str | None) -> None:
+    script(tmp_path / "bin", "docker", f"{answers}\n")
+    if answers:
+        with (packed / "PLAN").open("a") as plan:
+            plan.write("evidence python3\n")
+    path = f"{jail(tmp_path / 'jail', 'b2sum')}:{tmp_path / 'bin'}"
+    folder, wanted = model_at(packed, tmp_path)
+    volume = next((packed / "models").rglob("*.safetensors*"))
+    flip(volume, 7)
+    ran = installed_models(packed, tmp_path, path)
+    assert ran.returncode == 4 and volume.name in ran.stderr and not folder.exists()
+    flip(volume, 7)
+    ran = installed_models(packed, tmp_path, path)
+    assert (ran.returncode, ran.stderr) == (0, "") and hashes(folder) == wanted
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_every_shell_joins_neighbouring_archives_into_one_for_the_containerd_store(packed: Path, tmp_path: Path, shell: str) -> None:
     if not shutil.which(shell.split()[0]):

@@ -14,8 +14,9 @@ install() {
     say "verify every volume, before anything is loaded"
     if [ "$START" -lt "$DEPTH" ]; then verify_or_repair 'parts/*'; fi
     restore_papers
-    if [ -n "$MODELS" ] && rows model | { read -r _; }; then TOUCHED=yes; install_models; fi
     load_image
+    # after the image, which lends its Python to hash them
+    if [ -n "$MODELS" ] && rows model | { read -r _; }; then TOUCHED=yes; install_models; fi
     prove
     activate
     record
