@@ -183,7 +183,7 @@ def model(gigabytes: float, folder: Path, files: int = 2, image: str = "") -> di
         call = f"BUNDLE={work} WORK={work} PREFIX={work}/prefix ID=x STAGES='' REF={image}\nexec 3>&1\nchoose_hasher\ninstall_models"
         Path(work, "install.sh").write_text(f"{text}\n{call}\n")
         jail, docker = Path(work, "jail"), Path(work, "docker")
-        for place, tools in ((jail, "b2sum basename cat chmod cp cut dirname id ln mkdir mv nproc rm sh sha256sum stat sync tr wc"), (docker, "docker")):
+        for place, tools in ((jail, "b2sum basename cat chmod cp cut dirname id ln mkdir mkfifo mv nproc rm sh sha256sum stat sync tr wc"), (docker, "docker")):
             place.mkdir()
             for name in tools.split():
                 (place / name).symlink_to(shutil.which(name) or name)

@@ -501,7 +501,7 @@ def test_on_a_bare_server_the_image_lends_its_python_to_hash_models_and_gets_no_
     ran = installed_models(packed, tmp_path, path, shell)
     assert (ran.returncode, ran.stderr) == (0, "") and hashes(folder) == wanted
     asked = (tmp_path / "asked").read_text()
-    assert asked.count("run --rm --network=none --read-only --cap-drop=ALL") == 1, "one container for all"
+    assert asked.count("run --rm -i --network=none --read-only --cap-drop=ALL") == 1, "one container for all"
     assert all(f"-v {v}:{v}:ro" in asked for v in volumes) and str(folder.parent) not in asked
     shutil.rmtree(tmp_path / "prefix")
     (tmp_path / "asked").unlink()

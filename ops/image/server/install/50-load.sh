@@ -9,8 +9,9 @@ copy_model_file() { begin_copy 0 "$1" "$2"; end_copy 0 "$1" "$2" "$3" "$HASHING"
 begin_copy() { # begin_copy N VOLUMES DEST: DEST is the volumes in a row, on the disk; HASHING hashes them
     rm -f "$3" "$WORK/copied.$1.sums"
     paths_of "$2" >"$WORK/copied.$1.paths" || : >"$WORK/copied.$1.paths"
-    [ -f "$WORK/lent.failed" ] && LENT=''
+    if [ -f "$WORK/lent.failed" ]; then end_lending; fi
     if [ -n "$LENT" ]; then
+        cat "$WORK/copied.$1.paths" >&9 2>/dev/null
         ln -s "$WORK/lent.sums" "$WORK/copied.$1.sums"
         HASHING=$LENT
     else
@@ -34,29 +35,35 @@ end_copy() { # end_copy N VOLUMES DEST BYTES HASHING: true if DEST is whole and 
 # Coreutils hash a gigabyte in 1.5 s at best, the OpenSSL of the image's Python in 0.7. By now the image is loaded, and its layers
 # are those of the signed plan: what it says of a file is worth as much as the training that will read the file with the same
 # Python. It sees the volumes, read-only, and no network. Where it cannot run, or has no Python, the server hashes by itself.
-LENT=''          # the process that hashes the volumes of a model in a container, all of them, in the order of the copies
-LEND=500000000   # bytes; a smaller model is hashed sooner than a container starts
+LENT=''        # the process that hashes the volumes of a model in a container, each from when its copy begins
+LEND=500000000 # bytes; a smaller model is hashed sooner than a container starts
 
-begin_lending() { # begin_lending BYTES: the paths are listed in lent.paths; lent.sums grows
-    LENT=''
-    rm -f "$WORK/lent.failed"
+begin_lending() { # begin_lending BYTES: paths from lent.paths, written to 9, get their lines in lent.sums
+    rm -f "$WORK/lent.failed" "$WORK/lent.ask"
     case $VOLUMES_BY in b2sum | sha256sum) ;; *) return 0 ;; esac
-    [ "$1" -ge "$LEND" ] && plan evidence >/dev/null || return 0
-    { lent_sums >"$WORK/lent.sums" 2>/dev/null </dev/null || : >"$WORK/lent.failed"; } &
+    [ "$1" -ge "$LEND" ] && plan evidence >/dev/null && mkfifo "$WORK/lent.ask" 2>/dev/null || return 0
+    { lent_sums <"$WORK/lent.ask" >"$WORK/lent.sums" 2>/dev/null || : >"$WORK/lent.failed"; } &
     LENT=$!
+    exec 9>"$WORK/lent.ask"
+}
+
+end_lending() {
+    exec 9>&-
+    LENT=''
 }
 
 lent_sums() {
     local _p
-    set --
-    while read -r _p; do set -- "$@" "$_p"; done <"$WORK/lent.paths"
-    set -- "$REF" -c 'import hashlib, mmap, os, sys
-for path in sys.argv[1:]:
+    set -- "$REF" -c 'import concurrent.futures, hashlib, mmap, os, sys
+def say(path):
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if os.path.getsize(path) else b""
-        print(hashlib.sha256(data).hexdigest(), "*" + path, flush=True)' "$@"
+    sys.stdout.write(f"{hashlib.sha256(data).hexdigest()} *{path}\n")
+    sys.stdout.flush()
+with concurrent.futures.ThreadPoolExecutor(int(sys.argv[1])) as pool:
+    for path in sys.stdin: pool.submit(say, path.rstrip("\n"))' "$(cores)"
     while read -r _p; do set -- -v "$_p:$_p:ro" "$@"; done <"$WORK/lent.paths"
-    $DOCKER run --rm --network=none --read-only --cap-drop=ALL --security-opt no-new-privileges --security-opt label=disable \
+    $DOCKER run --rm -i --network=none --read-only --cap-drop=ALL --security-opt no-new-privileges --security-opt label=disable \
         --user "$(id -u):$(id -g)" --entrypoint "$(plan evidence)" "$@"
 }
 
@@ -134,6 +141,7 @@ install_model() { # install_model SET NAME BYTES: appears under its own name onl
             _open=${_open#* }
         done
     done <"$WORK/mfiles"
+    end_lending
     finish_copies "$2" "$_stage" $_open
     mv "$WORK/mfiles.sums" "$_stage/.sha256"
     chmod -R a-w,a+rX "$_stage"
@@ -159,7 +167,7 @@ finish_copies() { # finish_copies NAME STAGE N:HASHING...: a file gets its name 
         read -r _vols _fbytes _path <"$WORK/copying.${_n%:*}"
         if ! end_copy "${_n%:*}" "$_vols" "$_stage/$_path.part" "$_fbytes" "${_n#*:}"; then
             # find out which volume it is, mend it, and read once more
-            LENT=''
+            end_lending
             verify_or_repair $(echo "$_vols" | tr , ' ')
             copy_model_file "$_vols" "$_stage/$_path.part" "$_fbytes" ||
                 die 4 "$_path of model $_model does not arrive whole: $_vols" "check the disk of $PREFIX for room and errors, then copy $_vols again"
