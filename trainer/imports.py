@@ -46,6 +46,11 @@ TOGETHER: Late = {
     "torch.distributed._meta_registrations": (),
     "torch._meta_registrations": (),
 }
+# where those circles are entered too, by whoever comes later
+CIRCLES = (
+    "torch.fx.", "torch.distributed.tensor", "torch._decomp", "torch._dynamo", "torch._export", "torch._functorch", "torch._inductor", "torch._prims",
+    "torch._refs",
+)  # fmt: skip
 TORCH: Late = TOGETHER | {
     "torch.ao": (),
     "torch.autograd.gradcheck": ("gradcheck", "gradgradcheck"),
@@ -159,6 +164,7 @@ class _Finder:
     def __init__(self) -> None:
         self.names: Late = {}
         self.answered: set[str] = set()
+        self._specs: dict[str, ModuleSpec] = {}
         self._whole = False
 
     def expect(self, names: Late, whole: bool = False) -> None:
@@ -177,9 +183,13 @@ class _Finder:
         parent = name.rpartition(".")[0]
         if stands_in(parent) and parent not in SHELLS:
             real(parent)
-            there = importlib.import_module(name)
-            return ModuleSpec(name, self, loader_state=(there, there.__spec__))  # type: ignore[arg-type]
-        return self._probes(path, target) if name == PROBES else None
+        elif not (name.startswith(CIRCLES) and together()):
+            return self._probes(path, target) if name == PROBES else None
+        there = importlib.import_module(name)
+        spec = ModuleSpec(name, self, loader_state=there)  # type: ignore[arg-type]
+        with suppress(AttributeError):  # torch's modules of settings have none
+            self._specs[name], there.__spec__ = there.__spec__, spec  # type: ignore[assignment]  # importlib runs again what this one says
+        return spec
 
     def _probes(self, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(PROBES, path, target)
@@ -194,16 +204,16 @@ class _Finder:
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        if spec.loader_state:
-            there: ModuleType = spec.loader_state[0]
+        if spec.loader_state is not None:
+            there: ModuleType = spec.loader_state
             return there
         kind = _Compiler if spec.name == COMPILER else _Shell if spec.name in SHELLS else _Late
         return kind(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        state = module.__spec__.loader_state if module.__spec__ else None
-        if state:
-            module.__spec__ = state[1]
+        own = self._specs.pop(getattr(module, "__name__", ""), None)
+        if own is not None:
+            module.__spec__ = own
 
 
 FINDER = _Finder()
@@ -231,15 +241,17 @@ def real(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def together() -> None:
-    """Puts TOGETHER away and imports what was left out, unless torch itself is at it."""
-    FINDER.answered |= TOGETHER.keys()
+def together() -> bool:
+    """Imports what was left out of TOGETHER; whether there was anything. Never while torch itself is at it."""
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", True):
+        return False
     left_out = [name for name in TOGETHER if stands_in(name)]
+    FINDER.answered |= TOGETHER.keys()
     for name in left_out:
         put_away(name)
-    if left_out and not getattr(sys.modules["torch"].__spec__, "_initializing", False):
-        for name in TOGETHER:
-            importlib.import_module(name)
+    for name in left_out:
+        importlib.import_module(name)
+    return bool(left_out)
 
 
 class _NoTensors(ModuleType):

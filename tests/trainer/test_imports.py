@@ -90,6 +90,34 @@ assert shape() == (4, 3)
     assert done.returncode == 0, done.stderr
 
 
+ENTRIES = (
+    "torch.distributed.checkpoint", "torch.fx.experimental.proxy_tensor", "torch.fx.passes.shape_prop", "torch._functorch.aot_autograd",
+    "torch._decomp.decompositions", "torch.ao.quantization", "torch.distributions.normal", "torch.nested._internal.ops",
+    "torch.export.exported_program",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_circles_of_torchs_modules_may_be_entered_anywhere(entry: str) -> None:
+    """And no module runs twice: DTensor would register itself again."""
+    code = f"""
+import importlib.machinery, sys
+from trainer import imports
+ran, run = [], importlib.machinery.SourceFileLoader.exec_module
+importlib.machinery.SourceFileLoader.exec_module = lambda loader, module: ran.append(module.__name__) or run(loader, module)
+imports.begin(False, False)
+imports.lean(False, False)
+import {entry}
+import torch.distributed.tensor, torch._dynamo.eval_frame
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).sum() == 4
+assert not imports.stands_in({entry!r}) and "{entry}" in ran
+sys.exit([n for n in sys.modules if n.startswith("torch.") and ran.count(n) > 1] or 0)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def command(job: Path, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """The job as ops runs it; `path` goes before the trainer's own folder."""
     surroundings = os.environ | {"PYTHONPATH": f"{path}:{ROOT}".lstrip(":"), "OMP_NUM_THREADS": "1"} | environment
