@@ -51,6 +51,7 @@ class Ahead:
         self._said, tell = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
+            signal.signal(signal.SIGTERM, _stop)  # a background job of a shell ignores SIGINT
             os.close(self._said)
             with suppress(BaseException), open(tell, "wb") as pipe:
                 pipe.write(_answer(make))
@@ -78,9 +79,13 @@ class Ahead:
 
     def __exit__(self, *error: object) -> None:
         if self._pid:
-            os.kill(self._pid, signal.SIGINT)  # it cleans up
+            os.kill(self._pid, signal.SIGTERM)  # it cleans up
             os.waitpid(self._pid, 0)
             os.close(self._said)
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _answer(make: Callable[[], Plan]) -> bytes:

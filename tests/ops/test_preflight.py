@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,7 +186,8 @@ def test_a_fault_of_ours_is_shown_where_it_happened() -> None:
 
 
 def test_a_plan_that_nobody_waits_for_leaves_nothing(tmp_path: Path, job: dict[str, Any]) -> None:
-    """As after a key that vast.ai does not know."""
+    """As after a key that vast.ai does not know; as a background job, which ignores SIGINT."""
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
     began = tmp_path / "began"
 
     def slow() -> Plan:
@@ -201,4 +203,5 @@ def test_a_plan_that_nobody_waits_for_leaves_nothing(tmp_path: Path, job: dict[s
         while not began.exists() and time.monotonic() < since + 10:
             time.sleep(0.01)
         raise ConfigError("no")
+    signal.signal(signal.SIGINT, ignored)
     assert not began.exists() and time.monotonic() < since + 10
