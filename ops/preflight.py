@@ -10,7 +10,6 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,11 +50,13 @@ class Ahead:
         self._said, tell = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
-            signal.signal(signal.SIGTERM, _stop)  # a background job of a shell ignores SIGINT
-            os.close(self._said)
-            with suppress(BaseException), open(tell, "wb") as pipe:
-                pipe.write(_answer(make))
-            os._exit(0)
+            try:
+                signal.signal(signal.SIGTERM, _stop)  # a background job of a shell ignores SIGINT
+                os.close(self._said)
+                with open(tell, "wb") as pipe:
+                    pipe.write(_answer(make))
+            finally:
+                os._exit(0)  # whatever happened: only the parent goes on from here
         os.close(tell)
 
     def plan(self) -> Plan:
