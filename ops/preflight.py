@@ -11,7 +11,7 @@ import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from ops.errors import MilkteaError, PreflightError, Refused
 from ops.plan import Plan
@@ -45,14 +45,16 @@ class Ahead:
 
     def __init__(self, make: Callable[[], Plan]) -> None:
         self._make, self._pid = make, 0
+        self._said: IO[bytes] | None = None
         if sys.platform != "linux":
             return
-        self._said, tell = os.pipe()
+        said, tell = os.pipe()
+        self._said = open(said, "rb")  # noqa: SIM115  # closed by __exit__
         self._pid = os.fork()
         if self._pid == 0:
             try:
                 signal.signal(signal.SIGTERM, _stop)  # a background job of a shell ignores SIGINT
-                os.close(self._said)
+                self._said.close()
                 with open(tell, "wb") as pipe:
                     pipe.write(_answer(make))
             finally:
@@ -61,10 +63,9 @@ class Ahead:
 
     def plan(self) -> Plan:
         """Raises what `make` raised."""
-        if not self._pid:
+        if not self._pid or self._said is None:
             return self._make()
-        with open(self._said, "rb") as pipe:
-            said = pipe.read()
+        said = self._said.read()
         os.waitpid(self._pid, 0)
         self._pid = 0
         if not said:  # it was killed, or raised what cannot be told: here it is raised where it can be seen
@@ -82,7 +83,8 @@ class Ahead:
         if self._pid:
             os.kill(self._pid, signal.SIGTERM)  # it cleans up
             os.waitpid(self._pid, 0)
-            os.close(self._said)
+        if self._said:
+            self._said.close()
 
 
 def _stop(*_: object) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,6 +176,15 @@ def test_a_plan_made_ahead_is_the_plan_and_its_refusal_is_the_refusal(tmp_path: 
     with pytest.raises(PreflightError, match=r"rows\.json") as caught, Ahead(lambda: new_plan(parsed, runs, time.time())) as ahead:
         ahead.plan()
     assert caught.value.hint == "mend the rows above; `python -m trainer.data FILE` checks again"
+
+
+def test_ctrl_c_while_the_plan_is_waited_for_ends_the_fork_too() -> None:
+    before, since = signal.signal(signal.SIGINT, signal.default_int_handler), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Ahead(lambda: time.sleep(30)) as ahead:  # type: ignore[arg-type, return-value]
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+        ahead.plan()
+    signal.signal(signal.SIGINT, before)
+    assert time.monotonic() < since + 10
 
 
 def test_a_fault_of_ours_is_shown_where_it_happened() -> None:
