@@ -113,7 +113,9 @@ def build(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path) -> 
             f"--customize-hook=touch --date=@{epoch} \"$1\"/etc/apt/sources.list",
             spec.suite, str(out.resolve()), f"deb [trusted=yes] copy:{repository} {spec.suite} main",
         ]  # fmt: skip
-        environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+        # nothing else of the user's: packages' scripts would see it (without the last, Debian's Python compiles its modules into the layer)
+        own = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+        environment = {**own, "SOURCE_DATE_EPOCH": str(epoch), "LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONDONTWRITEBYTECODE": "1"}
         _run(command, "mmdebstrap could not make the base", environment)
 
 
