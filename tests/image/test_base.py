@@ -24,7 +24,10 @@ def elsewhere(tmp_path):
     return there
 
 
-def test_debian_comes_out_as_the_lock_says(elsewhere):
+def test_debian_comes_out_as_the_lock_says(elsewhere, monkeypatch):
+    """Whatever its maker's environment says to Python."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
     found, spec = build.read_lock("practice"), build.define("practice")
     made = assemble.base(found.layers[0], found, spec, elsewhere, lambda line: None)
     assert made == found.layers[0]
