@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
+ROWS = 64  # of a search, at most, whatever is asked for
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ops import cost, gpus
 from ops.cost import Cost, Workload
-from ops.market import Instance, Offer, number, parse_instance, parse_offer
+from ops.market import ROWS, Instance, Offer, number, parse_instance, parse_offer
 
 __all__ = [
     "Instance", "Needs", "Offer", "Priced", "Ranking", "number", "parse_instance", "parse_offer", "penalty", "query", "rank",
@@ -87,7 +87,7 @@ class Ranking:
         return f"{name} alone keeps {count} of {len(self.obstacles)} offers out; the first: {example}"
 
 
-def query(needs: Needs, order: str = "dlperf_per_dphtotal", limit: int = 64) -> dict[str, Any]:
+def query(needs: Needs, order: str = "dlperf_per_dphtotal") -> dict[str, Any]:
     """The body of a search, as a dict: vast.ai's string parser drops filters. In its units: MB, seconds, compute_cap x 100.
 
     It is never stricter than `rank`. Prices come back for `allocated_storage`, the disk that will be rented. At most 64 rows
@@ -119,7 +119,7 @@ def query(needs: Needs, order: str = "dlperf_per_dphtotal", limit: int = 64) -> 
         body["dph_total"] = {"lte": round(needs.max_usd_per_hour / _SERVER_SLACK + 0.05, 4)}
     body["type"] = "bid" if needs.interruptible else "on-demand"
     body["order"] = [[order, "asc" if order == "dph_total" else "desc"]]
-    body["limit"] = limit
+    body["limit"] = ROWS
     body["allocated_storage"] = needs.disk_gib
     return body
 

@@ -16,7 +16,7 @@ from typing import Any
 import requests
 
 from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
-from ops.market import Instance, Offer, parse_instance, parse_offer
+from ops.market import ROWS, Instance, Offer, parse_instance, parse_offer
 from ops.wait import Clock
 
 
@@ -44,7 +44,6 @@ INTERVAL_S = {
 }  # fmt: skip
 PATIENCE_S = 60.0  # for a call that may be repeated
 PAGE = 25
-ROWS = 64  # of a search, at most, whatever is asked for
 
 
 @dataclass(frozen=True)
