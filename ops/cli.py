@@ -140,7 +140,7 @@ def export(
     """The same image and job.json for a scheduler that you have already: an sbatch file, or a Kubeflow TrainJob."""
     with errors(False):
         from ops.errors import ConfigError
-        from ops.export import export as write
+        from ops.export.folder import export as write
 
         if kind not in ("slurm", "kubeflow"):
             raise ConfigError(f"{kind!r} is neither slurm nor kubeflow", hint="milktea export slurm JOB")

@@ -19,7 +19,8 @@ import pytest
 
 from ops import config
 from ops.errors import ConfigError
-from ops.export import enroot, export, slurm_time
+from ops.export.folder import export
+from ops.export.slurm import enroot, slurm_time
 from trainer.job import Job
 
 HERE = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""A job for another scheduler: a run folder of the wire with what Slurm or Kubeflow needs."""

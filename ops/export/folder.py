@@ -1,0 +1,62 @@
+"""One job for a cluster of your own: the same image and the same job.json.
+
+`export` writes a folder that is a run folder of the wire (job.json, data/, model/) with what Slurm
+or Kubeflow Trainer needs beside it. The engine's own variables say which machine is first
+(trainer/machines.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from ops import config, planner
+from ops.config import JobFile
+from ops.errors import ConfigError
+from ops.export.kubeflow import kubeflow_files
+from ops.export.slurm import slurm_files
+
+Kind = Literal["slurm", "kubeflow"]
+WRITERS = {"slurm": slurm_files, "kubeflow": kubeflow_files}
+
+
+def export(
+    kind: Kind, job_path: Path, out: Path, nodes: int = 1, queue: str | None = None
+) -> list[Path]:
+    """Check the job as a rental would, and write OUT/NAME-KIND/. Return the files, README first.
+
+    `queue` is Slurm's partition or Kueue's local queue. Exporting again is idempotent; a folder in
+    which a run has begun is refused. Raises ConfigError, PreflightError. Needs no account."""
+    job = config.load(job_path)
+    validate_nodes(job, nodes)
+    folder = out / f"{job.name}-{kind}"
+    if (folder / "events.jsonl").exists():
+        raise ConfigError(
+            f"{folder}: a run has begun here", hint="name another --out, or remove that folder"
+        )
+    with tempfile.TemporaryDirectory() as stage:
+        plan = planner.planned(job, folder.name, Path(stage))
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = WRITERS[kind](job, plan, nodes, queue)
+    texts["job.json"] = json.dumps(plan.wire_job, indent=1, ensure_ascii=False) + "\n"
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for push in plan.pushes:
+        target = folder / push.remote
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(push.local, target)
+    return [folder / name for name in (*texts, *(p.remote for p in plan.pushes))]
+
+
+def validate_nodes(job: JobFile, nodes: int) -> None:
+    """Raises ConfigError where a GPU would get no row of a batch."""
+    gpus = job.offer.num_gpus
+    if nodes < 1 or job.training.batch_size < nodes * gpus:
+        raise ConfigError(
+            f"training.batch_size = {job.training.batch_size} leaves some of {nodes} x {gpus} GPUs"
+            " without a row",
+            hint="raise training.batch_size, or export for fewer nodes",
+        )
