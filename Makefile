@@ -6,6 +6,7 @@ JOB ?= jobs/practice.toml
 RUN ?= last
 IMAGE ?= practice
 N ?= 1000
+TORCH ?= $(shell sed -n "s/^torch==//p" requirements.lock)
 milktea := $(VENV)/bin/python -m ops.cli
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,13 +17,10 @@ help: ## this list
 
 setup: $(VENV)/ready ## a virtual environment with everything, once
 
-$(VENV)/ready: requirements.lock pyproject.toml
+$(VENV)/ready: requirements.lock pyproject.toml .ci/setup.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "milktea needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 2; }
-	@echo "setting up $(VENV) (a minute or two, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install -q $$(grep '^torch==' requirements.lock) -c requirements.lock 2> >(grep -v 'is ignored: it is neither' >&2)
-	@$(VENV)/bin/pip install -q --no-deps -r requirements.lock 2> >(grep -v 'is ignored: it is neither' >&2)
-	@$(VENV)/bin/pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v 'is ignored: it is neither' >&2)
+	@.ci/setup.sh $(VENV)
 	@touch $@
 
 rent-and-train: setup ## the main job: JOB=jobs/practice.toml (no account needed), jobs/alpaca-zh.toml, yours
@@ -64,10 +62,9 @@ bundle: setup ## a folder to carry to a server without a network: IMAGE=..., SIN
 push-image: setup ## to a registry that vast.ai's hosts pull from: IMAGE=..., REGISTRY=...
 	@$(milktea) image push $(IMAGE) $(REGISTRY)
 
-lock: ## resolve requirements.lock anew from pyproject.toml
-	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q torch==2.13.0 && $(PYTHON) -c 'import tomllib;p=tomllib.load(open("pyproject.toml","rb"))["project"];print("setuptools", *[d for d in p["dependencies"]+p["optional-dependencies"]["dev"] if not d.startswith(("vastai","cyclonedx"))], sep="\n")' >.venv-lock/in.txt && .venv-lock/bin/pip install -q -r .venv-lock/in.txt && .venv-lock/bin/pip install -q -U pip && .venv-lock/bin/pip install -q --no-deps "vastai>=1.9.1" "cyclonedx-python-lib>=11"
-	@{ echo "# Installed with --no-deps. Made by make lock."; .venv-lock/bin/pip freeze --all --exclude-editable | sed 's/ @ file:.*//; s/+cpu//' | grep -v -E '^(nvidia-|triton)'; } >requirements.lock
-	@cd ops/box_side && for n in $$(cut -d= -f1 trainer-requirements.txt); do grep -i "^$$n==" ../../requirements.lock; done >new.txt && mv new.txt trainer-requirements.txt
+lock: ## resolve requirements.lock and the box's list anew from pyproject.toml, TORCH=2.13.0
+	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q uv
+	@.ci/lock.sh .venv-lock/bin/uv $(TORCH)
 	@rm -rf .venv-lock
 
 clean: ## what can be made again, except runs/ and out/

@@ -7,7 +7,16 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LOCKED = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+BOX = ROOT / "ops/box_side/trainer-requirements.txt"
+
+
+def pinned(path: Path) -> dict[str, str]:
+    """name -> version of every line that pins one."""
+    lines = re.findall(r"^([\w.-]+)==([^\s;]+)", path.read_text(), re.MULTILINE)
+    return {name: version for name, version in lines}
+
+
+LOCKED = pinned(ROOT / "requirements.lock")
 
 
 def canonical(name: str) -> str:
@@ -32,7 +41,18 @@ def test_no_index_no_path_and_no_hash_of_a_local_build_is_in_the_lock() -> None:
     assert not re.search(r"https?://|file:|\+cpu| @ ", text)
 
 
+def test_no_line_but_torch_is_without_a_hash() -> None:
+    for path in (ROOT / "requirements.lock", BOX):
+        requirements = re.sub(r"\\\n\s*", "", path.read_text()).splitlines()
+        lines = [line for line in requirements if line and not line.startswith("#")]
+        assert len(lines) > 40
+        bare = [line for line in lines if "--hash=sha256:" not in line]
+        assert bare == ([f"torch=={LOCKED['torch']}"] if path != BOX else [])
+
+
 def test_a_box_installs_the_versions_that_were_tested_here() -> None:
-    pushed = (ROOT / "ops/box_side/trainer-requirements.txt").read_text().split()
-    assert len(pushed) > 8
-    assert [line for line in pushed if LOCKED.get(line.split("==")[0]) != line.split("==")[-1]] == [], "make lock writes this file too"
+    pushed = pinned(BOX)
+    wanted = (ROOT / ".ci/box-requirements.in").read_text().split("\n")[1:]
+    assert len(pushed) > 40
+    assert {canonical(name) for name in wanted if name} <= {canonical(name) for name in pushed}
+    assert {n: v for n, v in pushed.items() if LOCKED.get(n) != v} == {}, "make lock writes both"

@@ -4,9 +4,12 @@ for p in /opt/venv/bin/python /venv/main/bin/python /opt/conda/bin/python python
   if command -v "$p" >/dev/null 2>&1 && "$p" -c 'import torch' 2>/dev/null; then py=$p; break; fi
 done
 [ -n "${py:-}" ] || { echo "no Python with torch in this image: choose another image.ref" >&2; exit 3; }
+"$py" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "the image's Python is older than 3.11: choose another image.ref" >&2; exit 3; }
 if [ ! -e ../venv.ready ]; then
   "$py" -m venv --system-site-packages ../venv
-  ../venv/bin/python -m pip install -q --disable-pip-version-check -r trainer-requirements.txt
+  ../venv/bin/python -m pip install -q --disable-pip-version-check \
+    --no-deps --require-hashes -r trainer-requirements.txt
   touch ../venv.ready
 fi
 PYTHONPATH=. exec ../venv/bin/python -m trainer.launch job.json

@@ -12,7 +12,8 @@ ROOT = "/milktea"  # of the shared volume in a pod, and of the run folder in a c
 # since machines share the run folder.
 _PUSHED = (
     "python3 -m venv --system-site-packages /tmp/milktea-venv"
-    " && /tmp/milktea-venv/bin/python -m pip install -q -r trainer-requirements.txt"
+    " && /tmp/milktea-venv/bin/python -m pip install -q --no-deps --require-hashes"
+    " -r trainer-requirements.txt"
     " && PYTHONPATH=. exec /tmp/milktea-venv/bin/python -m trainer.launch job.json"
 )
 
