@@ -24,7 +24,6 @@ from ops.cli_journal import Json, Run, folder_of, runs
 if TYPE_CHECKING:
     from ops.offers import Ranking
     from ops.plan import Plan
-    from ops.preflight import Ahead
     from ops.session import Session
     from ops.vast import Vast
 
@@ -41,7 +40,7 @@ EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=289910784")  # 0.27 
 @app.command("rent-and-train")
 def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes = False) -> None:
     """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends."""
-    with errors(as_json), _planning(job, on_cpu=not _is_real()) as ahead, _acting(as_json) as (vast, screen):
+    with errors(as_json), _acting(as_json) as (vast, screen):
         from functools import partial
 
         from ops.journal import Journal
@@ -50,7 +49,7 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
         from ops.session import Session
         from ops.wait import RealClock
 
-        plan = preflight(ahead.plan, vast, runs())
+        plan = preflight(lambda: _planned(job, on_cpu=not _is_real()), vast, runs())
         with Journal(runs() / plan.run_id) as journal:
             _first_line(journal, plan, screen)
             session = Session(journal, plan, vast, RealClock(), screen)
@@ -63,12 +62,12 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
 @app.command()
 def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
     """Everything up to the plan screen: checks, search, prices. Nothing is rented."""
-    with errors(as_json), _planning(job) as ahead, _acting(as_json) as (vast, screen):
+    with errors(as_json), _acting(as_json) as (vast, screen):
         from ops.choose import bad_machines, found_offers, none_left
         from ops.offers import rank
         from ops.preflight import preflight
 
-        done = preflight(ahead.plan, vast, runs())
+        done = preflight(lambda: _planned(job), vast, runs())
         (runs() / done.run_id).rmdir()  # nothing is begun
         ranking = rank(found_offers(vast, done.needs), done.needs, done.workload, bad_machines(runs(), time.time()))
         if not ranking.accepted:
@@ -158,16 +157,11 @@ def schema() -> None:
 # -- what the commands share ----------------------------------------------------------------------------------------
 
 
-def _planning(job: Path, *, on_cpu: bool = False) -> Ahead:
-    from ops.preflight import Ahead
+def _planned(job: Path, *, on_cpu: bool = False) -> Plan:
+    from ops.config import load
+    from ops.planner import new_plan
 
-    def make() -> Plan:
-        from ops.config import load
-        from ops.planner import new_plan
-
-        return new_plan(load(job), runs(), time.time(), on_cpu=on_cpu)
-
-    return Ahead(make)
+    return new_plan(load(job), runs(), time.time(), on_cpu=on_cpu)
 
 
 def _is_real() -> bool:

@@ -44,14 +44,9 @@ watch
 """
 
 
-def onstart(public_key: str, standing_by: str | None = None) -> str:
-    """What the box runs at each start: the watchdog first, then our key. Last, for the run `standing_by`, the image's trainer: it imports all
-    that takes its time, and waits for `launch` while the data comes. Under vast.ai's 4,000 characters."""
+def onstart(public_key: str) -> str:
+    """What the box runs at each start: the watchdog first, then our key. Under vast.ai's 4,000 characters."""
     key = shlex.quote(public_key.strip())
-    trainer = "" if standing_by is None else f"""\
-command -v milktea-train >/dev/null 2>&1 && mkdir -p {standing_by} && cd {standing_by} && rm -f launched && [ ! -e exit_code ] || exit 0
-{_detached("milktea-train --stand-by job.json")}
-"""
     return f"""\
 umask 077; mkdir -p "$HOME/milktea" "$HOME/.ssh"; cd "$HOME/milktea" || exit 1
 cat >watchdog.sh <<'WATCHDOG'
@@ -61,14 +56,7 @@ cat >watchdog.sh <<'WATCHDOG'
 touch "$HOME/.no_auto_tmux"
 grep -qsF {key} "$HOME/.ssh/authorized_keys" || echo {key} >>"$HOME/.ssh/authorized_keys"
 (setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)
-{trainer}"""
-
-
-def _detached(command: str) -> str:
-    """Runs `command` in the run's folder and a process group of its own, whose number is in `pid`. Once the run was launched its `exit_code`
-    appears last, by rename; a trainer that only stood by leaves none."""
-    wrapper = f"{command} >>log.txt 2>&1; echo $? >exit_code.new; [ -e launched ] && mv exit_code.new exit_code"
-    return f"setsid sh -c {shlex.quote(wrapper)} </dev/null >/dev/null 2>&1 &\necho $! >pid"
+"""
 
 
 def environment(api_url: str, max_s: float) -> dict[str, str]:
@@ -101,18 +89,20 @@ def ready(run_id: str) -> str:
 
 
 def launch(run_id: str, trainer: str) -> str:
-    """Start the training detached, once: a second call finds it running or finished. The trainer that stands by begins at once."""
+    """Start the training detached, once: a second call finds it running or finished.
+
+    The training is a process group of its own, whose number is in `pid`; its `exit_code` appears last, by rename."""
     command = "milktea-train job.json"
     if trainer == "push":
         command = "sh trainer-start.sh"  # ops/box_side/trainer-start.sh, pushed with the trainer
+    wrapper = f"{command} >>log.txt 2>&1; echo $? >exit_code.new; mv exit_code.new exit_code"
     return f"""\
 {RENEW}
 cd {run_folder(run_id)} || exit 9
 if [ -e exit_code ]; then echo finished; exit 0; fi
-state=started; [ -e launched ] && state=running
-if {ALIVE}; then : >launched; echo $state; exit 0; fi
-: >launched
-{_detached(command)}
+if {ALIVE}; then echo running; exit 0; fi
+setsid sh -c {shlex.quote(wrapper)} </dev/null >/dev/null 2>&1 &
+echo $! >pid
 echo started
 """
 
@@ -127,7 +117,7 @@ def poll(run_id: str, events_offset: int, max_bytes: int = 1 << 18) -> str:
     return f"""\
 {RENEW}
 cd {run_folder(run_id)} || exit 9
-running=no; [ -e launched ] && {ALIVE} && running=yes
+running=no; {ALIVE} && running=yes
 code=-; [ -e exit_code ] && code=$(cat exit_code)
 size=$(wc -c <events.jsonl 2>/dev/null || echo 0)
 echo "{POLL_MARK} $code $running" $size

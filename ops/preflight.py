@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import shutil
-import signal
-import sys
 import tomllib
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
-from ops.errors import MilkteaError, PreflightError, Refused
+from ops.errors import PreflightError, Refused
 from ops.plan import Plan
 from trainer.job import WIRE
 
@@ -37,68 +32,6 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
         shutil.rmtree(root / plan.run_id)
         raise
     return plan
-
-
-class Ahead:
-    """A fork of this process calls `make`, on another core, while this one imports what talks to vast.ai: a third of what a user waits for
-    before the search. Only Linux forks; elsewhere `make` is called when its plan is asked for."""
-
-    def __init__(self, make: Callable[[], Plan]) -> None:
-        self._make, self._pid = make, 0
-        self._said: IO[bytes] | None = None
-        if sys.platform != "linux":
-            return
-        said, tell = os.pipe()
-        self._said = open(said, "rb")  # noqa: SIM115  # closed by __exit__
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                signal.signal(signal.SIGTERM, _stop)  # a background job of a shell ignores SIGINT
-                self._said.close()
-                with open(tell, "wb") as pipe:
-                    pipe.write(_answer(make))
-            finally:
-                os._exit(0)  # whatever happened: only the parent goes on from here
-        os.close(tell)
-
-    def plan(self) -> Plan:
-        """Raises what `make` raised."""
-        if not self._pid or self._said is None:
-            return self._make()
-        said = self._said.read()
-        os.waitpid(self._pid, 0)
-        self._pid = 0
-        if not said:  # it was killed, or raised what cannot be told: here it is raised where it can be seen
-            return self._make()
-        answer: Any = pickle.loads(said)
-        if isinstance(answer, BaseException):
-            raise answer
-        plan: Plan = answer
-        return plan
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pid:
-            os.kill(self._pid, signal.SIGTERM)  # it cleans up
-            os.waitpid(self._pid, 0)
-        if self._said:
-            self._said.close()
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _answer(make: Callable[[], Plan]) -> bytes:
-    try:
-        return pickle.dumps(make())
-    except MilkteaError as error:
-        return pickle.dumps(error)
-    except Exception as error:
-        error.add_note(traceback.format_exc())  # the parent's would end at `raise answer`
-        return pickle.dumps(error)
 
 
 def _check_image(plan: Plan) -> None:

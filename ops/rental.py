@@ -82,7 +82,7 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
             disk_gib=session.plan.needs.disk_gib,
             label=session.run_id,
             env=commands.environment(session.vast.provider.url, allowed_s),
-            onstart=commands.onstart(session.public_key, session.run_id if session.plan.trainer == "image" else None),
+            onstart=commands.onstart(session.public_key),
             bid_usd_per_hour=session.bid(offer),
         )
     except MarketError as e:

@@ -7,35 +7,18 @@ server's own words. Reads and destroys are repeated here, within `PATIENCE_S`; a
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import requests
+from vastai.api.client import VastClient
+from vastai.api.instances import build_create_instance_payload
 
 from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
 from ops.market import ROWS, Instance, Offer, parse_instance, parse_offer
 from ops.wait import Clock
 
-
-@contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Inside, `module` cannot be imported anew."""
-    kept = sys.modules.get(module)
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        sys.modules.pop(module)
-        if kept is not None:
-            sys.modules[module] = kept
-
-
-with _without("aiohttp"):  # its package imports its serverless side where it finds aiohttp: half a second for what is not used here
-    from vastai.api.client import VastClient
-    from vastai.api.instances import build_create_instance_payload
 
 # Least seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429 below them).
 INTERVAL_S = {

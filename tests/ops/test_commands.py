@@ -23,10 +23,10 @@ def wait_for(path: Path) -> str:
 
 
 def test_onstart_stays_far_below_what_vast_accepts() -> None:
-    assert len(commands.onstart(KEY, "r").encode()) < 4000
+    assert len(commands.onstart(KEY).encode()) < 4000
 
 
-@pytest.mark.parametrize("text", [commands.onstart(KEY, "r"), commands.WATCHDOG, commands.poll("r", 0), commands.launch("r", "push")])
+@pytest.mark.parametrize("text", [commands.onstart(KEY), commands.WATCHDOG, commands.poll("r", 0), commands.launch("r", "push")])
 def test_every_text_is_posix_sh(text: str) -> None:
     assert subprocess.run(["sh", "-n"], input=text, text=True, capture_output=True).stderr == ""
 
@@ -34,7 +34,7 @@ def test_every_text_is_posix_sh(text: str) -> None:
 def test_onstart_twice_keeps_the_birth_and_one_key(tmp_path: Path) -> None:
     started = []
     for _ in range(2):
-        sh(commands.onstart(KEY, "r").replace("(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)", ""), tmp_path)
+        sh(commands.onstart(KEY).replace("(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)", ""), tmp_path)
         started.append((tmp_path / "milktea/born").read_text())
     assert started[0] == started[1]
     assert (tmp_path / ".ssh/authorized_keys").read_text() == KEY + "\n"
@@ -60,55 +60,6 @@ def test_launching_twice_trains_once_and_the_exit_code_comes_last(tmp_path: Path
     assert wait_for(tmp_path / "milktea/r/exit_code").strip() == "3"
     assert launched(tmp_path).stdout.strip() == "finished"
     assert (tmp_path / "milktea/r/starts").read_text() == "x\n"
-
-
-STANDS_BY = """[ "$1" = --stand-by ] || { echo "$*" >>starts; exit 4; }
-echo "$*" >>starts
-i=0; while [ ! -e launched ] && [ $i -lt 500 ]; do sleep 0.02; i=$((i+1)); done
-exit 3
-"""
-
-
-def boots(home: Path) -> None:
-    """The box's start, without its watchdog, which would outlive the test."""
-    text = commands.onstart(KEY, "r").replace("(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)", "")
-    assert sh(text, home, PATH=f"{home}/bin:{os.environ['PATH']}").returncode == 0
-
-
-def test_a_trainer_stands_by_from_the_start_and_is_the_one_that_is_launched(tmp_path: Path) -> None:
-    fake_trainer(tmp_path, STANDS_BY)
-    boots(tmp_path)
-    wait_for(tmp_path / "milktea/r/starts")
-    assert commands.parse_poll(sh(commands.poll("r", 0), tmp_path).stdout)[:2] == (None, False)  # it waits: that is not training
-    assert launched(tmp_path).stdout.strip() == "started"
-    assert wait_for(tmp_path / "milktea/r/exit_code").strip() == "3"
-    assert launched(tmp_path).stdout.strip() == "finished"
-    assert (tmp_path / "milktea/r/starts").read_text() == "--stand-by job.json\n"
-    boots(tmp_path)  # a box that starts again with a finished run has nothing to stand by for
-    assert launched(tmp_path).stdout.strip() == "finished"
-
-
-def test_a_trainer_that_cannot_stand_by_is_started_when_it_is_launched(tmp_path: Path) -> None:
-    """An image of before: it knows no --stand-by."""
-    fake_trainer(tmp_path, '[ "$1" = --stand-by ] && exit 2\necho "$*" >starts; exit 5\n')
-    boots(tmp_path)
-    wait_for(tmp_path / "milktea/r/exit_code.new")
-    time.sleep(0.1)
-    assert launched(tmp_path).stdout.strip() == "started"
-    assert wait_for(tmp_path / "milktea/r/exit_code").strip() == "5"
-    assert (tmp_path / "milktea/r/starts").read_text() == "job.json\n"
-
-
-def test_a_box_that_starts_again_in_the_middle_stands_by_again(tmp_path: Path) -> None:
-    fake_trainer(tmp_path, STANDS_BY)
-    boots(tmp_path)
-    wait_for(tmp_path / "milktea/r/starts")
-    (tmp_path / "milktea/r/launched").touch()
-    kill_training(tmp_path)
-    boots(tmp_path)
-    assert commands.parse_poll(sh(commands.poll("r", 0), tmp_path).stdout)[:2] == (None, False)
-    assert launched(tmp_path).stdout.strip() == "started"
-    assert wait_for(tmp_path / "milktea/r/exit_code").strip() == "3"
 
 
 def kill_training(home: Path) -> int:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +16,7 @@ from ops.errors import ConfigError, MilkteaError, PreflightError
 from ops.fakevast import FakeVast
 from ops.plan import Plan
 from ops.planner import new_plan
-from ops.preflight import Ahead, preflight
+from ops.preflight import preflight
 from ops.vast import Provider, Vast
 from ops.wait import RealClock
 from trainer.data import read_rows
@@ -165,54 +162,3 @@ def test_an_image_of_another_wire_is_refused_before_renting(
 ) -> None:
     monkeypatch.setattr("ops.preflight.WIRE", 2)
     assert "speaks wire 1" in str(refused(tmp_path, fake, job))
-
-
-def test_a_plan_made_ahead_is_the_plan_and_its_refusal_is_the_refusal(tmp_path: Path, job: dict[str, Any]) -> None:
-    runs, parsed = tmp_path / "runs", config.parse(job, tmp_path / "job.toml")
-    with Ahead(lambda: new_plan(parsed, runs, time.time())) as ahead:
-        plan = ahead.plan()
-    assert plan.workload == new_plan(parsed, runs, time.time()).workload and (runs / plan.run_id).is_dir()
-    (tmp_path / "rows.json").write_text('[{"instruction": 5}]')
-    with pytest.raises(PreflightError, match=r"rows\.json") as caught, Ahead(lambda: new_plan(parsed, runs, time.time())) as ahead:
-        ahead.plan()
-    assert caught.value.hint == "mend the rows above; `python -m trainer.data FILE` checks again"
-
-
-def test_ctrl_c_while_the_plan_is_waited_for_ends_the_fork_too() -> None:
-    before, since = signal.signal(signal.SIGINT, signal.default_int_handler), time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Ahead(lambda: time.sleep(30)) as ahead:  # type: ignore[arg-type, return-value]
-        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
-        ahead.plan()
-    signal.signal(signal.SIGINT, before)
-    assert time.monotonic() < since + 10
-
-
-def test_a_fault_of_ours_is_shown_where_it_happened() -> None:
-    def faulty() -> Plan:
-        raise ZeroDivisionError("in here")
-
-    with pytest.raises(ZeroDivisionError) as caught, Ahead(faulty) as ahead:
-        ahead.plan()
-    assert "in faulty" in caught.value.__notes__[0]
-
-
-def test_a_plan_that_nobody_waits_for_leaves_nothing(tmp_path: Path, job: dict[str, Any]) -> None:
-    """As after a key that vast.ai does not know; as a background job, which ignores SIGINT."""
-    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    began = tmp_path / "began"
-
-    def slow() -> Plan:
-        began.mkdir()
-        try:
-            time.sleep(30)
-        finally:
-            began.rmdir()
-        raise AssertionError
-
-    since = time.monotonic()
-    with pytest.raises(ConfigError), Ahead(slow):
-        while not began.exists() and time.monotonic() < since + 10:
-            time.sleep(0.01)
-        raise ConfigError("no")
-    signal.signal(signal.SIGINT, ignored)
-    assert not began.exists() and time.monotonic() < since + 10
