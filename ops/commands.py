@@ -91,11 +91,12 @@ def ready(run_id: str) -> str:
 def launch(run_id: str, trainer: str) -> str:
     """Start the training detached, once: a second call finds it running or finished.
 
-    The training is a process group of its own, whose number is in `pid`; its `exit_code` appears last, by rename."""
+    The training is a process group of its own, whose number is in `pid`; its `exit_code` appears last, by rename. The shell that
+    writes it outlives a SIGTERM to the group."""
     command = "milktea-train job.json"
     if trainer == "push":
         command = "sh trainer-start.sh"  # ops/box_side/trainer-start.sh, pushed with the trainer
-    wrapper = f"{command} >>log.txt 2>&1; echo $? >exit_code.new; mv exit_code.new exit_code"
+    wrapper = f"trap : TERM; {command} >>log.txt 2>&1; echo $? >exit_code.new; mv exit_code.new exit_code"
     return f"""\
 {RENEW}
 cd {run_folder(run_id)} || exit 9
@@ -144,4 +145,4 @@ def log_tail(run_id: str, lines: int = 40) -> str:
 
 def stop_training(run_id: str) -> str:
     """SIGTERM to the training's process group: it saves a checkpoint and leaves 143 in exit_code."""
-    return f'cd {run_folder(run_id)} && [ -s pid ] && kill -TERM -- "-$(cat pid)" 2>/dev/null; true'
+    return f'cd {run_folder(run_id)} && [ -s pid ] && kill -s TERM -- "-$(cat pid)" 2>/dev/null; true'

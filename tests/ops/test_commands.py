@@ -62,6 +62,15 @@ def test_launching_twice_trains_once_and_the_exit_code_comes_last(tmp_path: Path
     assert (tmp_path / "milktea/r/starts").read_text() == "x\n"
 
 
+def test_a_training_asked_to_stop_may_save_and_leaves_its_exit_code(tmp_path: Path) -> None:
+    fake_trainer(tmp_path, "trap 'echo saved >saved; exit 143' TERM; echo x >starts; while :; do sleep 0.02; done\n")
+    assert launched(tmp_path).stdout.strip() == "started"
+    wait_for(tmp_path / "milktea/r/starts")
+    assert sh(commands.stop_training("r"), tmp_path).returncode == 0
+    assert wait_for(tmp_path / "milktea/r/exit_code").strip() == "143"
+    assert (tmp_path / "milktea/r/saved").read_text() == "saved\n"
+
+
 def kill_training(home: Path) -> int:
     """SIGKILL to the training's own process group, once it has one."""
     pid = int((home / "milktea/r/pid").read_text())
