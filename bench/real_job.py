@@ -5,8 +5,8 @@
     python -m bench.real_job --gpus 2
 
 The base has random weights of Llama-7B's shape, the rows the lengths of trainer/bench.py's protocol. Prints one line of JSON: seconds from
-the launch to `started` and to the first step, the median speed after the tenth step, loss and gradient norm at both ends. With
---stand-by the trainer has imported before it is launched, as on a box that waits for its data. The model stays in --folder.
+the launch to `started` and to the first step, the median speed after the tenth step, loss and gradient norm at both ends. The model
+stays in --folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from trainer.bench import SHAPES, Setting, lengths, tell
-from trainer.launch import LAUNCHED
 
 TEMPLATES = Path(__file__).parent.parent / "trainer/templates"
 SHARD_LAYERS = 8
@@ -116,16 +115,13 @@ def job(run: Path, model: Path, precision: str, method: str, gpus: int, steps: i
     (run / "job.json").write_text(json.dumps(told))
 
 
-def train(run: Path, stand_by: bool) -> tuple[float, float]:
+def train(run: Path) -> tuple[float, float]:
     """(unix time of the launch, seconds to the end). Raises CalledProcessError."""
-    command = [sys.executable, "-m", "trainer.launch", *(["--stand-by"] if stand_by else []), "job.json"]
+    command = [sys.executable, "-m", "trainer.launch", "job.json"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TEMPLATES.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with open(run / "log.txt", "wb") as log:
-        child = subprocess.Popen(command, cwd=run, env=environment, stdout=log, stderr=log)
-        time.sleep(20 if stand_by else 0)
         began = time.time()
-        (run / LAUNCHED).touch()
-        code = child.wait()
+        code = subprocess.run(command, cwd=run, env=environment, stdout=log, stderr=log).returncode
     if code:
         print((run / "log.txt").read_text()[-3000:], file=sys.stderr)
         raise subprocess.CalledProcessError(code, command)
@@ -141,7 +137,6 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=128, help="rows of a step, on all GPUs together")
-    parser.add_argument("--stand-by", action="store_true", help="the trainer imports before it is launched")
     parser.add_argument("--cold", action="store_true", help="empties Triton's cache before")
     parser.add_argument("--append", type=Path, help="add the line to this file as well")
     asked = parser.parse_args()
@@ -153,14 +148,14 @@ def main() -> int:
     if asked.cold:
         shutil.rmtree(cache, ignore_errors=True)
     cold = not cache.is_dir() or not any(cache.iterdir())
-    began, seconds = train(run, asked.stand_by)
+    began, seconds = train(run)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     started = next(e for e in events if e["event"] == "started")
     steps = [e for e in events if e["event"] == "step"]
     line = {
         "model": asked.model, "precision": asked.precision, "method": asked.method, "gpus": asked.gpus,
         "batch_size": asked.batch_size, "steps": asked.steps,
-        "triton_cache": "cold" if cold else "warm", "stand_by": asked.stand_by,
+        "triton_cache": "cold" if cold else "warm",
         "started_s": round(started["t"] - began, 1), "first_step_s": round(steps[0]["t"] - began, 1), "whole_s": round(seconds, 1),
         "tok_s": round(statistics.median(e["tokens_per_second"] for e in steps if e["step"] > 10), 1),
         "gpu_memory_gib": steps[-1]["gpu_memory_gib"], "loss_first": round(steps[0]["loss"], 4), "loss_last": round(steps[-1]["loss"], 4),

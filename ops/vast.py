@@ -19,7 +19,6 @@ from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
 from ops.market import ROWS, Instance, Offer, parse_instance, parse_offer
 from ops.wait import Clock
 
-
 # Least seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429 below them).
 INTERVAL_S = {
     "search": 1.0, "create": 4.5, "list": 1.0, "show": 2.0, "destroy": 3.0, "attach": 1.0,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -38,8 +39,6 @@ def save_model(model: Any, job: Job, folder: Path, initial: dict[str, torch.Tens
     if job.training.method != "lora":
         model.save_pretrained(folder, max_shard_size="1TB")
         return {k: v.detach().to("cpu") for k, v in model.state_dict().items() if not _tied(k, model)}
-    from peft import get_peft_model_state_dict
-
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     config = copy.deepcopy(model.peft_config["default"])
     if initial:  # PiSSA changed the base: written as a LoRA of twice the rank that takes the start values away again, for the base as it is

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,5 @@ def by_document(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: fl
 
 def register() -> str:
     """Make "milktea" a name for ``attn_implementation``. Safe to call twice. Returns the name."""
-    from transformers import AttentionInterface
-
     AttentionInterface.register("milktea", packed_attention)
     return "milktea"

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 KEEP = 2  # the newest whole one, and the one before it while the newest travels home
@@ -76,8 +78,6 @@ def read_tensors(folder: Path, state: State) -> dict[str, torch.Tensor]:
     """What `snapshot` made, in host memory; parts of several processes are put together."""
     if (folder / "state.safetensors").is_file():
         return load_file(folder / "state.safetensors")
-    import torch.distributed.checkpoint as dcp
-
     reader = dcp.HuggingFaceStorageReader(str(folder))
     held = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in held.items()}  # type: ignore[union-attr]  # tensors only
@@ -131,8 +131,6 @@ def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | 
 
 def newest_for_all(root: Path, rank: int, device: torch.device) -> Path | None:
     """`newest` as rank 0 sees it, on every process; collective. Raises CheckpointError, everywhere, where one of them does not see it."""
-    import torch.distributed as dist
-
     found = newest(root) if rank == 0 else None
     name = [found.name if found else None]
     dist.broadcast_object_list(name, 0, device=device)

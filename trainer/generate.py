@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from trainer import imports
 from trainer.attention import register
 from trainer.evaluate import answer
 from trainer.model import ModelError
@@ -67,15 +68,10 @@ def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) 
 
 
 def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:
-    imports.lean(quantised=False, whole=False)
-    from transformers import AutoModelForCausalLM
-
     register()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="milktea")
     if (adapter / "adapter_config.json").is_file():
-        from peft import PeftModel
-
         model = PeftModel.from_pretrained(model, str(adapter))
     else:  # full or freeze: the folder is a whole model
         model = AutoModelForCausalLM.from_pretrained(adapter, dtype=dtype, attn_implementation="milktea")

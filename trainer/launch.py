@@ -1,30 +1,25 @@
 """What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train on every process.
 
-One process needs no rendezvous: this process trains, with the environment that `accelerate launch` would set, and imports torch while a fork
-of it checks the data (accelerate's launcher would import torch a second time). A box that waits for its data imports it meanwhile
-(`--stand-by`). Several are started by `accelerate launch`, one configuration
-for adapters on every process (DDP) and for a model in parts (FSDP2, trainer/sharded.py). On several machines this runs once on each, in one
-shared run folder; trainer/machines.py reads from the environment who is first, and torchrun's rendezvous starts and restarts them together.
+`accelerate launch` starts one process or several, with one configuration for adapters on every process (DDP) and for a model in parts
+(FSDP2, trainer/sharded.py). On several machines this runs once on each, in one shared run folder; trainer/machines.py reads from the
+environment who is first, and torchrun's rendezvous starts and restarts them together.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, MutableMapping
-from functools import partial
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+import psutil
+import yaml
 from pydantic import ValidationError
 
-from trainer import imports
 from trainer.events import Failed, Writer
 from trainer.job import WIRE, Job
 from trainer.machines import Machines, read_machines
@@ -32,85 +27,39 @@ from trainer.prepare import Refused, model_folder, prepare
 from trainer.weights import check_weights
 
 EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # its name, one for each machine
-LAUNCHED = "launched"  # written by ops (ops/commands.py) when everything that the job needs is there
-REFUSED, NOT_LAUNCHED = 3, 75
+REFUSED = 3
 SHOWN = 40  # samples on a terminal
-QUANTISED = ("nf4", "int8")  # by bitsandbytes
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-EXIT_FILE = ".trainer_exit"  # the trainer's own exit code, which a launcher of several processes does not hand on
+EXIT_FILE = ".trainer_exit"  # the trainer's own exit code, which no launcher hands on
+ACCELERATE_CONFIG = {  # key of accelerate's config file -> values that leave the training as the job says; the first is the default
+    "compute_environment": ("LOCAL_MACHINE",),
+    "distributed_type": ("NO", False, "MULTI_CPU", "MULTI_GPU"),  # YAML reads a bare NO as false
+    "use_cpu": (False,),
+}
+MOVE_CONFIG = "move that file away: job.json says how to train, and [offer] on how many GPUs"
 
 
 def main(arguments: list[str]) -> int:
     if arguments == ["--wire"]:
         print(WIRE)
         return 0
-    if arguments[:1] == ["--stand-by"] and len(arguments) == 2:
-        return stand_by(Path(arguments[1]))
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: milktea-train [--stand-by] job.json | milktea-train --wire", file=sys.stderr)
+        print("usage: milktea-train job.json | milktea-train --wire", file=sys.stderr)
         return 2
     path = Path(arguments[0])
     run = path.resolve().parent
     try:
         job = read_job(path)
         machines = read_machines(os.environ)
-        alone = job.processes == 1 and machines is None
-        if not alone:
-            check(job, run)
+        if visible_gpus():
+            check_accelerate_config(os.environ)
+        prepare(job, run)
+        check_weights(model_folder(job, run, weights=True))
     except (OSError, ValueError) as error:
         return refuse(run, error)
-    os.environ["MILKTEA_STARTED"] = repr(time.time())
-    if alone:
-        return train_here(job, path)
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {"MILKTEA_STARTED": repr(time.time())}
     command = build(job, path, environment, machines)
     environment[EXIT_VARIABLE] = exit_file(machines)
     return supervise(command, environment, run / environment[EXIT_VARIABLE])
-
-
-def stand_by(path: Path) -> int:
-    """Imports what most jobs need, and trains once `launched` lies beside the job file, as `milktea-train job.json` would. Ends when who started
-    it is gone."""
-    started_by, given, run = os.getppid(), dict(os.environ), path.resolve().parent
-    on_cpu = not visible_gpus()
-    if on_cpu:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for a small model: torch reads it when it is imported
-    checker = Checker(partial(check_launched, path, os.getpid()), run)
-    with imports.without_collection():
-        imports.begin(quantised=False, whole=False)
-        from trainer import train
-
-        imports.lean(quantised=False, whole=False)
-        if not on_cpu:
-            importlib.import_module("trainer.fast")
-    if not wait_for_launch(path, started_by):
-        return NOT_LAUNCHED
-    checker.wait()
-    try:
-        job = read_job(path)
-        alone = job.processes == 1 and read_machines(os.environ) is None
-    except (OSError, ValueError) as error:
-        return refuse(run, error)
-    if not alone or job.model.precision in QUANTISED or (on_cpu and cpu_threads(job, run) > 1):
-        os.execve(sys.executable, [sys.executable, "-m", "trainer.launch", str(path)], given)  # imports in other processes, or other imports
-    os.environ["MILKTEA_STARTED"] = repr(time.time())
-    surround(job, run, os.environ)
-    return train.to_end(path)
-
-
-def wait_for_launch(path: Path, started_by: int) -> bool:
-    """Whether the job was launched before the process `started_by` was gone."""
-    while not path.with_name(LAUNCHED).exists():
-        if os.getppid() != started_by:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def check_launched(path: Path, parent: int) -> None:
-    """`check`, when the job is launched."""
-    if wait_for_launch(path, parent):
-        check(read_job(path), path.resolve().parent)
 
 
 def read_job(path: Path) -> Job:
@@ -129,57 +78,22 @@ def check(job: Job, run: Path) -> None:
     check_weights(model_folder(job, run, weights=True))
 
 
-def train_here(job: Job, path: Path) -> int:
-    """Imports torch and trains, in this process, while a fork of it checks. What the fork refuses ends this process, even in the middle of an
-    import."""
-    surround(job, path.resolve().parent, os.environ)
-    checker = Checker(lambda: check(job, path.resolve().parent), path.resolve().parent)
-    with imports.without_collection():
-        imports.begin(job.model.precision in QUANTISED, whole=False)
-        from trainer import train
-    return train.to_end(path, checker.wait)
-
-
-class Checker:
-    """A fork of this process that runs `look`, and tells what it refuses."""
-
-    def __init__(self, look: Callable[[], None], run: Path) -> None:
-        self._done, parent = False, os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            die_with(parent)
-            os._exit(self._check(look, run))
-        signal.signal(signal.SIGCHLD, self._look)
-
-    @staticmethod
-    def _check(look: Callable[[], None], run: Path) -> int:
-        try:
-            look()
-        except (OSError, ValueError) as error:
-            return refuse(run, error)
-        except BaseException:
-            traceback.print_exc()  # the parent checks again, and ends as this would have
-        return 0
-
-    def wait(self) -> None:
-        """Returns when the data is checked; does not return when it was refused."""
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._look(options=0)
-
-    def _look(self, *_: object, options: int = os.WNOHANG) -> None:
-        if self._done:
-            return
-        pid, status = os.waitpid(self._pid, options)
-        self._done = pid == self._pid
-        if self._done and os.WIFEXITED(status) and os.WEXITSTATUS(status) == REFUSED:
-            os._exit(REFUSED)  # half of torch may be imported: there is nothing that could end in order
-
-
-def die_with(parent: int) -> None:
-    """The kernel kills this process when its parent is gone, so that none is left behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # gone before the kernel knew
-        os._exit(REFUSED)
+def check_accelerate_config(environment: Mapping[str, str]) -> None:
+    """Raises Refused, with its path, for a file of `accelerate config` that would make `accelerate launch` train otherwise than the
+    job says: by DeepSpeed, FSDP or Megatron, on TPUs, in SageMaker, on the CPU. Of any other file the options given by `build` win,
+    and the rest (GPU ids, CPU affinity, debug) is honoured."""
+    cache = Path(environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")).expanduser()
+    path = cache / "accelerate" / "default_config.yaml"
+    if not path.is_file():
+        return
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise Refused(f"{path} is no YAML: {error}", hint=MOVE_CONFIG) from error
+    told = config if isinstance(config, dict) else {}
+    other = [f"{key}: {told[key]}" for key, ours in ACCELERATE_CONFIG.items() if told.get(key, ours[0]) not in ours]
+    if other:
+        raise Refused(f"{path} says {', '.join(other)}: another training than the job's", hint=MOVE_CONFIG)
 
 
 def refuse(run: Path, error: Exception) -> int:
@@ -210,7 +124,7 @@ def surround(job: Job, run: Path, environment: MutableMapping[str, str]) -> None
 
 
 def build(job: Job, path: Path, environment: dict[str, str], machines: Machines | None) -> list[str]:
-    """The command that starts several processes; sets what it needs in `environment`."""
+    """The command that starts the processes; sets what it needs in `environment`."""
     train = ["-m", "trainer.train", str(path)]
     for name in [n for n in environment if n.startswith("PET_")]:
         del environment[name]  # torchrun would read them again, as defaults of options that are given here
@@ -221,9 +135,19 @@ def build(job: Job, path: Path, environment: dict[str, str], machines: Machines 
     if machines is not None and machines.elastic:  # accelerate launch takes a number of machines, torchrun under it a range
         return [sys.executable, "-m", "torch.distributed.run", *machines.torchrun_options(job.processes), *train]
     count = machines.most if machines else 1
-    options = ["--multi_gpu", "--num_processes", str(job.processes * count), "--num_machines", str(count)]
-    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    options += machines.accelerate_options() if machines else ["--main_process_port", "0"]
+    processes = job.processes * count
+    options = ["--num_processes", str(processes), "--num_machines", str(count), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if machines is not None:
+        options += machines.accelerate_options()
+    elif processes > 1:
+        options += ["--main_process_port", "0"]
+    if processes > 1:
+        options.append("--multi_gpu")
+    else:
+        options.append("--quiet")  # the trainer has said why it ended
+        if not visible_gpus():
+            options.append("--cpu")
+        environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))  # accelerate would give it one thread
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *train]
 
 
@@ -246,18 +170,40 @@ def visible_gpus() -> int:
 
 
 def supervise(command: list[str], environment: dict[str, str], said: Path) -> int:
-    """Runs the launcher, hands signals on, and returns the trainer's own exit code where it left one, in the file `said`."""
+    """Runs the launcher in a process group of its own, hands signals on to the group, and returns the trainer's own exit code where it
+    left one, in the file `said`."""
     said.unlink(missing_ok=True)
-    child = subprocess.Popen(command, env=environment)
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: child.send_signal(n))
-    code = child.wait()
+        signal.signal(number, lambda n, _: signal_group(launcher.pid, n))
+    code = launcher.wait()
+    while group_lives(launcher.pid):  # accelerate's launcher of one process dies of a signal after which its trainer saves
+        time.sleep(0.1)
     try:
         return int(json.loads(said.read_text()))
     except (OSError, ValueError):
+        print(f"the trainer left no exit code; its launcher ended with {code}", file=sys.stderr, flush=True)
         return code if code >= 0 else 128 - code
     finally:
         said.unlink(missing_ok=True)
+
+
+def signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        pass
+
+
+def group_lives(group: int) -> bool:
+    """Whether a process of this group still runs. One that nobody has buried does not: the first process of a container may bury none."""
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except ProcessLookupError:
+            continue
+    return False
 
 
 if __name__ == "__main__":

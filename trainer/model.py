@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
 
 from trainer.attention import name as attention_name
 from trainer.attention import register
@@ -76,8 +79,6 @@ def refuse_precision(precision: str, device: torch.device) -> None:
 def checkpoint_first(model: nn.Module, count: int) -> None:
     """Recomputes the first `count` decoder layers in the backward pass, but for those that are fused: they do by themselves. Dropout is keyed, so
     they compute the same again."""
-    from torch.utils.checkpoint import checkpoint
-
     for layer in decoder_layers(model)[:count]:
         if getattr(layer, "is_fused", False):
             continue
@@ -87,9 +88,6 @@ def checkpoint_first(model: nn.Module, count: int) -> None:
 
 def load_base(job: Job, folder: Path, device: torch.device, quantise: bool = True, empty: bool = False) -> nn.Module:
     """The frozen base. `empty`: on the meta device, without a byte of its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     register()
     config = AutoConfig.from_pretrained(folder)
@@ -104,35 +102,13 @@ def load_base(job: Job, folder: Path, device: torch.device, quantise: bool = Tru
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(**settings)
     else:
-        try:
-            with WithoutValues():
-                model = AutoModelForCausalLM.from_pretrained(folder, **settings, **extra)
-        except RuntimeError:  # a model that mixes ranges with tensors on the meta device; if it was something else, it will be told again
-            model = AutoModelForCausalLM.from_pretrained(folder, **settings, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, **settings, **extra)
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
 
 
-class WithoutValues(TorchFunctionMode):
-    """Models are laid out on the meta device first, and get their values later. What torch would compute there in Python (start values, what
-    is made of ranges) makes it import its compiler and a computer algebra system, 1.5 s, to find out shapes that are plain. So start values
-    are not drawn there, and ranges are made on the CPU, as transformers itself makes linspace."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            tensor = args[0] if args else kwargs["tensor"]
-            if tensor.is_meta:
-                return tensor
-        if func is torch.arange and str(kwargs.get("device")) == "meta":
-            kwargs = kwargs | {"device": "cpu"}
-        return func(*args, **kwargs)
-
-
 def quantisation(precision: str) -> Any:
-    from transformers import BitsAndBytesConfig
-
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -155,8 +131,6 @@ def silence_dropout(config: Any) -> None:
 
 def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     """PEFT's own modules and names; its dropout is replaced by ours, whose mask is keyed by row."""
-    from peft import LoraConfig, get_peft_model
-
     settings = job.lora
     if settings.target_modules != "all-linear":
         refuse_unknown_modules(model, settings.target_modules)
@@ -191,8 +165,6 @@ def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
     """Copies of the adapter's start values, by their names in the file, where the method needs them at the end (PiSSA); else nothing."""
     if job.training.method != "lora" or job.lora.init_lora_weights != "pissa":
         return {}
-    from peft import get_peft_model_state_dict
-
     return {k: v.detach().to("cpu", copy=True) for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 

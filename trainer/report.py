@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
 from trainer.job import Job
 
 
@@ -19,26 +23,20 @@ class Boards:
     into the run folder's wandb/ (`wandb sync` sends it later)."""
 
     def __init__(self, job: Job, folder: Path) -> None:
-        self._folder = folder / "tensorboard"
-        self._board: Any = None
+        self._board = SummaryWriter(str(folder / "tensorboard"))
         self._wandb: Any = None
         self.warning = ""
         if "wandb" in job.training.report_to:
             self._wandb, self.warning = _wandb_run(job, folder)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        if self._board is None:  # not before the first step is told: importing it takes a while
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._folder))
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -63,9 +61,6 @@ def smooth(losses: Sequence[float], weight: float = 0.9) -> list[float]:
 
 def curve_png(curve: Sequence[Sequence[float]], title: str) -> bytes:
     """The loss curve as a PNG of 900 x 500 points."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 5), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots()

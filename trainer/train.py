@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from trainer import artefact, batch, checkpoint, evaluate, events, imports, memory, packing, report
+from trainer import artefact, batch, checkpoint, evaluate, events, memory, packing, report
 from trainer.dropout import TokenKeys
 from trainer.job import Job
-from trainer.launch import EXIT_FILE, EXIT_VARIABLE, QUANTISED, refuse
+from trainer.launch import EXIT_FILE, EXIT_VARIABLE, refuse
 from trainer.model import ModelError, hidden_states, load, start_values, target_loss
 from trainer.optim import Gradients, adamw
 from trainer.prepare import Prepared, Refused, Rows, model_folder, prepare
@@ -44,9 +45,8 @@ HOST = torch.device("cpu")
 DONE, STOPPED, TERMINATED = 0, 4, 143
 
 
-def run_job(path: Path, checked: Callable[[], None] = lambda: None) -> int:
-    """Trains, and returns the exit code. `checked` returns when the data may be read. Raises Refused, ModelError, CheckpointError before the
-    first step, Stopped after it."""
+def run_job(path: Path) -> int:
+    """Trains, and returns the exit code. Raises Refused, ModelError, CheckpointError before the first step, Stopped after it."""
     began = float(os.environ.get("MILKTEA_STARTED", time.time()))
     run = path.resolve().parent
     job = Job.model_validate_json(path.read_bytes())
@@ -57,14 +57,12 @@ def run_job(path: Path, checked: Callable[[], None] = lambda: None) -> int:
 
     # processes and data; preparing again is opening the cache
     in_parts = training.method == "full" and int(os.environ.get("WORLD_SIZE", "1")) > 1  # an adapter is small: every process holds it whole
-    imports.lean(job.model.precision in QUANTISED, in_parts)
-    checked()
     data = prepare(job, run)
     check_labels(data.rows)
     accelerator = Accelerator()
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     if device.type == "cpu":
-        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, but it does not import torch's compiler to tell it so
+        torch.use_deterministic_algorithms(True)
     if rank == 0:
         end_cut_line(run / "events.jsonl")
     log = events.Writer(run / "events.jsonl") if rank == 0 else None
@@ -270,8 +268,6 @@ def fingerprint(job: Job) -> str:
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     packages = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
 
@@ -339,9 +335,9 @@ class Ending:
     error: Exception | None = None
 
 
-def ending(path: Path, checked: Callable[[], None] = lambda: None) -> Ending:
+def ending(path: Path) -> Ending:
     try:
-        return Ending(run_job(path, checked))
+        return Ending(run_job(path))
     except (Refused, ModelError, TemplateError, checkpoint.CheckpointError) as error:
         return Ending(3, error)
     except (Stopped, artefact.ArtefactError) as error:
@@ -353,10 +349,10 @@ def ending(path: Path, checked: Callable[[], None] = lambda: None) -> Ending:
         )
 
 
-def to_end(path: Path, checked: Callable[[], None] = lambda: None) -> int:
+def to_end(path: Path) -> int:
     """Trains, tells how it ended in every place where that is looked for, and returns the exit code."""
     first = int(os.environ.get("RANK", "0")) == 0
-    end = ending(path, checked)
+    end = ending(path)
     if first and end.error is not None:
         refuse(path.resolve().parent, end.error)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
+from accelerate.utils import write_basic_config
 from tiny import events_of, manifest_of, step_reached, wait_for
 
 from trainer import launch
 from trainer.job import WIRE, Job
+from trainer.prepare import Refused
 
 Make = Callable[..., Path]
 COMMAND = [sys.executable, "-m", "trainer.launch"]
@@ -46,73 +52,52 @@ def test_a_job_runs_from_its_folder_and_ends_with_zero(run_folder: Make, process
     assert len(manifest_of(job)["curve"]) == 4
 
 
-@pytest.mark.slow  # test_resume.py stops two processes in the quick suite
-def test_two_processes_asked_to_stop_leave_a_checkpoint_and_exit_with_143(run_folder: Make) -> None:
-    job = run_folder(processes=2, training={"num_train_epochs": 400})
-    child = subprocess.Popen([*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: step_reached(job) >= 2, 150)
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 143
-    finally:
-        child.kill()
-    assert events_of(job)[-1]["event"] == "checkpoint"
-
-
-def standing_by(job: Path, **more: str) -> subprocess.Popen[str]:
-    line = [*COMMAND, "--stand-by", "job.json"]
-    return subprocess.Popen(line, cwd=job.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment() | more)
-
-
-def ended(child: subprocess.Popen[str], within_s: float = 120) -> tuple[int, str]:
-    """Exit code and output."""
-    try:
-        output, _ = child.communicate(timeout=within_s)
-        return child.returncode, output
-    finally:
-        child.kill()
-
-
-@pytest.mark.parametrize(
-    ("processes", "precision"), [(1, "fp32"), pytest.param(2, "fp32", marks=pytest.mark.slow), pytest.param(1, "nf4", marks=pytest.mark.slow)]
-)
-def test_a_trainer_that_stands_by_trains_what_it_finds_when_it_is_launched(run_folder: Make, processes: int, precision: str) -> None:
-    """In its own process; anew where the job wants several, or other imports."""
-    job = run_folder(training={"max_steps": 3}, processes=processes)
-    text = job.read_text().replace('"precision": "fp32"', f'"precision": "{precision}"')
-    job.unlink()  # it comes later, with the data
-    child = standing_by(job)
-    time.sleep(0.2)
-    job.write_text(text)
-    assert child.poll() is None and not (job.parent / "events.jsonl").exists()
-    (job.parent / launch.LAUNCHED).touch()
-    code, output = ended(child)
-    assert code == 0, output
-    assert manifest_of(job)["steps"] == 3 and events_of(job)[0]["processes"] == processes
-
-
-def test_a_trainer_that_stands_by_refuses_as_any_other(run_folder: Make) -> None:
+def test_bad_data_is_told_before_torch_is_imported(run_folder: Make, tmp_path: Path) -> None:
+    """Here torch is a module whose import never ends."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import threading\nthreading.Event().wait()\n")
     job = run_folder(data=[{"instruction": "a"}])
-    (job.parent / launch.LAUNCHED).touch()
-    code, output = ended(standing_by(job))
-    assert code == 3 and "train.jsonl:1" in output
+    surroundings = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([*COMMAND, str(job)], capture_output=True, text=True, timeout=60, env=surroundings)
+    assert done.returncode == 3 and "train.jsonl:1" in done.stderr
     assert [e["event"] for e in events_of(job)] == ["failed"]
 
 
-def test_a_trainer_stands_by_no_longer_than_who_started_it(run_folder: Make, tmp_path: Path) -> None:
-    """Its pipe closes when it is gone."""
-    job = run_folder()
-    line = f"{sys.executable} -m trainer.launch --stand-by job.json & echo $!; exec sleep 100"
-    parent = subprocess.Popen(["sh", "-c", line], cwd=job.parent, stdout=subprocess.PIPE, text=True, env=environment())
-    assert parent.stdout is not None
-    maps = Path(f"/proc/{int(parent.stdout.readline())}/maps")
-    wait_for(lambda: "libtorch" in maps.read_text(), 60)
-    parent.kill()
-    rest = threading.Thread(target=parent.stdout.read, daemon=True)
-    rest.start()
-    rest.join(60)
-    assert not rest.is_alive()
-    parent.wait()
+@pytest.mark.parametrize("everybody", [False, True], ids=["the command alone", "each of its processes"])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])  # test_resume.py stops two processes in the quick suite
+def test_a_training_asked_to_stop_leaves_a_checkpoint_and_exits_with_143(run_folder: Make, processes: int, everybody: bool) -> None:
+    """Kubernetes asks the command, Slurm each of its processes."""
+    job = run_folder(processes=processes, training={"num_train_epochs": 400})
+    child = subprocess.Popen([*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.DEVNULL)
+    below: list[psutil.Process] = []
+    try:
+        wait_for(lambda: step_reached(job) >= 2, 150)
+        below = psutil.Process(child.pid).children(recursive=True)
+        for process in (*below, child) if everybody else (child,):
+            process.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 143
+        assert psutil.wait_procs(below, timeout=5)[1] == [], "processes were left behind"
+    finally:
+        for process in (*below, child):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert events_of(job)[-1]["event"] == "checkpoint"
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_is_no_success(run_folder: Make) -> None:
+    """As by the kernel when the host's memory is full."""
+    job = run_folder(training={"num_train_epochs": 400})
+    child = subprocess.Popen([*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: step_reached(job) >= 2, 150)
+        trainer = psutil.Process(child.pid).children(recursive=True)[-1]
+        assert "trainer.train" in trainer.cmdline()
+        trainer.kill()
+        _, said = child.communicate(timeout=30)
+    finally:
+        child.kill()
+    assert child.returncode not in (0, 3, 4, 143) and "left no exit code" in said
 
 
 @pytest.mark.parametrize(
@@ -133,18 +118,87 @@ def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(
     assert told.get("PYTORCH_CUDA_ALLOC_CONF") == found and "OMP_NUM_THREADS" not in told
 
 
-def test_the_command_follows_job_and_hardware(run_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job.model_validate_json(run_folder(processes=2).read_bytes())
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_follows_job_and_hardware(run_folder: Make, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    job = Job.model_validate_json(run_folder(processes=processes).read_bytes())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     told: dict[str, str] = {}
     command = launch.build(job, Path("job.json"), told, None)
     assert command[1:3] == ["-m", "accelerate.commands.launch"] and command[-3:] == ["-m", "trainer.train", "job.json"]
-    assert command[command.index("--num_processes") + 1] == "2" and told["ACCELERATE_USE_CPU"] == "true"
+    assert command[command.index("--num_processes") + 1] == str(processes) and told["ACCELERATE_USE_CPU"] == "true"
+    assert ("--multi_gpu" in command, "--cpu" in command) == (processes == 2, processes == 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert launch.visible_gpus() == 2
     told = {}
-    launch.build(job, Path("job.json"), told, None)
-    assert "ACCELERATE_USE_CPU" not in told
+    assert "--cpu" not in launch.build(job, Path("job.json"), told, None)
+    assert "ACCELERATE_USE_CPU" not in told and (told.get("OMP_NUM_THREADS") == str(os.cpu_count())) == (processes == 1)
+
+
+def accelerate_config(home: Path, **keys: object) -> Path:
+    """The file that `accelerate config` writes, by accelerate itself, with some keys changed."""
+    path = home / "accelerate/default_config.yaml"
+    write_basic_config(save_location=str(path))
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | keys))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "distributed_type: FSDP"),
+        ({"distributed_type": "DEEPSPEED"}, "distributed_type: DEEPSPEED"),
+        ({"use_cpu": True}, "use_cpu: True"),
+        ({"compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment: AMAZON_SAGEMAKER"),
+    ],
+)
+def test_a_config_of_accelerate_that_means_another_training_is_refused_by_its_path(
+    run_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keys: dict[str, object], said: str
+) -> None:
+    path = accelerate_config(tmp_path / "hf", **keys)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    job = run_folder()
+    assert launch.main([str(job)]) == launch.REFUSED
+    told = capsys.readouterr().err
+    assert str(path) in told and said in told and "move that file away" in told
+    assert [e["event"] for e in events_of(job)] == ["failed"]
+
+
+def test_a_config_of_accelerate_is_looked_for_where_accelerate_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, name in enumerate(("HOME", "XDG_CACHE_HOME", "HF_HOME")):  # each before the one above
+        monkeypatch.setenv(name, str(tmp_path / name))
+        for later in ("XDG_CACHE_HOME", "HF_HOME")[n:]:
+            monkeypatch.delenv(later, raising=False)
+        spec = find_spec("accelerate.commands.config.config_args")
+        assert spec is not None and spec.loader is not None
+        fresh = module_from_spec(spec)  # it reads the environment when it is imported
+        spec.loader.exec_module(fresh)
+        path = Path(fresh.default_config_file)
+        path.parent.mkdir(parents=True)
+        path.write_text("distributed_type: MEGATRON_LM\n")
+        with pytest.raises(Refused, match=f"{re.escape(str(path))} says distributed_type: MEGATRON_LM"):
+            launch.check_accelerate_config(os.environ)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_options_of_the_job_win_over_any_other_config_of_accelerate(run_folder: Make, tmp_path: Path, processes: int) -> None:
+    """Asked of accelerate itself, for a machine with GPUs: what would reach the trainer."""
+    keys = {"mixed_precision": "fp16", "num_processes": 8, "dynamo_config": {"dynamo_backend": "INDUCTOR"}, "debug": True}
+    accelerate_config(tmp_path, distributed_type="MULTI_GPU", use_cpu=False, **keys)
+    launch.check_accelerate_config({"HF_HOME": str(tmp_path)})
+    job = Job.model_validate_json(run_folder(processes=processes).read_bytes())
+    told = environment() | {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0,1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        command = launch.build(job, Path("job.json"), told, None)
+    script = tmp_path / "tell.py"
+    script.write_text("import json, os\nif os.environ.get('RANK', '0') == '0': print(json.dumps(dict(os.environ)))\n")
+    done = subprocess.run([*command[:-3], str(script)], env=told, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.get("WORLD_SIZE", "1") == str(processes)
+    assert (found["ACCELERATE_MIXED_PRECISION"], found["ACCELERATE_DYNAMO_BACKEND"]) == ("no", "NO")
+    assert found["ACCELERATE_DEBUG_MODE"] == "true"  # the rest of the file is honoured
 
 
 def test_an_error_of_the_training_itself_is_no_refusal(run_folder: Make) -> None:
