@@ -1,22 +1,22 @@
-"""The user's data: every row read, every defect told as file:line:column with its field, the reason and a fix. No torch, no transformers.
+"""The user's data: every row read, every defect told as file:line:column with its field, the reason
+and a fix. No torch, no transformers.
 
     python -m trainer.data FILE... [--format alpaca|sharegpt|messages|prompt|text]
 
-JSON arrays, JSON lines, Parquet, plain text (a line is a document), and LLaMA-Factory's dataset_info.json as it is: given alone it stands
-for the files that it names, given with others it says how to read them. A gigabyte takes some seconds; large files go over all cores.
+JSON arrays, JSON lines, Parquet, plain text (a line is a document), and LLaMA-Factory's
+dataset_info.json as it is: given alone it stands for the files that it names, given with others it
+says how to read them. Rows are read one by one; what is kept of a file are its rows and defects.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice, repeat
-from multiprocessing import get_context
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from trainer import scan
 from trainer.rows import Columns, Row
 from trainer.scan import Broken
 
-LARGE = 32 << 20  # bytes from which a file is checked by several processes
 DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's
 LOOK = 20  # rows looked at to tell the format
+MOST_DEFECTS = 10_000  # of one file; reading it ends there
 
 
 @dataclass(frozen=True, order=True)
@@ -73,16 +73,14 @@ class Source:
     most: int | None = None
 
 
-def check_files(paths: Sequence[Path | tuple[Path, str]], form: str = "auto", processes: int | None = None) -> Report:
-    """Reads every file whole and reports every defect. A path may come with the name that defects should carry. Raises nothing for bad data."""
+def check_files(paths: Sequence[Path | tuple[Path, str]], form: str = "auto") -> Report:
+    """Reads every file and reports every defect. A path may come with the name that defects carry.
+    Raises nothing for bad data."""
     report = Report()
     sources, report.defects = find_sources(paths, form)
-    for source in sources:
-        source = replace(source, form=source.form or tell_format(source))
+    for source in map(_told, sources):
         report.formats[source.name] = source.form
-        for count, defects in _check_parts(source, processes or os.cpu_count() or 1):
-            report.rows += count
-            report.defects += defects
+        report.rows += sum(1 for _ in islice(examine(source, report.defects), source.most))
     report.defects.sort()
     return report
 
@@ -91,10 +89,13 @@ def read_rows(paths: Sequence[Path | tuple[Path, str]], form: str = "auto") -> t
     """(sound rows in file order, all defects): what training uses, by the same reading as check_files."""
     sources, defects = find_sources(paths, form)
     found: list[Row] = []
-    for source in sources:
-        source = replace(source, form=source.form or tell_format(source))
-        found += islice((row for row in examine(source, defects) if row), source.most)
+    for source in map(_told, sources):
+        found += islice(examine(source, defects), source.most)
     return found, sorted(defects)
+
+
+def _told(source: Source) -> Source:
+    return replace(source, form=source.form or tell_format(source))
 
 
 # -- which files, read how --------------------------------------------------------------------------------------------------------
@@ -129,10 +130,14 @@ def _unreadable(path: Path, name: str) -> Defect | None:
         head = file.read(4096)
     if not head.strip():
         return Defect(name, 1, 1, "", "the file is empty", "put rows into it")
+    if head[:2] == b"\x1f\x8b":
+        return Defect(name, 1, 1, "", "the file is packed by gzip", "unpack it: gunzip")
     if path.suffix in (".csv", ".tsv", ".xlsx", ".xls", ".gz", ".zip"):
         return Defect(name, 1, 1, "", f"{path.suffix} is not read", "convert it to JSON lines: one object a line")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return Defect(name, 1, 1, "", "the file is UTF-16", f"convert it: iconv -f UTF-16 -t UTF-8 {name}")
+    encoding = json.detect_encoding(head).upper().replace("-LE", "LE").replace("-BE", "BE")
+    if path.suffix != ".parquet" and not encoding.startswith("UTF-8"):
+        fix = f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(name)}"
+        return Defect(name, 1, 1, "", f"the file is {encoding}", fix)
     if path.suffix not in (".parquet", ".txt") and head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
         return Defect(name, 1, 1, "", f"it begins with {head.lstrip()[:12]!r}: neither a JSON array nor JSON lines", "begin with [ or {")
     return None
@@ -195,34 +200,46 @@ def tell_format(source: Source) -> str:
 # -- reading and checking ---------------------------------------------------------------------------------------------------------
 
 
-def examine(source: Source, defects: list[Defect], items: Iterator[Any] | None = None) -> Iterator[Row | None]:
-    """Each row of a source: the row, or None after its defects were added to `defects`."""
-    name, form, columns = source.name, source.form, source.columns
-    check, undecoded = formats.problems_or_row, set()
-    for item in _items(source) if items is None else items:
-        if type(item) is Broken:
+def examine(source: Source, defects: list[Defect]) -> Iterator[Row]:
+    """The sound rows of a source; what is wrong with the others is added to `defects`."""
+    name, form, columns, told = source.name, source.form, source.columns, len(defects)
+    for item in _items(source):
+        if isinstance(item, Broken):
             defects.append(Defect(name, item.line, item.column, "", item.reason, item.fix))
-            undecoded.add(item.line)
-            continue
-        place, value = item
-        result = check(value, form, columns, f"{name}:{place.line}")
-        if place.odd and type(result) is Row:
-            odd = formats.odd_texts(value)
-            result = odd if odd else result
-        if isinstance(result, Row):
-            yield result
-            continue
-        for path, reason, fix in result:
-            line, column = place.locate(path)
-            if "U+FFFD" in reason and line in undecoded:
-                continue  # told already, as bytes that are not UTF-8
-            defects.append(Defect(name, line, column, _field(path), reason, fix))
-        yield None
+        else:
+            place, value = item
+            found = _check(value, form, columns, f"{name}:{place.line}")
+            if isinstance(found, Row):
+                yield found
+                continue
+            for path, reason, fix in found:
+                at, column = place.locate(path)
+                defects.append(Defect(name, at, column, _field(path), _shown(reason), _shown(fix)))
+        if len(defects) - told >= MOST_DEFECTS:
+            reason = f"{MOST_DEFECTS:,} defects: what follows in this file was not read"
+            defects.append(Defect(name, defects[-1].line + 1, 1, "", reason, "mend these first"))
+            return
+
+
+def _check(value: Any, form: str, columns: Columns, where: str) -> Row | list[formats.Problem]:
+    try:
+        found = formats.problems_or_row(value, form, columns, where)
+        return (formats.odd_texts(value) or found) if isinstance(found, Row) else found
+    except RecursionError:
+        return [((), "brackets are nested too deep", "flatten the row")]
+
+
+def _shown(text: str) -> str:
+    """What no terminal can show, or what would move its cursor, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _field(path: tuple[str | int, ...]) -> str:
     """('conversations', 3, 'value') -> 'conversations[3].value'"""
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    steps = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)
+    return _shown(steps.lstrip("."))
 
 
 def _items(source: Source) -> Iterator[Any]:
@@ -232,7 +249,7 @@ def _items(source: Source) -> Iterator[Any]:
     if source.path.suffix == ".txt":
         return _plain_text(source.path)
     if _is_array(source.path):
-        return (item for item in scan.scan_array(source.path) if type(item) is not scan.End)
+        return scan.scan_array(source.path)
     return scan.scan_lines(source.path)
 
 
@@ -260,7 +277,7 @@ def _parquet(path: Path) -> Iterator[Any]:
             for row in batch.to_pylist():
                 number += 1
                 yield (
-                    _RowPlace("", 0, number, 0, True),
+                    _RowPlace("", 0, number),
                     _as_pairs({k: v for k, v in row.items() if v is not None or k in ("instruction", "output")}),
                 )
     except (OSError, ValueError) as error:
@@ -274,73 +291,14 @@ def _as_pairs(value: Any) -> Any:
 
 
 def _plain_text(path: Path) -> Iterator[Any]:
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        text, faults = scan.decode(raw.rstrip(b"\r"), number)
-        yield from faults
-        if text.strip() and not faults:
-            yield scan.Place(text, 0, number, 0, "\x00" in text or "\ufffd" in text), (("text", text),)
-
-
-# -- a large file over several processes ------------------------------------------------------------------------------------------
-
-Part = tuple[int, list[Defect]]  # sound rows, defects
-
-
-def _check_parts(source: Source, processes: int) -> Iterator[Part]:
-    large = source.path.stat().st_size >= LARGE and processes > 1 and source.path.suffix not in (".parquet", ".txt")
-    if not large:
-        defects: list[Defect] = []
-        yield sum(row is not None for row in islice(examine(source, defects), source.most)), defects
-        return
-    array = _is_array(source.path)
-    cuts = scan.row_starts(source.path, processes * 2) if array else _line_starts(source.path, processes * 2)
-    begins, ends = [0, *cuts], [*cuts, None]
-    check = _check_array_part if array else _check_lines_part
-    with ProcessPoolExecutor(processes, get_context("fork")) as pool:
-        lines, characters = 0, 0
-        for until, (count, defects, end) in zip(ends, pool.map(check, repeat(source), begins, ends), strict=True):
-            yield count, [replace(d, line=d.line + lines, column=d.column + (characters if d.line == 1 else 0)) for d in defects]
-            lines, characters = lines + end.lines, end.characters + (0 if end.lines else characters)
-            if end.byte != until or until is None:
-                break  # this part read on to the file's end: the cut after it was not between rows
-
-
-def _check_array_part(source: Source, begin: int, until: int | None) -> tuple[int, list[Defect], scan.End]:
-    """(sound rows, defects with places from `begin`, where it stopped)."""
-    defects: list[Defect] = []
-    end = scan.End(None)
-
-    def items() -> Iterator[Any]:
-        nonlocal end
-        for item in scan.scan_array(source.path, begin, until):
-            if type(item) is scan.End:
-                end = item
-            else:
-                yield item
-
-    return sum(row is not None for row in examine(source, defects, items())), defects, end
-
-
-def _check_lines_part(source: Source, begin: int, until: int | None) -> tuple[int, list[Defect], scan.End]:
-    defects: list[Defect] = []
-    count = sum(row is not None for row in examine(source, defects, scan.scan_lines(source.path, begin, until)))
-    lines, left = 0, (source.path.stat().st_size if until is None else until) - begin
-    with open(source.path, "rb") as file:
-        file.seek(begin)
-        while left > 0 and (block := file.read(min(left, scan.BLOCK))):
-            lines, left = lines + block.count(b"\n"), left - len(block)
-    return count, defects, scan.End(until, lines)
-
-
-def _line_starts(path: Path, parts: int) -> list[int]:
-    size, starts = path.stat().st_size, []
-    with open(path, "rb") as file:
-        for part in range(1, parts):
-            file.seek(size * part // parts)
-            file.readline()
-            if file.tell() < size:
-                starts.append(file.tell())
-    return sorted(set(starts))
+    for item in scan.text_lines(path):
+        if isinstance(item, Broken):
+            yield item
+            continue
+        number, text = item
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        if text.strip():
+            yield scan.Place(text, 0, number), (("text", text),)
 
 
 def main() -> int:
