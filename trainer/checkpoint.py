@@ -2,7 +2,7 @@
 
 checkpoints/N/ holds state.safetensors (trained parameters and AdamW's moments, by name), state.json (step, curve, what job it
 belongs to) and manifest.json (sha256 and bytes of both), written under a hidden name and renamed when all is on disk. Full fine-tuning
-over several processes writes a part each instead (trainer/sharded.py, shard-*.safetensors); either form continues on any number of them.
+over several processes writes a part each instead (trainer/loop/sharded.py, shard-*.safetensors); either form continues on any number of them.
 There is no generator state to keep: order and dropout are functions of the step and the row.
 """
 

@@ -205,7 +205,7 @@ def predict(
     weights: float = _weight_bytes(shape, precision, element, fused, keep_transpose)
     adapter: float = trained * 4 + beside * 4 + (_padded_copies(shape, r, target_modules, element) if fused else 0)
     optimizer: float = trained * 8
-    if method == "full" and processes > 1:  # trainer/sharded.py: a part of all; whole, for a while, what lies outside the layers and two of them
+    if method == "full" and processes > 1:  # trainer/loop/sharded.py: a part of all; whole, for a while, what lies outside the layers and two of them
         linear = linear_parameters(shape)
         gathered = 4 * (parameters(shape) - linear + 2 * linear // shape.layers)
         weights, adapter, optimizer = weights / processes + gathered, adapter / processes + gathered, optimizer / processes

@@ -29,7 +29,7 @@ def load(
     job: Job, folder: Path, device: torch.device, keys: TokenKeys, checkpoint_layers: int = 0, shard: int | None = None
 ) -> tuple[nn.Module, dict[str, str]]:  # fmt: skip
     """(the trainable model on `device`, what computes it by name): the frozen base with LoRA, or the parts that full and freeze train.
-    Trained parameters are fp32. The first `checkpoint_layers` layers keep only their input for the backward pass. For trainer/sharded.py,
+    Trained parameters are fp32. The first `checkpoint_layers` layers keep only their input for the backward pass. For trainer/loop/sharded.py,
     `shard` is this process's rank: the model stays off the device, and holds weights on rank 0 only."""
     refuse_precision(job.model.precision, device)
     fast = device.type == "cuda" and job.training.method == "lora" and job.model.precision != "int8"

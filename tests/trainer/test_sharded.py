@@ -20,9 +20,10 @@ import torch.distributed as dist
 from safetensors.torch import load as load_bytes
 from tiny import events_of, manifest_of, rows, write_model
 
-from trainer import checkpoint, memory, sharded
+from trainer import checkpoint, memory
 from trainer.dropout import TokenKeys
 from trainer.job import Job
+from trainer.loop import sharded
 from trainer.model import load, target_loss
 from trainer.optim import Gradients, adamw
 from trainer.train import run_job
