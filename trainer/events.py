@@ -112,6 +112,16 @@ def whole_lines(chunk: bytes) -> tuple[list[str], int]:
     return chunk[:end].decode("utf-8", "replace").splitlines(), end
 
 
+def end_cut_line(path: Path) -> None:
+    """Closes the half line that a run leaves when it is killed while it writes, so that the next
+    line is one."""
+    if path.is_file() and path.stat().st_size:
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
 class Writer:
     """Appends to events.jsonl; each line reaches the kernel before `write` returns. Used by rank 0 only."""
 

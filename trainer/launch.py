@@ -1,7 +1,7 @@
 """What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train on every process.
 
 `accelerate launch` starts one process or several, with one configuration for adapters on every process (DDP) and for a model in parts
-(FSDP2, trainer/sharded.py). On several machines this runs once on each, in one shared run folder; trainer/machines.py reads from the
+(FSDP2, trainer/loop/sharded.py). On several machines this runs once on each, in one shared run folder; trainer/machines.py reads from the
 environment who is first, and torchrun's rendezvous starts and restarts them together.
 """
 
@@ -20,16 +20,12 @@ import psutil
 import yaml
 from pydantic import ValidationError
 
-from trainer.events import Failed, Writer
 from trainer.job import WIRE, Job
 from trainer.machines import Machines, read_machines
+from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, refuse
 from trainer.prepare import Refused, model_folder, prepare
 from trainer.weights import check_weights
 
-EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # its name, one for each machine
-REFUSED = 3
-SHOWN = 40  # samples on a terminal
-EXIT_FILE = ".trainer_exit"  # the trainer's own exit code, which no launcher hands on
 ACCELERATE_CONFIG = {  # key of accelerate's config file -> values that leave the training as the job says; the first is the default
     "compute_environment": ("LOCAL_MACHINE",),
     "distributed_type": ("NO", False, "MULTI_CPU", "MULTI_GPU"),  # YAML reads a bare NO as false
@@ -94,17 +90,6 @@ def check_accelerate_config(environment: Mapping[str, str]) -> None:
     other = [f"{key}: {told[key]}" for key, ours in ACCELERATE_CONFIG.items() if told.get(key, ours[0]) not in ours]
     if other:
         raise Refused(f"{path} says {', '.join(other)}: another training than the job's", hint=MOVE_CONFIG)
-
-
-def refuse(run: Path, error: Exception) -> int:
-    """Tells why, on stderr and in events.jsonl; returns the exit code of a refusal."""
-    hint, samples = getattr(error, "hint", ""), getattr(error, "samples", [])
-    writer = Writer(run / "events.jsonl")
-    writer.write(Failed, reason=str(error), samples=samples, hint=hint)
-    writer.close()
-    shown = [*samples[:SHOWN], *([f"... and {len(samples) - SHOWN} more, all in events.jsonl"] if len(samples) > SHOWN else [])]
-    print(*filter(None, [f"stopped: {error}", *shown, hint]), sep="\n", file=sys.stderr, flush=True)
-    return REFUSED
 
 
 def exit_file(machines: Machines | None) -> str:

@@ -30,9 +30,9 @@ from torch import nn
 from trainer import artefact, batch, checkpoint, evaluate, events, memory, packing, report
 from trainer.dropout import TokenKeys
 from trainer.job import Job
-from trainer.launch import EXIT_FILE, EXIT_VARIABLE, refuse
 from trainer.model import ModelError, hidden_states, load, start_values, target_loss
 from trainer.optim import Gradients, adamw
+from trainer.outcome import DONE, EXIT_FILE, EXIT_VARIABLE, STOPPED, TERMINATED, refuse
 from trainer.prepare import Prepared, Refused, Rows, model_folder, prepare
 from trainer.progress import Launched, Progress, Reading, tell_checkpoint
 from trainer.prompt import TemplateError
@@ -42,7 +42,6 @@ from trainer.watchdog import Stopped, Watchdog, check_labels, probe
 CPU_TOKENS = 2048  # tokens of a micro-batch where there is no GPU memory to fill
 GPU_TOKENS = 16384  # at most; the memory oracle says how many fit
 HOST = torch.device("cpu")
-DONE, STOPPED, TERMINATED = 0, 4, 143
 
 
 def run_job(path: Path) -> int:
@@ -64,7 +63,7 @@ def run_job(path: Path) -> int:
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
     if rank == 0:
-        end_cut_line(run / "events.jsonl")
+        events.end_cut_line(run / "events.jsonl")
     log = events.Writer(run / "events.jsonl") if rank == 0 else None
     boards = report.Boards(job, run) if rank == 0 else None
 
@@ -72,7 +71,7 @@ def run_job(path: Path) -> int:
     base, keys = model_folder(job, run, weights=True), TokenKeys()
     budget, checkpointed = micro_batch(job, base, data.rows, device, world)
     if in_parts:
-        from trainer import sharded
+        from trainer.loop import sharded
     model, kernels = load(job, base, device, keys, checkpointed, shard=rank if in_parts else None)
     shards = sharded.Shards(model, device) if in_parts else None
     stop.together, stop.asked = in_parts, stop.asked and not in_parts
@@ -232,15 +231,6 @@ def add_up(gradients: Any, stop: StopSignal) -> bool:
             return False
         raise
     return True
-
-
-def end_cut_line(path: Path) -> None:
-    """A run that was killed while it wrote a line leaves half of it: closed here, so that the next line is one."""
-    if path.is_file() and path.stat().st_size:
-        with open(path, "r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
 
 
 def pack_reader(model: nn.Module) -> Any:

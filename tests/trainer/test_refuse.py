@@ -13,7 +13,7 @@ from tiny import rows, write_model, write_tokenizer
 
 from trainer.job import Job
 from trainer.launch import main as launch
-from trainer.launch import refuse as tell_refusal
+from trainer.outcome import refuse as tell_refusal
 from trainer.prepare import Refused, prepare
 from trainer.prompt import TemplateError
 from trainer.train import ending
