@@ -15,14 +15,16 @@ from trainer.prepare import Rows
 
 @dataclass(frozen=True)
 class Work:
-    """What one process does in one step. `rows`, `targets` and `tokens` are those of all processes together, `micro` its own batches, in host
-    memory. `filler` is a batch that counts nothing, for processes that must take as many turns as others."""
+    """What one process does in one step. `micro` are its own micro-batches, in host memory, and `filler` is
+    one that counts nothing, for processes that must take as many turns as others. `count`, by which the
+    summed losses are divided (target tokens, pairs), `tokens` and `where` (file:line of the rows) are those
+    of all processes together."""
 
-    rows: list[int]
-    targets: int
-    tokens: int
     micro: list[dict[str, Any]]
     filler: dict[str, Any]
+    count: int
+    tokens: int
+    where: list[str]
 
 
 class Ahead:

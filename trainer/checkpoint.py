@@ -15,14 +15,18 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from trainer.job import Job
+
+STAGE_FILE = "stage.tensors"  # safetensors; a name that torch.distributed.checkpoint does not take for its own
 KEEP = 2  # the newest whole one, and the one before it while the newest travels home
 
 
@@ -32,11 +36,25 @@ class CheckpointError(ValueError):
 
 @dataclass
 class State:
-    """What a run is beside its tensors. `step` is the number of finished steps."""
+    """What a run is beside parameters and moments. `step` is the number of finished steps; `stage` is what the stage keeps for itself."""
 
     step: int = 0
     fingerprint: str = ""
     curve: list[list[float]] = field(default_factory=list)
+    stage: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def copy(self) -> State:
+        """As it is now, in host memory."""
+        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in self.stage.items()}
+        return State(self.step, self.fingerprint, [list(p) for p in self.curve], tensors)
+
+
+def fingerprint_of(job: Job) -> str:
+    """sha256 of everything in the job that changes the numbers; not its id, its deadline, or how many
+    processes share the work."""
+    free: dict[str, Any] = dict.fromkeys(("run_id", "processes", "deadline_unix_s"), True)
+    told = job.model_dump(exclude=free | {"training": {"save_every_s", "report_to"}})
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def snapshot(named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -65,7 +83,8 @@ def restore(folder: Path, named: dict[str, torch.nn.Parameter], optimizer: torch
 
 
 def read_state(folder: Path, fingerprint: str) -> State:
-    state = State(**json.loads((folder / "state.json").read_text()))
+    tensors = load_file(folder / STAGE_FILE) if (folder / STAGE_FILE).is_file() else {}
+    state = State(**json.loads((folder / "state.json").read_text()), stage=tensors)
     if state.fingerprint != fingerprint:
         raise CheckpointError(
             f"checkpoints/{folder.name} belongs to another job (fingerprint {state.fingerprint[:12]}, this job is {fingerprint[:12]}): "
@@ -117,8 +136,13 @@ def facts(path: Path) -> dict[str, str | int]:
 def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | int]]) -> str:
     """Makes `part`, whose tensors are in `files`, the checkpoint root/STEP, and removes old ones. Returns the sha256 of its manifest."""
     final = root / str(state.step)
-    (part / "state.json").write_text(json.dumps(asdict(state)))
-    files = dict(sorted({**files, "state.json": facts(part / "state.json")}.items()))
+    told = {"step": state.step, "fingerprint": state.fingerprint, "curve": state.curve}
+    (part / "state.json").write_text(json.dumps(told))
+    files = {**files, "state.json": facts(part / "state.json")}
+    if state.stage:
+        save_file(state.copy().stage, part / STAGE_FILE)
+        files[STAGE_FILE] = facts(part / STAGE_FILE)
+    files = dict(sorted(files.items()))
     (part / "manifest.json").write_text(json.dumps({"step": state.step, "files": files}, indent=1))
     for path in [*part.iterdir(), part]:
         _sync(path)
@@ -178,8 +202,7 @@ def _sync(path: Path) -> None:
 class Background:
     """Writes one checkpoint at a time in a thread. `submit` returns at once; `wait` returns when it is on disk and raises what it raised."""
 
-    def __init__(self, root: Path, written: Callable[[int, Path, str], None]) -> None:
-        self._root, self._written = root, written
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -187,16 +210,31 @@ class Background:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def submit(self, tensors: dict[str, torch.Tensor], state: State) -> None:
+    def submit(
+        self,
+        root: Path,
+        tensors: dict[str, torch.Tensor],
+        state: State,
+        written: Callable[[int, Path, str], None],
+    ) -> None:
+        """`written` is called, in the thread, with step, folder and the sha256 of its manifest."""
         self.wait()
-        frozen = State(state.step, state.fingerprint, [list(p) for p in state.curve])
-        self._thread = threading.Thread(target=self._write, args=(tensors, frozen), name="checkpoint")
+        kept = state.copy()
+        self._thread = threading.Thread(
+            target=self._write, args=(root, tensors, kept, written), name="checkpoint"
+        )
         self._thread.start()
 
-    def _write(self, tensors: dict[str, torch.Tensor], state: State) -> None:
+    def _write(
+        self,
+        root: Path,
+        tensors: dict[str, torch.Tensor],
+        state: State,
+        written: Callable[[int, Path, str], None],
+    ) -> None:
         try:
-            folder, digest = write(self._root, tensors, state)
-            self._written(state.step, folder, digest)
+            folder, digest = write(root, tensors, state)
+            written(state.step, folder, digest)
         except BaseException as error:
             self._error = error
 

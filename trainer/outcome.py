@@ -1,4 +1,5 @@
-"""How the box side of a run ends: exit codes, the file that carries them, and the word that tells why.
+"""How the box side of a run ends: exit codes, the file that carries them, and the word that tells
+why.
 
 Pure Python: the launcher, which imports no torch, and the training processes agree here.
 """
@@ -9,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.events import Failed, Writer
+from trainer.events import Failed, Writer, parse, whole_lines
 
 DONE, BROKEN, REFUSED, STOPPED, TERMINATED = 0, 1, 3, 4, 143
 EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # names EXIT_FILE's stand-in: each machine has its own
 EXIT_FILE = ".trainer_exit"  # the trainer's own exit code; a launcher of several loses it
 SHOWN = 40  # samples on a terminal
+TAIL = 1 << 16  # bytes of events.jsonl in which a reason is looked for
 
 
 class Unexpected(RuntimeError):
@@ -25,6 +27,30 @@ class Unexpected(RuntimeError):
         super().__init__(reason)
         self.samples: Sequence[str] = ()
         self.hint = hint
+
+    @classmethod
+    def of(cls, error: Exception) -> Unexpected:
+        """What it was, on one line of at most 400 characters."""
+        text = " ".join(str(error).split())[:400]
+        hint = (
+            "report the traceback in log.txt; `milktea resume RUN` goes on from the last checkpoint"
+        )
+        return cls(f"{type(error).__name__}: {text}" if text else type(error).__name__, hint)
+
+
+def is_told(run: Path, since: float) -> bool:
+    """Whether a process of this start (after `since`, unix time) has told why it ended. Of several
+    processes the first to fail has the reason; the others only lose it."""
+    path = run / "events.jsonl"
+    lines = whole_lines(path.read_bytes()[-TAIL:])[0][-SHOWN:] if path.is_file() else []
+    for line in lines:
+        try:
+            event = parse(line)
+        except ValueError:  # cut at the tail's beginning
+            continue
+        if isinstance(event, Failed) and event.t >= since:
+            return True
+    return False
 
 
 def refuse(run: Path, error: Exception) -> int:

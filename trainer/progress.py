@@ -10,15 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trainer import checkpoint, events, report
+from trainer import checkpoint
+from trainer.loop.reporter import Reporter
 from trainer.watchdog import Watchdog
 
 EVENT_EVERY_S = 0.25
+Report = Callable[[int, int, list[float]], dict[str, float]]  # of a step, its count, its metrics' sums
 
 
 class Reading:
@@ -40,24 +41,32 @@ class Reading:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step whose update was launched. `step` counts from 1; `numbers` are its loss, wishes to stop, gradient norm; `tokens` of all ranks."""
+    """A step whose update was launched. `step` counts from 1; `count`, `tokens` and `where` are its Work's;
+    `numbers` are its loss, its wishes to stop, its metrics' sums and its gradient norm."""
 
     step: int
     rate: float
+    count: int
     tokens: int
-    rows: Sequence[int]
+    where: Sequence[str]
     numbers: Reading
 
 
 class Progress:
-    """Takes each step when it is launched, and settles it: the watchdog looks, the curve grows, events tell."""
+    """Takes each step when it is launched, and settles it: the watchdog looks, the stage makes its metrics of
+    the sums (`report`), the curve grows, events tell."""
 
     def __init__(
-        self, state: checkpoint.State, total: int, watchdog: Watchdog, where: Sequence[str], device: torch.device,
-        log: events.Writer | None, boards: report.Boards | None,
-    ) -> None:  # fmt: skip
-        self._state, self._total, self._watchdog, self._where, self._device = state, total, watchdog, where, device
-        self._log, self._boards = log, boards
+        self,
+        state: checkpoint.State,
+        total: int,
+        watchdog: Watchdog,
+        report: Report,
+        reporter: Reporter,
+        device: torch.device,
+    ) -> None:
+        self._state, self._total, self._watchdog = state, total, watchdog
+        self._report, self._reporter, self._device = report, reporter, device
         self._unread: Launched | None = None
         self._begun_at = state.step
         self._began = self._settled = time.monotonic()
@@ -67,34 +76,28 @@ class Progress:
         self._unread = step
 
     def settle(self) -> bool:
-        """Reads the numbers of the step that was launched last, if they are unread. Returns whether a process wished to stop in it. Raises
-        Stopped when they are those of a run that goes wrong."""
+        """Reads the numbers of the step that was launched last, if they are unread. Returns whether a process
+        wished to stop in it. Raises Stopped when they are those of a run that goes wrong."""
         if self._unread is None:
             return False
         done, self._unread = self._unread, None
-        loss, wishes, norm = done.numbers.read()
-        self._watchdog.look(done.step, loss, norm, [self._where[r] for r in done.rows])
+        loss, wishes, *sums, norm = done.numbers.read()
+        self._watchdog.look(done.step, loss, norm, done.where)
+        metrics = self._report(done.step, done.count, sums)
         self._state.curve.append([done.step, loss])
         now = time.monotonic()
         speed, self._settled = done.tokens / (now - self._settled), now
-        if self._log is not None and (now - self._told > EVENT_EVERY_S or done.step in (1, self._total)):
+        if now - self._told > EVENT_EVERY_S or done.step in (1, self._total):
             self._told = now
-            self._tell(done, loss, norm, speed, (now - self._began) / (done.step - self._begun_at) * (self._total - done.step))
+            values = {"loss": loss, "learning_rate": done.rate, "grad_norm": norm}
+            values |= {"tokens_per_second": round(speed, 1), "gpu_memory_gib": self._held_gib()}
+            self._reporter.step(done.step, values | metrics, eta_s=self._eta_s(done.step, now))
         return wishes > 0
 
-    def _tell(self, done: Launched, loss: float, norm: float, speed: float, eta: float) -> None:
-        held = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else 0.0
-        values = {"loss": loss, "learning_rate": done.rate, "grad_norm": norm, "tokens_per_second": round(speed, 1), "gpu_memory_gib": round(held, 3)}
-        assert self._log is not None and self._boards is not None
-        self._log.write(events.Step, step=done.step, eta_s=round(eta, 1), **values)
-        self._boards.step(done.step, values)
+    def _eta_s(self, step: int, now: float) -> float:
+        return round((now - self._began) / (step - self._begun_at) * (self._total - step), 1)
 
-
-def tell_checkpoint(log: events.Writer | None, run: Path) -> Callable[[int, Path, str], None]:
-    """What a checkpoint's writer calls when step, folder and the sha256 of its manifest are on disk."""
-
-    def tell(step: int, folder: Path, digest: str) -> None:
-        if log is not None:
-            log.write(events.Checkpoint, step=step, path=folder.relative_to(run).as_posix(), manifest_sha256=digest)
-
-    return tell
+    def _held_gib(self) -> float:
+        if self._device.type != "cuda":
+            return 0.0
+        return round(torch.cuda.max_memory_allocated(self._device) / 2**30, 3)

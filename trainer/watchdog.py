@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,6 +31,16 @@ class Stopped(RuntimeError):
     def __init__(self, reason: str, samples: Sequence[str] = (), hint: str = "") -> None:
         super().__init__(reason)
         self.samples, self.hint = list(samples), hint
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a stage's numbers look like when all is well. `entropy`: nats of guessing without looking, where
+    the loss is one per target token; where it is None, no loss is too small or too large. `still_steps`:
+    whether a step may have no gradient at all."""
+
+    entropy: float | None = None
+    still_steps: bool = False
 
 
 def check_labels(rows: Rows) -> None:
@@ -94,7 +105,13 @@ class Watchdog:
     """Looks at every step's numbers (`look`) and, now and then, at its gradients (`before_update`) and parameters (`after_update`). `moving` are the
     trained parameters, `still` some frozen ones that must not change. Where `moving` are parts, `total` adds up over their holders."""
 
-    def __init__(self, moving: Mapping[str, Tensor], model: nn.Module, rows: Rows, total: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+    def __init__(
+        self,
+        moving: Mapping[str, Tensor],
+        model: nn.Module,
+        expected: Expected,
+        total: Callable[[Tensor], Tensor] = lambda t: t,
+    ) -> None:
         self._total = total
         self._moving = {n: p for n, p in moving.items() if "expert" not in n}  # an expert may meet no token for long
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and p.is_floating_point() and p.numel()]
@@ -103,7 +120,7 @@ class Watchdog:
         self._base = _sums(self._still)
         self._without_gradient = dict.fromkeys(self._moving, True)
         self._updates, self._first_loss, self._above = 0, math.nan, 0
-        self._entropy = target_entropy(rows)
+        self._expected = expected
 
     def look(self, step: int, loss: float, norm: float, seen: Sequence[str]) -> None:
         """`norm` is that of the step's gradients before they were clipped; `seen` names its rows. Steps come in order, maybe after their update."""
@@ -112,21 +129,34 @@ class Watchdog:
             raise Stopped(f"step {step}: the loss is {loss}", shown, "lower training.learning_rate; look at these rows")
         if not math.isfinite(norm):
             raise Stopped(f"step {step}: the gradient norm is {norm} (loss {loss:.4f})", shown, "lower training.learning_rate; look at these rows")
-        if norm == 0.0:
+        if norm == 0.0 and not self._expected.still_steps:
             raise Stopped(
-                f"step {step}: every gradient is zero (loss {loss:.4f})", shown, "nothing is connected to the loss: check lora.target_modules"
-            )
-        if step <= EARLY and self._entropy > 0.5 and loss < TOO_GOOD * self._entropy:
-            raise Stopped(
-                f"step {step}: the loss is {loss:.5f}, guessing by frequency gives {self._entropy:.2f}: the answers leak, or were learned before",
+                f"step {step}: every gradient is zero (loss {loss:.4f})",
                 shown,
-                "check that the answers are not in the prompts, and that the base is not already trained on this data",
+                "nothing is connected to the loss: check lora.target_modules",
+            )
+        if self._expected.entropy is not None:
+            self._look_at_level(step, loss, self._expected.entropy, shown)
+
+    def _look_at_level(self, step: int, loss: float, entropy: float, shown: list[str]) -> None:
+        if step <= EARLY and entropy > 0.5 and loss < TOO_GOOD * entropy:
+            raise Stopped(
+                f"step {step}: the loss is {loss:.5f}, guessing by frequency gives {entropy:.2f}: "
+                "the answers leak, or were learned before",
+                shown,
+                "check that the answers are not in the prompts, and that the base is not already "
+                "trained on this data",
             )
         if math.isnan(self._first_loss):
             self._first_loss = loss
-        self._above = self._above + 1 if loss > 1.5 * max(self._first_loss, self._entropy) + 1.0 else 0
+        bound = 1.5 * max(self._first_loss, entropy) + 1.0
+        self._above = self._above + 1 if loss > bound else 0
         if self._above >= RUNAWAY:
-            raise Stopped(f"step {step}: the loss ran away, from {self._first_loss:.3f} to {loss:.3f}", shown, "lower training.learning_rate")
+            raise Stopped(
+                f"step {step}: the loss ran away, from {self._first_loss:.3f} to {loss:.3f}",
+                shown,
+                "lower training.learning_rate",
+            )
 
     def before_update(self, views: Sequence[Tensor]) -> None:
         """`views` are this step's summed gradients in the order of the trained parameters."""

@@ -22,7 +22,7 @@ def some_rows(*lengths: int) -> Rows:
 
 
 def work(step: int) -> batch.Work:
-    return batch.Work([step], 1, 1, [], {})
+    return batch.Work([], {}, step, 1, [])
 
 
 def test_steps_come_in_order_and_only_one_is_made_ahead() -> None:
@@ -37,7 +37,7 @@ def test_steps_come_in_order_and_only_one_is_made_ahead() -> None:
     ahead = batch.Ahead(make, 3, 7)
     taken = []
     for step in range(3, 7):
-        taken += ahead.take().rows
+        taken.append(ahead.take().count)
         while len(made) < min(step + 2 - 3, 4):
             assert ready.acquire(timeout=30)
         assert made == list(range(3, min(step + 2, 7)))
@@ -52,7 +52,7 @@ def test_an_error_in_the_thread_is_raised_when_its_step_is_taken() -> None:
         return work(step)
 
     ahead = batch.Ahead(make, 0, 3)
-    assert ahead.take().rows == [0]
+    assert ahead.take().count == 0
     with pytest.raises(ValueError, match="row 7"):
         ahead.take()
     ahead.close()

@@ -23,9 +23,11 @@ from tiny import events_of, manifest_of, rows, write_model
 from trainer import checkpoint, memory
 from trainer.dropout import TokenKeys
 from trainer.job import Job
-from trainer.loop import sharded
+from trainer.loop.ranks import Ranks, StopSignal
+from trainer.loop.replicas import Replicas
+from trainer.loop.sharded import Shards
 from trainer.model import load, target_loss
-from trainer.optim import Gradients, adamw
+from trainer.optim import EXTRA, adamw
 from trainer.train import run_job
 from trainer.watchdog import Stopped
 
@@ -129,23 +131,38 @@ def alone() -> Iterator[None]:
 
 
 class Trio:
-    """A model, its parameters by name, an optimizer that has made one step, and what computed that step."""
+    """A model, its parameters by name, an optimizer, and the processes (one) that hold them."""
 
     def __init__(self, job: Job, folder: Path, in_parts: bool) -> None:
         device = torch.device("cpu")
-        self.model, _ = load(job, folder, device, TokenKeys(), shard=0 if in_parts else None)
-        self.shards = sharded.Shards(self.model, device) if in_parts else None
+        kind = Shards if in_parts else Replicas
+        self.ranks: Ranks = kind(StopSignal(), device)
+        self.model, _ = load(job, folder, device, TokenKeys(), shard=self.ranks.shard)
+        self.ranks.place(self.model)
         self.named = dict(self.model.named_parameters())
-        self.gradients = sharded.Gradients(self.named.values(), device) if in_parts else Gradients(self.named.values())
+        self.gradients = self.ranks.gradients(self.named.values(), EXTRA)
         self.optimizer = adamw(self.named.values(), job.training, device)
 
     def step(self, micro: dict[str, Any]) -> tuple[float, float]:
         self.gradients.zero()
-        loss = self.shards.enter(target_loss, self.model, micro) if self.shards else target_loss(self.model, micro)
+        loss = self.ranks.enter(target_loss, self.model, micro)
         loss.backward()
         norm = self.gradients.clip(1.0)
         self.optimizer.step()
         return float(loss.detach()), float(norm)
+
+    def save(self, root: Path, state: checkpoint.State) -> tuple[Path, str]:
+        """The folder of the checkpoint, and the sha256 of its manifest."""
+        told: list[tuple[int, Path, str]] = []
+        written = lambda *what: told.append(what)  # noqa: E731
+        self.ranks.save(root, self.named, self.optimizer, state, written)
+        self.ranks.wait()
+        [(step, folder, digest)] = told
+        assert step == state.step
+        return folder, digest
+
+    def restore(self, folder: Path, fingerprint: str) -> checkpoint.State:
+        return self.ranks.restore(folder, self.named, self.optimizer, fingerprint)
 
 
 @pytest.fixture
@@ -169,7 +186,7 @@ def test_parts_compute_what_the_whole_computes_for_each_kind_of_model(
     keys = ("k_proj.bias", "c_attn.bias")  # softmax does not feel these: AdamW makes steps of rounding errors
     felt = [n for n in whole.named if not n.endswith(keys)]
     assert all(torch.allclose(parts.named[n].full_tensor(), whole.named[n], atol=1e-6) for n in felt)
-    gathered = parts.shards.whole(job, models(kind), on_device=True) if parts.shards else None
+    gathered = parts.ranks.whole(job, models(kind), on_device=True)
     assert gathered is not None and type(gathered) is type(whole.model)
 
 
@@ -178,23 +195,23 @@ def test_a_checkpoint_in_parts_and_one_in_a_file_are_read_by_either(
 ) -> None:
     job = Job.model_validate_json(run_folder(training=FULL).read_bytes())
     parts, whole = Trio(job, models(), True), Trio(job, models(), False)
-    assert parts.shards is not None
     before, _ = parts.step(micro), whole.step(micro)
-    state = checkpoint.State(1, "same", [[1, before[0]]])
-    folder, digest = parts.shards.save(tmp_path / "parts", parts.named, parts.optimizer, state)
-    assert checkpoint.whole(folder) and parts.shards.save(tmp_path / "parts", parts.named, parts.optimizer, state) == (folder, digest)
-    single, _ = checkpoint.write(tmp_path / "file", checkpoint.snapshot(whole.named, whole.optimizer), state)
+    kept = {"mean": torch.tensor([0.5, 2.0]), "seen": torch.arange(3)}
+    state = checkpoint.State(1, "same", [[1, before[0]]], kept)
+    folder, digest = parts.save(tmp_path / "parts", state)
+    assert checkpoint.whole(folder) and parts.save(tmp_path / "parts", state) == (folder, digest)
+    single, _ = whole.save(tmp_path / "file", state)
     expected = parts.step(micro)
 
-    from_parts = Trio(job, models(), False)
-    assert checkpoint.restore(folder, from_parts.named, from_parts.optimizer, "same") == state
-    assert from_parts.step(micro) == pytest.approx(expected, rel=1e-5)
     for source in (folder, single):
-        to_parts = Trio(job, models(), True)
-        assert to_parts.shards is not None and to_parts.shards.restore(source, to_parts.named, to_parts.optimizer, "same") == state
-        assert to_parts.step(micro) == pytest.approx(expected, rel=1e-5)
+        for in_parts in (False, True):
+            found = Trio(job, models(), in_parts)
+            read = found.restore(source, "same")
+            assert (read.step, read.curve) == (state.step, state.curve)
+            assert all(torch.equal(read.stage[k], v) for k, v in kept.items())
+            assert found.step(micro) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(checkpoint.CheckpointError, match="belongs to another job"):
-        parts.shards.restore(folder, parts.named, parts.optimizer, "other")
+        parts.restore(folder, "other")
 
 
 def test_tied_embeddings_stay_one_parameter(run_folder: Make, tmp_path: Path, alone: None, micro: dict[str, Any]) -> None:

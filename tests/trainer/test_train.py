@@ -56,7 +56,7 @@ def test_equal_runs_give_equal_archives(run_folder: Make) -> None:
 def test_the_cut_into_micro_batches_changes_nothing(run_folder: Make, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
     settings = {"lora": {"lora_dropout": dropout}, "training": {"num_train_epochs": 3}}
     whole = curve(run_folder(**settings))
-    monkeypatch.setattr("trainer.train.CPU_TOKENS", 100)
+    monkeypatch.setattr("trainer.loop.budget.CPU_TOKENS", 100)
     pieces = curve(run_folder(**settings))
     assert len(whole) == 12 and pieces == pytest.approx(whole, abs=1e-5)
 

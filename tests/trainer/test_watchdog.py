@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import events_of, finish, rows, start, write_model
 
-from trainer import train
+from trainer.loop import step
+from trainer.stages import sft
 from trainer.train import ending
 
 Make = Callable[..., Path]
@@ -22,14 +23,14 @@ LONG = {"training": {"num_train_epochs": 4}}  # 16 steps
 
 def after_loading(patch: Patch, change: Callable[[torch.nn.Module], None]) -> None:
     """Plants a fault in the loaded model."""
-    real = train.load
+    real = sft.load
 
     def load(*args: object, **kwargs: object) -> tuple:
         model, kernels = real(*args, **kwargs)  # type: ignore[arg-type]
         change(model)
         return model, kernels
 
-    patch.setattr(train, "load", load)
+    patch.setattr(sft, "load", load)
 
 
 def nan_in_the_base(make: Make, patch: Patch, tmp_path: Path) -> Path:
@@ -59,8 +60,13 @@ def one_module_disconnected(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 
 def optimizer_of_other_parameters(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    real = train.adamw
-    patch.setattr(train, "adamw", lambda parameters, *more: real([p.detach().clone().requires_grad_() for p in parameters], *more))
+    real = step.adamw
+
+    def of_copies(groups: list[dict], *more: object) -> torch.optim.Optimizer:
+        copies = [[p.detach().clone().requires_grad_() for p in g["params"]] for g in groups]
+        return real([{"params": params} for params in copies], *more)  # type: ignore[arg-type]
+
+    patch.setattr(step, "adamw", of_copies)
     return make(**LONG)
 
 
@@ -69,8 +75,8 @@ def learning_rate_out_of_its_mind(make: Make, patch: Patch, tmp_path: Path) -> P
 
 
 def a_loss_that_is_not_a_number(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    real, count = train.target_loss, iter(range(1000))
-    patch.setattr(train, "target_loss", lambda model, batch: real(model, batch) * (float("nan") if next(count) == 5 else 1.0))
+    real, count = sft.target_loss, iter(range(1000))
+    patch.setattr(sft, "target_loss", lambda model, batch: real(model, batch) * (float("nan") if next(count) == 5 else 1.0))
     return make(**LONG)
 
 
@@ -85,14 +91,14 @@ def an_infinite_gradient(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 
 def with_rows(patch: Patch, change: Callable[[object], None]) -> None:
-    real = train.prepare
+    real = sft.prepare
 
     def prepare(*args: object) -> object:
         prepared = real(*args)  # type: ignore[arg-type]
         change(prepared.rows)
         return prepared
 
-    patch.setattr(train, "prepare", prepare)
+    patch.setattr(sft, "prepare", prepare)
 
 
 def a_row_without_a_label(make: Make, patch: Patch, tmp_path: Path) -> Path:
@@ -153,8 +159,8 @@ def a_base_that_moves(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 
 def answers_that_leak(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    real = train.target_loss
-    patch.setattr(train, "target_loss", lambda model, batch: real(model, batch) * 0.001)
+    real = sft.target_loss
+    patch.setattr(sft, "target_loss", lambda model, batch: real(model, batch) * 0.001)
     return make(**LONG)
 
 
@@ -191,8 +197,8 @@ def test_at_least_twelve_faults_are_planted() -> None:
 
 
 def test_a_stopped_run_tells_the_rows_that_it_saw_and_exits_with_four(run_folder: Make, monkeypatch: Patch) -> None:
-    real, count = train.target_loss, iter(range(1000))
-    monkeypatch.setattr(train, "target_loss", lambda model, batch: real(model, batch) * (float("nan") if next(count) == 5 else 1.0))
+    real, count = sft.target_loss, iter(range(1000))
+    monkeypatch.setattr(sft, "target_loss", lambda model, batch: real(model, batch) * (float("nan") if next(count) == 5 else 1.0))
     job = run_folder(**LONG)
     assert finish(start(job)) == [4]
     failed = events_of(job)[-1]
@@ -204,7 +210,7 @@ def test_a_stopped_run_tells_the_rows_that_it_saw_and_exits_with_four(run_folder
 def test_ranks_that_drift_apart_are_stopped(run_folder: Make, monkeypatch: Patch) -> None:
     import os
 
-    real = train.adamw
+    real = step.adamw
 
     def other_on_rank_one(parameters: object, training: object, device: object) -> torch.optim.Optimizer:
         optimizer = real(parameters, training, device)  # type: ignore[arg-type]
@@ -218,7 +224,7 @@ def test_ranks_that_drift_apart_are_stopped(run_folder: Make, monkeypatch: Patch
             optimizer.step = stumble  # type: ignore[method-assign]
         return optimizer
 
-    monkeypatch.setattr(train, "adamw", other_on_rank_one)
+    monkeypatch.setattr(step, "adamw", other_on_rank_one)
     job = run_folder(**LONG)
     assert finish(start(job, 2)) == [4, 4]
     assert "different parameters" in events_of(job)[-1]["reason"]

@@ -1,1 +1,2 @@
-"""What every stage has in common: steps, guards, checkpoints, resume, and the processes that share them."""
+"""What every stage has in common: steps, guards, checkpoints, resume, and the processes that share
+them."""

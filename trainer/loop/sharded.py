@@ -1,16 +1,18 @@
-"""Full fine-tuning over several processes: each keeps a part of every parameter, gradient and moment (torch's FSDP2, `fully_shard`).
+"""Full fine-tuning over several processes: each keeps a part of every parameter, gradient and
+moment (torch's FSDP2, `fully_shard`).
 
-A layer's parameters are gathered when it runs, forward and backward, and let go after it; its gradients are summed over the processes and
-cut into parts as they are made. Checkpoints are written in parts too (torch.distributed.checkpoint, in safetensors: no pickle), so all
-processes need one run folder. Numbers are those of one process, beyond the order of additions.
+A layer's parameters are gathered when it runs, forward and backward, and let go after it; its
+gradients are summed over the processes and cut into parts as they are made. Checkpoints are written
+in parts too (torch.distributed.checkpoint, in safetensors: no pickle), so all processes need one
+run folder. Numbers are those of one process, beyond the order of additions.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,18 +24,16 @@ from torch.distributed.tensor import DTensor
 
 from trainer import checkpoint
 from trainer.job import Job
+from trainer.loop.ranks import Ranks, StopSignal, Written
 from trainer.model import decoder_layers, load_base
 from trainer.optim import EXTRA
 
-
-class Stop(Protocol):
-    heard: bool
-    asked: bool
-    late: bool
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Entered(nn.Module):
-    """The whole model as one call, whatever the function: FSDP gathers what lies outside the layers when its root is called."""
+    """The whole model as one call, whatever the function: FSDP gathers what lies outside the layers
+    when its root is called."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -43,14 +43,22 @@ class _Entered(nn.Module):
         return function(*args, **kwargs)
 
 
-class Shards:
-    """A model in parts over all processes. Every method is collective: all processes call it, in the same order."""
+class Shards(Ranks):
+    """A model in parts over all processes, which need a process group. Processes stop together,
+    since each takes part in gathering every layer; all methods are collective."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Spreads rank 0's weights (the others' may be on the meta device), a layer at a time: no card ever holds the whole model."""
-        self.rank, self.device = dist.get_rank(), device
+    def __init__(
+        self, stop: StopSignal, device: torch.device, rank: int = 0, world: int = 1
+    ) -> None:
+        super().__init__(stop, device, rank, world)
+        self.shard = rank
+        stop.together, stop.asked = True, False
+
+    def place(self, model: nn.Module) -> None:
+        """Spreads rank 0's weights (the others' may be on the meta device), a layer at a time: no
+        card ever holds the whole model."""
         self._model, self._root = model, _Entered(model)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = init_device_mesh(self.device.type, (self.world,))
         spread: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -58,7 +66,7 @@ class Shards:
         for unit in (*decoder_layers(model), self._root):
             self._spread(unit, spread)
             fully_shard(unit, mesh=mesh)
-            unit.set_gradient_divide_factor(1.0)  # losses are divided by the step's targets already: gradients add up
+            unit.set_gradient_divide_factor(1.0)  # losses are divided by the step's count already
             unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     def _spread(self, unit: nn.Module, spread: dict[int, nn.Parameter]) -> None:
@@ -68,42 +76,49 @@ class Shards:
                 if isinstance(parameter, DTensor):
                     continue
                 if id(parameter) not in spread:
-                    spread[id(parameter)] = nn.Parameter(self._from_first(parameter), parameter.requires_grad)
+                    spread[id(parameter)] = nn.Parameter(
+                        self._from_first(parameter), parameter.requires_grad
+                    )
                 setattr(module, name, spread[id(parameter)])
 
     def _from_first(self, tensor: Tensor) -> Tensor:
-        here = tensor.detach().to(self.device).contiguous() if self.rank == 0 else torch.empty_like(tensor, device=self.device)
+        here = (
+            tensor.detach().to(self.device).contiguous()
+            if self.rank == 0
+            else torch.empty_like(tensor, device=self.device)
+        )
         dist.broadcast(here, 0)
         return here
 
     def enter(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """function(*args, **kwargs) with the model at hand."""
         result = self._root(function, *args, **kwargs)
         if not torch.is_grad_enabled():
             self._root.reshard()  # type: ignore[operator]  # else the backward pass does
         return result
 
-    def level(self, packs: list[Any], filler: Any) -> list[Any]:
-        """As many micro-batches on every process, since each takes part in gathering every layer. What `filler` adds must count nothing."""
-        most = torch.tensor(len(packs), device=self.device)
+    def level(self, micro: list[Any], filler: Any) -> list[tuple[Any, float]]:
+        """As many micro-batches on every process."""
+        most = torch.tensor(len(micro), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        return packs + [filler] * (int(most) - len(packs))
+        fillers = [(filler, 0.0)] * (int(most) - len(micro))
+        return [(batch, 1.0) for batch in micro] + fillers
 
-    def agree(self, stop: Stop, due: bool) -> bool:
-        """Between two steps: whether anyone was asked to stop (stop.asked, stop.late), and whether rank 0 wants a checkpoint (returned)."""
-        wishes = torch.tensor([stop.heard, stop.late, due and self.rank == 0], dtype=torch.int32, device=self.device)
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        asked, late, save = (bool(w) for w in wishes.tolist())
-        stop.asked, stop.late = stop.asked or asked, late
-        return save
+    def gradients(self, parameters: Iterable[nn.Parameter], extra: int) -> Gradients:
+        return Gradients(parameters, self.device, extra)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Adds up what each process computed from its parts."""
+    def local(self, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        return {n: p.detach().to_local() for n, p in named.items()}  # type: ignore[attr-defined]
+
+    def sum_parts(self, values: Tensor) -> Tensor:
         dist.all_reduce(values)
         return values
 
+    def compare(self, checksum: Callable[[], float], step: int) -> None:
+        """There is one of each part: nothing can differ."""
+
     def whole(self, job: Job, base: Path, on_device: bool) -> nn.Module | None:
-        """On rank 0 the model in one piece, on its device when that is wished and possible, else in host memory; on the others nothing."""
+        """Loaded again on rank 0, with the trained values; on the device where that is wished and
+        fits, else in host memory. None on the others."""
         plain = load_base(job, base, self.device) if self.rank == 0 else None
         targets = dict(plain.named_parameters()) if plain is not None else {}
         for name, parameter in self._model.named_parameters():
@@ -117,65 +132,114 @@ class Shards:
                 plain.to("cpu")
         return plain
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------------------------
+    # -- checkpoints -----------------------------------------------------------------------------
 
-    def save(self, root: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: checkpoint.State) -> tuple[Path, str]:
-        """Writes root/STEP, each process its own file. Returns it, on rank 0 with the sha256 of its manifest. Training waits meanwhile."""
+    def agree(self, due: bool) -> bool:
+        """Also agrees to stop, where one of them was asked to."""
+        stop, first = self.stop, due and self.rank == 0
+        wishes = torch.tensor([stop.heard, stop.late, first], dtype=torch.int32, device=self.device)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        asked, late, save = (bool(w) for w in wishes.tolist())
+        stop.asked, stop.late = stop.asked or asked, late
+        return save
+
+    def save(
+        self,
+        root: Path,
+        named: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        state: checkpoint.State,
+        written: Written,
+    ) -> None:
+        """Each process writes its own file; training waits meanwhile."""
         final, part = root / str(state.step), root / f".{state.step}.part"
         there = torch.tensor(int((final / "manifest.json").is_file()), device=self.device)
         dist.broadcast(there, 0)
-        if int(there):
-            return final, str(checkpoint.facts(final / "manifest.json")["sha256"])
+        digest = ""
+        if not int(there):
+            digest = self._write(root, part, named, optimizer, state)
+        elif self.rank == 0:
+            digest = str(checkpoint.facts(final / "manifest.json")["sha256"])
+        if self.rank == 0:
+            written(state.step, final, digest)
+
+    def _write(
+        self,
+        root: Path,
+        part: Path,
+        named: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        state: checkpoint.State,
+    ) -> str:
+        """Returns the sha256 of the manifest on rank 0, "" on the others."""
         if self.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         dist.barrier()
-        dcp.save(_tensors(named, optimizer), storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True))
+        dcp.save(
+            _tensors(named, optimizer),
+            storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True),
+        )
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, {p.name: checkpoint.facts(p) for p in part.glob(f"shard-{self.rank + 1:05d}-*")})
+        dist.all_gather_object(
+            everyone,
+            {p.name: checkpoint.facts(p) for p in part.glob(f"shard-{self.rank + 1:05d}-*")},
+        )
         digest = ""
         if self.rank == 0:
-            digest = checkpoint.seal(root, part, state, {name: facts for files in everyone for name, facts in files.items()})
+            digest = checkpoint.seal(
+                root,
+                part,
+                state,
+                {name: facts for files in everyone for name, facts in files.items()},
+            )
         dist.barrier()
-        return final, digest
+        return digest
 
-    def restore(self, folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str) -> checkpoint.State:
-        """checkpoint.restore, from the parts of any number of processes or from the whole file of one."""
+    def restore(
+        self,
+        folder: Path,
+        named: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        fingerprint: str,
+    ) -> checkpoint.State:
+        """From the parts of any number of processes, or from the whole file of one."""
         state = checkpoint.read_state(folder, fingerprint)
         reader = dcp.HuggingFaceStorageReader(str(folder))
         held = set(reader.read_metadata().state_dict_metadata)
         checkpoint.refuse_missing(folder, named, held)
         for name, parameter in named.items():
             if f"optimizer/exp_avg/{name}" in held:
-                step = torch.tensor(float(state.step), device=self.device if checkpoint.fused(optimizer) else "cpu")
+                step = torch.tensor(
+                    float(state.step), device=self.device if checkpoint.fused(optimizer) else "cpu"
+                )
                 moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
                 optimizer.state[parameter] = {"step": step, **moments}
         dcp.load(_tensors(named, optimizer), storage_reader=reader)
         return state
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
 def _tensors(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """By checkpoint.snapshot's names; AdamW's own count of steps is State.step."""
     tensors = {f"parameter/{name}": parameter.detach() for name, parameter in named.items()}
     for name, parameter in named.items():
-        tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state.get(parameter, {}).items() if key in MOMENTS}
+        tensors |= {
+            f"optimizer/{key}/{name}": value
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if key in MOMENTS
+        }
     return tensors
 
 
-def local(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """This process's parts, sharing their storage."""
-    return {name: parameter.detach().to_local() for name, parameter in named.items()}  # type: ignore[attr-defined]
-
-
 class Gradients:
-    """optim.Gradients where each process has its part of them, already summed by the backward pass."""
+    """optim.Gradients where each process has its part of them, already summed by the backward
+    pass."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], device: torch.device, extra: int = EXTRA
+    ) -> None:
         self.parameters = list(parameters)
-        self.extra = torch.zeros(EXTRA, device=device)
+        self.extra = torch.zeros(extra, device=device)
 
     @property
     def views(self) -> list[Tensor]:
@@ -189,12 +253,12 @@ class Gradients:
     def reduce(self) -> None:
         dist.all_reduce(self.extra)
 
-    def clip(self, most: float) -> Tensor:
+    def clip(self, max_norm: float) -> Tensor:
         views = self.views
         squares = torch.stack(torch._foreach_norm(views)).square().sum()
         dist.all_reduce(squares)
         norm = squares.sqrt()
-        torch._foreach_mul_(views, (most / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(views, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
 

@@ -1,0 +1,66 @@
+"""What a run tells while it goes: events.jsonl and the boards. Only rank 0 tells; the others are
+silent."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trainer import events, report
+from trainer.job import Job
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+NOTES = "data_report.txt"
+
+
+class Reporter:
+    """Every method does nothing where the process is not the `first`."""
+
+    def __init__(self, job: Job, run: Path, first: bool) -> None:
+        self._run, self._log, self._boards = run, None, None
+        if first:
+            events.end_cut_line(run / "events.jsonl")
+            self._log = events.Writer(run / "events.jsonl")
+            self._boards = report.Boards(job, run)
+
+    def event(self, kind: type[events.Event], **fields: Any) -> None:  # type: ignore[valid-type]
+        """A line of events.jsonl."""
+        if self._log is not None:
+            self._log.write(kind, **fields)
+
+    def started(self, notes: Sequence[str], **facts: Any) -> None:
+        """The Started event with `facts`, then what people should know before: `notes` on the data,
+        also in data_report.txt, and a board that is missing."""
+        if self._boards is None:
+            return
+        self.event(events.Started, versions=versions(), **facts)
+        if notes:
+            (self._run / NOTES).write_text("\n".join(notes) + "\n", encoding="utf-8")
+            told = f"{len(notes)} rows were changed or left out: {notes[0]} ... ({NOTES} has all)"
+            self.event(events.Warned, message=told)
+        if self._boards.warning:
+            self.event(events.Warned, message=self._boards.warning)
+
+    def step(self, step: int, values: dict[str, float], eta_s: float) -> None:
+        """A step's numbers by name: Step's fields, and a stage's own."""
+        self.event(events.Step, step=step, eta_s=eta_s, **values)
+        if self._boards is not None:
+            self._boards.step(step, values)
+
+    def checkpoint(self, step: int, folder: Path, digest: str) -> None:
+        """A checkpoint is on disk; `digest` is the sha256 of its manifest."""
+        path = folder.relative_to(self._run).as_posix()
+        self.event(events.Checkpoint, step=step, path=path, manifest_sha256=digest)
+
+    def close(self) -> None:
+        for told in (self._log, self._boards):
+            if told is not None:
+                told.close()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that make the numbers, by name."""
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}

@@ -1,0 +1,204 @@
+"""The loop of every stage: steps, guards, checkpoints, resume, and the wish to stop.
+
+A step is one global batch. Every process computes the summed losses of its share, each divided by
+the count of the whole step, and the gradients are added up: the result does not depend on the
+number of processes, on micro-batches, or on where a run was resumed (beyond the order of
+floating-point additions).
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+import torch
+
+from trainer import batch, checkpoint, events
+from trainer.job import Job
+from trainer.loop.ranks import Gone, Ranks
+from trainer.loop.reporter import Reporter
+from trainer.loop.stage import Stage
+from trainer.optim import EXTRA, LOSS, WISHES, adamw
+from trainer.progress import Launched, Progress, Reading
+from trainer.watchdog import Stopped, Watchdog
+
+
+class Loop:
+    """Trains a loaded stage. All processes make one and call `run`, in step."""
+
+    def __init__(self, job: Job, run: Path, stage: Stage, ranks: Ranks, reporter: Reporter) -> None:
+        """Goes on from the newest whole checkpoint, if there is one. Raises CheckpointError when
+        that is another job's, Stopped when the model is not sound."""
+        self.job, self.stage, self.ranks, self.reporter = job, stage, ranks, reporter
+        self.stop, self.total, self.checkpoints = ranks.stop, stage.total_steps, run / "checkpoints"
+        self.named = stage.trained()
+        self.gradients = ranks.gradients(self.named.values(), EXTRA + len(stage.metrics))
+        groups = [{"params": [self.named[name] for name in names]} for names in stage.groups()]
+        self.optimizer = adamw(groups, job.training, ranks.device)
+        mixed = job.training.method != "lora" and job.model.precision != "fp32"
+        device = ranks.device.type
+        self.precise = torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
+        self.state = self._resume()
+        stage.probe()
+        local = ranks.local(self.named)
+        self.watchdog = Watchdog(local, stage.model, stage.expected, ranks.sum_parts)
+        self.progress = Progress(
+            self.state, self.total, self.watchdog, self._report, reporter, ranks.device
+        )
+        self._tell_start()
+        self.begun_at, self.last_save = self.state.step, time.monotonic()
+
+    def run(self) -> checkpoint.State | None:
+        """Trains to the last step and returns the run's state; or None when it was asked to stop: a
+        whole checkpoint is on disk then. Raises Stopped when the run goes wrong or its deadline
+        passes."""
+        ahead = batch.Ahead(self.stage.batches, self.state.step, self.total)
+        with closing(ahead):
+            while self.state.step < self.total and not self.stop.asked:
+                if not self._step(ahead.take()):
+                    break
+                self._save_when_due()
+        self.progress.settle()
+        if self.stop.asked and self.state.step < self.total:
+            self._leave()
+            return None
+        self.ranks.wait()
+        self.watchdog.check_base(self.state.step)
+        self.optimizer.state.clear()  # the device's memory is the result's now
+        self.gradients.zero()
+        return self.state
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def _step(self, work: batch.Work) -> bool:
+        """One update of the parameters; False when it was dropped because of a wish to stop: they
+        are still those of the last whole step."""
+        step = self.state.step
+        try:
+            work = self.stage.prepare(step, work)
+            if not self._accumulate(step, work):
+                return False
+            self.ranks.reduce(self.gradients)
+        except Gone:
+            return False
+        if self.progress.settle():  # the step before is on the host by now
+            self.stop.asked = True
+            return False
+        self._update(step, work)
+        return True
+
+    def _accumulate(self, step: int, work: batch.Work) -> bool:
+        """The gradients of this process's share, micro-batch by micro-batch; False when it
+        leaves."""
+        self.gradients.zero()
+        extra = self.gradients.extra
+        for micro, weight in self.ranks.level(work.micro, work.filler):
+            if self.ranks.may_leave:
+                return False
+            micro = batch.on(self.ranks.device, micro)
+            with self.precise:
+                total, sums = self.ranks.enter(self.stage.loss, step, micro)
+                loss = total / work.count * weight  # this micro-batch's part of the step's mean
+            loss.backward()
+            extra[LOSS] += loss.detach()
+            if sums:
+                metrics = [sums[name].detach() for name in self.stage.metrics]
+                extra[EXTRA:] += torch.stack(metrics) * weight
+        if self.ranks.may_leave:
+            return False
+        extra[WISHES] += self.stop.asked
+        return True
+
+    def _update(self, step: int, work: batch.Work) -> None:
+        """Clips the summed gradients and moves the parameters, under the watchdog's eyes."""
+        rates = self.stage.rates(step)
+        self.watchdog.before_update(self.gradients.views)
+        norm = self.gradients.clip(self.job.training.max_grad_norm)
+        numbers = Reading(torch.cat([self.gradients.extra, norm[None]]))
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.optimizer.step()
+        self.watchdog.after_update(step + 1, min(rates), work.where)
+        if self.watchdog.compares_ranks:
+            self.ranks.compare(self.watchdog.checksum, step + 1)
+        self.state.step = step + 1
+        facts = (work.count, work.tokens, work.where, numbers)
+        self.progress.launched(Launched(self.state.step, rates[0], *facts))
+
+    def _report(self, step: int, count: int, sums: list[float]) -> dict[str, float]:
+        return self.stage.report(step, count, dict(zip(self.stage.metrics, sums, strict=True)))
+
+    # -- checkpoints and the end -----------------------------------------------------------------
+
+    def _resume(self) -> checkpoint.State:
+        fingerprint = checkpoint.fingerprint_of(self.job)
+        found = self.ranks.newest(self.checkpoints)
+        if found is None:
+            return checkpoint.State(fingerprint=fingerprint)
+        state = self.ranks.restore(found, self.named, self.optimizer, fingerprint)
+        self.stage.restore(state.stage)
+        return state
+
+    def _save_when_due(self) -> None:
+        """After a step: looks at the deadline and the clock, and saves when it is time. The first
+        step and every saved one are settled at once: what goes wrong there is known before it is
+        kept."""
+        deadline, training = self.job.deadline_unix_s, self.job.training
+        ready = not self.ranks.saving and self.state.step < self.total
+        due = ready and time.monotonic() - self.last_save >= training.save_every_s
+        if deadline is not None and time.time() > deadline:
+            self.stop.hear(late=True)
+        save = self.ranks.agree(due)
+        if save or self.state.step == self.begun_at + 1:
+            self.stop.asked |= self.progress.settle()
+        if save:
+            self._save()
+            self.last_save = time.monotonic()
+
+    def _save(self) -> None:
+        self.state.stage = self.stage.state()
+        trained = (self.named, self.optimizer, self.state)
+        self.ranks.save(self.checkpoints, *trained, self.reporter.checkpoint)
+
+    def _leave(self) -> None:
+        """Saves before the run ends unfinished. Raises Stopped when it was its deadline."""
+        self._save()
+        self.ranks.wait()
+        if self.stop.late:
+            raise Stopped(
+                f"the deadline passed after {self.state.step} of {self.total} steps; "
+                "the checkpoint is whole",
+                [],
+                "`milktea resume RUN`",
+            )
+
+    def _tell_start(self) -> None:
+        device = self.ranks.device
+        self.reporter.started(
+            self.stage.notes,
+            step=self.state.step,
+            total_steps=self.total,
+            processes=self.ranks.world,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            trainable_parameters=sum(p.numel() for p in self.named.values()),
+            kernels=self.stage.kernels,
+        )
+
+
+def train(
+    job: Job, run: Path, stage: Stage, ranks: Ranks, reporter: Reporter, began: float
+) -> bool:
+    """Loads the stage's model, trains it and writes its result; False when it was asked to stop
+    before. The seconds of the run count from `began` (unix time)."""
+    stage.load(ranks)
+    state = Loop(job, run, stage, ranks, reporter).run()
+    if state is None:
+        return False
+    model = ranks.whole(job, stage.base, on_device=stage.answers_at_end)
+    if ranks.rank == 0 and model is not None:
+        digest = stage.finish(model, state, reporter)
+        told = {"steps": state.step, "final_loss": state.curve[-1][1], "adapter_sha256": digest}
+        reporter.event(events.Finished, seconds=round(time.time() - began, 1), **told)
+    reporter.close()
+    return True

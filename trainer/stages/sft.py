@@ -1,0 +1,125 @@
+"""Supervised fine-tuning: the model learns the answers (or the text) of each row.
+
+A batch is `training.batch_size` rows of one global order, the loss the cross-entropy of their
+target tokens. At the end the held-out questions are answered, by the model before and after.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import artefact, batch, checkpoint, evaluate, events, packing, report
+from trainer.dropout import TokenKeys
+from trainer.job import Job
+from trainer.loop import stage
+from trainer.loop.budget import micro_batch
+from trainer.loop.ranks import Ranks
+from trainer.loop.reporter import Reporter
+from trainer.model import hidden_states, load, start_values, target_loss
+from trainer.prepare import model_folder, prepare
+from trainer.watchdog import Expected, check_labels, probe, target_entropy
+
+HOST = torch.device("cpu")
+LEAK, LEAK_INT8 = (
+    0.01,
+    0.05,
+)  # of a hidden state, that another document may change: int8 couples rows
+
+
+class Stage(stage.Stage):
+    def __init__(self, job: Job, run: Path) -> None:
+        super().__init__(job, run)
+        self.data = prepare(job, run)
+        rows, training = self.data.rows, job.training
+        check_labels(rows)
+        self.lengths, self.targets = rows.lengths, rows.targets()
+        epochs, seed, most = training.num_train_epochs, training.seed, training.max_steps
+        self.order = packing.Order(len(rows), training.batch_size, epochs, seed, most)
+        self.total_steps = self.order.total_steps
+        self.notes = tuple(rows.notes)
+        self.expected = Expected(entropy=target_entropy(rows))
+        self.answers_at_end = job.data.held_out is not None
+
+    def load(self, ranks: Ranks) -> None:
+        self.ranks, self.keys = ranks, TokenKeys()
+        self.base = model_folder(self.job, self.run, weights=True)
+        longest = max(self.lengths)
+        room = micro_batch(self.job, self.base, longest, ranks.device, ranks.world)
+        self.budget, recomputed = room
+        self.model, self.kernels = load(
+            self.job, self.base, ranks.device, self.keys, recomputed, shard=ranks.shard
+        )
+        ranks.place(self.model)
+        self.initial = start_values(self.model, self.job)
+
+    def probe(self) -> None:
+        if not self.job.training.packing:
+            return
+
+        def read(ids: Tensor, positions: Tensor, ends: Tensor, longest: int) -> Tensor:
+            inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+            return self.ranks.enter(hidden_states, self.model, **inputs)
+
+        leak = LEAK_INT8 if self.job.model.precision == "int8" else LEAK
+        probe(self.model, read, self.data.rows, self.ranks.device, leak)
+
+    def batches(self, step: int) -> batch.Work:
+        packed = self.job.training.packing
+        lay, collate = (packing.pack, batch.packed) if packed else (packing.pad, batch.padded)
+        rows, data = self.order.step(step), self.data.rows
+        mine = packing.share(rows, self.lengths, self.ranks.world)[self.ranks.rank]
+        packs = lay(mine, self.lengths, self.budget)
+        return batch.Work(
+            micro=[
+                batch.pinned(collate(data, chosen, HOST), self.ranks.device) for chosen in packs
+            ],
+            filler=collate(data, rows[:1], HOST),
+            count=sum(self.targets[r] for r in rows),
+            tokens=sum(self.lengths[r] for r in rows),
+            where=[data.where[r] for r in rows],
+        )
+
+    def loss(self, step: int, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`micro`: batch.packed's or batch.padded's."""
+        self.keys.set(self.job.training.seed, step, micro["rows"], micro["position_ids"])
+        return target_loss(self.model, micro), {}
+
+    def finish(self, model: nn.Module, state: checkpoint.State, reporter: Reporter) -> str:
+        scored, job = self._score(model, reporter), self.job
+        score = (scored.before, scored.after) if scored.rows else None
+        template = self.data.template
+        told = {
+            "name": template.name,
+            "sha256": template.sha256,
+            "token_hash": self.data.token_hash,
+        }
+        facts = self.facts(state) | {"template": told}
+        png = report.curve_png(state.curve, job.run_id)
+        page = report.page(job, facts, scored.samples, score, png)
+        pages = {"loss.png": png, "report.html": page}
+        return artefact.write_result(
+            self.run, model, job, self.base, self.data, facts, pages, self.initial
+        )
+
+    def _score(self, model: nn.Module, reporter: Reporter) -> evaluate.Scored:
+        """Answers the held-out questions, where there are any and the whole model fits the
+        device."""
+        device = self.ranks.device
+        if next(model.parameters()).device.type != device.type:
+            if self.job.data.held_out:
+                why = "the held-out rows were not scored: the whole model does not fit one card"
+                reporter.event(events.Warned, message=why)
+            return evaluate.Scored()
+        scored = evaluate.held_out(model, self.job, self.run, self.data, device)
+        for sample in scored.samples:
+            reporter.event(events.Sample, **sample)
+        if scored.rows:
+            match = {"exact_match_before": scored.before, "exact_match_after": scored.after}
+            reporter.event(events.Score, rows=scored.rows, **match)
+        return scored
