@@ -2,10 +2,10 @@
 
     python bench/same_numbers.py TREE OTHER_TREE [--rows 320] [--only full]
 
-The practice job runs in each tree (`python -m trainer.train`, no launcher): LoRA with dropout and full,
-packed and padded, on one process and two (a full model is in parts then), straight through and stopped
-after its first step and resumed. A line for each: the steps, the last loss, the adapter's sha256, and
-whether the curves and the adapters are equal. Exit code 1 where one is not.
+The practice job runs in each tree (`python -m trainer.train`, no launcher): LoRA with dropout and
+full, packed and padded, on one process and two (a full model is in parts then), straight through
+and stopped after its first step and resumed. A line for each: the steps, the last loss, the
+adapter's sha256, and whether the curves and the adapters are equal. Exit code 1 where one is not.
 """
 
 from __future__ import annotations
@@ -89,7 +89,11 @@ def numbers(tree: Path, rows: int, case: tuple[str, bool, int, bool]) -> tuple[l
             deadline(job, None)
         assert train(tree, job, processes) == 0
         events = map(json.loads, (job.parent / "events.jsonl").read_text().splitlines())
-        told = [{k: v for k, v in e.items() if k != "t"} for e in events if e["event"] in ("sample", "score")]
+        told = [
+            {k: v for k, v in e.items() if k != "t"}
+            for e in events
+            if e["event"] in ("sample", "score")
+        ]
         manifest = json.loads((job.parent / "result" / "manifest.json").read_text())
         return manifest["curve"], manifest["adapter_sha256"], json.dumps(told)
 

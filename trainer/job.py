@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trainer.wire.stages import STAGES, StageName
+
 WIRE = 1
 
 Positive = Annotated[int, Field(gt=0)]
@@ -93,13 +95,23 @@ class Job(Strict):
 
     wire: int = WIRE
     run_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{2,62}$")]
-    stage: Literal["sft"] = "sft"
+    stage: StageName = "sft"
     model: ModelSpec
     data: Data
     lora: Lora = Lora()
     training: Training = Training()
     processes: Positive = 1
     deadline_unix_s: float | None = None
+
+    @model_validator(mode="after")
+    def _rows_are_the_stages(self) -> Job:
+        formats = STAGES[self.stage].formats
+        if self.data.format not in ("auto", *formats):
+            raise ValueError(
+                f"stage {self.stage} does not train on rows of format {self.data.format}: "
+                f"it takes {', '.join(formats)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _wire_is_ours(self) -> Job:

@@ -187,13 +187,16 @@ def predict(
     fused: bool | None = None,
     keep_transpose: bool = False,
     processes: int = 1,
+    adapters: int = 1,
+    frozen_adapters: int = 0,
 ) -> Memory:
     """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in `documents` rows, of
     which `targets` (left out: all) meet the head.
 
     `method` is as `method_of` gives it. `trainable_layers` counts for "freeze". `fused` None: where the fused layer takes the model.
     `keep_transpose` is FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report, and method
-    "full" is shared among them. Raises ValueError for an unknown precision, method or module.
+    "full" is shared among them. On the one base `adapters` are trained, and `frozen_adapters` held beside
+    them. Raises ValueError for an unknown precision, method or module.
     """
     if precision not in _LINEAR_BYTES:
         raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
@@ -201,9 +204,11 @@ def predict(
     fused = takes_fused_layer(shape, precision, r, method) if fused is None else fused
     rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
     aims = tokens if targets is None else targets
-    trained, beside = _trained(shape, method, r, target_modules, trainable_layers)
+    trained, beside = (adapters * n for n in _trained(shape, method, r, target_modules, trainable_layers))
+    held = frozen_adapters * adapter_parameters(shape, r, target_modules) if frozen_adapters else 0
+    copies = (adapters + frozen_adapters) * _padded_copies(shape, r, target_modules, element) if fused else 0
     weights: float = _weight_bytes(shape, precision, element, fused, keep_transpose)
-    adapter: float = trained * 4 + beside * 4 + (_padded_copies(shape, r, target_modules, element) if fused else 0)
+    adapter: float = trained * 4 + beside * 4 + held * 4 + copies
     optimizer: float = trained * 8
     if method == "full" and processes > 1:  # trainer/loop/sharded.py: a part of all; whole, for a while, what lies outside the layers and two of them
         linear = linear_parameters(shape)

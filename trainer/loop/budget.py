@@ -10,6 +10,7 @@ import torch
 from trainer import memory
 from trainer.job import Job
 from trainer.prepare import Refused
+from trainer.wire.stages import STAGES
 
 CPU_TOKENS = 2048  # of a micro-batch where there is no GPU memory to fill
 GPU_TOKENS = 16384  # at most; the memory oracle says how many fit
@@ -57,6 +58,7 @@ def solve(
             max(longest, GPU_TOKENS),
             processes=world,
             trainable_layers=training.freeze_trainable_layers,
+            **STAGES[job.stage].memory,
         )
     except ValueError as why:
         raise Refused(
