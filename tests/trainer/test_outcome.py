@@ -1,4 +1,4 @@
-"""However a run ends, it says why in one sentence, once, with what to do; a traceback is in the log."""
+"""However a run ends, it says why in one sentence, once, and what to do."""
 
 from __future__ import annotations
 

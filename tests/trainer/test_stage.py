@@ -169,7 +169,8 @@ def test_each_group_of_parameters_has_its_own_rate(run_folder: Make, pairs: None
 def test_a_stage_refuses_rows_of_a_format_that_it_does_not_train_on(
     run_folder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = json.loads(run_folder(data={"format": "text"}).read_text())
+    job = json.loads(run_folder().read_text())
+    job["data"]["format"] = "text"
     assert Job.model_validate(job).stage == "sft"
     monkeypatch.setitem(STAGES, "sft", StageFacts(formats=("messages",)))  # type: ignore[misc]
     with pytest.raises(
