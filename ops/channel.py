@@ -1,4 +1,4 @@
-"""What goes through one SSH session channel: stdin out, both output streams in, with a limit on time and on memory."""
+"""One command's SSH channel: its stdin, both output streams, a limit on time and on memory."""
 
 from __future__ import annotations
 
@@ -6,82 +6,83 @@ import contextlib
 import selectors
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import paramiko
+import paramiko
 
-Feed = str | bytes | Iterable[bytes] | None
-Sink = Callable[[bytes], None]
+Input = str | bytes | Iterable[bytes]
 MARK = "printf '\\036milktea\\n'"  # prints START
-START = b"\x1emilktea\n"  # whatever a login's rc files print comes before this line
+START = b"\x1emilktea\n"  # what a login's rc files print comes before this line
+_MAX_NOISE = 1 << 20  # bytes before START in which START is looked for
 
 
-class Stream:
-    """What one stream of a command brings after the start mark: kept up to `limit` bytes, or handed to `sink`."""
+class Output:
+    """What one stream brings after START: passed to `receive`, or its first `limit` bytes kept."""
 
-    def __init__(self, limit: int, sink: Sink | None = None) -> None:
-        self.limit, self.sink, self.kept, self.cut, self._noise = limit, sink, bytearray(), False, bytearray()
-        self._started = False
+    def __init__(self, limit: int, receive: Callable[[bytes], None] | None = None) -> None:
+        self.limit, self.receive = limit, receive
+        self.data, self.truncated = bytearray(), False
+        self._noise: bytes | None = b""  # None once START has come
 
-    def take(self, data: bytes) -> None:
-        if not self._started:
-            self._noise = (self._noise + data)[-(1 << 20) :]
-            _, mark, data = bytes(self._noise).partition(START)
+    def add(self, data: bytes) -> None:
+        if self._noise is not None:
+            self._noise = (self._noise + data)[-_MAX_NOISE:]
+            _, mark, data = self._noise.partition(START)
             if not mark:
                 return
-            self._started = True
-        if self.sink is not None:
-            self.sink(data)
+            self._noise = None
+        if self.receive is not None:
+            self.receive(data)
             return
-        room = self.limit - len(self.kept)
-        self.cut |= len(data) > room
-        self.kept += data[:room]
+        room = self.limit - len(self.data)
+        self.truncated |= len(data) > room
+        self.data += data[:room]
 
 
-class Clock:
-    """Seconds left of a command's time; with `idle`, every byte in or out winds it up again."""
+class Deadline:
+    """`seconds` from now or, with `idle`, from the last byte that moved."""
 
-    def __init__(self, seconds: float, idle: bool) -> None:
+    def __init__(self, seconds: float, idle: bool = False) -> None:
         self.seconds, self.idle, self.since = seconds, idle, time.monotonic()
 
     def moved(self) -> None:
         if self.idle:
             self.since = time.monotonic()
 
-    def left(self) -> float:
+    def left_s(self) -> float:
         return self.since + self.seconds - time.monotonic()
 
 
-def feed_all(channel: paramiko.Channel, feed: Feed, clock: Clock) -> None:
-    pieces: Iterable[bytes] = [feed.encode()] if isinstance(feed, str) else [feed] if isinstance(feed, bytes) else feed or []
-    with contextlib.suppress(OSError, EOFError):  # the command ended without reading all of it: its exit code tells
-        for piece in pieces:
+def send_input(channel: paramiko.Channel, data: Input, deadline: Deadline) -> None:
+    """Send `data` and then its end. Returns early when the command ended without reading it."""
+    if isinstance(data, str):
+        data = data.encode()
+    with contextlib.suppress(OSError, EOFError):
+        for piece in [data] if isinstance(data, bytes) else data:
             channel.sendall(piece)
-            clock.moved()
+            deadline.moved()
         channel.shutdown_write()
 
 
-def drain(channel: paramiko.Channel, out: Stream, err: Stream, clock: Clock) -> bool:
-    """Read both streams until the channel ends (True) or the time is up (False)."""
+def read_output(channel: paramiko.Channel, out: Output, err: Output, deadline: Deadline) -> bool:
+    """Read both streams until the channel ends (True) or the deadline has passed (False)."""
     with selectors.DefaultSelector() as ready:
         ready.register(channel.fileno(), selectors.EVENT_READ)
         while True:
             ended = channel.exit_status_ready() and (channel.eof_received or channel.closed)
-            read = False
+            moved = False
             while channel.recv_ready():
-                out.take(channel.recv(1 << 20))
-                read = True
+                out.add(channel.recv(1 << 20))
+                moved = True
             while channel.recv_stderr_ready():
-                err.take(channel.recv_stderr(1 << 20))
-                read = True
-            if read:
-                clock.moved()
+                err.add(channel.recv_stderr(1 << 20))
+                moved = True
+            if moved:
+                deadline.moved()
             elif ended:
                 return True
-            elif clock.left() <= 0:
+            elif deadline.left_s() <= 0:
                 return False
-            elif channel.eof_received:  # from here on it is always readable, but the exit status may still be on its way
-                channel.status_event.wait(min(clock.left(), 1.0))
+            elif channel.eof_received:  # always readable now; the exit status may be on its way
+                channel.status_event.wait(min(deadline.left_s(), 1.0))
             else:
-                ready.select(min(clock.left(), 5.0))
+                ready.select(min(deadline.left_s(), 5.0))

@@ -79,6 +79,7 @@ class NoAnswer(MarketError):
 
 class BoxError(MilkteaError):
     exit_code = 5
+    money = "the box is still rented"
 
 
 class NeverReady(BoxError):

@@ -7,63 +7,98 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from ops import commands, transfer
 from ops.box import Box
-from ops.errors import Failed, HostKeyChanged, Lost, NeverReady, OverBudget, Stalled
+from ops.errors import Failed, Lost, NeverReady, OverBudget, Stalled
 from ops.rental import refuse_preempted
 from ops.session import MARGIN_S, Session
+from ops.wait import until
 from trainer import events
 
 POLL_S = 2.0
 EVENTS = "events.jsonl"  # at home beside the journal, byte for byte what the box wrote
 
+_Answer = tuple[int | None, bool, int, bytes]  # of commands.parse_poll
+
+
+@dataclass
+class _Heard:
+    """When the box last answered and last sent an event; what it said of a failure."""
+
+    answer_t: float
+    event_t: float
+    failure: events.Failed | None = None
+    gone: bool = False  # at the last look the trainer neither ran nor had ended
+
 
 def follow(session: Session, box: Box) -> None:
-    """Return when the training ended well. Raises Failed with the trainer's reason, Stalled, OverBudget, or Preempted."""
+    """Return when the training ended well.
+
+    Raises Failed with the trainer's reason, Stalled, OverBudget, Preempted, or Lost when the box
+    has not answered until it must have ended itself."""
+    (session.journal.folder / EVENTS).touch()
+    heard = _Heard(session.clock.now(), session.clock.now())
+    until(
+        lambda: _look(session, box, heard),
+        every_s=POLL_S * session.pace,
+        clock=session.clock,
+    )
+
+
+def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
+    """Bring home the events that are new. True when the training ended well, None while it runs."""
     home = session.journal.folder / EVENTS
-    home.touch()
-    heard = reached = session.clock.now()
-    failure: events.Failed | None = None
-    while True:
+    answer = _poll(session, box, home.stat().st_size)
+    while answer and _keep_events(session, box, heard, home, answer):
         answer = _poll(session, box, home.stat().st_size)
-        if answer is None and session.clock.now() - reached > commands.LEASE_S * session.pace:
-            raise Lost(f"the box could not be reached for {session.clock.now() - reached:.0f} s: by now it has ended itself", money=session.money())
-        if answer is not None:
-            reached = session.clock.now()
-            code, running, size, news = answer
-            lines, used = events.whole_lines(news)
-            with home.open("ab") as f:
-                f.write(news[:used])
-            if lines:
-                heard = session.clock.now()
-            for event in map(events.parse, lines):
-                failure = event if isinstance(event, events.Failed) else failure
-                _tell(session, box, event)
-            if code is not None and home.stat().st_size >= size:
-                return _ended(session, box, code, failure)
-            if not running and code is None:
-                _refuse_vanished(session, box)
-            if used and home.stat().st_size < size:
-                continue
-        _enforce(session, heard)
-        session.clock.sleep(POLL_S * session.pace)
+    if answer is None:
+        silent_s = session.clock.now() - heard.answer_t
+        if silent_s > commands.LEASE_S * session.pace:
+            raise Lost(
+                f"the box could not be reached for {silent_s:.0f} s: by now it has ended itself",
+                money=session.money(),
+            )
+    else:
+        code, running, _, _ = answer
+        if code is not None:
+            _ended(session, box, code, heard.failure)
+            return True
+        if heard.gone and not running:
+            _raise_gone(session, box)
+        heard.gone = not running
+    _enforce(session, heard.event_t)
+    return None
 
 
-def _poll(session: Session, box: Box, offset: int) -> tuple[int | None, bool, int, bytes] | None:
-    """One look, or None when the box could not be reached; then vast.ai is asked whether it was taken away."""
+def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: _Answer) -> bool:
+    """Append the whole lines of an answer to `home` and act on them. True when more wait there."""
+    _, _, size, news = answer
+    heard.answer_t = session.clock.now()
+    lines, used = events.whole_lines(news)
+    with home.open("ab") as f:
+        f.write(news[:used])
+    if lines:
+        heard.event_t = session.clock.now()
+    for event in map(events.parse, lines):
+        heard.failure = event if isinstance(event, events.Failed) else heard.failure
+        _tell(session, box, event)
+    return used > 0 and home.stat().st_size < size
+
+
+def _poll(session: Session, box: Box, offset: int) -> _Answer | None:
+    """One answer, or None when the box could not be reached and vast.ai did not take it away."""
     try:
         return commands.parse_poll(box.run(commands.poll(session.run_id, offset)).stdout)
     except (Lost, ValueError) as e:
         session.screen.waiting(f"no connection ({e}); the training goes on without us")
     refuse_preempted(session)
-    try:
+    with suppress(NeverReady):
         box.connect(deadline_s=20 * session.pace)
-    except HostKeyChanged:
-        raise
-    except NeverReady:
-        pass
     return None
 
 
@@ -71,15 +106,33 @@ def _tell(session: Session, box: Box, event: events.Event) -> None:
     session.screen.event(event, session.spent_usd(), session.plan.max_usd, session.dies_at())
     match event:
         case events.Started():
-            session.note("event", event="started", step=event.step, total_steps=event.total_steps, kernels=event.kernels)
+            session.note(
+                "event",
+                event="started",
+                step=event.step,
+                total_steps=event.total_steps,
+                kernels=event.kernels,
+            )
         case events.Checkpoint():
             mirror(session, box, event)
         case events.Warned():
             session.note("event", event="warning", message=event.message)
         case events.Failed():
-            session.note("event", event="failed", reason=event.reason, samples=event.samples[:20], hint=event.hint)
+            session.note(
+                "event",
+                event="failed",
+                reason=event.reason,
+                samples=event.samples[:20],
+                hint=event.hint,
+            )
         case events.Finished():
-            session.note("event", event="finished", steps=event.steps, final_loss=event.final_loss, seconds=event.seconds)
+            session.note(
+                "event",
+                event="finished",
+                steps=event.steps,
+                final_loss=event.final_loss,
+                seconds=event.seconds,
+            )
         case _:
             pass
 
@@ -94,7 +147,13 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
         session.screen.waiting(f"checkpoint {checkpoint.step} not mirrored: {e}")
         shutil.rmtree(folder, ignore_errors=True)
         return
-    session.note("checkpoint", step=checkpoint.step, folder=str(folder), manifest_sha256=checkpoint.manifest_sha256, bytes_out=moved)
+    session.note(
+        "checkpoint",
+        step=checkpoint.step,
+        folder=str(folder),
+        manifest_sha256=checkpoint.manifest_sha256,
+        bytes_out=moved,
+    )
     for older in folder.parent.iterdir():
         if older != folder:
             shutil.rmtree(older, ignore_errors=True)
@@ -117,7 +176,11 @@ def pull_folder(box: Box, remote: str, local: Path, manifest_sha256: str | None)
 
 def newest_checkpoint(session: Session) -> Path | None:
     """The mirrored checkpoint to continue from: the newest whose manifest is there."""
-    whole = [p.parent for p in (session.journal.folder / "checkpoints").glob("*/manifest.json") if p.parent.name.isdigit()]
+    whole = [
+        p.parent
+        for p in (session.journal.folder / "checkpoints").glob("*/manifest.json")
+        if p.parent.name.isdigit()
+    ]
     return max(whole, key=lambda p: int(p.name), default=None)
 
 
@@ -132,21 +195,21 @@ def _ended(session: Session, box: Box, code: int, failure: events.Failed | None)
     raise Failed(
         f"the training ended with exit code {code}: {reason}{samples}",
         money=session.money(),
-        hint=(failure.hint if failure else "") or f"`milktea logs {session.run_id}` shows its last lines",
+        hint=(failure.hint if failure else "")
+        or f"`milktea logs {session.run_id}` shows its last lines",
     )
 
 
-def _refuse_vanished(session: Session, box: Box) -> None:
-    """Neither running nor ended: killed whole (out of memory, a restart of the container). Looked at twice, a poll apart."""
-    session.clock.sleep(POLL_S * session.pace)
-    again = commands.parse_poll(box.run(commands.poll(session.run_id, 0, max_bytes=0)).stdout)
-    if again[0] is None and not again[1]:
-        tail = box.run(commands.log_tail(session.run_id)).stdout
-        raise Failed(
-            "the trainer's processes are gone without an exit code: killed from outside, most often for memory\n" + tail[-800:],
-            money=session.money(),
-            hint=f"lower data.max_length, or take a machine with more memory, then `milktea resume {session.run_id}`",
-        )
+def _raise_gone(session: Session, box: Box) -> NoReturn:
+    """Twice, a poll apart, neither running nor ended: killed whole, or the container restarted."""
+    tail = box.run(commands.log_tail(session.run_id)).stdout
+    raise Failed(
+        "the trainer's processes are gone without an exit code: killed from outside, most often "
+        f"for memory\n{tail[-800:]}",
+        money=session.money(),
+        hint="lower data.max_length, or take a machine with more memory, "
+        f"then `milktea resume {session.run_id}`",
+    )
 
 
 def _enforce(session: Session, heard: float) -> None:

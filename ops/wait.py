@@ -1,7 +1,8 @@
-"""The only polling loop, and the clock that it reads. Tests hand in a clock whose sleep costs nothing."""
+"""The polling loop, and the clocks that it reads. Tests pass a clock whose sleep costs nothing."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -11,12 +12,14 @@ T = TypeVar("T")
 
 class Clock(Protocol):
     def now(self) -> float:
-        """Unix seconds: for records and for arithmetic with the box's times."""
+        """Seconds: of unix time, or of a `SteadyClock`."""
 
     def sleep(self, seconds: float) -> None: ...
 
 
 class RealClock:
+    """Unix seconds: for records and for arithmetic with the box's times."""
+
     def now(self) -> float:
         return time.time()
 
@@ -24,9 +27,27 @@ class RealClock:
         time.sleep(max(0.0, seconds))
 
 
-def until(check: Callable[[], T | None], *, every_s: float, timeout_s: float, clock: Clock) -> T | None:
-    """Call `check` now and then every `every_s` until it returns something other than None; None when `timeout_s` is over.
-    What `check` raises passes through. The last call is made at the deadline, not before it."""
+class SteadyClock(RealClock):
+    """Seconds since some moment: for intervals, since no change of the date moves it."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+STEADY = SteadyClock()
+
+
+def until(
+    check: Callable[[], T | None],
+    *,
+    every_s: float,
+    timeout_s: float = math.inf,
+    clock: Clock = STEADY,
+) -> T | None:
+    """Call `check` every `every_s` seconds until it returns something other than None.
+
+    Returns that, or None when `timeout_s` is over; the last call is made at the deadline, not
+    before it. What `check` raises passes through."""
     deadline = clock.now() + timeout_s
     while True:
         found = check()
