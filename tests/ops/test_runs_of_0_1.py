@@ -1,0 +1,105 @@
+"""Runs that milktea 0.1 began, as its users have them on their disks: tests/ops/runs_of_0_1/README.md says what is in there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rig
+from ops import explain, journal
+from ops.fakevast import FakeVast
+from ops.journal import Journal
+from ops.plan import Plan
+from ops.reap import reap
+from ops.run import rent_and_train
+from ops.vast import Provider, Vast
+from ops.wait import RealClock
+
+pytestmark = pytest.mark.timeout(60)
+HERE = Path(__file__).parent / "runs_of_0_1"
+FINISHED, INTERRUPTED = "stub-20261126-141035-f0e0", "stub-20261126-141037-6b74"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the folders under the working directory, where their relative paths lead."""
+    for run_id in (FINISHED, INTERRUPTED):
+        shutil.copytree(HERE / run_id, tmp_path / "runs" / run_id)
+    shutil.copy(HERE / "rows.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return Path("runs")
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeVast]:
+    with rig.Rig(tmp_path / "rig").emulator() as cloud:
+        yield cloud
+        assert cloud.instances() == [], "a box survived the test"
+
+
+class Then(RealClock):
+    """Stands a minute after the run's last line: a run is resumed on its day, within its hours."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._back_s = time.time() - journal.read(folder)[-1].t - 60
+
+    def now(self) -> float:
+        return super().now() - self._back_s
+
+
+def test_their_journals_are_read_line_by_line(runs: Path) -> None:
+    finished, interrupted = journal.read(runs / FINISHED), journal.read(runs / INTERRUPTED)
+    assert [line.n for line in finished] == list(range(16)) and finished[-1].kind == "bill"
+    assert [line.n for line in interrupted] == list(range(10)) and interrupted[-1].kind == "checkpoint"
+    assert Plan.from_line(interrupted[0]).run_id == INTERRUPTED
+    told = "\n".join(explain.explain(finished, time.time()))
+    assert "destroy   absent in 3 spaced reads" in told and "verified: 2 tensors" in told
+
+
+def test_status_tells_where_they_stand(runs: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
+    env |= {"MILKTEA_RUNS": str(runs), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-m", "ops.cli", "status", "--json"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    finished, interrupted = map(json.loads, done.stdout.splitlines())
+    assert (finished["run_id"], finished["stage"], finished["box"]) == (FINISHED, "done", None)
+    assert (interrupted["run_id"], interrupted["stage"], interrupted["step"]) == (INTERRUPTED, "training", 1)
+    assert interrupted["box"] == 33400002
+
+
+def test_resume_goes_on_from_the_checkpoint_that_is_at_home(runs: Path, fake: FakeVast) -> None:
+    folder = runs / INTERRUPTED
+    clock = Then(folder)
+    before = (folder / journal.FILE).read_bytes()
+    with Journal(folder, clock.now) as j:
+        session = rig.client(Plan.from_line(j.lines[0]), j, fake.url, fake.api_key, clock=clock)
+        outcome = rent_and_train(session)
+    assert outcome.adapter_zip.is_file()
+    assert (folder / journal.FILE).read_bytes().startswith(before)
+    kinds = [line.kind for line in journal.read(folder)][10:]
+    assert kinds[:2] == ["destroying", "destroyed"], "the box of then is not there any more"
+    assert kinds.count("rented") == 1 and kinds[-3:] == ["destroying", "destroyed", "bill"]
+    pushed = next(line for line in journal.read(folder)[10:] if line.kind == "pushed")
+    assert pushed["files"] == 4, "data, job, and the two files of the checkpoint"
+
+
+def test_reap_destroys_what_the_interrupted_one_left_and_touches_no_other(runs: Path, fake: FakeVast) -> None:
+    vast = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
+    found, _ = vast.search({}, interruptible=False, disk_gib=16)
+    settings = {"image": rig.IMAGE, "disk_gib": 16, "env": {}, "onstart": "", "bid_usd_per_hour": None}
+    vast.create(found[0].id, label=INTERRUPTED, **settings)
+    before = (runs / FINISHED / journal.FILE).read_bytes()
+    reaped = reap(runs, vast, RealClock(), rig.Silent())
+    assert (reaped.destroyed, reaped.left, reaped.leaked) == ([INTERRUPTED], [], [])
+    assert fake.instances() == []
+    assert (runs / FINISHED / journal.FILE).read_bytes() == before
+    assert journal.read(runs / INTERRUPTED)[-2].kind == "destroyed"
