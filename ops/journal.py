@@ -1,19 +1,18 @@
 """runs/RUN/journal.jsonl: intent before effect, fact after it. Enough to resume, to reap and to explain a run.
 
-A line is ``{"n", "t", "kind", ..., "chain"}``; ``chain`` is the SHA-256 of the previous line's chain and this line without it, so that
-an edit anywhere is found. ``append`` returns after fsync. A last line without its newline (power cut) never happened.
-One client acts at a time: the kernel's lock on ``runs/RUN/lock`` dies with its holder; a client whose journal grew behind its back
-(a copy of the folder on another machine) is fenced at its next line.
+A line is ``{"n", "t", "kind", ...}``. ``append`` returns after fsync, so only a last line can be torn (power cut): it never
+happened, and the next client removes it. Whole but for its newline, it counts, and gets one. Any other line that cannot be read
+is damage. One client acts at a time: the kernel's lock on ``runs/RUN/lock`` dies with its holder; a client whose journal grew
+behind its back (a copy of the folder on another machine) is fenced at its next line.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -39,44 +38,47 @@ class Line:
 
 
 def read(folder: Path) -> list[Line]:
-    """Every whole line, oldest first. Raises JournalError where the chain breaks, or for a newer version's journal."""
-    return [line for line, _, _ in _checked(folder)]
+    """Every whole line, oldest first. Raises JournalError for a line that cannot be read, or a newer version's journal."""
+    return _parsed(folder)[0]
 
 
-def _checked(folder: Path) -> Iterator[tuple[Line, str, int]]:
-    """(line, its chain, byte offset after it) of every whole line."""
+def _parsed(folder: Path) -> tuple[list[Line], bytes]:
+    """(every whole line, the file's bytes that hold them)."""
     path = folder / FILE
     try:
         raw = path.read_bytes()
     except FileNotFoundError as e:
         raise JournalError(f"{path}: no journal there", hint="`milktea status` lists the runs") from e
-    chain, offset = "", 0
-    for n, text in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines()):
-        offset += len(text) + 1
+    texts = raw.split(b"\n")
+    lines: list[Line] = []
+    for n, text in enumerate(texts):
         try:
-            row = json.loads(text)
-            said = row.pop("chain")
-        except (ValueError, KeyError, AttributeError) as e:
-            raise _damaged(path, n + 1) from e
-        chain = _link(chain, row)
-        if said != chain or row.get("n") != n:
-            raise _damaged(path, n + 1)
-        if row.get("version", VERSION) > VERSION:
-            raise JournalError(
-                f"{path}: written by a newer milktea (journal version {row['version']}, this one reads {VERSION})",
-                money="unknown to this version",
-                hint="use the newer milktea for this run",
-            )
-        yield Line(row.pop("n"), row.pop("t"), row.pop("kind"), row), chain, offset
+            lines.append(_line(text, n))
+        except (ValueError, KeyError) as e:
+            if n < len(texts) - 1:
+                raise _damaged(path, n + 1) from e
+            raw = raw.removesuffix(text)  # what follows the last newline: nothing, or a torn line
+    if lines and (version := lines[0].get("version", VERSION)) > VERSION:
+        raise JournalError(
+            f"{path}: written by a newer milktea (journal version {version}, this one reads {VERSION})",
+            money="unknown to this version",
+            hint="use the newer milktea for this run",
+        )
+    return lines, raw
 
 
-def _link(previous: str, row: dict[str, Any]) -> str:
-    return hashlib.sha256((previous + json.dumps(row, sort_keys=True, ensure_ascii=False)).encode()).hexdigest()
+def _line(text: bytes, n: int) -> Line:
+    """Raises ValueError or KeyError for what is not line `n`."""
+    row = json.loads(text)
+    if not isinstance(row, dict) or row.get("n") != n:
+        raise ValueError("not the line that belongs here")
+    row.pop("chain", None)  # 0.1 wrote one
+    return Line(row.pop("n"), row.pop("t"), row.pop("kind"), row)
 
 
 def _damaged(path: Path, line: int) -> JournalError:
     return JournalError(
-        f"{path}:{line}: does not follow from the lines before it: edited, or the disk lost it",
+        f"{path}:{line}: cannot be read as the journal's line {line}: edited, or the disk lost it",
         money="a box of this run may be billing",
         hint=f"`milktea reap` destroys by label whatever {path.parent.name} still has",
     )
@@ -89,7 +91,7 @@ class Journal:
         self.folder = folder
         self._now = now
         self.lines: list[Line] = []
-        self._chain, self._size = "", 0
+        self._size = 0
         self._file: IO[bytes] | None = None
         self._lock: IO[str] | None = None
 
@@ -109,12 +111,14 @@ class Journal:
 
     def _open(self) -> None:
         path = self.folder / FILE
+        whole = b""
         if path.exists():
-            for line, chain, offset in _checked(self.folder):
-                self.lines.append(line)
-                self._chain, self._size = chain, offset
+            self.lines, whole = _parsed(self.folder)
         self._file = open(path, "ab")  # noqa: SIM115 - closed in __exit__
-        self._file.truncate(self._size)  # a torn last line never happened
+        self._file.truncate(len(whole))
+        self._size = len(whole)
+        if whole and not whole.endswith(b"\n"):
+            self._write(b"\n")
         for folder in (self.folder, self.folder.parent):
             _sync_folder(folder)
 
@@ -122,6 +126,13 @@ class Journal:
         for f in (self._file, self._lock):
             if f:
                 f.close()
+
+    def _write(self, text: bytes) -> None:
+        assert self._file is not None, "the journal is open only inside `with`"
+        self._file.write(text)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._size += len(text)
 
     def append(self, kind: str, **data: Any) -> Line:
         """Write one line and return once it is on the disk. Raises JournalError (fenced) if somebody else wrote meanwhile."""
@@ -134,12 +145,7 @@ class Journal:
         row = {"n": len(self.lines), "t": round(self._now(), 3), "kind": kind, **data}
         if not self.lines:
             row["version"] = VERSION
-        self._chain = _link(self._chain, row)
-        text = (json.dumps(row | {"chain": self._chain}, ensure_ascii=False) + "\n").encode()
-        self._file.write(text)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._size += len(text)
+        self._write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         n, t, _ = row.pop("n"), row.pop("t"), row.pop("kind")
         self.lines.append(Line(n, t, kind, row))
         return self.lines[-1]

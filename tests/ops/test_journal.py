@@ -25,39 +25,51 @@ def test_what_was_appended_is_read_back_in_order(tmp_path: Path) -> None:
     assert [(line.n, line.kind, line["value"]) for line in lines] == [(n, "note", n) for n in range(5)]
 
 
-def test_a_second_opening_goes_on_with_the_chain(tmp_path: Path) -> None:
+def test_a_second_opening_goes_on_after_the_last_line(tmp_path: Path) -> None:
     filled(tmp_path / "run", 2)
     filled(tmp_path / "run", 2)
     assert [line.n for line in journal.read(tmp_path / "run")] == [0, 1, 2, 3]
 
 
-def test_every_single_flipped_byte_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [b"", b"{", b"\0" * 40, b"\xff", b"[]", b"null", b'{"n": 1}', b'{"t": 1.0, "kind": "note"}'])
+def test_a_line_in_the_middle_that_cannot_be_read_is_damage(tmp_path: Path, bad: bytes) -> None:
     path = filled(tmp_path / "run", 3) / journal.FILE
-    whole = path.read_bytes()
-    missed = []
-    for at in range(len(whole) - 1):  # the last newline alone makes the last line torn, not wrong
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        try:
-            journal.read(tmp_path / "run")
-            missed.append(at)
-        except (JournalError, UnicodeDecodeError):
-            pass
-    assert missed == []
+    lines = path.read_bytes().splitlines()
+    damaged = b"\n".join([lines[0], bad, lines[2], b""])
+    path.write_bytes(damaged)
+    with pytest.raises(JournalError, match=r"journal\.jsonl:2: cannot be read"):
+        journal.read(tmp_path / "run")
+    with pytest.raises(JournalError), Journal(tmp_path / "run"):
+        pass
+    assert path.read_bytes() == damaged, "what is there is kept for whoever looks into it"
 
 
 def test_a_removed_line_is_found(tmp_path: Path) -> None:
     path = filled(tmp_path / "run") / journal.FILE
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:1] + lines[2:]))
-    with pytest.raises(JournalError, match=r"journal\.jsonl:2: does not follow"):
+    with pytest.raises(JournalError, match=r"journal\.jsonl:2: cannot be read"):
         journal.read(tmp_path / "run")
 
 
 def test_a_torn_last_line_never_happened_and_the_next_append_replaces_it(tmp_path: Path) -> None:
     path = filled(tmp_path / "run", 3) / journal.FILE
-    path.write_bytes(path.read_bytes()[:-7])
+    whole = path.read_bytes()
+    last = len(whole.splitlines()[-1])
+    for left in range(last):
+        path.write_bytes(whole[: len(whole) - 1 - last + left])
+        assert len(journal.read(tmp_path / "run")) == 2, f"{left} bytes of the last line are left"
+    with Journal(tmp_path / "run") as j:
+        j.append("again")
+    assert [line.kind for line in journal.read(tmp_path / "run")] == ["note", "note", "again"]
+
+
+def test_a_last_line_that_lacks_its_newline_alone_counts_and_gets_it(tmp_path: Path) -> None:
+    path = filled(tmp_path / "run", 2) / journal.FILE
+    path.write_bytes(path.read_bytes()[:-1])
     assert len(journal.read(tmp_path / "run")) == 2
     with Journal(tmp_path / "run") as j:
+        assert path.read_bytes().endswith(b"\n")
         j.append("again")
     assert [line.kind for line in journal.read(tmp_path / "run")] == ["note", "note", "again"]
 
@@ -66,7 +78,7 @@ def test_a_newer_versions_journal_is_refused_by_its_number(tmp_path: Path) -> No
     folder = tmp_path / "run"
     folder.mkdir()
     row = {"n": 0, "t": 1.0, "kind": "planned", "version": journal.VERSION + 1}
-    (folder / journal.FILE).write_text(json.dumps(row | {"chain": journal._link("", row)}) + "\n")
+    (folder / journal.FILE).write_text(json.dumps(row) + "\n")
     with pytest.raises(JournalError, match="newer milktea"):
         journal.read(folder)
 
