@@ -128,4 +128,5 @@ class JournalError(MilkteaError):
 
 class BoxLeaked(MilkteaError):
     exit_code = 70
+    money = "it may be billing"
     hint = "run `milktea reap`; if that fails, destroy the instance at https://cloud.vast.ai/instances/"

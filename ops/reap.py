@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ops import journal
-from ops.errors import BoxLeaked, JournalError, MarketError
+from ops.errors import BoxLeaked, JournalError
 from ops.journal import Journal
 from ops.plan import Plan
-from ops.rental import PROOF_S, READS, give_back
+from ops.rental import give_back, until_absent
 from ops.session import Screen, Session, may_have_box
 from ops.vast import Vast
 from ops.wait import Clock
@@ -82,17 +82,8 @@ def _is_held(folder: Path) -> bool:
 
 def _by_label(vast: Vast, clock: Clock, label: str, reaped: Reaped) -> None:
     """Destroy by label alone, without a journal that could be written."""
-    absent = 0
-    for _ in range(30):
-        try:
-            found = vast.instances(label=label)
-            for instance in found:
-                vast.destroy(instance.id)
-            absent = 0 if found else absent + 1
-        except MarketError:
-            absent = 0
-        if absent == READS:
-            reaped.destroyed.append(label)
-            return
-        clock.sleep(PROOF_S * vast.provider.pace)
-    reaped.leaked.append(BoxLeaked(f"LEAKED: label {label} is still listed", money="it may be billing"))
+    try:
+        until_absent(vast, label, clock)
+        reaped.destroyed.append(label)
+    except BoxLeaked as e:
+        reaped.leaked.append(e)

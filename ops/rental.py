@@ -15,9 +15,10 @@ from ops.box import load
 from ops.errors import BoxLeaked, MarketError, MilkteaError, NeverReady, NoAnswer, OfferGone, Preempted, Refused, Unsuitable
 from ops.market import Instance, Offer
 from ops.session import Detached, Session, boot_timeout_s
-from ops.wait import until
+from ops.vast import Vast
+from ops.wait import Clock, until
 
-READS = 3  # absences in a row that prove absence
+READS = 3  # without it, in a row, prove absence
 SETTLE_S = 5.0  # between reads after an unclear create: a new contract may take seconds to be listed
 PROOF_S = 2.0  # between reads after a destroy
 DESTROY_PATIENCE_S = 600.0
@@ -53,7 +54,7 @@ def adopt(session: Session) -> int | None:
     """The instance that an earlier client of this run rented, if it is still listed."""
     if session.journal.last("renting") is None or not session.may_have_box():
         return None
-    found = session.vast.instances(label=session.run_id)
+    found, _ = listed(session.vast, session.run_id, session.clock)
     if not found:
         give_back(session, why="not listed any more")
         return None
@@ -94,16 +95,12 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
 def _settle(session: Session, error: MarketError) -> int:
     """After anything but a clean yes: three spaced reads by label. The id of what exists and is of use, else OfferGone or `error`."""
     session.note("unclear", error=str(error), instance_id=getattr(error, "instance_id", None))
-    for read in range(READS):
-        found = session.vast.instances(label=session.run_id)
-        if found:
-            session.note("rented", instance_id=found[0].id, adopted=True)
-            if len(found) == 1 and found[0].intended_status != "stopped":
-                return found[0].id
-            give_back(session, why="created but not running")
-            break
-        if read < READS - 1:
-            session.clock.sleep(SETTLE_S * session.pace)
+    found, _ = listed(session.vast, session.run_id, session.clock, every_s=SETTLE_S)
+    if found:
+        session.note("rented", instance_id=found[0].id, adopted=True)
+        if len(found) == 1 and found[0].intended_status != "stopped":
+            return found[0].id
+        give_back(session, why="created but not running")
     session.note("absent", reads=READS)
     if isinstance(error, NoAnswer | OfferGone):
         raise OfferGone(str(error)) from error
@@ -180,9 +177,52 @@ def differs(instance: Instance, offer: Offer, disk_gib: float, bid_usd_per_hour:
     return "; ".join(f"{name} is {got}, offered {wanted}" for name, got, wanted, ok in checks if not ok)
 
 
+def listed(vast: Vast, label: str, clock: Clock, *, every_s: float = PROOF_S) -> tuple[list[Instance], list[float]]:
+    """(what has `label`, the unix seconds of each read), by the first read that shows any; nothing after READS reads, `every_s` apart.
+    Raises MarketError when a read fails: the reads before it prove nothing."""
+    reads: list[float] = []
+    while True:
+        found = vast.instances(label=label)
+        reads.append(round(clock.now(), 2))
+        if found or len(reads) == READS:
+            return found, reads
+        clock.sleep(every_s * vast.provider.pace)
+
+
+def until_absent(vast: Vast, label: str, clock: Clock, *, known: int | None = None) -> list[float]:
+    """Destroy instance `known` and everything with `label`, again and again, until READS spaced reads in a row list none; their unix seconds.
+    Raises BoxLeaked without that proof after DESTROY_PATIENCE_S, or at once where vast.ai refuses."""
+    pending = [] if known is None else [known]
+    trouble = ""
+
+    def absent() -> list[float] | None:
+        nonlocal pending, trouble
+        try:
+            for instance_id in pending:
+                vast.destroy(instance_id)
+            found, reads = listed(vast, label, clock)
+        except MilkteaError as e:
+            if isinstance(e, Refused):
+                raise _leaked(label, known, str(e)) from e
+            trouble = str(e)
+            return None
+        pending, trouble = [i.id for i in found], "still listed"
+        return None if found else reads
+
+    pace = vast.provider.pace
+    reads = until(absent, every_s=PROOF_S * pace, timeout_s=DESTROY_PATIENCE_S * pace, clock=clock)
+    if reads is None:
+        raise _leaked(label, known, trouble)
+    return reads
+
+
+def _leaked(label: str, instance_id: int | None, trouble: str) -> BoxLeaked:
+    which = "" if instance_id is None else f" (instance {instance_id})"
+    return BoxLeaked(f"the box of {label}{which} is not proven destroyed: {trouble}")
+
+
 def give_back(session: Session, why: str) -> None:
-    """Destroy everything with this run's label until three spaced reads of all pages show none. Safe to call twice.
-    Raises BoxLeaked after ten minutes without that proof."""
+    """Destroy everything with this run's label until it is proven absent. Safe to call twice. Raises BoxLeaked without that proof."""
     if not session.may_have_box():
         return
     with session.shield:
@@ -192,35 +232,16 @@ def give_back(session: Session, why: str) -> None:
 def _give_back(session: Session, why: str) -> None:
     session.screen.destroying(why)
     session.note("destroying", why=why)
-    started = session.clock.now()
-    reads: list[float] = []
-    trouble = ""
     known = session.instance_id()
-    pending = [known] if known is not None else []
-    while len(reads) < READS:
-        try:
-            for instance_id in pending:
-                session.vast.destroy(instance_id)
-            pending = [i.id for i in session.vast.instances(label=session.run_id)]
-            reads = [] if pending else [*reads, round(session.clock.now(), 2)]
-        except MilkteaError as e:
-            trouble, reads = str(e), []
-            if isinstance(e, Refused) or session.clock.now() - started > DESTROY_PATIENCE_S * session.pace:
-                _leaked(session, trouble)
-        if pending and session.clock.now() - started > DESTROY_PATIENCE_S * session.pace:
-            _leaked(session, trouble or "still listed")
-        if len(reads) < READS:
-            session.clock.sleep(PROOF_S * session.pace)
+    try:
+        reads = until_absent(session.vast, session.run_id, session.clock, known=known)
+    except BoxLeaked as leak:
+        session.note("leaked", instance_id=known, trouble=str(leak))
+        ends = f"its own watchdog ends it within {commands.LEASE_S // 60} minutes of silence"
+        leak.money = f"it may be billing {session.usd_per_hour():.3f} $/h; {ends}"
+        raise
     session.note("destroyed", reads=reads, instance_id=known)
     _bill(session, known)
-
-
-def _leaked(session: Session, trouble: str) -> None:
-    session.note("leaked", instance_id=session.instance_id(), trouble=trouble)
-    raise BoxLeaked(
-        f"LEAKED: the box of {session.run_id} (instance {session.instance_id()}) is not proven destroyed: {trouble}",
-        money=f"it may be billing {session.usd_per_hour():.3f} $/h; its own watchdog ends it within {commands.LEASE_S // 60} minutes of silence",
-    )
 
 
 def _bill(session: Session, instance_id: int | None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +36,7 @@ from ops.offers import Ranking
 from ops.rental import boot, refuse_preempted, rented
 from ops.session import MARGIN_S, Detached, Interrupted, Session
 from ops.transfer import PushFile, sha256_of
+from ops.wait import until
 
 T = TypeVar("T")
 MACHINES = 5  # tried for one run before giving up
@@ -141,19 +141,29 @@ def _push_file(local: Path, remote: str) -> PushFile:
 def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
     """A transfer again and again over broken links, until the box must have ended itself for our silence or at its deadline.
     Raises Lost then, Preempted when it was taken away."""
-    reached = session.clock.now()
     while True:
         try:
             return action()
         except Lost as e:
             session.screen.waiting(f"the link broke ({e}); again")
-            refuse_preempted(session)
-            now = session.clock.now()
-            if now - reached > commands.LEASE_S * session.pace or now > session.dies_at() - MARGIN_S:
+            if not reconnected(session, box):
                 raise
-        with suppress(NeverReady):
+
+
+def reconnected(session: Session, box: Box) -> bool:
+    """Whether the box lets us in again before it must have ended itself. Raises Preempted when it was taken away, HostKeyChanged."""
+
+    def connected() -> bool | None:
+        refuse_preempted(session)
+        if session.clock.now() > session.dies_at() - MARGIN_S:
+            return False
+        try:
             box.connect(deadline_s=60 * session.pace)
-            reached = session.clock.now()
+            return True
+        except NeverReady:
+            return None
+
+    return bool(until(connected, every_s=box.retry_s, timeout_s=commands.LEASE_S * session.pace, clock=session.clock))
 
 
 def launch(session: Session, box: Box) -> None:

@@ -17,7 +17,7 @@ from vastai.api.instances import build_create_instance_payload
 
 from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
 from ops.market import ROWS, Instance, Offer, parse_instance, parse_offer
-from ops.wait import Clock
+from ops.wait import Clock, until
 
 # Least seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429 below them).
 INTERVAL_S = {
@@ -25,6 +25,7 @@ INTERVAL_S = {
     "reboot": 1.0, "logs": 1.0, "charges": 1.0, "user": 0.5,
 }  # fmt: skip
 PATIENCE_S = 60.0  # for a call that may be repeated
+LOG_PATIENCE_S = 10.0  # for a container's log
 PAGE = 25
 
 
@@ -134,14 +135,15 @@ class Vast:
         self._repeat("reboot", "PUT", f"/instances/reboot/{instance_id}/", {})
 
     def container_log(self, instance_id: int, lines: int = 200) -> str:
-        """The container's own log, or "" when vast.ai does not deliver it in about ten seconds. Gone after destroy."""
+        """The container's own log, or "" when vast.ai does not deliver it in LOG_PATIENCE_S. Gone after destroy."""
         reply = self._call("logs", "PUT", f"/instances/request_logs/{instance_id}/", {"tail": str(lines)})
-        for _ in range(20):
-            self._clock.sleep(0.5 * self.provider.pace)
-            answer = requests.get(str(reply.get("result_url")), timeout=10)
-            if answer.status_code == 200:
-                return answer.text
-        return ""
+        url, pace = str(reply.get("result_url")), self.provider.pace
+
+        def delivered() -> str | None:
+            answer = requests.get(url, timeout=10)
+            return answer.text if answer.status_code == 200 else None
+
+        return until(delivered, every_s=0.5 * pace, timeout_s=LOG_PATIENCE_S * pace, clock=self._clock) or ""
 
     def charges(self, instance_id: int, since_unix_s: float) -> list[Charge]:
         """What vast.ai charged for one instance, which is no older than `since_unix_s`. It can lag behind by hours on the real service."""
@@ -162,14 +164,20 @@ class Vast:
 
     def _repeat(self, kind: str, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None) -> dict[str, Any]:
         """A call that is safe to make twice: repeated on 429 and on silence until PATIENCE_S is over."""
-        deadline = self._clock.now() + PATIENCE_S * self.provider.pace
-        while True:
+        pace = self.provider.pace
+        failed: list[MarketError] = []
+
+        def called() -> dict[str, Any] | None:
             try:
                 return self._call(kind, method, path, body, query)
-            except (RateLimited, NoAnswer):
-                if self._clock.now() >= deadline:
-                    raise
-                self._clock.sleep(2.0 * INTERVAL_S[kind] * self.provider.pace)
+            except (RateLimited, NoAnswer) as e:
+                failed.append(e)
+                return None
+
+        reply = until(called, every_s=2.0 * INTERVAL_S[kind] * pace, timeout_s=PATIENCE_S * pace, clock=self._clock)
+        if reply is None:
+            raise failed[-1]
+        return reply
 
     def _call(
         self, kind: str, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None, timeout_s: float = 30

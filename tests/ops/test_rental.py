@@ -1,0 +1,134 @@
+"""Absence and its proof, against the emulator over real HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rig
+from ops.errors import BoxLeaked
+from ops.fakevast import FakeVast
+from ops.journal import Journal
+from ops.rental import DESTROY_PATIENCE_S, PROOF_S, READS, adopt, until_absent
+from ops.vast import Provider, Vast
+from ops.wait import RealClock
+
+LABEL = "stub-20260101-000000-0000"
+EMPTY_LIST = {"where": "list", "what": "reply", "status": 200, "body": {"success": True, "instances": [], "next_token": None}}
+
+
+class Counted(RealClock):
+    """Jumps over what it is told to sleep, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slept: list[float] = []
+
+    def now(self) -> float:
+        return super().now() + sum(self.slept)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(round(seconds, 6))
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> rig.Rig:
+    return rig.Rig(tmp_path)
+
+
+@pytest.fixture
+def fake(own: rig.Rig) -> Iterator[FakeVast]:
+    with own.emulator() as cloud:
+        yield cloud
+        cloud.faults.clear()
+        assert cloud.instances() == [], "a box survived the test"
+
+
+@pytest.fixture
+def clock() -> Counted:
+    return Counted()
+
+
+@pytest.fixture
+def vast(fake: FakeVast, clock: Counted) -> Vast:
+    return Vast(Provider(fake.url, fake.api_key), RealClock())
+
+
+def rent(vast: Vast, label: str = LABEL) -> int:
+    found, _ = vast.search({}, interruptible=False, disk_gib=16)
+    settings: dict[str, Any] = {"image": rig.IMAGE, "disk_gib": 16, "env": {}, "onstart": "", "bid_usd_per_hour": None}
+    return vast.create(found[0].id, label=label, **settings)
+
+
+def asked(fake: FakeVast) -> list[str]:
+    return [r["route"] for r in fake.requests if r["route"] in ("destroy", "list")]
+
+
+def test_absence_is_three_reads_that_lie_apart(fake: FakeVast, vast: Vast, clock: Counted) -> None:
+    rent(vast)
+    reads = until_absent(vast, LABEL, clock)
+    # the first read finds it, then it is destroyed
+    assert asked(fake) == ["list", "destroy", "list", "list", "list"]
+    assert len(reads) == READS and all(b - a >= PROOF_S for a, b in pairwise(reads))
+    assert clock.slept == [PROOF_S] * 3
+
+
+def test_a_known_instance_is_destroyed_before_the_first_read(fake: FakeVast, vast: Vast, clock: Counted) -> None:
+    until_absent(vast, LABEL, clock, known=rent(vast))
+    assert asked(fake) == ["destroy", "list", "list", "list"]
+
+
+def test_a_box_that_comes_back_starts_the_count_again(fake: FakeVast, vast: Vast, clock: Counted) -> None:
+    fake.faults.add(where="destroy", what="resurrect", reads=2)
+    until_absent(vast, LABEL, clock, known=rent(vast))
+    assert asked(fake) == ["destroy", "list", "list", "list", "destroy", "list", "list", "list"]
+
+
+def test_a_read_that_fails_proves_nothing_and_the_count_starts_again(fake: FakeVast, vast: Vast, clock: Counted, monkeypatch: Any) -> None:
+    monkeypatch.setattr("ops.vast.PATIENCE_S", 0.0)  # one attempt a call
+    fake.faults.add(where="list", what="502_before", on_call=3)
+    until_absent(vast, LABEL, clock)
+    assert asked(fake) == ["list"] * 6
+    assert fake.faults.fired
+
+
+def test_what_has_another_label_is_left_alone(fake: FakeVast, vast: Vast, clock: Counted) -> None:
+    other = rent(vast, "somebody-else")
+    until_absent(vast, LABEL, clock)
+    assert [i["id"] for i in fake.instances()] == [other]
+    until_absent(vast, "somebody-else", clock)
+
+
+def test_a_box_that_no_destroy_ends_is_a_leak_after_ten_minutes(fake: FakeVast, vast: Vast, clock: Counted) -> None:
+    number = rent(vast)
+    fake.faults.add(where="destroy", what="ignored", times=None)
+    paced = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
+    began = clock.now()
+    with pytest.raises(BoxLeaked, match=rf"{LABEL} \(instance {number}\) is not proven destroyed: still listed"):
+        until_absent(paced, LABEL, clock, known=number)
+    assert clock.now() - began >= DESTROY_PATIENCE_S * rig.PACE
+    fake.faults.clear()
+    until_absent(paced, LABEL, clock)
+
+
+def test_a_key_that_is_refused_is_a_leak_at_once(fake: FakeVast, clock: Counted) -> None:
+    with pytest.raises(BoxLeaked, match="does not accept the key"):
+        until_absent(Vast(Provider(fake.url, "wrong"), RealClock()), LABEL, clock)
+    assert clock.slept == []
+
+
+def test_one_empty_list_does_not_end_the_box_that_a_run_goes_on_with(own: rig.Rig, fake: FakeVast) -> None:
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as journal:
+        session = rig.client(plan, journal, fake.url, fake.api_key)
+        number = rent(session.vast, plan.run_id)
+        session.note("renting", label=plan.run_id)
+        session.note("rented", instance_id=number)
+        fake.faults.add(EMPTY_LIST)
+        assert adopt(session) == number
+        assert fake.faults.fired == [("list", "reply")]
+        until_absent(session.vast, plan.run_id, session.clock)
