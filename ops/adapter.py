@@ -98,8 +98,7 @@ def verify(path: Path, manifest: Mapping[str, Any], expect: Expect) -> Verified:
 
 
 def _error(what: str) -> AdapterError:
-    money, hint = "the box is kept, with the result on it", "`milktea resume RUN` fetches it again"
-    return AdapterError(what, money=money, hint=hint)
+    return AdapterError(what, hint="`milktea resume RUN` fetches it again")
 
 
 def _check(true: bool, what: str) -> None:

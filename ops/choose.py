@@ -20,13 +20,12 @@ def choose(session: Session, ranking: Ranking) -> Offer:
     gone = {line["offer_id"] for line in session.journal.lines if line.kind == "missed"}
     fresh = [p for p in ranking.accepted if p.offer.machine_id not in tried and p.offer.id not in gone]
     if not fresh:
-        raise none_left(ranking, len(ranking.accepted), session.money())
+        raise none_left(ranking, len(ranking.accepted))
     affordable = [p for p in fresh if p.cost.expected_usd <= session.plan.max_usd - session.spent_usd()]
     if not affordable:
         raise OverBudget(
             f"the cheapest of {len(fresh)} offers would finish this run for {fresh[0].cost.expected_usd:.2f} $, and limits.max_usd leaves "
             f"{session.plan.max_usd - session.spent_usd():.2f} $",
-            money=session.money(),
             hint="raise limits.max_usd, or shorten the training (num_train_epochs, max_steps)",
         )
     best = affordable[0]
@@ -65,13 +64,13 @@ def remaining(session: Session) -> Workload:
     return replace(session.plan.workload, tokens=session.plan.workload.tokens * max(0.0, 1 - checkpoint["step"] / total))
 
 
-def none_left(ranking: Ranking, tried: int, money: str) -> NoOffer:
+def none_left(ranking: Ranking, tried: int) -> NoOffer:
     """The error for a market without an offer for us: which filter keeps most out, or that all were tried."""
     if tried:
-        return NoOffer(f"all {tried} offers that fit were tried", money=money)
+        return NoOffer(f"all {tried} offers that fit were tried")
     if not ranking.rejected:
-        return NoOffer("the market has no offer for these needs at all", money=money, hint="relax [offer]: gpu_name, countries, num_gpus")
-    return NoOffer(f"none of {len(ranking.rejected)} offers fits: {ranking.advice()}", money=money)
+        return NoOffer("the market has no offer for these needs at all", hint="relax [offer]: gpu_name, countries, num_gpus")
+    return NoOffer(f"none of {len(ranking.rejected)} offers fits: {ranking.advice()}")
 
 
 def bad_machines(root: Path, now: float) -> dict[int, float]:

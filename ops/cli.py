@@ -71,7 +71,7 @@ def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
         (runs() / done.run_id).rmdir()  # nothing is begun
         ranking = rank(found_offers(vast, done.needs), done.needs, done.workload, bad_machines(runs(), time.time()))
         if not ranking.accepted:
-            raise none_left(ranking, 0, "nothing was spent")
+            raise none_left(ranking, 0)
         screen.plan(done, ranking, vast.credit_usd())
 
 
@@ -215,7 +215,7 @@ def _show_plan(session: Session) -> Ranking:
 
     ranking = search(session)
     if not ranking.accepted:
-        raise none_left(ranking, 0, session.money())
+        raise none_left(ranking, 0)
     session.screen.plan(session.plan, ranking, session.vast.credit_usd())
     return ranking
 

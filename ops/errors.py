@@ -30,7 +30,10 @@ from __future__ import annotations
 
 
 class MilkteaError(Exception):
-    """`money` says what is or is not being billed; `hint` is what to type or edit next."""
+    """`money` says what is or is not being billed; `hint` is what to type or edit next.
+
+    A raise that knows more of the money than its class says it. Where none did, the meter is filled
+    in when the error leaves the run (`ops.session.metered`): by then the box is gone."""
 
     exit_code = 1
     money = "nothing was spent"
@@ -43,6 +46,10 @@ class MilkteaError(Exception):
         if hint is not None:
             self.hint = hint
 
+    def fill_in_money(self, money: str) -> None:
+        """Say `money` unless the raise, or an earlier call, said it."""
+        vars(self).setdefault("money", money)
+
 
 class ConfigError(MilkteaError):
     exit_code = 2
@@ -54,7 +61,23 @@ class PreflightError(MilkteaError):
 
 
 class MarketError(MilkteaError):
+    """`code` is vast.ai's own word for a refusal, "" without one; `instance_id` the contract that a
+    reply names although it says no."""
+
     exit_code = 4
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        code: str = "",
+        instance_id: int | None = None,
+        money: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what, money=money, hint=hint)
+        self.code = code
+        self.instance_id = instance_id
 
 
 class NoOffer(MarketError):
@@ -74,6 +97,7 @@ class RateLimited(MarketError):
 
 
 class NoAnswer(MarketError):
+    money = "unknown"
     hint = "run `milktea reap`: it lists by label what exists and destroys it"
 
 
@@ -120,6 +144,7 @@ class OverBudget(TrainingError):
 
 class AdapterError(MilkteaError):
     exit_code = 7
+    money = "the box is kept, with the result on it"
 
 
 class JournalError(MilkteaError):

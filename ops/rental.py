@@ -94,7 +94,7 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
 
 def _settle(session: Session, error: MarketError) -> int:
     """After anything but a clean yes: three spaced reads by label. The id of what exists and is of use, else OfferGone or `error`."""
-    session.note("unclear", error=str(error), instance_id=getattr(error, "instance_id", None))
+    session.note("unclear", error=str(error), instance_id=error.instance_id)
     found, _ = listed(session.vast, session.run_id, session.clock, every_s=SETTLE_S)
     if found:
         session.note("rented", instance_id=found[0].id, adopted=True)
@@ -120,35 +120,35 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
         waited = session.clock.now() - began
         if now is None:
             if waited > UNSEEN_PATIENCE_S:
-                raise NeverReady(f"instance {instance_id} is not to be seen {waited:.0f} s after it was rented", money=session.money())
+                raise NeverReady(f"instance {instance_id} is not to be seen {waited:.0f} s after it was rented")
             return None
         session.screen.booting(now, waited)
         _refuse_fatal(session, now)
         if now.status in ("offline", "unknown"):
             sick_since.append(session.clock.now())
             if session.clock.now() - sick_since[0] > SICK_PATIENCE_S * session.pace:
-                raise NeverReady(f"machine {now.machine_id} is {now.status}", money=session.money())
+                raise NeverReady(f"machine {now.machine_id} is {now.status}")
             return None
         sick_since.clear()
         return now if now.status == "running" and (now.direct_port or now.ssh_port) else None
 
     running = until(look, every_s=2.0 * session.pace, timeout_s=timeout_s, clock=session.clock)
     if running is None:
-        raise NeverReady(f"machine {offer.machine_id} did not boot within {timeout_s:.0f} s", money=session.money())
+        raise NeverReady(f"machine {offer.machine_id} did not boot within {timeout_s:.0f} s")
     why = differs(running, offer, session.plan.needs.disk_gib, session.bid(offer))
     if why:
-        raise Unsuitable(f"instance {running.id} is not what was offered: {why}", money=session.money())
+        raise Unsuitable(f"instance {running.id} is not what was offered: {why}")
     session.note("booted", instance_id=running.id, seconds=round(session.clock.now() - began, 2))
     return running
 
 
 def _refuse_fatal(session: Session, now: Instance) -> None:
     if now.outbid:
-        raise Preempted(f"instance {now.id} was outbid, or the credit ran out", money=session.money())
+        raise Preempted(f"instance {now.id} was outbid, or the credit ran out")
     message = now.status_msg.lower()
     word = next((w for w in FATAL_WORDS if w in message), None)
     if now.status == "exited" or word:
-        raise NeverReady(f"machine {now.machine_id} cannot start: {now.status} {now.status_msg.strip()[:200]}", money=session.money())
+        raise NeverReady(f"machine {now.machine_id} cannot start: {now.status} {now.status_msg.strip()[:200]}")
 
 
 def refuse_preempted(session: Session) -> None:
@@ -161,7 +161,7 @@ def refuse_preempted(session: Session) -> None:
     if now is None or now.outbid or now.status in ("exited", "stopped"):
         state = f"{now.status} {now.status_msg.strip()[:100]}" if now else "not there any more"
         session.note("preempted", instance_id=instance_id, state=state)
-        raise Preempted(f"instance {instance_id} is {state}", money=session.money())
+        raise Preempted(f"instance {instance_id} is {state}")
 
 
 def differs(instance: Instance, offer: Offer, disk_gib: float, bid_usd_per_hour: float | None) -> str:

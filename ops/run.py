@@ -34,7 +34,7 @@ from ops.follow import follow, newest_checkpoint, pull_folder
 from ops.market import Instance, Offer
 from ops.offers import Ranking
 from ops.rental import boot, refuse_preempted, rented
-from ops.session import MARGIN_S, Detached, Interrupted, Session
+from ops.session import MARGIN_S, Detached, Interrupted, Session, metered
 from ops.transfer import PushFile, sha256_of
 from ops.wait import until
 
@@ -52,6 +52,7 @@ class Outcome:
     spent_usd: float
 
 
+@metered
 def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
     """The main job; `seen` is the market as the user has just seen it. Returns once a verified adapter is at home and no box of this run
     exists; raises otherwise, with the same guarantee about the box, or BoxLeaked, or Detached."""
@@ -65,7 +66,7 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
                 return pull(session, box)
         except (BoxError, OfferGone, RateLimited) as e:
             remember_bad(session, offer, e)
-    raise NoOffer(f"{MACHINES} machines were tried and none carried the run through", money=session.money())
+    raise NoOffer(f"{MACHINES} machines were tried and none carried the run through")
 
 
 def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
@@ -107,10 +108,10 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
         box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.pace, on_try=told)
     armed = box.run(commands.ready(session.run_id))
     if "armed" not in armed.stdout:
-        raise Unsuitable(f"the box did not arm its watchdog: {armed.stderr[-300:]}", money=session.money())
+        raise Unsuitable(f"the box did not arm its watchdog: {armed.stderr[-300:]}")
     why = facts.unsuitable(facts.parse(box.run(facts.SCRIPT).stdout), facts.Expected.of(offer, session.plan.needs))
     if why:
-        raise Unsuitable(f"machine {offer.machine_id} is not what was offered: {why}", money=session.money())
+        raise Unsuitable(f"machine {offer.machine_id} is not what was offered: {why}")
     session.note("connected", instance_id=instance.id, via=box.endpoint.kind if box.endpoint else None, seconds=round(session.clock.now() - began, 2))
     return box
 
@@ -174,7 +175,7 @@ def launch(session: Session, box: Box) -> None:
         events.rename(events.with_name(f"events.{len(session.journal.lines)}.jsonl"))
     answer = box.run(commands.launch(session.run_id, session.plan.trainer))
     if answer.exit_code != 0:
-        raise Lost(f"the training could not be started: {answer.stderr[-300:]}", money=session.money())
+        raise Lost(f"the training could not be started: {answer.stderr[-300:]}")
     session.note("launched", state=answer.stdout.strip().splitlines()[-1])
 
 
@@ -190,10 +191,10 @@ def watch(session: Session, box: Box) -> None:
                 box.run(commands.detach(session.dies_at() - session.clock.now()))
                 raise Detached from None
             if answer == "destroy":
-                raise Failed("stopped by you; the box is destroyed", money=session.money(), hint="") from None
+                raise Failed("stopped by you; the box is destroyed", hint="") from None
             fetch_newest(session, box)
-            raise Failed("stopped by you; the newest checkpoint is at home", money=session.money(),
-                         hint=f"`milktea resume {session.run_id}` goes on from it") from None  # fmt: skip
+            hint = f"`milktea resume {session.run_id}` goes on from it"
+            raise Failed("stopped by you; the newest checkpoint is at home", hint=hint) from None
         except (OverBudget, Stalled, Failed):
             fetch_newest(session, box)
             raise
@@ -263,5 +264,5 @@ def _fetch(session: Session, box: Box, folder: str, staging: Path) -> adapter.Ve
     except Lost:
         raise
     except (ValueError, KeyError, TypeError, BoxError) as e:
-        raise AdapterError(f"the result cannot be fetched whole: {e}", money=session.money()) from e
+        raise AdapterError(f"the result cannot be fetched whole: {e}") from e
     return adapter.verify(staging / "adapter.zip", manifest, adapter.Expect.of(session.plan.wire_job))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from ops import cost
 from ops.box import Box
 from ops.commands import WATCH_S
 from ops.cost import Cost
-from ops.errors import OverBudget
+from ops.errors import MilkteaError, OverBudget
 from ops.journal import Journal, Line, last
 from ops.market import Instance, Offer
 from ops.offers import Ranking, bid_of
@@ -20,6 +21,8 @@ from ops.vast import Vast
 from ops.wait import Clock
 from trainer.events import Event
 
+P = ParamSpec("P")
+R = TypeVar("R")
 MARGIN_S = 60.0  # before the box's own deadline, in which the laptop fetches what there is
 
 
@@ -144,8 +147,8 @@ class Session:
         if left_s < 2 * MARGIN_S:
             raise OverBudget(
                 f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: too few for another machine",
-                money=self.money(), hint="raise limits.max_usd or limits.max_hours in the job file and run it again",
-            )  # fmt: skip
+                hint="raise limits.max_usd or limits.max_hours in the job file and run it again",
+            )
         return left_s
 
     def dies_at(self) -> float:
@@ -154,6 +157,20 @@ class Session:
         rent = self.journal.last("renting")
         assert line is not None and rent is not None, "nothing was rented yet"
         return line.t + rent["max_s"]
+
+
+def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """`act`; an error that leaves it says what the run has spent, unless its raise knew more of the money."""
+
+    @wraps(act)
+    def wrapper(session: Session, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return act(session, *args, **kwargs)
+        except MilkteaError as e:
+            e.fill_in_money(session.money())
+            raise
+
+    return wrapper
 
 
 def boot_timeout_s(predicted: Cost) -> float:

@@ -97,7 +97,7 @@ class Vast:
         while True:
             page = self._repeat("list", "GET", "/api/v1/instances/", query=query)
             if not isinstance(page.get("instances"), list):
-                raise NoAnswer(f"vast.ai's list of instances has no list in it: {str(page)[:200]}", money="unknown")
+                raise NoAnswer(f"vast.ai's list of instances has no list in it: {str(page)[:200]}")
             rows += page["instances"]
             if not page.get("next_token"):
                 break
@@ -107,7 +107,7 @@ class Vast:
         try:
             return [parse_instance(row) for row in rows]
         except (ValueError, KeyError, TypeError) as e:
-            raise NoAnswer(f"vast.ai listed an instance that cannot be read: {e}", money="unknown") from e
+            raise NoAnswer(f"vast.ai listed an instance that cannot be read: {e}") from e
 
     def instance(self, instance_id: int) -> Instance | None:
         """One instance; None when it does not exist (or is not visible yet)."""
@@ -191,13 +191,13 @@ class Vast:
         except requests.exceptions.JSONDecodeError:
             content = {"msg": reply.text[:200].strip()}
             if reply.ok:
-                raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}, but not in JSON: {content['msg']}", money="unknown") from None
+                raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}, but not in JSON: {content['msg']}") from None
         except requests.RequestException as e:
-            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_short(e)}", money="unknown") from e
+            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_short(e)}") from e
         if reply.status_code == 429:
             raise RateLimited(f"{what}: {_words(content)}")
         if reply.status_code >= 500 and reply.status_code != 501:
-            raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {_words(content)}", money="unknown")
+            raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {_words(content)}")
         if not reply.ok:
             raise _refusal(reply.status_code, content)
         return content if isinstance(content, dict) else {"items": content}
@@ -219,25 +219,25 @@ def provider_from(environ: dict[str, str] | os._Environ[str]) -> Provider | None
 def _refusal(status: int, content: Any) -> MarketError:
     """The error for a reply that says no. `instance_id` is set when the reply names a contract that it created all the same."""
     code, words = (str(content.get("error") or ""), _words(content)) if isinstance(content, dict) else ("", str(content)[:200])
-    if "no_such_ask" in code + words:
-        error: MarketError = OfferGone(f"the offer is gone: {words}")
-    elif code == "auth_error":
-        error = Refused(
-            f"vast.ai does not accept the key: {words}", hint="set VAST_API_KEY to a key from https://cloud.vast.ai/manage-keys/"
-        )
-    elif "credit" in code + words or code == "spend_rate_limit":
-        error = Refused(f"vast.ai refuses for lack of credit: {words}", hint="add credit at https://cloud.vast.ai/billing/")
-    else:
-        error = Refused(f"vast.ai refused ({status}): {words}", hint="`milktea explain RUN` shows what was asked")
-    error.code = code  # type: ignore[attr-defined]
     contract = content.get("new_contract") if isinstance(content, dict) else None
-    error.instance_id = contract if isinstance(contract, int) else None  # type: ignore[attr-defined]
-    return error
+    kind: type[MarketError] = Refused
+    if "no_such_ask" in code + words:
+        kind, what, hint = OfferGone, f"the offer is gone: {words}", None
+    elif code == "auth_error":
+        what = f"vast.ai does not accept the key: {words}"
+        hint = "set VAST_API_KEY to a key from https://cloud.vast.ai/manage-keys/"
+    elif "credit" in code + words or code == "spend_rate_limit":
+        what = f"vast.ai refuses for lack of credit: {words}"
+        hint = "add credit at https://cloud.vast.ai/billing/"
+    else:
+        what = f"vast.ai refused ({status}): {words}"
+        hint = "`milktea explain RUN` shows what was asked"
+    return kind(what, code=code, instance_id=contract if isinstance(contract, int) else None, hint=hint)
 
 
 def _is_gone(e: Refused) -> bool:
     """404 for a wrong key is not 'destroyed': only these codes are."""
-    return getattr(e, "code", "") in ("no_such_instance", "not_found")
+    return e.code in ("no_such_instance", "not_found")
 
 
 def _words(content: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from ops.wait import RealClock
 from trainer import events
 
 pytestmark = pytest.mark.timeout(60)
+METER = re.compile(r"spent 0\.\d{4} \$ of 1\.00 \$")
 
 
 @pytest.fixture
@@ -204,6 +206,7 @@ def test_a_result_that_never_verifies_is_fetched_three_times_and_refused(own: ri
     outcome, lines = run(own, fake)
     assert isinstance(outcome, AdapterError)
     assert kinds(lines).count("bad_result") == 3
+    assert METER.fullmatch(outcome.money), "the box is destroyed by now"
     assert not list((own.folder / "out").glob("*/adapter.zip"))
 
 
@@ -306,6 +309,7 @@ def test_a_destroy_that_cannot_be_proven_is_a_leak_and_the_next_command_finishes
     fake.faults.add(where="destroy", what="ignored", times=None)
     outcome, lines = run(own, fake)
     assert isinstance(outcome, BoxLeaked) and outcome.exit_code == 70
+    assert re.fullmatch(r"it may be billing 0\.\d+ \$/h; its own watchdog ends it within 10 minutes of silence", outcome.money)
     assert "leaked" in kinds(lines)
     fake.faults.clear()
     vast = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
@@ -341,6 +345,7 @@ def test_no_money_for_any_offer_is_said_before_renting(own: rig.Rig, fake: FakeV
     outcome, lines = run(own, fake, max_usd=1e-6)
     assert isinstance(outcome, OverBudget)
     assert "renting" not in kinds(lines)
+    assert outcome.money == "spent 0.0000 $ of 0.00 $"
 
 
 def test_no_offer_names_the_filter_that_keeps_most_out(own: rig.Rig, fake: FakeVast) -> None:
@@ -363,6 +368,7 @@ def test_offers_that_all_vanish_end_in_a_clear_error(own: rig.Rig, fake: FakeVas
     outcome, lines = run(own, fake)
     assert isinstance(outcome, NoOffer | OfferGone)
     assert kinds(lines).count("renting") == 5
+    assert METER.fullmatch(outcome.money)
 
 
 def test_the_second_session_needs_nothing_but_the_run_folder(own: rig.Rig, fake: FakeVast) -> None:
