@@ -261,9 +261,9 @@ def _last_lines(session: Session, outcome: Any, as_json: bool) -> None:
         print(json.dumps({"kind": "done", **facts}))
         return
     screen = session.screen
-    for sample in screen.samples:  # type: ignore[attr-defined]
+    for sample in screen.samples:
         print(f"  {' / '.join(sample.prompt.split(chr(10)))}\n    before: {sample.before}\n    after:  {sample.after}")
-    if (score := screen.score) is not None:  # type: ignore[attr-defined]
+    if (score := screen.score) is not None:
         print(f"held-out exact match: {score.exact_match_before:.1%} before, {score.exact_match_after:.1%} after ({score.rows} rows)")
     line = session.journal.last("rented", "destroyed")
     predicted = session.journal.last("offers")

@@ -186,9 +186,26 @@ def predict(offer: Offer, workload: Workload, bid_usd_per_hour: float | None = N
     risk_usd = breaks * again_usd + (1 + breaks) * dead_boot_usd * p_boot_fails / (1 - p_boot_fails)
     p_finish = (1 - p_boot_fails) * math.exp(-breaks_per_h * running_h)
     predicted = Cost(
-        usd, gpu_usd, disk_usd, inet_down_usd, inet_up_usd, workload.boot_s, pull_s, train_s, transfer_s, hours, p_finish,
-        usd + risk_usd, (), start_s, rate, speed, risk_usd, gb_in, gb_out,
-    )  # fmt: skip
+        usd=usd,
+        gpu_usd=gpu_usd,
+        disk_usd=disk_usd,
+        inet_down_usd=inet_down_usd,
+        inet_up_usd=inet_up_usd,
+        boot_s=workload.boot_s,
+        pull_s=pull_s,
+        train_s=train_s,
+        transfer_s=transfer_s,
+        hours=hours,
+        p_finish=p_finish,
+        expected_usd=usd + risk_usd,
+        lines=(),
+        start_s=start_s,
+        usd_per_hour=rate,
+        tokens_per_s=speed,
+        risk_usd=risk_usd,
+        gb_in=gb_in,
+        gb_out=gb_out,
+    )
     return replace(predicted, lines=_arithmetic(offer, workload, predicted))
 
 
@@ -265,7 +282,8 @@ def _breaks_per_hour(offer: Offer, bid: float | None) -> float:
     host = -math.log(max(offer.reliability, 0.5)) / _RELIABLE_FOR_H
     if bid is None or offer.min_bid_usd_per_hour <= 0:
         return host
-    return host + _OUTBID_PER_H * 0.5 ** ((bid / offer.min_bid_usd_per_hour - 1.2) / 0.2)
+    over = (bid / offer.min_bid_usd_per_hour - 1.2) / 0.2
+    return host + _OUTBID_PER_H * math.pow(0.5, over)
 
 
 def _disk_speed(offer: Offer) -> float:

@@ -13,11 +13,7 @@ from typing import Any
 
 from ops import cost, gpus
 from ops.cost import Cost, Workload
-from ops.market import ROWS, Instance, Offer, number, parse_instance, parse_offer
-
-__all__ = [
-    "Instance", "Needs", "Offer", "Priced", "Ranking", "number", "parse_instance", "parse_offer", "penalty", "query", "rank",
-]  # fmt: skip
+from ops.market import ROWS, Offer
 
 _MEMORY_SLACK = 0.99  # an "80 GB" H100 reports 79.6 GiB, a "24 GB" RTX 4090 reports 23.99
 _SERVER_SLACK = 0.95  # the server filters generously, so that a rounding there loses nothing

@@ -9,7 +9,6 @@ import secrets
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from ops import gpus
 from ops.config import JobFile
@@ -209,7 +208,9 @@ def _workload(job: JobFile, lengths: list[int], shape: memory.Shape | None, push
     tokens = sum(lengths) * job.training.num_train_epochs * share
     local = Path(job.model.base).is_dir()
     parameters = float(memory.parameters(shape)) if shape else 7e9
-    adapter = memory.adapter_parameters(shape, job.lora.r, _targets(job)) * 4.0 if shape and job.training.method == "lora" else parameters * 4
+    adapter = parameters * 4
+    if shape and job.training.method == "lora":
+        adapter = memory.adapter_parameters(shape, job.lora.r, job.lora.target_modules) * 4.0
     image_bytes = job.image.size_gib * 2**30
     pushed = float(sum(p.local.stat().st_size for p in pushes))
     download = 0.0 if local else parameters * 2
@@ -217,28 +218,33 @@ def _workload(job: JobFile, lengths: list[int], shape: memory.Shape | None, push
         10, math.ceil((image_bytes * IMAGE_UNPACKED + 1.1 * (download + pushed) + 6 * adapter) / 2**30 + SYSTEM_GIB)
     )
     return Workload(
-        tokens=tokens, model_parameters=parameters, precision=job.model.precision, num_gpus=job.offer.num_gpus, image_bytes=image_bytes,
-        model_download_bytes=download, push_bytes=pushed, pull_bytes=adapter, disk_gib=float(disk), cpu_practice=parameters < 2e7, shape=shape,
-        method=_method(job), trainable_layers=job.training.freeze_trainable_layers, r=job.lora.r, target_modules=_targets(job),
+        tokens=tokens,
+        model_parameters=parameters,
+        precision=job.model.precision,
+        num_gpus=job.offer.num_gpus,
+        image_bytes=image_bytes,
+        model_download_bytes=download,
+        push_bytes=pushed,
+        pull_bytes=adapter,
+        disk_gib=float(disk),
+        cpu_practice=parameters < 2e7,
+        shape=shape,
+        method=memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout),
+        trainable_layers=job.training.freeze_trainable_layers,
+        r=job.lora.r,
+        target_modules=job.lora.target_modules,
         least_tokens=max(lengths),
-        row_tokens=sum(n * n for n in lengths) / sum(lengths), checkpoint_bytes=3 * adapter,
+        row_tokens=sum(n * n for n in lengths) / sum(lengths),
+        checkpoint_bytes=3 * adapter,
         save_every_s=job.training.save_every_s,
-    )  # fmt: skip
-
-
-def _method(job: JobFile) -> str:
-    return memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout)
-
-
-def _targets(job: JobFile) -> Any:
-    return job.lora.target_modules
+    )
 
 
 def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
     least = 0.0
     if shape:
         least = memory.min_gpu_memory_gib(
-            shape, job.model.precision, job.lora.r, _targets(job), workload.method, workload.least_tokens,
+            shape, job.model.precision, job.lora.r, job.lora.target_modules, workload.method, workload.least_tokens,
             processes=job.offer.num_gpus, trainable_layers=workload.trainable_layers,
         ) / DRIVER_SHARE  # fmt: skip
         _refuse_cards_too_small(job, least)

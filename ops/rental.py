@@ -83,7 +83,7 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
             disk_gib=session.plan.needs.disk_gib,
             label=session.run_id,
             env=commands.environment(session.vast.provider.url, allowed_s),
-            onstart=commands.onstart(session.public_key),
+            onstart=commands.onstart(session.make_key()),
             bid_usd_per_hour=session.bid(offer),
         )
     except MarketError as e:
@@ -109,7 +109,7 @@ def _settle(session: Session, error: MarketError) -> int:
 
 def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     """Wait until it runs and lets us at its ports. Raises NeverReady (fatal status, deadline), Preempted, Unsuitable."""
-    session.vast.attach_key(instance_id, session.public_key)
+    session.vast.attach_key(instance_id, session.make_key())
     timeout_s = boot_timeout_s(session.predicted(offer))
     began = session.clock.now()
     load()

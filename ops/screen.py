@@ -118,6 +118,10 @@ class Terminal:
 class JsonLines:
     """The same facts for a program: every journal line and every training event, one JSON object a line."""
 
+    def __init__(self) -> None:
+        self.samples: list[events.Sample] = []  # both are told as they come
+        self.score: events.Score | None = None
+
     def _out(self, kind: str, **data: Any) -> None:
         sys.stdout.write(json.dumps({"kind": kind, **data}, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()

@@ -19,7 +19,7 @@ from ops.offers import Ranking, bid_of
 from ops.plan import Plan
 from ops.vast import Vast
 from ops.wait import Clock
-from trainer.events import Event
+from trainer.events import Event, Sample, Score
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,6 +67,9 @@ class Shield:
 class Screen(Protocol):
     """Where a run is told to people. Every method returns at once and never raises."""
 
+    samples: list[Sample]  # the trainer's answers before and after
+    score: Score | None  # on the held-out rows
+
     def line(self, line: Line) -> None: ...
     def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None: ...
     def booting(self, instance: Instance, waited_s: float) -> None: ...
@@ -85,11 +88,14 @@ class Session:
         self.pace = vast.provider.pace
         self.shield = Shield()
         self.key_path = journal.folder / "id_ed25519"  # of this run alone
-        self.public_key = Box.make_key(self.key_path)
 
     @property
     def run_id(self) -> str:
         return self.plan.run_id
+
+    def make_key(self) -> str:
+        """Write the run's key unless it is there, and return its public line."""
+        return Box.make_key(self.key_path)
 
     @property
     def known_hosts(self) -> Path:
@@ -156,14 +162,14 @@ class Session:
         line = self.journal.last("booted") or self.journal.last("renting")
         rent = self.journal.last("renting")
         assert line is not None and rent is not None, "nothing was rented yet"
-        return line.t + rent["max_s"]
+        return line.t + float(rent["max_s"])
 
 
 def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
     """`act`; an error that leaves it says what the run has spent, unless its raise knew more of the money."""
 
     @wraps(act)
-    def wrapper(session: Session, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return act(session, *args, **kwargs)
         except MilkteaError as e:

@@ -124,6 +124,8 @@ class Silent:
     def __init__(self, choice: str = "fetch") -> None:
         self.told: list[str] = []
         self.choice = choice
+        self.samples: list[Any] = []
+        self.score = None
 
     def line(self, line: Any) -> None:
         self.told.append(line.kind)

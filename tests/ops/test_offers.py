@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops import gpus, offers
+from ops import gpus, market, offers
 from ops.cost import Workload
-from ops.offers import Needs, Offer
+from ops.market import Offer
+from ops.offers import Needs
 from trainer.memory import Shape, min_gpu_memory_gib
 
 # The shape of a live row (market of July 2025), with a verified machine's values where it had none.
@@ -41,11 +42,11 @@ NEEDS = Needs(disk_gib=60)
 
 
 def offer(**changed: Any) -> Offer:
-    return replace(offers.parse_offer(ROW), **changed)
+    return replace(market.parse_offer(ROW), **changed)
 
 
 def test_a_live_row_is_read_in_our_units() -> None:
-    got = offers.parse_offer(ROW)
+    got = market.parse_offer(ROW)
     assert (got.id, got.machine_id, got.gpu_name, got.num_gpus) == (21348645, 37228, "RTX 5090", 1)
     assert got.gpu_memory_gib == pytest.approx(31.84, abs=0.01)
     assert got.cpu_ram_gib == pytest.approx(62.25, abs=0.01)
@@ -57,11 +58,11 @@ def test_a_live_row_is_read_in_our_units() -> None:
 
 def test_numbers_that_arrive_as_strings_are_numbers() -> None:
     as_text = {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in ROW.items()}
-    assert offers.parse_offer(as_text) == offers.parse_offer(ROW)
+    assert market.parse_offer(as_text) == market.parse_offer(ROW)
 
 
 def test_the_price_without_disk_is_found_when_only_the_total_is_there() -> None:
-    assert offers.parse_offer(ROW | {"dph_base": None}).usd_per_hour == pytest.approx(0.36)
+    assert market.parse_offer(ROW | {"dph_base": None}).usd_per_hour == pytest.approx(0.36)
 
 
 PLACES = [("Ontario, CA", "CA"), (", de", "DE"), ("US", "US"), ("Atlantis", ""), (None, "")]
@@ -80,52 +81,52 @@ NULLABLE = [
 
 @pytest.mark.parametrize(("place", "country"), PLACES)
 def test_a_place_becomes_its_country_code(place: str | None, country: str) -> None:
-    assert offers.parse_offer(ROW | {"geolocation": place}).country == country
+    assert market.parse_offer(ROW | {"geolocation": place}).country == country
 
 
 @pytest.mark.parametrize("key", PRICED_BY)
 def test_an_offer_without_what_its_price_or_size_rests_on_is_refused_by_name(key: str) -> None:
     with pytest.raises(ValueError, match=key):
-        offers.parse_offer(ROW | {key: None})
+        market.parse_offer(ROW | {key: None})
 
 
 @pytest.mark.parametrize("value", ["soon", True, float("nan"), [], {}])
 def test_a_number_that_is_none_is_refused_by_name(value: object) -> None:
     with pytest.raises(ValueError, match="gpu_ram"):
-        offers.parse_offer(ROW | {"gpu_ram": value})
+        market.parse_offer(ROW | {"gpu_ram": value})
 
 
 @pytest.mark.parametrize("key", NULLABLE)
 def test_what_vast_leaves_null_never_looks_like_a_good_value(key: str) -> None:
     needs = replace(NEEDS, min_direct_ports=1)
-    assert offers.rank([offers.parse_offer(ROW)], needs, WORK).accepted
-    assert not offers.rank([offers.parse_offer(ROW | {key: None})], needs, WORK).accepted
+    assert offers.rank([market.parse_offer(ROW)], needs, WORK).accepted
+    assert not offers.rank([market.parse_offer(ROW | {key: None})], needs, WORK).accepted
 
 
 def test_a_running_instance_gives_both_ways_to_reach_it() -> None:
-    got = offers.parse_instance(INSTANCE)
+    got = market.parse_instance(INSTANCE)
     assert (got.ssh_host, got.ssh_port, got.direct_host, got.direct_port) == ("ssh5.vast.ai", 12296, "203.0.113.42", 30022)
     assert (got.label, got.status, got.usd_per_hour, got.end_unix_s) == ("run-1", "running", 0.3675, 1756666345)
 
 
 @pytest.mark.parametrize("ports", [None, {}, {"22/tcp": None}, {"22/tcp": []}, [22]])
 def test_an_instance_without_a_port_map_has_no_direct_port(ports: object) -> None:
-    assert offers.parse_instance(INSTANCE | {"ports": ports}).direct_port is None
+    assert market.parse_instance(INSTANCE | {"ports": ports}).direct_port is None
 
 
 def test_an_instance_that_is_being_provisioned_is_read_although_nearly_all_is_null() -> None:
-    got = offers.parse_instance(dict.fromkeys(INSTANCE) | {"id": 7})
+    got = market.parse_instance(dict.fromkeys(INSTANCE) | {"id": 7})
     assert (got.id, got.status, got.direct_port, got.end_unix_s, got.outbid) == (7, "", None, None, False)
 
 
 def test_an_instance_without_an_id_is_refused() -> None:
     with pytest.raises(ValueError, match="id"):
-        offers.parse_instance(INSTANCE | {"id": None})
+        market.parse_instance(INSTANCE | {"id": None})
 
 
 def test_an_instance_that_was_outbid_says_so() -> None:
     stopped = dict.fromkeys(("cur_state", "intended_status", "next_state"), "stopped")
-    assert offers.parse_instance(INSTANCE | stopped | {"actual_status": "exited"}).outbid
+    assert market.parse_instance(INSTANCE | stopped | {"actual_status": "exited"}).outbid
 
 
 def test_the_query_speaks_vasts_units_and_quotes_the_disk_that_will_be_rented() -> None:
@@ -173,7 +174,7 @@ def test_the_server_never_filters_out_what_we_would_take(changed: dict[str, Any]
         if isinstance(test, dict)
         for op, value in test.items()
     )
-    if offers.rank([offers.parse_offer(row)], needs, WORK).accepted:
+    if offers.rank([market.parse_offer(row)], needs, WORK).accepted:
         assert kept
 
 
@@ -216,7 +217,7 @@ def test_a_card_that_vast_writes_otherwise_than_the_user_is_the_same_card() -> N
 
 @pytest.mark.parametrize(("asked", "reported_mb"), [(24, 24564), (80, 81559), (16, 16376)])
 def test_a_card_passes_for_the_size_on_its_box(asked: int, reported_mb: int) -> None:
-    got = offers.parse_offer(ROW | {"gpu_ram": reported_mb})
+    got = market.parse_offer(ROW | {"gpu_ram": reported_mb})
     assert offers.rank([got], replace(NEEDS, min_gpu_memory_gib=asked), WORK).accepted
 
 

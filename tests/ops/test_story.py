@@ -378,6 +378,7 @@ def test_the_second_session_needs_nothing_but_the_run_folder(own: rig.Rig, fake:
         again = Plan.from_line(j.lines[0])
         assert again == plan
         assert isinstance(rig.client(again, j, fake.url, fake.api_key), Session)
+        assert {p.name for p in j.folder.iterdir()} == {journal.FILE, "lock"}, "a client that is made writes nothing"
 
 
 def test_a_signal_in_the_middle_of_a_journal_line_waits_for_its_end(own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch) -> None:
