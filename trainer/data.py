@@ -14,7 +14,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -143,20 +143,41 @@ def _unreadable(path: Path, name: str) -> Defect | None:
     return None
 
 
+def _texts(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    )
+
+
+_ENTRY: dict[str, Callable[[Any], bool]] = {  # what an entry of dataset_info.json holds
+    "file_name": lambda value: isinstance(value, str),
+    "columns": _texts,
+    "tags": _texts,
+    "num_samples": lambda value: value is None or (type(value) is int and value >= 0),
+}
+
+
 def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Source]:
     """LLaMA-Factory's registry: file name -> how to read it."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(entries, dict):
+            raise ValueError("an object of data sets was due")
+    except (OSError, ValueError, RecursionError) as error:
         line, column = (error.lineno, error.colno) if isinstance(error, json.JSONDecodeError) else (1, 1)
         defects.append(Defect(name, line, column, "", f"not a dataset_info.json ({error})", "mend the file"))
         return {}
     found = {}
     for key, entry in entries.items():
-        if "file_name" not in entry:
+        if not isinstance(entry, dict) or "file_name" not in entry:
             continue  # an entry for a hub data set: nothing local to read
+        wrong = [k for k, sound in _ENTRY.items() if not sound(entry.get(k))]
+        if wrong:
+            fix = "write the entry as LLaMA-Factory does"
+            defects.append(Defect(name, 1, 1, _shown(key), f"{wrong[0]} is of another kind", fix))
+            continue
         file = path.parent / entry["file_name"]
-        columns, tags = entry.get("columns", {}), entry.get("tags", {})
+        columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
         if entry.get("ranking") or "kto_tag" in columns:
             if file.is_file():
                 defects.append(

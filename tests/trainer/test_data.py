@@ -265,6 +265,38 @@ def test_dataset_info_of_llama_factory_is_followed_as_it_is(tmp_path: Path) -> N
     assert [r.where for r in again] == ["talk.json:1"]
 
 
+ODD_INFO = {
+    "a list": "[1]",
+    "too deep": "[" * 100_000,
+    "cut short": '{"mine": {',
+    "not UTF-8": '{"mine": "\udcff"}',
+    "a number for the file": '{"mine": {"file_name": 3}}',
+    "a list for columns": '{"mine": {"file_name": "mine.json", "columns": ["a"]}}',
+    "a list for a tag": '{"mine": {"file_name": "mine.json", "tags": {"user_tag": ["a"]}}}',
+    "a text for a count": '{"mine": {"file_name": "mine.json", "num_samples": "ten"}}',
+    "a negative count": '{"mine": {"file_name": "mine.json", "num_samples": -1}}',
+    "texts for entries": '{"mine": "file_name", "citation": ""}',
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ODD_INFO))
+def test_a_dataset_info_that_cannot_be_followed_is_a_defect(tmp_path: Path, kind: str) -> None:
+    info = tmp_path / "dataset_info.json"
+    info.write_text(ODD_INFO[kind], encoding="utf-8", errors="surrogateescape")
+    (tmp_path / "mine.json").write_text(json.dumps([row(1)]))
+    rows, defects = read_rows([info])
+    assert rows == [] and defects and all(d.file == "dataset_info.json" for d in defects)
+
+
+def test_a_dataset_info_with_a_byte_order_mark_and_nulls_is_followed(tmp_path: Path) -> None:
+    entry = {"file_name": "mine.json", "columns": None, "tags": None, "num_samples": 1}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}), encoding="utf-8-sig")
+    (tmp_path / "mine.json").write_text(json.dumps([row(1), row(2)]))
+    rows, defects = read_rows([tmp_path / "dataset_info.json"])
+    assert len(rows) == 1 and defects == []
+    assert check_files([tmp_path / "dataset_info.json"]).rows == 1
+
+
 def test_rows_know_their_line_in_a_pretty_printed_array(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(pretty([text_of(row(n)) for n in range(50)]))
