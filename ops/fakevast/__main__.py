@@ -28,6 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--faults", type=Path, metavar="FILE", help="JSON list of faults, see ops/fakevast/faults.py")
     parser.add_argument("--docker", action="store_true", help="boxes are containers of the image that is asked for")
     parser.add_argument("--share", action="append", default=[], metavar="PATH", help="a path of this machine that boxes may reach over SFTP too")
+    parser.add_argument("--v0-list", action="store_true", help="GET /api/v0/instances/ lists instead of answering 410")
     parser.add_argument("--rate-limits", action=argparse.BooleanOptionalAction, default=True, help="vast.ai's least intervals between calls")
     return parser.parse_args()
 
@@ -82,7 +83,7 @@ async def serve(
     from ops.fakevast.server import Emulator
 
     sizes = {glob: int(float(size)) for glob, _, size in (item.rpartition("=") for item in options.image_bytes)}
-    settings = Settings(boot_s=options.boot_s, credit_usd=options.credit_usd, image_bytes=sizes)
+    settings = Settings(boot_s=options.boot_s, credit_usd=options.credit_usd, image_bytes=sizes, v0_list=options.v0_list)
     cloud = Cloud(settings=settings, market=market, api_key=key)
     restore(cloud, state)
     for fault in faults:

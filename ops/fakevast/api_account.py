@@ -76,10 +76,6 @@ def invoices(call: Call) -> Any:
     return {"invoices": rows, "current": {"charges": spent, "service_fee": 0.0, "total": spent, "credit": call.cloud.credit()}}
 
 
-def earnings(call: Call) -> Any:
-    return {"summary": {}, "username": "maker", "email": "maker@example.com", "per_machine": [], "per_day": [], "current": {}}
-
-
 # ---- SSH keys -------------------------------------------------------------------------------------------------------
 
 
@@ -201,41 +197,9 @@ def ipaddrs(call: Call) -> Any:
     return {"success": True, "results": [{"ip": "127.0.0.1", "first_seen": call.emulator.started_at, "first_location": None}]}
 
 
-def subaccounts(call: Call) -> Any:
-    return {"success": True, "users": []}
-
-
-def audit_logs(call: Call) -> Any:
-    return []
-
-
-def scheduled_jobs(call: Call) -> Any:
-    return []
-
-
-def tfa_status(call: Call) -> Any:
-    return {"success": True, "tfa_enabled": False, "methods": [], "backup_codes_remaining": 0}
-
-
 def templates(call: Call) -> Any:
     return {"success": True, "templates": [], "templates_found": 0}
 
 
-def machines(call: Call) -> Any:
-    return {"success": True, "machines": []}
-
-
-def endptjobs(call: Call) -> Any:
-    return {"success": True, "results": []}
-
-
-def workergroups(call: Call) -> Any:
-    return {"success": True, "results": []}
-
-
 def volumes(call: Call) -> Any:
     return {"success": True, "volumes": []}
-
-
-def cloud_integrations(call: Call) -> Any:
-    return {"success": True, "integrations": []}

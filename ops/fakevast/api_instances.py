@@ -23,10 +23,6 @@ def gpu_names(call: Call) -> Any:
     return {"success": True, "gpu_names": sorted(CARDS)}
 
 
-def gpu_types(call: Call) -> Any:
-    return {"success": True, "gpu_types": [{"name": name, "gpu_ram": card[0]} for name, card in CARDS.items()]}
-
-
 def search(call: Call) -> Any:
     return {"offers": call.cloud.search(call.json)}
 
@@ -51,16 +47,6 @@ def create(call: Call) -> Any:
     return reply
 
 
-def create_bulk(call: Call) -> Any:
-    replies = []
-    for ask_id in call.json.get("ids") or []:
-        try:
-            replies.append(call.cloud.create(int(ask_id), call.json, call.key) | {"ask_id": ask_id})
-        except Refusal as refusal:
-            replies.append(refusal.body | {"ask_id": ask_id})
-    return {"success": any(reply["success"] for reply in replies), "results": replies}
-
-
 def launch(call: Call) -> Any:
     """Search and create in one call."""
     offers = call.cloud.search(call.json.get("q") or {})
@@ -73,16 +59,15 @@ def launch(call: Call) -> Any:
 
 
 def list_v0(call: Call) -> Any:
+    """The older list, whole: 410 unless `settings.v0_list` (the live service answers it for some accounts)."""
+    if call.cloud.settings.v0_list:
+        return {"instances": _listed(call)}
     raise Refusal(410, "deprecated_endpoint", "/api/v0/instances/ is deprecated. Use /api/v1/instances/ instead.")
 
 
 def list(call: Call) -> Any:
-    """One page. Rows of destroyed instances appear where a fault keeps them, those of new ones may be late."""
-    call.cloud.tick()
-    now = call.cloud.clock.now()
-    rows = [one.row(now) for one in call.cloud.instances.values() if not _late(one, "list")]
-    rows += [_ghost(call, number) for number in [*call.cloud.ghosts] if _haunts(call, number, "list")]
-    rows = [row for row in rows if _matches(row, call.query("select_filters", {}))]
+    """One page of the rows that match."""
+    rows = [row for row in _listed(call) if _matches(row, call.query("select_filters", {}))]
     for rule in reversed(call.query("order_by", [{"col": "id", "dir": "asc"}])):
         rows.sort(key=lambda row: (row.get(rule["col"]) is not None, row.get(rule["col"])), reverse=rule.get("dir") == "desc")
     limit = int(call.query("limit", PAGE))
@@ -96,6 +81,14 @@ def list(call: Call) -> Any:
         "label_counts": dict(Counter(row["label"] for row in rows if row["label"] is not None)),
         "next_token": base64.urlsafe_b64encode(json.dumps({"from": start + limit}).encode()).decode() if rest else None, "instances": page,
     }  # fmt: skip
+
+
+def _listed(call: Call) -> Any:
+    """The rows of a list: those of destroyed instances where a fault keeps them, without new ones that are late."""
+    call.cloud.tick()
+    now = call.cloud.clock.now()
+    rows = [one.row(now) for one in call.cloud.instances.values() if not _late(one, "list")]
+    return rows + [_ghost(call, number) for number in [*call.cloud.ghosts] if _haunts(call, number, "list")]
 
 
 def _from_token(token: str | None) -> int:
@@ -177,10 +170,6 @@ def set_instance(call: Call) -> Any:
     return call.cloud.set_state(instance.id, str(call.json.get("state")), call.key)
 
 
-def set_instances(call: Call) -> Any:
-    return {"success": all(call.cloud.set_state(int(number), str(call.json.get("state")))["success"] for number in call.json.get("ids") or [])}
-
-
 def destroy(call: Call) -> Any:
     number, cloud, fault = call.path["id"], call.cloud, call.fault
     if fault and fault.what in ("ignored", "resurrect"):
@@ -192,12 +181,6 @@ def destroy(call: Call) -> Any:
     if fault and fault.what == "still_listed":
         cloud.ghosts[number] = dict.fromkeys(("list", "show"), int(fault.args.get("reads", 2)))
     return reply
-
-
-def destroy_bulk(call: Call) -> Any:
-    for number in call.json.get("instance_ids") or []:
-        call.cloud.destroy(int(number), call.key)
-    return {"success": True}
 
 
 def reboot(call: Call) -> Any:
@@ -214,14 +197,6 @@ def recycle(call: Call) -> Any:
 
 def change_bid(call: Call) -> Any:
     return call.cloud.change_bid(call.path["id"], call.json.get("price"))
-
-
-def prepay(call: Call) -> Any:
-    call.cloud.get(call.path["id"])
-    amount = float(call.json.get("amount") or 0.0)
-    if amount <= 0 or amount > call.cloud.credit():
-        raise Refusal(411, "insufficient_credit", "Insufficient credit to prepay")
-    return {"success": True, "timescale": 30.0, "discount_rate": 0.1}
 
 
 def update_instance(call: Call) -> Any:
@@ -260,12 +235,3 @@ def command(call: Call) -> Any:
         raise Refusal(400, "invalid_args", "error 400/3310: Invalid args: only ls, rm and du of at most 512 characters")
     output = call.emulator.run_in_box(instance, words)
     return {"success": True, "writeable_path": "/root", "result_url": call.emulator.keep_result(output), "msg": "Command is executing, wait..."}
-
-
-def contracts(call: Call) -> Any:
-    label, ids = call.json.get("label"), call.json.get("contract_ids")
-    both = [*call.cloud.instances.values(), *call.cloud.destroyed.values()]
-    found = [one for one in both if (label is None or one.label == label) and (ids is None or one.id in ids)]
-    return {"success": True, "contracts": [one.row(call.cloud.clock.now()) for one in found]}
-
-

@@ -25,7 +25,11 @@ DELETED_AFTER_END_S = 48 * 3600.0
 
 @dataclass
 class Settings:
-    """How the emulated cloud behaves. `boot_s` None models it: 15 s plus the pull of the image over the machine's link."""
+    """How the emulated cloud behaves.
+
+    `boot_s` None models it: 15 s plus the pull of the image over the machine's link.
+    `v0_list`: `GET /api/v0/instances/` lists as it used to, where it is False it answers 410.
+    """
 
     boot_s: float | None = 2.0
     credit_usd: float = 25.0
@@ -33,6 +37,7 @@ class Settings:
     image_bytes: dict[str, int] = field(default_factory=dict)
     default_image_bytes: int = 3_500_000_000
     key_delay_s: float = 0.0
+    v0_list: bool = False
 
 
 @dataclass

@@ -8,7 +8,7 @@ from ops.fakevast.refusal import Refusal
 
 # route name: seconds between two calls (api-reference/rate-limits-and-errors and x-rate-limit of each OpenAPI file)
 THRESHOLD_S: dict[str, float] = {
-    "create": 4.5, "show": 2.0, "destroy": 3.0, "change_bid": 5.5, "prepay": 2.0, "add_ssh_key": 1.0, "update_ssh_key": 1.0, "launch": 5.0,
+    "create": 4.5, "show": 2.0, "destroy": 3.0, "change_bid": 5.5, "add_ssh_key": 1.0, "update_ssh_key": 1.0, "launch": 5.0,
     "list": 1.0, "set_instance": 1.0, "reboot": 1.0, "recycle": 1.0, "command": 1.5, "detach_ssh": 2.0, "charges": 1.0, "invoices_v1": 3.0,
     "volumes": 5.5, "secrets": 5.0, "add_secret": 5.0, "update_secret": 5.0, "delete_secret": 5.0,
 }  # fmt: skip

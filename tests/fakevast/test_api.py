@@ -70,6 +70,23 @@ def test_the_old_list_is_410_and_a_bad_body_is_400(fake: FakeVast) -> None:
     assert bad.status_code == 400 and bad.json()["msg"] == "Invalid json body"
 
 
+def test_the_old_list_answers_whole_where_the_switch_is_on(make: Callable[..., FakeVast]) -> None:
+    fake = make(v0_list=True)
+    numbers = [rent(client_of(fake), gpu=gpu) for gpu in ("RTX 3090", "RTX 4090")]
+    reply = call(fake, "GET", "/v0/instances/?owner=me")
+    assert reply.status_code == 200
+    assert [row["id"] for row in reply.json()["instances"]] == numbers
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["machines", "users/me/machine-earnings", "endptjobs", "workergroups", "commands/schedule_job"]
+    + ["tfa/status", "subaccounts", "audit_logs", "users/cloud_integrations"],
+)
+def test_calls_of_hosts_and_of_teams_are_not_emulated(fake: FakeVast, path: str) -> None:
+    assert call(fake, "GET", f"/v0/{path}/").status_code == 501
+
+
 def test_the_list_comes_in_pages_of_25_and_filters_by_label(make: Callable[..., FakeVast]) -> None:
     fake = make(market=[{"machine_id": 1000 + n} for n in range(61)])
     client = client_of(fake)

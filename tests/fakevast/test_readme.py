@@ -32,4 +32,4 @@ def test_every_route_has_a_handler() -> None:
     from ops.fakevast import api_account, api_instances
 
     missing = [route.name for route in ROUTES if not (hasattr(api_instances, route.name) or hasattr(api_account, route.name))]
-    assert len(ROUTES) > 40 and missing == []
+    assert len(ROUTES) >= 40 and missing == []

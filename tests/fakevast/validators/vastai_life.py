@@ -10,6 +10,13 @@ from pathlib import Path
 
 from vastai import VastAI
 
+READS = [
+    "search offers", "search offers --new", "search templates", "show instance {number}",
+    "show instances", "show instances-v1", "show api-keys", "show ssh-keys", "show env-vars",
+    "show invoices", "show invoices-v1 --charges", "show deposit {number}", "show user",
+    "show ipaddrs", "show volumes", "logs {number}", "ssh-url {number}", "scp-url {number}",
+]  # fmt: skip
+
 
 def cli(*words: str) -> str:
     done = subprocess.run(["vastai", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -44,6 +51,16 @@ def command_line(public_key: str) -> None:
     assert json.loads(cli("show", "instance", number, "--raw") or "{}").get("instances") is None
 
 
+def reading() -> None:
+    """Every command of a renter that only reads, with one instance there."""
+    ask = json.loads(cli("search", "offers", "num_gpus=1", "--raw"))[0]["id"]
+    order = ["--image", "i", "--disk", "20", "--ssh", "--direct", "--raw"]
+    number = str(json.loads(cli("create", "instance", str(ask), *order))["new_contract"])
+    for line in READS:
+        cli(*line.format(number=number).split())
+    cli("destroy", "instance", number, "-y")
+
+
 def sdk() -> None:
     vast = VastAI()
     credit = vast.show_user()["credit"]
@@ -66,5 +83,6 @@ def sdk() -> None:
 if __name__ == "__main__":
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "id"], check=True)
     command_line(Path("id.pub").read_text().strip())
+    reading()
     sdk()
     print("vastai: command line and SDK went through a whole life against", os.environ["VAST_URL"])
