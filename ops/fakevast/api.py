@@ -67,7 +67,11 @@ class Reply:
 
 def application(emulator: Emulator) -> web.Application:
     app = web.Application(client_max_size=64 * 1024 * 1024)
-    app.router.add_route("*", "/{path:.*}", lambda request: _serve(emulator, request))
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await _serve(emulator, request)
+
+    app.router.add_route("*", "/{path:.*}", handle)
     return app
 
 

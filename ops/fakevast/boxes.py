@@ -235,19 +235,31 @@ class Box:
             "SSH_PUBLIC_KEY": "\n".join(key["public_key"] for key in instance.ssh_keys), **ports, **given,
         }  # fmt: skip
 
-    def spawn(self, command: str | None, env: dict[str, str], **streams: Any) -> subprocess.Popen[bytes]:
-        """Starts a shell command (None: a login shell) in the box's home, in a session of its own."""
+    def spawn(self, command: str | None, env: dict[str, str], terminal: int | None = None, **streams: Any) -> subprocess.Popen[bytes]:
+        """Starts a shell command (None: a login shell) in the box's home, in a session of its own.
+
+        On a terminal, given by the descriptor of its slave side, or on `streams` as subprocess takes them.
+        """
         self.home.mkdir(parents=True, exist_ok=True)
         words = [_BASH, "-c", command] if command is not None else [_BASH, "-l"]
-        return self._popen(words, env, **streams)
+        if terminal is not None:
+            streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+        return self._popen(words, env, terminal, **streams)
 
-    def _popen(self, words: list[str], env: dict[str, str], **streams: Any) -> subprocess.Popen[bytes]:
+    def _popen(self, words: list[str], env: dict[str, str], terminal: int | None = None, **streams: Any) -> subprocess.Popen[bytes]:
         self._has_run = True
         limit = self.free_bytes()
-        if limit is not None:
-            streams["preexec_fn"] = lambda: _no_room(limit)
-        own_session = "preexec_fn" not in streams or limit is not None
-        return subprocess.Popen(words, cwd=self.home, env=env, start_new_session=own_session, **streams)
+
+        def prepare() -> None:
+            if limit is not None:
+                _no_room(limit)
+            if terminal is not None:
+                os.login_tty(terminal)
+
+        bare = limit is None and terminal is None
+        return subprocess.Popen(
+            words, cwd=self.home, env=env, start_new_session=terminal is None, preexec_fn=None if bare else prepare, **streams
+        )
 
     def _background(self, words: list[str], ended: Callable[[int], None] | None = None) -> None:
         with open(self.folder / "log", "ab") as log:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PATIENCE_S = 20.0
+_started: list[subprocess.Popen[bytes]] = []  # detached: nobody waits for them
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, .
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     with open(state_dir / "server.log", "ab") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env, cwd=state_dir)
+    _started.append(child)
     deadline = time.monotonic() + _PATIENCE_S
     while (server := running(state_dir)) is None:
         if child.poll() not in (None, 0) or time.monotonic() > deadline:

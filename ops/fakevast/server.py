@@ -19,6 +19,7 @@ from ops.fakevast.instance import Instance
 from ops.fakevast.rate_limits import RateLimits
 
 T = TypeVar("T")
+_SESSIONS_END_S = 5.0
 
 
 class Emulator:
@@ -178,7 +179,14 @@ class FakeVast:
         return self
 
     def __exit__(self, *error: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.emulator.close(), self._loop).result()
+
+        async def stop() -> None:
+            await self.emulator.close()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            if left:  # sessions of boxes that have just ended
+                await asyncio.wait(left, timeout=_SESSIONS_END_S)
+
+        asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -1,252 +1,128 @@
-"""One SSH session on a box: a command or a login shell with its pipes (or terminal), or the SFTP subsystem.
+"""One command on a box: its pipes, or its terminal, joined to an SSH channel by asyncssh.
 
-Bytes go between pipe and channel as they are, in big reads, with back-pressure both ways: rsync and scp run through here.
-As with OpenSSH, a session ends when its command has ended and its output is drained, and a lost connection kills nothing.
+A session ends as with OpenSSH: when its command has ended and its output is drained. A lost
+connection closes the command's pipes and hangs up its terminal; what was detached lives on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import os
 import signal
-import struct
 import subprocess
-import termios
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
-from asyncssh.stream import SSHServerStreamSession
 
 from ops.fakevast.sftp import BoxSFTP
 
 if TYPE_CHECKING:
     from ops.fakevast.boxes import Box
 
-_CHUNK = 256 * 1024
-_PIPE = 1024 * 1024
-_F_SETPIPE_SZ = 1031
+Process = asyncssh.SSHServerProcess[bytes]
+_STREAMS = ("stdin", "stdout", "stderr")
+_SFTP_VERSION = 3  # OpenSSH's
+_TERMINAL_DRAIN_S = 1.0  # whoever still holds the terminal does not hold the session
 
 
-class BoxSession(SSHServerStreamSession[bytes]):
-    """asyncssh's stream session for SFTP; a command is handled here."""
+class _Stdin(asyncio.StreamWriter):
+    """A command's standard input. As with sshd, what it does not read any more is dropped.
+
+    A bare pipe would not do: asyncio forgets what is buffered when the end of the input is
+    written from `resume_writing`, which is when asyncssh hands it over.
+    """
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self.transport.is_closing():
+            super().write(data)
+
+    async def drain(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            await super().drain()
+
+
+class BoxProcess(Process):
+    """What a client asked for on a channel: a command, a login shell, or SFTP."""
 
     def __init__(self, box: Box) -> None:
-        super().__init__(None, lambda chan: BoxSFTP(chan, box), 3)
-        self._box = box
-        self._events = asyncio.get_running_loop()
-        self._command: str | None = None
-        self._runs = False
-        self._terminal: tuple[str, tuple[int, int, int, int]] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stdin = -1
-        self._unwritten: list[bytes] = []
-        self._stdin_ends = False
-        self._outputs: dict[int, Any] = {}  # fd -> channel datatype
-        self._paused = False
-        self._code: int | None = None
-
-    # ---- what the client asks for ----
-
-    def pty_requested(self, term_type: str, term_size: tuple[int, int, int, int], term_modes: Any) -> bool:
-        self._terminal = (term_type, term_size)
-        return True
-
-    def exec_requested(self, command: str) -> bool:
-        self._command, self._runs = command, True
-        return True
-
-    def shell_requested(self) -> bool:
-        self._runs = True
-        return True
-
-    def session_started(self) -> None:
-        if not self._runs:
-            super().session_started()
-            return
-        try:
-            self._start()
-        except OSError as error:
-            chan = self._channel()
-            chan.write(f"fakevast: {error}\n".encode(), asyncssh.EXTENDED_DATA_STDERR)
-            chan.exit(255)
-
-    def _channel(self) -> Any:
-        return self._chan
-
-    def _start(self) -> None:
-        env = dict(self._box.ssh_environment())
-        for name, value in self._channel().get_environment().items():
-            if name == "LANG" or name.startswith("LC_"):  # what sshd accepts from a client by default
-                env[name] = value
-        fault = self._box.exec_fault()
-        if fault is not None and fault.what == "fail":
-            self._channel().write(str(fault.args.get("stderr", "")).encode(), asyncssh.EXTENDED_DATA_STDERR)
-            self._channel().exit(int(fault.args.get("code", 1)))
-            return
-        if self._terminal is not None:
-            self._start_on_terminal(env, *self._terminal)
-        else:
-            self._start_on_pipes(env)
-        self._box.watch(self._process, self._ended)
-        if fault is not None and fault.what in ("cut", "host_death"):
-            self._box.break_link(fault.what)
-
-    def _start_on_pipes(self, env: dict[str, str]) -> None:
-        process = self._box.spawn(self._command, env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert process.stdin and process.stdout and process.stderr
-        self._process = process
-        self._stdin = os.dup(process.stdin.fileno())
-        self._outputs = {os.dup(process.stdout.fileno()): None, os.dup(process.stderr.fileno()): asyncssh.EXTENDED_DATA_STDERR}
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            pipe.close()
-        for fd in (self._stdin, *self._outputs):
-            os.set_blocking(fd, False)
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(fd, _F_SETPIPE_SZ, _PIPE)
-        self._read_more()
-
-    def _start_on_terminal(self, env: dict[str, str], term: str, size: tuple[int, int, int, int]) -> None:
-        master, slave = os.openpty()
-        env["TERM"] = term or "dumb"
-        self._process = self._box.spawn(self._command, env, stdin=slave, stdout=slave, stderr=slave, preexec_fn=lambda: os.login_tty(slave))
-        os.close(slave)
-        os.set_blocking(master, False)
-        self._stdin, self._outputs = os.dup(master), {master: None}
-        os.set_blocking(self._stdin, False)
-        self.terminal_size_changed(*size)
-        self._read_more()
-
-    # ---- from the command to the client ----
-
-    def _read_more(self) -> None:
-        for fd in self._outputs:
-            self._events.add_reader(fd, self._readable, fd)
-
-    def _readable(self, fd: int) -> None:
-        try:
-            data = os.read(fd, _CHUNK)
-        except BlockingIOError:
-            return
-        except OSError as error:  # a terminal's other end is gone: EIO is its end of file
-            data = b""
-            if error.errno != errno.EIO:
-                raise
-        if data:
-            self._channel().write(data, self._outputs[fd])
-            return
-        self._close_output(fd)
-        self._finish()
-
-    def _close_output(self, fd: int) -> None:
-        self._events.remove_reader(fd)
-        self._outputs.pop(fd, None)
-        os.close(fd)
-
-    def pause_writing(self) -> None:
-        if not self._runs:
-            super().pause_writing()
-            return
-        for fd in self._outputs:
-            self._events.remove_reader(fd)
-
-    def resume_writing(self) -> None:
-        if not self._runs:
-            super().resume_writing()
-            return
-        self._read_more()
-
-    def _ended(self, code: int) -> None:
-        self._code = code
-        if self._terminal is not None:  # whoever still holds the terminal does not hold the session
-            for fd in list(self._outputs):
-                self._readable(fd)
-                if fd in self._outputs:
-                    self._close_output(fd)
-        self._finish()
-
-    def _finish(self) -> None:
-        if self._code is None or self._outputs or self._chan is None:
-            return
-        self._close_stdin()
-        if self._code < 0:
-            name = signal.Signals(-self._code).name.removeprefix("SIG")
-            self._channel().exit_with_signal(name)
-        else:
-            self._channel().exit(self._code)
-
-    # ---- from the client to the command ----
-
-    def data_received(self, data: bytes, datatype: Any) -> None:
-        if not self._runs:
-            super().data_received(data, datatype)
-        elif self._stdin >= 0:
-            self._unwritten.append(data)
-            if len(self._unwritten) == 1:
-                self._write_more()
-
-    def _write_more(self) -> None:
-        """Writes until the pipe is full; then the client's window does the waiting."""
-        while self._unwritten:
-            try:
-                written = os.write(self._stdin, self._unwritten[0])
-            except BlockingIOError:
-                if not self._paused:
-                    self._paused = True
-                    self._events.add_writer(self._stdin, self._write_more)
-                    self._channel().pause_reading()
-                return
-            except OSError:  # the command reads no more
-                self._close_stdin()
-                return
-            if written < len(self._unwritten[0]):
-                self._unwritten[0] = self._unwritten[0][written:]
-            else:
-                self._unwritten.pop(0)
-        self._unpause()  # hands over what has come meanwhile, and the end perhaps: both call us again
-        if self._stdin_ends and not self._unwritten:
-            self._close_stdin()
-
-    def _unpause(self) -> None:
-        if self._paused:
-            self._paused = False
-            self._events.remove_writer(self._stdin)
-            if self._chan is not None:
-                self._channel().resume_reading()
-
-    def eof_received(self) -> bool:
-        if not self._runs:  # asyncssh ends SFTP without an exit status, which OpenSSH's scp takes for a failure
-            self._channel().exit(0)
-            return bool(super().eof_received())
-        self._stdin_ends = True
-        if not self._unwritten and self._terminal is None:
-            self._close_stdin()
-        return True
-
-    def _close_stdin(self) -> None:
-        if self._stdin >= 0:
-            self._unpause()
-            os.close(self._stdin)
-            self._stdin = -1
-            self._unwritten.clear()
-
-    def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:
-        if self._terminal is not None and self._stdin >= 0:
-            fcntl.ioctl(self._stdin, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, pixwidth, pixheight))
+        super().__init__(partial(_run, box), partial(BoxSFTP, box), _SFTP_VERSION, False)
 
     def signal_received(self, signal_name: str) -> None:
-        if self._process is not None and self._code is None:
-            with contextlib.suppress(OSError, AttributeError):
-                os.killpg(self._process.pid, getattr(signal, f"SIG{signal_name}"))
+        """Reaches the command's whole process group."""
+        number = getattr(signal, f"SIG{signal_name}", None)
+        if self.redirect_pid is not None and number is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.redirect_pid, number)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The command lives on, its ends of the pipes closed."""
-        if not self._runs:
-            super().connection_lost(exc)
+
+async def _run(box: Box, process: Process) -> None:
+    """Runs the command (or a login shell) of this channel and sends how it ended."""
+    fault = box.exec_fault()
+    try:
+        if fault is not None and fault.what == "fail":
+            process.stderr.write(str(fault.args.get("stderr", "")).encode())
+            process.exit(int(fault.args.get("code", 1)))
             return
-        self._chan = None
-        self._close_stdin()
-        for fd in list(self._outputs):
-            self._close_output(fd)
+        ended = await (_on_pipes if process.term_type is None else _on_terminal)(box, process)
+        if fault is not None and fault.what in ("cut", "host_death"):
+            box.break_link(fault.what)
+        code = await ended
+        process.set_redirect_pid(None)
+        await _drained(process)
+        if code < 0:
+            process.exit_with_signal(signal.Signals(-code).name.removeprefix("SIG"))
+        else:
+            process.exit(code)
+    except OSError as error:
+        process.stderr.write(f"fakevast: {error}\n".encode())
+        process.exit(255)
+    finally:
+        await process.wait_closed()
+
+
+async def _drained(process: Process) -> None:
+    """Returns when all output is on its way, or nobody is there to read it."""
+    with contextlib.suppress(OSError, asyncssh.Error):  # TimeoutError is an OSError
+        async with asyncio.timeout(None if process.term_type is None else _TERMINAL_DRAIN_S):
+            await process.stdout.drain()
+            await process.stderr.drain()
+
+
+async def _on_pipes(box: Box, process: Process) -> asyncio.Future[int]:
+    child, ended = _spawn(box, process, **dict.fromkeys(_STREAMS, subprocess.PIPE))
+    loop = asyncio.get_running_loop()
+    made = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, child.stdin)
+    stdin = _Stdin(*made, None, loop)
+    await process.redirect(stdin, child.stdout, child.stderr, send_eof=False)
+    if process.is_closing():  # the link broke meanwhile: closes the pipes
+        process.connection_lost(None)
+    return ended
+
+
+async def _on_terminal(box: Box, process: Process) -> asyncio.Future[int]:
+    """Joins the terminal first: the command sees its size."""
+    master, slave = os.openpty()
+    try:
+        await process.redirect(os.dup(master), master, send_eof=False)
+        return _spawn(box, process, terminal=slave)[1]
+    finally:
+        os.close(slave)
+
+
+def _spawn(
+    box: Box, process: Process, **streams: Any
+) -> tuple[subprocess.Popen[bytes], asyncio.Future[int]]:
+    """Starts the command; the future is its exit code. Signals reach it from here on."""
+    env = box.ssh_environment()
+    for name, value in process.env.items():
+        if name == "LANG" or name.startswith("LC_"):  # what sshd accepts from a client by default
+            env[name] = value
+    if process.term_type is not None:
+        env["TERM"] = process.term_type or "dumb"
+    child = box.spawn(process.command, env, **streams)
+    process.set_redirect_pid(child.pid)
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    box.watch(child, lambda code: None if ended.done() else ended.set_result(code))
+    return child, ended

@@ -1,9 +1,10 @@
-"""SFTP into a box: an absolute path is taken inside the box's own folder, whether or not it is spelled with it."""
+"""SFTP into a box: an absolute path is taken inside the box's own folder."""
 
 from __future__ import annotations
 
 import errno
 import os
+import posixpath
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
@@ -13,30 +14,36 @@ if TYPE_CHECKING:
 
 
 class BoxSFTP(asyncssh.SFTPServer):
-    """The session's home is the box's folder, and so is its root. A full disk refuses writes."""
+    """asyncssh's server in the box's home; paths are spelled as the box's commands spell them.
 
-    def __init__(self, chan: Any, box: Box) -> None:
-        super().__init__(chan)
-        self._box = box
+    A shared path (see Boxes) is what it is on this machine. A full disk refuses writes.
+    """
+
+    def __init__(self, box: Box, chan: Any) -> None:
         self._home = os.fsencode(os.path.realpath(box.home))
+        super().__init__(chan, chroot=self._home)
+        self._box = box
 
     def map_path(self, path: bytes) -> bytes:
-        """The real path of what the client names; `..` cannot climb out. Shared paths (see Boxes) are as they are."""
-        if path == self._home or path.startswith(self._home + b"/"):
-            path = path[len(self._home) :]
-        whole = os.path.normpath(b"/" + path.lstrip(b"/"))
-        if any(whole == shared or whole.startswith(shared + b"/") for shared in self._box.shared_paths):
+        whole = posixpath.normpath(path)
+        if any(_is_below(shared, whole) for shared in self._box.shared_paths):
             return whole
-        return self._home + whole if whole != b"/" else self._home
+        inside = path[len(self._home) :] if _is_below(self._home, path) else path
+        return super().map_path(inside).rstrip(b"/")
 
     def reverse_map_path(self, path: bytes) -> bytes:
         return path
 
-    def realpath(self, path: bytes) -> bytes:
-        return self.map_path(path)
+    def exit(self) -> None:
+        """Sends an exit status, as OpenSSH does: without one its scp reports a failure."""
+        self.channel.exit(0)
 
-    def write(self, file_obj: object, offset: int, data: bytes) -> int:
+    def write(self, file_obj: object, offset: int, data: bytes) -> Any:
         free = self._box.free_bytes()
         if free is not None and free < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(file_obj, offset, data)  # type: ignore[return-value]
+        return super().write(file_obj, offset, data)
+
+
+def _is_below(folder: bytes, path: bytes) -> bool:
+    return path == folder or path.startswith(folder + b"/")

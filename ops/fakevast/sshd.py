@@ -13,7 +13,7 @@ import asyncssh
 
 from ops.fakevast.boxes import reset_on_close
 from ops.fakevast.faults import Fault
-from ops.fakevast.session import BoxSession
+from ops.fakevast.session import BoxProcess
 
 if TYPE_CHECKING:
     from ops.fakevast.boxes import Box
@@ -125,8 +125,8 @@ class _Login(asyncssh.SSHServer):
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         return username == "root" and not self._conn.denies and key.public_data in self._conn.box.authorized_keys()
 
-    def session_requested(self) -> BoxSession:
-        return BoxSession(self._conn.box)
+    def session_requested(self) -> BoxProcess:
+        return BoxProcess(self._conn.box)
 
     def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
         """ssh -L to a port of the box, which is this machine's loopback."""

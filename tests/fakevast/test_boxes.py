@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import asyncssh
 import paramiko
 import pytest
 from fakevast.renter import Key, Reach, client_of, processes_of, reach, rent
@@ -78,6 +81,67 @@ def test_a_command_that_reads_slowly_gets_every_byte_although_the_end_was_told_l
     assert done.stdout.decode().split()[:2] == [str(size), hashlib.sha256(data).hexdigest()]
 
 
+def test_a_hundred_megabytes_go_in_and_come_out_while_the_exit_code_waits_for_them(
+    box: tuple[int, Reach], tmp_path: Path
+) -> None:
+    data = os.urandom(1_000_000) * 100
+    command = [*box[1].ssh, "root@127.0.0.1", "tee >(sha256sum >&2); exit 9"]
+    with open(tmp_path / "out", "wb") as out:
+        done = subprocess.run(command, input=data, stdout=out, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 9 and done.stderr.decode().split()[0] == hashlib.sha256(data).hexdigest()
+    assert (tmp_path / "out").read_bytes() == data
+
+
+@pytest.mark.parametrize("rest", ["exit 4", "exec 0</dev/null; sleep 0.5; exit 4"])
+def test_a_command_may_read_a_part_of_its_input_and_end_or_go_on(
+    box: tuple[int, Reach], rest: str
+) -> None:
+    command = [*box[1].ssh, "root@127.0.0.1", f"head -c 5; {rest}"]
+    done = subprocess.run(command, input=b"12345" * 4_000_000, capture_output=True, timeout=60)
+    assert (done.stdout, done.returncode) == (b"12345", 4)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "command", "ends"),
+    [
+        ([], "cat; date >read-to-the-end", "read-to-the-end"),
+        ([], "while echo; do sleep 0.05; done", "broken-pipe"),
+        (["-tt"], "while :; do sleep 0.05; done", "hung-up"),
+    ],
+)
+def test_a_lost_connection_ends_the_input_breaks_the_output_and_hangs_up_a_terminal(
+    fake: FakeVast, box: tuple[int, Reach], terminal: list[str], command: str, ends: str
+) -> None:
+    number, way = box
+    traps = "trap 'date >broken-pipe' PIPE; trap 'date >hung-up; exit' HUP; date >began"
+    words = [*way.ssh, *terminal, "root@127.0.0.1", f"{traps}; {command}"]
+    client = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    until((fake.home(number) / "began").exists, "the command runs")
+    client.kill()
+    client.communicate()
+    until((fake.home(number) / ends).exists, ends)
+
+
+def test_a_signal_reaches_the_whole_process_group_of_a_command(
+    fake: FakeVast, box: tuple[int, Reach], key: Key
+) -> None:
+    number, _ = box
+
+    async def send() -> str:
+        async with asyncssh.connect(
+            "127.0.0.1", fake.cloud.instances[number].ssh_port, username="root",
+            client_keys=[str(key.path)], known_hosts=None, config=None,
+        ) as connection:  # fmt: skip
+            process = await connection.create_process("sleep 60 & echo ready; wait; sleep 60")
+            assert await process.stdout.readline() == "ready\n"
+            process.send_signal("TERM")
+            await process.wait()
+            return str(process.exit_signal[0])
+
+    assert asyncio.run(send()) == "TERM"
+    until(lambda: processes_of(fake.home(number).parent) == [], "the background one has ended too")
+
+
 def test_a_reader_that_does_not_read_makes_the_writer_wait(box: tuple[int, Reach]) -> None:
     """Without back-pressure the emulator would hold all of it in memory; with it, the command is blocked."""
     process = subprocess.Popen([*box[1].ssh, "root@127.0.0.1", "head -c 500000000 /dev/zero; date >done"], stdout=subprocess.PIPE)
@@ -85,10 +149,10 @@ def test_a_reader_that_does_not_read_makes_the_writer_wait(box: tuple[int, Reach
     process.stdout.read(1)
     assert box[1].run("test -e done").returncode == 1
     process.kill()
-    process.wait()
+    process.communicate()
 
 
-def test_openssh_sftp_scp_and_rsync_work(fake: FakeVast, box: tuple[int, Reach], tmp_path: Path) -> None:
+def test_openssh_sftp_and_scp_work(fake: FakeVast, box: tuple[int, Reach], tmp_path: Path) -> None:
     number, way = box
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
@@ -97,14 +161,25 @@ def test_openssh_sftp_scp_and_rsync_work(fake: FakeVast, box: tuple[int, Reach],
     home, run = fake.home(number), lambda *words: subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     run("scp", *way.scp, "-r", str(tree), "root@127.0.0.1:by-scp")
     run("scp", *way.scp, "-O", "-r", str(tree), "root@127.0.0.1:by-old-scp")
-    run("rsync", "-a", "-e", " ".join(way.ssh), f"{tree}/", "root@127.0.0.1:by-rsync/")
-    run("rsync", "-a", "-e", " ".join(way.ssh), "root@127.0.0.1:by-rsync/", f"{tmp_path}/back/")
     batch = f"mkdir by-sftp\nput -r {tree}/sub by-sftp/\nls -l by-sftp\nrename by-sftp/sub by-sftp/moved\nget -r by-sftp/moved {tmp_path}/again\n"
     subprocess.run(["sftp", *way.scp, "-b", "-", "root@127.0.0.1"], input=batch, text=True, capture_output=True, check=True, timeout=60)
     wanted = {path.name: path.read_bytes() for path in (tree / "sub").iterdir()}
-    copies = [home / "by-scp/sub", home / "by-old-scp/sub", home / "by-rsync/sub", home / "by-sftp/moved", tmp_path / "back/sub", tmp_path / "again"]
-    for copy in copies:
+    for copy in (home / "by-scp/sub", home / "by-old-scp/sub", home / "by-sftp/moved", tmp_path / "again"):
         assert {path.name: path.read_bytes() for path in copy.iterdir()} == wanted, copy
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
+def test_rsync_works_both_ways(fake: FakeVast, box: tuple[int, Reach], tmp_path: Path) -> None:
+    tree, back, way = tmp_path / "tree", tmp_path / "back", box[1]
+    tree.mkdir()
+    wanted = {f"{n}.bin": os.urandom(10_000 * n) for n in range(20)}
+    for name, content in wanted.items():
+        (tree / name).write_bytes(content)
+    for pair in ((f"{tree}/", "root@127.0.0.1:there/"), ("root@127.0.0.1:there/", f"{back}/")):
+        words = ["rsync", "-a", "-e", " ".join(way.ssh), *pair]
+        subprocess.run(words, check=True, capture_output=True, timeout=60)
+    for copy in (fake.home(box[0]) / "there", back):
+        assert {path.name: path.read_bytes() for path in copy.iterdir()} == wanted
 
 
 def test_sftp_cannot_leave_the_box(fake: FakeVast, box: tuple[int, Reach], key: Key) -> None:
