@@ -26,7 +26,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image-bytes", action="append", default=[], metavar="GLOB=N", help="what pulling such an image moves, and costs")
     parser.add_argument("--catalogue", type=Path, metavar="FILE", help="JSON list of machines in place of the built-in market")
     parser.add_argument("--faults", type=Path, metavar="FILE", help="JSON list of faults, see ops/fakevast/faults.py")
-    parser.add_argument("--docker", action="store_true", help="boxes are containers of the image that is asked for")
     parser.add_argument("--share", action="append", default=[], metavar="PATH", help="a path of this machine that boxes may reach over SFTP too")
     parser.add_argument("--v0-list", action="store_true", help="GET /api/v0/instances/ lists instead of answering 410")
     parser.add_argument("--rate-limits", action=argparse.BooleanOptionalAction, default=True, help="vast.ai's least intervals between calls")
@@ -88,7 +87,7 @@ async def serve(
     restore(cloud, state)
     for fault in faults:
         cloud.faults.add(fault)
-    emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=tuple(options.share), docker=options.docker)
+    emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=tuple(options.share))
     emulator.boxes.sweep()
 
     def save_soon(instance: Instance) -> None:

@@ -321,13 +321,6 @@ def _bound(port: int = 0) -> socket.socket:
     return sock
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def reset_on_close(sock: Any) -> None:
     """Closing it will look like a pulled cable to the other side: a reset, no goodbye."""
     if sock is not None:
@@ -344,9 +337,8 @@ def _no_room(limit: int) -> None:
 class Boxes:
     """All boxes of a cloud. `images` maps image globs to folders whose programs come first on PATH."""
 
-    def __init__(self, cloud: Cloud, folder: Path, shared_paths: tuple[str, ...] = (), docker: bool = False) -> None:
+    def __init__(self, cloud: Cloud, folder: Path, shared_paths: tuple[str, ...] = ()) -> None:
         self.cloud = cloud
-        self.docker = docker
         self.folder = folder / "boxes"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tools = folder / "tools"
@@ -373,12 +365,7 @@ class Boxes:
         return next((folder for glob, folder in self.images if fnmatch.fnmatchcase(image, glob)), None)
 
     def _create(self, instance: Instance) -> None:
-        if self.docker:
-            from ops.fakevast.docker_box import DockerBox
-
-            self.live[instance.id] = DockerBox(self, instance)
-        else:
-            self.live[instance.id] = Box(self, instance)
+        self.live[instance.id] = Box(self, instance)
 
     def _destroy(self, instance: Instance) -> None:
         self.live.pop(instance.id).remove()
@@ -404,10 +391,6 @@ class Boxes:
     def sweep(self) -> int:
         """Ends processes and deletes folders that an emulator which died here left behind."""
         killed = kill_marked(f"{self.folder}/")
-        if self.docker:
-            from ops.fakevast.docker_box import sweep
-
-            killed += sweep(str(self.folder))
         for leftover in self.folder.iterdir():
             shutil.rmtree(leftover, ignore_errors=True)
         return killed

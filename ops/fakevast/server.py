@@ -26,12 +26,11 @@ class Emulator:
     """One cloud with its boxes and its HTTP server. Everything runs on the loop that `start` is called on."""
 
     def __init__(
-        self, state_dir: Path, cloud: Cloud, *, rate_limits: bool = True, shared_paths: tuple[str, ...] = (), docker: bool = False,
-        results_late: int = 1,
+        self, state_dir: Path, cloud: Cloud, *, rate_limits: bool = True, shared_paths: tuple[str, ...] = (), results_late: int = 1,
     ) -> None:  # fmt: skip
         self.state_dir = state_dir
         self.cloud = cloud
-        self.boxes = Boxes(cloud, state_dir, shared_paths, docker)
+        self.boxes = Boxes(cloud, state_dir, shared_paths)
         self.rate_limits = RateLimits(on=rate_limits)
         self.requests: list[dict[str, Any]] = []
         self.results: dict[str, Any] = {}
@@ -152,15 +151,14 @@ class FakeVast:
 
     def __init__(
         self, state_dir: Path, *, clock: Clock | None = None, market: list[dict[str, Any]] | None = None, rate_limits: bool = False,
-        settings: Settings | None = None, faults: list[dict[str, Any]] | None = None, shared_paths: tuple[str, ...] = (), docker: bool = False,
-        **more: Any,
+        settings: Settings | None = None, faults: list[dict[str, Any]] | None = None, shared_paths: tuple[str, ...] = (), **more: Any,
     ) -> None:  # fmt: skip
         state_dir.mkdir(parents=True, exist_ok=True)
         self.state_dir = state_dir
         self.cloud = Cloud(clock or RealClock(), settings=settings or Settings(**{"boot_s": 0.0, **more}), market=market)
         for fault in faults or []:
             self.cloud.faults.add(fault)
-        self._options: dict[str, Any] = {"rate_limits": rate_limits, "shared_paths": shared_paths, "docker": docker}
+        self._options: dict[str, Any] = {"rate_limits": rate_limits, "shared_paths": shared_paths}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fakevast", daemon=True)
         self.emulator: Emulator

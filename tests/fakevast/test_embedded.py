@@ -116,5 +116,5 @@ def test_help_says_what_there_is() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-m", "ops.fakevast", "--help"], cwd=root, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0
-    for option in ("--port", "--state", "--idle-exit-s", "--boot-s", "--catalogue", "--faults", "--docker", "--rate-limits"):
+    for option in ("--port", "--state", "--idle-exit-s", "--boot-s", "--catalogue", "--faults", "--rate-limits"):
         assert option in done.stdout
