@@ -67,11 +67,8 @@ def join(job: Job, stop: StopSignal) -> Ranks:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    if (
-        job.training.method == "full" and world > 1
-    ):  # an adapter is small: every process holds it whole
-        return Shards(stop, device, rank, world)
-    return Replicas(stop, device, rank, world)
+    in_parts = job.training.method == "full" and world > 1  # an adapter is small: each holds it all
+    return (Shards if in_parts else Replicas)(stop, device, rank, world)
 
 
 def started_at() -> float:
