@@ -6,7 +6,7 @@ set -euo pipefail
 uv=$1 torch=$2
 keep=()
 [[ ${3:-} == --keep ]] && keep=(-c requirements.lock)
-box=ops/box_side/trainer-requirements.txt
+box=ops/box/bootstrap/trainer-requirements.txt
 resolve() {
   "$uv" pip compile --quiet --universal --generate-hashes --python-version 3.11 \
     --no-header --no-annotate --no-emit-index-url "$@"

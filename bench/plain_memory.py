@@ -1,9 +1,9 @@
 """Peak memory where the fused layer is not used: full, freeze, LoRA with dropout, DoRA.
 
-    python -m bench.plain_memory --append docs/memory-plain.jsonl
+    python -m bench.plain_memory --append bench/results/memory-plain.jsonl
 
 The trainer's own model, batches, loss and optimizer on one GPU, three steps each, as trainer/train.py takes them; a line for each setting
-with the fields of trainer/bench_memory.py, and `method` as memory.method_of says it. Needs the room of bench/real_job.py's models, which it makes.
+with the fields of bench/memory.py, and `method` as memory.method_of says it. Needs the room of bench/real_job.py's models, which it makes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from bench import real_job
-from trainer import batch, memory, packing
-from trainer.bench import GIB, SHAPES, tell
-from trainer.dropout import TokenKeys
-from trainer.job import Job
-from trainer.model import load, target_loss
-from trainer.optim import Gradients, adamw
-from trainer.prepare import prepare
+from bench.training import GIB, SHAPES, tell
+from trainer import memory
+from trainer.data import batch, packing
+from trainer.data.prepare import prepare
+from trainer.loop.optim import Gradients, adamw
+from trainer.model.dropout import TokenKeys
+from trainer.model.load import load, target_loss
+from trainer.wire.job import Job
 
 MODELS = ("tinyllama-1.1b", "llama-160m")
 METHODS: dict[str, dict[str, Any]] = {

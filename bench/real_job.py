@@ -1,10 +1,10 @@
 """A real job on this machine's GPUs, as a box runs it: `milktea-train` on a 7B read from disk and 20,000 rows from a JSON file.
 
-    python -m bench.real_job --precision fp8 --append docs/real-job.jsonl
+    python -m bench.real_job --precision fp8 --append bench/results/real-job.jsonl
     python -m bench.real_job --precision fp8 --cold           (Triton's cache emptied before)
     python -m bench.real_job --gpus 2
 
-The base has random weights of Llama-7B's shape, the rows the lengths of trainer/bench.py's protocol. Prints one line of JSON: seconds from
+The base has random weights of Llama-7B's shape, the rows the lengths of bench/training.py's protocol. Prints one line of JSON: seconds from
 the launch to `started` and to the first step, the median speed after the tenth step, loss and gradient norm at both ends. The model
 stays in --folder.
 """
@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.bench import SHAPES, Setting, lengths, tell
+from bench.training import SHAPES, Setting, lengths, tell
 
-TEMPLATES = Path(__file__).parent.parent / "trainer/templates"
+TEMPLATES = Path(__file__).parent.parent / "trainer/data/templates"
 SHARD_LAYERS = 8
 
 

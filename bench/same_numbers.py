@@ -28,7 +28,7 @@ STOPPED = 4
 def write_run(tree: Path, run: Path, rows: int, method: str, packing: bool) -> Path:
     """The practice job's run folder, with some of its rows; returns job.json."""
     (run / "data").mkdir(parents=True)
-    models = [tree / name for name in ("trainer/practice_model", "trainer/practice/model")]
+    models = [tree / name for name in ("trainer/practice/pretrained", "trainer/practice/model")]
     (run / "model").symlink_to(next(path for path in models if path.is_dir()))
 
     def put(name: str, count: int) -> dict[str, Any]:

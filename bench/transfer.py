@@ -22,9 +22,9 @@ from pathlib import Path
 
 import paramiko
 
-from ops import transfer
-from ops.box import Box, Endpoint
-from ops.transfer import CHUNK, PushFile
+from ops.box import transfer
+from ops.box.connection import Box, Endpoint
+from ops.box.transfer import CHUNK, PushFile
 
 
 class Sshd:

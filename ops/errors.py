@@ -33,7 +33,7 @@ class MilkteaError(Exception):
     """`money` says what is or is not being billed; `hint` is what to type or edit next.
 
     A raise that knows more of the money than its class says it. Where none did, the meter is filled
-    in when the error leaves the run (`ops.session.metered`): by then the box is gone."""
+    in when the error leaves the run (`ops.run.session.metered`): by then the box is gone."""
 
     exit_code = 1
     money = "nothing was spent"

@@ -26,13 +26,13 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import rig  # noqa: E402
-from ops import transfer  # noqa: E402
-from ops.box import Box  # noqa: E402
+from ops.box import transfer  # noqa: E402
+from ops.box.connection import Box  # noqa: E402
 from ops.errors import MilkteaError  # noqa: E402
-from ops.journal import Journal  # noqa: E402
-from ops.reap import reap  # noqa: E402
-from ops.run import rent_and_train  # noqa: E402
-from ops.vast import Provider, Vast  # noqa: E402
+from ops.market.client import Provider, Vast  # noqa: E402
+from ops.run.journal import Journal  # noqa: E402
+from ops.run.reap import reap  # noqa: E402
+from ops.run.rent_and_train import rent_and_train  # noqa: E402
 from ops.wait import RealClock  # noqa: E402
 
 Fault = list[dict[str, Any]]

@@ -72,9 +72,10 @@ def make_world(root: Path, peft: str = "1.0") -> Places:
         "docker/box/1/usr/local/bin/milktea-train": "#!/bin/sh\n",
         "trainer/__init__.py": "",
         "trainer/launch.py": "print('hello')\n",
-        "trainer/practice_model/model.safetensors": "left out",
+        "trainer/practice/pretrained/model.safetensors": "left out",
         "ops/__init__.py": "",
-        "ops/config.py": "",
+        "ops/job/__init__.py": "",
+        "ops/job/config.py": "",
         "ops/errors.py": "",
     }.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)

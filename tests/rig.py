@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from ops import commands
-from ops.cost import Workload
+from ops.box import scripts
+from ops.box.transfer import PushFile, sha256_of
 from ops.fakevast import FakeVast
-from ops.offers import Needs
-from ops.plan import Plan
-from ops.session import Session
-from ops.transfer import PushFile, sha256_of
-from ops.vast import Provider, Vast
+from ops.job.plan import Plan
+from ops.market.client import Provider, Vast
+from ops.market.cost import Workload
+from ops.market.ranking import Needs
+from ops.run.session import Session
 from ops.wait import Clock, RealClock
-from trainer.job import Job
+from trainer.wire.job import Job
 
 IMAGE = "milktea/stub:1"
 PACE = 0.002  # spaced reads need no real seconds where the emulator's clock does not care
@@ -216,7 +216,7 @@ curl() {{ echo "$now" >gone_at; echo "$*" >asked; exit 0; }}
     for name in ("born", "lease"):
         (home / "milktea" / name).write_text("0\n")
     # `exit` inside the function ends the watchdog's shell: the instance is gone
-    done = sh(stage + commands.WATCHDOG, home, MILKTEA_MAX_S=str(max_s), MILKTEA_LEASE_S=str(lease_s), MILKTEA_WATCH_S=str(commands.WATCH_S),
+    done = sh(stage + scripts.WATCHDOG, home, MILKTEA_MAX_S=str(max_s), MILKTEA_LEASE_S=str(lease_s), MILKTEA_WATCH_S=str(scripts.WATCH_S),
               MILKTEA_API="http://127.0.0.1:9", CONTAINER_ID="77", CONTAINER_API_KEY="only-this-box")
     assert done.returncode == 0, done.stderr
     asked = (home / "milktea/asked").read_text()

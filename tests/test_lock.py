@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BOX = ROOT / "ops/box_side/trainer-requirements.txt"
+BOX = ROOT / "ops/box/bootstrap/trainer-requirements.txt"
 
 
 def pinned(path: Path) -> dict[str, str]:

@@ -20,11 +20,11 @@ import psutil
 import yaml
 from pydantic import ValidationError
 
-from trainer.job import WIRE, Job
+from trainer.data.prepare import Refused, model_folder, prepare
 from trainer.machines import Machines, read_machines
+from trainer.model.weights import check_weights
 from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, refuse
-from trainer.prepare import Refused, model_folder, prepare
-from trainer.weights import check_weights
+from trainer.wire.job import WIRE, Job
 
 ACCELERATE_CONFIG = {  # key of accelerate's config file -> values that leave the training as the job says; the first is the default
     "compute_environment": ("LOCAL_MACHINE",),

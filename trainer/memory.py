@@ -3,8 +3,8 @@
 The peak is what `torch.cuda.max_memory_allocated` will say, in GiB, of one GPU: weights, adapter with its gradients, optimizer,
 what layers keep for backward, and the largest passing need: the loss of one chunk, or one layer's backward.
 
-Two paths, each counted tensor by tensor: the fused layer (trainer/layer.py) for LoRA on Llama, Mistral and Qwen2, and transformers' own
-forward for the rest. docs/memory-grid.jsonl and memory-plain.jsonl hold what they really took on a GPU; tests hold the count to them.
+Two paths, each counted tensor by tensor: the fused layer (trainer/kernels/decoder_layer.py) for LoRA on Llama, Mistral and Qwen2, and transformers' own
+forward for the rest. bench/results/memory-grid.jsonl and memory-plain.jsonl hold what they really took on a GPU; tests hold the count to them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DROPOUT = ", dropout"  # behind a method's name
 
 _CONSTANT_GIB = 0.10  # cuBLAS workspaces, position tables, the batch itself
 _NCCL_GIB = 0.4
-_LOGITS_PER_CHUNK = 2**26  # trainer/loss.py
+_LOGITS_PER_CHUNK = 2**26  # trainer/model/loss.py
 _MEAN_ROW = 200  # tokens of a document, where the data is not known
 _FLASH_ROUND = 128  # rows that flash attention's backward adds for each document
 _NF4_BYTES = 0.5 + 4 / 64  # half a byte, and an fp32 scale for 64 values
 _DROPOUT_BYTES = 28  # that lora_dropout's keys take for a moment, for each of the widest input's features
-_RECOMPUTED = 0.38  # of a layer's time again when it is checkpointed (docs/bench.jsonl: 14,559 against 20,254 tokens/s)
+_RECOMPUTED = 0.38  # of a layer's time again when it is checkpointed (bench/results/bench.jsonl: 14,559 against 20,254 tokens/s)
 _LAUNCH_TOKENS = 400  # a micro-batch costs as much as this many tokens more: launches, small matrix products
 
 Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
@@ -252,7 +252,7 @@ def method_of(method: str, use_dora: bool = False, lora_dropout: float = 0.0) ->
 
 
 def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool:
-    """Whether trainer/fast.py patches in the fused layer."""
+    """Whether trainer/kernels/patch.py patches in the fused layer."""
     plain = shape.gated and not shape.qk_norm and not shape.other_bias and shape.head_dim in (32, 64, 128, 256)
     return plain and method == "lora" and r <= 64 and precision != "int8"
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.events import Failed, Writer, parse, whole_lines
+from trainer.wire.events import Failed, Writer, parse, whole_lines
 
 DONE, BROKEN, REFUSED, STOPPED, TERMINATED = 0, 1, 3, 4, 143
 EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # names EXIT_FILE's stand-in: each machine has its own

@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainer.artefact import ArtefactError
-from trainer.checkpoint import CheckpointError
-from trainer.job import Job
+from trainer.data.prepare import Refused
+from trainer.data.template import TemplateError
 from trainer.loop import step
+from trainer.loop.checkpoint import CheckpointError
+from trainer.loop.guards import Stopped
 from trainer.loop.ranks import Ranks, StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.loop.reporter import Reporter
 from trainer.loop.sharded import Shards
-from trainer.model import ModelError
+from trainer.model.load import ModelError
 from trainer.outcome import (
     BROKEN,
     DONE,
@@ -41,9 +42,8 @@ from trainer.outcome import (
     is_told,
     refuse,
 )
-from trainer.prepare import Refused
-from trainer.prompt import TemplateError
-from trainer.watchdog import Stopped
+from trainer.result.adapter import ArtefactError
+from trainer.wire.job import Job
 
 
 def run_job(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ops.plan import Plan
+from ops.job.plan import Plan
 
 GRACE_S = 120  # before the end of its time a job is told to save
 CPUS_PER_GPU = 4

@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from ops import config, planner
-from ops.config import JobFile
 from ops.errors import ConfigError
 from ops.export.kubeflow import kubeflow_files
 from ops.export.slurm import slurm_files
+from ops.job import config, planner
+from ops.job.config import JobFile
 
 Kind = Literal["slurm", "kubeflow"]
 WRITERS = {"slurm": slurm_files, "kubeflow": kubeflow_files}

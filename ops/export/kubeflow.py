@@ -6,9 +6,9 @@ import json
 import shlex
 from typing import Any
 
-from ops.config import JobFile
 from ops.export.common import GRACE_S, ROOT, command
-from ops.plan import Plan
+from ops.job.config import JobFile
+from ops.job.plan import Plan
 
 API = "trainer.kubeflow.org"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ops.config import JobFile
 from ops.export.common import CPUS_PER_GPU, GRACE_S, ROOT, command
-from ops.plan import Plan
+from ops.job.config import JobFile
+from ops.job.plan import Plan
 
 TEMPLATE = Path(__file__).parent / "train.sbatch.in"
 

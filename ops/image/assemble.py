@@ -27,8 +27,8 @@ from ops.image.lock import Identity, LayerKind, Lock, LockedLayer, Wheel
 from ops.image.places import Places
 
 Progress = Callable[[str], None]
-SOURCES = ("trainer", "ops/__init__.py", "ops/config.py", "ops/errors.py")
-LEFT_OUT = ("__pycache__", "practice_model")
+SOURCES = ("trainer", "ops/__init__.py", "ops/job/__init__.py", "ops/job/config.py", "ops/errors.py")
+LEFT_OUT = ("__pycache__", "pretrained")
 MIB = 1 << 20
 CHAPTER_BYTES = 1000  # the layer is a third larger than whole files packed, an update a quarter smaller
 BLANK_LINES = re.compile(rb"\n\n\n")

@@ -23,7 +23,7 @@ class Cargo:
     models: dict[str, Path]
     line: Line
     lines: tuple[Line, ...] = ()
-    prove: tuple[str, ...] = ("python3", "-m", "trainer.selftest")
+    prove: tuple[str, ...] = ("python3", "-m", "trainer.checkup")
     evidence: str | None = "python3"
     memory_bytes: int = 4_000_000_000
 

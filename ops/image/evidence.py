@@ -56,7 +56,7 @@ def page(record_text: str) -> str:
 
 
 def _selftest(selftest: Any) -> str:
-    """The checks of trainer.selftest; an image with another self-test shows what it printed."""
+    """The checks of trainer.checkup; an image with another self-test shows what it printed."""
     if not isinstance(selftest, dict) or "checks" not in selftest:
         return f"<pre>{_e(selftest if isinstance(selftest, str) else json.dumps(selftest, indent=1))}</pre>"
     rows = "".join(_row(c["check"], *(("ok", "passed") if c["ok"] else ("fail", "FAILED")), c["found"]) for c in selftest["checks"])

@@ -127,7 +127,7 @@ def where(model: Model, cache: Path) -> Path:
 def _folder(source: ModelSource, root: Path, cache: Path, progress: Progress) -> Path:
     kind, _, rest = source.source.partition(":")
     if kind == "practice":
-        return root / "trainer" / "practice_model"
+        return root / "trainer" / "practice" / "pretrained"
     if kind == "folder":
         return root / Path(rest).expanduser()
     from huggingface_hub import snapshot_download  # takes 0.5 s to import

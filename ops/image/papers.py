@@ -85,7 +85,7 @@ def update_stub(installer: bytes) -> str:
 
 
 def tools() -> dict[str, str]:
-    """What runs inside the image but is of the bundle: the converter of job files (ops.config is in the image), scoring, the
+    """What runs inside the image but is of the bundle: the converter of job files (ops.job.config is in the image), scoring, the
     evidence page."""
     found = {name: (SERVER / name).read_text("utf-8") for name in ("job_from_toml.py", "score.py")}
     return found | {"evidence.py": (SERVER.parent / "evidence.py").read_text("utf-8")}

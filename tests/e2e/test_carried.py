@@ -38,7 +38,7 @@ def test_the_practice_image_is_built_carried_installed_and_trains_without_a_netw
     assert (prefix / "EVIDENCE.html").is_file()
     jobs = tmp_path / "jobs"
     shutil.copytree(ROOT / "jobs", jobs)
-    shutil.copytree(ROOT / "trainer/practice_model", tmp_path / "trainer/practice_model")
+    shutil.copytree(ROOT / "trainer/practice/pretrained", tmp_path / "trainer/practice/pretrained")
     runs = tmp_path / "runs"
     run(prefix / "bin/milktea-run", "train", jobs / "practice.toml", "--run", "carried", MILKTEA_RUNS=str(runs))
     assert (runs / "carried/result/adapter.zip").is_file()

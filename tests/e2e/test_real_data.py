@@ -16,7 +16,7 @@ DATA = ROOT.parent / "shared/data/alpaca_zh_demo.json"
 JOB = """
 name = "real"
 [model]
-base = "{root}/trainer/practice_model"
+base = "{root}/trainer/practice/pretrained"
 precision = "fp32"
 [data]
 files = ["{data}"]

@@ -56,7 +56,7 @@ def test_the_adapter_loads_in_stock_peft(said: tuple[str, Path], tmp_path: Path)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "trainer/practice_model")
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "trainer/practice/pretrained")
     model = PeftModel.from_pretrained(base, tmp_path)
     assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 

@@ -57,7 +57,7 @@ def test_layers_run_from_what_rarely_changes_to_our_own_code(places):
 def test_the_image_holds_the_packages_the_box_and_the_trainer(places):
     files = files_of(build.assemble("tiny", places))
     site = "opt/venv/lib/python3.11/site-packages"
-    for path in (f"{site}/torch/lib.so", f"{site}/small.py", f"{site}/trainer/launch.py", f"{site}/ops/config.py", "opt/venv/pyvenv.cfg"):
+    for path in (f"{site}/torch/lib.so", f"{site}/small.py", f"{site}/trainer/launch.py", f"{site}/ops/job/config.py", "opt/venv/pyvenv.cfg"):
         assert path in files
     assert files["opt/venv/bin/small"].mode == files["usr/local/bin/milktea-train"].mode == 0o755
     assert files["opt/venv/bin/python"].linkname == "/usr/bin/python3.11"
@@ -68,7 +68,7 @@ def test_what_the_definition_prunes_is_left_out_and_the_rest_stays(places):
     site = "opt/venv/lib/python3.11/site-packages"
     assert f"{site}/torch/test/x.py" not in files
     assert f"{site}/torch/l.a" not in files
-    assert f"{site}/trainer/practice_model/model.safetensors" not in files
+    assert f"{site}/trainer/practice/pretrained/model.safetensors" not in files
     assert f"{site}/torch/__init__.py" in files
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ops.errors import MilkteaError
 from ops.image import build, engine
-from trainer.job import WIRE
+from trainer.wire.job import WIRE
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]
 TAG = "milktea/practice:1"

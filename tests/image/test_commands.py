@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from ops import cli, cli_image
+from ops.cli import app, image
 from ops.errors import ConfigError
 from ops.image.debian import Mirrors
 
@@ -40,7 +40,7 @@ def test_every_make_target_that_a_text_names_is_in_the_makefile() -> None:
 
 
 def test_every_verb_of_milktea_image_that_a_text_names_exists_with_its_options() -> None:
-    commands = typer.main.get_command(cli_image.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(image.app).commands  # type: ignore[attr-defined]
     named = said(IMAGE)
     assert len(named) > 12 and {"context", "base", "convert-llama", "keygen", "fetch"} <= {verb for _, verb, _ in named}
     for path, verb, rest in named:
@@ -50,7 +50,7 @@ def test_every_verb_of_milktea_image_that_a_text_names_exists_with_its_options()
 
 
 def test_every_verb_of_milktea_that_a_text_names_exists() -> None:
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
     named = said(VERB)
     assert len(named) > 5
     assert [x for x in named if x[1] not in commands and x[1] != "image"] == []

@@ -10,7 +10,7 @@ from ops.errors import ConfigError
 from ops.image import build, definition, lock
 from ops.image.assemble import group
 from ops.image.places import Places
-from trainer.job import WIRE
+from trainer.wire.job import WIRE
 
 IMAGES = sorted(path.stem for path in Places().root.glob("images/*.toml"))
 

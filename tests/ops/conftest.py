@@ -16,7 +16,7 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from ops.box import Box, Endpoint
+from ops.box.connection import Box, Endpoint
 
 TOOLS = "bash cat cp date dd df env head ln ls mkdir mv openssl rm sh sha256sum sleep stat tail tar touch wc xargs"
 

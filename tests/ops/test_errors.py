@@ -4,7 +4,7 @@ import pytest
 
 from ops import errors
 from ops.errors import BoxError, Lost, MarketError, MilkteaError, NoAnswer, OfferGone, Refused
-from ops.vast import _refusal
+from ops.market.client import _refusal
 
 
 def classes(of: type[MilkteaError] = MilkteaError) -> list[type[MilkteaError]]:

@@ -12,9 +12,9 @@ import pytest
 import rig
 from ops.errors import BoxLeaked
 from ops.fakevast import FakeVast
-from ops.journal import Journal
-from ops.rental import DESTROY_PATIENCE_S, PROOF_S, READS, adopt, until_absent
-from ops.vast import Provider, Vast
+from ops.market.client import Provider, Vast
+from ops.run.journal import Journal
+from ops.run.rental import DESTROY_PATIENCE_S, PROOF_S, READS, adopt, until_absent
 from ops.wait import RealClock
 
 LABEL = "stub-20260101-000000-0000"
@@ -89,7 +89,7 @@ def test_a_box_that_comes_back_starts_the_count_again(fake: FakeVast, vast: Vast
 
 
 def test_a_read_that_fails_proves_nothing_and_the_count_starts_again(fake: FakeVast, vast: Vast, clock: Counted, monkeypatch: Any) -> None:
-    monkeypatch.setattr("ops.vast.PATIENCE_S", 0.0)  # one attempt a call
+    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)  # one attempt a call
     fake.faults.add(where="list", what="502_before", on_call=3)
     until_absent(vast, LABEL, clock)
     assert asked(fake) == ["list"] * 6

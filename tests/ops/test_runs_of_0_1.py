@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import rig
-from ops import explain, journal
 from ops.fakevast import FakeVast
-from ops.journal import Journal
-from ops.plan import Plan
-from ops.reap import reap
-from ops.run import rent_and_train
-from ops.vast import Provider, Vast
+from ops.job.plan import Plan
+from ops.market.client import Provider, Vast
+from ops.run import explain, journal
+from ops.run.journal import Journal
+from ops.run.reap import reap
+from ops.run.rent_and_train import rent_and_train
 from ops.wait import RealClock
 
 pytestmark = pytest.mark.timeout(60)

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from tiny import events_of, manifest_of
 
-from trainer.job import Job
 from trainer.launch import build
 from trainer.machines import Machines, read_machines
 from trainer.train import run_job
+from trainer.wire.job import Job
 
 Make = Callable[..., Path]
 Agent = subprocess.Popen[bytes]

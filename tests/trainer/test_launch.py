@@ -20,8 +20,8 @@ from accelerate.utils import write_basic_config
 from tiny import events_of, manifest_of, step_reached, wait_for
 
 from trainer import launch
-from trainer.job import WIRE, Job
-from trainer.prepare import Refused
+from trainer.data.prepare import Refused
+from trainer.wire.job import WIRE, Job
 
 Make = Callable[..., Path]
 COMMAND = [sys.executable, "-m", "trainer.launch"]

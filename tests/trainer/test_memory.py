@@ -19,7 +19,7 @@ LLAMA_7B = Shape(32_000, 4096, 32, 32, 32, 128, 11008)
 LLAMA_3_8B = Shape(128_256, 4096, 32, 32, 8, 128, 14336)
 QWEN_05B = Shape(151_936, 896, 24, 14, 2, 64, 4864, tied=True, qkv_bias=True)
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "bench/results"
 
 CONFIGS: list[dict[str, Any]] = [
     {"model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -69,8 +69,8 @@ def test_the_count_of_what_a_fused_layer_keeps_is_what_autograd_keeps() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from trainer.attention import register
-    from trainer.fast import accelerate_model, inner_model
+    from trainer.kernels.attention import register
+    from trainer.kernels.patch import accelerate_model, inner_model
 
     config = LlamaConfig(
         hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=99

@@ -13,13 +13,14 @@ import pytest
 import torch
 from tiny import events_of, finish, start, write_model
 
-from trainer import batch, events
-from trainer.job import Job
+from trainer.data import batch
+from trainer.data.prepare import Refused
 from trainer.loop import budget
 from trainer.outcome import Unexpected, is_told
-from trainer.prepare import Refused
 from trainer.stages import sft
 from trainer.train import ending
+from trainer.wire import events
+from trainer.wire.job import Job
 
 Make = Callable[..., Path]
 Patch = pytest.MonkeyPatch

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from tiny import rows, write_model, write_tokenizer
 
-from trainer.job import Job
+from trainer.data.prepare import Refused, prepare
+from trainer.data.template import TemplateError
 from trainer.launch import main as launch
+from trainer.model.weights import check_weights
 from trainer.outcome import refuse as tell_refusal
-from trainer.prepare import Refused, prepare
-from trainer.prompt import TemplateError
 from trainer.train import ending
-from trainer.weights import check_weights
+from trainer.wire.job import Job
 
 Make = Callable[..., Path]
 

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from tiny import events_of, finish, manifest_of, start
 from torch import Tensor, nn
 
-from trainer import batch, packing
-from trainer.job import Job
+from trainer.data import batch, packing
+from trainer.loop.guards import Expected
 from trainer.loop.ranks import StopSignal
 from trainer.loop.replicas import Replicas
-from trainer.model import target_loss
+from trainer.model.load import target_loss
 from trainer.stages import sft
 from trainer.train import run_job
-from trainer.watchdog import Expected
+from trainer.wire.job import Job
 from trainer.wire.stages import STAGES, StageFacts
 
 Make = Callable[..., Path]
@@ -119,7 +119,7 @@ def steps(job: Path) -> list[dict[str, Any]]:
 def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The job's stage is the file that it names: here with another class in it."""
     monkeypatch.setattr(sft, "Stage", Pairs)
-    monkeypatch.setattr("trainer.progress.EVENT_EVERY_S", 0.0)
+    monkeypatch.setattr("trainer.loop.progress.EVENT_EVERY_S", 0.0)
 
 
 def test_a_stage_that_compares_answers_starts_at_ln_two_and_learns_to_prefer(

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from trainer import memory
-from trainer.job import Job
-from trainer.prepare import Refused
+from trainer.data.prepare import Refused
+from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
 CPU_TOKENS = 2048  # of a micro-batch where there is no GPU memory to fill

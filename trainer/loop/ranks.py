@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer import checkpoint
-from trainer.job import Job
+from trainer.loop import checkpoint
+from trainer.wire.job import Job
 
 Written = Callable[[int, Path, str], None]  # step, folder, sha256 of its manifest: it is on disk
 

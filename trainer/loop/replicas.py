@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer import checkpoint, optim
-from trainer.job import Job
+from trainer.loop import checkpoint, optim
+from trainer.loop.guards import Stopped
 from trainer.loop.ranks import Ranks, StopSignal, Written
-from trainer.watchdog import Stopped
+from trainer.wire.job import Job
 
 
 class Replicas(Ranks):

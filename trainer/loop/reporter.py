@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainer import events, report
-from trainer.job import Job
+from trainer.loop import report
+from trainer.wire import events
+from trainer.wire.job import Job
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 NOTES = "data_report.txt"

@@ -22,11 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainer import checkpoint
-from trainer.job import Job
+from trainer.loop import checkpoint
+from trainer.loop.optim import EXTRA
 from trainer.loop.ranks import Ranks, StopSignal, Written
-from trainer.model import decoder_layers, load_base
-from trainer.optim import EXTRA
+from trainer.model.load import decoder_layers, load_base
+from trainer.wire.job import Job
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

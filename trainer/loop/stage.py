@@ -23,13 +23,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer import checkpoint
-from trainer.batch import Work
-from trainer.job import Job
+from trainer.data.batch import Work
+from trainer.loop import checkpoint
+from trainer.loop.guards import Expected
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter, versions
-from trainer.schedule import learning_rate
-from trainer.watchdog import Expected
+from trainer.loop.schedule import learning_rate
+from trainer.wire.job import Job
 
 
 class Stage(ABC):

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import torch
 
-from trainer import batch, checkpoint, events
-from trainer.job import Job
+from trainer.data import batch
+from trainer.loop import checkpoint
+from trainer.loop.guards import Stopped, Watchdog
+from trainer.loop.optim import EXTRA, LOSS, WISHES, adamw
+from trainer.loop.progress import Launched, Progress, Reading
 from trainer.loop.ranks import Gone, Ranks
 from trainer.loop.reporter import Reporter
 from trainer.loop.stage import Stage
-from trainer.optim import EXTRA, LOSS, WISHES, adamw
-from trainer.progress import Launched, Progress, Reading
-from trainer.watchdog import Stopped, Watchdog
+from trainer.wire import events
+from trainer.wire.job import Job
 
 
 class Loop:

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import artefact, batch, checkpoint, evaluate, events, packing, report
-from trainer.dropout import TokenKeys
-from trainer.job import Job
-from trainer.loop import stage
+from trainer.data import batch, packing
+from trainer.data.prepare import model_folder, prepare
+from trainer.eval import held_out
+from trainer.loop import checkpoint, report, stage
 from trainer.loop.budget import micro_batch
+from trainer.loop.guards import Expected, check_labels, probe, target_entropy
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
-from trainer.model import hidden_states, load, start_values, target_loss
-from trainer.prepare import model_folder, prepare
-from trainer.watchdog import Expected, check_labels, probe, target_entropy
+from trainer.model.dropout import TokenKeys
+from trainer.model.load import hidden_states, load, start_values, target_loss
+from trainer.result import adapter
+from trainer.wire import events
+from trainer.wire.job import Job
 
 HOST = torch.device("cpu")
 LEAK, LEAK_INT8 = (
@@ -103,11 +106,11 @@ class Stage(stage.Stage):
         png = report.curve_png(state.curve, job.run_id)
         page = report.page(job, facts, scored.samples, score, png)
         pages = {"loss.png": png, "report.html": page}
-        return artefact.write_result(
+        return adapter.write_result(
             self.run, model, job, self.base, self.data, facts, pages, self.initial
         )
 
-    def _score(self, model: nn.Module, reporter: Reporter) -> evaluate.Scored:
+    def _score(self, model: nn.Module, reporter: Reporter) -> held_out.Scored:
         """Answers the held-out questions, where there are any and the whole model fits the
         device."""
         device = self.ranks.device
@@ -115,8 +118,8 @@ class Stage(stage.Stage):
             if self.job.data.held_out:
                 why = "the held-out rows were not scored: the whole model does not fit one card"
                 reporter.event(events.Warned, message=why)
-            return evaluate.Scored()
-        scored = evaluate.held_out(model, self.job, self.run, self.data, device)
+            return held_out.Scored()
+        scored = held_out.held_out(model, self.job, self.run, self.data, device)
         for sample in scored.samples:
             reporter.event(events.Sample, **sample)
         if scored.rows:

@@ -3,7 +3,7 @@
     python job_from_toml.py paths JOB.toml                              host paths that the job reads, one a line (to be mounted)
     python job_from_toml.py run JOB.toml RUN_FOLDER [PROCESSES]         writes RUN_FOLDER/job.json and its data
 
-`milktea-run` calls it; `ops.config` and `ops.errors` travel with it in the bundle, `trainer.job` is the image's own. The keys
+`milktea-run` calls it; `ops.job.config` and `ops.errors` travel with it in the bundle, `trainer.wire.job` is the image's own. The keys
 that are about money and machines ([offer], [limits], [image], [results]) are checked and then mean nothing here, but for
 offer.num_gpus. A base model is looked for as a folder, then among the installed models, then in the image.
 """
@@ -17,10 +17,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from ops.config import JobFile, load
 from ops.errors import ConfigError, MilkteaError
-from trainer import prompt
-from trainer.job import DataFile, Job
+from ops.job.config import JobFile, load
+from trainer.data import template as prompt
+from trainer.wire.job import DataFile, Job
 
 
 def paths_of(job: JobFile) -> list[Path]:
@@ -74,7 +74,7 @@ def find_model(toml: Path, job: JobFile) -> Path:
     """The folder of the base model. Raises ConfigError that lists what is installed."""
     base = job.model.base.partition("@")[0]
     installed = Path(os.environ.get("MILKTEA_MODELS", "/models")) / "by-name"
-    inside = [_package_folder("trainer") / "practice_model", *sorted(Path("/models").glob("*practice*"))] if "practice" in base else []
+    inside = [_package_folder("trainer") / "practice" / "pretrained", *sorted(Path("/models").glob("*practice*"))] if "practice" in base else []
     for folder in (*model_paths(toml, job), installed / base, Path("/models") / base, *inside):
         if (folder / "config.json").is_file():
             return folder.resolve()

@@ -172,7 +172,7 @@ check() {
     _image=$(current_image) || exit 2
     _lock=$PREFIX/records/image-${_image##*:}.lock
     [ -f "$_lock" ] || _lock=
-    inside ${_lock:+-v "$_lock:/run/milktea/image.lock:ro"} -- python3 -m trainer.selftest "$@"
+    inside ${_lock:+-v "$_lock:/run/milktea/image.lock:ro"} -- python3 -m trainer.checkup "$@"
 }
 
 # The folder of a run by its name or path; what is not under RUNS is mounted.
@@ -196,7 +196,7 @@ chat() {
     shift
     if [ $# -gt 0 ]; then set -- --prompt "$*"; fi
     _model=$(model_folder "$_at")
-    inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -w "$_at" -- python3 -m trainer.generate "$_at/result/adapter.zip" --base "$_at/model" "$@"
+    inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -w "$_at" -- python3 -m trainer.serve.chat "$_at/result/adapter.zip" --base "$_at/model" "$@"
 }
 
 evaluate() {

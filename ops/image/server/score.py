@@ -75,11 +75,11 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     """Print and write (evaluation.json) the scores of the base model and of the adapter on held-out rows."""
     import torch
 
-    from trainer.data import read_rows
-    from trainer.evaluate import answer, match
-    from trainer.generate import open_adapter
-    from trainer.job import Job
-    from trainer.prepare import model_folder, prompt_ids
+    from trainer.data.files import read_rows
+    from trainer.data.prepare import model_folder, prompt_ids
+    from trainer.eval.held_out import answer, match
+    from trainer.serve.chat import open_adapter
+    from trainer.wire.job import Job
 
     if not (run / "result" / "manifest.json").is_file():
         raise SystemExit(f"refused: {run.name} has no finished result\ndo this: milktea-run train JOB.toml --run {run.name} goes on with it")

@@ -1,0 +1,1 @@
+"""Everything that measures; results/ holds what was measured."""

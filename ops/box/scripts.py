@@ -1,0 +1,148 @@
+"""Pure: the shell text that a box is asked to run. POSIX sh; every word from outside is quoted; nothing here executes anything.
+
+All paths are relative to the login's home, where ssh starts: the same text serves root in a container and a user anywhere.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+HOME_FOLDER = "milktea"
+LEASE_S = 600  # a box whose client is silent for so long destroys itself
+WATCH_S = 15  # how often the box looks; overshoot of money and time is at most this
+
+# Runs on the box for its whole life, armed by onstart before anything else. Environment: CONTAINER_API_KEY (may touch this
+# instance only), CONTAINER_ID, MILKTEA_API, MILKTEA_MAX_S (seconds that the money or the hours allow), MILKTEA_LEASE_S.
+# `born` survives a restart of the container, so a stop and start wins no time. Both clocks are the box's own.
+WATCHDOG = """\
+cd "$HOME/milktea" || exit 1
+gone() {
+  if command -v curl >/dev/null 2>&1; then
+    curl -sS -m 20 -X DELETE -H "Authorization: Bearer $CONTAINER_API_KEY" -H 'Content-Type: application/json' -d '{}' "$1"
+  else
+    python3 -c 'import os,sys,urllib.request as u
+h={"Authorization":"Bearer "+os.environ["CONTAINER_API_KEY"],"Content-Type":"application/json"}
+u.urlopen(u.Request(sys.argv[1],b"{}",h,method="DELETE"),timeout=20)' "$1"
+  fi
+}
+watch() {
+  while :; do
+    now=$(date +%s) && read -r born <born && read -r lease <lease || now=
+    if [ -n "$now" ]; then
+      why=
+      [ $((now - born)) -ge "$MILKTEA_MAX_S" ] && why="deadline"
+      [ $((now - lease)) -ge "$MILKTEA_LEASE_S" ] && why="lease"
+      if [ -n "$why" ]; then
+        echo "$now destroying this instance: $why" >>watchdog.log
+        gone "$MILKTEA_API/api/v0/instances/$CONTAINER_ID/" >>watchdog.log 2>&1
+      fi
+    fi
+    sleep "$MILKTEA_WATCH_S"
+  done
+}
+watch
+"""
+
+
+def onstart(public_key: str) -> str:
+    """What the box runs at each start: the watchdog first, then our key. Under vast.ai's 4,000 characters."""
+    key = shlex.quote(public_key.strip())
+    return f"""\
+umask 077; mkdir -p "$HOME/milktea" "$HOME/.ssh"; cd "$HOME/milktea" || exit 1
+cat >watchdog.sh <<'WATCHDOG'
+{WATCHDOG}WATCHDOG
+[ -s born ] || date +%s >born
+[ -s lease ] || date +%s >lease
+touch "$HOME/.no_auto_tmux"
+grep -qsF {key} "$HOME/.ssh/authorized_keys" || echo {key} >>"$HOME/.ssh/authorized_keys"
+(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)
+"""
+
+
+def environment(api_url: str, max_s: float) -> dict[str, str]:
+    """For `create`: what the watchdog needs. No secret is in it: vast.ai itself adds the instance's own key."""
+    return {
+        "MILKTEA_API": api_url.rstrip("/"),
+        "MILKTEA_MAX_S": str(int(max_s)),
+        "MILKTEA_LEASE_S": str(LEASE_S),
+        "MILKTEA_WATCH_S": str(WATCH_S),
+    }
+
+
+def run_folder(run_id: str) -> str:
+    return f"{HOME_FOLDER}/{run_id}"
+
+
+# A process that nobody has buried yet does not run: the first process of a container may bury none.
+ALIVE = '[ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$(cat pid)/status"'
+RENEW = "date +%s >milktea/lease.new && mv milktea/lease.new milktea/lease"
+
+
+def detach(deadline_in_s: float) -> str:
+    """Let the box live without a client until its own deadline: the lease is set that far ahead."""
+    return f"echo $(($(date +%s) + {int(deadline_in_s)})) >milktea/lease.new && mv milktea/lease.new milktea/lease"
+
+
+def ready(run_id: str) -> str:
+    """Make the run folder and show that the watchdog is armed: its pid is looked for by the file that it reads."""
+    return f"mkdir -p {run_folder(run_id)}/data && {RENEW} && test -s milktea/born && echo armed"
+
+
+def launch(run_id: str, trainer: str) -> str:
+    """Start the training detached, once: a second call finds it running or finished.
+
+    The training is a process group of its own, whose number is in `pid`; its `exit_code` appears last, by rename. The shell that
+    writes it outlives a SIGTERM to the group."""
+    command = "milktea-train job.json"
+    if trainer == "push":
+        command = "sh trainer-start.sh"  # ops/box/bootstrap/trainer-start.sh, pushed with the trainer
+    wrapper = f"trap : TERM; {command} >>log.txt 2>&1; echo $? >exit_code.new; mv exit_code.new exit_code"
+    return f"""\
+{RENEW}
+cd {run_folder(run_id)} || exit 9
+if [ -e exit_code ]; then echo finished; exit 0; fi
+if {ALIVE}; then echo running; exit 0; fi
+setsid sh -c {shlex.quote(wrapper)} </dev/null >/dev/null 2>&1 &
+echo $! >pid
+echo started
+"""
+
+
+POLL_MARK = "=milktea="
+
+
+def poll(run_id: str, events_offset: int, max_bytes: int = 1 << 18) -> str:
+    """One round trip: renew the lease, say whether it ended, and deliver events from `events_offset` on.
+
+    Output: a header line ``=milktea= EXIT RUNNING SIZE`` (EXIT is ``-`` while it runs), then the raw bytes of events.jsonl."""
+    return f"""\
+{RENEW}
+cd {run_folder(run_id)} || exit 9
+running=no; {ALIVE} && running=yes
+code=-; [ -e exit_code ] && code=$(cat exit_code)
+size=$(wc -c <events.jsonl 2>/dev/null || echo 0)
+echo "{POLL_MARK} $code $running" $size
+tail -c +{events_offset + 1} events.jsonl 2>/dev/null | head -c {max_bytes}
+true
+"""
+
+
+def parse_poll(stdout: str) -> tuple[int | None, bool, int, bytes]:
+    """(exit code or None, running, size of events.jsonl, new event bytes) from `poll`'s output. Raises ValueError without its header.
+
+    A character cut at the end of the output is in a line without its newline, which nobody reads yet: whole lines are exact."""
+    head, _, rest = stdout.partition("\n")
+    words = head.split()
+    if len(words) != 4 or words[0] != POLL_MARK:
+        raise ValueError(f"not a poll answer: {head[:80]!r}")
+    code = None if words[1] == "-" else int(words[1])
+    return code, words[2] == "yes", int(words[3]), rest.encode()
+
+
+def log_tail(run_id: str, lines: int = 40) -> str:
+    return f"tail -n {lines} {run_folder(run_id)}/log.txt 2>/dev/null"
+
+
+def stop_training(run_id: str) -> str:
+    """SIGTERM to the training's process group: it saves a checkpoint and leaves 143 in exit_code."""
+    return f'cd {run_folder(run_id)} && [ -s pid ] && kill -s TERM -- "-$(cat pid)" 2>/dev/null; true'

@@ -1,0 +1,1 @@
+"""GPUs and the drivers that serve them."""

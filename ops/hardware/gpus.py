@@ -1,0 +1,157 @@
+"""Pure: what each GPU can do, and how many training tokens a second that makes.
+
+Peak rates are NVIDIA's datasheet figures: dense (no sparsity), FP32 accumulation, GeForce at its halved tensor rate. `gemm` is
+the share of the peak that large matrix products reach: measured on the H200 (685 to 787 of 989 TFLOP/s in bf16, 1,393 to
+1,540 of 1,979 in FP8); for the other cards an estimate from their power limit, to be replaced when somebody measures one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from trainer.memory import Shape
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`name` is vast.ai's spelling. `memory_gib` is what the driver reports, not what the box says. Rates are of one GPU."""
+
+    name: str
+    memory_gib: float
+    compute_capability: float
+    bf16_tflops: float
+    fp8_tflops: float  # 0: no FP8 units
+    memory_gb_s: float
+    gemm: float
+    known: bool = True  # False: guessed from vast.ai's own benchmark
+
+
+GPUS: tuple[Gpu, ...] = (
+    Gpu("RTX 3060", 12.0, 8.6, 25.5, 0, 360, 0.90),
+    Gpu("RTX 3080", 10.0, 8.6, 59.5, 0, 760, 0.90),
+    Gpu("RTX 3080 Ti", 12.0, 8.6, 68.2, 0, 912, 0.90),
+    Gpu("RTX 3090", 24.0, 8.6, 71.2, 0, 936, 0.90),
+    Gpu("RTX 3090 Ti", 24.0, 8.6, 80.0, 0, 1008, 0.90),
+    Gpu("RTX 4060 Ti", 16.0, 8.9, 44.1, 88.3, 288, 0.90),
+    Gpu("RTX 4070 Ti", 12.0, 8.9, 80.2, 160.4, 504, 0.90),
+    Gpu("RTX 4070S Ti", 16.0, 8.9, 88.2, 176.4, 672, 0.90),
+    Gpu("RTX 4080", 16.0, 8.9, 97.5, 195.0, 717, 0.90),
+    Gpu("RTX 4080S", 16.0, 8.9, 104.4, 208.9, 736, 0.90),
+    Gpu("RTX 4090", 24.0, 8.9, 165.2, 330.3, 1008, 0.90),
+    Gpu("RTX 4090D", 24.0, 8.9, 147.1, 294.2, 1008, 0.90),
+    Gpu("RTX 5060 Ti", 16.0, 12.0, 47.4, 94.9, 448, 0.90),
+    Gpu("RTX 5070 Ti", 16.0, 12.0, 87.9, 175.8, 896, 0.90),
+    Gpu("RTX 5080", 16.0, 12.0, 112.6, 225.1, 960, 0.90),
+    Gpu("RTX 5090", 31.8, 12.0, 209.5, 419.0, 1792, 0.90),
+    Gpu("RTX A4000", 16.0, 8.6, 76.7, 0, 448, 0.75),
+    Gpu("RTX A4500", 20.0, 8.6, 94.6, 0, 640, 0.75),
+    Gpu("RTX A5000", 24.0, 8.6, 111.1, 0, 768, 0.75),
+    Gpu("RTX A6000", 48.0, 8.6, 154.8, 0, 768, 0.75),
+    Gpu("RTX 4000Ada", 20.0, 8.9, 106.9, 213.8, 360, 0.65),
+    Gpu("RTX 4500Ada", 24.0, 8.9, 158.6, 317.2, 432, 0.65),
+    Gpu("RTX 5000Ada", 32.0, 8.9, 261.1, 522.1, 576, 0.65),
+    Gpu("RTX 6000Ada", 48.0, 8.9, 364.2, 728.5, 960, 0.65),
+    Gpu("RTX PRO 6000 S", 95.6, 12.0, 480.0, 960.0, 1597, 0.70),
+    Gpu("RTX PRO 6000 WS", 95.6, 12.0, 503.8, 1007.6, 1792, 0.70),
+    Gpu("Tesla T4", 15.0, 7.5, 65.0, 0, 320, 0.50),
+    Gpu("A10", 22.5, 8.6, 125.0, 0, 600, 0.55),
+    Gpu("L4", 22.5, 8.9, 121.0, 242.0, 300, 0.55),
+    Gpu("A40", 45.0, 8.6, 149.7, 0, 696, 0.75),
+    Gpu("L40", 45.0, 8.9, 181.0, 362.0, 864, 0.75),
+    Gpu("L40S", 45.0, 8.9, 362.0, 733.0, 864, 0.62),
+    Gpu("A100 PCIE", 40.0, 8.0, 312.0, 0, 1555, 0.75),
+    Gpu("A100 PCIE", 80.0, 8.0, 312.0, 0, 1935, 0.75),
+    Gpu("A100 SXM4", 40.0, 8.0, 312.0, 0, 1555, 0.80),
+    Gpu("A100 SXM4", 80.0, 8.0, 312.0, 0, 2039, 0.80),
+    Gpu("A800 PCIE", 80.0, 8.0, 312.0, 0, 1935, 0.75),
+    Gpu("H100 PCIE", 79.6, 9.0, 756.0, 1513.0, 2039, 0.65),
+    Gpu("H100 NVL", 93.6, 9.0, 835.0, 1671.0, 3938, 0.70),
+    Gpu("H100 SXM", 79.6, 9.0, 989.0, 1979.0, 3350, 0.744),
+    Gpu("GH200 SXM", 95.6, 9.0, 989.0, 1979.0, 4000, 0.744),
+    Gpu("H200 NVL", 140.4, 9.0, 835.0, 1671.0, 4800, 0.70),
+    Gpu("H200", 140.4, 9.0, 989.0, 1979.0, 4800, 0.744),
+    Gpu("B200", 179.1, 10.0, 2250.0, 4500.0, 8000, 0.70),
+    Gpu("B300", 268.6, 10.3, 2250.0, 4500.0, 8000, 0.70),
+)
+
+LEAST_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int8": 8.0}
+
+# Calibrated on bench/results/bench.jsonl of 2026-11-21, one H200, Llama-7B, r = 16 on all seven projections: 20,254 real tokens/s in bf16
+# and 30,527 in FP8. Taking away the matrix products (35.9 and 17.9 us a token) leaves 13.5 and 14.8 us: attention, and
+# element-wise work bound by memory, about 65 MB a token, or 500 bytes for each of hidden x layers. With every layer
+# checkpointed: 14,559 in bf16, 14,179 in NF4.
+_ELEMENTWISE_BYTES = 500.0
+_RECOMPUTED = 0.38  # of a layer's cost again when it is checkpointed: forward without its last product and without the head
+_GEMM_COST = {"fp32": 4.0, "bf16": 1.0, "fp8": 1.0, "nf4": 1.04, "int8": 3.0}  # against bf16 (fp8: against its own peak)
+_ATTENTION = 0.55  # of the rate of large matrix products that attention reaches
+_DLPERF_TO_BF16_TFLOPS = 1.5  # RTX 5090: 209.5 TFLOP/s at DLPerf 142; RTX 4090: 165 at 95; the lower of the two
+_PARALLEL_LOSS = 0.03  # of each doubling of GPUs: one all-reduce of the adapter's gradients a step
+
+
+@lru_cache(maxsize=1024)
+def plain(name: str) -> str:
+    """A GPU's name without what people spell differently: case, spaces, dashes, underscores, the vendor."""
+    return re.sub(r"[\s_\-]|NVIDIA|GEFORCE", "", name.upper())
+
+
+def find(name: str, memory_gib: float = 0.0) -> Gpu | None:
+    """The table's row for a name in any spelling; of several sizes the one nearest to `memory_gib`. None when unknown."""
+    same = [g for g in GPUS if plain(g.name) == plain(name)]
+    return min(same, key=lambda g: abs(g.memory_gib - memory_gib)) if same else None
+
+
+def like(name: str) -> list[str]:
+    """Known names that resemble `name`, nearest first, for an error message."""
+    known = {plain(g.name): g.name for g in GPUS}
+    prefixed = [n for p, n in known.items() if p.startswith(plain(name)) and plain(name)]
+    close = [known[p] for p in difflib.get_close_matches(plain(name), known, 3, 0.6)]
+    return list(dict.fromkeys(prefixed + close))
+
+
+def that_hold(memory_gib: float, precision: str = "bf16") -> list[Gpu]:
+    """The cards with at least `memory_gib` that compute in `precision`, smallest and then slowest first: the first is what
+    to name when the asked one does not fit."""
+    least = LEAST_COMPUTE_CAPABILITY[precision]
+    fits = [g for g in GPUS if g.memory_gib >= memory_gib and g.compute_capability >= least]
+    return sorted(fits, key=lambda g: (g.memory_gib, g.bf16_tflops))
+
+
+def from_benchmark(name: str, memory_gib: float, compute_capability: float, dlperf: float, memory_gb_s: float) -> Gpu | None:
+    """A guess at a card that the table lacks, from vast.ai's DLPerf of one GPU. None without one."""
+    if dlperf <= 0:
+        return None
+    tflops = _DLPERF_TO_BF16_TFLOPS * dlperf
+    fp8 = 2 * tflops if compute_capability >= LEAST_COMPUTE_CAPABILITY["fp8"] else 0.0
+    return Gpu(name, memory_gib, compute_capability, tflops, fp8, memory_gb_s or 6 * tflops, 0.7, known=False)
+
+
+def tokens_per_second(
+    gpu: Gpu,
+    precision: str,
+    model_parameters: float,
+    shape: Shape | None = None,
+    recomputed: float = 0.0,
+    num_gpus: int = 1,
+    full: bool = False,
+    row_tokens: float = 340.0,
+) -> float:
+    """Real tokens a second of training on packed rows, all GPUs together; 0 when the card lacks the precision.
+
+    LoRA takes 4 N FLOPs a token: 2 N forward, 2 N for the gradients of activations, none for frozen weights; `full` takes
+    2 N more. `recomputed` is the share of layers that are checkpointed. `row_tokens` is the length of the row that the mean
+    token is in: causal attention costs 7 of them x hidden x layers. Without a shape, hidden x layers follows from N as it
+    does in the Llama family.
+    """
+    peak = gpu.fp8_tflops if precision == "fp8" else gpu.bf16_tflops
+    if peak <= 0:
+        return 0.0
+    hidden_layers = shape.hidden * shape.layers if shape else 131_072 * (model_parameters / 6.74e9) ** (2 / 3)
+    rate = gpu.gemm * 1e12
+    gemm_s = (6 if full else 4) * model_parameters * _GEMM_COST[precision] / (rate * peak)
+    attention_s = 7 * row_tokens * hidden_layers / (rate * gpu.bf16_tflops * _ATTENTION)
+    elementwise_s = _ELEMENTWISE_BYTES * hidden_layers / (gpu.memory_gb_s * 1e9)
+    scaling = (1 - _PARALLEL_LOSS) ** (num_gpus.bit_length() - 1)
+    return num_gpus * scaling / ((gemm_s + attention_s + elementwise_s) * (1 + recomputed * _RECOMPUTED))

@@ -1,0 +1,1 @@
+"""A job file and what it becomes, before a cent is spent."""

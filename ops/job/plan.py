@@ -1,0 +1,41 @@
+"""What is to be done with one job: all that a later client needs to go on. It is the journal's first line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ops.box.transfer import PushFile
+from ops.market.cost import Workload
+from ops.market.ranking import Needs
+from ops.run.journal import Line
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, decided before a cent is spent. All of it goes into the journal's first line."""
+
+    run_id: str
+    image: str
+    trainer: str  # push or image
+    wire_job: dict[str, Any]
+    pushes: list[PushFile]
+    needs: Needs
+    workload: Workload
+    max_usd: float
+    max_s: float
+    stall_s: float
+    out: str
+    notes: list[str]
+
+    def to_line(self) -> dict[str, Any]:
+        row = asdict(self)
+        row["pushes"] = [{"local": str(p.local), "remote": p.remote, "sha256": p.sha256} for p in self.pushes]
+        return row
+
+    @classmethod
+    def from_line(cls, line: Line) -> Plan:
+        row = {f.name: line[f.name] for f in fields(cls)}
+        row["pushes"] = [PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]]
+        return cls(**row | {"needs": Needs(**row["needs"]), "workload": Workload(**row["workload"])})

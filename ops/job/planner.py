@@ -1,0 +1,273 @@
+"""The plan of a job, and every fault of the job that can be found without a provider. The rows go through the trainer's own checks
+(trainer/data/prepare.py), so that what is refused here is what the box would have refused an hour later."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+from ops.box.transfer import PushFile, sha256_of
+from ops.errors import ConfigError, PreflightError
+from ops.hardware import gpus
+from ops.job.config import JobFile
+from ops.job.plan import Plan
+from ops.market.cost import Workload
+from ops.market.ranking import Needs
+from trainer import memory
+from trainer.data import prepare
+from trainer.data import template as prompt
+from trainer.data.files import DATASET_INFO, find_sources
+from trainer.wire.job import Job
+
+CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}  # least compute capability
+DRIVER_SHARE = 0.98  # of the memory that a card's driver reports, torch can have
+CPU_FLOP_S = 1e11  # of a laptop, generously
+SYSTEM_GIB = 4  # logs, pip's cache, the container's own
+IMAGE_UNPACKED = 2.5  # unpacked bytes for a compressed one
+TRAINER_SUFFIXES = (".py", ".toml", ".html")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+
+
+def new_plan(job: JobFile, root: Path, now: float, *, on_cpu: bool = False) -> Plan:
+    """The plan of a new run, whose folder in `root` it makes; or every defect of the data, a model that fits no card asked for, with `on_cpu` one
+    that the emulator's boxes could not train in time. Raises PreflightError or ConfigError, and leaves nothing then."""
+    run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
+    stage = root / run_id
+    stage.mkdir(parents=True)
+    try:
+        plan = planned(job, run_id, stage)
+        if on_cpu:
+            _refuse_too_slow_here(plan)
+        return plan
+    except BaseException:
+        shutil.rmtree(stage)  # a run that never began leaves nothing
+        raise
+
+
+def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
+    """The plan; `stage` is a folder that exists."""
+    pushes = [*_data_files(job), *_model_files(job), *(_trainer_files() if job.image.trainer == "push" else [])]
+    wire_job = _wire_job(job, run_id, pushes)
+    notes: list[str] = []
+    lengths = _lengths(wire_job, stage, pushes, notes)
+    shape = _shape(job, notes)
+    workload = _workload(job, lengths, shape, pushes)
+    needs = _needs(job, workload, shape)
+    return Plan(
+        run_id=run_id, image=job.image.ref, trainer=job.image.trainer, wire_job=json.loads(wire_job.model_dump_json()), pushes=pushes, needs=needs,
+        workload=workload, max_usd=job.limits.max_usd, max_s=job.limits.max_hours * 3600, stall_s=job.limits.stall_minutes * 60,
+        out=str(job.results.folder), notes=notes,
+    )  # fmt: skip
+
+
+def _refuse_too_slow_here(plan: Plan) -> None:
+    """The emulator's boxes compute on this machine's CPU: a model made for a GPU would run into limits.max_hours without a result."""
+    seconds = 6 * plan.workload.model_parameters * plan.workload.tokens / CPU_FLOP_S
+    if seconds > plan.max_s:
+        raise PreflightError(
+            f"without VAST_API_KEY the training runs on this computer's CPU, where {plan.workload.model_parameters / 1e9:.1f} billion parameters "
+            f"and {plan.workload.tokens:,.0f} tokens take about {seconds / 3600:,.0f} hours; limits.max_hours is {plan.max_s / 3600:.1f}",
+            hint="export VAST_API_KEY=... for the real run, or `make plan JOB=...` to see the emulated market",
+        )
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------------
+
+
+def _data_files(job: JobFile) -> list[PushFile]:
+    wanted = [*_with_named(job.data.files), *([job.data.held_out] if job.data.held_out else [])]
+    missing = [p for p in wanted if not p.is_file()]
+    if missing:
+        raise PreflightError("\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file")
+    # the name on the box is ours: a user's may hold what no shell likes; errors name the user's
+    return [PushFile(p, f"data/{n}{p.suffix if p.suffix[1:].isalnum() else ''}", sha256_of(p)) for n, p in enumerate(wanted)]
+
+
+def _with_named(files: list[Path]) -> list[Path]:
+    """The files, and where LLaMA-Factory's dataset_info.json stands alone, those that it names: the box needs them too."""
+    if not all(p.is_file() and p.name == DATASET_INFO for p in files):
+        return files
+    sources, defects = find_sources(files, "auto")
+    if defects:
+        raise PreflightError("\n".join(str(d) for d in defects), hint="correct the file, or name the data files themselves in data.files")
+    return [*files, *(s.path for s in sources)]
+
+
+def _model_files(job: JobFile) -> list[PushFile]:
+    folder = Path(job.model.base)
+    if not folder.is_dir():
+        return []
+    files = [p for pattern in MODEL_FILES for p in sorted(folder.glob(pattern))]
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise PreflightError(
+            f"{folder} holds no .safetensors file (pickled weights are not taken)", hint="save the model with save_pretrained, or name a hub model"
+        )
+    return [PushFile(p, f"model/{p.name}", sha256_of(p)) for p in files]
+
+
+def _trainer_files() -> list[PushFile]:
+    folder = Path(prepare.__file__).parents[1]
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix in TRAINER_SUFFIXES]
+    start = Path(__file__).parents[1] / "box" / "bootstrap"
+    return [
+        *(PushFile(p, f"trainer/{p.relative_to(folder)}", sha256_of(p)) for p in files),
+        *(PushFile(p, p.name, sha256_of(p)) for p in sorted(start.iterdir()) if p.is_file()),
+    ]
+
+
+def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
+    data = [
+        {"path": p.remote, "name": p.local.name, "sha256": p.sha256, "size_bytes": p.local.stat().st_size}
+        for p in pushes if p.remote.startswith("data/")
+    ]  # fmt: skip
+    held_out = data.pop() if job.data.held_out else None
+    template, text = _template(job.data.template)
+    local = Path(job.model.base).is_dir()
+    base, _, revision = (job.model.base, "", "") if local else job.model.base.partition("@")
+    return Job.model_validate({
+        "run_id": run_id,
+        "model": {
+            "base": Path(base).name if local else base, "revision": revision or None,
+            "path": "model" if local else None, "precision": job.model.precision,
+        },
+        "data": {
+            "files": data, "held_out": held_out, "format": job.data.format, "template": template, "template_text": text,
+            "max_length": job.data.max_length, "over_length": job.data.over_length,
+        },
+        "lora": job.lora.model_dump(),
+        "training": job.training.model_dump(),
+        "processes": job.offer.num_gpus,
+    })  # fmt: skip
+
+
+def _template(name: str) -> tuple[str, str | None]:
+    path = Path(name)
+    if path.is_absolute():
+        if not path.is_file():
+            raise ConfigError(f"data.template: no such file: {path}")
+        return path.stem, path.read_text("utf-8")
+    if name != "chat" and name not in prompt.names():
+        raise ConfigError(f"data.template: {name!r} is none of {', '.join(prompt.names())}, chat, or a file")
+    return name, None
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------------------
+
+
+def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> list[int]:
+    """Tokens of each row that will be trained on, by the trainer's own preparation on links to the user's files."""
+    for p in pushes:
+        if p.remote.startswith(("data/", "model/")):
+            link = stage / p.remote
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(p.local)
+    try:
+        prepared = prepare.prepare(job, stage)
+    except prepare.Refused as e:
+        listed = "\n".join(f"  {s}" for s in e.samples)
+        raise PreflightError(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
+    except prompt.TemplateError as e:
+        raise PreflightError(str(e)) from e
+    except OSError as e:
+        raise PreflightError(
+            f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}", hint="check model.base and the network, or name a local folder"
+        ) from e
+    finally:
+        for name in ("data", "model", "cache"):
+            shutil.rmtree(stage / name, ignore_errors=True)
+    lengths = prepared.rows.lengths
+    if not lengths:
+        raise PreflightError("no row is left to train on", hint="`python -m trainer.data FILE` says what became of each")
+    notes.append(f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row {max(lengths):,} tokens, stop token trained in every row")
+    return lengths
+
+
+def _shape(job: JobFile, notes: list[str]) -> memory.Shape | None:
+    config = Path(job.model.base) / "config.json"
+    try:
+        if not config.is_file():
+            from huggingface_hub import hf_hub_download
+
+            base, _, revision = job.model.base.partition("@")
+            config = Path(hf_hub_download(base, "config.json", revision=revision or None))
+        return memory.Shape.from_config(json.loads(config.read_text("utf-8")))
+    except (ValueError, OSError) as e:
+        if job.offer.min_gpu_memory_gib is None:
+            raise PreflightError(
+                f"the memory that {job.model.base} needs cannot be predicted: {str(e)[:200]}", hint="set offer.min_gpu_memory_gib in the job file"
+            ) from e
+        notes.append(f"memory is not predicted ({str(e)[:80]}); offer.min_gpu_memory_gib is believed")
+        return None
+
+
+def _workload(job: JobFile, lengths: list[int], shape: memory.Shape | None, pushes: list[PushFile]) -> Workload:
+    steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
+    share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
+    tokens = sum(lengths) * job.training.num_train_epochs * share
+    local = Path(job.model.base).is_dir()
+    parameters = float(memory.parameters(shape)) if shape else 7e9
+    adapter = parameters * 4
+    if shape and job.training.method == "lora":
+        adapter = memory.adapter_parameters(shape, job.lora.r, job.lora.target_modules) * 4.0
+    image_bytes = job.image.size_gib * 2**30
+    pushed = float(sum(p.local.stat().st_size for p in pushes))
+    download = 0.0 if local else parameters * 2
+    disk = job.offer.disk_gib or max(
+        10, math.ceil((image_bytes * IMAGE_UNPACKED + 1.1 * (download + pushed) + 6 * adapter) / 2**30 + SYSTEM_GIB)
+    )
+    return Workload(
+        tokens=tokens,
+        model_parameters=parameters,
+        precision=job.model.precision,
+        num_gpus=job.offer.num_gpus,
+        image_bytes=image_bytes,
+        model_download_bytes=download,
+        push_bytes=pushed,
+        pull_bytes=adapter,
+        disk_gib=float(disk),
+        cpu_practice=parameters < 2e7,
+        shape=shape,
+        method=memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout),
+        trainable_layers=job.training.freeze_trainable_layers,
+        r=job.lora.r,
+        target_modules=job.lora.target_modules,
+        least_tokens=max(lengths),
+        row_tokens=sum(n * n for n in lengths) / sum(lengths),
+        checkpoint_bytes=3 * adapter,
+        save_every_s=job.training.save_every_s,
+    )
+
+
+def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
+    least = 0.0
+    if shape:
+        least = memory.min_gpu_memory_gib(
+            shape, job.model.precision, job.lora.r, job.lora.target_modules, workload.method, workload.least_tokens,
+            processes=job.offer.num_gpus, trainable_layers=workload.trainable_layers,
+        ) / DRIVER_SHARE  # fmt: skip
+        _refuse_cards_too_small(job, least)
+    o = job.offer
+    return Needs(
+        gpu_names=tuple(o.gpu_name), min_gpu_memory_gib=max(least, o.min_gpu_memory_gib or 0.0), num_gpus=o.num_gpus,
+        max_usd_per_hour=o.max_usd_per_hour, min_reliability=o.min_reliability, countries=tuple(o.countries),
+        min_inet_down_mbps=o.min_inet_down_mbps, min_cuda=o.min_cuda, interruptible=o.type == "interruptible", bid_usd_per_hour=o.bid_usd_per_hour,
+        disk_gib=workload.disk_gib, hours=job.limits.max_hours, min_compute_capability=CAPABILITY[job.model.precision], max_usd=None,
+    )  # fmt: skip
+
+
+def _refuse_cards_too_small(job: JobFile, least_gib: float) -> None:
+    """Every card that was named is too small: say so, with the nearest that is not."""
+    named = [g for n in job.offer.gpu_name if (g := gpus.find(n))]
+    if not named or len(named) < len(job.offer.gpu_name) or any(g.memory_gib >= least_gib for g in named):
+        return
+    fits = gpus.that_hold(least_gib, job.model.precision)
+    nearest = f"the nearest that fits is {fits[0].name} ({fits[0].memory_gib:.0f} GiB)" if fits else "no card fits"
+    have = ", ".join(f"{g.name} {g.memory_gib:.0f} GiB" for g in named)
+    raise PreflightError(
+        f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} needs {least_gib:.1f} GiB on one GPU ({have}); {nearest}",
+        hint=f'add it to offer.gpu_name, or set model.precision = "nf4" (now {job.model.precision})',
+    )

@@ -1,0 +1,1 @@
+"""vast.ai and dollars: the client, its records, ranking, cost."""

@@ -1,0 +1,260 @@
+"""The only module that speaks to vast.ai: the `vastai` package's own HTTP client, one attempt a call, replies parsed at the edge.
+
+The package's SDK functions are not used above its client: they re-send a create whose answer was lost, and they throw away the
+server's own words. Reads and destroys are repeated here, within `PATIENCE_S`; a create never is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+from vastai.api.client import VastClient
+from vastai.api.instances import build_create_instance_payload
+
+from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
+from ops.market.models import ROWS, Instance, Offer, parse_instance, parse_offer
+from ops.wait import Clock, until
+
+# Least seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429 below them).
+INTERVAL_S = {
+    "search": 1.0, "create": 4.5, "list": 1.0, "show": 2.0, "destroy": 3.0, "attach": 1.0,
+    "reboot": 1.0, "logs": 1.0, "charges": 1.0, "user": 0.5,
+}  # fmt: skip
+PATIENCE_S = 60.0  # for a call that may be repeated
+LOG_PATIENCE_S = 10.0  # for a container's log
+PAGE = 25
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Where vast.ai is. `pace` scales the waits between calls: 1 for the real one, less for an emulator that allows it."""
+
+    url: str
+    api_key: str
+    pace: float = 1.0
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One line of the bill: kind is gpu, disk, bwd (into the box) or bwu (out of it)."""
+
+    kind: str
+    usd: float
+    description: str
+
+
+class Vast:
+    def __init__(self, provider: Provider, clock: Clock) -> None:
+        # The client sends what the machine's proxy settings and this address say; a trailing slash would double.
+        self.provider = provider
+        self._clock = clock
+        self._client = VastClient(provider.api_key, provider.url.rstrip("/"), retry=1, timeout=30)
+        self._last_call: dict[str, float] = {}
+
+    # -- account ------------------------------------------------------------------------------------------------
+
+    def credit_usd(self) -> float:
+        """Prepaid dollars left. Raises Refused for a key that vast.ai does not know."""
+        return float(self._repeat("user", "GET", "/users/current").get("credit") or 0.0)
+
+    # -- market -------------------------------------------------------------------------------------------------
+
+    def search(self, query: dict[str, Any], *, interruptible: bool, disk_gib: float) -> tuple[list[Offer], bool]:
+        """(offers as the server filtered them, priced for `disk_gib`; whether there may be more). Rows that cannot be read are left out."""
+        body: dict[str, Any] = {"verified": {"eq": True}, "external": {"eq": False}, "rentable": {"eq": True}, "rented": {"eq": False}}
+        body |= query | {"type": "bid" if interruptible else "on-demand", "allocated_storage": disk_gib, "limit": ROWS}
+        body.setdefault("order", [["dph_total", "asc"]])
+        rows = self._repeat("search", "POST", "/bundles/", body).get("offers")
+        return _readable(parse_offer, rows), isinstance(rows, list) and len(rows) >= ROWS
+
+    # -- instances ----------------------------------------------------------------------------------------------
+
+    def create(
+        self, offer_id: int, *, image: str, disk_gib: float, label: str, env: dict[str, str], onstart: str, bid_usd_per_hour: float | None
+    ) -> int:
+        """Rent once and return the instance id. Never repeated: what a failure leaves behind is found by `label`.
+
+        Raises OfferGone (taken; nothing exists), Refused (credit, arguments; nothing exists unless `.instance_id` is set),
+        RateLimited (not looked at), NoAnswer (anything may exist)."""
+        body = build_create_instance_payload(
+            image=image, disk=disk_gib, env=env, price=bid_usd_per_hour, label=label, onstart_cmd=onstart,
+            ssh=True, direct=True, cancel_unavail=True,
+        )  # fmt: skip
+        reply = self._call("create", "PUT", f"/asks/{offer_id}/", body, timeout_s=60)
+        if reply.get("success") is True and isinstance(reply.get("new_contract"), int):
+            return int(reply["new_contract"])
+        raise _refusal(200, reply)
+
+    def instances(self, label: str | None = None) -> list[Instance]:
+        """Every instance of the account over all pages, or those with `label`. A row that cannot be read raises NoAnswer:
+        a list with a hole in it proves nothing."""
+        rows: list[dict[str, Any]] = []
+        query: dict[str, Any] = {"select_filters": {}, "order_by": [{"col": "id", "dir": "asc"}], "limit": PAGE}
+        while True:
+            page = self._repeat("list", "GET", "/api/v1/instances/", query=query)
+            if not isinstance(page.get("instances"), list):
+                raise NoAnswer(f"vast.ai's list of instances has no list in it: {str(page)[:200]}")
+            rows += page["instances"]
+            if not page.get("next_token"):
+                break
+            query["after_token"] = page["next_token"]
+        if label is not None:
+            rows = [row for row in rows if str(row.get("label") or "").strip() == label]
+        try:
+            return [parse_instance(row) for row in rows]
+        except (ValueError, KeyError, TypeError) as e:
+            raise NoAnswer(f"vast.ai listed an instance that cannot be read: {e}") from e
+
+    def instance(self, instance_id: int) -> Instance | None:
+        """One instance; None when it does not exist (or is not visible yet)."""
+        try:
+            reply = self._repeat("show", "GET", f"/instances/{instance_id}/", query={"owner": "me"})
+        except Refused as e:
+            if _is_gone(e):
+                return None
+            raise
+        row = reply.get("instances")
+        return parse_instance(row) if isinstance(row, dict) else None
+
+    def destroy(self, instance_id: int) -> None:
+        """Ask for destruction; an instance that is not there is success. That it is gone must be proven by listing."""
+        try:
+            self._repeat("destroy", "DELETE", f"/instances/{instance_id}/", {})
+        except Refused as e:
+            if not _is_gone(e):
+                raise
+
+    def attach_key(self, instance_id: int, public_key: str) -> None:
+        self._repeat("attach", "POST", f"/instances/{instance_id}/ssh/", {"ssh_key": public_key})
+
+    def reboot(self, instance_id: int) -> None:
+        self._repeat("reboot", "PUT", f"/instances/reboot/{instance_id}/", {})
+
+    def container_log(self, instance_id: int, lines: int = 200) -> str:
+        """The container's own log, or "" when vast.ai does not deliver it in LOG_PATIENCE_S. Gone after destroy."""
+        reply = self._call("logs", "PUT", f"/instances/request_logs/{instance_id}/", {"tail": str(lines)})
+        url, pace = str(reply.get("result_url")), self.provider.pace
+
+        def delivered() -> str | None:
+            answer = requests.get(url, timeout=10)
+            return answer.text if answer.status_code == 200 else None
+
+        return until(delivered, every_s=0.5 * pace, timeout_s=LOG_PATIENCE_S * pace, clock=self._clock) or ""
+
+    def charges(self, instance_id: int, since_unix_s: float) -> list[Charge]:
+        """What vast.ai charged for one instance, which is no older than `since_unix_s`. It can lag behind by hours on the real service."""
+        filters = {"day": {"gte": int(since_unix_s) - 86400, "lte": int(self._clock.now()) + 86400}, "type": {"in": ["instance"]}}
+        query: dict[str, Any] = {"select_filters": filters, "format": "tree", "latest_first": True, "limit": 100}
+        found: list[Charge] = []
+        while True:
+            page = self._repeat("charges", "GET", "/charges/", query=query)
+            rows = page.get("results") or []
+            for row in rows:
+                if row.get("source") == f"instance-{instance_id}":
+                    found += [Charge(str(i.get("type")), float(i.get("amount") or 0), str(i.get("description", ""))) for i in row.get("items") or []]
+            if not page.get("next_token") or float(rows[-1].get("start") or 0) < since_unix_s:  # the latest came first
+                return found
+            query["after_token"] = page["next_token"]
+
+    # -- the wire -----------------------------------------------------------------------------------------------
+
+    def _repeat(self, kind: str, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A call that is safe to make twice: repeated on 429 and on silence until PATIENCE_S is over."""
+        pace = self.provider.pace
+        failed: list[MarketError] = []
+
+        def called() -> dict[str, Any] | None:
+            try:
+                return self._call(kind, method, path, body, query)
+            except (RateLimited, NoAnswer) as e:
+                failed.append(e)
+                return None
+
+        reply = until(called, every_s=2.0 * INTERVAL_S[kind] * pace, timeout_s=PATIENCE_S * pace, clock=self._clock)
+        if reply is None:
+            raise failed[-1]
+        return reply
+
+    def _call(
+        self, kind: str, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None, timeout_s: float = 30
+    ) -> dict[str, Any]:
+        self._wait_for_turn(kind)
+        verb = getattr(self._client, method.lower())
+        what = f"{method} {path}"
+        try:
+            reply = verb(path, query_args=query, json_data=body, timeout=timeout_s)
+            content = reply.json() if reply.content else {}
+        except requests.exceptions.JSONDecodeError:
+            content = {"msg": reply.text[:200].strip()}
+            if reply.ok:
+                raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}, but not in JSON: {content['msg']}") from None
+        except requests.RequestException as e:
+            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_short(e)}") from e
+        if reply.status_code == 429:
+            raise RateLimited(f"{what}: {_words(content)}")
+        if reply.status_code >= 500 and reply.status_code != 501:
+            raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {_words(content)}")
+        if not reply.ok:
+            raise _refusal(reply.status_code, content)
+        return content if isinstance(content, dict) else {"items": content}
+
+    def _wait_for_turn(self, kind: str) -> None:
+        least = INTERVAL_S[kind] * self.provider.pace
+        since = self._clock.now() - self._last_call.get(kind, 0.0)
+        if 0 <= since < least:
+            self._clock.sleep(least - since)
+        self._last_call[kind] = self._clock.now()
+
+
+def provider_from(environ: dict[str, str] | os._Environ[str]) -> Provider | None:
+    """The real vast.ai when VAST_API_KEY is set (VAST_URL overrides its address), else None."""
+    key = environ.get("VAST_API_KEY", "").strip()
+    return Provider(environ.get("VAST_URL") or "https://console.vast.ai", key, float(environ.get("MILKTEA_PACE") or 1.0)) if key else None
+
+
+def _refusal(status: int, content: Any) -> MarketError:
+    """The error for a reply that says no. `instance_id` is set when the reply names a contract that it created all the same."""
+    code, words = (str(content.get("error") or ""), _words(content)) if isinstance(content, dict) else ("", str(content)[:200])
+    contract = content.get("new_contract") if isinstance(content, dict) else None
+    kind: type[MarketError] = Refused
+    if "no_such_ask" in code + words:
+        kind, what, hint = OfferGone, f"the offer is gone: {words}", None
+    elif code == "auth_error":
+        what = f"vast.ai does not accept the key: {words}"
+        hint = "set VAST_API_KEY to a key from https://cloud.vast.ai/manage-keys/"
+    elif "credit" in code + words or code == "spend_rate_limit":
+        what = f"vast.ai refuses for lack of credit: {words}"
+        hint = "add credit at https://cloud.vast.ai/billing/"
+    else:
+        what = f"vast.ai refused ({status}): {words}"
+        hint = "`milktea explain RUN` shows what was asked"
+    return kind(what, code=code, instance_id=contract if isinstance(contract, int) else None, hint=hint)
+
+
+def _is_gone(e: Refused) -> bool:
+    """404 for a wrong key is not 'destroyed': only these codes are."""
+    return e.code in ("no_such_instance", "not_found")
+
+
+def _words(content: Any) -> str:
+    if not isinstance(content, dict):
+        return str(content)[:200]
+    return str(content.get("msg") or content.get("detail") or content.get("error") or content)[:300]
+
+
+def _short(e: Exception) -> str:
+    return str(e).split("(Caused by ")[-1][:200]
+
+
+def _readable(parse: Callable[[dict[str, Any]], Offer], rows: Any) -> list[Offer]:
+    offers = []
+    for row in rows if isinstance(rows, list) else []:
+        try:
+            offers.append(parse(row))
+        except (ValueError, KeyError, TypeError):
+            continue  # an offer we cannot read is an offer we do not take
+    return offers

@@ -1,0 +1,1 @@
+"""One run: the story from rent to bill, and who owns it."""

@@ -1,0 +1,228 @@
+"""Follow a training by byte offset, mirror its newest checkpoint home, and keep to the money, the hours and the patience.
+
+A lost connection says nothing about the training: it is made again for as long as the box's own watchdog lets it live.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from ops.box import scripts, transfer
+from ops.box.connection import Box
+from ops.errors import Failed, Lost, NeverReady, OverBudget, Stalled
+from ops.run.rental import refuse_preempted
+from ops.run.session import MARGIN_S, Session
+from ops.wait import until
+from trainer.wire import events
+
+POLL_S = 2.0
+EVENTS = "events.jsonl"  # at home beside the journal, byte for byte what the box wrote
+
+_Answer = tuple[int | None, bool, int, bytes]  # of commands.parse_poll
+
+
+@dataclass
+class _Heard:
+    """When the box last answered and last sent an event; what it said of a failure."""
+
+    answer_t: float
+    event_t: float
+    failure: events.Failed | None = None
+    gone: bool = False  # at the last look the trainer neither ran nor had ended
+
+
+def follow(session: Session, box: Box) -> None:
+    """Return when the training ended well.
+
+    Raises Failed with the trainer's reason, Stalled, OverBudget, Preempted, or Lost when the box
+    has not answered until it must have ended itself."""
+    (session.journal.folder / EVENTS).touch()
+    heard = _Heard(session.clock.now(), session.clock.now())
+    until(
+        lambda: _look(session, box, heard),
+        every_s=POLL_S * session.pace,
+        clock=session.clock,
+    )
+
+
+def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
+    """Bring home the events that are new. True when the training ended well, None while it runs."""
+    home = session.journal.folder / EVENTS
+    answer = _poll(session, box, home.stat().st_size)
+    while answer and _keep_events(session, box, heard, home, answer):
+        answer = _poll(session, box, home.stat().st_size)
+    if answer is None:
+        silent_s = session.clock.now() - heard.answer_t
+        if silent_s > scripts.LEASE_S * session.pace:
+            raise Lost(
+                f"the box could not be reached for {silent_s:.0f} s: by now it has ended itself",
+                money=session.money(),
+            )
+    else:
+        code, running, _, _ = answer
+        if code is not None:
+            _ended(session, box, code, heard.failure)
+            return True
+        if heard.gone and not running:
+            _raise_gone(session, box)
+        heard.gone = not running
+    _enforce(session, heard.event_t)
+    return None
+
+
+def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: _Answer) -> bool:
+    """Append the whole lines of an answer to `home` and act on them. True when more wait there."""
+    _, _, size, news = answer
+    heard.answer_t = session.clock.now()
+    lines, used = events.whole_lines(news)
+    with home.open("ab") as f:
+        f.write(news[:used])
+    if lines:
+        heard.event_t = session.clock.now()
+    for event in map(events.parse, lines):
+        heard.failure = event if isinstance(event, events.Failed) else heard.failure
+        _tell(session, box, event)
+    return used > 0 and home.stat().st_size < size
+
+
+def _poll(session: Session, box: Box, offset: int) -> _Answer | None:
+    """One answer, or None when the box could not be reached and vast.ai did not take it away."""
+    try:
+        return scripts.parse_poll(box.run(scripts.poll(session.run_id, offset)).stdout)
+    except (Lost, ValueError) as e:
+        session.screen.waiting(f"no connection ({e}); the training goes on without us")
+    refuse_preempted(session)
+    with suppress(NeverReady):
+        box.connect(deadline_s=20 * session.pace)
+    return None
+
+
+def _tell(session: Session, box: Box, event: events.Event) -> None:
+    session.screen.event(event, session.spent_usd(), session.plan.max_usd, session.dies_at())
+    match event:
+        case events.Started():
+            session.note(
+                "event",
+                event="started",
+                step=event.step,
+                total_steps=event.total_steps,
+                kernels=event.kernels,
+            )
+        case events.Checkpoint():
+            mirror(session, box, event)
+        case events.Warned():
+            session.note("event", event="warning", message=event.message)
+        case events.Failed():
+            session.note(
+                "event",
+                event="failed",
+                reason=event.reason,
+                samples=event.samples[:20],
+                hint=event.hint,
+            )
+        case events.Finished():
+            session.note(
+                "event",
+                event="finished",
+                steps=event.steps,
+                final_loss=event.final_loss,
+                seconds=event.seconds,
+            )
+        case _:
+            pass
+
+
+def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
+    """Bring one checkpoint home whole, then forget the older. A failure is no reason to stop: the next one comes."""
+    folder = session.journal.folder / "checkpoints" / str(checkpoint.step)
+    remote = f"{scripts.run_folder(session.run_id)}/{checkpoint.path}"
+    try:
+        moved = pull_folder(box, remote, folder, checkpoint.manifest_sha256)
+    except (Lost, OSError, ValueError, KeyError) as e:
+        session.screen.waiting(f"checkpoint {checkpoint.step} not mirrored: {e}")
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    session.note(
+        "checkpoint",
+        step=checkpoint.step,
+        folder=str(folder),
+        manifest_sha256=checkpoint.manifest_sha256,
+        bytes_out=moved,
+    )
+    for older in folder.parent.iterdir():
+        if older != folder:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def pull_folder(box: Box, remote: str, local: Path, manifest_sha256: str | None) -> int:
+    """Pull the files that `remote`/manifest.json names, each checked, the manifest last. Returns the bytes moved."""
+    local.mkdir(parents=True, exist_ok=True)
+    staged = local / "manifest.json.incoming"
+    transfer.pull(box, f"{remote}/manifest.json", staged, sha256=manifest_sha256)
+    files = json.loads(staged.read_text("utf-8"))["files"]
+    for name, said in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"the manifest names {name!r}, outside its folder")
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        transfer.pull(box, f"{remote}/{name}", local / name, sha256=said["sha256"])
+    staged.rename(local / "manifest.json")
+    return sum(int(said["bytes"]) for said in files.values())
+
+
+def newest_checkpoint(session: Session) -> Path | None:
+    """The mirrored checkpoint to continue from: the newest whose manifest is there."""
+    whole = [
+        p.parent
+        for p in (session.journal.folder / "checkpoints").glob("*/manifest.json")
+        if p.parent.name.isdigit()
+    ]
+    return max(whole, key=lambda p: int(p.name), default=None)
+
+
+def _ended(session: Session, box: Box, code: int, failure: events.Failed | None) -> None:
+    session.note("ended", exit_code=code)
+    if code == 0:
+        return
+    tail = box.run(scripts.log_tail(session.run_id)).stdout
+    (session.journal.folder / "log.txt").write_text(tail, "utf-8")
+    reason = failure.reason if failure else "\n".join(tail.strip().splitlines()[-8:])
+    samples = f" (rows: {', '.join(failure.samples[:5])})" if failure and failure.samples else ""
+    raise Failed(
+        f"the training ended with exit code {code}: {reason}{samples}",
+        money=session.money(),
+        hint=(failure.hint if failure else "")
+        or f"`milktea logs {session.run_id}` shows its last lines",
+    )
+
+
+def _raise_gone(session: Session, box: Box) -> NoReturn:
+    """Twice, a poll apart, neither running nor ended: killed whole, or the container restarted."""
+    tail = box.run(scripts.log_tail(session.run_id)).stdout
+    raise Failed(
+        "the trainer's processes are gone without an exit code: killed from outside, most often "
+        f"for memory\n{tail[-800:]}",
+        money=session.money(),
+        hint="lower data.max_length, or take a machine with more memory, "
+        f"then `milktea resume {session.run_id}`",
+    )
+
+
+def _enforce(session: Session, heard: float) -> None:
+    now = session.clock.now()
+    if now - heard > session.plan.stall_s:
+        raise Stalled(
+            f"no event for {(now - heard) / 60:.0f} minutes (limits.stall_minutes)",
+            money=session.money(),
+            hint=f"`milktea logs {session.run_id}` shows what it did last",
+        )
+    if now > session.dies_at() - MARGIN_S:
+        raise OverBudget(
+            f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached; the newest checkpoint is at home",
+            money=session.money(),
+            hint=f"raise the limit in the job file, then `milktea resume {session.run_id}` goes on from the checkpoint",
+        )

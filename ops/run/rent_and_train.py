@@ -1,0 +1,269 @@
+"""The story: rent, push, train, retrieve, destroy. `rent_and_train` is the main job, read aloud; what it calls is below it in order.
+
+`resume` is the same function on a run that has a journal already: each stage looks at what is done and does the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ops.box import facts, scripts, transfer
+from ops.box.connection import Box, Endpoint
+from ops.box.transfer import PushFile, sha256_of
+from ops.errors import (
+    AdapterError,
+    BoxError,
+    Failed,
+    Lost,
+    MilkteaError,
+    NeverReady,
+    NoOffer,
+    OfferGone,
+    OverBudget,
+    Preempted,
+    RateLimited,
+    Stalled,
+    Unsuitable,
+)  # fmt: skip
+from ops.market.models import Instance, Offer
+from ops.market.ranking import Ranking
+from ops.run import result
+from ops.run.choose import choose, search
+from ops.run.follow import follow, newest_checkpoint, pull_folder
+from ops.run.rental import boot, refuse_preempted, rented
+from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
+from ops.wait import until
+
+T = TypeVar("T")
+MACHINES = 5  # tried for one run before giving up
+CONNECT_S = 300.0
+TUNNEL_S = 75.0  # after which a stuck proxy tunnel is cured by one reboot
+FETCHES = 3  # of a result that does not verify
+
+
+@dataclass(frozen=True)
+class Outcome:
+    adapter_zip: Path
+    sha256: str
+    spent_usd: float
+
+
+@metered
+def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
+    """The main job; `seen` is the market as the user has just seen it. Returns once a verified adapter is at home and no box of this run
+    exists; raises otherwise, with the same guarantee about the box, or BoxLeaked, or Detached."""
+    for offer in offers(session, seen):
+        try:
+            with rented(session, offer) as instance_id:
+                box = connect(session, boot(session, instance_id, offer), offer)
+                push(session, box)
+                launch(session, box)
+                watch(session, box)
+                return pull(session, box)
+        except (BoxError, OfferGone, RateLimited) as e:
+            remember_bad(session, offer, e)
+    raise NoOffer(f"{MACHINES} machines were tried and none carried the run through")
+
+
+def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
+    """The offers to try, the cheapest finished run first, searched anew after each; first the one that this run still has."""
+    if session.may_have_box():
+        yield session.offer()
+    for _ in range(MACHINES):
+        yield choose(session, seen or search(session))
+        seen = None
+
+
+def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
+    """Another machine is taken next. A machine that failed by itself is remembered; being outbid or late is not its fault."""
+    fault = isinstance(error, NeverReady | Unsuitable | Lost)
+    session.note("bad_machine" if fault else "missed", machine_id=offer.machine_id, offer_id=offer.id, why=str(error))
+    if isinstance(error, BoxError) and type(error) not in (NeverReady, Unsuitable, Lost, Preempted):
+        raise error  # a changed host key: stop, whatever else there is to rent
+    if isinstance(error, RateLimited):
+        session.clock.sleep(15 * session.pace)
+
+
+def connect(session: Session, instance: Instance, offer: Offer) -> Box:
+    """A box that let us in, is what was offered, and guards itself. Raises NeverReady, Unsuitable, HostKeyChanged."""
+    endpoints = [Endpoint(instance.ssh_host, instance.ssh_port, "proxy")]
+    if instance.direct_port:
+        endpoints.insert(0, Endpoint(instance.direct_host, instance.direct_port, "direct"))
+    box = Box(endpoints, "root", session.key_path, session.known_hosts, retry_s=3 * session.pace, patience_s=max(2.0, 120 * session.pace))
+    began = session.clock.now()
+
+    def told(endpoint: Endpoint, reason: str) -> None:
+        session.screen.connecting(f"{endpoint}: {reason}")
+
+    try:
+        box.connect(deadline_s=TUNNEL_S * session.pace, on_try=told)
+    except NeverReady:
+        if "port forwarding failed" in session.vast.container_log(instance.id):
+            session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
+            session.vast.reboot(instance.id)
+        box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.pace, on_try=told)
+    armed = box.run(scripts.ready(session.run_id))
+    if "armed" not in armed.stdout:
+        raise Unsuitable(f"the box did not arm its watchdog: {armed.stderr[-300:]}")
+    why = facts.unsuitable(facts.parse(box.run(facts.SCRIPT).stdout), facts.Expected.of(offer, session.plan.needs))
+    if why:
+        raise Unsuitable(f"machine {offer.machine_id} is not what was offered: {why}")
+    session.note("connected", instance_id=instance.id, via=box.endpoint.kind if box.endpoint else None, seconds=round(session.clock.now() - began, 2))
+    return box
+
+
+def push(session: Session, box: Box) -> None:
+    """Job, data, model, our trainer, and the newest checkpoint of an earlier box. What is there whole already is not sent again."""
+    folder = scripts.run_folder(session.run_id)
+    job = session.journal.folder / "job.json"
+    job.write_text(json.dumps(session.plan.wire_job, ensure_ascii=False, indent=1), "utf-8")
+    files = [PushFile(p.local, f"{folder}/{p.remote}", p.sha256) for p in session.plan.pushes]
+    files.append(_push_file(job, f"{folder}/job.json"))
+    checkpoint = newest_checkpoint(session)
+    if checkpoint and session.journal.last("launched", "renting").kind == "renting":  # type: ignore[union-attr]
+        files += [
+            _push_file(p, f"{folder}/checkpoints/{checkpoint.name}/{p.relative_to(checkpoint)}")
+            for p in sorted(checkpoint.rglob("*")) if p.is_file()
+        ]  # fmt: skip
+    began = session.clock.now()
+    persist(session, box, lambda: transfer.push(box, files, lambda done, total: session.screen.moving("push", done, total)))
+    sent = sum(f.local.stat().st_size for f in files)
+    session.note("pushed", files=len(files), bytes_in=sent, seconds=round(session.clock.now() - began, 2))
+
+
+def _push_file(local: Path, remote: str) -> PushFile:
+    return PushFile(local, remote, sha256_of(local))
+
+
+def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
+    """A transfer again and again over broken links, until the box must have ended itself for our silence or at its deadline.
+    Raises Lost then, Preempted when it was taken away."""
+    while True:
+        try:
+            return action()
+        except Lost as e:
+            session.screen.waiting(f"the link broke ({e}); again")
+            if not reconnected(session, box):
+                raise
+
+
+def reconnected(session: Session, box: Box) -> bool:
+    """Whether the box lets us in again before it must have ended itself. Raises Preempted when it was taken away, HostKeyChanged."""
+
+    def connected() -> bool | None:
+        refuse_preempted(session)
+        if session.clock.now() > session.dies_at() - MARGIN_S:
+            return False
+        try:
+            box.connect(deadline_s=60 * session.pace)
+            return True
+        except NeverReady:
+            return None
+
+    return bool(until(connected, every_s=box.retry_s, timeout_s=scripts.LEASE_S * session.pace, clock=session.clock))
+
+
+def launch(session: Session, box: Box) -> None:
+    """Start the training; twice is once. The events of an earlier machine are put aside: offsets begin again."""
+    before = session.journal.last("launched", "renting")
+    events = session.journal.folder / "events.jsonl"
+    if before and before.kind == "renting" and events.exists():
+        events.rename(events.with_name(f"events.{len(session.journal.lines)}.jsonl"))
+    answer = box.run(scripts.launch(session.run_id, session.plan.trainer))
+    if answer.exit_code != 0:
+        raise Lost(f"the training could not be started: {answer.stderr[-300:]}")
+    session.note("launched", state=answer.stdout.strip().splitlines()[-1])
+
+
+def watch(session: Session, box: Box) -> None:
+    """Follow to the end. Ctrl-C gives three priced choices; a limit or a failure fetches the newest checkpoint before it is raised."""
+    while True:
+        try:
+            return follow(session, box)
+        except Interrupted:
+            answer = session.screen.choose(_choices(session))
+            session.note("interrupted", chosen=answer)
+            if answer == "detach":
+                box.run(scripts.detach(session.dies_at() - session.clock.now()))
+                raise Detached from None
+            if answer == "destroy":
+                raise Failed("stopped by you; the box is destroyed", hint="") from None
+            fetch_newest(session, box)
+            hint = f"`milktea resume {session.run_id}` goes on from it"
+            raise Failed("stopped by you; the newest checkpoint is at home", hint=hint) from None
+        except (OverBudget, Stalled, Failed):
+            fetch_newest(session, box)
+            raise
+
+
+def _choices(session: Session) -> list[tuple[str, str]]:
+    rate = session.usd_per_hour()
+    left_usd = max(0.0, session.dies_at() - session.clock.now()) / 3600 * rate
+    return [
+        ("destroy", f"destroy now: about {session.spent_usd():.3f} $ in all; what was trained since the last checkpoint is lost"),
+        ("fetch", f"save, fetch the checkpoint, then destroy: about {session.spent_usd() + rate / 60:.3f} $ in all"),
+        ("detach", f"leave it running: at most {left_usd:.3f} $ more; it ends itself at its deadline"),
+    ]
+
+
+def fetch_newest(session: Session, box: Box) -> None:
+    """Ask the trainer to save, and bring the newest whole checkpoint home. Best effort, bounded: the money is running."""
+    try:
+        box.run(scripts.stop_training(session.run_id))
+        session.clock.sleep(3 * session.pace)
+        folder = scripts.run_folder(session.run_id)
+        names = box.run(f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json").stdout.split()
+        steps = sorted((int(n.split("/")[0]) for n in names if n.split("/")[0].isdigit()), reverse=True)
+        have = newest_checkpoint(session)
+        if steps and (have is None or steps[0] > int(have.name)):
+            local = session.journal.folder / "checkpoints" / str(steps[0])
+            moved = pull_folder(box, f"{folder}/checkpoints/{steps[0]}", local, None)
+            session.note("checkpoint", step=steps[0], folder=str(local), bytes_out=moved)
+    except (MilkteaError, OSError, ValueError, KeyError) as e:
+        session.screen.waiting(f"the newest checkpoint could not be fetched: {e}")
+
+
+def pull(session: Session, box: Box) -> Outcome:
+    """Bring the result home, prove it whole and sane, and only then allow the box to go. A bad copy is fetched again."""
+    folder = f"{scripts.run_folder(session.run_id)}/result"
+    staging = session.journal.folder / "result"
+    staging.mkdir(exist_ok=True)
+    for attempt in range(1, FETCHES + 1):
+        try:
+            found = persist(session, box, lambda: _fetch(session, box, folder, staging))
+            break
+        except AdapterError as e:
+            session.note("bad_result", attempt=attempt, why=str(e))
+            shutil.rmtree(staging)
+            staging.mkdir()
+            if attempt == FETCHES:
+                raise
+    out = Path(session.plan.out) / session.run_id
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(p for p in staging.iterdir() if p.is_file()):
+        shutil.copy2(file, out / file.name)
+    session.note("pulled", sha256=found.sha256, bytes_out=found.size_bytes, tensors=found.tensors, adapter=str(out / "adapter.zip"))
+    return Outcome(out / "adapter.zip", found.sha256, session.spent_usd())
+
+
+def _fetch(session: Session, box: Box, folder: str, staging: Path) -> result.Verified:
+    for name in ("manifest.json", "adapter.zip"):
+        (staging / name).unlink(missing_ok=True)
+    try:
+        transfer.pull(box, f"{folder}/manifest.json", staging / "manifest.json")
+        manifest = json.loads((staging / "manifest.json").read_text("utf-8"))
+        size = int(manifest["adapter_bytes"])
+        transfer.pull(box, f"{folder}/adapter.zip", staging / "adapter.zip", progress=lambda done, _: session.screen.moving("pull", done, size))
+        for name in manifest.get("extras", []):
+            if "/" not in name and not name.startswith("."):
+                transfer.pull(box, f"{folder}/{name}", staging / name)
+    except Lost:
+        raise
+    except (ValueError, KeyError, TypeError, BoxError) as e:
+        raise AdapterError(f"the result cannot be fetched whole: {e}") from e
+    return result.verify(staging / "adapter.zip", manifest, result.Expect.of(session.plan.wire_job))

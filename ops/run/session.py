@@ -1,0 +1,224 @@
+"""One acting client on one run: its journal, its provider, its clock and its screen; and what the journal says of the money."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from ops.box.connection import Box
+from ops.box.scripts import WATCH_S
+from ops.errors import MilkteaError, OverBudget
+from ops.job.plan import Plan
+from ops.market import cost
+from ops.market.client import Vast
+from ops.market.cost import Cost
+from ops.market.models import Instance, Offer
+from ops.market.ranking import Ranking, bid_of
+from ops.run.journal import Journal, Line, last
+from ops.wait import Clock
+from trainer.wire.events import Event, Sample, Score
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MARGIN_S = 60.0  # before the box's own deadline, in which the laptop fetches what there is
+
+
+class Detached(BaseException):
+    """The user chose to leave; the box goes on and ends by itself."""
+
+
+class Interrupted(BaseException):
+    """The user pressed Ctrl-C, or the terminal went away."""
+
+
+class Shield:
+    """Keeps an interrupt out of what must not be cut in half: a journal line, a create under way, a destroy being proven.
+
+    `interrupt` is the signal handler's half: it raises Interrupted at once, or when the outermost `with shield:` ends."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._pending = False
+
+    def interrupt(self) -> None:
+        if self._depth:
+            self._pending = True
+        else:
+            raise Interrupted
+
+    @property
+    def up(self) -> bool:
+        return self._depth > 0
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self._depth -= 1
+        if self._pending and not self._depth:
+            self._pending = False
+            if kind is None:
+                raise Interrupted
+
+
+class Screen(Protocol):
+    """Where a run is told to people. Every method returns at once and never raises."""
+
+    samples: list[Sample]  # the trainer's answers before and after
+    score: Score | None  # on the held-out rows
+
+    def line(self, line: Line) -> None: ...
+    def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None: ...
+    def booting(self, instance: Instance, waited_s: float) -> None: ...
+    def connecting(self, message: str) -> None: ...
+    def moving(self, what: str, done_bytes: int, total_bytes: int) -> None: ...
+    def event(self, event: Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None: ...
+    def waiting(self, message: str) -> None: ...
+    def destroying(self, why: str) -> None: ...
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
+        """The user's choice after Ctrl-C, by its key; without a terminal, the second (fetch then destroy)."""
+
+
+class Session:
+    def __init__(self, journal: Journal, plan: Plan, vast: Vast, clock: Clock, screen: Screen) -> None:
+        self.journal, self.plan, self.vast, self.clock, self.screen = journal, plan, vast, clock, screen
+        self.pace = vast.provider.pace
+        self.shield = Shield()
+        self.key_path = journal.folder / "id_ed25519"  # of this run alone
+
+    @property
+    def run_id(self) -> str:
+        return self.plan.run_id
+
+    def make_key(self) -> str:
+        """Write the run's key unless it is there, and return its public line."""
+        return Box.make_key(self.key_path)
+
+    @property
+    def known_hosts(self) -> Path:
+        """One per machine: another machine may show another key, the same one may not."""
+        return self.journal.folder / f"known_hosts.{self.instance_id()}"
+
+    def note(self, kind: str, **data: Any) -> Line:
+        with self.shield:
+            line = self.journal.append(kind, **data)
+            self.screen.line(line)
+        return line
+
+    # -- what the journal says ------------------------------------------------------------------------------------
+
+    def may_have_box(self) -> bool:
+        return may_have_box(self.journal.lines)
+
+    def instance_id(self) -> int | None:
+        line = self.journal.last("rented", "destroyed", "absent")
+        return line["instance_id"] if line and line.kind == "rented" else None
+
+    def offer(self) -> Offer:
+        """The offer taken last."""
+        line = self.journal.last("renting")
+        assert line is not None, "nothing was rented yet"
+        return Offer(**line["offer"])
+
+    def bid(self, offer: Offer) -> float | None:
+        """$/h to bid, None on demand."""
+        return bid_of(offer, self.plan.needs)
+
+    def predicted(self, offer: Offer) -> Cost:
+        return cost.predict(offer, self.plan.workload, self.bid(offer))
+
+    def usd_per_hour(self) -> float:
+        offer = self.offer()
+        return (self.bid(offer) or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
+
+    def spent_usd(self) -> float:
+        """All machines of this run so far, by our own meter (vast.ai's bill comes later)."""
+        return spent_usd(self.journal.lines, self.clock.now())
+
+    def money(self) -> str:
+        return f"spent {self.spent_usd():.4f} $ of {self.plan.max_usd:.2f} $"
+
+    def allowed_s(self, offer: Offer) -> float:
+        """Seconds a new machine may live, by money and by hours; the box's watchdog gets this number.
+        Raises OverBudget when it is not worth starting."""
+        disk = cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
+        burn = (self.bid(offer) or offer.usd_per_hour) + disk
+        predicted = self.predicted(offer)
+        before_it_runs = predicted.inet_down_usd + predicted.inet_up_usd + disk * boot_timeout_s(predicted) / 3600
+        left_usd = self.plan.max_usd - self.spent_usd() - before_it_runs
+        left_s = min(left_usd / burn * 3600, self.plan.max_s - (self.clock.now() - self.journal.lines[0].t)) - WATCH_S
+        if left_s < 2 * MARGIN_S:
+            raise OverBudget(
+                f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: too few for another machine",
+                hint="raise limits.max_usd or limits.max_hours in the job file and run it again",
+            )
+        return left_s
+
+    def dies_at(self) -> float:
+        """Unix seconds at which the box ends itself."""
+        line = self.journal.last("booted") or self.journal.last("renting")
+        rent = self.journal.last("renting")
+        assert line is not None and rent is not None, "nothing was rented yet"
+        return line.t + float(rent["max_s"])
+
+
+def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """`act`; an error that leaves it says what the run has spent, unless its raise knew more of the money."""
+
+    @wraps(act)
+    def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return act(session, *args, **kwargs)
+        except MilkteaError as e:
+            e.fill_in_money(session.money())
+            raise
+
+    return wrapper
+
+
+def boot_timeout_s(predicted: Cost) -> float:
+    """Patience for a boot: ten minutes, and three times what the image should take."""
+    return 600.0 + 3.0 * predicted.pull_s
+
+
+def may_have_box(lines: list[Line]) -> bool:
+    """Whether something with this run's label may exist: rented or asked for, and not proven absent since."""
+    line = last(lines, "renting", "rented", "absent", "destroyed")
+    return line is not None and line.kind in ("renting", "rented")
+
+
+def spent_usd(lines: list[Line], now: float) -> float:
+    """Dollars of every machine in the journal up to `now`: GPU from running, disk from rent, bytes both ways."""
+    total = 0.0
+    offer: Offer | None = None
+    rented_t = running_t = 0.0
+    gb_in = gb_out = 0.0
+    bid: float | None = None
+    disk = 0.0
+
+    def close(until: float) -> float:
+        if offer is None or not rented_t:
+            return 0.0
+        paid = offer if bid is None else replace(offer, usd_per_hour=bid)
+        running_s = max(0.0, until - running_t) if running_t else 0.0
+        return cost.burn_usd(paid, running_s, max(0.0, until - rented_t), gb_in, gb_out, disk)
+
+    for line in lines:
+        if line.kind == "renting":
+            offer, bid, disk = Offer(**line["offer"]), line["bid_usd_per_hour"], line["disk_gib"]
+            rented_t = running_t = gb_out = 0.0
+            gb_in = lines[0].get("workload", {}).get("image_bytes", 0.0) / 1e9  # pulled on our bill
+        elif line.kind == "rented" and not rented_t:
+            rented_t = line.t
+        elif line.kind == "booted":
+            running_t = running_t or line.t
+        elif line.kind in ("pushed", "pulled", "checkpoint"):
+            gb_in += line.get("bytes_in", 0) / 1e9
+            gb_out += line.get("bytes_out", 0) / 1e9
+        elif line.kind in ("destroyed", "absent"):
+            total += close(line.t)
+            offer, rented_t = None, 0.0
+    return total + close(now)

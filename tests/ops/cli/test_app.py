@@ -1,0 +1,149 @@
+"""The command line as a user types it: a process, its exit code, what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rig
+from ops.errors import BoxLeaked
+from ops.fakevast import FakeVast
+from ops.run.journal import FILE, Journal
+from ops.run.rent_and_train import rent_and_train
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> rig.Rig:
+    return rig.Rig(tmp_path)
+
+
+@pytest.fixture
+def fake(own: rig.Rig) -> Iterator[FakeVast]:
+    with own.emulator() as cloud:
+        yield cloud
+        assert cloud.instances() == []
+
+
+def milktea(*words: str, runs: Path, fake: FakeVast | None = None, key: str | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")} | {"MILKTEA_RUNS": str(runs)}
+    if fake:
+        env |= {"VAST_URL": fake.url, "VAST_API_KEY": key or fake.api_key, "MILKTEA_PACE": "0.002"}
+    return subprocess.run([sys.executable, "-m", "ops.cli", *words], cwd=ROOT, env=env, capture_output=True, text=True, input=stdin, timeout=60)
+
+
+@pytest.fixture
+def finished(own: rig.Rig, fake: FakeVast) -> str:
+    """The id of a run that went well."""
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j:
+        rent_and_train(rig.client(plan, j, fake.url, fake.api_key))
+    return plan.run_id
+
+
+def test_help_answers_at_once(tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = milktea("--help", runs=tmp_path)
+        seconds.append(time.monotonic() - began)
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("rent-and-train", "plan", "resume", "reap", "destroy", "cost", "explain", "status", "logs"))
+    assert min(seconds) < 1.0  # the figure to beat, 0.4 s, holds on a quiet machine; this bound holds on any
+
+
+def test_status_cost_explain_and_logs_need_no_network(own: rig.Rig, finished: str) -> None:
+    for words, expected in {
+        ("status",): "done  no box",
+        ("cost", finished): "vast.ai's bill for instance",
+        ("explain", "last"): "choose    offer",
+        ("logs", finished[:-2]): "loss 2",
+    }.items():
+        done = milktea(*words, runs=own.runs)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout, (words, done.stdout)
+    told = milktea("explain", finished, runs=own.runs).stdout
+    for word in ("1 x ", "destroy   absent in 3 spaced reads", "pull      verified", "our meter"):
+        assert word in told
+
+
+@pytest.mark.parametrize("words", [("status",), ("cost",), ("explain", "last"), ("logs", "last")])
+def test_json_is_one_object_a_line(own: rig.Rig, finished: str, words: tuple[str, ...]) -> None:
+    done = milktea(*words, "--json", runs=own.runs)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows and done.returncode == 0
+    assert finished in done.stdout or words[0] == "logs"
+
+
+def test_an_unknown_run_is_an_error_that_names_the_next_command(own: rig.Rig, finished: str) -> None:
+    done = milktea("explain", "nothing", runs=own.runs)
+    assert done.returncode == 8
+    assert "'nothing' names 0 runs" in done.stderr and "milktea status" in done.stderr
+
+
+def test_a_damaged_journal_exits_8_and_names_its_line(own: rig.Rig, finished: str) -> None:
+    path = own.runs / finished / FILE
+    path.write_bytes(path.read_bytes().replace(b'"renting"', b'"renting', 1))
+    done = milktea("explain", finished, runs=own.runs)
+    assert done.returncode == 8
+    assert f"{FILE}:3: cannot be read" in done.stderr
+
+
+def test_a_wrong_key_exits_3_and_spends_nothing(own: rig.Rig, fake: FakeVast) -> None:
+    done = milktea("plan", "jobs/practice.toml", runs=own.runs, fake=fake, key="wrong")
+    assert done.returncode == 3
+    assert "does not accept the key" in done.stderr and "nothing was spent" in done.stderr
+
+
+def test_a_broken_job_file_exits_2_and_lists_what_is_wrong(own: rig.Rig, fake: FakeVast, tmp_path: Path) -> None:
+    job = tmp_path / "bad.toml"
+    job.write_text('name = "x"\nlearning_rate = 1\n[limits]\nmax_usd = "two"\n')
+    done = milktea("rent-and-train", str(job), "--yes", runs=own.runs, fake=fake)
+    assert done.returncode == 2
+    assert "learning_rate: unknown key; did you mean training.learning_rate?" in done.stderr
+    assert "limits.max_usd" in done.stderr and "model: Field required" in done.stderr
+
+
+def test_an_error_as_json_has_its_three_parts_and_its_code(own: rig.Rig, fake: FakeVast, tmp_path: Path) -> None:
+    done = milktea("rent-and-train", str(tmp_path / "none.toml"), "--json", runs=own.runs, fake=fake)
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == row["exit_code"] == 2
+    assert row["what"] and row["money"] and row["hint"]
+
+
+def test_reap_on_an_empty_account_says_so(own: rig.Rig, fake: FakeVast) -> None:
+    done = milktea("reap", runs=own.runs, fake=fake)
+    assert (done.returncode, done.stdout.strip()) == (0, "no box of ours exists")
+
+
+def test_destroy_of_a_finished_run_has_nothing_to_do(own: rig.Rig, fake: FakeVast, finished: str) -> None:
+    done = milktea("destroy", finished, runs=own.runs, fake=fake)
+    assert done.returncode == 0 and "has no box; nothing to do" in done.stdout
+
+
+@pytest.mark.parametrize("words", [("plan", "jobs/practice.toml"), ("resume", "last"), ("destroy", "last")], ids=lambda w: w[0])
+def test_a_command_that_acts_first_finishes_a_destroy_that_could_not_be_proven(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("ops.run.rental.DESTROY_PATIENCE_S", 100.0)
+    fake.faults.add(where="destroy", what="ignored", times=None)
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j, pytest.raises(BoxLeaked):
+        rent_and_train(rig.client(plan, j, fake.url, fake.api_key))
+    assert len(fake.instances()) == 1
+    fake.faults.clear()
+    assert f"{plan.run_id}: destroyed, absent in three spaced reads" in milktea(*words, runs=own.runs, fake=fake).stdout
+    assert fake.instances() == []
+
+
+def test_resuming_a_finished_run_names_its_adapter(own: rig.Rig, fake: FakeVast, finished: str) -> None:
+    done = milktea("resume", finished, runs=own.runs, fake=fake)
+    assert done.returncode == 8 and "is done: its adapter is" in done.stderr

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from ops.errors import ConfigError
+from ops.job import config
+
+JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.toml"))
+LEAST = {"name": "x", "model": {"base": "a/b"}, "data": {"files": ["d.json"]}, "limits": {"max_usd": 1}}
+
+
+def refused(raw: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(raw, Path("job.toml"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
+def test_every_example_parses_and_fits_the_exported_schema(path: Path) -> None:
+    assert len(JOBS) >= 4
+    config.load(path)
+    jsonschema.validate(tomllib.loads(path.read_text()), config.schema())
+
+
+def test_the_reference_names_every_key_there_is_and_no_other() -> None:
+    text = (Path(__file__).parents[3] / "jobs/reference.toml").read_text()
+    named, section = set(), ""
+    for line in text.splitlines():
+        if head := re.match(r"\[(\w+)\]", line):
+            section = head[1] + "."
+        elif key := re.match(r"(?:# )?(\w+) = ", line):
+            named.add(section + key[1])
+    assert named == set(config.keys())
+    assert len(named) <= 48
+
+
+def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name() -> None:
+    said = refused(LEAST | {"training": {"learning_rat": 1e-4}})
+    assert "training.learning_rat: unknown key; did you mean training.learning_rate?" in said
+
+
+def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
+    assert "did you mean offer.countries?" in refused(LEAST | {"limits": {"max_usd": 1, "countries": ["DE"]}})
+
+
+def test_every_mistake_is_listed_at_once() -> None:
+    said = refused({"name": "Bad Name", "model": {"base": 3}, "data": {"files": []}, "limits": {"max_usd": -1}})
+    assert [line.split(": ")[1] for line in said.splitlines()] == ["name", "model.base", "data.files", "limits.max_usd"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"offer": {"bid_usd_per_hour": 0.2}}, "interruptible"),
+        ({"offer": {"countries": ["Germany"]}}, "two-letter"),
+        ({"training": {"method": "full"}, "model": {"base": "a", "precision": "nf4"}}, "must be bf16 or fp32"),
+        ({"training": {"batch_size": 1}, "offer": {"num_gpus": 2}}, "without a row"),
+        ({"limits": {}}, "limits.max_usd: Field required"),
+    ],
+)
+def test_contradictions_are_refused(change: dict, words: str) -> None:
+    assert words in refused(LEAST | change)
+
+
+def test_a_missing_file_and_broken_toml_say_which_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such job file"):
+        config.load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = \n")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not TOML.*line 1"):
+        config.load(tmp_path / "bad.toml")
+
+
+def test_paths_are_relative_to_the_job_file(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    raw = LEAST | {"model": {"base": "model"}, "data": {"files": ["d.json"], "template": "mine.txt"}}
+    job = config.parse(raw, tmp_path / "job.toml")
+    assert job.data.files == [tmp_path / "d.json"]
+    assert job.data.template == str(tmp_path / "mine.txt")
+    assert job.model.base == str(tmp_path / "model")
+
+
+def test_the_schema_is_json_and_describes_itself() -> None:
+    assert json.loads(json.dumps(config.schema()))["title"] == "milktea job"

@@ -1,0 +1,74 @@
+"""Batches made ahead: the same ones, in order, at most one too many; what fails there fails here."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data import batch
+from trainer.data.prepare import Rows
+from trainer.loop.progress import Reading
+
+CPU = torch.device("cpu")
+
+
+def some_rows(*lengths: int) -> Rows:
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(starts[-1], dtype=np.int32)
+    return Rows(ids, ids % 3 > 0, starts, np.ones(len(lengths), np.bool_), [f"f:{i}" for i in range(len(lengths))])
+
+
+def work(step: int) -> batch.Work:
+    return batch.Work([], {}, step, 1, [])
+
+
+def test_steps_come_in_order_and_only_one_is_made_ahead() -> None:
+    made: list[int] = []
+    ready = threading.Semaphore(0)
+
+    def make(step: int) -> batch.Work:
+        made.append(step)
+        ready.release()
+        return work(step)
+
+    ahead = batch.Ahead(make, 3, 7)
+    taken = []
+    for step in range(3, 7):
+        taken.append(ahead.take().count)
+        while len(made) < min(step + 2 - 3, 4):
+            assert ready.acquire(timeout=30)
+        assert made == list(range(3, min(step + 2, 7)))
+    ahead.close()
+    assert taken == [3, 4, 5, 6]
+
+
+def test_an_error_in_the_thread_is_raised_when_its_step_is_taken() -> None:
+    def make(step: int) -> batch.Work:
+        if step == 1:
+            raise ValueError("row 7 is broken")
+        return work(step)
+
+    ahead = batch.Ahead(make, 0, 3)
+    assert ahead.take().count == 0
+    with pytest.raises(ValueError, match="row 7"):
+        ahead.take()
+    ahead.close()
+
+
+@pytest.mark.parametrize("collate", [batch.packed, batch.padded])
+def test_a_batch_made_on_the_host_is_the_batch_made_on_the_device(collate) -> None:
+    rows = some_rows(5, 9, 2)
+    there, here = batch.on(CPU, batch.pinned(collate(rows, [2, 0, 1], CPU), CPU)), collate(rows, [2, 0, 1], CPU)
+    assert there.keys() == here.keys()
+    for name, value in here.items():
+        assert torch.equal(there[name], value) if isinstance(value, torch.Tensor) else there[name] == value
+
+
+def test_numbers_that_are_read_later_are_those_of_their_step() -> None:
+    buffer = torch.tensor([1.5, 0.0])
+    reading = Reading(torch.cat([buffer, torch.tensor([2.0])]))
+    buffer.zero_()
+    assert reading.read() == [1.5, 0.0, 2.0]

@@ -1,0 +1,108 @@
+"""Attention for short packed documents against its eager twin: in Triton's interpreter on the CPU where Triton is installed, compiled on a GPU.
+
+TRITON_INTERPRET=1 pytest tests/trainer/kernels/test_attention_short.py
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from trainer.kernels import attention, attention_short, reference  # noqa: E402
+from trainer.kernels.decoder_layer import Packed  # noqa: E402
+from trainer.kernels.verify import OTHERWISE, short_attention_error  # noqa: E402
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+BOUND = 1e-5 if INTERPRETED else 0.01
+
+
+def heads_of(ends, heads, kv_heads, d):
+    """q, k, v as views of one joined matrix, d(out), boundaries and spans."""
+    torch.manual_seed(5)
+    m = ends[-1]
+    joined = torch.randn(m, (heads + 2 * kv_heads) * d).to(DEVICE, DTYPE)
+    q, k, v = (x.unflatten(1, (-1, d)) for x in joined.split([heads * d, kv_heads * d, kv_heads * d], 1))
+    cu = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    return q, k, v, torch.randn(m, heads, d).to(DEVICE, DTYPE), cu, attention_short.spans(cu, m)
+
+
+def agree(got, want):
+    got, want = got.float(), want.float()
+    assert torch.isfinite(got).all()
+    assert (got - want).norm() <= BOUND * want.norm(), f"{float((got - want).norm() / want.norm()):.5f}"
+
+
+CASES = [
+    ([0, 70, 71, 100, 190], 2, 2, 64),  # documents that begin inside a tile, one of a single token, a last tile that is not full
+    ([0, 5, 6, 19, 90], 4, 1, 64),
+    ([0, 130], 2, 1, 128),
+    ([0, 64, 128, 130], 8, 1, 64),  # boundaries on the edges of tiles
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_short_attention_and_its_gradients_are_the_twins(case):
+    q, k, v, dout, cu, at = heads_of(*case)
+    assert attention_short.fits(q, k, v)
+    out, (lse,) = attention_short.forward(q, k, v, at.first, 0.2)
+    want, _ = attention.eager_forward(q, k, v, cu, 0.2)
+    agree(out, want)
+    got = attention_short.backward(dout, q, k, v, out, lse, at, 0.2, None, None)
+    agree(got, torch.cat([x.flatten(1) for x in attention.eager_backward(dout, q, k, v, cu, 0.2)], 1))
+
+
+def angles(m, d):
+    angle = torch.rand(m, d // 2).repeat(1, 2) * 6
+    return angle.cos().to(DEVICE, DTYPE), angle.sin().to(DEVICE, DTYPE)
+
+
+def test_gradients_are_turned_back_by_the_angles_as_the_twin_does_it_after_attention():
+    q, k, v, dout, cu, at = heads_of(*CASES[1])
+    cos, sin = angles(len(q), q.shape[2])
+    out, (lse,) = attention_short.forward(q, k, v, at.first, 0.2)
+    got = attention_short.backward(dout, q, k, v, out, lse, at, 0.2, cos, sin)
+    agree(got, reference.rope_backward(*attention.eager_backward(dout, q, k, v, cu, 0.2), cos, sin, None, None)[0])
+
+
+def test_the_self_test_passes_these_kernels_and_catches_a_wrong_one():
+    q, k, v, dout, cu, _ = heads_of(*CASES[0])
+    packed = Packed(*angles(len(q), q.shape[2]), cu, 90)
+    assert short_attention_error(attention_short, q, k, v, dout, packed, 0.2) <= BOUND
+
+    def blind(*given):  # every document begins at the first token: it sees its neighbours
+        return attention_short.forward(*given[:3], torch.zeros_like(given[3]), given[4])
+
+    wrong = SimpleNamespace(spans=attention_short.spans, forward=blind, backward=attention_short.backward)
+    assert short_attention_error(wrong, q, k, v, dout, packed, 0.2) > OTHERWISE
+
+
+def test_a_document_does_not_see_its_neighbours():
+    q, k, v, _, _, at = heads_of(*CASES[0])
+    out, _ = attention_short.forward(q, k, v, at.first, 0.2)
+    k[71:100] = 7.0
+    v[71:100] = -3.0
+    again, _ = attention_short.forward(q, k, v, at.first, 0.2)
+    assert torch.equal(out[:71], again[:71]) and torch.equal(out[100:], again[100:])
+    assert not torch.equal(out[71:100], again[71:100])
+
+
+def test_spans_name_the_document_of_each_token():
+    at = attention_short.spans(torch.tensor([0, 2, 3, 6], dtype=torch.int32), 6)
+    assert at.first.tolist() == [0, 0, 2, 3, 3, 3] and at.past.tolist() == [2, 2, 3, 6, 6, 6]
+
+
+def test_what_the_kernels_do_not_take_is_known():
+    q, k, v, *_ = heads_of(*CASES[0])
+    assert not attention_short.fits(q.contiguous(), k, v)  # another distance between rows
+    assert not attention_short.fits(torch.cat([q, q[:, :1]], 1), k, v)  # three query heads on two key heads
+    assert not attention_short.fits(q[..., :32], k[..., :32], v[..., :32])

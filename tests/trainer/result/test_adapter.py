@@ -1,0 +1,164 @@
+"""What comes out: loads in stock PEFT, computes what was trained, and answers with the template that travelled along. Every method learns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import manifest_of, rows
+
+from trainer.data import batch
+from trainer.data.prepare import prepare
+from trainer.data.template import TemplateError
+from trainer.model.load import target_loss
+from trainer.result import adapter
+from trainer.result.adapter import ArtefactError, compare
+from trainer.serve.chat import open_adapter
+from trainer.train import run_job
+from trainer.wire.job import Job
+
+Make = Callable[..., Path]
+CPU = torch.device("cpu")
+METHODS = {
+    "lora": {},
+    "rslora": {"lora": {"use_rslora": True}},
+    "dora": {"lora": {"use_dora": True}},
+    "pissa": {"lora": {"init_lora_weights": "pissa"}, "training": {"learning_rate": 2e-3}},
+    "gaussian": {"lora": {"init_lora_weights": "gaussian"}},
+    "dropout": {"lora": {"lora_dropout": 0.1}},
+    "two modules": {"lora": {"target_modules": ["q_proj", "v_proj"]}, "training": {"learning_rate": 2e-2}},
+    "full": {"training": {"method": "full", "learning_rate": 1e-3}},
+    "freeze": {"training": {"method": "freeze", "freeze_trainable_layers": 1, "learning_rate": 3e-3}},
+}
+
+
+def unpacked(job: Path) -> Path:
+    folder = job.parent / "adapter"
+    with zipfile.ZipFile(job.parent / "result" / "adapter.zip") as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def loss_of(model: torch.nn.Module, job: Path) -> float:
+    data = prepare(Job.model_validate_json(job.read_bytes()), job.parent).rows
+    with torch.no_grad():
+        return float(target_loss(model.eval(), batch.packed(data, range(len(data)), CPU))) / sum(data.targets())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_learns_and_stock_libraries_load_what_it_learned(run_folder: Make, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trained: list[float] = []
+    real = adapter.write_result
+
+    def look(root: Path, model: torch.nn.Module, *more: object) -> str:
+        trained.append(loss_of(model, job))
+        return real(root, model, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adapter, "write_result", look)
+    settings = METHODS[method]
+    job = run_folder(**settings, **({} if "training" in settings else {"training": {"num_train_epochs": 4}}))
+    assert run_job(job) == 0
+    curve = [x for _, x in manifest_of(job)["curve"]]
+    assert curve[-1] < curve[0] - 0.1
+    folder = unpacked(job)
+    if method in ("full", "freeze"):
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="milktea", dtype=torch.float32)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(job.parent / "model", attn_implementation="milktea", dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, str(folder))
+    assert ("PeftModel.from_pretrained" in (folder / "README.md").read_text()) == (method not in ("full", "freeze"))
+    assert loss_of(model, job) == pytest.approx(trained[0], abs=1e-5)
+    assert trained[0] < curve[0]
+
+
+@pytest.mark.parametrize("precision", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_base_quantised_by_bitsandbytes_learns_on_its_cpu_backend(run_folder: Make, precision: str) -> None:
+    job = run_folder(training={"num_train_epochs": 4})
+    settings = json.loads(job.read_text())
+    settings["model"]["precision"] = precision
+    job.write_text(json.dumps(settings))
+    assert run_job(job) == 0
+    curve = [x for _, x in manifest_of(job)["curve"]]
+    assert curve[-1] < curve[0] - 0.1
+    assert manifest_of(job)["kernels"]["layer"].endswith(f"{precision})")
+
+
+def test_a_file_that_is_not_what_was_trained_is_refused(tmp_path: Path) -> None:
+    good = {"a.lora_A.weight": torch.randn(2, 3), "a.lora_B.weight": torch.randn(3, 2)}
+    path = tmp_path / "adapter_model.safetensors"
+    changes: list[Callable[[dict], object]] = [
+        lambda t: t.pop("a.lora_A.weight"),
+        lambda t: t.update(extra=torch.ones(1)),
+        lambda t: t["a.lora_A.weight"].add_(1),
+        lambda t: t["a.lora_B.weight"].fill_(float("nan")),
+    ]
+    for change in changes:
+        held = {k: v.clone() for k, v in good.items()}
+        change(held)
+        save_file(held, path)
+        with pytest.raises(ArtefactError):
+            compare(path, good)
+    zeros = good | {"a.lora_B.weight": torch.zeros(3, 2)}
+    save_file(zeros, path)
+    with pytest.raises(ArtefactError, match="still zero"):
+        compare(path, zeros)
+    save_file(good, path)
+    assert compare(path, good)["a.lora_A.weight"] == {"shape": [2, 3], "dtype": "float32"}
+
+
+def test_the_manifest_holds_what_is_needed_to_trust_and_repeat_the_run(run_folder: Make) -> None:
+    job = run_folder(training={"max_steps": 3})
+    assert run_job(job) == 0
+    manifest, settings = manifest_of(job), json.loads(job.read_text())
+    folder = unpacked(job)
+    assert manifest["data_sha256"] == [f["sha256"] for f in settings["data"]["files"]]
+    assert manifest["lora"]["r"] == 4 and manifest["steps"] == 3 and len(manifest["curve"]) == 3
+    assert {"torch", "transformers", "peft", "python"} <= set(manifest["versions"]) and manifest["kernels"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {k: list(v.shape) for k, v in tensors.items()} == {k: v["shape"] for k, v in manifest["tensors"].items()}
+    for name, facts in manifest["files"].items():
+        assert adapter.digest(folder / name) == facts["sha256"] and (folder / name).stat().st_size == facts["bytes"]
+    with zipfile.ZipFile(job.parent / "result" / "adapter.zip") as archive:  # weights hardly shrink, and a box waits for it
+        assert archive.getinfo("adapter_model.safetensors").compress_type == zipfile.ZIP_STORED
+    told = json.loads((folder / "template.json").read_text())
+    assert told["token_hash"] == manifest["template"]["token_hash"] and "### Instruction" in told["source"]
+
+
+@pytest.mark.slow
+def test_generation_uses_the_template_that_travelled_and_gives_the_trained_answer(run_folder: Make) -> None:
+    data = [{"instruction": f"say {w}", "input": "", "output": f"{w} it is"} for w in ("tea", "milk", "rice")] * 8
+    job = run_folder(data=data, training={"num_train_epochs": 25, "learning_rate": 1e-2})
+    assert run_job(job) == 0
+    folder = unpacked(job)
+    chat = open_adapter(folder, job.parent / "model")
+    assert [chat.ask(f"say {w}") if not chat.turns.clear() else "" for w in ("tea", "rice")] == ["tea it is", "rice it is"]
+
+
+def test_an_adapter_is_not_asked_in_words_that_it_never_saw(run_folder: Make, tmp_path: Path) -> None:
+    job = run_folder(training={"max_steps": 2})
+    assert run_job(job) == 0
+    folder = unpacked(job)
+    shutil.copytree(job.parent / "model", tmp_path / "other")
+    text = (tmp_path / "other" / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(
+        text.replace('"add_prefix_space":false', '"add_prefix_space":true').replace('"add_prefix_space": false', '"add_prefix_space": true')
+    )
+    with pytest.raises(TemplateError, match="other tokens"):
+        open_adapter(folder, tmp_path / "other")
+
+
+def test_the_report_shows_answers_and_escapes_them(run_folder: Make) -> None:
+    job = run_folder(held_out=[{"instruction": "<b>bold</b>", "input": "", "output": "x"}, *rows(1)], training={"max_steps": 2})
+    assert run_job(job) == 0
+    page = (job.parent / "result" / "report.html").read_text()
+    assert "&lt;b&gt;bold" in page and "<b>bold" not in page and "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+    assert (job.parent / "result" / "loss.png").read_bytes().startswith(b"\x89PNG")

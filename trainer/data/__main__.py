@@ -1,0 +1,7 @@
+"""`python -m trainer.data FILE...`: checks training data and tells every defect."""
+
+import sys
+
+from trainer.data.files import main
+
+sys.exit(main())

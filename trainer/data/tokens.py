@@ -1,0 +1,148 @@
+"""From rendered text to token ids and labels, by character offset. The tokenizers library only: no torch, no transformers.
+
+One pass over the whole text, so that what is learned is what a user's prompt will be cut into. A token is trained when it reaches
+into an answer. Every answer must end with the stop token as a trained label; `stop_token` refuses a template that cannot do that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from trainer.data.template import Segment, Template, TemplateError, Turn, render
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model folder's tokenizer. `prefix` are the ids that it puts before a text by itself (Llama's <s>)."""
+
+    tokenizer: Tokenizer
+    eos: str
+    bos: str
+    prefix: tuple[int, ...]
+    chat_template: str
+    folder: Path | None = None
+
+    def id_of(self, token: str) -> int | None:
+        return self.tokenizer.token_to_id(token)
+
+    @property
+    def size(self) -> int:
+        """Highest id in use plus one: what the model's embedding must hold."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def special_texts(self) -> list[str]:
+        """Texts that become special tokens wherever they stand, in a user's data too."""
+        return [t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special]
+
+
+def open_vocabulary(folder: Path) -> Vocabulary:
+    """Reads tokenizer.json and the config files beside it. Raises TemplateError when there is no tokenizer.json or no end token."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise TemplateError(f"{folder.name}/ has no tokenizer.json: save the fast tokenizer there (AutoTokenizer...save_pretrained)")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    eos, bos = _token(settings.get("eos_token")), _token(settings.get("bos_token"))
+    if not eos:
+        eos_id = _json(folder / "config.json").get("eos_token_id")
+        eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
+        eos = (tokenizer.id_to_token(eos_id) if isinstance(eos_id, int) else None) or ""
+    if not eos or tokenizer.token_to_id(eos) is None:
+        raise TemplateError(f"the tokenizer in {folder.name}/ names no end token (eos_token={eos!r}): set eos_token in tokenizer_config.json")
+    jinja = folder / "chat_template.jinja"
+    chat = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template") or ""
+    if isinstance(chat, list):  # several named templates: the default one
+        chat = next((c["template"] for c in chat if c.get("name") == "default"), "")
+    added = tokenizer.encode("", add_special_tokens=True).ids
+    prefix = tuple(i for i in added if i != tokenizer.token_to_id(eos) or eos == bos)
+    return Vocabulary(tokenizer, eos, bos, prefix, chat, folder)
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _token(value: object) -> str:
+    return value.get("content", "") if isinstance(value, dict) else value if isinstance(value, str) else ""
+
+
+def stop_token(vocabulary: Vocabulary, template: Template) -> int:
+    """The id of the one token that ends an answer. Raises TemplateError when the template emits none."""
+    if not template.stop:
+        raise TemplateError(f"template {template.name} has no stop token, so the model would never stop: use stop = 'eos' ({vocabulary.eos!r})")
+    probe = _probe(vocabulary, template)
+    ids, labels = encode(vocabulary, template, [probe])[0]
+    text = vocabulary.eos if template.stop == "eos" else template.stop
+    if template.name == "chat":
+        last = max(i for i, trained in enumerate(labels) if trained)
+        if vocabulary.tokenizer.id_to_token(ids[last]) in vocabulary.special_texts:
+            return ids[last]
+        raise TemplateError(
+            "the tokenizer's chat template ends an answer with no special token, so the model would never stop: name another template"
+        )
+    stop = vocabulary.id_of(text)
+    if stop is None:
+        pieces = len(vocabulary.tokenizer.encode(text, add_special_tokens=False).ids)
+        raise TemplateError(
+            f"template {template.name} ends answers with {text!r}, which is {pieces} tokens in this tokenizer, not one: "
+            f"use stop = 'eos' ({vocabulary.eos!r}) or another template"
+        )
+    if not labels[-1] or ids[-1] != stop:
+        raise TemplateError(f"template {template.name}: {text!r} is not the last trained token of an answer: let the assistant piece end with it")
+    return stop
+
+
+def _probe(vocabulary: Vocabulary, template: Template) -> list[Segment]:
+    turns = [Turn("user", "Hello 你好"), Turn("assistant", "Hi 你好"), Turn("user", "Bye"), Turn("assistant", "Bye 再见")]
+    return render(template, turns, eos=vocabulary.eos, bos=vocabulary.bos)
+
+
+def token_hash(vocabulary: Vocabulary, template: Template) -> str:
+    """sha256 of the ids that a fixed conversation becomes: equal where template and tokenizer agree to the token."""
+    ids, labels = encode(vocabulary, template, [_probe(vocabulary, template)])[0]
+    return hashlib.sha256(json.dumps([ids, labels]).encode()).hexdigest()
+
+
+def encode(vocabulary: Vocabulary, template: Template, rows: Sequence[Sequence[Segment]]) -> list[tuple[list[int], list[bool]]]:
+    """(ids, trained) of each row; `trained[i]` says that token i is a target."""
+    texts = ["".join(s.text for s in row) for row in rows]
+    prefix = prefix_ids(vocabulary, template)
+    encoded = []
+    for row, coding in zip(rows, vocabulary.tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+        spans, at = [], 0
+        for segment in row:
+            if segment.trained:
+                spans.append((at, at + len(segment.text)))
+            at += len(segment.text)
+        ids, own = coding.ids, _trained(coding.offsets, spans)
+        if prefix and tuple(ids[: len(prefix)]) != prefix:  # a chat template may write <s> itself
+            ids, own = [*prefix, *ids], [False] * len(prefix) + own
+        encoded.append((ids, own))
+    return encoded
+
+
+def prefix_ids(vocabulary: Vocabulary, template: Template) -> tuple[int, ...]:
+    """Ids before everything: the tokenizer's own, or else those that the template names and the tokenizer has."""
+    if vocabulary.prefix:
+        return vocabulary.prefix
+    named = [vocabulary.id_of(token) for token in template.prefix]
+    return tuple(i for i in named if i is not None) if None not in named else ()
+
+
+def _trained(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Marks tokens that reach into a span. Both run left to right, so one sweep does."""
+    marks, k = [], 0
+    for start, end in offsets:
+        while k < len(spans) and spans[k][1] <= start:
+            k += 1
+        marks.append(k < len(spans) and end > spans[k][0] and start < spans[k][1])
+    return marks

@@ -1,0 +1,1 @@
+"""The fused decoder layer, its parts, and their eager twins."""

@@ -1,0 +1,155 @@
+"""LoRA pairs beside frozen weights. A and B stay PEFT's own parameters; the fast path reads bf16 copies of them.
+
+A ``Group`` is one to three linears that read one input (q, k, v; gate, up) with one joined frozen weight. Their A stack to
+[G*R, K] and their B to [N, R], R the rank padded to a power of two that the matrix units take. A linear without an adapter keeps
+zero rows. ``frozen_linear`` is the same for one linear outside a fused layer, by ordinary autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.kernels.frozen import FrozenWeight, freeze_weight, operations
+
+
+def padded_rank(r: int) -> int:
+    """The matrix units take ranks from 16 on, in powers of two."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def base_linear(module: nn.Module) -> nn.Linear:
+    """The frozen linear inside a PEFT layer, or the module itself."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator, return-value]
+
+
+def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+    """(A [r, K], B [N, r], scaling) of the one active LoRA adapter of a PEFT linear, or None.
+
+    Raises ValueError for what the fast path does not compute: several active adapters, DoRA, LoRA bias, dropout, merged weights."""
+    if not hasattr(module, "lora_A") or not module.active_adapters or getattr(module, "disable_adapters", False):
+        return None
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise ValueError(f"{len(active)} adapters are active at once")
+    name = active[0]
+    if getattr(module, "use_dora", {}).get(name) or name in getattr(module, "lora_variant", {}):
+        raise ValueError("a LoRA variant (DoRA or another) is used")
+    if getattr(module.lora_dropout[name], "p", 0.0):
+        raise ValueError("lora_dropout is not 0")
+    if module.lora_B[name].bias is not None or module.merged:
+        raise ValueError("the adapter has a bias or is merged")
+    return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+
+
+@dataclass
+class Group:
+    """Linears of one input. ``refresh`` must run after every optimizer step and before the next forward."""
+
+    weight: FrozenWeight
+    sizes: list[int]  # output features of each linear
+    modules: list[nn.Module]
+    adapters: list[tuple[nn.Parameter, nn.Parameter, float] | None]
+    rank: int
+    a: Tensor | None = None  # [G*R, K]
+    b: Tensor | None = None  # [N, R], times scaling
+    a_slots: list[Tensor] = field(default_factory=list)
+    b_slots: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], precision: str, dtype: torch.dtype, **options: bool) -> Group:
+        """Join the linears' weights (each module's weight becomes a view or is given up) and make room for their adapters."""
+        linears = [base_linear(m) for m in modules]
+        adapters = [adapter_of(m) for m in modules]
+        joined = torch.cat([x.weight.data for x in linears]) if len(linears) > 1 else linears[0].weight.data
+        sizes = [x.weight.shape[0] for x in linears]
+        joined = joined.to(dtype)
+        group = cls(freeze_weight(joined, precision, **options), sizes, list(modules), adapters, 0)
+        for linear, view in zip(linears, joined.split(sizes), strict=True):
+            keep = view if precision in ("bf16", "fp32") else joined.new_empty(0)
+            linear.weight = nn.Parameter(keep, requires_grad=False)
+        ranks = [a[0].shape[0] for a in adapters if a is not None]
+        if ranks:
+            group._make_room(padded_rank(max(ranks)), joined)
+        return group
+
+    def _make_room(self, rank: int, like: Tensor) -> None:
+        n, k = self.weight.shape
+        self.rank = rank
+        self.a = like.new_zeros(len(self.sizes) * rank, k)
+        self.b = like.new_zeros(n, rank)
+        for i, (rows, adapter) in enumerate(zip(self.b.split(self.sizes), self.adapters, strict=True)):
+            if adapter is not None:
+                r = adapter[0].shape[0]
+                self.a_slots.append(self.a[i * rank : i * rank + r])
+                self.b_slots.append(rows[:, :r])
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for adapter in self.adapters if adapter is not None for p in adapter[:2]]
+
+    def gradients(self, da: Tensor | None, db: Tensor | None) -> list[Tensor | None]:
+        """da [G*R, K], db [N, G*R] (only the blocks on its diagonal mean something) -> gradients in the order of ``parameters``."""
+        grads: list[Tensor | None] = []
+        start = 0
+        for i, (size, adapter) in enumerate(zip(self.sizes, self.adapters, strict=True)):
+            if adapter is not None and da is not None and db is not None:
+                a, b, scaling = adapter
+                at, r = i * self.rank, a.shape[0]
+                grads.append(da[at : at + r].to(a.dtype))
+                grads.append((db[start : start + size, at : at + r] * scaling).to(b.dtype))
+            start += size
+        return grads
+
+
+@torch.no_grad()
+def refresh(groups: Sequence[Group]) -> None:
+    """Copy all adapters into the groups' buffers, in three launches for the whole model. An adapter that PEFT has disabled counts as zero."""
+    adapters = [a for g in groups for a in g.adapters if a is not None]
+    if not adapters:
+        return
+    b_slots = [s for g in groups for s in g.b_slots]
+    torch._foreach_copy_([s for g in groups for s in g.a_slots], [a.data for a, _, _ in adapters])
+    torch._foreach_copy_(b_slots, [b.data for _, b, _ in adapters])
+    torch._foreach_mul_(b_slots, [scaling for _, _, scaling in adapters])
+    for group in groups:
+        if group.b is not None and any(getattr(m, "disable_adapters", False) for m in group.modules):
+            group.b.zero_()
+
+
+def outer(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x summed over tokens, in fp32: [M, N], [M, K] -> [N, K]."""
+    if dy.is_cuda and dy.dtype != torch.float32:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return torch.mm(dy.t(), x).float()
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:
+        ctx.weight = weight
+        if weight.column_scale is None:
+            return weight.forward(x, None)
+        x8, scale, _ = operations(x.device).quantise_rows(x, None, None)
+        return weight.forward(x8, scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        weight, dy = ctx.weight, dy.contiguous()
+        if weight.column_scale is None:
+            return weight.backward(dy, None), None
+        d8, scale, _ = operations(dy.device).quantise_rows(dy, weight.column_scale, None)
+        return weight.backward(d8, scale), None
+
+
+def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+    """x [..., K] -> x W^T + bias [..., N]; the gradient goes to x only."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = _FrozenProduct.apply(flat, weight).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias

@@ -1,0 +1,175 @@
+"""The plain torch twins of ``trainer/kernels/triton_ops.py``: same names, arguments and results, on any device and in any float type.
+
+They define what the kernels must compute. The start-up self-test compares the two on the GPU at hand, and the CPU runs these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def _lora(t: Tensor, b: Tensor) -> Tensor:
+    return t.float() @ b.float().t()
+
+
+def _cast(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """FP8 copy of ``x * column_scale`` and its row scales."""
+    v = x.float() if column_scale is None else x.float() * column_scale
+    scale = _row_scale(v)
+    return (v / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def _row_scale(v: Tensor) -> Tensor:
+    return v.abs().amax(-1).clamp_min(1e-12) / FP8_MAX
+
+
+def norm_forward(
+    h: Tensor, weight: Tensor, eps: float, a: Tensor | None, fp8: bool, y: Tensor | None = None, t: Tensor | None = None, b: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    total = h
+    if y is not None:
+        v = h.float() + y.float()
+        total = (v + _lora(t, b) if t is not None and b is not None else v).to(h.dtype)
+    v = total.float()
+    rstd = torch.rsqrt(v.pow(2).mean(-1) + eps)
+    x = v * rstd[:, None] * weight.float()
+    t_out = (x.to(h.dtype) @ a.t()) if a is not None else None
+    if not fp8:
+        return total, x.to(h.dtype), None, t_out, rstd
+    x8, scale = _cast(x, None)
+    return total, x8, scale, t_out, rstd
+
+
+def norm_backward(
+    dx: Tensor, dt: Tensor | None, t: Tensor | None, a: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None
+) -> Tensor:
+    d = dx.float()
+    if dt is not None and a is not None:
+        d = d + dt.float() @ a.float()
+    d = d * weight.float()
+    v = h.float()
+    r = rstd[:, None]
+    g = d * r - v * (d * v).mean(-1, keepdim=True) * r**3
+    return (g if residual is None else g + residual.float()).to(h.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [M, H, D], cos and sin [M, D] with equal halves."""
+    low, high = x.float().chunk(2, -1)
+    c, s = (v.float().chunk(2, -1)[0][:, None] for v in (cos, sin))
+    return torch.cat([low * c - high * s, high * c + low * s], -1)
+
+
+def rope_forward_(qkv: Tensor, t: Tensor | None, b: Tensor | None, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
+    d = cos.shape[-1]
+    ends = [0, heads * d, (heads + kv_heads) * d, (heads + 2 * kv_heads) * d]
+    for i in range(3):
+        part = qkv[:, ends[i] : ends[i + 1]]
+        v = part.float()
+        if t is not None and b is not None:
+            r = b.shape[1]
+            v = v + _lora(t[:, i * r : (i + 1) * r], b[ends[i] : ends[i + 1]])
+        if bias is not None:
+            v = v + bias[ends[i] : ends[i + 1]].float()
+        if i < 2:
+            v = _rotate(v.view(len(v), -1, d), cos, sin).flatten(1)
+        part.copy_(v)
+
+
+def rope_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, b: Tensor | None, column_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    parts = [_rotate(dq, cos, -sin).flatten(1), _rotate(dk, cos, -sin).flatten(1), dv.float().flatten(1)]
+    out = torch.cat(parts, 1).to(dq.dtype)
+    return (out, *joined_backward(out, b, column_scale, dq.shape[1], dk.shape[1]))
+
+
+def joined_backward(
+    d: Tensor, b: Tensor | None, column_scale: Tensor | None, heads: int, kv_heads: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dt = None
+    if b is not None:
+        size = d.shape[1] // (heads + 2 * kv_heads)
+        parts = [heads * size, kv_heads * size, kv_heads * size]
+        dt = torch.cat([x @ y for x, y in zip(d.split(parts, 1), b.split(parts), strict=True)], 1)
+    return (None, None, dt) if column_scale is None else (*_cast(d, column_scale), dt)
+
+
+def cast_outer(x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    out = None
+    if scale is not None and column_scale is not None:
+        out = (x.float() * column_scale / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    product = None
+    if t is not None:
+        product = torch.mm(x.t(), t, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else torch.mm(x.t(), t).float()
+    return out, product
+
+
+def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return (*_cast(x, column_scale), x @ p if p is not None else None)
+
+
+def _gate_up(gu: Tensor, t: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    g, u = gu.float().chunk(2, -1)
+    if t is None or b is None:
+        return g, u
+    (tg, tu), (bg, bu) = t.chunk(2, -1), b.chunk(2, 0)
+    return g + _lora(tg, bg), u + _lora(tu, bu)
+
+
+def swiglu_forward(gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    g, u = _gate_up(gu, t, b)
+    act = (g * torch.sigmoid(g) * u).to(gu.dtype)
+    t_out = act @ a.t() if a is not None else None
+    return (*_cast(act, None), t_out) if fp8 else (act, None, t_out)
+
+
+def swiglu_backward(
+    gu: Tensor, t: Tensor | None, b: Tensor | None, dact: Tensor, dt: Tensor | None, a: Tensor | None, column_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    g, u = _gate_up(gu, t, b)
+    da = dact.float()
+    if dt is not None and a is not None:
+        da = da + dt.float() @ a.float()
+    sig = torch.sigmoid(g)
+    act, dgu = g * sig * u, torch.cat([da * u * sig * (1 + g * (1 - sig)), da * g * sig], -1)  # in fp32 the inputs are views: first make
+    dact.copy_(act)
+    gu.copy_(dgu)
+    dt_out = None
+    if b is not None:
+        (dg, du), (bg, bu) = gu.chunk(2, -1), b.chunk(2, 0)
+        dt_out = torch.cat([dg @ bg, du @ bu], -1)
+    return dact, gu, None if column_scale is None else _row_scale(gu.float() * column_scale), dt_out
+
+
+def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Tensor:
+    v = h.float() + y.float()
+    return (v + _lora(t, b) if t is not None and b is not None else v).to(h.dtype)
+
+
+def cross_entropy_rows(logits: Tensor, targets: Tensor, dlogits_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = logits.float()
+    counted = targets >= 0
+    log_p = x.log_softmax(-1)
+    at = targets.clamp_min(0)[:, None]
+    loss = -log_p.gather(1, at)[:, 0] * counted
+    grad = log_p.exp()
+    grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
+    return loss, (grad * counted[:, None]).to(dlogits_dtype)
+
+
+def dequantise_nf4(packed: Tensor, absmax: Tensor, codebook: Tensor, out: Tensor, block: int) -> Tensor:
+    index = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
+    out.view(-1).copy_((codebook[index].view(-1, block) * absmax[:, None]).flatten())
+    return out
+
+
+def transpose_fp8(w: Tensor, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        return w.view(torch.uint8).t().contiguous().view(FP8)
+    out.view(torch.uint8).copy_(w.view(torch.uint8).t())
+    return out

@@ -1,0 +1,1 @@
+"""The practice model, its small world and its rows."""

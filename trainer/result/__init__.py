@@ -1,0 +1,1 @@
+"""What a run leaves: adapters and their use."""

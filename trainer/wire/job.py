@@ -1,0 +1,120 @@
+"""The wire's schema: job.json, written by ops and read by the trainer. pydantic only, never torch.
+
+Everything is relative to the run folder (``milktea/RUN/`` under the login's home). ``WIRE`` changes when a reader of the
+old number could misread a file of the new one; the image carries the number, and ops compares before renting.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.wire.stages import STAGES, StageName
+
+WIRE = 1
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16", "fp8", "nf4", "int8"]
+Method = Literal["lora", "full", "freeze"]
+DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
+OverLength = Literal["refuse", "drop", "truncate"]
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown key is an error with its path."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Lora(Strict):
+    """PEFT's own names and meanings (peft.LoraConfig)."""
+
+    r: Positive = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Fraction = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal["default", "pissa", "gaussian"] = "default"
+
+
+class Training(Strict):
+    """transformers' names where they exist. ``batch_size`` counts rows of one optimizer step over all GPUs together;
+    how many tokens one GPU takes at a time, and how many layers are checkpointed, is solved from its memory."""
+
+    method: Method = "lora"
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    packing: bool = True
+    freeze_trainable_layers: Positive = 2
+    seed: int = 42
+    save_every_s: Annotated[float, Field(gt=0)] = 300.0
+    report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+
+
+class ModelSpec(Strict):
+    """``base`` is a hub id, or the name that the folder ``path`` (relative to the run folder, pushed with the data) goes by."""
+
+    base: str
+    revision: str | None = None
+    path: str | None = None
+    precision: Precision = "bf16"
+
+
+class DataFile(Strict):
+    """``path`` is relative to the run folder; ``name`` is what the user called it, and what errors name."""
+
+    path: str
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    size_bytes: int
+
+
+class Data(Strict):
+    """``template`` is ``chat`` (the tokenizer's own) or a name in trainer/data/templates; ``template_text`` carries a user's own
+    template file whole, so that training and use later agree to the byte."""
+
+    files: list[DataFile]
+    held_out: DataFile | None = None
+    format: DataFormat = "auto"
+    template: str = "alpaca"
+    template_text: str | None = None
+    max_length: Positive = 2048
+    over_length: OverLength = "refuse"
+
+
+class Job(Strict):
+    """job.json. ``processes`` is the number of GPUs (or CPU processes) that accelerate starts."""
+
+    wire: int = WIRE
+    run_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{2,62}$")]
+    stage: StageName = "sft"
+    model: ModelSpec
+    data: Data
+    lora: Lora = Lora()
+    training: Training = Training()
+    processes: Positive = 1
+    deadline_unix_s: float | None = None
+
+    @model_validator(mode="after")
+    def _rows_are_the_stages(self) -> Job:
+        formats = STAGES[self.stage].formats
+        if self.data.format not in ("auto", *formats):
+            raise ValueError(
+                f"stage {self.stage} does not train on rows of format {self.data.format}: "
+                f"it takes {', '.join(formats)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _wire_is_ours(self) -> Job:
+        if self.wire != WIRE:
+            raise ValueError(f"job.json speaks wire {self.wire}, this trainer speaks {WIRE}: use the image of the same release")
+        return self
