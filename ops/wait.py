@@ -11,20 +11,28 @@ T = TypeVar("T")
 
 
 class Clock(Protocol):
-    def now(self) -> float:
-        """Seconds: of unix time, or of a `SteadyClock`."""
+    """`pace` scales all waiting: 1 for vast.ai, less for an emulator that needs no patience."""
 
-    def sleep(self, seconds: float) -> None: ...
+    pace: float
+
+    def now(self) -> float:
+        """Seconds: of unix time, or of a `SteadyClock`. They are never scaled."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait `seconds * pace`."""
 
 
 class RealClock:
     """Unix seconds: for records and for arithmetic with the box's times."""
 
+    def __init__(self, pace: float = 1.0) -> None:
+        self.pace = pace
+
     def now(self) -> float:
         return time.time()
 
     def sleep(self, seconds: float) -> None:
-        time.sleep(max(0.0, seconds))
+        time.sleep(max(0.0, seconds * self.pace))
 
 
 class SteadyClock(RealClock):
@@ -47,13 +55,13 @@ def until(
     """Call `check` every `every_s` seconds until it returns something other than None.
 
     Returns that, or None when `timeout_s` is over; the last call is made at the deadline, not
-    before it. What `check` raises passes through."""
-    deadline = clock.now() + timeout_s
+    before it. Both are scaled by the clock's pace. What `check` raises passes through."""
+    deadline = clock.now() + timeout_s * clock.pace
     while True:
         found = check()
         if found is not None:
             return found
-        left = deadline - clock.now()
-        if left <= 0:
+        left_s = (deadline - clock.now()) / clock.pace
+        if left_s <= 0:
             return None
-        clock.sleep(min(every_s, left))
+        clock.sleep(min(every_s, left_s))

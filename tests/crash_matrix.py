@@ -151,7 +151,7 @@ def later_command(runs: Path, url: str, key: str) -> None:
         code = 1
         signal.alarm(PATIENCE_S)
         try:
-            reaped = reap(runs, Vast(Provider(url, key, rig.PACE), RealClock()), RealClock(), rig.Silent())
+            reaped = reap(runs, Vast(Provider(url, key), RealClock(rig.PACE)), rig.Silent())
             code = 0 if not reaped.leaked else 70
         except BaseException:
             traceback.print_exc()

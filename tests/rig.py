@@ -187,8 +187,7 @@ def client(plan: Plan, journal: Any, url: str, key: str, *, screen: Any = None, 
     """A client that acts on `plan`; its first line is written when the journal is empty."""
     if not journal.lines:
         journal.append("planned", **plan.to_line())
-    clock = clock or RealClock()
-    return Session(journal, plan, Vast(Provider(url, key, pace), clock), clock, screen or Silent())
+    return Session(journal, plan, Vast(Provider(url, key), clock or RealClock(pace)), screen or Silent())
 
 
 def sh(script: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:

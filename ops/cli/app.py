@@ -47,12 +47,11 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
         from ops.run.journal import Journal
         from ops.run.rent_and_train import rent_and_train as story
         from ops.run.session import Session
-        from ops.wait import RealClock
 
         plan = preflight(lambda: _planned(job, on_cpu=not _is_real()), vast, runs())
         with Journal(runs() / plan.run_id) as journal:
             _first_line(journal, plan, screen)
-            session = Session(journal, plan, vast, RealClock(), screen)
+            session = Session(journal, plan, vast, screen)
             ranking = _show_plan(session)
             if not yes and _is_real() and sys.stdin.isatty() and not typer.confirm("Rent it?", default=True):
                 raise typer.Exit(0)
@@ -84,14 +83,13 @@ def resume(run: Run, as_json: Json = False) -> None:
         from ops.run.journal import Journal
         from ops.run.rent_and_train import rent_and_train as story
         from ops.run.session import Session
-        from ops.wait import RealClock
 
         with Journal(folder_of(run)) as journal:
             if not journal.lines:
                 raise JournalError(f"{journal.run_id} has an empty journal", hint="start it anew with rent-and-train")
             if (pulled := journal.last("pulled")) is not None:
                 raise JournalError(f"{journal.run_id} is done: its adapter is {pulled['adapter']}", hint="`milktea reap` if its box still stands")
-            session = Session(journal, Plan.from_line(journal.lines[0]), vast, RealClock(), screen)
+            session = Session(journal, Plan.from_line(journal.lines[0]), vast, screen)
             _act(session, story, as_json)
 
 
@@ -100,9 +98,8 @@ def reap(as_json: Json = False, foreign: Annotated[bool, typer.Option("--foreign
     """Destroy every box that no live client looks after, and prove it."""
     with errors(as_json), _vast() as vast:
         from ops.run.reap import reap as sweep
-        from ops.wait import RealClock
 
-        _report(sweep(runs(), vast, RealClock(), _screen(as_json), foreign=foreign), as_json, say_nothing_found=True)
+        _report(sweep(runs(), vast, _screen(as_json), foreign=foreign), as_json, say_nothing_found=True)
 
 
 @app.command()
@@ -113,11 +110,10 @@ def destroy(run: Run, as_json: Json = False) -> None:
         from ops.run.journal import Journal
         from ops.run.rental import give_back
         from ops.run.session import Session, may_have_box
-        from ops.wait import RealClock
 
         with Journal(folder_of(run)) as journal:
             had = may_have_box(journal.lines)
-            give_back(Session(journal, Plan.from_line(journal.lines[0]), vast, RealClock(), screen), why="asked for")
+            give_back(Session(journal, Plan.from_line(journal.lines[0]), vast, screen), why="asked for")
             if as_json:
                 print(json.dumps({"kind": "destroyed" if had else "nothing", "run_id": journal.run_id}))
             else:
@@ -174,25 +170,25 @@ def _vast() -> Iterator[Vast]:
     from ops.market.client import Provider, Vast, provider_from
     from ops.wait import RealClock
 
-    provider = provider_from(os.environ)
+    provider, pace = provider_from(os.environ), float(os.environ.get("MILKTEA_PACE") or 1.0)
     if provider is None:
         from ops.fakevast.embedded import ensure
 
         server = ensure(Path(os.environ.get("MILKTEA_EMULATOR", ".milktea/fakevast")), options=EMULATOR)
-        provider = Provider(server.url, server.api_key, pace=0.1)
+        provider = Provider(server.url, server.api_key)
+        pace = 0.1
         print("VAST_API_KEY is not set: the emulator plays vast.ai on this machine; no money moves.", file=sys.stderr)
-    yield Vast(provider, RealClock())
+    yield Vast(provider, RealClock(pace))
 
 
 @contextmanager
 def _acting(as_json: bool) -> Iterator[tuple[Vast, Any]]:
     """For a command that acts: vast.ai and the screen, once every destroy that an earlier command could not finish is finished."""
     from ops.run.reap import finish_destroys
-    from ops.wait import RealClock
 
     with _vast() as vast:
         screen = _screen(as_json)
-        _report(finish_destroys(runs(), vast, RealClock(), screen), as_json)
+        _report(finish_destroys(runs(), vast, screen), as_json)
         yield vast, screen
 
 

@@ -31,11 +31,10 @@ PAGE = 25
 
 @dataclass(frozen=True)
 class Provider:
-    """Where vast.ai is. `pace` scales the waits between calls: 1 for the real one, less for an emulator that allows it."""
+    """Where vast.ai is."""
 
     url: str
     api_key: str
-    pace: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Vast:
     def __init__(self, provider: Provider, clock: Clock) -> None:
         # The client sends what the machine's proxy settings and this address say; a trailing slash would double.
         self.provider = provider
-        self._clock = clock
+        self.clock = clock
         self._client = VastClient(provider.api_key, provider.url.rstrip("/"), retry=1, timeout=30)
         self._last_call: dict[str, float] = {}
 
@@ -137,17 +136,17 @@ class Vast:
     def container_log(self, instance_id: int, lines: int = 200) -> str:
         """The container's own log, or "" when vast.ai does not deliver it in LOG_PATIENCE_S. Gone after destroy."""
         reply = self._call("logs", "PUT", f"/instances/request_logs/{instance_id}/", {"tail": str(lines)})
-        url, pace = str(reply.get("result_url")), self.provider.pace
+        url = str(reply.get("result_url"))
 
         def delivered() -> str | None:
             answer = requests.get(url, timeout=10)
             return answer.text if answer.status_code == 200 else None
 
-        return until(delivered, every_s=0.5 * pace, timeout_s=LOG_PATIENCE_S * pace, clock=self._clock) or ""
+        return until(delivered, every_s=0.5, timeout_s=LOG_PATIENCE_S, clock=self.clock) or ""
 
     def charges(self, instance_id: int, since_unix_s: float) -> list[Charge]:
         """What vast.ai charged for one instance, which is no older than `since_unix_s`. It can lag behind by hours on the real service."""
-        filters = {"day": {"gte": int(since_unix_s) - 86400, "lte": int(self._clock.now()) + 86400}, "type": {"in": ["instance"]}}
+        filters = {"day": {"gte": int(since_unix_s) - 86400, "lte": int(self.clock.now()) + 86400}, "type": {"in": ["instance"]}}
         query: dict[str, Any] = {"select_filters": filters, "format": "tree", "latest_first": True, "limit": 100}
         found: list[Charge] = []
         while True:
@@ -164,7 +163,6 @@ class Vast:
 
     def _repeat(self, kind: str, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None) -> dict[str, Any]:
         """A call that is safe to make twice: repeated on 429 and on silence until PATIENCE_S is over."""
-        pace = self.provider.pace
         failed: list[MarketError] = []
 
         def called() -> dict[str, Any] | None:
@@ -174,7 +172,7 @@ class Vast:
                 failed.append(e)
                 return None
 
-        reply = until(called, every_s=2.0 * INTERVAL_S[kind] * pace, timeout_s=PATIENCE_S * pace, clock=self._clock)
+        reply = until(called, every_s=2.0 * INTERVAL_S[kind], timeout_s=PATIENCE_S, clock=self.clock)
         if reply is None:
             raise failed[-1]
         return reply
@@ -203,17 +201,16 @@ class Vast:
         return content if isinstance(content, dict) else {"items": content}
 
     def _wait_for_turn(self, kind: str) -> None:
-        least = INTERVAL_S[kind] * self.provider.pace
-        since = self._clock.now() - self._last_call.get(kind, 0.0)
-        if 0 <= since < least:
-            self._clock.sleep(least - since)
-        self._last_call[kind] = self._clock.now()
+        waited_s = (self.clock.now() - self._last_call.get(kind, 0.0)) / self.clock.pace
+        if 0 <= waited_s < INTERVAL_S[kind]:
+            self.clock.sleep(INTERVAL_S[kind] - waited_s)
+        self._last_call[kind] = self.clock.now()
 
 
 def provider_from(environ: dict[str, str] | os._Environ[str]) -> Provider | None:
     """The real vast.ai when VAST_API_KEY is set (VAST_URL overrides its address), else None."""
     key = environ.get("VAST_API_KEY", "").strip()
-    return Provider(environ.get("VAST_URL") or "https://console.vast.ai", key, float(environ.get("MILKTEA_PACE") or 1.0)) if key else None
+    return Provider(environ.get("VAST_URL") or "https://console.vast.ai", key) if key else None
 
 
 def _refusal(status: int, content: Any) -> MarketError:

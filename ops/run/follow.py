@@ -43,11 +43,7 @@ def follow(session: Session, box: Box) -> None:
     has not answered until it must have ended itself."""
     (session.journal.folder / EVENTS).touch()
     heard = _Heard(session.clock.now(), session.clock.now())
-    until(
-        lambda: _look(session, box, heard),
-        every_s=POLL_S * session.pace,
-        clock=session.clock,
-    )
+    until(lambda: _look(session, box, heard), every_s=POLL_S, clock=session.clock)
 
 
 def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
@@ -58,10 +54,9 @@ def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
         answer = _poll(session, box, home.stat().st_size)
     if answer is None:
         silent_s = session.clock.now() - heard.answer_t
-        if silent_s > scripts.LEASE_S * session.pace:
+        if silent_s > scripts.LEASE_S * session.clock.pace:
             raise Lost(
                 f"the box could not be reached for {silent_s:.0f} s: by now it has ended itself",
-                money=session.money(),
             )
     else:
         code, running, _, _ = answer
@@ -98,7 +93,7 @@ def _poll(session: Session, box: Box, offset: int) -> _Answer | None:
         session.screen.waiting(f"no connection ({e}); the training goes on without us")
     refuse_preempted(session)
     with suppress(NeverReady):
-        box.connect(deadline_s=20 * session.pace)
+        box.connect(deadline_s=20 * session.clock.pace)
     return None
 
 
@@ -194,7 +189,6 @@ def _ended(session: Session, box: Box, code: int, failure: events.Failed | None)
     samples = f" (rows: {', '.join(failure.samples[:5])})" if failure and failure.samples else ""
     raise Failed(
         f"the training ended with exit code {code}: {reason}{samples}",
-        money=session.money(),
         hint=(failure.hint if failure else "")
         or f"`milktea logs {session.run_id}` shows its last lines",
     )
@@ -206,7 +200,6 @@ def _raise_gone(session: Session, box: Box) -> NoReturn:
     raise Failed(
         "the trainer's processes are gone without an exit code: killed from outside, most often "
         f"for memory\n{tail[-800:]}",
-        money=session.money(),
         hint="lower data.max_length, or take a machine with more memory, "
         f"then `milktea resume {session.run_id}`",
     )
@@ -217,12 +210,10 @@ def _enforce(session: Session, heard: float) -> None:
     if now - heard > session.plan.stall_s:
         raise Stalled(
             f"no event for {(now - heard) / 60:.0f} minutes (limits.stall_minutes)",
-            money=session.money(),
             hint=f"`milktea logs {session.run_id}` shows what it did last",
         )
     if now > session.dies_at() - MARGIN_S:
         raise OverBudget(
             f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached; the newest checkpoint is at home",
-            money=session.money(),
             hint=f"raise the limit in the job file, then `milktea resume {session.run_id}` goes on from the checkpoint",
         )

@@ -86,7 +86,7 @@ def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
     if isinstance(error, BoxError) and type(error) not in (NeverReady, Unsuitable, Lost, Preempted):
         raise error  # a changed host key: stop, whatever else there is to rent
     if isinstance(error, RateLimited):
-        session.clock.sleep(15 * session.pace)
+        session.clock.sleep(15)
 
 
 def connect(session: Session, instance: Instance, offer: Offer) -> Box:
@@ -94,19 +94,19 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     endpoints = [Endpoint(instance.ssh_host, instance.ssh_port, "proxy")]
     if instance.direct_port:
         endpoints.insert(0, Endpoint(instance.direct_host, instance.direct_port, "direct"))
-    box = Box(endpoints, "root", session.key_path, session.known_hosts, retry_s=3 * session.pace, patience_s=max(2.0, 120 * session.pace))
+    box = Box(endpoints, "root", session.key_path, session.known_hosts, retry_s=3 * session.clock.pace, patience_s=max(2.0, 120 * session.clock.pace))
     began = session.clock.now()
 
     def told(endpoint: Endpoint, reason: str) -> None:
         session.screen.connecting(f"{endpoint}: {reason}")
 
     try:
-        box.connect(deadline_s=TUNNEL_S * session.pace, on_try=told)
+        box.connect(deadline_s=TUNNEL_S * session.clock.pace, on_try=told)
     except NeverReady:
         if "port forwarding failed" in session.vast.container_log(instance.id):
             session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
             session.vast.reboot(instance.id)
-        box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.pace, on_try=told)
+        box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.clock.pace, on_try=told)
     armed = box.run(scripts.ready(session.run_id))
     if "armed" not in armed.stdout:
         raise Unsuitable(f"the box did not arm its watchdog: {armed.stderr[-300:]}")
@@ -160,12 +160,12 @@ def reconnected(session: Session, box: Box) -> bool:
         if session.clock.now() > session.dies_at() - MARGIN_S:
             return False
         try:
-            box.connect(deadline_s=60 * session.pace)
+            box.connect(deadline_s=60 * session.clock.pace)
             return True
         except NeverReady:
             return None
 
-    return bool(until(connected, every_s=box.retry_s, timeout_s=scripts.LEASE_S * session.pace, clock=session.clock))
+    return bool(until(connected, every_s=3, timeout_s=scripts.LEASE_S, clock=session.clock))
 
 
 def launch(session: Session, box: Box) -> None:
@@ -215,7 +215,7 @@ def fetch_newest(session: Session, box: Box) -> None:
     """Ask the trainer to save, and bring the newest whole checkpoint home. Best effort, bounded: the money is running."""
     try:
         box.run(scripts.stop_training(session.run_id))
-        session.clock.sleep(3 * session.pace)
+        session.clock.sleep(3)
         folder = scripts.run_folder(session.run_id)
         names = box.run(f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json").stdout.split()
         steps = sorted((int(n.split("/")[0]) for n in names if n.split("/")[0].isdigit()), reverse=True)

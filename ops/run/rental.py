@@ -17,7 +17,7 @@ from ops.market import cost
 from ops.market.client import Vast
 from ops.market.models import Instance, Offer
 from ops.run.session import Detached, Session, boot_timeout_s
-from ops.wait import Clock, until
+from ops.wait import until
 
 READS = 3  # without it, in a row, prove absence
 SETTLE_S = 5.0  # between reads after an unclear create: a new contract may take seconds to be listed
@@ -55,7 +55,7 @@ def adopt(session: Session) -> int | None:
     """The instance that an earlier client of this run rented, if it is still listed."""
     if session.journal.last("renting") is None or not session.may_have_box():
         return None
-    found, _ = listed(session.vast, session.run_id, session.clock)
+    found, _ = listed(session.vast, session.run_id)
     if not found:
         give_back(session, why="not listed any more")
         return None
@@ -96,7 +96,7 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
 def _settle(session: Session, error: MarketError) -> int:
     """After anything but a clean yes: three spaced reads by label. The id of what exists and is of use, else OfferGone or `error`."""
     session.note("unclear", error=str(error), instance_id=error.instance_id)
-    found, _ = listed(session.vast, session.run_id, session.clock, every_s=SETTLE_S)
+    found, _ = listed(session.vast, session.run_id, every_s=SETTLE_S)
     if found:
         session.note("rented", instance_id=found[0].id, adopted=True)
         if len(found) == 1 and found[0].intended_status != "stopped":
@@ -127,13 +127,13 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
         _refuse_fatal(session, now)
         if now.status in ("offline", "unknown"):
             sick_since.append(session.clock.now())
-            if session.clock.now() - sick_since[0] > SICK_PATIENCE_S * session.pace:
+            if session.clock.now() - sick_since[0] > SICK_PATIENCE_S * session.clock.pace:
                 raise NeverReady(f"machine {now.machine_id} is {now.status}")
             return None
         sick_since.clear()
         return now if now.status == "running" and (now.direct_port or now.ssh_port) else None
 
-    running = until(look, every_s=2.0 * session.pace, timeout_s=timeout_s, clock=session.clock)
+    running = until(look, every_s=2.0, timeout_s=timeout_s / session.clock.pace, clock=session.clock)
     if running is None:
         raise NeverReady(f"machine {offer.machine_id} did not boot within {timeout_s:.0f} s")
     why = differs(running, offer, session.plan.needs.disk_gib, session.bid(offer))
@@ -178,19 +178,19 @@ def differs(instance: Instance, offer: Offer, disk_gib: float, bid_usd_per_hour:
     return "; ".join(f"{name} is {got}, offered {wanted}" for name, got, wanted, ok in checks if not ok)
 
 
-def listed(vast: Vast, label: str, clock: Clock, *, every_s: float = PROOF_S) -> tuple[list[Instance], list[float]]:
+def listed(vast: Vast, label: str, *, every_s: float = PROOF_S) -> tuple[list[Instance], list[float]]:
     """(what has `label`, the unix seconds of each read), by the first read that shows any; nothing after READS reads, `every_s` apart.
     Raises MarketError when a read fails: the reads before it prove nothing."""
     reads: list[float] = []
     while True:
         found = vast.instances(label=label)
-        reads.append(round(clock.now(), 2))
+        reads.append(round(vast.clock.now(), 2))
         if found or len(reads) == READS:
             return found, reads
-        clock.sleep(every_s * vast.provider.pace)
+        vast.clock.sleep(every_s)
 
 
-def until_absent(vast: Vast, label: str, clock: Clock, *, known: int | None = None) -> list[float]:
+def until_absent(vast: Vast, label: str, *, known: int | None = None) -> list[float]:
     """Destroy instance `known` and everything with `label`, again and again, until READS spaced reads in a row list none; their unix seconds.
     Raises BoxLeaked without that proof after DESTROY_PATIENCE_S, or at once where vast.ai refuses."""
     pending = [] if known is None else [known]
@@ -201,7 +201,7 @@ def until_absent(vast: Vast, label: str, clock: Clock, *, known: int | None = No
         try:
             for instance_id in pending:
                 vast.destroy(instance_id)
-            found, reads = listed(vast, label, clock)
+            found, reads = listed(vast, label)
         except MilkteaError as e:
             if isinstance(e, Refused):
                 raise _leaked(label, known, str(e)) from e
@@ -210,8 +210,7 @@ def until_absent(vast: Vast, label: str, clock: Clock, *, known: int | None = No
         pending, trouble = [i.id for i in found], "still listed"
         return None if found else reads
 
-    pace = vast.provider.pace
-    reads = until(absent, every_s=PROOF_S * pace, timeout_s=DESTROY_PATIENCE_S * pace, clock=clock)
+    reads = until(absent, every_s=PROOF_S, timeout_s=DESTROY_PATIENCE_S, clock=vast.clock)
     if reads is None:
         raise _leaked(label, known, trouble)
     return reads
@@ -235,7 +234,7 @@ def _give_back(session: Session, why: str) -> None:
     session.note("destroying", why=why)
     known = session.instance_id()
     try:
-        reads = until_absent(session.vast, session.run_id, session.clock, known=known)
+        reads = until_absent(session.vast, session.run_id, known=known)
     except BoxLeaked as leak:
         session.note("leaked", instance_id=known, trouble=str(leak))
         ends = f"its own watchdog ends it within {scripts.LEASE_S // 60} minutes of silence"

@@ -18,7 +18,6 @@ from ops.market.cost import Cost
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking, bid_of
 from ops.run.journal import Journal, Line, last
-from ops.wait import Clock
 from trainer.wire.events import Event, Sample, Score
 
 P = ParamSpec("P")
@@ -83,9 +82,8 @@ class Screen(Protocol):
 
 
 class Session:
-    def __init__(self, journal: Journal, plan: Plan, vast: Vast, clock: Clock, screen: Screen) -> None:
-        self.journal, self.plan, self.vast, self.clock, self.screen = journal, plan, vast, clock, screen
-        self.pace = vast.provider.pace
+    def __init__(self, journal: Journal, plan: Plan, vast: Vast, screen: Screen) -> None:
+        self.journal, self.plan, self.vast, self.clock, self.screen = journal, plan, vast, vast.clock, screen
         self.shield = Shield()
         self.key_path = journal.folder / "id_ed25519"  # of this run alone
 

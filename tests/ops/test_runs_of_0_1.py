@@ -49,7 +49,7 @@ class Then(RealClock):
     """Stands a minute after the run's last line: a run is resumed on its day, within its hours."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
+        super().__init__(rig.PACE)
         self._back_s = time.time() - journal.read(folder)[-1].t - 60
 
     def now(self) -> float:
@@ -93,12 +93,12 @@ def test_resume_goes_on_from_the_checkpoint_that_is_at_home(runs: Path, fake: Fa
 
 
 def test_reap_destroys_what_the_interrupted_one_left_and_touches_no_other(runs: Path, fake: FakeVast) -> None:
-    vast = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
+    vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
     found, _ = vast.search({}, interruptible=False, disk_gib=16)
     settings = {"image": rig.IMAGE, "disk_gib": 16, "env": {}, "onstart": "", "bid_usd_per_hour": None}
     vast.create(found[0].id, label=INTERRUPTED, **settings)
     before = (runs / FINISHED / journal.FILE).read_bytes()
-    reaped = reap(runs, vast, RealClock(), rig.Silent())
+    reaped = reap(runs, vast, rig.Silent())
     assert (reaped.destroyed, reaped.left, reaped.leaked) == ([INTERRUPTED], [], [])
     assert fake.instances() == []
     assert (runs / FINISHED / journal.FILE).read_bytes() == before

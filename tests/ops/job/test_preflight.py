@@ -42,7 +42,7 @@ def job(tmp_path: Path) -> dict[str, Any]:
 
 
 def planned(tmp_path: Path, fake: FakeVast, raw: dict[str, Any], key: str | None = None) -> Plan:
-    vast = Vast(Provider(fake.url, key or fake.api_key, rig.PACE), RealClock())
+    vast = Vast(Provider(fake.url, key or fake.api_key), RealClock(rig.PACE))
     runs = tmp_path / "runs"
     return preflight(lambda: new_plan(config.parse(raw, tmp_path / "job.toml"), runs, time.time()), vast, runs)
 

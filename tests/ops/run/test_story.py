@@ -312,9 +312,9 @@ def test_a_destroy_that_cannot_be_proven_is_a_leak_and_the_next_command_finishes
     assert re.fullmatch(r"it may be billing 0\.\d+ \$/h; its own watchdog ends it within 10 minutes of silence", outcome.money)
     assert "leaked" in kinds(lines)
     fake.faults.clear()
-    vast = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
-    assert finish_destroys(own.runs, vast, RealClock(), rig.Silent()).destroyed == [lines[0]["run_id"]]
-    assert finish_destroys(own.runs, vast, RealClock(), rig.Silent()).destroyed == []
+    vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
+    assert finish_destroys(own.runs, vast, rig.Silent()).destroyed == [lines[0]["run_id"]]
+    assert finish_destroys(own.runs, vast, rig.Silent()).destroyed == []
 
 
 def test_a_damaged_journal_is_reaped_by_its_label(own: rig.Rig, fake: FakeVast) -> None:
@@ -323,8 +323,8 @@ def test_a_damaged_journal_is_reaped_by_its_label(own: rig.Rig, fake: FakeVast) 
     outcome, _ = run(own, fake, screen=Interrupting("detach", own.image), plan=plan)
     path = own.runs / plan.run_id / journal.FILE
     path.write_bytes(path.read_bytes().replace(b'"rented"', b'"rented', 1))
-    vast = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
-    reaped = reap(own.runs, vast, RealClock(), rig.Silent())
+    vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
+    reaped = reap(own.runs, vast, rig.Silent())
     assert isinstance(outcome, Detached)
     assert reaped.destroyed == [plan.run_id]
 
@@ -332,12 +332,12 @@ def test_a_damaged_journal_is_reaped_by_its_label(own: rig.Rig, fake: FakeVast) 
 def test_a_box_of_another_machines_run_is_left_alone_unless_asked_for(own: rig.Rig, fake: FakeVast, tmp_path: Path) -> None:
     (own.image / "pause").touch()
     outcome, lines = run(own, fake, screen=Interrupting("detach", own.image))
-    vast = Vast(Provider(fake.url, fake.api_key, rig.PACE), RealClock())
+    vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
     empty = tmp_path / "elsewhere"
     empty.mkdir()
-    assert "--foreign" in reap(empty, vast, RealClock(), rig.Silent()).left[0]
+    assert "--foreign" in reap(empty, vast, rig.Silent()).left[0]
     assert len(fake.instances()) == 1
-    assert reap(empty, vast, RealClock(), rig.Silent(), foreign=True).destroyed == [lines[0]["run_id"]]
+    assert reap(empty, vast, rig.Silent(), foreign=True).destroyed == [lines[0]["run_id"]]
     assert isinstance(outcome, Detached)
 
 
