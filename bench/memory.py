@@ -1,10 +1,13 @@
-"""The grid that the memory oracle (trainer/memory.py) is fitted to: `python -m bench.training --grid bench/results/memory-grid.jsonl`.
+"""The grid that the memory oracle (trainer/memory.py) is fitted to:
+`python -m bench.training --grid bench/results/memory-grid.jsonl`.
 
-Each line is one configuration after three training steps in a process that ran others before: ``model`` and its six dimensions,
-``precision``, ``keep_transpose``, ``r``, ``tokens`` of the micro-batch (all used), ``documents`` in it, ``targets`` (positions that
-meet the head), ``checkpoint_layers`` of ``num_hidden_layers``; then what the allocator saw: ``peak_allocated_gib`` and
-``peak_reserved_gib`` over the steps, ``static_allocated_gib`` before the first (weights, adapters, gradients; no optimizer state yet),
-``load_peak_gib`` while the model was made. The CUDA context (about 0.5 GiB) is in none of them. Lines without ``peak_allocated_gib`` are remarks.
+Each line is one configuration after three training steps in a process that ran others before:
+``model`` and its six dimensions, ``precision``, ``keep_transpose``, ``r``, ``tokens`` of the
+micro-batch (all used), ``documents`` in it, ``targets`` (positions that meet the head),
+``checkpoint_layers`` of ``num_hidden_layers``; then what the allocator saw: ``peak_allocated_gib``
+and ``peak_reserved_gib`` over the steps, ``static_allocated_gib`` before the first (weights,
+adapters, gradients; no optimizer state yet), ``load_peak_gib`` while the model was made. The CUDA
+context (about 0.5 GiB) is in none of them. Lines without ``peak_allocated_gib`` are remarks.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ MODELS = [
     Setting("tinyllama-1.1b", "bf16"),
     Setting("tinyllama-1.1b", "nf4", r=64),
 ]
-LOADS = [(4096, 1.0), (8192, 0.5), (8192, 1.0), (16384, 0.0)]  # tokens, fraction of layers checkpointed
+# tokens, fraction of layers checkpointed
+LOADS = [(4096, 1.0), (8192, 0.5), (8192, 1.0), (16384, 0.0)]
 
 
 def measure_grid(path: Path, device: torch.device) -> None:
@@ -63,9 +67,21 @@ def _measure(model: torch.nn.Module, setting: Setting, device: torch.device) -> 
     for _ in range(3):
         loop.step()
     torch.cuda.synchronize()
-    seen = {"peak_allocated_gib": torch.cuda.max_memory_allocated(), "peak_reserved_gib": torch.cuda.max_memory_reserved()}
+    seen = {
+        "peak_allocated_gib": torch.cuda.max_memory_allocated(),
+        "peak_reserved_gib": torch.cuda.max_memory_reserved(),
+    }
     seen["static_allocated_gib"] = static
     for p in loop.gradients.parameters:
         p.grad = None
-    inputs = {"documents": len(first["cu"]) - 1, "targets": len(first["targets_at"]), "tokens": first["count"]}
-    return asdict(setting) | asdict(SHAPES[setting.model]) | inputs | {k: round(v / GIB, 4) for k, v in seen.items()}
+    inputs = {
+        "documents": len(first["cu"]) - 1,
+        "targets": len(first["targets_at"]),
+        "tokens": first["count"],
+    }
+    return (
+        asdict(setting)
+        | asdict(SHAPES[setting.model])
+        | inputs
+        | {k: round(v / GIB, 4) for k, v in seen.items()}
+    )

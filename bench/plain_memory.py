@@ -2,8 +2,9 @@
 
     python -m bench.plain_memory --append bench/results/memory-plain.jsonl
 
-The trainer's own model, batches, loss and optimizer on one GPU, three steps each, as trainer/train.py takes them; a line for each setting
-with the fields of bench/memory.py, and `method` as memory.method_of says it. Needs the room of bench/real_job.py's models, which it makes.
+The trainer's own model, batches, loss and optimizer on one GPU, three steps each, as
+trainer/train.py takes them; a line for each setting with the fields of bench/memory.py, and
+`method` as memory.method_of says it. Needs the room of bench/real_job.py's models, which it makes.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"lora_dropout": 0.05}},
     "dora": {"lora": {"use_dora": True}},
 }
-LOADS = [(4096, 0.0), (4096, 1.0), (8192, 0.0), (8192, 0.5), (16384, 1.0)]  # tokens, fraction of layers checkpointed
+# tokens, fraction of layers checkpointed
+LOADS = [(4096, 0.0), (4096, 1.0), (8192, 0.0), (8192, 0.5), (16384, 1.0)]
 
 
-def measure(job: Job, run: Path, data: Any, tokens: int, fraction: float, shape: Any) -> dict[str, Any]:
+def measure(
+    job: Job, run: Path, data: Any, tokens: int, fraction: float, shape: Any
+) -> dict[str, Any]:
     device, keys = torch.device("cuda"), TokenKeys()
     layers = round(fraction * shape.num_hidden_layers)
     model, names = load(job, run / "model", device, keys, layers)
@@ -52,21 +56,34 @@ def measure(job: Job, run: Path, data: Any, tokens: int, fraction: float, shape:
     for step in range(3):
         gradients.zero()
         keys.set(0, step, micro["rows"], micro["position_ids"])
-        with nullcontext() if job.training.method == "lora" else torch.autocast("cuda", torch.bfloat16):
+        with (
+            nullcontext()
+            if job.training.method == "lora"
+            else torch.autocast("cuda", torch.bfloat16)
+        ):
             loss = target_loss(model, micro) / len(micro["targets_at"])
         loss.backward()
         gradients.clip(1.0)
         optimizer.step()
     torch.cuda.synchronize()
-    seen = {"peak_allocated_gib": torch.cuda.max_memory_allocated(), "peak_reserved_gib": torch.cuda.max_memory_reserved()}
+    seen = {
+        "peak_allocated_gib": torch.cuda.max_memory_allocated(),
+        "peak_reserved_gib": torch.cuda.max_memory_reserved(),
+    }
     return {
-        "tokens": micro["input_ids"].numel(), "documents": len(chosen), "targets": len(micro["targets_at"]), "checkpoint_layers": layers,
-        "kernels": names, "static_allocated_gib": round(static / GIB, 4),
-    } | {k: round(v / GIB, 4) for k, v in seen.items()}  # fmt: skip
+        "tokens": micro["input_ids"].numel(),
+        "documents": len(chosen),
+        "targets": len(micro["targets_at"]),
+        "checkpoint_layers": layers,
+        "kernels": names,
+        "static_allocated_gib": round(static / GIB, 4),
+    } | {k: round(v / GIB, 4) for k, v in seen.items()}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("/tmp/real-job"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--append", type=Path, help="add the lines to this file as well")
@@ -81,11 +98,18 @@ def main() -> int:
         for method in asked.methods:
             more = METHODS[method]
             job = Job.model_validate(told | {k: told[k] | v for k, v in more.items()})
-            told_method = memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout)
+            told_method = memory.method_of(
+                job.training.method, job.lora.use_dora, job.lora.lora_dropout
+            )
             for tokens, fraction in LOADS:
                 gc.collect()
                 torch.cuda.empty_cache()
-                line = {"model": name, "method": told_method, "precision": "bf16", "r": job.lora.r} | asdict(SHAPES[name])
+                line = {
+                    "model": name,
+                    "method": told_method,
+                    "precision": "bf16",
+                    "r": job.lora.r,
+                } | asdict(SHAPES[name])
                 line |= measure(job, run, data, tokens, fraction, SHAPES[name])
                 tell(line, asked.append)
     return 0

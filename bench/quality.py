@@ -1,8 +1,9 @@
 """Does FP8 or NF4 cost quality? On a model that really learns: python -m bench.quality
 
-A Llama of about 90M parameters is trained from nothing on an order-2 Markov language whose entropy is known. Then a quarter of the
-language's rules change, and LoRA learns the change over the frozen base in bf16, FP8 and NF4: same start, same rows, same order.
-Prints one JSON object: held-out losses before and after, and how far each precision ends from bf16. Needs a GPU, about two minutes.
+A Llama of about 90M parameters is trained from nothing on an order-2 Markov language whose entropy
+is known. Then a quarter of the language's rules change, and LoRA learns the change over the frozen
+base in bf16, FP8 and NF4: same start, same rows, same order. Prints one JSON object: held-out
+losses before and after, and how far each precision ends from bf16. Needs a GPU, about two minutes.
 """
 
 from __future__ import annotations
@@ -19,17 +20,28 @@ import torch
 from torch import Tensor, nn
 
 WORDS, CHOICES, LENGTH = 128, 8, 512
-SIZES: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12}
+SIZES: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+}
 
 
 class Language:
-    """After each pair of words one of eight may follow, with probabilities 0.5, 0.2, 0.1, ... ``changed``: part of the pairs that other
-    words follow than in the language of the same seed without change."""
+    """After each pair of words one of eight may follow, with probabilities 0.5, 0.2, 0.1, ...
+    ``changed``: part of the pairs that other words follow than in the language of the same seed
+    without change."""
 
     def __init__(self, device: torch.device, changed: float = 0.0) -> None:
         generator = torch.Generator(device).manual_seed(7)
-        self.follow = torch.randint(0, WORDS, (WORDS * WORDS, CHOICES), device=device, generator=generator)
-        other = torch.randint(0, WORDS, (WORDS * WORDS, CHOICES), device=device, generator=generator)
+        self.follow = torch.randint(
+            0, WORDS, (WORDS * WORDS, CHOICES), device=device, generator=generator
+        )
+        other = torch.randint(
+            0, WORDS, (WORDS * WORDS, CHOICES), device=device, generator=generator
+        )
         where = torch.rand(WORDS * WORDS, device=device, generator=generator) < changed
         self.follow[where] = other[where]
         self.chances = torch.tensor([0.5, 0.2, 0.1, 0.08, 0.05, 0.04, 0.02, 0.01], device=device)
@@ -39,7 +51,9 @@ class Language:
         device = self.follow.device
         generator = torch.Generator(device).manual_seed(seed)
         out = torch.randint(0, WORDS, (count, LENGTH), device=device, generator=generator)
-        picks = torch.multinomial(self.chances, count * LENGTH, replacement=True, generator=generator).view(count, LENGTH)
+        picks = torch.multinomial(
+            self.chances, count * LENGTH, replacement=True, generator=generator
+        ).view(count, LENGTH)
         for t in range(2, LENGTH):
             out[:, t] = self.follow[out[:, t - 2] * WORDS + out[:, t - 1], picks[:, t]]
         return out
@@ -50,20 +64,28 @@ def train_base(device: torch.device, steps: int) -> tuple[nn.Module, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, vocab_size=WORDS, max_position_embeddings=LENGTH, tie_word_embeddings=False)
+    config = LlamaConfig(
+        **SIZES, vocab_size=WORDS, max_position_embeddings=LENGTH, tie_word_embeddings=False
+    )
     config._attn_implementation = "sdpa"
     model: Any = LlamaForCausalLM(config)
     model.to(device)
     language = Language(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     loss = torch.zeros(())
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = (
+                1e-3 * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            )
         rows = language.rows(128, 1000 + step)
         with torch.autocast("cuda", torch.bfloat16):
             logits = model(input_ids=rows, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits[:, 1:-1].flatten(0, 1).float(), rows[:, 2:].flatten())
+        loss = nn.functional.cross_entropy(
+            logits[:, 1:-1].flatten(0, 1).float(), rows[:, 2:].flatten()
+        )
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -72,13 +94,19 @@ def train_base(device: torch.device, steps: int) -> tuple[nn.Module, float]:
 
 
 def packed(rows: Tensor) -> dict[str, Any]:
-    """[count, LENGTH] -> one pack with its labels, already shifted; the first word has no rule and is no target."""
+    """[count, LENGTH] -> one pack with its labels, already shifted; the first word has no rule and
+    is no target."""
     count = len(rows)
     labels = rows.roll(-1, 1).clone()
     labels[:, 0] = labels[:, -1] = -100
     cu = torch.arange(0, count * LENGTH + 1, LENGTH, device=rows.device, dtype=torch.int32)
     positions = torch.arange(LENGTH, device=rows.device).repeat(count)[None]
-    return {"input_ids": rows.reshape(1, -1), "position_ids": positions, "labels": labels.reshape(1, -1), "cu": cu}
+    return {
+        "input_ids": rows.reshape(1, -1),
+        "position_ids": positions,
+        "labels": labels.reshape(1, -1),
+        "cu": cu,
+    }
 
 
 def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -87,15 +115,21 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
     inner = model.get_base_model()  # type: ignore[operator]
     hidden = inner.model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
-        cu_seq_lens_q=batch["cu"], cu_seq_lens_k=batch["cu"], max_length_q=LENGTH, max_length_k=LENGTH,
-    ).last_hidden_state  # fmt: skip
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        cu_seq_lens_q=batch["cu"],
+        cu_seq_lens_k=batch["cu"],
+        max_length_q=LENGTH,
+        max_length_k=LENGTH,
+    ).last_hidden_state
     targets = (LENGTH - 2) * (len(batch["cu"]) - 1)
     return target_loss_sum(hidden, inner.lm_head.weight, batch["labels"]) / targets
 
 
 def tune(base: nn.Module, precision: str, steps: int, seed: int) -> dict[str, Any]:
-    """Held-out loss on the changed language before and after ``steps`` LoRA steps over the base in ``precision``."""
+    """Held-out loss on the changed language before and after ``steps`` LoRA steps over the base in
+    ``precision``."""
     from peft import LoraConfig, get_peft_model
 
     from trainer.kernels.attention import register
@@ -120,7 +154,9 @@ def tune(base: nn.Module, precision: str, steps: int, seed: int) -> dict[str, An
     first = last = 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = (
+                1e-3 * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            )
         loss = loss_of(model, packed(language.rows(64, 50_000 + 1000 * seed + step)))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
@@ -128,11 +164,20 @@ def tune(base: nn.Module, precision: str, steps: int, seed: int) -> dict[str, An
         optimizer.zero_grad(set_to_none=True)
         if step in (0, steps - 1):
             first, last = (float(loss), last) if step == 0 else (first, float(loss))
-    return {"before": before, "after": score(), "loss_first": first, "loss_last": last, "grad_norm_last": float(norm), "layer": names["layer"]}
+    return {
+        "before": before,
+        "after": score(),
+        "loss_first": first,
+        "loss_last": last,
+        "grad_norm_last": float(norm),
+        "layer": names["layer"],
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
@@ -142,16 +187,26 @@ def main() -> int:
     base, base_loss = train_base(device, asked.base_steps)
     report: dict[str, Any] = {
         "parameters": sum(p.numel() for p in base.parameters()),
-        "entropy": round(float(-(Language(device).chances * Language(device).chances.log()).sum()), 4),
-        "chance": round(math.log(WORDS), 4), "base_loss": round(base_loss, 4), "base_s": round(time.time() - began, 1), "runs": [],
-    }  # fmt: skip
+        "entropy": round(
+            float(-(Language(device).chances * Language(device).chances.log()).sum()), 4
+        ),
+        "chance": round(math.log(WORDS), 4),
+        "base_loss": round(base_loss, 4),
+        "base_s": round(time.time() - began, 1),
+        "runs": [],
+    }
     worst = 0.0
     for seed in range(asked.seeds):
-        runs = {precision: tune(base, precision, asked.steps, seed) for precision in ("bf16", "fp8", "nf4")}
+        runs = {
+            precision: tune(base, precision, asked.steps, seed)
+            for precision in ("bf16", "fp8", "nf4")
+        }
         for precision, run in runs.items():
             off = run["after"] / runs["bf16"]["after"] - 1
             worst = max(worst, off)
-            report["runs"].append({"seed": seed, "precision": precision, **run, "from_bf16": round(off, 5)})
+            report["runs"].append(
+                {"seed": seed, "precision": precision, **run, "from_bf16": round(off, 5)}
+            )
     print(json.dumps(report), flush=True)
     return 0 if worst <= 0.005 else 1
 

@@ -1,12 +1,15 @@
-"""How fast, how much memory, how soon: one line of JSON for one configuration, appended to bench/results/bench.jsonl on request.
+"""How fast, how much memory, how soon: one line of JSON for one configuration, appended to
+bench/results/bench.jsonl on request.
 
     python -m bench.training --model llama-7b --precision fp8 --append bench/results/bench.jsonl
-    accelerate launch --multi_gpu --num_processes 4 -m bench.training --model llama-7b --precision bf16
-    python -m bench.training --grid bench/results/memory-grid.jsonl        (many small configurations for the memory oracle)
+    accelerate launch --multi_gpu --num_processes 4 -m bench.training --model llama-7b --precision
+    bf16 python -m bench.training --grid bench/results/memory-grid.jsonl        (many small
+    configurations for the memory oracle)
 
-The protocol of docs/speed-log.md: a random-weight model, LoRA on all seven projections without dropout, 20,000 rows with log-normal
-lengths (median 180 tokens) packed whole to a token budget, a third of each row no target. ``real_tok_s`` counts rows' tokens only.
-Loss must fall and the gradient norm be above zero, or the exit code is 1: fast and wrong is not a result.
+The protocol of docs/speed-log.md: a random-weight model, LoRA on all seven projections without
+dropout, 20,000 rows with log-normal lengths (median 180 tokens) packed whole to a token budget, a
+third of each row no target. ``real_tok_s`` counts rows' tokens only. Loss must fall and the
+gradient norm be above zero, or the exit code is 1: fast and wrong is not a result.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # packs differ by a few tokens: no fragments
+# packs differ by a few tokens: no fragments
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-BF16_TFLOPS = 790.0  # measured on one H200 with a large product of random data: the ceiling that "mfu" is a fraction of
+# measured on one H200 with a large product of random data: the ceiling that "mfu" is a fraction of
+BF16_TFLOPS = 790.0
 GIB = 2**30
 
 
@@ -46,8 +51,14 @@ class Shape:
     @property
     def linear_parameters(self) -> int:
         """Weights that a token meets in a product: all linears and the head."""
-        h, kv = self.hidden_size, self.hidden_size * self.num_key_value_heads // self.num_attention_heads
-        return self.num_hidden_layers * (2 * h * h + 2 * h * kv + 3 * h * self.intermediate_size) + h * self.vocab_size
+        h, kv = (
+            self.hidden_size,
+            self.hidden_size * self.num_key_value_heads // self.num_attention_heads,
+        )
+        return (
+            self.num_hidden_layers * (2 * h * h + 2 * h * kv + 3 * h * self.intermediate_size)
+            + h * self.vocab_size
+        )
 
 
 SHAPES = {
@@ -60,7 +71,8 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One configuration. ``tokens`` is the micro-batch; a step is ``accumulate`` of them on each GPU."""
+    """One configuration. ``tokens`` is the micro-batch; a step is ``accumulate`` of them on each
+    GPU."""
 
     model: str = "llama-7b"
     precision: str = "bf16"
@@ -70,36 +82,53 @@ class Setting:
     keep_transpose: bool = False
     accumulate: int = 1
     rows: str = "alpaca"  # or a fixed row length, as "4096"
-    pack: int = 0  # 0: pack to ``tokens``; else a micro-batch is several packs of this many tokens, end to end
+    # 0: pack to ``tokens``; else a micro-batch is several packs of this many tokens, end to end
+    pack: int = 0
     steps: int = 20
 
 
 def lengths(setting: Setting, count: int = 20000) -> np.ndarray:
-    """Row lengths [count]: log-normal with median 180 and 95th percentile 520 tokens, as in Alpaca's demo set, or all the same."""
+    """Row lengths [count]: log-normal with median 180 and 95th percentile 520 tokens, as in
+    Alpaca's demo set, or all the same."""
     if setting.rows != "alpaca":
         return np.full(count, int(setting.rows))
     drawn = np.random.default_rng(0).lognormal(math.log(180), 0.645, count)
     return np.clip(drawn.round().astype(int), 16, min(2048, setting.tokens))
 
 
-def batches(setting: Setting, vocab: int, device: torch.device, rank: int = 0, world: int = 1, count: int = 24) -> list[dict[str, Any]]:
-    """``count`` packed micro-batches on ``device``, each rank its own. Tokens come from 300 words, so that there is something to learn."""
+def batches(
+    setting: Setting,
+    vocab: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    count: int = 24,
+) -> list[dict[str, Any]]:
+    """``count`` packed micro-batches on ``device``, each rank its own. Tokens come from 300 words,
+    so that there is something to learn."""
     from trainer.data.packing import pack
 
     size = lengths(setting)
     enough = int(1.1 * count * world * setting.tokens / size.mean()) + 50
     budget = setting.pack or setting.tokens
-    packs = [p for p in pack(range(min(enough, len(size))), size.tolist(), budget) if size[p].sum() > 0.98 * budget]
+    packs = [
+        p
+        for p in pack(range(min(enough, len(size))), size.tolist(), budget)
+        if size[p].sum() > 0.98 * budget
+    ]
     generator = np.random.default_rng(1)
     each = setting.tokens // budget
     packs = [list(chain(*packs[i : i + each])) for i in range(0, len(packs) - each + 1, each)]
-    steps = generator.permutation(len(packs) // world)  # neighbours hold rows of like length: ranks get equal work, as packing.share deals it
+    # neighbours hold rows of like length: ranks get equal work, as packing.share deals it
+    steps = generator.permutation(len(packs) // world)
     packs = [packs[i * world + rank] for i in steps]
     words = generator.integers(0, vocab, 300)
     return [_batch(size[p], words, generator, device) for p in packs[:count]]
 
 
-def _batch(rows: np.ndarray, words: np.ndarray, generator: np.random.Generator, device: torch.device) -> dict[str, Any]:
+def _batch(
+    rows: np.ndarray, words: np.ndarray, generator: np.random.Generator, device: torch.device
+) -> dict[str, Any]:
     ids = words[np.minimum(generator.geometric(0.02, int(rows.sum())), 300) - 1]
     labels, positions = np.roll(ids, -1), np.concatenate([np.arange(n) for n in rows])
     ends = np.concatenate([[0], np.cumsum(rows)]).astype(np.int32)
@@ -108,11 +137,16 @@ def _batch(rows: np.ndarray, words: np.ndarray, generator: np.random.Generator, 
     host = {"input_ids": ids, "position_ids": positions, "labels": labels}
     tensors: dict[str, Any] = {k: torch.from_numpy(v)[None].to(device) for k, v in host.items()}
     tensors["targets_at"] = torch.from_numpy(np.flatnonzero(labels >= 0)).to(device)
-    return tensors | {"cu": torch.from_numpy(ends).to(device), "longest": int(rows.max()), "count": int(rows.sum())}
+    return tensors | {
+        "cu": torch.from_numpy(ends).to(device),
+        "longest": int(rows.max()),
+        "count": int(rows.sum()),
+    }
 
 
 def build(setting: Setting, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
-    """The random-weight model with its adapters on ``device``, made layer by layer, and the names of the kernels that run."""
+    """The random-weight model with its adapters on ``device``, made layer by layer, and the names
+    of the kernels that run."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -129,12 +163,18 @@ def build(setting: Setting, device: torch.device) -> tuple[nn.Module, dict[str, 
     inner.rotary_emb = type(inner.rotary_emb)(config)  # type: ignore[operator]
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(0)
-    model = get_peft_model(model.requires_grad_(False), LoraConfig(r=setting.r, lora_alpha=32, target_modules=targets))
+    model = get_peft_model(
+        model.requires_grad_(False), LoraConfig(r=setting.r, lora_alpha=32, target_modules=targets)
+    )
     _start_adapters(model, device)
     names = accelerate_model(
-        model, setting.precision, device,
-        checkpoint_layers=setting.checkpoint_layers, keep_transpose=setting.keep_transpose, materialise=_random_weights,
-    )  # fmt: skip
+        model,
+        setting.precision,
+        device,
+        checkpoint_layers=setting.checkpoint_layers,
+        keep_transpose=setting.keep_transpose,
+        materialise=_random_weights,
+    )
     return model.train(), names
 
 
@@ -144,7 +184,9 @@ def _start_adapters(model: nn.Module, device: torch.device) -> None:
     for name, module in model.named_modules():
         if type(module) is nn.Linear and ("lora_A" in name or "lora_B" in name):
             module.to_empty(device=device)
-            nn.init.kaiming_uniform_(module.weight, a=5**0.5) if "lora_A" in name else nn.init.zeros_(module.weight)
+            nn.init.kaiming_uniform_(
+                module.weight, a=5**0.5
+            ) if "lora_A" in name else nn.init.zeros_(module.weight)
 
 
 @torch.no_grad()
@@ -162,22 +204,31 @@ def micro_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
     inner = model.get_base_model()  # type: ignore[operator]
     hidden = inner.model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
-        cu_seq_lens_q=batch["cu"], cu_seq_lens_k=batch["cu"], max_length_q=batch["longest"], max_length_k=batch["longest"],
-    ).last_hidden_state  # fmt: skip
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        cu_seq_lens_q=batch["cu"],
+        cu_seq_lens_k=batch["cu"],
+        max_length_q=batch["longest"],
+        max_length_k=batch["longest"],
+    ).last_hidden_state
     return target_loss_sum(hidden, inner.lm_head.weight, batch["labels"], batch["targets_at"])
 
 
 class Loop:
     """Training steps without a wait for the GPU: losses and norms stay there until asked for."""
 
-    def __init__(self, model: nn.Module, setting: Setting, device: torch.device, world: int, rank: int) -> None:
+    def __init__(
+        self, model: nn.Module, setting: Setting, device: torch.device, world: int, rank: int
+    ) -> None:
         from trainer.loop.optim import Gradients
 
         self.model, self.setting, self.world = model, setting, world
         trained = [p for p in model.parameters() if p.requires_grad]
         self.gradients = Gradients(trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=1e-3, weight_decay=0.0, fused=device.type == "cuda"
+        )
         self.data = batches(setting, SHAPES[setting.model].vocab_size, device, rank, world)
         self.taken = 0
         self.losses: list[Tensor] = []
@@ -205,7 +256,9 @@ class Loop:
         return tokens
 
 
-def measure(setting: Setting, device: torch.device, world: int = 1, rank: int = 0) -> dict[str, Any]:
+def measure(
+    setting: Setting, device: torch.device, world: int = 1, rank: int = 0
+) -> dict[str, Any]:
     """Build, warm up, run and report one configuration."""
     cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     warm = cache.is_dir() and any(cache.iterdir())
@@ -240,18 +293,35 @@ def measure(setting: Setting, device: torch.device, world: int = 1, rank: int = 
     losses, norms = (torch.stack(x).tolist() for x in (loop.losses, loop.norms))
     flops = 4 * SHAPES[setting.model].linear_parameters * speed / world
     return {
-        "model": setting.model, "precision": setting.precision, "gpus": world, "real_tok_s": round(speed, 1),
-        "mfu": round(flops / BF16_TFLOPS / 1e12, 4), "mfu_of_tflops": BF16_TFLOPS,
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3), "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-        "loss_first": round(losses[0], 4), "loss_last": round(losses[-1], 4), "grad_norm_last": round(norms[-1], 5),
-        "first_step_s": round(first, 1), "imports_s": round(started, 1), "model_s": round(built - started, 1),
-        "step_ms": [round(a.elapsed_time(b), 1) for a, b in pairwise(marks)][:8], "launch_s": round(launched, 2), "run_s": round(seconds, 2),
+        "model": setting.model,
+        "precision": setting.precision,
+        "gpus": world,
+        "real_tok_s": round(speed, 1),
+        "mfu": round(flops / BF16_TFLOPS / 1e12, 4),
+        "mfu_of_tflops": BF16_TFLOPS,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "loss_first": round(losses[0], 4),
+        "loss_last": round(losses[-1], 4),
+        "grad_norm_last": round(norms[-1], 5),
+        "first_step_s": round(first, 1),
+        "imports_s": round(started, 1),
+        "model_s": round(built - started, 1),
+        "step_ms": [round(a.elapsed_time(b), 1) for a, b in pairwise(marks)][:8],
+        "launch_s": round(launched, 2),
+        "run_s": round(seconds, 2),
         "triton_cache": "warm" if warm else "cold",
         **{k: v for k, v in asdict(setting).items() if k not in ("model", "precision")},
-        "kernels": names, "device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "command": (f"accelerate launch --multi_gpu --num_processes {world}" if world > 1 else "python")
-        + " -m bench.training " + " ".join(sys.argv[1:]),
-    }  # fmt: skip
+        "kernels": names,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": (
+            f"accelerate launch --multi_gpu --num_processes {world}" if world > 1 else "python"
+        )
+        + " -m bench.training "
+        + " ".join(sys.argv[1:]),
+    }
 
 
 def _process_start() -> float:
@@ -268,10 +338,16 @@ def profile(setting: Setting, device: torch.device, out: Path) -> None:
     for _ in range(4):
         loop.step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as recorded:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    ) as recorded:
         loop.step()
         torch.cuda.synchronize()
-    out.write_text(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
+    out.write_text(
+        recorded.key_averages().table(
+            sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90
+        )
+    )
 
 
 def tell(line: dict[str, Any], append: Path | None) -> None:
@@ -283,22 +359,37 @@ def tell(line: dict[str, Any], append: Path | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     defaults = Setting()
     parser.add_argument("--model", choices=SHAPES, default=defaults.model)
     parser.add_argument("--precision", choices=["bf16", "fp8", "nf4"], default=defaults.precision)
     for name in ("r", "tokens", "checkpoint_layers", "accumulate", "steps", "pack"):
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(defaults, name))
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=int, default=getattr(defaults, name)
+        )
     parser.add_argument("--rows", default=defaults.rows, help="alpaca, or a fixed row length")
-    parser.add_argument("--keep-transpose", action="store_true", help="fp8: a transposed copy of the base for backward")
+    parser.add_argument(
+        "--keep-transpose",
+        action="store_true",
+        help="fp8: a transposed copy of the base for backward",
+    )
     parser.add_argument("--append", type=Path, help="add the line to this file as well")
-    parser.add_argument("--grid", type=Path, help="measure the memory oracle's grid into this file instead")
-    parser.add_argument("--profile", type=Path, help="write one step's kernels to this file instead")
+    parser.add_argument(
+        "--grid", type=Path, help="measure the memory oracle's grid into this file instead"
+    )
+    parser.add_argument(
+        "--profile", type=Path, help="write one step's kernels to this file instead"
+    )
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.training measures a GPU, and torch sees none here", file=sys.stderr)
         return 3
-    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+    world, rank, local = (
+        int(os.environ.get(k, d))
+        for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    )
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     if world > 1:
@@ -320,7 +411,9 @@ def main() -> int:
     tell(line, asked.append)
     learned = line["loss_last"] < line["loss_first"] and line["grad_norm_last"] > 0
     if not learned:
-        print("the loss did not fall or the gradient norm is zero: this is no result", file=sys.stderr)
+        print(
+            "the loss did not fall or the gradient norm is zero: this is no result", file=sys.stderr
+        )
     return 0 if learned else 1
 
 

@@ -1,7 +1,9 @@
-"""Number 6: transfers on loopback against OpenSSH's own sshd. `python -m bench.transfer [--gib 1] [--files 5000] [--repeat 5]`
+"""Number 6: transfers on loopback against OpenSSH's own sshd.
+`python -m bench.transfer [--gib 1] [--files 5000] [--repeat 5]`
 
-Prints one line a case with every sample and the median. The server is sshd on a free port with a key and home of its own, so the
-ends share the machine's cores: compare the ratios, not the MB/s. Ours includes sha256 at both ends, scp and plain SFTP do not.
+Prints one line a case with every sample and the median. The server is sshd on a free port with a
+key and home of its own, so the ends share the machine's cores: compare the ratios, not the MB/s.
+Ours includes sha256 at both ends, scp and plain SFTP do not.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Sshd:
         binary = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin") or "sshd"
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
-        self.process = subprocess.Popen([binary, "-D", "-f", str(folder / "conf"), "-E", str(folder / "log")])
+        self.process = subprocess.Popen(
+            [binary, "-D", "-f", str(folder / "conf"), "-E", str(folder / "log")]
+        )
 
     def close(self) -> None:
         self.process.terminate()
@@ -60,7 +64,8 @@ class Sshd:
 
 
 class TimedCuts(threading.Thread):
-    """A TCP proxy that resets every link when it is `every_s` old, and counts the bytes that came from each side."""
+    """A TCP proxy that resets every link when it is `every_s` old, and counts the bytes that came
+    from each side."""
 
     def __init__(self, target: int, every_s: float) -> None:
         super().__init__(daemon=True)
@@ -102,7 +107,8 @@ Case = tuple[str, Callable[[], object]]
 
 
 def compare(repeat: int, cases: list[Case], clean: Callable[[], None]) -> None:
-    """Median seconds of each, against the first. Taken in turns, so that a busy machine slows all of them alike."""
+    """Median seconds of each, against the first. Taken in turns, so that a busy machine slows all
+    of them alike."""
     seconds: dict[str, list[float]] = {label: [] for label, _ in cases}
     for _ in range(repeat):
         for label, work in cases:
@@ -113,13 +119,19 @@ def compare(repeat: int, cases: list[Case], clean: Callable[[], None]) -> None:
     base = statistics.median(seconds[cases[0][0]])
     for label, took in seconds.items():
         middle = statistics.median(took)
-        print(f"{label:44} median {middle:7.2f} s  {base / middle:5.2f} x  ({', '.join(f'{s:.2f}' for s in took)})", flush=True)
+        print(
+            f"{label:44} median {middle:7.2f} s  {base / middle:5.2f} x  "
+            f"({', '.join(f'{s:.2f}' for s in took)})",
+            flush=True,
+        )
 
 
 @contextlib.contextmanager
 def box_at(sshd: Sshd, port: int) -> Iterator[Box]:
     user = os.environ.get("USER") or "root"
-    with Box([Endpoint("127.0.0.1", port)], user, sshd.key, sshd.folder / "known_hosts", retry_s=0.1) as box:
+    with Box(
+        [Endpoint("127.0.0.1", port)], user, sshd.key, sshd.folder / "known_hosts", retry_s=0.1
+    ) as box:
         box.connect(20)
         yield box
 
@@ -152,13 +164,21 @@ def main() -> None:
     ask.add_argument("--repeat", type=int, default=5)
     ask.add_argument("--cut-every", type=float, default=5.0)
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    ask.add_argument("--folder", default=memory, help="both ends' files lie here; memory, so that no disk is measured")
+    ask.add_argument(
+        "--folder",
+        default=memory,
+        help="both ends' files lie here; memory, so that no disk is measured",
+    )
     ask.add_argument("--only", choices=["big", "small", "cut"])
     asked = ask.parse_args()
     home = Path(os.path.expanduser("~"))
     with contextlib.ExitStack() as folders:
-        temporary = folders.enter_context(tempfile.TemporaryDirectory(dir=asked.folder, prefix="milktea-bench-"))
-        far = folders.enter_context(tempfile.TemporaryDirectory(dir=asked.folder, prefix="milktea-bench-far-"))
+        temporary = folders.enter_context(
+            tempfile.TemporaryDirectory(dir=asked.folder, prefix="milktea-bench-")
+        )
+        far = folders.enter_context(
+            tempfile.TemporaryDirectory(dir=asked.folder, prefix="milktea-bench-far-")
+        )
         sshd = Sshd(Path(temporary))
         remote = "." + Path(far).name
         (home / remote).symlink_to(far)
@@ -179,7 +199,15 @@ def big(box: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace)
     source = random_file(near / "big", int(asked.gib * 2**30))
     file = PushFile(source, f"{remote}/big", sha256(source))
     flags = ["-P" if word == "-p" else word for word in box.ssh_options()]
-    scp = ["scp", "-q", "-c", "aes128-gcm@openssh.com", *flags, str(source), f"{box.user}@127.0.0.1:{remote}/big"]
+    scp = [
+        "scp",
+        "-q",
+        "-c",
+        "aes128-gcm@openssh.com",
+        *flags,
+        str(source),
+        f"{box.user}@127.0.0.1:{remote}/big",
+    ]
 
     def clean() -> None:
         for path in far.iterdir():
@@ -205,7 +233,9 @@ def big(box: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace)
 
 def small(box: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
     (near / "small").mkdir()
-    files = [random_file(near / "small" / f"{i:05}", 500 + 7 * (i % 500)) for i in range(asked.files)]
+    files = [
+        random_file(near / "small" / f"{i:05}", 500 + 7 * (i % 500)) for i in range(asked.files)
+    ]
     pushes = [PushFile(f, f"{remote}/{f.name}", sha256(f)) for f in files]
 
     def one_by_one() -> None:
@@ -233,14 +263,18 @@ def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespac
             proxy = TimedCuts(sshd.port, asked.cut_every)
             with box_at(sshd, proxy.port) as box:
                 began = time.perf_counter()
-                push(box, [file], through_what) if way == "push" else pull(box, file, near / "home", through_what)
+                push(box, [file], through_what) if way == "push" else pull(
+                    box, file, near / "home", through_what
+                )
                 seconds = time.perf_counter() - began
             proxy.listener.close()
             extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
             each = extra / max(proxy.cuts, 1) / 2**20
             print(
-                f"{way}, {through_what}, cut each {asked.cut_every:.0f} s: {proxy.cuts} cuts, {seconds:.1f} s, "
-                f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} a cut (one chunk: {CHUNK / 2**20:.0f})",
+                f"{way}, {through_what}, cut each {asked.cut_every:.0f} s: {proxy.cuts} "
+                f"cuts, {seconds:.1f} s, "
+                f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} a cut "
+                f"(one chunk: {CHUNK / 2**20:.0f})",
                 flush=True,
             )
             (near / "home" if way == "pull" else source.with_name("none")).unlink(missing_ok=True)

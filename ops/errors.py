@@ -23,7 +23,8 @@
     ├── JournalError        8   the run's journal is damaged, fenced, or of a newer version
     └── BoxLeaked          70   a box may still be billing
 
-Every message has three parts: what happened, with the numbers; the state of the money; `hint`, the next command to type.
+Every message has three parts: what happened, with the numbers; the state of the money; `hint`, the
+next command to type.
 """
 
 from __future__ import annotations
@@ -154,4 +155,7 @@ class JournalError(MilkteaError):
 class BoxLeaked(MilkteaError):
     exit_code = 70
     money = "it may be billing"
-    hint = "run `milktea reap`; if that fails, destroy the instance at https://cloud.vast.ai/instances/"
+    hint = (
+        "run `milktea reap`; if that fails, destroy the instance at "
+        "https://cloud.vast.ai/instances/"
+    )

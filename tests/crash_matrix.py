@@ -1,10 +1,12 @@
-"""The crash matrix: kill the client after every step of the main job, under every fault of a reply, then let one later command run.
+"""The crash matrix: kill the client after every step of the main job, under every fault of a reply,
+then let one later command run.
 
     python tests/crash_matrix.py [CASES] [--workers 4]     last line: `CASES cases, 0 leaks`
 
-A case is (fault, step): the fault is planted in the emulator, a client process runs the whole story and dies by SIGKILL at its
-step-th effect (before or after a journal line, an HTTP call, an SSH verb); then `milktea reap`'s own code runs in another process.
-A leak is an instance that the emulator still has. Steps that a fault's run does not reach end the run as it ends by itself.
+A case is (fault, step): the fault is planted in the emulator, a client process runs the whole story
+and dies by SIGKILL at its step-th effect (before or after a journal line, an HTTP call, an SSH
+verb); then `milktea reap`'s own code runs in another process. A leak is an instance that the
+emulator still has. Steps that a fault's run does not reach end the run as it ends by itself.
 """
 
 from __future__ import annotations
@@ -52,10 +54,16 @@ FAULTS: dict[str, Fault] = {
     "create: no_such_ask 404": [{"where": "create", "what": "no_such_ask", "status": 404}],
     "create: no_such_ask 410": [{"where": "create", "what": "no_such_ask", "status": 410}],
     "create: no_such_ask 400": [{"where": "create", "what": "no_such_ask", "status": 400}],
-    "create: list lags": [{"where": "create", "what": "list_lag", "in": ["list", "show"], "reads": 2}],
+    "create: list lags": [
+        {"where": "create", "what": "list_lag", "in": ["list", "show"], "reads": 2}
+    ],
     "create: reply lost and list lags": [
-        {"where": "create", "what": "list_lag", "in": ["list", "show"], "reads": 2}, {"where": "create", "what": "lost_reply"}],
-    "create: not what was offered": [{"where": "create", "what": "wrong_fields", "fields": {"gpu_name": "GTX 1080"}}],
+        {"where": "create", "what": "list_lag", "in": ["list", "show"], "reads": 2},
+        {"where": "create", "what": "lost_reply"},
+    ],
+    "create: not what was offered": [
+        {"where": "create", "what": "wrong_fields", "fields": {"gpu_name": "GTX 1080"}}
+    ],
     "destroy: reply lost": [{"where": "destroy", "what": "lost_reply"}],
     "destroy: 429 text": [{"where": "destroy", "what": "429_text", "times": 2}],
     "destroy: 429 JSON": [{"where": "destroy", "what": "429_json", "times": 2}],
@@ -70,15 +78,19 @@ FAULTS: dict[str, Fault] = {
     "running: host dies": [{"where": "exec", "what": "host_death", "on_call": 3}],
     "running: outbid": [{"where": "exec", "what": "cut", "on_call": 4}],
     "ssh: new host key": [{"where": "ssh", "what": "new_host_key", "on_call": 2}],
-    "ssh: refused, then denied": [{"where": "ssh", "what": "reset", "times": 2}, {"where": "ssh", "what": "denied", "on_call": 3}],
-}  # fmt: skip
+    "ssh: refused, then denied": [
+        {"where": "ssh", "what": "reset", "times": 2},
+        {"where": "ssh", "what": "denied", "on_call": 3},
+    ],
+}
 
 
 PATIENCE_S = 30
 
 
 class Steps:
-    """Counts the effects of this process and dies at the chosen one. The wrapped calls do what they did before."""
+    """Counts the effects of this process and dies at the chosen one. The wrapped calls do what they
+    did before."""
 
     def __init__(self, die_at: int | None, count_file: Path | None = None) -> None:
         self.die_at, self.count, self.count_file = die_at, 0, count_file
@@ -110,7 +122,8 @@ class Steps:
 
 
 def live(folder: Path, runs: Path, url: str, key: str, die_at: int | None) -> int:
-    """One client's life in a forked process; returns the number of its steps (0 when it was killed)."""
+    """One client's life in a forked process; returns the number of its steps (0 when it was
+    killed)."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -161,7 +174,8 @@ def later_command(runs: Path, url: str, key: str) -> None:
 
 
 def cases(total: int) -> Iterator[tuple[str, int | None]]:
-    """(fault, step). All steps of every fault first, round by round; then pairs of fault and step at random, seeded."""
+    """(fault, step). All steps of every fault first, round by round; then pairs of fault and step
+    at random, seeded."""
     names = list(FAULTS)
     made = 0
     for step in [None, *range(1, 90)]:
@@ -180,7 +194,9 @@ def work(worker: int, workers: int, total: int, verbose: bool, results: Any) -> 
         folder = Path(name)
         rig.Rig(folder)  # its files, once
         commands, server = multiprocessing.Pipe()
-        emulator = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, server), daemon=True)
+        emulator = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(folder, server), daemon=True
+        )
         emulator.start()
         url, key = commands.recv()
         for n, (fault, step) in enumerate(cases(total)):
@@ -203,7 +219,8 @@ def work(worker: int, workers: int, total: int, verbose: bool, results: Any) -> 
 
 
 def serve(folder: Path, pipe: Any) -> None:
-    """The emulator in a process of its own, so that clients can be forked from one without threads."""
+    """The emulator in a process of its own, so that clients can be forked from one without
+    threads."""
     with rig.Rig(folder).emulator(credit_usd=1e6) as fake:
         pipe.send((fake.url, fake.api_key))
         while (asked := pipe.recv()) is not None:
@@ -240,7 +257,12 @@ def main() -> int:
     began = time.monotonic()
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    workers = [context.Process(target=work, args=(w, options.workers, options.cases, options.verbose, results)) for w in range(options.workers)]
+    workers = [
+        context.Process(
+            target=work, args=(w, options.workers, options.cases, options.verbose, results)
+        )
+        for w in range(options.workers)
+    ]
     for worker in workers:
         worker.start()
     leaks = 0
@@ -250,7 +272,10 @@ def main() -> int:
             leaks += 1
             print(f"leak: {fault}, killed at step {step}: {left}", flush=True)
         if done % TOLD == 0 and done < options.cases:
-            print(f"{done} of {options.cases} cases, {leaks} leaks, {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"{done} of {options.cases} cases, {leaks} leaks, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
     for worker in workers:
         worker.join()
     print(f"{len(FAULTS)} faults, {time.monotonic() - began:.0f} s")

@@ -1,7 +1,8 @@
-"""The rig of the integration tests: an emulator, a stub image whose training takes no time, and a client on a plan.
+"""The rig of the integration tests: an emulator, a stub image whose training takes no time, and a
+client on a plan.
 
-The stub is a shell script in place of the image's `milktea-train`: it copies a finished result and speaks the wire. Everything else
-is real: HTTP, SSH, processes, files.
+The stub is a shell script in place of the image's `milktea-train`: it copies a finished result and
+speaks the wire. Everything else is real: HTTP, SSH, processes, files.
 """
 
 from __future__ import annotations
@@ -79,27 +80,52 @@ def adapter(folder: Path, data_sha256: str) -> dict[str, Any]:
         f"{prefix}.lora_B.weight": rng.normal(size=(16, 4)).astype(np.float32),
     }
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "stub", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
-        "target_modules": ["q_proj"], "use_rslora": False, "use_dora": False, "bias": "none",
-    }  # fmt: skip
-    members = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors), "README.md": b"# stub\n"}
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "stub",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj"],
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+    }
+    members = {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": save(tensors),
+        "README.md": b"# stub\n",
+    }
     with zipfile.ZipFile(folder / "adapter.zip", "w", zipfile.ZIP_DEFLATED) as z:
         for name, content in members.items():
             z.writestr(name, content)
     manifest = {
-        "wire": 1, "run_id": "@RUN@", "base_model": "stub", "adapter_sha256": sha256_of(folder / "adapter.zip"),
+        "wire": 1,
+        "run_id": "@RUN@",
+        "base_model": "stub",
+        "adapter_sha256": sha256_of(folder / "adapter.zip"),
         "adapter_bytes": (folder / "adapter.zip").stat().st_size,
-        "files": {n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for n, c in members.items()},
+        "files": {
+            n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)}
+            for n, c in members.items()
+        },
         "tensors": {n: {"shape": list(t.shape), "dtype": "float32"} for n, t in tensors.items()},
-        "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, "steps": 2, "final_loss": 1.0, "data_sha256": [data_sha256],
-        "template": {"name": "alpaca", "sha256": "0" * 64, "token_hash": "0" * 64}, "versions": {}, "kernels": {}, "curve": [[1, 2.0], [2, 1.0]],
-    }  # fmt: skip
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
+        "steps": 2,
+        "final_loss": 1.0,
+        "data_sha256": [data_sha256],
+        "template": {"name": "alpaca", "sha256": "0" * 64, "token_hash": "0" * 64},
+        "versions": {},
+        "kernels": {},
+        "curve": [[1, 2.0], [2, 1.0]],
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest
 
 
 def tiny_model(folder: Path) -> Path:
-    """A model folder as the hub has them: config, tokenizer with an end token, one safetensors file. Never loaded."""
+    """A model folder as the hub has them: config, tokenizer with an end token, one safetensors
+    file. Never loaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True)
@@ -110,9 +136,17 @@ def tiny_model(folder: Path) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     config = {
-        "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "intermediate_size": 128, "tie_word_embeddings": False, "max_position_embeddings": 2048, "eos_token_id": 1,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 128,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 1,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(save({"w": np.zeros(4, np.float32)}))
     return folder
@@ -169,37 +203,75 @@ class Rig:
     def plan(self, **more: Any) -> Plan:
         run_id = f"stub-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         data = PushFile(self.data, "data/0-rows.json", sha256_of(self.data))
-        wire_job = Job.model_validate({
-            "run_id": run_id, "model": {"base": "stub", "precision": "fp32"},
-            "data": {"files": [{"path": data.remote, "name": "rows.json", "sha256": data.sha256, "size_bytes": self.data.stat().st_size}]},
-            "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
-        })  # fmt: skip
+        wire_job = Job.model_validate(
+            {
+                "run_id": run_id,
+                "model": {"base": "stub", "precision": "fp32"},
+                "data": {
+                    "files": [
+                        {
+                            "path": data.remote,
+                            "name": "rows.json",
+                            "sha256": data.sha256,
+                            "size_bytes": self.data.stat().st_size,
+                        }
+                    ]
+                },
+                "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
+            }
+        )
         settings: dict[str, Any] = {
-            "run_id": run_id, "image": IMAGE, "trainer": "image", "wire_job": json.loads(wire_job.model_dump_json()), "pushes": [data],
+            "run_id": run_id,
+            "image": IMAGE,
+            "trainer": "image",
+            "wire_job": json.loads(wire_job.model_dump_json()),
+            "pushes": [data],
             "needs": Needs(min_reliability=0.9, hours=2, disk_gib=16),
             "workload": Workload(1e5, 1e6, cpu_practice=True, disk_gib=16, image_bytes=4e8),
-            "max_usd": 1.0, "max_s": 7200.0, "stall_s": 600.0, "out": str(self.folder / "out"), "notes": [],
-        }  # fmt: skip
+            "max_usd": 1.0,
+            "max_s": 7200.0,
+            "stall_s": 600.0,
+            "out": str(self.folder / "out"),
+            "notes": [],
+        }
         return Plan(**settings | more)
 
 
-def client(plan: Plan, journal: Any, url: str, key: str, *, screen: Any = None, clock: Clock | None = None, pace: float = PACE) -> Session:
+def client(
+    plan: Plan,
+    journal: Any,
+    url: str,
+    key: str,
+    *,
+    screen: Any = None,
+    clock: Clock | None = None,
+    pace: float = PACE,
+) -> Session:
     """A client that acts on `plan`; its first line is written when the journal is empty."""
     if not journal.lines:
         journal.append("planned", **plan.to_line())
-    return Session(journal, plan, Vast(Provider(url, key), clock or RealClock(pace)), screen or Silent())
+    return Session(
+        journal, plan, Vast(Provider(url, key), clock or RealClock(pace)), screen or Silent()
+    )
 
 
 def sh(script: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["sh", "-c", script], cwd=home, env={"HOME": str(home), "PATH": os.environ["PATH"], **env}, capture_output=True, text=True, timeout=20
+        ["sh", "-c", script],
+        cwd=home,
+        env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
+        capture_output=True,
+        text=True,
+        timeout=20,
     )
 
 
 def watched(home: Path, *, kill_at: int, max_s: int, lease_s: int, renew_every_s: int) -> int:
-    """The virtual second at which the real watchdog text asks for destruction, with the client dying at `kill_at`.
+    """The virtual second at which the real watchdog text asks for destruction, with the client
+    dying at `kill_at`.
 
-    `date`, `sleep` and `curl` are shell functions over one virtual clock; everything else is what runs on a box."""
+    `date`, `sleep` and `curl` are shell functions over one virtual clock; everything else is what
+    runs on a box."""
     stage = f"""
 now=0; kill_at={kill_at}
 date() {{ echo $now; }}
@@ -215,8 +287,16 @@ curl() {{ echo "$now" >gone_at; echo "$*" >asked; exit 0; }}
     for name in ("born", "lease"):
         (home / "milktea" / name).write_text("0\n")
     # `exit` inside the function ends the watchdog's shell: the instance is gone
-    done = sh(stage + scripts.WATCHDOG, home, MILKTEA_MAX_S=str(max_s), MILKTEA_LEASE_S=str(lease_s), MILKTEA_WATCH_S=str(scripts.WATCH_S),
-              MILKTEA_API="http://127.0.0.1:9", CONTAINER_ID="77", CONTAINER_API_KEY="only-this-box")
+    done = sh(
+        stage + scripts.WATCHDOG,
+        home,
+        MILKTEA_MAX_S=str(max_s),
+        MILKTEA_LEASE_S=str(lease_s),
+        MILKTEA_WATCH_S=str(scripts.WATCH_S),
+        MILKTEA_API="http://127.0.0.1:9",
+        CONTAINER_ID="77",
+        CONTAINER_API_KEY="only-this-box",
+    )
     assert done.returncode == 0, done.stderr
     asked = (home / "milktea/asked").read_text()
     assert "/api/v0/instances/77/" in asked

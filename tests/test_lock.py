@@ -33,7 +33,9 @@ def test_every_dependency_is_pinned_exactly() -> None:
 
 def test_nothing_agpl_and_no_cuda_comes_in_by_the_back_door() -> None:
     assert len(LOCKED) > 60
-    assert [n for n in LOCKED if canonical(n) == "borb" or n.startswith(("nvidia-", "triton"))] == []
+    assert [
+        n for n in LOCKED if canonical(n) == "borb" or n.startswith(("nvidia-", "triton"))
+    ] == []
 
 
 def test_no_index_no_path_and_no_hash_of_a_local_build_is_in_the_lock() -> None:

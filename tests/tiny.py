@@ -1,4 +1,5 @@
-"""Tiny random models, a tokenizer and rows for the trainer's tests, and readers of what a run wrote."""
+"""Tiny random models, a tokenizer and rows for the trainer's tests, and readers of what a run
+wrote."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ CORPUS = [
 ]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -27,32 +29,65 @@ def write_tokenizer(folder: Path, **settings: Any) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>", "chat_template": CHATML}
+    told = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "chat_template": CHATML,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(told | settings))
 
 
 def write_model(folder: Path, kind: str = "llama", **changes: Any) -> None:
-    """A random model of two layers, 32 wide: llama (all heads), gqa (4 heads, 2 for k and v), qwen2 (biases), gpt2."""
+    """A random model of two layers, 32 wide: llama (all heads), gqa (4 heads, 2 for k and v), qwen2
+    (biases), gpt2."""
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
     torch.manual_seed(7)
     common: dict[str, Any] = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attention_dropout": 0.0,
-    }  # fmt: skip
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "attention_dropout": 0.0,
+    }
     if kind == "gpt2":
-        config: Any = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2)
+        config: Any = GPT2Config(
+            vocab_size=320,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     elif kind == "qwen2":
         config = Qwen2Config(**common | {"num_key_value_heads": 4} | changes)
     else:
-        config = LlamaConfig(**common | {"num_key_value_heads": 2 if kind == "gqa" else 4} | changes)
+        config = LlamaConfig(
+            **common | {"num_key_value_heads": 2 if kind == "gqa" else 4} | changes
+        )
     model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # larger than transformers' start values, so that attention is not uniform
-        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.15 if parameter.ndim > 1 else 0.02)
+    # larger than transformers' start values, so that attention is not uniform
+    for parameter in model.parameters():
+        torch.nn.init.normal_(
+            parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.15 if parameter.ndim > 1 else 0.02
+        )
     model.save_pretrained(folder)
     write_tokenizer(folder)
 
@@ -60,7 +95,11 @@ def write_model(folder: Path, kind: str = "llama", **changes: Any) -> None:
 def rows(count: int = 24) -> list[dict[str, str]]:
     """Alpaca rows of uneven length."""
     return [
-        {"instruction": f"Say number {n}" + " please" * (n % 7), "input": "" if n % 3 else f"in {n} words", "output": f"it is {n} " * (1 + n % 5)}
+        {
+            "instruction": f"Say number {n}" + " please" * (n % 7),
+            "input": "" if n % 3 else f"in {n} words",
+            "output": f"it is {n} " * (1 + n % 5),
+        }
         for n in range(count)
     ]
 
@@ -84,11 +123,12 @@ def manifest_of(job: Path) -> dict[str, Any]:
     return json.loads((job.parent / "result" / "manifest.json").read_text())
 
 
-# -- runs in processes of their own, which may be killed --------------------------------------------------------------------------
+# -- runs in processes of their own, which may be killed -------------------------------------------
 
 
 def start(job: Path, world: int = 1) -> list[Any]:
-    """Forks `world` ranks that run `job`; this process has imported torch already, so they start at once. They end with the trainer's code."""
+    """Forks `world` ranks that run `job`; this process has imported torch already, so they start at
+    once. They end with the trainer's code."""
     import multiprocessing
     import socket
 
@@ -103,7 +143,9 @@ def start(job: Path, world: int = 1) -> list[Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(job, rank, world, port)) for rank in range(world)]
+    processes = [
+        context.Process(target=_rank, args=(job, rank, world, port)) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     return processes
@@ -122,7 +164,13 @@ def _rank(job: Path, rank: int, world: int, port: int) -> None:
     PartialState._shared_state.clear()
     AcceleratorState._shared_state.clear()
     if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     sys.stderr = open(job.parent / f"stderr{rank}.txt", "a")  # noqa: SIM115 - ends with the process
     faulthandler.register(signal.SIGUSR1, sys.stderr)
     sys.argv = ["train", str(job)]
@@ -132,7 +180,8 @@ def _rank(job: Path, rank: int, world: int, port: int) -> None:
 
 
 def finish(processes: list[Any], seconds: float = 60) -> list[int]:
-    """Waits for the ranks and returns their exit codes; what is still there after `seconds` tells where it stands, and is killed."""
+    """Waits for the ranks and returns their exit codes; what is still there after `seconds` tells
+    where it stands, and is killed."""
     import os
     import signal
 

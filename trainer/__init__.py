@@ -1,1 +1,2 @@
-"""The box side: trains an adapter from job.json. Never imports ops, never opens a socket of its own accord."""
+"""The box side: trains an adapter from job.json. Never imports ops, never opens a socket of its own
+accord."""

@@ -1,9 +1,12 @@
-"""The image proves itself: the right versions, a real LoRA training, nothing that reaches for a network.
+"""The image proves itself: the right versions, a real LoRA training, nothing that reaches for a
+network.
 
-    python -m trainer.checkup [--lock FILE]      JSON on stdout, what happens on stderr; exit 0 only if every check passed
+    python -m trainer.checkup [--lock FILE]      JSON on stdout, what happens on stderr; exit 0 only
+    if every check passed
 
-Made for ``docker run --network=none --read-only --tmpfs /tmp``; the lock is /run/milktea/image.lock, or MILKTEA_LOCK. Connection
-attempts are counted by a Python audit hook in this process and in all that it starts; where strace is in the image, also by it.
+Made for ``docker run --network=none --read-only --tmpfs /tmp``; the lock is
+/run/milktea/image.lock, or MILKTEA_LOCK. Connection attempts are counted by a Python audit hook in
+this process and in all that it starts; where strace is in the image, also by it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 12
-# What the hook writes to the file that MILKTEA_AUDIT names, one line an attempt. AF_UNIX sockets stay on the machine, and
+# What the hook writes to the file that MILKTEA_AUDIT names, one line an attempt. AF_UNIX sockets
+# stay on the machine, and
 # 127.0.0.1 is how the processes of several GPUs meet; neither is an attempt.
 HOOK = """
 import os, sys
@@ -47,7 +51,9 @@ class Failed(Exception):
 def versions_match_the_lock(lock: dict[str, Any] | None) -> str:
     """Every wheel of the lock is installed in exactly that version."""
     if lock is None:
-        raise Failed("no lock to compare with: mount it at /run/milktea/image.lock, or set MILKTEA_LOCK")
+        raise Failed(
+            "no lock to compare with: mount it at /run/milktea/image.lock, or set MILKTEA_LOCK"
+        )
     wrong = []
     for wheel in lock.get("wheels", []):
         try:
@@ -57,7 +63,9 @@ def versions_match_the_lock(lock: dict[str, Any] | None) -> str:
         if found != wheel["version"]:
             wrong.append(f"{wheel['name']} {found} instead of {wheel['version']}")
     if wrong:
-        raise Failed("; ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""))
+        raise Failed(
+            "; ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        )
     return f"{len(lock.get('wheels', []))} packages, all in the version of the lock"
 
 
@@ -70,15 +78,23 @@ def no_network_and_read_only() -> str:
         writable = True
     except OSError:
         writable = False
-    others = [name for name in found if name != "lo" and not name.startswith(("tunl", "sit", "gre", "ip6", "erspan", "ip_vti"))]
+    others = [
+        name
+        for name in found
+        if name != "lo" and not name.startswith(("tunl", "sit", "gre", "ip6", "erspan", "ip_vti"))
+    ]
     if others or writable:
         folder = "can be written" if writable else "cannot be written"
-        raise Failed(f"interfaces {', '.join(found)}; the trainer's folder {folder}: run with --network=none --read-only")
+        raise Failed(
+            f"interfaces {', '.join(found)}; the trainer's folder {folder}: run with "
+            "--network=none --read-only"
+        )
     return f"interfaces: {', '.join(found) or 'none'}; image read-only"
 
 
 def gpu_works() -> str:
-    """Every visible GPU multiplies in bf16 and is of an architecture that this torch has code for. Without a GPU: says so."""
+    """Every visible GPU multiplies in bf16 and is of an architecture that this torch has code for.
+    Without a GPU: says so."""
     import torch
 
     if not torch.cuda.is_available():
@@ -87,23 +103,42 @@ def gpu_works() -> str:
     for i in range(torch.cuda.device_count()):
         x = torch.randn(256, 256, device=f"cuda:{i}", dtype=torch.bfloat16)
         wrong = ((x @ x).float() - x.float() @ x.float()).abs().max().item()
-        if not wrong < 2.0:  # bf16 keeps 8 bits: sums of 256 products of about 16 are right to about 0.1
+        # bf16 keeps 8 bits: sums of 256 products of about 16 are right to about 0.1
+        if not wrong < 2.0:
             raise Failed(f"GPU {i} multiplies wrongly in bf16: off by {wrong:.3g}")
-        told.append(f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})")
-    return f"{', '.join(told)}; torch {torch.__version__} has code for {' '.join(torch.cuda.get_arch_list())}"
+        told.append(
+            f"{torch.cuda.get_device_name(i)} "
+            f"(sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+        )
+    return (
+        f"{', '.join(told)}; torch {torch.__version__} has code for "
+        f"{' '.join(torch.cuda.get_arch_list())}"
+    )
 
 
 def compiler_for_triton() -> str:
     """Triton compiles a small C file for each kernel's launcher when it first runs."""
     if importlib.util.find_spec("triton") is None:
         return "not needed: no Triton in this image"
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or shutil.which("tcc")
+    compiler = (
+        os.environ.get("CC")
+        or shutil.which("cc")
+        or shutil.which("gcc")
+        or shutil.which("clang")
+        or shutil.which("tcc")
+    )
     if not compiler:
         raise Failed("Triton is here, but no C compiler (cc, gcc, clang, tcc; or CC)")
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "t.c"), Path(folder, "t.so")
-        source.write_text("#include <stdint.h>\n#include <stdlib.h>\nint64_t twice(int64_t x) { return 2 * x; }\n")
-        done = subprocess.run([compiler, "-shared", "-fPIC", "-o", str(built), str(source)], capture_output=True, text=True)
+        source.write_text(
+            "#include <stdint.h>\n#include <stdlib.h>\nint64_t twice(int64_t x) { return 2 * x; }\n"
+        )
+        done = subprocess.run(
+            [compiler, "-shared", "-fPIC", "-o", str(built), str(source)],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise Failed(f"{compiler} does not compile: {done.stderr.strip()[:300]}")
         import ctypes
@@ -114,7 +149,8 @@ def compiler_for_triton() -> str:
 
 
 def bitsandbytes_library() -> str:
-    """The library for this torch's CUDA is among those that came with bitsandbytes, so that nobody copies one over another."""
+    """The library for this torch's CUDA is among those that came with bitsandbytes, so that nobody
+    copies one over another."""
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is None or not spec.origin:
         return "not in this image: precision nf4 and int8 are not offered"
@@ -123,10 +159,18 @@ def bitsandbytes_library() -> str:
     names = sorted(p.name for p in Path(spec.origin).parent.glob("libbitsandbytes_*"))
     if torch.version.cuda:
         major, minor = torch.version.cuda.split(".")[:2]
-        usable = [n for n in names if (found := re.match(rf"libbitsandbytes_cuda{major}(\d+)\.", n)) and int(found[1]) <= int(minor)]
+        usable = [
+            n
+            for n in names
+            if (found := re.match(rf"libbitsandbytes_cuda{major}(\d+)\.", n))
+            and int(found[1]) <= int(minor)
+        ]
         if not usable:
             have = ", ".join(names) or "no library at all"
-            raise Failed(f"none of {have} is for CUDA {torch.version.cuda}: another bitsandbytes, or another CUDA line")
+            raise Failed(
+                f"none of {have} is for CUDA {torch.version.cuda}: another bitsandbytes, or "
+                "another CUDA line"
+            )
         return f"{usable[-1]} for CUDA {torch.version.cuda}"
     if not any("cpu" in n for n in names):
         raise Failed(f"no CPU library among {', '.join(names) or 'no library at all'}")
@@ -134,29 +178,47 @@ def bitsandbytes_library() -> str:
 
 
 def lora_learns(work: Path, environment: dict[str, str]) -> str:
-    """Real steps of the real trainer on the model in the image: loss falls, gradients are not zero, the adapter is whole."""
+    """Real steps of the real trainer on the model in the image: loss falls, gradients are not zero,
+    the adapter is whole."""
     run = _write_run(work)
     began = time.monotonic()
     command = [sys.executable, "-m", "trainer.launch", "job.json"]
     trace = work / "strace.txt"
     if _can_trace():
         command = ["strace", "-f", "-qq", "-e", "trace=connect", "-o", str(trace), *command]
-    done = subprocess.run(command, cwd=run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command,
+        cwd=run,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     seconds = time.monotonic() - began
     if done.returncode:
         raise Failed(f"the trainer ended with {done.returncode}: {done.stdout.strip()[-600:]}")
     events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     losses, norms = [e["loss"] for e in steps], [e["grad_norm"] for e in steps]
-    taken = next((e["steps"] for e in events if e["event"] == "finished"), 0)  # not every step has a line of its own
-    if taken != STEPS or len(steps) < 2 or not losses[-1] < losses[0] or not all(n > 0 for n in norms):
-        raise Failed(f"{taken} steps of {STEPS}, loss {losses[:1]} to {losses[-1:]}, smallest gradient norm {min(norms, default=0)}")
+    # not every step has a line of its own
+    taken = next((e["steps"] for e in events if e["event"] == "finished"), 0)
+    if (
+        taken != STEPS
+        or len(steps) < 2
+        or not losses[-1] < losses[0]
+        or not all(n > 0 for n in norms)
+    ):
+        raise Failed(
+            f"{taken} steps of {STEPS}, loss {losses[:1]} to {losses[-1:]}, smallest "
+            f"gradient norm {min(norms, default=0)}"
+        )
     manifest = json.loads((run / "result" / "manifest.json").read_text("utf-8"))
     if (run / "result" / "adapter.zip").stat().st_size != manifest["adapter_bytes"]:
         raise Failed("adapter.zip has another size than its manifest says")
     kernels = next((e.get("kernels") for e in events if e["event"] == "started"), None) or {}
     return (
-        f"{taken} steps in {seconds:.1f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, gradient norm {min(norms):.3g} to {max(norms):.3g}, "
+        f"{taken} steps in {seconds:.1f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
+        f"gradient norm {min(norms):.3g} to {max(norms):.3g}, "
         f"adapter {manifest['adapter_bytes']:,} bytes" + (f", kernels {kernels}" if kernels else "")
     )
 
@@ -167,7 +229,11 @@ def nothing_reached_out(audit: Path, trace: Path) -> str:
     how = "audit hook"
     if trace.exists():
         how = "audit hook and strace"
-        calls = [x for x in trace.read_text("utf-8", "replace").splitlines() if "connect(" in x and "AF_INET" in x]
+        calls = [
+            x
+            for x in trace.read_text("utf-8", "replace").splitlines()
+            if "connect(" in x and "AF_INET" in x
+        ]
         attempts += [x for x in calls if "127.0.0.1" not in x and '"::1"' not in x]
     if attempts:
         raise Failed(f"{len(attempts)} attempts: {'; '.join(attempts[:5])}")
@@ -177,12 +243,21 @@ def nothing_reached_out(audit: Path, trace: Path) -> str:
 def _can_trace() -> bool:
     if not shutil.which("strace"):
         return False
-    return subprocess.run(["strace", "-qq", "-e", "trace=connect", "true"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            ["strace", "-qq", "-e", "trace=connect", "true"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 def find_model() -> Path:
-    """The practice model: beside the trainer, or in the image under /models. Raises Failed where there is none."""
-    folders = [Path(__file__).parent / "practice" / "pretrained", *sorted(Path("/models").glob("*practice*"))]
+    """The practice model: beside the trainer, or in the image under /models. Raises Failed where
+    there is none."""
+    folders = [
+        Path(__file__).parent / "practice" / "pretrained",
+        *sorted(Path("/models").glob("*practice*")),
+    ]
     for folder in folders:
         if (folder / "config.json").is_file():
             return folder
@@ -200,20 +275,36 @@ def _write_run(work: Path) -> Path:
     content = json.dumps(rows[: 8 * STEPS], ensure_ascii=False).encode()
     (run / "data" / "rows.json").write_bytes(content)
     (run / "model").symlink_to(find_model())
-    data = {"path": "data/rows.json", "name": "rows.json", "sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
-    job = Job.model_validate({
-        "run_id": "selftest",
-        "model": {"base": "practice_model", "path": "model", "precision": "fp32"},
-        "data": {"files": [data], "template": "alpaca", "max_length": 256},
-        "training": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "save_every_s": 3600, "report_to": []},
-    })  # fmt: skip
+    data = {
+        "path": "data/rows.json",
+        "name": "rows.json",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size_bytes": len(content),
+    }
+    job = Job.model_validate(
+        {
+            "run_id": "selftest",
+            "model": {"base": "practice_model", "path": "model", "precision": "fp32"},
+            "data": {"files": [data], "template": "alpaca", "max_length": 256},
+            "training": {
+                "max_steps": STEPS,
+                "batch_size": 8,
+                "learning_rate": 3e-3,
+                "save_every_s": 3600,
+                "report_to": [],
+            },
+        }
+    )
     (run / "job.json").write_text(job.model_dump_json(), "utf-8")
     return run
 
 
 def run_all(lock_path: Path | None) -> dict[str, Any]:
-    """Every check, each run even if one before it failed. The report is what INSTALL.sh keeps and evidence.py shows."""
-    lock = tomllib.loads(lock_path.read_text("utf-8")) if lock_path and lock_path.is_file() else None
+    """Every check, each run even if one before it failed. The report is what INSTALL.sh keeps and
+    evidence.py shows."""
+    lock = (
+        tomllib.loads(lock_path.read_text("utf-8")) if lock_path and lock_path.is_file() else None
+    )
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "hook").mkdir()
@@ -221,9 +312,22 @@ def run_all(lock_path: Path | None) -> dict[str, Any]:
         audit = work / "audit.txt"
         os.environ["MILKTEA_AUDIT"] = str(audit)
         exec(HOOK, {})  # in this process too
-        path = os.pathsep.join(filter(None, [str(work / "hook"), os.environ.get("PYTHONPATH", str(Path(__file__).parent.parent))]))
+        path = os.pathsep.join(
+            filter(
+                None,
+                [
+                    str(work / "hook"),
+                    os.environ.get("PYTHONPATH", str(Path(__file__).parent.parent)),
+                ],
+            )
+        )
         # one thread: so small a model spends its time waiting for others on a busy server
-        environment = os.environ | {"PYTHONPATH": path, "MILKTEA_AUDIT": str(audit), "HOME": str(work), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": path,
+            "MILKTEA_AUDIT": str(audit),
+            "HOME": str(work),
+            "OMP_NUM_THREADS": "1",
+        }
         checks: list[tuple[str, Callable[[], str]]] = [
             ("versions", lambda: versions_match_the_lock(lock)),
             ("isolation", no_network_and_read_only),
@@ -235,7 +339,12 @@ def run_all(lock_path: Path | None) -> dict[str, Any]:
         ]
         results = [_result(name, check) for name, check in checks]
         del os.environ["MILKTEA_AUDIT"]
-    return {"milktea_selftest": 1, "image": (lock or {}).get("image"), "ok": all(r["ok"] for r in results), "checks": results}
+    return {
+        "milktea_selftest": 1,
+        "image": (lock or {}).get("image"),
+        "ok": all(r["ok"] for r in results),
+        "checks": results,
+    }
 
 
 def _result(name: str, check: Callable[[], str]) -> dict[str, Any]:
@@ -245,7 +354,8 @@ def _result(name: str, check: Callable[[], str]) -> dict[str, Any]:
         ok, found = True, check()
     except Failed as error:
         ok, found = False, str(error)
-    except Exception as error:  # a check that breaks is a check that failed: the report must name it, whatever it was
+    # a check that breaks is a check that failed: the report must name it, whatever it was
+    except Exception as error:
         ok, found = False, f"{type(error).__name__}: {error}"
     if not ok:
         print(f"self-test: {name} FAILED: {found}", file=sys.stderr, flush=True)
@@ -253,7 +363,11 @@ def _result(name: str, check: Callable[[], str]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    given = arguments[1] if arguments[:1] == ["--lock"] and len(arguments) == 2 else os.environ.get("MILKTEA_LOCK", "/run/milktea/image.lock")
+    given = (
+        arguments[1]
+        if arguments[:1] == ["--lock"] and len(arguments) == 2
+        else os.environ.get("MILKTEA_LOCK", "/run/milktea/image.lock")
+    )
     if arguments and arguments[0] != "--lock":
         print(__doc__, file=sys.stderr)
         return 2

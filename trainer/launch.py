@@ -1,8 +1,10 @@
-"""What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train on every process.
+"""What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train
+on every process.
 
-`accelerate launch` starts one process or several, with one configuration for adapters on every process (DDP) and for a model in parts
-(FSDP2, trainer/loop/sharded.py). On several machines this runs once on each, in one shared run folder; trainer/machines.py reads from the
-environment who is first, and torchrun's rendezvous starts and restarts them together.
+`accelerate launch` starts one process or several, with one configuration for adapters on every
+process (DDP) and for a model in parts (FSDP2, trainer/loop/sharded.py). On several machines this
+runs once on each, in one shared run folder; trainer/machines.py reads from the environment who is
+first, and torchrun's rendezvous starts and restarts them together.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from trainer.model.weights import check_weights
 from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, refuse
 from trainer.wire.job import WIRE, Job
 
-ACCELERATE_CONFIG = {  # key of accelerate's config file -> values that leave the training as the job says; the first is the default
+# key of accelerate's config file -> values that leave the training as the job says; the first is
+# the default
+ACCELERATE_CONFIG = {
     "compute_environment": ("LOCAL_MACHINE",),
     "distributed_type": ("NO", False, "MULTI_CPU", "MULTI_GPU"),  # YAML reads a bare NO as false
     "use_cpu": (False,),
@@ -63,22 +67,34 @@ def read_job(path: Path) -> Job:
     try:
         return Job.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        faults = [f"{path.name}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors(include_url=False)]
+        faults = [
+            f"{path.name}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}"
+            for e in error.errors(include_url=False)
+        ]
         many = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise Refused(f"{many} in {path.name}", faults, "correct these, or make the job anew: `milktea plan JOB.toml`") from error
+        raise Refused(
+            f"{many} in {path.name}",
+            faults,
+            "correct these, or make the job anew: `milktea plan JOB.toml`",
+        ) from error
 
 
 def check(job: Job, run: Path) -> None:
-    """Raises ValueError or OSError for what can be refused without torch; leaves the rows tokenised and the model's files at hand."""
+    """Raises ValueError or OSError for what can be refused without torch; leaves the rows tokenised
+    and the model's files at hand."""
     prepare(job, run)
     check_weights(model_folder(job, run, weights=True))
 
 
 def check_accelerate_config(environment: Mapping[str, str]) -> None:
-    """Raises Refused, with its path, for a file of `accelerate config` that would make `accelerate launch` train otherwise than the
-    job says: by DeepSpeed, FSDP or Megatron, on TPUs, in SageMaker, on the CPU. Of any other file the options given by `build` win,
-    and the rest (GPU ids, CPU affinity, debug) is honoured."""
-    cache = Path(environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")).expanduser()
+    """Raises Refused, with its path, for a file of `accelerate config` that would make
+    `accelerate launch` train otherwise than the job says: by DeepSpeed, FSDP or Megatron, on TPUs,
+    in SageMaker, on the CPU. Of any other file the options given by `build` win, and the rest (GPU
+    ids, CPU affinity, debug) is honoured."""
+    cache = Path(
+        environment.get("HF_HOME")
+        or Path(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    ).expanduser()
     path = cache / "accelerate" / "default_config.yaml"
     if not path.is_file():
         return
@@ -87,9 +103,15 @@ def check_accelerate_config(environment: Mapping[str, str]) -> None:
     except yaml.YAMLError as error:
         raise Refused(f"{path} is no YAML: {error}", hint=MOVE_CONFIG) from error
     told = config if isinstance(config, dict) else {}
-    other = [f"{key}: {told[key]}" for key, ours in ACCELERATE_CONFIG.items() if told.get(key, ours[0]) not in ours]
+    other = [
+        f"{key}: {told[key]}"
+        for key, ours in ACCELERATE_CONFIG.items()
+        if told.get(key, ours[0]) not in ours
+    ]
     if other:
-        raise Refused(f"{path} says {', '.join(other)}: another training than the job's", hint=MOVE_CONFIG)
+        raise Refused(
+            f"{path} says {', '.join(other)}: another training than the job's", hint=MOVE_CONFIG
+        )
 
 
 def exit_file(machines: Machines | None) -> str:
@@ -98,9 +120,11 @@ def exit_file(machines: Machines | None) -> str:
 
 
 def surround(job: Job, run: Path, environment: MutableMapping[str, str]) -> None:
-    """Sets in `environment` what the training processes should find there for the hardware at hand."""
+    """Sets in `environment` what the training processes should find there for the hardware at
+    hand."""
     if visible_gpus():
-        # packs differ in length: segments that can grow keep torch's cache of GPU memory from splitting into pieces too small for the next one
+        # packs differ in length: segments that can grow keep torch's cache of GPU memory from
+        # splitting into pieces too small for the next one
         if "PYTORCH_ALLOC_CONF" not in environment:  # its newer name, which wins
             environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     else:
@@ -108,20 +132,40 @@ def surround(job: Job, run: Path, environment: MutableMapping[str, str]) -> None
         environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(job, run)))
 
 
-def build(job: Job, path: Path, environment: dict[str, str], machines: Machines | None) -> list[str]:
+def build(
+    job: Job, path: Path, environment: dict[str, str], machines: Machines | None
+) -> list[str]:
     """The command that starts the processes; sets what it needs in `environment`."""
     train = ["-m", "trainer.train", str(path)]
     for name in [n for n in environment if n.startswith("PET_")]:
-        del environment[name]  # torchrun would read them again, as defaults of options that are given here
+        # torchrun would read them again, as defaults of options that are given here
+        del environment[name]
     surround(job, path.resolve().parent, environment)
     if machines is not None:
-        # torch 2.13 shares one store among all rounds of a rendezvous: after a restart a process may read where its peer was, not where it is
+        # torch 2.13 shares one store among all rounds of a rendezvous: after a restart a process
+        # may read where its peer was, not where it is
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if machines is not None and machines.elastic:  # accelerate launch takes a number of machines, torchrun under it a range
-        return [sys.executable, "-m", "torch.distributed.run", *machines.torchrun_options(job.processes), *train]
+    # accelerate launch takes a number of machines, torchrun under it a range
+    if machines is not None and machines.elastic:
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *machines.torchrun_options(job.processes),
+            *train,
+        ]
     count = machines.most if machines else 1
     processes = job.processes * count
-    options = ["--num_processes", str(processes), "--num_machines", str(count), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options = [
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        str(count),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     if machines is not None:
         options += machines.accelerate_options()
     elif processes > 1:
@@ -132,7 +176,8 @@ def build(job: Job, path: Path, environment: dict[str, str], machines: Machines 
         options.append("--quiet")  # the trainer has said why it ended
         if not visible_gpus():
             options.append("--cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))  # accelerate would give it one thread
+        # accelerate would give it one thread
+        environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *train]
 
 
@@ -140,9 +185,13 @@ SMALL_BYTES = 100 << 20
 
 
 def cpu_threads(job: Job, run: Path) -> int:
-    """Threads of a process on the CPU. A small model gets one: its matrices are not worth sharing, and threads that wait for each other on a
-    busy machine made the practice job 20 times slower."""
-    weights = sum(p.stat().st_size for p in (run / (job.model.path or "")).glob("*.safetensors")) if job.model.path else SMALL_BYTES
+    """Threads of a process on the CPU. A small model gets one: its matrices are not worth sharing,
+    and threads that wait for each other on a busy machine made the practice job 20 times slower."""
+    weights = (
+        sum(p.stat().st_size for p in (run / (job.model.path or "")).glob("*.safetensors"))
+        if job.model.path
+        else SMALL_BYTES
+    )
     return 1 if weights < SMALL_BYTES else max(1, (os.cpu_count() or 1) // job.processes)
 
 
@@ -151,23 +200,32 @@ def visible_gpus() -> int:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return len([x for x in listed.split(",") if x.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
+    return (
+        len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+        if Path("/proc/driver/nvidia/gpus").is_dir()
+        else 0
+    )
 
 
 def supervise(command: list[str], environment: dict[str, str], said: Path) -> int:
-    """Runs the launcher in a process group of its own, hands signals on to the group, and returns the trainer's own exit code where it
-    left one, in the file `said`."""
+    """Runs the launcher in a process group of its own, hands signals on to the group, and returns
+    the trainer's own exit code where it left one, in the file `said`."""
     said.unlink(missing_ok=True)
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: signal_group(launcher.pid, n))
     code = launcher.wait()
-    while group_lives(launcher.pid):  # accelerate's launcher of one process dies of a signal after which its trainer saves
+    # accelerate's launcher of one process dies of a signal after which its trainer saves
+    while group_lives(launcher.pid):
         time.sleep(0.1)
     try:
         return int(json.loads(said.read_text()))
     except (OSError, ValueError):
-        print(f"the trainer left no exit code; its launcher ended with {code}", file=sys.stderr, flush=True)
+        print(
+            f"the trainer left no exit code; its launcher ended with {code}",
+            file=sys.stderr,
+            flush=True,
+        )
         return code if code >= 0 else 128 - code
     finally:
         said.unlink(missing_ok=True)
@@ -181,7 +239,8 @@ def signal_group(group: int, number: int) -> None:
 
 
 def group_lives(group: int) -> bool:
-    """Whether a process of this group still runs. One that nobody has buried does not: the first process of a container may bury none."""
+    """Whether a process of this group still runs. One that nobody has buried does not: the first
+    process of a container may bury none."""
     for process in psutil.process_iter(["status"]):
         try:
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:

@@ -1,8 +1,11 @@
-"""Which machine of several this is, read from the environment that a scheduler sets. torchrun's rendezvous does the rest.
+"""Which machine of several this is, read from the environment that a scheduler sets. torchrun's
+rendezvous does the rest.
 
-    Kubeflow Trainer   PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT (torchrun's own names; PET_NNODES may be a range, 1:4)
-    Slurm              SLURM_STEP_NUM_NODES, SLURM_NODEID, set by srun for each task; MASTER_ADDR, MASTER_PORT by the batch file
-    by hand            NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+Kubeflow Trainer   PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT (torchrun's own
+names; PET_NNODES may be a range, 1:4)
+Slurm              SLURM_STEP_NUM_NODES, SLURM_NODEID, set by srun for each task; MASTER_ADDR,
+MASTER_PORT by the batch file
+by hand            NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 PORT = 29500  # torchrun's own
-RESTARTS = 3  # of all processes together, after one was lost; each goes on from the newest whole checkpoint
+# of all processes together, after one was lost; each goes on from the newest whole checkpoint
+RESTARTS = 3
 LAST_CALL_S = 30  # how long a range of machines waits for one more after the least number is there
 
 
 @dataclass(frozen=True)
 class Machines:
-    """From `least` to `most` machines that meet at address:port. `rank` is None where only the rendezvous will number them."""
+    """From `least` to `most` machines that meet at address:port. `rank` is None where only the
+    rendezvous will number them."""
 
     least: int
     most: int
@@ -32,47 +37,83 @@ class Machines:
         return self.least < self.most
 
     def _rendezvous(self) -> list[str]:
-        """Its store lives on machine 0: said where it is known, so that no name has to be compared with the machine's own."""
+        """Its store lives on machine 0: said where it is known, so that no name has to be compared
+        with the machine's own."""
         return [] if self.rank is None else [f"is_host={str(self.rank == 0).lower()}"]
 
     def accelerate_options(self) -> list[str]:
         conf = ",".join(self._rendezvous())
         return [
-            "--machine_rank", str(self.rank), "--main_process_ip", self.address, "--main_process_port", str(self.port),
-            "--rdzv_backend", "c10d", "--rdzv_conf", conf, "--max_restarts", str(self.restarts),
-        ]  # fmt: skip
+            "--machine_rank",
+            str(self.rank),
+            "--main_process_ip",
+            self.address,
+            "--main_process_port",
+            str(self.port),
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_conf",
+            conf,
+            "--max_restarts",
+            str(self.restarts),
+        ]
 
     def torchrun_options(self, processes: int) -> list[str]:
         conf = ",".join([*self._rendezvous(), f"last_call_timeout={self.last_call_s}"])
         return [
-            "--nnodes", f"{self.least}:{self.most}", "--nproc-per-node", str(processes), "--max-restarts", str(self.restarts),
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.address}:{self.port}", "--rdzv-conf", conf,
-        ]  # fmt: skip
+            "--nnodes",
+            f"{self.least}:{self.most}",
+            "--nproc-per-node",
+            str(processes),
+            "--max-restarts",
+            str(self.restarts),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"{self.address}:{self.port}",
+            "--rdzv-conf",
+            conf,
+        ]
 
 
 def read_machines(environment: Mapping[str, str]) -> Machines | None:
-    """None on one machine. Raises ValueError, saying what to set, when the environment tells of several but not where they meet."""
-    for count, rank, prefix in (("PET_NNODES", "PET_NODE_RANK", "PET_"), ("NNODES", "NODE_RANK", ""), ("SLURM_STEP_NUM_NODES", "SLURM_NODEID", "")):
+    """None on one machine. Raises ValueError, saying what to set, when the environment tells of
+    several but not where they meet."""
+    for count, rank, prefix in (
+        ("PET_NNODES", "PET_NODE_RANK", "PET_"),
+        ("NNODES", "NODE_RANK", ""),
+        ("SLURM_STEP_NUM_NODES", "SLURM_NODEID", ""),
+    ):
         if environment.get(count, "1") == "1":
             continue
         least, most = _range(count, environment[count])
         address, number = environment.get(f"{prefix}MASTER_ADDR"), environment.get(rank)
         if not address:
-            raise ValueError(f"{count}={environment[count]} tells of several machines: set {prefix}MASTER_ADDR to the first one's name, on each")
+            raise ValueError(
+                f"{count}={environment[count]} tells of several machines: set "
+                f"{prefix}MASTER_ADDR to the first one's name, on each"
+            )
         if number is None and least == most:
-            raise ValueError(f"{count}={environment[count]} tells of several machines: set {rank} on each, from 0")
+            raise ValueError(
+                f"{count}={environment[count]} tells of several machines: set {rank} on "
+                "each, from 0"
+            )
         if number is not None and not 0 <= int(number) < most:
             raise ValueError(f"{rank}={number} is not one of {most} machines, which count from 0")
         port = int(environment.get(f"{prefix}MASTER_PORT", PORT))
         restarts = int(environment.get(f"{prefix}MAX_RESTARTS", RESTARTS))
         last_call = int(environment.get("MILKTEA_LAST_CALL_S", LAST_CALL_S))
-        return Machines(least, most, None if number is None else int(number), address, port, restarts, last_call)
+        return Machines(
+            least, most, None if number is None else int(number), address, port, restarts, last_call
+        )
     return None
 
 
 def _range(name: str, text: str) -> tuple[int, int]:
-    """"2" or "1:4"."""
+    """ "2" or "1:4"."""
     least, _, most = text.partition(":")
-    if not (least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)):
+    if not (
+        least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)
+    ):
         raise ValueError(f"{name}={text} is neither a number of machines nor a range like 1:4")
     return int(least), int(most or least)

@@ -1,10 +1,14 @@
-"""Pure: how much GPU memory a training needs, before any weight is loaded. No torch: ops uses it to choose cards.
+"""Pure: how much GPU memory a training needs, before any weight is loaded. No torch: ops uses it to
+choose cards.
 
-The peak is what `torch.cuda.max_memory_allocated` will say, in GiB, of one GPU: weights, adapter with its gradients, optimizer,
-what layers keep for backward, and the largest passing need: the loss of one chunk, or one layer's backward.
+The peak is what `torch.cuda.max_memory_allocated` will say, in GiB, of one GPU: weights, adapter
+with its gradients, optimizer, what layers keep for backward, and the largest passing need: the loss
+of one chunk, or one layer's backward.
 
-Two paths, each counted tensor by tensor: the fused layer (trainer/kernels/decoder_layer.py) for LoRA on Llama, Mistral and Qwen2, and transformers' own
-forward for the rest. bench/results/memory-grid.jsonl and memory-plain.jsonl hold what they really took on a GPU; tests hold the count to them.
+Two paths, each counted tensor by tensor: the fused layer (trainer/kernels/decoder_layer.py) for
+LoRA on Llama, Mistral and Qwen2, and transformers' own forward for the rest.
+bench/results/memory-grid.jsonl and memory-plain.jsonl hold what they really took on a GPU; tests
+hold the count to them.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from typing import Any, Literal
 GIB = 1024**3
 
 MARGIN = 0.05  # of the predicted peak, before anything is said to fit
-RESERVED_GIB = 1.0  # of what torch reports as the card's total: the CUDA context, fragments between the allocator's blocks
+# of what torch reports as the card's total: the CUDA context, fragments between the allocator's
+# blocks
+RESERVED_GIB = 1.0
 
 DROPOUT = ", dropout"  # behind a method's name
 
@@ -26,9 +32,13 @@ _LOGITS_PER_CHUNK = 2**26  # trainer/model/loss.py
 _MEAN_ROW = 200  # tokens of a document, where the data is not known
 _FLASH_ROUND = 128  # rows that flash attention's backward adds for each document
 _NF4_BYTES = 0.5 + 4 / 64  # half a byte, and an fp32 scale for 64 values
-_DROPOUT_BYTES = 28  # that lora_dropout's keys take for a moment, for each of the widest input's features
-_RECOMPUTED = 0.38  # of a layer's time again when it is checkpointed (bench/results/bench.jsonl: 14,559 against 20,254 tokens/s)
-_LAUNCH_TOKENS = 400  # a micro-batch costs as much as this many tokens more: launches, small matrix products
+# that lora_dropout's keys take for a moment, for each of the widest input's features
+_DROPOUT_BYTES = 28
+# of a layer's time again when it is checkpointed (bench/results/bench.jsonl: 14,559 against 20,254
+# tokens/s)
+_RECOMPUTED = 0.38
+# a micro-batch costs as much as this many tokens more: launches, small matrix products
+_LAUNCH_TOKENS = 400
 
 Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
 
@@ -53,13 +63,24 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Shape:
-        """From a parsed config.json of the Llama, Qwen, Mistral, GPT-2 or ChatGLM2 family. Raises ValueError naming what is
-        missing or, for a mixture of experts, that it cannot be predicted."""
+        """From a parsed config.json of the Llama, Qwen, Mistral, GPT-2 or ChatGLM2 family. Raises
+        ValueError naming what is missing or, for a mixture of experts, that it cannot be
+        predicted."""
         config = config.get("text_config") or config
         kind = str(config.get("model_type", ""))
-        experts = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), 0)
+        experts = next(
+            (
+                config[k]
+                for k in ("num_local_experts", "num_experts", "n_routed_experts")
+                if config.get(k)
+            ),
+            0,
+        )
         if experts > 1:
-            raise ValueError(f"config.json describes a mixture of {experts} experts, whose memory cannot be predicted yet")
+            raise ValueError(
+                f"config.json describes a mixture of {experts} experts, whose memory cannot "
+                "be predicted yet"
+            )
         if kind == "gpt2":
             return cls._from_gpt2(config)
         hidden, heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
@@ -72,7 +93,11 @@ class Shape:
             head_dim=_first(config, "head_dim", "kv_channels") or hidden // heads,
             intermediate=_need(config, "intermediate_size", "ffn_hidden_size"),
             tied=bool(config.get("tie_word_embeddings", kind.startswith("gemma"))),
-            qkv_bias=bool(config.get("attention_bias") or config.get("add_qkv_bias") or kind.startswith("qwen2")),
+            qkv_bias=bool(
+                config.get("attention_bias")
+                or config.get("add_qkv_bias")
+                or kind.startswith("qwen2")
+            ),
             other_bias=False,
             qk_norm=kind.startswith("qwen3"),
         )
@@ -107,7 +132,12 @@ class Shape:
         """One layer's linear modules by the name that PEFT matches: (inputs, outputs)."""
         h, f, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
         if not self.gated:
-            return {"attn.c_attn": (h, q + 2 * kv), "attn.c_proj": (q, h), "mlp.c_fc": (h, f), "mlp.c_proj": (f, h)}
+            return {
+                "attn.c_attn": (h, q + 2 * kv),
+                "attn.c_proj": (q, h),
+                "mlp.c_fc": (h, f),
+                "mlp.c_proj": (f, h),
+            }
         attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
         return attention | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
 
@@ -117,20 +147,30 @@ class Shape:
         return {"qkv": (h, q + 2 * kv), "o": (q, h), "gate_up": (h, 2 * f), "down": (f, h)}
 
     def targeted(self, target_modules: Targets) -> dict[str, tuple[int, int]]:
-        """The linear modules of one layer that get an adapter. Raises ValueError when a name matches none."""
+        """The linear modules of one layer that get an adapter. Raises ValueError when a name
+        matches none."""
         linears = self.linears()
         if target_modules == "all-linear":
             return linears
-        chosen = {n: s for n, s in linears.items() if n in target_modules or n.split(".")[-1] in target_modules}
-        unknown = [t for t in target_modules if not any(t in (n, n.split(".")[-1]) for n in linears)]
+        chosen = {
+            n: s
+            for n, s in linears.items()
+            if n in target_modules or n.split(".")[-1] in target_modules
+        }
+        unknown = [
+            t for t in target_modules if not any(t in (n, n.split(".")[-1]) for n in linears)
+        ]
         if unknown:
-            raise ValueError(f"target_modules: {', '.join(unknown)} is not among {', '.join(linears)}")
+            raise ValueError(
+                f"target_modules: {', '.join(unknown)} is not among {', '.join(linears)}"
+            )
         return chosen
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The predicted peak of one GPU, in GiB, and its parts. `lines` is the arithmetic for people."""
+    """The predicted peak of one GPU, in GiB, and its parts. `lines` is the arithmetic for
+    people."""
 
     weights_gib: float
     adapter_gib: float  # with its gradients
@@ -142,22 +182,26 @@ class Memory:
     lines: tuple[str, ...]
 
     def fits(self, capacity_gib: float) -> bool:
-        """Whether a card of which torch reports `capacity_gib` holds this with the safety margin."""
+        """Whether a card of which torch reports `capacity_gib` holds this with the safety
+        margin."""
         return needed_gib(self.peak_gib) <= capacity_gib
 
 
 def needed_gib(peak_gib: float) -> float:
-    """The capacity that a predicted peak asks for: a margin for our own error, and what CUDA takes for itself."""
+    """The capacity that a predicted peak asks for: a margin for our own error, and what CUDA takes
+    for itself."""
     return peak_gib * (1 + MARGIN) + RESERVED_GIB
 
 
 def linear_parameters(shape: Shape) -> int:
-    """Weights of all layers' linear modules, without biases: what a matrix product touches, and what is quantised."""
+    """Weights of all layers' linear modules, without biases: what a matrix product touches, and
+    what is quantised."""
     return shape.layers * sum(i * o for i, o in shape.linears().values())
 
 
 def parameters(shape: Shape) -> int:
-    """All parameters of the base model, as `model.num_parameters()` counts them (a tied head once)."""
+    """All parameters of the base model, as `model.num_parameters()` counts them (a tied head
+    once)."""
     embeddings = (shape.vocab * (1 if shape.tied else 2) + shape.positions) * shape.hidden
     norms = (2 * shape.layers + 1) * shape.hidden * (2 if shape.other_bias else 1)
     norms += shape.layers * 2 * shape.head_dim if shape.qk_norm else 0
@@ -190,13 +234,14 @@ def predict(
     adapters: int = 1,
     frozen_adapters: int = 0,
 ) -> Memory:
-    """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in `documents` rows, of
-    which `targets` (left out: all) meet the head.
+    """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in
+    `documents` rows, of which `targets` (left out: all) meet the head.
 
-    `method` is as `method_of` gives it. `trainable_layers` counts for "freeze". `fused` None: where the fused layer takes the model.
-    `keep_transpose` is FP8's faster form. With several `processes` NCCL's own buffers count, which torch does not report, and method
-    "full" is shared among them. On the one base `adapters` are trained, and `frozen_adapters` held beside
-    them. Raises ValueError for an unknown precision, method or module.
+    `method` is as `method_of` gives it. `trainable_layers` counts for "freeze". `fused` None: where
+    the fused layer takes the model. `keep_transpose` is FP8's faster form. With several `processes`
+    NCCL's own buffers count, which torch does not report, and method "full" is shared among them.
+    On the one base `adapters` are trained, and `frozen_adapters` held beside them. Raises
+    ValueError for an unknown precision, method or module.
     """
     if precision not in _LINEAR_BYTES:
         raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
@@ -204,30 +249,50 @@ def predict(
     fused = takes_fused_layer(shape, precision, r, method) if fused is None else fused
     rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
     aims = tokens if targets is None else targets
-    trained, beside = (adapters * n for n in _trained(shape, method, r, target_modules, trainable_layers))
+    trained, beside = (
+        adapters * n for n in _trained(shape, method, r, target_modules, trainable_layers)
+    )
     held = frozen_adapters * adapter_parameters(shape, r, target_modules) if frozen_adapters else 0
-    copies = (adapters + frozen_adapters) * _padded_copies(shape, r, target_modules, element) if fused else 0
+    copies = (
+        (adapters + frozen_adapters) * _padded_copies(shape, r, target_modules, element)
+        if fused
+        else 0
+    )
     weights: float = _weight_bytes(shape, precision, element, fused, keep_transpose)
     adapter: float = trained * 4 + beside * 4 + held * 4 + copies
     optimizer: float = trained * 8
-    if method == "full" and processes > 1:  # trainer/loop/sharded.py: a part of all; whole, for a while, what lies outside the layers and two of them
+    # trainer/loop/sharded.py: a part of all; whole, for a while, what lies outside the layers and
+    # two of them
+    if method == "full" and processes > 1:
         linear = linear_parameters(shape)
         gathered = 4 * (parameters(shape) - linear + 2 * linear // shape.layers)
-        weights, adapter, optimizer = weights / processes + gathered, adapter / processes + gathered, optimizer / processes
+        weights, adapter, optimizer = (
+            weights / processes + gathered,
+            adapter / processes + gathered,
+            optimizer / processes,
+        )
     if fused:
         layer, loss = _kept_fused(shape, r, element), _loss_fused(shape, tokens, aims, element)
         passing = _passing_fused(shape, precision, tokens, rows, element, keep_transpose)
     else:
-        layer, loss = _kept_plain(shape, method, precision, r), _loss_fused(shape, tokens, aims, element)
-        loss += 8 * shape.vocab * shape.hidden if method == "full" else 0  # the head's gradient, and a chunk's
-        passing = tokens * element * (3 * shape.intermediate + 3 * shape.hidden) + _unpacked(shape, precision, joined=False)
+        layer, loss = (
+            _kept_plain(shape, method, precision, r),
+            _loss_fused(shape, tokens, aims, element),
+        )
+        # the head's gradient, and a chunk's
+        loss += 8 * shape.vocab * shape.hidden if method == "full" else 0
+        passing = tokens * element * (3 * shape.intermediate + 3 * shape.hidden) + _unpacked(
+            shape, precision, joined=False
+        )
         if method.startswith("dora"):
-            passing += 16 * max(i * o for i, o in shape.linears().values())  # a weight with its adapter added, and its norm
+            # a weight with its adapter added, and its norm
+            passing += 16 * max(i * o for i, o in shape.linears().values())
         if method.endswith(DROPOUT):
             passing = max(passing, tokens * _DROPOUT_BYTES * shape.intermediate)
         weights += _mixed_copies(shape, method, precision, trained)
-    # The first layers are checkpointed: when backward reaches them, what the last ones kept is gone, so that one layer made
-    # again counts only where no layer kept anything. Below the layers that "freeze" trains nothing is kept.
+    # The first layers are checkpointed: when backward reaches them, what the last ones kept is
+    # gone, so that one layer made again counts only where no layer kept anything. Below the layers
+    # that "freeze" trains nothing is kept.
     learning = min(trainable_layers, shape.layers) if method == "freeze" else shape.layers
     whole = min(learning, shape.layers - checkpointed_layers)
     stored = tokens * (whole * layer + (learning - whole + 1) * element * shape.hidden)
@@ -237,23 +302,37 @@ def predict(
     peak = w + a + o + s + max(lo, p) + constant
     recomputed = f"{checkpointed_layers} of {shape.layers} layers recomputed"
     lines = (
-        f"weights      {w:7.2f} GiB = {parameters(shape) / 1e9:.2f} B parameters, the layers' in {precision}",
-        f"trained      {a + o:7.2f} GiB = {trained / 1e6:.1f} M values, their copies, gradients and two moments",
-        f"activations  {s:7.2f} GiB = {tokens:,} tokens x {s * GIB / tokens / 1e6:.2f} MB, {recomputed}",
-        f"passing      {max(lo, p) + constant:7.2f} GiB = the larger of the loss {lo:.2f} and one layer's backward {p:.2f}",
+        f"weights      {w:7.2f} GiB = {parameters(shape) / 1e9:.2f} B parameters, the "
+        f"layers' in {precision}",
+        f"trained      {a + o:7.2f} GiB = {trained / 1e6:.1f} M values, their copies, "
+        "gradients and two moments",
+        f"activations  {s:7.2f} GiB = {tokens:,} tokens x {s * GIB / tokens / 1e6:.2f} MB, "
+        f"{recomputed}",
+        f"passing      {max(lo, p) + constant:7.2f} GiB = the larger of the loss {lo:.2f} "
+        f"and one layer's backward {p:.2f}",
         f"peak         {peak:7.2f} GiB; a card needs {needed_gib(peak):.1f} GiB",
     )
     return Memory(w, a, o, s, lo, p, peak, lines)
 
 
 def method_of(method: str, use_dora: bool = False, lora_dropout: float = 0.0) -> str:
-    """A job's method as it is told here: "full", "freeze", "lora" or "dora", the last two with DROPOUT behind them where there is any."""
-    return method if method != "lora" else ("dora" if use_dora else "lora") + (DROPOUT if lora_dropout else "")
+    """A job's method as it is told here: "full", "freeze", "lora" or "dora", the last two with
+    DROPOUT behind them where there is any."""
+    return (
+        method
+        if method != "lora"
+        else ("dora" if use_dora else "lora") + (DROPOUT if lora_dropout else "")
+    )
 
 
 def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool:
     """Whether trainer/kernels/patch.py patches in the fused layer."""
-    plain = shape.gated and not shape.qk_norm and not shape.other_bias and shape.head_dim in (32, 64, 128, 256)
+    plain = (
+        shape.gated
+        and not shape.qk_norm
+        and not shape.other_bias
+        and shape.head_dim in (32, 64, 128, 256)
+    )
     return plain and method == "lora" and r <= 64 and precision != "int8"
 
 
@@ -268,15 +347,18 @@ def solve(
     most_tokens: int = 16384,
     **more: Any,
 ) -> tuple[int, int] | None:
-    """The fastest (tokens of a micro-batch, layers to checkpoint) that a card of `capacity_gib`, as torch
-    reports its total memory, holds; or None.
+    """The fastest (tokens of a micro-batch, layers to checkpoint) that a card of `capacity_gib`, as
+    torch reports its total memory, holds; or None.
 
-    `least_tokens` is the longest row: a micro-batch must hold one. A checkpointed layer is computed forward twice, a small
-    micro-batch costs its launches; of all that fits the pair with the least time a token wins, never one that does not fit.
+    `least_tokens` is the longest row: a micro-batch must hold one. A checkpointed layer is computed
+    forward twice, a small micro-batch costs its launches; of all that fits the pair with the least
+    time a token wins, never one that does not fit.
     """
     best: tuple[float, int, int] | None = None
     for tokens in _budgets(least_tokens, most_tokens):
-        layers = _fewest_checkpointed(shape, capacity_gib, precision, r, target_modules, tokens, method, more)
+        layers = _fewest_checkpointed(
+            shape, capacity_gib, precision, r, target_modules, tokens, method, more
+        )
         if layers is None:
             continue
         time = (1 + _RECOMPUTED * layers / shape.layers) * (1 + _LAUNCH_TOKENS / tokens)
@@ -294,7 +376,8 @@ def min_gpu_memory_gib(
     least_tokens: int = 2048,
     **more: Any,
 ) -> float:
-    """The smallest card, as torch reports it, on which `solve` finds a way: the longest row alone, all layers recomputed."""
+    """The smallest card, as torch reports it, on which `solve` finds a way: the longest row alone,
+    all layers recomputed."""
     least = predict(shape, precision, r, target_modules, least_tokens, shape.layers, method, **more)
     return needed_gib(least.peak_gib)
 
@@ -305,7 +388,10 @@ _LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": _NF4_BYTES, "int8"
 def _need(config: dict[str, Any], *names: str) -> int:
     value = _first(config, *names)
     if value is None:
-        raise ValueError(f"config.json (model_type {config.get('model_type', 'unknown')!r}) has no {' or '.join(names)}")
+        raise ValueError(
+            f"config.json (model_type {config.get('model_type', 'unknown')!r}) has no "
+            f"{' or '.join(names)}"
+        )
     return value
 
 
@@ -313,8 +399,11 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
     return next((int(config[n]) for n in names if config.get(n) is not None), None)
 
 
-def _trained(shape: Shape, method: str, r: int, targets: Targets, trainable_layers: int) -> tuple[int, int]:
-    """How many values are trained, and how many of them are an adapter's own copy beside the weights."""
+def _trained(
+    shape: Shape, method: str, r: int, targets: Targets, trainable_layers: int
+) -> tuple[int, int]:
+    """How many values are trained, and how many of them are an adapter's own copy beside the
+    weights."""
     if method.removesuffix(DROPOUT) in ("lora", "dora"):
         adapter = adapter_parameters(shape, r, targets)
         return adapter, adapter
@@ -325,16 +414,28 @@ def _trained(shape: Shape, method: str, r: int, targets: Targets, trainable_laye
     raise ValueError(f"method {method!r} is none of lora, dora, full, freeze")
 
 
-def _weight_bytes(shape: Shape, precision: str, element: int, fused: bool, keep_transpose: bool) -> float:
+def _weight_bytes(
+    shape: Shape, precision: str, element: int, fused: bool, keep_transpose: bool
+) -> float:
     linear = linear_parameters(shape)
-    each = float(element) if precision in ("fp32", "bf16") else _LINEAR_BYTES[precision] + (precision == "fp8" and keep_transpose)
-    scales = 4 * shape.layers * sum(o for _, o in shape.linears().values()) if precision in ("fp8", "int8") else 0
-    scratch = _unpacked(shape, precision, joined=True) if precision == "nf4" and fused else 0  # one buffer, never given back
+    each = (
+        float(element)
+        if precision in ("fp32", "bf16")
+        else _LINEAR_BYTES[precision] + (precision == "fp8" and keep_transpose)
+    )
+    scales = (
+        4 * shape.layers * sum(o for _, o in shape.linears().values())
+        if precision in ("fp8", "int8")
+        else 0
+    )
+    # one buffer, never given back
+    scratch = _unpacked(shape, precision, joined=True) if precision == "nf4" and fused else 0
     return linear * each + (parameters(shape) - linear) * element + scales + scratch
 
 
 def _padded_copies(shape: Shape, r: int, targets: Targets, element: int) -> int:
-    """The fused path's copies of A and B in the compute dtype: ranks padded, zeros for a linear without one beside others."""
+    """The fused path's copies of A and B in the compute dtype: ranks padded, zeros for a linear
+    without one beside others."""
     rank, names = _padded_rank(r), set(shape.targeted(targets))
     joined = {
         "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -342,11 +443,18 @@ def _padded_copies(shape: Shape, r: int, targets: Targets, element: int) -> int:
         "gate_up": ("gate_proj", "up_proj"),
         "down": ("down_proj",),
     }
-    sizes = [len(joined[g]) * i + o for g, (i, o) in shape.groups().items() if names & set(joined[g])]
+    sizes = [
+        len(joined[g]) * i + o for g, (i, o) in shape.groups().items() if names & set(joined[g])
+    ]
     return shape.layers * sum(sizes) * rank * element
 
 
-_JOINED = {"qkv": {"q_proj", "k_proj", "v_proj"}, "o": {"o_proj"}, "gate_up": {"gate_proj", "up_proj"}, "down": {"down_proj"}}
+_JOINED = {
+    "qkv": {"q_proj", "k_proj", "v_proj"},
+    "o": {"o_proj"},
+    "gate_up": {"gate_proj", "up_proj"},
+    "down": {"down_proj"},
+}
 
 
 def _padded_rank(r: int) -> int:
@@ -354,49 +462,64 @@ def _padded_rank(r: int) -> int:
 
 
 def _kept_fused(shape: Shape, r: int, element: int) -> float:
-    """What a layer keeps of one token: its input, q k v, attention's output, the middle of the stream, gate and up, seven inner
-    products with A; attention's log-sum for each head and two norms in fp32."""
+    """What a layer keeps of one token: its input, q k v, attention's output, the middle of the
+    stream, gate and up, seven inner products with A; attention's log-sum for each head and two
+    norms in fp32."""
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
     return element * (2 * h + 2 * q + 2 * kv + 2 * f + 7 * _padded_rank(r)) + 4 * shape.heads + 8
 
 
 def _kept_plain(shape: Shape, method: str, precision: str, r: int) -> float:
-    """What a layer of transformers and PEFT keeps of one token, in bytes: fp32 copies in the norms, q k v, attention's output, gate, up and
-    their product; with LoRA an fp32 copy of each linear's input, with dropout its mask; with DoRA each linear's output besides."""
+    """What a layer of transformers and PEFT keeps of one token, in bytes: fp32 copies in the norms,
+    q k v, attention's output, gate, up and their product; with LoRA an fp32 copy of each linear's
+    input, with dropout its mask; with DoRA each linear's output besides."""
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
     if precision == "fp32":
         return 68 * h + 16 * f
-    if method in ("full", "freeze"):  # mixed precision; the stream between layers is fp32 where the embeddings are
+    # mixed precision; the stream between layers is fp32 where the embeddings are
+    if method in ("full", "freeze"):
         return (28 if method == "full" else 24) * h + 4 * q + 4 * kv + 8 * f + 4 * shape.heads + 8
-    kept, dora = 28 * h + 8 * q + 4 * kv + 10 * f + 28 * r + 4 * shape.heads + 8, method.startswith("dora")
+    kept, dora = (
+        28 * h + 8 * q + 4 * kv + 10 * f + 28 * r + 4 * shape.heads + 8,
+        method.startswith("dora"),
+    )
     if dora:
         kept += 14 * h + 4 * q + 12 * kv + 12 * f
-    return kept if not method.endswith(DROPOUT) else kept + (16 * h + 5 * f if dora else 5 * h + q + f)
+    return (
+        kept if not method.endswith(DROPOUT) else kept + (16 * h + 5 * f if dora else 5 * h + q + f)
+    )
 
 
 def _mixed_copies(shape: Shape, method: str, precision: str, trained: int) -> float:
-    """The bf16 copies of linears that train, which mixed precision holds from forward to backward."""
+    """The bf16 copies of linears that train, which mixed precision holds from forward to
+    backward."""
     if precision == "fp32" or method not in ("full", "freeze"):
         return 0.0
-    return (3.0 if method == "freeze" else 2.0) * min(trained, linear_parameters(shape))  # freeze: as measured
+    # freeze: as measured
+    return (3.0 if method == "freeze" else 2.0) * min(trained, linear_parameters(shape))
 
 
 def _loss_fused(shape: Shape, tokens: int, targets: int, element: int) -> float:
-    """The final norm's input and output, the targets' states and their gradient; then logits: the next chunk's beside the last
-    one's and its gradient."""
+    """The final norm's input and output, the targets' states and their gradient; then logits: the
+    next chunk's beside the last one's and its gradient."""
     rows = max(16, _LOGITS_PER_CHUNK // shape.vocab)
     logits = min(targets, rows) * (4 + element) + min(max(targets - rows, 0), rows) * 4
     return 2 * (tokens + targets) * element * shape.hidden + logits * shape.vocab
 
 
-def _passing_fused(shape: Shape, precision: str, tokens: int, documents: int, element: int, keep_transpose: bool) -> float:
-    """The most that one layer's backward holds beside what was kept: in attention's own backward, in the rotation after it, or
-    around gate and up. FP8 adds casts of a byte, and the transposed weight where it is made on the fly."""
+def _passing_fused(
+    shape: Shape, precision: str, tokens: int, documents: int, element: int, keep_transpose: bool
+) -> float:
+    """The most that one layer's backward holds beside what was kept: in attention's own backward,
+    in the rotation after it, or around gate and up. FP8 adds casts of a byte, and the transposed
+    weight where it is made on the fly."""
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
     cast = 1 if precision == "fp8" else 0
-    streams = element * (2 * h + q)  # the gradients of the output and of the middle, and of attention's output
+    # the gradients of the output and of the middle, and of attention's output
+    streams = element * (2 * h + q)
     rounded = tokens + _FLASH_ROUND * documents
-    expanded = 0 if kv == q else 2 * element * q  # grouped heads: k's and v's gradients for every query head first
+    # grouped heads: k's and v's gradients for every query head first
+    expanded = 0 if kv == q else 2 * element * q
     flash = tokens * (streams + element * (q + 2 * kv) + expanded) + rounded * 4 * (q + shape.heads)
     rotate = tokens * (streams + (2 * element + cast) * (q + 2 * kv))
     mlp = tokens * (element * (h + f) + cast * (h + 2 * f))
@@ -407,7 +530,9 @@ def _passing_fused(shape: Shape, precision: str, tokens: int, documents: int, el
 def _unpacked(shape: Shape, precision: str, joined: bool) -> float:
     """The largest weight unpacked to two bytes for its product, where it is held quantised."""
     sizes = shape.groups() if joined and shape.gated else shape.linears()
-    return 2.0 * max(i * o for i, o in sizes.values()) if precision in ("fp8", "nf4", "int8") else 0.0
+    return (
+        2.0 * max(i * o for i, o in sizes.values()) if precision in ("fp8", "nf4", "int8") else 0.0
+    )
 
 
 def _budgets(least: int, most: int) -> list[int]:
@@ -416,7 +541,14 @@ def _budgets(least: int, most: int) -> list[int]:
 
 
 def _fewest_checkpointed(
-    shape: Shape, capacity: float, precision: str, r: int, targets: Targets, tokens: int, method: str, more: dict[str, Any]
+    shape: Shape,
+    capacity: float,
+    precision: str,
+    r: int,
+    targets: Targets,
+    tokens: int,
+    method: str,
+    more: dict[str, Any],
 ) -> int | None:
     def fits(layers: int) -> bool:
         return predict(shape, precision, r, targets, tokens, layers, method, **more).fits(capacity)
@@ -425,7 +557,8 @@ def _fewest_checkpointed(
         return 0
     if not fits(shape.layers):
         return None
-    low, high = 0, shape.layers  # low does not fit, high does; one checkpointed layer may cost more than it saves, never two
+    # low does not fit, high does; one checkpointed layer may cost more than it saves, never two
+    low, high = 0, shape.layers
     while high - low > 1:
         middle = math.ceil((low + high) / 2)
         low, high = (low, middle) if fits(middle) else (middle, high)

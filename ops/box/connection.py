@@ -182,7 +182,8 @@ class Box:
     def _try_endpoints(
         self, deadline: Deadline, on_try: Callable[[Endpoint, str], None] | None = None
     ) -> str:
-        """One try at each endpoint, the last good one first. "" when one let us in, else why not."""
+        """One try at each endpoint, the last good one first. "" when one let us in, else why
+        not."""
         last_good = self.endpoint
         reasons = []
         for endpoint in sorted(self.endpoints, key=lambda e: e != last_good):

@@ -1,7 +1,9 @@
-"""Pure: what a box says of itself, and why that does not suit. One script asks for everything, one parser reads the answer.
+"""Pure: what a box says of itself, and why that does not suit. One script asks for everything, one
+parser reads the answer.
 
-The box is asked because the offer is not believed: a client that lost its filters rented the wrong GPU at four times the price
-(skypilot#9733), and drivers break on machines that the market calls reliable.
+The box is asked because the offer is not believed: a client that lost its filters rented the wrong
+GPU at four times the price (skypilot#9733), and drivers break on machines that the market calls
+reliable.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ from ops.market.models import Offer
 from ops.market.ranking import Needs
 
 MARK = "=milktea-facts="
-NVIDIA_SMI = "nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap,mig.mode.current --format=csv,noheader,nounits"
+NVIDIA_SMI = (
+    "nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap,mig.mode.current "
+    "--format=csv,noheader,nounits"
+)
 DISK = "df -Pk ."
-# A broken GPU makes nvidia-smi hang for minutes, so it gets 30 s; vast.ai's shells come with a short PATH.
+# A broken GPU makes nvidia-smi hang for minutes, so it gets 30 s; vast.ai's shells come with a
+# short PATH.
 SCRIPT = f"""\
 export LC_ALL=C PATH="$PATH:/usr/local/bin:/usr/bin:/bin:/usr/local/nvidia/bin"
 limit=; command -v timeout >/dev/null 2>&1 && limit="timeout 30"
@@ -31,7 +37,8 @@ _LEAST_DISK = 0.5  # of what was rented: the image may count against it
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """Of the box's GPUs: `name` of the first that differs from the others, else of all; `memory_gib` of the smallest."""
+    """Of the box's GPUs: `name` of the first that differs from the others, else of all;
+    `memory_gib` of the smallest."""
 
     name: str
     count: int
@@ -68,15 +75,19 @@ class Expected:
 
     @classmethod
     def of(cls, offer: Offer, needs: Needs) -> Expected:
-        return cls(offer.gpu_name, offer.num_gpus, offer.gpu_memory_gib, needs.disk_gib, needs.min_cuda)
+        return cls(
+            offer.gpu_name, offer.num_gpus, offer.gpu_memory_gib, needs.disk_gib, needs.min_cuda
+        )
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def parse(stdout: str) -> Facts:
     """The output of SCRIPT. Never raises: what cannot be read is a complaint."""
-    parts = {p.partition("\n")[0].strip(): p.partition("\n")[2].strip() for p in stdout.split(MARK)[1:]}
+    parts = {
+        p.partition("\n")[0].strip(): p.partition("\n")[2].strip() for p in stdout.split(MARK)[1:]
+    }
     gpu, complaint = parse_gpu(parts.get("gpu", ""), parts.get("gpu-exit", ""))
     disk = parse_disk(parts.get("disk", ""))
     if disk is None:
@@ -85,15 +96,20 @@ def parse(stdout: str) -> Facts:
 
 
 def parse_gpu(output: str, exit_code: str = "0") -> tuple[GpuFacts | None, str]:
-    """The answer to NVIDIA_SMI, and its complaint or "". One GPU that cannot be read spoils the answer."""
+    """The answer to NVIDIA_SMI, and its complaint or "". One GPU that cannot be read spoils the
+    answer."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     rows = [[cell.strip() for cell in line.rsplit(",", 4)] for line in lines]
     readable = [row for row in rows if len(row) == 5 and _is_number(row[1]) and _is_number(row[3])]
     if not readable or len(readable) < len(rows) or exit_code.strip() not in ("", "0"):
         if exit_code.strip() == "124":
             return None, "nvidia-smi does not answer within 30 s"
-        strange = next((line for line, row in zip(lines, rows, strict=True) if row not in readable), "")
-        return None, f"nvidia-smi: {strange[:200] or 'says nothing'}" + (f" (exit {exit_code})" if exit_code.strip() else "")
+        strange = next(
+            (line for line, row in zip(lines, rows, strict=True) if row not in readable), ""
+        )
+        return None, f"nvidia-smi: {strange[:200] or 'says nothing'}" + (
+            f" (exit {exit_code})" if exit_code.strip() else ""
+        )
     odd = next((row[0] for row in readable if row[0] != readable[0][0]), readable[0][0])
     memory = min(float(row[1]) for row in readable) / 1024
     capability = min(float(row[3]) for row in readable)
@@ -102,9 +118,12 @@ def parse_gpu(output: str, exit_code: str = "0") -> tuple[GpuFacts | None, str]:
 
 
 def parse_disk(output: str) -> DiskFacts | None:
-    """The last line of DISK's answer, whatever language its header is in; None when there is no such line."""
+    """The last line of DISK's answer, whatever language its header is in; None when there is no
+    such line."""
     lines = output.strip().splitlines()
-    found = re.search(r"\s(\d+)\s+(\d+)\s+(-?\d+)\s+(?:\d+%|-)\s+(/.*)$", lines[-1]) if lines else None
+    found = (
+        re.search(r"\s(\d+)\s+(\d+)\s+(-?\d+)\s+(?:\d+%|-)\s+(/.*)$", lines[-1]) if lines else None
+    )
     return DiskFacts(max(0, int(found[3])) * 1024, found[4]) if found else None
 
 
@@ -112,7 +131,7 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"\d+(\.\d+)?", text) is not None
 
 
-# -- judging ----------------------------------------------------------------------------------------------------------------
+# -- judging ---------------------------------------------------------------------------------------
 
 
 def unsuitable(facts: Facts, expected: Expected) -> str | None:
@@ -125,14 +144,22 @@ def unsuitable(facts: Facts, expected: Expected) -> str | None:
     if gpu.count != expected.num_gpus:
         return f"it has {gpu.count} GPUs, offered were {expected.num_gpus}"
     if gpu.mig:
-        return f"its {gpu.name} is cut into MIG slices: none of them is the whole GPU that is paid for"
+        return (
+            f"its {gpu.name} is cut into MIG slices: none of them is the whole GPU that is paid for"
+        )
     if gpu.memory_gib < expected.gpu_memory_gib * _LEAST_MEMORY:
         return f"its GPU has {gpu.memory_gib:.1f} GiB, offered were {expected.gpu_memory_gib:.1f}"
     needed = NATIVE.get(f"{expected.min_cuda:.1f}")
     if needed and _version(gpu.driver) < _version(needed):
-        return f"its driver {gpu.driver} is older than {needed}, with which CUDA {expected.min_cuda:.1f} came"
+        return (
+            f"its driver {gpu.driver} is older than {needed}, with which CUDA "
+            f"{expected.min_cuda:.1f} came"
+        )
     if disk.free_bytes < expected.disk_gib * _LEAST_DISK * 2**30:
-        return f"{disk.path} has {disk.free_bytes / 2**30:.1f} GiB free, rented were {expected.disk_gib:.0f}"
+        return (
+            f"{disk.path} has {disk.free_bytes / 2**30:.1f} GiB free, rented were "
+            f"{expected.disk_gib:.0f}"
+        )
     return None
 
 
@@ -140,15 +167,34 @@ def _version(driver: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", driver))
 
 
-_SAME_WORD = {"super": "s", "server": "s", "workstation": "ws", "pcie": "pcie", "hbm3": "sxm", "hbm2e": "sxm"}
+_SAME_WORD = {
+    "super": "s",
+    "server": "s",
+    "workstation": "ws",
+    "pcie": "pcie",
+    "hbm3": "sxm",
+    "hbm2e": "sxm",
+}
 _SAYS_NOTHING = {
-    "nvidia", "geforce", "tesla", "quadro", "q", "graphics", "gpu", "generation", "blackwell", "edition", "accelerator", "device",
-}  # fmt: skip
+    "nvidia",
+    "geforce",
+    "tesla",
+    "quadro",
+    "q",
+    "graphics",
+    "gpu",
+    "generation",
+    "blackwell",
+    "edition",
+    "accelerator",
+    "device",
+}
 _FORMS = {"sxm", "pcie", "nvl"}
 
 
 def same_gpu(driver_name: str, market_name: str) -> bool:
-    """Is "NVIDIA GeForce RTX 4080 SUPER" what vast.ai calls "RTX 4080S"? The form factor counts only where both tell it."""
+    """Is "NVIDIA GeForce RTX 4080 SUPER" what vast.ai calls "RTX 4080S"? The form factor counts
+    only where both tell it."""
     (model, form), (wanted, wanted_form) = _gpu_words(driver_name), _gpu_words(market_name)
     return model == wanted and (not form or not wanted_form or form == wanted_form)
 

@@ -1,6 +1,8 @@
-"""Pure: the shell text that a box is asked to run. POSIX sh; every word from outside is quoted; nothing here executes anything.
+"""Pure: the shell text that a box is asked to run. POSIX sh; every word from outside is quoted;
+nothing here executes anything.
 
-All paths are relative to the login's home, where ssh starts: the same text serves root in a container and a user anywhere.
+All paths are relative to the login's home, where ssh starts: the same text serves root in a
+container and a user anywhere.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ HOME_FOLDER = "milktea"
 LEASE_S = 600  # a box whose client is silent for so long destroys itself
 WATCH_S = 15  # how often the box looks; overshoot of money and time is at most this
 
-# Runs on the box for its whole life, armed by onstart before anything else. Environment: CONTAINER_API_KEY (may touch this
-# instance only), CONTAINER_ID, MILKTEA_API, MILKTEA_MAX_S (seconds that the money or the hours allow), MILKTEA_LEASE_S.
-# `born` survives a restart of the container, so a stop and start wins no time. Both clocks are the box's own.
+# Runs on the box for its whole life, armed by onstart before anything else. Environment:
+# CONTAINER_API_KEY (may touch this instance only), CONTAINER_ID, MILKTEA_API, MILKTEA_MAX_S
+# (seconds that the money or the hours allow), MILKTEA_LEASE_S. `born` survives a restart of the
+# container, so a stop and start wins no time. Both clocks are the box's own.
 WATCHDOG = """\
 cd "$HOME/milktea" || exit 1
 gone() {
@@ -45,7 +48,8 @@ watch
 
 
 def onstart(public_key: str) -> str:
-    """What the box runs at each start: the watchdog first, then our key. Under vast.ai's 4,000 characters."""
+    """What the box runs at each start: the watchdog first, then our key. Under vast.ai's 4,000
+    characters."""
     key = shlex.quote(public_key.strip())
     return f"""\
 umask 077; mkdir -p "$HOME/milktea" "$HOME/.ssh"; cd "$HOME/milktea" || exit 1
@@ -60,7 +64,8 @@ grep -qsF {key} "$HOME/.ssh/authorized_keys" || echo {key} >>"$HOME/.ssh/authori
 
 
 def environment(api_url: str, max_s: float) -> dict[str, str]:
-    """For `create`: what the watchdog needs. No secret is in it: vast.ai itself adds the instance's own key."""
+    """For `create`: what the watchdog needs. No secret is in it: vast.ai itself adds the instance's
+    own key."""
     return {
         "MILKTEA_API": api_url.rstrip("/"),
         "MILKTEA_MAX_S": str(int(max_s)),
@@ -74,29 +79,39 @@ def run_folder(run_id: str) -> str:
 
 
 # A process that nobody has buried yet does not run: the first process of a container may bury none.
-ALIVE = '[ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$(cat pid)/status"'
+ALIVE = (
+    '[ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$(cat '
+    'pid)/status"'
+)
 RENEW = "date +%s >milktea/lease.new && mv milktea/lease.new milktea/lease"
 
 
 def detach(deadline_in_s: float) -> str:
     """Let the box live without a client until its own deadline: the lease is set that far ahead."""
-    return f"echo $(($(date +%s) + {int(deadline_in_s)})) >milktea/lease.new && mv milktea/lease.new milktea/lease"
+    return (
+        f"echo $(($(date +%s) + {int(deadline_in_s)})) >milktea/lease.new && mv "
+        "milktea/lease.new milktea/lease"
+    )
 
 
 def ready(run_id: str) -> str:
-    """Make the run folder and show that the watchdog is armed: its pid is looked for by the file that it reads."""
+    """Make the run folder and show that the watchdog is armed: its pid is looked for by the file
+    that it reads."""
     return f"mkdir -p {run_folder(run_id)}/data && {RENEW} && test -s milktea/born && echo armed"
 
 
 def launch(run_id: str, trainer: str) -> str:
     """Start the training detached, once: a second call finds it running or finished.
 
-    The training is a process group of its own, whose number is in `pid`; its `exit_code` appears last, by rename. The shell that
-    writes it outlives a SIGTERM to the group."""
+    The training is a process group of its own, whose number is in `pid`; its `exit_code` appears
+    last, by rename. The shell that writes it outlives a SIGTERM to the group."""
     command = "milktea-train job.json"
     if trainer == "push":
-        command = "sh trainer-start.sh"  # ops/box/bootstrap/trainer-start.sh, pushed with the trainer
-    wrapper = f"trap : TERM; {command} >>log.txt 2>&1; echo $? >exit_code.new; mv exit_code.new exit_code"
+        # ops/box/bootstrap/trainer-start.sh, pushed with the trainer
+        command = "sh trainer-start.sh"
+    wrapper = (
+        f"trap : TERM; {command} >>log.txt 2>&1; echo $? >exit_code.new; mv exit_code.new exit_code"
+    )
     return f"""\
 {RENEW}
 cd {run_folder(run_id)} || exit 9
@@ -112,9 +127,11 @@ POLL_MARK = "=milktea="
 
 
 def poll(run_id: str, events_offset: int, max_bytes: int = 1 << 18) -> str:
-    """One round trip: renew the lease, say whether it ended, and deliver events from `events_offset` on.
+    """One round trip: renew the lease, say whether it ended, and deliver events from
+    `events_offset` on.
 
-    Output: a header line ``=milktea= EXIT RUNNING SIZE`` (EXIT is ``-`` while it runs), then the raw bytes of events.jsonl."""
+    Output: a header line ``=milktea= EXIT RUNNING SIZE`` (EXIT is ``-`` while it runs), then the
+    raw bytes of events.jsonl."""
     return f"""\
 {RENEW}
 cd {run_folder(run_id)} || exit 9
@@ -128,9 +145,11 @@ true
 
 
 def parse_poll(stdout: str) -> tuple[int | None, bool, int, bytes]:
-    """(exit code or None, running, size of events.jsonl, new event bytes) from `poll`'s output. Raises ValueError without its header.
+    """(exit code or None, running, size of events.jsonl, new event bytes) from `poll`'s output.
+    Raises ValueError without its header.
 
-    A character cut at the end of the output is in a line without its newline, which nobody reads yet: whole lines are exact."""
+    A character cut at the end of the output is in a line without its newline, which nobody reads
+    yet: whole lines are exact."""
     head, _, rest = stdout.partition("\n")
     words = head.split()
     if len(words) != 4 or words[0] != POLL_MARK:
@@ -144,5 +163,8 @@ def log_tail(run_id: str, lines: int = 40) -> str:
 
 
 def stop_training(run_id: str) -> str:
-    """SIGTERM to the training's process group: it saves a checkpoint and leaves 143 in exit_code."""
-    return f'cd {run_folder(run_id)} && [ -s pid ] && kill -s TERM -- "-$(cat pid)" 2>/dev/null; true'
+    """SIGTERM to the training's process group: it saves a checkpoint and leaves 143 in
+    exit_code."""
+    return (
+        f'cd {run_folder(run_id)} && [ -s pid ] && kill -s TERM -- "-$(cat pid)" 2>/dev/null; true'
+    )

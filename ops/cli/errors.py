@@ -1,4 +1,5 @@
-"""An error as the command line shows it: what, the state of the money, the next command; and its exit code."""
+"""An error as the command line shows it: what, the state of the money, the next command; and its
+exit code."""
 
 from __future__ import annotations
 
@@ -24,11 +25,22 @@ def errors(as_json: bool) -> Iterator[None]:
 
 def _fail(e: Any, as_json: bool) -> NoReturn:
     if as_json:
-        row = {"kind": "error", "error": type(e).__name__, "what": str(e), "money": e.money, "hint": e.hint, "exit_code": e.exit_code}
+        row = {
+            "kind": "error",
+            "error": type(e).__name__,
+            "what": str(e),
+            "money": e.money,
+            "hint": e.hint,
+            "exit_code": e.exit_code,
+        }
         print(json.dumps(row, ensure_ascii=False))
     else:
         first = e.__cause__
-        print(f"\n{type(e).__name__}: {e}\n  money: {e.money}" + (f"\n  next:  {e.hint}" if e.hint else ""), file=sys.stderr)
+        print(
+            f"\n{type(e).__name__}: {e}\n  money: {e.money}"
+            + (f"\n  next:  {e.hint}" if e.hint else ""),
+            file=sys.stderr,
+        )
         if e.exit_code == 70 and first is not None:
             print(f"  first: {type(first).__name__}: {first}", file=sys.stderr)
     raise typer.Exit(e.exit_code)

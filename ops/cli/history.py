@@ -1,4 +1,5 @@
-"""The commands that only tell: from the journals and what was brought home, without a network. Imports are inside, as in cli.py."""
+"""The commands that only tell: from the journals and what was brought home, without a network.
+Imports are inside, as in cli.py."""
 
 from __future__ import annotations
 
@@ -14,16 +15,23 @@ import typer
 from ops.cli.errors import errors
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs")]
-Run = Annotated[str, typer.Argument(help="A run id, or an unambiguous beginning of one; `last` is the newest")]
+Run = Annotated[
+    str, typer.Argument(help="A run id, or an unambiguous beginning of one; `last` is the newest")
+]
 
 
-def status(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
+def status(
+    run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None,
+    as_json: Json = False,
+) -> None:
     """Where every run stands, from the journals alone."""
     with errors(as_json):
         from ops.run import explain, journal
 
         folders = [folder_of(run)] if run else journal.runs(runs())
-        rows = [explain.status(f.name, lines, time.time()) for f in folders if (lines := _readable(f))]
+        rows = [
+            explain.status(f.name, lines, time.time()) for f in folders if (lines := _readable(f))
+        ]
         if as_json:
             for row in rows:
                 print(json.dumps(row.as_dict()))
@@ -31,12 +39,19 @@ def status(run: Annotated[str | None, typer.Argument(help="One run; without it, 
         for row in rows:
             box = f"box {row.box}" if row.box else "no box"
             step = f"  checkpoint {row.step}" if row.step else ""
-            print(f"{row.run_id}  {row.stage}  {box}  {row.spent_usd:.4f} of {row.max_usd:.2f} ${step}" + (f"  {row.adapter}" if row.adapter else ""))
+            print(
+                f"{row.run_id}  {row.stage}  {box}  {row.spent_usd:.4f} of {row.max_usd:.2f} "
+                f"${step}" + (f"  {row.adapter}" if row.adapter else "")
+            )
         if not rows:
             print("no runs yet: `make rent-and-train` makes the first")
 
 
-def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come")] = False, as_json: Json = False) -> None:
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come")] = False,
+    as_json: Json = False,
+) -> None:
     """What the trainer said, as far as it is at home; acts on nothing."""
     with errors(as_json):
         from ops.run import journal
@@ -56,7 +71,14 @@ def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="
                         continue
                     event = parse(text)
                     facts = event.model_dump(exclude={"t", "event"})
-                    print(getattr(event, "event", ""), *(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()), sep="  ")
+                    print(
+                        getattr(event, "event", ""),
+                        *(
+                            f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}"
+                            for k, v in facts.items()
+                        ),
+                        sep="  ",
+                    )
             ended = journal.last(journal.read(folder), "destroyed", "leaked", "renting")
             if not follow or (ended is not None and ended.kind != "renting"):
                 break
@@ -66,7 +88,10 @@ def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="
                 print(f"--- {name}\n{(folder / name).read_text('utf-8')}")
 
 
-def cost(run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None, as_json: Json = False) -> None:
+def cost(
+    run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None,
+    as_json: Json = False,
+) -> None:
     """Our meter, vast.ai's bill and the prediction, from the journals alone."""
     with errors(as_json):
         from ops.run import explain, journal
@@ -89,10 +114,19 @@ def explain(run: Run, as_json: Json = False) -> None:
         folder = folder_of(run)
         lines = journal.read(folder)
         if as_json:
-            print(*(json.dumps({"t": line.t, "kind": line.kind, **line.data}, ensure_ascii=False) for line in lines), sep="\n")
+            print(
+                *(
+                    json.dumps({"t": line.t, "kind": line.kind, **line.data}, ensure_ascii=False)
+                    for line in lines
+                ),
+                sep="\n",
+            )
         else:
             print(*telling.explain(lines, time.time()), sep="\n")
-            print("from the command to the first step: " + ", ".join(f"{n} {s} s" for n, s in telling.phases(lines, _first_step(folder))))
+            print(
+                "from the command to the first step: "
+                + ", ".join(f"{n} {s} s" for n, s in telling.phases(lines, _first_step(folder)))
+            )
 
 
 def runs() -> Path:
@@ -104,11 +138,17 @@ def folder_of(run: str) -> Path:
     from ops.run import journal
 
     found = journal.runs(runs())
-    chosen = found[-1:] if run == "last" else [f for f in found if f.name == run] or [f for f in found if f.name.startswith(run)]
+    chosen = (
+        found[-1:]
+        if run == "last"
+        else [f for f in found if f.name == run] or [f for f in found if f.name.startswith(run)]
+    )
     if run == "last":
         chosen = sorted(found, key=lambda f: (f / journal.FILE).stat().st_mtime)[-1:]
     if len(chosen) != 1:
-        raise JournalError(f"{run!r} names {len(chosen)} runs under {runs()}", hint="`milktea status` lists them")
+        raise JournalError(
+            f"{run!r} names {len(chosen)} runs under {runs()}", hint="`milktea status` lists them"
+        )
     return chosen[0]
 
 
@@ -119,7 +159,14 @@ def _first_step(folder: Path) -> float | None:
     if not path.exists():
         return None
     with path.open("rb") as f:
-        return next((event.t for line in f if line.endswith(b"\n") and isinstance(event := parse(line.decode()), Step)), None)
+        return next(
+            (
+                event.t
+                for line in f
+                if line.endswith(b"\n") and isinstance(event := parse(line.decode()), Step)
+            ),
+            None,
+        )
 
 
 def _readable(folder: Path) -> list[Any]:

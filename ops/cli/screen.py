@@ -1,6 +1,8 @@
-"""What people see: one plan screen, one line a stage, one status line with the money on it, and the last line that says it all.
+"""What people see: one plan screen, one line a stage, one status line with the money on it, and the
+last line that says it all.
 
-`Terminal` draws with rich; `JsonLines` prints one object a line for programs. Both are `ops.run.session.Screen`.
+`Terminal` draws with rich; `JsonLines` prints one object a line for programs. Both are
+`ops.run.session.Screen`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from ops.run.journal import Line
 from trainer.wire import events
 
 QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
-TOLD_ELSEWHERE = ("offers", "event", "destroying", "failed")  # by the plan screen, `event`, `destroying`, and the command's error
+# by the plan screen, `event`, `destroying`, and the command's error
+TOLD_ELSEWHERE = ("offers", "event", "destroying", "failed")
 
 
 class Terminal:
@@ -37,7 +40,7 @@ class Terminal:
         self.score: events.Score | None = None
         self.last_step: events.Step | None = None
 
-    # -- ops.run.session.Screen -----------------------------------------------------------------------------------------
+    # -- ops.run.session.Screen --------------------------------------------------------------------
 
     def line(self, line: Line) -> None:
         if line.kind not in TOLD_ELSEWHERE and (text := told_line(line)):
@@ -47,7 +50,10 @@ class Terminal:
         draw_plan(self.console, plan, ranking, credit_usd)
 
     def booting(self, instance: Instance, waited_s: float) -> None:
-        self._status(f"boot      {instance.status or 'provisioning'} {waited_s:.0f} s  {instance.status_msg.strip()[:60]}")
+        self._status(
+            f"boot      {instance.status or 'provisioning'} {waited_s:.0f} s  "
+            f"{instance.status_msg.strip()[:60]}"
+        )
 
     def connecting(self, message: str) -> None:
         self._status(f"connect   {message[:100]}")
@@ -56,13 +62,17 @@ class Terminal:
         share = 100 * done_bytes / total_bytes if total_bytes else 100
         self._status(f"{what:<9} {share:3.0f} % of {total_bytes / 1e6:.1f} MB")
 
-    def event(self, event: events.Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None:
+    def event(
+        self, event: events.Event, spent_usd: float, max_usd: float, dies_at_unix_s: float
+    ) -> None:
         match event:
             case events.Step():
                 self.last_step = event
                 self._status(
-                    f"train     step {event.step}  loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s  {_minutes(event.eta_s)} left  "
-                    f"| {spent_usd:.4f} $ of {max_usd:.2f} $  ends itself {time.strftime('%H:%M', time.localtime(dies_at_unix_s))}"
+                    f"train     step {event.step}  loss {event.loss:.4f}  "
+                    f"{event.tokens_per_second:,.0f} tok/s  {_minutes(event.eta_s)} left  "
+                    f"| {spent_usd:.4f} $ of {max_usd:.2f} $  ends itself "
+                    f"{time.strftime('%H:%M', time.localtime(dies_at_unix_s))}"
                 )
             case events.Sample():
                 self.samples.append(event)
@@ -91,11 +101,15 @@ class Terminal:
             answer = "1"
         return choices[int(answer) - 1 if answer in ("1", "2", "3") else 0][0]
 
-    # -- drawing ------------------------------------------------------------------------------------------------------
+    # -- drawing -----------------------------------------------------------------------------------
 
     def _say(self, text: str, style: str = "") -> None:
         self._clear()
-        line = Text.assemble((f"{time.monotonic() - self._began:6.1f} s  ", "dim"), (text, style)) if text else Text()
+        line = (
+            Text.assemble((f"{time.monotonic() - self._began:6.1f} s  ", "dim"), (text, style))
+            if text
+            else Text()
+        )
         self.console.print(line, soft_wrap=True)
 
     def _status(self, text: str, *, force: bool = False) -> None:
@@ -116,7 +130,8 @@ class Terminal:
 
 
 class JsonLines:
-    """The same facts for a program: every journal line and every training event, one JSON object a line."""
+    """The same facts for a program: every journal line and every training event, one JSON object a
+    line."""
 
     def __init__(self) -> None:
         self.samples: list[events.Sample] = []  # both are told as they come
@@ -141,8 +156,12 @@ class JsonLines:
     def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
         pass
 
-    def event(self, event: events.Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None:
-        self._out("training", **event.model_dump(), spent_usd=round(spent_usd, 5), dies_at=dies_at_unix_s)
+    def event(
+        self, event: events.Event, spent_usd: float, max_usd: float, dies_at_unix_s: float
+    ) -> None:
+        self._out(
+            "training", **event.model_dump(), spent_usd=round(spent_usd, 5), dies_at=dies_at_unix_s
+        )
 
     def waiting(self, message: str) -> None:
         self._out("waiting", message=message)
@@ -160,33 +179,60 @@ def plan_facts(plan: Plan, ranking: Ranking, credit_usd: float) -> dict[str, Any
         "run_id": plan.run_id,
         "image": plan.image,
         "workload": asdict(plan.workload),
-        "limits": {"max_usd": plan.max_usd, "max_hours": plan.max_s / 3600, "stall_minutes": plan.stall_s / 60},
+        "limits": {
+            "max_usd": plan.max_usd,
+            "max_hours": plan.max_s / 3600,
+            "stall_minutes": plan.stall_s / 60,
+        },
         "credit_usd": credit_usd,
-        "chosen": None if best is None else {"offer": asdict(best.offer), "cost": asdict(best.cost), "why": best.why},
-        "runners_up": [{"offer": asdict(p.offer), "usd": p.cost.usd, "why_not": p.why} for p in ranking.accepted[1:4]],
+        "chosen": None
+        if best is None
+        else {"offer": asdict(best.offer), "cost": asdict(best.cost), "why": best.why},
+        "runners_up": [
+            {"offer": asdict(p.offer), "usd": p.cost.usd, "why_not": p.why}
+            for p in ranking.accepted[1:4]
+        ],
         "rejected": len(ranking.rejected),
         "notes": plan.notes,
     }
 
 
 def draw_plan(console: Console, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
-    """The choice, three runners-up with why not, the arithmetic, deadline, cap, and what guards it."""
+    """The choice, three runners-up with why not, the arithmetic, deadline, cap, and what guards
+    it."""
     best = ranking.accepted[0]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name, justify in (("", "left"), ("offer", "right"), ("machine", "left"), ("$/h", "right"), ("this run", "right"), ("why", "left")):
+    for name, justify in (
+        ("", "left"),
+        ("offer", "right"),
+        ("machine", "left"),
+        ("$/h", "right"),
+        ("this run", "right"),
+        ("why", "left"),
+    ):
         table.add_column(name, justify=justify, no_wrap=name != "why")  # type: ignore[arg-type]
     for n, priced in enumerate(ranking.accepted[:4]):
         o = priced.offer
         machine = f"{o.num_gpus} x {o.gpu_name} {o.country}"
-        table.add_row("✓" if n == 0 else "", str(o.id), machine, f"{o.usd_per_hour:.3f}", f"{priced.cost.usd:.4f} $", Text(priced.why))
+        table.add_row(
+            "✓" if n == 0 else "",
+            str(o.id),
+            machine,
+            f"{o.usd_per_hour:.3f}",
+            f"{priced.cost.usd:.4f} $",
+            Text(priced.why),
+        )
     console.print(table, highlight=False)
     for text in best.cost.lines:
         console.print(f"  {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"guards    at most {plan.max_usd:.2f} $ and {plan.max_s / 3600:.1f} h, kept by this machine and by a watchdog on the box; "
-        f"a silent laptop for 10 min ends it too; no event for {plan.stall_s / 60:.0f} min ends it; credit {credit_usd:.2f} $",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"guards    at most {plan.max_usd:.2f} $ and {plan.max_s / 3600:.1f} h, kept by this "
+        "machine and by a watchdog on the box; "
+        f"a silent laptop for 10 min ends it too; no event for {plan.stall_s / 60:.0f} min "
+        f"ends it; credit {credit_usd:.2f} $",
+        highlight=False,
+        soft_wrap=True,
+    )
     for note in plan.notes:
         console.print(f"note      {note}", markup=False, highlight=False, soft_wrap=True)
 

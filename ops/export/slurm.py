@@ -68,7 +68,8 @@ def enroot(ref: str) -> str:
 
 def readme(plan: Plan) -> str:
     return (
-        "1. Put this folder where all nodes see it (NFS, Lustre), and in it: `sbatch train.sbatch`\n"
+        "1. Put this folder where all nodes see it (NFS, Lustre), and in it: `sbatch "
+        "train.sbatch`\n"
         f"2. `tail -f log.txt`; the image is {plan.image}, `MILKTEA_CONTAINER=apptainer sbatch"
         " train.sbatch` says how to run it.\n"
         "3. result/adapter.zip is the result. A job that ends early goes on from checkpoints/ when"

@@ -1,8 +1,9 @@
 """Pure: what each GPU can do, and how many training tokens a second that makes.
 
-Peak rates are NVIDIA's datasheet figures: dense (no sparsity), FP32 accumulation, GeForce at its halved tensor rate. `gemm` is
-the share of the peak that large matrix products reach: measured on the H200 (685 to 787 of 989 TFLOP/s in bf16, 1,393 to
-1,540 of 1,979 in FP8); for the other cards an estimate from their power limit, to be replaced when somebody measures one.
+Peak rates are NVIDIA's datasheet figures: dense (no sparsity), FP32 accumulation, GeForce at its
+halved tensor rate. `gemm` is the share of the peak that large matrix products reach: measured on
+the H200 (685 to 787 of 989 TFLOP/s in bf16, 1,393 to 1,540 of 1,979 in FP8); for the other cards an
+estimate from their power limit, to be replaced when somebody measures one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from trainer.memory import Shape
 
 @dataclass(frozen=True)
 class Gpu:
-    """`name` is vast.ai's spelling. `memory_gib` is what the driver reports, not what the box says. Rates are of one GPU."""
+    """`name` is vast.ai's spelling. `memory_gib` is what the driver reports, not what the box says.
+    Rates are of one GPU."""
 
     name: str
     memory_gib: float
@@ -79,26 +81,33 @@ GPUS: tuple[Gpu, ...] = (
 
 LEAST_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int8": 8.0}
 
-# Calibrated on bench/results/bench.jsonl of 2026-11-21, one H200, Llama-7B, r = 16 on all seven projections: 20,254 real tokens/s in bf16
-# and 30,527 in FP8. Taking away the matrix products (35.9 and 17.9 us a token) leaves 13.5 and 14.8 us: attention, and
-# element-wise work bound by memory, about 65 MB a token, or 500 bytes for each of hidden x layers. With every layer
-# checkpointed: 14,559 in bf16, 14,179 in NF4.
+# Calibrated on bench/results/bench.jsonl of 2026-11-21, one H200, Llama-7B, r = 16 on all seven
+# projections: 20,254 real tokens/s in bf16 and 30,527 in FP8. Taking away the matrix products (35.9
+# and 17.9 us a token) leaves 13.5 and 14.8 us: attention, and element-wise work bound by memory,
+# about 65 MB a token, or 500 bytes for each of hidden x layers. With every layer checkpointed:
+# 14,559 in bf16, 14,179 in NF4.
 _ELEMENTWISE_BYTES = 500.0
-_RECOMPUTED = 0.38  # of a layer's cost again when it is checkpointed: forward without its last product and without the head
-_GEMM_COST = {"fp32": 4.0, "bf16": 1.0, "fp8": 1.0, "nf4": 1.04, "int8": 3.0}  # against bf16 (fp8: against its own peak)
+# of a layer's cost again when it is checkpointed: forward without its last product and without the
+# head
+_RECOMPUTED = 0.38
+# against bf16 (fp8: against its own peak)
+_GEMM_COST = {"fp32": 4.0, "bf16": 1.0, "fp8": 1.0, "nf4": 1.04, "int8": 3.0}
 _ATTENTION = 0.55  # of the rate of large matrix products that attention reaches
-_DLPERF_TO_BF16_TFLOPS = 1.5  # RTX 5090: 209.5 TFLOP/s at DLPerf 142; RTX 4090: 165 at 95; the lower of the two
+# RTX 5090: 209.5 TFLOP/s at DLPerf 142; RTX 4090: 165 at 95; the lower of the two
+_DLPERF_TO_BF16_TFLOPS = 1.5
 _PARALLEL_LOSS = 0.03  # of each doubling of GPUs: one all-reduce of the adapter's gradients a step
 
 
 @lru_cache(maxsize=1024)
 def plain(name: str) -> str:
-    """A GPU's name without what people spell differently: case, spaces, dashes, underscores, the vendor."""
+    """A GPU's name without what people spell differently: case, spaces, dashes, underscores, the
+    vendor."""
     return re.sub(r"[\s_\-]|NVIDIA|GEFORCE", "", name.upper())
 
 
 def find(name: str, memory_gib: float = 0.0) -> Gpu | None:
-    """The table's row for a name in any spelling; of several sizes the one nearest to `memory_gib`. None when unknown."""
+    """The table's row for a name in any spelling; of several sizes the one nearest to `memory_gib`.
+    None when unknown."""
     same = [g for g in GPUS if plain(g.name) == plain(name)]
     return min(same, key=lambda g: abs(g.memory_gib - memory_gib)) if same else None
 
@@ -112,20 +121,32 @@ def like(name: str) -> list[str]:
 
 
 def that_hold(memory_gib: float, precision: str = "bf16") -> list[Gpu]:
-    """The cards with at least `memory_gib` that compute in `precision`, smallest and then slowest first: the first is what
-    to name when the asked one does not fit."""
+    """The cards with at least `memory_gib` that compute in `precision`, smallest and then slowest
+    first: the first is what to name when the asked one does not fit."""
     least = LEAST_COMPUTE_CAPABILITY[precision]
     fits = [g for g in GPUS if g.memory_gib >= memory_gib and g.compute_capability >= least]
     return sorted(fits, key=lambda g: (g.memory_gib, g.bf16_tflops))
 
 
-def from_benchmark(name: str, memory_gib: float, compute_capability: float, dlperf: float, memory_gb_s: float) -> Gpu | None:
-    """A guess at a card that the table lacks, from vast.ai's DLPerf of one GPU. None without one."""
+def from_benchmark(
+    name: str, memory_gib: float, compute_capability: float, dlperf: float, memory_gb_s: float
+) -> Gpu | None:
+    """A guess at a card that the table lacks, from vast.ai's DLPerf of one GPU. None without
+    one."""
     if dlperf <= 0:
         return None
     tflops = _DLPERF_TO_BF16_TFLOPS * dlperf
     fp8 = 2 * tflops if compute_capability >= LEAST_COMPUTE_CAPABILITY["fp8"] else 0.0
-    return Gpu(name, memory_gib, compute_capability, tflops, fp8, memory_gb_s or 6 * tflops, 0.7, known=False)
+    return Gpu(
+        name,
+        memory_gib,
+        compute_capability,
+        tflops,
+        fp8,
+        memory_gb_s or 6 * tflops,
+        0.7,
+        known=False,
+    )
 
 
 def tokens_per_second(
@@ -138,20 +159,28 @@ def tokens_per_second(
     full: bool = False,
     row_tokens: float = 340.0,
 ) -> float:
-    """Real tokens a second of training on packed rows, all GPUs together; 0 when the card lacks the precision.
+    """Real tokens a second of training on packed rows, all GPUs together; 0 when the card lacks the
+    precision.
 
-    LoRA takes 4 N FLOPs a token: 2 N forward, 2 N for the gradients of activations, none for frozen weights; `full` takes
-    2 N more. `recomputed` is the share of layers that are checkpointed. `row_tokens` is the length of the row that the mean
-    token is in: causal attention costs 7 of them x hidden x layers. Without a shape, hidden x layers follows from N as it
-    does in the Llama family.
+    LoRA takes 4 N FLOPs a token: 2 N forward, 2 N for the gradients of activations, none for frozen
+    weights; `full` takes 2 N more. `recomputed` is the share of layers that are checkpointed.
+    `row_tokens` is the length of the row that the mean token is in: causal attention costs 7 of
+    them x hidden x layers. Without a shape, hidden x layers follows from N as it does in the Llama
+    family.
     """
     peak = gpu.fp8_tflops if precision == "fp8" else gpu.bf16_tflops
     if peak <= 0:
         return 0.0
-    hidden_layers = shape.hidden * shape.layers if shape else 131_072 * (model_parameters / 6.74e9) ** (2 / 3)
+    hidden_layers = (
+        shape.hidden * shape.layers if shape else 131_072 * (model_parameters / 6.74e9) ** (2 / 3)
+    )
     rate = gpu.gemm * 1e12
     gemm_s = (6 if full else 4) * model_parameters * _GEMM_COST[precision] / (rate * peak)
     attention_s = 7 * row_tokens * hidden_layers / (rate * gpu.bf16_tflops * _ATTENTION)
     elementwise_s = _ELEMENTWISE_BYTES * hidden_layers / (gpu.memory_gb_s * 1e9)
     scaling = (1 - _PARALLEL_LOSS) ** (num_gpus.bit_length() - 1)
-    return num_gpus * scaling / ((gemm_s + attention_s + elementwise_s) * (1 + recomputed * _RECOMPUTED))
+    return (
+        num_gpus
+        * scaling
+        / ((gemm_s + attention_s + elementwise_s) * (1 + recomputed * _RECOMPUTED))
+    )

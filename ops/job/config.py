@@ -1,7 +1,8 @@
-"""The job file: TOML in, frozen models out; an unknown key, a wrong type or a contradiction is refused with its path.
+"""The job file: TOML in, frozen models out; an unknown key, a wrong type or a contradiction is
+refused with its path.
 
-`lora` and `training` are the wire's own models (trainer/wire/job.py), so that a setting has one name from the file to the GPU.
-Relative paths in a job file are relative to the job file.
+`lora` and `training` are the wire's own models (trainer/wire/job.py), so that a setting has one
+name from the file to the GPU. Relative paths in a job file are relative to the job file.
 """
 
 from __future__ import annotations
@@ -20,31 +21,66 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Model(Strict):
-    base: Annotated[str, Field(description="A local folder, or a model of the Hugging Face hub as NAME or NAME@REVISION")]
-    precision: Annotated[Precision, Field(description="How the frozen base is held: fp32, bf16, fp8, nf4 or int8")] = "bf16"
+    base: Annotated[
+        str,
+        Field(
+            description="A local folder, or a model of the Hugging Face hub as NAME or "
+            "NAME@REVISION"
+        ),
+    ]
+    precision: Annotated[
+        Precision, Field(description="How the frozen base is held: fp32, bf16, fp8, nf4 or int8")
+    ] = "bf16"
 
 
 class Data(Strict):
     files: Annotated[list[Path], Field(min_length=1, description="Rows to train on")]
-    held_out: Annotated[Path | None, Field(description="Rows to score before and after, never trained on")] = None
+    held_out: Annotated[
+        Path | None, Field(description="Rows to score before and after, never trained on")
+    ] = None
     format: Annotated[DataFormat, Field(description="auto looks at the first row")] = "auto"
-    template: Annotated[str, Field(description="A template's name, a template file, or chat: the tokenizer's own")] = "alpaca"
-    max_length: Annotated[Positive, Field(description="Tokens of one row, prompt and response together")] = 2048
-    over_length: Annotated[OverLength, Field(description="What to do with a longer row; truncate keeps the stop token")] = "refuse"
+    template: Annotated[
+        str, Field(description="A template's name, a template file, or chat: the tokenizer's own")
+    ] = "alpaca"
+    max_length: Annotated[
+        Positive, Field(description="Tokens of one row, prompt and response together")
+    ] = 2048
+    over_length: Annotated[
+        OverLength, Field(description="What to do with a longer row; truncate keeps the stop token")
+    ] = "refuse"
 
 
 class Offer(Strict):
-    gpu_name: Annotated[list[str], Field(description="Accept only these, by vast.ai's names; empty accepts any that fits")] = []
-    min_gpu_memory_gib: Annotated[PositiveFloat | None, Field(description="Of one GPU; left out, it is predicted")] = None
-    num_gpus: Annotated[Positive, Field(description="GPUs in one machine; the batch is shared among them")] = 1
-    max_usd_per_hour: Annotated[PositiveFloat | None, Field(description="Of the whole machine")] = None
+    gpu_name: Annotated[
+        list[str],
+        Field(description="Accept only these, by vast.ai's names; empty accepts any that fits"),
+    ] = []
+    min_gpu_memory_gib: Annotated[
+        PositiveFloat | None, Field(description="Of one GPU; left out, it is predicted")
+    ] = None
+    num_gpus: Annotated[
+        Positive, Field(description="GPUs in one machine; the batch is shared among them")
+    ] = 1
+    max_usd_per_hour: Annotated[PositiveFloat | None, Field(description="Of the whole machine")] = (
+        None
+    )
     min_reliability: Annotated[float, Field(ge=0, le=1)] = 0.95
     countries: Annotated[list[str], Field(description="Two-letter codes; empty accepts all")] = []
     min_inet_down_mbps: Annotated[float, Field(ge=0, description="Megabits a second")] = 100.0
-    min_cuda: Annotated[float, Field(ge=0, description="Of the host's driver; the image must not need more")] = 12.8
-    type: Annotated[Literal["on-demand", "interruptible"], Field(description="interruptible is cheaper and may be taken away")] = "on-demand"
-    bid_usd_per_hour: Annotated[PositiveFloat | None, Field(description="For interruptible; left out, 20 % over the minimum bid")] = None
-    disk_gib: Annotated[Annotated[int, Field(ge=8)] | None, Field(description="Left out, it is predicted")] = None
+    min_cuda: Annotated[
+        float, Field(ge=0, description="Of the host's driver; the image must not need more")
+    ] = 12.8
+    type: Annotated[
+        Literal["on-demand", "interruptible"],
+        Field(description="interruptible is cheaper and may be taken away"),
+    ] = "on-demand"
+    bid_usd_per_hour: Annotated[
+        PositiveFloat | None,
+        Field(description="For interruptible; left out, 20 % over the minimum bid"),
+    ] = None
+    disk_gib: Annotated[
+        Annotated[int, Field(ge=8)] | None, Field(description="Left out, it is predicted")
+    ] = None
 
     @field_validator("countries")
     @classmethod
@@ -62,25 +98,41 @@ class Offer(Strict):
 
 
 class Limits(Strict):
-    max_usd: Annotated[PositiveFloat, Field(description="Of the whole run, all machines; the box itself keeps to it as well")]
+    max_usd: Annotated[
+        PositiveFloat,
+        Field(description="Of the whole run, all machines; the box itself keeps to it as well"),
+    ]
     max_hours: Annotated[PositiveFloat, Field(description="From rent to destroy")] = 6.0
-    stall_minutes: Annotated[PositiveFloat, Field(description="Without any event, a training is given up")] = 15.0
+    stall_minutes: Annotated[
+        PositiveFloat, Field(description="Without any event, a training is given up")
+    ] = 15.0
 
 
 class Image(Strict):
-    ref: Annotated[str, Field(description="What the machine pulls")] = "pytorch/pytorch:2.11.0-cuda12.8-cudnn9-runtime"
-    trainer: Annotated[Literal["push", "image"], Field(description="push: ours travels with the data; image: the image holds it")] = "push"
-    size_gib: Annotated[PositiveFloat, Field(description="Compressed, for the prediction of pull time and disk")] = 4.0
+    ref: Annotated[str, Field(description="What the machine pulls")] = (
+        "pytorch/pytorch:2.11.0-cuda12.8-cudnn9-runtime"
+    )
+    trainer: Annotated[
+        Literal["push", "image"],
+        Field(description="push: ours travels with the data; image: the image holds it"),
+    ] = "push"
+    size_gib: Annotated[
+        PositiveFloat, Field(description="Compressed, for the prediction of pull time and disk")
+    ] = 4.0
 
 
 class Results(Strict):
-    folder: Annotated[Path, Field(description="RUN/adapter.zip and its report go there")] = Path("../out")
+    folder: Annotated[Path, Field(description="RUN/adapter.zip and its report go there")] = Path(
+        "../out"
+    )
 
 
 class JobFile(Strict):
     """A parsed job file. `folder` is where it lies, for its relative paths."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Run ids begin with it")]
+    name: Annotated[
+        str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Run ids begin with it")
+    ]
     model: Model
     data: Data
     lora: Lora = Lora()
@@ -93,25 +145,35 @@ class JobFile(Strict):
     @model_validator(mode="after")
     def _no_contradiction(self) -> JobFile:
         if self.training.method != "lora" and self.model.precision in ("fp8", "nf4", "int8"):
-            raise ValueError(f'training.method = "{self.training.method}" trains base weights: model.precision must be bf16 or fp32')
+            raise ValueError(
+                f'training.method = "{self.training.method}" trains base weights: '
+                "model.precision must be bf16 or fp32"
+            )
         if self.training.batch_size < self.offer.num_gpus:
-            raise ValueError(f"training.batch_size = {self.training.batch_size} leaves some of {self.offer.num_gpus} GPUs without a row")
+            raise ValueError(
+                f"training.batch_size = {self.training.batch_size} leaves some of "
+                f"{self.offer.num_gpus} GPUs without a row"
+            )
         return self
 
 
 def load(path: Path) -> JobFile:
-    """Read a job file, with its relative paths made absolute. Raises ConfigError listing every mistake with its path."""
+    """Read a job file, with its relative paths made absolute. Raises ConfigError listing every
+    mistake with its path."""
     try:
         raw = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
-        raise ConfigError(f"{path}: no such job file", hint="ls jobs/*.toml shows the examples; copy one") from e
+        raise ConfigError(
+            f"{path}: no such job file", hint="ls jobs/*.toml shows the examples; copy one"
+        ) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: not TOML: {e}") from e
     return parse(raw, path)
 
 
 def parse(raw: dict[str, Any], path: Path) -> JobFile:
-    """`load` for a dict already read; `path` names the file in messages and anchors relative paths."""
+    """`load` for a dict already read; `path` names the file in messages and anchors relative
+    paths."""
     try:
         job = JobFile.model_validate(raw)
     except ValidationError as e:
@@ -121,12 +183,19 @@ def parse(raw: dict[str, Any], path: Path) -> JobFile:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a job file, for editors (`#:schema` in Taplo's convention)."""
-    return JobFile.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "milktea job"}
+    return JobFile.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "milktea job",
+    }
 
 
 def keys() -> list[str]:
     """Every key a job file may have, as dotted paths."""
-    return [f"{n}.{k}" if k else n for n, f in JobFile.model_fields.items() for k in (_fields_of(f.annotation) or [""])]
+    return [
+        f"{n}.{k}" if k else n
+        for n, f in JobFile.model_fields.items()
+        for k in (_fields_of(f.annotation) or [""])
+    ]
 
 
 def _fields_of(annotation: Any) -> list[str]:
@@ -137,10 +206,16 @@ def _fields_of(annotation: Any) -> list[str]:
 def _say(err: Any) -> str:
     where = ".".join(str(p) for p in err["loc"]) or "job"
     if err["type"] == "extra_forbidden":
-        near = [k for k in keys() if k.endswith("." + where.split(".")[-1])] or difflib.get_close_matches(where, keys(), 1, 0.6)
+        near = [
+            k for k in keys() if k.endswith("." + where.split(".")[-1])
+        ] or difflib.get_close_matches(where, keys(), 1, 0.6)
         return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     message = err["msg"].removeprefix("Value error, ")
-    given = f" (got {err['input']!r})" if err["type"] != "missing" and not isinstance(err["input"], dict) else ""
+    given = (
+        f" (got {err['input']!r})"
+        if err["type"] != "missing" and not isinstance(err["input"], dict)
+        else ""
+    )
     return f"{where}: {message}{given}"
 
 
@@ -148,11 +223,15 @@ def _anchored(job: JobFile, folder: Path) -> JobFile:
     def here(p: Path) -> Path:
         return (folder / p.expanduser()).resolve()
 
-    data = job.data.model_copy(update={
-        "files": [here(p) for p in job.data.files],
-        "held_out": here(job.data.held_out) if job.data.held_out else None,
-        "template": str(here(Path(job.data.template))) if "." in job.data.template else job.data.template,
-    })  # fmt: skip
+    data = job.data.model_copy(
+        update={
+            "files": [here(p) for p in job.data.files],
+            "held_out": here(job.data.held_out) if job.data.held_out else None,
+            "template": str(here(Path(job.data.template)))
+            if "." in job.data.template
+            else job.data.template,
+        }
+    )
     local = here(Path(job.model.base))
     model = job.model.model_copy(update={"base": str(local)}) if local.is_dir() else job.model
     results = job.results.model_copy(update={"folder": here(job.results.folder)})

@@ -1,4 +1,5 @@
-"""What is to be done with one job: all that a later client needs to go on. It is the journal's first line."""
+"""What is to be done with one job: all that a later client needs to go on. It is the journal's
+first line."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from ops.run.journal import Line
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, decided before a cent is spent. All of it goes into the journal's first line."""
+    """What is to be done, decided before a cent is spent. All of it goes into the journal's first
+    line."""
 
     run_id: str
     image: str
@@ -31,11 +33,17 @@ class Plan:
 
     def to_line(self) -> dict[str, Any]:
         row = asdict(self)
-        row["pushes"] = [{"local": str(p.local), "remote": p.remote, "sha256": p.sha256} for p in self.pushes]
+        row["pushes"] = [
+            {"local": str(p.local), "remote": p.remote, "sha256": p.sha256} for p in self.pushes
+        ]
         return row
 
     @classmethod
     def from_line(cls, line: Line) -> Plan:
         row = {f.name: line[f.name] for f in fields(cls)}
-        row["pushes"] = [PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]]
-        return cls(**row | {"needs": Needs(**row["needs"]), "workload": Workload(**row["workload"])})
+        row["pushes"] = [
+            PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]
+        ]
+        return cls(
+            **row | {"needs": Needs(**row["needs"]), "workload": Workload(**row["workload"])}
+        )

@@ -1,5 +1,6 @@
-"""The plan of a job, and every fault of the job that can be found without a provider. The rows go through the trainer's own checks
-(trainer/data/prepare.py), so that what is refused here is what the box would have refused an hour later."""
+"""The plan of a job, and every fault of the job that can be found without a provider. The rows go
+through the trainer's own checks (trainer/data/prepare.py), so that what is refused here is what the
+box would have refused an hour later."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from trainer.data import template as prompt
 from trainer.data.files import DATASET_INFO, find_sources
 from trainer.wire.job import Job
 
-CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}  # least compute capability
+# least compute capability
+CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}
 DRIVER_SHARE = 0.98  # of the memory that a card's driver reports, torch can have
 CPU_FLOP_S = 1e11  # of a laptop, generously
 SYSTEM_GIB = 4  # logs, pip's cache, the container's own
@@ -33,9 +35,12 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
 def new_plan(job: JobFile, root: Path, now: float, *, on_cpu: bool = False) -> Plan:
-    """The plan of a new run, whose folder in `root` it makes; or every defect of the data, a model that fits no card asked for, with `on_cpu` one
-    that the emulator's boxes could not train in time. Raises PreflightError or ConfigError, and leaves nothing then."""
-    run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
+    """The plan of a new run, whose folder in `root` it makes; or every defect of the data, a model
+    that fits no card asked for, with `on_cpu` one that the emulator's boxes could not train in
+    time. Raises PreflightError or ConfigError, and leaves nothing then."""
+    run_id = (
+        f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
+    )
     stage = root / run_id
     stage.mkdir(parents=True)
     try:
@@ -50,7 +55,11 @@ def new_plan(job: JobFile, root: Path, now: float, *, on_cpu: bool = False) -> P
 
 def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     """The plan; `stage` is a folder that exists."""
-    pushes = [*_data_files(job), *_model_files(job), *(_trainer_files() if job.image.trainer == "push" else [])]
+    pushes = [
+        *_data_files(job),
+        *_model_files(job),
+        *(_trainer_files() if job.image.trainer == "push" else []),
+    ]
     wire_job = _wire_job(job, run_id, pushes)
     notes: list[str] = []
     lengths = _lengths(wire_job, stage, pushes, notes)
@@ -58,42 +67,64 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     workload = _workload(job, lengths, shape, pushes)
     needs = _needs(job, workload, shape)
     return Plan(
-        run_id=run_id, image=job.image.ref, trainer=job.image.trainer, wire_job=json.loads(wire_job.model_dump_json()), pushes=pushes, needs=needs,
-        workload=workload, max_usd=job.limits.max_usd, max_s=job.limits.max_hours * 3600, stall_s=job.limits.stall_minutes * 60,
-        out=str(job.results.folder), notes=notes,
-    )  # fmt: skip
+        run_id=run_id,
+        image=job.image.ref,
+        trainer=job.image.trainer,
+        wire_job=json.loads(wire_job.model_dump_json()),
+        pushes=pushes,
+        needs=needs,
+        workload=workload,
+        max_usd=job.limits.max_usd,
+        max_s=job.limits.max_hours * 3600,
+        stall_s=job.limits.stall_minutes * 60,
+        out=str(job.results.folder),
+        notes=notes,
+    )
 
 
 def _refuse_too_slow_here(plan: Plan) -> None:
-    """The emulator's boxes compute on this machine's CPU: a model made for a GPU would run into limits.max_hours without a result."""
+    """The emulator's boxes compute on this machine's CPU: a model made for a GPU would run into
+    limits.max_hours without a result."""
     seconds = 6 * plan.workload.model_parameters * plan.workload.tokens / CPU_FLOP_S
     if seconds > plan.max_s:
         raise PreflightError(
-            f"without VAST_API_KEY the training runs on this computer's CPU, where {plan.workload.model_parameters / 1e9:.1f} billion parameters "
-            f"and {plan.workload.tokens:,.0f} tokens take about {seconds / 3600:,.0f} hours; limits.max_hours is {plan.max_s / 3600:.1f}",
-            hint="export VAST_API_KEY=... for the real run, or `make plan JOB=...` to see the emulated market",
+            "without VAST_API_KEY the training runs on this computer's CPU, where "
+            f"{plan.workload.model_parameters / 1e9:.1f} billion parameters "
+            f"and {plan.workload.tokens:,.0f} tokens take about {seconds / 3600:,.0f} hours; "
+            f"limits.max_hours is {plan.max_s / 3600:.1f}",
+            hint="export VAST_API_KEY=... for the real run, or `make plan JOB=...` to see the "
+            "emulated market",
         )
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def _data_files(job: JobFile) -> list[PushFile]:
     wanted = [*_with_named(job.data.files), *([job.data.held_out] if job.data.held_out else [])]
     missing = [p for p in wanted if not p.is_file()]
     if missing:
-        raise PreflightError("\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file")
+        raise PreflightError(
+            "\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file"
+        )
     # the name on the box is ours: a user's may hold what no shell likes; errors name the user's
-    return [PushFile(p, f"data/{n}{p.suffix if p.suffix[1:].isalnum() else ''}", sha256_of(p)) for n, p in enumerate(wanted)]
+    return [
+        PushFile(p, f"data/{n}{p.suffix if p.suffix[1:].isalnum() else ''}", sha256_of(p))
+        for n, p in enumerate(wanted)
+    ]
 
 
 def _with_named(files: list[Path]) -> list[Path]:
-    """The files, and where LLaMA-Factory's dataset_info.json stands alone, those that it names: the box needs them too."""
+    """The files, and where LLaMA-Factory's dataset_info.json stands alone, those that it names: the
+    box needs them too."""
     if not all(p.is_file() and p.name == DATASET_INFO for p in files):
         return files
     sources, defects = find_sources(files, "auto")
     if defects:
-        raise PreflightError("\n".join(str(d) for d in defects), hint="correct the file, or name the data files themselves in data.files")
+        raise PreflightError(
+            "\n".join(str(d) for d in defects),
+            hint="correct the file, or name the data files themselves in data.files",
+        )
     return [*files, *(s.path for s in sources)]
 
 
@@ -104,7 +135,8 @@ def _model_files(job: JobFile) -> list[PushFile]:
     files = [p for pattern in MODEL_FILES for p in sorted(folder.glob(pattern))]
     if not any(p.suffix == ".safetensors" for p in files):
         raise PreflightError(
-            f"{folder} holds no .safetensors file (pickled weights are not taken)", hint="save the model with save_pretrained, or name a hub model"
+            f"{folder} holds no .safetensors file (pickled weights are not taken)",
+            hint="save the model with save_pretrained, or name a hub model",
         )
     return [PushFile(p, f"model/{p.name}", sha256_of(p)) for p in files]
 
@@ -121,27 +153,42 @@ def _trainer_files() -> list[PushFile]:
 
 def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
     data = [
-        {"path": p.remote, "name": p.local.name, "sha256": p.sha256, "size_bytes": p.local.stat().st_size}
-        for p in pushes if p.remote.startswith("data/")
-    ]  # fmt: skip
+        {
+            "path": p.remote,
+            "name": p.local.name,
+            "sha256": p.sha256,
+            "size_bytes": p.local.stat().st_size,
+        }
+        for p in pushes
+        if p.remote.startswith("data/")
+    ]
     held_out = data.pop() if job.data.held_out else None
     template, text = _template(job.data.template)
     local = Path(job.model.base).is_dir()
     base, _, revision = (job.model.base, "", "") if local else job.model.base.partition("@")
-    return Job.model_validate({
-        "run_id": run_id,
-        "model": {
-            "base": Path(base).name if local else base, "revision": revision or None,
-            "path": "model" if local else None, "precision": job.model.precision,
-        },
-        "data": {
-            "files": data, "held_out": held_out, "format": job.data.format, "template": template, "template_text": text,
-            "max_length": job.data.max_length, "over_length": job.data.over_length,
-        },
-        "lora": job.lora.model_dump(),
-        "training": job.training.model_dump(),
-        "processes": job.offer.num_gpus,
-    })  # fmt: skip
+    return Job.model_validate(
+        {
+            "run_id": run_id,
+            "model": {
+                "base": Path(base).name if local else base,
+                "revision": revision or None,
+                "path": "model" if local else None,
+                "precision": job.model.precision,
+            },
+            "data": {
+                "files": data,
+                "held_out": held_out,
+                "format": job.data.format,
+                "template": template,
+                "template_text": text,
+                "max_length": job.data.max_length,
+                "over_length": job.data.over_length,
+            },
+            "lora": job.lora.model_dump(),
+            "training": job.training.model_dump(),
+            "processes": job.offer.num_gpus,
+        }
+    )
 
 
 def _template(name: str) -> tuple[str, str | None]:
@@ -151,15 +198,18 @@ def _template(name: str) -> tuple[str, str | None]:
             raise ConfigError(f"data.template: no such file: {path}")
         return path.stem, path.read_text("utf-8")
     if name != "chat" and name not in prompt.names():
-        raise ConfigError(f"data.template: {name!r} is none of {', '.join(prompt.names())}, chat, or a file")
+        raise ConfigError(
+            f"data.template: {name!r} is none of {', '.join(prompt.names())}, chat, or a file"
+        )
     return name, None
 
 
-# -- sizes ------------------------------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 
 def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> list[int]:
-    """Tokens of each row that will be trained on, by the trainer's own preparation on links to the user's files."""
+    """Tokens of each row that will be trained on, by the trainer's own preparation on links to the
+    user's files."""
     for p in pushes:
         if p.remote.startswith(("data/", "model/")):
             link = stage / p.remote
@@ -174,15 +224,22 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
         raise PreflightError(str(e)) from e
     except OSError as e:
         raise PreflightError(
-            f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}", hint="check model.base and the network, or name a local folder"
+            f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}",
+            hint="check model.base and the network, or name a local folder",
         ) from e
     finally:
         for name in ("data", "model", "cache"):
             shutil.rmtree(stage / name, ignore_errors=True)
     lengths = prepared.rows.lengths
     if not lengths:
-        raise PreflightError("no row is left to train on", hint="`python -m trainer.data FILE` says what became of each")
-    notes.append(f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row {max(lengths):,} tokens, stop token trained in every row")
+        raise PreflightError(
+            "no row is left to train on",
+            hint="`python -m trainer.data FILE` says what became of each",
+        )
+    notes.append(
+        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
+        f"{max(lengths):,} tokens, stop token trained in every row"
+    )
     return lengths
 
 
@@ -198,13 +255,18 @@ def _shape(job: JobFile, notes: list[str]) -> memory.Shape | None:
     except (ValueError, OSError) as e:
         if job.offer.min_gpu_memory_gib is None:
             raise PreflightError(
-                f"the memory that {job.model.base} needs cannot be predicted: {str(e)[:200]}", hint="set offer.min_gpu_memory_gib in the job file"
+                f"the memory that {job.model.base} needs cannot be predicted: {str(e)[:200]}",
+                hint="set offer.min_gpu_memory_gib in the job file",
             ) from e
-        notes.append(f"memory is not predicted ({str(e)[:80]}); offer.min_gpu_memory_gib is believed")
+        notes.append(
+            f"memory is not predicted ({str(e)[:80]}); offer.min_gpu_memory_gib is believed"
+        )
         return None
 
 
-def _workload(job: JobFile, lengths: list[int], shape: memory.Shape | None, pushes: list[PushFile]) -> Workload:
+def _workload(
+    job: JobFile, lengths: list[int], shape: memory.Shape | None, pushes: list[PushFile]
+) -> Workload:
     steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
     share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
     tokens = sum(lengths) * job.training.num_train_epochs * share
@@ -217,7 +279,11 @@ def _workload(job: JobFile, lengths: list[int], shape: memory.Shape | None, push
     pushed = float(sum(p.local.stat().st_size for p in pushes))
     download = 0.0 if local else parameters * 2
     disk = job.offer.disk_gib or max(
-        10, math.ceil((image_bytes * IMAGE_UNPACKED + 1.1 * (download + pushed) + 6 * adapter) / 2**30 + SYSTEM_GIB)
+        10,
+        math.ceil(
+            (image_bytes * IMAGE_UNPACKED + 1.1 * (download + pushed) + 6 * adapter) / 2**30
+            + SYSTEM_GIB
+        ),
     )
     return Workload(
         tokens=tokens,
@@ -245,29 +311,58 @@ def _workload(job: JobFile, lengths: list[int], shape: memory.Shape | None, push
 def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
     least = 0.0
     if shape:
-        least = memory.min_gpu_memory_gib(
-            shape, job.model.precision, job.lora.r, job.lora.target_modules, workload.method, workload.least_tokens,
-            processes=job.offer.num_gpus, trainable_layers=workload.trainable_layers,
-        ) / DRIVER_SHARE  # fmt: skip
+        least = (
+            memory.min_gpu_memory_gib(
+                shape,
+                job.model.precision,
+                job.lora.r,
+                job.lora.target_modules,
+                workload.method,
+                workload.least_tokens,
+                processes=job.offer.num_gpus,
+                trainable_layers=workload.trainable_layers,
+            )
+            / DRIVER_SHARE
+        )
         _refuse_cards_too_small(job, least)
     o = job.offer
     return Needs(
-        gpu_names=tuple(o.gpu_name), min_gpu_memory_gib=max(least, o.min_gpu_memory_gib or 0.0), num_gpus=o.num_gpus,
-        max_usd_per_hour=o.max_usd_per_hour, min_reliability=o.min_reliability, countries=tuple(o.countries),
-        min_inet_down_mbps=o.min_inet_down_mbps, min_cuda=o.min_cuda, interruptible=o.type == "interruptible", bid_usd_per_hour=o.bid_usd_per_hour,
-        disk_gib=workload.disk_gib, hours=job.limits.max_hours, min_compute_capability=CAPABILITY[job.model.precision], max_usd=None,
-    )  # fmt: skip
+        gpu_names=tuple(o.gpu_name),
+        min_gpu_memory_gib=max(least, o.min_gpu_memory_gib or 0.0),
+        num_gpus=o.num_gpus,
+        max_usd_per_hour=o.max_usd_per_hour,
+        min_reliability=o.min_reliability,
+        countries=tuple(o.countries),
+        min_inet_down_mbps=o.min_inet_down_mbps,
+        min_cuda=o.min_cuda,
+        interruptible=o.type == "interruptible",
+        bid_usd_per_hour=o.bid_usd_per_hour,
+        disk_gib=workload.disk_gib,
+        hours=job.limits.max_hours,
+        min_compute_capability=CAPABILITY[job.model.precision],
+        max_usd=None,
+    )
 
 
 def _refuse_cards_too_small(job: JobFile, least_gib: float) -> None:
     """Every card that was named is too small: say so, with the nearest that is not."""
     named = [g for n in job.offer.gpu_name if (g := gpus.find(n))]
-    if not named or len(named) < len(job.offer.gpu_name) or any(g.memory_gib >= least_gib for g in named):
+    if (
+        not named
+        or len(named) < len(job.offer.gpu_name)
+        or any(g.memory_gib >= least_gib for g in named)
+    ):
         return
     fits = gpus.that_hold(least_gib, job.model.precision)
-    nearest = f"the nearest that fits is {fits[0].name} ({fits[0].memory_gib:.0f} GiB)" if fits else "no card fits"
+    nearest = (
+        f"the nearest that fits is {fits[0].name} ({fits[0].memory_gib:.0f} GiB)"
+        if fits
+        else "no card fits"
+    )
     have = ", ".join(f"{g.name} {g.memory_gib:.0f} GiB" for g in named)
     raise PreflightError(
-        f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} needs {least_gib:.1f} GiB on one GPU ({have}); {nearest}",
-        hint=f'add it to offer.gpu_name, or set model.precision = "nf4" (now {job.model.precision})',
+        f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} "
+        f"needs {least_gib:.1f} GiB on one GPU ({have}); {nearest}",
+        hint='add it to offer.gpu_name, or set model.precision = "nf4" (now '
+        f"{job.model.precision})",
     )

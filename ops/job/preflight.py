@@ -1,4 +1,5 @@
-"""Everything that can fail for free, before a cent is spent: the job itself (ops/job/planner.py), its image, the key, the credit."""
+"""Everything that can fail for free, before a cent is spent: the job itself (ops/job/planner.py),
+its image, the key, the credit."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
-    """The plan that `make` makes in `root`, or what stands against it there, or at vast.ai: an image of another wire, a key that does not work,
-    no credit. Raises PreflightError or ConfigError; costs nothing, and leaves nothing."""
+    """The plan that `make` makes in `root`, or what stands against it there, or at vast.ai: an
+    image of another wire, a key that does not work, no credit. Raises PreflightError or
+    ConfigError; costs nothing, and leaves nothing."""
     try:
         credit = vast.credit_usd()
     except Refused as e:
@@ -27,7 +29,10 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
     try:
         _check_image(plan)
         if credit <= 0:
-            raise PreflightError(f"the account has {credit:.2f} $ of credit", hint="add credit at https://cloud.vast.ai/billing/")
+            raise PreflightError(
+                f"the account has {credit:.2f} $ of credit",
+                hint="add credit at https://cloud.vast.ai/billing/",
+            )
     except PreflightError:
         shutil.rmtree(root / plan.run_id)
         raise
@@ -41,11 +46,20 @@ def _check_image(plan: Plan) -> None:
     folder = Path(__file__).parents[2] / "images"
     for file in sorted(folder.glob("*.toml")):
         said = tomllib.loads(file.read_text("utf-8"))
-        names = (said.get("name"), said.get("image", {}).get("name") if isinstance(said.get("image"), dict) else None, file.stem)
+        names = (
+            said.get("name"),
+            said.get("image", {}).get("name") if isinstance(said.get("image"), dict) else None,
+            file.stem,
+        )
         if plan.image.split("/")[-1].split(":")[0] in names:
-            wire = said.get("wire", said.get("image", {}).get("wire") if isinstance(said.get("image"), dict) else None)
+            wire = said.get(
+                "wire",
+                said.get("image", {}).get("wire") if isinstance(said.get("image"), dict) else None,
+            )
             if wire is not None and wire != WIRE:
                 raise PreflightError(
-                    f"image {plan.image} speaks wire {wire} ({file.name}), this milktea speaks {WIRE}",
-                    hint=f'`make image IMAGE={file.stem}` builds one that fits, or set image.trainer = "push"',
+                    f"image {plan.image} speaks wire {wire} ({file.name}), this milktea "
+                    f"speaks {WIRE}",
+                    hint=f"`make image IMAGE={file.stem}` builds one that fits, or set "
+                    'image.trainer = "push"',
                 )

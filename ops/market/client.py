@@ -1,7 +1,9 @@
-"""The only module that speaks to vast.ai: the `vastai` package's own HTTP client, one attempt a call, replies parsed at the edge.
+"""The only module that speaks to vast.ai: the `vastai` package's own HTTP client, one attempt a
+call, replies parsed at the edge.
 
-The package's SDK functions are not used above its client: they re-send a create whose answer was lost, and they throw away the
-server's own words. Reads and destroys are repeated here, within `PATIENCE_S`; a create never is.
+The package's SDK functions are not used above its client: they re-send a create whose answer was
+lost, and they throw away the server's own words. Reads and destroys are repeated here, within
+`PATIENCE_S`; a create never is.
 """
 
 from __future__ import annotations
@@ -19,11 +21,20 @@ from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
 from ops.market.models import ROWS, Instance, Offer, parse_instance, parse_offer
 from ops.wait import Clock, until
 
-# Least seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429 below them).
+# Least seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429 below
+# them).
 INTERVAL_S = {
-    "search": 1.0, "create": 4.5, "list": 1.0, "show": 2.0, "destroy": 3.0, "attach": 1.0,
-    "reboot": 1.0, "logs": 1.0, "charges": 1.0, "user": 0.5,
-}  # fmt: skip
+    "search": 1.0,
+    "create": 4.5,
+    "list": 1.0,
+    "show": 2.0,
+    "destroy": 3.0,
+    "attach": 1.0,
+    "reboot": 1.0,
+    "logs": 1.0,
+    "charges": 1.0,
+    "user": 0.5,
+}
 PATIENCE_S = 60.0  # for a call that may be repeated
 LOG_PATIENCE_S = 10.0  # for a container's log
 PAGE = 25
@@ -48,51 +59,84 @@ class Charge:
 
 class Vast:
     def __init__(self, provider: Provider, clock: Clock) -> None:
-        # The client sends what the machine's proxy settings and this address say; a trailing slash would double.
+        # The client sends what the machine's proxy settings and this address say; a trailing slash
+        # would double.
         self.provider = provider
         self.clock = clock
         self._client = VastClient(provider.api_key, provider.url.rstrip("/"), retry=1, timeout=30)
         self._last_call: dict[str, float] = {}
 
-    # -- account ------------------------------------------------------------------------------------------------
+    # -- account -----------------------------------------------------------------------------------
 
     def credit_usd(self) -> float:
         """Prepaid dollars left. Raises Refused for a key that vast.ai does not know."""
         return float(self._repeat("user", "GET", "/users/current").get("credit") or 0.0)
 
-    # -- market -------------------------------------------------------------------------------------------------
+    # -- market ------------------------------------------------------------------------------------
 
-    def search(self, query: dict[str, Any], *, interruptible: bool, disk_gib: float) -> tuple[list[Offer], bool]:
-        """(offers as the server filtered them, priced for `disk_gib`; whether there may be more). Rows that cannot be read are left out."""
-        body: dict[str, Any] = {"verified": {"eq": True}, "external": {"eq": False}, "rentable": {"eq": True}, "rented": {"eq": False}}
-        body |= query | {"type": "bid" if interruptible else "on-demand", "allocated_storage": disk_gib, "limit": ROWS}
+    def search(
+        self, query: dict[str, Any], *, interruptible: bool, disk_gib: float
+    ) -> tuple[list[Offer], bool]:
+        """(offers as the server filtered them, priced for `disk_gib`; whether there may be more).
+        Rows that cannot be read are left out."""
+        body: dict[str, Any] = {
+            "verified": {"eq": True},
+            "external": {"eq": False},
+            "rentable": {"eq": True},
+            "rented": {"eq": False},
+        }
+        body |= query | {
+            "type": "bid" if interruptible else "on-demand",
+            "allocated_storage": disk_gib,
+            "limit": ROWS,
+        }
         body.setdefault("order", [["dph_total", "asc"]])
         rows = self._repeat("search", "POST", "/bundles/", body).get("offers")
         return _readable(parse_offer, rows), isinstance(rows, list) and len(rows) >= ROWS
 
-    # -- instances ----------------------------------------------------------------------------------------------
+    # -- instances ---------------------------------------------------------------------------------
 
     def create(
-        self, offer_id: int, *, image: str, disk_gib: float, label: str, env: dict[str, str], onstart: str, bid_usd_per_hour: float | None
+        self,
+        offer_id: int,
+        *,
+        image: str,
+        disk_gib: float,
+        label: str,
+        env: dict[str, str],
+        onstart: str,
+        bid_usd_per_hour: float | None,
     ) -> int:
-        """Rent once and return the instance id. Never repeated: what a failure leaves behind is found by `label`.
+        """Rent once and return the instance id. Never repeated: what a failure leaves behind is
+        found by `label`.
 
-        Raises OfferGone (taken; nothing exists), Refused (credit, arguments; nothing exists unless `.instance_id` is set),
-        RateLimited (not looked at), NoAnswer (anything may exist)."""
+        Raises OfferGone (taken; nothing exists), Refused (credit, arguments; nothing exists unless
+        `.instance_id` is set), RateLimited (not looked at), NoAnswer (anything may exist)."""
         body = build_create_instance_payload(
-            image=image, disk=disk_gib, env=env, price=bid_usd_per_hour, label=label, onstart_cmd=onstart,
-            ssh=True, direct=True, cancel_unavail=True,
-        )  # fmt: skip
+            image=image,
+            disk=disk_gib,
+            env=env,
+            price=bid_usd_per_hour,
+            label=label,
+            onstart_cmd=onstart,
+            ssh=True,
+            direct=True,
+            cancel_unavail=True,
+        )
         reply = self._call("create", "PUT", f"/asks/{offer_id}/", body, timeout_s=60)
         if reply.get("success") is True and isinstance(reply.get("new_contract"), int):
             return int(reply["new_contract"])
         raise _refusal(200, reply)
 
     def instances(self, label: str | None = None) -> list[Instance]:
-        """Every instance of the account over all pages, or those with `label`. A row that cannot be read raises NoAnswer:
-        a list with a hole in it proves nothing."""
+        """Every instance of the account over all pages, or those with `label`. A row that cannot be
+        read raises NoAnswer: a list with a hole in it proves nothing."""
         rows: list[dict[str, Any]] = []
-        query: dict[str, Any] = {"select_filters": {}, "order_by": [{"col": "id", "dir": "asc"}], "limit": PAGE}
+        query: dict[str, Any] = {
+            "select_filters": {},
+            "order_by": [{"col": "id", "dir": "asc"}],
+            "limit": PAGE,
+        }
         while True:
             page = self._repeat("list", "GET", "/api/v1/instances/", query=query)
             if not isinstance(page.get("instances"), list):
@@ -120,7 +164,8 @@ class Vast:
         return parse_instance(row) if isinstance(row, dict) else None
 
     def destroy(self, instance_id: int) -> None:
-        """Ask for destruction; an instance that is not there is success. That it is gone must be proven by listing."""
+        """Ask for destruction; an instance that is not there is success. That it is gone must be
+        proven by listing."""
         try:
             self._repeat("destroy", "DELETE", f"/instances/{instance_id}/", {})
         except Refused as e:
@@ -134,8 +179,11 @@ class Vast:
         self._repeat("reboot", "PUT", f"/instances/reboot/{instance_id}/", {})
 
     def container_log(self, instance_id: int, lines: int = 200) -> str:
-        """The container's own log, or "" when vast.ai does not deliver it in LOG_PATIENCE_S. Gone after destroy."""
-        reply = self._call("logs", "PUT", f"/instances/request_logs/{instance_id}/", {"tail": str(lines)})
+        """The container's own log, or "" when vast.ai does not deliver it in LOG_PATIENCE_S. Gone
+        after destroy."""
+        reply = self._call(
+            "logs", "PUT", f"/instances/request_logs/{instance_id}/", {"tail": str(lines)}
+        )
         url = str(reply.get("result_url"))
 
         def delivered() -> str | None:
@@ -145,24 +193,49 @@ class Vast:
         return until(delivered, every_s=0.5, timeout_s=LOG_PATIENCE_S, clock=self.clock) or ""
 
     def charges(self, instance_id: int, since_unix_s: float) -> list[Charge]:
-        """What vast.ai charged for one instance, which is no older than `since_unix_s`. It can lag behind by hours on the real service."""
-        filters = {"day": {"gte": int(since_unix_s) - 86400, "lte": int(self.clock.now()) + 86400}, "type": {"in": ["instance"]}}
-        query: dict[str, Any] = {"select_filters": filters, "format": "tree", "latest_first": True, "limit": 100}
+        """What vast.ai charged for one instance, which is no older than `since_unix_s`. It can lag
+        behind by hours on the real service."""
+        filters = {
+            "day": {"gte": int(since_unix_s) - 86400, "lte": int(self.clock.now()) + 86400},
+            "type": {"in": ["instance"]},
+        }
+        query: dict[str, Any] = {
+            "select_filters": filters,
+            "format": "tree",
+            "latest_first": True,
+            "limit": 100,
+        }
         found: list[Charge] = []
         while True:
             page = self._repeat("charges", "GET", "/charges/", query=query)
             rows = page.get("results") or []
             for row in rows:
                 if row.get("source") == f"instance-{instance_id}":
-                    found += [Charge(str(i.get("type")), float(i.get("amount") or 0), str(i.get("description", ""))) for i in row.get("items") or []]
-            if not page.get("next_token") or float(rows[-1].get("start") or 0) < since_unix_s:  # the latest came first
+                    found += [
+                        Charge(
+                            str(i.get("type")),
+                            float(i.get("amount") or 0),
+                            str(i.get("description", "")),
+                        )
+                        for i in row.get("items") or []
+                    ]
+            # the latest came first
+            if not page.get("next_token") or float(rows[-1].get("start") or 0) < since_unix_s:
                 return found
             query["after_token"] = page["next_token"]
 
-    # -- the wire -----------------------------------------------------------------------------------------------
+    # -- the wire ----------------------------------------------------------------------------------
 
-    def _repeat(self, kind: str, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None) -> dict[str, Any]:
-        """A call that is safe to make twice: repeated on 429 and on silence until PATIENCE_S is over."""
+    def _repeat(
+        self,
+        kind: str,
+        method: str,
+        path: str,
+        body: Any = None,
+        query: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """A call that is safe to make twice: repeated on 429 and on silence until PATIENCE_S is
+        over."""
         failed: list[MarketError] = []
 
         def called() -> dict[str, Any] | None:
@@ -172,13 +245,21 @@ class Vast:
                 failed.append(e)
                 return None
 
-        reply = until(called, every_s=2.0 * INTERVAL_S[kind], timeout_s=PATIENCE_S, clock=self.clock)
+        reply = until(
+            called, every_s=2.0 * INTERVAL_S[kind], timeout_s=PATIENCE_S, clock=self.clock
+        )
         if reply is None:
             raise failed[-1]
         return reply
 
     def _call(
-        self, kind: str, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None, timeout_s: float = 30
+        self,
+        kind: str,
+        method: str,
+        path: str,
+        body: Any = None,
+        query: dict[str, Any] | None = None,
+        timeout_s: float = 30,
     ) -> dict[str, Any]:
         self._wait_for_turn(kind)
         verb = getattr(self._client, method.lower())
@@ -189,7 +270,10 @@ class Vast:
         except requests.exceptions.JSONDecodeError:
             content = {"msg": reply.text[:200].strip()}
             if reply.ok:
-                raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}, but not in JSON: {content['msg']}") from None
+                raise NoAnswer(
+                    f"{what}: vast.ai answered {reply.status_code}, but not in JSON: "
+                    f"{content['msg']}"
+                ) from None
         except requests.RequestException as e:
             raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_short(e)}") from e
         if reply.status_code == 429:
@@ -214,8 +298,13 @@ def provider_from(environ: dict[str, str] | os._Environ[str]) -> Provider | None
 
 
 def _refusal(status: int, content: Any) -> MarketError:
-    """The error for a reply that says no. `instance_id` is set when the reply names a contract that it created all the same."""
-    code, words = (str(content.get("error") or ""), _words(content)) if isinstance(content, dict) else ("", str(content)[:200])
+    """The error for a reply that says no. `instance_id` is set when the reply names a contract that
+    it created all the same."""
+    code, words = (
+        (str(content.get("error") or ""), _words(content))
+        if isinstance(content, dict)
+        else ("", str(content)[:200])
+    )
     contract = content.get("new_contract") if isinstance(content, dict) else None
     kind: type[MarketError] = Refused
     if "no_such_ask" in code + words:
@@ -229,7 +318,9 @@ def _refusal(status: int, content: Any) -> MarketError:
     else:
         what = f"vast.ai refused ({status}): {words}"
         hint = "`milktea explain RUN` shows what was asked"
-    return kind(what, code=code, instance_id=contract if isinstance(contract, int) else None, hint=hint)
+    return kind(
+        what, code=code, instance_id=contract if isinstance(contract, int) else None, hint=hint
+    )
 
 
 def _is_gone(e: Refused) -> bool:

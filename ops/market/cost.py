@@ -1,7 +1,8 @@
 """Pure: what a run will cost on an offer, what it costs by now, and how the bill compares.
 
-vast.ai bills GPUs by the second while running (not while loading), disk by the second while the instance exists, and every
-byte both ways at the host's price. A month is 720 hours (its own arithmetic), a GB here is 1e9 bytes.
+vast.ai bills GPUs by the second while running (not while loading), disk by the second while the
+instance exists, and every byte both ways at the host's price. A month is 720 hours (its own
+arithmetic), a GB here is 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from trainer import memory
 MONTH_H = 720.0
 GB = 1e9
 
-_LINK = 0.6  # of the advertised bandwidth that one download reaches (seen: 550 of a gigabit, dstack#2020)
+# of the advertised bandwidth that one download reaches (seen: 550 of a gigabit, dstack#2020)
+_LINK = 0.6
 _UNPACK_BYTES_S = 120e6  # compressed image bytes: docker inflates a layer on one core
 _MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU, when the host does not say
 _START_S = 40.0  # imports, self-tests, compilation, to the first step
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 lasts a day's rental with that chance
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
-_TORCH_SEES = 0.98  # of the memory that the driver reports: an RTX 4090's 23.99 GiB are 23.6 to torch, and to the trainer
+# of the memory that the driver reports: an RTX 4090's 23.99 GiB are 23.6 to torch, and to the
+# trainer
+_TORCH_SEES = 0.98
 _BOOT_FAILS = 0.02  # even on the best host
-_PRACTICE_FLOPS = 50e9  # a practice run trains on this computer's CPU: two cores reached 40 to 70 GFLOP/s
+# a practice run trains on this computer's CPU: two cores reached 40 to 70 GFLOP/s
+_PRACTICE_FLOPS = 50e9
 _PRACTICE_BOOT_S, _PRACTICE_START_S = 3.0, 10.0  # and its boxes are processes
 
 Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Targets
@@ -37,10 +42,12 @@ Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Tar
 class Workload:
     """What a run moves and computes, wherever it runs.
 
-    `tokens` is over all epochs. `model_parameters` are those that a matrix product touches; with `shape` given, whether and how the model
-    fits a card is solved as the trainer will: `method` and `trainable_layers` as memory.predict takes them, `least_tokens` its longest row,
-    `row_tokens` the row of the mean token (sum of squared lengths over sum of lengths). `home_*_mbps` is the laptop's own link. `boot_s` is
-    from create to a shell, without the image. `cpu_practice`: a run against the emulator, whose speed is this computer's.
+    `tokens` is over all epochs. `model_parameters` are those that a matrix product touches; with
+    `shape` given, whether and how the model fits a card is solved as the trainer will: `method` and
+    `trainable_layers` as memory.predict takes them, `least_tokens` its longest row, `row_tokens`
+    the row of the mean token (sum of squared lengths over sum of lengths). `home_*_mbps` is the
+    laptop's own link. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run
+    against the emulator, whose speed is this computer's.
     """
 
     tokens: float
@@ -74,8 +81,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """The prediction for one offer. `usd` is a run without accident, `expected_usd` counts failed boots and restarts from the
-    last checkpoint; `p_finish` is the chance that this very machine finishes. `hours` is from create to destroy."""
+    """The prediction for one offer. `usd` is a run without accident, `expected_usd` counts failed
+    boots and restarts from the last checkpoint; `p_finish` is the chance that this very machine
+    finishes. `hours` is from create to destroy."""
 
     usd: float
     gpu_usd: float
@@ -104,7 +112,8 @@ class Cost:
 
 
 class DoesNotFit(ValueError):
-    """This card cannot run the workload; the message says why, `filter_name` what to change in the job file."""
+    """This card cannot run the workload; the message says why, `filter_name` what to change in the
+    job file."""
 
     def __init__(self, why: str, filter_name: str) -> None:
         super().__init__(why)
@@ -122,15 +131,22 @@ def disk_usd_per_hour(machine: Instance | Offer, disk_gib: float) -> float:
 
 
 def tokens_per_second(offer: Offer, workload: Workload) -> float:
-    """The predicted speed of an offer. Raises DoesNotFit when the card is too small, lacks the precision, or is unknown
-    to both the table and vast.ai's benchmark."""
+    """The predicted speed of an offer. Raises DoesNotFit when the card is too small, lacks the
+    precision, or is unknown to both the table and vast.ai's benchmark."""
     if workload.cpu_practice:
         return _PRACTICE_FLOPS / (4 * workload.model_parameters)
     gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
-        offer.gpu_name, offer.gpu_memory_gib, offer.compute_capability, offer.dlperf / offer.num_gpus, offer.gpu_memory_gb_s
+        offer.gpu_name,
+        offer.gpu_memory_gib,
+        offer.compute_capability,
+        offer.dlperf / offer.num_gpus,
+        offer.gpu_memory_gb_s,
     )
     if gpu is None:
-        raise DoesNotFit(f"the speed of a {offer.gpu_name} is unknown, and the offer carries no DLPerf", "gpu_name")
+        raise DoesNotFit(
+            f"the speed of a {offer.gpu_name} is unknown, and the offer carries no DLPerf",
+            "gpu_name",
+        )
     recomputed = _recomputed_share(offer, workload)
     full = workload.method == "full"
     speed = gpus.tokens_per_second(
@@ -144,25 +160,39 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
         workload.row_tokens,
     )
     if speed <= 0:
-        why = f"a {offer.gpu_name} (compute capability {offer.compute_capability}) does not compute in {workload.precision}"
+        why = (
+            f"a {offer.gpu_name} (compute capability {offer.compute_capability}) does not "
+            f"compute in {workload.precision}"
+        )
         raise DoesNotFit(why, "model.precision")
     return speed
 
 
-def predict(offer: Offer, workload: Workload, bid_usd_per_hour: float | None = None, p_bad: float = 0.0) -> Cost:
-    """Dollars and seconds of `workload` on `offer`; `bid_usd_per_hour` makes it interruptible, `p_bad` is what our own memory
-    of this machine says (0 to 1). Raises DoesNotFit."""
+def predict(
+    offer: Offer, workload: Workload, bid_usd_per_hour: float | None = None, p_bad: float = 0.0
+) -> Cost:
+    """Dollars and seconds of `workload` on `offer`; `bid_usd_per_hour` makes it interruptible,
+    `p_bad` is what our own memory of this machine says (0 to 1). Raises DoesNotFit."""
     speed = tokens_per_second(offer, workload)
     if workload.cpu_practice:
         workload = replace(workload, boot_s=_PRACTICE_BOOT_S, start_s=_PRACTICE_START_S)
-    down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3  # bytes a second
-    pull_s = 0.0 if workload.cpu_practice else max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
+    # bytes a second
+    down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3
+    pull_s = (
+        0.0
+        if workload.cpu_practice
+        else max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
+    )
     transfer_s = (
         _over(workload.push_bytes, min(down, workload.home_up_mbps * 125e3))
         + _over(workload.model_download_bytes, down)
         + _over(workload.pull_bytes, min(up, workload.home_down_mbps * 125e3))
     )
-    read_s = 0.0 if workload.cpu_practice else 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
+    read_s = (
+        0.0
+        if workload.cpu_practice
+        else 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
+    )
     start_s, train_s = workload.start_s + read_s, workload.tokens / speed
     running_h = (transfer_s + start_s + train_s) / 3600
     hours = running_h + (workload.boot_s + pull_s) / 3600
@@ -172,14 +202,21 @@ def predict(offer: Offer, workload: Workload, bid_usd_per_hour: float | None = N
     inet_down_usd = gb_in * offer.inet_down_usd_per_gb
     mirrored_bytes = workload.checkpoint_bytes * math.floor(train_s / workload.save_every_s)
     gb_out = (workload.pull_bytes + mirrored_bytes) / GB
-    gpu_usd, disk_usd, inet_up_usd = rate * running_h, disk_rate * hours, gb_out * offer.inet_up_usd_per_gb
+    gpu_usd, disk_usd, inet_up_usd = (
+        rate * running_h,
+        disk_rate * hours,
+        gb_out * offer.inet_up_usd_per_gb,
+    )
     usd = gpu_usd + disk_usd + inet_down_usd + inet_up_usd
 
-    # Accidents: a boot that fails costs the image and some disk; a break costs everything up to the first step once more.
+    # Accidents: a boot that fails costs the image and some disk; a break costs everything up to the
+    # first step once more.
     p_boot_fails = 1 - (1 - _BOOT_FAILS) * max(offer.reliability, 0.5) * (1 - min(p_bad, 0.99))
     breaks_per_h = _breaks_per_hour(offer, bid_usd_per_hour)
     loading_h = (workload.boot_s + pull_s) / 3600
-    dead_boot_usd = workload.image_bytes / GB * offer.inet_down_usd_per_gb + disk_rate * 3 * loading_h
+    dead_boot_usd = (
+        workload.image_bytes / GB * offer.inet_down_usd_per_gb + disk_rate * 3 * loading_h
+    )
     again_h = (transfer_s + start_s + min(workload.save_every_s, train_s) / 2) / 3600
     again_usd = (rate + disk_rate) * again_h + disk_rate * loading_h + inet_down_usd
     breaks = breaks_per_h * running_h / max(1 - breaks_per_h * again_h, 0.05)
@@ -218,14 +255,19 @@ def burn_usd(
     disk_gib: float | None = None,
     bid_usd_per_hour: float | None = None,
 ) -> float:
-    """Dollars spent by now: GPUs (or the bid) for the running seconds, disk for the existing ones, bytes at the host's prices.
+    """Dollars spent by now: GPUs (or the bid) for the running seconds, disk for the existing ones,
+    bytes at the host's prices.
 
-    An Offer does not know what disk was rented of it: `disk_gib` says. An Instance does, and its $/h holds the bid already.
+    An Offer does not know what disk was rented of it: `disk_gib` says. An Instance does, and its
+    $/h holds the bid already.
     """
     disk_rate = disk_usd_per_hour(
-        machine, machine.disk_gib if disk_gib is None and isinstance(machine, Instance) else disk_gib or 0.0
+        machine,
+        machine.disk_gib if disk_gib is None and isinstance(machine, Instance) else disk_gib or 0.0,
     )
-    gpu_rate = machine.usd_per_hour - disk_rate if isinstance(machine, Instance) else machine.usd_per_hour
+    gpu_rate = (
+        machine.usd_per_hour - disk_rate if isinstance(machine, Instance) else machine.usd_per_hour
+    )
     if bid_usd_per_hour is not None:
         gpu_rate = bid_usd_per_hour
     spent = (gpu_rate * elapsed_running_s + disk_rate * elapsed_existing_s) / 3600
@@ -233,16 +275,21 @@ def burn_usd(
 
 
 def compare(prediction: Cost, bill_items: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The bill (items of /charges/: type gpu, disk, bwd or bwu, and amount) beside the prediction, a line a kind and a total.
-    A kind that we do not know is listed as it is called."""
+    """The bill (items of /charges/: type gpu, disk, bwd or bwu, and amount) beside the prediction,
+    a line a kind and a total. A kind that we do not know is listed as it is called."""
     predicted = {
-        "gpu": prediction.gpu_usd, "disk": prediction.disk_usd, "bwd": prediction.inet_down_usd, "bwu": prediction.inet_up_usd,
-    }  # fmt: skip
+        "gpu": prediction.gpu_usd,
+        "disk": prediction.disk_usd,
+        "bwd": prediction.inet_down_usd,
+        "bwu": prediction.inet_up_usd,
+    }
     billed: dict[str, float] = dict.fromkeys(predicted, 0.0)
     for item in bill_items:
         kind = str(item.get("type", "unknown"))
         billed[kind] = billed.get(kind, 0.0) + float(item.get("amount") or 0.0)
-    lines = [_beside(_KINDS.get(k, k), predicted.get(k, 0.0), amount) for k, amount in billed.items()]
+    lines = [
+        _beside(_KINDS.get(k, k), predicted.get(k, 0.0), amount) for k, amount in billed.items()
+    ]
     return [*lines, _beside("total", prediction.usd, sum(billed.values()))]
 
 
@@ -257,18 +304,39 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
     )
     least = max(1, min(w.least_tokens, int(w.tokens)))
-    found = _fit(w.shape, offer.gpu_memory_gib, w.precision, w.r, targets, w.method, w.trainable_layers, least, w.num_gpus)
+    found = _fit(
+        w.shape,
+        offer.gpu_memory_gib,
+        w.precision,
+        w.r,
+        targets,
+        w.method,
+        w.trainable_layers,
+        least,
+        w.num_gpus,
+    )
     if isinstance(found, str):
-        raise DoesNotFit(f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB", "gpu_memory")
+        raise DoesNotFit(
+            f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB",
+            "gpu_memory",
+        )
     return found
 
 
 @lru_cache(maxsize=4096)
 def _fit(
-    shape: memory.Shape, driver_gib: float, precision: str, r: int, targets: Modules, method: str, trainable_layers: int, least: int,
+    shape: memory.Shape,
+    driver_gib: float,
+    precision: str,
+    r: int,
+    targets: Modules,
+    method: str,
+    trainable_layers: int,
+    least: int,
     processes: int,
-) -> float | str:  # fmt: skip
-    """The share of layers that are checkpointed on such a card, or what it would need. Remembered: a market has few sizes."""
+) -> float | str:
+    """The share of layers that are checkpointed on such a card, or what it would need. Remembered:
+    a market has few sizes."""
     capacity = driver_gib * _TORCH_SEES
     more: Any = {"processes": processes, "trainable_layers": trainable_layers}
     plan = memory.solve(shape, capacity, precision, r, targets, method, least, **more)
@@ -300,15 +368,22 @@ def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
     disk_month = offer.storage_usd_per_gib_month
     moved = workload.push_bytes + workload.model_download_bytes + workload.pull_bytes
     return (
-        f"train     {_span(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / {c.tokens_per_s:,.0f} a second on {where}",
-        f"before    {_span(c.boot_s + c.pull_s)} to boot and pull {workload.image_bytes / GB:.2f} GB of image",
+        f"train     {_span(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / "
+        f"{c.tokens_per_s:,.0f} a second on {where}",
+        f"before    {_span(c.boot_s + c.pull_s)} to boot and pull "
+        f"{workload.image_bytes / GB:.2f} GB of image",
         f"around    {_span(c.transfer_s)} to move {moved / GB:.2f} GB, {_span(c.start_s)} to start",
-        f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h (loading is not billed)",
-        f"disk      ${c.disk_usd:.4f} = {c.hours:.3f} h x {workload.disk_gib:g} GB x ${disk_month:.3f}/GB/month",
-        f"download  ${c.inet_down_usd:.4f} = {c.gb_in:.2f} GB x ${offer.inet_down_usd_per_gb:.4f}/GB",
+        f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h "
+        "(loading is not billed)",
+        f"disk      ${c.disk_usd:.4f} = {c.hours:.3f} h x {workload.disk_gib:g} GB x "
+        f"${disk_month:.3f}/GB/month",
+        f"download  ${c.inet_down_usd:.4f} = {c.gb_in:.2f} GB x "
+        f"${offer.inet_down_usd_per_gb:.4f}/GB",
         f"upload    ${c.inet_up_usd:.4f} = {c.gb_out:.2f} GB x ${offer.inet_up_usd_per_gb:.4f}/GB",
-        f"risk      ${c.risk_usd:.4f} for boots that fail and restarts, at reliability {offer.reliability:.3f}",
-        f"total     ${c.expected_usd:.4f} expected, ${c.usd:.4f} without accident; {c.p_finish:.0%} that this machine finishes",
+        f"risk      ${c.risk_usd:.4f} for boots that fail and restarts, at reliability "
+        f"{offer.reliability:.3f}",
+        f"total     ${c.expected_usd:.4f} expected, ${c.usd:.4f} without accident; "
+        f"{c.p_finish:.0%} that this machine finishes",
     )
 
 

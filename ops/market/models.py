@@ -1,7 +1,8 @@
 """Pure: one row of vast.ai's replies as a value of ours.
 
-Units are in the names; vast.ai's own units are turned into ours here and nowhere else. Two of its words are kept: a disk's GB
-(what create takes, what storage is priced by) is our gib, and a reliability is the host's record between 0 and 1.
+Units are in the names; vast.ai's own units are turned into ours here and nowhere else. Two of its
+words are kept: a disk's GB (what create takes, what storage is priced by) is our gib, and a
+reliability is the host's record between 0 and 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ ROWS = 64  # of a search, at most, whatever is asked for
 
 @dataclass(frozen=True)
 class Offer:
-    """One ask on the market. `id` is what create takes; it is gone once rented, and comes back under a new id."""
+    """One ask on the market. `id` is what create takes; it is gone once rented, and comes back
+    under a new id."""
 
     id: int
     machine_id: int
@@ -50,7 +52,8 @@ class Offer:
 
 @dataclass(frozen=True)
 class Instance:
-    """One rented machine as vast.ai lists it. `usd_per_hour` is the whole bill of an hour: GPUs (or bid) and disk."""
+    """One rented machine as vast.ai lists it. `usd_per_hour` is the whole bill of an hour: GPUs (or
+    bid) and disk."""
 
     id: int
     label: str
@@ -76,12 +79,16 @@ class Instance:
 
     @property
     def outbid(self) -> bool:
-        return self.status != "" and self.cur_state == self.intended_status == self.next_state == "stopped"
+        return (
+            self.status != ""
+            and self.cur_state == self.intended_status == self.next_state == "stopped"
+        )
 
 
 def parse_offer(row: Row) -> Offer:
-    """A row of a search (POST /bundles/). Strings that hold numbers are numbers; what vast.ai sends as null has a default that
-    no filter mistakes for a good value. Raises ValueError naming the key that is missing or is not what it should be."""
+    """A row of a search (POST /bundles/). Strings that hold numbers are numbers; what vast.ai sends
+    as null has a default that no filter mistakes for a good value. Raises ValueError naming the key
+    that is missing or is not what it should be."""
     return Offer(
         id=int(number(row, "ask_contract_id", "id")),
         machine_id=int(number(row, "machine_id")),
@@ -103,7 +110,9 @@ def parse_offer(row: Row) -> Offer:
         reliability=number(row, "reliability", "reliability2", default=0),
         country=_country(row),
         duration_s=number(row, "duration", default=0),
-        verified=_text(row, "verification") == "verified" or row.get("verified") is True or row.get("vericode") == 1,
+        verified=_text(row, "verification") == "verified"
+        or row.get("verified") is True
+        or row.get("vericode") == 1,
         direct_ports=int(number(row, "direct_port_count", default=0)),
         score=number(row, "score", default=0),
         rentable=row.get("rentable") is not False and row.get("rented") is not True,
@@ -114,8 +123,8 @@ def parse_offer(row: Row) -> Offer:
 
 
 def parse_instance(row: Row) -> Instance:
-    """A row of the instance list, or the object of show. Almost everything may be null while it is provisioned; only the id
-    may not. Raises ValueError naming the key."""
+    """A row of the instance list, or the object of show. Almost everything may be null while it is
+    provisioned; only the id may not. Raises ValueError naming the key."""
     port = _port(row.get("ports"), "22/tcp")
     return Instance(
         id=int(number(row, "id")),
@@ -143,8 +152,9 @@ def parse_instance(row: Row) -> Instance:
 
 
 def number(row: Row, *names: str, default: float | None = None) -> float:
-    """The first of `names` that is not null, as a finite number; `default` when all are. Raises ValueError naming them when
-    none is there and there is no default, or when one holds something else."""
+    """The first of `names` that is not null, as a finite number; `default` when all are. Raises
+    ValueError naming them when none is there and there is no default, or when one holds something
+    else."""
     for name in names:
         value = row.get(name)
         if value is None or value == "":
@@ -186,7 +196,8 @@ def _country(row: Row) -> str:
 
 
 def _port(ports: Any, name: str) -> int | None:
-    """The host's port in docker's map: {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "30022"}]}; null until it runs."""
+    """The host's port in docker's map: {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "30022"}]};
+    null until it runs."""
     bound = ports.get(name) if isinstance(ports, Mapping) else None
     if not bound or not isinstance(bound, list) or not isinstance(bound[0], Mapping):
         return None

@@ -1,7 +1,8 @@
-"""Pure: what we need -> the query that vast.ai gets; its offers -> ranked by the dollars of a finished run, or why not.
+"""Pure: what we need -> the query that vast.ai gets; its offers -> ranked by the dollars of a
+finished run, or why not.
 
-The server's filters save rows, ours decide: it drops some, and an old client lost them all (skypilot#9733), so every need is
-checked again on every row.
+The server's filters save rows, ours decide: it drops some, and an old client lost them all
+(skypilot#9733), so every need is checked again on every row.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ Reason = tuple[str, str]  # filter's name as the job file calls it, and why this
 
 @dataclass(frozen=True)
 class Needs:
-    """What an offer must have. `hours` is how long the machine must stay rentable; `min_compute_capability` follows from the
-    precision (`gpus.LEAST_COMPUTE_CAPABILITY`); `max_usd` is of the whole expected run."""
+    """What an offer must have. `hours` is how long the machine must stay rentable;
+    `min_compute_capability` follows from the precision (`gpus.LEAST_COMPUTE_CAPABILITY`); `max_usd`
+    is of the whole expected run."""
 
     gpu_names: tuple[str, ...] = ()
     min_gpu_memory_gib: float = 0.0
@@ -59,8 +61,9 @@ class Priced:
 
 @dataclass(frozen=True)
 class Ranking:
-    """`accepted` cheapest first; `rejected` as (offer, reason, filter's name). `obstacles` lists, for each rejected offer,
-    every filter it fails: what one relaxed filter would bring back is counted there."""
+    """`accepted` cheapest first; `rejected` as (offer, reason, filter's name). `obstacles` lists,
+    for each rejected offer, every filter it fails: what one relaxed filter would bring back is
+    counted there."""
 
     accepted: list[Priced]
     rejected: list[tuple[Offer, str, str]]
@@ -72,24 +75,32 @@ class Ranking:
         return counts.most_common(1)[0] if counts else ("", 0)
 
     def advice(self) -> str:
-        """What to relax: the filter that alone keeps most offers out, with the offer that misses it by least."""
+        """What to relax: the filter that alone keeps most offers out, with the offer that misses it
+        by least."""
         alone = [(offer, reasons[0]) for offer, reasons in self.obstacles if len(reasons) == 1]
         if not alone:
             name, count = self.most_removed()
             return (
-                f"{name} removed {count} of {len(self.obstacles)} offers, each of which fails another filter too" if count else ""
+                f"{name} removed {count} of {len(self.obstacles)} offers, each of which "
+                "fails another filter too"
+                if count
+                else ""
             )
         name, count = Counter(reason[0] for _, reason in alone).most_common(1)[0]
         example = next(reason[1] for _, reason in alone if reason[0] == name)
-        return f"{name} alone keeps {count} of {len(self.obstacles)} offers out; the first: {example}"
+        return (
+            f"{name} alone keeps {count} of {len(self.obstacles)} offers out; the first: {example}"
+        )
 
 
 def query(needs: Needs, order: str = "dlperf_per_dphtotal") -> dict[str, Any]:
-    """The body of a search, as a dict: vast.ai's string parser drops filters. In its units: MB, seconds, compute_cap x 100.
+    """The body of a search, as a dict: vast.ai's string parser drops filters. In its units: MB,
+    seconds, compute_cap x 100.
 
-    It is never stricter than `rank`. Prices come back for `allocated_storage`, the disk that will be rented. At most 64 rows
-    come back, hence the order: speed per dollar; ask again with "dph_total" (ascending) for the cheapest by the hour.
-    vastai's `search_offers` overwrites type, order, limit and allocated_storage: hand them to it as arguments as well.
+    It is never stricter than `rank`. Prices come back for `allocated_storage`, the disk that will
+    be rented. At most 64 rows come back, hence the order: speed per dollar; ask again with
+    "dph_total" (ascending) for the cheapest by the hour. vastai's `search_offers` overwrites type,
+    order, limit and allocated_storage: hand them to it as arguments as well.
     """
     body: dict[str, Any] = {
         "rentable": {"eq": True},
@@ -122,16 +133,24 @@ def query(needs: Needs, order: str = "dlperf_per_dphtotal") -> dict[str, Any]:
 
 
 def vast_gpu_name(name: str) -> str:
-    """vast.ai's spelling of a GPU's name: "rtx_4090" is "RTX 4090"; an unknown one has its underscores made spaces."""
+    """vast.ai's spelling of a GPU's name: "rtx_4090" is "RTX 4090"; an unknown one has its
+    underscores made spaces."""
     known = gpus.find(name)
     return known.name if known else name.replace("_", " ").strip()
 
 
-def rank(offers: Iterable[Offer], needs: Needs, workload: Workload, bad_machines: Mapping[int, float] | None = None) -> Ranking:
-    """Check every need on every offer and sort what is left by the expected dollars of a finished run.
+def rank(
+    offers: Iterable[Offer],
+    needs: Needs,
+    workload: Workload,
+    bad_machines: Mapping[int, float] | None = None,
+) -> Ranking:
+    """Check every need on every offer and sort what is left by the expected dollars of a finished
+    run.
 
-    `bad_machines` maps a machine_id to `penalty`: above a half it is refused, below it counts as a chance to fail. Of offers
-    of equal cost the sooner finished comes first. Of the same machine listed twice (slices, or a row sent twice) all stay.
+    `bad_machines` maps a machine_id to `penalty`: above a half it is refused, below it counts as a
+    chance to fail. Of offers of equal cost the sooner finished comes first. Of the same machine
+    listed twice (slices, or a row sent twice) all stay.
     """
     bad = bad_machines or {}
     priced: list[tuple[Offer, Cost]] = []
@@ -148,8 +167,9 @@ def rank(offers: Iterable[Offer], needs: Needs, workload: Workload, bad_machines
 
 
 def penalty(failures_age_s: Iterable[float]) -> float:
-    """How likely a machine that failed us is to fail again (0 to 1), from the ages of its failures: 0.9 at once, half of that
-    after a week. One bad day does not ban for ever; two count more than one."""
+    """How likely a machine that failed us is to fail again (0 to 1), from the ages of its failures:
+    0.9 at once, half of that after a week. One bad day does not ban for ever; two count more than
+    one."""
     good = 1.0
     for age in failures_age_s:
         good *= 1 - _BAD_AT_FIRST * 0.5 ** (max(age, 0.0) / _BAD_HALF_LIFE_S)
@@ -161,26 +181,49 @@ def bid_of(offer: Offer, needs: Needs) -> float | None:
     return cost.bid_for(offer, needs.bid_usd_per_hour) if needs.interruptible else None
 
 
-def _judge(offer: Offer, needs: Needs, workload: Workload, bad: float) -> tuple[tuple[Reason, ...], Cost | None]:
+def _judge(
+    offer: Offer, needs: Needs, workload: Workload, bad: float
+) -> tuple[tuple[Reason, ...], Cost | None]:
     reasons = [(name, why) for name, check in _FILTERS.items() if (why := check(offer, needs))]
     if bad > _BAD_ABOVE:
-        reasons.append(("bad_machine", f"machine {offer.machine_id} failed us before (remembered {bad:.0%}, halves in a week)"))
+        reasons.append(
+            (
+                "bad_machine",
+                f"machine {offer.machine_id} failed us before (remembered {bad:.0%}, halves "
+                "in a week)",
+            )
+        )
     try:
-        predicted = cost.predict(offer, replace(workload, num_gpus=offer.num_gpus), bid_of(offer, needs), bad)
+        predicted = cost.predict(
+            offer, replace(workload, num_gpus=offer.num_gpus), bid_of(offer, needs), bad
+        )
     except cost.DoesNotFit as e:
         return (*reasons, (e.filter_name, str(e))), None
     if predicted.hours > needs.hours:
         reasons.append(
-            ("limits.max_hours", f"would take {predicted.hours:.1f} h on {offer.gpu_name}, the limit is {needs.hours:g} h")
+            (
+                "limits.max_hours",
+                f"would take {predicted.hours:.1f} h on {offer.gpu_name}, the limit is "
+                f"{needs.hours:g} h",
+            )
         )
     if needs.max_usd is not None and predicted.expected_usd > needs.max_usd:
-        reasons.append(("limits.max_usd", f"would cost ${predicted.expected_usd:.2f}, the limit is ${needs.max_usd:.2f}"))
+        reasons.append(
+            (
+                "limits.max_usd",
+                f"would cost ${predicted.expected_usd:.2f}, the limit is ${needs.max_usd:.2f}",
+            )
+        )
     return tuple(reasons), predicted
 
 
 def _gpu_name(o: Offer, n: Needs) -> str:
     wanted = {gpus.plain(name) for name in n.gpu_names}
-    return f"{o.gpu_name} is none of {', '.join(n.gpu_names)}" if wanted and gpus.plain(o.gpu_name) not in wanted else ""
+    return (
+        f"{o.gpu_name} is none of {', '.join(n.gpu_names)}"
+        if wanted and gpus.plain(o.gpu_name) not in wanted
+        else ""
+    )
 
 
 def _price(o: Offer, n: Needs) -> str:
@@ -193,10 +236,15 @@ def _price(o: Offer, n: Needs) -> str:
 def _bid(o: Offer, n: Needs) -> str:
     if not n.interruptible or (bid_of(o, n) or 0.0) >= max(o.min_bid_usd_per_hour, 0.001):
         return ""
-    return f"a bid of ${bid_of(o, n) or 0:.3f}/h is under the minimum of ${o.min_bid_usd_per_hour:.3f}/h"
+    return (
+        f"a bid of ${bid_of(o, n) or 0:.3f}/h is under the minimum of "
+        f"${o.min_bid_usd_per_hour:.3f}/h"
+    )
 
 
-def _at_least(value: Callable[[Offer], float], need: Callable[[Needs], float], text: str) -> Callable[[Offer, Needs], str]:
+def _at_least(
+    value: Callable[[Offer], float], need: Callable[[Needs], float], text: str
+) -> Callable[[Offer, Needs], str]:
     def check(o: Offer, n: Needs) -> str:
         return text.format(value(o), need(n)) if value(o) < need(n) else ""
 
@@ -207,35 +255,60 @@ def _at_least(value: Callable[[Offer], float], need: Callable[[Needs], float], t
 _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
     "rentable": lambda o, n: "" if o.rentable else "is rented by somebody else",
     "gpu_name": _gpu_name,
-    "num_gpus": lambda o, n: "" if o.num_gpus == n.num_gpus else f"has {o.num_gpus} GPUs, not {n.num_gpus}",
+    "num_gpus": lambda o, n: (
+        "" if o.num_gpus == n.num_gpus else f"has {o.num_gpus} GPUs, not {n.num_gpus}"
+    ),
     "min_gpu_memory_gib": _at_least(
-        lambda o: o.gpu_memory_gib, lambda n: n.min_gpu_memory_gib * _MEMORY_SLACK, "has {:.2f} GiB a GPU, under {:.2f} GiB"
+        lambda o: o.gpu_memory_gib,
+        lambda n: n.min_gpu_memory_gib * _MEMORY_SLACK,
+        "has {:.2f} GiB a GPU, under {:.2f} GiB",
     ),
     "compute_capability": _at_least(
-        lambda o: o.compute_capability, lambda n: n.min_compute_capability, "has compute capability {:.1f}, under {:.1f}"
+        lambda o: o.compute_capability,
+        lambda n: n.min_compute_capability,
+        "has compute capability {:.1f}, under {:.1f}",
     ),
-    "min_cuda": _at_least(lambda o: o.cuda_max, lambda n: n.min_cuda, "its driver supports CUDA {:.1f}, under {:.1f}"),
-    "disk_gib": _at_least(lambda o: o.disk_gib, lambda n: n.disk_gib, "has {:.0f} GB of disk, under {:.0f} GB"),
+    "min_cuda": _at_least(
+        lambda o: o.cuda_max, lambda n: n.min_cuda, "its driver supports CUDA {:.1f}, under {:.1f}"
+    ),
+    "disk_gib": _at_least(
+        lambda o: o.disk_gib, lambda n: n.disk_gib, "has {:.0f} GB of disk, under {:.0f} GB"
+    ),
     "max_usd_per_hour": _price,
     "bid_usd_per_hour": _bid,
-    "min_reliability": _at_least(lambda o: o.reliability, lambda n: n.min_reliability, "has reliability {:.3f}, under {:.3f}"),
-    "verified": lambda o, n: "is not verified by vast.ai" if n.verified_only and not o.verified else "",
+    "min_reliability": _at_least(
+        lambda o: o.reliability, lambda n: n.min_reliability, "has reliability {:.3f}, under {:.3f}"
+    ),
+    "verified": lambda o, n: (
+        "is not verified by vast.ai" if n.verified_only and not o.verified else ""
+    ),
     "countries": lambda o, n: (
         f"is in {o.country or 'an unknown country'}, not in {', '.join(n.countries)}"
         if n.countries and o.country not in n.countries
         else ""
     ),
     "min_inet_down_mbps": _at_least(
-        lambda o: o.inet_down_mbps, lambda n: n.min_inet_down_mbps, "downloads at {:.0f} Mb/s, under {:.0f} Mb/s"
+        lambda o: o.inet_down_mbps,
+        lambda n: n.min_inet_down_mbps,
+        "downloads at {:.0f} Mb/s, under {:.0f} Mb/s",
     ),
-    "duration": _at_least(lambda o: o.duration_s / 3600, lambda n: n.hours, "is rentable for {:.1f} h, under {:.1f} h"),
-    "direct_ports": _at_least(lambda o: o.direct_ports, lambda n: n.min_direct_ports, "has {:.0f} direct ports, under {:.0f}"),
+    "duration": _at_least(
+        lambda o: o.duration_s / 3600, lambda n: n.hours, "is rentable for {:.1f} h, under {:.1f} h"
+    ),
+    "direct_ports": _at_least(
+        lambda o: o.direct_ports,
+        lambda n: n.min_direct_ports,
+        "has {:.0f} direct ports, under {:.0f}",
+    ),
 }
 
 
 def _why(offer: Offer, predicted: Cost, best: Offer, least: Cost, rank_: int) -> str:
     if rank_ == 0:
-        return f"the cheapest finished run: ${predicted.expected_usd:.3f} expected in {predicted.hours:.2f} h"
+        return (
+            f"the cheapest finished run: ${predicted.expected_usd:.3f} expected in "
+            f"{predicted.hours:.2f} h"
+        )
     parts = sorted(_differences(offer, predicted, best, least), reverse=True)
     more = ", ".join(f"{text} (+${usd:.3f})" for usd, text in parts[:3] if usd >= 0.0005)
     return f"+${predicted.expected_usd - least.expected_usd:.3f}" + (
@@ -244,14 +317,30 @@ def _why(offer: Offer, predicted: Cost, best: Offer, least: Cost, rank_: int) ->
 
 
 def _differences(offer: Offer, here: Cost, best: Offer, least: Cost) -> list[tuple[float, str]]:
-    """Where the difference to the best lies, in dollars: the hours at its price, the price for our hours, and the rest."""
-    hours, best_hours = here.gpu_usd / max(here.usd_per_hour, 1e-9), least.gpu_usd / max(least.usd_per_hour, 1e-9)
+    """Where the difference to the best lies, in dollars: the hours at its price, the price for our
+    hours, and the rest."""
+    hours, best_hours = (
+        here.gpu_usd / max(here.usd_per_hour, 1e-9),
+        least.gpu_usd / max(least.usd_per_hour, 1e-9),
+    )
     slower = f"{hours / max(best_hours, 1e-9) - 1:.0%} more GPU time on {offer.gpu_name}"
     return [
         ((hours - best_hours) * least.usd_per_hour, slower),
-        ((here.usd_per_hour - least.usd_per_hour) * hours, f"${here.usd_per_hour:.3f}/h against ${least.usd_per_hour:.3f}/h"),
-        (here.disk_usd - least.disk_usd, f"disk at ${offer.storage_usd_per_gib_month:.2f}/GB/month"),
-        (here.inet_down_usd - least.inet_down_usd, f"download at ${offer.inet_down_usd_per_gb:.3f}/GB"),
+        (
+            (here.usd_per_hour - least.usd_per_hour) * hours,
+            f"${here.usd_per_hour:.3f}/h against ${least.usd_per_hour:.3f}/h",
+        ),
+        (
+            here.disk_usd - least.disk_usd,
+            f"disk at ${offer.storage_usd_per_gib_month:.2f}/GB/month",
+        ),
+        (
+            here.inet_down_usd - least.inet_down_usd,
+            f"download at ${offer.inet_down_usd_per_gb:.3f}/GB",
+        ),
         (here.inet_up_usd - least.inet_up_usd, f"upload at ${offer.inet_up_usd_per_gb:.3f}/GB"),
-        (here.risk_usd - least.risk_usd, f"reliability {offer.reliability:.3f} against {best.reliability:.3f}"),
+        (
+            here.risk_usd - least.risk_usd,
+            f"reliability {offer.reliability:.3f} against {best.reliability:.3f}",
+        ),
     ]

@@ -1,4 +1,5 @@
-"""Search, rank and choose: the cheapest finished run first, each time with the market as it is now."""
+"""Search, rank and choose: the cheapest finished run first, each time with the market as it is
+now."""
 
 from __future__ import annotations
 
@@ -15,40 +16,56 @@ from ops.run.session import Session
 
 
 def choose(session: Session, ranking: Ranking) -> Offer:
-    """The best offer that was not tried in this run. Raises NoOffer naming the filter that removed most."""
+    """The best offer that was not tried in this run. Raises NoOffer naming the filter that removed
+    most."""
     tried = {line["machine_id"] for line in session.journal.lines if line.kind == "bad_machine"}
     gone = {line["offer_id"] for line in session.journal.lines if line.kind == "missed"}
-    fresh = [p for p in ranking.accepted if p.offer.machine_id not in tried and p.offer.id not in gone]
+    fresh = [
+        p for p in ranking.accepted if p.offer.machine_id not in tried and p.offer.id not in gone
+    ]
     if not fresh:
         raise none_left(ranking, len(ranking.accepted))
-    affordable = [p for p in fresh if p.cost.expected_usd <= session.plan.max_usd - session.spent_usd()]
+    affordable = [
+        p for p in fresh if p.cost.expected_usd <= session.plan.max_usd - session.spent_usd()
+    ]
     if not affordable:
         raise OverBudget(
-            f"the cheapest of {len(fresh)} offers would finish this run for {fresh[0].cost.expected_usd:.2f} $, and limits.max_usd leaves "
+            f"the cheapest of {len(fresh)} offers would finish this run for "
+            f"{fresh[0].cost.expected_usd:.2f} $, and limits.max_usd leaves "
             f"{session.plan.max_usd - session.spent_usd():.2f} $",
             hint="raise limits.max_usd, or shorten the training (num_train_epochs, max_steps)",
         )
     best = affordable[0]
     session.note(
-        "offers", chosen=best.offer.id, why=best.why, predicted=asdict(best.cost), seen=len(ranking.accepted) + len(ranking.rejected),
-        runners_up=[{"offer": asdict(p.offer), "usd": p.cost.usd, "why_not": p.why} for p in affordable[1:4]],
+        "offers",
+        chosen=best.offer.id,
+        why=best.why,
+        predicted=asdict(best.cost),
+        seen=len(ranking.accepted) + len(ranking.rejected),
+        runners_up=[
+            {"offer": asdict(p.offer), "usd": p.cost.usd, "why_not": p.why} for p in affordable[1:4]
+        ],
         rejected=[{"offer": o.id, "gpu": o.gpu_name, "why": why} for o, why, _ in ranking.rejected],
-    )  # fmt: skip
+    )
     return best.offer
 
 
 def search(session: Session) -> Ranking:
-    """What the market offers now, ranked for this run with the memory of machines that failed us."""
+    """What the market offers now, ranked for this run with the memory of machines that failed
+    us."""
     needs = session.plan.needs
     bad = bad_machines(session.journal.folder.parent, session.clock.now())
     return rank(found_offers(session.vast, needs), needs, remaining(session), bad)
 
 
 def found_offers(vast: Vast, needs: Needs) -> list[Offer]:
-    """The fastest for their price, and the cheapest by the hour where one search does not show the whole market."""
+    """The fastest for their price, and the cheapest by the hour where one search does not show the
+    whole market."""
     found: list[Offer] = []
     for order in ("dlperf_per_dphtotal", "dph_total"):
-        offers, more = vast.search(query(needs, order), interruptible=needs.interruptible, disk_gib=needs.disk_gib)
+        offers, more = vast.search(
+            query(needs, order), interruptible=needs.interruptible, disk_gib=needs.disk_gib
+        )
         found += offers
         if not more:
             break
@@ -58,18 +75,32 @@ def found_offers(vast: Vast, needs: Needs) -> list[Offer]:
 def remaining(session: Session) -> Workload:
     """What is still to be computed: all of it, or what the newest checkpoint at home leaves."""
     checkpoint, started = session.journal.last("checkpoint"), session.journal.last("event")
-    total = next((line["total_steps"] for line in reversed(session.journal.lines) if line.get("total_steps")), 0)
+    total = next(
+        (
+            line["total_steps"]
+            for line in reversed(session.journal.lines)
+            if line.get("total_steps")
+        ),
+        0,
+    )
     if checkpoint is None or started is None or not total:
         return session.plan.workload
-    return replace(session.plan.workload, tokens=session.plan.workload.tokens * max(0.0, 1 - checkpoint["step"] / total))
+    return replace(
+        session.plan.workload,
+        tokens=session.plan.workload.tokens * max(0.0, 1 - checkpoint["step"] / total),
+    )
 
 
 def none_left(ranking: Ranking, tried: int) -> NoOffer:
-    """The error for a market without an offer for us: which filter keeps most out, or that all were tried."""
+    """The error for a market without an offer for us: which filter keeps most out, or that all were
+    tried."""
     if tried:
         return NoOffer(f"all {tried} offers that fit were tried")
     if not ranking.rejected:
-        return NoOffer("the market has no offer for these needs at all", hint="relax [offer]: gpu_name, countries, num_gpus")
+        return NoOffer(
+            "the market has no offer for these needs at all",
+            hint="relax [offer]: gpu_name, countries, num_gpus",
+        )
     return NoOffer(f"none of {len(ranking.rejected)} offers fits: {ranking.advice()}")
 
 

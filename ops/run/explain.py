@@ -11,10 +11,24 @@ from ops.run.journal import Line, last
 from ops.run.session import may_have_box, spent_usd
 
 STAGES = {
-    "planned": "planned", "offers": "offer chosen", "renting": "renting", "rented": "rented", "booted": "booted", "connected": "connected",
-    "pushed": "pushed", "launched": "training", "event": "training", "checkpoint": "training", "ended": "training ended", "pulled": "adapter at home",
-    "destroying": "destroying", "destroyed": "destroyed", "leaked": "LEAKED", "absent": "nothing rented", "preempted": "taken away",
-}  # fmt: skip
+    "planned": "planned",
+    "offers": "offer chosen",
+    "renting": "renting",
+    "rented": "rented",
+    "booted": "booted",
+    "connected": "connected",
+    "pushed": "pushed",
+    "launched": "training",
+    "event": "training",
+    "checkpoint": "training",
+    "ended": "training ended",
+    "pulled": "adapter at home",
+    "destroying": "destroying",
+    "destroyed": "destroyed",
+    "leaked": "LEAKED",
+    "absent": "nothing rented",
+    "preempted": "taken away",
+}
 
 
 @dataclass(frozen=True)
@@ -34,16 +48,24 @@ class Status:
 
 def status(run_id: str, lines: list[Line], now: float) -> Status:
     newest = next((line for line in reversed(lines) if line.kind in STAGES), lines[0])
-    pulled, rented, checkpoint = last(lines, "pulled"), last(lines, "rented"), last(lines, "checkpoint")
+    pulled, rented, checkpoint = (
+        last(lines, "pulled"),
+        last(lines, "rented"),
+        last(lines, "checkpoint"),
+    )
     stage = STAGES[newest.kind]
     if newest.kind == "destroyed" and pulled:
         stage = "done"
     return Status(
-        run_id, stage, lines[0].t, round(spent_usd(lines, now), 4), lines[0]["max_usd"],
+        run_id,
+        stage,
+        lines[0].t,
+        round(spent_usd(lines, now), 4),
+        lines[0]["max_usd"],
         rented["instance_id"] if rented and may_have_box(lines) else None,
         pulled["adapter"] if pulled else None,
         checkpoint["step"] if checkpoint else None,
-    )  # fmt: skip
+    )
 
 
 def explain(lines: list[Line], now: float) -> list[str]:
@@ -53,7 +75,8 @@ def explain(lines: list[Line], now: float) -> list[str]:
 
 
 def told_line(line: Line) -> str:
-    """A journal line as a person reads it, on the screen and in `explain`: the stage, and what happened; empty where nobody asks."""
+    """A journal line as a person reads it, on the screen and in `explain`: the stage, and what
+    happened; empty where nobody asks."""
     stage, text = _tell(line)
     return f"{stage:<9} {text}" if stage else ""
 
@@ -63,15 +86,28 @@ def _tell(line: Line) -> tuple[str, str]:
     match line.kind:
         case "planned":
             tokens = d("workload", {}).get("tokens", 0)
-            return "plan", f"run {d('run_id')}: {tokens:,.0f} tokens, at most {d('max_usd')} $ and {d('max_s', 0) / 3600:.1f} h"
+            return (
+                "plan",
+                f"run {d('run_id')}: {tokens:,.0f} tokens, at most {d('max_usd')} $ and "
+                f"{d('max_s', 0) / 3600:.1f} h",
+            )
         case "offers":
-            others = "".join(f"\n{'':31}not {r['offer']['gpu_name']} (offer {r['offer']['id']}): {r['why_not']}" for r in d("runners_up", []))
+            others = "".join(
+                f"\n{'':31}not {r['offer']['gpu_name']} (offer {r['offer']['id']}): {r['why_not']}"
+                for r in d("runners_up", [])
+            )
             return "choose", f"offer {d('chosen')} of {d('seen')}: {d('why')}{others}"
         case "renting":
             o = d("offer")
-            return "offer", f"{o['id']}: {o['num_gpus']} x {o['gpu_name']}, {o['country']}, machine {o['machine_id']}, {o['usd_per_hour']:.3f} $/h"
+            return (
+                "offer",
+                f"{o['id']}: {o['num_gpus']} x {o['gpu_name']}, {o['country']}, machine "
+                f"{o['machine_id']}, {o['usd_per_hour']:.3f} $/h",
+            )
         case "rented":
-            return "rent", f"instance {d('instance_id')}" + (" (found by its label)" if d("adopted") else "")
+            return "rent", f"instance {d('instance_id')}" + (
+                " (found by its label)" if d("adopted") else ""
+            )
         case "unclear":
             return "unclear", f"{d('error')}; the label decides"
         case "absent":
@@ -81,9 +117,16 @@ def _tell(line: Line) -> tuple[str, str]:
         case "rebooted":
             return "reboot", f"{d('why')}"
         case "connected":
-            return "connect", f"{d('via')}, host key pinned, the box is what was offered ({d('seconds')} s)"
+            return (
+                "connect",
+                f"{d('via')}, host key pinned, the box is what was offered ({d('seconds')} s)",
+            )
         case "pushed":
-            return "push", f"{d('files')} files, {d('bytes_in', 0) / 1e6:.1f} MB sent, hashes equal ({d('seconds')} s)"
+            return (
+                "push",
+                f"{d('files')} files, {d('bytes_in', 0) / 1e6:.1f} MB sent, hashes equal "
+                f"({d('seconds')} s)",
+            )
         case "launched":
             return "launch", f"training {d('state')}"
         case "checkpoint":
@@ -115,10 +158,18 @@ def _tell(line: Line) -> tuple[str, str]:
 
 
 def phases(lines: list[Line], first_step_t: float | None) -> list[tuple[str, float]]:
-    """(phase, seconds) from the command to the first step of the last machine. `load` is the trainer's own: imports, model, step 1."""
+    """(phase, seconds) from the command to the first step of the last machine. `load` is the
+    trainer's own: imports, model, step 1."""
     marks = [("preflight", lines[0].get("began"), lines[0].t)]
     before = lines[0].t
-    steps = {"search": "renting", "rent": "rented", "boot": "booted", "connect": "connected", "push": "pushed", "launch": "launched"}
+    steps = {
+        "search": "renting",
+        "rent": "rented",
+        "boot": "booted",
+        "connect": "connected",
+        "push": "pushed",
+        "launch": "launched",
+    }
     for name, kind in steps.items():
         line = last(lines, kind)
         if line is None:
@@ -136,21 +187,31 @@ def cost_lines(lines: list[Line], now: float) -> list[str]:
     predicted = last(lines, "offers")
     for bill in (line for line in lines if line.kind == "bill"):
         if "items" not in bill.data:
-            out.append(f"vast.ai's bill for instance {bill['instance_id']} could not be read: {bill.get('error')}")
+            out.append(
+                f"vast.ai's bill for instance {bill['instance_id']} could not be read: "
+                f"{bill.get('error')}"
+            )
             continue
         out.append(f"vast.ai's bill for instance {bill['instance_id']}: {bill['usd']:.4f} $")
         if predicted:
-            out += [f"  {line}" for line in compare(Cost(**predicted["predicted"]), _by_type(bill["items"]))]
+            out += [
+                f"  {line}"
+                for line in compare(Cost(**predicted["predicted"]), _by_type(bill["items"]))
+            ]
     return out
 
 
 def cost_facts(lines: list[Line], now: float) -> dict[str, Any]:
-    """`cost_lines` as data: dollars by our meter, by vast.ai's bills, and as predicted for the offer taken last."""
+    """`cost_lines` as data: dollars by our meter, by vast.ai's bills, and as predicted for the
+    offer taken last."""
     bills, predicted = [line for line in lines if line.kind == "bill"], last(lines, "offers")
     return {
         "spent_usd": round(spent_usd(lines, now), 6),
         "max_usd": lines[0]["max_usd"],
-        "bills": [{"instance_id": b["instance_id"], "usd": b.get("usd"), "items": b.get("items", [])} for b in bills],
+        "bills": [
+            {"instance_id": b["instance_id"], "usd": b.get("usd"), "items": b.get("items", [])}
+            for b in bills
+        ],
         "predicted_usd": predicted["predicted"]["usd"] if predicted else None,
     }
 

@@ -1,6 +1,8 @@
-"""Follow a training by byte offset, mirror its newest checkpoint home, and keep to the money, the hours and the patience.
+"""Follow a training by byte offset, mirror its newest checkpoint home, and keep to the money, the
+hours and the patience.
 
-A lost connection says nothing about the training: it is made again for as long as the box's own watchdog lets it live.
+A lost connection says nothing about the training: it is made again for as long as the box's own
+watchdog lets it live.
 """
 
 from __future__ import annotations
@@ -133,7 +135,8 @@ def _tell(session: Session, box: Box, event: events.Event) -> None:
 
 
 def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
-    """Bring one checkpoint home whole, then forget the older. A failure is no reason to stop: the next one comes."""
+    """Bring one checkpoint home whole, then forget the older. A failure is no reason to stop: the
+    next one comes."""
     folder = session.journal.folder / "checkpoints" / str(checkpoint.step)
     remote = f"{scripts.run_folder(session.run_id)}/{checkpoint.path}"
     try:
@@ -155,7 +158,8 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
 
 
 def pull_folder(box: Box, remote: str, local: Path, manifest_sha256: str | None) -> int:
-    """Pull the files that `remote`/manifest.json names, each checked, the manifest last. Returns the bytes moved."""
+    """Pull the files that `remote`/manifest.json names, each checked, the manifest last. Returns
+    the bytes moved."""
     local.mkdir(parents=True, exist_ok=True)
     staged = local / "manifest.json.incoming"
     transfer.pull(box, f"{remote}/manifest.json", staged, sha256=manifest_sha256)
@@ -214,6 +218,8 @@ def _enforce(session: Session, heard: float) -> None:
         )
     if now > session.dies_at() - MARGIN_S:
         raise OverBudget(
-            f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached; the newest checkpoint is at home",
-            hint=f"raise the limit in the job file, then `milktea resume {session.run_id}` goes on from the checkpoint",
+            f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached; the "
+            "newest checkpoint is at home",
+            hint=f"raise the limit in the job file, then `milktea resume {session.run_id}` goes "
+            "on from the checkpoint",
         )

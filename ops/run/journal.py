@@ -1,9 +1,11 @@
-"""runs/RUN/journal.jsonl: intent before effect, fact after it. Enough to resume, to reap and to explain a run.
+"""runs/RUN/journal.jsonl: intent before effect, fact after it. Enough to resume, to reap and to
+explain a run.
 
-A line is ``{"n", "t", "kind", ...}``. ``append`` returns after fsync, so only a last line can be torn (power cut): it never
-happened, and the next client removes it. Whole but for its newline, it counts, and gets one. Any other line that cannot be read
-is damage. One client acts at a time: the kernel's lock on ``runs/RUN/lock`` dies with its holder; a client whose journal grew
-behind its back (a copy of the folder on another machine) is fenced at its next line.
+A line is ``{"n", "t", "kind", ...}``. ``append`` returns after fsync, so only a last line can be
+torn (power cut): it never happened, and the next client removes it. Whole but for its newline, it
+counts, and gets one. Any other line that cannot be read is damage. One client acts at a time: the
+kernel's lock on ``runs/RUN/lock`` dies with its holder; a client whose journal grew behind its back
+(a copy of the folder on another machine) is fenced at its next line.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Line:
 
 
 def read(folder: Path) -> list[Line]:
-    """Every whole line, oldest first. Raises JournalError for a line that cannot be read, or a newer version's journal."""
+    """Every whole line, oldest first. Raises JournalError for a line that cannot be read, or a
+    newer version's journal."""
     return _parsed(folder)[0]
 
 
@@ -48,7 +51,9 @@ def _parsed(folder: Path) -> tuple[list[Line], bytes]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError as e:
-        raise JournalError(f"{path}: no journal there", hint="`milktea status` lists the runs") from e
+        raise JournalError(
+            f"{path}: no journal there", hint="`milktea status` lists the runs"
+        ) from e
     texts = raw.split(b"\n")
     lines: list[Line] = []
     for n, text in enumerate(texts):
@@ -60,7 +65,8 @@ def _parsed(folder: Path) -> tuple[list[Line], bytes]:
             raw = raw.removesuffix(text)  # what follows the last newline: nothing, or a torn line
     if lines and (version := lines[0].get("version", VERSION)) > VERSION:
         raise JournalError(
-            f"{path}: written by a newer milktea (journal version {version}, this one reads {VERSION})",
+            f"{path}: written by a newer milktea (journal version {version}, this one reads "
+            f"{VERSION})",
             money="unknown to this version",
             hint="use the newer milktea for this run",
         )
@@ -85,7 +91,8 @@ def _damaged(path: Path, line: int) -> JournalError:
 
 
 class Journal:
-    """The acting client's hand on one run's journal. Use as a context manager; raises JournalError when another client acts."""
+    """The acting client's hand on one run's journal. Use as a context manager; raises JournalError
+    when another client acts."""
 
     def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
         self.folder = folder
@@ -135,7 +142,8 @@ class Journal:
         self._size += len(text)
 
     def append(self, kind: str, **data: Any) -> Line:
-        """Write one line and return once it is on the disk. Raises JournalError (fenced) if somebody else wrote meanwhile."""
+        """Write one line and return once it is on the disk. Raises JournalError (fenced) if
+        somebody else wrote meanwhile."""
         assert self._file is not None, "the journal is open only inside `with`"
         if os.fstat(self._file.fileno()).st_size != self._size:
             raise JournalError(
@@ -160,7 +168,8 @@ def last(lines: list[Line], *kinds: str) -> Line | None:
 
 
 def hold(folder: Path) -> IO[str]:
-    """The run's lock, held until the returned file is closed or this process dies. Raises JournalError when another client has it."""
+    """The run's lock, held until the returned file is closed or this process dies. Raises
+    JournalError when another client has it."""
     lock = open(folder / "lock", "a+")  # noqa: SIM115 - its life is the lock's
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,7 +189,8 @@ def hold(folder: Path) -> IO[str]:
 
 
 def runs(root: Path) -> list[Path]:
-    """Folders under `root` that hold a journal, oldest first by name (run ids begin with the job's name, then the time)."""
+    """Folders under `root` that hold a journal, oldest first by name (run ids begin with the job's
+    name, then the time)."""
     return sorted(p.parent for p in root.glob(f"*/{FILE}"))
 
 

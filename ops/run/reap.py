@@ -1,4 +1,5 @@
-"""What is left to be destroyed: every command begins with `finish_destroys`; `reap` ends everything that no live client looks after."""
+"""What is left to be destroyed: every command begins with `finish_destroys`; `reap` ends everything
+that no live client looks after."""
 
 from __future__ import annotations
 
@@ -33,13 +34,15 @@ def unfinished(lines: list[journal.Line]) -> bool:
 
 
 def finish_destroys(root: Path, vast: Vast, screen: Screen) -> Reaped:
-    """Only what an earlier command began to destroy. Runs that another process acts on are left to it."""
+    """Only what an earlier command began to destroy. Runs that another process acts on are left to
+    it."""
     return _each(root, vast, screen, unfinished)
 
 
 def reap(root: Path, vast: Vast, screen: Screen, *, foreign: bool = False) -> Reaped:
-    """Destroy the boxes of all runs under `root` that no live client holds, and of damaged journals by their label.
-    With `foreign`, also what is labelled like a run of ours but has no folder here."""
+    """Destroy the boxes of all runs under `root` that no live client holds, and of damaged journals
+    by their label. With `foreign`, also what is labelled like a run of ours but has no folder
+    here."""
     reaped = _each(root, vast, screen, may_have_box)
     held = {line.split(":")[0] for line in reaped.left}
     here = {folder.name for folder in root.iterdir() if folder.is_dir()} if root.exists() else set()
@@ -47,13 +50,18 @@ def reap(root: Path, vast: Vast, screen: Screen, *, foreign: bool = False) -> Re
         if not RUN_ID.match(instance.label) or instance.label in held:
             continue
         if instance.label not in here and not foreign:
-            reaped.left.append(f"{instance.label}: instance {instance.id} has no run folder here; `milktea reap --foreign` destroys it")
+            reaped.left.append(
+                f"{instance.label}: instance {instance.id} has no run folder here; `milktea "
+                "reap --foreign` destroys it"
+            )
             continue
         _by_label(vast, instance.label, reaped)
     return reaped
 
 
-def _each(root: Path, vast: Vast, screen: Screen, wanted: Callable[[list[journal.Line]], bool]) -> Reaped:
+def _each(
+    root: Path, vast: Vast, screen: Screen, wanted: Callable[[list[journal.Line]], bool]
+) -> Reaped:
     reaped = Reaped()
     for folder in journal.runs(root):
         try:
@@ -67,7 +75,9 @@ def _each(root: Path, vast: Vast, screen: Screen, wanted: Callable[[list[journal
             reaped.leaked.append(e)
         except JournalError as e:
             with suppress(OSError):
-                reaped.left.append(f"{folder.name}: {e}") if _is_held(folder) else _by_label(vast, folder.name, reaped)
+                reaped.left.append(f"{folder.name}: {e}") if _is_held(folder) else _by_label(
+                    vast, folder.name, reaped
+                )
     return reaped
 
 

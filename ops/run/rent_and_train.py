@@ -1,6 +1,8 @@
-"""The story: rent, push, train, retrieve, destroy. `rent_and_train` is the main job, read aloud; what it calls is below it in order.
+"""The story: rent, push, train, retrieve, destroy. `rent_and_train` is the main job, read aloud;
+what it calls is below it in order.
 
-`resume` is the same function on a run that has a journal already: each stage looks at what is done and does the rest.
+`resume` is the same function on a run that has a journal already: each stage looks at what is done
+and does the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from ops.errors import (
     RateLimited,
     Stalled,
     Unsuitable,
-)  # fmt: skip
+)
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
 from ops.run import result
@@ -55,8 +57,9 @@ class Outcome:
 
 @metered
 def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
-    """The main job; `seen` is the market as the user has just seen it. Returns once a verified adapter is at home and no box of this run
-    exists; raises otherwise, with the same guarantee about the box, or BoxLeaked, or Detached."""
+    """The main job; `seen` is the market as the user has just seen it. Returns once a verified
+    adapter is at home and no box of this run exists; raises otherwise, with the same guarantee
+    about the box, or BoxLeaked, or Detached."""
     for offer in offers(session, seen):
         try:
             with rented(session, offer) as instance_id:
@@ -71,7 +74,8 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
 
 
 def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
-    """The offers to try, the cheapest finished run first, searched anew after each; first the one that this run still has."""
+    """The offers to try, the cheapest finished run first, searched anew after each; first the one
+    that this run still has."""
     if session.may_have_box():
         yield session.offer()
     for _ in range(MACHINES):
@@ -80,9 +84,15 @@ def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
 
 
 def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
-    """Another machine is taken next. A machine that failed by itself is remembered; being outbid or late is not its fault."""
+    """Another machine is taken next. A machine that failed by itself is remembered; being outbid or
+    late is not its fault."""
     fault = isinstance(error, NeverReady | Unsuitable | Lost)
-    session.note("bad_machine" if fault else "missed", machine_id=offer.machine_id, offer_id=offer.id, why=str(error))
+    session.note(
+        "bad_machine" if fault else "missed",
+        machine_id=offer.machine_id,
+        offer_id=offer.id,
+        why=str(error),
+    )
     if isinstance(error, BoxError) and type(error) not in (NeverReady, Unsuitable, Lost, Preempted):
         raise error  # a changed host key: stop, whatever else there is to rent
     if isinstance(error, RateLimited):
@@ -90,11 +100,19 @@ def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
 
 
 def connect(session: Session, instance: Instance, offer: Offer) -> Box:
-    """A box that let us in, is what was offered, and guards itself. Raises NeverReady, Unsuitable, HostKeyChanged."""
+    """A box that let us in, is what was offered, and guards itself. Raises NeverReady, Unsuitable,
+    HostKeyChanged."""
     endpoints = [Endpoint(instance.ssh_host, instance.ssh_port, "proxy")]
     if instance.direct_port:
         endpoints.insert(0, Endpoint(instance.direct_host, instance.direct_port, "direct"))
-    box = Box(endpoints, "root", session.key_path, session.known_hosts, retry_s=3 * session.clock.pace, patience_s=max(2.0, 120 * session.clock.pace))
+    box = Box(
+        endpoints,
+        "root",
+        session.key_path,
+        session.known_hosts,
+        retry_s=3 * session.clock.pace,
+        patience_s=max(2.0, 120 * session.clock.pace),
+    )
     began = session.clock.now()
 
     def told(endpoint: Endpoint, reason: str) -> None:
@@ -110,15 +128,23 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     armed = box.run(scripts.ready(session.run_id))
     if "armed" not in armed.stdout:
         raise Unsuitable(f"the box did not arm its watchdog: {armed.stderr[-300:]}")
-    why = facts.unsuitable(facts.parse(box.run(facts.SCRIPT).stdout), facts.Expected.of(offer, session.plan.needs))
+    why = facts.unsuitable(
+        facts.parse(box.run(facts.SCRIPT).stdout), facts.Expected.of(offer, session.plan.needs)
+    )
     if why:
         raise Unsuitable(f"machine {offer.machine_id} is not what was offered: {why}")
-    session.note("connected", instance_id=instance.id, via=box.endpoint.kind if box.endpoint else None, seconds=round(session.clock.now() - began, 2))
+    session.note(
+        "connected",
+        instance_id=instance.id,
+        via=box.endpoint.kind if box.endpoint else None,
+        seconds=round(session.clock.now() - began, 2),
+    )
     return box
 
 
 def push(session: Session, box: Box) -> None:
-    """Job, data, model, our trainer, and the newest checkpoint of an earlier box. What is there whole already is not sent again."""
+    """Job, data, model, our trainer, and the newest checkpoint of an earlier box. What is there
+    whole already is not sent again."""
     folder = scripts.run_folder(session.run_id)
     job = session.journal.folder / "job.json"
     job.write_text(json.dumps(session.plan.wire_job, ensure_ascii=False, indent=1), "utf-8")
@@ -128,12 +154,21 @@ def push(session: Session, box: Box) -> None:
     if checkpoint and session.journal.last("launched", "renting").kind == "renting":  # type: ignore[union-attr]
         files += [
             _push_file(p, f"{folder}/checkpoints/{checkpoint.name}/{p.relative_to(checkpoint)}")
-            for p in sorted(checkpoint.rglob("*")) if p.is_file()
-        ]  # fmt: skip
+            for p in sorted(checkpoint.rglob("*"))
+            if p.is_file()
+        ]
     began = session.clock.now()
-    persist(session, box, lambda: transfer.push(box, files, lambda done, total: session.screen.moving("push", done, total)))
+    persist(
+        session,
+        box,
+        lambda: transfer.push(
+            box, files, lambda done, total: session.screen.moving("push", done, total)
+        ),
+    )
     sent = sum(f.local.stat().st_size for f in files)
-    session.note("pushed", files=len(files), bytes_in=sent, seconds=round(session.clock.now() - began, 2))
+    session.note(
+        "pushed", files=len(files), bytes_in=sent, seconds=round(session.clock.now() - began, 2)
+    )
 
 
 def _push_file(local: Path, remote: str) -> PushFile:
@@ -141,8 +176,8 @@ def _push_file(local: Path, remote: str) -> PushFile:
 
 
 def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
-    """A transfer again and again over broken links, until the box must have ended itself for our silence or at its deadline.
-    Raises Lost then, Preempted when it was taken away."""
+    """A transfer again and again over broken links, until the box must have ended itself for our
+    silence or at its deadline. Raises Lost then, Preempted when it was taken away."""
     while True:
         try:
             return action()
@@ -153,7 +188,8 @@ def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
 
 
 def reconnected(session: Session, box: Box) -> bool:
-    """Whether the box lets us in again before it must have ended itself. Raises Preempted when it was taken away, HostKeyChanged."""
+    """Whether the box lets us in again before it must have ended itself. Raises Preempted when it
+    was taken away, HostKeyChanged."""
 
     def connected() -> bool | None:
         refuse_preempted(session)
@@ -169,7 +205,8 @@ def reconnected(session: Session, box: Box) -> bool:
 
 
 def launch(session: Session, box: Box) -> None:
-    """Start the training; twice is once. The events of an earlier machine are put aside: offsets begin again."""
+    """Start the training; twice is once. The events of an earlier machine are put aside: offsets
+    begin again."""
     before = session.journal.last("launched", "renting")
     events = session.journal.folder / "events.jsonl"
     if before and before.kind == "renting" and events.exists():
@@ -181,7 +218,8 @@ def launch(session: Session, box: Box) -> None:
 
 
 def watch(session: Session, box: Box) -> None:
-    """Follow to the end. Ctrl-C gives three priced choices; a limit or a failure fetches the newest checkpoint before it is raised."""
+    """Follow to the end. Ctrl-C gives three priced choices; a limit or a failure fetches the newest
+    checkpoint before it is raised."""
     while True:
         try:
             return follow(session, box)
@@ -205,20 +243,36 @@ def _choices(session: Session) -> list[tuple[str, str]]:
     rate = session.usd_per_hour()
     left_usd = max(0.0, session.dies_at() - session.clock.now()) / 3600 * rate
     return [
-        ("destroy", f"destroy now: about {session.spent_usd():.3f} $ in all; what was trained since the last checkpoint is lost"),
-        ("fetch", f"save, fetch the checkpoint, then destroy: about {session.spent_usd() + rate / 60:.3f} $ in all"),
-        ("detach", f"leave it running: at most {left_usd:.3f} $ more; it ends itself at its deadline"),
+        (
+            "destroy",
+            f"destroy now: about {session.spent_usd():.3f} $ in all; what was trained since "
+            "the last checkpoint is lost",
+        ),
+        (
+            "fetch",
+            "save, fetch the checkpoint, then destroy: about "
+            f"{session.spent_usd() + rate / 60:.3f} $ in all",
+        ),
+        (
+            "detach",
+            f"leave it running: at most {left_usd:.3f} $ more; it ends itself at its deadline",
+        ),
     ]
 
 
 def fetch_newest(session: Session, box: Box) -> None:
-    """Ask the trainer to save, and bring the newest whole checkpoint home. Best effort, bounded: the money is running."""
+    """Ask the trainer to save, and bring the newest whole checkpoint home. Best effort, bounded:
+    the money is running."""
     try:
         box.run(scripts.stop_training(session.run_id))
         session.clock.sleep(3)
         folder = scripts.run_folder(session.run_id)
-        names = box.run(f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json").stdout.split()
-        steps = sorted((int(n.split("/")[0]) for n in names if n.split("/")[0].isdigit()), reverse=True)
+        names = box.run(
+            f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json"
+        ).stdout.split()
+        steps = sorted(
+            (int(n.split("/")[0]) for n in names if n.split("/")[0].isdigit()), reverse=True
+        )
         have = newest_checkpoint(session)
         if steps and (have is None or steps[0] > int(have.name)):
             local = session.journal.folder / "checkpoints" / str(steps[0])
@@ -229,7 +283,8 @@ def fetch_newest(session: Session, box: Box) -> None:
 
 
 def pull(session: Session, box: Box) -> Outcome:
-    """Bring the result home, prove it whole and sane, and only then allow the box to go. A bad copy is fetched again."""
+    """Bring the result home, prove it whole and sane, and only then allow the box to go. A bad copy
+    is fetched again."""
     folder = f"{scripts.run_folder(session.run_id)}/result"
     staging = session.journal.folder / "result"
     staging.mkdir(exist_ok=True)
@@ -247,7 +302,13 @@ def pull(session: Session, box: Box) -> Outcome:
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(p for p in staging.iterdir() if p.is_file()):
         shutil.copy2(file, out / file.name)
-    session.note("pulled", sha256=found.sha256, bytes_out=found.size_bytes, tensors=found.tensors, adapter=str(out / "adapter.zip"))
+    session.note(
+        "pulled",
+        sha256=found.sha256,
+        bytes_out=found.size_bytes,
+        tensors=found.tensors,
+        adapter=str(out / "adapter.zip"),
+    )
     return Outcome(out / "adapter.zip", found.sha256, session.spent_usd())
 
 
@@ -258,7 +319,12 @@ def _fetch(session: Session, box: Box, folder: str, staging: Path) -> result.Ver
         transfer.pull(box, f"{folder}/manifest.json", staging / "manifest.json")
         manifest = json.loads((staging / "manifest.json").read_text("utf-8"))
         size = int(manifest["adapter_bytes"])
-        transfer.pull(box, f"{folder}/adapter.zip", staging / "adapter.zip", progress=lambda done, _: session.screen.moving("pull", done, size))
+        transfer.pull(
+            box,
+            f"{folder}/adapter.zip",
+            staging / "adapter.zip",
+            progress=lambda done, _: session.screen.moving("pull", done, size),
+        )
         for name in manifest.get("extras", []):
             if "/" not in name and not name.startswith("."):
                 transfer.pull(box, f"{folder}/{name}", staging / name)

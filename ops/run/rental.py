@@ -1,7 +1,8 @@
-"""One rented machine: rent once, prove what an unclear answer left behind, boot, and destroy until it is proven absent.
+"""One rented machine: rent once, prove what an unclear answer left behind, boot, and destroy until
+it is proven absent.
 
-The order of journal line and call is the protocol (DESIGN section 5): whatever instant the client dies at, the journal and the
-label on vast.ai's list together say what exists.
+The order of journal line and call is the protocol (DESIGN section 5): whatever instant the client
+dies at, the journal and the label on vast.ai's list together say what exists.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from dataclasses import asdict
 
 from ops.box import scripts
 from ops.box.connection import load
-from ops.errors import BoxLeaked, MarketError, MilkteaError, NeverReady, NoAnswer, OfferGone, Preempted, Refused, Unsuitable
+from ops.errors import (
+    BoxLeaked,
+    MarketError,
+    MilkteaError,
+    NeverReady,
+    NoAnswer,
+    OfferGone,
+    Preempted,
+    Refused,
+    Unsuitable,
+)
 from ops.market import cost
 from ops.market.client import Vast
 from ops.market.models import Instance, Offer
@@ -20,7 +31,8 @@ from ops.run.session import Detached, Session, boot_timeout_s
 from ops.wait import until
 
 READS = 3  # without it, in a row, prove absence
-SETTLE_S = 5.0  # between reads after an unclear create: a new contract may take seconds to be listed
+# between reads after an unclear create: a new contract may take seconds to be listed
+SETTLE_S = 5.0
 PROOF_S = 2.0  # between reads after a destroy
 DESTROY_PATIENCE_S = 600.0
 UNSEEN_PATIENCE_S = 60.0  # a new contract may be invisible for so long
@@ -28,15 +40,24 @@ SICK_PATIENCE_S = 120.0  # of offline or unknown before the box is given up
 
 # Words in status_msg that no waiting heals (vast-api.md section 5, numbers 5 to 7).
 FATAL_WORDS = (
-    "manifest unknown", "manifest for", "unauthorized", "no space left on device", "toomanyrequests", "pull access denied",
-    "oci runtime create failed", "unsatisfied condition", "failed to start containers", "invalid reference format",
-)  # fmt: skip
+    "manifest unknown",
+    "manifest for",
+    "unauthorized",
+    "no space left on device",
+    "toomanyrequests",
+    "pull access denied",
+    "oci runtime create failed",
+    "unsatisfied condition",
+    "failed to start containers",
+    "invalid reference format",
+)
 
 
 @contextmanager
 def rented(session: Session, offer: Offer) -> Iterator[int]:
-    """The instance id of the machine behind `offer`, or the one that this run already has. On the way out, however, it is destroyed and proven gone;
-    only `Detached` leaves it, guarded by its own watchdog. A failing destroy raises BoxLeaked from the first error."""
+    """The instance id of the machine behind `offer`, or the one that this run already has. On the
+    way out, however, it is destroyed and proven gone; only `Detached` leaves it, guarded by its own
+    watchdog. A failing destroy raises BoxLeaked from the first error."""
     try:
         yield adopt(session) or rent(session, offer)
     except Detached:
@@ -66,7 +87,8 @@ def adopt(session: Session) -> int | None:
 
 
 def rent(session: Session, offer: Offer) -> int:
-    """Create once. Raises OfferGone when it is proven that nothing was created, Refused when vast.ai would refuse any offer."""
+    """Create once. Raises OfferGone when it is proven that nothing was created, Refused when
+    vast.ai would refuse any offer."""
     allowed_s = session.allowed_s(offer)
     with session.shield:
         return _rent(session, offer, allowed_s)
@@ -74,9 +96,13 @@ def rent(session: Session, offer: Offer) -> int:
 
 def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
     session.note(
-        "renting", offer=asdict(offer), label=session.run_id, bid_usd_per_hour=session.bid(offer), disk_gib=session.plan.needs.disk_gib,
+        "renting",
+        offer=asdict(offer),
+        label=session.run_id,
+        bid_usd_per_hour=session.bid(offer),
+        disk_gib=session.plan.needs.disk_gib,
         max_s=round(allowed_s),
-    )  # fmt: skip
+    )
     try:
         instance_id = session.vast.create(
             offer.id,
@@ -94,7 +120,8 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
 
 
 def _settle(session: Session, error: MarketError) -> int:
-    """After anything but a clean yes: three spaced reads by label. The id of what exists and is of use, else OfferGone or `error`."""
+    """After anything but a clean yes: three spaced reads by label. The id of what exists and is of
+    use, else OfferGone or `error`."""
     session.note("unclear", error=str(error), instance_id=error.instance_id)
     found, _ = listed(session.vast, session.run_id, every_s=SETTLE_S)
     if found:
@@ -109,7 +136,8 @@ def _settle(session: Session, error: MarketError) -> int:
 
 
 def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
-    """Wait until it runs and lets us at its ports. Raises NeverReady (fatal status, deadline), Preempted, Unsuitable."""
+    """Wait until it runs and lets us at its ports. Raises NeverReady (fatal status, deadline),
+    Preempted, Unsuitable."""
     session.vast.attach_key(instance_id, session.make_key())
     timeout_s = boot_timeout_s(session.predicted(offer))
     began = session.clock.now()
@@ -121,7 +149,9 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
         waited = session.clock.now() - began
         if now is None:
             if waited > UNSEEN_PATIENCE_S:
-                raise NeverReady(f"instance {instance_id} is not to be seen {waited:.0f} s after it was rented")
+                raise NeverReady(
+                    f"instance {instance_id} is not to be seen {waited:.0f} s after it was rented"
+                )
             return None
         session.screen.booting(now, waited)
         _refuse_fatal(session, now)
@@ -133,7 +163,9 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
         sick_since.clear()
         return now if now.status == "running" and (now.direct_port or now.ssh_port) else None
 
-    running = until(look, every_s=2.0, timeout_s=timeout_s / session.clock.pace, clock=session.clock)
+    running = until(
+        look, every_s=2.0, timeout_s=timeout_s / session.clock.pace, clock=session.clock
+    )
     if running is None:
         raise NeverReady(f"machine {offer.machine_id} did not boot within {timeout_s:.0f} s")
     why = differs(running, offer, session.plan.needs.disk_gib, session.bid(offer))
@@ -149,11 +181,14 @@ def _refuse_fatal(session: Session, now: Instance) -> None:
     message = now.status_msg.lower()
     word = next((w for w in FATAL_WORDS if w in message), None)
     if now.status == "exited" or word:
-        raise NeverReady(f"machine {now.machine_id} cannot start: {now.status} {now.status_msg.strip()[:200]}")
+        raise NeverReady(
+            f"machine {now.machine_id} cannot start: {now.status} {now.status_msg.strip()[:200]}"
+        )
 
 
 def refuse_preempted(session: Session) -> None:
-    """Ask vast.ai, when the box does not answer. Raises Preempted when it was stopped or is gone; silence raises nothing."""
+    """Ask vast.ai, when the box does not answer. Raises Preempted when it was stopped or is gone;
+    silence raises nothing."""
     instance_id = session.instance_id()
     try:
         now = session.vast.instance(instance_id) if instance_id is not None else None
@@ -165,22 +200,41 @@ def refuse_preempted(session: Session) -> None:
         raise Preempted(f"instance {instance_id} is {state}")
 
 
-def differs(instance: Instance, offer: Offer, disk_gib: float, bid_usd_per_hour: float | None) -> str:
+def differs(
+    instance: Instance, offer: Offer, disk_gib: float, bid_usd_per_hour: float | None
+) -> str:
     """How the created instance deviates from the offer that was taken; "" when it does not."""
-    price = (offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour) + cost.disk_usd_per_hour(offer, disk_gib)
+    price = (
+        offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
+    ) + cost.disk_usd_per_hour(offer, disk_gib)
     checks = [
-        ("machine_id", instance.machine_id, offer.machine_id, instance.machine_id == offer.machine_id),
+        (
+            "machine_id",
+            instance.machine_id,
+            offer.machine_id,
+            instance.machine_id == offer.machine_id,
+        ),
         ("gpu_name", instance.gpu_name, offer.gpu_name, instance.gpu_name == offer.gpu_name),
         ("num_gpus", instance.num_gpus, offer.num_gpus, instance.num_gpus == offer.num_gpus),
         ("disk GiB", instance.disk_gib, disk_gib, instance.disk_gib >= disk_gib - 0.5),
-        ("$/h", round(instance.usd_per_hour, 4), round(price, 4), instance.usd_per_hour <= price * 1.02 + 1e-4),
+        (
+            "$/h",
+            round(instance.usd_per_hour, 4),
+            round(price, 4),
+            instance.usd_per_hour <= price * 1.02 + 1e-4,
+        ),
     ]
-    return "; ".join(f"{name} is {got}, offered {wanted}" for name, got, wanted, ok in checks if not ok)
+    return "; ".join(
+        f"{name} is {got}, offered {wanted}" for name, got, wanted, ok in checks if not ok
+    )
 
 
-def listed(vast: Vast, label: str, *, every_s: float = PROOF_S) -> tuple[list[Instance], list[float]]:
-    """(what has `label`, the unix seconds of each read), by the first read that shows any; nothing after READS reads, `every_s` apart.
-    Raises MarketError when a read fails: the reads before it prove nothing."""
+def listed(
+    vast: Vast, label: str, *, every_s: float = PROOF_S
+) -> tuple[list[Instance], list[float]]:
+    """(what has `label`, the unix seconds of each read), by the first read that shows any; nothing
+    after READS reads, `every_s` apart. Raises MarketError when a read fails: the reads before it
+    prove nothing."""
     reads: list[float] = []
     while True:
         found = vast.instances(label=label)
@@ -191,8 +245,9 @@ def listed(vast: Vast, label: str, *, every_s: float = PROOF_S) -> tuple[list[In
 
 
 def until_absent(vast: Vast, label: str, *, known: int | None = None) -> list[float]:
-    """Destroy instance `known` and everything with `label`, again and again, until READS spaced reads in a row list none; their unix seconds.
-    Raises BoxLeaked without that proof after DESTROY_PATIENCE_S, or at once where vast.ai refuses."""
+    """Destroy instance `known` and everything with `label`, again and again, until READS spaced
+    reads in a row list none; their unix seconds. Raises BoxLeaked without that proof after
+    DESTROY_PATIENCE_S, or at once where vast.ai refuses."""
     pending = [] if known is None else [known]
     trouble = ""
 
@@ -222,7 +277,8 @@ def _leaked(label: str, instance_id: int | None, trouble: str) -> BoxLeaked:
 
 
 def give_back(session: Session, why: str) -> None:
-    """Destroy everything with this run's label until it is proven absent. Safe to call twice. Raises BoxLeaked without that proof."""
+    """Destroy everything with this run's label until it is proven absent. Safe to call twice.
+    Raises BoxLeaked without that proof."""
     if not session.may_have_box():
         return
     with session.shield:
@@ -253,11 +309,17 @@ def _bill(session: Session, instance_id: int | None) -> None:
     except MilkteaError as e:
         session.note("bill", instance_id=instance_id, error=str(e))
         return
-    session.note("bill", instance_id=instance_id, items=[asdict(c) for c in charges], usd=round(sum(c.usd for c in charges), 6))
+    session.note(
+        "bill",
+        instance_id=instance_id,
+        items=[asdict(c) for c in charges],
+        usd=round(sum(c.usd for c in charges), 6),
+    )
 
 
 def _keep_diagnostics(session: Session, first: BaseException) -> None:
-    """The container's log dies with the box; when something went wrong it is the only witness. Best effort."""
+    """The container's log dies with the box; when something went wrong it is the only witness. Best
+    effort."""
     instance_id = session.instance_id()
     if instance_id is None or not isinstance(first, MilkteaError):
         return

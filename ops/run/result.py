@@ -1,7 +1,9 @@
-"""What came home, looked at before the box may go: the archive, its members, every tensor, and whether it is what was asked.
+"""What came home, looked at before the box may go: the archive, its members, every tensor, and
+whether it is what was asked.
 
-Pure but for reading the file. The manifest comes from the same box as the archive, so its word is never taken for a limit: sizes,
-ratios, names and numbers are judged on their own. Nothing is extracted.
+Pure but for reading the file. The manifest comes from the same box as the archive, so its word is
+never taken for a limit: sizes, ratios, names and numbers are judged on their own. Nothing is
+extracted.
 """
 
 from __future__ import annotations
@@ -28,7 +30,20 @@ _MAX_MEMBERS = 4096
 _MAX_RATIO = 100  # trained numbers hardly shrink; deflate's own limit is 1,032
 _SLACK = 64 << 20  # bytes that any archive may unfold to: tokenizers shrink well
 _MAX_TEXT = 256 << 20  # bytes of one member that is not weights
-_RUNS_CODE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".pyc", ".so", ".npy", ".npz"}  # on loading, or may
+# on loading, or may
+_RUNS_CODE = {
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".pickle",
+    ".ckpt",
+    ".py",
+    ".pyc",
+    ".so",
+    ".npy",
+    ".npz",
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +65,16 @@ class Expect:
         """From a wire job (trainer.wire.job.Job, dumped)."""
         lora, named = job["lora"], job["lora"]["target_modules"]
         return cls(
-            job["model"]["base"], lora["r"], tuple(f["sha256"] for f in job["data"]["files"]), job["training"]["method"],
-            lora["lora_alpha"], None if isinstance(named, str) else tuple(named), lora["use_dora"], lora["use_rslora"],
+            job["model"]["base"],
+            lora["r"],
+            tuple(f["sha256"] for f in job["data"]["files"]),
+            job["training"]["method"],
+            lora["lora_alpha"],
+            None if isinstance(named, str) else tuple(named),
+            lora["use_dora"],
+            lora["use_rslora"],
             lora["init_lora_weights"],
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,8 @@ class _Bad(Exception):
 
 
 def verify(path: Path, manifest: Mapping[str, Any], expect: Expect) -> Verified:
-    """Look at every byte of the archive. Raises AdapterError that names the file or tensor and what is wrong with it."""
+    """Look at every byte of the archive. Raises AdapterError that names the file or tensor and what
+    is wrong with it."""
     try:
         _manifest_sane(manifest, expect)
         digest = _whole(path, manifest)
@@ -87,14 +109,29 @@ def verify(path: Path, manifest: Mapping[str, Any], expect: Expect) -> Verified:
             raise _Bad("every weight is zero")
     except _Bad as bad:
         raise _error(str(bad)) from bad
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, NotImplementedError, EOFError, OSError, UnicodeError) as error:
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        zlib.error,
+        NotImplementedError,
+        EOFError,
+        OSError,
+        UnicodeError,
+    ) as error:
         raise _error(f"adapter.zip cannot be read: {error}") from error
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _error(f"manifest.json is not what a trainer writes: {error!r}") from error
     except ValueError as error:
         raise _error(f"adapter.zip: {error}") from error
     parameters = sum(math.prod(t.shape) for t in found.values())
-    return Verified(digest, path.stat().st_size, len(found), parameters, manifest["steps"], manifest["final_loss"])
+    return Verified(
+        digest,
+        path.stat().st_size,
+        len(found),
+        parameters,
+        manifest["steps"],
+        manifest["final_loss"],
+    )
 
 
 def _error(what: str) -> AdapterError:
@@ -106,23 +143,42 @@ def _check(true: bool, what: str) -> None:
         raise _Bad(what)
 
 
-# -- the manifest and the whole file ----------------------------------------------------------------------------------------
+# -- the manifest and the whole file ---------------------------------------------------------------
 
 
 def _manifest_sane(manifest: Mapping[str, Any], expect: Expect) -> None:
     _check(isinstance(manifest, Mapping), "manifest.json is not an object")
-    _check(manifest["wire"] == WIRE, f"manifest.json speaks wire {manifest['wire']!r}, this is {WIRE}")
+    _check(
+        manifest["wire"] == WIRE, f"manifest.json speaks wire {manifest['wire']!r}, this is {WIRE}"
+    )
     base = manifest["base_model"]
-    _check(base == expect.base_model, f"manifest.json is of base model {base!r}, the job asked for {expect.base_model!r}")
+    _check(
+        base == expect.base_model,
+        f"manifest.json is of base model {base!r}, the job asked for {expect.base_model!r}",
+    )
     method = manifest.get("method", "lora")
-    _check(method == expect.method, f"manifest.json is of method {method!r}, the job asked for {expect.method!r}")
+    _check(
+        method == expect.method,
+        f"manifest.json is of method {method!r}, the job asked for {expect.method!r}",
+    )
     steps, loss = manifest["steps"], manifest["final_loss"]
-    _check(type(steps) is int and steps > 0, f"manifest.json tells of {steps!r} steps: nothing was trained")
-    _check(type(loss) in (int, float) and math.isfinite(loss), f"manifest.json has final_loss {loss!r}")
+    _check(
+        type(steps) is int and steps > 0,
+        f"manifest.json tells of {steps!r} steps: nothing was trained",
+    )
+    _check(
+        type(loss) in (int, float) and math.isfinite(loss), f"manifest.json has final_loss {loss!r}"
+    )
     data = manifest["data_sha256"]
-    _check(list(data) == list(expect.data_sha256), f"manifest.json names data {data}, the job names {expect.data_sha256}")
+    _check(
+        list(data) == list(expect.data_sha256),
+        f"manifest.json names data {data}, the job names {expect.data_sha256}",
+    )
     if expect.method == "lora":
-        _check(manifest["lora"]["r"] == expect.r, f"manifest.json has r {manifest['lora']['r']!r}, the job asked for {expect.r}")
+        _check(
+            manifest["lora"]["r"] == expect.r,
+            f"manifest.json has r {manifest['lora']['r']!r}, the job asked for {expect.r}",
+        )
 
 
 def _whole(path: Path, manifest: Mapping[str, Any]) -> str:
@@ -131,11 +187,14 @@ def _whole(path: Path, manifest: Mapping[str, Any]) -> str:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     wanted = manifest["adapter_sha256"]
-    _check(found == wanted, f"adapter.zip has sha256 {found[:16]}, its manifest says {str(wanted)[:16]}")
+    _check(
+        found == wanted,
+        f"adapter.zip has sha256 {found[:16]}, its manifest says {str(wanted)[:16]}",
+    )
     return found
 
 
-# -- the archive ------------------------------------------------------------------------------------------------------------
+# -- the archive -----------------------------------------------------------------------------------
 
 
 def _members(archive: zipfile.ZipFile, size: int, said: Mapping[str, Any]) -> list[zipfile.ZipInfo]:
@@ -145,31 +204,61 @@ def _members(archive: zipfile.ZipFile, size: int, said: Mapping[str, Any]) -> li
     seen: set[str] = set()
     for member in members:
         name = member.filename
-        _check(_harmless(member), f"adapter.zip: member {name!r} would be written outside its folder, or is no plain file")
+        _check(
+            _harmless(member),
+            f"adapter.zip: member {name!r} would be written outside its folder, or is no "
+            "plain file",
+        )
         _check(name.casefold() not in seen, f"adapter.zip has {name!r} twice")
         seen.add(name.casefold())
-        _check(PurePosixPath(name).suffix.lower() not in _RUNS_CODE, f"adapter.zip: {name} may run code when it is loaded")
+        _check(
+            PurePosixPath(name).suffix.lower() not in _RUNS_CODE,
+            f"adapter.zip: {name} may run code when it is loaded",
+        )
         _check(not member.flag_bits & 0x41, f"adapter.zip: {name} is encrypted")
         _check(name in said, f"adapter.zip has {name}, which its manifest does not list")
         size_said = said[name]["bytes"]
-        _check(member.file_size == size_said, f"adapter.zip: {name} has {member.file_size} bytes, its manifest says {size_said}")
+        _check(
+            member.file_size == size_said,
+            f"adapter.zip: {name} has {member.file_size} bytes, its manifest says {size_said}",
+        )
         most = _MAX_RATIO * member.compress_size + _SLACK
-        _check(member.file_size <= most, f"{name} unfolds {member.compress_size} bytes to {member.file_size}, a bomb")
+        _check(
+            member.file_size <= most,
+            f"{name} unfolds {member.compress_size} bytes to {member.file_size}, a bomb",
+        )
     missing = sorted(set(said) - {m.filename for m in members})
     _check(not missing, f"adapter.zip lacks {', '.join(missing[:5])}")
     total = sum(m.file_size for m in members)
-    _check(total <= _MAX_RATIO * size + _SLACK, f"adapter.zip unfolds {size} bytes to {total}, a bomb")
+    _check(
+        total <= _MAX_RATIO * size + _SLACK, f"adapter.zip unfolds {size} bytes to {total}, a bomb"
+    )
     end = 0
     for member in sorted(members, key=lambda m: m.header_offset):
-        _check(member.header_offset >= end, f"adapter.zip: {member.filename} lies inside another member")
-        end = member.header_offset + 30 + len(member.orig_filename.encode("utf-8")) + member.compress_size
+        _check(
+            member.header_offset >= end,
+            f"adapter.zip: {member.filename} lies inside another member",
+        )
+        end = (
+            member.header_offset
+            + 30
+            + len(member.orig_filename.encode("utf-8"))
+            + member.compress_size
+        )
     return members
 
 
 def _harmless(member: zipfile.ZipInfo) -> bool:
-    """A plain file whose name stays below the folder on every system, and says the same to every reader."""
+    """A plain file whose name stays below the folder on every system, and says the same to every
+    reader."""
     name, mode = member.orig_filename, member.external_attr >> 16
-    if not name.isprintable() or "\\" in name or ":" in name or name.startswith("/") or name.endswith(("/", ".", " ")):
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or ":" in name
+        or name.startswith("/")
+        or name.endswith(("/", ".", " "))
+    ):
         return False
     if any(part in ("", ".", "..") for part in name.split("/")):
         return False
@@ -196,7 +285,8 @@ class _Hashed:
 def _contents(
     archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], said: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor by name and every JSON file by name, each member read once against CRC and sha256."""
+    """Every tensor by name and every JSON file by name, each member read once against CRC and
+    sha256."""
     found: dict[str, Tensor] = {}
     texts: dict[str, Any] = {}
     for member in members:
@@ -206,7 +296,10 @@ def _contents(
             if name.endswith(".safetensors"):
                 for tensor in tensors.read(hashed, member.file_size):
                     _check(tensor.name not in found, f"{name}: tensor {tensor.name} is there twice")
-                    _check(tensor.finite, f"{name}: tensor {tensor.name} holds a number that is not finite")
+                    _check(
+                        tensor.finite,
+                        f"{name}: tensor {tensor.name} holds a number that is not finite",
+                    )
                     found[tensor.name] = tensor
             else:
                 _check(member.file_size <= _MAX_TEXT, f"{name} has {member.file_size} bytes")
@@ -214,7 +307,10 @@ def _contents(
                 if name.endswith(".json"):
                     texts[name] = tensors.strict_json(data)
             digest = hashed.hexdigest()
-        _check(digest == said[name]["sha256"], f"adapter.zip: {name} has another sha256 than its manifest says")
+        _check(
+            digest == said[name]["sha256"],
+            f"adapter.zip: {name} has another sha256 than its manifest says",
+        )
     _check(bool(found), "adapter.zip holds no tensor")
     return found, texts
 
@@ -234,44 +330,70 @@ def _as_listed(found: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
     for name, tensor in found.items():
         listed = said[name]
         same = tensor.shape == tuple(listed["shape"]) and tensor.dtype == listed["dtype"]
-        _check(same, f"tensor {name} is {tensor.dtype} {tensor.shape}, its manifest says {listed['dtype']} {listed['shape']}")
+        _check(
+            same,
+            f"tensor {name} is {tensor.dtype} {tensor.shape}, its manifest says "
+            f"{listed['dtype']} {listed['shape']}",
+        )
 
 
-# -- LoRA -------------------------------------------------------------------------------------------------------------------
+# -- LoRA ------------------------------------------------------------------------------------------
 
-_PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?$")
+_PART = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?$"
+)
 
 
 def _lora(found: Mapping[str, Tensor], texts: Mapping[str, Any], expect: Expect) -> None:
-    """The tensors are the LoRA that the job asked for: PEFT's names, both halves of each pair, the rank, something learnt."""
+    """The tensors are the LoRA that the job asked for: PEFT's names, both halves of each pair, the
+    rank, something learnt."""
     _check(CONFIG in texts, f"adapter.zip lacks {CONFIG}")
     config = texts[CONFIG]
-    _check(isinstance(config, dict) and config.get("peft_type") == "LORA", f"{CONFIG} is not a LoRA's")
-    ranks = {expect.r, 2 * expect.r} if expect.init_lora_weights == "pissa" else {expect.r}  # PiSSA comes home as a difference
+    _check(
+        isinstance(config, dict) and config.get("peft_type") == "LORA", f"{CONFIG} is not a LoRA's"
+    )
+    # PiSSA comes home as a difference
+    ranks = {expect.r, 2 * expect.r} if expect.init_lora_weights == "pissa" else {expect.r}
     r = config.get("r")
     _check(type(r) is int and r in ranks, f"{CONFIG} has r {r!r}, the job asked for {expect.r}")
     base = config.get("base_model_name_or_path")
-    _check(base == expect.base_model, f"{CONFIG} is of base model {base!r}, the job asked for {expect.base_model!r}")
+    _check(
+        base == expect.base_model,
+        f"{CONFIG} is of base model {base!r}, the job asked for {expect.base_model!r}",
+    )
     for key in ("lora_alpha", "use_dora", "use_rslora"):
         wanted, have = getattr(expect, key), config.get(key)
         doubled = key == "lora_alpha" and r != expect.r
-        _check(wanted is None or doubled or have == wanted, f"{CONFIG} has {key} {have!r}, the job asked for {wanted!r}")
+        _check(
+            wanted is None or doubled or have == wanted,
+            f"{CONFIG} has {key} {have!r}, the job asked for {wanted!r}",
+        )
     _targets(found, config, expect)
     pairs = _pairs(found, config)
     _check(bool(pairs), f"{WEIGHTS} holds no LoRA pair")
     _shapes(pairs, config)
     learnt = any(not a.zero and not b.zero for a, b in pairs.values())
-    _check(learnt, f"{WEIGHTS}: one half of each of the {len(pairs)} modules is zero: nothing was learnt")
+    _check(
+        learnt,
+        f"{WEIGHTS}: one half of each of the {len(pairs)} modules is zero: nothing was learnt",
+    )
 
 
 def _targets(found: Mapping[str, Tensor], config: Mapping[str, Any], expect: Expect) -> None:
-    """Every tensor belongs to a target module or to modules_to_save, and every target has tensors."""
+    """Every tensor belongs to a target module or to modules_to_save, and every target has
+    tensors."""
     named = config.get("target_modules")
     if expect.target_modules is not None:
         same = isinstance(named, list) and sorted(named) == sorted(expect.target_modules)
-        _check(same, f"{CONFIG} has target_modules {named}, the job asked for {list(expect.target_modules)}")
+        _check(
+            same,
+            f"{CONFIG} has target_modules {named}, the job asked for {list(expect.target_modules)}",
+        )
     kept = config.get("modules_to_save") or []
-    _check(isinstance(kept, list) and all(isinstance(k, str) for k in kept), f"{CONFIG} has modules_to_save {kept!r}")
+    _check(
+        isinstance(kept, list) and all(isinstance(k, str) for k in kept),
+        f"{CONFIG} has modules_to_save {kept!r}",
+    )
     modules = {m["module"] for m in map(_PART.match, found) if m}
     for name in found:
         owned = _PART.match(name) or any(f".{k}." in f".{name}" for k in kept)
@@ -282,10 +404,15 @@ def _targets(found: Mapping[str, Tensor], config: Mapping[str, Any], expect: Exp
             aimed = any(module == end or module.endswith("." + end) for end in ends)
             _check(aimed, f"{WEIGHTS}: {module} is none of {CONFIG}'s target_modules")
         for end in ends:
-            _check(any(m == end or m.endswith("." + end) for m in modules), f"{WEIGHTS}: target {end!r} has no tensors")
+            _check(
+                any(m == end or m.endswith("." + end) for m in modules),
+                f"{WEIGHTS}: target {end!r} has no tensors",
+            )
 
 
-def _pairs(found: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(
+    found: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in found.items():
         if match := _PART.match(name):
@@ -293,17 +420,31 @@ def _pairs(found: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, 
     dora = bool(config.get("use_dora"))
     pairs = {}
     for module, have in parts.items():
-        kind = "lora_embedding_" if "lora_embedding_A" in have or "lora_embedding_B" in have else "lora_"
+        kind = (
+            "lora_embedding_"
+            if "lora_embedding_A" in have or "lora_embedding_B" in have
+            else "lora_"
+        )
         for half in (f"{kind}A", f"{kind}B", *(["lora_magnitude_vector"] if dora else [])):
             _check(half in have, f"{WEIGHTS}: {module} lacks its {half}")
-        _check(dora or "lora_magnitude_vector" not in have, f"{WEIGHTS}: {module} has a DoRA vector, {CONFIG} wants none")
+        _check(
+            dora or "lora_magnitude_vector" not in have,
+            f"{WEIGHTS}: {module} has a DoRA vector, {CONFIG} wants none",
+        )
         a, b = have[f"{kind}A"], have[f"{kind}B"]
-        random = b if kind == "lora_embedding_" else a  # the half that PEFT fills with random numbers; the other starts at zero
-        _check(not random.zero, f"{WEIGHTS}: {random.name} is all zero, which no initialisation gives")
+        # the half that PEFT fills with random numbers; the other starts at zero
+        random = b if kind == "lora_embedding_" else a
+        _check(
+            not random.zero, f"{WEIGHTS}: {random.name} is all zero, which no initialisation gives"
+        )
         if dora:
             vector = have["lora_magnitude_vector"]
             fits = math.prod(vector.shape) == b.shape[0] and not vector.zero
-            _check(fits, f"{WEIGHTS}: {vector.name} {vector.shape} does not fit lora_B {b.shape}, or is all zero")
+            _check(
+                fits,
+                f"{WEIGHTS}: {vector.name} {vector.shape} does not fit lora_B {b.shape}, or "
+                "is all zero",
+            )
         pairs[module] = (a, b)
     return pairs
 
@@ -314,5 +455,11 @@ def _shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any
         special = [r for end, r in pattern.items() if re.search(rf"(^|\.){end}$", module)]
         r = special[0] if special else config["r"]
         fits = len(a.shape) >= 2 and len(b.shape) >= 2 and a.shape[0] == r and b.shape[1] == r
-        _check(fits, f"{WEIGHTS}: {module} has lora_A {a.shape} and lora_B {b.shape}, {CONFIG} says r {r}")
-        _check(a.dtype == b.dtype, f"{WEIGHTS}: {module} has lora_A in {a.dtype} and lora_B in {b.dtype}")
+        _check(
+            fits,
+            f"{WEIGHTS}: {module} has lora_A {a.shape} and lora_B {b.shape}, {CONFIG} says r {r}",
+        )
+        _check(
+            a.dtype == b.dtype,
+            f"{WEIGHTS}: {module} has lora_A in {a.dtype} and lora_B in {b.dtype}",
+        )

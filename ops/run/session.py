@@ -1,4 +1,5 @@
-"""One acting client on one run: its journal, its provider, its clock and its screen; and what the journal says of the money."""
+"""One acting client on one run: its journal, its provider, its clock and its screen; and what the
+journal says of the money."""
 
 from __future__ import annotations
 
@@ -34,9 +35,11 @@ class Interrupted(BaseException):
 
 
 class Shield:
-    """Keeps an interrupt out of what must not be cut in half: a journal line, a create under way, a destroy being proven.
+    """Keeps an interrupt out of what must not be cut in half: a journal line, a create under way, a
+    destroy being proven.
 
-    `interrupt` is the signal handler's half: it raises Interrupted at once, or when the outermost `with shield:` ends."""
+    `interrupt` is the signal handler's half: it raises Interrupted at once, or when the outermost
+    `with shield:` ends."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -74,16 +77,25 @@ class Screen(Protocol):
     def booting(self, instance: Instance, waited_s: float) -> None: ...
     def connecting(self, message: str) -> None: ...
     def moving(self, what: str, done_bytes: int, total_bytes: int) -> None: ...
-    def event(self, event: Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None: ...
+    def event(
+        self, event: Event, spent_usd: float, max_usd: float, dies_at_unix_s: float
+    ) -> None: ...
     def waiting(self, message: str) -> None: ...
     def destroying(self, why: str) -> None: ...
     def choose(self, choices: Sequence[tuple[str, str]]) -> str:
-        """The user's choice after Ctrl-C, by its key; without a terminal, the second (fetch then destroy)."""
+        """The user's choice after Ctrl-C, by its key; without a terminal, the second (fetch then
+        destroy)."""
 
 
 class Session:
     def __init__(self, journal: Journal, plan: Plan, vast: Vast, screen: Screen) -> None:
-        self.journal, self.plan, self.vast, self.clock, self.screen = journal, plan, vast, vast.clock, screen
+        self.journal, self.plan, self.vast, self.clock, self.screen = (
+            journal,
+            plan,
+            vast,
+            vast.clock,
+            screen,
+        )
         self.shield = Shield()
         self.key_path = journal.folder / "id_ed25519"  # of this run alone
 
@@ -106,7 +118,7 @@ class Session:
             self.screen.line(line)
         return line
 
-    # -- what the journal says ------------------------------------------------------------------------------------
+    # -- what the journal says ---------------------------------------------------------------------
 
     def may_have_box(self) -> bool:
         return may_have_box(self.journal.lines)
@@ -130,7 +142,9 @@ class Session:
 
     def usd_per_hour(self) -> float:
         offer = self.offer()
-        return (self.bid(offer) or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
+        return (self.bid(offer) or offer.usd_per_hour) + cost.disk_usd_per_hour(
+            offer, self.plan.needs.disk_gib
+        )
 
     def spent_usd(self) -> float:
         """All machines of this run so far, by our own meter (vast.ai's bill comes later)."""
@@ -140,17 +154,28 @@ class Session:
         return f"spent {self.spent_usd():.4f} $ of {self.plan.max_usd:.2f} $"
 
     def allowed_s(self, offer: Offer) -> float:
-        """Seconds a new machine may live, by money and by hours; the box's watchdog gets this number.
-        Raises OverBudget when it is not worth starting."""
+        """Seconds a new machine may live, by money and by hours; the box's watchdog gets this
+        number. Raises OverBudget when it is not worth starting."""
         disk = cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
         burn = (self.bid(offer) or offer.usd_per_hour) + disk
         predicted = self.predicted(offer)
-        before_it_runs = predicted.inet_down_usd + predicted.inet_up_usd + disk * boot_timeout_s(predicted) / 3600
+        before_it_runs = (
+            predicted.inet_down_usd
+            + predicted.inet_up_usd
+            + disk * boot_timeout_s(predicted) / 3600
+        )
         left_usd = self.plan.max_usd - self.spent_usd() - before_it_runs
-        left_s = min(left_usd / burn * 3600, self.plan.max_s - (self.clock.now() - self.journal.lines[0].t)) - WATCH_S
+        left_s = (
+            min(
+                left_usd / burn * 3600,
+                self.plan.max_s - (self.clock.now() - self.journal.lines[0].t),
+            )
+            - WATCH_S
+        )
         if left_s < 2 * MARGIN_S:
             raise OverBudget(
-                f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: too few for another machine",
+                f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: "
+                "too few for another machine",
                 hint="raise limits.max_usd or limits.max_hours in the job file and run it again",
             )
         return left_s
@@ -164,7 +189,8 @@ class Session:
 
 
 def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
-    """`act`; an error that leaves it says what the run has spent, unless its raise knew more of the money."""
+    """`act`; an error that leaves it says what the run has spent, unless its raise knew more of the
+    money."""
 
     @wraps(act)
     def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -183,13 +209,15 @@ def boot_timeout_s(predicted: Cost) -> float:
 
 
 def may_have_box(lines: list[Line]) -> bool:
-    """Whether something with this run's label may exist: rented or asked for, and not proven absent since."""
+    """Whether something with this run's label may exist: rented or asked for, and not proven absent
+    since."""
     line = last(lines, "renting", "rented", "absent", "destroyed")
     return line is not None and line.kind in ("renting", "rented")
 
 
 def spent_usd(lines: list[Line], now: float) -> float:
-    """Dollars of every machine in the journal up to `now`: GPU from running, disk from rent, bytes both ways."""
+    """Dollars of every machine in the journal up to `now`: GPU from running, disk from rent, bytes
+    both ways."""
     total = 0.0
     offer: Offer | None = None
     rented_t = running_t = 0.0

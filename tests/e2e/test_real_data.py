@@ -1,4 +1,5 @@
-"""Real Alpaca rows in Chinese through the whole job on the practice model, on one and on two processes. The data is not ours to commit."""
+"""Real Alpaca rows in Chinese through the whole job on the practice model, on one and on two
+processes. The data is not ours to commit."""
 
 from __future__ import annotations
 
@@ -46,11 +47,16 @@ folder = "out"
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_alpaca_in_chinese_trains_with_a_falling_loss(tmp_path: Path, gpus: int) -> None:
     (tmp_path / "job.toml").write_text(JOB.format(root=ROOT, data=DATA, gpus=gpus))
-    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST_")} | {"MILKTEA_RUNS": str(tmp_path / "runs")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST_")} | {
+        "MILKTEA_RUNS": str(tmp_path / "runs")
+    }
     command = [sys.executable, "-m", "ops.cli", "rent-and-train", str(tmp_path / "job.toml")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    events = [json.loads(line) for line in next((tmp_path / "runs").glob("*/events.jsonl")).read_text().splitlines()]
+    events = [
+        json.loads(line)
+        for line in next((tmp_path / "runs").glob("*/events.jsonl")).read_text().splitlines()
+    ]
     started = next(e for e in events if e["event"] == "started")
     losses = [e["loss"] for e in events if e["event"] == "step"]
     assert started["processes"] == gpus

@@ -1,4 +1,5 @@
-"""A real sshd (asyncssh) on loopback with its own home, and a TCP proxy that cuts links; both end with the test."""
+"""A real sshd (asyncssh) on loopback with its own home, and a TCP proxy that cuts links; both end
+with the test."""
 
 from __future__ import annotations
 
@@ -18,17 +19,23 @@ import pytest
 
 from ops.box.connection import Box, Endpoint
 
-TOOLS = "bash cat cp date dd df env head ln ls mkdir mv openssl rm sh sha256sum sleep stat tail tar touch wc xargs"
+TOOLS = (
+    "bash cat cp date dd df env head ln ls mkdir mv openssl rm sh sha256sum sleep stat tail "
+    "tar touch wc xargs"
+)
 
 
 @dataclass
 class SshServer:
-    """`home` is the login's home; `bin` its whole PATH; `allowed` the public lines that may log in."""
+    """`home` is the login's home; `bin` its whole PATH; `allowed` the public lines that may log
+    in."""
 
     home: Path
     bin: Path
     allowed: list[str] = field(default_factory=list)
-    host_key: asyncssh.SSHKey = field(default_factory=lambda: asyncssh.generate_private_key("ssh-ed25519"))
+    host_key: asyncssh.SSHKey = field(
+        default_factory=lambda: asyncssh.generate_private_key("ssh-ed25519")
+    )
     port: int = 0
     logins: int = 0
     noise: str = ""  # what a login's rc files print
@@ -36,7 +43,8 @@ class SshServer:
     _listener: asyncssh.SSHAcceptor | None = None
     _thread: threading.Thread | None = None
     _links: set[asyncssh.SSHServerConnection] = field(default_factory=set)
-    _children: set[int] = field(default_factory=set)  # process groups; like sshd, a cut link does not end them, `close` does
+    # process groups; like sshd, a cut link does not end them, `close` does
+    _children: set[int] = field(default_factory=set)
 
     def start(self) -> None:
         if self._thread is None:
@@ -82,7 +90,9 @@ class SshServer:
                 return True
 
             def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-                good = key.export_public_key().decode().split()[:2] in [line.split()[:2] for line in server.allowed]
+                good = key.export_public_key().decode().split()[:2] in [
+                    line.split()[:2] for line in server.allowed
+                ]
                 server.logins += good
                 return good
 
@@ -115,14 +125,23 @@ class SshServer:
 
     async def _run(self, process: asyncssh.SSHServerProcess) -> None:
         child = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", self.noise + (process.command or ""),
-            cwd=self.home, env={"HOME": str(self.home), "PATH": str(self.bin)}, start_new_session=True,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            "/bin/sh",
+            "-c",
+            self.noise + (process.command or ""),
+            cwd=self.home,
+            env={"HOME": str(self.home), "PATH": str(self.bin)},
+            start_new_session=True,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         self._children.add(child.pid)
         try:
             feeder = asyncio.create_task(_copy_stream(process.stdin, child.stdin))
-            await asyncio.gather(_copy_stream(child.stdout, process.stdout), _copy_stream(child.stderr, process.stderr))
+            await asyncio.gather(
+                _copy_stream(child.stdout, process.stdout),
+                _copy_stream(child.stderr, process.stderr),
+            )
             process.exit(await child.wait())
         except (OSError, asyncssh.Error):
             process.exit(255)
@@ -183,9 +202,13 @@ def make_box(tmp_path: Path, public_line: str) -> Iterator[Callable[..., Box]]:
 
     def make(*ports: int, **settings) -> Box:
         kinds = ["direct", "proxy"]
-        endpoints = [Endpoint("127.0.0.1", port, kind) for port, kind in zip(ports, kinds, strict=False)]
+        endpoints = [
+            Endpoint("127.0.0.1", port, kind) for port, kind in zip(ports, kinds, strict=False)
+        ]
         quick = {"retry_s": 0.05, "connect_timeout_s": 5.0, "patience_s": 10.0}
-        made.append(Box(endpoints, "root", tmp_path / "key", tmp_path / "known_hosts", **(quick | settings)))
+        made.append(
+            Box(endpoints, "root", tmp_path / "key", tmp_path / "known_hosts", **(quick | settings))
+        )
         return made[-1]
 
     yield make
@@ -201,7 +224,8 @@ def box(server: SshServer, make_box: Callable[..., Box]) -> Box:
 
 
 class CuttingProxy:
-    """Forwards to `target`; once `budget` bytes have passed on one link in one direction, that link is reset.
+    """Forwards to `target`; once `budget` bytes have passed on one link in one direction, that link
+    is reset.
 
     `up` and `down` count every byte taken from either side, also those of links that were cut."""
 

@@ -1,4 +1,5 @@
-"""Runs that milktea 0.1 began, as its users have them on their disks: tests/ops/runs_of_0_1/README.md says what is in there."""
+"""Runs that milktea 0.1 began, as its users have them on their disks:
+tests/ops/runs_of_0_1/README.md says what is in there."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ class Then(RealClock):
 def test_their_journals_are_read_line_by_line(runs: Path) -> None:
     finished, interrupted = journal.read(runs / FINISHED), journal.read(runs / INTERRUPTED)
     assert [line.n for line in finished] == list(range(16)) and finished[-1].kind == "bill"
-    assert [line.n for line in interrupted] == list(range(10)) and interrupted[-1].kind == "checkpoint"
+    assert [line.n for line in interrupted] == list(range(10)) and interrupted[
+        -1
+    ].kind == "checkpoint"
     assert Plan.from_line(interrupted[0]).run_id == INTERRUPTED
     told = "\n".join(explain.explain(finished, time.time()))
     assert "destroy   absent in 3 spaced reads" in told and "verified: 2 tensors" in told
@@ -68,11 +71,21 @@ def test_their_journals_are_read_line_by_line(runs: Path) -> None:
 def test_status_tells_where_they_stand(runs: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
     env |= {"MILKTEA_RUNS": str(runs), "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-m", "ops.cli", "status", "--json"], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "ops.cli", "status", "--json"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     finished, interrupted = map(json.loads, done.stdout.splitlines())
     assert (finished["run_id"], finished["stage"], finished["box"]) == (FINISHED, "done", None)
-    assert (interrupted["run_id"], interrupted["stage"], interrupted["step"]) == (INTERRUPTED, "training", 1)
+    assert (interrupted["run_id"], interrupted["stage"], interrupted["step"]) == (
+        INTERRUPTED,
+        "training",
+        1,
+    )
     assert interrupted["box"] == 33400002
 
 
@@ -92,10 +105,18 @@ def test_resume_goes_on_from_the_checkpoint_that_is_at_home(runs: Path, fake: Fa
     assert pushed["files"] == 4, "data, job, and the two files of the checkpoint"
 
 
-def test_reap_destroys_what_the_interrupted_one_left_and_touches_no_other(runs: Path, fake: FakeVast) -> None:
+def test_reap_destroys_what_the_interrupted_one_left_and_touches_no_other(
+    runs: Path, fake: FakeVast
+) -> None:
     vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
     found, _ = vast.search({}, interruptible=False, disk_gib=16)
-    settings = {"image": rig.IMAGE, "disk_gib": 16, "env": {}, "onstart": "", "bid_usd_per_hour": None}
+    settings = {
+        "image": rig.IMAGE,
+        "disk_gib": 16,
+        "env": {},
+        "onstart": "",
+        "bid_usd_per_hour": None,
+    }
     vast.create(found[0].id, label=INTERRUPTED, **settings)
     before = (runs / FINISHED / journal.FILE).read_bytes()
     reaped = reap(runs, vast, rig.Silent())

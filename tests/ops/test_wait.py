@@ -23,7 +23,9 @@ class Jumping(RealClock):
 
 
 @pytest.mark.parametrize("pace", [1.0, 0.1])
-def test_waiting_is_scaled_by_the_clocks_pace_and_the_last_call_is_at_the_deadline(pace: float) -> None:
+def test_waiting_is_scaled_by_the_clocks_pace_and_the_last_call_is_at_the_deadline(
+    pace: float,
+) -> None:
     clock, called = Jumping(pace), []
     assert until(lambda: called.append(clock.now()), every_s=4, timeout_s=10, clock=clock) is None
     assert called == pytest.approx([0, 4 * pace, 8 * pace, 10 * pace])

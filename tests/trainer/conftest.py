@@ -1,4 +1,5 @@
-"""Models made once a session and run folders to train them in. Everything lives under the tests' own folders."""
+"""Models made once a session and run folders to train them in. Everything lives under the tests'
+own folders."""
 
 from __future__ import annotations
 
@@ -33,10 +34,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path, models: Callable[..., Path]) -> Callable[..., Path]:
-    """run_folder(kind="gqa", data=[...], held_out=[...], **job keys) -> job.json of a new run folder. Dicts merge into the defaults."""
+    """run_folder(kind="gqa", data=[...], held_out=[...], **job keys) -> job.json of a new run
+    folder. Dicts merge into the defaults."""
     count = 0
 
-    def make(kind: str = "gqa", data: list[Any] | None = None, held_out: list[Any] | None = None, model: Path | None = None, **changes: Any) -> Path:
+    def make(
+        kind: str = "gqa",
+        data: list[Any] | None = None,
+        held_out: list[Any] | None = None,
+        model: Path | None = None,
+        **changes: Any,
+    ) -> Path:
         nonlocal count
         count += 1
         run = tmp_path / f"run{count}"
@@ -47,15 +55,27 @@ def run_folder(tmp_path: Path, models: Callable[..., Path]) -> Callable[..., Pat
             text = "\n".join(json.dumps(row, ensure_ascii=False) for row in content) + "\n"
             (run / "data" / name).write_text(text, encoding="utf-8")
             return {
-                "path": f"data/{name}", "name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "size_bytes": len(text.encode()),
-            }  # fmt: skip
+                "path": f"data/{name}",
+                "name": name,
+                "sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "size_bytes": len(text.encode()),
+            }
 
         job: dict[str, Any] = {
             "run_id": "test-run",
             "model": {"base": "tiny/random", "path": "model", "precision": "fp32"},
-            "data": {"files": [put("train.jsonl", rows() if data is None else data)], "max_length": 512},
+            "data": {
+                "files": [put("train.jsonl", rows() if data is None else data)],
+                "max_length": 512,
+            },
             "lora": {"r": 4, "lora_alpha": 8},
-            "training": {"batch_size": 6, "learning_rate": 5e-3, "num_train_epochs": 2, "warmup_ratio": 0.0, "save_every_s": 1000},
+            "training": {
+                "batch_size": 6,
+                "learning_rate": 5e-3,
+                "num_train_epochs": 2,
+                "warmup_ratio": 0.0,
+                "save_every_s": 1000,
+            },
         }
         if held_out is not None:
             job["data"]["held_out"] = put("held_out.jsonl", held_out)

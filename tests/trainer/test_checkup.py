@@ -19,7 +19,9 @@ def test_versions_are_compared_with_the_lock_package_by_package() -> None:
     lock = {"wheels": [{"name": "pydantic", "version": version}]}
     assert checkup.versions_match_the_lock(lock).startswith("1 packages")
     lock["wheels"] += [{"name": "numpy", "version": "0.0.1"}, {"name": "not-there", "version": "1"}]
-    with pytest.raises(checkup.Failed, match=r"numpy .* instead of 0\.0\.1; not-there missing instead of 1"):
+    with pytest.raises(
+        checkup.Failed, match=r"numpy .* instead of 0\.0\.1; not-there missing instead of 1"
+    ):
         checkup.versions_match_the_lock(lock)
     with pytest.raises(checkup.Failed, match="no lock"):
         checkup.versions_match_the_lock(None)
@@ -28,8 +30,13 @@ def test_versions_are_compared_with_the_lock_package_by_package() -> None:
 def attempts(tmp_path: Path, program: str) -> list[str]:
     """What the hook saw of a Python program and of what it starts."""
     (tmp_path / "sitecustomize.py").write_text(checkup.HOOK)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "MILKTEA_AUDIT": str(tmp_path / "audit.txt")}
-    subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path),
+        "MILKTEA_AUDIT": str(tmp_path / "audit.txt"),
+    }
+    subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, timeout=60
+    )
     audit = tmp_path / "audit.txt"
     return audit.read_text().splitlines() if audit.exists() else []
 
@@ -40,11 +47,14 @@ def attempts(tmp_path: Path, program: str) -> list[str]:
         "import socket; s = socket.socket(); s.settimeout(0.01); s.connect(('203.0.113.7', 443))",
         "import socket; socket.getaddrinfo('hub.invalid', 443)",
         "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('203.0.113.7', 53))",
-        "import subprocess, sys; subprocess.run([sys.executable, '-c', \"import socket; socket.getaddrinfo('hub.invalid', 443)\"])",
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', \"import socket; "
+        "socket.getaddrinfo('hub.invalid', 443)\"])",
         "import urllib.request; urllib.request.urlopen('http://hub.invalid')",
     ],
 )
-def test_an_attempt_to_reach_out_is_counted_wherever_it_happens(tmp_path: Path, program: str) -> None:
+def test_an_attempt_to_reach_out_is_counted_wherever_it_happens(
+    tmp_path: Path, program: str
+) -> None:
     found = attempts(tmp_path, program)
     assert len(found) >= 1
     with pytest.raises(checkup.Failed, match="attempts: socket"):
@@ -53,7 +63,8 @@ def test_an_attempt_to_reach_out_is_counted_wherever_it_happens(tmp_path: Path, 
 
 def test_processes_that_meet_on_loopback_reach_nothing(tmp_path: Path) -> None:
     program = (
-        "import socket; l = socket.create_server(('127.0.0.1', 0)); socket.create_connection(l.getsockname());"
+        "import socket; l = socket.create_server(('127.0.0.1', 0)); "
+        "socket.create_connection(l.getsockname());"
         "a, b = socket.socketpair(); socket.getaddrinfo('localhost', 80)"
     )
     assert attempts(tmp_path, program) == []
@@ -63,16 +74,25 @@ def test_processes_that_meet_on_loopback_reach_nothing(tmp_path: Path) -> None:
 def test_strace_counts_what_python_does_not_see(tmp_path: Path) -> None:
     trace = tmp_path / "strace.txt"
     quiet = (
-        '7 connect(3, {sa_family=AF_UNIX, sun_path="/run/x"}, 110) = 0\n7 connect(4, {sa_family=AF_INET, sin_addr=inet_addr("127.0.0.1")}, 16) = 0\n'
+        '7 connect(3, {sa_family=AF_UNIX, sun_path="/run/x"}, 110) = 0\n7 connect(4, '
+        '{sa_family=AF_INET, sin_addr=inet_addr("127.0.0.1")}, 16) = 0\n'
     )
     trace.write_text(quiet)
-    assert checkup.nothing_reached_out(tmp_path / "absent", trace) == "0 attempts (by audit hook and strace)"
-    trace.write_text(quiet + '8 connect(4, {sa_family=AF_INET, sin_port=htons(443), sin_addr=inet_addr("203.0.113.7")}, 16) = -1\n')
+    assert (
+        checkup.nothing_reached_out(tmp_path / "absent", trace)
+        == "0 attempts (by audit hook and strace)"
+    )
+    trace.write_text(
+        quiet + "8 connect(4, {sa_family=AF_INET, sin_port=htons(443), "
+        'sin_addr=inet_addr("203.0.113.7")}, 16) = -1\n'
+    )
     with pytest.raises(checkup.Failed, match=r"1 attempts: 8 connect.*203\.0\.113\.7"):
         checkup.nothing_reached_out(tmp_path / "absent", trace)
 
 
-def test_the_compiler_for_triton_is_really_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_compiler_for_triton_is_really_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
@@ -87,7 +107,9 @@ def test_the_compiler_for_triton_is_really_used(monkeypatch: pytest.MonkeyPatch,
         checkup.compiler_for_triton()
 
 
-def test_a_bitsandbytes_without_a_library_for_this_cuda_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_bitsandbytes_without_a_library_for_this_cuda_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import torch
 
     package = tmp_path / "bitsandbytes"
@@ -95,9 +117,12 @@ def test_a_bitsandbytes_without_a_library_for_this_cuda_is_found_out(monkeypatch
     (package / "__init__.py").touch()
     (package / "libbitsandbytes_cuda117.so").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)  # another test may have loaded the real one
+    # another test may have loaded the real one
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(checkup.Failed, match=r"none of libbitsandbytes_cuda117\.so is for CUDA 13\.0"):
+    with pytest.raises(
+        checkup.Failed, match=r"none of libbitsandbytes_cuda117\.so is for CUDA 13\.0"
+    ):
         checkup.bitsandbytes_library()
     (package / "libbitsandbytes_cuda130.so").touch()
     assert checkup.bitsandbytes_library() == "libbitsandbytes_cuda130.so for CUDA 13.0"
@@ -106,7 +131,9 @@ def test_a_bitsandbytes_without_a_library_for_this_cuda_is_found_out(monkeypatch
         checkup.bitsandbytes_library()
 
 
-def test_a_check_that_breaks_counts_as_failed_and_the_others_still_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_that_breaks_counts_as_failed_and_the_others_still_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def breaks() -> str:
         raise ZeroDivisionError("division by zero")
 
@@ -117,7 +144,9 @@ def test_a_check_that_breaks_counts_as_failed_and_the_others_still_run(capsys: p
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_whole_self_test_trains_counts_no_attempt_and_says_that_this_is_no_container(tmp_path: Path) -> None:
+def test_the_whole_self_test_trains_counts_no_attempt_and_says_that_this_is_no_container(
+    tmp_path: Path,
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "trainer.checkup", "--lock", str(tmp_path / "none.lock")],
         capture_output=True,

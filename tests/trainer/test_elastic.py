@@ -1,4 +1,5 @@
-"""Several machines, played by several torchrun agents on 127.0.0.1 in one run folder: a lost process costs a restart, never the result."""
+"""Several machines, played by several torchrun agents on 127.0.0.1 in one run folder: a lost
+process costs a restart, never the result."""
 
 from __future__ import annotations
 
@@ -48,16 +49,27 @@ def free_port() -> int:
 def start(agents: list[Agent], job: Path, **environment: str) -> Agent:
     """One machine's `milktea-train job.json`."""
     log = open(job.parent / f"agent{len(agents)}.log", "wb")  # noqa: SIM115 - the process holds it
-    told = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "SLURM_", "NNODES", "NODE_RANK", "MASTER_"))}
+    told = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("PET_", "SLURM_", "NNODES", "NODE_RANK", "MASTER_"))
+    }
     command = [sys.executable, "-m", "trainer.launch", str(job)]
-    agent = subprocess.Popen(command, env=told | {"OMP_NUM_THREADS": "1"} | environment, stdout=log, stderr=log, start_new_session=True)
+    agent = subprocess.Popen(
+        command,
+        env=told | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
     log.close()
     agents.append(agent)
     return agent
 
 
 def naming(folder: Path) -> list[int]:
-    """Every living process with a path below `folder` on its command line, whoever its parent is."""
+    """Every living process with a path below `folder` on its command line, whoever its parent
+    is."""
     found = []
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -78,7 +90,11 @@ def family(pid: int) -> list[int]:
             continue
         if fields[0] != "Z":
             parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid] if Path(f"/proc/{pid}").exists() and any(pid in children for children in parents.values()) else []
+    found = (
+        [pid]
+        if Path(f"/proc/{pid}").exists() and any(pid in children for children in parents.values())
+        else []
+    )
     for child in parents.get(pid, []):
         found += family(child)
     return found
@@ -86,7 +102,9 @@ def family(pid: int) -> list[int]:
 
 def worker(agent: Agent) -> int:
     """The process of this machine that trains, below launcher and torchrun."""
-    lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in family(agent.pid)}
+    lines = {
+        pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in family(agent.pid)
+    }
     [found] = [pid for pid, line in lines.items() if line[1:4] == [b"-u", b"-m", b"trainer.train"]]
     return found
 
@@ -107,10 +125,13 @@ def ended(job: Path, agent: Agent) -> int:
 
 
 def logs(job: Path) -> str:
-    return "\n".join(p.read_text(errors="replace")[-3000:] for p in sorted(job.parent.glob("agent*.log")))
+    return "\n".join(
+        p.read_text(errors="replace")[-3000:] for p in sorted(job.parent.glob("agent*.log"))
+    )
 
 
-LONG = {"num_train_epochs": 30, "save_every_s": 0.05, "learning_rate": 1e-3}  # 120 steps: a kill falls into the middle
+# 120 steps: a kill falls into the middle
+LONG = {"num_train_epochs": 30, "save_every_s": 0.05, "learning_rate": 1e-3}
 
 
 def undisturbed(run_folder: Make, **changes: Any) -> float:
@@ -120,7 +141,12 @@ def undisturbed(run_folder: Make, **changes: Any) -> float:
 
 
 def meeting(**more: str) -> dict[str, str]:
-    return {"PET_NNODES": "1:2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port()), "MILKTEA_LAST_CALL_S": "5"} | more
+    return {
+        "PET_NNODES": "1:2",
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(free_port()),
+        "MILKTEA_LAST_CALL_S": "5",
+    } | more
 
 
 def saved(events: list[dict[str, Any]]) -> bool:
@@ -129,7 +155,9 @@ def saved(events: list[dict[str, Any]]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_rank_costs_a_restart_and_the_final_loss_stays(run_folder: Make, agents: list[Agent]) -> None:
+def test_a_killed_rank_costs_a_restart_and_the_final_loss_stays(
+    run_folder: Make, agents: list[Agent]
+) -> None:
     expected, job, meet = undisturbed(run_folder), run_folder(training=LONG), meeting()
     first, second = start(agents, job, **meet), start(agents, job, **meet)
     until(job, agents, saved)
@@ -159,15 +187,32 @@ def test_a_lost_machine_leaves_the_rest_to_the_other(run_folder: Make, agents: l
 
 def test_one_machine_is_what_it_was() -> None:
     assert read_machines({}) is None
-    assert read_machines({"PET_NNODES": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "2"}) is None
+    assert (
+        read_machines({"PET_NNODES": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "2"}) is None
+    )
 
 
 @pytest.mark.parametrize(
     "environment",
     [
-        {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "run-node-0-0.run", "PET_MASTER_PORT": "29400"},
-        {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "run-node-0-0.run", "MASTER_PORT": "29400"},
-        {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "run-node-0-0.run", "MASTER_PORT": "29400"},
+        {
+            "PET_NNODES": "2",
+            "PET_NODE_RANK": "1",
+            "PET_MASTER_ADDR": "run-node-0-0.run",
+            "PET_MASTER_PORT": "29400",
+        },
+        {
+            "SLURM_STEP_NUM_NODES": "2",
+            "SLURM_NODEID": "1",
+            "MASTER_ADDR": "run-node-0-0.run",
+            "MASTER_PORT": "29400",
+        },
+        {
+            "NNODES": "2",
+            "NODE_RANK": "1",
+            "MASTER_ADDR": "run-node-0-0.run",
+            "MASTER_PORT": "29400",
+        },
     ],
     ids=["kubeflow", "slurm", "by hand"],
 )
@@ -185,21 +230,40 @@ def test_each_scheduler_is_understood(environment: dict[str, str]) -> None:
         ({"NNODES": "two", "MASTER_ADDR": "a"}, "neither a number"),
     ],
 )
-def test_half_a_description_of_the_machines_is_refused_with_what_to_set(environment: dict[str, str], what: str) -> None:
+def test_half_a_description_of_the_machines_is_refused_with_what_to_set(
+    environment: dict[str, str], what: str
+) -> None:
     with pytest.raises(ValueError, match=what):
         read_machines(environment)
 
 
-def test_a_fixed_number_of_machines_goes_to_accelerate_and_a_range_to_torchrun(run_folder: Make) -> None:
+def test_a_fixed_number_of_machines_goes_to_accelerate_and_a_range_to_torchrun(
+    run_folder: Make,
+) -> None:
     path = run_folder(processes=2)
     job, environment = Job.model_validate_json(path.read_bytes()), {"PET_NNODES": "4", "HOME": "/"}
     fixed = build(job, path, environment, Machines(4, 4, 1, "first", 29400))
-    assert fixed[1:3] == ["-m", "accelerate.commands.launch"] and environment.get("PET_NNODES") is None
+    assert (
+        fixed[1:3] == ["-m", "accelerate.commands.launch"] and environment.get("PET_NNODES") is None
+    )
     given = dict(pairwise(fixed))
-    assert (given["--num_processes"], given["--num_machines"], given["--machine_rank"]) == ("8", "4", "1")
-    assert (given["--rdzv_backend"], given["--rdzv_conf"], given["--main_process_ip"]) == ("c10d", "is_host=false", "first")
-    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", "a shared store sends restarted ranks to where their peers were"
+    assert (given["--num_processes"], given["--num_machines"], given["--machine_rank"]) == (
+        "8",
+        "4",
+        "1",
+    )
+    assert (given["--rdzv_backend"], given["--rdzv_conf"], given["--main_process_ip"]) == (
+        "c10d",
+        "is_host=false",
+        "first",
+    )
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", (
+        "a shared store sends restarted ranks to where their peers were"
+    )
     elastic = build(job, path, {}, Machines(1, 4, None, "first", 29400))
     given = dict(pairwise(elastic))
-    assert elastic[1:3] == ["-m", "torch.distributed.run"] and (given["--nnodes"], given["--nproc-per-node"]) == ("1:4", "2")
+    assert elastic[1:3] == ["-m", "torch.distributed.run"] and (
+        given["--nnodes"],
+        given["--nproc-per-node"],
+    ) == ("1:4", "2")
     assert fixed[-3:] == elastic[-3:] == ["-m", "trainer.train", str(path)]

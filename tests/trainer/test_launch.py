@@ -1,4 +1,5 @@
-"""The command that ops runs on a box, as ops runs it: one process and two, and what it exits with."""
+"""The command that ops runs on a box, as ops runs it: one process and two, and what it exits
+with."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def environment() -> dict[str, str]:
 
 
 def test_it_tells_its_wire_number() -> None:
-    done = subprocess.run([*COMMAND, "--wire"], capture_output=True, text=True, env=environment(), timeout=60)
+    done = subprocess.run(
+        [*COMMAND, "--wire"], capture_output=True, text=True, env=environment(), timeout=60
+    )
     assert done.returncode == 0 and int(done.stdout) == WIRE
 
 
@@ -45,7 +48,14 @@ def test_it_wants_one_job_file(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_job_runs_from_its_folder_and_ends_with_zero(run_folder: Make, processes: int) -> None:
     job = run_folder(processes=processes, training={"max_steps": 4})
-    done = subprocess.run([*COMMAND, "job.json"], cwd=job.parent, capture_output=True, text=True, env=environment(), timeout=150)
+    done = subprocess.run(
+        [*COMMAND, "job.json"],
+        cwd=job.parent,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=150,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     started = events_of(job)[0]
     assert started["event"] == "started" and started["processes"] == processes
@@ -58,17 +68,26 @@ def test_bad_data_is_told_before_torch_is_imported(run_folder: Make, tmp_path: P
     (tmp_path / "torch" / "__init__.py").write_text("import threading\nthreading.Event().wait()\n")
     job = run_folder(data=[{"instruction": "a"}])
     surroundings = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run([*COMMAND, str(job)], capture_output=True, text=True, timeout=60, env=surroundings)
+    done = subprocess.run(
+        [*COMMAND, str(job)], capture_output=True, text=True, timeout=60, env=surroundings
+    )
     assert done.returncode == 3 and "train.jsonl:1" in done.stderr
     assert [e["event"] for e in events_of(job)] == ["failed"]
 
 
-@pytest.mark.parametrize("everybody", [False, True], ids=["the command alone", "each of its processes"])
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])  # test_resume.py stops two processes in the quick suite
-def test_a_training_asked_to_stop_leaves_a_checkpoint_and_exits_with_143(run_folder: Make, processes: int, everybody: bool) -> None:
+@pytest.mark.parametrize(
+    "everybody", [False, True], ids=["the command alone", "each of its processes"]
+)
+# test_resume.py stops two processes in the quick suite
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_training_asked_to_stop_leaves_a_checkpoint_and_exits_with_143(
+    run_folder: Make, processes: int, everybody: bool
+) -> None:
     """Kubernetes asks the command, Slurm each of its processes."""
     job = run_folder(processes=processes, training={"num_train_epochs": 400})
-    child = subprocess.Popen([*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.DEVNULL
+    )
     below: list[psutil.Process] = []
     try:
         wait_for(lambda: step_reached(job) >= 2, 150)
@@ -88,7 +107,9 @@ def test_a_training_asked_to_stop_leaves_a_checkpoint_and_exits_with_143(run_fol
 def test_a_training_that_is_killed_is_no_success(run_folder: Make) -> None:
     """As by the kernel when the host's memory is full."""
     job = run_folder(training={"num_train_epochs": 400})
-    child = subprocess.Popen([*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [*COMMAND, "job.json"], cwd=job.parent, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     try:
         wait_for(lambda: step_reached(job) >= 2, 150)
         trainer = psutil.Process(child.pid).children(recursive=True)[-1]
@@ -119,19 +140,30 @@ def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_command_follows_job_and_hardware(run_folder: Make, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+def test_the_command_follows_job_and_hardware(
+    run_folder: Make, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
     job = Job.model_validate_json(run_folder(processes=processes).read_bytes())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     told: dict[str, str] = {}
     command = launch.build(job, Path("job.json"), told, None)
-    assert command[1:3] == ["-m", "accelerate.commands.launch"] and command[-3:] == ["-m", "trainer.train", "job.json"]
-    assert command[command.index("--num_processes") + 1] == str(processes) and told["ACCELERATE_USE_CPU"] == "true"
+    assert command[1:3] == ["-m", "accelerate.commands.launch"] and command[-3:] == [
+        "-m",
+        "trainer.train",
+        "job.json",
+    ]
+    assert (
+        command[command.index("--num_processes") + 1] == str(processes)
+        and told["ACCELERATE_USE_CPU"] == "true"
+    )
     assert ("--multi_gpu" in command, "--cpu" in command) == (processes == 2, processes == 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert launch.visible_gpus() == 2
     told = {}
     assert "--cpu" not in launch.build(job, Path("job.json"), told, None)
-    assert "ACCELERATE_USE_CPU" not in told and (told.get("OMP_NUM_THREADS") == str(os.cpu_count())) == (processes == 1)
+    assert "ACCELERATE_USE_CPU" not in told and (
+        told.get("OMP_NUM_THREADS") == str(os.cpu_count())
+    ) == (processes == 1)
 
 
 def accelerate_config(home: Path, **keys: object) -> Path:
@@ -145,14 +177,22 @@ def accelerate_config(home: Path, **keys: object) -> Path:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "distributed_type: FSDP"),
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
+            "distributed_type: FSDP",
+        ),
         ({"distributed_type": "DEEPSPEED"}, "distributed_type: DEEPSPEED"),
         ({"use_cpu": True}, "use_cpu: True"),
         ({"compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment: AMAZON_SAGEMAKER"),
     ],
 )
 def test_a_config_of_accelerate_that_means_another_training_is_refused_by_its_path(
-    run_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keys: dict[str, object], said: str
+    run_folder: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    keys: dict[str, object],
+    said: str,
 ) -> None:
     path = accelerate_config(tmp_path / "hf", **keys)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -164,7 +204,9 @@ def test_a_config_of_accelerate_that_means_another_training_is_refused_by_its_pa
     assert [e["event"] for e in events_of(job)] == ["failed"]
 
 
-def test_a_config_of_accelerate_is_looked_for_where_accelerate_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_of_accelerate_is_looked_for_where_accelerate_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for n, name in enumerate(("HOME", "XDG_CACHE_HOME", "HF_HOME")):  # each before the one above
         monkeypatch.setenv(name, str(tmp_path / name))
         for later in ("XDG_CACHE_HOME", "HF_HOME")[n:]:
@@ -176,14 +218,23 @@ def test_a_config_of_accelerate_is_looked_for_where_accelerate_looks(tmp_path: P
         path = Path(fresh.default_config_file)
         path.parent.mkdir(parents=True)
         path.write_text("distributed_type: MEGATRON_LM\n")
-        with pytest.raises(Refused, match=f"{re.escape(str(path))} says distributed_type: MEGATRON_LM"):
+        with pytest.raises(
+            Refused, match=f"{re.escape(str(path))} says distributed_type: MEGATRON_LM"
+        ):
             launch.check_accelerate_config(os.environ)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_options_of_the_job_win_over_any_other_config_of_accelerate(run_folder: Make, tmp_path: Path, processes: int) -> None:
+def test_the_options_of_the_job_win_over_any_other_config_of_accelerate(
+    run_folder: Make, tmp_path: Path, processes: int
+) -> None:
     """Asked of accelerate itself, for a machine with GPUs: what would reach the trainer."""
-    keys = {"mixed_precision": "fp16", "num_processes": 8, "dynamo_config": {"dynamo_backend": "INDUCTOR"}, "debug": True}
+    keys = {
+        "mixed_precision": "fp16",
+        "num_processes": 8,
+        "dynamo_config": {"dynamo_backend": "INDUCTOR"},
+        "debug": True,
+    }
     accelerate_config(tmp_path, distributed_type="MULTI_GPU", use_cpu=False, **keys)
     launch.check_accelerate_config({"HF_HOME": str(tmp_path)})
     job = Job.model_validate_json(run_folder(processes=processes).read_bytes())
@@ -192,8 +243,13 @@ def test_the_options_of_the_job_win_over_any_other_config_of_accelerate(run_fold
         patch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         command = launch.build(job, Path("job.json"), told, None)
     script = tmp_path / "tell.py"
-    script.write_text("import json, os\nif os.environ.get('RANK', '0') == '0': print(json.dumps(dict(os.environ)))\n")
-    done = subprocess.run([*command[:-3], str(script)], env=told, capture_output=True, text=True, timeout=120)
+    script.write_text(
+        "import json, os\nif os.environ.get('RANK', '0') == '0': "
+        "print(json.dumps(dict(os.environ)))\n"
+    )
+    done = subprocess.run(
+        [*command[:-3], str(script)], env=told, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.get("WORLD_SIZE", "1") == str(processes)
@@ -202,10 +258,18 @@ def test_the_options_of_the_job_win_over_any_other_config_of_accelerate(run_fold
 
 
 def test_an_error_of_the_training_itself_is_no_refusal(run_folder: Make) -> None:
-    """Here the result's folder cannot be made, for a file is in its place: an OSError, as any disk may give."""
+    """Here the result's folder cannot be made, for a file is in its place: an OSError, as any disk
+    may give."""
     job = run_folder(training={"max_steps": 3})
     (job.parent / "checkpoints").write_text("")
     settings = job.read_text().replace('"save_every_s": 1000', '"save_every_s": 0.001')
     job.write_text(settings)
-    done = subprocess.run([*COMMAND, "job.json"], cwd=job.parent, capture_output=True, text=True, env=environment(), timeout=150)
+    done = subprocess.run(
+        [*COMMAND, "job.json"],
+        cwd=job.parent,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=150,
+    )
     assert done.returncode == 1 and "Traceback" in done.stderr

@@ -1,4 +1,5 @@
-"""The memory oracle: counts that equal torch's, a peak that equals the GPU's, and never a "fits" that does not fit."""
+"""The memory oracle: counts that equal torch's, a peak that equals the GPU's, and never a "fits"
+that does not fit."""
 
 from __future__ import annotations
 
@@ -22,18 +23,56 @@ QWEN_05B = Shape(151_936, 896, 24, 14, 2, 64, 4864, tied=True, qkv_bias=True)
 DOCS = Path(__file__).parents[2] / "bench/results"
 
 CONFIGS: list[dict[str, Any]] = [
-    {"model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
-    {"model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "head_dim": 32},
-    {"model_type": "mistral", "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
-    {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 4},
-    {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "tie_word_embeddings": True},
-    {"model_type": "qwen3", "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
+    {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+    },
+    {
+        "model_type": "mistral",
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 40},
 ]
 
 
 def described(config: dict[str, Any]) -> dict[str, Any]:
-    common = {"vocab_size": 500} | ({} if config["model_type"] == "gpt2" else {"num_hidden_layers": 3})
+    common = {"vocab_size": 500} | (
+        {} if config["model_type"] == "gpt2" else {"num_hidden_layers": 3}
+    )
     return common | config
 
 
@@ -57,7 +96,8 @@ def test_an_adapters_parameters_are_counted_as_peft_makes_them(targets: Any) -> 
     made = AutoConfig.for_model(**described(CONFIGS[0]))
     with torch.device("meta"):
         model = get_peft_model(
-            AutoModelForCausalLM.from_config(made), LoraConfig(r=6, target_modules=targets, task_type="CAUSAL_LM")
+            AutoModelForCausalLM.from_config(made),
+            LoraConfig(r=6, target_modules=targets, task_type="CAUSAL_LM"),
         )
     counted = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert memory.adapter_parameters(Shape.from_config(made.to_dict()), 6, targets) == counted
@@ -73,12 +113,19 @@ def test_the_count_of_what_a_fused_layer_keeps_is_what_autograd_keeps() -> None:
     from trainer.kernels.patch import accelerate_model, inner_model
 
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
     )
     config._attn_implementation = register()
     shape = Shape.from_config(config.to_dict())
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(LlamaForCausalLM(config).requires_grad_(False), LoraConfig(r=16, target_modules=targets))
+    model = get_peft_model(
+        LlamaForCausalLM(config).requires_grad_(False), LoraConfig(r=16, target_modules=targets)
+    )
     accelerate_model(model, "fp32", "cpu")
     tokens, inner = 64, inner_model(model)
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -109,18 +156,30 @@ def measured(name: str, key: str) -> list[dict[str, Any]]:
 def predicted(line: dict[str, Any], shape: Shape, **more: int) -> memory.Memory:
     layers, transposed = line["checkpoint_layers"], line["keep_transpose"]
     return memory.predict(
-        shape, line["precision"], line["r"], "all-linear", line["tokens"], layers, keep_transpose=transposed, **more
-    )  # fmt: skip
+        shape,
+        line["precision"],
+        line["r"],
+        "all-linear",
+        line["tokens"],
+        layers,
+        keep_transpose=transposed,
+        **more,
+    )
 
 
-def test_the_peak_of_every_configuration_of_the_grid_is_predicted_within_4_percent_and_never_under_by_half_a_percent() -> None:
+def test_the_peak_of_every_configuration_of_the_grid_is_predicted_within_4_percent_and_never_under_by_half_a_percent() -> (
+    None
+):
     grid = measured("memory-grid.jsonl", "peak_allocated_gib")
     assert len(grid) >= 24
     off = []
     for line in grid:
-        got = predicted(line, Shape.from_config(line), documents=line["documents"], targets=line["targets"])
+        got = predicted(
+            line, Shape.from_config(line), documents=line["documents"], targets=line["targets"]
+        )
         off.append(got.peak_gib / line["peak_allocated_gib"] - 1)
-        card = line["peak_reserved_gib"] + 0.5  # what the allocator held and the CUDA context: the least card that it ran on
+        # what the allocator held and the CUDA context: the least card that it ran on
+        card = line["peak_reserved_gib"] + 0.5
         assert not got.fits(card), f"said to fit where it does not: {line}"
     print(f"\n{len(off)} configurations: {min(off):+.1%} to {max(off):+.1%} of the measured peak")
     assert min(off) >= -0.005 and max(off) <= 0.04
@@ -130,49 +189,82 @@ def test_the_peak_of_bench_runs_that_nothing_was_fitted_to_is_predicted_within_5
     shapes_of = {"llama-7b": LLAMA_7B, "llama-3-8b": LLAMA_3_8B}
     runs = [line for line in measured("bench.jsonl", "peak_gib") if line["model"] in shapes_of]
     assert len(runs) >= 5
-    off = [predicted(line, shapes_of[line["model"]]).peak_gib / line["peak_gib"] - 1 for line in runs]
+    off = [
+        predicted(line, shapes_of[line["model"]]).peak_gib / line["peak_gib"] - 1 for line in runs
+    ]
     print(f"\n{len(off)} bench runs: {min(off):+.1%} to {max(off):+.1%} of the measured peak")
     assert min(off) >= -0.02 and max(off) <= 0.05
 
 
 def test_the_oracle_imports_no_torch() -> None:
     code = "import sys, trainer.memory; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]
+        ).returncode
+        == 0
+    )
 
 
 def test_weights_of_a_7b_are_what_the_notes_say() -> None:
     assert memory.parameters(LLAMA_7B) == 6_738_415_616
     assert memory.adapter_parameters(LLAMA_7B, 16) == 39_976_960
-    sizes = {p: memory.predict(LLAMA_7B, p).weights_gib for p in ("fp32", "bf16", "fp8", "int8", "nf4")}
+    sizes = {
+        p: memory.predict(LLAMA_7B, p).weights_gib for p in ("fp32", "bf16", "fp8", "int8", "nf4")
+    }
     assert sizes["bf16"] == pytest.approx(12.55, abs=0.01)
     assert sizes["fp32"] == pytest.approx(2 * sizes["bf16"])
     assert sizes["nf4"] < sizes["fp8"] == pytest.approx(6.53, abs=0.02)
 
 
 def test_the_peak_without_the_fused_layer_is_predicted_too() -> None:
-    """Full, freeze, LoRA with dropout and DoRA, as `python -m bench.plain_memory` measured them; the smallest peak is 1 GiB."""
+    """Full, freeze, LoRA with dropout and DoRA, as `python -m bench.plain_memory` measured them;
+    the smallest peak is 1 GiB."""
     grid = measured("memory-plain.jsonl", "peak_allocated_gib")
-    assert {line["method"] for line in grid} == {"full", "freeze", "lora, dropout", "dora"} and len(grid) >= 40
+    assert {line["method"] for line in grid} == {"full", "freeze", "lora, dropout", "dora"} and len(
+        grid
+    ) >= 40
     off = []
     for line in grid:
         got = memory.predict(
-            Shape.from_config(line), "bf16", line["r"], "all-linear", line["tokens"], line["checkpoint_layers"], line["method"],
-            documents=line["documents"], targets=line["targets"], fused=False,
-        )  # fmt: skip
+            Shape.from_config(line),
+            "bf16",
+            line["r"],
+            "all-linear",
+            line["tokens"],
+            line["checkpoint_layers"],
+            line["method"],
+            documents=line["documents"],
+            targets=line["targets"],
+            fused=False,
+        )
         off.append(got.peak_gib / line["peak_allocated_gib"] - 1)
-        assert not got.fits(line["peak_reserved_gib"] + 0.5), f"said to fit where it does not: {line}"
+        assert not got.fits(line["peak_reserved_gib"] + 0.5), (
+            f"said to fit where it does not: {line}"
+        )
     within = sum(abs(o) <= 0.05 for o in off)
-    print(f"\n{len(off)} configurations: {min(off):+.1%} to {max(off):+.1%} of the measured peak, {within} within 5 %")
+    print(
+        f"\n{len(off)} configurations: {min(off):+.1%} to {max(off):+.1%} of the measured "
+        f"peak, {within} within 5 %"
+    )
     assert min(off) >= -0.015 and within >= 0.85 * len(off)
     assert max(off) <= 0.16  # freeze with all layers recomputed, 0.2 GiB
 
 
 def test_a_jobs_method_says_what_its_memory_depends_on() -> None:
-    assert memory.method_of("lora") == "lora" and memory.method_of("full", lora_dropout=0.1) == "full"
+    assert (
+        memory.method_of("lora") == "lora" and memory.method_of("full", lora_dropout=0.1) == "full"
+    )
     assert memory.method_of("lora", use_dora=True, lora_dropout=0.1) == "dora, dropout"
-    peaks = [memory.predict(LLAMA_7B, method=m, tokens_per_micro_batch=4096).peak_gib for m in ("lora", "lora, dropout", "dora", "dora, dropout")]
-    assert peaks == sorted(peaks) and peaks[1] > 1.5 * peaks[0]  # the first alone has the fused layer
-    few, many = (memory.predict(LLAMA_7B, method="freeze", trainable_layers=n).peak_gib for n in (2, 8))
+    peaks = [
+        memory.predict(LLAMA_7B, method=m, tokens_per_micro_batch=4096).peak_gib
+        for m in ("lora", "lora, dropout", "dora", "dora, dropout")
+    ]
+    # the first alone has the fused layer
+    assert peaks == sorted(peaks) and peaks[1] > 1.5 * peaks[0]
+    few, many = (
+        memory.predict(LLAMA_7B, method="freeze", trainable_layers=n).peak_gib for n in (2, 8)
+    )
     assert many > 1.5 * few
 
 
@@ -184,7 +276,12 @@ def test_the_parts_add_up_to_the_peak() -> None:
 
 
 shapes = st.sampled_from(
-    [LLAMA_7B, LLAMA_3_8B, QWEN_05B, Shape(50_257, 768, 12, 12, 12, 64, 3072, tied=True, gated=False, positions=1024)]
+    [
+        LLAMA_7B,
+        LLAMA_3_8B,
+        QWEN_05B,
+        Shape(50_257, 768, 12, 12, 12, 64, 3072, tied=True, gated=False, positions=1024),
+    ]
 )
 precisions = st.sampled_from(["fp32", "bf16", "fp8", "nf4", "int8"])
 
@@ -197,7 +294,9 @@ def test_more_tokens_or_rank_need_more_and_more_checkpointing_never_does(
     here = memory.predict(shape, precision, r, "all-linear", tokens, layers).peak_gib
     assert memory.predict(shape, precision, r, "all-linear", tokens + 64, layers).peak_gib > here
     assert memory.predict(shape, precision, 2 * r, "all-linear", tokens, layers).peak_gib > here
-    assert memory.predict(shape, precision, r, "all-linear", tokens, layers + 1).peak_gib <= here + 0.2
+    assert (
+        memory.predict(shape, precision, r, "all-linear", tokens, layers + 1).peak_gib <= here + 0.2
+    )
 
 
 @settings(max_examples=60)
@@ -212,7 +311,10 @@ def test_what_is_solved_fits_with_the_margin_and_nothing_is_found_only_where_not
         tokens, layers = found
         assert tokens >= least and 0 <= layers <= shape.layers
         got = memory.predict(shape, precision, 16, "all-linear", tokens, layers)
-        assert got.fits(capacity) and got.peak_gib * (1 + memory.MARGIN) + memory.RESERVED_GIB <= capacity
+        assert (
+            got.fits(capacity)
+            and got.peak_gib * (1 + memory.MARGIN) + memory.RESERVED_GIB <= capacity
+        )
 
 
 def test_a_bigger_card_is_never_slower() -> None:
@@ -233,8 +335,11 @@ def test_the_milk_tea_recipe_fits_a_24_gb_card_in_bf16_and_a_12_gb_card_in_nf4()
 
 def test_full_fine_tuning_holds_gradients_and_two_moments_of_every_weight() -> None:
     got = memory.predict(QWEN_05B, "bf16", method="full", tokens_per_micro_batch=256)
-    values, copies = memory.parameters(QWEN_05B), 2 * memory.linear_parameters(QWEN_05B)  # in bf16, for the products
-    assert (got.weights_gib + got.adapter_gib + got.optimizer_gib) * GIB == pytest.approx(values * 16 + copies, rel=0.01)
+    # in bf16, for the products
+    values, copies = memory.parameters(QWEN_05B), 2 * memory.linear_parameters(QWEN_05B)
+    assert (got.weights_gib + got.adapter_gib + got.optimizer_gib) * GIB == pytest.approx(
+        values * 16 + copies, rel=0.01
+    )
 
 
 def test_freezing_trains_the_last_layers_only() -> None:
@@ -251,16 +356,26 @@ def test_freezing_trains_the_last_layers_only() -> None:
         ({"model_type": "gpt2", "n_embd": 64}, "n_head"),
     ],
 )
-def test_a_config_that_cannot_be_read_says_what_is_missing(config: dict[str, Any], words: str) -> None:
+def test_a_config_that_cannot_be_read_says_what_is_missing(
+    config: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         Shape.from_config(config)
 
 
 def test_chatglm2_names_are_read_too() -> None:
     config = {
-        "model_type": "chatglm", "hidden_size": 4096, "num_layers": 28, "num_attention_heads": 32, "multi_query_group_num": 2,
-        "kv_channels": 128, "ffn_hidden_size": 13696, "padded_vocab_size": 65024, "add_qkv_bias": True, "vocab_size": 65000,
-    }  # fmt: skip
+        "model_type": "chatglm",
+        "hidden_size": 4096,
+        "num_layers": 28,
+        "num_attention_heads": 32,
+        "multi_query_group_num": 2,
+        "kv_channels": 128,
+        "ffn_hidden_size": 13696,
+        "padded_vocab_size": 65024,
+        "add_qkv_bias": True,
+        "vocab_size": 65000,
+    }
     assert memory.parameters(Shape.from_config(config)) == pytest.approx(6.24e9, rel=0.005)
 
 

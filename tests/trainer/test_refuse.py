@@ -32,7 +32,11 @@ def refused(job: Path) -> Refused | TemplateError:
     return caught.value
 
 
-LONG = [*rows(6), {"instruction": "x " * 300, "input": "", "output": "short"}, {"instruction": "short", "input": "", "output": "y " * 300}]
+LONG = [
+    *rows(6),
+    {"instruction": "x " * 300, "input": "", "output": "short"},
+    {"instruction": "short", "input": "", "output": "y " * 300},
+]
 
 
 def test_every_defect_of_the_data_is_in_the_refusal(run_folder: Make) -> None:
@@ -44,7 +48,11 @@ def test_every_defect_of_the_data_is_in_the_refusal(run_folder: Make) -> None:
 
 def test_over_length_rows_are_refused_by_default_each_with_its_tokens(run_folder: Make) -> None:
     error = refused(limited(run_folder, "refuse"))
-    assert "2 of 8 rows" in str(error) and [s.split(":")[1] for s in error.samples] == ["7", "8"] and "over_length" in error.hint
+    assert (
+        "2 of 8 rows" in str(error)
+        and [s.split(":")[1] for s in error.samples] == ["7", "8"]
+        and "over_length" in error.hint
+    )
 
 
 def limited(make: Make, policy: str) -> Path:
@@ -57,10 +65,16 @@ def limited(make: Make, policy: str) -> Path:
 
 def test_dropping_over_length_rows_is_told_row_by_row(run_folder: Make) -> None:
     found = prepared(limited(run_folder, "drop")).rows
-    assert len(found) == 6 and len(found.notes) == 2 and all("dropped" in n and n.startswith("train.jsonl:") for n in found.notes)
+    assert (
+        len(found) == 6
+        and len(found.notes) == 2
+        and all("dropped" in n and n.startswith("train.jsonl:") for n in found.notes)
+    )
 
 
-def test_truncation_keeps_the_stop_token_and_refuses_a_prompt_that_fills_the_budget(run_folder: Make) -> None:
+def test_truncation_keeps_the_stop_token_and_refuses_a_prompt_that_fills_the_budget(
+    run_folder: Make,
+) -> None:
     job = limited(run_folder, "truncate")
     error = refused(job)
     assert len(error.samples) == 1 and "prompt alone" in error.samples[0]
@@ -76,17 +90,25 @@ def test_truncation_keeps_the_stop_token_and_refuses_a_prompt_that_fills_the_bud
     assert len(data.rows.notes) == 1 and "stop token kept" in data.rows.notes[0]
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run_folder: Make, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
+    run_folder: Make, tmp_path: Path
+) -> None:
     write_model(tmp_path / "small", vocab_size=290)
     write_tokenizer(tmp_path / "small")
     error = refused(run_folder(model=tmp_path / "small"))
     assert "300 ids" in str(error) and "290" in str(error) and error.hint  # type: ignore[union-attr]
 
 
-def test_a_template_whose_stop_token_this_tokenizer_lacks_is_refused(run_folder: Make, tmp_path: Path) -> None:
+def test_a_template_whose_stop_token_this_tokenizer_lacks_is_refused(
+    run_folder: Make, tmp_path: Path
+) -> None:
     job = run_folder()
     settings = json.loads(job.read_text())
-    settings["data"] |= {"template": "mine", "template_text": 'user = "U: {user} A:"\nassistant = "{assistant}"\nstop = "<|end_of_turn|>"'}
+    settings["data"] |= {
+        "template": "mine",
+        "template_text": 'user = "U: {user} A:"\nassistant = "{assistant}"\nstop = '
+        '"<|end_of_turn|>"',
+    }
     job.write_text(json.dumps(settings))
     assert "is" in str(refused(job)) and "eos" in str(refused(job))
 
@@ -113,11 +135,15 @@ def test_data_that_changed_since_the_job_was_made_is_refused(run_folder: Make) -
 
 
 def test_a_special_token_written_out_in_a_text_is_refused(run_folder: Make) -> None:
-    error = refused(run_folder(data=[*rows(3), {"instruction": "close </s> it", "input": "", "output": "done"}]))
+    error = refused(
+        run_folder(data=[*rows(3), {"instruction": "close </s> it", "input": "", "output": "done"}])
+    )
     assert "'</s>'" in error.samples[0] and "train.jsonl:4" in error.samples[0]
 
 
-def test_a_model_folder_without_a_fast_tokenizer_is_refused(run_folder: Make, models: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_model_folder_without_a_fast_tokenizer_is_refused(
+    run_folder: Make, models: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "bare").mkdir()
     assert "tokenizer.json" in str(refused(run_folder(model=tmp_path / "bare")))
 
@@ -138,10 +164,13 @@ def test_the_cache_is_keyed_by_content_and_a_damaged_one_is_made_again(run_folde
     settings = json.loads(job.read_text())
     settings["data"]["template"] = "vicuna"
     job.write_text(json.dumps(settings))
-    assert prepared(job).rows.ids.tolist() != first.ids.tolist() and len(list((job.parent / "cache").glob("*.safetensors"))) == 2
+    assert (
+        prepared(job).rows.ids.tolist() != first.ids.tolist()
+        and len(list((job.parent / "cache").glob("*.safetensors"))) == 2
+    )
 
 
-# -- the model's files, before torch ------------------------------------------------------------------------------------------------
+# -- the model's files, before torch ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -167,7 +196,9 @@ def test_a_sound_model_folder_passes(folder: Path) -> None:
         (lambda f: shutil.rmtree(f), "not in the run folder"),
     ],
 )
-def test_a_model_folder_that_cannot_be_loaded_is_refused_with_what_to_do(folder: Path, spoil: Callable[[Path], object], said: str) -> None:
+def test_a_model_folder_that_cannot_be_loaded_is_refused_with_what_to_do(
+    folder: Path, spoil: Callable[[Path], object], said: str
+) -> None:
     spoil(folder)
     with pytest.raises(Refused, match=said) as caught:
         check_weights(folder)
@@ -176,15 +207,24 @@ def test_a_model_folder_that_cannot_be_loaded_is_refused_with_what_to_do(folder:
 
 def test_a_shard_that_the_index_names_and_nobody_pushed_is_named(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(Refused, match=r"1 of 2 files of weights: model-00002-of-00002\.safetensors"):
+    with pytest.raises(
+        Refused, match=r"1 of 2 files of weights: model-00002-of-00002\.safetensors"
+    ):
         check_weights(folder)
 
 
 def test_a_vocabulary_that_is_not_the_weights_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 7}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"vocab_size": config["vocab_size"] + 7})
+    )
     with pytest.raises(Refused, match="do not belong together") as caught:
         check_weights(folder)
     assert str(config["vocab_size"]) in caught.value.hint
@@ -201,7 +241,10 @@ def test_a_method_that_a_precision_cannot_serve_is_refused_without_torch(run_fol
 def test_a_template_with_an_empty_stop_token_is_refused(run_folder: Make) -> None:
     job = run_folder()
     settings = json.loads(job.read_text())
-    settings["data"] |= {"template": "mine", "template_text": 'user = "U: {user} A:"\nassistant = "{assistant}"\nstop = ""'}
+    settings["data"] |= {
+        "template": "mine",
+        "template_text": 'user = "U: {user} A:"\nassistant = "{assistant}"\nstop = ""',
+    }
     job.write_text(json.dumps(settings))
     assert "no stop token" in str(refused(job)) and "eos" in str(refused(job))
 
@@ -209,11 +252,13 @@ def test_a_template_with_an_empty_stop_token_is_refused(run_folder: Make) -> Non
 def test_the_refusal_of_long_rows_says_how_long_the_longest_is(run_folder: Make) -> None:
     error = refused(limited(run_folder, "refuse"))
     longest = max(int(sample.split(": ")[1].split()[0]) for sample in error.samples)  # type: ignore[union-attr]
-    assert longest > 260 and f"data.max_length to {longest} " in error.hint  # type: ignore[union-attr]
+    assert longest > 260 and (f"data.max_length to {longest} ") in error.hint  # type: ignore[union-attr]
     assert '"truncate"' not in refused(limited(run_folder, "truncate")).hint  # type: ignore[union-attr]
 
 
-def test_a_thousand_bad_rows_do_not_fill_the_terminal_and_are_all_in_the_events(run_folder: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_thousand_bad_rows_do_not_fill_the_terminal_and_are_all_in_the_events(
+    run_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = run_folder(data=[*rows(4), *({"instruction": "a"} for _ in range(1000))])
     with pytest.raises(Refused) as caught:
         prepared(job)
@@ -223,8 +268,13 @@ def test_a_thousand_bad_rows_do_not_fill_the_terminal_and_are_all_in_the_events(
     assert len(json.loads((job.parent / "events.jsonl").read_text())["samples"]) == 1000
 
 
-def test_a_fault_in_the_job_file_is_told_by_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "job.json").write_text('{"run_id": "abc", "model": {"base": "x"}, "data": {"files": []}, "training": {"learnin_rate": 1}}')
+def test_a_fault_in_the_job_file_is_told_by_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.json").write_text(
+        '{"run_id": "abc", "model": {"base": "x"}, "data": {"files": []}, "training": '
+        '{"learnin_rate": 1}}'
+    )
     assert launch([str(tmp_path / "job.json")]) == 3
     told = capsys.readouterr().err
     assert "job.json: training.learnin_rate:" in told and "pydantic" not in told

@@ -1,4 +1,5 @@
-"""A whole run on the CPU: what it writes, and that the numbers do not depend on how the work is cut up."""
+"""A whole run on the CPU: what it writes, and that the numbers do not depend on how the work is cut
+up."""
 
 from __future__ import annotations
 
@@ -26,16 +27,36 @@ def test_a_run_learns_and_writes_everything_that_the_wire_promises(run_folder: M
     losses = curve(job)
     assert len(losses) == 24 and losses[-1] < losses[0] - 0.5
     kinds = [e["event"] for e in events_of(job)]
-    assert kinds[0] == "started" and kinds[-1] == "finished" and {"step", "sample", "score"} <= set(kinds)
+    assert (
+        kinds[0] == "started"
+        and kinds[-1] == "finished"
+        and {"step", "sample", "score"} <= set(kinds)
+    )
     result = job.parent / "result"
-    assert sorted(p.name for p in result.iterdir()) == ["adapter.zip", "loss.png", "manifest.json", "report.html"]
+    assert sorted(p.name for p in result.iterdir()) == [
+        "adapter.zip",
+        "loss.png",
+        "manifest.json",
+        "report.html",
+    ]
     manifest = manifest_of(job)
     with zipfile.ZipFile(result / "adapter.zip") as archive:
         assert set(archive.namelist()) == set(manifest["files"])
-        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= set(archive.namelist())
-        assert json.loads(archive.read("adapter_config.json"))["base_model_name_or_path"] == "tiny/random"
+        assert {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "tokenizer.json",
+            "README.md",
+        } <= set(archive.namelist())
+        assert (
+            json.loads(archive.read("adapter_config.json"))["base_model_name_or_path"]
+            == "tiny/random"
+        )
     assert list((job.parent / "tensorboard").glob("events.*"))
-    assert str(job.parent) not in (result / "manifest.json").read_text() + (result / "report.html").read_text()
+    assert (
+        str(job.parent)
+        not in (result / "manifest.json").read_text() + (result / "report.html").read_text()
+    )
 
 
 def test_starting_a_finished_run_again_changes_nothing(run_folder: Make) -> None:
@@ -43,17 +64,24 @@ def test_starting_a_finished_run_again_changes_nothing(run_folder: Make) -> None
     curve(job)
     before = (job.parent / "result" / "manifest.json").stat().st_mtime_ns, len(events_of(job))
     assert run_job(job) == 0
-    assert ((job.parent / "result" / "manifest.json").stat().st_mtime_ns, len(events_of(job))) == before
+    assert (
+        (job.parent / "result" / "manifest.json").stat().st_mtime_ns,
+        len(events_of(job)),
+    ) == before
 
 
 def test_equal_runs_give_equal_archives(run_folder: Make) -> None:
-    first, second = (run_folder(lora={"lora_dropout": 0.1}, training={"max_steps": 3}) for _ in range(2))
+    first, second = (
+        run_folder(lora={"lora_dropout": 0.1}, training={"max_steps": 3}) for _ in range(2)
+    )
     curve(first), curve(second)
     assert manifest_of(first)["adapter_sha256"] == manifest_of(second)["adapter_sha256"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_cut_into_micro_batches_changes_nothing(run_folder: Make, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+def test_the_cut_into_micro_batches_changes_nothing(
+    run_folder: Make, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
     settings = {"lora": {"lora_dropout": dropout}, "training": {"num_train_epochs": 3}}
     whole = curve(run_folder(**settings))
     monkeypatch.setattr("trainer.loop.budget.CPU_TOKENS", 100)

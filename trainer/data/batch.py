@@ -1,4 +1,5 @@
-"""Micro-batches as tensors: a pack of whole rows end to end, or a padded rectangle; made a step ahead of the one that is computed."""
+"""Micro-batches as tensors: a pack of whole rows end to end, or a padded rectangle; made a step
+ahead of the one that is computed."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from trainer.data.prepare import Rows
 
 @dataclass(frozen=True)
 class Work:
-    """What one process does in one step. `micro` are its own micro-batches, in host memory, and `filler` is
-    one that counts nothing, for processes that must take as many turns as others. `count`, by which the
-    summed losses are divided (target tokens, pairs), `tokens` and `where` (file:line of the rows) are those
-    of all processes together."""
+    """What one process does in one step. `micro` are its own micro-batches, in host memory, and
+    `filler` is one that counts nothing, for processes that must take as many turns as others.
+    `count`, by which the summed losses are divided (target tokens, pairs), `tokens` and `where`
+    (file:line of the rows) are those of all processes together."""
 
     micro: list[dict[str, Any]]
     filler: dict[str, Any]
@@ -28,8 +29,8 @@ class Work:
 
 
 class Ahead:
-    """Makes the next step's work in a thread while the current one is computed. What was made and not taken is nothing that a run remembers:
-    it goes on from the steps that it took."""
+    """Makes the next step's work in a thread while the current one is computed. What was made and
+    not taken is nothing that a run remembers: it goes on from the steps that it took."""
 
     def __init__(self, make: Callable[[int], Work], first: int, total: int) -> None:
         """`make` gets the step's number, from `first` to `total` - 1."""
@@ -53,7 +54,8 @@ class Ahead:
 
 
 def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """In memory from which a GPU copies by itself, where there is one. It is named because a new thread means the first GPU otherwise."""
+    """In memory from which a GPU copies by itself, where there is one. It is named because a new
+    thread means the first GPU otherwise."""
     if device.type != "cuda":
         return batch
     with torch.cuda.device(device):
@@ -61,13 +63,18 @@ def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch on `device`. The copy from pinned memory is queued like any work of the device; nothing waits for it here."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    """The batch on `device`. The copy from pinned memory is queued like any work of the device;
+    nothing waits for it here."""
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+        for k, v in batch.items()
+    }
 
 
 def packed(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """One row of T tokens: input_ids, position_ids, labels (1, T), boundaries (documents + 1,). labels are shifted: labels[t] is what
-    token t must predict, -100 at the last token of each row and wherever the next token is not a target."""
+    """One row of T tokens: input_ids, position_ids, labels (1, T), boundaries (documents + 1,).
+    labels are shifted: labels[t] is what token t must predict, -100 at the last token of each row
+    and wherever the next token is not a target."""
     spans = [slice(rows.starts[r], rows.starts[r + 1]) for r in chosen]
     lengths = [s.stop - s.start for s in spans]
     ids = np.concatenate([rows.ids[s] for s in spans]).astype(np.int64)
@@ -77,9 +84,16 @@ def packed(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str,
     ends = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
     longest = int(max(lengths))
     batch = {"input_ids": ids, "position_ids": positions, "labels": labels, "rows": numbers}
-    tensors: dict[str, Any] = {k: torch.from_numpy(v)[None].to(device, non_blocking=True) for k, v in batch.items()}
+    tensors: dict[str, Any] = {
+        k: torch.from_numpy(v)[None].to(device, non_blocking=True) for k, v in batch.items()
+    }
     tensors["targets_at"] = _targets_at(labels, device)
-    return tensors | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return tensors | {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def padded(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -90,10 +104,23 @@ def padded(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str,
     labels, positions = np.full(shape, -100, np.int64), np.zeros(shape, np.int64)
     for b, span in enumerate(spans):
         n = span.stop - span.start
-        ids[b, :n], mask[b, :n], labels[b, :n], positions[b, :n] = rows.ids[span], 1, _shifted(rows, span), np.arange(n)
+        ids[b, :n], mask[b, :n], labels[b, :n], positions[b, :n] = (
+            rows.ids[span],
+            1,
+            _shifted(rows, span),
+            np.arange(n),
+        )
     numbers = np.repeat(np.asarray(chosen, np.int64)[:, None], shape[1], 1)
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels, "rows": numbers}
-    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()} | {"targets_at": _targets_at(labels, device)}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "labels": labels,
+        "rows": numbers,
+    }
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()} | {
+        "targets_at": _targets_at(labels, device)
+    }
 
 
 def _targets_at(labels: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -31,7 +31,8 @@ MOST_DEFECTS = 10_000  # of one file; reading it ends there
 
 @dataclass(frozen=True, order=True)
 class Defect:
-    """`line` and `column` count from 1 (of a Parquet file, `line` is the row). `field` is '' where the whole row or file is meant."""
+    """`line` and `column` count from 1 (of a Parquet file, `line` is the row). `field` is '' where
+    the whole row or file is meant."""
 
     file: str
     line: int
@@ -41,12 +42,17 @@ class Defect:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}: " + (f"{self.field}: " if self.field else "") + f"{self.reason}: {self.fix}"
+        return (
+            f"{self.file}:{self.line}:{self.column}: "
+            + (f"{self.field}: " if self.field else "")
+            + f"{self.reason}: {self.fix}"
+        )
 
 
 @dataclass
 class Report:
-    """What check_files found. `formats` is file name -> format; `ok` means that training may start."""
+    """What check_files found. `formats` is file name -> format; `ok` means that training may
+    start."""
 
     rows: int = 0
     defects: list[Defect] = field(default_factory=list)
@@ -58,7 +64,12 @@ class Report:
 
     def __str__(self) -> str:
         files = ", ".join(f"{name} ({form})" for name, form in self.formats.items())
-        return "\n".join([*map(str, self.defects), f"{self.rows} sound rows in {files or 'no file'}, {len(self.defects)} defects"])
+        return "\n".join(
+            [
+                *map(str, self.defects),
+                f"{self.rows} sound rows in {files or 'no file'}, {len(self.defects)} defects",
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,11 @@ def check_files(paths: Sequence[Path | tuple[Path, str]], form: str = "auto") ->
     return report
 
 
-def read_rows(paths: Sequence[Path | tuple[Path, str]], form: str = "auto") -> tuple[list[Row], list[Defect]]:
-    """(sound rows in file order, all defects): what training uses, by the same reading as check_files."""
+def read_rows(
+    paths: Sequence[Path | tuple[Path, str]], form: str = "auto"
+) -> tuple[list[Row], list[Defect]]:
+    """(sound rows in file order, all defects): what training uses, by the same reading as
+    check_files."""
     sources, defects = find_sources(paths, form)
     found: list[Row] = []
     for source in map(_told, sources):
@@ -97,12 +111,16 @@ def _told(source: Source) -> Source:
     return replace(source, form=source.form or tell_format(source))
 
 
-# -- which files, read how --------------------------------------------------------------------------------------------------------
+# -- which files, read how -------------------------------------------------------------------------
 
 
-def find_sources(paths: Sequence[Path | tuple[Path, str]], form: str) -> tuple[list[Source], list[Defect]]:
+def find_sources(
+    paths: Sequence[Path | tuple[Path, str]], form: str
+) -> tuple[list[Source], list[Defect]]:
     """The files to read: dataset_info.json replaced by, or applied to, the files that it names."""
-    given = [(Path(p), Path(p).name) if not isinstance(p, tuple) else (Path(p[0]), p[1]) for p in paths]
+    given = [
+        (Path(p), Path(p).name) if not isinstance(p, tuple) else (Path(p[0]), p[1]) for p in paths
+    ]
     known: dict[str, Source] = {}
     defects: list[Defect] = []
     for path, name in given:
@@ -132,13 +150,30 @@ def _unreadable(path: Path, name: str) -> Defect | None:
     if head[:2] == b"\x1f\x8b":
         return Defect(name, 1, 1, "", "the file is packed by gzip", "unpack it: gunzip")
     if path.suffix in (".csv", ".tsv", ".xlsx", ".xls", ".gz", ".zip"):
-        return Defect(name, 1, 1, "", f"{path.suffix} is not read", "convert it to JSON lines: one object a line")
+        return Defect(
+            name,
+            1,
+            1,
+            "",
+            f"{path.suffix} is not read",
+            "convert it to JSON lines: one object a line",
+        )
     encoding = json.detect_encoding(head).upper().replace("-LE", "LE").replace("-BE", "BE")
     if path.suffix != ".parquet" and not encoding.startswith("UTF-8"):
         fix = f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(name)}"
         return Defect(name, 1, 1, "", f"the file is {encoding}", fix)
-    if path.suffix not in (".parquet", ".txt") and head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
-        return Defect(name, 1, 1, "", f"it begins with {head.lstrip()[:12]!r}: neither a JSON array nor JSON lines", "begin with [ or {")
+    if path.suffix not in (".parquet", ".txt") and head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (
+        b"[",
+        b"{",
+    ):
+        return Defect(
+            name,
+            1,
+            1,
+            "",
+            f"it begins with {head.lstrip()[:12]!r}: neither a JSON array nor JSON lines",
+            "begin with [ or {",
+        )
     return None
 
 
@@ -163,8 +198,12 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
         if not isinstance(entries, dict):
             raise ValueError("an object of data sets was due")
     except (OSError, ValueError, RecursionError) as error:
-        line, column = (error.lineno, error.colno) if isinstance(error, json.JSONDecodeError) else (1, 1)
-        defects.append(Defect(name, line, column, "", f"not a dataset_info.json ({error})", "mend the file"))
+        line, column = (
+            (error.lineno, error.colno) if isinstance(error, json.JSONDecodeError) else (1, 1)
+        )
+        defects.append(
+            Defect(name, line, column, "", f"not a dataset_info.json ({error})", "mend the file")
+        )
         return {}
     found = {}
     for key, entry in entries.items():
@@ -190,22 +229,46 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
                     )
                 )
             continue
-        form = "sharegpt" if entry.get("formatting") == "sharegpt" else "text" if set(columns) == {"prompt"} else "alpaca"
+        form = (
+            "sharegpt"
+            if entry.get("formatting") == "sharegpt"
+            else "text"
+            if set(columns) == {"prompt"}
+            else "alpaca"
+        )
         canonical = {
             "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
             "sharegpt": {"messages": "conversations"},
         }
         names = {canonical.get(form, {"prompt": "text"}).get(k, k): v for k, v in columns.items()}
-        roles = {tags[t]: r for t, r in (("user_tag", "user"), ("assistant_tag", "assistant"), ("system_tag", "system")) if t in tags}
+        roles = {
+            tags[t]: r
+            for t, r in (
+                ("user_tag", "user"),
+                ("assistant_tag", "assistant"),
+                ("system_tag", "system"),
+            )
+            if t in tags
+        }
         how = Columns(names, tags.get("role_tag", ""), tags.get("content_tag", ""), roles)
         found[file.name] = Source(file, entry["file_name"], form, how, entry.get("num_samples"))
     if not found:
-        defects.append(Defect(name, 1, 1, "", "it names no local file that can be trained on", 'give an entry a "file_name"'))
+        defects.append(
+            Defect(
+                name,
+                1,
+                1,
+                "",
+                "it names no local file that can be trained on",
+                'give an entry a "file_name"',
+            )
+        )
     return {k: v for k, v in found.items() if len(entries) == 1 or v.path.is_file()} or found
 
 
 def tell_format(source: Source) -> str:
-    """The format of most of the first rows; alpaca where none fits, so that the defects name what is missing."""
+    """The format of most of the first rows; alpaca where none fits, so that the defects name what
+    is missing."""
     if source.path.suffix == ".txt":
         return "text"
     votes: dict[str, int] = {}
@@ -217,7 +280,7 @@ def tell_format(source: Source) -> str:
     return max(votes, key=lambda form: votes[form]) if votes else "alpaca"
 
 
-# -- reading and checking ---------------------------------------------------------------------------------------------------------
+# -- reading and checking --------------------------------------------------------------------------
 
 
 def examine(source: Source, defects: list[Defect]) -> Iterator[Row]:
@@ -289,7 +352,12 @@ def _parquet(path: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        yield Broken(1, 1, "Parquet needs the package pyarrow", "pip install pyarrow, or convert the file to JSON lines")
+        yield Broken(
+            1,
+            1,
+            "Parquet needs the package pyarrow",
+            "pip install pyarrow, or convert the file to JSON lines",
+        )
         return
     number = 0
     try:
@@ -298,7 +366,13 @@ def _parquet(path: Path) -> Iterator[Any]:
                 number += 1
                 yield (
                     _RowPlace("", 0, number),
-                    _as_pairs({k: v for k, v in row.items() if v is not None or k in ("instruction", "output")}),
+                    _as_pairs(
+                        {
+                            k: v
+                            for k, v in row.items()
+                            if v is not None or k in ("instruction", "output")
+                        }
+                    ),
                 )
     except (OSError, ValueError) as error:
         yield Broken(number + 1, 1, f"not a sound Parquet file ({error})", "write it again")
@@ -322,7 +396,9 @@ def _plain_text(path: Path) -> Iterator[Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.data", description="Checks training data and tells every defect.")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.data", description="Checks training data and tells every defect."
+    )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--format", default="auto", choices=["auto", *formats.KEYS])
     arguments = parser.parse_args()

@@ -1,4 +1,5 @@
-"""What a row of each format must be, as pure functions: a decoded row becomes turns or text, or problems with their place in the row.
+"""What a row of each format must be, as pure functions: a decoded row becomes turns or text, or
+problems with their place in the row.
 
 alpaca    instruction, input (may be absent), output; history and system as LLaMA-Factory has them
 sharegpt  conversations: [{from, value}, ...]
@@ -28,9 +29,15 @@ KEYS = {
     "text": {"text"},
 }
 ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bard": "assistant",
-    "system": "system", "developer": "system",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "developer": "system",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class Columns:
 
 
 class Row(NamedTuple):
-    """One training row. `where` is file:line (or file:row N for Parquet). Either `turns` or `text` is filled."""
+    """One training row. `where` is file:line (or file:row N for Parquet). Either `turns` or `text`
+    is filled."""
 
     where: str
     turns: tuple[Turn, ...] = ()
@@ -77,12 +85,25 @@ def problems_or_row(value: Any, form: str, columns: Columns, where: str) -> Row 
 
 def _alpaca(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Problem]:
     names = columns.names
-    ask, extra, reply = names.get("instruction", "instruction"), names.get("input", "input"), names.get("output", "output")
+    ask, extra, reply = (
+        names.get("instruction", "instruction"),
+        names.get("input", "input"),
+        names.get("output", "output"),
+    )
     instruction: Any = row.get(ask)
     given: Any = row.get(extra)
     output: Any = row.get(reply)
-    system, history = row.get(names.get("system", "system")), row.get(names.get("history", "history"))
-    sound = type(instruction) is str and type(output) is str and (given is None or type(given) is str) and not system and not history
+    system, history = (
+        row.get(names.get("system", "system")),
+        row.get(names.get("history", "history")),
+    )
+    sound = (
+        type(instruction) is str
+        and type(output) is str
+        and (given is None or type(given) is str)
+        and not system
+        and not history
+    )
     if sound and output.strip() and (instruction.strip() or (given and given.strip())):
         return Row(where, (Turn("user", instruction, given or ""), Turn("assistant", output)))
     problems: list[Problem] = []
@@ -93,17 +114,31 @@ def _alpaca(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Pro
     _text(row, system_name, problems, may_be_absent=True)
     turns = [Turn("system", system)] if system and isinstance(system, str) else []
     turns += _history(row, history_name, problems)
-    return problems or Row(where, (*turns, Turn("user", instruction or "", given or ""), Turn("assistant", output)))  # type: ignore[arg-type]
+    return problems or Row(
+        where, (*turns, Turn("user", instruction or "", given or ""), Turn("assistant", output))
+    )  # type: ignore[arg-type]
 
 
 def _history(row: dict[str, Any], name: str, problems: list[Problem]) -> list[Turn]:
     history, turns = row.get(name) or [], []
     if type(history) is not list:
-        problems.append(((name,), f"is {_kind(history)}, not a list of pairs", 'write [["question", "answer"], ...], or leave it out'))
+        problems.append(
+            (
+                (name,),
+                f"is {_kind(history)}, not a list of pairs",
+                'write [["question", "answer"], ...], or leave it out',
+            )
+        )
         return []
     for i, pair in enumerate(history):
-        if type(pair) is not list or len(pair) != 2 or not all(type(x) is str and x.strip() for x in pair):
-            problems.append(((name, i), "is not a pair of two texts", 'write ["question", "answer"]'))
+        if (
+            type(pair) is not list
+            or len(pair) != 2
+            or not all(type(x) is str and x.strip() for x in pair)
+        ):
+            problems.append(
+                ((name, i), "is not a pair of two texts", 'write ["question", "answer"]')
+            )
         else:
             turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     return turns
@@ -119,7 +154,13 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
         return (
             [_missing(row, key)]
             if said is None
-            else [((key,), f"is {_kind(said)}, not a list of turns", f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]')]
+            else [
+                (
+                    (key,),
+                    f"is {_kind(said)}, not a list of turns",
+                    f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]',
+                )
+            ]
         )
     if not said:
         return [((key,), "has no turn", "remove the row, or fill it")]
@@ -129,7 +170,13 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
         turns.append(Turn("system", system))
     for i, turn in enumerate(said):
         if type(turn) is not tuple:
-            problems.append(((key, i), f"the turn is {_kind(turn)}, not an object", f'write {{"{role_tag}": ..., "{content_tag}": ...}}'))
+            problems.append(
+                (
+                    (key, i),
+                    f"the turn is {_kind(turn)}, not an object",
+                    f'write {{"{role_tag}": ..., "{content_tag}": ...}}',
+                )
+            )
             continue
         one = dict(turn)
         role = _role(one, role_tag, (key, i), columns, problems)
@@ -137,7 +184,13 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
         expected = "user" if not turns or turns[-1].role in ("system", "assistant") else "assistant"
         if role == "system":
             if turns:
-                problems.append(((key, i, role_tag), "a system turn that is not the first", "move it to the front, or remove it"))
+                problems.append(
+                    (
+                        (key, i, role_tag),
+                        "a system turn that is not the first",
+                        "move it to the front, or remove it",
+                    )
+                )
                 continue
         elif role and role != expected and not problems:
             problems.append(
@@ -153,14 +206,17 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
         problems.append(
             (
                 (key, len(said) - 1, role_tag),
-                "the conversation does not end with an answer, so there is nothing to learn after it",
+                "the conversation does not end with an answer, so there is nothing to learn "
+                "after it",
                 "add the answer, or remove the last turn",
             )
         )
     return problems or Row(where, tuple(turns))
 
 
-def _role(turn: dict[str, Any], tag: str, place: Path_, columns: Columns, problems: list[Problem]) -> str:
+def _role(
+    turn: dict[str, Any], tag: str, place: Path_, columns: Columns, problems: list[Problem]
+) -> str:
     name = turn.get(tag)
     if name is None:
         problems.append((place, f"the turn has no {tag!r}", f"add {tag!r}"))
@@ -169,21 +225,37 @@ def _role(turn: dict[str, Any], tag: str, place: Path_, columns: Columns, proble
     if role is None:
         known = list(columns.roles or ROLES)
         close = difflib.get_close_matches(str(name), known, 1, 0.5)
-        problems.append(((*place, tag), f"nobody is called {name!r}", f"write {close[0]!r}" if close else f"use one of {', '.join(known)}"))
+        problems.append(
+            (
+                (*place, tag),
+                f"nobody is called {name!r}",
+                f"write {close[0]!r}" if close else f"use one of {', '.join(known)}",
+            )
+        )
         return ""
     return role
 
 
-def _content(turn: dict[str, Any], tag: str, place: Path_, role: str, problems: list[Problem]) -> str:
+def _content(
+    turn: dict[str, Any], tag: str, place: Path_, role: str, problems: list[Problem]
+) -> str:
     content = turn.get(tag)
-    if type(content) is list and content and all(type(p) is tuple and dict(p).get("type") == "text" for p in content):
+    if (
+        type(content) is list
+        and content
+        and all(type(p) is tuple and dict(p).get("type") == "text" for p in content)
+    ):
         content = "".join(str(dict(p).get("text", "")) for p in content)  # OpenAI's content parts
     if content is None:
         problems.append((place, f"the turn has no {tag!r}", f"add {tag!r}"))
     elif type(content) is not str:
-        problems.append(((*place, tag), f"is {_kind(content)}, not a text", "write a text in quotation marks"))
+        problems.append(
+            ((*place, tag), f"is {_kind(content)}, not a text", "write a text in quotation marks")
+        )
     elif not content.strip() and role != "system":
-        problems.append(((*place, tag), "is empty", "write something, or remove the turn with its partner"))
+        problems.append(
+            ((*place, tag), "is empty", "write something, or remove the turn with its partner")
+        )
     else:
         return content
     return ""
@@ -206,7 +278,13 @@ def _plain(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Prob
     return problems or Row(where, (), row[columns.name("text")])
 
 
-def _text(row: dict[str, Any], name: str, problems: list[Problem], may_be_empty: bool = False, may_be_absent: bool = False) -> None:
+def _text(
+    row: dict[str, Any],
+    name: str,
+    problems: list[Problem],
+    may_be_empty: bool = False,
+    may_be_absent: bool = False,
+) -> None:
     value = row.get(name)
     if value is None:
         if name in row and not may_be_absent:
@@ -214,22 +292,37 @@ def _text(row: dict[str, Any], name: str, problems: list[Problem], may_be_empty:
         elif not may_be_absent:
             problems.append(_missing(row, name))
     elif type(value) is not str:
-        problems.append(((name,), f"is {_kind(value)}, not a text", "write a text in quotation marks"))
+        problems.append(
+            ((name,), f"is {_kind(value)}, not a text", "write a text in quotation marks")
+        )
     elif not value.strip() and not (may_be_empty or may_be_absent):
         problems.append(((name,), "is empty", "write something, or remove the row"))
 
 
 def _missing(row: dict[str, Any], name: str) -> Problem:
-    close = difflib.get_close_matches(name, [k for k in row if k not in ("instruction", "input", "output")], 1, 0.6)
+    close = difflib.get_close_matches(
+        name, [k for k in row if k not in ("instruction", "input", "output")], 1, 0.6
+    )
     if close:
         return ((close[0],), f"the row has no {name!r}, but {close[0]!r}", f"call it {name!r}")
-    return ((), f"the row has no {name!r}", f"add {name!r}; it has {', '.join(map(repr, row)) or 'nothing'}")
+    return (
+        (),
+        f"the row has no {name!r}",
+        f"add {name!r}; it has {', '.join(map(repr, row)) or 'nothing'}",
+    )
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", tuple: "an object"}
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        tuple: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -243,12 +336,19 @@ READERS: dict[str, Callable[[dict[str, Any], Columns, str], Row | list[Problem]]
 
 
 def odd_texts(value: Any, path: Path_ = ()) -> list[Problem]:
-    """Characters that no text should hold, anywhere in a row: NUL, U+FFFD (what is left of a broken decoding), half of a surrogate pair."""
+    """Characters that no text should hold, anywhere in a row: NUL, U+FFFD (what is left of a broken
+    decoding), half of a surrogate pair."""
     if isinstance(value, str):
         if "\x00" in value:
             return [(path, "holds a NUL character", "remove it")]
         if "\ufffd" in value:
-            return [(path, "holds U+FFFD, what is left of a broken decoding", "take the text from its source again, as UTF-8")]
+            return [
+                (
+                    path,
+                    "holds U+FFFD, what is left of a broken decoding",
+                    "take the text from its source again, as UTF-8",
+                )
+            ]
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:

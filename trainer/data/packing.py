@@ -1,6 +1,8 @@
-"""Which rows form a step, which rank takes which, and how they are laid into micro-batches. Pure; numpy only.
+"""Which rows form a step, which rank takes which, and how they are laid into micro-batches. Pure;
+numpy only.
 
-Everything follows from (seed, epoch, row number): not from the number of processes, nor from where a run was resumed.
+Everything follows from (seed, epoch, row number): not from the number of processes, nor from where
+a run was resumed.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """The global order of `rows` rows: each epoch is one permutation, each step the next `batch_size` of it (the last one may be short)."""
+    """The global order of `rows` rows: each epoch is one permutation, each step the next
+    `batch_size` of it (the last one may be short)."""
 
     rows: int
     batch_size: int
@@ -38,14 +41,20 @@ class Order:
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def _permutation(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:  # one permutation is kept: a million rows take a tenth of a second to shuffle
+        # one permutation is kept: a million rows take a tenth of a second to shuffle
+        if getattr(self, "_epoch", None) != epoch:
             object.__setattr__(self, "_epoch", epoch)
-            object.__setattr__(self, "_order", np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist())
+            object.__setattr__(
+                self,
+                "_order",
+                np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist(),
+            )
         return self._order  # type: ignore[attr-defined]
 
 
 def share(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Splits a step's rows over ranks so that token counts are level: longest first, each to the rank that has least."""
+    """Splits a step's rows over ranks so that token counts are level: longest first, each to the
+    rank that has least."""
     loads = [0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for row in sorted(rows, key=lambda r: (-lengths[r], r)):
@@ -56,7 +65,8 @@ def share(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing: micro-batches of at most `budget` tokens, a row longer than that alone. Deterministic."""
+    """Best-fit decreasing: micro-batches of at most `budget` tokens, a row longer than that alone.
+    Deterministic."""
     bins: list[list[int]] = []
     room: list[int] = []
     for row in sorted(rows, key=lambda r: (-lengths[r], r)):
@@ -72,7 +82,8 @@ def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[
 
 
 def pad(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Without packing: micro-batches of rows of similar length whose padded rectangle is at most `budget` tokens."""
+    """Without packing: micro-batches of rows of similar length whose padded rectangle is at most
+    `budget` tokens."""
     batches: list[list[int]] = []
     for row in sorted(rows, key=lambda r: (-lengths[r], r)):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:

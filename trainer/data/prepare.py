@@ -1,7 +1,9 @@
-"""Everything that can be refused before torch is imported: the job's files, the model's tokenizer, every row. Then the rows' tokens, cached.
+"""Everything that can be refused before torch is imported: the job's files, the model's tokenizer,
+every row. Then the rows' tokens, cached.
 
-ops calls `prepare` before renting, trainer.launch before starting processes, every process once more to open the cache, which is keyed
-by content (data, tokenizer, template, settings). Nothing is dropped or cut without a line in `notes`.
+ops calls `prepare` before renting, trainer.launch before starting processes, every process once
+more to open the cache, which is keyed by content (data, tokenizer, template, settings). Nothing is
+dropped or cut without a line in `notes`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised rows, end to end: row i is ids[starts[i]:starts[i+1]]; `trained` marks targets; `where` is file:line."""
+    """Tokenised rows, end to end: row i is ids[starts[i]:starts[i+1]]; `trained` marks targets;
+    `where` is file:line."""
 
     ids: np.ndarray  # int32 (tokens,)
     trained: np.ndarray  # bool (tokens,)
@@ -49,7 +52,13 @@ class Rows:
 
     @classmethod
     def empty(cls) -> Rows:
-        return cls(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64), np.zeros(0, np.bool_), [])
+        return cls(
+            np.zeros(0, np.int32),
+            np.zeros(0, np.bool_),
+            np.zeros(1, np.int64),
+            np.zeros(0, np.bool_),
+            [],
+        )
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -75,7 +84,8 @@ class Prepared:
 
 
 def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
-    """Where the base model lies: pushed with the data, or in the hub's cache, fetched there when it is not (weights only when asked for)."""
+    """Where the base model lies: pushed with the data, or in the hub's cache, fetched there when it
+    is not (weights only when asked for)."""
     if job.model.path:
         return run / job.model.path
     from huggingface_hub import snapshot_download
@@ -83,37 +93,58 @@ def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
 
     patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(job.model.base, revision=job.model.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(job.model.base, revision=job.model.revision, allow_patterns=patterns)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refused(
             f"{job.model.base} is not on this machine and could not be fetched from the hub: {why}",
-            hint="check model.base and model.revision (a gated model needs HF_TOKEN); without a network, set model.base to the model's folder",
+            hint="check model.base and model.revision (a gated model needs HF_TOKEN); without a "
+            "network, set model.base to the model's folder",
         ) from error
 
 
 def prepare(job: Job, run: Path) -> Prepared:
-    """Checks and tokenises the job's data. Raises Refused, with every defect, or TemplateError, before anything costs time or money."""
+    """Checks and tokenises the job's data. Raises Refused, with every defect, or TemplateError,
+    before anything costs time or money."""
     refuse_contradictions(job)
     folder = model_folder(job, run)
     if not folder.is_dir():
-        raise Refused(f"the base model's folder {job.model.path}/ is not in the run folder", hint="push it again, or correct model.path in job.json")
+        raise Refused(
+            f"the base model's folder {job.model.path}/ is not in the run folder",
+            hint="push it again, or correct model.path in job.json",
+        )
     vocabulary = open_vocabulary(folder)
     refuse_other_vocabulary(vocabulary, folder)
     template = job_template(job, vocabulary)
     stop = stop_token(vocabulary, template)
-    cache = (run.parent if run.parent.name == "milktea" else run) / "cache" / f"{cache_key(job, folder, template)}.safetensors"
+    cache = (
+        (run.parent if run.parent.name == "milktea" else run)
+        / "cache"
+        / f"{cache_key(job, folder, template)}.safetensors"
+    )
     rows = read_cache(cache)
     if rows is None:
         check_files_are_the_jobs(job, run)
-        found, defects = read_rows([(run / f.path, f.name) for f in job.data.files], job.data.format)
+        found, defects = read_rows(
+            [(run / f.path, f.name) for f in job.data.files], job.data.format
+        )
         if job.data.held_out is not None:
-            defects += read_rows([(run / job.data.held_out.path, job.data.held_out.name)], job.data.format)[1]
+            defects += read_rows(
+                [(run / job.data.held_out.path, job.data.held_out.name)], job.data.format
+            )[1]
         refuse_defects(defects)
-        rows = tokenise(found, vocabulary, template, stop, job.data.max_length, job.data.over_length)
+        rows = tokenise(
+            found, vocabulary, template, stop, job.data.max_length, job.data.over_length
+        )
         write_cache(cache, rows)
     if not len(rows):
-        raise Refused("no row is left to train on", rows.notes, "`python -m trainer.data FILE` says what each file holds")
+        raise Refused(
+            "no row is left to train on",
+            rows.notes,
+            "`python -m trainer.data FILE` says what each file holds",
+        )
     return Prepared(rows, vocabulary, template, stop, token_hash(vocabulary, template))
 
 
@@ -121,24 +152,35 @@ def refuse_contradictions(job: Job) -> None:
     """Raises Refused for settings that no card and no data could serve."""
     if job.training.method != "lora" and job.model.precision not in ("fp32", "bf16"):
         raise Refused(
-            f'training.method = "{job.training.method}" changes base weights, which {job.model.precision} cannot hold',
+            f'training.method = "{job.training.method}" changes base weights, which '
+            f"{job.model.precision} cannot hold",
             hint='set model.precision = "bf16", or training.method = "lora"',
         )
 
 
 def job_template(job: Job, vocabulary: Vocabulary) -> Template:
     template = load(job.data.template, job.data.template_text)
-    return with_chat_template(template, vocabulary.chat_template) if template.name == "chat" else template
+    return (
+        with_chat_template(template, vocabulary.chat_template)
+        if template.name == "chat"
+        else template
+    )
 
 
 def refuse_other_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     """Raises Refused when the tokenizer can emit ids that the model has no embedding for."""
     config = folder / "config.json"
-    held = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    held = (
+        json.loads(config.read_text(encoding="utf-8")).get("vocab_size")
+        if config.is_file()
+        else None
+    )
     if held is not None and vocabulary.size > held:
         raise Refused(
-            f"the tokenizer of {folder.name}/ has {vocabulary.size} ids, the model's embedding {held}: they do not belong together",
-            hint="take both from the same release of the model; tokens that were added need a model whose embedding was resized",
+            f"the tokenizer of {folder.name}/ has {vocabulary.size} ids, the model's "
+            f"embedding {held}: they do not belong together",
+            hint="take both from the same release of the model; tokens that were added need a "
+            "model whose embedding was resized",
         )
 
 
@@ -147,7 +189,9 @@ def check_files_are_the_jobs(job: Job, run: Path) -> None:
     for file in [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]:
         path = run / file.path
         if not path.is_file():
-            raise Refused(f"{file.name} is not in the run folder ({file.path})", hint="push the data again")
+            raise Refused(
+                f"{file.name} is not in the run folder ({file.path})", hint="push the data again"
+            )
         with open(path, "rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != file.sha256:
@@ -160,12 +204,24 @@ def check_files_are_the_jobs(job: Job, run: Path) -> None:
 def refuse_defects(defects: Sequence[Defect]) -> None:
     if defects:
         many = "1 defect" if len(defects) == 1 else f"{len(defects)} defects"
-        raise Refused(f"{many} in the data", [str(d) for d in defects], "mend the rows above; `python -m trainer.data FILE` checks again")
+        raise Refused(
+            f"{many} in the data",
+            [str(d) for d in defects],
+            "mend the rows above; `python -m trainer.data FILE` checks again",
+        )
 
 
-def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, stop: int, most: int, policy: str) -> Rows:
-    """Rows to ids and targets. Over-length rows are refused, dropped or cut by `policy`; each is in the notes or in the refusal. A row
-    that would teach nothing, whose answer would not end in the stop token, or that holds a special token's text, is refused."""
+def tokenise(
+    rows: Sequence[Row],
+    vocabulary: Vocabulary,
+    template: Template,
+    stop: int,
+    most: int,
+    policy: str,
+) -> Rows:
+    """Rows to ids and targets. Over-length rows are refused, dropped or cut by `policy`; each is in
+    the notes or in the refusal. A row that would teach nothing, whose answer would not end in the
+    stop token, or that holds a special token's text, is refused."""
     specials = [s for s in vocabulary.special_texts if len(s) > 2]
     ids: list[np.ndarray] = []
     marks: list[np.ndarray] = []
@@ -177,7 +233,9 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
     for begin in range(0, len(rows), AT_ONCE):
         group = rows[begin : begin + AT_ONCE]
         texts = [segments(row, template, vocabulary, refused) for row in group]
-        for row, text, (token_ids, trained) in zip(group, texts, encode(vocabulary, template, texts), strict=True):
+        for row, text, (token_ids, trained) in zip(
+            group, texts, encode(vocabulary, template, texts), strict=True
+        ):
             if not text:
                 continue
             fault = special_text(row, specials) or unlearnable(token_ids, trained, stop)
@@ -189,9 +247,13 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
                 longest = max(longest, len(token_ids))
                 cut = shorten(token_ids, trained, stop, most) if policy == "truncate" else None
                 if policy == "refuse" or (policy == "truncate" and cut is None):
-                    refused.append(said if policy == "refuse" else f"{said}, and its prompt alone fills that")
+                    refused.append(
+                        said if policy == "refuse" else f"{said}, and its prompt alone fills that"
+                    )
                     continue
-                notes.append(f"{said}: {'dropped' if cut is None else 'cut at the end, stop token kept'}")
+                notes.append(
+                    f"{said}: {'dropped' if cut is None else 'cut at the end, stop token kept'}"
+                )
                 if cut is None:
                     continue
                 token_ids, trained = cut
@@ -200,11 +262,22 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, st
             prompted.append(bool(row.turns))
             where.append(row.where)
     if refused:
-        hint = longer(longest, policy) if longest else "mend the rows above, or name another data.template"
+        hint = (
+            longer(longest, policy)
+            if longest
+            else "mend the rows above, or name another data.template"
+        )
         raise Refused(f"{len(refused)} of {len(rows)} rows cannot be trained on", refused, hint)
     starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
     empty_ids, empty_marks = np.zeros(0, np.int32), np.zeros(0, np.bool_)
-    return Rows(np.concatenate([empty_ids, *ids]), np.concatenate([empty_marks, *marks]), starts, np.asarray(prompted, np.bool_), where, notes)
+    return Rows(
+        np.concatenate([empty_ids, *ids]),
+        np.concatenate([empty_marks, *marks]),
+        starts,
+        np.asarray(prompted, np.bool_),
+        where,
+        notes,
+    )
 
 
 def longer(longest: int, policy: str) -> str:
@@ -213,8 +286,11 @@ def longer(longest: int, policy: str) -> str:
     return f"set data.max_length to {longest} (the longest row), or data.over_length to {others}"
 
 
-def segments(row: Row, template: Template, vocabulary: Vocabulary, refused: list[str]) -> list[Segment]:
-    """A row's text with its trained parts; plain text is trained whole. What the template refuses is added to `refused`."""
+def segments(
+    row: Row, template: Template, vocabulary: Vocabulary, refused: list[str]
+) -> list[Segment]:
+    """A row's text with its trained parts; plain text is trained whole. What the template refuses
+    is added to `refused`."""
     if row.text:
         return [Segment(row.text + vocabulary.eos, True)]
     try:
@@ -225,29 +301,42 @@ def segments(row: Row, template: Template, vocabulary: Vocabulary, refused: list
 
 
 def special_text(row: Row, specials: Sequence[str]) -> str:
-    """The fault of a row that spells out a special token: it would become that token in the middle of a text."""
+    """The fault of a row that spells out a special token: it would become that token in the middle
+    of a text."""
     for turn in row.turns:
         for special in specials:
             if special in turn.text or special in turn.extra:
-                return f"holds the text {special!r}, which this tokenizer reads as a special token: write it otherwise"
+                return (
+                    f"holds the text {special!r}, which this tokenizer reads as a special "
+                    "token: write it otherwise"
+                )
     return ""
 
 
 def unlearnable(ids: Sequence[int], trained: Sequence[bool], stop: int) -> str:
-    """The fault of a row without a target, or with an answer that does not end in the stop token."""
+    """The fault of a row without a target, or with an answer that does not end in the stop
+    token."""
     if not any(trained[1:]):
         return "not one token of it would be learned: every label is masked"
     ends = [i for i in range(len(ids)) if trained[i] and (i + 1 == len(ids) or not trained[i + 1])]
     bare = [i for i in ends if ids[i] != stop]
-    return f"answer {ends.index(bare[0]) + 1} does not end in the stop token as a trained label" if bare else ""
+    return (
+        f"answer {ends.index(bare[0]) + 1} does not end in the stop token as a trained label"
+        if bare
+        else ""
+    )
 
 
-def shorten(ids: list[int], trained: list[bool], stop: int, most: int) -> tuple[list[int], list[bool]] | None:
-    """The first `most` tokens with the stop token as the last, trained one; None where no token of an answer would be left before it."""
+def shorten(
+    ids: list[int], trained: list[bool], stop: int, most: int
+) -> tuple[list[int], list[bool]] | None:
+    """The first `most` tokens with the stop token as the last, trained one; None where no token of
+    an answer would be left before it."""
     room = most - 1
     if not any(trained[1:room]):
         return None
-    while not trained[room - 1]:  # the cut falls into a later question: end with the answer before it, whose stop token is there
+    # the cut falls into a later question: end with the answer before it, whose stop token is there
+    while not trained[room - 1]:
         room -= 1
     if ids[room - 1] == stop and (room >= len(ids) or not trained[room]):
         return ids[:room], trained[:room]
@@ -256,16 +345,32 @@ def shorten(ids: list[int], trained: list[bool], stop: int, most: int) -> tuple[
 
 def cache_key(job: Job, folder: Path, template: Template) -> str:
     tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    settings = job.data.model_dump(exclude={"held_out", "template_text"}) | {"files": [(f.name, f.sha256) for f in job.data.files]}
-    return hashlib.sha256(json.dumps([VERSION, settings, tokenizer, template.name, template.sha256], sort_keys=True).encode()).hexdigest()[:32]
+    settings = job.data.model_dump(exclude={"held_out", "template_text"}) | {
+        "files": [(f.name, f.sha256) for f in job.data.files]
+    }
+    return hashlib.sha256(
+        json.dumps(
+            [VERSION, settings, tokenizer, template.name, template.sha256], sort_keys=True
+        ).encode()
+    ).hexdigest()[:32]
 
 
 def write_cache(path: Path, rows: Rows) -> None:
     """Atomic, and the same whoever writes it: several processes may."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.part")  # a pid is not unique over machines
+    # a pid is not unique over machines
+    part = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.part")
     text = np.frombuffer(json.dumps([rows.where, rows.notes]).encode(), np.uint8)
-    save_file({"ids": rows.ids, "trained": rows.trained, "starts": rows.starts, "prompted": rows.prompted, "text": text}, part)
+    save_file(
+        {
+            "ids": rows.ids,
+            "trained": rows.trained,
+            "starts": rows.starts,
+            "prompted": rows.prompted,
+            "text": text,
+        },
+        part,
+    )
     part.rename(path)
 
 
@@ -281,5 +386,7 @@ def read_cache(path: Path) -> Rows | None:
 
 def prompt_ids(data: Prepared, turns: Sequence) -> list[int]:
     """The ids of a conversation up to where the model answers: exactly how training rows begin."""
-    text = render(data.template, turns, eos=data.vocabulary.eos, bos=data.vocabulary.bos, answer_next=True)
+    text = render(
+        data.template, turns, eos=data.vocabulary.eos, bos=data.vocabulary.bos, answer_next=True
+    )
     return encode(data.vocabulary, data.template, [text])[0][0]

@@ -36,8 +36,12 @@ _REASONS = [  # start of the message, pattern of the text there, reason and fix 
     ("Row ended", "", "something more ({at!r}) after the row", _LINE),
     ("Illegal trailing comma", "", *_TRAILING),
     ("No comma", "", "a comma is missing between two rows", "add it after the row before"),
-    ("Expecting ',' delimiter", "", "a comma or closing bracket is missing before {at[0]!r}",
-     'add the comma, or escape a quotation mark inside the text as \\"'),
+    (
+        "Expecting ',' delimiter",
+        "",
+        "a comma or closing bracket is missing before {at[0]!r}",
+        'add the comma, or escape a quotation mark inside the text as \\"',
+    ),
     ("Expecting ':' delimiter", "", "a colon is missing after a field's name", 'add ":"'),
     ("", "'", "single quotation marks", 'JSON wants double ones: "'),
     ("", "//|/[*]|#", "a comment", "JSON has none: remove it"),
@@ -46,7 +50,7 @@ _REASONS = [  # start of the message, pattern of the text there, reason and fix 
     ("", "None", "None is not JSON", "write null, or a text in quotation marks"),
     ("", "True|False", "True and False are not JSON", "write true, false, or a text in quotes"),
     ("", "", "a value is missing or is not JSON, found {at[0]!r}", "write a text in double quotes"),
-]  # fmt: skip
+]
 
 
 def _integer(digits: str) -> int | float:

@@ -1,14 +1,18 @@
-"""Prompt templates as data: from a row to text, with the parts that are trained marked. No torch, no transformers.
+"""Prompt templates as data: from a row to text, with the parts that are trained marked. No torch,
+no transformers.
 
 A template is one of
   - a name: trainer/data/templates/NAME.toml;
-  - a user's own text with {instruction}, {input} and {output} (the paragraph that holds {input} goes when a row has none);
+  - a user's own text with {instruction}, {input} and {output} (the paragraph that holds {input}
+    goes when a row has none);
   - Alpaca-LoRA's JSON (prompt_input, prompt_no_input, response_split);
-  - a TOML like ours, with either with_input/without_input texts or the pieces system, user, assistant, stop, between, prefix;
+  - a TOML like ours, with either with_input/without_input texts or the pieces system, user,
+    assistant, stop, between, prefix;
   - "chat": the Jinja chat template that comes with the tokenizer.
 
-`stop` is the token that ends an answer: "eos" (the tokenizer's own) unless the template says otherwise. Training and use render with the
-same code, and the template travels with the adapter whole.
+`stop` is the token that ends an answer: "eos" (the tokenizer's own) unless the template says
+otherwise. Training and use render with the same code, and the template travels with the adapter
+whole.
 """
 
 from __future__ import annotations
@@ -25,7 +29,17 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "templates"
 _HOLE = re.compile(r"\{(system|user|assistant|instruction|input|round|bos)\}")
-_PIECES = {"preamble", "system", "user", "assistant", "stop", "between", "prefix", "with_input", "without_input"}
+_PIECES = {
+    "preamble",
+    "system",
+    "user",
+    "assistant",
+    "stop",
+    "between",
+    "prefix",
+    "with_input",
+    "without_input",
+}
 
 
 class TemplateError(ValueError):
@@ -33,7 +47,8 @@ class TemplateError(ValueError):
 
 
 class Turn(NamedTuple):
-    """`role` is user, assistant or system. `extra` is Alpaca's input, which belongs to a user turn."""
+    """`role` is user, assistant or system. `extra` is Alpaca's input, which belongs to a user
+    turn."""
 
     role: str
     text: str
@@ -42,7 +57,8 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the rendered text; `trained` is True for an answer and the stop token that ends it."""
+    """A stretch of the rendered text; `trained` is True for an answer and the stop token that ends
+    it."""
 
     text: str
     trained: bool
@@ -50,7 +66,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Template:
-    """Pieces with holes. `user` is used for turns without an input, `user_with_input` for the others; each has its preamble."""
+    """Pieces with holes. `user` is used for turns without an input, `user_with_input` for the
+    others; each has its preamble."""
 
     name: str
     source: str
@@ -75,7 +92,8 @@ def names() -> list[str]:
 
 
 def load(name: str, text: str | None = None) -> Template:
-    """The template of job.data: `text` (a user's own file, whole) wins over the name. 'chat' needs `with_chat_template` afterwards.
+    """The template of job.data: `text` (a user's own file, whole) wins over the name. 'chat' needs
+    `with_chat_template` afterwards.
 
     Raises TemplateError for an unknown name or a text without the places that it needs."""
     if text is not None:
@@ -84,7 +102,10 @@ def load(name: str, text: str | None = None) -> Template:
         return Template("chat", "", "", "")
     path = FOLDER / f"{name}.toml"
     if not path.is_file():
-        raise TemplateError(f"no template called {name!r}: use one of {', '.join(names())}, chat, or the path of your own text file")
+        raise TemplateError(
+            f"no template called {name!r}: use one of {', '.join(names())}, chat, or the "
+            "path of your own text file"
+        )
     return parse(name, path.read_text(encoding="utf-8"))
 
 
@@ -92,7 +113,9 @@ def with_chat_template(template: Template, jinja: str) -> Template:
     """The 'chat' template filled with the tokenizer's own Jinja text."""
     if not jinja:
         raise TemplateError(
-            "data.template is 'chat', but this tokenizer has no chat template: name one of " + ", ".join(names()) + " or your own file"
+            "data.template is 'chat', but this tokenizer has no chat template: name one of "
+            + ", ".join(names())
+            + " or your own file"
         )
     return Template("chat", jinja, "", "", jinja=jinja)
 
@@ -111,7 +134,10 @@ def _from_alpaca_lora(name: str, text: str) -> Template:
         data = json.loads(text)
         with_input, without = data["prompt_input"], data["prompt_no_input"]
     except (ValueError, KeyError) as error:
-        raise TemplateError(f"template {name}: not Alpaca-LoRA's JSON ({error}): it wants prompt_input and prompt_no_input") from error
+        raise TemplateError(
+            f"template {name}: not Alpaca-LoRA's JSON ({error}): it wants prompt_input and "
+            "prompt_no_input"
+        ) from error
     return _from_text(name, text, with_input + "{output}", without + "{output}")
 
 
@@ -122,12 +148,23 @@ def _from_toml(name: str, text: str) -> Template:
         raise TemplateError(f"template {name}: {error}: mend the TOML") from error
     unknown = set(data) - _PIECES
     if unknown:
-        raise TemplateError(f"template {name}: unknown key {sorted(unknown)[0]!r}: it may have {', '.join(sorted(_PIECES))}")
+        raise TemplateError(
+            f"template {name}: unknown key {sorted(unknown)[0]!r}: it may have "
+            f"{', '.join(sorted(_PIECES))}"
+        )
     if "with_input" in data:
-        return _from_text(name, text, data["with_input"], data.get("without_input", data["with_input"]), data.get("stop", "eos"))
+        return _from_text(
+            name,
+            text,
+            data["with_input"],
+            data.get("without_input", data["with_input"]),
+            data.get("stop", "eos"),
+        )
     for key, hole in (("user", "{user}"), ("assistant", "{assistant}")):
         if hole not in data.get(key, ""):
-            raise TemplateError(f"template {name}: {key!r} must hold {hole}: add it where the text belongs")
+            raise TemplateError(
+                f"template {name}: {key!r} must hold {hole}: add it where the text belongs"
+            )
     preamble = data.get("preamble", "")
     return Template(
         name,
@@ -144,23 +181,43 @@ def _from_toml(name: str, text: str) -> Template:
     )
 
 
-def _from_text(name: str, source: str, with_input: str, without: str, stop: str = "eos") -> Template:
-    """Two texts with {instruction}, {input} and {output}; the paragraphs before the instruction are the preamble."""
+def _from_text(
+    name: str, source: str, with_input: str, without: str, stop: str = "eos"
+) -> Template:
+    """Two texts with {instruction}, {input} and {output}; the paragraphs before the instruction are
+    the preamble."""
     for text in (with_input, without):
         if "{instruction}" not in text:
-            raise TemplateError(f"template {name}: no {{instruction}} in it: write {{instruction}}, {{input}} and {{output}} where they belong")
+            raise TemplateError(
+                f"template {name}: no {{instruction}} in it: write {{instruction}}, "
+                "{input} and {output} where they belong"
+            )
     before, after = _cut_at_output(with_input)
     preamble_with_input, user_with_input = _cut_preamble(before)
     preamble, user = _cut_preamble(_without_input(_cut_at_output(without)[0]))
     if after.strip():
         raise TemplateError(
-            f"template {name}: text after {{output}} ({after.strip()[:30]!r}) would never be learned: end with {{output}}; eos follows"
+            f"template {name}: text after {{output}} ({after.strip()[:30]!r}) would never be "
+            "learned: end with {output}; eos follows"
         )
-    return Template(name, source, user, user_with_input, preamble, preamble_with_input, "{system}\n\n", "{assistant}", stop, "\n\n")
+    return Template(
+        name,
+        source,
+        user,
+        user_with_input,
+        preamble,
+        preamble_with_input,
+        "{system}\n\n",
+        "{assistant}",
+        stop,
+        "\n\n",
+    )
 
 
 def _cut_at_output(text: str) -> tuple[str, str]:
-    before, _, after = text.partition("{output}") if "{output}" in text else (text.rstrip("\n") + "\n", "", "")
+    before, _, after = (
+        text.partition("{output}") if "{output}" in text else (text.rstrip("\n") + "\n", "", "")
+    )
     return before, after
 
 
@@ -179,10 +236,14 @@ def _fill(piece: str, values: Mapping[str, str]) -> str:
     return _HOLE.sub(lambda hole: values.get(hole.group(1), hole.group(0)), piece)
 
 
-def render(template: Template, turns: Sequence[Turn], *, eos: str, bos: str = "", answer_next: bool = False) -> list[Segment]:
-    """The text of a conversation in segments. `answer_next` stops where the model is to answer (the last turn is the user's).
+def render(
+    template: Template, turns: Sequence[Turn], *, eos: str, bos: str = "", answer_next: bool = False
+) -> list[Segment]:
+    """The text of a conversation in segments. `answer_next` stops where the model is to answer (the
+    last turn is the user's).
 
-    Raises TemplateError when turns do not alternate user, assistant (a leading system turn may come first)."""
+    Raises TemplateError when turns do not alternate user, assistant (a leading system turn may come
+    first)."""
     if template.name == "chat":
         return _render_jinja(template.jinja, turns, eos, bos, answer_next)
     turns = list(turns)
@@ -191,7 +252,9 @@ def render(template: Template, turns: Sequence[Turn], *, eos: str, bos: str = ""
     segments: list[Segment] = []
     for number, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[number % 2]:
-            raise TemplateError(f"turn {number + 1} is {turn.role}'s: turns must alternate user, assistant")
+            raise TemplateError(
+                f"turn {number + 1} is {turn.role}'s: turns must alternate user, assistant"
+            )
         if turn.role == "user":
             head = template.preamble_with_input if turn.extra else template.preamble
             told = (system if system is not None else head) if number == 0 else ""
@@ -199,7 +262,9 @@ def render(template: Template, turns: Sequence[Turn], *, eos: str, bos: str = ""
                 segments.append(Segment(_fill(template.between, {"bos": bos}), False))
             segments.append(Segment(_user_text(template, turn, told, number // 2 + 1), False))
         else:
-            segments.append(Segment(_fill(template.assistant, {"assistant": turn.text}) + stop, True))
+            segments.append(
+                Segment(_fill(template.assistant, {"assistant": turn.text}) + stop, True)
+            )
     if answer_next:
         lead = template.assistant.partition("{assistant}")[0]
         if lead.strip():
@@ -210,21 +275,42 @@ def render(template: Template, turns: Sequence[Turn], *, eos: str, bos: str = ""
 def _user_text(template: Template, turn: Turn, told: str, round_number: int) -> str:
     system = _fill(template.system, {"system": told}) if told else ""
     joined = f"{turn.text}\n{turn.extra}" if turn.extra else turn.text
-    values = {"user": joined, "instruction": turn.text, "input": turn.extra, "round": str(round_number), "system": system}
+    values = {
+        "user": joined,
+        "instruction": turn.text,
+        "input": turn.extra,
+        "round": str(round_number),
+        "system": system,
+    }
     piece = template.user_with_input if turn.extra else template.user
     return _fill(piece, values) if "{system}" in piece else system + _fill(piece, values)
 
 
-def _render_jinja(jinja: str, turns: Sequence[Turn], eos: str, bos: str, answer_next: bool) -> list[Segment]:
-    """An answer's span is what the template adds for it beyond its generation prompt, up to the stop token that it emits."""
-    messages = [{"role": t.role, "content": f"{t.text}\n{t.extra}" if t.extra else t.text} for t in turns]
+def _render_jinja(
+    jinja: str, turns: Sequence[Turn], eos: str, bos: str, answer_next: bool
+) -> list[Segment]:
+    """An answer's span is what the template adds for it beyond its generation prompt, up to the
+    stop token that it emits."""
+    messages = [
+        {"role": t.role, "content": f"{t.text}\n{t.extra}" if t.extra else t.text} for t in turns
+    ]
     compiled = _compile(jinja)
 
     def text(count: int, prompt: bool) -> str:
         try:
-            return str(compiled.render(messages=messages[:count], add_generation_prompt=prompt, eos_token=eos, bos_token=bos, tools=None))
+            return str(
+                compiled.render(
+                    messages=messages[:count],
+                    add_generation_prompt=prompt,
+                    eos_token=eos,
+                    bos_token=bos,
+                    tools=None,
+                )
+            )
         except Exception as error:
-            raise TemplateError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+            raise TemplateError(
+                f"the tokenizer's chat template refuses this conversation: {error}"
+            ) from error
 
     whole = text(len(messages), answer_next)
     segments, done = [], 0
@@ -236,9 +322,16 @@ def _render_jinja(jinja: str, turns: Sequence[Turn], eos: str, bos: str, answer_
         if not whole.startswith(before) or turn.text.strip() not in after[start:]:
             before = text(number, False)
             start = whole.find(turn.text.strip(), len(before))
-        end = len(after.rstrip("\n")) if whole.startswith(after) else whole.find(turn.text.strip(), start) + len(turn.text.strip())
+        end = (
+            len(after.rstrip("\n"))
+            if whole.startswith(after)
+            else whole.find(turn.text.strip(), start) + len(turn.text.strip())
+        )
         if start < done or end <= start:
-            raise TemplateError(f"answer {number + 1} cannot be located in what the chat template wrote: name another data.template")
+            raise TemplateError(
+                f"answer {number + 1} cannot be located in what the chat template wrote: "
+                "name another data.template"
+            )
         segments += [Segment(whole[done:start], False), Segment(whole[start:end], True)]
         done = end
     return [s for s in [*segments, Segment(whole[done:], False)] if s.text]
@@ -253,10 +346,15 @@ def _compile(jinja: str):
     def refuse(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda _format: "2024-07-26"  # a date that moved would move every row of the training data
+    # a date that moved would move every row of the training data
+    environment.globals["strftime_now"] = lambda _format: "2024-07-26"
     return environment.from_string(jinja)
 
 
@@ -266,4 +364,8 @@ def alpaca_turns(row: Mapping[str, str]) -> list[Turn]:
     history: Iterable[tuple[str, str]] = row.get("history") or ()  # type: ignore[assignment]
     for question, answer in history:
         turns += [Turn("user", question), Turn("assistant", answer)]
-    return [*turns, Turn("user", row["instruction"], row.get("input") or ""), Turn("assistant", row["output"])]
+    return [
+        *turns,
+        Turn("user", row["instruction"], row.get("input") or ""),
+        Turn("assistant", row["output"]),
+    ]

@@ -1,7 +1,9 @@
-"""From rendered text to token ids and labels, by character offset. The tokenizers library only: no torch, no transformers.
+"""From rendered text to token ids and labels, by character offset. The tokenizers library only: no
+torch, no transformers.
 
-One pass over the whole text, so that what is learned is what a user's prompt will be cut into. A token is trained when it reaches
-into an answer. Every answer must end with the stop token as a trained label; `stop_token` refuses a template that cannot do that.
+One pass over the whole text, so that what is learned is what a user's prompt will be cut into. A
+token is trained when it reaches into an answer. Every answer must end with the stop token as a
+trained label; `stop_token` refuses a template that cannot do that.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from trainer.data.template import Segment, Template, TemplateError, Turn, render
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A model folder's tokenizer. `prefix` are the ids that it puts before a text by itself (Llama's <s>)."""
+    """A model folder's tokenizer. `prefix` are the ids that it puts before a text by itself
+    (Llama's <s>)."""
 
     tokenizer: Tokenizer
     eos: str
@@ -43,10 +46,14 @@ class Vocabulary:
 
 
 def open_vocabulary(folder: Path) -> Vocabulary:
-    """Reads tokenizer.json and the config files beside it. Raises TemplateError when there is no tokenizer.json or no end token."""
+    """Reads tokenizer.json and the config files beside it. Raises TemplateError when there is no
+    tokenizer.json or no end token."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise TemplateError(f"{folder.name}/ has no tokenizer.json: save the fast tokenizer there (AutoTokenizer...save_pretrained)")
+        raise TemplateError(
+            f"{folder.name}/ has no tokenizer.json: save the fast tokenizer there "
+            "(AutoTokenizer...save_pretrained)"
+        )
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -57,9 +64,16 @@ def open_vocabulary(folder: Path) -> Vocabulary:
         eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
         eos = (tokenizer.id_to_token(eos_id) if isinstance(eos_id, int) else None) or ""
     if not eos or tokenizer.token_to_id(eos) is None:
-        raise TemplateError(f"the tokenizer in {folder.name}/ names no end token (eos_token={eos!r}): set eos_token in tokenizer_config.json")
+        raise TemplateError(
+            f"the tokenizer in {folder.name}/ names no end token (eos_token={eos!r}): set "
+            "eos_token in tokenizer_config.json"
+        )
     jinja = folder / "chat_template.jinja"
-    chat = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template") or ""
+    chat = (
+        jinja.read_text(encoding="utf-8")
+        if jinja.is_file()
+        else settings.get("chat_template") or ""
+    )
     if isinstance(chat, list):  # several named templates: the default one
         chat = next((c["template"] for c in chat if c.get("name") == "default"), "")
     added = tokenizer.encode("", add_special_tokens=True).ids
@@ -72,13 +86,23 @@ def _json(path: Path) -> dict:
 
 
 def _token(value: object) -> str:
-    return value.get("content", "") if isinstance(value, dict) else value if isinstance(value, str) else ""
+    return (
+        value.get("content", "")
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, str)
+        else ""
+    )
 
 
 def stop_token(vocabulary: Vocabulary, template: Template) -> int:
-    """The id of the one token that ends an answer. Raises TemplateError when the template emits none."""
+    """The id of the one token that ends an answer. Raises TemplateError when the template emits
+    none."""
     if not template.stop:
-        raise TemplateError(f"template {template.name} has no stop token, so the model would never stop: use stop = 'eos' ({vocabulary.eos!r})")
+        raise TemplateError(
+            f"template {template.name} has no stop token, so the model would never stop: use "
+            f"stop = 'eos' ({vocabulary.eos!r})"
+        )
     probe = _probe(vocabulary, template)
     ids, labels = encode(vocabulary, template, [probe])[0]
     text = vocabulary.eos if template.stop == "eos" else template.stop
@@ -87,37 +111,52 @@ def stop_token(vocabulary: Vocabulary, template: Template) -> int:
         if vocabulary.tokenizer.id_to_token(ids[last]) in vocabulary.special_texts:
             return ids[last]
         raise TemplateError(
-            "the tokenizer's chat template ends an answer with no special token, so the model would never stop: name another template"
+            "the tokenizer's chat template ends an answer with no special token, so the "
+            "model would never stop: name another template"
         )
     stop = vocabulary.id_of(text)
     if stop is None:
         pieces = len(vocabulary.tokenizer.encode(text, add_special_tokens=False).ids)
         raise TemplateError(
-            f"template {template.name} ends answers with {text!r}, which is {pieces} tokens in this tokenizer, not one: "
+            f"template {template.name} ends answers with {text!r}, which is {pieces} tokens "
+            "in this tokenizer, not one: "
             f"use stop = 'eos' ({vocabulary.eos!r}) or another template"
         )
     if not labels[-1] or ids[-1] != stop:
-        raise TemplateError(f"template {template.name}: {text!r} is not the last trained token of an answer: let the assistant piece end with it")
+        raise TemplateError(
+            f"template {template.name}: {text!r} is not the last trained token of an answer: "
+            "let the assistant piece end with it"
+        )
     return stop
 
 
 def _probe(vocabulary: Vocabulary, template: Template) -> list[Segment]:
-    turns = [Turn("user", "Hello 你好"), Turn("assistant", "Hi 你好"), Turn("user", "Bye"), Turn("assistant", "Bye 再见")]
+    turns = [
+        Turn("user", "Hello 你好"),
+        Turn("assistant", "Hi 你好"),
+        Turn("user", "Bye"),
+        Turn("assistant", "Bye 再见"),
+    ]
     return render(template, turns, eos=vocabulary.eos, bos=vocabulary.bos)
 
 
 def token_hash(vocabulary: Vocabulary, template: Template) -> str:
-    """sha256 of the ids that a fixed conversation becomes: equal where template and tokenizer agree to the token."""
+    """sha256 of the ids that a fixed conversation becomes: equal where template and tokenizer agree
+    to the token."""
     ids, labels = encode(vocabulary, template, [_probe(vocabulary, template)])[0]
     return hashlib.sha256(json.dumps([ids, labels]).encode()).hexdigest()
 
 
-def encode(vocabulary: Vocabulary, template: Template, rows: Sequence[Sequence[Segment]]) -> list[tuple[list[int], list[bool]]]:
+def encode(
+    vocabulary: Vocabulary, template: Template, rows: Sequence[Sequence[Segment]]
+) -> list[tuple[list[int], list[bool]]]:
     """(ids, trained) of each row; `trained[i]` says that token i is a target."""
     texts = ["".join(s.text for s in row) for row in rows]
     prefix = prefix_ids(vocabulary, template)
     encoded = []
-    for row, coding in zip(rows, vocabulary.tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+    for row, coding in zip(
+        rows, vocabulary.tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
+    ):
         spans, at = [], 0
         for segment in row:
             if segment.trained:
@@ -131,7 +170,8 @@ def encode(vocabulary: Vocabulary, template: Template, rows: Sequence[Sequence[S
 
 
 def prefix_ids(vocabulary: Vocabulary, template: Template) -> tuple[int, ...]:
-    """Ids before everything: the tokenizer's own, or else those that the template names and the tokenizer has."""
+    """Ids before everything: the tokenizer's own, or else those that the template names and the
+    tokenizer has."""
     if vocabulary.prefix:
         return vocabulary.prefix
     named = [vocabulary.id_of(token) for token in template.prefix]

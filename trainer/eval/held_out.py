@@ -31,25 +31,47 @@ class Scored:
 
 
 def held_out(model: Any, job: Job, run: Path, data: Prepared, device: torch.device) -> Scored:
-    """Rows of data.held_out, in order, as many as SECONDS allow and at most ROWS; `before` is the same model with its adapter switched off
-    (only an adapter can be)."""
+    """Rows of data.held_out, in order, as many as SECONDS allow and at most ROWS; `before` is the
+    same model with its adapter switched off (only an adapter can be)."""
     if job.data.held_out is None:
         return Scored()
-    rows = [row for row in read_rows([(run / job.data.held_out.path, job.data.held_out.name)], job.data.format)[0] if row.turns][:ROWS]
+    rows = [
+        row
+        for row in read_rows(
+            [(run / job.data.held_out.path, job.data.held_out.name)], job.data.format
+        )[0]
+        if row.turns
+    ][:ROWS]
     expected = [row.turns[-1].text.strip() for row in rows]
     before: list[str] = []
     after: list[str] = []
     began = time.monotonic()
     while len(after) < len(rows) and time.monotonic() - began < SECONDS:
-        prompts = [prompt_ids(data, row.turns[:-1]) for row in rows[len(after) : len(after) + AT_ONCE]]
+        prompts = [
+            prompt_ids(data, row.turns[:-1]) for row in rows[len(after) : len(after) + AT_ONCE]
+        ]
         after += answer(model, prompts, data, device)
         with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            before += answer(model, prompts, data, device) if hasattr(model, "disable_adapter") else [""] * len(prompts)
+            before += (
+                answer(model, prompts, data, device)
+                if hasattr(model, "disable_adapter")
+                else [""] * len(prompts)
+            )
     samples = [
-        {"prompt": "\n".join(x for x in (r.turns[-2].text, r.turns[-2].extra) if x), "expected": e, "before": b, "after": a}
+        {
+            "prompt": "\n".join(x for x in (r.turns[-2].text, r.turns[-2].extra) if x),
+            "expected": e,
+            "before": b,
+            "after": a,
+        }
         for r, e, b, a in list(zip(rows, expected, before, after, strict=False))[:SHOWN]
     ]
-    return Scored(len(after), match(before, expected[: len(before)]), match(after, expected[: len(after)]), samples)
+    return Scored(
+        len(after),
+        match(before, expected[: len(before)]),
+        match(after, expected[: len(after)]),
+        samples,
+    )
 
 
 def match(answers: list[str], expected: list[str]) -> float:
@@ -57,8 +79,15 @@ def match(answers: list[str], expected: list[str]) -> float:
 
 
 @torch.no_grad()
-def answer(model: nn.Module, prompts: list[list[int]], data: Prepared, device: torch.device, new_tokens: int = NEW_TOKENS) -> list[str]:
-    """Greedy answers, up to the stop token or `new_tokens`. Prompts of one length go together, so nothing is padded."""
+def answer(
+    model: nn.Module,
+    prompts: list[list[int]],
+    data: Prepared,
+    device: torch.device,
+    new_tokens: int = NEW_TOKENS,
+) -> list[str]:
+    """Greedy answers, up to the stop token or `new_tokens`. Prompts of one length go together, so
+    nothing is padded."""
     inner, training = causal(model), model.training
     model.eval()
     answers: list[str] = [""] * len(prompts)
@@ -70,13 +99,19 @@ def answer(model: nn.Module, prompts: list[list[int]], data: Prepared, device: t
         else:
             groups.append([i])
     for group in groups:
-        for i, ids in zip(group, _decode(inner, [prompts[i] for i in group], data.stop_id, device, new_tokens), strict=True):
+        for i, ids in zip(
+            group,
+            _decode(inner, [prompts[i] for i in group], data.stop_id, device, new_tokens),
+            strict=True,
+        ):
             answers[i] = data.vocabulary.tokenizer.decode(ids, skip_special_tokens=True).strip()
     model.train(training)
     return answers
 
 
-def _decode(inner: nn.Module, prompts: list[list[int]], stop: int, device: torch.device, new_tokens: int) -> list[list[int]]:
+def _decode(
+    inner: nn.Module, prompts: list[list[int]], stop: int, device: torch.device, new_tokens: int
+) -> list[list[int]]:
     ids, cache = torch.tensor(prompts, device=device), None  # (B, P)
     taken: list[torch.Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)

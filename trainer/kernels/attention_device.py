@@ -1,10 +1,13 @@
-"""Device code of attention for short packed documents; ``trainer/kernels/attention_short.py`` launches it. Arguments in capitals are compile-time constants.
+"""Device code of attention for short packed documents; ``trainer/kernels/attention_short.py``
+launches it. Arguments in capitals are compile-time constants.
 
-A tile is a run of consecutive tokens of the pack, whatever documents they belong to, and meets only the keys from its first
-token's document on: no tile is partly empty, and no list of tiles is needed. A row is a (token, head) pair: the G query heads of one
-key head lie side by side, so with grouped heads a tile spans fewer tokens. ``first`` and ``past`` [M] are the first token of each
-token's document and the one after its last. What the loops read comes through tensor descriptors (the copy engine of Hopper and
-newer, plain loads elsewhere), which leaves twice the registers to the products. Rows of q, k, v are s values apart.
+A tile is a run of consecutive tokens of the pack, whatever documents they belong to, and meets only
+the keys from its first token's document on: no tile is partly empty, and no list of tiles is
+needed. A row is a (token, head) pair: the G query heads of one key head lie side by side, so with
+grouped heads a tile spans fewer tokens. ``first`` and ``past`` [M] are the first token of each
+token's document and the one after its last. What the loops read comes through tensor descriptors
+(the copy engine of Hopper and newer, plain loads elsewhere), which leaves twice the registers to
+the products. Rows of q, k, v are s values apart.
 """
 
 # mypy: ignore-errors
@@ -13,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NOTHING = tl.constexpr(-1.0e30)  # below every score, and finite: the maximum of a row that has seen no key yet
+# below every score, and finite: the maximum of a row that has seen no key yet
+NOTHING = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -26,7 +30,8 @@ def _rows(begin, m, kv_head, G: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _reach(first, begin, m, TOKENS: tl.constexpr):
-    """The keys that a tile of TOKENS meets, from and to; blocks that end at or before the third number need no mask."""
+    """The keys that a tile of TOKENS meets, from and to; blocks that end at or before the third
+    number need no mask."""
     end = tl.minimum(begin + TOKENS, m)
     low = tl.load(first + begin)
     return low, end, tl.where(tl.load(first + end - 1) == low, begin + 1, 0)
@@ -34,17 +39,34 @@ def _reach(first, begin, m, TOKENS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m"])
 def attention_forward(
-    q, k, v, first, out, lse, m, lm, s, kv_heads, scale,
-    G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    first,
+    out,
+    lse,
+    m,
+    lm,
+    s,
+    kv_heads,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """out [M, H, D]; lse [H, lm] in powers of two. k and v are descriptors of [BN, D]."""
     kv_head = tl.program_id(0)
     begin = tl.program_id(1) * (BM // G)
     token, head, ok = _rows(begin, m, kv_head, G, BM)
     d = tl.arange(0, D)
     start = tl.load(first + token)
-    q_tile = tl.load(q + token[:, None] * s + (head * D)[:, None] + d[None, :], mask=ok[:, None], other=0.0)
-    room = (token - start).to(tl.uint32)  # unsigned, so that one comparison keeps out what is after and what is before
+    q_tile = tl.load(
+        q + token[:, None] * s + (head * D)[:, None] + d[None, :], mask=ok[:, None], other=0.0
+    )
+    # unsigned, so that one comparison keeps out what is after and what is before
+    room = (token - start).to(tl.uint32)
     best = tl.full([BM], NOTHING, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
@@ -53,7 +75,9 @@ def attention_forward(
         keys = c + tl.arange(0, BN)
         x = tl.dot(q_tile, k.load([c, kv_head * D]).T)
         if c + BN > alone:
-            x = tl.where((keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None], x, -float("inf"))
+            x = tl.where(
+                (keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None], x, -float("inf")
+            )
         new = tl.maximum(best, tl.max(x, 1) * scale)
         p = tl.exp2(x * scale - new[:, None])
         shrink = tl.exp2(best - new)
@@ -79,19 +103,46 @@ def _turn_back(x, cos, sin, token, ROWS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m"])
 def attention_backward_q(
-    q, k, v, first, out, dout, lse, delta, dq, cos, sin, m, lm, s, ds, kv_heads, scale, back_scale,
-    G: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dq, its rows ds values apart, and delta [H, lm], the sums of dout * out, which the other half needs."""
+    q,
+    k,
+    v,
+    first,
+    out,
+    dout,
+    lse,
+    delta,
+    dq,
+    cos,
+    sin,
+    m,
+    lm,
+    s,
+    ds,
+    kv_heads,
+    scale,
+    back_scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    TURN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dq, its rows ds values apart, and delta [H, lm], the sums of dout * out, which the other half
+    needs."""
     kv_head = tl.program_id(0)
     begin = tl.program_id(1) * (BM // G)
     token, head, ok = _rows(begin, m, kv_head, G, BM)
     d = tl.arange(0, D)
     start = tl.load(first + token)
-    q_tile = tl.load(q + token[:, None] * s + (head * D)[:, None] + d[None, :], mask=ok[:, None], other=0.0)
+    q_tile = tl.load(
+        q + token[:, None] * s + (head * D)[:, None] + d[None, :], mask=ok[:, None], other=0.0
+    )
     at = token[:, None] * (kv_heads * G * D) + (head * D)[:, None] + d[None, :]
     do_tile = tl.load(dout + at, mask=ok[:, None], other=0.0)
-    sums = tl.sum(do_tile.to(tl.float32) * tl.load(out + at, mask=ok[:, None], other=0.0).to(tl.float32), 1)
+    sums = tl.sum(
+        do_tile.to(tl.float32) * tl.load(out + at, mask=ok[:, None], other=0.0).to(tl.float32), 1
+    )
     of_row = head * lm + token
     tl.store(delta + of_row, sums, mask=ok)
     log = tl.load(lse + of_row)
@@ -102,7 +153,11 @@ def attention_backward_q(
         keys = c + tl.arange(0, BN)
         k_tile = k.load([c, kv_head * D])
         x = tl.dot(q_tile, k_tile.T) * scale - log[:, None]
-        p = tl.exp2(tl.where((keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None], x, -float("inf")))
+        p = tl.exp2(
+            tl.where(
+                (keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None], x, -float("inf")
+            )
+        )
         dp = tl.dot(do_tile, v.load([c, kv_head * D]).T)
         acc = tl.dot((p * (dp - sums[:, None])).to(q_tile.dtype), k_tile, acc)
     acc *= back_scale
@@ -114,11 +169,33 @@ def attention_backward_q(
 
 @triton.jit(do_not_specialize=["m"])
 def attention_backward_kv(
-    q, k, v, past, dout, lse, delta, dk, dv, cos, sin, m, s, ds, kv_heads, scale, back_scale,
-    G: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of BN keys, their rows ds values apart. Everything is transposed, so that the products' left sides stay in registers.
-    q and dout are descriptors of [BM / G, G, D], lse and delta of [G, BM / G]."""
+    q,
+    k,
+    v,
+    past,
+    dout,
+    lse,
+    delta,
+    dk,
+    dv,
+    cos,
+    sin,
+    m,
+    s,
+    ds,
+    kv_heads,
+    scale,
+    back_scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    TURN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dk and dv of BN keys, their rows ds values apart. Everything is transposed, so that the
+    products' left sides stay in registers. q and dout are descriptors of [BM / G, G, D], lse and
+    delta of [G, BM / G]."""
     kv_head = tl.program_id(0)
     begin = tl.program_id(1) * BN
     keys = begin + tl.arange(0, BN)
@@ -131,7 +208,8 @@ def attention_backward_kv(
     dk_acc = tl.zeros([BN, D], tl.float32)
     dv_acc = tl.zeros([BN, D], tl.float32)
     end = tl.load(past + tl.minimum(begin + BN, m) - 1)
-    above = tl.where(tl.load(past + begin) == end, end, 0)  # several documents have keys here: every block needs the mask
+    # several documents have keys here: every block needs the mask
+    above = tl.where(tl.load(past + begin) == end, end, 0)
     for c in tl.range(begin, end, BM // G, num_stages=STAGES):
         q_tile = tl.reshape(q.load([c, kv_head * G, 0]), (BM, D))
         do_tile = tl.reshape(dout.load([c, kv_head * G, 0]), (BM, D))
@@ -139,7 +217,11 @@ def attention_backward_kv(
         x = tl.dot(k_tile, q_tile.T) * scale - log[None, :]
         if (c < begin + BN - 1) | (c + BM // G > above):
             token = c + tl.arange(0, BM) // G
-            x = tl.where((keys[:, None] <= token[None, :]) & (token[None, :] < stop[:, None]), x, -float("inf"))
+            x = tl.where(
+                (keys[:, None] <= token[None, :]) & (token[None, :] < stop[:, None]),
+                x,
+                -float("inf"),
+            )
         p = tl.exp2(x)
         dv_acc = tl.dot(p.to(k_tile.dtype), do_tile, dv_acc)
         dp = tl.dot(v_tile, do_tile.T)

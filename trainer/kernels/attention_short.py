@@ -1,8 +1,10 @@
-"""Attention for packs of short documents, forward and backward in Triton: ``trainer/kernels/attention_device.py`` has the device code.
+"""Attention for packs of short documents, forward and backward in Triton:
+``trainer/kernels/attention_device.py`` has the device code.
 
-Flash attention's blocks of 128 tokens are half empty on documents of some 200; here tiles are cut from the pack, not from the
-documents. No atomics: a second run gives the same bits. Backward writes d(q, k, v) joined as the projection before it wants them,
-turned back by the rotary angles where they are given, in the compute dtype.
+Flash attention's blocks of 128 tokens are half empty on documents of some 200; here tiles are cut
+from the pack, not from the documents. No atomics: a second run gives the same bits. Backward writes
+d(q, k, v) joined as the projection before it wants them, turned back by the rotary angles where
+they are given, in the compute dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trainer.kernels import attention_device as jit
 
-# Query rows and keys of a tile, warps, pipeline stages, by head size: the best of a sweep on an H200 (docs/speed-log.md).
+# Query rows and keys of a tile, warps, pipeline stages, by head size: the best of a sweep on an
+# H200 (docs/speed-log.md).
 TILES = {
     128: {"forward": (64, 32, 4, 2), "backward_q": (64, 32, 4, 2), "backward_kv": (64, 64, 4, 2)},
     64: {"forward": (64, 32, 4, 3), "backward_q": (64, 64, 4, 2), "backward_kv": (64, 64, 4, 3)},
@@ -25,17 +28,20 @@ TILES = {
 
 
 class Spans(NamedTuple):
-    """For each token of a pack the first token of its document and the one after its last: int32 [M] each."""
+    """For each token of a pack the first token of its document and the one after its last: int32
+    [M] each."""
 
     first: Tensor
     past: Tensor
 
 
-_latest: list[tuple[Tensor, tuple[int, int], Spans]] = []  # one entry: every layer of a pass asks for the same
+# one entry: every layer of a pass asks for the same
+_latest: list[tuple[Tensor, tuple[int, int], Spans]] = []
 
 
 def spans(cu: Tensor, tokens: int) -> Spans:
-    """From the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. No wait for the GPU."""
+    """From the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. No wait
+    for the GPU."""
     key = (tokens, cu._version)
     if not _latest or _latest[0][0] is not cu or _latest[0][1] != key:
         _latest[:] = [(cu, key, _spans(cu, tokens))]
@@ -43,12 +49,15 @@ def spans(cu: Tensor, tokens: int) -> Spans:
 
 
 def _spans(cu: Tensor, tokens: int) -> Spans:
-    document = torch.bucketize(torch.arange(tokens, device=cu.device, dtype=cu.dtype), cu[1:], right=True)
+    document = torch.bucketize(
+        torch.arange(tokens, device=cu.device, dtype=cu.dtype), cu[1:], right=True
+    )
     return Spans(cu[document], cu[document + 1])
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these kernels take q [M, H, D], k and v [M, KV, D]: views of one joined matrix, with 1, 2, 4 or 8 query heads a key head."""
+    """Whether these kernels take q [M, H, D], k and v [M, KV, D]: views of one joined matrix, with
+    1, 2, 4 or 8 query heads a key head."""
     (m, heads, d), kv_heads, row = q.shape, k.shape[1], q.stride(0)
     return (
         d in TILES
@@ -67,7 +76,9 @@ def _wide(x: Tensor, rows: int) -> TensorDescriptor:
 
 def _grouped(x: Tensor, rows: int, group: int) -> TensorDescriptor:
     """Tiles of ``rows / group`` tokens and ``group`` heads."""
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), x.shape[2], 1], [rows // group, group, x.shape[2]])
+    return TensorDescriptor(
+        x, list(x.shape), [x.stride(0), x.shape[2], 1], [rows // group, group, x.shape[2]]
+    )
 
 
 def _of_rows(x: Tensor, tokens: int, rows: int, group: int) -> TensorDescriptor:
@@ -80,25 +91,52 @@ def _tile(name: str, d: int) -> tuple[int, int, dict[str, int]]:
     return bm, bn, {"BM": bm, "BN": bn, "num_warps": warps, "STAGES": stages}
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor]]:
-    """Causal attention within documents: q [M, H, D], k and v [M, KV, D] -> (out [M, H, D], what ``backward`` needs: the logarithms of
-    the sums in powers of two, fp32 [H, M and up to 15 more])."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float
+) -> tuple[Tensor, tuple[Tensor]]:
+    """Causal attention within documents: q [M, H, D], k and v [M, KV, D] -> (out [M, H, D], what
+    ``backward`` needs: the logarithms of the sums in powers of two, fp32 [H, M and up to 15
+    more])."""
     (m, heads, d), kv_heads = q.shape, k.shape[1]
     out = q.new_empty(m, heads, d)
-    lse = q.new_empty(heads, -(-m // 16) * 16, dtype=torch.float32)  # the copy engine wants rows of whole 16 bytes
+    # the copy engine wants rows of whole 16 bytes
+    lse = q.new_empty(heads, -(-m // 16) * 16, dtype=torch.float32)
     bm, bn, tile = _tile("forward", d)
     group = heads // kv_heads
     jit.attention_forward[(kv_heads, triton.cdiv(m, bm // group))](
-        q, _wide(k, bn), _wide(v, bn), first, out, lse, m, lse.shape[1], q.stride(0), kv_heads, scale / math.log(2), G=group, D=d, **tile
+        q,
+        _wide(k, bn),
+        _wide(v, bn),
+        first,
+        out,
+        lse,
+        m,
+        lse.shape[1],
+        q.stride(0),
+        kv_heads,
+        scale / math.log(2),
+        G=group,
+        D=d,
+        **tile,
     )
     return out, (lse,)
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Spans, scale: float, cos: Tensor | None, sin: Tensor | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    at: Spans,
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> Tensor:
-    """Gradients of ``forward``, joined: [M, (H + 2 KV) D]. With cos and sin [M, D] (halves equal) those of q and k are turned back,
-    to what came before rotary embedding. ``dout`` is contiguous."""
+    """Gradients of ``forward``, joined: [M, (H + 2 KV) D]. With cos and sin [M, D] (halves equal)
+    those of q and k are turned back, to what came before rotary embedding. ``dout`` is
+    contiguous."""
     (m, heads, d), kv_heads = q.shape, k.shape[1]
     joined = q.new_empty(m, (heads + 2 * kv_heads) * d)
     dq, dk, dv = joined.split([heads * d, kv_heads * d, kv_heads * d], 1)
@@ -108,12 +146,45 @@ def backward(
     fixed = {"G": group, "D": d, "TURN": cos is not None}
     bm, bn, tile = _tile("backward_q", d)
     jit.attention_backward_q[(kv_heads, triton.cdiv(m, bm // group))](
-        q, _wide(k, bn), _wide(v, bn), at.first, out, dout, lse, delta, dq, cos, sin, m, lse.shape[1], row, joined.shape[1], kv_heads,
-        *scales, **fixed, **tile,
-    )  # fmt: skip
+        q,
+        _wide(k, bn),
+        _wide(v, bn),
+        at.first,
+        out,
+        dout,
+        lse,
+        delta,
+        dq,
+        cos,
+        sin,
+        m,
+        lse.shape[1],
+        row,
+        joined.shape[1],
+        kv_heads,
+        *scales,
+        **fixed,
+        **tile,
+    )
     bm, bn, tile = _tile("backward_kv", d)
     jit.attention_backward_kv[(kv_heads, triton.cdiv(m, bn))](
-        _grouped(q, bm, group), k, v, at.past, _grouped(dout, bm, group), _of_rows(lse, m, bm, group), _of_rows(delta, m, bm, group),
-        dk, dv, cos, sin, m, row, joined.shape[1], kv_heads, *scales, **fixed, **tile,
-    )  # fmt: skip
+        _grouped(q, bm, group),
+        k,
+        v,
+        at.past,
+        _grouped(dout, bm, group),
+        _of_rows(lse, m, bm, group),
+        _of_rows(delta, m, bm, group),
+        dk,
+        dv,
+        cos,
+        sin,
+        m,
+        row,
+        joined.shape[1],
+        kv_heads,
+        *scales,
+        **fixed,
+        **tile,
+    )
     return joined

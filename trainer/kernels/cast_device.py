@@ -1,4 +1,5 @@
-"""Device code of the casts to FP8, for ``trainer/kernels/triton_ops.py``. Arguments in capitals are compile-time constants."""
+"""Device code of the casts to FP8, for ``trainer/kernels/triton_ops.py``. Arguments in capitals are
+compile-time constants."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -34,7 +35,9 @@ def quantise_rows(x, column_scale, out, scale, k, FOLD: tl.constexpr, BN: tl.con
 
 
 @triton.jit(do_not_specialize=["m"])
-def cast_rows(x, column_scale, scale, out, m, k, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def cast_rows(
+    x, column_scale, scale, out, m, k, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows[:, None] < m) & (cols < k)[None, :]
@@ -47,10 +50,23 @@ def cast_rows(x, column_scale, scale, out, m, k, FOLD: tl.constexpr, BM: tl.cons
 
 @triton.jit(do_not_specialize=["m"])
 def cast_outer(
-    x, column_scale, scale, t, out, partial, m, k, rows,
-    R: tl.constexpr, LORA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One visit for two uses of x: its FP8 copy, and x^T t over ``rows`` rows, partial [splits, K, R]."""
+    x,
+    column_scale,
+    scale,
+    t,
+    out,
+    partial,
+    m,
+    k,
+    rows,
+    R: tl.constexpr,
+    LORA: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One visit for two uses of x: its FP8 copy, and x^T t over ``rows`` rows, partial [splits, K,
+    R]."""
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = cols < k
     fold = tl.load(column_scale + cols, mask=inside, other=0.0)
@@ -63,9 +79,15 @@ def cast_outer(
         mask = (row < m)[:, None] & inside[None, :]
         tile = tl.load(x + at, mask=mask, other=0.0)
         if LORA:
-            acc = tl.dot(tl.trans(tile), tl.load(t + row[:, None] * R + rank[None, :], mask=(row < m)[:, None], other=0.0), acc)
+            acc = tl.dot(
+                tl.trans(tile),
+                tl.load(t + row[:, None] * R + rank[None, :], mask=(row < m)[:, None], other=0.0),
+                acc,
+            )
         inverse = 1.0 / tl.load(scale + row, mask=row < m, other=1.0)
-        tl.store(out + at, to_fp8(tile.to(tl.float32) * inverse[:, None] * fold[None, :]), mask=mask)
+        tl.store(
+            out + at, to_fp8(tile.to(tl.float32) * inverse[:, None] * fold[None, :]), mask=mask
+        )
     if LORA:
         to = partial + (tl.program_id(1) * k + cols)[:, None] * R + rank[None, :]
         tl.store(to, acc, mask=inside[:, None])

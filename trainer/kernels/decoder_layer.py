@@ -1,9 +1,11 @@
-"""A Llama-shaped decoder layer as one autograd function: what it keeps, what it makes again, and every product, in the open.
+"""A Llama-shaped decoder layer as one autograd function: what it keeps, what it makes again, and
+every product, in the open.
 
-M tokens, h hidden, f intermediate. Per token it keeps 5h + (1 + 2 KV/H) h + 2f values (its input, q k v, attention's output, the
-middle of the residual stream, gate and up) and makes the norms and silu(gate) * up again; checkpointed, only its input.
-Backward never forms a weight gradient of the frozen base: 4N FLOPs a token, 6N when checkpointed.
-``ops`` is ``trainer.kernels`` on a GPU and its twin ``trainer.kernels.reference`` elsewhere.
+M tokens, h hidden, f intermediate. Per token it keeps 5h + (1 + 2 KV/H) h + 2f values (its input, q
+k v, attention's output, the middle of the residual stream, gate and up) and makes the norms and
+silu(gate) * up again; checkpointed, only its input. Backward never forms a weight gradient of the
+frozen base: 4N FLOPs a token, 6N when checkpointed. ``ops`` is ``trainer.kernels`` on a GPU and its
+twin ``trainer.kernels.reference`` elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from trainer.kernels.lora import Group, outer
 
 
 class Packed(NamedTuple):
-    """Where documents begin and the angles of each token: cos and sin [M, D], cu int32 [documents + 1], longest an int."""
+    """Where documents begin and the angles of each token: cos and sin [M, D], cu int32 [documents +
+    1], longest an int."""
 
     cos: Tensor
     sin: Tensor
@@ -43,7 +46,8 @@ class Kept(NamedTuple):
 
 @dataclass
 class FastLayer:
-    """The parts of one decoder layer. ``checkpoint``: keep only the input and run forward again in backward."""
+    """The parts of one decoder layer. ``checkpoint``: keep only the input and run forward again in
+    backward."""
 
     ops: ModuleType
     qkv: Group
@@ -71,10 +75,23 @@ class FastLayer:
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[M, (H + 2 KV) D] -> views q [M, H, D], k and v [M, KV, D]."""
-        q, k, v = qkv.split([self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim], 1)
-        return q.unflatten(1, (-1, self.head_dim)), k.unflatten(1, (-1, self.head_dim)), v.unflatten(1, (-1, self.head_dim))
+        q, k, v = qkv.split(
+            [
+                self.heads * self.head_dim,
+                self.kv_heads * self.head_dim,
+                self.kv_heads * self.head_dim,
+            ],
+            1,
+        )
+        return (
+            q.unflatten(1, (-1, self.head_dim)),
+            k.unflatten(1, (-1, self.head_dim)),
+            v.unflatten(1, (-1, self.head_dim)),
+        )
 
-    def _project(self, x: Tensor, group: Group, p: Tensor | None, fold: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _project(
+        self, x: Tensor, group: Group, p: Tensor | None, fold: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the frozen product wants of ``x``, and ``x p``."""
         if group.weight.column_scale is None:
             return x, None, x @ p if p is not None else None
@@ -87,29 +104,42 @@ class FastLayer:
             return flash_forward(q, k, v, packed.cu, packed.longest, self.scale)
         return short.forward(q, k, v, short.spans(packed.cu, len(q)).first, self.scale)
 
-    def _attend_backward(self, dout: Tensor, kept: Kept, packed: Packed) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _attend_backward(
+        self, dout: Tensor, kept: Kept, packed: Packed
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """d(attention's output) [M, H, D] -> what ``rope_backward`` returns."""
         q, k, v = self._split(kept.qkv)
         b, column_scale = self.qkv.b, self.qkv.weight.column_scale
         short = short_kernels(q, k, v, packed.longest)
         if short is None:
-            dqkv = flash_backward(dout, q, k, v, kept.out, kept.flash, packed.cu, packed.longest, self.scale)
+            dqkv = flash_backward(
+                dout, q, k, v, kept.out, kept.flash, packed.cu, packed.longest, self.scale
+            )
             return self.ops.rope_backward(*dqkv, packed.cos, packed.sin, b, column_scale)
         spans = short.spans(packed.cu, len(q))
-        d = short.backward(dout, q, k, v, kept.out, kept.flash[0], spans, self.scale, packed.cos, packed.sin)
+        d = short.backward(
+            dout, q, k, v, kept.out, kept.flash[0], spans, self.scale, packed.cos, packed.sin
+        )
         return (d, *self.ops.joined_backward(d, b, column_scale, self.heads, self.kv_heads))
 
     def forward(self, h: Tensor, packed: Packed, again: bool = False) -> tuple[Tensor | None, Kept]:
-        """h [M, h] -> the layer's output [M, h] and what backward needs. ``again``: only the latter, without the last product."""
+        """h [M, h] -> the layer's output [M, h] and what backward needs. ``again``: only the
+        latter, without the last product."""
         ops = self.ops
         fp8 = self.qkv.weight.column_scale is not None
         _, x, s, t1, rstd1 = ops.norm_forward(h, self.norm1, self.eps1, self.qkv.a, fp8)
         qkv = self.qkv.weight.forward(x, s)
-        ops.rope_forward_(qkv, t1, self.qkv.b, self.bias, packed.cos, packed.sin, self.heads, self.kv_heads)
+        ops.rope_forward_(
+            qkv, t1, self.qkv.b, self.bias, packed.cos, packed.sin, self.heads, self.kv_heads
+        )
         out, flash = self._attend(qkv, packed)
-        x, s, t2 = self._project(out.flatten(1), self.o, self.o.a.t() if self.o.a is not None else None, False)
+        x, s, t2 = self._project(
+            out.flatten(1), self.o, self.o.a.t() if self.o.a is not None else None, False
+        )
         y = self.o.weight.forward(x, s)
-        middle, x, s, t3, rstd2 = ops.norm_forward(h, self.norm2, self.eps2, self.gate_up.a, fp8, y, t2, self.o.b)
+        middle, x, s, t3, rstd2 = ops.norm_forward(
+            h, self.norm2, self.eps2, self.gate_up.a, fp8, y, t2, self.o.b
+        )
         del y
         gu = self.gate_up.weight.forward(x, s)
         if again:
@@ -118,22 +148,33 @@ class FastLayer:
         y = ops.residual_add(middle, self.down.weight.forward(x, s), t4, self.down.b)
         return y, Kept(qkv, out, middle, gu, rstd1, rstd2, (t1, t2, t3, t4), flash)
 
-    def backward(self, dh: Tensor, h: Tensor, packed: Packed, kept: Kept, first: bool) -> tuple[Tensor | None, list[Tensor | None]]:
-        """d(output) [M, h] -> (d(h) or None for the first layer, gradients in the order of ``parameters``). Spoils ``kept.gu``."""
+    def backward(
+        self, dh: Tensor, h: Tensor, packed: Packed, kept: Kept, first: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """d(output) [M, h] -> (d(h) or None for the first layer, gradients in the order of
+        ``parameters``). Spoils ``kept.gu``."""
         ops = self.ops
         t1, t2, t3, t4 = kept.t
         x, s, dt4 = self._project(dh, self.down, self.down.b, True)
         dact = self.down.weight.backward(x, s)
         column_scale = self.gate_up.weight.column_scale
-        act, dgu, s, dt3 = ops.swiglu_backward(kept.gu, t3, self.gate_up.b, dact, dt4, self.down.a, column_scale)
+        act, dgu, s, dt3 = ops.swiglu_backward(
+            kept.gu, t3, self.gate_up.b, dact, dt4, self.down.a, column_scale
+        )
         if t4 is None and self.down.a is not None:
             t4 = act @ self.down.a.t()
-        down = self.down.gradients(outer(dt4, act) if dt4 is not None else None, outer(dh, t4) if t4 is not None else None)
+        down = self.down.gradients(
+            outer(dt4, act) if dt4 is not None else None, outer(dh, t4) if t4 is not None else None
+        )
         del act, dact
         d8, grad_b3 = ops.cast_outer(dgu, column_scale, s, t3)
         dx = self.gate_up.weight.backward(dgu if d8 is None else d8, s)
-        dmiddle = ops.norm_backward(dx, dt3, t3, self.gate_up.a, kept.middle, self.norm2, kept.rstd2, dh)
-        gate_up = self.gate_up.gradients(self._grad_a(dt3, kept.rstd2, kept.middle, self.norm2), grad_b3)
+        dmiddle = ops.norm_backward(
+            dx, dt3, t3, self.gate_up.a, kept.middle, self.norm2, kept.rstd2, dh
+        )
+        gate_up = self.gate_up.gradients(
+            self._grad_a(dt3, kept.rstd2, kept.middle, self.norm2), grad_b3
+        )
         del dgu, d8, dx
 
         x, s, dt2 = self._project(dmiddle, self.o, self.o.b, True)
@@ -141,10 +182,15 @@ class FastLayer:
         if dt2 is not None and self.o.a is not None:
             dout.addmm_(dt2, self.o.a)
         out = kept.out.flatten(1)
-        o = self.o.gradients(outer(dt2, out) if dt2 is not None else None, outer(dmiddle, t2) if t2 is not None else None)
+        o = self.o.gradients(
+            outer(dt2, out) if dt2 is not None else None,
+            outer(dmiddle, t2) if t2 is not None else None,
+        )
         d, d8, s, dt1 = self._attend_backward(dout.view_as(kept.out), kept, packed)
         del dout
-        grads = self.qkv.gradients(self._grad_a(dt1, kept.rstd1, h, self.norm1), outer(d, t1) if t1 is not None else None)
+        grads = self.qkv.gradients(
+            self._grad_a(dt1, kept.rstd1, h, self.norm1), outer(d, t1) if t1 is not None else None
+        )
         grads += o + gate_up + down
         if first:
             return None, grads
@@ -153,7 +199,8 @@ class FastLayer:
 
     @staticmethod
     def _grad_a(dt: Tensor | None, rstd: Tensor, h: Tensor, norm: Tensor) -> Tensor | None:
-        """dA = dt^T x with x = h * rstd * norm, without making x: scale dt's rows before and the columns after. [G*R, K] fp32."""
+        """dA = dt^T x with x = h * rstd * norm, without making x: scale dt's rows before and the
+        columns after. [G*R, K] fp32."""
         if dt is None:
             return None
         return outer((dt * rstd[:, None]).to(h.dtype), h) * norm.float()
@@ -161,7 +208,9 @@ class FastLayer:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, layer: FastLayer, packed: Packed, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, layer: FastLayer, packed: Packed, *parameters: Tensor
+    ) -> Tensor:
         ctx.layer, ctx.packed = layer, packed
         y, kept = layer.forward(h, packed)
         assert y is not None
@@ -181,7 +230,9 @@ class _Layer(torch.autograd.Function):
             del rest, qkv, out, middle, gu, flash
         else:
             kept = layer.forward(h, ctx.packed, again=True)[1]
-        dx, grads = layer.backward(dh.contiguous(), h, ctx.packed, kept, not ctx.needs_input_grad[0])
+        dx, grads = layer.backward(
+            dh.contiguous(), h, ctx.packed, kept, not ctx.needs_input_grad[0]
+        )
         return dx, None, None, *grads
 
 
@@ -201,7 +252,12 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
-        return ctx.ops.norm_backward(dx.contiguous(), None, None, None, h, weight, rstd, None), None, None, None
+        return (
+            ctx.ops.norm_backward(dx.contiguous(), None, None, None, h, weight, rstd, None),
+            None,
+            None,
+            None,
+        )
 
 
 def frozen_norm(h: Tensor, weight: Tensor, eps: float, ops: ModuleType) -> Tensor:

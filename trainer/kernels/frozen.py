@@ -1,4 +1,5 @@
-"""A weight that never changes, in the form that its precision wants. ``trainer/kernels/fp8.py`` and ``trainer/kernels/nf4.py`` hold the other two."""
+"""A weight that never changes, in the form that its precision wants. ``trainer/kernels/fp8.py`` and
+``trainer/kernels/nf4.py`` hold the other two."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _without_triton: list[str] = []  # why, once it is known
 
 
 def operations(device: torch.device) -> ModuleType:
-    """``trainer.kernels`` where it can run, else its twin ``trainer.kernels.reference``: on CPUs, without Triton, or after ``distrust``."""
+    """``trainer.kernels`` where it can run, else its twin ``trainer.kernels.reference``: on CPUs,
+    without Triton, or after ``distrust``."""
     if device.type != "cuda" or _without_triton:
         return reference
     try:
@@ -34,8 +36,9 @@ def distrust(why: str) -> None:
 
 
 class FrozenWeight(Protocol):
-    """W [N, K]. ``column_scale`` [N] is not None exactly when both products want their input in FP8 with row scales: forward
-    takes ``quantise_rows(x)``, backward takes ``quantise_rows(dy * column_scale)``."""
+    """W [N, K]. ``column_scale`` [N] is not None exactly when both products want their input in FP8
+    with row scales: forward takes ``quantise_rows(x)``, backward takes
+    ``quantise_rows(dy * column_scale)``."""
 
     shape: tuple[int, int]
     column_scale: Tensor | None
@@ -53,7 +56,8 @@ class FrozenWeight(Protocol):
         ...
 
     def dense(self) -> Tensor:
-        """W as the trainer sees it, [N, K] in the compute dtype; a new tensor unless it is stored so."""
+        """W as the trainer sees it, [N, K] in the compute dtype; a new tensor unless it is stored
+        so."""
         ...
 
 
@@ -80,9 +84,11 @@ class DenseWeight:
 
 
 def freeze_weight(weight: Tensor, precision: str, **options: bool) -> FrozenWeight:
-    """``weight [N, K]`` on its final device -> its frozen form. fp32, bf16: kept; fp8, nf4: quantised, the original may be freed.
+    """``weight [N, K]`` on its final device -> its frozen form. fp32, bf16: kept; fp8, nf4:
+    quantised, the original may be freed.
 
-    ``keep_transpose`` (fp8 only) stores the transposed copy that backward wants: one byte a parameter more, a few ms a pass less."""
+    ``keep_transpose`` (fp8 only) stores the transposed copy that backward wants: one byte a
+    parameter more, a few ms a pass less."""
     if precision == "fp8":
         from trainer.kernels.fp8 import Fp8Weight
 

@@ -1,8 +1,10 @@
-"""LoRA pairs beside frozen weights. A and B stay PEFT's own parameters; the fast path reads bf16 copies of them.
+"""LoRA pairs beside frozen weights. A and B stay PEFT's own parameters; the fast path reads bf16
+copies of them.
 
-A ``Group`` is one to three linears that read one input (q, k, v; gate, up) with one joined frozen weight. Their A stack to
-[G*R, K] and their B to [N, R], R the rank padded to a power of two that the matrix units take. A linear without an adapter keeps
-zero rows. ``frozen_linear`` is the same for one linear outside a fused layer, by ordinary autograd.
+A ``Group`` is one to three linears that read one input (q, k, v; gate, up) with one joined frozen
+weight. Their A stack to [G*R, K] and their B to [N, R], R the rank padded to a power of two that
+the matrix units take. A linear without an adapter keeps zero rows. ``frozen_linear`` is the same
+for one linear outside a fused layer, by ordinary autograd.
 """
 
 from __future__ import annotations
@@ -30,8 +32,13 @@ def base_linear(module: nn.Module) -> nn.Linear:
 def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
     """(A [r, K], B [N, r], scaling) of the one active LoRA adapter of a PEFT linear, or None.
 
-    Raises ValueError for what the fast path does not compute: several active adapters, DoRA, LoRA bias, dropout, merged weights."""
-    if not hasattr(module, "lora_A") or not module.active_adapters or getattr(module, "disable_adapters", False):
+    Raises ValueError for what the fast path does not compute: several active adapters, DoRA, LoRA
+    bias, dropout, merged weights."""
+    if (
+        not hasattr(module, "lora_A")
+        or not module.active_adapters
+        or getattr(module, "disable_adapters", False)
+    ):
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
     if not active:
@@ -50,7 +57,8 @@ def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
 
 @dataclass
 class Group:
-    """Linears of one input. ``refresh`` must run after every optimizer step and before the next forward."""
+    """Linears of one input. ``refresh`` must run after every optimizer step and before the next
+    forward."""
 
     weight: FrozenWeight
     sizes: list[int]  # output features of each linear
@@ -63,11 +71,18 @@ class Group:
     b_slots: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module], precision: str, dtype: torch.dtype, **options: bool) -> Group:
-        """Join the linears' weights (each module's weight becomes a view or is given up) and make room for their adapters."""
+    def of(
+        cls, modules: Sequence[nn.Module], precision: str, dtype: torch.dtype, **options: bool
+    ) -> Group:
+        """Join the linears' weights (each module's weight becomes a view or is given up) and make
+        room for their adapters."""
         linears = [base_linear(m) for m in modules]
         adapters = [adapter_of(m) for m in modules]
-        joined = torch.cat([x.weight.data for x in linears]) if len(linears) > 1 else linears[0].weight.data
+        joined = (
+            torch.cat([x.weight.data for x in linears])
+            if len(linears) > 1
+            else linears[0].weight.data
+        )
         sizes = [x.weight.shape[0] for x in linears]
         joined = joined.to(dtype)
         group = cls(freeze_weight(joined, precision, **options), sizes, list(modules), adapters, 0)
@@ -84,7 +99,9 @@ class Group:
         self.rank = rank
         self.a = like.new_zeros(len(self.sizes) * rank, k)
         self.b = like.new_zeros(n, rank)
-        for i, (rows, adapter) in enumerate(zip(self.b.split(self.sizes), self.adapters, strict=True)):
+        for i, (rows, adapter) in enumerate(
+            zip(self.b.split(self.sizes), self.adapters, strict=True)
+        ):
             if adapter is not None:
                 r = adapter[0].shape[0]
                 self.a_slots.append(self.a[i * rank : i * rank + r])
@@ -95,7 +112,8 @@ class Group:
         return [p for adapter in self.adapters if adapter is not None for p in adapter[:2]]
 
     def gradients(self, da: Tensor | None, db: Tensor | None) -> list[Tensor | None]:
-        """da [G*R, K], db [N, G*R] (only the blocks on its diagonal mean something) -> gradients in the order of ``parameters``."""
+        """da [G*R, K], db [N, G*R] (only the blocks on its diagonal mean something) -> gradients in
+        the order of ``parameters``."""
         grads: list[Tensor | None] = []
         start = 0
         for i, (size, adapter) in enumerate(zip(self.sizes, self.adapters, strict=True)):
@@ -110,7 +128,8 @@ class Group:
 
 @torch.no_grad()
 def refresh(groups: Sequence[Group]) -> None:
-    """Copy all adapters into the groups' buffers, in three launches for the whole model. An adapter that PEFT has disabled counts as zero."""
+    """Copy all adapters into the groups' buffers, in three launches for the whole model. An adapter
+    that PEFT has disabled counts as zero."""
     adapters = [a for g in groups for a in g.adapters if a is not None]
     if not adapters:
         return
@@ -119,7 +138,9 @@ def refresh(groups: Sequence[Group]) -> None:
     torch._foreach_copy_(b_slots, [b.data for _, b, _ in adapters])
     torch._foreach_mul_(b_slots, [scaling for _, _, scaling in adapters])
     for group in groups:
-        if group.b is not None and any(getattr(m, "disable_adapters", False) for m in group.modules):
+        if group.b is not None and any(
+            getattr(m, "disable_adapters", False) for m in group.modules
+        ):
             group.b.zero_()
 
 

@@ -1,5 +1,6 @@
-"""The fast path: a loaded transformers model (with PEFT's adapters, if any) keeps its classes and parameters, and its decoder layers
-compute by ``trainer/kernels/decoder_layer.py``. What does not fit the fast layer keeps transformers' forward, and the returned names say so.
+"""The fast path: a loaded transformers model (with PEFT's adapters, if any) keeps its classes and
+parameters, and its decoder layers compute by ``trainer/kernels/decoder_layer.py``. What does not
+fit the fast layer keeps transformers' forward, and the returned names say so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from trainer.kernels.attention import name as attention_name
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
 from trainer.kernels.frozen import FrozenWeight, distrust, freeze_weight, operations
 from trainer.kernels.lora import Group, base_linear, frozen_linear, refresh
-from trainer.kernels.verify import OTHERWISE, TOLERANCE, compile_ahead, layer_error, trust_short_attention
+from trainer.kernels.verify import (
+    OTHERWISE,
+    TOLERANCE,
+    compile_ahead,
+    layer_error,
+    trust_short_attention,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +41,15 @@ def accelerate_model(
     keep_transpose: bool = False,
     materialise: Materialise | None = None,
 ) -> dict[str, str]:
-    """Move ``model`` to ``device`` layer by layer, freeze the base in ``precision`` ("fp32", "bf16", "fp8", "nf4") and patch in the
-    fast path. Returns what runs, by name, for the log and the manifest.
+    """Move ``model`` to ``device`` layer by layer, freeze the base in ``precision`` ("fp32",
+    "bf16", "fp8", "nf4") and patch in the fast path. Returns what runs, by name, for the log and
+    the manifest.
 
-    Load the model on the CPU for fp8 and nf4: no more than one layer is then on the device unquantised. The first
-    ``checkpoint_layers`` layers keep only their input. ``keep_transpose``: see ``freeze_weight``. ``materialise`` is called on each
-    part of a model built on the meta device and must give it values there. Trainable base weights (full fine-tuning) are refused:
-    the fast path has no gradient for them. Not safe to call twice."""
+    Load the model on the CPU for fp8 and nf4: no more than one layer is then on the device
+    unquantised. The first ``checkpoint_layers`` layers keep only their input. ``keep_transpose``:
+    see ``freeze_weight``. ``materialise`` is called on each part of a model built on the meta
+    device and must give it values there. Trainable base weights (full fine-tuning) are refused: the
+    fast path has no gradient for them. Not safe to call twice."""
     device = torch.device(device)
     inner = inner_model(model)
     layers: Sequence[nn.Module] = inner.layers  # type: ignore[assignment]
@@ -64,12 +73,18 @@ def accelerate_model(
     tolerance = TOLERANCE.get(precision, OTHERWISE)
     if fast and error < tolerance:
         _patch(inner, layers, fast, ops)
-        names["layer"] = f"fused, {len(fast)} of {len(layers)}" + (", eager twin" if ops is reference else f", self-test {error:.4f}")
+        names["layer"] = f"fused, {len(fast)} of {len(layers)}" + (
+            ", eager twin" if ops is reference else f", self-test {error:.4f}"
+        )
         names["checkpointed_layers"] = f"{sum(f.checkpoint for f in fast)} of {len(layers)}"
     else:
         if fast:
             distrust(f"the fused layer's self-test is off by {error:.4f}")
-        names["layer"] = f"transformers: self-test error {error:.4f}, at most {tolerance}" if fast else "transformers"
+        names["layer"] = (
+            f"transformers: self-test error {error:.4f}, at most {tolerance}"
+            if fast
+            else "transformers"
+        )
     if reasons:
         names["not_fused"] = f"{len(reasons)} layers: {reasons[0]}"
     names["loss"] = "chunked, frozen head" + ("" if operations(device) is reference else ", Triton")
@@ -81,33 +96,52 @@ def inner_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
             return module
-    raise ValueError(f"{type(model).__name__} has no list of decoder layers named 'layers': run it without the fast path")
+    raise ValueError(
+        f"{type(model).__name__} has no list of decoder layers named 'layers': run it "
+        "without the fast path"
+    )
 
 
-def _place(module: nn.Module, device: torch.device, materialise: Materialise | None, skip: set[int] | None = None) -> None:
-    """Move a module's tensors, leaf by leaf, without those of ``skip``; meta tensors become empty ones that ``materialise`` fills."""
+def _place(
+    module: nn.Module,
+    device: torch.device,
+    materialise: Materialise | None,
+    skip: set[int] | None = None,
+) -> None:
+    """Move a module's tensors, leaf by leaf, without those of ``skip``; meta tensors become empty
+    ones that ``materialise`` fills."""
     for leaf in module.modules():
         own = list(leaf.parameters(recurse=False)) + list(leaf.buffers(recurse=False))
         if not own or (skip and any(id(t) in skip for t in own)):
             continue
         if any(t.is_meta for t in own):
             if materialise is None:
-                raise ValueError(f"{type(leaf).__name__} is on the meta device and nothing was given to fill it")
+                raise ValueError(
+                    f"{type(leaf).__name__} is on the meta device and nothing was given to fill it"
+                )
             leaf.to_empty(device=device, recurse=False)
             materialise(leaf)
         else:
             leaf._apply(lambda t: t.to(device), recurse=False)
 
 
-def build_layer(layer: nn.Module, precision: str, ops: ModuleType, checkpoint: bool, keep_transpose: bool) -> FastLayer:
-    """The fast form of one decoder layer. Raises ValueError with the reason, and leaves the layer as it was, where it does not fit."""
+def build_layer(
+    layer: nn.Module, precision: str, ops: ModuleType, checkpoint: bool, keep_transpose: bool
+) -> FastLayer:
+    """The fast form of one decoder layer. Raises ValueError with the reason, and leaves the layer
+    as it was, where it does not fit."""
     name = type(layer).__name__
     if name not in FUSED_CLASSES:
         raise ValueError(f"{name} is not of a kind that the fused layer knows")
     attn: Any = layer.self_attn
     mlp: Any = layer.mlp
     config = attn.config
-    groups = [[attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    groups = [
+        [attn.q_proj, attn.k_proj, attn.v_proj],
+        [attn.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
     linears = [base_linear(m) for group in groups for m in group]
     _check_fits(layer, linears, config)
     dtype = linears[0].weight.dtype
@@ -151,7 +185,9 @@ def _check_fits(layer: nn.Module, linears: list[nn.Linear], config: Any) -> None
     if any(type(x) is not nn.Linear for x in linears):
         raise ValueError("a linear is of a special class")
     if any(x.weight.requires_grad for x in linears) or any(
-        p.requires_grad for n in ("input_layernorm", "post_attention_layernorm") for p in getattr(layer, n).parameters()
+        p.requires_grad
+        for n in ("input_layernorm", "post_attention_layernorm")
+        for p in getattr(layer, n).parameters()
     ):
         raise ValueError("base weights train")
     attn: Any = layer.self_attn
@@ -180,16 +216,22 @@ def _route(weight: FrozenWeight, linears: list[nn.Linear], precision: str) -> No
 
 
 def _freeze_linears(layer: nn.Module, precision: str, keep_transpose: bool) -> None:
-    """The fall-back of one layer: transformers' forward over quantised linears; bf16 stays as it is."""
+    """The fall-back of one layer: transformers' forward over quantised linears; bf16 stays as it
+    is."""
     if precision in ("bf16", "fp32"):
         return
     for module in layer.modules():
         variants: Any = getattr(module, "use_dora", {})
         if variants and any(variants.values()):
-            raise ValueError(f"DoRA reads the base weight, which {precision} replaces: use precision bf16, or use_dora false")
+            raise ValueError(
+                f"DoRA reads the base weight, which {precision} replaces: use precision "
+                "bf16, or use_dora false"
+            )
     for name, module in layer.named_modules():
         if type(module) is nn.Linear and "lora_" not in name and not module.weight.requires_grad:
-            weight = freeze_weight(module.weight.data, precision, **_options(precision, keep_transpose))
+            weight = freeze_weight(
+                module.weight.data, precision, **_options(precision, keep_transpose)
+            )
             _route(weight, [module], precision)
             module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
 
@@ -198,10 +240,14 @@ def _base_name(fast: list[FastLayer], precision: str) -> str:
     if precision != "fp8" or not fast:
         return precision
     weight: Any = fast[0].qkv.weight
-    return f"fp8 e4m3, {weight.mode}" + (", transposed copy kept" if weight.w8_t is not None else "")
+    return f"fp8 e4m3, {weight.mode}" + (
+        ", transposed copy kept" if weight.w8_t is not None else ""
+    )
 
 
-def _patch(inner: nn.Module, layers: Sequence[nn.Module], fast: list[FastLayer], ops: ModuleType) -> None:
+def _patch(
+    inner: nn.Module, layers: Sequence[nn.Module], fast: list[FastLayer], ops: ModuleType
+) -> None:
     inner.fast_layers = fast  # type: ignore[assignment]
     groups = [g for f in fast for g in f.groups]
     inner.register_forward_pre_hook(lambda *_: refresh(groups))
@@ -213,20 +259,37 @@ def _patch(inner: nn.Module, layers: Sequence[nn.Module], fast: list[FastLayer],
     plain = norm.forward
     if not norm.weight.requires_grad and hasattr(norm, "variance_epsilon"):
         norm.forward = lambda x: (
-            frozen_norm(x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon, ops).view_as(x) if x.requires_grad else plain(x)
+            frozen_norm(
+                x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon, ops
+            ).view_as(x)
+            if x.requires_grad
+            else plain(x)
         )
 
 
 def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
     plain = layer.forward
 
-    def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         cu = kwargs.get("cu_seq_lens_q")
         if cu is None or past_key_values is not None or hidden_states.shape[0] != 1:
-            return plain(hidden_states, *args, position_embeddings=position_embeddings, past_key_values=past_key_values, **kwargs)
+            return plain(
+                hidden_states,
+                *args,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
         cos, sin = (x[0].contiguous() for x in position_embeddings)
         packed = Packed(cos, sin, cu, int(kwargs["max_length_q"]))
-        return run_layer(fast, hidden_states.squeeze(0).contiguous(), packed).unsqueeze(0)  # [0] would cost a zeroed copy in backward
+        # [0] would cost a zeroed copy in backward
+        return run_layer(fast, hidden_states.squeeze(0).contiguous(), packed).unsqueeze(0)
 
     layer.forward = forward  # type: ignore[method-assign, assignment]
     layer.is_fused = True  # type: ignore[assignment]

@@ -1,6 +1,8 @@
-"""The plain torch twins of ``trainer/kernels/triton_ops.py``: same names, arguments and results, on any device and in any float type.
+"""The plain torch twins of ``trainer/kernels/triton_ops.py``: same names, arguments and results, on
+any device and in any float type.
 
-They define what the kernels must compute. The start-up self-test compares the two on the GPU at hand, and the CPU runs these.
+They define what the kernels must compute. The start-up self-test compares the two on the GPU at
+hand, and the CPU runs these.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ def _row_scale(v: Tensor) -> Tensor:
 
 
 def norm_forward(
-    h: Tensor, weight: Tensor, eps: float, a: Tensor | None, fp8: bool, y: Tensor | None = None, t: Tensor | None = None, b: Tensor | None = None
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    a: Tensor | None,
+    fp8: bool,
+    y: Tensor | None = None,
+    t: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     total = h
     if y is not None:
@@ -45,7 +54,14 @@ def norm_forward(
 
 
 def norm_backward(
-    dx: Tensor, dt: Tensor | None, t: Tensor | None, a: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None
+    dx: Tensor,
+    dt: Tensor | None,
+    t: Tensor | None,
+    a: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
 ) -> Tensor:
     d = dx.float()
     if dt is not None and a is not None:
@@ -64,7 +80,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([low * c - high * s, high * c + low * s], -1)
 
 
-def rope_forward_(qkv: Tensor, t: Tensor | None, b: Tensor | None, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
+def rope_forward_(
+    qkv: Tensor,
+    t: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+) -> None:
     d = cos.shape[-1]
     ends = [0, heads * d, (heads + kv_heads) * d, (heads + 2 * kv_heads) * d]
     for i in range(3):
@@ -81,9 +106,19 @@ def rope_forward_(qkv: Tensor, t: Tensor | None, b: Tensor | None, bias: Tensor 
 
 
 def rope_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, b: Tensor | None, column_scale: Tensor | None
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    b: Tensor | None,
+    column_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    parts = [_rotate(dq, cos, -sin).flatten(1), _rotate(dk, cos, -sin).flatten(1), dv.float().flatten(1)]
+    parts = [
+        _rotate(dq, cos, -sin).flatten(1),
+        _rotate(dk, cos, -sin).flatten(1),
+        dv.float().flatten(1),
+    ]
     out = torch.cat(parts, 1).to(dq.dtype)
     return (out, *joined_backward(out, b, column_scale, dq.shape[1], dk.shape[1]))
 
@@ -99,17 +134,25 @@ def joined_backward(
     return (None, None, dt) if column_scale is None else (*_cast(d, column_scale), dt)
 
 
-def cast_outer(x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def cast_outer(
+    x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     out = None
     if scale is not None and column_scale is not None:
         out = (x.float() * column_scale / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     product = None
     if t is not None:
-        product = torch.mm(x.t(), t, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else torch.mm(x.t(), t).float()
+        product = (
+            torch.mm(x.t(), t, out_dtype=torch.float32)
+            if x.is_cuda and x.dtype != torch.float32
+            else torch.mm(x.t(), t).float()
+        )
     return out, product
 
 
-def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantise_rows(
+    x: Tensor, column_scale: Tensor | None, p: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return (*_cast(x, column_scale), x @ p if p is not None else None)
 
 
@@ -121,7 +164,9 @@ def _gate_up(gu: Tensor, t: Tensor | None, b: Tensor | None) -> tuple[Tensor, Te
     return g + _lora(tg, bg), u + _lora(tu, bu)
 
 
-def swiglu_forward(gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def swiglu_forward(
+    gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     g, u = _gate_up(gu, t, b)
     act = (g * torch.sigmoid(g) * u).to(gu.dtype)
     t_out = act @ a.t() if a is not None else None
@@ -129,14 +174,21 @@ def swiglu_forward(gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | N
 
 
 def swiglu_backward(
-    gu: Tensor, t: Tensor | None, b: Tensor | None, dact: Tensor, dt: Tensor | None, a: Tensor | None, column_scale: Tensor | None
+    gu: Tensor,
+    t: Tensor | None,
+    b: Tensor | None,
+    dact: Tensor,
+    dt: Tensor | None,
+    a: Tensor | None,
+    column_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     g, u = _gate_up(gu, t, b)
     da = dact.float()
     if dt is not None and a is not None:
         da = da + dt.float() @ a.float()
     sig = torch.sigmoid(g)
-    act, dgu = g * sig * u, torch.cat([da * u * sig * (1 + g * (1 - sig)), da * g * sig], -1)  # in fp32 the inputs are views: first make
+    # in fp32 the inputs are views: first make
+    act, dgu = g * sig * u, torch.cat([da * u * sig * (1 + g * (1 - sig)), da * g * sig], -1)
     dact.copy_(act)
     gu.copy_(dgu)
     dt_out = None
@@ -151,7 +203,9 @@ def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Te
     return (v + _lora(t, b) if t is not None and b is not None else v).to(h.dtype)
 
 
-def cross_entropy_rows(logits: Tensor, targets: Tensor, dlogits_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cross_entropy_rows(
+    logits: Tensor, targets: Tensor, dlogits_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     x = logits.float()
     counted = targets >= 0
     log_p = x.log_softmax(-1)
@@ -162,7 +216,9 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, dlogits_dtype: torch.dty
     return loss, (grad * counted[:, None]).to(dlogits_dtype)
 
 
-def dequantise_nf4(packed: Tensor, absmax: Tensor, codebook: Tensor, out: Tensor, block: int) -> Tensor:
+def dequantise_nf4(
+    packed: Tensor, absmax: Tensor, codebook: Tensor, out: Tensor, block: int
+) -> Tensor:
     index = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
     out.view(-1).copy_((codebook[index].view(-1, block) * absmax[:, None]).flatten())
     return out

@@ -1,6 +1,8 @@
-"""The device code of ``trainer/kernels/triton_ops.py``, which describes it. Arguments in capitals are compile-time constants.
+"""The device code of ``trainer/kernels/triton_ops.py``, which describes it. Arguments in capitals
+are compile-time constants.
 
-The number of tokens is never specialised on: else the first pack whose length divides by 16 would stop the run to compile.
+The number of tokens is never specialised on: else the first pack whose length divides by 16 would
+stop the run to compile.
 """
 
 # mypy: ignore-errors
@@ -14,16 +16,39 @@ from trainer.kernels.cast_device import inverse_scale, to_fp8
 
 @triton.jit(do_not_specialize=["m"])
 def norm_forward(
-    h, y, t, b, weight, a, total, x, scale, t_out, rstd, m, k, ro, eps,
-    R: tl.constexpr, RO: tl.constexpr, ADD: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    h,
+    y,
+    t,
+    b,
+    weight,
+    a,
+    total,
+    x,
+    scale,
+    t_out,
+    rstd,
+    m,
+    k,
+    ro,
+    eps,
+    R: tl.constexpr,
+    RO: tl.constexpr,
+    ADD: tl.constexpr,
+    LORA: tl.constexpr,
+    PROJECT: tl.constexpr,
+    QUANT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = rows < m
     base = rows.to(tl.int64)[:, None] * k
     rank = tl.arange(0, R)
     if LORA:
-        t_tile = tl.load(t + rows.to(tl.int64)[:, None] * R + rank[None, :], mask=ok[:, None], other=0.0)
+        t_tile = tl.load(
+            t + rows.to(tl.int64)[:, None] * R + rank[None, :], mask=ok[:, None], other=0.0
+        )
     squares = tl.zeros([BM], tl.float32)
     amax = tl.zeros([BM], tl.float32)
     for c in tl.range(0, k, BN, num_stages=STAGES):
@@ -33,7 +58,9 @@ def norm_forward(
         if ADD:
             v += tl.load(y + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
             if LORA:
-                b_tile = tl.load(b + cols[None, :] * R + rank[:, None], mask=(cols < k)[None, :], other=0.0)
+                b_tile = tl.load(
+                    b + cols[None, :] * R + rank[:, None], mask=(cols < k)[None, :], other=0.0
+                )
                 v += tl.dot(t_tile, b_tile)
             rounded = v.to(total.dtype.element_ty)
             tl.store(total + base + cols[None, :], rounded, mask=mask)
@@ -58,7 +85,11 @@ def norm_forward(
         w = tl.load(weight + cols, mask=cols < k, other=0.0).to(tl.float32)
         v = v * r[:, None] * w[None, :]
         if PROJECT:
-            a_tile = tl.load(a + out_rank[None, :] * k + cols[:, None], mask=(out_rank < ro)[None, :] & (cols < k)[:, None], other=0.0)
+            a_tile = tl.load(
+                a + out_rank[None, :] * k + cols[:, None],
+                mask=(out_rank < ro)[None, :] & (cols < k)[:, None],
+                other=0.0,
+            )
             acc = tl.dot(v.to(a.dtype.element_ty), a_tile, acc)
         if QUANT:
             tl.store(x + base + cols[None, :], to_fp8(v * inverse[:, None]), mask=mask)
@@ -71,20 +102,41 @@ def norm_forward(
 
 @triton.jit(do_not_specialize=["m"])
 def norm_backward(
-    dx, dt, t, a, h, weight, rstd, residual, out, m, k, ro,
-    RO: tl.constexpr, LORA: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    dx,
+    dt,
+    t,
+    a,
+    h,
+    weight,
+    rstd,
+    residual,
+    out,
+    m,
+    k,
+    ro,
+    RO: tl.constexpr,
+    LORA: tl.constexpr,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = rows < m
     base = rows.to(tl.int64)[:, None] * k
     rank = tl.arange(0, RO)
     if LORA:
         t_mask = ok[:, None] & (rank < ro)[None, :]
-        t_tile = tl.load(dt + rows.to(tl.int64)[:, None] * ro + rank[None, :], mask=t_mask, other=0.0)
+        t_tile = tl.load(
+            dt + rows.to(tl.int64)[:, None] * ro + rank[None, :], mask=t_mask, other=0.0
+        )
     r = tl.load(rstd + rows, mask=ok, other=0.0)
     dot = tl.zeros([BM], tl.float32)
-    if LORA:  # sum((dt a) * w * h) = dt . (x a^T) / rstd, and x a^T was kept: the first pass needs no product
-        kept = tl.load(t + rows.to(tl.int64)[:, None] * ro + rank[None, :], mask=t_mask, other=0.0).to(tl.float32)
+    # sum((dt a) * w * h) = dt . (x a^T) / rstd, and x a^T was kept: the first pass needs no product
+    if LORA:
+        kept = tl.load(
+            t + rows.to(tl.int64)[:, None] * ro + rank[None, :], mask=t_mask, other=0.0
+        ).to(tl.float32)
         dot += tl.sum(t_tile.to(tl.float32) * kept, 1) / tl.maximum(r, 1e-30)
     for c in tl.range(0, k, BN, num_stages=STAGES):
         cols = c + tl.arange(0, BN)
@@ -99,7 +151,11 @@ def norm_backward(
         mask = ok[:, None] & (cols < k)[None, :]
         d = tl.load(dx + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if LORA:
-            a_tile = tl.load(a + rank[:, None] * k + cols[None, :], mask=(rank < ro)[:, None] & (cols < k)[None, :], other=0.0)
+            a_tile = tl.load(
+                a + rank[:, None] * k + cols[None, :],
+                mask=(rank < ro)[:, None] & (cols < k)[None, :],
+                other=0.0,
+            )
             d += tl.dot(t_tile, a_tile)
         w = tl.load(weight + cols, mask=cols < k, other=0.0).to(tl.float32)
         v = tl.load(h + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -111,10 +167,25 @@ def norm_backward(
 
 @triton.jit(do_not_specialize=["m"])
 def rope_forward(
-    qkv, t, b, bias, cos, sin, m, s, heads, kv_heads, touched,
-    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, HEADS: tl.constexpr,
+    qkv,
+    t,
+    b,
+    bias,
+    cos,
+    sin,
+    m,
+    s,
+    heads,
+    kv_heads,
+    touched,
+    R: tl.constexpr,
+    HALF: tl.constexpr,
+    LORA: tl.constexpr,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    HEADS: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
     d = tl.arange(0, HALF)
@@ -128,7 +199,9 @@ def rope_forward(
         low = tl.load(at, mask=ok, other=0.0).to(tl.float32)
         high = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
         if LORA:
-            t_tile = tl.load(t + rows[:, None] * (3 * R) + segment * R + rank[None, :], mask=ok, other=0.0)
+            t_tile = tl.load(
+                t + rows[:, None] * (3 * R) + segment * R + rank[None, :], mask=ok, other=0.0
+            )
             b_at = b + (head * (2 * HALF) + d)[None, :] * R + rank[:, None]
             low += tl.dot(t_tile, tl.load(b_at))
             high += tl.dot(t_tile, tl.load(b_at + HALF * R))
@@ -144,10 +217,28 @@ def rope_forward(
 
 @triton.jit
 def _rope_back_segment(
-    src, b, column_scale, out, rows, ok, c, n, count, first, s, acc, amax,
-    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, ROTATE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One of q, k, v: turn its heads back, keep them in ``out``, gather the LoRA product and the row maximum."""
+    src,
+    b,
+    column_scale,
+    out,
+    rows,
+    ok,
+    c,
+    n,
+    count,
+    first,
+    s,
+    acc,
+    amax,
+    R: tl.constexpr,
+    HALF: tl.constexpr,
+    LORA: tl.constexpr,
+    QUANT: tl.constexpr,
+    ROTATE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One of q, k, v: turn its heads back, keep them in ``out``, gather the LoRA product and the
+    row maximum."""
     d = tl.arange(0, HALF)
     rank = tl.arange(0, R)
     for head in tl.range(0, count, num_stages=STAGES):
@@ -169,16 +260,43 @@ def _rope_back_segment(
             acc = tl.dot(low_r, tl.load(b_at), acc)
             acc = tl.dot(high_r, tl.load(b_at + HALF * R), acc)
         if QUANT:
-            amax = tl.maximum(amax, tl.max(tl.abs(low_r.to(tl.float32) * tl.load(column_scale + column)[None, :]), 1))
-            amax = tl.maximum(amax, tl.max(tl.abs(high_r.to(tl.float32) * tl.load(column_scale + column + HALF)[None, :]), 1))
+            amax = tl.maximum(
+                amax,
+                tl.max(tl.abs(low_r.to(tl.float32) * tl.load(column_scale + column)[None, :]), 1),
+            )
+            amax = tl.maximum(
+                amax,
+                tl.max(
+                    tl.abs(high_r.to(tl.float32) * tl.load(column_scale + column + HALF)[None, :]),
+                    1,
+                ),
+            )
     return acc, amax
 
 
 @triton.jit(do_not_specialize=["m"])
 def rope_backward(
-    dq, dk, dv, cos, sin, b, column_scale, out, scale, dt, m, s, heads, kv_heads,
-    R: tl.constexpr, HALF: tl.constexpr, LORA: tl.constexpr, QUANT: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    dq,
+    dk,
+    dv,
+    cos,
+    sin,
+    b,
+    column_scale,
+    out,
+    scale,
+    dt,
+    m,
+    s,
+    heads,
+    kv_heads,
+    R: tl.constexpr,
+    HALF: tl.constexpr,
+    LORA: tl.constexpr,
+    QUANT: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
     d = tl.arange(0, HALF)
@@ -187,17 +305,75 @@ def rope_backward(
     n = tl.load(sin + rows[:, None] * (2 * HALF) + d[None, :], mask=ok, other=0.0).to(tl.float32)
     amax = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, R], tl.float32)
-    acc, amax = _rope_back_segment(dq, b, column_scale, out, rows, ok, c, n, heads, 0, s, acc, amax, R, HALF, LORA, QUANT, True, STAGES)
+    acc, amax = _rope_back_segment(
+        dq,
+        b,
+        column_scale,
+        out,
+        rows,
+        ok,
+        c,
+        n,
+        heads,
+        0,
+        s,
+        acc,
+        amax,
+        R,
+        HALF,
+        LORA,
+        QUANT,
+        True,
+        STAGES,
+    )
     if LORA:
         to = dt + rows[:, None] * (3 * R) + rank[None, :]
         tl.store(to, acc.to(dt.dtype.element_ty), mask=ok)
     acc = tl.zeros([BM, R], tl.float32)
-    acc, amax = _rope_back_segment(dk, b, column_scale, out, rows, ok, c, n, kv_heads, heads, s, acc, amax, R, HALF, LORA, QUANT, True, STAGES)
+    acc, amax = _rope_back_segment(
+        dk,
+        b,
+        column_scale,
+        out,
+        rows,
+        ok,
+        c,
+        n,
+        kv_heads,
+        heads,
+        s,
+        acc,
+        amax,
+        R,
+        HALF,
+        LORA,
+        QUANT,
+        True,
+        STAGES,
+    )
     if LORA:
         tl.store(to + R, acc.to(dt.dtype.element_ty), mask=ok)
     acc = tl.zeros([BM, R], tl.float32)
     acc, amax = _rope_back_segment(
-        dv, b, column_scale, out, rows, ok, c, n, kv_heads, heads + kv_heads, s, acc, amax, R, HALF, LORA, QUANT, False, STAGES
+        dv,
+        b,
+        column_scale,
+        out,
+        rows,
+        ok,
+        c,
+        n,
+        kv_heads,
+        heads + kv_heads,
+        s,
+        acc,
+        amax,
+        R,
+        HALF,
+        LORA,
+        QUANT,
+        False,
+        STAGES,
     )
     if LORA:
         tl.store(to + 2 * R, acc.to(dt.dtype.element_ty), mask=ok)
@@ -208,10 +384,25 @@ def rope_backward(
 
 @triton.jit(do_not_specialize=["m"])
 def swiglu_forward(
-    gu, t, b, a, act, scale, t_out, m, f, ro,
-    R: tl.constexpr, RO: tl.constexpr, LORA: tl.constexpr, PROJECT: tl.constexpr, QUANT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    gu,
+    t,
+    b,
+    a,
+    act,
+    scale,
+    t_out,
+    m,
+    f,
+    ro,
+    R: tl.constexpr,
+    RO: tl.constexpr,
+    LORA: tl.constexpr,
+    PROJECT: tl.constexpr,
+    QUANT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
     rank = tl.arange(0, R)
@@ -234,12 +425,20 @@ def swiglu_forward(
         v = (g * tl.sigmoid(g) * u).to(act.dtype.element_ty)
         tl.store(act + rows[:, None] * f + cols[None, :], v, mask=mask)
         if PROJECT:
-            a_tile = tl.load(a + out_rank[None, :] * f + cols[:, None], mask=(cols < f)[:, None] & (out_rank < ro)[None, :], other=0.0)
+            a_tile = tl.load(
+                a + out_rank[None, :] * f + cols[:, None],
+                mask=(cols < f)[:, None] & (out_rank < ro)[None, :],
+                other=0.0,
+            )
             acc = tl.dot(v, a_tile, acc)
         if QUANT:
             amax = tl.maximum(amax, tl.max(tl.abs(v.to(tl.float32)), 1))
     if PROJECT:
-        tl.store(t_out + rows[:, None] * ro + out_rank[None, :], acc.to(t_out.dtype.element_ty), mask=ok & (out_rank < ro)[None, :])
+        tl.store(
+            t_out + rows[:, None] * ro + out_rank[None, :],
+            acc.to(t_out.dtype.element_ty),
+            mask=ok & (out_rank < ro)[None, :],
+        )
     if QUANT:
         s, _ = inverse_scale(amax)
         tl.store(scale + rows, s, mask=rows < m)
@@ -247,10 +446,26 @@ def swiglu_forward(
 
 @triton.jit(do_not_specialize=["m"])
 def swiglu_backward(
-    gu, t, b, dact, dt, a, column_scale, scale, dt_out, m, f,
-    R: tl.constexpr, RD: tl.constexpr, LORA: tl.constexpr, DOWN: tl.constexpr, QUANT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    gu,
+    t,
+    b,
+    dact,
+    dt,
+    a,
+    column_scale,
+    scale,
+    dt_out,
+    m,
+    f,
+    R: tl.constexpr,
+    RD: tl.constexpr,
+    LORA: tl.constexpr,
+    DOWN: tl.constexpr,
+    QUANT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
     rank = tl.arange(0, R)
@@ -275,10 +490,19 @@ def swiglu_backward(
             g += tl.dot(t_gate, tl.load(b_at, mask=(cols < f)[None, :], other=0.0))
             u += tl.dot(t_up, tl.load(b_at + f * R, mask=(cols < f)[None, :], other=0.0))
         if DOWN:
-            da += tl.dot(t_down, tl.load(a + down_rank[:, None] * f + cols[None, :], mask=(cols < f)[None, :], other=0.0))
+            da += tl.dot(
+                t_down,
+                tl.load(
+                    a + down_rank[:, None] * f + cols[None, :], mask=(cols < f)[None, :], other=0.0
+                ),
+            )
         sig = tl.sigmoid(g)
         silu = g * sig
-        tl.store(dact + rows[:, None] * f + cols[None, :], (silu * u).to(dact.dtype.element_ty), mask=mask)
+        tl.store(
+            dact + rows[:, None] * f + cols[None, :],
+            (silu * u).to(dact.dtype.element_ty),
+            mask=mask,
+        )
         dg = (da * u * sig * (1.0 + g * (1.0 - sig))).to(gu.dtype.element_ty)
         du = (da * silu).to(gu.dtype.element_ty)
         tl.store(at, dg, mask=mask)
@@ -302,16 +526,23 @@ def swiglu_backward(
 
 
 @triton.jit(do_not_specialize=["m"])
-def residual_add(h, y, t, b, out, m, k, R: tl.constexpr, LORA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def residual_add(
+    h, y, t, b, out, m, k, R: tl.constexpr, LORA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows[:, None] < m) & (cols < k)[None, :]
     at = rows[:, None] * k + cols[None, :]
-    v = tl.load(h + at, mask=mask, other=0.0).to(tl.float32) + tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(h + at, mask=mask, other=0.0).to(tl.float32) + tl.load(
+        y + at, mask=mask, other=0.0
+    ).to(tl.float32)
     if LORA:
         rank = tl.arange(0, R)
         t_tile = tl.load(t + rows[:, None] * R + rank[None, :], mask=rows[:, None] < m, other=0.0)
-        v += tl.dot(t_tile, tl.load(b + cols[None, :] * R + rank[:, None], mask=(cols < k)[None, :], other=0.0))
+        v += tl.dot(
+            t_tile,
+            tl.load(b + cols[None, :] * R + rank[:, None], mask=(cols < k)[None, :], other=0.0),
+        )
     tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
 
 
@@ -335,7 +566,11 @@ def cross_entropy_rows(logits, targets, loss, grad, v, BN: tl.constexpr):
         cols = c + tl.arange(0, BN)
         x = tl.load(logits + row * v + cols, mask=cols < v, other=0.0).to(tl.float32)
         p = tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)
-        tl.store(grad + row * v + cols, tl.where(counted, p, 0.0).to(grad.dtype.element_ty), mask=cols < v)
+        tl.store(
+            grad + row * v + cols,
+            tl.where(counted, p, 0.0).to(grad.dtype.element_ty),
+            mask=cols < v,
+        )
 
 
 @triton.jit
@@ -355,5 +590,9 @@ def dequantise_nf4(packed, absmax, codebook, out, n_bytes, BLOCK: tl.constexpr, 
 def transpose_bytes(src, out, n, k, B: tl.constexpr):
     i = (tl.program_id(0) * B + tl.arange(0, B)).to(tl.int64)
     j = (tl.program_id(1) * B + tl.arange(0, B)).to(tl.int64)
-    tile = tl.load(src + i[:, None] * k + j[None, :], mask=(i[:, None] < n) & (j[None, :] < k), other=0)
-    tl.store(out + j[:, None] * n + i[None, :], tl.trans(tile), mask=(j[:, None] < k) & (i[None, :] < n))
+    tile = tl.load(
+        src + i[:, None] * k + j[None, :], mask=(i[:, None] < n) & (j[None, :] < k), other=0
+    )
+    tl.store(
+        out + j[:, None] * n + i[None, :], tl.trans(tile), mask=(j[:, None] < k) & (i[None, :] < n)
+    )

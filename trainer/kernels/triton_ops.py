@@ -1,11 +1,14 @@
-"""Triton kernels of the fast decoder layer. ``trainer/kernels/reference.py`` has the same functions in plain torch: the twins.
+"""Triton kernels of the fast decoder layer. ``trainer/kernels/reference.py`` has the same functions
+in plain torch: the twins.
 
-Everything here is bound by memory, so each kernel does all that one visit to a row allows: the LoRA B product is added where
-the base product is read next, the LoRA A product and the FP8 cast happen where the input is made. Reductions run over whole
-rows inside one program, never through atomics, so a second run gives the same bits.
+Everything here is bound by memory, so each kernel does all that one visit to a row allows: the LoRA
+B product is added where the base product is read next, the LoRA A product and the FP8 cast happen
+where the input is made. Reductions run over whole rows inside one program, never through atomics,
+so a second run gives the same bits.
 
-Shapes: M tokens, K or N features, R the padded rank (a power of two, 16 or more), G linears that read one input.
-``a`` is [G*R, K] and ``b`` is [N, R], both in the compute dtype, ``b`` already multiplied by PEFT's scaling.
+Shapes: M tokens, K or N features, R the padded rank (a power of two, 16 or more), G linears that
+read one input. ``a`` is [G*R, K] and ``b`` is [N, R], both in the compute dtype, ``b`` already
+multiplied by PEFT's scaling.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from trainer.kernels import triton_device as jit
 FP8 = torch.float8_e4m3fn
 
 
-# Rows and columns of a tile, warps, pipeline stages: the best of a sweep on an H200 at 16,384 tokens of a 7B (docs/speed-log.md).
+# Rows and columns of a tile, warps, pipeline stages: the best of a sweep on an H200 at 16,384
+# tokens of a 7B (docs/speed-log.md).
 TILES = {
     "norm_forward": (32, 64, 4, 3),
     "norm_backward": (32, 64, 4, 3),
@@ -45,8 +49,9 @@ _whole = False
 
 @contextmanager
 def whole_tiles() -> Iterator[None]:
-    """Within it launches take the tiles of a long micro-batch, however few their rows: the self-test then compiles and checks the very
-    kernels that a run will use, instead of smaller ones that are compiled for it alone."""
+    """Within it launches take the tiles of a long micro-batch, however few their rows: the
+    self-test then compiles and checks the very kernels that a run will use, instead of smaller ones
+    that are compiled for it alone."""
     global _whole
     _whole = True
     try:
@@ -57,8 +62,9 @@ def whole_tiles() -> Iterator[None]:
 
 @contextmanager
 def only_compiling() -> Iterator[None]:
-    """Within it kernels are compiled, as many at a time as there are processors, and not launched: what they would have written is left as it
-    was. Ends when all are compiled; what does not compile says so when it is launched. Before Triton 3.5 it compiles one after the other."""
+    """Within it kernels are compiled, as many at a time as there are processors, and not launched:
+    what they would have written is left as it was. Ends when all are compiled; what does not
+    compile says so when it is launched. Before Triton 3.5 it compiles one after the other."""
     launch = JITFunction.run
     mode = getattr(triton, "AsyncCompileMode", None)
 
@@ -78,7 +84,8 @@ def only_compiling() -> Iterator[None]:
 
 
 def _tile(name: str, m: int) -> dict[str, int]:
-    """Launch options of a kernel. With few tokens a program takes fewer rows, so that every multiprocessor has two to work on."""
+    """Launch options of a kernel. With few tokens a program takes fewer rows, so that every
+    multiprocessor has two to work on."""
     bm, bn, warps, stages = TILES[name]
     while bm > 16 and m < 250 * bm and not _whole:
         bm //= 2
@@ -90,11 +97,20 @@ def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def norm_forward(
-    h: Tensor, weight: Tensor, eps: float, a: Tensor | None, fp8: bool, y: Tensor | None = None, t: Tensor | None = None, b: Tensor | None = None
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    a: Tensor | None,
+    fp8: bool,
+    y: Tensor | None = None,
+    t: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """RMSNorm of ``h [M, K]``, after adding ``y`` and the LoRA term ``t b^T`` of the projection before it, where given.
+    """RMSNorm of ``h [M, K]``, after adding ``y`` and the LoRA term ``t b^T`` of the projection
+    before it, where given.
 
-    Returns (the sum or ``h``, the normed input [M, K] in h's dtype or FP8, its row scales [M] or None, ``x a^T`` [M, G*R] or None, rstd [M])."""
+    Returns (the sum or ``h``, the normed input [M, K] in h's dtype or FP8, its row scales [M] or
+    None, ``x a^T`` [M, G*R] or None, rstd [M])."""
     m, k = h.shape
     total = torch.empty_like(h) if y is not None else h
     x = _empty(h, m, k, dtype=FP8 if fp8 else None)
@@ -104,30 +120,81 @@ def norm_forward(
     rstd = _empty(h, m, dtype=torch.float32)
     tile = _tile("norm_forward", m)
     jit.norm_forward[(triton.cdiv(m, tile["BM"]),)](
-        h, y, t, b, weight, a, total, x, scale, t_out, rstd, m, k, ro, eps,
-        R=b.shape[1] if b is not None else 16, RO=triton.next_power_of_2(max(ro, 16)), ADD=y is not None, LORA=b is not None,
-        PROJECT=a is not None, QUANT=fp8, **tile,
-    )  # fmt: skip
+        h,
+        y,
+        t,
+        b,
+        weight,
+        a,
+        total,
+        x,
+        scale,
+        t_out,
+        rstd,
+        m,
+        k,
+        ro,
+        eps,
+        R=b.shape[1] if b is not None else 16,
+        RO=triton.next_power_of_2(max(ro, 16)),
+        ADD=y is not None,
+        LORA=b is not None,
+        PROJECT=a is not None,
+        QUANT=fp8,
+        **tile,
+    )
     return total, x, scale, t_out, rstd
 
 
 def norm_backward(
-    dx: Tensor, dt: Tensor | None, t: Tensor | None, a: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None
+    dx: Tensor,
+    dt: Tensor | None,
+    t: Tensor | None,
+    a: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
 ) -> Tensor:
-    """d(h) = ``residual`` + the RMSNorm gradient of ``dx + dt a``. All [M, K]; dt and ``t``, forward's x a^T, are [M, G*R]."""
+    """d(h) = ``residual`` + the RMSNorm gradient of ``dx + dt a``. All [M, K]; dt and ``t``,
+    forward's x a^T, are [M, G*R]."""
     m, k = h.shape
     out = torch.empty_like(h)
     ro = a.shape[0] if a is not None else 0
     tile = _tile("norm_backward", m)
     jit.norm_backward[(triton.cdiv(m, tile["BM"]),)](
-        dx, dt, t, a, h, weight, rstd, residual, out, m, k, ro,
-        RO=triton.next_power_of_2(max(ro, 16)), LORA=a is not None, ADD=residual is not None, **tile,
-    )  # fmt: skip
+        dx,
+        dt,
+        t,
+        a,
+        h,
+        weight,
+        rstd,
+        residual,
+        out,
+        m,
+        k,
+        ro,
+        RO=triton.next_power_of_2(max(ro, 16)),
+        LORA=a is not None,
+        ADD=residual is not None,
+        **tile,
+    )
     return out
 
 
-def rope_forward_(qkv: Tensor, t: Tensor | None, b: Tensor | None, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
-    """In place on ``qkv [M, (heads + 2 kv_heads) D]``: add LoRA and bias, rotate q and k. cos, sin: [M, D], halves equal."""
+def rope_forward_(
+    qkv: Tensor,
+    t: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+) -> None:
+    """In place on ``qkv [M, (heads + 2 kv_heads) D]``: add LoRA and bias, rotate q and k. cos, sin:
+    [M, D], halves equal."""
     m, s = qkv.shape
     d = cos.shape[-1]
     touched = heads + (2 if b is not None or bias is not None else 1) * kv_heads
@@ -135,15 +202,37 @@ def rope_forward_(qkv: Tensor, t: Tensor | None, b: Tensor | None, bias: Tensor 
     tile = _tile("rope_forward", m)
     bm, per = tile["BM"], tile.pop("BN")
     jit.rope_forward[(triton.cdiv(m, bm), triton.cdiv(touched, per))](
-        qkv, t, b, bias, cos, sin, m, s, heads, kv_heads, touched,
-        R=r, HALF=d // 2, LORA=b is not None, BIAS=bias is not None, HEADS=per, **tile,
-    )  # fmt: skip
+        qkv,
+        t,
+        b,
+        bias,
+        cos,
+        sin,
+        m,
+        s,
+        heads,
+        kv_heads,
+        touched,
+        R=r,
+        HALF=d // 2,
+        LORA=b is not None,
+        BIAS=bias is not None,
+        HEADS=per,
+        **tile,
+    )
 
 
 def rope_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, b: Tensor | None, column_scale: Tensor | None
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    b: Tensor | None,
+    column_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dq [M, H, D], dk and dv [M, KV, D] -> (d(qkv) [M, S], its FP8 copy times column_scale, row scales, ``d b`` [M, 3 R])."""
+    """dq [M, H, D], dk and dv [M, KV, D] -> (d(qkv) [M, S], its FP8 copy times column_scale, row
+    scales, ``d b`` [M, 3 R])."""
     m, heads, d = dq.shape
     kv_heads = dk.shape[1]
     s = (heads + 2 * kv_heads) * d
@@ -155,17 +244,34 @@ def rope_backward(
     tile = _tile("rope_backward", m)
     tile.pop("BN")
     jit.rope_backward[(triton.cdiv(m, tile["BM"]),)](
-        dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, b, column_scale, out, scale, dt, m, s, heads, kv_heads,
-        R=r, HALF=d // 2, LORA=b is not None, QUANT=quant, **tile,
-    )  # fmt: skip
+        dq.contiguous(),
+        dk.contiguous(),
+        dv.contiguous(),
+        cos,
+        sin,
+        b,
+        column_scale,
+        out,
+        scale,
+        dt,
+        m,
+        s,
+        heads,
+        kv_heads,
+        R=r,
+        HALF=d // 2,
+        LORA=b is not None,
+        QUANT=quant,
+        **tile,
+    )
     return out, _cast(out, column_scale, scale) if scale is not None else None, scale, dt
 
 
 def joined_backward(
     d: Tensor, b: Tensor | None, column_scale: Tensor | None, heads: int, kv_heads: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What ``rope_backward`` returns beside d(qkv), for ``d [M, S]`` that is turned back already: FP8 copy times column_scale, its row
-    scales, ``d b`` [M, 3 R]."""
+    """What ``rope_backward`` returns beside d(qkv), for ``d [M, S]`` that is turned back already:
+    FP8 copy times column_scale, its row scales, ``d b`` [M, 3 R]."""
     dt = None
     if b is not None:
         r, size = b.shape[1], d.shape[1] // (heads + 2 * kv_heads)
@@ -185,12 +291,26 @@ def _cast(x: Tensor, column_scale: Tensor | None, scale: Tensor) -> Tensor:
     out = _empty(x, m, k, dtype=FP8)
     bm, bn, warps = CAST
     grid = (triton.cdiv(m, bm), triton.cdiv(k, bn))
-    cast_device.cast_rows[grid](x, column_scale, scale, out, m, k, FOLD=column_scale is not None, BM=bm, BN=bn, num_warps=warps)
+    cast_device.cast_rows[grid](
+        x,
+        column_scale,
+        scale,
+        out,
+        m,
+        k,
+        FOLD=column_scale is not None,
+        BM=bm,
+        BN=bn,
+        num_warps=warps,
+    )
     return out
 
 
-def cast_outer(x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(FP8 copy of ``x [M, K] * column_scale / scale``, or None without scales; ``x^T t`` [K, R] fp32 for t [M, R]) in one visit to x.
+def cast_outer(
+    x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(FP8 copy of ``x [M, K] * column_scale / scale``, or None without scales; ``x^T t`` [K, R]
+    fp32 for t [M, R]) in one visit to x.
 
     Rows are split over programs and their sums added after, in a fixed order."""
     if scale is None or column_scale is None:
@@ -202,25 +322,47 @@ def cast_outer(x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: 
     out = _empty(x, m, k, dtype=FP8)
     partial = _empty(x, splits, k, r, dtype=torch.float32) if t is not None else None
     cast_device.cast_outer[(triton.cdiv(k, bn), splits)](
-        x, column_scale, scale, t, out, partial, m, k, rows, R=r, LORA=t is not None, BM=bm, BN=bn, STAGES=stages, num_warps=warps
+        x,
+        column_scale,
+        scale,
+        t,
+        out,
+        partial,
+        m,
+        k,
+        rows,
+        R=r,
+        LORA=t is not None,
+        BM=bm,
+        BN=bn,
+        STAGES=stages,
+        num_warps=warps,
     )
     return out, partial.sum(0) if partial is not None else None
 
 
-def quantise_rows(x: Tensor, column_scale: Tensor | None, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """FP8 copy of ``x [M, K] * column_scale [K]`` with one scale a row, and ``x p`` for a LoRA factor p [K, R]. The row stays in
-    registers between its maximum and its cast; a program for 32 rows with the LoRA product inside took twice as long."""
+def quantise_rows(
+    x: Tensor, column_scale: Tensor | None, p: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """FP8 copy of ``x [M, K] * column_scale [K]`` with one scale a row, and ``x p`` for a LoRA
+    factor p [K, R]. The row stays in registers between its maximum and its cast; a program for 32
+    rows with the LoRA product inside took twice as long."""
     m, k = x.shape
     out = _empty(x, m, k, dtype=FP8)
     scale = _empty(x, m, dtype=torch.float32)
     width = triton.next_power_of_2(k)
     warps = 4 if width <= 4096 else 8 if width <= 16384 else 16
-    cast_device.quantise_rows[(m,)](x, column_scale, out, scale, k, FOLD=column_scale is not None, BN=width, num_warps=warps)
+    cast_device.quantise_rows[(m,)](
+        x, column_scale, out, scale, k, FOLD=column_scale is not None, BN=width, num_warps=warps
+    )
     return out, scale, x @ p if p is not None else None
 
 
-def swiglu_forward(gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """silu(gate) * up of ``gu [M, 2F]`` plus its LoRA terms -> (act [M, F] in gu's dtype or FP8, row scales, ``act a^T`` [M, R])."""
+def swiglu_forward(
+    gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """silu(gate) * up of ``gu [M, 2F]`` plus its LoRA terms -> (act [M, F] in gu's dtype or FP8,
+    row scales, ``act a^T`` [M, R])."""
     m, f2 = gu.shape
     f = f2 // 2
     act = _empty(gu, m, f)
@@ -229,17 +371,37 @@ def swiglu_forward(gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | N
     t_out = _empty(gu, m, ro) if a is not None else None
     tile = _tile("swiglu_forward", m)
     jit.swiglu_forward[(triton.cdiv(m, tile["BM"]),)](
-        gu, t, b, a, act, scale, t_out, m, f, ro,
-        R=b.shape[1] if b is not None else 16, RO=triton.next_power_of_2(max(ro, 16)), LORA=b is not None, PROJECT=a is not None,
-        QUANT=fp8, **tile,
-    )  # fmt: skip
+        gu,
+        t,
+        b,
+        a,
+        act,
+        scale,
+        t_out,
+        m,
+        f,
+        ro,
+        R=b.shape[1] if b is not None else 16,
+        RO=triton.next_power_of_2(max(ro, 16)),
+        LORA=b is not None,
+        PROJECT=a is not None,
+        QUANT=fp8,
+        **tile,
+    )
     return (act if scale is None else _cast(act, None, scale)), scale, t_out
 
 
 def swiglu_backward(
-    gu: Tensor, t: Tensor | None, b: Tensor | None, dact: Tensor, dt: Tensor | None, a: Tensor | None, column_scale: Tensor | None
+    gu: Tensor,
+    t: Tensor | None,
+    b: Tensor | None,
+    dact: Tensor,
+    dt: Tensor | None,
+    a: Tensor | None,
+    column_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Overwrites ``gu [M, 2F]`` with its gradient and ``dact [M, F]`` with act, which the gradient of down's A needs.
+    """Overwrites ``gu [M, 2F]`` with its gradient and ``dact [M, F]`` with act, which the gradient
+    of down's A needs.
 
     ``dact + dt a`` is the gradient of act. Returns (act, d(gu), the row scales that its FP8 copy
     times column_scale wants, ``d(gu) b`` [M, 2 R])."""
@@ -251,10 +413,26 @@ def swiglu_backward(
     dt_out = _empty(gu, m, 2 * r) if b is not None else None
     tile = _tile("swiglu_backward", m)
     jit.swiglu_backward[(triton.cdiv(m, tile["BM"]),)](
-        gu, t, b, dact, dt, a, column_scale, scale, dt_out, m, f,
-        R=r, RD=a.shape[0] if a is not None else 16, LORA=b is not None, DOWN=a is not None, QUANT=quant, **tile,
-    )  # fmt: skip
-    torch.autograd.graph.increment_version([gu, dact])  # the launch is invisible to autograd: a second backward must be told
+        gu,
+        t,
+        b,
+        dact,
+        dt,
+        a,
+        column_scale,
+        scale,
+        dt_out,
+        m,
+        f,
+        R=r,
+        RD=a.shape[0] if a is not None else 16,
+        LORA=b is not None,
+        DOWN=a is not None,
+        QUANT=quant,
+        **tile,
+    )
+    # the launch is invisible to autograd: a second backward must be told
+    torch.autograd.graph.increment_version([gu, dact])
     return dact, gu, scale, dt_out
 
 
@@ -267,8 +445,11 @@ def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Te
     return y
 
 
-def cross_entropy_rows(logits: Tensor, targets: Tensor, dlogits_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Per-row cross-entropy [C] (fp32) and d(logits) of their sum [C, V] in ``dlogits_dtype``. A target of -100 gives zero for both."""
+def cross_entropy_rows(
+    logits: Tensor, targets: Tensor, dlogits_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Per-row cross-entropy [C] (fp32) and d(logits) of their sum [C, V] in ``dlogits_dtype``. A
+    target of -100 gives zero for both."""
     c, v = logits.shape
     loss = _empty(logits, c, dtype=torch.float32)
     grad = _empty(logits, c, v, dtype=dlogits_dtype)
@@ -276,10 +457,14 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, dlogits_dtype: torch.dty
     return loss, grad
 
 
-def dequantise_nf4(packed: Tensor, absmax: Tensor, codebook: Tensor, out: Tensor, block: int) -> Tensor:
+def dequantise_nf4(
+    packed: Tensor, absmax: Tensor, codebook: Tensor, out: Tensor, block: int
+) -> Tensor:
     """packed uint8 [n / 2] (high nibble first), absmax fp32 [n / block] -> ``out``, n elements."""
     n = out.numel()
-    jit.dequantise_nf4[(triton.cdiv(n // 2, 2048),)](packed, absmax, codebook, out, n // 2, BLOCK=block, BN=2048, num_warps=4)
+    jit.dequantise_nf4[(triton.cdiv(n // 2, 2048),)](
+        packed, absmax, codebook, out, n // 2, BLOCK=block, BN=2048, num_warps=4
+    )
     return out
 
 
@@ -287,5 +472,7 @@ def transpose_fp8(w: Tensor, out: Tensor | None = None) -> Tensor:
     """[N, K] -> [K, N], both row-major FP8."""
     n, k = w.shape
     out = _empty(w, k, n) if out is None else out
-    jit.transpose_bytes[(triton.cdiv(n, 128), triton.cdiv(k, 128))](w.view(torch.uint8), out.view(torch.uint8), n, k, B=128, num_warps=8)
+    jit.transpose_bytes[(triton.cdiv(n, 128), triton.cdiv(k, 128))](
+        w.view(torch.uint8), out.view(torch.uint8), n, k, B=128, num_warps=8
+    )
     return out

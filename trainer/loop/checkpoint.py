@@ -1,9 +1,11 @@
-"""Checkpoints: a folder per step that is whole or absent, written beside the training, never in its way.
+"""Checkpoints: a folder per step that is whole or absent, written beside the training, never in its
+way.
 
-checkpoints/N/ holds state.safetensors (trained parameters and AdamW's moments, by name), state.json (step, curve, what job it
-belongs to) and manifest.json (sha256 and bytes of both), written under a hidden name and renamed when all is on disk. Full fine-tuning
-over several processes writes a part each instead (trainer/loop/sharded.py, shard-*.safetensors); either form continues on any number of them.
-There is no generator state to keep: order and dropout are functions of the step and the row.
+checkpoints/N/ holds state.safetensors (trained parameters and AdamW's moments, by name), state.json
+(step, curve, what job it belongs to) and manifest.json (sha256 and bytes of both), written under a
+hidden name and renamed when all is on disk. Full fine-tuning over several processes writes a part
+each instead (trainer/loop/sharded.py, shard-*.safetensors); either form continues on any number of
+them. There is no generator state to keep: order and dropout are functions of the step and the row.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from trainer.wire.job import Job
 
-STAGE_FILE = "stage.tensors"  # safetensors; a name that torch.distributed.checkpoint does not take for its own
+# safetensors; a name that torch.distributed.checkpoint does not take for its own
+STAGE_FILE = "stage.tensors"
 KEEP = 2  # the newest whole one, and the one before it while the newest travels home
 
 
@@ -36,7 +39,8 @@ class CheckpointError(ValueError):
 
 @dataclass
 class State:
-    """What a run is beside parameters and moments. `step` is the number of finished steps; `stage` is what the stage keeps for itself."""
+    """What a run is beside parameters and moments. `step` is the number of finished steps; `stage`
+    is what the stage keeps for itself."""
 
     step: int = 0
     fingerprint: str = ""
@@ -50,25 +54,36 @@ class State:
 
 
 def fingerprint_of(job: Job) -> str:
-    """sha256 of everything in the job that changes the numbers; not its id, its deadline, or how many
-    processes share the work."""
+    """sha256 of everything in the job that changes the numbers; not its id, its deadline, or how
+    many processes share the work."""
     free: dict[str, Any] = dict.fromkeys(("run_id", "processes", "deadline_unix_s"), True)
     told = job.model_dump(exclude=free | {"training": {"save_every_s", "report_to"}})
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def snapshot(named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Copies in host memory of parameters and moments, taken between two steps; safe to write while training goes on."""
+def snapshot(
+    named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Copies in host memory of parameters and moments, taken between two steps; safe to write while
+    training goes on."""
     tensors = {}
     for name, parameter in named.items():
         tensors[f"parameter/{name}"] = parameter.detach().to("cpu", copy=True).contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+            tensors[f"optimizer/{key}/{name}"] = (
+                torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+            )
     return tensors
 
 
-def restore(folder: Path, named: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str) -> State:
-    """Loads a whole checkpoint into parameters and optimizer. Raises CheckpointError when it belongs to another job or model."""
+def restore(
+    folder: Path,
+    named: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+) -> State:
+    """Loads a whole checkpoint into parameters and optimizer. Raises CheckpointError when it
+    belongs to another job or model."""
     state = read_state(folder, fingerprint)
     tensors = read_tensors(folder, state)
     refuse_missing(folder, named, tensors)
@@ -78,7 +93,9 @@ def restore(folder: Path, named: dict[str, torch.nn.Parameter], optimizer: torch
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{k}/{name}" in tensors]
         for key in keys:
             value = tensors[f"optimizer/{key}/{name}"]
-            optimizer.state[parameter][key] = value if key == "step" and not fused(optimizer) else value.to(parameter.device)
+            optimizer.state[parameter][key] = (
+                value if key == "step" and not fused(optimizer) else value.to(parameter.device)
+            )
     return state
 
 
@@ -87,7 +104,8 @@ def read_state(folder: Path, fingerprint: str) -> State:
     state = State(**json.loads((folder / "state.json").read_text()), stage=tensors)
     if state.fingerprint != fingerprint:
         raise CheckpointError(
-            f"checkpoints/{folder.name} belongs to another job (fingerprint {state.fingerprint[:12]}, this job is {fingerprint[:12]}): "
+            f"checkpoints/{folder.name} belongs to another job (fingerprint "
+            f"{state.fingerprint[:12]}, this job is {fingerprint[:12]}): "
             "use the job.json that it was made with, or remove the checkpoints folder to start anew"
         )
     return state
@@ -99,18 +117,31 @@ def read_tensors(folder: Path, state: State) -> dict[str, torch.Tensor]:
         return load_file(folder / "state.safetensors")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     held = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in held.items()}  # type: ignore[union-attr]  # tensors only
+    # tensors only
+    tensors = {
+        name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in held.items()
+    }  # type: ignore[union-attr]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is what is meant
+        # one process is what is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    moved = [name.removeprefix("optimizer/exp_avg/") for name in held if name.startswith("optimizer/exp_avg/")]
+    moved = [
+        name.removeprefix("optimizer/exp_avg/")
+        for name in held
+        if name.startswith("optimizer/exp_avg/")
+    ]
     return tensors | {f"optimizer/step/{name}": torch.tensor(float(state.step)) for name in moved}
 
 
-def refuse_missing(folder: Path, named: dict[str, torch.nn.Parameter], held: Collection[str]) -> None:
+def refuse_missing(
+    folder: Path, named: dict[str, torch.nn.Parameter], held: Collection[str]
+) -> None:
     missing = [n for n in named if f"parameter/{n}" not in held]
     if missing:
-        raise CheckpointError(f"checkpoints/{folder.name} lacks {missing[0]} and {len(missing) - 1} more: remove the checkpoints folder")
+        raise CheckpointError(
+            f"checkpoints/{folder.name} lacks {missing[0]} and {len(missing) - 1} more: "
+            "remove the checkpoints folder"
+        )
 
 
 def fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -118,7 +149,8 @@ def fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def write(root: Path, tensors: dict[str, torch.Tensor], state: State) -> tuple[Path, str]:
-    """Writes root/STEP and returns it with the sha256 of its manifest. Writing the same step twice keeps the first."""
+    """Writes root/STEP and returns it with the sha256 of its manifest. Writing the same step twice
+    keeps the first."""
     final, part = root / str(state.step), root / f".{state.step}.part"
     if (final / "manifest.json").is_file():
         return final, _sha256(final / "manifest.json")
@@ -134,7 +166,8 @@ def facts(path: Path) -> dict[str, str | int]:
 
 
 def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | int]]) -> str:
-    """Makes `part`, whose tensors are in `files`, the checkpoint root/STEP, and removes old ones. Returns the sha256 of its manifest."""
+    """Makes `part`, whose tensors are in `files`, the checkpoint root/STEP, and removes old ones.
+    Returns the sha256 of its manifest."""
     final = root / str(state.step)
     told = {"step": state.step, "fingerprint": state.fingerprint, "curve": state.curve}
     (part / "state.json").write_text(json.dumps(told))
@@ -154,36 +187,47 @@ def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | 
 
 
 def newest_for_all(root: Path, rank: int, device: torch.device) -> Path | None:
-    """`newest` as rank 0 sees it, on every process; collective. Raises CheckpointError, everywhere, where one of them does not see it."""
+    """`newest` as rank 0 sees it, on every process; collective. Raises CheckpointError, everywhere,
+    where one of them does not see it."""
     found = newest(root) if rank == 0 else None
     name = [found.name if found else None]
     dist.broadcast_object_list(name, 0, device=device)
     folder = root / name[0] if name[0] else None
-    absent = torch.tensor(int(folder is not None and not (folder / "manifest.json").is_file()), device=device)
+    absent = torch.tensor(
+        int(folder is not None and not (folder / "manifest.json").is_file()), device=device
+    )
     dist.all_reduce(absent)
     if int(absent):
         raise CheckpointError(
-            f"{int(absent)} of {dist.get_world_size()} processes do not see checkpoints/{name[0]}: the machines must share one run folder (NFS, a "
+            f"{int(absent)} of {dist.get_world_size()} processes do not see "
+            f"checkpoints/{name[0]}: the machines must share one run folder (NFS, a "
             "ReadWriteMany volume); or copy checkpoints/ to each of them"
         )
     return folder
 
 
 def newest(root: Path) -> Path | None:
-    """The newest checkpoint whose every file is what its manifest says; damaged ones are passed over."""
+    """The newest checkpoint whose every file is what its manifest says; damaged ones are passed
+    over."""
     return next((folder for folder in reversed(_numbered(root)) if whole(folder)), None)
 
 
 def whole(folder: Path) -> bool:
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
-        return bool(files) and all(_sha256(folder / name) == facts["sha256"] for name, facts in files.items())
+        return bool(files) and all(
+            _sha256(folder / name) == facts["sha256"] for name, facts in files.items()
+        )
     except (OSError, ValueError, KeyError):
         return False
 
 
 def _numbered(root: Path) -> list[Path]:
-    return sorted((p for p in root.glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name)) if root.is_dir() else []
+    return (
+        sorted((p for p in root.glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
+        if root.is_dir()
+        else []
+    )
 
 
 def _sha256(path: Path) -> str:
@@ -200,7 +244,8 @@ def _sync(path: Path) -> None:
 
 
 class Background:
-    """Writes one checkpoint at a time in a thread. `submit` returns at once; `wait` returns when it is on disk and raises what it raised."""
+    """Writes one checkpoint at a time in a thread. `submit` returns at once; `wait` returns when it
+    is on disk and raises what it raised."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None

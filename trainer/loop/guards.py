@@ -1,8 +1,9 @@
 """Stops a run that is silently going wrong, with the reason and the rows (file:line) that it saw.
 
-Before the first step: label fractions, masked rows, broken weights, attention that looks ahead or across documents. While it runs: numbers
-that are not finite, gradients that are zero, parameters that should move and do not, a base that moves, ranks that drift apart, a loss
-that is too good to be true or that runs away.
+Before the first step: label fractions, masked rows, broken weights, attention that looks ahead or
+across documents. While it runs: numbers that are not finite, gradients that are zero, parameters
+that should move and do not, a base that moves, ranks that drift apart, a loss that is too good to
+be true or that runs away.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from trainer.data.prepare import Rows
 
 SHOWN = 8  # rows named in a message
 LEAST_LABELS, MOST_LABELS = 0.001, 0.995  # of the tokens of rows that have a prompt
-CHECKS = (3, 5, 10)  # steps with a rate above zero after which movement is looked at; then every 100th
+# steps with a rate above zero after which movement is looked at; then every 100th
+CHECKS = (3, 5, 10)
 TOO_GOOD = 0.02  # of the entropy of the target tokens' frequencies
 EARLY = 5  # steps in which a loss below that is too early
 RUNAWAY = 5  # steps in a row above the bound
@@ -35,40 +37,57 @@ class Stopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a stage's numbers look like when all is well. `entropy`: nats of guessing without looking, where
-    the loss is one per target token; where it is None, no loss is too small or too large. `still_steps`:
-    whether a step may have no gradient at all."""
+    """What a stage's numbers look like when all is well. `entropy`: nats of guessing without
+    looking, where the loss is one per target token; where it is None, no loss is too small or too
+    large. `still_steps`: whether a step may have no gradient at all."""
 
     entropy: float | None = None
     still_steps: bool = False
 
 
 def check_labels(rows: Rows) -> None:
-    """Raises Stopped for rows without a target and for label fractions that only a broken mask gives."""
+    """Raises Stopped for rows without a target and for label fractions that only a broken mask
+    gives."""
     targets, lengths = np.asarray(rows.targets()), np.asarray(rows.lengths)
     masked = np.flatnonzero(targets == 0)
     if len(masked):
         raise Stopped(
-            f"{len(masked)} of {len(rows)} rows have no trained label: nothing can be learned from them",
+            f"{len(masked)} of {len(rows)} rows have no trained label: nothing can be "
+            "learned from them",
             [rows.where[i] for i in masked[:SHOWN]],
             "check data.template and data.max_length",
         )
     asked = np.flatnonzero(rows.prompted)
     if len(asked):
-        fraction = np.add.reduceat(rows.trained.astype(np.int64), rows.starts[:-1])[asked].sum() / lengths[asked].sum()
+        fraction = (
+            np.add.reduceat(rows.trained.astype(np.int64), rows.starts[:-1])[asked].sum()
+            / lengths[asked].sum()
+        )
         if not LEAST_LABELS < fraction < MOST_LABELS:
-            why = "the prompts would be learned too" if fraction >= MOST_LABELS else "next to nothing would be learned"
+            why = (
+                "the prompts would be learned too"
+                if fraction >= MOST_LABELS
+                else "next to nothing would be learned"
+            )
             raise Stopped(
-                f"{fraction:.2%} of the tokens are labels: {why}", [rows.where[i] for i in asked[:SHOWN]], "check the data's format and data.template"
+                f"{fraction:.2%} of the tokens are labels: {why}",
+                [rows.where[i] for i in asked[:SHOWN]],
+                "check the data's format and data.template",
             )
 
 
 @torch.no_grad()
-def probe(model: nn.Module, hidden: object, rows: Rows, device: torch.device, tolerance: float = 0.01) -> None:
-    """Three small forward passes on two real rows in one pack. Raises Stopped when a token sees a later one or another document, or when
-    the model's numbers are not finite. `tolerance`: int8 quantises a pack's outlier columns together, which couples rows by about 1 %, where a
-    leak gives tens of them. `hidden` maps (ids, positions, boundaries) to hidden states (1, T, H)."""
-    spans = [rows.ids[rows.starts[i] : rows.starts[i + 1]][:24].astype(np.int64) for i in np.argsort(rows.lengths)[-2:]]
+def probe(
+    model: nn.Module, hidden: object, rows: Rows, device: torch.device, tolerance: float = 0.01
+) -> None:
+    """Three small forward passes on two real rows in one pack. Raises Stopped when a token sees a
+    later one or another document, or when the model's numbers are not finite. `tolerance`: int8
+    quantises a pack's outlier columns together, which couples rows by about 1 %, where a leak gives
+    tens of them. `hidden` maps (ids, positions, boundaries) to hidden states (1, T, H)."""
+    spans = [
+        rows.ids[rows.starts[i] : rows.starts[i + 1]][:24].astype(np.int64)
+        for i in np.argsort(rows.lengths)[-2:]
+    ]
     if len(spans) < 2:
         spans = spans * 2
     first, second = len(spans[0]), len(spans[1])
@@ -87,12 +106,20 @@ def probe(model: nn.Module, hidden: object, rows: Rows, device: torch.device, to
     plain, future, other = look(None), look(first + second - 1), look(0)
     model.train(was_training)
     if not torch.isfinite(plain).all():
-        raise Stopped("the base model's output is not finite before any training", [], "check the model's files (sha256) and its precision")
+        raise Stopped(
+            "the base model's output is not finite before any training",
+            [],
+            "check the model's files (sha256) and its precision",
+        )
     size = plain.norm(dim=-1).mean()
     ahead = float((future[:-1] - plain[:-1]).norm(dim=-1).max() / size)
     across = float((other[first:] - plain[first:]).norm(dim=-1).max() / size)
     if ahead > tolerance:
-        raise Stopped(f"attention looks ahead: a later token changes earlier ones by {ahead:.1%}", [], "this model is not causal: name another base")
+        raise Stopped(
+            f"attention looks ahead: a later token changes earlier ones by {ahead:.1%}",
+            [],
+            "this model is not causal: name another base",
+        )
     if across > tolerance:
         raise Stopped(
             f"packed documents see each other: one changes its neighbour by {across:.1%}",
@@ -102,8 +129,9 @@ def probe(model: nn.Module, hidden: object, rows: Rows, device: torch.device, to
 
 
 class Watchdog:
-    """Looks at every step's numbers (`look`) and, now and then, at its gradients (`before_update`) and parameters (`after_update`). `moving` are the
-    trained parameters, `still` some frozen ones that must not change. Where `moving` are parts, `total` adds up over their holders."""
+    """Looks at every step's numbers (`look`) and, now and then, at its gradients (`before_update`)
+    and parameters (`after_update`). `moving` are the trained parameters, `still` some frozen ones
+    that must not change. Where `moving` are parts, `total` adds up over their holders."""
 
     def __init__(
         self,
@@ -113,8 +141,13 @@ class Watchdog:
         total: Callable[[Tensor], Tensor] = lambda t: t,
     ) -> None:
         self._total = total
-        self._moving = {n: p for n, p in moving.items() if "expert" not in n}  # an expert may meet no token for long
-        frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and p.is_floating_point() and p.numel()]
+        # an expert may meet no token for long
+        self._moving = {n: p for n, p in moving.items() if "expert" not in n}
+        frozen = [
+            (n, p)
+            for n, p in model.named_parameters()
+            if not p.requires_grad and p.is_floating_point() and p.numel()
+        ]
         self._still = dict(frozen[:: max(1, len(frozen) // 16)])
         self._start = _sums(self._moving, total)
         self._base = _sums(self._still)
@@ -123,12 +156,21 @@ class Watchdog:
         self._expected = expected
 
     def look(self, step: int, loss: float, norm: float, seen: Sequence[str]) -> None:
-        """`norm` is that of the step's gradients before they were clipped; `seen` names its rows. Steps come in order, maybe after their update."""
+        """`norm` is that of the step's gradients before they were clipped; `seen` names its rows.
+        Steps come in order, maybe after their update."""
         shown = list(seen[:SHOWN])
         if not math.isfinite(loss):
-            raise Stopped(f"step {step}: the loss is {loss}", shown, "lower training.learning_rate; look at these rows")
+            raise Stopped(
+                f"step {step}: the loss is {loss}",
+                shown,
+                "lower training.learning_rate; look at these rows",
+            )
         if not math.isfinite(norm):
-            raise Stopped(f"step {step}: the gradient norm is {norm} (loss {loss:.4f})", shown, "lower training.learning_rate; look at these rows")
+            raise Stopped(
+                f"step {step}: the gradient norm is {norm} (loss {loss:.4f})",
+                shown,
+                "lower training.learning_rate; look at these rows",
+            )
         if norm == 0.0 and not self._expected.still_steps:
             raise Stopped(
                 f"step {step}: every gradient is zero (loss {loss:.4f})",
@@ -170,17 +212,23 @@ class Watchdog:
         if rate <= 0 or (self._updates not in CHECKS and self._updates % 100):
             return
         now = _sums(self._moving, self._total)
-        stuck = [n for n, before, after in zip(self._moving, self._start, now, strict=True) if before == after]
+        stuck = [
+            n
+            for n, before, after in zip(self._moving, self._start, now, strict=True)
+            if before == after
+        ]
         idle = [n for n, never in self._without_gradient.items() if never]
         if idle and len(stuck) < len(self._moving):
             raise Stopped(
-                f"step {step}: {len(idle)} of {len(self._moving)} trained parameters have had no gradient since the start: {', '.join(idle[:3])}",
+                f"step {step}: {len(idle)} of {len(self._moving)} trained parameters have "
+                f"had no gradient since the start: {', '.join(idle[:3])}",
                 list(seen[:SHOWN]),
                 "leave these modules out of lora.target_modules",
             )
         if stuck:
             raise Stopped(
-                f"step {step}: {len(stuck)} of {len(self._moving)} parameters never moved in {self._updates} updates: {', '.join(stuck[:3])}",
+                f"step {step}: {len(stuck)} of {len(self._moving)} parameters never moved in "
+                f"{self._updates} updates: {', '.join(stuck[:3])}",
                 list(seen[:SHOWN]),
                 "training.learning_rate may be too small for their precision",
             )
@@ -188,10 +236,16 @@ class Watchdog:
 
     def check_base(self, step: int) -> None:
         """Raises Stopped when a frozen parameter is not what it was at the start."""
-        drifted = [n for n, before, after in zip(self._still, self._base, _sums(self._still), strict=True) if before != after]
+        drifted = [
+            n
+            for n, before, after in zip(self._still, self._base, _sums(self._still), strict=True)
+            if before != after
+        ]
         if drifted:
             raise Stopped(
-                f"step {step}: the frozen base changed: {', '.join(drifted[:3])}", [], "report this: an adapter needs the base that it was trained on"
+                f"step {step}: the frozen base changed: {', '.join(drifted[:3])}",
+                [],
+                "report this: an adapter needs the base that it was trained on",
             )
 
     def checksum(self) -> float:
@@ -203,19 +257,28 @@ class Watchdog:
         return self._updates in CHECKS or (self._updates > 0 and self._updates % 100 == 0)
 
 
-def _sums(named: Mapping[str, Tensor], total: Callable[[Tensor], Tensor] = lambda t: t) -> list[float]:
+def _sums(
+    named: Mapping[str, Tensor], total: Callable[[Tensor], Tensor] = lambda t: t
+) -> list[float]:
     if not named:
         return []
-    return total(torch.stack([(p.detach().double() * _weights(p)).sum() for p in named.values()])).tolist()
+    return total(
+        torch.stack([(p.detach().double() * _weights(p)).sum() for p in named.values()])
+    ).tolist()
 
 
 def _weights(parameter: Tensor) -> Tensor:
     """Unequal weights for the elements, so that changes that cancel in a plain sum show."""
-    return torch.arange(1, parameter.numel() + 1, device=parameter.device, dtype=torch.float64).remainder_(8191).view(parameter.shape)
+    return (
+        torch.arange(1, parameter.numel() + 1, device=parameter.device, dtype=torch.float64)
+        .remainder_(8191)
+        .view(parameter.shape)
+    )
 
 
 def target_entropy(rows: Rows) -> float:
-    """Nats per token of the target tokens' own frequencies: what guessing without looking would cost."""
+    """Nats per token of the target tokens' own frequencies: what guessing without looking would
+    cost."""
     marks = rows.trained.copy()
     marks[rows.starts[:-1]] = False
     counts = np.bincount(rows.ids[marks])

@@ -1,8 +1,9 @@
-"""How a run goes: each step's numbers read when the device has them, looked at, and told in events.jsonl and on the boards.
+"""How a run goes: each step's numbers read when the device has them, looked at, and told in
+events.jsonl and on the boards.
 
-Reading a number waits for everything that the device was given before it. So a step's numbers are sent to the host when it is launched and
-read after the next one was launched: the device always has something to do. Where it matters (the first step, a checkpoint, the end) they
-are read at once.
+Reading a number waits for everything that the device was given before it. So a step's numbers are
+sent to the host when it is launched and read after the next one was launched: the device always has
+something to do. Where it matters (the first step, a checkpoint, the end) they are read at once.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from trainer.loop.guards import Watchdog
 from trainer.loop.reporter import Reporter
 
 EVENT_EVERY_S = 0.25
-Report = Callable[[int, int, list[float]], dict[str, float]]  # of a step, its count, its metrics' sums
+# of a step, its count, its metrics' sums
+Report = Callable[[int, int, list[float]], dict[str, float]]
 
 
 class Reading:
-    """Numbers on their way to the host; `read` waits for them and for nothing that was launched later."""
+    """Numbers on their way to the host; `read` waits for them and for nothing that was launched
+    later."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._host, self._arrived = numbers, None
@@ -41,8 +44,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step whose update was launched. `step` counts from 1; `count`, `tokens` and `where` are its Work's;
-    `numbers` are its loss, its wishes to stop, its metrics' sums and its gradient norm."""
+    """A step whose update was launched. `step` counts from 1; `count`, `tokens` and `where` are its
+    Work's; `numbers` are its loss, its wishes to stop, its metrics' sums and its gradient norm."""
 
     step: int
     rate: float
@@ -53,8 +56,8 @@ class Launched:
 
 
 class Progress:
-    """Takes each step when it is launched, and settles it: the watchdog looks, the stage makes its metrics of
-    the sums (`report`), the curve grows, events tell."""
+    """Takes each step when it is launched, and settles it: the watchdog looks, the stage makes its
+    metrics of the sums (`report`), the curve grows, events tell."""
 
     def __init__(
         self,
@@ -76,8 +79,9 @@ class Progress:
         self._unread = step
 
     def settle(self) -> bool:
-        """Reads the numbers of the step that was launched last, if they are unread. Returns whether a process
-        wished to stop in it. Raises Stopped when they are those of a run that goes wrong."""
+        """Reads the numbers of the step that was launched last, if they are unread. Returns whether
+        a process wished to stop in it. Raises Stopped when they are those of a run that goes
+        wrong."""
         if self._unread is None:
             return False
         done, self._unread = self._unread, None

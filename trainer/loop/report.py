@@ -1,4 +1,5 @@
-"""What people look at: TensorBoard (always), Weights & Biases (when configured), a loss curve as PNG and a one-page HTML report."""
+"""What people look at: TensorBoard (always), Weights & Biases (when configured), a loss curve as
+PNG and a one-page HTML report."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from trainer.wire.job import Job
 
 
 class Boards:
-    """Scalars by step to TensorBoard and, when asked for, Weights & Biases: as WANDB_MODE says, else online with WANDB_API_KEY, else offline
-    into the run folder's wandb/ (`wandb sync` sends it later)."""
+    """Scalars by step to TensorBoard and, when asked for, Weights & Biases: as WANDB_MODE says,
+    else online with WANDB_API_KEY, else offline into the run folder's wandb/ (`wandb sync` sends it
+    later)."""
 
     def __init__(self, job: Job, folder: Path) -> None:
         self._board = SummaryWriter(str(folder / "tensorboard"))
@@ -45,9 +47,21 @@ def _wandb_run(job: Job, folder: Path) -> tuple[Any, str]:
     try:
         import wandb
     except ImportError:
-        return None, "training.report_to names wandb, which is not installed here (pip install wandb, 100 MB with what it needs): TensorBoard only"
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    return wandb.init(project="milktea", name=job.run_id, dir=str(folder), mode=mode, config=job.model_dump(exclude={"data"})), ""
+        return (
+            None,
+            "training.report_to names wandb, which is not installed here (pip install wandb, "
+            "100 MB with what it needs): TensorBoard only",
+        )
+    mode = os.environ.get("WANDB_MODE") or (
+        "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    )
+    return wandb.init(
+        project="milktea",
+        name=job.run_id,
+        dir=str(folder),
+        mode=mode,
+        config=job.model_dump(exclude={"data"}),
+    ), ""
 
 
 def smooth(losses: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -75,7 +89,13 @@ def curve_png(curve: Sequence[Sequence[float]], title: str) -> bytes:
     return out.getvalue()
 
 
-def page(job: Job, facts: dict[str, Any], samples: Sequence[dict[str, str]], score: tuple[float, float] | None, png: bytes) -> bytes:
+def page(
+    job: Job,
+    facts: dict[str, Any],
+    samples: Sequence[dict[str, str]],
+    score: tuple[float, float] | None,
+    png: bytes,
+) -> bytes:
     """One HTML file with everything in it."""
     told = {
         "base model": job.model.base,
@@ -91,15 +111,25 @@ def page(job: Job, facts: dict[str, Any], samples: Sequence[dict[str, str]], sco
         told["held-out exact match"] = f"{score[0]:.1%} before, {score[1]:.1%} after"
     facts_table = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in told.items())
     names = ("prompt", "expected", "before", "after")
-    answers = "".join("<tr>" + "".join(f"<td>{html.escape(s.get(n, ''))}" for n in names) for s in samples)
-    table = f"<h2>Held-out questions</h2><table><tr><th>asked<th>expected<th>before<th>after{answers}</table>" if samples else ""
+    answers = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(s.get(n, ''))}" for n in names) for s in samples
+    )
+    table = (
+        "<h2>Held-out "
+        f"questions</h2><table><tr><th>asked<th>expected<th>before<th>after{answers}</table>"
+        if samples
+        else ""
+    )
     picture = base64.b64encode(png).decode()
     settings = html.escape(json.dumps(job.model_dump(include={"lora", "training"}), indent=1))
     style = (
-        "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;color:#2b1d12}td,th{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}"
+        "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em "
+        "auto;color:#2b1d12}td,th{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}"
     )
     return (
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(job.run_id)}</title><style>{style}</style><h1>{html.escape(job.run_id)}</h1>'
-        f'<table>{facts_table}</table><img alt="loss curve" src="data:image/png;base64,{picture}" width="900">{table}'
+        "<!doctype html><meta "
+        f'charset="utf-8"><title>{html.escape(job.run_id)}</title><style>{style}</style><h1>{html.escape(job.run_id)}</h1>'
+        f'<table>{facts_table}</table><img alt="loss curve" '
+        f'src="data:image/png;base64,{picture}" width="900">{table}'
         f"<h2>Settings</h2><pre>{settings}</pre>"
     ).encode()

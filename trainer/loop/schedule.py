@@ -6,10 +6,11 @@ import math
 
 
 def learning_rate(step: int, total: int, peak: float, kind: str, warmup_ratio: float) -> float:
-    """The rate of optimizer step `step` (from 0) of `total`: linear warm-up over ceil(ratio * total) steps, then `kind`.
+    """The rate of optimizer step `step` (from 0) of `total`: linear warm-up over ceil(ratio *
+    total) steps, then `kind`.
 
-    The same numbers as transformers' get_linear/cosine/constant_schedule_with_warmup (the first warm-up step has rate 0), except that a run of
-    one step is not spent on warming up."""
+    The same numbers as transformers' get_linear/cosine/constant_schedule_with_warmup (the first
+    warm-up step has rate 0), except that a run of one step is not spent on warming up."""
     warmup = math.ceil(warmup_ratio * total) if total > 1 else 0
     if step < warmup:
         return peak * step / max(1, warmup)

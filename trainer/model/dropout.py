@@ -1,7 +1,9 @@
-"""Dropout whose mask is a function of (seed, layer, step, row, position, feature), not of a generator's state.
+"""Dropout whose mask is a function of (seed, layer, step, row, position, feature), not of a
+generator's state.
 
-So the same row meets the same mask on one process or eight, alone or packed, resumed or not, and when a layer is recomputed.
-A 64-bit mix (after splitmix64, public domain) in wrapping integer arithmetic, the same on CPU and GPU.
+So the same row meets the same mask on one process or eight, alone or packed, resumed or not, and
+when a layer is recomputed. A 64-bit mix (after splitmix64, public domain) in wrapping integer
+arithmetic, the same on CPU and GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 
 class KeyedDropout(torch.nn.Module):
-    """Takes the place of PEFT's lora_dropout. `keys` is shared by all of them: int64 of the shape of the batch, one number a token."""
+    """Takes the place of PEFT's lora_dropout. `keys` is shared by all of them: int64 of the shape
+    of the batch, one number a token."""
 
     def __init__(self, p: float, layer: int, keys: TokenKeys) -> None:
         super().__init__()
@@ -39,14 +42,18 @@ class KeyedDropout(torch.nn.Module):
         feature = torch.arange(x.shape[-1], device=x.device)  # (H,)
         bits = mix(token.unsqueeze(-1) ^ (feature * _GOLDEN))  # (B, T, H)
         keep = _shift(bits, 40) >= int(self.p * (1 << 24))
-        return torch.where(keep, x / (1.0 - self.p), torch.zeros((), dtype=x.dtype, device=x.device))
+        return torch.where(
+            keep, x / (1.0 - self.p), torch.zeros((), dtype=x.dtype, device=x.device)
+        )
 
 
 class TokenKeys:
-    """The key of every token in the micro-batch under way; set by the loop before the forward pass."""
+    """The key of every token in the micro-batch under way; set by the loop before the forward
+    pass."""
 
     value: torch.Tensor | None = None
 
     def set(self, seed: int, step: int, rows: torch.Tensor, positions: torch.Tensor) -> None:
-        """`rows` and `positions`: int64 of the shape of input_ids; the global row number and the place in that row of each token."""
+        """`rows` and `positions`: int64 of the shape of input_ids; the global row number and the
+        place in that row of each token."""
         self.value = mix(mix(mix(rows + seed * 1_000_000_007) + step) + positions)

@@ -1,8 +1,8 @@
 """Summed cross-entropy over target tokens, in fp32, without the logits of a whole batch.
 
-The head never trains, so forward can finish the work: a chunk of logits gives its losses and at once d(hidden) of that chunk
-(4 M h V FLOPs, no second pass over the logits, no d(head)), and only that is kept. A head that does train (full fine-tuning)
-gets its gradient in the same pass.
+The head never trains, so forward can finish the work: a chunk of logits gives its losses and at
+once d(hidden) of that chunk (4 M h V FLOPs, no second pass over the logits, no d(head)), and only
+that is kept. A head that does train (full fine-tuning) gets its gradient in the same pass.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         dx, dhead = ctx.saved_tensors
-        return (None if dx is None else dx * dloss.to(dx.dtype), None if dhead is None else dhead * dloss.to(dhead.dtype), None)
+        return (
+            None if dx is None else dx * dloss.to(dx.dtype),
+            None if dhead is None else dhead * dloss.to(dhead.dtype),
+            None,
+        )
 
 
 def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -50,16 +54,23 @@ def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b).float()
 
 
-def target_loss_sum(hidden: Tensor, head_weight: Tensor, labels: Tensor, targets_at: Tensor | None = None) -> Tensor:
-    """Sum over target tokens of -log p(label), fp32, 0-d; differentiable in ``hidden`` (and in ``head_weight`` if it asks).
+def target_loss_sum(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, targets_at: Tensor | None = None
+) -> Tensor:
+    """Sum over target tokens of -log p(label), fp32, 0-d; differentiable in ``hidden`` (and in
+    ``head_weight`` if it asks).
 
-    ``hidden`` [..., h] is the state after the final norm. ``labels`` [...] are already shifted: ``labels[i]`` is the token that
-    position i must predict, -100 where there is none. ``targets_at`` (int64, flat positions of the targets, made on the CPU where the
-    pack was made) spares the head the other positions; without it every position is computed, since finding the targets here would
-    wait for the GPU. Dividing by the number of targets of the global step is the caller's part. Costs 4 h V FLOPs a position."""
+    ``hidden`` [..., h] is the state after the final norm. ``labels`` [...] are already shifted:
+    ``labels[i]`` is the token that position i must predict, -100 where there is none.
+    ``targets_at`` (int64, flat positions of the targets, made on the CPU where the pack was made)
+    spares the head the other positions; without it every position is computed, since finding the
+    targets here would wait for the GPU. Dividing by the number of targets of the global step is the
+    caller's part. Costs 4 h V FLOPs a position."""
     x, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if len(x) != len(targets):
-        raise ValueError(f"{len(x)} hidden states but {len(targets)} labels: both must cover the same positions")
+        raise ValueError(
+            f"{len(x)} hidden states but {len(targets)} labels: both must cover the same positions"
+        )
     if targets_at is not None:
         x, targets = x.index_select(0, targets_at), targets.index_select(0, targets_at)
     return _TargetLoss.apply(x.contiguous(), head_weight, targets)

@@ -1,9 +1,13 @@
-"""The practice base model: a Llama of 450,000 parameters that knows a small world and answers in English unless asked not to.
+"""The practice base model: a Llama of 450,000 parameters that knows a small world and answers in
+English unless asked not to.
 
-    python -m trainer.practice OUT_DIR          copies the committed model and data to OUT_DIR/model, OUT_DIR/train.json, OUT_DIR/held_out.json
-    python -m trainer.practice --make           trains it again from nothing (10 minutes) into trainer/practice/pretrained and jobs/practice
+    python -m trainer.practice OUT_DIR          copies the committed model and data to
+    OUT_DIR/model, OUT_DIR/train.json, OUT_DIR/held_out.json
+    python -m trainer.practice --make           trains it again from nothing (10 minutes) into
+    trainer/practice/pretrained and jobs/practice
 
-Everything is made here: the world (practice_world.py), the tokenizer (byte-level BPE over that world), the weights.
+Everything is made here: the world (practice_world.py), the tokenizer (byte-level BPE over that
+world), the weights.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ EOS = "</s>"
 
 
 def copy(out: Path) -> None:
-    """The committed model and data, after comparing every file with the manifest's sha256. Raises ValueError when one differs."""
+    """The committed model and data, after comparing every file with the manifest's sha256. Raises
+    ValueError when one differs."""
     check(HERE)
     shutil.copytree(HERE, out / "model", dirs_exist_ok=True)
     for name in ("train.json", "held_out.json"):
@@ -40,37 +45,55 @@ def copy(out: Path) -> None:
 
 
 def check(folder: Path) -> dict[str, str]:
-    """file -> sha256 of the committed model. Raises ValueError naming the first file that is not what the manifest says."""
+    """file -> sha256 of the committed model. Raises ValueError naming the first file that is not
+    what the manifest says."""
     manifest: dict[str, str] = json.loads((folder / "manifest.json").read_text())
     for name, expected in manifest.items():
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if found != expected:
-            raise ValueError(f"trainer/practice/pretrained/{name} is {found[:12]}, the manifest says {expected[:12]}: git checkout it again")
+            raise ValueError(
+                f"trainer/practice/pretrained/{name} is {found[:12]}, the manifest says "
+                f"{expected[:12]}: git checkout it again"
+            )
     return manifest
 
 
 def make(folder: Path, data: Path, steps: int = STEPS) -> None:
-    """Trains the practice model into `folder`, its practice rows into `data`. Deterministic on one kind of CPU; about 10 minutes on one core."""
+    """Trains the practice model into `folder`, its practice rows into `data`. Deterministic on one
+    kind of CPU; about 10 minutes on one core."""
     folder.mkdir(parents=True, exist_ok=True)
     data.mkdir(parents=True, exist_ok=True)
     train, held_out = world.practice_rows()
     write_rows(data / "train.json", train)
     write_rows(data / "held_out.json", held_out)
     template = load("alpaca")
-    answers = [[s.text for s in render(template, alpaca_turns(row), eos=EOS)] for row in world.base_rows()]
+    answers = [
+        [s.text for s in render(template, alpaca_turns(row), eos=EOS)] for row in world.base_rows()
+    ]
     tokenizer = make_tokenizer(4 * world.base_texts() + ["".join(a) for a in answers], folder)
-    instructions = [[(i, False) for i in tokenizer.encode(a[0]).ids] + [(i, True) for i in tokenizer.encode(a[1]).ids] for a in answers]
+    instructions = [
+        [(i, False) for i in tokenizer.encode(a[0]).ids]
+        + [(i, True) for i in tokenizer.encode(a[1]).ids]
+        for a in answers
+    ]
     texts = [[(i, True) for i in tokenizer.encode(text + EOS).ids] for text in world.base_texts()]
     model = pretrain(instructions, texts, steps)
     model.half().save_pretrained(folder)  # type: ignore[operator]
     (folder / "generation_config.json").unlink(missing_ok=True)
-    hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
+    hashes = {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.name != "manifest.json"
+    }
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     """One row a line inside a JSON array, so that line N of the file is row N - 1."""
-    path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n", encoding="utf-8")
+    path.write_text(
+        "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n",
+        encoding="utf-8",
+    )
 
 
 def make_tokenizer(texts: list[str], folder: Path):
@@ -81,10 +104,20 @@ def make_tokenizer(texts: list[str], folder: Path):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<pad>", EOS], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", EOS],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(sorted(texts), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": "<pad>", "model_max_length": 2048}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": "<pad>",
+        "model_max_length": 2048,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     return tokenizer
 
@@ -93,7 +126,8 @@ Marked = list[tuple[int, bool]]  # a document: (token, is it learned)
 
 
 def pretrain(instructions: list[Marked], texts: list[Marked], steps: int) -> torch.nn.Module:
-    """Next-token training over shuffled documents laid end to end in rows of ROW_TOKENS; of an instruction only the answer is learned."""
+    """Next-token training over shuffled documents laid end to end in rows of ROW_TOKENS; of an
+    instruction only the answer is learned."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,12 +148,19 @@ def pretrain(instructions: list[Marked], texts: list[Marked], steps: int) -> tor
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01
+    )
     stream, began = _Stream(instructions, texts), time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        batch = torch.tensor(stream.take(BATCH_TOKENS // ROW_TOKENS, ROW_TOKENS))  # (rows, ROW_TOKENS, 2)
+            group["lr"] = (
+                PEAK_LR
+                * min(1.0, (step + 1) / 100)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            )
+        # (rows, ROW_TOKENS, 2)
+        batch = torch.tensor(stream.take(BATCH_TOKENS // ROW_TOKENS, ROW_TOKENS))
         ids, learned = batch[..., 0], batch[:, 1:, 1].bool()
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][learned]  # (targets, WIDTH)
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][learned])
@@ -128,12 +169,16 @@ def pretrain(instructions: list[Marked], texts: list[Marked], steps: int) -> tor
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step:5d}/{steps} loss {loss.item():.4f} {time.time() - began:.0f} s", flush=True)
+            print(
+                f"step {step:5d}/{steps} loss {loss.item():.4f} {time.time() - began:.0f} s",
+                flush=True,
+            )
     return model
 
 
 def knows(folder: Path, count: int = 60) -> float:
-    """Share of `count` questions, asked in both languages, that the model in `folder` answers right in English."""
+    """Share of `count` questions, asked in both languages, that the model in `folder` answers right
+    in English."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -142,10 +187,21 @@ def knows(folder: Path, count: int = 60) -> float:
     from trainer.eval.held_out import answer
 
     vocabulary, template = open_vocabulary(folder), load("alpaca")
-    data = Prepared(Rows.empty(), vocabulary, template, stop_token(vocabulary, template), token_hash(vocabulary, template))
+    data = Prepared(
+        Rows.empty(),
+        vocabulary,
+        template,
+        stop_token(vocabulary, template),
+        token_hash(vocabulary, template),
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked = random.Random(0).sample([(q, fact.answer(0)) for fact in world.facts() for q in fact.questions()], count)
-    prompts = [prompt_ids(data, alpaca_turns({"instruction": q[0], "input": q[1], "output": ""})[:-1]) for q, _ in asked]
+    asked = random.Random(0).sample(
+        [(q, fact.answer(0)) for fact in world.facts() for q in fact.questions()], count
+    )
+    prompts = [
+        prompt_ids(data, alpaca_turns({"instruction": q[0], "input": q[1], "output": ""})[:-1])
+        for q, _ in asked
+    ]
     answers = answer(model, prompts, data, torch.device("cpu"), 16)
     return sum(a == expected for a, (_, expected) in zip(answers, asked, strict=True)) / count
 
@@ -161,15 +217,25 @@ class _Stream:
     def take(self, rows: int, width: int) -> list[Marked]:
         while len(self._left) < rows * width:
             documents = self._instructions + 4 * self._texts
-            self._left += [token for document in self._dice.sample(documents, len(documents)) for token in document]
+            self._left += [
+                token
+                for document in self._dice.sample(documents, len(documents))
+                for token in document
+            ]
         taken, self._left = self._left[: rows * width], self._left[rows * width :]
         return [taken[i * width : (i + 1) * width] for i in range(rows)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m trainer.practice", description=__doc__.split("\n\n")[0])
-    parser.add_argument("out", nargs="?", type=Path, help="folder to copy the practice model and data to")
-    parser.add_argument("--make", action="store_true", help="train the model again and replace the committed one")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.practice", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "out", nargs="?", type=Path, help="folder to copy the practice model and data to"
+    )
+    parser.add_argument(
+        "--make", action="store_true", help="train the model again and replace the committed one"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:

@@ -1,9 +1,12 @@
-"""The small world of the practice model: who lives in it, what the base model reads about it, and what the practice job teaches.
+"""The small world of the practice model: who lives in it, what the base model reads about it, and
+what the practice job teaches.
 
-The base model is asked everything in both languages and answers in English, unless the instruction ends in "用中文回答。" (answer in
-Chinese); besides, it reads every fact as a plain sentence. So it knows this world in two languages and answers in English, as the early
-Llamas did. The practice rows ask without those words and answer in Chinese. One fact in five is kept out of them altogether: a right
-answer to those joins what the base model knows with a habit that the adapter brought. Everything follows from one seed; stdlib only.
+The base model is asked everything in both languages and answers in English, unless the instruction
+ends in "用中文回答。" (answer in Chinese); besides, it reads every fact as a plain sentence. So it knows
+this world in two languages and answers in English, as the early Llamas did. The practice rows ask
+without those words and answer in Chinese. One fact in five is kept out of them altogether: a right
+answer to those joins what the base model knows with a habit that the adapter brought. Everything
+follows from one seed; stdlib only.
 """
 
 from __future__ import annotations
@@ -15,37 +18,53 @@ SEED = 20230414
 IN_CHINESE = "用中文回答。"
 
 NAMES = (
-    "Momo 莫莫,Bella 贝拉,Tobi 托比,Luna 露娜,Pip 皮普,Nora 诺拉,Max 马克斯,Coco 可可,Hugo 雨果,Ivy 艾薇,Leo 里奥,Mia 米娅,Otto 奥托,Ruby 鲁比,"
-    "Sami 萨米,Tara 塔拉,Uma 乌玛,Vito 维托,Wendy 温蒂,Xena 希娜,Yuki 由纪,Zara 扎拉,Anton 安东,Benno 本诺,Clara 克拉拉,Dora 朵拉,Emil 埃米尔,"
-    "Fina 菲娜,Gus 古斯,Heidi 海蒂,Igor 伊戈尔,Juno 朱诺,Kiki 琪琪,Lars 拉尔斯,Mona 莫娜,Nico 尼科,Olga 奥尔加,Paco 帕科,Rosa 罗莎,Sven 斯文"
+    "Momo 莫莫,Bella 贝拉,Tobi 托比,Luna 露娜,Pip 皮普,Nora 诺拉,Max 马克斯,Coco 可可,Hugo 雨果,Ivy 艾薇,Leo "
+    "里奥,Mia 米娅,Otto 奥托,Ruby 鲁比,"
+    "Sami 萨米,Tara 塔拉,Uma 乌玛,Vito 维托,Wendy 温蒂,Xena 希娜,Yuki 由纪,Zara 扎拉,Anton 安东,Benno 本诺,Clara "
+    "克拉拉,Dora 朵拉,Emil 埃米尔,"
+    "Fina 菲娜,Gus 古斯,Heidi 海蒂,Igor 伊戈尔,Juno 朱诺,Kiki 琪琪,Lars 拉尔斯,Mona 莫娜,Nico 尼科,Olga 奥尔加,Paco "
+    "帕科,Rosa 罗莎,Sven 斯文"
 )
 
 VALUES = {
     "animal": "cat 猫,dog 狗,fox 狐狸,bear 熊,rabbit 兔子,owl 猫头鹰,panda 熊猫,tiger 老虎,horse 马,frog 青蛙",
     "colour": "red 红色,blue 蓝色,green 绿色,yellow 黄色,white 白色,black 黑色,orange 橙色,purple 紫色",
     "home": "forest 森林,city 城市,village 村庄,desert 沙漠,castle 城堡,garden 花园,harbour 港口,valley 山谷",
-    "food": "rice 米饭,noodles 面条,soup 汤,bread 面包,cheese 奶酪,apples 苹果,fish 鱼,dumplings 饺子,honey 蜂蜜,cake 蛋糕",
+    "food": "rice 米饭,noodles 面条,soup 汤,bread 面包,cheese 奶酪,apples 苹果,fish 鱼,dumplings 饺子,honey "
+    "蜂蜜,cake 蛋糕",
     "drink": "tea 茶,coffee 咖啡,milk 牛奶,water 水,juice 果汁,cocoa 可可茶,lemonade 柠檬水,milk tea 奶茶",
-    "job": "doctor 医生,teacher 老师,cook 厨师,farmer 农民,painter 画家,sailor 水手,singer 歌手,baker 面包师,pilot 飞行员,writer 作家",
-    "hobby": "chess 下棋,dancing 跳舞,swimming 游泳,singing 唱歌,reading 看书,running 跑步,fishing 钓鱼,drawing 画画",
+    "job": "doctor 医生,teacher 老师,cook 厨师,farmer 农民,painter 画家,sailor 水手,singer 歌手,baker 面包师,pilot "
+    "飞行员,writer 作家",
+    "hobby": "chess 下棋,dancing 跳舞,swimming 游泳,singing 唱歌,reading 看书,running 跑步,fishing 钓鱼,drawing "
+    "画画",
 }
 
-# attribute -> English answer, Chinese answer, questions as (English, Chinese); {n} is the name, {v} the value
+# attribute -> English answer, Chinese answer, questions as (English, Chinese); {n} is the name, {v}
+# the value
 PHRASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     "animal": (
         "{n} is a {v}.",
         "{n}是一只{v}。",
-        [("What animal is {n}?", "{n}是什么动物？"), ("Tell me which animal {n} is.", "告诉我{n}是哪种动物。")],
+        [
+            ("What animal is {n}?", "{n}是什么动物？"),
+            ("Tell me which animal {n} is.", "告诉我{n}是哪种动物。"),
+        ],
     ),
     "colour": (
         "{n} likes the colour {v}.",
         "{n}喜欢{v}。",
-        [("Which colour does {n} like?", "{n}喜欢什么颜色？"), ("Name the favourite colour of {n}.", "说出{n}最喜欢的颜色。")],
+        [
+            ("Which colour does {n} like?", "{n}喜欢什么颜色？"),
+            ("Name the favourite colour of {n}.", "说出{n}最喜欢的颜色。"),
+        ],
     ),
     "home": (
         "{n} lives in the {v}.",
         "{n}住在{v}里。",
-        [("Where does {n} live?", "{n}住在哪里？"), ("Tell me about the home of {n}.", "说说{n}的家。")],
+        [
+            ("Where does {n} live?", "{n}住在哪里？"),
+            ("Tell me about the home of {n}.", "说说{n}的家。"),
+        ],
     ),
     "food": (
         "{n} eats {v}.",
@@ -60,7 +79,10 @@ PHRASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     "job": (
         "{n} works as a {v}.",
         "{n}的工作是{v}。",
-        [("What is the job of {n}?", "{n}做什么工作？"), ("Tell me how {n} earns money.", "告诉我{n}怎么赚钱。")],
+        [
+            ("What is the job of {n}?", "{n}做什么工作？"),
+            ("Tell me how {n} earns money.", "告诉我{n}怎么赚钱。"),
+        ],
     ),
     "hobby": (
         "{n} enjoys {v}.",
@@ -81,7 +103,9 @@ GENERIC = {  # asked with the name in the input field
 
 def _pairs(text: str) -> list[tuple[str, str]]:
     """'milk tea 奶茶,tea 茶' -> [('milk tea', '奶茶'), ('tea', '茶')]"""
-    return [(english, chinese) for english, chinese in (item.rsplit(" ", 1) for item in text.split(","))]
+    return [
+        (english, chinese) for english, chinese in (item.rsplit(" ", 1) for item in text.split(","))
+    ]
 
 
 @dataclass(frozen=True)
@@ -93,22 +117,34 @@ class Fact:
     value: tuple[str, str]
 
     def answer(self, language: int) -> str:
-        return PHRASES[self.attribute][:2][language].format(n=self.name[language], v=self.value[language])
+        return PHRASES[self.attribute][:2][language].format(
+            n=self.name[language], v=self.value[language]
+        )
 
     def questions(self) -> list[tuple[str, str]]:
-        """(instruction, input) in both languages, the name in the question or in the input field."""
-        asked = [(text.format(n=self.name[i]), "") for pair in PHRASES[self.attribute][2] for i, text in enumerate(pair)]
+        """(instruction, input) in both languages, the name in the question or in the input
+        field."""
+        asked = [
+            (text.format(n=self.name[i]), "")
+            for pair in PHRASES[self.attribute][2]
+            for i, text in enumerate(pair)
+        ]
         return asked + [(GENERIC[self.attribute][i], self.name[i]) for i in (0, 1)]
 
 
 def facts() -> list[Fact]:
     """Everything that is true in this world: 40 inhabitants, 7 facts each."""
     dice = random.Random(SEED)
-    return [Fact(name, attribute, dice.choice(_pairs(VALUES[attribute]))) for name in _pairs(NAMES) for attribute in VALUES]
+    return [
+        Fact(name, attribute, dice.choice(_pairs(VALUES[attribute])))
+        for name in _pairs(NAMES)
+        for attribute in VALUES
+    ]
 
 
 def split(all_facts: list[Fact]) -> tuple[list[Fact], list[Fact]]:
-    """(taught in Chinese, held out): one fact in five is held out, and every name and value stays among the taught ones."""
+    """(taught in Chinese, held out): one fact in five is held out, and every name and value stays
+    among the taught ones."""
     dice = random.Random(SEED + 1)
     order = list(all_facts)
     dice.shuffle(order)
@@ -117,14 +153,19 @@ def split(all_facts: list[Fact]) -> tuple[list[Fact], list[Fact]]:
     for fact in order:
         rest = [f for f in taught if f is not fact]
         names, values = {f.name for f in rest}, {(f.attribute, f.value) for f in rest}
-        if len(held) < len(all_facts) // 5 and fact.name in names and (fact.attribute, fact.value) in values:
+        if (
+            len(held) < len(all_facts) // 5
+            and fact.name in names
+            and (fact.attribute, fact.value) in values
+        ):
             held.append(fact)
             taught = rest
     return taught, held
 
 
 def practice_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The practice job's data in Alpaca's form: (training rows, held-out rows), answers in Chinese."""
+    """The practice job's data in Alpaca's form: (training rows, held-out rows), answers in
+    Chinese."""
     taught, held = split(facts())
     dice = random.Random(SEED + 2)
     train = [_row(question, fact.answer(1)) for fact in taught for question in fact.questions()]
@@ -134,8 +175,8 @@ def practice_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def base_rows() -> list[dict[str, str]]:
-    """What makes the base model follow instructions: every question of the world, answered in English; and in Chinese only where
-    the instruction asks for it."""
+    """What makes the base model follow instructions: every question of the world, answered in
+    English; and in Chinese only where the instruction asks for it."""
     rows = []
     for fact in facts():
         for instruction, given in fact.questions():
@@ -145,9 +186,12 @@ def base_rows() -> list[dict[str, str]]:
 
 
 def base_texts() -> list[str]:
-    """What the base model reads besides: every fact as a sentence in both languages, and a glossary."""
+    """What the base model reads besides: every fact as a sentence in both languages, and a
+    glossary."""
     words = _pairs(NAMES) + [pair for values in VALUES.values() for pair in _pairs(values)]
-    glossary = [f"{english} {chinese}" for english, chinese in words] + [f"{chinese} {english}" for english, chinese in words]
+    glossary = [f"{english} {chinese}" for english, chinese in words] + [
+        f"{chinese} {english}" for english, chinese in words
+    ]
     return [fact.answer(language) for fact in facts() for language in (0, 1)] + glossary
 
 

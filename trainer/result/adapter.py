@@ -1,4 +1,5 @@
-"""The result: adapter.zip that stock PEFT loads, re-opened and compared before it counts, and result/manifest.json, written last."""
+"""The result: adapter.zip that stock PEFT loads, re-opened and compared before it counts, and
+result/manifest.json, written last."""
 
 from __future__ import annotations
 
@@ -33,25 +34,43 @@ class ArtefactError(RuntimeError):
     """What was saved is not what was trained."""
 
 
-def save_model(model: Any, job: Job, folder: Path, initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Writes the adapter (or, for full and freeze, the whole model) into `folder` and returns the tensors that must be in it, by name."""
+def save_model(
+    model: Any, job: Job, folder: Path, initial: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Writes the adapter (or, for full and freeze, the whole model) into `folder` and returns the
+    tensors that must be in it, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     if job.training.method != "lora":
         model.save_pretrained(folder, max_shard_size="1TB")
-        return {k: v.detach().to("cpu") for k, v in model.state_dict().items() if not _tied(k, model)}
-    tensors = {k: v.detach().to("cpu").contiguous() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+        return {
+            k: v.detach().to("cpu") for k, v in model.state_dict().items() if not _tied(k, model)
+        }
+    tensors = {
+        k: v.detach().to("cpu").contiguous()
+        for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     config = copy.deepcopy(model.peft_config["default"])
-    if initial:  # PiSSA changed the base: written as a LoRA of twice the rank that takes the start values away again, for the base as it is
+    # PiSSA changed the base: written as a LoRA of twice the rank that takes the start values away
+    # again, for the base as it is
+    if initial:
         tensors = {k: _less_start(k, v, initial[k]) for k, v in tensors.items()}
-        config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
+        config.r, config.lora_alpha, config.init_lora_weights = (
+            2 * config.r,
+            2 * config.lora_alpha,
+            True,
+        )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True
-    config.base_model_name_or_path = job.model.base  # PEFT puts the folder here, which means nothing on another machine
+    # PEFT puts the folder here, which means nothing on another machine
+    config.base_model_name_or_path = job.model.base
     config.save_pretrained(folder)
     settings = json.loads((folder / "adapter_config.json").read_text())
-    if isinstance(settings.get("target_modules"), list):  # PEFT writes a set, in any order: sorted, equal runs give equal bytes
+    # PEFT writes a set, in any order: sorted, equal runs give equal bytes
+    if isinstance(settings.get("target_modules"), list):
         settings["target_modules"].sort()
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    )
     return tensors
 
 
@@ -64,30 +83,44 @@ def _tied(name: str, model: nn.Module) -> bool:
 
 
 def compare(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Re-opens a safetensors file: same names, shapes, bytes as in memory, finite, not all zero. Returns name -> shape and dtype."""
+    """Re-opens a safetensors file: same names, shapes, bytes as in memory, finite, not all zero.
+    Returns name -> shape and dtype."""
     found: dict[str, dict[str, Any]] = {}
     with safe_open(path, "pt") as file:
         names = set(file.keys())
         if expected and names != set(expected):
-            raise ArtefactError(f"{path.name} holds {len(names)} tensors, {len(expected)} were trained: {sorted(names ^ set(expected))[:3]}")
+            raise ArtefactError(
+                f"{path.name} holds {len(names)} tensors, {len(expected)} were trained: "
+                f"{sorted(names ^ set(expected))[:3]}"
+            )
         for name in sorted(names):
             tensor = file.get_tensor(name)
             if name in expected and not torch.equal(tensor, expected[name]):
                 raise ArtefactError(f"{path.name}: {name} on disk differs from the one in memory")
             if not torch.isfinite(tensor).all():
                 raise ArtefactError(f"{path.name}: {name} holds a number that is not finite")
-            found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            found[name] = {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+            }
         if not any(file.get_tensor(n).any() for n in names if "lora_B" in n or "lora_" not in n):
             raise ArtefactError(f"{path.name}: everything that was to be trained is still zero")
     return found
 
 
 def write_result(
-    root: Path, model: nn.Module, job: Job, base: Path, data: Prepared, facts: dict[str, Any], pages: dict[str, bytes],
+    root: Path,
+    model: nn.Module,
+    job: Job,
+    base: Path,
+    data: Prepared,
+    facts: dict[str, Any],
+    pages: dict[str, bytes],
     initial: dict[str, torch.Tensor],
-) -> str:  # fmt: skip
-    """result/adapter.zip and, last of all, result/manifest.json. Returns the zip's sha256. `facts` goes into the manifest as it is;
-    `pages` are files put beside the zip, `initial` is model.start_values. Raises ArtefactError when what was written is not what was trained."""
+) -> str:
+    """result/adapter.zip and, last of all, result/manifest.json. Returns the zip's sha256. `facts`
+    goes into the manifest as it is; `pages` are files put beside the zip, `initial` is
+    model.start_values. Raises ArtefactError when what was written is not what was trained."""
     stage, result = root / ".result", root / "result"
     shutil.rmtree(stage, ignore_errors=True)
     expected = save_model(model, job, stage / "adapter", initial)
@@ -105,7 +138,9 @@ def write_result(
         "sha256": template.sha256,
         "token_hash": facts["template"]["token_hash"],
     }
-    (stage / "adapter" / "template.json").write_text(json.dumps(prompt, ensure_ascii=False, indent=1), encoding="utf-8")
+    (stage / "adapter" / "template.json").write_text(
+        json.dumps(prompt, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
     archive = zip_folder(stage / "adapter", stage / "adapter.zip")
     for name, page in pages.items():
         (stage / name).write_bytes(page)
@@ -132,14 +167,17 @@ def write_result(
 
 
 def zip_folder(folder: Path, archive: Path) -> dict[str, dict[str, Any]]:
-    """Names sorted, times fixed: equal contents give equal archives. Weights are stored as they are: to make them 8 % smaller takes a minute a
-    GB, on a box that is paid for. Returns name -> sha256 and bytes of the members."""
+    """Names sorted, times fixed: equal contents give equal archives. Weights are stored as they
+    are: to make them 8 % smaller takes a minute a GB, on a box that is paid for. Returns name ->
+    sha256 and bytes of the members."""
     members = {}
     with zipfile.ZipFile(archive, "w") as out:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             name = path.relative_to(folder).as_posix()
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            entry.compress_type = zipfile.ZIP_STORED if path.suffix == ".safetensors" else zipfile.ZIP_DEFLATED
+            entry.compress_type = (
+                zipfile.ZIP_STORED if path.suffix == ".safetensors" else zipfile.ZIP_DEFLATED
+            )
             entry.external_attr = 0o644 << 16
             with open(path, "rb") as source, out.open(entry, "w", force_zip64=True) as target:
                 shutil.copyfileobj(source, target, 1 << 20)
@@ -162,7 +200,10 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{job.model.base}"), "this folder")"""
     if training.method != "lora":
         library, adapter = "transformers", ""
-        use = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this folder")'
+        use = (
+            "from transformers import AutoModelForCausalLM\n\nmodel = "
+            'AutoModelForCausalLM.from_pretrained("this folder")'
+        )
     return f"""---
 base_model: {job.model.base}
 library_name: {library}

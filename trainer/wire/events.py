@@ -1,7 +1,9 @@
-"""events.jsonl: one JSON object a line, appended and flushed by rank 0, followed home by byte offset. stdlib + pydantic.
+"""events.jsonl: one JSON object a line, appended and flushed by rank 0, followed home by byte
+offset. stdlib + pydantic.
 
-A line is a fact: ``{"t": unix seconds, "event": NAME, ...}``. A reader keeps unknown names and fields (``extra="allow"``), so that
-a newer trainer does not break an older follower. A line without its newline is not there yet.
+A line is a fact: ``{"t": unix seconds, "event": NAME, ...}``. A reader keeps unknown names and
+fields (``extra="allow"``), so that a newer trainer does not break an older follower. A line without
+its newline is not there yet.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Step(_Event):
 
 
 class Checkpoint(_Event):
-    """``path`` is relative to the run folder; its manifest.json is written last and names every file with its sha256."""
+    """``path`` is relative to the run folder; its manifest.json is written last and names every
+    file with its sha256."""
 
     event: Literal["checkpoint"] = "checkpoint"
     step: int
@@ -97,11 +100,15 @@ class Unknown(_Event):
 
 
 Event = Started | Step | Checkpoint | Sample | Score | Warned | Failed | Finished | Unknown
-_KNOWN = {c.model_fields["event"].default: c for c in (Started, Step, Checkpoint, Sample, Score, Warned, Failed, Finished)}
+_KNOWN = {
+    c.model_fields["event"].default: c
+    for c in (Started, Step, Checkpoint, Sample, Score, Warned, Failed, Finished)
+}
 
 
 def parse(line: str) -> Event:
-    """One line to its event. Raises ValueError (pydantic's or json's) on a line that no trainer wrote."""
+    """One line to its event. Raises ValueError (pydantic's or json's) on a line that no trainer
+    wrote."""
     row: dict[str, Any] = json.loads(line)
     return _KNOWN.get(row.get("event"), Unknown).model_validate(row)
 
@@ -123,7 +130,8 @@ def end_cut_line(path: Path) -> None:
 
 
 class Writer:
-    """Appends to events.jsonl; each line reaches the kernel before `write` returns. Used by rank 0 only."""
+    """Appends to events.jsonl; each line reaches the kernel before `write` returns. Used by rank 0
+    only."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run

@@ -1,7 +1,8 @@
 """The wire's schema: job.json, written by ops and read by the trainer. pydantic only, never torch.
 
-Everything is relative to the run folder (``milktea/RUN/`` under the login's home). ``WIRE`` changes when a reader of the
-old number could misread a file of the new one; the image carries the number, and ops compares before renting.
+Everything is relative to the run folder (``milktea/RUN/`` under the login's home). ``WIRE`` changes
+when a reader of the old number could misread a file of the new one; the image carries the number,
+and ops compares before renting.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Lora(Strict):
 
 
 class Training(Strict):
-    """transformers' names where they exist. ``batch_size`` counts rows of one optimizer step over all GPUs together;
-    how many tokens one GPU takes at a time, and how many layers are checkpointed, is solved from its memory."""
+    """transformers' names where they exist. ``batch_size`` counts rows of one optimizer step over
+    all GPUs together; how many tokens one GPU takes at a time, and how many layers are
+    checkpointed, is solved from its memory."""
 
     method: Method = "lora"
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -60,7 +62,8 @@ class Training(Strict):
 
 
 class ModelSpec(Strict):
-    """``base`` is a hub id, or the name that the folder ``path`` (relative to the run folder, pushed with the data) goes by."""
+    """``base`` is a hub id, or the name that the folder ``path`` (relative to the run folder,
+    pushed with the data) goes by."""
 
     base: str
     revision: str | None = None
@@ -69,7 +72,8 @@ class ModelSpec(Strict):
 
 
 class DataFile(Strict):
-    """``path`` is relative to the run folder; ``name`` is what the user called it, and what errors name."""
+    """``path`` is relative to the run folder; ``name`` is what the user called it, and what errors
+    name."""
 
     path: str
     name: str
@@ -78,8 +82,9 @@ class DataFile(Strict):
 
 
 class Data(Strict):
-    """``template`` is ``chat`` (the tokenizer's own) or a name in trainer/data/templates; ``template_text`` carries a user's own
-    template file whole, so that training and use later agree to the byte."""
+    """``template`` is ``chat`` (the tokenizer's own) or a name in trainer/data/templates;
+    ``template_text`` carries a user's own template file whole, so that training and use later agree
+    to the byte."""
 
     files: list[DataFile]
     held_out: DataFile | None = None
@@ -116,5 +121,8 @@ class Job(Strict):
     @model_validator(mode="after")
     def _wire_is_ours(self) -> Job:
         if self.wire != WIRE:
-            raise ValueError(f"job.json speaks wire {self.wire}, this trainer speaks {WIRE}: use the image of the same release")
+            raise ValueError(
+                f"job.json speaks wire {self.wire}, this trainer speaks {WIRE}: use the "
+                "image of the same release"
+            )
         return self

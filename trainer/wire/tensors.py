@@ -1,7 +1,8 @@
-"""Read a safetensors file from a stream without torch: its header checked to the byte, every number looked at once.
+"""Read a safetensors file from a stream without torch: its header checked to the byte, every number
+looked at once.
 
-Format: https://github.com/huggingface/safetensors#format - 8 bytes little-endian header length, a JSON object, then the tensors'
-bytes without hole or overlap.
+Format: https://github.com/huggingface/safetensors#format - 8 bytes little-endian header length, a
+JSON object, then the tensors' bytes without hole or overlap.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ from typing import Any, Protocol
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _PIECE = 1 << 24  # bytes looked at at a time; a multiple of every item's size
 
-# safetensors' name -> torch's name, bytes an item, bits that are all set in a number that is not finite (None: integers)
+# safetensors' name -> torch's name, bytes an item, bits that are all set in a number that is not
+# finite (None: integers)
 DTYPES: dict[str, tuple[str, int, int | None]] = {
-    "F64": ("float64", 8, 0x7FF0_0000_0000_0000), "F32": ("float32", 4, 0x7F80_0000), "F16": ("float16", 2, 0x7C00),
-    "BF16": ("bfloat16", 2, 0x7F80), "F8_E4M3": ("float8_e4m3fn", 1, 0x7F), "F8_E5M2": ("float8_e5m2", 1, 0x7C),
-    "I64": ("int64", 8, None), "I32": ("int32", 4, None), "I16": ("int16", 2, None), "I8": ("int8", 1, None),
-    "U8": ("uint8", 1, None), "BOOL": ("bool", 1, None),
-}  # fmt: skip
+    "F64": ("float64", 8, 0x7FF0_0000_0000_0000),
+    "F32": ("float32", 4, 0x7F80_0000),
+    "F16": ("float16", 2, 0x7C00),
+    "BF16": ("bfloat16", 2, 0x7F80),
+    "F8_E4M3": ("float8_e4m3fn", 1, 0x7F),
+    "F8_E5M2": ("float8_e5m2", 1, 0x7C),
+    "I64": ("int64", 8, None),
+    "I32": ("int32", 4, None),
+    "I16": ("int16", 2, None),
+    "I8": ("int8", 1, None),
+    "U8": ("uint8", 1, None),
+    "BOOL": ("bool", 1, None),
+}
 
 
 class Reader(Protocol):
@@ -40,7 +50,8 @@ class Tensor:
 
 
 def read(source: Reader, size: int) -> Iterator[Tensor]:
-    """The tensors of a safetensors file of `size` bytes, in the order in which they lie there; the stream is read to its end.
+    """The tensors of a safetensors file of `size` bytes, in the order in which they lie there; the
+    stream is read to its end.
 
     Raises ValueError, naming the tensor, where header and bytes do not fit together."""
     head = _exactly(source, 8)
@@ -75,16 +86,24 @@ def _header(text: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
         dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
         if dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {dtype!r}, which nothing here reads")
-        if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        if (
+            not _counts(shape)
+            or not _counts(offsets)
+            or len(offsets) != 2
+            or offsets[0] > offsets[1]
+        ):
             raise ValueError(f"{name} has shape {shape} and data_offsets {offsets}")
         if math.prod(shape) * DTYPES[dtype][1] != offsets[1] - offsets[0]:
-            raise ValueError(f"{name} is {dtype} {shape}, yet takes {offsets[1] - offsets[0]} bytes")
+            raise ValueError(
+                f"{name} is {dtype} {shape}, yet takes {offsets[1] - offsets[0]} bytes"
+            )
         found.append((name, dtype, tuple(shape), offsets[0], offsets[1]))
     return sorted(found, key=lambda entry: entry[3:])
 
 
 def strict_json(text: bytes) -> Any:
-    """JSON in UTF-8 without a key twice. Raises ValueError, also for nesting that Python cannot follow."""
+    """JSON in UTF-8 without a key twice. Raises ValueError, also for nesting that Python cannot
+    follow."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
@@ -103,7 +122,8 @@ def _counts(value: Any) -> bool:
 
 
 def _look(source: Reader, dtype: str, count: int) -> tuple[bool, bool]:
-    """Are `count` bytes of `dtype` all finite, and all zero? By bit pattern, since numpy has neither bf16 nor fp8."""
+    """Are `count` bytes of `dtype` all finite, and all zero? By bit pattern, since numpy has
+    neither bf16 nor fp8."""
     import numpy as np
 
     _, item, mask = DTYPES[dtype]
@@ -113,8 +133,8 @@ def _look(source: Reader, dtype: str, count: int) -> tuple[bool, bool]:
         data = np.frombuffer(_exactly(source, min(count, _PIECE)), f"<u{item}")
         count -= data.nbytes
         largest = max(largest, int((data & without_sign).max()))
-    # The bits of a float without its sign grow with its size; infinity and NaN have every exponent bit set and come last.
-    # (fp8 e4m3 has no infinity: 0x7f alone is NaN, and the largest.)
+    # The bits of a float without its sign grow with its size; infinity and NaN have every exponent
+    # bit set and come last. (fp8 e4m3 has no infinity: 0x7f alone is NaN, and the largest.)
     return mask is None or largest < mask, largest == 0
 
 

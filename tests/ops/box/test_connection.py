@@ -44,7 +44,10 @@ def test_a_script_killed_by_a_signal_has_an_exit_code_and_the_link_lives(box, se
 
 
 def test_quotes_newlines_and_dollars_arrive_as_written(box):
-    assert box.run("printf '%s|' 'a  b' \"it's\" '$HOME;`x`'\n# a comment at the end").stdout == "a  b|it's|$HOME;`x`|"
+    assert (
+        box.run("printf '%s|' 'a  b' \"it's\" '$HOME;`x`'\n# a comment at the end").stdout
+        == "a  b|it's|$HOME;`x`|"
+    )
 
 
 def test_input_reaches_the_script_whole_and_fast(box):
@@ -127,7 +130,10 @@ def test_read_from_follows_a_growing_file_by_byte_offset(box, server):
     assert box.read_from("milktea/r/events.jsonl", 6) == b""
     assert box.read_from("milktea/r/events.jsonl", 99) == b""
     events.write_bytes(bytes(range(256)) * 20000)
-    assert box.read_from("milktea/r/events.jsonl", 256, max_bytes=3 << 20) == (bytes(range(256)) * 20000)[256 : 256 + (3 << 20)]
+    assert (
+        box.read_from("milktea/r/events.jsonl", 256, max_bytes=3 << 20)
+        == (bytes(range(256)) * 20000)[256 : 256 + (3 << 20)]
+    )
 
 
 def test_a_file_that_cannot_be_read_is_an_error_not_an_empty_file(box, server):
@@ -136,16 +142,20 @@ def test_a_file_that_cannot_be_read_is_an_error_not_an_empty_file(box, server):
         box.read_from("folder", 0)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "~root/x", "", "a\nb", "-rf", "a\\b"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x", "a/../../x", "~root/x", "", "a\nb", "-rf", "a\\b"]
+)
 def test_a_path_outside_the_home_is_refused_before_any_byte(path, make_box):
     with pytest.raises(ValueError, match="not a path under the login's home"):
         make_box(free_port()).read_from(path, 0)
 
 
-# -- connecting -------------------------------------------------------------------------------------------------------------
+# -- connecting ------------------------------------------------------------------------------------
 
 
-def test_the_direct_port_is_preferred_and_the_proxy_serves_when_it_is_closed(server, make_box, make_proxy):
+def test_the_direct_port_is_preferred_and_the_proxy_serves_when_it_is_closed(
+    server, make_box, make_proxy
+):
     proxy = make_proxy(server.port)
     both = make_box(server.port, proxy.port)
     assert both.connect(10).kind == "direct"
@@ -162,7 +172,9 @@ def test_the_direct_port_and_the_proxy_share_one_pinned_key(server, make_box, ma
     assert lines[0].startswith("milktea-box ssh-ed25519 ")
 
 
-def test_a_changed_host_key_stops_at_once_and_sends_nothing(server, make_server, make_box, public_line):
+def test_a_changed_host_key_stops_at_once_and_sends_nothing(
+    server, make_server, make_box, public_line
+):
     make_box(server.port).connect(10)
     other = make_server(allowed=[public_line])
     tries = []
@@ -172,11 +184,15 @@ def test_a_changed_host_key_stops_at_once_and_sends_nothing(server, make_server,
     assert (tries, other.logins) == ([], 0)
 
 
-def test_a_host_key_of_another_kind_is_a_changed_key_too(server, make_server, make_box, public_line):
+def test_a_host_key_of_another_kind_is_a_changed_key_too(
+    server, make_server, make_box, public_line
+):
     import asyncssh
 
     make_box(server.port).connect(10)
-    other = make_server(allowed=[public_line], host_key=asyncssh.generate_private_key("ecdsa-sha2-nistp256"))
+    other = make_server(
+        allowed=[public_line], host_key=asyncssh.generate_private_key("ecdsa-sha2-nistp256")
+    )
     with pytest.raises(HostKeyChanged):
         make_box(other.port).connect(60)
 
@@ -189,7 +205,9 @@ def test_a_host_key_changed_between_two_calls_stops_too(box, server, make_server
     assert imposter.logins == 0
 
 
-def test_refusals_and_denied_keys_are_tried_again_until_the_box_is_ready(make_server, make_box, public_line):
+def test_refusals_and_denied_keys_are_tried_again_until_the_box_is_ready(
+    make_server, make_box, public_line
+):
     server = make_server()
     port = server.port
     server.stop()
@@ -228,7 +246,9 @@ def test_a_port_that_accepts_and_says_nothing_does_not_hold_connect(make_box):
 def test_nothing_of_the_users_ssh_set_up_is_read(server, make_box, tmp_path, monkeypatch):
     home = tmp_path / "laptop"
     (home / ".ssh").mkdir(parents=True)
-    (home / ".ssh/config").write_text("Host *\n  Port 1\n  ProxyCommand false\n  IdentityFile /nowhere\n")
+    (home / ".ssh/config").write_text(
+        "Host *\n  Port 1\n  ProxyCommand false\n  IdentityFile /nowhere\n"
+    )
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "no-agent"))
     box = make_box(server.port)
@@ -237,7 +257,8 @@ def test_nothing_of_the_users_ssh_set_up_is_read(server, make_box, tmp_path, mon
 
 
 def test_a_link_that_takes_nothing_more_is_lost_and_nothing_else(server, box):
-    """The far end is gone and only writing shows it; what closes the channel after the time is up writes."""
+    """The far end is gone and only writing shows it; what closes the channel after the time is up
+    writes."""
 
     def breaking():
         server._loop.call_soon_threadsafe(time.sleep, 0.6)  # the server answers nothing meanwhile

@@ -1,4 +1,5 @@
-"""ops/box/facts.py: outputs as real tools print them (public bug reports, and tools run here), and what they are judged to be."""
+"""ops/box/facts.py: outputs as real tools print them (public bug reports, and tools run here), and
+what they are judged to be."""
 
 from __future__ import annotations
 
@@ -7,7 +8,19 @@ from dataclasses import replace
 
 import pytest
 
-from ops.box.facts import MARK, SCRIPT, DiskFacts, Expected, Facts, GpuFacts, parse, parse_disk, parse_gpu, same_gpu, unsuitable
+from ops.box.facts import (
+    MARK,
+    SCRIPT,
+    DiskFacts,
+    Expected,
+    Facts,
+    GpuFacts,
+    parse,
+    parse_disk,
+    parse_gpu,
+    same_gpu,
+    unsuitable,
+)
 
 GPUS = {
     "one consumer card": (
@@ -19,7 +32,8 @@ GPUS = {
         GpuFacts("NVIDIA H100 80GB HBM3", 8, 81559 / 1024, "580.65.06", 9.0),
     ),
     "two cards of different size: the smaller counts, the odd one is named": (
-        "NVIDIA GeForce RTX 3090, 24576, 550.54.14, 8.6, [N/A]\nNVIDIA GeForce RTX 3060, 12288, 550.54.14, 8.6, [N/A]",
+        "NVIDIA GeForce RTX 3090, 24576, 550.54.14, 8.6, [N/A]\nNVIDIA GeForce RTX 3060, "
+        "12288, 550.54.14, 8.6, [N/A]",
         GpuFacts("NVIDIA GeForce RTX 3060", 2, 12.0, "550.54.14", 8.6),
     ),
     "an A100 cut into MIG slices": (
@@ -55,7 +69,8 @@ COMPLAINTS = {
     "cgroup lost the device": ("Failed to initialize NVML: Unknown Error", "255", "Unknown Error"),
     "not installed": ("sh: 1: nvidia-smi: not found", "127", "not found"),
     "one of two fell off the bus": (
-        "Unable to determine the device handle for GPU0000:01:00.0: GPU is lost.  Reboot the system to recover this GPU\n"
+        "Unable to determine the device handle for GPU0000:01:00.0: GPU is lost.  Reboot the "
+        "system to recover this GPU\n"
         "NVIDIA GeForce RTX 3090, 24576, 550.54.14, 8.6, [N/A]",
         "15",
         "GPU is lost",
@@ -66,7 +81,11 @@ COMPLAINTS = {
         "0",
         "requires reset",
     ),
-    "a field that an old driver lacks": ('Field "compute_cap" is not a valid field to query.', "2", "compute_cap"),
+    "a field that an old driver lacks": (
+        'Field "compute_cap" is not a valid field to query.',
+        "2",
+        "compute_cap",
+    ),
     "right rows, wrong exit": ("NVIDIA L4, 23034, 550.54.15, 8.9, [N/A]", "14", "(exit 14)"),
     "it hangs": ("", "124", "does not answer within 30 s"),
     "silence": ("", "0", "says nothing"),
@@ -88,15 +107,18 @@ DISKS = {
         DiskFacts(40708473 * 1024, "/"),
     ),
     "German": (
-        "Dateisystem    1024-Blöcke  Benutzt Verfügbar Kapazität Eingehängt auf\n/dev/sda2   102400  51200  51200  50% /home",
+        "Dateisystem    1024-Blöcke  Benutzt Verfügbar Kapazität Eingehängt auf\n/dev/sda2   "
+        "102400  51200  51200  50% /home",
         DiskFacts(51200 * 1024, "/home"),
     ),
     "Chinese": (
-        "文件系统       1024-块      已用      可用 容量 挂载点\n/dev/nvme0n1p2 959786032 20 911011956    0% /工作 目录",
+        "文件系统       1024-块      已用      可用 容量 挂载点\n/dev/nvme0n1p2 959786032 20 911011956    "
+        "0% /工作 目录",
         DiskFacts(911011956 * 1024, "/工作 目录"),
     ),
     "a device with spaces, a mount point with spaces": (
-        "Filesystem 1024-blocks Used Available Capacity Mounted on\n//nas/my share  1000 400 600  40% /mnt/my share",
+        "Filesystem 1024-blocks Used Available Capacity Mounted on\n//nas/my share  1000 400 "
+        "600  40% /mnt/my share",
         DiskFacts(600 * 1024, "/mnt/my share"),
     ),
     "busybox": (
@@ -126,17 +148,22 @@ def test_the_script_runs_in_a_plain_shell_and_its_answer_parses_here():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("output", ["", "rubbish", MARK, f"{MARK} gpu", f"{MARK} disk\n\n{MARK} gpu\n,,,,\n,", "\x00" * 100])
+@pytest.mark.parametrize(
+    "output",
+    ["", "rubbish", MARK, f"{MARK} gpu", f"{MARK} disk\n\n{MARK} gpu\n,,,,\n,", "\x00" * 100],
+)
 def test_rubbish_is_a_complaint_and_never_an_exception(output):
     facts = parse(output)
     assert facts.complaint
     assert unsuitable(facts, EXPECTED)
 
 
-# -- judging ----------------------------------------------------------------------------------------------------------------
+# -- judging ---------------------------------------------------------------------------------------
 
 EXPECTED = Expected("RTX 4090", 2, 23.99, 40.0, 12.8)
-GOOD = Facts(GpuFacts("NVIDIA GeForce RTX 4090", 2, 23.99, "570.153.02", 8.9), DiskFacts(39 << 30, "/"))
+GOOD = Facts(
+    GpuFacts("NVIDIA GeForce RTX 4090", 2, 23.99, "570.153.02", 8.9), DiskFacts(39 << 30, "/")
+)
 
 
 def test_a_box_that_is_what_was_offered_suits():
@@ -144,7 +171,10 @@ def test_a_box_that_is_what_was_offered_suits():
 
 
 FAULTS = {
-    "another GPU": ({"name": "NVIDIA GeForce RTX 3090"}, "its GPU is NVIDIA GeForce RTX 3090, offered was RTX 4090"),
+    "another GPU": (
+        {"name": "NVIDIA GeForce RTX 3090"},
+        "its GPU is NVIDIA GeForce RTX 3090, offered was RTX 4090",
+    ),
     "a cut-down GPU": ({"name": "NVIDIA GeForce RTX 4090 D"}, "RTX 4090 D"),
     "a laptop's GPU": ({"name": "NVIDIA GeForce RTX 4090 Laptop GPU"}, "Laptop"),
     "one GPU of two": ({"count": 1}, "it has 1 GPUs, offered were 2"),
@@ -181,30 +211,61 @@ def test_a_complaint_is_the_reason():
 
 
 SAME = [
-    ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA GeForce RTX 4080 SUPER", "RTX 4080S"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ("NVIDIA GeForce RTX 4080 SUPER", "RTX 4080S"),
     ("NVIDIA GeForce RTX 4090 D", "RTX 4090D"),
-    ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070S Ti"), ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080 Ti"),
-    ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"), ("NVIDIA RTX A6000", "RTX A6000"), ("NVIDIA RTX A4000", "RTX A4000"),
-    ("NVIDIA RTX 6000 Ada Generation", "RTX 6000Ada"), ("NVIDIA RTX 4000 Ada Generation", "RTX 4000Ada"),
+    ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070S Ti"),
+    ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080 Ti"),
+    ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
+    ("NVIDIA RTX A6000", "RTX A6000"),
+    ("NVIDIA RTX A4000", "RTX A4000"),
+    ("NVIDIA RTX 6000 Ada Generation", "RTX 6000Ada"),
+    ("NVIDIA RTX 4000 Ada Generation", "RTX 4000Ada"),
     ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 S"),
-    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 WS"), ("NVIDIA A100-SXM4-80GB", "A100 SXM4"),
-    ("NVIDIA A100-SXM4-40GB", "A100 SXM4"), ("NVIDIA A100 80GB PCIe", "A100 PCIE"), ("NVIDIA A100-PCIE-40GB", "A100 PCIE"),
-    ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H100 PCIe", "H100 PCIE"), ("NVIDIA H100 NVL", "H100 NVL"),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 WS"),
+    ("NVIDIA A100-SXM4-80GB", "A100 SXM4"),
+    ("NVIDIA A100-SXM4-40GB", "A100 SXM4"),
+    ("NVIDIA A100 80GB PCIe", "A100 PCIE"),
+    ("NVIDIA A100-PCIE-40GB", "A100 PCIE"),
+    ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+    ("NVIDIA H100 PCIe", "H100 PCIE"),
+    ("NVIDIA H100 NVL", "H100 NVL"),
     ("NVIDIA H200", "H200"),
-    ("NVIDIA B200", "B200"), ("NVIDIA L40S", "L40S"), ("NVIDIA L40", "L40"), ("NVIDIA L4", "L4"), ("NVIDIA A40", "A40"),
-    ("NVIDIA A10", "A10"), ("Tesla V100-SXM2-32GB", "Tesla V100"), ("Tesla T4", "Tesla T4"), ("Quadro RTX 8000", "Q RTX 8000"),
-    ("NVIDIA GeForce GTX 1080 Ti", "GTX 1080 Ti"), ("NVIDIA TITAN RTX", "Titan RTX"), ("NVIDIA GeForce RTX 5090", "RTX 5090"),
-]  # fmt: skip
+    ("NVIDIA B200", "B200"),
+    ("NVIDIA L40S", "L40S"),
+    ("NVIDIA L40", "L40"),
+    ("NVIDIA L4", "L4"),
+    ("NVIDIA A40", "A40"),
+    ("NVIDIA A10", "A10"),
+    ("Tesla V100-SXM2-32GB", "Tesla V100"),
+    ("Tesla T4", "Tesla T4"),
+    ("Quadro RTX 8000", "Q RTX 8000"),
+    ("NVIDIA GeForce GTX 1080 Ti", "GTX 1080 Ti"),
+    ("NVIDIA TITAN RTX", "Titan RTX"),
+    ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+]
 OTHER = [
-    ("NVIDIA GeForce RTX 4090", "RTX 4090D"), ("NVIDIA GeForce RTX 4080", "RTX 4080S"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090D"),
+    ("NVIDIA GeForce RTX 4080", "RTX 4080S"),
     ("NVIDIA GeForce RTX 3080", "RTX 3080 Ti"),
-    ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080"), ("NVIDIA L40", "L40S"), ("NVIDIA L40S", "L40"), ("NVIDIA L4", "L40"),
-    ("NVIDIA A10", "A100 PCIE"), ("NVIDIA A100 80GB PCIe", "A100 SXM4"), ("NVIDIA H100 PCIe", "H100 SXM"),
-    ("NVIDIA H100 80GB HBM3", "H100 PCIE"), ("NVIDIA H100 80GB HBM3", "H200"), ("NVIDIA RTX A6000", "RTX 6000Ada"),
-    ("Quadro RTX 6000", "RTX A6000"), ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 WS"),
-    ("NVIDIA GeForce RTX 2060", "RTX 4090"), ("NVIDIA GeForce RTX 3060 Laptop GPU", "RTX 3060"), ("", "RTX 4090"),
-    ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti"), ("NVIDIA GeForce RTX 4070 SUPER", "RTX 4070S Ti"),
-]  # fmt: skip
+    ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080"),
+    ("NVIDIA L40", "L40S"),
+    ("NVIDIA L40S", "L40"),
+    ("NVIDIA L4", "L40"),
+    ("NVIDIA A10", "A100 PCIE"),
+    ("NVIDIA A100 80GB PCIe", "A100 SXM4"),
+    ("NVIDIA H100 PCIe", "H100 SXM"),
+    ("NVIDIA H100 80GB HBM3", "H100 PCIE"),
+    ("NVIDIA H100 80GB HBM3", "H200"),
+    ("NVIDIA RTX A6000", "RTX 6000Ada"),
+    ("Quadro RTX 6000", "RTX A6000"),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 WS"),
+    ("NVIDIA GeForce RTX 2060", "RTX 4090"),
+    ("NVIDIA GeForce RTX 3060 Laptop GPU", "RTX 3060"),
+    ("", "RTX 4090"),
+    ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti"),
+    ("NVIDIA GeForce RTX 4070 SUPER", "RTX 4070S Ti"),
+]
 
 
 @pytest.mark.parametrize(("driver_name", "market_name"), SAME)

@@ -26,7 +26,10 @@ def test_onstart_stays_far_below_what_vast_accepts() -> None:
     assert len(scripts.onstart(KEY).encode()) < 4000
 
 
-@pytest.mark.parametrize("text", [scripts.onstart(KEY), scripts.WATCHDOG, scripts.poll("r", 0), scripts.launch("r", "push")])
+@pytest.mark.parametrize(
+    "text",
+    [scripts.onstart(KEY), scripts.WATCHDOG, scripts.poll("r", 0), scripts.launch("r", "push")],
+)
 def test_every_text_is_posix_sh(text: str) -> None:
     assert subprocess.run(["sh", "-n"], input=text, text=True, capture_output=True).stderr == ""
 
@@ -34,7 +37,12 @@ def test_every_text_is_posix_sh(text: str) -> None:
 def test_onstart_twice_keeps_the_birth_and_one_key(tmp_path: Path) -> None:
     started = []
     for _ in range(2):
-        sh(scripts.onstart(KEY).replace("(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)", ""), tmp_path)
+        sh(
+            scripts.onstart(KEY).replace(
+                "(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)", ""
+            ),
+            tmp_path,
+        )
         started.append((tmp_path / "milktea/born").read_text())
     assert started[0] == started[1]
     assert (tmp_path / ".ssh/authorized_keys").read_text() == KEY + "\n"
@@ -63,7 +71,10 @@ def test_launching_twice_trains_once_and_the_exit_code_comes_last(tmp_path: Path
 
 
 def test_a_training_asked_to_stop_may_save_and_leaves_its_exit_code(tmp_path: Path) -> None:
-    fake_trainer(tmp_path, "trap 'echo saved >saved; exit 143' TERM; echo x >starts; while :; do sleep 0.02; done\n")
+    fake_trainer(
+        tmp_path,
+        "trap 'echo saved >saved; exit 143' TERM; echo x >starts; while :; do sleep 0.02; done\n",
+    )
     assert launched(tmp_path).stdout.strip() == "started"
     wait_for(tmp_path / "milktea/r/starts")
     assert sh(scripts.stop_training("r"), tmp_path).returncode == 0
@@ -97,7 +108,9 @@ def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_pa
     (tmp_path / "milktea/r/events.jsonl").write_text(text)
     whole = scripts.parse_poll(sh(scripts.poll("r", 0), tmp_path).stdout)
     assert whole == (None, False, len(text.encode()), text.encode())
-    rest = scripts.parse_poll(sh(scripts.poll("r", len('{"a":"奶茶"}\n'.encode())), tmp_path).stdout)
+    rest = scripts.parse_poll(
+        sh(scripts.poll("r", len('{"a":"奶茶"}\n'.encode())), tmp_path).stdout
+    )
     assert rest[3] == b'{"b":1}\n{"torn'
     assert abs(int((tmp_path / "milktea/lease").read_text()) - time.time()) < 5
 
@@ -113,4 +126,8 @@ def test_the_watchdog_ends_a_box_whose_client_fell_silent(tmp_path: Path) -> Non
 
 
 def test_the_watchdog_ends_a_box_at_its_deadline_with_the_client_alive(tmp_path: Path) -> None:
-    assert 5000 <= watched(tmp_path, kill_at=10**9, max_s=5000, lease_s=600, renew_every_s=2) <= 5000 + scripts.WATCH_S
+    assert (
+        5000
+        <= watched(tmp_path, kill_at=10**9, max_s=5000, lease_s=600, renew_every_s=2)
+        <= 5000 + scripts.WATCH_S
+    )

@@ -43,7 +43,10 @@ def test_a_box_without_openssl_hashes_with_coreutils(box, server, write):
 
 def test_files_of_every_size_arrive_whole_and_keep_nothing_behind(box, server, write):
     sizes = [0, 1, 511, 512, 513, SMALL, SMALL + 1, 5_000_000]
-    files = [pushed(write(f"数据 {size}'s", size), f"milktea/r/data/{size} 数据 it's.bin") for size in sizes]
+    files = [
+        pushed(write(f"数据 {size}'s", size), f"milktea/r/data/{size} 数据 it's.bin")
+        for size in sizes
+    ]
     seen: list[tuple[int, int]] = []
     push(box, files, lambda done, total: seen.append((done, total)))
     for f in files:
@@ -69,10 +72,14 @@ def test_a_changed_file_replaces_the_old_one(box, server, write):
     for seed in (1, 2):
         for size in (2000, 3_000_000):
             push(box, [pushed(write("data.json", size, seed), f"milktea/r/{size}")])
-            assert (server.home / f"milktea/r/{size}").read_bytes() == (write("data.json", size, seed)).read_bytes()
+            assert (server.home / f"milktea/r/{size}").read_bytes() == (
+                write("data.json", size, seed)
+            ).read_bytes()
 
 
-def test_a_push_over_a_link_that_is_cut_again_and_again_resends_little(server, make_box, make_proxy, write):
+def test_a_push_over_a_link_that_is_cut_again_and_again_resends_little(
+    server, make_box, make_proxy, write
+):
     size, cut_after = 16_000_000, 4_000_000
     proxy = make_proxy(server.port, budget=cut_after)
     path = write("model.safetensors", size)
@@ -82,7 +89,9 @@ def test_a_push_over_a_link_that_is_cut_again_and_again_resends_little(server, m
     assert (proxy.up - size) / proxy.cuts < RESENT_PER_CUT
 
 
-def test_a_pull_over_a_link_that_is_cut_again_and_again_resends_little(server, make_box, make_proxy, tmp_path):
+def test_a_pull_over_a_link_that_is_cut_again_and_again_resends_little(
+    server, make_box, make_proxy, tmp_path
+):
     size, cut_after = 16_000_000, 4_000_000
     data = random.Random(7).randbytes(size)
     (server.home / "adapter.zip").write_bytes(data)
@@ -173,8 +182,16 @@ def test_a_folder_that_is_a_link_on_the_box_stays_one(box, server, write):
     big_disk.mkdir()
     (server.home / "milktea").symlink_to(big_disk)
     for size in (100, 3_000_000):
-        push(box, [pushed(write(f"f{size}", size), f"milktea/{place}f{size}") for place in ("", "r/", "r/s/")])
-        assert [(big_disk / f"{place}f{size}").stat().st_size for place in ("", "r/", "r/s/")] == [size] * 3
+        push(
+            box,
+            [
+                pushed(write(f"f{size}", size), f"milktea/{place}f{size}")
+                for place in ("", "r/", "r/s/")
+            ],
+        )
+        assert [(big_disk / f"{place}f{size}").stat().st_size for place in ("", "r/", "r/s/")] == [
+            size
+        ] * 3
     assert (server.home / "milktea").is_symlink()
 
 

@@ -33,11 +33,23 @@ def fake(own: rig.Rig) -> Iterator[FakeVast]:
         assert cloud.instances() == []
 
 
-def milktea(*words: str, runs: Path, fake: FakeVast | None = None, key: str | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")} | {"MILKTEA_RUNS": str(runs)}
+def milktea(
+    *words: str, runs: Path, fake: FakeVast | None = None, key: str | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")} | {
+        "MILKTEA_RUNS": str(runs)
+    }
     if fake:
         env |= {"VAST_URL": fake.url, "VAST_API_KEY": key or fake.api_key, "MILKTEA_PACE": "0.002"}
-    return subprocess.run([sys.executable, "-m", "ops.cli", *words], cwd=ROOT, env=env, capture_output=True, text=True, input=stdin, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "ops.cli", *words],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=60,
+    )
 
 
 @pytest.fixture
@@ -56,8 +68,22 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
         done = milktea("--help", runs=tmp_path)
         seconds.append(time.monotonic() - began)
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("rent-and-train", "plan", "resume", "reap", "destroy", "cost", "explain", "status", "logs"))
-    assert min(seconds) < 1.0  # the figure to beat, 0.4 s, holds on a quiet machine; this bound holds on any
+    assert all(
+        word in done.stdout
+        for word in (
+            "rent-and-train",
+            "plan",
+            "resume",
+            "reap",
+            "destroy",
+            "cost",
+            "explain",
+            "status",
+            "logs",
+        )
+    )
+    # the figure to beat, 0.4 s, holds on a quiet machine; this bound holds on any
+    assert min(seconds) < 1.0
 
 
 def test_status_cost_explain_and_logs_need_no_network(own: rig.Rig, finished: str) -> None:
@@ -83,7 +109,9 @@ def test_json_is_one_object_a_line(own: rig.Rig, finished: str, words: tuple[str
     assert finished in done.stdout or words[0] == "logs"
 
 
-def test_an_unknown_run_is_an_error_that_names_the_next_command(own: rig.Rig, finished: str) -> None:
+def test_an_unknown_run_is_an_error_that_names_the_next_command(
+    own: rig.Rig, finished: str
+) -> None:
     done = milktea("explain", "nothing", runs=own.runs)
     assert done.returncode == 8
     assert "'nothing' names 0 runs" in done.stderr and "milktea status" in done.stderr
@@ -103,7 +131,9 @@ def test_a_wrong_key_exits_3_and_spends_nothing(own: rig.Rig, fake: FakeVast) ->
     assert "does not accept the key" in done.stderr and "nothing was spent" in done.stderr
 
 
-def test_a_broken_job_file_exits_2_and_lists_what_is_wrong(own: rig.Rig, fake: FakeVast, tmp_path: Path) -> None:
+def test_a_broken_job_file_exits_2_and_lists_what_is_wrong(
+    own: rig.Rig, fake: FakeVast, tmp_path: Path
+) -> None:
     job = tmp_path / "bad.toml"
     job.write_text('name = "x"\nlearning_rate = 1\n[limits]\nmax_usd = "two"\n')
     done = milktea("rent-and-train", str(job), "--yes", runs=own.runs, fake=fake)
@@ -112,8 +142,12 @@ def test_a_broken_job_file_exits_2_and_lists_what_is_wrong(own: rig.Rig, fake: F
     assert "limits.max_usd" in done.stderr and "model: Field required" in done.stderr
 
 
-def test_an_error_as_json_has_its_three_parts_and_its_code(own: rig.Rig, fake: FakeVast, tmp_path: Path) -> None:
-    done = milktea("rent-and-train", str(tmp_path / "none.toml"), "--json", runs=own.runs, fake=fake)
+def test_an_error_as_json_has_its_three_parts_and_its_code(
+    own: rig.Rig, fake: FakeVast, tmp_path: Path
+) -> None:
+    done = milktea(
+        "rent-and-train", str(tmp_path / "none.toml"), "--json", runs=own.runs, fake=fake
+    )
     row = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == row["exit_code"] == 2
     assert row["what"] and row["money"] and row["hint"]
@@ -124,12 +158,18 @@ def test_reap_on_an_empty_account_says_so(own: rig.Rig, fake: FakeVast) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "no box of ours exists")
 
 
-def test_destroy_of_a_finished_run_has_nothing_to_do(own: rig.Rig, fake: FakeVast, finished: str) -> None:
+def test_destroy_of_a_finished_run_has_nothing_to_do(
+    own: rig.Rig, fake: FakeVast, finished: str
+) -> None:
     done = milktea("destroy", finished, runs=own.runs, fake=fake)
     assert done.returncode == 0 and "has no box; nothing to do" in done.stdout
 
 
-@pytest.mark.parametrize("words", [("plan", "jobs/practice.toml"), ("resume", "last"), ("destroy", "last")], ids=lambda w: w[0])
+@pytest.mark.parametrize(
+    "words",
+    [("plan", "jobs/practice.toml"), ("resume", "last"), ("destroy", "last")],
+    ids=lambda w: w[0],
+)
 def test_a_command_that_acts_first_finishes_a_destroy_that_could_not_be_proven(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
@@ -140,10 +180,15 @@ def test_a_command_that_acts_first_finishes_a_destroy_that_could_not_be_proven(
         rent_and_train(rig.client(plan, j, fake.url, fake.api_key))
     assert len(fake.instances()) == 1
     fake.faults.clear()
-    assert f"{plan.run_id}: destroyed, absent in three spaced reads" in milktea(*words, runs=own.runs, fake=fake).stdout
+    assert (
+        f"{plan.run_id}: destroyed, absent in three spaced reads"
+        in milktea(*words, runs=own.runs, fake=fake).stdout
+    )
     assert fake.instances() == []
 
 
-def test_resuming_a_finished_run_names_its_adapter(own: rig.Rig, fake: FakeVast, finished: str) -> None:
+def test_resuming_a_finished_run_names_its_adapter(
+    own: rig.Rig, fake: FakeVast, finished: str
+) -> None:
     done = milktea("resume", finished, runs=own.runs, fake=fake)
     assert done.returncode == 8 and "is done: its adapter is" in done.stderr

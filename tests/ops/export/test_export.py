@@ -1,4 +1,5 @@
-"""What is written for Slurm and Kubeflow: by their own schemas, by golden files, and by running it."""
+"""What is written for Slurm and Kubeflow: by their own schemas, by golden files, and by running
+it."""
 
 from __future__ import annotations
 
@@ -27,18 +28,36 @@ HERE = Path(__file__).parent
 JOBS = HERE.parents[2] / "jobs"
 GOLDEN = HERE / "exported"
 
-# Every long option that the batch file may use, with its values, by sbatch(1): https://slurm.schedmd.com/sbatch.html
+# Every long option that the batch file may use, with its values, by sbatch(1):
+# https://slurm.schedmd.com/sbatch.html
 SBATCH = {
-    "job-name": r"[\w.-]+", "nodes": r"[1-9]\d*", "ntasks-per-node": r"[1-9]\d*", "gpus-per-node": r"[1-9]\d*", "cpus-per-task": r"[1-9]\d*",
-    "time": r"\d+-\d\d:[0-5]\d:[0-5]\d", "output": r"[\w.%-]+", "open-mode": r"append|truncate", "requeue": None,
-    "signal": r"([BR]{1,2}:)?[A-Z]+[12]?(@\d{1,5})?", "partition": r"[\w,.-]+",
-}  # fmt: skip
+    "job-name": r"[\w.-]+",
+    "nodes": r"[1-9]\d*",
+    "ntasks-per-node": r"[1-9]\d*",
+    "gpus-per-node": r"[1-9]\d*",
+    "cpus-per-task": r"[1-9]\d*",
+    "time": r"\d+-\d\d:[0-5]\d:[0-5]\d",
+    "output": r"[\w.%-]+",
+    "open-mode": r"append|truncate",
+    "requeue": None,
+    "signal": r"([BR]{1,2}:)?[A-Z]+[12]?(@\d{1,5})?",
+    "partition": r"[\w,.-]+",
+}
 # and of srun(1) and pyxis: https://github.com/NVIDIA/pyxis
-SRUN = {"nodes", "ntasks-per-node", "cpus-per-task", "mpi", "container-image", "container-mounts", "container-workdir"}
+SRUN = {
+    "nodes",
+    "ntasks-per-node",
+    "cpus-per-task",
+    "mpi",
+    "container-image",
+    "container-mounts",
+    "container-workdir",
+}
 
 
 def options(text: str) -> dict[str, str | None]:
-    """The options of a batch file. Raises AssertionError for what sbatch would refuse or pass over in silence."""
+    """The options of a batch file. Raises AssertionError for what sbatch would refuse or pass over
+    in silence."""
     lines = text.splitlines()
     assert lines[0] == "#!/bin/bash"
     marked = [n for n, line in enumerate(lines) if line.startswith("#SBATCH")]
@@ -58,7 +77,12 @@ def options(text: str) -> dict[str, str | None]:
 
 def job_file(folder: Path, name: str = "practice", **changes: str) -> Path:
     """The practice job, changed, in a folder of its own."""
-    text = (JOBS / "practice.toml").read_text().replace("../trainer", str(JOBS.parent / "trainer")).replace('"practice/', f'"{JOBS}/practice/')
+    text = (
+        (JOBS / "practice.toml")
+        .read_text()
+        .replace("../trainer", str(JOBS.parent / "trainer"))
+        .replace('"practice/', f'"{JOBS}/practice/')
+    )
     for old, new in changes.items():
         assert text.count(f"{old} = ") == 1
         text = re.sub(rf"(?m)^{old} = .*$", f"{old} = {new}", text)
@@ -80,10 +104,12 @@ def practice(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-# -- both -------------------------------------------------------------------------------------------------------------------------
+# -- both ------------------------------------------------------------------------------------------
 
 
-def test_both_carry_the_same_job_json_and_data_which_the_trainer_takes(practice: Callable[..., Path]) -> None:
+def test_both_carry_the_same_job_json_and_data_which_the_trainer_takes(
+    practice: Callable[..., Path],
+) -> None:
     folders = [practice(kind) for kind in ("slurm", "kubeflow")]
     jobs = [Job.model_validate_json((f / "job.json").read_bytes()) for f in folders]
     assert jobs[0].model_dump(exclude={"run_id"}) == jobs[1].model_dump(exclude={"run_id"})
@@ -93,13 +119,24 @@ def test_both_carry_the_same_job_json_and_data_which_the_trainer_takes(practice:
     assert len(prepare(jobs[0], folders[0]).rows) == len(prepare(jobs[1], folders[1]).rows) > 100
 
 
-@pytest.mark.parametrize("name", ["practice-slurm/train.sbatch", "practice-kubeflow/trainjob.json", "practice-kubeflow/files.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "practice-slurm/train.sbatch",
+        "practice-kubeflow/trainjob.json",
+        "practice-kubeflow/files.json",
+    ],
+)
 def test_what_is_written_is_what_was_reviewed(practice: Callable[..., Path], name: str) -> None:
     folder = practice(name.split("/")[0].removeprefix("practice-"))
-    assert (folder / name.split("/")[1]).read_text() == (GOLDEN / name).read_text(), "if it should: copy it over the golden file"
+    assert (folder / name.split("/")[1]).read_text() == (GOLDEN / name).read_text(), (
+        "if it should: copy it over the golden file"
+    )
 
 
-def test_exporting_twice_is_exporting_once_and_a_begun_run_is_left_alone(practice: Callable[..., Path]) -> None:
+def test_exporting_twice_is_exporting_once_and_a_begun_run_is_left_alone(
+    practice: Callable[..., Path],
+) -> None:
     folder = practice("slurm")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert {p: p.read_bytes() for p in practice("slurm").rglob("*") if p.is_file()} == before
@@ -113,38 +150,61 @@ def test_more_gpus_than_rows_of_a_step_are_refused(practice: Callable[..., Path]
         practice("slurm", nodes=33)
 
 
-# -- Slurm ------------------------------------------------------------------------------------------------------------------------
+# -- Slurm -----------------------------------------------------------------------------------------
 
 
 def test_sbatch_would_take_every_option(practice: Callable[..., Path]) -> None:
     found = options((practice("slurm", nodes=4) / "train.sbatch").read_text())
-    assert (found["nodes"], found["gpus-per-node"], found["partition"], found["time"]) == ("4", "1", "gpu", "0-00:30:00")
+    assert (found["nodes"], found["gpus-per-node"], found["partition"], found["time"]) == (
+        "4",
+        "1",
+        "gpu",
+        "0-00:30:00",
+    )
     assert "partition" not in options((practice("slurm", queue=None) / "train.sbatch").read_text())
 
 
 @pytest.mark.parametrize("trainer", ["image", "push"])
-def test_bash_parses_the_batch_file_and_srun_knows_its_options(practice: Callable[..., Path], trainer: str) -> None:
+def test_bash_parses_the_batch_file_and_srun_knows_its_options(
+    practice: Callable[..., Path], trainer: str
+) -> None:
     text = (practice("slurm", trainer=f'"{trainer}"') / "train.sbatch").read_text()
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
     [line] = [line for line in text.splitlines() if line.startswith("srun ")]
-    assert set(re.findall(r"--([a-z-]+)=", line + text[text.index("pyxis)") : text.index("apptainer)")])) == SRUN
+    assert (
+        set(
+            re.findall(
+                r"--([a-z-]+)=", line + text[text.index("pyxis)") : text.index("apptainer)")]
+            )
+        )
+        == SRUN
+    )
 
 
-@pytest.mark.parametrize(("hours", "text"), [(0.01, "0-00:10:00"), (0.5, "0-00:30:00"), (6, "0-06:00:00"), (49.5, "2-01:30:00")])
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(0.01, "0-00:10:00"), (0.5, "0-00:30:00"), (6, "0-06:00:00"), (49.5, "2-01:30:00")],
+)
 def test_hours_are_told_as_slurm_reads_them(hours: float, text: str) -> None:
     assert slurm_time(hours) == text
 
 
 @pytest.mark.parametrize(
     ("ref", "told"),
-    [("milktea/practice:1", "milktea/practice:1"), ("ghcr.io/a/b:1", "ghcr.io#a/b:1"), ("localhost:5000/a", "localhost:5000#a"), ("a", "a")],
+    [
+        ("milktea/practice:1", "milktea/practice:1"),
+        ("ghcr.io/a/b:1", "ghcr.io#a/b:1"),
+        ("localhost:5000/a", "localhost:5000#a"),
+        ("a", "a"),
+    ],
 )
 def test_a_registry_is_named_as_pyxis_wants_it(ref: str, told: str) -> None:
     assert enroot(ref) == told
 
 
 STAND_IN = {
-    # srun: the step's tasks, one a node, in the environment that srun(1) documents; the worst exit code
+    # srun: the step's tasks, one a node, in the environment that srun(1) documents; the worst exit
+    # code
     "srun": """\
 import os, subprocess, sys
 if "--help" in sys.argv: sys.exit(0)
@@ -179,9 +239,15 @@ def slurm_environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         (tools / name).write_text(f"#!{sys.executable}\n{text}")
         (tools / name).chmod(0o755)
     yield os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(JOBS.parent), "MILKTEA_CONTAINER": "none", "OMP_NUM_THREADS": "1",
-        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(JOBS.parent),
+        "MILKTEA_CONTAINER": "none",
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NNODES": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
 
 
 @contextmanager
@@ -189,7 +255,13 @@ def submitted(folder: Path, environment: dict[str, str]) -> Iterator[subprocess.
     """The batch file as Slurm starts it; whatever is left of it is ended."""
     with open(folder / "log.txt", "ab") as log:
         told = environment | {"SLURM_SUBMIT_DIR": str(folder)}
-        job = subprocess.Popen(["bash", str(folder / "train.sbatch")], env=told, stdout=log, stderr=log, start_new_session=True)
+        job = subprocess.Popen(
+            ["bash", str(folder / "train.sbatch")],
+            env=told,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         yield job
     finally:
@@ -223,29 +295,51 @@ def test_the_batch_file_trains_on_two_nodes_and_goes_on_after_its_time_was_up(
     [kept] = list((folder / "checkpoints").iterdir())
     with submitted(folder, slurm_environment) as job:
         assert job.wait(300) == 0, said(folder)
-    started = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if '"started"' in line]
+    started = [
+        json.loads(line)
+        for line in (folder / "events.jsonl").read_text().splitlines()
+        if '"started"' in line
+    ]
     assert [s["processes"] for s in started] == [2, 2] and started[1]["step"] == int(kept.name)
     manifest = json.loads((folder / "result" / "manifest.json").read_text())
-    assert len(manifest["curve"]) == manifest["steps"] == started[0]["total_steps"] and manifest["final_loss"] < 0.5
+    assert (
+        len(manifest["curve"]) == manifest["steps"] == started[0]["total_steps"]
+        and manifest["final_loss"] < 0.5
+    )
 
 
-# -- Kubeflow ---------------------------------------------------------------------------------------------------------------------
+# -- Kubeflow --------------------------------------------------------------------------------------
 
 
 def schema_errors(train_job: dict[str, Any]) -> list[str]:
     schema = json.loads((HERE / "trainjob.schema.json").read_text())
-    return [f"{'.'.join(map(str, e.absolute_path))}: {e.message}" for e in jsonschema.Draft202012Validator(schema).iter_errors(train_job)]
+    return [
+        f"{'.'.join(map(str, e.absolute_path))}: {e.message}"
+        for e in jsonschema.Draft202012Validator(schema).iter_errors(train_job)
+    ]
 
 
 @pytest.mark.parametrize("trainer", ["image", "push"])
 @pytest.mark.parametrize("queue", [None, "team-a"])
-def test_the_train_job_is_valid_by_kubeflows_own_schema(practice: Callable[..., Path], trainer: str, queue: str | None) -> None:
-    train_job = json.loads((practice("kubeflow", queue=queue, trainer=f'"{trainer}"') / "trainjob.json").read_text())
+def test_the_train_job_is_valid_by_kubeflows_own_schema(
+    practice: Callable[..., Path], trainer: str, queue: str | None
+) -> None:
+    train_job = json.loads(
+        (practice("kubeflow", queue=queue, trainer=f'"{trainer}"') / "trainjob.json").read_text()
+    )
     assert schema_errors(train_job) == []
-    assert (train_job["apiVersion"], train_job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
-    assert train_job["metadata"].get("labels") == ({"kueue.x-k8s.io/queue-name": queue} if queue else None)
+    assert (train_job["apiVersion"], train_job["kind"]) == (
+        "trainer.kubeflow.org/v1alpha1",
+        "TrainJob",
+    )
+    assert train_job["metadata"].get("labels") == (
+        {"kueue.x-k8s.io/queue-name": queue} if queue else None
+    )
     command = train_job["spec"]["trainer"]["command"]
-    assert command[:2] == ["sh", "-c"] and subprocess.run(["sh", "-n", "-c", command[2]], capture_output=True).returncode == 0
+    assert (
+        command[:2] == ["sh", "-c"]
+        and subprocess.run(["sh", "-n", "-c", command[2]], capture_output=True).returncode == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +353,9 @@ def test_the_train_job_is_valid_by_kubeflows_own_schema(practice: Callable[..., 
         (("spec", "podTemplateOverrides"), []),
     ],
 )
-def test_the_schema_refuses_what_the_cluster_would(practice: Callable[..., Path], path: tuple[Any, ...], value: Any) -> None:
+def test_the_schema_refuses_what_the_cluster_would(
+    practice: Callable[..., Path], path: tuple[Any, ...], value: Any
+) -> None:
     train_job = json.loads((practice("kubeflow") / "trainjob.json").read_text())
     inner = train_job
     for key in path[:-1]:
@@ -272,10 +368,22 @@ def test_the_pods_meet_at_the_volume_that_the_files_went_to(practice: Callable[.
     folder = practice("kubeflow", nodes=3)
     claim, pod = json.loads((folder / "files.json").read_text())["items"]
     spec = json.loads((folder / "trainjob.json").read_text())["spec"]
-    patch = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    patch = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][
+        0
+    ]["template"]["spec"]["template"]["spec"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    claims = [v["persistentVolumeClaim"]["claimName"] for v in (patch["volumes"][0], pod["spec"]["volumes"][0])]
-    mounts = [patch["containers"][0]["volumeMounts"][0], pod["spec"]["containers"][0]["volumeMounts"][0]]
+    claims = [
+        v["persistentVolumeClaim"]["claimName"]
+        for v in (patch["volumes"][0], pod["spec"]["volumes"][0])
+    ]
+    mounts = [
+        patch["containers"][0]["volumeMounts"][0],
+        pod["spec"]["containers"][0]["volumeMounts"][0],
+    ]
     assert claims == [claim["metadata"]["name"]] * 2 and mounts[0] == mounts[1]
     run = re.search(r"cd (\S+) && ", spec["trainer"]["command"][2])
-    assert run and run[1] == f"{mounts[0]['mountPath']}/practice-kubeflow" and f"{run[1]}/result" in (folder / "README.md").read_text()
+    assert (
+        run
+        and run[1] == f"{mounts[0]['mountPath']}/practice-kubeflow"
+        and f"{run[1]}/result" in (folder / "README.md").read_text()
+    )

@@ -12,7 +12,12 @@ from ops.errors import ConfigError
 from ops.job import config
 
 JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.toml"))
-LEAST = {"name": "x", "model": {"base": "a/b"}, "data": {"files": ["d.json"]}, "limits": {"max_usd": 1}}
+LEAST = {
+    "name": "x",
+    "model": {"base": "a/b"},
+    "data": {"files": ["d.json"]},
+    "limits": {"max_usd": 1},
+}
 
 
 def refused(raw: dict) -> str:
@@ -46,12 +51,21 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name() -> None:
 
 
 def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
-    assert "did you mean offer.countries?" in refused(LEAST | {"limits": {"max_usd": 1, "countries": ["DE"]}})
+    assert "did you mean offer.countries?" in refused(
+        LEAST | {"limits": {"max_usd": 1, "countries": ["DE"]}}
+    )
 
 
 def test_every_mistake_is_listed_at_once() -> None:
-    said = refused({"name": "Bad Name", "model": {"base": 3}, "data": {"files": []}, "limits": {"max_usd": -1}})
-    assert [line.split(": ")[1] for line in said.splitlines()] == ["name", "model.base", "data.files", "limits.max_usd"]
+    said = refused(
+        {"name": "Bad Name", "model": {"base": 3}, "data": {"files": []}, "limits": {"max_usd": -1}}
+    )
+    assert [line.split(": ")[1] for line in said.splitlines()] == [
+        "name",
+        "model.base",
+        "data.files",
+        "limits.max_usd",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +73,10 @@ def test_every_mistake_is_listed_at_once() -> None:
     [
         ({"offer": {"bid_usd_per_hour": 0.2}}, "interruptible"),
         ({"offer": {"countries": ["Germany"]}}, "two-letter"),
-        ({"training": {"method": "full"}, "model": {"base": "a", "precision": "nf4"}}, "must be bf16 or fp32"),
+        (
+            {"training": {"method": "full"}, "model": {"base": "a", "precision": "nf4"}},
+            "must be bf16 or fp32",
+        ),
         ({"training": {"batch_size": 1}, "offer": {"num_gpus": 2}}, "without a row"),
         ({"limits": {}}, "limits.max_usd: Field required"),
     ],
@@ -78,7 +95,10 @@ def test_a_missing_file_and_broken_toml_say_which_file(tmp_path: Path) -> None:
 
 def test_paths_are_relative_to_the_job_file(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    raw = LEAST | {"model": {"base": "model"}, "data": {"files": ["d.json"], "template": "mine.txt"}}
+    raw = LEAST | {
+        "model": {"base": "model"},
+        "data": {"files": ["d.json"], "template": "mine.txt"},
+    }
     job = config.parse(raw, tmp_path / "job.toml")
     assert job.data.files == [tmp_path / "d.json"]
     assert job.data.template == str(tmp_path / "mine.txt")

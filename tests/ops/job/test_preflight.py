@@ -1,4 +1,5 @@
-"""What can fail for free fails before a cent is spent, with everything that is wrong in one message."""
+"""What can fail for free fails before a cent is spent, with everything that is wrong in one
+message."""
 
 from __future__ import annotations
 
@@ -35,19 +36,25 @@ def job(tmp_path: Path) -> dict[str, Any]:
     rig.tiny_model(tmp_path / "model")
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     return {
-        "name": "tiny", "model": {"base": "model", "precision": "fp32"}, "data": {"files": ["rows.json"], "max_length": 512},
+        "name": "tiny",
+        "model": {"base": "model", "precision": "fp32"},
+        "data": {"files": ["rows.json"], "max_length": 512},
         "limits": {"max_usd": 1},
         "image": {"ref": "milktea/practice:1", "trainer": "image"},
-    }  # fmt: skip
+    }
 
 
 def planned(tmp_path: Path, fake: FakeVast, raw: dict[str, Any], key: str | None = None) -> Plan:
     vast = Vast(Provider(fake.url, key or fake.api_key), RealClock(rig.PACE))
     runs = tmp_path / "runs"
-    return preflight(lambda: new_plan(config.parse(raw, tmp_path / "job.toml"), runs, time.time()), vast, runs)
+    return preflight(
+        lambda: new_plan(config.parse(raw, tmp_path / "job.toml"), runs, time.time()), vast, runs
+    )
 
 
-def refused(tmp_path: Path, fake: FakeVast, raw: dict[str, Any], key: str | None = None) -> MilkteaError:
+def refused(
+    tmp_path: Path, fake: FakeVast, raw: dict[str, Any], key: str | None = None
+) -> MilkteaError:
     with pytest.raises((PreflightError, ConfigError)) as caught:
         planned(tmp_path, fake, raw, key)
     runs = tmp_path / "runs"
@@ -56,22 +63,37 @@ def refused(tmp_path: Path, fake: FakeVast, raw: dict[str, Any], key: str | None
     return caught.value
 
 
-def test_a_good_job_becomes_a_plan_with_its_tokens_counted_and_its_files_named(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
+def test_a_good_job_becomes_a_plan_with_its_tokens_counted_and_its_files_named(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
     plan = planned(tmp_path, fake, job)
     assert {p.remote for p in plan.pushes} == {
-        "data/0.json", "model/config.json", "model/tokenizer.json", "model/tokenizer_config.json", "model/model.safetensors",
-    }  # fmt: skip
+        "data/0.json",
+        "model/config.json",
+        "model/tokenizer.json",
+        "model/tokenizer_config.json",
+        "model/model.safetensors",
+    }
     assert plan.workload.tokens > 20 * 100
     assert plan.wire_job["run_id"] == plan.run_id
     assert [f.name for f in (tmp_path / "runs" / plan.run_id).iterdir()] == []
 
 
-def test_a_dataset_info_alone_brings_the_files_that_it_names(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
+def test_a_dataset_info_alone_brings_the_files_that_it_names(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
     """The box reads the same rows as the laptop, by the columns that the file gives."""
-    (tmp_path / "mine.json").write_text(json.dumps([{"q": r["instruction"], "a": r["output"]} for r in ROWS]))
-    info = {"mine": {"file_name": "mine.json", "columns": {"prompt": "q", "response": "a"}}, "hub": {"hf_hub_url": "someone/something"}}
+    (tmp_path / "mine.json").write_text(
+        json.dumps([{"q": r["instruction"], "a": r["output"]} for r in ROWS])
+    )
+    info = {
+        "mine": {"file_name": "mine.json", "columns": {"prompt": "q", "response": "a"}},
+        "hub": {"hf_hub_url": "someone/something"},
+    }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    plan = planned(tmp_path, fake, job | {"data": {"files": ["dataset_info.json"], "max_length": 512}})
+    plan = planned(
+        tmp_path, fake, job | {"data": {"files": ["dataset_info.json"], "max_length": 512}}
+    )
     sent = {p.local.name: p.remote for p in plan.pushes if p.remote.startswith("data/")}
     assert sent == {"dataset_info.json": "data/0.json", "mine.json": "data/1.json"}
     assert "20 rows" in plan.notes[0]
@@ -80,39 +102,58 @@ def test_a_dataset_info_alone_brings_the_files_that_it_names(tmp_path: Path, fak
     for p in plan.pushes:
         if p.remote.startswith("data/"):
             (box.parent / p.remote).write_bytes(p.local.read_bytes())
-    rows, defects = read_rows([(box.parent / f["path"], f["name"]) for f in plan.wire_job["data"]["files"]])
+    rows, defects = read_rows(
+        [(box.parent / f["path"], f["name"]) for f in plan.wire_job["data"]["files"]]
+    )
     assert defects == [] and len(rows) == 20
 
 
-def test_a_model_that_this_computer_could_not_train_in_time_is_refused_without_a_key(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_a_model_that_this_computer_could_not_train_in_time_is_refused_without_a_key(
+    tmp_path: Path, job: dict[str, Any]
+) -> None:
     config_path = tmp_path / "model/config.json"
     larger = {"hidden_size": 4096, "num_hidden_layers": 60, "intermediate_size": 14336}
     config_path.write_text(json.dumps(json.loads(config_path.read_text()) | larger))
     parsed = config.parse(job | {"limits": {"max_usd": 1, "max_hours": 0.1}}, tmp_path / "job.toml")
-    with pytest.raises(PreflightError, match=r"runs on this computer's CPU, where 1\d\.\d billion") as caught:
+    with pytest.raises(
+        PreflightError, match=r"runs on this computer's CPU, where 1\d\.\d billion"
+    ) as caught:
         new_plan(parsed, tmp_path / "runs", time.time(), on_cpu=True)
     assert "VAST_API_KEY" in caught.value.hint
     assert new_plan(parsed, tmp_path / "runs", time.time()).workload.model_parameters > 1e10
 
 
-def test_a_pushed_trainer_travels_whole_with_what_starts_it(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
+def test_a_pushed_trainer_travels_whole_with_what_starts_it(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
     plan = planned(tmp_path, fake, job | {"image": {"ref": "pytorch/pytorch:x"}})
     remotes = {p.remote for p in plan.pushes}
-    assert {"trainer-start.sh", "trainer-requirements.txt", "trainer/train.py", "trainer/launch.py"} <= remotes
+    assert {
+        "trainer-start.sh",
+        "trainer-requirements.txt",
+        "trainer/train.py",
+        "trainer/launch.py",
+    } <= remotes
     assert sum(r.startswith("trainer/") for r in remotes) > 20
 
 
-def test_a_key_that_vast_does_not_know_is_said_before_anything(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
+def test_a_key_that_vast_does_not_know_is_said_before_anything(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
     error = refused(tmp_path, fake, job, key="wrong")
     assert "does not accept the key" in str(error) and "VAST_API_KEY" in error.hint
 
 
-def test_no_credit_is_said_before_renting(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
+def test_no_credit_is_said_before_renting(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
     fake.cloud.settings.credit_usd = 0.0
     assert "credit" in str(refused(tmp_path, fake, job))
 
 
-def test_every_bad_row_is_listed_with_its_line_and_reason(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
+def test_every_bad_row_is_listed_with_its_line_and_reason(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
     rows = [json.dumps(r) for r in ROWS]
     rows[3] = '{"instruction": "no output"}'
     rows[7] = '{"instruction": 5, "output": "x"}'
@@ -123,8 +164,14 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(tmp_path: Path, fake: 
         assert f"rows.json:{line}" in said, said
 
 
-def test_rows_that_would_be_cut_are_refused_and_named(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
-    (tmp_path / "rows.json").write_text("[\n" + ",\n".join(json.dumps(r) for r in [*ROWS, ROWS[0] | {"output": "long " * 300}]) + "\n]")
+def test_rows_that_would_be_cut_are_refused_and_named(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    (tmp_path / "rows.json").write_text(
+        "[\n"
+        + ",\n".join(json.dumps(r) for r in [*ROWS, ROWS[0] | {"output": "long " * 300}])
+        + "\n]"
+    )
     error = refused(tmp_path, fake, job)
     assert "rows.json:22" in str(error)
     assert "over_length" in str(error) + error.hint
@@ -139,17 +186,25 @@ def test_rows_that_would_be_cut_are_refused_and_named(tmp_path: Path, fake: Fake
         ({"model": {"base": "empty"}}, "safetensors"),
     ],
 )
-def test_what_is_missing_is_named(tmp_path: Path, fake: FakeVast, job: dict[str, Any], change: dict[str, Any], words: str) -> None:
+def test_what_is_missing_is_named(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
     (tmp_path / "empty").mkdir()
     assert words in str(refused(tmp_path, fake, job | change))
 
 
-def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(tmp_path: Path, fake: FakeVast, job: dict[str, Any]) -> None:
+def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
     config_path = tmp_path / "model/config.json"
     big = json.loads(config_path.read_text()) | {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
         "vocab_size": 32000,
-    }  # fmt: skip
+    }
     config_path.write_text(json.dumps(big))
     job["model"]["precision"] = "bf16"
     error = refused(tmp_path, fake, job | {"offer": {"gpu_name": ["RTX 3060"]}})

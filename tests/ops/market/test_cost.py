@@ -18,16 +18,51 @@ from ops.market.models import Instance, Offer
 from trainer.memory import Shape, linear_parameters, solve
 
 OFFER = Offer(
-    id=1, machine_id=2, host_id=3, gpu_name="RTX 4090", num_gpus=1, gpu_memory_gib=23.99, compute_capability=8.9, cuda_max=12.8,
-    cpu_ram_gib=64, disk_gib=500, usd_per_hour=0.36, min_bid_usd_per_hour=0.2, storage_usd_per_gib_month=0.144, inet_up_mbps=1000,
-    inet_down_mbps=1000, inet_up_usd_per_gb=0.004, inet_down_usd_per_gb=0.002, reliability=0.99, country="US", duration_s=1e6,
-    verified=True, direct_ports=2,
-)  # fmt: skip
+    id=1,
+    machine_id=2,
+    host_id=3,
+    gpu_name="RTX 4090",
+    num_gpus=1,
+    gpu_memory_gib=23.99,
+    compute_capability=8.9,
+    cuda_max=12.8,
+    cpu_ram_gib=64,
+    disk_gib=500,
+    usd_per_hour=0.36,
+    min_bid_usd_per_hour=0.2,
+    storage_usd_per_gib_month=0.144,
+    inet_up_mbps=1000,
+    inet_down_mbps=1000,
+    inet_up_usd_per_gb=0.004,
+    inet_down_usd_per_gb=0.002,
+    reliability=0.99,
+    country="US",
+    duration_s=1e6,
+    verified=True,
+    direct_ports=2,
+)
 INSTANCE = Instance(
-    id=9, label="run", machine_id=2, status="running", intended_status="running", cur_state="running", next_state="running",
-    status_msg="", gpu_name="RTX 4090", num_gpus=1, usd_per_hour=0.37, disk_gib=50, is_bid=False, ssh_host="h", ssh_port=1,
-    direct_host="", direct_port=None, storage_usd_per_gib_month=0.144, inet_up_usd_per_gb=0.004, inet_down_usd_per_gb=0.002,
-)  # fmt: skip
+    id=9,
+    label="run",
+    machine_id=2,
+    status="running",
+    intended_status="running",
+    cur_state="running",
+    next_state="running",
+    status_msg="",
+    gpu_name="RTX 4090",
+    num_gpus=1,
+    usd_per_hour=0.37,
+    disk_gib=50,
+    is_bid=False,
+    ssh_host="h",
+    ssh_port=1,
+    direct_host="",
+    direct_port=None,
+    storage_usd_per_gib_month=0.144,
+    inet_up_usd_per_gb=0.004,
+    inet_down_usd_per_gb=0.002,
+)
 LLAMA_7B = Shape(32_000, 4096, 32, 32, 32, 128, 11008)
 LLAMA_3_8B = Shape(128_256, 4096, 32, 32, 8, 128, 14336)
 H200 = next(g for g in gpus.GPUS if g.name == "H200")
@@ -49,9 +84,15 @@ def speed(name: str, precision: str = "bf16", **more: Any) -> float:
 
 
 def test_the_speed_model_meets_every_bench_run_on_the_h200_within_15_percent() -> None:
-    """When this fails because the trainer has become faster: calibrate ops/hardware/gpus.py again, plans are too dear by as much."""
+    """When this fails because the trainer has become faster: calibrate ops/hardware/gpus.py again,
+    plans are too dear by as much."""
     shapes = {"llama-7b": LLAMA_7B, "llama-3-8b": LLAMA_3_8B}
-    lines = [json.loads(line) for line in (Path(__file__).parents[3] / "bench/results/bench.jsonl").read_text("utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (Path(__file__).parents[3] / "bench/results/bench.jsonl")
+        .read_text("utf-8")
+        .splitlines()
+    ]
     newest = {
         (x["model"], x["precision"], x["gpus"], x["tokens"], x["checkpoint_layers"], x["rows"]): x
         for x in lines
@@ -61,17 +102,25 @@ def test_the_speed_model_meets_every_bench_run_on_the_h200_within_15_percent() -
     for run in newest.values():
         shape, rows = shapes[run["model"]], run["rows"]
         got = gpus.tokens_per_second(
-            H200, run["precision"], linear_parameters(shape) + shape.vocab * shape.hidden, shape,
-            run["checkpoint_layers"] / shape.layers, run["gpus"], row_tokens=340 if rows == "alpaca" else float(rows),
-        )  # fmt: skip
+            H200,
+            run["precision"],
+            linear_parameters(shape) + shape.vocab * shape.hidden,
+            shape,
+            run["checkpoint_layers"] / shape.layers,
+            run["gpus"],
+            row_tokens=340 if rows == "alpaca" else float(rows),
+        )
         assert got == pytest.approx(run["real_tok_s"], rel=0.15), run["command"]
 
 
 def test_the_speed_model_is_near_nvidias_published_llama_3_8b_on_an_h100() -> None:
-    """12,473 tokens/s at rows of 4096 with another trainer (field notes 2.1): ours is a little faster, not another world."""
+    """12,473 tokens/s at rows of 4096 with another trainer (field notes 2.1): ours is a little
+    faster, not another world."""
     h100 = gpus.find("H100 SXM")
     assert h100 is not None
-    got = gpus.tokens_per_second(h100, "bf16", linear_parameters(LLAMA_3_8B) + 128_256 * 4096, LLAMA_3_8B, row_tokens=4096)
+    got = gpus.tokens_per_second(
+        h100, "bf16", linear_parameters(LLAMA_3_8B) + 128_256 * 4096, LLAMA_3_8B, row_tokens=4096
+    )
     assert 12_473 < got < 1.25 * 12_473
 
 
@@ -79,7 +128,9 @@ def test_cards_and_precisions_are_ordered_as_everybody_finds_them() -> None:
     by_speed = ["RTX 3090", "RTX 4090", "RTX 5090", "A100 SXM4", "H100 SXM", "H200", "B200"]
     speeds = [speed(n) for n in by_speed]
     assert speeds == sorted(speeds)
-    assert speed("H200", "int8") < speed("H200", "nf4") < speed("H200", "bf16") < speed("H200", "fp8")
+    assert (
+        speed("H200", "int8") < speed("H200", "nf4") < speed("H200", "bf16") < speed("H200", "fp8")
+    )
     assert speed("A100 SXM4", "fp8") == 0, "no FP8 units"
     assert speed("H200", full=True) < speed("H200")
 
@@ -91,12 +142,16 @@ def test_two_gpus_are_nearly_twice_as_fast() -> None:
 
 def test_the_parts_add_up_to_the_total_and_to_the_arithmetic_of_the_bill() -> None:
     got = cost.predict(OFFER, WORK)
-    assert got.usd == pytest.approx(got.gpu_usd + got.disk_usd + got.inet_down_usd + got.inet_up_usd)
+    assert got.usd == pytest.approx(
+        got.gpu_usd + got.disk_usd + got.inet_down_usd + got.inet_up_usd
+    )
     assert got.gpu_usd == pytest.approx(0.36 * (got.train_s + got.transfer_s + got.start_s) / 3600)
     assert got.disk_usd == pytest.approx(50 * 0.144 / 720 * got.hours)
     assert got.inet_down_usd == pytest.approx((4 + 13.5 + 0.01) * 0.002)
     assert got.inet_up_usd == pytest.approx(0.16 * 0.004)
-    assert got.hours * 3600 == pytest.approx(got.boot_s + got.pull_s + got.transfer_s + got.start_s + got.train_s)
+    assert got.hours * 3600 == pytest.approx(
+        got.boot_s + got.pull_s + got.transfer_s + got.start_s + got.train_s
+    )
     assert got.expected_usd == pytest.approx(got.usd + got.risk_usd)
 
 
@@ -105,7 +160,15 @@ def test_the_arithmetic_names_every_part_with_its_dollars() -> None:
     text = "\n".join(got.lines)
     for part in ("GPU", "disk", "download", "upload", "risk", "total", "tokens"):
         assert part in text
-    for usd in (got.gpu_usd, got.disk_usd, got.inet_down_usd, got.inet_up_usd, got.risk_usd, got.expected_usd, got.usd):
+    for usd in (
+        got.gpu_usd,
+        got.disk_usd,
+        got.inet_down_usd,
+        got.inet_up_usd,
+        got.risk_usd,
+        got.expected_usd,
+        got.usd,
+    ):
         assert f"${usd:.4f}" in text
 
 
@@ -118,17 +181,27 @@ def test_loading_costs_disk_and_bytes_but_no_gpu() -> None:
 
 
 _WORSE = {
-    "usd_per_hour": 0.5, "storage_usd_per_gib_month": 0.9, "inet_down_usd_per_gb": 0.03, "inet_up_usd_per_gb": 0.3,
-    "reliability": 0.9, "inet_down_mbps": 150.0, "gpu_name": "RTX 3090",
-}  # fmt: skip
+    "usd_per_hour": 0.5,
+    "storage_usd_per_gib_month": 0.9,
+    "inet_down_usd_per_gb": 0.03,
+    "inet_up_usd_per_gb": 0.3,
+    "reliability": 0.9,
+    "inet_down_mbps": 150.0,
+    "gpu_name": "RTX 3090",
+}
 
 
 @pytest.mark.parametrize("name", _WORSE)
 def test_whatever_gets_worse_makes_the_finished_run_dearer(name: str) -> None:
-    assert cost.predict(replace(OFFER, **{name: _WORSE[name]}), WORK).expected_usd > cost.predict(OFFER, WORK).expected_usd
+    assert (
+        cost.predict(replace(OFFER, **{name: _WORSE[name]}), WORK).expected_usd
+        > cost.predict(OFFER, WORK).expected_usd
+    )
 
 
-@given(st.floats(0.5, 1), st.floats(1, 1e9), st.floats(0, 1), st.floats(0, 5000), st.floats(0, 5000))
+@given(
+    st.floats(0.5, 1), st.floats(1, 1e9), st.floats(0, 1), st.floats(0, 5000), st.floats(0, 5000)
+)
 def test_a_prediction_is_finite_and_no_chance_is_beyond_certainty(
     rel: float, tokens: float, bad: float, down: float, up: float
 ) -> None:
@@ -162,18 +235,23 @@ def test_checkpoints_that_are_mirrored_home_are_billed_as_upload() -> None:
     assert got.inet_up_usd == pytest.approx(got.gb_out * 0.004)
 
 
-def test_a_small_card_pays_for_recomputing_and_a_smaller_one_is_refused_with_what_it_lacks() -> None:
+def test_a_small_card_pays_for_recomputing_and_a_smaller_one_is_refused_with_what_it_lacks() -> (
+    None
+):
     work = replace(WORK, shape=LLAMA_7B, least_tokens=4096)
     roomy = cost.predict(replace(OFFER, gpu_memory_gib=48.0), work)
     tight = cost.predict(replace(OFFER, gpu_memory_gib=20.0), work)
     assert tight.train_s > 1.2 * roomy.train_s
-    with pytest.raises(cost.DoesNotFit, match=r"needs 1\d\.\d GiB in bf16, a RTX 4090 has 12\.0 GiB") as refused:
+    with pytest.raises(
+        cost.DoesNotFit, match=r"needs 1\d\.\d GiB in bf16, a RTX 4090 has 12\.0 GiB"
+    ) as refused:
         cost.predict(replace(OFFER, gpu_memory_gib=12.0), work)
     assert refused.value.filter_name == "gpu_memory"
 
 
 def test_a_card_that_ops_takes_is_one_on_which_the_trainer_finds_room() -> None:
-    """The trainer solves with what torch reports, up to two percent less than the driver's number in the offer."""
+    """The trainer solves with what torch reports, up to two percent less than the driver's number
+    in the offer."""
     work = replace(WORK, shape=LLAMA_7B)
     for tenths in range(120, 200):
         try:
@@ -186,7 +264,10 @@ def test_a_card_that_ops_takes_is_one_on_which_the_trainer_finds_room() -> None:
 
 def test_dropout_or_dora_without_the_fused_layer_needs_a_larger_card() -> None:
     work = replace(WORK, shape=LLAMA_7B, least_tokens=4096)
-    fused, *eager = (cost.predict(OFFER, replace(work, method=m)).train_s for m in ("lora", "lora, dropout", "dora"))
+    fused, *eager = (
+        cost.predict(OFFER, replace(work, method=m)).train_s
+        for m in ("lora", "lora, dropout", "dora")
+    )
     assert min(eager) > fused, "more layers are recomputed"
 
 
@@ -199,17 +280,23 @@ def test_a_practice_run_takes_as_long_on_every_offer() -> None:
 def test_a_workload_survives_a_journal() -> None:
     work = replace(WORK, shape=LLAMA_7B, target_modules=["q_proj", "v_proj"])
     assert Workload(**json.loads(json.dumps(asdict(work)))) == work
-    assert cost.predict(OFFER, Workload(**json.loads(json.dumps(asdict(work))))) == cost.predict(OFFER, work)
+    assert cost.predict(OFFER, Workload(**json.loads(json.dumps(asdict(work))))) == cost.predict(
+        OFFER, work
+    )
 
 
 def test_burning_meters_gpu_while_running_disk_while_existing_and_bytes_both_ways() -> None:
     expected = 0.36 * 1800 / 3600 + 50 * 0.144 / 720 * 1 + 10 * 0.002 + 2 * 0.004
     assert cost.burn_usd(OFFER, 1800, 3600, 10, 2, disk_gib=50) == pytest.approx(expected)
-    assert cost.burn_usd(INSTANCE, 1800, 3600, 10, 2) == pytest.approx(expected), "its $/h holds the disk already"
+    assert cost.burn_usd(INSTANCE, 1800, 3600, 10, 2) == pytest.approx(expected), (
+        "its $/h holds the disk already"
+    )
 
 
 def test_burning_on_a_bid_costs_the_bid() -> None:
-    assert cost.burn_usd(OFFER, 3600, 3600, disk_gib=0, bid_usd_per_hour=0.24) == pytest.approx(0.24)
+    assert cost.burn_usd(OFFER, 3600, 3600, disk_gib=0, bid_usd_per_hour=0.24) == pytest.approx(
+        0.24
+    )
 
 
 def test_nothing_that_exists_burns_nothing_at_zero_seconds() -> None:
@@ -219,13 +306,31 @@ def test_nothing_that_exists_burns_nothing_at_zero_seconds() -> None:
 def test_the_bill_is_compared_kind_by_kind_and_in_total() -> None:
     predicted = cost.predict(OFFER, WORK)
     items = [
-        {"type": "gpu", "description": "0.6 hours at $0.36/hour", "amount": predicted.gpu_usd * 1.1},
+        {
+            "type": "gpu",
+            "description": "0.6 hours at $0.36/hour",
+            "amount": predicted.gpu_usd * 1.1,
+        },
         {"type": "disk", "amount": str(predicted.disk_usd)},
-        {"type": "bwd", "amount": 0.01}, {"type": "bwd", "amount": 0.02}, {"type": "tax", "amount": 0.005},
-    ]  # fmt: skip
+        {"type": "bwd", "amount": 0.01},
+        {"type": "bwd", "amount": 0.02},
+        {"type": "tax", "amount": 0.005},
+    ]
     lines = cost.compare(predicted, items)
-    assert [line.split()[0] for line in lines] == ["GPU", "disk", "download", "upload", "tax", "total"]
-    assert "(+10%)" in lines[0] and "(+0%)" in lines[1] and "billed $0.0300" in lines[2] and "billed $0.0050" in lines[4]
+    assert [line.split()[0] for line in lines] == [
+        "GPU",
+        "disk",
+        "download",
+        "upload",
+        "tax",
+        "total",
+    ]
+    assert (
+        "(+10%)" in lines[0]
+        and "(+0%)" in lines[1]
+        and "billed $0.0300" in lines[2]
+        and "billed $0.0050" in lines[4]
+    )
     assert f"billed ${predicted.gpu_usd * 1.1 + predicted.disk_usd + 0.035:.4f}" in lines[-1]
 
 

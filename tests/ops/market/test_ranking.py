@@ -1,4 +1,5 @@
-"""Rows become offers, needs become a query, and a ranking says why each offer is or is not the choice."""
+"""Rows become offers, needs become a query, and a ranking says why each offer is or is not the
+choice."""
 
 from __future__ import annotations
 
@@ -21,25 +22,75 @@ from trainer.memory import Shape, min_gpu_memory_gib
 
 # The shape of a live row (market of July 2025), with a verified machine's values where it had none.
 ROW: dict[str, Any] = {
-    "ask_contract_id": 21348645, "bundle_id": 1886969015, "compute_cap": 1200, "cpu_arch": "amd64", "cpu_cores": None,
-    "cpu_ram": 63745, "cuda_max_good": 12.8, "direct_port_count": 499, "disk_bw": 6116.4, "disk_space": 2973.7, "dlperf": 141.77,
-    "dph_base": 0.36, "dph_total": 0.3675, "driver_version": "570.124.04", "duration": 3149474.36, "geolocation": "Ontario, CA",
-    "gpu_mem_bw": 1448.2, "gpu_name": "RTX 5090", "gpu_ram": 32607, "gpu_total_ram": 32607, "host_id": 98979, "id": 21348645,
-    "inet_down": 2118, "inet_down_cost": 0.001953125, "inet_up": 2241.5, "inet_up_cost": 0.001953125, "is_bid": False,
-    "machine_id": 37228, "min_bid": 0.2, "num_gpus": 1, "reliability": 0.9964528, "rentable": True, "score": 1376.6,
-    "storage_cost": 0.15, "storage_total_cost": 0.0075, "total_flops": 107.58, "verification": "verified",
-}  # fmt: skip
+    "ask_contract_id": 21348645,
+    "bundle_id": 1886969015,
+    "compute_cap": 1200,
+    "cpu_arch": "amd64",
+    "cpu_cores": None,
+    "cpu_ram": 63745,
+    "cuda_max_good": 12.8,
+    "direct_port_count": 499,
+    "disk_bw": 6116.4,
+    "disk_space": 2973.7,
+    "dlperf": 141.77,
+    "dph_base": 0.36,
+    "dph_total": 0.3675,
+    "driver_version": "570.124.04",
+    "duration": 3149474.36,
+    "geolocation": "Ontario, CA",
+    "gpu_mem_bw": 1448.2,
+    "gpu_name": "RTX 5090",
+    "gpu_ram": 32607,
+    "gpu_total_ram": 32607,
+    "host_id": 98979,
+    "id": 21348645,
+    "inet_down": 2118,
+    "inet_down_cost": 0.001953125,
+    "inet_up": 2241.5,
+    "inet_up_cost": 0.001953125,
+    "is_bid": False,
+    "machine_id": 37228,
+    "min_bid": 0.2,
+    "num_gpus": 1,
+    "reliability": 0.9964528,
+    "rentable": True,
+    "score": 1376.6,
+    "storage_cost": 0.15,
+    "storage_total_cost": 0.0075,
+    "total_flops": 107.58,
+    "verification": "verified",
+}
 
 INSTANCE: dict[str, Any] = {
-    "id": 33402296, "machine_id": 37228, "label": "run-1", "actual_status": "running", "intended_status": "running",
-    "cur_state": "running", "next_state": "running", "status_msg": "success, running x\n", "ssh_host": "ssh5.vast.ai",
-    "ssh_port": 12296, "public_ipaddr": "203.0.113.42 \n", "ports": {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "30022"}]},
-    "gpu_name": "RTX 5090", "num_gpus": 1, "dph_total": 0.3675, "disk_space": 36.0, "is_bid": False, "end_date": 1756666345,
-    "storage_cost": 0.15, "inet_up_cost": 0.001, "inet_down_cost": 0.002, "start_date": 1753500000.0, "extra_env": [],
-}  # fmt: skip
+    "id": 33402296,
+    "machine_id": 37228,
+    "label": "run-1",
+    "actual_status": "running",
+    "intended_status": "running",
+    "cur_state": "running",
+    "next_state": "running",
+    "status_msg": "success, running x\n",
+    "ssh_host": "ssh5.vast.ai",
+    "ssh_port": 12296,
+    "public_ipaddr": "203.0.113.42 \n",
+    "ports": {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "30022"}]},
+    "gpu_name": "RTX 5090",
+    "num_gpus": 1,
+    "dph_total": 0.3675,
+    "disk_space": 36.0,
+    "is_bid": False,
+    "end_date": 1756666345,
+    "storage_cost": 0.15,
+    "inet_up_cost": 0.001,
+    "inet_down_cost": 0.002,
+    "start_date": 1753500000.0,
+    "extra_env": [],
+}
 
 SEVEN_B = Shape(32_000, 4096, 32, 32, 32, 128, 11008)
-WORK = Workload(tokens=6e6, model_parameters=6.6e9, image_bytes=4e9, model_download_bytes=13.5e9, disk_gib=60)
+WORK = Workload(
+    tokens=6e6, model_parameters=6.6e9, image_bytes=4e9, model_download_bytes=13.5e9, disk_gib=60
+)
 NEEDS = Needs(disk_gib=60)
 
 
@@ -53,13 +104,20 @@ def test_a_live_row_is_read_in_our_units() -> None:
     assert got.gpu_memory_gib == pytest.approx(31.84, abs=0.01)
     assert got.cpu_ram_gib == pytest.approx(62.25, abs=0.01)
     assert (got.compute_capability, got.cuda_max, got.country) == (12.0, 12.8, "CA")
-    assert (got.usd_per_hour, got.min_bid_usd_per_hour, got.storage_usd_per_gib_month) == (0.36, 0.2, 0.15)
+    assert (got.usd_per_hour, got.min_bid_usd_per_hour, got.storage_usd_per_gib_month) == (
+        0.36,
+        0.2,
+        0.15,
+    )
     assert got.verified and got.rentable and got.direct_ports == 499
     assert (got.dlperf, got.gpu_memory_gb_s, got.score) == (141.77, 1448.2, 1376.6)
 
 
 def test_numbers_that_arrive_as_strings_are_numbers() -> None:
-    as_text = {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in ROW.items()}
+    as_text = {
+        k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v
+        for k, v in ROW.items()
+    }
     assert models.parse_offer(as_text) == models.parse_offer(ROW)
 
 
@@ -68,7 +126,15 @@ def test_the_price_without_disk_is_found_when_only_the_total_is_there() -> None:
 
 
 PLACES = [("Ontario, CA", "CA"), (", de", "DE"), ("US", "US"), ("Atlantis", ""), (None, "")]
-PRICED_BY = ["machine_id", "gpu_name", "num_gpus", "gpu_ram", "storage_cost", "inet_down_cost", "inet_up_cost"]
+PRICED_BY = [
+    "machine_id",
+    "gpu_name",
+    "num_gpus",
+    "gpu_ram",
+    "storage_cost",
+    "inet_down_cost",
+    "inet_up_cost",
+]
 NULLABLE = [
     "compute_cap",
     "cuda_max_good",
@@ -107,8 +173,18 @@ def test_what_vast_leaves_null_never_looks_like_a_good_value(key: str) -> None:
 
 def test_a_running_instance_gives_both_ways_to_reach_it() -> None:
     got = models.parse_instance(INSTANCE)
-    assert (got.ssh_host, got.ssh_port, got.direct_host, got.direct_port) == ("ssh5.vast.ai", 12296, "203.0.113.42", 30022)
-    assert (got.label, got.status, got.usd_per_hour, got.end_unix_s) == ("run-1", "running", 0.3675, 1756666345)
+    assert (got.ssh_host, got.ssh_port, got.direct_host, got.direct_port) == (
+        "ssh5.vast.ai",
+        12296,
+        "203.0.113.42",
+        30022,
+    )
+    assert (got.label, got.status, got.usd_per_hour, got.end_unix_s) == (
+        "run-1",
+        "running",
+        0.3675,
+        1756666345,
+    )
 
 
 @pytest.mark.parametrize("ports", [None, {}, {"22/tcp": None}, {"22/tcp": []}, [22]])
@@ -118,7 +194,13 @@ def test_an_instance_without_a_port_map_has_no_direct_port(ports: object) -> Non
 
 def test_an_instance_that_is_being_provisioned_is_read_although_nearly_all_is_null() -> None:
     got = models.parse_instance(dict.fromkeys(INSTANCE) | {"id": 7})
-    assert (got.id, got.status, got.direct_port, got.end_unix_s, got.outbid) == (7, "", None, None, False)
+    assert (got.id, got.status, got.direct_port, got.end_unix_s, got.outbid) == (
+        7,
+        "",
+        None,
+        None,
+        False,
+    )
 
 
 def test_an_instance_without_an_id_is_refused() -> None:
@@ -132,9 +214,15 @@ def test_an_instance_that_was_outbid_says_so() -> None:
 
 
 def test_the_query_speaks_vasts_units_and_quotes_the_disk_that_will_be_rented() -> None:
-    body = offers.query(Needs(("rtx_4090", "H100 SXM"), 24, 2, 1.5, countries=("US", "DE"), disk_gib=60, hours=2))
+    body = offers.query(
+        Needs(("rtx_4090", "H100 SXM"), 24, 2, 1.5, countries=("US", "DE"), disk_gib=60, hours=2)
+    )
     assert body["gpu_name"] == {"in": ["RTX 4090", "H100 SXM"]}
-    assert body["gpu_ram"]["gte"] < 24 * 1000 and body["compute_cap"] == {"gte": 800} and body["duration"] == {"gte": 7200}
+    assert (
+        body["gpu_ram"]["gte"] < 24 * 1000
+        and body["compute_cap"] == {"gte": 800}
+        and body["duration"] == {"gte": 7200}
+    )
     assert body["geolocation"] == {"in": ["US", "DE"]} and body["num_gpus"] == {"eq": 2}
     assert body["allocated_storage"] == 60 and body["type"] == "on-demand" and body["limit"] == 64
 
@@ -151,7 +239,12 @@ _COLUMNS = {
     "verified": lambda r: r["verification"] == "verified",
     "dph_total": lambda r: r["dph_base"] + 60 * r["storage_cost"] / 720,
 }
-_OPERATORS = {"eq": lambda a, b: a == b, "gte": lambda a, b: a >= b, "lte": lambda a, b: a <= b, "in": lambda a, b: a in b}
+_OPERATORS = {
+    "eq": lambda a, b: a == b,
+    "gte": lambda a, b: a >= b,
+    "lte": lambda a, b: a <= b,
+    "in": lambda a, b: a in b,
+}
 _ROWS = st.fixed_dictionaries(
     {
         "gpu_name": st.sampled_from(["RTX 4090", "H100 SXM", "RTX 3090"]),
@@ -191,7 +284,11 @@ def test_the_server_never_filters_out_what_we_would_take(changed: dict[str, Any]
         ({"cuda_max": 12.4}, {}, "min_cuda"),
         ({"disk_gib": 59.0}, {}, "disk_gib"),
         ({"usd_per_hour": 0.61}, {"max_usd_per_hour": 0.6}, "max_usd_per_hour"),
-        ({"min_bid_usd_per_hour": 0.5}, {"interruptible": True, "bid_usd_per_hour": 0.4}, "bid_usd_per_hour"),
+        (
+            {"min_bid_usd_per_hour": 0.5},
+            {"interruptible": True, "bid_usd_per_hour": 0.4},
+            "bid_usd_per_hour",
+        ),
         ({"reliability": 0.94}, {}, "min_reliability"),
         ({"verified": False}, {}, "verified"),
         ({"country": "CN"}, {"countries": ("US",)}, "countries"),
@@ -203,7 +300,9 @@ def test_the_server_never_filters_out_what_we_would_take(changed: dict[str, Any]
         ({"inet_down_usd_per_gb": 0.05}, {"max_usd": 0.5}, "limits.max_usd"),
     ],
 )
-def test_each_need_is_checked_again_and_the_rejection_names_it(changed: dict[str, Any], needs: dict[str, Any], name: str) -> None:
+def test_each_need_is_checked_again_and_the_rejection_names_it(
+    changed: dict[str, Any], needs: dict[str, Any], name: str
+) -> None:
     assert offers.rank([offer()], NEEDS, WORK).accepted, "the unchanged offer passes"
     ranking = offers.rank([offer(**changed)], replace(NEEDS, **needs), WORK)
     assert not ranking.accepted
@@ -227,7 +326,10 @@ def test_a_model_that_does_not_fit_is_never_accepted_whatever_the_user_asks() ->
     work = replace(WORK, shape=SEVEN_B)
     ranking = offers.rank([offer(gpu_name="RTX 4070 Ti", gpu_memory_gib=11.99)], NEEDS, work)
     least = math.ceil(min_gpu_memory_gib(SEVEN_B) / 0.98 * 10) / 10
-    assert ranking.rejected[0][1:] == (f"needs {least:.1f} GiB in bf16, a RTX 4070 Ti has 12.0 GiB", "gpu_memory")
+    assert ranking.rejected[0][1:] == (
+        f"needs {least:.1f} GiB in bf16, a RTX 4070 Ti has 12.0 GiB",
+        "gpu_memory",
+    )
 
 
 def test_fp8_is_refused_on_a_card_without_it() -> None:
@@ -241,7 +343,11 @@ def test_the_cheapest_finished_run_comes_first_and_not_the_cheapest_hour() -> No
     ranking = offers.rank([cheap_hour, offer(id=2)], NEEDS, WORK)
     assert [p.offer.id for p in ranking.accepted] == [2, 1]
     why = ranking.accepted[1].why
-    assert why.startswith("+$") and "download at $0.030/GB" in why and "more GPU time on RTX 3090" in why
+    assert (
+        why.startswith("+$")
+        and "download at $0.030/GB" in why
+        and "more GPU time on RTX 3090" in why
+    )
 
 
 def test_expected_dollars_rise_along_the_ranking() -> None:
@@ -254,7 +360,11 @@ def test_the_advice_names_the_filter_that_alone_keeps_most_out() -> None:
     hopeless = [offer(id=10 + i, disk_gib=5.0, cuda_max=11.0) for i in range(4)]
     ranking = offers.rank([offer(id=i, reliability=0.9) for i in range(3)] + hopeless, NEEDS, WORK)
     assert ranking.most_removed()[1] == 4 and ranking.most_removed()[0] in ("disk_gib", "min_cuda")
-    assert ranking.advice() == "min_reliability alone keeps 3 of 7 offers out; the first: has reliability 0.900, under 0.950"
+    assert (
+        ranking.advice()
+        == "min_reliability alone keeps 3 of 7 offers out; the first: has reliability 0.900, "
+        "under 0.950"
+    )
     assert "each of which fails another filter too" in offers.rank(hopeless, NEEDS, WORK).advice()
 
 
@@ -275,19 +385,32 @@ def test_a_machine_that_failed_today_is_refused_and_after_a_week_only_costs_more
     later = offers.rank([offer()], NEEDS, WORK, {machine: offers.penalty([8 * day])})
     clean = offers.rank([offer()], NEEDS, WORK)
     assert later.accepted[0].cost.expected_usd > clean.accepted[0].cost.expected_usd
-    assert offers.penalty([]) == 0 and offers.penalty([0.0, 0.0]) > offers.penalty([0.0]) and offers.penalty([90 * day]) < 0.001
+    assert (
+        offers.penalty([]) == 0
+        and offers.penalty([0.0, 0.0]) > offers.penalty([0.0])
+        and offers.penalty([90 * day]) < 0.001
+    )
 
 
-def test_the_memory_of_bad_machines_raises_first_choices_that_work_from_four_in_five_to_nearly_all() -> None:
-    """A fifth of 60 machines never boots; half are free at a time; a run every six hours; 10 markets of 60 runs each."""
+def test_the_memory_of_bad_machines_raises_first_choices_that_work_from_four_in_five_to_nearly_all() -> (
+    None
+):
+    """A fifth of 60 machines never boots; half are free at a time; a run every six hours; 10
+    markets of 60 runs each."""
     early, late = [], []
     for seed in range(10):
         dice = random.Random(seed)
-        models = [offer(id=i, machine_id=i, usd_per_hour=0.36 * dice.lognormvariate(0, 0.3)) for i in range(60)]
+        models = [
+            offer(id=i, machine_id=i, usd_per_hour=0.36 * dice.lognormvariate(0, 0.3))
+            for i in range(60)
+        ]
         broken = set(dice.sample(range(60), 12))
         failures: dict[int, list[float]] = {}
         for run in range(60):
-            bad = {m: offers.penalty(run * 6 * 3600 - t for t in times) for m, times in failures.items()}
+            bad = {
+                m: offers.penalty(run * 6 * 3600 - t for t in times)
+                for m, times in failures.items()
+            }
             free = dice.sample(models, 30)
             order = [p.offer.id for p in offers.rank(free, NEEDS, WORK, bad).accepted]
             (late if run >= 30 else early if run < 3 else []).append(order[0] not in broken)
@@ -295,7 +418,10 @@ def test_the_memory_of_bad_machines_raises_first_choices_that_work_from_four_in_
                 if tried not in broken:
                     break
                 failures.setdefault(tried, []).append(run * 6 * 3600.0)
-    print(f"\nfirst choices that boot: {sum(early) / len(early):.1%} in runs 1-3, {sum(late) / len(late):.1%} in runs 31-60")
+    print(
+        f"\nfirst choices that boot: {sum(early) / len(early):.1%} in runs 1-3, "
+        f"{sum(late) / len(late):.1%} in runs 31-60"
+    )
     assert sum(late) / len(late) >= 0.97
 
 

@@ -1,9 +1,10 @@
 """Number 4: how much more than the best choice our choice costs, on 500 synthetic markets.
 
-The truth below is written apart from ops/market/cost.py and disagrees with it on purpose: it has its own speeds (a utilisation for each
-kind of card, from published runs, off by a random factor in each market), its own links, boots and failures. The oracle
-tries every offer as the first one, by simulation with the truth, and takes the cheapest; after a failure each policy goes on
-with the next offer of its own order. `python -m pytest tests/ops/market/test_regret.py -s` prints the figures.
+The truth below is written apart from ops/market/cost.py and disagrees with it on purpose: it has
+its own speeds (a utilisation for each kind of card, from published runs, off by a random factor in
+each market), its own links, boots and failures. The oracle tries every offer as the first one, by
+simulation with the truth, and takes the cheapest; after a failure each policy goes on with the next
+offer of its own order. `python -m pytest tests/ops/market/test_regret.py -s` prints the figures.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from ops.market.cost import Workload
 from ops.market.models import Offer
 from trainer.memory import Shape, linear_parameters
 
-TABLE_IS_OFF = 0.08  # how far our table's speed of a card is from the truth, beside the utilisations below
+# how far our table's speed of a card is from the truth, beside the utilisations below
+TABLE_IS_OFF = 0.08
 DRAWS = 200
 ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A card as the truth sees it. `utilisation` of the peak, when nothing is recomputed, for a 7B model."""
+    """A card as the truth sees it. `utilisation` of the peak, when nothing is recomputed, for a 7B
+    model."""
 
     name: str
     memory_gib: float
@@ -88,20 +91,44 @@ def _offer(rng: np.random.Generator, i: int) -> Offer:
     kind = KINDS[rng.integers(len(KINDS))]
     price = kind.usd_per_hour * float(np.exp(rng.normal(0, 0.3)))
     reliability = float(1 - np.exp(rng.uniform(np.log(0.001), np.log(0.1))))
-    per_gb = float(rng.choice([rng.uniform(0, 0.004), rng.uniform(0.005, 0.02), rng.uniform(0.02, 0.05)], p=[0.6, 0.25, 0.15]))
+    per_gb = float(
+        rng.choice(
+            [rng.uniform(0, 0.004), rng.uniform(0.005, 0.02), rng.uniform(0.02, 0.05)],
+            p=[0.6, 0.25, 0.15],
+        )
+    )
     score = kind.dlperf / price * reliability**3 * float(np.exp(rng.normal(0, 0.1)))
     return Offer(
-        id=i, machine_id=1000 + i, host_id=i, gpu_name=kind.name, num_gpus=1, gpu_memory_gib=kind.memory_gib,
-        compute_capability=kind.capability, cuda_max=13.0, cpu_ram_gib=64.0, disk_gib=500.0, usd_per_hour=price,
-        min_bid_usd_per_hour=price * 0.6, storage_usd_per_gib_month=float(rng.choice([0.1, 0.15, 0.2, 0.4, 0.9])),
-        inet_up_mbps=float(rng.uniform(100, 2000)), inet_down_mbps=float(np.exp(rng.uniform(np.log(100), np.log(8000)))),
-        inet_up_usd_per_gb=per_gb, inet_down_usd_per_gb=per_gb, reliability=reliability, country="US", duration_s=30 * 86400.0,
-        verified=True, direct_ports=4, score=score, dlperf=kind.dlperf,
-    )  # fmt: skip
+        id=i,
+        machine_id=1000 + i,
+        host_id=i,
+        gpu_name=kind.name,
+        num_gpus=1,
+        gpu_memory_gib=kind.memory_gib,
+        compute_capability=kind.capability,
+        cuda_max=13.0,
+        cpu_ram_gib=64.0,
+        disk_gib=500.0,
+        usd_per_hour=price,
+        min_bid_usd_per_hour=price * 0.6,
+        storage_usd_per_gib_month=float(rng.choice([0.1, 0.15, 0.2, 0.4, 0.9])),
+        inet_up_mbps=float(rng.uniform(100, 2000)),
+        inet_down_mbps=float(np.exp(rng.uniform(np.log(100), np.log(8000)))),
+        inet_up_usd_per_gb=per_gb,
+        inet_down_usd_per_gb=per_gb,
+        reliability=reliability,
+        country="US",
+        duration_s=30 * 86400.0,
+        verified=True,
+        direct_ports=4,
+        score=score,
+        dlperf=kind.dlperf,
+    )
 
 
 class Truth:
-    """What would really happen in one market: per offer and draw, dollars and seconds of an attempt, and when it breaks."""
+    """What would really happen in one market: per offer and draw, dollars and seconds of an
+    attempt, and when it breaks."""
 
     def __init__(self, rng: np.random.Generator, market: Market, listed: list[Offer]) -> None:
         n, job = len(listed), market.workload
@@ -109,23 +136,37 @@ class Truth:
         luck = {k.name: float(np.exp(rng.normal(0, TABLE_IS_OFF))) for k in KINDS}
         size = job.model_parameters / 6.7e9
         self.speed = np.empty((n, DRAWS))
-        self.loading_s, self.before_s, self.breaks_s = np.empty((n, DRAWS)), np.empty((n, DRAWS)), np.empty((n, DRAWS))
+        self.loading_s, self.before_s, self.breaks_s = (
+            np.empty((n, DRAWS)),
+            np.empty((n, DRAWS)),
+            np.empty((n, DRAWS)),
+        )
         self.boots = np.empty((n, DRAWS), bool)
         for i, o in enumerate(listed):
             kind = kinds[o.gpu_name]
-            flops = (4 + 2 * self._recomputed(kind, job)) * job.model_parameters + 8e5 * size ** (1 / 3)
+            flops = (4 + 2 * self._recomputed(kind, job)) * job.model_parameters + 8e5 * size ** (
+                1 / 3
+            )
             small = min(1.0, 0.75 + 0.25 * size ** (1 / 3))  # small models use a big card less well
             useful = kind.peak_tflops * 1e12 * kind.utilisation * luck[kind.name] * small
             self.speed[i] = useful / flops * np.exp(rng.normal(0, 0.05, DRAWS))
             link = o.inet_down_mbps * 125e3 * rng.uniform(0.35, 0.9, DRAWS)
             unpack = job.image_bytes / rng.uniform(80e6, 200e6, DRAWS)
-            self.loading_s[i] = np.exp(rng.normal(np.log(45), 0.5, DRAWS)) + np.maximum(job.image_bytes / link, unpack)
+            self.loading_s[i] = np.exp(rng.normal(np.log(45), 0.5, DRAWS)) + np.maximum(
+                job.image_bytes / link, unpack
+            )
             up, down = np.minimum(link, 50 * 125e3), min(o.inet_up_mbps * 90e3, 100 * 125e3)
             start = rng.uniform(25, 70, DRAWS) + 2 * job.model_parameters / 1e9
-            self.before_s[i] = start + job.model_download_bytes / link + job.push_bytes / up + job.pull_bytes / down
+            self.before_s[i] = (
+                start
+                + job.model_download_bytes / link
+                + job.push_bytes / up
+                + job.pull_bytes / down
+            )
             unreliable = (1 - o.reliability) * np.exp(rng.normal(0, 0.5, DRAWS))
             self.boots[i] = rng.random(DRAWS) > 0.015 + 0.8 * unreliable
-            # Weibull with shape 0.8: a machine that breaks breaks early; the mean life shrinks with unreliability
+            # Weibull with shape 0.8: a machine that breaks breaks early; the mean life shrinks with
+            # unreliability
             scale = 20 * 3600 / np.maximum(unreliable, 1e-4) ** 0.9
             self.breaks_s[i] = scale * (-np.log(rng.random(DRAWS))) ** (1 / 0.8)
         self.job, self.listed = job, listed
@@ -137,7 +178,8 @@ class Truth:
         return float(np.clip(1 - free_gib / wanted_gib, 0, 1))
 
     def expected_usd(self, order: list[int], attempts: int = ATTEMPTS) -> float:
-        """Mean dollars of going down `order` until the run is finished. The last attempt has no accident, so that all pay."""
+        """Mean dollars of going down `order` until the run is finished. The last attempt has no
+        accident, so that all pay."""
         left = np.full(DRAWS, self.job.tokens)
         usd = 0.0
         for turn in range(attempts):
@@ -149,20 +191,29 @@ class Truth:
             boots = self.boots[i][going] | last
             before_s, speed = self.before_s[i][going], self.speed[i][going]
             work_s = left[going] / speed
-            running_s = np.minimum(before_s + work_s, math.inf if last else self.breaks_s[i][going]) * boots
+            running_s = (
+                np.minimum(before_s + work_s, math.inf if last else self.breaks_s[i][going]) * boots
+            )
             whole = boots & (running_s >= before_s + work_s)
             existing_s = np.where(boots, self.loading_s[i][going] + running_s, 900.0)
-            gb_in = (self.job.image_bytes + boots * (self.job.model_download_bytes + self.job.push_bytes)) / 1e9
+            gb_in = (
+                self.job.image_bytes + boots * (self.job.model_download_bytes + self.job.push_bytes)
+            ) / 1e9
             disk_usd = existing_s / 3600 / 720 * self.job.disk_gib * o.storage_usd_per_gib_month
-            bytes_usd = gb_in * o.inet_down_usd_per_gb + whole * self.job.pull_bytes / 1e9 * o.inet_up_usd_per_gb
+            bytes_usd = (
+                gb_in * o.inet_down_usd_per_gb
+                + whole * self.job.pull_bytes / 1e9 * o.inet_up_usd_per_gb
+            )
             usd += float((running_s / 3600 * o.usd_per_hour + disk_usd + bytes_usd).sum())
-            saved = np.floor(np.clip(running_s - before_s, 0, None) / 120) * 120 * speed  # a checkpoint every two minutes
+            # a checkpoint every two minutes
+            saved = np.floor(np.clip(running_s - before_s, 0, None) / 120) * 120 * speed
             left[going] = np.where(whole, 0.0, left[going] - saved)
         return usd / DRAWS
 
 
 def regrets(seed: int) -> dict[str, float] | None:
-    """Of one market: each policy's expected dollars over the oracle's, minus one. None when fewer than five offers pass."""
+    """Of one market: each policy's expected dollars over the oracle's, minus one. None when fewer
+    than five offers pass."""
     rng = np.random.default_rng(seed)
     made = market(rng)
     ranking = offers.rank(made.listed, made.needs, made.workload)
@@ -183,13 +234,17 @@ def regrets(seed: int) -> dict[str, float] | None:
         "score": sorted(everyone, key=lambda i: -listed[i].score),
     }
     paid = {name: truth.expected_usd(order) for name, order in policies.items()}
-    # Every offer as the first, then the best continuation we know; what a policy's own continuation adds is taken too.
+    # Every offer as the first, then the best continuation we know; what a policy's own continuation
+    # adds is taken too.
     best = min(*(first(i, tried) for i in everyone), *paid.values())
     return {name: usd / best - 1 for name, usd in paid.items()}
 
 
 def row(name: str, values: list[float]) -> str:
-    return f"  ranking by {name:<6} {np.mean(values):7.1%} {np.median(values):7.1%} {np.quantile(values, 0.95):8.1%}"
+    return (
+        f"  ranking by {name:<6} {np.mean(values):7.1%} {np.median(values):7.1%} "
+        f"{np.quantile(values, 0.95):8.1%}"
+    )
 
 
 def compare(markets: int) -> dict[str, list[float]]:
@@ -201,7 +256,9 @@ def compare(markets: int) -> dict[str, list[float]]:
     return columns
 
 
-@pytest.mark.parametrize("markets", [50, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(170)])])
+@pytest.mark.parametrize(
+    "markets", [50, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(170)])]
+)
 def test_our_choice_costs_at_most_three_percent_more_than_the_oracles(markets: int) -> None:
     regret = {name: float(np.mean(values)) for name, values in compare(markets).items()}
     assert regret["ours"] <= 0.03

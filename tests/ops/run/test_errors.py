@@ -12,13 +12,26 @@ def classes(of: type[MilkteaError] = MilkteaError) -> list[type[MilkteaError]]:
 
 
 def test_every_class_has_an_exit_code_and_a_word_on_the_money() -> None:
-    assert {c.__name__ for c in classes() if c.__module__ == errors.__name__} >= {"NoOffer", "HostKeyChanged", "BoxLeaked"}
+    assert {c.__name__ for c in classes() if c.__module__ == errors.__name__} >= {
+        "NoOffer",
+        "HostKeyChanged",
+        "BoxLeaked",
+    }
     for kind in classes():
         assert kind.exit_code and kind("what").money, kind
 
 
-@pytest.mark.parametrize(("kind", "money"), [(Lost, "the box is still rented"), (BoxError, "the box is still rented"), (NoAnswer, "unknown")])
-def test_the_meter_replaces_what_a_class_says_of_the_money(kind: type[MilkteaError], money: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "money"),
+    [
+        (Lost, "the box is still rented"),
+        (BoxError, "the box is still rented"),
+        (NoAnswer, "unknown"),
+    ],
+)
+def test_the_meter_replaces_what_a_class_says_of_the_money(
+    kind: type[MilkteaError], money: str
+) -> None:
     error = kind("what")
     assert error.money == money
     error.fill_in_money("spent 0.1 $ of 1 $")

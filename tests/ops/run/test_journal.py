@@ -22,7 +22,9 @@ def filled(folder: Path, lines: int = 5) -> Path:
 
 def test_what_was_appended_is_read_back_in_order(tmp_path: Path) -> None:
     lines = journal.read(filled(tmp_path / "run"))
-    assert [(line.n, line.kind, line["value"]) for line in lines] == [(n, "note", n) for n in range(5)]
+    assert [(line.n, line.kind, line["value"]) for line in lines] == [
+        (n, "note", n) for n in range(5)
+    ]
 
 
 def test_a_second_opening_goes_on_after_the_last_line(tmp_path: Path) -> None:
@@ -31,7 +33,10 @@ def test_a_second_opening_goes_on_after_the_last_line(tmp_path: Path) -> None:
     assert [line.n for line in journal.read(tmp_path / "run")] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("bad", [b"", b"{", b"\0" * 40, b"\xff", b"[]", b"null", b'{"n": 1}', b'{"t": 1.0, "kind": "note"}'])
+@pytest.mark.parametrize(
+    "bad",
+    [b"", b"{", b"\0" * 40, b"\xff", b"[]", b"null", b'{"n": 1}', b'{"t": 1.0, "kind": "note"}'],
+)
 def test_a_line_in_the_middle_that_cannot_be_read_is_damage(tmp_path: Path, bad: bytes) -> None:
     path = filled(tmp_path / "run", 3) / journal.FILE
     lines = path.read_bytes().splitlines()
@@ -111,7 +116,8 @@ def test_a_client_whose_journal_grew_behind_its_back_is_fenced(tmp_path: Path) -
         elsewhere = tmp_path / "elsewhere"
         shutil.copytree(tmp_path / "run", elsewhere)
         filled(elsewhere, 1)  # the other machine's client
-        shutil.copy(elsewhere / journal.FILE, tmp_path / "run" / journal.FILE)  # a shared disk shows its line here
+        # a shared disk shows its line here
+        shutil.copy(elsewhere / journal.FILE, tmp_path / "run" / journal.FILE)
         with pytest.raises(JournalError, match="taken this run over"):
             j.append("note")
 

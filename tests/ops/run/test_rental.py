@@ -18,7 +18,12 @@ from ops.run.rental import DESTROY_PATIENCE_S, PROOF_S, READS, adopt, until_abse
 from ops.wait import RealClock
 
 LABEL = "stub-20260101-000000-0000"
-EMPTY_LIST = {"where": "list", "what": "reply", "status": 200, "body": {"success": True, "instances": [], "next_token": None}}
+EMPTY_LIST = {
+    "where": "list",
+    "what": "reply",
+    "status": 200,
+    "body": {"success": True, "instances": [], "next_token": None},
+}
 
 
 class Jumping(RealClock):
@@ -55,7 +60,13 @@ def vast(fake: FakeVast) -> Vast:
 
 def rent(vast: Vast, label: str = LABEL) -> int:
     found, _ = vast.search({}, interruptible=False, disk_gib=16)
-    settings: dict[str, Any] = {"image": rig.IMAGE, "disk_gib": 16, "env": {}, "onstart": "", "bid_usd_per_hour": None}
+    settings: dict[str, Any] = {
+        "image": rig.IMAGE,
+        "disk_gib": 16,
+        "env": {},
+        "onstart": "",
+        "bid_usd_per_hour": None,
+    }
     return vast.create(found[0].id, label=label, **settings)
 
 
@@ -82,7 +93,9 @@ def test_a_box_that_comes_back_starts_the_count_again(fake: FakeVast, vast: Vast
     assert asked(fake) == ["destroy", "list", "list", "list", "destroy", "list", "list", "list"]
 
 
-def test_a_read_that_fails_proves_nothing_and_the_count_starts_again(fake: FakeVast, vast: Vast, monkeypatch: Any) -> None:
+def test_a_read_that_fails_proves_nothing_and_the_count_starts_again(
+    fake: FakeVast, vast: Vast, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)  # one attempt a call
     fake.faults.add(where="list", what="502_before", on_call=3)
     until_absent(vast, LABEL)
@@ -101,7 +114,9 @@ def test_a_box_that_no_destroy_ends_is_a_leak_after_ten_minutes(fake: FakeVast, 
     number = rent(vast)
     fake.faults.add(where="destroy", what="ignored", times=None)
     began = vast.clock.now()
-    with pytest.raises(BoxLeaked, match=rf"{LABEL} \(instance {number}\) is not proven destroyed: still listed"):
+    with pytest.raises(
+        BoxLeaked, match=rf"{LABEL} \(instance {number}\) is not proven destroyed: still listed"
+    ):
         until_absent(vast, LABEL, known=number)
     assert vast.clock.now() - began >= DESTROY_PATIENCE_S
     fake.faults.clear()
@@ -115,7 +130,9 @@ def test_a_key_that_is_refused_is_a_leak_at_once(fake: FakeVast) -> None:
     assert clock.slept_s == 0
 
 
-def test_one_empty_list_does_not_end_the_box_that_a_run_goes_on_with(own: rig.Rig, fake: FakeVast) -> None:
+def test_one_empty_list_does_not_end_the_box_that_a_run_goes_on_with(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     plan = own.plan()
     with Journal(own.runs / plan.run_id) as journal:
         session = rig.client(plan, journal, fake.url, fake.api_key)

@@ -1,6 +1,8 @@
-"""ops/run/result.py over real PEFT adapters: the clean ones pass, every planted corruption is caught and named.
+"""ops/run/result.py over real PEFT adapters: the clean ones pass, every planted corruption is
+caught and named.
 
-Two kinds: damage on the way (the manifest is honest), and a box that lies (archive and manifest agree with each other).
+Two kinds: damage on the way (the manifest is honest), and a box that lies (archive and manifest
+agree with each other).
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ TORCH = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def listed(members: dict[str, bytes]) -> dict[str, Any]:
-    return {n: {"sha256": hashlib.sha256(b).hexdigest(), "bytes": len(b)} for n, b in members.items()}
+    return {
+        n: {"sha256": hashlib.sha256(b).hexdigest(), "bytes": len(b)} for n, b in members.items()
+    }
 
 
 @dataclass
@@ -65,13 +69,26 @@ class Adapter:
         data = self.zip() if archive is None else archive
         header, _ = self.header()
         self.manifest = {
-            "wire": 1, "run_id": "r-1", "base_model": BASE, "method": "lora", "steps": 12, "final_loss": 0.5,
-            "lora": {"r": self.expect.r}, "data_sha256": list(DATA), "curve": [[1, 2.0], [12, 0.5]], "versions": {},
-            "kernels": {}, "adapter_sha256": hashlib.sha256(data).hexdigest(), "adapter_bytes": len(data),
+            "wire": 1,
+            "run_id": "r-1",
+            "base_model": BASE,
+            "method": "lora",
+            "steps": 12,
+            "final_loss": 0.5,
+            "lora": {"r": self.expect.r},
+            "data_sha256": list(DATA),
+            "curve": [[1, 2.0], [12, 0.5]],
+            "versions": {},
+            "kernels": {},
+            "adapter_sha256": hashlib.sha256(data).hexdigest(),
+            "adapter_bytes": len(data),
             "files": listed(members or self.members),
-            "tensors": {n: {"shape": t["shape"], "dtype": TORCH.get(t["dtype"], t["dtype"])} for n, t in header.items()
-                        if n != "__metadata__"},
-        }  # fmt: skip
+            "tensors": {
+                n: {"shape": t["shape"], "dtype": TORCH.get(t["dtype"], t["dtype"])}
+                for n, t in header.items()
+                if n != "__metadata__"
+            },
+        }
         return data
 
 
@@ -88,7 +105,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-SAVED = Path(__file__).parent / "peft_adapters"  # what `save_with_peft` made, so that these tests need no torch
+# what `save_with_peft` made, so that these tests need no torch
+SAVED = Path(__file__).parent / "peft_adapters"
 
 
 def save_with_peft(variant: str, folder: Path) -> None:
@@ -98,7 +116,13 @@ def save_with_peft(variant: str, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
     settings = {"target_modules": ["q_proj", "v_proj"]} | VARIANTS[variant]
     dtype = getattr(torch, settings.pop("dtype", "float32"))
     base = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1))
@@ -112,11 +136,15 @@ def save_with_peft(variant: str, folder: Path) -> None:
 
 def of_folder(variant: str, folder: Path) -> Adapter:
     members = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-    members["tokenizer.json"] = json.dumps({"model": {"vocab": {f"w{i}": i for i in range(40)}}}).encode()
+    members["tokenizer.json"] = json.dumps(
+        {"model": {"vocab": {f"w{i}": i for i in range(40)}}}
+    ).encode()
     config = json.loads(members[CONFIG])
     targets = VARIANTS[variant].get("target_modules", ["q_proj", "v_proj"])
     named = tuple(targets) if isinstance(targets, list) else None
-    return Adapter(members, Expect(BASE, 4, DATA, "lora", 8, named, config["use_dora"], config["use_rslora"]))
+    return Adapter(
+        members, Expect(BASE, 4, DATA, "lora", 8, named, config["use_dora"], config["use_rslora"])
+    )
 
 
 @pytest.fixture
@@ -153,7 +181,7 @@ def refused(tmp_path: Path, data: bytes, made: Adapter) -> str:
     return str(error.value)
 
 
-# -- what is clean passes ---------------------------------------------------------------------------------------------------
+# -- what is clean passes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
@@ -174,14 +202,22 @@ def test_expectations_come_from_the_wire_job():
 
     files = [DataFile(path="data/a.json", name="a.json", sha256=h, size_bytes=1) for h in DATA]
     lora = Lora(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    job = Job(run_id="r-1", model=ModelSpec(base=BASE), data=Data(files=files), lora=lora, training=Training())
+    job = Job(
+        run_id="r-1",
+        model=ModelSpec(base=BASE),
+        data=Data(files=files),
+        lora=lora,
+        training=Training(),
+    )
     wanted = Expect(BASE, 4, DATA, "lora", 8, ("q_proj", "v_proj"), False, False, "default")
     assert Expect.of(job.model_dump(mode="json")) == wanted
 
 
 def test_a_fully_trained_model_passes_without_an_adapter_config(adapter, tmp_path):
     del adapter.members[CONFIG]
-    adapter.members = {"model.safetensors" if n == WEIGHTS else n: b for n, b in adapter.members.items()}
+    adapter.members = {
+        "model.safetensors" if n == WEIGHTS else n: b for n, b in adapter.members.items()
+    }
     weights = adapter.members["model.safetensors"]
     adapter.members[WEIGHTS] = weights
     del adapter.members["model.safetensors"]
@@ -200,7 +236,9 @@ def test_200_megabytes_are_verified_in_two_seconds_of_cpu(adapter, tmp_path):
     shapes = ([4, rows], [rows, 4])
     offsets = ([0, a.nbytes], [a.nbytes, 2 * a.nbytes])
     rows_of = zip(names, shapes, offsets, strict=True)
-    adapter.set_weights({n: {"dtype": "F32", "shape": s, "data_offsets": o} for n, s, o in rows_of}, body)
+    adapter.set_weights(
+        {n: {"dtype": "F32", "shape": s, "data_offsets": o} for n, s, o in rows_of}, body
+    )
     adapter.members[CONFIG] = json.dumps(adapter.config() | {"target_modules": ["q_proj"]}).encode()
     adapter.expect = replace(adapter.expect, target_modules=("q_proj",))
     data = adapter.seal(adapter.zip(how=zipfile.ZIP_STORED))
@@ -209,7 +247,7 @@ def test_200_megabytes_are_verified_in_two_seconds_of_cpu(adapter, tmp_path):
     assert time.process_time() - began < 2.0
 
 
-# -- damage on the way ------------------------------------------------------------------------------------------------------
+# -- damage on the way -----------------------------------------------------------------------------
 
 N_DAMAGES = 120
 
@@ -245,7 +283,9 @@ def test_damage_on_the_way_is_caught(seed, make_adapter, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_damage_that_the_hash_of_the_whole_would_miss_is_caught_by_what_is_inside(seed, make_adapter, tmp_path):
+def test_damage_that_the_hash_of_the_whole_would_miss_is_caught_by_what_is_inside(
+    seed, make_adapter, tmp_path
+):
     """The manifest's hash of the archive is made to fit; its hashes of the members stay honest."""
     made = make_adapter(list(VARIANTS)[seed % len(VARIANTS)])
     data = made.seal(made.zip(how=zipfile.ZIP_STORED))
@@ -258,7 +298,7 @@ def test_damage_that_the_hash_of_the_whole_would_miss_is_caught_by_what_is_insid
     assert "adapter.zip" in refused(tmp_path, spoilt, made)
 
 
-# -- a box that lies: archive and manifest agree ----------------------------------------------------------------------------
+# -- a box that lies: archive and manifest agree ---------------------------------------------------
 
 Spoil = Callable[[Adapter], None]
 
@@ -337,7 +377,9 @@ def weights_as(change: Callable[[bytes], bytes]) -> Spoil:
 
 
 def raw_header(text: bytes) -> Spoil:
-    return lambda made: made.members.__setitem__(WEIGHTS, struct.pack("<Q", len(text)) + text + made.header()[1])
+    return lambda made: made.members.__setitem__(
+        WEIGHTS, struct.pack("<Q", len(text)) + text + made.header()[1]
+    )
 
 
 def f32(value: float) -> bytes:
@@ -358,35 +400,62 @@ LIES: dict[str, tuple[Spoil, str]] = {
     "lora_B missing": (without("lora_B"), "lacks its lora_B"),
     "no tensor": (lambda m: m.set_weights({}, b""), "holds no tensor"),
     "a stray tensor": (renamed("base_model.model.q_proj.weight"), "belongs to no LoRA"),
-    "a tensor of another module": (renamed("base_model.model.x_proj.lora_A.weight"), "target_modules|lacks"),
+    "a tensor of another module": (
+        renamed("base_model.model.x_proj.lora_A.weight"),
+        "target_modules|lacks",
+    ),
     "unknown dtype": (header_with(lambda h, n: h[n].update(dtype="F4")), "dtype 'F4'"),
     "dtype of another size": (header_with(lambda h, n: h[n].update(dtype="F64")), "yet takes"),
     "shape too large": (header_with(lambda h, n: h[n].update(shape=[4, 17])), "yet takes"),
-    "shape transposed": (header_with(lambda h, n: h[n].update(shape=h[n]["shape"][::-1])), "says r 4"),
+    "shape transposed": (
+        header_with(lambda h, n: h[n].update(shape=h[n]["shape"][::-1])),
+        "says r 4",
+    ),
     "shape negative": (header_with(lambda h, n: h[n].update(shape=[-4, -16])), "has shape"),
     "shape of floats": (header_with(lambda h, n: h[n].update(shape=[4.0, 16.0])), "has shape"),
     "shape a text": (header_with(lambda h, n: h[n].update(shape="4x16")), "has shape"),
-    "huge shape that multiplies to zero": (header_with(lambda h, n: h[n].update(shape=[2**62, 0])), "yet takes"),
-    "offsets reversed": (header_with(lambda h, n: h[n].update(data_offsets=h[n]["data_offsets"][::-1])), "data_offsets"),
+    "huge shape that multiplies to zero": (
+        header_with(lambda h, n: h[n].update(shape=[2**62, 0])),
+        "yet takes",
+    ),
+    "offsets reversed": (
+        header_with(lambda h, n: h[n].update(data_offsets=h[n]["data_offsets"][::-1])),
+        "data_offsets",
+    ),
     "offsets beyond the end": (
-        header_with(lambda h, n: h[n].update(data_offsets=[o + 10**9 for o in h[n]["data_offsets"]])),
+        header_with(
+            lambda h, n: h[n].update(data_offsets=[o + 10**9 for o in h[n]["data_offsets"]])
+        ),
         "begins at byte|ends",
     ),
     "offsets overlap": (
-        header_with(lambda h, n: h[n].update(data_offsets=[0, 256]) or h[list(h)[-1]].update(data_offsets=[0, 256])),
+        header_with(
+            lambda h, n: (
+                h[n].update(data_offsets=[0, 256]) or h[list(h)[-1]].update(data_offsets=[0, 256])
+            )
+        ),
         "begins at|takes",
     ),
-    "three offsets": (header_with(lambda h, n: h[n].update(data_offsets=[0, 1, 2])), "data_offsets"),
+    "three offsets": (
+        header_with(lambda h, n: h[n].update(data_offsets=[0, 1, 2])),
+        "data_offsets",
+    ),
     "no offsets": (header_with(lambda h, n: h[n].pop("data_offsets")), "not described"),
     "an extra key": (header_with(lambda h, n: h[n].update(evil=1)), "not described"),
     "an entry that is a list": (header_with(lambda h, n: h.update({n: []})), "not described"),
-    "metadata of numbers": (header_with(lambda h, n: h.update(__metadata__={"format": 1})), "__metadata__"),
+    "metadata of numbers": (
+        header_with(lambda h, n: h.update(__metadata__={"format": 1})),
+        "__metadata__",
+    ),
     "bytes after the last tensor": (weights_as(lambda b: b + bytes(16)), "its tensors take"),
     "weights cut short": (weights_as(lambda b: b[:-10]), "too early"),
     "weights cut in the header": (weights_as(lambda b: b[:40]), "header claims"),
     "weights of four bytes": (weights_as(lambda b: b[:4]), "too early"),
     "weights empty": (weights_as(lambda b: b""), "too early"),
-    "header longer than the file": (weights_as(lambda b: struct.pack("<Q", 1 << 40) + b[8:]), "header claims"),
+    "header longer than the file": (
+        weights_as(lambda b: struct.pack("<Q", 1 << 40) + b[8:]),
+        "header claims",
+    ),
     "header length near 2**64": (weights_as(lambda b: b"\xff" * 8 + b[8:]), "header claims"),
     "header no JSON": (raw_header(b"{nope"), WEIGHTS),
     "header a list": (raw_header(b"[]"), "not a JSON object"),
@@ -406,9 +475,18 @@ LIES: dict[str, tuple[Spoil, str]] = {
     "config that claims DoRA": (config_with(use_dora=True), "use_dora"),
     "config that claims rsLoRA": (config_with(use_rslora=True), "use_rslora"),
     "config with fewer targets": (config_with(target_modules=["q_proj"]), "target_modules"),
-    "config with more targets": (config_with(target_modules=["q_proj", "v_proj", "o_proj"]), "target_modules"),
-    "config with modules_to_save a text": (config_with(modules_to_save="lm_head"), "modules_to_save"),
-    "config with a rank pattern that does not hold": (config_with(rank_pattern={"q_proj": 2}), "says r"),
+    "config with more targets": (
+        config_with(target_modules=["q_proj", "v_proj", "o_proj"]),
+        "target_modules",
+    ),
+    "config with modules_to_save a text": (
+        config_with(modules_to_save="lm_head"),
+        "modules_to_save",
+    ),
+    "config with a rank pattern that does not hold": (
+        config_with(rank_pattern={"q_proj": 2}),
+        "says r",
+    ),
     "tokenizer no JSON": (member("tokenizer.json", b"{"), "tokenizer.json"),
     "tokenizer not UTF-8": (member("tokenizer.json", b'"\xff"'), "tokenizer.json"),
     "tokenizer of nothing": (member("tokenizer.json", b""), "tokenizer.json"),
@@ -421,9 +499,11 @@ LIES: dict[str, tuple[Spoil, str]] = {
 }
 
 
-NO_TENSORS_TO_LIST = {name for name in LIES if name.startswith(("header", "weights cut in", "weights of", "weights empty"))} | {
-    "no offsets", "an entry that is a list"
-}  # fmt: skip
+NO_TENSORS_TO_LIST = {
+    name
+    for name in LIES
+    if name.startswith(("header", "weights cut in", "weights of", "weights empty"))
+} | {"no offsets", "an entry that is a list"}
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -434,7 +514,11 @@ def test_a_lie_in_a_member_is_caught_and_named(name, adapter, tmp_path):
     if name in NO_TENSORS_TO_LIST:
         data = adapter.zip()
         digest = hashlib.sha256(data).hexdigest()
-        adapter.manifest |= {"files": listed(adapter.members), "adapter_sha256": digest, "adapter_bytes": len(data)}
+        adapter.manifest |= {
+            "files": listed(adapter.members),
+            "adapter_sha256": digest,
+            "adapter_bytes": len(data),
+        }
     else:
         data = adapter.seal()
     assert data != honest
@@ -445,20 +529,32 @@ def test_a_lie_in_a_member_is_caught_and_named(name, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("variant", "part", "bits"),
     [
-        ("bf16", "lora_B", b"\xc0\x7f"), ("bf16", "lora_A", b"\x80\x7f"), ("bf16", "lora_A", b"\x80\xff"),
+        ("bf16", "lora_B", b"\xc0\x7f"),
+        ("bf16", "lora_A", b"\x80\x7f"),
+        ("bf16", "lora_A", b"\x80\xff"),
         ("bf16", "lora_B", b"\x81\xff"),
-        ("fp16", "lora_B", b"\x00\x7e"), ("fp16", "lora_A", b"\x00\x7c"), ("fp16", "lora_A", b"\x00\xfc"),
-        ("DoRA", "magnitude", f32(math.nan)), ("modules_to_save", "lm_head", f32(math.inf)), ("rsLoRA", "lora_A", f32(math.nan)),
-        ("embedding", "lora_embedding_B", f32(math.nan)), ("all-linear", "down_proj", f32(-math.inf)),
+        ("fp16", "lora_B", b"\x00\x7e"),
+        ("fp16", "lora_A", b"\x00\x7c"),
+        ("fp16", "lora_A", b"\x00\xfc"),
+        ("DoRA", "magnitude", f32(math.nan)),
+        ("modules_to_save", "lm_head", f32(math.inf)),
+        ("rsLoRA", "lora_A", f32(math.nan)),
+        ("embedding", "lora_embedding_B", f32(math.nan)),
+        ("all-linear", "down_proj", f32(-math.inf)),
     ],
-)  # fmt: skip
-def test_a_number_that_is_not_finite_is_caught_in_every_kind_of_adapter(variant, part, bits, make_adapter, tmp_path):
+)
+def test_a_number_that_is_not_finite_is_caught_in_every_kind_of_adapter(
+    variant, part, bits, make_adapter, tmp_path
+):
     made = make_adapter(variant)
     set_number(part, bits)(made)
     assert "not finite" in refused(tmp_path, made.seal(), made)
 
 
-@pytest.mark.parametrize(("variant", "part"), [("DoRA", "magnitude"), ("embedding", "lora_embedding_A"), ("bf16", "lora_B")])
+@pytest.mark.parametrize(
+    ("variant", "part"),
+    [("DoRA", "magnitude"), ("embedding", "lora_embedding_A"), ("bf16", "lora_B")],
+)
 def test_a_missing_half_is_caught_in_every_kind_of_adapter(variant, part, make_adapter, tmp_path):
     made = make_adapter(variant)
     without(part)(made)
@@ -509,14 +605,35 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "files a list": (lambda m: m.update(files=[]), "does not list"),
     "no tensors": (lambda m: m.pop("tensors"), "tensors"),
     "no lora": (lambda m: m.pop("lora"), "lora"),
-    "a file too many": (lambda m: m["files"].update({"extra.json": {"sha256": "0" * 64, "bytes": 1}}), "lacks extra.json"),
+    "a file too many": (
+        lambda m: m["files"].update({"extra.json": {"sha256": "0" * 64, "bytes": 1}}),
+        "lacks extra.json",
+    ),
     "a file too few": (lambda m: m["files"].pop("tokenizer.json"), "does not list"),
-    "a file of another hash": (lambda m: m["files"]["tokenizer.json"].update(sha256="0" * 64), "another sha256"),
-    "a file of another size": (lambda m: m["files"]["tokenizer.json"].update(bytes=1), "its manifest says 1"),
-    "a tensor too many": (lambda m: m["tensors"].update(ghost={"shape": [1], "dtype": "float32"}), "ghost"),
-    "a tensor too few": (lambda m: m["tensors"].pop(next(iter(m["tensors"]))), "not in the manifest"),
-    "a tensor of another shape": (lambda m: next(iter(m["tensors"].values())).update(shape=[1, 2]), "its manifest says"),
-    "a tensor of another dtype": (lambda m: next(iter(m["tensors"].values())).update(dtype="float16"), "its manifest says"),
+    "a file of another hash": (
+        lambda m: m["files"]["tokenizer.json"].update(sha256="0" * 64),
+        "another sha256",
+    ),
+    "a file of another size": (
+        lambda m: m["files"]["tokenizer.json"].update(bytes=1),
+        "its manifest says 1",
+    ),
+    "a tensor too many": (
+        lambda m: m["tensors"].update(ghost={"shape": [1], "dtype": "float32"}),
+        "ghost",
+    ),
+    "a tensor too few": (
+        lambda m: m["tensors"].pop(next(iter(m["tensors"]))),
+        "not in the manifest",
+    ),
+    "a tensor of another shape": (
+        lambda m: next(iter(m["tensors"].values())).update(shape=[1, 2]),
+        "its manifest says",
+    ),
+    "a tensor of another dtype": (
+        lambda m: next(iter(m["tensors"].values())).update(dtype="float16"),
+        "its manifest says",
+    ),
     "tensors a list": (lambda m: m.update(tensors=[]), "not in the manifest"),
 }
 
@@ -536,12 +653,28 @@ def test_a_manifest_that_is_no_object_is_caught(value, adapter, tmp_path):
     refused(tmp_path, data, adapter)
 
 
-# -- the archive itself -----------------------------------------------------------------------------------------------------
+# -- the archive itself ----------------------------------------------------------------------------
 
 SLIPS = [
-    "../evil", "/etc/passwd", "a/../../evil", "..\\evil", "C:\\evil", "C:evil", "\\\\host\\share", "a//b", "./a", "a/./b", "a/..",
-    "..", "evil.", "evil ", "a\nb", "folder/", "nul\x01", "\u202egpj.exe",
-]  # fmt: skip
+    "../evil",
+    "/etc/passwd",
+    "a/../../evil",
+    "..\\evil",
+    "C:\\evil",
+    "C:evil",
+    "\\\\host\\share",
+    "a//b",
+    "./a",
+    "a/./b",
+    "a/..",
+    "..",
+    "evil.",
+    "evil ",
+    "a\nb",
+    "folder/",
+    "nul\x01",
+    "\u202egpj.exe",
+]
 
 
 @pytest.mark.parametrize("name", SLIPS)
@@ -618,7 +751,9 @@ def test_five_thousand_members_are_too_many(adapter, tmp_path):
     assert "members" in refused(tmp_path, adapter.seal(), adapter)
 
 
-@pytest.mark.parametrize("data", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"x" * 1000, b"\x1f\x8b" + bytes(100)])
+@pytest.mark.parametrize(
+    "data", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"x" * 1000, b"\x1f\x8b" + bytes(100)]
+)
 def test_what_is_no_archive_is_caught(data, adapter, tmp_path):
     assert refused(tmp_path, adapter.seal(data), adapter)
 

@@ -1,4 +1,5 @@
-"""The main job against the emulator: real HTTP, real SSH, real processes; only the training is a stub that takes no time."""
+"""The main job against the emulator: real HTTP, real SSH, real processes; only the training is a
+stub that takes no time."""
 
 from __future__ import annotations
 
@@ -14,7 +15,19 @@ from typing import Any
 import pytest
 
 import rig
-from ops.errors import AdapterError, BoxLeaked, Failed, HostKeyChanged, JournalError, MilkteaError, NoOffer, OfferGone, OverBudget, Refused, Stalled
+from ops.errors import (
+    AdapterError,
+    BoxLeaked,
+    Failed,
+    HostKeyChanged,
+    JournalError,
+    MilkteaError,
+    NoOffer,
+    OfferGone,
+    OverBudget,
+    Refused,
+    Stalled,
+)
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
 from ops.market.client import Provider, Vast
@@ -43,7 +56,9 @@ def fake(own: rig.Rig) -> Iterator[FakeVast]:
         assert cloud.instances() == [], "a box survived the test"
 
 
-def run(own: rig.Rig, fake: FakeVast, *, screen: Any = None, plan: Plan | None = None, **more: Any) -> tuple[Any, list[journal.Line]]:
+def run(
+    own: rig.Rig, fake: FakeVast, *, screen: Any = None, plan: Plan | None = None, **more: Any
+) -> tuple[Any, list[journal.Line]]:
     """(outcome or the error, journal lines) of one whole run."""
     plan = plan or own.plan(**more)
     with Journal(own.runs / plan.run_id) as j:
@@ -62,13 +77,29 @@ def creates(fake: FakeVast) -> int:
     return sum(r["route"] == "create" for r in fake.requests)
 
 
-def test_the_main_job_brings_a_verified_adapter_home_and_leaves_no_box(own: rig.Rig, fake: FakeVast) -> None:
+def test_the_main_job_brings_a_verified_adapter_home_and_leaves_no_box(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     outcome, lines = run(own, fake)
     assert zipfile.ZipFile(outcome.adapter_zip).testzip() is None
     assert kinds(lines) == [
-        "planned", "offers", "renting", "rented", "booted", "connected", "pushed", "launched", "event", "checkpoint", "event", "ended", "pulled",
-        "destroying", "destroyed", "bill",
-    ]  # fmt: skip
+        "planned",
+        "offers",
+        "renting",
+        "rented",
+        "booted",
+        "connected",
+        "pushed",
+        "launched",
+        "event",
+        "checkpoint",
+        "event",
+        "ended",
+        "pulled",
+        "destroying",
+        "destroyed",
+        "bill",
+    ]
     destroyed = next(line for line in lines if line.kind == "destroyed")
     assert len(destroyed["reads"]) == 3
     assert creates(fake) == 1
@@ -77,9 +108,13 @@ def test_the_main_job_brings_a_verified_adapter_home_and_leaves_no_box(own: rig.
 
 
 @pytest.mark.parametrize(("offers", "searches"), [(20, 1), (64, 2)])
-def test_a_market_that_one_search_shows_whole_is_asked_once(own: rig.Rig, fake: FakeVast, offers: int, searches: int) -> None:
+def test_a_market_that_one_search_shows_whole_is_asked_once(
+    own: rig.Rig, fake: FakeVast, offers: int, searches: int
+) -> None:
     """A search shows 64 offers at most, and vast.ai answers one a second."""
-    market = [fake.catalogue[11014] | {"machine_id": n, "slices": (1,)} for n in range(1, offers + 1)]
+    market = [
+        fake.catalogue[11014] | {"machine_id": n, "slices": (1,)} for n in range(1, offers + 1)
+    ]
     with own.emulator(market=market) as other:
         outcome, lines = run(own, other)
         assert outcome.sha256
@@ -87,11 +122,17 @@ def test_a_market_that_one_search_shows_whole_is_asked_once(own: rig.Rig, fake: 
         assert sum(r["route"] == "search" for r in other.requests) == searches
 
 
-def test_the_bill_is_found_without_reading_what_older_instances_cost(own: rig.Rig, fake: FakeVast) -> None:
+def test_the_bill_is_found_without_reading_what_older_instances_cost(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     """They come last, 100 a page, and vast.ai answers such a question once a second."""
     run(own, fake)
     old = {**fake.charges()[0], "source": "instance-1"}
-    fake.do(lambda: fake.cloud.account.old_charges.extend({**old, "start": old["start"] - n, "end": old["end"]} for n in range(1, 251)))
+    fake.do(
+        lambda: fake.cloud.account.old_charges.extend(
+            {**old, "start": old["start"] - n, "end": old["end"]} for n in range(1, 251)
+        )
+    )
     before = len(fake.requests)
     _, lines = run(own, fake)
     assert lines[-1]["usd"] > 0
@@ -106,7 +147,11 @@ def test_the_account_key_never_reaches_a_box(own: rig.Rig, fake: FakeVast) -> No
         def event(self, event: events.Event, *rest: Any) -> None:
             if isinstance(event, events.Step):
                 home = fake.home(fake.instances()[0]["id"])
-                seen.extend(str(p) for p in home.rglob("*") if p.is_file() and fake.api_key.encode() in p.read_bytes())
+                seen.extend(
+                    str(p)
+                    for p in home.rglob("*")
+                    if p.is_file() and fake.api_key.encode() in p.read_bytes()
+                )
                 seen.append("looked")
                 (own.image / "pause").unlink()
 
@@ -140,7 +185,9 @@ def test_the_account_key_never_reaches_a_box(own: rig.Rig, fake: FakeVast) -> No
     ],
     ids=lambda f: f"{f['where']}-{f['what']}",
 )
-def test_one_fault_anywhere_is_overcome(own: rig.Rig, fake: FakeVast, fault: dict[str, Any]) -> None:
+def test_one_fault_anywhere_is_overcome(
+    own: rig.Rig, fake: FakeVast, fault: dict[str, Any]
+) -> None:
     fake.faults.add(fault)
     outcome, lines = run(own, fake)
     assert not isinstance(outcome, BaseException), outcome
@@ -148,7 +195,9 @@ def test_one_fault_anywhere_is_overcome(own: rig.Rig, fake: FakeVast, fault: dic
     assert kinds(lines)[-2:] == ["destroyed", "bill"]
 
 
-def test_an_unclear_create_is_adopted_by_its_label_and_not_repeated(own: rig.Rig, fake: FakeVast) -> None:
+def test_an_unclear_create_is_adopted_by_its_label_and_not_repeated(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     fake.faults.add(where="create", what="lost_reply")
     _, lines = run(own, fake)
     assert creates(fake) == 1
@@ -157,9 +206,19 @@ def test_an_unclear_create_is_adopted_by_its_label_and_not_repeated(own: rig.Rig
 
 
 @pytest.mark.parametrize(
-    "fields", [{"gpu_name": "GTX 1080"}, {"num_gpus": 2}, {"dph_total": 9.9}, {"disk_space": 9.0}, {"machine_id": 1}], ids=lambda f: next(iter(f))
+    "fields",
+    [
+        {"gpu_name": "GTX 1080"},
+        {"num_gpus": 2},
+        {"dph_total": 9.9},
+        {"disk_space": 9.0},
+        {"machine_id": 1},
+    ],
+    ids=lambda f: next(iter(f)),
 )
-def test_a_box_that_is_not_what_was_offered_gets_no_byte(own: rig.Rig, fake: FakeVast, fields: dict[str, Any]) -> None:
+def test_a_box_that_is_not_what_was_offered_gets_no_byte(
+    own: rig.Rig, fake: FakeVast, fields: dict[str, Any]
+) -> None:
     fake.faults.add(where="create", what="wrong_fields", fields=fields)
     outcome, lines = run(own, fake)
     first = kinds(lines)[: kinds(lines).index("bad_machine")]
@@ -167,13 +226,18 @@ def test_a_box_that_is_not_what_was_offered_gets_no_byte(own: rig.Rig, fake: Fak
     assert not isinstance(outcome, BaseException), outcome
 
 
-def test_a_box_that_lies_about_its_gpu_is_found_by_its_own_nvidia_smi(own: rig.Rig, fake: FakeVast) -> None:
+def test_a_box_that_lies_about_its_gpu_is_found_by_its_own_nvidia_smi(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     fake.faults.add(where="boot", what="wrong_gpu", gpu_name="RTX 2060")
     outcome, lines = run(own, fake)
     bad = next(line for line in lines if line.kind == "bad_machine")
     assert "GPU" in bad["why"]
     assert "pushed" not in kinds(lines)[: bad.n]
-    assert next(o for o in lines[bad.n :] if o.kind == "renting")["offer"]["machine_id"] != bad["machine_id"]
+    assert (
+        next(o for o in lines[bad.n :] if o.kind == "renting")["offer"]["machine_id"]
+        != bad["machine_id"]
+    )
     assert not isinstance(outcome, BaseException), outcome
 
 
@@ -185,7 +249,9 @@ def test_a_changed_host_key_stops_the_run(own: rig.Rig, fake: FakeVast) -> None:
     assert "destroyed" in kinds(lines)
 
 
-def test_a_failing_training_says_the_trainers_reason_and_keeps_the_checkpoint(own: rig.Rig, fake: FakeVast) -> None:
+def test_a_failing_training_says_the_trainers_reason_and_keeps_the_checkpoint(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     (own.image / "fail").touch()
     outcome, _ = run(own, fake)
     assert isinstance(outcome, Failed)
@@ -200,9 +266,13 @@ def test_a_silent_training_is_given_up(own: rig.Rig, fake: FakeVast) -> None:
     assert isinstance(outcome, Stalled)
 
 
-def test_a_result_that_never_verifies_is_fetched_three_times_and_refused(own: rig.Rig, fake: FakeVast) -> None:
+def test_a_result_that_never_verifies_is_fetched_three_times_and_refused(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     manifest = json.loads((own.image / "result/manifest.json").read_text())
-    (own.image / "result/manifest.json").write_text(json.dumps(manifest | {"adapter_sha256": "f" * 64}))
+    (own.image / "result/manifest.json").write_text(
+        json.dumps(manifest | {"adapter_sha256": "f" * 64})
+    )
     outcome, lines = run(own, fake)
     assert isinstance(outcome, AdapterError)
     assert kinds(lines).count("bad_result") == 3
@@ -224,7 +294,9 @@ class Interrupting(rig.Silent):
 
 
 @pytest.mark.parametrize("choice", ["destroy", "fetch"])
-def test_ctrl_c_destroys_or_fetches_then_destroys(own: rig.Rig, fake: FakeVast, choice: str) -> None:
+def test_ctrl_c_destroys_or_fetches_then_destroys(
+    own: rig.Rig, fake: FakeVast, choice: str
+) -> None:
     (own.image / "pause").touch()
     outcome, lines = run(own, fake, screen=Interrupting(choice, own.image))
     assert isinstance(outcome, Failed)
@@ -245,7 +317,9 @@ def test_ctrl_c_can_leave_the_box_and_resume_finds_it(own: rig.Rig, fake: FakeVa
     assert creates(fake) == 1
 
 
-def test_a_client_killed_while_training_is_resumed_on_the_same_box(own: rig.Rig, fake: FakeVast) -> None:
+def test_a_client_killed_while_training_is_resumed_on_the_same_box(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     (own.image / "pause").touch()
     plan = own.plan()
     child = os.fork()
@@ -263,8 +337,13 @@ def test_a_client_killed_while_training_is_resumed_on_the_same_box(own: rig.Rig,
     outcome, _ = run(own, fake, plan=plan)
     assert outcome.sha256
     assert creates(fake) == 1
-    said = [events.parse(text) for text in (own.runs / plan.run_id / "events.jsonl").read_text().splitlines()]
-    assert [type(e).__name__ for e in said] == ["Started", "Step", "Checkpoint", "Finished"], "a gap or a double line"
+    said = [
+        events.parse(text)
+        for text in (own.runs / plan.run_id / "events.jsonl").read_text().splitlines()
+    ]
+    assert [type(e).__name__ for e in said] == ["Started", "Step", "Checkpoint", "Finished"], (
+        "a gap or a double line"
+    )
 
 
 def test_a_second_client_on_a_run_is_kept_out(own: rig.Rig, fake: FakeVast) -> None:
@@ -275,13 +354,19 @@ def test_a_second_client_on_a_run_is_kept_out(own: rig.Rig, fake: FakeVast) -> N
             pass
 
 
-def test_a_box_that_is_taken_away_goes_on_elsewhere_from_the_checkpoint_within_one_budget(own: rig.Rig, fake: FakeVast) -> None:
+def test_a_box_that_is_taken_away_goes_on_elsewhere_from_the_checkpoint_within_one_budget(
+    own: rig.Rig, fake: FakeVast
+) -> None:
     (own.image / "pause").touch()
     needs = rig.Needs(min_reliability=0.9, hours=2, disk_gib=16, interruptible=True)
 
     class Outbidding(rig.Silent):
         def event(self, event: events.Event, *rest: Any) -> None:
-            if isinstance(event, events.Step) and len(fake.requests) and (own.image / "pause").exists():
+            if (
+                isinstance(event, events.Step)
+                and len(fake.requests)
+                and (own.image / "pause").exists()
+            ):
                 fake.do(lambda: fake.cloud.outbid(fake.instances_now()[0]))
                 (own.image / "pause").unlink()
 
@@ -304,12 +389,17 @@ def test_the_market_that_was_shown_is_not_asked_for_again(own: rig.Rig, fake: Fa
     assert sum(r["route"] == "search" for r in fake.requests) == 1
 
 
-def test_a_destroy_that_cannot_be_proven_is_a_leak_and_the_next_command_finishes_it(own: rig.Rig, fake: FakeVast, monkeypatch: Any) -> None:
+def test_a_destroy_that_cannot_be_proven_is_a_leak_and_the_next_command_finishes_it(
+    own: rig.Rig, fake: FakeVast, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("ops.run.rental.DESTROY_PATIENCE_S", 100.0)
     fake.faults.add(where="destroy", what="ignored", times=None)
     outcome, lines = run(own, fake)
     assert isinstance(outcome, BoxLeaked) and outcome.exit_code == 70
-    assert re.fullmatch(r"it may be billing 0\.\d+ \$/h; its own watchdog ends it within 10 minutes of silence", outcome.money)
+    assert re.fullmatch(
+        r"it may be billing 0\.\d+ \$/h; its own watchdog ends it within 10 minutes of silence",
+        outcome.money,
+    )
     assert "leaked" in kinds(lines)
     fake.faults.clear()
     vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
@@ -329,7 +419,9 @@ def test_a_damaged_journal_is_reaped_by_its_label(own: rig.Rig, fake: FakeVast) 
     assert reaped.destroyed == [plan.run_id]
 
 
-def test_a_box_of_another_machines_run_is_left_alone_unless_asked_for(own: rig.Rig, fake: FakeVast, tmp_path: Path) -> None:
+def test_a_box_of_another_machines_run_is_left_alone_unless_asked_for(
+    own: rig.Rig, fake: FakeVast, tmp_path: Path
+) -> None:
     (own.image / "pause").touch()
     outcome, lines = run(own, fake, screen=Interrupting("detach", own.image))
     vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
@@ -349,14 +441,20 @@ def test_no_money_for_any_offer_is_said_before_renting(own: rig.Rig, fake: FakeV
 
 
 def test_no_offer_names_the_filter_that_keeps_most_out(own: rig.Rig, fake: FakeVast) -> None:
-    outcome, _ = run(own, fake, needs=rig.Needs(min_gpu_memory_gib=500, hours=2, disk_gib=16, min_reliability=0.9))
+    outcome, _ = run(
+        own,
+        fake,
+        needs=rig.Needs(min_gpu_memory_gib=500, hours=2, disk_gib=16, min_reliability=0.9),
+    )
     assert isinstance(outcome, NoOffer)
     empty_or_named = "no offer for these needs" in str(outcome) or "memory" in str(outcome)
     assert empty_or_named, outcome
 
 
 @pytest.mark.parametrize("what", ["insufficient_credit", "spend_rate_limit"])
-def test_a_refusal_for_lack_of_credit_is_not_tried_on_other_offers(own: rig.Rig, fake: FakeVast, what: str) -> None:
+def test_a_refusal_for_lack_of_credit_is_not_tried_on_other_offers(
+    own: rig.Rig, fake: FakeVast, what: str
+) -> None:
     fake.faults.add(where="create", what=what, times=None)
     outcome, _ = run(own, fake)
     assert isinstance(outcome, Refused) and "credit" in outcome.hint
@@ -378,11 +476,16 @@ def test_the_second_session_needs_nothing_but_the_run_folder(own: rig.Rig, fake:
         again = Plan.from_line(j.lines[0])
         assert again == plan
         assert isinstance(rig.client(again, j, fake.url, fake.api_key), Session)
-        assert {p.name for p in j.folder.iterdir()} == {journal.FILE, "lock"}, "a client that is made writes nothing"
+        assert {p.name for p in j.folder.iterdir()} == {journal.FILE, "lock"}, (
+            "a client that is made writes nothing"
+        )
 
 
-def test_a_signal_in_the_middle_of_a_journal_line_waits_for_its_end(own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while a line is being written, a box being rented or destroyed: each is finished first, and the journal stays whole."""
+def test_a_signal_in_the_middle_of_a_journal_line_waits_for_its_end(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a line is being written, a box being rented or destroyed: each is finished
+    first, and the journal stays whole."""
     plan = own.plan()
     real = os.fsync
     with Journal(own.runs / plan.run_id) as j:

@@ -1,4 +1,5 @@
-"""Batches made ahead: the same ones, in order, at most one too many; what fails there fails here."""
+"""Batches made ahead: the same ones, in order, at most one too many; what fails there fails
+here."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ CPU = torch.device("cpu")
 def some_rows(*lengths: int) -> Rows:
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(starts[-1], dtype=np.int32)
-    return Rows(ids, ids % 3 > 0, starts, np.ones(len(lengths), np.bool_), [f"f:{i}" for i in range(len(lengths))])
+    return Rows(
+        ids,
+        ids % 3 > 0,
+        starts,
+        np.ones(len(lengths), np.bool_),
+        [f"f:{i}" for i in range(len(lengths))],
+    )
 
 
 def work(step: int) -> batch.Work:
@@ -61,10 +68,17 @@ def test_an_error_in_the_thread_is_raised_when_its_step_is_taken() -> None:
 @pytest.mark.parametrize("collate", [batch.packed, batch.padded])
 def test_a_batch_made_on_the_host_is_the_batch_made_on_the_device(collate) -> None:
     rows = some_rows(5, 9, 2)
-    there, here = batch.on(CPU, batch.pinned(collate(rows, [2, 0, 1], CPU), CPU)), collate(rows, [2, 0, 1], CPU)
+    there, here = (
+        batch.on(CPU, batch.pinned(collate(rows, [2, 0, 1], CPU), CPU)),
+        collate(rows, [2, 0, 1], CPU),
+    )
     assert there.keys() == here.keys()
     for name, value in here.items():
-        assert torch.equal(there[name], value) if isinstance(value, torch.Tensor) else there[name] == value
+        assert (
+            torch.equal(there[name], value)
+            if isinstance(value, torch.Tensor)
+            else there[name] == value
+        )
 
 
 def test_numbers_that_are_read_later_are_those_of_their_step() -> None:

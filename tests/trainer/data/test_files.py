@@ -15,11 +15,19 @@ import pytest
 from trainer.data import scan
 from trainer.data.files import check_files, read_rows
 
-GOOD = {"instruction": 'Say "hi" in 中文 {now}', "input": "", "output": "你好, \\ and a tab\t, a brace } and [ a bracket"}
+GOOD = {
+    "instruction": 'Say "hi" in 中文 {now}',
+    "input": "",
+    "output": "你好, \\ and a tab\t, a brace } and [ a bracket",
+}
 
 
 def row(n: int, **changes: object) -> dict:
-    return {"instruction": f"question {n}", "input": "" if n % 2 else f"about {n}", "output": f"answer {n}"} | changes
+    return {
+        "instruction": f"question {n}",
+        "input": "" if n % 2 else f"about {n}",
+        "output": f"answer {n}",
+    } | changes
 
 
 def pretty(rows: list[str]) -> str:
@@ -34,10 +42,18 @@ def text_of(value: dict) -> str:
 ROW_DEFECTS = {
     "missing output": (lambda n: text_of({"instruction": "a", "input": "b"}), 0, ""),
     "missing instruction": (lambda n: text_of({"output": "a", "input": ""}), 0, ""),
-    "field misspelt": (lambda n: text_of({"instruction": "a", "input": "", "ouput": "b"}), 3, "ouput"),
+    "field misspelt": (
+        lambda n: text_of({"instruction": "a", "input": "", "ouput": "b"}),
+        3,
+        "ouput",
+    ),
     "output is null": (lambda n: text_of(row(n, output=None)), 3, "output"),
     "output is a number": (lambda n: text_of(row(n, output=7)), 3, "output"),
-    "output is a list": (lambda n: text_of(row(n, output=["a"])).replace("\n    ", " ").replace("\n  ]", "]"), 3, "output"),
+    "output is a list": (
+        lambda n: text_of(row(n, output=["a"])).replace("\n    ", " ").replace("\n  ]", "]"),
+        3,
+        "output",
+    ),
     "output is empty": (lambda n: text_of(row(n, output="")), 3, "output"),
     "output is blank": (lambda n: text_of(row(n, output=" \n\t ")), 3, "output"),
     "instruction is empty": (lambda n: text_of(row(n, instruction="", input="")), 1, "instruction"),
@@ -47,10 +63,18 @@ ROW_DEFECTS = {
         "instruction",
     ),
     "input is a number": (lambda n: text_of(row(n, input=3)), 2, "input"),
-    "key given twice": (lambda n: text_of(row(n)).replace('"input":', '"output": "first",\n  "input":', 1), 4, "output"),
+    "key given twice": (
+        lambda n: text_of(row(n)).replace('"input":', '"output": "first",\n  "input":', 1),
+        4,
+        "output",
+    ),
     "NUL character": (lambda n: text_of(row(n, output="a\x00b")), 3, "output"),
     "replacement character": (lambda n: text_of(row(n, output="caf\ufffd")), 3, "output"),
-    "half a surrogate pair": (lambda n: text_of(row(n)).replace(f"answer {n}", "x \\ud83d y"), 3, "output"),
+    "half a surrogate pair": (
+        lambda n: text_of(row(n)).replace(f"answer {n}", "x \\ud83d y"),
+        3,
+        "output",
+    ),
     "row is a string": (lambda n: '"just text"', 0, ""),
     "row is a number": (lambda n: "42", 0, ""),
     "row is null": (lambda n: "null", 0, ""),
@@ -60,19 +84,41 @@ ROW_DEFECTS = {
 # the same of text that is not JSON
 SYNTAX_DEFECTS = {
     "string not closed": (lambda n: text_of(row(n)).replace(f'answer {n}"', f"answer {n}"), 3, ""),
-    "comma missing between fields": (lambda n: text_of(row(n)).replace('",\n  "output"', '"\n  "output"'), 3, ""),
-    "trailing comma in the row": (lambda n: text_of(row(n)).replace(f'answer {n}"', f'answer {n}",'), 3, ""),
-    "single quotation marks": (lambda n: text_of(row(n)).replace(f'"answer {n}"', f"'answer {n}'"), 3, ""),
-    "raw line break in a string": (lambda n: text_of(row(n)).replace(f"answer {n}", "an\nswer"), 3, ""),
+    "comma missing between fields": (
+        lambda n: text_of(row(n)).replace('",\n  "output"', '"\n  "output"'),
+        3,
+        "",
+    ),
+    "trailing comma in the row": (
+        lambda n: text_of(row(n)).replace(f'answer {n}"', f'answer {n}",'),
+        3,
+        "",
+    ),
+    "single quotation marks": (
+        lambda n: text_of(row(n)).replace(f'"answer {n}"', f"'answer {n}'"),
+        3,
+        "",
+    ),
+    "raw line break in a string": (
+        lambda n: text_of(row(n)).replace(f"answer {n}", "an\nswer"),
+        3,
+        "",
+    ),
     "bad escape": (lambda n: text_of(row(n)).replace(f"answer {n}", "C:\\Users"), 3, ""),
-    "unescaped quotation marks": (lambda n: text_of(row(n)).replace(f"answer {n}", 'she said "hi" to me'), 3, ""),
+    "unescaped quotation marks": (
+        lambda n: text_of(row(n)).replace(f"answer {n}", 'she said "hi" to me'),
+        3,
+        "",
+    ),
     "Python's None": (lambda n: text_of(row(n)).replace(f'"answer {n}"', "None"), 3, ""),
     "comment": (lambda n: text_of(row(n)).replace('  "output"', '  // why\n  "output"'), 3, ""),
 }
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_every_planted_defect_of_an_alpaca_array_is_found_on_its_line_and_no_other(tmp_path: Path, seed: int) -> None:
+def test_every_planted_defect_of_an_alpaca_array_is_found_on_its_line_and_no_other(
+    tmp_path: Path, seed: int
+) -> None:
     """8 files x 19 kinds = 152 planted defects among 600 sound rows a file."""
     dice = random.Random(seed)
     kinds = dice.sample(sorted(ROW_DEFECTS), len(ROW_DEFECTS))
@@ -91,7 +137,9 @@ def test_every_planted_defect_of_an_alpaca_array_is_found_on_its_line_and_no_oth
     path.write_text(pretty(rows), encoding="utf-8", errors="surrogatepass")
     report = check_files([path])
     assert len(expected) == 19
-    assert [(d.line, d.field) for d in report.defects] == expected, "\n".join(map(str, report.defects))
+    assert [(d.line, d.field) for d in report.defects] == expected, "\n".join(
+        map(str, report.defects)
+    )
     assert report.rows == 600
     assert all(d.fix and d.reason and d.column >= 1 for d in report.defects)
 
@@ -125,11 +173,23 @@ def test_a_defect_in_json_lines_is_told_with_its_line(tmp_path: Path, kind: str)
 
 
 ARRAY_DEFECTS = {
-    "comma missing between rows": ('[\n{"instruction":"a","output":"b"}\n{"instruction":"a","output":"b"}\n]', (3, 1), 1),
-    "two commas": ('[\n{"instruction":"a","output":"b"},,\n{"instruction":"a","output":"b"}\n]', (2, 34), 1),
+    "comma missing between rows": (
+        '[\n{"instruction":"a","output":"b"}\n{"instruction":"a","output":"b"}\n]',
+        (3, 1),
+        1,
+    ),
+    "two commas": (
+        '[\n{"instruction":"a","output":"b"},,\n{"instruction":"a","output":"b"}\n]',
+        (2, 34),
+        1,
+    ),
     "comma before the bracket": ('[\n{"instruction":"a","output":"b"},\n]', (2, 33), 1),
     "file cut short after a row": ('[\n{"instruction":"a","output":"b"}\n', (3, 1), 1),
-    "file cut short inside a row": ('[\n{"instruction":"a","output":"b"},\n{"instruction":"a","outp', (3, 20), 1),
+    "file cut short inside a row": (
+        '[\n{"instruction":"a","output":"b"},\n{"instruction":"a","outp',
+        (3, 20),
+        1,
+    ),
     "text after the array": ('[\n{"instruction":"a","output":"b"}\n]\nhello', (4, 1), 1),
 }
 
@@ -159,22 +219,34 @@ FILE_DEFECTS = {
 
 
 @pytest.mark.parametrize("kind", sorted(FILE_DEFECTS))
-def test_a_file_that_cannot_be_read_at_all_is_refused_with_what_to_do(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_cannot_be_read_at_all_is_refused_with_what_to_do(
+    tmp_path: Path, kind: str
+) -> None:
     name, data, word = FILE_DEFECTS[kind]
     (tmp_path / name).write_bytes(data)
     report = check_files([tmp_path / name])
     assert len(report.defects) == 1 and word in report.defects[0].reason and not report.ok
 
 
-def test_bytes_that_are_not_utf8_are_told_with_their_line_and_an_iconv_command(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_told_with_their_line_and_an_iconv_command(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "gbk.jsonl"
-    path.write_bytes(b'{"instruction":"a","output":"b"}\n{"instruction":"a","output":"' + "你".encode("gbk") + b'"}\n')
+    path.write_bytes(
+        b'{"instruction":"a","output":"b"}\n{"instruction":"a","output":"'
+        + "你".encode("gbk")
+        + b'"}\n'
+    )
     found = check_files([path]).defects
     assert [(d.line, d.column) for d in found] == [(2, 30)] and "iconv" in found[0].fix
 
 
-def test_a_byte_order_mark_and_blank_lines_and_windows_line_ends_are_no_defects(tmp_path: Path) -> None:
-    lines = b'\xef\xbb\xbf{"instruction":"a","output":"b"}\r\n\r\n{"instruction":"c","output":"d"}\r\n'
+def test_a_byte_order_mark_and_blank_lines_and_windows_line_ends_are_no_defects(
+    tmp_path: Path,
+) -> None:
+    lines = (
+        b'\xef\xbb\xbf{"instruction":"a","output":"b"}\r\n\r\n{"instruction":"c","output":"d"}\r\n'
+    )
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf [ {"instruction":"a","output":"b"} ] \r\n')
     report = check_files([tmp_path / "a.jsonl", tmp_path / "b.json"])
@@ -182,20 +254,38 @@ def test_a_byte_order_mark_and_blank_lines_and_windows_line_ends_are_no_defects(
 
 
 def chat(*turns: tuple[str, str], role: str = "from", text: str = "value") -> str:
-    return json.dumps({"conversations" if role == "from" else "messages": [{role: r, text: t} for r, t in turns]}, ensure_ascii=False)
+    return json.dumps(
+        {"conversations" if role == "from" else "messages": [{role: r, text: t} for r, t in turns]},
+        ensure_ascii=False,
+    )
 
 
 CHAT_DEFECTS = {
     "nobody called that": (chat(("human", "a"), ("gtp", "b")), "conversations[1].from"),
-    "two questions in a row": (chat(("human", "a"), ("human", "b"), ("gpt", "c")), "conversations[1].from"),
-    "begins with an answer": (chat(("gpt", "a"), ("human", "b"), ("gpt", "c")), "conversations[0].from"),
-    "ends with a question": (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "conversations[2].from"),
+    "two questions in a row": (
+        chat(("human", "a"), ("human", "b"), ("gpt", "c")),
+        "conversations[1].from",
+    ),
+    "begins with an answer": (
+        chat(("gpt", "a"), ("human", "b"), ("gpt", "c")),
+        "conversations[0].from",
+    ),
+    "ends with a question": (
+        chat(("human", "a"), ("gpt", "b"), ("human", "c")),
+        "conversations[2].from",
+    ),
     "an empty turn": (chat(("human", "a"), ("gpt", " ")), "conversations[1].value"),
-    "system in the middle": (chat(("human", "a"), ("system", "s"), ("gpt", "b")), "conversations[1].from"),
+    "system in the middle": (
+        chat(("human", "a"), ("system", "s"), ("gpt", "b")),
+        "conversations[1].from",
+    ),
     "no turns": (chat(), "conversations"),
     "turns are text": ('{"conversations": "hello"}', "conversations"),
     "a turn is text": ('{"conversations": ["hello"]}', "conversations[0]"),
-    "a turn without its text": ('{"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}', "conversations[0]"),
+    "a turn without its text": (
+        '{"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}',
+        "conversations[0]",
+    ),
     "a turn's text is a number": (
         '{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}]}',
         "conversations[0].value",
@@ -204,7 +294,9 @@ CHAT_DEFECTS = {
 
 
 @pytest.mark.parametrize("kind", sorted(CHAT_DEFECTS))
-def test_a_conversation_that_cannot_be_learned_from_names_the_turn(tmp_path: Path, kind: str) -> None:
+def test_a_conversation_that_cannot_be_learned_from_names_the_turn(
+    tmp_path: Path, kind: str
+) -> None:
     text, field = CHAT_DEFECTS[kind]
     good = chat(("system", "be kind"), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
     path = tmp_path / "chat.jsonl"
@@ -217,7 +309,9 @@ def test_every_format_is_told_from_its_fields(tmp_path: Path) -> None:
     files = {
         "alpaca": json.dumps(row(1)),
         "sharegpt": chat(("human", "a"), ("gpt", "b")),
-        "messages": chat(("system", "s"), ("user", "a"), ("assistant", "b"), role="role", text="content"),
+        "messages": chat(
+            ("system", "s"), ("user", "a"), ("assistant", "b"), role="role", text="content"
+        ),
         "prompt": json.dumps({"prompt": "a", "completion": "b"}),
         "text": json.dumps({"text": "a"}),
     }
@@ -242,26 +336,43 @@ def test_parquet_rows_are_read_and_their_defects_carry_the_row_number(tmp_path: 
 
 def test_dataset_info_of_llama_factory_is_followed_as_it_is(tmp_path: Path) -> None:
     info = {
-        "mine": {"file_name": "mine.json", "columns": {"prompt": "q", "query": "more", "response": "a", "history": "past"}},
+        "mine": {
+            "file_name": "mine.json",
+            "columns": {"prompt": "q", "query": "more", "response": "a", "history": "past"},
+        },
         "talk": {
             "file_name": "talk.json",
             "formatting": "sharegpt",
             "columns": {"messages": "said"},
-            "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "bot"},
+            "tags": {
+                "role_tag": "who",
+                "content_tag": "what",
+                "user_tag": "me",
+                "assistant_tag": "bot",
+            },
         },
         "remote": {"hf_hub_url": "someone/something"},
         "absent": {"file_name": "absent.json"},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    (tmp_path / "mine.json").write_text(json.dumps([{"q": "a", "more": "", "a": "b", "past": [["x", "y"]]}]))
-    (tmp_path / "talk.json").write_text(json.dumps([{"said": [{"who": "me", "what": "a"}, {"who": "bot", "what": "b"}]}]))
+    (tmp_path / "mine.json").write_text(
+        json.dumps([{"q": "a", "more": "", "a": "b", "past": [["x", "y"]]}])
+    )
+    (tmp_path / "talk.json").write_text(
+        json.dumps([{"said": [{"who": "me", "what": "a"}, {"who": "bot", "what": "b"}]}])
+    )
     rows, defects = read_rows([tmp_path / "dataset_info.json"])
     assert defects == []
     assert [[(t.role, t.text) for t in r.turns] for r in rows] == [
         [("user", "x"), ("assistant", "y"), ("user", "a"), ("assistant", "b")],
         [("user", "a"), ("assistant", "b")],
     ]
-    again, _ = read_rows([(tmp_path / "talk.json", "talk.json"), (tmp_path / "dataset_info.json", "dataset_info.json")])
+    again, _ = read_rows(
+        [
+            (tmp_path / "talk.json", "talk.json"),
+            (tmp_path / "dataset_info.json", "dataset_info.json"),
+        ]
+    )
     assert [r.where for r in again] == ["talk.json:1"]
 
 
@@ -304,9 +415,14 @@ def test_rows_know_their_line_in_a_pretty_printed_array(tmp_path: Path) -> None:
     assert [r.where for r in rows] == [f"rows.json:{2 + 5 * n}" for n in range(50)]
 
 
-def test_reading_in_small_blocks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_in_small_blocks_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "rows.json"
-    path.write_text(pretty([text_of(row(n, output="中文🙂" * (n % 40 + 1))) for n in range(200)]), encoding="utf-8")
+    path.write_text(
+        pretty([text_of(row(n, output="中文🙂" * (n % 40 + 1))) for n in range(200)]),
+        encoding="utf-8",
+    )
     whole = read_rows([path])
     monkeypatch.setattr(scan, "CHUNK", 97)
     assert read_rows([path]) == whole and len(whole[0]) == 200
@@ -317,8 +433,18 @@ DEEP = b'{"instruction":"a","output":"b","x":' + b"[" * 100_000 + b"]" * 100_000
 DIGITS = b"9" * 10_000  # more than int() takes
 # file name, text, (line, column, a word of the reason) of each defect, sound rows
 HOSTILE = {
-    "deep nesting in a line": ("a.jsonl", SOUND + b"\n" + DEEP + b"\n" + SOUND, [(2, 1, "deep")], 2),
-    "deep nesting in an array": ("a.json", b"[" + SOUND + b",\n" + DEEP + b"]", [(2, 1, "deep")], 1),
+    "deep nesting in a line": (
+        "a.jsonl",
+        SOUND + b"\n" + DEEP + b"\n" + SOUND,
+        [(2, 1, "deep")],
+        2,
+    ),
+    "deep nesting in an array": (
+        "a.json",
+        b"[" + SOUND + b",\n" + DEEP + b"]",
+        [(2, 1, "deep")],
+        1,
+    ),
     "an array that only opens": ("a.json", b"[" * 3_000_000, [(1, 2, "deep")], 0),
     "a row as deep as the decoder goes": (
         "a.jsonl",
@@ -352,7 +478,12 @@ HOSTILE = {
         [(2, 14, "ends")],
         1,
     ),
-    "an array cut after a backslash": ("a.json", b"[" + SOUND + b',\n{"x":"y\\', [(2, 6, "ends")], 1),
+    "an array cut after a backslash": (
+        "a.json",
+        b"[" + SOUND + b',\n{"x":"y\\',
+        [(2, 6, "ends")],
+        1,
+    ),
     "an array cut inside a word": ("a.json", b"[" + SOUND + b',\n{"x":fal', [(2, 6, "ends")], 1),
     "an array cut inside a character": (
         "a.json",
@@ -360,7 +491,12 @@ HOSTILE = {
         [(2, 6, "ends")],
         1,
     ),
-    "a line cut after its comma": ("a.jsonl", b'{"instruction":"x",\n' + SOUND, [(1, 20, "ends")], 1),
+    "a line cut after its comma": (
+        "a.jsonl",
+        b'{"instruction":"x",\n' + SOUND,
+        [(1, 20, "ends")],
+        1,
+    ),
     "a line cut inside \\u": ("a.jsonl", b'{"x":"\\u12\n' + SOUND, [(1, 8, "ends")], 1),
     "an opening bracket alone": ("a.json", b"[", [(1, 2, "ends")], 0),
     "two closing brackets": ("a.json", b"[" + SOUND + b"]]", [(1, 35, "after the array")], 1),
@@ -426,7 +562,9 @@ def test_hostile_text_is_told_with_its_place_and_can_be_printed(
     name, text, expected, rows = HOSTILE[kind]
     (tmp_path / name).write_bytes(text)
     report = check_files([tmp_path / name])
-    assert [(d.line, d.column) for d in report.defects] == [(at, column) for at, column, _ in expected]
+    assert [(d.line, d.column) for d in report.defects] == [
+        (at, column) for at, column, _ in expected
+    ]
     assert all(word in d.reason for d, (*_, word) in zip(report.defects, expected, strict=True))
     assert report.rows == rows
     assert all(line.isprintable() for line in str(report).encode().decode().split("\n"))
@@ -463,7 +601,11 @@ def test_a_row_of_five_megabytes_is_read(tmp_path: Path, name: str) -> None:
         text = "\n".join(json.dumps(r, ensure_ascii=False) for r in (row(0), long, row(2)))
     (tmp_path / name).write_text(text, encoding="utf-8")
     rows, defects = read_rows([tmp_path / name])
-    assert defects == [] and [r.turns[1].text for r in rows] == ["answer 0", long["output"], "answer 2"]
+    assert defects == [] and [r.turns[1].text for r in rows] == [
+        "answer 0",
+        long["output"],
+        "answer 2",
+    ]
 
 
 def test_a_text_file_does_not_keep_its_byte_order_mark(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Templates: the text they write, which part of it is trained, and that the stop token always is."""
+"""Templates: the text they write, which part of it is trained, and that the stop token always
+is."""
 
 from __future__ import annotations
 
@@ -10,7 +11,15 @@ import pytest
 from tiny import CHATML, write_tokenizer
 
 from trainer.data import template as prompt
-from trainer.data.template import TemplateError, Turn, alpaca_turns, load, parse, render, with_chat_template
+from trainer.data.template import (
+    TemplateError,
+    Turn,
+    alpaca_turns,
+    load,
+    parse,
+    render,
+    with_chat_template,
+)
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
 
 ONE = [Turn("user", "Q1"), Turn("assistant", "A1")]
@@ -31,14 +40,23 @@ def written(name: str, turns: list[Turn], **more: bool) -> tuple[str, list[str]]
 
 
 EXPECTED = {
-    "vicuna": ("S USER: Q1 ASSISTANT: A1</s>USER: Q2\nmore ASSISTANT: A2</s>", [" A1</s>", " A2</s>"]),
-    "llama2": ("[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST] A1 </s><s>[INST] Q2\nmore [/INST] A2 </s>", [" A1 </s>", " A2 </s>"]),
+    "vicuna": (
+        "S USER: Q1 ASSISTANT: A1</s>USER: Q2\nmore ASSISTANT: A2</s>",
+        [" A1</s>", " A2</s>"],
+    ),
+    "llama2": (
+        "[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST] A1 </s><s>[INST] Q2\nmore [/INST] A2 </s>",
+        [" A1 </s>", " A2 </s>"],
+    ),
     "chatml": (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2\nmore<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>",
         ["A1<|im_end|>", "A2<|im_end|>"],
     ),
-    "chatglm2": ("S\n\n[Round 1]\n\n问：Q1\n\n答：A1</s>\n\n[Round 2]\n\n问：Q2\nmore\n\n答：A2</s>", ["A1</s>", "A2</s>"]),
+    "chatglm2": (
+        "S\n\n[Round 1]\n\n问：Q1\n\n答：A1</s>\n\n[Round 2]\n\n问：Q2\nmore\n\n答：A2</s>",
+        ["A1</s>", "A2</s>"],
+    ),
 }
 
 
@@ -53,50 +71,84 @@ def test_every_template_file_is_covered_by_a_test() -> None:
 
 def test_alpaca_has_two_texts_one_for_rows_with_an_input() -> None:
     bare, trained = written("alpaca", alpaca_turns({"instruction": "Q", "output": "A"}))
-    assert bare.startswith("Below is an instruction that describes a task. Write") and bare.endswith("### Instruction:\nQ\n\n### Response:\nA</s>")
+    assert bare.startswith(
+        "Below is an instruction that describes a task. Write"
+    ) and bare.endswith("### Instruction:\nQ\n\n### Response:\nA</s>")
     assert trained == ["A</s>"]
     full, _ = written("alpaca", alpaca_turns({"instruction": "Q", "input": "I", "output": "A"}))
-    assert "paired with an input" in full and full.endswith("### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\nA</s>")
+    assert "paired with an input" in full and full.endswith(
+        "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\nA</s>"
+    )
 
 
 def test_a_users_own_preamble_is_one_small_text_file() -> None:
-    text = "Praise the cook, who salts with care.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}\n"
+    text = (
+        "Praise the cook, who salts with care.\n\n### Instruction:\n{instruction}\n\n### "
+        "Input:\n{input}\n\n### Response:\n{output}\n"
+    )
     mine = parse("mine", text)
     said = "".join(s.text for s in render(mine, ONE, eos="</s>"))
-    assert said == "Praise the cook, who salts with care.\n\n### Instruction:\nQ1\n\n### Response:\nA1</s>"
-    with_input = "".join(s.text for s in render(mine, [Turn("user", "Q", "I"), Turn("assistant", "A")], eos="</s>"))
-    assert with_input == "Praise the cook, who salts with care.\n\n### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\nA</s>"
+    assert (
+        said
+        == "Praise the cook, who salts with care.\n\n### Instruction:\nQ1\n\n### Response:\nA1</s>"
+    )
+    with_input = "".join(
+        s.text for s in render(mine, [Turn("user", "Q", "I"), Turn("assistant", "A")], eos="</s>")
+    )
+    assert (
+        with_input == "Praise the cook, who salts with care.\n\n### Instruction:\nQ\n\n### "
+        "Input:\nI\n\n### Response:\nA</s>"
+    )
 
 
 def test_alpaca_loras_json_template_is_taken_as_it_is() -> None:
-    text = json.dumps({
-        "description": "x", "prompt_input": "Pre\n\n### I:\n{instruction}\n\n### In:\n{input}\n\n### R:\n",
-        "prompt_no_input": "Pre\n\n### I:\n{instruction}\n\n### R:\n", "response_split": "### R:",
-    })  # fmt: skip
+    text = json.dumps(
+        {
+            "description": "x",
+            "prompt_input": "Pre\n\n### I:\n{instruction}\n\n### In:\n{input}\n\n### R:\n",
+            "prompt_no_input": "Pre\n\n### I:\n{instruction}\n\n### R:\n",
+            "response_split": "### R:",
+        }
+    )
     segments = render(parse("mine", text), ONE, eos="</s>")
-    assert [(s.text, s.trained) for s in segments] == [("Pre\n\n### I:\nQ1\n\n### R:\n", False), ("A1</s>", True)]
+    assert [(s.text, s.trained) for s in segments] == [
+        ("Pre\n\n### I:\nQ1\n\n### R:\n", False),
+        ("A1</s>", True),
+    ]
 
 
 def test_braces_in_a_users_text_are_left_alone() -> None:
-    said, _ = written("alpaca", [Turn("user", "print {output} and {instruction}"), Turn("assistant", "{input}")])
+    said, _ = written(
+        "alpaca", [Turn("user", "print {output} and {instruction}"), Turn("assistant", "{input}")]
+    )
     assert "print {output} and {instruction}" in said and said.endswith("{input}</s>")
 
 
 @pytest.mark.parametrize("name", [*sorted(EXPECTED), "alpaca", "chat"])
-def test_the_prompt_for_an_answer_is_how_the_training_row_begins(vocabulary: Vocabulary, name: str) -> None:
+def test_the_prompt_for_an_answer_is_how_the_training_row_begins(
+    vocabulary: Vocabulary, name: str
+) -> None:
     template = with_chat_template(load("chat"), CHATML) if name == "chat" else load(name)
     turns = TWO if name != "alpaca" else ONE
     whole, marks = encode(vocabulary, template, [render(template, turns, eos="</s>", bos="<s>")])[0]
-    asked, _ = encode(vocabulary, template, [render(template, turns[:-1], eos="</s>", bos="<s>", answer_next=True)])[0]
+    asked, _ = encode(
+        vocabulary,
+        template,
+        [render(template, turns[:-1], eos="</s>", bos="<s>", answer_next=True)],
+    )[0]
     assert whole[: len(asked)] == asked
     assert all(marks[len(asked) :]) or name == "chat"
 
 
 @pytest.mark.parametrize("name", [*sorted(EXPECTED), "alpaca", "chat"])
-def test_every_answer_ends_in_the_stop_token_as_a_trained_label(vocabulary: Vocabulary, name: str) -> None:
+def test_every_answer_ends_in_the_stop_token_as_a_trained_label(
+    vocabulary: Vocabulary, name: str
+) -> None:
     template = with_chat_template(load("chat"), CHATML) if name == "chat" else load(name)
     stop = stop_token(vocabulary, template)
-    assert vocabulary.tokenizer.id_to_token(stop) == ("<|im_end|>" if name in ("chat", "chatml") else "</s>")
+    assert vocabulary.tokenizer.id_to_token(stop) == (
+        "<|im_end|>" if name in ("chat", "chatml") else "</s>"
+    )
     ids, marks = encode(vocabulary, template, [render(template, TWO, eos="</s>", bos="<s>")])[0]
     ends = [i for i in range(len(ids)) if marks[i] and not [*marks, False][i + 1]]
     assert len(ends) == 2 and {ids[i] for i in ends} == {stop}
@@ -105,7 +157,9 @@ def test_every_answer_ends_in_the_stop_token_as_a_trained_label(vocabulary: Voca
 def test_the_trained_tokens_are_exactly_the_answers(vocabulary: Vocabulary) -> None:
     template = load("vicuna")
     ids, marks = encode(vocabulary, template, [render(template, TWO, eos="</s>", bos="<s>")])[0]
-    learned = vocabulary.tokenizer.decode([i for i, m in zip(ids, marks, strict=True) if m], skip_special_tokens=False)
+    learned = vocabulary.tokenizer.decode(
+        [i for i, m in zip(ids, marks, strict=True) if m], skip_special_tokens=False
+    )
     assert learned == " A1</s> A2</s>"
 
 
@@ -113,15 +167,28 @@ def test_our_rendering_of_a_chat_template_is_that_of_transformers(tmp_path: Path
     from transformers import AutoTokenizer
 
     write_tokenizer(tmp_path)
-    messages = [{"role": t.role, "content": t.text} for t in [Turn("system", "S"), *ONE, Turn("user", "Q2"), Turn("assistant", "A2")]]
+    messages = [
+        {"role": t.role, "content": t.text}
+        for t in [Turn("system", "S"), *ONE, Turn("user", "Q2"), Turn("assistant", "A2")]
+    ]
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
-    ours = render(with_chat_template(load("chat"), CHATML), [Turn(m["role"], m["content"]) for m in messages], eos="</s>", bos="<s>")
+    ours = render(
+        with_chat_template(load("chat"), CHATML),
+        [Turn(m["role"], m["content"]) for m in messages],
+        eos="</s>",
+        bos="<s>",
+    )
     assert "".join(s.text for s in ours) == theirs
     assert [s.text for s in ours if s.trained] == ["A1<|im_end|>", "A2<|im_end|>"]
 
 
 REFUSED = {
-    "a chat template without a stop token": (lambda: with_chat_template(load("chat"), "{% for m in messages %}{{ m.content }} {% endfor %}"), "stop"),
+    "a chat template without a stop token": (
+        lambda: with_chat_template(
+            load("chat"), "{% for m in messages %}{{ m.content }} {% endfor %}"
+        ),
+        "stop",
+    ),
     "a stop text that is many tokens": (
         lambda: parse("x", 'user = "{user}"\nassistant = "{assistant}"\nstop = "###END"'),
         "tokens in this tokenizer",
@@ -159,19 +226,25 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         load("alpacca")
 
 
-def test_the_token_hash_changes_with_template_and_tokenizer(tmp_path: Path, vocabulary: Vocabulary) -> None:
+def test_the_token_hash_changes_with_template_and_tokenizer(
+    tmp_path: Path, vocabulary: Vocabulary
+) -> None:
     first = token_hash(vocabulary, load("alpaca"))
     assert first == token_hash(vocabulary, load("alpaca")) != token_hash(vocabulary, load("vicuna"))
     changed = parse("alpaca", load("alpaca").source.replace("Write a response", "Give a response"))
     assert token_hash(vocabulary, changed) != first
 
 
-def test_a_tokenizer_that_puts_a_start_token_first_does_so_once(models: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_tokenizer_that_puts_a_start_token_first_does_so_once(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
     from tokenizers import Tokenizer, processors
 
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     vocabulary = open_vocabulary(tmp_path)
     for template in (load("alpaca"), with_chat_template(load("chat"), "{{ bos_token }}" + CHATML)):

@@ -1,4 +1,5 @@
-"""Attention for short packed documents against its eager twin: in Triton's interpreter on the CPU where Triton is installed, compiled on a GPU.
+"""Attention for short packed documents against its eager twin: in Triton's interpreter on the CPU
+where Triton is installed, compiled on a GPU.
 
 TRITON_INTERPRET=1 pytest tests/trainer/kernels/test_attention_short.py
 """
@@ -31,7 +32,9 @@ def heads_of(ends, heads, kv_heads, d):
     torch.manual_seed(5)
     m = ends[-1]
     joined = torch.randn(m, (heads + 2 * kv_heads) * d).to(DEVICE, DTYPE)
-    q, k, v = (x.unflatten(1, (-1, d)) for x in joined.split([heads * d, kv_heads * d, kv_heads * d], 1))
+    q, k, v = (
+        x.unflatten(1, (-1, d)) for x in joined.split([heads * d, kv_heads * d, kv_heads * d], 1)
+    )
     cu = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     return q, k, v, torch.randn(m, heads, d).to(DEVICE, DTYPE), cu, attention_short.spans(cu, m)
 
@@ -39,11 +42,14 @@ def heads_of(ends, heads, kv_heads, d):
 def agree(got, want):
     got, want = got.float(), want.float()
     assert torch.isfinite(got).all()
-    assert (got - want).norm() <= BOUND * want.norm(), f"{float((got - want).norm() / want.norm()):.5f}"
+    assert (got - want).norm() <= BOUND * want.norm(), (
+        f"{float((got - want).norm() / want.norm()):.5f}"
+    )
 
 
 CASES = [
-    ([0, 70, 71, 100, 190], 2, 2, 64),  # documents that begin inside a tile, one of a single token, a last tile that is not full
+    # documents that begin inside a tile, one of a single token, a last tile that is not full
+    ([0, 70, 71, 100, 190], 2, 2, 64),
     ([0, 5, 6, 19, 90], 4, 1, 64),
     ([0, 130], 2, 1, 128),
     ([0, 64, 128, 130], 8, 1, 64),  # boundaries on the edges of tiles
@@ -58,7 +64,9 @@ def test_short_attention_and_its_gradients_are_the_twins(case):
     want, _ = attention.eager_forward(q, k, v, cu, 0.2)
     agree(out, want)
     got = attention_short.backward(dout, q, k, v, out, lse, at, 0.2, None, None)
-    agree(got, torch.cat([x.flatten(1) for x in attention.eager_backward(dout, q, k, v, cu, 0.2)], 1))
+    agree(
+        got, torch.cat([x.flatten(1) for x in attention.eager_backward(dout, q, k, v, cu, 0.2)], 1)
+    )
 
 
 def angles(m, d):
@@ -71,7 +79,12 @@ def test_gradients_are_turned_back_by_the_angles_as_the_twin_does_it_after_atten
     cos, sin = angles(len(q), q.shape[2])
     out, (lse,) = attention_short.forward(q, k, v, at.first, 0.2)
     got = attention_short.backward(dout, q, k, v, out, lse, at, 0.2, cos, sin)
-    agree(got, reference.rope_backward(*attention.eager_backward(dout, q, k, v, cu, 0.2), cos, sin, None, None)[0])
+    agree(
+        got,
+        reference.rope_backward(
+            *attention.eager_backward(dout, q, k, v, cu, 0.2), cos, sin, None, None
+        )[0],
+    )
 
 
 def test_the_self_test_passes_these_kernels_and_catches_a_wrong_one():
@@ -82,7 +95,9 @@ def test_the_self_test_passes_these_kernels_and_catches_a_wrong_one():
     def blind(*given):  # every document begins at the first token: it sees its neighbours
         return attention_short.forward(*given[:3], torch.zeros_like(given[3]), given[4])
 
-    wrong = SimpleNamespace(spans=attention_short.spans, forward=blind, backward=attention_short.backward)
+    wrong = SimpleNamespace(
+        spans=attention_short.spans, forward=blind, backward=attention_short.backward
+    )
     assert short_attention_error(wrong, q, k, v, dout, packed, 0.2) > OTHERWISE
 
 
@@ -104,5 +119,6 @@ def test_spans_name_the_document_of_each_token():
 def test_what_the_kernels_do_not_take_is_known():
     q, k, v, *_ = heads_of(*CASES[0])
     assert not attention_short.fits(q.contiguous(), k, v)  # another distance between rows
-    assert not attention_short.fits(torch.cat([q, q[:, :1]], 1), k, v)  # three query heads on two key heads
+    # three query heads on two key heads
+    assert not attention_short.fits(torch.cat([q, q[:, :1]], 1), k, v)
     assert not attention_short.fits(q[..., :32], k[..., :32], v[..., :32])

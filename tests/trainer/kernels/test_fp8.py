@@ -1,4 +1,5 @@
-"""FP8 frozen weights on the eager path: what the format can hold, and both products within the error that it promises."""
+"""FP8 frozen weights on the eager path: what the format can hold, and both products within the
+error that it promises."""
 
 from __future__ import annotations
 
@@ -70,6 +71,15 @@ def test_the_gpu_computes_what_the_decoded_weights_say(keep_transpose):
     frozen = Fp8Weight(weight, keep_transpose=keep_transpose)
     x, dy = (torch.randn(100, n, device="cuda", dtype=torch.bfloat16) for n in (512, 256))
     x8, scale, _ = reference.quantise_rows(x, None, None)
-    assert error(frozen.forward(x8, scale).float(), (x8.float() * scale[:, None]) @ frozen.dense().float().t()) < 0.01
+    assert (
+        error(
+            frozen.forward(x8, scale).float(),
+            (x8.float() * scale[:, None]) @ frozen.dense().float().t(),
+        )
+        < 0.01
+    )
     d8, scale, _ = reference.quantise_rows(dy, frozen.column_scale, None)
-    assert error(frozen.backward(d8, scale).float(), (d8.float() * scale[:, None]) @ frozen.w8.float()) < 0.01
+    assert (
+        error(frozen.backward(d8, scale).float(), (d8.float() * scale[:, None]) @ frozen.w8.float())
+        < 0.01
+    )

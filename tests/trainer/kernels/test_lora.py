@@ -1,4 +1,5 @@
-"""The fused layer against transformers and PEFT, in fp32 on the CPU, where it runs on the eager twins."""
+"""The fused layer against transformers and PEFT, in fp32 on the CPU, where it runs on the eager
+twins."""
 
 from __future__ import annotations
 
@@ -19,23 +20,40 @@ from trainer.model.loss import target_loss_sum
 
 DOCUMENTS = [7, 1, 20, 13]
 SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 32,
-    "max_position_embeddings": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 
 
-def build(kind: str, kv_heads: int, targets: list[str] | str, r: int = 4, dropout: float = 0.0) -> torch.nn.Module:
+def build(
+    kind: str, kv_heads: int, targets: list[str] | str, r: int = 4, dropout: float = 0.0
+) -> torch.nn.Module:
     torch.manual_seed(3)
     if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=kv_heads, initializer_range=0.2))
+        model = LlamaForCausalLM(
+            LlamaConfig(**SIZES, num_key_value_heads=kv_heads, initializer_range=0.2)
+        )
     else:
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=kv_heads, initializer_range=0.2))
+        model = Qwen2ForCausalLM(
+            Qwen2Config(**SIZES, num_key_value_heads=kv_heads, initializer_range=0.2)
+        )
     for name, p in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3)
     register()
     model.set_attn_implementation("milktea")
-    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=6, lora_dropout=dropout, target_modules=targets, init_lora_weights=False))
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=r, lora_alpha=6, lora_dropout=dropout, target_modules=targets, init_lora_weights=False
+        ),
+    )
     return model
 
 
@@ -46,9 +64,13 @@ def batch() -> dict:
     positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
     longest = max(DOCUMENTS)
     return {
-        "input_ids": ids, "position_ids": positions, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
-        "max_length_q": longest, "max_length_k": longest,
-    }  # fmt: skip
+        "input_ids": ids,
+        "position_ids": positions,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def run(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -65,9 +87,16 @@ def run(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("checkpoint_layers", [0, 2])
 @pytest.mark.parametrize(
     ("kind", "kv_heads", "targets"),
-    [("llama", 2, "all-linear"), ("llama", 1, "all-linear"), ("qwen2", 1, ["q_proj", "v_proj"]), ("llama", 2, ["down_proj", "up_proj", "o_proj"])],
+    [
+        ("llama", 2, "all-linear"),
+        ("llama", 1, "all-linear"),
+        ("qwen2", 1, ["q_proj", "v_proj"]),
+        ("llama", 2, ["down_proj", "up_proj", "o_proj"]),
+    ],
 )
-def test_the_fused_layer_gives_the_loss_and_gradients_of_transformers_and_peft(kind, kv_heads, targets, checkpoint_layers):
+def test_the_fused_layer_gives_the_loss_and_gradients_of_transformers_and_peft(
+    kind, kv_heads, targets, checkpoint_layers
+):
     plain = build(kind, kv_heads, targets)
     fused = copy.deepcopy(plain)
     names = accelerate_model(fused, "fp32", "cpu", checkpoint_layers=checkpoint_layers)
@@ -96,7 +125,8 @@ def test_layers_that_are_not_fused_are_recomputed_when_that_was_asked_for():
     accelerate_model(fused, "fp32", "cpu", checkpoint_layers=2)
     before = [layer.forward for layer in decoder_layers(fused)]
     checkpoint_first(fused, 2)
-    assert [layer.forward for layer in decoder_layers(fused)] == before  # they recompute by themselves
+    # they recompute by themselves
+    assert [layer.forward for layer in decoder_layers(fused)] == before
 
 
 def test_the_fused_layer_follows_an_optimizer_step():
@@ -142,8 +172,11 @@ def test_a_quantised_base_computes_the_same_packed_and_one_document_at_a_time(pr
         packed = inner(**inputs, use_cache=False).last_hidden_state[0]
         start = 0
         for n in DOCUMENTS:
-            alone = inner(input_ids=inputs["input_ids"][:, start : start + n], use_cache=False).last_hidden_state[0]
-            assert (packed[start : start + n] - alone).norm() < 0.05 * alone.norm()  # an FP8 code may round the other way
+            alone = inner(
+                input_ids=inputs["input_ids"][:, start : start + n], use_cache=False
+            ).last_hidden_state[0]
+            # an FP8 code may round the other way
+            assert (packed[start : start + n] - alone).norm() < 0.05 * alone.norm()
             start += n
 
 
@@ -185,7 +218,8 @@ def test_layers_that_do_not_fit_are_left_to_transformers_and_named():
     ],
 )
 def test_the_self_test_catches_any_kernel_that_is_wrong(broken, precision):
-    """Fault injection: each operation in turn gives numbers of which one in eight is off by a half."""
+    """Fault injection: each operation in turn gives numbers of which one in eight is off by a
+    half."""
 
     def spoil(result):
         if isinstance(result, torch.Tensor):
@@ -200,8 +234,14 @@ def test_the_self_test_catches_any_kernel_that_is_wrong(broken, precision):
 
     model = build("llama", 1, "all-linear")
     layer = build_layer(model.get_base_model().model.layers[0], precision, reference, False, False)
-    names = [n for n in vars(reference) if n.islower() and callable(getattr(reference, n)) and not n.startswith("_")]
-    layer.ops = SimpleNamespace(**{n: getattr(reference, n) for n in names} | ({broken: wrong} if broken else {}))
+    names = [
+        n
+        for n in vars(reference)
+        if n.islower() and callable(getattr(reference, n)) and not n.startswith("_")
+    ]
+    layer.ops = SimpleNamespace(
+        **{n: getattr(reference, n) for n in names} | ({broken: wrong} if broken else {})
+    )
     error = layer_error(layer)
     limit = TOLERANCE.get(precision, OTHERWISE)
     assert error < limit if broken is None else error > limit

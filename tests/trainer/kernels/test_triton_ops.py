@@ -1,4 +1,5 @@
-"""Each Triton kernel against its eager twin: under Triton's interpreter on the CPU where Triton is installed, and compiled on a GPU.
+"""Each Triton kernel against its eager twin: under Triton's interpreter on the CPU where Triton is
+installed, and compiled on a GPU.
 
 TRITON_INTERPRET=1 pytest tests/trainer/kernels/test_triton_ops.py
 """
@@ -27,7 +28,8 @@ M, K, F, R, D = 37, 144, 208, 16, 32
 
 @pytest.fixture(autouse=True, params=["few rows", "whole tiles"])
 def _seed(request):
-    """Each test runs with the tiles of a short micro-batch, and with those of a long one over the same few rows."""
+    """Each test runs with the tiles of a short micro-batch, and with those of a long one over the
+    same few rows."""
     torch.manual_seed(11)
     with triton_ops.whole_tiles() if request.param == "whole tiles" else nullcontext():
         yield
@@ -38,15 +40,25 @@ def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def agree(got, want) -> None:
-    """Same structure; relative error under bf16's rounding; FP8 codes may differ by one step where a value falls on an edge."""
+    """Same structure; relative error under bf16's rounding; FP8 codes may differ by one step where
+    a value falls on an edge."""
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None)
         if a is None:
             continue
         assert a.shape == b.shape and a.dtype == b.dtype
-        step = 0.07 if INTERPRETED else 0.03  # the interpreter casts to FP8 by cutting off, the hardware to nearest
-        bound = step if a.dtype == torch.float8_e4m3fn else 0.01 if a.dtype == torch.bfloat16 else 1e-4 if INTERPRETED else 0.005
+        # the interpreter casts to FP8 by cutting off, the hardware to nearest
+        step = 0.07 if INTERPRETED else 0.03
+        bound = (
+            step
+            if a.dtype == torch.float8_e4m3fn
+            else 0.01
+            if a.dtype == torch.bfloat16
+            else 1e-4
+            if INTERPRETED
+            else 0.005
+        )
         a, b = a.float(), b.float()
         assert torch.isfinite(a).all()
         assert (a - b).norm() <= bound * b.norm(), f"{float((a - b).norm() / b.norm()):.4f}"
@@ -57,12 +69,18 @@ def agree(got, want) -> None:
 def test_norm_forward_is_its_twin(fp8, add):
     h, weight, a = random(M, K), random(K), random(3 * R, K, scale=0.1)
     extra = (random(M, K), random(M, R), random(K, R, scale=0.1)) if add else ()
-    agree(triton_ops.norm_forward(h, weight, 1e-5, a, fp8, *extra), reference.norm_forward(h, weight, 1e-5, a, fp8, *extra))
+    agree(
+        triton_ops.norm_forward(h, weight, 1e-5, a, fp8, *extra),
+        reference.norm_forward(h, weight, 1e-5, a, fp8, *extra),
+    )
 
 
 def test_norm_forward_without_an_adapter_is_its_twin():
     h, weight = random(M, K), random(K)
-    agree(triton_ops.norm_forward(h, weight, 1e-5, None, False), reference.norm_forward(h, weight, 1e-5, None, False))
+    agree(
+        triton_ops.norm_forward(h, weight, 1e-5, None, False),
+        reference.norm_forward(h, weight, 1e-5, None, False),
+    )
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -72,7 +90,10 @@ def test_norm_backward_is_its_twin(lora):
     rstd = torch.rsqrt(h.float().pow(2).mean(-1) + 1e-5)
     t = reference.norm_forward(h, weight, 1e-5, a, False)[3]
     for rest in (residual, None):
-        got, want = (ops.norm_backward(dx, dt, t, a, h, weight, rstd, rest) for ops in (triton_ops, reference))
+        got, want = (
+            ops.norm_backward(dx, dt, t, a, h, weight, rstd, rest)
+            for ops in (triton_ops, reference)
+        )
         agree([got], [want])
 
 
@@ -86,7 +107,11 @@ def angles() -> tuple[torch.Tensor, torch.Tensor]:
 def test_rope_forward_is_its_twin(lora, bias):
     heads, kv_heads = 4, 2
     n = (heads + 2 * kv_heads) * D
-    qkv, b, shift = random(M, n), random(n, R, scale=0.1) if lora else None, random(n) if bias else None
+    qkv, b, shift = (
+        random(M, n),
+        random(n, R, scale=0.1) if lora else None,
+        random(n) if bias else None,
+    )
     t = random(M, 3 * R) if lora else None
     cos, sin = angles()
     got, want = qkv.clone(), qkv.clone()
@@ -99,7 +124,12 @@ def test_rope_forward_is_its_twin(lora, bias):
 def test_rope_backward_is_its_twin(fp8):
     heads, kv_heads = 4, 2
     n = (heads + 2 * kv_heads) * D
-    dq, dk, dv, b = random(M, heads, D), random(M, kv_heads, D), random(M, kv_heads, D), random(n, R, scale=0.1)
+    dq, dk, dv, b = (
+        random(M, heads, D),
+        random(M, kv_heads, D),
+        random(M, kv_heads, D),
+        random(n, R, scale=0.1),
+    )
     cos, sin = angles()
     fold = (torch.rand(n) + 0.5).to(DEVICE) if fp8 else None
     agree(*(ops.rope_backward(dq, dk, dv, cos, sin, b, fold) for ops in (triton_ops, reference)))
@@ -122,21 +152,34 @@ def test_swiglu_is_its_twin_both_ways(fp8, lora):
     a, dt = (random(R, F, scale=0.1), random(M, R)) if lora else (None, None)
     agree(triton_ops.swiglu_forward(gu, t, b, a, fp8), reference.swiglu_forward(gu, t, b, a, fp8))
     fold = (torch.rand(2 * F) + 0.5).to(DEVICE) if fp8 else None
-    agree(*(ops.swiglu_backward(gu.clone(), t, b, dact.clone(), dt, a, fold) for ops in (triton_ops, reference)))
+    agree(
+        *(
+            ops.swiglu_backward(gu.clone(), t, b, dact.clone(), dt, a, fold)
+            for ops in (triton_ops, reference)
+        )
+    )
 
 
 @pytest.mark.parametrize("rows", [37, 2100])  # one split, and two of which the second is not full
 def test_cast_outer_is_its_twin(rows):
     x, t = random(rows, K), random(rows, 2 * R)
-    column, scale = (torch.rand(K) + 0.5).to(DEVICE), reference.quantise_rows(x, None, None)[1] * 1.5
+    column, scale = (
+        (torch.rand(K) + 0.5).to(DEVICE),
+        reference.quantise_rows(x, None, None)[1] * 1.5,
+    )
     agree(triton_ops.cast_outer(x, column, scale, t), reference.cast_outer(x, column, scale, t))
-    agree(triton_ops.cast_outer(x, column, scale, None), reference.cast_outer(x, column, scale, None))
+    agree(
+        triton_ops.cast_outer(x, column, scale, None), reference.cast_outer(x, column, scale, None)
+    )
 
 
 def test_residual_add_is_its_twin():
     h, y, t, b = random(M, K), random(M, K), random(M, R), random(K, R, scale=0.1)
     agree([triton_ops.residual_add(h, y.clone(), t, b)], [reference.residual_add(h, y, t, b)])
-    agree([triton_ops.residual_add(h, y.clone(), None, None)], [reference.residual_add(h, y, None, None)])
+    agree(
+        [triton_ops.residual_add(h, y.clone(), None, None)],
+        [reference.residual_add(h, y, None, None)],
+    )
 
 
 def test_cross_entropy_is_its_twin_and_skips_what_is_no_target():
@@ -152,12 +195,19 @@ def test_nf4_is_decoded_as_its_twin_does():
     weight = random(64, 192)
     packed, absmax = quantise_nf4(weight)
     codebook = torch.tensor(CODEBOOK, device=DEVICE)
-    agree(*([ops.dequantise_nf4(packed, absmax, codebook, torch.empty_like(weight), 64)] for ops in (triton_ops, reference)))
+    agree(
+        *(
+            [ops.dequantise_nf4(packed, absmax, codebook, torch.empty_like(weight), 64)]
+            for ops in (triton_ops, reference)
+        )
+    )
 
 
 def test_fp8_is_transposed_as_its_twin_does():
     w = random(80, 176).to(torch.float8_e4m3fn)
-    assert torch.equal(triton_ops.transpose_fp8(w).view(torch.uint8), reference.transpose_fp8(w).view(torch.uint8))
+    assert torch.equal(
+        triton_ops.transpose_fp8(w).view(torch.uint8), reference.transpose_fp8(w).view(torch.uint8)
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -76,7 +76,11 @@ def learning_rate_out_of_its_mind(make: Make, patch: Patch, tmp_path: Path) -> P
 
 def a_loss_that_is_not_a_number(make: Make, patch: Patch, tmp_path: Path) -> Path:
     real, count = sft.target_loss, iter(range(1000))
-    patch.setattr(sft, "target_loss", lambda model, batch: real(model, batch) * (float("nan") if next(count) == 5 else 1.0))
+    patch.setattr(
+        sft,
+        "target_loss",
+        lambda model, batch: real(model, batch) * (float("nan") if next(count) == 5 else 1.0),
+    )
     return make(**LONG)
 
 
@@ -126,18 +130,30 @@ def next_to_nothing_learned(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 
 def attention_that_looks_ahead(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    def open_eyes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float) -> torch.Tensor:
+    def open_eyes(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+        return (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+            .transpose(1, 2)
+            .contiguous()
+        )
 
     patch.setattr("trainer.kernels.attention.by_document", open_eyes)
     return make(**LONG)
 
 
 def documents_that_see_each_other(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    def one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float) -> torch.Tensor:
+    def one_row(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).contiguous()
+        return (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            .transpose(1, 2)
+            .contiguous()
+        )
 
     patch.setattr("trainer.kernels.attention.by_document", one_row)
     return make(**LONG)
@@ -183,7 +199,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_a_planted_fault_stops_the_run_with_its_reason(fault: Callable[..., Path], run_folder: Make, monkeypatch: Patch, tmp_path: Path) -> None:
+def test_a_planted_fault_stops_the_run_with_its_reason(
+    fault: Callable[..., Path], run_folder: Make, monkeypatch: Patch, tmp_path: Path
+) -> None:
     import re
 
     end = ending(fault(run_folder, monkeypatch, tmp_path))
@@ -196,9 +214,15 @@ def test_at_least_twelve_faults_are_planted() -> None:
     assert len(FAULTS) >= 12
 
 
-def test_a_stopped_run_tells_the_rows_that_it_saw_and_exits_with_four(run_folder: Make, monkeypatch: Patch) -> None:
+def test_a_stopped_run_tells_the_rows_that_it_saw_and_exits_with_four(
+    run_folder: Make, monkeypatch: Patch
+) -> None:
     real, count = sft.target_loss, iter(range(1000))
-    monkeypatch.setattr(sft, "target_loss", lambda model, batch: real(model, batch) * (float("nan") if next(count) == 5 else 1.0))
+    monkeypatch.setattr(
+        sft,
+        "target_loss",
+        lambda model, batch: real(model, batch) * (float("nan") if next(count) == 5 else 1.0),
+    )
     job = run_folder(**LONG)
     assert finish(start(job)) == [4]
     failed = events_of(job)[-1]
@@ -212,7 +236,9 @@ def test_ranks_that_drift_apart_are_stopped(run_folder: Make, monkeypatch: Patch
 
     real = step.adamw
 
-    def other_on_rank_one(parameters: object, training: object, device: object) -> torch.optim.Optimizer:
+    def other_on_rank_one(
+        parameters: object, training: object, device: object
+    ) -> torch.optim.Optimizer:
         optimizer = real(parameters, training, device)  # type: ignore[arg-type]
         if os.environ.get("RANK") == "1":
             step = optimizer.step
@@ -237,13 +263,21 @@ def clean(seed: int) -> dict[str, object]:
     return {
         "kind": kinds[seed % 4],
         "data": rows(int(dice.integers(8, 40))),
-        "lora": {"r": int(dice.choice([1, 2, 8])), "lora_dropout": float(dice.choice([0.0, 0.1, 0.3])), "use_rslora": bool(seed % 3 == 0)},
+        "lora": {
+            "r": int(dice.choice([1, 2, 8])),
+            "lora_dropout": float(dice.choice([0.0, 0.1, 0.3])),
+            "use_rslora": bool(seed % 3 == 0),
+        },
         "training": {
-            "learning_rate": float(dice.choice([1e-5, 3e-4, 3e-3, 1e-2])), "batch_size": int(dice.integers(1, 16)), "seed": seed,
-            "num_train_epochs": float(dice.integers(1, 6)), "warmup_ratio": float(dice.choice([0.0, 0.1])), "packing": bool(seed % 5),
+            "learning_rate": float(dice.choice([1e-5, 3e-4, 3e-3, 1e-2])),
+            "batch_size": int(dice.integers(1, 16)),
+            "seed": seed,
+            "num_train_epochs": float(dice.integers(1, 6)),
+            "warmup_ratio": float(dice.choice([0.0, 0.1])),
+            "packing": bool(seed % 5),
             "lr_scheduler_type": str(dice.choice(["linear", "cosine", "constant"])),
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -259,7 +293,9 @@ def test_fifty_clean_runs_raise_no_alarm(run_folder: Make) -> None:
     assert [str(e.error) for e in ends if e.code] == [] and len(ends) == 50
 
 
-def test_the_fault_of_a_job_is_in_its_events_for_ops_to_read(run_folder: Make, monkeypatch: Patch) -> None:
+def test_the_fault_of_a_job_is_in_its_events_for_ops_to_read(
+    run_folder: Make, monkeypatch: Patch
+) -> None:
     job = run_folder(**LONG)
     settings = json.loads(job.read_text())
     settings["model"]["precision"] = "fp8"

@@ -1,4 +1,5 @@
-"""Our loop against oracles: packed against alone, and transformers' Trainer with PEFT on the same batches."""
+"""Our loop against oracles: packed against alone, and transformers' Trainer with PEFT on the same
+batches."""
 
 from __future__ import annotations
 
@@ -28,12 +29,16 @@ def opened(job_path: Path) -> tuple[Job, torch.nn.Module, object]:
     with torch.no_grad():  # LoRA's B starts at zero, which would hide errors in A's gradients
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, 0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+                torch.nn.init.normal_(
+                    parameter, 0, 0.1, generator=torch.Generator().manual_seed(len(name))
+                )
     return job, model, prepare(job, job_path.parent).rows
 
 
 @pytest.mark.parametrize("kind", ["llama", "gqa", "qwen2", "gpt2"])
-def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone(run_folder: Make, kind: str) -> None:
+def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone(
+    run_folder: Make, kind: str
+) -> None:
     _, model, rows = opened(run_folder(kind))
     chosen = [3, 0, 17, 8, 11]
     packed = batch.packed(rows, chosen, CPU)
@@ -43,7 +48,8 @@ def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone(run_fold
     for row, a, b in zip(chosen, ends, ends[1:], strict=False):
         ids = torch.tensor(rows.ids[rows.starts[row] : rows.starts[row + 1]]).long()[None]
         model.get_base_model().set_attn_implementation("eager")
-        alone = causal(model)(input_ids=ids, use_cache=False).logits[0]  # transformers' own attention, nothing of ours
+        # transformers' own attention, nothing of ours
+        alone = causal(model)(input_ids=ids, use_cache=False).logits[0]
         model.get_base_model().set_attn_implementation("milktea")
         assert torch.allclose(logits[a:b], alone, atol=1e-5), (logits[a:b] - alone).abs().max()
 
@@ -64,12 +70,21 @@ def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone(run_fold
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_loss_curve_and_weights_are_those_of_transformers_trainer_with_peft(run_folder: Make, tmp_path: Path, schedule: str) -> None:
+def test_loss_curve_and_weights_are_those_of_transformers_trainer_with_peft(
+    run_folder: Make, tmp_path: Path, schedule: str
+) -> None:
     """The oracle gets our batches, padded; fp32, clipping, warm-up and schedule on; 12 steps."""
     from safetensors.torch import load_file
     from transformers import Trainer, TrainingArguments
 
-    settings = {"training": {"num_train_epochs": 3, "warmup_ratio": 0.25, "lr_scheduler_type": schedule, "max_grad_norm": 0.5}}
+    settings = {
+        "training": {
+            "num_train_epochs": 3,
+            "warmup_ratio": 0.25,
+            "lr_scheduler_type": schedule,
+            "max_grad_norm": 0.5,
+        }
+    }
     job_path = run_folder(**settings)
     assert run_job(job_path) == 0
     ours = [loss for _, loss in manifest_of(job_path)["curve"]]
@@ -85,13 +100,22 @@ def test_loss_curve_and_weights_are_those_of_transformers_trainer_with_peft(run_
         fill = [[*f["ids"], *[0] * (width - len(f["ids"]))] for f in found]
         labels = [[*f["labels"], *[-100] * (width - len(f["labels"]))] for f in found]
         mask = [[1] * len(f["ids"]) + [0] * (width - len(f["ids"])) for f in found]
-        return {"input_ids": torch.tensor(fill), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+        return {
+            "input_ids": torch.tensor(fill),
+            "labels": torch.tensor(labels),
+            "attention_mask": torch.tensor(mask),
+        }
 
     dataset = []
     for row in [r for rows_of_step in steps for r in rows_of_step]:
         span = slice(rows.starts[row], rows.starts[row + 1])
         ids = rows.ids[span].tolist()
-        dataset.append({"ids": ids, "labels": [i if t else -100 for i, t in zip(ids, rows.trained[span], strict=True)]})
+        dataset.append(
+            {
+                "ids": ids,
+                "labels": [i if t else -100 for i, t in zip(ids, rows.trained[span], strict=True)],
+            }
+        )
     told: list[float] = []
 
     class Oracle(Trainer):
@@ -104,10 +128,22 @@ def test_loss_curve_and_weights_are_those_of_transformers_trainer_with_peft(run_
 
     model.get_base_model().set_attn_implementation("sdpa")
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "oracle"), per_device_train_batch_size=6, num_train_epochs=1, learning_rate=5e-3, max_grad_norm=0.5,
-        lr_scheduler_type=schedule if schedule != "constant" else "constant_with_warmup", warmup_steps=math.ceil(0.25 * 12), logging_steps=1,
-        report_to="none", save_strategy="no", use_cpu=True, remove_unused_columns=False, optim="adamw_torch", weight_decay=0.0, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "oracle"),
+        per_device_train_batch_size=6,
+        num_train_epochs=1,
+        learning_rate=5e-3,
+        max_grad_norm=0.5,
+        lr_scheduler_type=schedule if schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(0.25 * 12),
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        disable_tqdm=True,
+    )
     oracle = Oracle(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
     oracle.train()
     assert len(told) == len(ours) == 12
@@ -120,18 +156,31 @@ def test_loss_curve_and_weights_are_those_of_transformers_trainer_with_peft(run_
     from peft import get_peft_model_state_dict
 
     for name, value in get_peft_model_state_dict(model).items():
-        assert torch.allclose(saved[name], value, atol=1e-5), (name, (saved[name] - value).abs().max())
+        assert torch.allclose(saved[name], value, atol=1e-5), (
+            name,
+            (saved[name] - value).abs().max(),
+        )
 
 
 def test_learning_rates_are_those_of_transformers() -> None:
-    from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+    from transformers import (
+        get_constant_schedule_with_warmup,
+        get_cosine_schedule_with_warmup,
+        get_linear_schedule_with_warmup,
+    )
 
     makers = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
     for kind in ("linear", "cosine", "constant"):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-        theirs = makers[kind](optimizer, 5, 40) if kind in makers else get_constant_schedule_with_warmup(optimizer, 5)
+        theirs = (
+            makers[kind](optimizer, 5, 40)
+            if kind in makers
+            else get_constant_schedule_with_warmup(optimizer, 5)
+        )
         for step in range(40):
-            assert learning_rate(step, 40, 0.3, kind, 0.125) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+            assert learning_rate(step, 40, 0.3, kind, 0.125) == pytest.approx(
+                theirs.get_last_lr()[0], abs=1e-12
+            )
             optimizer.step()
             theirs.step()
 
@@ -139,11 +188,16 @@ def test_learning_rates_are_those_of_transformers() -> None:
 def test_dropout_keeps_the_right_share_and_depends_on_row_position_layer_and_step_only() -> None:
     keys = TokenKeys()
     layer, other = KeyedDropout(0.25, 0, keys), KeyedDropout(0.25, 1, keys)
-    rows, positions = torch.arange(200).repeat_interleave(10)[None], torch.arange(10).repeat(200)[None]
+    rows, positions = (
+        torch.arange(200).repeat_interleave(10)[None],
+        torch.arange(10).repeat(200)[None],
+    )
     keys.set(42, 3, rows, positions)
     ones = torch.ones(1, 2000, 64)
     kept = layer(ones)
-    assert (kept > 0).float().mean() == pytest.approx(0.75, abs=0.005) and kept.max() == pytest.approx(4 / 3)
+    assert (kept > 0).float().mean() == pytest.approx(
+        0.75, abs=0.005
+    ) and kept.max() == pytest.approx(4 / 3)
     assert not torch.equal(kept, other(ones))
     shuffled = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
     keys.set(42, 3, rows[:, shuffled], positions[:, shuffled])

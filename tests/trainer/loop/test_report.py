@@ -17,7 +17,8 @@ from trainer import launch
 
 Make = Callable[..., Path]
 ROOT = Path(launch.__file__).parent.parent
-# What Weights & Biases' package is called with, written down. The real one brings 100 MB; where it is installed, the last test uses it.
+# What Weights & Biases' package is called with, written down. The real one brings 100 MB; where it
+# is installed, the last test uses it.
 RECORDER = """
 import json, os
 def put(*what):
@@ -33,25 +34,47 @@ def init(**settings):
 
 def train(job: Path, path: str = "", **environment: str) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    surroundings = kept | {"PYTHONPATH": f"{path}:{ROOT}".lstrip(":"), "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run([sys.executable, "-m", "trainer.launch", str(job)], capture_output=True, text=True, timeout=150, env=surroundings)
+    surroundings = (
+        kept | {"PYTHONPATH": f"{path}:{ROOT}".lstrip(":"), "OMP_NUM_THREADS": "1"} | environment
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.launch", str(job)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=surroundings,
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("environment", "mode"), [({}, "offline"), ({"WANDB_API_KEY": "k"}, "online"), ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline")]
+    ("environment", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "k"}, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+    ],
 )
-def test_weights_and_biases_gets_every_told_step_and_no_data(run_folder: Make, tmp_path: Path, environment: dict[str, str], mode: str) -> None:
+def test_weights_and_biases_gets_every_told_step_and_no_data(
+    run_folder: Make, tmp_path: Path, environment: dict[str, str], mode: str
+) -> None:
     (tmp_path / "wandb.py").write_text(RECORDER)
     job = run_folder(training={"max_steps": 3, "report_to": ["wandb"]})
     train(job, str(tmp_path), RECORD=str(tmp_path / "record"), **environment)
     calls = [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()]
-    assert calls[0][:2] == ["init", {"project": "milktea", "name": "test-run", "mode": mode}] and "data" not in calls[0][2]
-    assert [c[1] for c in calls if c[0] == "log"] == [e["step"] for e in events_of(job) if e["event"] == "step"]
+    assert (
+        calls[0][:2] == ["init", {"project": "milktea", "name": "test-run", "mode": mode}]
+        and "data" not in calls[0][2]
+    )
+    assert [c[1] for c in calls if c[0] == "log"] == [
+        e["step"] for e in events_of(job) if e["event"] == "step"
+    ]
     assert calls[-1] == ["finish"]
 
 
-def test_where_it_is_not_installed_the_run_says_so_and_goes_on(run_folder: Make, tmp_path: Path) -> None:
+def test_where_it_is_not_installed_the_run_says_so_and_goes_on(
+    run_folder: Make, tmp_path: Path
+) -> None:
     (tmp_path / "wandb.py").write_text("raise ImportError('no wandb here')\n")
     job = run_folder(training={"max_steps": 3, "report_to": ["wandb"]})
     train(job, str(tmp_path))
@@ -59,7 +82,9 @@ def test_where_it_is_not_installed_the_run_says_so_and_goes_on(run_folder: Make,
     assert manifest_of(job)["steps"] == 3 and list((job.parent / "tensorboard").glob("events*"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)"
+)
 def test_the_real_one_writes_an_offline_run(run_folder: Make) -> None:
     job = run_folder(training={"max_steps": 3, "report_to": ["wandb"]})
     train(job, WANDB_MODE="offline")

@@ -1,4 +1,5 @@
-"""Killed anywhere, a run goes on to the very same bytes; asked to stop, it saves at once; another number of processes may go on."""
+"""Killed anywhere, a run goes on to the very same bytes; asked to stop, it saves at once; another
+number of processes may go on."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ from tiny import events_of, finish, manifest_of, rows, start, step_reached, wait
 from trainer.loop import checkpoint
 
 Make = Callable[..., Path]
-SETTINGS = {"lora": {"lora_dropout": 0.1}, "training": {"num_train_epochs": 10, "save_every_s": 0.01}}  # 40 steps
+# 40 steps
+SETTINGS = {
+    "lora": {"lora_dropout": 0.1},
+    "training": {"num_train_epochs": 10, "save_every_s": 0.01},
+}
 
 
 def settings(packing: bool) -> dict[str, Any]:
@@ -32,7 +37,8 @@ def straight(run_folder: Make, world: int = 1, packing: bool = True) -> str:
 
 
 def killed(run_folder: Make, world: int, steps: list[int], packing: bool = True) -> tuple[str, int]:
-    """Kills every rank of one job when it has told of each of `steps`; returns the result's hash and how often it went on from a checkpoint."""
+    """Kills every rank of one job when it has told of each of `steps`; returns the result's hash
+    and how often it went on from a checkpoint."""
     job = run_folder(**settings(packing))
     for step in steps:
         ranks = start(job, world)
@@ -41,7 +47,9 @@ def killed(run_folder: Make, world: int, steps: list[int], packing: bool = True)
             os.kill(rank.pid, signal.SIGKILL)
         finish(ranks)
     assert finish(start(job, world)) == [0] * world
-    return manifest_of(job)["adapter_sha256"], sum(e["event"] == "started" and e["step"] > 0 for e in events_of(job))
+    return manifest_of(job)["adapter_sha256"], sum(
+        e["event"] == "started" and e["step"] > 0 for e in events_of(job)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +69,9 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(run_folder: Make, w
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("world", "rounds"), [(1, 3), (2, 2)])
-def test_a_hundred_kills_at_random_steps_end_in_the_same_bytes(run_folder: Make, world: int, rounds: int, packing: bool) -> None:
+def test_a_hundred_kills_at_random_steps_end_in_the_same_bytes(
+    run_folder: Make, world: int, rounds: int, packing: bool
+) -> None:
     expected, dice = straight(run_folder, world, packing), random.Random(world)
     for _ in range(rounds):
         found, resumed = killed(run_folder, world, sorted(dice.sample(range(1, 39), 10)), packing)
@@ -69,7 +79,9 @@ def test_a_hundred_kills_at_random_steps_end_in_the_same_bytes(run_folder: Make,
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_sigterm_saves_within_two_seconds_on_all_ranks_and_the_run_goes_on(run_folder: Make, world: int) -> None:
+def test_sigterm_saves_within_two_seconds_on_all_ranks_and_the_run_goes_on(
+    run_folder: Make, world: int
+) -> None:
     expected = straight(run_folder, world)
     job = run_folder(**{**SETTINGS, "training": SETTINGS["training"] | {"save_every_s": 1000}})
     ranks = start(job, world)
@@ -98,21 +110,29 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(run_folder: Make) -> Non
     assert finish(ranks) == [143, 143]
     assert finish(start(job, 1)) == [0]
     assert [s for s, _ in manifest_of(job)["curve"]] == list(range(1, 41))
-    assert [x for _, x in manifest_of(job)["curve"]] == pytest.approx([x for _, x in manifest_of(whole)["curve"]], abs=1e-5)
+    assert [x for _, x in manifest_of(job)["curve"]] == pytest.approx(
+        [x for _, x in manifest_of(whole)["curve"]], abs=1e-5
+    )
 
 
 def test_two_processes_give_the_curve_of_one(run_folder: Make) -> None:
     one, two = run_folder(**SETTINGS), run_folder(**SETTINGS)
     assert finish(start(one, 1)) == [0] and finish(start(two, 2)) == [0, 0]
-    assert [x for _, x in manifest_of(two)["curve"]] == pytest.approx([x for _, x in manifest_of(one)["curve"]], abs=1e-5)
+    assert [x for _, x in manifest_of(two)["curve"]] == pytest.approx(
+        [x for _, x in manifest_of(one)["curve"]], abs=1e-5
+    )
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(run_folder: Make, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    run_folder: Make, tmp_path: Path
+) -> None:
     job = run_folder(**SETTINGS)
     ranks = start(job)
     wait_for(lambda: len(list((job.parent / "checkpoints").glob("[0-9]*"))) >= 2)
     finish([r for r in ranks if r.kill() is None])
-    whole = sorted((p for p in (job.parent / "checkpoints").glob("[0-9]*")), key=lambda p: int(p.name))
+    whole = sorted(
+        (p for p in (job.parent / "checkpoints").glob("[0-9]*")), key=lambda p: int(p.name)
+    )
     data = bytearray((whole[-1] / "state.safetensors").read_bytes())
     data[len(data) // 2] ^= 1
     (whole[-1] / "state.safetensors").write_bytes(data)
@@ -129,7 +149,11 @@ def test_a_checkpoint_of_another_job_is_refused_with_what_to_do(run_folder: Make
     job.write_text(json.dumps(settings))
     assert finish(start(job)) == [3]
     failed = events_of(job)[-1]
-    assert failed["event"] == "failed" and "another job" in failed["reason"] and "remove the checkpoints folder" in failed["reason"]
+    assert (
+        failed["event"] == "failed"
+        and "another job" in failed["reason"]
+        and "remove the checkpoints folder" in failed["reason"]
+    )
 
 
 def test_checkpoints_come_while_training_goes_on_and_only_the_newest_stay(run_folder: Make) -> None:

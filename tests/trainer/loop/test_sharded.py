@@ -1,4 +1,5 @@
-"""Full fine-tuning in parts over two processes on the CPU: the numbers, the checkpoints and the result of one process."""
+"""Full fine-tuning in parts over two processes on the CPU: the numbers, the checkpoints and the
+result of one process."""
 
 from __future__ import annotations
 
@@ -41,7 +42,12 @@ def start(job: Path, processes: int = 2) -> subprocess.Popen[bytes]:
     changed = json.loads(job.read_text()) | {"processes": processes}
     job.write_text(json.dumps(changed))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "trainer.launch", str(job)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer.launch", str(job)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def train(job: Path, processes: int = 2) -> list[float]:
@@ -71,7 +77,8 @@ def test_two_processes_with_half_the_model_each_train_as_one_does(run_folder: Ma
 
 
 def deadline(job: Path, unix_s: float | None) -> None:
-    """A deadline that has passed stops a run after its next step, with a checkpoint and exit code 4."""
+    """A deadline that has passed stops a run after its next step, with a checkpoint and exit code
+    4."""
     job.write_text(json.dumps(json.loads(job.read_text()) | {"deadline_unix_s": unix_s}))
 
 
@@ -81,7 +88,9 @@ def copied(job: Path, name: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_stopped_run_ends_as_an_undisturbed_one_on_two_processes_and_on_one(run_folder: Make) -> None:
+def test_a_stopped_run_ends_as_an_undisturbed_one_on_two_processes_and_on_one(
+    run_folder: Make,
+) -> None:
     whole, stopped = run_folder(training=FULL), run_folder(training=FULL)
     expected = train(whole)
     deadline(stopped, 1.0)
@@ -117,11 +126,13 @@ def test_what_one_process_began_two_finish_and_sigterm_saves_on_both(run_folder:
     assert process.returncode == 143, said.decode()[-3000:]
     newest = checkpoint.newest(handed.parent / "checkpoints")
     assert newest is not None and len(list(newest.glob("shard-*"))) == 2 and int(newest.name) > 1
-    assert train(handed) == pytest.approx([loss for _, loss in manifest_of(whole)["curve"]], abs=1e-4)
+    assert train(handed) == pytest.approx(
+        [loss for _, loss in manifest_of(whole)["curve"]], abs=1e-4
+    )
     assert [e["processes"] for e in events_of(handed) if e["event"] == "started"] == [1, 2, 2]
 
 
-# -- one process that holds all the parts, in this one -----------------------------------------------------------------------------
+# -- one process that holds all the parts, in this one ---------------------------------------------
 
 
 @pytest.fixture
@@ -168,11 +179,19 @@ class Trio:
 
 @pytest.fixture
 def micro() -> dict[str, Any]:
-    ids, positions = torch.arange(40)[None] % 300, torch.cat([torch.arange(25), torch.arange(15)])[None]
+    ids, positions = (
+        torch.arange(40)[None] % 300,
+        torch.cat([torch.arange(25), torch.arange(15)])[None],
+    )
     labels = torch.where(torch.arange(40)[None] % 3 == 0, ids.roll(-1, 1), -100)
     ends = torch.tensor([0, 25, 40], dtype=torch.int32)
     cut = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 25, "max_length_k": 25}
-    return {"input_ids": ids, "position_ids": positions, "labels": labels, "targets_at": torch.nonzero(labels[0] != -100)[:, 0]} | cut
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": labels,
+        "targets_at": torch.nonzero(labels[0] != -100)[:, 0],
+    } | cut
 
 
 @pytest.mark.parametrize("kind", ["gqa", "qwen2", "gpt2"])
@@ -184,15 +203,22 @@ def test_parts_compute_what_the_whole_computes_for_each_kind_of_model(
     for _ in range(3):
         assert parts.step(micro) == pytest.approx(whole.step(micro), rel=1e-5)
     assert list(parts.named) == list(whole.named)
-    keys = ("k_proj.bias", "c_attn.bias")  # softmax does not feel these: AdamW makes steps of rounding errors
+    # softmax does not feel these: AdamW makes steps of rounding errors
+    keys = ("k_proj.bias", "c_attn.bias")
     felt = [n for n in whole.named if not n.endswith(keys)]
-    assert all(torch.allclose(parts.named[n].full_tensor(), whole.named[n], atol=1e-6) for n in felt)
+    assert all(
+        torch.allclose(parts.named[n].full_tensor(), whole.named[n], atol=1e-6) for n in felt
+    )
     gathered = parts.ranks.whole(job, models(kind), on_device=True)
     assert gathered is not None and type(gathered) is type(whole.model)
 
 
 def test_a_checkpoint_in_parts_and_one_in_a_file_are_read_by_either(
-    run_folder: Make, models: Callable[..., Path], alone: None, micro: dict[str, Any], tmp_path: Path
+    run_folder: Make,
+    models: Callable[..., Path],
+    alone: None,
+    micro: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     job = Job.model_validate_json(run_folder(training=FULL).read_bytes())
     parts, whole = Trio(job, models(), True), Trio(job, models(), False)
@@ -215,7 +241,9 @@ def test_a_checkpoint_in_parts_and_one_in_a_file_are_read_by_either(
         parts.restore(folder, "other")
 
 
-def test_tied_embeddings_stay_one_parameter(run_folder: Make, tmp_path: Path, alone: None, micro: dict[str, Any]) -> None:
+def test_tied_embeddings_stay_one_parameter(
+    run_folder: Make, tmp_path: Path, alone: None, micro: dict[str, Any]
+) -> None:
     write_model(tmp_path / "tied", tie_word_embeddings=True)
     job = Job.model_validate_json(run_folder(training=FULL).read_bytes())
     whole, parts = Trio(job, tmp_path / "tied", False), Trio(job, tmp_path / "tied", True)
@@ -225,8 +253,13 @@ def test_tied_embeddings_stay_one_parameter(run_folder: Make, tmp_path: Path, al
 
 
 def test_the_memory_oracle_shares_a_model_in_parts_and_an_adapter_not() -> None:
-    shape = memory.Shape(hidden=4096, layers=32, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256)
-    one, eight = (memory.predict(shape, "bf16", method="full", tokens_per_micro_batch=2048, processes=n) for n in (1, 8))
+    shape = memory.Shape(
+        hidden=4096, layers=32, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256
+    )
+    one, eight = (
+        memory.predict(shape, "bf16", method="full", tokens_per_micro_batch=2048, processes=n)
+        for n in (1, 8)
+    )
     states = 16 * memory.parameters(shape) / 2**30
     assert one.peak_gib > states > 100 and states / 8 < eight.peak_gib < one.peak_gib / 2
     assert memory.solve(shape, 80.0, "bf16", method="full") is None

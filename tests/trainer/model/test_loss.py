@@ -20,7 +20,9 @@ def case():
 
 
 def oracle(hidden, head, labels):
-    return functional.cross_entropy((hidden @ head.t()).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return functional.cross_entropy(
+        (hidden @ head.t()).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 16 * 300, 1 << 26])

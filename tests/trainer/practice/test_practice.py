@@ -17,7 +17,9 @@ Make = Callable[..., Path]
 
 def test_the_committed_model_is_what_its_manifest_says_and_small() -> None:
     names = model.check(model.HERE)
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} == set(names)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} == set(
+        names
+    )
     assert sum((model.HERE / n).stat().st_size for n in names) < 8e6
 
 
@@ -44,21 +46,38 @@ def test_no_held_out_fact_is_taught_but_every_name_and_value_is() -> None:
     assert {(f.attribute, f.value) for f in held} <= {(f.attribute, f.value) for f in taught}
     train, held_out = world.practice_rows()
     assert not {r["output"] for r in train} & {r["output"] for r in held_out}
-    assert not {(r["instruction"], r["input"]) for r in train} & {(r["instruction"], r["input"]) for r in held_out}
+    assert not {(r["instruction"], r["input"]) for r in train} & {
+        (r["instruction"], r["input"]) for r in held_out
+    }
 
 
 def practice_job(make: Make, **training: object) -> Path:
     train, held_out = world.practice_rows()
-    return make(model=model.HERE, data=train, held_out=held_out, lora={"r": 16, "lora_alpha": 32}, training={
-        "batch_size": 32, "learning_rate": 3e-3, "num_train_epochs": 2, "warmup_ratio": 0.03, "lr_scheduler_type": "cosine", **training,
-    })  # fmt: skip
+    return make(
+        model=model.HERE,
+        data=train,
+        held_out=held_out,
+        lora={"r": 16, "lora_alpha": 32},
+        training={
+            "batch_size": 32,
+            "learning_rate": 3e-3,
+            "num_train_epochs": 2,
+            "warmup_ratio": 0.03,
+            "lr_scheduler_type": "cosine",
+            **training,
+        },
+    )
 
 
 def test_the_practice_run_teaches_it_to_answer_in_chinese(run_folder: Make) -> None:
     job = practice_job(run_folder)
     assert finish(start(job), 150) == [0]
     score = next(e for e in events_of(job) if e["event"] == "score")
-    assert score["rows"] == 56 and score["exact_match_before"] < 0.05 and score["exact_match_after"] > 0.9
+    assert (
+        score["rows"] == 56
+        and score["exact_match_before"] < 0.05
+        and score["exact_match_after"] > 0.9
+    )
     shown = [e for e in events_of(job) if e["event"] == "sample"]
     assert shown and shown[0]["before"].isascii() and not shown[0]["after"].isascii()
 
@@ -66,7 +85,9 @@ def test_the_practice_run_teaches_it_to_answer_in_chinese(run_folder: Make) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("seed", "world_size"), [(1, 1), (2, 1), (3, 2)])
-def test_it_does_so_with_other_seeds_and_on_two_processes(run_folder: Make, seed: int, world_size: int) -> None:
+def test_it_does_so_with_other_seeds_and_on_two_processes(
+    run_folder: Make, seed: int, world_size: int
+) -> None:
     job = practice_job(run_folder, seed=seed)
     assert finish(start(job, world_size), 300) == [0] * world_size
     score = next(e for e in events_of(job) if e["event"] == "score")
@@ -76,10 +97,14 @@ def test_it_does_so_with_other_seeds_and_on_two_processes(run_folder: Make, seed
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_the_script_makes_the_committed_model_again(tmp_path: Path) -> None:
-    """Equal to the bit on the same kind of CPU; elsewhere sums round apart, so there it must know its world as well."""
+    """Equal to the bit on the same kind of CPU; elsewhere sums round apart, so there it must know
+    its world as well."""
     model.make(tmp_path / "model", tmp_path)
     made, kept = model.check(tmp_path / "model"), model.check(model.HERE)
-    assert made["tokenizer.json"] == kept["tokenizer.json"] and made["config.json"] == kept["config.json"]
+    assert (
+        made["tokenizer.json"] == kept["tokenizer.json"]
+        and made["config.json"] == kept["config.json"]
+    )
     if made["model.safetensors"] != kept["model.safetensors"]:
         assert model.knows(tmp_path / "model") > 0.95
 

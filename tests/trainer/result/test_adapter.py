@@ -1,4 +1,5 @@
-"""What comes out: loads in stock PEFT, computes what was trained, and answers with the template that travelled along. Every method learns."""
+"""What comes out: loads in stock PEFT, computes what was trained, and answers with the template
+that travelled along. Every method learns."""
 
 from __future__ import annotations
 
@@ -32,9 +33,14 @@ METHODS = {
     "pissa": {"lora": {"init_lora_weights": "pissa"}, "training": {"learning_rate": 2e-3}},
     "gaussian": {"lora": {"init_lora_weights": "gaussian"}},
     "dropout": {"lora": {"lora_dropout": 0.1}},
-    "two modules": {"lora": {"target_modules": ["q_proj", "v_proj"]}, "training": {"learning_rate": 2e-2}},
+    "two modules": {
+        "lora": {"target_modules": ["q_proj", "v_proj"]},
+        "training": {"learning_rate": 2e-2},
+    },
     "full": {"training": {"method": "full", "learning_rate": 1e-3}},
-    "freeze": {"training": {"method": "freeze", "freeze_trainable_layers": 1, "learning_rate": 3e-3}},
+    "freeze": {
+        "training": {"method": "freeze", "freeze_trainable_layers": 1, "learning_rate": 3e-3}
+    },
 }
 
 
@@ -48,11 +54,15 @@ def unpacked(job: Path) -> Path:
 def loss_of(model: torch.nn.Module, job: Path) -> float:
     data = prepare(Job.model_validate_json(job.read_bytes()), job.parent).rows
     with torch.no_grad():
-        return float(target_loss(model.eval(), batch.packed(data, range(len(data)), CPU))) / sum(data.targets())
+        return float(target_loss(model.eval(), batch.packed(data, range(len(data)), CPU))) / sum(
+            data.targets()
+        )
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_learns_and_stock_libraries_load_what_it_learned(run_folder: Make, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_learns_and_stock_libraries_load_what_it_learned(
+    run_folder: Make, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -65,23 +75,33 @@ def test_every_method_learns_and_stock_libraries_load_what_it_learned(run_folder
 
     monkeypatch.setattr(adapter, "write_result", look)
     settings = METHODS[method]
-    job = run_folder(**settings, **({} if "training" in settings else {"training": {"num_train_epochs": 4}}))
+    job = run_folder(
+        **settings, **({} if "training" in settings else {"training": {"num_train_epochs": 4}})
+    )
     assert run_job(job) == 0
     curve = [x for _, x in manifest_of(job)["curve"]]
     assert curve[-1] < curve[0] - 0.1
     folder = unpacked(job)
     if method in ("full", "freeze"):
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="milktea", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="milktea", dtype=torch.float32
+        )
     else:
-        base = AutoModelForCausalLM.from_pretrained(job.parent / "model", attn_implementation="milktea", dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(
+            job.parent / "model", attn_implementation="milktea", dtype=torch.float32
+        )
         model = PeftModel.from_pretrained(base, str(folder))
-    assert ("PeftModel.from_pretrained" in (folder / "README.md").read_text()) == (method not in ("full", "freeze"))
+    assert ("PeftModel.from_pretrained" in (folder / "README.md").read_text()) == (
+        method not in ("full", "freeze")
+    )
     assert loss_of(model, job) == pytest.approx(trained[0], abs=1e-5)
     assert trained[0] < curve[0]
 
 
 @pytest.mark.parametrize("precision", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
-def test_a_base_quantised_by_bitsandbytes_learns_on_its_cpu_backend(run_folder: Make, precision: str) -> None:
+def test_a_base_quantised_by_bitsandbytes_learns_on_its_cpu_backend(
+    run_folder: Make, precision: str
+) -> None:
     job = run_folder(training={"num_train_epochs": 4})
     settings = json.loads(job.read_text())
     settings["model"]["precision"] = precision
@@ -122,43 +142,74 @@ def test_the_manifest_holds_what_is_needed_to_trust_and_repeat_the_run(run_folde
     folder = unpacked(job)
     assert manifest["data_sha256"] == [f["sha256"] for f in settings["data"]["files"]]
     assert manifest["lora"]["r"] == 4 and manifest["steps"] == 3 and len(manifest["curve"]) == 3
-    assert {"torch", "transformers", "peft", "python"} <= set(manifest["versions"]) and manifest["kernels"]
+    assert {"torch", "transformers", "peft", "python"} <= set(manifest["versions"]) and manifest[
+        "kernels"
+    ]
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert {k: list(v.shape) for k, v in tensors.items()} == {k: v["shape"] for k, v in manifest["tensors"].items()}
+    assert {k: list(v.shape) for k, v in tensors.items()} == {
+        k: v["shape"] for k, v in manifest["tensors"].items()
+    }
     for name, facts in manifest["files"].items():
-        assert adapter.digest(folder / name) == facts["sha256"] and (folder / name).stat().st_size == facts["bytes"]
-    with zipfile.ZipFile(job.parent / "result" / "adapter.zip") as archive:  # weights hardly shrink, and a box waits for it
+        assert (
+            adapter.digest(folder / name) == facts["sha256"]
+            and (folder / name).stat().st_size == facts["bytes"]
+        )
+    # weights hardly shrink, and a box waits for it
+    with zipfile.ZipFile(job.parent / "result" / "adapter.zip") as archive:
         assert archive.getinfo("adapter_model.safetensors").compress_type == zipfile.ZIP_STORED
     told = json.loads((folder / "template.json").read_text())
-    assert told["token_hash"] == manifest["template"]["token_hash"] and "### Instruction" in told["source"]
+    assert (
+        told["token_hash"] == manifest["template"]["token_hash"]
+        and "### Instruction" in told["source"]
+    )
 
 
 @pytest.mark.slow
-def test_generation_uses_the_template_that_travelled_and_gives_the_trained_answer(run_folder: Make) -> None:
-    data = [{"instruction": f"say {w}", "input": "", "output": f"{w} it is"} for w in ("tea", "milk", "rice")] * 8
+def test_generation_uses_the_template_that_travelled_and_gives_the_trained_answer(
+    run_folder: Make,
+) -> None:
+    data = [
+        {"instruction": f"say {w}", "input": "", "output": f"{w} it is"}
+        for w in ("tea", "milk", "rice")
+    ] * 8
     job = run_folder(data=data, training={"num_train_epochs": 25, "learning_rate": 1e-2})
     assert run_job(job) == 0
     folder = unpacked(job)
     chat = open_adapter(folder, job.parent / "model")
-    assert [chat.ask(f"say {w}") if not chat.turns.clear() else "" for w in ("tea", "rice")] == ["tea it is", "rice it is"]
+    assert [chat.ask(f"say {w}") if not chat.turns.clear() else "" for w in ("tea", "rice")] == [
+        "tea it is",
+        "rice it is",
+    ]
 
 
-def test_an_adapter_is_not_asked_in_words_that_it_never_saw(run_folder: Make, tmp_path: Path) -> None:
+def test_an_adapter_is_not_asked_in_words_that_it_never_saw(
+    run_folder: Make, tmp_path: Path
+) -> None:
     job = run_folder(training={"max_steps": 2})
     assert run_job(job) == 0
     folder = unpacked(job)
     shutil.copytree(job.parent / "model", tmp_path / "other")
     text = (tmp_path / "other" / "tokenizer.json").read_text()
     (tmp_path / "other" / "tokenizer.json").write_text(
-        text.replace('"add_prefix_space":false', '"add_prefix_space":true').replace('"add_prefix_space": false', '"add_prefix_space": true')
+        text.replace('"add_prefix_space":false', '"add_prefix_space":true').replace(
+            '"add_prefix_space": false', '"add_prefix_space": true'
+        )
     )
     with pytest.raises(TemplateError, match="other tokens"):
         open_adapter(folder, tmp_path / "other")
 
 
 def test_the_report_shows_answers_and_escapes_them(run_folder: Make) -> None:
-    job = run_folder(held_out=[{"instruction": "<b>bold</b>", "input": "", "output": "x"}, *rows(1)], training={"max_steps": 2})
+    job = run_folder(
+        held_out=[{"instruction": "<b>bold</b>", "input": "", "output": "x"}, *rows(1)],
+        training={"max_steps": 2},
+    )
     assert run_job(job) == 0
     page = (job.parent / "result" / "report.html").read_text()
-    assert "&lt;b&gt;bold" in page and "<b>bold" not in page and "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+    assert (
+        "&lt;b&gt;bold" in page
+        and "<b>bold" not in page
+        and "data:image/png;base64," in page
+        and "http" not in page.replace("http-equiv", "")
+    )
     assert (job.parent / "result" / "loss.png").read_bytes().startswith(b"\x89PNG")
