@@ -52,8 +52,7 @@ def main(arguments: list[str]) -> int:
         machines = read_machines(os.environ)
         if visible_gpus():
             check_accelerate_config(os.environ)
-        prepare(job, run)
-        check_weights(model_folder(job, run, weights=True))
+        check(job, run)
     except (OSError, ValueError) as error:
         return refuse(run, error)
     environment = dict(os.environ) | {"MILKTEA_STARTED": repr(time.time())}
