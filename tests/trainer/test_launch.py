@@ -198,7 +198,7 @@ def test_a_config_of_accelerate_that_means_another_training_is_refused_by_its_pa
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     job = run_folder()
-    assert launch.main([str(job)]) == launch.REFUSED
+    assert launch.main([str(job)]) == 3
     told = capsys.readouterr().err
     assert str(path) in told and said in told and "move that file away" in told
     assert [e["event"] for e in events_of(job)] == ["failed"]
