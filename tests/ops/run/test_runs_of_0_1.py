@@ -1,5 +1,5 @@
 """Runs that milktea 0.1 began, as its users have them on their disks:
-tests/ops/runs_of_0_1/README.md says what is in there."""
+tests/ops/run/runs_of_0_1/README.md says what is in there."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_their_journals_are_read_line_by_line(runs: Path) -> None:
 
 def test_status_tells_where_they_stand(runs: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
-    env |= {"MILKTEA_RUNS": str(runs), "PYTHONPATH": str(Path(__file__).parents[2])}
+    env |= {"MILKTEA_RUNS": str(runs), "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
         [sys.executable, "-m", "ops.cli", "status", "--json"],
         env=env,
