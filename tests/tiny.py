@@ -146,7 +146,8 @@ def start(job: Path, world: int = 1) -> list[Any]:
     processes = [
         context.Process(target=_rank, args=(job, rank, world, port)) for rank in range(world)
     ]
-    for process in processes:
+    for rank, process in enumerate(processes):
+        process.said = job.parent / f"stderr{rank}.txt"  # type: ignore[attr-defined]
         process.start()
     return processes
 
@@ -192,8 +193,7 @@ def finish(processes: list[Any], seconds: float = 60) -> list[int]:
             process.join(1)
             process.kill()
             process.join()
-            job, rank = process._args[:2]
-            print((job.parent / f"stderr{rank}.txt").read_text())
+            print(process.said.read_text())
     return [process.exitcode for process in processes]
 
 

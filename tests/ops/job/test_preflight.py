@@ -134,6 +134,7 @@ def test_a_pushed_trainer_travels_whole_with_what_starts_it(
         "trainer/train.py",
         "trainer/launch.py",
     } <= remotes
+    assert {"trainer/loop/step.py", "trainer/stages/sft.py", "trainer/wire/stages.py"} <= remotes
     assert sum(r.startswith("trainer/") for r in remotes) > 20
 
 
