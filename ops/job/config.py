@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ops.errors import ConfigError
 from trainer.wire.job import DataFormat, Lora, OverLength, Positive, Precision, Strict, Training
+from trainer.wire.stages import StageName, format_defect
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -133,6 +134,7 @@ class JobFile(Strict):
     name: Annotated[
         str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Run ids begin with it")
     ]
+    stage: Annotated[StageName, Field(description="What is learned from the rows")] = "sft"
     model: Model
     data: Data
     lora: Lora = Lora()
@@ -154,6 +156,8 @@ class JobFile(Strict):
                 f"training.batch_size = {self.training.batch_size} leaves some of "
                 f"{self.offer.num_gpus} GPUs without a row"
             )
+        if defect := format_defect(self.stage, self.data.format):
+            raise ValueError(f"data.format: {defect}")
         return self
 
 

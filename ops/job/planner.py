@@ -23,6 +23,7 @@ from trainer.data import prepare
 from trainer.data import template as prompt
 from trainer.data.files import DATASET_INFO, find_sources
 from trainer.wire.job import Job
+from trainer.wire.stages import STAGES
 
 # least compute capability
 CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}
@@ -169,6 +170,7 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
     return Job.model_validate(
         {
             "run_id": run_id,
+            "stage": job.stage,
             "model": {
                 "base": Path(base).name if local else base,
                 "revision": revision or None,
@@ -287,6 +289,7 @@ def _workload(
     )
     return Workload(
         tokens=tokens,
+        stage=job.stage,
         model_parameters=parameters,
         precision=job.model.precision,
         num_gpus=job.offer.num_gpus,
@@ -321,6 +324,7 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
                 workload.least_tokens,
                 processes=job.offer.num_gpus,
                 trainable_layers=workload.trainable_layers,
+                **STAGES[job.stage].memory,
             )
             / DRIVER_SHARE
         )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ops.hardware import gpus
 from ops.market.models import Instance, Offer
 from trainer import memory
+from trainer.wire.stages import STAGES, StageName
 
 MONTH_H = 720.0
 GB = 1e9
@@ -52,6 +53,7 @@ class Workload:
 
     tokens: float
     model_parameters: float
+    stage: StageName = "sft"
     precision: str = "bf16"
     num_gpus: int = 1
     image_bytes: float = 4e9
@@ -134,7 +136,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
     """The predicted speed of an offer. Raises DoesNotFit when the card is too small, lacks the
     precision, or is unknown to both the table and vast.ai's benchmark."""
     if workload.cpu_practice:
-        return _PRACTICE_FLOPS / (4 * workload.model_parameters)
+        return _PRACTICE_FLOPS / (4 * workload.model_parameters) / STAGES[workload.stage].work
     gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
         offer.gpu_name,
         offer.gpu_memory_gib,
@@ -165,7 +167,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
             f"compute in {workload.precision}"
         )
         raise DoesNotFit(why, "model.precision")
-    return speed
+    return speed / STAGES[workload.stage].work
 
 
 def predict(
@@ -314,6 +316,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         w.trainable_layers,
         least,
         w.num_gpus,
+        w.stage,
     )
     if isinstance(found, str):
         raise DoesNotFit(
@@ -334,11 +337,16 @@ def _fit(
     trainable_layers: int,
     least: int,
     processes: int,
+    stage: StageName,
 ) -> float | str:
     """The share of layers that are checkpointed on such a card, or what it would need. Remembered:
     a market has few sizes."""
     capacity = driver_gib * _TORCH_SEES
-    more: Any = {"processes": processes, "trainable_layers": trainable_layers}
+    more: Any = {
+        "processes": processes,
+        "trainable_layers": trainable_layers,
+        **STAGES[stage].memory,
+    }
     plan = memory.solve(shape, capacity, precision, r, targets, method, least, **more)
     if plan is None:
         need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, least, **more)

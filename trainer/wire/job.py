@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trainer.wire.stages import STAGES, StageName
+from trainer.wire.stages import StageName, format_defect
 
 WIRE = 1
 
@@ -110,12 +110,8 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _rows_are_the_stages(self) -> Job:
-        formats = STAGES[self.stage].formats
-        if self.data.format not in ("auto", *formats):
-            raise ValueError(
-                f"stage {self.stage} does not train on rows of format {self.data.format}: "
-                f"it takes {', '.join(formats)}"
-            )
+        if defect := format_defect(self.stage, self.data.format):
+            raise ValueError(defect)
         return self
 
     @model_validator(mode="after")

@@ -32,3 +32,11 @@ class StageFacts:
 STAGES: Mapping[StageName, StageFacts] = {
     "sft": StageFacts(formats=("alpaca", "sharegpt", "messages", "prompt", "text")),
 }
+
+
+def format_defect(stage: StageName, data_format: str) -> str:
+    """Why `stage` does not train on rows of data.format `data_format`; empty where it does."""
+    formats = STAGES[stage].formats
+    if data_format in ("auto", *formats):
+        return ""
+    return f"stage {stage} does not train on rows of format {data_format}: it takes {', '.join(formats)}"

@@ -16,6 +16,7 @@ from ops.market import cost
 from ops.market.cost import Workload
 from ops.market.models import Instance, Offer
 from trainer.memory import Shape, linear_parameters, solve
+from trainer.wire.stages import STAGES
 
 OFFER = Offer(
     id=1,
@@ -336,3 +337,18 @@ def test_the_bill_is_compared_kind_by_kind_and_in_total() -> None:
 
 def test_an_empty_bill_is_compared_too() -> None:
     assert cost.compare(cost.predict(OFFER, WORK), [])[-1].endswith("billed $0.0000 (-100%)")
+
+
+def test_a_stage_with_more_adapters_and_passes_is_slower_and_needs_a_larger_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What trainer/wire/stages.py says of a stage reaches the price: no other file knows it."""
+    work, facts = replace(WORK, shape=LLAMA_7B, r=64, least_tokens=512), STAGES["sft"]
+    plain = cost.tokens_per_second(OFFER, work)
+    monkeypatch.setitem(STAGES, "sft", replace(facts, work=2.5))  # type: ignore[misc]
+    assert cost.tokens_per_second(OFFER, work) == pytest.approx(plain / 2.5)
+    eight_roles = replace(facts, adapters=4, frozen_adapters=4)
+    monkeypatch.setitem(STAGES, "sft", eight_roles)  # type: ignore[misc]
+    other_rows = replace(work, least_tokens=511)  # what fits is remembered by these
+    with pytest.raises(cost.DoesNotFit, match="GiB in bf16"):
+        cost.tokens_per_second(OFFER, other_rows)
