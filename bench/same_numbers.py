@@ -2,10 +2,11 @@
 
     python bench/same_numbers.py TREE OTHER_TREE [--rows 320] [--only full]
 
-The practice job runs in each tree (`python -m trainer.train`, no launcher): LoRA with dropout and
-full, packed and padded, on one process and two (a full model is in parts then), straight through
-and stopped after its first step and resumed. A line for each: the steps, the last loss, the
-adapter's sha256, and whether the curves and the adapters are equal. Exit code 1 where one is not.
+The practice job runs in each tree, in forks of a process that has imported it: LoRA with dropout
+and full, packed and padded, on one process and two (a full model is in parts then), straight
+through, and stopped after its first step and resumed. A line for each: the last step and its loss,
+the adapter's sha256, and whether curves, adapters and held-out answers are equal. Exit code 1 where
+they are not.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ import argparse
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parents[1]  # whose practice model and rows both trees get
 STOPPED = 4
+Case = tuple[str, bool, int, bool]  # method, packing, processes, resumed
 
 
-def write_run(tree: Path, run: Path, rows: int, method: str, packing: bool) -> Path:
+def write_run(run: Path, rows: int, method: str, packing: bool) -> Path:
     """The practice job's run folder, with some of its rows; returns job.json."""
     (run / "data").mkdir(parents=True)
-    models = [tree / name for name in ("trainer/practice/pretrained", "trainer/practice/model")]
-    (run / "model").symlink_to(next(path for path in models if path.is_dir()))
+    (run / "model").symlink_to(HERE / "trainer/practice/pretrained")
 
     def put(name: str, count: int) -> dict[str, Any]:
-        content = json.loads((tree / "jobs/practice" / name).read_text(encoding="utf-8"))[:count]
+        content = json.loads((HERE / "jobs/practice" / name).read_text(encoding="utf-8"))[:count]
         data = json.dumps(content, ensure_ascii=False).encode()
         (run / "data" / name).write_bytes(data)
         digest = hashlib.sha256(data).hexdigest()
@@ -51,26 +55,36 @@ def write_run(tree: Path, run: Path, rows: int, method: str, packing: bool) -> P
     return run / "job.json"
 
 
-def train(tree: Path, job: Path, processes: int) -> int:
-    """Runs the job on that many processes; returns the first one's exit code."""
+def train(job: Path, processes: int) -> int:
+    """Runs the job on that many forks of this process; returns the first one's exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MILKTEA"))}
-    kept |= {"PYTHONPATH": str(tree), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command, ranks = [sys.executable, "-m", "trainer.train", str(job)], []
-    for rank in range(processes):
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=rank_of, args=(job, r, processes, port)) for r in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(900)
+    code = ranks[0].exitcode
+    if code not in (0, STOPPED):
+        raise RuntimeError(f"exit code {code}\n{(job.parent / 'log0.txt').read_text()[-3000:]}")
+    return code
+
+
+def rank_of(job: Path, rank: int, processes: int, port: int) -> None:
+    """One process of a run, with what it says in a log of its own."""
+    log = os.open(job.parent / f"log{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if processes > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        told = {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        with open(job.parent / f"log{rank}.txt", "ab") as log:
-            environment = kept | (told if processes > 1 else {})
-            ranks.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=job.parent)
-            )
-    codes = [rank.wait(600) for rank in ranks]
-    if codes[0] not in (0, STOPPED):
-        raise RuntimeError(f"{tree.name}: {codes}\n{(job.parent / 'log0.txt').read_text()[-3000:]}")
-    return codes[0]
+        os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
+    from trainer.train import to_end
+
+    sys.exit(to_end(job))
 
 
 def deadline(job: Path, unix_s: float | None) -> None:
@@ -78,44 +92,69 @@ def deadline(job: Path, unix_s: float | None) -> None:
     job.write_text(json.dumps(json.loads(job.read_text()) | {"deadline_unix_s": unix_s}))
 
 
-def numbers(tree: Path, rows: int, case: tuple[str, bool, int, bool]) -> tuple[list[Any], str, str]:
-    """(curve, the adapter's sha256, what the events told of held-out answers) of one run."""
+def numbers(rows: int, case: Case) -> list[Any]:
+    """The curve, the adapter's sha256 and what was told of held-out answers, of one run."""
     method, packing, processes, resumed = case
     with tempfile.TemporaryDirectory() as folder:
-        job = write_run(tree, Path(folder) / "run", rows, method, packing)
+        job = write_run(Path(folder) / "run", rows, method, packing)
         if resumed:
             deadline(job, 1.0)
-            assert train(tree, job, processes) == STOPPED
+            assert train(job, processes) == STOPPED
             deadline(job, None)
-        assert train(tree, job, processes) == 0
-        events = map(json.loads, (job.parent / "events.jsonl").read_text().splitlines())
-        told = [
-            {k: v for k, v in e.items() if k != "t"}
-            for e in events
-            if e["event"] in ("sample", "score")
-        ]
+        assert train(job, processes) == 0
+        events = list(map(json.loads, (job.parent / "events.jsonl").read_text().splitlines()))
+        told = [e for e in events if e["event"] in ("sample", "score")]
+        for event in told:
+            del event["t"]
         manifest = json.loads((job.parent / "result" / "manifest.json").read_text())
-        return manifest["curve"], manifest["adapter_sha256"], json.dumps(told)
+        return [manifest["curve"], manifest["adapter_sha256"], told]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trees", nargs=2, type=lambda p: Path(p).resolve())
-    parser.add_argument("--rows", type=int, default=320, help="of the practice job's")
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
-    given, wrong = parser.parse_args(), 0
+def cases(only: str) -> Iterator[tuple[str, Case]]:
     for case in itertools.product(("lora", "full"), (True, False), (1, 2), (False, True)):
         method, packing, processes, resumed = case
         how = "resumed" if resumed else "straight"
         name = f"{method} {'packed' if packing else 'padded'} {processes} {how}"
-        if given.only not in name:
-            continue
-        one, other = (numbers(tree, given.rows, case) for tree in given.trees)
+        if only in name:
+            yield name, case
+
+
+def run_tree(tree: Path, rows: int, only: str) -> None:
+    """Every case in this process's tree, a JSON line each."""
+    import torch
+
+    torch.set_num_threads(1)
+    import trainer.train
+
+    assert Path(trainer.train.__file__).is_relative_to(tree)
+    for _, case in cases(only):
+        print(json.dumps(numbers(rows, case)), flush=True)
+
+
+def started(tree: Path, rows: int, only: str) -> subprocess.Popen[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MILKTEA"))}
+    kept |= {"PYTHONPATH": str(tree), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", __file__, str(tree), "--rows", str(rows), "--only", only]
+    return subprocess.Popen(command, env=kept, cwd=tree, stdout=subprocess.PIPE, text=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trees", nargs="+", type=lambda p: Path(p).resolve())
+    parser.add_argument("--rows", type=int, default=320, help="of the practice job's")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    given, wrong = parser.parse_args(), 0
+    if len(given.trees) == 1:  # what this program starts for each of two
+        run_tree(given.trees[0], given.rows, given.only)
+        return 0
+    trees = [started(tree, given.rows, given.only) for tree in given.trees]
+    for name, _ in cases(given.only):
+        one, other = (json.loads(tree.stdout.readline()) for tree in trees if tree.stdout)
         same = one == other
         wrong += not same
         verdict = "equal" if same else f"DIFFERENT: {other[0][-1]} {other[1][:16]}"
         print(f"{name:26} {one[0][-1]} {one[1][:16]} {verdict}", flush=True)
-    return int(wrong > 0)
+    return int(wrong > 0 or any(tree.wait() for tree in trees))
 
 
 if __name__ == "__main__":
