@@ -1,21 +1,22 @@
-"""Number 6: transfers on loopback against OpenSSH's own sshd.
-`python -m bench.transfer [--gib 1] [--files 5000] [--repeat 5]`
+"""How fast push and pull are: `python -m bench.transfer [--rate 100mbit] [--only big]`
 
-Prints one line a case with every sample and the median. The server is sshd on a free port with a
-key and home of its own, so the ends share the machine's cores: compare the ratios, not the MB/s.
-Ours includes sha256 at both ends, scp and plain SFTP do not.
+Against OpenSSH's own sshd on loopback, with a key and a home of its own. `--rate` shapes loopback
+with tc in a network namespace of this process; data and acknowledgements share the rate. Both ends
+share the machine's cores. Prints one line a case: the median, MB/s, this side's mean CPU time,
+every sample. Ours includes sha256 at both ends, scp and plain SFTP do not. Needs sshd, and scp as
+the yardstick; for `--rate` unshare, ip and tc.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import os
 import shutil
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,9 +25,12 @@ from pathlib import Path
 
 import paramiko
 
-from ops.box import transfer
-from ops.box.connection import Box, Endpoint
-from ops.box.transfer import CHUNK, PushFile
+from ops.box.connection import HOST_ALIAS, Box, Endpoint
+from ops.box.transfer import PushFile, pull, push, sha256_of
+
+SHAPED = """ip link set lo up mtu 1500 &&
+tc qdisc add dev lo root tbf rate "$0" burst 256kb latency 100ms &&
+exec "$@" """
 
 
 class Sshd:
@@ -106,24 +110,23 @@ class TimedCuts(threading.Thread):
 Case = tuple[str, Callable[[], object]]
 
 
-def compare(repeat: int, cases: list[Case], clean: Callable[[], None]) -> None:
-    """Median seconds of each, against the first. Taken in turns, so that a busy machine slows all
-    of them alike."""
+def compare(repeat: int, size_bytes: int, cases: list[Case], clean: Callable[[], None]) -> None:
+    """Median seconds of each. Taken in turns, so that a busy machine slows all of them alike."""
     seconds: dict[str, list[float]] = {label: [] for label, _ in cases}
+    cpu_s = dict.fromkeys(seconds, 0.0)
     for _ in range(repeat):
         for label, work in cases:
             clean()
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), sum(os.times()[:4])
             work()
             seconds[label].append(time.perf_counter() - began)
-    base = statistics.median(seconds[cases[0][0]])
+            cpu_s[label] += (sum(os.times()[:4]) - spent) / repeat
     for label, took in seconds.items():
         middle = statistics.median(took)
-        print(
-            f"{label:44} median {middle:7.2f} s  {base / middle:5.2f} x  "
-            f"({', '.join(f'{s:.2f}' for s in took)})",
-            flush=True,
-        )
+        samples = ", ".join(f"{s:.2f}" for s in took)
+        rate = size_bytes / middle / 1e6
+        cpu = f"{cpu_s[label]:5.2f} s of CPU here"
+        print(f"{label:27}{middle:7.2f} s {rate:6.1f} MB/s  {cpu}  ({samples})", flush=True)
 
 
 @contextlib.contextmanager
@@ -136,150 +139,123 @@ def box_at(sshd: Sshd, port: int) -> Iterator[Box]:
         yield box
 
 
-@contextlib.contextmanager
-def through(way: str) -> Iterator[None]:
-    """With "paramiko", as on a machine that has no ssh."""
-    kept = transfer.BULK
-    transfer.BULK = 1 << 62 if way == "paramiko" else kept
-    try:
-        yield
-    finally:
-        transfer.BULK = kept
-
-
-def push(box: Box, files: list[PushFile], way: str = "OpenSSH") -> None:
-    with through(way):
-        transfer.push(box, files)
-
-
-def pull(box: Box, file: PushFile, home: Path, way: str = "OpenSSH") -> None:
-    with through(way):
-        transfer.pull(box, file.remote, home, file.sha256)
-
-
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__)
     ask.add_argument("--gib", type=float, default=1.0)
     ask.add_argument("--files", type=int, default=5000)
     ask.add_argument("--repeat", type=int, default=5)
     ask.add_argument("--cut-every", type=float, default=5.0)
+    ask.add_argument("--rate", help="shape loopback to this, as tc writes it: 100mbit, 1gbit")
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    ask.add_argument(
-        "--folder",
-        default=memory,
-        help="both ends' files lie here; memory, so that no disk is measured",
-    )
+    ask.add_argument("--folder", default=memory, help="of both ends' files; memory by default")
     ask.add_argument("--only", choices=["big", "small", "cut"])
     asked = ask.parse_args()
-    home = Path(os.path.expanduser("~"))
-    with contextlib.ExitStack() as folders:
-        temporary = folders.enter_context(
-            tempfile.TemporaryDirectory(dir=asked.folder, prefix="milktea-bench-")
-        )
-        far = folders.enter_context(
-            tempfile.TemporaryDirectory(dir=asked.folder, prefix="milktea-bench-far-")
-        )
-        sshd = Sshd(Path(temporary))
-        remote = "." + Path(far).name
-        (home / remote).symlink_to(far)
-        folders.callback((home / remote).unlink)
-        try:
-            with box_at(sshd, sshd.port) as box:
-                if asked.only in (None, "big"):
-                    big(box, Path(temporary), Path(far), remote, asked)
-                if asked.only in (None, "small"):
-                    small(box, Path(temporary), Path(far), remote, asked)
-                if asked.only in (None, "cut"):
-                    cut(sshd, Path(temporary), Path(far), remote, asked)
-        finally:
-            sshd.close()
+    if asked.rate:
+        sys.exit(run_shaped(asked))
+    cases = {"big": big, "small": small, "cut": cut}
+    with contextlib.ExitStack() as stack:
+        near = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=asked.folder)))
+        far = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=asked.folder)))
+        remote = f".milktea-bench-{far.name}"
+        (Path.home() / remote).symlink_to(far)
+        stack.callback((Path.home() / remote).unlink)
+        sshd = Sshd(near)
+        stack.callback(sshd.close)
+        for name, measure in cases.items():
+            if asked.only in (None, name):
+                measure(sshd, near, far, remote, asked)
 
 
-def big(box: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
-    source = random_file(near / "big", int(asked.gib * 2**30))
-    file = PushFile(source, f"{remote}/big", sha256(source))
-    flags = ["-P" if word == "-p" else word for word in box.ssh_options()]
-    scp = [
-        "scp",
-        "-q",
-        "-c",
-        "aes128-gcm@openssh.com",
-        *flags,
-        str(source),
-        f"{box.user}@127.0.0.1:{remote}/big",
-    ]
+def run_shaped(asked: argparse.Namespace) -> int:
+    """This same command without `--rate`, where loopback has that rate. Returns its exit code."""
+    flags = {k.replace("_", "-"): v for k, v in vars(asked).items() if v and k != "rate"}
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    alone = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
+    command = [sys.executable, "-m", "bench.transfer", *words]
+    print(f"loopback at {asked.rate}", flush=True)
+    return subprocess.run([*alone, "sh", "-c", SHAPED, asked.rate, *command]).returncode
 
-    def clean() -> None:
-        for path in far.iterdir():
-            path.unlink()
 
-    home = near / "home"
-    cases: list[Case] = [
-        (f"scp aes128-gcm, {asked.gib} GiB", lambda: subprocess.run(scp, check=True)),
-        ("push through OpenSSH, sha256 included", lambda: push(box, [file])),
-        ("push through paramiko, sha256 included", lambda: push(box, [file], "paramiko")),
-    ]
-    compare(asked.repeat, cases, clean)
-    subprocess.run(scp, check=True)
-    back: list[Case] = [
-        ("scp home", lambda: subprocess.run([*scp[:-2], scp[-1], str(home)], check=True)),
-        ("pull through OpenSSH, sha256 included", lambda: pull(box, file, home)),
-        ("pull through paramiko, sha256 included", lambda: pull(box, file, home, "paramiko")),
-    ]
-    compare(asked.repeat, back, lambda: home.unlink(missing_ok=True))
-    clean()
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def scp_command(box: Box) -> list[str]:
+    options = {
+        "IdentityFile": box.key_path,
+        "IdentitiesOnly": "yes",
+        "UserKnownHostsFile": box.known_hosts,
+        "HostKeyAlias": HOST_ALIAS,
+        "Ciphers": "aes128-gcm@openssh.com",
+    }
+    words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    return ["scp", "-q", "-F", "/dev/null", "-P", str(box.endpoints[0].port), *words]
+
+
+def big(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
+    source, home = random_file(near / "big", int(asked.gib * 2**30)), near / "home"
+    size = source.stat().st_size
+    file = PushFile(source, f"{remote}/big", sha256_of(source))
+    with box_at(sshd, sshd.port) as box:
+        scp, there = scp_command(box), f"{box.user}@127.0.0.1:{remote}/big"
+        cases: list[Case] = [
+            ("scp there", lambda: subprocess.run([*scp, str(source), there], check=True)),
+            ("push, sha256 included", lambda: push(box, [file])),
+        ]
+        compare(asked.repeat, size, cases, lambda: empty(far))
+        back: list[Case] = [
+            ("scp home", lambda: subprocess.run([*scp, there, str(home)], check=True)),
+            ("pull, sha256 included", lambda: pull(box, file.remote, home, file.sha256)),
+        ]
+        compare(asked.repeat, size, back, lambda: home.unlink(missing_ok=True))
     home.unlink()
+    empty(far)
 
 
-def small(box: Box, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
+def small(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
     (near / "small").mkdir()
-    files = [
-        random_file(near / "small" / f"{i:05}", 500 + 7 * (i % 500)) for i in range(asked.files)
-    ]
-    pushes = [PushFile(f, f"{remote}/{f.name}", sha256(f)) for f in files]
+    names = [near / "small" / f"{i:05}" for i in range(asked.files)]
+    files = [random_file(name, 500 + 7 * (i % 500)) for i, name in enumerate(names)]
+    pushes = [PushFile(f, f"{remote}/{f.name}", sha256_of(f)) for f in files]
+    with box_at(sshd, sshd.port) as box:
 
-    def one_by_one() -> None:
-        session: paramiko.SFTPClient = box._fabric.sftp()  # type: ignore[union-attr]
-        for f in files:
-            session.put(str(f), f"{remote}/{f.name}")
+        def one_by_one() -> None:
+            session: paramiko.SFTPClient = box._fabric.sftp()  # type: ignore[union-attr]
+            for f in files:
+                session.put(str(f), f"{remote}/{f.name}")
 
-    def clean() -> None:
-        for path in far.iterdir():
-            path.unlink()
-
-    cases: list[Case] = [
-        (f"paramiko put, {asked.files} files", one_by_one),
-        ("push, sha256 included", lambda: push(box, pushes)),
-    ]
-    compare(asked.repeat, cases, clean)
-    clean()
+        cases: list[Case] = [
+            (f"paramiko put, {asked.files} files", one_by_one),
+            ("push, sha256 included", lambda: push(box, pushes)),
+        ]
+        size = sum(f.stat().st_size for f in files)
+        compare(asked.repeat, size, cases, lambda: empty(far))
+    empty(far)
 
 
 def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
-    source = random_file(near / "cut", int(2 * asked.gib * 2**30))
-    file = PushFile(source, f"{remote}/cut", sha256(source))
-    for through_what in ("OpenSSH", "paramiko"):
-        for way in ("push", "pull"):
-            proxy = TimedCuts(sshd.port, asked.cut_every)
-            with box_at(sshd, proxy.port) as box:
-                began = time.perf_counter()
-                push(box, [file], through_what) if way == "push" else pull(
-                    box, file, near / "home", through_what
-                )
-                seconds = time.perf_counter() - began
-            proxy.listener.close()
-            extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
-            each = extra / max(proxy.cuts, 1) / 2**20
-            print(
-                f"{way}, {through_what}, cut each {asked.cut_every:.0f} s: {proxy.cuts} "
-                f"cuts, {seconds:.1f} s, "
-                f"{extra / 2**20:.2f} MiB more than the file on the wire, {each:.2f} a cut "
-                f"(one chunk: {CHUNK / 2**20:.0f})",
-                flush=True,
-            )
-            (near / "home" if way == "pull" else source.with_name("none")).unlink(missing_ok=True)
-        for path in far.iterdir():
-            path.unlink()
+    source, home = random_file(near / "cut", int(2 * asked.gib * 2**30)), near / "home"
+    file = PushFile(source, f"{remote}/cut", sha256_of(source))
+    for way in ("push", "pull"):
+        proxy = TimedCuts(sshd.port, asked.cut_every)
+        with box_at(sshd, proxy.port) as box:
+            began = time.perf_counter()
+            if way == "push":
+                push(box, [file])
+            else:
+                pull(box, file.remote, home, file.sha256)
+            seconds = time.perf_counter() - began
+        proxy.listener.close()
+        extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
+        print(
+            f"{way}, cut each {asked.cut_every:.0f} s: {proxy.cuts} cuts, {seconds:.1f} s, "
+            f"{extra / 2**20:.2f} MiB more than the file on the wire, "
+            f"{extra / max(proxy.cuts, 1) / 2**20:.2f} a cut",
+            flush=True,
+        )
+    home.unlink()
+    empty(far)
 
 
 def random_file(path: Path, size: int) -> Path:
@@ -287,11 +263,6 @@ def random_file(path: Path, size: int) -> Path:
         for at in range(0, size, 1 << 24):
             file.write(os.urandom(min(1 << 24, size - at)))
     return path
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Following a training whose processes misbehave, against the emulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import rig
+from ops.errors import Failed, MilkteaError
+from ops.run.follow import EVENTS
+from ops.run.journal import Journal
+from ops.run.rent_and_train import rent_and_train
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def run(own: rig.Rig, old: str, new: str) -> tuple[object, Path]:
+    """A run whose trainer has `new` in place of `old`: its outcome or error, and its folder."""
+    trainer = own.image / "bin/milktea-train"
+    text = trainer.read_text()
+    assert old in text
+    trainer.write_text(text.replace(old, new, 1))
+    plan = own.plan()
+    with own.emulator() as fake, Journal(own.runs / plan.run_id) as journal:
+        try:
+            result: object = rent_and_train(rig.client(plan, journal, fake.url, fake.api_key))
+        except MilkteaError as e:
+            result = e
+        assert fake.instances() == []
+    return result, own.runs / plan.run_id
+
+
+def test_a_trainer_killed_whole_is_said_to_be_gone(tmp_path: Path) -> None:
+    result, _ = run(rig.Rig(tmp_path), "mkdir -p checkpoints/1.new", "kill -9 0; sleep 9")
+    assert isinstance(result, Failed)
+    assert "gone without an exit code" in str(result)
+
+
+def test_a_torn_last_event_does_not_hold_a_training_that_ended(tmp_path: Path) -> None:
+    own = rig.Rig(tmp_path)
+    (tmp_path / "torn").write_text('{"t":1,"event":"st')
+    finished = 'say "{\\"t\\":$now,\\"event\\":\\"finished\\"'
+    result, folder = run(own, finished, f'cat {tmp_path}/torn >>events.jsonl; : "')
+    assert getattr(result, "sha256", None), result
+    assert (folder / EVENTS).read_bytes().endswith(b"}\n")
+
+
+def test_events_of_more_than_one_answer_come_home_whole(tmp_path: Path) -> None:
+    own = rig.Rig(tmp_path)
+    warning = '{"t":1,"event":"warning","message":"' + "x" * 60 + '"}\n'
+    (tmp_path / "many").write_text(warning * 4000)
+    many = f"cat {tmp_path}/many >>events.jsonl; mkdir -p result"
+    result, folder = run(own, "mkdir -p result", many)
+    assert getattr(result, "sha256", None), result
+    assert (folder / EVENTS).read_text().count(warning) == 4000
