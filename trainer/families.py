@@ -1,0 +1,301 @@
+"""Pure: what each architecture computes, as far as training must know it, read from a config.json.
+
+The table is `families.toml` beside this file. `read` finds the row of a configuration (for a model
+with pictures that of its text tower) and returns a `Family`: what attention needs and in which
+layers, what adapters may take, whether rows may be packed, or why the model is refused before
+anything is rented. `Family.words` says it for the plan. No torch, no transformers: ops reads it on
+the laptop.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("families.toml")
+EXPERT_RANK = 8  # of adapters on experts, by default: there are many
+TEXT_KEYS = ("text_config", "llm_config", "language_config")
+# quantised checkpoints whose values can be restored exactly, or nearly, and then trained on
+RESTORED = {
+    "mxfp4": "restored to bf16 when it is loaded",
+    "fp8": "restored to bf16 when it is loaded",
+}
+
+Config = dict[str, Any]
+
+
+class FamilyError(ValueError):
+    """A model that cannot be trained. ``hint`` is the next thing to type or to edit."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What adapters take: names of Linear modules, and parameters that hold experts."""
+
+    modules: tuple[str, ...]
+    experts: tuple[str, ...]
+    router: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture with the numbers of one config.json."""
+
+    model_type: str  # of the text tower
+    wrapper: str  # the model type around it, or ""
+    tower: str  # where the text tower stands in the wrapper, or "" where it is loaded alone
+    config: Config = field(repr=False)  # the text tower's own
+    row: Config = field(repr=False)
+    general: bool  # in transformers' table and in no row
+
+    # -- attention -------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> int:
+        return int(_first(self.config, 0, "num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer the tokens that a query sees, itself among them; None: all before it."""
+        size = self.config.get("sliding_window")
+        if not size or not ("window" in self.row["asks"] or self.row["masks"]):
+            return (None,) * self.layers
+        if self.config.get("use_sliding_window") is False:
+            return (None,) * self.layers
+        kinds = self.config.get("layer_types")
+        if kinds:
+            return tuple(int(size) if "sliding" in kind else None for kind in kinds)
+        return tuple(int(size) if self._windowed(i) else None for i in range(self.layers))
+
+    def _windowed(self, layer: int) -> bool:
+        rule = self.row["windows"]
+        if rule == "all":
+            return True
+        if rule == "even":
+            return layer % 2 == 0
+        if rule == "from":
+            begin = self.config.get("max_window_layers")
+            return bool(self.config.get("use_sliding_window")) and layer >= (begin or 0)
+        every = int(self.config.get("sliding_window_pattern") or rule.removeprefix("every "))
+        return (layer + 1) % every != 0
+
+    @property
+    def window(self) -> int | None:
+        """The smallest window of any layer."""
+        return min((w for w in self.windows if w is not None), default=None)
+
+    @property
+    def softcap(self) -> float | None:
+        """What attention's scores are capped at."""
+        cap = self.config.get("attn_logit_softcapping") if "cap" in self.row["asks"] else None
+        return None if cap is None else float(cap)
+
+    @property
+    def sinks(self) -> bool:
+        return "sinks" in self.row["asks"]
+
+    @property
+    def long_rope(self) -> bool:
+        """Whether the angles of a row depend on its length: LongRoPE and dynamic NTK."""
+        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+        names = {str(k.get("rope_type") or k.get("type")) for k in kinds}
+        return bool(names & {"longrope", "su", "dynamic"})
+
+    @property
+    def positions(self) -> int | None:
+        """The longest row that the model was made for."""
+        known = _first(
+            self.config, 0, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
+        )
+        return int(known) or None
+
+    # -- what is trained -------------------------------------------------------------------------
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer; 0 for a dense model."""
+        names = (
+            *("num_local_experts", "num_experts", "n_routed_experts"),
+            *("moe_num_experts", "num_moe_experts"),
+        )
+        found = _first(self.config, 0, *names)
+        return int(max(found) if isinstance(found, list) else found)
+
+    @property
+    def mixture(self) -> bool:
+        return self.experts > 1 and bool(self.row["experts"])
+
+    def all_linear(self, experts: bool = True, router: bool = False) -> Adapted:
+        """What `target_modules = "all-linear"` trains: every linear layer of attention, of the
+        dense and the shared parts, the experts unless left out; the router only where asked."""
+        row = self.row
+        modules = [*row["attention"], *row["state"], *row["dense"], *row["shared"]]
+        return Adapted(
+            tuple(dict.fromkeys(modules)),
+            tuple(row["experts"]) if experts and self.mixture else (),
+            str(row["router"]) if router and self.mixture else "",
+        )
+
+    # -- packing ---------------------------------------------------------------------------------
+
+    def why_unpacked(self, longest: int | None = None) -> str:
+        """Why rows are computed one by one, or "" where they may be packed. ``longest``: the tokens
+        of the longest row."""
+        if not self.row["packs"] and not self._stateless():
+            return str(self.row["why"])
+        window = self.window
+        if self.row["masks"] and window is not None and (longest is None or longest >= window):
+            return (
+                f"its window of {window:,} tokens stands in a mask of the whole batch, "
+                "and rows reach it"
+            )
+        return ""
+
+    def packs(self, longest: int | None = None) -> bool:
+        return not self.why_unpacked(longest)
+
+    def _stateless(self) -> bool:
+        """A hybrid none of whose layers has a state (granite-4.0-micro)."""
+        kinds = self.config.get("layer_types") or self.config.get("layers_block_type") or []
+        return self.model_type == "granitemoehybrid" and set(kinds) == {"attention"}
+
+    # -- for the plan ----------------------------------------------------------------------------
+
+    def words(self, longest: int | None = None) -> list[str]:
+        """What the plan says, one sentence a line."""
+        return [*self._attention_words(longest), *self._training_words(), *self._tower_words()]
+
+    def _attention_words(self, longest: int | None) -> list[str]:
+        said = []
+        if self.general:
+            said.append(f"model_type {self.model_type}: transformers' own attention computes it")
+        why = self.why_unpacked(longest)
+        if why:
+            said.append(f"rows are not packed, which is slower: {why}")
+        counted = {w: self.windows.count(w) for w in self.windows if w is not None}
+        for window, layers in counted.items():
+            said.append(f"a window of {window:,} tokens in {layers} of {self.layers} layers")
+        if self.softcap is not None:
+            said.append(f"attention's scores are capped at {self.softcap:g}")
+        if self.sinks:
+            said.append("attention has sinks")
+        if self.long_rope:
+            said.append("the angles of a row depend on its own length")
+        if self.positions and longest and longest > self.positions:
+            said.append(
+                f"the longest row has {longest:,} tokens, the model knows {self.positions:,} "
+                "positions: it learns what it cannot do"
+            )
+        return said
+
+    def _training_words(self) -> list[str]:
+        adapted = self.all_linear()
+        if not adapted.modules:
+            return ["all-linear takes every Linear module of the model but its head"]
+        said = [f"all-linear takes {', '.join(adapted.modules)}"]
+        if adapted.experts:
+            said.append(
+                f"and all {self.experts} experts of a layer ({', '.join(adapted.experts)}) at rank "
+                f"{EXPERT_RANK}; the router ({self.row['router']}) stays as it is"
+            )
+        return said
+
+    def _tower_words(self) -> list[str]:
+        if not self.wrapper:
+            return []
+        return [
+            f"{self.wrapper}: text rows only, its towers for pictures and sound stay as they are"
+        ]
+
+
+def read(config: Config) -> Family:
+    """The family of a parsed config.json. Raises FamilyError, with what to do, for a model that
+    cannot be trained: an unknown type, one that is not causal, a checkpoint quantised for good."""
+    outer = str(config.get("model_type") or "")
+    if not outer:
+        raise FamilyError(
+            "config.json names no model_type",
+            "name a folder or a hub model that transformers reads",
+        )
+    refusal = _table().get(outer, {})
+    if refusal.get("refuse") and not config.get("is_decoder"):
+        raise FamilyError(f"model_type {outer}: {refusal['refuse']}", refusal["hint"])
+    _refuse_quantised(config)
+    tower = _towers().get(outer)
+    text = config if tower is None else _text_config(config)
+    kind = str(text.get("model_type") or outer)
+    row = _table().get(kind)
+    general = row is None
+    if row is None:
+        row = _general_row(kind)
+    if row["refuse"] and not text.get("is_decoder"):
+        raise FamilyError(f"model_type {kind}: {row['refuse']}", row["hint"])
+    return Family(kind, "" if text is config else outer, tower or "", text, row, general)
+
+
+def known_types() -> frozenset[str]:
+    """Every model type in the table, with those under the general rule."""
+    return frozenset(_table()) | frozenset(_file()["general"]["types"]) | frozenset(_towers())
+
+
+def _text_config(config: Config) -> Config:
+    """The text tower's part of a wrapper's configuration, else the configuration itself. What the
+    part leaves out and the whole says (``tie_word_embeddings``) is taken from the whole."""
+    part = next((config[k] for k in TEXT_KEYS if isinstance(config.get(k), dict)), None)
+    if part is None:
+        return config
+    kept = {k: config[k] for k in ("tie_word_embeddings", "vocab_size") if k in config}
+    return {**kept, **part}
+
+
+def _general_row(kind: str) -> Config:
+    general = _file()["general"]
+    if kind not in general["types"]:
+        raise FamilyError(
+            f"model_type {kind} is not one that transformers knows: its code would come with the "
+            "model's files, which is not run here",
+            "convert the model to a type that transformers has, or name another in model.base",
+        )
+    empty: Config = {"attention": [], "dense": [], "packs": general["packs"], "why": general["why"]}
+    return {**_file()["default"], **empty}
+
+
+def _refuse_quantised(config: Config) -> None:
+    told = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(told, dict):
+        return
+    method = str(told.get("quant_method") or "unknown")
+    if method not in RESTORED:
+        raise FamilyError(
+            f"the checkpoint is quantised with {method}, which cannot be trained on",
+            'name the model that it was made from in model.base, and set model.precision = "nf4"',
+        )
+
+
+def _first(config: Config, otherwise: Any, *names: str) -> Any:
+    return next((config[n] for n in names if config.get(n) is not None), otherwise)
+
+
+@cache
+def _file() -> Config:
+    return tomllib.loads(TABLE.read_text("utf-8"))
+
+
+@cache
+def _table() -> dict[str, Config]:
+    """model type -> its row, with what the row leaves out."""
+    default = _file()["default"]
+    return {kind: {**default, **row} for row in _file()["row"] for kind in row["types"]}
+
+
+@cache
+def _towers() -> dict[str, str]:
+    return {kind: row["tower"] for row in _file()["wrapper"] for kind in row["types"]}
