@@ -136,13 +136,21 @@ class Family:
     def all_linear(self, experts: bool = True, router: bool = False) -> Adapted:
         """What `target_modules = "all-linear"` trains: every linear layer of attention, of the
         dense and the shared parts, the experts unless left out; the router only where asked."""
-        row = self.row
+        row, taken = self.row, self._taken()
         modules = [*row["attention"], *row["state"], *row["dense"], *row["shared"]]
         return Adapted(
-            tuple(dict.fromkeys(modules)),
+            tuple(m for m in dict.fromkeys(modules) if m not in taken),
             tuple(row["experts"]) if experts and self.mixture else (),
             str(row["router"]) if router and self.mixture else "",
         )
+
+    def _taken(self) -> tuple[str, ...]:
+        """Modules that PEFT would take for the experts, so that they cannot have adapters."""
+        peft, row = _file()["peft"], self.row
+        if not self.mixture or self.model_type not in peft["types"]:
+            return ()
+        every = [*row["attention"], *row["dense"], *row["shared"]]
+        return tuple(m for m in every if m.split(".")[-1] in peft["names"])
 
     # -- packing ---------------------------------------------------------------------------------
 
@@ -201,6 +209,9 @@ class Family:
         if not adapted.modules:
             return ["all-linear takes every Linear module of the model but its head"]
         said = [f"all-linear takes {', '.join(adapted.modules)}"]
+        parts = [*self.row["dense"], *self.row["shared"]] if self._taken() else []
+        if parts and self.row["shared"]:
+            said.append(f"{', '.join(parts)} stay as they are: PEFT has no name for them here")
         if adapted.experts:
             said.append(
                 f"and all {self.experts} experts of a layer ({', '.join(adapted.experts)}) at rank "

@@ -230,8 +230,43 @@ def left_out(name: str, family: families.Family) -> bool:
     router = family.row["router"]
     if router and (ends_in(name, router) or name.startswith(router + ".")):
         return True
+    if family.mixture and family.model_type in families._file()["peft"]["types"]:
+        if name.split(".")[-1] in families._file()["peft"]["names"]:
+            return True
     # Mamba's kernels read this weight themselves, so that an adapter on it would do nothing
     return name.split(".")[-1] in LEFT or name in ("mamba.out_proj", "mixer.out_proj")
+
+
+def test_the_types_whose_names_peft_takes_for_experts_are_those_of_peft():
+    from peft.utils import transformers_weight_conversion as peft
+
+    taken = {k for k, v in peft._MODEL_TO_CONVERSION_PATTERN.items() if v == "qwen2_moe"}
+    told_of = set(families._file()["peft"]["types"])
+    assert told_of <= taken
+    assert {k for k in taken - told_of if families._table().get(k, {}).get("experts")} == set()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "mixtral"])
+def test_peft_puts_adapters_on_what_the_table_says_and_on_nothing_else(name):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = read(told(name)).all_linear()
+    model = get_peft_model(
+        build(name),
+        LoraConfig(
+            target_modules=list(adapted.modules),
+            target_parameters=list(adapted.experts),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    held = [n for n, m in model.named_modules() if hasattr(m, "lora_A")]
+    inside = {n.replace(".base_layer", "") for n in held}
+    experts = {n for n in inside if n.endswith(".experts")}
+    assert len(experts) * 2 == len([n for n in held if ".experts" in n]) > 0
+    rest = {n.split(".layers.")[1].split(".", 1)[1] for n in inside - experts}
+    assert all(any(ends_in(n, m) for m in adapted.modules) for n in rest)
+    linear = [n for n in linear_names(build(name)) if any(ends_in(n, m) for m in adapted.modules)]
+    assert rest == set(linear)
 
 
 @every
