@@ -9,7 +9,8 @@ import torch
 from architectures import build
 from peft import LoraConfig, get_peft_model
 
-from trainer import experts, families
+from trainer import families
+from trainer.kernels import experts
 
 MIXTURES = [
     *("qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen3_5_moe", "nemotron_h"),
