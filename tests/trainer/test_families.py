@@ -13,8 +13,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from trainer import families
-from trainer.attention_general import packed_attention
 from trainer.families import FamilyError, read
+from trainer.kernels.attention import packed_attention
 
 # in transformers 5.24 and not in the 5.23 of our lock
 NEWER = {

@@ -1,46 +1,71 @@
-"""Attention over packed rows: each document sees itself only, and nothing of size S x S is ever
-made on a GPU.
-
-Three ways: Triton's for short documents (``trainer/kernels/attention_short.py``, the fused layer's
-on Hopper), torch's flash attention for variable lengths, and one document after another for CPUs,
-fp32 and odd head sizes. The eager twin is for comparing.
+"""Attention over packed rows: each document sees itself only, by the rules of its family.
 
 ``register()`` adds the implementation "milktea" to transformers' AttentionInterface. The model then
 takes the boundaries as forward arguments under transformers' own names: ``cu_seq_lens_q`` (int32
 [documents + 1], on the model's device), ``max_length_q`` (a Python int, so that nothing waits for
 the GPU), and the same for k. Without them a row is one causal sequence: such a batch must not be
-padded, because transformers makes no mask for an implementation that is not in its mask table.
+padded at the left, because transformers makes no mask for an implementation that is not in its mask
+table.
+
+A family's rules arrive as keywords: ``scaling``, ``sliding_window``, ``softcap``, ``s_aux`` (the
+sinks). A keyword that is not understood raises ValueError with the module and the keyword:
+attention that leaves out what a family needs trains something else.
+
+Four ways compute the same: Triton's for short documents (``trainer/kernels/attention_short.py``,
+the fused layer's on Hopper); torch's flash attention for variable lengths, which takes windows and,
+by its logarithm of the sum, sinks; torch's scaled_dot_product_attention one document after another,
+for CPUs, fp32 and odd head sizes; and blocks of queries in plain torch for soft caps, and for sinks
+where there is no flash attention. The eager twin is dense and for comparing.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 log = logging.getLogger(__name__)
 
-CAUSAL = {"window_size_left": -1, "window_size_right": 0}
-# tokens of a document beyond which flash attention is used: up to here it was seen to be no faster
-# (docs/speed-log.md)
-LONG = 16384
+LONG = 16384  # tokens of a document beyond which flash attention is used (docs/speed-log.md)
+BLOCK = 1024  # queries at a time where no kernel serves
+# what models hand on to attention though it says nothing that changes the result here
+SILENT = {
+    *("position_ids", "cache_position", "seq_idx", "use_cache", "return_dict"),
+    *("output_hidden_states", "output_router_logits", "num_items_in_batch", "logits_to_keep"),
+}
 _short_refused: list[str] = []  # why, once it is known
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a layer asks of attention beside causality: score = cap(q k scale), seen where the query
+    is fewer than ``window`` tokens behind its key."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def within(self, longest: int) -> Rules:
+        """The same for documents of up to ``longest`` tokens, without a window that none fills."""
+        if self.window is None or self.window < longest:
+            return self
+        return Rules(self.scale, None, self.softcap)
 
 
 def short_kernels(q: Tensor, k: Tensor, v: Tensor, longest: int) -> ModuleType | None:
     """``trainer.kernels.attention_short`` where it is the faster: Hopper and newer, q, k, v views
     of one matrix, documents that are not very long."""
-    if (
-        _short_refused
-        or longest > LONG
-        or not _has_flash(q)
-        or torch.cuda.get_device_capability(q.device) < (9, 0)
-    ):
+    if _short_refused or longest > LONG or not _has_flash(q):
+        return None
+    if torch.cuda.get_device_capability(q.device) < (9, 0):
         return None
     try:
         from trainer.kernels import attention_short
@@ -51,8 +76,7 @@ def short_kernels(q: Tensor, k: Tensor, v: Tensor, longest: int) -> ModuleType |
 
 
 def refuse_short(why: str) -> None:
-    """From now on flash attention serves short documents too, in this process; says so in the
-    log."""
+    """From now on flash attention serves short documents too in this process; the log says so."""
     _short_refused.append(why)
     log.warning("attention for short documents: %s; flash attention does its work", why)
 
@@ -66,27 +90,40 @@ def name(short: bool, device: torch.device) -> str:
 
 
 def _has_flash(q: Tensor) -> bool:
+    """Whether torch's flash attention takes q: bf16 or fp16, Ampere or newer, head sizes to 256."""
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
 
 
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Causal attention within documents. q [M, H, D], k and v [M, KV, D], cu int32 [documents + 1]
-    -> (out [M, H, D], what backward needs).
+    """Causal attention within documents. q [M, H, D], k and v [M, KV, D], cu int32 [documents + 1],
+    sinks [H] -> (out [M, H, D], what backward needs).
 
     On CUDA it is torch's own flash attention for variable lengths, which serves grouped heads as
     they are; elsewhere the twin."""
     if not _has_flash(q):
-        return eager_forward(q, k, v, cu, scale)
+        return eager_forward(q, k, v, cu, scale, window, sinks)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scale, **CAUSAL
+        q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scale, **_sides(window)
     )
+    if sinks is not None:  # one more term in the sum, whose value is zero; lse [H, M], natural
+        joined = torch.logaddexp(lse, sinks.float()[:, None])
+        out = (out.float() * (lse - joined).exp().t()[:, :, None]).to(out.dtype)
+        lse = joined
     return out, (lse, rng, unused)
 
 
@@ -100,12 +137,16 @@ def flash_backward(
     cu: Tensor,
     longest: int,
     scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``flash_forward``, shaped like q, k, v."""
+    """Gradients of ``flash_forward``, shaped like q, k, v.
+
+    Sinks need nothing more: probabilities are made again from the logarithm of the whole sum."""
     if not _has_flash(q):
-        return eager_backward(dout, q, k, v, cu, scale)
+        return eager_backward(dout, q, k, v, cu, scale, window, sinks)
     lse, rng, unused = kept
-    return torch.ops.aten._flash_attention_backward(
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         dout,
         q,
         k,
@@ -121,66 +162,209 @@ def flash_backward(
         rng,
         unused,
         scale=scale,
-        **CAUSAL,
+        **_sides(window),
     )
+    return grads
 
 
-def document_mask(cu: Tensor, tokens: int) -> Tensor:
-    """[tokens, tokens] bool: same document and not in the future."""
-    document = torch.bucketize(
-        torch.arange(tokens, device=cu.device, dtype=cu.dtype), cu[1:], right=True
-    )
-    return (document[:, None] == document[None, :]).tril()
+def _sides(window: int | None) -> dict[str, int]:
+    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
 
 
-def _probabilities(q: Tensor, k: Tensor, cu: Tensor, scale: float) -> Tensor:
-    """q, k [M, H, D] fp32 -> [H, M, M]."""
-    scores = torch.einsum("mhd,nhd->hmn", q, k) * scale
-    return scores.masked_fill(~document_mask(cu, len(q)), -torch.inf).softmax(-1)
+# -- the twin -------------------------------------------------------------------------------------
+
+
+def document_mask(cu: Tensor, tokens: int, window: int | None = None) -> Tensor:
+    """[tokens, tokens] bool: same document, not in the future, not behind the window."""
+    at = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
+    document = torch.bucketize(at, cu[1:], right=True)
+    seen = (document[:, None] == document[None, :]).tril()
+    return seen if window is None else seen & (at[:, None] - at[None, :] < window)
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, rules: Rules, sinks: Tensor | None = None
+) -> Tensor:
+    """The twin: dense, exact, differentiable. q [M, H, D], k [M, KV, D], v [M, KV, E], sinks [H]
+    -> [M, H, E]."""
+    seen = document_mask(cu, len(q), rules.window)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return attend(q, k, v, seen, rules, sinks)[0].transpose(0, 1)
 
 
 def eager_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The twin: dense, exact, for the CPU and for the self-test."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    p = _probabilities(q.float(), k.float(), cu, scale)
-    return torch.einsum("hmn,nhd->mhd", p, v.float()).to(q.dtype), ()
+    """The twin of ``flash_forward``."""
+    rules = Rules(scale, window)
+    out = eager_attention(q, k, v, cu, rules, sinks)
+    return out, () if sinks is None else (log_sums(q, k, cu, rules, sinks),)
 
 
 def eager_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    kf, vf = (x.repeat_interleave(group, 1).float() for x in (k, v))
-    qf, d = q.float(), dout.float()
-    p = _probabilities(qf, kf, cu, scale)
-    dv = torch.einsum("hmn,mhd->nhd", p, d)
-    dp = torch.einsum("mhd,nhd->hmn", d, vf)
-    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-    dq, dk = torch.einsum("hmn,nhd->mhd", ds, kf), torch.einsum("hmn,mhd->nhd", ds, qf)
-    dk, dv = (x.unflatten(1, (heads, group)).sum(2) for x in (dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    """The twin of ``flash_backward``."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = eager_attention(q, k, v, cu, Rules(scale, window), sinks)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    return dq, dk, dv
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, rules: Rules, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention as it is written down. q [B, H, Q, D], k [B, KV, K, D], v [B, KV, K, E], sinks [H],
+    ``seen`` bool, or an additive mask, that expands to [B, H, Q, K] -> [B, H, Q, E]. The softmax is
+    in fp32 whatever the inputs are."""
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    p = _scores(q, k, seen, rules, sinks).softmax(-1)[..., : k.shape[2]]
+    return (p @ v.float()).to(q.dtype)
+
+
+def log_sums(q: Tensor, k: Tensor, cu: Tensor, rules: Rules, sinks: Tensor | None) -> Tensor:
+    """[H, M] fp32, natural: the logarithm of what each row's probabilities are divided by."""
+    seen = document_mask(cu, len(q), rules.window)
+    q, k = (x.transpose(0, 1)[None] for x in (q, k))
+    return _scores(q, k, seen, rules, sinks)[0].logsumexp(-1)
+
+
+def _scores(q: Tensor, k: Tensor, seen: Tensor, rules: Rules, sinks: Tensor | None) -> Tensor:
+    """[B, H, Q, K] fp32, minus infinity where nothing is seen, with sinks [B, H, Q, K + 1]."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = (q.float() @ k.float().transpose(-1, -2)) * rules.scale
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    if seen.dtype == torch.bool:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    else:
+        scores = scores + seen.float()
+    if sinks is None:
+        return scores
+    column = sinks.float().view(1, -1, 1, 1).expand(len(q), -1, q.shape[2], 1)
+    return torch.cat([scores, column], -1)
+
+
+# -- the ways -------------------------------------------------------------------------------------
 
 
 class _Varlen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        cu: Tensor,
+        longest: int,
+        rules: Rules,
     ) -> Tensor:
-        out, kept = flash_forward(q, k, v, cu, longest, scale)
-        ctx.save_for_backward(q, k, v, out, cu, *kept)
-        ctx.longest, ctx.scale = longest, scale
+        out, kept = flash_forward(q, k, v, cu, longest, rules.scale, rules.window, sinks)
+        ctx.save_for_backward(q, k, v, out, cu, sinks, *kept)
+        ctx.longest, ctx.rules = longest, rules
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, cu, *kept = ctx.saved_tensors
+        q, k, v, out, cu, sinks, *kept = ctx.saved_tensors
+        dout, rules = dout.contiguous(), ctx.rules
         grads = flash_backward(
-            dout.contiguous(), q, k, v, out, tuple(kept), cu, ctx.longest, ctx.scale
+            dout, q, k, v, out, tuple(kept), cu, ctx.longest, rules.scale, rules.window, sinks
         )
-        return (*grads, None, None, None)
+        dsinks = None
+        if ctx.needs_input_grad[3]:  # the sink's share of each row, against what the row gave
+            share = (sinks.float()[:, None] - kept[0]).exp()
+            dsinks = -(share * (dout.float() * out.float()).sum(-1).t()).sum(1).to(sinks.dtype)
+        return (*grads, dsinks, None, None, None)
+
+
+def by_flash(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: Tensor, longest: int, rules: Rules
+) -> Tensor:
+    """torch's flash attention. q [1, H, M, D], k [1, KV, M, D], v [1, KV, M, E] -> [1, M, H, E].
+    Values narrower than keys (MLA) are widened with zeros."""
+    wide = v.shape[-1]
+    if wide != q.shape[-1]:
+        v = pad(v, (0, q.shape[-1] - wide))
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    out = _Varlen.apply(q, k, v, sinks, cu, longest, rules)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out[None, :, :, :wide]
+
+
+def by_document(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, rules: Rules) -> Tensor:
+    """torch's own kernel, one document after another. q [1, H, M, D], k [1, KV, M, D],
+    v [1, KV, M, E] -> [1, M, H, E]. With a window, in blocks of queries and the keys they reach."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    parts = []
+    for one, keys, values in zip(*_documents(cu, q, k, v), strict=True):
+        near = rules.within(one.shape[2])
+        if near.window is None:
+            out = scaled_dot_product_attention(one, keys, values, is_causal=True, scale=near.scale)
+            parts.append(out)
+            continue
+        for a, b, low in _blocks(one.shape[2], near.window):
+            seen = _seen(b - a, b - low, near.window, q.device)
+            out = scaled_dot_product_attention(
+                one[:, :, a:b], keys[:, :, low:b], values[:, :, low:b], seen, scale=near.scale
+            )
+            parts.append(out)
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+
+
+def in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: Tensor, rules: Rules
+) -> Tensor:
+    """``attend`` over blocks of queries of one document after another, made again in backward, so
+    that no more than one block's scores exist. Shapes as ``by_document``."""
+    parts = []
+    for one, keys, values in zip(*_documents(cu, q, k, v), strict=True):
+        for a, b, low in _blocks(one.shape[2], rules.window):
+            seen = _seen(b - a, b - low, rules.window, q.device)
+            block = (one[:, :, a:b], keys[:, :, low:b], values[:, :, low:b], seen, rules, sinks)
+            out = checkpoint(attend, *block, use_reentrant=False, preserve_rng_state=False)
+            parts.append(out)
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+
+
+def _documents(cu: Tensor, *parts: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each of ``parts`` [1, H, M, D] cut into its documents."""
+    lengths = [b - a for a, b in pairwise(cu.tolist())]
+    return [torch.split(x, lengths, 2) for x in parts]
+
+
+def _blocks(tokens: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, the one after the last, first key) of each block of a document."""
+    return [
+        (a, min(a + BLOCK, tokens), 0 if window is None else max(0, a - window + 1))
+        for a in range(0, tokens, BLOCK)
+    ]
+
+
+def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] bool, the last query beside the last key."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return seen if window is None else seen.triu(keys - queries - window + 1)
+
+
+# -- what transformers calls ----------------------------------------------------------------------
 
 
 def packed_attention(
@@ -188,70 +372,122 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,
+    max_length_k: int | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls. query [B, H, S, D], key and value [B, KV, S, D] -> ([B, S, H, D],
-    None)."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    """query [B, H, S, D], key [B, KV, K, D], value [B, KV, K, E] -> ([B, S, H, E], None).
+
+    Raises ValueError for a keyword that is not understood, and for what a pack cannot have: more
+    than one row, dropout, a mask of its own, attention to later tokens."""
+    _refuse_unknown(module, others)
+    rules = Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if torch.is_autocast_enabled(query.device.type):  # as torch's own; the angles made q and k fp32
+        lower = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(lower) for x in (query, key, value))
     if cu_seq_lens_q is None:
-        one = query.shape[2] == 1
-        # a chunk after a cache: align to the end
-        if attention_mask is None and not one and query.shape[2] != key.shape[2]:
-            new, old = query.shape[2], key.shape[2]
-            attention_mask = torch.ones(new, old, dtype=torch.bool, device=query.device).tril(
-                old - new
+        return _unpacked(query, key, value, attention_mask, rules, s_aux, dropout, causal), None
+    _refuse_unfit(module, query, attention_mask, dropout, causal)
+    if cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape:
+        raise ValueError(f"{_named(module)}: cu_seq_lens_k and cu_seq_lens_q differ")
+    if max_length_q is None:
+        raise ValueError(f"{_named(module)}: cu_seq_lens_q came without max_length_q")
+    return _packed(query, key, value, s_aux, cu_seq_lens_q, int(max_length_q), rules), None
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: Tensor, longest: int, rules: Rules
+) -> Tensor:
+    rules = rules.within(longest)
+    if rules.softcap is None:
+        if _has_flash(q) and v.shape[-1] <= q.shape[-1]:
+            return by_flash(q, k, v, sinks, cu, longest, rules)
+        if sinks is None:
+            return by_document(q, k, v, cu, rules)
+    return in_blocks(q, k, v, sinks, cu, rules)
+
+
+def _unpacked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rules: Rules,
+    sinks: Tensor | None,
+    dropout: float,
+    causal: bool,
+) -> Tensor:
+    """[B, S, H, E] of rows that are one sequence each, the last query beside the last key."""
+    rows, _, queries, _ = q.shape
+    keys = k.shape[2]
+    if causal and mask is None and queries == keys:
+        rules = rules.within(keys)
+    plain = rules.softcap is None and sinks is None
+    if dropout and not plain:
+        raise ValueError(f"attention dropout {dropout} is not supported here: set it to 0")
+    if causal and mask is None:
+        if plain and rules.window is None and queries == keys:
+            out = scaled_dot_product_attention(
+                q, k, v, None, dropout, True, scale=rules.scale, enable_gqa=True
             )
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            attention_mask is None and not one,
-            scale=scale,
-            enable_gqa=True,
+            return out.transpose(1, 2).contiguous()
+        if queries == keys and not dropout:  # rows end to end are a pack
+            cu = torch.arange(0, (rows + 1) * keys, keys, dtype=torch.int32, device=q.device)
+            one, its_keys, values = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))
+            out = _packed(one, its_keys, values, sinks, cu, keys, rules)
+            return out.view(rows, queries, *out.shape[2:])
+        mask = _seen(queries, keys, rules.window, q.device)
+    if plain:
+        out = scaled_dot_product_attention(
+            q, k, v, mask, dropout, scale=rules.scale, enable_gqa=True
         )
-        return out.transpose(1, 2).contiguous(), None
-    # as torch's own attention does; the angles have made q and k fp32
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (
-            x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value)
+    else:
+        every = torch.ones(1, 1, dtype=torch.bool, device=q.device)
+        out = attend(q, k, v, every if mask is None else mask, rules, sinks)
+    return out.transpose(1, 2).contiguous()
+
+
+def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:
+    unknown = [k for k, v in others.items() if v is not None and v is not False and k not in SILENT]
+    if unknown:
+        raise ValueError(
+            f"{_named(module)} asks attention for {', '.join(sorted(unknown))}, which "
+            "packed attention does not know: set training.packing = false"
         )
+
+
+def _refuse_unfit(
+    module: torch.nn.Module, query: Tensor, mask: Tensor | None, dropout: float, causal: bool
+) -> None:
     if query.shape[0] != 1:
         raise ValueError(
-            f"packed attention takes one row, got {query.shape[0]}: concatenate the "
-            "documents and pass their boundaries"
+            f"packed attention takes one row, got {query.shape[0]}: concatenate the documents and "
+            "pass their boundaries"
         )
     if dropout:
         raise ValueError(
-            f"attention dropout {dropout} is not supported on packed rows: set "
-            "attention_dropout to 0 in the model's config"
+            f"attention dropout {dropout} is not supported on packed rows: set attention_dropout "
+            "to 0 in the model's config"
         )
-    if not _has_flash(query):
-        return by_document(query, key, value, cu_seq_lens_q, scale), None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    assert max_length_q is not None, "cu_seq_lens_q came without max_length_q"
-    return _Varlen.apply(q, k, v, cu_seq_lens_q, int(max_length_q), scale)[None], None
+    if mask is not None:
+        raise ValueError(f"{_named(module)} has an attention mask of its own beside boundaries")
+    if not causal:
+        raise ValueError(f"{_named(module)} attends to later tokens too: it cannot be packed")
 
 
-def by_document(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float) -> Tensor:
-    """torch's own kernel, one document after another: on the CPU, and on a GPU for fp32 and odd
-    head sizes. query [1, H, M, D], key and value [1, KV, M, D] -> [1, M, H, D]."""
-    group = query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    parts = [
-        torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scale
-        )
-        for a, b in pairwise(cu.tolist())
-    ]
-    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+def _named(module: torch.nn.Module) -> str:
+    layer = getattr(module, "layer_idx", None)
+    return type(module).__name__ + ("" if layer is None else f" of layer {layer}")
 
 
 def register() -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import events_of, finish, rows, start, write_model
 
+from trainer.kernels.attention import Rules
 from trainer.loop import step
 from trainer.stages import sft
 from trainer.train import ending
@@ -131,11 +132,11 @@ def next_to_nothing_learned(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 def attention_that_looks_ahead(make: Make, patch: Patch, tmp_path: Path) -> Path:
     def open_eyes(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, rules: Rules
     ) -> torch.Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return (
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=rules.scale)
             .transpose(1, 2)
             .contiguous()
         )
@@ -146,11 +147,13 @@ def attention_that_looks_ahead(make: Make, patch: Patch, tmp_path: Path) -> Path
 
 def documents_that_see_each_other(make: Make, patch: Patch, tmp_path: Path) -> Path:
     def one_row(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, rules: Rules
     ) -> torch.Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return (
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=rules.scale
+            )
             .transpose(1, 2)
             .contiguous()
         )
