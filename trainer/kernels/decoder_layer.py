@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.kernels.attention import flash_backward, flash_forward, short_kernels
-from trainer.kernels.lora import Group, outer
+from trainer.kernels.lora import Group, outer, validate_latest
 
 
 class Packed(NamedTuple):
@@ -211,7 +211,7 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, layer: FastLayer, packed: Packed, *parameters: Tensor
     ) -> Tensor:
-        ctx.layer, ctx.packed = layer, packed
+        ctx.layer, ctx.packed, ctx.generation = layer, packed, layer.qkv.generation
         y, kept = layer.forward(h, packed)
         assert y is not None
         if layer.checkpoint:
@@ -224,6 +224,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         h, *rest = ctx.saved_tensors
         layer: FastLayer = ctx.layer
+        validate_latest(layer.qkv, ctx.generation)
         if rest:
             qkv, out, middle, gu, rstd1, rstd2, t1, t2, t3, t4, *flash = rest
             kept = Kept(qkv, out, middle, gu, rstd1, rstd2, (t1, t2, t3, t4), tuple(flash))

@@ -9,7 +9,7 @@ for one linear outside a fused layer, by ordinary autograd.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.kernels.frozen import FrozenWeight, freeze_weight, operations
+
+Adapter = tuple[nn.Parameter, nn.Parameter, float]  # A [r, K], B [N, r], scaling
+
+
+MOST_RANK = 64
 
 
 def padded_rank(r: int) -> int:
@@ -29,7 +34,7 @@ def base_linear(module: nn.Module) -> nn.Linear:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator, return-value]
 
 
-def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+def adapter_of(module: Any) -> Adapter | None:
     """(A [r, K], B [N, r], scaling) of the one active LoRA adapter of a PEFT linear, or None.
 
     Raises ValueError for what the fast path does not compute: several active adapters, DoRA, LoRA
@@ -57,18 +62,18 @@ def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
 
 @dataclass
 class Group:
-    """Linears of one input. ``refresh`` must run after every optimizer step and before the next
-    forward."""
+    """Linears of one input. ``refresh`` must run before every forward: it looks up which adapters
+    are active, and copies them. ``generation`` counts these look-ups."""
 
     weight: FrozenWeight
     sizes: list[int]  # output features of each linear
     modules: list[nn.Module]
-    adapters: list[tuple[nn.Parameter, nn.Parameter, float] | None]
-    rank: int
+    like: Tensor  # empty, of the compute dtype on the weight's device
+    adapters: list[Adapter | None] = field(default_factory=list)
+    rank: int = 0
     a: Tensor | None = None  # [G*R, K]
     b: Tensor | None = None  # [N, R], times scaling
-    a_slots: list[Tensor] = field(default_factory=list)
-    b_slots: list[Tensor] = field(default_factory=list)
+    generation: int = 0
 
     @classmethod
     def of(
@@ -77,7 +82,6 @@ class Group:
         """Join the linears' weights (each module's weight becomes a view or is given up) and make
         room for their adapters."""
         linears = [base_linear(m) for m in modules]
-        adapters = [adapter_of(m) for m in modules]
         joined = (
             torch.cat([x.weight.data for x in linears])
             if len(linears) > 1
@@ -85,27 +89,43 @@ class Group:
         )
         sizes = [x.weight.shape[0] for x in linears]
         joined = joined.to(dtype)
-        group = cls(freeze_weight(joined, precision, **options), sizes, list(modules), adapters, 0)
+        weight = freeze_weight(joined, precision, **options)
+        group = cls(weight, sizes, list(modules), joined.new_empty(0))
         for linear, view in zip(linears, joined.split(sizes), strict=True):
             keep = view if precision in ("bf16", "fp32") else joined.new_empty(0)
             linear.weight = nn.Parameter(keep, requires_grad=False)
-        ranks = [a[0].shape[0] for a in adapters if a is not None]
-        if ranks:
-            group._make_room(padded_rank(max(ranks)), joined)
+        group.look_up()
         return group
 
-    def _make_room(self, rank: int, like: Tensor) -> None:
+    def look_up(self) -> None:
+        """Which adapters are active now, and room for them."""
+        self.adapters = [adapter_of(m) for m in self.modules]
+        self.generation += 1
+        ranks = [a[0].shape[0] for a in self.adapters if a is not None]
+        rank = padded_rank(max(ranks)) if ranks else 0
+        if rank > MOST_RANK:
+            raise ValueError(f"rank {max(ranks)} is above {MOST_RANK}")
+        if rank == self.rank:
+            return
         n, k = self.weight.shape
         self.rank = rank
-        self.a = like.new_zeros(len(self.sizes) * rank, k)
-        self.b = like.new_zeros(n, rank)
+        self.a = self.like.new_zeros(len(self.sizes) * rank, k) if rank else None
+        self.b = self.like.new_zeros(n, rank) if rank else None
+
+    def slots(self) -> Iterator[tuple[Tensor, Tensor, Adapter | None]]:
+        """Where A and B of each linear's active adapter go, and the adapter; then, with None, the
+        rows and columns that no adapter fills."""
+        if self.a is None or self.b is None:
+            return
         for i, (rows, adapter) in enumerate(
-            zip(self.b.split(self.sizes), self.adapters, strict=True)
+            zip(torch.split(self.b, self.sizes), self.adapters, strict=True)
         ):
+            r = 0 if adapter is None else adapter[0].shape[0]
+            mine = self.a[i * self.rank : (i + 1) * self.rank]
             if adapter is not None:
-                r = adapter[0].shape[0]
-                self.a_slots.append(self.a[i * rank : i * rank + r])
-                self.b_slots.append(rows[:, :r])
+                yield mine[:r], rows[:, :r], adapter
+            if r < self.rank:
+                yield mine[r:], rows[:, r:], None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -128,20 +148,31 @@ class Group:
 
 @torch.no_grad()
 def refresh(groups: Sequence[Group]) -> None:
-    """Copy all adapters into the groups' buffers, in three launches for the whole model. An adapter
-    that PEFT has disabled counts as zero."""
-    adapters = [a for g in groups for a in g.adapters if a is not None]
-    if not adapters:
-        return
-    b_slots = [s for g in groups for s in g.b_slots]
-    torch._foreach_copy_([s for g in groups for s in g.a_slots], [a.data for a, _, _ in adapters])
-    torch._foreach_copy_(b_slots, [b.data for _, b, _ in adapters])
-    torch._foreach_mul_(b_slots, [scaling for _, _, scaling in adapters])
+    """Looks up the adapters that are active and copies them into the groups' buffers, in four
+    launches for the whole model. An adapter that PEFT has switched off counts as none.
+
+    A backward pass needs the buffers as its own forward found them: see ``validate_latest``."""
     for group in groups:
-        if group.b is not None and any(
-            getattr(m, "disable_adapters", False) for m in group.modules
-        ):
-            group.b.zero_()
+        group.look_up()
+    slots = [slot for group in groups for slot in group.slots()]
+    filled = [(a, b, adapter) for a, b, adapter in slots if adapter is not None]
+    if empty := [x for a, b, adapter in slots if adapter is None for x in (a, b)]:
+        torch._foreach_zero_(empty)
+    if filled:
+        b_slots = [b for _, b, _ in filled]
+        torch._foreach_copy_([a for a, _, _ in filled], [a.data for _, _, (a, _, _) in filled])
+        torch._foreach_copy_(b_slots, [b.data for _, _, (_, b, _) in filled])
+        torch._foreach_mul_(b_slots, [scaling for _, _, (_, _, scaling) in filled])
+
+
+def validate_latest(group: Group, generation: int) -> None:
+    """Raises RuntimeError where a backward pass comes after another forward than its own: the
+    adapters that its forward used are no longer in the buffers."""
+    if group.generation != generation:
+        raise RuntimeError(
+            "another forward pass came between a forward pass and its backward pass, and took its "
+            "adapters' place: run passes without a gradient before the one with"
+        )
 
 
 def outer(dy: Tensor, x: Tensor) -> Tensor:

@@ -270,22 +270,13 @@ def _patch(
 def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
     plain = layer.forward
 
-    def forward(
-        hidden_states: Tensor,
-        *args: Any,
-        position_embeddings: Any = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cu = kwargs.get("cu_seq_lens_q")
-        if cu is None or past_key_values is not None or hidden_states.shape[0] != 1:
-            return plain(
-                hidden_states,
-                *args,
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+        # since 5.24 the latter
+        cached = [kwargs.get(name) for name in ("past_key_values", "cache")]
+        if cu is None or any(c is not None for c in cached) or hidden_states.shape[0] != 1:
+            return plain(hidden_states, *args, **kwargs)
+        position_embeddings = kwargs["position_embeddings"]
         cos, sin = (x[0].contiguous() for x in position_embeddings)
         packed = Packed(cos, sin, cu, int(kwargs["max_length_q"]))
         # [0] would cost a zeroed copy in backward

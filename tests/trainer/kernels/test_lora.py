@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -245,3 +246,82 @@ def test_the_self_test_catches_any_kernel_that_is_wrong(broken, precision):
     error = layer_error(layer)
     limit = TOLERANCE.get(precision, OTHERWISE)
     assert error < limit if broken is None else error > limit
+
+
+# -- more than one adapter, more than one forward ---------------------------------------------------
+
+
+def two_adapters() -> tuple[Any, dict[str, Any]]:
+    """A fused model with the adapters "default" (rank 4) and "reward" (rank 20), and a pack."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    register()
+    base = LlamaForCausalLM._from_config(settings, attn_implementation="milktea")
+    model = get_peft_model(base.requires_grad_(False), LoraConfig(r=4, target_modules="all-linear"))
+    model.add_adapter("reward", LoraConfig(r=20, target_modules="all-linear"))
+    g = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, 0, 0.2, generator=g)
+    model.set_adapter("default")
+    ends = torch.tensor([0, 7, 20], dtype=torch.int32)
+    batch = {
+        "input_ids": torch.randint(0, 64, (1, 20), generator=g),
+        "position_ids": torch.cat([torch.arange(7), torch.arange(13)])[None],
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 13, "max_length_k": 13,
+        "use_cache": False,
+    }  # fmt: skip
+    return model, batch
+
+
+def test_each_forward_looks_up_which_adapter_is_active():
+    """Also one of another rank, and one that is switched off; plain transformers is the judge."""
+    model, batch = two_adapters()
+    plain = copy.deepcopy(model)
+    accelerate_model(model, "fp32", "cpu")
+    for name in ("default", "reward", "default"):
+        model.set_adapter(name)
+        plain.set_adapter(name)
+        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+    with model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+
+
+def test_a_forward_that_is_overtaken_before_its_backward_raises():
+    model, batch = two_adapters()
+    accelerate_model(model, "fp32", "cpu")
+    loss = model(**batch).logits.sum()
+    with torch.no_grad(), model.disable_adapter():
+        model(**batch)
+    with pytest.raises(RuntimeError, match="another forward pass came between"):
+        loss.backward()
+    model(**batch).logits.sum().backward()
+
+
+def test_gradients_are_those_of_the_adapter_that_the_forward_used():
+    model, batch = two_adapters()
+    plain = copy.deepcopy(model)
+    accelerate_model(model, "fp32", "cpu")
+    for m in (model, plain):
+        m.set_adapter("reward")
+        m(**batch).logits.square().sum().backward()
+    wanted = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(found) == set(wanted) and all("reward" in n for n in found)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_that_no_adapter_fills_are_zero_again_after_the_self_test():
+    """The self-test fills the whole buffers with random numbers."""
+    model, batch = two_adapters()
+    plain = copy.deepcopy(model)
+    accelerate_model(model, "fp32", "cpu")
+    for group in (g for f in model.get_base_model().model.fast_layers for g in f.groups):
+        group.a.fill_(3.0)
+        group.b.fill_(3.0)
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
