@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ops.fakevast.clock import RealClock, VirtualClock
-    from ops.fakevast.cloud import Cloud
+    from ops.fakevast.cloud.clock import RealClock, VirtualClock
+    from ops.fakevast.cloud.cloud import Cloud
     from ops.fakevast.server import FakeVast
 
 __all__ = ["Cloud", "FakeVast", "RealClock", "VirtualClock"]
 
-_HOME = {"Cloud": "cloud", "FakeVast": "server", "RealClock": "clock", "VirtualClock": "clock"}
+_HOME = {"Cloud": "cloud.cloud", "FakeVast": "server", "RealClock": "cloud.clock", "VirtualClock": "cloud.clock"}
 
 
 def __getattr__(name: str) -> Any:

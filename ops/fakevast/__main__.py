@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ops.fakevast.instance import Instance
+    from ops.fakevast.cloud.instance import Instance
 
 
 def arguments() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--credit-usd", type=float, default=25.0, metavar="N", help="play money at the start (default 25)")
     parser.add_argument("--image-bytes", action="append", default=[], metavar="GLOB=N", help="what pulling such an image moves, and costs")
     parser.add_argument("--catalogue", type=Path, metavar="FILE", help="JSON list of machines in place of the built-in market")
-    parser.add_argument("--faults", type=Path, metavar="FILE", help="JSON list of faults, see ops/fakevast/faults.py")
+    parser.add_argument("--faults", type=Path, metavar="FILE", help="JSON list of faults, see ops/fakevast/cloud/faults.py")
     parser.add_argument("--share", action="append", default=[], metavar="PATH", help="a path of this machine that boxes may reach over SFTP too")
     parser.add_argument("--v0-list", action="store_true", help="GET /api/v0/instances/ lists instead of answering 410")
     parser.add_argument("--rate-limits", action=argparse.BooleanOptionalAction, default=True, help="vast.ai's least intervals between calls")
@@ -47,8 +47,8 @@ def main() -> None:
         sys.exit(0)
     (state / "server.json").unlink(missing_ok=True)
     market, faults = read_files(options)  # what can fail does so before anybody is told that we are here
-    from ops.fakevast.saved import account_key
     from ops.fakevast.server import listening_socket, write_atomically
+    from ops.fakevast.state import account_key
 
     sock = listening_socket(options.port)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -64,8 +64,8 @@ def main() -> None:
 
 def read_files(options: argparse.Namespace) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]]]:
     """The market and the faults of the command line, checked."""
-    from ops.fakevast.faults import Faults
-    from ops.fakevast.market import load_market
+    from ops.fakevast.cloud.catalogue import load_market
+    from ops.fakevast.cloud.faults import Faults
 
     faults = json.loads(options.faults.read_text()) if options.faults else []
     for fault in faults:
@@ -77,9 +77,9 @@ async def serve(
     options: argparse.Namespace, state: Path, sock: Any, key: str, market: list[dict[str, Any]] | None, faults: list[dict[str, Any]]
 ) -> None:
     """Until SIGTERM, SIGINT, or idleness."""
-    from ops.fakevast.cloud import Cloud, Settings
-    from ops.fakevast.saved import restore, save
+    from ops.fakevast.cloud.cloud import Cloud, Settings
     from ops.fakevast.server import Emulator
+    from ops.fakevast.state import restore, save
 
     sizes = {glob: int(float(size)) for glob, _, size in (item.rpartition("=") for item in options.image_bytes)}
     settings = Settings(boot_s=options.boot_s, credit_usd=options.credit_usd, image_bytes=sizes, v0_list=options.v0_list)

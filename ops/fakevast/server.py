@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ops.fakevast.boxes import Boxes
-from ops.fakevast.clock import Clock, RealClock
-from ops.fakevast.cloud import Cloud, Settings
-from ops.fakevast.faults import Faults
-from ops.fakevast.instance import Instance
-from ops.fakevast.rate_limits import RateLimits
+from ops.fakevast.boxes.boxes import Boxes
+from ops.fakevast.cloud.clock import Clock, RealClock
+from ops.fakevast.cloud.cloud import Cloud, Settings
+from ops.fakevast.cloud.faults import Faults
+from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.http.rate_limits import RateLimits
 
 T = TypeVar("T")
 _SESSIONS_END_S = 5.0
@@ -48,7 +48,7 @@ class Emulator:
         """Serves on this listening socket until `close`."""
         from aiohttp import web
 
-        from ops.fakevast.api import application
+        from ops.fakevast.http.app import application
 
         self._loop = asyncio.get_running_loop()
         self.last_request = self._loop.time()
@@ -103,7 +103,7 @@ class Emulator:
 
     def keep_result(self, text: str) -> str:
         """Keeps a text for whoever fetches the URL that is returned; the first reads find nothing."""
-        from ops.fakevast.api import Kept, new_token
+        from ops.fakevast.http.app import Kept, new_token
 
         token = new_token()
         self.results[token] = Kept(text, self.results_late)
@@ -112,7 +112,7 @@ class Emulator:
 
 def _preload() -> None:
     """asyncssh takes half a second to import; nobody should wait for it."""
-    import ops.fakevast.sshd  # noqa: F401
+    import ops.fakevast.boxes.sshd  # noqa: F401
 
 
 def listening_socket(port: int = 0) -> socket.socket:

@@ -12,7 +12,7 @@ from vastai.api import keys as vast_keys
 from vastai.api.client import VastClient
 
 from ops.fakevast import FakeVast
-from ops.fakevast.faults import Faults
+from ops.fakevast.cloud.faults import Faults
 
 
 def create(fake: FakeVast, label: str = "run") -> requests.Response:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from ops.fakevast import Cloud, VirtualClock
-from ops.fakevast.cloud import Settings
-from ops.fakevast.instance import Instance
-from ops.fakevast.refusal import Refusal
+from ops.fakevast.cloud.cloud import Settings
+from ops.fakevast.cloud.errors import Refusal
+from ops.fakevast.cloud.instance import Instance
 
 
 def cloud_of(**settings: Any) -> Cloud:

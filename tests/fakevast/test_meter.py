@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ops.fakevast import Cloud, VirtualClock
-from ops.fakevast.cloud import Settings
+from ops.fakevast.cloud.cloud import Settings
 
 BOOT_S, RESTART_S = 60.0, 18.0
 

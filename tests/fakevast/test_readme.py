@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import ops.fakevast
-from ops.fakevast.faults import API_FAULTS, BOX_FAULTS, Faults
-from ops.fakevast.routes import ROUTES
+from ops.fakevast.cloud.faults import API_FAULTS, BOX_FAULTS, Faults
+from ops.fakevast.http.routes import ROUTES
 
 FOLDER = Path(ops.fakevast.__file__).parent
 README = (FOLDER / "README.md").read_text()
@@ -29,7 +29,8 @@ def test_every_fault_that_exists_is_used_by_a_test() -> None:
 
 
 def test_every_route_has_a_handler() -> None:
-    from ops.fakevast import api_account, api_instances
+    from ops.fakevast.http import account as api_account
+    from ops.fakevast.http import instances as api_instances
 
     missing = [route.name for route in ROUTES if not (hasattr(api_instances, route.name) or hasattr(api_account, route.name))]
     assert len(ROUTES) >= 40 and missing == []

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from ops.fakevast import Cloud, VirtualClock
-from ops.fakevast.market import default_market
-from ops.fakevast.refusal import Refusal
+from ops.fakevast.cloud.catalogue import default_market
+from ops.fakevast.cloud.errors import Refusal
 
 
 @pytest.fixture(scope="module")

@@ -280,7 +280,7 @@ def test_the_driver_names_another_gpu_than_the_market(driver_name, market_name):
 
 def test_every_card_of_the_emulators_market_is_what_its_own_nvidia_smi_says(tmp_path):
     """The emulator's boxes answer with full names: none of its honest machines may be refused."""
-    from ops.fakevast.market import CARDS
+    from ops.fakevast.cloud.catalogue import CARDS
 
     full = {"A100 SXM4": "A100-SXM4-80GB", "H100 SXM": "H100 80GB HBM3"}
     assert len(CARDS) > 10

@@ -7,10 +7,10 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from ops.fakevast.refusal import Refusal
+from ops.fakevast.cloud.errors import Refusal
 
 if TYPE_CHECKING:
-    from ops.fakevast.api import Call
+    from ops.fakevast.http.app import Call
 
 DAY_S = 86400
 _KEY_TYPES = ("ssh-", "ecdsa-", "sk-")

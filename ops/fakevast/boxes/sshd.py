@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import asyncssh
 
-from ops.fakevast.boxes import reset_on_close
-from ops.fakevast.faults import Fault
-from ops.fakevast.session import BoxProcess
+from ops.fakevast.boxes.boxes import reset_on_close
+from ops.fakevast.boxes.session import BoxProcess
+from ops.fakevast.cloud.faults import Fault
 
 if TYPE_CHECKING:
-    from ops.fakevast.boxes import Box
+    from ops.fakevast.boxes.boxes import Box
 
 BANNER = "Welcome to vast.ai. If authentication fails, try again after a few seconds, and double check your ssh key.\r\nHave fun!\r\n"
 _WINDOW = 16 * 1024 * 1024

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import asyncssh
 
 if TYPE_CHECKING:
-    from ops.fakevast.boxes import Box
+    from ops.fakevast.boxes.boxes import Box
 
 
 class BoxSFTP(asyncssh.SFTPServer):

@@ -8,12 +8,12 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from ops.fakevast.market import CARDS
-from ops.fakevast.refusal import Refusal, no_such_ask
+from ops.fakevast.cloud.catalogue import CARDS
+from ops.fakevast.cloud.errors import Refusal, no_such_ask
 
 if TYPE_CHECKING:
-    from ops.fakevast.api import Call
-    from ops.fakevast.instance import Instance
+    from ops.fakevast.cloud.instance import Instance
+    from ops.fakevast.http.app import Call
 
 PAGE = 25
 _COMPUTED = {"dph_total", "num_gpus", "gpu_name", "duration", "search", "instance", "uptime_mins", "storage_total_cost"}

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ops.fakevast.boxtools import facts, install_milktea_image, install_tools
-from ops.fakevast.cloud import Cloud
-from ops.fakevast.faults import Fault
-from ops.fakevast.instance import Instance
+from ops.fakevast.boxes.tools import facts, install_milktea_image, install_tools
+from ops.fakevast.cloud.cloud import Cloud
+from ops.fakevast.cloud.faults import Fault
+from ops.fakevast.cloud.instance import Instance
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MARK = "FAKEVAST_BOX"
@@ -165,7 +165,7 @@ class Box:
         self._serve(sock, fault)
 
     def _serve(self, sock: socket.socket, fault: Fault | None) -> None:
-        from ops.fakevast import sshd  # asyncssh is half a second of imports: a thread has begun on it when the emulator started
+        from ops.fakevast.boxes import sshd  # asyncssh is half a second of imports: a thread has begun on it when the emulator started
 
         sshd.serve(sock, self, fault)
 

@@ -6,8 +6,8 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ops.fakevast.market import driver_number
-from ops.fakevast.refusal import Refusal
+from ops.fakevast.cloud.catalogue import driver_number
+from ops.fakevast.cloud.errors import Refusal
 
 MOST_ROWS = 64
 HOURS_PER_MONTH = 720  # vast.ai's month has 30 days

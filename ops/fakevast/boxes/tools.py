@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ops.fakevast.instance import Instance
+    from ops.fakevast.cloud.instance import Instance
 
 _NVIDIA_SMI = r"""#!/bin/sh
 # nvidia-smi for a machine that is not there.
@@ -134,7 +134,7 @@ def install_tools(folder: Path) -> None:
 def install_milktea_image(folder: Path) -> None:
     """What the milktea training image adds: the trainer of this very checkout."""
     folder.mkdir(parents=True, exist_ok=True)
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     _script(folder / "milktea-train", _MILKTEA_TRAIN.format(root=shlex.quote(str(root)), python=shlex.quote(sys.executable)))
 
 

@@ -6,11 +6,11 @@ import fnmatch
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from ops.fakevast.faults import Fault
-from ops.fakevast.instance import Instance
+from ops.fakevast.cloud.faults import Fault
+from ops.fakevast.cloud.instance import Instance
 
 if TYPE_CHECKING:
-    from ops.fakevast.cloud import Settings
+    from ops.fakevast.cloud.cloud import Settings
 
 Agenda = list[tuple[float, str, Any]]
 _STALLS = {"disk_full", "wrong_gpu", "tunnel_stuck"}  # the box comes up, with something wrong in it

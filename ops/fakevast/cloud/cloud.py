@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ops.fakevast import search as market_search
-from ops.fakevast.clock import Clock, RealClock
-from ops.fakevast.create import Order, parse_order
-from ops.fakevast.exchange import Exchange
-from ops.fakevast.instance import Instance
-from ops.fakevast.lifecycle import plan_boot
-from ops.fakevast.refusal import Refusal, no_such_ask, no_such_instance, wrong_key
+from ops.fakevast.cloud import search as market_search
+from ops.fakevast.cloud.clock import Clock, RealClock
+from ops.fakevast.cloud.create import Order, parse_order
+from ops.fakevast.cloud.errors import Refusal, no_such_ask, no_such_instance, wrong_key
+from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.lifecycle import plan_boot
+from ops.fakevast.cloud.market import Exchange
 
 DELETED_AFTER_END_S = 48 * 3600.0
 

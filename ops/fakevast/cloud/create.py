@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from ops.fakevast.refusal import Refusal
+from ops.fakevast.cloud.errors import Refusal
 
 SMALLEST_DISK_GB = 8.0
 LONGEST_IMAGE, LONGEST_LABEL, LONGEST_ENV, LONGEST_START = 1024, 256, 32768, 4096

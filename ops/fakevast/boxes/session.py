@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import asyncssh
 
-from ops.fakevast.sftp import BoxSFTP
+from ops.fakevast.boxes.sftp import BoxSFTP
 
 if TYPE_CHECKING:
-    from ops.fakevast.boxes import Box
+    from ops.fakevast.boxes.boxes import Box
 
 Process = asyncssh.SSHServerProcess[bytes]
 _STREAMS = ("stdin", "stdout", "stderr")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ops.fakevast.clock import Clock
-from ops.fakevast.faults import Faults
-from ops.fakevast.market import default_market, machine, offer_row
+from ops.fakevast.cloud.catalogue import default_market, machine, offer_row
+from ops.fakevast.cloud.clock import Clock
+from ops.fakevast.cloud.faults import Faults
 
 DAY_S = 86400.0
 
@@ -31,7 +31,7 @@ class Exchange:
             self.add_machine(**row)
 
     def add_machine(self, **fields: Any) -> int:
-        """Puts a machine on the market (see market.machine for the fields); returns its id."""
+        """Puts a machine on the market (see catalogue.machine for the fields); returns its id."""
         fields.setdefault("machine_id", 19_000 + len(self.machines))
         record = machine(**fields)
         self.machines[record["machine_id"]] = record

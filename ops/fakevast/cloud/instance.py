@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ops.fakevast.search import HOURS_PER_MONTH
+from ops.fakevast.cloud.search import HOURS_PER_MONTH
 
 GIGABYTE = 1e9
 HOUR_S = 3600.0

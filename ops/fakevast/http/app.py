@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from ops.fakevast import api_account, api_instances
-from ops.fakevast.faults import Fault
-from ops.fakevast.rate_limits import TooSoon
-from ops.fakevast.refusal import Refusal, no_key
-from ops.fakevast.routes import Route, find_route
+from ops.fakevast.cloud.errors import Refusal, no_key
+from ops.fakevast.cloud.faults import Fault
+from ops.fakevast.http import account as api_account
+from ops.fakevast.http import instances as api_instances
+from ops.fakevast.http.rate_limits import TooSoon
+from ops.fakevast.http.routes import Route, find_route
 
 if TYPE_CHECKING:
-    from ops.fakevast.cloud import Cloud
+    from ops.fakevast.cloud.cloud import Cloud
     from ops.fakevast.server import Emulator
 
 _LONGEST_LOG = 200_000

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ops.fakevast.cloud import Cloud
+    from ops.fakevast.cloud.cloud import Cloud
 
 _FILE = "account.json"
 

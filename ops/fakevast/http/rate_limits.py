@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ops.fakevast.refusal import Refusal
+from ops.fakevast.cloud.errors import Refusal
 
 # route name: seconds between two calls (api-reference/rate-limits-and-errors and x-rate-limit of each OpenAPI file)
 THRESHOLD_S: dict[str, float] = {

@@ -1,0 +1,1 @@
+"""The machines of the emulated vast.ai: folders, processes and SSH."""
