@@ -8,27 +8,46 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.catalogue import load_market
+from ops.fakevast.cloud.cloud import Cloud
+from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.settings import Settings
+from ops.fakevast.embedded import running
+from ops.fakevast.server import Emulator, listening_socket, write_atomically
+from ops.fakevast.state import account_key, restore, save
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ops.fakevast", description="vast.ai on loopback: market, API, SSH boxes, bill")
-    parser.add_argument("--port", type=int, default=0, help="0: any free one (default)")
-    parser.add_argument("--state", type=Path, default=Path(".milktea/fakevast"), metavar="DIR", help="server.json, boxes and the account live here")
-    parser.add_argument("--idle-exit-s", type=float, default=0.0, metavar="N", help="end after N seconds without request and instance (0: never)")
-    parser.add_argument("--boot-s", type=float, default=2.0, metavar="N", help="seconds from create to running (default 2)")
-    parser.add_argument("--credit-usd", type=float, default=25.0, metavar="N", help="play money at the start (default 25)")
-    parser.add_argument("--image-bytes", action="append", default=[], metavar="GLOB=N", help="what pulling such an image moves, and costs")
-    parser.add_argument("--catalogue", type=Path, metavar="FILE", help="JSON list of machines in place of the built-in market")
-    parser.add_argument("--faults", type=Path, metavar="FILE", help="JSON list of faults, see ops/fakevast/cloud/faults.py")
-    parser.add_argument("--share", action="append", default=[], metavar="PATH", help="a path of this machine that boxes may reach over SFTP too")
-    parser.add_argument("--v0-list", action="store_true", help="GET /api/v0/instances/ lists instead of answering 410")
-    parser.add_argument("--rate-limits", action=argparse.BooleanOptionalAction, default=True, help="vast.ai's least intervals between calls")
+    parser = argparse.ArgumentParser(
+        prog="python -m ops.fakevast",
+        description="vast.ai on loopback: market, API, SSH boxes, bill",
+    )
+    add = parser.add_argument
+    folder, switch = Path(".milktea/fakevast"), argparse.BooleanOptionalAction
+    add("--port", type=int, default=0, help="0: any free one (default)")
+    add("--state", type=Path, default=folder, metavar="DIR", help="of server.json and the boxes")
+    add("--idle-exit-s", type=float, default=0.0, metavar="N",
+        help="end after N seconds without request and instance (0: never)")  # fmt: skip
+    add("--boot-s", type=float, default=2.0, metavar="N",
+        help="seconds from create to running (default 2)")  # fmt: skip
+    add("--credit-usd", type=float, default=25.0, metavar="N",
+        help="play money at the start (default 25)")  # fmt: skip
+    add("--image-bytes", action="append", default=[], metavar="GLOB=N",
+        help="what pulling such an image moves, and costs")  # fmt: skip
+    add("--catalogue", type=Path, metavar="FILE",
+        help="JSON list of machines in place of the built-in market")  # fmt: skip
+    add("--faults", type=Path, metavar="FILE",
+        help="JSON list of faults, see ops/fakevast/cloud/faults.py")  # fmt: skip
+    add("--share", action="append", default=[], metavar="PATH",
+        help="a path of this machine that boxes may reach over SFTP too")  # fmt: skip
+    add("--v0-list", action="store_true",
+        help="GET /api/v0/instances/ lists instead of answering 410")  # fmt: skip
+    add("--rate-limits", action=switch, default=True,
+        help="vast.ai's least intervals between calls")  # fmt: skip
     return parser.parse_args()
 
 
@@ -40,54 +59,45 @@ def main() -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        from ops.fakevast.embedded import running
-
         server = running(state)
         print(server.url if server else f"another emulator is starting in {state}")
         sys.exit(0)
     (state / "server.json").unlink(missing_ok=True)
-    market, faults = read_files(options)  # what can fail does so before anybody is told that we are here
-    from ops.fakevast.server import listening_socket, write_atomically
-    from ops.fakevast.state import account_key
-
+    cloud = new_cloud(options, state)  # what can fail does so before anybody is told of us
     sock = listening_socket(options.port)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    key = account_key(state)
-    # written before the slow imports: whoever connects now waits in the socket's queue for a moment
-    write_atomically(state / "server.json", {"url": url, "pid": os.getpid(), "api_key": key})
+    told = {"url": url, "pid": os.getpid(), "api_key": cloud.account.key}
+    write_atomically(state / "server.json", told)
     print(url, flush=True)
     try:
-        asyncio.run(serve(options, state, sock, key, market, faults))
+        asyncio.run(serve(options, state, sock, cloud))
     finally:
         (state / "server.json").unlink(missing_ok=True)
 
 
-def read_files(options: argparse.Namespace) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]]]:
-    """The market and the faults of the command line, checked."""
-    from ops.fakevast.cloud.catalogue import load_market
-    from ops.fakevast.cloud.faults import Faults
-
-    faults = json.loads(options.faults.read_text()) if options.faults else []
-    for fault in faults:
-        Faults().add(fault)
-    return load_market(options.catalogue) if options.catalogue else None, faults
+def new_cloud(options: argparse.Namespace, state: Path) -> Cloud:
+    """The market and the faults of the command line, the account of the state folder."""
+    sizes = (item.rpartition("=") for item in options.image_bytes)
+    settings = Settings(
+        boot_s=options.boot_s,
+        credit_usd=options.credit_usd,
+        image_bytes={glob: int(float(size)) for glob, _, size in sizes},
+        v0_list=options.v0_list,
+    )
+    market = load_market(options.catalogue) if options.catalogue else None
+    cloud = Cloud(settings=settings, market=market, api_key=account_key(state))
+    for fault in json.loads(options.faults.read_text()) if options.faults else []:
+        cloud.faults.add(fault)
+    restore(cloud, state)
+    return cloud
 
 
 async def serve(
-    options: argparse.Namespace, state: Path, sock: Any, key: str, market: list[dict[str, Any]] | None, faults: list[dict[str, Any]]
+    options: argparse.Namespace, state: Path, sock: socket.socket, cloud: Cloud
 ) -> None:
     """Until SIGTERM, SIGINT, or idleness."""
-    from ops.fakevast.cloud.cloud import Cloud, Settings
-    from ops.fakevast.server import Emulator
-    from ops.fakevast.state import restore, save
-
-    sizes = {glob: int(float(size)) for glob, _, size in (item.rpartition("=") for item in options.image_bytes)}
-    settings = Settings(boot_s=options.boot_s, credit_usd=options.credit_usd, image_bytes=sizes, v0_list=options.v0_list)
-    cloud = Cloud(settings=settings, market=market, api_key=key)
-    restore(cloud, state)
-    for fault in faults:
-        cloud.faults.add(fault)
-    emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=tuple(options.share))
+    shared = tuple(options.share)
+    emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=shared)
     emulator.boxes.sweep()
 
     def save_soon(instance: Instance) -> None:

@@ -1,4 +1,4 @@
-"""`ensure`: the emulator that milktea starts for itself when there is no vast.ai key. Imports nothing heavy."""
+"""`ensure`: the emulator that milktea starts for itself when there is no vast.ai key."""
 
 from __future__ import annotations
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ops.fakevast.cloud.cloud import Cloud
+from ops.fakevast.cloud.cloud import Cloud
 
 _FILE = "account.json"
 
@@ -42,4 +40,5 @@ def restore(cloud: Cloud, state_dir: Path) -> None:
     cloud.account.spent_before_usd = data.get("spent_usd", 0.0)
     cloud.account.old_charges = data.get("charges", [])
     cloud.account.ssh_keys = data.get("ssh_keys", [])
+    cloud.account.last_key_id = max((key["id"] for key in cloud.account.ssh_keys), default=0)
     cloud.next_instance = data.get("next_instance", cloud.next_instance)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ops.fakevast import Cloud, VirtualClock
-from ops.fakevast.cloud.cloud import Settings
+from ops.fakevast.cloud.settings import Settings
 
 BOOT_S, RESTART_S = 60.0, 18.0
 
@@ -47,7 +47,7 @@ def test_charges_equal_the_cost_computed_by_hand_to_the_cent(seed: int) -> None:
             running_s += up - (RESTART_S if period else BOOT_S)
             exists_s += up + wait(cloud, chance.uniform(0, 50_000), chance)
         gb_in, gb_out = chance.uniform(0, 10), chance.uniform(0, 1)
-        cloud.carry(cloud.instances[number], int(gb_in * 1e9), int(gb_out * 1e9))
+        cloud.instances[number].carry(int(gb_in * 1e9), int(gb_out * 1e9))
         cloud.destroy(number)
         wait(cloud, 1000, chance)
         by_hand[f"instance-{number}"] = (

@@ -8,7 +8,7 @@ import pytest
 
 from ops.fakevast import Cloud, VirtualClock
 from ops.fakevast.cloud.catalogue import default_market
-from ops.fakevast.cloud.errors import Refusal
+from ops.fakevast.cloud.errors import ApiError
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,6 @@ def test_an_offer_is_found_by_ask_contract_id_and_not_by_id(cloud: Cloud) -> Non
 
 @pytest.mark.parametrize("query", [{"gpu_nmae": {"eq": "H100"}}, {"num_gpus": {"about": 1}}, {"gpu_name": {"lt": {}}}, {"allocated_storage": "lots"}])
 def test_a_query_that_makes_no_sense_is_refused_with_400(cloud: Cloud, query: dict[str, Any]) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(ApiError) as refusal:
         find(cloud, **query)
     assert refusal.value.status == 400 and refusal.value.error == "invalid_request"

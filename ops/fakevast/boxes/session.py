@@ -12,14 +12,13 @@ import os
 import signal
 import subprocess
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import asyncssh
 
+from ops.fakevast.boxes.box import Box
+from ops.fakevast.boxes.processes import watch
 from ops.fakevast.boxes.sftp import BoxSFTP
-
-if TYPE_CHECKING:
-    from ops.fakevast.boxes.boxes import Box
 
 Process = asyncssh.SSHServerProcess[bytes]
 _STREAMS = ("stdin", "stdout", "stderr")
@@ -124,5 +123,5 @@ def _spawn(
     child = box.spawn(process.command, env, **streams)
     process.set_redirect_pid(child.pid)
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    box.watch(child, lambda code: None if ended.done() else ended.set_result(code))
+    watch(child, lambda code: None if ended.done() else ended.set_result(code))
     return child, ended

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import asyncssh
 
-if TYPE_CHECKING:
-    from ops.fakevast.boxes.boxes import Box
+from ops.fakevast.boxes.box import Box
 
 
 class BoxSFTP(asyncssh.SFTPServer):
@@ -26,7 +25,7 @@ class BoxSFTP(asyncssh.SFTPServer):
 
     def map_path(self, path: bytes) -> bytes:
         whole = posixpath.normpath(path)
-        if any(_is_below(shared, whole) for shared in self._box.shared_paths):
+        if any(_is_below(shared, whole) for shared in self._box.host.shared_paths):
             return whole
         inside = path[len(self._home) :] if _is_below(self._home, path) else path
         return super().map_path(inside).rstrip(b"/")

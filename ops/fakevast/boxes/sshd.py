@@ -1,22 +1,19 @@
 """A box's SSH server, on asyncssh: keys only, bytes counted both ways, commands as real processes, SFTP kept inside the box.
 
-Only accepted sockets come here (boxes.py listens), so that a box costs nothing until somebody connects.
+Only accepted sockets come here (box.py listens), so that a box costs nothing until somebody connects.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import asyncssh
 
-from ops.fakevast.boxes.boxes import reset_on_close
+from ops.fakevast.boxes.box import Box, reset_on_close
 from ops.fakevast.boxes.session import BoxProcess
 from ops.fakevast.cloud.faults import Fault
-
-if TYPE_CHECKING:
-    from ops.fakevast.boxes.boxes import Box
 
 BANNER = "Welcome to vast.ai. If authentication fails, try again after a few seconds, and double check your ssh key.\r\nHave fun!\r\n"
 _WINDOW = 16 * 1024 * 1024
@@ -92,7 +89,7 @@ class BoxConnection(asyncssh.SSHServerConnection):
         super().connection_lost(exc)
 
     def count(self, into: int = 0, out: int = 0) -> None:
-        self.box.carry(into, out)
+        self.box.instance.carry(into, out)
         if self._cut_at is not None:
             self._bytes += into + out
             if self._bytes >= self._cut_at:

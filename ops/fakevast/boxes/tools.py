@@ -9,10 +9,9 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.instance import Instance
 
 _NVIDIA_SMI = r"""#!/bin/sh
 # nvidia-smi for a machine that is not there.

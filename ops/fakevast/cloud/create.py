@@ -6,7 +6,9 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from ops.fakevast.cloud.errors import Refusal
+from ops.fakevast.cloud.errors import ApiError
+from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.search import price
 
 SMALLEST_DISK_GB = 8.0
 LONGEST_IMAGE, LONGEST_LABEL, LONGEST_ENV, LONGEST_START = 1024, 256, 32768, 4096
@@ -32,7 +34,7 @@ class Order:
 
 
 def parse_order(body: dict[str, Any], offer: dict[str, Any]) -> Order:
-    """The order for this offer. Raises Refusal 400 naming the argument."""
+    """The order for this offer. Raises ApiError 400 naming the argument."""
     image, env = body.get("image"), body.get("env") or {}
     args = _args(body)
     onstart = body.get("onstart")
@@ -55,9 +57,40 @@ def parse_order(body: dict[str, Any], offer: dict[str, Any]) -> Order:
     )  # fmt: skip
 
 
+def new_instance(
+    number: int,
+    key: str,
+    row: dict[str, Any],
+    order: Order,
+    now: float,
+    ssh_keys: list[dict[str, Any]],
+) -> Instance:
+    """The instance that an order makes of an offer's row, at `now` (epoch seconds)."""
+    return Instance(
+        id=number,
+        ask_id=row["id"],
+        offer=price(row, order.disk_gb, order.bid is not None),
+        created_at=now,
+        settled_at=now,
+        end_date=row["end_date"],
+        key=key,
+        image=order.image,
+        disk_gb=order.disk_gb,
+        label=order.label,
+        env=order.env,
+        onstart=order.onstart,
+        args=order.args,
+        runtype=order.runtype,
+        bid=order.bid,
+        volume_info=order.volume_info,
+        template_hash_id=order.template_hash_id,
+        ssh_keys=ssh_keys,
+    )
+
+
 def _need(holds: Any, offer: dict[str, Any], what: str, value: Any) -> None:
     if not holds:
-        raise Refusal(400, "invalid_args", f"error 400/3467: Invalid args: {what} ({value!r})", ask_id=offer["id"])
+        raise ApiError(400, "invalid_args", f"error 400/3467: Invalid args: {what} ({value!r})", ask_id=offer["id"])
 
 
 def _args(body: dict[str, Any]) -> list[str]:
@@ -82,5 +115,5 @@ def _bid(body: dict[str, Any], offer: dict[str, Any]) -> float | None:
         return None
     if not isinstance(price, (int, float)) or isinstance(price, bool) or not 0.001 <= price <= 128:
         text = f"error 400/3460: invalid_price price must be a number between 0.001 and 128, not {price!r}"
-        raise Refusal(400, "invalid_price", text, ask_id=offer["id"])
+        raise ApiError(400, "invalid_price", text, ask_id=offer["id"])
     return float(price)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ops.fakevast.cloud.faults import Fault
 from ops.fakevast.cloud.instance import Instance
-
-if TYPE_CHECKING:
-    from ops.fakevast.cloud.cloud import Settings
+from ops.fakevast.cloud.settings import Settings
 
 Agenda = list[tuple[float, str, Any]]
 _STALLS = {"disk_full", "wrong_gpu", "tunnel_stuck"}  # the box comes up, with something wrong in it

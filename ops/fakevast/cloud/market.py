@@ -11,7 +11,7 @@ from ops.fakevast.cloud.faults import Faults
 DAY_S = 86400.0
 
 
-class Exchange:
+class Market:
     """Offers are single-use: each is a number under which so many cards of a machine can be taken once.
 
     `asks` are the live offers (number -> machine id, cards), `gone_asks` those that were taken; `machines` the records behind them,

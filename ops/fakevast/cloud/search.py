@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ops.fakevast.cloud.catalogue import driver_number
-from ops.fakevast.cloud.errors import Refusal
+from ops.fakevast.cloud.errors import ApiError
 
 MOST_ROWS = 64
 HOURS_PER_MONTH = 720  # vast.ai's month has 30 days
@@ -34,9 +34,9 @@ def price(row: dict[str, Any], storage_gb: float, bid: bool) -> dict[str, Any]:
 
 
 def find(rows: Iterable[dict[str, Any]], query: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that pass, priced, ordered and capped. Raises Refusal 400 for a column or an operator that there is not."""
+    """The rows that pass, priced, ordered and capped. Raises ApiError 400 for a column or an operator that there is not."""
     if not isinstance(query, dict):
-        raise Refusal(400, "invalid_request", "Invalid json body")
+        raise ApiError(400, "invalid_request", "Invalid json body")
     storage = _number(query.get("allocated_storage"), DEFAULT_STORAGE_GB)
     bid = query.get("type") in ("bid", "interruptible")
     filters = [(name, tests) for name, tests in query.items() if name not in _NOT_FILTERS]
@@ -52,7 +52,7 @@ def _number(value: Any, default: float) -> float:
     try:
         return default if value is None else float(value)
     except (TypeError, ValueError) as error:
-        raise Refusal(400, "invalid_request", f"Invalid number {value!r}") from error
+        raise ApiError(400, "invalid_request", f"Invalid number {value!r}") from error
 
 
 def _order(order: Any) -> list[tuple[str, str]]:
@@ -60,7 +60,7 @@ def _order(order: Any) -> list[tuple[str, str]]:
     try:
         pairs = [(str(item[0]), str(item[1])) if isinstance(item, list) else (str(item["col"]), str(item["dir"])) for item in order or []]
     except (KeyError, IndexError, TypeError) as error:
-        raise Refusal(400, "invalid_request", f"Error in query parameters: order {order!r}") from error
+        raise ApiError(400, "invalid_request", f"Error in query parameters: order {order!r}") from error
     return [(_ALIAS.get(column, column), way) for column, way in pairs]
 
 
@@ -89,7 +89,7 @@ def _test(row: dict[str, Any], name: str, op: str, wanted: Any) -> bool:
         inside = any(_alike(value, item)[0] == _alike(value, item)[1] for item in (wanted if isinstance(wanted, list) else [wanted]))
         return inside == (op == "in")
     if op not in _OPERATORS:
-        raise Refusal(400, "invalid_request", f"Error in query parameters: {op} is not a valid operator")
+        raise ApiError(400, "invalid_request", f"Error in query parameters: {op} is not a valid operator")
     if value is None or wanted is None:
         return op in ("eq", "neq") and _OPERATORS[op](value, wanted)
     left, right = _alike(value, wanted)
@@ -97,7 +97,7 @@ def _test(row: dict[str, Any], name: str, op: str, wanted: Any) -> bool:
         return _OPERATORS[op](left, right)
     if op in ("eq", "neq") and not isinstance(wanted, (dict, list)):
         return op == "neq"  # a word is not a number
-    raise Refusal(400, "invalid_request", f"Error in query parameters: cannot compare {name} with {wanted!r}")
+    raise ApiError(400, "invalid_request", f"Error in query parameters: cannot compare {name} with {wanted!r}")
 
 
 def _column(row: dict[str, Any], name: str) -> Any:
@@ -108,7 +108,7 @@ def _column(row: dict[str, Any], name: str) -> Any:
     if name == "datacenter":
         return row["hosting_type"] == 1
     if name not in row:
-        raise Refusal(400, "invalid_request", f"Error in query parameters: {name} is not a valid search key")
+        raise ApiError(400, "invalid_request", f"Error in query parameters: {name} is not a valid search key")
     return row[name]
 
 

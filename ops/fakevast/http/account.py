@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ops.fakevast.cloud.errors import Refusal
-
-if TYPE_CHECKING:
-    from ops.fakevast.http.app import Call
+from ops.fakevast.cloud.errors import ApiError
+from ops.fakevast.http.call import Call
 
 DAY_S = 86400
 _KEY_TYPES = ("ssh-", "ecdsa-", "sk-")
@@ -36,7 +34,7 @@ def charges(call: Call) -> Any:
     filters = call.query("select_filters", {})
     window = filters.get("day")
     if not isinstance(window, dict) or "gte" not in window or "lte" not in window:
-        raise Refusal(400, "invalid_request", "Error in query parameters: select_filters.day needs gte and lte")
+        raise ApiError(400, "invalid_request", "Error in query parameters: select_filters.day needs gte and lte")
     wanted = (filters.get("type") or {}).get("in", ["instance"])
     first_day, last_day = int(window["gte"]) // DAY_S, int(window["lte"]) // DAY_S
     rows = [row for row in call.cloud.charges() if row["end"] // DAY_S >= first_day and row["start"] // DAY_S <= last_day]
@@ -58,8 +56,8 @@ def invoices_v1(call: Call) -> Any:
 
 
 def _payment(call: Call) -> dict[str, Any]:
-    return {"id": 1, "type": "payment", "when": call.emulator.started_at, "amount": call.cloud.settings.credit_usd, "service": "fakevast",
-            "description": "Play money", "is_credit": True, "source": "fakevast", "start": call.emulator.started_at, "end": None,
+    return {"id": 1, "type": "payment", "when": call.cloud.account.opened_at, "amount": call.cloud.settings.credit_usd, "service": "fakevast",
+            "description": "Play money", "is_credit": True, "source": "fakevast", "start": call.cloud.account.opened_at, "end": None,
             "items": [], "metadata": {}}  # fmt: skip
 
 
@@ -82,14 +80,17 @@ def invoices(call: Call) -> Any:
 def _public_key(call: Call) -> str:
     text = str(call.json.get("ssh_key") or "").strip()
     if not text.startswith(_KEY_TYPES) or len(text.split()) < 2:
-        raise Refusal(400, "no_ssh_key", "error 400/3400: no_ssh_key Please provide a public ssh key.")
+        raise ApiError(400, "no_ssh_key", "error 400/3400: no_ssh_key Please provide a public ssh key.")
     return text
 
 
 def _key_row(call: Call, text: str) -> dict[str, Any]:
-    call.emulator.key_count += 1
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(call.cloud.clock.now()))
-    return {"id": call.emulator.key_count, "user_id": call.cloud.account.id, "key": text, "public_key": text, "created_at": made, "deleted_at": None}
+    account = call.cloud.account
+    return {
+        "id": account.next_key_id(), "user_id": account.id, "key": text, "public_key": text,
+        "created_at": made, "deleted_at": None,
+    }  # fmt: skip
 
 
 def ssh_keys(call: Call) -> Any:
@@ -118,7 +119,7 @@ def _own_key(call: Call, number: int) -> dict[str, Any]:
     for row in call.cloud.account.ssh_keys:
         if row["id"] == number:
             return row
-    raise Refusal(404, "not_found", f"SSH key {number} not found")
+    raise ApiError(404, "not_found", f"SSH key {number} not found")
 
 
 def instance_ssh(call: Call) -> Any:
@@ -138,7 +139,7 @@ def detach_ssh(call: Call) -> Any:
     instance = call.cloud.get(call.path["id"])
     left = [key for key in instance.ssh_keys if key["id"] != call.path["key"]]
     if len(left) == len(instance.ssh_keys):
-        raise Refusal(404, "not_found", f"SSH key {call.path['key']} is not attached")
+        raise ApiError(404, "not_found", f"SSH key {call.path['key']} is not attached")
     instance.ssh_keys = left
     return {"success": True, "msg": "SSH key removed"}
 
@@ -151,8 +152,7 @@ def api_keys(call: Call) -> Any:
 
 
 def add_api_key(call: Call) -> Any:
-    call.emulator.key_count += 1
-    number = call.emulator.key_count
+    number = call.cloud.account.next_key_id()
     secret = hashlib.sha256(f"api key {number} of {call.cloud.account.key}".encode()).hexdigest()
     row = {"id": number, "name": call.json.get("name"), "rights": call.json.get("permissions") or {}, "key": secret}
     call.cloud.account.api_keys.append(row)
@@ -163,7 +163,7 @@ def api_key(call: Call) -> Any:
     for row in call.cloud.account.api_keys:
         if row["id"] == call.path["id"]:
             return row
-    raise Refusal(404, "not_found", "API key not found")
+    raise ApiError(404, "not_found", "API key not found")
 
 
 def delete_api_key(call: Call) -> Any:
@@ -186,7 +186,7 @@ update_secret = add_secret
 
 def delete_secret(call: Call) -> Any:
     if call.cloud.account.secrets.pop(str(call.json.get("key")), None) is None:
-        raise Refusal(404, "not_found", "No such environment variable")
+        raise ApiError(404, "not_found", "No such environment variable")
     return {"success": True, "msg": "Environment variable deleted"}
 
 
@@ -194,7 +194,7 @@ def delete_secret(call: Call) -> Any:
 
 
 def ipaddrs(call: Call) -> Any:
-    return {"success": True, "results": [{"ip": "127.0.0.1", "first_seen": call.emulator.started_at, "first_location": None}]}
+    return {"success": True, "results": [{"ip": "127.0.0.1", "first_seen": call.cloud.account.opened_at, "first_location": None}]}
 
 
 def templates(call: Call) -> Any:

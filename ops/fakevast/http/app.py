@@ -1,138 +1,142 @@
-"""The HTTP side: one aiohttp application that turns requests into Calls, spoils them as the faults say, and logs them."""
+"""The HTTP side: turns requests into Calls, spoils them as the faults say, and logs them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
-from ops.fakevast.cloud.errors import Refusal, no_key
-from ops.fakevast.cloud.faults import Fault
-from ops.fakevast.http import account as api_account
-from ops.fakevast.http import instances as api_instances
-from ops.fakevast.http.rate_limits import TooSoon
-from ops.fakevast.http.routes import Route, find_route
+from ops.fakevast.alarm import Alarm
+from ops.fakevast.boxes.boxes import Boxes
+from ops.fakevast.cloud.cloud import Cloud
+from ops.fakevast.cloud.errors import ApiError, no_key
+from ops.fakevast.http import account, instances, spoil
+from ops.fakevast.http.call import Call, Reply, Results
+from ops.fakevast.http.rate_limits import RateLimits, TooSoon
+from ops.fakevast.http.routes import find_route
 
-if TYPE_CHECKING:
-    from ops.fakevast.cloud.cloud import Cloud
-    from ops.fakevast.server import Emulator
-
-_LONGEST_LOG = 200_000
-_CUT_BEFORE = {"lost_request"}
-_BUSY = "API requests too frequent endpoint threshold={}"
+MAX_LOG = 200_000  # requests remembered
+MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
-@dataclass
-class Call:
-    """One API request on its way to its handler. `key` is None when nobody is logged in."""
+class Api:
+    """The API of one cloud and the emulator's own controls, as one aiohttp application."""
 
-    emulator: Emulator
-    route: Route
-    path: dict[str, int]
-    request_query: dict[str, str]
-    json: dict[str, Any]
-    key: str | None
-    fault: Fault | None = None
+    def __init__(
+        self, cloud: Cloud, boxes: Boxes, alarm: Alarm, rate_limits: RateLimits, results: Results
+    ) -> None:
+        self.cloud, self.boxes, self.alarm = cloud, boxes, alarm
+        self.rate_limits, self.results = rate_limits, results
+        self.requests: list[dict[str, Any]] = []
+        self.last_request = asyncio.get_running_loop().time()
 
-    @property
-    def cloud(self) -> Cloud:
-        return self.emulator.cloud
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app.router.add_route("*", "/{path:.*}", self._serve)
+        return app
 
-    def query(self, name: str, default: Any) -> Any:
-        """A JSON value of the query string; raises Refusal 400 when it is not JSON."""
-        text = self.request_query.get(name)
-        if text in (None, ""):
-            return default
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        self.last_request = asyncio.get_running_loop().time()
+        if request.path.startswith("/_fake/"):
+            return await self._control(request)
+        if request.path.startswith("/_results/"):
+            text = self.results.read(request.path.rsplit("/", 1)[1])
+            return web.Response(status=404 if text is None else 200, text=text or "not found")
+        raw = await request.read()
+        entry: dict[str, Any] = {"t": self.cloud.clock.now(), "method": request.method}
+        entry |= {"path": request.path_qs, "route": None, "status": None, "fault": None}
+        self.requests.append(entry)
+        if len(self.requests) > MAX_LOG:
+            del self.requests[: MAX_LOG // 2]
         try:
-            return json.loads(str(text))
-        except ValueError as error:
-            raise Refusal(400, "invalid_request", f"Error in query parameters: {name} is not valid JSON") from error
+            reply = self._answer(request, raw, entry)
+        except ApiError as error:
+            reply = Reply(error.status, error.body)
+        except TooSoon as early:
+            reply = spoil.too_soon(entry["route"], early.threshold_s)
+        finally:
+            self.alarm.wake()
+        entry["status"] = None if reply.cut else reply.status
+        return await _sent(request, reply)
+
+    def _answer(self, request: web.Request, raw: bytes, entry: dict[str, Any]) -> Reply:
+        """The whole life of a call but the sending.
+
+        Nothing here awaits: calls are served one at a time, as by one database.
+        """
+        found = find_route(request.method, request.path)
+        if found is None:
+            message = f"fakevast does not emulate {request.method} {request.path}"
+            return Reply(501, {"success": False, "error": "not_emulated", "msg": message})
+        route, path = found
+        entry["route"] = route.name
+        query, key = dict(request.query), _key_of(request)
+        call = Call(self.cloud, self.boxes, self.results, route, path, query, key)
+        _authorize(call)
+        self.rate_limits.check(route.name, f"{key}{request.remote}", self.cloud.clock.now())
+        call.json = _body(raw)
+        call.fault = fault = self.cloud.faults.take(route.name, **_context(call))
+        if fault is None:
+            return Reply(200, _handler(route.name)(call))
+        entry["fault"] = fault.what
+        if (spoiled := spoil.before(fault)) is not None:
+            return spoiled
+        try:
+            reply = Reply(200, _handler(route.name)(call))
+        except ApiError as error:
+            reply = Reply(error.status, error.body)
+        return spoil.after(fault, reply)
+
+    async def _control(self, request: web.Request) -> web.Response:
+        """The emulator's own interface, for tests in another process."""
+        what = f"{request.method} {request.path.removeprefix('/_fake/').strip('/')}"
+        if what not in CONTROLS:
+            return web.json_response({"error": f"no control called {what}"}, status=404)
+        try:
+            body = await request.json() if request.method == "POST" else None
+            return web.json_response(CONTROLS[what](self, body))
+        except (ValueError, TypeError, KeyError) as error:
+            return web.json_response({"error": str(error)}, status=400)
 
 
-@dataclass
-class Reply:
-    """What goes back; `cut` sends nothing and breaks the connection."""
-
-    status: int
-    body: Any
-    content_type: str = "application/json"
-    delay_s: float = 0.0
-    cut: bool = False
-    headers: dict[str, str] = field(default_factory=dict)
+# ---- controls ----
 
 
-def application(emulator: Emulator) -> web.Application:
-    app = web.Application(client_max_size=64 * 1024 * 1024)
-
-    async def handle(request: web.Request) -> web.StreamResponse:
-        return await _serve(emulator, request)
-
-    app.router.add_route("*", "/{path:.*}", handle)
-    return app
+def _add_faults(api: Api, specs: Any) -> Any:
+    for spec in specs if isinstance(specs, list) else [specs]:
+        api.cloud.faults.add(spec)
+    return {"planned": len(api.cloud.faults.planned)}
 
 
-async def _serve(emulator: Emulator, request: web.Request) -> web.StreamResponse:
-    emulator.touch()
-    if request.path.startswith("/_fake/"):
-        return await _control(emulator, request)
-    if request.path.startswith("/_results/"):
-        return _result(emulator, request.path.rsplit("/", 1)[1])
-    raw = await request.read()
-    entry: dict[str, Any] = {"t": emulator.cloud.clock.now(), "method": request.method, "path": request.path_qs}
-    entry |= {"route": None, "status": None, "fault": None}
-    emulator.requests.append(entry)
-    if len(emulator.requests) > _LONGEST_LOG:
-        del emulator.requests[: _LONGEST_LOG // 2]
-    try:
-        reply = _answer(emulator, request, raw, entry)
-    except Refusal as refusal:
-        reply = Reply(refusal.status, refusal.body)
-    except TooSoon as early:
-        reply = _too_soon(entry["route"], early.threshold_s)
-    finally:
-        emulator.wake()
-    entry["status"] = None if reply.cut else reply.status
-    if reply.delay_s:
-        await asyncio.sleep(reply.delay_s)
-    if reply.cut and request.transport is not None:
-        request.transport.abort()
-    body = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
-    return web.Response(status=reply.status, body=body.encode(), content_type=reply.content_type, headers=reply.headers)
+def _clear_faults(api: Api, _: Any) -> Any:
+    api.cloud.faults.clear()
+    return {"planned": 0}
 
 
-def _answer(emulator: Emulator, request: web.Request, raw: bytes, entry: dict[str, Any]) -> Reply:
-    """The whole life of a call but the sending. Nothing here awaits: calls are served one at a time, as by one database."""
-    found = find_route(request.method, request.path)
-    if found is None:
-        message = f"fakevast does not emulate {request.method} {request.path}"
-        return Reply(501, {"success": False, "error": "not_emulated", "msg": message})
-    route, path = found
-    entry["route"] = route.name
-    key = _key_of(request)
-    call = Call(emulator, route, path, dict(request.query), {}, key)
-    _authorize(call)
-    caller = f"{key}{request.remote}"
-    emulator.rate_limits.check(route.name, caller, emulator.cloud.clock.now())
-    call.json = _body(raw)
-    call.fault = emulator.cloud.faults.take(route.name, **_context(call))
-    entry["fault"] = call.fault.what if call.fault else None
-    spoiled = _before(call.fault) if call.fault else None
-    if spoiled is not None:
-        return spoiled
-    try:
-        reply = Reply(200, _handler(route.name)(call))
-    except Refusal as refusal:
-        reply = Reply(refusal.status, refusal.body)
-    return _after(call.fault, reply) if call.fault else reply
+def _move_clock(api: Api, body: Any) -> Any:
+    api.alarm.advance(float(body["advance_s"]))
+    return {"now": api.cloud.clock.now()}
+
+
+CONTROLS: dict[str, Callable[[Api, Any], Any]] = {
+    "POST faults": _add_faults,
+    "DELETE faults": _clear_faults,
+    "POST clock": _move_clock,
+    "POST machines": lambda api, body: {"machine_id": api.cloud.add_machine(**body)},
+    "GET instances": lambda api, _: api.cloud.rows(),
+    "GET requests": lambda api, _: api.requests,
+    "GET charges": lambda api, _: api.cloud.charges(),
+}
+
+
+# ---- parts of a call ----
 
 
 def _handler(name: str) -> Callable[[Call], Any]:
-    handler: Callable[[Call], Any] = getattr(api_instances, name, None) or getattr(api_account, name)
+    handler: Callable[[Call], Any] = getattr(instances, name, None) or getattr(account, name)
     return handler
 
 
@@ -142,14 +146,12 @@ def _key_of(request: web.Request) -> str | None:
 
 
 def _body(raw: bytes) -> dict[str, Any]:
-    if not raw:
-        return {}
     try:
-        body = json.loads(raw)
+        body = json.loads(raw) if raw else {}
     except ValueError as error:
-        raise Refusal(400, "invalid_request", "Invalid json body") from error
+        raise ApiError(400, "invalid_request", "Invalid json body") from error
     if not isinstance(body, dict):
-        raise Refusal(400, "invalid_request", "Invalid json body")
+        raise ApiError(400, "invalid_request", "Invalid json body")
     return body
 
 
@@ -160,7 +162,8 @@ def _authorize(call: Call) -> None:
         raise no_key()
     owner = call.cloud.who(call.key)
     if owner is not None and (call.route.access != "instance" or owner != call.path.get("id")):
-        raise Refusal(401, "not_authorized", f"This key can only start, stop and destroy instance {owner}.")
+        message = f"This key can only start, stop and destroy instance {owner}."
+        raise ApiError(401, "not_authorized", message)
 
 
 def _context(call: Call) -> dict[str, Any]:
@@ -168,103 +171,23 @@ def _context(call: Call) -> dict[str, Any]:
     number = call.path.get("id")
     if call.route.name == "create":
         slot = call.cloud.asks.get(number or 0)
-        return {"label": call.json.get("label"), "ask_id": number, "machine_id": slot[0] if slot else None}
+        machine_id = slot[0] if slot else None
+        return {"label": call.json.get("label"), "ask_id": number, "machine_id": machine_id}
     instance = call.cloud.instances.get(number or 0)
-    return {"id": number, "label": instance.label if instance else None, "machine_id": instance.machine_id if instance else None}
+    if instance is None:
+        return {"id": number}
+    return {"id": number, "label": instance.label, "machine_id": instance.machine_id}
 
 
-def _before(fault: Fault) -> Reply | None:
-    """The answer of a fault that strikes before anything is done."""
-    if fault.what in _CUT_BEFORE:
-        return Reply(500, {}, cut=True)
-    if fault.what == "502_before":
-        return Reply(502, "<html><body>502 Bad Gateway</body></html>", "text/html")
-    if fault.what == "429_text":
-        return Reply(429, "API requests too frequent", "text/plain")
-    if fault.what == "429_json":
-        return Reply(429, {"detail": _BUSY.format(fault.args.get("threshold", 2.0))})
-    if fault.what == "success_false":
-        return Reply(200, {"success": False, "error": "internal", "msg": fault.args.get("msg", "something went wrong")})
-    if fault.what == "reply" and not fault.args.get("commit"):
-        return _scripted(fault)
-    return None
-
-
-def _after(fault: Fault, reply: Reply) -> Reply:
-    """The answer of a fault that strikes when the work is done."""
-    if fault.what == "lost_reply":
-        return Reply(500, {}, cut=True)
-    if fault.what == "502_after":
-        return Reply(502, "<html><body>502 Bad Gateway</body></html>", "text/html")
-    if fault.what == "late":
-        reply.delay_s = float(fault.args.get("delay_s", 1.0))
-    if fault.what == "reply":
-        return _scripted(fault)
-    return reply
-
-
-def _scripted(fault: Fault) -> Reply:
-    body = fault.args.get("body", {"success": False, "error": "fault", "msg": "scripted"})
-    kind = fault.args.get("content_type", "text/plain" if isinstance(body, str) else "application/json")
-    return Reply(int(fault.args.get("status", 500)), body, kind, headers=fault.args.get("headers", {}))
-
-
-def _too_soon(route: str | None, threshold_s: float) -> Reply:
-    """429 comes as JSON from some endpoints and as bare text from most."""
-    if route == "destroy":
-        return Reply(429, {"success": False, "error": "rate_limit_exceeded", "msg": _BUSY.format(threshold_s)})
-    if route == "create":
-        return Reply(429, {"detail": _BUSY.format(threshold_s)})
-    return Reply(429, f"API requests too frequent: endpoint threshold={threshold_s}", "text/plain")
-
-
-def _result(emulator: Emulator, token: str) -> web.Response:
-    """Logs and command output: not there at first, then there."""
-    kept = emulator.results.get(token)
-    if kept is None or kept.reads_until_ready > 0:
-        if kept is not None:
-            kept.reads_until_ready -= 1
-        return web.Response(status=404, text="not found")
-    return web.Response(text=kept.text)
-
-
-@dataclass
-class Kept:
-    text: str
-    reads_until_ready: int
-
-
-def new_token() -> str:
-    return secrets.token_hex(16)
-
-
-async def _control(emulator: Emulator, request: web.Request) -> web.Response:
-    """The emulator's own interface, for tests in another process: faults, clock, what exists, what was asked."""
-    what = request.path.removeprefix("/_fake/").strip("/")
-    cloud = emulator.cloud
-    try:
-        if (request.method, what) == ("POST", "faults"):
-            specs = await request.json()
-            for spec in specs if isinstance(specs, list) else [specs]:
-                cloud.faults.add(spec)
-            answer: Any = {"planned": len(cloud.faults.planned)}
-        elif (request.method, what) == ("DELETE", "faults"):
-            cloud.faults.clear()
-            answer = {"planned": 0}
-        elif (request.method, what) == ("POST", "clock"):
-            emulator.advance(float((await request.json())["advance_s"]))
-            answer = {"now": cloud.clock.now()}
-        elif (request.method, what) == ("POST", "machines"):
-            answer = {"machine_id": cloud.add_machine(**await request.json())}
-        elif (request.method, what) == ("GET", "instances"):
-            cloud.tick()
-            answer = [one.row(cloud.clock.now()) for one in cloud.instances.values()]
-        elif (request.method, what) == ("GET", "requests"):
-            answer = emulator.requests
-        elif (request.method, what) == ("GET", "charges"):
-            answer = cloud.charges()
-        else:
-            return web.json_response({"error": f"no control called {request.method} {what}"}, status=404)
-    except (ValueError, TypeError, KeyError) as error:
-        return web.json_response({"error": str(error)}, status=400)
-    return web.json_response(answer)
+async def _sent(request: web.Request, reply: Reply) -> web.Response:
+    if reply.delay_s:
+        await asyncio.sleep(reply.delay_s)
+    if reply.cut and request.transport is not None:
+        request.transport.abort()
+    body = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
+    return web.Response(
+        status=reply.status,
+        body=body.encode(),
+        content_type=reply.content_type,
+        headers=reply.headers,
+    )

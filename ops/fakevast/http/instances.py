@@ -1,4 +1,4 @@
-"""Handlers of the calls about offers and instances. Each takes a Call and returns the JSON body, or raises Refusal."""
+"""Handlers of the calls about offers and instances. Each takes a Call and returns the JSON body, or raises ApiError."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import base64
 import json
 import shlex
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ops.fakevast.cloud.catalogue import CARDS
-from ops.fakevast.cloud.errors import Refusal, no_such_ask
-
-if TYPE_CHECKING:
-    from ops.fakevast.cloud.instance import Instance
-    from ops.fakevast.http.app import Call
+from ops.fakevast.cloud.errors import ApiError, no_such_ask
+from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.http.call import Call
 
 PAGE = 25
 _COMPUTED = {"dph_total", "num_gpus", "gpu_name", "duration", "search", "instance", "uptime_mins", "storage_total_cost"}
@@ -36,7 +34,7 @@ def create(call: Call) -> Any:
     if call.fault and call.fault.what == "no_such_ask":
         raise no_such_ask(ask_id, int(call.fault.args.get("status", 404)))
     if call.fault and call.fault.what in ("insufficient_credit", "spend_rate_limit"):
-        raise Refusal(int(call.fault.args.get("status", 400)), call.fault.what, f"error 400/3580: {call.fault.what}")
+        raise ApiError(int(call.fault.args.get("status", 400)), call.fault.what, f"error 400/3580: {call.fault.what}")
     reply = call.cloud.create(ask_id, call.json, call.key)
     instance = call.cloud.instances[reply["new_contract"]]
     if call.fault and call.fault.what == "list_lag":
@@ -51,7 +49,7 @@ def launch(call: Call) -> Any:
     """Search and create in one call."""
     offers = call.cloud.search(call.json.get("q") or {})
     if not offers:
-        raise Refusal(404, "no_such_ask", "error 404/3603: no_such_ask No offers match the query.")
+        raise ApiError(404, "no_such_ask", "error 404/3603: no_such_ask No offers match the query.")
     return call.cloud.create(offers[0]["id"], call.json, call.key)
 
 
@@ -62,7 +60,7 @@ def list_v0(call: Call) -> Any:
     """The older list, whole: 410 unless `settings.v0_list` (the live service answers it for some accounts)."""
     if call.cloud.settings.v0_list:
         return {"instances": _listed(call)}
-    raise Refusal(410, "deprecated_endpoint", "/api/v0/instances/ is deprecated. Use /api/v1/instances/ instead.")
+    raise ApiError(410, "deprecated_endpoint", "/api/v0/instances/ is deprecated. Use /api/v1/instances/ instead.")
 
 
 def list(call: Call) -> Any:
@@ -97,13 +95,13 @@ def _from_token(token: str | None) -> int:
     try:
         return int(json.loads(base64.urlsafe_b64decode(token))["from"])
     except (ValueError, KeyError, TypeError) as error:
-        raise Refusal(400, "invalid_request", "Error in query parameters: after_token is invalid") from error
+        raise ApiError(400, "invalid_request", "Error in query parameters: after_token is invalid") from error
 
 
 def _matches(row: dict[str, Any], filters: dict[str, Any]) -> bool:
     for column, tests in filters.items():
         if column in _COMPUTED or column not in row:
-            raise Refusal(400, "invalid_request", f"Error in query parameters: {column} is not a valid search key")
+            raise ApiError(400, "invalid_request", f"Error in query parameters: {column} is not a valid search key")
         for op, wanted in (tests if isinstance(tests, dict) else {"eq": tests}).items():
             same = {"eq": row[column] == wanted, "neq": row[column] != wanted}
             inside = isinstance(wanted, (tuple, type([]))) and row[column] in wanted
@@ -164,7 +162,7 @@ def set_instance(call: Call) -> Any:
     instance = call.cloud.get(call.path["id"], call.key)
     if "label" in call.json:
         if len(str(call.json["label"])) > 1024:
-            raise Refusal(400, "label_too_long", "Label must be at most 1024 characters")
+            raise ApiError(400, "label_too_long", "Label must be at most 1024 characters")
         instance.label = call.json["label"]
         return {"success": True}
     return call.cloud.set_state(instance.id, str(call.json.get("state")), call.key)
@@ -190,8 +188,7 @@ def reboot(call: Call) -> Any:
 def recycle(call: Call) -> Any:
     instance = call.cloud.get(call.path["id"])
     instance.pulled = False
-    for clear in call.emulator.on_recycle:
-        clear(instance)
+    call.boxes.live[instance.id].clear()
     return call.cloud.reboot(instance.id, "recycling")
 
 
@@ -214,16 +211,16 @@ def update_instance(call: Call) -> Any:
 def logs(call: Call) -> Any:
     number = call.path["id"]
     if number not in call.cloud.instances:
-        raise Refusal(404, "invalid_id", f"error 404/3330: Instance {number} not found.")
+        raise ApiError(404, "invalid_id", f"error 404/3330: Instance {number} not found.")
     instance = call.cloud.get(number)
-    lines = call.emulator.box_log(instance)
+    lines = call.boxes.live[number].log()
     if call.json.get("daemon_logs"):
         lines = [f"daemon: {instance.actual_status} {instance.status_msg or ''}"]
     if wanted := call.json.get("filter"):
         lines = [line for line in lines if str(wanted) in line]
     if tail := call.json.get("tail"):
         lines = lines[-int(tail) :]
-    return {"success": True, "result_url": call.emulator.keep_result("\n".join(lines) + "\n"), "msg": "Logs are being fetched."}
+    return {"success": True, "result_url": call.results.store("\n".join(lines) + "\n"), "msg": "Logs are being fetched."}
 
 
 def command(call: Call) -> Any:
@@ -232,6 +229,6 @@ def command(call: Call) -> Any:
     text = str(call.json.get("command") or "")
     words = shlex.split(text)
     if len(text) > 512 or not words or words[0] not in ("ls", "rm", "du"):
-        raise Refusal(400, "invalid_args", "error 400/3310: Invalid args: only ls, rm and du of at most 512 characters")
-    output = call.emulator.run_in_box(instance, words)
-    return {"success": True, "writeable_path": "/root", "result_url": call.emulator.keep_result(output), "msg": "Command is executing, wait..."}
+        raise ApiError(400, "invalid_args", "error 400/3310: Invalid args: only ls, rm and du of at most 512 characters")
+    output = call.boxes.live[instance.id].execute(words)
+    return {"success": True, "writeable_path": "/root", "result_url": call.results.store(output), "msg": "Command is executing, wait..."}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ops.fakevast.cloud.errors import Refusal
+from ops.fakevast.cloud.errors import ApiError
 
 # route name: seconds between two calls (api-reference/rate-limits-and-errors and x-rate-limit of each OpenAPI file)
 THRESHOLD_S: dict[str, float] = {
@@ -37,7 +37,7 @@ class RateLimits:
     _day: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def check(self, route: str, caller: str, now: float) -> None:
-        """Lets the call pass and notes it, or raises TooSoon (Refusal for the daily quota)."""
+        """Lets the call pass and notes it, or raises TooSoon (ApiError for the daily quota)."""
         if route in ("search", "search_asks"):
             self._search(caller, now)
         elif self.on and route in THRESHOLD_S:
@@ -57,7 +57,7 @@ class RateLimits:
         day, used = self._day.get(caller, (0, 0))
         used = used if day == int(now // DAY_S) else 0
         if self.searches_per_day is not None and used >= self.searches_per_day:
-            raise Refusal(429, "search_quota_exceeded", "Daily search quota exceeded; it resets at UTC midnight.")
+            raise ApiError(429, "search_quota_exceeded", "Daily search quota exceeded; it resets at UTC midnight.")
         recent = [when for when in self._searches.get(caller, []) if now - when < MINUTE_S]
         if self.on and len(recent) >= SEARCHES_PER_MINUTE:
             raise TooSoon(MINUTE_S / SEARCHES_PER_MINUTE)

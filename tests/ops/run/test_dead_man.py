@@ -12,7 +12,7 @@ import rig
 from ops.box import scripts
 from ops.errors import OverBudget
 from ops.fakevast import Cloud, VirtualClock
-from ops.fakevast.cloud.cloud import Settings
+from ops.fakevast.cloud.settings import Settings
 from ops.market.models import parse_offer
 from ops.run.journal import Journal
 
