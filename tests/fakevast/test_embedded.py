@@ -78,6 +78,8 @@ def test_the_account_and_its_bills_outlive_the_emulator(state: Path, key: Key) -
     stop(state)
     second = ensure(state, options=("--boot-s", "0", "--no-rate-limits"))
     assert second.api_key == first.api_key and api(second, "GET", "ssh/").json()[0]["key"] == key.public
+    api(second, "POST", "ssh/", {"ssh_key": "ssh-ed25519 AAAA later"})
+    assert len({row["id"] for row in api(second, "GET", "ssh/").json()}) == 2, "a number means one key"
     window = '{"day":{"gte":0,"lte":9999999999}}'
     row = api(second, "GET", f"charges/?select_filters={window}").json()["results"][0]
     assert row["source"] == f"instance-{number}" and row["amount"] > 0
