@@ -10,9 +10,12 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from ops.image import assemble, definition, dockerfile, lock, packages
-from ops.image.lock import Lock, LockedLayer
-from ops.image.places import Places
+from ops.image import assemble
+from ops.image.build import dockerfile
+from ops.image.fetch import wheels as packages
+from ops.image.spec import definition, lock
+from ops.image.spec.lock import Lock, LockedLayer
+from ops.image.spec.paths import Places
 
 DEFINITION = """\
 schema_version = 1

@@ -14,7 +14,7 @@ import typer
 from ops.cli.errors import errors
 
 if TYPE_CHECKING:
-    from ops.image.debian import Mirrors
+    from ops.image.fetch.debian import Mirrors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +30,7 @@ def _say(line: str) -> None:
 
 
 def _mirrors() -> Mirrors:
-    from ops.image.debian import Mirrors
+    from ops.image.fetch.debian import Mirrors
 
     return Mirrors.given(os.environ)
 
@@ -57,7 +57,7 @@ def build(
     engine."""
     with errors(False):
         from ops.errors import ConfigError, PreflightError
-        from ops.image import build as images
+        from ops.image import workflow as images
 
         if base and not dockerfile:
             raise ConfigError(
@@ -92,7 +92,7 @@ def fetch(name: Name = "practice") -> None:
     """Bring everything that the lock pins onto this disk, each file checked; nothing after it needs
     a network."""
     with errors(False):
-        from ops.image import build as images
+        from ops.image import workflow as images
 
         images.fetch(name, mirrors=_mirrors(), progress=_say)
         print(f"everything that images/{name}.lock pins is here")
@@ -107,7 +107,7 @@ def context(
 ) -> None:
     """Lay out the build context of the image's Dockerfile: what was fetched, and nothing else."""
     with errors(False):
-        from ops.image import build as images
+        from ops.image import workflow as images
 
         images.fetch(name, mirrors=_mirrors(), progress=_say)
         print(images.context(name, folder))
@@ -131,7 +131,7 @@ def base(
 ) -> None:
     """Bring the image's Debian into the engine, for its Dockerfile to stand on."""
     with errors(False):
-        from ops.image import build as images
+        from ops.image import workflow as images
 
         images.fetch(name, mirrors=_mirrors(), progress=_say)
         print(
@@ -164,7 +164,7 @@ def lock(name: Name = "practice") -> None:
     """Pin every package, Debian package, model file and layer by hash; write images/NAME.lock and
     its Dockerfile."""
     with errors(False):
-        from ops.image import build as images
+        from ops.image import workflow as images
 
         found = images.lock(name, mirrors=_mirrors(), progress=_say)
         counts = (
@@ -180,7 +180,7 @@ def predict(name: Name = "practice") -> None:
     with errors(False):
         from dataclasses import asdict, is_dataclass
 
-        from ops.image import build as images
+        from ops.image import workflow as images
 
         identity = images.predict(name)
         print(
@@ -199,7 +199,7 @@ def push(
 ) -> None:
     """Push to a registry that vast.ai's hosts pull from; log in with docker login first."""
     with errors(False):
-        from ops.image import build as images
+        from ops.image import workflow as images
 
         print(images.push(name, registry, progress=_say))
 
@@ -272,8 +272,8 @@ def fit(
 def weigh(name: Name = "practice") -> None:
     """Every byte of the image, by layer and reason."""
     with errors(False):
-        from ops.image import budget
-        from ops.image import build as images
+        from ops.image import workflow as images
+        from ops.image.spec import budget
 
         _, whole = images.assembled(name)
         for layer, size, packed, why in budget.attribution(whole):

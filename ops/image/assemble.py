@@ -18,13 +18,16 @@ from functools import partial
 from pathlib import Path
 
 from ops.errors import PreflightError
-from ops.image import debian, layers, model, packages, wheels
-from ops.image.archive import Image, Layer
-from ops.image.config import config_json
-from ops.image.definition import Definition
+from ops.image import layers, wheels
+from ops.image.build.container_config import config_json
+from ops.image.bundle.archive import Image, Layer
+from ops.image.fetch import debian
+from ops.image.fetch import models as model
+from ops.image.fetch import wheels as packages
 from ops.image.layers import Entry
-from ops.image.lock import Identity, LayerKind, Lock, LockedLayer, Wheel
-from ops.image.places import Places
+from ops.image.spec.definition import Definition
+from ops.image.spec.lock import Identity, LayerKind, Lock, LockedLayer, Wheel
+from ops.image.spec.paths import Places
 
 Progress = Callable[[str], None]
 SOURCES = ("trainer", "ops/__init__.py", "ops/job/__init__.py", "ops/job/config.py", "ops/errors.py")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ops.image.volumes import Digests
+from ops.image.bundle.volumes import Digests
 
 CHUNK = 1 << 20
 

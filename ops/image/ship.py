@@ -7,17 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ops.errors import ConfigError
-from ops.image import bundle as bundles
-from ops.image import definition, inventory, lock, papers, sign
-from ops.image import model as models
-from ops.image.build import assembled, quiet
-from ops.image.bundle import Bundle
-from ops.image.cargo import Cargo, Options
+from ops.image.bundle import bundle as bundles
+from ops.image.bundle import inventory
+from ops.image.bundle import manifest as papers
+from ops.image.bundle import signature as sign
+from ops.image.bundle.bundle import Bundle
+from ops.image.bundle.contents import Cargo, Options
+from ops.image.bundle.inventory import Present
 from ops.image.driver import NATIVE, Line
-from ops.image.inventory import Present
-from ops.image.lock import Cuda, Lock
-from ops.image.packages import sha256_file
-from ops.image.places import Places
+from ops.image.fetch import models
+from ops.image.fetch.wheels import sha256_file
+from ops.image.spec import definition, lock
+from ops.image.spec.lock import Cuda, Lock
+from ops.image.spec.paths import Places
+from ops.image.workflow import assembled, quiet
 
 FAT32_BYTES = 4_294_967_295
 SIZES = {"fat32": FAT32_BYTES, "dvd": 4_700_000_000, "dvd-dl": 8_500_000_000, "bd": 25_000_000_000}

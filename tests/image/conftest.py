@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from ops.image import archive, bundle, lock, papers, stair
+from ops.image.bundle import archive, bundle
+from ops.image.bundle import manifest as papers
+from ops.image.bundle import parts as stair
 from ops.image.driver import Line
 from ops.image.layers import packed_member
+from ops.image.spec import lock
 
 CPU = Line("tiny", None)
 EPOCH = 1_700_000_000
@@ -156,7 +159,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyImage:
 
 @pytest.fixture(scope="session")
 def release_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ops.image import sign
+    from ops.image.bundle import signature as sign
 
     key = tmp_path_factory.mktemp("keys") / "release"
     sign.make_key(key)

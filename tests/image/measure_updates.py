@@ -15,11 +15,16 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from ops.image import assemble, build, bundle, lock, papers, ship, sign
-from ops.image.cargo import Cargo, Options
-from ops.image.inventory import Present
-from ops.image.packages import is_whole, sha256_file, where
-from ops.image.places import Places
+from ops.image import assemble, ship
+from ops.image import workflow as build
+from ops.image.bundle import bundle
+from ops.image.bundle import manifest as papers
+from ops.image.bundle import signature as sign
+from ops.image.bundle.contents import Cargo, Options
+from ops.image.bundle.inventory import Present
+from ops.image.fetch.wheels import is_whole, sha256_file, where
+from ops.image.spec import lock
+from ops.image.spec.paths import Places
 
 HERE = Places()
 

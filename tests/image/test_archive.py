@@ -8,8 +8,8 @@ import tarfile
 
 import pytest
 
-from ops.image import archive
-from ops.image.archive import Image, Layer
+from ops.image.bundle import archive
+from ops.image.bundle.archive import Image, Layer
 
 
 @pytest.fixture

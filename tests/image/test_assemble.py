@@ -10,8 +10,10 @@ import pytest
 from image_world import make_world
 
 from ops.errors import ConfigError, PreflightError
-from ops.image import budget, build, lock, packages
-from ops.image.places import Places
+from ops.image import workflow as build
+from ops.image.fetch import wheels as packages
+from ops.image.spec import budget, lock
+from ops.image.spec.paths import Places
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ import shutil
 import pytest
 
 from ops.errors import PreflightError
-from ops.image import assemble, build, debian
-from ops.image.places import Places
+from ops.image import assemble
+from ops.image import workflow as build
+from ops.image.fetch import debian
+from ops.image.spec.paths import Places
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

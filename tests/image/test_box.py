@@ -7,7 +7,8 @@ import time
 import pytest
 
 from ops.errors import MilkteaError
-from ops.image import build, engine
+from ops.image import workflow as build
+from ops.image.build import engine
 from trainer.wire.job import WIRE
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]

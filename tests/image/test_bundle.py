@@ -13,10 +13,11 @@ import jsonschema
 import pytest
 
 from ops.errors import ConfigError, PreflightError
-from ops.image import bundle, inventory, sbom, stair
-from ops.image.cargo import Options
-from ops.image.inventory import Present
-from ops.image.stair import Step
+from ops.image.bundle import bundle, inventory, sbom
+from ops.image.bundle import parts as stair
+from ops.image.bundle.contents import Options
+from ops.image.bundle.inventory import Present
+from ops.image.bundle.parts import Step
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import typer
 
 from ops.cli import app, image
 from ops.errors import ConfigError
-from ops.image.debian import Mirrors
+from ops.image.fetch.debian import Mirrors
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [

@@ -10,7 +10,7 @@ import pytest
 
 from ops.errors import PreflightError
 from ops.image.convert_llama import convert
-from ops.image.model import check
+from ops.image.fetch.models import check
 
 torch = pytest.importorskip("torch")
 DIM, LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 32, 2, 4, 2, 48, 96

@@ -7,9 +7,10 @@ import pytest
 from image_world import DEFINITION
 
 from ops.errors import ConfigError
-from ops.image import build, definition, lock
+from ops.image import workflow as build
 from ops.image.assemble import group
-from ops.image.places import Places
+from ops.image.spec import definition, lock
+from ops.image.spec.paths import Places
 from trainer.wire.job import WIRE
 
 IMAGES = sorted(path.stem for path in Places().root.glob("images/*.toml"))

@@ -10,9 +10,10 @@ import pytest
 from image_world import make_world
 
 from ops.errors import ConfigError
-from ops.image import build, dockerfile
-from ops.image.config import environment, labels
-from ops.image.places import Places
+from ops.image import workflow as build
+from ops.image.build import dockerfile
+from ops.image.build.container_config import environment, labels
+from ops.image.spec.paths import Places
 
 IMAGES = ["practice", "train-cu126", "train-cu130"]
 FOLDERS = sorted(path.parent for path in Places().root.glob("docker/*/*/Dockerfile"))

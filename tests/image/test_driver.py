@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ops.image.bundle.inventory import Gpu, Inventory
 from ops.image.driver import Line, is_data_center, judge
-from ops.image.inventory import Gpu, Inventory
 
 LINES = {
     "cu117": Line("cu117", "11.7", ("3.7", "5.0", "6.0", "7.0", "7.5", "8.0", "8.6"), ("8.6",)),
@@ -69,7 +69,7 @@ def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(tmp_pat
 
 
 def row(line: Line) -> str:
-    from ops.image.papers import line_row
+    from ops.image.bundle.manifest import line_row
 
     return line_row(line)
 

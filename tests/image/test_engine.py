@@ -10,7 +10,8 @@ import pytest
 from image_world import make_world
 
 from ops.errors import MilkteaError, PreflightError
-from ops.image import build, engine
+from ops.image import workflow as build
+from ops.image.build import engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ops.image import evidence
+from ops.image.server import audit_report as evidence
 
 RECORD: dict[str, Any] = {
     "milktea_install": 1, "when": "2026-11-21T12:00:00Z", "who": "root", "server": "gpu-<7>",
@@ -55,7 +55,7 @@ def test_what_is_no_record_is_refused() -> None:
 
 
 def test_the_server_signs_its_record_and_any_changed_field_breaks_both_signatures(tmp_path: Path) -> None:
-    install = Path(evidence.__file__).parent / "server" / "install"
+    install = Path(evidence.__file__).parent / "install"
     record = tmp_path / "INSTALL-RECORD.json"
     record.write_text(json.dumps(RECORD))
     functions = "".join((install / name).read_text() for name in ("00-head.sh", "60-prove.sh"))

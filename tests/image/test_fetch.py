@@ -9,10 +9,11 @@ import pytest
 from image_world import make_wheel
 
 from ops.errors import PreflightError
-from ops.image import debian, packages
-from ops.image.debian import Mirrors
-from ops.image.definition import Python
-from ops.image.lock import Deb
+from ops.image.fetch import debian
+from ops.image.fetch import wheels as packages
+from ops.image.fetch.debian import Mirrors
+from ops.image.spec.definition import Python
+from ops.image.spec.lock import Deb
 
 PYTHON = Python(version="3.11", requirements=["pkg"])
 

@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 
-from ops.image import papers, sign, stair
-from ops.image.cargo import Options
+from ops.image.bundle import manifest as papers
+from ops.image.bundle import parts as stair
+from ops.image.bundle import signature as sign
+from ops.image.bundle.contents import Options
+from ops.image.bundle.inventory import Present
 from ops.image.driver import Line
-from ops.image.inventory import Present
 
 SHELLS = ["dash", "busybox ash", "bash"]
 COREUTILS = (

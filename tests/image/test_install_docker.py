@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from ops.image.cargo import Options
-from ops.image.inventory import Present, read
-from ops.image.stair import final_tag
+from ops.image.bundle.contents import Options
+from ops.image.bundle.inventory import Present, read
+from ops.image.bundle.parts import final_tag
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(240)]
 HERE = Path(__file__).parent
@@ -283,7 +283,7 @@ def broken_after_hashing(tiny: Any, layer: str) -> Any:
 def test_an_image_that_the_engine_takes_but_that_is_broken_is_found_and_removed(
     product: Any, engine: Engine, on: Callable, tmp_path: Path, layer: str
 ) -> None:
-    from ops.image import bundle
+    from ops.image.bundle import bundle
 
     new_trainer(product)
     product.pack(tmp_path / "good")

@@ -6,8 +6,9 @@ import struct
 import pytest
 
 from ops.errors import PreflightError
-from ops.image import lock, model
-from ops.image.definition import ModelSource
+from ops.image.fetch import models as model
+from ops.image.spec import lock
+from ops.image.spec.definition import ModelSource
 
 INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n"

@@ -6,7 +6,9 @@ import os
 import pytest
 
 from ops.errors import MilkteaError
-from ops.image import build, canonical, engine
+from ops.image import canonical
+from ops.image import workflow as build
+from ops.image.build import engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 RUNTIME = ("Entrypoint", "Cmd", "Env", "ExposedPorts", "Healthcheck", "Labels")

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 from ops.errors import ConfigError
-from ops.image import lock, papers, ship
-from ops.image.cargo import Options
+from ops.image import ship
+from ops.image.bundle import manifest as papers
+from ops.image.bundle.contents import Options
 from ops.image.driver import Line
-from ops.image.lock import Cuda
-from ops.image.places import Places
+from ops.image.spec import lock
+from ops.image.spec.lock import Cuda
+from ops.image.spec.paths import Places
 
 
 def test_architectures_are_read_however_torch_or_a_definition_spells_them() -> None:

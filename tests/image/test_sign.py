@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ops.errors import PreflightError
-from ops.image import sign
+from ops.image.bundle import signature as sign
 
 
 def test_one_key_signs_for_ssh_keygen_and_for_openssl(tmp_path: Path, release_key: Path) -> None:

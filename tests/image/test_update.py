@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.image import papers, update
-from ops.image.cargo import Options
-from ops.image.inventory import Present
+from ops.image import update
+from ops.image.bundle import manifest as papers
+from ops.image.bundle.contents import Options
+from ops.image.bundle.inventory import Present
 from ops.image.layers import packed_member
 
 
@@ -97,7 +98,7 @@ def test_an_update_is_a_few_kilobytes_where_the_server_kept_the_bundle_before(ti
 
 
 def test_the_lock_of_a_bundle_lists_what_the_server_keeps_of_it(tiny: Any, tmp_path: Path) -> None:
-    from ops.image import lock
+    from ops.image.spec import lock
 
     tiny.pack(tmp_path / "b")
     listed = lock.read(tmp_path / "b" / "image.lock").kept

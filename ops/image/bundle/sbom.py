@@ -9,7 +9,7 @@ import json
 import uuid
 from typing import Any
 
-from ops.image.lock import Deb, Lock, Model, Wheel, dumps
+from ops.image.spec.lock import Deb, Lock, Model, Wheel, dumps
 
 _MILKTEA = uuid.UUID("6d696c6b-7465-4100-8000-000000000001")
 

@@ -23,11 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ops.errors import ConfigError, PreflightError
-from ops.image import archive, papers, parity, sign, volumes
+from ops.image import parity
 from ops.image import update as updates
-from ops.image.cargo import Cargo, Options, models_beside
-from ops.image.papers import Kept
-from ops.image.stair import Step, bundle_id, plan_steps, safe, step_name, step_tag
+from ops.image.bundle import archive, volumes
+from ops.image.bundle import manifest as papers
+from ops.image.bundle import signature as sign
+from ops.image.bundle.contents import Cargo, Options, models_beside
+from ops.image.bundle.manifest import Kept
+from ops.image.bundle.parts import Step, bundle_id, plan_steps, safe, step_name, step_tag
 from ops.image.update import NOTHING, Update
 
 FEW = 4  # volumes: an update is small, and parity over fewer would cost more than a quarter of it

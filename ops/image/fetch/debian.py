@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops.errors import ConfigError, PreflightError
-from ops.image.definition import Os
-from ops.image.lock import Deb
+from ops.image.spec.definition import Os
+from ops.image.spec.lock import Deb
 
 FORMAT = 1  # of the tar that build() makes: counts up when another hook or option changes its bytes
 PAUSES_S = (1.0, 5.0)  # before a network that failed is asked again

@@ -13,11 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ops.errors import ConfigError
-from ops.image import assemble, debian, model, packages, wheels
-from ops.image.config import ENTRYPOINT, HEALTH, environment, labels
-from ops.image.definition import Definition
-from ops.image.lock import Lock
-from ops.image.places import Places
+from ops.image import assemble, wheels
+from ops.image.build.container_config import ENTRYPOINT, HEALTH, environment, labels
+from ops.image.fetch import debian
+from ops.image.fetch import models as model
+from ops.image.fetch import wheels as packages
+from ops.image.spec.definition import Definition
+from ops.image.spec.lock import Lock
+from ops.image.spec.paths import Places
 
 BASE = "os/1"
 HEAD = """\

@@ -17,7 +17,7 @@ from docker.client import DockerClient
 from docker.errors import APIError, BuildError, DockerException, ImageNotFound
 
 from ops.errors import PreflightError
-from ops.image.archive import Image, prefix, stream_archive
+from ops.image.bundle.archive import Image, prefix, stream_archive
 
 Progress = Callable[[str], None]
 OLDEST = (20, 10)

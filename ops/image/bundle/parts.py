@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ops.image.archive import Image
-from ops.image.inventory import Present, shared_prefix
+from ops.image.bundle.archive import Image
+from ops.image.bundle.inventory import Present, shared_prefix
 
 SMALL_BYTES = 32_000_000
 BATCH_BYTES = 256_000_000  # unchanged layers are given back to the engine in archives of about this size, or one layer's

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ops.errors import ConfigError
-from ops.image import archive, sbom, sign, volumes
-from ops.image.cargo import Cargo, Options, models_beside
+from ops.image.bundle import archive, sbom, volumes
+from ops.image.bundle import signature as sign
+from ops.image.bundle.contents import Cargo, Options, models_beside
+from ops.image.bundle.parts import Step, bundle_id, final_tag, plan_steps, safe, stair, step_name, step_tag
 from ops.image.driver import Line
-from ops.image.lock import dumps
-from ops.image.stair import Step, bundle_id, final_tag, plan_steps, safe, stair, step_name, step_tag
+from ops.image.spec.lock import dumps
 from ops.image.update import KEPT_BYTES
 
-SERVER = Path(__file__).parent / "server"
+SERVER = Path(__file__).parents[1] / "server"
 FORMAT = 3
 HEAD = "image/head.tar"  # what the last archive begins with: several kilobytes that an update mostly repeats
 
@@ -88,7 +89,7 @@ def tools() -> dict[str, str]:
     """What runs inside the image but is of the bundle: the converter of job files (ops.job.config is in the image), scoring, the
     evidence page."""
     found = {name: (SERVER / name).read_text("utf-8") for name in ("job_from_toml.py", "score.py")}
-    return found | {"evidence.py": (SERVER.parent / "evidence.py").read_text("utf-8")}
+    return found | {"evidence.py": (SERVER / "audit_report.py").read_text("utf-8")}
 
 
 def facts(cargo: Cargo, hashes: dict[str, str], sizes: dict[str, int]) -> list[str]:

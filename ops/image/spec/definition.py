@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from ops.errors import ConfigError
-from ops.image.lock import Cuda, Lock, Strict
+from ops.image.spec.lock import Cuda, Lock, Strict
 
 T = TypeVar("T", bound=Strict)
 Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.-]{0,62}$")]

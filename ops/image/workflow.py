@@ -8,14 +8,18 @@ from pathlib import Path
 
 from ops.errors import ConfigError
 from ops.image import assemble as assembly
-from ops.image import budget, debian, definition, dockerfile, engine, model, packages
-from ops.image import lock as locks
-from ops.image.archive import Image, Layer
-from ops.image.config import config_json
-from ops.image.debian import Mirrors
-from ops.image.definition import Definition
-from ops.image.lock import Identity, Lock
-from ops.image.places import Places
+from ops.image.build import dockerfile, engine
+from ops.image.build.container_config import config_json
+from ops.image.bundle.archive import Image, Layer
+from ops.image.fetch import debian
+from ops.image.fetch import models as model
+from ops.image.fetch import wheels as packages
+from ops.image.fetch.debian import Mirrors
+from ops.image.spec import budget, definition
+from ops.image.spec import lock as locks
+from ops.image.spec.definition import Definition
+from ops.image.spec.lock import Identity, Lock
+from ops.image.spec.paths import Places
 
 Progress = Callable[[str], None]
 TOOLS = ("pip",)  # what the Dockerfile installs the wheels with; in no image

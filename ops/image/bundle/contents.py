@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ops.image import archive
+from ops.image.bundle import archive
+from ops.image.bundle.inventory import Present
 from ops.image.driver import Line
-from ops.image.inventory import Present
-from ops.image.lock import Lock, Model
+from ops.image.spec.lock import Lock, Model
 from ops.image.update import Kept
 
 

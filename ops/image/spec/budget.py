@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ops.errors import ConfigError
-from ops.image.definition import Budget
-from ops.image.lock import Lock
+from ops.image.spec.definition import Budget
+from ops.image.spec.lock import Lock
 
 
 def over(lock: Lock, budget: Budget) -> list[str]:

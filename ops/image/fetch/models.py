@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ops.errors import PreflightError
-from ops.image.definition import ModelSource
+from ops.image.fetch.wheels import sha256_file
 from ops.image.layers import Entry
-from ops.image.lock import Model, ModelFile, set_digest
-from ops.image.packages import sha256_file
+from ops.image.spec.definition import ModelSource
+from ops.image.spec.lock import Model, ModelFile, set_digest
 
 Progress = Callable[[str], None]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")

@@ -10,7 +10,7 @@ from pathlib import Path
 class Places:
     """``root`` is the checkout."""
 
-    root: Path = Path(__file__).resolve().parents[2]
+    root: Path = Path(__file__).resolve().parents[3]
 
     def definition(self, name: str) -> Path:
         return self.root / "images" / f"{name}.toml"

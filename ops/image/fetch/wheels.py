@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ops.errors import PreflightError
 from ops.image import wheels
-from ops.image.definition import Python
-from ops.image.lock import Wheel
+from ops.image.spec.definition import Python
+from ops.image.spec.lock import Wheel
 
 Progress = Callable[[str], None]
 GLIBC = 36  # Debian 12 has glibc 2.36: wheels for an older one run too (PEP 600)

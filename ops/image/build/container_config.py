@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from ops.image.archive import canonical_json
-from ops.image.lock import Lock, LockedLayer
+from ops.image.bundle.archive import canonical_json
+from ops.image.spec.lock import Lock, LockedLayer
 
 VENV = "/opt/venv"
 ENTRYPOINT = ["/usr/bin/tini", "--", "/usr/local/bin/milktea-box"]

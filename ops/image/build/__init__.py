@@ -1,0 +1,1 @@
+"""From the fetched files to an image."""
