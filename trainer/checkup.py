@@ -1,8 +1,10 @@
 """The image proves itself: the right versions, a real LoRA training, nothing that reaches for a
 network.
 
-    python -m trainer.checkup [--lock FILE]      JSON on stdout, what happens on stderr; exit 0 only
-    if every check passed
+    python -m trainer.checkup [--lock FILE] [--expect-gpu]
+
+JSON on stdout, what happens on stderr; exit 0 only if every check passed. With --expect-gpu no
+visible GPU is a failure.
 
 Made for ``docker run --network=none --read-only --tmpfs /tmp``; the lock is
 /run/milktea/image.lock, or MILKTEA_LOCK. Connection attempts are counted by a Python audit hook in
@@ -11,6 +13,7 @@ this process and in all that it starts; where strace is in the image, also by it
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -92,28 +95,89 @@ def no_network_and_read_only() -> str:
     return f"interfaces: {', '.join(found) or 'none'}; image read-only"
 
 
-def gpu_works() -> str:
+def gpu_works(expected: bool) -> str:
     """Every visible GPU multiplies in bf16 and is of an architecture that this torch has code for.
-    Without a GPU: says so."""
+
+    Raises Failed where no GPU is visible and one is ``expected``.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        return f"no GPU visible; torch {torch.__version__} on the CPU"
-    told = []
+        if not expected:
+            return f"no GPU visible; torch {torch.__version__} on the CPU"
+        driver = Path("/proc/driver/nvidia/version")
+        raise Failed(
+            f"no GPU visible to torch {torch.__version__} (CUDA {torch.version.cuda}); the driver "
+            + (
+                f"is {driver.read_text().splitlines()[0]}"
+                if driver.is_file()
+                else "is not visible here"
+            )
+            + ": check nvidia-smi on the server, then the container toolkit (nvidia-ctk "
+            "runtime configure, restart the engine); "
+            "INSTALL.sh --gpus none installs on a server without GPUs"
+        )
+    works = []
     for i in range(torch.cuda.device_count()):
         x = torch.randn(256, 256, device=f"cuda:{i}", dtype=torch.bfloat16)
         wrong = ((x @ x).float() - x.float() @ x.float()).abs().max().item()
         # bf16 keeps 8 bits: sums of 256 products of about 16 are right to about 0.1
         if not wrong < 2.0:
             raise Failed(f"GPU {i} multiplies wrongly in bf16: off by {wrong:.3g}")
-        told.append(
+        works.append(
             f"{torch.cuda.get_device_name(i)} "
             f"(sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
         )
     return (
-        f"{', '.join(told)}; torch {torch.__version__} has code for "
+        f"{', '.join(works)}; torch {torch.__version__} has code for "
         f"{' '.join(torch.cuda.get_arch_list())}"
     )
+
+
+KERNEL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def add(x, y, out, n, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + at, tl.load(x + at, at < n) + tl.load(y + at, at < n), at < n)
+"""
+TRITON_SINCE = (7, 5)  # the oldest architecture for which Triton's compiler has code
+
+
+def triton_compiles(architectures: list[str]) -> str:
+    """Triton makes machine code (a cubin) for each of the image's ``architectures`` ("8.6"); no GPU
+    is needed for it."""
+    if importlib.util.find_spec("triton") is None:
+        return "not needed: no Triton in this image"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "selftest_kernel.py").write_text(KERNEL)
+        spec = importlib.util.spec_from_file_location(
+            "selftest_kernel", Path(folder) / "selftest_kernel.py"
+        )
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        signature = {"x": "*bf16", "y": "*bf16", "out": "*bf16", "n": "i32", "SIZE": "constexpr"}
+        source = triton.compiler.ASTSource(
+            fn=module.add, signature=signature, constexprs={(4,): 1024}
+        )
+        sizes = []
+        for architecture in architectures:
+            major, minor = map(int, architecture.split("."))
+            if (major, minor) < TRITON_SINCE:
+                continue
+            made = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32))
+            if not made.asm.get("cubin"):
+                raise Failed(
+                    f"Triton {triton.__version__} made no machine code for sm_{major}{minor}"
+                )
+            sizes.append(f"sm_{major}{minor}")
+    return f"Triton {triton.__version__} makes machine code for {', '.join(sizes)}"
 
 
 def compiler_for_triton() -> str:
@@ -141,8 +205,6 @@ def compiler_for_triton() -> str:
         )
         if done.returncode:
             raise Failed(f"{compiler} does not compile: {done.stderr.strip()[:300]}")
-        import ctypes
-
         if ctypes.CDLL(str(built)).twice(21) != 42:
             raise Failed(f"{compiler} compiles wrongly")
     return f"{compiler} compiles and links"
@@ -171,19 +233,26 @@ def bitsandbytes_library() -> str:
                 f"none of {have} is for CUDA {torch.version.cuda}: another bitsandbytes, or "
                 "another CUDA line"
             )
-        return f"{usable[-1]} for CUDA {torch.version.cuda}"
-    if not any("cpu" in n for n in names):
-        raise Failed(f"no CPU library among {', '.join(names) or 'no library at all'}")
-    return ", ".join(n for n in names if "cpu" in n)
+        wanted = [usable[-1], *(n for n in names if "cpu" in n)]
+    else:
+        wanted = [n for n in names if "cpu" in n]
+        if not wanted:
+            raise Failed(f"no CPU library among {', '.join(names) or 'no library at all'}")
+    for name in wanted:
+        try:
+            ctypes.CDLL(str(Path(spec.origin).parent / name))
+        except OSError as error:
+            raise Failed(f"{name} cannot be loaded: {error}") from error
+    return f"{', '.join(wanted)} loaded beside torch {torch.__version__}"
 
 
-def lora_learns(work: Path, environment: dict[str, str]) -> str:
+def lora_learns(work: Path, environment: dict[str, str], precision: str) -> str:
     """Real steps of the real trainer on the model in the image: loss falls, gradients are not zero,
     the adapter is whole."""
-    run = _write_run(work)
+    run = _write_run(work, precision)
     began = time.monotonic()
     command = [sys.executable, "-m", "trainer.launch", "job.json"]
-    trace = work / "strace.txt"
+    trace = work / f"strace-{precision}.txt"
     if _can_trace():
         command = ["strace", "-f", "-qq", "-e", "trace=connect", "-o", str(trace), *command]
     done = subprocess.run(
@@ -223,11 +292,11 @@ def lora_learns(work: Path, environment: dict[str, str]) -> str:
     )
 
 
-def nothing_reached_out(audit: Path, trace: Path) -> str:
+def nothing_reached_out(audit: Path, traces: list[Path]) -> str:
     """0 attempts to connect or to resolve a name, by the audit hook and, where it is, by strace."""
     attempts = audit.read_text("utf-8").splitlines() if audit.exists() else []
     how = "audit hook"
-    if trace.exists():
+    for trace in traces:
         how = "audit hook and strace"
         calls = [
             x
@@ -264,12 +333,12 @@ def find_model() -> Path:
     raise Failed(f"no practice model to train: looked for {', '.join(map(str, folders))}")
 
 
-def _write_run(work: Path) -> Path:
+def _write_run(work: Path, precision: str) -> Path:
     """A run folder with a few rows of the practice world and the practice model of the image."""
     from trainer.practice import world
     from trainer.wire.job import Job
 
-    run = work / "milktea" / "selftest"
+    run = work / "milktea" / f"selftest-{precision}"
     (run / "data").mkdir(parents=True)
     rows, _ = world.practice_rows()
     content = json.dumps(rows[: 8 * STEPS], ensure_ascii=False).encode()
@@ -283,8 +352,8 @@ def _write_run(work: Path) -> Path:
     }
     job = Job.model_validate(
         {
-            "run_id": "selftest",
-            "model": {"base": "practice_model", "path": "model", "precision": "fp32"},
+            "run_id": run.name,
+            "model": {"base": "practice_model", "path": "model", "precision": precision},
             "data": {"files": [data], "template": "alpaca", "max_length": 256},
             "training": {
                 "max_steps": STEPS,
@@ -299,7 +368,7 @@ def _write_run(work: Path) -> Path:
     return run
 
 
-def run_all(lock_path: Path | None) -> dict[str, Any]:
+def run_all(lock_path: Path | None, expect_gpu: bool = False) -> dict[str, Any]:
     """Every check, each run even if one before it failed. The report is what INSTALL.sh keeps and
     evidence.py shows."""
     lock = (
@@ -331,11 +400,16 @@ def run_all(lock_path: Path | None) -> dict[str, Any]:
         checks: list[tuple[str, Callable[[], str]]] = [
             ("versions", lambda: versions_match_the_lock(lock)),
             ("isolation", no_network_and_read_only),
-            ("gpu", gpu_works),
+            ("gpu", lambda: gpu_works(expect_gpu)),
             ("c compiler", compiler_for_triton),
+            (
+                "triton",
+                lambda: triton_compiles((lock or {}).get("cuda", {}).get("architectures", [])),
+            ),
             ("bitsandbytes", bitsandbytes_library),
-            ("lora training", lambda: lora_learns(work, environment)),
-            ("connections", lambda: nothing_reached_out(audit, work / "strace.txt")),
+            ("lora training, fp32", lambda: lora_learns(work, environment, "fp32")),
+            ("lora training, bf16", lambda: lora_learns(work, environment, "bf16")),
+            ("connections", lambda: nothing_reached_out(audit, sorted(work.glob("strace-*.txt")))),
         ]
         results = [_result(name, check) for name, check in checks]
         del os.environ["MILKTEA_AUDIT"]
@@ -363,15 +437,13 @@ def _result(name: str, check: Callable[[], str]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    given = (
-        arguments[1]
-        if arguments[:1] == ["--lock"] and len(arguments) == 2
-        else os.environ.get("MILKTEA_LOCK", "/run/milktea/image.lock")
-    )
-    if arguments and arguments[0] != "--lock":
+    expect_gpu = "--expect-gpu" in arguments
+    rest = [word for word in arguments if word != "--expect-gpu"]
+    if rest and not (rest[0] == "--lock" and len(rest) == 2):
         print(__doc__, file=sys.stderr)
         return 2
-    report = run_all(Path(given))
+    lock = rest[1] if rest else os.environ.get("MILKTEA_LOCK", "/run/milktea/image.lock")
+    report = run_all(Path(lock), expect_gpu)
     print(json.dumps(report, indent=1, ensure_ascii=False))
     return 0 if report["ok"] else 1
 

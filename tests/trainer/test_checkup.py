@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ def test_an_attempt_to_reach_out_is_counted_wherever_it_happens(
     found = attempts(tmp_path, program)
     assert len(found) >= 1
     with pytest.raises(checkup.Failed, match="attempts: socket"):
-        checkup.nothing_reached_out(tmp_path / "audit.txt", tmp_path / "absent")
+        checkup.nothing_reached_out(tmp_path / "audit.txt", [])
 
 
 def test_processes_that_meet_on_loopback_reach_nothing(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_processes_that_meet_on_loopback_reach_nothing(tmp_path: Path) -> None:
         "a, b = socket.socketpair(); socket.getaddrinfo('localhost', 80)"
     )
     assert attempts(tmp_path, program) == []
-    assert "0 attempts" in checkup.nothing_reached_out(tmp_path / "audit.txt", tmp_path / "absent")
+    assert "0 attempts" in checkup.nothing_reached_out(tmp_path / "audit.txt", [])
 
 
 def test_strace_counts_what_python_does_not_see(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_strace_counts_what_python_does_not_see(tmp_path: Path) -> None:
     )
     trace.write_text(quiet)
     assert (
-        checkup.nothing_reached_out(tmp_path / "absent", trace)
+        checkup.nothing_reached_out(tmp_path / "absent", [trace])
         == "0 attempts (by audit hook and strace)"
     )
     trace.write_text(
@@ -87,7 +88,7 @@ def test_strace_counts_what_python_does_not_see(tmp_path: Path) -> None:
         'sin_addr=inet_addr("203.0.113.7")}, 16) = -1\n'
     )
     with pytest.raises(checkup.Failed, match=r"1 attempts: 8 connect.*203\.0\.113\.7"):
-        checkup.nothing_reached_out(tmp_path / "absent", trace)
+        checkup.nothing_reached_out(tmp_path / "absent", [trace])
 
 
 def test_the_compiler_for_triton_is_really_used(
@@ -125,7 +126,14 @@ def test_a_bitsandbytes_without_a_library_for_this_cuda_is_found_out(
     ):
         checkup.bitsandbytes_library()
     (package / "libbitsandbytes_cuda130.so").touch()
-    assert checkup.bitsandbytes_library() == "libbitsandbytes_cuda130.so for CUDA 13.0"
+    with pytest.raises(checkup.Failed, match=r"libbitsandbytes_cuda130\.so cannot be loaded"):
+        checkup.bitsandbytes_library()
+    spec = importlib.util.find_spec("_ctypes")
+    assert spec and spec.origin, "any library that loads will do"
+    shutil.copy(spec.origin, package / "libbitsandbytes_cuda130.so")
+    assert checkup.bitsandbytes_library().startswith(
+        "libbitsandbytes_cuda130.so loaded beside torch"
+    )
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(checkup.Failed, match="no CPU library"):
         checkup.bitsandbytes_library()
@@ -161,3 +169,30 @@ def test_the_whole_self_test_trains_counts_no_attempt_and_says_that_this_is_no_c
     assert not found["versions"]["ok"] and not found["isolation"]["ok"]
     assert found["lora training"]["ok"], found["lora training"]["found"]
     assert found["connections"]["ok"] and found["c compiler"]["ok"] and found["bitsandbytes"]["ok"]
+
+
+def test_no_gpu_is_a_failure_with_its_remedy_where_one_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert checkup.gpu_works(expected=False).startswith("no GPU visible; torch")
+    with pytest.raises(
+        checkup.Failed, match=r"no GPU visible to torch .*nvidia-ctk runtime configure.*--gpus none"
+    ):
+        checkup.gpu_works(expected=True)
+
+
+def test_an_image_without_triton_needs_no_machine_code_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert checkup.triton_compiles(["8.0"]) == "not needed: no Triton in this image"
+
+
+def test_an_option_that_is_not_known_is_answered_with_the_usage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert checkup.main(["--expect-gpus"]) == 2
+    assert "--expect-gpu" in capsys.readouterr().err
