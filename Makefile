@@ -50,14 +50,14 @@ lint: setup ## ruff and mypy
 crash-matrix: setup ## N client deaths, one later command each, boxes left: none
 	@$(VENV)/bin/python tests/crash_matrix.py $(N)
 
-image: setup ## build IMAGE=practice, train-cu130, ... from its lock; WITH=dockerfile by docker build, BASE=... on another Debian
-	@$(milktea) image build $(IMAGE) $(if $(WITH),--$(WITH)) $(if $(BASE),--base $(BASE))
+image: setup ## build IMAGE=practice, train-cu130, ... from its lock by docker build; BASE=... another Debian 12
+	@$(milktea) image build $(IMAGE) $(if $(BASE),--base $(BASE))
 
 image-lock: setup ## pin every package and file of IMAGE by hash
 	@$(milktea) image lock $(IMAGE)
 
-bundle: setup ## a folder to carry to a server without a network: IMAGE=..., SINCE=previous lock
-	@$(milktea) image bundle $(IMAGE) $(if $(SINCE),--since $(SINCE)) $(if $(INVENTORY),--inventory $(INVENTORY)) $(if $(VOLUME),--volume $(VOLUME)) $(if $(KEY),--key $(KEY))
+bundle: setup ## a signed folder for a server without a network: IMAGE=..., SINCE=the bundle before, INVENTORY=server.txt, FORMAT=oci
+	@$(milktea) image bundle $(IMAGE) $(if $(SINCE),--since $(SINCE)) $(if $(INVENTORY),--inventory $(INVENTORY)) $(if $(VOLUME),--volume $(VOLUME)) $(if $(KEY),--key $(KEY)) $(if $(OUT),--out $(OUT)) $(if $(FORMAT),--format $(FORMAT)) $(if $(FROM),--image $(FROM))
 
 push-image: setup ## to a registry that vast.ai's hosts pull from: IMAGE=..., REGISTRY=...
 	@$(milktea) image push $(IMAGE) $(REGISTRY)

@@ -3,7 +3,6 @@ inside the commands, as in cli.py."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -38,59 +37,29 @@ def _mirrors() -> Mirrors:
 @app.command()
 def build(
     name: Name = "practice",
-    dockerfile: Annotated[
-        bool,
-        typer.Option("--dockerfile", help="By docker build from docker/, instead of the assembler"),
-    ] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="With --dockerfile: an ordinary base image in place of our own Debian"),
-    ] = None,
-    load: Annotated[
-        bool,
         typer.Option(
-            "--load/--no-load", help="Bring it into the Docker engine, where there is one"
+            help="A Debian 12 in the engine, instead of the one that the Dockerfile names"
         ),
+    ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch/--no-fetch", help="Get what is missing first; needs a network")
     ] = True,
 ) -> None:
-    """Fetch what the lock pins, put the image together without a network, and bring it into the
-    engine."""
+    """Fetch what the lock pins, then docker build without a network."""
     with errors(False):
-        from ops.errors import ConfigError, PreflightError
         from ops.image import workflow as images
 
-        if base and not dockerfile:
-            raise ConfigError(
-                f"--base {base} is for the Dockerfile",
-                hint=f"make image IMAGE={name} WITH=dockerfile BASE={base}",
-            )
-        images.fetch(name, mirrors=_mirrors(), progress=_say)
-        if dockerfile:
-            print(
-                "built by its Dockerfile: "
-                f"{images.build_with_dockerfile(name, progress=_say, base=base)}"
-            )
-            return
-        image = images.assemble(name, progress=_say)
-        print(
-            f"{image.tag}: {len(image.layers)} layers, "
-            f"{sum(layer.blob_bytes for layer in image.layers) / 1e6:,.0f} MB, predicted "
-            "digests met"
-        )
-        if load:
-            try:
-                print(f"loaded: {images.load(name, progress=_say)}")
-            except PreflightError as e:
-                print(
-                    f"not loaded into an engine: {e}\n  next: "
-                    f"{e.hint or '`make bundle` needs none'}"
-                )
+        if fetch:
+            images.fetch(name, mirrors=_mirrors(), progress=_say)
+        print(f"built: {images.build(name, progress=_say, base=base)}")
 
 
 @app.command()
 def fetch(name: Name = "practice") -> None:
-    """Bring everything that the lock pins onto this disk, each file checked; nothing after it needs
-    a network."""
+    """Bring everything that the lock pins onto this disk, each file by its hash; nothing after it
+    needs a network."""
     with errors(False):
         from ops.image import workflow as images
 
@@ -99,46 +68,14 @@ def fetch(name: Name = "practice") -> None:
 
 
 @app.command()
-def context(
-    name: Name,
-    folder: Annotated[
-        Path, typer.Argument(help="A new folder for docker build --network=none FOLDER")
-    ],
-) -> None:
-    """Lay out the build context of the image's Dockerfile: what was fetched, and nothing else."""
+def base(name: Name = "practice") -> None:
+    """Make a Debian base of the locked packages by mmdebstrap, for a machine that reaches no
+    registry."""
     with errors(False):
         from ops.image import workflow as images
 
-        images.fetch(name, mirrors=_mirrors(), progress=_say)
-        print(images.context(name, folder))
-
-
-@app.command()
-def base(
-    name: Name = "practice",
-    registry: Annotated[
-        bool,
-        typer.Option(
-            "--registry", help="By docker/os/1 on an ordinary base image, instead of mmdebstrap"
-        ),
-    ] = False,
-    on: Annotated[
-        str | None,
-        typer.Option(
-            "--on", help="With --registry: another base than the definition's registry_base"
-        ),
-    ] = None,
-) -> None:
-    """Bring the image's Debian into the engine, for its Dockerfile to stand on."""
-    with errors(False):
-        from ops.image import workflow as images
-
-        images.fetch(name, mirrors=_mirrors(), progress=_say)
-        print(
-            images.build_registry_base(name, on, progress=_say)
-            if registry
-            else images.load_base(name, progress=_say)
-        )
+        tag = images.make_base(name, progress=_say)
+        print(f"{tag}\n  next: make image IMAGE={name} BASE={tag}")
 
 
 @app.command("convert-llama")
@@ -161,40 +98,24 @@ def convert_llama(
 
 @app.command()
 def lock(name: Name = "practice") -> None:
-    """Pin every package, Debian package, model file and layer by hash; write images/NAME.lock and
-    its Dockerfile."""
+    """Pin every Debian package, wheel and model file by hash; write images/NAME.lock and the
+    requirement files."""
     with errors(False):
         from ops.image import workflow as images
 
         found = images.lock(name, mirrors=_mirrors(), progress=_say)
         counts = (
             f"{len(found.wheels)} wheels, {len(found.debs)} Debian packages, "
-            f"{len(found.models)} models, {len(found.layers)} layers"
+            f"{len(found.models)} models"
         )
         print(f"images/{name}.lock: {counts}")
-
-
-@app.command()
-def predict(name: Name = "practice") -> None:
-    """The digests that a build from this lock will have, before it is built."""
-    with errors(False):
-        from dataclasses import asdict, is_dataclass
-
-        from ops.image import workflow as images
-
-        identity = images.predict(name)
-        print(
-            json.dumps(
-                asdict(identity) if is_dataclass(identity) else identity.model_dump(), indent=1
-            )
-        )
 
 
 @app.command()
 def push(
     name: Name,
     registry: Annotated[
-        str, typer.Argument(help="As docker push takes it: ghcr.io/you/milktea-train:1")
+        str, typer.Argument(help="As docker push takes it: ghcr.io/you/milktea-train:2")
     ],
 ) -> None:
     """Push to a registry that vast.ai's hosts pull from; log in with docker login first."""
@@ -208,7 +129,7 @@ def push(
 def bundle(
     name: Name = "practice",
     out: Annotated[
-        Path | None, typer.Option(help="The folder to carry; bundle-NAME without it")
+        Path | None, typer.Option(help="The folder to carry; a new one of its own name without it")
     ] = None,
     since: Annotated[
         Path | None,
@@ -217,29 +138,55 @@ def bundle(
         ),
     ] = None,
     inventory: Annotated[
-        Path | None, typer.Option(help="What the server's `INSTALL.sh preflight --json` wrote")
+        Path | None, typer.Option(help="What the server's `INSTALL.sh preflight --facts` wrote")
     ] = None,
     volume: Annotated[
         str, typer.Option(help="fat32, dvd, dvd-dl, bd, or bytes: no file will be larger")
     ] = "",
     key: Annotated[
-        Path | None, typer.Option(help="Sign with this key (milktea image keygen)")
+        Path | None, typer.Option(help="Sign with this key; a key of yours, made once, without it")
     ] = None,
+    signed: Annotated[bool, typer.Option("--sign/--no-sign", help="Sign it")] = True,
+    image: Annotated[
+        str | None,
+        typer.Option(help="An image made FROM the built one, by a Dockerfile or docker commit"),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="folder, or oci: one archive for registries, skopeo, ctr, k3s"
+        ),
+    ] = "folder",
 ) -> None:
     """Write a folder that a server with Docker, and nothing else, installs from."""
     with errors(False):
-        from ops.image import ship
+        from ops.errors import ConfigError
+        from ops.image import workflow as images
 
-        made = ship.bundle(
+        if form not in ("folder", "oci"):
+            raise ConfigError(
+                f"--format {form} is neither folder nor oci",
+                hint="leave it out for a folder to install from",
+            )
+        made = images.bundle(
             name,
-            out or Path(f"bundle-{name}"),
+            out,
             since=since,
             server=inventory,
             volume=volume,
             key=key,
+            signed=signed,
+            image=image,
+            whole=form == "oci",
             progress=_say,
         )
-        print(made)
+        if isinstance(made, Path):
+            print(f"{made}: {made.stat().st_size / 1e6:,.1f} MB")
+        else:
+            print(
+                f"{made.folder}: {made.kind}, {made.carried_layers} layers, "
+                f"{made.size_bytes / 1e6:,.1f} MB, bundle {made.id}"
+            )
 
 
 @app.command()
@@ -248,33 +195,48 @@ def keygen(
         Path, typer.Argument(help="Where the key goes; keep it off the disk that is carried")
     ],
 ) -> None:
-    """A key to sign bundles with, and the fingerprint to tell the other side by phone."""
+    """A key to sign bundles with, and the fingerprint to tell the other side by telephone."""
     with errors(False):
-        from ops.image import ship
+        from ops.image import workflow as images
 
-        print(ship.keygen(path))
+        print(images.keygen(path))
 
 
 @app.command()
-def fit(
+def compatible(
     inventory: Annotated[
-        Path, typer.Argument(help="What the server's `INSTALL.sh preflight --json` wrote")
+        Path, typer.Argument(help="What the server's `INSTALL.sh preflight --facts` wrote")
     ],
 ) -> None:
-    """Which images the server of this inventory runs as they are."""
+    """Which images the server of these facts runs as they are."""
     with errors(False):
-        from ops.image import ship
+        from ops.image import workflow as images
 
-        print(*ship.fitting(inventory), sep="\n")
+        print(*images.compatible(inventory), sep="\n")
 
 
 @app.command()
-def weigh(name: Name = "practice") -> None:
-    """Every byte of the image, by layer and reason."""
+def size(name: Name = "practice") -> None:
+    """Every byte of the image that was bundled last, by layer and reason."""
     with errors(False):
         from ops.image import workflow as images
         from ops.image.spec import budget
 
-        _, whole = images.assembled(name)
-        for layer, size, packed, why in budget.attribution(whole):
-            print(f"{size:>13,} {packed:>13,}  {layer}  {why}")
+        _, whole = images.taken(name)
+        for layer, bytes_there, packed, why in budget.attribution(whole):
+            print(f"{bytes_there:>13,} {packed:>13,}  {layer}  {why}")
+
+
+@app.command()
+def release(name: Name) -> None:
+    """Mark the image's Dockerfile version as released: its files are never written again."""
+    with errors(False):
+        from ops.image import workflow as images
+        from ops.image.build import context
+        from ops.image.spec.paths import Places
+
+        context.release(images.define(name).dockerfile, Places())
+        print(
+            f"docker/{images.define(name).dockerfile} is released; the next change gets a "
+            "new version"
+        )

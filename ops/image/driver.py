@@ -3,7 +3,7 @@
 Sources: CUDA Toolkit Release Notes, "CUDA Toolkit and Corresponding Driver Versions" (NATIVE); CUDA Compatibility guide,
 minor version compatibility (FLOOR) and binary compatibility of cubin and PTX; the NVIDIA_REQUIRE_CUDA setting of NVIDIA's own
 CUDA images (COMPAT: driver branches whose cuda-compat package NVIDIA supports); end-of-support notes of the driver branches
-(LAST_BRANCH). INSTALL.sh decides by the same rules in shell (server/install/20-driver.sh); tests hold both to the same cases.
+(LAST_BRANCH). INSTALL.sh judges by rows that ops/image/bundle/manifest.py makes of these rules.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ COMPAT = {
     "12.4": (470, 525, 535), "12.6": (470, 535, 550), "12.8": (470, 535, 550), "12.9": (470, 535, 550, 570),
     "13.0": (535, 550, 570), "13.1": (535, 550, 570),
 }  # fmt: skip
+
+# Compute capabilities of NVIDIA's GPUs from Kepler on.
+CAPABILITIES = (
+    "3.5", "3.7", "5.0", "5.2", "5.3", "6.0", "6.1", "6.2", "7.0", "7.2", "7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.1",
+    "10.3", "11.0", "12.0", "12.1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def is_data_center(gpu_name: str) -> bool:
 def _kind(driver: str, capability: str, data_center: bool, line: Line) -> Kind:
     if line.cuda is None:
         return "native"
-    how = _runs_on(capability, line)
+    how = runs_on(capability, line)
     if how in ("gpu-too-old", "gpu-too-new"):
         return how  # type: ignore[return-value]
     if _version(driver) >= _version(line.native):
@@ -102,7 +108,8 @@ def _kind(driver: str, capability: str, data_center: bool, line: Line) -> Kind:
     return "driver-too-old"
 
 
-def _runs_on(capability: str, line: Line) -> str:
+def runs_on(capability: str, line: Line) -> str:
+    """How this line's code gets onto a GPU: ``cubin``, ``ptx``, ``gpu-too-old`` or ``gpu-too-new``."""
     major, minor = _version(capability)
     plain = [_version(a) for a in line.arches if a[-1].isdigit()]
     exact = [a.rstrip("abcdefghijklmnopqrstuvwxyz") for a in line.arches if not a[-1].isdigit()]
@@ -119,18 +126,20 @@ def _remedy(kind: Kind, driver: str, capability: str, data_center: bool, line: L
     if kind == "native":
         return "nothing to do"
     if kind == "minor":
-        return f"nothing to do; a driver from {line.native} on would also allow compiling PTX of CUDA {line.cuda}"
+        return "nothing to do"
     if kind == "ptx":
-        return "nothing to do; the first start compiles for this GPU and takes minutes" + (f"; {carry} to avoid it" if carry else "")
+        avoid = f"; {carry} to avoid it" if carry else ""
+        return f"nothing to do; the first start compiles for this GPU and takes minutes{avoid}"
     if kind == "gpu-too-old":
         return carry or "this GPU needs an older CUDA than any image line here has: use another GPU"
     if kind == "gpu-too-new":
         return carry or "carry an image line with a newer CUDA"
-    needs = line.native if _runs_on(capability, line) == "ptx" else line.floor
+    needs = line.native if runs_on(capability, line) == "ptx" else line.floor
     update = f"update the driver to {needs} or newer" if _version(needs)[0] <= last_branch(capability) else ""
     if kind == "compat":
         package = f"cuda-compat-{str(line.cuda).replace('.', '-')}"
-        update += f", or start with MILKTEA_CUDA_COMPAT=the folder of NVIDIA's package {package}"
+        start = f"start with MILKTEA_CUDA_COMPAT=the folder of NVIDIA's package {package}"
+        update = f"{update}, or {start}" if update else start
     return ", or ".join(x for x in (update, carry) if x)
 
 

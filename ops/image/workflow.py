@@ -1,32 +1,40 @@
-"""What `milktea image ...` and the makefile call, one function a verb. None prints: each takes a ``progress`` that hears lines."""
+"""What `milktea image ...` and the makefile call, one function a verb. None prints: each takes a ``progress`` for its lines."""
 
 from __future__ import annotations
 
+import datetime
+import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ops.errors import ConfigError
-from ops.image import assemble as assembly
-from ops.image.build import dockerfile, engine
-from ops.image.build.container_config import config_json
+from ops.image.build import context, engine
+from ops.image.build.export import export
+from ops.image.bundle import bundle as bundles
+from ops.image.bundle import inventory, signature
 from ops.image.bundle.archive import Image, Layer
-from ops.image.fetch import debian
-from ops.image.fetch import models as model
-from ops.image.fetch import wheels as packages
+from ops.image.bundle.bundle import Bundle
+from ops.image.bundle.contents import Contents, Options
+from ops.image.bundle.cuda_lines import line_of, lines
+from ops.image.bundle.inventory import Present
+from ops.image.fetch import debian, models, wheels
 from ops.image.fetch.debian import Mirrors
 from ops.image.spec import budget, definition
 from ops.image.spec import lock as locks
 from ops.image.spec.definition import Definition
-from ops.image.spec.lock import Identity, Lock
+from ops.image.spec.lock import Lock
 from ops.image.spec.paths import Places
 
 Progress = Callable[[str], None]
-TOOLS = ("pip",)  # what the Dockerfile installs the wheels with; in no image
+FAT32_BYTES = 4_294_967_295
+VOLUMES = {"fat32": FAT32_BYTES, "dvd": 4_700_000_000, "dvd-dl": 8_500_000_000, "bd": 25_000_000_000}
+DOCUMENTS = ("jobs/*.toml", "docs/*.md")  # what a person on the server reads, where it is in the checkout
 
 
 def quiet(line: str) -> None:
-    """Hears progress and says nothing."""
+    """Takes a line of progress and says nothing."""
 
 
 def define(name: str, places: Places = Places()) -> Definition:
@@ -35,138 +43,211 @@ def define(name: str, places: Places = Places()) -> Definition:
 
 
 def read_lock(name: str, places: Places = Places()) -> Lock:
-    """images/NAME.lock, refused where it is older than the definition."""
-    found = locks.read(places.lock(name))
-    definition.require_current(found, define(name, places))
-    return found
+    """images/NAME.lock; raises ConfigError where it is older than the definition."""
+    lock = locks.read(places.lock(name))
+    definition.require_current(lock, define(name, places))
+    return lock
 
 
 def lock(name: str, places: Places = Places(), mirrors: Mirrors | None = None, progress: Progress = quiet) -> Lock:
-    """Resolve everything as it is today, compute every identity, write images/NAME.lock and the Dockerfile made from it.
+    """Resolve everything as it is today; write images/NAME.lock and the requirement files beside its Dockerfile.
 
-    Needs a network; 1 to 3 minutes and the image's size on the disk. Raises PreflightError where something cannot be had.
+    Needs a network; 1 to 3 minutes and the packages' size on the disk. Raises PreflightError where something cannot be had,
+    ConfigError where the Dockerfile's version is released.
     """
     spec, mirrors = define(name, places), mirrors or Mirrors.of_this_host()
+    context.require_unreleased(spec.dockerfile, places)
     debs = debian.resolve(spec.os, mirrors)
     debian.fetch(debs, mirrors, places.debs, progress)
-    wheels = packages.resolve(spec.python, spec.python.requirements, places.wheels, progress)
-    tools = packages.resolve(spec.python, TOOLS, places.wheels, progress)
-    models = [model.resolve(source, places.root, places.models, progress) for source in spec.models]
-    found = Lock(
-        image=spec.name, version=spec.version, wire=spec.wire, platform=spec.platform, epoch=spec.epoch, dockerfile=spec.dockerfile,
-        definition_sha256=spec.sha256, python=spec.python.version, cuda=spec.cuda, debs=debs, models=models,
-        wheels=assembly.group(wheels, spec), tools=[tool.model_copy(update={"layer": "tools"}) for tool in tools],
+    found = wheels.resolve(spec.python, spec.python.requirements, places.wheels, progress)
+    beside = [models.resolve(source, places.root, places.models, progress) for source in spec.models]
+    locked = Lock(
+        image=spec.name, version=spec.version, wire=spec.wire, platform=spec.platform, epoch=spec.epoch,
+        dockerfile=spec.dockerfile, definition_sha256=spec.sha256, python=spec.python.version, cuda=spec.cuda,
+        debs=debs, wheels=context.assign_layers(found, spec), models=beside,
     )  # fmt: skip
-    base = assembly.base(None, found, spec, places, progress)
-    above = assembly.identify_all(assembly.contents(found, spec, places), spec.epoch, progress)
-    found = found.model_copy(update={"layers": [base, *above]})
-    locks.write(found, places.lock(name))
-    dockerfile.write(found, spec, places)
-    return found
+    locks.write(locked, places.lock(name))
+    context.write_requirements(locked, spec, places)
+    return locked
 
 
 def fetch(name: str, places: Places = Places(), mirrors: Mirrors | None = None, progress: Progress = quiet) -> None:
-    """Get everything that the lock pins onto this disk, each file checked. The only step that needs a network."""
+    """Get everything that the lock pins onto this disk, each file by its hash. The only step that needs a network."""
     spec, found = define(name, places), read_lock(name, places)
     debian.fetch(found.debs, mirrors or Mirrors.of_this_host(), places.debs, progress)
-    packages.fetch(spec.python, [*found.wheels, *found.tools], places.wheels, progress)
-    for base in found.models:
-        model.fetch(base, places.root, places.models, progress)
+    wheels.fetch(spec.python, found.wheels, places.wheels, progress)
+    for model in found.models:
+        models.fetch(model, places.root, places.models, progress)
+    context.lay_out(found, places)
 
 
-def predict(name: str, places: Places = Places()) -> Identity:
-    """The digests of the image that :func:`assemble` would make from this lock and this checkout; milliseconds, no wheel needed."""
-    return assembly.predict(read_lock(name, places), define(name, places), places)
+def build(
+    name: str, places: Places = Places(), progress: Progress = quiet, base: str | None = None, host: str | None = None
+) -> str:
+    """Build the image from what was fetched, without a network; returns its tag.
 
-
-def assemble(name: str, places: Places = Places(), progress: Progress = quiet) -> Image:
-    """The image from its lock: no engine, no root, no network. Writes config.json and image.lock under .milktea/images/NAME.
-
-    Raises PreflightError where a file was not fetched, ConfigError where a layer is over its budget. Safe to repeat: what is
-    there is kept.
+    ``base`` is a Debian 12 in the engine in place of the one that the Dockerfile names. Raises PreflightError where a
+    file was not fetched or the engine refuses.
     """
     spec, found = define(name, places), read_lock(name, places)
-    trainer = assembly.trainer_content(spec, places)
-    whole = assembly.complete(found, spec, places, trainer)
-    budget.require(whole, definition.read_budget(places.budget(name)), places.budget(name))
-    image = assembly.write(whole, spec, places, trainer, progress)
-    folder = places.image(name)
+    client = engine.connect(host)
+    context.lay_out(found, places)
+    arguments = {"PIP_NO_INDEX": "1"} | ({"BASE": base} if base else {})
+    engine.build(client, places.root, f"docker/{spec.dockerfile}/Dockerfile", spec.tag, arguments, progress)
+    return spec.tag
+
+
+def make_base(name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
+    """Make a Debian base of the locked packages by mmdebstrap, for a machine that reaches no registry; returns its tag."""
+    debian.require_mmdebstrap()
+    spec, found, client = define(name, places), read_lock(name, places), engine.connect(host)
+    tag = f"milktea/debian:{spec.os.suite}"
+    with tempfile.TemporaryDirectory(dir=places.cache, prefix="base-") as folder:
+        progress(f"making Debian {spec.os.suite} from {len(found.debs)} packages (about 30 s)")
+        tar = Path(folder) / "base.tar"
+        debian.make_base(spec.os, found.debs, places.debs, spec.epoch, tar)
+        return engine.import_base(client, tar, tag)
+
+
+def take(
+    name: str, places: Places = Places(), progress: Progress = quiet, image: str | None = None, host: str | None = None
+) -> tuple[Image, Lock]:
+    """Take the built image (or ``image``, one made FROM it) out of the engine as it is carried; writes config.json and
+    image.lock under .milktea/images/NAME.
+
+    Raises ConfigError where a layer is over its budget, PreflightError where the image is not in the engine.
+    """
+    spec, found = define(name, places), read_lock(name, places)
+    tag = spec.tag
+    if image is not None:
+        found = found.model_copy(update={"image": name_of(image)})
+        tag = f"milktea/{found.image}:{found.version}"
+    taken, whole = export(engine.save(engine.connect(host), image or spec.tag), tag, found, places, progress)
+    if image is None:
+        budget.require(whole, definition.read_budget(places.budget(name)), places.budget(name))
+    folder = places.image(whole.image)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_bytes(image.config_json_bytes)
+    (folder / "config.json").write_bytes(taken.config_json_bytes)
     locks.write(whole, folder / "image.lock")
-    return image
+    return taken, whole
 
 
-def assembled(name: str, places: Places = Places()) -> tuple[Image, Lock]:
-    """The image that was assembled last, with its whole lock; raises ConfigError where there is none."""
+def taken(name: str, places: Places = Places()) -> tuple[Image, Lock]:
+    """The image that :func:`take` took last, with its lock; raises ConfigError where there is none."""
     folder = places.image(name)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"image {name} has not been assembled here", hint=f"make image IMAGE={name}")
+        raise ConfigError(f"image {name} has not been built here", hint=f"make image IMAGE={name}")
     whole = locks.read(folder / "image.lock")
-    stacked = tuple(
-        Layer(x.name, x.diff_id, x.blob_sha256, x.blob_bytes, places.blobs / x.blob_sha256, x.size_bytes) for x in whole.layers
+    layers = tuple(
+        Layer(x.name, x.diff_id, x.blob_sha256, x.blob_bytes, places.blobs / x.blob_sha256, x.size_bytes)
+        for x in whole.layers
     )
     tag = whole.identity.tag if whole.identity else f"milktea/{name}:{whole.version}"
-    return Image((folder / "config.json").read_bytes(), stacked, tag), whole
-
-
-def write_dockerfile(name: str, places: Places = Places()) -> Path:
-    """Render docker/NAME/VERSION/ from the lock again, without locking again; returns the Dockerfile."""
-    found = read_lock(name, places)
-    dockerfile.write(found, define(name, places), places)
-    return places.dockerfile(found.dockerfile) / "Dockerfile"
-
-
-def context(name: str, folder: Path, places: Places = Places()) -> Path:
-    """The build context of the image's Dockerfile: everything fetched, nothing else. Returns the Dockerfile in it."""
-    return dockerfile.context(read_lock(name, places), define(name, places), places, folder)
-
-
-def load(name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
-    """Bring the assembled image into the engine; returns its ID there. Raises PreflightError where there is no engine."""
-    image, _ = assembled(name, places)
-    return engine.load(engine.connect(host), image, progress)
-
-
-def load_base(name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
-    """Bring the image's Debian layer into the engine as an image of its own, for its Dockerfile to stand on; returns the tag.
-
-    Makes the layer of the fetched packages where it is not there; the rest of the image need not be."""
-    client, spec, found = engine.connect(host), define(name, places), read_lock(name, places)
-    made = assembly.require_base(found, spec, places, progress)
-    layer = Layer(made.name, made.diff_id, made.blob_sha256, made.blob_bytes, places.blobs / made.blob_sha256, made.size_bytes)
-    base = Image(config_json(found, [made]), (layer,), f"milktea/os-{name}:{found.version}")
-    engine.load(client, base, progress)
-    return base.tag
-
-
-def build_registry_base(
-    name: str, registry_base: str | None = None, places: Places = Places(), progress: Progress = quiet, buildkit: bool = False,
-    host: str | None = None,
-) -> str:
-    """The image's Debian on an ordinary base, by docker/os/1: for those who have a registry and no mmdebstrap. Returns the tag."""
-    client, spec, found = engine.connect(host), define(name, places), read_lock(name, places)
-    tag = f"milktea/os-{name}:{found.version}-registry"
-    with tempfile.TemporaryDirectory(prefix="milktea-context-", dir=places.cache) as folder:
-        dockerfile.base_context(found, spec, places, Path(folder))
-        engine.build(client, Path(folder), tag, {"REGISTRY_BASE": registry_base or spec.os.registry_base}, buildkit, progress)
-    return tag
-
-
-def build_with_dockerfile(
-    name: str, places: Places = Places(), progress: Progress = quiet, base: str | None = None, buildkit: bool = False, host: str | None = None
-) -> str:
-    """The same image by pip in the engine instead of by splicing; returns its tag. ``base``: another Debian with the packages in it."""
-    client = engine.connect(host)
-    spec = define(name, places)
-    arguments = {"BASE": base or load_base(name, places, progress, host)}
-    with tempfile.TemporaryDirectory(prefix="milktea-context-", dir=places.cache) as folder:
-        dockerfile.context(read_lock(name, places), spec, places, Path(folder))
-        engine.build(client, Path(folder), f"{spec.tag}-dockerfile", arguments, buildkit, progress)
-    return f"{spec.tag}-dockerfile"
+    return Image((folder / "config.json").read_bytes(), layers, tag), whole
 
 
 def push(name: str, target: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
-    """Push the image to a registry that vast.ai's hosts can pull from; returns its digest."""
-    load(name, places, progress, host)
+    """Push the built image to a registry that vast.ai's hosts can pull from; returns its digest."""
     return engine.push(engine.connect(host), define(name, places).tag, target, progress)
+
+
+def bundle(
+    name: str,
+    out: Path | None = None,
+    *,
+    since: Path | None = None,
+    server: Path | None = None,
+    volume: str = "",
+    key: Path | None = None,
+    signed: bool = True,
+    image: str | None = None,
+    whole: bool = False,
+    places: Places = Places(),
+    progress: Progress = quiet,
+) -> Bundle | Path:
+    """Write the built image, or ``image`` made FROM it, as a folder to carry; ``whole`` writes one OCI archive instead.
+
+    ``out`` is a new folder of its own name where it is None. ``since`` is the bundle that the server has, or its image.lock,
+    ``server`` the facts of its preflight; either makes an update. ``volume`` is a number of bytes, or one of VOLUMES.
+    ``key`` signs; without it a key of this user, made once. Raises ConfigError, PreflightError.
+    """
+    built, lock = take(name, places, progress, image)
+    release = int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d%H%M%S"))
+    contents = Contents(
+        lock, built, {model.name: models.where(model, places.models) for model in lock.models}, line_of(name, lock.cuda),
+        tuple(lines(places)), documents=_documents(places),
+    )  # fmt: skip
+    if whole:
+        return bundles.write_oci(contents, out or Path(f"{lock.image}-{release}.oci.tar"))
+    base, base_models = _base(built, since, server)
+    if signed:
+        key = key or _own_key(progress)
+    options = Options(release, volume_bytes(volume), base, base_models, key if signed else None)
+    kind = "update" if base else "bundle"
+    return bundles.write_bundle(contents, out or Path(f"{kind}-{lock.image}-{release}"), options, progress)
+
+
+def keygen(path: Path) -> str:
+    """A key to sign bundles with; returns its fingerprint, which whoever installs must get by another way than the disk."""
+    return signature.make_key(path)
+
+
+def compatible(server: Path, places: Places = Places()) -> list[str]:
+    """The images of this project that the server of these facts runs as they are."""
+    return inventory.read(server).compatible_lines(lines(places))
+
+
+def volume_bytes(text: str) -> int:
+    """0 for "", bytes for a number, else one of VOLUMES; raises ConfigError."""
+    if not text or text in VOLUMES:
+        return VOLUMES.get(text, 0)
+    if not text.isdigit() or int(text) < 1_000_000:
+        raise ConfigError(
+            f"volume size {text!r} is neither a number of bytes from 1,000,000 on nor one of {', '.join(VOLUMES)}"
+        )
+    return int(text)
+
+
+def name_of(image: str) -> str:
+    """The name of a bundle of another image: the last part of its repository."""
+    name = re.sub(r"[^a-z0-9.-]", "-", image.rpartition("/")[2].partition("@")[0].partition(":")[0].lower()).strip("-.")
+    if not name:
+        raise ConfigError(f"{image!r} names no image", hint="docker images lists them")
+    return name
+
+
+def own_key() -> Path:
+    """Where this user's signing key is."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "milktea" / "release-key"
+
+
+def _own_key(progress: Progress) -> Path:
+    path = own_key()
+    if not path.is_file():
+        signature.make_key(path)
+        progress(f"made a signing key: {path}")
+    public = path.with_name(path.name + ".pub")
+    progress(f"signing with {path}; tell the other side by telephone: {signature.fingerprint(public)}")
+    return path
+
+
+def _documents(places: Places) -> dict[str, Path]:
+    return {path.name: path for pattern in DOCUMENTS for path in sorted(places.root.glob(pattern))}
+
+
+def _base(built: Image, since: Path | None, server: Path | None) -> tuple[Present | None, frozenset[str]]:
+    """The image and the models that the server has. A layer of the same files and other gzip bytes counts as changed."""
+    if since and server:
+        raise ConfigError("SINCE and INVENTORY exclude each other: the inventory says what the server has", hint="give one of them")
+    if server:
+        found = inventory.read(server)
+        return found.base_for(built.diff_ids), found.models
+    if not since:
+        return None, frozenset()
+    old = locks.read(since / "image.lock" if since.is_dir() else since)
+    if not old.layers or old.identity is None:
+        raise ConfigError(f"{since} is not the lock of a built image", hint="take the image.lock of the bundle that was carried")
+    blobs = {layer.diff_id: layer.blob_sha256 for layer in built.layers}
+    same = [x.diff_id for x in old.layers if blobs.get(x.diff_id, x.blob_sha256) == x.blob_sha256]
+    ref = f"{old.identity.tag.rpartition(':')[0]}:{old.identity.config_digest[7:19]}"
+    return Present(ref, same), frozenset(model.set_digest for model in old.models)

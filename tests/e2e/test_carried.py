@@ -1,5 +1,5 @@
-"""The other main job: the practice image is put together, carried as a signed folder to a server,
-and trains there without a network."""
+"""The other main job: the practice image is built by its Dockerfile, carried as a signed folder to
+a server, and trains there without a network."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def test_the_practice_image_is_built_carried_installed_and_trains_without_a_netw
         pytest.skip("no Docker engine answers here")
     key, folder, prefix = tmp_path / "release", tmp_path / "bundle", tmp_path / "server"
     milktea("image", "keygen", key)
-    milktea("image", "build", "practice", "--no-load")
+    base = os.environ.get("MILKTEA_BASE", "base:bookworm")
+    milktea("image", "build", "practice", *(["--base", base] if base else []))
     milktea("image", "bundle", "practice", "--out", folder, "--key", key)
     script = folder / "INSTALL.sh"
     run("sh", script, "preflight", "--prefix", prefix, "--key", f"{key}.pub")

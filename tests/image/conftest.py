@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -16,11 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.image.bundle import archive, bundle
-from ops.image.bundle import manifest as papers
-from ops.image.bundle import parts as stair
+from ops.image.bundle import archive, bundle, parts
+from ops.image.bundle.contents import Contents, Options
 from ops.image.driver import Line
-from ops.image.layers import packed_member
 from ops.image.spec import lock
 
 CPU = Line("tiny", None)
@@ -60,6 +59,18 @@ def _shell() -> dict[str, bytes | str]:
     return files
 
 
+def _python() -> dict[str, bytes | str]:
+    """This machine's Debian Python with as much of its library as the installer imports."""
+    files: dict[str, bytes | str] = {"usr/bin/python3": Path("/usr/bin/python3").read_bytes()}
+    for word in subprocess.run(["ldd", "/usr/bin/python3"], capture_output=True, text=True).stdout.split():
+        if word.startswith("/"):
+            files[word.lstrip("/")] = Path(word).read_bytes()
+    library = Path(f"/usr/lib/{Path('/usr/bin/python3').resolve().name}")
+    for pattern in ("*.py", *(f"{x}/*.py" for x in ("collections", "encodings", "html", "importlib", "json", "re", "urllib"))):
+        files |= {str(path).lstrip("/"): path.read_bytes() for path in library.glob(pattern)}
+    return files
+
+
 @dataclass
 class TinyImage:
     """Layers by name, bottom up. Change one and build again, as the next release would."""
@@ -69,6 +80,7 @@ class TinyImage:
     models: dict[str, Path] = field(default_factory=dict)
     prove_says: str = '{"milktea_selftest":1,"ok":true,"checks":[{"check":"tiny","ok":true,"found":"said hello"}]}'
     name: str = "tiny"
+    environment: tuple[str, ...] = ()
 
     def default(self) -> TinyImage:
         dice = random.Random(1)
@@ -94,26 +106,30 @@ class TinyImage:
         self.models[name] = folder
         return self
 
-    def cargo(self, line: Line = CPU, lines: tuple[Line, ...] = ()) -> bundle.Cargo:
+    def with_python(self) -> TinyImage:
+        """The installer's part that runs inside the image needs one."""
+        self.contents = {"os": self.contents["os"], "python": _python(), **self.contents}
+        return self
+
+    def made(self, line: Line = CPU, lines: tuple[Line, ...] = ()) -> Contents:
         layers, locked = [], []
         store = self.folder / "blobs"
         store.mkdir(parents=True, exist_ok=True)
         for name, files in self.contents.items():
             raw = _tar(files)
-            blob = b"".join(packed_member(raw[at : at + 8192]) for at in range(0, len(raw), 8192))
+            blob = gzip.compress(raw, 1, mtime=0)
             digest = hashlib.sha256(blob).hexdigest()
             (store / digest).write_bytes(blob)
             layer = archive.Layer(name, archive.digest(raw), digest, len(blob), store / digest, len(raw))
             layers.append(layer)
-            kind = "trainer" if name == "trainer" else "wheels"
             locked.append(
                 lock.LockedLayer(
-                    name=name, kind=kind, diff_id=layer.diff_id, blob_sha256=digest, blob_bytes=len(blob), size_bytes=len(raw), holds=[name]
+                    name=name, diff_id=layer.diff_id, blob_sha256=digest, blob_bytes=len(blob), size_bytes=len(raw), holds=[name]
                 )
             )
         config = {
             "architecture": "amd64", "os": "linux", "created": "2023-11-14T22:13:20Z",
-            "config": {"Env": ["PATH=/bin"], "Labels": {"milktea.wire": "1"}, "Cmd": ["/bin/sh"]},
+            "config": {"Env": ["PATH=/bin:/usr/bin", *self.environment], "Labels": {"milktea.wire": "1"}, "Cmd": ["/bin/sh"]},
             "rootfs": {"type": "layers", "diff_ids": [x.diff_id for x in layers]},
             "history": [{"created": "2023-11-14T22:13:20Z", "created_by": "milktea"} for _ in layers],
         }  # fmt: skip
@@ -126,7 +142,7 @@ class TinyImage:
             ]
             models.append(
                 lock.Model(
-                    name=name, source="local", revision="r1", license="Apache-2.0", set_digest=lock.set_digest(files), bundled=False, files=files
+                    name=name, source="local", revision="r1", license="Apache-2.0", set_digest=lock.set_digest(files), files=files
                 )
             )
         whole = lock.Lock(
@@ -135,25 +151,19 @@ class TinyImage:
             layers=locked, models=models,
             wheels=[lock.Wheel(name="a", version="1.0", file="a-1.0-py3-none-any.whl", sha256="a" * 64, size_bytes=40_000, layer="wheel-a", license="MIT")],  # noqa: E501
         )  # fmt: skip
-        return bundle.Cargo(whole, image, dict(self.models), line, lines, prove=("/bin/sh", "/bin/prove"), evidence=None, memory_bytes=1_000_000)
+        return Contents(
+            whole, image, dict(self.models), line, lines, prove=("/bin/sh", "/bin/prove"), python="/usr/bin/python3",
+            memory_bytes=1_000_000,
+        )  # fmt: skip
 
-    def kept(self) -> dict[str, Path | None]:
-        """What a server keeps that installed the bundle of today, as files that stay when the contents change."""
-        held = papers.kept(self.cargo())
-        folder = self.folder / "kept"
-        folder.mkdir(exist_ok=True)
-        for digest, data in held.by_hash().items():
-            (folder / digest).write_bytes(data)
-        return {digest: next(at for at in (folder / digest, self.folder / "blobs" / digest) if at.exists()) for digest in held.hashes().values()}
-
-    def pack(self, out: Path, options: bundle.Options | None = None, **more: object) -> bundle.Bundle:
-        return bundle.write_bundle(self.cargo(**more), out, options or bundle.Options(parity_members=4))  # type: ignore[arg-type]
+    def pack(self, out: Path, options: Options = Options(), **more: object) -> bundle.Bundle:
+        return bundle.write_bundle(self.made(**more), out, options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyImage:
     """Its layers are kilobytes; as with real ones, the larger have parts of their own and the smaller share some."""
-    monkeypatch.setattr(stair, "SMALL_BYTES", 80_000)
+    monkeypatch.setattr(parts, "SMALL_BYTES", 80_000)
     return TinyImage(tmp_path / "tiny").default()
 
 

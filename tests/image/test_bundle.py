@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import jsonschema
 import pytest
 
 from ops.errors import ConfigError, PreflightError
-from ops.image.bundle import bundle, inventory, sbom
-from ops.image.bundle import parts as stair
+from ops.image import workflow
+from ops.image.bundle import bundle, inventory, parts, sbom
 from ops.image.bundle.contents import Options
 from ops.image.bundle.inventory import Present
-from ops.image.bundle.parts import Step
+from ops.image.bundle.parts import Part
+from ops.image.spec import lock as locks
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -25,14 +27,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def installed(tiny: Any) -> Present:
-    return Present(ref="mtb/tiny:old", layers=tiny.cargo().image.diff_ids)
+    return Present(ref="mtb/tiny:old", layers=tiny.made().image.diff_ids)
 
 
 def test_every_file_of_a_bundle_is_in_sha256sums_and_in_the_manifest(tiny: Any, tmp_path: Path, release_key: Path) -> None:
-    tiny.add_model().pack(tmp_path / "b", Options(parity_members=4, key=release_key))
+    tiny.add_model().pack(tmp_path / "b", Options(key=release_key))
     files = content(tmp_path / "b")
     sums = dict(reversed(line.split("  ")) for line in files["SHA256SUMS"].decode().splitlines())
     assert set(files) - set(sums) == {"SHA256SUMS", "SHA256SUMS.sig", "SHA256SUMS.openssl"}
+    assert not any("release" in path or path.startswith("keys") for path in files), "a key on the disk vouches for nothing"
     assert all(hashlib.sha256(files[p]).hexdigest() == digest for p, digest in sums.items())
     manifest = json.loads(files["MANIFEST.json"])
     assert set(manifest["files"]) == set(sums) - {"MANIFEST.json"}
@@ -47,84 +50,122 @@ def test_the_same_inputs_give_the_same_bytes(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_each_part_of_a_full_bundle_carries_exactly_one_layer(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stair, "SMALL_BYTES", 0)
+    monkeypatch.setattr(parts, "SMALL_BYTES", 0)
     tiny.pack(tmp_path / "b")
-    parts = sorted((tmp_path / "b" / "parts").iterdir())
-    assert [p.name[:2] for p in parts] == ["01", "02", "03", "04", "05", "06", "07"]
-    for number, part in enumerate(parts, 1):
+    archives = sorted((tmp_path / "b" / "parts").iterdir())
+    assert [p.name[:2] for p in archives] == ["01", "02", "03", "04", "05", "06", "07"]
+    for number, part in enumerate(archives, 1):
         with tarfile.open(part) as tar:
             blobs = [m for m in tar.getnames() if m.startswith("blobs/")]
             listed = json.loads(tar.extractfile("manifest.json").read())[0]["Layers"]
         assert len(listed) == number and len([b for b in blobs if b in listed]) == 1
 
 
-def test_runs_of_small_layers_share_a_part_that_stays_small(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stair, "SMALL_BYTES", 150_000)
-    steps = stair.plan_steps(tiny.cargo().image, None)
-    assert [(s.first, s.last) for s in steps] == [(1, 1), (2, 2), (3, 7)]
-
-
 def test_no_volume_is_larger_than_asked_and_together_they_are_the_file(tiny: Any, tmp_path: Path) -> None:
-    tiny.pack(tmp_path / "whole", Options(parity_members=0))
-    tiny.pack(tmp_path / "cut", Options(volume_bytes=100_000, parity_members=0))
+    tiny.pack(tmp_path / "whole", Options())
+    tiny.pack(tmp_path / "cut", Options(volume_bytes=100_000))
     whole, cut = content(tmp_path / "whole" / "parts"), content(tmp_path / "cut" / "parts")
     assert len(cut) > len(whole) and max(map(len, cut.values())) == 100_000
     for name, data in whole.items():
         assert b"".join(cut[v] for v in sorted(cut) if v == name or v.startswith(name + ".v")) == data
 
 
-def test_an_update_of_the_trainer_carries_the_layers_above_it_and_nothing_else(tiny: Any, tmp_path: Path) -> None:
+def test_runs_of_small_layers_share_a_part_that_stays_small(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "SMALL_BYTES", 150_000)
+    assert parts.plan_parts(tiny.made().image, None) == [Part(1, 1), Part(2, 2), Part(3, 7)]
+
+
+def test_an_update_of_the_trainer_carries_its_layer_and_those_above_it(tiny: Any, tmp_path: Path) -> None:
     base = installed(tiny)
     tiny.contents["trainer"] = {"app/train.py": b"print('two')\n"}
-    found = tiny.pack(tmp_path / "b", Options(parity_members=8, base=base))
-    assert found.kind == "delta" and found.carried_layers == 1
+    found = tiny.pack(tmp_path / "b", Options(base=base))
+    assert found.kind == "update" and found.carried_layers == 2
     assert sum(p.stat().st_size for p in (tmp_path / "b" / "parts").iterdir()) < 16_000
-    assert not (tmp_path / "b" / "parity").exists()  # over one volume it would be a copy of it
 
 
-def test_an_update_of_one_small_wheel_carries_that_wheel_and_takes_the_layers_above_from_the_server(tiny: Any, tmp_path: Path) -> None:
+def test_an_update_of_one_wheel_carries_it_and_the_layers_above_whole(tiny: Any) -> None:
     base = installed(tiny)
     tiny.contents["wheel-a"] = {"lib/a.py": tiny.contents["wheel-a"]["lib/a.py"][::-1]}
-    found = tiny.pack(tmp_path / "b", Options(parity_members=0, base=base))
-    steps = stair.plan_steps(tiny.cargo().image, base)
-    assert steps == [Step(3, 7, (3,), (4, 5, 6, 7))]
-    assert found.carried_layers == 1
-    parts = sum(p.stat().st_size for p in (tmp_path / "b" / "parts").iterdir())
-    assert parts < 1.1 * 40_000 + 32_000  # headers of the archive: 20 KB here, whatever the wheel
+    assert [k for p in parts.plan_parts(tiny.made().image, base) for k in p.carried] == [3, 4, 5, 6, 7]
 
 
-def test_unchanged_layers_come_back_in_archives_of_bounded_size(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_of_the_config_alone_carries_the_last_part(tiny: Any) -> None:
     base = installed(tiny)
-    tiny.contents["os"] = dict(tiny.contents["os"], **{"etc/release": b"2"})
-    monkeypatch.setattr(stair, "BATCH_BYTES", 0)
-    image = tiny.cargo().image
-    largest = max(x.size_bytes for x in image.layers)
-    steps = stair.plan_steps(image, base)
-    assert [k for s in steps for k in range(s.first, s.last + 1)] == list(range(1, 8))
-    assert all(sum(image.layers[k - 1].size_bytes for k in range(s.first, s.last + 1)) <= largest for s in steps)
+    tiny.environment = ("NEW=1",)
+    assert parts.plan_parts(tiny.made().image, base) == [Part(7, 7)]
 
 
 def test_an_inventory_chooses_the_image_that_shares_the_most_and_models_that_are_there_stay_out(tiny: Any, tmp_path: Path) -> None:
-    image = tiny.add_model().cargo().image
-    near, far = Present(ref="near", layers=image.diff_ids[:5]), Present(ref="far", layers=image.diff_ids[:2])
-    server = inventory.Inventory(milktea_preflight=1, server="s", engine="24", images=[far, near])
-    assert server.base_for(image.diff_ids) == near
-    assert inventory.Inventory(milktea_preflight=1, server="s", engine="24").base_for(image.diff_ids) is None
-    here = frozenset(m.set_digest for m in tiny.cargo().lock.models)
-    tiny.pack(tmp_path / "b", Options(base=near, base_models=here))
+    image = tiny.add_model().made().image
+    digest = tiny.made().lock.models[0].set_digest
+    lines = ["milktea-server 1", "server s", "engine 24.0.7", "gpu NVIDIA A100, 580.95.05, 8.0, 81920 MiB, Disabled"]
+    for ref, count in (("far:1", 2), ("near:1", 5)):
+        lines += [f"image {ref}", *(f"layer {x}" for x in image.diff_ids[:count])]
+    lines += ["image strange:1", "layer sha256:" + "0" * 64, f"model {digest.removeprefix('sha256:')}", "check a|ok|b|c|d"]
+    (tmp_path / "server.txt").write_text("\n".join(lines))
+    server = inventory.read(tmp_path / "server.txt")
+    base = server.base_for(image.diff_ids)
+    assert base == Present("near:1", image.diff_ids[:5]) and server.engine == "24.0.7"
+    assert server.gpus == (inventory.Gpu("NVIDIA A100", "580.95.05", "8.0"),)
+    assert server.base_for(["sha256:" + "1" * 64]) is None
+    tiny.pack(tmp_path / "b", Options(base=base, base_models=server.models))
     assert not (tmp_path / "b" / "models").exists()
 
 
 def test_an_inventory_that_is_none_says_how_to_get_one(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('{"hello": 1}')
-    for path in (tmp_path / "x.json", tmp_path / "absent.json"):
+    (tmp_path / "x.txt").write_text('{"hello": 1}')
+    for path in (tmp_path / "x.txt", tmp_path / "absent.txt"):
         with pytest.raises(ConfigError) as refused:
             inventory.read(path)
-        assert "preflight --json" in refused.value.hint
+        assert "preflight --facts" in refused.value.hint
+
+
+def test_since_takes_a_bundle_or_its_lock_and_a_layer_of_other_gzip_bytes_counts_as_changed(tiny: Any, tmp_path: Path) -> None:
+    image = tiny.made().image
+    tiny.pack(tmp_path / "full")
+    for since in (tmp_path / "full", tmp_path / "full" / "image.lock"):
+        base, models = workflow._base(image, since, None)
+        assert base is not None and base.layers == image.diff_ids and models == frozenset()
+    other = replace(image, layers=(*image.layers[:3], replace(image.layers[3], blob_sha256="f" * 64), *image.layers[4:]))
+    base, _ = workflow._base(other, tmp_path / "full", None)
+    assert base is not None and parts.plan_parts(other, base)[0].first == 4
+    with pytest.raises(ConfigError, match="exclude"):
+        workflow._base(image, tmp_path / "full", tmp_path / "server.txt")
+    lock = tiny.made().lock
+    locks.write(lock.model_copy(update={"identity": None}), tmp_path / "committed.lock")
+    with pytest.raises(ConfigError, match="not the lock of a built image"):
+        workflow._base(image, tmp_path / "committed.lock", None)
+
+
+def test_one_oci_archive_holds_the_whole_image(tiny: Any, tmp_path: Path) -> None:
+    made = tiny.made()
+    path = bundle.write_oci(made, tmp_path / "tiny.oci.tar")
+    with tarfile.open(path) as tar:
+        names = set(tar.getnames())
+    assert {f"blobs/sha256/{layer.blob_sha256}" for layer in made.image.layers} <= names and "oci-layout" in names
+    with pytest.raises(ConfigError, match="exists"):
+        bundle.write_oci(made, path)
+
+
+@pytest.mark.parametrize(("text", "size"), [("", 0), ("fat32", 4_294_967_295), ("dvd", 4_700_000_000), ("1000000000", 1_000_000_000)])
+def test_volume_sizes_are_bytes_or_the_names_of_media(text: str, size: int) -> None:
+    assert workflow.volume_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["4GB", "12", "floppy"])
+def test_other_volume_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="volume size"):
+        workflow.volume_bytes(text)
+
+
+def test_the_name_of_an_image_of_ones_own_is_taken_from_its_reference() -> None:
+    assert workflow.name_of("registry.example:5000/team/Train_Plus:3") == "train-plus"
+    with pytest.raises(ConfigError, match="names no image"):
+        workflow.name_of("///")
 
 
 def test_the_bill_of_materials_is_valid_cyclonedx_and_names_every_wheel_and_model_with_its_hash(tiny: Any) -> None:
-    lock = tiny.add_model().cargo().lock
+    lock = tiny.add_model().made().lock
     document = json.loads(sbom.cyclonedx(lock))
     spec = importlib.util.find_spec("cyclonedx")
     assert spec and spec.submodule_search_locations, "cyclonedx-python-lib is in the dev requirements: it carries the schema"
@@ -143,7 +184,7 @@ def test_the_bill_of_materials_is_valid_cyclonedx_and_names_every_wheel_and_mode
 
 
 def test_a_model_file_that_is_not_the_locks_is_refused_before_a_bundle_appears(tiny: Any, tmp_path: Path) -> None:
-    cargo = tiny.add_model().cargo()
+    cargo = tiny.add_model().made()
     file = next(cargo.models["org/Tiny-1B"].glob("*1-of*"))
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(PreflightError, match="half downloaded") as refused:
@@ -155,7 +196,7 @@ def test_a_model_file_that_is_not_the_locks_is_refused_before_a_bundle_appears(t
 
 
 def test_a_layer_that_is_not_on_this_machine_is_refused_with_the_command_that_builds_it(tiny: Any, tmp_path: Path) -> None:
-    cargo = tiny.cargo()
+    cargo = tiny.made()
     cargo.image.layers[2].path.unlink()
     with pytest.raises(PreflightError) as refused:
         bundle.write_bundle(cargo, tmp_path / "b")
@@ -188,8 +229,20 @@ def test_a_path_that_a_shell_would_cut_is_refused(tiny: Any, tmp_path: Path) -> 
         tiny.pack(tmp_path / "b")
 
 
-def test_the_readme_names_the_image_in_both_languages_and_leaves_no_blank(tiny: Any, tmp_path: Path) -> None:
-    tiny.pack(tmp_path / "b")
+def test_the_readme_names_the_image_in_both_languages_and_leaves_no_blank(tiny: Any, tmp_path: Path, release_key: Path) -> None:
+    tiny.pack(tmp_path / "signed", Options(key=release_key))
+    tiny.pack(tmp_path / "unsigned", Options(base=Present("mtb/tiny:old", [])))
     for language in ("en", "zh"):
-        text = (tmp_path / "b" / f"README.{language}.txt").read_text("utf-8")
-        assert "tiny" in text and "@" not in text and "sh INSTALL.sh" in text
+        text = (tmp_path / "signed" / f"README.{language}.txt").read_text("utf-8")
+        assert "tiny" in text and "@" not in text and "[/" not in text
+        first = text.splitlines()[3:9]
+        assert any("ssh-keygen -Y check-novalidate" in line for line in first), "the first lines need no script of ours"
+        assert text.index("check-novalidate") < text.index("sha256sum -c") < text.index("sh INSTALL.sh --key")
+        text = (tmp_path / "unsigned" / f"README.{language}.txt").read_text("utf-8")
+        assert "--key" not in text and "ssh-keygen" not in text.split("PREFIX")[0] and "mtb/tiny:old" in text
+
+
+def test_the_licences_come_with_the_offer_of_the_sources(tiny: Any, tmp_path: Path) -> None:
+    tiny.pack(tmp_path / "b")
+    text = (tmp_path / "b/licenses/SOURCES.txt").read_text()
+    assert "https://snapshot.debian.org/package/NAME/VERSION/" in text and "three years" in text

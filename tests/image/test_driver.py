@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from ops.errors import ConfigError
+from ops.image.bundle import manifest
+from ops.image.bundle.cuda_lines import line_of, lines
 from ops.image.bundle.inventory import Gpu, Inventory
 from ops.image.driver import Line, is_data_center, judge
+from ops.image.spec import definition
+from ops.image.spec.lock import Cuda
+from ops.image.spec.paths import Places
 
 LINES = {
     "cu117": Line("cu117", "11.7", ("3.7", "5.0", "6.0", "7.0", "7.5", "8.0", "8.6"), ("8.6",)),
@@ -16,7 +23,7 @@ LINES = {
     "cu128": Line("cu128", "12.8", ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0"), ("12.0",)),
     "cu130": Line("cu130", "13.0", ("7.5", "8.0", "8.6", "9.0", "10.0", "11.0", "12.0"), ("12.0",)),
 }
-INSTALLER = Path(__file__).parents[2] / "ops" / "image" / "server" / "install"
+INSTALLER = Path(__file__).parents[2] / "ops" / "image" / "server" / "INSTALL.sh"
 
 
 def cases() -> list[list[str]]:
@@ -47,36 +54,44 @@ def test_no_remedy_asks_for_a_driver_that_would_take_the_gpu_away() -> None:
 
 @pytest.mark.parametrize("shell", ["dash", "busybox ash", "bash"])
 def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(tmp_path: Path, shell: str) -> None:
-    import shutil
-
     if not shutil.which(shell.split()[0]):
         pytest.skip(f"{shell} is not on this machine")
-    (tmp_path / "PLAN").write_text("".join(f"line {row(x)}\n" for x in LINES.values()))
-    script = ["set -u", f"BUNDLE={tmp_path} WORK={tmp_path} PREFIX={tmp_path} ALSO=''"]
-    script += [(INSTALLER / name).read_text() for name in ("00-head.sh", "10-plan.sh", "20-driver.sh")]
-    script += [f"BUNDLE={tmp_path} WORK={tmp_path}", "exec 3>&1"]
+    rows = "".join(f"{row}\n" for line in LINES.values() for row in manifest._gpu_rows(line))
+    functions = INSTALLER.read_text().rpartition('main "$@"')[0].replace('"$(dirname "$0")"', str(tmp_path))
+    script = [functions, f"SMALL={tmp_path}/plan"]
     for driver, gpu, capability, name, *_ in cases():
-        line = LINES[name]
-        _, cuda, native, floor, arches, ptx, compat = row(line).split()
-        script.append(
-            f"PLAN_ARCHES={arches} PLAN_PTX={ptx}; c=$(class_of '{gpu}'); v=$(verdict {driver} {capability} $c {cuda} {native} {floor} {arches} {ptx} {compat})"  # noqa: E501
-        )
-        script.append(f'echo "$v|$(remedy $v {driver} {capability} $c {cuda} {native} {floor})"')
+        (tmp_path / "plan" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "plan" / name / "PLAN").write_text(f"line_name {name}\n{rows}")
+        script += [f"SMALL={tmp_path}/plan/{name}", f"judge {driver} {capability} $(class_of '{gpu}')"]
     done = subprocess.run([*shell.split(), "-c", "\n".join(script)], capture_output=True, text=True)
     assert done.stderr == ""
     expected = [judge(d, c, is_data_center(g), LINES[n], LINES.values()) for d, g, c, n, *_ in cases()]
-    assert done.stdout.splitlines() == [f"{v.kind}|{v.remedy}" for v in expected]
-
-
-def row(line: Line) -> str:
-    from ops.image.bundle.manifest import line_row
-
-    return line_row(line)
+    assert done.stdout.splitlines() == [f"{v.kind} {v.remedy}" for v in expected]
 
 
 def test_an_inventory_names_the_lines_that_every_gpu_of_the_server_runs() -> None:
-    gpus = [Gpu(name="Tesla V100-SXM2-32GB", driver="535.104.05", capability="7.0"), Gpu(name="NVIDIA A100", driver="535.104.05", capability="8.0")]
-    server = Inventory(milktea_preflight=1, server="s", engine="24.0.7", gpus=gpus)
-    assert server.lines_that_fit(list(LINES.values())) == ["cu117", "cu126"]
-    blind = server.model_copy(update={"gpus": [Gpu(name="unknown GPU", driver="535.104.05", capability="?")]})
-    assert blind.lines_that_fit(list(LINES.values())) == []
+    gpus = (Gpu("Tesla V100-SXM2-32GB", "535.104.05", "7.0"), Gpu("NVIDIA A100", "535.104.05", "8.0"))
+    server = Inventory("s", "24.0.7", gpus)
+    assert server.compatible_lines(list(LINES.values())) == ["cu117", "cu126"]
+    assert Inventory("s", "24", (Gpu("unknown GPU", "535.104.05", "?"),)).compatible_lines(list(LINES.values())) == []
+
+
+def test_architectures_are_read_however_torch_or_a_definition_spells_them() -> None:
+    spelt = ["7.5", "sm_80", "9.0a", "sm_100a", "12.0+PTX", "compute_120"]
+    cuda = Cuda(line="cu130", toolkit="13.0.2", min_driver="580.65.06", architectures=spelt)
+    assert line_of("x", cuda) == Line("x", "13.0", ("7.5", "8.0", "9.0a", "10.0a", "12.0"), ("12.0", "12.0"))
+    assert line_of("cpu", None) == Line("cpu", None)
+
+
+def test_a_toolkit_without_a_known_driver_is_refused_with_the_place_to_add_it() -> None:
+    with pytest.raises(ConfigError, match=r"14\.7 is unknown") as refused:
+        line_of("x", Cuda(line="cu147", toolkit="14.7", min_driver="700", architectures=[]))
+    assert "ops/image/driver.py" in refused.value.hint
+
+
+def test_the_projects_own_definitions_agree_with_the_driver_table() -> None:
+    found = lines(Places())
+    assert len(found) >= 2
+    for line in found:
+        stated = definition.read(Places().definition(line.name)).cuda
+        assert stated is not None and stated.min_driver == line.floor

@@ -7,8 +7,6 @@ import copy
 import html
 import json
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +14,9 @@ import pytest
 from ops.image.server import audit_report as evidence
 
 RECORD: dict[str, Any] = {
-    "milktea_install": 1, "when": "2026-11-21T12:00:00Z", "who": "root", "server": "gpu-<7>",
+    "milktea_install": 1, "when": "2026-11-21T12:00:00Z", "who": "root", "forced": False, "server": "gpu-<7>",
     "bundle": {"name": "train-cu130", "id": "0123456789ab", "kind": "full", "sha256sums": "a" * 64, "signature": "good, by ssh-keygen, with the key given by --key",
-               "volumes_verified": 21, "rebuilt_from_parity": " parts/04-torch.tar"},
+               "volumes_verified": 21, "release": 20261121120000},
     "image": {"ref": "milktea/train-cu130:0123456789ab", "id": "sha256:" + "b" * 64, "previous": "", "layers": ["sha256:" + "c" * 64, "sha256:" + "d" * 64]},
     "sbom": "e" * 64,
     "preflight": {"checks": [{"check": "engine", "verdict": "ok", "measured": "Docker 24.0.7", "needed": "20.10 or newer", "remedy": "nothing to do"}]},
@@ -36,7 +34,7 @@ def test_the_page_says_what_the_record_says_and_carries_it_whole() -> None:
     text = json.dumps(RECORD)
     page = evidence.page(text)
     shown = html.unescape(re.sub(r"<script.*?</script>", "", page, flags=re.S))
-    unseen = {"1", "True", "0.1", "nothing to do", ""}
+    unseen = {"1", "True", "False", "0.1", "nothing to do", ""}
     assert [x for x in leaves(RECORD) if x.strip() not in unseen and x.strip() not in shown] == []
     inside = re.search(r'<script type="application/json" id="record">(.*?)</script>', page, re.S)
     assert inside and json.loads(inside[1]) == RECORD
@@ -52,25 +50,3 @@ def test_a_failed_check_is_shown_as_failed() -> None:
 def test_what_is_no_record_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not an INSTALL-RECORD\.json"):
         evidence.page('{"milktea_install": 2}')
-
-
-def test_the_server_signs_its_record_and_any_changed_field_breaks_both_signatures(tmp_path: Path) -> None:
-    install = Path(evidence.__file__).parent / "install"
-    record = tmp_path / "INSTALL-RECORD.json"
-    record.write_text(json.dumps(RECORD))
-    functions = "".join((install / name).read_text() for name in ("00-head.sh", "60-prove.sh"))
-    script = f"{functions}\nPREFIX={tmp_path}\nsign_here {record}\n"
-    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stderr == ""
-    (tmp_path / "allowed").write_text("server " + (tmp_path / "keys" / "server.pub").read_text())
-    assert (tmp_path / "keys" / "server").stat().st_mode & 0o077 == 0
-
-    def good() -> tuple[bool, bool]:
-        by_ssh = ["ssh-keygen", "-Y", "verify", "-f", f"{tmp_path}/allowed", "-I", "server", "-n", "milktea-evidence", "-s", f"{record}.sig"]
-        by_openssl = ["openssl", "dgst", "-sha256", "-verify", f"{tmp_path}/keys/server.pem", "-signature", f"{record}.openssl", str(record)]
-        first = subprocess.run(by_ssh, input=record.read_bytes(), capture_output=True).returncode == 0
-        return first, subprocess.run(by_openssl, capture_output=True).returncode == 0
-
-    assert good() == (True, True)
-    for leaf in sorted(set(leaves(RECORD)), key=len)[-6:]:
-        record.write_text(json.dumps(RECORD).replace(json.dumps(leaf)[1:-1], "changed", 1))
-        assert good() == (False, False), leaf

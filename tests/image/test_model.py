@@ -129,8 +129,3 @@ def test_a_damaged_cached_model_is_taken_anew(folder, tmp_path):
     assert (model.where(found, tmp_path / "cache") / "config.json").read_bytes() == b"{}"
 
 
-def test_a_bundled_model_has_one_layer_a_shard(folder, tmp_path):
-    found = resolve(folder, tmp_path / "cache", bundled=True)
-    layers = dict(model.layers(found))
-    assert list(layers) == ["model-mine", "model-mine-weights-01", "model-mine-weights-02"]
-    assert sum(len(files) for files in layers.values()) == len(found.files)

@@ -13,9 +13,10 @@ from types import ModuleType
 
 import pytest
 
-from ops.image import assemble
-from ops.job import config
-from trainer.wire.job import Job
+from ops import config
+from ops.image.spec import definition
+from ops.image.spec.paths import Places
+from trainer.job import Job
 
 SERVER = Path(config.__file__).parent / "image" / "server"
 TOML = """
@@ -59,8 +60,8 @@ def job_folder(tmp_path: Path) -> Path:
 
 
 def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(job_folder: Path, tmp_path: Path) -> None:
-    from ops.box.transfer import PushFile, sha256_of
-    from ops.job.planner import _wire_job
+    from ops.planner import _wire_job
+    from ops.transfer import PushFile, sha256_of
 
     convert = module("job_from_toml")
     job = config.load(job_folder / "job.toml")
@@ -109,12 +110,23 @@ def test_a_wrong_key_and_a_missing_data_file_are_refused_with_what_to_do(
     assert "max_step" in capsys.readouterr().err
 
 
-def test_what_the_converter_imports_of_ops_is_in_every_image() -> None:
-    carried, wanted = set(assemble.SOURCES), ["ops/job/config.py"]
+@pytest.mark.parametrize("name", ["practice", "train-cu126", "train-cu130"])
+def test_what_the_converter_imports_of_ops_is_in_every_image(name: str) -> None:
+    root = SERVER.parents[2]
+    spec = definition.read(Places().definition(name))
+    text = (Places().dockerfile(spec.dockerfile) / "Dockerfile").read_text()
+    carried = {f"ops/{path}" for path in re.findall(r"/mnt/ops/([\w/]+\.py)", text)}
+    wanted = [SERVER / "job_from_toml.py"]
     for path in wanted:
-        assert path in carried, f"{path} is imported inside the image: add it to SOURCES in ops/image/assemble.py"
-        text = (SERVER.parents[2] / path).read_text()
-        wanted += [f"ops/{name}.py" for name in re.findall(r"^from ops\.(\w+) import", text, re.M) if f"ops/{name}.py" not in wanted]
+        for package in re.findall(r"^from (ops[\w.]*) import", path.read_text(), re.M):
+            file = root / f"{package.replace('.', '/')}.py"
+            if not file.is_file():
+                file = root / package.replace(".", "/") / "__init__.py"
+            relative = str(file.relative_to(root))
+            assert relative in carried, f"{relative} is imported in the image: copy it in docker/{spec.dockerfile}/Dockerfile"
+            if file not in wanted:
+                wanted.append(file)
+    assert all((root / path).is_file() for path in carried)
 
 
 # -- the command lines -----------------------------------------------------------------------------------------------------
@@ -159,7 +171,7 @@ def test_every_container_has_no_network_no_writable_image_no_rights_and_the_call
         "--gpus all",
     ):
         assert f" {option} " in line
-    assert line.endswith("--entrypoint python3 milktea/tiny:abc -m trainer.checkup")
+    assert line.endswith("--entrypoint python3 milktea/tiny:abc -m trainer.selftest")
     memory_kb = int(Path("/proc/meminfo").read_text().split()[1])
     assert f"--shm-size {memory_kb // 2}k" in line
 
@@ -226,7 +238,7 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
     (tmp_path / "new.json").write_text("[]")
     at = tmp_path / "milktea" / "mine-7"
     assert run("chat", "mine-7", "hello there")[0].endswith(
-        f"-m trainer.serve.chat {at}/result/adapter.zip --base {at}/model --prompt hello there"
+        f"-m trainer.generate {at}/result/adapter.zip --base {at}/model --prompt hello there"
     )
     assert run("evaluate", "mine-7", "new.json")[0].endswith(f"/tools/score.py {at} {tmp_path}/new.json")
 
@@ -266,12 +278,10 @@ def test_a_run_without_a_result_is_not_scored(tmp_path: Path) -> None:
 def test_what_scoring_takes_from_the_trainer_is_there() -> None:
     import inspect
 
-    from trainer.data import files, prepare
-    from trainer.eval import held_out
-    from trainer.serve import chat
+    from trainer import data, evaluate, generate, prepare
 
-    assert list(inspect.signature(chat.open_adapter).parameters)[:2] == ["adapter", "base"]
-    assert list(inspect.signature(held_out.answer).parameters)[:4] == ["model", "prompts", "data", "device"]
+    assert list(inspect.signature(generate.open_adapter).parameters)[:2] == ["adapter", "base"]
+    assert list(inspect.signature(evaluate.answer).parameters)[:4] == ["model", "prompts", "data", "device"]
     assert list(inspect.signature(prepare.prompt_ids).parameters) == ["data", "turns"]
-    assert list(inspect.signature(files.read_rows).parameters) == ["paths", "form"]
-    assert callable(held_out.match) and callable(prepare.model_folder)
+    assert list(inspect.signature(data.read_rows).parameters) == ["paths", "form"]
+    assert callable(evaluate.match) and callable(prepare.model_folder)

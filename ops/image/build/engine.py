@@ -1,7 +1,6 @@
-"""The Docker engine, through the docker package: load, check, build, push. The only module that imports it.
+"""The Docker engine, through the docker package: build, save, push. The only module that imports it.
 
-``docker load`` may exit 0 on an image that cannot run, so nothing here trusts an exit code: what was loaded is compared with
-the image's DiffIDs.
+Building goes through the docker command, because BuildKit does not speak through the engine's plain API.
 """
 
 from __future__ import annotations
@@ -9,19 +8,18 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from docker.client import DockerClient
-from docker.errors import APIError, BuildError, DockerException, ImageNotFound
+from docker.errors import DockerException, ImageNotFound
 
 from ops.errors import PreflightError
-from ops.image.bundle.archive import Image, prefix, stream_archive
 
 Progress = Callable[[str], None]
 OLDEST = (20, 10)
-PART = "milktea/part"
 
 
 def connect(host: str | None = None) -> DockerClient:
@@ -37,31 +35,6 @@ def connect(host: str | None = None) -> DockerClient:
     return client
 
 
-def load(client: DockerClient, image: Image, progress: Progress) -> str:
-    """Load layer by layer, so that the extra disk is one layer and a broken-off load goes on where it was; return the image's ID.
-
-    Safe to call twice. Raises PreflightError where what the engine then has is not the image.
-    """
-    if layers_of(client, image.tag) == image.diff_ids:
-        return str(client.images.get(image.tag).id)
-    total = len(image.layers)
-    for k, layer in enumerate(image.layers, 1):
-        tag = image.tag if k == total else f"{PART}:{image.config_digest[7:19]}-{k:03d}"
-        part = prefix(image, k, tag)
-        if k < total and layers_of(client, tag) == part.diff_ids:
-            continue
-        if layer.path is None or not layer.path.is_file() or layer.path.stat().st_size != layer.blob_bytes:
-            raise PreflightError(f"layer {layer.name} ({layer.blob_sha256[:12]}) is not whole on this disk", hint="make image puts it there again")
-        progress(f"loading {k} of {total}: {layer.name}, {layer.blob_bytes / 1e6:,.1f} MB")
-        said = _load_stream(client, part, k)
-        if layers_of(client, tag) != part.diff_ids:
-            raise PreflightError(f"the engine did not take layer {layer.name}: {said or 'it gave no reason'}",
-                                 hint="run it again; if it stays, delete .milktea/cache/blobs and `make image`")
-    for k in range(1, total):
-        _remove(client, f"{PART}:{image.config_digest[7:19]}-{k:03d}")
-    return str(client.images.get(image.tag).id)
-
-
 def layers_of(client: DockerClient, tag: str) -> list[str] | None:
     """DiffIDs of a loaded image, the same with either store; None where there is no such image."""
     try:
@@ -70,23 +43,64 @@ def layers_of(client: DockerClient, tag: str) -> list[str] | None:
         return None
 
 
-def build(client: DockerClient, context: Path, tag: str, arguments: dict[str, str], buildkit: bool, progress: Progress) -> None:
-    """Build a Dockerfile with no network. BuildKit speaks through the docker command; the legacy builder through its API."""
-    if buildkit:
-        environment = {**os.environ, "DOCKER_BUILDKIT": "1", "DOCKER_HOST": client.api.base_url.replace("http+docker://localhost", _socket(client))}
-        command = ["docker", "build", "--network=none", "--tag", tag, *(f"--build-arg={k}={v}" for k, v in arguments.items()), str(context)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            raise PreflightError(f"docker build failed: {done.stderr.strip()[-800:]}", hint="its whole output: run the command by hand")
-        return
+def build(client: DockerClient, root: Path, dockerfile: str, tag: str, arguments: dict[str, str], progress: Progress) -> str:
+    """``docker build --network=none`` of ROOT/DOCKERFILE by BuildKit; returns the image's ID.
+
+    ``progress`` hears the builder's own lines. Raises PreflightError with its last words.
+    """
+    environment = {**os.environ, "DOCKER_BUILDKIT": "1", "BUILDKIT_PROGRESS": "plain", "DOCKER_HOST": _host(client)}
+    command = [docker_with_buildkit(), "build", "--network=none", "--file", dockerfile, "--tag", tag]
+    command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
+    last: deque[str] = deque(maxlen=12)
+    with subprocess.Popen(
+        [*command, "."], cwd=root, env=environment, text=True, errors="replace",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line.rstrip())
+            progress(line.rstrip())
+    if process.returncode:
+        raise PreflightError(f"docker build failed: {' | '.join(last)[-900:]}", hint="the lines above are its own words")
+    return str(client.images.get(tag).id)
+
+
+def docker_with_buildkit() -> str:
+    """The first docker command on PATH that can use BuildKit: one before 23, or one with buildx."""
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        program = Path(folder) / "docker"
+        if program.is_file() and os.access(program, os.X_OK):
+            version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+            number = re.search(r"(\d+)\.", version)
+            if number and int(number[1]) < 23:
+                return str(program)
+            if subprocess.run([program, "buildx", "version"], capture_output=True).returncode == 0:
+                return str(program)
+    raise PreflightError("no docker command here can use BuildKit", hint="install docker-buildx (Debian: docker-buildx-plugin)")
+
+
+def save(client: DockerClient, tag: str) -> Iterator[bytes]:
+    """The stream of ``docker save``. Raises PreflightError where there is no such image."""
     try:
-        for line in client.api.build(path=str(context), tag=tag, buildargs=arguments, network_mode="none", rm=True, forcerm=True, decode=True):
-            if "error" in line:
-                raise PreflightError(f"docker build failed: {line['error'].strip()}", hint="the last lines above it say where")
-            if text := line.get("stream", "").strip():
-                progress(text)
-    except (APIError, BuildError) as error:
-        raise PreflightError(f"docker build failed: {error}", hint="docker info must work, and the engine must be 20.10 or newer") from error
+        return iter(client.images.get(tag).save(chunk_size=1 << 20, named=True))
+    except ImageNotFound as error:
+        raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
+
+
+def import_base(client: DockerClient, tar: Path, tag: str) -> str:
+    """Make an image of one layer of a root file system's tar; returns the tag."""
+    name, _, version = tag.rpartition(":")
+    with tar.open("rb") as file:
+        client.api.import_image_from_data(file, repository=name, tag=version)
+    return tag
+
+
+def remove(client: DockerClient, tag: str) -> None:
+    """Remove a tag; nothing happens where it is not there."""
+    try:
+        client.images.remove(tag, noprune=True)
+    except ImageNotFound:
+        pass
 
 
 def push(client: DockerClient, tag: str, target: str, progress: Progress) -> str:
@@ -107,28 +121,10 @@ def push(client: DockerClient, tag: str, target: str, progress: Progress) -> str
             if line.get("status") == "Pushed":
                 progress(f"pushed {line.get('id', '')}")
     except ImageNotFound as error:
-        raise PreflightError(f"{tag} is not in the engine", hint="make image loads it") from error
+        raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
     return digest
 
 
-def _load_stream(client: DockerClient, part: Image, k: int) -> str:
-    """What the engine said that was not progress."""
-    said = []
-    try:
-        for line in client.api.load_image(stream_archive(part, carry=[k]), quiet=True):
-            said.append(line.get("error") or line.get("stream", ""))
-    except APIError as error:
-        said.append(str(error.explanation))
-    return " ".join(text.strip() for text in said if text and not text.startswith("Loaded image"))
-
-
-def _remove(client: DockerClient, tag: str) -> None:
-    try:
-        client.images.remove(tag, noprune=True)
-    except ImageNotFound:
-        pass
-
-
-def _socket(client: DockerClient) -> str:
+def _host(client: DockerClient) -> str:
     adapter: Any = client.api.get_adapter(client.api.base_url)
-    return f"unix://{adapter.socket_path}" if hasattr(adapter, "socket_path") else client.api.base_url
+    return f"unix://{adapter.socket_path}" if hasattr(adapter, "socket_path") else str(client.api.base_url)

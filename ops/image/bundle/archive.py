@@ -2,7 +2,7 @@
 
 A *hybrid* archive is an OCI layout (``oci-layout``, ``index.json``) and a docker archive (``manifest.json``) over the same
 blobs, so engines from 20.10 on read it with either image store. Such an archive may list k layers and carry only layer k:
-it loads where layers 1..k-1 are present. That is a *part*; a stair of parts is an image, and a changed part is an update.
+it loads where layers 1..k-1 are present. That is a *part*; all parts in order are the image, the changed ones an update.
 
 Everything here is a pure function of its arguments: no clock, no user, no file name leaks into the bytes.
 """
@@ -118,28 +118,17 @@ def _canonical(tag: str) -> str:
     return f"docker.io/{tag}" if slash else f"docker.io/library/{tag}"
 
 
-def write_part(image: Image, k: int, out: BinaryIO, tag: str | None = None) -> int:
-    """Write the archive that lists layers 1..k and carries only layer k (counted from 1); return its size in bytes.
-
-    The last part is the image itself under its own tag; the earlier ones are called ``NAME:part-KK`` unless ``tag`` says
-    otherwise. Safe to repeat: the same arguments give the same bytes.
-    """
-    name = image.tag.rpartition(":")[0] or image.tag
-    tag = tag or (image.tag if k == len(image.layers) else f"{name}:part-{k:02d}")
-    return write_archive(prefix(image, k, tag), out, carry=[k])
-
-
 def head(image: Image) -> bytes:
     """What every archive of this image begins with, whatever it carries."""
     return b"".join(_header(path, len(data)) + data + _padding(len(data)) for path, data in metadata(image).items())
 
 
-def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = None, headless: bool = False) -> int:
+def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = None) -> int:
     """Write a hybrid archive that carries the layers numbered in ``carry`` (from 1; default all); return its size.
 
-    ``headless`` leaves out :func:`head`, for one who has it."""
+    The same arguments give the same bytes."""
     size = 0
-    for chunk, source in _pieces(image, carry, headless):
+    for chunk, source in _pieces(image, carry):
         out.write(chunk)
         size += len(chunk)
         if source is not None:
@@ -148,38 +137,15 @@ def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = N
     return size
 
 
-def stream_archive(image: Image, carry: Collection[int] | None = None, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
-    """The same bytes as :func:`write_archive`, piece by piece, for an engine's socket; nothing is written to disk."""
-    for chunk, source in _pieces(image, carry):
-        yield chunk
-        if source is not None:
-            with _blob_path(source).open("rb") as blob:
-                while piece := blob.read(chunk_bytes):
-                    yield piece
-
-
-def offsets(image: Image, carry: Collection[int] | None = None, headless: bool = False) -> dict[int, int]:
-    """Where the blob of each carried layer begins in what :func:`write_archive` would write."""
-    found: dict[str, int] = {}
-    written = 0
-    for chunk, source in _pieces(image, carry, headless):
-        written += len(chunk)
-        if source is not None:
-            found[source.blob_sha256] = written
-            written += source.blob_bytes
-    return {k: found[x.blob_sha256] for k, x in enumerate(image.layers, 1) if x.blob_sha256 in found}
-
-
 def archive_bytes(image: Image, carry: Collection[int] | None = None) -> int:
     """The size of what :func:`write_archive` would write, from the lock alone."""
     return sum(len(chunk) + (source.blob_bytes if source else 0) for chunk, source in _pieces(image, carry))
 
 
-def _pieces(image: Image, carry: Collection[int] | None, headless: bool = False) -> Iterator[tuple[bytes, Layer | None]]:
+def _pieces(image: Image, carry: Collection[int] | None) -> Iterator[tuple[bytes, Layer | None]]:
     """Bytes to write, each followed by a layer's blob or by nothing."""
     wanted = set(range(1, len(image.layers) + 1) if carry is None else carry)
-    if not headless:
-        yield head(image), None
+    yield head(image), None
     seen: set[str] = set()
     for number, layer in enumerate(image.layers, 1):
         if number not in wanted or layer.blob_sha256 in seen:
@@ -188,7 +154,7 @@ def _pieces(image: Image, carry: Collection[int] | None, headless: bool = False)
         header, filler = _header(_blob(layer.blob_sha256), layer.blob_bytes), _padding(layer.blob_bytes)
         yield header, layer
         yield filler, None
-    yield b"\0" * (2 * BLOCK), None  # the end; no filling up to a tape's record, which is 10 KB of every update
+    yield b"\0" * (2 * BLOCK), None
 
 
 def _header(path: str, size: int) -> bytes:

@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ops.image.bundle import archive
 from ops.image.bundle.inventory import Present
 from ops.image.driver import Line
 from ops.image.spec.lock import Lock, Model
-from ops.image.update import Kept
 
 
 @dataclass(frozen=True)
-class Cargo:
-    """What goes in: the whole lock of one build, the image with its layers on disk, and a folder for each model of the lock
-    that is not in the image. ``line`` is the CUDA line of the image, ``lines`` every line of the project (for remedies).
-    ``prove`` is the command that the image proves itself with, ``evidence`` its Python, or None."""
+class Contents:
+    """What goes in: the lock of one built image, the image with its layers on disk, a folder for each model of the lock.
+
+    ``line`` is the CUDA line of the image, ``lines`` every line of the project (for remedies). ``prove`` is the command by
+    which the image proves itself, ``python`` its Python. ``documents`` are files for docs/ in the bundle, by name.
+    """
 
     lock: Lock
     image: archive.Image
     models: dict[str, Path]
     line: Line
     lines: tuple[Line, ...] = ()
-    prove: tuple[str, ...] = ("python3", "-m", "trainer.checkup")
-    evidence: str | None = "python3"
+    prove: tuple[str, ...] = ("python3", "-m", "trainer.selftest")
+    python: str = "python3"
     memory_bytes: int = 4_000_000_000
+    documents: dict[str, Path] | None = None
 
 
 @dataclass(frozen=True)
 class Options:
-    """``volume_bytes`` 0 leaves files whole (FAT32 holds 4 GiB less one byte). ``parity_members`` volumes share one parity file;
-    0 writes none. ``base`` is what the server has: the bundle brings the rest; ``base_models`` are set digests that it has,
-    ``kept`` the small files of its last bundle."""
+    """``release`` orders the bundles of one image: a server takes no smaller one without --allow-older. ``volume_bytes`` 0
+    leaves files whole (FAT32 holds 4 GiB less one byte). ``base`` is what the server has: the bundle brings the layers that
+    changed and those above them. ``base_models`` are the set digests of models that it has. ``key`` signs."""
 
+    release: int = 1
     volume_bytes: int = 0
-    parity_members: int = 8
     base: Present | None = None
     base_models: frozenset[str] = frozenset()
-    kept: Kept = field(default_factory=dict)
     key: Path | None = None
 
 
-def models_beside(cargo: Cargo, options: Options) -> list[Model]:
-    """The models that travel as files: not in the image, and not on the server."""
-    return [m for m in cargo.lock.models if not m.bundled and m.set_digest not in options.base_models]
+def models_beside(contents: Contents, options: Options) -> list[Model]:
+    """The models that travel as files: those that the server has not."""
+    return [model for model in contents.lock.models if model.set_digest not in options.base_models]

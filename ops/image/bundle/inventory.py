@@ -1,68 +1,79 @@
-"""What a server has, from the JSON of ``sh INSTALL.sh preflight --json`` carried home: the next bundle holds the rest."""
+"""What a server has, from the lines of ``sh INSTALL.sh preflight --facts`` carried home: the next bundle holds the rest."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ops.errors import ConfigError
 from ops.image import driver
 
-
-class Lenient(BaseModel):
-    """A server may run a newer INSTALL.sh that knows more."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
+HOW = "on the server: sh INSTALL.sh preflight --facts > server.txt"
+MAX_BYTES = 4_000_000
 
 
-class Gpu(Lenient):
+@dataclass(frozen=True)
+class Gpu:
     name: str
     driver: str
     capability: str
 
 
-class Present(Lenient):
+@dataclass(frozen=True)
+class Present:
     """One image on the server; ``layers`` are its DiffIDs from the bottom up."""
 
     ref: str
     layers: list[str]
 
 
-class Inventory(Lenient):
-    milktea_preflight: int
+@dataclass(frozen=True)
+class Inventory:
     server: str
     engine: str
-    store: str = ""
-    gpus: list[Gpu] = []
-    images: list[Present] = []
-    models: list[str] = []
-    kept: list[str] = []
+    gpus: tuple[Gpu, ...] = ()
+    images: tuple[Present, ...] = ()
+    models: frozenset[str] = frozenset()
 
     def base_for(self, diff_ids: list[str]) -> Present | None:
-        """The image that shares the longest run of lowest layers with `diff_ids`, or the most layers at all; None if none does."""
-        best = max(self.images, key=lambda image: (shared_prefix(image.layers, diff_ids), len({*image.layers} & {*diff_ids})), default=None)
-        return best if best and {*best.layers} & {*diff_ids} else None
+        """The image that shares the most lowest layers with ``diff_ids``; None where none shares any."""
+        best = max(self.images, key=lambda image: shared_prefix(image.layers, diff_ids), default=None)
+        return best if best and shared_prefix(best.layers, diff_ids) else None
 
-    def lines_that_fit(self, lines: list[driver.Line]) -> list[str]:
-        """The image lines that every GPU of the server runs as it is. A GPU that nvidia-smi did not describe fits none."""
-        known = [g for g in self.gpus if g.capability != "?"]
+    def compatible_lines(self, lines: list[driver.Line]) -> list[str]:
+        """The CUDA lines that every GPU of the server runs. A GPU that nvidia-smi did not describe fits none."""
+        known = [gpu for gpu in self.gpus if gpu.capability != "?"]
         if not known or len(known) < len(self.gpus):
             return []
-        return [x.name for x in lines if x.cuda and all(driver.judge(g.driver, g.capability, driver.is_data_center(g.name), x).runs for g in known)]
+        return [line.name for line in lines if line.cuda and all(_runs(gpu, line) for gpu in known)]
 
 
 def read(path: Path) -> Inventory:
     """Raises ConfigError that says what the file is not."""
-    try:
-        return Inventory.model_validate(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist", hint="on the server: sh INSTALL.sh preflight --json > server.json") from error
-    except (ValidationError, ValueError) as error:
-        raise ConfigError(
-            f"{path} is not the JSON of a preflight: {error}", hint="on the server: sh INSTALL.sh preflight --json > server.json"
-        ) from error
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist", hint=HOW)
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path} is no inventory of a server: {path.stat().st_size:,} bytes", hint=HOW)
+    lines = path.read_text("utf-8", "replace").splitlines()
+    if not lines or lines[0] != "milktea-server 1":
+        raise ConfigError(f"{path} is no inventory of a server: its first line is not 'milktea-server 1'", hint=HOW)
+    facts = {"server": "", "engine": ""}
+    gpus: list[Gpu] = []
+    images: list[Present] = []
+    models: set[str] = set()
+    for line in lines[1:]:
+        key, _, rest = line.partition(" ")
+        if key in facts:
+            facts[key] = rest
+        elif key == "gpu" and len(fields := [field.strip() for field in rest.split(",")]) >= 3:
+            gpus.append(Gpu(fields[0], fields[1], fields[2]))
+        elif key == "image":
+            images.append(Present(rest, []))
+        elif key == "layer" and images:
+            images[-1].layers.append(rest)
+        elif key == "model":
+            models.add(f"sha256:{rest}")
+    return Inventory(facts["server"], facts["engine"], tuple(gpus), tuple(images), frozenset(models))
 
 
 def shared_prefix(a: list[str], b: list[str]) -> int:
@@ -73,3 +84,7 @@ def shared_prefix(a: list[str], b: list[str]) -> int:
             break
         count += 1
     return count
+
+
+def _runs(gpu: Gpu, line: driver.Line) -> bool:
+    return driver.judge(gpu.driver, gpu.capability, driver.is_data_center(gpu.name), line).runs

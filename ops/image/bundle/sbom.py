@@ -41,6 +41,17 @@ def licences(lock: Lock) -> str:
     return "".join(f"{licence}\t{kind}\t{name}\t{version}\n" for licence, kind, name, version in sorted(rows))
 
 
+def source_offer(lock: Lock) -> str:
+    """Where the sources of the Debian packages are: GPL and LGPL ask whoever passes on a program to say so."""
+    rows = "".join(f"{deb.name} {deb.version}\n" for deb in sorted(lock.debs, key=lambda deb: deb.name))
+    return (
+        "This bundle holds programs of Debian 12 under the GNU GPL, LGPL and other licences. Each program's licence is in\n"
+        "the image at /usr/share/doc/NAME/copyright. The complete source of every version below is at\n"
+        "https://snapshot.debian.org/package/NAME/VERSION/. For three years after you received this bundle, whoever gave\n"
+        "it to you will on request copy these sources for you onto a disk, for no more than the cost of doing so.\n\n" + rows
+    )
+
+
 def _deb(deb: Deb) -> dict[str, Any]:
     purl = f"pkg:deb/debian/{deb.name}@{_quoted(deb.version)}?arch={deb.architecture}"
     return _component("library", deb.name, deb.version, purl, deb.sha256, "")

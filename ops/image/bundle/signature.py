@@ -1,7 +1,7 @@
 """Signatures that a bare server can check: ssh-keygen -Y, and openssl for servers whose OpenSSH is too old (before 8.1).
 
-One ECDSA P-256 key in PEM form serves both tools. Its private half never leaves this machine; bundles carry the public one,
-and whoever installs compares it with what they got by another way.
+One ECDSA P-256 key in PEM form serves both tools. Neither half travels in a bundle: whoever installs gets the public one, or
+its fingerprint, by another way.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ NAMESPACE = "milktea-bundle"
 
 
 def make_key(path: Path) -> str:
-    """A new key pair at `path` and `path`.pub, without a passphrase; returns its fingerprint. Never overwrites."""
+    """A new key at ``path``, without a passphrase, its public half in ``path``.pub and ``path``.pem; returns its fingerprint.
+
+    Never overwrites."""
     if path.exists():
         raise PreflightError(f"{path} exists", hint="sign with it, or name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "256", "-m", "PEM", "-N", "", "-C", SIGNER, "-f", str(path)], "cannot make a key")
+    write_public(path)
     return fingerprint(path.with_name(path.name + ".pub"))
 
 
@@ -50,21 +53,16 @@ def signature_names(file: str, key: Path) -> list[str]:
     return [f"{file}.sig", *([f"{file}.openssl"] if _openssl_reads(key) else [])]
 
 
-def public_files(key: Path) -> dict[str, bytes]:
-    """What a bundle carries of the key: the allowed_signers file of ssh-keygen and, where it can be had, the PEM of openssl."""
+def write_public(key: Path) -> list[Path]:
+    """Write KEY.pub and, where openssl reads the key, KEY.pem: what the receiver must get by another way than the disk."""
     kind, body = _run(["ssh-keygen", "-y", "-f", str(key)], f"{key} is not a private key").split()[:2]
-    files = {"allowed_signers": f'{SIGNER} namespaces="{NAMESPACE}" {kind} {body}\n'.encode()}
-    files["release.pub"] = f"{kind} {body} {SIGNER}\n".encode()
-    if _openssl_reads(key):
-        files["release.pem"] = _run(["openssl", "pkey", "-in", str(key), "-pubout"], f"openssl cannot read {key}").encode()
-    return files
-
-
-def is_good(file: Path, allowed_signers: Path) -> bool:
-    """The check of INSTALL.sh, on this side."""
-    command = ["ssh-keygen", "-Y", "verify", "-f", str(allowed_signers), "-I", SIGNER, "-n", NAMESPACE, "-s", f"{file}.sig"]
-    with file.open("rb") as content:
-        return subprocess.run(command, stdin=content, capture_output=True).returncode == 0
+    public = key.with_name(key.name + ".pub")
+    public.write_text(f"{kind} {body} {SIGNER}\n")
+    if not _openssl_reads(key):
+        return [public]
+    pem = key.with_name(key.name + ".pem")
+    pem.write_text(_run(["openssl", "pkey", "-in", str(key), "-pubout"], f"openssl cannot read {key}"))
+    return [public, pem]
 
 
 def _openssl_reads(key: Path) -> bool:

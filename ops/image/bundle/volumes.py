@@ -9,36 +9,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-Role = Literal["part", "model", "parity", "small"]
+Role = Literal["part", "model", "small"]
 
 
 @dataclass(frozen=True)
 class File:
-    """``group`` is the parity group, ``-`` for none. Volumes have a BLAKE2b digest of 32 bytes too: on a server whose only
-    hashers are coreutils', b2sum takes a third of sha256sum's time."""
-
     size_bytes: int
     sha256: str
     role: Role
-    group: str = "-"
-    blake2: str = "-"
 
 
 Files = dict[str, File]  # by path, relative to the bundle
-
-
-class Digests:
-    """Both digests of a volume, while it is written."""
-
-    def __init__(self) -> None:
-        self._sha256, self._blake2 = hashlib.sha256(), hashlib.blake2b(digest_size=32)
-
-    def update(self, data: bytes | memoryview) -> None:
-        self._sha256.update(data)
-        self._blake2.update(data)
-
-    def file(self, size_bytes: int, role: Role, group: str = "-") -> File:
-        return File(size_bytes, self._sha256.hexdigest(), role, group, self._blake2.hexdigest())
 
 
 class Writer:
@@ -53,7 +34,7 @@ class Writer:
         self.sha256 = ""
         self._folder, self._name, self._limit, self._role = folder, name, limit, role
         self._whole = hashlib.sha256()
-        self._volume = Digests()
+        self._volume = hashlib.sha256()
         self._bytes = 0
         self._file = (folder / self._volume_name(1)).open("wb")
 
@@ -74,7 +55,7 @@ class Writer:
             if room == 0:
                 self._close_volume()
                 self._file = (self._folder / self._volume_name(len(self.files) + 1)).open("wb")
-                self._volume, self._bytes, room = Digests(), 0, self._limit
+                self._volume, self._bytes, room = hashlib.sha256(), 0, self._limit
             piece = view[:room]
             self._file.write(piece)
             self._volume.update(piece)
@@ -92,7 +73,9 @@ class Writer:
 
     def _close_volume(self) -> None:
         self._file.close()
-        self.files[self._volume_name(len(self.files) + 1)] = self._volume.file(self._bytes, self._role)
+        self.files[self._volume_name(len(self.files) + 1)] = File(
+            self._bytes, self._volume.hexdigest(), self._role
+        )
 
 
 def write_small(folder: Path, name: str, data: bytes, role: Role) -> Files:

@@ -1,6 +1,4 @@
-"""Our own Debian base: packages resolved by apt, pinned by hash, fetched from any mirror, unpacked by mmdebstrap with no network.
-
-The result is a pure function of the locked packages: the same tar as root and as an ordinary user, today and next year.
+"""Debian packages: resolved by apt, pinned by hash, fetched from any mirror; and a base made of them by mmdebstrap.
 """
 
 from __future__ import annotations
@@ -25,15 +23,11 @@ from ops.errors import ConfigError, PreflightError
 from ops.image.spec.definition import Os
 from ops.image.spec.lock import Deb
 
-FORMAT = 1  # of the tar that build() makes: counts up when another hook or option changes its bytes
 PAUSES_S = (1.0, 5.0)  # before a network that failed is asked again
 Progress = Callable[[str], None]
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PUBLIC = {"debian": "https://deb.debian.org/debian", "debian-security": "https://deb.debian.org/debian-security"}
 HOOKS = "/usr/share/mmdebstrap/hooks/merged-usr"
-SOURCES = "".join(f"deb {PUBLIC['debian']} {suite} main\n" for suite in ("SUITE", "SUITE-updates")) + (
-    f"deb {PUBLIC['debian-security']} SUITE-security main\n"
-)
 
 
 @dataclass(frozen=True)
@@ -90,32 +84,31 @@ def fetch(debs: Sequence[Deb], mirrors: Mirrors, cache: Path, progress: Progress
         return list(pool.map(lambda deb: _fetch_one(deb, mirrors, cache, progress), debs))
 
 
-def build(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path) -> None:
-    """Write the root file system as a tar. Needs no network; root or an ordinary user with subordinate ids. 25 to 40 s."""
-    _require("mmdebstrap", "mmdebstrap", "apt-get install mmdebstrap, or build with the Dockerfile on a registry base")
+def require_mmdebstrap() -> None:
+    """Raises PreflightError where a base cannot be made on this machine."""
+    _require("mmdebstrap", "mmdebstrap", "apt-get install mmdebstrap, or name another Debian 12: make image BASE=IMAGE")
+
+
+def make_base(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path) -> None:
+    """Write a Debian root file system of the fetched packages as the tar ``out``, for a machine that reaches no registry.
+
+    Needs no network, and root or an ordinary user with subordinate ids. 25 to 40 s.
+    """
+    require_mmdebstrap()
     with tempfile.TemporaryDirectory(prefix="milktea-os-") as folder:
         os.chmod(folder, 0o755)  # the unshared user must be able to read it
-        repository = Path(folder)
-        _repository(repository, spec.suite, debs, cache)
-        (repository / "sources.list").write_text(SOURCES.replace("SUITE", spec.suite))
-        excludes = [f"--dpkgopt=path-exclude={path}" for path in spec.exclude] + [f"--dpkgopt=path-include={path}" for path in spec.keep]
+        _repository(Path(folder), spec.suite, debs, cache)
         command = [
-            "mmdebstrap", "--quiet", "--variant=essential", "--format=tar", f"--hook-dir={HOOKS}", f"--include={','.join(spec.packages)}",
-            *excludes,
+            "mmdebstrap", "--quiet", "--variant=essential", "--format=tar", f"--hook-dir={HOOKS}",
+            f"--include={','.join(spec.packages)}",
             # no fsync for each file of a folder that is thrown away: 4 times faster on a busy disk
             '--setup-hook=mkdir -p "$1"/etc/dpkg/dpkg.cfg.d && echo force-unsafe-io >"$1"/etc/dpkg/dpkg.cfg.d/00unsafe',
             '--customize-hook=rm "$1"/etc/dpkg/dpkg.cfg.d/00unsafe',
-            # keys that identify one machine are made at its first start, never here
-            '--customize-hook=rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/machine-id "$1"/var/lib/dbus/machine-id',
-            f'--customize-hook=cp {repository}/sources.list "$1"/etc/apt/sources.list',
-            # sshd wants it, and a read-only root cannot make it later
-            '--customize-hook=mkdir -p -m 0755 "$1"/run/sshd',
-            f"--customize-hook=touch --date=@{epoch} \"$1\"/etc/apt/sources.list",
-            spec.suite, str(out.resolve()), f"deb [trusted=yes] copy:{repository} {spec.suite} main",
+            spec.suite, str(out.resolve()), f"deb [trusted=yes] copy:{folder} {spec.suite} main",
         ]  # fmt: skip
-        # nothing else of the user's: packages' scripts would see it (without the last, Debian's Python compiles its modules into the layer)
+        # nothing else of the user's environment: the packages' scripts would see it
         own = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-        environment = {**own, "SOURCE_DATE_EPOCH": str(epoch), "LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**own, "SOURCE_DATE_EPOCH": str(epoch), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
         _run(command, "mmdebstrap could not make the base", environment)
 
 

@@ -1,6 +1,6 @@
 """Base models for images and bundles: safetensors only, each file by its hash, one identity whatever the packing.
 
-From a commit of the hub, from a folder, or our own practice model. A pickle can run code when it is opened, so none is taken;
+From a commit of the hub or from a folder. A pickle can run code when it is opened, so none is taken;
 `convert_llama` turns the one old layout that people still have into safetensors.
 """
 
@@ -11,13 +11,12 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ops.errors import PreflightError
 from ops.image.fetch.wheels import sha256_file
-from ops.image.layers import Entry
 from ops.image.spec.definition import ModelSource
 from ops.image.spec.lock import Model, ModelFile, set_digest
 
@@ -37,7 +36,7 @@ def resolve(source: ModelSource, root: Path, cache: Path, progress: Progress) ->
     files = [ModelFile(path=path, sha256=digest, size_bytes=(folder / path).stat().st_size)
              for path, digest in zip(paths, digests, strict=True)]
     model = Model(name=source.name, source=source.source, revision=source.revision, license=source.license or license_of(folder),
-                  set_digest=set_digest(files), bundled=source.bundled, files=files)
+                  set_digest=set_digest(files), files=files)
     _keep(model, folder, cache)
     return model
 
@@ -47,7 +46,7 @@ def fetch(model: Model, root: Path, cache: Path, progress: Progress) -> Path:
     target = where(model, cache)
     if not _missing(model, target):
         return target
-    source = ModelSource(name=model.name, source=model.source, revision=model.revision, bundled=model.bundled)
+    source = ModelSource(name=model.name, source=model.source, revision=model.revision)
     progress(f"fetching model {model.name}")
     folder = _folder(source, root, cache, progress)
     check(folder)
@@ -108,26 +107,12 @@ def license_of(folder: Path) -> str:
     return f"see {found[0]}" if found else ""
 
 
-def layers(model: Model) -> Iterable[tuple[str, list[ModelFile]]]:
-    """Name and files of each layer of a bundled model: the small files together, then one layer a shard."""
-    yield f"model-{model.name}", [file for file in model.files if not file.path.endswith(".safetensors")]
-    shards = [file for file in model.files if file.path.endswith(".safetensors")]
-    for number, file in enumerate(shards, 1):
-        yield f"model-{model.name}-weights" + (f"-{number:02d}" if len(shards) > 1 else ""), [file]
-
-
-def entries(name: str, paths: Iterable[str], folder: Path) -> list[Entry]:
-    return [Entry(f"models/{name}/{path}", file=folder / path) for path in paths]
-
-
 def where(model: Model, cache: Path) -> Path:
     return cache / model.set_digest.removeprefix("sha256:")[:16]
 
 
 def _folder(source: ModelSource, root: Path, cache: Path, progress: Progress) -> Path:
     kind, _, rest = source.source.partition(":")
-    if kind == "practice":
-        return root / "trainer" / "practice" / "pretrained"
     if kind == "folder":
         return root / Path(rest).expanduser()
     from huggingface_hub import snapshot_download  # takes 0.5 s to import

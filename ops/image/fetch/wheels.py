@@ -5,24 +5,57 @@ An index, a proxy or a certificate is pip's own configuration on this machine (p
 
 from __future__ import annotations
 
+import email
+import email.message
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from ops.errors import PreflightError
-from ops.image import wheels
 from ops.image.spec.definition import Python
 from ops.image.spec.lock import Wheel
 
 Progress = Callable[[str], None]
 GLIBC = 36  # Debian 12 has glibc 2.36: wheels for an older one run too (PEP 600)
 LEGACY = ("manylinux2014", "manylinux2010", "manylinux1")  # PEP 599, 571, 513
+
+
+class BadWheel(ValueError):
+    """A file that is no whole wheel; the message names it."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a wheel says of itself. ``license`` is its SPDX expression, else its classifiers or its text's first line."""
+
+    name: str
+    version: str
+    license: str
+
+
+def normalize(name: str) -> str:
+    """PEP 503."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def about(path: Path) -> About:
+    """Raises BadWheel where METADATA is missing, which is how a half-downloaded file shows too."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = _dist_info(path, archive)
+            meta = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise BadWheel(f"{path.name} is not a whole wheel: {error}") from error
+    return About(normalize(meta["Name"]), meta["Version"], _license(meta))
 
 
 def resolve(spec: Python, requirements: Sequence[str], cache: Path, progress: Progress) -> list[Wheel]:
@@ -105,11 +138,11 @@ def _keep(path: Path, wheel: Wheel, cache: Path) -> None:
 
 def _locked(path: Path, digest: str) -> Wheel:
     try:
-        about = wheels.about(path)
-    except wheels.BadWheel as error:
+        said = about(path)
+    except BadWheel as error:
         raise PreflightError(str(error), hint="run it again: the download broke off") from error
-    return Wheel(name=about.name, version=about.version, file=path.name, sha256=digest, size_bytes=path.stat().st_size, layer="",
-                 license=about.license)
+    return Wheel(name=said.name, version=said.version, file=path.name, sha256=digest, size_bytes=path.stat().st_size, layer="",
+                 license=said.license)
 
 
 def _download(spec: Python, what: list[str], folder: Path) -> None:
@@ -133,3 +166,20 @@ def _target(python: str) -> list[str]:
     tags = ["--implementation", "cp", "--python-version", python]
     tags += [part for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for part in ("--abi", abi)]
     return tags + [part for platform in platforms for part in ("--platform", platform)]
+
+
+def _dist_info(path: Path, archive: zipfile.ZipFile) -> str:
+    found = {name.split("/", 1)[0] for name in archive.namelist() if name.endswith(".dist-info/METADATA") and name.count("/") == 1}
+    if len(found) != 1:
+        raise BadWheel(f"{path.name} has {len(found)} .dist-info folders, a wheel has one")
+    return found.pop()
+
+
+def _license(meta: email.message.Message) -> str:
+    if expression := str(meta.get("License-Expression") or ""):
+        return " ".join(expression.split())
+    classifiers = [str(line) for line in meta.get_all("Classifier", [])]
+    named = [line.rpartition("::")[2].strip() for line in classifiers if line.startswith("License ::")]
+    named = [name for name in named if name != "OSI Approved"]
+    first = str(meta.get("License") or "").strip().splitlines()
+    return " AND ".join(sorted(named)) or (first[0][:80] if first else "")

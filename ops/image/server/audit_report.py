@@ -1,6 +1,6 @@
 """The page for the security officer: what was verified, proved and installed, from INSTALL-RECORD.json.
 
-    python evidence.py < INSTALL-RECORD.json > EVIDENCE.html
+    python audit_report.py < INSTALL-RECORD.json > EVIDENCE.html
 
 Standard library only: it runs inside the image, on the server, and the server's own key signs what it writes. The record lies
 in the page whole (in a <script type="application/json">), so the page alone can be checked and re-read by programs.
@@ -19,8 +19,7 @@ table{border-collapse:collapse;width:100%;margin:.5em 0 1.5em}
 td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;vertical-align:top;word-break:break-word}
 th{background:#f3f0ea}.ok{color:#0a6b2d}.warn{color:#8a5a00}.fail{color:#a00}code{font-size:.9em;word-break:break-all}"""
 VERIFY = """ssh-keygen -Y verify -f allowed -I server -n milktea-evidence -s EVIDENCE.html.sig < EVIDENCE.html
-    (allowed holds one line: server, a space, and the content of PREFIX/keys/server.pub)
-openssl dgst -sha256 -verify PREFIX/keys/server.pem -signature EVIDENCE.html.openssl EVIDENCE.html"""
+    (allowed holds one line: server, a space, and the content of PREFIX/keys/server.pub)"""
 
 
 def page(record_text: str) -> str:
@@ -31,11 +30,11 @@ def page(record_text: str) -> str:
     bundle, image, selftest = record["bundle"], record["image"], record["selftest"]
     facts = {
         "When, by whom, where": f"{record['when']}, {record['who']}, {record['server']}",
-        "Bundle": f"{bundle['name']} {bundle['id']} ({bundle['kind']})",
+        "Bundle": f"{bundle['name']} {bundle['id']} ({bundle['kind']}), release {bundle['release']}",
         "SHA256SUMS of the bundle is": bundle["sha256sums"],
         "Signature of the bundle": bundle["signature"],
         "Volumes verified before loading": bundle["volumes_verified"],
-        "Rebuilt from parity": bundle["rebuilt_from_parity"] or "none",
+        "Preflight overruled by --force": "yes" if record["forced"] else "no",
         "Image": f"{image['ref']} = {image['id']}",
         "Layers, compared with the signed plan": len(image["layers"]),
         "Image before, kept for rollback": image["previous"] or "none",

@@ -23,7 +23,7 @@ def over(lock: Lock, budget: Budget) -> list[str]:
 def require(lock: Lock, budget: Budget | None, path: Path) -> None:
     """Raises ConfigError where the image has grown over its budget; an image without a budget file has no limit."""
     if budget is not None and (found := over(lock, budget)):
-        hint = f"milktea image weigh {lock.image} says what holds the bytes; prune, or raise the limit"
+        hint = f"milktea image size {lock.image} says what holds the bytes; prune, or raise the limit"
         raise ConfigError(f"{path}: {'; '.join(found)}", hint=hint)
 
 

@@ -1,7 +1,7 @@
 """``images/NAME.toml``: what an image is, as a person decides it. The lock says which bytes that came to.
 
-A key that is not known is refused with its path. ``images/NAME.budget`` beside it holds the most bytes that the image and
-each of its layers may have.
+A key that is not known is refused with its path. ``images/NAME.budget`` holds the most bytes that the image and each of
+its layers may have.
 """
 
 from __future__ import annotations
@@ -19,73 +19,61 @@ from ops.image.spec.lock import Cuda, Lock, Strict
 
 T = TypeVar("T", bound=Strict)
 Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.-]{0,62}$")]
+ModelName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=96)]
 
 
 class Os(Strict):
-    """Debian, made by mmdebstrap from the locked packages. ``exclude`` and ``keep`` are dpkg's path-exclude and path-include;
-    ``registry_base`` is an ordinary base for those who build the base by Dockerfile, pinned by its digest."""
+    """Debian. ``base`` is the image that the Dockerfile starts from, by digest. ``packages`` are read from
+    docker/NAME/VERSION/debian/packages.txt."""
 
     suite: str
-    packages: list[str]
-    exclude: list[str] = []
-    keep: list[str] = []
-    registry_base: Annotated[str, Field(pattern="@sha256:[0-9a-f]{64}$")]
+    base: Annotated[str, Field(pattern="@sha256:[0-9a-f]{64}$")]
+    packages: list[str] = []
 
 
 class Python(Strict):
-    """``requirements`` are pip's; ``prune`` are shell patterns below site-packages that stay out of the image;
-    ``index`` is the public index to ask where the configured one has no such version."""
+    """``requirements`` are pip's. ``index`` is the public index to ask where the configured one has no such version."""
 
     version: str
     requirements: list[str]
-    prune: list[str] = []
     index: str | None = None
 
 
-class Layers(Strict):
-    """Wheels of ``own_mib`` or more have a layer each, the rest share one. ``top`` change most often and lie above all
-    others, each its own, in this order: an update carries the changed layer and those above it."""
-
-    own_mib: Annotated[float, Field(gt=0)] = 4.0
-    top: list[str] = []
-
-
 class ModelSource(Strict):
-    """``source`` is ``hub:ID``, ``folder:PATH`` (relative to the checkout) or ``practice`` (the project's own).
-    ``revision`` is the hub's commit; ``license`` overrules what the model's card says."""
+    """``source`` is ``hub:ID`` or ``folder:PATH`` (relative to the checkout). ``revision`` is the hub's commit;
+    ``license`` overrules what the model's card says."""
 
-    name: Name
-    source: Annotated[str, Field(pattern="^(hub:.+/.+|folder:.+|practice)$")]
+    name: ModelName
+    source: Annotated[str, Field(pattern="^(hub:.+/.+|folder:.+)$")]
     revision: str = ""
     license: str | None = None
-    bundled: bool = False
 
 
 class Definition(Strict):
-    """One image. ``dockerfile`` and ``box`` (the files of /usr/local/bin and /etc) are folders and versions under docker/;
-    ``epoch`` (Unix seconds) is the stamp of every file."""
+    """One image. ``dockerfile`` is a folder under docker/; ``epoch`` (Unix seconds) is the time stamp of every file;
+    ``layers`` names the RUN that installs a wheel by shell patterns, the first that fits."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: Name
     version: Annotated[int, Field(gt=0)]
-    dockerfile: str
-    box: str
+    dockerfile: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.-]*/[0-9]+$")]
     platform: Literal["linux/amd64"]
     wire: int
     epoch: Annotated[int, Field(gt=0)]
     os: Os
     python: Python
-    layers: Layers = Layers()
+    layers: dict[Name, list[str]]
     cuda: Cuda | None = None
     models: list[ModelSource] = []
 
     @property
     def tag(self) -> str:
+        """What the built image is called in the engine."""
         return f"milktea/{self.name}:{self.version}"
 
     @property
     def sha256(self) -> str:
-        """Of the meaning, not of the spelling: comments and order of keys do not make a lock old."""
+        """Of the meaning, not of the spelling: comments and the order of keys do not make a lock old."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
@@ -97,14 +85,18 @@ class Budget(Strict):
 
 
 def read(path: Path) -> Definition:
-    """Raises ConfigError naming the file and the first wrong key."""
+    """The definition with its Debian packages; raises ConfigError naming the file and the first wrong key."""
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml"))) or "none"
         raise ConfigError(f"there is no image {path.stem!r} ({path})", hint=f"take one of {path.parent}: {known}")
-    found = _parse(Definition, path)
-    if found.name != path.stem:
-        raise ConfigError(f"{path}: name is {found.name!r}", hint=f'write name = "{path.stem}", or rename the file')
-    return found
+    definition = _parse(Definition, path)
+    if definition.name != path.stem:
+        raise ConfigError(f"{path}: name is {definition.name!r}", hint=f'write name = "{path.stem}", or rename the file')
+    packages = path.parent.parent / "docker" / definition.dockerfile / "debian" / "packages.txt"
+    if not packages.is_file():
+        raise ConfigError(f"{path}: dockerfile: {packages} does not exist", hint="list the Debian packages there, one a line")
+    wanted = definition.os.model_copy(update={"packages": packages.read_text().split()})
+    return definition.model_copy(update={"os": wanted})
 
 
 def read_budget(path: Path) -> Budget | None:
@@ -115,8 +107,8 @@ def require_current(lock: Lock, definition: Definition) -> None:
     """Raises ConfigError where the lock was made from another definition."""
     if lock.definition_sha256 != definition.sha256:
         raise ConfigError(
-            f"images/{definition.name}.lock is older than its definition: it was made from {lock.definition_sha256[:12]}, "
-            f"images/{definition.name}.toml now is {definition.sha256[:12]}",
+            f"images/{definition.name}.lock is older than its definition: it was made from"
+            f" {lock.definition_sha256[:12]}, images/{definition.name}.toml now is {definition.sha256[:12]}",
             hint=f"make image-lock IMAGE={definition.name}",
         )
 

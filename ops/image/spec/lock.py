@@ -1,8 +1,7 @@
-"""``images/NAME.lock``: every byte of an image by its hash. TOML, sorted, no timestamps, no host names.
+"""``images/NAME.lock``: every byte of an image that comes from outside, by its hash. TOML, sorted, no times, no host names.
 
-The committed lock pins what comes from outside (Debian packages, wheels, model files) and the layers made of it. The layer
-of our own trainer is computed from the checkout, so the committed lock does not change with every commit; ``complete`` adds
-it and the config's digest, and that whole lock lies beside every assembled image and travels in its bundle.
+The committed lock pins Debian packages, wheels and model files. The lock of one built image says the layers and the
+image's digests too; it travels in the bundle as image.lock.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ops.errors import ConfigError
 
-SCHEMA = 1
+SCHEMA = 2
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0)]
-LayerKind = Literal["os", "venv", "wheels", "model", "trainer", "config"]
 
 
 class Strict(BaseModel):
@@ -60,15 +58,14 @@ class ModelFile(Strict):
 
 
 class Model(Strict):
-    """``set_digest`` is sha256 over the sorted lines ``SHA256␠␠PATH\\n``: one identity whatever the packing.
-    ``bundled``: in the image, one layer a shard; otherwise files that lie beside the image."""
+    """Files that lie beside the image. ``set_digest`` is sha256 over the sorted lines ``SHA256␠␠PATH\\n``: one identity
+    whatever the packing."""
 
     name: str
     source: str
     revision: str
     license: str
     set_digest: Digest
-    bundled: bool
     files: list[ModelFile]
 
 
@@ -76,7 +73,6 @@ class LockedLayer(Strict):
     """``holds`` names the packages, ``size_bytes`` counts the uncompressed tar."""
 
     name: str
-    kind: LayerKind
     diff_id: Digest
     blob_sha256: Sha256
     blob_bytes: Size
@@ -95,7 +91,7 @@ class Cuda(Strict):
 
 
 class Identity(Strict):
-    """Known before the build. ``config_digest`` is the image ID on the classic store, ``manifest_digest`` on containerd's."""
+    """``config_digest`` is the image ID on the classic store, ``manifest_digest`` on containerd's."""
 
     tag: str
     config_digest: Digest
@@ -104,7 +100,7 @@ class Identity(Strict):
 
 class Lock(Strict):
     """``epoch`` is the one time stamp of every file; ``definition_sha256`` tells a lock that is older than its definition.
-    ``kept`` is in a bundle's lock only: what the server keeps of that bundle, for updates to build on."""
+    ``identity`` and ``layers`` are of a built image only."""
 
     schema_version: int = SCHEMA
     image: str
@@ -120,9 +116,7 @@ class Lock(Strict):
     layers: list[LockedLayer] = []
     debs: list[Deb] = []
     wheels: list[Wheel] = []
-    tools: list[Wheel] = []
     models: list[Model] = []
-    kept: dict[str, Sha256] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -135,14 +129,14 @@ class Lock(Strict):
         return sum(layer.blob_bytes for layer in self.layers)
 
     def complete(self, layers: list[LockedLayer], identity: Identity) -> Lock:
-        """The whole lock of one build: with the trainer's layer and the digests of the image."""
+        """The lock of one built image."""
         return self.model_copy(update={"layers": layers, "identity": identity})
 
 
 def dumps(lock: Lock) -> str:
     """The lock as text: the same lock gives the same bytes."""
     value = lock.model_dump(exclude_none=True)
-    for key, order in (("debs", "name"), ("wheels", "name"), ("tools", "name"), ("models", "name")):
+    for key, order in (("debs", "name"), ("wheels", "name"), ("models", "name")):
         value[key] = sorted(value[key], key=lambda item: item[order])
     for model in value["models"]:
         model["files"] = sorted(model["files"], key=lambda file: file["path"])

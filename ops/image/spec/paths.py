@@ -1,4 +1,4 @@
-"""Where the files of images lie: the committed ones in the checkout, everything that can be made again under .milktea/."""
+"""Where the files of images lie: the committed ones in the checkout, what can be made again under .milktea/."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ class Places:
         return self.root / "docker" / version
 
     @property
+    def released(self) -> Path:
+        """Lines of sha256sum: the files of docker/ that belong to a released version and are never edited."""
+        return self.root / "docker" / "released"
+
+    @property
     def cache(self) -> Path:
         return self.root / ".milktea" / "cache"
 
@@ -45,11 +50,6 @@ class Places:
         """Layers by the sha256 of their gzip bytes, shared by all images."""
         return self.cache / "blobs"
 
-    @property
-    def kept(self) -> Path:
-        """The papers of bundles that were made here, by sha256: updates are made against them."""
-        return self.cache / "kept"
-
     def image(self, name: str) -> Path:
-        """What an assembled image is: config.json and image.lock; its layers are blobs in the cache."""
+        """The image that was exported last: config.json and image.lock; its layers are blobs in the cache."""
         return self.root / ".milktea" / "images" / name
