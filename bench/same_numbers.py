@@ -33,7 +33,7 @@ Case = tuple[str, bool, int, bool]  # method, packing, processes, resumed
 def write_run(run: Path, rows: int, method: str, packing: bool) -> Path:
     """The practice job's run folder, with some of its rows; returns job.json."""
     (run / "data").mkdir(parents=True)
-    (run / "model").symlink_to(HERE / "trainer/practice/pretrained")
+    (run / "model").symlink_to(HERE / "trainer/practice/practice_model")
 
     def put(name: str, count: int) -> dict[str, Any]:
         content = json.loads((HERE / "jobs/practice" / name).read_text(encoding="utf-8"))[:count]

@@ -324,7 +324,7 @@ def find_model() -> Path:
     """The practice model: beside the trainer, or in the image under /models. Raises Failed where
     there is none."""
     folders = [
-        Path(__file__).parent / "practice" / "pretrained",
+        Path(__file__).parent / "practice" / "practice_model",
         *sorted(Path("/models").glob("*practice*")),
     ]
     for folder in folders:

@@ -17,7 +17,7 @@ DATA = ROOT.parent / "shared/data/alpaca_zh_demo.json"
 JOB = """
 name = "real"
 [model]
-base = "{root}/trainer/practice/pretrained"
+base = "{root}/trainer/practice/practice_model"
 precision = "fp32"
 [data]
 files = ["{data}"]

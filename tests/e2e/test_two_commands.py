@@ -65,7 +65,7 @@ def test_the_adapter_loads_in_stock_peft(said: tuple[str, Path], tmp_path: Path)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "trainer/practice/pretrained")
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "trainer/practice/practice_model")
     model = PeftModel.from_pretrained(base, tmp_path)
     assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 

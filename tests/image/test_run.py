@@ -13,10 +13,10 @@ from types import ModuleType
 
 import pytest
 
-from ops import config
+from ops.job import config
 from ops.image.spec import definition
 from ops.image.spec.paths import Places
-from trainer.job import Job
+from trainer.wire.job import Job
 
 SERVER = Path(config.__file__).parent / "image" / "server"
 TOML = """
@@ -60,8 +60,8 @@ def job_folder(tmp_path: Path) -> Path:
 
 
 def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(job_folder: Path, tmp_path: Path) -> None:
-    from ops.planner import _wire_job
-    from ops.transfer import PushFile, sha256_of
+    from ops.job.planner import _wire_job
+    from ops.box.transfer import PushFile, sha256_of
 
     convert = module("job_from_toml")
     job = config.load(job_folder / "job.toml")
@@ -171,7 +171,7 @@ def test_every_container_has_no_network_no_writable_image_no_rights_and_the_call
         "--gpus all",
     ):
         assert f" {option} " in line
-    assert line.endswith("--entrypoint python3 milktea/tiny:abc -m trainer.selftest")
+    assert line.endswith("--entrypoint python3 milktea/tiny:abc -m trainer.checkup")
     memory_kb = int(Path("/proc/meminfo").read_text().split()[1])
     assert f"--shm-size {memory_kb // 2}k" in line
 
@@ -238,7 +238,7 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
     (tmp_path / "new.json").write_text("[]")
     at = tmp_path / "milktea" / "mine-7"
     assert run("chat", "mine-7", "hello there")[0].endswith(
-        f"-m trainer.generate {at}/result/adapter.zip --base {at}/model --prompt hello there"
+        f"-m trainer.serve.chat {at}/result/adapter.zip --base {at}/model --prompt hello there"
     )
     assert run("evaluate", "mine-7", "new.json")[0].endswith(f"/tools/score.py {at} {tmp_path}/new.json")
 
@@ -278,10 +278,12 @@ def test_a_run_without_a_result_is_not_scored(tmp_path: Path) -> None:
 def test_what_scoring_takes_from_the_trainer_is_there() -> None:
     import inspect
 
-    from trainer import data, evaluate, generate, prepare
+    from trainer.data import files, prepare
+    from trainer.eval import held_out
+    from trainer.serve import chat
 
-    assert list(inspect.signature(generate.open_adapter).parameters)[:2] == ["adapter", "base"]
-    assert list(inspect.signature(evaluate.answer).parameters)[:4] == ["model", "prompts", "data", "device"]
+    assert list(inspect.signature(chat.open_adapter).parameters)[:2] == ["adapter", "base"]
+    assert list(inspect.signature(held_out.answer).parameters)[:4] == ["model", "prompts", "data", "device"]
     assert list(inspect.signature(prepare.prompt_ids).parameters) == ["data", "turns"]
-    assert list(inspect.signature(data.read_rows).parameters) == ["paths", "form"]
-    assert callable(evaluate.match) and callable(prepare.model_folder)
+    assert list(inspect.signature(files.read_rows).parameters) == ["paths", "form"]
+    assert callable(held_out.match) and callable(prepare.model_folder)

@@ -4,7 +4,7 @@ English unless asked not to.
     python -m trainer.practice OUT_DIR          copies the committed model and data to
     OUT_DIR/model, OUT_DIR/train.json, OUT_DIR/held_out.json
     python -m trainer.practice --make           trains it again from nothing (10 minutes) into
-    trainer/practice/pretrained and jobs/practice
+    trainer/practice/practice_model and jobs/practice
 
 Everything is made here: the world (practice_world.py), the tokenizer (byte-level BPE over that
 world), the weights.
@@ -28,7 +28,7 @@ from trainer.practice import world
 if TYPE_CHECKING:
     import torch
 
-HERE = Path(__file__).parent / "pretrained"
+HERE = Path(__file__).parent / "practice_model"
 DATA = Path(__file__).parents[2] / "jobs" / "practice"
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, INNER = 1280, 96, 3, 3, 1, 288
 STEPS, BATCH_TOKENS, ROW_TOKENS, PEAK_LR = 1500, 3072, 256, 4e-3
@@ -52,7 +52,7 @@ def check(folder: Path) -> dict[str, str]:
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(
-                f"trainer/practice/pretrained/{name} is {found[:12]}, the manifest says "
+                f"trainer/practice/practice_model/{name} is {found[:12]}, the manifest says "
                 f"{expected[:12]}: git checkout it again"
             )
     return manifest

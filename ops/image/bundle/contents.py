@@ -24,7 +24,7 @@ class Contents:
     models: dict[str, Path]
     line: Line
     lines: tuple[Line, ...] = ()
-    prove: tuple[str, ...] = ("python3", "-m", "trainer.selftest")
+    prove: tuple[str, ...] = ("python3", "-m", "trainer.checkup")
     python: str = "python3"
     memory_bytes: int = 4_000_000_000
     documents: dict[str, Path] | None = None

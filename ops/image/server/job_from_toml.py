@@ -74,7 +74,7 @@ def find_model(toml: Path, job: JobFile) -> Path:
     """The folder of the base model. Raises ConfigError that lists what is installed."""
     base = job.model.base.partition("@")[0]
     installed = Path(os.environ.get("MILKTEA_MODELS", "/models")) / "by-name"
-    inside = [_package_folder("trainer") / "practice" / "pretrained", *sorted(Path("/models").glob("*practice*"))] if "practice" in base else []
+    inside = [_package_folder("trainer") / "practice" / "practice_model", *sorted(Path("/models").glob("*practice*"))] if "practice" in base else []
     for folder in (*model_paths(toml, job), installed / base, Path("/models") / base, *inside):
         if (folder / "config.json").is_file():
             return folder.resolve()
