@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-COREUTILS = "cat chmod cp cut date df dirname head id mkdir mktemp mv nproc printf rm sha256sum sort stat tail tr uname wc"
+COREUTILS = (
+    "cat chmod cp cut date df dirname head id mkdir mktemp mv nproc printf rm sha256sum "
+    "sort stat tail tr uname wc"
+)
 
 
 def jail(folder: Path, *more: str) -> str:

@@ -1,4 +1,5 @@
-"""A checkout in small: an image of tiny wheels on a tiny base, all real files, for the tests of building images."""
+"""A checkout in small: an image of tiny wheels on a tiny base, all real files, for the tests of
+building images."""
 
 from __future__ import annotations
 
@@ -48,18 +49,37 @@ ENTRYPOINT ["/bin/sh"]
 SETTLE = Path(__file__).parents[1] / "docker/box/2/usr/local/sbin/milktea-settle"
 
 
-def make_wheel(folder: Path, name: str, version: str, files: dict[str, bytes], entry_points: str = "", executable: tuple[str, ...] = ()) -> Path:
+def make_wheel(
+    folder: Path,
+    name: str,
+    version: str,
+    files: dict[str, bytes],
+    entry_points: str = "",
+    executable: tuple[str, ...] = (),
+) -> Path:
     """A whole wheel: METADATA, WHEEL, RECORD with hashes, what is executable marked so."""
     info = f"{name}-{version}.dist-info"
-    files = {**files, f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense-Expression: MIT\n".encode(),
-             f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    files = {
+        **files,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: "
+        f"{version}\nLicense-Expression: "
+        "MIT\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: "
+        b"py3-none-any\n",
+    }
     if entry_points:
         files[f"{info}/entry_points.txt"] = entry_points.encode()
-    digests = {path: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=") for path, data in files.items()}
+    digests = {
+        path: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+        for path, data in files.items()
+    }
     rows = [f"{path},sha256={digests[path]},{len(data)}" for path, data in files.items()]
     path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for member, data in {**files, f"{info}/RECORD": "\n".join([*rows, f"{info}/RECORD,,"]).encode() + b"\n"}.items():
+        for member, data in {
+            **files,
+            f"{info}/RECORD": "\n".join([*rows, f"{info}/RECORD,,"]).encode() + b"\n",
+        }.items():
             entry = zipfile.ZipInfo(member, (2020, 1, 1, 0, 0, 0))
             entry.external_attr = (0o100755 if member in executable else 0o100644) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
@@ -92,9 +112,15 @@ def make_world(root: Path, peft: str = "1.0") -> Places:
     new = root / "new"
     new.mkdir(exist_ok=True)
     paths = [
-        make_wheel(new, "torch", "2.0", {"torch/__init__.py": b"", "torch/lib.so": noise("t", 90_000)}),
-        make_wheel(new, "peft", peft, {"peft/__init__.py": b"v = 1\n", "peft/body.py": noise(peft, 9_000)}),
-        make_wheel(new, "small", "0.1", {"small.py": b"pass\n"}, "[console_scripts]\nsmall = small:main\n"),
+        make_wheel(
+            new, "torch", "2.0", {"torch/__init__.py": b"", "torch/lib.so": noise("t", 90_000)}
+        ),
+        make_wheel(
+            new, "peft", peft, {"peft/__init__.py": b"v = 1\n", "peft/body.py": noise(peft, 9_000)}
+        ),
+        make_wheel(
+            new, "small", "0.1", {"small.py": b"pass\n"}, "[console_scripts]\nsmall = small:main\n"
+        ),
     ]
     spec = definition.read(places.definition("tiny"))
     found = [wheels._locked(path, wheels.sha256_file(path)) for path in paths]
@@ -102,9 +128,16 @@ def make_world(root: Path, peft: str = "1.0") -> Places:
     for path, wheel in zip(paths, found, strict=True):
         wheels._keep(path, wheel, places.wheels)
     locked = Lock(
-        image="tiny", version=3, wire=1, platform="linux/amd64", epoch=spec.epoch, dockerfile=spec.dockerfile,
-        definition_sha256=spec.sha256, python="3.11", wheels=context.assign_layers(found, spec),
-    )  # fmt: skip
+        image="tiny",
+        version=3,
+        wire=1,
+        platform="linux/amd64",
+        epoch=spec.epoch,
+        dockerfile=spec.dockerfile,
+        definition_sha256=spec.sha256,
+        python="3.11",
+        wheels=context.assign_layers(found, spec),
+    )
     lock.write(locked, places.lock("tiny"))
     context.write_requirements(locked, spec, places)
     return places

@@ -36,23 +36,7 @@ from trainer.wire.job import Job
 IMAGE = "milktea/stub:1"
 PACE = 0.002  # spaced reads need no real seconds where the emulator's clock does not care
 
-STUB = """#!/bin/sh
-# stands in for an image's trainer: the wire's files, in the wire's order
-set -e
-[ "$1" = --wire ] && { echo 1; exit 0; }
-now=$(date +%s)
-say() { printf '%s\\n' "$1" >>events.jsonl; }
-say "{\\"t\\":$now,\\"event\\":\\"started\\",\\"step\\":0,\\"total_steps\\":2}"
-say "{\\"t\\":$now,\\"event\\":\\"step\\",\\"step\\":1,\\"loss\\":2.0,\\"learning_rate\\":0.1,\\"grad_norm\\":1.0}"
-[ -e @FOLDER@/pause ] && while [ -e @FOLDER@/pause ]; do sleep 0.05; done
-[ -e @FOLDER@/fail ] && { say "{\\"t\\":$now,\\"event\\":\\"failed\\",\\"reason\\":\\"planted\\"}"; exit 4; }
-mkdir -p checkpoints/1.new && cp @FOLDER@/checkpoint/* checkpoints/1.new && mv checkpoints/1.new checkpoints/1
-say "{\\"t\\":$now,\\"event\\":\\"checkpoint\\",\\"step\\":1,\\"path\\":\\"checkpoints/1\\",\\"manifest_sha256\\":\\"@MANIFEST@\\"}"
-mkdir -p result && cp @FOLDER@/result/adapter.zip result/
-run=$(basename "$PWD")
-sed "s/@RUN@/$run/" @FOLDER@/result/manifest.json >result/manifest.new && mv result/manifest.new result/manifest.json
-say "{\\"t\\":$now,\\"event\\":\\"finished\\",\\"steps\\":2,\\"final_loss\\":1.0,\\"seconds\\":1,\\"adapter_sha256\\":\\"@ADAPTER@\\"}"
-"""
+STUB = (Path(__file__).parent / "stub-train.sh").read_text()
 
 
 def stub_image(folder: Path, data_sha256: str) -> Path:

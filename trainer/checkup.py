@@ -32,12 +32,12 @@ from typing import Any
 
 STEPS = 12
 # What the hook writes to the file that MILKTEA_AUDIT names, one line an attempt. AF_UNIX sockets
-# stay on the machine, and
-# 127.0.0.1 is how the processes of several GPUs meet; neither is an attempt.
+# stay on the machine, and 127.0.0.1 is how the processes of several GPUs meet: no attempts.
 HOOK = """
 import os, sys
 def _watch(event, args, out=os.environ.get("MILKTEA_AUDIT")):
-    if event not in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"): return
+    if event not in (
+        "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"): return
     if event in ("socket.connect", "socket.sendto"):
         host = args[1][0] if isinstance(args[1], tuple) else "unix"
     else: host = args[0]

@@ -21,7 +21,8 @@ WATCHDOG = """\
 cd "$HOME/milktea" || exit 1
 gone() {
   if command -v curl >/dev/null 2>&1; then
-    curl -sS -m 20 -X DELETE -H "Authorization: Bearer $CONTAINER_API_KEY" -H 'Content-Type: application/json' -d '{}' "$1"
+    curl -sS -m 20 -X DELETE -H "Authorization: Bearer $CONTAINER_API_KEY" \\
+      -H 'Content-Type: application/json' -d '{}' "$1"
   else
     python3 -c 'import os,sys,urllib.request as u
 h={"Authorization":"Bearer "+os.environ["CONTAINER_API_KEY"],"Content-Type":"application/json"}

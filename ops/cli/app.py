@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -180,13 +180,15 @@ def export(
     Kubeflow TrainJob."""
     with errors(False):
         from ops.errors import ConfigError
+        from ops.export.folder import Kind
         from ops.export.folder import export as write
 
         if kind not in ("slurm", "kubeflow"):
             raise ConfigError(
                 f"{kind!r} is neither slurm nor kubeflow", hint="milktea export slurm JOB"
             )
-        print(*write(kind, job, out or Path("exports"), nodes, queue), sep="\n")  # type: ignore[arg-type]
+        files = write(cast(Kind, kind), job, out or Path("exports"), nodes, queue)
+        print(*files, sep="\n")
 
 
 @app.command()

@@ -30,24 +30,61 @@ def arguments() -> argparse.Namespace:
     folder, switch = Path(".milktea/fakevast"), argparse.BooleanOptionalAction
     add("--port", type=int, default=0, help="0: any free one (default)")
     add("--state", type=Path, default=folder, metavar="DIR", help="of server.json and the boxes")
-    add("--idle-exit-s", type=float, default=0.0, metavar="N",
-        help="end after N seconds without request and instance (0: never)")  # fmt: skip
-    add("--boot-s", type=float, default=2.0, metavar="N",
-        help="seconds from create to running (default 2)")  # fmt: skip
-    add("--credit-usd", type=float, default=25.0, metavar="N",
-        help="play money at the start (default 25)")  # fmt: skip
-    add("--image-bytes", action="append", default=[], metavar="GLOB=N",
-        help="what pulling such an image moves, and costs")  # fmt: skip
-    add("--catalogue", type=Path, metavar="FILE",
-        help="JSON list of machines in place of the built-in market")  # fmt: skip
-    add("--faults", type=Path, metavar="FILE",
-        help="JSON list of faults, see ops/fakevast/cloud/faults.py")  # fmt: skip
-    add("--share", action="append", default=[], metavar="PATH",
-        help="a path of this machine that boxes may reach over SFTP too")  # fmt: skip
-    add("--v0-list", action="store_true",
-        help="GET /api/v0/instances/ lists instead of answering 410")  # fmt: skip
-    add("--rate-limits", action=switch, default=True,
-        help="vast.ai's least intervals between calls")  # fmt: skip
+    add(
+        "--idle-exit-s",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="end after N seconds without request and instance (0: never)",
+    )
+    add(
+        "--boot-s",
+        type=float,
+        default=2.0,
+        metavar="N",
+        help="seconds from create to running (default 2)",
+    )
+    add(
+        "--credit-usd",
+        type=float,
+        default=25.0,
+        metavar="N",
+        help="play money at the start (default 25)",
+    )
+    add(
+        "--image-bytes",
+        action="append",
+        default=[],
+        metavar="GLOB=N",
+        help="what pulling such an image moves, and costs",
+    )
+    add(
+        "--catalogue",
+        type=Path,
+        metavar="FILE",
+        help="JSON list of machines in place of the built-in market",
+    )
+    add(
+        "--faults",
+        type=Path,
+        metavar="FILE",
+        help="JSON list of faults, see ops/fakevast/cloud/faults.py",
+    )
+    add(
+        "--share",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a path of this machine that boxes may reach over SFTP too",
+    )
+    add(
+        "--v0-list",
+        action="store_true",
+        help="GET /api/v0/instances/ lists instead of answering 410",
+    )
+    add(
+        "--rate-limits", action=switch, default=True, help="vast.ai's least intervals between calls"
+    )
     return parser.parse_args()
 
 

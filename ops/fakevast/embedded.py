@@ -21,32 +21,56 @@ class Server:
 
 
 def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, ...] = ()) -> Server:
-    """The emulator of this folder: the one that runs, or else one started now, detached, which ends by itself when idle.
+    """The emulator of this folder: the one that runs, or else one started now, detached, which ends
+    by itself when idle.
 
-    Safe to call twice, and from two processes at once: one emulator a folder. Raises RuntimeError, with the end of its log,
-    when it does not come up.
+    Safe to call twice, and from two processes at once: one emulator a folder. Raises RuntimeError,
+    with the end of its log, when it does not come up.
     """
     state_dir = state_dir.resolve()
     state_dir.mkdir(parents=True, exist_ok=True)
     if (server := running(state_dir)) is not None:
         return server
-    command = [sys.executable, "-m", "ops.fakevast", "--state", str(state_dir), "--idle-exit-s", str(idle_exit_s), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "ops.fakevast",
+        "--state",
+        str(state_dir),
+        "--idle-exit-s",
+        str(idle_exit_s),
+        *options,
+    ]
     root = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    }
     with open(state_dir / "server.log", "ab") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env, cwd=state_dir)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=env,
+            cwd=state_dir,
+        )
     _started.append(child)
     deadline = time.monotonic() + _PATIENCE_S
     while (server := running(state_dir)) is None:
         if child.poll() not in (None, 0) or time.monotonic() > deadline:
             tail = (state_dir / "server.log").read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"fakevast did not start (exit code {child.poll()}); {state_dir}/server.log ends with:\n{tail}")
+            raise RuntimeError(
+                f"fakevast did not start (exit code {child.poll()}); {state_dir}/server.log "
+                f"ends with:\n{tail}"
+            )
         time.sleep(0.005)
     return server
 
 
 def running(state_dir: Path) -> Server | None:
-    """The emulator that serves this folder now, or None. Its lock is held for as long as it lives, so a stale file fools nobody."""
+    """The emulator that serves this folder now, or None. Its lock is held for as long as it lives,
+    so a stale file fools nobody."""
     import fcntl
 
     try:

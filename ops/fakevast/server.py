@@ -48,9 +48,7 @@ class Emulator:
         self.results = Results()
         self.alarm = Alarm(cloud)
         self.api = Api(cloud, self.boxes, self.alarm, self.rate_limits, self.results)
-        self._runner = web.AppRunner(
-            self.api.application(), access_log=None, shutdown_timeout=0.2
-        )
+        self._runner = web.AppRunner(self.api.application(), access_log=None, shutdown_timeout=0.2)
 
     async def start(self, sock: socket.socket) -> None:
         """Serves on this listening socket until `close`."""
@@ -130,9 +128,7 @@ class FakeVast:
             self.cloud.faults.add(fault)
         self._options: dict[str, Any] = {"rate_limits": rate_limits, "shared_paths": shared_paths}
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="fakevast", daemon=True
-        )
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fakevast", daemon=True)
         self.emulator: Emulator
         self.url = ""
 

@@ -1,4 +1,5 @@
-"""What outlives an emulator: the account's key, keys and spending, and the bills. Instances do not; their boxes end with it."""
+"""What outlives an emulator: the account's key, keys and spending, and the bills. Instances do not;
+their boxes end with it."""
 
 from __future__ import annotations
 
@@ -24,15 +25,22 @@ def account_key(state_dir: Path) -> str:
 
 def save(cloud: Cloud, state_dir: Path) -> None:
     """Written whole and renamed, so that it is never half there."""
-    data = {"api_key": cloud.account.key, "spent_usd": cloud.spent_usd(), "charges": cloud.charges(), "ssh_keys": cloud.account.ssh_keys,
-            "next_instance": cloud.next_instance, "next_ask": cloud.next_ask}  # fmt: skip
+    data = {
+        "api_key": cloud.account.key,
+        "spent_usd": cloud.spent_usd(),
+        "charges": cloud.charges(),
+        "ssh_keys": cloud.account.ssh_keys,
+        "next_instance": cloud.next_instance,
+        "next_ask": cloud.next_ask,
+    }
     part = state_dir / f".{_FILE}"
     part.write_text(json.dumps(data))
     part.replace(state_dir / _FILE)
 
 
 def restore(cloud: Cloud, state_dir: Path) -> None:
-    """Takes up where the last emulator of this folder ended. Numbers go on, so that no id ever means two instances."""
+    """Takes up where the last emulator of this folder ended. Numbers go on, so that no id ever
+    means two instances."""
     try:
         data = json.loads((state_dir / _FILE).read_text())
     except (OSError, ValueError):

@@ -151,7 +151,8 @@ def push(session: Session, box: Box) -> None:
     files = [PushFile(p.local, f"{folder}/{p.remote}", p.sha256) for p in session.plan.pushes]
     files.append(_push_file(job, f"{folder}/job.json"))
     checkpoint = newest_checkpoint(session)
-    if checkpoint and session.journal.last("launched", "renting").kind == "renting":  # type: ignore[union-attr]
+    last = session.journal.last("launched", "renting")
+    if checkpoint and last is not None and last.kind == "renting":
         files += [
             _push_file(p, f"{folder}/checkpoints/{checkpoint.name}/{p.relative_to(checkpoint)}")
             for p in sorted(checkpoint.rglob("*"))

@@ -52,7 +52,9 @@ def test_the_practice_image_is_built_carried_installed_and_trains_without_a_netw
     assert (prefix / "EVIDENCE.html").is_file()
     jobs = tmp_path / "jobs"
     shutil.copytree(ROOT / "jobs", jobs)
-    shutil.copytree(ROOT / "trainer/practice/practice_model", tmp_path / "trainer/practice/practice_model")
+    shutil.copytree(
+        ROOT / "trainer/practice/practice_model", tmp_path / "trainer/practice/practice_model"
+    )
     runs = tmp_path / "runs"
     run(
         prefix / "bin/milktea-run",

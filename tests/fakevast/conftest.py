@@ -24,7 +24,8 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Key:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[..., FakeVast]]:
-    """Starts emulators with settings of the test's own; all are gone afterwards, with every process of their boxes."""
+    """Starts emulators with settings of the test's own; all are gone afterwards, with every process
+    of their boxes."""
     started: list[FakeVast] = []
 
     def start(**settings: Any) -> FakeVast:
@@ -54,5 +55,3 @@ def box(fake: FakeVast, client: VastClient, key: Key) -> tuple[int, Reach]:
     vast_keys.create_ssh_key(client, key.public)
     number = rent(client, label="run-1")
     return number, reach(client, number, key)
-
-

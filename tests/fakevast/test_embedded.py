@@ -45,10 +45,18 @@ def stop(state: Path, how: signal.Signals = signal.SIGTERM) -> None:
 
 
 def api(server: Server, method: str, path: str, body: dict | None = None) -> requests.Response:
-    return requests.request(method, f"{server.url}/api/v0/{path}", json=body, headers={"Authorization": f"Bearer {server.api_key}"}, timeout=20)
+    return requests.request(
+        method,
+        f"{server.url}/api/v0/{path}",
+        json=body,
+        headers={"Authorization": f"Bearer {server.api_key}"},
+        timeout=20,
+    )
 
 
-def test_ensure_starts_one_emulator_however_often_and_from_however_many_it_is_called(state: Path) -> None:
+def test_ensure_starts_one_emulator_however_often_and_from_however_many_it_is_called(
+    state: Path,
+) -> None:
     with ThreadPoolExecutor(4) as pool:
         servers = set(pool.map(lambda _: ensure(state, idle_exit_s=60), range(4)))
     assert len(servers) == 1
@@ -59,8 +67,12 @@ def test_ensure_starts_one_emulator_however_often_and_from_however_many_it_is_ca
 def test_it_ends_by_itself_when_idle_but_not_while_an_instance_exists(state: Path) -> None:
     server = ensure(state, idle_exit_s=0.5, options=("--boot-s", "0", "--no-rate-limits"))
     ask = api(server, "POST", "bundles/", {}).json()["offers"][0]["id"]
-    number = api(server, "PUT", f"asks/{ask}/", {"image": "i", "onstart": "sleep 1000"}).json()["new_contract"]
-    time.sleep(2.5)  # longer than idle_exit_s and its one-second check: the absence of an exit has no event to wait for
+    number = api(server, "PUT", f"asks/{ask}/", {"image": "i", "onstart": "sleep 1000"}).json()[
+        "new_contract"
+    ]
+    # longer than idle_exit_s and its one-second check: the absence of an exit has no event to wait
+    # for
+    time.sleep(2.5)
     assert running(state) == server
     assert api(server, "DELETE", f"instances/{number}/", {}).json() == {"success": True}
     deadline = time.monotonic() + 10
@@ -74,16 +86,25 @@ def test_the_account_and_its_bills_outlive_the_emulator(state: Path, key: Key) -
     first = ensure(state, options=("--boot-s", "0", "--no-rate-limits"))
     api(first, "POST", "ssh/", {"ssh_key": key.public})
     ask = api(first, "POST", "bundles/", {}).json()["offers"][0]["id"]
-    number = api(first, "PUT", f"asks/{ask}/", {"image": "i", "label": "early"}).json()["new_contract"]
+    number = api(first, "PUT", f"asks/{ask}/", {"image": "i", "label": "early"}).json()[
+        "new_contract"
+    ]
     stop(state)
     second = ensure(state, options=("--boot-s", "0", "--no-rate-limits"))
-    assert second.api_key == first.api_key and api(second, "GET", "ssh/").json()[0]["key"] == key.public
+    assert (
+        second.api_key == first.api_key
+        and api(second, "GET", "ssh/").json()[0]["key"] == key.public
+    )
     api(second, "POST", "ssh/", {"ssh_key": "ssh-ed25519 AAAA later"})
-    assert len({row["id"] for row in api(second, "GET", "ssh/").json()}) == 2, "a number means one key"
+    assert len({row["id"] for row in api(second, "GET", "ssh/").json()}) == 2, (
+        "a number means one key"
+    )
     window = '{"day":{"gte":0,"lte":9999999999}}'
     row = api(second, "GET", f"charges/?select_filters={window}").json()["results"][0]
     assert row["source"] == f"instance-{number}" and row["amount"] > 0
-    assert api(second, "GET", "users/current").json()["credit"] == pytest.approx(25.0 - row["amount"], abs=1e-6)
+    assert api(second, "GET", "users/current").json()["credit"] == pytest.approx(
+        25.0 - row["amount"], abs=1e-6
+    )
     ask = api(second, "POST", "bundles/", {}).json()["offers"][0]["id"]
     assert api(second, "PUT", f"asks/{ask}/", {"image": "i"}).json()["new_contract"] > number
 
@@ -107,16 +128,37 @@ def test_a_server_that_cannot_start_says_why(state: Path) -> None:
 
 
 def test_faults_and_market_can_come_from_files(state: Path) -> None:
-    (state / "market.json").write_text('[{"machine_id": 7, "gpu_name": "H200", "usd_per_gpu_hour": 2.5}]')
+    (state / "market.json").write_text(
+        '[{"machine_id": 7, "gpu_name": "H200", "usd_per_gpu_hour": 2.5}]'
+    )
     (state / "faults.json").write_text('[{"where": "user", "what": "502_before"}]')
-    server = ensure(state, options=("--catalogue", str(state / "market.json"), "--faults", str(state / "faults.json")))
-    assert [row["gpu_name"] for row in api(server, "POST", "bundles/", {}).json()["offers"]] == ["H200"]
+    server = ensure(
+        state,
+        options=("--catalogue", str(state / "market.json"), "--faults", str(state / "faults.json")),
+    )
+    assert [row["gpu_name"] for row in api(server, "POST", "bundles/", {}).json()["offers"]] == [
+        "H200"
+    ]
     assert [api(server, "GET", "users/current").status_code for _ in range(2)] == [502, 200]
 
 
 def test_help_says_what_there_is() -> None:
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-m", "ops.fakevast", "--help"], cwd=root, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, "-m", "ops.fakevast", "--help"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.returncode == 0
-    for option in ("--port", "--state", "--idle-exit-s", "--boot-s", "--catalogue", "--faults", "--rate-limits"):
+    for option in (
+        "--port",
+        "--state",
+        "--idle-exit-s",
+        "--boot-s",
+        "--catalogue",
+        "--faults",
+        "--rate-limits",
+    ):
         assert option in done.stdout

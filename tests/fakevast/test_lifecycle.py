@@ -17,8 +17,14 @@ def cloud_of(**settings: Any) -> Cloud:
 
 
 def rent(cloud: Cloud, machine_id: int = 11007, **body: Any) -> Instance:
-    ask = next(row["id"] for row in cloud.offers() if row["machine_id"] == machine_id and row["num_gpus"] == 1)
-    return cloud.instances[cloud.create(ask, {"image": "a/b:1", "disk": 20, **body})["new_contract"]]
+    ask = next(
+        row["id"]
+        for row in cloud.offers()
+        if row["machine_id"] == machine_id and row["num_gpus"] == 1
+    )
+    return cloud.instances[
+        cloud.create(ask, {"image": "a/b:1", "disk": 20, **body})["new_contract"]
+    ]
 
 
 def after(cloud: Cloud, seconds: float) -> None:
@@ -38,7 +44,12 @@ def test_a_box_goes_from_null_by_created_and_loading_to_running() -> None:
     assert sum(status == "loading" for status, _ in seen) >= 3, "loading tells of its progress"
     assert seen[-1][1] == "success, running a/b:1/ssh"
     row = one.row(cloud.clock.now())
-    assert row["ports"] == {} and isinstance(row["start_date"], float) and row["label"] == "mine" and row["public_ipaddr"].endswith("\n")
+    assert (
+        row["ports"] == {}
+        and isinstance(row["start_date"], float)
+        and row["label"] == "mine"
+        and row["public_ipaddr"].endswith("\n")
+    )
 
 
 def test_an_offer_is_gone_once_rented_and_comes_back_under_a_new_number() -> None:
@@ -75,7 +86,9 @@ def test_slices_of_one_machine_compete_for_its_cards() -> None:
     assert sizes() == {1}
 
 
-def test_without_cancel_unavail_a_taken_offer_gives_a_stopped_instance_that_is_billed_for_its_disk() -> None:
+def test_without_cancel_unavail_a_taken_offer_gives_a_stopped_instance_that_is_billed_for_its_disk() -> (
+    None
+):
     cloud = cloud_of()
     winner = rent(cloud)
     late = cloud.instances[cloud.create(winner.ask_id, {"image": "a", "disk": 100})["new_contract"]]
@@ -90,11 +103,25 @@ def test_without_cancel_unavail_a_taken_offer_gives_a_stopped_instance_that_is_b
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"image": ""}, {"image": None}, {"image": "x" * 1025}, {"disk": 7}, {"disk": "much"}, {"disk": 5000}, {"env": "-e A=B"}, {"env": ["A=B"]},
-        {"env": {"A": "b" * 32768}}, {"onstart": "x" * 4097}, {"onstart": "x" * 3000, "args": ["y" * 1200]}, {"label": "l" * 257},
-        {"price": 0.0}, {"price": 129}, {"price": "cheap"}, {"runtype": "telnet"}, {"target_state": "flying"},
+        {"image": ""},
+        {"image": None},
+        {"image": "x" * 1025},
+        {"disk": 7},
+        {"disk": "much"},
+        {"disk": 5000},
+        {"env": "-e A=B"},
+        {"env": ["A=B"]},
+        {"env": {"A": "b" * 32768}},
+        {"onstart": "x" * 4097},
+        {"onstart": "x" * 3000, "args": ["y" * 1200]},
+        {"label": "l" * 257},
+        {"price": 0.0},
+        {"price": 129},
+        {"price": "cheap"},
+        {"runtype": "telnet"},
+        {"target_state": "flying"},
     ],
-)  # fmt: skip
+)
 def test_a_malformed_order_is_refused_with_400_and_rents_nothing(wrong: dict[str, Any]) -> None:
     cloud = cloud_of()
     with pytest.raises(ApiError) as refusal:
@@ -119,7 +146,9 @@ def test_an_outbid_box_is_stopped_in_all_its_states_and_resumes_when_its_bid_is_
     one = rent(cloud, price=0.2)
     after(cloud, 101)
     cloud.outbid(one.id, 0.25)
-    assert (one.cur_state, one.intended_status, one.next_state) == ("stopped",) * 3 and stopped == [one.id]
+    assert (one.cur_state, one.intended_status, one.next_state) == ("stopped",) * 3 and stopped == [
+        one.id
+    ]
     after(cloud, 3600)
     gpu = one.meter.gpu_usd
     assert gpu == pytest.approx(0.2 * 1 / 3600) and one.cur_state == "stopped"
@@ -159,7 +188,10 @@ def test_an_instances_key_may_destroy_itself_and_nothing_else() -> None:
     cloud = cloud_of()
     one, other = rent(cloud), rent(cloud, 11008)
     assert cloud.who(one.key) == one.id and cloud.who(cloud.account.key) is None
-    for act in (lambda: cloud.destroy(other.id, one.key), lambda: cloud.create(next(iter(cloud.asks)), {"image": "a"}, one.key)):
+    for act in (
+        lambda: cloud.destroy(other.id, one.key),
+        lambda: cloud.create(next(iter(cloud.asks)), {"image": "a"}, one.key),
+    ):
         with pytest.raises(ApiError) as refusal:
             act()
         assert refusal.value.status == 401
@@ -206,7 +238,9 @@ def test_when_the_credit_is_used_up_every_box_stops_at_that_very_second() -> Non
         ("unknown", "unknown", "running", ""),
     ],
 )
-def test_a_planned_boot_fault_ends_in_the_states_seen_in_the_field(fault: str, status: str, state: str, text: str) -> None:
+def test_a_planned_boot_fault_ends_in_the_states_seen_in_the_field(
+    fault: str, status: str, state: str, text: str
+) -> None:
     cloud = cloud_of()
     cloud.faults.add(where="boot", what=fault, label="spoiled-*")
     one, good = rent(cloud, label="spoiled-1"), rent(cloud, 11008, label="good")
@@ -222,7 +256,9 @@ def test_one_machine_of_the_market_never_starts_a_container() -> None:
     assert one.cur_state == "stopped" and "OCI runtime create failed" in (one.status_msg or "")
 
 
-def test_without_a_fixed_boot_time_a_start_lasts_as_long_as_the_pull_over_the_machines_link() -> None:
+def test_without_a_fixed_boot_time_a_start_lasts_as_long_as_the_pull_over_the_machines_link() -> (
+    None
+):
     cloud = cloud_of(boot_s=None, image_bytes={"big/*": 10_000_000_000})
     one = rent(cloud, image="big/model:1")
     seconds = 15 + 10e9 * 8 / 860e6

@@ -27,13 +27,21 @@ def wait(cloud: Cloud, seconds: float, chance: random.Random) -> float:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_charges_equal_the_cost_computed_by_hand_to_the_cent(seed: int) -> None:
-    """Random lives: started and stopped several times, with traffic both ways. The formula is vast.ai's documented one: GPU hours
-    while running, disk by a month of 720 hours while it exists, bytes at the host's price, the image's pull included."""
+    """Random lives: started and stopped several times, with traffic both ways. The formula is
+    vast.ai's documented one: GPU hours while running, disk by a month of 720 hours while it exists,
+    bytes at the host's price, the image's pull included."""
     chance = random.Random(seed)
-    cloud = Cloud(VirtualClock(), settings=Settings(boot_s=BOOT_S, credit_usd=1e6, default_image_bytes=2_000_000_000))
+    cloud = Cloud(
+        VirtualClock(),
+        settings=Settings(boot_s=BOOT_S, credit_usd=1e6, default_image_bytes=2_000_000_000),
+    )
     by_hand: dict[str, float] = {}
     for turn in range(4):
-        offers = [row for row in cloud.offers() if row["duration"] > 3e6 and row["disk_space"] > 200 and row["machine_id"] != 12010]
+        offers = [
+            row
+            for row in cloud.offers()
+            if row["duration"] > 3e6 and row["disk_space"] > 200 and row["machine_id"] != 12010
+        ]
         offer = chance.choice(offers)
         disk, bid = chance.uniform(8, 200), chance.choice([None, offer["dph_base"] * 0.9])
         order = {"image": "i", "disk": disk, "label": f"run-{turn}", "price": bid}
@@ -57,9 +65,13 @@ def test_charges_equal_the_cost_computed_by_hand_to_the_cent(seed: int) -> None:
             + gb_out * offer["inet_up_cost"]
         )
     bill = {row["source"]: row for row in cloud.charges()}
-    assert {source: row["amount"] for source, row in bill.items()} == pytest.approx(by_hand, abs=0.005)
+    assert {source: row["amount"] for source, row in bill.items()} == pytest.approx(
+        by_hand, abs=0.005
+    )
     for turn, row in enumerate(bill.values()):
-        assert sum(item["amount"] for item in row["items"]) == pytest.approx(row["amount"], abs=1e-5)
+        assert sum(item["amount"] for item in row["items"]) == pytest.approx(
+            row["amount"], abs=1e-5
+        )
         assert row["metadata"]["label"] == f"run-{turn}"
     assert 1e6 - cloud.credit() == pytest.approx(sum(by_hand.values()), abs=0.005)
 

@@ -24,7 +24,9 @@ def slow(make: Callable[..., FakeVast]) -> FakeVast:
         ("PUT", "/v0/instances/bid_price/1/", 5.5),
     ],
 )
-def test_a_call_that_comes_before_its_interval_is_over_gets_429(slow: FakeVast, method: str, path: str, seconds: float) -> None:
+def test_a_call_that_comes_before_its_interval_is_over_gets_429(
+    slow: FakeVast, method: str, path: str, seconds: float
+) -> None:
     def ask() -> int:
         return call(slow, method, path, {}).status_code
 
@@ -37,7 +39,11 @@ def test_a_call_that_comes_before_its_interval_is_over_gets_429(slow: FakeVast, 
 
 def test_a_429_is_bare_text_from_most_and_json_from_create_and_destroy(slow: FakeVast) -> None:
     shapes = {}
-    for name, method, path in (("list", "GET", "/v1/instances/"), ("create", "PUT", "/v0/asks/1/"), ("destroy", "DELETE", "/v0/instances/1/")):
+    for name, method, path in (
+        ("list", "GET", "/v1/instances/"),
+        ("create", "PUT", "/v0/asks/1/"),
+        ("destroy", "DELETE", "/v0/instances/1/"),
+    ):
         call(slow, method, path, {})
         shapes[name] = call(slow, method, path, {})
     assert shapes["list"].text == "API requests too frequent: endpoint threshold=1.0"
@@ -73,4 +79,6 @@ def test_the_daily_quota_of_searches_ends_at_midnight(slow: FakeVast) -> None:
 
 def test_two_callers_do_not_slow_each_other_down(slow: FakeVast) -> None:
     own = call(slow, "POST", "/v0/auth/apikeys/", {"name": "second"}).json()["key"]
-    assert [call(slow, "GET", "/v1/instances/", key=key).status_code for key in ("account", own)] == [200, 200]
+    assert [
+        call(slow, "GET", "/v1/instances/", key=key).status_code for key in ("account", own)
+    ] == [200, 200]

@@ -23,7 +23,11 @@ def test_every_fault_in_the_readme_is_one_that_the_emulator_knows() -> None:
 
 
 def test_every_fault_that_exists_is_used_by_a_test() -> None:
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py") if path.name != Path(__file__).name)
+    tests = "".join(
+        path.read_text()
+        for path in Path(__file__).parent.glob("test_*.py")
+        if path.name != Path(__file__).name
+    )
     kinds = API_FAULTS | set().union(*BOX_FAULTS.values())
     assert len(kinds) > 25 and [kind for kind in sorted(kinds) if f'"{kind}"' not in tests] == []
 
@@ -32,5 +36,9 @@ def test_every_route_has_a_handler() -> None:
     from ops.fakevast.http import account as api_account
     from ops.fakevast.http import instances as api_instances
 
-    missing = [route.name for route in ROUTES if not (hasattr(api_instances, route.name) or hasattr(api_account, route.name))]
+    missing = [
+        route.name
+        for route in ROUTES
+        if not (hasattr(api_instances, route.name) or hasattr(api_account, route.name))
+    ]
     assert len(ROUTES) >= 40 and missing == []

@@ -13,9 +13,9 @@ from types import ModuleType
 
 import pytest
 
-from ops.job import config
 from ops.image.spec import definition
 from ops.image.spec.paths import Places
+from ops.job import config
 from trainer.wire.job import Job
 
 SERVER = Path(config.__file__).parent / "image" / "server"
@@ -59,29 +59,43 @@ def job_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(job_folder: Path, tmp_path: Path) -> None:
-    from ops.job.planner import _wire_job
+def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(
+    job_folder: Path, tmp_path: Path
+) -> None:
     from ops.box.transfer import PushFile, sha256_of
+    from ops.job.planner import _wire_job
 
     convert = module("job_from_toml")
     job = config.load(job_folder / "job.toml")
     run = tmp_path / "milktea" / "mine-1"
     ours = convert.write_run(job_folder / "job.toml", job, run, None)
-    pushes = [PushFile(p, f"data/{n}-{p.name}", sha256_of(p)) for n, p in enumerate([*job.data.files, job.data.held_out])]
+    pushes = [
+        PushFile(p, f"data/{n}-{p.name}", sha256_of(p))
+        for n, p in enumerate([*job.data.files, job.data.held_out])
+    ]
     assert ours == _wire_job(job, "mine-1", pushes)
     assert Job.model_validate_json((run / "job.json").read_text()) == ours and ours.processes == 2
     assert (run / "model" / "config.json").is_file() and (run / "data" / "1-held.json").is_file()
     assert convert.write_run(job_folder / "job.toml", job, run, 1).processes == 1
 
 
-def test_the_paths_that_a_job_names_are_told_before_anything_is_mounted(job_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_paths_that_a_job_names_are_told_before_anything_is_mounted(
+    job_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert module("job_from_toml").main(["paths", str(job_folder / "job.toml")]) == 0
     told = capsys.readouterr().out.split()
-    assert told == [str(job_folder / "rows.json"), str(job_folder.parent / "elsewhere" / "held.json"), str(job_folder / "base")]
+    assert told == [
+        str(job_folder / "rows.json"),
+        str(job_folder.parent / "elsewhere" / "held.json"),
+        str(job_folder / "base"),
+    ]
 
 
 def test_an_installed_model_is_found_by_its_name_and_an_unknown_one_lists_what_is_there(
-    job_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     convert = module("job_from_toml")
     models = tmp_path / "models"
@@ -91,11 +105,17 @@ def test_an_installed_model_is_found_by_its_name_and_an_unknown_one_lists_what_i
     (models / "by-name" / "Qwen" / "Q-7B").symlink_to(models / "abc")
     monkeypatch.setenv("MILKTEA_MODELS", str(models))
     (job_folder / "job.toml").write_text(TOML.format(base="Qwen/Q-7B"))
-    assert convert.find_model(job_folder / "job.toml", config.load(job_folder / "job.toml")) == models / "abc"
+    assert (
+        convert.find_model(job_folder / "job.toml", config.load(job_folder / "job.toml"))
+        == models / "abc"
+    )
     (job_folder / "job.toml").write_text(TOML.format(base="Qwen/Q-8B"))
     assert convert.main(["run", str(job_folder / "job.toml"), str(tmp_path / "r-1")]) == 2
     said = capsys.readouterr().err
-    assert "Qwen/Q-8B is neither a folder here nor installed" in said and "do this: milktea-run models" in said
+    assert (
+        "Qwen/Q-8B is neither a folder here nor installed" in said
+        and "do this: milktea-run models" in said
+    )
 
 
 def test_a_wrong_key_and_a_missing_data_file_are_refused_with_what_to_do(
@@ -123,18 +143,22 @@ def test_what_the_converter_imports_of_ops_is_in_every_image(name: str) -> None:
             if not file.is_file():
                 file = root / package.replace(".", "/") / "__init__.py"
             relative = str(file.relative_to(root))
-            assert relative in carried, f"{relative} is imported in the image: copy it in docker/{spec.dockerfile}/Dockerfile"
+            assert relative in carried, (
+                f"{relative} is imported in the image: copy it in "
+                f"docker/{spec.dockerfile}/Dockerfile"
+            )
             if file not in wanted:
                 wanted.append(file)
     assert all((root / path).is_file() for path in carried)
 
 
-# -- the command lines -----------------------------------------------------------------------------------------------------
+# -- the command lines -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., list[str]]:
-    """milktea-run as installed, printing its docker commands; the engine's answers are recorded ones."""
+    """milktea-run as installed, printing its docker commands; the engine's answers are recorded
+    ones."""
     prefix = tmp_path / "prefix"
     for folder in ("bin", "state", "tools", "models"):
         (prefix / folder).mkdir(parents=True)
@@ -144,23 +168,38 @@ def run(tmp_path: Path) -> Callable[..., list[str]]:
     engine = tmp_path / "engine"
     engine.mkdir()
 
-    def call(*arguments: str, runtimes: str = '{"nvidia":{}}', security: str = "[]", **env: str) -> list[str]:
+    def call(
+        *arguments: str, runtimes: str = '{"nvidia":{}}', security: str = "[]", **env: str
+    ) -> list[str]:
         script = f"""#!/bin/sh
 case "$*" in "image inspect"*:known) echo sha256:0123456789abcdef0123 ;; "image inspect"*) exit 1 ;;
     *Runtimes*) echo '{runtimes}' ;; *SecurityOptions*) echo '{security}' ;; *" paths "*) echo "$PATHS" ;; esac
 """
         (engine / "docker").write_text(script)
         (engine / "docker").chmod(0o755)
-        environment = {"PATH": f"{engine}:{os.environ['PATH']}", "MILKTEA_DRY_RUN": "1", "HOME": str(tmp_path)} | env
+        environment = {
+            "PATH": f"{engine}:{os.environ['PATH']}",
+            "MILKTEA_DRY_RUN": "1",
+            "HOME": str(tmp_path),
+        } | env
         command = ["sh", str(prefix / "bin" / "milktea-run"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+        )
         assert done.returncode == 0, done.stderr
         return [line for line in done.stdout.splitlines() if line.startswith("docker run")]
 
     return call
 
 
-def test_every_container_has_no_network_no_writable_image_no_rights_and_the_callers_user(run: Callable) -> None:
+def test_every_container_has_no_network_no_writable_image_no_rights_and_the_callers_user(
+    run: Callable,
+) -> None:
     (line,) = run("check")
     for option in (
         "--network=none",
@@ -176,13 +215,19 @@ def test_every_container_has_no_network_no_writable_image_no_rights_and_the_call
     assert f"--shm-size {memory_kb // 2}k" in line
 
 
-def test_python_keeps_what_it_compiles_for_the_next_start_of_the_very_same_image(run: Callable, tmp_path: Path) -> None:
+def test_python_keeps_what_it_compiles_for_the_next_start_of_the_very_same_image(
+    run: Callable, tmp_path: Path
+) -> None:
     (line,) = run("check", MILKTEA_IMAGE="milktea/tiny:known")
     assert f" -e PYTHONPYCACHEPREFIX={tmp_path}/milktea/cache/python-0123456789ab " in line
-    assert "PYTHONPYCACHEPREFIX" not in run("check")[0]  # an image that cannot be asked keeps its own setting
+    assert (
+        "PYTHONPYCACHEPREFIX" not in run("check")[0]
+    )  # an image that cannot be asked keeps its own setting
 
 
-def test_check_gives_the_self_test_the_lock_of_the_current_image(run: Callable, tmp_path: Path) -> None:
+def test_check_gives_the_self_test_the_lock_of_the_current_image(
+    run: Callable, tmp_path: Path
+) -> None:
     assert "image.lock" not in run("check")[0]
     lock = tmp_path / "prefix/records/image-abc.lock"
     lock.parent.mkdir()
@@ -203,25 +248,46 @@ def test_gpus_are_chosen_by_number_or_by_name(run: Callable) -> None:
 
 def test_a_compat_package_is_mounted_only_when_asked_for(run: Callable) -> None:
     assert "cuda-compat" not in run("check")[0]
-    assert "-v /opt/compat:/cuda-compat:ro -e LD_LIBRARY_PATH=/cuda-compat" in run("check", MILKTEA_CUDA_COMPAT="/opt/compat")[0]
+    assert (
+        "-v /opt/compat:/cuda-compat:ro -e LD_LIBRARY_PATH=/cuda-compat"
+        in run("check", MILKTEA_CUDA_COMPAT="/opt/compat")[0]
+    )
 
 
 def test_train_mounts_what_the_job_names_and_nothing_else(run: Callable, job_folder: Path) -> None:
     held = job_folder.parent / "elsewhere" / "held.json"
-    lines = run("train", str(job_folder / "job.toml"), "--gpus", "2", "--run", "mine-7", PATHS=f"{job_folder}/rows.json\n{held}\n{job_folder}/base")
+    lines = run(
+        "train",
+        str(job_folder / "job.toml"),
+        "--gpus",
+        "2",
+        "--run",
+        "mine-7",
+        PATHS=f"{job_folder}/rows.json\n{held}\n{job_folder}/base",
+    )
     assert len(lines) == 2
     convert, train = lines
     mounts = re.findall(r"-v (\S+)", train)
     runs = job_folder.parent / "milktea"
     prefix = job_folder.parent / "prefix"
     assert mounts == [
-        f"{job_folder}:{job_folder}:ro", f"{held}:{held}:ro", f"{prefix}/tools:/tools:ro", f"{prefix}/models:{prefix}/models:ro", f"{runs}:{runs}",
-    ]  # fmt: skip
+        f"{job_folder}:{job_folder}:ro",
+        f"{held}:{held}:ro",
+        f"{prefix}/tools:/tools:ro",
+        f"{prefix}/models:{prefix}/models:ro",
+        f"{runs}:{runs}",
+    ]
     assert f"run {job_folder}/job.toml {runs}/mine-7 2" in convert and "--gpus" not in convert
-    assert train.endswith("-m trainer.launch job.json") and f"-w {runs}/mine-7" in train and "--gpus 2" in train
+    assert (
+        train.endswith("-m trainer.launch job.json")
+        and f"-w {runs}/mine-7" in train
+        and "--gpus 2" in train
+    )
 
 
-def test_a_run_that_was_begun_goes_on_without_being_written_anew(run: Callable, job_folder: Path) -> None:
+def test_a_run_that_was_begun_goes_on_without_being_written_anew(
+    run: Callable, job_folder: Path
+) -> None:
     begun = job_folder.parent / "milktea" / "mine-7"
     begun.mkdir(parents=True)
     (begun / "job.json").write_text("{}")
@@ -230,7 +296,13 @@ def test_a_run_that_was_begun_goes_on_without_being_written_anew(run: Callable, 
 
 def test_launch_is_accelerates_own_in_the_current_folder(run: Callable, tmp_path: Path) -> None:
     (line,) = run("launch", "--num_processes", "2", "my.py", "--text", "two words")
-    assert line.endswith("--entrypoint accelerate milktea/tiny:abc launch --num_processes 2 my.py --text two words") and f"-w {tmp_path}" in line
+    assert (
+        line.endswith(
+            "--entrypoint accelerate milktea/tiny:abc launch --num_processes 2 my.py --text "
+            "two words"
+        )
+        and f"-w {tmp_path}" in line
+    )
 
 
 def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path) -> None:
@@ -240,10 +312,12 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
     assert run("chat", "mine-7", "hello there")[0].endswith(
         f"-m trainer.serve.chat {at}/result/adapter.zip --base {at}/model --prompt hello there"
     )
-    assert run("evaluate", "mine-7", "new.json")[0].endswith(f"/tools/score.py {at} {tmp_path}/new.json")
+    assert run("evaluate", "mine-7", "new.json")[0].endswith(
+        f"/tools/score.py {at} {tmp_path}/new.json"
+    )
 
 
-# -- scores ----------------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 def test_scores_of_equal_and_of_unrelated_answers_are_the_ends_of_the_scale() -> None:
@@ -259,9 +333,13 @@ def test_scores_agree_with_values_worked_out_by_hand() -> None:
     use = module("score")
     # 6 words each, 5 in common, 3 of 5 pairs, longest common subsequence 5 (the cat _ on the mat)
     found = use.rouge(["the cat is on the mat"], ["the cat sat on the mat"])
-    assert found == pytest.approx({"rouge-1": 100 * 5 / 6, "rouge-2": 100 * 3 / 5, "rouge-l": 100 * 5 / 6})
+    assert found == pytest.approx(
+        {"rouge-1": 100 * 5 / 6, "rouge-2": 100 * 3 / 5, "rouge-l": 100 * 5 / 6}
+    )
     # orders 1 to 4 match 5/6, 3/5, 1/4 and none of 3, which counts as half a match
-    assert use.bleu4(["the cat is on the mat"], ["the cat sat on the mat"]) == pytest.approx(100 * (5 / 6 * 3 / 5 * 1 / 4 * 0.5 / 3) ** 0.25)
+    assert use.bleu4(["the cat is on the mat"], ["the cat sat on the mat"]) == pytest.approx(
+        100 * (5 / 6 * 3 / 5 * 1 / 4 * 0.5 / 3) ** 0.25
+    )
 
 
 def test_an_answer_that_is_too_short_pays_the_brevity_penalty() -> None:
@@ -283,7 +361,12 @@ def test_what_scoring_takes_from_the_trainer_is_there() -> None:
     from trainer.serve import chat
 
     assert list(inspect.signature(chat.open_adapter).parameters)[:2] == ["adapter", "base"]
-    assert list(inspect.signature(held_out.answer).parameters)[:4] == ["model", "prompts", "data", "device"]
+    assert list(inspect.signature(held_out.answer).parameters)[:4] == [
+        "model",
+        "prompts",
+        "data",
+        "device",
+    ]
     assert list(inspect.signature(prepare.prompt_ids).parameters) == ["data", "turns"]
     assert list(inspect.signature(files.read_rows).parameters) == ["paths", "form"]
     assert callable(held_out.match) and callable(prepare.model_folder)

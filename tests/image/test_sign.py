@@ -10,7 +10,8 @@ from ops.image.bundle import signature as sign
 
 
 def by_ssh(file: Path) -> str:
-    """The fingerprint of the key that signed, by the command that the README gives; empty where the signature is not good."""
+    """The fingerprint of the key that signed, by the command that the README gives; empty where the
+    signature is not good."""
     command = ["ssh-keygen", "-Y", "check-novalidate", "-n", sign.NAMESPACE, "-s", f"{file}.sig"]
     with file.open("rb") as content:
         done = subprocess.run(command, stdin=content, capture_output=True, text=True)
@@ -20,8 +21,20 @@ def by_ssh(file: Path) -> str:
 def test_one_key_signs_for_ssh_keygen_and_for_openssl(tmp_path: Path, release_key: Path) -> None:
     file = tmp_path / "SHA256SUMS"
     file.write_text("content\n")
-    assert {p.name for p in sign.sign(file, release_key)} == {"SHA256SUMS.sig", "SHA256SUMS.openssl"}
-    check = ["openssl", "dgst", "-sha256", "-verify", f"{release_key}.pem", "-signature", f"{file}.openssl", str(file)]
+    assert {p.name for p in sign.sign(file, release_key)} == {
+        "SHA256SUMS.sig",
+        "SHA256SUMS.openssl",
+    }
+    check = [
+        "openssl",
+        "dgst",
+        "-sha256",
+        "-verify",
+        f"{release_key}.pem",
+        "-signature",
+        f"{file}.openssl",
+        str(file),
+    ]
     assert by_ssh(file) == sign.fingerprint(Path(f"{release_key}.pub"))
     assert subprocess.run(check, capture_output=True).returncode == 0
     file.write_text("contend\n")

@@ -37,15 +37,25 @@ def pinned(prefix: Path, key: Path, pem: bool = False) -> None:
 
 def sign_again(bundle: Path, key: Path) -> None:
     """The sums made anew over what lies there, and signed."""
-    files = sorted(p for p in bundle.rglob("*") if p.is_file() and not p.name.startswith("SHA256SUMS"))
-    rows = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(bundle)}\n" for p in files]
+    files = sorted(
+        p for p in bundle.rglob("*") if p.is_file() and not p.name.startswith("SHA256SUMS")
+    )
+    rows = [
+        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(bundle)}\n" for p in files
+    ]
     (bundle / "SHA256SUMS").write_text("".join(rows))
     signature.sign(bundle / "SHA256SUMS", key)
 
 
 @pytest.mark.parametrize("form", ["fingerprint", "pub", "pem"])
-def test_the_right_key_is_good_in_each_of_its_forms(signed: Path, install: Callable, release_key: Path, form: str) -> None:
-    key = signature.fingerprint(Path(f"{release_key}.pub")) if form == "fingerprint" else f"{release_key}.{form}"
+def test_the_right_key_is_good_in_each_of_its_forms(
+    signed: Path, install: Callable, release_key: Path, form: str
+) -> None:
+    key = (
+        signature.fingerprint(Path(f"{release_key}.pub"))
+        if form == "fingerprint"
+        else f"{release_key}.{form}"
+    )
     ran = install(signed, "verify", "--key", key)
     assert ran.code == 0 and "signature good" in ran.out and "given by --key" in ran.out
 
@@ -55,12 +65,18 @@ def test_a_strangers_bundle_is_refused_with_the_senders_key(
     tiny: Any, install: Callable, tmp_path: Path, release_key: Path, stranger: Path, form: str
 ) -> None:
     tiny.pack(tmp_path / "theirs", Options(key=stranger))
-    key = signature.fingerprint(Path(f"{release_key}.pub")) if form == "fingerprint" else f"{release_key}.{form}"
+    key = (
+        signature.fingerprint(Path(f"{release_key}.pub"))
+        if form == "fingerprint"
+        else f"{release_key}.{form}"
+    )
     ran = install(tmp_path / "theirs", "verify", "--key", key)
     assert ran.code == 5 and "wrong signature" in ran.err
 
 
-def test_a_key_from_the_carried_disk_vouches_for_nothing(signed: Path, install: Callable, tmp_path: Path, release_key: Path) -> None:
+def test_a_key_from_the_carried_disk_vouches_for_nothing(
+    signed: Path, install: Callable, tmp_path: Path, release_key: Path
+) -> None:
     (signed / "keys").mkdir()
     shutil.copy(f"{release_key}.pub", signed / "keys" / "release.pub")
     ran = install(signed, "verify", "--key", str(signed / "keys/release.pub"))
@@ -76,7 +92,10 @@ def test_a_known_sender_binds_the_next_bundles(
     tiny: Any, signed: Path, install: Callable, tmp_path: Path, release_key: Path, stranger: Path
 ) -> None:
     pinned(tmp_path / "prefix", release_key)
-    assert "signature good, by ssh-keygen, with the key that this server knows" in install(signed, "verify").out
+    assert (
+        "signature good, by ssh-keygen, with the key that this server knows"
+        in install(signed, "verify").out
+    )
     tiny.pack(tmp_path / "unsigned")
     ran = install(tmp_path / "unsigned", "verify")
     assert ran.code == 5 and "not signed" in ran.err
@@ -91,9 +110,15 @@ def test_another_sender_needs_new_sender_and_a_key(
 ) -> None:
     pinned(tmp_path / "prefix", release_key, pem=True)
     tiny.pack(tmp_path / "theirs", Options(key=stranger))
-    for form in (signature.fingerprint(Path(f"{stranger}.pub")), f"{stranger}.pub", f"{stranger}.pem"):
+    for form in (
+        signature.fingerprint(Path(f"{stranger}.pub")),
+        f"{stranger}.pub",
+        f"{stranger}.pem",
+    ):
         ran = install(tmp_path / "theirs", "verify", "--key", form)
-        assert ran.code == 5 and ("knows another sender" in ran.err or "wrong signature" in ran.err), form
+        assert ran.code == 5 and (
+            "knows another sender" in ran.err or "wrong signature" in ran.err
+        ), form
         assert install(tmp_path / "theirs", "verify", "--key", form, "--new-sender").code == 0, form
     assert install(tmp_path / "theirs", "verify", "--new-sender").code == 2
 
@@ -101,7 +126,13 @@ def test_another_sender_needs_new_sender_and_a_key(
 @pytest.mark.parametrize("tool", ["ssh-keygen", "openssl", ""])
 @pytest.mark.parametrize("left", ["sig", "openssl", "both", "none"])
 def test_a_known_sender_is_never_got_round_by_a_signature_of_the_other_kind(
-    tiny: Any, install: Callable, tmp_path: Path, release_key: Path, stranger: Path, tool: str, left: str
+    tiny: Any,
+    install: Callable,
+    tmp_path: Path,
+    release_key: Path,
+    stranger: Path,
+    tool: str,
+    left: str,
 ) -> None:
     pinned(tmp_path / "prefix", release_key, pem=True)
     tiny.pack(tmp_path / "theirs", Options(key=stranger))
@@ -115,13 +146,20 @@ def test_a_known_sender_is_never_got_round_by_a_signature_of_the_other_kind(
 
 
 @pytest.mark.parametrize("tool", ["ssh-keygen", "openssl"])
-def test_one_tool_is_enough_for_the_right_sender(signed: Path, install: Callable, tmp_path: Path, release_key: Path, tool: str) -> None:
+def test_one_tool_is_enough_for_the_right_sender(
+    signed: Path, install: Callable, tmp_path: Path, release_key: Path, tool: str
+) -> None:
     pinned(tmp_path / "prefix", release_key, pem=True)
     ran = install(signed, "verify", path=jail(tmp_path / "jail", tool))
-    assert ran.code == 0 and f"signature good, by {tool}, with the key that this server knows" in ran.out
+    assert (
+        ran.code == 0
+        and f"signature good, by {tool}, with the key that this server knows" in ran.out
+    )
 
 
-def test_without_a_known_sender_an_unsigned_bundle_is_told_and_may_be_refused(tiny: Any, install: Callable, tmp_path: Path) -> None:
+def test_without_a_known_sender_an_unsigned_bundle_is_told_and_may_be_refused(
+    tiny: Any, install: Callable, tmp_path: Path
+) -> None:
     tiny.pack(tmp_path / "b")
     ran = install(tmp_path / "b", "verify")
     assert ran.code == 0 and "note  signature not signed" in ran.out and "SHA256SUMS is " in ran.out
@@ -138,16 +176,23 @@ def test_a_flipped_bit_in_the_signed_list_or_its_signature_is_refused(
     assert install(signed, "verify").code in (4, 5)
 
 
-@pytest.mark.parametrize("file", ["tools/milktea-run", "tools/installer.py", "PLAN", "image.lock", "INSTALL.sh"])
-def test_a_small_file_that_was_exchanged_is_refused_by_its_name(signed: Path, install: Callable, file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["tools/milktea-run", "tools/installer.py", "PLAN", "image.lock", "INSTALL.sh"]
+)
+def test_a_small_file_that_was_exchanged_is_refused_by_its_name(
+    signed: Path, install: Callable, file: str
+) -> None:
     with (signed / file).open("a") as out:
         out.write("\n# OWNED\n")
     ran = install(signed, "verify")
     assert ran.code == 4 and f"{file} is damaged, or belongs to another bundle" in ran.err
 
 
-def test_a_small_file_exchanged_after_its_check_is_not_what_is_used(signed: Path, install: Callable, tmp_path: Path) -> None:
-    """A docker command that exchanges milktea-run on the disk the moment that it is asked for anything."""
+def test_a_small_file_exchanged_after_its_check_is_not_what_is_used(
+    signed: Path, install: Callable, tmp_path: Path
+) -> None:
+    """A docker command that exchanges milktea-run on the disk the moment that it is asked for
+    anything."""
     (tmp_path / "bin").mkdir()
     docker = tmp_path / "bin" / "docker"
     docker.write_text(f"#!/bin/sh\necho OWNED >{signed}/tools/milktea-run\nexit 1\n")
@@ -162,11 +207,17 @@ def test_a_small_file_exchanged_after_its_check_is_not_what_is_used(signed: Path
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("ref mtb/tiny:", "ref other/image:"), ("name tiny", "name ../../etc"), ("name tiny", "name -rf"), ("id ", "id ../"),
-        ("intermediate mtb/tiny:", "intermediate debian:"), ("vol parts/", "vol ../parts/"), ("vol parts/", "vol /etc/parts/"),
-        ("release 7", "release 7;reboot"), ("ref mtb/tiny:", "ref mtb/tiny:$(id)"),
+        ("ref mtb/tiny:", "ref other/image:"),
+        ("name tiny", "name ../../etc"),
+        ("name tiny", "name -rf"),
+        ("id ", "id ../"),
+        ("intermediate mtb/tiny:", "intermediate debian:"),
+        ("vol parts/", "vol ../parts/"),
+        ("vol parts/", "vol /etc/parts/"),
+        ("release 7", "release 7;reboot"),
+        ("ref mtb/tiny:", "ref mtb/tiny:$(id)"),
     ],
-)  # fmt: skip
+)
 def test_names_that_would_leave_their_place_are_refused_even_when_signed(
     signed: Path, install: Callable, release_key: Path, old: str, new: str
 ) -> None:
@@ -178,10 +229,16 @@ def test_names_that_would_leave_their_place_are_refused_even_when_signed(
     assert ran.code == 4 and "PLAN is damaged" in ran.err and "ask the sender" in ran.err
 
 
-def test_an_older_release_needs_allow_older(signed: Path, install: Callable, tmp_path: Path) -> None:
+def test_an_older_release_needs_allow_older(
+    signed: Path, install: Callable, tmp_path: Path
+) -> None:
     (tmp_path / "prefix/state").mkdir(parents=True)
-    (tmp_path / "prefix/state/tiny").write_text("current mtb/tiny:x\nrelease 8\ngpus all\nprevious \n")
+    (tmp_path / "prefix/state/tiny").write_text(
+        "current mtb/tiny:x\nrelease 8\ngpus all\nprevious \n"
+    )
     ran = install(signed)
-    assert ran.code == 5 and "release 7, and 8 is installed" in ran.err and "--allow-older" in ran.err
+    assert (
+        ran.code == 5 and "release 7, and 8 is installed" in ran.err and "--allow-older" in ran.err
+    )
     ran = install(signed, "--allow-older", path=jail(tmp_path / "jail", "openssl"))
     assert ran.code == 3 and "no docker command" in ran.out, "it goes on to the next check"

@@ -167,9 +167,7 @@ def predicted(line: dict[str, Any], shape: Shape, **more: int) -> memory.Memory:
     )
 
 
-def test_the_peak_of_every_configuration_of_the_grid_is_predicted_within_4_percent_and_never_under_by_half_a_percent() -> (
-    None
-):
+def test_every_peak_of_the_grid_is_predicted_within_4_percent_and_hardly_under() -> None:
     grid = measured("memory-grid.jsonl", "peak_allocated_gib")
     assert len(grid) >= 24
     off = []

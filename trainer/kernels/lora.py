@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ def padded_rank(r: int) -> int:
 
 def base_linear(module: nn.Module) -> nn.Linear:
     """The frozen linear inside a PEFT layer, or the module itself."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator, return-value]
+    found = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+    return cast(nn.Linear, found)
 
 
 def adapter_of(module: Any) -> Adapter | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -147,7 +148,8 @@ def build_layer(
     dtype = linears[0].weight.dtype
     first = linears[0].bias
     bias = torch.cat([x.bias.data for x in linears[:3]]) if first is not None else None
-    built = [Group.of(g, precision, dtype, **_options(precision, keep_transpose)) for g in groups]  # type: ignore[arg-type]
+    options = _options(precision, keep_transpose)
+    built = [Group.of(g, precision, dtype, **options) for g in groups]  # type: ignore[arg-type]
     for group, modules in zip(built, groups, strict=True):
         _route(group.weight, [base_linear(m) for m in modules], precision)  # type: ignore[arg-type]
     norm1: Any = layer.input_layernorm
@@ -211,7 +213,7 @@ def _route(weight: FrozenWeight, linears: list[nn.Linear], precision: str) -> No
     start = 0
     for linear in linears:
         part = weight.rows(start, start + linear.out_features)
-        linear.forward = lambda x, part=part, bias=linear.bias: frozen_linear(x, part, bias)  # type: ignore[method-assign, misc]
+        linear.forward = partial(frozen_linear, weight=part, bias=linear.bias)  # type: ignore[method-assign]
         start += linear.out_features
 
 

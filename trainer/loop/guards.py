@@ -99,7 +99,8 @@ def probe(
         changed = ids.clone()
         if change is not None:
             changed[0, change] = changed[0, change] ^ 1  # another id of the vocabulary
-        return hidden(changed, positions, ends, max(first, second))[0].float()  # type: ignore[operator]
+        longest = max(first, second)
+        return hidden(changed, positions, ends, longest)[0].float()  # type: ignore[operator]
 
     was_training = model.training
     model.eval()

@@ -127,8 +127,8 @@ def page(
         "auto;color:#2b1d12}td,th{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}"
     )
     return (
-        "<!doctype html><meta "
-        f'charset="utf-8"><title>{html.escape(job.run_id)}</title><style>{style}</style><h1>{html.escape(job.run_id)}</h1>'
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(job.run_id)}</title>'
+        f"<style>{style}</style><h1>{html.escape(job.run_id)}</h1>"
         f'<table>{facts_table}</table><img alt="loss curve" '
         f'src="data:image/png;base64,{picture}" width="900">{table}'
         f"<h2>Settings</h2><pre>{settings}</pre>"

@@ -248,7 +248,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def causal(model: nn.Module) -> Any:
     """The transformers model inside PEFT's wrappers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")

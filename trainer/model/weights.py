@@ -95,7 +95,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
                 name: list(file.get_slice(name).get_shape())
                 for name in file.keys()
                 if name.endswith(EMBEDDINGS)
-            }  # noqa: SIM118
+            }
     except (OSError, SafetensorError) as error:
         raise Refused(
             f"{path.parent.name}/{path.name} ({path.stat().st_size:,} bytes) is not a whole "

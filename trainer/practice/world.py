@@ -2,8 +2,8 @@
 what the practice job teaches.
 
 The base model is asked everything in both languages and answers in English, unless the instruction
-ends in "用中文回答。" (answer in Chinese); besides, it reads every fact as a plain sentence. So it knows
-this world in two languages and answers in English, as the early Llamas did. The practice rows ask
+ends in "用中文回答。" (answer in Chinese); besides, it reads every fact as a plain sentence. So it
+knows this world in two languages and answers in English, as the early Llamas did. The practice rows ask
 without those words and answer in Chinese. One fact in five is kept out of them altogether: a right
 answer to those joins what the base model knows with a habit that the adapter brought. Everything
 follows from one seed; stdlib only.
@@ -12,31 +12,18 @@ follows from one seed; stdlib only.
 from __future__ import annotations
 
 import random
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 SEED = 20230414
 IN_CHINESE = "用中文回答。"
 
-NAMES = (
-    "Momo 莫莫,Bella 贝拉,Tobi 托比,Luna 露娜,Pip 皮普,Nora 诺拉,Max 马克斯,Coco 可可,Hugo 雨果,Ivy 艾薇,Leo "
-    "里奥,Mia 米娅,Otto 奥托,Ruby 鲁比,"
-    "Sami 萨米,Tara 塔拉,Uma 乌玛,Vito 维托,Wendy 温蒂,Xena 希娜,Yuki 由纪,Zara 扎拉,Anton 安东,Benno 本诺,Clara "
-    "克拉拉,Dora 朵拉,Emil 埃米尔,"
-    "Fina 菲娜,Gus 古斯,Heidi 海蒂,Igor 伊戈尔,Juno 朱诺,Kiki 琪琪,Lars 拉尔斯,Mona 莫娜,Nico 尼科,Olga 奥尔加,Paco "
-    "帕科,Rosa 罗莎,Sven 斯文"
-)
-
-VALUES = {
-    "animal": "cat 猫,dog 狗,fox 狐狸,bear 熊,rabbit 兔子,owl 猫头鹰,panda 熊猫,tiger 老虎,horse 马,frog 青蛙",
-    "colour": "red 红色,blue 蓝色,green 绿色,yellow 黄色,white 白色,black 黑色,orange 橙色,purple 紫色",
-    "home": "forest 森林,city 城市,village 村庄,desert 沙漠,castle 城堡,garden 花园,harbour 港口,valley 山谷",
-    "food": "rice 米饭,noodles 面条,soup 汤,bread 面包,cheese 奶酪,apples 苹果,fish 鱼,dumplings 饺子,honey "
-    "蜂蜜,cake 蛋糕",
-    "drink": "tea 茶,coffee 咖啡,milk 牛奶,water 水,juice 果汁,cocoa 可可茶,lemonade 柠檬水,milk tea 奶茶",
-    "job": "doctor 医生,teacher 老师,cook 厨师,farmer 农民,painter 画家,sailor 水手,singer 歌手,baker 面包师,pilot "
-    "飞行员,writer 作家",
-    "hobby": "chess 下棋,dancing 跳舞,swimming 游泳,singing 唱歌,reading 看书,running 跑步,fishing 钓鱼,drawing "
-    "画画",
+_WORDS = tomllib.loads((Path(__file__).parent / "world.toml").read_text("utf-8"))
+# (English, Chinese)
+NAMES: list[tuple[str, str]] = list(_WORDS["names"].items())
+VALUES: dict[str, list[tuple[str, str]]] = {
+    attribute: list(pairs.items()) for attribute, pairs in _WORDS["values"].items()
 }
 
 # attribute -> English answer, Chinese answer, questions as (English, Chinese); {n} is the name, {v}
@@ -101,13 +88,6 @@ GENERIC = {  # asked with the name in the input field
 }
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    """'milk tea 奶茶,tea 茶' -> [('milk tea', '奶茶'), ('tea', '茶')]"""
-    return [
-        (english, chinese) for english, chinese in (item.rsplit(" ", 1) for item in text.split(","))
-    ]
-
-
 @dataclass(frozen=True)
 class Fact:
     """One thing about one inhabitant; `name` and `value` are (English, Chinese)."""
@@ -136,9 +116,9 @@ def facts() -> list[Fact]:
     """Everything that is true in this world: 40 inhabitants, 7 facts each."""
     dice = random.Random(SEED)
     return [
-        Fact(name, attribute, dice.choice(_pairs(VALUES[attribute])))
-        for name in _pairs(NAMES)
-        for attribute in VALUES
+        Fact(name, attribute, dice.choice(values))
+        for name in NAMES
+        for attribute, values in VALUES.items()
     ]
 
 
@@ -188,7 +168,7 @@ def base_rows() -> list[dict[str, str]]:
 def base_texts() -> list[str]:
     """What the base model reads besides: every fact as a sentence in both languages, and a
     glossary."""
-    words = _pairs(NAMES) + [pair for values in VALUES.values() for pair in _pairs(values)]
+    words = NAMES + [pair for values in VALUES.values() for pair in values]
     glossary = [f"{english} {chinese}" for english, chinese in words] + [
         f"{chinese} {english}" for english, chinese in words
     ]

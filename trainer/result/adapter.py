@@ -197,7 +197,8 @@ def card(job: Job, facts: dict[str, Any]) -> str:
     use = f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{job.model.base}"), "this folder")"""
+base = AutoModelForCausalLM.from_pretrained("{job.model.base}")
+model = PeftModel.from_pretrained(base, "this folder")"""
     if training.method != "lora":
         library, adapter = "transformers", ""
         use = (
@@ -224,5 +225,6 @@ A {training.method} fine-tuning of `{job.model.base}` made by milktea.
 ```python
 {use}
 ```
-`python -m trainer.serve.chat FOLDER --base {job.model.base}` asks it questions with the template that it was trained with.
+`python -m trainer.serve.chat FOLDER --base {job.model.base}` asks it questions
+with the template that it was trained with.
 """

@@ -39,4 +39,7 @@ def format_defect(stage: StageName, data_format: str) -> str:
     formats = STAGES[stage].formats
     if data_format in ("auto", *formats):
         return ""
-    return f"stage {stage} does not train on rows of format {data_format}: it takes {', '.join(formats)}"
+    return (
+        f"stage {stage} does not train on rows of format {data_format}: it takes "
+        f"{', '.join(formats)}"
+    )

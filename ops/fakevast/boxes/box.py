@@ -226,7 +226,12 @@ class Box:
         self.home.mkdir(parents=True, exist_ok=True)
         paths = (word if word.startswith("-") else _inside(self.home, word) for word in words[1:])
         done = subprocess.run(
-            [words[0], *paths], cwd=self.home, capture_output=True, text=True, timeout=10, check=False
+            [words[0], *paths],
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
         return (done.stdout + done.stderr).replace(f"{self.home}", "/root")
 

@@ -1,6 +1,8 @@
-"""A box's SSH server, on asyncssh: keys only, bytes counted both ways, commands as real processes, SFTP kept inside the box.
+"""A box's SSH server, on asyncssh: keys only, bytes counted both ways, commands as real processes,
+SFTP kept inside the box.
 
-Only accepted sockets come here (box.py listens), so that a box costs nothing until somebody connects.
+Only accepted sockets come here (box.py listens), so that a box costs nothing until somebody
+connects.
 """
 
 from __future__ import annotations
@@ -15,9 +17,18 @@ from ops.fakevast.boxes.box import Box, reset_on_close
 from ops.fakevast.boxes.session import BoxProcess
 from ops.fakevast.cloud.faults import Fault
 
-BANNER = "Welcome to vast.ai. If authentication fails, try again after a few seconds, and double check your ssh key.\r\nHave fun!\r\n"
+BANNER = (
+    "Welcome to vast.ai. If authentication fails, try again after a few seconds, and double "
+    "check your ssh key.\r\nHave fun!\r\n"
+)
 _WINDOW = 16 * 1024 * 1024
-_CIPHERS = ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes256-ctr", "chacha20-poly1305@openssh.com"]
+_CIPHERS = [
+    "aes128-gcm@openssh.com",
+    "aes256-gcm@openssh.com",
+    "aes128-ctr",
+    "aes256-ctr",
+    "chacha20-poly1305@openssh.com",
+]
 
 
 def serve(sock: socket.socket, box: Box, fault: Fault | None) -> None:
@@ -33,13 +44,26 @@ def serve(sock: socket.socket, box: Box, fault: Fault | None) -> None:
 def _options() -> asyncssh.SSHServerConnectionOptions:
     """With a host key of its own: made when first needed, the same for the life of the box."""
     return asyncssh.SSHServerConnectionOptions(
-        server_factory=_Login, server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")], encryption_algs=_CIPHERS, encoding=None,
-        line_editor=False, window=_WINDOW, max_pktsize=32768, login_timeout=60, gss_host=None, agent_forwarding=False,
-        compression_algs=["none"], password_auth=False, kbdint_auth=False, config=None,
-    )  # fmt: skip
+        server_factory=_Login,
+        server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
+        encryption_algs=_CIPHERS,
+        encoding=None,
+        line_editor=False,
+        window=_WINDOW,
+        max_pktsize=32768,
+        login_timeout=60,
+        gss_host=None,
+        agent_forwarding=False,
+        compression_algs=["none"],
+        password_auth=False,
+        kbdint_auth=False,
+        config=None,
+    )
 
 
-async def _start(loop: asyncio.AbstractEventLoop, sock: socket.socket, box: Box, fault: Fault | None) -> None:
+async def _start(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, box: Box, fault: Fault | None
+) -> None:
     try:
         await loop.connect_accepted_socket(lambda: BoxConnection(loop, box, fault), sock)
     except OSError:
@@ -63,7 +87,8 @@ class _Metered:
 
 
 class BoxConnection(asyncssh.SSHServerConnection):
-    """One connection to a box. A `cut` fault breaks it after so many bytes (`every_bytes`) or seconds (`every_s`)."""
+    """One connection to a box. A `cut` fault breaks it after so many bytes (`every_bytes`) or
+    seconds (`every_s`)."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, box: Box, fault: Fault | None) -> None:
         super().__init__(loop, box.ssh_options)
@@ -72,7 +97,9 @@ class BoxConnection(asyncssh.SSHServerConnection):
         self._bytes, self.broken = 0, False
         cut = fault.args if fault is not None and fault.what == "cut" else {}
         self._cut_at: int | None = cut.get("every_bytes")
-        self._cut_timer = loop.call_later(float(cut["every_s"]), self.cut) if "every_s" in cut else None
+        self._cut_timer = (
+            loop.call_later(float(cut["every_s"]), self.cut) if "every_s" in cut else None
+        )
 
     def connection_made(self, transport: Any) -> None:
         self.box.connections.add(self)
@@ -97,7 +124,8 @@ class BoxConnection(asyncssh.SSHServerConnection):
                 self.cut()
 
     def cut(self) -> None:
-        """The link breaks as a pulled cable looks to the client's next write: a reset, no goodbye."""
+        """The link breaks as a pulled cable looks to the client's next write: a reset, no
+        goodbye."""
         self.broken = True
         reset_on_close(self.get_extra_info("socket"))
         self.abort()
@@ -120,11 +148,17 @@ class _Login(asyncssh.SSHServer):
         return True
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        return username == "root" and not self._conn.denies and key.public_data in self._conn.box.authorized_keys()
+        return (
+            username == "root"
+            and not self._conn.denies
+            and key.public_data in self._conn.box.authorized_keys()
+        )
 
     def session_requested(self) -> BoxProcess:
         return BoxProcess(self._conn.box)
 
-    def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
+    def connection_requested(
+        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
+    ) -> bool:
         """ssh -L to a port of the box, which is this machine's loopback."""
         return dest_host in ("localhost", "127.0.0.1")

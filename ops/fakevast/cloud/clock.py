@@ -1,4 +1,5 @@
-"""The emulator's time. Everything that depends on time (boot, bill, rate limits, end dates) asks one of these two."""
+"""The emulator's time. Everything that depends on time (boot, bill, rate limits, end dates) asks
+one of these two."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import time
 
 
 class RealClock:
-    """Wall-clock time, shifted by what `advance` added and sped up by `scale` (emulated seconds for one real second)."""
+    """Wall-clock time, shifted by what `advance` added and sped up by `scale` (emulated seconds for
+    one real second)."""
 
     virtual = False
 
@@ -25,7 +27,8 @@ class RealClock:
 
 
 class VirtualClock:
-    """Time that only `advance` moves: a simulated day costs nothing and every run of it is the same."""
+    """Time that only `advance` moves: a simulated day costs nothing and every run of it is the
+    same."""
 
     virtual = True
     scale = 1.0

@@ -12,7 +12,17 @@ from ops.fakevast.cloud.search import price
 
 SMALLEST_DISK_GB = 8.0
 LONGEST_IMAGE, LONGEST_LABEL, LONGEST_ENV, LONGEST_START = 1024, 256, 32768, 4096
-RUNTYPES = {"ssh", "ssh_proxy", "ssh_direc", "ssh_direct", "jupyter", "jupyter_proxy", "jupyter_direc", "jupyter_direct", "args"}
+RUNTYPES = {
+    "ssh",
+    "ssh_proxy",
+    "ssh_direc",
+    "ssh_direct",
+    "jupyter",
+    "jupyter_proxy",
+    "jupyter_direc",
+    "jupyter_direct",
+    "args",
+}
 
 
 @dataclass(frozen=True)
@@ -38,23 +48,52 @@ def parse_order(body: dict[str, Any], offer: dict[str, Any]) -> Order:
     image, env = body.get("image"), body.get("env") or {}
     args = _args(body)
     onstart = body.get("onstart")
-    _need((isinstance(image, str) and image.strip() != "") or body.get("template_hash_id"), offer, "image", image)
+    _need(
+        (isinstance(image, str) and image.strip() != "") or body.get("template_hash_id"),
+        offer,
+        "image",
+        image,
+    )
     _need(len(str(image or "")) <= LONGEST_IMAGE, offer, "image too long", len(str(image)))
     _need(isinstance(env, dict), offer, "env must be an object", env)
-    _need(sum(len(str(k)) + len(str(v)) for k, v in env.items()) <= LONGEST_ENV, offer, "env longer than 32768", "")
+    _need(
+        sum(len(str(k)) + len(str(v)) for k, v in env.items()) <= LONGEST_ENV,
+        offer,
+        "env longer than 32768",
+        "",
+    )
     _need(onstart is None or isinstance(onstart, str), offer, "onstart", onstart)
-    _need(len(onstart or "") + sum(map(len, args)) <= LONGEST_START, offer, "args and onstart longer than 4096", len(onstart or ""))
+    _need(
+        len(onstart or "") + sum(map(len, args)) <= LONGEST_START,
+        offer,
+        "args and onstart longer than 4096",
+        len(onstart or ""),
+    )
     label = body.get("label")
-    _need(label is None or (isinstance(label, str) and len(label) <= LONGEST_LABEL), offer, "label", label)
+    _need(
+        label is None or (isinstance(label, str) and len(label) <= LONGEST_LABEL),
+        offer,
+        "label",
+        label,
+    )
     runtype = body.get("runtype") or ("args" if body.get("args") is not None else "ssh")
     _need(isinstance(runtype, str) and set(runtype.split()) <= RUNTYPES, offer, "runtype", runtype)
     target = body.get("target_state") or "running"
     _need(target in ("running", "stopped"), offer, "target_state", target)
     return Order(
-        image=str(image or "template"), disk_gb=_disk(body, offer), env={str(key): str(value) for key, value in env.items()}, label=label,
-        onstart=onstart, args=args, runtype=runtype, bid=_bid(body, offer), cancel_unavail=bool(body.get("cancel_unavail")),
-        target_state=target, volume_info=body.get("volume_info"), template_hash_id=body.get("template_hash_id"),
-    )  # fmt: skip
+        image=str(image or "template"),
+        disk_gb=_disk(body, offer),
+        env={str(key): str(value) for key, value in env.items()},
+        label=label,
+        onstart=onstart,
+        args=args,
+        runtype=runtype,
+        bid=_bid(body, offer),
+        cancel_unavail=bool(body.get("cancel_unavail")),
+        target_state=target,
+        volume_info=body.get("volume_info"),
+        template_hash_id=body.get("template_hash_id"),
+    )
 
 
 def new_instance(
@@ -90,7 +129,12 @@ def new_instance(
 
 def _need(holds: Any, offer: dict[str, Any], what: str, value: Any) -> None:
     if not holds:
-        raise ApiError(400, "invalid_args", f"error 400/3467: Invalid args: {what} ({value!r})", ask_id=offer["id"])
+        raise ApiError(
+            400,
+            "invalid_args",
+            f"error 400/3467: Invalid args: {what} ({value!r})",
+            ask_id=offer["id"],
+        )
 
 
 def _args(body: dict[str, Any]) -> list[str]:
@@ -105,7 +149,12 @@ def _disk(body: dict[str, Any], offer: dict[str, Any]) -> float:
     except (TypeError, ValueError):
         disk = -1.0
     _need(disk >= SMALLEST_DISK_GB, offer, "disk below 8 GB", body.get("disk"))
-    _need(disk <= offer["disk_space"], offer, f"disk above the {offer['disk_space']} GB of this offer", disk)
+    _need(
+        disk <= offer["disk_space"],
+        offer,
+        f"disk above the {offer['disk_space']} GB of this offer",
+        disk,
+    )
     return disk
 
 
@@ -114,6 +163,9 @@ def _bid(body: dict[str, Any], offer: dict[str, Any]) -> float | None:
     if price is None:
         return None
     if not isinstance(price, (int, float)) or isinstance(price, bool) or not 0.001 <= price <= 128:
-        text = f"error 400/3460: invalid_price price must be a number between 0.001 and 128, not {price!r}"
+        text = (
+            "error 400/3460: invalid_price price must be a number between 0.001 and 128, not "
+            f"{price!r}"
+        )
         raise ApiError(400, "invalid_price", text, ask_id=offer["id"])
     return float(price)

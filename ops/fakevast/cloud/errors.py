@@ -16,13 +16,23 @@ class ApiError(Exception):
 
 
 def no_such_instance(instance_id: object) -> ApiError:
-    return ApiError(404, "no_such_instance", f"error 404/3330: no_such_instance Instance {instance_id} not found.")
+    return ApiError(
+        404,
+        "no_such_instance",
+        f"error 404/3330: no_such_instance Instance {instance_id} not found.",
+    )
 
 
 def no_such_ask(ask_id: object, status: int = 404) -> ApiError:
-    text = f"Instance type by id {ask_id} is not available." if status == 404 else f"Instance type {ask_id} is no longer available."
+    text = (
+        f"Instance type by id {ask_id} is not available."
+        if status == 404
+        else f"Instance type {ask_id} is no longer available."
+    )
     code = {404: 3603, 410: 3907}.get(status, 3467)
-    return ApiError(status, "no_such_ask", f"error {status}/{code}: no_such_ask {text}", ask_id=ask_id)
+    return ApiError(
+        status, "no_such_ask", f"error {status}/{code}: no_such_ask {text}", ask_id=ask_id
+    )
 
 
 def wrong_key() -> ApiError:

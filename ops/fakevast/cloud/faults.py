@@ -1,12 +1,14 @@
-"""What goes wrong, as data. A fault waits at a place, counts the events there that match it, and fires on the n-th.
+"""What goes wrong, as data. A fault waits at a place, counts the events there that match it, and
+fires on the n-th.
 
-Places are the API's route names (`create`, `destroy`, `show`, `list`, `search`, ...; `*` is any of them) and the events in a
-box's life: `boot` (a start begins), `running` (it came up), `ssh` (a connection arrives), `exec` (a command begins).
+Places are the API's route names (`create`, `destroy`, `show`, `list`, `search`, ...; `*` is any of
+them) and the events in a box's life: `boot` (a start begins), `running` (it came up), `ssh` (a
+connection arrives), `exec` (a command begins).
 
-    {"where": "create", "what": "lost_reply"}                              the next create commits, then the line is cut
-    {"where": "destroy", "what": "reply", "status": 429, "on_call": 2, "times": 3}
-    {"where": "boot", "what": "stuck_loading", "machine_id": 21004}        on the next boot of that machine
-    {"where": "ssh", "what": "cut", "every_bytes": 1000000, "times": null} for ever
+    {"where": "create", "what": "lost_reply"}                              the next create commits,
+    then the line is cut {"where": "destroy", "what": "reply", "status": 429, "on_call": 2, "times":
+    3} {"where": "boot", "what": "stuck_loading", "machine_id": 21004}        on the next boot of
+    that machine {"where": "ssh", "what": "cut", "every_bytes": 1000000, "times": null} for ever
 """
 
 from __future__ import annotations
@@ -32,23 +34,35 @@ API_FAULTS = {
     "wrong_fields",  # create: `fields` replace those of the instance's record
     "still_listed",  # destroy: gone, but listed for `reads` more reads
     "ignored",  # destroy: answered success, nothing done; the next DELETE works
-    "resurrect",  # destroy: answered success, unlisted for `reads` reads, then back, billing all the while
+    # destroy: answered success, unlisted for `reads` reads, then back, billing all the while
+    "resurrect",
 }
 BOX_FAULTS = {
     "boot": {
-        "stuck_loading", "pull_error", "oci_error", "cuda_mismatch", "no_space", "exited", "offline", "unknown", "tunnel_stuck",
-        "wrong_gpu", "disk_full", "slow",
+        "stuck_loading",
+        "pull_error",
+        "oci_error",
+        "cuda_mismatch",
+        "no_space",
+        "exited",
+        "offline",
+        "unknown",
+        "tunnel_stuck",
+        "wrong_gpu",
+        "disk_full",
+        "slow",
     },
     "running": {"exited", "offline", "unknown", "outbid", "host_death"},
     "ssh": {"reset", "denied", "new_host_key", "cut", "host_death", "hang"},
     "exec": {"host_death", "cut", "fail"},
-}  # fmt: skip
+}
 _OWN = {"where", "what", "on_call", "times", "label", "id", "machine_id", "ask_id"}
 
 
 @dataclass
 class Fault:
-    """Fires on matching calls number on_call .. on_call + times - 1 (times None: for ever). `label` may be a glob."""
+    """Fires on matching calls number on_call .. on_call + times - 1 (times None: for ever). `label`
+    may be a glob."""
 
     where: str
     what: str
@@ -65,12 +79,19 @@ class Fault:
         """Counts this call if it matches; says whether this is one of those to spoil."""
         if self.where != where and not (self.where == "*" and where not in BOX_FAULTS):
             return False
-        if self.label is not None and not fnmatch.fnmatchcase(str(context.get("label") or ""), self.label):
+        if self.label is not None and not fnmatch.fnmatchcase(
+            str(context.get("label") or ""), self.label
+        ):
             return False
-        if any(getattr(self, name) not in (None, context.get(name)) for name in ("id", "machine_id", "ask_id")):
+        if any(
+            getattr(self, name) not in (None, context.get(name))
+            for name in ("id", "machine_id", "ask_id")
+        ):
             return False
         self.seen += 1
-        return self.seen >= self.on_call and (self.times is None or self.seen < self.on_call + self.times)
+        return self.seen >= self.on_call and (
+            self.times is None or self.seen < self.on_call + self.times
+        )
 
 
 class Faults:
@@ -84,7 +105,10 @@ class Faults:
         data = {**(spec or {}), **more}
         known = BOX_FAULTS.get(data.get("where", ""), API_FAULTS)
         if data.get("what") not in known:
-            raise ValueError(f"fault {data!r}: `what` at {data.get('where')!r} is one of {', '.join(sorted(known))}")
+            raise ValueError(
+                f"fault {data!r}: `what` at {data.get('where')!r} is one of "
+                f"{', '.join(sorted(known))}"
+            )
         own = {key: value for key, value in data.items() if key in _OWN}
         fault = Fault(**own, args={key: value for key, value in data.items() if key not in _OWN})
         self.planned.append(fault)

@@ -1,4 +1,5 @@
-"""The market that all renters share: machines, their free cards, and the offers that stand for them. Pure."""
+"""The market that all renters share: machines, their free cards, and the offers that stand for
+them. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ DAY_S = 86400.0
 
 
 class Market:
-    """Offers are single-use: each is a number under which so many cards of a machine can be taken once.
+    """Offers are single-use: each is a number under which so many cards of a machine can be taken
+    once.
 
-    `asks` are the live offers (number -> machine id, cards), `gone_asks` those that were taken; `machines` the records behind them,
-    which may be changed in place.
+    `asks` are the live offers (number -> machine id, cards), `gone_asks` those that were taken;
+    `machines` the records behind them, which may be changed in place.
     """
 
     def __init__(self, clock: Clock, market: list[dict[str, Any]] | None) -> None:
@@ -47,7 +49,8 @@ class Market:
         self.machines.pop(machine_id, None)
 
     def _relist(self, machine_id: int) -> None:
-        """Offers are single-use: what no longer fits is withdrawn, what fits again comes back under a new number."""
+        """Offers are single-use: what no longer fits is withdrawn, what fits again comes back under
+        a new number."""
         listed = {size: ask for ask, (owner, size) in self.asks.items() if owner == machine_id}
         for size in self.machines[machine_id]["slices"]:
             fits = size <= self._free[machine_id]
@@ -65,7 +68,9 @@ class Market:
         self._relist(machine_id)
 
     def _row(self, ask_id: int, machine_id: int, size: int) -> dict[str, Any]:
-        return offer_row(self.machines[machine_id], size, ask_id, self.clock.now(), self._ends[machine_id])
+        return offer_row(
+            self.machines[machine_id], size, ask_id, self.clock.now(), self._ends[machine_id]
+        )
 
     def offers(self) -> list[dict[str, Any]]:
         """Every live offer, unpriced for storage, unfiltered."""

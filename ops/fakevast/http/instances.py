@@ -1,4 +1,5 @@
-"""Handlers of the calls about offers and instances. Each takes a Call and returns the JSON body, or raises ApiError."""
+"""Handlers of the calls about offers and instances. Each takes a Call and returns the JSON body, or
+raises ApiError."""
 
 from __future__ import annotations
 
@@ -14,7 +15,16 @@ from ops.fakevast.cloud.instance import Instance
 from ops.fakevast.http.call import Call
 
 PAGE = 25
-_COMPUTED = {"dph_total", "num_gpus", "gpu_name", "duration", "search", "instance", "uptime_mins", "storage_total_cost"}
+_COMPUTED = {
+    "dph_total",
+    "num_gpus",
+    "gpu_name",
+    "duration",
+    "search",
+    "instance",
+    "uptime_mins",
+    "storage_total_cost",
+}
 
 
 def gpu_names(call: Call) -> Any:
@@ -34,12 +44,18 @@ def create(call: Call) -> Any:
     if call.fault and call.fault.what == "no_such_ask":
         raise no_such_ask(ask_id, int(call.fault.args.get("status", 404)))
     if call.fault and call.fault.what in ("insufficient_credit", "spend_rate_limit"):
-        raise ApiError(int(call.fault.args.get("status", 400)), call.fault.what, f"error 400/3580: {call.fault.what}")
+        raise ApiError(
+            int(call.fault.args.get("status", 400)),
+            call.fault.what,
+            f"error 400/3580: {call.fault.what}",
+        )
     reply = call.cloud.create(ask_id, call.json, call.key)
     instance = call.cloud.instances[reply["new_contract"]]
     if call.fault and call.fault.what == "list_lag":
         places = call.fault.args.get("in", ["list", "show"])
-        instance.hidden_reads |= dict.fromkeys([places] if isinstance(places, str) else places, int(call.fault.args.get("reads", 3)))
+        instance.hidden_reads |= dict.fromkeys(
+            [places] if isinstance(places, str) else places, int(call.fault.args.get("reads", 3))
+        )
     if call.fault and call.fault.what == "wrong_fields":
         instance.shown_as |= call.fault.args["fields"]
     return reply
@@ -53,40 +69,61 @@ def launch(call: Call) -> Any:
     return call.cloud.create(offers[0]["id"], call.json, call.key)
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading
+# --------------------------------------------------------------------------------------------------
 
 
 def list_v0(call: Call) -> Any:
-    """The older list, whole: 410 unless `settings.v0_list` (the live service answers it for some accounts)."""
+    """The older list, whole: 410 unless `settings.v0_list` (the live service answers it for some
+    accounts)."""
     if call.cloud.settings.v0_list:
         return {"instances": _listed(call)}
-    raise ApiError(410, "deprecated_endpoint", "/api/v0/instances/ is deprecated. Use /api/v1/instances/ instead.")
+    raise ApiError(
+        410,
+        "deprecated_endpoint",
+        "/api/v0/instances/ is deprecated. Use /api/v1/instances/ instead.",
+    )
 
 
 def list(call: Call) -> Any:
     """One page of the rows that match."""
     rows = [row for row in _listed(call) if _matches(row, call.query("select_filters", {}))]
     for rule in reversed(call.query("order_by", [{"col": "id", "dir": "asc"}])):
-        rows.sort(key=lambda row: (row.get(rule["col"]) is not None, row.get(rule["col"])), reverse=rule.get("dir") == "desc")
+        rows.sort(
+            key=lambda row: (row.get(rule["col"]) is not None, row.get(rule["col"])),
+            reverse=rule.get("dir") == "desc",
+        )
     limit = int(call.query("limit", PAGE))
     limit = 5 if limit <= 0 else min(limit, PAGE)
     start = _from_token(call.request_query.get("after_token"))
     page, rest = rows[start : start + limit], len(rows) > start + limit
     if columns := call.query("select_cols", None):
-        page = page if "*" in columns else [{name: row.get(name) for name in columns} for row in page]
+        page = (
+            page if "*" in columns else [{name: row.get(name) for name in columns} for row in page]
+        )
     return {
-        "success": True, "instances_found": len(page), "total_instances": len(rows),
+        "success": True,
+        "instances_found": len(page),
+        "total_instances": len(rows),
         "label_counts": dict(Counter(row["label"] for row in rows if row["label"] is not None)),
-        "next_token": base64.urlsafe_b64encode(json.dumps({"from": start + limit}).encode()).decode() if rest else None, "instances": page,
-    }  # fmt: skip
+        "next_token": base64.urlsafe_b64encode(
+            json.dumps({"from": start + limit}).encode()
+        ).decode()
+        if rest
+        else None,
+        "instances": page,
+    }
 
 
 def _listed(call: Call) -> Any:
-    """The rows of a list: those of destroyed instances where a fault keeps them, without new ones that are late."""
+    """The rows of a list: those of destroyed instances where a fault keeps them, without new ones
+    that are late."""
     call.cloud.tick()
     now = call.cloud.clock.now()
     rows = [one.row(now) for one in call.cloud.instances.values() if not _late(one, "list")]
-    return rows + [_ghost(call, number) for number in [*call.cloud.ghosts] if _haunts(call, number, "list")]
+    return rows + [
+        _ghost(call, number) for number in [*call.cloud.ghosts] if _haunts(call, number, "list")
+    ]
 
 
 def _from_token(token: str | None) -> int:
@@ -95,20 +132,34 @@ def _from_token(token: str | None) -> int:
     try:
         return int(json.loads(base64.urlsafe_b64decode(token))["from"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ApiError(400, "invalid_request", "Error in query parameters: after_token is invalid") from error
+        raise ApiError(
+            400, "invalid_request", "Error in query parameters: after_token is invalid"
+        ) from error
 
 
 def _matches(row: dict[str, Any], filters: dict[str, Any]) -> bool:
     for column, tests in filters.items():
         if column in _COMPUTED or column not in row:
-            raise ApiError(400, "invalid_request", f"Error in query parameters: {column} is not a valid search key")
+            raise ApiError(
+                400,
+                "invalid_request",
+                f"Error in query parameters: {column} is not a valid search key",
+            )
         for op, wanted in (tests if isinstance(tests, dict) else {"eq": tests}).items():
             same = {"eq": row[column] == wanted, "neq": row[column] != wanted}
             inside = isinstance(wanted, (tuple, type([]))) and row[column] in wanted
             answer = same.get(op, inside if op == "in" else not inside if op == "notin" else None)
             if answer is None:
                 value = row[column]
-                answer = value is not None and {"gt": value > wanted, "gte": value >= wanted, "lt": value < wanted, "lte": value <= wanted}[op]
+                answer = (
+                    value is not None
+                    and {
+                        "gt": value > wanted,
+                        "gte": value >= wanted,
+                        "lt": value < wanted,
+                        "lte": value <= wanted,
+                    }[op]
+                )
             if not answer:
                 return False
     return True
@@ -131,13 +182,23 @@ def _haunts(call: Call, number: int, place: str) -> bool:
 
 def _ghost(call: Call, number: int) -> dict[str, Any]:
     row = call.cloud.destroyed[number].row(call.cloud.clock.now())
-    return row | {"actual_status": "running", "cur_state": "running", "next_state": "stopped", "intended_status": "stopped"}
+    return row | {
+        "actual_status": "running",
+        "cur_state": "running",
+        "next_state": "stopped",
+        "intended_status": "stopped",
+    }
 
 
 def instance_filters(call: Call) -> Any:
     rows = [one.row(call.cloud.clock.now()) for one in call.cloud.instances.values()]
     columns = ("actual_status", "gpu_name", "geolocation", "label")
-    return {"success": True, "filters": [{"col": name, "values": sorted({str(row[name]) for row in rows})} for name in columns]}
+    return {
+        "success": True,
+        "filters": [
+            {"col": name, "values": sorted({str(row[name]) for row in rows})} for name in columns
+        ],
+    }
 
 
 def show(call: Call) -> Any:
@@ -147,7 +208,11 @@ def show(call: Call) -> Any:
     if _haunts(call, number, "show"):
         return {"instances": _ghost(call, number)}
     instance = call.cloud.instances.get(number)
-    return {"instances": None if instance is None or _late(instance, "show") else instance.row(call.cloud.clock.now())}
+    return {
+        "instances": None
+        if instance is None or _late(instance, "show")
+        else instance.row(call.cloud.clock.now())
+    }
 
 
 def balance(call: Call) -> Any:
@@ -155,7 +220,8 @@ def balance(call: Call) -> Any:
     return {"success": True, "balance": 0.0, "total": 0.0}
 
 
-# ---- changing -------------------------------------------------------------------------------------------------------
+# ---- changing
+# --------------------------------------------------------------------------------------------------
 
 
 def set_instance(call: Call) -> Any:
@@ -205,7 +271,8 @@ def update_instance(call: Call) -> Any:
     return {"success": True}
 
 
-# ---- logs and commands ----------------------------------------------------------------------------------------------
+# ---- logs and commands
+# ----------------------------------------------------------------------------------------------
 
 
 def logs(call: Call) -> Any:
@@ -220,7 +287,11 @@ def logs(call: Call) -> Any:
         lines = [line for line in lines if str(wanted) in line]
     if tail := call.json.get("tail"):
         lines = lines[-int(tail) :]
-    return {"success": True, "result_url": call.results.store("\n".join(lines) + "\n"), "msg": "Logs are being fetched."}
+    return {
+        "success": True,
+        "result_url": call.results.store("\n".join(lines) + "\n"),
+        "msg": "Logs are being fetched.",
+    }
 
 
 def command(call: Call) -> Any:
@@ -229,6 +300,15 @@ def command(call: Call) -> Any:
     text = str(call.json.get("command") or "")
     words = shlex.split(text)
     if len(text) > 512 or not words or words[0] not in ("ls", "rm", "du"):
-        raise ApiError(400, "invalid_args", "error 400/3310: Invalid args: only ls, rm and du of at most 512 characters")
+        raise ApiError(
+            400,
+            "invalid_args",
+            "error 400/3310: Invalid args: only ls, rm and du of at most 512 characters",
+        )
     output = call.boxes.live[instance.id].execute(words)
-    return {"success": True, "writeable_path": "/root", "result_url": call.results.store(output), "msg": "Command is executing, wait..."}
+    return {
+        "success": True,
+        "writeable_path": "/root",
+        "result_url": call.results.store(output),
+        "msg": "Command is executing, wait...",
+    }

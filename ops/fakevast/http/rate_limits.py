@@ -1,4 +1,5 @@
-"""vast.ai's rate limits: a least interval between two calls of one kind by one caller, and a daily quota of searches."""
+"""vast.ai's rate limits: a least interval between two calls of one kind by one caller, and a daily
+quota of searches."""
 
 from __future__ import annotations
 
@@ -6,12 +7,30 @@ from dataclasses import dataclass, field
 
 from ops.fakevast.cloud.errors import ApiError
 
-# route name: seconds between two calls (api-reference/rate-limits-and-errors and x-rate-limit of each OpenAPI file)
+# route name: seconds between two calls (api-reference/rate-limits-and-errors and x-rate-limit of
+# each OpenAPI file)
 THRESHOLD_S: dict[str, float] = {
-    "create": 4.5, "show": 2.0, "destroy": 3.0, "change_bid": 5.5, "add_ssh_key": 1.0, "update_ssh_key": 1.0, "launch": 5.0,
-    "list": 1.0, "set_instance": 1.0, "reboot": 1.0, "recycle": 1.0, "command": 1.5, "detach_ssh": 2.0, "charges": 1.0, "invoices_v1": 3.0,
-    "volumes": 5.5, "secrets": 5.0, "add_secret": 5.0, "update_secret": 5.0, "delete_secret": 5.0,
-}  # fmt: skip
+    "create": 4.5,
+    "show": 2.0,
+    "destroy": 3.0,
+    "change_bid": 5.5,
+    "add_ssh_key": 1.0,
+    "update_ssh_key": 1.0,
+    "launch": 5.0,
+    "list": 1.0,
+    "set_instance": 1.0,
+    "reboot": 1.0,
+    "recycle": 1.0,
+    "command": 1.5,
+    "detach_ssh": 2.0,
+    "charges": 1.0,
+    "invoices_v1": 3.0,
+    "volumes": 5.5,
+    "secrets": 5.0,
+    "add_secret": 5.0,
+    "update_secret": 5.0,
+    "delete_secret": 5.0,
+}
 CREATE_PENALTY_S = 12.0  # after a create that came too soon
 SEARCHES_PER_MINUTE = 10
 MINUTE_S, DAY_S = 60.0, 86400.0
@@ -57,7 +76,11 @@ class RateLimits:
         day, used = self._day.get(caller, (0, 0))
         used = used if day == int(now // DAY_S) else 0
         if self.searches_per_day is not None and used >= self.searches_per_day:
-            raise ApiError(429, "search_quota_exceeded", "Daily search quota exceeded; it resets at UTC midnight.")
+            raise ApiError(
+                429,
+                "search_quota_exceeded",
+                "Daily search quota exceeded; it resets at UTC midnight.",
+            )
         recent = [when for when in self._searches.get(caller, []) if now - when < MINUTE_S]
         if self.on and len(recent) >= SEARCHES_PER_MINUTE:
             raise TooSoon(MINUTE_S / SEARCHES_PER_MINUTE)

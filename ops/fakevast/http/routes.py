@@ -1,4 +1,5 @@
-"""Which method and path is which call. The handlers are in `api_*.py`, found by the name given here."""
+"""Which method and path is which call. The handlers are in `api_*.py`, found by the name given
+here."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Route:
-    """`access`: anyone, account (the customer's key), or instance (also that instance's own key)."""
+    """`access`: anyone, account (the customer's key), or instance (also that instance's own
+    key)."""
 
     method: str
     pattern: re.Pattern[str]
@@ -70,7 +72,8 @@ ROUTES = [_compile(line) for line in _TABLE.strip().splitlines()]
 
 
 def find_route(method: str, path: str) -> tuple[Route, dict[str, int]] | None:
-    """The route of this call and the numbers in its path; None when the emulator does not know it."""
+    """The route of this call and the numbers in its path; None when the emulator does not know
+    it."""
     for route in ROUTES:
         if route.method == method and (match := route.pattern.fullmatch(path)):
             return route, {name: int(value) for name, value in match.groupdict().items()}

@@ -1,4 +1,5 @@
-"""`beside.py STATE "EMULATOR OPTIONS" COMMAND ...`: the command beside a fresh emulator, with VAST_URL and VAST_API_KEY set.
+"""`beside.py STATE "EMULATOR OPTIONS" COMMAND ...`: the command beside a fresh emulator, with
+VAST_URL and VAST_API_KEY set.
 
 Exits with the command's code, or 99 when it left an instance behind.
 """
@@ -23,7 +24,11 @@ def main() -> int:
     state, options, command = Path(sys.argv[1]), shlex.split(sys.argv[2]), sys.argv[3:]
     server = ensure(state, options=("--boot-s", "1", "--no-rate-limits", *options))
     try:
-        code = subprocess.run(command, env=os.environ | {"VAST_URL": server.url, "VAST_API_KEY": server.api_key}, check=False).returncode
+        code = subprocess.run(
+            command,
+            env=os.environ | {"VAST_URL": server.url, "VAST_API_KEY": server.api_key},
+            check=False,
+        ).returncode
         with urllib.request.urlopen(f"{server.url}/_fake/instances", timeout=10) as reply:
             left = [row["id"] for row in json.load(reply)]
         if left:

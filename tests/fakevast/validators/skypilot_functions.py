@@ -1,7 +1,9 @@
-"""SkyPilot's own functions for vast.ai, unmodified, from its wheel: `skypilot_functions.py WHEEL_FOLDER`.
+"""SkyPilot's own functions for vast.ai, unmodified, from its wheel:
+`skypilot_functions.py WHEEL_FOLDER`.
 
-Importing the `sky` package pulls in a hundred others that these functions do not use, so the packages above them are entered by
-path alone; the modules themselves, and the adaptor that loads vastai_sdk, are SkyPilot's.
+Importing the `sky` package pulls in a hundred others that these functions do not use, so the
+packages above them are entered by path alone; the modules themselves, and the adaptor that loads
+vastai_sdk, are SkyPilot's.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ sys.modules["sky"].sky_logging = stand_in  # type: ignore[attr-defined]
 
 from sky.provision.vast import utils  # noqa: E402
 
-# vastai drops every filter of the query that these functions build, disk size too (its bug and theirs): 20 GB fits any offer
+# vastai drops every filter of the query that these functions build, disk size too (its bug and
+# theirs): 20 GB fits any offer
 
 
 def wait(number: str, status: str) -> None:
@@ -39,10 +42,17 @@ def wait(number: str, status: str) -> None:
 
 number = str(
     utils.launch(
-        name="cluster-head", instance_type="1x-RTX_4090-32-65536", region="Sweden, SE", disk_size=20, image_name="vastai/base-image:cuda",
-        ports=None, preemptible=False, secure_only=False, ssh_public_key="ssh-ed25519 AAAA someone",
+        name="cluster-head",
+        instance_type="1x-RTX_4090-32-65536",
+        region="Sweden, SE",
+        disk_size=20,
+        image_name="vastai/base-image:cuda",
+        ports=None,
+        preemptible=False,
+        secure_only=False,
+        ssh_public_key="ssh-ed25519 AAAA someone",
     )
-)  # fmt: skip
+)
 wait(number, "RUNNING")
 row = utils.list_instances()[number]
 assert row["name"] == "cluster-head" and utils.get_ssh_ports("cluster") == [row["ssh_port"]]
@@ -53,13 +63,25 @@ utils.start(number)
 wait(number, "RUNNING")
 utils.remove(number)
 assert utils.list_instances() == {}
-spot = str(  # with a bid of its own: the minimum bid that it would take has been rounded to 0 by vastai's `chunked`
+# with a bid of its own: the minimum bid that it would take has been rounded to 0 by vastai's
+# `chunked`
+spot = str(
     utils.launch(
-        name="spot-head", instance_type="1x-RTX_3090-32-65536", region="US", disk_size=20, image_name="i", ports=[8080], preemptible=True,
-        secure_only=True, create_instance_kwargs={"bid_price": 0.5},
+        name="spot-head",
+        instance_type="1x-RTX_3090-32-65536",
+        region="US",
+        disk_size=20,
+        image_name="i",
+        ports=[8080],
+        preemptible=True,
+        secure_only=True,
+        create_instance_kwargs={"bid_price": 0.5},
     )
-)  # fmt: skip
+)
 wait(spot, "RUNNING")
 utils.remove(spot)
 assert utils.list_instances() == {}
-print("skypilot: launch, list, ports, stop, start, remove, and a spot launch; its own dropped filters are its own")
+print(
+    "skypilot: launch, list, ports, stop, start, remove, and a spot launch; its own dropped "
+    "filters are its own"
+)

@@ -392,9 +392,7 @@ def test_a_machine_that_failed_today_is_refused_and_after_a_week_only_costs_more
     )
 
 
-def test_the_memory_of_bad_machines_raises_first_choices_that_work_from_four_in_five_to_nearly_all() -> (
-    None
-):
+def test_remembering_bad_machines_makes_nearly_all_first_choices_work() -> None:
     """A fifth of 60 machines never boots; half are free at a time; a run every six hours; 10
     markets of 60 runs each."""
     early, late = [], []

@@ -37,7 +37,8 @@ def one_death(folder: Path, seed: int) -> tuple[float, float] | None:
         workload=rig.Workload(1e6, 1e6, cpu_practice=True, disk_gib=16, image_bytes=image_bytes),
     )
     with Journal(own.runs / f"{plan.run_id}{seed}", clock.now) as journal:
-        session = rig.client(plan, journal, "http://127.0.0.1:9", "none", clock=clock)  # type: ignore[arg-type]
+        nowhere = "http://127.0.0.1:9"
+        session = rig.client(plan, journal, nowhere, "none", clock=clock)  # type: ignore[arg-type]
         try:
             allowed_s = session.allowed_s(offer)
         except OverBudget:

@@ -248,16 +248,21 @@ def test_the_self_test_catches_any_kernel_that_is_wrong(broken, precision):
     assert error < limit if broken is None else error > limit
 
 
-# -- more than one adapter, more than one forward ---------------------------------------------------
+# -- more than one adapter, more than one forward --------------------------------------------------
 
 
 def two_adapters() -> tuple[Any, dict[str, Any]]:
     """A fused model with the adapters "default" (rank 4) and "reward" (rank 20), and a pack."""
     torch.manual_seed(0)
     settings = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
     register()
     base = LlamaForCausalLM._from_config(settings, attn_implementation="milktea")
     model = get_peft_model(base.requires_grad_(False), LoraConfig(r=4, target_modules="all-linear"))
@@ -271,9 +276,12 @@ def two_adapters() -> tuple[Any, dict[str, Any]]:
     batch = {
         "input_ids": torch.randint(0, 64, (1, 20), generator=g),
         "position_ids": torch.cat([torch.arange(7), torch.arange(13)])[None],
-        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 13, "max_length_k": 13,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": 13,
+        "max_length_k": 13,
         "use_cache": False,
-    }  # fmt: skip
+    }
     return model, batch
 
 

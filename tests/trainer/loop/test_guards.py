@@ -115,7 +115,12 @@ def a_row_without_a_label(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 
 def prompts_learned_too(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    with_rows(patch, lambda found: found.trained.__setitem__(slice(None), True))  # type: ignore[attr-defined]
+    everything = slice(None)
+
+    def train(found: object) -> None:
+        found.trained[everything] = True  # type: ignore[attr-defined]
+
+    with_rows(patch, train)
     return make(**LONG)
 
 
