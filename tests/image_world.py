@@ -1,5 +1,6 @@
 """A checkout in small: an image of tiny wheels on a tiny base, all real files, for the tests of
-building images."""
+building images.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +62,8 @@ def make_wheel(
     info = f"{name}-{version}.dist-info"
     files = {
         **files,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: "
-        f"{version}\nLicense-Expression: "
-        "MIT\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: "
-        b"py3-none-any\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense-Expression: MIT\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     if entry_points:
         files[f"{info}/entry_points.txt"] = entry_points.encode()
@@ -128,16 +126,9 @@ def make_world(root: Path, peft: str = "1.0") -> Places:
     for path, wheel in zip(paths, found, strict=True):
         wheels._keep(path, wheel, places.wheels)
     locked = Lock(
-        image="tiny",
-        version=3,
-        wire=1,
-        platform="linux/amd64",
-        epoch=spec.epoch,
-        dockerfile=spec.dockerfile,
-        definition_sha256=spec.sha256,
-        python="3.11",
-        wheels=context.assign_layers(found, spec),
-    )
+        image="tiny", version=3, wire=1, platform="linux/amd64", epoch=spec.epoch, dockerfile=spec.dockerfile,
+        definition_sha256=spec.sha256, python="3.11", wheels=context.assign_layers(found, spec),
+    )  # fmt: skip
     lock.write(locked, places.lock("tiny"))
     context.write_requirements(locked, spec, places)
     return places

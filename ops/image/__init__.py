@@ -1,1 +1,3 @@
-"""Container images on this side: what they are (definition, lock), their bytes (fetch, build), how they travel (bundle)."""
+"""Container images on this side: what they are (definition, lock), their bytes (fetch, build), how
+they travel (bundle).
+"""

@@ -1,11 +1,14 @@
-"""The original LLaMA layout (params.json, consolidated.NN.pth, tokenizer.model) to what transformers loads, without torch.
+"""The original LLaMA layout (params.json, consolidated.NN.pth, tokenizer.model) to what
+transformers loads, without torch.
 
-A .pth file is a zip: a pickle that names tensors, and each tensor's bytes beside it. The pickle is read by an unpickler that
-knows three names and refuses the rest, so nothing in it can run. The bytes are mapped, regrouped and written as safetensors,
-one shard a layer group, in the precision that they have.
+A .pth file is a zip: a pickle that names tensors, and each tensor's bytes beside it. The pickle is
+read by an unpickler that knows three names and refuses the rest, so nothing in it can run. The
+bytes are mapped, regrouped and written as safetensors, one shard a layer group, in the precision
+that they have.
 
-What changes: names; model-parallel shards joined; and rows of wq and wk, because Meta's code rotates neighbouring pairs of a
-head's dimensions (2i, 2i+1) and transformers' rotates halves (i, i + d/2). Formula: row 2i+j of a head goes to j*d/2 + i.
+What changes: names; model-parallel shards joined; and rows of wq and wk, because Meta's code
+rotates neighbouring pairs of a head's dimensions (2i, 2i+1) and transformers' rotates halves (i, i
++ d/2). Formula: row 2i+j of a head goes to j*d/2 + i.
 """
 
 from __future__ import annotations
@@ -25,11 +28,18 @@ import numpy as np
 
 from ops.errors import PreflightError
 
-DTYPES = {"HalfStorage": ("F16", np.uint16), "BFloat16Storage": ("BF16", np.uint16), "FloatStorage": ("F32", np.uint32)}
+DTYPES = {
+    "HalfStorage": ("F16", np.uint16),
+    "BFloat16Storage": ("BF16", np.uint16),
+    "FloatStorage": ("F32", np.uint32),
+}
 CONFIG_DTYPE = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 ROWS, COLUMNS, WHOLE = 0, 1, None  # how a tensor was cut for model parallelism
-TOP = {"tok_embeddings.weight": ("model.embed_tokens.weight", COLUMNS), "norm.weight": ("model.norm.weight", WHOLE),
-       "output.weight": ("lm_head.weight", ROWS)}
+TOP = {
+    "tok_embeddings.weight": ("model.embed_tokens.weight", COLUMNS),
+    "norm.weight": ("model.norm.weight", WHOLE),
+    "output.weight": ("lm_head.weight", ROWS),
+}
 LAYER = {
     "attention.wq.weight": ("self_attn.q_proj.weight", ROWS), "attention.wk.weight": ("self_attn.k_proj.weight", ROWS),
     "attention.wv.weight": ("self_attn.v_proj.weight", ROWS), "attention.wo.weight": ("self_attn.o_proj.weight", COLUMNS),
@@ -41,15 +51,20 @@ SHARD_BYTES = 4 << 30
 Progress = Callable[[str], None]
 
 
-def convert(source: Path, target: Path, progress: Progress, shard_bytes: int = SHARD_BYTES) -> list[Path]:
-    """Write config.json, safetensors and the tokenizer into the new folder ``target``; returns the shards.
+def convert(
+    source: Path, target: Path, progress: Progress, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Write config.json, safetensors and the tokenizer into the new folder ``target``; returns the
+    shards.
 
-    Raises PreflightError for a missing or torn file, a tensor that the layout does not have, or a pickle that names anything
-    but tensors. Memory: one tensor at a time.
+    Raises PreflightError for a missing or torn file, a tensor that the layout does not have, or a
+    pickle that names anything but tensors. Memory: one tensor at a time.
     """
     params, checkpoints = _read_params(source), sorted(source.glob("consolidated.*.pth"))
     if not checkpoints:
-        raise PreflightError(f"{source} has no consolidated.NN.pth", hint="name the folder of one size, as LLaMA/7B")
+        raise PreflightError(
+            f"{source} has no consolidated.NN.pth", hint="name the folder of one size, as LLaMA/7B"
+        )
     if target.exists() and any(target.iterdir()):
         raise PreflightError(f"{target} is not empty", hint="name a new folder")
     with _Parts(checkpoints) as parts:
@@ -70,28 +85,39 @@ def convert(source: Path, target: Path, progress: Progress, shard_bytes: int = S
 class _Tensor:
     """A tensor as the pickle names it: which storage, which part of it, its shape."""
 
-    def __init__(self, storage: tuple[str, str], offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    def __init__(
+        self, storage: tuple[str, str], offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+    ) -> None:
         self.kind, self.key = storage
         self.offset, self.shape, self.stride = offset, shape, stride
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors, ordered dictionaries and storages; refuses every other name before it is looked up."""
+    """Knows tensors, ordered dictionaries and storages; refuses every other name before it is
+    looked up.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *_: _Tensor(storage, offset, shape, stride)
+            return lambda storage, offset, shape, stride, *_: _Tensor(
+                storage, offset, shape, stride
+            )
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module == "torch" and name in DTYPES:
             return name
-        raise PreflightError(f"the checkpoint's pickle names {module}.{name}, which is no tensor: it is refused",
-                             hint="get the weights from where they were published; this file can run code")
+        raise PreflightError(
+            f"the checkpoint's pickle names {module}.{name}, which is no tensor: it is refused",
+            hint="get the weights from where they were published; this file can run code",
+        )
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
         kind, storage, key, *_ = pid
         if kind != "storage" or storage not in DTYPES:
-            raise PreflightError(f"the checkpoint holds a {storage}, expected one of {', '.join(DTYPES)}", hint="convert it to bf16 first")
+            raise PreflightError(
+                f"the checkpoint holds a {storage}, expected one of {', '.join(DTYPES)}",
+                hint="convert it to bf16 first",
+            )
         return storage, key
 
 
@@ -103,7 +129,10 @@ class _Part:
         try:
             self.zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
-            raise PreflightError(f"{path.name} is not a whole checkpoint: {error}", hint="download it again: it broke off") from error
+            raise PreflightError(
+                f"{path.name} is not a whole checkpoint: {error}",
+                hint="download it again: it broke off",
+            ) from error
         pickled = next(name for name in self.zip.namelist() if name.endswith("/data.pkl"))
         self.root = pickled.removesuffix("data.pkl")
         with self.zip.open(pickled) as file:
@@ -117,12 +146,17 @@ class _Part:
         bits = np.dtype(DTYPES[tensor.kind][1])
         info = self.zip.getinfo(f"{self.root}data/{tensor.key}")
         if info.compress_type != zipfile.ZIP_STORED:
-            raise PreflightError(f"{self.path.name}: {name} is compressed, which torch.save never does", hint="download it again")
+            raise PreflightError(
+                f"{self.path.name}: {name} is compressed, which torch.save never does",
+                hint="download it again",
+            )
         local = self.map[info.header_offset : info.header_offset + 30]
         start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
         storage = np.frombuffer(self.map, bits, info.file_size // bits.itemsize, start)
         strides = tuple(step * bits.itemsize for step in tensor.stride)
-        return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides, writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            storage[tensor.offset :], tensor.shape, strides, writeable=False
+        )
 
     def close(self) -> None:
         self.zip.close()
@@ -146,7 +180,10 @@ class _Parts:
         first = self.parts[0].tensors.keys()
         for part in self.parts[1:]:
             if odd := first ^ part.tensors.keys():
-                raise PreflightError(f"{part.path.name} and {self.parts[0].path.name} differ in {sorted(odd)[0]}", hint="download them again")
+                raise PreflightError(
+                    f"{part.path.name} and {self.parts[0].path.name} differ in {sorted(odd)[0]}",
+                    hint="download them again",
+                )
         return [name for name in first if not name.endswith("rope.freqs")]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -155,12 +192,20 @@ class _Parts:
         axis = self.axis(name)
         if axis is WHOLE or len(shapes) == 1:
             return shapes[0]
-        return tuple(sum(shape[i] for shape in shapes) if i == axis else shapes[0][i] for i in range(len(shapes[0])))
+        return tuple(
+            sum(shape[i] for shape in shapes) if i == axis else shapes[0][i]
+            for i in range(len(shapes[0]))
+        )
 
     def axis(self, name: str) -> int | None:
-        """Along which the parts are cut. The embedding is cut by columns in LLaMA 1 and 2, by rows from 3 on: its width tells."""
+        """Along which the parts are cut. The embedding is cut by columns in LLaMA 1 and 2, by rows
+        from 3 on: its width tells.
+        """
         tensors = self.parts[0].tensors
-        if name == "tok_embeddings.weight" and tensors[name].shape[1] == tensors["norm.weight"].shape[0]:
+        if (
+            name == "tok_embeddings.weight"
+            and tensors[name].shape[1] == tensors["norm.weight"].shape[0]
+        ):
             return ROWS
         return _new_name(name)[1]
 
@@ -176,15 +221,26 @@ class _Parts:
 def halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     """wq or wk, (heads * d, in): within each head, row 2i + j moves to j * d/2 + i."""
     rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
 
 
-def _write_shards(parts: _Parts, plan: list[tuple[str, str, int | None]], params: dict[str, Any], target: Path, progress: Progress,
-                  shard_bytes: int) -> list[Path]:
+def _write_shards(
+    parts: _Parts,
+    plan: list[tuple[str, str, int | None]],
+    params: dict[str, Any],
+    target: Path,
+    progress: Progress,
+    shard_bytes: int,
+) -> list[Path]:
     groups: list[list[tuple[str, str]]] = [[]]
     filled = 0
     for old, new, _ in plan:
-        size = int(np.prod(parts.shape(old))) * np.dtype(DTYPES[parts.parts[0].tensors[old].kind][1]).itemsize
+        size = (
+            int(np.prod(parts.shape(old)))
+            * np.dtype(DTYPES[parts.parts[0].tensors[old].kind][1]).itemsize
+        )
         if filled and filled + size > shard_bytes:
             groups.append([])
             filled = 0
@@ -194,18 +250,26 @@ def _write_shards(parts: _Parts, plan: list[tuple[str, str, int | None]], params
     where: dict[str, str] = {}
     total = 0
     for number, group in enumerate(groups, 1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
         progress(f"writing {name}: {len(group)} tensors")
         total += _write_shard(parts, group, params, target / name)
         where |= {new: name for _, new in group}
         paths.append(target / name)
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (target / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )
     return paths
 
 
-def _write_shard(parts: _Parts, group: list[tuple[str, str]], params: dict[str, Any], path: Path) -> int:
+def _write_shard(
+    parts: _Parts, group: list[tuple[str, str]], params: dict[str, Any], path: Path
+) -> int:
     """One safetensors file (its format: 8 bytes of length, JSON, data); returns the bytes of data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -234,9 +298,17 @@ def _rotated(name: str, weight: np.ndarray, params: dict[str, Any]) -> np.ndarra
 def _read_params(source: Path) -> dict[str, Any]:
     try:
         params = json.loads((source / "params.json").read_text())
-        return {**params, "dim": int(params["dim"]), "n_layers": int(params["n_layers"]), "n_heads": int(params["n_heads"])}
+        return {
+            **params,
+            "dim": int(params["dim"]),
+            "n_layers": int(params["n_layers"]),
+            "n_heads": int(params["n_heads"]),
+        }
     except (OSError, ValueError, KeyError) as error:
-        raise PreflightError(f"{source / 'params.json'} cannot be read: {error}", hint="name the folder of one size, as LLaMA/7B") from error
+        raise PreflightError(
+            f"{source / 'params.json'} cannot be read: {error}",
+            hint="name the folder of one size, as LLaMA/7B",
+        ) from error
 
 
 def _new_name(name: str) -> tuple[str, int | None]:
@@ -245,7 +317,10 @@ def _new_name(name: str) -> tuple[str, int | None]:
     if (found := re.fullmatch(r"layers\.(\d+)\.(.+)", name)) and found[2] in LAYER:
         new, axis = LAYER[found[2]]
         return f"model.layers.{found[1]}.{new}", axis
-    raise PreflightError(f"the checkpoint has a tensor {name!r}, which LLaMA's layout has not", hint="only LLaMA's own .pth files are converted")
+    raise PreflightError(
+        f"the checkpoint has a tensor {name!r}, which LLaMA's layout has not",
+        hint="only LLaMA's own .pth files are converted",
+    )
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -253,14 +328,23 @@ def _order(name: str) -> tuple[int, str]:
     return (int(found[1]) if found else -1 if name.startswith("tok") else 1 << 20), name
 
 
-def _config(params: dict[str, Any], sizes: dict[str, tuple[int, ...]], parts: _Parts) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM. The vocabulary is counted, because params.json of LLaMA 1 says -1."""
+def _config(
+    params: dict[str, Any], sizes: dict[str, tuple[int, ...]], parts: _Parts
+) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM. The vocabulary is counted, because params.json of LLaMA 1
+    says -1.
+    """
     vocabulary = sizes["output.weight"][0]
     layers = {int(found[1]) for name in sizes if (found := re.match(r"layers\.(\d+)\.", name))}
     if len(layers) != params["n_layers"]:
-        raise PreflightError(f"params.json says {params['n_layers']} layers, the checkpoint has {len(layers)}", hint="download it again")
+        raise PreflightError(
+            f"params.json says {params['n_layers']} layers, the checkpoint has {len(layers)}",
+            hint="download it again",
+        )
     theta, epsilon = float(params.get("rope_theta", 10000.0)), float(params["norm_eps"])
-    context = 8192 if vocabulary > 32000 else 2048 if epsilon <= 1e-6 else 4096  # params.json does not say: LLaMA 3, 1, 2
+    context = (
+        8192 if vocabulary > 32000 else 2048 if epsilon <= 1e-6 else 4096
+    )  # params.json does not say: LLaMA 3, 1, 2
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "hidden_size": params["dim"], "intermediate_size": sizes["layers.0.feed_forward.w1.weight"][0],
@@ -270,4 +354,3 @@ def _config(params: dict[str, Any], sizes: dict[str, tuple[int, ...]], parts: _P
         "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "tie_word_embeddings": False,
         "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": CONFIG_DTYPE[parts.dtype("output.weight")],
     }  # fmt: skip
-

@@ -1,9 +1,10 @@
 """May a driver and a GPU run a CUDA line, and if not, what helps? Pure; the numbers are NVIDIA's.
 
-Sources: CUDA Toolkit Release Notes, "CUDA Toolkit and Corresponding Driver Versions" (NATIVE); CUDA Compatibility guide,
-minor version compatibility (FLOOR) and binary compatibility of cubin and PTX; the NVIDIA_REQUIRE_CUDA setting of NVIDIA's own
-CUDA images (COMPAT: driver branches whose cuda-compat package NVIDIA supports); end-of-support notes of the driver branches
-(LAST_BRANCH). INSTALL.sh judges by rows that ops/image/bundle/manifest.py makes of these rules.
+Sources: CUDA Toolkit Release Notes, "CUDA Toolkit and Corresponding Driver Versions" (NATIVE); CUDA
+Compatibility guide, minor version compatibility (FLOOR) and binary compatibility of cubin and PTX;
+the NVIDIA_REQUIRE_CUDA setting of NVIDIA's own CUDA images (COMPAT: driver branches whose
+cuda-compat package NVIDIA supports); end-of-support notes of the driver branches (LAST_BRANCH).
+INSTALL.sh judges by rows that ops/image/bundle/manifest.py makes of these rules.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ CAPABILITIES = (
 
 @dataclass(frozen=True)
 class Line:
-    """One image line. ``cuda`` is the toolkit's version or None for a CPU image; ``arches`` are the compute capabilities with
-    compiled code (``8.0``; ``9.0a`` binds to exactly that GPU), ``ptx`` those that a driver may compile from for newer GPUs."""
+    """One image line. ``cuda`` is the toolkit's version or None for a CPU image; ``arches`` are the
+    compute capabilities with compiled code (``8.0``; ``9.0a`` binds to exactly that GPU), ``ptx``
+    those that a driver may compile from for newer GPUs."""
 
     name: str
     cuda: str | None
@@ -48,7 +50,9 @@ class Line:
 
     @property
     def native(self) -> str:
-        """The driver that knows all of this CUDA. Raises KeyError, naming the version, when NATIVE lacks it."""
+        """The driver that knows all of this CUDA. Raises KeyError, naming the version, when NATIVE
+        lacks it.
+        """
         return NATIVE[self.cuda] if self.cuda else "0"
 
     @property
@@ -71,26 +75,34 @@ class Verdict:
         return self.kind in RUNS
 
 
-def judge(driver: str, capability: str, data_center: bool, line: Line, lines: Iterable[Line] = ()) -> Verdict:
-    """The verdict on one GPU (``capability`` such as ``8.6``) under ``driver`` (``535.104.05``), and what to do; ``lines`` are
-    the image lines that the remedy may offer instead."""
+def judge(
+    driver: str, capability: str, data_center: bool, line: Line, lines: Iterable[Line] = ()
+) -> Verdict:
+    """The verdict on one GPU (``capability`` such as ``8.6``) under ``driver`` (``535.104.05``),
+    and what to do; ``lines`` are the image lines that the remedy may offer instead."""
     kind = _kind(driver, capability, data_center, line)
     return Verdict(kind, _remedy(kind, driver, capability, data_center, line, lines))
 
 
 def last_branch(capability: str) -> int:
-    """The newest driver branch that still knows a GPU: 470 for Kepler, 580 for Maxwell, Pascal and Volta."""
+    """The newest driver branch that still knows a GPU: 470 for Kepler, 580 for Maxwell, Pascal and
+    Volta.
+    """
     if capability.startswith("3."):
         return 470
     return 580 if capability.startswith(("5.", "6.")) or capability in ("7.0", "7.2") else 99999
 
 
 def is_data_center(gpu_name: str) -> bool:
-    """By the name that nvidia-smi prints; unknown names are taken for what they most often are, not data centre."""
+    """By the name that nvidia-smi prints; unknown names are taken for what they most often are, not
+    data centre.
+    """
     if any(word in gpu_name for word in ("GeForce", "TITAN", "Quadro", "RTX")):
         return False
     last = gpu_name.removeprefix("NVIDIA").strip()
-    return "Tesla" in gpu_name or ((last[:2] in ("GH", "GB") or last[:1] in "AHLBTVP") and any(c.isdigit() for c in last[1:4]))
+    return "Tesla" in gpu_name or (
+        (last[:2] in ("GH", "GB") or last[:1] in "AHLBTVP") and any(c.isdigit() for c in last[1:4])
+    )
 
 
 def _kind(driver: str, capability: str, data_center: bool, line: Line) -> Kind:
@@ -120,7 +132,9 @@ def runs_on(capability: str, line: Line) -> str:
     return "gpu-too-new" if any(a <= (major, minor) for a in plain) else "gpu-too-old"
 
 
-def _remedy(kind: Kind, driver: str, capability: str, data_center: bool, line: Line, lines: Iterable[Line]) -> str:
+def _remedy(
+    kind: Kind, driver: str, capability: str, data_center: bool, line: Line, lines: Iterable[Line]
+) -> str:
     fits = [x.name for x in lines if x.cuda and _kind(driver, capability, data_center, x) in RUNS]
     carry = f"carry a bundle of the image line {' or '.join(fits)}" if fits else ""
     if kind == "native":
@@ -135,7 +149,11 @@ def _remedy(kind: Kind, driver: str, capability: str, data_center: bool, line: L
     if kind == "gpu-too-new":
         return carry or "carry an image line with a newer CUDA"
     needs = line.native if runs_on(capability, line) == "ptx" else line.floor
-    update = f"update the driver to {needs} or newer" if _version(needs)[0] <= last_branch(capability) else ""
+    update = (
+        f"update the driver to {needs} or newer"
+        if _version(needs)[0] <= last_branch(capability)
+        else ""
+    )
     if kind == "compat":
         package = f"cuda-compat-{str(line.cuda).replace('.', '-')}"
         start = f"start with MILKTEA_CUDA_COMPAT=the folder of NVIDIA's package {package}"

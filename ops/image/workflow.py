@@ -1,4 +1,6 @@
-"""What `milktea image ...` and the makefile call, one function a verb. None prints: each takes a ``progress`` for its lines."""
+"""What `milktea image ...` and the makefile call, one function a verb. None prints: each takes a
+``progress`` for its lines.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,16 @@ from ops.image.spec.paths import Places
 
 Progress = Callable[[str], None]
 FAT32_BYTES = 4_294_967_295
-VOLUMES = {"fat32": FAT32_BYTES, "dvd": 4_700_000_000, "dvd-dl": 8_500_000_000, "bd": 25_000_000_000}
-DOCUMENTS = ("jobs/*.toml", "docs/*.md")  # what a person on the server reads, where it is in the checkout
+VOLUMES = {
+    "fat32": FAT32_BYTES,
+    "dvd": 4_700_000_000,
+    "dvd-dl": 8_500_000_000,
+    "bd": 25_000_000_000,
+}
+DOCUMENTS = (
+    "jobs/*.toml",
+    "docs/*.md",
+)  # what a person on the server reads, where it is in the checkout
 
 
 def quiet(line: str) -> None:
@@ -49,18 +59,23 @@ def read_lock(name: str, places: Places = Places()) -> Lock:
     return lock
 
 
-def lock(name: str, places: Places = Places(), mirrors: Mirrors | None = None, progress: Progress = quiet) -> Lock:
-    """Resolve everything as it is today; write images/NAME.lock and the requirement files beside its Dockerfile.
+def lock(
+    name: str, places: Places = Places(), mirrors: Mirrors | None = None, progress: Progress = quiet
+) -> Lock:
+    """Resolve everything as it is today; write images/NAME.lock and the requirement files beside
+    its Dockerfile.
 
-    Needs a network; 1 to 3 minutes and the packages' size on the disk. Raises PreflightError where something cannot be had,
-    ConfigError where the Dockerfile's version is released.
+    Needs a network; 1 to 3 minutes and the packages' size on the disk. Raises PreflightError where
+    something cannot be had, ConfigError where the Dockerfile's version is released.
     """
     spec, mirrors = define(name, places), mirrors or Mirrors.of_this_host()
     context.require_unreleased(spec.dockerfile, places)
     debs = debian.resolve(spec.os, mirrors)
     debian.fetch(debs, mirrors, places.debs, progress)
     found = wheels.resolve(spec.python, spec.python.requirements, places.wheels, progress)
-    beside = [models.resolve(source, places.root, places.models, progress) for source in spec.models]
+    beside = [
+        models.resolve(source, places.root, places.models, progress) for source in spec.models
+    ]
     locked = Lock(
         image=spec.name, version=spec.version, wire=spec.wire, platform=spec.platform, epoch=spec.epoch,
         dockerfile=spec.dockerfile, definition_sha256=spec.sha256, python=spec.python.version, cuda=spec.cuda,
@@ -71,8 +86,12 @@ def lock(name: str, places: Places = Places(), mirrors: Mirrors | None = None, p
     return locked
 
 
-def fetch(name: str, places: Places = Places(), mirrors: Mirrors | None = None, progress: Progress = quiet) -> None:
-    """Get everything that the lock pins onto this disk, each file by its hash. The only step that needs a network."""
+def fetch(
+    name: str, places: Places = Places(), mirrors: Mirrors | None = None, progress: Progress = quiet
+) -> None:
+    """Get everything that the lock pins onto this disk, each file by its hash. The only step that
+    needs a network.
+    """
     spec, found = define(name, places), read_lock(name, places)
     debian.fetch(found.debs, mirrors or Mirrors.of_this_host(), places.debs, progress)
     wheels.fetch(spec.python, found.wheels, places.wheels, progress)
@@ -82,23 +101,33 @@ def fetch(name: str, places: Places = Places(), mirrors: Mirrors | None = None, 
 
 
 def build(
-    name: str, places: Places = Places(), progress: Progress = quiet, base: str | None = None, host: str | None = None
+    name: str,
+    places: Places = Places(),
+    progress: Progress = quiet,
+    base: str | None = None,
+    host: str | None = None,
 ) -> str:
     """Build the image from what was fetched, without a network; returns its tag.
 
-    ``base`` is a Debian 12 in the engine in place of the one that the Dockerfile names. Raises PreflightError where a
-    file was not fetched or the engine refuses.
+    ``base`` is a Debian 12 in the engine in place of the one that the Dockerfile names. Raises
+    PreflightError where a file was not fetched or the engine refuses.
     """
     spec, found = define(name, places), read_lock(name, places)
     client = engine.connect(host)
     context.lay_out(found, places)
     arguments = {"PIP_NO_INDEX": "1"} | ({"BASE": base} if base else {})
-    engine.build(client, places.root, f"docker/{spec.dockerfile}/Dockerfile", spec.tag, arguments, progress)
+    engine.build(
+        client, places.root, f"docker/{spec.dockerfile}/Dockerfile", spec.tag, arguments, progress
+    )
     return spec.tag
 
 
-def make_base(name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
-    """Make a Debian base of the locked packages by mmdebstrap, for a machine that reaches no registry; returns its tag."""
+def make_base(
+    name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None
+) -> str:
+    """Make a Debian base of the locked packages by mmdebstrap, for a machine that reaches no
+    registry; returns its tag.
+    """
     debian.require_mmdebstrap()
     spec, found, client = define(name, places), read_lock(name, places), engine.connect(host)
     tag = f"milktea/debian:{spec.os.suite}"
@@ -110,19 +139,26 @@ def make_base(name: str, places: Places = Places(), progress: Progress = quiet, 
 
 
 def take(
-    name: str, places: Places = Places(), progress: Progress = quiet, image: str | None = None, host: str | None = None
+    name: str,
+    places: Places = Places(),
+    progress: Progress = quiet,
+    image: str | None = None,
+    host: str | None = None,
 ) -> tuple[Image, Lock]:
-    """Take the built image (or ``image``, one made FROM it) out of the engine as it is carried; writes config.json and
-    image.lock under .milktea/images/NAME.
+    """Take the built image (or ``image``, one made FROM it) out of the engine as it is carried;
+    writes config.json and image.lock under .milktea/images/NAME.
 
-    Raises ConfigError where a layer is over its budget, PreflightError where the image is not in the engine.
+    Raises ConfigError where a layer is over its budget, PreflightError where the image is not in
+    the engine.
     """
     spec, found = define(name, places), read_lock(name, places)
     tag = spec.tag
     if image is not None:
         found = found.model_copy(update={"image": name_of(image)})
         tag = f"milktea/{found.image}:{found.version}"
-    taken, whole = export(engine.save(engine.connect(host), image or spec.tag), tag, found, places, progress)
+    taken, whole = export(
+        engine.save(engine.connect(host), image or spec.tag), tag, found, places, progress
+    )
     if image is None:
         budget.require(whole, definition.read_budget(places.budget(name)), places.budget(name))
     folder = places.image(whole.image)
@@ -139,14 +175,27 @@ def taken(name: str, places: Places = Places()) -> tuple[Image, Lock]:
         raise ConfigError(f"image {name} has not been built here", hint=f"make image IMAGE={name}")
     whole = locks.read(folder / "image.lock")
     layers = tuple(
-        Layer(x.name, x.diff_id, x.blob_sha256, x.blob_bytes, places.blobs / x.blob_sha256, x.size_bytes)
+        Layer(
+            x.name,
+            x.diff_id,
+            x.blob_sha256,
+            x.blob_bytes,
+            places.blobs / x.blob_sha256,
+            x.size_bytes,
+        )
         for x in whole.layers
     )
     tag = whole.identity.tag if whole.identity else f"milktea/{name}:{whole.version}"
     return Image((folder / "config.json").read_bytes(), layers, tag), whole
 
 
-def push(name: str, target: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None) -> str:
+def push(
+    name: str,
+    target: str,
+    places: Places = Places(),
+    progress: Progress = quiet,
+    host: str | None = None,
+) -> str:
     """Push the built image to a registry that vast.ai's hosts can pull from; returns its digest."""
     return engine.push(engine.connect(host), define(name, places).tag, target, progress)
 
@@ -165,11 +214,13 @@ def bundle(
     places: Places = Places(),
     progress: Progress = quiet,
 ) -> Bundle | Path:
-    """Write the built image, or ``image`` made FROM it, as a folder to carry; ``whole`` writes one OCI archive instead.
+    """Write the built image, or ``image`` made FROM it, as a folder to carry; ``whole`` writes one
+    OCI archive instead.
 
-    ``out`` is a new folder of its own name where it is None. ``since`` is the bundle that the server has, or its image.lock,
-    ``server`` the facts of its preflight; either makes an update. ``volume`` is a number of bytes, or one of VOLUMES.
-    ``key`` signs; without it a key of this user, made once. Raises ConfigError, PreflightError.
+    ``out`` is a new folder of its own name where it is None. ``since`` is the bundle that the
+    server has, or its image.lock, ``server`` the facts of its preflight; either makes an update.
+    ``volume`` is a number of bytes, or one of VOLUMES. ``key`` signs; without it a key of this
+    user, made once. Raises ConfigError, PreflightError.
     """
     built, lock = take(name, places, progress, image)
     release = int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d%H%M%S"))
@@ -184,11 +235,15 @@ def bundle(
         key = key or _own_key(progress)
     options = Options(release, volume_bytes(volume), base, base_models, key if signed else None)
     kind = "update" if base else "bundle"
-    return bundles.write_bundle(contents, out or Path(f"{kind}-{lock.image}-{release}"), options, progress)
+    return bundles.write_bundle(
+        contents, out or Path(f"{kind}-{lock.image}-{release}"), options, progress
+    )
 
 
 def keygen(path: Path) -> str:
-    """A key to sign bundles with; returns its fingerprint, which whoever installs must get by another way than the disk."""
+    """A key to sign bundles with; returns its fingerprint, which whoever installs must get by
+    another way than the disk.
+    """
     return signature.make_key(path)
 
 
@@ -210,7 +265,9 @@ def volume_bytes(text: str) -> int:
 
 def name_of(image: str) -> str:
     """The name of a bundle of another image: the last part of its repository."""
-    name = re.sub(r"[^a-z0-9.-]", "-", image.rpartition("/")[2].partition("@")[0].partition(":")[0].lower()).strip("-.")
+    name = re.sub(
+        r"[^a-z0-9.-]", "-", image.rpartition("/")[2].partition("@")[0].partition(":")[0].lower()
+    ).strip("-.")
     if not name:
         raise ConfigError(f"{image!r} names no image", hint="docker images lists them")
     return name
@@ -218,7 +275,11 @@ def name_of(image: str) -> str:
 
 def own_key() -> Path:
     """Where this user's signing key is."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "milktea" / "release-key"
+    return (
+        Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        / "milktea"
+        / "release-key"
+    )
 
 
 def _own_key(progress: Progress) -> Path:
@@ -227,7 +288,9 @@ def _own_key(progress: Progress) -> Path:
         signature.make_key(path)
         progress(f"made a signing key: {path}")
     public = path.with_name(path.name + ".pub")
-    progress(f"signing with {path}; tell the other side by telephone: {signature.fingerprint(public)}")
+    progress(
+        f"signing with {path}; tell the other side by telephone: {signature.fingerprint(public)}"
+    )
     return path
 
 
@@ -235,10 +298,17 @@ def _documents(places: Places) -> dict[str, Path]:
     return {path.name: path for pattern in DOCUMENTS for path in sorted(places.root.glob(pattern))}
 
 
-def _base(built: Image, since: Path | None, server: Path | None) -> tuple[Present | None, frozenset[str]]:
-    """The image and the models that the server has. A layer of the same files and other gzip bytes counts as changed."""
+def _base(
+    built: Image, since: Path | None, server: Path | None
+) -> tuple[Present | None, frozenset[str]]:
+    """The image and the models that the server has. A layer of the same files and other gzip bytes
+    counts as changed.
+    """
     if since and server:
-        raise ConfigError("SINCE and INVENTORY exclude each other: the inventory says what the server has", hint="give one of them")
+        raise ConfigError(
+            "SINCE and INVENTORY exclude each other: the inventory says what the server has",
+            hint="give one of them",
+        )
     if server:
         found = inventory.read(server)
         return found.base_for(built.diff_ids), found.models
@@ -246,7 +316,10 @@ def _base(built: Image, since: Path | None, server: Path | None) -> tuple[Presen
         return None, frozenset()
     old = locks.read(since / "image.lock" if since.is_dir() else since)
     if not old.layers or old.identity is None:
-        raise ConfigError(f"{since} is not the lock of a built image", hint="take the image.lock of the bundle that was carried")
+        raise ConfigError(
+            f"{since} is not the lock of a built image",
+            hint="take the image.lock of the bundle that was carried",
+        )
     blobs = {layer.diff_id: layer.blob_sha256 for layer in built.layers}
     same = [x.diff_id for x in old.layers if blobs.get(x.diff_id, x.blob_sha256) == x.blob_sha256]
     ref = f"{old.identity.tag.rpartition(':')[0]}:{old.identity.config_digest[7:19]}"

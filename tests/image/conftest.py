@@ -1,4 +1,6 @@
-"""A tiny image with real layers, its lock, a tiny base model, and bundles made of them; no torch, no engine, no network."""
+"""A tiny image with real layers, its lock, a tiny base model, and bundles made of them; no torch,
+no engine, no network.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def _shell() -> dict[str, bytes | str]:
     files: dict[str, bytes | str] = {}
     program = os.path.realpath(shutil.which("dash") or "/bin/sh")
     files["bin/sh"] = Path(program).read_bytes()
-    for line in subprocess.run(["ldd", program], capture_output=True, text=True).stdout.splitlines():
+    for line in subprocess.run(
+        ["ldd", program], capture_output=True, text=True
+    ).stdout.splitlines():
         for word in line.split():
             if word.startswith("/"):
                 files[word.lstrip("/")] = Path(word).read_bytes()
@@ -62,11 +66,19 @@ def _shell() -> dict[str, bytes | str]:
 def _python() -> dict[str, bytes | str]:
     """This machine's Debian Python with as much of its library as the installer imports."""
     files: dict[str, bytes | str] = {"usr/bin/python3": Path("/usr/bin/python3").read_bytes()}
-    for word in subprocess.run(["ldd", "/usr/bin/python3"], capture_output=True, text=True).stdout.split():
+    for word in subprocess.run(
+        ["ldd", "/usr/bin/python3"], capture_output=True, text=True
+    ).stdout.split():
         if word.startswith("/"):
             files[word.lstrip("/")] = Path(word).read_bytes()
     library = Path(f"/usr/lib/{Path('/usr/bin/python3').resolve().name}")
-    for pattern in ("*.py", *(f"{x}/*.py" for x in ("collections", "encodings", "html", "importlib", "json", "re", "urllib"))):
+    for pattern in (
+        "*.py",
+        *(
+            f"{x}/*.py"
+            for x in ("collections", "encodings", "html", "importlib", "json", "re", "urllib")
+        ),
+    ):
         files |= {str(path).lstrip("/"): path.read_bytes() for path in library.glob(pattern)}
     return files
 
@@ -92,17 +104,25 @@ class TinyImage:
             "wheel-b": {"lib/b.py": blob(60_000)},
             "wheel-c": {"lib/c.py": blob(30_000)},
             "trainer": {"app/train.py": b"print('one')\n"},
-            "config": {"bin/prove": b'#!/bin/sh\ncat_() { while read -r l; do echo "$l"; done; }\ncat_ <<X\n' + self.prove_says.encode() + b"\nX\n"},
+            "config": {
+                "bin/prove": b'#!/bin/sh\ncat_() { while read -r l; do echo "$l"; done; }\ncat_ <<X\n'
+                + self.prove_says.encode()
+                + b"\nX\n"
+            },
         }
         return self
 
-    def add_model(self, name: str = "org/Tiny-1B", sizes: tuple[int, ...] = (300_000, 200_000)) -> TinyImage:
+    def add_model(
+        self, name: str = "org/Tiny-1B", sizes: tuple[int, ...] = (300_000, 200_000)
+    ) -> TinyImage:
         dice = random.Random(2)
         folder = self.folder / "source-model"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text('{"model_type": "tiny"}')
         for n, size in enumerate(sizes, 1):
-            (folder / f"model-{n:05d}-of-{len(sizes):05d}.safetensors").write_bytes(dice.randbytes(size))
+            (folder / f"model-{n:05d}-of-{len(sizes):05d}.safetensors").write_bytes(
+                dice.randbytes(size)
+            )
         self.models[name] = folder
         return self
 
@@ -120,11 +140,18 @@ class TinyImage:
             blob = gzip.compress(raw, 1, mtime=0)
             digest = hashlib.sha256(blob).hexdigest()
             (store / digest).write_bytes(blob)
-            layer = archive.Layer(name, archive.digest(raw), digest, len(blob), store / digest, len(raw))
+            layer = archive.Layer(
+                name, archive.digest(raw), digest, len(blob), store / digest, len(raw)
+            )
             layers.append(layer)
             locked.append(
                 lock.LockedLayer(
-                    name=name, diff_id=layer.diff_id, blob_sha256=digest, blob_bytes=len(blob), size_bytes=len(raw), holds=[name]
+                    name=name,
+                    diff_id=layer.diff_id,
+                    blob_sha256=digest,
+                    blob_bytes=len(blob),
+                    size_bytes=len(raw),
+                    holds=[name],
                 )
             )
         config = {
@@ -137,12 +164,21 @@ class TinyImage:
         models = []
         for name, folder in self.models.items():
             files = [
-                lock.ModelFile(path=p.name, sha256=hashlib.sha256(p.read_bytes()).hexdigest(), size_bytes=p.stat().st_size)
+                lock.ModelFile(
+                    path=p.name,
+                    sha256=hashlib.sha256(p.read_bytes()).hexdigest(),
+                    size_bytes=p.stat().st_size,
+                )
                 for p in sorted(folder.iterdir())
             ]
             models.append(
                 lock.Model(
-                    name=name, source="local", revision="r1", license="Apache-2.0", set_digest=lock.set_digest(files), files=files
+                    name=name,
+                    source="local",
+                    revision="r1",
+                    license="Apache-2.0",
+                    set_digest=lock.set_digest(files),
+                    files=files,
                 )
             )
         whole = lock.Lock(
@@ -162,7 +198,9 @@ class TinyImage:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyImage:
-    """Its layers are kilobytes; as with real ones, the larger have parts of their own and the smaller share some."""
+    """Its layers are kilobytes; as with real ones, the larger have parts of their own and the
+    smaller share some.
+    """
     monkeypatch.setattr(parts, "SMALL_BYTES", 80_000)
     return TinyImage(tmp_path / "tiny").default()
 
@@ -188,17 +226,39 @@ class Ran:
 
 @pytest.fixture
 def install(tmp_path: Path) -> Callable[..., Ran]:
-    """Runs INSTALL.sh of a bundle; `shell` is the shell, `path` the PATH (default: the one of this process)."""
+    """Runs INSTALL.sh of a bundle; `shell` is the shell, `path` the PATH (default: the one of this
+    process).
+    """
 
-    def run(folder: Path, *arguments: str, shell: str = "sh", path: str | None = None, prefix: Path | None = None, **env: str) -> Ran:
+    def run(
+        folder: Path,
+        *arguments: str,
+        shell: str = "sh",
+        path: str | None = None,
+        prefix: Path | None = None,
+        **env: str,
+    ) -> Ran:
         environment = {
             "PATH": path or os.environ["PATH"],
             "HOME": str(tmp_path),
             **{k: v for k, v in os.environ.items() if k == "DOCKER_HOST"},
             **env,
         }
-        command = [*shell.split(), str(folder / "INSTALL.sh"), *arguments, "--prefix", str(prefix or tmp_path / "prefix")]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=170)
+        command = [
+            *shell.split(),
+            str(folder / "INSTALL.sh"),
+            *arguments,
+            "--prefix",
+            str(prefix or tmp_path / "prefix"),
+        ]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            timeout=170,
+        )
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -1,4 +1,6 @@
-"""Archives that plain `docker load` takes: their form, and that nothing but their contents is in their bytes."""
+"""Archives that plain `docker load` takes: their form, and that nothing but their contents is in
+their bytes.
+"""
 
 import gzip
 import hashlib
@@ -20,8 +22,20 @@ def image(tmp_path):
         path = tmp_path / name
         path.write_bytes(gzip.compress(tar, mtime=0))
         blob = path.read_bytes()
-        stacked.append(Layer(name, archive.digest(tar), hashlib.sha256(blob).hexdigest(), len(blob), path, len(tar)))
-    config = {"rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in stacked]}, "history": [{"created_by": x.name} for x in stacked]}
+        stacked.append(
+            Layer(
+                name,
+                archive.digest(tar),
+                hashlib.sha256(blob).hexdigest(),
+                len(blob),
+                path,
+                len(tar),
+            )
+        )
+    config = {
+        "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in stacked]},
+        "history": [{"created_by": x.name} for x in stacked],
+    }
     return Image(archive.canonical_json(config), tuple(stacked), "milktea/test:1")
 
 
@@ -32,7 +46,11 @@ def read(data):
 
 def archived(image, carry=None):
     out = io.BytesIO()
-    assert archive.write_archive(image, out, carry) == len(out.getvalue()) == archive.archive_bytes(image, carry)
+    assert (
+        archive.write_archive(image, out, carry)
+        == len(out.getvalue())
+        == archive.archive_bytes(image, carry)
+    )
     return out.getvalue()
 
 
@@ -41,7 +59,9 @@ def test_a_part_lists_the_layers_below_it_and_carries_its_own_alone(image):
     [docker] = json.loads(files["manifest.json"])
     assert docker["RepoTags"] == ["milktea/test:part-02"]
     assert docker["Layers"] == [f"blobs/sha256/{layer.blob_sha256}" for layer in image.layers[:2]]
-    assert [path for path in docker["Layers"] if path in files] == [f"blobs/sha256/{image.layers[1].blob_sha256}"]
+    assert [path for path in docker["Layers"] if path in files] == [
+        f"blobs/sha256/{image.layers[1].blob_sha256}"
+    ]
     config = json.loads(files[docker["Config"]])
     assert config["rootfs"]["diff_ids"] == image.diff_ids[:2]
     assert len(config["history"]) == 2
@@ -56,7 +76,9 @@ def test_the_last_part_is_the_image_itself(image):
 
 def test_every_blob_of_the_layout_has_the_digest_that_names_it(image):
     files = read(archived(image))
-    blobs = {name.rpartition("/")[2]: data for name, data in files.items() if name.startswith("blobs/")}
+    blobs = {
+        name.rpartition("/")[2]: data for name, data in files.items() if name.startswith("blobs/")
+    }
     assert len(blobs) == 5
     assert all(hashlib.sha256(data).hexdigest() == name for name, data in blobs.items())
     [manifest] = json.loads(files["index.json"])["manifests"]

@@ -1,4 +1,6 @@
-"""The practice image as a container: a command, an SSH box, a stranger's user id, a read-only root. Needs Docker and the image."""
+"""The practice image as a container: a command, an SSH box, a stranger's user id, a read-only root.
+Needs Docker and the image.
+"""
 
 import shutil
 import subprocess
@@ -27,16 +29,26 @@ def client():
 
 
 def run(client, *command, **options):
-    return client.containers.run(TAG, list(command), remove=True, network_mode="none", stderr=True, **options).decode()
+    return client.containers.run(
+        TAG, list(command), remove=True, network_mode="none", stderr=True, **options
+    ).decode()
 
 
 def test_it_speaks_the_wire_that_its_label_says(client):
-    assert run(client, "milktea-train", "--wire").strip() == str(WIRE) == client.images.get(TAG).labels["milktea.wire"]
+    assert (
+        run(client, "milktea-train", "--wire").strip()
+        == str(WIRE)
+        == client.images.get(TAG).labels["milktea.wire"]
+    )
 
 
 def test_any_user_may_import_the_stack_on_a_read_only_root(client):
     told = "import torch, transformers, peft, accelerate, bitsandbytes, trainer.launch; print(torch.ones(2).sum().item())"
-    assert run(client, "python", "-c", told, read_only=True, tmpfs={"/tmp": ""}, user="12345:12345").strip().endswith("2.0")
+    assert (
+        run(client, "python", "-c", told, read_only=True, tmpfs={"/tmp": ""}, user="12345:12345")
+        .strip()
+        .endswith("2.0")
+    )
 
 
 def test_without_a_command_a_stranger_is_told_what_to_type(client):
@@ -62,16 +74,42 @@ def test_the_image_holds_no_key_and_no_trace_of_the_machine_that_made_it(client)
 def test_as_a_box_it_lets_the_key_in_and_offers_what_the_box_side_needs(client, tmp_path):
     if not shutil.which("ssh"):
         pytest.skip("no ssh here")
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True
+    )
     key = (tmp_path / "key.pub").read_text()
-    container = client.containers.run(TAG, detach=True, ports={"22/tcp": ("127.0.0.1", None)}, environment={"MILKTEA_AUTHORIZED_KEYS": key})
+    container = client.containers.run(
+        TAG,
+        detach=True,
+        ports={"22/tcp": ("127.0.0.1", None)},
+        environment={"MILKTEA_AUTHORIZED_KEYS": key},
+    )
     try:
         container.reload()
         port = container.ports["22/tcp"][0]["HostPort"]
-        command = ["ssh", "-i", str(tmp_path / "key"), "-p", port, "-o", "StrictHostKeyChecking=accept-new", "-o", "BatchMode=yes"]
-        command += ["-o", f"UserKnownHostsFile={tmp_path}/known", "-o", "LogLevel=ERROR", "root@127.0.0.1"]
+        command = [
+            "ssh",
+            "-i",
+            str(tmp_path / "key"),
+            "-p",
+            port,
+            "-o",
+            "StrictHostKeyChecking=accept-new",
+            "-o",
+            "BatchMode=yes",
+        ]
+        command += [
+            "-o",
+            f"UserKnownHostsFile={tmp_path}/known",
+            "-o",
+            "LogLevel=ERROR",
+            "root@127.0.0.1",
+        ]
         deadline = time.monotonic() + 60
-        while subprocess.run([*command, "true"], capture_output=True).returncode == 255 and time.monotonic() < deadline:
+        while (
+            subprocess.run([*command, "true"], capture_output=True).returncode == 255
+            and time.monotonic() < deadline
+        ):
             assert container.status != "exited"
         told = "milktea-train --wire; command -v rsync zstd tini curl python3 sha256sum setsid; id -u; echo ${HF_HUB_OFFLINE:-online}"
         said = subprocess.run([*command, told], capture_output=True, text=True).stdout.split()

@@ -22,7 +22,9 @@ TEXTS = [
     *sorted(ROOT.glob("ops/image/server/*.txt")),
     *sorted(ROOT.glob("images/*.toml")),
 ]
-MAKE = re.compile(r"`make ([a-z-]+)|make ([a-z-]+) (?:IMAGE|JOB|RUN|WITH|KEY|REGISTRY|SINCE|N|INVENTORY)=")
+MAKE = re.compile(
+    r"`make ([a-z-]+)|make ([a-z-]+) (?:IMAGE|JOB|RUN|WITH|KEY|REGISTRY|SINCE|N|INVENTORY)="
+)
 IMAGE = re.compile(r"milktea image ([a-z-]+)((?: (?:--[a-z-]+|[A-Z_]+|\{[^}]*\}|[a-z0-9-]+))*)")
 VERB = re.compile(r"""(?:`|hint=f?"|Next: )milktea ([a-z][a-z-]*)""")
 INSTALL = re.compile(r"sh INSTALL\.sh ([a-z]+)\b")
@@ -30,7 +32,11 @@ INSTALL = re.compile(r"sh INSTALL\.sh ([a-z]+)\b")
 
 def said(pattern: re.Pattern[str]) -> list[tuple[str, ...]]:
     """Every match in every text, with the file's name."""
-    return [(str(path.relative_to(ROOT)), *(g or "" for g in found.groups())) for path in TEXTS for found in pattern.finditer(path.read_text())]
+    return [
+        (str(path.relative_to(ROOT)), *(g or "" for g in found.groups()))
+        for path in TEXTS
+        for found in pattern.finditer(path.read_text())
+    ]
 
 
 def test_every_make_target_that_a_text_names_is_in_the_makefile() -> None:
@@ -43,10 +49,16 @@ def test_every_make_target_that_a_text_names_is_in_the_makefile() -> None:
 def test_every_verb_of_milktea_image_that_a_text_names_exists_with_its_options() -> None:
     commands = typer.main.get_command(image.app).commands  # type: ignore[attr-defined]
     named = said(IMAGE)
-    assert len(named) > 8 and {"base", "convert-llama", "keygen", "fetch"} <= {verb for _, verb, _ in named}
+    assert len(named) > 8 and {"base", "convert-llama", "keygen", "fetch"} <= {
+        verb for _, verb, _ in named
+    }
     for path, verb, rest in named:
         assert verb in commands, (path, verb)
-        known = {option for parameter in commands[verb].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        known = {
+            option
+            for parameter in commands[verb].params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert set(re.findall(r"--[a-z-]+", rest)) <= known, (path, verb, rest)
 
 
@@ -69,7 +81,9 @@ def test_a_mirror_of_debian_is_taken_from_the_environment_and_one_that_is_none_i
     here = Mirrors.of_this_host()
     chosen = Mirrors.given({"MILKTEA_DEBIAN_MIRROR": "https://mirror.example/debian"})
     assert chosen == Mirrors("https://mirror.example/debian", here.security)
-    assert Mirrors.given({"MILKTEA_DEBIAN_SECURITY_MIRROR": "https://m.example/s"}) == Mirrors(here.debian, "https://m.example/s")
+    assert Mirrors.given({"MILKTEA_DEBIAN_SECURITY_MIRROR": "https://m.example/s"}) == Mirrors(
+        here.debian, "https://m.example/s"
+    )
     assert Mirrors.given({}) == here
     with pytest.raises(ConfigError, match="no mirror"):
         Mirrors.given({"MILKTEA_DEBIAN_MIRROR": "mirror.example"})

@@ -14,8 +14,25 @@ from ops.image.fetch.models import check
 
 torch = pytest.importorskip("torch")
 DIM, LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 32, 2, 4, 2, 48, 96
-PARAMS = {"dim": DIM, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "norm_eps": 1e-5, "vocab_size": -1}
-CUT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "tok_embeddings": 1, "output": 0}
+PARAMS = {
+    "dim": DIM,
+    "n_layers": LAYERS,
+    "n_heads": HEADS,
+    "n_kv_heads": KV_HEADS,
+    "norm_eps": 1e-5,
+    "vocab_size": -1,
+}
+CUT = {
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "tok_embeddings": 1,
+    "output": 0,
+}
 
 
 def quiet(line: str) -> None:
@@ -25,13 +42,32 @@ def quiet(line: str) -> None:
 def weights(dtype):
     torch.manual_seed(0)
     kv = DIM // HEADS * KV_HEADS
-    shapes = {"tok_embeddings.weight": (VOCABULARY, DIM), "norm.weight": (DIM,), "output.weight": (VOCABULARY, DIM)}
+    shapes = {
+        "tok_embeddings.weight": (VOCABULARY, DIM),
+        "norm.weight": (DIM,),
+        "output.weight": (VOCABULARY, DIM),
+    }
     for i in range(LAYERS):
         at, ff = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        shapes |= {f"{at}.wq.weight": (DIM, DIM), f"{at}.wk.weight": (kv, DIM), f"{at}.wv.weight": (kv, DIM), f"{at}.wo.weight": (DIM, DIM)}
-        shapes |= {f"{ff}.w1.weight": (HIDDEN, DIM), f"{ff}.w2.weight": (DIM, HIDDEN), f"{ff}.w3.weight": (HIDDEN, DIM)}
-        shapes |= {f"layers.{i}.attention_norm.weight": (DIM,), f"layers.{i}.ffn_norm.weight": (DIM,)}
-    made = {name: (1 if "norm" in name else 0) + 0.2 * torch.randn(shape) for name, shape in shapes.items()}
+        shapes |= {
+            f"{at}.wq.weight": (DIM, DIM),
+            f"{at}.wk.weight": (kv, DIM),
+            f"{at}.wv.weight": (kv, DIM),
+            f"{at}.wo.weight": (DIM, DIM),
+        }
+        shapes |= {
+            f"{ff}.w1.weight": (HIDDEN, DIM),
+            f"{ff}.w2.weight": (DIM, HIDDEN),
+            f"{ff}.w3.weight": (HIDDEN, DIM),
+        }
+        shapes |= {
+            f"layers.{i}.attention_norm.weight": (DIM,),
+            f"layers.{i}.ffn_norm.weight": (DIM,),
+        }
+    made = {
+        name: (1 if "norm" in name else 0) + 0.2 * torch.randn(shape)
+        for name, shape in shapes.items()
+    }
     return OrderedDict((name, tensor.to(dtype)) for name, tensor in made.items())
 
 
@@ -49,7 +85,9 @@ def save(folder, tensors, parts=1):
 
 
 def meta_forward(weight, tokens):
-    """LLaMA as its authors wrote it, in complex numbers: neighbouring pairs of a head's dimensions rotate together."""
+    """LLaMA as its authors wrote it, in complex numbers: neighbouring pairs of a head's dimensions
+    rotate together.
+    """
     x, length, size = weight["tok_embeddings.weight"][tokens], len(tokens), DIM // HEADS
     angles = torch.outer(torch.arange(length), 10000.0 ** (-torch.arange(0, size, 2) / size))
     turn = torch.polar(torch.ones_like(angles), angles)[:, None, :]
@@ -58,18 +96,28 @@ def meta_forward(weight, tokens):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * w
 
     def rotated(x):
-        return torch.view_as_real(torch.view_as_complex(x.reshape(length, -1, size // 2, 2)) * turn).flatten(2)
+        return torch.view_as_real(
+            torch.view_as_complex(x.reshape(length, -1, size // 2, 2)) * turn
+        ).flatten(2)
 
     mask = torch.full((length, length), -math.inf).triu(1)
     for i in range(LAYERS):
         at, h = f"layers.{i}.attention", norm(x, weight[f"layers.{i}.attention_norm.weight"])
         q = rotated((h @ weight[f"{at}.wq.weight"].T).reshape(length, HEADS, size))
-        k = rotated((h @ weight[f"{at}.wk.weight"].T).reshape(length, KV_HEADS, size)).repeat_interleave(HEADS // KV_HEADS, 1)
-        v = (h @ weight[f"{at}.wv.weight"].T).reshape(length, KV_HEADS, size).repeat_interleave(HEADS // KV_HEADS, 1)
+        k = rotated(
+            (h @ weight[f"{at}.wk.weight"].T).reshape(length, KV_HEADS, size)
+        ).repeat_interleave(HEADS // KV_HEADS, 1)
+        v = (
+            (h @ weight[f"{at}.wv.weight"].T)
+            .reshape(length, KV_HEADS, size)
+            .repeat_interleave(HEADS // KV_HEADS, 1)
+        )
         score = torch.softmax(torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(size) + mask, -1)
         x = x + torch.einsum("hqk,khd->qhd", score, v).flatten(1) @ weight[f"{at}.wo.weight"].T
         h, ff = norm(x, weight[f"layers.{i}.ffn_norm.weight"]), f"layers.{i}.feed_forward"
-        gate = torch.nn.functional.silu(h @ weight[f"{ff}.w1.weight"].T) * (h @ weight[f"{ff}.w3.weight"].T)
+        gate = torch.nn.functional.silu(h @ weight[f"{ff}.w1.weight"].T) * (
+            h @ weight[f"{ff}.w3.weight"].T
+        )
         x = x + gate @ weight[f"{ff}.w2.weight"].T
     return norm(x, weight["norm.weight"]) @ weight["output.weight"].T
 
@@ -83,7 +131,9 @@ def test_the_converted_model_computes_what_the_original_computes(tmp_path, parts
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokens = torch.tensor([1, 17, 4, 80, 33, 5, 9])
     with torch.no_grad():
-        assert torch.allclose(model(tokens[None]).logits[0], meta_forward(tensors, tokens), atol=1e-5)
+        assert torch.allclose(
+            model(tokens[None]).logits[0], meta_forward(tensors, tokens), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -93,15 +143,23 @@ def test_half_precisions_keep_every_bit(tmp_path, dtype):
     tensors = weights(getattr(torch, dtype))
     shards = convert(save(tmp_path / "7B", tensors), tmp_path / "hf", quiet)
     found = load_file(shards[0])
-    assert torch.equal(found["model.layers.1.mlp.down_proj.weight"], tensors["layers.1.feed_forward.w2.weight"])
+    assert torch.equal(
+        found["model.layers.1.mlp.down_proj.weight"], tensors["layers.1.feed_forward.w2.weight"]
+    )
     assert found["lm_head.weight"].dtype == getattr(torch, dtype)
     assert len(found) == len(tensors)
 
 
 def test_a_large_model_becomes_shards_with_an_index_that_the_model_check_accepts(tmp_path):
-    shards = convert(save(tmp_path / "7B", weights(torch.float16)), tmp_path / "hf", quiet, shard_bytes=12_000)
+    shards = convert(
+        save(tmp_path / "7B", weights(torch.float16)), tmp_path / "hf", quiet, shard_bytes=12_000
+    )
     assert len(shards) > 2
-    assert set(check(tmp_path / "hf")) == {"config.json", "model.safetensors.index.json", *(shard.name for shard in shards)}
+    assert set(check(tmp_path / "hf")) == {
+        "config.json",
+        "model.safetensors.index.json",
+        *(shard.name for shard in shards),
+    }
 
 
 def test_a_pickle_that_names_anything_but_tensors_is_refused_before_it_runs(tmp_path):

@@ -86,7 +86,10 @@ def test_a_broken_lock_names_the_key_and_the_command(tmp_path):
 def test_the_meaning_of_a_definition_has_the_digest_not_its_spelling():
     value = tomllib.loads(DEFINITION)
     turned = dict(reversed(value.items()))
-    one, other = definition.Definition.model_validate(value), definition.Definition.model_validate(turned)
+    one, other = (
+        definition.Definition.model_validate(value),
+        definition.Definition.model_validate(turned),
+    )
     assert one.sha256 == other.sha256 != one.model_copy(update={"version": 4}).sha256
 
 
@@ -100,14 +103,22 @@ def test_the_dockerfile_is_the_definitions_and_installs_every_layer_from_what_ch
     installed = re.findall(rf"source=docker/{spec.dockerfile}/wheels/([a-z]+),", text)
     assert sorted(installed) == sorted(spec.layers), "each layer of [layers] is one RUN"
     settled = re.findall(r"milktea-settle ([a-z-]+)", text)
-    assert settled[0] == "box" and settled[-1] == "trainer" and [x for x in settled if x in spec.layers] == installed
+    assert (
+        settled[0] == "box"
+        and settled[-1] == "trainer"
+        and [x for x in settled if x in spec.layers] == installed
+    )
     assert text.count("--require-hashes") == len(spec.layers)
     if spec.cuda:
         assert f"milktea.architectures={','.join(spec.cuda.architectures)}" in text
         assert f"milktea.min-driver={spec.cuda.min_driver}" in text
     for layer in spec.layers:
-        pins = (Places().dockerfile(spec.dockerfile) / "wheels" / layer / "requirements.txt").read_text()
-        assert set(re.findall(r"sha256:(\w+)", pins)) == {wheel.sha256 for wheel in found.wheels if wheel.layer == layer}
+        pins = (
+            Places().dockerfile(spec.dockerfile) / "wheels" / layer / "requirements.txt"
+        ).read_text()
+        assert set(re.findall(r"sha256:(\w+)", pins)) == {
+            wheel.sha256 for wheel in found.wheels if wheel.layer == layer
+        }
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -116,7 +127,9 @@ def test_a_dockerfile_is_clean_for_hadolint(name):
     if not program.exists():
         pytest.skip("hadolint is not installed")
     path = Places().dockerfile(build.define(name).dockerfile) / "Dockerfile"
-    done = subprocess.run([program, "--failure-threshold", "warning", path], capture_output=True, text=True)
+    done = subprocess.run(
+        [program, "--failure-threshold", "warning", path], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -132,7 +145,9 @@ def test_a_released_version_is_never_written_again(tmp_path):
         build.lock("tiny", places)
     assert "docker/tiny/4" in caught.value.hint
     with pytest.raises(ConfigError, match="is released"):
-        context.write_requirements(build.read_lock("tiny", places), build.define("tiny", places), places)
+        context.write_requirements(
+            build.read_lock("tiny", places), build.define("tiny", places), places
+        )
     (places.root / "docker/tiny/3/Dockerfile").write_text("FROM scratch\n")
     assert context.edited_releases(places) == ["tiny/3/Dockerfile"]
 
@@ -143,8 +158,14 @@ def test_fetched_files_lie_beside_the_dockerfile_and_nothing_else_does(tmp_path)
     stale = places.root / "docker/tiny/3/wheels/torch/torch-1.0-py3-none-any.whl"
     stale.write_bytes(b"of an older lock")
     context.lay_out(found, places)
-    there = {path.parent.name: path.name for path in places.root.glob("docker/tiny/3/wheels/*/*.whl")}
-    assert there == {"torch": "torch-2.0-py3-none-any.whl", "peft": "peft-1.0-py3-none-any.whl", "python": "small-0.1-py3-none-any.whl"}
+    there = {
+        path.parent.name: path.name for path in places.root.glob("docker/tiny/3/wheels/*/*.whl")
+    }
+    assert there == {
+        "torch": "torch-2.0-py3-none-any.whl",
+        "peft": "peft-1.0-py3-none-any.whl",
+        "python": "small-0.1-py3-none-any.whl",
+    }
     context.clear(found, places)
     assert list(places.root.glob("docker/tiny/3/wheels/*/*.whl")) == []
     shutil.rmtree(places.wheels)

@@ -1,4 +1,6 @@
-"""60 recorded cases of driver, GPU and CUDA line, through both implementations of the rules: Python's and INSTALL.sh's."""
+"""60 recorded cases of driver, GPU and CUDA line, through both implementations of the rules:
+Python's and INSTALL.sh's.
+"""
 
 from __future__ import annotations
 
@@ -49,37 +51,60 @@ def test_no_remedy_asks_for_a_driver_that_would_take_the_gpu_away() -> None:
         if capability == "3.7":
             assert "update the driver" not in remedy
     kepler = judge("460.27.03", "3.7", True, Line("old", "12.6", ("3.5", "3.7")), LINES.values())
-    assert kepler.kind == "driver-too-old" and "update" not in kepler.remedy and "cu117" in kepler.remedy
+    assert (
+        kepler.kind == "driver-too-old"
+        and "update" not in kepler.remedy
+        and "cu117" in kepler.remedy
+    )
 
 
 @pytest.mark.parametrize("shell", ["dash", "busybox ash", "bash"])
-def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(tmp_path: Path, shell: str) -> None:
+def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(
+    tmp_path: Path, shell: str
+) -> None:
     if not shutil.which(shell.split()[0]):
         pytest.skip(f"{shell} is not on this machine")
     rows = "".join(f"{row}\n" for line in LINES.values() for row in manifest._gpu_rows(line))
-    functions = INSTALLER.read_text().rpartition('main "$@"')[0].replace('"$(dirname "$0")"', str(tmp_path))
+    functions = (
+        INSTALLER.read_text().rpartition('main "$@"')[0].replace('"$(dirname "$0")"', str(tmp_path))
+    )
     script = [functions, f"SMALL={tmp_path}/plan"]
     for driver, gpu, capability, name, *_ in cases():
         (tmp_path / "plan" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "plan" / name / "PLAN").write_text(f"line_name {name}\n{rows}")
-        script += [f"SMALL={tmp_path}/plan/{name}", f"judge {driver} {capability} $(class_of '{gpu}')"]
+        script += [
+            f"SMALL={tmp_path}/plan/{name}",
+            f"judge {driver} {capability} $(class_of '{gpu}')",
+        ]
     done = subprocess.run([*shell.split(), "-c", "\n".join(script)], capture_output=True, text=True)
     assert done.stderr == ""
-    expected = [judge(d, c, is_data_center(g), LINES[n], LINES.values()) for d, g, c, n, *_ in cases()]
+    expected = [
+        judge(d, c, is_data_center(g), LINES[n], LINES.values()) for d, g, c, n, *_ in cases()
+    ]
     assert done.stdout.splitlines() == [f"{v.kind} {v.remedy}" for v in expected]
 
 
 def test_an_inventory_names_the_lines_that_every_gpu_of_the_server_runs() -> None:
-    gpus = (Gpu("Tesla V100-SXM2-32GB", "535.104.05", "7.0"), Gpu("NVIDIA A100", "535.104.05", "8.0"))
+    gpus = (
+        Gpu("Tesla V100-SXM2-32GB", "535.104.05", "7.0"),
+        Gpu("NVIDIA A100", "535.104.05", "8.0"),
+    )
     server = Inventory("s", "24.0.7", gpus)
     assert server.compatible_lines(list(LINES.values())) == ["cu117", "cu126"]
-    assert Inventory("s", "24", (Gpu("unknown GPU", "535.104.05", "?"),)).compatible_lines(list(LINES.values())) == []
+    assert (
+        Inventory("s", "24", (Gpu("unknown GPU", "535.104.05", "?"),)).compatible_lines(
+            list(LINES.values())
+        )
+        == []
+    )
 
 
 def test_architectures_are_read_however_torch_or_a_definition_spells_them() -> None:
     spelt = ["7.5", "sm_80", "9.0a", "sm_100a", "12.0+PTX", "compute_120"]
     cuda = Cuda(line="cu130", toolkit="13.0.2", min_driver="580.65.06", architectures=spelt)
-    assert line_of("x", cuda) == Line("x", "13.0", ("7.5", "8.0", "9.0a", "10.0a", "12.0"), ("12.0", "12.0"))
+    assert line_of("x", cuda) == Line(
+        "x", "13.0", ("7.5", "8.0", "9.0a", "10.0a", "12.0"), ("12.0", "12.0")
+    )
     assert line_of("cpu", None) == Line("cpu", None)
 
 

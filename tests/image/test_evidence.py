@@ -1,5 +1,7 @@
 # ruff: noqa: E501 - a record is a record
-"""The page for the security officer: everything that the record says is on it, and nothing on it can be changed unseen."""
+"""The page for the security officer: everything that the record says is on it, and nothing on it
+can be changed unseen.
+"""
 
 from __future__ import annotations
 

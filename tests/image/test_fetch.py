@@ -49,8 +49,15 @@ def quiet(line):
 
 
 def deb(data, archive="debian"):
-    return Deb(name="tiny", version="1:2.0+b1", architecture="all", archive=archive, file="pool/main/t/tiny/tiny_2.0+b1_all.deb",
-               sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+    return Deb(
+        name="tiny",
+        version="1:2.0+b1",
+        architecture="all",
+        archive=archive,
+        file="pool/main/t/tiny/tiny_2.0+b1_all.deb",
+        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=len(data),
+    )
 
 
 def publish(root, data, archive="debian"):
@@ -64,7 +71,9 @@ def test_a_debian_package_comes_from_the_configured_mirror_once(mirror, tmp_path
     publish(root, b"package", "debian-security")
     mirrors = Mirrors("http://127.0.0.1:9/none", f"{url}/debian-security")
     for _ in range(2):
-        [path] = debian.fetch([deb(b"package", "debian-security")], mirrors, tmp_path / "cache", quiet)
+        [path] = debian.fetch(
+            [deb(b"package", "debian-security")], mirrors, tmp_path / "cache", quiet
+        )
         assert path.read_bytes() == b"package"
     assert len(asked) == 1
 
@@ -78,10 +87,16 @@ def test_a_package_with_other_bytes_is_refused_and_not_kept(mirror, tmp_path):
 
 
 def test_a_network_that_fails_is_asked_again_and_a_mirrors_no_is_final(tmp_path, monkeypatch):
-    """The first answer is cut, the second is a gateway's 502, the third is the package; a 404 is asked for once."""
+    """The first answer is cut, the second is a gateway's 502, the third is the package; a 404 is
+    asked for once.
+    """
     monkeypatch.setattr(debian, "PAUSES_S", (0.01, 0.01))
-    answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npac", b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
-               b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npackage", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"]
+    answers = [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npac",
+        b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npackage",
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+    ]
     told = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -122,11 +137,19 @@ def test_a_cached_package_that_was_damaged_is_fetched_again(mirror, tmp_path):
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("text", ["deb [signed-by=/k.gpg] http://mirror.example/debian bookworm main\n", "Types: deb\nURIs: http://mirror.example/debian\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "deb [signed-by=/k.gpg] http://mirror.example/debian bookworm main\n",
+        "Types: deb\nURIs: http://mirror.example/debian\n",
+    ],
+)
 def test_the_mirror_that_apt_uses_here_is_found_in_either_style(tmp_path, text):
     (tmp_path / "sources.list.d").mkdir()
     (tmp_path / "sources.list.d" / "debian.sources").write_text(text)
-    assert Mirrors.of_this_host(tmp_path) == Mirrors("http://mirror.example/debian", "https://deb.debian.org/debian-security")
+    assert Mirrors.of_this_host(tmp_path) == Mirrors(
+        "http://mirror.example/debian", "https://deb.debian.org/debian-security"
+    )
 
 
 @pytest.fixture
@@ -165,7 +188,10 @@ def test_a_cached_wheel_is_hashed_again_when_its_file_changed(index, tmp_path):
     assert packages.is_whole(locked, tmp_path / "cache")
     path.write_bytes(path.read_bytes()[::-1])
     assert not packages.is_whole(locked, tmp_path / "cache")
-    assert packages.sha256_file(packages.fetch(PYTHON, [locked], tmp_path / "cache", quiet)["pkg"]) == locked.sha256
+    assert (
+        packages.sha256_file(packages.fetch(PYTHON, [locked], tmp_path / "cache", quiet)["pkg"])
+        == locked.sha256
+    )
 
 
 def test_an_index_without_the_package_says_how_to_name_another(index, tmp_path):

@@ -1,5 +1,5 @@
-"""INSTALL.sh where it needs no engine: preflight, verify, trust. Real shells, real files, nothing stood in for but the
-machine's own reports (nvidia-smi, docker info), which are recorded."""
+"""INSTALL.sh where it needs no engine: preflight, verify, trust. Real shells, real files, nothing
+stood in for but the machine's own reports (nvidia-smi, docker info), which are recorded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def a_volume(packed: Path, part: str = "cublas") -> Path:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_whole_bundle_is_said_to_be_whole_in_every_shell(packed: Path, install: Callable, shell: str) -> None:
+def test_a_whole_bundle_is_said_to_be_whole_in_every_shell(
+    packed: Path, install: Callable, shell: str
+) -> None:
     if not shutil.which(shell.split()[0]):
         pytest.skip(f"{shell} is not on this machine")
     ran = install(packed, "verify", shell=shell)
@@ -57,7 +59,9 @@ def test_a_volume_may_lie_on_another_disk(packed: Path, install: Callable, tmp_p
     assert install(packed, "verify", "--also", str(tmp_path / "disk2")).code == 0
 
 
-def test_a_damaged_volume_here_is_taken_whole_from_the_other_disk(packed: Path, install: Callable, tmp_path: Path) -> None:
+def test_a_damaged_volume_here_is_taken_whole_from_the_other_disk(
+    packed: Path, install: Callable, tmp_path: Path
+) -> None:
     volume = a_volume(packed)
     (tmp_path / "disk2" / "parts").mkdir(parents=True)
     shutil.copy(volume, tmp_path / "disk2" / "parts")
@@ -65,7 +69,9 @@ def test_a_damaged_volume_here_is_taken_whole_from_the_other_disk(packed: Path, 
     assert install(packed, "verify", "--also", str(tmp_path / "disk2")).code == 0
 
 
-def test_parts_of_two_bundles_mixed_are_found_out(tiny: Any, packed: Path, install: Callable, tmp_path: Path) -> None:
+def test_parts_of_two_bundles_mixed_are_found_out(
+    tiny: Any, packed: Path, install: Callable, tmp_path: Path
+) -> None:
     tiny.contents["trainer"] = {"app/train.py": b"print('two')\n"}
     tiny.pack(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "PLAN", packed / "PLAN")
@@ -103,7 +109,8 @@ def one_corruption(packed: Path, scratch: Path, seed: int) -> str:
     how, names = corrupt(folder, random.Random(seed))
     done = subprocess.run(
         ["sh", str(folder / "INSTALL.sh"), "verify", "--prefix", str(scratch / "p")], capture_output=True, text=True, errors="replace", timeout=60,
-        cwd=scratch,  # a README that took the script's place is run as one, and it says how to write a file
+        # a README that took the script's place is run as one, and it says how to write a file
+        cwd=scratch,
     )  # fmt: skip
     shutil.rmtree(folder)
     said = done.stdout + done.stderr
@@ -112,7 +119,9 @@ def one_corruption(packed: Path, scratch: Path, seed: int) -> str:
     if names & {"INSTALL.sh"}:
         return ""  # a damaged script stops in its own way; what counts is that it does not say yes
     if names <= {"SHA256SUMS", "SHA256SUMS.sig"}:
-        named = any(word in said for word in ("signature", "SHA256SUMS", *names)) or "damaged" in said
+        named = (
+            any(word in said for word in ("signature", "SHA256SUMS", *names)) or "damaged" in said
+        )
     else:
         named = any(name in said for name in names) or "wrong signature" in said
     remedy = any(word in said for word in ("do this: copy", "do this: do not install it"))
@@ -124,20 +133,31 @@ def corruptions(packed: Path, scratch: Path, seeds: range) -> list[str]:
         return [bad for bad in pool.map(lambda s: one_corruption(packed, scratch, s), seeds) if bad]
 
 
-def test_forty_corruptions_are_all_caught_named_and_given_a_remedy(packed: Path, tmp_path: Path) -> None:
+def test_forty_corruptions_are_all_caught_named_and_given_a_remedy(
+    packed: Path, tmp_path: Path
+) -> None:
     assert corruptions(packed, tmp_path / "trials", range(40)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_thousand_corruptions_are_all_caught_named_and_given_a_remedy(packed: Path, tmp_path: Path) -> None:
+def test_a_thousand_corruptions_are_all_caught_named_and_given_a_remedy(
+    packed: Path, tmp_path: Path
+) -> None:
     assert corruptions(packed, tmp_path / "trials", range(1000, 2000)) == []
 
 
-# -- preflight -------------------------------------------------------------------------------------------------------------
+# -- preflight
+# -------------------------------------------------------------------------------------------------------------
 
 
-def docker_says(folder: Path, version: str = "24.0.7", runtimes: str = '{"nvidia":{},"runc":{}}', root: str = "/", store: str = "[]") -> None:
+def docker_says(
+    folder: Path,
+    version: str = "24.0.7",
+    runtimes: str = '{"nvidia":{},"runc":{}}',
+    root: str = "/",
+    store: str = "[]",
+) -> None:
     """A docker command with an engine's recorded answers and no images."""
     script(folder, "docker", f"""case "$*" in
     *Server.Version*) echo '{version}' ;; *DriverStatus*) echo '{store}' ;; *Runtimes*) echo '{runtimes}' ;;
@@ -150,11 +170,20 @@ def checks(ran: Any) -> dict[str, dict[str, str]]:
 
 def read_checks(facts: str) -> dict[str, dict[str, str]]:
     """The checks of the facts of a preflight, by name."""
-    rows = [line.removeprefix("check ").split("|") for line in facts.splitlines() if line.startswith("check ")]
-    return {row[0]: dict(zip(("check", "verdict", "measured", "needed", "remedy"), row, strict=True)) for row in rows}
+    rows = [
+        line.removeprefix("check ").split("|")
+        for line in facts.splitlines()
+        if line.startswith("check ")
+    ]
+    return {
+        row[0]: dict(zip(("check", "verdict", "measured", "needed", "remedy"), row, strict=True))
+        for row in rows
+    }
 
 
-def preflight(tiny: Any, install: Callable, tmp_path: Path, gpus: str = "", line: Line = CU130, **engine: str) -> Any:
+def preflight(
+    tiny: Any, install: Callable, tmp_path: Path, gpus: str = "", line: Line = CU130, **engine: str
+) -> Any:
     """The preflight of a CUDA bundle on a machine with these GPUs (nvidia-smi's CSV)."""
     if not (tmp_path / "b").exists():
         tiny.pack(tmp_path / "b", line=line, lines=(CU130, CU126))
@@ -165,31 +194,62 @@ def preflight(tiny: Any, install: Callable, tmp_path: Path, gpus: str = "", line
     return install(tmp_path / "b", "preflight", "--facts", path=path)
 
 
-def test_a_ready_server_passes_every_check_and_each_says_measured_needed_and_remedy(tiny: Any, install: Callable, tmp_path: Path) -> None:
+def test_a_ready_server_passes_every_check_and_each_says_measured_needed_and_remedy(
+    tiny: Any, install: Callable, tmp_path: Path
+) -> None:
     ran = preflight(tiny, install, tmp_path, "NVIDIA H100 80GB HBM3, 580.95.05, 9.0, 81559 MiB")
     assert ran.code == 0, ran.err
     found = checks(ran)
-    assert {"platform", "engine", "store", "toolkit", "bundle", "disk of the engine", "folder", "memory", "shm", "gpu 0"} <= set(found)
-    assert all(c["verdict"] in ("ok", "warn") and c["measured"] and c["needed"] and c["remedy"] for c in found.values())
+    assert {
+        "platform",
+        "engine",
+        "store",
+        "toolkit",
+        "bundle",
+        "disk of the engine",
+        "folder",
+        "memory",
+        "shm",
+        "gpu 0",
+    } <= set(found)
+    assert all(
+        c["verdict"] in ("ok", "warn") and c["measured"] and c["needed"] and c["remedy"]
+        for c in found.values()
+    )
 
 
-def test_a_driver_that_is_too_old_is_refused_with_the_image_line_that_fits(tiny: Any, install: Callable, tmp_path: Path) -> None:
+def test_a_driver_that_is_too_old_is_refused_with_the_image_line_that_fits(
+    tiny: Any, install: Callable, tmp_path: Path
+) -> None:
     ran = preflight(tiny, install, tmp_path, "NVIDIA GeForce RTX 3090, 535.104.05, 8.6, 24576 MiB")
     assert ran.code == 3
     found = checks(ran)["gpu 0"]
     assert found["verdict"] == "fail" and "driver-too-old" in found["measured"]
-    assert found["remedy"] == "update the driver to 580.65.06 or newer, or carry a bundle of the image line train-cu126; "\
+    assert (
+        found["remedy"]
+        == "update the driver to 580.65.06 or newer, or carry a bundle of the image line train-cu126; "
         "or leave this GPU out: --gpus with the numbers of the others"
+    )
 
 
 def test_each_gpu_of_a_mixed_server_is_judged(tiny: Any, install: Callable, tmp_path: Path) -> None:
-    ran = preflight(tiny, install, tmp_path, "Tesla V100-SXM2-32GB, 580.95.05, 7.0, 32768 MiB\nNVIDIA A100-SXM4-80GB, 580.95.05, 8.0, 81920 MiB")
+    ran = preflight(
+        tiny,
+        install,
+        tmp_path,
+        "Tesla V100-SXM2-32GB, 580.95.05, 7.0, 32768 MiB\nNVIDIA A100-SXM4-80GB, 580.95.05, 8.0, 81920 MiB",
+    )
     assert [checks(ran)[f"gpu {n}"]["verdict"] for n in (0, 1)] == ["fail", "ok"]
     assert "train-cu126" in checks(ran)["gpu 0"]["remedy"]
-    assert [line.split(", ")[2] for line in ran.out.splitlines() if line.startswith("gpu ")] == ["7.0", "8.0"]
+    assert [line.split(", ")[2] for line in ran.out.splitlines() if line.startswith("gpu ")] == [
+        "7.0",
+        "8.0",
+    ]
 
 
-def test_without_nvidia_smi_the_kernel_tells_the_driver(tiny: Any, install: Callable, tmp_path: Path) -> None:
+def test_without_nvidia_smi_the_kernel_tells_the_driver(
+    tiny: Any, install: Callable, tmp_path: Path
+) -> None:
     tiny.pack(tmp_path / "b", line=CU130)
     docker_says(tmp_path / "bin")
     root = tmp_path / "root"
@@ -199,39 +259,62 @@ def test_without_nvidia_smi_the_kernel_tells_the_driver(tiny: Any, install: Call
     (root / "proc/driver/nvidia/version").write_text(text)
     path = f"{tmp_path / 'bin'}:{jail(tmp_path / 'jail')}"
     ran = install(tmp_path / "b", "preflight", "--facts", path=path, MILKTEA_HOST_ROOT=str(root))
-    assert checks(ran)["driver"]["measured"] == "535.104.05" and checks(ran)["driver"]["verdict"] == "fail"
+    assert (
+        checks(ran)["driver"]["measured"] == "535.104.05"
+        and checks(ran)["driver"]["verdict"] == "fail"
+    )
 
 
-def test_no_driver_no_toolkit_and_an_old_engine_are_each_named(tiny: Any, install: Callable, tmp_path: Path) -> None:
+def test_no_driver_no_toolkit_and_an_old_engine_are_each_named(
+    tiny: Any, install: Callable, tmp_path: Path
+) -> None:
     ran = preflight(tiny, install, tmp_path, version="19.03.15", runtimes='{"runc":{}}')
     found = checks(ran)
     assert ran.code == 3
-    assert found["driver"]["measured"] == "no NVIDIA driver" and "580.65.06" in found["driver"]["remedy"]
+    assert (
+        found["driver"]["measured"] == "no NVIDIA driver"
+        and "580.65.06" in found["driver"]["remedy"]
+    )
     assert found["toolkit"]["verdict"] == "fail" and "nvidia-ctk" in found["toolkit"]["remedy"]
     assert found["engine"]["verdict"] == "fail" and "20.10" in found["engine"]["needed"]
 
 
-def test_no_space_is_said_with_the_number_before_anything_is_copied(tiny: Any, install: Callable, tmp_path: Path) -> None:
+def test_no_space_is_said_with_the_number_before_anything_is_copied(
+    tiny: Any, install: Callable, tmp_path: Path
+) -> None:
     tiny.add_model()
-    script(tmp_path / "bin", "df", 'case "$*" in *-i*) echo h; echo "x 9 9 99999999 1% /" ;; *) echo h; echo "/dev/sda1 100 90 3000 97% /" ;; esac\n')
+    script(
+        tmp_path / "bin",
+        "df",
+        'case "$*" in *-i*) echo h; echo "x 9 9 99999999 1% /" ;; *) echo h; echo "/dev/sda1 100 90 3000 97% /" ;; esac\n',
+    )
     ran = preflight(tiny, install, tmp_path, "NVIDIA H100, 580.95.05, 9.0, 1 MiB")
     found = checks(ran)["disk of the engine"]
     image = tiny.made().image
     layers = sum(x.size_bytes for x in image.layers)
-    largest = max(sum(image.layers[k - 1].blob_bytes for k in part.carried) for part in parts.plan_parts(image, None))
+    largest = max(
+        sum(image.layers[k - 1].blob_bytes for k in part.carried)
+        for part in parts.plan_parts(image, None)
+    )
     assert ran.code == 3 and found["verdict"] == "fail" and "3072 KB free" in found["measured"]
     assert f"free {(layers + largest + 500_022 - 3_072_000) // 1000} KB there" in found["remedy"]
     assert not (tmp_path / "prefix").exists()
 
 
-def test_the_containerd_store_is_counted_with_the_compressed_copies_that_it_keeps(tiny: Any, install: Callable, tmp_path: Path) -> None:
+def test_the_containerd_store_is_counted_with_the_compressed_copies_that_it_keeps(
+    tiny: Any, install: Callable, tmp_path: Path
+) -> None:
     plain = preflight(tiny, install, tmp_path)
-    other = preflight(tiny, install, tmp_path, store='[["driver-type","io.containerd.snapshotter.v1"]]')
+    other = preflight(
+        tiny, install, tmp_path, store='[["driver-type","io.containerd.snapshotter.v1"]]'
+    )
 
     def kb(ran: Any) -> int:
         return int(checks(ran)["disk of the engine"]["needed"].split()[0])
 
-    assert checks(other)["store"]["measured"].startswith("containerd") and kb(other) - kb(plain) > 2000
+    assert (
+        checks(other)["store"]["measured"].startswith("containerd") and kb(other) - kb(plain) > 2000
+    )
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tiny: Any, tmp_path: Path) -> None:
@@ -242,10 +325,16 @@ def test_a_folder_that_cannot_be_written_to_is_named(tiny: Any, tmp_path: Path) 
     if not done.stdout:
         pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
     found = read_checks(done.stdout)["folder"]
-    assert found["verdict"] == "fail" and f"{tmp_path}/ro cannot be written to" in found["measured"] and "--prefix DIR" in found["remedy"]
+    assert (
+        found["verdict"] == "fail"
+        and f"{tmp_path}/ro cannot be written to" in found["measured"]
+        and "--prefix DIR" in found["remedy"]
+    )
 
 
-def test_a_refused_install_leaves_nothing_behind(tiny: Any, install: Callable, tmp_path: Path) -> None:
+def test_a_refused_install_leaves_nothing_behind(
+    tiny: Any, install: Callable, tmp_path: Path
+) -> None:
     tiny.pack(tmp_path / "b", line=CU130)
     before = sorted(p for p in tmp_path.rglob("*"))
     ran = install(tmp_path / "b", path=jail(tmp_path / "jail"))
@@ -254,7 +343,9 @@ def test_a_refused_install_leaves_nothing_behind(tiny: Any, install: Callable, t
     assert after == before
 
 
-def test_a_bundle_on_read_only_media_is_verified_without_writing_to_it(packed: Path, install: Callable) -> None:
+def test_a_bundle_on_read_only_media_is_verified_without_writing_to_it(
+    packed: Path, install: Callable
+) -> None:
     for p in (packed, *packed.rglob("*")):
         p.chmod(0o555 if p.is_dir() else 0o444)
     before = {p: p.stat().st_mtime_ns for p in packed.rglob("*")}
@@ -285,7 +376,3 @@ def test_the_installer_is_clean_for_shellcheck(packed: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == ""
-
-
-
-

@@ -1,4 +1,6 @@
-"""INSTALL.sh on real engines: the machine's own, and a newer one with either image store (tests/image/modern-engine.sh)."""
+"""INSTALL.sh on real engines: the machine's own, and a newer one with either image store
+(tests/image/modern-engine.sh).
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,25 @@ class Engine:
 
     def docker(self, *arguments: str, check: bool = True) -> str:
         environment = dict(os.environ, **({"DOCKER_HOST": self.host} if self.host else {}))
-        done = subprocess.run(["docker", *arguments], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            ["docker", *arguments], capture_output=True, text=True, env=environment
+        )
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
 
     def tags(self, repository: str) -> set[str]:
-        return {line for line in self.docker("images", "--filter", f"reference={repository}", "--format", "{{.Tag}}").split() if line}
+        return {
+            line
+            for line in self.docker(
+                "images", "--filter", f"reference={repository}", "--format", "{{.Tag}}"
+            ).split()
+            if line
+        }
 
     def layers(self, ref: str) -> list[str]:
-        return json.loads(self.docker("image", "inspect", "--format", "{{json .RootFS.Layers}}", ref))
+        return json.loads(
+            self.docker("image", "inspect", "--format", "{{json .RootFS.Layers}}", ref)
+        )
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +65,9 @@ def modern() -> Iterator[Callable[[str], Engine]]:
     if os.geteuid() or not (shutil.which("mmdebstrap") or (MODERN / "root").exists()):
         pytest.skip("the newer engine needs root and mmdebstrap")
     MODERN.mkdir(parents=True, exist_ok=True)
-    built = subprocess.run(["sh", str(HERE / "modern-engine.sh"), "build", str(MODERN)], capture_output=True, text=True)
+    built = subprocess.run(
+        ["sh", str(HERE / "modern-engine.sh"), "build", str(MODERN)], capture_output=True, text=True
+    )
     if built.returncode:
         pytest.skip(f"the newer engine cannot be built here: {built.stderr.strip()[-200:]}")
     started: dict[str, subprocess.Popen[bytes]] = {}
@@ -62,10 +76,14 @@ def modern() -> Iterator[Callable[[str], Engine]]:
         engine = Engine(f"28-{store}", f"unix://{MODERN}/{store}.sock")
         if store not in started and not _answers(engine):
             command = ["sh", str(HERE / "modern-engine.sh"), "run", str(MODERN), store]
-            started[store] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            started[store] = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             end = time.monotonic() + 60
             while not _answers(engine):
-                assert time.monotonic() < end and started[store].poll() is None, f"{engine.name} did not come up"
+                assert time.monotonic() < end and started[store].poll() is None, (
+                    f"{engine.name} did not come up"
+                )
                 started[store].poll()
         return engine
 
@@ -75,7 +93,9 @@ def modern() -> Iterator[Callable[[str], Engine]]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """unshare(1) lets no SIGTERM through while it waits for its child; the child is dockerd, which ends by it."""
+    """unshare(1) lets no SIGTERM through while it waits for its child; the child is dockerd, which
+    ends by it.
+    """
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(child), 15)
     try:
@@ -87,7 +107,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _answers(engine: Engine) -> bool:
     environment = dict(os.environ, DOCKER_HOST=engine.host)
-    return subprocess.run(["docker", "version"], capture_output=True, env=environment, timeout=20).returncode == 0
+    return (
+        subprocess.run(
+            ["docker", "version"], capture_output=True, env=environment, timeout=20
+        ).returncode
+        == 0
+    )
 
 
 @pytest.fixture(params=["here", "28-overlay2", "28-containerd"])
@@ -95,7 +120,9 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param != "here":
         return request.getfixturevalue("modern")(request.param.removeprefix("28-"))
     found = Engine("here", os.environ.get("DOCKER_HOST", ""))
-    if not shutil.which("docker") or not _answers(replace(found, host=found.host or "unix:///var/run/docker.sock")):
+    if not shutil.which("docker") or not _answers(
+        replace(found, host=found.host or "unix:///var/run/docker.sock")
+    ):
         pytest.skip("no Docker engine here")
     return found
 
@@ -114,7 +141,11 @@ def product(tiny: Any, engine: Engine) -> Iterator[Any]:
 @pytest.fixture
 def on(install: Callable, engine: Engine) -> Callable[..., Any]:
     def run(folder: Path, *arguments: str, **more: Any) -> Any:
-        return install(folder, *arguments, DOCKER_HOST=engine.host, **more) if engine.host else install(folder, *arguments, **more)
+        return (
+            install(folder, *arguments, DOCKER_HOST=engine.host, **more)
+            if engine.host
+            else install(folder, *arguments, **more)
+        )
 
     return run
 
@@ -128,7 +159,9 @@ def new_trainer(tiny: Any) -> None:
 
 
 def new_wheel(tiny: Any) -> None:
-    tiny.contents["wheel-a"] = tiny.contents["wheel-a"] | {"lib/a.py": tiny.contents["wheel-a"]["lib/a.py"][::-1]}
+    tiny.contents["wheel-a"] = tiny.contents["wheel-a"] | {
+        "lib/a.py": tiny.contents["wheel-a"]["lib/a.py"][::-1]
+    }
 
 
 def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bundle(
@@ -148,13 +181,22 @@ def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bund
     ran = on(tmp_path / "b", path=str(jail))
     assert ran.code == 0, ran.out + ran.err
     assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
-    assert engine.tags(f"mtb/{product.name}") == {"current", final_tag(product.cargo().image).partition(":")[2]}
+    assert engine.tags(f"mtb/{product.name}") == {
+        "current",
+        final_tag(product.cargo().image).partition(":")[2],
+    }
     model = product.cargo().lock.models[0]
     folder = tmp_path / "prefix" / "models" / model.set_digest.removeprefix("sha256:")
-    assert {f.path: f.size_bytes for f in model.files} == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != ".sha256"}
+    assert {f.path: f.size_bytes for f in model.files} == {
+        p.name: p.stat().st_size for p in folder.iterdir() if p.name != ".sha256"
+    }
     assert (tmp_path / "prefix/models/by-name/org/Tiny-1B/config.json").is_file()
     locks = {p.name: p.read_bytes() for p in (tmp_path / "prefix/records").glob("*.lock")}
-    assert locks == {f"image-{final_tag(product.cargo().image).partition(':')[2]}.lock": (tmp_path / "b/image.lock").read_bytes()}
+    assert locks == {
+        f"image-{final_tag(product.cargo().image).partition(':')[2]}.lock": (
+            tmp_path / "b/image.lock"
+        ).read_bytes()
+    }
     record = json.loads((tmp_path / "prefix/INSTALL-RECORD.json").read_text())
     assert record["selftest"]["ok"] and record["image"]["layers"] == product.cargo().image.diff_ids
     left_over = [p.name for p in (tmp_path / "prefix" / "state").iterdir()]
@@ -165,14 +207,18 @@ def test_the_containerd_store_takes_the_archives_in_one_load_and_overlay2_one_by
     product: Any, engine: Engine, on: Callable, tmp_path: Path
 ) -> None:
     product.pack(tmp_path / "b", Options(volume_bytes=250_000))
-    steps = [line for line in (tmp_path / "b/PLAN").read_text().splitlines() if line.startswith("step ")]
+    steps = [
+        line for line in (tmp_path / "b/PLAN").read_text().splitlines() if line.startswith("step ")
+    ]
     ran = on(tmp_path / "b")
     assert ran.code == 0, ran.out + ran.err
     assert ran.out.count("image layers ") == (1 if engine.name == "28-containerd" else len(steps))
     assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
 
 
-def test_updates_bring_what_changed_and_go_back_in_a_second(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+def test_updates_bring_what_changed_and_go_back_in_a_second(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
     product.pack(tmp_path / "v1")
     assert on(tmp_path / "v1").code == 0
     base = present(product)
@@ -194,7 +240,9 @@ def test_updates_bring_what_changed_and_go_back_in_a_second(product: Any, engine
     assert on(tmp_path / "v3", "rollback").code == 0
     assert engine.layers(f"mtb/{product.name}:current") == second.diff_ids
     assert on(tmp_path / "v3", "prune").code == 0
-    assert len(engine.tags(f"mtb/{product.name}")) == 4  # two images, each under its own name and its role
+    assert (
+        len(engine.tags(f"mtb/{product.name}")) == 4
+    )  # two images, each under its own name and its role
 
 
 def test_an_update_whose_base_was_pruned_names_the_parts_of_the_full_bundle_and_takes_them(
@@ -206,16 +254,26 @@ def test_an_update_whose_base_was_pruned_names_the_parts_of_the_full_bundle_and_
     product.pack(tmp_path / "full")
     ran = on(tmp_path / "delta")
     assert ran.code == 3 and "pruned or never installed" in ran.out
-    named = next(line for line in ran.out.splitlines() if "--also DIR:" in line).split("--also DIR:")[1].split()
-    assert {Path(n).name for n in named} == {p.name for p in (tmp_path / "full" / "parts").iterdir()}
+    named = (
+        next(line for line in ran.out.splitlines() if "--also DIR:" in line)
+        .split("--also DIR:")[1]
+        .split()
+    )
+    assert {Path(n).name for n in named} == {
+        p.name for p in (tmp_path / "full" / "parts").iterdir()
+    }
     assert engine.tags(f"mtb/{product.name}") == set()
     ran = on(tmp_path / "delta", "--also", str(tmp_path / "full"))
     assert ran.code == 0, ran.out + ran.err
     assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
 
 
-def test_updates_of_kilobytes_are_put_together_from_what_the_server_kept(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
-    product.contents["wheel-b"] |= {f"lib/b{n}.py": random.Random(n).randbytes(20_000) for n in range(10)}
+def test_updates_of_kilobytes_are_put_together_from_what_the_server_kept(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
+    product.contents["wheel-b"] |= {
+        f"lib/b{n}.py": random.Random(n).randbytes(20_000) for n in range(10)
+    }
     product.pack(tmp_path / "v1")
     assert on(tmp_path / "v1").code == 0
     base, kept = present(product), product.kept()
@@ -241,7 +299,9 @@ def test_updates_of_kilobytes_are_put_together_from_what_the_server_kept(product
     assert on(tmp_path / "v3").code == 0
     assert engine.layers(f"mtb/{product.name}:current") == product.cargo().image.diff_ids
     ids = {final_tag(product.cargo().image).partition(":")[2], packed.id}
-    assert {p.name for p in (tmp_path / "prefix/kept").glob("*/*")} == ids  # of the current and the previous image, no other
+    assert {
+        p.name for p in (tmp_path / "prefix/kept").glob("*/*")
+    } == ids  # of the current and the previous image, no other
 
 
 def test_an_update_to_a_server_that_kept_nothing_says_what_to_carry_and_takes_it(
@@ -257,7 +317,13 @@ def test_an_update_to_a_server_that_kept_nothing_says_what_to_carry_and_takes_it
     shutil.rmtree(tmp_path / "prefix/kept")
     ran = on(tmp_path / "v2")
     assert ran.code == 3 and "REFUSED" in ran.err and "--also DIR" in ran.err
-    installer = next((digest for digest, path in kept.items() if path and path.read_bytes() == (tmp_path / "full/INSTALL.sh").read_bytes()))
+    installer = next(
+        (
+            digest
+            for digest, path in kept.items()
+            if path and path.read_bytes() == (tmp_path / "full/INSTALL.sh").read_bytes()
+        )
+    )
     folder = tmp_path / "prefix/kept/tiny/old"
     folder.mkdir(parents=True)
     shutil.copy(tmp_path / "full/INSTALL.sh", folder / installer)
@@ -270,7 +336,9 @@ def test_an_update_to_a_server_that_kept_nothing_says_what_to_carry_and_takes_it
 
 
 def broken_after_hashing(tiny: Any, layer: str) -> Any:
-    """A cargo whose blob is damaged although every hash of the bundle will fit: the packer's own disk lied."""
+    """A cargo whose blob is damaged although every hash of the bundle will fit: the packer's own
+    disk lied.
+    """
     cargo = tiny.cargo()
     found = next(x for x in cargo.image.layers if x.name == layer)
     data = bytearray(found.path.read_bytes())
@@ -289,8 +357,12 @@ def test_an_image_that_the_engine_takes_but_that_is_broken_is_found_and_removed(
     product.pack(tmp_path / "good")
     assert on(tmp_path / "good").code == 0
     before = engine.tags(f"mtb/{product.name}")
-    product.contents[layer] = dict(product.contents[layer], **{"etc/changed": random.Random(3).randbytes(20_000)})
-    bundle.write_bundle(broken_after_hashing(product, layer), tmp_path / "bad", Options(parity_members=0))
+    product.contents[layer] = dict(
+        product.contents[layer], **{"etc/changed": random.Random(3).randbytes(20_000)}
+    )
+    bundle.write_bundle(
+        broken_after_hashing(product, layer), tmp_path / "bad", Options(parity_members=0)
+    )
     assert on(tmp_path / "bad", "verify").code == 0
     ran = on(tmp_path / "bad")
     assert ran.code in (6, 7), ran.out + ran.err
@@ -298,29 +370,46 @@ def test_an_image_that_the_engine_takes_but_that_is_broken_is_found_and_removed(
     assert engine.tags(f"mtb/{product.name}") == before
 
 
-def test_an_image_that_does_not_prove_itself_never_becomes_current(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+def test_an_image_that_does_not_prove_itself_never_becomes_current(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
     product.pack(tmp_path / "good")
     assert on(tmp_path / "good").code == 0
-    before, current = engine.tags(f"mtb/{product.name}"), engine.layers(f"mtb/{product.name}:current")
+    before, current = (
+        engine.tags(f"mtb/{product.name}"),
+        engine.layers(f"mtb/{product.name}:current"),
+    )
     product.contents["config"] = {"bin/prove": b"#!/bin/sh\necho the GPU burns >&2\nexit 1\n"}
     product.pack(tmp_path / "bad")
     ran = on(tmp_path / "bad")
     assert ran.code == 7 and "the GPU burns" in ran.err
-    assert engine.tags(f"mtb/{product.name}") == before and engine.layers(f"mtb/{product.name}:current") == current
+    assert (
+        engine.tags(f"mtb/{product.name}") == before
+        and engine.layers(f"mtb/{product.name}:current") == current
+    )
 
 
-def test_a_lost_volume_is_rebuilt_on_the_way_and_the_record_says_so(product: Any, on: Callable, tmp_path: Path) -> None:
+def test_a_lost_volume_is_rebuilt_on_the_way_and_the_record_says_so(
+    product: Any, on: Callable, tmp_path: Path
+) -> None:
     product.pack(tmp_path / "b", Options(volume_bytes=250_000, parity_members=4))
     lost = sorted((tmp_path / "b" / "parts").iterdir())[1]
     lost.unlink()
     ran = on(tmp_path / "b")
     assert ran.code == 0, ran.out + ran.err
     assert f"rebuilding parts/{lost.name}" in ran.out
-    assert lost.name in json.loads((tmp_path / "prefix/INSTALL-RECORD.json").read_text())["bundle"]["rebuilt_from_parity"]
+    assert (
+        lost.name
+        in json.loads((tmp_path / "prefix/INSTALL-RECORD.json").read_text())["bundle"][
+            "rebuilt_from_parity"
+        ]
+    )
     assert not list((tmp_path / "prefix").glob("repaired/*/parts"))
 
 
-def test_without_perl_on_the_server_an_image_of_ours_lends_it(product: Any, engine: Engine, on: Callable, tmp_path: Path) -> None:
+def test_without_perl_on_the_server_an_image_of_ours_lends_it(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
     perl = Path("/usr/bin/perl")
     if not perl.exists():
         pytest.skip("no perl on this machine to put into the image")
@@ -344,50 +433,84 @@ def test_without_perl_on_the_server_an_image_of_ours_lends_it(product: Any, engi
     assert "rebuilding" in ran.out
 
 
-def killed_runs(product: Any, engine: Engine, tmp_path: Path, seeds: range, update: bool = False) -> None:
-    """Install, killed -9 with everything that it started, at a random moment; then once more to the end."""
+def killed_runs(
+    product: Any, engine: Engine, tmp_path: Path, seeds: range, update: bool = False
+) -> None:
+    """Install, killed -9 with everything that it started, at a random moment; then once more to the
+    end.
+    """
     before, kept = present(product), product.add_model().kept()
     product.pack(tmp_path / "v1", Options(volume_bytes=250_000))
     if update:
         new_wheel(product)
         product.pack(tmp_path / "v2", Options(base=before, kept=kept))
     repository, at = f"mtb/{product.name}", tmp_path / ("v2" if update else "v1")
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **({"DOCKER_HOST": engine.host} if engine.host else {})}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        **({"DOCKER_HOST": engine.host} if engine.host else {}),
+    }
     for seed in seeds:
         prefix = tmp_path / f"p{seed}"
         if update:
-            subprocess.run(["sh", str(tmp_path / "v1/INSTALL.sh"), "--prefix", str(prefix)], env=environment, capture_output=True, check=True)
+            subprocess.run(
+                ["sh", str(tmp_path / "v1/INSTALL.sh"), "--prefix", str(prefix)],
+                env=environment,
+                capture_output=True,
+                check=True,
+            )
         earlier = engine.tags(repository) - {"current"}
         command = ["sh", str(at / "INSTALL.sh"), "--prefix", str(prefix)]
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         try:
             process.wait(random.Random(seed).uniform(0.2, 6.0))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.wait()
-        again = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        again = subprocess.run(
+            command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         assert again.returncode == 0, (seed, again.stdout, again.stderr)
         assert engine.layers(f"{repository}:current") == product.cargo().image.diff_ids
         roles = {"current", "previous"} if update else {"current"}
-        assert engine.tags(repository) == {*roles, *earlier, final_tag(product.cargo().image).partition(":")[2]}
-        assert not list((prefix / "state").glob("work.*")) and not list(prefix.glob("models/.*.partial"))
+        assert engine.tags(repository) == {
+            *roles,
+            *earlier,
+            final_tag(product.cargo().image).partition(":")[2],
+        }
+        assert not list((prefix / "state").glob("work.*")) and not list(
+            prefix.glob("models/.*.partial")
+        )
         assert not list(prefix.glob("kept/*/*/*.part"))
         for tag in engine.tags(repository):
             engine.docker("rmi", "-f", f"{repository}:{tag}", check=False)
 
 
-def test_killed_at_any_moment_and_started_again_it_finishes(product: Any, engine: Engine, tmp_path: Path) -> None:
+def test_killed_at_any_moment_and_started_again_it_finishes(
+    product: Any, engine: Engine, tmp_path: Path
+) -> None:
     killed_runs(product, engine, tmp_path, range(2))
 
 
-def test_an_update_killed_at_any_moment_and_started_again_finishes(product: Any, engine: Engine, tmp_path: Path) -> None:
+def test_an_update_killed_at_any_moment_and_started_again_finishes(
+    product: Any, engine: Engine, tmp_path: Path
+) -> None:
     killed_runs(product, engine, tmp_path, range(10, 12), update=True)
 
 
 @pytest.mark.skipif("MILKTEA_KILLS" not in os.environ, reason="the long proof: MILKTEA_KILLS=50")
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("update", [False, True], ids=["full", "update"])
-def test_killed_fifty_times_it_always_finishes(product: Any, engine: Engine, tmp_path: Path, update: bool) -> None:
-    killed_runs(product, engine, tmp_path, range(100, 100 + int(os.environ["MILKTEA_KILLS"])), update)
+def test_killed_fifty_times_it_always_finishes(
+    product: Any, engine: Engine, tmp_path: Path, update: bool
+) -> None:
+    killed_runs(
+        product, engine, tmp_path, range(100, 100 + int(os.environ["MILKTEA_KILLS"])), update
+    )

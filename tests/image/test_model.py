@@ -15,7 +15,9 @@ CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n"
 
 
 def safetensors(size=64, said=None):
-    header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, said or size]}}).encode()
+    header = json.dumps(
+        {"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, said or size]}}
+    ).encode()
     return struct.pack("<Q", len(header)) + header + bytes(size)
 
 
@@ -89,17 +91,24 @@ def test_pickles_beside_safetensors_do_not_travel(folder, tmp_path):
 
 def test_a_shard_that_broke_off_is_named_with_both_sizes(folder, tmp_path):
     (folder / "model-00002-of-00002.safetensors").write_bytes(safetensors(128)[:-28])
-    with pytest.raises(PreflightError, match=r"model-00002-of-00002\.safetensors has 172 bytes, its header says 200"):
+    with pytest.raises(
+        PreflightError,
+        match=r"model-00002-of-00002\.safetensors has 172 bytes, its header says 200",
+    ):
         resolve(folder, tmp_path)
 
 
 def test_a_missing_shard_is_named(folder, tmp_path):
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(PreflightError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(
+        PreflightError, match=r"names model-00002-of-00002\.safetensors, which is not there"
+    ):
         resolve(folder, tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x05", b"\xff" * 64, struct.pack("<Q", 9) + b"not json!" + bytes(9)])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x05", b"\xff" * 64, struct.pack("<Q", 9) + b"not json!" + bytes(9)]
+)
 def test_a_file_that_is_no_safetensors_is_refused(folder, tmp_path, data):
     (folder / "model-00001-of-00002.safetensors").write_bytes(data)
     with pytest.raises(PreflightError, match=r"model-00001-of-00002\.safetensors"):
@@ -108,15 +117,24 @@ def test_a_file_that_is_no_safetensors_is_refused(folder, tmp_path, data):
 
 def test_a_hub_model_must_name_its_commit(tmp_path):
     with pytest.raises(PreflightError, match="revision 'main' is not a commit"):
-        model.resolve(ModelSource(name="m", source="hub:some/model", revision="main"), tmp_path, tmp_path, quiet)
+        model.resolve(
+            ModelSource(name="m", source="hub:some/model", revision="main"),
+            tmp_path,
+            tmp_path,
+            quiet,
+        )
 
 
 def test_fetching_compares_every_file_with_the_lock(folder, tmp_path):
     found = resolve(folder, tmp_path / "cache")
-    assert (model.fetch(found, folder.parent, tmp_path / "fresh", quiet) / "tokenizer.json").read_bytes() == b"{}"
+    assert (
+        model.fetch(found, folder.parent, tmp_path / "fresh", quiet) / "tokenizer.json"
+    ).read_bytes() == b"{}"
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").write_bytes(b"[]")
-    with pytest.raises(PreflightError, match=r"tokenizer\.json of folder:my-model is not the locked one"):
+    with pytest.raises(
+        PreflightError, match=r"tokenizer\.json of folder:my-model is not the locked one"
+    ):
         model.fetch(found, folder.parent, tmp_path / "fresh2", quiet)
 
 
@@ -127,5 +145,3 @@ def test_a_damaged_cached_model_is_taken_anew(folder, tmp_path):
     cached.write_bytes(b"damaged")
     model.fetch(found, folder.parent, tmp_path / "cache", quiet)
     assert (model.where(found, tmp_path / "cache") / "config.json").read_bytes() == b"{}"
-
-

@@ -144,21 +144,22 @@ def test_what_the_converter_imports_of_ops_is_in_every_image(name: str) -> None:
                 file = root / package.replace(".", "/") / "__init__.py"
             relative = str(file.relative_to(root))
             assert relative in carried, (
-                f"{relative} is imported in the image: copy it in "
-                f"docker/{spec.dockerfile}/Dockerfile"
+                f"{relative} is imported in the image: copy it in docker/{spec.dockerfile}/Dockerfile"
             )
             if file not in wanted:
                 wanted.append(file)
     assert all((root / path).is_file() for path in carried)
 
 
-# -- the command lines -----------------------------------------------------------------------------
+# -- the command lines
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., list[str]]:
     """milktea-run as installed, printing its docker commands; the engine's answers are recorded
-    ones."""
+    ones.
+    """
     prefix = tmp_path / "prefix"
     for folder in ("bin", "state", "tools", "models"):
         (prefix / folder).mkdir(parents=True)
@@ -271,12 +272,8 @@ def test_train_mounts_what_the_job_names_and_nothing_else(run: Callable, job_fol
     runs = job_folder.parent / "milktea"
     prefix = job_folder.parent / "prefix"
     assert mounts == [
-        f"{job_folder}:{job_folder}:ro",
-        f"{held}:{held}:ro",
-        f"{prefix}/tools:/tools:ro",
-        f"{prefix}/models:{prefix}/models:ro",
-        f"{runs}:{runs}",
-    ]
+        f"{job_folder}:{job_folder}:ro", f"{held}:{held}:ro", f"{prefix}/tools:/tools:ro", f"{prefix}/models:{prefix}/models:ro", f"{runs}:{runs}",
+    ]  # fmt: skip
     assert f"run {job_folder}/job.toml {runs}/mine-7 2" in convert and "--gpus" not in convert
     assert (
         train.endswith("-m trainer.launch job.json")
@@ -298,8 +295,7 @@ def test_launch_is_accelerates_own_in_the_current_folder(run: Callable, tmp_path
     (line,) = run("launch", "--num_processes", "2", "my.py", "--text", "two words")
     assert (
         line.endswith(
-            "--entrypoint accelerate milktea/tiny:abc launch --num_processes 2 my.py --text "
-            "two words"
+            "--entrypoint accelerate milktea/tiny:abc launch --num_processes 2 my.py --text two words"
         )
         and f"-w {tmp_path}" in line
     )
@@ -317,7 +313,8 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
     )
 
 
-# -- scores ----------------------------------------------------------------------------------------
+# -- scores
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_scores_of_equal_and_of_unrelated_answers_are_the_ends_of_the_scale() -> None:

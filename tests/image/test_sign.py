@@ -11,7 +11,8 @@ from ops.image.bundle import signature as sign
 
 def by_ssh(file: Path) -> str:
     """The fingerprint of the key that signed, by the command that the README gives; empty where the
-    signature is not good."""
+    signature is not good.
+    """
     command = ["ssh-keygen", "-Y", "check-novalidate", "-n", sign.NAMESPACE, "-s", f"{file}.sig"]
     with file.open("rb") as content:
         done = subprocess.run(command, stdin=content, capture_output=True, text=True)

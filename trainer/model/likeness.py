@@ -134,8 +134,10 @@ def packed(documents: list[Tensor]) -> dict[str, Any]:
         "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
         "labels": labels,
         "targets_at": (labels.flatten() != -100).nonzero().flatten(),
-        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
-        "max_length_q": max(lengths), "max_length_k": max(lengths),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
     }
 
 

@@ -1,7 +1,9 @@
-"""What ``docker build`` finds beside the Dockerfile: the requirement files that the lock writes, the fetched files.
+"""What ``docker build`` finds beside the Dockerfile: the requirement files that the lock writes,
+the fetched files.
 
-The build context is the checkout. docker/NAME/VERSION/debian holds packages.txt (by hand) and, once fetched, the .deb files;
-docker/NAME/VERSION/wheels/LAYER holds requirements.txt (from the lock, committed) and, once fetched, the wheels.
+The build context is the checkout. docker/NAME/VERSION/debian holds packages.txt (by hand) and, once
+fetched, the .deb files; docker/NAME/VERSION/wheels/LAYER holds requirements.txt (from the lock,
+committed) and, once fetched, the wheels.
 """
 
 from __future__ import annotations
@@ -21,19 +23,32 @@ from ops.image.spec.paths import Places
 
 
 def assign_layers(found: Iterable[Wheel], definition: Definition) -> list[Wheel]:
-    """The wheels with the names of their layers; raises ConfigError for one that no pattern of [layers] fits."""
-    return [wheel.model_copy(update={"layer": _layer_of(wheel.name, definition)}) for wheel in found]
+    """The wheels with the names of their layers; raises ConfigError for one that no pattern of
+    [layers] fits.
+    """
+    return [
+        wheel.model_copy(update={"layer": _layer_of(wheel.name, definition)}) for wheel in found
+    ]
 
 
 def write_requirements(lock: Lock, definition: Definition, places: Places) -> None:
-    """Write wheels/LAYER/requirements.txt for every layer; refuses where the Dockerfile's version is released."""
+    """Write wheels/LAYER/requirements.txt for every layer; refuses where the Dockerfile's version
+    is released.
+    """
     folder = places.dockerfile(lock.dockerfile)
     require_unreleased(lock.dockerfile, places)
     for layer in definition.layers:
-        pins = [wheels.pin(wheel) for wheel in sorted(lock.wheels, key=lambda wheel: wheel.name) if wheel.layer == layer]
+        pins = [
+            wheels.pin(wheel)
+            for wheel in sorted(lock.wheels, key=lambda wheel: wheel.name)
+            if wheel.layer == layer
+        ]
         path = folder / "wheels" / layer / "requirements.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("# Written by `make image-lock`. Not edited by hand.\n" + "".join(f"{pin}\n" for pin in pins))
+        path.write_text(
+            "# Written by `make image-lock`. Not edited by hand.\n"
+            + "".join(f"{pin}\n" for pin in pins)
+        )
 
 
 def require_unreleased(dockerfile: str, places: Places) -> None:
@@ -49,30 +64,46 @@ def require_unreleased(dockerfile: str, places: Places) -> None:
 def edited_releases(places: Places) -> list[str]:
     """The released files (paths below docker/) that are missing or no longer what was released."""
     found = _released(places)
-    return [path for path, digest in found.items() if _sha256(places.root / "docker" / path) != digest]
+    return [
+        path for path, digest in found.items() if _sha256(places.root / "docker" / path) != digest
+    ]
 
 
 def release(dockerfile: str, places: Places) -> None:
     """Add the files of docker/DOCKERFILE that git keeps to docker/released."""
     require_unreleased(dockerfile, places)
     folder = places.dockerfile(dockerfile)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in (".deb", ".whl")]
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix not in (".deb", ".whl")
+    ]
     with places.released.open("a") as out:
-        out.writelines(f"{_sha256(path)}  {path.relative_to(places.root / 'docker')}\n" for path in files)
+        out.writelines(
+            f"{_sha256(path)}  {path.relative_to(places.root / 'docker')}\n" for path in files
+        )
 
 
 def lay_out(lock: Lock, places: Places) -> None:
-    """Put the fetched packages and wheels beside the Dockerfile, as hard links; what the lock does not name is removed."""
+    """Put the fetched packages and wheels beside the Dockerfile, as hard links; what the lock does
+    not name is removed.
+    """
     folder = places.dockerfile(lock.dockerfile)
-    wanted = {folder / "debian" / deb_name(deb.file): debian.where(deb, places.debs) for deb in lock.debs}
-    wanted |= {folder / "wheels" / x.layer / x.file: wheels.where(x, places.wheels) for x in lock.wheels}
+    wanted = {
+        folder / "debian" / deb_name(deb.file): debian.where(deb, places.debs) for deb in lock.debs
+    }
+    wanted |= {
+        folder / "wheels" / x.layer / x.file: wheels.where(x, places.wheels) for x in lock.wheels
+    }
     for path in [*folder.glob("debian/*.deb"), *folder.glob("wheels/*/*.whl")]:
         source = wanted.get(path)
         if source is None or not source.is_file() or not path.samefile(source):
             path.unlink()
     for path, source in wanted.items():
         if not source.is_file():
-            raise PreflightError(f"{path.name} was not fetched", hint=f"milktea image fetch {lock.image}")
+            raise PreflightError(
+                f"{path.name} was not fetched", hint=f"milktea image fetch {lock.image}"
+            )
         if not path.exists():
             _link(source, path)
 
@@ -92,12 +123,20 @@ def _layer_of(name: str, definition: Definition) -> str:
     for layer, patterns in definition.layers.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             return layer
-    raise ConfigError(f"no layer takes the wheel {name}", hint=f'add python = ["*"] to [layers] in images/{definition.name}.toml')
+    raise ConfigError(
+        f"no layer takes the wheel {name}",
+        hint=f'add python = ["*"] to [layers] in images/{definition.name}.toml',
+    )
 
 
 def _released(places: Places) -> dict[str, str]:
     lines = places.released.read_text().splitlines() if places.released.is_file() else []
-    return {path: digest for digest, path in (line.split("  ", 1) for line in lines if line and not line.startswith("#"))}
+    return {
+        path: digest
+        for digest, path in (
+            line.split("  ", 1) for line in lines if line and not line.startswith("#")
+        )
+    }
 
 
 def _sha256(path: Path) -> str:

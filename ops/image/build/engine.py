@@ -1,6 +1,8 @@
-"""The Docker engine, through the docker package: build, save, push. The only module that imports it.
+"""The Docker engine, through the docker package: build, save, push. The only module that imports
+it.
 
-Building goes through the docker command, because BuildKit does not speak through the engine's plain API.
+Building goes through the docker command, because BuildKit does not speak through the engine's plain
+API.
 """
 
 from __future__ import annotations
@@ -23,15 +25,25 @@ OLDEST = (20, 10)
 
 
 def connect(host: str | None = None) -> DockerClient:
-    """The engine at ``host``, or where DOCKER_HOST and Docker's own defaults say; raises PreflightError with the remedy."""
+    """The engine at ``host``, or where DOCKER_HOST and Docker's own defaults say; raises
+    PreflightError with the remedy.
+    """
     try:
-        client = DockerClient(base_url=host, timeout=600) if host else DockerClient.from_env(timeout=600)
+        client = (
+            DockerClient(base_url=host, timeout=600) if host else DockerClient.from_env(timeout=600)
+        )
         version = client.version()["Version"]
     except DockerException as error:
-        raise PreflightError(f"no Docker engine answers: {error}", hint="start Docker, or set DOCKER_HOST; `docker info` must work") from error
+        raise PreflightError(
+            f"no Docker engine answers: {error}",
+            hint="start Docker, or set DOCKER_HOST; `docker info` must work",
+        ) from error
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if found < OLDEST:
-        raise PreflightError(f"the engine is {version}; images need 20.10 or newer", hint="update Docker on this machine")
+        raise PreflightError(
+            f"the engine is {version}; images need 20.10 or newer",
+            hint="update Docker on this machine",
+        )
     return client
 
 
@@ -43,13 +55,33 @@ def layers_of(client: DockerClient, tag: str) -> list[str] | None:
         return None
 
 
-def build(client: DockerClient, root: Path, dockerfile: str, tag: str, arguments: dict[str, str], progress: Progress) -> str:
+def build(
+    client: DockerClient,
+    root: Path,
+    dockerfile: str,
+    tag: str,
+    arguments: dict[str, str],
+    progress: Progress,
+) -> str:
     """``docker build --network=none`` of ROOT/DOCKERFILE by BuildKit; returns the image's ID.
 
     ``progress`` hears the builder's own lines. Raises PreflightError with its last words.
     """
-    environment = {**os.environ, "DOCKER_BUILDKIT": "1", "BUILDKIT_PROGRESS": "plain", "DOCKER_HOST": _host(client)}
-    command = [docker_with_buildkit(), "build", "--network=none", "--file", dockerfile, "--tag", tag]
+    environment = {
+        **os.environ,
+        "DOCKER_BUILDKIT": "1",
+        "BUILDKIT_PROGRESS": "plain",
+        "DOCKER_HOST": _host(client),
+    }
+    command = [
+        docker_with_buildkit(),
+        "build",
+        "--network=none",
+        "--file",
+        dockerfile,
+        "--tag",
+        tag,
+    ]
     command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
     last: deque[str] = deque(maxlen=12)
     with subprocess.Popen(
@@ -61,7 +93,10 @@ def build(client: DockerClient, root: Path, dockerfile: str, tag: str, arguments
             last.append(line.rstrip())
             progress(line.rstrip())
     if process.returncode:
-        raise PreflightError(f"docker build failed: {' | '.join(last)[-900:]}", hint="the lines above are its own words")
+        raise PreflightError(
+            f"docker build failed: {' | '.join(last)[-900:]}",
+            hint="the lines above are its own words",
+        )
     return str(client.images.get(tag).id)
 
 
@@ -76,7 +111,10 @@ def docker_with_buildkit() -> str:
                 return str(program)
             if subprocess.run([program, "buildx", "version"], capture_output=True).returncode == 0:
                 return str(program)
-    raise PreflightError("no docker command here can use BuildKit", hint="install docker-buildx (Debian: docker-buildx-plugin)")
+    raise PreflightError(
+        "no docker command here can use BuildKit",
+        hint="install docker-buildx (Debian: docker-buildx-plugin)",
+    )
 
 
 def save(client: DockerClient, tag: str) -> Iterator[bytes]:
@@ -104,19 +142,24 @@ def remove(client: DockerClient, tag: str) -> None:
 
 
 def push(client: DockerClient, tag: str, target: str, progress: Progress) -> str:
-    """Push a loaded image as ``target`` (REGISTRY/NAME:TAG); returns the digest that a renter can pin.
+    """Push a loaded image as ``target`` (REGISTRY/NAME:TAG); returns the digest that a renter can
+    pin.
 
     Credentials are those of `docker login`. Raises PreflightError with the registry's own words.
     """
     name, _, version = target.rpartition(":")
     if not name or "/" in version:
-        raise PreflightError(f"{target!r} names no tag", hint="write REGISTRY/NAME:TAG, as ghcr.io/me/milktea:1")
+        raise PreflightError(
+            f"{target!r} names no tag", hint="write REGISTRY/NAME:TAG, as ghcr.io/me/milktea:1"
+        )
     try:
         client.images.get(tag).tag(name, version)
         digest = ""
         for line in client.api.push(name, version, stream=True, decode=True):
             if "error" in line:
-                raise PreflightError(f"{target}: {line['error']}", hint=f"docker login {name.split('/')[0]}")
+                raise PreflightError(
+                    f"{target}: {line['error']}", hint=f"docker login {name.split('/')[0]}"
+                )
             digest = line.get("aux", {}).get("Digest", digest)
             if line.get("status") == "Pushed":
                 progress(f"pushed {line.get('id', '')}")
@@ -127,4 +170,8 @@ def push(client: DockerClient, tag: str, target: str, progress: Progress) -> str
 
 def _host(client: DockerClient) -> str:
     adapter: Any = client.api.get_adapter(client.api.base_url)
-    return f"unix://{adapter.socket_path}" if hasattr(adapter, "socket_path") else str(client.api.base_url)
+    return (
+        f"unix://{adapter.socket_path}"
+        if hasattr(adapter, "socket_path")
+        else str(client.api.base_url)
+    )

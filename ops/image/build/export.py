@@ -1,6 +1,8 @@
-"""From an image in the engine to the image that is carried: ``docker save``, then every layer in canonical form.
+"""From an image in the engine to the image that is carried: ``docker save``, then every layer in
+canonical form.
 
-A layer that was exported before is not written again: .milktea/cache/exported remembers what became of each DiffID.
+A layer that was exported before is not written again: .milktea/cache/exported remembers what became
+of each DiffID.
 """
 
 from __future__ import annotations
@@ -26,13 +28,25 @@ from ops.image.spec.paths import Places
 
 Progress = Callable[[str], None]
 # of the engine's config, what says how a container starts; the rest is of the machine that built it
-RUNTIME = ("Cmd", "Entrypoint", "Env", "ExposedPorts", "Healthcheck", "Labels", "User", "WorkingDir")
+RUNTIME = (
+    "Cmd",
+    "Entrypoint",
+    "Env",
+    "ExposedPorts",
+    "Healthcheck",
+    "Labels",
+    "User",
+    "WorkingDir",
+)
 SETTLE = re.compile(r"milktea-settle ([a-z0-9-]+)")
 FORMAT = 2  # counts up when write_layer makes other bytes
 
 
-def export(saved: Iterable[bytes], tag: str, lock: Lock, places: Places, progress: Progress) -> tuple[Image, Lock]:
-    """The image of a ``docker save`` stream with its layers as blobs in the cache, and the lock of this build.
+def export(
+    saved: Iterable[bytes], tag: str, lock: Lock, places: Places, progress: Progress
+) -> tuple[Image, Lock]:
+    """The image of a ``docker save`` stream with its layers as blobs in the cache, and the lock of
+    this build.
 
     Needs room for the uncompressed image and its blobs. Raises PreflightError where there is none.
     """
@@ -45,16 +59,23 @@ def export(saved: Iterable[bytes], tag: str, lock: Lock, places: Places, progres
                 for chunk in saved:
                     file.write(chunk)
         except OSError as error:
-            raise PreflightError(f"the image cannot be written to {places.cache}: {error}", hint="free some space") from error
+            raise PreflightError(
+                f"the image cannot be written to {places.cache}: {error}", hint="free some space"
+            ) from error
         with tarfile.open(path) as archive:
             entry = json.loads(_member(archive, "manifest.json"))[0]
             config = json.loads(_member(archive, entry["Config"]))
         diff_ids: list[str] = config["rootfs"]["diff_ids"]
         remembered = {diff_id: _remembered(diff_id, lock.epoch, places) for diff_id in diff_ids}
-        missing = [(d, m) for d, m in zip(diff_ids, entry["Layers"], strict=True) if remembered[d] is None]
+        missing = [
+            (d, m) for d, m in zip(diff_ids, entry["Layers"], strict=True) if remembered[d] is None
+        ]
         progress(f"writing {len(missing)} of {len(diff_ids)} layers")
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            jobs = {d: pool.submit(_write_one, path, member, lock.epoch, places.blobs) for d, member in missing}
+            jobs = {
+                d: pool.submit(_write_one, path, member, lock.epoch, places.blobs)
+                for d, member in missing
+            }
             for diff_id, job in jobs.items():
                 remembered[diff_id] = job.result()
                 _remember(diff_id, lock.epoch, job.result(), places)
@@ -62,15 +83,27 @@ def export(saved: Iterable[bytes], tag: str, lock: Lock, places: Places, progres
     names = layer_names(config)
     locked = [_locked(name, blob, lock) for name, blob in zip(names, blobs, strict=True)]
     layers = tuple(
-        Layer(x.name, x.diff_id, x.blob_sha256, x.blob_bytes, places.blobs / x.blob_sha256, x.size_bytes) for x in locked
+        Layer(
+            x.name,
+            x.diff_id,
+            x.blob_sha256,
+            x.blob_bytes,
+            places.blobs / x.blob_sha256,
+            x.size_bytes,
+        )
+        for x in locked
     )
     image = Image(config_json(config, locked, lock.epoch), layers, tag)
-    identity = Identity(tag=tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest)
+    identity = Identity(
+        tag=tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest
+    )
     return image, lock.complete(locked, identity)
 
 
 def config_json(config: dict[str, Any], layers: list[LockedLayer], epoch: int) -> bytes:
-    """The image config: how a container starts as the Dockerfile says, the layers, and nothing of the building machine."""
+    """The image config: how a container starts as the Dockerfile says, the layers, and nothing of
+    the building machine.
+    """
     created = datetime.datetime.fromtimestamp(epoch, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return canonical_json({
         "architecture": config["architecture"],
@@ -83,9 +116,15 @@ def config_json(config: dict[str, Any], layers: list[LockedLayer], epoch: int) -
 
 
 def layer_names(config: dict[str, Any]) -> list[str]:
-    """A name for each layer: what its RUN told milktea-settle; ``debian`` for the lowest; ``layer-NN`` for others."""
+    """A name for each layer: what its RUN told milktea-settle; ``debian`` for the lowest;
+    ``layer-NN`` for others.
+    """
     names: list[str] = []
-    steps = [step.get("created_by", "") for step in config.get("history", []) if not step.get("empty_layer")]
+    steps = [
+        step.get("created_by", "")
+        for step in config.get("history", [])
+        if not step.get("empty_layer")
+    ]
     total = len(config["rootfs"]["diff_ids"])
     for number, step in enumerate([*steps, *[""] * total][:total], 1):
         found = SETTLE.search(step)
@@ -97,7 +136,10 @@ def layer_names(config: dict[str, Any]) -> list[str]:
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     file = archive.extractfile(name)
     if file is None:
-        raise PreflightError(f"the engine's archive has no {name}", hint="docker save IMAGE | tar t shows what it has")
+        raise PreflightError(
+            f"the engine's archive has no {name}",
+            hint="docker save IMAGE | tar t shows what it has",
+        )
     return file.read()
 
 
@@ -140,7 +182,11 @@ def _locked(name: str, blob: Blob, lock: Lock) -> LockedLayer:
 def remove_unused(keep: Iterable[Image], places: Places) -> int:
     """Delete the blobs that none of the images has; returns the bytes freed."""
     used = {layer.blob_sha256 for image in keep for layer in image.layers}
-    unused = [path for path in places.blobs.glob("*") if path.name not in used] if places.blobs.is_dir() else []
+    unused = (
+        [path for path in places.blobs.glob("*") if path.name not in used]
+        if places.blobs.is_dir()
+        else []
+    )
     freed = sum(path.stat().st_size for path in unused)
     for path in unused:
         path.unlink()

@@ -1,10 +1,12 @@
 """Image archives that plain ``docker load`` accepts, whole or one layer at a time.
 
-A *hybrid* archive is an OCI layout (``oci-layout``, ``index.json``) and a docker archive (``manifest.json``) over the same
-blobs, so engines from 20.10 on read it with either image store. Such an archive may list k layers and carry only layer k:
-it loads where layers 1..k-1 are present. That is a *part*; all parts in order are the image, the changed ones an update.
+A *hybrid* archive is an OCI layout (``oci-layout``, ``index.json``) and a docker archive
+(``manifest.json``) over the same blobs, so engines from 20.10 on read it with either image store.
+Such an archive may list k layers and carry only layer k: it loads where layers 1..k-1 are present.
+That is a *part*; all parts in order are the image, the changed ones an update.
 
-Everything here is a pure function of its arguments: no clock, no user, no file name leaks into the bytes.
+Everything here is a pure function of its arguments: no clock, no user, no file name leaks into the
+bytes.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer. ``diff_id`` is ``sha256:HEX`` of the uncompressed tar, ``size_bytes`` its size; ``blob_sha256`` (hex) and
-    ``blob_bytes`` are of the gzip blob, which lies at ``path`` (None: known from the lock, not built on this machine)."""
+    """One layer. ``diff_id`` is ``sha256:HEX`` of the uncompressed tar, ``size_bytes`` its size;
+    ``blob_sha256`` (hex) and ``blob_bytes`` are of the gzip blob, which lies at ``path`` (None:
+    known from the lock, not built on this machine)."""
 
     name: str
     diff_id: str
@@ -42,8 +45,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Image:
-    """``config_json_bytes`` is the image config as it is stored; its sha256 is the image ID on the classic store.
-    ``tag`` (``name:tag``) is what the loaded image is called."""
+    """``config_json_bytes`` is the image config as it is stored; its sha256 is the image ID on the
+    classic store. ``tag`` (``name:tag``) is what the loaded image is called."""
 
     config_json_bytes: bytes
     layers: tuple[Layer, ...]
@@ -74,7 +77,9 @@ def canonical_json(value: Any) -> bytes:
 
 
 def prefix(image: Image, k: int, tag: str) -> Image:
-    """The image made of layers 1..k only: same config with the lists cut. Its first k DiffIDs are the whole image's."""
+    """The image made of layers 1..k only: same config with the lists cut. Its first k DiffIDs are
+    the whole image's.
+    """
     if not 1 <= k <= len(image.layers):
         raise ValueError(f"part {k} of an image with {len(image.layers)} layers")
     if k == len(image.layers):
@@ -87,23 +92,46 @@ def prefix(image: Image, k: int, tag: str) -> Image:
 
 
 def manifest_json(image: Image) -> bytes:
-    """The OCI manifest. It depends on the blobs (gzip bytes), while the config depends on DiffIDs alone."""
-    config = {"mediaType": OCI_CONFIG, "digest": image.config_digest, "size": len(image.config_json_bytes)}
-    layers = [{"mediaType": OCI_LAYER, "digest": f"sha256:{x.blob_sha256}", "size": x.blob_bytes} for x in image.layers]
-    return canonical_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers})
+    """The OCI manifest. It depends on the blobs (gzip bytes), while the config depends on DiffIDs
+    alone.
+    """
+    config = {
+        "mediaType": OCI_CONFIG,
+        "digest": image.config_digest,
+        "size": len(image.config_json_bytes),
+    }
+    layers = [
+        {"mediaType": OCI_LAYER, "digest": f"sha256:{x.blob_sha256}", "size": x.blob_bytes}
+        for x in image.layers
+    ]
+    return canonical_json(
+        {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers}
+    )
 
 
 def metadata(image: Image) -> dict[str, bytes]:
-    """Every small file of the archive by its path, in the order in which it is written; layers come after."""
+    """Every small file of the archive by its path, in the order in which it is written; layers come
+    after.
+    """
     manifest = manifest_json(image)
     reference = _canonical(image.tag)
-    names = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": image.tag.rpartition(":")[2]}
-    entry = {"mediaType": OCI_MANIFEST, "digest": digest(manifest), "size": len(manifest), "annotations": names}
+    names = {
+        "io.containerd.image.name": reference,
+        "org.opencontainers.image.ref.name": image.tag.rpartition(":")[2],
+    }
+    entry = {
+        "mediaType": OCI_MANIFEST,
+        "digest": digest(manifest),
+        "size": len(manifest),
+        "annotations": names,
+    }
     blobs = [_blob(layer.blob_sha256) for layer in image.layers]
     docker = [{"Config": _blob(image.config_digest), "RepoTags": [image.tag], "Layers": blobs}]
     return {
         "oci-layout": canonical_json({"imageLayoutVersion": "1.0.0"}),
-        "index.json": canonical_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}),
+        "index.json": canonical_json(
+            {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}
+        ),
         "manifest.json": canonical_json(docker),
         _blob(image.config_digest): image.config_json_bytes,
         _blob(digest(manifest)): manifest,
@@ -111,7 +139,9 @@ def metadata(image: Image) -> dict[str, bytes]:
 
 
 def _canonical(tag: str) -> str:
-    """The name with its registry, without which the containerd store loads an image that nobody can then find."""
+    """The name with its registry, without which the containerd store loads an image that nobody can
+    then find.
+    """
     first, slash, _ = tag.partition("/")
     if slash and (first == "localhost" or "." in first or ":" in first):
         return tag
@@ -120,11 +150,15 @@ def _canonical(tag: str) -> str:
 
 def head(image: Image) -> bytes:
     """What every archive of this image begins with, whatever it carries."""
-    return b"".join(_header(path, len(data)) + data + _padding(len(data)) for path, data in metadata(image).items())
+    return b"".join(
+        _header(path, len(data)) + data + _padding(len(data))
+        for path, data in metadata(image).items()
+    )
 
 
 def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = None) -> int:
-    """Write a hybrid archive that carries the layers numbered in ``carry`` (from 1; default all); return its size.
+    """Write a hybrid archive that carries the layers numbered in ``carry`` (from 1; default all);
+    return its size.
 
     The same arguments give the same bytes."""
     size = 0
@@ -139,7 +173,9 @@ def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = N
 
 def archive_bytes(image: Image, carry: Collection[int] | None = None) -> int:
     """The size of what :func:`write_archive` would write, from the lock alone."""
-    return sum(len(chunk) + (source.blob_bytes if source else 0) for chunk, source in _pieces(image, carry))
+    return sum(
+        len(chunk) + (source.blob_bytes if source else 0) for chunk, source in _pieces(image, carry)
+    )
 
 
 def _pieces(image: Image, carry: Collection[int] | None) -> Iterator[tuple[bytes, Layer | None]]:
@@ -151,7 +187,10 @@ def _pieces(image: Image, carry: Collection[int] | None) -> Iterator[tuple[bytes
         if number not in wanted or layer.blob_sha256 in seen:
             continue
         seen.add(layer.blob_sha256)
-        header, filler = _header(_blob(layer.blob_sha256), layer.blob_bytes), _padding(layer.blob_bytes)
+        header, filler = (
+            _header(_blob(layer.blob_sha256), layer.blob_bytes),
+            _padding(layer.blob_bytes),
+        )
         yield header, layer
         yield filler, None
     yield b"\0" * (2 * BLOCK), None
@@ -173,9 +212,13 @@ def _blob(name: str) -> str:
 
 def _blob_path(layer: Layer) -> Path:
     if layer.path is None:
-        raise FileNotFoundError(f"layer {layer.name} ({layer.blob_sha256[:12]}) is not on this machine: run `make image`")
+        raise FileNotFoundError(
+            f"layer {layer.name} ({layer.blob_sha256[:12]}) is not on this machine: run `make image`"
+        )
     if (found := layer.path.stat().st_size) != layer.blob_bytes:
-        raise OSError(f"{layer.path.name} has {found:,} bytes, the lock says {layer.blob_bytes:,}: run `make image` again")
+        raise OSError(
+            f"{layer.path.name} has {found:,} bytes, the lock says {layer.blob_bytes:,}: run `make image` again"
+        )
     return layer.path
 
 
@@ -195,7 +238,9 @@ def _copy(path: Path, out: BinaryIO, size: int) -> None:
 
 
 def _copy_range(source: int, target: int, size: int) -> int:
-    """Bytes copied; 0 where the kernel or the file system cannot (the caller then copies through memory)."""
+    """Bytes copied; 0 where the kernel or the file system cannot (the caller then copies through
+    memory).
+    """
     try:
         return os.copy_file_range(source, target, min(size, 1 << 30))
     except (AttributeError, OSError):

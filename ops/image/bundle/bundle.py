@@ -1,4 +1,5 @@
-"""A bundle: a folder that explains itself and brings an image, its base models and an installer to a server without a network.
+"""A bundle: a folder that explains itself and brings an image, its base models and an installer to
+a server without a network.
 
     README.{en,zh}.txt  INSTALL.sh      what to read, what to run
     PLAN  MANIFEST.json                 what INSTALL.sh follows, one fact a line; the same for programs
@@ -6,9 +7,9 @@
     parts/NN-NAME-HASH.tar[.vNNN]       plain `docker load` archives: one large layer each, or a run of small ones
     models/SET/...  image.lock  sbom/  licenses/  tools/  docs/
 
-The sender's key is not in it: whoever installs gets the key, or its fingerprint, by another way. An update (``base``)
-carries the layers that changed, whole, and those above them. The same inputs give the same bytes, but for the signature:
-ECDSA draws a random number.
+The sender's key is not in it: whoever installs gets the key, or its fingerprint, by another way. An
+update (``base``) carries the layers that changed, whole, and those above them. The same inputs give
+the same bytes, but for the signature: ECDSA draws a random number.
 """
 
 from __future__ import annotations
@@ -35,11 +36,16 @@ class Bundle:
 
 
 def write_bundle(
-    contents: Contents, out: Path, options: Options = Options(), progress: Callable[[str], None] = lambda _: None
+    contents: Contents,
+    out: Path,
+    options: Options = Options(),
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
-    """Write the bundle into ``out``, which must be empty or absent; it appears whole (a folder ``out``.part is renamed).
+    """Write the bundle into ``out``, which must be empty or absent; it appears whole (a folder
+    ``out``.part is renamed).
 
-    Raises ConfigError for an ``out`` that holds something, PreflightError for a missing layer or model file, or no room.
+    Raises ConfigError for an ``out`` that holds something, PreflightError for a missing layer or
+    model file, or no room.
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="name another folder with --out")
@@ -61,11 +67,14 @@ def write_bundle(
     folder.rename(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     kind = "update" if options.base else "full"
-    return Bundle(out, bundle_id(contents.image), kind, size, sum(len(part.carried) for part in parts))
+    return Bundle(
+        out, bundle_id(contents.image), kind, size, sum(len(part.carried) for part in parts)
+    )
 
 
 def write_oci(contents: Contents, out: Path) -> Path:
-    """Write the whole image as one archive for registries, skopeo, ctr and k3s; `docker load` takes it too.
+    """Write the whole image as one archive for registries, skopeo, ctr and k3s; `docker load` takes
+    it too.
 
     Raises ConfigError where ``out`` exists, PreflightError where a layer is missing.
     """
@@ -78,11 +87,15 @@ def write_oci(contents: Contents, out: Path) -> Path:
             archive.write_archive(shown, file)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise PreflightError(f"{out}: {error}", hint=f"make image IMAGE={contents.lock.image}") from error
+        raise PreflightError(
+            f"{out}: {error}", hint=f"make image IMAGE={contents.lock.image}"
+        ) from error
     return part.rename(out)
 
 
-def _write_parts(contents: Contents, parts: list[Part], folder: Path, options: Options) -> volumes.Files:
+def _write_parts(
+    contents: Contents, parts: list[Part], folder: Path, options: Options
+) -> volumes.Files:
     """Two threads: hashing releases the interpreter, and layers are large."""
     (folder / "parts").mkdir()
 
@@ -93,7 +106,9 @@ def _write_parts(contents: Contents, parts: list[Part], folder: Path, options: O
             try:
                 archive.write_archive(shown, out, carry=part.carried)  # type: ignore[arg-type]
             except OSError as error:
-                raise PreflightError(f"{name}: {error}", hint=f"make image IMAGE={contents.lock.image}") from error
+                raise PreflightError(
+                    f"{name}: {error}", hint=f"make image IMAGE={contents.lock.image}"
+                ) from error
         return out.files
 
     with ThreadPoolExecutor(2) as pool:
@@ -108,11 +123,17 @@ def _write_models(contents: Contents, folder: Path, options: Options) -> volumes
             path = source / file.path if source else None
             if path is None or not path.is_file():
                 raise PreflightError(
-                    f"model {model.name}: {file.path} is missing", hint=f"milktea image fetch {contents.lock.image}"
+                    f"model {model.name}: {file.path} is missing",
+                    hint=f"milktea image fetch {contents.lock.image}",
                 )
-            name = f"models/{model.set_digest.removeprefix('sha256:')}/{manifest.safe_path(file.path)}"
+            name = (
+                f"models/{model.set_digest.removeprefix('sha256:')}/{manifest.safe_path(file.path)}"
+            )
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with volumes.Writer(folder, name, options.volume_bytes, role="model") as out, path.open("rb") as content:
+            with (
+                volumes.Writer(folder, name, options.volume_bytes, role="model") as out,
+                path.open("rb") as content,
+            ):
                 shutil.copyfileobj(content, out, 1 << 20)
             if out.sha256 != file.sha256:
                 raise PreflightError(
@@ -127,8 +148,13 @@ def _write_small(
     contents: Contents, parts: list[Part], files: volumes.Files, folder: Path, options: Options
 ) -> None:
     small = manifest.small_files(contents)
-    small["PLAN"] = "".join(f"{line}\n" for line in manifest.plan(contents, parts, files, options)).encode()
-    small |= {f"README.{x}.txt": manifest.readme(contents, files, options, x).encode() for x in ("en", "zh")}
+    small["PLAN"] = "".join(
+        f"{line}\n" for line in manifest.plan(contents, parts, files, options)
+    ).encode()
+    small |= {
+        f"README.{x}.txt": manifest.readme(contents, files, options, x).encode()
+        for x in ("en", "zh")
+    }
     for name, data in small.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         files |= volumes.write_small(folder, name, data, role="small")
@@ -139,9 +165,12 @@ def _write_small(
 
 def _require_room(contents: Contents, parts: list[Part], options: Options, out: Path) -> None:
     need = sum(contents.image.layers[k - 1].blob_bytes for part in parts for k in part.carried)
-    need += sum(file.size_bytes for model in models_beside(contents, options) for file in model.files)
+    need += sum(
+        file.size_bytes for model in models_beside(contents, options) for file in model.files
+    )
     at = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(at).free) < need:
         raise PreflightError(
-            f"the bundle takes {need:,} bytes, {at} has {free:,} free", hint="name a folder on a larger disk with --out"
+            f"the bundle takes {need:,} bytes, {at} has {free:,} free",
+            hint="name a folder on a larger disk with --out",
         )

@@ -13,10 +13,12 @@ from ops.image.spec.lock import Lock, Model
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes in: the lock of one built image, the image with its layers on disk, a folder for each model of the lock.
+    """What goes in: the lock of one built image, the image with its layers on disk, a folder for
+    each model of the lock.
 
-    ``line`` is the CUDA line of the image, ``lines`` every line of the project (for remedies). ``prove`` is the command by
-    which the image proves itself, ``python`` its Python. ``documents`` are files for docs/ in the bundle, by name.
+    ``line`` is the CUDA line of the image, ``lines`` every line of the project (for remedies).
+    ``prove`` is the command by which the image proves itself, ``python`` its Python. ``documents``
+    are files for docs/ in the bundle, by name.
     """
 
     lock: Lock
@@ -32,9 +34,10 @@ class Contents:
 
 @dataclass(frozen=True)
 class Options:
-    """``release`` orders the bundles of one image: a server takes no smaller one without --allow-older. ``volume_bytes`` 0
-    leaves files whole (FAT32 holds 4 GiB less one byte). ``base`` is what the server has: the bundle brings the layers that
-    changed and those above them. ``base_models`` are the set digests of models that it has. ``key`` signs."""
+    """``release`` orders the bundles of one image: a server takes no smaller one without
+    --allow-older. ``volume_bytes`` 0 leaves files whole (FAT32 holds 4 GiB less one byte). ``base``
+    is what the server has: the bundle brings the layers that changed and those above them.
+    ``base_models`` are the set digests of models that it has. ``key`` signs."""
 
     release: int = 1
     volume_bytes: int = 0

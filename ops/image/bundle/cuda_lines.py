@@ -16,7 +16,8 @@ def lines(places: Places = Places()) -> list[Line]:
 
 
 def line_of(name: str, cuda: Cuda | None) -> Line:
-    """Architectures are as in the definition: ``8.0``, ``sm_80``, ``9.0a``; ``12.0+PTX``, ``compute_120`` also run newer GPUs.
+    """Architectures are as in the definition: ``8.0``, ``sm_80``, ``9.0a``; ``12.0+PTX``,
+    ``compute_120`` also run newer GPUs.
 
     Raises ConfigError for a toolkit that the driver table does not know."""
     if cuda is None:

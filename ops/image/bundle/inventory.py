@@ -1,4 +1,6 @@
-"""What a server has, from the lines of ``sh INSTALL.sh preflight --facts`` carried home: the next bundle holds the rest."""
+"""What a server has, from the lines of ``sh INSTALL.sh preflight --facts`` carried home: the next
+bundle holds the rest.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,18 @@ class Inventory:
     models: frozenset[str] = frozenset()
 
     def base_for(self, diff_ids: list[str]) -> Present | None:
-        """The image that shares the most lowest layers with ``diff_ids``; None where none shares any."""
-        best = max(self.images, key=lambda image: shared_prefix(image.layers, diff_ids), default=None)
+        """The image that shares the most lowest layers with ``diff_ids``; None where none shares
+        any.
+        """
+        best = max(
+            self.images, key=lambda image: shared_prefix(image.layers, diff_ids), default=None
+        )
         return best if best and shared_prefix(best.layers, diff_ids) else None
 
     def compatible_lines(self, lines: list[driver.Line]) -> list[str]:
-        """The CUDA lines that every GPU of the server runs. A GPU that nvidia-smi did not describe fits none."""
+        """The CUDA lines that every GPU of the server runs. A GPU that nvidia-smi did not describe
+        fits none.
+        """
         known = [gpu for gpu in self.gpus if gpu.capability != "?"]
         if not known or len(known) < len(self.gpus):
             return []
@@ -53,10 +61,15 @@ def read(path: Path) -> Inventory:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist", hint=HOW)
     if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path} is no inventory of a server: {path.stat().st_size:,} bytes", hint=HOW)
+        raise ConfigError(
+            f"{path} is no inventory of a server: {path.stat().st_size:,} bytes", hint=HOW
+        )
     lines = path.read_text("utf-8", "replace").splitlines()
     if not lines or lines[0] != "milktea-server 1":
-        raise ConfigError(f"{path} is no inventory of a server: its first line is not 'milktea-server 1'", hint=HOW)
+        raise ConfigError(
+            f"{path} is no inventory of a server: its first line is not 'milktea-server 1'",
+            hint=HOW,
+        )
     facts = {"server": "", "engine": ""}
     gpus: list[Gpu] = []
     images: list[Present] = []
@@ -73,7 +86,9 @@ def read(path: Path) -> Inventory:
             images[-1].layers.append(rest)
         elif key == "model":
             models.add(f"sha256:{rest}")
-    return Inventory(facts["server"], facts["engine"], tuple(gpus), tuple(images), frozenset(models))
+    return Inventory(
+        facts["server"], facts["engine"], tuple(gpus), tuple(images), frozenset(models)
+    )
 
 
 def shared_prefix(a: list[str], b: list[str]) -> int:

@@ -1,4 +1,6 @@
-"""The small files of a bundle: PLAN, which INSTALL.sh follows, and what programs and people read. Pure."""
+"""The small files of a bundle: PLAN, which INSTALL.sh follows, and what programs and people read.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from ops.errors import ConfigError
 from ops.image import driver
 from ops.image.bundle import sbom, signature, volumes
 from ops.image.bundle.contents import Contents, Options, models_beside
-from ops.image.bundle.parts import Part, bundle_id, final_tag, intermediate_tag, part_name, plan_parts, safe
+from ops.image.bundle.parts import (
+    Part,
+    bundle_id,
+    final_tag,
+    intermediate_tag,
+    part_name,
+    plan_parts,
+    safe,
+)
 from ops.image.driver import Line
 from ops.image.spec.lock import dumps
 
@@ -36,7 +46,9 @@ def small_files(contents: Contents) -> dict[str, bytes]:
     return found | {f"docs/{name}": path.read_bytes() for name, path in sorted(documents.items())}
 
 
-def plan(contents: Contents, parts: list[Part], files: volumes.Files, options: Options) -> list[str]:
+def plan(
+    contents: Contents, parts: list[Part], files: volumes.Files, options: Options
+) -> list[str]:
     """What INSTALL.sh reads: one fact a line, fields apart by spaces."""
     image, lock = contents.image, contents.lock
     lines = [
@@ -59,29 +71,43 @@ def plan(contents: Contents, parts: list[Part], files: volumes.Files, options: O
         f"prove {' '.join(contents.prove)}",
         f"python {contents.python}",
     ]
-    lines += [f"signature {name}" for name in signature.signature_names("SHA256SUMS", options.key)] if options.key else []
+    lines += (
+        [f"signature {name}" for name in signature.signature_names("SHA256SUMS", options.key)]
+        if options.key
+        else []
+    )
     lines += [f"since {options.base.ref}"] if options.base else []
     lines += [
-        f"layer {k} {x.diff_id} {x.size_bytes} {x.blob_bytes} {safe(x.name)}" for k, x in enumerate(image.layers, 1)
+        f"layer {k} {x.diff_id} {x.size_bytes} {x.blob_bytes} {safe(x.name)}"
+        for k, x in enumerate(image.layers, 1)
     ]
-    lines += [f"part {p.first} {p.last} {volumes.joined(files, part_name(image, p))}" for p in parts]
+    lines += [
+        f"part {p.first} {p.last} {volumes.joined(files, part_name(image, p))}" for p in parts
+    ]
     for model in models_beside(contents, options):
         short = model.set_digest.removeprefix("sha256:")
         size = sum(file.size_bytes for file in model.files)
-        lines.append(f"model {short} {size} {safe_path(model.name)} {safe(model.license) or 'unknown'}")
+        lines.append(
+            f"model {short} {size} {safe_path(model.name)} {safe(model.license) or 'unknown'}"
+        )
         lines += [
             f"mfile {short} {f.size_bytes} {f.sha256} {f.path} {volumes.joined(files, f'models/{short}/{f.path}')}"
             for f in model.files
         ]
     every = (*contents.lines, *([] if contents.line in contents.lines else [contents.line]))
     lines += [row for line in every if line.cuda for row in _gpu_rows(line)]
-    return lines + [f"vol {p} {f.size_bytes} {f.sha256}" for p, f in files.items() if f.role != "small"]
+    return lines + [
+        f"vol {p} {f.size_bytes} {f.sha256}" for p, f in files.items() if f.role != "small"
+    ]
 
 
 def needs(contents: Contents) -> dict[str, Any]:
     """What a server must have, for programs: bytes, versions."""
     layers = contents.image.layers
-    largest = max(sum(layers[k - 1].blob_bytes for k in part.carried) for part in plan_parts(contents.image, None))
+    largest = max(
+        sum(layers[k - 1].blob_bytes for k in part.carried)
+        for part in plan_parts(contents.image, None)
+    )
     return {
         "engine": "20.10",
         "platform": contents.lock.platform,
@@ -90,7 +116,9 @@ def needs(contents: Contents) -> dict[str, Any]:
         "architectures": list(contents.line.arches),
         "disk_bytes_overlay2": sum(x.size_bytes for x in layers) + largest,
         "disk_bytes_containerd": sum(x.size_bytes + x.blob_bytes for x in layers) + largest,
-        "model_bytes": sum(file.size_bytes for model in contents.lock.models for file in model.files),
+        "model_bytes": sum(
+            file.size_bytes for model in contents.lock.models for file in model.files
+        ),
         "memory_bytes": contents.memory_bytes,
     }
 
@@ -111,21 +139,36 @@ def manifest(contents: Contents, files: volumes.Files, options: Options) -> dict
             "config_digest": image.config_digest,
             "manifest_digest": image.manifest_digest,
             "layers": [
-                {"name": x.name, "diff_id": x.diff_id, "size_bytes": x.size_bytes, "blob_sha256": x.blob_sha256}
+                {
+                    "name": x.name,
+                    "diff_id": x.diff_id,
+                    "size_bytes": x.size_bytes,
+                    "blob_sha256": x.blob_sha256,
+                }
                 for x in image.layers
             ],
         },
         "models": [model.model_dump() for model in models_beside(contents, options)],
-        "files": {p: {"bytes": f.size_bytes, "role": f.role, "sha256": f.sha256} for p, f in sorted(files.items())},
+        "files": {
+            p: {"bytes": f.size_bytes, "role": f.role, "sha256": f.sha256}
+            for p, f in sorted(files.items())
+        },
     }
 
 
 def readme(contents: Contents, files: volumes.Files, options: Options, language: str) -> str:
     """README.LANGUAGE.txt; of a bundle without a signature it names no key."""
     text = (SERVER / f"README.{language}.txt").read_text("utf-8")
-    wanted = {"signed": bool(options.key), "unsigned": not options.key, "update": bool(options.base)}
+    wanted = {
+        "signed": bool(options.key),
+        "unsigned": not options.key,
+        "update": bool(options.base),
+    }
     text = re.sub(
-        r"^\[(\w+)\]\n(.*?)^\[/\1\]\n", lambda found: found[2] if wanted[found[1]] else "", text, flags=re.M | re.S
+        r"^\[(\w+)\]\n(.*?)^\[/\1\]\n",
+        lambda found: found[2] if wanted[found[1]] else "",
+        text,
+        flags=re.M | re.S,
     )
     disk = needs(contents)["disk_bytes_overlay2"] + needs(contents)["model_bytes"]
     facts = {
@@ -141,10 +184,17 @@ def readme(contents: Contents, files: volumes.Files, options: Options, language:
 
 
 def safe_path(path: str) -> str:
-    """PLAN is read by a shell: raises ConfigError for a path that would be cut in pieces there, or leaves its folder."""
-    if not re.fullmatch(r"[A-Za-z0-9._/+-]+", path) or ".." in path.split("/") or path.startswith(("/", "-")):
+    """PLAN is read by a shell: raises ConfigError for a path that would be cut in pieces there, or
+    leaves its folder.
+    """
+    if (
+        not re.fullmatch(r"[A-Za-z0-9._/+-]+", path)
+        or ".." in path.split("/")
+        or path.startswith(("/", "-"))
+    ):
         raise ConfigError(
-            f"{path!r} cannot travel in a bundle: letters, digits and . _ / + - only", hint="rename it in the model's folder"
+            f"{path!r} cannot travel in a bundle: letters, digits and . _ / + - only",
+            hint="rename it in the model's folder",
         )
     return path
 
@@ -154,12 +204,16 @@ def as_json(value: Any) -> str:
 
 
 def _gpu_rows(line: Line) -> list[str]:
-    """For each compute capability: LINE CUDA CAP HOW FLOOR NATIVE COMPAT LAST, which INSTALL.sh's judge reads."""
+    """For each compute capability: LINE CUDA CAP HOW FLOOR NATIVE COMPAT LAST, which INSTALL.sh's
+    judge reads.
+    """
     rows = []
     for capability in driver.CAPABILITIES:
         how = driver.runs_on(capability, line).removeprefix("gpu-too-")
         floor = line.native if how == "ptx" else line.floor
         compat = ",".join(map(str, line.compat)) or "-"
         last = driver.last_branch(capability)
-        rows.append(f"gpu {line.name} {line.cuda} {capability} {how} {floor} {line.native} {compat} {last}")
+        rows.append(
+            f"gpu {line.name} {line.cuda} {capability} {how} {floor} {line.native} {compat} {last}"
+        )
     return rows

@@ -1,4 +1,6 @@
-"""The archives of a bundle and their order: each is one ``docker load``, and any number of them from the first is an image."""
+"""The archives of a bundle and their order: each is one ``docker load``, and any number of them
+from the first is an image.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,15 @@ from dataclasses import dataclass
 from ops.image.bundle.archive import Image
 from ops.image.bundle.inventory import Present, shared_prefix
 
-SMALL_BYTES = 32_000_000  # neighbours share an archive up to this size: an engine takes a quarter of a second for any
+# neighbours share an archive up to this size: an engine takes a quarter of a second for any
+SMALL_BYTES = 32_000_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """One archive: carries the layers ``first`` to ``last``, counted from 1, and lists all below them."""
+    """One archive: carries the layers ``first`` to ``last``, counted from 1, and lists all below
+    them.
+    """
 
     first: int
     last: int
@@ -25,9 +30,11 @@ class Part:
 
 
 def plan_parts(image: Image, base: Present | None) -> list[Part]:
-    """The archives of a bundle, bottom up: all layers, or those above what the image has in common with ``base``.
+    """The archives of a bundle, bottom up: all layers, or those above what the image has in common
+    with ``base``.
 
-    An update whose layers are all there carries the last one again, because that archive brings the image's config.
+    An update whose layers are all there carries the last one again, because that archive brings the
+    image's config.
     """
     shared = shared_prefix(base.layers, image.diff_ids) if base else 0
     shared = min(shared, len(image.layers) - 1)
@@ -43,7 +50,9 @@ def plan_parts(image: Image, base: Present | None) -> list[Part]:
 
 
 def part_name(image: Image, part: Part) -> str:
-    """Says which layers; its last digits are of their content, so that parts of two bundles are told apart by name."""
+    """Says which layers; its last digits are of their content, so that parts of two bundles are
+    told apart by name.
+    """
     held = [image.layers[k - 1] for k in part.carried]
     digest = hashlib.sha256("".join(layer.blob_sha256 for layer in held).encode()).hexdigest()[:8]
     names = safe(held[0].name) if len(held) == 1 else f"to-{part.last:02d}"
@@ -52,16 +61,24 @@ def part_name(image: Image, part: Part) -> str:
 
 def part_tag(image: Image, part: Part) -> str:
     """What the image is called once this part is loaded."""
-    return final_tag(image) if part.last == len(image.layers) else f"{intermediate_tag(image)}-{part.last:02d}"
+    return (
+        final_tag(image)
+        if part.last == len(image.layers)
+        else f"{intermediate_tag(image)}-{part.last:02d}"
+    )
 
 
 def bundle_id(image: Image) -> str:
-    """Twelve digits of the image's config digest: two bundles with the same id bring the same image."""
+    """Twelve digits of the image's config digest: two bundles with the same id bring the same
+    image.
+    """
     return image.config_digest.removeprefix("sha256:")[:12]
 
 
 def final_tag(image: Image) -> str:
-    """What the loaded image is called. Made of its content, so that an update never takes the name of what runs now."""
+    """What the loaded image is called. Made of its content, so that an update never takes the name
+    of what runs now.
+    """
     return f"{image.tag.rpartition(':')[0] or image.tag}:{bundle_id(image)}"
 
 

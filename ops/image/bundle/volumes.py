@@ -1,4 +1,6 @@
-"""Files of a bundle, hashed while they are written, and cut into volumes where the disk that carries them is small."""
+"""Files of a bundle, hashed while they are written, and cut into volumes where the disk that
+carries them is small.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ Files = dict[str, File]  # by path, relative to the bundle
 
 
 class Writer:
-    """A binary file opened for writing, cut every `limit` bytes into NAME.v001, NAME.v002 ... (0: never cut).
+    """A binary file opened for writing, cut every `limit` bytes into NAME.v001, NAME.v002 ... (0:
+    never cut).
 
-    Afterwards ``files`` describes what was written and ``sha256`` is of the whole content. Has no fileno() on purpose: the
-    bytes must pass through here to be hashed.
+    Afterwards ``files`` describes what was written and ``sha256`` is of the whole content. Has no
+    fileno() on purpose: the bytes must pass through here to be hashed.
     """
 
     def __init__(self, folder: Path, name: str, limit: int, role: Role) -> None:
@@ -41,7 +44,12 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._close_volume()
         self.sha256 = self._whole.hexdigest() if self._limit else self.files[self._name].sha256
         if list(self.files) == [f"{self._name}.v001"]:  # it fits one volume: no need of a number

@@ -1,4 +1,5 @@
-"""Debian packages: resolved by apt, pinned by hash, fetched from any mirror; and a base made of them by mmdebstrap.
+"""Debian packages: resolved by apt, pinned by hash, fetched from any mirror; and a base made of
+them by mmdebstrap.
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ from ops.image.spec.lock import Deb
 PAUSES_S = (1.0, 5.0)  # before a network that failed is asked again
 Progress = Callable[[str], None]
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-PUBLIC = {"debian": "https://deb.debian.org/debian", "debian-security": "https://deb.debian.org/debian-security"}
+PUBLIC = {
+    "debian": "https://deb.debian.org/debian",
+    "debian-security": "https://deb.debian.org/debian-security",
+}
 HOOKS = "/usr/share/mmdebstrap/hooks/merged-usr"
 
 
 @dataclass(frozen=True)
 class Mirrors:
-    """Where Debian packages come from: configuration of this machine at build time, in no lock and no layer."""
+    """Where Debian packages come from: configuration of this machine at build time, in no lock and
+    no layer.
+    """
 
     debian: str = PUBLIC["debian"]
     security: str = PUBLIC["debian-security"]
@@ -46,39 +52,68 @@ class Mirrors:
         files = [sources / "sources.list", *sorted(sources.glob("sources.list.d/*"))]
         text = "\n".join(file.read_text() for file in files if file.is_file())
         found = re.findall(r"^(?:URIs:|deb(?:\s+\[[^]]*])?)\s+(\S+)", text, re.MULTILINE)
-        pick = {name: next((url for url in found if re.search(rf"/{name}/?$", url)), PUBLIC[name]) for name in PUBLIC}
+        pick = {
+            name: next((url for url in found if re.search(rf"/{name}/?$", url)), PUBLIC[name])
+            for name in PUBLIC
+        }
         return cls(pick["debian"], pick["debian-security"])
 
     @classmethod
     def given(cls, environment: Mapping[str, str]) -> Mirrors:
-        """MILKTEA_DEBIAN_MIRROR and MILKTEA_DEBIAN_SECURITY_MIRROR, each in place of what :meth:`of_this_host` says."""
+        """MILKTEA_DEBIAN_MIRROR and MILKTEA_DEBIAN_SECURITY_MIRROR, each in place of what
+        :meth:`of_this_host` says.
+        """
         here = cls.of_this_host()
         chosen = {
             name: environment.get(variable, "").strip() or getattr(here, name)
-            for name, variable in (("debian", "MILKTEA_DEBIAN_MIRROR"), ("security", "MILKTEA_DEBIAN_SECURITY_MIRROR"))
+            for name, variable in (
+                ("debian", "MILKTEA_DEBIAN_MIRROR"),
+                ("security", "MILKTEA_DEBIAN_SECURITY_MIRROR"),
+            )
         }
         for url in chosen.values():
             if not re.match(r"(https?|file)://?\S+$", url):
-                raise ConfigError(f"{url!r} is no mirror of Debian", hint="MILKTEA_DEBIAN_MIRROR=https://HOST/debian, as in apt's sources")
+                raise ConfigError(
+                    f"{url!r} is no mirror of Debian",
+                    hint="MILKTEA_DEBIAN_MIRROR=https://HOST/debian, as in apt's sources",
+                )
         return cls(**chosen)
 
 
 def resolve(spec: Os, mirrors: Mirrors) -> list[Deb]:
-    """The closure of the wanted packages and of Debian's essential ones, with hashes from the signed index.
+    """The closure of the wanted packages and of Debian's essential ones, with hashes from the
+    signed index.
 
     Asks the mirror; changes nothing on this machine. Raises PreflightError where apt cannot answer.
     """
     _require("apt-get", "apt", "lock images on a Debian or Ubuntu machine")
     with tempfile.TemporaryDirectory(prefix="milktea-apt-") as folder:
         options = _private_apt(Path(folder), spec.suite, mirrors)
-        _run(["apt-get", *options, "-qq", "-o", "APT::Update::Error-Mode=any", "update"], "the Debian index cannot be read")
-        asked = ["apt-get", *options, "-qq", "-y", "--print-uris", "install", "?essential", *spec.packages]
+        _run(
+            ["apt-get", *options, "-qq", "-o", "APT::Update::Error-Mode=any", "update"],
+            "the Debian index cannot be read",
+        )
+        asked = [
+            "apt-get",
+            *options,
+            "-qq",
+            "-y",
+            "--print-uris",
+            "install",
+            "?essential",
+            *spec.packages,
+        ]
         printed = _run(asked, "apt finds no set of packages for [os] packages")
-    return sorted((_deb(line, mirrors) for line in printed.splitlines() if line.startswith("'")), key=lambda deb: deb.name)
+    return sorted(
+        (_deb(line, mirrors) for line in printed.splitlines() if line.startswith("'")),
+        key=lambda deb: deb.name,
+    )
 
 
 def fetch(debs: Sequence[Deb], mirrors: Mirrors, cache: Path, progress: Progress) -> list[Path]:
-    """Every package as a file in ``cache``, checked against its hash. What is there already is not fetched again."""
+    """Every package as a file in ``cache``, checked against its hash. What is there already is not
+    fetched again.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda deb: _fetch_one(deb, mirrors, cache, progress), debs))
@@ -86,11 +121,16 @@ def fetch(debs: Sequence[Deb], mirrors: Mirrors, cache: Path, progress: Progress
 
 def require_mmdebstrap() -> None:
     """Raises PreflightError where a base cannot be made on this machine."""
-    _require("mmdebstrap", "mmdebstrap", "apt-get install mmdebstrap, or name another Debian 12: make image BASE=IMAGE")
+    _require(
+        "mmdebstrap",
+        "mmdebstrap",
+        "apt-get install mmdebstrap, or name another Debian 12: make image BASE=IMAGE",
+    )
 
 
 def make_base(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path) -> None:
-    """Write a Debian root file system of the fetched packages as the tar ``out``, for a machine that reaches no registry.
+    """Write a Debian root file system of the fetched packages as the tar ``out``, for a machine
+    that reaches no registry.
 
     Needs no network, and root or an ordinary user with subordinate ids. 25 to 40 s.
     """
@@ -117,12 +157,20 @@ def where(deb: Deb, cache: Path) -> Path:
 
 
 def _private_apt(folder: Path, suite: str, mirrors: Mirrors) -> list[str]:
-    """Options that give apt a state of its own: nothing installed, our three suites, no setting of this machine."""
+    """Options that give apt a state of its own: nothing installed, our three suites, no setting of
+    this machine.
+    """
     for name in ("state/lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)
     (folder / "status").touch()
-    suites = [(mirrors.debian, suite), (mirrors.debian, f"{suite}-updates"), (mirrors.security, f"{suite}-security")]
-    (folder / "sources.list").write_text("".join(f"deb [signed-by={KEYRING}] {url} {name} main\n" for url, name in suites))
+    suites = [
+        (mirrors.debian, suite),
+        (mirrors.debian, f"{suite}-updates"),
+        (mirrors.security, f"{suite}-security"),
+    ]
+    (folder / "sources.list").write_text(
+        "".join(f"deb [signed-by={KEYRING}] {url} {name} main\n" for url, name in suites)
+    )
     settings = {
         "Dir::State": folder / "state", "Dir::State::status": folder / "status", "Dir::Cache": folder / "cache",
         "Dir::Etc::sourcelist": folder / "sources.list", "Dir::Etc::sourceparts": "/dev/null", "Dir::Etc::preferences": "/dev/null",
@@ -140,8 +188,15 @@ def _deb(line: str, mirrors: Mirrors) -> Deb:
     url = url.strip("'")
     archive = "debian-security" if url.startswith(mirrors.security.rstrip("/") + "/") else "debian"
     path = urllib.parse.unquote(url.removeprefix(mirrors.root(archive) + "/"))
-    return Deb(name=name, version=urllib.parse.unquote(version), architecture=rest, archive=archive, file=path,  # type: ignore[arg-type]
-               sha256=digest.removeprefix("SHA256:"), size_bytes=int(size))
+    return Deb(
+        name=name,
+        version=urllib.parse.unquote(version),
+        architecture=rest,
+        archive=archive,
+        file=path,  # type: ignore[arg-type]
+        sha256=digest.removeprefix("SHA256:"),
+        size_bytes=int(size),
+    )
 
 
 def _fetch_one(deb: Deb, mirrors: Mirrors, cache: Path, progress: Progress) -> Path:
@@ -169,7 +224,9 @@ def _fetch_one(deb: Deb, mirrors: Mirrors, cache: Path, progress: Progress) -> P
 
 
 def _read(url: str, progress: Progress) -> bytes:
-    """What a mirror says itself is taken at its word; a network that fails is asked again, after PAUSES_S."""
+    """What a mirror says itself is taken at its word; a network that fails is asked again, after
+    PAUSES_S.
+    """
     pauses_s = list(PAUSES_S)
     while True:
         try:
@@ -192,11 +249,18 @@ def _repository(folder: Path, suite: str, debs: Sequence[Deb], cache: Path) -> N
     for deb in debs:
         source = where(deb, cache)
         if not source.is_file():
-            raise PreflightError(f"{deb.name} {deb.version} was not fetched", hint="make image, where there is a network")
+            raise PreflightError(
+                f"{deb.name} {deb.version} was not fetched",
+                hint="make image, where there is a network",
+            )
         file = pool / f"{deb.name}_{deb.version.replace(':', '%3a')}_{deb.architecture}.deb"
         shutil.copyfile(source, file)
-        control = _run(["dpkg-deb", "--field", str(file)], f"{file.name} is not a Debian package").strip()
-        stanzas.append(f"{control}\nFilename: pool/{file.name}\nSize: {deb.size_bytes}\nSHA256: {deb.sha256}\n")
+        control = _run(
+            ["dpkg-deb", "--field", str(file)], f"{file.name} is not a Debian package"
+        ).strip()
+        stanzas.append(
+            f"{control}\nFilename: pool/{file.name}\nSize: {deb.size_bytes}\nSHA256: {deb.sha256}\n"
+        )
     packages = "\n".join(stanzas).encode()
     (index / "Packages").write_bytes(packages)
     summary = f" {hashlib.sha256(packages).hexdigest()} {len(packages)} main/binary-amd64/Packages"
@@ -206,12 +270,19 @@ def _repository(folder: Path, suite: str, debs: Sequence[Deb], cache: Path) -> N
 
 def _require(program: str, package: str, instead: str) -> None:
     if not shutil.which(program):
-        raise PreflightError(f"{program} is not on this machine (Debian package {package})", hint=instead)
+        raise PreflightError(
+            f"{program} is not on this machine (Debian package {package})", hint=instead
+        )
 
 
 def _run(command: list[str], failed: str, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+    )
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-3:])[-600:]
-        raise PreflightError(f"{failed}: {command[0]} exited {done.returncode}: {last}", hint="the lines above are its own words")
+        raise PreflightError(
+            f"{failed}: {command[0]} exited {done.returncode}: {last}",
+            hint="the lines above are its own words",
+        )
     return done.stdout

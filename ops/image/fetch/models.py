@@ -1,7 +1,8 @@
-"""Base models for images and bundles: safetensors only, each file by its hash, one identity whatever the packing.
+"""Base models for images and bundles: safetensors only, each file by its hash, one identity
+whatever the packing.
 
-From a commit of the hub or from a folder. A pickle can run code when it is opened, so none is taken;
-`convert_llama` turns the one old layout that people still have into safetensors.
+From a commit of the hub or from a folder. A pickle can run code when it is opened, so none is
+taken; `convert_llama` turns the one old layout that people still have into safetensors.
 """
 
 from __future__ import annotations
@@ -28,21 +29,33 @@ HEADER_LIMIT = 100 << 20  # the safetensors library's own
 
 
 def resolve(source: ModelSource, root: Path, cache: Path, progress: Progress) -> Model:
-    """What the source holds now, copied to ``cache`` and pinned. Raises PreflightError where it is not a whole, safe model."""
+    """What the source holds now, copied to ``cache`` and pinned. Raises PreflightError where it is
+    not a whole, safe model.
+    """
     folder = _folder(source, root, cache, progress)
     paths = check(folder)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(lambda path: sha256_file(folder / path), paths))
-    files = [ModelFile(path=path, sha256=digest, size_bytes=(folder / path).stat().st_size)
-             for path, digest in zip(paths, digests, strict=True)]
-    model = Model(name=source.name, source=source.source, revision=source.revision, license=source.license or license_of(folder),
-                  set_digest=set_digest(files), files=files)
+    files = [
+        ModelFile(path=path, sha256=digest, size_bytes=(folder / path).stat().st_size)
+        for path, digest in zip(paths, digests, strict=True)
+    ]
+    model = Model(
+        name=source.name,
+        source=source.source,
+        revision=source.revision,
+        license=source.license or license_of(folder),
+        set_digest=set_digest(files),
+        files=files,
+    )
     _keep(model, folder, cache)
     return model
 
 
 def fetch(model: Model, root: Path, cache: Path, progress: Progress) -> Path:
-    """The folder with exactly the locked files, each hashed; fetched again where one is missing or differs."""
+    """The folder with exactly the locked files, each hashed; fetched again where one is missing or
+    differs.
+    """
     target = where(model, cache)
     if not _missing(model, target):
         return target
@@ -61,16 +74,27 @@ def fetch(model: Model, root: Path, cache: Path, progress: Progress) -> Path:
 
 
 def check(folder: Path) -> list[str]:
-    """The files of a model that travel, sorted; raises PreflightError for a pickle, a torn or a missing file."""
+    """The files of a model that travel, sorted; raises PreflightError for a pickle, a torn or a
+    missing file.
+    """
     if not folder.is_dir():
-        raise PreflightError(f"there is no model folder {folder}", hint="download the model, or correct source in images/NAME.toml")
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts)
+        raise PreflightError(
+            f"there is no model folder {folder}",
+            hint="download the model, or correct source in images/NAME.toml",
+        )
+    files = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and ".cache" not in path.parts
+    )
     weights = [path for path in files if path.endswith(".safetensors")]
     if not weights:
         raise PreflightError(_no_safetensors(folder, files), hint=_how_to_convert(folder))
     taken = [path for path in files if path.endswith(TAKEN) or Path(path).name.startswith(NAMED)]
     if "config.json" not in taken:
-        raise PreflightError(f"{folder} has weights and no config.json", hint="download the model again, all of it")
+        raise PreflightError(
+            f"{folder} has weights and no config.json", hint="download the model again, all of it"
+        )
     for path in weights:
         check_safetensors(folder / path)
     _check_index(folder, weights)
@@ -78,32 +102,48 @@ def check(folder: Path) -> list[str]:
 
 
 def check_safetensors(path: Path) -> dict[str, dict]:
-    """The header: tensors by name. Raises PreflightError where the file is not as long as its header says: a torn download."""
+    """The header: tensors by name. Raises PreflightError where the file is not as long as its
+    header says: a torn download.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise PreflightError(f"{path.name} is not safetensors ({size:,} bytes)", hint="download it again")
+            raise PreflightError(
+                f"{path.name} is not safetensors ({size:,} bytes)", hint="download it again"
+            )
         try:
             header = json.loads(file.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PreflightError(f"{path.name}: its safetensors header cannot be read: {error}", hint="download it again") from error
+            raise PreflightError(
+                f"{path.name}: its safetensors header cannot be read: {error}",
+                hint="download it again",
+            ) from error
     if size != 8 + length + end:
-        raise PreflightError(f"{path.name} has {size:,} bytes, its header says {8 + length + end:,}", hint="download it again: it broke off")
+        raise PreflightError(
+            f"{path.name} has {size:,} bytes, its header says {8 + length + end:,}",
+            hint="download it again: it broke off",
+        )
     return tensors
 
 
 def license_of(folder: Path) -> str:
-    """What the model's card says in its front matter, else the name of its licence file, else nothing."""
+    """What the model's card says in its front matter, else the name of its licence file, else
+    nothing.
+    """
     card = folder / "README.md"
-    if card.is_file() and (front := re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)):
+    if card.is_file() and (
+        front := re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+    ):
         lines = dict(re.findall(r"^(license\w*):\s*(\S.*)$", front[1], re.MULTILINE))
         if said := lines.get("license_name") or lines.get("license"):
             return said.strip().strip("\"'")
-    found = sorted(path.name for path in folder.iterdir() if path.name.startswith(("LICENSE", "COPYING")))
+    found = sorted(
+        path.name for path in folder.iterdir() if path.name.startswith(("LICENSE", "COPYING"))
+    )
     return f"see {found[0]}" if found else ""
 
 
@@ -119,16 +159,23 @@ def _folder(source: ModelSource, root: Path, cache: Path, progress: Progress) ->
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if not re.fullmatch("[0-9a-f]{40}", source.revision):
-        raise PreflightError(f"model {source.name}: revision {source.revision!r} is not a commit", hint="pin the hub's 40-digit commit")
+        raise PreflightError(
+            f"model {source.name}: revision {source.revision!r} is not a commit",
+            hint="pin the hub's 40-digit commit",
+        )
     progress(f"asking the hub for {rest}@{source.revision[:12]}")
     wanted = [f"*{suffix}" for suffix in TAKEN] + [f"{name}*" for name in NAMED]
     try:
         target = cache / "hub" / f"{rest.replace('/', '--')}-{source.revision[:12]}"
-        return Path(snapshot_download(rest, revision=source.revision, local_dir=target, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                rest, revision=source.revision, local_dir=target, allow_patterns=wanted
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PreflightError(
             f"model {rest}: the hub gave no answer: {str(error).splitlines()[0][:200]}",
-            hint="HF_ENDPOINT=https://a-mirror sets another hub, HF_TOKEN opens gated models; or source = \"folder:PATH\"",
+            hint='HF_ENDPOINT=https://a-mirror sets another hub, HF_TOKEN opens gated models; or source = "folder:PATH"',
         ) from error
 
 
@@ -137,14 +184,24 @@ def _missing(model: Model, folder: Path) -> list[str]:
 
     def differs(file: ModelFile) -> bool:
         path = folder / file.path
-        return not path.is_file() or path.stat().st_size != file.size_bytes or sha256_file(path) != file.sha256
+        return (
+            not path.is_file()
+            or path.stat().st_size != file.size_bytes
+            or sha256_file(path) != file.sha256
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [file.path for file, wrong in zip(model.files, pool.map(differs, model.files), strict=True) if wrong]
+        return [
+            file.path
+            for file, wrong in zip(model.files, pool.map(differs, model.files), strict=True)
+            if wrong
+        ]
 
 
 def _keep(model: Model, folder: Path, cache: Path) -> None:
-    """Copies into the cache by content; hard links where the file system allows, so that nothing lies on the disk twice."""
+    """Copies into the cache by content; hard links where the file system allows, so that nothing
+    lies on the disk twice.
+    """
     target = where(model, cache)
     for file in model.files:
         path = target / file.path
@@ -161,7 +218,10 @@ def _check_index(folder: Path, weights: list[str]) -> None:
     for index in folder.glob("*.safetensors.index.json"):
         named = set(json.loads(index.read_text()).get("weight_map", {}).values())
         if lost := sorted(named - set(weights)):
-            raise PreflightError(f"{index.name} names {lost[0]}, which is not there ({len(lost)} missing)", hint="download the model again")
+            raise PreflightError(
+                f"{index.name} names {lost[0]}, which is not there ({len(lost)} missing)",
+                hint="download the model again",
+            )
 
 
 def _no_safetensors(folder: Path, files: list[str]) -> str:

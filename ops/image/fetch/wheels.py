@@ -1,6 +1,8 @@
-"""Python packages: resolved by pip into a closed set of wheels, pinned by hash, fetched through whatever index pip is told to use.
+"""Python packages: resolved by pip into a closed set of wheels, pinned by hash, fetched through
+whatever index pip is told to use.
 
-An index, a proxy or a certificate is pip's own configuration on this machine (pip.conf, PIP_*): it reaches no lock and no layer.
+An index, a proxy or a certificate is pip's own configuration on this machine (pip.conf, PIP_*): it
+reaches no lock and no layer.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class BadWheel(ValueError):
 
 @dataclass(frozen=True)
 class About:
-    """What a wheel says of itself. ``license`` is its SPDX expression, else its classifiers or its text's first line."""
+    """What a wheel says of itself. ``license`` is its SPDX expression, else its classifiers or its
+    text's first line.
+    """
 
     name: str
     version: str
@@ -58,8 +62,11 @@ def about(path: Path) -> About:
     return About(normalize(meta["Name"]), meta["Version"], _license(meta))
 
 
-def resolve(spec: Python, requirements: Sequence[str], cache: Path, progress: Progress) -> list[Wheel]:
-    """The closure of ``requirements`` as wheels in ``cache``, sorted by name, not yet given to layers.
+def resolve(
+    spec: Python, requirements: Sequence[str], cache: Path, progress: Progress
+) -> list[Wheel]:
+    """The closure of ``requirements`` as wheels in ``cache``, sorted by name, not yet given to
+    layers.
 
     Downloads what pip chooses today. Raises PreflightError with pip's last words.
     """
@@ -76,14 +83,24 @@ def resolve(spec: Python, requirements: Sequence[str], cache: Path, progress: Pr
     return sorted(locked, key=lambda wheel: wheel.name)
 
 
-def fetch(spec: Python, locked: Iterable[Wheel], cache: Path, progress: Progress) -> dict[str, Path]:
-    """Every wheel as a file by its name, each checked against the lock. Only what is missing is fetched."""
+def fetch(
+    spec: Python, locked: Iterable[Wheel], cache: Path, progress: Progress
+) -> dict[str, Path]:
+    """Every wheel as a file by its name, each checked against the lock. Only what is missing is
+    fetched.
+    """
     wanted = {wheel.name: wheel for wheel in locked}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        whole = dict(zip(wanted, pool.map(lambda wheel: is_whole(wheel, cache), wanted.values()), strict=True))
+        whole = dict(
+            zip(
+                wanted, pool.map(lambda wheel: is_whole(wheel, cache), wanted.values()), strict=True
+            )
+        )
     missing = [wheel for wheel in wanted.values() if not whole[wheel.name]]
     if missing:
-        progress(f"fetching {len(missing)} wheels, {sum(wheel.size_bytes for wheel in missing) / 1e6:,.0f} MB")
+        progress(
+            f"fetching {len(missing)} wheels, {sum(wheel.size_bytes for wheel in missing) / 1e6:,.0f} MB"
+        )
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             pins = Path(folder) / "requirements.txt"
@@ -110,7 +127,9 @@ def where(wheel: Wheel, cache: Path) -> Path:
 
 
 def is_whole(wheel: Wheel, cache: Path) -> bool:
-    """Is the cached file the locked one? Hashed once; after that its size, time and inode are compared."""
+    """Is the cached file the locked one? Hashed once; after that its size, time and inode are
+    compared.
+    """
     path = where(wheel, cache)
     if not path.is_file():
         return False
@@ -141,19 +160,44 @@ def _locked(path: Path, digest: str) -> Wheel:
         said = about(path)
     except BadWheel as error:
         raise PreflightError(str(error), hint="run it again: the download broke off") from error
-    return Wheel(name=said.name, version=said.version, file=path.name, sha256=digest, size_bytes=path.stat().st_size, layer="",
-                 license=said.license)
+    return Wheel(
+        name=said.name,
+        version=said.version,
+        file=path.name,
+        sha256=digest,
+        size_bytes=path.stat().st_size,
+        layer="",
+        license=said.license,
+    )
 
 
 def _download(spec: Python, what: list[str], folder: Path) -> None:
-    """pip as it is configured here; then, where that has no answer, with the definition's public index as well."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    """pip as it is configured here; then, where that has no answer, with the definition's public
+    index as well.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+    ]
     command += ["--only-binary=:all:", *_target(spec.version), *what]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode and spec.index:
-        done = subprocess.run([*command, "--extra-index-url", spec.index], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [*command, "--extra-index-url", spec.index],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.strip().splitlines()
+        errors = [
+            line for line in done.stderr.splitlines() if line.startswith("ERROR")
+        ] or done.stderr.strip().splitlines()
         raise PreflightError(
             f"pip cannot get the wheels: {' '.join(errors[-2:])[-600:]}",
             hint="point pip at an index that has them: pip config set global.index-url URL, or PIP_INDEX_URL=URL",
@@ -162,14 +206,24 @@ def _download(spec: Python, what: list[str], folder: Path) -> None:
 
 def _target(python: str) -> list[str]:
     """pip's words for Debian 12 on x86-64 with this Python."""
-    platforms = ["linux_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC, 4, -1)), *(f"{x}_x86_64" for x in LEGACY)]
+    platforms = [
+        "linux_x86_64",
+        *(f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC, 4, -1)),
+        *(f"{x}_x86_64" for x in LEGACY),
+    ]
     tags = ["--implementation", "cp", "--python-version", python]
-    tags += [part for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for part in ("--abi", abi)]
+    tags += [
+        part for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for part in ("--abi", abi)
+    ]
     return tags + [part for platform in platforms for part in ("--platform", platform)]
 
 
 def _dist_info(path: Path, archive: zipfile.ZipFile) -> str:
-    found = {name.split("/", 1)[0] for name in archive.namelist() if name.endswith(".dist-info/METADATA") and name.count("/") == 1}
+    found = {
+        name.split("/", 1)[0]
+        for name in archive.namelist()
+        if name.endswith(".dist-info/METADATA") and name.count("/") == 1
+    }
     if len(found) != 1:
         raise BadWheel(f"{path.name} has {len(found)} .dist-info folders, a wheel has one")
     return found.pop()
@@ -179,7 +233,9 @@ def _license(meta: email.message.Message) -> str:
     if expression := str(meta.get("License-Expression") or ""):
         return " ".join(expression.split())
     classifiers = [str(line) for line in meta.get_all("Classifier", [])]
-    named = [line.rpartition("::")[2].strip() for line in classifiers if line.startswith("License ::")]
+    named = [
+        line.rpartition("::")[2].strip() for line in classifiers if line.startswith("License ::")
+    ]
     named = [name for name in named if name != "OSI Approved"]
     first = str(meta.get("License") or "").strip().splitlines()
     return " AND ".join(sorted(named)) or (first[0][:80] if first else "")

@@ -1,9 +1,11 @@
-"""The page for the security officer: what was verified, proved and installed, from INSTALL-RECORD.json.
+"""The page for the security officer: what was verified, proved and installed, from
+INSTALL-RECORD.json.
 
     python audit_report.py < INSTALL-RECORD.json > EVIDENCE.html
 
-Standard library only: it runs inside the image, on the server, and the server's own key signs what it writes. The record lies
-in the page whole (in a <script type="application/json">), so the page alone can be checked and re-read by programs.
+Standard library only: it runs inside the image, on the server, and the server's own key signs what
+it writes. The record lies in the page whole (in a <script type="application/json">), so the page
+alone can be checked and re-read by programs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ VERIFY = """ssh-keygen -Y verify -f allowed -I server -n milktea-evidence -s EVI
 
 
 def page(record_text: str) -> str:
-    """The page of one record. Raises ValueError (json's) or KeyError for a text that is no record of an installation."""
+    """The page of one record. Raises ValueError (json's) or KeyError for a text that is no record
+    of an installation.
+    """
     record = json.loads(record_text)
     if record.get("milktea_install") != 1:
         raise ValueError("this is not an INSTALL-RECORD.json that this milktea understands")
@@ -40,12 +44,21 @@ def page(record_text: str) -> str:
         "Image before, kept for rollback": image["previous"] or "none",
         "Bill of materials (sbom/image.cdx.json) is": record["sbom"] or "not carried",
     }
-    body = [f"<h1>Evidence of an installation: {_e(bundle['name'])} {_e(bundle['id'])}</h1>", _rows(facts)]
+    body = [
+        f"<h1>Evidence of an installation: {_e(bundle['name'])} {_e(bundle['id'])}</h1>",
+        _rows(facts),
+    ]
     body += ["<h2>Self-test, without a network, on a read-only image</h2>", _selftest(selftest)]
     body += ["<h2>The server before the installation</h2>", _checks(record["preflight"]["checks"])]
-    body += ["<h2>Layers</h2><ol>", *(f"<li><code>{_e(x)}</code></li>" for x in image["layers"]), "</ol>"]
+    body += [
+        "<h2>Layers</h2><ol>",
+        *(f"<li><code>{_e(x)}</code></li>" for x in image["layers"]),
+        "</ol>",
+    ]
     body += [f"<h2>To verify this page</h2><pre>{_e(VERIFY)}</pre>"]
-    body += [f"<p>Record: sha256 <code>{hashlib.sha256(record_text.encode()).hexdigest()}</code></p>"]
+    body += [
+        f"<p>Record: sha256 <code>{hashlib.sha256(record_text.encode()).hexdigest()}</code></p>"
+    ]
     data = record_text.replace("</", "<\\/")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evidence {_e(bundle["id"])}</title><style>{STYLE}</style>'
@@ -58,12 +71,17 @@ def _selftest(selftest: Any) -> str:
     """The checks of trainer.checkup; an image with another self-test shows what it printed."""
     if not isinstance(selftest, dict) or "checks" not in selftest:
         return f"<pre>{_e(selftest if isinstance(selftest, str) else json.dumps(selftest, indent=1))}</pre>"
-    rows = "".join(_row(c["check"], *(("ok", "passed") if c["ok"] else ("fail", "FAILED")), c["found"]) for c in selftest["checks"])
+    rows = "".join(
+        _row(c["check"], *(("ok", "passed") if c["ok"] else ("fail", "FAILED")), c["found"])
+        for c in selftest["checks"]
+    )
     return f"<table><tr><th>check</th><th>result</th><th>found</th></tr>{rows}</table>"
 
 
 def _checks(checks: list[dict[str, str]]) -> str:
-    rows = "".join(_row(c["check"], c["verdict"], c["verdict"], c["measured"], c["needed"]) for c in checks)
+    rows = "".join(
+        _row(c["check"], c["verdict"], c["verdict"], c["measured"], c["needed"]) for c in checks
+    )
     return f"<table><tr><th>check</th><th>verdict</th><th>measured</th><th>needed</th></tr>{rows}</table>"
 
 
@@ -73,7 +91,11 @@ def _row(name: str, colour: str, verdict: str, *cells: str) -> str:
 
 
 def _rows(facts: dict[str, Any]) -> str:
-    return "<table>" + "".join(f"<tr><th>{_e(k)}</th><td>{_e(v)}</td></tr>" for k, v in facts.items()) + "</table>"
+    return (
+        "<table>"
+        + "".join(f"<tr><th>{_e(k)}</th><td>{_e(v)}</td></tr>" for k, v in facts.items())
+        + "</table>"
+    )
 
 
 def _e(value: Any) -> str:

@@ -1,10 +1,12 @@
-"""What INSTALL.sh does once the image is loaded and verified, by that image's own Python: no network, read-only, no rights.
+"""What INSTALL.sh does once the image is loaded and verified, by that image's own Python: no
+network, read-only, no rights.
 
     python installer.py models PREFIX < GOOD       base models from the volumes of the bundle into PREFIX/models
     python installer.py record PREFIX < FACTS      INSTALL-RECORD.json and EVIDENCE.html
 
-GOOD has a line "VOLUME PATH" for each verified volume. FACTS are the server's facts as lines, then "selftest" and what the
-self-test printed. The bundle's small files lie under /small (MILKTEA_SMALL). Standard library only.
+GOOD has a line "VOLUME PATH" for each verified volume. FACTS are the server's facts as lines, then
+"selftest" and what the self-test printed. The bundle's small files lie under /small
+(MILKTEA_SMALL). Standard library only.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def rows(plan: str, key: str) -> list[list[str]]:
 
 
 def install_models(plan: str, places: dict[str, Path], prefix: Path) -> list[str]:
-    """Copy each model of PLAN to PREFIX/models/SET, hashing what is written; a model appears whole or not at all.
+    """Copy each model of PLAN to PREFIX/models/SET, hashing what is written; a model appears whole
+    or not at all.
 
     Returns a line for each. Raises Damaged where a file does not arrive as the plan says.
     """
@@ -66,7 +69,9 @@ def _copy_model(files: list[list[str]], places: dict[str, Path], target: Path) -
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
         found, written = _copy_file([places[volume] for volume in volumes.split(",")], stage / path)
         if found != sha256 or written != int(size):
-            raise Damaged(f"{path} arrived with {written:,} bytes and sha256 {found[:12]}, the plan says {size} and {sha256[:12]}")
+            raise Damaged(
+                f"{path} arrived with {written:,} bytes and sha256 {found[:12]}, the plan says {size} and {sha256[:12]}"
+            )
     for entry in stage.rglob("*"):
         entry.chmod(0o755 if entry.is_dir() else 0o444)
     stage.rename(target)
@@ -97,7 +102,9 @@ def _link_name(models: Path, name: str, digest: str) -> None:
 
 
 def record(plan: str, facts: str, prefix: Path, sbom: str | None) -> dict[str, Any]:
-    """What was verified, proved and installed, as one object: who, when, which hashes, the checks, the self-test."""
+    """What was verified, proved and installed, as one object: who, when, which hashes, the checks,
+    the self-test.
+    """
     head, _, selftest = facts.partition("\nselftest\n")
     lines = [line.partition(" ") for line in head.splitlines()]
     fact = {key: value for key, _, value in lines}
@@ -151,7 +158,10 @@ def main(arguments: list[str]) -> int:
     plan = (small / "PLAN").read_text()
     command, prefix = arguments[0], Path(arguments[1])
     if command == "models":
-        places = {volume: Path(path) for volume, _, path in (line.rstrip("\n").partition(" ") for line in sys.stdin)}
+        places = {
+            volume: Path(path)
+            for volume, _, path in (line.rstrip("\n").partition(" ") for line in sys.stdin)
+        }
         try:
             print(*install_models(plan, places, prefix), sep="\n")
         except (Damaged, OSError) as error:

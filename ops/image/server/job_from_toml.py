@@ -1,11 +1,13 @@
-"""Inside the image, on a server without a network: a job file as for renting becomes a run folder as on a rented box.
+"""Inside the image, on a server without a network: a job file as for renting becomes a run folder
+as on a rented box.
 
     python job_from_toml.py paths JOB.toml                              host paths that the job reads, one a line (to be mounted)
     python job_from_toml.py run JOB.toml RUN_FOLDER [PROCESSES]         writes RUN_FOLDER/job.json and its data
 
-`milktea-run` calls it; `ops.job.config` and `ops.errors` travel with it in the bundle, `trainer.wire.job` is the image's own. The keys
-that are about money and machines ([offer], [limits], [image], [results]) are checked and then mean nothing here, but for
-offer.num_gpus. A base model is looked for as a folder, then among the installed models, then in the image.
+`milktea-run` calls it; `ops.job.config` and `ops.errors` travel with it in the bundle, `trainer.wire.job` is
+the image's own. The keys that are about money and machines ([offer], [limits], [image], [results])
+are checked and then mean nothing here, but for offer.num_gpus. A base model is looked for as a
+folder, then among the installed models, then in the image.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from trainer.wire.job import DataFile, Job
 
 
 def paths_of(job: JobFile) -> list[Path]:
-    """Absolute host paths of data, template and base model folder; existing or not, that is the host's to say."""
+    """Absolute host paths of data, template and base model folder; existing or not, that is the
+    host's to say.
+    """
     found = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
     template = Path(job.data.template)
     return found + ([template] if template.is_absolute() else [])
@@ -37,7 +41,9 @@ def model_paths(toml: Path, job: JobFile) -> list[Path]:
 
 
 def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job:
-    """Copy the data into the run folder, point to the model, write job.json. Raises ConfigError or FileNotFoundError."""
+    """Copy the data into the run folder, point to the model, write job.json. Raises ConfigError or
+    FileNotFoundError.
+    """
     (run / "data").mkdir(parents=True, exist_ok=True)
     wanted = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
     data = [_copy(path, run, f"data/{n}-{path.name}") for n, path in enumerate(wanted)]
@@ -48,8 +54,14 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
         link.unlink()
     link.symlink_to(model)
     template = Path(job.data.template)
-    if not template.is_absolute() and job.data.template != "chat" and job.data.template not in prompt.names():
-        raise ConfigError(f"data.template: {job.data.template!r} is none of {', '.join(prompt.names())}, chat, or a file")
+    if (
+        not template.is_absolute()
+        and job.data.template != "chat"
+        and job.data.template not in prompt.names()
+    ):
+        raise ConfigError(
+            f"data.template: {job.data.template!r} is none of {', '.join(prompt.names())}, chat, or a file"
+        )
     wire = Job.model_validate({
         "run_id": run.name,
         "model": {"base": Path(job.model.base).name if model.name != "practice_model" else "practice_model", "path": "model",
@@ -74,14 +86,26 @@ def find_model(toml: Path, job: JobFile) -> Path:
     """The folder of the base model. Raises ConfigError that lists what is installed."""
     base = job.model.base.partition("@")[0]
     installed = Path(os.environ.get("MILKTEA_MODELS", "/models")) / "by-name"
-    inside = [_package_folder("trainer") / "practice" / "practice_model", *sorted(Path("/models").glob("*practice*"))] if "practice" in base else []
+    inside = (
+        [
+            _package_folder("trainer") / "practice" / "practice_model",
+            *sorted(Path("/models").glob("*practice*")),
+        ]
+        if "practice" in base
+        else []
+    )
     for folder in (*model_paths(toml, job), installed / base, Path("/models") / base, *inside):
         if (folder / "config.json").is_file():
             return folder.resolve()
-    names = [str(p.parent.relative_to(installed)) for p in installed.rglob("config.json")] if installed.is_dir() else []
+    names = (
+        [str(p.parent.relative_to(installed)) for p in installed.rglob("config.json")]
+        if installed.is_dir()
+        else []
+    )
     have = ", ".join(sorted(names)) or "none"
     raise ConfigError(
-        f"model.base: {job.model.base} is neither a folder here nor installed (installed: {have})", hint="milktea-run models lists them"
+        f"model.base: {job.model.base} is neither a folder here nor installed (installed: {have})",
+        hint="milktea-run models lists them",
     )
 
 
@@ -95,7 +119,9 @@ def _copy(source: Path, run: Path, relative: str) -> dict[str, object]:
     shutil.copyfile(source, target)
     with target.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return DataFile(path=relative, name=source.name, sha256=digest, size_bytes=target.stat().st_size).model_dump()
+    return DataFile(
+        path=relative, name=source.name, sha256=digest, size_bytes=target.stat().st_size
+    ).model_dump()
 
 
 def main(arguments: list[str]) -> int:
@@ -114,7 +140,10 @@ def main(arguments: list[str]) -> int:
         print(f"refused: {error}\ndo this: {error.hint}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"refused: {error}\ndo this: check the paths in {arguments[1]}; relative ones are relative to it", file=sys.stderr)
+        print(
+            f"refused: {error}\ndo this: check the paths in {arguments[1]}; relative ones are relative to it",
+            file=sys.stderr,
+        )
         return 3
     return 0
 

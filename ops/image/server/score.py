@@ -1,6 +1,7 @@
-"""Inside the image: score what a run made, on held-out rows. Reads the run folder (job.json, data, model, result/adapter.zip).
+"""Inside the image: score what a run made, on held-out rows. Reads the run folder (job.json, data,
+model, result/adapter.zip).
 
-    python score.py RUN_FOLDER [DATA.json]       BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and exact match, 0 to 100
+python score.py RUN_FOLDER [DATA.json]       BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and exact match, 0 to 100
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ def tokens(text: str) -> list[str]:
 
 
 def bleu4(answers: list[str], expected: list[str]) -> float:
-    """Corpus BLEU-4 with brevity penalty (Papineni et al. 2002), 0 to 100; orders without a match count as half a match
-    (smoothing of Chen and Cherry 2014, method 1, with 0.5), orders for which no text is long enough do not count."""
+    """Corpus BLEU-4 with brevity penalty (Papineni et al. 2002), 0 to 100; orders without a match
+    count as half a match (smoothing of Chen and Cherry 2014, method 1, with 0.5), orders for which
+    no text is long enough do not count."""
     matched, total, length, wanted = [0] * 4, [0] * 4, 0, 0
     for answer, reference in zip(answers, expected, strict=True):
         a, r = tokens(answer), tokens(reference)
@@ -48,7 +50,9 @@ def rouge(answers: list[str], expected: list[str]) -> dict[str, float]:
         a, r = tokens(answer), tokens(reference)
         for n in (1, 2):
             mine, theirs = _grams(a, n), _grams(r, n)
-            sums[f"rouge-{n}"] += _f1(sum((mine & theirs).values()), sum(mine.values()), sum(theirs.values()))
+            sums[f"rouge-{n}"] += _f1(
+                sum((mine & theirs).values()), sum(mine.values()), sum(theirs.values())
+            )
         sums["rouge-l"] += _f1(_common(a, r), len(a), len(r))
     return {name: 100 * value / max(1, len(answers)) for name, value in sums.items()}
 
@@ -72,7 +76,9 @@ def _common(a: list[str], b: list[str]) -> int:
 
 
 def evaluate(run: Path, data_file: Path | None) -> int:
-    """Print and write (evaluation.json) the scores of the base model and of the adapter on held-out rows."""
+    """Print and write (evaluation.json) the scores of the base model and of the adapter on held-out
+    rows.
+    """
     import torch
 
     from trainer.data.files import read_rows
@@ -82,14 +88,21 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     from trainer.wire.job import Job
 
     if not (run / "result" / "manifest.json").is_file():
-        raise SystemExit(f"refused: {run.name} has no finished result\ndo this: milktea-run train JOB.toml --run {run.name} goes on with it")
+        raise SystemExit(
+            f"refused: {run.name} has no finished result\ndo this: milktea-run train JOB.toml --run {run.name} goes on with it"
+        )
     job = Job.model_validate_json((run / "job.json").read_bytes())
     if data_file is None and job.data.held_out is None:
-        raise SystemExit("refused: the job has no held_out rows\ndo this: milktea-run evaluate RUN DATA.json")
+        raise SystemExit(
+            "refused: the job has no held_out rows\ndo this: milktea-run evaluate RUN DATA.json"
+        )
     path = data_file or run / job.data.held_out.path  # type: ignore[union-attr]  # refused above
     rows, defects = read_rows([(path, path.name)], job.data.format if data_file is None else "auto")
     if defects or not rows:
-        raise SystemExit("\n".join(["refused:", *map(str, defects[:10])]) + f"\ndo this: mend {path.name}, or leave these rows out")
+        raise SystemExit(
+            "\n".join(["refused:", *map(str, defects[:10])])
+            + f"\ndo this: mend {path.name}, or leave these rows out"
+        )
     rows = [row for row in rows if row.turns]
     expected = [row.turns[-1].text.strip() for row in rows]
     with tempfile.TemporaryDirectory() as folder:
@@ -99,12 +112,21 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     prompts = [prompt_ids(chat.data, row.turns[:-1]) for row in rows]
     found = {}
     for name in ("base", "adapter"):
-        with chat.model.disable_adapter() if name == "base" else nullcontext(), torch.inference_mode():  # type: ignore[operator]
+        with (
+            chat.model.disable_adapter() if name == "base" else nullcontext(),
+            torch.inference_mode(),
+        ):  # type: ignore[operator]
             answers = answer(chat.model, prompts, chat.data, chat.device)
-        found[name] = {"bleu-4": bleu4(answers, expected), **rouge(answers, expected), "exact": 100 * match(answers, expected)}
+        found[name] = {
+            "bleu-4": bleu4(answers, expected),
+            **rouge(answers, expected),
+            "exact": 100 * match(answers, expected),
+        }
     for name, scores in found.items():
         print(f"{name:8}", "  ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-    (run / "evaluation.json").write_text(json.dumps({"data": path.name, "rows": len(rows), **found}, indent=1))
+    (run / "evaluation.json").write_text(
+        json.dumps({"data": path.name, "rows": len(rows), **found}, indent=1)
+    )
     return 0
 
 

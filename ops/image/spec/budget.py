@@ -1,4 +1,6 @@
-"""Every byte of an image attributed, and a limit that fails the build on growth (images/NAME.budget)."""
+"""Every byte of an image attributed, and a limit that fails the build on growth
+(images/NAME.budget).
+"""
 
 from __future__ import annotations
 
@@ -12,28 +14,52 @@ from ops.image.spec.lock import Lock
 def over(lock: Lock, budget: Budget) -> list[str]:
     """What is over its limit, one sentence each; and a limit for a layer that is not there."""
     sizes = {layer.name: layer.size_bytes for layer in lock.layers}
-    found = [f"layer {name} has {sizes[name]:,} bytes, {sizes[name] - most:,} more than its {most:,}"
-             for name, most in sorted(budget.layers.items()) if sizes.get(name, 0) > most]
-    found += [f"layer {name} has a limit and does not exist" for name in sorted(budget.layers.keys() - sizes.keys())]
+    found = [
+        f"layer {name} has {sizes[name]:,} bytes, {sizes[name] - most:,} more than its {most:,}"
+        for name, most in sorted(budget.layers.items())
+        if sizes.get(name, 0) > most
+    ]
+    found += [
+        f"layer {name} has a limit and does not exist"
+        for name in sorted(budget.layers.keys() - sizes.keys())
+    ]
     if lock.size_bytes > budget.image_bytes:
-        found.append(f"the image has {lock.size_bytes:,} bytes, {lock.size_bytes - budget.image_bytes:,} more than its {budget.image_bytes:,}")
+        found.append(
+            f"the image has {lock.size_bytes:,} bytes, {lock.size_bytes - budget.image_bytes:,} more than its {budget.image_bytes:,}"
+        )
     return found
 
 
 def require(lock: Lock, budget: Budget | None, path: Path) -> None:
-    """Raises ConfigError where the image has grown over its budget; an image without a budget file has no limit."""
+    """Raises ConfigError where the image has grown over its budget; an image without a budget file
+    has no limit.
+    """
     if budget is not None and (found := over(lock, budget)):
-        hint = f"milktea image size {lock.image} says what holds the bytes; prune, or raise the limit"
+        hint = (
+            f"milktea image size {lock.image} says what holds the bytes; prune, or raise the limit"
+        )
         raise ConfigError(f"{path}: {'; '.join(found)}", hint=hint)
 
 
 def attribution(lock: Lock) -> list[tuple[str, int, int, str]]:
-    """Layer, bytes uncompressed, bytes that travel, what they are: they add up to the image, none is left over."""
-    return [(layer.name, layer.size_bytes, layer.blob_bytes, ", ".join(layer.holds)) for layer in lock.layers]
+    """Layer, bytes uncompressed, bytes that travel, what they are: they add up to the image, none
+    is left over.
+    """
+    return [
+        (layer.name, layer.size_bytes, layer.blob_bytes, ", ".join(layer.holds))
+        for layer in lock.layers
+    ]
 
 
 def growth(old: Lock, new: Lock) -> list[tuple[str, int]]:
-    """By how many bytes each layer changed between two locks, the largest change first; unchanged ones are left out."""
+    """By how many bytes each layer changed between two locks, the largest change first; unchanged
+    ones are left out.
+    """
     before, after = ({layer.name: layer.size_bytes for layer in lock.layers} for lock in (old, new))
-    changed = {name: after.get(name, 0) - before.get(name, 0) for name in before.keys() | after.keys()}
-    return sorted(((name, change) for name, change in changed.items() if change), key=lambda item: (-abs(item[1]), item[0]))
+    changed = {
+        name: after.get(name, 0) - before.get(name, 0) for name in before.keys() | after.keys()
+    }
+    return sorted(
+        ((name, change) for name, change in changed.items() if change),
+        key=lambda item: (-abs(item[1]), item[0]),
+    )

@@ -1,7 +1,8 @@
-"""``images/NAME.toml``: what an image is, as a person decides it. The lock says which bytes that came to.
+"""``images/NAME.toml``: what an image is, as a person decides it. The lock says which bytes that
+came to.
 
-A key that is not known is refused with its path. ``images/NAME.budget`` holds the most bytes that the image and each of
-its layers may have.
+A key that is not known is refused with its path. ``images/NAME.budget`` holds the most bytes that
+the image and each of its layers may have.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from ops.image.spec.lock import Cuda, Lock, Strict
 
 T = TypeVar("T", bound=Strict)
 Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.-]{0,62}$")]
-ModelName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=96)]
+ModelName = Annotated[
+    str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=96)
+]
 
 
 class Os(Strict):
-    """Debian. ``base`` is the image that the Dockerfile starts from, by digest. ``packages`` are read from
-    docker/NAME/VERSION/debian/packages.txt."""
+    """Debian. ``base`` is the image that the Dockerfile starts from, by digest. ``packages`` are
+    read from docker/NAME/VERSION/debian/packages.txt."""
 
     suite: str
     base: Annotated[str, Field(pattern="@sha256:[0-9a-f]{64}$")]
@@ -32,7 +35,9 @@ class Os(Strict):
 
 
 class Python(Strict):
-    """``requirements`` are pip's. ``index`` is the public index to ask where the configured one has no such version."""
+    """``requirements`` are pip's. ``index`` is the public index to ask where the configured one has
+    no such version.
+    """
 
     version: str
     requirements: list[str]
@@ -40,8 +45,8 @@ class Python(Strict):
 
 
 class ModelSource(Strict):
-    """``source`` is ``hub:ID`` or ``folder:PATH`` (relative to the checkout). ``revision`` is the hub's commit;
-    ``license`` overrules what the model's card says."""
+    """``source`` is ``hub:ID`` or ``folder:PATH`` (relative to the checkout). ``revision`` is the
+    hub's commit; ``license`` overrules what the model's card says."""
 
     name: ModelName
     source: Annotated[str, Field(pattern="^(hub:.+/.+|folder:.+)$")]
@@ -50,8 +55,9 @@ class ModelSource(Strict):
 
 
 class Definition(Strict):
-    """One image. ``dockerfile`` is a folder under docker/; ``epoch`` (Unix seconds) is the time stamp of every file;
-    ``layers`` names the RUN that installs a wheel by shell patterns, the first that fits."""
+    """One image. ``dockerfile`` is a folder under docker/; ``epoch`` (Unix seconds) is the time
+    stamp of every file; ``layers`` names the RUN that installs a wheel by shell patterns, the first
+    that fits."""
 
     schema_version: Literal[2]
     name: Name
@@ -73,28 +79,42 @@ class Definition(Strict):
 
     @property
     def sha256(self) -> str:
-        """Of the meaning, not of the spelling: comments and the order of keys do not make a lock old."""
+        """Of the meaning, not of the spelling: comments and the order of keys do not make a lock
+        old.
+        """
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
 class Budget(Strict):
-    """Most bytes, uncompressed, of the image and of its layers by name; a layer without a line has no limit of its own."""
+    """Most bytes, uncompressed, of the image and of its layers by name; a layer without a line has
+    no limit of its own.
+    """
 
     image_bytes: Annotated[int, Field(gt=0)]
     layers: dict[str, int] = {}
 
 
 def read(path: Path) -> Definition:
-    """The definition with its Debian packages; raises ConfigError naming the file and the first wrong key."""
+    """The definition with its Debian packages; raises ConfigError naming the file and the first
+    wrong key.
+    """
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml"))) or "none"
-        raise ConfigError(f"there is no image {path.stem!r} ({path})", hint=f"take one of {path.parent}: {known}")
+        raise ConfigError(
+            f"there is no image {path.stem!r} ({path})", hint=f"take one of {path.parent}: {known}"
+        )
     definition = _parse(Definition, path)
     if definition.name != path.stem:
-        raise ConfigError(f"{path}: name is {definition.name!r}", hint=f'write name = "{path.stem}", or rename the file')
+        raise ConfigError(
+            f"{path}: name is {definition.name!r}",
+            hint=f'write name = "{path.stem}", or rename the file',
+        )
     packages = path.parent.parent / "docker" / definition.dockerfile / "debian" / "packages.txt"
     if not packages.is_file():
-        raise ConfigError(f"{path}: dockerfile: {packages} does not exist", hint="list the Debian packages there, one a line")
+        raise ConfigError(
+            f"{path}: dockerfile: {packages} does not exist",
+            hint="list the Debian packages there, one a line",
+        )
     wanted = definition.os.model_copy(update={"packages": packages.read_text().split()})
     return definition.model_copy(update={"os": wanted})
 

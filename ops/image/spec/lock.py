@@ -1,7 +1,8 @@
-"""``images/NAME.lock``: every byte of an image that comes from outside, by its hash. TOML, sorted, no times, no host names.
+"""``images/NAME.lock``: every byte of an image that comes from outside, by its hash. TOML, sorted,
+no times, no host names.
 
-The committed lock pins Debian packages, wheels and model files. The lock of one built image says the layers and the
-image's digests too; it travels in the bundle as image.lock.
+The committed lock pins Debian packages, wheels and model files. The lock of one built image says
+the layers and the image's digests too; it travels in the bundle as image.lock.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Deb(Strict):
 
 
 class Wheel(Strict):
-    """``layer`` is the layer that holds it; ``license`` is what its METADATA says, empty where it says nothing."""
+    """``layer`` is the layer that holds it; ``license`` is what its METADATA says, empty where it
+    says nothing.
+    """
 
     name: str
     version: str
@@ -58,8 +61,8 @@ class ModelFile(Strict):
 
 
 class Model(Strict):
-    """Files that lie beside the image. ``set_digest`` is sha256 over the sorted lines ``SHA256␠␠PATH\\n``: one identity
-    whatever the packing."""
+    """Files that lie beside the image. ``set_digest`` is sha256 over the sorted lines
+    ``SHA256␠␠PATH\\n``: one identity whatever the packing."""
 
     name: str
     source: str
@@ -81,8 +84,8 @@ class LockedLayer(Strict):
 
 
 class Cuda(Strict):
-    """``min_driver`` is the lowest NVIDIA driver of the line (minor-version compatibility counted in);
-    ``architectures`` are the compute capabilities for which the wheels carry code."""
+    """``min_driver`` is the lowest NVIDIA driver of the line (minor-version compatibility counted
+    in); ``architectures`` are the compute capabilities for which the wheels carry code."""
 
     line: str
     toolkit: str
@@ -99,8 +102,8 @@ class Identity(Strict):
 
 
 class Lock(Strict):
-    """``epoch`` is the one time stamp of every file; ``definition_sha256`` tells a lock that is older than its definition.
-    ``identity`` and ``layers`` are of a built image only."""
+    """``epoch`` is the one time stamp of every file; ``definition_sha256`` tells a lock that is
+    older than its definition. ``identity`` and ``layers`` are of a built image only."""
 
     schema_version: int = SCHEMA
     image: str

@@ -1,4 +1,6 @@
-"""Where the files of images lie: the committed ones in the checkout, what can be made again under .milktea/."""
+"""Where the files of images lie: the committed ones in the checkout, what can be made again under
+.milktea/.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Places:
 
     @property
     def released(self) -> Path:
-        """Lines of sha256sum: the files of docker/ that belong to a released version and are never edited."""
+        """Lines of sha256sum: the files of docker/ that belong to a released version and are never
+        edited.
+        """
         return self.root / "docker" / "released"
 
     @property
@@ -51,5 +55,7 @@ class Places:
         return self.cache / "blobs"
 
     def image(self, name: str) -> Path:
-        """The image that was exported last: config.json and image.lock; its layers are blobs in the cache."""
+        """The image that was exported last: config.json and image.lock; its layers are blobs in the
+        cache.
+        """
         return self.root / ".milktea" / "images" / name
