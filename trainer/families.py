@@ -18,6 +18,8 @@ from typing import Any
 TABLE = Path(__file__).with_name("families.toml")
 EXPERT_RANK = 8  # of adapters on experts, by default: there are many
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
+# what people call the linear layers of an expert
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts")
 # quantised checkpoints whose values can be restored exactly, or nearly, and then trained on
 RESTORED = {
     "mxfp4": "restored to bf16 when it is loaded",
@@ -143,6 +145,16 @@ class Family:
             tuple(row["experts"]) if experts and self.mixture else (),
             str(row["router"]) if router and self.mixture else "",
         )
+
+    def named(self, wanted: list[str]) -> tuple[list[str], list[str]]:
+        """Of modules that a job names: (those that are modules here, the parameters of the experts
+        that the rest means). The parts of an expert are no modules of their own."""
+        if not self.mixture:
+            return wanted, []
+        kept = [n for n in self.all_linear().modules]
+        parts = [n for n in wanted if n in EXPERT_PARTS and n not in kept]
+        modules = [n for n in wanted if n not in parts]
+        return modules, list(self.row["experts"]) if parts else []
 
     def _taken(self) -> tuple[str, ...]:
         """Modules that PEFT would take for the experts, so that they cannot have adapters."""

@@ -1,9 +1,13 @@
-"""The model of a job: loaded from disk, given its adapter, set up for packed rows. transformers for
-classes, PEFT for adapters."""
+"""The model of a job: loaded from disk, given its adapter, set up for packed rows.
+
+transformers for classes, PEFT for adapters, trainer/families.py for what differs between them.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,20 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
+from transformers.utils.quantization_config import Mxfp4Config
 
+from trainer import families
+from trainer.families import EXPERT_RANK, Family, FamilyError
+from trainer.kernels import experts, rotary
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
 from trainer.model.dropout import KeyedDropout, TokenKeys
@@ -34,18 +49,22 @@ def load(
     keys: TokenKeys,
     checkpoint_layers: int = 0,
     shard: int | None = None,
+    longest: int | None = None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """(the trainable model on `device`, what computes it by name): the frozen base with LoRA, or
     the parts that full and freeze train. Trained parameters are fp32. The first `checkpoint_layers`
-    layers keep only their input for the backward pass. For trainer/loop/sharded.py, `shard` is this
-    process's rank: the model stays off the device, and holds weights on rank 0 only."""
+    layers keep only their input for the backward pass; `longest` is the longest row in tokens. For
+    trainer/loop/sharded.py, `shard` is this process's rank: the model stays off the device, and
+    holds weights on rank 0 only. Raises ModelError."""
     refuse_precision(job.model.precision, device)
-    fast = device.type == "cuda" and job.training.method == "lora" and job.model.precision != "int8"
-    model = load_base(job, folder, device, quantise=not fast, empty=bool(shard))
-    if job.training.method == "lora":
+    lora, precision = job.training.method == "lora", job.model.precision
+    fast = device.type == "cuda" and lora and precision != "int8"
+    model = load_base(job, folder, device, not fast, bool(shard), longest)
+    if lora:
         model = add_lora(job, model, keys)
     else:
         choose_trainable(job, model)
+    names = prepare(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -53,36 +72,64 @@ def load(
         from trainer.kernels.patch import accelerate_model
 
         try:
-            names = accelerate_model(
-                model, job.model.precision, device, checkpoint_layers=checkpoint_layers
-            )
+            names |= accelerate_model(model, precision, device, checkpoint_layers=checkpoint_layers)
             checkpoint_first(model, checkpoint_layers)
             return model.train(), names
         except ValueError as why:
-            if job.model.precision in ("fp8", "nf4"):
+            if precision in ("fp8", "nf4"):
                 raise ModelError(
-                    f"precision {job.model.precision} does not serve this model ({why}): set "
-                    'model.precision = "bf16"'
+                    f"precision {precision} does not serve this model ({why}): "
+                    'set model.precision = "bf16"'
                 ) from why
             reason = str(why)
     else:
-        reason = f"{device.type}, {job.training.method}, {job.model.precision}"
+        reason = f"{device.type}, {job.training.method}, {precision}"
     if checkpoint_layers:
         checkpoint_first(model, checkpoint_layers)
     model = model if shard is not None else model.to(device)
-    flash = device.type == "cuda" and job.model.precision != "fp32"
-    return model.train(), {
-        "layer": f"transformers ({reason})",
-        "attention": attention_name(False, device) if flash else "by document",
-    }
+    flash = device.type == "cuda" and precision != "fp32"
+    names["layer"] = f"transformers ({reason})"
+    names["attention"] = attention_name(False, device) if flash else "by document"
+    if not family_of(model).packs(longest):
+        names["attention"] = "transformers' own"
+    return model.train(), names
+
+
+def family_in(folder: Path) -> Family:
+    """The family of a model's folder. Raises ModelError for one that cannot be trained."""
+    try:
+        return families.read(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except FamilyError as why:
+        raise ModelError(f"{why}: {why.hint}") from why
+
+
+def family_of(model: nn.Module) -> Family:
+    """Of a loaded model, PEFT's wrappers or not."""
+    inner = causal(model)
+    if not hasattr(inner, "family"):
+        inner.family = families.read(inner.config.to_dict())
+    family: Family = inner.family
+    return family
+
+
+def prepare(model: nn.Module) -> dict[str, str]:
+    """What no class of transformers or PEFT does by itself: angles by document, adapters of experts
+    beside their weights. Returns what was done, by name."""
+    names = {}
+    if rotary.by_document(model):
+        names["rotary"] = "by document"
+    if family_of(model).mixture and hasattr(model, "peft_config"):
+        if layers := experts.attach(model):
+            names["experts"] = f"split adapters, {layers} layers"
+    return names
 
 
 def refuse_precision(precision: str, device: torch.device) -> None:
     """Raises ModelError for a precision that this device lacks."""
     if precision == "fp8" and device.type != "cuda":
         raise ModelError(
-            "precision fp8 needs an NVIDIA GPU of compute capability 8.9 or more, this is a "
-            'CPU: set model.precision = "fp32"'
+            "precision fp8 needs an NVIDIA GPU of compute capability 8.9 or more, this is a CPU: "
+            'set model.precision = "fp32"'
         )
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
@@ -91,9 +138,8 @@ def refuse_precision(precision: str, device: torch.device) -> None:
             other = "bf16" if precision == "fp8" and found >= (8, 0) else "fp32"
             raise ModelError(
                 f"precision {precision} needs compute capability {least[0]}.{least[1]}, "
-                f"{torch.cuda.get_device_name(device)} has "
-                f'{found[0]}.{found[1]}: set model.precision = "{other}", or ask for another '
-                "card in [offer]"
+                f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: "
+                f'set model.precision = "{other}", or ask for another card in [offer]'
             )
 
 
@@ -110,31 +156,74 @@ def checkpoint_first(model: nn.Module, count: int) -> None:
 
 
 def load_base(
-    job: Job, folder: Path, device: torch.device, quantise: bool = True, empty: bool = False
+    job: Job,
+    folder: Path,
+    device: torch.device,
+    quantise: bool = True,
+    empty: bool = False,
+    longest: int | None = None,
 ) -> nn.Module:
-    """The frozen base. `empty`: on the meta device, without a byte of its weights."""
+    """The frozen base, its `family` on it. `empty`: on the meta device, without a byte of its
+    weights. Of a model with towers for pictures and sound LoRA keeps the text tower alone. Where
+    rows of up to `longest` tokens cannot be packed, attention is transformers' own. Raises
+    ModelError."""
+    family = family_in(folder)
     logging.disable_progress_bar()
     register()
     config = AutoConfig.from_pretrained(folder)
-    silence_dropout(config)
-    dtype = (
-        torch.float32
-        if job.model.precision == "fp32" or job.training.method == "full"
-        else torch.bfloat16
-    )
+    for part in (config, config.get_text_config()):
+        silence_dropout(part)
+    whole = job.model.precision == "fp32" or job.training.method == "full"
+    settings: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.float32 if whole else torch.bfloat16,
+    }
+    if family.packs(longest):
+        settings["attn_implementation"] = "milktea"
     extra: dict[str, Any] = {}
     if quantise and job.model.precision in ("nf4", "int8"):
         extra["quantization_config"] = quantisation(job.model.precision)
         extra["device_map"] = {"": device}
-    settings = {"config": config, "dtype": dtype, "attn_implementation": "milktea"}
+    elif method := restored_from(config):
+        extra["quantization_config"] = method
+    auto = auto_class(config.model_type)
     if empty:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(**settings)
+            model = auto.from_config(**settings)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, **settings, **extra)
+        model = auto.from_pretrained(folder, **settings, **extra)
     model.config.use_cache = False
     model.requires_grad_(False)
+    model.family = family
+    if family.tower and job.training.method == "lora":
+        drop_other_towers(model, family.tower)
     return model
+
+
+def auto_class(kind: str) -> Any:
+    """The class of transformers' that loads models of this type."""
+    text = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if text else AutoModelForImageTextToText
+
+
+def restored_from(config: Any) -> Any:
+    """How transformers restores the values of a checkpoint that is quantised, or None."""
+    told = getattr(config, "quantization_config", None) or {}
+    told = told if isinstance(told, dict) else told.to_dict()
+    if told.get("quant_method") == "mxfp4":
+        return Mxfp4Config(dequantize=True)
+    if told.get("quant_method") == "fp8":
+        return FineGrainedFP8Config(dequantize=True)
+    return None
+
+
+def drop_other_towers(model: nn.Module, tower: str) -> None:
+    """Takes the towers for pictures and sound out of a model that is only given text: their names
+    and those of their weights do not appear in an adapter's file."""
+    at, _, kept = tower.rpartition(".")
+    parent = model.get_submodule(at)
+    for name in [n for n, _ in parent.named_children() if n != kept and n != "lm_head"]:
+        setattr(parent, name, None)
 
 
 def quantisation(precision: str) -> Any:
@@ -165,30 +254,37 @@ def silence_dropout(config: Any) -> None:
 
 
 def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
-    """PEFT's own modules and names; its dropout is replaced by ours, whose mask is keyed by row."""
+    """PEFT's own modules and names; its dropout is replaced by ours, whose mask is keyed by row.
+    Raises ModelError for modules and experts that the model does not have."""
     settings = job.lora
-    if settings.target_modules != "all-linear":
-        refuse_unknown_modules(model, settings.target_modules)
+    modules, parameters = targets(job, model)
+    patterns: dict[str, Any] = {}
+    if parameters:
+        refuse_on_experts(job)
+        r = min(settings.r, EXPERT_RANK)
+        ends = "|".join(re.escape(p.rsplit(".", 1)[-1]) for p in parameters)
+        patterns["rank_pattern"] = {rf".*\.experts\.(?:{ends})": r}
+        alpha = settings.lora_alpha * r / settings.r  # the scale of an update stays as it is
+        patterns["alpha_pattern"] = {rf".*\.experts\.(?:{ends})": alpha}
+        patterns["target_parameters"] = parameters
     torch.manual_seed(job.training.seed)  # the adapter's start values
+    init: Any = settings.init_lora_weights
     config = LoraConfig(
         r=settings.r,
-        # PEFT divides by it: any number will do
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by it
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules,
+        target_modules=modules,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=True
-        if settings.init_lora_weights == "default"
-        else settings.init_lora_weights,
+        init_lora_weights=True if init == "default" else init,
         base_model_name_or_path=job.model.base,
         task_type="CAUSAL_LM",
+        **patterns,
     )
     with warnings.catch_warnings():
         # artefact.py writes the right name
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
-        # PEFT's, about what it asks transformers
-        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)  # about what PEFT asks
         peft = get_peft_model(model, config)
     layer = 0
     for module in peft.modules():
@@ -199,6 +295,58 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
                     dropouts[name] = KeyedDropout(dropout.p, layer, keys)
                 layer += 1
     return peft
+
+
+def targets(job: Job, model: nn.Module) -> tuple[list[str] | str, list[str]]:
+    """(modules, parameters that hold experts) as PEFT wants them named: the job's, or with
+    "all-linear" those of the family's row. In a model with several towers they are those of the
+    text tower. Raises ModelError."""
+    family, wanted = family_of(model), job.lora.target_modules
+    if wanted == "all-linear":
+        adapted = family.all_linear()
+        held = {n for n, m in model.named_modules() if is_linear(m)}
+        found = [m for m in adapted.modules if any(ends_in(n, m) for n in held)]
+        if not found:
+            return "all-linear", []
+        return _in_tower(found, family), list(adapted.experts)
+    modules, parameters = family.named(list(wanted))
+    refuse_unknown_modules(model, modules)
+    return _in_tower(modules, family), parameters
+
+
+def _in_tower(modules: list[str], family: Family) -> list[str] | str:
+    """A regular expression where other towers have modules of the same names."""
+    if not family.tower:
+        return modules
+    ends = "|".join(re.escape(m) for m in modules)
+    return rf"{re.escape(family.tower)}\.(?:.*\.)?(?:{ends})"
+
+
+def ends_in(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith("." + wanted)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__
+
+
+def refuse_on_experts(job: Job) -> None:
+    """Raises ModelError for settings that adapters of experts cannot have."""
+    settings = job.lora
+    odd = [
+        name
+        for name, on in (
+            ("lora_dropout", settings.lora_dropout),
+            ("use_dora", settings.use_dora),
+            ("init_lora_weights", settings.init_lora_weights == "pissa"),
+        )
+        if on
+    ]
+    if odd:
+        raise ModelError(
+            f"lora.{odd[0]} does not work on the experts of a mixture: leave it out, or name only "
+            "attention's modules in lora.target_modules"
+        )
 
 
 def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
@@ -214,19 +362,15 @@ def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
 
 def refuse_unknown_modules(model: nn.Module, wanted: list[str]) -> None:
     """Raises ModelError for a target_modules entry that matches nothing, naming the close ones."""
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__
-    }
+    linear = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if is_linear(module)}
     every = [name for name, _ in model.named_modules()]
     for name in wanted:
-        if not any(m == name or m.endswith("." + name) for m in every):
+        if not any(ends_in(m, name) for m in every):
             close = difflib.get_close_matches(name, linear, 3, 0.4)
             near = f"; close: {', '.join(close)}" if close else ""
             raise ModelError(
-                f"lora.target_modules: this model has no {name!r}{near}. It has "
-                f"{', '.join(sorted(linear))}: "
+                f"lora.target_modules: this model has no {name!r}{near}. "
+                f"It has {', '.join(sorted(linear))}: "
                 'correct the job file, or use target_modules = "all-linear"'
             )
 
@@ -248,40 +392,53 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def causal(model: nn.Module) -> Any:
     """The transformers model inside PEFT's wrappers."""
-    wrapped: Any = model
-    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """(B, T, H) after the final norm, before the head."""
+    """(B, T, H) after the final norm, before the head. Of a model with several towers, the text
+    tower's."""
     inner = causal(model)
-    return getattr(inner, inner.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
+    tower = family_of(model).tower
+    if tower:
+        core = inner.get_submodule(tower)
+    else:
+        core = getattr(inner, inner.base_model_prefix, None) or inner.model
+    states: Tensor = core(**inputs, use_cache=False).last_hidden_state
+    return states
 
 
 def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Summed cross-entropy over the batch's target tokens, fp32 scalar. Only target positions meet
-    the head."""
-    # (B, T, H)
-    hidden = hidden_states(model, **{k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL})
-    inner = causal(model)
-    # labels (B, T), already shifted
-    head, config, labels = inner.get_output_embeddings(), inner.config, batch["labels"]
-    odd = (
-        getattr(config, "final_logit_softcapping", None)
-        or getattr(config, "logit_scale", None)
-        or getattr(config, "logits_scaling", None)
-    )
-    if type(head) is nn.Linear and head.bias is None and not odd:
-        return target_loss_sum(hidden, head.weight, labels, batch["targets_at"])
-    if odd:
-        raise ModelError(
-            f"{type(inner).__name__} scales or caps its logits, which this trainer does not: "
-            "name another base model"
-        )
-    chosen = hidden.flatten(0, 1).index_select(0, batch["targets_at"])  # (targets, H)
+    the head. Of a family that no row describes the model's own forward makes the logits."""
+    inputs = {k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL}
+    inner, family = causal(model), family_of(model)
+    labels, at = batch["labels"], batch["targets_at"]  # labels (B, T), already shifted
+    head = inner.get_output_embeddings()
+    if not family.general and type(head) is nn.Linear and head.bias is None:
+        hidden = hidden_states(model, **inputs)  # (B, T, H)
+        scale, cap = logit_rules(inner, family)
+        return target_loss_sum(hidden, head.weight, labels, at, scale, cap)
+    if family.general:
+        logits = inner(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
+    else:
+        chosen = hidden_states(model, **inputs).flatten(0, 1).index_select(0, at)  # (targets, H)
+        logits = head(chosen)
     return nn.functional.cross_entropy(
-        head(chosen).float(), labels.flatten().index_select(0, batch["targets_at"]), reduction="sum"
+        logits.float(), labels.flatten().index_select(0, at), reduction="sum"
     )
+
+
+def logit_rules(inner: nn.Module, family: Family) -> tuple[float, float | None]:
+    """(what logits are multiplied by, what they are capped at)."""
+    config: Any = inner.config
+    text = config.get_text_config()
+    multiply, divide, cap = (
+        getattr(text, family.row[key], None) if family.row[key] else None
+        for key in ("multiply", "divide", "cap")
+    )
+    scale = (1.0 if multiply is None else multiply) / (divide or 1.0)
+    return float(scale), None if cap is None else float(cap)

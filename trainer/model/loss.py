@@ -19,7 +19,9 @@ LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of fp32 logits at a time
 
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, head: Tensor, targets: Tensor, scale: float, cap: float | None
+    ) -> Tensor:
         ops = operations(x.device)
         total = torch.zeros((), device=x.device, dtype=torch.float32)
         need_x, need_head = ctx.needs_input_grad[:2]
@@ -29,8 +31,19 @@ class _TargetLoss(torch.autograd.Function):
         for start in range(0, len(x), size):
             part = x[start : start + size]
             logits = _product_fp32(part, head.t())
+            if scale != 1.0:
+                logits *= scale
+            slope = None
+            if cap is not None:  # z = cap tanh(x / cap), dz/dx = 1 - (z / cap)^2
+                squashed = logits.div_(cap).tanh_()
+                slope = (1 - squashed.square()).to(x.dtype)
+                logits = squashed.mul_(cap)
             loss, grad = ops.cross_entropy_rows(logits, targets[start : start + size], x.dtype)
             total += loss.sum()
+            if slope is not None:
+                grad = grad * slope
+            if scale != 1.0:
+                grad = grad * scale
             if dx is not None:
                 torch.mm(grad, head, out=dx[start : start + size])
             if dhead is not None:
@@ -39,12 +52,12 @@ class _TargetLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dhead = ctx.saved_tensors
         return (
             None if dx is None else dx * dloss.to(dx.dtype),
             None if dhead is None else dhead * dloss.to(dhead.dtype),
-            None,
+            *(None, None, None),
         )
 
 
@@ -55,7 +68,12 @@ def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def target_loss_sum(
-    hidden: Tensor, head_weight: Tensor, labels: Tensor, targets_at: Tensor | None = None
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    targets_at: Tensor | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> Tensor:
     """Sum over target tokens of -log p(label), fp32, 0-d; differentiable in ``hidden`` (and in
     ``head_weight`` if it asks).
@@ -64,8 +82,9 @@ def target_loss_sum(
     ``labels[i]`` is the token that position i must predict, -100 where there is none.
     ``targets_at`` (int64, flat positions of the targets, made on the CPU where the pack was made)
     spares the head the other positions; without it every position is computed, since finding the
-    targets here would wait for the GPU. Dividing by the number of targets of the global step is the
-    caller's part. Costs 4 h V FLOPs a position."""
+    targets here would wait for the GPU. Logits are multiplied by ``scale``, then squashed to
+    cap tanh(x / cap). Dividing by the number of targets of the global step is the caller's part.
+    Costs 4 h V FLOPs a position."""
     x, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if len(x) != len(targets):
         raise ValueError(
@@ -73,4 +92,7 @@ def target_loss_sum(
         )
     if targets_at is not None:
         x, targets = x.index_select(0, targets_at), targets.index_select(0, targets_at)
-    return _TargetLoss.apply(x.contiguous(), head_weight, targets)
+    rows = x.contiguous()
+    loss = _TargetLoss.apply(rows, head_weight, targets, scale, cap)  # type: ignore[no-untyped-call]
+    assert isinstance(loss, Tensor)
+    return loss

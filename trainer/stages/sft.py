@@ -21,7 +21,7 @@ from trainer.loop.guards import Expected, check_labels, probe, target_entropy
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import hidden_states, load, start_values, target_loss
+from trainer.model.load import family_of, hidden_states, load, start_values, target_loss
 from trainer.result import adapter
 from trainer.wire import events
 from trainer.wire.job import Job
@@ -54,13 +54,14 @@ class Stage(stage.Stage):
         room = micro_batch(self.job, self.base, longest, ranks.device, ranks.world)
         self.budget, recomputed = room
         self.model, self.kernels = load(
-            self.job, self.base, ranks.device, self.keys, recomputed, shard=ranks.shard
+            self.job, self.base, ranks.device, self.keys, recomputed, ranks.shard, longest
         )
+        self.packed = self.job.training.packing and family_of(self.model).packs(longest)
         ranks.place(self.model)
         self.initial = start_values(self.model, self.job)
 
     def probe(self) -> None:
-        if not self.job.training.packing:
+        if not self.packed:
             return
 
         def read(ids: Tensor, positions: Tensor, ends: Tensor, longest: int) -> Tensor:
@@ -73,8 +74,8 @@ class Stage(stage.Stage):
         probe(self.model, read, self.data.rows, self.ranks.device, leak)
 
     def batches(self, step: int) -> batch.Work:
-        packed = self.job.training.packing
-        lay, collate = (packing.pack, batch.packed) if packed else (packing.pad, batch.padded)
+        packed = (packing.pack, batch.packed)
+        lay, collate = packed if self.packed else (packing.pad, batch.padded)
         rows, data = self.order.step(step), self.data.rows
         mine = packing.share(rows, self.lengths, self.ranks.world)[self.ranks.rank]
         packs = lay(mine, self.lengths, self.budget)
