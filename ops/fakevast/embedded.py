@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -71,8 +72,6 @@ def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, .
 def running(state_dir: Path) -> Server | None:
     """The emulator that serves this folder now, or None. Its lock is held for as long as it lives,
     so a stale file fools nobody."""
-    import fcntl
-
     try:
         data = json.loads((state_dir / "server.json").read_text())
         with open(state_dir / "lock") as lock:
