@@ -3,8 +3,8 @@
 Against OpenSSH's own sshd on loopback, with a key and a home of its own. `--rate` shapes loopback
 with tc in a network namespace of this process; data and acknowledgements share the rate. Both ends
 share the machine's cores. Prints one line a case: the median, MB/s, this side's mean CPU time,
-every sample. Ours includes sha256 at both ends, scp and plain SFTP do not. Needs sshd, and scp as
-the yardstick; for `--rate` unshare, ip and tc.
+every sample. Ours includes sha256 at both ends, scp and plain SFTP do not. The first pull is
+the first on its connection. Needs sshd, and scp as the yardstick; for `--rate` unshare, ip and tc.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from trainer.wire import events
 POLL_S = 2.0
 EVENTS = "events.jsonl"  # at home beside the journal, byte for byte what the box wrote
 
-_Answer = tuple[int | None, bool, int, bytes]  # of commands.parse_poll
+_Answer = tuple[int | None, bool, int, bytes]  # of scripts.parse_poll
 
 
 @dataclass

@@ -40,8 +40,8 @@ def test_a_trainer_killed_whole_is_said_to_be_gone(tmp_path: Path) -> None:
 def test_a_torn_last_event_does_not_hold_a_training_that_ended(tmp_path: Path) -> None:
     own = rig.Rig(tmp_path)
     (tmp_path / "torn").write_text('{"t":1,"event":"st')
-    finished = 'say "{\\"t\\":$now,\\"event\\":\\"finished\\"'
-    result, folder = run(own, finished, f'cat {tmp_path}/torn >>events.jsonl; : "')
+    finished = """say '"event":"finished\""""
+    result, folder = run(own, finished, f"cat {tmp_path}/torn >>events.jsonl; : '")
     assert getattr(result, "sha256", None), result
     assert (folder / EVENTS).read_bytes().endswith(b"}\n")
 
