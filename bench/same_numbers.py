@@ -5,8 +5,8 @@
 The practice job runs in each tree, in forks of a process that has imported it: LoRA with dropout
 and full, packed and padded, on one process and two (a full model is in parts then), straight
 through, and stopped after its first step and resumed. A line for each: the last step and its loss,
-the adapter's sha256, and whether curves, adapters and held-out answers are equal. Exit code 1 where
-they are not.
+the sha256 of the trained weights, and whether curves, weights, the other files of the adapter (but
+for its README) and the held-out answers are equal. Exit code 1 where they are not.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def deadline(job: Path, unix_s: float | None) -> None:
 
 
 def numbers(rows: int, case: Case) -> list[Any]:
-    """The curve, the adapter's sha256 and what was told of held-out answers, of one run."""
+    """The curve, the sha256 of the weights and of every file beside them, the held-out answers."""
     method, packing, processes, resumed = case
     with tempfile.TemporaryDirectory() as folder:
         job = write_run(Path(folder) / "run", rows, method, packing)
@@ -107,7 +107,10 @@ def numbers(rows: int, case: Case) -> list[Any]:
         for event in told:
             del event["t"]
         manifest = json.loads((job.parent / "result" / "manifest.json").read_text())
-        return [manifest["curve"], manifest["adapter_sha256"], told]
+        files = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+        del files["README.md"]  # text, which names modules of the tree
+        [weights] = [digest for name, digest in files.items() if name.endswith(".safetensors")]
+        return [manifest["curve"], weights, files, told]
 
 
 def cases(only: str) -> Iterator[tuple[str, Case]]:
