@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.wire.job import Job
 
@@ -117,10 +118,10 @@ def read_tensors(folder: Path, state: State) -> dict[str, torch.Tensor]:
         return load_file(folder / "state.safetensors")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     held = reader.read_metadata().state_dict_metadata
-    # tensors only
-    tensors = {
-        name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in held.items()
-    }  # type: ignore[union-attr]
+    tensors = {}
+    for name, facts in held.items():
+        assert isinstance(facts, TensorStorageMetadata)  # nothing else is written
+        tensors[name] = torch.empty(facts.size, dtype=facts.properties.dtype)
     with warnings.catch_warnings():
         # one process is what is meant
         warnings.filterwarnings("ignore", message="torch.distributed is")

@@ -27,10 +27,7 @@ from trainer.wire import events
 from trainer.wire.job import Job
 
 HOST = torch.device("cpu")
-LEAK, LEAK_INT8 = (
-    0.01,
-    0.05,
-)  # of a hidden state, that another document may change: int8 couples rows
+LEAK, LEAK_INT8 = 0.01, 0.05  # of a hidden state that another document may change
 
 
 class Stage(stage.Stage):
