@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from trainer.kernels.frozen import operations
+from trainer.kernels.backend import operations
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0

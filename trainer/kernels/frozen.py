@@ -3,36 +3,13 @@
 
 from __future__ import annotations
 
-import logging
-from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from trainer.kernels import reference
-
-log = logging.getLogger(__name__)
-_without_triton: list[str] = []  # why, once it is known
-
-
-def operations(device: torch.device) -> ModuleType:
-    """``trainer.kernels`` where it can run, else its twin ``trainer.kernels.reference``: on CPUs,
-    without Triton, or after ``distrust``."""
-    if device.type != "cuda" or _without_triton:
-        return reference
-    try:
-        from trainer.kernels import triton_ops
-    except ImportError as why:
-        distrust(f"Triton is not usable: {why}")
-        return reference
-    return triton_ops
-
-
-def distrust(why: str) -> None:
-    """From now on plain torch does the kernels' work in this process; says so in the log."""
-    _without_triton.append(why)
-    log.warning("%s; plain torch does its work", why)
+from trainer.kernels.fp8 import Fp8Weight
+from trainer.kernels.nf4 import Nf4Weight
 
 
 class FrozenWeight(Protocol):
@@ -90,11 +67,7 @@ def freeze_weight(weight: Tensor, precision: str, **options: bool) -> FrozenWeig
     ``keep_transpose`` (fp8 only) stores the transposed copy that backward wants: one byte a
     parameter more, a few ms a pass less."""
     if precision == "fp8":
-        from trainer.kernels.fp8 import Fp8Weight
-
         return Fp8Weight(weight, **options)
     if precision == "nf4":
-        from trainer.kernels.nf4 import Nf4Weight
-
         return Nf4Weight(weight)
     return DenseWeight(weight)

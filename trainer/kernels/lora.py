@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainer.kernels.frozen import FrozenWeight, freeze_weight, operations
+from trainer.kernels.backend import operations
+from trainer.kernels.frozen import FrozenWeight, freeze_weight
 
 Adapter = tuple[nn.Parameter, nn.Parameter, float]  # A [r, K], B [N, r], scaling
 

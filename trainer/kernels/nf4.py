@@ -14,7 +14,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from trainer.kernels.frozen import operations
+from trainer.kernels.backend import operations
 
 BLOCK = 64
 # The 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact zero: the paper's

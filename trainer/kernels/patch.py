@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from trainer.kernels import reference
 from trainer.kernels.attention import name as attention_name
+from trainer.kernels.backend import distrust, operations
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
-from trainer.kernels.frozen import FrozenWeight, distrust, freeze_weight, operations
+from trainer.kernels.frozen import FrozenWeight, freeze_weight
 from trainer.kernels.lora import Group, base_linear, frozen_linear, refresh
 from trainer.kernels.verify import (
     OTHERWISE,

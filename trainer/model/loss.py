@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.kernels.frozen import operations
+from trainer.kernels.backend import operations
 
 LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of fp32 logits at a time
 
