@@ -5,12 +5,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ops.box.transfer import PushFile
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
-from ops.run.journal import Line
+
+
+class Row(Protocol):
+    """What can be read by name: a journal's line, or a dict."""
+
+    def __getitem__(self, key: str, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Plan:
         return row
 
     @classmethod
-    def from_line(cls, line: Line) -> Plan:
+    def from_line(cls, line: Row) -> Plan:
         row = {f.name: line[f.name] for f in fields(cls)}
         row["pushes"] = [
             PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]
