@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ops.image.driver import NATIVE
+from ops.hardware.driver import NATIVE
 from ops.market.models import Offer
 from ops.market.ranking import Needs
 

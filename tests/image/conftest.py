@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from ops.hardware.driver import Line
 from ops.image.bundle import archive, bundle, parts
 from ops.image.bundle.contents import Contents, Options
-from ops.image.driver import Line
 from ops.image.spec import lock
 
 CPU = Line("tiny", None)

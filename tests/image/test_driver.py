@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ops.errors import ConfigError
+from ops.hardware.driver import Line, is_data_center, judge
 from ops.image.bundle import manifest
 from ops.image.bundle.cuda_lines import line_of, lines
 from ops.image.bundle.inventory import Gpu, Inventory
-from ops.image.driver import Line, is_data_center, judge
 from ops.image.spec import definition
 from ops.image.spec.lock import Cuda
 from ops.image.spec.paths import Places
@@ -111,7 +111,7 @@ def test_architectures_are_read_however_torch_or_a_definition_spells_them() -> N
 def test_a_toolkit_without_a_known_driver_is_refused_with_the_place_to_add_it() -> None:
     with pytest.raises(ConfigError, match=r"14\.7 is unknown") as refused:
         line_of("x", Cuda(line="cu147", toolkit="14.7", min_driver="700", architectures=[]))
-    assert "ops/image/driver.py" in refused.value.hint
+    assert "ops/hardware/driver.py" in refused.value.hint
 
 
 def test_the_projects_own_definitions_agree_with_the_driver_table() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from image_shell import flip, jail
 
+from ops.hardware.driver import Line
 from ops.image.bundle import parts
 from ops.image.bundle.contents import Options
-from ops.image.driver import Line
 
 SHELLS = ["dash", "busybox ash", "bash"]
 CU130 = Line("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ops.hardware.driver import Line
 from ops.image.bundle import archive
 from ops.image.bundle.inventory import Present
-from ops.image.driver import Line
 from ops.image.spec.lock import Lock, Model
 
 

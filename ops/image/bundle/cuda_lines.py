@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ops.errors import ConfigError
-from ops.image.driver import NATIVE, Line
+from ops.hardware.driver import NATIVE, Line
 from ops.image.spec import definition
 from ops.image.spec.lock import Cuda
 from ops.image.spec.paths import Places
@@ -26,7 +26,7 @@ def line_of(name: str, cuda: Cuda | None) -> Line:
     if toolkit not in NATIVE:
         raise ConfigError(
             f"images/{name}.toml: cuda.toolkit {cuda.toolkit} is unknown",
-            hint="add its driver to NATIVE in ops/image/driver.py",
+            hint="add its driver to NATIVE in ops/hardware/driver.py",
         )
     arches, ptx = [], []
     for text in cuda.architectures:

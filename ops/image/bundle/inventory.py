@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops.errors import ConfigError
-from ops.image import driver
+from ops.hardware import driver
 
 HOW = "on the server: sh INSTALL.sh preflight --facts > server.txt"
 MAX_BYTES = 4_000_000

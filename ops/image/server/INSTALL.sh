@@ -305,7 +305,7 @@ join_volumes() { # join_volumes V1,V2,...: the bytes of a file that may have bee
 }
 
 # --- may this driver run this image on this GPU? PLAN has a row for each image line and compute capability, which
-# --- ops/image/driver.py made by NVIDIA's rules (CUDA Compatibility guide) --------------------------------------------------
+# --- ops/hardware/driver.py made by NVIDIA's rules (CUDA Compatibility guide) --------------------------------------------------
 
 # A GPU's class by its name: forward compatibility is for data centre GPUs.
 class_of() {
