@@ -355,10 +355,11 @@ def test_what_scoring_takes_from_the_trainer_is_there() -> None:
 
     from trainer.data import files, prepare
     from trainer.eval import held_out
-    from trainer.serve import chat
+    from trainer.model import decode
+    from trainer.result import open as results
 
-    assert list(inspect.signature(chat.open_adapter).parameters)[:2] == ["adapter", "base"]
-    assert list(inspect.signature(held_out.answer).parameters)[:4] == [
+    assert list(inspect.signature(results.open_adapter).parameters)[:2] == ["adapter", "base"]
+    assert list(inspect.signature(decode.answer).parameters)[:4] == [
         "model",
         "prompts",
         "data",

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from trainer.data.files import read_rows
 from trainer.data.prepare import Prepared, prompt_ids
-from trainer.model.load import causal
+from trainer.model.decode import AT_ONCE, answer
 from trainer.wire.job import Job
 
-ROWS, SHOWN, NEW_TOKENS, AT_ONCE = 200, 4, 64, 64
+ROWS, SHOWN = 200, 4
 SECONDS = 30.0  # on a rented card every second is paid for
 
 
@@ -76,51 +75,3 @@ def held_out(model: Any, job: Job, run: Path, data: Prepared, device: torch.devi
 
 def match(answers: list[str], expected: list[str]) -> float:
     return sum(a == e for a, e in zip(answers, expected, strict=True)) / max(1, len(expected))
-
-
-@torch.no_grad()
-def answer(
-    model: nn.Module,
-    prompts: list[list[int]],
-    data: Prepared,
-    device: torch.device,
-    new_tokens: int = NEW_TOKENS,
-) -> list[str]:
-    """Greedy answers, up to the stop token or `new_tokens`. Prompts of one length go together, so
-    nothing is padded."""
-    inner, training = causal(model), model.training
-    model.eval()
-    answers: list[str] = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and len(groups[-1]) < AT_ONCE and len(prompts[groups[-1][0]]) == len(prompts[i]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    for group in groups:
-        for i, ids in zip(
-            group,
-            _decode(inner, [prompts[i] for i in group], data.stop_id, device, new_tokens),
-            strict=True,
-        ):
-            answers[i] = data.vocabulary.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    model.train(training)
-    return answers
-
-
-def _decode(
-    inner: nn.Module, prompts: list[list[int]], stop: int, device: torch.device, new_tokens: int
-) -> list[list[int]]:
-    ids, cache = torch.tensor(prompts, device=device), None  # (B, P)
-    taken: list[torch.Tensor] = []
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(new_tokens):
-        out = inner(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values  # (B, 1)
-        taken.append(ids)
-        done |= ids[:, 0] == stop
-        if bool(done.all()):
-            break
-    rows = torch.cat(taken, 1).tolist()
-    return [row[: row.index(stop)] if stop in row else row for row in rows]

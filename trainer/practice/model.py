@@ -184,7 +184,7 @@ def knows(folder: Path, count: int = 60) -> float:
 
     from trainer.data.prepare import Prepared, Rows, prompt_ids
     from trainer.data.tokens import open_vocabulary, stop_token, token_hash
-    from trainer.eval.held_out import answer
+    from trainer.model.decode import answer
 
     vocabulary, template = open_vocabulary(folder), load("alpaca")
     data = Prepared(

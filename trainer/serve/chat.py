@@ -3,99 +3,20 @@
     python -m trainer.serve.chat ADAPTER --base MODEL                  a chat: one question a line
     python -m trainer.serve.chat ADAPTER --base MODEL --prompt "..."   one answer
 
-ADAPTER is a folder or an adapter.zip. The template and the token hash that travel in template.json
-are compared with what the base's tokenizer makes of them now: where they differ, the model would be
-asked in words that it never saw, and nothing is generated.
+ADAPTER is a folder or an adapter.zip.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import PeftModel
-from torch import nn
-from transformers import AutoModelForCausalLM
-
-from trainer.data.prepare import Prepared, Rows, prompt_ids
-from trainer.data.template import TemplateError, Turn, load, parse, with_chat_template
-from trainer.data.tokens import open_vocabulary, stop_token, token_hash
-from trainer.eval.held_out import answer
-from trainer.kernels.attention import register
+from trainer.data.template import TemplateError
 from trainer.model.load import ModelError
-
-
-@dataclass
-class Chat:
-    """A model ready to answer. `ask` keeps the conversation where the template has turns for it."""
-
-    model: nn.Module
-    data: Prepared
-    device: torch.device
-    turns: list[Turn]
-
-    def ask(self, question: str, extra: str = "", new_tokens: int = 512) -> str:
-        """The greedy answer to `question`; `extra` is Alpaca's input."""
-        self.turns.append(Turn("user", question, extra))
-        text = answer(
-            self.model, [prompt_ids(self.data, self.turns)], self.data, self.device, new_tokens
-        )[0]
-        self.turns.append(Turn("assistant", text))
-        return text
-
-
-def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) -> Chat:
-    """Loads base and adapter through stock PEFT. Raises TemplateError when template and tokenizer
-    are not those of the training, ModelError when the folder is no result of this trainer."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not (adapter / "template.json").is_file():
-        raise ModelError(
-            f"{adapter.name}/ has no template.json: give the folder that adapter.zip was "
-            "unpacked to"
-        )
-    told = json.loads((adapter / "template.json").read_text(encoding="utf-8"))
-    vocabulary = open_vocabulary(base)
-    template = (
-        with_chat_template(load("chat"), told["source"])
-        if told["name"] == "chat"
-        else parse(told["name"], told["source"])
-    )
-    found = token_hash(vocabulary, template)
-    if found != told["token_hash"]:
-        raise TemplateError(
-            f"the template {told['name']} becomes other tokens here (hash {found[:12]}) than "
-            f"in training ({told['token_hash'][:12]}): "
-            f"{base.name}/ is not the base, or not the tokenizer, that the adapter was trained with"
-        )
-    model = _load(adapter, base, device)
-    return Chat(
-        model,
-        Prepared(Rows.empty(), vocabulary, template, stop_token(vocabulary, template), found),
-        device,
-        [],
-    )
-
-
-def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:
-    register()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, attn_implementation="milktea"
-    )
-    if (adapter / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(model, str(adapter))
-    else:  # full or freeze: the folder is a whole model
-        model = AutoModelForCausalLM.from_pretrained(
-            adapter, dtype=dtype, attn_implementation="milktea"
-        )
-    return model.to(device).eval()
+from trainer.result.open import open_adapter
 
 
 def main() -> int:

@@ -83,8 +83,9 @@ def evaluate(run: Path, data_file: Path | None) -> int:
 
     from trainer.data.files import read_rows
     from trainer.data.prepare import model_folder, prompt_ids
-    from trainer.eval.held_out import answer, match
-    from trainer.serve.chat import open_adapter
+    from trainer.eval.held_out import match
+    from trainer.model.decode import answer
+    from trainer.result.open import open_adapter
     from trainer.wire.job import Job
 
     if not (run / "result" / "manifest.json").is_file():

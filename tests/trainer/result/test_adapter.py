@@ -20,7 +20,7 @@ from trainer.data.template import TemplateError
 from trainer.model.load import target_loss
 from trainer.result import adapter
 from trainer.result.adapter import ArtefactError, compare
-from trainer.serve.chat import open_adapter
+from trainer.result.open import open_adapter
 from trainer.train import run_job
 from trainer.wire.job import Job
 
