@@ -18,7 +18,7 @@ from ops.image.spec.paths import Places
 from ops.job import config
 from trainer.wire.job import Job
 
-SERVER = Path(config.__file__).parent / "image" / "server"
+SERVER = Path(config.__file__).parents[1] / "image" / "server"
 TOML = """
 name = "mine"
 [model]
@@ -309,62 +309,5 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
         f"-m trainer.serve.chat {at}/result/adapter.zip --base {at}/model --prompt hello there"
     )
     assert run("evaluate", "mine-7", "new.json")[0].endswith(
-        f"/tools/score.py {at} {tmp_path}/new.json"
+        f"-m trainer.eval.score {at} {tmp_path}/new.json"
     )
-
-
-# -- scores
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def test_scores_of_equal_and_of_unrelated_answers_are_the_ends_of_the_scale() -> None:
-    use = module("score")
-    same = ["The cat sat on the mat today.", "今天天气很好，我们去公园。"]
-    assert use.bleu4(same, same) == pytest.approx(100)
-    assert use.rouge(same, same) == {"rouge-1": 100, "rouge-2": 100, "rouge-l": 100}
-    other = ["xyz", "qqq"]
-    assert use.bleu4(other, same) == 0 and set(use.rouge(other, same).values()) == {0}
-
-
-def test_scores_agree_with_values_worked_out_by_hand() -> None:
-    use = module("score")
-    # 6 words each, 5 in common, 3 of 5 pairs, longest common subsequence 5 (the cat _ on the mat)
-    found = use.rouge(["the cat is on the mat"], ["the cat sat on the mat"])
-    assert found == pytest.approx(
-        {"rouge-1": 100 * 5 / 6, "rouge-2": 100 * 3 / 5, "rouge-l": 100 * 5 / 6}
-    )
-    # orders 1 to 4 match 5/6, 3/5, 1/4 and none of 3, which counts as half a match
-    assert use.bleu4(["the cat is on the mat"], ["the cat sat on the mat"]) == pytest.approx(
-        100 * (5 / 6 * 3 / 5 * 1 / 4 * 0.5 / 3) ** 0.25
-    )
-
-
-def test_an_answer_that_is_too_short_pays_the_brevity_penalty() -> None:
-    use = module("score")
-    assert use.bleu4(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * 2.718281828459045**-1)
-
-
-def test_a_run_without_a_result_is_not_scored(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="has no finished result"):
-        module("score").evaluate(tmp_path, None)
-
-
-@pytest.mark.slow
-def test_what_scoring_takes_from_the_trainer_is_there() -> None:
-    import inspect
-
-    from trainer.data import files, prepare
-    from trainer.eval import held_out
-    from trainer.model import decode
-    from trainer.result import open as results
-
-    assert list(inspect.signature(results.open_adapter).parameters)[:2] == ["adapter", "base"]
-    assert list(inspect.signature(decode.answer).parameters)[:4] == [
-        "model",
-        "prompts",
-        "data",
-        "device",
-    ]
-    assert list(inspect.signature(prepare.prompt_ids).parameters) == ["data", "turns"]
-    assert list(inspect.signature(files.read_rows).parameters) == ["paths", "form"]
-    assert callable(held_out.match) and callable(prepare.model_folder)

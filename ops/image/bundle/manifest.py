@@ -27,7 +27,7 @@ from ops.image.spec.lock import dumps
 
 SERVER = Path(__file__).parents[1] / "server"
 FORMAT = 4
-TOOLS = ("installer.py", "audit_report.py", "job_from_toml.py", "score.py")
+TOOLS = ("installer.py", "audit_report.py", "job_from_toml.py")
 
 
 def small_files(contents: Contents) -> dict[str, bytes]:

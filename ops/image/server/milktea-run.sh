@@ -207,9 +207,9 @@ evaluate() {
     _model=$(model_folder "$_at")
     if [ $# -ge 1 ]; then
         _data=$(absolute "$1") && [ -f "$_data" ] || refuse "$1 does not exist" "ls"
-        inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -v "$_data:$_data:ro" -w "$_at" -- python3 /tools/score.py "$_at" "$_data"
+        inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -v "$_data:$_data:ro" -w "$_at" -- python3 -m trainer.eval.score "$_at" "$_data"
     else
-        inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -w "$_at" -- python3 /tools/score.py "$_at"
+        inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -w "$_at" -- python3 -m trainer.eval.score "$_at"
     fi
 }
 

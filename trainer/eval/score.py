@@ -1,7 +1,7 @@
-"""Inside the image: score what a run made, on held-out rows. Reads the run folder (job.json, data,
-model, result/adapter.zip).
+"""Score what a run made, on held-out rows: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and exact match, 0 to
+100. Reads the run folder (job.json, data, model, result/adapter.zip).
 
-python score.py RUN_FOLDER [DATA.json]       BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and exact match, 0 to 100
+    python -m trainer.eval.score RUN_FOLDER [DATA.json]
 """
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ import zipfile
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+
+import torch
+
+from trainer.data.files import read_rows
+from trainer.data.prepare import model_folder, prompt_ids
+from trainer.eval.held_out import match
+from trainer.model import decode
+from trainer.result.open import open_adapter
+from trainer.wire.job import Job
 
 TOKEN = re.compile(r"[぀-ヿ㐀-鿿]|[^\W_]+|[^\w\s]")
 
@@ -79,18 +88,10 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     """Print and write (evaluation.json) the scores of the base model and of the adapter on held-out
     rows.
     """
-    import torch
-
-    from trainer.data.files import read_rows
-    from trainer.data.prepare import model_folder, prompt_ids
-    from trainer.eval.held_out import match
-    from trainer.model.decode import answer
-    from trainer.result.open import open_adapter
-    from trainer.wire.job import Job
-
     if not (run / "result" / "manifest.json").is_file():
         raise SystemExit(
-            f"refused: {run.name} has no finished result\ndo this: milktea-run train JOB.toml --run {run.name} goes on with it"
+            f"refused: {run.name} has no finished result\n"
+            f"do this: milktea-run train JOB.toml --run {run.name} goes on with it"
         )
     job = Job.model_validate_json((run / "job.json").read_bytes())
     if data_file is None and job.data.held_out is None:
@@ -117,7 +118,7 @@ def evaluate(run: Path, data_file: Path | None) -> int:
             chat.model.disable_adapter() if name == "base" else nullcontext(),
             torch.inference_mode(),
         ):  # type: ignore[operator]
-            answers = answer(chat.model, prompts, chat.data, chat.device)
+            answers = decode.answer(chat.model, prompts, chat.data, chat.device)
         found[name] = {
             "bleu-4": bleu4(answers, expected),
             **rouge(answers, expected),
