@@ -2,6 +2,7 @@
 Needs Docker and the image.
 """
 
+import os
 import shutil
 import subprocess
 import time
@@ -13,16 +14,17 @@ from ops.image import workflow as build
 from ops.image.build import engine
 from trainer.wire.job import WIRE
 
+BASE = os.environ.get("MILKTEA_BASE", "base:bookworm") or None
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]
-TAG = "milktea/practice:1"
+TAG = build.define("practice").tag
 
 
 @pytest.fixture(scope="module")
 def client():
     try:
         found = engine.connect()
-        build.assemble("practice")
-        build.load("practice")
+        build.fetch("practice")
+        build.build("practice", base=BASE)
     except MilkteaError as error:
         pytest.skip(f"{error} ({error.hint})")
     return found

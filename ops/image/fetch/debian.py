@@ -192,8 +192,8 @@ def _deb(line: str, mirrors: Mirrors) -> Deb:
         name=name,
         version=urllib.parse.unquote(version),
         architecture=rest,
-        archive=archive,
-        file=path,  # type: ignore[arg-type]
+        archive=archive,  # type: ignore[arg-type]
+        file=path,
         sha256=digest.removeprefix("SHA256:"),
         size_bytes=int(size),
     )
