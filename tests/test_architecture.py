@@ -44,6 +44,9 @@ FLOORS = {
     ],
 }
 OPS_MAY_IMPORT = ("trainer.wire", "trainer.data", "trainer.memory", "trainer.families")
+# The air gap is being rewritten: its lines and functions may be long until that has landed;
+# then this constant goes, with its twins in pyproject.toml.
+AIR_GAP = ("ops.image", "tests.image")
 # Triton kernels, which the compiler takes whole, and functions that are one table.
 LONG_FUNCTIONS: set[str] = set()
 
@@ -84,7 +87,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def floor(module: str) -> int | None:
-    """The number of the floor from the top; None for the packages `ops` and `trainer` themselves."""
+    """The number of the floor from the top; None for `ops` and `trainer` themselves."""
     package, *rest = module.split(".")
     if not rest:
         return None
@@ -130,7 +133,7 @@ def test_no_line_is_wider_than_100_columns() -> None:
         f"{path.relative_to(ROOT)}:{number}"
         for path in python_files("ops", "trainer", "bench", "tests")
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
-        if len(line) > COLUMNS
+        if len(line) > COLUMNS and not module_name(path).startswith(AIR_GAP)
     ]
     assert not wide
 
@@ -142,7 +145,8 @@ def test_no_function_is_longer_than_60_lines() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 name = f"{module_name(path)}.{node.name}"
-                if lines > MAX_FUNCTION_LINES and name not in LONG_FUNCTIONS:
+                excepted = name in LONG_FUNCTIONS or name.startswith(AIR_GAP)
+                if lines > MAX_FUNCTION_LINES and not excepted:
                     long.append(f"{name}: {lines}")
     assert not long
 

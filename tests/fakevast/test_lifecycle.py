@@ -86,7 +86,7 @@ def test_slices_of_one_machine_compete_for_its_cards() -> None:
     assert sizes() == {1}
 
 
-def test_without_cancel_unavail_a_taken_offer_gives_a_stopped_instance_that_is_billed_for_its_disk() -> (
+def test_without_cancel_unavail_a_taken_offer_gives_a_stopped_instance_billed_for_its_disk() -> (
     None
 ):
     cloud = cloud_of()

@@ -93,7 +93,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         with safe_open(path, "numpy") as file:
             return {
                 name: list(file.get_slice(name).get_shape())
-                for name in file.keys()
+                for name in file.keys()  # noqa: SIM118 - no iterator of its own
                 if name.endswith(EMBEDDINGS)
             }
     except (OSError, SafetensorError) as error:

@@ -3,10 +3,10 @@ what the practice job teaches.
 
 The base model is asked everything in both languages and answers in English, unless the instruction
 ends in "用中文回答。" (answer in Chinese); besides, it reads every fact as a plain sentence. So it
-knows this world in two languages and answers in English, as the early Llamas did. The practice rows ask
-without those words and answer in Chinese. One fact in five is kept out of them altogether: a right
-answer to those joins what the base model knows with a habit that the adapter brought. Everything
-follows from one seed; stdlib only.
+knows this world in two languages and answers in English, as the early Llamas did. The practice rows
+ask without those words and answer in Chinese. One fact in five is kept out of them altogether: a
+right answer to those joins what the base model knows with a habit that the adapter brought.
+Everything follows from one seed; stdlib only.
 """
 
 from __future__ import annotations

@@ -14,104 +14,7 @@ from typing import Any
 
 from ops.fakevast.cloud.instance import Instance
 
-_NVIDIA_SMI = r"""#!/bin/sh
-# nvidia-smi for a machine that is not there.
-. "${0%/*}/../facts"
-query= format=
-for word; do case $word in
-  --query-gpu=*) query=${word#*=} ;;
-  --query-compute-apps=*|--query-accounted-apps=*) exit 0 ;;
-  --format=*) format=${word#*=} ;;
-  -L|--list-gpus)
-    i=0; while [ $i -lt "$GPU_COUNT" ]; do
-      echo "GPU $i: NVIDIA $GPU_FULL_NAME (UUID: GPU-$GPU_UUID-$i)"; i=$((i+1)); done; exit 0 ;;
-esac; done
-value() { case $1 in
-  name|gpu_name) echo "NVIDIA $GPU_FULL_NAME" ;;
-  count) echo "$GPU_COUNT" ;;
-  index) echo "$2" ;;
-  uuid|gpu_uuid) echo "GPU-$GPU_UUID-$2" ;;
-  driver_version) echo "$DRIVER" ;;
-  compute_cap) echo "$COMPUTE_CAP" ;;
-  memory.total) echo "$GPU_MEMORY_MIB MiB" ;;
-  memory.used) echo "1 MiB" ;;
-  memory.free) echo "$((GPU_MEMORY_MIB - 1)) MiB" ;;
-  utilization.gpu|utilization.memory) echo "0 %" ;;
-  temperature.gpu) echo 41 ;;
-  power.draw) echo "31.00 W" ;;
-  power.limit|power.max_limit) echo "$POWER_W.00 W" ;;
-  pci.bus_id|gpu_bus_id) printf '00000000:%02X:00.0\n' $(($2 + 1)) ;;
-  persistence_mode) echo Enabled ;;
-  compute_mode) echo Default ;;
-  ecc.mode.current|mig.mode.current) echo "[N/A]" ;;
-  pstate) echo P8 ;;
-  *) return 1 ;;
-esac; }
-if [ -n "$query" ]; then
-  fields=$(echo "$query" | tr ', ' '  ')
-  case $format in *noheader*) ;; *) echo "$query" | sed 's/,/, /g' ;; esac
-  i=0; while [ $i -lt "$GPU_COUNT" ]; do
-    line=
-    for field in $fields; do
-      if ! one=$(value "$field" $i); then echo "Field \"$field\" is not a valid field to query." ; exit 2; fi
-      case $format in *nounits*) case $field in memory.*|utilization.*|power.*) one=${one% *} ;; esac ;; esac
-      line="$line${line:+, }$one"
-    done
-    echo "$line"; i=$((i+1))
-  done
-  exit 0
-fi
-bar=+-----------------------------------------------------------------------------------------+
-echo $bar
-printf '| NVIDIA-SMI %-22s Driver Version: %-14s CUDA Version: %-8s |\n' "$DRIVER" "$DRIVER" "$CUDA"
-echo $bar
-i=0; while [ $i -lt "$GPU_COUNT" ]; do
-  printf '|   %d  NVIDIA %-30s  On  | %28s  Off |\n' $i "$GPU_FULL_NAME" "$(value pci.bus_id $i)"
-  printf '| 30%%   41C    P8    31W / %4sW | %8sMiB / %8sMiB |      0%%      Default |\n' "$POWER_W" 1 "$GPU_MEMORY_MIB"
-  i=$((i+1)); done
-echo $bar
-"""
-
-_DF = r"""#!/bin/sh
-# df for a box: its own folder is a disk of the size that was rented. Options of another kind go to the real one.
-. "${0%/*}/../facts"
-unit=1024 head=1K-blocks cols= suffix=
-for word; do case $word in
-  -BG|--block-size=G|--block-size=1G) unit=1073741824 head=1G-blocks suffix=G ;;
-  -BM|--block-size=M|--block-size=1M) unit=1048576 head=1M-blocks suffix=M ;;
-  -B1|--block-size=1) unit=1 head=1B-blocks ;;
-  -h|--human-readable|-H) unit=1073741824 head=Size suffix=G ;;
-  -k|-Pk|-kP) head=1024-blocks ;;
-  -P|--) ;;
-  --output=*) cols=${word#*=} ;;
-  -*) PATH=/usr/bin:/bin exec df "$@" ;;
-esac; done
-case " $* " in *" -P"*) [ "$head" = 1K-blocks ] && head=1024-blocks ;; esac
-used=$(($(du -sk "$BOX_HOME" 2>/dev/null | cut -f1) * 1024))
-total=$DISK_BYTES free=$((DISK_BYTES - used))
-[ -n "$DISK_FREE_BYTES" ] && free=$DISK_FREE_BYTES used=$((DISK_BYTES - DISK_FREE_BYTES))
-[ $free -lt 0 ] && free=0
-up() { echo $((($1 + unit - 1) / unit))$suffix; }
-down() { echo $(($1 / unit))$suffix; }
-percent=$(((used * 100 + total - 1) / total))%
-if [ -n "$cols" ]; then
-  header= line=
-  for col in $(echo "$cols" | tr , ' '); do case $col in
-    avail) header="$header Avail" line="$line $(down $free)" ;;
-    size) header="$header $head" line="$line $(up $total)" ;;
-    used) header="$header Used" line="$line $(up $used)" ;;
-    pcent) header="$header Use%" line="$line $percent" ;;
-    target) header="$header Mounted" line="$line /" ;;
-    source) header="$header Filesystem" line="$line overlay" ;;
-  esac; done
-  echo "${header# }"; echo "${line# }"; exit 0
-fi
-name=Available; [ "$suffix" = G ] && name=Avail
-use=Use%; case $head in 1024-blocks) use=Capacity ;; esac
-printf '%-14s %12s %12s %12s %8s %s\n' Filesystem $head Used $name $use 'Mounted on'
-printf '%-14s %12s %12s %12s %8s %s\n' overlay "$(up $total)" "$(up $used)" "$(down $free)" $percent /
-"""
-
+_TOOLS = Path(__file__).parent / "tools"
 _PYTHON = '#!/bin/sh\nexec {python} "$@"\n'
 _MILKTEA_TRAIN = (
     "#!/bin/sh\nPYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} exec {python} -m "
@@ -127,8 +30,8 @@ def _script(path: Path, text: str) -> None:
 def install_tools(folder: Path) -> None:
     """Writes what every box has; once for an emulator."""
     folder.mkdir(parents=True, exist_ok=True)
-    _script(folder / "nvidia-smi", _NVIDIA_SMI)
-    _script(folder / "df", _DF)
+    for name in ("nvidia-smi", "df"):
+        _script(folder / name, (_TOOLS / name).read_text("utf-8"))
     # images are asked whether they have one
     _script(folder / "sshd", "#!/bin/sh\necho 'this box is served by fakevast'\n")
     for name in ("python3", "python"):

@@ -17,11 +17,13 @@ _GPU_BILLED = {"running", "exited", "rebooting", "recycling", "frozen", "unknown
 
 
 _OF_THE_OFFER = """
-    machine_id host_id bundle_id num_gpus gpu_name gpu_ram gpu_frac gpu_lanes gpu_mem_bw pcie_bw pci_gen bw_nvlink compute_cap
-    total_flops dlperf score cpu_name cpu_cores cpu_cores_effective cpu_ram cpu_arch inet_up inet_down inet_up_cost inet_down_cost
-    internet_up_cost_per_tb internet_down_cost_per_tb storage_cost disk_bw disk_name min_bid reliability2 geolocation verification
-    hosting_type driver_version cuda_max_good mobo_name os_version static_ip direct_port_count external webpage logo has_avx
-    vericode rentable dlperf_per_dphtotal flops_per_dphtotal credit_discount_max
+    machine_id host_id bundle_id num_gpus gpu_name gpu_ram gpu_frac gpu_lanes gpu_mem_bw pcie_bw
+    pci_gen bw_nvlink compute_cap total_flops dlperf score cpu_name cpu_cores cpu_cores_effective
+    cpu_ram cpu_arch inet_up inet_down inet_up_cost inet_down_cost internet_up_cost_per_tb
+    internet_down_cost_per_tb storage_cost disk_bw disk_name min_bid reliability2 geolocation
+    verification hosting_type driver_version cuda_max_good mobo_name os_version static_ip
+    direct_port_count external webpage logo has_avx vericode rentable dlperf_per_dphtotal
+    flops_per_dphtotal credit_discount_max
 """.split()  # noqa: SIM905
 
 

@@ -35,7 +35,9 @@ OVERLAY = """
 set -e
 mount -t tmpfs tmpfs "$1"; mkdir "$1/up" "$1/work" "$1/all"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/up,workdir=$1/work" "$1/all"
-for path in $(awk '$2 ~ "^/." && $3 !~ /overlay|squashfs/ {print $2}' /proc/mounts | grep -v "^$1"); do
+for path in $(
+  awk '$2 ~ "^/." && $3 !~ /overlay|squashfs/ {print $2}' /proc/mounts | grep -v "^$1"
+); do
   [ -e "$1/all$path" ] && mount --rbind "$path" "$1/all$path" 2>/dev/null || true
 done
 here=$PWD; shift 1
@@ -203,10 +205,8 @@ def main() -> int:
                     f"{time.monotonic() - start:.0f} s"
                 )
             except (subprocess.CalledProcessError, StopIteration) as error:
-                results[name] = (
-                    "NOT RUN: "
-                    f"{error if not isinstance(error, subprocess.CalledProcessError) else shlex.join(error.cmd)}"
-                )
+                failed = isinstance(error, subprocess.CalledProcessError)
+                results[name] = f"NOT RUN: {shlex.join(error.cmd) if failed else error}"
     print("\n".join(f"{name:10} {result}" for name, result in results.items()))
     return 0 if all(result.startswith("passed") for result in results.values()) else 1
 

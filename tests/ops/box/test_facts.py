@@ -112,8 +112,8 @@ DISKS = {
         DiskFacts(51200 * 1024, "/home"),
     ),
     "Chinese": (
-        "文件系统       1024-块      已用      可用 容量 挂载点\n/dev/nvme0n1p2 959786032 20 911011956    "
-        "0% /工作 目录",
+        "文件系统       1024-块      已用      可用 容量 挂载点\n"
+        "/dev/nvme0n1p2 959786032 20 911011956    0% /工作 目录",
         DiskFacts(911011956 * 1024, "/工作 目录"),
     ),
     "a device with spaces, a mount point with spaces": (
