@@ -256,6 +256,35 @@ class Loop:
         return tokens
 
 
+def _timed_steps(
+    loop: Loop, steps: int, device: torch.device, world: int
+) -> tuple[float, float, dict[str, Any]]:
+    """Three steps to warm up, then `steps` measured ones: (tokens of all GPUs, seconds of the
+    slowest, the times of single steps and of launching)."""
+    for _ in range(3):
+        loop.step()
+    if world > 1:
+        torch.distributed.barrier()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    tokens: float = 0
+    for mark in marks[:-1]:
+        mark.record()
+        tokens += loop.step()
+    marks[-1].record()
+    launched = time.perf_counter() - began
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    if world > 1:
+        total = torch.tensor([tokens, seconds], device=device, dtype=torch.float64)
+        torch.distributed.all_reduce(total[:1])
+        torch.distributed.all_reduce(total[1:], torch.distributed.ReduceOp.MAX)
+        tokens, seconds = total.tolist()
+    times = [round(a.elapsed_time(b), 1) for a, b in pairwise(marks)][:8]
+    return tokens, seconds, {"step_ms": times, "launch_s": round(launched, 2)}
+
+
 def measure(
     setting: Setting, device: torch.device, world: int = 1, rank: int = 0
 ) -> dict[str, Any]:
@@ -269,26 +298,7 @@ def measure(
     loop.step()
     torch.cuda.synchronize()
     first = time.time() - _process_start()
-    for _ in range(3):
-        loop.step()
-    if world > 1:
-        torch.distributed.barrier()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(setting.steps + 1)]
-    tokens = 0
-    for mark in marks[:-1]:
-        mark.record()
-        tokens += loop.step()
-    marks[-1].record()
-    launched = time.perf_counter() - began
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    if world > 1:
-        total = torch.tensor([tokens, seconds], device=device, dtype=torch.float64)
-        torch.distributed.all_reduce(total[:1])
-        torch.distributed.all_reduce(total[1:], torch.distributed.ReduceOp.MAX)
-        tokens, seconds = total.tolist()
+    tokens, seconds, timing = _timed_steps(loop, setting.steps, device, world)
     speed = tokens / seconds
     losses, norms = (torch.stack(x).tolist() for x in (loop.losses, loop.norms))
     flops = 4 * SHAPES[setting.model].linear_parameters * speed / world
@@ -307,8 +317,7 @@ def measure(
         "first_step_s": round(first, 1),
         "imports_s": round(started, 1),
         "model_s": round(built - started, 1),
-        "step_ms": [round(a.elapsed_time(b), 1) for a, b in pairwise(marks)][:8],
-        "launch_s": round(launched, 2),
+        **timing,
         "run_s": round(seconds, 2),
         "triton_cache": "warm" if warm else "cold",
         **{k: v for k, v in asdict(setting).items() if k not in ("model", "precision")},

@@ -48,7 +48,17 @@ OPS_MAY_IMPORT = ("trainer.wire", "trainer.data", "trainer.memory", "trainer.fam
 # then this constant goes, with its twins in pyproject.toml.
 AIR_GAP = ("ops.image", "tests.image")
 # Triton kernels, which the compiler takes whole, and functions that are one table.
-LONG_FUNCTIONS: set[str] = set()
+LONG_FUNCTIONS = {
+    "ops.fakevast.__main__.arguments",
+    "ops.fakevast.cloud.instance.row",
+    "ops.run.explain._tell",
+    "trainer.kernels.attention_device.attention_backward_kv",
+    "trainer.kernels.attention_device.attention_backward_q",
+    "trainer.kernels.triton_device.norm_backward",
+    "trainer.kernels.triton_device.norm_forward",
+    "trainer.kernels.triton_device.rope_backward",
+    "trainer.kernels.triton_device.swiglu_backward",
+}
 
 
 def python_files(*folders: str) -> list[Path]:

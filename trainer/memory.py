@@ -14,7 +14,7 @@ hold the count to them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 GIB = 1024**3
@@ -240,79 +240,96 @@ def predict(
     `method` is as `method_of` gives it. `trainable_layers` counts for "freeze". `fused` None: where
     the fused layer takes the model. `keep_transpose` is FP8's faster form. With several `processes`
     NCCL's own buffers count, which torch does not report, and method "full" is shared among them.
-    On the one base `adapters` are trained, and `frozen_adapters` held beside them. Raises
-    ValueError for an unknown precision, method or module.
+    On the one base `adapters` are trained, and `frozen_adapters` held beside them. The first
+    layers are the checkpointed ones: when backward reaches them, what the last ones kept is gone,
+    so one layer made again counts only where no layer kept anything. Below the layers that
+    "freeze" trains nothing is kept. Raises ValueError for an unknown precision, method or module.
     """
     if precision not in _LINEAR_BYTES:
         raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
     tokens, element = tokens_per_micro_batch, 4 if precision == "fp32" or method == "full" else 2
     fused = takes_fused_layer(shape, precision, r, method) if fused is None else fused
     rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
-    aims = tokens if targets is None else targets
-    trained, beside = (
-        adapters * n for n in _trained(shape, method, r, target_modules, trainable_layers)
-    )
-    held = frozen_adapters * adapter_parameters(shape, r, target_modules) if frozen_adapters else 0
-    copies = (
-        (adapters + frozen_adapters) * _padded_copies(shape, r, target_modules, element)
-        if fused
-        else 0
-    )
+    each = _trained(shape, method, r, target_modules, trainable_layers)
+    trained, beside = adapters * each[0], adapters * each[1]
     weights: float = _weight_bytes(shape, precision, element, fused, keep_transpose)
-    adapter: float = trained * 4 + beside * 4 + held * 4 + copies
+    adapter: float = 4 * (trained + beside)
+    if frozen_adapters:
+        adapter += 4 * frozen_adapters * adapter_parameters(shape, r, target_modules)
+    padded = _padded_copies(shape, r, target_modules, element) if fused else 0
+    adapter += (adapters + frozen_adapters) * padded
     optimizer: float = trained * 8
-    # trainer/loop/sharded.py: a part of all; whole, for a while, what lies outside the layers and
-    # two of them
-    if method == "full" and processes > 1:
-        linear = linear_parameters(shape)
-        gathered = 4 * (parameters(shape) - linear + 2 * linear // shape.layers)
-        weights, adapter, optimizer = (
-            weights / processes + gathered,
-            adapter / processes + gathered,
-            optimizer / processes,
-        )
+    if method == "full" and processes > 1:  # trainer/loop/sharded.py: each has a part of all
+        weights, adapter = (x / processes + _gathered_bytes(shape) for x in (weights, adapter))
+        optimizer /= processes
+    loss = _loss_fused(shape, tokens, tokens if targets is None else targets, element)
     if fused:
-        layer, loss = _kept_fused(shape, r, element), _loss_fused(shape, tokens, aims, element)
+        layer = _kept_fused(shape, r, element)
         passing = _passing_fused(shape, precision, tokens, rows, element, keep_transpose)
     else:
-        layer, loss = (
-            _kept_plain(shape, method, precision, r),
-            _loss_fused(shape, tokens, aims, element),
-        )
-        # the head's gradient, and a chunk's
-        loss += 8 * shape.vocab * shape.hidden if method == "full" else 0
-        passing = tokens * element * (3 * shape.intermediate + 3 * shape.hidden) + _unpacked(
-            shape, precision, joined=False
-        )
-        if method.startswith("dora"):
-            # a weight with its adapter added, and its norm
-            passing += 16 * max(i * o for i, o in shape.linears().values())
-        if method.endswith(DROPOUT):
-            passing = max(passing, tokens * _DROPOUT_BYTES * shape.intermediate)
+        layer = _kept_plain(shape, method, precision, r)
+        passing = _passing_plain(shape, precision, method, tokens, element)
+        loss += _head_gradient(shape) if method == "full" else 0
         weights += _mixed_copies(shape, method, precision, trained)
-    # The first layers are checkpointed: when backward reaches them, what the last ones kept is
-    # gone, so that one layer made again counts only where no layer kept anything. Below the layers
-    # that "freeze" trains nothing is kept.
     learning = min(trainable_layers, shape.layers) if method == "freeze" else shape.layers
-    whole = min(learning, shape.layers - checkpointed_layers)
+    whole = min(learning, shape.layers - checkpointed_layers)  # layers that keep all they need
     stored = tokens * (whole * layer + (learning - whole + 1) * element * shape.hidden)
     passing += tokens * layer if whole == 0 else 0
-    w, a, o, s, lo, p = (x / GIB for x in (weights, adapter, optimizer, stored, loss, passing))
+    found = _summed((weights, adapter, optimizer, stored, loss, passing), processes)
+    return _with_lines(found, shape, precision, trained, tokens, checkpointed_layers)
+
+
+def _summed(parts: tuple[float, float, float, float, float, float], processes: int) -> Memory:
+    """Bytes of each part, in the order of `Memory` -> their peak."""
+    w, a, o, s, lo, p = (x / GIB for x in parts)
     constant = _CONSTANT_GIB + (_NCCL_GIB if processes > 1 else 0)
-    peak = w + a + o + s + max(lo, p) + constant
-    recomputed = f"{checkpointed_layers} of {shape.layers} layers recomputed"
-    lines = (
-        f"weights      {w:7.2f} GiB = {parameters(shape) / 1e9:.2f} B parameters, the "
-        f"layers' in {precision}",
-        f"trained      {a + o:7.2f} GiB = {trained / 1e6:.1f} M values, their copies, "
-        "gradients and two moments",
-        f"activations  {s:7.2f} GiB = {tokens:,} tokens x {s * GIB / tokens / 1e6:.2f} MB, "
-        f"{recomputed}",
-        f"passing      {max(lo, p) + constant:7.2f} GiB = the larger of the loss {lo:.2f} "
-        f"and one layer's backward {p:.2f}",
-        f"peak         {peak:7.2f} GiB; a card needs {needed_gib(peak):.1f} GiB",
+    return Memory(w, a, o, s, lo, p, w + a + o + s + max(lo, p) + constant, ())
+
+
+def _head_gradient(shape: Shape) -> int:
+    """Bytes of the head's gradient, and of a chunk's."""
+    return 8 * shape.vocab * shape.hidden
+
+
+def _gathered_bytes(shape: Shape) -> int:
+    """What a process of a sharded model holds whole for a while: what lies outside the layers, and
+    two layers."""
+    linear = linear_parameters(shape)
+    return 4 * (parameters(shape) - linear + 2 * linear // shape.layers)
+
+
+def _passing_plain(shape: Shape, precision: str, method: str, tokens: int, element: int) -> float:
+    """Bytes that one layer's backward in transformers' own code holds for a while."""
+    passing = tokens * element * (3 * shape.intermediate + 3 * shape.hidden) + _unpacked(
+        shape, precision, joined=False
     )
-    return Memory(w, a, o, s, lo, p, peak, lines)
+    if method.startswith("dora"):
+        # a weight with its adapter added, and its norm
+        passing += 16 * max(i * o for i, o in shape.linears().values())
+    if method.endswith(DROPOUT):
+        passing = max(passing, tokens * _DROPOUT_BYTES * shape.intermediate)
+    return passing
+
+
+def _with_lines(
+    found: Memory, shape: Shape, precision: str, trained: int, tokens: int, recomputed: int
+) -> Memory:
+    stored, loss, layer = found.activations_gib, found.logits_gib, found.workspace_gib
+    held = found.adapter_gib + found.optimizer_gib
+    passing = found.peak_gib - found.weights_gib - held - stored
+    lines = (
+        f"weights      {found.weights_gib:7.2f} GiB = {parameters(shape) / 1e9:.2f} B parameters, "
+        f"the layers' in {precision}",
+        f"trained      {held:7.2f} GiB = {trained / 1e6:.1f} M values, their copies, "
+        "gradients and two moments",
+        f"activations  {stored:7.2f} GiB = {tokens:,} tokens x {stored * GIB / tokens / 1e6:.2f} "
+        f"MB, {recomputed} of {shape.layers} layers recomputed",
+        f"passing      {passing:7.2f} GiB = the larger of the loss {loss:.2f} and one layer's "
+        f"backward {layer:.2f}",
+        f"peak         {found.peak_gib:7.2f} GiB; a card needs {needed_gib(found.peak_gib):.1f} "
+        "GiB",
+    )
+    return replace(found, lines=lines)
 
 
 def method_of(method: str, use_dora: bool = False, lora_dropout: float = 0.0) -> str:

@@ -178,23 +178,7 @@ def predict(
     speed = tokens_per_second(offer, workload)
     if workload.cpu_practice:
         workload = replace(workload, boot_s=_PRACTICE_BOOT_S, start_s=_PRACTICE_START_S)
-    # bytes a second
-    down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3
-    pull_s = (
-        0.0
-        if workload.cpu_practice
-        else max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
-    )
-    transfer_s = (
-        _over(workload.push_bytes, min(down, workload.home_up_mbps * 125e3))
-        + _over(workload.model_download_bytes, down)
-        + _over(workload.pull_bytes, min(up, workload.home_down_mbps * 125e3))
-    )
-    read_s = (
-        0.0
-        if workload.cpu_practice
-        else 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
-    )
+    pull_s, transfer_s, read_s = _moving_s(offer, workload)
     start_s, train_s = workload.start_s + read_s, workload.tokens / speed
     running_h = (transfer_s + start_s + train_s) / 3600
     hours = running_h + (workload.boot_s + pull_s) / 3600
@@ -210,21 +194,7 @@ def predict(
         gb_out * offer.inet_up_usd_per_gb,
     )
     usd = gpu_usd + disk_usd + inet_down_usd + inet_up_usd
-
-    # Accidents: a boot that fails costs the image and some disk; a break costs everything up to the
-    # first step once more.
-    p_boot_fails = 1 - (1 - _BOOT_FAILS) * max(offer.reliability, 0.5) * (1 - min(p_bad, 0.99))
-    breaks_per_h = _breaks_per_hour(offer, bid_usd_per_hour)
-    loading_h = (workload.boot_s + pull_s) / 3600
-    dead_boot_usd = (
-        workload.image_bytes / GB * offer.inet_down_usd_per_gb + disk_rate * 3 * loading_h
-    )
-    again_h = (transfer_s + start_s + min(workload.save_every_s, train_s) / 2) / 3600
-    again_usd = (rate + disk_rate) * again_h + disk_rate * loading_h + inet_down_usd
-    breaks = breaks_per_h * running_h / max(1 - breaks_per_h * again_h, 0.05)
-    risk_usd = breaks * again_usd + (1 + breaks) * dead_boot_usd * p_boot_fails / (1 - p_boot_fails)
-    p_finish = (1 - p_boot_fails) * math.exp(-breaks_per_h * running_h)
-    predicted = Cost(
+    smooth = Cost(
         usd=usd,
         gpu_usd=gpu_usd,
         disk_usd=disk_usd,
@@ -235,17 +205,59 @@ def predict(
         train_s=train_s,
         transfer_s=transfer_s,
         hours=hours,
-        p_finish=p_finish,
-        expected_usd=usd + risk_usd,
+        p_finish=1.0,
+        expected_usd=usd,
         lines=(),
         start_s=start_s,
         usd_per_hour=rate,
         tokens_per_s=speed,
-        risk_usd=risk_usd,
         gb_in=gb_in,
         gb_out=gb_out,
     )
+    predicted = _with_accidents(smooth, offer, workload, bid_usd_per_hour, p_bad)
     return replace(predicted, lines=_arithmetic(offer, workload, predicted))
+
+
+def _moving_s(offer: Offer, workload: Workload) -> tuple[float, float, float]:
+    """Seconds to pull the image, to move files between home, hub and box, and to read the model."""
+    # bytes a second
+    down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3
+    transfer_s = (
+        _over(workload.push_bytes, min(down, workload.home_up_mbps * 125e3))
+        + _over(workload.model_download_bytes, down)
+        + _over(workload.pull_bytes, min(up, workload.home_down_mbps * 125e3))
+    )
+    if workload.cpu_practice:
+        return 0.0, transfer_s, 0.0
+    pull_s = max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
+    read_s = 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
+    return pull_s, transfer_s, read_s
+
+
+def _with_accidents(
+    cost: Cost, offer: Offer, workload: Workload, bid_usd_per_hour: float | None, p_bad: float
+) -> Cost:
+    """`cost` of a run without trouble -> the same with what trouble is expected to add. A boot that
+    fails costs the image and some disk; a break costs everything up to the first step once more."""
+    disk_rate = disk_usd_per_hour(offer, workload.disk_gib)
+    p_boot_fails = 1 - (1 - _BOOT_FAILS) * max(offer.reliability, 0.5) * (1 - min(p_bad, 0.99))
+    breaks_per_h = _breaks_per_hour(offer, bid_usd_per_hour)
+    loading_h = (cost.boot_s + cost.pull_s) / 3600
+    dead_boot_usd = (
+        workload.image_bytes / GB * offer.inet_down_usd_per_gb + disk_rate * 3 * loading_h
+    )
+    again_h = (cost.transfer_s + cost.start_s + min(workload.save_every_s, cost.train_s) / 2) / 3600
+    again_usd = (
+        (cost.usd_per_hour + disk_rate) * again_h + disk_rate * loading_h + cost.inet_down_usd
+    )
+    breaks = breaks_per_h * cost.running_h / max(1 - breaks_per_h * again_h, 0.05)
+    risk_usd = breaks * again_usd + (1 + breaks) * dead_boot_usd * p_boot_fails / (1 - p_boot_fails)
+    return replace(
+        cost,
+        p_finish=(1 - p_boot_fails) * math.exp(-breaks_per_h * cost.running_h),
+        expected_usd=cost.usd + risk_usd,
+        risk_usd=risk_usd,
+    )
 
 
 def burn_usd(

@@ -191,6 +191,27 @@ _ENTRY: dict[str, Callable[[Any], bool]] = {  # what an entry of dataset_info.js
 }
 
 
+_OUR_NAMES = {  # of LLaMA-Factory's columns, by form
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+    "sharegpt": {"messages": "conversations"},
+    "text": {"prompt": "text"},
+}
+_ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+
+
+def _source_of(entry: dict[str, Any], file: Path) -> Source:
+    """One entry of LLaMA-Factory's registry, sound by _ENTRY."""
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    if entry.get("formatting") == "sharegpt":
+        form = "sharegpt"
+    else:
+        form = "text" if set(columns) == {"prompt"} else "alpaca"
+    names = {_OUR_NAMES[form].get(k, k): v for k, v in columns.items()}
+    roles = {tags[tag]: role for tag, role in _ROLE_TAGS.items() if tag in tags}
+    how = Columns(names, tags.get("role_tag", ""), tags.get("content_tag", ""), roles)
+    return Source(file, entry["file_name"], form, how, entry.get("num_samples"))
+
+
 def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Source]:
     """LLaMA-Factory's registry: file name -> how to read it."""
     try:
@@ -215,8 +236,7 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
             defects.append(Defect(name, 1, 1, _shown(key), f"{wrong[0]} is of another kind", fix))
             continue
         file = path.parent / entry["file_name"]
-        columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
-        if entry.get("ranking") or "kto_tag" in columns:
+        if entry.get("ranking") or "kto_tag" in (entry.get("columns") or {}):
             if file.is_file():
                 defects.append(
                     Defect(
@@ -229,29 +249,7 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
                     )
                 )
             continue
-        form = (
-            "sharegpt"
-            if entry.get("formatting") == "sharegpt"
-            else "text"
-            if set(columns) == {"prompt"}
-            else "alpaca"
-        )
-        canonical = {
-            "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
-            "sharegpt": {"messages": "conversations"},
-        }
-        names = {canonical.get(form, {"prompt": "text"}).get(k, k): v for k, v in columns.items()}
-        roles = {
-            tags[t]: r
-            for t, r in (
-                ("user_tag", "user"),
-                ("assistant_tag", "assistant"),
-                ("system_tag", "system"),
-            )
-            if t in tags
-        }
-        how = Columns(names, tags.get("role_tag", ""), tags.get("content_tag", ""), roles)
-        found[file.name] = Source(file, entry["file_name"], form, how, entry.get("num_samples"))
+        found[file.name] = _source_of(entry, file)
     if not found:
         defects.append(
             Defect(

@@ -150,18 +150,11 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
     content_tag = columns.content_tag or ("value" if form == "sharegpt" else "content")
     said = row.get(key)
     problems: list[Problem] = []
+    if said is None:
+        return [_missing(row, key)]
     if type(said) is not list:
-        return (
-            [_missing(row, key)]
-            if said is None
-            else [
-                (
-                    (key,),
-                    f"is {_kind(said)}, not a list of turns",
-                    f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]',
-                )
-            ]
-        )
+        fix = f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]'
+        return [((key,), f"is {_kind(said)}, not a list of turns", fix)]
     if not said:
         return [((key,), "has no turn", "remove the row, or fill it")]
     turns: list[Turn] = []
@@ -170,13 +163,8 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
         turns.append(Turn("system", system))
     for i, turn in enumerate(said):
         if type(turn) is not tuple:
-            problems.append(
-                (
-                    (key, i),
-                    f"the turn is {_kind(turn)}, not an object",
-                    f'write {{"{role_tag}": ..., "{content_tag}": ...}}',
-                )
-            )
+            fix = f'write {{"{role_tag}": ..., "{content_tag}": ...}}'
+            problems.append(((key, i), f"the turn is {_kind(turn)}, not an object", fix))
             continue
         one = dict(turn)
         role = _role(one, role_tag, (key, i), columns, problems)

@@ -211,6 +211,26 @@ def refuse_defects(defects: Sequence[Defect]) -> None:
         )
 
 
+def _tell_of_long_row(
+    where: str,
+    tokens: int,
+    most: int,
+    policy: str,
+    cut: object | None,
+    notes: list[str],
+    refused: list[str],
+) -> None:
+    """Adds to `notes` or to `refused` what `policy` made of a row that is too long; `cut` is what
+    is left of it."""
+    what = f"{where}: {tokens} tokens, data.max_length is {most}"
+    if policy == "refuse":
+        refused.append(what)
+    elif policy == "truncate" and cut is None:
+        refused.append(f"{what}, and its prompt alone fills that")
+    else:
+        notes.append(f"{what}: {'dropped' if cut is None else 'cut at the end, stop token kept'}")
+
+
 def tokenise(
     rows: Sequence[Row],
     vocabulary: Vocabulary,
@@ -243,17 +263,9 @@ def tokenise(
                 refused.append(f"{row.where}: {fault}")
                 continue
             if len(token_ids) > most:
-                said = f"{row.where}: {len(token_ids)} tokens, data.max_length is {most}"
                 longest = max(longest, len(token_ids))
                 cut = shorten(token_ids, trained, stop, most) if policy == "truncate" else None
-                if policy == "refuse" or (policy == "truncate" and cut is None):
-                    refused.append(
-                        said if policy == "refuse" else f"{said}, and its prompt alone fills that"
-                    )
-                    continue
-                notes.append(
-                    f"{said}: {'dropped' if cut is None else 'cut at the end, stop token kept'}"
-                )
+                _tell_of_long_row(row.where, len(token_ids), most, policy, cut, notes, refused)
                 if cut is None:
                     continue
                 token_ids, trained = cut

@@ -141,8 +141,8 @@ def backward(
     joined = q.new_empty(m, (heads + 2 * kv_heads) * d)
     dq, dk, dv = joined.split([heads * d, kv_heads * d, kv_heads * d], 1)
     delta = torch.empty_like(lse)
-    group, row = heads // kv_heads, q.stride(0)
-    scales = (scale / math.log(2), scale)
+    group = heads // kv_heads
+    ending = (q.stride(0), joined.shape[1], kv_heads, scale / math.log(2), scale)
     fixed = {"G": group, "D": d, "TURN": cos is not None}
     bm, bn, tile = _tile("backward_q", d)
     jit.attention_backward_q[(kv_heads, triton.cdiv(m, bm // group))](
@@ -159,10 +159,7 @@ def backward(
         sin,
         m,
         lse.shape[1],
-        row,
-        joined.shape[1],
-        kv_heads,
-        *scales,
+        *ending,
         **fixed,
         **tile,
     )
@@ -180,10 +177,7 @@ def backward(
         cos,
         sin,
         m,
-        row,
-        joined.shape[1],
-        kv_heads,
-        *scales,
+        *ending,
         **fixed,
         **tile,
     )
