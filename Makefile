@@ -44,8 +44,8 @@ test: setup ## the test suite
 test-slow: setup ## the long proofs: crash matrix, kills, corruption, Docker where an engine is
 	@$(VENV)/bin/python -m pytest -m "(slow or docker) and not gpu and not live" -n 2
 
-lint: setup ## ruff and mypy
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy ops trainer
+lint: setup ## ruff, its format, and mypy, strict
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 crash-matrix: setup ## N client deaths, one later command each, boxes left: none
 	@$(VENV)/bin/python tests/crash_matrix.py $(N)

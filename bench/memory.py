@@ -57,7 +57,7 @@ def measure_grid(path: Path, device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _measure(model: torch.nn.Module, setting: Setting, device: torch.device) -> dict:
+def _measure(model: torch.nn.Module, setting: Setting, device: torch.device) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     loop = Loop(model, setting, device, 1, 0)

@@ -140,7 +140,7 @@ def tune(base: nn.Module, precision: str, steps: int, seed: int) -> dict[str, An
     model.set_attn_implementation(register())  # type: ignore[operator]
     torch.manual_seed(seed)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    model = get_peft_model(model, config)  # type: ignore[assignment, arg-type]
+    model = get_peft_model(model, config)
     names = accelerate_model(model, precision, device)
     language = Language(device, changed=0.25)
     held_out = [packed(language.rows(64, 900 + i)) for i in range(8)]

@@ -45,7 +45,7 @@ def tokenizer(folder: Path, vocabulary: int) -> list[str]:
     made = Tokenizer(
         models.WordLevel({w: n for n, w in enumerate([*special, *said, *words])}, unk_token="<unk>")
     )
-    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(special)
     made.save(str(folder / "tokenizer.json"))
     told = {
@@ -83,7 +83,7 @@ def base_model(folder: Path, name: str) -> None:
         layer = re.search(r"layers\.(\d+)\.", n)
         shards.setdefault(int(layer[1]) // SHARD_LAYERS if layer else -1, []).append(n)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = {}
+    where: dict[str, str] = {}
     for number, names in shards.items():
         file = f"model-{number + 2}.safetensors"
         tensors = {

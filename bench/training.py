@@ -29,6 +29,7 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -87,13 +88,13 @@ class Setting:
     steps: int = 20
 
 
-def lengths(setting: Setting, count: int = 20000) -> np.ndarray:
+def lengths(setting: Setting, count: int = 20000) -> npt.NDArray[np.int64]:
     """Row lengths [count]: log-normal with median 180 and 95th percentile 520 tokens, as in
     Alpaca's demo set, or all the same."""
     if setting.rows != "alpaca":
         return np.full(count, int(setting.rows))
     drawn = np.random.default_rng(0).lognormal(math.log(180), 0.645, count)
-    return np.clip(drawn.round().astype(int), 16, min(2048, setting.tokens))
+    return np.clip(drawn.round().astype(np.int64), 16, min(2048, setting.tokens))
 
 
 def batches(
@@ -160,7 +161,7 @@ def build(setting: Setting, device: torch.device) -> tuple[nn.Module, dict[str, 
         model: Any = LlamaForCausalLM(config)
         model.to(torch.bfloat16)
     inner = inner_model(model)
-    inner.rotary_emb = type(inner.rotary_emb)(config)  # type: ignore[operator]
+    inner.rotary_emb = type(inner.rotary_emb)(config)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(0)
     model = get_peft_model(

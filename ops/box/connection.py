@@ -326,7 +326,7 @@ class Box:
             timer.cancel()
 
 
-class _WriteFirstKey(paramiko.MissingHostKeyPolicy):
+class _WriteFirstKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]  # it is untyped
     """The first key ever seen is written to known_hosts under HOST_ALIAS."""
 
     def __init__(self, known_hosts: Path) -> None:

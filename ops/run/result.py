@@ -272,7 +272,7 @@ class _Hashed:
         self._file, self._hash = file, hashlib.sha256()
 
     def read(self, size: int, /) -> bytes:
-        data = self._file.read(size)
+        data: bytes = self._file.read(size)
         self._hash.update(data)
         return data
 

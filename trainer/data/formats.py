@@ -116,7 +116,7 @@ def _alpaca(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Pro
     turns += _history(row, history_name, problems)
     return problems or Row(
         where, (*turns, Turn("user", instruction or "", given or ""), Turn("assistant", output))
-    )  # type: ignore[arg-type]
+    )
 
 
 def _history(row: dict[str, Any], name: str, problems: list[Problem]) -> list[Turn]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class Order:
                 "_order",
                 np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist(),
             )
-        return self._order  # type: ignore[attr-defined]
+        return cast(list[int], self._order)  # type: ignore[attr-defined]
 
 
 def share(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from safetensors import SafetensorError
@@ -22,7 +23,15 @@ from safetensors.numpy import load_file, save_file
 
 from trainer.data.files import Defect, read_rows
 from trainer.data.formats import Row
-from trainer.data.template import Segment, Template, TemplateError, load, render, with_chat_template
+from trainer.data.template import (
+    Segment,
+    Template,
+    TemplateError,
+    Turn,
+    load,
+    render,
+    with_chat_template,
+)
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
 from trainer.wire.job import Job
 
@@ -65,7 +74,7 @@ class Rows:
 
     @property
     def lengths(self) -> list[int]:
-        return np.diff(self.starts).tolist()
+        return cast(list[int], np.diff(self.starts).tolist())
 
     def targets(self) -> list[int]:
         """Target tokens of each row. Its first token is never one: nothing predicts it."""
@@ -396,7 +405,7 @@ def read_cache(path: Path) -> Rows | None:
     return Rows(data["ids"], data["trained"], data["starts"], data["prompted"], where, notes)
 
 
-def prompt_ids(data: Prepared, turns: Sequence) -> list[int]:
+def prompt_ids(data: Prepared, turns: Sequence[Turn]) -> list[int]:
     """The ids of a conversation up to where the model answers: exactly how training rows begin."""
     text = render(
         data.template, turns, eos=data.vocabulary.eos, bos=data.vocabulary.bos, answer_next=True

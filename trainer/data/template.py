@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent / "templates"
 _HOLE = re.compile(r"\{(system|user|assistant|instruction|input|round|bos)\}")
@@ -338,7 +338,7 @@ def _render_jinja(
 
 
 @lru_cache
-def _compile(jinja: str):
+def _compile(jinja: str) -> Any:
     import jinja2
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

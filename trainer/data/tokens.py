@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
@@ -81,8 +82,10 @@ def open_vocabulary(folder: Path) -> Vocabulary:
     return Vocabulary(tokenizer, eos, bos, prefix, chat, folder)
 
 
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
 
 
 def _token(value: object) -> str:

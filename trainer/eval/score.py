@@ -15,6 +15,7 @@ import zipfile
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -114,10 +115,8 @@ def evaluate(run: Path, data_file: Path | None) -> int:
     prompts = [prompt_ids(chat.data, row.turns[:-1]) for row in rows]
     found = {}
     for name in ("base", "adapter"):
-        with (
-            chat.model.disable_adapter() if name == "base" else nullcontext(),
-            torch.inference_mode(),
-        ):  # type: ignore[operator]
+        model: Any = chat.model
+        with model.disable_adapter() if name == "base" else nullcontext(), torch.inference_mode():
             answers = decode.answer(chat.model, prompts, chat.data, chat.device)
         found[name] = {
             "bleu-4": bleu4(answers, expected),

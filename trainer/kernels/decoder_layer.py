@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ class Packed(NamedTuple):
     sin: Tensor
     cu: Tensor
     longest: int
+
+
+# the joined gradient and what the products make of it; see ``rope_backward``
+Turned = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Kept(NamedTuple):
@@ -95,18 +99,20 @@ class FastLayer:
         """What the frozen product wants of ``x``, and ``x p``."""
         if group.weight.column_scale is None:
             return x, None, x @ p if p is not None else None
-        return self.ops.quantise_rows(x, group.weight.column_scale if fold else None, p)
+        scale = group.weight.column_scale if fold else None
+        quantised: tuple[Tensor, Tensor, Tensor | None] = self.ops.quantise_rows(x, scale, p)
+        return quantised
 
     def _attend(self, qkv: Tensor, packed: Packed) -> tuple[Tensor, tuple[Tensor, ...]]:
         q, k, v = self._split(qkv)
         short = short_kernels(q, k, v, packed.longest)
         if short is None:
             return flash_forward(q, k, v, packed.cu, packed.longest, self.scale)
-        return short.forward(q, k, v, short.spans(packed.cu, len(q)).first, self.scale)
+        first = short.spans(packed.cu, len(q)).first
+        found: tuple[Tensor, tuple[Tensor, ...]] = short.forward(q, k, v, first, self.scale)
+        return found
 
-    def _attend_backward(
-        self, dout: Tensor, kept: Kept, packed: Packed
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _attend_backward(self, dout: Tensor, kept: Kept, packed: Packed) -> Turned:
         """d(attention's output) [M, H, D] -> what ``rope_backward`` returns."""
         q, k, v = self._split(kept.qkv)
         b, column_scale = self.qkv.b, self.qkv.weight.column_scale
@@ -115,7 +121,9 @@ class FastLayer:
             dqkv = flash_backward(
                 dout, q, k, v, kept.out, kept.flash, packed.cu, packed.longest, self.scale
             )
-            return self.ops.rope_backward(*dqkv, packed.cos, packed.sin, b, column_scale)
+            return cast(
+                Turned, self.ops.rope_backward(*dqkv, packed.cos, packed.sin, b, column_scale)
+            )
         spans = short.spans(packed.cu, len(q))
         d = short.backward(
             dout, q, k, v, kept.out, kept.flash[0], spans, self.scale, packed.cos, packed.sin
@@ -239,7 +247,8 @@ class _Layer(torch.autograd.Function):
 
 def run_layer(layer: FastLayer, h: Tensor, packed: Packed) -> Tensor:
     """h [M, h] -> [M, h], differentiable in h and in the adapters."""
-    return _Layer.apply(h, layer, packed, *layer.parameters)
+    out: Tensor = _Layer.apply(h, layer, packed, *layer.parameters)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Norm(torch.autograd.Function):
@@ -263,4 +272,5 @@ class _Norm(torch.autograd.Function):
 
 def frozen_norm(h: Tensor, weight: Tensor, eps: float, ops: ModuleType) -> Tensor:
     """RMSNorm [M, K] of a frozen weight."""
-    return _Norm.apply(h, weight, eps, ops)
+    out: Tensor = _Norm.apply(h, weight, eps, ops)  # type: ignore[no-untyped-call]
+    return out

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from copy import copy
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Fp8Weight:
         return part
 
     def dense(self) -> Tensor:
-        return (self.w8.float() * self.column_scale[:, None]).to(self.dtype)
+        return cast(Tensor, self.w8.float() * self.column_scale[:, None]).to(self.dtype)
 
     def _decode(self, x: Tensor, scale: Tensor) -> Tensor:
         return (x.float() * scale[:, None]).to(self.dtype)

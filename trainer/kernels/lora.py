@@ -32,8 +32,10 @@ def padded_rank(r: int) -> int:
 
 def base_linear(module: nn.Module) -> nn.Linear:
     """The frozen linear inside a PEFT layer, or the module itself."""
-    found = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
-    return cast(nn.Linear, found)
+    wrapped: Any = module
+    return cast(
+        nn.Linear, wrapped.get_base_layer() if hasattr(module, "get_base_layer") else module
+    )
 
 
 def adapter_of(module: Any) -> Adapter | None:
@@ -205,5 +207,6 @@ class _FrozenProduct(torch.autograd.Function):
 def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
     """x [..., K] -> x W^T + bias [..., N]; the gradient goes to x only."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _FrozenProduct.apply(flat, weight).view(*x.shape[:-1], weight.shape[0])
+    y: Tensor = _FrozenProduct.apply(flat, weight)  # type: ignore[no-untyped-call]
+    y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias

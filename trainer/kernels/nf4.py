@@ -10,6 +10,7 @@ process, and multiplies by that: at 8k tokens the copy costs a few percent of th
 from __future__ import annotations
 
 from copy import copy
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -94,9 +95,8 @@ class Nf4Weight:
         out = scratch(self.shape[0] * self.shape[1], self.packed.device, self.dtype).view(
             self.shape
         )
-        return operations(self.packed.device).dequantise_nf4(
-            self.packed, self.absmax, self.codebook, out, BLOCK
-        )
+        ops = operations(self.packed.device)
+        return cast(Tensor, ops.dequantise_nf4(self.packed, self.absmax, self.codebook, out, BLOCK))
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         return torch.mm(x, self._write().t())

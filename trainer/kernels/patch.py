@@ -150,9 +150,9 @@ def build_layer(
     first = linears[0].bias
     bias = torch.cat([x.bias.data for x in linears[:3]]) if first is not None else None
     options = _options(precision, keep_transpose)
-    built = [Group.of(g, precision, dtype, **options) for g in groups]  # type: ignore[arg-type]
+    built = [Group.of(g, precision, dtype, **options) for g in groups]
     for group, modules in zip(built, groups, strict=True):
-        _route(group.weight, [base_linear(m) for m in modules], precision)  # type: ignore[arg-type]
+        _route(group.weight, [base_linear(m) for m in modules], precision)
     norm1: Any = layer.input_layernorm
     norm2: Any = layer.post_attention_layernorm
     qkv, o, gate_up, down = built
@@ -214,7 +214,8 @@ def _route(weight: FrozenWeight, linears: list[nn.Linear], precision: str) -> No
     start = 0
     for linear in linears:
         part = weight.rows(start, start + linear.out_features)
-        linear.forward = partial(frozen_linear, weight=part, bias=linear.bias)  # type: ignore[method-assign]
+        forward = partial(frozen_linear, weight=part, bias=linear.bias)
+        linear.forward = forward  # type: ignore[method-assign]
         start += linear.out_features
 
 
@@ -285,5 +286,5 @@ def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
         # [0] would cost a zeroed copy in backward
         return run_layer(fast, hidden_states.squeeze(0).contiguous(), packed).unsqueeze(0)
 
-    layer.forward = forward  # type: ignore[method-assign, assignment]
+    layer.forward = forward
     layer.is_fused = True  # type: ignore[assignment]

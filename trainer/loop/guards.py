@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def probe(
         if change is not None:
             changed[0, change] = changed[0, change] ^ 1  # another id of the vocabulary
         longest = max(first, second)
-        return hidden(changed, positions, ends, longest)[0].float()  # type: ignore[operator]
+        return cast(Tensor, hidden(changed, positions, ends, longest)[0]).float()
 
     was_training = model.training
     model.eval()

@@ -43,7 +43,7 @@ class Gradients:
     def clip(self, max_norm: float) -> Tensor:
         """Scales to a norm of at most `max_norm` (torch.nn.utils.clip_grad_norm_'s formula);
         returns the norm before, on the device."""
-        norm = torch.linalg.vector_norm(self.gradients)
+        norm: Tensor = torch.linalg.vector_norm(self.gradients)
         self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

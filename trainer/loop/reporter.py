@@ -27,7 +27,7 @@ class Reporter:
             self._log = events.Writer(run / "events.jsonl")
             self._boards = report.Boards(job, run)
 
-    def event(self, kind: type[events.Event], **fields: Any) -> None:  # type: ignore[valid-type]
+    def event(self, kind: type[events.Event], **fields: Any) -> None:
         """A line of events.jsonl."""
         if self._log is not None:
             self._log.write(kind, **fields)

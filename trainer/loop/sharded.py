@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -265,4 +265,4 @@ class Gradients:
 def _part(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:  # nothing that this step computed depends on it
         parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad.to_local()  # type: ignore[attr-defined]
+    return cast(DTensor, parameter.grad).to_local()

@@ -100,7 +100,7 @@ def _layers(text: Any) -> int:
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
     last = max((list(kinds).index(k) for k in set(kinds)), default=0)
     dense = getattr(text, "first_k_dense_replace", 0) or 0
-    return min(text.num_hidden_layers, MOST_LAYERS, max(2, last + 1, 2 if dense else 0))
+    return min(int(text.num_hidden_layers), MOST_LAYERS, max(2, last + 1, 2 if dense else 0))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -152,7 +152,7 @@ def checkpoint_first(model: nn.Module, count: int) -> None:
         forward = layer.forward
         layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(
             forward, *args, use_reentrant=False, **kwargs
-        )  # type: ignore[method-assign]
+        )
 
 
 def load_base(
@@ -197,7 +197,7 @@ def load_base(
     model.family = family
     if family.tower and job.training.method == "lora":
         drop_other_towers(model, family.tower)
-    return model
+    return cast(nn.Module, model)
 
 
 def auto_class(kind: str) -> Any:
@@ -392,7 +392,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def causal(model: nn.Module) -> Any:
     """The transformers model inside PEFT's wrappers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")

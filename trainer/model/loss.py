@@ -93,6 +93,7 @@ def target_loss_sum(
     if targets_at is not None:
         x, targets = x.index_select(0, targets_at), targets.index_select(0, targets_at)
     rows = x.contiguous()
-    loss = _TargetLoss.apply(rows, head_weight, targets, scale, cap)  # type: ignore[no-untyped-call]
+    apply: Any = _TargetLoss.apply
+    loss = apply(rows, head_weight, targets, scale, cap)
     assert isinstance(loss, Tensor)
     return loss

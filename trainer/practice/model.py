@@ -20,7 +20,7 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.data.template import alpaca_turns, load, render
 from trainer.practice import world
@@ -96,7 +96,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     )
 
 
-def make_tokenizer(texts: list[str], folder: Path):
+def make_tokenizer(texts: list[str], folder: Path) -> Any:
     """Byte-level BPE, so that any text can be read, cut finely where the world never used it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

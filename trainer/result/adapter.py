@@ -9,7 +9,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model_state_dict
@@ -163,7 +163,7 @@ def write_result(
     part = result / ".manifest.part"
     part.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
     part.rename(result / "manifest.json")
-    return manifest["adapter_sha256"]
+    return cast(str, manifest["adapter_sha256"])
 
 
 def zip_folder(folder: Path, archive: Path) -> dict[str, dict[str, Any]]:

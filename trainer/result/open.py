@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -88,4 +88,4 @@ def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(
             adapter, dtype=dtype, attn_implementation="milktea"
         )
-    return model.to(device).eval()
+    return cast(nn.Module, model.to(device).eval())

@@ -7,7 +7,7 @@ target tokens. At the end the held-out questions are answered, by the model befo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Stage(stage.Stage):
             inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
             inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
-            return self.ranks.enter(hidden_states, self.model, **inputs)
+            return cast(Tensor, self.ranks.enter(hidden_states, self.model, **inputs))
 
         leak = LEAK_INT8 if self.job.model.precision == "int8" else LEAK
         probe(self.model, read, self.data.rows, self.ranks.device, leak)

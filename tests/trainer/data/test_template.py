@@ -50,7 +50,8 @@ EXPECTED = {
     ),
     "chatml": (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n"
-        "<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2\nmore<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>",
+        "<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2\nmore<|im_end|>\n"
+        "<|im_start|>assistant\nA2<|im_end|>",
         ["A1<|im_end|>", "A2<|im_end|>"],
     ),
     "chatglm2": (
