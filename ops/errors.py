@@ -20,7 +20,9 @@
     │   ├── Stalled             no event for limits.stall_minutes
     │   └── OverBudget          limits.max_usd or limits.max_hours reached
     ├── AdapterError        7   what came home is not a whole, sane adapter
-    ├── JournalError        8   the run's journal is damaged, fenced, or of a newer version
+    ├── JournalError        8   the run's journal is damaged, or of a newer version
+    │   ├── Fenced              another client acts on this run; this one stops
+    │   └── Elsewhere           the run was rented at another address or by another account
     └── BoxLeaked          70   a box may still be billing
 
 Every message has three parts: what happened, with the numbers; the state of the money; `hint`, the
@@ -150,6 +152,15 @@ class AdapterError(MilkteaError):
 
 class JournalError(MilkteaError):
     exit_code = 8
+
+
+class Fenced(JournalError):
+    money = "the other client looks after the box"
+
+
+class Elsewhere(JournalError):
+    money = "unknown here; what the run has rented is looked after by its own account"
+    hint = "set VAST_API_KEY (and VAST_URL) to those with which the run was rented"
 
 
 class BoxLeaked(MilkteaError):

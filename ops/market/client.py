@@ -9,15 +9,23 @@ lost, and they throw away the server's own words. Reads and destroys are repeate
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from vastai.api.client import VastClient
 from vastai.api.instances import build_create_instance_payload
 
-from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
+from ops.errors import (
+    MarketError,
+    NoAnswer,
+    OfferGone,
+    PreflightError,
+    RateLimited,
+    Refused,
+)
 from ops.market.models import ROWS, Instance, Offer, parse_instance, parse_offer
 from ops.wait import Clock, until
 
@@ -38,6 +46,11 @@ INTERVAL_S = {
 PATIENCE_S = 60.0  # for a call that may be repeated
 LOG_PATIENCE_S = 10.0  # for a container's log
 PAGE = 25
+MAX_PAGES = 400  # of one list; more is a list that does not end
+MAX_LOG_BYTES = 4 << 20
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOG_HOSTS = (".vast.ai", ".amazonaws.com")  # where vast.ai lays a container's log
+ODD = (ValueError, KeyError, TypeError, AttributeError, OverflowError)  # of a row that is not one
 
 
 @dataclass(frozen=True)
@@ -65,12 +78,30 @@ class Vast:
         self.clock = clock
         self._client = VastClient(provider.api_key, provider.url.rstrip("/"), retry=1, timeout=30)
         self._last_call: dict[str, float] = {}
+        self._account = ""
+
+    def twin(self) -> Vast:
+        """A client of its own for another thread: same account and clock, no shared connection."""
+        return Vast(self.provider, self.clock)
 
     # -- account -----------------------------------------------------------------------------------
 
     def credit_usd(self) -> float:
         """Prepaid dollars left. Raises Refused for a key that vast.ai does not know."""
-        return float(self._repeat("user", "GET", "/users/current").get("credit") or 0.0)
+        user = self._repeat("user", "GET", "/users/current")
+        self._account = str(user.get("id") or "")
+        try:
+            return float(user.get("credit") or 0.0)
+        except ODD as e:
+            raise NoAnswer(f"vast.ai tells a credit that is no number: {user['credit']!r}") from e
+
+    def account(self) -> str:
+        """The account's id, asked for once. Raises NoAnswer where vast.ai tells none."""
+        if not self._account:
+            self.credit_usd()
+        if not self._account:
+            raise NoAnswer("vast.ai does not say whose account this is")
+        return self._account
 
     # -- market ------------------------------------------------------------------------------------
 
@@ -131,26 +162,41 @@ class Vast:
     def instances(self, label: str | None = None) -> list[Instance]:
         """Every instance of the account over all pages, or those with `label`. A row that cannot be
         read raises NoAnswer: a list with a hole in it proves nothing."""
-        rows: list[dict[str, Any]] = []
+        try:
+            return [
+                parse_instance(row) for row in self._rows() if label is None or _label(row) == label
+            ]
+        except ODD as e:
+            raise NoAnswer(f"vast.ai listed an instance that cannot be read: {e}") from e
+
+    def labels(self) -> list[tuple[int, str]]:
+        """(id, label) of every instance of the account, whatever else stands in its row. Raises
+        NoAnswer where a row has no id or the list no end."""
+        try:
+            return [(int(row["id"]), _label(row)) for row in self._rows()]
+        except ODD as e:
+            raise NoAnswer(f"vast.ai listed an instance without an id: {e}") from e
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
         query: dict[str, Any] = {
             "select_filters": {},
             "order_by": [{"col": "id", "dir": "asc"}],
             "limit": PAGE,
         }
-        while True:
+        tokens: set[str] = set()
+        for _ in range(MAX_PAGES):
             page = self._repeat("list", "GET", "/api/v1/instances/", query=query)
             if not isinstance(page.get("instances"), list):
                 raise NoAnswer(f"vast.ai's list of instances has no list in it: {str(page)[:200]}")
-            rows += page["instances"]
-            if not page.get("next_token"):
+            yield from page["instances"]
+            token = page.get("next_token")
+            if not token:
+                return
+            if str(token) in tokens:
                 break
-            query["after_token"] = page["next_token"]
-        if label is not None:
-            rows = [row for row in rows if str(row.get("label") or "").strip() == label]
-        try:
-            return [parse_instance(row) for row in rows]
-        except (ValueError, KeyError, TypeError) as e:
-            raise NoAnswer(f"vast.ai listed an instance that cannot be read: {e}") from e
+            tokens.add(str(token))
+            query["after_token"] = token
+        raise NoAnswer(f"vast.ai's list of instances does not end: {len(tokens)} pages were read")
 
     def instance(self, instance_id: int) -> Instance | None:
         """One instance; None when it does not exist (or is not visible yet)."""
@@ -161,13 +207,18 @@ class Vast:
                 return None
             raise
         row = reply.get("instances")
-        return parse_instance(row) if isinstance(row, dict) else None
+        if not isinstance(row, dict):
+            return None
+        try:
+            return parse_instance(row)
+        except ODD as e:
+            raise NoAnswer(f"vast.ai shows an instance that cannot be read: {e}") from e
 
     def destroy(self, instance_id: int) -> None:
-        """Ask for destruction; an instance that is not there is success. That it is gone must be
-        proven by listing."""
+        """Ask once for destruction; an instance that is not there is success. That it is gone must
+        be proven by listing."""
         try:
-            self._repeat("destroy", "DELETE", f"/instances/{instance_id}/", {})
+            self._call("destroy", "DELETE", f"/instances/{instance_id}/", {})
         except Refused as e:
             if not _is_gone(e):
                 raise
@@ -185,12 +236,24 @@ class Vast:
             "logs", "PUT", f"/instances/request_logs/{instance_id}/", {"tail": str(lines)}
         )
         url = str(reply.get("result_url"))
+        self._validate_log_url(url)
 
         def delivered() -> str | None:
-            answer = requests.get(url, timeout=10)
-            return answer.text if answer.status_code == 200 else None
+            with requests.get(url, timeout=10, allow_redirects=False, stream=True) as answer:
+                if answer.status_code != 200:
+                    return None
+                data = next(answer.iter_content(MAX_LOG_BYTES), b"")
+            return data.decode("utf-8", "replace")
 
         return until(delivered, every_s=0.5, timeout_s=LOG_PATIENCE_S, clock=self.clock) or ""
+
+    def _validate_log_url(self, url: str) -> None:
+        """Only vast.ai's own places are asked, or the emulator by itself. Raises NoAnswer."""
+        there, here = urlsplit(url), urlsplit(self.provider.url)
+        own = (there.scheme, there.netloc) == (here.scheme, here.netloc)
+        host = f".{there.hostname or ''}"
+        if not own and not (there.scheme == "https" and host.endswith(LOG_HOSTS)):
+            raise NoAnswer(f"the log is said to lie at {url[:200]!r}, which is not vast.ai's")
 
     def charges(self, instance_id: int, since_unix_s: float) -> list[Charge]:
         """What vast.ai charged for one instance, which is no older than `since_unix_s`. It can lag
@@ -206,23 +269,22 @@ class Vast:
             "limit": 100,
         }
         found: list[Charge] = []
-        while True:
+        source = f"instance-{instance_id}"
+        for _ in range(MAX_PAGES):
             page = self._repeat("charges", "GET", "/charges/", query=query)
             rows = page.get("results") or []
-            for row in rows:
-                if row.get("source") == f"instance-{instance_id}":
-                    found += [
-                        Charge(
-                            str(i.get("type")),
-                            float(i.get("amount") or 0),
-                            str(i.get("description", "")),
-                        )
-                        for i in row.get("items") or []
-                    ]
-            # the latest came first
-            if not page.get("next_token") or float(rows[-1].get("start") or 0) < since_unix_s:
+            try:
+                for row in rows:
+                    if row.get("source") == source:
+                        found += [_charge(item) for item in row.get("items") or []]
+                # the latest came first
+                older = not rows or float(rows[-1].get("start") or 0) < since_unix_s
+            except ODD as e:
+                raise NoAnswer(f"vast.ai's bill has a line that cannot be read: {e}") from e
+            if older or not page.get("next_token"):
                 return found
             query["after_token"] = page["next_token"]
+        raise NoAnswer(f"vast.ai's bill does not end: {MAX_PAGES} pages were read")
 
     # -- the wire ----------------------------------------------------------------------------------
 
@@ -269,7 +331,7 @@ class Vast:
             content = reply.json() if reply.content else {}
         except requests.exceptions.JSONDecodeError:
             content = {"msg": reply.text[:200].strip()}
-            if reply.ok:
+            if reply.ok or reply.status_code == 403:  # a page of somebody between us and the API
                 raise NoAnswer(
                     f"{what}: vast.ai answered {reply.status_code}, but not in JSON: "
                     f"{content['msg']}"
@@ -292,9 +354,34 @@ class Vast:
 
 
 def provider_from(environ: dict[str, str] | os._Environ[str]) -> Provider | None:
-    """The real vast.ai when VAST_API_KEY is set (VAST_URL overrides its address), else None."""
+    """The real vast.ai when VAST_API_KEY is set (VAST_URL overrides its address), else None.
+    Raises PreflightError for an address to which the key would travel in the clear."""
     key = environ.get("VAST_API_KEY", "").strip()
-    return Provider(environ.get("VAST_URL") or "https://console.vast.ai", key) if key else None
+    if not key:
+        return None
+    url = environ.get("VAST_URL", "").strip() or "https://console.vast.ai"
+    there = urlsplit(url)
+    if there.scheme != "https" and not (there.scheme == "http" and is_loopback(url)):
+        raise PreflightError(
+            f"VAST_URL is {url}: the account's key would travel to it in the clear",
+            hint="write https:// in VAST_URL, or unset it for vast.ai itself",
+        )
+    return Provider(url, key)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether `url` leads to this machine: an emulator."""
+    return urlsplit(url).hostname in LOOPBACK
+
+
+def _label(row: dict[str, Any]) -> str:
+    return str(row.get("label") or "").strip()
+
+
+def _charge(item: dict[str, Any]) -> Charge:
+    return Charge(
+        str(item.get("type")), float(item.get("amount") or 0), str(item.get("description", ""))
+    )
 
 
 def _refusal(status: int, content: Any) -> MarketError:
@@ -343,6 +430,6 @@ def _readable(parse: Callable[[dict[str, Any]], Offer], rows: Any) -> list[Offer
     for row in rows if isinstance(rows, list) else []:
         try:
             offers.append(parse(row))
-        except (ValueError, KeyError, TypeError):
+        except ODD:
             continue  # an offer we cannot read is an offer we do not take
     return offers

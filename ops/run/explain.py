@@ -91,6 +91,8 @@ def _tell(line: Line) -> tuple[str, str]:
                 f"run {d('run_id')}: {tokens:,.0f} tokens, at most {d('max_usd')} $ and "
                 f"{d('max_s', 0) / 3600:.1f} h",
             )
+        case "place":
+            return "at", f"{d('url')}, account {d('account')}"
         case "offers":
             others = "".join(
                 f"\n{'':31}not {r['offer']['gpu_name']} (offer {r['offer']['id']}): {r['why_not']}"

@@ -15,11 +15,12 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ops.errors import JournalError
+from ops.errors import Fenced, JournalError
 
 VERSION = 1
 FILE = "journal.jsonl"
@@ -99,6 +100,7 @@ class Journal:
         self._now = now
         self.lines: list[Line] = []
         self._size = 0
+        self._torn = False  # a line of ours stands half on the disk, and could not be cut off
         self._file: IO[bytes] | None = None
         self._lock: IO[str] | None = None
 
@@ -107,7 +109,7 @@ class Journal:
         return self.folder.name
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = hold(self.folder)
         try:
             self._open()
@@ -121,7 +123,8 @@ class Journal:
         whole = b""
         if path.exists():
             self.lines, whole = _parsed(self.folder)
-        self._file = open(path, "ab")  # noqa: SIM115 - closed in __exit__
+        # unbuffered: what a full disk did not take is not written later by surprise
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
         self._file.truncate(len(whole))
         self._size = len(whole)
         if whole and not whole.endswith(b"\n"):
@@ -136,24 +139,41 @@ class Journal:
 
     def _write(self, text: bytes) -> None:
         assert self._file is not None, "the journal is open only inside `with`"
-        self._file.write(text)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._torn:
+            self._file.truncate(self._size)
+            self._torn = False
+        try:
+            left = memoryview(text)
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._torn = True
+            with suppress(OSError):
+                self._file.truncate(self._size)
+                self._torn = False
+            raise
         self._size += len(text)
+
+    def taken_over(self) -> bool:
+        """Whether another client wrote to this journal since ours did. False where the disk does
+        not say."""
+        assert self._file is not None, "the journal is open only inside `with`"
+        try:
+            return not self._torn and os.fstat(self._file.fileno()).st_size != self._size
+        except OSError:
+            return False
 
     def append(self, kind: str, **data: Any) -> Line:
         """Write one line and return once it is on the disk. Raises JournalError (fenced) if
         somebody else wrote meanwhile."""
-        assert self._file is not None, "the journal is open only inside `with`"
-        if os.fstat(self._file.fileno()).st_size != self._size:
-            raise JournalError(
-                f"{self.run_id}: another client has taken this run over; this one stops",
-                money="the other client looks after the box",
-            )
+        if self.taken_over():
+            raise Fenced(f"{self.run_id}: another client has taken this run over; this one stops")
         row = {"n": len(self.lines), "t": round(self._now(), 3), "kind": kind, **data}
         if not self.lines:
             row["version"] = VERSION
-        self._write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(row, ensure_ascii=False) + "\n"
+        self._write(text.encode("utf-8", "backslashreplace"))
         n, t, _ = row.pop("n"), row.pop("t"), row.pop("kind")
         self.lines.append(Line(n, t, kind, row))
         return self.lines[-1]
@@ -177,14 +197,13 @@ def hold(folder: Path) -> IO[str]:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()
-        raise JournalError(
+        raise Fenced(
             f"{folder.name}: another milktea (process {holder}) is acting on this run",
-            money="it looks after the box",
             hint=f"`milktea logs -f {folder.name}` follows along without acting",
         ) from e
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    with suppress(OSError):  # the number is for people; a full disk does not take it
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), str(os.getpid()).encode())
     return lock
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ops.errors import BoxLeaked, JournalError
+from ops.errors import BoxLeaked, Elsewhere, Fenced, JournalError
 from ops.job.plan import Plan
 from ops.market.client import Vast
-from ops.run import journal
+from ops.run import journal, place
 from ops.run.journal import Journal
 from ops.run.rental import give_back, until_absent
-from ops.run.session import Screen, Session, may_have_box
+from ops.run.session import Screen, Session, may_appear, may_have_box
 
 RUN_ID = re.compile(r"^[a-z0-9][a-z0-9-]*-\d{8}-\d{6}-[0-9a-f]{4}$")
 
@@ -34,28 +33,47 @@ def unfinished(lines: list[journal.Line]) -> bool:
 
 
 def finish_destroys(root: Path, vast: Vast, screen: Screen) -> Reaped:
-    """Only what an earlier command began to destroy. Runs that another process acts on are left to
-    it."""
-    return _each(root, vast, screen, unfinished)
+    """What an earlier command began to destroy, and boxes that appear late after a create without a
+    clear answer. Runs that another process acts on are left to it."""
+    reaped = _each(root, vast, screen, unfinished)
+    late = [f for f in journal.runs(root) if _may_appear(f, vast) and f.name not in _told(reaped)]
+    if late:
+        listed = {label for _, label in vast.labels()}
+        for folder in late:
+            if folder.name in listed and not _is_held(folder):
+                _by_label(vast, folder, reaped)
+    return reaped
+
+
+def _may_appear(folder: Path, vast: Vast) -> bool:
+    try:
+        lines = journal.read(folder)
+    except JournalError:
+        return False
+    return may_appear(lines, vast.clock.now()) and not may_have_box(lines)
+
+
+def _told(reaped: Reaped) -> set[str]:
+    return {*reaped.destroyed, *(line.split(":")[0] for line in reaped.left)}
 
 
 def reap(root: Path, vast: Vast, screen: Screen, *, foreign: bool = False) -> Reaped:
     """Destroy the boxes of all runs under `root` that no live client holds, and of damaged journals
     by their label. With `foreign`, also what is labelled like a run of ours but has no folder
-    here."""
+    here. A run that was rented at another place is left alone, with both places named."""
     reaped = _each(root, vast, screen, may_have_box)
     held = {line.split(":")[0] for line in reaped.left}
     here = {folder.name for folder in root.iterdir() if folder.is_dir()} if root.exists() else set()
-    for instance in vast.instances():
-        if not RUN_ID.match(instance.label) or instance.label in held:
+    for number, label in vast.labels():
+        if not RUN_ID.match(label) or label in held:
             continue
-        if instance.label not in here and not foreign:
+        if label not in here and not foreign:
             reaped.left.append(
-                f"{instance.label}: instance {instance.id} has no run folder here; `milktea "
+                f"{label}: instance {number} has no run folder here; `milktea "
                 "reap --foreign` destroys it"
             )
             continue
-        _by_label(vast, instance.label, reaped)
+        _by_label(vast, root / label, reaped)
     return reaped
 
 
@@ -73,26 +91,31 @@ def _each(
                 reaped.destroyed.append(folder.name)
         except BoxLeaked as e:
             reaped.leaked.append(e)
-        except JournalError as e:
-            with suppress(OSError):
-                reaped.left.append(f"{folder.name}: {e}") if _is_held(folder) else _by_label(
-                    vast, folder.name, reaped
-                )
+        except (Fenced, Elsewhere) as e:
+            reaped.left.append(str(e) if str(e).startswith(folder.name) else f"{folder.name}: {e}")
+        except (JournalError, OSError, ValueError, KeyError, TypeError):
+            # damaged, or a disk that takes nothing: the label is enough
+            _by_label(vast, folder, reaped)
     return reaped
 
 
 def _is_held(folder: Path) -> bool:
     try:
         journal.hold(folder).close()
-    except JournalError:
+    except Fenced:
         return True
+    except OSError:
+        return False
     return False
 
 
-def _by_label(vast: Vast, label: str, reaped: Reaped) -> None:
+def _by_label(vast: Vast, folder: Path, reaped: Reaped) -> None:
     """Destroy by label alone, without a journal that could be written."""
     try:
-        until_absent(vast, label)
-        reaped.destroyed.append(label)
+        place.validate_same(folder.name, place.of_folder(folder), vast)
+        until_absent(vast, folder.name)
+        reaped.destroyed.append(folder.name)
     except BoxLeaked as e:
         reaped.leaked.append(e)
+    except Elsewhere as e:
+        reaped.left.append(str(e))

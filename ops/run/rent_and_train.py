@@ -60,6 +60,7 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
     """The main job; `seen` is the market as the user has just seen it. Returns once a verified
     adapter is at home and no box of this run exists; raises otherwise, with the same guarantee
     about the box, or BoxLeaked, or Detached."""
+    session.remember_place()
     for offer in offers(session, seen):
         try:
             with rented(session, offer) as instance_id:

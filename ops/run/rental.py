@@ -1,20 +1,23 @@
 """One rented machine: rent once, prove what an unclear answer left behind, boot, and destroy until
 it is proven absent.
 
-The order of journal line and call is the protocol (DESIGN section 5): whatever instant the client
-dies at, the journal and the label on vast.ai's list together say what exists.
+Before a create stands its intent in the journal; before a DELETE stands nothing: no disk, no line,
+no diagnostic. Whatever instant the client dies at, the journal and the label on vast.ai's list
+together say what exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 from ops.box import scripts
 from ops.box.connection import load
 from ops.errors import (
     BoxLeaked,
+    Fenced,
     MarketError,
     MilkteaError,
     NeverReady,
@@ -36,6 +39,7 @@ SETTLE_S = 5.0
 PROOF_S = 2.0  # between reads after a destroy
 DESTROY_PATIENCE_S = 600.0
 UNSEEN_PATIENCE_S = 60.0  # a new contract may be invisible for so long
+LOG_S = 5.0  # waited for a container's log after the proof
 SICK_PATIENCE_S = 120.0  # of offline or unknown before the box is given up
 
 # Words in status_msg that no waiting heals (vast-api.md section 5, numbers 5 to 7).
@@ -57,15 +61,15 @@ FATAL_WORDS = (
 def rented(session: Session, offer: Offer) -> Iterator[int]:
     """The instance id of the machine behind `offer`, or the one that this run already has. On the
     way out, however, it is destroyed and proven gone; only `Detached` leaves it, guarded by its own
-    watchdog. A failing destroy raises BoxLeaked from the first error."""
+    watchdog, and `Fenced`, since another client has it. A destroy without its proof raises
+    BoxLeaked from the first error."""
     try:
         yield adopt(session) or rent(session, offer)
-    except Detached:
+    except (Detached, Fenced):
         raise
     except BaseException as first:
         try:
-            _keep_diagnostics(session, first)
-            give_back(session, why=type(first).__name__)
+            give_back(session, why=type(first).__name__, log=isinstance(first, MilkteaError))
         except BoxLeaked as leak:
             raise leak from first
         raise
@@ -115,6 +119,7 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
         )
     except MarketError as e:
         return _settle(session, e)
+    session.created = instance_id  # known from here on, whatever the disk does
     session.note("rented", instance_id=instance_id)
     return instance_id
 
@@ -129,7 +134,7 @@ def _settle(session: Session, error: MarketError) -> int:
         if len(found) == 1 and found[0].intended_status != "stopped":
             return found[0].id
         give_back(session, why="created but not running")
-    session.note("absent", reads=READS)
+    session.note("absent", reads=READS, provisional=isinstance(error, NoAnswer))
     if isinstance(error, NoAnswer | OfferGone):
         raise OfferGone(str(error)) from error
     raise error
@@ -244,31 +249,83 @@ def listed(
         vast.clock.sleep(every_s)
 
 
-def until_absent(vast: Vast, label: str, *, known: int | None = None) -> list[float]:
+def until_absent(
+    vast: Vast,
+    label: str,
+    *,
+    known: int | None = None,
+    begun: Callable[[], object] = lambda: None,
+    tell: Callable[[str], object] = lambda trouble: None,
+) -> list[float]:
     """Destroy instance `known` and everything with `label`, again and again, until READS spaced
-    reads in a row list none; their unix seconds. Raises BoxLeaked without that proof after
-    DESTROY_PATIENCE_S, or at once where vast.ai refuses."""
+    reads in a row list none; their unix seconds.
+
+    `begun` is called once the first DELETE is sent, `tell` with each trouble; what they raise is
+    passed over. Raises BoxLeaked without that proof after DESTROY_PATIENCE_S, or at once where
+    vast.ai says that the key is none (auth_error). Nothing else ends it."""
     pending = [] if known is None else [known]
-    trouble = ""
+    trouble, first = "", True
 
     def absent() -> list[float] | None:
-        nonlocal pending, trouble
+        nonlocal pending, trouble, first
+        trouble = ""
+        for instance_id in pending:
+            trouble = _destroyed(vast, instance_id, label, known) or trouble
+        if first:
+            first = False
+            _guarded(begun)
         try:
-            for instance_id in pending:
-                vast.destroy(instance_id)
-            found, reads = listed(vast, label)
-        except MilkteaError as e:
-            if isinstance(e, Refused):
-                raise _leaked(label, known, str(e)) from e
-            trouble = str(e)
-            return None
-        pending, trouble = [i.id for i in found], "still listed"
-        return None if found else reads
+            pending, reads = _labelled(vast, label)
+        except Exception as e:  # a list that cannot be read proves nothing, whatever it holds
+            _raise_leaked_if_final(e, label, known)
+            trouble = trouble or _said(e)
+        else:
+            if not pending:
+                return reads
+            trouble = trouble or "still listed"
+        _guarded(tell, trouble)
+        return None
 
-    reads = until(absent, every_s=PROOF_S, timeout_s=DESTROY_PATIENCE_S, clock=vast.clock)
-    if reads is None:
+    found = until(absent, every_s=PROOF_S, timeout_s=DESTROY_PATIENCE_S, clock=vast.clock)
+    if found is None:
         raise _leaked(label, known, trouble)
-    return reads
+    return found
+
+
+def _destroyed(vast: Vast, instance_id: int, label: str, known: int | None) -> str:
+    """One DELETE; what went wrong, or "". Raises BoxLeaked where the key is none."""
+    try:
+        vast.destroy(instance_id)
+    except Exception as e:  # it is sent again, whatever came back
+        _raise_leaked_if_final(e, label, known)
+        return _said(e)
+    return ""
+
+
+def _labelled(vast: Vast, label: str) -> tuple[list[int], list[float]]:
+    """As `listed`, by nothing but id and label: an odd row of somebody else's stops nothing."""
+    reads: list[float] = []
+    while True:
+        found = [number for number, theirs in vast.labels() if theirs == label]
+        reads.append(round(vast.clock.now(), 2))
+        if found or len(reads) == READS:
+            return found, reads
+        vast.clock.sleep(PROOF_S)
+
+
+def _raise_leaked_if_final(e: Exception, label: str, known: int | None) -> None:
+    if isinstance(e, Refused) and e.code == "auth_error":
+        raise _leaked(label, known, str(e)) from e
+
+
+def _said(e: Exception) -> str:
+    return str(e) if isinstance(e, MilkteaError) else f"{type(e).__name__}: {e}"
+
+
+def _guarded(act: Callable[..., object], *args: object) -> None:
+    """On the way out nothing but the proof counts: a full disk, a closed screen, odd text."""
+    with suppress(Exception):
+        act(*args)
 
 
 def _leaked(label: str, instance_id: int | None, trouble: str) -> BoxLeaked:
@@ -276,28 +333,52 @@ def _leaked(label: str, instance_id: int | None, trouble: str) -> BoxLeaked:
     return BoxLeaked(f"the box of {label}{which} is not proven destroyed: {trouble}")
 
 
-def give_back(session: Session, why: str) -> None:
+def give_back(session: Session, why: str, *, log: bool = False) -> None:
     """Destroy everything with this run's label until it is proven absent. Safe to call twice.
-    Raises BoxLeaked without that proof."""
+
+    With `log`, the container's log is asked for while the DELETE is on its way. Raises BoxLeaked
+    without the proof, Elsewhere where the run was rented at another place, Fenced where another
+    client has it."""
     if not session.may_have_box():
         return
+    if session.journal.taken_over():
+        raise Fenced(f"{session.run_id}: another client has taken this run over; this one stops")
+    session.validate_place()
     with session.shield:
-        _give_back(session, why)
+        _give_back(session, why, log)
 
 
-def _give_back(session: Session, why: str) -> None:
-    session.screen.destroying(why)
-    session.note("destroying", why=why)
-    known = session.instance_id()
+def _give_back(session: Session, why: str, log: bool) -> None:
+    known = session.instance_id() or session.created
+    witness = _Witness(session, known) if log and known is not None else None
+
+    def begun() -> None:
+        _guarded(session.screen.destroying, why)
+        _guarded(lambda: session.note("destroying", why=why))
+
+    def tell(trouble: str) -> None:
+        patience = f"tried again for {DESTROY_PATIENCE_S / 60:.0f} minutes"
+        session.screen.waiting(f"not destroyed yet: {trouble}; {patience}")
+
     try:
-        reads = until_absent(session.vast, session.run_id, known=known)
+        reads = until_absent(session.vast, session.run_id, known=known, begun=begun, tell=tell)
     except BoxLeaked as leak:
-        session.note("leaked", instance_id=known, trouble=str(leak))
+        said = str(leak)
+        _guarded(lambda: session.note("leaked", instance_id=known, trouble=said))
         ends = f"its own watchdog ends it within {scripts.LEASE_S // 60} minutes of silence"
-        leak.money = f"it may be billing {session.usd_per_hour():.3f} $/h; {ends}"
+        leak.money = f"it may be billing; {ends}"
+        with suppress(Exception):
+            leak.money = f"it may be billing {session.usd_per_hour():.3f} $/h; {ends}"
         raise
-    session.note("destroyed", reads=reads, instance_id=known)
-    _bill(session, known)
+    session.created = None
+    try:
+        session.note("destroyed", reads=reads, instance_id=known)
+    except Exception as e:
+        said = f"destroyed, absent in {READS} spaced reads; the journal takes no line: {_said(e)}"
+        _guarded(session.screen.waiting, said)
+    if witness:
+        _guarded(witness.keep)
+    _guarded(_bill, session, known)
 
 
 def _bill(session: Session, instance_id: int | None) -> None:
@@ -317,15 +398,24 @@ def _bill(session: Session, instance_id: int | None) -> None:
     )
 
 
-def _keep_diagnostics(session: Session, first: BaseException) -> None:
-    """The container's log dies with the box; when something went wrong it is the only witness. Best
-    effort."""
-    instance_id = session.instance_id()
-    if instance_id is None or not isinstance(first, MilkteaError):
-        return
-    try:
-        text = session.vast.container_log(instance_id)
-    except (MilkteaError, OSError):
-        return
-    if text:
-        (session.journal.folder / "container.log").write_text(text, "utf-8")
+class _Witness:
+    """The container's log dies with the box; when something went wrong it is the only witness. It
+    is asked for by a thread with its own client: the DELETE waits for nothing of it."""
+
+    def __init__(self, session: Session, instance_id: int) -> None:
+        self._path = session.journal.folder / "container.log"
+        self._text = ""
+        vast = session.vast.twin()
+
+        def ask() -> None:
+            with suppress(Exception):
+                self._text = vast.container_log(instance_id)
+
+        self._thread = threading.Thread(target=ask, name="container-log", daemon=True)
+        self._thread.start()
+
+    def keep(self) -> None:
+        """Write what came, once the box is proven gone."""
+        self._thread.join(LOG_S)
+        if self._text:
+            self._path.write_text(self._text, "utf-8", errors="backslashreplace")

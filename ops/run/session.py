@@ -4,6 +4,7 @@ journal says of the money."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -18,11 +19,13 @@ from ops.market.client import Vast
 from ops.market.cost import Cost
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking, bid_of
+from ops.run import place
 from ops.run.journal import Journal, Line, last
 from trainer.wire.events import Event, Sample, Score
 
 P = ParamSpec("P")
 R = TypeVar("R")
+APPEARS_S = 600.0  # after an unclear create, in which its box may still come to be listed
 MARGIN_S = 60.0  # before the box's own deadline, in which the laptop fetches what there is
 
 
@@ -97,11 +100,28 @@ class Session:
             screen,
         )
         self.shield = Shield()
+        self.created: int | None = None  # rented by this client, in the journal or not
+        self._at_its_place = False
         self.key_path = journal.folder / "id_ed25519"  # of this run alone
 
     @property
     def run_id(self) -> str:
         return self.plan.run_id
+
+    def validate_place(self) -> None:
+        """Once for a client. Raises Elsewhere where the run was rented at another place,
+        MarketError where vast.ai does not say whose account this is."""
+        if not self._at_its_place:
+            place.validate_same(self.run_id, place.remembered(self.journal.lines), self.vast)
+            self._at_its_place = True
+
+    def remember_place(self) -> None:
+        """Before the first create: where this run is rented. A run of milktea 0.1 that rented
+        already has no such line and gets none."""
+        if self.journal.last(place.KIND, "renting") is None:
+            this = place.here(self.vast)
+            self.note(place.KIND, url=this.url, account=this.account)
+        self.validate_place()
 
     def make_key(self) -> str:
         """Write the run's key unless it is there, and return its public line."""
@@ -113,8 +133,15 @@ class Session:
         return self.journal.folder / f"known_hosts.{self.instance_id()}"
 
     def note(self, kind: str, **data: Any) -> Line:
+        """One journal line, told on the screen. Raises OSError where the disk takes none, but for
+        the record of how a run failed: its error is what must reach the user."""
         with self.shield:
-            line = self.journal.append(kind, **data)
+            try:
+                line = self.journal.append(kind, **data)
+            except OSError:
+                if kind != "failed":
+                    raise
+                return Line(len(self.journal.lines), self.clock.now(), kind, data)
             self.screen.line(line)
         return line
 
@@ -151,7 +178,13 @@ class Session:
         return spent_usd(self.journal.lines, self.clock.now())
 
     def money(self) -> str:
-        return f"spent {self.spent_usd():.4f} $ of {self.plan.max_usd:.2f} $"
+        spent = f"spent {self.spent_usd():.4f} $ of {self.plan.max_usd:.2f} $"
+        if may_appear(self.journal.lines, self.clock.now()) and not self.may_have_box():
+            spent += (
+                "; a create was answered unclearly, and its box may appear for "
+                f"{APPEARS_S / 60:.0f} minutes yet: the next command looks for it"
+            )
+        return spent
 
     def allowed_s(self, offer: Offer) -> float:
         """Seconds a new machine may live, by money and by hours; the box's watchdog gets this
@@ -197,7 +230,8 @@ def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[S
         try:
             return act(session, *args, **kwargs)
         except MilkteaError as e:
-            e.fill_in_money(session.money())
+            with suppress(ArithmeticError, KeyError, TypeError):  # never hides the first error
+                e.fill_in_money(session.money())
             raise
 
     return wrapper
@@ -213,6 +247,15 @@ def may_have_box(lines: list[Line]) -> bool:
     since."""
     line = last(lines, "renting", "rented", "absent", "destroyed")
     return line is not None and line.kind in ("renting", "rented")
+
+
+def may_appear(lines: list[Line], now: float) -> bool:
+    """Whether a create without a clear answer is so fresh that its box may still come to be
+    listed: absence is provisional."""
+    return any(
+        line.kind == "absent" and line.get("provisional") and now - line.t < APPEARS_S
+        for line in reversed(lines)
+    )
 
 
 def spent_usd(lines: list[Line], now: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 class Account:
     """Extra API keys have the same rights; instance keys are another matter (Cloud.who)."""
 
-    id: int = 4711
+    id: int = 4711  # of the key's hash in a Cloud: two emulators are two accounts
     key: str = ""
     opened_at: float = 0.0
     ssh_keys: list[dict[str, Any]] = field(default_factory=list)

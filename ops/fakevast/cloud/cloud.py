@@ -35,7 +35,8 @@ class Cloud(Rentals):
     ) -> None:
         clock = clock or RealClock()
         key = api_key or hashlib.sha256(b"fakevast account").hexdigest()
-        account = Account(key=key, opened_at=clock.now())
+        number = int(hashlib.sha256(key.encode()).hexdigest()[:7], 16)
+        account = Account(id=number, key=key, opened_at=clock.now())
         super().__init__(clock, settings or Settings(), account, market)
         self.ghosts: dict[int, dict[str, int]] = {}  # destroyed, yet still read so many times
         self.next_instance = 33_400_000

@@ -84,6 +84,7 @@ def test_the_main_job_brings_a_verified_adapter_home_and_leaves_no_box(
     assert zipfile.ZipFile(outcome.adapter_zip).testzip() is None
     assert kinds(lines) == [
         "planned",
+        "place",
         "offers",
         "renting",
         "rented",
@@ -498,4 +499,4 @@ def test_a_signal_in_the_middle_of_a_journal_line_waits_for_its_end(
         monkeypatch.setattr(os, "fsync", fsync)
         with pytest.raises(Interrupted):
             rent_and_train(session)
-    assert kinds(journal.read(own.runs / plan.run_id)) == ["planned", "offers"]
+    assert kinds(journal.read(own.runs / plan.run_id)) == ["planned", "place"]
