@@ -119,6 +119,11 @@ class Family:
         )
         return int(known) or None
 
+    @property
+    def own_logits(self) -> bool:
+        """Whether only the model's own forward makes its logits: no row says how."""
+        return self.general or bool(self.row["own_logits"])
+
     # -- what is trained -------------------------------------------------------------------------
 
     @property

@@ -142,8 +142,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 
 def attach(model: nn.Module) -> int:
     """Compute the adapters that PEFT put on parameters of experts split from their weights. Returns
-    the number of layers. Raises ValueError for experts that transformers computes in a way of their
-    own (Llama 4): PEFT's way serves those."""
+    the number of layers. Experts outside the interface (Llama 4) keep PEFT's way."""
     from peft.tuners.lora.layer import ParamWrapper
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

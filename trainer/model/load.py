@@ -285,6 +285,8 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
         # artefact.py writes the right name
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
         warnings.filterwarnings("ignore", category=FutureWarning)  # about what PEFT asks
+        # it looks among modules, and experts are parameters
+        warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
         peft = get_peft_model(model, config)
     layer = 0
     for module in peft.modules():
@@ -414,16 +416,17 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Summed cross-entropy over the batch's target tokens, fp32 scalar. Only target positions meet
-    the head. Of a family that no row describes the model's own forward makes the logits."""
+    the head. Where no row of the table says how logits come about the model's own forward makes
+    them."""
     inputs = {k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL}
     inner, family = causal(model), family_of(model)
     labels, at = batch["labels"], batch["targets_at"]  # labels (B, T), already shifted
     head = inner.get_output_embeddings()
-    if not family.general and type(head) is nn.Linear and head.bias is None:
+    if not family.own_logits and type(head) is nn.Linear and head.bias is None:
         hidden = hidden_states(model, **inputs)  # (B, T, H)
         scale, cap = logit_rules(inner, family)
         return target_loss_sum(hidden, head.weight, labels, at, scale, cap)
-    if family.general:
+    if family.own_logits:
         logits = inner(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
     else:
         chosen = hidden_states(model, **inputs).flatten(0, 1).index_select(0, at)  # (targets, H)
