@@ -269,6 +269,11 @@ def read(config: Config) -> Family:
     return Family(kind, "" if text is config else outer, tower or "", text, row, general)
 
 
+def default(key: str) -> Any:
+    """What a row has that leaves this out."""
+    return _file()["default"][key]
+
+
 def known_types() -> frozenset[str]:
     """Every model type in the table, with those under the general rule."""
     return frozenset(_table()) | frozenset(_file()["general"]["types"]) | frozenset(_towers())

@@ -17,6 +17,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from trainer import families
+from trainer.families import EXPERT_RANK, Family, FamilyError
+
 GIB = 1024**3
 
 MARGIN = 0.05  # of the predicted peak, before anything is said to fit
@@ -43,6 +46,66 @@ _LAUNCH_TOKENS = 400
 Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
 
 
+FUSED = ("llama", "mistral", "qwen2", "chatglm")  # trainer/kernels/patch.py
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a decoder, and what stands beside them."""
+
+    experts: int
+    active: int  # that a token meets
+    width: int  # of one expert
+    gated: bool  # gate and up, else up alone
+    dense_layers: int  # that have an MLP in the experts' place
+    shared: int  # width of the experts that every token meets, 0 for none
+    others_adapted: bool  # dense and shared parts can have adapters
+
+    @classmethod
+    def of(cls, family: Family) -> Mixture:
+        """Raises ValueError naming what config.json lacks."""
+        config = family.config
+        width = _first(config, "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim")
+        width = width or _need(config, "intermediate_size")
+        active = _need(config, "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+        shared = _first(
+            config,
+            "shared_expert_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "shared_intermediate_size",
+        )
+        if shared is None:
+            shared = width * (_first(config, "n_shared_experts", "num_shared_experts") or 0)
+        layers = family.layers
+        dense = _first(config, "first_k_dense_replace", "num_dense_layers") or 0
+        kinds = config.get("layers_block_type") or []
+        if "moe" in kinds:  # one thing a layer
+            dense = layers - list(kinds).count("moe")
+        return cls(
+            family.experts,
+            active,
+            width,
+            any("gate" in name for name in family.row["experts"]),
+            min(dense, layers),
+            shared,
+            any(m in family.row["dense"] for m in family.all_linear().modules),
+        )
+
+    def weights(self, hidden: int) -> int:
+        """Of one layer's experts."""
+        return self.experts * self.width * hidden * (3 if self.gated else 2)
+
+    def adapter(self, hidden: int, r: int) -> int:
+        """Of one layer's experts at rank r."""
+        up = (2 if self.gated else 1) * self.width
+        return self.experts * r * (hidden + up + self.width + hidden)
+
+    def kept(self, hidden: int) -> int:
+        """Bytes that a layer keeps of a token: for each expert that it meets what goes in, what
+        comes out of both products, and the activation's parts, in bf16."""
+        return self.active * (2 * (2 * hidden + 5 * self.width) + 24)
+
+
 @dataclass(frozen=True)
 class Shape:
     """A decoder's dimensions, as its config.json tells them."""
@@ -60,38 +123,40 @@ class Shape:
     other_bias: bool = False  # on every other linear layer, and on the norms
     qk_norm: bool = False
     positions: int = 0  # learned position embeddings
+    fused: bool = True  # the fused layer knows this class
+    norms: int = 2  # of the stream, in a layer
+    # linear modules of a layer where they are not q, k, v, o, gate, up, down: name, inputs, outputs
+    modules: tuple[tuple[str, int, int], ...] = ()
+    mixture: Mixture | None = None
+    state_bytes: int = 0  # that a layer with a state keeps of a token beside its linears
+    other_parameters: int = 0  # beside what is counted here; below zero where that is too much
+
+    def __post_init__(self) -> None:
+        """From JSON too: a mixture as a dict, modules as lists."""
+        if isinstance(self.mixture, dict):
+            object.__setattr__(self, "mixture", Mixture(**self.mixture))
+        object.__setattr__(self, "modules", tuple((n, i, o) for n, i, o in self.modules))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Shape:
-        """From a parsed config.json of the Llama, Qwen, Mistral, GPT-2 or ChatGLM2 family. Raises
-        ValueError naming what is missing or, for a mixture of experts, that it cannot be
-        predicted."""
-        config = config.get("text_config") or config
+        """From a parsed config.json. Raises ValueError naming what is missing."""
+        try:
+            family: Family | None = families.read(config)
+        except FamilyError:  # not for training, or ChatGLM before it is converted
+            family = None
+        config = config.get("text_config") or config if family is None else family.config
         kind = str(config.get("model_type", ""))
-        experts = next(
-            (
-                config[k]
-                for k in ("num_local_experts", "num_experts", "n_routed_experts")
-                if config.get(k)
-            ),
-            0,
-        )
-        if experts > 1:
-            raise ValueError(
-                f"config.json describes a mixture of {experts} experts, whose memory cannot "
-                "be predicted yet"
-            )
         if kind == "gpt2":
             return cls._from_gpt2(config)
         hidden, heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
-        return cls(
+        plain = cls(
             vocab=_need(config, "padded_vocab_size", "vocab_size"),
             hidden=hidden,
             layers=_need(config, "num_hidden_layers", "num_layers"),
             heads=heads,
             kv_heads=_first(config, "num_key_value_heads", "multi_query_group_num") or heads,
             head_dim=_first(config, "head_dim", "kv_channels") or hidden // heads,
-            intermediate=_need(config, "intermediate_size", "ffn_hidden_size"),
+            intermediate=_width(config),
             tied=bool(config.get("tie_word_embeddings", kind.startswith("gemma"))),
             qkv_bias=bool(
                 config.get("attention_bias")
@@ -99,8 +164,16 @@ class Shape:
                 or kind.startswith("qwen2")
             ),
             other_bias=False,
-            qk_norm=kind.startswith("qwen3"),
+            qk_norm=family.row["qk_norm"] != "none" if family else kind.startswith("qwen3"),
+            fused=not kind or kind in FUSED,
+            norms=4 if family and family.row["norms"] == "before and after" else 2,
         )
+        if family is None:
+            return plain
+        mixture = Mixture.of(family) if family.mixture else None
+        state = _state_bytes(config) if family.row["state"] else 0
+        made = replace(plain, mixture=mixture, state_bytes=state)
+        return replace(made, modules=_modules(made, family))
 
     @classmethod
     def _from_gpt2(cls, config: dict[str, Any]) -> Shape:
@@ -131,6 +204,8 @@ class Shape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """One layer's linear modules by the name that PEFT matches: (inputs, outputs)."""
         h, f, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
+        if self.modules:
+            return {name: (i, o) for name, i, o in self.modules}
         if not self.gated:
             return {
                 "attn.c_attn": (h, q + 2 * kv),
@@ -187,6 +262,9 @@ class Memory:
         return needed_gib(self.peak_gib) <= capacity_gib
 
 
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3")
+
+
 def needed_gib(peak_gib: float) -> float:
     """The capacity that a predicted peak asks for: a margin for our own error, and what CUDA takes
     for itself."""
@@ -194,27 +272,69 @@ def needed_gib(peak_gib: float) -> float:
 
 
 def linear_parameters(shape: Shape) -> int:
-    """Weights of all layers' linear modules, without biases: what a matrix product touches, and
-    what is quantised."""
-    return shape.layers * sum(i * o for i, o in shape.linears().values())
+    """Weights of all layers' linear modules and experts, without biases."""
+    return _outside_experts(shape) + _in_experts(shape)
+
+
+def active_parameters(shape: Shape) -> int:
+    """Weights that one token meets in matrix products, the head's apart: of a mixture the experts
+    that it is sent to."""
+    if shape.mixture is None:
+        return linear_parameters(shape)
+    m = shape.mixture
+    return _outside_experts(shape) + _in_experts(shape) * m.active // m.experts
+
+
+def _outside_experts(shape: Shape) -> int:
+    sizes = shape.linears()
+    if shape.mixture is None:
+        return shape.layers * sum(i * o for i, o in sizes.values())
+    m, h = shape.mixture, shape.hidden
+    mlp = {n for n in sizes if n in MLP_NAMES}
+    attention = sum(i * o for n, (i, o) in sizes.items() if n not in mlp)
+    dense = sum(i * o for n, (i, o) in sizes.items() if n in mlp)
+    shared = 3 * h * m.shared + h * m.experts  # and the router
+    return (
+        shape.layers * attention + m.dense_layers * dense + (shape.layers - m.dense_layers) * shared
+    )
+
+
+def _in_experts(shape: Shape) -> int:
+    m = shape.mixture
+    return 0 if m is None else (shape.layers - m.dense_layers) * m.weights(shape.hidden)
 
 
 def parameters(shape: Shape) -> int:
     """All parameters of the base model, as `model.num_parameters()` counts them (a tied head
     once)."""
     embeddings = (shape.vocab * (1 if shape.tied else 2) + shape.positions) * shape.hidden
-    norms = (2 * shape.layers + 1) * shape.hidden * (2 if shape.other_bias else 1)
+    norms = (shape.norms * shape.layers + 1) * shape.hidden * (2 if shape.other_bias else 1)
     norms += shape.layers * 2 * shape.head_dim if shape.qk_norm else 0
     biases = shape.layers * (shape.q_size + 2 * shape.kv_size) if shape.qkv_bias else 0
     if shape.other_bias:
         qkv = {"q_proj", "k_proj", "v_proj", "attn.c_attn"}
         biases += shape.layers * sum(o for n, (_, o) in shape.linears().items() if n not in qkv)
-    return linear_parameters(shape) + embeddings + norms + biases
+    return linear_parameters(shape) + embeddings + norms + biases + shape.other_parameters
 
 
 def adapter_parameters(shape: Shape, r: int, target_modules: Targets = "all-linear") -> int:
-    """Weights of a LoRA adapter: r rows of A and r columns of B for each targeted module."""
-    return shape.layers * sum(r * (i + o) for i, o in shape.targeted(target_modules).values())
+    """Weights of a LoRA adapter: r rows of A and r columns of B for each targeted module, and the
+    experts' at their own rank."""
+    m, h = shape.mixture, shape.hidden
+    if m is None:
+        return shape.layers * sum(r * (i + o) for i, o in shape.targeted(target_modules).values())
+    named = target_modules != "all-linear"
+    outside = [t for t in target_modules if t not in families.EXPERT_PARTS] if named else []
+    chosen = shape.targeted(outside if named else "all-linear")
+    attention = sum(r * (i + o) for n, (i, o) in chosen.items() if n not in MLP_NAMES)
+    total = shape.layers * attention
+    sparse = shape.layers - m.dense_layers
+    if not named or len(outside) < len(target_modules):
+        total += sparse * m.adapter(h, min(r, EXPERT_RANK))
+    if m.others_adapted and not named:
+        dense = sum(r * (i + o) for n, (i, o) in chosen.items() if n in MLP_NAMES)
+        total += m.dense_layers * dense + sparse * (3 * r * (h + m.shared) if m.shared else 0)
+    return total
 
 
 def predict(
@@ -300,7 +420,10 @@ def _gathered_bytes(shape: Shape) -> int:
 
 def _passing_plain(shape: Shape, precision: str, method: str, tokens: int, element: int) -> float:
     """Bytes that one layer's backward in transformers' own code holds for a while."""
-    passing = tokens * element * (3 * shape.intermediate + 3 * shape.hidden) + _unpacked(
+    wide = shape.intermediate
+    if shape.mixture is not None:
+        wide = shape.mixture.active * shape.mixture.width
+    passing = tokens * element * (3 * wide + 3 * shape.hidden) + _unpacked(
         shape, precision, joined=False
     )
     if method.startswith("dora"):
@@ -346,6 +469,8 @@ def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool
     """Whether trainer/kernels/patch.py patches in the fused layer."""
     plain = (
         shape.gated
+        and shape.fused
+        and shape.mixture is None
         and not shape.qk_norm
         and not shape.other_bias
         and shape.head_dim in (32, 64, 128, 256)
@@ -412,6 +537,65 @@ def _need(config: dict[str, Any], *names: str) -> int:
     return value
 
 
+def _width(config: dict[str, Any]) -> int:
+    """Of the MLP: the widest where layers differ, an expert's where there are only experts."""
+    told = config.get("intermediate_size")
+    if isinstance(told, list):
+        return int(max(told))
+    return _need(config, "intermediate_size", "ffn_hidden_size", "moe_intermediate_size")
+
+
+def _modules(shape: Shape, family: Family) -> tuple[tuple[str, int, int], ...]:
+    """The linear modules of a family that are not q, k, v, o, gate, up and down."""
+    row, config = family.row, family.config
+    h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    up, down = (h, f), (f, h)
+    sizes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "gate_up_proj": (h, 2 * f)}
+    sizes |= dict.fromkeys(("qkv_proj", "query_key_value"), (h, q + 2 * kv))
+    sizes |= dict.fromkeys(("o_proj", "dense", "out_proj", "self_attn.out_proj"), (q, h))
+    sizes |= dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), up)
+    sizes |= dict.fromkeys(("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h"), down)
+    if row["gate"] and "q_proj" in row["attention"]:
+        sizes["q_proj"] = (h, 2 * q)
+    sizes |= _latent(config, h)
+    names = [*row["attention"], *row["dense"]]
+    if names == [*families.default("attention"), *families.default("dense")] and not row["gate"]:
+        return ()
+    if "q_a_proj" in names and "q_a_proj" in sizes:
+        names = [n for n in names if n != "q_proj"]
+    return tuple((n, *sizes[n]) for n in names if n in sizes)
+
+
+def _latent(config: dict[str, Any], h: int) -> dict[str, tuple[int, int]]:
+    """The projections of latent attention (MLA)."""
+    latent = _first(config, "kv_lora_rank")
+    if not latent:
+        return {}
+    heads = _need(config, "num_attention_heads")
+    rope = _first(config, "qk_rope_head_dim") or 64
+    nope, v = _first(config, "qk_nope_head_dim") or 128, _first(config, "v_head_dim") or 128
+    q = heads * (nope + rope)
+    rank = _first(config, "q_lora_rank")
+    queries = {"q_a_proj": (h, rank), "q_b_proj": (rank, q)} if rank else {"q_proj": (h, q)}
+    return {
+        **queries,
+        "kv_a_proj_with_mqa": (h, latent + rope),
+        "kv_b_proj": (latent, heads * (nope + v)),
+        "o_proj": (heads * v, h),
+    }
+
+
+def _state_bytes(config: dict[str, Any]) -> int:
+    """What a gated delta net keeps of a token in transformers' own code, in fp32: q, k, v for every
+    head some six times over, and matrices of a chunk of 64 tokens. Reckoned, not measured."""
+    heads = _first(config, "linear_num_value_heads") or 0
+    keys, values = (_first(config, n) or 0 for n in _HEAD_DIMS)
+    return 24 * heads * (2 * keys + values) + 24 * 64 * heads
+
+
+_HEAD_DIMS = ("linear_key_head_dim", "linear_value_head_dim")
+
+
 def _first(config: dict[str, Any], *names: str) -> int | None:
     return next((int(config[n]) for n in names if config.get(n) is not None), None)
 
@@ -434,7 +618,7 @@ def _trained(
 def _weight_bytes(
     shape: Shape, precision: str, element: int, fused: bool, keep_transpose: bool
 ) -> float:
-    linear = linear_parameters(shape)
+    linear = _outside_experts(shape)  # experts stay as they were loaded
     each = (
         float(element)
         if precision in ("fp32", "bf16")
@@ -491,6 +675,18 @@ def _kept_plain(shape: Shape, method: str, precision: str, r: int) -> float:
     q k v, attention's output, gate, up and their product; with LoRA an fp32 copy of each linear's
     input, with dropout its mask; with DoRA each linear's output besides."""
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    more: float = shape.state_bytes + 10 * h * (shape.norms - 2)  # a norm keeps fp32 copies
+    more += 10 * (q + kv) if shape.qk_norm else 0
+    if shape.mixture is not None:
+        dense = shape.mixture.dense_layers / shape.layers
+        more += (1 - dense) * (shape.mixture.kept(h) + 10 * shape.mixture.shared)
+        f = round(dense * f)
+    return more + _kept_of_llama(shape, f, method, precision, r)
+
+
+def _kept_of_llama(shape: Shape, f: int, method: str, precision: str, r: int) -> float:
+    """The part that Llama's layers have too, whose MLP is `f` wide."""
+    h, q, kv = shape.hidden, shape.q_size, shape.kv_size
     if precision == "fp32":
         return 68 * h + 16 * f
     # mixed precision; the stream between layers is fp32 where the embeddings are

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +351,7 @@ def test_freezing_trains_the_last_layers_only() -> None:
     [
         ({"model_type": "llama", "hidden_size": 64}, "num_attention_heads"),
         ({"model_type": "bert"}, "'bert'.*hidden_size"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of 8 experts"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "hidden_size"),
         ({"model_type": "gpt2", "n_embd": 64}, "n_head"),
     ],
 )
@@ -388,3 +389,69 @@ def test_chatglm2_names_are_read_too() -> None:
 def test_an_unknown_setting_is_named(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         memory.predict(LLAMA_7B, **changed)
+
+
+# -- mixtures and other families ---
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "head_dim": 128,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_mixtures_weights_and_adapters_are_counted() -> None:
+    """Qwen3-30B-A3B: 30.53 B by its model card, 629 M adapter values on experts at rank 16."""
+    shape = Shape.from_config(QWEN3_30B)
+    assert memory.parameters(shape) == pytest.approx(30.532e9, rel=1e-3)
+    assert memory.active_parameters(shape) == pytest.approx(2.73e9, rel=0.01)
+    attention = 48 * 16 * ((2048 + 4096) * 2 + (2048 + 512) * 2)
+    assert memory.adapter_parameters(shape, 16) - attention == 629_145_600 // 2  # rank 8
+    only = memory.adapter_parameters(shape, 16, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert only == attention
+    assert memory.predict(shape).weights_gib > 56
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "mixtral", "phi3", "glm4", "gemma3"],
+)
+def test_a_familys_parameters_are_those_of_its_model(name: str) -> None:
+    from architectures import build, config
+
+    model = build(name)
+    shape = Shape.from_config(config(name).to_dict())
+    counted = sum(p.numel() for p in model.parameters())
+    assert memory.parameters(shape) == pytest.approx(counted, rel=0.02)
+
+
+def test_only_classes_that_the_fused_layer_knows_are_reckoned_as_fused() -> None:
+    shape = {
+        "vocab_size": 1000,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 512,
+    }
+    fused = {
+        kind: memory.takes_fused_layer(
+            Shape.from_config({"model_type": kind, **shape}), "bf16", 16, "lora"
+        )
+        for kind in ("llama", "qwen2", "mistral", "phi3", "glm4", "gemma2", "qwen3", "olmo2")
+    }
+    assert {k for k, on in fused.items() if on} == {"llama", "qwen2", "mistral"}
+
+
+def test_a_shape_goes_through_json_and_back() -> None:
+    shape = Shape.from_config(QWEN3_30B)
+    assert Shape(**json.loads(json.dumps(asdict(shape)))) == shape

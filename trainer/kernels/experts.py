@@ -153,7 +153,7 @@ def attach(model: nn.Module) -> int:
         if wrapper.num_experts < 2:
             continue
         if not hasattr(experts, "has_gate"):
-            raise ValueError(f"{type(experts).__name__} is not computed by transformers' interface")
+            continue
         held = getattr(experts, "adapters_of_experts", {})
         experts.adapters_of_experts = {**held, wrapper.parameter_name: wrapper}
         experts.config._experts_implementation = NAME
