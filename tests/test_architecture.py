@@ -39,7 +39,8 @@ FLOORS = {
         ["model"],
         ["kernels"],
         ["data"],
-        ["machines", "memory", "families", "outcome"],
+        ["machines", "memory", "outcome"],
+        ["families"],
         ["wire"],
     ],
 }

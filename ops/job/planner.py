@@ -9,16 +9,19 @@ import math
 import secrets
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ops.box.transfer import PushFile, sha256_of
+from ops.catalogue.models import lookup
 from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job.config import JobFile
 from ops.job.plan import Plan
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
-from trainer import memory
+from trainer import families, memory
 from trainer.data import prepare
 from trainer.data import template as prompt
 from trainer.data.files import DATASET_INFO, find_sources
@@ -64,7 +67,9 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     wire_job = _wire_job(job, run_id, pushes)
     notes: list[str] = []
     lengths = _lengths(wire_job, stage, pushes, notes)
-    shape = _shape(job, notes)
+    config = _model_config(job, notes)
+    family = _family(job, config, max(lengths), notes)
+    shape = _shape(job, config, family, notes)
     workload = _workload(job, lengths, shape, pushes)
     needs = _needs(job, workload, shape)
     return Plan(
@@ -245,16 +250,64 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
     return lengths
 
 
-def _shape(job: JobFile, notes: list[str]) -> memory.Shape | None:
+def _model_config(job: JobFile, notes: list[str]) -> dict[str, Any]:
+    """The base model's config.json: of its folder, of the hub, or, where there is no network, what
+    the catalogue knows of it. Empty where nobody does and offer.min_gpu_memory_gib is set."""
     config = Path(job.model.base) / "config.json"
+    entry = lookup(job.model.base)
     try:
         if not config.is_file():
             from huggingface_hub import hf_hub_download
 
             base, _, revision = job.model.base.partition("@")
             config = Path(hf_hub_download(base, "config.json", revision=revision or None))
-        return memory.Shape.from_config(json.loads(config.read_text("utf-8")))
+        told = json.loads(config.read_text("utf-8"))
     except (ValueError, OSError) as e:
+        if entry is not None:
+            source = entry.source_of("hidden")
+            notes.append(f"{entry.id} is known from the catalogue ({source.what}, {source.read})")
+            told = entry.config()
+        elif job.offer.min_gpu_memory_gib is not None:
+            notes.append(
+                f"memory is not predicted ({str(e)[:80]}); offer.min_gpu_memory_gib is believed"
+            )
+            told = {}
+        else:
+            raise PreflightError(
+                f"the memory that {job.model.base} needs cannot be predicted: {str(e)[:200]}",
+                hint="set offer.min_gpu_memory_gib in the job file",
+            ) from e
+    if entry is not None and entry.licence:
+        gated = ", gated: the hub asks for a token of yours" if entry.gated else ""
+        notes.append(f"{entry.id}: licence {entry.licence}{gated}")
+    return dict(told)
+
+
+def _family(
+    job: JobFile, config: dict[str, Any], longest: int, notes: list[str]
+) -> families.Family | None:
+    """What the architecture needs, told in the notes. Raises PreflightError for one that cannot be
+    trained: before anything is rented."""
+    if not config:
+        return None
+    try:
+        family = families.read(config)
+    except families.FamilyError as e:
+        raise PreflightError(f"{job.model.base} cannot be trained: {e}", hint=e.hint) from e
+    every = family.words(longest)
+    lora = job.training.method == "lora" and job.lora.target_modules == "all-linear"
+    notes.extend(w for w in every if lora or not w.startswith(("all-linear", "and all")))
+    return family
+
+
+def _shape(
+    job: JobFile, config: dict[str, Any], family: families.Family | None, notes: list[str]
+) -> memory.Shape | None:
+    if family is None:
+        return None
+    try:
+        shape = memory.Shape.from_config(config)
+    except ValueError as e:
         if job.offer.min_gpu_memory_gib is None:
             raise PreflightError(
                 f"the memory that {job.model.base} needs cannot be predicted: {str(e)[:200]}",
@@ -264,6 +317,11 @@ def _shape(job: JobFile, notes: list[str]) -> memory.Shape | None:
             f"memory is not predicted ({str(e)[:80]}); offer.min_gpu_memory_gib is believed"
         )
         return None
+    entry = lookup(job.model.base)
+    if entry is not None and entry.parameters:  # towers, and what config.json does not tell of
+        beside = entry.parameters - memory.parameters(shape)
+        shape = replace(shape, other_parameters=beside)
+    return shape
 
 
 def _workload(

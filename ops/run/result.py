@@ -401,6 +401,8 @@ def _targets(found: Mapping[str, Tensor], config: Mapping[str, Any], expect: Exp
     if isinstance(named, list):
         ends = tuple(named)
         for module in modules:
+            if _of_experts(module, config):
+                continue
             aimed = any(module == end or module.endswith("." + end) for end in ends)
             _check(aimed, f"{WEIGHTS}: {module} is none of {CONFIG}'s target_modules")
         for end in ends:
@@ -449,9 +451,22 @@ def _pairs(
     return pairs
 
 
+def _of_experts(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether an adapter stands on the experts that target_parameters names: PEFT calls it by the
+    module that holds them, or its base_layer where it has two."""
+    named = config.get("target_parameters") or []
+    holders = {str(p).rpartition(".")[0] for p in named if isinstance(p, str)}
+    held = module.removesuffix(".base_layer")
+    return any(h and (held == h or held.endswith("." + h)) for h in holders)
+
+
 def _shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any]) -> None:
     pattern = config.get("rank_pattern") or {}
     for module, (a, b) in pairs.items():
+        if _of_experts(module, config):  # the ranks of all experts side by side
+            same = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
+            _check(same, f"{WEIGHTS}: {module} has lora_A {a.shape} and lora_B {b.shape}")
+            continue
         special = [r for end, r in pattern.items() if re.search(rf"(^|\.){end}$", module)]
         r = special[0] if special else config["r"]
         fits = len(a.shape) >= 2 and len(b.shape) >= 2 and a.shape[0] == r and b.shape[1] == r
