@@ -1,14 +1,12 @@
-"""The command line: the only module that reads the environment, and with screen.py the only one
-that prints.
-
-Imports are inside the commands: `--help` answers at once, and only what a command needs is loaded.
-"""
+"""The command line: parses and prints. What it does is in `ops.api`, which each command imports for
+itself: `--help` and `--version` answer without the clients of vast.ai and SSH."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
-import signal
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -20,13 +18,12 @@ import typer
 
 from ops.cli import history, image
 from ops.cli.errors import errors
-from ops.cli.history import Json, Run, folder_of, runs
+from ops.cli.history import Json, Run
+from ops.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ops.job.plan import Plan
-    from ops.market.client import Vast
-    from ops.market.ranking import Ranking
-    from ops.run.session import Session
+    from ops import api
+    from ops.cli.screen import JsonLines, Terminal
 
 BEGAN = time.time()  # as near to the user's Enter as Python can say
 app = typer.Typer(
@@ -37,80 +34,70 @@ app.add_typer(image.app, name="image")
 JobArgument = Annotated[Path, typer.Argument(help="The job file")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask")]
 PRACTICE = Path("jobs/practice.toml")
-# 0.27 GiB, as jobs/practice.toml says
-EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=289910784")
+
+
+def _version(wanted: bool) -> None:
+    """What a report of a fault needs, without importing torch."""
+    if not wanted:
+        return
+    versions = []
+    for package in ("milktea", "torch"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    print(f"{versions[0]}, Python {platform.python_version()}, {versions[1]}", platform.platform())
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Of milktea, Python, torch and this system",
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune a language model on a rented GPU, and leave nothing running that bills you."""
 
 
 @app.command("rent-and-train")
 def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes = False) -> None:
     """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends."""
     with errors(as_json), _acting(as_json) as (vast, screen):
-        from functools import partial
+        from ops import api
 
-        from ops.job.preflight import preflight
-        from ops.run.journal import Journal
-        from ops.run.rent_and_train import rent_and_train as story
-        from ops.run.session import Session
-
-        plan = preflight(lambda: _planned(job, on_cpu=not _is_real()), vast, runs())
-        with Journal(runs() / plan.run_id) as journal:
-            _first_line(journal, plan, screen)
-            session = Session(journal, plan, vast, screen)
-            ranking = _show_plan(session)
-            if (
-                not yes
-                and _is_real()
-                and sys.stdin.isatty()
-                and not typer.confirm("Rent it?", default=True)
-            ):
-                raise typer.Exit(0)
-            _act(session, partial(story, seen=ranking), as_json)
+        real = api.uses_vast_ai()
+        planned = api.plan(job, vast=vast, on_cpu=not real)
+        screen.plan(planned.plan, planned.ranking, planned.credit_usd)
+        if real and not yes and sys.stdin.isatty() and not typer.confirm("Rent it?", default=True):
+            print("nothing was rented")
+            raise typer.Exit(0)
+        run = api.rent_and_train(planned, vast=vast, screen=screen, began_unix_s=BEGAN)
+        _last_lines(run, screen, as_json)
 
 
 @app.command()
 def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
     """Everything up to the plan screen: checks, search, prices. Nothing is rented."""
     with errors(as_json), _acting(as_json) as (vast, screen):
-        from ops.job.preflight import preflight
-        from ops.market.ranking import rank
-        from ops.run.choose import bad_machines, found_offers, none_left
+        from ops import api
 
-        done = preflight(lambda: _planned(job), vast, runs())
-        (runs() / done.run_id).rmdir()  # nothing is begun
-        ranking = rank(
-            found_offers(vast, done.needs),
-            done.needs,
-            done.workload,
-            bad_machines(runs(), time.time()),
-        )
-        if not ranking.accepted:
-            raise none_left(ranking, 0)
-        screen.plan(done, ranking, vast.credit_usd())
+        planned = api.plan(job, vast=vast)
+        screen.plan(planned.plan, planned.ranking, planned.credit_usd)
 
 
 @app.command()
 def resume(run: Run, as_json: Json = False) -> None:
     """Go on with a run whose client died, that was interrupted, or whose box was taken away."""
     with errors(as_json), _acting(as_json) as (vast, screen):
-        from ops.errors import JournalError
-        from ops.job.plan import Plan
-        from ops.run.journal import Journal
-        from ops.run.rent_and_train import rent_and_train as story
-        from ops.run.session import Session
+        from ops import api
 
-        with Journal(folder_of(run)) as journal:
-            if not journal.lines:
-                raise JournalError(
-                    f"{journal.run_id} has an empty journal",
-                    hint="start it anew with rent-and-train",
-                )
-            if (pulled := journal.last("pulled")) is not None:
-                raise JournalError(
-                    f"{journal.run_id} is done: its adapter is {pulled['adapter']}",
-                    hint="`milktea reap` if its box still stands",
-                )
-            session = Session(journal, Plan.from_line(journal.lines[0]), vast, screen)
-            _act(session, story, as_json)
+        _last_lines(api.resume(run, vast=vast, screen=screen), screen, as_json)
 
 
 @app.command()
@@ -121,43 +108,27 @@ def reap(
     ] = False,
 ) -> None:
     """Destroy every box that no live client looks after, and prove it."""
-    with errors(as_json), _vast() as vast:
-        from ops.run.reap import reap as sweep
+    with errors(as_json):
+        from ops import api
 
-        _report(
-            sweep(runs(), vast, _screen(as_json), foreign=foreign), as_json, say_nothing_found=True
-        )
+        vast, screen = _market(), _screen(as_json)
+        reaped = api.reap(foreign=foreign, vast=vast, screen=screen)
+        _report(reaped, as_json, say_nothing_found=True)
 
 
 @app.command()
 def destroy(run: Run, as_json: Json = False) -> None:
     """Destroy the box of one run now, and prove it."""
     with errors(as_json), _acting(as_json) as (vast, screen):
-        from ops.job.plan import Plan
-        from ops.run.journal import Journal
-        from ops.run.rental import give_back
-        from ops.run.session import Session, may_have_box
+        from ops import api
 
-        with Journal(folder_of(run)) as journal:
-            had = may_have_box(journal.lines)
-            give_back(
-                Session(journal, Plan.from_line(journal.lines[0]), vast, screen), why="asked for"
-            )
-            if as_json:
-                print(
-                    json.dumps(
-                        {"kind": "destroyed" if had else "nothing", "run_id": journal.run_id}
-                    )
-                )
-            else:
-                print(
-                    f"{journal.run_id}: "
-                    + (
-                        "destroyed, absent in three spaced reads"
-                        if had
-                        else "has no box; nothing to do"
-                    )
-                )
+        found = api.find_run(run)
+        had = api.destroy(found, vast=vast, screen=screen)
+        if as_json:
+            print(json.dumps({"kind": "destroyed" if had else "nothing", "run_id": found.id}))
+        else:
+            did = "destroyed, absent in three spaced reads" if had else "has no box; nothing to do"
+            print(f"{found.id}: {did}")
 
 
 for told in (history.status, history.logs, history.cost, history.explain):
@@ -179,194 +150,105 @@ def export(
     """The same image and job.json for a scheduler that you have already: an sbatch file, or a
     Kubeflow TrainJob."""
     with errors(False):
-        from ops.errors import ConfigError
-        from ops.export.folder import Kind
-        from ops.export.folder import export as write
+        from ops import api
 
         if kind not in ("slurm", "kubeflow"):
             raise ConfigError(
                 f"{kind!r} is neither slurm nor kubeflow", hint="milktea export slurm JOB"
             )
-        files = write(cast(Kind, kind), job, out or Path("exports"), nodes, queue)
-        print(*files, sep="\n")
+        print(
+            *api.export(cast(api.Kind, kind), job, out or Path("exports"), nodes, queue), sep="\n"
+        )
 
 
 @app.command()
 def schema() -> None:
     """The JSON Schema of a job file, for editors."""
-    from ops.job.config import schema as exported
+    from ops import api
 
-    print(json.dumps(exported(), indent=1))
+    print(json.dumps(api.schema(), indent=1))
 
 
 # -- what the commands share -----------------------------------------------------------------------
 
 
-def _planned(job: Path, *, on_cpu: bool = False) -> Plan:
-    from ops.job.config import load
-    from ops.job.planner import new_plan
+def _market() -> api.Vast:
+    from ops import api
 
-    return new_plan(load(job), runs(), time.time(), on_cpu=on_cpu)
-
-
-def _is_real() -> bool:
-    return bool(os.environ.get("VAST_API_KEY", "").strip())
-
-
-@contextmanager
-def _vast() -> Iterator[Vast]:
-    """vast.ai when VAST_API_KEY is set; else the emulator on this machine, started when it is not
-    running."""
-    from ops.market.client import Provider, Vast, provider_from
-    from ops.wait import RealClock
-
-    provider, pace = provider_from(os.environ), float(os.environ.get("MILKTEA_PACE") or 1.0)
-    if provider is None:
-        from ops.fakevast.embedded import ensure
-
-        server = ensure(
-            Path(os.environ.get("MILKTEA_EMULATOR", ".milktea/fakevast")), options=EMULATOR
-        )
-        provider = Provider(server.url, server.api_key)
-        pace = 0.1
+    if not api.uses_vast_ai():
         print(
             "VAST_API_KEY is not set: the emulator plays vast.ai on this machine; no money moves.",
             file=sys.stderr,
         )
-    yield Vast(provider, RealClock(pace))
+    return api.open_market()
 
 
 @contextmanager
-def _acting(as_json: bool) -> Iterator[tuple[Vast, Any]]:
+def _acting(as_json: bool) -> Iterator[tuple[api.Vast, Terminal | JsonLines]]:
     """For a command that acts: vast.ai and the screen, once every destroy that an earlier command
-    could not finish is finished."""
-    from ops.run.reap import finish_destroys
+    could not finish is finished; and an interrupt in words."""
+    from ops import api
 
-    with _vast() as vast:
-        screen = _screen(as_json)
-        _report(finish_destroys(runs(), vast, screen), as_json)
+    vast, screen = _market(), _screen(as_json)
+    _report(api.finish_destroys(vast=vast, screen=screen), as_json)
+    try:
         yield vast, screen
+    except api.Interrupted as e:
+        print(f"interrupted; {e}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
-def _screen(as_json: bool) -> Any:
-    from ops.cli.screen import JsonLines, Terminal
-
-    if as_json:
-        return JsonLines()
+def _screen(as_json: bool) -> Terminal | JsonLines:
     from rich.console import Console
 
-    return Terminal(Console())
+    from ops.cli.screen import JsonLines, Terminal
+
+    return JsonLines() if as_json else Terminal(Console())
 
 
-def _first_line(journal: Any, plan: Plan, screen: Any) -> None:
-    screen.line(journal.append("planned", began=round(BEGAN, 3), **plan.to_line()))
-
-
-def _show_plan(session: Session) -> Ranking:
-    from ops.run.choose import none_left, search
-
-    ranking = search(session)
-    if not ranking.accepted:
-        raise none_left(ranking, 0)
-    session.screen.plan(session.plan, ranking, session.vast.credit_usd())
-    return ranking
-
-
-def _act(session: Session, story: Any, as_json: bool) -> None:
-    """Run the story with signals turned into Interrupted, and say how it ended."""
-    from ops.errors import MilkteaError
-    from ops.run.session import Detached, Interrupted
-
-    def interrupted(number: int, frame: Any) -> None:
-        if session.shield.up:
-            print("\na moment: the box is not left halfway", file=sys.stderr)
-        session.shield.interrupt()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupted)
-    try:
-        outcome = story(session)
-    except Detached:
-        if as_json:
-            print(
-                json.dumps(
-                    {"kind": "detached", "run_id": session.run_id, "dies_at": session.dies_at()}
-                )
-            )
-        else:
-            print(
-                f"detached; `milktea resume {session.run_id}` goes on; the box ends itself "
-                "at its deadline"
-            )
+def _last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> None:
+    """How a run ended: what it learned, what it cost, where its adapter is."""
+    cost, adapter = run.cost(), run.adapter
+    if adapter is None:
+        _detached(run, as_json)
         return
-    except Interrupted:
-        session.note("failed", what="interrupted", exit_code=130)
-        print(
-            f"interrupted; the box is destroyed and proven absent; {session.money()}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
-    except MilkteaError as e:
-        session.note("failed", what=f"{type(e).__name__}: {e}", exit_code=e.exit_code)
-        raise
-    _last_lines(session, outcome, as_json)
-
-
-def _last_lines(session: Session, outcome: Any, as_json: bool) -> None:
-    bill = session.journal.last("bill")
-    billed = f"{bill['usd']:.4f} $" if bill and "usd" in bill.data else "not to be had yet"
-    facts = {
-        "run_id": session.run_id,
-        "adapter": str(outcome.adapter_zip),
-        "sha256": outcome.sha256,
-        "spent_usd": round(session.spent_usd(), 5),
-        "bill_usd": bill.get("usd") if bill else None,
-    }
     if as_json:
+        facts: dict[str, Any] = {"run_id": run.id, "adapter": str(adapter), "sha256": run.sha256}
+        facts |= {"spent_usd": round(cost.spent_usd, 5), "bill_usd": cost.billed_usd}
         print(json.dumps({"kind": "done", **facts}))
         return
-    screen = session.screen
     for sample in screen.samples:
-        print(
-            f"  {' / '.join(sample.prompt.split(chr(10)))}\n    before: {sample.before}\n    "
-            f"after:  {sample.after}"
-        )
+        print(f"  {' / '.join(sample.prompt.splitlines())}")
+        print(f"    before: {sample.before}\n    after:  {sample.after}")
     if (score := screen.score) is not None:
         print(
             f"held-out exact match: {score.exact_match_before:.1%} before, "
             f"{score.exact_match_after:.1%} after ({score.rows} rows)"
         )
-    line = session.journal.last("rented", "destroyed")
-    predicted = session.journal.last("offers")
-    said = f", predicted {predicted['predicted']['usd']:.4f} $" if predicted else ""
-    gone = (
-        f"box {line.get('instance_id')} destroyed, verified absent x{len(line.get('reads', []))}"
-        if line
-        else ""
-    )
-    print(
-        f"{gone}; cost {facts['spent_usd']:.4f} $ (vast.ai's bill {billed}{said}); adapter "
-        f"{_short(outcome.adapter_zip)} sha256 {outcome.sha256}"
-    )
+    bill = "not to be had yet" if cost.billed_usd is None else f"{cost.billed_usd:.4f} $"
+    predicted = "" if cost.predicted_usd is None else f", predicted {cost.predicted_usd:.4f} $"
+    print(f"cost      {cost.spent_usd:.4f} $ (vast.ai's bill {bill}{predicted})")
+    print(f"adapter   {_short(adapter)}")
+
+
+def _detached(run: api.Run, as_json: bool) -> None:
+    if as_json:
+        row = {"kind": "detached", "run_id": run.id, "dies_at": run.ends_itself_at}
+        print(json.dumps(row))
+    else:
+        print(f"detached; `milktea resume {run.id}` goes on; the box ends itself at its deadline")
 
 
 def _short(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _report(reaped: Any, as_json: bool, *, say_nothing_found: bool = False) -> None:
+def _report(reaped: api.Reaped, as_json: bool, *, say_nothing_found: bool = False) -> None:
     found = bool(reaped.destroyed or reaped.left or reaped.leaked)
     if as_json and (found or say_nothing_found):
-        print(
-            json.dumps(
-                {
-                    "kind": "reaped",
-                    "destroyed": reaped.destroyed,
-                    "left": reaped.left,
-                    "leaked": [str(e) for e in reaped.leaked],
-                }
-            )
-        )
+        row = {"destroyed": reaped.destroyed, "left": reaped.left}
+        row |= {"leaked": [str(e) for e in reaped.leaked]}
+        print(json.dumps({"kind": "reaped", **row}))
     if not as_json:
         for run_id in reaped.destroyed:
             print(f"{run_id}: destroyed, absent in three spaced reads")
@@ -379,6 +261,7 @@ def _report(reaped: Any, as_json: bool, *, say_nothing_found: bool = False) -> N
 
 
 def main() -> None:
+    """`milktea`."""
     app()
 
 

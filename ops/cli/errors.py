@@ -7,23 +7,23 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
+
+from ops.errors import MilkteaError
 
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """MilkteaError -> what, money, hint on stderr, and its exit code."""
-    from ops.errors import MilkteaError
-
+    """MilkteaError -> what, money, hint and code on stderr, and its exit code."""
     try:
         yield
     except MilkteaError as e:
         _fail(e, as_json)
 
 
-def _fail(e: Any, as_json: bool) -> NoReturn:
+def _fail(e: MilkteaError, as_json: bool) -> NoReturn:
     if as_json:
         row = {
             "kind": "error",
@@ -34,13 +34,12 @@ def _fail(e: Any, as_json: bool) -> NoReturn:
             "exit_code": e.exit_code,
         }
         print(json.dumps(row, ensure_ascii=False))
-    else:
-        first = e.__cause__
-        print(
-            f"\n{type(e).__name__}: {e}\n  money: {e.money}"
-            + (f"\n  next:  {e.hint}" if e.hint else ""),
-            file=sys.stderr,
-        )
-        if e.exit_code == 70 and first is not None:
-            print(f"  first: {type(first).__name__}: {first}", file=sys.stderr)
+        raise typer.Exit(e.exit_code)
+    print(f"\n{type(e).__name__}: {e}\n  money: {e.money}", file=sys.stderr)
+    if e.hint:
+        print(f"  next:  {e.hint}", file=sys.stderr)
+    if e.exit_code == 70 and (first := e.__cause__) is not None:
+        print(f"  first: {type(first).__name__}: {first}", file=sys.stderr)
+    # make turns every code into its own 2
+    print(f"  code:  {e.exit_code} (docs/troubleshooting.md)", file=sys.stderr)
     raise typer.Exit(e.exit_code)

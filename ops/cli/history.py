@@ -1,18 +1,19 @@
-"""The commands that only tell: from the journals and what was brought home, without a network.
-Imports are inside, as in cli.py."""
+"""The commands that only tell: from the journals and what was brought home, without a network."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ops.cli.errors import errors
+from ops.errors import JournalError
+
+if TYPE_CHECKING:
+    from ops import api
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs")]
 Run = Annotated[
@@ -26,12 +27,7 @@ def status(
 ) -> None:
     """Where every run stands, from the journals alone."""
     with errors(as_json):
-        from ops.run import explain, journal
-
-        folders = [folder_of(run)] if run else journal.runs(runs())
-        rows = [
-            explain.status(f.name, lines, time.time()) for f in folders if (lines := _readable(f))
-        ]
+        rows = [found.status() for found in _readable(run)]
         if as_json:
             for row in rows:
                 print(json.dumps(row.as_dict()))
@@ -54,38 +50,21 @@ def logs(
 ) -> None:
     """What the trainer said, as far as it is at home; acts on nothing."""
     with errors(as_json):
-        from ops.run import journal
-        from trainer.wire.events import parse, whole_lines
+        from ops import api
 
-        folder, offset = folder_of(run), 0
-        while True:
-            path = folder / "events.jsonl"
-            if path.exists():
-                with path.open("rb") as f:
-                    f.seek(offset)
-                    lines, used = whole_lines(f.read())
-                offset += used
-                for text in lines:
-                    if as_json:
-                        print(text)
-                        continue
-                    event = parse(text)
-                    facts = event.model_dump(exclude={"t", "event"})
-                    print(
-                        getattr(event, "event", ""),
-                        *(
-                            f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}"
-                            for k, v in facts.items()
-                        ),
-                        sep="  ",
-                    )
-            ended = journal.last(journal.read(folder), "destroyed", "leaked", "renting")
-            if not follow or (ended is not None and ended.kind != "renting"):
-                break
-            time.sleep(1)
+        found = api.find_run(run)
+        for event in found.events(follow=follow):
+            if as_json:
+                print(event.model_dump_json(), flush=True)
+                continue
+            facts = event.model_dump(exclude={"t", "event"})
+            words = (
+                f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()
+            )
+            print(event.event, *words, sep="  ", flush=True)
         for name in ("log.txt", "container.log"):
-            if (folder / name).exists() and not as_json:
-                print(f"--- {name}\n{(folder / name).read_text('utf-8')}")
+            if (found.folder / name).exists() and not as_json:
+                print(f"--- {name}\n{(found.folder / name).read_text('utf-8', 'replace')}")
 
 
 def cost(
@@ -94,87 +73,34 @@ def cost(
 ) -> None:
     """Our meter, vast.ai's bill and the prediction, from the journals alone."""
     with errors(as_json):
-        from ops.run import explain, journal
-
-        for folder in [folder_of(run)] if run else journal.runs(runs()):
-            if not (lines := _readable(folder)):
-                continue
+        for found in _readable(run):
             if as_json:
-                print(json.dumps({"run_id": folder.name, **explain.cost_facts(lines, time.time())}))
+                print(json.dumps({"run_id": found.id, **found.cost_facts()}))
             else:
-                print(folder.name, *explain.cost_lines(lines, time.time()), sep="\n  ")
+                print(found.id, *found.cost_lines(), sep="\n  ")
 
 
 def explain(run: Run, as_json: Json = False) -> None:
     """Why this offer, why it stopped, where each cent went."""
     with errors(as_json):
-        from ops.run import explain as telling
-        from ops.run import journal
+        from ops import api
 
-        folder = folder_of(run)
-        lines = journal.read(folder)
-        if as_json:
-            print(
-                *(
-                    json.dumps({"t": line.t, "kind": line.kind, **line.data}, ensure_ascii=False)
-                    for line in lines
-                ),
-                sep="\n",
-            )
-        else:
-            print(*telling.explain(lines, time.time()), sep="\n")
-            print(
-                "from the command to the first step: "
-                + ", ".join(f"{n} {s} s" for n, s in telling.phases(lines, _first_step(folder)))
-            )
+        found = api.find_run(run)
+        if not as_json:
+            print(*found.explain(), sep="\n")
+            return
+        for line in found.journal:
+            row = {"t": line.t, "kind": line.kind, **line.data}
+            print(json.dumps(row, ensure_ascii=False))
 
 
-def runs() -> Path:
-    return Path(os.environ.get("MILKTEA_RUNS", "runs")).resolve()
+def _readable(name: str | None) -> Iterator[api.Run]:
+    """The named run, or all; of those whose journal cannot be read, stderr says why."""
+    from ops import api
 
-
-def folder_of(run: str) -> Path:
-    from ops.errors import JournalError
-    from ops.run import journal
-
-    found = journal.runs(runs())
-    chosen = (
-        found[-1:]
-        if run == "last"
-        else [f for f in found if f.name == run] or [f for f in found if f.name.startswith(run)]
-    )
-    if run == "last":
-        chosen = sorted(found, key=lambda f: (f / journal.FILE).stat().st_mtime)[-1:]
-    if len(chosen) != 1:
-        raise JournalError(
-            f"{run!r} names {len(chosen)} runs under {runs()}", hint="`milktea status` lists them"
-        )
-    return chosen[0]
-
-
-def _first_step(folder: Path) -> float | None:
-    from trainer.wire.events import Step, parse
-
-    path = folder / "events.jsonl"
-    if not path.exists():
-        return None
-    with path.open("rb") as f:
-        return next(
-            (
-                event.t
-                for line in f
-                if line.endswith(b"\n") and isinstance(event := parse(line.decode()), Step)
-            ),
-            None,
-        )
-
-
-def _readable(folder: Path) -> list[Any]:
-    from ops.errors import JournalError
-    from ops.run import journal
-
-    try:
-        return journal.read(folder)
-    except JournalError as e:
-        print(f"{folder.name}: {e}\n  {e.hint}", file=sys.stderr)
-        return []
+    for run in [api.find_run(name)] if name else api.runs():
+        try:
+            if run.journal:
+                yield run
+        except JournalError as e:
+            print(f"{run.id}: {e}\n  {e.hint}", file=sys.stderr)

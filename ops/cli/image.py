@@ -1,5 +1,5 @@
-"""`milktea image ...`: images from their locks, bundles for servers without a network. Imports are
-inside the commands, as in cli.py."""
+"""`milktea image ...`: images from their locks, bundles for servers without a network. `ops.api` is
+imported inside the commands, as in app.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops.cli.errors import errors
+from ops.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ops.image.fetch.debian import Mirrors
+    from ops.api import images
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,10 +29,10 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _mirrors() -> Mirrors:
-    from ops.image.fetch.debian import Mirrors
+def _mirrors() -> images.Mirrors:
+    from ops.api import images
 
-    return Mirrors.given(os.environ)
+    return images.Mirrors.given(os.environ)
 
 
 @app.command()
@@ -49,7 +50,7 @@ def build(
 ) -> None:
     """Fetch what the lock pins, then docker build without a network."""
     with errors(False):
-        from ops.image import workflow as images
+        from ops.api import images
 
         if fetch:
             images.fetch(name, mirrors=_mirrors(), progress=_say)
@@ -61,7 +62,7 @@ def fetch(name: Name = "practice") -> None:
     """Bring everything that the lock pins onto this disk, each file by its hash; nothing after it
     needs a network."""
     with errors(False):
-        from ops.image import workflow as images
+        from ops.api import images
 
         images.fetch(name, mirrors=_mirrors(), progress=_say)
         print(f"everything that images/{name}.lock pins is here")
@@ -72,7 +73,7 @@ def base(name: Name = "practice") -> None:
     """Make a Debian base of the locked packages by mmdebstrap, for a machine that reaches no
     registry."""
     with errors(False):
-        from ops.image import workflow as images
+        from ops.api import images
 
         tag = images.make_base(name, progress=_say)
         print(f"{tag}\n  next: make image IMAGE={name} BASE={tag}")
@@ -91,9 +92,9 @@ def convert_llama(
 ) -> None:
     """Turn the original LLaMA .pth layout into safetensors; no pickle is run."""
     with errors(False):
-        from ops.image.convert_llama import convert
+        from ops.api import convert_llama as conversion
 
-        print(*convert(source, target, _say), sep="\n")
+        print(*conversion.convert(source, target, _say), sep="\n")
 
 
 @app.command()
@@ -101,7 +102,7 @@ def lock(name: Name = "practice") -> None:
     """Pin every Debian package, wheel and model file by hash; write images/NAME.lock and the
     requirement files."""
     with errors(False):
-        from ops.image import workflow as images
+        from ops.api import images
 
         found = images.lock(name, mirrors=_mirrors(), progress=_say)
         counts = (
@@ -120,7 +121,7 @@ def push(
 ) -> None:
     """Push to a registry that vast.ai's hosts pull from; log in with docker login first."""
     with errors(False):
-        from ops.image import workflow as images
+        from ops.api import images
 
         print(images.push(name, registry, progress=_say))
 
@@ -160,8 +161,7 @@ def bundle(
 ) -> None:
     """Write a folder that a server with Docker, and nothing else, installs from."""
     with errors(False):
-        from ops.errors import ConfigError
-        from ops.image import workflow as images
+        from ops.api import images
 
         if form not in ("folder", "oci"):
             raise ConfigError(
@@ -197,7 +197,7 @@ def keygen(
 ) -> None:
     """A key to sign bundles with, and the fingerprint to tell the other side by telephone."""
     with errors(False):
-        from ops.image import workflow as images
+        from ops.api import images
 
         print(images.keygen(path))
 
@@ -210,7 +210,7 @@ def compatible(
 ) -> None:
     """Which images the server of these facts runs as they are."""
     with errors(False):
-        from ops.image import workflow as images
+        from ops.api import images
 
         print(*images.compatible(inventory), sep="\n")
 
@@ -219,11 +219,9 @@ def compatible(
 def size(name: Name = "practice") -> None:
     """Every byte of the image that was bundled last, by layer and reason."""
     with errors(False):
-        from ops.image import workflow as images
-        from ops.image.spec import budget
+        from ops.api import images
 
-        _, whole = images.taken(name)
-        for layer, bytes_there, packed, why in budget.attribution(whole):
+        for layer, bytes_there, packed, why in images.sizes(name):
             print(f"{bytes_there:>13,} {packed:>13,}  {layer}  {why}")
 
 
@@ -231,12 +229,7 @@ def size(name: Name = "practice") -> None:
 def release(name: Name) -> None:
     """Mark the image's Dockerfile version as released: its files are never written again."""
     with errors(False):
-        from ops.image import workflow as images
-        from ops.image.build import context
-        from ops.image.spec.paths import Places
+        from ops.api import images
 
-        context.release(images.define(name).dockerfile, Places())
-        print(
-            f"docker/{images.define(name).dockerfile} is released; the next change gets a "
-            "new version"
-        )
+        folder = images.release(name)
+        print(f"{folder} is released; the next change gets a new version")

@@ -18,12 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ops.job.plan import Plan
-from ops.market.models import Instance
-from ops.market.ranking import Ranking
-from ops.run.explain import told_line
-from ops.run.journal import Line
-from trainer.wire import events
+from ops.api import Instance, Line, Plan, Ranking, events, told_line
 
 QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
 # by the plan screen, `event`, `destroying`, and the command's error

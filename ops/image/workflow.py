@@ -189,6 +189,19 @@ def taken(name: str, places: Places = Places()) -> tuple[Image, Lock]:
     return Image((folder / "config.json").read_bytes(), layers, tag), whole
 
 
+def sizes(name: str, places: Places = Places()) -> list[tuple[str, int, int, str]]:
+    """(layer, bytes uncompressed, bytes that travel, what they are) of the image taken last."""
+    return budget.attribution(taken(name, places)[1])
+
+
+def release(name: str, places: Places = Places()) -> str:
+    """Mark the Dockerfile's version as released, and return its folder: its files are never written
+    again."""
+    dockerfile = define(name, places).dockerfile
+    context.release(dockerfile, places)
+    return f"docker/{dockerfile}"
+
+
 def push(
     name: str,
     target: str,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,29 +63,28 @@ def finished(own: rig.Rig, fake: FakeVast) -> str:
     return plan.run_id
 
 
+def cpu_seconds(*words: str, runs: Path) -> tuple[float, str]:
+    """(processor time of one command, what it printed)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = milktea(*words, runs=runs)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+
 def test_help_answers_at_once(tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(3):
-        began = time.monotonic()
-        done = milktea("--help", runs=tmp_path)
-        seconds.append(time.monotonic() - began)
-    assert done.returncode == 0
-    assert all(
-        word in done.stdout
-        for word in (
-            "rent-and-train",
-            "plan",
-            "resume",
-            "reap",
-            "destroy",
-            "cost",
-            "explain",
-            "status",
-            "logs",
-        )
-    )
-    # the figure to beat, 0.4 s, holds on a quiet machine; this bound holds on any
-    assert min(seconds) < 1.0
+    seconds, said = min(cpu_seconds("--help", runs=tmp_path) for _ in range(3))
+    commands = "rent-and-train plan resume reap destroy cost explain status logs export image"
+    assert all(f"  {word} " in said for word in commands.split())
+    assert seconds < 1.0
+
+
+def test_version_says_what_a_report_needs_without_importing_torch(tmp_path: Path) -> None:
+    seconds, said = min(cpu_seconds("--version", runs=tmp_path) for _ in range(3))
+    versions = [importlib.metadata.version(package) for package in ("milktea", "torch")]
+    assert said.startswith(f"milktea {versions[0]}, Python {platform.python_version()}")
+    assert f"torch {versions[1]}" in said and platform.system() in said
+    assert seconds < 1.0
 
 
 def test_status_cost_explain_and_logs_need_no_network(own: rig.Rig, finished: str) -> None:
@@ -129,6 +130,8 @@ def test_a_wrong_key_exits_3_and_spends_nothing(own: rig.Rig, fake: FakeVast) ->
     done = milktea("plan", "jobs/practice.toml", runs=own.runs, fake=fake, key="wrong")
     assert done.returncode == 3
     assert "does not accept the key" in done.stderr and "nothing was spent" in done.stderr
+    # the last line has the code, since make turns each into its own 2
+    assert done.stderr.splitlines()[-1].split() == ["code:", "3", "(docs/troubleshooting.md)"]
 
 
 def test_a_broken_job_file_exits_2_and_lists_what_is_wrong(

@@ -1,0 +1,475 @@
+"""milktea from Python: what the command line does, as functions with typed results.
+
+    import milktea
+
+    planned = milktea.plan("jobs/practice.toml")      # checks, offers, prices; rents nothing
+    run = milktea.rent_and_train(planned)             # rents; returns once the box is proven gone
+    print(run.adapter, run.cost().spent_usd)
+
+A job is a path of a TOML file, or a dict of the same keys (relative paths in it, and its
+`results.folder` of `out`, are of the working directory). `vast` is vast.ai where VAST_API_KEY is
+set, else the emulator on this machine (`open_market`); `root` is the folder of runs, `runs/` or
+MILKTEA_RUNS. Errors are those of `ops.errors`: each has `money`, `hint` and `exit_code`.
+
+Whatever acts first finishes every destroy that an earlier client began and could not prove, and
+raises BoxLeaked where it still cannot.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ops.errors import JournalError, MilkteaError
+from ops.export.folder import Kind, export
+from ops.image import convert_llama
+from ops.image import workflow as images
+from ops.job import config, planner
+from ops.job.config import JobFile
+from ops.job.plan import Plan
+from ops.job.preflight import preflight
+from ops.market.client import Provider, Vast, provider_from
+from ops.market.models import Instance
+from ops.market.ranking import Ranking, rank
+from ops.run import explain, journal
+from ops.run import reap as reaping
+from ops.run import rent_and_train as story
+from ops.run.choose import bad_machines, found_offers, none_left
+from ops.run.explain import Status, told_line
+from ops.run.journal import Journal, Line
+from ops.run.reap import Reaped
+from ops.run.rental import give_back
+from ops.run.session import Detached, Interrupted, Screen, Session, may_have_box
+from ops.wait import RealClock
+from trainer.wire import events
+from trainer.wire.events import Event, Sample, Score
+
+__all__ = [
+    "Cost",
+    "Event",
+    "Instance",
+    "Interrupted",
+    "JobFile",
+    "Kind",
+    "Line",
+    "Plan",
+    "Planned",
+    "Quiet",
+    "Ranking",
+    "Reaped",
+    "Run",
+    "Sample",
+    "Score",
+    "Screen",
+    "Status",
+    "Vast",
+    "convert_llama",
+    "destroy",
+    "events",
+    "export",
+    "find_run",
+    "finish_destroys",
+    "images",
+    "load_job",
+    "open_market",
+    "plan",
+    "reap",
+    "rent_and_train",
+    "resume",
+    "runs",
+    "runs_folder",
+    "schema",
+    "told_line",
+    "uses_vast_ai",
+]
+
+Job = JobFile | Mapping[str, Any] | Path | str
+schema = config.schema
+# no limits on requests, and the image size that jobs/practice.toml names
+EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=289910784")
+EMULATOR_PACE = 0.1  # waiting for an emulator, as a share of waiting for vast.ai
+FOLLOW_EVERY_S = 1.0
+
+
+# -- where, and as whom ----------------------------------------------------------------------------
+
+
+def uses_vast_ai(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether VAST_API_KEY is set. Without it the emulator plays vast.ai, and no money moves."""
+    return provider_from(dict(environ)) is not None
+
+
+def open_market(environ: Mapping[str, str] = os.environ) -> Vast:
+    """vast.ai for the key in VAST_API_KEY (at VAST_URL, if set); without a key the emulator of
+    MILKTEA_EMULATOR (`.milktea/fakevast`), started when it does not run. MILKTEA_PACE scales all
+    waiting. Raises RuntimeError where the emulator does not start."""
+    provider = provider_from(dict(environ))
+    if provider is not None:
+        return Vast(provider, RealClock(float(environ.get("MILKTEA_PACE") or 1)))
+    from ops.fakevast.embedded import ensure  # asyncssh and aiohttp, which a key does without
+
+    folder = Path(environ.get("MILKTEA_EMULATOR", ".milktea/fakevast"))
+    server = ensure(folder, options=EMULATOR)
+    return Vast(Provider(server.url, server.api_key), RealClock(EMULATOR_PACE))
+
+
+def runs_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of runs: MILKTEA_RUNS, or `runs` in the working directory."""
+    return Path(environ.get("MILKTEA_RUNS", "runs")).resolve()
+
+
+# -- what a run is ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job whose data, model and needs were checked, and what the market offers for it now."""
+
+    plan: Plan
+    ranking: Ranking  # .accepted: at least one, the cheapest finished run first
+    credit_usd: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Dollars of one run, all its machines."""
+
+    spent_usd: float  # by our own meter
+    billed_usd: float | None  # by vast.ai; None until it can be read for every machine
+    predicted_usd: float | None  # for the machine taken last
+    max_usd: float  # limits.max_usd
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder. Everything is read anew from what lies there; nothing here acts."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """The run id, which is also the label of its boxes."""
+        return self.folder.name
+
+    @property
+    def journal(self) -> list[Line]:
+        """Every line, oldest first. Raises JournalError for a damaged or newer journal."""
+        return journal.read(self.folder)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The verified adapter.zip at home, or None."""
+        pulled = journal.last(self.journal, "pulled")
+        return Path(pulled["adapter"]) if pulled else None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the adapter."""
+        pulled = journal.last(self.journal, "pulled")
+        return str(pulled["sha256"]) if pulled else None
+
+    @property
+    def ends_itself_at(self) -> float | None:
+        """Unix seconds at which the box that this run has now destroys itself; None without one."""
+        lines = self.journal
+        rent = journal.last(lines, "renting")
+        if rent is None or not may_have_box(lines):
+            return None
+        began = next((line for line in reversed(lines) if line.kind == "booted"), rent)
+        return max(began.t, rent.t) + float(rent["max_s"])
+
+    def status(self) -> Status:
+        """Stage, box, dollars and newest checkpoint."""
+        return explain.status(self.id, self.journal, time.time())
+
+    def cost(self) -> Cost:
+        """Our meter, vast.ai's bill and the prediction."""
+        facts = self.cost_facts()
+        bills = [bill["usd"] for bill in facts["bills"]]
+        known = bool(bills) and None not in bills
+        billed = round(sum(bills), 6) if known else None
+        return Cost(facts["spent_usd"], billed, facts["predicted_usd"], facts["max_usd"])
+
+    def cost_facts(self) -> dict[str, Any]:
+        """`cost` with each bill's items, for JSON."""
+        return explain.cost_facts(self.journal, time.time())
+
+    def cost_lines(self) -> list[str]:
+        """`cost` in words."""
+        return explain.cost_lines(self.journal, time.time())
+
+    def explain(self) -> list[str]:
+        """Why this offer, why it stopped, where each cent went, and how long each phase took."""
+        lines = self.journal
+        first = next((e.t for e in self.events() if isinstance(e, events.Step)), None)
+        took = ", ".join(f"{name} {s} s" for name, s in explain.phases(lines, first))
+        told = explain.explain(lines, time.time())
+        return [*told, f"from the command to the first step: {took}"]
+
+    def events(self, *, follow: bool = False) -> Iterator[Event]:
+        """What the trainer said on the machine taken last, as far as it is at home.
+
+        With `follow`, goes on as more comes, until no box of this run is left. A line that no
+        trainer wrote is passed over."""
+        offset = 0
+        while True:
+            ended = follow and not may_have_box(
+                self.journal
+            )  # read before the events: none is lost
+            path = self.folder / "events.jsonl"
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    texts, used = events.whole_lines(file.read())
+                offset += used
+                for text in texts:
+                    with suppress(ValueError):
+                        yield events.parse(text)
+            if ended or not follow:
+                return
+            time.sleep(FOLLOW_EVERY_S)
+
+
+def runs(root: Path | None = None) -> list[Run]:
+    """Every run in `root`, sorted by id: by the job's name, then by time."""
+    return [Run(folder) for folder in journal.runs(root or runs_folder())]
+
+
+def find_run(name: str, root: Path | None = None) -> Run:
+    """The run of this id, or whose id alone begins with it; `last` is the one that began last.
+    Raises JournalError where that is not one run."""
+    root = root or runs_folder()
+    found = runs(root)
+    if name == "last":
+        chosen = sorted(found, key=_began)[-1:]
+    else:
+        chosen = [r for r in found if r.id == name] or [r for r in found if r.id.startswith(name)]
+    if len(chosen) != 1:
+        raise JournalError(
+            f"{name!r} names {len(chosen)} runs under {root}", hint="`milktea status` lists them"
+        )
+    return chosen[0]
+
+
+def _began(run: Run) -> tuple[str, ...]:
+    """A run id ends in date, time and four random digits."""
+    return tuple(run.id.split("-")[-3:-1])
+
+
+# -- what one does with it -------------------------------------------------------------------------
+
+
+class Quiet:
+    """A `Screen` that tells nobody. Subclass it and override what you want to hear; `event` hears
+    every word of the trainer."""
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+        self.score: Score | None = None
+
+    def line(self, line: Line) -> None:
+        """A journal line was written."""
+
+    def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
+        """The plan is made."""
+
+    def booting(self, instance: Instance, waited_s: float) -> None:
+        """The machine starts."""
+
+    def connecting(self, message: str) -> None:
+        """A way in is tried."""
+
+    def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        """Bytes go up (`what` is push) or come home (pull)."""
+
+    def event(self, event: Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None:
+        """The trainer said something."""
+
+    def waiting(self, message: str) -> None:
+        """Something has to be waited for."""
+
+    def destroying(self, why: str) -> None:
+        """The box is about to be destroyed."""
+
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
+        """After Ctrl-C: the key of one of `choices`; here, fetch then destroy."""
+        return choices[1][0]
+
+
+def load_job(job: Job) -> JobFile:
+    """The job, checked. Raises ConfigError listing every mistake with its path."""
+    if isinstance(job, JobFile):
+        return job
+    if isinstance(job, Mapping):
+        results = {"folder": "out"} | dict(job.get("results", {}))
+        return config.parse({**job, "results": results}, Path("job"))
+    return config.load(Path(job))
+
+
+def plan(
+    job: Job, *, vast: Vast | None = None, root: Path | None = None, on_cpu: bool = False
+) -> Planned:
+    """Everything that can fail for free, then the market ranked for this job. Rents nothing and
+    leaves nothing on the disk.
+
+    `on_cpu` refuses what this computer's CPU could not train within limits.max_hours, which is
+    where the emulator's boxes compute. Raises ConfigError, PreflightError, NoOffer, MarketError."""
+    vast, root = vast or open_market(), root or runs_folder()
+    _finished(vast, root)
+    parsed, now = load_job(job), time.time()
+    made = preflight(lambda: planner.new_plan(parsed, root, now, on_cpu=on_cpu), vast, root)
+    (root / made.run_id).rmdir()  # nothing is begun
+    offers = found_offers(vast, made.needs)
+    ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
+    if not ranking.accepted:
+        raise none_left(ranking, 0)
+    return Planned(made, ranking, vast.credit_usd())
+
+
+def rent_and_train(
+    job: Job | Planned,
+    *,
+    vast: Vast | None = None,
+    root: Path | None = None,
+    screen: Screen | None = None,
+    began_unix_s: float | None = None,
+) -> Run:
+    """The main job: rent, push, train, pull, verify, destroy and prove.
+
+    Returns with `run.adapter` at home and no box left; `run.adapter` is None only where `screen`
+    chose to detach. While it lasts, SIGINT, SIGTERM and SIGHUP end the run in order: `screen`
+    chooses while training, before that Interrupted is raised once the box is proven gone. Raises
+    any MilkteaError, with the same guarantee about the box, or BoxLeaked. `began_unix_s` is when
+    the user asked, for the record."""
+    emulated = vast is None and not uses_vast_ai()
+    vast, root, screen = vast or open_market(), root or runs_folder(), screen or Quiet()
+    began = began_unix_s or time.time()
+    if not isinstance(job, Planned):
+        job = plan(job, vast=vast, root=root, on_cpu=emulated)
+        screen.plan(job.plan, job.ranking, job.credit_usd)
+    with Journal(root / job.plan.run_id) as held:
+        screen.line(held.append("planned", began=round(began, 3), **job.plan.to_line()))
+        session = Session(held, job.plan, vast, screen)
+        return _carried(session, job.ranking)
+
+
+def resume(
+    run: Run | str,
+    *,
+    vast: Vast | None = None,
+    root: Path | None = None,
+    screen: Screen | None = None,
+) -> Run:
+    """Go on with a run whose client died, that was interrupted, or whose box was taken away; as
+    `rent_and_train`. Raises JournalError where it is done or never began."""
+    vast, root = vast or open_market(), root or runs_folder()
+    _finished(vast, root, screen)
+    run = run if isinstance(run, Run) else find_run(run, root)
+    with Journal(run.folder) as held:
+        if not held.lines:
+            raise JournalError(
+                f"{run.id} has an empty journal", hint="start it anew with rent-and-train"
+            )
+        if (pulled := held.last("pulled")) is not None:
+            raise JournalError(
+                f"{run.id} is done: its adapter is {pulled['adapter']}",
+                hint="`milktea reap` if its box still stands",
+            )
+        return _carried(Session(held, Plan.from_line(held.lines[0]), vast, screen or Quiet()))
+
+
+def _carried(session: Session, seen: Ranking | None = None) -> Run:
+    """The story, with signals turned into Interrupted and its end in the journal."""
+    with _signals_interrupt(session):
+        try:
+            story.rent_and_train(session, seen)
+        except Detached:
+            pass
+        except Interrupted:
+            session.note("failed", what="interrupted", exit_code=130)
+            said = f"the box is destroyed and proven absent; {session.money()}"
+            raise Interrupted(said) from None
+        except MilkteaError as e:
+            with suppress(JournalError, OSError):  # a disk that is full hides no first error
+                session.note("failed", what=f"{type(e).__name__}: {e}", exit_code=e.exit_code)
+            raise
+    return Run(session.journal.folder)
+
+
+@contextmanager
+def _signals_interrupt(session: Session) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted, not inside what must not be cut in half. In
+    another thread than the main one, where no signal arrives, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupted(number: int, frame: Any) -> None:
+        if session.shield.up:
+            session.screen.waiting("a moment: the box is not left halfway")
+        session.shield.interrupt()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupted) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def destroy(
+    run: Run | str,
+    *,
+    vast: Vast | None = None,
+    root: Path | None = None,
+    screen: Screen | None = None,
+) -> bool:
+    """Destroy the box of one run now, and prove it absent. Returns whether it may have had one.
+    Raises BoxLeaked without that proof, JournalError while another client acts on the run."""
+    vast, root = vast or open_market(), root or runs_folder()
+    _finished(vast, root, screen)
+    run = run if isinstance(run, Run) else find_run(run, root)
+    with Journal(run.folder) as held:
+        had = may_have_box(held.lines)
+        if had:
+            made = Plan.from_line(held.lines[0])
+            give_back(Session(held, made, vast, screen or Quiet()), why="asked for")
+        return had
+
+
+def reap(
+    *,
+    foreign: bool = False,
+    vast: Vast | None = None,
+    root: Path | None = None,
+    screen: Screen | None = None,
+) -> Reaped:
+    """Destroy every box of the runs in `root` that no live client looks after, and prove it; with
+    `foreign`, also those labelled like a run of ours that has no folder there. What could not be
+    proven absent is in `leaked`; nothing is raised for it."""
+    vast, root = vast or open_market(), root or runs_folder()
+    return reaping.reap(root, vast, screen or Quiet(), foreign=foreign)
+
+
+def finish_destroys(
+    *, vast: Vast | None = None, root: Path | None = None, screen: Screen | None = None
+) -> Reaped:
+    """Finish every destroy that an earlier client began and could not prove; what still could not
+    be proven is in `leaked`."""
+    vast, root = vast or open_market(), root or runs_folder()
+    return reaping.finish_destroys(root, vast, screen or Quiet())
+
+
+def _finished(vast: Vast, root: Path, screen: Screen | None = None) -> None:
+    """`finish_destroys`; raises BoxLeaked for what is left."""
+    reaped = finish_destroys(vast=vast, root=root, screen=screen)
+    if reaped.leaked:
+        raise reaped.leaked[0]
