@@ -243,11 +243,20 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
             "no row is left to train on",
             hint="`python -m trainer.data FILE` says what became of each",
         )
+    notes += left_out(prepared.rows.notes)
     notes.append(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
         f"{max(lengths):,} tokens, stop token trained in every row"
     )
     return lengths
+
+
+def left_out(said: list[str]) -> list[str]:
+    """One line for the rows that are dropped or cut, of the trainer's line for each."""
+    if not said:
+        return []
+    more = f"; and {len(said) - 1:,} more" if len(said) > 1 else ""
+    return [f"{len(said):,} rows are changed or left out: {said[0]}{more}"]
 
 
 def _model_config(job: JobFile, notes: list[str]) -> dict[str, Any]:

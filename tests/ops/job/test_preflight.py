@@ -218,3 +218,14 @@ def test_an_image_of_another_wire_is_refused_before_renting(
 ) -> None:
     monkeypatch.setattr("ops.job.preflight.WIRE", 2)
     assert "speaks wire 1" in str(refused(tmp_path, fake, job))
+
+
+def test_rows_that_are_dropped_are_counted_in_the_plan(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    long = [{"instruction": "long", "input": "", "output": "word " * 300} for _ in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps([*ROWS, *long]))
+    job["data"] |= {"max_length": 256, "over_length": "drop"}
+    notes = "\n".join(planned(tmp_path, fake, job).notes)
+    assert "3 rows are changed or left out: rows.json:" in notes and "and 2 more" in notes
+    assert "20 rows," in notes
