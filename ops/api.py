@@ -59,6 +59,7 @@ __all__ = [
     "JobFile",
     "Kind",
     "Line",
+    "MilkteaError",
     "Plan",
     "Planned",
     "Quiet",
