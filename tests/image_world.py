@@ -40,10 +40,13 @@ FROM ${BASE} AS debian
 FROM scratch
 COPY --from=debian / /
 ARG SOURCE_DATE_EPOCH=1747699200
-RUN --mount=type=bind,source=docker/box,target=/mnt install -D -m 755 -t /usr/local/sbin /mnt/milktea-settle && milktea-settle box
+RUN --mount=type=bind,source=docker/box,target=/mnt \\
+    install -D -m 755 -t /usr/local/sbin /mnt/milktea-settle && milktea-settle box
 RUN --mount=type=bind,source=docker/tiny/3/wheels/torch,target=/mnt \\
-    mkdir -p /opt/site && cp /mnt/*.whl /opt/site && ln -s site /opt/link && ln /opt/site/*.whl /opt/hard && milktea-settle torch
-RUN --mount=type=bind,source=trainer,target=/mnt cp -r /mnt /opt/trainer && chmod -R u=rwX,go=rX /opt/trainer && milktea-settle trainer
+    mkdir -p /opt/site && cp /mnt/*.whl /opt/site && ln -s site /opt/link && \\
+    ln /opt/site/*.whl /opt/hard && milktea-settle torch
+RUN --mount=type=bind,source=trainer,target=/mnt \\
+    cp -r /mnt /opt/trainer && chmod -R u=rwX,go=rX /opt/trainer && milktea-settle trainer
 LABEL milktea.wire=1
 ENTRYPOINT ["/bin/sh"]
 """
@@ -62,8 +65,15 @@ def make_wheel(
     info = f"{name}-{version}.dist-info"
     files = {
         **files,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense-Expression: MIT\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/METADATA": (
+            (
+                f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+                "License-Expression: MIT\n"
+            ).encode()
+        ),
+        f"{info}/WHEEL": (
+            b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
     }
     if entry_points:
         files[f"{info}/entry_points.txt"] = entry_points.encode()
@@ -126,9 +136,16 @@ def make_world(root: Path, peft: str = "1.0") -> Places:
     for path, wheel in zip(paths, found, strict=True):
         wheels._keep(path, wheel, places.wheels)
     locked = Lock(
-        image="tiny", version=3, wire=1, platform="linux/amd64", epoch=spec.epoch, dockerfile=spec.dockerfile,
-        definition_sha256=spec.sha256, python="3.11", wheels=context.assign_layers(found, spec),
-    )  # fmt: skip
+        image="tiny",
+        version=3,
+        wire=1,
+        platform="linux/amd64",
+        epoch=spec.epoch,
+        dockerfile=spec.dockerfile,
+        definition_sha256=spec.sha256,
+        python="3.11",
+        wheels=context.assign_layers(found, spec),
+    )
     lock.write(locked, places.lock("tiny"))
     context.write_requirements(locked, spec, places)
     return places

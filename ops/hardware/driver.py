@@ -124,8 +124,7 @@ def _kind(driver: str, capability: str, data_center: bool, line: Line) -> Kind:
 
 
 def runs_on(capability: str, line: Line) -> str:
-    """How this line's code gets onto a GPU: ``cubin``, ``ptx``, ``gpu-too-old`` or
-    ``gpu-too-new``."""
+    """How this line's code gets onto a GPU: cubin, ptx, gpu-too-old or gpu-too-new."""
     major, minor = _version(capability)
     plain = [_version(a) for a in line.arches if a[-1].isdigit()]
     exact = [a.rstrip("abcdefghijklmnopqrstuvwxyz") for a in line.arches if not a[-1].isdigit()]

@@ -41,12 +41,16 @@ TOP = {
     "output.weight": ("lm_head.weight", ROWS),
 }
 LAYER = {
-    "attention.wq.weight": ("self_attn.q_proj.weight", ROWS), "attention.wk.weight": ("self_attn.k_proj.weight", ROWS),
-    "attention.wv.weight": ("self_attn.v_proj.weight", ROWS), "attention.wo.weight": ("self_attn.o_proj.weight", COLUMNS),
-    "feed_forward.w1.weight": ("mlp.gate_proj.weight", ROWS), "feed_forward.w2.weight": ("mlp.down_proj.weight", COLUMNS),
-    "feed_forward.w3.weight": ("mlp.up_proj.weight", ROWS), "attention_norm.weight": ("input_layernorm.weight", WHOLE),
+    "attention.wq.weight": ("self_attn.q_proj.weight", ROWS),
+    "attention.wk.weight": ("self_attn.k_proj.weight", ROWS),
+    "attention.wv.weight": ("self_attn.v_proj.weight", ROWS),
+    "attention.wo.weight": ("self_attn.o_proj.weight", COLUMNS),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", ROWS),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", COLUMNS),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", ROWS),
+    "attention_norm.weight": ("input_layernorm.weight", WHOLE),
     "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE),
-}  # fmt: skip
+}
 SHARD_BYTES = 4 << 30
 Progress = Callable[[str], None]
 
@@ -270,7 +274,7 @@ def _write_shards(
 def _write_shard(
     parts: _Parts, group: list[tuple[str, str]], params: dict[str, Any], path: Path
 ) -> int:
-    """One safetensors file (its format: 8 bytes of length, JSON, data); returns the bytes of data."""
+    """Write one safetensors file (8 bytes of length, JSON, data); returns the bytes of data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for old, new in group:
@@ -346,11 +350,23 @@ def _config(
         8192 if vocabulary > 32000 else 2048 if epsilon <= 1e-6 else 4096
     )  # params.json does not say: LLaMA 3, 1, 2
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "hidden_size": params["dim"], "intermediate_size": sizes["layers.0.feed_forward.w1.weight"][0],
-        "num_hidden_layers": params["n_layers"], "num_attention_heads": params["n_heads"],
-        "num_key_value_heads": int(params.get("n_kv_heads") or params["n_heads"]), "rms_norm_eps": epsilon,
-        "vocab_size": vocabulary, "max_position_embeddings": context,
-        "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": CONFIG_DTYPE[parts.dtype("output.weight")],
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_size": params["dim"],
+        "intermediate_size": sizes["layers.0.feed_forward.w1.weight"][0],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": int(params.get("n_kv_heads") or params["n_heads"]),
+        "rms_norm_eps": epsilon,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": context,
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": CONFIG_DTYPE[parts.dtype("output.weight")],
+    }

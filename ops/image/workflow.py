@@ -77,10 +77,19 @@ def lock(
         models.resolve(source, places.root, places.models, progress) for source in spec.models
     ]
     locked = Lock(
-        image=spec.name, version=spec.version, wire=spec.wire, platform=spec.platform, epoch=spec.epoch,
-        dockerfile=spec.dockerfile, definition_sha256=spec.sha256, python=spec.python.version, cuda=spec.cuda,
-        debs=debs, wheels=context.assign_layers(found, spec), models=beside,
-    )  # fmt: skip
+        image=spec.name,
+        version=spec.version,
+        wire=spec.wire,
+        platform=spec.platform,
+        epoch=spec.epoch,
+        dockerfile=spec.dockerfile,
+        definition_sha256=spec.sha256,
+        python=spec.python.version,
+        cuda=spec.cuda,
+        debs=debs,
+        wheels=context.assign_layers(found, spec),
+        models=beside,
+    )
     locks.write(locked, places.lock(name))
     context.write_requirements(locked, spec, places)
     return locked
@@ -169,7 +178,7 @@ def take(
 
 
 def taken(name: str, places: Places = Places()) -> tuple[Image, Lock]:
-    """The image that :func:`take` took last, with its lock; raises ConfigError where there is none."""
+    """What :func:`take` took last, with its lock; raises ConfigError where there is none."""
     folder = places.image(name)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"image {name} has not been built here", hint=f"make image IMAGE={name}")
@@ -238,9 +247,13 @@ def bundle(
     built, lock = take(name, places, progress, image)
     release = int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d%H%M%S"))
     contents = Contents(
-        lock, built, {model.name: models.where(model, places.models) for model in lock.models}, line_of(name, lock.cuda),
-        tuple(lines(places)), documents=_documents(places),
-    )  # fmt: skip
+        lock,
+        built,
+        {model.name: models.where(model, places.models) for model in lock.models},
+        line_of(name, lock.cuda),
+        tuple(lines(places)),
+        documents=_documents(places),
+    )
     if whole:
         return bundles.write_oci(contents, out or Path(f"{lock.image}-{release}.oci.tar"))
     base, base_models = _base(built, since, server)
@@ -271,7 +284,8 @@ def volume_bytes(text: str) -> int:
         return VOLUMES.get(text, 0)
     if not text.isdigit() or int(text) < 1_000_000:
         raise ConfigError(
-            f"volume size {text!r} is neither a number of bytes from 1,000,000 on nor one of {', '.join(VOLUMES)}"
+            f"volume size {text!r} is neither a number of bytes from 1,000,000 on nor one of"
+            f" {', '.join(VOLUMES)}"
         )
     return int(text)
 

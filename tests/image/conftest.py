@@ -90,7 +90,10 @@ class TinyImage:
     folder: Path
     contents: dict[str, dict[str, bytes | str]] = field(default_factory=dict)
     models: dict[str, Path] = field(default_factory=dict)
-    prove_says: str = '{"milktea_selftest":1,"ok":true,"checks":[{"check":"tiny","ok":true,"found":"said hello"}]}'
+    prove_says: str = (
+        '{"milktea_selftest":1,"ok":true,'
+        '"checks":[{"check":"tiny","ok":true,"found":"said hello"}]}'
+    )
     name: str = "tiny"
     environment: tuple[str, ...] = ()
 
@@ -105,9 +108,11 @@ class TinyImage:
             "wheel-c": {"lib/c.py": blob(30_000)},
             "trainer": {"app/train.py": b"print('one')\n"},
             "config": {
-                "bin/prove": b'#!/bin/sh\ncat_() { while read -r l; do echo "$l"; done; }\ncat_ <<X\n'
-                + self.prove_says.encode()
-                + b"\nX\n"
+                "bin/prove": (
+                    b'#!/bin/sh\ncat_() { while read -r l; do echo "$l"; done; }\ncat_ <<X\n'
+                    + self.prove_says.encode()
+                    + b"\nX\n"
+                )
             },
         }
         return self
@@ -155,11 +160,19 @@ class TinyImage:
                 )
             )
         config = {
-            "architecture": "amd64", "os": "linux", "created": "2023-11-14T22:13:20Z",
-            "config": {"Env": ["PATH=/bin:/usr/bin", *self.environment], "Labels": {"milktea.wire": "1"}, "Cmd": ["/bin/sh"]},
+            "architecture": "amd64",
+            "os": "linux",
+            "created": "2023-11-14T22:13:20Z",
+            "config": {
+                "Env": ["PATH=/bin:/usr/bin", *self.environment],
+                "Labels": {"milktea.wire": "1"},
+                "Cmd": ["/bin/sh"],
+            },
             "rootfs": {"type": "layers", "diff_ids": [x.diff_id for x in layers]},
-            "history": [{"created": "2023-11-14T22:13:20Z", "created_by": "milktea"} for _ in layers],
-        }  # fmt: skip
+            "history": [
+                {"created": "2023-11-14T22:13:20Z", "created_by": "milktea"} for _ in layers
+            ],
+        }
         image = archive.Image(archive.canonical_json(config), tuple(layers), f"mtb/{self.name}:1")
         models = []
         for name, folder in self.models.items():
@@ -182,15 +195,43 @@ class TinyImage:
                 )
             )
         whole = lock.Lock(
-            image=self.name, version=1, wire=1, platform="linux/amd64", epoch=EPOCH, dockerfile="docker/tiny/1", definition_sha256="0" * 64, python="3.11",  # noqa: E501
-            identity=lock.Identity(tag=image.tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest),
-            layers=locked, models=models,
-            wheels=[lock.Wheel(name="a", version="1.0", file="a-1.0-py3-none-any.whl", sha256="a" * 64, size_bytes=40_000, layer="wheel-a", license="MIT")],  # noqa: E501
-        )  # fmt: skip
+            image=self.name,
+            version=1,
+            wire=1,
+            platform="linux/amd64",
+            epoch=EPOCH,
+            dockerfile="docker/tiny/1",
+            definition_sha256="0" * 64,
+            python="3.11",
+            identity=lock.Identity(
+                tag=image.tag,
+                config_digest=image.config_digest,
+                manifest_digest=image.manifest_digest,
+            ),
+            layers=locked,
+            models=models,
+            wheels=[
+                lock.Wheel(
+                    name="a",
+                    version="1.0",
+                    file="a-1.0-py3-none-any.whl",
+                    sha256="a" * 64,
+                    size_bytes=40_000,
+                    layer="wheel-a",
+                    license="MIT",
+                )
+            ],
+        )
         return Contents(
-            whole, image, dict(self.models), line, lines, prove=("/bin/sh", "/bin/prove"), python="/usr/bin/python3",
+            whole,
+            image,
+            dict(self.models),
+            line,
+            lines,
+            prove=("/bin/sh", "/bin/prove"),
+            python="/usr/bin/python3",
             memory_bytes=1_000_000,
-        )  # fmt: skip
+        )
 
     def pack(self, out: Path, options: Options = Options(), **more: object) -> bundle.Bundle:
         return bundle.write_bundle(self.made(**more), out, options)  # type: ignore[arg-type]

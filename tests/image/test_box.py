@@ -45,7 +45,10 @@ def test_it_speaks_the_wire_that_its_label_says(client):
 
 
 def test_any_user_may_import_the_stack_on_a_read_only_root(client):
-    told = "import torch, transformers, peft, accelerate, bitsandbytes, trainer.launch; print(torch.ones(2).sum().item())"
+    told = (
+        "import torch, transformers, peft, accelerate, bitsandbytes, trainer.launch;"
+        " print(torch.ones(2).sum().item())"
+    )
     assert (
         run(client, "python", "-c", told, read_only=True, tmpfs={"/tmp": ""}, user="12345:12345")
         .strip()
@@ -64,13 +67,17 @@ def test_without_a_command_a_stranger_is_told_what_to_type(client):
 
 
 def test_the_image_holds_no_key_and_no_trace_of_the_machine_that_made_it(client):
-    told = "ls /etc/ssh; cat /etc/machine-id /etc/resolv.conf 2>/dev/null; cat /etc/apt/sources.list; find /opt -name '*.pyc' | head -1"
+    told = (
+        "ls /etc/ssh; cat /etc/machine-id /etc/resolv.conf 2>/dev/null; cat /etc/apt/sources.list;"
+        " find /opt -name '*.pyc' | head -1"
+    )
     said = run(client, "sh", "-c", told)
     assert "ssh_host" not in said
     assert ".pyc" not in said
     assert {line.split()[1] for line in said.splitlines() if line.startswith("deb ")} == {
-        "https://deb.debian.org/debian", "https://deb.debian.org/debian-security",
-    }  # fmt: skip
+        "https://deb.debian.org/debian",
+        "https://deb.debian.org/debian-security",
+    }
 
 
 def test_as_a_box_it_lets_the_key_in_and_offers_what_the_box_side_needs(client, tmp_path):
@@ -113,7 +120,10 @@ def test_as_a_box_it_lets_the_key_in_and_offers_what_the_box_side_needs(client, 
             and time.monotonic() < deadline
         ):
             assert container.status != "exited"
-        told = "milktea-train --wire; command -v rsync zstd tini curl python3 sha256sum setsid; id -u; echo ${HF_HUB_OFFLINE:-online}"
+        told = (
+            "milktea-train --wire; command -v rsync zstd tini curl python3 sha256sum setsid; id -u;"
+            " echo ${HF_HUB_OFFLINE:-online}"
+        )
         said = subprocess.run([*command, told], capture_output=True, text=True).stdout.split()
         assert (said[0], said[-2], said[-1]) == (str(WIRE), "0", "online")
         assert len(said) == 10

@@ -1,4 +1,6 @@
-"""Building by Dockerfile: the same layers whenever and on whatever Debian they are built. Needs Docker."""
+"""Building by Dockerfile: the same layers whenever and on whatever Debian they are built. Needs
+Docker.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def places(tmp_path, client):
 
 
 def test_every_spelling_of_a_tar_gives_the_same_layer(tmp_path):
-    """Order, owners' names, times, kinds of header and marks of the engine do not matter; a capability does."""
+    """Order, owners' names, times, kinds of header and marks of the engine do not matter; a
+    capability does.
+    """
     content = {"a/b": b"1", "a-c": b"22", "a": None, "a/link": "b"}
 
     def spelt(path: Path, names: list[str], **more: object) -> Path:

@@ -108,10 +108,14 @@ def one_corruption(packed: Path, scratch: Path, seed: int) -> str:
     shutil.copytree(packed, folder, copy_function=os.link)
     how, names = corrupt(folder, random.Random(seed))
     done = subprocess.run(
-        ["sh", str(folder / "INSTALL.sh"), "verify", "--prefix", str(scratch / "p")], capture_output=True, text=True, errors="replace", timeout=60,
+        ["sh", str(folder / "INSTALL.sh"), "verify", "--prefix", str(scratch / "p")],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
         # a README that took the script's place is run as one, and it says how to write a file
         cwd=scratch,
-    )  # fmt: skip
+    )
     shutil.rmtree(folder)
     said = done.stdout + done.stderr
     if done.returncode == 0:
@@ -148,7 +152,6 @@ def test_a_thousand_corruptions_are_all_caught_named_and_given_a_remedy(
 
 
 # -- preflight
-# -------------------------------------------------------------------------------------------------------------
 
 
 def docker_says(
@@ -159,9 +162,14 @@ def docker_says(
     store: str = "[]",
 ) -> None:
     """A docker command with an engine's recorded answers and no images."""
-    script(folder, "docker", f"""case "$*" in
-    *Server.Version*) echo '{version}' ;; *DriverStatus*) echo '{store}' ;; *Runtimes*) echo '{runtimes}' ;;
-    *DockerRootDir*) echo '{root}' ;; *"{{{{.Driver}}}}"*) echo overlay2 ;; esac\n""")  # fmt: skip
+    script(
+        folder,
+        "docker",
+        f"""case "$*" in
+    *Server.Version*) echo '{version}' ;; *DriverStatus*) echo '{store}' ;;
+    *Runtimes*) echo '{runtimes}' ;;
+    *DockerRootDir*) echo '{root}' ;; *"{{{{.Driver}}}}"*) echo overlay2 ;; esac\n""",
+    )
 
 
 def checks(ran: Any) -> dict[str, dict[str, str]]:
@@ -190,7 +198,9 @@ def preflight(
     docker_says(tmp_path / "bin", **engine)
     if gpus:
         script(tmp_path / "bin", "nvidia-smi", f"echo '{gpus}'\n")
-    path = f"{tmp_path / 'bin'}:{jail(tmp_path / 'jail') if not (tmp_path / 'jail').exists() else tmp_path / 'jail'}"
+    if not (tmp_path / "jail").exists():
+        jail(tmp_path / "jail")
+    path = f"{tmp_path / 'bin'}:{tmp_path / 'jail'}"
     return install(tmp_path / "b", "preflight", "--facts", path=path)
 
 
@@ -227,7 +237,8 @@ def test_a_driver_that_is_too_old_is_refused_with_the_image_line_that_fits(
     assert found["verdict"] == "fail" and "driver-too-old" in found["measured"]
     assert (
         found["remedy"]
-        == "update the driver to 580.65.06 or newer, or carry a bundle of the image line train-cu126; "
+        == "update the driver to 580.65.06 or newer, or carry a bundle of the image line"
+        " train-cu126; "
         "or leave this GPU out: --gpus with the numbers of the others"
     )
 
@@ -237,7 +248,8 @@ def test_each_gpu_of_a_mixed_server_is_judged(tiny: Any, install: Callable, tmp_
         tiny,
         install,
         tmp_path,
-        "Tesla V100-SXM2-32GB, 580.95.05, 7.0, 32768 MiB\nNVIDIA A100-SXM4-80GB, 580.95.05, 8.0, 81920 MiB",
+        "Tesla V100-SXM2-32GB, 580.95.05, 7.0, 32768 MiB\nNVIDIA A100-SXM4-80GB, 580.95.05, 8.0,"
+        " 81920 MiB",
     )
     assert [checks(ran)[f"gpu {n}"]["verdict"] for n in (0, 1)] == ["fail", "ok"]
     assert "train-cu126" in checks(ran)["gpu 0"]["remedy"]
@@ -255,7 +267,10 @@ def test_without_nvidia_smi_the_kernel_tells_the_driver(
     root = tmp_path / "root"
     (root / "proc/driver/nvidia").mkdir(parents=True)
     (root / "proc/meminfo").write_text("MemTotal:       65536000 kB\n")
-    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc version 12.2.0\n"
+    text = (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC"
+        " 2023\nGCC version:  gcc version 12.2.0\n"
+    )
     (root / "proc/driver/nvidia/version").write_text(text)
     path = f"{tmp_path / 'bin'}:{jail(tmp_path / 'jail')}"
     ran = install(tmp_path / "b", "preflight", "--facts", path=path, MILKTEA_HOST_ROOT=str(root))
@@ -286,7 +301,8 @@ def test_no_space_is_said_with_the_number_before_anything_is_copied(
     script(
         tmp_path / "bin",
         "df",
-        'case "$*" in *-i*) echo h; echo "x 9 9 99999999 1% /" ;; *) echo h; echo "/dev/sda1 100 90 3000 97% /" ;; esac\n',
+        'case "$*" in *-i*) echo h; echo "x 9 9 99999999 1% /" ;; *) echo h; echo "/dev/sda1 100 90'
+        ' 3000 97% /" ;; esac\n',
     )
     ran = preflight(tiny, install, tmp_path, "NVIDIA H100, 580.95.05, 9.0, 1 MiB")
     found = checks(ran)["disk of the engine"]
@@ -320,7 +336,10 @@ def test_the_containerd_store_is_counted_with_the_compressed_copies_that_it_keep
 def test_a_folder_that_cannot_be_written_to_is_named(tiny: Any, tmp_path: Path) -> None:
     tiny.pack(tmp_path / "b")
     (tmp_path / "ro").mkdir()
-    inner = f"mount -t tmpfs -o ro none {tmp_path}/ro && exec sh {tmp_path}/b/INSTALL.sh preflight --facts --prefix {tmp_path}/ro/milktea"
+    inner = (
+        f"mount -t tmpfs -o ro none {tmp_path}/ro && exec sh {tmp_path}/b/INSTALL.sh preflight"
+        f" --facts --prefix {tmp_path}/ro/milktea"
+    )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", inner], capture_output=True, text=True)
     if not done.stdout:
         pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")

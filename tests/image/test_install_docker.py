@@ -189,8 +189,8 @@ def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bund
     locks = {p.name: p.read_bytes() for p in (tmp_path / "prefix/records").glob("*.lock")}
     assert locks == {
         f"image-{final_tag(product.made().image).partition(':')[2]}.lock": (
-            tmp_path / "b/image.lock"
-        ).read_bytes()
+            (tmp_path / "b/image.lock").read_bytes()
+        )
     }
     record = json.loads((tmp_path / "prefix/INSTALL-RECORD.json").read_text())
     assert record["selftest"]["ok"] and record["image"]["layers"] == product.made().image.diff_ids
@@ -246,7 +246,9 @@ def test_an_update_whose_base_is_not_there_is_refused_before_anything_is_loaded(
 def test_another_image_with_the_same_layers_is_not_taken_for_ours(
     product: Any, engine: Engine, on: Callable, tmp_path: Path
 ) -> None:
-    """Same layers, other ENTRYPOINT, under our name: an attacker's, or a release that changes the config alone."""
+    """Same layers, other ENTRYPOINT, under our name: an attacker's, or a release that changes the
+    config alone.
+    """
     product.pack(tmp_path / "v1", Options(release=1))
     assert on(tmp_path / "v1").code == 0
     first = engine.docker("image", "inspect", "--format", "{{.Id}}", f"mtb/{product.name}:current")
@@ -322,7 +324,9 @@ def test_an_image_that_does_not_prove_itself_never_becomes_current(
 def killed_runs(
     product: Any, engine: Engine, tmp_path: Path, seeds: range, update: bool = False
 ) -> None:
-    """Install, killed -9 with everything that it started, at a random moment; then once more to the end."""
+    """Install, killed -9 with everything that it started, at a random moment; then once more to the
+    end.
+    """
     before = present(product)
     product.add_model().pack(tmp_path / "v1", Options(release=1, volume_bytes=250_000))
     if update:

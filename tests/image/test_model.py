@@ -10,7 +10,10 @@ from ops.image.fetch import models as model
 from ops.image.spec import lock
 from ops.image.spec.definition import ModelSource
 
-INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+INDEX = (
+    b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b":'
+    b' "model-00002-of-00002.safetensors"}}'
+)
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n"
 
 
@@ -26,10 +29,15 @@ def folder(tmp_path):
     path = tmp_path / "checkout" / "my-model"
     path.mkdir(parents=True)
     for name, data in {
-        "config.json": b"{}", "model-00001-of-00002.safetensors": safetensors(), "model-00002-of-00002.safetensors": safetensors(128),
+        "config.json": b"{}",
+        "model-00001-of-00002.safetensors": safetensors(),
+        "model-00002-of-00002.safetensors": safetensors(128),
         "model.safetensors.index.json": INDEX,
-        "README.md": CARD.encode(), "tokenizer.json": b"{}", "notes.xyz": b"not taken", "training_args.bin": b"a pickle beside safetensors",
-    }.items():  # fmt: skip
+        "README.md": CARD.encode(),
+        "tokenizer.json": b"{}",
+        "notes.xyz": b"not taken",
+        "training_args.bin": b"a pickle beside safetensors",
+    }.items():
         (path / name).write_bytes(data)
     return path
 

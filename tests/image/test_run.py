@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from ops.image.spec.paths import Places
 from ops.job import config
 from trainer.wire.job import Job
 
-SERVER = Path(config.__file__).parents[1] / "image" / "server"
+SERVER = Path(__file__).parents[2] / "ops" / "image" / "server"
 TOML = """
 name = "mine"
 [model]
@@ -144,7 +145,8 @@ def test_what_the_converter_imports_of_ops_is_in_every_image(name: str) -> None:
                 file = root / package.replace(".", "/") / "__init__.py"
             relative = str(file.relative_to(root))
             assert relative in carried, (
-                f"{relative} is imported in the image: copy it in docker/{spec.dockerfile}/Dockerfile"
+                f"{relative} is imported in the image: copy it in"
+                f" docker/{spec.dockerfile}/Dockerfile"
             )
             if file not in wanted:
                 wanted.append(file)
@@ -152,7 +154,6 @@ def test_what_the_converter_imports_of_ops_is_in_every_image(name: str) -> None:
 
 
 # -- the command lines
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -174,7 +175,8 @@ def run(tmp_path: Path) -> Callable[..., list[str]]:
     ) -> list[str]:
         script = f"""#!/bin/sh
 case "$*" in "image inspect"*:known) echo sha256:0123456789abcdef0123 ;; "image inspect"*) exit 1 ;;
-    *Runtimes*) echo '{runtimes}' ;; *SecurityOptions*) echo '{security}' ;; *" paths "*) echo "$PATHS" ;; esac
+    *Runtimes*) echo '{runtimes}' ;; *SecurityOptions*) echo '{security}' ;;
+    *" paths "*) echo "$PATHS" ;; esac
 """
         (engine / "docker").write_text(script)
         (engine / "docker").chmod(0o755)
@@ -272,14 +274,16 @@ def test_train_mounts_what_the_job_names_and_nothing_else(run: Callable, job_fol
     runs = job_folder.parent / "milktea"
     prefix = job_folder.parent / "prefix"
     assert mounts == [
-        f"{job_folder}:{job_folder}:ro", f"{held}:{held}:ro", f"{prefix}/tools:/tools:ro", f"{prefix}/models:{prefix}/models:ro", f"{runs}:{runs}",
-    ]  # fmt: skip
+        f"{job_folder}:{job_folder}:ro",
+        f"{held}:{held}:ro",
+        f"{prefix}/tools:/tools:ro",
+        f"{prefix}/models:{prefix}/models:ro",
+        f"{runs}:{runs}",
+    ]
     assert f"run {job_folder}/job.toml {runs}/mine-7 2" in convert and "--gpus" not in convert
-    assert (
-        train.endswith("-m trainer.launch job.json")
-        and f"-w {runs}/mine-7" in train
-        and "--gpus 2" in train
-    )
+    assert train.endswith("/tools/run_job.py") and f"-w {runs}/mine-7" in train
+    assert " --gpus 2 " in train and " -d " in train and " --name milktea-mine-7-" in train
+    assert not (runs / "mine-7").exists(), "a dry run makes no run"
 
 
 def test_a_run_that_was_begun_goes_on_without_being_written_anew(
@@ -295,7 +299,8 @@ def test_launch_is_accelerates_own_in_the_current_folder(run: Callable, tmp_path
     (line,) = run("launch", "--num_processes", "2", "my.py", "--text", "two words")
     assert (
         line.endswith(
-            "--entrypoint accelerate milktea/tiny:abc launch --num_processes 2 my.py --text two words"
+            "--entrypoint accelerate milktea/tiny:abc launch --num_processes 2 my.py --text two"
+            " words"
         )
         and f"-w {tmp_path}" in line
     )
@@ -311,3 +316,191 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
     assert run("evaluate", "mine-7", "new.json")[0].endswith(
         f"-m trainer.eval.score {at} {tmp_path}/new.json"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("mine-7", "mine-7"),
+        ("Alpaca_ZH", "alpaca-zh-[0-9a-f]{6}"),
+        ("微调", "run-[0-9a-f]{6}"),
+        ("r1", "r1-[0-9a-f]{6}"),
+        ("a b.c", "a-b-c-[0-9a-f]{6}"),
+        ("--x", "x-[0-9a-f]{6}"),
+    ],
+)
+def test_any_name_of_a_job_file_gives_a_run_id(
+    run: Callable, job_folder: Path, name: str, pattern: str
+) -> None:
+    line = run("train", str(job_folder / "job.toml"), "--run", name, PATHS="")[-1]
+    folder = re.search(r" -w (\S+)", line)
+    assert folder and re.fullmatch(pattern, Path(folder[1]).name)
+    assert re.fullmatch("[a-z0-9][a-z0-9-]{2,62}", Path(folder[1]).name)
+
+
+@pytest.fixture
+def engine_says(tmp_path: Path, run: Callable) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """milktea-run for real, with an engine and an nvidia-smi that give recorded answers."""
+    folder = tmp_path / "engine"
+
+    def call(
+        *arguments: str, running: str = "", gpus: int = 2, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        for name, text in {
+            "docker": (
+                f"""case "$*" in *Runtimes*) echo '{{"nvidia":{{}}}}' ;;
+                "ps --filter"*) printf '{running}' ;;
+                *" run "*|"run "*) echo "$*" >>{tmp_path}/asked ;; esac"""
+            ),
+            "nvidia-smi": f"seq 0 {gpus - 1}",
+        }.items():
+            (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+            (folder / name).chmod(0o755)
+        environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path)} | env
+        return subprocess.run(
+            ["sh", str(tmp_path / "prefix" / "bin" / "milktea-run"), *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return call
+
+
+def test_two_users_do_not_get_the_same_gpu(
+    engine_says: Callable, job_folder: Path, tmp_path: Path
+) -> None:
+    job = str(job_folder / "job.toml")
+    done = engine_says("train", job, "--gpus", "1", "--detach", running="milktea-theirs 0\\n")
+    assert done.returncode == 0, done.stderr
+    assert '--gpus "device=1"' in (tmp_path / "asked").read_text().splitlines()[-1]
+    done = engine_says("train", job, "--gpus", "2", running="milktea-theirs 0\\n")
+    assert done.returncode == 2 and "2 GPUs are wanted, free are: 1" in done.stderr
+    done = engine_says("train", job, "--gpus", "0,1", running="milktea-theirs 0\\n")
+    assert done.returncode == 2 and "GPU 0 is in use by another run" in done.stderr
+    done = engine_says("train", job, running="milktea-theirs all\\n")
+    assert done.returncode == 2 and "are in use by other runs" in done.stderr
+    done = engine_says("train", job, "--share", "--detach", running="milktea-theirs all\\n")
+    assert (
+        done.returncode == 0 and " --gpus all " in (tmp_path / "asked").read_text().splitlines()[-1]
+    )
+
+
+def test_a_changed_job_under_an_old_run_is_refused(
+    engine_says: Callable, job_folder: Path, tmp_path: Path
+) -> None:
+    job = job_folder / "job.toml"
+    assert engine_says("train", str(job), "--run", "mine-7", "--detach").returncode == 0
+    assert (tmp_path / "milktea/mine-7/job.toml").read_text() == job.read_text()
+    assert (tmp_path / "milktea/mine-7/image").read_text() == "milktea/tiny:abc\n"
+    assert engine_says("train", str(job), "--run", "mine-7", "--detach").returncode == 0
+    job.write_text(job.read_text().replace("max_steps = 3", "max_steps = 4"))
+    done = engine_says("train", str(job), "--run", "mine-7", "--detach")
+    assert done.returncode == 2 and "was begun with another job.toml" in done.stderr
+    assert "--run" in done.stderr
+
+
+def test_status_says_how_every_run_stands(engine_says: Callable, tmp_path: Path) -> None:
+    for name, code in (("done-1", "0"), ("cut-1", None)):
+        folder = tmp_path / "milktea" / name
+        folder.mkdir(parents=True)
+        (folder / "job.json").write_text("{}")
+        (folder / "log.txt").write_text(f"words of {name}\n")
+        if code:
+            (folder / "exit_code").write_text(code)
+    said = engine_says("status", running="milktea-other-12345678 0,1\\n").stdout
+    assert re.search(r"done-1 +ended with 0", said) and re.search(r"cut-1 +was interrupted", said)
+    assert "milktea-other-12345678 0,1" in said
+    assert engine_says("logs", "done-1").stdout == "words of done-1\n"
+    done = engine_says("logs", "none")
+    assert done.returncode == 2 and "there is no run none" in done.stderr
+
+
+def test_one_of_several_images_is_chosen_by_use(engine_says: Callable, tmp_path: Path) -> None:
+    (tmp_path / "prefix/state/other").write_text("current milktea/other:def\n")
+    assert engine_says("use", "other").returncode == 0
+    engine_says("check")
+    assert "milktea/other:def" in (tmp_path / "asked").read_text()
+    assert engine_says("use", "nothing").returncode == 2
+
+
+def test_a_training_leaves_its_words_and_its_exit_code_and_hears_sigterm(tmp_path: Path) -> None:
+    """run_job.py with a trainer that counts until it is asked to stop."""
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").touch()
+    (tmp_path / "trainer" / "launch.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(5)))\n"
+        "print('step 1', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, str(SERVER / "run_job.py")],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "step 1\n"
+    process.terminate()
+    assert process.wait(30) == 5 and process.stdout.read() == "saved\n"
+    assert (tmp_path / "log.txt").read_text() == "step 1\nsaved\n"
+    assert (tmp_path / "exit_code").read_text() == "5\n"
+
+
+# -- scores
+
+
+def test_scores_of_equal_and_of_unrelated_answers_are_the_ends_of_the_scale() -> None:
+    use = module("score")
+    same = ["The cat sat on the mat today.", "今天天气很好，我们去公园。"]
+    assert use.bleu4(same, same) == pytest.approx(100)
+    assert use.rouge(same, same) == {"rouge-1": 100, "rouge-2": 100, "rouge-l": 100}
+    other = ["xyz", "qqq"]
+    assert use.bleu4(other, same) == 0 and set(use.rouge(other, same).values()) == {0}
+
+
+def test_scores_agree_with_values_worked_out_by_hand() -> None:
+    use = module("score")
+    # 6 words each, 5 in common, 3 of 5 pairs, longest common subsequence 5 (the cat _ on the mat)
+    found = use.rouge(["the cat is on the mat"], ["the cat sat on the mat"])
+    assert found == pytest.approx(
+        {"rouge-1": 100 * 5 / 6, "rouge-2": 100 * 3 / 5, "rouge-l": 100 * 5 / 6}
+    )
+    # orders 1 to 4 match 5/6, 3/5, 1/4 and none of 3, which counts as half a match
+    assert use.bleu4(["the cat is on the mat"], ["the cat sat on the mat"]) == pytest.approx(
+        100 * (5 / 6 * 3 / 5 * 1 / 4 * 0.5 / 3) ** 0.25
+    )
+
+
+def test_an_answer_that_is_too_short_pays_the_brevity_penalty() -> None:
+    use = module("score")
+    assert use.bleu4(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * 2.718281828459045**-1)
+
+
+def test_a_run_without_a_result_is_not_scored(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="has no finished result"):
+        module("score").evaluate(tmp_path, None)
+
+
+@pytest.mark.slow
+def test_what_scoring_takes_from_the_trainer_is_there() -> None:
+    import inspect
+
+    from trainer.data import files, prepare
+    from trainer.eval import held_out
+    from trainer.serve import chat
+
+    assert list(inspect.signature(chat.open_adapter).parameters)[:2] == ["adapter", "base"]
+    assert list(inspect.signature(held_out.answer).parameters)[:4] == [
+        "model",
+        "prompts",
+        "data",
+        "device",
+    ]
+    assert list(inspect.signature(prepare.prompt_ids).parameters) == ["data", "turns"]
+    assert list(inspect.signature(files.read_rows).parameters) == ["paths", "form"]
+    assert callable(held_out.match) and callable(prepare.model_folder)

@@ -208,11 +208,17 @@ def test_a_small_file_exchanged_after_its_check_is_not_what_is_used(
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("ref mtb/tiny:", "ref other/image:"), ("name tiny", "name ../../etc"), ("name tiny", "name -rf"), ("id ", "id ../"),
-        ("intermediate mtb/tiny:", "intermediate debian:"), ("vol parts/", "vol ../parts/"), ("vol parts/", "vol /etc/parts/"),
-        ("release 7", "release 7;reboot"), ("ref mtb/tiny:", "ref mtb/tiny:$(id)"),
+        ("ref mtb/tiny:", "ref other/image:"),
+        ("name tiny", "name ../../etc"),
+        ("name tiny", "name -rf"),
+        ("id ", "id ../"),
+        ("intermediate mtb/tiny:", "intermediate debian:"),
+        ("vol parts/", "vol ../parts/"),
+        ("vol parts/", "vol /etc/parts/"),
+        ("release 7", "release 7;reboot"),
+        ("ref mtb/tiny:", "ref mtb/tiny:$(id)"),
     ],
-)  # fmt: skip
+)
 def test_names_that_would_leave_their_place_are_refused_even_when_signed(
     signed: Path, install: Callable, release_key: Path, old: str, new: str
 ) -> None:

@@ -105,14 +105,19 @@ def config_json(config: dict[str, Any], layers: list[LockedLayer], epoch: int) -
     the building machine.
     """
     created = datetime.datetime.fromtimestamp(epoch, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return canonical_json({
-        "architecture": config["architecture"],
-        "config": {key: config["config"][key] for key in RUNTIME if config["config"].get(key)},
-        "created": created,
-        "history": [{"created": created, "created_by": f"milktea layer {layer.name}"} for layer in layers],
-        "os": config["os"],
-        "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
-    })  # fmt: skip
+    return canonical_json(
+        {
+            "architecture": config["architecture"],
+            "config": {key: config["config"][key] for key in RUNTIME if config["config"].get(key)},
+            "created": created,
+            "history": [
+                {"created": created, "created_by": f"milktea layer {layer.name}"}
+                for layer in layers
+            ],
+            "os": config["os"],
+            "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
+        }
+    )
 
 
 def layer_names(config: dict[str, Any]) -> list[str]:
@@ -174,9 +179,13 @@ def _locked(name: str, blob: Blob, lock: Lock) -> LockedLayer:
     if name == "debian":
         holds = [f"{x.name} {x.version}" for x in lock.debs]
     return LockedLayer(
-        name=name, diff_id=blob.diff_id, blob_sha256=blob.sha256, blob_bytes=blob.blob_bytes, size_bytes=blob.size_bytes,
+        name=name,
+        diff_id=blob.diff_id,
+        blob_sha256=blob.sha256,
+        blob_bytes=blob.blob_bytes,
+        size_bytes=blob.size_bytes,
         holds=holds or [f"milktea {name}"],
-    )  # fmt: skip
+    )
 
 
 def remove_unused(keep: Iterable[Image], places: Places) -> int:

@@ -213,11 +213,13 @@ def _blob(name: str) -> str:
 def _blob_path(layer: Layer) -> Path:
     if layer.path is None:
         raise FileNotFoundError(
-            f"layer {layer.name} ({layer.blob_sha256[:12]}) is not on this machine: run `make image`"
+            f"layer {layer.name} ({layer.blob_sha256[:12]}) is not on this machine: run `make"
+            " image`"
         )
     if (found := layer.path.stat().st_size) != layer.blob_bytes:
         raise OSError(
-            f"{layer.path.name} has {found:,} bytes, the lock says {layer.blob_bytes:,}: run `make image` again"
+            f"{layer.path.name} has {found:,} bytes, the lock says {layer.blob_bytes:,}: run `make"
+            " image` again"
         )
     return layer.path
 

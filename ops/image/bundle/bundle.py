@@ -1,10 +1,10 @@
 """A bundle: a folder that explains itself and brings an image, its base models and an installer to
 a server without a network.
 
-    README.{en,zh}.txt  INSTALL.sh      what to read, what to run
-    PLAN  MANIFEST.json                 what INSTALL.sh follows, one fact a line; the same for programs
-    SHA256SUMS  .sig  .openssl          one line a file; the signatures are over this
-    parts/NN-NAME-HASH.tar[.vNNN]       plain `docker load` archives: one large layer each, or a run of small ones
+    README.{en,zh}.txt  INSTALL.sh  what to read, what to run
+    PLAN  MANIFEST.json             what INSTALL.sh follows, one fact a line; the same for programs
+    SHA256SUMS  .sig  .openssl      one line a file; the signatures are over this
+    parts/NN-NAME-HASH.tar[.vNNN]   `docker load` archives: a large layer each, or some small ones
     models/SET/...  image.lock  sbom/  licenses/  tools/  docs/
 
 The sender's key is not in it: whoever installs gets the key, or its fingerprint, by another way. An
@@ -137,7 +137,8 @@ def _write_models(contents: Contents, folder: Path, options: Options) -> volumes
                 shutil.copyfileobj(content, out, 1 << 20)
             if out.sha256 != file.sha256:
                 raise PreflightError(
-                    f"model {model.name}: {file.path} is not the file of the lock (half downloaded, or changed)",
+                    f"model {model.name}: {file.path} is not the file of the lock (half downloaded,"
+                    " or changed)",
                     hint=f"milktea image fetch {contents.lock.image} brings it again",
                 )
             found |= out.files

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ops.errors import ConfigError
-from ops.hardware import driver
-from ops.hardware.driver import Line
+from ops.image import driver
 from ops.image.bundle import sbom, signature, volumes
 from ops.image.bundle.contents import Contents, Options, models_beside
 from ops.image.bundle.parts import (
@@ -23,11 +22,12 @@ from ops.image.bundle.parts import (
     plan_parts,
     safe,
 )
+from ops.image.driver import Line
 from ops.image.spec.lock import dumps
 
 SERVER = Path(__file__).parents[1] / "server"
 FORMAT = 4
-TOOLS = ("installer.py", "audit_report.py", "job_from_toml.py")
+TOOLS = ("installer.py", "audit_report.py", "job_from_toml.py", "run_job.py")
 
 
 def small_files(contents: Contents) -> dict[str, bytes]:
@@ -91,7 +91,8 @@ def plan(
             f"model {short} {size} {safe_path(model.name)} {safe(model.license) or 'unknown'}"
         )
         lines += [
-            f"mfile {short} {f.size_bytes} {f.sha256} {f.path} {volumes.joined(files, f'models/{short}/{f.path}')}"
+            f"mfile {short} {f.size_bytes} {f.sha256} {f.path}"
+            f" {volumes.joined(files, f'models/{short}/{f.path}')}"
             for f in model.files
         ]
     every = (*contents.lines, *([] if contents.line in contents.lines else [contents.line]))

@@ -71,11 +71,11 @@ def source_offer(lock: Lock) -> str:
         f"{deb.name} {deb.version}\n" for deb in sorted(lock.debs, key=lambda deb: deb.name)
     )
     return (
-        "This bundle holds programs of Debian 12 under the GNU GPL, LGPL and other licences. Each program's licence is in\n"
-        "the image at /usr/share/doc/NAME/copyright. The complete source of every version below is at\n"
-        "https://snapshot.debian.org/package/NAME/VERSION/. For three years after you received this bundle, whoever gave\n"
-        "it to you will on request copy these sources for you onto a disk, for no more than the cost of doing so.\n\n"
-        + rows
+        "This bundle holds programs of Debian 12 under the GNU GPL, LGPL and other licences. Each"
+        " program's licence is in\nthe image at /usr/share/doc/NAME/copyright. The complete source"
+        " of every version below is at\nhttps://snapshot.debian.org/package/NAME/VERSION/. For"
+        " three years after you received this bundle, whoever gave\nit to you will on request copy"
+        " these sources for you onto a disk, for no more than the cost of doing so.\n\n" + rows
     )
 
 

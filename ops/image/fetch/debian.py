@@ -139,13 +139,22 @@ def make_base(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path)
         os.chmod(folder, 0o755)  # the unshared user must be able to read it
         _repository(Path(folder), spec.suite, debs, cache)
         command = [
-            "mmdebstrap", "--quiet", "--variant=essential", "--format=tar", f"--hook-dir={HOOKS}",
+            "mmdebstrap",
+            "--quiet",
+            "--variant=essential",
+            "--format=tar",
+            f"--hook-dir={HOOKS}",
             f"--include={','.join(spec.packages)}",
             # no fsync for each file of a folder that is thrown away: 4 times faster on a busy disk
-            '--setup-hook=mkdir -p "$1"/etc/dpkg/dpkg.cfg.d && echo force-unsafe-io >"$1"/etc/dpkg/dpkg.cfg.d/00unsafe',
+            (
+                '--setup-hook=mkdir -p "$1"/etc/dpkg/dpkg.cfg.d && echo force-unsafe-io'
+                ' >"$1"/etc/dpkg/dpkg.cfg.d/00unsafe'
+            ),
             '--customize-hook=rm "$1"/etc/dpkg/dpkg.cfg.d/00unsafe',
-            spec.suite, str(out.resolve()), f"deb [trusted=yes] copy:{folder} {spec.suite} main",
-        ]  # fmt: skip
+            spec.suite,
+            str(out.resolve()),
+            f"deb [trusted=yes] copy:{folder} {spec.suite} main",
+        ]
         # nothing else of the user's environment: the packages' scripts would see it
         own = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
         environment = {**own, "SOURCE_DATE_EPOCH": str(epoch), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
@@ -172,12 +181,21 @@ def _private_apt(folder: Path, suite: str, mirrors: Mirrors) -> list[str]:
         "".join(f"deb [signed-by={KEYRING}] {url} {name} main\n" for url, name in suites)
     )
     settings = {
-        "Dir::State": folder / "state", "Dir::State::status": folder / "status", "Dir::Cache": folder / "cache",
-        "Dir::Etc::sourcelist": folder / "sources.list", "Dir::Etc::sourceparts": "/dev/null", "Dir::Etc::preferences": "/dev/null",
-        "Dir::Etc::preferencesparts": "/dev/null", "APT::Architecture": "amd64", "APT::Install-Recommends": "false",
-        "Acquire::Check-Valid-Until": "false", "Acquire::Languages": "none", "Acquire::ForceHash": "SHA256", "Debug::NoLocking": "1",
+        "Dir::State": folder / "state",
+        "Dir::State::status": folder / "status",
+        "Dir::Cache": folder / "cache",
+        "Dir::Etc::sourcelist": folder / "sources.list",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::Etc::preferences": "/dev/null",
+        "Dir::Etc::preferencesparts": "/dev/null",
+        "APT::Architecture": "amd64",
+        "APT::Install-Recommends": "false",
+        "Acquire::Check-Valid-Until": "false",
+        "Acquire::Languages": "none",
+        "Acquire::ForceHash": "SHA256",
+        "Debug::NoLocking": "1",
         "APT::Sandbox::User": "",
-    }  # fmt: skip
+    }
     return [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
 
 
@@ -210,12 +228,19 @@ def _fetch_one(deb: Deb, mirrors: Mirrors, cache: Path, progress: Progress) -> P
     except (OSError, http.client.HTTPException) as error:
         raise PreflightError(
             f"{deb.name} {deb.version} is not to be had from the mirror: {error}",
-            hint="set MILKTEA_DEBIAN_MIRROR to an archive that keeps old versions (snapshot.debian.org), or make image-lock",
+            hint=(
+                "set MILKTEA_DEBIAN_MIRROR to an archive that keeps old versions"
+                " (snapshot.debian.org), or make image-lock"
+            ),
         ) from error
     if (found := hashlib.sha256(data).hexdigest()) != deb.sha256:
         raise PreflightError(
-            f"{deb.name} {deb.version}: the mirror sent {len(data):,} bytes with sha256 {found[:12]}, the lock says {deb.sha256[:12]}",
-            hint="use another mirror; if Debian replaced the package, make image-lock and read the difference",
+            f"{deb.name} {deb.version}: the mirror sent {len(data):,} bytes with sha256"
+            f" {found[:12]}, the lock says {deb.sha256[:12]}",
+            hint=(
+                "use another mirror; if Debian replaced the package, make image-lock and read the"
+                " difference"
+            ),
         )
     part = target.with_name(target.name + ".part")
     part.write_bytes(data)
@@ -264,7 +289,10 @@ def _repository(folder: Path, suite: str, debs: Sequence[Deb], cache: Path) -> N
     packages = "\n".join(stanzas).encode()
     (index / "Packages").write_bytes(packages)
     summary = f" {hashlib.sha256(packages).hexdigest()} {len(packages)} main/binary-amd64/Packages"
-    release = f"Suite: {suite}\nCodename: {suite}\nArchitectures: amd64\nComponents: main\nSHA256:\n{summary}\n"
+    release = (
+        f"Suite: {suite}\nCodename: {suite}\nArchitectures: amd64\nComponents:"
+        f" main\nSHA256:\n{summary}\n"
+    )
     (index.parent.parent / "Release").write_text(release)
 
 

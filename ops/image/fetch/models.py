@@ -66,7 +66,8 @@ def fetch(model: Model, root: Path, cache: Path, progress: Progress) -> Path:
     wrong = _missing(model, folder)
     if wrong:
         raise PreflightError(
-            f"model {model.name}: {wrong[0]} of {model.source} is not the locked one ({len(wrong)} of {len(model.files)} files differ)",
+            f"model {model.name}: {wrong[0]} of {model.source} is not the locked one ({len(wrong)}"
+            f" of {len(model.files)} files differ)",
             hint="make image-lock, if the new files are wanted; else restore the old ones",
         )
     _keep(model, folder, cache)
@@ -175,7 +176,10 @@ def _folder(source: ModelSource, root: Path, cache: Path, progress: Progress) ->
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PreflightError(
             f"model {rest}: the hub gave no answer: {str(error).splitlines()[0][:200]}",
-            hint='HF_ENDPOINT=https://a-mirror sets another hub, HF_TOKEN opens gated models; or source = "folder:PATH"',
+            hint=(
+                "HF_ENDPOINT=https://a-mirror sets another hub, HF_TOKEN opens gated models; or"
+                ' source = "folder:PATH"'
+            ),
         ) from error
 
 
@@ -227,11 +231,17 @@ def _check_index(folder: Path, weights: list[str]) -> None:
 def _no_safetensors(folder: Path, files: list[str]) -> str:
     pickles = [path for path in files if path.endswith(PICKLES)]
     if pickles:
-        return f"{folder} has its weights as pickles ({pickles[0]}), which can run code when they are opened"
+        return (
+            f"{folder} has its weights as pickles ({pickles[0]}), which can run code when they are"
+            " opened"
+        )
     return f"{folder} has no weights (*.safetensors)"
 
 
 def _how_to_convert(folder: Path) -> str:
     if (folder / "params.json").is_file():
-        return f"milktea image convert-llama {folder} NEW_FOLDER turns the original LLaMA layout into safetensors"
+        return (
+            f"milktea image convert-llama {folder} NEW_FOLDER turns the original LLaMA layout into"
+            " safetensors"
+        )
     return "take a revision that has safetensors, or convert it on a machine that you trust"

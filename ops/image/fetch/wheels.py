@@ -99,7 +99,8 @@ def fetch(
     missing = [wheel for wheel in wanted.values() if not whole[wheel.name]]
     if missing:
         progress(
-            f"fetching {len(missing)} wheels, {sum(wheel.size_bytes for wheel in missing) / 1e6:,.0f} MB"
+            f"fetching {len(missing)} wheels,"
+            f" {sum(wheel.size_bytes for wheel in missing) / 1e6:,.0f} MB"
         )
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -110,7 +111,8 @@ def fetch(
                 path = Path(folder) / wheel.file
                 if not path.is_file() or sha256_file(path) != wheel.sha256:
                     raise PreflightError(
-                        f"{wheel.name} {wheel.version}: the index has no {wheel.file} with sha256 {wheel.sha256[:12]}",
+                        f"{wheel.name} {wheel.version}: the index has no {wheel.file} with sha256"
+                        f" {wheel.sha256[:12]}",
                         hint="use an index that has it, or make image-lock and read the difference",
                     )
                 _keep(path, wheel, cache)
@@ -200,7 +202,10 @@ def _download(spec: Python, what: list[str], folder: Path) -> None:
         ] or done.stderr.strip().splitlines()
         raise PreflightError(
             f"pip cannot get the wheels: {' '.join(errors[-2:])[-600:]}",
-            hint="point pip at an index that has them: pip config set global.index-url URL, or PIP_INDEX_URL=URL",
+            hint=(
+                "point pip at an index that has them: pip config set global.index-url URL, or"
+                " PIP_INDEX_URL=URL"
+            ),
         )
 
 

@@ -16,11 +16,14 @@ import json
 import sys
 from typing import Any
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;
+max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;width:100%;margin:.5em 0 1.5em}
-td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;vertical-align:top;word-break:break-word}
+td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;
+vertical-align:top;word-break:break-word}
 th{background:#f3f0ea}.ok{color:#0a6b2d}.warn{color:#8a5a00}.fail{color:#a00}code{font-size:.9em;word-break:break-all}"""
-VERIFY = """ssh-keygen -Y verify -f allowed -I server -n milktea-evidence -s EVIDENCE.html.sig < EVIDENCE.html
+VERIFY = """ssh-keygen -Y verify -f allowed -I server -n milktea-evidence \
+    -s EVIDENCE.html.sig < EVIDENCE.html
     (allowed holds one line: server, a space, and the content of PREFIX/keys/server.pub)"""
 
 
@@ -34,7 +37,9 @@ def page(record_text: str) -> str:
     bundle, image, selftest = record["bundle"], record["image"], record["selftest"]
     facts = {
         "When, by whom, where": f"{record['when']}, {record['who']}, {record['server']}",
-        "Bundle": f"{bundle['name']} {bundle['id']} ({bundle['kind']}), release {bundle['release']}",
+        "Bundle": (
+            f"{bundle['name']} {bundle['id']} ({bundle['kind']}), release {bundle['release']}"
+        ),
         "SHA256SUMS of the bundle is": bundle["sha256sums"],
         "Signature of the bundle": bundle["signature"],
         "Volumes verified before loading": bundle["volumes_verified"],
@@ -61,7 +66,8 @@ def page(record_text: str) -> str:
     ]
     data = record_text.replace("</", "<\\/")
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evidence {_e(bundle["id"])}</title><style>{STYLE}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Evidence'
+        f" {_e(bundle['id'])}</title><style>{STYLE}</style>"
         + "\n".join(body)
         + f'\n<script type="application/json" id="record">{data}</script></html>\n'
     )
@@ -70,7 +76,8 @@ def page(record_text: str) -> str:
 def _selftest(selftest: Any) -> str:
     """The checks of trainer.checkup; an image with another self-test shows what it printed."""
     if not isinstance(selftest, dict) or "checks" not in selftest:
-        return f"<pre>{_e(selftest if isinstance(selftest, str) else json.dumps(selftest, indent=1))}</pre>"
+        text = selftest if isinstance(selftest, str) else json.dumps(selftest, indent=1)
+        return f"<pre>{_e(text)}</pre>"
     rows = "".join(
         _row(c["check"], *(("ok", "passed") if c["ok"] else ("fail", "FAILED")), c["found"])
         for c in selftest["checks"]
@@ -82,7 +89,8 @@ def _checks(checks: list[dict[str, str]]) -> str:
     rows = "".join(
         _row(c["check"], c["verdict"], c["verdict"], c["measured"], c["needed"]) for c in checks
     )
-    return f"<table><tr><th>check</th><th>verdict</th><th>measured</th><th>needed</th></tr>{rows}</table>"
+    head = "<tr><th>check</th><th>verdict</th><th>measured</th><th>needed</th></tr>"
+    return f"<table>{head}{rows}</table>"
 
 
 def _row(name: str, colour: str, verdict: str, *cells: str) -> str:

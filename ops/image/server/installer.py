@@ -1,8 +1,8 @@
 """What INSTALL.sh does once the image is loaded and verified, by that image's own Python: no
 network, read-only, no rights.
 
-    python installer.py models PREFIX < GOOD       base models from the volumes of the bundle into PREFIX/models
-    python installer.py record PREFIX < FACTS      INSTALL-RECORD.json and EVIDENCE.html
+    python installer.py models PREFIX < GOOD     base models from the volumes into PREFIX/models
+    python installer.py record PREFIX < FACTS    INSTALL-RECORD.json and EVIDENCE.html
 
 GOOD has a line "VOLUME PATH" for each verified volume. FACTS are the server's facts as lines, then
 "selftest" and what the self-test printed. The bundle's small files lie under /small
@@ -70,7 +70,8 @@ def _copy_model(files: list[list[str]], places: dict[str, Path], target: Path) -
         found, written = _copy_file([places[volume] for volume in volumes.split(",")], stage / path)
         if found != sha256 or written != int(size):
             raise Damaged(
-                f"{path} arrived with {written:,} bytes and sha256 {found[:12]}, the plan says {size} and {sha256[:12]}"
+                f"{path} arrived with {written:,} bytes and sha256 {found[:12]}, the plan says"
+                f" {size} and {sha256[:12]}"
             )
     for entry in stage.rglob("*"):
         entry.chmod(0o755 if entry.is_dir() else 0o444)
@@ -112,23 +113,38 @@ def record(plan: str, facts: str, prefix: Path, sbom: str | None) -> dict[str, A
     checks = [value.split("|", 4) for key, _, value in lines if key == "check"]
     return {
         "milktea_install": 1,
-        "when": fact["when"], "who": fact["who"], "server": fact["server"], "forced": bool(fact.get("forced")),
+        "when": fact["when"],
+        "who": fact["who"],
+        "server": fact["server"],
+        "forced": bool(fact.get("forced")),
         "bundle": {
-            "name": single["name"], "id": single["id"], "kind": single["kind"], "release": int(single["release"]),
-            "sha256sums": fact["sums"], "signature": fact["signature"], "volumes_verified": int(fact["volumes"]),
+            "name": single["name"],
+            "id": single["id"],
+            "kind": single["kind"],
+            "release": int(single["release"]),
+            "sha256sums": fact["sums"],
+            "signature": fact["signature"],
+            "volumes_verified": int(fact["volumes"]),
         },
         "image": {
-            "ref": fact["ref"], "id": fact["id"], "previous": fact.get("previous", ""),
+            "ref": fact["ref"],
+            "id": fact["id"],
+            "previous": fact.get("previous", ""),
             "layers": [row[1] for row in rows(plan, "layer")],
         },
         "sbom": sbom,
-        "engine": fact["engine"], "store": fact.get("store", ""), "kernel": fact.get("kernel", ""),
+        "engine": fact["engine"],
+        "store": fact.get("store", ""),
+        "kernel": fact.get("kernel", ""),
         "gpus": [value for key, _, value in lines if key == "gpu"],
         "preflight": {
-            "checks": [dict(zip(("check", "verdict", "measured", "needed", "remedy"), c, strict=True)) for c in checks]
+            "checks": [
+                dict(zip(("check", "verdict", "measured", "needed", "remedy"), c, strict=True))
+                for c in checks
+            ]
         },
         "selftest": _json_or_text(selftest),
-    }  # fmt: skip
+    }
 
 
 def write_record(found: dict[str, Any], prefix: Path) -> None:

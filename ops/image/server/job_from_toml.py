@@ -1,13 +1,13 @@
 """Inside the image, on a server without a network: a job file as for renting becomes a run folder
 as on a rented box.
 
-    python job_from_toml.py paths JOB.toml                              host paths that the job reads, one a line (to be mounted)
-    python job_from_toml.py run JOB.toml RUN_FOLDER [PROCESSES]         writes RUN_FOLDER/job.json and its data
+    python job_from_toml.py paths JOB.toml      host paths that the job reads, one a line
+    python job_from_toml.py run JOB.toml RUN_FOLDER [PROCESSES]     writes job.json and its data
 
-`milktea-run` calls it; `ops.job.config` and `ops.errors` travel with it in the bundle, `trainer.wire.job` is
-the image's own. The keys that are about money and machines ([offer], [limits], [image], [results])
-are checked and then mean nothing here, but for offer.num_gpus. A base model is looked for as a
-folder, then among the installed models, then in the image.
+`milktea-run` calls it; `ops.job.config` and `ops.errors` travel with it in the bundle,
+`trainer.wire.job` is the image's own. The keys that are about money and machines ([offer],
+[limits], [image], [results]) are checked and then mean nothing here, but for offer.num_gpus. A base
+model is looked for as a folder, then among the installed models, then in the image.
 """
 
 from __future__ import annotations
@@ -60,22 +60,35 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
         and job.data.template not in prompt.names()
     ):
         raise ConfigError(
-            f"data.template: {job.data.template!r} is none of {', '.join(prompt.names())}, chat, or a file"
+            f"data.template: {job.data.template!r} is none of {', '.join(prompt.names())}, chat, or"
+            " a file"
         )
-    wire = Job.model_validate({
-        "run_id": run.name,
-        "model": {"base": Path(job.model.base).name if model.name != "practice_model" else "practice_model", "path": "model",
-                  "precision": job.model.precision},
-        "data": {
-            "files": data, "held_out": held_out, "format": job.data.format,
-            "template": template.stem if template.is_absolute() else job.data.template,
-            "template_text": template.read_text("utf-8") if template.is_absolute() else None,
-            "max_length": job.data.max_length, "over_length": job.data.over_length,
-        },
-        "lora": job.lora.model_dump(),
-        "training": job.training.model_dump(),
-        "processes": processes or job.offer.num_gpus,
-    })  # fmt: skip
+    wire = Job.model_validate(
+        {
+            "run_id": run.name,
+            "model": {
+                "base": (
+                    Path(job.model.base).name
+                    if model.name != "practice_model"
+                    else "practice_model"
+                ),
+                "path": "model",
+                "precision": job.model.precision,
+            },
+            "data": {
+                "files": data,
+                "held_out": held_out,
+                "format": job.data.format,
+                "template": template.stem if template.is_absolute() else job.data.template,
+                "template_text": template.read_text("utf-8") if template.is_absolute() else None,
+                "max_length": job.data.max_length,
+                "over_length": job.data.over_length,
+            },
+            "lora": job.lora.model_dump(),
+            "training": job.training.model_dump(),
+            "processes": processes or job.offer.num_gpus,
+        }
+    )
     part = run / "job.json.part"
     part.write_text(wire.model_dump_json(indent=1), "utf-8")
     part.replace(run / "job.json")
@@ -141,7 +154,8 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     except OSError as error:
         print(
-            f"refused: {error}\ndo this: check the paths in {arguments[1]}; relative ones are relative to it",
+            f"refused: {error}\ndo this: check the paths in {arguments[1]}; relative ones are"
+            " relative to it",
             file=sys.stderr,
         )
         return 3

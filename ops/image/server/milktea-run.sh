@@ -7,13 +7,22 @@ set -u
 usage() {
     cat <<'TEXT'
 usage: milktea-run COMMAND ...
-  train JOB.toml [--gpus N] [--run NAME]   train; the same NAME again goes on from its last checkpoint
+  train JOB.toml [--gpus N|0,1] [--run NAME] [--detach] [--share]
+                                           train and show the log; closing the terminal or Ctrl-C leaves it training.
+                                           The same NAME again goes on from its last checkpoint
+  status                                   the runs here, and who has which GPU
+  logs [-f] RUN                            what a run says; -f follows it
+  stop RUN                                 end a run after a checkpoint
   chat RUN [PROMPT]                        talk to what a run made (RUN: a name under ./milktea, or its folder)
   evaluate RUN [DATA.json]                 BLEU-4, ROUGE and exact match on held-out rows (the job's own, or DATA.json)
   launch ARGUMENTS...                      accelerate launch ARGUMENTS, in the current folder
   models                                   the base models installed here
   check                                    the image's self-test
   shell                                    a shell in the image
+  images                                   what is installed, with sizes
+  use NAME                                 which of several installed images the commands use
+  prune                                    remove the images before the previous one, and caches here
+  uninstall                                remove every image; PREFIX with models, records and tools is then yours to delete
 settings by environment: MILKTEA_PREFIX (where INSTALL.sh put things), MILKTEA_IMAGE (name:tag; else the current one),
   MILKTEA_RUNS (./milktea), MILKTEA_SHM (half of the memory), MILKTEA_GPUS (all; none; a number; or device=0,1),
   MILKTEA_CUDA_COMPAT (a folder of NVIDIA's cuda-compat package), MILKTEA_DRY_RUN=1 (print the docker commands)
@@ -27,10 +36,11 @@ refuse() {
 
 # bin/milktea-run lies in PREFIX/bin.
 PREFIX=${MILKTEA_PREFIX:-$(cd "$(dirname "$0")/.." && pwd)}
-DOCKER=${DOCKER:-docker}
+DOCKER=${DOCKER:-$(if command -v docker >/dev/null 2>&1 || ! command -v podman >/dev/null 2>&1; then echo docker; else echo podman; fi)}
 RUNS=${MILKTEA_RUNS:-$(pwd)/milktea}
 GPUS=${MILKTEA_GPUS:-all}
 DRY=${MILKTEA_DRY_RUN:-}
+DETACHED='' NAMED=''
 
 current_image() {
     local _name _key _ref
@@ -84,7 +94,7 @@ python_cache() {
 
 # inside EXTRA... -- PROGRAM ARGUMENTS...: the one way into the image. EXTRA are more docker options.
 inside() {
-    local _gpus _image _options _i _program _a _python
+    local _gpus _image _options _i _program _a _python _zone
     _image=$(current_image) || exit 2
     _python=$(python_cache "$_image")
     mkdir -p "$RUNS/cache"
@@ -96,7 +106,9 @@ inside() {
     # rootless engines map root to the user already
     case $($DOCKER info --format '{{json .SecurityOptions}}' 2>/dev/null) in *rootless*) ;; *) _options="$_options --user $(id -u):$(id -g)" ;; esac
     [ "$(cat /sys/fs/selinux/enforce 2>/dev/null)" = 1 ] && _options="$_options --security-opt label=disable"
-    [ -t 0 ] && [ -t 1 ] && _options="$_options -t"
+    if [ -n "$DETACHED" ]; then _options="$_options -d"; elif [ -t 0 ] && [ -t 1 ]; then _options="$_options -i -t"; else _options="$_options -i"; fi
+    if [ -n "$NAMED" ]; then _options="$_options --name $NAMED --label milktea.run=$NAMED --label milktea.gpus=${GPUS#device=}"; fi
+    _zone=$(readlink /etc/localtime) && _options="$_options -e TZ=${_zone##*zoneinfo/}"
     _i=$#
     _program=
     while [ "$_i" -gt 0 ]; do # rotate the arguments: EXTRA first, then the image, then the program
@@ -107,7 +119,7 @@ inside() {
             _program=$1
             shift
             _i=$((_i - 1))
-            set -- "$@" -i -e HOME=/tmp -e USER=milktea -e LOGNAME=milktea -e PYTHONPATH=/tools -e "MILKTEA_MODELS=$PREFIX/models" \
+            set -- "$@" -e HOME=/tmp -e USER=milktea -e LOGNAME=milktea -e PYTHONPATH=/tools -e "MILKTEA_MODELS=$PREFIX/models" \
                 -e "TRITON_CACHE_DIR=$RUNS/cache/triton" -e "TORCHINDUCTOR_CACHE_DIR=$RUNS/cache/inductor" \
                 ${_python:+-e "PYTHONPYCACHEPREFIX=$_python"} \
                 -v "$PREFIX/tools:/tools:ro" -v "$PREFIX/models:$PREFIX/models:ro" -v "$RUNS:$RUNS" --entrypoint "$_program" "$_image"
@@ -126,21 +138,70 @@ inside() {
 
 absolute() { (cd "$(dirname "$1")" 2>/dev/null && printf '%s/%s\n' "$(pwd)" "$(basename "$1")"); }
 
+# A run's folder and container have names of a-z, 0-9 and -; other names keep what they can, and a few digits of themselves.
+run_name() {
+    local _plain
+    _plain=$(printf %s "$1" | tr 'A-Z_. ' 'a-z---' | tr -cd 'a-z0-9-' | sed 's/^-*//' | cut -c 1-48)
+    if [ "$_plain" = "$1" ] && [ ${#1} -ge 3 ]; then echo "$1"; else echo "${_plain:-run}-$(printf %s "$1" | sha256sum | cut -c 1-6)"; fi
+}
+
+container_of() { printf 'milktea-%s-%s' "$1" "$(printf %s "$RUNS" | sha256sum | cut -c 1-8)"; } # container_of RUN: one a folder of runs
+
+runs_now() { $DOCKER ps --filter label=milktea.run --format '{{.Label "milktea.run"}} {{.Label "milktea.gpus"}}' 2>/dev/null; } # NAME GPUS
+
+# lease_gpus SHARE: GPUs that no run has. Two users of one server do not get the same card.
+lease_gpus() {
+    local _name _theirs _taken='' _free='' _n _all
+    [ "$GPUS" != none ] && [ -n "$(gpu_flags)" ] || return 0
+    command -v nvidia-smi >/dev/null 2>&1 || return 0
+    _all=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null) || return 0
+    runs_now >"$RUNS/.leases.$$"
+    while read -r _name _theirs; do
+        if [ "$_theirs" = all ]; then _theirs=$(echo "$_all" | tr '\n' ,); fi
+        [ "$_theirs" = none ] || _taken="$_taken,$_theirs"
+    done <"$RUNS/.leases.$$"
+    rm -f "$RUNS/.leases.$$"
+    for _n in $_all; do case $_taken, in *,"$_n",*) ;; *) _free="$_free $_n" ;; esac; done
+    case $GPUS in
+        all) [ -n "$1" ] || [ -z "$_taken" ] || refuse "GPUs$(echo "$_taken" | tr , ' ') are in use by other runs" "--gpus N takes N free ones (free:${_free:- none}), milktea-run status says whose, --share takes all the same" ;;
+        device=*)
+            [ -n "$1" ] || for _n in $(echo "${GPUS#device=}" | tr , ' '); do
+                case $_taken, in *,"$_n",*) refuse "GPU $_n is in use by another run" "choose another (free:${_free:- none}), or --share" ;; esac
+            done ;;
+        *)
+            # shellcheck disable=SC2086
+            set -- "$GPUS" $_free
+            [ $# -gt "$1" ] || refuse "$1 GPUs are wanted, free are:${_free:- none}" "wait, milktea-run status says for whom; or --share with --gpus all"
+            _n=$1 _free=''
+            while [ "$_n" -gt 0 ]; do shift; _free="$_free${_free:+,}$1"; _n=$((_n - 1)); done
+            GPUS=device=$_free ;;
+    esac
+}
+
 train() {
-    local _job _processes _run _folder _named _old_ifs _p _code
+    local _job _processes _run _folder _named _old_ifs _p _at _quiet='' _share=''
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _job=$(absolute "$1") && [ -f "$_job" ] || refuse "$1 does not exist" "ls *.toml"
     shift
     _processes='' _run=''
     while [ $# -gt 0 ]; do
         case $1 in
-            --gpus) _processes=$2; GPUS=$2; shift 2 || exit 2 ;;
+            --gpus)
+                case $2 in *,*) GPUS=device=$2 _processes=$(echo "$2" | tr , '\n' | wc -l) ;; *) GPUS=$2 _processes=$2 ;; esac
+                shift 2 || exit 2 ;;
             --run) _run=$2; shift 2 || exit 2 ;;
+            --detach) _quiet=yes; shift ;;
+            --share) _share=yes; shift ;;
             *) usage >&2; exit 2 ;;
         esac
     done
-    [ -n "$_run" ] || { _run=$(basename "$_job" .toml)-$(date -u +%Y%m%d-%H%M%S); }
+    _run=$(run_name "${_run:-$(basename "$_job" .toml)-$(date +%Y%m%d-%H%M%S)}")
+    _at=$RUNS/$_run
     _folder=$(dirname "$_job")
+    if [ -f "$_at/job.toml" ] && ! cmp -s "$_job" "$_at/job.toml"; then
+        refuse "run $_run was begun with another $(basename "$_job"): $_at/job.toml" "give the changed job a new name with --run, or restore the old one"
+    fi
+    case " $(runs_now | tr '\n' ' ')" in *" $(container_of "$_run") "*) refuse "run $_run trains already" "milktea-run logs -f $_run" ;; esac
     # first ask which files the job names, then mount exactly these, read-only, under the paths that they have here
     _named=$(DRY='' GPUS=none inside -v "$_folder:$_folder:ro" -- python3 /tools/job_from_toml.py paths "$_job") || exit $?
     set -- -v "$_folder:$_folder:ro"
@@ -152,18 +213,113 @@ train() {
         [ -e "$_p" ] && set -- "$@" -v "$_p:$_p:ro"
     done
     IFS=$_old_ifs
-    mkdir -p "$RUNS/$_run"
-    if [ -f "$RUNS/$_run/job.json" ]; then
+    if [ -f "$_at/job.json" ]; then
         echo "run $_run goes on from its last checkpoint"
     else
-        GPUS=none inside "$@" -- python3 /tools/job_from_toml.py run "$_job" "$RUNS/$_run" $_processes || exit $?
+        [ -n "$DRY" ] || mkdir -p "$_at"
+        # shellcheck disable=SC2086
+        GPUS=none inside "$@" -- python3 /tools/job_from_toml.py run "$_job" "$_at" $_processes || { rmdir "$_at" 2>/dev/null; exit 2; }
+        [ -n "$DRY" ] || { cp "$_job" "$_at/job.toml" && current_image >"$_at/image"; }
     fi
-    echo "run $_run: $RUNS/$_run/events.jsonl"
-    inside "$@" -w "$RUNS/$_run" -- python3 -m trainer.launch job.json
-    _code=$?
-    echo "$_code" >"$RUNS/$_run/exit_code.new" && mv "$RUNS/$_run/exit_code.new" "$RUNS/$_run/exit_code"
-    [ "$_code" = 0 ] && echo "adapter: $RUNS/$_run/result/adapter.zip"
+    lease_gpus "$_share"
+    NAMED=$(container_of "$_run") DETACHED=yes
+    inside "$@" -w "$_at" -- python3 /tools/run_job.py >"${TMPDIR:-/tmp}/milktea-run.$$" 2>&1
+    _p=$?
+    [ -z "$DRY" ] || { cat "${TMPDIR:-/tmp}/milktea-run.$$"; rm -f "${TMPDIR:-/tmp}/milktea-run.$$"; return 0; }
+    [ $_p = 0 ] || { cat "${TMPDIR:-/tmp}/milktea-run.$$" >&2; rm -f "${TMPDIR:-/tmp}/milktea-run.$$"; exit 1; }
+    rm -f "${TMPDIR:-/tmp}/milktea-run.$$"
+    echo "run $_run: $_at    (milktea-run logs -f $_run, milktea-run stop $_run)"
+    [ -z "$_quiet" ] || return 0
+    trap 'echo; echo "run $_run goes on: milktea-run logs -f $_run"; exit 0' INT HUP
+    $DOCKER logs -f "$NAMED" 2>&1
+    ended "$_run"
+}
+
+# ended RUN: how it ended; waits for the container to be gone.
+ended() {
+    local _code
+    while [ -n "$($DOCKER ps -q --filter "name=^$(container_of "$1")\$" 2>/dev/null)" ]; do sleep 1; done
+    _code=$(cat "$RUNS/$1/exit_code" 2>/dev/null) || refuse "run $1 ended without an exit code: the engine or this server stopped it" "milktea-run train JOB.toml --run $1 goes on from its last checkpoint"
+    [ "$_code" != 0 ] || echo "adapter: $RUNS/$1/result/adapter.zip"
     return "$_code"
+}
+
+status() {
+    local _at _name _now _state
+    _now=$(runs_now)
+    for _at in "$RUNS"/*/job.json; do
+        [ -f "$_at" ] || continue
+        _at=${_at%/job.json} _name=${_at##*/}
+        case "$_now" in
+            *"$(container_of "$_name") "*) _state="trains" ;;
+            *) if [ -f "$_at/exit_code" ]; then _state="ended with $(cat "$_at/exit_code")"; else _state="was interrupted"; fi ;;
+        esac
+        printf '%-40s %-18s %s\n' "$_name" "$_state" "$(cat "$_at/image" 2>/dev/null)"
+    done
+    [ -z "$_now" ] || printf 'GPUs in use on this server:\n%s\n' "$_now"
+}
+
+logs() {
+    local _follow='' _run
+    if [ "${1:-}" = -f ]; then _follow=yes; shift; fi
+    [ $# = 1 ] || { usage >&2; exit 2; }
+    [ -d "$RUNS/$1" ] || refuse "there is no run $1 under $RUNS" "milktea-run status"
+    if [ -n "$_follow" ] && [ -n "$($DOCKER ps -q --filter "name=^$(container_of "$1")\$" 2>/dev/null)" ]; then
+        $DOCKER logs -f "$(container_of "$1")" 2>&1
+        ended "$1"
+    else cat "$RUNS/$1/log.txt"; fi
+}
+
+stop() {
+    [ $# = 1 ] || { usage >&2; exit 2; }
+    $DOCKER stop -t 600 "$(container_of "$1")" >/dev/null 2>&1 || refuse "run $1 does not train" "milktea-run status"
+    echo "run $1 stopped; milktea-run train JOB.toml --run $1 goes on"
+}
+
+# of every image that INSTALL.sh brought: NAME CURRENT PREVIOUS
+installed() {
+    local _file _key _value _now _back
+    for _file in "$PREFIX"/state/*; do
+        case ${_file##*/} in default | lock | work.* | '*') continue ;; esac
+        _now='' _back=''
+        while read -r _key _value; do case $_key in current) _now=$_value ;; previous) _back=$_value ;; esac; done <"$_file"
+        echo "${_file##*/} $_now ${_back:--}"
+    done
+}
+
+images() {
+    local _name _now _back
+    installed | while read -r _name _now _back; do
+        echo "$_name: current $_now, previous $_back"
+        $DOCKER images --filter "reference=${_now%:*}" --format '  {{.Repository}}:{{.Tag}} {{.Size}}'
+    done
+    du -sh "$PREFIX/models" "$RUNS/cache" 2>/dev/null
+}
+
+prune() {
+    local _name _now _back _image _size
+    installed | while read -r _name _now _back; do
+        $DOCKER images --filter "reference=${_now%:*}" --format '{{.Repository}}:{{.Tag}} {{.Size}}' | while read -r _image _size; do
+            case ${_image#localhost/} in
+                "$_now" | "$_back" | "${_now%:*}:current" | "${_now%:*}:previous") ;;
+                *) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null && echo "removed $_image ($_size with what it shares)" ;;
+            esac
+        done
+    done
+    [ ! -d "$RUNS/cache" ] || { du -sh "$RUNS/cache"; rm -rf "$RUNS/cache"; }
+}
+
+uninstall() {
+    local _name _now _back _image
+    [ -z "$(runs_now)" ] || refuse "runs train on this server" "milktea-run stop RUN, then again"
+    installed | while read -r _name _now _back; do
+        $DOCKER images --filter "reference=${_now%:*}" --format '{{.Repository}}:{{.Tag}}' | while read -r _image; do
+            $DOCKER rmi -f "$_image" >/dev/null 2>&1 </dev/null && echo "removed $_image"
+        done
+        rm -f "$PREFIX/state/$_name"
+    done
+    rm -f "$PREFIX/state/default"
+    echo "models, records, keys and tools are left: rm -r $PREFIX"
 }
 
 # The self-test compares versions with the lock that was installed with this image.
@@ -216,7 +372,8 @@ evaluate() {
 command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
-    train | chat | evaluate) $command "$@" ;;
+    train | chat | evaluate | status | logs | stop | images | prune | uninstall) $command "$@" ;;
+    use) [ -f "$PREFIX/state/${1:-}" ] && echo "$1" >"$PREFIX/state/default" || refuse "no image ${1:-} is installed" "milktea-run images" ;;
     launch) inside -v "$(pwd):$(pwd)" -w "$(pwd)" -- accelerate launch "$@" ;;
     check) check "$@" ;;
     shell) inside -v "$(pwd):$(pwd)" -w "$(pwd)" -- sh "$@" ;;

@@ -25,7 +25,8 @@ def over(lock: Lock, budget: Budget) -> list[str]:
     ]
     if lock.size_bytes > budget.image_bytes:
         found.append(
-            f"the image has {lock.size_bytes:,} bytes, {lock.size_bytes - budget.image_bytes:,} more than its {budget.image_bytes:,}"
+            f"the image has {lock.size_bytes:,} bytes, {lock.size_bytes - budget.image_bytes:,}"
+            f" more than its {budget.image_bytes:,}"
         )
     return found
 

@@ -128,7 +128,8 @@ def require_current(lock: Lock, definition: Definition) -> None:
     if lock.definition_sha256 != definition.sha256:
         raise ConfigError(
             f"images/{definition.name}.lock is older than its definition: it was made from"
-            f" {lock.definition_sha256[:12]}, images/{definition.name}.toml now is {definition.sha256[:12]}",
+            f" {lock.definition_sha256[:12]}, images/{definition.name}.toml now is"
+            f" {definition.sha256[:12]}",
             hint=f"make image-lock IMAGE={definition.name}",
         )
 

@@ -94,7 +94,7 @@ class Cuda(Strict):
 
 
 class Identity(Strict):
-    """``config_digest`` is the image ID on the classic store, ``manifest_digest`` on containerd's."""
+    """The image ID: ``config_digest`` on the classic store, ``manifest_digest`` on containerd's."""
 
     tag: str
     config_digest: Digest
