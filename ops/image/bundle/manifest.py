@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ops.errors import ConfigError
-from ops.image import driver
+from ops.hardware import driver
+from ops.hardware.driver import Line
 from ops.image.bundle import sbom, signature, volumes
 from ops.image.bundle.contents import Contents, Options, models_beside
 from ops.image.bundle.parts import (
@@ -22,7 +23,6 @@ from ops.image.bundle.parts import (
     plan_parts,
     safe,
 )
-from ops.image.driver import Line
 from ops.image.spec.lock import dumps
 
 SERVER = Path(__file__).parents[1] / "server"
