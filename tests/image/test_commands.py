@@ -15,6 +15,8 @@ from ops.image.fetch.debian import Mirrors
 ROOT = Path(__file__).parents[2]
 TEXTS = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "docs/troubleshooting.md",
     *sorted(ROOT.glob("docker/README.md")),
     *sorted(ROOT.glob("docs/airgap.md")),
     *sorted(ROOT.glob("docker/*/*/Dockerfile")),
