@@ -16,14 +16,22 @@ class Clock(Protocol):
     pace: float
 
     def now(self) -> float:
-        """Seconds: of unix time, or of a `SteadyClock`. They are never scaled."""
+        """Seconds of unix time, for records. They are never scaled."""
+
+    def steady(self) -> float:
+        """Seconds since some moment, for every interval: no change of the date moves them, and
+        they run on while the machine sleeps. They are never scaled."""
 
     def sleep(self, seconds: float) -> None:
         """Wait `seconds * pace`."""
 
 
+# CLOCK_MONOTONIC stands still while a Linux machine sleeps, and runs on while a Mac does.
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
 class RealClock:
-    """Unix seconds: for records and for arithmetic with the box's times."""
+    """This machine's two clocks."""
 
     def __init__(self, pace: float = 1.0) -> None:
         self.pace = pace
@@ -31,18 +39,14 @@ class RealClock:
     def now(self) -> float:
         return time.time()
 
+    def steady(self) -> float:
+        return time.clock_gettime(_STEADY)
+
     def sleep(self, seconds: float) -> None:
         time.sleep(max(0.0, seconds * self.pace))
 
 
-class SteadyClock(RealClock):
-    """Seconds since some moment: for intervals, since no change of the date moves it."""
-
-    def now(self) -> float:
-        return time.monotonic()
-
-
-STEADY = SteadyClock()
+REAL = RealClock()
 
 
 def until(
@@ -50,18 +54,18 @@ def until(
     *,
     every_s: float,
     timeout_s: float = math.inf,
-    clock: Clock = STEADY,
+    clock: Clock = REAL,
 ) -> T | None:
     """Call `check` every `every_s` seconds until it returns something other than None.
 
     Returns that, or None when `timeout_s` is over; the last call is made at the deadline, not
     before it. Both are scaled by the clock's pace. What `check` raises passes through."""
-    deadline = clock.now() + timeout_s * clock.pace
+    deadline = clock.steady() + timeout_s * clock.pace
     while True:
         found = check()
         if found is not None:
             return found
-        left_s = (deadline - clock.now()) / clock.pace
+        left_s = (deadline - clock.steady()) / clock.pace
         if left_s <= 0:
             return None
         clock.sleep(min(every_s, left_s))

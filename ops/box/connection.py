@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ops.box.channel import MARK, Deadline, Input, Output, read_output, send_input
-from ops.errors import BoxError, HostKeyChanged, Lost, NeverReady
+from ops.errors import BoxError, HostKeyChanged, Lost, MilkteaError, NeverReady
 from ops.wait import until
 
 if TYPE_CHECKING:  # see load()
@@ -115,6 +115,36 @@ class Box:
         self.patience_s = patience_s
         self.endpoint: Endpoint | None = None  # the one in use
         self._fabric: fabric.Connection | None = None
+        self._ended: MilkteaError | None = None
+
+    def twin(self) -> Box:
+        """The same box over a connection of its own, for another thread."""
+        return Box(
+            self.endpoints,
+            self.user,
+            self.key_path,
+            self.known_hosts,
+            retry_s=self.retry_s,
+            connect_timeout_s=self.connect_timeout_s,
+            patience_s=self.patience_s,
+        )
+
+    def condemn(self, why: MilkteaError) -> None:
+        """From now on a link that breaks, and each new connection, raises `why`. Like `end`, for
+        another thread than the one that uses the box."""
+        self._ended = why
+
+    def end(self, why: MilkteaError) -> None:
+        """Cut the connection for good: what uses it, now or later, raises `why`."""
+        self._ended = why
+        fabric = self._fabric
+        if fabric is not None:
+            with contextlib.suppress(OSError, EOFError):
+                fabric.client.close()
+
+    def _raise_ended(self) -> None:
+        if self._ended is not None:
+            raise self._ended
 
     @staticmethod
     def make_key(path: Path) -> str:
@@ -184,6 +214,7 @@ class Box:
     ) -> str:
         """One try at each endpoint, the last good one first. "" when one let us in, else why
         not."""
+        self._raise_ended()
         last_good = self.endpoint
         reasons = []
         for endpoint in sorted(self.endpoints, key=lambda e: e != last_good):
@@ -247,6 +278,7 @@ class Box:
 
     def _lost(self, what: str) -> Lost:
         self.close()
+        self._raise_ended()
         return Lost(what)
 
     # -- commands ----------------------------------------------------------------------------------

@@ -347,10 +347,10 @@ class Vast:
         return content if isinstance(content, dict) else {"items": content}
 
     def _wait_for_turn(self, kind: str) -> None:
-        waited_s = (self.clock.now() - self._last_call.get(kind, 0.0)) / self.clock.pace
+        waited_s = (self.clock.steady() - self._last_call.get(kind, -1e9)) / self.clock.pace
         if 0 <= waited_s < INTERVAL_S[kind]:
             self.clock.sleep(INTERVAL_S[kind] - waited_s)
-        self._last_call[kind] = self.clock.now()
+        self._last_call[kind] = self.clock.steady()
 
 
 def provider_from(environ: dict[str, str] | os._Environ[str]) -> Provider | None:

@@ -11,6 +11,7 @@ import json
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +19,7 @@ from ops.box import scripts, transfer
 from ops.box.connection import Box
 from ops.errors import Failed, Lost, NeverReady, OverBudget, Stalled
 from ops.run.rental import refuse_preempted
-from ops.run.session import MARGIN_S, Session
+from ops.run.session import ASLEEP_S, MARGIN_S, Session
 from ops.wait import until
 from trainer.wire import events
 
@@ -34,8 +35,17 @@ class _Heard:
 
     answer_t: float
     event_t: float
+    looked_t: float
     failure: events.Failed | None = None
     gone: bool = False  # at the last look the trainer neither ran nor had ended
+
+    def wake(self, now: float, lease_s: float) -> None:
+        """When this machine slept between two looks, the box was not silent: its network gets
+        ASLEEP_S to come up."""
+        asleep_s = now - self.looked_t
+        if asleep_s > ASLEEP_S:
+            self.event_t += asleep_s
+            self.answer_t = max(self.answer_t, now - lease_s + ASLEEP_S)
 
 
 def follow(session: Session, box: Box) -> None:
@@ -44,18 +54,21 @@ def follow(session: Session, box: Box) -> None:
     Raises Failed with the trainer's reason, Stalled, OverBudget, Preempted, or Lost when the box
     has not answered until it must have ended itself."""
     (session.journal.folder / EVENTS).touch()
-    heard = _Heard(session.clock.now(), session.clock.now())
+    now = session.clock.steady()
+    heard = _Heard(now, now, now)
     until(lambda: _look(session, box, heard), every_s=POLL_S, clock=session.clock)
 
 
 def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
     """Bring home the events that are new. True when the training ended well, None while it runs."""
     home = session.journal.folder / EVENTS
+    heard.wake(session.clock.steady(), scripts.LEASE_S * session.clock.pace)
     answer = _poll(session, box, home.stat().st_size)
     while answer and _keep_events(session, box, heard, home, answer):
+        _enforce(session, heard.event_t)
         answer = _poll(session, box, home.stat().st_size)
     if answer is None:
-        silent_s = session.clock.now() - heard.answer_t
+        silent_s = session.clock.steady() - heard.answer_t
         if silent_s > scripts.LEASE_S * session.clock.pace:
             raise Lost(
                 f"the box could not be reached for {silent_s:.0f} s: by now it has ended itself",
@@ -69,21 +82,22 @@ def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
             _raise_gone(session, box)
         heard.gone = not running
     _enforce(session, heard.event_t)
+    heard.looked_t = session.clock.steady()
     return None
 
 
 def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: _Answer) -> bool:
     """Append the whole lines of an answer to `home` and act on them. True when more wait there."""
     _, _, size, news = answer
-    heard.answer_t = session.clock.now()
+    heard.answer_t = session.clock.steady()
     lines, used = events.whole_lines(news)
     with home.open("ab") as f:
         f.write(news[:used])
-    if lines:
-        heard.event_t = session.clock.now()
     for event in map(events.parse, lines):
         heard.failure = event if isinstance(event, events.Failed) else heard.failure
         _tell(session, box, event)
+    if lines:  # after a checkpoint has come home, however long that took
+        heard.event_t = session.moved_t = session.clock.steady()
     return used > 0 and home.stat().st_size < size
 
 
@@ -140,7 +154,9 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
     folder = session.journal.folder / "checkpoints" / str(checkpoint.step)
     remote = f"{scripts.run_folder(session.run_id)}/{checkpoint.path}"
     try:
-        moved = pull_folder(box, remote, folder, checkpoint.manifest_sha256)
+        moved = pull_folder(
+            box, remote, folder, checkpoint.manifest_sha256, partial(session.moving, "save")
+        )
     except (Lost, OSError, ValueError, KeyError) as e:
         session.screen.waiting(f"checkpoint {checkpoint.step} not mirrored: {e}")
         shutil.rmtree(folder, ignore_errors=True)
@@ -157,7 +173,13 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
             shutil.rmtree(older, ignore_errors=True)
 
 
-def pull_folder(box: Box, remote: str, local: Path, manifest_sha256: str | None) -> int:
+def pull_folder(
+    box: Box,
+    remote: str,
+    local: Path,
+    manifest_sha256: str | None,
+    progress: transfer.Progress | None = None,
+) -> int:
     """Pull the files that `remote`/manifest.json names, each checked, the manifest last. Returns
     the bytes moved."""
     local.mkdir(parents=True, exist_ok=True)
@@ -168,7 +190,7 @@ def pull_folder(box: Box, remote: str, local: Path, manifest_sha256: str | None)
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"the manifest names {name!r}, outside its folder")
         (local / name).parent.mkdir(parents=True, exist_ok=True)
-        transfer.pull(box, f"{remote}/{name}", local / name, sha256=said["sha256"])
+        transfer.pull(box, f"{remote}/{name}", local / name, said["sha256"], progress)
     staged.rename(local / "manifest.json")
     return sum(int(said["bytes"]) for said in files.values())
 
@@ -210,13 +232,13 @@ def _raise_gone(session: Session, box: Box) -> NoReturn:
 
 
 def _enforce(session: Session, heard: float) -> None:
-    now = session.clock.now()
+    now = session.clock.steady()
     if now - heard > session.plan.stall_s:
         raise Stalled(
             f"no event for {(now - heard) / 60:.0f} minutes (limits.stall_minutes)",
             hint=f"`milktea logs {session.run_id}` shows what it did last",
         )
-    if now > session.dies_at() - MARGIN_S:
+    if session.left_s() < MARGIN_S:
         raise OverBudget(
             f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached; the "
             "newest checkpoint is at home",

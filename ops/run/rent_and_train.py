@@ -37,6 +37,7 @@ from ops.market.ranking import Ranking
 from ops.run import result
 from ops.run.choose import choose, search
 from ops.run.follow import follow, newest_checkpoint, pull_folder
+from ops.run.keeper import kept
 from ops.run.rental import boot, refuse_preempted, rented
 from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
 from ops.wait import until
@@ -65,10 +66,11 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
         try:
             with rented(session, offer) as instance_id:
                 box = connect(session, boot(session, instance_id, offer), offer)
-                push(session, box)
-                launch(session, box)
-                watch(session, box)
-                return pull(session, box)
+                with kept(session, box):
+                    push(session, box)
+                    launch(session, box)
+                    watch(session, box)
+                    return pull(session, box)
         except (BoxError, OfferGone, RateLimited) as e:
             remember_bad(session, offer, e)
     raise NoOffer(f"{MACHINES} machines were tried and none carried the run through")
@@ -114,7 +116,7 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
         retry_s=3 * session.clock.pace,
         patience_s=max(2.0, 120 * session.clock.pace),
     )
-    began = session.clock.now()
+    began = session.clock.steady()
 
     def told(endpoint: Endpoint, reason: str) -> None:
         session.screen.connecting(f"{endpoint}: {reason}")
@@ -138,7 +140,7 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
         "connected",
         instance_id=instance.id,
         via=box.endpoint.kind if box.endpoint else None,
-        seconds=round(session.clock.now() - began, 2),
+        seconds=round(session.clock.steady() - began, 2),
     )
     return box
 
@@ -159,17 +161,15 @@ def push(session: Session, box: Box) -> None:
             for p in sorted(checkpoint.rglob("*"))
             if p.is_file()
         ]
-    began = session.clock.now()
+    began = session.clock.steady()
     persist(
         session,
         box,
-        lambda: transfer.push(
-            box, files, lambda done, total: session.screen.moving("push", done, total)
-        ),
+        lambda: transfer.push(box, files, lambda done, total: session.moving("push", done, total)),
     )
     sent = sum(f.local.stat().st_size for f in files)
     session.note(
-        "pushed", files=len(files), bytes_in=sent, seconds=round(session.clock.now() - began, 2)
+        "pushed", files=len(files), bytes_in=sent, seconds=round(session.clock.steady() - began, 2)
     )
 
 
@@ -195,7 +195,7 @@ def reconnected(session: Session, box: Box) -> bool:
 
     def connected() -> bool | None:
         refuse_preempted(session)
-        if session.clock.now() > session.dies_at() - MARGIN_S:
+        if session.left_s() < MARGIN_S:
             return False
         try:
             box.connect(deadline_s=60 * session.clock.pace)
@@ -229,7 +229,8 @@ def watch(session: Session, box: Box) -> None:
             answer = session.screen.choose(_choices(session))
             session.note("interrupted", chosen=answer)
             if answer == "detach":
-                box.run(scripts.detach(session.dies_at() - session.clock.now()))
+                session.stop_keeper()  # a later renewal would shorten the lease
+                box.run(scripts.detach(session.left_s()))
                 raise Detached from None
             if answer == "destroy":
                 raise Failed("stopped by you; the box is destroyed", hint="") from None
@@ -243,7 +244,7 @@ def watch(session: Session, box: Box) -> None:
 
 def _choices(session: Session) -> list[tuple[str, str]]:
     rate = session.usd_per_hour()
-    left_usd = max(0.0, session.dies_at() - session.clock.now()) / 3600 * rate
+    left_usd = max(0.0, session.left_s()) / 3600 * rate
     return [
         (
             "destroy",
@@ -325,7 +326,7 @@ def _fetch(session: Session, box: Box, folder: str, staging: Path) -> result.Ver
             box,
             f"{folder}/adapter.zip",
             staging / "adapter.zip",
-            progress=lambda done, _: session.screen.moving("pull", done, size),
+            progress=lambda done, _: session.moving("pull", done, size),
         )
         for name in manifest.get("extras", []):
             if "/" not in name and not name.startswith("."):

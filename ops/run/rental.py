@@ -145,13 +145,13 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     Preempted, Unsuitable."""
     session.vast.attach_key(instance_id, session.make_key())
     timeout_s = boot_timeout_s(session.predicted(offer))
-    began = session.clock.now()
+    began = session.clock.steady()
     load()
     sick_since: list[float] = []
 
     def look() -> Instance | None:
         now = session.vast.instance(instance_id)
-        waited = session.clock.now() - began
+        waited = session.clock.steady() - began
         if now is None:
             if waited > UNSEEN_PATIENCE_S:
                 raise NeverReady(
@@ -161,8 +161,8 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
         session.screen.booting(now, waited)
         _refuse_fatal(session, now)
         if now.status in ("offline", "unknown"):
-            sick_since.append(session.clock.now())
-            if session.clock.now() - sick_since[0] > SICK_PATIENCE_S * session.clock.pace:
+            sick_since.append(session.clock.steady())
+            if session.clock.steady() - sick_since[0] > SICK_PATIENCE_S * session.clock.pace:
                 raise NeverReady(f"machine {now.machine_id} is {now.status}")
             return None
         sick_since.clear()
@@ -176,7 +176,7 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     why = differs(running, offer, session.plan.needs.disk_gib, session.bid(offer))
     if why:
         raise Unsuitable(f"instance {running.id} is not what was offered: {why}")
-    session.note("booted", instance_id=running.id, seconds=round(session.clock.now() - began, 2))
+    session.note("booted", instance_id=running.id, seconds=round(session.clock.steady() - began, 2))
     return running
 
 

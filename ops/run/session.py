@@ -26,6 +26,7 @@ from trainer.wire.events import Event, Sample, Score
 P = ParamSpec("P")
 R = TypeVar("R")
 APPEARS_S = 600.0  # after an unclear create, in which its box may still come to be listed
+ASLEEP_S = 60.0  # between two looks that lie seconds apart: this machine slept meanwhile
 MARGIN_S = 60.0  # before the box's own deadline, in which the laptop fetches what there is
 
 
@@ -102,6 +103,9 @@ class Session:
         self.shield = Shield()
         self.created: int | None = None  # rented by this client, in the journal or not
         self._at_its_place = False
+        self.moved_t = self.clock.steady()  # when anything of this run last moved
+        self.stop_keeper: Callable[[], None] = lambda: None
+        self._deadline: tuple[int, float] | None = None  # the line that set it, steady seconds
         self.key_path = journal.folder / "id_ed25519"  # of this run alone
 
     @property
@@ -142,8 +146,14 @@ class Session:
                 if kind != "failed":
                     raise
                 return Line(len(self.journal.lines), self.clock.now(), kind, data)
+            self.moved_t = self.clock.steady()
             self.screen.line(line)
         return line
+
+    def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        """Bytes moved, as the screen and the keeper see them."""
+        self.moved_t = self.clock.steady()
+        self.screen.moving(what, done_bytes, total_bytes)
 
     # -- what the journal says ---------------------------------------------------------------------
 
@@ -213,8 +223,23 @@ class Session:
             )
         return left_s
 
+    def left_s(self) -> float:
+        """Seconds until the box ends itself, by a clock that no date moves."""
+        line = self.journal.last("booted") or self.journal.last("renting")
+        assert line is not None, "nothing was rented yet"
+        if self._deadline is None or self._deadline[0] != line.n:
+            left_s = self.dies_at() - self.clock.now()
+            self._deadline = (line.n, self.clock.steady() + left_s)
+        return self._deadline[1] - self.clock.steady()
+
+    def shorten(self, share: float) -> None:
+        """The same dollars last only for `share` of the time that is left."""
+        left_s = self.left_s()
+        assert self._deadline is not None
+        self._deadline = (self._deadline[0], self.clock.steady() + max(0.0, left_s) * share)
+
     def dies_at(self) -> float:
-        """Unix seconds at which the box ends itself."""
+        """Unix seconds at which the box ends itself, for people and for the journal."""
         line = self.journal.last("booted") or self.journal.last("renting")
         rent = self.journal.last("renting")
         assert line is not None and rent is not None, "nothing was rented yet"

@@ -17,11 +17,20 @@ from ops.market.models import parse_offer
 from ops.run.journal import Journal
 
 
+class Virtual(VirtualClock):
+    """The emulator's virtual clock, as a client reads one."""
+
+    pace = 1.0
+
+    def steady(self) -> float:
+        return self.now()
+
+
 def one_death(folder: Path, seed: int) -> tuple[float, float] | None:
     """(seconds that the box outlived its client, dollars over max_usd less one watch interval);
     None when nothing was rented."""
     rng = random.Random(seed)
-    clock = VirtualClock()
+    clock = Virtual()
     image_bytes = rng.randrange(10**8, 10**10)
     cloud = Cloud(
         clock,

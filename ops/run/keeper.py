@@ -1,0 +1,150 @@
+"""The keeper of one box: it renews the lease and keeps the money, the hours and the patience,
+whatever the story is doing.
+
+It has its own SSH connection and its own HTTP client and waits for nobody. When a limit falls it
+destroys through REST, then ends the story's connection, so that the story's next word with the box
+raises the limit that fell.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from ops.box import scripts
+from ops.box.connection import Box
+from ops.errors import BoxLeaked, Lost, MilkteaError, OverBudget, Stalled
+from ops.run.rental import until_absent
+from ops.run.session import ASLEEP_S, Session
+
+LOOK_S = 1.0  # between two looks at the limits; no call is made for them
+RENEW_S = 60.0  # between two renewals of the lease
+PRICE_S = 180.0  # between two readings of price and credit
+ANSWER_S = 20.0  # for one renewal
+STALL_GRACE_S = 90.0  # after limits.stall_minutes, in which the story may end by itself
+CREDIT_S = 1800.0  # of credit left: less is told
+
+
+@contextmanager
+def kept(session: Session, box: Box) -> Iterator[None]:
+    """A keeper for as long as the block runs, or until `session.stop_keeper`."""
+    keeper = Keeper(session, box)
+    session.stop_keeper = lambda: keeper.stop(wait_s=ANSWER_S)
+    keeper.start()
+    try:
+        yield
+    finally:
+        keeper.stop()
+
+
+class Keeper:
+    """Two threads: limits, which make no call before one falls; and the lease with the price."""
+
+    def __init__(self, session: Session, box: Box) -> None:
+        self._session, self._story = session, box
+        self._box = box.twin()
+        self._vast = session.vast.twin()
+        self._instance_id = session.instance_id()
+        self._stopped = threading.Event()
+        self._credit_usd = float("inf")
+        self._usd_per_hour = session.usd_per_hour()
+        self._threads = [
+            threading.Thread(target=self._every, args=(LOOK_S, self._look), daemon=True),
+            threading.Thread(target=self._every, args=(RENEW_S, self._renew), daemon=True),
+        ]
+        self._priced = self._looked = self._now()
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, wait_s: float = 0.0) -> None:
+        """Begin nothing any more; with `wait_s`, wait so long for what is under way."""
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(wait_s)
+        self._box.end(Lost("the keeper has ended"))
+
+    def _every(self, seconds: float, act: Callable[[], None]) -> None:
+        while not self._stopped.wait(seconds):
+            with suppress(Exception):  # the next round tries again; a limit is no exception here
+                act()
+
+    def _now(self) -> float:
+        return self._session.clock.steady()
+
+    # -- limits ------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        asleep_s = self._now() - self._looked
+        self._looked += asleep_s
+        if asleep_s > ASLEEP_S:  # this machine was silent, not the box
+            self._session.moved_t += asleep_s
+        fallen = self._fallen()
+        if fallen is not None:
+            self._end(fallen)
+
+    def _fallen(self) -> MilkteaError | None:
+        session = self._session
+        if session.left_s() <= 0:
+            return OverBudget(
+                f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached",
+                hint=f"raise the limit in the job file, then `milktea resume {session.run_id}` "
+                "goes on from the newest checkpoint at home",
+            )
+        still_s = self._now() - session.moved_t
+        if still_s > session.plan.stall_s + STALL_GRACE_S:
+            return Stalled(
+                f"nothing moved for {still_s / 60:.0f} minutes (limits.stall_minutes)",
+                hint=f"`milktea logs {session.run_id}` shows what the trainer did last",
+            )
+        return None
+
+    def _end(self, why: MilkteaError) -> None:
+        """Destroy by REST until it is proven; the story hears of it with the first DELETE."""
+
+        def tell(trouble: str) -> None:
+            self._session.screen.waiting(f"not destroyed yet: {trouble}")
+
+        self._story.condemn(why)
+        try:
+            until_absent(
+                self._vast,
+                self._session.run_id,
+                known=self._instance_id,
+                begun=lambda: self._story.end(why),
+                tell=tell,
+            )
+        except BoxLeaked as leak:  # the story's own end proves it, or shouts
+            tell(str(leak))
+        finally:
+            self._story.end(why)
+            self._stopped.set()
+
+    # -- lease and price ---------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        with suppress(MilkteaError):
+            self._box.run(scripts.RENEW, timeout_s=ANSWER_S)
+        if self._now() - self._priced >= PRICE_S:
+            self._priced = self._now()
+            self._read_price()
+
+    def _read_price(self) -> None:
+        """A price that rises brings the deadline nearer; a credit that ends soon is told."""
+        instance = self._vast.instance(self._instance_id) if self._instance_id else None
+        if instance is not None and instance.usd_per_hour > self._usd_per_hour * 1.02 + 1e-4:
+            share = self._usd_per_hour / instance.usd_per_hour
+            self._session.shorten(share)
+            self._session.screen.waiting(
+                f"the price rose from {self._usd_per_hour:.3f} to {instance.usd_per_hour:.3f} "
+                f"$/h: the box lives {self._session.left_s() / 60:.0f} minutes more"
+            )
+            self._usd_per_hour = instance.usd_per_hour
+        credit = self._vast.credit_usd()
+        if credit < self._usd_per_hour * CREDIT_S / 3600 and credit < self._credit_usd:
+            self._session.screen.waiting(
+                f"{credit:.2f} $ of credit are left: vast.ai stops the box when they are spent"
+            )
+        self._credit_usd = credit

@@ -1,0 +1,140 @@
+"""The keeper acts whatever the story is doing: against the emulator, with a story that stands
+still inside one of its own steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rig
+from ops.errors import OverBudget, Stalled
+from ops.fakevast import FakeVast
+from ops.run.journal import Journal
+from ops.run.rent_and_train import rent_and_train
+from ops.run.session import Session
+from ops.wait import RealClock, until
+from trainer.wire import events
+
+pytestmark = pytest.mark.timeout(90)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.run.keeper.LOOK_S", 0.05)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> rig.Rig:
+    return rig.Rig(tmp_path)
+
+
+@pytest.fixture
+def fake(own: rig.Rig) -> Iterator[FakeVast]:
+    with own.emulator() as cloud:
+        yield cloud
+        assert cloud.instances() == [], "a box survived the test"
+
+
+class Standing(rig.Silent):
+    """Keeps the story inside its first step event until `done` says so."""
+
+    def __init__(self, done: Callable[[], Any], before: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.done, self.before, self.stood = done, before, False
+
+    def event(self, event: events.Event, *rest: Any) -> None:
+        if isinstance(event, events.Step) and not self.stood:
+            self.stood = True
+            self.before()
+            assert until(lambda: self.done() or None, every_s=0.05, timeout_s=40), "nothing came"
+
+
+def story(own: rig.Rig, fake: FakeVast, screen: Standing, **more: Any) -> tuple[Session, Any]:
+    plan = own.plan(**more)
+    with Journal(own.runs / plan.run_id) as j:
+        session = rig.client(plan, j, fake.url, fake.api_key, screen=screen)
+        screen.session = session  # type: ignore[attr-defined]
+        return session, rent_and_train(session)
+
+
+def test_the_lease_is_renewed_while_the_story_is_busy_with_something_else(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.run.keeper.RENEW_S", 0.1)
+    seen: set[int] = set()
+
+    def renewed() -> bool:
+        lease = fake.home(fake.instances()[0]["id"]) / "milktea/lease"
+        seen.add(lease.stat().st_mtime_ns)
+        return len(seen) > 3
+
+    _, outcome = story(own, fake, Standing(renewed))
+    assert outcome.sha256
+
+
+def test_a_limit_that_falls_destroys_although_the_story_stands_still(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    screen = Standing(lambda: not fake.instances())
+    screen.before = lambda: screen.session.shorten(0.0)  # type: ignore[attr-defined]
+    with pytest.raises(OverBudget, match=r"limits\.max_usd"):
+        story(own, fake, screen)
+    assert sum(r["route"] == "create" for r in fake.requests) == 1, "nothing is rented again"
+
+
+def test_a_story_that_moves_nothing_for_too_long_is_ended(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.run.keeper.STALL_GRACE_S", 0.0)
+    with pytest.raises(Stalled, match="nothing moved"):
+        story(own, fake, Standing(lambda: not fake.instances()), stall_s=2.0)
+
+
+def test_a_price_that_rises_brings_the_deadline_nearer(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.run.keeper.RENEW_S", 0.1)
+    monkeypatch.setattr("ops.run.keeper.PRICE_S", 0.0)
+    left: list[float] = []
+
+    def dearer() -> None:
+        left.append(screen.session.left_s())  # type: ignore[attr-defined]
+        instance = fake.instances()[0]
+        body = {"instances": instance | {"dph_total": instance["dph_total"] * 10}}
+        fake.faults.add(where="show", what="reply", status=200, body=body, times=None)
+
+    def nearer() -> bool:
+        return bool(screen.session.left_s() < left[0] / 9)  # type: ignore[attr-defined]
+
+    screen = Standing(nearer, dearer)
+    story(own, fake, screen)
+    assert any("the price rose" in str(told) for told in screen.told)
+
+
+class Corrected(RealClock):
+    """A laptop whose date NTP moves by three hours."""
+
+    off_s = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.off_s
+
+
+@pytest.mark.parametrize("off_s", [3 * 3600.0, -3 * 3600.0])
+def test_a_date_that_jumps_by_hours_ends_no_training(
+    own: rig.Rig, fake: FakeVast, off_s: float
+) -> None:
+    clock, plan = Corrected(rig.PACE), own.plan()
+    screen = Standing(lambda: True, lambda: setattr(clock, "off_s", off_s))
+    with Journal(own.runs / plan.run_id) as j:
+        session = rig.client(plan, j, fake.url, fake.api_key, screen=screen, clock=clock)
+        assert rent_and_train(session).sha256
+
+
+def test_the_clock_of_intervals_runs_on_in_sleep_where_linux_has_one() -> None:
+    clock = RealClock()
+    assert abs(clock.steady() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1
