@@ -230,9 +230,7 @@ class Run:
                     file.seek(offset)
                     texts, used = events.whole_lines(file.read())
                 offset += used
-                for text in texts:
-                    with suppress(ValueError):
-                        yield events.parse(text)
+                yield from events.readable(texts)[0]
             if ended or not follow:
                 return
             time.sleep(FOLLOW_EVERY_S)

@@ -127,7 +127,10 @@ echo started
 POLL_MARK = "=milktea="
 
 
-def poll(run_id: str, events_offset: int, max_bytes: int = 1 << 18) -> str:
+POLL_BYTES = 1 << 18  # of events in one answer
+
+
+def poll(run_id: str, events_offset: int, max_bytes: int = POLL_BYTES) -> str:
     """One round trip: renew the lease, say whether it ended, and deliver events from
     `events_offset` on.
 
@@ -145,18 +148,16 @@ true
 """
 
 
-def parse_poll(stdout: str) -> tuple[int | None, bool, int, bytes]:
+def parse_poll(stdout: bytes) -> tuple[int | None, bool, int, bytes]:
     """(exit code or None, running, size of events.jsonl, new event bytes) from `poll`'s output.
-    Raises ValueError without its header.
-
-    A character cut at the end of the output is in a line without its newline, which nobody reads
-    yet: whole lines are exact."""
-    head, _, rest = stdout.partition("\n")
+    Raises ValueError without its header."""
+    first, _, rest = stdout.partition(b"\n")
+    head = first.decode("utf-8", "replace")
     words = head.split()
     if len(words) != 4 or words[0] != POLL_MARK:
         raise ValueError(f"not a poll answer: {head[:80]!r}")
     code = None if words[1] == "-" else int(words[1])
-    return code, words[2] == "yes", int(words[3]), rest.encode()
+    return code, words[2] == "yes", int(words[3]), rest
 
 
 def log_tail(run_id: str, lines: int = 40) -> str:

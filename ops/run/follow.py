@@ -17,13 +17,24 @@ from typing import NoReturn
 
 from ops.box import scripts, transfer
 from ops.box.connection import Box
-from ops.errors import Failed, Lost, NeverReady, OverBudget, Stalled
+from ops.errors import (
+    BoxError,
+    Failed,
+    HostKeyChanged,
+    Lost,
+    NeverReady,
+    OverBudget,
+    PreflightError,
+    Stalled,
+)
 from ops.run.rental import refuse_preempted
 from ops.run.session import ASLEEP_S, MARGIN_S, Session
 from ops.wait import until
 from trainer.wire import events
 
 POLL_S = 2.0
+ODD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of a box's manifest
+MAX_LINE = 4 << 20  # bytes of one event; a longer line is passed over
 EVENTS = "events.jsonl"  # at home beside the journal, byte for byte what the box wrote
 
 _Answer = tuple[int | None, bool, int, bytes]  # of scripts.parse_poll
@@ -37,6 +48,9 @@ class _Heard:
     event_t: float
     looked_t: float
     failure: events.Failed | None = None
+    unreadable: int = 0  # lines that are no event
+    window: int = scripts.POLL_BYTES  # asked for at once; grows for a long line
+    skipping: bool = False  # within a line longer than MAX_LINE: passed over to its end
     gone: bool = False  # at the last look the trainer neither ran nor had ended
 
     def wake(self, now: float, lease_s: float) -> None:
@@ -63,10 +77,10 @@ def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
     """Bring home the events that are new. True when the training ended well, None while it runs."""
     home = session.journal.folder / EVENTS
     heard.wake(session.clock.steady(), scripts.LEASE_S * session.clock.pace)
-    answer = _poll(session, box, home.stat().st_size)
+    answer = _poll(session, box, home.stat().st_size, heard.window)
     while answer and _keep_events(session, box, heard, home, answer):
         _enforce(session, heard.event_t)
-        answer = _poll(session, box, home.stat().st_size)
+        answer = _poll(session, box, home.stat().st_size, heard.window)
     if answer is None:
         silent_s = session.clock.steady() - heard.answer_t
         if silent_s > scripts.LEASE_S * session.clock.pace:
@@ -91,20 +105,45 @@ def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: 
     _, _, size, news = answer
     heard.answer_t = session.clock.steady()
     lines, used = events.whole_lines(news)
+    full = len(news) >= heard.window
+    if not used and full and heard.window >= MAX_LINE:
+        used, heard.skipping = len(news), True  # kept as it came, read by nobody
     with home.open("ab") as f:
         f.write(news[:used])
-    for event in map(events.parse, lines):
-        heard.failure = event if isinstance(event, events.Failed) else heard.failure
-        _tell(session, box, event)
-    if lines:  # after a checkpoint has come home, however long that took
+    if lines:
+        if heard.skipping:  # the end of a long one
+            lines[0], heard.skipping = "", False
+        heard.window = scripts.POLL_BYTES
+        _tell_all(session, box, heard, lines)
+        # after a checkpoint has come home, however long that took
         heard.event_t = session.moved_t = session.clock.steady()
-    return used > 0 and home.stat().st_size < size
+    elif full and not used:
+        heard.window = min(4 * heard.window, MAX_LINE)
+    return (used > 0 or full) and home.stat().st_size < size
 
 
-def _poll(session: Session, box: Box, offset: int) -> _Answer | None:
+def _tell_all(session: Session, box: Box, heard: _Heard, lines: list[str]) -> None:
+    """Of several checkpoints only the newest is mirrored: the box may have removed the others."""
+    found, odd = events.readable(lines)
+    if odd:
+        if not heard.unreadable:
+            said = "a line of the trainer's events cannot be read and is passed over"
+            session.note("event", event="warning", message=said)
+        heard.unreadable += odd
+    newest = next((e for e in reversed(found) if isinstance(e, events.Checkpoint)), None)
+    for event in found:
+        heard.failure = event if isinstance(event, events.Failed) else heard.failure
+        _tell(session, event)
+        if event is newest:
+            mirror(session, box, newest)
+
+
+def _poll(session: Session, box: Box, offset: int, window: int) -> _Answer | None:
     """One answer, or None when the box could not be reached and vast.ai did not take it away."""
     try:
-        return scripts.parse_poll(box.run(scripts.poll(session.run_id, offset)).stdout)
+        return scripts.parse_poll(
+            box.run(scripts.poll(session.run_id, offset, window)).stdout_bytes
+        )
     except (Lost, ValueError) as e:
         session.screen.waiting(f"no connection ({e}); the training goes on without us")
     refuse_preempted(session)
@@ -113,7 +152,7 @@ def _poll(session: Session, box: Box, offset: int) -> _Answer | None:
     return None
 
 
-def _tell(session: Session, box: Box, event: events.Event) -> None:
+def _tell(session: Session, event: events.Event) -> None:
     session.screen.event(event, session.spent_usd(), session.plan.max_usd, session.dies_at())
     match event:
         case events.Started():
@@ -124,8 +163,6 @@ def _tell(session: Session, box: Box, event: events.Event) -> None:
                 total_steps=event.total_steps,
                 kernels=event.kernels,
             )
-        case events.Checkpoint():
-            mirror(session, box, event)
         case events.Warned():
             session.note("event", event="warning", message=event.message)
         case events.Failed():
@@ -157,7 +194,9 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
         moved = pull_folder(
             box, remote, folder, checkpoint.manifest_sha256, partial(session.moving, "save")
         )
-    except (Lost, OSError, ValueError, KeyError) as e:
+    except HostKeyChanged:
+        raise
+    except (BoxError, PreflightError, OSError, *ODD) as e:
         session.screen.waiting(f"checkpoint {checkpoint.step} not mirrored: {e}")
         shutil.rmtree(folder, ignore_errors=True)
         return

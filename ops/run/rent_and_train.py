@@ -36,7 +36,7 @@ from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
 from ops.run import result
 from ops.run.choose import choose, search
-from ops.run.follow import follow, newest_checkpoint, pull_folder
+from ops.run.follow import ODD, follow, newest_checkpoint, pull_folder
 from ops.run.keeper import kept
 from ops.run.rental import boot, refuse_preempted, rented
 from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
@@ -281,7 +281,7 @@ def fetch_newest(session: Session, box: Box) -> None:
             local = session.journal.folder / "checkpoints" / str(steps[0])
             moved = pull_folder(box, f"{folder}/checkpoints/{steps[0]}", local, None)
             session.note("checkpoint", step=steps[0], folder=str(local), bytes_out=moved)
-    except (MilkteaError, OSError, ValueError, KeyError) as e:
+    except (MilkteaError, OSError, *ODD) as e:
         session.screen.waiting(f"the newest checkpoint could not be fetched: {e}")
 
 

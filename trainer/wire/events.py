@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,16 +108,30 @@ _KNOWN = {
 
 
 def parse(line: str) -> Event:
-    """One line to its event. Raises ValueError (pydantic's or json's) on a line that no trainer
+    """One line to its event. Raises ValueError, and nothing else, on a line that no trainer
     wrote."""
-    row: dict[str, Any] = json.loads(line)
-    return _KNOWN.get(row.get("event"), Unknown).model_validate(row)
+    try:
+        row: dict[str, Any] = json.loads(line)
+        return _KNOWN.get(row.get("event"), Unknown).model_validate(row)
+    except (AttributeError, TypeError, RecursionError) as e:
+        raise ValueError(f"not an event: {line[:80]!r}") from e
+
+
+def readable(lines: list[str]) -> tuple[list[Event], int]:
+    """The events of `lines`, and the number of lines that are none: half written, or a library's
+    own words."""
+    found: list[Event] = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(parse(line))
+    return found, len(lines) - len(found)
 
 
 def whole_lines(chunk: bytes) -> tuple[list[str], int]:
-    """The complete lines of `chunk` and the number of bytes that they take, newline included."""
+    """The complete lines of `chunk` and the number of bytes that they take, newline included. A
+    line ends at the byte of a newline only: U+2028 and its like are text."""
     end = chunk.rfind(b"\n") + 1
-    return chunk[:end].decode("utf-8", "replace").splitlines(), end
+    return [line.decode("utf-8", "replace") for line in chunk[:end].split(b"\n")[:-1]], end
 
 
 def end_cut_line(path: Path) -> None:

@@ -106,10 +106,10 @@ def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_pa
     (tmp_path / "milktea/r").mkdir(parents=True)
     text = '{"a":"奶茶"}\n{"b":1}\n{"torn'
     (tmp_path / "milktea/r/events.jsonl").write_text(text)
-    whole = scripts.parse_poll(sh(scripts.poll("r", 0), tmp_path).stdout)
+    whole = scripts.parse_poll(sh(scripts.poll("r", 0), tmp_path).stdout.encode())
     assert whole == (None, False, len(text.encode()), text.encode())
     rest = scripts.parse_poll(
-        sh(scripts.poll("r", len('{"a":"奶茶"}\n'.encode())), tmp_path).stdout
+        sh(scripts.poll("r", len('{"a":"奶茶"}\n'.encode())), tmp_path).stdout.encode()
     )
     assert rest[3] == b'{"b":1}\n{"torn'
     assert abs(int((tmp_path / "milktea/lease").read_text()) - time.time()) < 5
@@ -117,7 +117,7 @@ def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_pa
 
 def test_a_poll_without_its_header_is_no_answer() -> None:
     with pytest.raises(ValueError, match="not a poll answer"):
-        scripts.parse_poll("Welcome to vast.ai\n")
+        scripts.parse_poll(b"Welcome to vast.ai\n")
 
 
 def test_the_watchdog_ends_a_box_whose_client_fell_silent(tmp_path: Path) -> None:

@@ -54,3 +54,27 @@ def test_events_of_more_than_one_answer_come_home_whole(tmp_path: Path) -> None:
     result, folder = run(own, "mkdir -p result", many)
     assert getattr(result, "sha256", None), result
     assert (folder / EVENTS).read_text().count(warning) == 4000
+
+
+ODD_LINES = [
+    '{"t":1,"event":"sample","prompt":"a\u2028b\u2029c\u0085d"}',
+    '{"t":1,"event":"st{"t":2,"event":"step","step":1}',
+    "Downloading shards: 50%",
+    "[" * 100_000,
+    '["a list"]',
+    '{"t":1,"event":["step"]}',
+    '{"t":1,"event":"warning","message":"\\ud800"}',
+    '{"t":1,"event":"sample","prompt":"' + "x" * 600_000 + '"}',
+    '{"t":1,"event":"sample","prompt":"' + "y" * 5_000_000 + '"}',
+    '{"t":1,"event":"checkpoint","step":0,"path":"checkpoints/pruned","manifest_sha256":"0"}',
+]
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_no_line_of_events_ends_a_healthy_training(tmp_path: Path, line: str) -> None:
+    own = rig.Rig(tmp_path)
+    (tmp_path / "odd").write_text(line + "\n", "utf-8")
+    result, folder = run(own, "mkdir -p result", f"cat {tmp_path}/odd >>events.jsonl; mkdir result")
+    assert getattr(result, "sha256", None), result
+    home = (folder / EVENTS).read_bytes()
+    assert line.encode() in home and home.endswith(b"}\n"), "byte for byte what the box wrote"
