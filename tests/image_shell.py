@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from machine import needs
+
 COREUTILS = (
     "cat chmod cp cut date df dirname head id mkdir mktemp mv nproc printf rm sha256sum "
     "sort stat tail tr uname wc"
@@ -14,10 +16,10 @@ COREUTILS = (
 def jail(folder: Path, *more: str) -> str:
     """A PATH with sh, coreutils and nothing else."""
     folder.mkdir(exist_ok=True)
-    for name in ["sh", *COREUTILS.split(), *more]:
-        found = shutil.which(name)
-        assert found, f"{name} is not on this machine"
-        (folder / name).symlink_to(found)
+    names = ["sh", *COREUTILS.split(), *more]
+    needs(*names)
+    for name in names:
+        (folder / name).symlink_to(shutil.which(name) or "")
     return str(folder)
 
 

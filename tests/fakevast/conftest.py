@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fakevast.renter import Key, Reach, client_of, processes_of, reach, rent
+from machine import needs
 from vastai.api import keys as vast_keys
 from vastai.api.client import VastClient
 
@@ -17,6 +18,8 @@ from ops.fakevast import FakeVast
 
 @pytest.fixture(scope="session")
 def key(tmp_path_factory: pytest.TempPathFactory) -> Key:
+    """Made and used by OpenSSH's own programs, as most renters have them."""
+    needs("ssh", "ssh-keygen")
     path = tmp_path_factory.mktemp("key") / "id"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
     return Key(path, path.with_suffix(".pub").read_text().strip())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -16,6 +15,7 @@ import asyncssh
 import paramiko
 import pytest
 from fakevast.renter import Key, Reach, client_of, processes_of, reach, rent
+from machine import needs
 from vastai.api import instances as vast_instances
 from vastai.api import keys as vast_keys
 from vastai.api.client import VastClient
@@ -235,8 +235,8 @@ def test_openssh_sftp_and_scp_work(fake: FakeVast, box: tuple[int, Reach], tmp_p
         assert {path.name: path.read_bytes() for path in copy.iterdir()} == wanted, copy
 
 
-@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
 def test_rsync_works_both_ways(fake: FakeVast, box: tuple[int, Reach], tmp_path: Path) -> None:
+    needs("rsync")
     tree, back, way = tmp_path / "tree", tmp_path / "back", box[1]
     tree.mkdir()
     wanted = {f"{n}.bin": os.urandom(10_000 * n) for n in range(20)}

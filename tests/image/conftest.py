@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from machine import needs
 
 from ops.hardware.driver import Line
 from ops.image.bundle import archive, bundle, parts
@@ -51,6 +52,7 @@ def _tar(files: dict[str, bytes | str], mode: int = 0o755) -> bytes:
 
 def _shell() -> dict[str, bytes | str]:
     """This machine's own sh and what it is linked with: enough for an image that runs a script."""
+    needs("ldd")
     files: dict[str, bytes | str] = {}
     program = os.path.realpath(shutil.which("dash") or "/bin/sh")
     files["bin/sh"] = Path(program).read_bytes()
@@ -250,6 +252,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyImage:
 def release_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ops.image.bundle import signature as sign
 
+    needs("ssh-keygen", "openssl")
     key = tmp_path_factory.mktemp("keys") / "release"
     sign.make_key(key)
     return key

@@ -3,11 +3,11 @@ Needs Docker and the image.
 """
 
 import os
-import shutil
 import subprocess
 import time
 
 import pytest
+from machine import needs
 
 from ops.errors import MilkteaError
 from ops.image import workflow as build
@@ -81,8 +81,7 @@ def test_the_image_holds_no_key_and_no_trace_of_the_machine_that_made_it(client)
 
 
 def test_as_a_box_it_lets_the_key_in_and_offers_what_the_box_side_needs(client, tmp_path):
-    if not shutil.which("ssh"):
-        pytest.skip("no ssh here")
+    needs("ssh", "ssh-keygen")
     subprocess.run(
         ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True
     )

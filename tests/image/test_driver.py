@@ -4,11 +4,11 @@ Python's and INSTALL.sh's.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from machine import needs
 
 from ops.errors import ConfigError
 from ops.hardware.driver import Line, is_data_center, judge
@@ -62,8 +62,7 @@ def test_no_remedy_asks_for_a_driver_that_would_take_the_gpu_away() -> None:
 def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(
     tmp_path: Path, shell: str
 ) -> None:
-    if not shutil.which(shell.split()[0]):
-        pytest.skip(f"{shell} is not on this machine")
+    needs(shell.split()[0])
     rows = "".join(f"{row}\n" for line in LINES.values() for row in manifest._gpu_rows(line))
     functions = (
         INSTALLER.read_text().rpartition('main "$@"')[0].replace('"$(dirname "$0")"', str(tmp_path))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from image_shell import flip, jail
+from machine import needs
 
 from ops.hardware.driver import Line
 from ops.image.bundle import parts
@@ -44,8 +45,7 @@ def a_volume(packed: Path, part: str = "cublas") -> Path:
 def test_a_whole_bundle_is_said_to_be_whole_in_every_shell(
     packed: Path, install: Callable, shell: str
 ) -> None:
-    if not shutil.which(shell.split()[0]):
-        pytest.skip(f"{shell} is not on this machine")
+    needs(shell.split()[0])
     ran = install(packed, "verify", shell=shell)
     assert (ran.code, ran.err) == (0, "")
     assert "whole: 16 volumes, signature of SHA256:" in ran.out
@@ -380,8 +380,7 @@ def test_wrong_words_are_answered_with_the_usage(packed: Path, install: Callable
 
 
 def test_the_installer_is_clean_for_shellcheck(packed: Path) -> None:
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not on this machine")
+    needs("shellcheck")
     command = [
         "shellcheck",
         "-s",

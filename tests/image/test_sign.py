@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from machine import needs
 
 from ops.errors import PreflightError
 from ops.image.bundle import signature as sign
@@ -44,6 +45,7 @@ def test_one_key_signs_for_ssh_keygen_and_for_openssl(tmp_path: Path, release_ke
 
 
 def test_an_ed25519_key_of_openssh_signs_for_ssh_keygen_alone(tmp_path: Path) -> None:
+    needs("ssh-keygen")
     key = tmp_path / "ed"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     (tmp_path / "f").write_text("x")
