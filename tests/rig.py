@@ -254,22 +254,27 @@ def watched(home: Path, *, kill_at: int, max_s: int, lease_s: int, renew_every_s
     """The virtual second at which the real watchdog text asks for destruction, with the client
     dying at `kill_at`.
 
-    `date`, `sleep` and `curl` are shell functions over one virtual clock; everything else is what
-    runs on a box."""
+    `sleep` and `curl` are shell functions over one virtual clock, /proc/uptime is a file of it;
+    everything else is what runs on a box."""
     stage = f"""
 now=0; kill_at={kill_at}
-date() {{ echo $now; }}
 sleep() {{
   now=$((now + $1))
+  echo "$now.50 0" >uptime
   seen=$now; [ $seen -gt $kill_at ] && seen=$kill_at
   echo $((seen / {renew_every_s} * {renew_every_s})) >lease
   [ $now -lt 1000000 ] || exit 9
 }}
-curl() {{ echo "$now" >gone_at; echo "$*" >asked; exit 0; }}
+curl() {{
+  case "$*" in *"-X GET"*) echo 200; return;; esac
+  echo "$now" >gone_at; echo "$*" >asked; exit 0
+}}
 """
     (home / "milktea").mkdir(exist_ok=True)
-    for name in ("born", "lease"):
-        (home / "milktea" / name).write_text("0\n")
+    for name in ("age", "armed"):
+        (home / "milktea" / name).unlink(missing_ok=True)
+    (home / "milktea/lease").write_text("0\n")
+    (home / "milktea/uptime").write_text("0.50 0\n")
     # `exit` inside the function ends the watchdog's shell: the instance is gone
     done = sh(
         stage + scripts.WATCHDOG,
@@ -278,6 +283,7 @@ curl() {{ echo "$now" >gone_at; echo "$*" >asked; exit 0; }}
         MILKTEA_LEASE_S=str(lease_s),
         MILKTEA_WATCH_S=str(scripts.WATCH_S),
         MILKTEA_API="http://127.0.0.1:9",
+        MILKTEA_UPTIME="uptime",
         CONTAINER_ID="77",
         CONTAINER_API_KEY="only-this-box",
     )

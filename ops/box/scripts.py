@@ -15,36 +15,50 @@ WATCH_S = 15  # how often the box looks; overshoot of money and time is at most 
 
 # Runs on the box for its whole life, armed by onstart before anything else. Environment:
 # CONTAINER_API_KEY (may touch this instance only), CONTAINER_ID, MILKTEA_API, MILKTEA_MAX_S
-# (seconds that the money or the hours allow), MILKTEA_LEASE_S. `born` survives a restart of the
-# container, so a stop and start wins no time. Both clocks are the box's own.
+# (seconds that the money or the hours allow), MILKTEA_LEASE_S.
+#
+# It counts its own age in seconds of /proc/uptime, which no date moves. `age` holds the age and the
+# uptime of the last look: it survives a restart of the container, and of the host, so that a stop
+# and start wins no time, and it is the heartbeat. `lease` holds the age at which the client was
+# last heard. `armed` holds the HTTP status with which the key could read its own instance.
 WATCHDOG = """\
 cd "$HOME/milktea" || exit 1
-gone() {
+ask() {
+  url="$MILKTEA_API/api/v0/instances/$CONTAINER_ID/?owner=me"
   if command -v curl >/dev/null 2>&1; then
-    curl -sS -m 20 -X DELETE -H "Authorization: Bearer $CONTAINER_API_KEY" \\
-      -H 'Content-Type: application/json' -d '{}' "$1"
+    method=$1
+    if [ "$method" = GET ]; then set --; else set -- -d '{}'; fi
+    curl -sS -m 20 -o /dev/null -w '%{http_code}\\n' -X "$method" "$@" \\
+      -H "Authorization: Bearer $CONTAINER_API_KEY" -H 'Content-Type: application/json' "$url"
   else
     python3 -c 'import os,sys,urllib.request as u
 h={"Authorization":"Bearer "+os.environ["CONTAINER_API_KEY"],"Content-Type":"application/json"}
-u.urlopen(u.Request(sys.argv[1],b"{}",h,method="DELETE"),timeout=20)' "$1"
+m,url=sys.argv[1:3]
+try: print(u.urlopen(u.Request(url,None if m=="GET" else b"{}",h,method=m),timeout=20).status)
+except Exception as e: print(getattr(e,"code",e))' "$1" "$url"
   fi
 }
-watch() {
-  while :; do
-    now=$(date +%s) && read -r born <born && read -r lease <lease || now=
-    if [ -n "$now" ]; then
-      why=
-      [ $((now - born)) -ge "$MILKTEA_MAX_S" ] && why="deadline"
-      [ $((now - lease)) -ge "$MILKTEA_LEASE_S" ] && why="lease"
-      if [ -n "$why" ]; then
-        echo "$now destroying this instance: $why" >>watchdog.log
-        gone "$MILKTEA_API/api/v0/instances/$CONTAINER_ID/" >>watchdog.log 2>&1
-      fi
-    fi
-    sleep "$MILKTEA_WATCH_S"
-  done
-}
-watch
+rm -f armed
+echo $$ >watchdog.pid
+age=0 last= lease=0 armed=
+[ -s age ] && read -r age last <age
+while :; do
+  read -r up rest <"${MILKTEA_UPTIME:-/proc/uptime}"; up=${up%.*}
+  [ "${last:-$up}" -le "$up" ] || last=0
+  age=$((age + up - ${last:-$up})) last=$up
+  echo "$age $up" >age.new && mv age.new age
+  read -r heard rest <lease && lease=$heard
+  why=
+  [ "$age" -ge "$MILKTEA_MAX_S" ] && why=deadline
+  [ $((age - lease)) -ge "$MILKTEA_LEASE_S" ] && why=lease
+  if [ -n "$why" ]; then
+    echo "$age destroying this instance: $why" >>watchdog.log
+    ask DELETE >>watchdog.log 2>&1
+  elif [ -n "$CONTAINER_API_KEY" ] && [ "$armed" != 200 ]; then
+    armed=$(ask GET 2>>watchdog.log); echo "$armed" >armed
+  fi
+  sleep "$MILKTEA_WATCH_S"
+done
 """
 
 
@@ -56,11 +70,10 @@ def onstart(public_key: str) -> str:
 umask 077; mkdir -p "$HOME/milktea" "$HOME/.ssh"; cd "$HOME/milktea" || exit 1
 cat >watchdog.sh <<'WATCHDOG'
 {WATCHDOG}WATCHDOG
-[ -s born ] || date +%s >born
-[ -s lease ] || date +%s >lease
+[ -s lease ] || echo 0 >lease
+(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)
 touch "$HOME/.no_auto_tmux"
 grep -qsF {key} "$HOME/.ssh/authorized_keys" || echo {key} >>"$HOME/.ssh/authorized_keys"
-(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)
 """
 
 
@@ -84,21 +97,56 @@ ALIVE = (
     '[ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$(cat '
     'pid)/status"'
 )
-RENEW = "date +%s >milktea/lease.new && mv milktea/lease.new milktea/lease"
+# A box of milktea 0.1 has no `age`: its watchdog reads dates.
+RENEW = (
+    "{ [ ! -e milktea/age ] && date +%s || cat milktea/age; } >milktea/lease.new && "
+    "mv milktea/lease.new milktea/lease"
+)
 
 
 def detach(deadline_in_s: float) -> str:
     """Let the box live without a client until its own deadline: the lease is set that far ahead."""
-    return (
-        f"echo $(($(date +%s) + {int(deadline_in_s)})) >milktea/lease.new && mv "
-        "milktea/lease.new milktea/lease"
-    )
+    return f"""\
+if [ -e milktea/age ]; then read -r now rest <milktea/age; else now=$(date +%s); fi
+echo $((now + {int(deadline_in_s)})) >milktea/lease.new && mv milktea/lease.new milktea/lease
+"""
 
 
-def ready(run_id: str) -> str:
-    """Make the run folder and show that the watchdog is armed: its pid is looked for by the file
-    that it reads."""
-    return f"mkdir -p {run_folder(run_id)}/data && {RENEW} && test -s milktea/born && echo armed"
+# Seconds without a sign of the watchdog; it looks every WATCH_S and may wait 20 s for an answer.
+HEARTBEAT_S = 2 * WATCH_S + 25
+# Each line that fails says why, and ends the look.
+_PROOF = f"""\
+[ -s watchdog.pid ] || {{ echo "it never started"; return 1; }}
+read -r pid <watchdog.pid
+grep -qs watchdog.sh "/proc/$pid/cmdline" || {{ echo "its process is gone"; return 1; }}
+read -r up rest </proc/uptime; read -r age seen <age || {{ echo "it has no age yet"; return 1; }}
+[ $((${{up%.*}} - seen)) -le {HEARTBEAT_S} ] || {{ echo "its heartbeat stands still"; return 1; }}
+status=; [ -s armed ] && read -r status rest <armed
+[ "$status" = 200 ] && return 0
+echo "its key cannot read its own instance: HTTP ${{status:-none, CONTAINER_API_KEY is empty}}"
+return 1
+"""
+
+
+def ready(run_id: str, wait_s: int = 30, *, since_0_1: bool = False) -> str:
+    """Make the run folder, renew the lease and prove that the watchdog is armed: its process
+    lives, it looked a moment ago, and its key reads its own instance. Prints ``armed``, or within
+    `wait_s` seconds why it is not. A box that milktea 0.1 rented has `born` and no proof."""
+    begun = f"mkdir -p {run_folder(run_id)}/data && {RENEW} || exit 9"
+    older = "[ -s milktea/born ] && { echo armed; exit 0; }" if since_0_1 else ""
+    return f"""\
+{begun}
+{older}
+cd {HOME_FOLDER}
+proven() {{
+{_PROOF}}}
+left={wait_s}
+until why=$(proven); do
+  [ $left -gt 0 ] || {{ echo "$why"; exit 1; }}
+  left=$((left - 1)); sleep 1
+done
+echo armed
+"""
 
 
 def launch(run_id: str, trainer: str) -> str:

@@ -34,7 +34,7 @@ from ops.errors import (
 )
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
-from ops.run import result
+from ops.run import place, result
 from ops.run.choose import choose, search
 from ops.run.follow import ODD, follow, newest_checkpoint, pull_folder
 from ops.run.keeper import kept
@@ -45,6 +45,8 @@ from ops.wait import until
 T = TypeVar("T")
 MACHINES = 5  # tried for one run before giving up
 CONNECT_S = 300.0
+ARM_S = 45.0  # for the watchdog to prove itself, scaled by the clock's pace
+ARM_LEAST_S = 3
 TUNNEL_S = 75.0  # after which a stuck proxy tunnel is cured by one reboot
 FETCHES = 3  # of a result that does not verify
 
@@ -128,9 +130,12 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
             session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
             session.vast.reboot(instance.id)
         box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.clock.pace, on_try=told)
-    armed = box.run(scripts.ready(session.run_id))
-    if "armed" not in armed.stdout:
-        raise Unsuitable(f"the box did not arm its watchdog: {armed.stderr[-300:]}")
+    since_0_1 = place.remembered(session.journal.lines) is None
+    wait_s = max(ARM_LEAST_S, int(ARM_S * session.clock.pace))
+    proof = box.run(scripts.ready(session.run_id, wait_s, since_0_1=since_0_1), timeout_s=90)
+    if proof.stdout.strip() != "armed":
+        said = (proof.stdout + proof.stderr).strip()[-300:]
+        raise Unsuitable(f"the watchdog of machine {offer.machine_id} is not armed: {said}")
     why = facts.unsuitable(
         facts.parse(box.run(facts.SCRIPT).stdout), facts.Expected.of(offer, session.plan.needs)
     )

@@ -11,6 +11,7 @@ import pytest
 from ops.box import scripts
 from rig import sh, watched
 
+WATCHDOG_STARTS = "(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)"
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGp1c3QgYSB0ZXN0IGtleSBvZiB0aGlydHktdHdvIGJ5 milktea"
 
 
@@ -28,25 +29,96 @@ def test_onstart_stays_far_below_what_vast_accepts() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [scripts.onstart(KEY), scripts.WATCHDOG, scripts.poll("r", 0), scripts.launch("r", "push")],
+    [
+        scripts.onstart(KEY),
+        scripts.WATCHDOG,
+        scripts.poll("r", 0),
+        scripts.launch("r", "push"),
+        scripts.ready("r"),
+        scripts.ready("r", since_0_1=True),
+        scripts.detach(60),
+    ],
 )
 def test_every_text_is_posix_sh(text: str) -> None:
     assert subprocess.run(["sh", "-n"], input=text, text=True, capture_output=True).stderr == ""
 
 
-def test_onstart_twice_keeps_the_birth_and_one_key(tmp_path: Path) -> None:
-    started = []
-    for _ in range(2):
-        sh(
-            scripts.onstart(KEY).replace(
-                "(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)", ""
-            ),
-            tmp_path,
-        )
-        started.append((tmp_path / "milktea/born").read_text())
-    assert started[0] == started[1]
+def started(home: Path) -> None:
+    """onstart, but for the watchdog's own process."""
+    assert WATCHDOG_STARTS in scripts.onstart(KEY)
+    sh(scripts.onstart(KEY).replace(WATCHDOG_STARTS, ""), home)
+
+
+def test_onstart_twice_keeps_the_lease_and_one_key(tmp_path: Path) -> None:
+    started(tmp_path)
+    (tmp_path / "milktea/lease").write_text("77\n")
+    started(tmp_path)
+    assert (tmp_path / "milktea/lease").read_text() == "77\n"
     assert (tmp_path / ".ssh/authorized_keys").read_text() == KEY + "\n"
     assert (tmp_path / ".ssh/authorized_keys").stat().st_mode & 0o077 == 0
+
+
+def looks(home: Path, uptime: float, *, lease: str = "", key: str = "k") -> str:
+    """One look of the real watchdog at that uptime; the file `age` after it."""
+    folder = home / "milktea"
+    (folder / "uptime").write_text(f"{uptime} 1.0\n")
+    if lease:
+        (folder / "lease").write_text(lease)
+    stage = "curl() { echo 200; }; sleep() { exit 0; }\n"
+    limits = {"MILKTEA_MAX_S": "5000", "MILKTEA_LEASE_S": "600", "MILKTEA_WATCH_S": "15"}
+    place = {"MILKTEA_API": "http://127.0.0.1:9", "MILKTEA_UPTIME": "uptime"}
+    done = sh(stage + scripts.WATCHDOG, home, CONTAINER_API_KEY=key, **limits, **place)
+    assert done.returncode == 0, done.stderr
+    return (folder / "age").read_text().strip()
+
+
+def test_a_watchdogs_age_goes_on_over_restarts_of_container_and_host(tmp_path: Path) -> None:
+    started(tmp_path)
+    assert looks(tmp_path, 1000.9) == "0 1000"
+    assert looks(tmp_path, 1300.2) == "300 1300", "the container was started again"
+    assert looks(tmp_path, 40.0) == "340 40", "the host was started again"
+    assert not (tmp_path / "milktea/watchdog.log").read_text().strip()
+    assert looks(tmp_path, 340.0) == "640 340"
+    assert "lease" in (tmp_path / "milktea/watchdog.log").read_text()
+
+
+def test_a_date_that_jumps_moves_no_watchdog(tmp_path: Path) -> None:
+    assert "date" not in scripts.WATCHDOG
+
+
+def proof(home: Path) -> str:
+    return sh(scripts.ready("r", wait_s=0), home).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("rm watchdog.pid", "it never started"),
+        ("echo 999999 >watchdog.pid", "its process is gone"),
+        ("echo $$ >watchdog.pid", "its process is gone"),
+        ("echo '5 1' >age", "its heartbeat stands still"),
+        ("rm armed", "CONTAINER_API_KEY is empty"),
+        ("echo 404 >armed", "HTTP 404"),
+        ("echo >armed", "its key cannot read"),
+    ],
+)
+def test_a_watchdog_that_only_looks_armed_is_told_from_one_that_is(
+    tmp_path: Path, spoil: str, said: str
+) -> None:
+    folder = tmp_path / "milktea"
+    folder.mkdir()
+    (folder / "watchdog.sh").write_text("sleep 30\n")
+    with subprocess.Popen(["sh", "watchdog.sh"], cwd=folder) as process:
+        try:
+            (folder / "watchdog.pid").write_text(f"{process.pid}\n")
+            uptime = Path("/proc/uptime").read_text().split(".")[0]
+            (folder / "age").write_text(f"0 {uptime}\n")
+            (folder / "armed").write_text("200\n")
+            assert proof(tmp_path) == "armed"
+            sh(spoil, folder)
+            assert said in proof(tmp_path)
+        finally:
+            process.kill()
 
 
 def fake_trainer(home: Path, script: str) -> None:
@@ -104,6 +176,7 @@ def test_a_training_killed_whole_is_started_again(tmp_path: Path) -> None:
 
 def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_path: Path) -> None:
     (tmp_path / "milktea/r").mkdir(parents=True)
+    (tmp_path / "milktea/age").write_text("123 456\n")
     text = '{"a":"奶茶"}\n{"b":1}\n{"torn'
     (tmp_path / "milktea/r/events.jsonl").write_text(text)
     whole = scripts.parse_poll(sh(scripts.poll("r", 0), tmp_path).stdout.encode())
@@ -112,7 +185,18 @@ def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_pa
         sh(scripts.poll("r", len('{"a":"奶茶"}\n'.encode())), tmp_path).stdout.encode()
     )
     assert rest[3] == b'{"b":1}\n{"torn'
+    assert (tmp_path / "milktea/lease").read_text() == "123 456\n"
+
+
+def test_a_detached_box_lives_to_its_deadline_and_one_of_0_1_counts_by_dates(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "milktea").mkdir()
+    sh(scripts.RENEW, tmp_path)
     assert abs(int((tmp_path / "milktea/lease").read_text()) - time.time()) < 5
+    (tmp_path / "milktea/age").write_text("100 456\n")
+    sh(scripts.detach(3600), tmp_path)
+    assert (tmp_path / "milktea/lease").read_text() == "3700\n"
 
 
 def test_a_poll_without_its_header_is_no_answer() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import rig
-from ops.errors import OverBudget, Stalled
+from ops.errors import NoOffer, OverBudget, Stalled
 from ops.fakevast import FakeVast
 from ops.run.journal import Journal
 from ops.run.rent_and_train import rent_and_train
@@ -138,3 +138,29 @@ def test_a_date_that_jumps_by_hours_ends_no_training(
 def test_the_clock_of_intervals_runs_on_in_sleep_where_linux_has_one() -> None:
     clock = RealClock()
     assert abs(clock.steady() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1
+
+
+@pytest.mark.parametrize(
+    ("setsid", "said"),
+    [
+        ("exit 1", "it never started"),
+        ('exec env -u CONTAINER_API_KEY /usr/bin/setsid "$@"', "CONTAINER_API_KEY is empty"),
+        ('CONTAINER_API_KEY=another exec /usr/bin/setsid "$@"', "HTTP 404"),
+        ("echo 999999 >watchdog.pid", "its process is gone"),
+    ],
+)
+def test_a_machine_whose_watchdog_is_not_armed_gets_no_byte(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch, setsid: str, said: str
+) -> None:
+    monkeypatch.setattr("ops.run.rent_and_train.MACHINES", 1)
+    tool = own.image / "bin/setsid"
+    tool.write_text(f"#!/bin/sh\n{setsid}\n")
+    tool.chmod(0o755)
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j:
+        session = rig.client(plan, j, fake.url, fake.api_key)
+        with pytest.raises(NoOffer):
+            rent_and_train(session)
+        kinds = [line.kind for line in j.lines]
+        assert "pushed" not in kinds and "destroyed" in kinds
+        assert said in j.last("bad_machine")["why"]
