@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from trainer.data.prepare import Refused, model_folder, prepare
 from trainer.machines import Machines, read_machines
-from trainer.model.weights import check_weights
+from trainer.model.weights import validate_weights
 from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, refuse
 from trainer.wire.job import WIRE, Job
 
@@ -82,7 +82,7 @@ def check(job: Job, run: Path) -> None:
     """Raises ValueError or OSError for what can be refused without torch; leaves the rows tokenised
     and the model's files at hand."""
     prepare(job, run)
-    check_weights(model_folder(job, run, weights=True))
+    validate_weights(model_folder(job, run, weights=True))
 
 
 def check_accelerate_config(environment: Mapping[str, str]) -> None:

@@ -79,7 +79,7 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("B300", 268.6, 10.3, 2250.0, 4500.0, 8000, 0.70),
 )
 
-LEAST_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int8": 8.0}
+MIN_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int8": 8.0}
 
 # Calibrated on bench/results/bench.jsonl of 2026-11-21, one H200, Llama-7B, r = 16 on all seven
 # projections: 20,254 real tokens/s in bf16 and 30,527 in FP8. Taking away the matrix products (35.9
@@ -123,7 +123,7 @@ def like(name: str) -> list[str]:
 def that_hold(memory_gib: float, precision: str = "bf16") -> list[Gpu]:
     """The cards with at least `memory_gib` that compute in `precision`, smallest and then slowest
     first: the first is what to name when the asked one does not fit."""
-    least = LEAST_COMPUTE_CAPABILITY[precision]
+    least = MIN_COMPUTE_CAPABILITY[precision]
     fits = [g for g in GPUS if g.memory_gib >= memory_gib and g.compute_capability >= least]
     return sorted(fits, key=lambda g: (g.memory_gib, g.bf16_tflops))
 
@@ -136,7 +136,7 @@ def from_benchmark(
     if dlperf <= 0:
         return None
     tflops = _DLPERF_TO_BF16_TFLOPS * dlperf
-    fp8 = 2 * tflops if compute_capability >= LEAST_COMPUTE_CAPABILITY["fp8"] else 0.0
+    fp8 = 2 * tflops if compute_capability >= MIN_COMPUTE_CAPABILITY["fp8"] else 0.0
     return Gpu(
         name,
         memory_gib,

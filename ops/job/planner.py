@@ -50,7 +50,7 @@ def new_plan(job: JobFile, root: Path, now: float, *, on_cpu: bool = False) -> P
     try:
         plan = planned(job, run_id, stage)
         if on_cpu:
-            _refuse_too_slow_here(plan)
+            _validate_speed_here(plan)
         return plan
     except BaseException:
         shutil.rmtree(stage)  # a run that never began leaves nothing
@@ -88,7 +88,7 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     )
 
 
-def _refuse_too_slow_here(plan: Plan) -> None:
+def _validate_speed_here(plan: Plan) -> None:
     """The emulator's boxes compute on this machine's CPU: a model made for a GPU would run into
     limits.max_hours without a result."""
     seconds = 6 * plan.workload.model_parameters * plan.workload.tokens / CPU_FLOP_S
@@ -395,7 +395,7 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
             )
             / DRIVER_SHARE
         )
-        _refuse_cards_too_small(job, least)
+        _validate_cards(job, least)
     o = job.offer
     return Needs(
         gpu_names=tuple(o.gpu_name),
@@ -415,16 +415,16 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
     )
 
 
-def _refuse_cards_too_small(job: JobFile, least_gib: float) -> None:
+def _validate_cards(job: JobFile, min_gib: float) -> None:
     """Every card that was named is too small: say so, with the nearest that is not."""
     named = [g for n in job.offer.gpu_name if (g := gpus.find(n))]
     if (
         not named
         or len(named) < len(job.offer.gpu_name)
-        or any(g.memory_gib >= least_gib for g in named)
+        or any(g.memory_gib >= min_gib for g in named)
     ):
         return
-    fits = gpus.that_hold(least_gib, job.model.precision)
+    fits = gpus.that_hold(min_gib, job.model.precision)
     nearest = (
         f"the nearest that fits is {fits[0].name} ({fits[0].memory_gib:.0f} GiB)"
         if fits
@@ -433,7 +433,7 @@ def _refuse_cards_too_small(job: JobFile, least_gib: float) -> None:
     have = ", ".join(f"{g.name} {g.memory_gib:.0f} GiB" for g in named)
     raise PreflightError(
         f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} "
-        f"needs {least_gib:.1f} GiB on one GPU ({have}); {nearest}",
+        f"needs {min_gib:.1f} GiB on one GPU ({have}); {nearest}",
         hint='add it to offer.gpu_name, or set model.precision = "nf4" (now '
         f"{job.model.precision})",
     )

@@ -27,7 +27,7 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
         raise PreflightError(str(e), hint=e.hint) from e
     plan = make()
     try:
-        _check_image(plan)
+        _validate_image(plan)
         if credit <= 0:
             raise PreflightError(
                 f"the account has {credit:.2f} $ of credit",
@@ -39,7 +39,7 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
     return plan
 
 
-def _check_image(plan: Plan) -> None:
+def _validate_image(plan: Plan) -> None:
     """An image of ours says in images/*.toml which wire its trainer speaks."""
     if plan.trainer == "push":
         return

@@ -29,7 +29,7 @@ Reason = tuple[str, str]  # filter's name as the job file calls it, and why this
 @dataclass(frozen=True)
 class Needs:
     """What an offer must have. `hours` is how long the machine must stay rentable;
-    `min_compute_capability` follows from the precision (`gpus.LEAST_COMPUTE_CAPABILITY`); `max_usd`
+    `min_compute_capability` follows from the precision (`gpus.MIN_COMPUTE_CAPABILITY`); `max_usd`
     is of the whole expected run."""
 
     gpu_names: tuple[str, ...] = ()

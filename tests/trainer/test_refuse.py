@@ -14,7 +14,7 @@ from tiny import rows, write_model, write_tokenizer
 from trainer.data.prepare import Refused, prepare
 from trainer.data.template import TemplateError
 from trainer.launch import main as launch
-from trainer.model.weights import check_weights
+from trainer.model.weights import validate_weights
 from trainer.outcome import refuse as tell_refusal
 from trainer.train import ending
 from trainer.wire.job import Job
@@ -182,7 +182,7 @@ def folder(models: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def test_a_sound_model_folder_passes(folder: Path) -> None:
-    check_weights(folder)
+    validate_weights(folder)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_model_folder_that_cannot_be_loaded_is_refused_with_what_to_do(
 ) -> None:
     spoil(folder)
     with pytest.raises(Refused, match=said) as caught:
-        check_weights(folder)
+        validate_weights(folder)
     assert caught.value.hint
 
 
@@ -218,7 +218,7 @@ def test_a_shard_that_the_index_names_and_nobody_pushed_is_named(folder: Path) -
     with pytest.raises(
         Refused, match=r"1 of 2 files of weights: model-00002-of-00002\.safetensors"
     ):
-        check_weights(folder)
+        validate_weights(folder)
 
 
 def test_a_vocabulary_that_is_not_the_weights_is_refused(folder: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_vocabulary_that_is_not_the_weights_is_refused(folder: Path) -> None:
         json.dumps(config | {"vocab_size": config["vocab_size"] + 7})
     )
     with pytest.raises(Refused, match="do not belong together") as caught:
-        check_weights(folder)
+        validate_weights(folder)
     assert str(config["vocab_size"]) in caught.value.hint
 
 

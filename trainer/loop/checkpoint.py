@@ -87,7 +87,7 @@ def restore(
     belongs to another job or model."""
     state = read_state(folder, fingerprint)
     tensors = read_tensors(folder, state)
-    refuse_missing(folder, named, tensors)
+    validate_complete(folder, named, tensors)
     for name, parameter in named.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter/{name}"])
@@ -134,7 +134,7 @@ def read_tensors(folder: Path, state: State) -> dict[str, torch.Tensor]:
     return tensors | {f"optimizer/step/{name}": torch.tensor(float(state.step)) for name in moved}
 
 
-def refuse_missing(
+def validate_complete(
     folder: Path, named: dict[str, torch.nn.Parameter], held: Collection[str]
 ) -> None:
     missing = [n for n in named if f"parameter/{n}" not in held]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from trainer.data.prepare import Rows
 
 SHOWN = 8  # rows named in a message
-LEAST_LABELS, MOST_LABELS = 0.001, 0.995  # of the tokens of rows that have a prompt
+MIN_LABELS, MAX_LABELS = 0.001, 0.995  # of the tokens of rows that have a prompt
 # steps with a rate above zero after which movement is looked at; then every 100th
 CHECKS = (3, 5, 10)
 TOO_GOOD = 0.02  # of the entropy of the target tokens' frequencies
@@ -46,7 +45,7 @@ class Expected:
     still_steps: bool = False
 
 
-def check_labels(rows: Rows) -> None:
+def validate_labels(rows: Rows) -> None:
     """Raises Stopped for rows without a target and for label fractions that only a broken mask
     gives."""
     targets, lengths = np.asarray(rows.targets()), np.asarray(rows.lengths)
@@ -64,10 +63,10 @@ def check_labels(rows: Rows) -> None:
             np.add.reduceat(rows.trained.astype(np.int64), rows.starts[:-1])[asked].sum()
             / lengths[asked].sum()
         )
-        if not LEAST_LABELS < fraction < MOST_LABELS:
+        if not MIN_LABELS < fraction < MAX_LABELS:
             why = (
                 "the prompts would be learned too"
-                if fraction >= MOST_LABELS
+                if fraction >= MAX_LABELS
                 else "next to nothing would be learned"
             )
             raise Stopped(
@@ -79,7 +78,11 @@ def check_labels(rows: Rows) -> None:
 
 @torch.no_grad()
 def probe(
-    model: nn.Module, hidden: object, rows: Rows, device: torch.device, tolerance: float = 0.01
+    model: nn.Module,
+    hidden: Callable[..., Tensor],
+    rows: Rows,
+    device: torch.device,
+    tolerance: float = 0.01,
 ) -> None:
     """Three small forward passes on two real rows in one pack. Raises Stopped when a token sees a
     later one or another document, or when the model's numbers are not finite. `tolerance`: int8
@@ -101,7 +104,7 @@ def probe(
         if change is not None:
             changed[0, change] = changed[0, change] ^ 1  # another id of the vocabulary
         longest = max(first, second)
-        return cast(Tensor, hidden(changed, positions, ends, longest)[0]).float()
+        return hidden(changed, positions, ends, longest)[0].float()
 
     was_training = model.training
     model.eval()
@@ -130,7 +133,7 @@ def probe(
         )
 
 
-class Watchdog:
+class TrainingMonitor:
     """Looks at every step's numbers (`look`) and, now and then, at its gradients (`before_update`)
     and parameters (`after_update`). `moving` are the trained parameters, `still` some frozen ones
     that must not change. Where `moving` are parts, `total` adds up over their holders."""
@@ -234,9 +237,9 @@ class Watchdog:
                 list(seen[:SHOWN]),
                 "training.learning_rate may be too small for their precision",
             )
-        self.check_base(step)
+        self.validate_base(step)
 
-    def check_base(self, step: int) -> None:
+    def validate_base(self, step: int) -> None:
         """Raises Stopped when a frozen parameter is not what it was at the start."""
         drifted = [
             n

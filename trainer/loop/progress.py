@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.loop import checkpoint
-from trainer.loop.guards import Watchdog
+from trainer.loop.guards import TrainingMonitor
 from trainer.loop.reporter import Reporter
 
 EVENT_EVERY_S = 0.25
@@ -56,19 +56,19 @@ class Launched:
 
 
 class Progress:
-    """Takes each step when it is launched, and settles it: the watchdog looks, the stage makes its
+    """Takes each step when it is launched, and settles it: the monitor looks, the stage makes its
     metrics of the sums (`report`), the curve grows, events tell."""
 
     def __init__(
         self,
         state: checkpoint.State,
         total: int,
-        watchdog: Watchdog,
+        monitor: TrainingMonitor,
         report: Report,
         reporter: Reporter,
         device: torch.device,
     ) -> None:
-        self._state, self._total, self._watchdog = state, total, watchdog
+        self._state, self._total, self._monitor = state, total, monitor
         self._report, self._reporter, self._device = report, reporter, device
         self._unread: Launched | None = None
         self._begun_at = state.step
@@ -86,7 +86,7 @@ class Progress:
             return False
         done, self._unread = self._unread, None
         loss, wishes, *sums, norm = done.numbers.read()
-        self._watchdog.look(done.step, loss, norm, done.where)
+        self._monitor.look(done.step, loss, norm, done.where)
         metrics = self._report(done.step, done.count, sums)
         self._state.curve.append([done.step, loss])
         now = time.monotonic()

@@ -207,7 +207,7 @@ class Shards(Ranks):
         state = checkpoint.read_state(folder, fingerprint)
         reader = dcp.HuggingFaceStorageReader(str(folder))
         held = set(reader.read_metadata().state_dict_metadata)
-        checkpoint.refuse_missing(folder, named, held)
+        checkpoint.validate_complete(folder, named, held)
         for name, parameter in named.items():
             if f"optimizer/exp_avg/{name}" in held:
                 step = torch.tensor(

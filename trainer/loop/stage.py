@@ -36,7 +36,7 @@ class Stage(ABC):
     """A kind of training. What it does not override is what fine-tuning on answers needs."""
 
     metrics: tuple[str, ...] = ()  # names of what `loss` sums beside the loss
-    expected = Expected()  # for the watchdog
+    expected = Expected()  # for the monitor
     answers_at_end = False  # whether `finish` wants the model on the device
     notes: tuple[str, ...] = ()  # on rows that were changed or left out
 

@@ -16,7 +16,7 @@ import torch
 
 from trainer.data import batch
 from trainer.loop import checkpoint
-from trainer.loop.guards import Stopped, Watchdog
+from trainer.loop.guards import Stopped, TrainingMonitor
 from trainer.loop.optim import EXTRA, LOSS, WISHES, adamw
 from trainer.loop.progress import Launched, Progress, Reading
 from trainer.loop.ranks import Gone, Ranks
@@ -44,9 +44,9 @@ class Loop:
         self.state = self._resume()
         stage.probe()
         local = ranks.local(self.named)
-        self.watchdog = Watchdog(local, stage.model, stage.expected, ranks.sum_parts)
+        self.monitor = TrainingMonitor(local, stage.model, stage.expected, ranks.sum_parts)
         self.progress = Progress(
-            self.state, self.total, self.watchdog, self._report, reporter, ranks.device
+            self.state, self.total, self.monitor, self._report, reporter, ranks.device
         )
         self._tell_start()
         self.begun_at, self.last_save = self.state.step, time.monotonic()
@@ -66,7 +66,7 @@ class Loop:
             self._leave()
             return None
         self.ranks.wait()
-        self.watchdog.check_base(self.state.step)
+        self.monitor.validate_base(self.state.step)
         self.optimizer.state.clear()  # the device's memory is the result's now
         self.gradients.zero()
         return self.state
@@ -113,17 +113,17 @@ class Loop:
         return True
 
     def _update(self, step: int, work: batch.Work) -> None:
-        """Clips the summed gradients and moves the parameters, under the watchdog's eyes."""
+        """Clips the summed gradients and moves the parameters, under the monitor's eyes."""
         rates = self.stage.rates(step)
-        self.watchdog.before_update(self.gradients.views)
+        self.monitor.before_update(self.gradients.views)
         norm = self.gradients.clip(self.job.training.max_grad_norm)
         numbers = Reading(torch.cat([self.gradients.extra, norm[None]]))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.optimizer.step()
-        self.watchdog.after_update(step + 1, min(rates), work.where)
-        if self.watchdog.compares_ranks:
-            self.ranks.compare(self.watchdog.checksum, step + 1)
+        self.monitor.after_update(step + 1, min(rates), work.where)
+        if self.monitor.compares_ranks:
+            self.ranks.compare(self.monitor.checksum, step + 1)
         self.state.step = step + 1
         facts = (work.count, work.tokens, work.where, numbers)
         self.progress.launched(Launched(self.state.step, rates[0], *facts))

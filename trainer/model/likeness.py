@@ -23,7 +23,7 @@ WINDOW = 16
 ROWS = (40, 57, 20, 33)  # tokens; longer than the window, and on both sides of LIMIT
 LIMIT = 36  # the length at which angles change, where they depend on a row's length
 VOCABULARY = 256
-MOST_LAYERS = 8
+MAX_LAYERS = 8
 LOSS, GRADIENT = 1e-4, 1e-2  # what fp32 explains: of the mean loss, of a tensor's largest gradient
 WORSE = 4.0  # times as far from fp32 as eager attention in bf16, at most
 PRECISION = 0.05  # of a gradient's norm, that bf16 may be off anyway
@@ -100,7 +100,7 @@ def _layers(text: Any) -> int:
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
     last = max((list(kinds).index(k) for k in set(kinds)), default=0)
     dense = getattr(text, "first_k_dense_replace", 0) or 0
-    return min(int(text.num_hidden_layers), MOST_LAYERS, max(2, last + 1, 2 if dense else 0))
+    return min(int(text.num_hidden_layers), MAX_LAYERS, max(2, last + 1, 2 if dense else 0))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ EMBEDDINGS = (
 )
 
 
-def check_weights(folder: Path) -> None:
+def validate_weights(folder: Path) -> None:
     """Raises Refused for a model folder that transformers could not load: files missing or cut, or
     a vocabulary that is not the weights'."""
     config = _read(folder, "config.json")

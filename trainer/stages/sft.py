@@ -17,7 +17,7 @@ from trainer.data.prepare import model_folder, prepare
 from trainer.eval import held_out
 from trainer.loop import checkpoint, report, stage
 from trainer.loop.budget import micro_batch
-from trainer.loop.guards import Expected, check_labels, probe, target_entropy
+from trainer.loop.guards import Expected, probe, target_entropy, validate_labels
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
 from trainer.model.dropout import TokenKeys
@@ -35,7 +35,7 @@ class Stage(stage.Stage):
         super().__init__(job, run)
         self.data = prepare(job, run)
         rows, training = self.data.rows, job.training
-        check_labels(rows)
+        validate_labels(rows)
         self.lengths, self.targets = rows.lengths, rows.targets()
         epochs, seed, most = training.num_train_epochs, training.seed, training.max_steps
         self.order = packing.Order(len(rows), training.batch_size, epochs, seed, most)

@@ -10,7 +10,7 @@ from typing import Any
 from ops.fakevast.cloud.catalogue import driver_number
 from ops.fakevast.cloud.errors import ApiError
 
-MOST_ROWS = 64
+MAX_ROWS = 64
 HOURS_PER_MONTH = 720  # vast.ai's month has 30 days
 DEFAULT_STORAGE_GB = 5.0
 _NOT_FILTERS = {
@@ -79,8 +79,8 @@ def find(rows: Iterable[dict[str, Any]], query: dict[str, Any]) -> list[dict[str
     found = [row for row in priced if all(_passes(row, name, tests) for name, tests in filters)]
     for column, way in reversed(_order(query.get("order"))):
         found.sort(key=lambda row: _sortable(row.get(column)), reverse=way == "desc")
-    limit = int(_number(query.get("limit"), MOST_ROWS))
-    return found[: min(limit if limit > 0 else MOST_ROWS, MOST_ROWS)]
+    limit = int(_number(query.get("limit"), MAX_ROWS))
+    return found[: min(limit if limit > 0 else MAX_ROWS, MAX_ROWS)]
 
 
 def _number(value: Any, default: float) -> float:

@@ -131,7 +131,7 @@ def next_to_nothing_learned(make: Make, patch: Patch, tmp_path: Path) -> Path:
         found.trained[ends] = True  # type: ignore[attr-defined]
 
     with_rows(patch, mask)
-    patch.setattr("trainer.loop.guards.LEAST_LABELS", 0.02)
+    patch.setattr("trainer.loop.guards.MIN_LABELS", 0.02)
     return make(**LONG)
 
 
