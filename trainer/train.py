@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def run_job(path: Path) -> int:
         return DONE  # starting twice is starting once
     stage = importlib.import_module(f"trainer.stages.{job.stage}").Stage(job, run)
     ranks = join(job, stop)
-    reporter = Reporter(job, run, first=ranks.rank == 0)
-    finished = step.train(job, run, stage, ranks, reporter, started_at())
+    with closing(Reporter(job, run, first=ranks.rank == 0)) as reporter:
+        finished = step.train(job, run, stage, ranks, reporter, started_at())
     return DONE if finished else TERMINATED
 
 

@@ -202,5 +202,4 @@ def train(
         digest = stage.finish(model, state, reporter)
         told = {"steps": state.step, "final_loss": state.curve[-1][1], "adapter_sha256": digest}
         reporter.event(events.Finished, seconds=round(time.time() - began, 1), **told)
-    reporter.close()
     return True
