@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command as on a bare machine: its PATH holds python3, make, git, bash, grep, sed and
 # coreutils, and nothing else (no ssh, rsync, tar, zstd, docker, strace). Both commands of the README
-# work there; tests that need more skip and say so.
+# work there; tests that need more skip and say so. The emulator's boxes are processes that have the
+# system's own PATH, as an image has: sh, tar and setsid, which are on every Linux.
 #   .ci/bare.sh make test
 set -euo pipefail
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import asyncssh
 import pytest
+from machine import needs
 
 from ops.box.connection import Box, Endpoint
 
@@ -167,6 +168,7 @@ async def _copy_stream(source, sink) -> None:
 
 @pytest.fixture
 def make_server(tmp_path: Path) -> Iterator[Callable[..., SshServer]]:
+    needs("tar")  # as every image of a box has
     made: list[SshServer] = []
 
     def make(**settings) -> SshServer:

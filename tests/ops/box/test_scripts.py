@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from machine import needs
 
 from ops.box import scripts
 from rig import sh, watched
@@ -129,6 +130,7 @@ def fake_trainer(home: Path, script: str) -> None:
 
 
 def launched(home: Path) -> subprocess.CompletedProcess[str]:
+    needs("setsid")  # as every image of a box has
     return sh(scripts.launch("r", "image"), home, PATH=f"{home}/bin:{os.environ['PATH']}")
 
 

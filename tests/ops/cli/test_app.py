@@ -120,10 +120,12 @@ def test_an_unknown_run_is_an_error_that_names_the_next_command(
 
 def test_a_damaged_journal_exits_8_and_names_its_line(own: rig.Rig, finished: str) -> None:
     path = own.runs / finished / FILE
-    path.write_bytes(path.read_bytes().replace(b'"renting"', b'"renting', 1))
+    whole = path.read_bytes()
+    number = 1 + next(n for n, text in enumerate(whole.splitlines()) if b'"renting"' in text)
+    path.write_bytes(whole.replace(b'"renting"', b'"renting', 1))
     done = milktea("explain", finished, runs=own.runs)
     assert done.returncode == 8
-    assert f"{FILE}:3: cannot be read" in done.stderr
+    assert f"{FILE}:{number}: cannot be read" in done.stderr
 
 
 def test_a_wrong_key_exits_3_and_spends_nothing(own: rig.Rig, fake: FakeVast) -> None:
