@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ops.errors import AdapterError
+from trainer.families import EXPERT_PARTS
 from trainer.wire import tensors
 from trainer.wire.job import WIRE
 from trainer.wire.tensors import Tensor
@@ -384,9 +385,8 @@ def _targets(found: Mapping[str, Tensor], config: Mapping[str, Any], expect: Exp
     tensors."""
     named = config.get("target_modules")
     if expect.target_modules is not None:
-        same = isinstance(named, list) and sorted(named) == sorted(expect.target_modules)
         _check(
-            same,
+            _as_asked(named, config, expect.target_modules),
             f"{CONFIG} has target_modules {named}, the job asked for {list(expect.target_modules)}",
         )
     kept = config.get("modules_to_save") or []
@@ -449,6 +449,17 @@ def _pairs(
             )
         pairs[module] = (a, b)
     return pairs
+
+
+def _as_asked(named: Any, config: Mapping[str, Any], asked: tuple[str, ...]) -> bool:
+    """Whether `named` means the modules that the job asked for: as they are, in an expression that
+    keeps to one tower, or without the parts of experts, which are target_parameters."""
+    if isinstance(named, str):
+        return all(re.escape(module) in named for module in asked)
+    if not isinstance(named, list) or not set(named) <= set(asked):
+        return False
+    left = set(asked) - set(named)
+    return not left or (bool(config.get("target_parameters")) and left <= set(EXPERT_PARTS))
 
 
 def _of_experts(module: str, config: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.data.prepare import Prepared
 from trainer.wire.job import WIRE, Job
@@ -42,9 +43,9 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     if job.training.method != "lora":
         model.save_pretrained(folder, max_shard_size="1TB")
-        return {
-            k: v.detach().to("cpu") for k, v in model.state_dict().items() if not _tied(k, model)
-        }
+        held = {k: v for k, v in model.state_dict().items() if not _tied(k, model)}
+        # a file has the experts of a mixture one by one, and older names
+        return {k: v.detach().to("cpu") for k, v in revert_weight_conversion(model, held).items()}
     tensors = {
         k: v.detach().to("cpu").contiguous()
         for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
