@@ -148,6 +148,10 @@ def bundle(
         Path | None, typer.Option(help="Sign with this key; a key of yours, made once, without it")
     ] = None,
     signed: Annotated[bool, typer.Option("--sign/--no-sign", help="Sign it")] = True,
+    proved: Annotated[
+        bool,
+        typer.Option("--prove/--no-prove", help="Let the image prove itself first, once an image"),
+    ] = True,
     image: Annotated[
         str | None,
         typer.Option(help="An image made FROM the built one, by a Dockerfile or docker commit"),
@@ -178,15 +182,10 @@ def bundle(
             signed=signed,
             image=image,
             whole=form == "oci",
+            proved=proved,
             progress=_say,
         )
-        if isinstance(made, Path):
-            print(f"{made}: {made.stat().st_size / 1e6:,.1f} MB")
-        else:
-            print(
-                f"{made.folder}: {made.kind}, {made.carried_layers} layers, "
-                f"{made.size_bytes / 1e6:,.1f} MB, bundle {made.id}"
-            )
+        print(made if isinstance(made, Path) else made.summary)
 
 
 @app.command()

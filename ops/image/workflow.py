@@ -18,7 +18,7 @@ from ops.image.bundle import bundle as bundles
 from ops.image.bundle import inventory, signature
 from ops.image.bundle.archive import Image, Layer
 from ops.image.bundle.bundle import Bundle
-from ops.image.bundle.contents import Contents, Options
+from ops.image.bundle.contents import PROVE, Contents, Options
 from ops.image.bundle.cuda_lines import line_of, lines
 from ops.image.bundle.inventory import Present
 from ops.image.fetch import debian, models, wheels
@@ -177,6 +177,28 @@ def take(
     return taken, whole
 
 
+def prove(
+    name: str,
+    places: Places = Places(),
+    progress: Progress = quiet,
+    image: str | None = None,
+    host: str | None = None,
+) -> None:
+    """Let the built image (or ``image``) prove itself on the CPU: its own self-test, once an image.
+
+    Minutes the first time. Raises PreflightError with what failed.
+    """
+    client, tag = engine.connect(host), image or define(name, places).tag
+    identity = engine.image_id(client, tag)
+    done = places.cache / "proved" / identity.removeprefix("sha256:")
+    if done.is_file():
+        return
+    progress(f"{tag} proves itself: real steps in fp32 and bf16 (a few minutes, once an image)")
+    said = engine.prove(client, tag, places.lock(name), PROVE)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.write_text(said)
+
+
 def taken(name: str, places: Places = Places()) -> tuple[Image, Lock]:
     """What :func:`take` took last, with its lock; raises ConfigError where there is none."""
     folder = places.image(name)
@@ -233,6 +255,7 @@ def bundle(
     signed: bool = True,
     image: str | None = None,
     whole: bool = False,
+    proved: bool = True,
     places: Places = Places(),
     progress: Progress = quiet,
 ) -> Bundle | Path:
@@ -244,6 +267,8 @@ def bundle(
     ``volume`` is a number of bytes, or one of VOLUMES. ``key`` signs; without it a key of this
     user, made once. Raises ConfigError, PreflightError.
     """
+    if proved:
+        prove(name, places, progress, image)
     built, lock = take(name, places, progress, image)
     release = int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d%H%M%S"))
     contents = Contents(

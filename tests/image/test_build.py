@@ -193,7 +193,7 @@ def test_an_image_made_from_ours_in_a_shell_is_carried_under_its_own_name(places
     made.remove()
     try:
         found = workflow.bundle(
-            "tiny", places.root / "out", places=places, signed=False, image="mine:1"
+            "tiny", places.root / "out", places=places, signed=False, proved=False, image="mine:1"
         )
     finally:
         engine.remove(client, "mine:1")
@@ -235,3 +235,25 @@ def test_a_real_image_on_another_debian_differs_in_the_layer_of_debian_at_most()
     assert [x.diff_id for x in two.layers[1:]] == [x.diff_id for x in one.layers[1:]]
     differing = {a[0] for a, b in zip(entries(one)[0], entries(two)[0], strict=False) if a != b}
     print(f"Debian's layer differs in {len(differing)} entries:", *sorted(differing)[:20], sep="\n")
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_an_image_that_does_not_prove_itself_is_not_bundled(places):
+    workflow.build("tiny", places, base=BASE)
+    with pytest.raises(MilkteaError, match="does not prove itself"):
+        workflow.bundle("tiny", places.root / "out", places=places, signed=False)
+    assert not (places.root / "out").exists()
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["practice", "train-cu126", "train-cu130"])
+def test_each_image_proves_itself_on_the_cpu(name, client):
+    """Real steps in fp32 and bf16, Triton's machine code, bitsandbytes: of images built here."""
+    try:
+        engine.image_id(client, workflow.define(name).tag)
+    except MilkteaError as error:
+        pytest.skip(f"{error} ({error.hint})")
+    workflow.prove(name)

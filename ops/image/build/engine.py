@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,57 @@ def docker_with_buildkit() -> str:
     )
 
 
+def prove(client: DockerClient, tag: str, lock: Path, command: Sequence[str]) -> str:
+    """Run the image's self-test as INSTALL.sh does, without a GPU; returns its JSON.
+
+    No network, a read-only root, no rights. Raises PreflightError with the failed checks' words.
+    """
+    try:
+        made = client.containers.create(
+            tag,
+            list(command[1:]),
+            entrypoint=command[0],
+            network_mode="none",
+            read_only=True,
+            tmpfs={"/tmp": "rw,exec,mode=1777"},
+            cap_drop=["ALL"],
+            security_opt=["no-new-privileges"],
+            shm_size="1g",
+            environment={"HOME": "/tmp"},
+            volumes={str(lock.resolve()): {"bind": "/run/milktea/image.lock", "mode": "ro"}},
+        )
+    except ImageNotFound as error:
+        raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
+    try:
+        made.start()
+        code = made.wait()["StatusCode"]
+        said = made.logs(stdout=True, stderr=False).decode(errors="replace")
+        words = made.logs(stdout=False, stderr=True).decode(errors="replace")
+    finally:
+        made.remove(force=True)
+    if code:
+        failed = [line for line in words.splitlines() if "FAILED" in line] or words.splitlines()[
+            -3:
+        ]
+        raise PreflightError(
+            f"{tag} does not prove itself (exit code {code}): {' | '.join(failed)[:900]}",
+            hint="mend what it names, make image, and bundle again",
+        )
+    return said
+
+
 def save(client: DockerClient, tag: str) -> Iterator[bytes]:
     """The stream of ``docker save``. Raises PreflightError where there is no such image."""
     try:
         return iter(client.images.get(tag).save(chunk_size=1 << 20, named=True))
+    except ImageNotFound as error:
+        raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
+
+
+def image_id(client: DockerClient, tag: str) -> str:
+    """The image's ID; raises PreflightError where there is no such image."""
+    try:
+        return str(client.images.get(tag).id)
     except ImageNotFound as error:
         raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
 

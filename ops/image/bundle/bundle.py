@@ -34,6 +34,12 @@ class Bundle:
     size_bytes: int
     carried_layers: int
 
+    @property
+    def summary(self) -> str:
+        """One line for a person."""
+        size = f"{self.size_bytes / 1e6:,.1f} MB"
+        return f"{self.folder}: {self.kind}, {self.carried_layers} layers, {size}, bundle {self.id}"
+
 
 def write_bundle(
     contents: Contents,

@@ -10,6 +10,8 @@ from ops.image.bundle import archive
 from ops.image.bundle.inventory import Present
 from ops.image.spec.lock import Lock, Model
 
+PROVE = ("python3", "-m", "trainer.checkup")  # the image's self-test
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -26,7 +28,7 @@ class Contents:
     models: dict[str, Path]
     line: Line
     lines: tuple[Line, ...] = ()
-    prove: tuple[str, ...] = ("python3", "-m", "trainer.checkup")
+    prove: tuple[str, ...] = PROVE
     python: str = "python3"
     memory_bytes: int = 4_000_000_000
     documents: dict[str, Path] | None = None
