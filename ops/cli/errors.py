@@ -12,6 +12,7 @@ from typing import NoReturn
 import typer
 
 from ops.errors import MilkteaError
+from ops.plain import plain
 
 
 @contextmanager
@@ -35,11 +36,11 @@ def _fail(e: MilkteaError, as_json: bool) -> NoReturn:
         }
         print(json.dumps(row, ensure_ascii=False))
         raise typer.Exit(e.exit_code)
-    print(f"\n{type(e).__name__}: {e}\n  money: {e.money}", file=sys.stderr)
+    print(f"\n{type(e).__name__}: {plain(str(e))}\n  money: {e.money}", file=sys.stderr)
     if e.hint:
         print(f"  next:  {e.hint}", file=sys.stderr)
     if e.exit_code == 70 and (first := e.__cause__) is not None:
-        print(f"  first: {type(first).__name__}: {first}", file=sys.stderr)
+        print(f"  first: {type(first).__name__}: {plain(str(first))}", file=sys.stderr)
     # make turns every code into its own 2
     print(f"  code:  {e.exit_code} (docs/troubleshooting.md)", file=sys.stderr)
     raise typer.Exit(e.exit_code)

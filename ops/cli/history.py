@@ -11,6 +11,7 @@ import typer
 
 from ops.cli.errors import errors
 from ops.errors import JournalError
+from ops.plain import plain
 
 if TYPE_CHECKING:
     from ops import api
@@ -61,10 +62,10 @@ def logs(
             words = (
                 f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()
             )
-            print(event.event, *words, sep="  ", flush=True)
+            print(plain("  ".join([event.event, *words])), flush=True)
         for name in ("log.txt", "container.log"):
             if (found.folder / name).exists() and not as_json:
-                print(f"--- {name}\n{(found.folder / name).read_text('utf-8', 'replace')}")
+                print(f"--- {name}\n" + plain((found.folder / name).read_text("utf-8", "replace")))
 
 
 def cost(

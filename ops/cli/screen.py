@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.api import Instance, Line, Plan, Ranking, events, told_line
+from ops.plain import plain
 
 QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
 # by the plan screen, `event`, `destroying`, and the command's error
@@ -99,6 +100,7 @@ class Terminal:
     # -- drawing -----------------------------------------------------------------------------------
 
     def _say(self, text: str, style: str = "") -> None:
+        text = plain(text)
         self._clear()
         line = (
             Text.assemble((f"{time.monotonic() - self._began:6.1f} s  ", "dim"), (text, style))
@@ -109,7 +111,9 @@ class Terminal:
 
     def _status(self, text: str, *, force: bool = False) -> None:
         now = time.monotonic()
+        text = plain(text)
         if self._live:
+            text = " ".join(text.split("\n"))
             if force or now - self._drawn > 0.1:
                 self._clear()
                 self.console.file.write(text[: self.console.width - 1])

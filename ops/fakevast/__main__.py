@@ -90,8 +90,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    os.umask(0o077)  # the key in these files lets its reader run programs as this user
     state = options.state.resolve()
     state.mkdir(parents=True, exist_ok=True)
+    state.chmod(0o700)
     lock = open(state / "lock", "a")  # noqa: SIM115 (held for as long as the process lives)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

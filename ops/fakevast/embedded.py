@@ -29,7 +29,7 @@ def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, .
     with the end of its log, when it does not come up.
     """
     state_dir = state_dir.resolve()
-    state_dir.mkdir(parents=True, exist_ok=True)
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if (server := running(state_dir)) is not None:
         return server
     command = [
@@ -46,7 +46,7 @@ def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, .
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     }
-    with open(state_dir / "server.log", "ab") as log:
+    with open(state_dir / "server.log", "ab", opener=_only_ours) as log:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -67,6 +67,10 @@ def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, .
             )
         time.sleep(0.005)
     return server
+
+
+def _only_ours(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def running(state_dir: Path) -> Server | None:

@@ -109,7 +109,9 @@ class Journal:
         return self.folder.name
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # prompts and answers are in it: nobody else's to read
+            self.folder.chmod(0o700)
         self._lock = hold(self.folder)
         try:
             self._open()

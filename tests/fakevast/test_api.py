@@ -317,7 +317,9 @@ def test_everything_can_be_steered_over_http_from_another_process(
     fake: FakeVast, client: VastClient
 ) -> None:
     def control(method: str, what: str, body: Any = None) -> Any:
-        reply = requests.request(method, f"{fake.url}/_fake/{what}", json=body, timeout=5)
+        key = {"Authorization": f"Bearer {fake.api_key}"}
+        url = f"{fake.url}/_fake/{what}"
+        reply = requests.request(method, url, json=body, headers=key, timeout=5)
         return reply.json() if reply.ok else reply.status_code
 
     assert control("POST", "faults", {"where": "show", "what": "502_before"}) == {"planned": 1}
@@ -330,6 +332,19 @@ def test_everything_can_be_steered_over_http_from_another_process(
     assert control("POST", "clock", {"advance_s": 3600})["now"] >= before + 3600
     assert control("GET", "charges")[0]["amount"] > 0.1
     assert control("GET", "nonsense") == 404
+
+
+@pytest.mark.parametrize("path", ["/_fake/instances", "/api/v0/users/current/"])
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Authorization": ""}]
+)
+def test_a_web_page_or_a_stranger_steers_nothing(
+    fake: FakeVast, path: str, headers: dict[str, str]
+) -> None:
+    ours = {"Authorization": f"Bearer {fake.api_key}"}
+    assert requests.get(fake.url + path, headers=ours, timeout=5).status_code == 200
+    reply = requests.get(fake.url + path, headers=ours | headers, timeout=5)
+    assert reply.status_code == 403
 
 
 def test_a_virtual_clock_stands_still_until_it_is_moved(make: Callable[..., FakeVast]) -> None:

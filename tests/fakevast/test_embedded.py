@@ -64,6 +64,18 @@ def test_ensure_starts_one_emulator_however_often_and_from_however_many_it_is_ca
 
 
 @pytest.mark.slow  # waits for an absence, seconds long
+def test_no_other_user_of_this_machine_can_read_the_key(state: Path) -> None:
+    folder = state / "new"
+    ensure(folder)
+    try:
+        assert folder.stat().st_mode & 0o077 == 0
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        assert {"server.json", "account.json"} <= {p.name for p in files}
+        assert [p for p in files if p.stat().st_mode & 0o077] == []
+    finally:
+        stop(folder)
+
+
 def test_it_ends_by_itself_when_idle_but_not_while_an_instance_exists(state: Path) -> None:
     server = ensure(state, idle_exit_s=0.5, options=("--boot-s", "0", "--no-rate-limits"))
     ask = api(server, "POST", "bundles/", {}).json()["offers"][0]["id"]

@@ -40,7 +40,11 @@ class Api:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         self.last_request = asyncio.get_running_loop().time()
+        if (why := _stranger(request)) is not None:
+            return web.json_response({"error": why}, status=403)
         if request.path.startswith("/_fake/"):
+            if _key_of(request) != self.cloud.account.key:
+                return web.json_response({"error": "controls need the account's key"}, status=403)
             return await self._control(request)
         if request.path.startswith("/_results/"):
             text = self.results.read(request.path.rsplit("/", 1)[1])
@@ -138,6 +142,17 @@ CONTROLS: dict[str, Callable[[Api, Any], Any]] = {
 def _handler(name: str) -> Callable[[Call], Any]:
     handler: Callable[[Call], Any] = getattr(instances, name, None) or getattr(account, name)
     return handler
+
+
+def _stranger(request: web.Request) -> str | None:
+    """Why this is no call of ours: a web page, which names its origin, or reaches this machine by
+    a name of its own."""
+    if "Origin" in request.headers:
+        return "calls of web pages are not answered"
+    host = request.host.rpartition(":")[0] or request.host
+    if host not in ("127.0.0.1", "localhost"):
+        return f"{host!r} is not this machine's loopback"
+    return None
 
 
 def _key_of(request: web.Request) -> str | None:

@@ -29,7 +29,9 @@ def main() -> int:
             env=os.environ | {"VAST_URL": server.url, "VAST_API_KEY": server.api_key},
             check=False,
         ).returncode
-        with urllib.request.urlopen(f"{server.url}/_fake/instances", timeout=10) as reply:
+        key = {"Authorization": f"Bearer {server.api_key}"}
+        asked = urllib.request.Request(f"{server.url}/_fake/instances", headers=key)
+        with urllib.request.urlopen(asked, timeout=10) as reply:
             left = [row["id"] for row in json.load(reply)]
         if left:
             print(f"left behind: {left}")

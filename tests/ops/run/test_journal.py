@@ -126,3 +126,16 @@ def test_a_folder_without_a_journal_is_an_error_with_a_hint(tmp_path: Path) -> N
     with pytest.raises(JournalError) as caught:
         journal.read(tmp_path / "nothing")
     assert "milktea status" in caught.value.hint
+
+
+def test_a_run_folder_is_its_users_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o755)
+    with Journal(tmp_path / "run") as j:
+        j.append("planned")
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+
+
+def test_odd_text_does_not_end_a_journal(tmp_path: Path) -> None:
+    with Journal(tmp_path / "run") as j:
+        j.append("event", message="\ud800")
+    assert [line["message"] for line in journal.read(tmp_path / "run")] == ["\ud800"]

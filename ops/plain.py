@@ -1,0 +1,23 @@
+"""Text from elsewhere, made plain before it reaches a terminal: what a box, the API or a data set
+says may hold escape sequences that retitle, clear or forge the screen."""
+
+from __future__ import annotations
+
+import re
+
+# C0 but tab and newline, DEL, C1; what turns or hides the direction of text; lone surrogates.
+_ODD = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+    "\ud800-\udfff]"
+)
+
+
+def plain(text: str) -> str:
+    r"""`text` with every such character written out, as ``\x1b``. Newlines and tabs stay; a
+    carriage return before a newline is dropped."""
+    return _ODD.sub(_written_out, text.replace("\r\n", "\n"))
+
+
+def _written_out(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"

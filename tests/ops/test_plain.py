@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ops.cli.screen import Terminal
+from ops.plain import plain
+from trainer.wire import events
+
+CLIPBOARD, TITLE, CLEAR = "\x1b]52;c;ZXZpbA==\x07", "\x1b]0;evil\x07", "\x1b[2J\x1b[H"
+C1, BIDI, LINES = "\x9b31m", "\u202ereversed\u2066", "one\u2028two"
+
+
+@pytest.mark.parametrize("odd", [CLIPBOARD, TITLE, CLEAR, C1, BIDI, LINES, "\r", "\x00", "\ud800"])
+def test_what_would_steer_a_terminal_is_written_out(odd: str) -> None:
+    told = plain(f"before{odd}after")
+    assert told.isprintable() and told.startswith("before") and told.endswith("after")
+    told.encode()
+
+
+def test_ordinary_text_stays_as_it_is() -> None:
+    text = "奶茶 – naïve\n\ttabs, emoji 🧋"
+    assert plain(text) == text and plain("a\r\nb") == "a\nb"
+
+
+def test_nothing_that_a_box_says_steers_the_screen() -> None:
+    for live in (True, False):
+        out = io.StringIO()
+        screen = Terminal(Console(file=out, force_terminal=live, width=200, color_system=None))
+        odd = CLIPBOARD + CLEAR + C1 + BIDI
+        screen.event(events.Warned(t=1, message=odd), 0.0, 1.0, 0.0)
+        screen.waiting(odd)
+        screen.connecting(odd)
+        told = out.getvalue().replace("\r\x1b[2K", "")
+        assert "\\x1b]52" in told
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(told), repr(told)
