@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from ops.fakevast.cloud.catalogue import load_market
 from ops.fakevast.cloud.cloud import Cloud
@@ -27,64 +28,26 @@ def arguments() -> argparse.Namespace:
         description="vast.ai on loopback: market, API, SSH boxes, bill",
     )
     add = parser.add_argument
+    number: dict[str, Any] = {"type": float, "metavar": "N"}
+    several: dict[str, Any] = {"action": "append", "default": []}
+    files: dict[str, Any] = {"type": Path, "metavar": "FILE"}
     folder, switch = Path(".milktea/fakevast"), argparse.BooleanOptionalAction
     add("--port", type=int, default=0, help="0: any free one (default)")
     add("--state", type=Path, default=folder, metavar="DIR", help="of server.json and the boxes")
-    add(
-        "--idle-exit-s",
-        type=float,
-        default=0.0,
-        metavar="N",
-        help="end after N seconds without request and instance (0: never)",
-    )
-    add(
-        "--boot-s",
-        type=float,
-        default=2.0,
-        metavar="N",
-        help="seconds from create to running (default 2)",
-    )
-    add(
-        "--credit-usd",
-        type=float,
-        default=25.0,
-        metavar="N",
-        help="play money at the start (default 25)",
-    )
-    add(
-        "--image-bytes",
-        action="append",
-        default=[],
-        metavar="GLOB=N",
-        help="what pulling such an image moves, and costs",
-    )
-    add(
-        "--catalogue",
-        type=Path,
-        metavar="FILE",
-        help="JSON list of machines in place of the built-in market",
-    )
-    add(
-        "--faults",
-        type=Path,
-        metavar="FILE",
-        help="JSON list of faults, see ops/fakevast/cloud/faults.py",
-    )
-    add(
-        "--share",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a path of this machine that boxes may reach over SFTP too",
-    )
-    add(
-        "--v0-list",
-        action="store_true",
-        help="GET /api/v0/instances/ lists instead of answering 410",
-    )
-    add(
-        "--rate-limits", action=switch, default=True, help="vast.ai's least intervals between calls"
-    )
+    idle = "end after N seconds without request and instance (0: never)"
+    add("--idle-exit-s", default=0.0, help=idle, **number)
+    add("--boot-s", default=2.0, help="seconds from create to running (default 2)", **number)
+    add("--credit-usd", default=25.0, help="play money at the start (default 25)", **number)
+    sizes = "what pulling such an image moves, and costs"
+    add("--image-bytes", metavar="GLOB=N", help=sizes, **several)
+    add("--catalogue", help="JSON list of machines in place of the built-in market", **files)
+    add("--faults", help="JSON list of faults, see ops/fakevast/cloud/faults.py", **files)
+    shared = "a path of this machine that boxes may reach over SFTP too"
+    add("--share", metavar="PATH", help=shared, **several)
+    v0_list = "GET /api/v0/instances/ lists instead of answering 410"
+    add("--v0-list", action="store_true", help=v0_list)
+    limits = "vast.ai's minimum intervals between calls"
+    add("--rate-limits", action=switch, default=True, help=limits)
     return parser.parse_args()
 
 

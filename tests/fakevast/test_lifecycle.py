@@ -9,6 +9,7 @@ import pytest
 from ops.fakevast import Cloud, VirtualClock
 from ops.fakevast.cloud.errors import ApiError
 from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.record import record
 from ops.fakevast.cloud.settings import Settings
 
 
@@ -43,7 +44,7 @@ def test_a_box_goes_from_null_by_created_and_loading_to_running() -> None:
     assert [status for status, _ in seen if status != "loading"] == [None, "created", "running"]
     assert sum(status == "loading" for status, _ in seen) >= 3, "loading tells of its progress"
     assert seen[-1][1] == "success, running a/b:1/ssh"
-    row = one.row(cloud.clock.now())
+    row = record(one, cloud.clock.now())
     assert (
         row["ports"] == {}
         and isinstance(row["start_date"], float)

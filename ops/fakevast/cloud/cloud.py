@@ -15,6 +15,7 @@ from ops.fakevast.cloud.clock import Clock, RealClock
 from ops.fakevast.cloud.create import Order, new_instance, parse_order
 from ops.fakevast.cloud.errors import ApiError, no_such_ask, no_such_instance, wrong_key
 from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.record import charge, record
 from ops.fakevast.cloud.rentals import Rentals
 from ops.fakevast.cloud.settings import Settings
 
@@ -215,7 +216,7 @@ class Cloud(Rentals):
     def rows(self) -> list[dict[str, Any]]:
         """The records of what exists now."""
         self.tick()
-        return [instance.row(self.clock.now()) for instance in self.instances.values()]
+        return [record(instance, self.clock.now()) for instance in self.instances.values()]
 
     def spent_usd(self) -> float:
         """Metered dollars of every instance that ever was."""
@@ -232,5 +233,5 @@ class Cloud(Rentals):
         self.tick()
         now = self.clock.now()
         both = [*self.instances.values(), *self.destroyed.values()]
-        rows = [one.charge(now) for one in sorted(both, key=lambda one: one.id)]
+        rows = [charge(one, now) for one in sorted(both, key=lambda one: one.id)]
         return [*self.account.old_charges, *rows]

@@ -10,8 +10,8 @@ from ops.fakevast.cloud.errors import ApiError
 from ops.fakevast.cloud.instance import Instance
 from ops.fakevast.cloud.search import price
 
-SMALLEST_DISK_GB = 8.0
-LONGEST_IMAGE, LONGEST_LABEL, LONGEST_ENV, LONGEST_START = 1024, 256, 32768, 4096
+MIN_DISK_GB = 8.0
+MAX_IMAGE, MAX_LABEL, MAX_ENV, MAX_START = 1024, 256, 32768, 4096
 RUNTYPES = {
     "ssh",
     "ssh_proxy",
@@ -54,24 +54,24 @@ def parse_order(body: dict[str, Any], offer: dict[str, Any]) -> Order:
         "image",
         image,
     )
-    _need(len(str(image or "")) <= LONGEST_IMAGE, offer, "image too long", len(str(image)))
+    _need(len(str(image or "")) <= MAX_IMAGE, offer, "image too long", len(str(image)))
     _need(isinstance(env, dict), offer, "env must be an object", env)
     _need(
-        sum(len(str(k)) + len(str(v)) for k, v in env.items()) <= LONGEST_ENV,
+        sum(len(str(k)) + len(str(v)) for k, v in env.items()) <= MAX_ENV,
         offer,
         "env longer than 32768",
         "",
     )
     _need(onstart is None or isinstance(onstart, str), offer, "onstart", onstart)
     _need(
-        len(onstart or "") + sum(map(len, args)) <= LONGEST_START,
+        len(onstart or "") + sum(map(len, args)) <= MAX_START,
         offer,
         "args and onstart longer than 4096",
         len(onstart or ""),
     )
     label = body.get("label")
     _need(
-        label is None or (isinstance(label, str) and len(label) <= LONGEST_LABEL),
+        label is None or (isinstance(label, str) and len(label) <= MAX_LABEL),
         offer,
         "label",
         label,
@@ -148,7 +148,7 @@ def _disk(body: dict[str, Any], offer: dict[str, Any]) -> float:
         disk = float(body.get("disk") or 10.0)
     except (TypeError, ValueError):
         disk = -1.0
-    _need(disk >= SMALLEST_DISK_GB, offer, "disk below 8 GB", body.get("disk"))
+    _need(disk >= MIN_DISK_GB, offer, "disk below 8 GB", body.get("disk"))
     _need(
         disk <= offer["disk_space"],
         offer,

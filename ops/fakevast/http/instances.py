@@ -12,6 +12,7 @@ from typing import Any
 from ops.fakevast.cloud.catalogue import CARDS
 from ops.fakevast.cloud.errors import ApiError, no_such_ask
 from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.record import record
 from ops.fakevast.http.call import Call
 
 PAGE = 25
@@ -120,7 +121,7 @@ def _listed(call: Call) -> Any:
     that are late."""
     call.cloud.tick()
     now = call.cloud.clock.now()
-    rows = [one.row(now) for one in call.cloud.instances.values() if not _late(one, "list")]
+    rows = [record(one, now) for one in call.cloud.instances.values() if not _late(one, "list")]
     return rows + [
         _ghost(call, number) for number in [*call.cloud.ghosts] if _haunts(call, number, "list")
     ]
@@ -181,7 +182,7 @@ def _haunts(call: Call, number: int, place: str) -> bool:
 
 
 def _ghost(call: Call, number: int) -> dict[str, Any]:
-    row = call.cloud.destroyed[number].row(call.cloud.clock.now())
+    row = record(call.cloud.destroyed[number], call.cloud.clock.now())
     return row | {
         "actual_status": "running",
         "cur_state": "running",
@@ -191,7 +192,7 @@ def _ghost(call: Call, number: int) -> dict[str, Any]:
 
 
 def instance_filters(call: Call) -> Any:
-    rows = [one.row(call.cloud.clock.now()) for one in call.cloud.instances.values()]
+    rows = [record(one, call.cloud.clock.now()) for one in call.cloud.instances.values()]
     columns = ("actual_status", "gpu_name", "geolocation", "label")
     return {
         "success": True,
@@ -211,7 +212,7 @@ def show(call: Call) -> Any:
     return {
         "instances": None
         if instance is None or _late(instance, "show")
-        else instance.row(call.cloud.clock.now())
+        else record(instance, call.cloud.clock.now())
     }
 
 

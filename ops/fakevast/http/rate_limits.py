@@ -1,5 +1,7 @@
-"""vast.ai's rate limits: a least interval between two calls of one kind by one caller, and a daily
-quota of searches."""
+"""vast.ai's rate limits.
+
+A minimum interval between two calls of one kind by one caller, and a daily quota of searches.
+"""
 
 from __future__ import annotations
 
