@@ -22,7 +22,7 @@ from ops.image.bundle.contents import PROVE, Contents, Options
 from ops.image.bundle.cuda_lines import line_of, lines
 from ops.image.bundle.inventory import Present
 from ops.image.fetch import debian, models, wheels
-from ops.image.fetch.debian import Mirrors
+from ops.image.fetch.debian import Mirrors as Mirrors  # offered to the command line
 from ops.image.spec import budget, definition
 from ops.image.spec import lock as locks
 from ops.image.spec.definition import Definition

@@ -257,7 +257,7 @@ class _Norm(torch.autograd.Function):
         _, x, _, _, rstd = ops.norm_forward(h, weight, eps, None, False)
         ctx.save_for_backward(h, weight, rstd)
         ctx.ops = ops
-        return x
+        return cast(Tensor, x)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
