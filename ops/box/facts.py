@@ -188,6 +188,7 @@ _SAYS_NOTHING = {
     "edition",
     "accelerator",
     "device",
+    "ac",  # NVIDIA B300 SXM6 AC is the card it is
 }
 _FORMS = {"sxm", "pcie", "nvl"}
 

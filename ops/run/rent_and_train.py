@@ -28,6 +28,7 @@ from ops.errors import (
     OfferGone,
     OverBudget,
     Preempted,
+    PreflightError,
     RateLimited,
     Stalled,
     Unsuitable,
@@ -38,7 +39,7 @@ from ops.run import place, result
 from ops.run.choose import choose, search
 from ops.run.follow import ODD, follow, newest_checkpoint, pull_folder
 from ops.run.keeper import kept
-from ops.run.rental import boot, refuse_preempted, rented
+from ops.run.rental import boot, fatal_word, refuse_preempted, rented
 from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
 from ops.wait import until
 
@@ -92,6 +93,19 @@ def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
     """Another machine is taken next. A machine that failed by itself is remembered; being outbid or
     late is not its fault."""
     fault = isinstance(error, NeverReady | Unsuitable | Lost)
+    word = fatal_word(str(error)) if isinstance(error, NeverReady) else None
+    others = {
+        line["machine_id"]
+        for line in session.journal.lines
+        if line.kind == "bad_machine" and word and fatal_word(line["why"]) == word
+    } - {offer.machine_id}
+    if others:  # two machines, one word: it is the image's
+        session.note("missed", machine_id=offer.machine_id, offer_id=offer.id, why=str(error))
+        raise PreflightError(
+            f"image {session.plan.image} starts on no machine: {len(others) + 1} of them said "
+            f"{word!r}: {error}",
+            hint="look at image.ref in the job file: its name, its tag, whether it is public",
+        ) from error
     session.note(
         "bad_machine" if fault else "missed",
         machine_id=offer.machine_id,

@@ -38,7 +38,7 @@ READS = 3  # without it, in a row, prove absence
 SETTLE_S = 5.0
 PROOF_S = 2.0  # between reads after a destroy
 DESTROY_PATIENCE_S = 600.0
-UNSEEN_PATIENCE_S = 60.0  # a new contract may be invisible for so long
+UNSEEN_PATIENCE_S = 300.0  # a new contract may be invisible for so long
 LOG_S = 5.0  # waited for a container's log after the proof
 SICK_PATIENCE_S = 120.0  # of offline or unknown before the box is given up
 
@@ -143,7 +143,8 @@ def _settle(session: Session, error: MarketError) -> int:
 def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     """Wait until it runs and lets us at its ports. Raises NeverReady (fatal status, deadline),
     Preempted, Unsuitable."""
-    session.vast.attach_key(instance_id, session.make_key())
+    with suppress(MarketError):  # onstart brings the key too: no reason to destroy a box
+        session.vast.attach_key(instance_id, session.make_key())
     timeout_s = boot_timeout_s(session.predicted(offer))
     began = session.clock.steady()
     load()
@@ -153,7 +154,7 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
         now = session.vast.instance(instance_id)
         waited = session.clock.steady() - began
         if now is None:
-            if waited > UNSEEN_PATIENCE_S:
+            if waited > UNSEEN_PATIENCE_S * session.clock.pace:
                 raise NeverReady(
                     f"instance {instance_id} is not to be seen {waited:.0f} s after it was rented"
                 )
@@ -180,12 +181,15 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     return running
 
 
+def fatal_word(text: str) -> str | None:
+    """The first of FATAL_WORDS in `text`."""
+    return next((w for w in FATAL_WORDS if w in text.lower()), None)
+
+
 def _refuse_fatal(session: Session, now: Instance) -> None:
     if now.outbid:
         raise Preempted(f"instance {now.id} was outbid, or the credit ran out")
-    message = now.status_msg.lower()
-    word = next((w for w in FATAL_WORDS if w in message), None)
-    if now.status == "exited" or word:
+    if now.status == "exited" or fatal_word(now.status_msg):
         raise NeverReady(
             f"machine {now.machine_id} cannot start: {now.status} {now.status_msg.strip()[:200]}"
         )
@@ -196,13 +200,23 @@ def refuse_preempted(session: Session) -> None:
     silence raises nothing."""
     instance_id = session.instance_id()
     try:
-        now = session.vast.instance(instance_id) if instance_id is not None else None
+        now = _shown(session, instance_id) if instance_id is not None else None
     except MarketError:
         return
     if now is None or now.outbid or now.status in ("exited", "stopped"):
         state = f"{now.status} {now.status_msg.strip()[:100]}" if now else "not there any more"
         session.note("preempted", instance_id=instance_id, state=state)
         raise Preempted(f"instance {instance_id} is {state}")
+
+
+def _shown(session: Session, instance_id: int) -> Instance | None:
+    """The instance's record; None after READS spaced reads without it."""
+    for n in range(READS):
+        if n:
+            session.clock.sleep(PROOF_S)
+        if (now := session.vast.instance(instance_id)) is not None:
+            return now
+    return None
 
 
 def differs(

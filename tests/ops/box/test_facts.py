@@ -286,3 +286,7 @@ def test_every_card_of_the_emulators_market_is_what_its_own_nvidia_smi_says(tmp_
     assert len(CARDS) > 10
     for name in CARDS:
         assert same_gpu(f"NVIDIA {full.get(name, name)}", name), name
+
+
+def test_a_b300_is_the_card_that_its_driver_calls_ac() -> None:
+    assert same_gpu("NVIDIA B300 SXM6 AC", "B300")

@@ -221,3 +221,43 @@ def test_a_key_is_not_sent_in_the_clear() -> None:
     with pytest.raises(PreflightError, match="in the clear"):
         provider_from({"VAST_API_KEY": "k", "VAST_URL": "http://vast.example"})
     assert provider_from({"VAST_API_KEY": "k", "VAST_URL": "http://127.0.0.1:80"})
+
+
+@pytest.mark.parametrize("body", [{"instances": None}, {"success": True, "instances": None}])
+def test_one_empty_answer_about_a_healthy_box_does_not_destroy_it(
+    own: rig.Rig, fake: FakeVast, body: dict[str, Any]
+) -> None:
+    fake.faults.add(where="exec", what="cut", on_call=4)
+    plan = own.plan()
+
+    def plant() -> None:
+        fake.faults.add(where="exec", what="cut")
+        fake.faults.add(where="show", what="reply", status=200, body=body)
+
+    with Journal(own.runs / plan.run_id) as j:
+        rent_and_train(rig.client(plan, j, fake.url, fake.api_key, screen=Once(plant)))
+    assert ("show", "reply") in fake.faults.fired
+    assert sum(r["route"] == "create" for r in fake.requests) == 1
+
+
+def test_a_key_that_is_attached_already_is_no_reason_to_destroy(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    said = {"success": False, "error": "duplicate", "msg": "SSH key already attached"}
+    fake.faults.add(where="attach_ssh", what="reply", status=400, body=said)
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j:
+        assert rent_and_train(rig.client(plan, j, fake.url, fake.api_key)).sha256
+    assert fake.faults.fired == [("attach_ssh", "reply")]
+
+
+def test_an_image_that_two_machines_cannot_start_is_named_and_renting_stops(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    fake.faults.add(where="boot", what="pull_error", times=None)
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j:
+        with pytest.raises(PreflightError, match=f"image {rig.IMAGE} starts on no machine"):
+            rent_and_train(rig.client(plan, j, fake.url, fake.api_key))
+        kinds = [line.kind for line in j.lines]
+    assert kinds.count("renting") == 2 and kinds.count("bad_machine") == 1
