@@ -146,7 +146,7 @@ def _poll(session: Session, box: Box, offset: int, window: int) -> _Answer | Non
         )
     except (Lost, ValueError) as e:
         session.screen.waiting(f"no connection ({e}); the training goes on without us")
-    refuse_preempted(session)
+    refuse_preempted(session, box)
     with suppress(NeverReady):
         box.connect(deadline_s=20 * session.clock.pace)
     return None

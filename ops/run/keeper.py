@@ -125,6 +125,7 @@ class Keeper:
     # -- lease and price ---------------------------------------------------------------------------
 
     def _renew(self) -> None:
+        self._box.endpoints = self._story.endpoints
         with suppress(MilkteaError):
             self._box.run(scripts.RENEW, timeout_s=ANSWER_S)
         if self._now() - self._priced >= PRICE_S:

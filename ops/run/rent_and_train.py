@@ -39,7 +39,7 @@ from ops.run import place, result
 from ops.run.choose import choose, search
 from ops.run.follow import ODD, follow, newest_checkpoint, pull_folder
 from ops.run.keeper import kept
-from ops.run.rental import boot, fatal_word, refuse_preempted, rented
+from ops.run.rental import boot, endpoints, fatal_word, refuse_preempted, rented
 from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
 from ops.wait import until
 
@@ -121,11 +121,8 @@ def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
 def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     """A box that let us in, is what was offered, and guards itself. Raises NeverReady, Unsuitable,
     HostKeyChanged."""
-    endpoints = [Endpoint(instance.ssh_host, instance.ssh_port, "proxy")]
-    if instance.direct_port:
-        endpoints.insert(0, Endpoint(instance.direct_host, instance.direct_port, "direct"))
     box = Box(
-        endpoints,
+        endpoints(instance),
         "root",
         session.key_path,
         session.known_hosts,
@@ -213,7 +210,7 @@ def reconnected(session: Session, box: Box) -> bool:
     was taken away, HostKeyChanged."""
 
     def connected() -> bool | None:
-        refuse_preempted(session)
+        refuse_preempted(session, box)
         if session.left_s() < MARGIN_S:
             return False
         try:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 from ops.box import scripts
-from ops.box.connection import load
+from ops.box.connection import Box, Endpoint, load
 from ops.errors import (
     BoxLeaked,
     Fenced,
@@ -195,9 +195,17 @@ def _refuse_fatal(session: Session, now: Instance) -> None:
         )
 
 
-def refuse_preempted(session: Session) -> None:
-    """Ask vast.ai, when the box does not answer. Raises Preempted when it was stopped or is gone;
-    silence raises nothing."""
+def endpoints(instance: Instance) -> list[Endpoint]:
+    """The ways to its sshd, as the record has them now."""
+    found = [Endpoint(instance.ssh_host, instance.ssh_port, "proxy")] if instance.ssh_port else []
+    if instance.direct_port:
+        found.insert(0, Endpoint(instance.direct_host, instance.direct_port, "direct"))
+    return found
+
+
+def refuse_preempted(session: Session, box: Box) -> None:
+    """Ask vast.ai, when the box does not answer, and take the ports that it tells now. Raises
+    Preempted when it was stopped or is gone; silence raises nothing."""
     instance_id = session.instance_id()
     try:
         now = _shown(session, instance_id) if instance_id is not None else None
@@ -207,6 +215,7 @@ def refuse_preempted(session: Session) -> None:
         state = f"{now.status} {now.status_msg.strip()[:100]}" if now else "not there any more"
         session.note("preempted", instance_id=instance_id, state=state)
         raise Preempted(f"instance {instance_id} is {state}")
+    box.endpoints = endpoints(now) or box.endpoints
 
 
 def _shown(session: Session, instance_id: int) -> Instance | None:

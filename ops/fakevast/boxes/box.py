@@ -103,6 +103,17 @@ class Box:
         if self._has_run:
             processes.kill_marked(str(self.folder))
 
+    def move_ports(self) -> None:
+        """What a provider does now and then: connections break, sshd is at other ports."""
+        for sock in self._listening:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+            sock.close()
+        for connection in list(self.connections):
+            connection.abort()
+        self._direct, self._proxy = _bound(), _bound()
+        self._publish()
+        self._listen()
+
     def clear(self) -> None:
         """Recycle: the container's files go."""
         shutil.rmtree(self.home, ignore_errors=True)

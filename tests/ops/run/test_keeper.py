@@ -164,3 +164,16 @@ def test_a_machine_whose_watchdog_is_not_armed_gets_no_byte(
         kinds = [line.kind for line in j.lines]
         assert "pushed" not in kinds and "destroyed" in kinds
         assert said in j.last("bad_machine")["why"]
+
+
+def test_a_box_whose_ports_move_is_found_at_its_new_ones(own: rig.Rig, fake: FakeVast) -> None:
+    """The sshd is gone from where it was; the record on vast.ai has the new ports."""
+
+    def move() -> None:
+        box = fake.emulator.boxes.live[fake.cloud.rows()[0]["id"]]
+        box.move_ports()
+
+    screen = Standing(lambda: True, lambda: fake.do(move))
+    _, outcome = story(own, fake, screen)
+    assert outcome.sha256
+    assert sum(r["route"] == "create" for r in fake.requests) == 1
