@@ -301,8 +301,9 @@ def test_odd_heads_and_soft_caps_on_the_gpu_agree_with_the_twin(d, e, softcap):
 
 
 def close(out, want, at):
-    """Within what bf16 explains: 1 % of the norm."""
-    d = torch.randn_like(want)
+    """Within what bf16 explains: 1 % of the norm. The draw is fixed: a gradient of four sinks may
+    cancel to almost nothing."""
+    d = torch.randn(want.shape, generator=torch.Generator().manual_seed(3)).to(want)
     mine = [out, *torch.autograd.grad(out, at, d.to(out.dtype), retain_graph=True)]
     theirs = [want, *torch.autograd.grad(want, at, d, retain_graph=True)]
     for a, b in zip(mine, theirs, strict=True):
