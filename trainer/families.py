@@ -256,7 +256,7 @@ def read(config: Config) -> Family:
     refusal = _table().get(outer, {})
     if refusal.get("refuse") and not config.get("is_decoder"):
         raise FamilyError(f"model_type {outer}: {refusal['refuse']}", refusal["hint"])
-    _refuse_quantised(config)
+    _validate_quantised(config)
     tower = _towers().get(outer)
     text = config if tower is None else _text_config(config)
     kind = str(text.get("model_type") or outer)
@@ -301,7 +301,7 @@ def _general_row(kind: str) -> Config:
     return {**_file()["default"], **empty}
 
 
-def _refuse_quantised(config: Config) -> None:
+def _validate_quantised(config: Config) -> None:
     told = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(told, dict):
         return

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         job = read_job(path)
         machines = read_machines(os.environ)
         if visible_gpus():
-            check_accelerate_config(os.environ)
+            validate_accelerate_config(os.environ)
         check(job, run)
     except (OSError, ValueError) as error:
         return refuse(run, error)
@@ -85,7 +85,7 @@ def check(job: Job, run: Path) -> None:
     validate_weights(model_folder(job, run, weights=True))
 
 
-def check_accelerate_config(environment: Mapping[str, str]) -> None:
+def validate_accelerate_config(environment: Mapping[str, str]) -> None:
     """Raises Refused, with its path, for a file of `accelerate config` that would make
     `accelerate launch` train otherwise than the job says: by DeepSpeed, FSDP or Megatron, on TPUs,
     in SageMaker, on the CPU. Of any other file the options given by `build` win, and the rest (GPU

@@ -485,19 +485,19 @@ def solve(
     r: int = 16,
     target_modules: Targets = "all-linear",
     method: str = "lora",
-    least_tokens: int = 2048,
-    most_tokens: int = 16384,
+    min_tokens: int = 2048,
+    max_tokens: int = 16384,
     **more: Any,
 ) -> tuple[int, int] | None:
     """The fastest (tokens of a micro-batch, layers to checkpoint) that a card of `capacity_gib`, as
     torch reports its total memory, holds; or None.
 
-    `least_tokens` is the longest row: a micro-batch must hold one. A checkpointed layer is computed
+    `min_tokens` is the longest row: a micro-batch must hold one. A checkpointed layer is computed
     forward twice, a small micro-batch costs its launches; of all that fits the pair with the least
     time a token wins, never one that does not fit.
     """
     best: tuple[float, int, int] | None = None
-    for tokens in _budgets(least_tokens, most_tokens):
+    for tokens in _budgets(min_tokens, max_tokens):
         layers = _fewest_checkpointed(
             shape, capacity_gib, precision, r, target_modules, tokens, method, more
         )
@@ -515,12 +515,12 @@ def min_gpu_memory_gib(
     r: int = 16,
     target_modules: Targets = "all-linear",
     method: str = "lora",
-    least_tokens: int = 2048,
+    min_tokens: int = 2048,
     **more: Any,
 ) -> float:
     """The smallest card, as torch reports it, on which `solve` finds a way: the longest row alone,
     all layers recomputed."""
-    least = predict(shape, precision, r, target_modules, least_tokens, shape.layers, method, **more)
+    least = predict(shape, precision, r, target_modules, min_tokens, shape.layers, method, **more)
     return needed_gib(least.peak_gib)
 
 

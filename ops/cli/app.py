@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ops import api
     from ops.cli.screen import JsonLines, Terminal
 
-BEGAN = time.time()  # as near to the user's Enter as Python can say
+BEGAN = time.time()  # process start; `explain` counts from it
 app = typer.Typer(
     no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )

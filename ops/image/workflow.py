@@ -55,7 +55,7 @@ def define(name: str, places: Places = Places()) -> Definition:
 def read_lock(name: str, places: Places = Places()) -> Lock:
     """images/NAME.lock; raises ConfigError where it is older than the definition."""
     lock = locks.read(places.lock(name))
-    definition.require_current(lock, define(name, places))
+    definition.validate_current(lock, define(name, places))
     return lock
 
 
@@ -69,7 +69,7 @@ def lock(
     something cannot be had, ConfigError where the Dockerfile's version is released.
     """
     spec, mirrors = define(name, places), mirrors or Mirrors.of_this_host()
-    context.require_unreleased(spec.dockerfile, places)
+    context.validate_unreleased(spec.dockerfile, places)
     debs = debian.resolve(spec.os, mirrors)
     debian.fetch(debs, mirrors, places.debs, progress)
     found = wheels.resolve(spec.python, spec.python.requirements, places.wheels, progress)
@@ -137,7 +137,7 @@ def make_base(
     """Make a Debian base of the locked packages by mmdebstrap, for a machine that reaches no
     registry; returns its tag.
     """
-    debian.require_mmdebstrap()
+    debian.validate_mmdebstrap()
     spec, found, client = define(name, places), read_lock(name, places), engine.connect(host)
     tag = f"milktea/debian:{spec.os.suite}"
     with tempfile.TemporaryDirectory(dir=places.cache, prefix="base-") as folder:

@@ -76,7 +76,7 @@ def explain(lines: list[Line], now: float) -> list[str]:
 
 def told_line(line: Line) -> str:
     """A journal line as a person reads it, on the screen and in `explain`: the stage, and what
-    happened; empty where nobody asks."""
+    happened; '' for lines that are not shown."""
     stage, text = _tell(line)
     return f"{stage:<9} {text}" if stage else ""
 

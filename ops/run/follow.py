@@ -27,7 +27,7 @@ from ops.errors import (
     PreflightError,
     Stalled,
 )
-from ops.run.rental import refuse_preempted
+from ops.run.rental import raise_if_preempted
 from ops.run.session import ASLEEP_S, MARGIN_S, Session
 from ops.wait import until
 from trainer.wire import events
@@ -146,7 +146,7 @@ def _poll(session: Session, box: Box, offset: int, window: int) -> _Answer | Non
         )
     except (Lost, ValueError) as e:
         session.screen.waiting(f"no connection ({e}); the training goes on without us")
-    refuse_preempted(session, box)
+    raise_if_preempted(session, box)
     with suppress(NeverReady):
         box.connect(deadline_s=20 * session.clock.pace)
     return None

@@ -39,7 +39,7 @@ from ops.run import place, result
 from ops.run.choose import choose, search
 from ops.run.follow import ODD, follow, newest_checkpoint, pull_folder
 from ops.run.keeper import kept
-from ops.run.rental import boot, endpoints, fatal_word, refuse_preempted, rented
+from ops.run.rental import boot, endpoints, fatal_word, raise_if_preempted, rented
 from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
 from ops.wait import until
 
@@ -119,8 +119,8 @@ def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
 
 
 def connect(session: Session, instance: Instance, offer: Offer) -> Box:
-    """A box that let us in, is what was offered, and guards itself. Raises NeverReady, Unsuitable,
-    HostKeyChanged."""
+    """Connect, check that the machine matches the offer and that its watchdog is armed.
+    Raises NeverReady, Unsuitable, HostKeyChanged."""
     box = Box(
         endpoints(instance),
         "root",
@@ -210,7 +210,7 @@ def reconnected(session: Session, box: Box) -> bool:
     was taken away, HostKeyChanged."""
 
     def connected() -> bool | None:
-        refuse_preempted(session, box)
+        raise_if_preempted(session, box)
         if session.left_s() < MARGIN_S:
             return False
         try:
@@ -223,7 +223,7 @@ def reconnected(session: Session, box: Box) -> bool:
 
 
 def launch(session: Session, box: Box) -> None:
-    """Start the training; twice is once. The events of an earlier machine are put aside: offsets
+    """Start the training. Idempotent. The events of an earlier machine are put aside: offsets
     begin again."""
     before = session.journal.last("launched", "renting")
     events = session.journal.folder / "events.jsonl"

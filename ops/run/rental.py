@@ -160,7 +160,7 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
                 )
             return None
         session.screen.booting(now, waited)
-        _refuse_fatal(session, now)
+        _raise_if_fatal(session, now)
         if now.status in ("offline", "unknown"):
             sick_since.append(session.clock.steady())
             if session.clock.steady() - sick_since[0] > SICK_PATIENCE_S * session.clock.pace:
@@ -186,7 +186,7 @@ def fatal_word(text: str) -> str | None:
     return next((w for w in FATAL_WORDS if w in text.lower()), None)
 
 
-def _refuse_fatal(session: Session, now: Instance) -> None:
+def _raise_if_fatal(session: Session, now: Instance) -> None:
     if now.outbid:
         raise Preempted(f"instance {now.id} was outbid, or the credit ran out")
     if now.status == "exited" or fatal_word(now.status_msg):
@@ -203,7 +203,7 @@ def endpoints(instance: Instance) -> list[Endpoint]:
     return found
 
 
-def refuse_preempted(session: Session, box: Box) -> None:
+def raise_if_preempted(session: Session, box: Box) -> None:
     """Ask vast.ai, when the box does not answer, and take the ports that it tells now. Raises
     Preempted when it was stopped or is gone; silence raises nothing."""
     instance_id = session.instance_id()

@@ -221,7 +221,7 @@ def test_a_config_of_accelerate_is_looked_for_where_accelerate_looks(
         with pytest.raises(
             Refused, match=f"{re.escape(str(path))} says distributed_type: MEGATRON_LM"
         ):
-            launch.check_accelerate_config(os.environ)
+            launch.validate_accelerate_config(os.environ)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -236,7 +236,7 @@ def test_the_options_of_the_job_win_over_any_other_config_of_accelerate(
         "debug": True,
     }
     accelerate_config(tmp_path, distributed_type="MULTI_GPU", use_cpu=False, **keys)
-    launch.check_accelerate_config({"HF_HOME": str(tmp_path)})
+    launch.validate_accelerate_config({"HF_HOME": str(tmp_path)})
     job = Job.model_validate_json(run_folder(processes=processes).read_bytes())
     told = environment() | {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0,1"}
     with pytest.MonkeyPatch.context() as patch:

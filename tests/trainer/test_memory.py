@@ -303,8 +303,8 @@ def test_more_tokens_or_rank_need_more_and_more_checkpointing_never_does(
 def test_what_is_solved_fits_with_the_margin_and_nothing_is_found_only_where_nothing_fits(
     shape: Shape, precision: str, capacity: float, least: int
 ) -> None:
-    found = memory.solve(shape, capacity, precision, least_tokens=least)
-    smallest = memory.min_gpu_memory_gib(shape, precision, least_tokens=least)
+    found = memory.solve(shape, capacity, precision, min_tokens=least)
+    smallest = memory.min_gpu_memory_gib(shape, precision, min_tokens=least)
     assert (found is None) == (smallest > capacity)
     if found:
         tokens, layers = found

@@ -28,9 +28,9 @@ class Work:
     where: list[str]
 
 
-class Ahead:
-    """Makes the next step's work in a thread while the current one is computed. What was made and
-    not taken is nothing that a run remembers: it goes on from the steps that it took."""
+class Prefetcher:
+    """Makes the next step's work in a thread while the current one is computed. Prefetched work
+    that was not used is not part of a checkpoint."""
 
     def __init__(self, make: Callable[[int], Work], first: int, total: int) -> None:
         """`make` gets the step's number, from `first` to `total` - 1."""

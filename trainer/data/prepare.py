@@ -117,7 +117,7 @@ def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
 def prepare(job: Job, run: Path) -> Prepared:
     """Checks and tokenises the job's data. Raises Refused, with every defect, or TemplateError,
     before anything costs time or money."""
-    refuse_contradictions(job)
+    validate_settings(job)
     folder = model_folder(job, run)
     if not folder.is_dir():
         raise Refused(
@@ -125,7 +125,7 @@ def prepare(job: Job, run: Path) -> Prepared:
             hint="push it again, or correct model.path in job.json",
         )
     vocabulary = open_vocabulary(folder)
-    refuse_other_vocabulary(vocabulary, folder)
+    validate_vocabulary(vocabulary, folder)
     template = job_template(job, vocabulary)
     stop = stop_token(vocabulary, template)
     cache = (
@@ -135,7 +135,7 @@ def prepare(job: Job, run: Path) -> Prepared:
     )
     rows = read_cache(cache)
     if rows is None:
-        check_files_are_the_jobs(job, run)
+        validate_files(job, run)
         found, defects = read_rows(
             [(run / f.path, f.name) for f in job.data.files], job.data.format
         )
@@ -143,7 +143,7 @@ def prepare(job: Job, run: Path) -> Prepared:
             defects += read_rows(
                 [(run / job.data.held_out.path, job.data.held_out.name)], job.data.format
             )[1]
-        refuse_defects(defects)
+        raise_defects(defects)
         rows = tokenise(
             found, vocabulary, template, stop, job.data.max_length, job.data.over_length
         )
@@ -157,7 +157,7 @@ def prepare(job: Job, run: Path) -> Prepared:
     return Prepared(rows, vocabulary, template, stop, token_hash(vocabulary, template))
 
 
-def refuse_contradictions(job: Job) -> None:
+def validate_settings(job: Job) -> None:
     """Raises Refused for settings that no card and no data could serve."""
     if job.training.method != "lora" and job.model.precision not in ("fp32", "bf16"):
         raise Refused(
@@ -176,7 +176,7 @@ def job_template(job: Job, vocabulary: Vocabulary) -> Template:
     )
 
 
-def refuse_other_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
+def validate_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     """Raises Refused when the tokenizer can emit ids that the model has no embedding for."""
     config = folder / "config.json"
     held = (
@@ -193,7 +193,7 @@ def refuse_other_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
         )
 
 
-def check_files_are_the_jobs(job: Job, run: Path) -> None:
+def validate_files(job: Job, run: Path) -> None:
     """Raises Refused when a data file is missing or is not the one that the job was made with."""
     for file in [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]:
         path = run / file.path
@@ -210,7 +210,7 @@ def check_files_are_the_jobs(job: Job, run: Path) -> None:
             )
 
 
-def refuse_defects(defects: Sequence[Defect]) -> None:
+def raise_defects(defects: Sequence[Defect]) -> None:
     if defects:
         many = "1 defect" if len(defects) == 1 else f"{len(defects)} defects"
         raise Refused(

@@ -70,12 +70,12 @@ def short_kernels(q: Tensor, k: Tensor, v: Tensor, longest: int) -> ModuleType |
     try:
         from trainer.kernels import attention_short
     except ImportError as why:
-        refuse_short(f"Triton is not usable: {why}")
+        validate_lengths(f"Triton is not usable: {why}")
         return None
     return attention_short if attention_short.fits(q, k, v) else None
 
 
-def refuse_short(why: str) -> None:
+def validate_lengths(why: str) -> None:
     """From now on flash attention serves short documents too in this process; the log says so."""
     _short_refused.append(why)
     log.warning("attention for short documents: %s; flash attention does its work", why)
@@ -389,7 +389,7 @@ def packed_attention(
 
     Raises ValueError for a keyword that is not understood, and for what a pack cannot have: more
     than one row, dropout, a mask of its own, attention to later tokens."""
-    _refuse_unknown(module, others)
+    _validate_known(module, others)
     rules = Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if torch.is_autocast_enabled(query.device.type):  # as torch's own; the angles made q and k fp32
@@ -397,7 +397,7 @@ def packed_attention(
         query, key, value = (x.to(lower) for x in (query, key, value))
     if cu_seq_lens_q is None:
         return _unpacked(query, key, value, attention_mask, rules, s_aux, dropout, causal), None
-    _refuse_unfit(module, query, attention_mask, dropout, causal)
+    _validate_fit(module, query, attention_mask, dropout, causal)
     if cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape:
         raise ValueError(f"{_named(module)}: cu_seq_lens_k and cu_seq_lens_q differ")
     if max_length_q is None:
@@ -457,7 +457,7 @@ def _unpacked(
     return out.transpose(1, 2).contiguous()
 
 
-def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:
+def _validate_known(module: torch.nn.Module, others: dict[str, Any]) -> None:
     unknown = [k for k, v in others.items() if v is not None and v is not False and k not in SILENT]
     if unknown:
         raise ValueError(
@@ -466,7 +466,7 @@ def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:
         )
 
 
-def _refuse_unfit(
+def _validate_fit(
     module: torch.nn.Module, query: Tensor, mask: Tensor | None, dropout: float, causal: bool
 ) -> None:
     if query.shape[0] != 1:

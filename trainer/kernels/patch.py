@@ -145,7 +145,7 @@ def build_layer(
         [mlp.down_proj],
     ]
     linears = [base_linear(m) for group in groups for m in group]
-    _check_fits(layer, linears, config)
+    _validate_fits(layer, linears, config)
     dtype = linears[0].weight.dtype
     first = linears[0].bias
     bias = torch.cat([x.bias.data for x in linears[:3]]) if first is not None else None
@@ -175,7 +175,7 @@ def build_layer(
     )
 
 
-def _check_fits(layer: nn.Module, linears: list[nn.Linear], config: Any) -> None:
+def _validate_fits(layer: nn.Module, linears: list[nn.Linear], config: Any) -> None:
     from trainer.kernels.lora import adapter_of, padded_rank
 
     if config.hidden_act != "silu":

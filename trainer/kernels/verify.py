@@ -98,10 +98,10 @@ def trust_short_attention(fast: FastLayer) -> bool:
         error = short_attention_error(*asked)
     # a card that lacks the memory or the instructions: Triton's errors share no class
     except Exception as why:
-        attention.refuse_short(f"it does not run here ({type(why).__name__}: {why})")
+        attention.validate_lengths(f"it does not run here ({type(why).__name__}: {why})")
         return False
     if not error < OTHERWISE:
-        attention.refuse_short(f"its self-test is off by {error:.4f}")
+        attention.validate_lengths(f"its self-test is off by {error:.4f}")
     return error < OTHERWISE
 
 

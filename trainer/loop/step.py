@@ -55,7 +55,7 @@ class Loop:
         """Trains to the last step and returns the run's state; or None when it was asked to stop: a
         whole checkpoint is on disk then. Raises Stopped when the run goes wrong or its deadline
         passes."""
-        ahead = batch.Ahead(self.stage.batches, self.state.step, self.total)
+        ahead = batch.Prefetcher(self.stage.batches, self.state.step, self.total)
         with closing(ahead):
             while self.state.step < self.total and not self.stop.asked:
                 if not self._step(ahead.take()):

@@ -56,7 +56,7 @@ def load(
     layers keep only their input for the backward pass; `longest` is the longest row in tokens. For
     trainer/loop/sharded.py, `shard` is this process's rank: the model stays off the device, and
     holds weights on rank 0 only. Raises ModelError."""
-    refuse_precision(job.model.precision, device)
+    validate_precision(job.model.precision, device)
     lora, precision = job.training.method == "lora", job.model.precision
     fast = device.type == "cuda" and lora and precision != "int8"
     model = load_base(job, folder, device, not fast, bool(shard), longest)
@@ -124,7 +124,7 @@ def prepare(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def refuse_precision(precision: str, device: torch.device) -> None:
+def validate_precision(precision: str, device: torch.device) -> None:
     """Raises ModelError for a precision that this device lacks."""
     if precision == "fp8" and device.type != "cuda":
         raise ModelError(
@@ -260,7 +260,7 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     modules, parameters = targets(job, model)
     patterns: dict[str, Any] = {}
     if parameters:
-        refuse_on_experts(job)
+        validate_experts(job)
         r = min(settings.r, EXPERT_RANK)
         ends = "|".join(re.escape(p.rsplit(".", 1)[-1]) for p in parameters)
         patterns["rank_pattern"] = {rf".*\.experts\.(?:{ends})": r}
@@ -312,7 +312,7 @@ def targets(job: Job, model: nn.Module) -> tuple[list[str] | str, list[str]]:
             return "all-linear", []
         return _in_tower(found, family), list(adapted.experts)
     modules, parameters = family.named(list(wanted))
-    refuse_unknown_modules(model, modules)
+    validate_modules(model, modules)
     return _in_tower(modules, family), parameters
 
 
@@ -332,7 +332,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__
 
 
-def refuse_on_experts(job: Job) -> None:
+def validate_experts(job: Job) -> None:
     """Raises ModelError for settings that adapters of experts cannot have."""
     settings = job.lora
     odd = [
@@ -362,7 +362,7 @@ def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
     }
 
 
-def refuse_unknown_modules(model: nn.Module, wanted: list[str]) -> None:
+def validate_modules(model: nn.Module, wanted: list[str]) -> None:
     """Raises ModelError for a target_modules entry that matches nothing, naming the close ones."""
     linear = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if is_linear(module)}
     every = [name for name, _ in model.named_modules()]

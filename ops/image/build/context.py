@@ -36,7 +36,7 @@ def write_requirements(lock: Lock, definition: Definition, places: Places) -> No
     is released.
     """
     folder = places.dockerfile(lock.dockerfile)
-    require_unreleased(lock.dockerfile, places)
+    validate_unreleased(lock.dockerfile, places)
     for layer in definition.layers:
         pins = [
             wheels.pin(wheel)
@@ -51,7 +51,7 @@ def write_requirements(lock: Lock, definition: Definition, places: Places) -> No
         )
 
 
-def require_unreleased(dockerfile: str, places: Places) -> None:
+def validate_unreleased(dockerfile: str, places: Places) -> None:
     """Raises ConfigError where docker/released names a file of this folder."""
     if any(path.startswith(f"{dockerfile}/") for path in _released(places)):
         name, _, version = dockerfile.rpartition("/")
@@ -71,7 +71,7 @@ def edited_releases(places: Places) -> list[str]:
 
 def release(dockerfile: str, places: Places) -> None:
     """Add the files of docker/DOCKERFILE that git keeps to docker/released."""
-    require_unreleased(dockerfile, places)
+    validate_unreleased(dockerfile, places)
     folder = places.dockerfile(dockerfile)
     files = [
         path

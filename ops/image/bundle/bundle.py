@@ -56,7 +56,7 @@ def write_bundle(
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="name another folder with --out")
     parts = plan_parts(contents.image, options.base)
-    _require_room(contents, parts, options, out)
+    _validate_room(contents, parts, options, out)
     folder = out.with_name(out.name + ".part")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -170,7 +170,7 @@ def _write_small(
     files |= volumes.write_small(folder, "MANIFEST.json", text.encode(), role="small")
 
 
-def _require_room(contents: Contents, parts: list[Part], options: Options, out: Path) -> None:
+def _validate_room(contents: Contents, parts: list[Part], options: Options, out: Path) -> None:
     need = sum(contents.image.layers[k - 1].blob_bytes for part in parts for k in part.carried)
     need += sum(
         file.size_bytes for model in models_beside(contents, options) for file in model.files

@@ -119,7 +119,7 @@ def fetch(debs: Sequence[Deb], mirrors: Mirrors, cache: Path, progress: Progress
         return list(pool.map(lambda deb: _fetch_one(deb, mirrors, cache, progress), debs))
 
 
-def require_mmdebstrap() -> None:
+def validate_mmdebstrap() -> None:
     """Raises PreflightError where a base cannot be made on this machine."""
     _require(
         "mmdebstrap",
@@ -134,7 +134,7 @@ def make_base(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path)
 
     Needs no network, and root or an ordinary user with subordinate ids. 25 to 40 s.
     """
-    require_mmdebstrap()
+    validate_mmdebstrap()
     with tempfile.TemporaryDirectory(prefix="milktea-os-") as folder:
         os.chmod(folder, 0o755)  # the unshared user must be able to read it
         _repository(Path(folder), spec.suite, debs, cache)

@@ -97,12 +97,12 @@ def check(folder: Path) -> list[str]:
             f"{folder} has weights and no config.json", hint="download the model again, all of it"
         )
     for path in weights:
-        check_safetensors(folder / path)
-    _check_index(folder, weights)
+        validate_safetensors(folder / path)
+    _validate_index(folder, weights)
     return taken
 
 
-def check_safetensors(path: Path) -> dict[str, dict]:
+def validate_safetensors(path: Path) -> dict[str, dict]:
     """The header: tensors by name. Raises PreflightError where the file is not as long as its
     header says: a torn download.
     """
@@ -218,7 +218,7 @@ def _keep(model: Model, folder: Path, cache: Path) -> None:
             shutil.copyfile(folder / file.path, path)
 
 
-def _check_index(folder: Path, weights: list[str]) -> None:
+def _validate_index(folder: Path, weights: list[str]) -> None:
     for index in folder.glob("*.safetensors.index.json"):
         named = set(json.loads(index.read_text()).get("weight_map", {}).values())
         if lost := sorted(named - set(weights)):

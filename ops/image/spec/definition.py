@@ -123,7 +123,7 @@ def read_budget(path: Path) -> Budget | None:
     return _parse(Budget, path) if path.is_file() else None
 
 
-def require_current(lock: Lock, definition: Definition) -> None:
+def validate_current(lock: Lock, definition: Definition) -> None:
     """Raises ConfigError where the lock was made from another definition."""
     if lock.definition_sha256 != definition.sha256:
         raise ConfigError(

@@ -41,7 +41,7 @@ def test_steps_come_in_order_and_only_one_is_made_ahead() -> None:
         ready.release()
         return work(step)
 
-    ahead = batch.Ahead(make, 3, 7)
+    ahead = batch.Prefetcher(make, 3, 7)
     taken = []
     for step in range(3, 7):
         taken.append(ahead.take().count)
@@ -58,7 +58,7 @@ def test_an_error_in_the_thread_is_raised_when_its_step_is_taken() -> None:
             raise ValueError("row 7 is broken")
         return work(step)
 
-    ahead = batch.Ahead(make, 0, 3)
+    ahead = batch.Prefetcher(make, 0, 3)
     assert ahead.take().count == 0
     with pytest.raises(ValueError, match="row 7"):
         ahead.take()
