@@ -7,6 +7,7 @@ container has no GPU.
 
 from __future__ import annotations
 
+import socket
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,7 +36,7 @@ mkdir -p /root/.ssh /run/sshd && chmod 700 /root/.ssh
 printf '%s\\n' "$SSH_PUBLIC_KEY" >/root/.ssh/authorized_keys && chmod 600 /root/.ssh/authorized_keys
 ssh-keygen -A
 (cd /root && bash /vast/onstart.sh) &
-exec /usr/sbin/sshd -D -e
+exec /usr/sbin/sshd -D -e -p "$SSHD_PORT" -o ListenAddress=127.0.0.1
 """
 
 
@@ -50,8 +51,18 @@ def engine() -> Iterator[docker.DockerClient]:
     client.close()
 
 
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 class Machine:
-    """The host of a cloud's instances: each is a container with a port of its own on loopback."""
+    """The host of a cloud's instances: each is a container with a port of its own on loopback.
+
+    It shares this machine's network, because its watchdog has to reach the emulator's API.
+    """
 
     def __init__(self, engine: docker.DockerClient, cloud: FakeVast, folder: Path) -> None:
         self.engine, self.folder = engine, folder
@@ -70,19 +81,18 @@ class Machine:
             "tools/nvidia-smi": "/usr/local/bin/nvidia-smi",
             "onstart.sh": "/vast/onstart.sh",
         }
+        instance.ssh_port = free_port()
+        port = str(instance.ssh_port)
+        instance.ports["22/tcp"] = [{"HostIp": "0.0.0.0", "HostPort": port}]
         container = self.engine.containers.run(
             instance.image,
             detach=True,
             entrypoint=["sh", "-c", START],
-            environment=container_environment(instance, {}),
-            ports={"22/tcp": ("127.0.0.1", None)},
+            environment=container_environment(instance, {}) | {"SSHD_PORT": port},
+            network_mode="host",
             volumes=[f"{self.folder / name}:{path}:ro" for name, path in mounts.items()],
         )
         self.containers.append(container)
-        container.reload()
-        port = container.ports["22/tcp"][0]["HostPort"]
-        instance.ssh_port = int(port)
-        instance.ports["22/tcp"] = [{"HostIp": "0.0.0.0", "HostPort": port}]
 
     def destroy(self, instance: Instance) -> None:
         for container in self.containers:
