@@ -198,7 +198,7 @@ train() {
     _run=$(run_name "${_run:-$(basename "$_job" .toml)-$(date +%Y%m%d-%H%M%S)}")
     _at=$RUNS/$_run
     _folder=$(dirname "$_job")
-    if [ -f "$_at/job.toml" ] && ! cmp -s "$_job" "$_at/job.toml"; then
+    if [ -f "$_at/job.toml" ] && [ "$(sha256sum <"$_job")" != "$(sha256sum <"$_at/job.toml")" ]; then
         refuse "run $_run was begun with another $(basename "$_job"): $_at/job.toml" "give the changed job a new name with --run, or restore the old one"
     fi
     case " $(runs_now | tr '\n' ' ')" in *" $(container_of "$_run") "*) refuse "run $_run trains already" "milktea-run logs -f $_run" ;; esac
