@@ -40,7 +40,7 @@ def job(tmp_path: Path) -> dict[str, Any]:
         "model": {"base": "model", "precision": "fp32"},
         "data": {"files": ["rows.json"], "max_length": 512},
         "limits": {"max_usd": 1},
-        "image": {"ref": "milktea/practice:1", "trainer": "image"},
+        "image": {"ref": "milktea/practice:2", "trainer": "image"},
     }
 
 
