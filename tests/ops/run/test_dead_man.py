@@ -95,6 +95,6 @@ def test_a_box_whose_client_dies_is_gone_within_lease_and_a_minute_and_within_it
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_same_over_a_thousand_seeds(tmp_path: Path) -> None:
     check(tmp_path, range(1000))
