@@ -11,7 +11,6 @@ import datetime
 import json
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
@@ -186,19 +185,3 @@ def _locked(name: str, blob: Blob, lock: Lock) -> LockedLayer:
         size_bytes=blob.size_bytes,
         holds=holds or [f"milktea {name}"],
     )
-
-
-def remove_unused(keep: Iterable[Image], places: Places) -> int:
-    """Delete the blobs that none of the images has; returns the bytes freed."""
-    used = {layer.blob_sha256 for image in keep for layer in image.layers}
-    unused = (
-        [path for path in places.blobs.glob("*") if path.name not in used]
-        if places.blobs.is_dir()
-        else []
-    )
-    freed = sum(path.stat().st_size for path in unused)
-    for path in unused:
-        path.unlink()
-    if not used:
-        shutil.rmtree(places.cache / "exported", ignore_errors=True)
-    return freed
