@@ -15,11 +15,15 @@ coreutils="arch b2sum base32 base64 basename cat chgrp chmod chown cksum comm cp
 
 jail=$(mktemp -d)
 trap 'rm -rf "$jail"' EXIT
-for tool in bash sh python3 make git grep sed $coreutils; do
+for tool in bash sh make git grep sed $coreutils; do
   path=$(type -P "$tool") || continue # some coreutils are not everywhere
-  [[ $tool == python3 ]] && path=$(python3 -c 'import sys; print(sys._base_executable)')
   ln -s "$path" "$jail/$tool"
 done
+# a script, no link: a venv made here links to the interpreter by the name it was started with, and
+# has to outlive the jail
+python=$(python3 -c 'import sys; print(sys._base_executable)')
+printf '#!/bin/sh\nexec "%s" "$@"\n' "$python" >"$jail/python3"
+chmod +x "$jail/python3"
 for tool in bash python3 make git grep sed; do
   [[ -e $jail/$tool ]] || { echo "bare: $tool is not on this machine"; exit 3; }
 done
