@@ -1,4 +1,4 @@
-"""`python -m trainer.data FILE...`: checks training data and tells every defect."""
+"""`python -m trainer.data FILE...`: checks training data and reports every defect."""
 
 import sys
 

@@ -1,5 +1,5 @@
-"""The user's data: every row read, every defect told as file:line:column with its field, the reason
-and a fix. No torch, no transformers.
+"""The user's data: every row read, every defect reported as file:line:column with its field,
+the reason and a fix. No torch, no transformers.
 
     python -m trainer.data FILE... [--format alpaca|sharegpt|messages|prompt|text]
 
@@ -25,8 +25,8 @@ from trainer.data.formats import Columns, Row
 from trainer.data.scan import Broken
 
 DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's
-LOOK = 20  # rows looked at to tell the format
-MOST_DEFECTS = 10_000  # of one file; reading it ends there
+SAMPLED_ROWS = 20  # rows sampled to detect the format
+MAX_DEFECTS = 10_000  # of one file; reading it ends there
 
 
 @dataclass(frozen=True, order=True)
@@ -51,7 +51,7 @@ class Defect:
 
 @dataclass
 class Report:
-    """What check_files found. `formats` is file name -> format; `ok` means that training may
+    """What examine_files found. `formats` is file name -> format; `ok` means that training may
     start."""
 
     rows: int = 0
@@ -74,23 +74,23 @@ class Report:
 
 @dataclass(frozen=True)
 class Source:
-    """One file and how it is to be read; `form` is '' until it is told from the rows."""
+    """One file and how it is to be read; `form` is '' until it is detected from the rows."""
 
     path: Path
     name: str
     form: str = ""
     columns: Columns = field(default_factory=Columns)
-    most: int | None = None
+    max_rows: int | None = None
 
 
-def check_files(paths: Sequence[Path | tuple[Path, str]], form: str = "auto") -> Report:
+def examine_files(paths: Sequence[Path | tuple[Path, str]], form: str = "auto") -> Report:
     """Reads every file and reports every defect. A path may come with the name that defects carry.
     Raises nothing for bad data."""
     report = Report()
     sources, report.defects = find_sources(paths, form)
-    for source in map(_told, sources):
+    for source in map(_with_format, sources):
         report.formats[source.name] = source.form
-        report.rows += sum(1 for _ in islice(examine(source, report.defects), source.most))
+        report.rows += sum(1 for _ in islice(sound_rows(source, report.defects), source.max_rows))
     report.defects.sort()
     return report
 
@@ -99,16 +99,16 @@ def read_rows(
     paths: Sequence[Path | tuple[Path, str]], form: str = "auto"
 ) -> tuple[list[Row], list[Defect]]:
     """(sound rows in file order, all defects): what training uses, by the same reading as
-    check_files."""
+    examine_files."""
     sources, defects = find_sources(paths, form)
     found: list[Row] = []
-    for source in map(_told, sources):
-        found += islice(examine(source, defects), source.most)
+    for source in map(_with_format, sources):
+        found += islice(sound_rows(source, defects), source.max_rows)
     return found, sorted(defects)
 
 
-def _told(source: Source) -> Source:
-    return replace(source, form=source.form or tell_format(source))
+def _with_format(source: Source) -> Source:
+    return replace(source, form=source.form or detect_format(source))
 
 
 # -- which files, read how -------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def _unreadable(path: Path, name: str) -> Defect | None:
     return None
 
 
-def _texts(value: Any) -> bool:
+def _is_text_map(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
     )
@@ -185,8 +185,8 @@ def _texts(value: Any) -> bool:
 
 _ENTRY: dict[str, Callable[[Any], bool]] = {  # what an entry of dataset_info.json holds
     "file_name": lambda value: isinstance(value, str),
-    "columns": _texts,
-    "tags": _texts,
+    "columns": _is_text_map,
+    "tags": _is_text_map,
     "num_samples": lambda value: value is None or (type(value) is int and value >= 0),
 }
 
@@ -217,7 +217,7 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(entries, dict):
-            raise ValueError("an object of data sets was due")
+            raise ValueError("it must be an object of data sets")
     except (OSError, ValueError, RecursionError) as error:
         line, column = (
             (error.lineno, error.colno) if isinstance(error, json.JSONDecodeError) else (1, 1)
@@ -233,7 +233,9 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
         wrong = [k for k, sound in _ENTRY.items() if not sound(entry.get(k))]
         if wrong:
             fix = "write the entry as LLaMA-Factory does"
-            defects.append(Defect(name, 1, 1, _shown(key), f"{wrong[0]} is of another kind", fix))
+            defects.append(
+                Defect(name, 1, 1, _printable(key), f"{wrong[0]} is of another kind", fix)
+            )
             continue
         file = path.parent / entry["file_name"]
         if entry.get("ranking") or "kto_tag" in (entry.get("columns") or {}):
@@ -264,13 +266,13 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
     return {k: v for k, v in found.items() if len(entries) == 1 or v.path.is_file()} or found
 
 
-def tell_format(source: Source) -> str:
+def detect_format(source: Source) -> str:
     """The format of most of the first rows; alpaca where none fits, so that the defects name what
     is missing."""
     if source.path.suffix == ".txt":
         return "text"
     votes: dict[str, int] = {}
-    for item in islice(_items(source), LOOK):
+    for item in islice(_items(source), SAMPLED_ROWS):
         if not isinstance(item, Broken) and type(item[1]) is tuple:
             form = formats.guess({k for k, _ in item[1]}, source.columns)
             if form:
@@ -281,36 +283,39 @@ def tell_format(source: Source) -> str:
 # -- reading and checking --------------------------------------------------------------------------
 
 
-def examine(source: Source, defects: list[Defect]) -> Iterator[Row]:
+def sound_rows(source: Source, defects: list[Defect]) -> Iterator[Row]:
     """The sound rows of a source; what is wrong with the others is added to `defects`."""
-    name, form, columns, told = source.name, source.form, source.columns, len(defects)
+    name, form, columns = source.name, source.form, source.columns
+    defects_before = len(defects)
     for item in _items(source):
         if isinstance(item, Broken):
             defects.append(Defect(name, item.line, item.column, "", item.reason, item.fix))
         else:
             place, value = item
-            found = _check(value, form, columns, f"{name}:{place.line}")
+            found = _validated(value, form, columns, f"{name}:{place.line}")
             if isinstance(found, Row):
                 yield found
                 continue
             for path, reason, fix in found:
                 at, column = place.locate(path)
-                defects.append(Defect(name, at, column, _field(path), _shown(reason), _shown(fix)))
-        if len(defects) - told >= MOST_DEFECTS:
-            reason = f"{MOST_DEFECTS:,} defects: what follows in this file was not read"
+                defects.append(
+                    Defect(name, at, column, _field(path), _printable(reason), _printable(fix))
+                )
+        if len(defects) - defects_before >= MAX_DEFECTS:
+            reason = f"{MAX_DEFECTS:,} defects: what follows in this file was not read"
             defects.append(Defect(name, defects[-1].line + 1, 1, "", reason, "mend these first"))
             return
 
 
-def _check(value: Any, form: str, columns: Columns, where: str) -> Row | list[formats.Problem]:
+def _validated(value: Any, form: str, columns: Columns, where: str) -> Row | list[formats.Problem]:
     try:
         found = formats.problems_or_row(value, form, columns, where)
-        return (formats.odd_texts(value) or found) if isinstance(found, Row) else found
+        return (formats.suspicious_texts(value) or found) if isinstance(found, Row) else found
     except RecursionError:
         return [((), "brackets are nested too deep", "flatten the row")]
 
 
-def _shown(text: str) -> str:
+def _printable(text: str) -> str:
     """What no terminal can show, or what would move its cursor, is escaped."""
     if text.isprintable():
         return text
@@ -320,7 +325,7 @@ def _shown(text: str) -> str:
 def _field(path: tuple[str | int, ...]) -> str:
     """('conversations', 3, 'value') -> 'conversations[3].value'"""
     steps = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)
-    return _shown(steps.lstrip("."))
+    return _printable(steps.lstrip("."))
 
 
 def _items(source: Source) -> Iterator[Any]:
@@ -395,12 +400,12 @@ def _plain_text(path: Path) -> Iterator[Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.data", description="Checks training data and tells every defect."
+        prog="python -m trainer.data", description="Checks training data and reports every defect."
     )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--format", default="auto", choices=["auto", *formats.KEYS])
     arguments = parser.parse_args()
-    report = check_files([(p, str(p)) for p in arguments.files], arguments.format)
+    report = examine_files([(p, str(p)) for p in arguments.files], arguments.format)
     print(report)
     return 0 if report.ok else 3
 

@@ -148,20 +148,20 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
     key = columns.name("conversations" if form == "sharegpt" else "messages")
     role_tag = columns.role_tag or ("from" if form == "sharegpt" else "role")
     content_tag = columns.content_tag or ("value" if form == "sharegpt" else "content")
-    said = row.get(key)
+    given = row.get(key)
     problems: list[Problem] = []
-    if said is None:
+    if given is None:
         return [_missing(row, key)]
-    if type(said) is not list:
+    if type(given) is not list:
         fix = f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]'
-        return [((key,), f"is {_kind(said)}, not a list of turns", fix)]
-    if not said:
+        return [((key,), f"is {_kind(given)}, not a list of turns", fix)]
+    if not given:
         return [((key,), "has no turn", "remove the row, or fill it")]
     turns: list[Turn] = []
     system = row.get(columns.name("system"))
     if isinstance(system, str) and system.strip():
         turns.append(Turn("system", system))
-    for i, turn in enumerate(said):
+    for i, turn in enumerate(given):
         if type(turn) is not tuple:
             fix = f'write {{"{role_tag}": ..., "{content_tag}": ...}}'
             problems.append(((key, i), f"the turn is {_kind(turn)}, not an object", fix))
@@ -184,7 +184,7 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
             problems.append(
                 (
                     (key, i, role_tag),
-                    f"it is {one[role_tag]!r} who speaks, the {expected}'s turn was due",
+                    f"it is {one[role_tag]!r} who speaks, the {expected} must speak here",
                     "let user and assistant take turns",
                 )
             )
@@ -193,7 +193,7 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
     if not problems and turns[-1].role != "assistant":
         problems.append(
             (
-                (key, len(said) - 1, role_tag),
+                (key, len(given) - 1, role_tag),
                 "the conversation does not end with an answer, so there is nothing to learn "
                 "after it",
                 "add the answer, or remove the last turn",
@@ -323,7 +323,7 @@ READERS: dict[str, Callable[[dict[str, Any], Columns, str], Row | list[Problem]]
 }
 
 
-def odd_texts(value: Any, path: Path_ = ()) -> list[Problem]:
+def suspicious_texts(value: Any, path: Path_ = ()) -> list[Problem]:
     """Characters that no text should hold, anywhere in a row: NUL, U+FFFD (what is left of a broken
     decoding), half of a surrogate pair."""
     if isinstance(value, str):
@@ -349,4 +349,4 @@ def odd_texts(value: Any, path: Path_ = ()) -> list[Problem]:
             ]
         return []
     items = value if type(value) is tuple else enumerate(value) if type(value) is list else ()
-    return [problem for key, inner in items for problem in odd_texts(inner, (*path, key))]
+    return [problem for key, inner in items for problem in suspicious_texts(inner, (*path, key))]

@@ -55,7 +55,7 @@ class Order:
 
 def share(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
     """Splits a step's rows over ranks so that token counts are level: longest first, each to the
-    rank that has least."""
+    rank that has fewest tokens."""
     loads = [0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for row in sorted(rows, key=lambda r: (-lengths[r], r)):

@@ -143,7 +143,7 @@ def prepare(job: Job, run: Path) -> Prepared:
             defects += read_rows(
                 [(run / job.data.held_out.path, job.data.held_out.name)], job.data.format
             )[1]
-        raise_defects(defects)
+        validate_rows(defects)
         rows = tokenise(
             found, vocabulary, template, stop, job.data.max_length, job.data.over_length
         )
@@ -210,7 +210,7 @@ def validate_files(job: Job, run: Path) -> None:
             )
 
 
-def raise_defects(defects: Sequence[Defect]) -> None:
+def validate_rows(defects: Sequence[Defect]) -> None:
     if defects:
         many = "1 defect" if len(defects) == 1 else f"{len(defects)} defects"
         raise Refused(
@@ -220,10 +220,10 @@ def raise_defects(defects: Sequence[Defect]) -> None:
         )
 
 
-def _tell_of_long_row(
+def _note_long_row(
     where: str,
     tokens: int,
-    most: int,
+    limit: int,
     policy: str,
     cut: object | None,
     notes: list[str],
@@ -231,7 +231,7 @@ def _tell_of_long_row(
 ) -> None:
     """Adds to `notes` or to `refused` what `policy` made of a row that is too long; `cut` is what
     is left of it."""
-    what = f"{where}: {tokens} tokens, data.max_length is {most}"
+    what = f"{where}: {tokens} tokens, data.max_length is {limit}"
     if policy == "refuse":
         refused.append(what)
     elif policy == "truncate" and cut is None:
@@ -245,7 +245,7 @@ def tokenise(
     vocabulary: Vocabulary,
     template: Template,
     stop: int,
-    most: int,
+    limit: int,
     policy: str,
 ) -> Rows:
     """Rows to ids and targets. Over-length rows are refused, dropped or cut by `policy`; each is in
@@ -258,7 +258,7 @@ def tokenise(
     where: list[str] = []
     notes: list[str] = []
     refused: list[str] = []
-    longest = 0  # of the rows over `most`
+    longest = 0  # of the rows over `limit`
     for begin in range(0, len(rows), AT_ONCE):
         group = rows[begin : begin + AT_ONCE]
         texts = [segments(row, template, vocabulary, refused) for row in group]
@@ -267,14 +267,14 @@ def tokenise(
         ):
             if not text:
                 continue
-            fault = special_text(row, specials) or unlearnable(token_ids, trained, stop)
+            fault = special_token_fault(row, specials) or label_fault(token_ids, trained, stop)
             if fault:
                 refused.append(f"{row.where}: {fault}")
                 continue
-            if len(token_ids) > most:
+            if len(token_ids) > limit:
                 longest = max(longest, len(token_ids))
-                cut = shorten(token_ids, trained, stop, most) if policy == "truncate" else None
-                _tell_of_long_row(row.where, len(token_ids), most, policy, cut, notes, refused)
+                cut = truncated(token_ids, trained, stop, limit) if policy == "truncate" else None
+                _note_long_row(row.where, len(token_ids), limit, policy, cut, notes, refused)
                 if cut is None:
                     continue
                 token_ids, trained = cut
@@ -284,7 +284,7 @@ def tokenise(
             where.append(row.where)
     if refused:
         hint = (
-            longer(longest, policy)
+            long_rows_hint(longest, policy)
             if longest
             else "mend the rows above, or name another data.template"
         )
@@ -301,7 +301,7 @@ def tokenise(
     )
 
 
-def longer(longest: int, policy: str) -> str:
+def long_rows_hint(longest: int, policy: str) -> str:
     """What to do about rows that are too long."""
     others = {"refuse": '"drop" or "truncate"', "truncate": '"drop"'}[policy]
     return f"set data.max_length to {longest} (the longest row), or data.over_length to {others}"
@@ -321,7 +321,7 @@ def segments(
         return []
 
 
-def special_text(row: Row, specials: Sequence[str]) -> str:
+def special_token_fault(row: Row, specials: Sequence[str]) -> str:
     """The fault of a row that spells out a special token: it would become that token in the middle
     of a text."""
     for turn in row.turns:
@@ -334,7 +334,7 @@ def special_text(row: Row, specials: Sequence[str]) -> str:
     return ""
 
 
-def unlearnable(ids: Sequence[int], trained: Sequence[bool], stop: int) -> str:
+def label_fault(ids: Sequence[int], trained: Sequence[bool], stop: int) -> str:
     """The fault of a row without a target, or with an answer that does not end in the stop
     token."""
     if not any(trained[1:]):
@@ -348,12 +348,12 @@ def unlearnable(ids: Sequence[int], trained: Sequence[bool], stop: int) -> str:
     )
 
 
-def shorten(
-    ids: list[int], trained: list[bool], stop: int, most: int
+def truncated(
+    ids: list[int], trained: list[bool], stop: int, limit: int
 ) -> tuple[list[int], list[bool]] | None:
-    """The first `most` tokens with the stop token as the last, trained one; None where no token of
+    """The first `limit` tokens with the stop token as the last, trained one; None where no token of
     an answer would be left before it."""
-    room = most - 1
+    room = limit - 1
     if not any(trained[1:room]):
         return None
     # the cut falls into a later question: end with the answer before it, whose stop token is there

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 CHUNK = 1 << 20  # bytes of an array that are read at a time
-LONGEST = 100_000_000  # bytes of a line, characters of a row in an array
+MAX_ROW_SIZE = 100_000_000  # bytes of a line, characters of a row in an array
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such bytes
 _TRAILING = "a comma before a closing bracket", "remove the comma"
@@ -30,7 +30,7 @@ _REASONS = [  # start of the message, pattern of the text there, reason and fix 
     ("Invalid control", "", "a raw control character {at[0]!r} in a string", "write it as \\u00XX"),
     ("Invalid \\", "", "{escape!r} is not an escape that JSON knows", "double the backslash: \\\\"),
     ("Too deep", "", "brackets are nested too deep", "flatten the row"),
-    ("Too long", "", f"the row is longer than {LONGEST:,} characters", "split the row"),
+    ("Too long", "", f"the row is longer than {MAX_ROW_SIZE:,} characters", "split the row"),
     ("Array ended", "", "something more after the array's end", "remove it, or use JSON lines"),
     ("Row ended", ",", "a comma after the row", _LINE),
     ("Row ended", "", "something more ({at!r}) after the row", _LINE),
@@ -151,13 +151,15 @@ def text_lines(path: Path) -> Iterator[tuple[int, str] | Broken]:
     """(number, line without its end) of each line of a file in UTF-8."""
     number, begin, end = 0, 0, 0
     with open(path, "rb") as file:
-        while raw := file.readline(LONGEST):
+        while raw := file.readline(MAX_ROW_SIZE):
             number, begin, end = number + 1, end, end + len(raw)
-            if len(raw) == LONGEST and not raw.endswith(b"\n"):
+            if len(raw) == MAX_ROW_SIZE and not raw.endswith(b"\n"):
                 while raw and not raw.endswith(b"\n"):
-                    raw = file.readline(LONGEST)
+                    raw = file.readline(MAX_ROW_SIZE)
                     end += len(raw)
-                yield Broken(number, 1, f"the line is longer than {LONGEST:,} bytes", "split it")
+                yield Broken(
+                    number, 1, f"the line is longer than {MAX_ROW_SIZE:,} bytes", "split it"
+                )
                 continue
             try:
                 yield number, raw.rstrip(b"\r\n").decode("utf-8")
@@ -196,13 +198,13 @@ def scan_array(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
     """Rows of a JSON array. The first error of syntax ends it."""
     with open(path, "rb") as file:
         window = _Window(file)
-        told = 0  # bytes that are not UTF-8 are told once a line
+        last_line = 0  # bytes that are not UTF-8 are reported once a line
         try:
             for value, end in _rows(window):
                 bad = window.not_utf8(end)
-                if not bad or bad.line > told:
+                if not bad or bad.line > last_line:
                     yield bad or (window, value)
-                told = bad.line if bad else told
+                last_line = bad.line if bad else last_line
         except json.JSONDecodeError as error:
             yield window.not_utf8(error.pos + 1) or window.broken(error, "file")
 
@@ -235,7 +237,7 @@ class _Window(Place):
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__("", 0, 1)
-        self._file, self._odd, self._ended = file, False, False
+        self._file, self._has_bad_bytes, self._ended = file, False, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._refill()
 
@@ -268,17 +270,17 @@ class _Window(Place):
         newline = self.text.rfind("\n", 0, self.start)
         self.before = self.before + self.start if newline < 0 else self.start - newline - 1
         self.text, self.start = self.text[self.start :], 0
-        room = LONGEST - len(self.text)
+        room = MAX_ROW_SIZE - len(self.text)
         if room <= 0:
             raise json.JSONDecodeError("Too long", self.text, 0)
         raw = self._file.read(min(max(CHUNK, len(self.text)), room))
         self._ended = not raw
         self.text += self._decoder.decode(raw, self._ended)
-        self._odd = not self.text.isascii() and bool(_NOT_UTF8.search(self.text))
+        self._has_bad_bytes = not self.text.isascii() and bool(_NOT_UTF8.search(self.text))
 
     def not_utf8(self, end: int) -> Broken | None:
         """The first byte from the start to `end` that is not UTF-8."""
-        found = self._odd and _NOT_UTF8.search(self.text, self.start, end)
+        found = self._has_bad_bytes and _NOT_UTF8.search(self.text, self.start, end)
         if not found:
             return None
         at = found.start()

@@ -257,10 +257,12 @@ def render(
             )
         if turn.role == "user":
             head = template.preamble_with_input if turn.extra else template.preamble
-            told = (system if system is not None else head) if number == 0 else ""
+            system_text = (system if system is not None else head) if number == 0 else ""
             if number:
                 segments.append(Segment(_fill(template.between, {"bos": bos}), False))
-            segments.append(Segment(_user_text(template, turn, told, number // 2 + 1), False))
+            segments.append(
+                Segment(_user_text(template, turn, system_text, number // 2 + 1), False)
+            )
         else:
             segments.append(
                 Segment(_fill(template.assistant, {"assistant": turn.text}) + stop, True)
@@ -272,8 +274,8 @@ def render(
     return segments
 
 
-def _user_text(template: Template, turn: Turn, told: str, round_number: int) -> str:
-    system = _fill(template.system, {"system": told}) if told else ""
+def _user_text(template: Template, turn: Turn, system_text: str, round_number: int) -> str:
+    system = _fill(template.system, {"system": system_text}) if system_text else ""
     joined = f"{turn.text}\n{turn.extra}" if turn.extra else turn.text
     values = {
         "user": joined,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from trainer.data import scan
-from trainer.data.files import check_files, read_rows
+from trainer.data.files import examine_files, read_rows
 
 GOOD = {
     "instruction": 'Say "hi" in 中文 {now}',
@@ -135,7 +135,7 @@ def test_every_planted_defect_of_an_alpaca_array_is_found_on_its_line_and_no_oth
         line += text.count("\n") + 1
     path = tmp_path / "rows.json"
     path.write_text(pretty(rows), encoding="utf-8", errors="surrogatepass")
-    report = check_files([path])
+    report = examine_files([path])
     assert len(expected) == 19
     assert [(d.line, d.field) for d in report.defects] == expected, "\n".join(
         map(str, report.defects)
@@ -152,7 +152,7 @@ def test_the_first_syntax_error_of_an_array_is_told_and_ends_it(tmp_path: Path, 
     rows[5] = make(5)
     path = tmp_path / "rows.json"
     path.write_text(pretty(rows), encoding="utf-8")
-    report = check_files([path])
+    report = examine_files([path])
     found = [(d.line, d.field) for d in report.defects]
     assert found == [(2 + 2 * 5 + 3, "output"), (2 + 5 * 5 + offset, "")]
     assert report.rows == 4 and report.defects[1].reason and report.defects[1].fix
@@ -167,7 +167,7 @@ def test_a_defect_in_json_lines_is_told_with_its_line(tmp_path: Path, kind: str)
     lines[3] = make(3).replace("\n", " ")
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
-    report = check_files([path])
+    report = examine_files([path])
     assert [(d.line, d.field) for d in report.defects] == [(4, field)]
     assert report.rows == 4
 
@@ -199,7 +199,7 @@ def test_a_broken_array_is_told_with_line_and_column(tmp_path: Path, kind: str) 
     text, place, rows = ARRAY_DEFECTS[kind]
     path = tmp_path / "rows.json"
     path.write_text(text)
-    report = check_files([path])
+    report = examine_files([path])
     assert [(d.line, d.column) for d in report.defects] == [place]
     assert report.rows == rows
 
@@ -224,7 +224,7 @@ def test_a_file_that_cannot_be_read_at_all_is_refused_with_what_to_do(
 ) -> None:
     name, data, word = FILE_DEFECTS[kind]
     (tmp_path / name).write_bytes(data)
-    report = check_files([tmp_path / name])
+    report = examine_files([tmp_path / name])
     assert len(report.defects) == 1 and word in report.defects[0].reason and not report.ok
 
 
@@ -237,7 +237,7 @@ def test_bytes_that_are_not_utf8_are_told_with_their_line_and_an_iconv_command(
         + "你".encode("gbk")
         + b'"}\n'
     )
-    found = check_files([path]).defects
+    found = examine_files([path]).defects
     assert [(d.line, d.column) for d in found] == [(2, 30)] and "iconv" in found[0].fix
 
 
@@ -249,7 +249,7 @@ def test_a_byte_order_mark_and_blank_lines_and_windows_line_ends_are_no_defects(
     )
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf [ {"instruction":"a","output":"b"} ] \r\n')
-    report = check_files([tmp_path / "a.jsonl", tmp_path / "b.json"])
+    report = examine_files([tmp_path / "a.jsonl", tmp_path / "b.json"])
     assert report.defects == [] and report.rows == 3
 
 
@@ -301,7 +301,7 @@ def test_a_conversation_that_cannot_be_learned_from_names_the_turn(
     good = chat(("system", "be kind"), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join([good, text, good]))
-    report = check_files([path])
+    report = examine_files([path])
     assert [(d.line, d.field) for d in report.defects] == [(2, field)] and report.rows == 2
 
 
@@ -318,7 +318,7 @@ def test_every_format_is_told_from_its_fields(tmp_path: Path) -> None:
     for name, line in files.items():
         (tmp_path / f"{name}.jsonl").write_text(line + "\n")
     (tmp_path / "plain.txt").write_text("one document\n\nanother\n")
-    report = check_files(sorted(tmp_path.iterdir()))
+    report = examine_files(sorted(tmp_path.iterdir()))
     assert report.ok and report.rows == 7
     assert report.formats == {f"{n}.jsonl": n for n in files} | {"plain.txt": "text"}
 
@@ -330,7 +330,7 @@ def test_parquet_rows_are_read_and_their_defects_carry_the_row_number(tmp_path: 
     rows = [row(n) for n in range(5)]
     rows[3]["output"] = ""
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    report = check_files([tmp_path / "rows.parquet"])
+    report = examine_files([tmp_path / "rows.parquet"])
     assert report.rows == 4 and [(d.line, d.field) for d in report.defects] == [(4, "output")]
 
 
@@ -405,7 +405,7 @@ def test_a_dataset_info_with_a_byte_order_mark_and_nulls_is_followed(tmp_path: P
     (tmp_path / "mine.json").write_text(json.dumps([row(1), row(2)]))
     rows, defects = read_rows([tmp_path / "dataset_info.json"])
     assert len(rows) == 1 and defects == []
-    assert check_files([tmp_path / "dataset_info.json"]).rows == 1
+    assert examine_files([tmp_path / "dataset_info.json"]).rows == 1
 
 
 def test_rows_know_their_line_in_a_pretty_printed_array(tmp_path: Path) -> None:
@@ -561,7 +561,7 @@ def test_hostile_text_is_told_with_its_place_and_can_be_printed(
     monkeypatch.setattr(scan, "CHUNK", chunk)
     name, text, expected, rows = HOSTILE[kind]
     (tmp_path / name).write_bytes(text)
-    report = check_files([tmp_path / name])
+    report = examine_files([tmp_path / name])
     assert [(d.line, d.column) for d in report.defects] == [
         (at, column) for at, column, _ in expected
     ]
@@ -575,12 +575,12 @@ def test_a_row_longer_than_the_limit_is_a_defect(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan, "CHUNK", 40)
-    monkeypatch.setattr(scan, "LONGEST", 1000)
+    monkeypatch.setattr(scan, "MAX_ROW_SIZE", 1000)
     long = SOUND.replace(b'"a"', b'"' + b"a" * 3000 + b'"')
     fits = SOUND.replace(b'"a"', b'"' + b"a" * 900 + b'"')
     mark = (b"[", b",\n", b"]") if name == "a.json" else (b"", b"\n", b"")
     (tmp_path / name).write_bytes(mark[0] + mark[1].join([SOUND, fits, long, SOUND]) + mark[2])
-    report = check_files([tmp_path / name])
+    report = examine_files([tmp_path / name])
     assert [(d.line, d.column) for d in report.defects] == [(3, 1)]
     assert "longer than" in report.defects[0].reason
     assert report.rows == (2 if name == "a.json" else 3)
@@ -588,7 +588,7 @@ def test_a_row_longer_than_the_limit_is_a_defect(
 
 def test_reading_a_file_ends_after_ten_thousand_defects(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": 1}\n' * 20_000)
-    report = check_files([tmp_path / "a.jsonl"])
+    report = examine_files([tmp_path / "a.jsonl"])
     assert len(report.defects) == 10_001
     assert report.defects[-1].line == 5001 and "10,000 defects" in report.defects[-1].reason
 
@@ -632,7 +632,7 @@ def test_a_large_file_on_one_line_is_held_in_pieces(tmp_path: Path, name: str) -
     path = many(tmp_path, name, 12_000_000)
     tracemalloc.start()
     try:
-        report = check_files([path])
+        report = examine_files([path])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
