@@ -1,0 +1,86 @@
+"""milktea installed for good (`pip install .`), away from its checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("ops", "trainer", "milktea.py")
+
+
+@pytest.fixture(scope="module")
+def committed() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files = listed.stdout.splitlines()
+    assert len(files) > 200
+    return files
+
+
+@pytest.fixture(scope="module")
+def wheel(committed: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the files that are committed, built in a folder of its own."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in [*committed, "pyproject.toml", "README.md", "LICENSE"]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source], check=True
+    )
+    [built] = out.glob("milktea-*.whl")
+    return built
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_file_of_the_packages_and_no_other(
+    wheel: Path, committed: list[str]
+) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = [name for name in archive.namelist() if ".dist-info/" not in name]
+    assert sorted(packed) == sorted(committed)
+
+
+@pytest.mark.slow
+def test_an_installed_milktea_works_in_a_folder_that_has_only_the_job(
+    wheel: Path, tmp_path: Path
+) -> None:
+    place, mine = tmp_path / "installed", tmp_path / "mine"
+    pip = [sys.executable, "-m", "pip", "--quiet", "install", "--no-deps", "--target", place]
+    subprocess.run([*pip, wheel], check=True)
+    shutil.copytree(ROOT / "jobs", mine)
+    job = (mine / "practice.toml").read_text("utf-8")
+    assert '"../trainer/practice/practice_model"' in job
+    (mine / "practice.toml").write_text(
+        job.replace("../trainer", str(place / "trainer"), 1), "utf-8"
+    )
+
+    def python(*arguments: str | Path) -> str:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("VAST_")}
+        environment |= {"PYTHONPATH": str(place), "MILKTEA_EMULATOR": str(tmp_path / "emulator")}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=mine, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    files = python("-c", "import ops, trainer; print(ops.__file__, trainer.__file__)")
+    assert files.count(str(place)) == 2, "what runs is what was installed"
+    assert python(place / "bin/milktea", "--version").startswith("milktea 0.")
+    try:
+        assert "\n✓" in python(place / "bin/milktea", "plan", "practice.toml"), "an offer"
+    finally:
+        server = json.loads((tmp_path / "emulator/server.json").read_text())
+        os.kill(server["pid"], signal.SIGTERM)
+    models = "from ops.catalogue import models; print(len(models.entries()))"
+    assert int(python("-c", models)) > 50
