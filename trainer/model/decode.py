@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -46,14 +48,22 @@ def _decode(
     inner: nn.Module, prompts: list[list[int]], stop: int, device: torch.device, new_tokens: int
 ) -> list[list[int]]:
     ids, cache = torch.tensor(prompts, device=device), None  # (B, P)
+    name = _name_of_cache(inner)
     taken: list[torch.Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for _ in range(new_tokens):
-        out = inner(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values  # (B, 1)
+        out = inner(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+        ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out[name]  # (B, 1)
         taken.append(ids)
         done |= ids[:, 0] == stop
         if bool(done.all()):
             break
     rows = torch.cat(taken, 1).tolist()
     return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def _name_of_cache(model: nn.Module) -> str:
+    """What this transformers calls the keys and values of earlier tokens, as argument and output:
+    "cache" from 5.24 on, "past_key_values" before."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
