@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - a record is a record
 """The page for the security officer: everything that the record says is on it, and nothing on it
 can be changed unseen.
 """
@@ -16,14 +15,51 @@ import pytest
 from ops.image.server import audit_report as evidence
 
 RECORD: dict[str, Any] = {
-    "milktea_install": 1, "when": "2026-11-21T12:00:00Z", "who": "root", "forced": False, "server": "gpu-<7>",
-    "bundle": {"name": "train-cu130", "id": "0123456789ab", "kind": "full", "sha256sums": "a" * 64, "signature": "good, by ssh-keygen, with the key given by --key",
-               "volumes_verified": 21, "release": 20261121120000},
-    "image": {"ref": "milktea/train-cu130:0123456789ab", "id": "sha256:" + "b" * 64, "previous": "", "layers": ["sha256:" + "c" * 64, "sha256:" + "d" * 64]},
+    "milktea_install": 1,
+    "when": "2026-11-21T12:00:00Z",
+    "who": "root",
+    "forced": False,
+    "server": "gpu-<7>",
+    "bundle": {
+        "name": "train-cu130",
+        "id": "0123456789ab",
+        "kind": "full",
+        "sha256sums": "a" * 64,
+        "signature": "good, by ssh-keygen, with the key given by --key",
+        "volumes_verified": 21,
+        "release": 20261121120000,
+    },
+    "image": {
+        "ref": "milktea/train-cu130:0123456789ab",
+        "id": "sha256:" + "b" * 64,
+        "previous": "",
+        "layers": ["sha256:" + "c" * 64, "sha256:" + "d" * 64],
+    },
     "sbom": "e" * 64,
-    "preflight": {"checks": [{"check": "engine", "verdict": "ok", "measured": "Docker 24.0.7", "needed": "20.10 or newer", "remedy": "nothing to do"}]},
-    "selftest": {"milktea_selftest": 1, "ok": True, "checks": [{"check": "connections", "ok": True, "found": "0 attempts (by audit hook)", "seconds": 0.1}]},
-}  # fmt: skip
+    "preflight": {
+        "checks": [
+            {
+                "check": "engine",
+                "verdict": "ok",
+                "measured": "Docker 24.0.7",
+                "needed": "20.10 or newer",
+                "remedy": "nothing to do",
+            }
+        ]
+    },
+    "selftest": {
+        "milktea_selftest": 1,
+        "ok": True,
+        "checks": [
+            {
+                "check": "connections",
+                "ok": True,
+                "found": "0 attempts (by audit hook)",
+                "seconds": 0.1,
+            }
+        ],
+    },
+}
 
 
 def leaves(value: Any) -> list[str]:

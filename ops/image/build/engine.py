@@ -141,8 +141,8 @@ def prove(client: DockerClient, tag: str, lock: Path, command: Sequence[str]) ->
     try:
         made.start()
         code = made.wait()["StatusCode"]
-        said = made.logs(stdout=True, stderr=False).decode(errors="replace")
-        words = made.logs(stdout=False, stderr=True).decode(errors="replace")
+        said: str = made.logs(stdout=True, stderr=False).decode(errors="replace")
+        words: str = made.logs(stdout=False, stderr=True).decode(errors="replace")
     finally:
         made.remove(force=True)
     if code:

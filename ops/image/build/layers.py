@@ -73,7 +73,7 @@ def write_layer(raw: BinaryIO, epoch: int, folder: Path) -> Blob:
     try:
         with part.open("wb") as file:
             blob = _Hashed(file)
-            with gzip.GzipFile("", "wb", GZIP_LEVEL, blob, mtime=0) as packer:  # type: ignore[arg-type]
+            with gzip.GzipFile("", "wb", GZIP_LEVEL, blob, mtime=0) as packer:
                 tar = _Hashed(packer)  # type: ignore[arg-type]
                 _copy_entries(raw, epoch, tar)
         written = Blob("sha256:" + tar.hash.hexdigest(), tar.size, blob.hash.hexdigest(), blob.size)
@@ -86,9 +86,9 @@ def write_layer(raw: BinaryIO, epoch: int, folder: Path) -> Blob:
 def _copy_entries(raw: BinaryIO, epoch: int, out: _Hashed) -> None:
     with (
         tarfile.open(fileobj=raw, mode="r:*") as source,
-        tarfile.open(
+        tarfile.open(  # type: ignore[call-overload]
             fileobj=out, mode="w", format=tarfile.PAX_FORMAT, copybufsize=1 << 20
-        ) as target,  # type: ignore[call-overload]
+        ) as target,
     ):
         # folder before content, siblings by name: a hard link comes after its file, as in the
         # engine's own order

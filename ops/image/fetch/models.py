@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from ops.errors import PreflightError
 from ops.image.fetch.wheels import sha256_file
@@ -102,7 +103,7 @@ def check(folder: Path) -> list[str]:
     return taken
 
 
-def validate_safetensors(path: Path) -> dict[str, dict]:
+def validate_safetensors(path: Path) -> dict[str, Any]:
     """The header: tensors by name. Raises PreflightError where the file is not as long as its
     header says: a torn download.
     """
@@ -139,7 +140,9 @@ def license_of(folder: Path) -> str:
     if card.is_file() and (
         front := re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
     ):
-        lines = dict(re.findall(r"^(license\w*):\s*(\S.*)$", front[1], re.MULTILINE))
+        lines: dict[str, str] = dict(
+            re.findall(r"^(license\w*):\s*(\S.*)$", front[1], re.MULTILINE)
+        )
         if said := lines.get("license_name") or lines.get("license"):
             return said.strip().strip("\"'")
     found = sorted(

@@ -21,7 +21,8 @@ max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;width:100%;margin:.5em 0 1.5em}
 td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;
 vertical-align:top;word-break:break-word}
-th{background:#f3f0ea}.ok{color:#0a6b2d}.warn{color:#8a5a00}.fail{color:#a00}code{font-size:.9em;word-break:break-all}"""
+th{background:#f3f0ea}.ok{color:#0a6b2d}.warn{color:#8a5a00}.fail{color:#a00}
+code{font-size:.9em;word-break:break-all}"""
 VERIFY = """ssh-keygen -Y verify -f allowed -I server -n milktea-evidence \
     -s EVIDENCE.html.sig < EVIDENCE.html
     (allowed holds one line: server, a space, and the content of PREFIX/keys/server.pub)"""
