@@ -296,23 +296,9 @@ def _render_jinja(
     messages = [
         {"role": t.role, "content": f"{t.text}\n{t.extra}" if t.extra else t.text} for t in turns
     ]
-    compiled = _compile(jinja)
 
     def text(count: int, prompt: bool) -> str:
-        try:
-            return str(
-                compiled.render(
-                    messages=messages[:count],
-                    add_generation_prompt=prompt,
-                    eos_token=eos,
-                    bos_token=bos,
-                    tools=None,
-                )
-            )
-        except Exception as error:
-            raise TemplateError(
-                f"the tokenizer's chat template refuses this conversation: {error}"
-            ) from error
+        return render_chat(jinja, messages[:count], eos, bos, prompt)
 
     whole = text(len(messages), answer_next)
     segments, done = [], 0
@@ -337,6 +323,27 @@ def _render_jinja(
         segments += [Segment(whole[done:start], False), Segment(whole[start:end], True)]
         done = end
     return [s for s in [*segments, Segment(whole[done:], False)] if s.text]
+
+
+def render_chat(
+    jinja: str, messages: Sequence[Mapping[str, Any]], eos: str, bos: str, prompt: bool = False
+) -> str:
+    """What a chat template writes for `messages`, with the opening of the next answer where
+    `prompt`. Raises TemplateError where the template refuses them."""
+    try:
+        return str(
+            _compile(jinja).render(
+                messages=messages,
+                add_generation_prompt=prompt,
+                eos_token=eos,
+                bos_token=bos,
+                tools=None,
+            )
+        )
+    except Exception as error:
+        raise TemplateError(
+            f"the tokenizer's chat template refuses this conversation: {error}"
+        ) from error
 
 
 @lru_cache
