@@ -13,22 +13,18 @@ from typing import Any, cast
 
 import torch
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.data.prepare import Prepared
+from trainer.result.engines import loads_in
+from trainer.result.engines import read as read_adapter
+from trainer.result.engines import table as engines_table
+from trainer.result.words import write_words
 from trainer.wire.job import WIRE, Job
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-)
 
 
 class ArtefactError(RuntimeError):
@@ -51,6 +47,9 @@ def save_model(
         for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     config = copy.deepcopy(model.peft_config["default"])
+    if config.use_rslora:  # others read it as plain LoRA, too weak by sqrt(r)
+        tensors = _folded(model, tensors)
+        config.use_rslora = False
     # PiSSA changed the base: written as a LoRA of twice the rank that takes the start values away
     # again, for the base as it is
     if initial:
@@ -73,6 +72,19 @@ def save_model(
         json.dumps(settings, indent=2, sort_keys=True) + "\n"
     )
     return tensors
+
+
+def _folded(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same adapter for a scale of alpha / r: what each layer scales by more goes into its B."""
+    folded = dict(tensors)
+    for name, layer in model.named_modules():
+        key = f"{name}.lora_B.weight"
+        if key in tensors and isinstance(layer, LoraLayer):
+            more = layer.scaling["default"] * layer.r["default"] / layer.lora_alpha["default"]
+            folded[key] = tensors[key] * more
+    if missed := sum("lora_B" in k and folded[k] is tensors[k] for k in tensors):
+        raise ArtefactError(f"{missed} tensors of lora_B belong to no layer: rsLoRA is not folded")
+    return folded
 
 
 def _less_start(name: str, value: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -128,19 +140,9 @@ def write_result(
     tensors: dict[str, Any] = {}
     for path in sorted((stage / "adapter").glob("*.safetensors")):
         tensors |= compare(path, expected)
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, stage / "adapter" / name)
-    (stage / "adapter" / "README.md").write_text(card(job, facts), encoding="utf-8")
-    template = data.template
-    prompt = {
-        "name": template.name,
-        "source": template.source,
-        "sha256": template.sha256,
-        "token_hash": facts["template"]["token_hash"],
-    }
-    (stage / "adapter" / "template.json").write_text(
-        json.dumps(prompt, ensure_ascii=False, indent=1), encoding="utf-8"
+    proof = write_words(base, stage / "adapter", data)
+    (stage / "adapter" / "README.md").write_text(
+        card(job, facts, stage / "adapter"), encoding="utf-8"
     )
     archive = zip_folder(stage / "adapter", stage / "adapter.zip")
     for name, page in pages.items():
@@ -157,6 +159,7 @@ def write_result(
         "tensors": tensors,
         "lora": job.lora.model_dump(),
         "extras": sorted(pages),
+        "chat_template": proof,
         **facts,
     }
     shutil.rmtree(result, ignore_errors=True)
@@ -191,8 +194,9 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def card(job: Job, facts: dict[str, Any]) -> str:
-    """The model card that Hugging Face's hub shows; nothing in it changes between equal runs."""
+def card(job: Job, facts: dict[str, Any], folder: Path) -> str:
+    """The model card that Hugging Face's hub shows, of what `folder` holds; nothing in it changes
+    between equal runs."""
     training, lora, library = job.training, job.lora, "peft"
     adapter = f"| LoRA | r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout} |\n"
     use = f"""from peft import PeftModel
@@ -206,6 +210,7 @@ model = PeftModel.from_pretrained(base, "this folder")"""
             "from transformers import AutoModelForCausalLM\n\nmodel = "
             'AutoModelForCausalLM.from_pretrained("this folder")'
         )
+    engines = engines_table(loads_in(*read_adapter(folder))) if training.method == "lora" else ""
     return f"""---
 base_model: {job.model.base}
 library_name: {library}
@@ -228,4 +233,6 @@ A {training.method} fine-tuning of `{job.model.base}` made by milktea.
 ```
 `python -m trainer.serve.chat FOLDER --base {job.model.base}` asks it questions
 with the template that it was trained with.
+
+{engines}
 """

@@ -215,3 +215,40 @@ def test_the_report_shows_answers_and_escapes_them(run_folder: Make) -> None:
         and "http" not in page.replace("http-equiv", "")
     )
     assert (job.parent / "result" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stock_transformers_asks_and_stops_as_the_training_did(run_folder: Make) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    job = run_folder(training={"num_train_epochs": 12, "learning_rate": 1e-2})
+    assert run_job(job) == 0
+    folder = unpacked(job)
+    ours = open_adapter(folder, job.parent / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(job.parent / "model", dtype=torch.float32)
+    stock = PeftModel.from_pretrained(model, str(folder)).eval()
+    stock.generation_config = type(stock.generation_config).from_pretrained(folder)
+    ended = 0
+    for row in rows(50):
+        ours.turns.clear()
+        message = {"role": "user", "content": row["instruction"], "input": row.get("input", "")}
+        ids = tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        with torch.no_grad():
+            told = stock.generate(ids, do_sample=False, max_new_tokens=24)[0, ids.shape[1] :]
+        answer = ours.ask(row["instruction"], row.get("input", ""), 24)
+        assert tokenizer.decode(told, skip_special_tokens=True).strip() == answer
+        ended += int(told[-1]) == ours.data.stop_id
+    assert ended > 10
+    manifest = manifest_of(job)
+    assert manifest["chat_template"]["conversations"] == 1000
+
+
+def test_an_rslora_is_written_as_a_plain_one(run_folder: Make) -> None:
+    job = run_folder(lora={"use_rslora": True, "r": 4}, training={"num_train_epochs": 1})
+    assert run_job(job) == 0
+    config = json.loads((unpacked(job) / "adapter_config.json").read_text())
+    assert config["use_rslora"] is False
+    assert config["lora_alpha"] == json.loads(job.read_text())["lora"]["lora_alpha"]

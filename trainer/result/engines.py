@@ -1,0 +1,184 @@
+"""Which programs load an adapter, by its configuration and its tensors' names alone. No torch.
+
+    python -m trainer.result.engines ADAPTER [--base MODEL]     folder or adapter.zip, ours or not
+
+Facts of 2026-11 (PEFT 0.21, vLLM 0.33, SGLang 0.5.23, llama.cpp, Ollama fb30760), read in their
+sources: vllm/lora/peft_helper.py and config/lora.py, sglang/srt/lora, convert_lora_to_gguf.py,
+ollama/convert.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+OLLAMA_TYPES = ("llama", "gemma2")
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the base stays as it is
+_HEADER_MAX = 100_000_000
+_REFUSES = {  # the faults of an adapter by engine
+    "PEFT": "",
+    "vLLM": "dora start rows modules experts rank",
+    "SGLang": "dora rslora start rows modules patterns experts",
+    "llama.cpp": "dora rslora start rows modules patterns experts",
+    "Ollama": "dora rslora alpha start rows modules patterns experts type",
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`why` says why not, or what to know; `command` makes it load."""
+
+    name: str
+    loads: bool
+    why: str
+    command: str = ""
+
+
+class NoAdapter(ValueError):
+    """The folder or archive holds no adapter of PEFT's."""
+
+
+def loads_in(
+    config: Mapping[str, Any], tensors: Sequence[str], base_type: str | None = None
+) -> list[Engine]:
+    """One verdict an engine. `config` is adapter_config.json, `tensors` the names in its
+    safetensors file, `base_type` the base's model_type where it is known."""
+    base = str(config.get("base_model_name_or_path") or "BASE")
+    rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    room = next((r for r in VLLM_RANKS if r >= rank), None)
+    jinja = "--chat-template FOLDER/chat_template.jinja"
+    faults = _faults(config, tensors)
+    if room is None:
+        faults["rank"] = f"rank {rank} is above {VLLM_RANKS[-1]}"
+    if base_type is not None and base_type not in OLLAMA_TYPES:
+        known = " and ".join(OLLAMA_TYPES)
+        faults["type"] = f"its converter knows {known}, not {base_type}: merge it"
+    commands = {
+        "PEFT": "PeftModel.from_pretrained(base, FOLDER)",
+        "vLLM": f"vllm serve {base} --enable-lora --max-lora-rank {room} "
+        f"--lora-modules NAME=FOLDER {jinja}",
+        "SGLang": f"python -m sglang.launch_server --model-path {base} --lora-paths NAME=FOLDER "
+        f"--max-lora-rank {rank} {jinja}",
+        "llama.cpp": f"python convert_lora_to_gguf.py --base {base} FOLDER && "
+        "llama-server -m BASE.gguf --lora ADAPTER.gguf",
+        "Ollama": "ollama create NAME -f Modelfile   (FROM the very base, ADAPTER FOLDER)",
+    }
+    engines = []
+    for name, command in commands.items():
+        why = "; ".join(why for kind, why in faults.items() if kind in _REFUSES[name].split())
+        know = f"rank {rank} is above its default of 16" if name == "vLLM" and rank > 16 else ""
+        engines.append(Engine(name, not why, why or know, "" if why else command))
+    return engines
+
+
+def _faults(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, str]:
+    """What about this adapter some engine does not take, by kind."""
+    alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
+    start = config.get("init_lora_weights", True)
+    found = {
+        "dora": (config.get("use_dora"), "it is a DoRA: merge it"),
+        "rslora": (
+            config.get("use_rslora"),
+            "use_rslora is read as plain LoRA, sqrt(r) times too weak: merge it",
+        ),
+        "alpha": (any(float(a) != int(a) for a in alphas), "lora_alpha is no whole number"),
+        "start": (
+            start not in _PLAIN_INITS,
+            f"it stands on a base that {start} changed: convert it to a plain LoRA",
+        ),
+        "rows": (
+            config.get("trainable_token_indices"),
+            "single rows of the embedding are trained: merge it",
+        ),
+        "modules": (
+            config.get("modules_to_save") or any("lora_" not in name for name in tensors),
+            "whole modules are trained beside the LoRA: merge it",
+        ),
+        "patterns": (
+            config.get("rank_pattern") or config.get("alpha_pattern"),
+            "modules differ in rank or alpha: merge it",
+        ),
+        "experts": (
+            config.get("target_parameters") or any(".experts." in name for name in tensors),
+            "experts are adapted: merge it",
+        ),
+    }
+    return {kind: why for kind, (is_so, why) in found.items() if is_so}
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """adapter_config.json and the tensors' names, of a folder or an archive. Raises NoAdapter."""
+    files: Callable[[str, int], bytes]
+    if path.is_dir():
+
+        def files(name: str, size: int) -> bytes:
+            with open(path / name, "rb") as file:
+                return file.read(size)
+
+    elif zipfile.is_zipfile(path):
+
+        def files(name: str, size: int) -> bytes:
+            with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+                return file.read(size)
+
+    else:
+        raise NoAdapter(f"{path} is no folder and no zip: give an adapter's folder or its zip")
+    try:
+        config = json.loads(files("adapter_config.json", _HEADER_MAX))
+        (length,) = struct.unpack("<Q", files("adapter_model.safetensors", 8))
+        if length > _HEADER_MAX:
+            raise NoAdapter(f"{path}: the header of adapter_model.safetensors is broken")
+        header = json.loads(files("adapter_model.safetensors", 8 + length)[8:])
+        if not isinstance(config["r"], int) or not isinstance(config["lora_alpha"], int | float):
+            raise NoAdapter(f"{path}: r and lora_alpha of adapter_config.json are no numbers")
+    except (KeyError, OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
+        if isinstance(error, NoAdapter):
+            raise
+        raise NoAdapter(
+            f"{path} holds no LoRA of PEFT's (adapter_config.json with r and lora_alpha, "
+            f"adapter_model.safetensors): {error}"
+        ) from error
+    return config, [name for name in header if name != "__metadata__"]
+
+
+def table(engines: Sequence[Engine]) -> str:
+    """As Markdown, for the card."""
+    rows = [f"| {e.name} | {'yes' if e.loads else 'no'} | {_cell(e)} |" for e in engines]
+    return "\n".join(["| loads in | | how, or why not |", "|---|---|---|", *rows])
+
+
+def _cell(engine: Engine) -> str:
+    command = f"`{engine.command}`" if engine.command else ""
+    return ": ".join(filter(None, (engine.why, command)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.result.engines")
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--base", type=Path, help="the base's folder, for its architecture")
+    arguments = parser.parse_args()
+    try:
+        config, tensors = read(arguments.adapter)
+        base_type = None
+        if arguments.base:
+            base_type = json.loads((arguments.base / "config.json").read_bytes()).get("model_type")
+    except (NoAdapter, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 3
+    for engine in loads_in(config, tensors, base_type):
+        print(f"{engine.name:10} {'yes' if engine.loads else 'no':4} {engine.why}")
+        if engine.command:
+            print(f"{'':15} {engine.command}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
