@@ -82,9 +82,9 @@ def rank_of(job: Path, rank: int, processes: int, port: int) -> None:
     if processes > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
         os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
-    from trainer.train import to_end
+    from trainer.train import run_and_report
 
-    sys.exit(to_end(job))
+    sys.exit(run_and_report(job))
 
 
 def deadline(job: Path, unix_s: float | None) -> None:

@@ -153,7 +153,7 @@ def build(
             *machines.torchrun_options(job.processes),
             *train,
         ]
-    count = machines.most if machines else 1
+    count = machines.max_nodes if machines else 1
     processes = job.processes * count
     options = [
         "--num_processes",

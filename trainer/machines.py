@@ -16,16 +16,16 @@ from dataclasses import dataclass
 PORT = 29500  # torchrun's own
 # of all processes together, after one was lost; each goes on from the newest whole checkpoint
 RESTARTS = 3
-LAST_CALL_S = 30  # how long a range of machines waits for one more after the least number is there
+LAST_CALL_S = 30  # how long a range of machines waits for one more once it has enough
 
 
 @dataclass(frozen=True)
 class Machines:
-    """From `least` to `most` machines that meet at address:port. `rank` is None where only the
-    rendezvous will number them."""
+    """From `min_nodes` to `max_nodes` machines that meet at address:port. `rank` is None where only
+    the rendezvous will number them."""
 
-    least: int
-    most: int
+    min_nodes: int
+    max_nodes: int
     rank: int | None
     address: str
     port: int
@@ -34,7 +34,7 @@ class Machines:
 
     @property
     def elastic(self) -> bool:
-        return self.least < self.most
+        return self.min_nodes < self.max_nodes
 
     def _rendezvous(self) -> list[str]:
         """Its store lives on machine 0: said where it is known, so that no name has to be compared
@@ -62,7 +62,7 @@ class Machines:
         conf = ",".join([*self._rendezvous(), f"last_call_timeout={self.last_call_s}"])
         return [
             "--nnodes",
-            f"{self.least}:{self.most}",
+            f"{self.min_nodes}:{self.max_nodes}",
             "--nproc-per-node",
             str(processes),
             "--max-restarts",
@@ -86,34 +86,41 @@ def read_machines(environment: Mapping[str, str]) -> Machines | None:
     ):
         if environment.get(count, "1") == "1":
             continue
-        least, most = _range(count, environment[count])
+        min_nodes, max_nodes = _range(count, environment[count])
         address, number = environment.get(f"{prefix}MASTER_ADDR"), environment.get(rank)
         if not address:
             raise ValueError(
                 f"{count}={environment[count]} tells of several machines: set "
                 f"{prefix}MASTER_ADDR to the first one's name, on each"
             )
-        if number is None and least == most:
+        if number is None and min_nodes == max_nodes:
             raise ValueError(
                 f"{count}={environment[count]} tells of several machines: set {rank} on "
                 "each, from 0"
             )
-        if number is not None and not 0 <= int(number) < most:
-            raise ValueError(f"{rank}={number} is not one of {most} machines, which count from 0")
+        if number is not None and not 0 <= int(number) < max_nodes:
+            raise ValueError(
+                f"{rank}={number} is not one of {max_nodes} machines, which count from 0"
+            )
         port = int(environment.get(f"{prefix}MASTER_PORT", PORT))
         restarts = int(environment.get(f"{prefix}MAX_RESTARTS", RESTARTS))
         last_call = int(environment.get("MILKTEA_LAST_CALL_S", LAST_CALL_S))
         return Machines(
-            least, most, None if number is None else int(number), address, port, restarts, last_call
+            min_nodes,
+            max_nodes,
+            None if number is None else int(number),
+            address,
+            port,
+            restarts,
+            last_call,
         )
     return None
 
 
 def _range(name: str, text: str) -> tuple[int, int]:
     """ "2" or "1:4"."""
-    least, _, most = text.partition(":")
-    if not (
-        least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)
-    ):
+    first, _, last = text.partition(":")
+    last = last or first
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise ValueError(f"{name}={text} is neither a number of machines nor a range like 1:4")
-    return int(least), int(most or least)
+    return int(first), int(last)

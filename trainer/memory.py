@@ -520,8 +520,10 @@ def min_gpu_memory_gib(
 ) -> float:
     """The smallest card, as torch reports it, on which `solve` finds a way: the longest row alone,
     all layers recomputed."""
-    least = predict(shape, precision, r, target_modules, min_tokens, shape.layers, method, **more)
-    return needed_gib(least.peak_gib)
+    smallest = predict(
+        shape, precision, r, target_modules, min_tokens, shape.layers, method, **more
+    )
+    return needed_gib(smallest.peak_gib)
 
 
 _LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": _NF4_BYTES, "int8": 1.0}
@@ -748,9 +750,9 @@ def _unpacked(shape: Shape, precision: str, joined: bool) -> float:
     )
 
 
-def _budgets(least: int, most: int) -> list[int]:
-    doubled = [2**k for k in range(8, 21) if least < 2**k < most]
-    return sorted({least, *doubled, max(least, most)}, reverse=True)
+def _budgets(min_tokens: int, max_tokens: int) -> list[int]:
+    doubled = [2**k for k in range(8, 21) if min_tokens < 2**k < max_tokens]
+    return sorted({min_tokens, *doubled, max(min_tokens, max_tokens)}, reverse=True)
 
 
 def _fewest_checkpointed(

@@ -68,8 +68,8 @@ def join(job: Job, stop: StopSignal) -> Ranks:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    in_parts = job.training.method == "full" and world > 1  # an adapter is small: each holds it all
-    return (Shards if in_parts else Replicas)(stop, device, rank, world)
+    sharded = job.training.method == "full" and world > 1  # an adapter is small: each holds it all
+    return (Shards if sharded else Replicas)(stop, device, rank, world)
 
 
 def started_at() -> float:
@@ -78,56 +78,57 @@ def started_at() -> float:
 
 
 @dataclass(frozen=True)
-class Ending:
+class Outcome:
     """How the process ends, and what it says."""
 
     code: int
     error: Exception | None = None
 
 
-def ending(path: Path) -> Ending:
+def outcome_of(path: Path) -> Outcome:
     """Runs the job; whatever it raises becomes a sentence with a hint."""
     try:
-        return Ending(run_job(path))
+        return Outcome(run_job(path))
     except (Refused, ModelError, TemplateError, CheckpointError) as error:
-        return Ending(REFUSED, error)
+        return Outcome(REFUSED, error)
     except (Stopped, ArtefactError) as error:
-        return Ending(STOPPED, error)
+        return Outcome(STOPPED, error)
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
         hint = 'report this; meanwhile lower data.max_length or set model.precision = "nf4"'
-        return Ending(BROKEN, Unexpected(f"out of GPU memory: {str(error)[:200]}", hint))
+        return Outcome(BROKEN, Unexpected(f"out of GPU memory: {str(error)[:200]}", hint))
     except Exception as error:
         traceback.print_exc()
-        return Ending(BROKEN, Unexpected.of(error))
+        return Outcome(BROKEN, Unexpected.of(error))
 
 
-def to_end(path: Path) -> int:
-    """Trains, tells how it ended in every place where that is looked for, and returns the exit
+def run_and_report(path: Path) -> int:
+    """Trains, writes how it ended to every place where that is looked for, and returns the exit
     code."""
-    began, end, run = started_at(), ending(path), path.resolve().parent
+    began, outcome, run = started_at(), outcome_of(path), path.resolve().parent
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if end.error is not None and tells(end, run, began, restarts):
-        refuse(run, end.error)
+    if outcome.error is not None and reports(outcome, run, began, restarts):
+        refuse(run, outcome.error)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        (run / os.environ.get(EXIT_VARIABLE, EXIT_FILE)).write_text(json.dumps(end.code))
-    if torch.distributed.is_initialized() and end.code == DONE:
+        (run / os.environ.get(EXIT_VARIABLE, EXIT_FILE)).write_text(json.dumps(outcome.code))
+    if torch.distributed.is_initialized() and outcome.code == DONE:
         torch.distributed.destroy_process_group()
-    stopped = end.code == STOPPED and restarts  # all for one reason: torchrun must not try again
-    return DONE if stopped else end.code
+    if outcome.code == STOPPED and restarts:  # all for one reason: torchrun must not try again
+        return DONE
+    return outcome.code
 
 
-def tells(end: Ending, run: Path, began: float, restarts: int) -> bool:
-    """Whether this process says why the run ended. What all processes found, rank 0 says; what one
-    did not expect, the first to fail, unless torchrun starts them again."""
-    if end.code != BROKEN:
+def reports(outcome: Outcome, run: Path, began: float, restarts: int) -> bool:
+    """Whether this process reports why the run ended. What all processes found is reported by rank
+    0; what one did not expect by the first that fails, unless torchrun starts them again."""
+    if outcome.code != BROKEN:
         return int(os.environ.get("RANK", "0")) == 0
     tried = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return tried >= restarts and not is_told(run, began)
 
 
 def main() -> None:
-    sys.exit(to_end(Path(sys.argv[1])))
+    sys.exit(run_and_report(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from trainer.data.prepare import Refused
 from trainer.loop import budget
 from trainer.outcome import Unexpected, is_told
 from trainer.stages import sft
-from trainer.train import ending
+from trainer.train import outcome_of
 from trainer.wire import events
 from trainer.wire.job import Job
 
@@ -92,9 +92,9 @@ def test_a_lost_process_is_no_end_where_torchrun_starts_it_again(
 
 def test_out_of_gpu_memory_is_told_with_what_to_lower(run_folder: Make, monkeypatch: Patch) -> None:
     fails_on(monkeypatch, None, torch.OutOfMemoryError("CUDA out of memory: tried 3 GiB"))
-    end = ending(run_folder())
-    assert end.code == 1 and isinstance(end.error, Unexpected)
-    assert "tried 3 GiB" in str(end.error) and "data.max_length" in end.error.hint
+    outcome = outcome_of(run_folder())
+    assert outcome.code == 1 and isinstance(outcome.error, Unexpected)
+    assert "tried 3 GiB" in str(outcome.error) and "data.max_length" in outcome.error.hint
 
 
 def test_a_model_whose_size_cannot_be_told_is_refused(run_folder: Make, tmp_path: Path) -> None:

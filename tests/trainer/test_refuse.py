@@ -16,7 +16,7 @@ from trainer.data.template import TemplateError
 from trainer.launch import main as launch
 from trainer.model.weights import validate_weights
 from trainer.outcome import refuse as tell_refusal
-from trainer.train import ending
+from trainer.train import outcome_of
 from trainer.wire.job import Job
 
 Make = Callable[..., Path]
@@ -115,8 +115,8 @@ def test_a_template_whose_stop_token_this_tokenizer_lacks_is_refused(
 
 
 def test_an_unknown_target_module_names_the_close_ones(run_folder: Make) -> None:
-    end = ending(run_folder(lora={"target_modules": ["q_proj", "v_porj"]}))
-    assert end.code == 3 and "'v_porj'" in str(end.error) and "v_proj" in str(end.error)
+    outcome = outcome_of(run_folder(lora={"target_modules": ["q_proj", "v_porj"]}))
+    assert outcome.code == 3 and "'v_porj'" in str(outcome.error) and "v_proj" in str(outcome.error)
 
 
 def test_a_precision_that_this_device_lacks_is_refused(run_folder: Make) -> None:
@@ -124,8 +124,8 @@ def test_a_precision_that_this_device_lacks_is_refused(run_folder: Make) -> None
     settings = json.loads(job.read_text())
     settings["model"]["precision"] = "fp8"
     job.write_text(json.dumps(settings))
-    end = ending(job)
-    assert end.code == 3 and 'model.precision = "fp32"' in str(end.error)
+    outcome = outcome_of(job)
+    assert outcome.code == 3 and 'model.precision = "fp32"' in str(outcome.error)
 
 
 def test_data_that_changed_since_the_job_was_made_is_refused(run_folder: Make) -> None:

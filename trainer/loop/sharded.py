@@ -98,9 +98,9 @@ class Shards(Ranks):
 
     def level(self, micro: list[Any], filler: Any) -> list[tuple[Any, float]]:
         """As many micro-batches on every process."""
-        most = torch.tensor(len(micro), device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        fillers = [(filler, 0.0)] * (int(most) - len(micro))
+        longest = torch.tensor(len(micro), device=self.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        fillers = [(filler, 0.0)] * (int(longest) - len(micro))
         return [(batch, 1.0) for batch in micro] + fillers
 
     def gradients(self, parameters: Iterable[nn.Parameter], extra: int) -> Gradients:

@@ -38,13 +38,13 @@ EOS = "</s>"
 def copy(out: Path) -> None:
     """The committed model and data, after comparing every file with the manifest's sha256. Raises
     ValueError when one differs."""
-    check(HERE)
+    verify(HERE)
     shutil.copytree(HERE, out / "model", dirs_exist_ok=True)
     for name in ("train.json", "held_out.json"):
         shutil.copy(DATA / name, out / name)
 
 
-def check(folder: Path) -> dict[str, str]:
+def verify(folder: Path) -> dict[str, str]:
     """file -> sha256 of the committed model. Raises ValueError naming the first file that is not
     what the manifest says."""
     manifest: dict[str, str] = json.loads((folder / "manifest.json").read_text())

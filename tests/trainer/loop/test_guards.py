@@ -15,7 +15,7 @@ from tiny import events_of, finish, rows, start, write_model
 from trainer.kernels.attention import Rules
 from trainer.loop import step
 from trainer.stages import sft
-from trainer.train import ending
+from trainer.train import outcome_of
 
 Make = Callable[..., Path]
 Patch = pytest.MonkeyPatch
@@ -212,10 +212,10 @@ def test_a_planted_fault_stops_the_run_with_its_reason(
 ) -> None:
     import re
 
-    end = ending(fault(run_folder, monkeypatch, tmp_path))
-    assert end.code == 4, end.error
-    assert re.search(FAULTS[fault], str(end.error)), end.error
-    assert end.error.hint  # type: ignore[union-attr]
+    outcome = outcome_of(fault(run_folder, monkeypatch, tmp_path))
+    assert outcome.code == 4, outcome.error
+    assert re.search(FAULTS[fault], str(outcome.error)), outcome.error
+    assert outcome.error.hint  # type: ignore[union-attr]
 
 
 def test_at_least_twelve_faults_are_planted() -> None:
@@ -290,15 +290,15 @@ def clean(seed: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_clean_run_raises_no_alarm(run_folder: Make, seed: int) -> None:
-    end = ending(run_folder(**clean(seed)))
-    assert end.code == 0, end.error
+    outcome = outcome_of(run_folder(**clean(seed)))
+    assert outcome.code == 0, outcome.error
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fifty_clean_runs_raise_no_alarm(run_folder: Make) -> None:
-    ends = [ending(run_folder(**clean(seed))) for seed in range(50)]
-    assert [str(e.error) for e in ends if e.code] == [] and len(ends) == 50
+    outcomes = [outcome_of(run_folder(**clean(seed))) for seed in range(50)]
+    assert [str(e.error) for e in outcomes if e.code] == [] and len(outcomes) == 50
 
 
 def test_the_fault_of_a_job_is_in_its_events_for_ops_to_read(

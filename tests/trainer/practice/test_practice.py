@@ -16,7 +16,7 @@ Make = Callable[..., Path]
 
 
 def test_the_committed_model_is_what_its_manifest_says_and_small() -> None:
-    names = model.check(model.HERE)
+    names = model.verify(model.HERE)
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} == set(
         names
     )
@@ -29,7 +29,7 @@ def test_a_damaged_model_is_not_copied(tmp_path: Path) -> None:
         file.seek(5000)
         file.write(b"x")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
-        model.check(tmp_path / "model")
+        model.verify(tmp_path / "model")
 
 
 def test_the_committed_data_is_what_the_script_makes() -> None:
@@ -100,7 +100,7 @@ def test_the_script_makes_the_committed_model_again(tmp_path: Path) -> None:
     """Equal to the bit on the same kind of CPU; elsewhere sums round apart, so there it must know
     its world as well."""
     model.make(tmp_path / "model", tmp_path)
-    made, kept = model.check(tmp_path / "model"), model.check(model.HERE)
+    made, kept = model.verify(tmp_path / "model"), model.verify(model.HERE)
     assert (
         made["tokenizer.json"] == kept["tokenizer.json"]
         and made["config.json"] == kept["config.json"]
