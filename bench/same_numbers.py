@@ -89,7 +89,8 @@ def rank_of(job: Path, rank: int, processes: int, port: int) -> None:
 
 def deadline(job: Path, unix_s: float | None) -> None:
     """One that has passed stops the run after its next step, with a checkpoint."""
-    job.write_text(json.dumps(json.loads(job.read_text()) | {"deadline_unix_s": unix_s}))
+    told = json.loads(job.read_text()) | {"limits": {"deadline_unix_s": unix_s}}
+    job.write_text(json.dumps(told))
 
 
 def numbers(rows: int, case: Case) -> list[Any]:
@@ -107,7 +108,7 @@ def numbers(rows: int, case: Case) -> list[Any]:
         for event in told:
             del event["t"]
         manifest = json.loads((job.parent / "result" / "manifest.json").read_text())
-        files = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+        files = {name: facts["sha256"] for name, facts in manifest["members"].items()}
         del files["README.md"]  # text, which names modules of the tree
         [weights] = [digest for name, digest in files.items() if name.endswith(".safetensors")]
         return [manifest["curve"], weights, files, told]

@@ -31,31 +31,35 @@ from ops.market.cost import Workload
 from ops.market.ranking import Needs
 from ops.run.session import Session
 from ops.wait import Clock, RealClock
-from trainer.wire.job import Job
+from trainer.wire.job import WIRE, Job
 
 IMAGE = "milktea/stub:1"
 PACE = 0.002  # spaced reads need no real seconds where the emulator's clock does not care
 
+PNG = b"\x89PNG\r\n\x1a\nnobody draws this"
 STUB = (Path(__file__).parent / "stub-train.sh").read_text()
 
 
-def stub_image(folder: Path, data_sha256: str) -> Path:
-    """A folder of executables for `FakeVast.register_image`, with a finished result to copy."""
+def stub_image(folder: Path, data_sha256: str, wire: int = WIRE) -> Path:
+    """A folder of executables for `FakeVast.register_image`, with a finished result to copy, as a
+    trainer of this wire left it."""
     (folder / "bin").mkdir(parents=True)
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint/state.bin").write_bytes(b"state" * 100)
     state = {"state.bin": {"sha256": sha256_of(folder / "checkpoint/state.bin"), "bytes": 500}}
     (folder / "checkpoint/manifest.json").write_text(json.dumps({"step": 1, "files": state}))
-    manifest = adapter(folder / "result", data_sha256)
-    text = STUB.replace("@FOLDER@", str(folder)).replace("@ADAPTER@", manifest["adapter_sha256"])
+    adapter(folder / "result", data_sha256, wire)
+    whole = sha256_of(folder / "result/adapter.zip")
+    text = STUB.replace("@FOLDER@", str(folder)).replace("@ADAPTER@", whole)
+    text = text.replace("@WIRE@", str(wire))
     script = folder / "bin/milktea-train"
     script.write_text(text.replace("@MANIFEST@", sha256_of(folder / "checkpoint/manifest.json")))
     script.chmod(0o755)
     return folder / "bin"
 
 
-def adapter(folder: Path, data_sha256: str) -> dict[str, Any]:
-    """A small sane adapter in PEFT's form, and its manifest."""
+def adapter(folder: Path, data_sha256: str, wire: int = WIRE) -> dict[str, Any]:
+    """A small sane adapter in PEFT's form, a picture, and their manifest."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(7)
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -83,16 +87,20 @@ def adapter(folder: Path, data_sha256: str) -> dict[str, Any]:
     with zipfile.ZipFile(folder / "adapter.zip", "w", zipfile.ZIP_DEFLATED) as z:
         for name, content in members.items():
             z.writestr(name, content)
+    (folder / "loss.png").write_bytes(PNG)
+    archive = (folder / "adapter.zip").read_bytes()
+    files = {"adapter.zip": archive, "loss.png": PNG}
+    listing = {"files": listed(files), "members": listed(members)}
+    if wire == 1:
+        (folder / "report.html").write_text("<script>alert(1)</script>")
+        whole = {"adapter_sha256": sha256_of(folder / "adapter.zip"), "adapter_bytes": len(archive)}
+        listing = {**whole, "files": listed(members), "extras": ["loss.png", "report.html"]}
     manifest = {
-        "wire": 1,
+        "wire": wire,
         "run_id": "@RUN@",
+        "stages": [{"name": "sft"}],
         "base_model": "stub",
-        "adapter_sha256": sha256_of(folder / "adapter.zip"),
-        "adapter_bytes": (folder / "adapter.zip").stat().st_size,
-        "files": {
-            n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)}
-            for n, c in members.items()
-        },
+        **listing,
         "tensors": {n: {"shape": list(t.shape), "dtype": "float32"} for n, t in tensors.items()},
         "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
         "steps": 2,
@@ -105,6 +113,13 @@ def adapter(folder: Path, data_sha256: str) -> dict[str, Any]:
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest
+
+
+def listed(files: dict[str, bytes]) -> dict[str, Any]:
+    return {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        for name, content in files.items()
+    }
 
 
 def tiny_model(folder: Path) -> Path:
@@ -165,9 +180,10 @@ class Silent:
 
 
 class Rig:
-    """Folders and data of one test; `plan()` makes a new run, `session(journal)` a client on it."""
+    """Folders and data of one test; `plan()` makes a new run, `session(journal)` a client on it.
+    `wire` is what the image's trainer speaks."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wire: int = WIRE) -> None:
         self.folder = folder
         self.runs = folder / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -176,7 +192,7 @@ class Rig:
             self.data.write_text('[{"instruction": "q", "input": "", "output": "a"}]')
         self.image = folder / "image"
         if not self.image.exists():
-            stub_image(self.image, sha256_of(self.data))
+            stub_image(self.image, sha256_of(self.data), wire)
 
     @contextmanager
     def emulator(self, **more: Any) -> Iterator[FakeVast]:

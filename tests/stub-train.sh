@@ -2,7 +2,7 @@
 # Stands in for an image's milktea-train: the wire's files, in the wire's order. tests/rig.py puts
 # a folder and two hashes in place of the words between @.
 set -e
-[ "$1" = --wire ] && { echo 1; exit 0; }
+[ "$1" = --wire ] && { echo @WIRE@; exit 0; }
 now=$(date +%s)
 say() { printf '{"t":%s,%s}\n' "$now" "$1" >>events.jsonl; }
 say '"event":"started","step":0,"total_steps":2'
@@ -14,7 +14,8 @@ cp @FOLDER@/checkpoint/* checkpoints/1.new
 mv checkpoints/1.new checkpoints/1
 say '"event":"checkpoint","step":1,"path":"checkpoints/1","manifest_sha256":"@MANIFEST@"'
 mkdir -p result
-cp @FOLDER@/result/adapter.zip result/
+cp @FOLDER@/result/* result/
+rm result/manifest.json
 sed "s/@RUN@/$(basename "$PWD")/" @FOLDER@/result/manifest.json >result/manifest.new
 mv result/manifest.new result/manifest.json
 say '"event":"finished","steps":2,"final_loss":1.0,"seconds":1,"adapter_sha256":"@ADAPTER@"'

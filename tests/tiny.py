@@ -123,6 +123,10 @@ def manifest_of(job: Path) -> dict[str, Any]:
     return json.loads((job.parent / "result" / "manifest.json").read_text())
 
 
+def adapter_sha256(job: Path) -> str:
+    return str(manifest_of(job)["files"]["adapter.zip"]["sha256"])
+
+
 # -- runs in processes of their own, which may be killed -------------------------------------------
 
 

@@ -282,13 +282,14 @@ def lora_learns(work: Path, environment: dict[str, str], precision: str) -> str:
             f"gradient norm {min(norms, default=0)}"
         )
     manifest = json.loads((run / "result" / "manifest.json").read_text("utf-8"))
-    if (run / "result" / "adapter.zip").stat().st_size != manifest["adapter_bytes"]:
+    size = manifest["files"]["adapter.zip"]["bytes"]
+    if (run / "result" / "adapter.zip").stat().st_size != size:
         raise Failed("adapter.zip has another size than its manifest says")
     kernels = next((e.get("kernels") for e in events if e["event"] == "started"), None) or {}
     return (
         f"{taken} steps in {seconds:.1f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
         f"gradient norm {min(norms):.3g} to {max(norms):.3g}, "
-        f"adapter {manifest['adapter_bytes']:,} bytes" + (f", kernels {kernels}" if kernels else "")
+        f"adapter {size:,} bytes" + (f", kernels {kernels}" if kernels else "")
     )
 
 

@@ -81,6 +81,12 @@ def read_job(path: Path) -> Job:
 def check(job: Job, run: Path) -> None:
     """Raises ValueError or OSError for what can be refused without torch; leaves the rows tokenised
     and the model's files at hand."""
+    absent = [name for name in job.environment if not os.environ.get(name)]
+    if absent:
+        raise Refused(
+            f"{', '.join(absent)} of the job's env did not come with the launch",
+            hint="set it where milktea runs, or take it out of env in the job file",
+        )
     prepare(job, run)
     validate_weights(model_folder(job, run, weights=True))
 

@@ -175,7 +175,7 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
     return Job.model_validate(
         {
             "run_id": run_id,
-            "stage": job.stage,
+            "stages": [{"name": job.stage}],
             "model": {
                 "base": Path(base).name if local else base,
                 "revision": revision or None,

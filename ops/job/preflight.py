@@ -13,6 +13,9 @@ from ops.errors import PreflightError, Refused
 from ops.job.plan import Plan
 from trainer.wire.job import WIRE
 
+IMAGES = Path(__file__).parents[2] / "images"
+LAST_OF_WIRE_1 = 2  # the tag of the images of milktea 0.1
+
 if TYPE_CHECKING:
     from ops.market.client import Vast
 
@@ -40,26 +43,18 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
 
 
 def _validate_image(plan: Plan) -> None:
-    """An image of ours says in images/*.toml which wire its trainer speaks."""
-    if plan.trainer == "push":
+    """An image of ours says in images/*.toml which wire its trainer speaks; those of milktea 0.1
+    have its tags."""
+    name, _, tag = plan.image.partition("@")[0].rpartition("/")[2].partition(":")
+    file = IMAGES / f"{name}.toml"
+    if plan.trainer == "push" or not file.is_file():
         return
-    folder = Path(__file__).parents[2] / "images"
-    for file in sorted(folder.glob("*.toml")):
-        said = tomllib.loads(file.read_text("utf-8"))
-        names = (
-            said.get("name"),
-            said.get("image", {}).get("name") if isinstance(said.get("image"), dict) else None,
-            file.stem,
+    said = tomllib.loads(file.read_text("utf-8"))
+    wire = 1 if tag.isdigit() and int(tag) <= LAST_OF_WIRE_1 else said["wire"]
+    if wire != WIRE:
+        raise PreflightError(
+            f"the trainer in image {plan.image} speaks wire {wire}, this milktea speaks {WIRE}: "
+            "they would not understand each other",
+            hint=f"set image.ref to {name}:{said['version']} where you pull it from (`make image "
+            f'IMAGE={name}` builds it), or set image.trainer = "push"',
         )
-        if plan.image.split("/")[-1].split(":")[0] in names:
-            wire = said.get(
-                "wire",
-                said.get("image", {}).get("wire") if isinstance(said.get("image"), dict) else None,
-            )
-            if wire is not None and wire != WIRE:
-                raise PreflightError(
-                    f"image {plan.image} speaks wire {wire} ({file.name}), this milktea "
-                    f"speaks {WIRE}",
-                    hint=f"`make image IMAGE={file.stem}` builds one that fits, or set "
-                    'image.trainer = "push"',
-                )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ops.box import facts, scripts, transfer
 from ops.box.connection import Box, Endpoint
@@ -35,13 +36,14 @@ from ops.errors import (
 )
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
-from ops.run import place, result
+from ops.run import home, place, result
 from ops.run.choose import choose, search
-from ops.run.follow import ODD, follow, newest_checkpoint, pull_folder
+from ops.run.follow import EVENTS, ODD, follow, newest_checkpoint, pull_folder
 from ops.run.keeper import kept
 from ops.run.rental import boot, endpoints, fatal_word, raise_if_preempted, rented
 from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
 from ops.wait import until
+from trainer.wire.job import WIRE, Job
 
 T = TypeVar("T")
 MACHINES = 5  # tried for one run before giving up
@@ -163,15 +165,17 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
 
 def push(session: Session, box: Box) -> None:
     """Job, data, model, our trainer, and the newest checkpoint of an earlier box. What is there
-    whole already is not sent again."""
+    whole already is not sent again, and nothing once the training was launched there: by then a
+    newer milktea may have other files of the same names."""
+    last = session.journal.last("launched", "renting")
+    if last is not None and last.kind == "launched":
+        return
     folder = scripts.run_folder(session.run_id)
     job = session.journal.folder / "job.json"
-    job.write_text(json.dumps(session.plan.wire_job, ensure_ascii=False, indent=1), "utf-8")
+    job.write_text(_job_text(session.plan.wire_job), "utf-8")
     files = [PushFile(p.local, f"{folder}/{p.remote}", p.sha256) for p in session.plan.pushes]
     files.append(_push_file(job, f"{folder}/job.json"))
-    checkpoint = newest_checkpoint(session)
-    last = session.journal.last("launched", "renting")
-    if checkpoint and last is not None and last.kind == "renting":
+    if checkpoint := newest_checkpoint(session):
         files += [
             _push_file(p, f"{folder}/checkpoints/{checkpoint.name}/{p.relative_to(checkpoint)}")
             for p in sorted(checkpoint.rglob("*"))
@@ -187,6 +191,13 @@ def push(session: Session, box: Box) -> None:
     session.note(
         "pushed", files=len(files), bytes_in=sent, seconds=round(session.clock.steady() - began, 2)
     )
+
+
+def _job_text(wire_job: dict[str, Any]) -> str:
+    """job.json; as it was planned, where milktea 0.1 planned it."""
+    if wire_job["wire"] != WIRE:
+        return json.dumps(wire_job, ensure_ascii=False, indent=1)
+    return Job.model_validate(wire_job).text()
 
 
 def _push_file(local: Path, remote: str) -> PushFile:
@@ -309,7 +320,7 @@ def pull(session: Session, box: Box) -> Outcome:
     staging.mkdir(exist_ok=True)
     for attempt in range(1, FETCHES + 1):
         try:
-            found = persist(session, box, lambda: _fetch(session, box, folder, staging))
+            manifest, found = persist(session, box, lambda: _fetch(session, box, folder, staging))
             break
         except AdapterError as e:
             session.note("bad_result", attempt=attempt, why=str(e))
@@ -319,8 +330,13 @@ def pull(session: Session, box: Box) -> Outcome:
                 raise
     out = Path(session.plan.out) / session.run_id
     out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(p for p in staging.iterdir() if p.is_file()):
-        shutil.copy2(file, out / file.name)
+    for name in home.COMES_HOME:
+        if (staging / name).is_file():
+            shutil.copy2(staging / name, out / name)
+    events = session.journal.folder / EVENTS
+    beside = {"cost": f"{session.spent_usd():.4f} $", "machine": machine(session.offer())}
+    report = home.report(session.plan.wire_job, manifest, events, beside)
+    (out / home.REPORT).write_bytes(report)
     session.note(
         "pulled",
         sha256=found.sha256,
@@ -331,24 +347,28 @@ def pull(session: Session, box: Box) -> Outcome:
     return Outcome(out / "adapter.zip", found.sha256, session.spent_usd())
 
 
-def _fetch(session: Session, box: Box, folder: str, staging: Path) -> result.Verified:
-    for name in ("manifest.json", "adapter.zip"):
+def machine(offer: Offer) -> str:
+    return f"{offer.num_gpus} x {offer.gpu_name}, {offer.usd_per_hour:.3f} $/h"
+
+
+def _fetch(
+    session: Session, box: Box, folder: str, staging: Path
+) -> tuple[Mapping[str, Any], result.Verified]:
+    """The manifest, and what was verified of the archive that it names."""
+    for name in ("manifest.json", *home.COMES_HOME):
         (staging / name).unlink(missing_ok=True)
     try:
         transfer.pull(box, f"{folder}/manifest.json", staging / "manifest.json")
         manifest = json.loads((staging / "manifest.json").read_text("utf-8"))
-        size = int(manifest["adapter_bytes"])
-        transfer.pull(
-            box,
-            f"{folder}/adapter.zip",
-            staging / "adapter.zip",
-            progress=lambda done, _: session.moving("pull", done, size),
-        )
-        for name in manifest.get("extras", []):
-            if "/" not in name and not name.startswith("."):
-                transfer.pull(box, f"{folder}/{name}", staging / name)
+        files = result.as_wire_2(manifest)["files"]
+        for name in home.COMES_HOME:
+            if said := files.get(name):
+                moving = partial(session.moving, "pull")
+                local, sha256 = staging / name, str(said["sha256"])
+                transfer.pull(box, f"{folder}/{name}", local, sha256, moving)
     except Lost:
         raise
-    except (ValueError, KeyError, TypeError, BoxError) as e:
+    except (*ODD, BoxError) as e:
         raise AdapterError(f"the result cannot be fetched whole: {e}") from e
-    return result.verify(staging / "adapter.zip", manifest, result.Expect.of(session.plan.wire_job))
+    expect = result.Expect.of(session.plan.wire_job)
+    return manifest, result.verify(staging / result.ADAPTER, manifest, expect)

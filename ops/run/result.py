@@ -27,6 +27,7 @@ from trainer.wire.job import WIRE
 from trainer.wire.tensors import Tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = "adapter.zip"
 _MAX_MEMBERS = 4096
 _MAX_RATIO = 100  # trained numbers hardly shrink; deflate's own limit is 1,032
 _SLACK = 64 << 20  # bytes that any archive may unfold to: tokenizers shrink well
@@ -60,6 +61,7 @@ class Expect:
     use_dora: bool | None = None
     use_rslora: bool | None = None
     init_lora_weights: str = "default"
+    wire: int = WIRE
 
     @classmethod
     def of(cls, job: Mapping[str, Any]) -> Expect:
@@ -75,6 +77,7 @@ class Expect:
             lora["use_dora"],
             lora["use_rslora"],
             lora["init_lora_weights"],
+            job["wire"],
         )
 
 
@@ -98,11 +101,12 @@ def verify(path: Path, manifest: Mapping[str, Any], expect: Expect) -> Verified:
     """Look at every byte of the archive. Raises AdapterError that names the file or tensor and what
     is wrong with it."""
     try:
+        manifest = as_wire_2(manifest)
         _manifest_sane(manifest, expect)
-        digest = _whole(path, manifest)
+        digest = _whole(path, manifest["files"][ADAPTER])
         with zipfile.ZipFile(path) as archive:
-            members = _members(archive, path.stat().st_size, manifest["files"])
-            found, texts = _contents(archive, members, manifest["files"])
+            members = _members(archive, path.stat().st_size, manifest["members"])
+            found, texts = _contents(archive, members, manifest["members"])
         _as_listed(found, manifest["tensors"])
         if expect.method == "lora":
             _lora(found, texts, expect)
@@ -147,11 +151,20 @@ def _check(true: bool, what: str) -> None:
 # -- the manifest and the whole file ---------------------------------------------------------------
 
 
+def as_wire_2(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A manifest of wire 1, which milktea 0.1 wrote, as one of today's but for its number: it
+    listed the archive alone, and named other files without a hash. Any other comes back as it is.
+    Raises KeyError, TypeError where it is none."""
+    if not isinstance(manifest, Mapping) or manifest.get("wire") != 1:
+        return manifest
+    archive = {"sha256": manifest["adapter_sha256"], "bytes": manifest["adapter_bytes"]}
+    return {**manifest, "members": manifest["files"], "files": {ADAPTER: archive}}
+
+
 def _manifest_sane(manifest: Mapping[str, Any], expect: Expect) -> None:
     _check(isinstance(manifest, Mapping), "manifest.json is not an object")
-    _check(
-        manifest["wire"] == WIRE, f"manifest.json speaks wire {manifest['wire']!r}, this is {WIRE}"
-    )
+    wire = manifest["wire"]
+    _check(wire == expect.wire, f"manifest.json speaks wire {wire!r}, its job speaks {expect.wire}")
     base = manifest["base_model"]
     _check(
         base == expect.base_model,
@@ -182,12 +195,12 @@ def _manifest_sane(manifest: Mapping[str, Any], expect: Expect) -> None:
         )
 
 
-def _whole(path: Path, manifest: Mapping[str, Any]) -> str:
-    size, said = path.stat().st_size, manifest["adapter_bytes"]
+def _whole(path: Path, listed: Mapping[str, Any]) -> str:
+    size, said = path.stat().st_size, listed["bytes"]
     _check(size == said, f"adapter.zip has {size} bytes, its manifest says {said}")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    wanted = manifest["adapter_sha256"]
+    wanted = listed["sha256"]
     _check(
         found == wanted,
         f"adapter.zip has sha256 {found[:16]}, its manifest says {str(wanted)[:16]}",

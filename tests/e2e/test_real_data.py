@@ -33,7 +33,7 @@ num_gpus = {gpus}
 max_usd = 1
 max_hours = 1
 [image]
-ref = "milktea/practice:2"
+ref = "milktea/practice:3"
 trainer = "image"
 size_gib = 0.4
 [results]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import events_of, manifest_of, rows
+from tiny import adapter_sha256, events_of, manifest_of, rows
 
+from trainer.result import adapter
 from trainer.train import run_job
 
 Make = Callable[..., Path]
@@ -40,8 +41,11 @@ def test_a_run_learns_and_writes_everything_that_the_wire_promises(run_folder: M
         "report.html",
     ]
     manifest = manifest_of(job)
+    assert set(manifest["files"]) == {"adapter.zip", "loss.png"}, "the report is made at home"
+    for name, said in manifest["files"].items():
+        assert said == adapter.listed(result / name)
     with zipfile.ZipFile(result / "adapter.zip") as archive:
-        assert set(archive.namelist()) == set(manifest["files"])
+        assert set(archive.namelist()) == set(manifest["members"])
         assert {
             "adapter_config.json",
             "adapter_model.safetensors",
@@ -75,7 +79,7 @@ def test_equal_runs_give_equal_archives(run_folder: Make) -> None:
         run_folder(lora={"lora_dropout": 0.1}, training={"max_steps": 3}) for _ in range(2)
     )
     curve(first), curve(second)
-    assert manifest_of(first)["adapter_sha256"] == manifest_of(second)["adapter_sha256"]
+    assert adapter_sha256(first) == adapter_sha256(second)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -55,9 +55,9 @@ class State:
 
 
 def fingerprint_of(job: Job) -> str:
-    """sha256 of everything in the job that changes the numbers; not its id, its deadline, or how
-    many processes share the work."""
-    free: dict[str, Any] = dict.fromkeys(("run_id", "processes", "deadline_unix_s"), True)
+    """sha256 of everything in the job that changes the numbers; not its id, its limits, the names
+    of its variables, or how many processes share the work."""
+    free: dict[str, Any] = dict.fromkeys(("run_id", "processes", "environment", "limits"), True)
     told = job.model_dump(exclude=free | {"training": {"save_every_s", "report_to"}})
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 

@@ -146,7 +146,7 @@ class Loop:
         """After a step: looks at the deadline and the clock, and saves when it is time. The first
         step and every saved one are settled at once: what goes wrong there is known before it is
         kept."""
-        deadline, training = self.job.deadline_unix_s, self.job.training
+        deadline, training = self.job.limits.deadline_unix_s, self.job.training
         ready = not self.ranks.saving and self.state.step < self.total
         due = ready and time.monotonic() - self.last_save >= training.save_every_s
         if deadline is not None and time.time() > deadline:

@@ -128,12 +128,14 @@ def write_result(
     base: Path,
     data: Prepared,
     facts: dict[str, Any],
-    pages: dict[str, bytes],
+    home: dict[str, bytes],
+    beside: dict[str, bytes],
     initial: dict[str, torch.Tensor],
 ) -> str:
     """result/adapter.zip and, last of all, result/manifest.json. Returns the zip's sha256. `facts`
-    goes into the manifest as it is; `pages` are files put beside the zip, `initial` is
-    model.start_values. Raises ArtefactError when what was written is not what was trained."""
+    goes into the manifest as it is; the files of `home` are listed in it and come home with the
+    zip, those of `beside` stay with the trainer; `initial` is model.start_values. Raises
+    ArtefactError when what was written is not what was trained."""
     stage, result = root / ".result", root / "result"
     shutil.rmtree(stage, ignore_errors=True)
     expected = save_model(model, job, stage / "adapter", initial)
@@ -144,21 +146,21 @@ def write_result(
     (stage / "adapter" / "README.md").write_text(
         card(job, facts, stage / "adapter"), encoding="utf-8"
     )
-    archive = zip_folder(stage / "adapter", stage / "adapter.zip")
-    for name, page in pages.items():
-        (stage / name).write_bytes(page)
+    members = zip_folder(stage / "adapter", stage / "adapter.zip")
+    for name, content in (home | beside).items():
+        (stage / name).write_bytes(content)
     shutil.rmtree(stage / "adapter")
+    files = {name: listed(stage / name) for name in ("adapter.zip", *sorted(home))}
     manifest = {
         "wire": WIRE,
         "run_id": job.run_id,
+        "stages": [s.model_dump() for s in job.stages],
         "base_model": job.model.base,
         "method": job.training.method,
-        "adapter_sha256": digest(stage / "adapter.zip"),
-        "adapter_bytes": (stage / "adapter.zip").stat().st_size,
-        "files": archive,
+        "files": files,
+        "members": members,
         "tensors": tensors,
         "lora": job.lora.model_dump(),
-        "extras": sorted(pages),
         "chat_template": proof,
         **facts,
     }
@@ -167,7 +169,7 @@ def write_result(
     part = result / ".manifest.part"
     part.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
     part.rename(result / "manifest.json")
-    return cast(str, manifest["adapter_sha256"])
+    return cast(str, files["adapter.zip"]["sha256"])
 
 
 def zip_folder(folder: Path, archive: Path) -> dict[str, dict[str, Any]]:
@@ -185,8 +187,13 @@ def zip_folder(folder: Path, archive: Path) -> dict[str, dict[str, Any]]:
             entry.external_attr = 0o644 << 16
             with open(path, "rb") as source, out.open(entry, "w", force_zip64=True) as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-            members[name] = {"sha256": digest(path), "bytes": path.stat().st_size}
+            members[name] = listed(path)
     return members
+
+
+def listed(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"sha256": digest(path), "bytes": path.stat().st_size}
 
 
 def digest(path: Path) -> str:

@@ -25,6 +25,7 @@ from trainer.model.load import family_of, hidden_states, load, start_values, tar
 from trainer.result import adapter
 from trainer.wire import events
 from trainer.wire.job import Job
+from trainer.wire.page import page
 
 HOST = torch.device("cpu")
 LEAK, LEAK_INT8 = 0.01, 0.05  # of a hidden state that another document may change
@@ -102,10 +103,10 @@ class Stage(stage.Stage):
         }
         facts = self.facts(state) | {"template": told}
         png = report.curve_png(state.curve, job.run_id)
-        page = report.page(job, facts, scored.samples, score, png)
-        pages = {"loss.png": png, "report.html": page}
+        report_html = page(job.model_dump(mode="json"), facts, scored.samples, score)
+        home, beside = {"loss.png": png}, {"report.html": report_html}
         return adapter.write_result(
-            self.run, model, job, self.base, self.data, facts, pages, self.initial
+            self.run, model, job, self.base, self.data, facts, home, beside, self.initial
         )
 
     def _score(self, model: nn.Module, reporter: Reporter) -> held_out.Scored:

@@ -2,18 +2,20 @@
 
 Everything is relative to the run folder (``milktea/RUN/`` under the login's home). ``WIRE`` changes
 when a reader of the old number could misread a file of the new one; the image carries the number,
-and ops compares before renting.
+and ops compares before renting. Within one number keys are only added, with a default that means
+what leaving them out meant, and no default changes.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.wire.stages import StageName, format_defect
 
-WIRE = 1
+WIRE = 2
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -21,6 +23,7 @@ Precision = Literal["fp32", "bf16", "fp8", "nf4", "int8"]
 Method = Literal["lora", "full", "freeze"]
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
 OverLength = Literal["refuse", "drop", "truncate"]
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
 
 
 class Strict(BaseModel):
@@ -95,18 +98,44 @@ class Data(Strict):
     over_length: OverLength = "refuse"
 
 
+class Stage(Strict):
+    """One training of a run. What it does not say, the job says for all of them."""
+
+    name: StageName
+
+
+class Limits(Strict):
+    """What the box must keep to by itself. After ``deadline_unix_s``, by its own clock, the
+    trainer saves a checkpoint and stops."""
+
+    deadline_unix_s: float | None = None
+
+
 class Job(Strict):
-    """job.json. ``processes`` is the number of GPUs (or CPU processes) that accelerate starts."""
+    """job.json. ``processes`` is the number of GPUs (or CPU processes) that accelerate starts.
+    ``environment`` names the variables that came with the launch; their values are in no file."""
 
     wire: int = WIRE
     run_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{2,62}$")]
-    stage: StageName = "sft"
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=1)] = [Stage(name="sft")]
     model: ModelSpec
     data: Data
     lora: Lora = Lora()
     training: Training = Training()
     processes: Positive = 1
-    deadline_unix_s: float | None = None
+    environment: list[EnvironmentName] = []
+    limits: Limits = Limits()
+
+    @property
+    def stage(self) -> StageName:
+        """The name of the one stage."""
+        return self.stages[0].name
+
+    def text(self) -> str:
+        """job.json as it is written. What is as its default is left out: an older image of this
+        wire, which knows fewer keys, reads a job that asks nothing new of it."""
+        told = {"wire": self.wire} | self.model_dump(mode="json", exclude_defaults=True)
+        return json.dumps(told, ensure_ascii=False, indent=1) + "\n"
 
     @model_validator(mode="after")
     def _rows_are_the_stages(self) -> Job:

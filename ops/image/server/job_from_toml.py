@@ -66,6 +66,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
     wire = Job.model_validate(
         {
             "run_id": run.name,
+            "stages": [{"name": job.stage}],
             "model": {
                 "base": (
                     Path(job.model.base).name
@@ -90,7 +91,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
         }
     )
     part = run / "job.json.part"
-    part.write_text(wire.model_dump_json(indent=1), "utf-8")
+    part.write_text(wire.text(), "utf-8")
     part.replace(run / "job.json")
     return wire
 

@@ -192,7 +192,7 @@ def test_hours_are_told_as_slurm_reads_them(hours: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("ref", "told"),
     [
-        ("milktea/practice:2", "milktea/practice:2"),
+        ("milktea/practice:3", "milktea/practice:3"),
         ("ghcr.io/a/b:1", "ghcr.io#a/b:1"),
         ("localhost:5000/a", "localhost:5000#a"),
         ("a", "a"),

@@ -40,7 +40,7 @@ def job(tmp_path: Path) -> dict[str, Any]:
         "model": {"base": "model", "precision": "fp32"},
         "data": {"files": ["rows.json"], "max_length": 512},
         "limits": {"max_usd": 1},
-        "image": {"ref": "milktea/practice:2", "trainer": "image"},
+        "image": {"ref": "milktea/practice:3", "trainer": "image"},
     }
 
 
@@ -214,10 +214,24 @@ def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(
 
 
 def test_an_image_of_another_wire_is_refused_before_renting(
-    tmp_path: Path, fake: FakeVast, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("ops.job.preflight.WIRE", 2)
-    assert "speaks wire 1" in str(refused(tmp_path, fake, job))
+    for ref in (
+        "milktea/practice:2",
+        "ghcr.io/someone/train-cu130:1",
+        "milktea/practice:2@sha256:0",
+    ):
+        job["image"]["ref"] = ref
+        error = refused(tmp_path, fake, job)
+        assert "speaks wire 1, this milktea speaks 2" in str(error) and ":3 where" in error.hint
+
+
+def test_an_image_that_is_none_of_ours_may_have_any_tag(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    for ref in ("someone/else:1", "milktea/practice", "localhost:5000/milktea/practice:3"):
+        job["image"]["ref"] = ref
+        assert planned(tmp_path, fake, job).image == ref
 
 
 def test_rows_that_are_dropped_are_counted_in_the_plan(

@@ -69,7 +69,7 @@ class Adapter:
         data = self.zip() if archive is None else archive
         header, _ = self.header()
         self.manifest = {
-            "wire": 1,
+            "wire": 2,
             "run_id": "r-1",
             "base_model": BASE,
             "method": "lora",
@@ -80,9 +80,8 @@ class Adapter:
             "curve": [[1, 2.0], [12, 0.5]],
             "versions": {},
             "kernels": {},
-            "adapter_sha256": hashlib.sha256(data).hexdigest(),
-            "adapter_bytes": len(data),
-            "files": listed(members or self.members),
+            "files": listed({"adapter.zip": data}),
+            "members": listed(members or self.members),
             "tensors": {
                 n: {"shape": t["shape"], "dtype": TORCH.get(t["dtype"], t["dtype"])}
                 for n, t in header.items()
@@ -294,7 +293,7 @@ def test_damage_that_the_hash_of_the_whole_would_miss_is_caught_by_what_is_insid
     member = rng.randrange(len(starts))
     at = starts[member] + rng.randrange(len(list(made.members.values())[member]))
     spoilt = data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
-    made.manifest["adapter_sha256"] = hashlib.sha256(spoilt).hexdigest()
+    made.manifest["files"]["adapter.zip"]["sha256"] = hashlib.sha256(spoilt).hexdigest()
     assert "adapter.zip" in refused(tmp_path, spoilt, made)
 
 
@@ -513,11 +512,9 @@ def test_a_lie_in_a_member_is_caught_and_named(name, adapter, tmp_path):
     spoil(adapter)
     if name in NO_TENSORS_TO_LIST:
         data = adapter.zip()
-        digest = hashlib.sha256(data).hexdigest()
         adapter.manifest |= {
-            "files": listed(adapter.members),
-            "adapter_sha256": digest,
-            "adapter_bytes": len(data),
+            "files": listed({"adapter.zip": data}),
+            "members": listed(adapter.members),
         }
     else:
         data = adapter.seal()
@@ -586,7 +583,8 @@ def test_the_largest_finite_number_is_still_finite(adapter, tmp_path):
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another wire": (lambda m: m.update(wire=2), "wire 2"),
+    "another wire": (lambda m: m.update(wire=3), "wire 3"),
+    "the wire of 0.1": (lambda m: m.update(wire=1), "adapter_sha256"),
     "another base": (lambda m: m.update(base_model="evil/model"), "evil/model"),
     "another method": (lambda m: m.update(method="full"), "method 'full'"),
     "another rank": (lambda m: m.update(lora={"r": 8}), "r 8"),
@@ -598,24 +596,30 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "loss nothing": (lambda m: m.update(final_loss=None), "final_loss None"),
     "other data": (lambda m: m.update(data_sha256=["c" * 64]), "names data"),
     "data in another order": (lambda m: m.update(data_sha256=list(DATA[::-1])), "names data"),
-    "another size": (lambda m: m.update(adapter_bytes=1), "its manifest says 1"),
-    "another hash": (lambda m: m.update(adapter_sha256="0" * 64), "its manifest says 000000"),
-    "no hash": (lambda m: m.pop("adapter_sha256"), "adapter_sha256"),
+    "another size": (lambda m: m["files"]["adapter.zip"].update(bytes=1), "its manifest says 1"),
+    "another hash": (
+        lambda m: m["files"]["adapter.zip"].update(sha256="0" * 64),
+        "its manifest says 000000",
+    ),
+    "no hash": (lambda m: m["files"]["adapter.zip"].pop("sha256"), "sha256"),
     "no files": (lambda m: m.pop("files"), "files"),
-    "files a list": (lambda m: m.update(files=[]), "does not list"),
+    "files a list": (lambda m: m.update(files=[]), "manifest.json is not"),
+    "no archive": (lambda m: m.update(files={}), "adapter.zip"),
+    "no members": (lambda m: m.pop("members"), "members"),
+    "members a list": (lambda m: m.update(members=[]), "does not list"),
     "no tensors": (lambda m: m.pop("tensors"), "tensors"),
     "no lora": (lambda m: m.pop("lora"), "lora"),
     "a file too many": (
-        lambda m: m["files"].update({"extra.json": {"sha256": "0" * 64, "bytes": 1}}),
+        lambda m: m["members"].update({"extra.json": {"sha256": "0" * 64, "bytes": 1}}),
         "lacks extra.json",
     ),
-    "a file too few": (lambda m: m["files"].pop("tokenizer.json"), "does not list"),
+    "a file too few": (lambda m: m["members"].pop("tokenizer.json"), "does not list"),
     "a file of another hash": (
-        lambda m: m["files"]["tokenizer.json"].update(sha256="0" * 64),
+        lambda m: m["members"]["tokenizer.json"].update(sha256="0" * 64),
         "another sha256",
     ),
     "a file of another size": (
-        lambda m: m["files"]["tokenizer.json"].update(bytes=1),
+        lambda m: m["members"]["tokenizer.json"].update(bytes=1),
         "its manifest says 1",
     ),
     "a tensor too many": (

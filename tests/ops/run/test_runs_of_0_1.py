@@ -10,18 +10,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import rig
+from ops.errors import OfferGone
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
 from ops.market.client import Provider, Vast
 from ops.run import explain, journal
 from ops.run.journal import Journal
 from ops.run.reap import reap
-from ops.run.rent_and_train import rent_and_train
+from ops.run.rent_and_train import connect, launch, offers, push, rent_and_train
+from ops.run.rental import boot, rented
+from ops.run.session import Detached
 from ops.wait import RealClock
 
 pytestmark = pytest.mark.timeout(60)
@@ -41,7 +45,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[FakeVast]:
-    with rig.Rig(tmp_path / "rig").emulator() as cloud:
+    with rig.Rig(tmp_path / "rig", wire=1).emulator() as cloud:
         yield cloud
         assert cloud.instances() == [], "a box survived the test"
 
@@ -103,6 +107,35 @@ def test_resume_goes_on_from_the_checkpoint_that_is_at_home(runs: Path, fake: Fa
     assert kinds.count("rented") == 1 and kinds[-3:] == ["destroying", "destroyed", "bill"]
     pushed = next(line for line in journal.read(folder)[10:] if line.kind == "pushed")
     assert pushed["files"] == 4, "data, job, and the two files of the checkpoint"
+
+
+def test_resume_brings_home_the_result_of_a_box_that_0_1_started(
+    runs: Path, fake: FakeVast
+) -> None:
+    """The training of wire 1 has ended meanwhile; the trainer's own files have changed here, as an
+    update of milktea changes them, and the report that the box made is not opened here."""
+    folder = runs / INTERRUPTED
+    clock = Then(folder)
+    with Journal(folder, clock.now) as j:
+        session = rig.client(Plan.from_line(j.lines[0]), j, fake.url, fake.api_key, clock=clock)
+        for offer in offers(session, None):  # the first is the box of then, which is gone
+            with suppress(Detached, OfferGone), rented(session, offer) as instance_id:
+                box = connect(session, boot(session, instance_id, offer), offer)
+                push(session, box)
+                launch(session, box)
+                raise Detached
+            if session.may_have_box():
+                break
+    Path("rows.json").write_text("[]")
+    with Journal(folder, clock.now) as j:
+        session = rig.client(Plan.from_line(j.lines[0]), j, fake.url, fake.api_key, clock=clock)
+        outcome = rent_and_train(session)
+        rents = [line for line in j.lines if line.kind == "rented"]
+    assert outcome.adapter_zip.is_file() and len(rents) == 2, "the one of then, and one"
+    home = sorted(p.name for p in outcome.adapter_zip.parent.iterdir())
+    assert home == ["adapter.zip", "report.html"]
+    report = (outcome.adapter_zip.parent / "report.html").read_text()
+    assert "<script" not in report and "0-rows" not in report and "rows.json" in report
 
 
 def test_reap_destroys_what_the_interrupted_one_left_and_touches_no_other(

@@ -271,9 +271,7 @@ def test_a_result_that_never_verifies_is_fetched_three_times_and_refused(
     own: rig.Rig, fake: FakeVast
 ) -> None:
     manifest = json.loads((own.image / "result/manifest.json").read_text())
-    (own.image / "result/manifest.json").write_text(
-        json.dumps(manifest | {"adapter_sha256": "f" * 64})
-    )
+    (own.image / "result/manifest.json").write_text(json.dumps(manifest | {"final_loss": None}))
     outcome, lines = run(own, fake)
     assert isinstance(outcome, AdapterError)
     assert kinds(lines).count("bad_result") == 3

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import events_of, finish, manifest_of, rows, start, step_reached, wait_for
+from tiny import (
+    adapter_sha256,
+    events_of,
+    finish,
+    manifest_of,
+    rows,
+    start,
+    step_reached,
+    wait_for,
+)
 
 from trainer.loop import checkpoint
 
@@ -33,7 +42,7 @@ def settings(packing: bool) -> dict[str, Any]:
 def straight(run_folder: Make, world: int = 1, packing: bool = True) -> str:
     job = run_folder(**settings(packing))
     assert finish(start(job, world)) == [0] * world
-    return manifest_of(job)["adapter_sha256"]
+    return adapter_sha256(job)
 
 
 def killed(run_folder: Make, world: int, steps: list[int], packing: bool = True) -> tuple[str, int]:
@@ -47,7 +56,7 @@ def killed(run_folder: Make, world: int, steps: list[int], packing: bool = True)
             os.kill(rank.pid, signal.SIGKILL)
         finish(ranks)
     assert finish(start(job, world)) == [0] * world
-    return manifest_of(job)["adapter_sha256"], sum(
+    return adapter_sha256(job), sum(
         e["event"] == "started" and e["step"] > 0 for e in events_of(job)
     )
 
@@ -96,7 +105,7 @@ def test_sigterm_saves_within_two_seconds_on_all_ranks_and_the_run_goes_on(
     saved = checkpoint.newest(job.parent / "checkpoints")
     assert saved is not None and int(saved.name) >= 2
     assert finish(start(job, world)) == [0] * world
-    assert manifest_of(job)["adapter_sha256"] == expected
+    assert adapter_sha256(job) == expected
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_one(run_folder: Make) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load as load_bytes
-from tiny import events_of, manifest_of, rows, write_model
+from tiny import adapter_sha256, events_of, manifest_of, rows, write_model
 
 from trainer import memory
 from trainer.loop import checkpoint
@@ -79,7 +79,8 @@ def test_two_processes_with_half_the_model_each_train_as_one_does(run_folder: Ma
 def deadline(job: Path, unix_s: float | None) -> None:
     """A deadline that has passed stops a run after its next step, with a checkpoint and exit code
     4."""
-    job.write_text(json.dumps(json.loads(job.read_text()) | {"deadline_unix_s": unix_s}))
+    told = json.loads(job.read_text()) | {"limits": {"deadline_unix_s": unix_s}}
+    job.write_text(json.dumps(told))
 
 
 def copied(job: Path, name: str) -> Path:
@@ -102,7 +103,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one_on_two_processes_and_on_one(
     deadline(stopped, None)
     alone = copied(stopped, "alone")
     assert train(stopped) == expected
-    assert manifest_of(stopped)["adapter_sha256"] == manifest_of(whole)["adapter_sha256"]
+    assert adapter_sha256(stopped) == adapter_sha256(whole)
     assert train(alone, processes=1) == pytest.approx(expected, abs=1e-5)
     assert [e["step"] for e in events_of(alone) if e["event"] == "started"] == [0, 1]
 
