@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 NAME = "milktea"
 RANK_STEP = 8  # grouped products want rows of whole 16 bytes
 TOLERANCE = 0.02  # of a product's norm, in bf16
-_trusted: dict[str, bool] = {}  # by device, once it is known
+_trusted: dict[str, bool] = {}  # by device and type, once it is known
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x [S, K], weight [E, K, N], ends int32 [E] -> [S, N]: rows up to ends[0] meet weight[0], the
     rows after them up to ends[1] meet weight[1], and so on."""
-    if _grouped_mm(x.device):
+    if _grouped_mm(x.device, x.dtype):
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
     return _one_by_one(x, weight, ends)
 
@@ -40,25 +40,24 @@ def _one_by_one(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _grouped_mm(device: torch.device) -> bool:
+def _grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's grouped product is there and right on this device: on some cards it was seen
     to be silently wrong for transposed views."""
-    key = str(device)
+    key = f"{device}, {dtype}"
     if key not in _trusted:
-        _trusted[key] = _probe(device)
+        _trusted[key] = _probe(device, dtype)
         if not _trusted[key]:
             log.warning("torch's grouped product is not used on %s: experts one by one", key)
     return _trusted[key]
 
 
 @torch.no_grad()
-def _probe(device: torch.device) -> bool:
+def _probe(device: torch.device, dtype: torch.dtype) -> bool:
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return False
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False
     made = torch.Generator().manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(48, 64, generator=made).to(device, dtype)
     ends = torch.tensor([16, 16, 21, 48], dtype=torch.int32, device=device)
     for n in (8, 32):

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from trainer.data.batch import Work
 from trainer.loop import checkpoint
-from trainer.loop.guards import Expected
+from trainer.loop.guards import Expected, Stopped
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter, versions
 from trainer.loop.schedule import learning_rate
+from trainer.model import likeness
 from trainer.wire.job import Job
 
 
@@ -75,6 +76,16 @@ class Stage(ABC):
 
     def probe(self) -> None:  # noqa: B027 - a stage may have nothing to look at
         """Raises Stopped when the model, before the first step, cannot be right. Collective."""
+
+    def compare_with_stock(self, ranks: Ranks, packed: bool) -> dict[str, str]:
+        """Looks, before the model takes the device's memory, whether what will compute it is what
+        transformers computes: for `kernels`. Raises Stopped with the module that differs."""
+        try:
+            told = likeness.compare(self.job, self.base, ranks.device, packed)
+        except likeness.Unlike as why:
+            hint = "report this with the model's config.json; training.packing = false may serve"
+            raise Stopped(str(why), [], hint) from why
+        return {"compared": told}
 
     # -- a step ----------------------------------------------------------------------------------
 

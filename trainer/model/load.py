@@ -57,10 +57,30 @@ def load(
     trainer/loop/sharded.py, `shard` is this process's rank: the model stays off the device, and
     holds weights on rank 0 only. Raises ModelError."""
     validate_precision(job.model.precision, device)
+    model = load_base(job, folder, device, not takes_fast_path(job, device), bool(shard), longest)
+    return assemble(job, model, device, keys, checkpoint_layers, shard, longest)
+
+
+def takes_fast_path(job: Job, device: torch.device) -> bool:
+    """Whether the layers are to compute by trainer/kernels, which quantises by itself."""
     lora, precision = job.training.method == "lora", job.model.precision
-    fast = device.type == "cuda" and lora and precision != "int8"
-    model = load_base(job, folder, device, not fast, bool(shard), longest)
-    if lora:
+    return device.type == "cuda" and lora and precision != "int8"
+
+
+def assemble(
+    job: Job,
+    model: nn.Module,
+    device: torch.device,
+    keys: TokenKeys,
+    checkpoint_layers: int = 0,
+    shard: int | None = None,
+    longest: int | None = None,
+    fast: bool | None = None,
+) -> tuple[nn.Module, dict[str, str]]:
+    """What `load` returns, of a base that `load_base` loaded. `fast`: whether layers compute by
+    trainer/kernels; None: where `takes_fast_path`. Raises ModelError."""
+    precision = job.model.precision
+    if job.training.method == "lora":
         model = add_lora(job, model, keys)
     else:
         choose_trainable(job, model)
@@ -68,7 +88,7 @@ def load(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if fast:
+    if takes_fast_path(job, device) if fast is None else fast:
         from trainer.kernels.patch import accelerate_model
 
         try:

@@ -21,7 +21,7 @@ from trainer.loop.guards import Expected, probe, target_entropy, validate_labels
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import family_of, hidden_states, load, start_values, target_loss
+from trainer.model.load import family_in, hidden_states, load, start_values, target_loss
 from trainer.result import adapter
 from trainer.wire import events
 from trainer.wire.job import Job
@@ -49,12 +49,15 @@ class Stage(stage.Stage):
         self.ranks, self.keys = ranks, TokenKeys()
         self.base = model_folder(self.job, self.run, weights=True)
         longest = max(self.lengths)
+        packs = family_in(self.base).packs(longest)
+        self.packed = self.job.training.packing and packs
+        compared = self.compare_with_stock(ranks, self.packed)
         room = micro_batch(self.job, self.base, longest, ranks.device, ranks.world)
         self.budget, recomputed = room
         self.model, self.kernels = load(
             self.job, self.base, ranks.device, self.keys, recomputed, ranks.shard, longest
         )
-        self.packed = self.job.training.packing and family_of(self.model).packs(longest)
+        self.kernels |= compared
         ranks.place(self.model)
         self.initial = start_values(self.model, self.job)
 

@@ -107,7 +107,7 @@ def test_a_grouped_product_is_one_product_an_expert_also_for_empty_groups(n, tur
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("r", [4, 8])
 def test_bf16_experts_on_the_gpu_agree_with_fp32_on_the_cpu(r):
-    assert experts._probe(torch.device("cuda"))
+    assert experts._probe(torch.device("cuda"), torch.bfloat16)
     results = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         model = tuned("qwen3_moe", r)

@@ -146,7 +146,9 @@ def attention_that_looks_ahead(make: Make, patch: Patch, tmp_path: Path) -> Path
             .contiguous()
         )
 
-    patch.setattr("trainer.kernels.attention.by_document", open_eyes)
+    # after the comparison with transformers, which would see it first
+    place = "trainer.kernels.attention.by_document"
+    after_loading(patch, lambda _model: patch.setattr(place, open_eyes))
     return make(**LONG)
 
 
@@ -163,7 +165,9 @@ def documents_that_see_each_other(make: Make, patch: Patch, tmp_path: Path) -> P
             .contiguous()
         )
 
-    patch.setattr("trainer.kernels.attention.by_document", one_row)
+    # after the comparison with transformers, which would see it first
+    place = "trainer.kernels.attention.by_document"
+    after_loading(patch, lambda _model: patch.setattr(place, one_row))
     return make(**LONG)
 
 

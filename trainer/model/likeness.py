@@ -1,0 +1,503 @@
+"""Compares what trains here with stock transformers and PEFT, at start, on a small copy of the
+job's model.
+
+The copy has the job's classes and widths, random weights, one layer of each kind (two at least), a
+short vocabulary, and windows and length limits shortened until its rows pass them. The loss, and
+the gradients of what trains, of rows packed (or padded) as in training must equal those of each row
+alone in transformers' eager attention and PEFT's own forward, in fp32. On a GPU the same is then
+asked of the job's own precision: no further off than eager attention in bf16 is.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig
+
+from trainer import families
+from trainer.data import batch
+from trainer.data.prepare import Rows
+from trainer.kernels.attention import register
+from trainer.model import load
+from trainer.model.dropout import TokenKeys
+from trainer.wire.job import Job
+
+log = logging.getLogger(__name__)
+
+WINDOW = 16
+LENGTHS = (40, 57, 20, 33)  # tokens; longer than the window, and on both sides of LIMIT
+LIMIT = 36  # the length at which angles change, where they depend on a row's length
+VOCABULARY = 256
+MOST_KINDS = 8  # of layers
+MOST_PARAMETERS = 2e9  # of the copy, before its MLPs are made narrow
+NARROW = 128
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Of the mean loss; of a module's output, relative to its norm; of a gradient, relative to its
+    norm."""
+
+    loss: float
+    output: float
+    gradient: float
+
+
+FP32 = Tolerance(1e-4, 1e-3, 1e-2)
+FP32_GPU = Tolerance(1e-3, 1e-2, 5e-2)  # Triton's products round fp32 to TF32
+WORSE = 4.0  # times as far from fp32 as eager attention in bf16 is, at most,
+LOWER = Tolerance(0.02, 0.02, 0.1)  # or this far
+
+
+class Unlike(RuntimeError):
+    """What trains here is not what transformers computes. ``module`` is the first that differs."""
+
+    def __init__(self, reason: str, module: str) -> None:
+        super().__init__(reason)
+        self.module = module
+
+
+@dataclass
+class Found:
+    """What one way of computing gave: the mean loss, each parameter's gradient, and for each
+    module, in the order in which they ended, what went in and came out, [tokens, ...] in fp32."""
+
+    loss: float = 0.0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def compare(job: Job, folder: Path, device: torch.device, packed: bool) -> str:
+    """How far apart they are, in words, for the log. ``packed``: whether the job's rows are. Takes
+    seconds. Raises Unlike."""
+    began = time.monotonic()
+    config = AutoConfig.from_pretrained(folder)
+    family = families.read(config.to_dict())
+    try:
+        config = small(config, windows=not (packed and family.row["masks"]))
+        try:
+            judge = stock(job, config, device)
+        except load.ModelError:  # modules that the job names and the copy's layers lack
+            lora = job.lora.model_copy(update={"target_modules": "all-linear"})
+            job = job.model_copy(update={"lora": lora})
+            judge = stock(job, config, device)
+        want = alone(judge, device)
+    except Exception as why:  # transformers' own: it is not what is asked here
+        log.warning("not compared with transformers: %s", why, exc_info=True)
+        return f"not compared with transformers: {type(why).__name__}: {str(why)[:200]}"
+    told = _compare(job, config, device, packed, "fp32", want, FP32_GPU if _gpu(device) else FP32)
+    if _gpu(device) and job.model.precision != "fp32":
+        near = distance(_lower(job, config, device), want)
+        limit = Tolerance(*(max(WORSE * n, w) for n, w in zip(near, _parts(LOWER), strict=True)))
+        told += "; " + _compare(job, config, device, packed, "bf16", want, limit)
+    del judge, want
+    if _gpu(device):
+        free()
+    return f"{told}, in {time.monotonic() - began:.1f} s"
+
+
+def _compare(
+    job: Job,
+    config: Any,
+    device: torch.device,
+    packed: bool,
+    precision: str,
+    want: Found,
+    limit: Tolerance,
+) -> str:
+    """Raises Unlike where ours, in ``precision``, is further off than ``limit``."""
+    try:
+        got = ours(job, config, device, packed, precision)
+    except Exception as why:
+        raise Unlike(f"this model cannot be computed as it would be trained: {why}", "") from why
+    loss, _, gradient = distance(got, want)
+    if module := culprit(got, want, limit):
+        how = "packed" if packed else "padded"
+        raise Unlike(
+            f"{module}: {how} rows are not what transformers' eager attention computes of each row "
+            f"alone, in {precision}: the loss differs by {loss:.2g}, gradients by {gradient:.1%}",
+            module,
+        )
+    return f"{precision} loss within {loss:.1g}, gradients {gradient:.1g} of transformers"
+
+
+# -- the copy --------------------------------------------------------------------------------------
+
+
+def small(config: Any, windows: bool = True) -> Any:
+    """The job's configuration (transformers' own object) with few layers, a short vocabulary and,
+    if asked, short windows."""
+    made = copy.deepcopy(config)
+    text = made.get_text_config()
+    for part in (made, text):
+        load.silence_dropout(part)
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    _shorten(text)
+    if windows:
+        _set_where_set(text, {"sliding_window": WINDOW, "attention_chunk_size": WINDOW})
+    _shorten_angles(text)
+    for part in vars(made).values():
+        if part is not text and hasattr(part, "model_type"):  # towers for pictures and sound
+            names = ("num_hidden_layers", "depth", "num_layers", "encoder_layers")
+            _set_where_set(part, dict.fromkeys(names, 1))
+    if _parameters(made) > MOST_PARAMETERS:
+        _narrow(text)
+    return made
+
+
+def _shorten(text: Any) -> None:
+    layers = text.num_hidden_layers
+    each = {
+        key: list(value)
+        for key, value in vars(text).items()
+        if isinstance(value, (list, tuple)) and len(value) == layers and layers > 1
+    }
+    kept = _one_of_each(list(zip(*each.values(), strict=True)) or [()] * layers)
+    shared = len(kept) if getattr(text, "num_kv_shared_layers", None) else 0
+    kept = kept * 2 if shared else kept  # the second half reads keys and values of the first
+    for key, value in each.items():
+        setattr(text, key, [value[i] for i in kept])
+    short = ("vocab_size", "vocab_size_per_layer_input")
+    settings = {
+        "num_hidden_layers": len(kept),
+        "num_kv_shared_layers": shared,
+        "first_k_dense_replace": 1,
+        "num_dense_layers": 1,
+        "max_window_layers": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **dict.fromkeys(short, VOCABULARY),
+    }
+    _set_where_set(text, settings)
+
+
+def _one_of_each(kinds: list[tuple[Any, ...]]) -> list[int]:
+    """The first layer of each kind, in their order; two at least where there are two."""
+    firsts: dict[str, int] = {}
+    for i, kind in enumerate(kinds):
+        firsts.setdefault(repr(kind), i)
+    kept = sorted(firsts.values())[:MOST_KINDS]
+    if len(kept) == 1 and len(kinds) > 1:
+        kept.append(next(i for i in range(len(kinds)) if i != kept[0]))
+    return sorted(kept)
+
+
+def _set_where_set(part: Any, settings: dict[str, Any]) -> None:
+    for key, value in settings.items():
+        if getattr(part, key, None):
+            setattr(part, key, value)
+
+
+def _shorten_angles(text: Any) -> None:
+    """Where angles depend on a row's length: they change within our rows."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        kind = str(part.get("rope_type"))
+        if kind == "longrope":
+            part["original_max_position_embeddings"] = LIMIT
+            _set_where_set(text, {"original_max_position_embeddings": LIMIT})
+        elif "dynamic" in kind:
+            text.max_position_embeddings = LIMIT
+
+
+def _narrow(text: Any) -> None:
+    """Makes MLPs and experts narrow: rows do not meet each other there."""
+    for key, value in list(vars(text).items()):
+        if "intermediate_size" not in key:
+            continue
+        if isinstance(value, list):
+            setattr(text, key, [min(v, NARROW) for v in value])
+        elif isinstance(value, int):
+            setattr(text, key, min(value, NARROW))
+
+
+def _parameters(config: Any) -> int:
+    with torch.device("meta"):
+        model = load.auto_class(config.model_type).from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def _base(
+    job: Job, config: Any, device: torch.device, attention: str | None, dtype: torch.dtype
+) -> Any:
+    """The copy without adapters, frozen: equal values at each call."""
+    register()
+    auto, made = load.auto_class(config.model_type), copy.deepcopy(config)
+    asked = {} if attention is None else {"attn_implementation": attention}
+    cards = [device] if _gpu(device) else []
+    with torch.device(device), torch.random.fork_rng(cards):
+        torch.manual_seed(0)  # what `random_weights` leaves, or adds to, is drawn too
+        try:
+            model = auto.from_config(made, dtype=dtype, **asked)
+        except ValueError:  # a class without eager attention
+            if attention != "eager":
+                raise
+            model = auto.from_config(copy.deepcopy(config), dtype=dtype)
+    model.config.use_cache = False
+    random_weights(model)
+    model.requires_grad_(False)
+    model.family = families.read(model.config.to_dict())
+    if model.family.tower and job.training.method == "lora":
+        load.drop_other_towers(model, model.family.tower)
+    return model
+
+
+@torch.no_grad()
+def random_weights(model: nn.Module, seed: int = 0) -> None:
+    """Large enough that attention is not uniform and experts differ; values that bf16 has."""
+    device = next(model.parameters()).device
+    g = torch.Generator(device).manual_seed(seed)
+    for name, p in model.named_parameters():
+        if not p.is_floating_point() or "A_log" in name or "dt_bias" in name:
+            continue
+        drawn = torch.randn(p.shape, generator=g, device=device)
+        if "sinks" in name:
+            value = 1.0 + drawn
+        elif p.ndim >= 2:
+            value = drawn * min(0.5, 1.2 * p.shape[-1] ** -0.5)
+        else:
+            value = p.float() + 0.05 * drawn
+        p.copy_(value.bfloat16())
+
+
+@torch.no_grad()
+def _random_adapters(model: nn.Module) -> None:
+    """B is zero at the start of a training, which would hide an adapter that is not applied."""
+    for number, (name, p) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            g = torch.Generator(p.device).manual_seed(number)
+            p.normal_(0.0, 0.05, generator=g)
+
+
+def _job(job: Job, precision: str) -> Job:
+    """The job with start values that need no decomposition of weights, and trains all of the copy
+    where it trains some layers."""
+    lora = job.lora.model_copy(update={"init_lora_weights": "default"})
+    method = "full" if job.training.method == "freeze" else job.training.method
+    training = job.training.model_copy(update={"method": method})
+    model = job.model.model_copy(update={"precision": precision})
+    return job.model_copy(update={"lora": lora, "training": training, "model": model})
+
+
+# -- the ways ----------------------------------------------------------------------------------
+
+
+def stock(job: Job, config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """Eager attention, experts one by one, PEFT's own forward."""
+    model = _base(job, config, device, "eager", dtype)
+    if model.family.mixture and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    job = _job(job, "fp32")
+    if _lora(job):
+        model = load.add_lora(job, model, TokenKeys())
+    else:
+        load.choose_trainable(job, model)
+    model.to(device)
+    _random_adapters(model)
+    return model.eval()
+
+
+def alone(model: Any, device: torch.device, precise: Any = None) -> Found:
+    """Each row by itself, by the model's own forward."""
+    found, rows, taken = Found(), _rows(), []
+    model.zero_grad()
+    for i, tokens in enumerate(LENGTHS):
+        ids = torch.from_numpy(rows.ids[rows.starts[i] : rows.starts[i + 1]]).long().to(device)
+        with precise or nullcontext(), _watched(model, (1, tokens)) as modules:
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            loss = cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
+        loss.backward()
+        found.loss += float(loss.detach()) / sum(rows.targets())
+        taken.append(modules)
+    names = [n for n in taken[0] if all(n in modules for modules in taken)]
+    for name in names:
+        found.modules[name] = (
+            torch.cat([modules[name][0] for modules in taken]),
+            torch.cat([modules[name][1] for modules in taken]),
+        )
+    found.gradients = _gradients(model)
+    return found
+
+
+def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: str) -> Found:
+    """The rows as one batch, by the model as `load` would make it of the job."""
+    asked = _job(job, precision)
+    dtype = torch.bfloat16 if precision == "bf16" and _lora(job) else torch.float32
+    packs = families.read(config.to_dict()).packs(max(LENGTHS))
+    base = _base(asked, config, device, "milktea" if packed or packs else None, dtype)
+    model, _ = load.assemble(asked, base, device, TokenKeys())
+    _random_adapters(model)
+    model.eval()
+    rows, found = _rows(), Found()
+    one = (batch.packed if packed else batch.padded)(rows, range(len(rows)), device)
+    shape = tuple(one["input_ids"].shape)
+    with _precise(job, precision, device), _watched(model, shape) as modules:
+        loss = load.target_loss(model, one)
+    loss.backward()
+    found.loss = float(loss.detach()) / sum(rows.targets())
+    real = one["attention_mask"].flatten().bool() if "attention_mask" in one else None
+    for name, (given, made) in modules.items():
+        found.modules[name] = (given, made) if real is None else (given[real], made[real])
+    found.gradients = _gradients(model)
+    return found
+
+
+def _lower(job: Job, config: Any, device: torch.device) -> Found:
+    """Eager attention in bf16: what the precision explains."""
+    dtype = torch.bfloat16 if _lora(job) else torch.float32
+    return alone(stock(job, config, device, dtype), device, _precise(job, "bf16", device))
+
+
+def _lora(job: Job) -> bool:
+    return job.training.method == "lora"
+
+
+def _precise(job: Job, precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """As trainer/loop/step.py: mixed precision where the weights themselves train."""
+    mixed = not _lora(job) and precision != "fp32"
+    return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
+
+
+def _rows() -> Rows:
+    """Every token is a target but each row's first."""
+    drawn = np.random.default_rng(1).integers(3, VOCABULARY, sum(LENGTHS)).astype(np.int32)
+    starts = np.cumsum([0, *LENGTHS])
+    trained = np.ones(len(drawn), np.bool_)
+    trained[starts[:-1]] = False
+    prompted = np.zeros(len(LENGTHS), np.bool_)
+    return Rows(drawn, trained, starts, prompted, [""] * len(LENGTHS))
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        n: torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.detach().float()
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, shape: tuple[int, ...]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """What goes into and comes out of each module that is called once and maps tokens to tokens,
+    in the order in which they end; tokens are ``shape`` (rows, tokens of a row), flat."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    called: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, given: Any, named: Any, made: Any) -> None:
+            called[name] = called.get(name, 0) + 1
+            first = next((_flat(x) for x in (*given, *named.values()) if _is(x, shape)), None)
+            last = made[0] if isinstance(made, tuple) and made else made
+            if first is not None and _is(last, shape) and called[name] == 1:
+                seen[name] = (first, _flat(last))
+
+        return keep
+
+    hooks = [
+        m.register_forward_hook(hook(n), with_kwargs=True) for n, m in model.named_modules() if n
+    ]
+    try:
+        yield seen
+    finally:
+        for one in hooks:
+            one.remove()
+        for name in [n for n in seen if called[n] > 1]:
+            del seen[name]
+
+
+def _is(x: Any, shape: tuple[int, ...]) -> bool:
+    """Whether x holds numbers for every token: [rows, tokens, ...] or [rows x tokens, ...]."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+        return False
+    return len(x) == shape[0] * shape[1] if x.ndim == 2 else tuple(x.shape[:2]) == shape
+
+
+def _flat(x: Tensor) -> Tensor:
+    x = x.detach().float()  # a copy: what follows may write over it
+    return (x if x.ndim == 2 else x.flatten(0, 1).flatten(1)).clone()
+
+
+# -- the difference ----------------------------------------------------------------------------
+
+
+def distance(got: Found, want: Found) -> tuple[float, float, float]:
+    """(of the mean loss, of the output that is furthest off, of the gradient that is)."""
+    return (
+        abs(got.loss - want.loss),
+        max((_apart(got.modules[n][1], w[1]) for n, w in _shared(got, want)), default=0.0),
+        max((_of(got, want, n) for n in want.gradients), default=0.0),
+    )
+
+
+def culprit(got: Found, want: Found, limit: Tolerance) -> str:
+    """The module that makes the difference, or "" where there is none beyond ``limit``: the first
+    that was given the same and made something else, no part of which did; else the last whose
+    gradient differs, as backward comes from the end."""
+    wrong = [
+        name
+        for name, (given, made) in _shared(got, want)
+        if not _apart(got.modules[name][1], made) < limit.output
+        and _apart(got.modules[name][0], given) < limit.output
+    ]
+    inner = [n for n in wrong if not any(other.startswith(n + ".") for other in wrong)]
+    if inner:
+        return _plain(inner[0])
+    if not abs(got.loss - want.loss) < limit.loss:
+        return "the head and its loss (scale or cap of the logits)"
+    off = [n for n in want.gradients if not _of(got, want, n) < limit.gradient]
+    return _plain(off[-1]) + " (its gradient)" if off else ""
+
+
+def _shared(got: Found, want: Found) -> list[tuple[str, tuple[Tensor, Tensor]]]:
+    """In our order, modules that both have called with the same sizes."""
+    return [
+        (n, want.modules[n])
+        for n, (given, made) in got.modules.items()
+        if n in want.modules
+        and want.modules[n][0].shape == given.shape
+        and want.modules[n][1].shape == made.shape
+    ]
+
+
+def _of(got: Found, want: Found, name: str) -> float:
+    """How far a gradient is off, of its norm or, where it is next to nothing, of the largest."""
+    largest = max(float(g.norm()) for g in want.gradients.values())
+    return _apart(got.gradients[name], want.gradients[name], 1e-4 * largest)
+
+
+def _apart(got: Tensor, want: Tensor, least: float = 1e-6) -> float:
+    return float((got - want).norm() / want.norm().clamp_min(max(least, 1e-12)))
+
+
+def _plain(name: str) -> str:
+    return name.partition(".lora_")[0].removesuffix(".base_layer").removeprefix("base_model.model.")
+
+
+def _parts(limit: Tolerance) -> tuple[float, float, float]:
+    return limit.loss, limit.output, limit.gradient
+
+
+def _gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def free() -> None:
+    """Gives the copy's memory on a GPU back."""
+    gc.collect()
+    torch.cuda.empty_cache()
