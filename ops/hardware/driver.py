@@ -4,7 +4,7 @@ Sources: CUDA Toolkit Release Notes, "CUDA Toolkit and Corresponding Driver Vers
 Compatibility guide, minor version compatibility (FLOOR) and binary compatibility of cubin and PTX;
 the NVIDIA_REQUIRE_CUDA setting of NVIDIA's own CUDA images (COMPAT: driver branches whose
 cuda-compat package NVIDIA supports); end-of-support notes of the driver branches (LAST_BRANCH).
-INSTALL.sh judges by rows that ops/image/bundle/manifest.py makes of these rules.
+INSTALL.sh judges by the answers that ops/image/bundle/manifest.py takes from here.
 """
 
 from __future__ import annotations
@@ -85,6 +85,17 @@ def judge(
     and what to do; ``lines`` are the image lines that the remedy may offer instead."""
     kind = _kind(driver, capability, data_center, line)
     return Verdict(kind, _remedy(kind, driver, capability, data_center, line, lines))
+
+
+def turning_points(lines: Iterable[Line]) -> list[str]:
+    """The drivers at which a verdict may change, from the newest to 0; between two of them none
+    does.
+    """
+    found = {"0"}
+    for line in lines:
+        found |= {line.native, line.floor}
+        found |= {str(branch + step) for branch in line.compat for step in (0, 1)}
+    return sorted(found, key=_version, reverse=True)
 
 
 def last_branch(capability: str) -> int:

@@ -89,3 +89,8 @@ def test_a_mirror_of_debian_is_taken_from_the_environment_and_one_that_is_none_i
     assert Mirrors.given({}) == here
     with pytest.raises(ConfigError, match="no mirror"):
         Mirrors.given({"MILKTEA_DEBIAN_MIRROR": "mirror.example"})
+
+
+@pytest.mark.parametrize(("script", "most"), [("INSTALL.sh", 700), ("milktea-run.sh", 400)])
+def test_the_scripts_of_the_server_stay_short_enough_to_be_read(script: str, most: int) -> None:
+    assert len((ROOT / "ops/image/server" / script).read_text().splitlines()) <= most

@@ -1,5 +1,5 @@
-"""60 recorded cases of driver, GPU and CUDA line, through both implementations of the rules:
-Python's and INSTALL.sh's.
+"""60 recorded cases of driver, GPU and CUDA line, judged by the rules and by INSTALL.sh, which has
+their answers from PLAN.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(
     tmp_path: Path, shell: str
 ) -> None:
     needs(shell.split()[0])
-    rows = "".join(f"{row}\n" for line in LINES.values() for row in manifest._gpu_rows(line))
     functions = (
         INSTALLER.read_text().rpartition('main "$@"')[0].replace('"$(dirname "$0")"', str(tmp_path))
     )
     script = [functions, f"SMALL={tmp_path}/plan"]
     for driver, gpu, capability, name, *_ in cases():
         (tmp_path / "plan" / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "plan" / name / "PLAN").write_text(f"line_name {name}\n{rows}")
+        rows = manifest.gpu_rows(LINES[name], LINES.values())
+        (tmp_path / "plan" / name / "PLAN").write_text("".join(f"{row}\n" for row in rows))
         script += [
             f"SMALL={tmp_path}/plan/{name}",
             f"judge {driver} {capability} $(class_of '{gpu}')",

@@ -426,6 +426,24 @@ def test_one_of_several_images_is_chosen_by_use(engine_says: Callable, tmp_path:
     assert engine_says("use", "nothing").returncode == 2
 
 
+def test_rollback_exchanges_the_current_image_and_the_one_before(
+    engine_says: Callable, tmp_path: Path
+) -> None:
+    state = tmp_path / "prefix/state/other"
+    state.write_text("current milktea/other:new\nrelease 9\ngpus all\nprevious milktea/other:old\n")
+    assert engine_says("rollback", "other").stdout == "current milktea/other:old\n"
+    assert sorted(state.read_text().splitlines()) == [
+        "current milktea/other:old",
+        "gpus all",
+        "previous milktea/other:new",
+        "release 9",
+    ]
+    assert engine_says("rollback", "other").stdout == "current milktea/other:new\n"
+    state.write_text("current milktea/other:new\nrelease 9\ngpus all\nprevious \n")
+    refused = engine_says("rollback", "other")
+    assert refused.returncode == 2 and "no image of other before" in refused.stderr
+
+
 def test_a_training_leaves_its_words_and_its_exit_code_and_hears_sigterm(tmp_path: Path) -> None:
     """run_job.py with a trainer that counts until it is asked to stop."""
     (tmp_path / "trainer").mkdir()

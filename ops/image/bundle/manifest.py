@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ops.errors import ConfigError
 from ops.hardware import driver
-from ops.hardware.driver import Line
+from ops.hardware.driver import Line, Verdict
 from ops.image.bundle import sbom, signature, volumes
+from ops.image.bundle.archive import Image
 from ops.image.bundle.contents import Contents, Options, models_beside
 from ops.image.bundle.parts import (
     Part,
@@ -26,7 +28,7 @@ from ops.image.bundle.parts import (
 from ops.image.spec.lock import dumps
 
 SERVER = Path(__file__).parents[1] / "server"
-FORMAT = 4
+FORMAT = 5
 TOOLS = ("installer.py", "audit_report.py", "job_from_toml.py", "run_job.py")
 
 
@@ -64,7 +66,6 @@ def plan(
         f"wire {lock.wire}",
         f"platform {lock.platform.rpartition('/')[2]}",
         f"cuda {contents.line.cuda or 'none'}",
-        f"line_name {contents.line.name}",
         f"driver {contents.line.floor}",
         f"files {max(1000, sum(x.size_bytes for x in image.layers) // 40_000)}",
         f"memory_bytes {contents.memory_bytes}",
@@ -95,8 +96,12 @@ def plan(
             f" {volumes.joined(files, f'models/{short}/{f.path}')}"
             for f in model.files
         ]
-    every = (*contents.lines, *([] if contents.line in contents.lines else [contents.line]))
-    lines += [row for line in every if line.cuda for row in _gpu_rows(line)]
+    for start in range(len(image.layers) + 1):
+        plain, containerd = room(image, parts, start)
+        lines.append(f"room-{start} {plain} {containerd}")
+    if contents.line.cuda:
+        own = [] if contents.line in contents.lines else [contents.line]
+        lines += gpu_rows(contents.line, [*contents.lines, *own])
     return lines + [
         f"vol {p} {f.size_bytes} {f.sha256}" for p, f in files.items() if f.role != "small"
     ]
@@ -104,19 +109,15 @@ def plan(
 
 def needs(contents: Contents) -> dict[str, Any]:
     """What a server must have, for programs: bytes, versions."""
-    layers = contents.image.layers
-    largest = max(
-        sum(layers[k - 1].blob_bytes for k in part.carried)
-        for part in plan_parts(contents.image, None)
-    )
+    plain, containerd = room(contents.image, plan_parts(contents.image, None), 0)
     return {
         "engine": "20.10",
         "platform": contents.lock.platform,
         "cuda": contents.line.cuda,
         "driver": contents.line.floor if contents.line.cuda else None,
         "architectures": list(contents.line.arches),
-        "disk_bytes_overlay2": sum(x.size_bytes for x in layers) + largest,
-        "disk_bytes_containerd": sum(x.size_bytes + x.blob_bytes for x in layers) + largest,
+        "disk_bytes_overlay2": plain,
+        "disk_bytes_containerd": containerd,
         "model_bytes": sum(
             file.size_bytes for model in contents.lock.models for file in model.files
         ),
@@ -204,17 +205,43 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _gpu_rows(line: Line) -> list[str]:
-    """For each compute capability: LINE CUDA CAP HOW FLOOR NATIVE COMPAT LAST, which INSTALL.sh's
-    judge reads.
+def gpu_rows(line: Line, lines: Iterable[Line]) -> list[str]:
+    """CAP CLASS FLOOR VERDICT REMEDY for INSTALL.sh's judge: of one capability and class the rows
+    run from the newest drivers, of which FLOOR is the oldest, to the oldest. CLASS is datacenter,
+    other or any.
     """
+    lines = tuple(lines)
+    floors = driver.turning_points(lines)
     rows = []
     for capability in driver.CAPABILITIES:
-        how = driver.runs_on(capability, line).removeprefix("gpu-too-")
-        floor = line.native if how == "ptx" else line.floor
-        compat = ",".join(map(str, line.compat)) or "-"
-        last = driver.last_branch(capability)
-        rows.append(
-            f"gpu {line.name} {line.cuda} {capability} {how} {floor} {line.native} {compat} {last}"
-        )
+        answers = {
+            name: _merged([driver.judge(x, capability, data, line, lines) for x in floors], floors)
+            for name, data in (("datacenter", True), ("other", False))
+        }
+        if answers["datacenter"] == answers["other"]:
+            answers = {"any": answers["other"]}
+        rows += [
+            f"gpu {capability} {name} {floor} {answer.kind} {answer.remedy}"
+            for name, found in answers.items()
+            for floor, answer in found
+        ]
     return rows
+
+
+def _merged(answers: list[Verdict], floors: list[str]) -> list[tuple[str, Verdict]]:
+    """Neighbours with one answer are one row, by the lowest of their floors."""
+    return [
+        (floor, answer)
+        for floor, answer, below in zip(floors, answers, [*answers[1:], None], strict=True)
+        if answer != below
+    ]
+
+
+def room(image: Image, parts: list[Part], start: int) -> tuple[int, int]:
+    """Bytes to load the parts above the lowest ``start`` layers, with the largest part while it is
+    unpacked: on the classic store, and on containerd's, which keeps the gzip blobs.
+    """
+    held = [[image.layers[k - 1] for k in part.carried] for part in parts if part.last > start]
+    peak = max((sum(x.blob_bytes for x in layers) for layers in held), default=0)
+    plain = peak + sum(x.size_bytes for layers in held for x in layers)
+    return plain, plain + sum(x.blob_bytes for layers in held for x in layers)

@@ -1,8 +1,7 @@
 #!/bin/sh
 # Brings the milktea bundle in this folder onto a server without a network, proves it, and can take it back.
-# Needs sh, docker (or podman) and coreutils, and ssh-keygen or openssl to check the sender's signature. Runs in dash,
-# busybox ash and bash. Killed anywhere and started again, it finishes. What comes after the image is loaded and verified
-# (models, records, the evidence page) is Python inside that image: tools/installer.py.
+# Needs sh (dash, busybox ash or bash), docker or podman, coreutils, and ssh-keygen or openssl for the sender's signature. Killed
+# anywhere and started again, it finishes. What comes after the image is verified is Python inside it: tools/installer.py.
 # shellcheck shell=dash
 set -u
 LC_ALL=C
@@ -37,11 +36,10 @@ COMMAND=install PREFIX='' KEY='' NEW_SENDER='' FACTS='' FORCE='' MODELS=yes NEED
 if [ "$(id -u)" = 0 ]; then PREFIX=/opt/milktea; else PREFIX=${HOME:-/var/tmp}/milktea; fi
 # Where the server's own files are seen from, for a rescue shell that has the server mounted elsewhere.
 HOST=${MILKTEA_HOST_ROOT:-}
-WORK='' LOCKED='' TOUCHED='' SMALL=''
+WORK='' LOCKED='' TOUCHED='' SMALL='' ID_BEFORE=''
 
 has() { command -v "$1" >/dev/null 2>&1; }
 DOCKER=${DOCKER:-$(if has docker || ! has podman; then echo docker; else echo podman; fi)}
-
 say() { printf '%s\n' "$*" >&3; }
 
 # die CODE WHAT REMEDY: the three parts of every refusal: what happened, how the server is now, what to type next.
@@ -51,62 +49,24 @@ die() {
     exit "$1"
 }
 
-leave() {
-    [ -n "$WORK" ] && rm -rf "$WORK"
-    [ -n "$LOCKED" ] && rm -rf "$PREFIX/state/lock"
-    WORK='' LOCKED=''
-}
-
-# 12,345,678 bytes as people say it.
-human() {
-    if [ "$1" -ge 10000000000 ]; then echo "$(($1 / 1000000000)) GB"
-    elif [ "$1" -ge 10000000 ]; then echo "$(($1 / 1000000)) MB"
-    elif [ "$1" -ge 10000 ]; then echo "$(($1 / 1000)) KB"
-    else echo "$1 bytes"; fi
-}
-
-# not_below A B: version A is at least version B, compared number by number.
-not_below() {
-    local _a _b _x _y
-    _a=$1. _b=$2.
-    while [ -n "$_b" ]; do
-        _x=${_a%%.*} _y=${_b%%.*}
-        _a=${_a#*.} _b=${_b#*.}
-        _x=${_x%%[!0-9]*} _y=${_y%%[!0-9]*}
-        # a leading zero would make it octal: 08 is an error, 010 is 8
-        while [ "${_x#0}" != "$_x" ] && [ "$_x" != 0 ]; do _x=${_x#0}; done
-        while [ "${_y#0}" != "$_y" ] && [ "$_y" != 0 ]; do _y=${_y#0}; done
-        [ "${_x:-0}" -gt "${_y:-0}" ] && return 0
-        [ "${_x:-0}" -lt "${_y:-0}" ] && return 1
-        [ -n "$_a" ] || _a=0.
-    done
-    return 0
-}
-
-# The nearest existing folder of a path: what a question about its disk is asked of.
-existing() {
-    local _d
-    _d=$1
-    while [ ! -d "$_d" ] && [ "$_d" != / ]; do _d=$(dirname "$_d"); done
-    echo "$_d"
-}
-
+human() { if [ "$1" -ge 10000000 ]; then echo "$(($1 / 1000000)) MB"; else echo "$(($1 / 1000)) KB"; fi; } # human BYTES
+not_below() { [ "$(printf '%s\n' "$1.0" "$2" | sort -V | head -n 1)" = "$2" ]; } # not_below A B: version A is at least B
+existing() { if [ -d "$1" ]; then echo "$1"; else existing "$(dirname "$1")"; fi; } # the nearest folder of a path
 one_line() { head -c "${2:-300}" "$1" 2>/dev/null | tr '\n' ' '; } # one_line FILE [BYTES]
 
 # --- the small files: copied first, verified as copies, and only the copies are used ---------------------------------------
 
-plan() { # plan KEY: the rest of the first line of PLAN that begins with KEY
+field() { # field FILE KEY: the rest of the first line that begins with KEY
     local _k _rest
-    while read -r _k _rest; do
-        [ "$_k" = "$1" ] && { echo "$_rest"; return 0; }
-    done <"$SMALL/PLAN"
+    [ -f "$1" ] || return 1
+    while read -r _k _rest; do [ "$_k" != "$2" ] || { echo "$_rest"; return 0; }; done <"$1"
     return 1
 }
+plan() { field "$SMALL/PLAN" "$1"; }
 
-rows() { # rows KEY: the rest of every line that begins with KEY
+rows() { # rows KEY: the rest of every line of PLAN that begins with KEY
     local _k _rest
-    while read -r _k _rest; do [ "$_k" = "$1" ] && echo "$_rest"; done <"$SMALL/PLAN"
-    return 0
+    while read -r _k _rest; do [ "$_k" != "$1" ] || echo "$_rest"; done <"$SMALL/PLAN"
 }
 
 fits() { # fits TEXT CHARACTERS: not empty, of these characters alone, no path that leaves its folder
@@ -117,9 +77,7 @@ copy_small() {
     local _sha _path
     SMALL=$WORK/small
     mkdir -p "$SMALL"
-    for _path in SHA256SUMS SHA256SUMS.sig SHA256SUMS.openssl; do
-        [ ! -f "$BUNDLE/$_path" ] || cp "$BUNDLE/$_path" "$SMALL/$_path"
-    done
+    for _path in SHA256SUMS SHA256SUMS.sig SHA256SUMS.openssl; do [ ! -f "$BUNDLE/$_path" ] || cp "$BUNDLE/$_path" "$SMALL/$_path"; done
     [ -f "$SMALL/SHA256SUMS" ] || die 4 "$BUNDLE/SHA256SUMS is missing: this is not a whole bundle" "copy SHA256SUMS from the sender's disk again"
     while read -r _sha _path; do
         fits "$_sha" 0-9a-f && [ ${#_sha} = 64 ] && fits "$_path" 'A-Za-z0-9._/+-' ||
@@ -128,33 +86,28 @@ copy_small() {
         [ -f "$BUNDLE/$_path" ] || die 4 "$_path is missing (or SHA256SUMS is damaged)" "copy $_path and SHA256SUMS from the sender's disk again"
         mkdir -p "$SMALL/$(dirname "$_path")"
         cp "$BUNDLE/$_path" "$SMALL/$_path" || die 4 "$_path cannot be read" "copy $_path from the sender's disk again"
-        echo "$_sha *$_path" >>"$WORK/small.sums"
+        [ "$(sum_of <"$SMALL/$_path")" = "$_sha" ] || die 4 "$_path is damaged, or belongs to another bundle" "copy $_path from the sender's disk again"
     done <"$SMALL/SHA256SUMS"
     for _path in PLAN INSTALL.sh; do
         [ -f "$SMALL/$_path" ] || die 4 "SHA256SUMS is damaged: $_path is not in it" "copy SHA256SUMS from the sender's disk again"
     done
 }
 
-verify_small() {
-    local _sha _path
-    while read -r _sha _path; do
-        [ "$(sum_of <"$SMALL/${_path#\*}")" = "$_sha" ] ||
-            die 4 "${_path#\*} is damaged, or belongs to another bundle" "copy ${_path#\*} from the sender's disk again"
-    done <"$WORK/small.sums"
-}
-
 read_plan() {
-    local _n _diff _rest _v _where
-    [ "$(plan milktea-bundle)" = 4 ] || die 4 "PLAN is of another milktea than this INSTALL.sh" "copy the whole bundle again"
+    local _n _diff _rest _v
+    [ "$(plan milktea-bundle)" = 5 ] || die 4 "PLAN is of another milktea than this INSTALL.sh" "copy the whole bundle again"
     NAME=$(plan name) ID=$(plan id) KIND=$(plan kind) RELEASE=$(plan release) REF=$(plan ref) REPO=${REF%:*} CUDA=$(plan cuda)
     STEPS=$(plan intermediate) CONFIG=$(plan config) MANIFEST=$(plan manifest)
-    _where="PLAN is damaged"
     fits "$NAME" a-z0-9.- && fits "$ID" 0-9a-f && fits "$RELEASE" 0-9 && fits "$REF" 'a-z0-9._/:-' && fits "$STEPS" 'a-z0-9._/:-' ||
-        die 4 "$_where: a name in it is none" "do not install it; ask the sender"
+        die 4 "PLAN is damaged: a name in it is none" "do not install it; ask the sender"
     [ "$REF" = "$REPO:$ID" ] && [ "${STEPS%:*}" = "$REPO" ] && [ "${REPO##*/}" = "$NAME" ] ||
-        die 4 "$_where: its names do not belong together" "do not install it; ask the sender"
+        die 4 "PLAN is damaged: its names do not belong together" "do not install it; ask the sender"
     { rows vol; rows model; } | while read -r _v _rest; do fits "$_v" 'A-Za-z0-9._/+-' || exit 1; done ||
-        die 4 "$_where: a path in it leaves the bundle" "do not install it; ask the sender"
+        die 4 "PLAN is damaged: a path in it leaves the bundle" "do not install it; ask the sender"
+    if [ "$KIND" = models ]; then # the image that is installed here brings them in
+        REF=$(field "$PREFIX/state/$(cat "$PREFIX/state/default" 2>/dev/null)" current) || [ $COMMAND != install ] ||
+            die 3 "this bundle holds base models alone, and no image is installed in $PREFIX" "install the bundle of an image first, or give its --prefix"
+    fi
     rows layer | while read -r _n _diff _rest; do echo "$_diff"; done >"$WORK/want"
     DEPTH=$(($(wc -l <"$WORK/want")))
 }
@@ -163,40 +116,37 @@ read_plan() {
 
 FINGERPRINT='' PEM='' # the sender's key as it is trusted here: what ssh-keygen prints of it, and a file for openssl
 
-# What --key says, else what the first install here wrote down. A key on the carried disk is no key received another way.
+# What --key says, else what the first install here wrote down.
 trusted_key() {
-    local _known='' _file _given=''
-    [ ! -f "$PREFIX/keys/sender" ] || read -r _known <"$PREFIX/keys/sender"
+    local _known _pem=$PREFIX/keys/sender.pem
+    _known=$(cat "$PREFIX/keys/sender" 2>/dev/null)
+    [ -f "$_pem" ] || _pem=
     TRUST="with the key that this server knows"
-    if [ -z "$KEY" ]; then
-        FINGERPRINT=$_known
-        [ ! -f "$PREFIX/keys/sender.pem" ] || PEM=$PREFIX/keys/sender.pem
-        return
-    fi
-    TRUST="with the key given by --key"
-    case $KEY in
-        SHA256:*) _given=$KEY ;;
-        *)
-            case $(cd "$(dirname "$KEY")" && pwd)/ in "$BUNDLE"/*) die 5 "--key $KEY lies on the disk that it is to vouch for" "get the sender's key by another way than this disk" ;; esac
-            for _file in "$BUNDLE"/* "$BUNDLE"/*/*; do
-                [ ! -f "$_file" ] || [ "$(stat -c %s "$_file")" != "$(stat -L -c %s "$KEY")" ] || [ "$(sum_of <"$_file")" != "$(sum_of <"$KEY")" ] ||
-                    die 5 "--key $KEY is the file ${_file#"$BUNDLE"/} of the disk that it is to vouch for" "get the sender's key by another way than this disk"
-            done
-            if [ "$(head -c 10 "$KEY")" = "-----BEGIN" ]; then PEM=$KEY
-            else
-                has ssh-keygen || die 5 "ssh-keygen is not here to read $KEY" "ask the sender for the key as .pem, for openssl"
-                _given=$(ssh-keygen -l -f "$KEY" 2>/dev/null | { read -r _ _given _ && echo "$_given"; })
-                [ -n "$_given" ] || die 2 "--key $KEY is not a public key" "give the sender's .pub or .pem file, or SHA256:..."
-            fi ;;
-    esac
-    FINGERPRINT=$_given
-    [ -n "$NEW_SENDER" ] && return
-    if [ -n "$_known" ] && [ -n "$_given" ] && [ "$_known" != "$_given" ] || { [ -f "$PREFIX/keys/sender.pem" ] && [ -n "$PEM" ] && [ "$(sum_of <"$PEM")" != "$(sum_of <"$PREFIX/keys/sender.pem")" ]; }; then
-        die 5 "this server knows another sender ($_known) than --key says" "ask the sender whether the key changed; only if they say so by another way than this disk, add --new-sender"
+    if [ -n "$KEY" ]; then
+        TRUST="with the key given by --key"
+        read_key
+        [ -z "$NEW_SENDER" ] || return 0
+        if [ -n "$_known" ] && [ -n "$FINGERPRINT" ] && [ "$_known" != "$FINGERPRINT" ] ||
+            { [ -n "$_pem" ] && [ -n "$PEM" ] && [ "$(sum_of <"$PEM")" != "$(sum_of <"$_pem")" ]; }; then
+            die 5 "this server knows another sender ($_known) than --key says" "ask the sender whether the key changed; only if they say so by another way than this disk, add --new-sender"
+        fi
     fi
     # what is known and is not given must hold as well
-    [ -n "$FINGERPRINT" ] || FINGERPRINT=$_known
-    [ -n "$PEM" ] || [ ! -f "$PREFIX/keys/sender.pem" ] || PEM=$PREFIX/keys/sender.pem
+    FINGERPRINT=${FINGERPRINT:-$_known} PEM=${PEM:-$_pem}
+}
+
+read_key() { # --key into FINGERPRINT or PEM. A key on the carried disk is no key received another way
+    local _file
+    case $KEY in SHA256:*) FINGERPRINT=$KEY; return ;; esac
+    case $(cd "$(dirname "$KEY")" && pwd)/ in "$BUNDLE"/*) die 5 "--key $KEY lies on the disk that it is to vouch for" "get the sender's key by another way than this disk" ;; esac
+    for _file in "$BUNDLE"/* "$BUNDLE"/*/*; do
+        [ ! -f "$_file" ] || [ "$(stat -c %s "$_file")" != "$(stat -L -c %s "$KEY")" ] || [ "$(sum_of <"$_file")" != "$(sum_of <"$KEY")" ] ||
+            die 5 "--key $KEY is the file ${_file#"$BUNDLE"/} of the disk that it is to vouch for" "get the sender's key by another way than this disk"
+    done
+    if [ "$(head -c 10 "$KEY")" = "-----BEGIN" ]; then PEM=$KEY; return; fi
+    has ssh-keygen || die 5 "ssh-keygen is not here to read $KEY" "ask the sender for the key as .pem, for openssl"
+    FINGERPRINT=$(ssh-keygen -l -f "$KEY" 2>/dev/null | { read -r _ _file _ && echo "$_file"; })
+    [ -n "$FINGERPRINT" ] || die 2 "--key $KEY is not a public key" "give the sender's .pub or .pem file, or SHA256:..."
 }
 
 check_signature() {
@@ -223,9 +173,7 @@ check_signature() {
         SIGNED="good, by openssl${SIGNED:+ and ssh-keygen}, $TRUST"
     fi
     [ -n "$SIGNED" ] || SIGNED="not checked: no tool here for the key and the signature that there are"
-    case $SIGNED in
-        good*) return ;;
-    esac
+    case $SIGNED in good*) return ;; esac
     [ -z "$NEED_SIGNATURE$FINGERPRINT$PEM" ] ||
         die 5 "the signature is $SIGNED" "ask the sender for a signed bundle and the key that fits this server's tools (ssh-keygen: .pub, openssl: .pem)"
     say "note  signature $SIGNED. Compare this with what the sender told you: SHA256SUMS is $(sum_of <"$_sums")"
@@ -243,69 +191,40 @@ pin_sender() {
 
 # coreutils' own sha256sum is 3 to 4 times slower than openssl where it is not linked with OpenSSL
 sum_of() { if has openssl; then openssl dgst -sha256 -r; else sha256sum; fi 2>/dev/null | cut -c 1-64; }
+where() { field "$WORK/good" "$1"; } # where VOLUME: the place that look found
 
-where() { # where VOLUME: the place that verification found whole, or else the first that exists
-    local _p _real _d
-    if [ -f "$WORK/good" ]; then
-        while read -r _p _real; do [ "$_p" = "$1" ] && { echo "$_real"; return 0; }; done <"$WORK/good"
-    fi
-    printf '%s\n%s' "$BUNDLE" "$ALSO" | { while read -r _d; do [ -n "$_d" ] && [ -f "$_d/$1" ] && { echo "$_d/$1"; exit 0; }; done; exit 1; }
-}
-
-# verify_volumes PATTERN...: each volume by itself, several at a time. Fills "good" (PATH PLACE) and "bad" (PATH WHY).
-verify_volumes() {
-    local _v _bytes _sha _f _take _at _n=0 _cores
-    _cores=$(nproc 2>/dev/null) || _cores=1
-    rm -f "$WORK"/good "$WORK"/bad "$WORK"/good.* "$WORK"/bad.*
-    while read -r _v _bytes _sha; do
-        _take=
-        # shellcheck disable=SC2254
-        for _f in "$@"; do case $_v in $_f) _take=yes ;; esac; done
-        [ -n "$_take" ] || continue
-        verify_one "$_v" "$_bytes" "$_sha" $((_n % _cores)) &
-        _n=$((_n + 1))
-        [ $((_n % _cores)) != 0 ] || wait
-    done <<ROWS
-$(rows vol)
-ROWS
-    wait
-    cat "$WORK"/good.* >"$WORK/good" 2>/dev/null
-    cat "$WORK"/bad.* >"$WORK/bad" 2>/dev/null
+# look HOW [FOLDER]: every volume (below FOLDER): "PATH PLACE" into "good", "PATH WHY" into "bad"; any place that has it whole
+# will do. HOW is size, for the sizes alone, or sum.
+look() {
+    local _v _bytes _sha _d _is
+    rm -f "$WORK/good"; : >"$WORK/bad"
+    rows vol | while read -r _v _bytes _sha; do
+        case $_v in "${2:-}"*) ;; *) continue ;; esac
+        _is=missing
+        while read -r _d; do
+            [ -f "$_d/$_v" ] || continue
+            _is=$(stat -L -c %s "$_d/$_v")
+            if [ "$_is" != "$_bytes" ]; then _is="$_is bytes instead of $_bytes"
+            elif [ "$1" = size ] || [ "$(sum_of <"$_d/$_v")" = "$_sha" ]; then echo "$_v $_d/$_v" >>"$WORK/good"; continue 2
+            else _is="damaged, or of another bundle"; fi
+        done <"$WORK/places"
+        echo "$_v $_is" >>"$WORK/bad"
+    done
     [ ! -s "$WORK/bad" ]
 }
 
-verify_one() { # verify_one VOLUME BYTES SHA256 N: any place that has it whole will do
-    local _d _is='missing'
-    printf '%s\n%s' "$BUNDLE" "$ALSO" | {
-        while read -r _d; do
-            [ -n "$_d" ] && [ -f "$_d/$1" ] || continue
-            _is=$(stat -L -c %s "$_d/$1")
-            if [ "$_is" != "$2" ]; then _is="$_is bytes instead of $2"
-            elif [ "$(sum_of <"$_d/$1")" = "$3" ]; then echo "$1 $_d/$1" >>"$WORK/good.$4"; exit 0
-            else _is="damaged, or of another bundle"; fi
-        done
-        echo "$1 $_is" >>"$WORK/bad.$4"
-    }
-}
-
-require_volumes() { # require_volumes PATTERN...
+require_volumes() { # require_volumes [FOLDER]
     local _v _why
-    verify_volumes "$@" && return 0
+    ! look sum "${1:-}" || return 0
     while read -r _v _why; do say "BAD   $_v: $_why"; done <"$WORK/bad"
     die 4 "damaged or missing:$(while read -r _v _; do printf ' %s' "$_v"; done <"$WORK/bad")" \
         "copy these again from the sender's disk into the same folder, or name another disk that has them: --also DIR"
 }
 
 join_volumes() { # join_volumes V1,V2,...: the bytes of a file that may have been split
-    local _list=$1 _real
-    while [ -n "$_list" ]; do
-        _real=$(where "${_list%%,*}") && cat "$_real" || return 1
-        case $_list in *,*) _list=${_list#*,} ;; *) _list= ;; esac
-    done
+    local _v
+    for _v in $(echo "$1" | tr , ' '); do cat "$(where "$_v")" || return 1; done
 }
-
-# --- may this driver run this image on this GPU? PLAN has a row for each image line and compute capability, which
-# --- ops/hardware/driver.py made by NVIDIA's rules (CUDA Compatibility guide) --------------------------------------------------
 
 # A GPU's class by its name: forward compatibility is for data centre GPUs.
 class_of() {
@@ -316,46 +235,31 @@ class_of() {
     esac
 }
 
-# judge DRIVER CAP CLASS: "VERDICT REMEDY"; verdicts: native minor ptx compat driver-too-old gpu-too-old gpu-too-new.
-# Of a row: HOW is cubin, ptx, old or new; FLOOR is the oldest driver that runs it, NATIVE the one that knows all of its CUDA,
-# COMPAT the branches with NVIDIA's compat package, LAST the newest branch that knows the GPU.
+# judge DRIVER CAP CLASS: "VERDICT REMEDY" of PLAN's answers, which ops/hardware/driver.py made by NVIDIA's rules.
+# Of one capability and class the rows run from the newest drivers (FLOOR: the oldest of them) to the oldest.
 judge() {
-    local _own _line _cuda _cap _how _floor _native _compat _last _verdict='' _carry='' _update='' _needs='' _package=''
-    _own=$(plan line_name)
-    while read -r _line _cuda _cap _how _floor _native _compat _last; do
-        [ "$_cap" = "$2" ] || continue
-        if [ "$_line" = "$_own" ]; then
-            _needs=$_floor _package=cuda-compat-$(echo "$_cuda" | tr . -)
-            case $_how in
-                old | new) _verdict=gpu-too-$_how ;;
-                *)
-                    if not_below "$1" "$_native"; then _verdict=native; elif not_below "$1" "$_floor"; then _verdict=minor; else _verdict=driver-too-old; fi
-                    if [ "$_how" = ptx ] && [ $_verdict != driver-too-old ]; then _verdict=ptx; fi
-                    if [ "$_how$_verdict$3" = cubindriver-too-olddatacenter ]; then case ,$_compat, in *,"${1%%.*}",*) _verdict=compat ;; esac; fi
-                    [ "${_floor%%.*}" -gt "$_last" ] || _update="update the driver to $_floor or newer" ;;
-            esac
-        fi
-        case $_how in cubin | ptx) if not_below "$1" "$_floor"; then _carry="$_carry${_carry:+ or }$_line"; fi ;; esac
-    done <<ROWS
-$(rows gpu)
-ROWS
-    _carry=${_carry:+carry a bundle of the image line $_carry}
-    case $_verdict in
-        '') echo "gpu-too-new ${_carry:-this bundle does not know compute capability $2: carry a newer one}" ;;
-        native | minor) echo "$_verdict nothing to do" ;;
-        ptx) echo "ptx nothing to do; the first start compiles for this GPU and takes minutes${_carry:+; $_carry to avoid it}" ;;
-        gpu-too-old) echo "$_verdict ${_carry:-this GPU needs an older CUDA than any image line here has: use another GPU}" ;;
-        gpu-too-new) echo "$_verdict ${_carry:-carry an image line with a newer CUDA}" ;;
-        *)
-            [ $_verdict != compat ] || _update="$_update${_update:+, or }start with MILKTEA_CUDA_COMPAT=the folder of NVIDIA's package $_package"
-            echo "$_verdict $_update${_update:+${_carry:+, or }}$_carry" ;;
-    esac
+    local _cap _class _floor _answer
+    rows gpu | {
+        while read -r _cap _class _floor _answer; do
+            case $_cap-$_class in "$2-any" | "$2-$3") if not_below "$1" "$_floor"; then echo "$_answer"; exit; fi ;; esac
+        done
+        echo "gpu-too-new this bundle does not know compute capability $2: carry a newer one"
+    }
 }
 
 # --- preflight: measured, needed, verdict, remedy --------------------------------------------------------------------------
 
-check() { # check NAME ok|warn|fail MEASURED NEEDED [REMEDY]
-    printf '%s|%s|%s|%s|%s\n' "$1" "$2" "$3" "$4" "${5:-nothing to do}" >>"$WORK/checks"
+check() { # check NAME ok|warn|fail MEASURED NEEDED [REMEDY]: a line of "checks"; FAILED counts
+    [ "$2" != ok ] || set -- "$1" "$2" "$3" "$4" "nothing to do"
+    [ "$2" != fail ] || FAILED=$((FAILED + 1))
+    printf '%s|%s|%s|%s|%s\n' "$1" "$2" "$3" "$4" "$5" >>"$WORK/checks"
+}
+
+expect() { # expect fail|warn NAME MEASURED NEEDED REMEDY TEST...: ok where the test holds
+    local _level=$1 _name=$2 _measured=$3 _needed=$4 _remedy=$5
+    shift 5
+    if "$@"; then _level=ok; fi
+    check "$_name" $_level "$_measured" "$_needed" "$_remedy"
 }
 
 df_free() { # df_free PATH [-i]: kilobytes (or inodes) free, and where it is mounted
@@ -367,15 +271,12 @@ layers_of() { # layers_of IMAGE: its DiffIDs, one a line; the same on every stor
     $DOCKER image inspect --format '{{range .RootFS.Layers}}{{println .}}{{end}}' "$1" 2>/dev/null | while read -r _l; do [ -z "$_l" ] || echo "$_l"; done
 }
 
-candidates() { # images that may hold layers of ours: those of our name, and those with our label
-    { $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}'; $DOCKER images --filter label=milktea.wire --format '{{.Repository}}:{{.Tag}}'; } 2>/dev/null | sort -u
-}
-
-# START: how many of our lowest layers an image of the engine has.
+# START: how many of our lowest layers an image of the engine has: one of our name, or with our label.
 take_stock() {
     local _image _k _x _y
     START=0
-    candidates >"$WORK/candidates"
+    { $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}'
+    $DOCKER images --filter label=milktea.wire --format '{{.Repository}}:{{.Tag}}'; } 2>/dev/null | sort -u >"$WORK/candidates"
     while read -r _image; do
         layers_of "$_image" >"$WORK/layers.of"
         _k=0
@@ -384,45 +285,37 @@ take_stock() {
     done <"$WORK/candidates"
 }
 
-preflight() {
-    local _verdict _rest
+inspect() { # the checks of this server
     : >"$WORK/checks"
-    ENGINE='' CONTAINERD='' DATA_ROOT='' START=0
+    ENGINE='' CONTAINERD='' ROOTLESS='' DATA_ROOT='' START=0 FAILED=0
     check_platform
     check_engine
     check_bundle
     if [ -n "$ENGINE" ]; then take_stock; check_base; check_disk; fi
     check_prefix
-    check_memory
-    check_gpus
-    FAILED=$(while IFS='|' read -r _ _verdict _rest; do [ "$_verdict" != fail ] || echo; done <"$WORK/checks" | wc -l)
-    FAILED=$((FAILED))
+    [ "$KIND" = models ] || { check_memory; check_gpus; }
 }
 
 check_platform() {
-    local _is
-    _is=$(uname -m)
+    local _is _needs
+    _is=$(uname -m) _needs=$(plan platform)
     case $_is in x86_64) _is=amd64 ;; aarch64) _is=arm64 ;; esac
-    if [ "$_is" = "$(plan platform)" ]; then check platform ok "$_is" "$(plan platform)"
-    else check platform fail "$_is" "$(plan platform)" "this project makes no image for $_is: use a server with $(plan platform)"; fi
+    expect fail platform "$_is" "$_needs" "this project makes no image for $_is: use a server with $_needs" [ "$_is" = "$_needs" ]
 }
-
 info() { $DOCKER info --format "$1" 2>/dev/null; }
 
 check_engine() {
-    local _why _floor=20.10 _kind=Docker _root
+    local _do _floor=20.10 _kind=Docker
     has "${DOCKER%% *}" || { check engine fail "no docker command" "Docker 20.10 or podman 4" "install Docker Engine or podman from this server's own package source"; return; }
     case $($DOCKER --version 2>/dev/null) in *podman*) _kind=podman _floor=4.0 ;; esac
     if ! ENGINE=$($DOCKER version --format '{{.Server.Version}}' 2>"$WORK/err") && ! ENGINE=$($DOCKER version --format '{{.Client.Version}}' 2>>"$WORK/err"); then
-        ENGINE='' _why=$(one_line "$WORK/err" 200)
-        case $_why in
-            *ermission*) check engine fail "no permission for the engine's socket" "access to Docker" "run this as root, or: usermod -aG docker $(id -un) and log in again" ;;
-            *) check engine fail "the engine does not answer: $_why" "a running Docker engine" "systemctl start docker, then run this again" ;;
-        esac
+        ENGINE='' _do="systemctl start docker, then run this again"
+        case $(cat "$WORK/err") in *ermission*) _do="run this as root, or: usermod -aG docker $(id -un) and log in again" ;; esac
+        check engine fail "the engine does not answer: $(one_line "$WORK/err" 200)" "a running engine" "$_do"
         return
     fi
-    if not_below "$ENGINE" $_floor; then check engine ok "$_kind $ENGINE" "$_floor or newer"
-    else check engine fail "$_kind $ENGINE" "$_floor or newer" "update $_kind to $_floor or newer"; fi
+    case "$(info '{{json .SecurityOptions}}')$(info '{{.Host.Security.Rootless}}')" in *rootless* | *true*) ROOTLESS=yes ;; esac
+    expect fail engine "$_kind $ENGINE" "$_floor or newer" "update $_kind to $_floor or newer" not_below "$ENGINE" $_floor
     if [ $_kind = podman ]; then DATA_ROOT=$(info '{{.Store.GraphRoot}}')
     else
         case $(info '{{json .DriverStatus}}') in *containerd.snapshotter*) CONTAINERD=yes ;; esac
@@ -435,117 +328,83 @@ check_engine() {
 }
 
 check_toolkit() { # check_toolkit Docker|podman
-    local _cdi _spec='' _needs="NVIDIA container toolkit or CDI" _rootless=''
-    case "$(info '{{json .SecurityOptions}}')$(info '{{.Host.Security.Rootless}}')" in *rootless* | *true*) _rootless=yes ;; esac
+    local _cdi _spec='' _is="runtime nvidia" _do='' _set="nvidia-ctk runtime configure --runtime=docker && systemctl restart docker"
+    [ "$1" = Docker ] || _set="nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
     for _cdi in "$HOST"/etc/cdi/*nvidia* "$HOST"/var/run/cdi/*nvidia*; do [ ! -f "$_cdi" ] || _spec=$_cdi; done
     case $(info '{{json .Runtimes}}') in
         *nvidia*)
-            if [ -n "$_rootless" ] && ! { while read -r _cdi; do case $_cdi in no-cgroups*true*) exit 0 ;; esac; done <"$HOST/etc/nvidia-container-runtime/config.toml"; exit 1; } 2>/dev/null; then
-                check toolkit fail "rootless engine, and no-cgroups is not set" "no-cgroups = true" "nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place"
-            else check toolkit ok "runtime nvidia" "$_needs"; fi ;;
+            if [ -n "$ROOTLESS" ] && [ "$(field "$HOST/etc/nvidia-container-runtime/config.toml" no-cgroups)" != "= true" ]; then
+                _is="rootless engine, and no-cgroups is not set" _do="nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place"
+            fi ;;
         *)
-            if [ -z "$_spec" ]; then check toolkit fail "neither runtime nor CDI" "$_needs" \
-                "install nvidia-container-toolkit, then $(if [ "$1" = podman ]; then echo "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"; else echo "nvidia-ctk runtime configure --runtime=docker && systemctl restart docker"; fi)"
-            elif [ "$1" = Docker ] && ! not_below "$ENGINE" 25; then check toolkit fail "CDI, which Docker $ENGINE does not read" "$_needs" "nvidia-ctk runtime configure --runtime=docker && systemctl restart docker"
-            else check toolkit ok "CDI $_spec" "$_needs"; fi ;;
+            _is="CDI $_spec"
+            if [ -z "$_spec" ]; then _is="neither runtime nor CDI" _do="install nvidia-container-toolkit, then $_set"
+            elif [ "$1" = Docker ] && ! not_below "$ENGINE" 25; then _is="CDI, which Docker $ENGINE does not read" _do=$_set; fi ;;
     esac
+    expect fail toolkit "$_is" "NVIDIA container toolkit or CDI" "$_do" [ -z "$_do" ]
 }
 
 check_bundle() { # sizes only: a missing or half-copied volume is named before anything else happens
-    local _bad='' _v _bytes _sha _at _is _n
-    while read -r _v _bytes _sha; do
-        _at=$(where "$_v") || { _bad="$_bad $_v (missing)"; continue; }
-        _is=$(stat -L -c %s "$_at" 2>/dev/null || echo 0)
-        [ "$_is" = "$_bytes" ] || _bad="$_bad $_v ($_is of $_bytes bytes)"
-    done <<ROWS
-$(rows vol)
-ROWS
-    _n=$(rows vol | wc -l)
-    if [ -z "$_bad" ]; then check bundle ok "$((_n)) volumes, all there" "$((_n)) volumes"
-    else check bundle fail "wrong:$_bad" "$((_n)) whole volumes" "copy these again from the sender's disk, or --also DIR"; fi
+    local _v _why _n
+    _n=$(($(rows vol | wc -l)))
+    look size
+    expect fail bundle "$_n volumes$(while read -r _v _why; do printf ', %s %s' "$_v" "$_why"; done <"$WORK/bad")" "$_n whole volumes" \
+        "copy these again from the sender's disk, or --also DIR" [ ! -s "$WORK/bad" ]
 }
 
 check_base() { # of an update: the layers that it builds on
-    local _first _rest
+    local _below
     [ "$KIND" = update ] || return 0
-    _first=$(plan part) _first=${_first%% *}
-    if [ "$START" -ge $((_first - 1)) ]; then check base ok "the layers that this update builds on are here" "$(plan since)"
-    else check base fail "pruned or never installed: $(plan since)" "its $((_first - 1)) lowest layers, $START are here" "carry the full bundle instead"; fi
+    _below=$(plan part) _below=$((${_below%% *} - 1))
+    expect fail base "$(if [ "$START" -ge $_below ]; then echo "here"; else echo "pruned or never installed"; fi): $(plan since)" \
+        "its $_below lowest layers, $START are here" "carry the full bundle instead" [ "$START" -ge $_below ]
 }
 
 check_disk() {
-    local _load=0 _peak=0 _size _first _last _k _diff _bytes _blob _rest _more=0 _free _mount _pfree _pmount
-    while read -r _first _last _rest; do
-        [ "$_last" -gt "$START" ] || continue
-        _size=0
-        while read -r _k _diff _bytes _blob _rest; do
-            [ "$_k" -ge "$_first" ] && [ "$_k" -le "$_last" ] || continue
-            _size=$((_size + _blob)) _load=$((_load + _bytes + ${CONTAINERD:+1}0 / 10 * _blob))
-        done <<ROWS
-$(rows layer)
-ROWS
-        [ "$_size" -le "$_peak" ] || _peak=$_size
-    done <<ROWS
-$(rows part)
-ROWS
-    _load=$((_load + _peak))
-    [ -n "$MODELS" ] && while read -r _first _bytes _rest; do [ -z "$_first" ] || [ -d "$PREFIX/models/$_first" ] || _more=$((_more + _bytes)); done <<ROWS
-$(rows model)
-ROWS
-    # shellcheck disable=SC2046
+    local _load _more=0 _set _bytes _rest _free _mount _pfree _pmount
+    set -- $(plan "room-$START")
+    _load=${CONTAINERD:+$2} _load=${_load:-$1}
+    [ -z "$MODELS" ] || _more=$(rows model | { while read -r _set _bytes _rest; do [ -d "$PREFIX/models/$_set" ] || _more=$((_more + _bytes)); done; echo $_more; })
     set -- $(df_free "$(existing "$HOST$DATA_ROOT")") $(df_free "$(existing "$PREFIX")") $(df_free "$(existing "$HOST$DATA_ROOT")" -i)
     _free=$1 _mount=$2 _pfree=$3 _pmount=$4
     [ "$_mount" != "$_pmount" ] || { _load=$((_load + _more)); _more=0; }
     room "disk of the engine" "$DATA_ROOT" "$_free" "$_load" "the missing layers, and the largest part while it is unpacked"
     [ "$_more" = 0 ] || room "disk of the folder" "$PREFIX" "$_pfree" "$_more" "the base models"
     case $5 in *[!0-9]* | '' | 0) return 0 ;; esac # btrfs and overlay count none
-    if [ "$START" -ge "$DEPTH" ] || [ "$5" -gt "$(plan files)" ]; then check inodes ok "$5 free" "$(plan files)"
-    else check inodes fail "$5 free" "$(plan files)" "free inodes under $DATA_ROOT: docker system prune removes what no container uses"; fi
+    [ "$START" -ge "$DEPTH" ] || expect fail inodes "$5 free" "$(plan files)" \
+        "free inodes under $DATA_ROOT: docker system prune removes what no container uses" [ "$5" -gt "$(plan files)" ]
 }
 
 room() { # room NAME PATH FREE_KB BYTES WHAT_FOR
     case $3 in *[!0-9]* | '') check "$1" warn "cannot be seen from here: $2" "$(human "$4")" "make sure that $2 has $(human "$4") free: $5"; return ;; esac
-    if [ $(($3 * 1024)) -ge "$4" ]; then check "$1" ok "$(human $(($3 * 1024))) free in $2" "$(human "$4")"
-    else check "$1" fail "$(human $(($3 * 1024))) free in $2" "$(human "$4"): $5" "free $(human $(($4 - $3 * 1024))) there: docker system prune removes what no container uses"; fi
+    expect fail "$1" "$(human $(($3 * 1024))) free in $2" "$(human "$4"): $5" \
+        "free $(human $(($4 - $3 * 1024))) there: docker system prune removes what no container uses" [ $(($3 * 1024)) -ge "$4" ]
 }
 
 check_prefix() {
     local _at
     _at=$(existing "$PREFIX")
-    if [ -w "$_at" ]; then check folder ok "$PREFIX" "a folder to write to"
-    else check folder fail "$_at cannot be written to by $(id -un)" "a folder to write to" "run this as root, or choose another: --prefix DIR"; fi
+    expect fail folder "$_at $(if [ -w "$_at" ]; then echo can; else echo cannot; fi) be written to" "a folder for $PREFIX" \
+        "run this as root, or choose another: --prefix DIR" [ -w "$_at" ]
 }
 
 check_memory() {
-    local _kb=0 _key _value _rest _need
-    while read -r _key _value _rest; do [ "$_key" != MemTotal: ] || _kb=$_value; done <"$HOST/proc/meminfo"
-    _need=$(plan memory_bytes)
-    if [ $((_kb * 1024)) -ge "$_need" ]; then check memory ok "$(human $((_kb * 1024)))" "$(human "$_need")"
-    else check memory warn "$(human $((_kb * 1024)))" "$(human "$_need")" "training may be killed for memory: close other programs, or take a smaller base model"; fi
-    # milktea-run gives its containers half of the memory as /dev/shm; several GPUs talk through it
-    if [ $((_kb / 2)) -ge 1048576 ]; then check shm ok "$(human $((_kb * 512))) for containers" "1 GB"
-    else check shm warn "$(human $((_kb * 512))) for containers" "1 GB" "train on one GPU: processes of several GPUs exchange data through /dev/shm"; fi
-}
-
-# "NAME, DRIVER, CAPABILITY, MEMORY, MIG" of each chosen GPU into "gpus"; what nvidia-smi says where it fails into "smi".
-list_gpus() {
-    local _line _w
-    : >"$WORK/gpus"
-    : >"$WORK/smi"
-    if has nvidia-smi; then
-        case $GPUS in all | none | MIG* | GPU*) set -- ;; *) set -- --id="$GPUS" ;; esac
-        nvidia-smi "$@" --query-gpu=name,driver_version,compute_cap,memory.total,mig.mode.current --format=csv,noheader >"$WORK/smi" 2>&1 && mv "$WORK/smi" "$WORK/gpus" && : >"$WORK/smi"
-        return
-    fi
-    [ -r "$HOST/proc/driver/nvidia/version" ] || return 0
-    while read -r _line; do
-        case $_line in NVRM*) for _w in $_line; do case $_w in [0-9]*.[0-9]*) echo "unknown GPU, $_w, ?, ?, ?" >>"$WORK/gpus"; return ;; esac; done ;; esac
-    done <"$HOST/proc/driver/nvidia/version"
+    local _kb _needs
+    _kb=$(field "$HOST/proc/meminfo" MemTotal:) _kb=${_kb%% *} _needs=$(plan memory_bytes)
+    expect warn memory "$(human $((_kb * 1024)))" "$(human "$_needs")" \
+        "training may be killed for memory: close other programs, or take a smaller base model" [ $((_kb * 1024)) -ge "$_needs" ]
 }
 
 check_gpus() {
-    local _g=0 _name _driver _cap _memory _mig _v _do _level _needs _floor
-    list_gpus
+    local _g=0 _name _driver _cap _memory _mig _v _w _do _level _needs _floor
+    # "NAME, DRIVER, CAPABILITY, MEMORY, MIG" of each chosen GPU into "gpus"; what nvidia-smi says where it fails into "smi"
+    : >"$WORK/gpus"
+    if has nvidia-smi; then
+        case $GPUS in all | none | MIG* | GPU*) set -- ;; *) set -- --id="$GPUS" ;; esac
+        nvidia-smi "$@" --query-gpu=name,driver_version,compute_cap,memory.total,mig.mode.current --format=csv,noheader >"$WORK/smi" 2>&1 && mv "$WORK/smi" "$WORK/gpus"
+    else
+        for _w in $(field "$HOST/proc/driver/nvidia/version" NVRM); do case $_w in [0-9]*.[0-9]*) echo "unknown GPU, $_w, ?, ?, ?" >"$WORK/gpus"; break ;; esac; done
+    fi
     if [ "$CUDA" = none ] || [ "$GPUS" = none ]; then check driver ok "not needed" "none: the CPU trains"; return; fi
     _floor=$(plan driver) _needs="driver $_floor or newer for CUDA $CUDA"
     if [ -s "$WORK/smi" ]; then
@@ -556,13 +415,17 @@ check_gpus() {
             *) _do="nvidia-smi must list the GPUs before a container can use one" ;;
         esac
         check driver fail "nvidia-smi says: $(one_line "$WORK/smi" 200)" "$_needs" "$_do"
-    elif [ ! -s "$WORK/gpus" ]; then check driver fail "no NVIDIA driver" "$_needs" "install the NVIDIA driver $_floor or newer from this server's own package source"
+    elif [ ! -s "$WORK/gpus" ]; then
+        _do="install the NVIDIA driver $_floor or newer from this server's own package source"
+        for _w in kfd:"AMD (ROCm)" davinci_manager:"Ascend"; do
+            [ ! -e "$HOST/dev/${_w%%:*}" ] || _do="this server's GPUs are of ${_w#*:}, for which this project has no image: use a server with NVIDIA GPUs, or --gpus none"
+        done
+        check driver fail "no NVIDIA driver" "$_needs" "$_do"
     else
         while IFS=, read -r _name _driver _cap _memory _mig; do
             _driver=${_driver# } _cap=${_cap# }
             if [ "$_cap" = '?' ]; then
-                if not_below "$_driver" "$_floor"; then check driver ok "$_driver, GPU unknown without nvidia-smi" "$_needs"
-                else check driver fail "$_driver" "$_needs" "update the driver to $_floor or newer"; fi
+                expect fail driver "$_driver, GPU unknown without nvidia-smi" "$_needs" "update the driver to $_floor or newer" not_below "$_driver" "$_floor"
                 continue
             fi
             _v=$(judge "$_driver" "$_cap" "$(class_of "$_name")") _do=${_v#* } _v=${_v%% *}
@@ -626,7 +489,7 @@ load_image() {
 }
 
 load_parts() {
-    local _first _last _files _tag _words
+    local _first _last _files _tag _do
     rows part >"$WORK/parts"
     while read -r _first _last _files <&7; do
         # the last part brings the config: it is loaded also where every layer is here
@@ -641,11 +504,9 @@ load_parts() {
         layers_of "$_tag" >"$WORK/got"
         if [ "$(head -n "$_last" "$WORK/want" | sum_of)" != "$(sum_of <"$WORK/got")" ]; then
             [ "$START" = 0 ] || [ "$KIND" = update ] || return 0 # load_image tries once more from the bottom
-            _words=$(one_line "$WORK/engine")
-            case $_words in
-                *"no space left"*) die 6 "the engine ran out of disk while it loaded $_files: $_words" "free room in $DATA_ROOT ($DOCKER system df shows what takes it), then run this again" ;;
-                *) die 6 "the engine did not take $_files, although its hash is right: $_words" "run this again; if it stays, look at the engine's log (journalctl -u docker)" ;;
-            esac
+            _do="run this again; if it stays, look at the engine's log (journalctl -u docker)"
+            case $(cat "$WORK/engine") in *"no space left"*) _do="free room in $DATA_ROOT ($DOCKER system df shows what takes it), then run this again" ;; esac
+            die 6 "the engine did not take $_files, although its hash is right: $(one_line "$WORK/engine")" "$_do"
         fi
     done 7<"$WORK/parts"
 }
@@ -672,7 +533,6 @@ undo() {
 inside() {
     local _label=''
     [ "$(cat /sys/fs/selinux/enforce 2>/dev/null)" != 1 ] || _label="--security-opt label=disable"
-    # shellcheck disable=SC2086
     $DOCKER run --rm --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges $_label \
         --shm-size 1g -e HOME=/tmp "$@"
 }
@@ -681,11 +541,9 @@ python() { # python TOOL ARGUMENTS...: a tool of this bundle, by the image's Pyt
     local _tool=$1 _d
     shift
     set -- --entrypoint "$(plan python)" "$REF" "/small/tools/$_tool" "$@"
-    while read -r _d; do [ -z "$_d" ] || set -- -v "$_d:$_d:ro" "$@"; done <<ROWS
-$BUNDLE
-$ALSO
-ROWS
-    inside -i --user "$(id -u):$(id -g)" -v "$SMALL:/small:ro" -v "$PREFIX:$PREFIX" "$@"
+    while read -r _d; do set -- -v "$_d:$_d:ro" "$@"; done <"$WORK/places"
+    [ -n "$ROOTLESS" ] || set -- --user "$(id -u):$(id -g)" "$@" # rootless engines map root to the user already
+    inside -i -v "$SMALL:/small:ro" -v "$PREFIX:$PREFIX" "$@"
 }
 
 gpu_flags() {
@@ -698,18 +556,14 @@ gpu_flags() {
 }
 
 prove() {
-    local _rc _expect=''
+    local _rc _prove
+    _prove=$(plan prove)
     say "prove the self-test runs with no network and a read-only image"
-    [ "$CUDA" = none ] || [ "$GPUS" = none ] || _expect=--expect-gpu
+    [ "$CUDA" = none ] || [ "$GPUS" = none ] || _prove="$_prove --expect-gpu"
     inside --entrypoint "$(plan python)" -v "$SMALL:/small:ro" "$REF" -c 'open("/small/PLAN")' >"$WORK/selftest" 2>&1 ||
         die 3 "the engine does not see $SMALL, or starts no container: $(one_line "$WORK/selftest")" "use an engine of this machine that may read $PREFIX (Docker from snap sees only the home folder: --prefix below it)"
-    # shellcheck disable=SC2046
-    set -- $(plan prove) $_expect
-    _rc=$1
-    shift
-    set -- $(gpu_flags) -e "MILKTEA_MODELS=/run/milktea/models" -v "$PREFIX/models:/run/milktea/models:ro" -v "$SMALL/image.lock:/run/milktea/image.lock:ro" \
-        --entrypoint "$_rc" "$REF" "$@"
-    inside "$@" >"$WORK/selftest" 2>"$WORK/selftest.err"
+    inside $(gpu_flags) -e "MILKTEA_MODELS=/run/milktea/models" -v "$PREFIX/models:/run/milktea/models:ro" -v "$SMALL/image.lock:/run/milktea/image.lock:ro" \
+        --entrypoint "${_prove%% *}" "$REF" ${_prove#* } >"$WORK/selftest" 2>"$WORK/selftest.err"
     _rc=$?
     [ $_rc = 0 ] && return 0
     mkdir -p "$PREFIX/records"
@@ -717,12 +571,7 @@ prove() {
     die 7 "the self-test of $REF failed with exit code $_rc: $(tail -c 400 "$WORK/selftest.err" | tr '\n' ' ')" "send $PREFIX/records/selftest-failed-$ID.txt to the sender; the image that was current before still is"
 }
 
-state_of() { # state_of current|previous|release
-    local _k _value
-    [ -f "$PREFIX/state/$NAME" ] || return 1
-    while read -r _k _value; do [ "$_k" = "$1" ] && { echo "$_value"; return 0; }; done <"$PREFIX/state/$NAME"
-    return 1
-}
+state_of() { field "$PREFIX/state/$NAME" "$1"; } # state_of current|previous|release
 
 write_state() { # write_state CURRENT PREVIOUS RELEASE: the file is the truth, the tags follow it
     printf 'current %s\nrelease %s\ngpus %s\nprevious %s\n' "$1" "$3" "$GPUS" "$2" >"$PREFIX/state/$NAME.part"
@@ -733,18 +582,10 @@ write_state() { # write_state CURRENT PREVIOUS RELEASE: the file is the truth, t
 }
 
 activate() {
-    local _before _f
+    local _before
     _before=$(state_of current) || _before=
     [ "$_before" != "$REF" ] || _before=$(state_of previous) || _before=
-    mkdir -p "$PREFIX/bin" "$PREFIX/records"
-    for _f in tools docs; do # a whole new folder, then one rename
-        rm -rf "$PREFIX/$_f.new" "$PREFIX/$_f.old"
-        [ -d "$SMALL/$_f" ] && cp -r "$SMALL/$_f" "$PREFIX/$_f.new" || continue
-        [ ! -d "$PREFIX/$_f" ] || mv "$PREFIX/$_f" "$PREFIX/$_f.old"
-        mv "$PREFIX/$_f.new" "$PREFIX/$_f" && rm -rf "$PREFIX/$_f.old"
-    done
-    cp "$SMALL/image.lock" "$PREFIX/records/lock.part" && mv "$PREFIX/records/lock.part" "$PREFIX/records/image-$ID.lock"
-    cp "$SMALL/tools/milktea-run" "$PREFIX/bin/milktea-run.part" && chmod 755 "$PREFIX/bin/milktea-run.part" && mv "$PREFIX/bin/milktea-run.part" "$PREFIX/bin/milktea-run"
+    python installer.py tools "$PREFIX" >"$WORK/tools.err" 2>&1 || die 3 "the tools do not arrive in $PREFIX: $(one_line "$WORK/tools.err")" "check its disk for room and errors, then run this again"
     pin_sender
     write_state "$REF" "$_before" "$RELEASE"
     TOUCHED=
@@ -764,43 +605,44 @@ record() {
     done
 }
 
-rollback() {
-    local _now _back
-    _now=$(state_of current) || die 2 "nothing of $NAME is installed in $PREFIX" "sh INSTALL.sh install"
-    _back=$(state_of previous) && [ -n "$_back" ] || die 2 "there is no image before $_now" "$PREFIX/bin/milktea-run status shows what is installed"
-    [ -n "$(id_of "$_back")" ] || die 6 "$_back is no longer on the server" "install its bundle again"
-    write_state "$_back" "$_now" "$(state_of release)"
-    say "current $_back"
-    say "before  $_now (sh INSTALL.sh rollback goes forward again)"
+rollback() { # the same as milktea-run rollback, which needs no disk
+    [ -x "$PREFIX/bin/milktea-run" ] || die 2 "nothing of $NAME is installed in $PREFIX" "sh INSTALL.sh install"
+    MILKTEA_PREFIX=$PREFIX "$PREFIX/bin/milktea-run" rollback "$NAME"
 }
 
-# --- the story -------------------------------------------------------------------------------------------------------------
+preflight() {
+    inspect
+    [ -z "$FACTS" ] || print_facts
+    print_checks
+    [ "$FAILED" = 0 ] || exit 3
+}
+
+verify() {
+    require_volumes
+    say "whole: $(($(rows vol | wc -l))) volumes, signature $SIGNED"
+}
 
 install() {
     local _older
     _older=$(state_of release) || _older=0
     [ "$RELEASE" -ge "$_older" ] || [ -n "$OLDER" ] || die 5 "this bundle is release $RELEASE, and $_older is installed: an older one may bring back what was mended" "ask the sender for the newest; or add --allow-older"
-    preflight
+    inspect
     print_checks
-    if [ "$FAILED" -gt 0 ]; then
-        [ -n "$FORCE" ] || die 3 "$FAILED of the checks above say no" "mend what they name, in that order, and run this again (--force goes on all the same)"
-        say "note  going on although $FAILED checks say no (--force)"
-    fi
+    [ "$FAILED" = 0 ] || [ -n "$FORCE" ] || die 3 "$FAILED of the checks above say no" "mend what they name, in that order, and run this again (--force goes on all the same)"
     [ -n "$ENGINE" ] || die 3 "no Docker engine" "see the check named engine"
     lock
     ID_BEFORE=$(id_of "$REF")
     say "verify every volume, before anything is loaded"
-    if [ -n "$MODELS" ]; then require_volumes 'parts/*' 'models/*'; else require_volumes 'parts/*'; fi
-    load_image
+    require_volumes "$(if [ -z "$MODELS" ]; then echo parts/; fi)"
+    [ "$KIND" = models ] || load_image
     mkdir -p "$PREFIX/models"
     TOUCHED=yes
     if [ -n "$MODELS" ] && [ -n "$(plan model)" ]; then
         python installer.py models "$PREFIX" <"$WORK/good" >&3 2>"$WORK/models.err" || die 4 "a base model does not arrive whole: $(one_line "$WORK/models.err")" "check the disk of $PREFIX for room and errors, then run this again"
     fi
-    prove
-    activate
+    if [ "$KIND" != models ]; then prove; activate; else pin_sender; echo "no image in this bundle" >"$WORK/selftest"; fi
     record
-    say "DONE  $REF is current; try: $PREFIX/bin/milktea-run check"
+    say "DONE  $(if [ "$KIND" = models ]; then echo "$PREFIX/bin/milktea-run models lists them"; else echo "$REF is current; try: $PREFIX/bin/milktea-run check"; fi)"
 }
 
 lock() {
@@ -817,21 +659,19 @@ lock() {
     # containers get files of it: it must lie where the engine sees the prefix
     mv "$WORK" "$PREFIX/state/work.$$" && WORK=$PREFIX/state/work.$$ SMALL=$PREFIX/state/work.$$/small
 }
+wrong_use() { printf 'REFUSED: %s\n' "$1" >&2; exit 2; }
 
 main() {
+    local _word
     while [ $# -gt 0 ]; do
-        case $1 in
-            install | preflight | verify | rollback) COMMAND=$1 ;;
-            --prefix | --also | --key | --gpus)
-                [ $# -ge 2 ] || { usage >&2; exit 2; }
-                case $1 in
-                    --prefix) PREFIX=$2 ;;
-                    --also) ALSO="$ALSO$(cd "$2" && pwd)
-" ;;
-                    --key) KEY=$2; case $2 in SHA256:*) ;; *) [ -f "$2" ] || { echo "REFUSED: --key $2 does not exist" >&2; exit 2; } ;; esac ;;
-                    --gpus) GPUS=$2; case $2 in *[!A-Za-z0-9,-]* | '') usage >&2; exit 2 ;; esac ;;
-                esac
-                shift ;;
+        _word=$1
+        case $_word in --prefix | --also | --key | --gpus) [ $# -ge 2 ] || wrong_use "$_word wants a value: sh INSTALL.sh --help"; shift ;; esac
+        case $_word in
+            install | preflight | verify | rollback) COMMAND=$_word ;;
+            --prefix) PREFIX=$1 ;;
+            --also) ALSO=$(printf '%s\n%s' "$(cd "$1" && pwd)" "$ALSO") ;;
+            --key) KEY=$1; case $1 in SHA256:*) ;; *) [ -f "$1" ] || wrong_use "--key $1 does not exist" ;; esac ;;
+            --gpus) GPUS=$1; case $1 in *[!A-Za-z0-9,-]* | '') wrong_use "--gpus $1: 0,1 or the UUIDs of MIG devices, or none" ;; esac ;;
             --new-sender) NEW_SENDER=yes ;;
             --require-signature) NEED_SIGNATURE=yes ;;
             --allow-older) OLDER=yes ;;
@@ -839,35 +679,22 @@ main() {
             --no-models) MODELS= ;;
             --force) FORCE=yes ;;
             -h | --help) usage; exit 0 ;;
-            *) usage >&2; exit 2 ;;
+            *) wrong_use "$_word is no word of INSTALL.sh: sh INSTALL.sh --help" ;;
         esac
         shift
     done
-    [ -z "$NEW_SENDER" ] || [ -n "$KEY" ] || { echo "REFUSED: --new-sender wants --key" >&2; exit 2; }
+    [ -z "$NEW_SENDER" ] || [ -n "$KEY" ] || wrong_use "--new-sender wants --key"
     case $PREFIX in /*) ;; *) PREFIX=$(pwd)/$PREFIX ;; esac
     if [ -n "$FACTS" ]; then exec 3>&2; else exec 3>&1; fi
-    ID_BEFORE=''
     WORK=$(mktemp -d) || exit 3
-    trap leave EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM HUP
+    printf '%s\n' "$BUNDLE" ${ALSO:+"$ALSO"} >"$WORK/places"
+    trap 'rm -rf "$WORK"; [ -z "$LOCKED" ] || rm -rf "$PREFIX/state/lock"' EXIT
+    trap 'exit 143' INT TERM HUP
     copy_small
     check_signature
-    verify_small
     read_plan
-    case $COMMAND in
-        preflight)
-            preflight
-            [ -z "$FACTS" ] || print_facts
-            print_checks
-            [ "$FAILED" = 0 ] || exit 3 ;;
-        verify)
-            require_volumes 'parts/*' 'models/*'
-            say "whole: $(($(rows vol | wc -l))) volumes, signature $SIGNED" ;;
-        *) $COMMAND ;;
-    esac
+    $COMMAND
 }
 
 # The whole script is read before its last line runs it: a damaged one does nothing.
-main "$@"
-exit $?
+main "$@"; exit $?

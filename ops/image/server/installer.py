@@ -2,6 +2,7 @@
 network, read-only, no rights.
 
     python installer.py models PREFIX < GOOD     base models from the volumes into PREFIX/models
+    python installer.py tools PREFIX             tools, docs, the lock, milktea-run into PREFIX
     python installer.py record PREFIX < FACTS    INSTALL-RECORD.json and EVIDENCE.html
 
 GOOD has a line "VOLUME PATH" for each verified volume. FACTS are the server's facts as lines, then
@@ -102,6 +103,30 @@ def _link_name(models: Path, name: str, digest: str) -> None:
     new.replace(link)
 
 
+def install_tools(plan: str, small: Path, prefix: Path) -> None:
+    """Copy the bundle's tools, docs and lock; a folder is replaced by one rename, a file too."""
+    for name in ("tools", "docs"):
+        new, old = prefix / f"{name}.new", prefix / f"{name}.old"
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        if (small / name).is_dir():
+            shutil.copytree(small / name, new)
+            if (prefix / name).is_dir():
+                (prefix / name).rename(old)
+            new.rename(prefix / name)
+            shutil.rmtree(old, ignore_errors=True)
+    [[identity]] = rows(plan, "id")
+    for source, target, mode in (
+        ("image.lock", f"records/image-{identity}.lock", 0o644),
+        ("tools/milktea-run", "bin/milktea-run", 0o755),
+    ):
+        part = prefix / f"{target}.part"
+        part.parent.mkdir(exist_ok=True)
+        shutil.copyfile(small / source, part)
+        part.chmod(mode)
+        part.replace(prefix / target)
+
+
 def record(plan: str, facts: str, prefix: Path, sbom: str | None) -> dict[str, Any]:
     """What was verified, proved and installed, as one object: who, when, which hashes, the checks,
     the self-test.
@@ -183,6 +208,8 @@ def main(arguments: list[str]) -> int:
         except (Damaged, OSError) as error:
             print(error, file=sys.stderr)
             return 1
+    elif command == "tools":
+        install_tools(plan, small, prefix)
     elif command == "record":
         sbom = small / "sbom" / "image.cdx.json"
         digest = hashlib.sha256(sbom.read_bytes()).hexdigest() if sbom.is_file() else None

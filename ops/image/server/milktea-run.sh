@@ -21,6 +21,7 @@ usage: milktea-run COMMAND ...
   shell                                    a shell in the image
   images                                   what is installed, with sizes
   use NAME                                 which of several installed images the commands use
+  rollback [NAME]                          the image before; once more goes forward again
   prune                                    remove the images before the previous one, and caches here
   uninstall                                remove every image; PREFIX with models, records and tools is then yours to delete
 settings by environment: MILKTEA_PREFIX (where INSTALL.sh put things), MILKTEA_IMAGE (name:tag; else the current one),
@@ -309,6 +310,16 @@ prune() {
     [ ! -d "$RUNS/cache" ] || { du -sh "$RUNS/cache"; rm -rf "$RUNS/cache"; }
 }
 
+rollback() { # rollback [NAME]: the image before; once more goes forward again
+    local _name=${1:-$(cat "$PREFIX/state/default")} _file _now _back
+    set -- $(installed | while read -r _n _now _back; do [ "$_n" != "$_name" ] || echo "$_now $_back"; done)
+    _file=$PREFIX/state/$_name _now=${1:-} _back=${2:--}
+    [ "$_back" != - ] || refuse "there is no image of $_name before ${_now:-the first}" "milktea-run images shows what is installed"
+    $DOCKER image inspect "$_back" >/dev/null 2>&1 || refuse "$_back is no longer on this server" "install its bundle again"
+    { echo "current $_back"; echo "previous $_now"; while read -r _key _value; do case $_key in current | previous) ;; *) echo "$_key $_value" ;; esac; done <"$_file"; } >"$_file.part"
+    mv "$_file.part" "$_file" && $DOCKER tag "$_back" "${_back%:*}:current" && $DOCKER tag "$_now" "${_now%:*}:previous" && echo "current $_back"
+}
+
 uninstall() {
     local _name _now _back _image
     [ -z "$(runs_now)" ] || refuse "runs train on this server" "milktea-run stop RUN, then again"
@@ -372,7 +383,7 @@ evaluate() {
 command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
-    train | chat | evaluate | status | logs | stop | images | prune | uninstall) $command "$@" ;;
+    train | chat | evaluate | status | logs | stop | images | rollback | prune | uninstall) $command "$@" ;;
     use) [ -f "$PREFIX/state/${1:-}" ] && echo "$1" >"$PREFIX/state/default" || refuse "no image ${1:-} is installed" "milktea-run images" ;;
     launch) inside -v "$(pwd):$(pwd)" -w "$(pwd)" -- accelerate launch "$@" ;;
     check) check "$@" ;;
