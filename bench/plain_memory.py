@@ -87,17 +87,17 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/real-job"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--append", type=Path, help="add the lines to this file as well")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     for name in MODELS:
-        model, run = asked.folder / name, asked.folder / "run"
+        model, run = args.folder / name, args.folder / "run"
         if not model.is_dir():
             real_job.base_model(model, name)
         real_job.job(run, model, "bf16", "lora", 1, 1, 1)
-        told = json.loads((run / "job.json").read_text())
-        data = prepare(Job.model_validate(told), run).rows
-        for method in asked.methods:
+        job_json = json.loads((run / "job.json").read_text())
+        data = prepare(Job.model_validate(job_json), run).rows
+        for method in args.methods:
             more = METHODS[method]
-            job = Job.model_validate(told | {k: told[k] | v for k, v in more.items()})
+            job = Job.model_validate(job_json | {k: job_json[k] | v for k, v in more.items()})
             told_method = memory.method_of(
                 job.training.method, job.lora.use_dora, job.lora.lora_dropout
             )
@@ -111,7 +111,7 @@ def main() -> int:
                     "r": job.lora.r,
                 } | asdict(SHAPES[name])
                 line |= measure(job, run, data, tokens, fraction, SHAPES[name])
-                tell(line, asked.append)
+                tell(line, args.append)
     return 0
 
 

@@ -182,10 +182,10 @@ def main() -> int:
     parser.add_argument("--base-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     device = torch.device("cuda")
     began = time.time()
-    base, base_loss = train_base(device, asked.base_steps)
+    base, base_loss = train_base(device, args.base_steps)
     report: dict[str, Any] = {
         "parameters": sum(p.numel() for p in base.parameters()),
         "entropy": round(
@@ -197,9 +197,9 @@ def main() -> int:
         "runs": [],
     }
     worst = 0.0
-    for seed in range(asked.seeds):
+    for seed in range(args.seeds):
         runs = {
-            precision: tune(base, precision, asked.steps, seed)
+            precision: tune(base, precision, args.steps, seed)
             for precision in ("bf16", "fp8", "nf4")
         }
         for precision, run in runs.items():

@@ -37,25 +37,25 @@ def tokenizer(folder: Path, vocabulary: int) -> list[str]:
     """A word-level tokenizer of that many ids, in `folder`; returns the words that rows may use."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    said = sorted(
+    used = sorted(
         {w for p in TEMPLATES.iterdir() for w in re.findall(r"\w+|[^\w\s]+", p.read_text("utf-8"))}
     )
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    words = [f"w{n}" for n in range(vocabulary - len(said) - len(special))]
+    words = [f"w{n}" for n in range(vocabulary - len(used) - len(special))]
     made = Tokenizer(
-        models.WordLevel({w: n for n, w in enumerate([*special, *said, *words])}, unk_token="<unk>")
+        models.WordLevel({w: n for n, w in enumerate([*special, *used, *words])}, unk_token="<unk>")
     )
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(special)
     made.save(str(folder / "tokenizer.json"))
-    told = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "</s>",
         "bos_token": "<s>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return words
 
 
@@ -132,7 +132,7 @@ def job(
         "sha256": hashlib.sha256(text).hexdigest(),
         "size_bytes": len(text),
     }
-    told: dict[str, Any] = {
+    job_json: dict[str, Any] = {
         "run_id": "real-job",
         "processes": gpus,
         "model": {"base": model.name, "path": "model", "precision": precision},
@@ -146,7 +146,7 @@ def job(
             "save_every_s": 1000,
         },
     }
-    (run / "job.json").write_text(json.dumps(told))
+    (run / "job.json").write_text(json.dumps(job_json))
 
 
 def train(run: Path) -> tuple[float, float]:
@@ -183,13 +183,13 @@ def main() -> int:
     )
     parser.add_argument("--cold", action="store_true", help="empties Triton's cache before")
     parser.add_argument("--append", type=Path, help="add the line to this file as well")
-    asked = parser.parse_args()
-    model, run = asked.folder / asked.model, asked.folder / "run"
+    args = parser.parse_args()
+    model, run = args.folder / args.model, args.folder / "run"
     if not model.is_dir():
-        base_model(model, asked.model)
-    job(run, model, asked.precision, asked.method, asked.gpus, asked.steps, asked.batch_size)
+        base_model(model, args.model)
+    job(run, model, args.precision, args.method, args.gpus, args.steps, args.batch_size)
     cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton/cache"))
-    if asked.cold:
+    if args.cold:
         shutil.rmtree(cache, ignore_errors=True)
     cold = not cache.is_dir() or not any(cache.iterdir())
     began, seconds = train(run)
@@ -197,12 +197,12 @@ def main() -> int:
     started = next(e for e in events if e["event"] == "started")
     steps = [e for e in events if e["event"] == "step"]
     line = {
-        "model": asked.model,
-        "precision": asked.precision,
-        "method": asked.method,
-        "gpus": asked.gpus,
-        "batch_size": asked.batch_size,
-        "steps": asked.steps,
+        "model": args.model,
+        "precision": args.precision,
+        "method": args.method,
+        "gpus": args.gpus,
+        "batch_size": args.batch_size,
+        "steps": args.steps,
         "triton_cache": "cold" if cold else "warm",
         "started_s": round(started["t"] - began, 1),
         "first_step_s": round(steps[0]["t"] - began, 1),
@@ -219,7 +219,7 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m bench.real_job " + " ".join(sys.argv[1:]),
     }
-    tell(line, asked.append)
+    tell(line, args.append)
     learned = line["loss_last"] < line["loss_first"] and line["grad_norm_last"] > 0
     return 0 if learned else 1
 

@@ -104,14 +104,14 @@ def numbers(rows: int, case: Case) -> list[Any]:
             deadline(job, None)
         assert train(job, processes) == 0
         events = list(map(json.loads, (job.parent / "events.jsonl").read_text().splitlines()))
-        told = [e for e in events if e["event"] in ("sample", "score")]
-        for event in told:
+        outcomes = [e for e in events if e["event"] in ("sample", "score")]
+        for event in outcomes:
             del event["t"]
         manifest = json.loads((job.parent / "result" / "manifest.json").read_text())
         files = {name: facts["sha256"] for name, facts in manifest["members"].items()}
         del files["README.md"]  # text, which names modules of the tree
         [weights] = [digest for name, digest in files.items() if name.endswith(".safetensors")]
-        return [manifest["curve"], weights, files, told]
+        return [manifest["curve"], weights, files, outcomes]
 
 
 def cases(only: str) -> Iterator[tuple[str, Case]]:
@@ -136,10 +136,10 @@ def run_tree(tree: Path, rows: int, only: str) -> None:
 
 
 def started(tree: Path, rows: int, only: str) -> subprocess.Popen[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MILKTEA"))}
-    kept |= {"PYTHONPATH": str(tree), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MILKTEA"))}
+    environment |= {"PYTHONPATH": str(tree), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", __file__, str(tree), "--rows", str(rows), "--only", only]
-    return subprocess.Popen(command, env=kept, cwd=tree, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, cwd=tree, stdout=subprocess.PIPE, text=True)
 
 
 def main() -> int:

@@ -392,7 +392,7 @@ def main() -> int:
     parser.add_argument(
         "--profile", type=Path, help="write one step's kernels to this file instead"
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.training measures a GPU, and torch sees none here", file=sys.stderr)
         return 3
@@ -404,21 +404,21 @@ def main() -> int:
     torch.cuda.set_device(device)
     if world > 1:
         torch.distributed.init_process_group("nccl", device_id=device)
-    setting = Setting(**{k: getattr(asked, k) for k in asdict(defaults)})
-    if asked.grid:
+    setting = Setting(**{k: getattr(args, k) for k in asdict(defaults)})
+    if args.grid:
         from bench.memory import measure_grid
 
-        measure_grid(asked.grid, device)
+        measure_grid(args.grid, device)
         return 0
-    if asked.profile:
-        profile(setting, device, asked.profile)
+    if args.profile:
+        profile(setting, device, args.profile)
         return 0
     line = measure(setting, device, world, rank)
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank:
         return 0
-    tell(line, asked.append)
+    tell(line, args.append)
     learned = line["loss_last"] < line["loss_first"] and line["grad_norm_last"] > 0
     if not learned:
         print(

@@ -149,31 +149,31 @@ def main() -> None:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     ask.add_argument("--folder", default=memory, help="of both ends' files; memory by default")
     ask.add_argument("--only", choices=["big", "small", "cut"])
-    asked = ask.parse_args()
-    if asked.rate:
-        sys.exit(run_shaped(asked))
+    args = ask.parse_args()
+    if args.rate:
+        sys.exit(run_shaped(args))
     cases = {"big": big, "small": small, "cut": cut}
     with contextlib.ExitStack() as stack:
-        near = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=asked.folder)))
-        far = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=asked.folder)))
+        near = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder)))
+        far = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder)))
         remote = f".milktea-bench-{far.name}"
         (Path.home() / remote).symlink_to(far)
         stack.callback((Path.home() / remote).unlink)
         sshd = Sshd(near)
         stack.callback(sshd.close)
         for name, measure in cases.items():
-            if asked.only in (None, name):
-                measure(sshd, near, far, remote, asked)
+            if args.only in (None, name):
+                measure(sshd, near, far, remote, args)
 
 
-def run_shaped(asked: argparse.Namespace) -> int:
+def run_shaped(args: argparse.Namespace) -> int:
     """This same command without `--rate`, where loopback has that rate. Returns its exit code."""
-    flags = {k.replace("_", "-"): v for k, v in vars(asked).items() if v and k != "rate"}
+    flags = {k.replace("_", "-"): v for k, v in vars(args).items() if v and k != "rate"}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     alone = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
     command = [sys.executable, "-m", "bench.transfer", *words]
-    print(f"loopback at {asked.rate}", flush=True)
-    return subprocess.run([*alone, "sh", "-c", SHAPED, asked.rate, *command]).returncode
+    print(f"loopback at {args.rate}", flush=True)
+    return subprocess.run([*alone, "sh", "-c", SHAPED, args.rate, *command]).returncode
 
 
 def empty(folder: Path) -> None:
@@ -193,8 +193,8 @@ def scp_command(box: Box) -> list[str]:
     return ["scp", "-q", "-F", "/dev/null", "-P", str(box.endpoints[0].port), *words]
 
 
-def big(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
-    source, home = random_file(near / "big", int(asked.gib * 2**30)), near / "home"
+def big(sshd: Sshd, near: Path, far: Path, remote: str, args: argparse.Namespace) -> None:
+    source, home = random_file(near / "big", int(args.gib * 2**30)), near / "home"
     size = source.stat().st_size
     file = PushFile(source, f"{remote}/big", sha256_of(source))
     with box_at(sshd, sshd.port) as box:
@@ -203,19 +203,19 @@ def big(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespac
             ("scp there", lambda: subprocess.run([*scp, str(source), there], check=True)),
             ("push, sha256 included", lambda: push(box, [file])),
         ]
-        compare(asked.repeat, size, cases, lambda: empty(far))
+        compare(args.repeat, size, cases, lambda: empty(far))
         back: list[Case] = [
             ("scp home", lambda: subprocess.run([*scp, there, str(home)], check=True)),
             ("pull, sha256 included", lambda: pull(box, file.remote, home, file.sha256)),
         ]
-        compare(asked.repeat, size, back, lambda: home.unlink(missing_ok=True))
+        compare(args.repeat, size, back, lambda: home.unlink(missing_ok=True))
     home.unlink()
     empty(far)
 
 
-def small(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
+def small(sshd: Sshd, near: Path, far: Path, remote: str, args: argparse.Namespace) -> None:
     (near / "small").mkdir()
-    names = [near / "small" / f"{i:05}" for i in range(asked.files)]
+    names = [near / "small" / f"{i:05}" for i in range(args.files)]
     files = [random_file(name, 500 + 7 * (i % 500)) for i, name in enumerate(names)]
     pushes = [PushFile(f, f"{remote}/{f.name}", sha256_of(f)) for f in files]
     with box_at(sshd, sshd.port) as box:
@@ -226,19 +226,19 @@ def small(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namesp
                 session.put(str(f), f"{remote}/{f.name}")
 
         cases: list[Case] = [
-            (f"paramiko put, {asked.files} files", one_by_one),
+            (f"paramiko put, {args.files} files", one_by_one),
             ("push, sha256 included", lambda: push(box, pushes)),
         ]
         size = sum(f.stat().st_size for f in files)
-        compare(asked.repeat, size, cases, lambda: empty(far))
+        compare(args.repeat, size, cases, lambda: empty(far))
     empty(far)
 
 
-def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespace) -> None:
-    source, home = random_file(near / "cut", int(2 * asked.gib * 2**30)), near / "home"
+def cut(sshd: Sshd, near: Path, far: Path, remote: str, args: argparse.Namespace) -> None:
+    source, home = random_file(near / "cut", int(2 * args.gib * 2**30)), near / "home"
     file = PushFile(source, f"{remote}/cut", sha256_of(source))
     for way in ("push", "pull"):
-        proxy = TimedCuts(sshd.port, asked.cut_every)
+        proxy = TimedCuts(sshd.port, args.cut_every)
         with box_at(sshd, proxy.port) as box:
             began = time.perf_counter()
             if way == "push":
@@ -249,7 +249,7 @@ def cut(sshd: Sshd, near: Path, far: Path, remote: str, asked: argparse.Namespac
         proxy.listener.close()
         extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
         print(
-            f"{way}, cut each {asked.cut_every:.0f} s: {proxy.cuts} cuts, {seconds:.1f} s, "
+            f"{way}, cut each {args.cut_every:.0f} s: {proxy.cuts} cuts, {seconds:.1f} s, "
             f"{extra / 2**20:.2f} MiB more than the file on the wire, "
             f"{extra / max(proxy.cuts, 1) / 2**20:.2f} a cut",
             flush=True,
