@@ -89,23 +89,23 @@ class Entry:
         """Where the value named `value` comes from. Raises KeyError where there is none."""
         self.values[value]
         by_value = {v: name for name, vs in self.values.get("sources", {}).items() for v in vs}
-        told = _file()["source"][by_value.get(value, self.values["source"])]
-        return Source(told["what"], told.get("of", ""), told["read"])
+        source = _file()["source"][by_value.get(value, self.values["source"])]
+        return Source(source["what"], source.get("of", ""), source["read"])
 
     def config(self) -> dict[str, Any]:
         """What its config.json would say, as far as it is known; of a wrapper with its text tower
         under `text_config`."""
         kind = str(self.values.get("text_type") or self.model_type)
-        told = {_KEYS[k]: v for k, v in self.values.items() if k in _KEYS}
-        told |= {k: self.values[k] for k in _AS_THEY_ARE if k in self.values}
+        known = {_KEYS[k]: v for k, v in self.values.items() if k in _KEYS}
+        known |= {k: self.values[k] for k in _AS_THEY_ARE if k in self.values}
         if "experts" in self.values:
-            told[_experts_key(kind)] = self.values["experts"]
+            known[_experts_key(kind)] = self.values["experts"]
             if kind in _LOCAL or kind in _EXPERTS:  # these call an expert's width as a dense one's
-                told.setdefault("intermediate_size", told.get("moe_intermediate_size"))
-        text = {"model_type": kind, **told}
+                known.setdefault("intermediate_size", known.get("moe_intermediate_size"))
+        text = {"model_type": kind, **known}
         if kind == self.model_type:
             return text
-        tied = {k: v for k, v in told.items() if k == "tie_word_embeddings"}
+        tied = {k: v for k, v in known.items() if k == "tie_word_embeddings"}
         return {"model_type": self.model_type, **tied, "text_config": text}
 
 

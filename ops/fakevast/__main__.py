@@ -68,8 +68,8 @@ def main() -> None:
     cloud = new_cloud(options, state)  # what can fail does so before anybody is told of us
     sock = listening_socket(options.port)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    told = {"url": url, "pid": os.getpid(), "api_key": cloud.account.key}
-    write_atomically(state / "server.json", told)
+    address = {"url": url, "pid": os.getpid(), "api_key": cloud.account.key}
+    write_atomically(state / "server.json", address)
     print(url, flush=True)
     try:
         asyncio.run(serve(options, state, sock, cloud))

@@ -123,8 +123,8 @@ def like(name: str) -> list[str]:
 def that_hold(memory_gib: float, precision: str = "bf16") -> list[Gpu]:
     """The cards with at least `memory_gib` that compute in `precision`, smallest and then slowest
     first: the first is what to name when the asked one does not fit."""
-    least = MIN_COMPUTE_CAPABILITY[precision]
-    fits = [g for g in GPUS if g.memory_gib >= memory_gib and g.compute_capability >= least]
+    minimum = MIN_COMPUTE_CAPABILITY[precision]
+    fits = [g for g in GPUS if g.memory_gib >= memory_gib and g.compute_capability >= minimum]
     return sorted(fits, key=lambda g: (g.memory_gib, g.bf16_tflops))
 
 
