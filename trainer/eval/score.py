@@ -67,16 +67,16 @@ def evaluate(run: Path, data_file: Path | None) -> int:
             archive.extractall(folder)
         chat = open_adapter(Path(folder), model_folder(job, run))
     prompts = [prompt_ids(chat.data, row.turns[:-1]) for row in rows]
-    found = {}
+    scores_of = {}
     for name in ("base", "adapter"):
         model: Any = chat.model
         with model.disable_adapter() if name == "base" else nullcontext(), torch.inference_mode():
             answers = decode.answer(chat.model, prompts, chat.data, chat.device)
-        found[name] = scores(answers, expected)
-    for name, told in found.items():
-        print(f"{name:8}", "  ".join(f"{k} {v:.2f}" for k, v in told.items()))
+        scores_of[name] = scores(answers, expected)
+    for name, values in scores_of.items():
+        print(f"{name:8}", "  ".join(f"{k} {v:.2f}" for k, v in values.items()))
     (run / "evaluation.json").write_text(
-        json.dumps({"data": path.name, "rows": len(rows), **found}, indent=1)
+        json.dumps({"data": path.name, "rows": len(rows), **scores_of}, indent=1)
     )
     return 0
 

@@ -195,15 +195,15 @@ def knows(folder: Path, count: int = 60) -> float:
         token_hash(vocabulary, template),
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked = random.Random(0).sample(
+    sampled = random.Random(0).sample(
         [(q, fact.answer(0)) for fact in world.facts() for q in fact.questions()], count
     )
     prompts = [
         prompt_ids(data, alpaca_turns({"instruction": q[0], "input": q[1], "output": ""})[:-1])
-        for q, _ in asked
+        for q, _ in sampled
     ]
     answers = answer(model, prompts, data, torch.device("cpu"), 16)
-    return sum(a == expected for a, (_, expected) in zip(answers, asked, strict=True)) / count
+    return sum(a == expected for a, (_, expected) in zip(answers, sampled, strict=True)) / count
 
 
 class _Stream:

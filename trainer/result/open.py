@@ -53,18 +53,18 @@ def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) 
             f"{adapter.name}/ has no template.json: give the folder that adapter.zip was "
             "unpacked to"
         )
-    told = json.loads((adapter / "template.json").read_text(encoding="utf-8"))
+    saved = json.loads((adapter / "template.json").read_text(encoding="utf-8"))
     vocabulary = open_vocabulary(base)
     template = (
-        with_chat_template(load("chat"), told["source"])
-        if told["name"] == "chat"
-        else parse(told["name"], told["source"])
+        with_chat_template(load("chat"), saved["source"])
+        if saved["name"] == "chat"
+        else parse(saved["name"], saved["source"])
     )
     found = token_hash(vocabulary, template)
-    if found != told["token_hash"]:
+    if found != saved["token_hash"]:
         raise TemplateError(
-            f"the template {told['name']} becomes other tokens here (hash {found[:12]}) than "
-            f"in training ({told['token_hash'][:12]}): "
+            f"the template {saved['name']} becomes other tokens here (hash {found[:12]}) than "
+            f"in training ({saved['token_hash'][:12]}): "
             f"{base.name}/ is not the base, or not the tokenizer, that the adapter was trained with"
         )
     model = _load(adapter, base, device)
