@@ -1,4 +1,4 @@
-"""The emulator's alarm: lets happen what falls due by itself on a real clock."""
+"""The emulator's alarm: on a real clock it runs each event when it is due."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAX_SLEEP_S = 3600.0
 
 
 class Alarm:
-    """Made on the loop that it runs on."""
+    """Runs the cloud's events when they are due. Must be made on the loop that it runs on."""
 
     def __init__(self, cloud: Cloud) -> None:
         self._cloud = cloud
@@ -18,12 +18,12 @@ class Alarm:
         self._timer: asyncio.TimerHandle | None = None
 
     def advance(self, seconds: float) -> None:
-        """Moves the clock and lets happen what was due."""
+        """Move the clock and run the events that were due."""
         self._cloud.clock.advance(seconds)
         self.wake()
 
     def wake(self) -> None:
-        """Brings the state up to now and sets the timer for what comes next by itself."""
+        """Run the events that are due and set the timer for the next one."""
         self._cloud.tick()
         self.cancel()
         due, clock = self._cloud.next_event(), self._cloud.clock

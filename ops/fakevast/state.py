@@ -24,7 +24,7 @@ def account_key(state_dir: Path) -> str:
 
 
 def save(cloud: Cloud, state_dir: Path) -> None:
-    """Written whole and renamed, so that it is never half there."""
+    """Write the state to a file of its own and rename it, so that it is never half there."""
     data = {
         "api_key": cloud.account.key,
         "spent_usd": cloud.spent_usd(),
@@ -39,8 +39,8 @@ def save(cloud: Cloud, state_dir: Path) -> None:
 
 
 def restore(cloud: Cloud, state_dir: Path) -> None:
-    """Takes up where the last emulator of this folder ended. Numbers go on, so that no id ever
-    means two instances."""
+    """Go on where the last emulator of this folder ended. Numbers are never used twice, so that no
+    id means two instances."""
     try:
         data = json.loads((state_dir / _FILE).read_text())
     except (OSError, ValueError):

@@ -65,7 +65,7 @@ class Box:
     # ---- life ----
 
     def start(self) -> None:
-        """Comes up: listens, then runs onstart (or, for an `args` container, its program)."""
+        """Start the box: listen, then run onstart (or, for an `args` container, its program)."""
         self.home.mkdir(parents=True, exist_ok=True)
         self._say(f"starting {self.instance.image}")
         if "args" in self.instance.runtype.split():
@@ -92,7 +92,7 @@ class Box:
             asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
 
     def stop(self) -> None:
-        """Goes down: connections break, processes die, files stay."""
+        """Stop the box: connections break, processes die, files stay."""
         for sock in self._listening:
             asyncio.get_running_loop().remove_reader(sock.fileno())
         self._listening = []
@@ -115,7 +115,7 @@ class Box:
         self._listen()
 
     def clear(self) -> None:
-        """Recycle: the container's files go."""
+        """Empty the box, as recycling an instance does."""
         shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir(parents=True, exist_ok=True)
 
@@ -159,7 +159,7 @@ class Box:
         return self.host.cloud.fault("exec", self.instance)
 
     def break_link(self, what: str) -> None:
-        """Cuts every connection; `host_death` for good."""
+        """Cut every connection; with `host_death` the whole machine is gone for good."""
         if what == "host_death":
             self.host.cloud.lose_host(self.instance.id)
             return
@@ -167,14 +167,14 @@ class Box:
             connection.cut()
 
     def free_bytes(self) -> int | None:
-        """What a full disk still takes; None when it is not full."""
+        """Bytes that a full disk still takes; None when it is not full."""
         fault = self.instance.box_faults.get("disk_full")
         return None if fault is None else int(fault.get("free_bytes", 0))
 
     # ---- processes ----
 
     def ssh_environment(self) -> dict[str, str]:
-        """What a command over SSH sees: a minimal PATH and nothing of the container's own."""
+        """The environment of a command over SSH: a minimal PATH, no variable of the container."""
         tmp, home = self.folder / "tmp", str(self.home)
         tmp.mkdir(parents=True, exist_ok=True)
         return {
@@ -217,7 +217,7 @@ class Box:
         return processes.start(words, self.home, env, max_file_bytes=limit, **streams)
 
     def _background(self, words: list[str], ended: Callable[[int], None] | None = None) -> None:
-        """With the container's environment, into its log."""
+        """Start a program with the container's environment; its output goes to the log."""
         own = container_environment(self.instance, self.host.cloud.account.secrets)
         with open(self.folder / "log", "ab") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
@@ -270,7 +270,7 @@ def _bound(port: int = 0) -> socket.socket:
 
 
 def reset_on_close(sock: Any) -> None:
-    """Closing it will look like a pulled cable to the other side: a reset, no goodbye."""
+    """Make closing this socket look like a pulled cable to the other side: a reset."""
     if sock is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -62,7 +62,7 @@ class Boxes:
             self._discard(box.folder)
 
     def _discard(self, folder: Path) -> None:
-        """Renames it now and deletes it in the background: others must not wait for it."""
+        """Rename the folder now and delete it in the background, so that nobody waits for it."""
         grave = folder.with_name(f".gone-{folder.name}")
         folder.rename(grave)
         thread = threading.Thread(target=shutil.rmtree, args=(grave, True), daemon=False)
@@ -70,7 +70,7 @@ class Boxes:
         self._trash = [one for one in self._trash if one.is_alive()] + [thread]
 
     def close(self) -> None:
-        """Ends every box; what a sudden death leaves is swept at the next start."""
+        """End every box. What a sudden death leaves is deleted at the next start (`sweep`)."""
         for box in list(self.live.values()):
             self._destroy(box.instance)
         for sock in self.host.hanging:

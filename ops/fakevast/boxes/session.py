@@ -49,7 +49,7 @@ class BoxProcess(Process):
         super().__init__(partial(_run, box), partial(BoxSFTP, box), _SFTP_VERSION, False)
 
     def signal_received(self, signal_name: str) -> None:
-        """Reaches the command's whole process group."""
+        """Send the signal to the command's whole process group."""
         number = getattr(signal, f"SIG{signal_name}", None)
         if self.redirect_pid is not None and number is not None:
             with contextlib.suppress(OSError):
@@ -82,7 +82,7 @@ async def _run(box: Box, process: Process) -> None:
 
 
 async def _drained(process: Process) -> None:
-    """Returns when all output is on its way, or nobody is there to read it."""
+    """Wait until all output is sent, or nobody is there to read it."""
     with contextlib.suppress(OSError, asyncssh.Error):  # TimeoutError is an OSError
         async with asyncio.timeout(None if process.term_type is None else _TERMINAL_DRAIN_S):
             await process.stdout.drain()
@@ -101,7 +101,7 @@ async def _on_pipes(box: Box, process: Process) -> asyncio.Future[int]:
 
 
 async def _on_terminal(box: Box, process: Process) -> asyncio.Future[int]:
-    """Joins the terminal first: the command sees its size."""
+    """Run the command on a terminal. The terminal is joined first, so that its size is known."""
     master, slave = os.openpty()
     try:
         await process.redirect(os.dup(master), master, send_eof=False)

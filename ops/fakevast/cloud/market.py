@@ -43,7 +43,7 @@ class Market:
         return int(record["machine_id"])
 
     def remove_machine(self, machine_id: int) -> None:
-        """Its offers vanish; what is rented on it stays."""
+        """Take a machine off the market: its offers vanish, what is rented on it stays."""
         self._free[machine_id] = 0
         self._relist(machine_id)
         self.machines.pop(machine_id, None)

@@ -171,7 +171,7 @@ def ssh_keys(call: Call) -> Any:
 
 
 def add_ssh_key(call: Call) -> Any:
-    """For instances created from now on; those that exist need attach_ssh."""
+    """Add a key for instances created from now on; those that exist need attach_ssh."""
     row = _key_row(call, _public_key(call))
     call.cloud.account.ssh_keys.append(row)
     return {"success": True, "key": row}
@@ -206,7 +206,7 @@ def instance_ssh(call: Call) -> Any:
 
 
 def attach_ssh(call: Call) -> Any:
-    """Reaches the box, running or not, `settings.key_delay_s` later."""
+    """Add a key to one instance; its box, running or not, has it `settings.key_delay_s` later."""
     instance = call.cloud.get(call.path["id"])
     since = call.cloud.clock.now() + call.cloud.settings.key_delay_s
     instance.ssh_keys.append(_key_row(call, _public_key(call)) | {"since": since})
@@ -263,7 +263,7 @@ def secrets(call: Call) -> Any:
 
 
 def add_secret(call: Call) -> Any:
-    """Into the environment of every box that starts from now on."""
+    """Set a variable in the environment of every box that starts from now on."""
     call.cloud.account.secrets[str(call.json.get("key"))] = str(call.json.get("value"))
     return {"success": True, "msg": "Environment variable set"}
 

@@ -21,7 +21,7 @@ def new_token() -> str:
 
 @dataclass
 class StoredResult:
-    """A log or a command's output, which the first reads do not find yet."""
+    """A log or a command's output. The first reads do not find it yet."""
 
     text: str
     reads_until_ready: int
@@ -80,7 +80,7 @@ class Call:
 
 @dataclass
 class Reply:
-    """What goes back; `cut` sends nothing and breaks the connection."""
+    """The answer to a call. With `cut` nothing is sent and the connection breaks."""
 
     status: int
     body: Any

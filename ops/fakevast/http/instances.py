@@ -167,7 +167,7 @@ def _matches(row: dict[str, Any], filters: dict[str, Any]) -> bool:
 
 
 def _late(instance: Instance, place: str) -> bool:
-    """Read-after-create lag: says no so many times, then tells the truth."""
+    """Whether a read still misses the new instance (read-after-create lag); counts this read."""
     left = instance.hidden_reads.get(place, 0)
     instance.hidden_reads[place] = max(0, left - 1)
     return left > 0
@@ -264,7 +264,7 @@ def change_bid(call: Call) -> Any:
 
 
 def update_instance(call: Call) -> Any:
-    """Takes effect at the next recycle or start."""
+    """Change what a container is made of; it takes effect at the next recycle or start."""
     instance = call.cloud.get(call.path["id"])
     for name in ("image", "onstart", "args", "env"):
         if call.json.get(name) is not None:
@@ -296,7 +296,7 @@ def logs(call: Call) -> Any:
 
 
 def command(call: Call) -> Any:
-    """Only ls, rm and du, also on a stopped box."""
+    """Run a command in a box, stopped ones too. As at vast.ai only ls, rm and du are allowed."""
     instance = call.cloud.get(call.path["id"])
     text = str(call.json.get("command") or "")
     words = shlex.split(text)

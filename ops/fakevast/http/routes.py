@@ -1,5 +1,5 @@
-"""Which method and path is which call. The handlers are in `api_*.py`, found by the name given
-here."""
+"""Which method and path is which call. Handlers are the functions of that name in instances.py and
+account.py."""
 
 from __future__ import annotations
 

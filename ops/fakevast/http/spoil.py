@@ -1,4 +1,4 @@
-"""What a fault makes of a call: an answer instead of the work, or instead of its answer."""
+"""Faults of the API: an answer in place of the work, or in place of the work's own answer."""
 
 from __future__ import annotations
 
