@@ -3,7 +3,9 @@ says may hold escape sequences that retitle, clear or forge the screen."""
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 # C0 but tab and newline, DEL, C1; what turns or hides the direction of text; lone surrogates.
 _ODD = re.compile(
@@ -16,6 +18,13 @@ def plain(text: str) -> str:
     r"""`text` with every such character written out, as ``\x1b``. Newlines and tabs stay; a
     carriage return before a newline is dropped."""
     return _ODD.sub(_written_out, text.replace("\r\n", "\n"))
+
+
+def json_line(row: Any) -> str:
+    """`row` as one line of JSON that any program reads back as it is, and any terminal shows
+    without being steered. What is no JSON is written as text."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return _ODD.sub(lambda odd: f"\\u{ord(odd[0]):04x}", text)
 
 
 def _written_out(match: re.Match[str]) -> str:

@@ -3,7 +3,6 @@ exit code."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from ops.errors import MilkteaError
-from ops.plain import plain
+from ops.plain import json_line, plain
 
 
 @contextmanager
@@ -34,11 +33,11 @@ def _fail(e: MilkteaError, as_json: bool) -> NoReturn:
             "hint": e.hint,
             "exit_code": e.exit_code,
         }
-        print(json.dumps(row, ensure_ascii=False))
+        print(json_line(row))
         raise typer.Exit(e.exit_code)
-    print(f"\n{type(e).__name__}: {plain(str(e))}\n  money: {e.money}", file=sys.stderr)
+    print(f"\n{type(e).__name__}: {plain(str(e))}\n  money: {plain(e.money)}", file=sys.stderr)
     if e.hint:
-        print(f"  next:  {e.hint}", file=sys.stderr)
+        print(f"  next:  {plain(e.hint)}", file=sys.stderr)
     if e.exit_code == 70 and (first := e.__cause__) is not None:
         print(f"  first: {type(first).__name__}: {plain(str(first))}", file=sys.stderr)
     # make turns every code into its own 2

@@ -11,7 +11,7 @@ import typer
 
 from ops.cli.errors import errors
 from ops.errors import JournalError
-from ops.plain import plain
+from ops.plain import json_line, plain
 
 if TYPE_CHECKING:
     from ops import api
@@ -56,7 +56,7 @@ def logs(
         found = api.find_run(run)
         for event in found.events(follow=follow):
             if as_json:
-                print(event.model_dump_json(), flush=True)
+                print(json_line(event.model_dump()), flush=True)
                 continue
             facts = event.model_dump(exclude={"t", "event"})
             words = (
@@ -88,11 +88,11 @@ def explain(run: Run, as_json: Json = False) -> None:
 
         found = api.find_run(run)
         if not as_json:
-            print(*found.explain(), sep="\n")
+            print(*map(plain, found.explain()), sep="\n")
             return
         for line in found.journal:
             row = {"t": line.t, "kind": line.kind, **line.data}
-            print(json.dumps(row, ensure_ascii=False))
+            print(json_line(row))
 
 
 def _readable(name: str | None) -> Iterator[api.Run]:

@@ -7,7 +7,6 @@ last line that says it all.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.api import Instance, Line, Plan, Ranking, events, told_line
-from ops.plain import plain
+from ops.plain import json_line, plain
 
 QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
 # by the plan screen, `event`, `destroying`, and the command's error
@@ -137,7 +136,7 @@ class JsonLines:
         self.score: events.Score | None = None
 
     def _out(self, kind: str, **data: Any) -> None:
-        sys.stdout.write(json.dumps({"kind": kind, **data}, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.write(json_line({"kind": kind, **data}) + "\n")
         sys.stdout.flush()
 
     def line(self, line: Line) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
+import typer
 from rich.console import Console
 
+from ops.cli.errors import errors
 from ops.cli.screen import Terminal
-from ops.plain import plain
+from ops.errors import Failed
+from ops.plain import json_line, plain
 from trainer.wire import events
 
 CLIPBOARD, TITLE, CLEAR = "\x1b]52;c;ZXZpbA==\x07", "\x1b]0;evil\x07", "\x1b[2J\x1b[H"
@@ -36,3 +40,22 @@ def test_nothing_that_a_box_says_steers_the_screen() -> None:
         told = out.getvalue().replace("\r\x1b[2K", "")
         assert "\\x1b]52" in told
         assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(told), repr(told)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_nothing_that_a_box_says_steers_the_terminal_from_an_error(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = CLIPBOARD + CLEAR + C1 + BIDI + "\ud800"
+    with pytest.raises(typer.Exit), errors(as_json):
+        raise Failed(odd, money=odd, hint=odd)
+    out, err = capsys.readouterr()
+    assert "52;c;ZXZpbA==" in out + err
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\ud800"} & set(out + err)
+
+
+def test_a_line_of_json_says_the_same_to_a_program() -> None:
+    for odd in (CLIPBOARD, TITLE, CLEAR, C1, BIDI, LINES, "\ud800", "奶茶", '"\\'):
+        line = json_line({"what": odd})
+        assert json.loads(line) == {"what": odd} and "\n" not in line
+        line.encode()
