@@ -49,7 +49,9 @@ PAGE = 25
 MAX_PAGES = 400  # of one list; more is a list that does not end
 MAX_LOG_BYTES = 4 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LOG_HOSTS = (".vast.ai", ".amazonaws.com")  # where vast.ai lays a container's log
+VAST_AI = ".vast.ai"
+# (host, path) where vast.ai lays a container's log: its own bucket, not all that Amazon hosts
+LOG_PLACES = (("s3.amazonaws.com", "/vast.ai/"), ("vast.ai.s3.amazonaws.com", "/"))
 ODD = (ValueError, KeyError, TypeError, AttributeError, OverflowError)  # of a row that is not one
 
 
@@ -249,10 +251,18 @@ class Vast:
 
     def _validate_log_url(self, url: str) -> None:
         """Only vast.ai's own places are asked, or the emulator by itself. Raises NoAnswer."""
-        there, here = urlsplit(url), urlsplit(self.provider.url)
+        try:
+            there, here = urlsplit(url), urlsplit(self.provider.url)
+            host, port = there.hostname or "", there.port
+        except ValueError as e:
+            raise NoAnswer(f"the log is said to lie at {url[:200]!r}, which is no address") from e
         own = (there.scheme, there.netloc) == (here.scheme, here.netloc)
-        host = f".{there.hostname or ''}"
-        if not own and not (there.scheme == "https" and host.endswith(LOG_HOSTS)):
+        theirs = f".{host}".endswith(VAST_AI) or any(
+            host == name and there.path.startswith(path) and "/.." not in there.path
+            for name, path in LOG_PLACES
+        )
+        safe = there.scheme == "https" and port in (None, 443) and "@" not in there.netloc
+        if not own and not (safe and theirs):
             raise NoAnswer(f"the log is said to lie at {url[:200]!r}, which is not vast.ai's")
 
     def charges(self, instance_id: int, since_unix_s: float) -> list[Charge]:

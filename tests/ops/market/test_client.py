@@ -1,0 +1,57 @@
+"""What of vast.ai's answers is believed, and which addresses of it are asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from ops.errors import NoAnswer
+from ops.market.client import Provider, Vast
+from ops.wait import RealClock
+
+VAST = Vast(Provider("https://console.vast.ai", "key"), RealClock(1))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://s3.amazonaws.com/vast.ai/instance_logs/0123.log",
+        "https://vast.ai.s3.amazonaws.com/instance_logs/0123.log",
+        "https://console.vast.ai/logs/1",
+        "https://vast.ai/logs/1",
+    ],
+)
+def test_a_log_at_vast_ai_s_own_places_is_fetched(url: str) -> None:
+    VAST._validate_log_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8000/internal/metadata",
+        "http://169.254.169.254/latest/meta-data/",
+        "https://evil.example/x",
+        "https://evilvast.ai/x",
+        "https://vast.ai.evil.example/x",
+        "https://ec2-1-2-3-4.compute.amazonaws.com/x",
+        "https://abc.execute-api.us-east-1.amazonaws.com/x",
+        "https://s3.amazonaws.com/evil/x",
+        "https://s3.amazonaws.com/vast.ai/../evil/x",
+        "https://console.vast.ai:8443/x",
+        "https://console.vast.ai@evil.example/x",
+        "http://console.vast.ai/x",
+        "file:///etc/passwd",
+        "https://[::1",
+        "None",
+        "",
+    ],
+)
+def test_a_log_anywhere_else_is_not_asked_for(url: str) -> None:
+    with pytest.raises(NoAnswer, match="the log is said to lie at"):
+        VAST._validate_log_url(url)
+
+
+def test_an_emulator_lays_logs_at_its_own_address_only() -> None:
+    emulator = Vast(Provider("http://127.0.0.1:5000", "key"), RealClock(1))
+    emulator._validate_log_url("http://127.0.0.1:5000/_fake/result/1")
+    with pytest.raises(NoAnswer):
+        emulator._validate_log_url("http://127.0.0.1:5001/_fake/result/1")
