@@ -173,6 +173,7 @@ echo started
 
 
 POLL_MARK = "=milktea="
+LOG_BYTES = 1 << 14  # of a log's end: a progress bar may be one line of 300 MB
 
 
 POLL_BYTES = 1 << 18  # of events in one answer
@@ -209,7 +210,7 @@ def parse_poll(stdout: bytes) -> tuple[int | None, bool, int, bytes]:
 
 
 def log_tail(run_id: str, lines: int = 40) -> str:
-    return f"tail -n {lines} {run_folder(run_id)}/log.txt 2>/dev/null"
+    return f"tail -c {LOG_BYTES} {run_folder(run_id)}/log.txt 2>/dev/null | tail -n {lines}"
 
 
 def stop_training(run_id: str) -> str:

@@ -2,6 +2,9 @@
 
 Small files go as one tar stream, a big one as a stream that goes on where its `.part` ends. Each
 attempt asks the box first what is whole there, so a cut link costs what was in flight.
+
+A box's word is no limit: a pull takes at most what its caller allows, and leaves a reserve on this
+disk; what moves slower than MIN_BYTES_S stands still.
 """
 
 from __future__ import annotations
@@ -28,6 +31,12 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 SMALL = 1 << 20  # bytes; up to here a file is cheaper inside one tar stream than on its own
 PART = ".part"
+MIN_BYTES_S = 8 << 10  # less, over a box's patience, is no transfer
+HASH_BYTES_S = 20e6  # of a slow box
+KEPT = "the box is still rented, with the file on it"
+MAKE_ROOM = "make room, then `milktea resume RUN`"
+ROUNDS = 5  # in which files are sent that do not arrive
+RESERVE_BYTES, RESERVE_SHARE = 256 << 20, 0.02  # of this disk, whichever is less, is left free
 _BLOCK = 1 << 16
 _PIECE = 1 << 18
 # OpenSSL's is four times coreutils' where the CPU has SHA instructions. Both print `HEX *NAME`
@@ -55,40 +64,49 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remote_sha256(box: Box, names: Sequence[str]) -> dict[str, str]:
-    """sha256 of files on the box by name; a name that cannot be read is left out."""
+def remote_sha256(box: Box, names: Sequence[str], size_bytes: int = 0) -> dict[str, str]:
+    """sha256 of files on the box by name; a name that cannot be read is left out. Raises Lost when
+    `size_bytes` take longer than a slow box needs."""
     if not names:
         return {}
-    rows = box.run(_SHA256, input="\0".join(names), timeout_s=3600).stdout.splitlines()
+    timeout_s = 60 + size_bytes / HASH_BYTES_S
+    rows = box.run(_SHA256, input="\0".join(names), timeout_s=timeout_s).stdout.splitlines()
     return {row[66:]: row[:64] for row in rows if re.match(r"[0-9a-f]{64} \*", row)}
 
 
 class _Meter:
-    """Bytes done of `total`, as the user sees them, and when the last new one came."""
+    """Bytes done of `total`, as the user sees them, and when enough new ones last came."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.progress, self.done, self.most = total, progress, 0, -1
+    def __init__(self, total: int, progress: Progress | None, patience_s: float) -> None:
+        self.total, self.progress, self.patience_s = total, progress, patience_s
+        self.done = self.due = 0  # bytes done; bytes at which something has moved
         self.moved = time.monotonic()
 
     def at(self, done: int) -> None:
         self.done = min(done, self.total)
-        if self.done > self.most:
-            self.most, self.moved = self.done, time.monotonic()
+        if self.done >= self.due:
+            self.moved = time.monotonic()
+            self.due = self.done + max(1, int(MIN_BYTES_S * self.patience_s))
         if self.progress:
             self.progress(self.done, self.total)
+
+    @property
+    def stands_still(self) -> bool:
+        return time.monotonic() - self.moved > self.patience_s
 
     def add(self, count: int) -> None:
         self.at(self.done + count)
 
 
 def _retry(box: Box, meter: _Meter, attempt: Callable[[], None]) -> None:
-    """`attempt` over links that break, as long as new bytes come within the box's patience."""
+    """`attempt` over links that break, as long as enough new bytes come within the box's
+    patience."""
 
     def once() -> bool | None:
         try:
             attempt()
         except Lost:
-            if time.monotonic() - meter.moved > box.patience_s:
+            if meter.stands_still:
                 raise
             return None
         return True
@@ -109,8 +127,8 @@ def push(box: Box, files: Sequence[PushFile], progress: Progress | None = None) 
     """Send files to the box; returns when the sha256 of each, computed there, equals ours.
 
     Files already whole are not sent again, a big one goes on where it stopped. Raises Lost after
-    the box's `patience_s` without a new byte, BoxError with the names of files that changed here
-    or arrived twice with other content."""
+    the box's `patience_s` with less than MIN_BYTES_S, BoxError with the names of files that changed
+    here, arrived twice with other content, or do not stay there."""
     if len({f.remote for f in files}) != len(files):
         raise ValueError("two files go to the same place on the box")
     for f in files:
@@ -136,13 +154,13 @@ class _Push:
         self.box, self.files = box, {f.remote: f for f in files}
         self.sizes = {f.remote: f.local.stat().st_size for f in files}
         self.part_of = {name + PART: name for name in self.files if self.sizes[name] > SMALL}
-        self.meter = _Meter(sum(self.sizes.values()), progress)
+        self.meter = _Meter(sum(self.sizes.values()), progress, box.patience_s)
         self.sent: set[str] = set()
         self.arrived_wrong: Counter[str] = Counter()
 
     def attempt(self) -> None:
         """Send what is not whole and look at what arrived, until all is. Raises Lost."""
-        while True:
+        for _ in range(ROUNDS):
             remote = self._inspect()
             self._validate_content(remote.wrong & self.sent)
             self.meter.at(sum(self.sizes[name] for name in remote.whole))
@@ -157,16 +175,22 @@ class _Push:
             for name in missing:
                 if self.sizes[name] > SMALL:
                     self._send_rest(name, remote.parts.get(name, 0))
+        raise BoxError(
+            f"{', '.join(missing[:10])}: sent {ROUNDS} times and not there: the box keeps no files"
+        )
 
     def _inspect(self) -> _RemoteFiles:
         """What the box has, after `_finalise_parts`."""
         owner = {name: name for name in self.files} | self.part_of
         answer = self.box.run(_SIZES, input="\0".join(owner), timeout_s=120).stdout.splitlines()
-        free_blocks, block_bytes = answer[0].split()
-        rows = (row.partition(" ") for row in answer[1:])
-        there = {name: int(size) for size, _, name in rows}
+        try:
+            free_blocks, block_bytes = map(int, answer[0].split())
+            rows = (row.partition(" ") for row in answer[1:])
+            there = {name: int(size) for size, _, name in rows if name in owner}
+        except (ValueError, IndexError) as e:
+            raise BoxError(f"the box does not say what it holds: {answer[:2]!r:.200}") from e
         full = [name for name in there if there[name] == self.sizes[owner[name]]]
-        hashes = remote_sha256(self.box, full)
+        hashes = remote_sha256(self.box, full, sum(there[name] for name in full))
         right = {name for name in full if hashes.get(name) == self.files[owner[name]].sha256}
         wrong = {n for n in there if n not in right and there[n] >= self.sizes[owner[n]]}
         self._finalise_parts(right, wrong)
@@ -175,7 +199,7 @@ class _Push:
             whole,
             {owner[name] for name in wrong} - whole,
             {self.part_of[n]: there[n] for n in there if n in self.part_of and n not in wrong},
-            int(free_blocks) * int(block_bytes),
+            free_blocks * block_bytes,
         )
 
     def _finalise_parts(self, right: set[str], wrong: set[str]) -> None:
@@ -252,47 +276,85 @@ def pull(
     local: Path,
     sha256: str | None = None,
     progress: Progress | None = None,
+    *,
+    max_bytes: int,
 ) -> Path:
-    """Fetch one file to `local`.part, compare its sha256, rename it to `local`; returns `local`.
+    """Fetch one file of at most `max_bytes` to `local`.part, compare its sha256, rename it to
+    `local`; returns `local`.
 
-    `sha256` is by default what the box computes. Goes on where an earlier call stopped. Raises Lost
-    after the box's `patience_s` without a new byte, BoxError when missing or wrong twice,
+    `sha256` is by default what the box computes. Goes on where an earlier call stopped; no more is
+    taken than the box said it has. Raises Lost after the box's `patience_s` with less than
+    MIN_BYTES_S, BoxError when missing, too large or wrong twice (nothing of it stays here),
     PreflightError when this disk is full."""
-    name = quoted(remote)
-    meter = _Meter(0, progress)
     local.parent.mkdir(parents=True, exist_ok=True)
     with _Part(local.with_name(local.name + PART)) as part:
-
-        def receive(data: bytes) -> None:
-            part.write(data)
-            meter.add(len(data))
-
-        def attempt() -> None:
-            for _ in range(2):
-                asked = box.run(f"stat -c %s {name}")
-                if asked.exit_code:
-                    raise BoxError(f"the box has no {remote}")
-                meter.total = size = int(asked.stdout)
-                if part.size > size:
-                    part.truncate()
-                meter.at(part.size)
-                if part.size < size:
-                    _validate_space_here(local, size - part.size)
-                    script = f"exec tail -c +{part.size + 1} {name}"
-                    _stream(box, f"cannot read {remote}", script, receive=receive)
-                expected = sha256 or remote_sha256(box, [remote]).get(remote)
-                if part.size == size and part.sha256 == expected:
-                    return
+        pulled = _Pull(box, remote, part, _Meter(0, progress, box.patience_s))
+        try:
+            _retry(box, pulled.meter, lambda: pulled.attempt(sha256, max_bytes))
+            part.sync()
+        except BoxError as e:
+            if not isinstance(e, Lost):
                 part.truncate()
-            raise BoxError(
-                f"{remote} came home twice with another sha256 than {expected}",
-                hint="the box is kept: look at the file there before it is destroyed",
-            )
-
-        _retry(box, meter, attempt)
-        part.sync()
+            raise
+        except OSError as e:  # of this disk: what breaks on the way is Lost
+            raise PreflightError(
+                f"{local} cannot be written: {e}", money=KEPT, hint=MAKE_ROOM
+            ) from e
         os.replace(part.path, local)
     return local
+
+
+@dataclass
+class _Pull:
+    """One pull."""
+
+    box: Box
+    remote: str
+    part: _Part
+    meter: _Meter
+
+    def attempt(self, sha256: str | None, max_bytes: int) -> None:
+        """Raises Lost, and what `pull` raises."""
+        box, remote, part, name = self.box, self.remote, self.part, quoted(self.remote)
+        for _ in range(2):
+            self.meter.total = size = self._size(max_bytes)
+            if part.size > size:
+                part.truncate()
+            self.meter.at(part.size)
+            if part.size < size:
+                _validate_space_here(part.path, size - part.size)
+                script = f"exec tail -c +{part.size + 1} {name}"
+                _stream(box, f"cannot read {remote}", script, receive=self._receive)
+            expected = sha256 or remote_sha256(box, [remote], size).get(remote)
+            if part.size == size and part.sha256 == expected:
+                return
+            part.truncate()
+        raise BoxError(
+            f"{remote} came home twice with another sha256 than {expected}",
+            hint="the box is kept: look at the file there before it is destroyed",
+        )
+
+    def _size(self, max_bytes: int) -> int:
+        asked = self.box.run(f"stat -c %s {quoted(self.remote)}")
+        if asked.exit_code:
+            raise BoxError(f"the box has no {self.remote}")
+        said = asked.stdout.strip()
+        if not re.fullmatch(r"[0-9]{1,18}", said):
+            raise BoxError(f"the box says that {self.remote} has {said[:40]!r} bytes")
+        if int(said) > max_bytes:
+            raise BoxError(
+                f"{self.remote} has {int(said):,} bytes, and this job can have made no more than "
+                f"{max_bytes:,}: it is left there"
+            )
+        return int(said)
+
+    def _receive(self, data: bytes) -> None:
+        if self.part.size + len(data) > self.meter.total:
+            raise BoxError(f"{self.remote} goes on after its {self.meter.total:,} bytes")
+        self.part.write(data)
+        self.meter.add(len(data))
+        if self.meter.stands_still:
+            raise Lost(f"{self.remote} comes slower than {MIN_BYTES_S >> 10} KiB a second")
 
 
 class _Part:
@@ -335,12 +397,18 @@ class _Part:
         return self._digest.hexdigest()
 
 
+def reserve_bytes(folder: Path) -> int:
+    """What a pull leaves free of this disk: other programs run on it, and so does the journal."""
+    return min(RESERVE_BYTES, int(RESERVE_SHARE * shutil.disk_usage(folder).total))
+
+
 def _validate_space_here(local: Path, need: int) -> None:
-    free = shutil.disk_usage(local.parent).free
-    if need > free:
+    free, reserve = shutil.disk_usage(local.parent).free, reserve_bytes(local.parent)
+    if need > free - reserve:
         raise PreflightError(
             f"{local.parent} has {free / 2**30:.2f} GiB left, "
-            f"{local.name} needs {need / 2**30:.2f} GiB",
-            money="the box is still rented, with the file on it",
-            hint="make room, then `milktea resume RUN`",
+            f"{local.name.removesuffix(PART)} needs {need / 2**30:.2f} GiB, and "
+            f"{reserve / 2**30:.2f} GiB are kept free",
+            money=KEPT,
+            hint=MAKE_ROOM,
         )

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ops.box import scripts, transfer
 from ops.box.connection import Box
@@ -27,13 +27,21 @@ from ops.errors import (
     PreflightError,
     Stalled,
 )
+from ops.run import retrieve
 from ops.run.rental import raise_if_preempted
 from ops.run.session import ASLEEP_S, MARGIN_S, Session
 from ops.wait import until
 from trainer.wire import events
 
 POLL_S = 2.0
-ODD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of a box's manifest
+ODD = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+)  # of a box's manifest
 MAX_LINE = 4 << 20  # bytes of one event; a longer line is passed over
 EVENTS = "events.jsonl"  # at home beside the journal, byte for byte what the box wrote
 
@@ -104,6 +112,11 @@ def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: 
     """Append the whole lines of an answer to `home` and act on them. True when more wait there."""
     _, _, size, news = answer
     heard.answer_t = session.clock.steady()
+    if size > retrieve.EVENTS_BYTES:
+        raise Failed(
+            f"the box tells {size:,} bytes of events, no training tells more than "
+            f"{retrieve.EVENTS_BYTES:,}: it is not taken home",
+        )
     lines, used = events.whole_lines(news)
     full = len(news) >= heard.window
     if not used and full and heard.window >= MAX_LINE:
@@ -192,13 +205,17 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
     remote = f"{scripts.run_folder(session.run_id)}/{checkpoint.path}"
     try:
         moved = pull_folder(
-            box, remote, folder, checkpoint.manifest_sha256, partial(session.moving, "save")
+            box,
+            remote,
+            folder,
+            checkpoint.manifest_sha256,
+            partial(session.moving, "save"),
+            max_bytes=retrieve.checkpoint_bytes(session.plan.workload),
         )
     except HostKeyChanged:
         raise
     except (BoxError, PreflightError, OSError, *ODD) as e:
         session.screen.waiting(f"checkpoint {checkpoint.step} not mirrored: {e}")
-        shutil.rmtree(folder, ignore_errors=True)
         return
     session.note(
         "checkpoint",
@@ -218,20 +235,41 @@ def pull_folder(
     local: Path,
     manifest_sha256: str | None,
     progress: transfer.Progress | None = None,
+    *,
+    max_bytes: int,
 ) -> int:
     """Pull the files that `remote`/manifest.json names, each checked, the manifest last. Returns
-    the bytes moved."""
-    local.mkdir(parents=True, exist_ok=True)
-    staged = local / "manifest.json.incoming"
-    transfer.pull(box, f"{remote}/manifest.json", staged, sha256=manifest_sha256)
-    files = json.loads(staged.read_text("utf-8"))["files"]
-    for name, said in files.items():
+    the bytes moved. Raises what `transfer.pull` raises, and ODD for a manifest that is none or that
+    names more than `max_bytes` or retrieve.MAX_FILES; nothing stays here then."""
+    try:
+        local.mkdir(parents=True, exist_ok=True)
+        staged = local / "manifest.json.incoming"
+        most = retrieve.CHECKPOINT_MANIFEST_BYTES
+        transfer.pull(box, f"{remote}/manifest.json", staged, manifest_sha256, max_bytes=most)
+        files = _listed(json.loads(staged.read_text("utf-8"))["files"], max_bytes)
+        for name, (sha256, size) in files.items():
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
+            transfer.pull(box, f"{remote}/{name}", local / name, sha256, progress, max_bytes=size)
+        staged.rename(local / "manifest.json")
+    except BaseException:
+        shutil.rmtree(local, ignore_errors=True)
+        raise
+    return sum(size for _, size in files.values())
+
+
+def _listed(files: dict[str, Any], max_bytes: int) -> dict[str, tuple[str, int]]:
+    """sha256 and bytes by name. Raises ODD for more than this job can have made, or elsewhere."""
+    found = {name: (str(said["sha256"]), int(said["bytes"])) for name, said in files.items()}
+    sizes = [size for _, size in found.values()]
+    if len(found) > retrieve.MAX_FILES or min(sizes, default=0) < 0 or sum(sizes) > max_bytes:
+        raise ValueError(
+            f"the manifest names {len(found):,} files of {sum(sizes):,} bytes, this job can have "
+            f"made at most {retrieve.MAX_FILES:,} of {max_bytes:,}"
+        )
+    for name in found:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"the manifest names {name!r}, outside its folder")
-        (local / name).parent.mkdir(parents=True, exist_ok=True)
-        transfer.pull(box, f"{remote}/{name}", local / name, said["sha256"], progress)
-    staged.rename(local / "manifest.json")
-    return sum(int(said["bytes"]) for said in files.values())
+            raise ValueError(f"the manifest names {name!r:.80}, outside its folder")
+    return found
 
 
 def newest_checkpoint(session: Session) -> Path | None:

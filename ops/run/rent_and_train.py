@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,11 +35,12 @@ from ops.errors import (
 )
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
-from ops.run import home, place, result
+from ops.run import place, retrieve
 from ops.run.choose import choose, search
 from ops.run.follow import EVENTS, ODD, follow, newest_checkpoint, pull_folder
 from ops.run.keeper import kept
 from ops.run.rental import boot, endpoints, fatal_word, raise_if_preempted, rented
+from ops.run.result import ADAPTER
 from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
 from ops.wait import until
 from trainer.wire.job import WIRE, Job
@@ -51,6 +51,7 @@ CONNECT_S = 300.0
 ARM_S = 45.0  # for the watchdog to prove itself, scaled by the clock's pace
 ARM_LEAST_S = 3
 TUNNEL_S = 75.0  # after which a stuck proxy tunnel is cured by one reboot
+FULL_PATIENCE_S, FULL_EVERY_S = 1800.0, 10.0  # while this disk has no room for what comes home
 FETCHES = 3  # of a result that does not verify
 
 
@@ -206,7 +207,9 @@ def _push_file(local: Path, remote: str) -> PushFile:
 
 def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
     """A transfer again and again over broken links, until the box must have ended itself for our
-    silence or at its deadline. Raises Lost then, Preempted when it was taken away."""
+    silence or at its deadline, and for FULL_PATIENCE_S while this disk is full. Raises Lost,
+    PreflightError then, Preempted when it was taken away."""
+    full_until = session.clock.steady() + FULL_PATIENCE_S * session.clock.pace
     while True:
         try:
             return action()
@@ -214,6 +217,11 @@ def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
             session.screen.waiting(f"the link broke ({e}); again")
             if not reconnected(session, box):
                 raise
+        except PreflightError as e:  # this disk is full: what is paid for waits there
+            if session.clock.steady() > full_until or session.left_s() < 2 * MARGIN_S:
+                raise
+            session.screen.waiting(f"{e}; make room: it is tried again")
+            session.clock.sleep(FULL_EVERY_S)
 
 
 def reconnected(session: Session, box: Box) -> bool:
@@ -306,7 +314,10 @@ def fetch_newest(session: Session, box: Box) -> None:
         have = newest_checkpoint(session)
         if steps and (have is None or steps[0] > int(have.name)):
             local = session.journal.folder / "checkpoints" / str(steps[0])
-            moved = pull_folder(box, f"{folder}/checkpoints/{steps[0]}", local, None)
+            most = retrieve.checkpoint_bytes(session.plan.workload)
+            moved = pull_folder(
+                box, f"{folder}/checkpoints/{steps[0]}", local, None, max_bytes=most
+            )
             session.note("checkpoint", step=steps[0], folder=str(local), bytes_out=moved)
     except (MilkteaError, OSError, *ODD) as e:
         session.screen.waiting(f"the newest checkpoint could not be fetched: {e}")
@@ -315,12 +326,11 @@ def fetch_newest(session: Session, box: Box) -> None:
 def pull(session: Session, box: Box) -> Outcome:
     """Bring the result home, prove it whole and sane, and only then allow the box to go. A bad copy
     is fetched again."""
-    folder = f"{scripts.run_folder(session.run_id)}/result"
     staging = session.journal.folder / "result"
     staging.mkdir(exist_ok=True)
     for attempt in range(1, FETCHES + 1):
         try:
-            manifest, found = persist(session, box, lambda: _fetch(session, box, folder, staging))
+            looked = persist(session, box, lambda: retrieve.fetch(session, box, staging))
             break
         except AdapterError as e:
             session.note("bad_result", attempt=attempt, why=str(e))
@@ -328,47 +338,13 @@ def pull(session: Session, box: Box) -> Outcome:
             staging.mkdir()
             if attempt == FETCHES:
                 raise
-    out = Path(session.plan.out) / session.run_id
-    out.mkdir(parents=True, exist_ok=True)
-    for name in home.COMES_HOME:
-        if (staging / name).is_file():
-            shutil.copy2(staging / name, out / name)
-    events = session.journal.folder / EVENTS
-    beside = {"cost": f"{session.spent_usd():.4f} $", "machine": machine(session.offer())}
-    report = home.report(session.plan.wire_job, manifest, events, beside)
-    (out / home.REPORT).write_bytes(report)
+    out = retrieve.lay_out(session, staging, looked, session.journal.folder / EVENTS)
+    found = looked.verified
     session.note(
         "pulled",
         sha256=found.sha256,
         bytes_out=found.size_bytes,
         tensors=found.tensors,
-        adapter=str(out / "adapter.zip"),
+        adapter=str(out / ADAPTER),
     )
-    return Outcome(out / "adapter.zip", found.sha256, session.spent_usd())
-
-
-def machine(offer: Offer) -> str:
-    return f"{offer.num_gpus} x {offer.gpu_name}, {offer.usd_per_hour:.3f} $/h"
-
-
-def _fetch(
-    session: Session, box: Box, folder: str, staging: Path
-) -> tuple[Mapping[str, Any], result.Verified]:
-    """The manifest, and what was verified of the archive that it names."""
-    for name in ("manifest.json", *home.COMES_HOME):
-        (staging / name).unlink(missing_ok=True)
-    try:
-        transfer.pull(box, f"{folder}/manifest.json", staging / "manifest.json")
-        manifest = json.loads((staging / "manifest.json").read_text("utf-8"))
-        files = result.as_wire_2(manifest)["files"]
-        for name in home.COMES_HOME:
-            if said := files.get(name):
-                moving = partial(session.moving, "pull")
-                local, sha256 = staging / name, str(said["sha256"])
-                transfer.pull(box, f"{folder}/{name}", local, sha256, moving)
-    except Lost:
-        raise
-    except (*ODD, BoxError) as e:
-        raise AdapterError(f"the result cannot be fetched whole: {e}") from e
-    expect = result.Expect.of(session.plan.wire_job)
-    return manifest, result.verify(staging / result.ADAPTER, manifest, expect)
+    return Outcome(out / ADAPTER, found.sha256, session.spent_usd())

@@ -3,7 +3,8 @@ whether it is what was asked.
 
 Pure but for reading the file. The manifest comes from the same box as the archive, so its word is
 never taken for a limit: sizes, ratios, names and numbers are judged on their own. Nothing is
-extracted.
+extracted, and no regular expression of a box is ever run. `ops.run.apart` calls this in a process
+that has limits.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from trainer.wire.tensors import Tensor
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER = "adapter.zip"
 _MAX_MEMBERS = 4096
+_MAX_DIRECTORY = 4 << 20  # bytes of the archive's own list of its members
 _MAX_RATIO = 100  # trained numbers hardly shrink; deflate's own limit is 1,032
 _SLACK = 64 << 20  # bytes that any archive may unfold to: tokenizers shrink well
-_MAX_TEXT = 256 << 20  # bytes of one member that is not weights
+_MAX_TEXT = 64 << 20  # bytes of one member that is not weights: Gemma's tokenizer has 33 MB
+_MAX_TEXTS = 128 << 20  # of all of them
 # on loading, or may
 _RUNS_CODE = {
     ".bin",
@@ -104,6 +107,7 @@ def verify(path: Path, manifest: Mapping[str, Any], expect: Expect) -> Verified:
         manifest = as_wire_2(manifest)
         _manifest_sane(manifest, expect)
         digest = _whole(path, manifest["files"][ADAPTER])
+        _directory_small(path)
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path.stat().st_size, manifest["members"])
             found, texts = _contents(archive, members, manifest["members"])
@@ -211,6 +215,36 @@ def _whole(path: Path, listed: Mapping[str, Any]) -> str:
 # -- the archive -----------------------------------------------------------------------------------
 
 
+_END, _END_64 = b"PK\5\6", b"PK\6\7"  # zip's end of the directory, and zip64's pointer to its own
+_END_BYTES, _POINTER_BYTES, _END_64_BYTES = 22, 20, 56
+
+
+def _directory_small(path: Path) -> None:
+    """The archive ends as our trainer ends it, and its directory is short: Python's reader takes
+    the whole of it into memory before it looks."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _END_BYTES - _POINTER_BYTES))
+        tail = file.read()
+        pointer, end = tail[:-_END_BYTES], tail[-_END_BYTES:]
+        _check(
+            len(end) == _END_BYTES and end[:4] == _END and end[-2:] == b"\0\0",
+            "adapter.zip does not end as an archive of our trainer does",
+        )
+        told = [(int.from_bytes(end[10:12], "little"), int.from_bytes(end[12:16], "little"))]
+        if pointer[:4] == _END_64:
+            at = size - _END_BYTES - _POINTER_BYTES - _END_64_BYTES
+            file.seek(max(0, at))
+            wide = file.read(_END_64_BYTES)
+            told = [(int.from_bytes(wide[32:40], "little"), int.from_bytes(wide[40:48], "little"))]
+    for members, directory_bytes in told:
+        _check(members <= _MAX_MEMBERS, f"adapter.zip has {members} members")
+        _check(
+            directory_bytes <= _MAX_DIRECTORY,
+            f"adapter.zip has a directory of {directory_bytes} bytes",
+        )
+
+
 def _members(archive: zipfile.ZipFile, size: int, said: Mapping[str, Any]) -> list[zipfile.ZipInfo]:
     """The members, judged by the archive's directory before a byte is unfolded."""
     members = archive.infolist()
@@ -299,10 +333,14 @@ class _Hashed:
 def _contents(
     archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], said: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor by name and every JSON file by name, each member read once against CRC and
-    sha256."""
+    """Every tensor by name, and adapter_config.json by its name, each member read once against CRC
+    and sha256. Every other JSON file is sound JSON."""
     found: dict[str, Tensor] = {}
     texts: dict[str, Any] = {}
+    _check(
+        sum(m.file_size for m in members if not m.filename.endswith(".safetensors")) <= _MAX_TEXTS,
+        f"adapter.zip has more than {_MAX_TEXTS} bytes beside its weights",
+    )
     for member in members:
         name = member.filename
         with archive.open(member) as file, _naming(name):
@@ -319,7 +357,8 @@ def _contents(
                 _check(member.file_size <= _MAX_TEXT, f"{name} has {member.file_size} bytes")
                 data = hashed.read(member.file_size)
                 if name.endswith(".json"):
-                    texts[name] = tensors.strict_json(data)
+                    value = tensors.strict_json(data)
+                    texts |= {name: value} if name == CONFIG else {}
             digest = hashed.hexdigest()
         _check(
             digest == said[name]["sha256"],
@@ -485,13 +524,13 @@ def _of_experts(module: str, config: Mapping[str, Any]) -> bool:
 
 
 def _shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any]) -> None:
-    pattern = config.get("rank_pattern") or {}
+    pattern = _literal_ranks(config)
     for module, (a, b) in pairs.items():
         if _of_experts(module, config):  # the ranks of all experts side by side
             same = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
             _check(same, f"{WEIGHTS}: {module} has lora_A {a.shape} and lora_B {b.shape}")
             continue
-        special = [r for end, r in pattern.items() if re.search(rf"(^|\.){end}$", module)]
+        special = [r for end, r in pattern.items() if f".{module}".endswith(f".{end}")]
         r = special[0] if special else config["r"]
         fits = len(a.shape) >= 2 and len(b.shape) >= 2 and a.shape[0] == r and b.shape[1] == r
         _check(
@@ -502,3 +541,14 @@ def _shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any
             a.dtype == b.dtype,
             f"{WEIGHTS}: {module} has lora_A in {a.dtype} and lora_B in {b.dtype}",
         )
+
+
+def _literal_ranks(config: Mapping[str, Any]) -> Mapping[str, int]:
+    """PEFT's rank_pattern of names of modules. PEFT takes regular expressions too; our trainer
+    writes none, and one of a stranger's may run for ever."""
+    pattern = config.get("rank_pattern") or {}
+    sound = isinstance(pattern, dict) and all(
+        re.fullmatch(r"[A-Za-z0-9_.]{1,200}", end) and type(r) is int for end, r in pattern.items()
+    )
+    _check(sound, f"{CONFIG} has a rank_pattern that is no list of modules: {pattern!r:.80}")
+    return dict(pattern)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_HEADER = 16 << 20  # bytes; a hundred thousand tensors take that much
+MAX_DIMENSIONS, MAX_LENGTH = 8, 1 << 40  # of a shape
 _PIECE = 1 << 24  # bytes looked at at a time; a multiple of every item's size
 
 # safetensors' name -> torch's name, bytes an item, bits that are all set in a number that is not
@@ -84,15 +85,15 @@ def _header(text: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
         if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
         dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} has dtype {dtype!r}, which nothing here reads")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {dtype!r:.40}, which nothing here reads")
         if (
-            not _counts(shape)
-            or not _counts(offsets)
+            not _counts(shape, MAX_DIMENSIONS)
+            or not _counts(offsets, 2)
             or len(offsets) != 2
             or offsets[0] > offsets[1]
         ):
-            raise ValueError(f"{name} has shape {shape} and data_offsets {offsets}")
+            raise ValueError(f"{name} has shape {shape!r:.80} and data_offsets {offsets!r:.80}")
         if math.prod(shape) * DTYPES[dtype][1] != offsets[1] - offsets[0]:
             raise ValueError(
                 f"{name} is {dtype} {shape}, yet takes {offsets[1] - offsets[0]} bytes"
@@ -117,8 +118,13 @@ def strict_json(text: bytes) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+def _counts(value: Any, most: int) -> bool:
+    """At most `most` whole numbers, each so small that their product is no work."""
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and all(type(n) is int and 0 <= n <= MAX_LENGTH for n in value)
+    )
 
 
 def _look(source: Reader, dtype: str, count: int) -> tuple[bool, bool]:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from ops.box import transfer
 from ops.box.transfer import SMALL, PushFile, pull, push
-from ops.errors import BoxError, Lost
+from ops.errors import BoxError, Lost, PreflightError
 
+MOST = 1 << 30  # bytes that a pull may bring
 RESENT_PER_CUT = 4 << 20  # bytes; what a cut link may cost
 
 
@@ -96,7 +98,13 @@ def test_a_pull_over_a_link_that_is_cut_again_and_again_resends_little(
     data = random.Random(7).randbytes(size)
     (server.home / "adapter.zip").write_bytes(data)
     proxy = make_proxy(server.port, budget=cut_after)
-    got = pull(make_box(proxy.port), "adapter.zip", tmp_path / "home" / "adapter.zip", sha256(data))
+    got = pull(
+        make_box(proxy.port),
+        "adapter.zip",
+        tmp_path / "home" / "adapter.zip",
+        sha256(data),
+        max_bytes=MOST,
+    )
     assert got.read_bytes() == data
     assert proxy.cuts >= 3
     assert (proxy.down - size) / proxy.cuts < RESENT_PER_CUT
@@ -108,7 +116,7 @@ def test_a_pull_goes_on_from_the_part_of_an_earlier_call(server, make_box, make_
     (server.home / "a.zip").write_bytes(data)
     (tmp_path / "a.zip.part").write_bytes(data[:20_000_000])
     proxy = make_proxy(server.port)
-    pull(make_box(proxy.port), "a.zip", tmp_path / "a.zip", sha256(data))
+    pull(make_box(proxy.port), "a.zip", tmp_path / "a.zip", sha256(data), max_bytes=MOST)
     assert (tmp_path / "a.zip").read_bytes() == data
     assert proxy.down < 11_000_000
 
@@ -118,7 +126,7 @@ def test_a_part_of_another_file_is_thrown_away_and_fetched_anew(box, server, tmp
     (server.home / "a.zip").write_bytes(data)
     for rubbish in (b"x" * 9_000_000, b"y" * 10_000_000, b"z" * 11_000_000):
         (tmp_path / "a.zip.part").write_bytes(rubbish)
-        assert pull(box, "a.zip", tmp_path / "a.zip").read_bytes() == data
+        assert pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST).read_bytes() == data
 
 
 def test_a_corrupt_part_on_the_box_is_sent_again(box, server, write):
@@ -148,13 +156,13 @@ def test_a_file_that_is_not_what_was_hashed_is_named(box, server, write, size):
 def test_a_file_that_the_box_misreports_is_pulled_twice_then_named(box, server, tmp_path):
     (server.home / "a.zip").write_bytes(b"x" * 100)
     with pytest.raises(BoxError, match=r"a\.zip came home twice with another sha256"):
-        pull(box, "a.zip", tmp_path / "a.zip", sha256(b"other"))
+        pull(box, "a.zip", tmp_path / "a.zip", sha256(b"other"), max_bytes=MOST)
     assert list(tmp_path.glob("a.zip*")) == []
 
 
 def test_a_missing_file_is_an_error_with_its_name(box, tmp_path):
     with pytest.raises(BoxError, match=r"the box has no milktea/r/result/adapter\.zip"):
-        pull(box, "milktea/r/result/adapter.zip", tmp_path / "a")
+        pull(box, "milktea/r/result/adapter.zip", tmp_path / "a", max_bytes=MOST)
 
 
 def test_a_folder_in_the_way_is_an_error_and_not_a_loop(box, server, write):
@@ -173,7 +181,7 @@ def test_a_link_that_stays_down_is_lost_after_the_patience(server, make_box, wri
     with pytest.raises(Lost, match="cannot be reached"):
         push(box, [pushed(path, "a")])
     with pytest.raises(Lost, match="cannot be reached"):
-        pull(box, "a", path.with_name("b"))
+        pull(box, "a", path.with_name("b"), max_bytes=MOST)
     assert time.monotonic() - began < 15
 
 
@@ -217,7 +225,7 @@ def test_a_machine_without_ssh_or_any_other_program_pushes_and_pulls(
     monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
     path = write("big", 9_000_000)
     push(box, [pushed(path, "big")])
-    assert pull(box, "big", tmp_path / "home").read_bytes() == path.read_bytes()
+    assert pull(box, "big", tmp_path / "home", max_bytes=MOST).read_bytes() == path.read_bytes()
 
 
 def test_a_file_that_grows_while_it_is_pushed_is_named_and_not_sent_for_ever(box, server, write):
@@ -232,3 +240,85 @@ def test_a_file_that_grows_while_it_is_pushed_is_named_and_not_sent_for_ever(box
     with pytest.raises(BoxError, match="log: changed on this disk"):
         push(box, [file], grow)
     assert not (server.home / "log").exists()
+
+
+# -- a box that lies -------------------------------------------------------------------------------
+
+
+def instead(server, tool: str, script: str) -> None:
+    """A program of the box's own making in place of a tool."""
+    server.without(tool)
+    (server.bin / tool).write_text("#!/bin/sh\n" + script)
+    (server.bin / tool).chmod(0o755)
+
+
+def test_a_file_larger_than_the_job_can_have_made_is_left_there(box, server, tmp_path):
+    (server.home / "a.zip").write_bytes(bytes(5000))
+    with pytest.raises(BoxError, match=r"a\.zip has 5,000 bytes, .* no more than 4,999"):
+        pull(box, "a.zip", tmp_path / "a.zip", max_bytes=4999)
+    assert list(tmp_path.glob("a.zip*")) == []
+
+
+def test_no_more_is_taken_than_the_box_said_it_has(box, server, tmp_path):
+    (server.home / "a.zip").write_bytes(b"x" * 10)
+    instead(server, "tail", "exec cat /dev/zero\n")
+    with pytest.raises(BoxError, match=r"a\.zip goes on after its 10 bytes"):
+        pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST)
+    assert list(tmp_path.glob("a.zip*")) == []
+
+
+@pytest.mark.parametrize("said", ["-1", "1e9", "", "9" * 5000, "12 13", "\033]0;owned"])
+def test_a_size_that_is_no_number_is_an_error_of_the_box(box, server, tmp_path, said):
+    (server.home / "said").write_text(said)
+    instead(server, "stat", "exec cat said\n")
+    with pytest.raises(BoxError, match=r"the box says that a\.zip has"):
+        pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST)
+
+
+def test_a_file_that_drips_is_given_up(server, make_box, tmp_path):
+    """A byte a second is a byte that moved, and a box that bills."""
+    (server.home / "a.zip").write_bytes(bytes(1000))
+    instead(server, "tail", "while :; do printf x; sleep 0.2; done\n")
+    began = time.monotonic()
+    with pytest.raises(Lost, match="slower than 8 KiB a second"):
+        pull(make_box(server.port, patience_s=2.0), "a.zip", tmp_path / "a.zip", max_bytes=MOST)
+    assert time.monotonic() - began < 15
+
+
+def test_a_box_that_keeps_nothing_gets_no_file_for_ever(box, server, write):
+    instead(server, "tar", "exec cat >/dev/null\n")
+    with pytest.raises(BoxError, match="a: sent 5 times and not there"):
+        push(box, [pushed(write("a", 100), "a")])
+
+
+def test_a_box_that_talks_nonsense_of_its_disk_is_an_error_with_its_words(box, server, write):
+    instead(server, "stat", "echo nonsense\n")
+    with pytest.raises(BoxError, match=r"does not say what it holds: \['nonsense'"):
+        push(box, [pushed(write("a", 100), "a")])
+
+
+def test_a_pull_leaves_a_reserve_on_this_disk(box, server, tmp_path, monkeypatch):
+    (server.home / "a.zip").write_bytes(bytes(1000))
+    usage = type(transfer.shutil.disk_usage("/"))
+    disk = {"left": usage(10_000, 9_000, 1000)}
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: disk["left"])
+    with pytest.raises(PreflightError, match=r"a\.zip needs .* are kept free") as caught:
+        pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST)
+    assert "resume" in caught.value.hint
+    disk["left"] = usage(10_000, 8_800, 1200)
+    pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST)
+    disk["left"] = usage(10**12, 0, 10**12)
+    assert transfer.reserve_bytes(tmp_path) == 256 << 20, "of a large disk no more than that"
+
+
+def test_a_full_disk_here_is_said_in_words_and_what_came_stays(box, server, tmp_path, monkeypatch):
+    (server.home / "a.zip").write_bytes(bytes(1000))
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transfer.os, "fsync", full)
+    with pytest.raises(PreflightError, match=r"a\.zip cannot be written: .*No space left"):
+        pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST)
+    monkeypatch.undo()
+    assert pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST).stat().st_size == 1000

@@ -415,7 +415,7 @@ LIES: dict[str, tuple[Spoil, str]] = {
     "shape a text": (header_with(lambda h, n: h[n].update(shape="4x16")), "has shape"),
     "huge shape that multiplies to zero": (
         header_with(lambda h, n: h[n].update(shape=[2**62, 0])),
-        "yet takes",
+        "has shape",
     ),
     "offsets reversed": (
         header_with(lambda h, n: h[n].update(data_offsets=h[n]["data_offsets"][::-1])),
@@ -580,6 +580,58 @@ def test_the_largest_finite_number_is_still_finite(adapter, tmp_path):
     for bits in (b"\xff\xff\x7f\x7f", b"\xff\xff\x7f\xff", b"\x01\x00\x00\x00"):
         set_number("lora_A", bits)(adapter)
         assert check(tmp_path, adapter.seal(), adapter).tensors == 8
+
+
+# -- archives that are made to hang, or to fill memory ---------------------------------------------
+
+
+def seconds(act: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    act()
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("key", ["(a+)+$", "(", ".*", "q_proj|k_proj", "q proj", ""])
+def test_a_regular_expression_of_a_box_is_refused_and_never_run(key, make_adapter, tmp_path):
+    made = make_adapter("plain fp32")
+    config_with(rank_pattern={key: 4})(made)
+    assert "rank_pattern that is no list of modules" in refused(tmp_path, made.seal(), made)
+
+
+@pytest.mark.parametrize("shape", [[1 << 41], [2] * 9, [10**4000] * 300, [True]])
+def test_a_shape_of_huge_numbers_is_refused_before_it_is_multiplied(shape, adapter, tmp_path):
+    honest = adapter.seal()
+    header_with(lambda h, n: h[n].update(shape=shape))(adapter)
+    members, manifest = adapter.members, adapter.manifest
+    data = adapter.zip()
+    manifest |= {"files": listed({"adapter.zip": data}), "members": listed(members)}
+    assert data != honest
+    assert seconds(lambda: refused(tmp_path, data, adapter)) < 5
+
+
+def test_a_directory_of_millions_of_members_is_refused_before_it_is_read(adapter, tmp_path):
+    data = bytearray(adapter.seal())
+    at = data.rindex(b"PK\5\6")
+    data[at + 10 : at + 12] = struct.pack("<H", 65000)
+    adapter.manifest["files"] = listed({"adapter.zip": bytes(data)})
+    assert "has 65000 members" in refused(tmp_path, bytes(data), adapter)
+    data[at + 10 : at + 12] = struct.pack("<H", 3)
+    data[at + 12 : at + 16] = struct.pack("<I", 100_000_000)
+    adapter.manifest["files"] = listed({"adapter.zip": bytes(data)})
+    assert "a directory of 100000000 bytes" in refused(tmp_path, bytes(data), adapter)
+
+
+def test_an_archive_with_anything_after_its_end_is_refused(adapter, tmp_path):
+    for data in (adapter.seal() + b"\0", adapter.seal()[:-1] + b"\1", b""):
+        adapter.manifest["files"] = listed({"adapter.zip": data})
+        assert "does not end as an archive" in refused(tmp_path, data, adapter)
+
+
+def test_text_beside_the_weights_has_a_limit_altogether(adapter, tmp_path):
+    for n in range(3):
+        adapter.members[f"vocab{n}.txt"] = bytes(60 << 20)
+    said = refused(tmp_path, adapter.seal(adapter.zip(how=zipfile.ZIP_STORED)), adapter)
+    assert "bytes beside its weights" in said
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
