@@ -110,6 +110,10 @@ class TimedCuts(threading.Thread):
 Case = tuple[str, Callable[[], object]]
 
 
+def fetch(box: Box, file: PushFile, home: Path) -> None:
+    pull(box, file.remote, home, file.sha256, max_bytes=file.local.stat().st_size)
+
+
 def compare(repeat: int, size_bytes: int, cases: list[Case], clean: Callable[[], None]) -> None:
     """Median seconds of each. Taken in turns, so that a busy machine slows all of them alike."""
     seconds: dict[str, list[float]] = {label: [] for label, _ in cases}
@@ -206,7 +210,7 @@ def big(sshd: Sshd, near: Path, far: Path, remote: str, args: argparse.Namespace
         compare(args.repeat, size, cases, lambda: empty(far))
         back: list[Case] = [
             ("scp home", lambda: subprocess.run([*scp, there, str(home)], check=True)),
-            ("pull, sha256 included", lambda: pull(box, file.remote, home, file.sha256)),
+            ("pull, sha256 included", lambda: fetch(box, file, home)),
         ]
         compare(args.repeat, size, back, lambda: home.unlink(missing_ok=True))
     home.unlink()
@@ -244,7 +248,7 @@ def cut(sshd: Sshd, near: Path, far: Path, remote: str, args: argparse.Namespace
             if way == "push":
                 push(box, [file])
             else:
-                pull(box, file.remote, home, file.sha256)
+                fetch(box, file, home)
             seconds = time.perf_counter() - began
         proxy.listener.close()
         extra = (proxy.up if way == "push" else proxy.down) - source.stat().st_size
