@@ -17,6 +17,7 @@ from ops.box.transfer import PushFile, sha256_of
 from ops.catalogue.models import lookup
 from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
+from ops.job import sent
 from ops.job.config import JobFile
 from ops.job.plan import Plan
 from ops.market.cost import Workload
@@ -72,6 +73,8 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     shape = _shape(job, config, family, notes)
     workload = _workload(job, lengths, shape, pushes)
     needs = _needs(job, workload, shape)
+    template = Path(job.data.template)
+    notes += sent.told(pushes, template if template.is_absolute() else None)
     return Plan(
         run_id=run_id,
         image=job.image.ref,
@@ -144,6 +147,7 @@ def _model_files(job: JobFile) -> list[PushFile]:
             f"{folder} holds no .safetensors file (pickled weights are not taken)",
             hint="save the model with save_pretrained, or name a hub model",
         )
+    sent.validate_links(folder, files)
     return [PushFile(p, f"model/{p.name}", sha256_of(p)) for p in files]
 
 

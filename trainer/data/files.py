@@ -177,6 +177,15 @@ def _unreadable(path: Path, name: str) -> Defect | None:
     return None
 
 
+def _within(file: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder or below it, wherever links lead: a registry is somebody
+    else's, and its files travel to somebody else's machine."""
+    try:
+        return file.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a name that is none
+        return False
+
+
 def _is_text_map(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
@@ -238,6 +247,11 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
             )
             continue
         file = path.parent / entry["file_name"]
+        if not _within(file, path.parent):
+            reason = f"{entry['file_name']!r:.200} lies outside the folder of {DATASET_INFO}"
+            fix = "copy the file beside it, or name it in data.files yourself"
+            defects.append(Defect(name, 1, 1, _printable(key), _printable(reason), fix))
+            continue
         if entry.get("ranking") or "kto_tag" in (entry.get("columns") or {}):
             if file.is_file():
                 defects.append(

@@ -243,3 +243,85 @@ def test_rows_that_are_dropped_are_counted_in_the_plan(
     notes = "\n".join(planned(tmp_path, fake, job).notes)
     assert "3 rows are changed or left out: rows.json:" in notes and "and 2 more" in notes
     assert "20 rows," in notes
+
+
+# -- what leaves this machine ----------------------------------------------------------------------
+
+SECRET = json.dumps([{"private_key": "-----BEGIN", "client_email": "me@example.org"}])
+
+
+@pytest.mark.parametrize("how", ["a path with ..", "an absolute path", "a link", "a linked folder"])
+def test_a_stranger_s_data_set_cannot_send_a_file_from_outside_its_folder(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any], how: str
+) -> None:
+    """dataset_info.json renames columns, so that any JSON of yours would pass for rows."""
+    home, folder = tmp_path / "home", tmp_path / "stranger"
+    home.mkdir()
+    folder.mkdir()
+    (home / "cred.json").write_text(SECRET)
+    (folder / "link.json").symlink_to(home / "cred.json")
+    (folder / "linked").symlink_to(home)
+    name = {
+        "a path with ..": "../home/cred.json",
+        "an absolute path": str(home / "cred.json"),
+        "a link": "link.json",
+        "a linked folder": "linked/cred.json",
+    }[how]
+    columns = {"prompt": "client_email", "response": "private_key"}
+    info = {"mine": {"file_name": name, "columns": columns}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    job["data"]["files"] = ["stranger/dataset_info.json"]
+    error = refused(tmp_path, fake, job)
+    assert "lies outside the folder of dataset_info.json" in str(error) and name in str(error)
+
+
+def test_a_link_that_stays_in_the_folder_of_a_data_set_is_followed(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "rows.json")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "link.json"}}))
+    job["data"]["files"] = ["dataset_info.json"]
+    plan = planned(tmp_path, fake, job)
+    assert {p.local.name for p in plan.pushes if p.remote.startswith("data/")} == {
+        "dataset_info.json",
+        "link.json",
+    }
+
+
+def test_a_stranger_s_model_folder_cannot_send_a_file_from_outside_it(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    (tmp_path / "id_ed25519").write_text("secret")
+    (tmp_path / "model/extra.txt").symlink_to(tmp_path / "id_ed25519")
+    error = refused(tmp_path, fake, job)
+    assert f"extra.txt is a link to {tmp_path / 'id_ed25519'}" in str(error)
+
+
+def test_a_model_in_the_hub_s_cache_is_sent_though_its_files_are_links(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    cache = tmp_path / "models--tiny"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots/0123").mkdir(parents=True)
+    for n, path in enumerate(sorted((tmp_path / "model").iterdir())):
+        path.rename(cache / f"blobs/{n}")
+        (cache / "snapshots/0123" / path.name).symlink_to(f"../../blobs/{n}")
+    job["model"]["base"] = "models--tiny/snapshots/0123"
+    assert "model/model.safetensors" in {p.remote for p in planned(tmp_path, fake, job).pushes}
+
+
+def test_the_plan_lists_every_file_that_will_travel_with_its_folder(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (tmp_path / "rows.json").rename(other / "theirs.json")
+    (tmp_path / "rows.json").symlink_to(other / "theirs.json")
+    job["image"] = {"trainer": "push"}
+    plan = planned(tmp_path, fake, job)
+    told = [note for note in plan.notes if note.startswith("sends ")]
+    assert any(n.startswith(f"sends from {other}: theirs.json (") for n in told), "where it lies"
+    model = next(n for n in told if n.startswith(f"sends from {tmp_path / 'model'}: "))
+    assert all(f"{p.name} (" in model for p in (tmp_path / "model").iterdir())
+    ours = sum(p.remote.startswith("trainer/") for p in plan.pushes)
+    assert any(f"sends {ours + 2} files of milktea's own trainer" == n for n in told)
