@@ -7,6 +7,7 @@ now=$(date +%s)
 say() { printf '{"t":%s,%s}\n' "$now" "$1" >>events.jsonl; }
 say '"event":"started","step":0,"total_steps":2'
 say '"event":"step","step":1,"loss":2.0,"learning_rate":0.1,"grad_norm":1.0'
+[ -z "$HF_TOKEN" ] || say "\"event\":\"warning\",\"message\":\"a token of ${#HF_TOKEN} letters came\""
 while [ -e @FOLDER@/pause ]; do sleep 0.05; done
 [ -e @FOLDER@/fail ] && { say '"event":"failed","reason":"planted"'; exit 4; }
 mkdir -p checkpoints/1.new

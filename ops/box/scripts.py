@@ -153,7 +153,8 @@ def launch(run_id: str, trainer: str) -> str:
     """Start the training detached, once: a second call finds it running or finished.
 
     The training is a process group of its own, whose number is in `pid`; its `exit_code` appears
-    last, by rename. The shell that writes it outlives a SIGTERM to the group."""
+    last, by rename. The shell that writes it outlives a SIGTERM to the group. NAME=VALUE lines on
+    stdin are its environment: they stand in no file and in no process's arguments."""
     command = "milktea-train job.json"
     if trainer == "push":
         # ops/box/bootstrap/trainer-start.sh, pushed with the trainer
@@ -166,6 +167,7 @@ def launch(run_id: str, trainer: str) -> str:
 cd {run_folder(run_id)} || exit 9
 if [ -e exit_code ]; then echo finished; exit 0; fi
 if {ALIVE}; then echo running; exit 0; fi
+while IFS= read -r pair; do export "$pair"; done
 setsid sh -c {shlex.quote(wrapper)} </dev/null >/dev/null 2>&1 &
 echo $! >pid
 echo started

@@ -15,10 +15,28 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ops.errors import ConfigError
-from trainer.wire.job import DataFormat, Lora, OverLength, Positive, Precision, Strict, Training
+from trainer.wire.job import (
+    DataFormat,
+    EnvironmentName,
+    Lora,
+    OverLength,
+    Positive,
+    Precision,
+    Strict,
+    Training,
+)
 from trainer.wire.stages import StageName, format_defect
 
 PositiveFloat = Annotated[float, Field(gt=0)]
+OWN = "the machine has its own"
+LOADER = ("LD_", "MILKTEA_", "PYTHON")  # beginnings of names with which programs are steered
+STAYS_HERE = {
+    "VAST_API_KEY": "it is the key to your account's money",
+    "CONTAINER_API_KEY": OWN,
+    "CONTAINER_ID": OWN,
+    "PATH": OWN,
+    "HOME": OWN,
+}
 
 
 class Model(Strict):
@@ -120,6 +138,10 @@ class Image(Strict):
     size_gib: Annotated[
         PositiveFloat, Field(description="Compressed, for the prediction of pull time and disk")
     ] = 4.0
+    login: Annotated[
+        EnvironmentName | None,
+        Field(description="Variable here that holds USER:TOKEN of a private image's registry"),
+    ] = None
 
 
 class Results(Strict):
@@ -135,6 +157,10 @@ class JobFile(Strict):
         str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Run ids begin with it")
     ]
     stage: Annotated[StageName, Field(description="What is learned from the rows")] = "sft"
+    env: Annotated[
+        list[EnvironmentName],
+        Field(description="Variables here that the machine gets at launch, such as HF_TOKEN"),
+    ] = []
     model: Model
     data: Data
     lora: Lora = Lora()
@@ -143,6 +169,14 @@ class JobFile(Strict):
     limits: Limits
     image: Image = Image()
     results: Results = Results()
+
+    @field_validator("env")
+    @classmethod
+    def _may_travel(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name in STAYS_HERE or name.startswith(LOADER):
+                raise ValueError(f"{name} does not travel: {STAYS_HERE.get(name, OWN)}")
+        return list(dict.fromkeys(names))
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> JobFile:

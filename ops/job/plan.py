@@ -18,6 +18,15 @@ class Row(Protocol):
     def __getitem__(self, key: str, /) -> Any: ...
 
 
+def _has(line: Row, key: str) -> bool:
+    """A journal's line of an older version lacks what has a default now."""
+    try:
+        line[key]
+    except KeyError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be done, decided before a cent is spent. All of it goes into the journal's first
@@ -35,6 +44,12 @@ class Plan:
     stall_s: float
     out: str
     notes: list[str]
+    image_login: str = ""  # the variable that holds a registry's USER:TOKEN
+
+    @property
+    def env(self) -> list[str]:
+        """Names of the variables that go to the box at launch."""
+        return list(self.wire_job.get("environment", []))
 
     def to_line(self) -> dict[str, Any]:
         row = asdict(self)
@@ -45,7 +60,7 @@ class Plan:
 
     @classmethod
     def from_line(cls, line: Row) -> Plan:
-        row = {f.name: line[f.name] for f in fields(cls)}
+        row = {f.name: line[f.name] for f in fields(cls) if _has(line, f.name)}
         row["pushes"] = [
             PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]
         ]

@@ -17,7 +17,7 @@ from ops.box.transfer import PushFile, sha256_of
 from ops.catalogue.models import lookup
 from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
-from ops.job import sent
+from ops.job import sent, tokens
 from ops.job.config import JobFile
 from ops.job.plan import Plan
 from ops.market.cost import Workload
@@ -60,6 +60,8 @@ def new_plan(job: JobFile, root: Path, now: float, *, on_cpu: bool = False) -> P
 
 def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     """The plan; `stage` is a folder that exists."""
+    tokens.validate(job.env, job.image.login or "")
+    tokens.validate_gated(job.model.base, job.env)
     pushes = [
         *_data_files(job),
         *_model_files(job),
@@ -75,6 +77,8 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     needs = _needs(job, workload, shape)
     template = Path(job.data.template)
     notes += sent.told(pushes, template if template.is_absolute() else None)
+    login, boards = job.image.login or "", job.training.report_to
+    notes += tokens.told(job.env, login, job.model.base, boards)
     return Plan(
         run_id=run_id,
         image=job.image.ref,
@@ -88,6 +92,7 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
         stall_s=job.limits.stall_minutes * 60,
         out=str(job.results.folder),
         notes=notes,
+        image_login=job.image.login or "",
     )
 
 
@@ -198,6 +203,7 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),
             "processes": job.offer.num_gpus,
+            "environment": job.env,
         }
     )
 

@@ -139,9 +139,10 @@ class Vast:
         env: dict[str, str],
         onstart: str,
         bid_usd_per_hour: float | None,
+        login: str | None = None,
     ) -> int:
         """Rent once and return the instance id. Never repeated: what a failure leaves behind is
-        found by `label`.
+        found by `label`. `login` is of a private image's registry, as docker login takes it.
 
         Raises OfferGone (taken; nothing exists), Refused (credit, arguments; nothing exists unless
         `.instance_id` is set), RateLimited (not looked at), NoAnswer (anything may exist)."""
@@ -155,6 +156,7 @@ class Vast:
             ssh=True,
             direct=True,
             cancel_unavail=True,
+            login=login,
         )
         reply = self._call("create", "PUT", f"/asks/{offer_id}/", body, timeout_s=60)
         if reply.get("success") is True and isinstance(reply.get("new_contract"), int):

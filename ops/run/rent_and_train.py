@@ -33,6 +33,7 @@ from ops.errors import (
     Stalled,
     Unsuitable,
 )
+from ops.job import tokens
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
 from ops.run import place, retrieve
@@ -248,7 +249,8 @@ def launch(session: Session, box: Box) -> None:
     events = session.journal.folder / "events.jsonl"
     if before and before.kind == "renting" and events.exists():
         events.rename(events.with_name(f"events.{len(session.journal.lines)}.jsonl"))
-    answer = box.run(scripts.launch(session.run_id, session.plan.trainer))
+    start = scripts.launch(session.run_id, session.plan.trainer)
+    answer = box.run(start, input=tokens.at_launch(session.plan.env))
     if answer.exit_code != 0:
         raise Lost(f"the training could not be started: {answer.stderr[-300:]}")
     session.note("launched", state=answer.stdout.strip().splitlines()[-1])

@@ -27,6 +27,7 @@ from ops.errors import (
     Refused,
     Unsuitable,
 )
+from ops.job import tokens
 from ops.market import cost
 from ops.market.client import Vast
 from ops.market.models import Instance, Offer
@@ -92,8 +93,9 @@ def adopt(session: Session) -> int | None:
 
 def rent(session: Session, offer: Offer) -> int:
     """Create once. Raises OfferGone when it is proven that nothing was created, Refused when
-    vast.ai would refuse any offer."""
+    vast.ai would refuse any offer, PreflightError where a token that the job names is not here."""
     allowed_s = session.allowed_s(offer)
+    tokens.validate(session.plan.env, session.plan.image_login)
     with session.shield:
         return _rent(session, offer, allowed_s)
 
@@ -116,6 +118,7 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
             env=scripts.environment(session.vast.provider.url, allowed_s),
             onstart=scripts.onstart(session.make_key()),
             bid_usd_per_hour=session.bid(offer),
+            login=tokens.registry_login(session.plan.image, session.plan.image_login),
         )
     except MarketError as e:
         return _settle(session, e)

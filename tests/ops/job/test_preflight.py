@@ -14,7 +14,7 @@ import pytest
 import rig
 from ops.errors import ConfigError, MilkteaError, PreflightError
 from ops.fakevast import FakeVast
-from ops.job import config
+from ops.job import config, tokens
 from ops.job.plan import Plan
 from ops.job.planner import new_plan
 from ops.job.preflight import preflight
@@ -325,3 +325,80 @@ def test_the_plan_lists_every_file_that_will_travel_with_its_folder(
     assert all(f"{p.name} (" in model for p in (tmp_path / "model").iterdir())
     ours = sum(p.remote.startswith("trainer/") for p in plan.pushes)
     assert any(f"sends {ours + 2} files of milktea's own trainer" == n for n in told)
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def test_a_variable_that_is_named_and_not_set_is_refused_before_renting(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "two\nlines")
+    error = refused(tmp_path, fake, job | {"env": ["WANDB_API_KEY", "HF_ENDPOINT"]})
+    assert "WANDB_API_KEY is named in the job and not set here" in str(error)
+    assert "HF_ENDPOINT is longer than 8192 bytes, or not one line" in str(error)
+    assert "export it" in error.hint
+
+
+@pytest.mark.parametrize("name", ["VAST_API_KEY", "PATH", "LD_PRELOAD", "MILKTEA_MAX_S"])
+def test_a_variable_that_must_not_travel_is_refused_with_the_reason(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any], name: str
+) -> None:
+    assert f"{name} does not travel: " in str(refused(tmp_path, fake, job | {"env": [name]}))
+
+
+def test_the_plan_says_that_the_machine_s_owner_can_read_a_token_and_never_its_value(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_never_told")
+    monkeypatch.setenv("GHCR_LOGIN", "me:ghp_never_told")
+    job["image"] = {"ref": "ghcr.io/me/private:1", "trainer": "image", "login": "GHCR_LOGIN"}
+    plan = planned(tmp_path, fake, job | {"env": ["HF_TOKEN"]})
+    notes = "\n".join(plan.notes)
+    assert "HF_TOKEN go to the machine at launch" in notes and "can read them" in notes
+    assert "GHCR_LOGIN goes to vast.ai" in notes
+    assert plan.env == ["HF_TOKEN"] and plan.image_login == "GHCR_LOGIN"
+    assert "never_told" not in json.dumps(plan.to_line())
+    assert Plan.from_line(plan.to_line()) == plan
+
+
+def test_a_login_that_is_no_user_and_token_is_refused(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job["image"]["login"] = "GHCR_LOGIN"
+    for held in ("token-alone", "me:", ":token", "me: tok en"):
+        monkeypatch.setenv("GHCR_LOGIN", held)
+        assert "must hold USER:TOKEN" in str(refused(tmp_path, fake, job))
+
+
+def test_a_gated_model_without_a_token_is_refused_before_renting(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    job["model"]["base"] = "google/gemma-3-4b-it"
+    error = refused(tmp_path, fake, job)
+    assert "google/gemma-3-4b-it is gated" in str(error) and 'env = ["HF_TOKEN"]' in error.hint
+    assert "https://huggingface.co/google/gemma-3-4b-it" in error.hint
+
+
+def test_what_is_set_here_and_does_not_travel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"HF_ENDPOINT": "https://hf-mirror.com", "HF_TOKEN": "hf_x"}
+    told = "\n".join(tokens.told([], "", "Qwen/Qwen3-8B", ["tensorboard", "wandb"], here))
+    assert "HF_ENDPOINT is set here and not in env" in told
+    assert "HF_TOKEN is set here and not in env" in told
+    assert "WANDB_API_KEY is not in env" in told
+    assert tokens.told(list(here), "", "Qwen/Qwen3-8B", [], here)[1:] == []
+
+
+@pytest.mark.parametrize(
+    ("image", "host"),
+    [
+        ("ghcr.io/me/private:1", "ghcr.io"),
+        ("me/private:1", "docker.io"),
+        ("private", "docker.io"),
+        ("localhost:5000/x", "localhost:5000"),
+    ],
+)
+def test_a_login_names_the_registry_of_its_image(image: str, host: str) -> None:
+    assert tokens.registry_login(image, "L", {"L": "me:t:1"}) == f"-u me -p t:1 {host}"
+    assert tokens.registry_login(image, "", {}) is None
