@@ -29,7 +29,6 @@ from typing import Any
 
 from ops.errors import JournalError, MilkteaError
 from ops.export.folder import Kind, export
-from ops.image import convert_llama
 from ops.image import workflow as images
 from ops.job import config, planner
 from ops.job.config import JobFile
@@ -71,7 +70,6 @@ __all__ = [
     "Screen",
     "Status",
     "Vast",
-    "convert_llama",
     "destroy",
     "events",
     "export",

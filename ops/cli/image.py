@@ -22,6 +22,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+model_app = typer.Typer(
+    no_args_is_help=True, help="Base models without an image", rich_markup_mode=None
+)
+app.add_typer(model_app, name="model")
+
 Name = Annotated[str, typer.Argument(help="One of images/*.toml, such as practice or train-cu130")]
 
 
@@ -77,24 +82,6 @@ def base(name: Name = "practice") -> None:
 
         tag = images.make_base(name, progress=_say)
         print(f"{tag}\n  next: make image IMAGE={name} BASE={tag}")
-
-
-@app.command("convert-llama")
-def convert_llama(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="The folder of the original layout: params.json, consolidated.*.pth, "
-            "tokenizer.model"
-        ),
-    ],
-    target: Annotated[Path, typer.Argument(help="A new folder for safetensors")],
-) -> None:
-    """Turn the original LLaMA .pth layout into safetensors; no pickle is run."""
-    with errors(False):
-        from ops.api import convert_llama as conversion
-
-        print(*conversion.convert(source, target, _say), sep="\n")
 
 
 @app.command()
@@ -232,3 +219,29 @@ def release(name: Name) -> None:
 
         folder = images.release(name)
         print(f"{folder} is released; the next change gets a new version")
+
+
+@model_app.command("add")
+def add_model(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Of safetensors; ChatGLM2 or 3, or the original LLaMA layout, are converted"
+        ),
+    ],
+    name: Annotated[
+        str, typer.Option(help="What jobs call it, as company/Model-7B; the folder's name without")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="The folder to carry; a new one without")] = None,
+    volume: Annotated[str, typer.Option(help="As of milktea image bundle")] = "",
+    key: Annotated[Path | None, typer.Option(help="As of milktea image bundle")] = None,
+    signed: Annotated[bool, typer.Option("--sign/--no-sign", help="Sign it")] = True,
+) -> None:
+    """Write a base model as a bundle of its own, for a server that has an image."""
+    with errors(False):
+        from ops.api import images
+
+        made = images.bundle_model(
+            folder, name, out, volume=volume, key=key, signed=signed, progress=_say
+        )
+        print(made.summary)

@@ -25,7 +25,7 @@ from ops.image.fetch import debian, models, wheels
 from ops.image.fetch.debian import Mirrors as Mirrors  # offered to the command line
 from ops.image.spec import budget, definition
 from ops.image.spec import lock as locks
-from ops.image.spec.definition import Definition
+from ops.image.spec.definition import Definition, ModelSource
 from ops.image.spec.lock import Lock
 from ops.image.spec.paths import Places
 
@@ -270,7 +270,7 @@ def bundle(
     if proved:
         prove(name, places, progress, image)
     built, lock = take(name, places, progress, image)
-    release = int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d%H%M%S"))
+    release = _release()
     contents = Contents(
         lock,
         built,
@@ -289,6 +289,37 @@ def bundle(
     return bundles.write_bundle(
         contents, out or Path(f"{kind}-{lock.image}-{release}"), options, progress
     )
+
+
+def bundle_model(
+    folder: Path,
+    name: str = "",
+    out: Path | None = None,
+    *,
+    volume: str = "",
+    key: Path | None = None,
+    signed: bool = True,
+    places: Places = Places(),
+    progress: Progress = quiet,
+) -> Bundle:
+    """Write the base model in ``folder`` as a bundle of its own, for a server that has an image.
+
+    ``name`` is what jobs call it; the folder's name without. ChatGLM2 and 3 and the original LLaMA
+    layout are converted. Raises ConfigError, PreflightError.
+    """
+    name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")
+    if not definition.is_model_name(name):
+        raise ConfigError(
+            f"{name!r} is no name of a model", hint="--name company/Model-7B, of A-Z a-z 0-9 . _ -"
+        )
+    source = ModelSource(name=name, source=f"folder:{folder.resolve()}")
+    model = models.resolve(source, places.root, places.models, progress)
+    short = f"models-{re.sub(r'[^a-z0-9.-]', '-', name.lower())}"
+    release = _release()
+    contents = bundles.of_models(short, [model], {name: models.where(model, places.models)})
+    key = (key or _own_key(progress)) if signed else None
+    options = Options(release, volume_bytes(volume), key=key)
+    return bundles.write_bundle(contents, out or Path(f"{short}-{release}"), options, progress)
 
 
 def keygen(path: Path) -> str:
@@ -332,6 +363,11 @@ def own_key() -> Path:
         / "milktea"
         / "release-key"
     )
+
+
+def _release() -> int:
+    """Now, in UTC: later bundles have larger numbers."""
+    return int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d%H%M%S"))
 
 
 def _own_key(progress: Progress) -> Path:

@@ -51,9 +51,7 @@ def test_every_make_target_that_a_text_names_is_in_the_makefile() -> None:
 def test_every_verb_of_milktea_image_that_a_text_names_exists_with_its_options() -> None:
     commands = typer.main.get_command(image.app).commands  # type: ignore[attr-defined]
     named = said(IMAGE)
-    assert len(named) > 8 and {"base", "convert-llama", "keygen", "fetch"} <= {
-        verb for _, verb, _ in named
-    }
+    assert len(named) > 8 and {"base", "keygen", "fetch"} <= {verb for _, verb, _ in named}
     for path, verb, rest in named:
         assert verb in commands, (path, verb)
         known = {

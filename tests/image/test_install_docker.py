@@ -200,6 +200,30 @@ def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bund
     assert "said hello" in evidence and product.made().image.diff_ids[0] in evidence
 
 
+def test_a_model_alone_is_brought_in_by_the_image_that_is_here(
+    product: Any, engine: Engine, on: Callable, tmp_path: Path
+) -> None:
+    from ops.image.bundle import bundle
+
+    product.add_model("org/Alone-1B")
+    made = product.made()
+    contents = bundle.of_models("models-alone", made.lock.models, made.models)
+    bundle.write_bundle(contents, tmp_path / "models", Options(volume_bytes=250_000))
+    ran = on(tmp_path / "models")
+    assert ran.code == 3 and "no image is installed" in ran.err and "as it was before" in ran.err
+    product.models = {}
+    product.pack(tmp_path / "image")
+    assert on(tmp_path / "image").code == 0
+    tags, evidence = engine.tags(f"mtb/{product.name}"), tmp_path / "prefix/EVIDENCE.html"
+    before = evidence.read_bytes()
+    ran = on(tmp_path / "models")
+    assert ran.code == 0, ran.out + ran.err
+    assert (tmp_path / "prefix/models/by-name/org/Alone-1B/config.json").is_file()
+    assert engine.tags(f"mtb/{product.name}") == tags and evidence.read_bytes() == before
+    records = [json.loads(p.read_text()) for p in (tmp_path / "prefix/records").glob("*.json")]
+    assert sorted(record["bundle"]["kind"] for record in records) == ["full", "models"]
+
+
 def test_updates_bring_what_changed_and_go_back_in_a_second(
     product: Any, engine: Engine, on: Callable, tmp_path: Path
 ) -> None:

@@ -4,11 +4,14 @@ import json
 import struct
 
 import pytest
+import torch
 
-from ops.errors import PreflightError
+from ops.errors import ConfigError, PreflightError
+from ops.image import workflow
 from ops.image.fetch import models as model
 from ops.image.spec import lock
 from ops.image.spec.definition import ModelSource
+from ops.image.spec.paths import Places
 
 INDEX = (
     b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b":'
@@ -81,14 +84,79 @@ def test_weights_that_are_only_pickles_are_refused(folder, tmp_path):
         resolve(folder, tmp_path)
 
 
-def test_the_original_llama_layout_is_refused_with_the_command_that_converts_it(folder, tmp_path):
-    for path in folder.glob("*.safetensors"):
+def without_weights(folder):
+    for path in (*folder.glob("*.safetensors"), folder / "config.json"):
         path.unlink()
-    (folder / "consolidated.00.pth").write_bytes(b"x")
-    (folder / "params.json").write_text("{}")
-    with pytest.raises(PreflightError) as caught:
-        resolve(folder, tmp_path)
-    assert "milktea image convert-llama" in caught.value.hint
+
+
+def test_the_original_llama_layout_is_converted_on_the_way_in(folder, tmp_path):
+    without_weights(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    sizes = {"tok_embeddings": (8, 4), "output": (8, 4), "norm": (4,)}
+    sizes |= {f"layers.0.attention.{x}": (4, 4) for x in ("wq", "wk", "wv", "wo")}
+    sizes |= {"layers.0.feed_forward.w1": (6, 4), "layers.0.feed_forward.w3": (6, 4)}
+    sizes |= {"layers.0.feed_forward.w2": (4, 6), "layers.0.attention_norm": (4,)}
+    sizes |= {"layers.0.ffn_norm": (4,)}
+    torch.save(
+        {f"{name}.weight": torch.ones(size) for name, size in sizes.items()},
+        folder / "consolidated.00.pth",
+    )
+    params = {"dim": 4, "n_layers": 1, "n_heads": 1, "norm_eps": 1e-5}
+    (folder / "params.json").write_text(json.dumps(params))
+    said = []
+    found = model.resolve(
+        ModelSource(name="Llama-7B", source=f"folder:{folder}"),
+        tmp_path,
+        tmp_path / "cache",
+        said.append,
+    )
+    assert [file.path for file in found.files] == ["config.json", "model.safetensors"]
+    assert "convert_llama" in said[0]
+
+
+def test_what_a_converter_refuses_is_told_in_its_own_words(folder, tmp_path):
+    without_weights(folder)
+    (folder / "config.json").write_text('{"model_type": "chatglm", "position_encoding_2d": true}')
+    with pytest.raises(PreflightError, match="ChatGLM-6B, the first, is another model") as caught:
+        resolve(folder, tmp_path / "cache")
+    assert "ChatGLM2-6B" in caught.value.hint
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_model_that_needs_code_of_its_publisher_is_refused_in_words(folder, tmp_path):
+    (folder / "config.json").write_text(
+        '{"model_type": "baichuan", "auto_map": {"AutoModel": "modeling_baichuan.Model"}}'
+    )
+    (folder / "modeling_baichuan.py").write_text("raise SystemExit('a stranger ran')")
+    with pytest.raises(PreflightError, match=r"needs code of its publisher \(modeling_baichuan.py"):
+        resolve(folder, tmp_path / "cache")
+
+
+def test_code_that_transformers_does_not_need_is_left_out_and_that_is_said(folder, tmp_path):
+    (folder / "config.json").write_text('{"model_type": "qwen2", "auto_map": {"AutoModel": "m.M"}}')
+    (folder / "m.py").write_text("")
+    said = []
+    source = ModelSource(name="mine", source=f"folder:{folder.name}")
+    found = model.resolve(source, folder.parent, tmp_path / "cache", said.append)
+    assert "m.py" not in [file.path for file in found.files]
+    assert said == ["my-model: m.py stay behind; transformers has qwen2 itself"]
+
+
+def test_a_model_travels_alone_under_a_name_as_people_write_it(folder, tmp_path):
+    folder = folder.rename(folder.parent / "Qwen2.5 7B (ours)")
+    places = Places(tmp_path / "checkout")
+    made = workflow.bundle_model(folder, out=tmp_path / "out", signed=False, places=places)
+    plan = (tmp_path / "out/PLAN").read_text().splitlines()
+    assert made.kind == "models" and "name models-qwen2.5-7b-ours" in plan
+    assert [line.split()[3] for line in plan if line.startswith("model ")] == ["Qwen2.5-7B-ours"]
+    assert not (tmp_path / "out/parts").exists() or not list((tmp_path / "out/parts").iterdir())
+    assert "for a server that has an image" in (tmp_path / "out/README.en.txt").read_text()
+    named = workflow.bundle_model(
+        folder, "Qwen/Qwen2.5-7B", tmp_path / "out2", signed=False, places=places
+    )
+    assert named.id == made.id, "one identity by the files"
+    with pytest.raises(ConfigError, match="no name of a model"):
+        workflow.bundle_model(folder, "../etc", tmp_path / "out3", signed=False, places=places)
 
 
 def test_pickles_beside_safetensors_do_not_travel(folder, tmp_path):

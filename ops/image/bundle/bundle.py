@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops.errors import ConfigError, PreflightError
+from ops.hardware.driver import Line
 from ops.image.bundle import archive, manifest, signature, volumes
 from ops.image.bundle.contents import Contents, Options, models_beside
 from ops.image.bundle.parts import Part, bundle_id, final_tag, part_name, part_tag, plan_parts
+from ops.image.spec.lock import Lock, Model
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,27 @@ class Bundle:
         """One line for a person."""
         size = f"{self.size_bytes / 1e6:,.1f} MB"
         return f"{self.folder}: {self.kind}, {self.carried_layers} layers, {size}, bundle {self.id}"
+
+
+def of_models(name: str, models: list[Model], folders: dict[str, Path]) -> Contents:
+    """The contents of a bundle of base models alone; an image that the server has brings them in.
+
+    The bundle's identity is of the models' files.
+    """
+    lock = Lock(
+        image=name,
+        version=1,
+        wire=0,
+        platform="linux/amd64",
+        epoch=0,
+        dockerfile="",
+        definition_sha256="0" * 64,
+        python="",
+        models=models,
+    )
+    config = archive.canonical_json({"models": sorted(model.set_digest for model in models)})
+    image = archive.Image(config, (), f"milktea/{name}:1")
+    return Contents(lock, image, folders, Line(name, None))
 
 
 def write_bundle(
@@ -72,10 +95,8 @@ def write_bundle(
         out.rmdir()
     folder.rename(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    kind = "update" if options.base else "full"
-    return Bundle(
-        out, bundle_id(contents.image), kind, size, sum(len(part.carried) for part in parts)
-    )
+    carried = sum(len(part.carried) for part in parts)
+    return Bundle(out, bundle_id(contents.image), manifest.kind(contents, options), size, carried)
 
 
 def write_oci(contents: Contents, out: Path) -> Path:

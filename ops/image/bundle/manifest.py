@@ -39,13 +39,18 @@ def small_files(contents: Contents) -> dict[str, bytes]:
         "image.lock": dumps(contents.lock),
         "sbom/image.cdx.json": sbom.cyclonedx(contents.lock).decode(),
         "licenses/INDEX.txt": sbom.licences(contents.lock),
-        "licenses/SOURCES.txt": sbom.source_offer(contents.lock),
+        "licenses/SOURCES.txt": sbom.source_offer(contents.lock) if contents.image.layers else "",
         "tools/milktea-run": (SERVER / "milktea-run.sh").read_text("utf-8"),
         **{f"tools/{name}": (SERVER / name).read_text("utf-8") for name in TOOLS},
     }
-    found = {path: text.encode() for path, text in texts.items()}
+    found = {path: text.encode() for path, text in texts.items() if text}
     documents = contents.documents or {}
     return found | {f"docs/{name}": path.read_bytes() for name, path in sorted(documents.items())}
+
+
+def kind(contents: Contents, options: Options) -> str:
+    """models (without an image), update (above the layers that the server has), or full."""
+    return "models" if not contents.image.layers else "update" if options.base else "full"
 
 
 def plan(
@@ -58,7 +63,7 @@ def plan(
         f"name {lock.image}",
         f"id {bundle_id(image)}",
         f"release {options.release}",
-        f"kind {'update' if options.base else 'full'}",
+        f"kind {kind(contents, options)}",
         f"ref {final_tag(image)}",
         f"intermediate {intermediate_tag(image)}",
         f"config {image.config_digest}",
@@ -133,7 +138,7 @@ def manifest(contents: Contents, files: volumes.Files, options: Options) -> dict
         "name": contents.lock.image,
         "id": bundle_id(image),
         "release": options.release,
-        "kind": "update" if options.base else "full",
+        "kind": kind(contents, options),
         "base": options.base.ref if options.base else None,
         "needs": needs(contents),
         "image": {
@@ -163,6 +168,8 @@ def readme(contents: Contents, files: volumes.Files, options: Options, language:
     text = (SERVER / f"README.{language}.txt").read_text("utf-8")
     wanted = {
         "signed": bool(options.key),
+        "image": bool(contents.image.layers),
+        "models": not contents.image.layers,
         "unsigned": not options.key,
         "update": bool(options.base),
     }

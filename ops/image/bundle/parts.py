@@ -33,9 +33,11 @@ def plan_parts(image: Image, base: Present | None) -> list[Part]:
     """The archives of a bundle, bottom up: all layers, or those above what the image has in common
     with ``base``.
 
-    An update whose layers are all there carries the last one again, because that archive brings the
-    image's config.
+    A bundle of models alone has none. An update whose layers are all there carries the last one
+    again, because that archive brings the image's config.
     """
+    if not image.layers:
+        return []
     shared = shared_prefix(base.layers, image.diff_ids) if base else 0
     shared = min(shared, len(image.layers) - 1)
     parts: list[Part] = []

@@ -2,7 +2,7 @@
 whatever the packing.
 
 From a commit of the hub or from a folder. A pickle can run code when it is opened, so none is
-taken; `convert_llama` turns the one old layout that people still have into safetensors.
+taken; the layouts that people still have are converted first (`convert`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ops.errors import PreflightError
+from ops.image.fetch import convert
 from ops.image.fetch.wheels import sha256_file
 from ops.image.spec.definition import ModelSource
 from ops.image.spec.lock import Model, ModelFile, set_digest
@@ -91,7 +92,10 @@ def check(folder: Path) -> list[str]:
     )
     weights = [path for path in files if path.endswith(".safetensors")]
     if not weights:
-        raise PreflightError(_no_safetensors(folder, files), hint=_how_to_convert(folder))
+        raise PreflightError(
+            _no_safetensors(folder, files),
+            hint="take a revision that has safetensors, or convert it on a machine that you trust",
+        )
     taken = [path for path in files if path.endswith(TAKEN) or Path(path).name.startswith(NAMED)]
     if "config.json" not in taken:
         raise PreflightError(
@@ -158,7 +162,7 @@ def where(model: Model, cache: Path) -> Path:
 def _folder(source: ModelSource, root: Path, cache: Path, progress: Progress) -> Path:
     kind, _, rest = source.source.partition(":")
     if kind == "folder":
-        return root / Path(rest).expanduser()
+        return convert.usable(root / Path(rest).expanduser(), cache, progress)
     from huggingface_hub import snapshot_download  # takes 0.5 s to import
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -239,12 +243,3 @@ def _no_safetensors(folder: Path, files: list[str]) -> str:
             " opened"
         )
     return f"{folder} has no weights (*.safetensors)"
-
-
-def _how_to_convert(folder: Path) -> str:
-    if (folder / "params.json").is_file():
-        return (
-            f"milktea image convert-llama {folder} NEW_FOLDER turns the original LLaMA layout into"
-            " safetensors"
-        )
-    return "take a revision that has safetensors, or convert it on a machine that you trust"

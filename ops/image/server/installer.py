@@ -173,15 +173,17 @@ def record(plan: str, facts: str, prefix: Path, sbom: str | None) -> dict[str, A
 
 
 def write_record(found: dict[str, Any], prefix: Path) -> None:
-    """INSTALL-RECORD.json, its copy under records/, EVIDENCE.html; each appears whole."""
+    """INSTALL-RECORD.json, its copy under records/, EVIDENCE.html; each appears whole. Of a bundle
+    of models only the copy.
+    """
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     (prefix / "records").mkdir(exist_ok=True)
     name = f"INSTALL-{found['bundle']['id']}-{found['when'].replace(':', '')}.json"
-    for path, content in {
-        prefix / "records" / name: text,
-        prefix / "INSTALL-RECORD.json": text,
-        prefix / "EVIDENCE.html": audit_report.page(text),
-    }.items():
+    contents = {prefix / "records" / name: text}
+    if found["bundle"]["kind"] != "models":  # what was proved of the image stays what it is
+        contents[prefix / "INSTALL-RECORD.json"] = text
+        contents[prefix / "EVIDENCE.html"] = audit_report.page(text)
+    for path, content in contents.items():
         part = path.with_name(path.name + ".part")
         part.write_text(content, "utf-8")
         part.replace(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -20,9 +21,8 @@ from ops.image.spec.lock import Cuda, Lock, Strict
 
 T = TypeVar("T", bound=Strict)
 Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.-]{0,62}$")]
-ModelName = Annotated[
-    str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=96)
-]
+MODEL_NAME = "^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+ModelName = Annotated[str, Field(pattern=MODEL_NAME, max_length=96)]
 
 
 class Os(Strict):
@@ -117,6 +117,10 @@ def read(path: Path) -> Definition:
         )
     wanted = definition.os.model_copy(update={"packages": packages.read_text().split()})
     return definition.model_copy(update={"os": wanted})
+
+
+def is_model_name(name: str) -> bool:
+    return re.match(MODEL_NAME, name) is not None and len(name) <= 96
 
 
 def read_budget(path: Path) -> Budget | None:

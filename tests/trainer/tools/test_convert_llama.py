@@ -1,5 +1,6 @@
-"""The original LLaMA layout is converted without torch; torch and transformers judge the result."""
+"""The original LLaMA layout becomes what transformers loads; LLaMA as it was written judges."""
 
+import io
 import json
 import math
 import pickle
@@ -7,12 +8,12 @@ import zipfile
 from collections import OrderedDict
 
 import pytest
+import torch
 
-from ops.errors import PreflightError
-from ops.image.convert_llama import convert
 from ops.image.fetch.models import check
+from trainer.tools.checkpoint import Refused, read
+from trainer.tools.convert_llama import convert
 
-torch = pytest.importorskip("torch")
 DIM, LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 32, 2, 4, 2, 48, 96
 PARAMS = {
     "dim": DIM,
@@ -168,23 +169,80 @@ def test_a_pickle_that_names_anything_but_tensors_is_refused_before_it_runs(tmp_
             return (open, (str(tmp_path / "owned"), "w"))
 
     folder = save(tmp_path / "7B", weights(torch.float16))
-    with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
-        archive.writestr("consolidated/data.pkl", pickle.dumps({"x": Evil()}))
-    with pytest.raises(PreflightError, match=r"names (io|_io)\.open, which is no tensor"):
+    rewritten(folder / "consolidated.00.pth", pickle.dumps({"x": Evil()}, protocol=2))
+    with pytest.raises(Refused, match="its pickle names more than tensors"):
         convert(folder, tmp_path / "hf", quiet)
     assert not (tmp_path / "owned").exists()
+
+
+def rewritten(path, pickled):
+    """The same checkpoint with another pickle."""
+    with zipfile.ZipFile(path) as archive:
+        kept = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in kept.items():
+            archive.writestr(name, pickled if name.endswith("/data.pkl") else data)
+
+
+def hostile(folder, size, stride, offset):
+    """A checkpoint of one tensor, whose pickle says another shape than its 8 bytes have."""
+    path = folder / "consolidated.00.pth"
+    torch.save({"norm.weight": torch.ones(2)}, path)
+
+    class Storage:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if isinstance(value, Storage):
+                return "storage", torch.FloatStorage, "0", "cpu", 2
+            return None
+
+    class Tensor:
+        def __reduce__(self):
+            shape = (Storage(), offset, size, stride, False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, shape
+
+    out = io.BytesIO()
+    Pickler(out, protocol=2).dump({"norm.weight": Tensor()})
+    rewritten(path, out.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset"),
+    [
+        ((1 << 35,), (1,), 0),
+        ((2,), (1,), 1),
+        ((2,), (1 << 40,), 0),
+        ((2,), (-1,), 1),
+        ((2,), (1,), -1),
+        ((-1,), (1,), 0),
+        ((2, 2), (0, 1), 0),
+    ],
+    ids=["long", "shifted", "strided", "backwards", "before", "negative", "overlapping"],
+)
+def test_a_tensor_that_reaches_outside_of_its_bytes_is_refused(tmp_path, size, stride, offset):
+    path = hostile(save(tmp_path / "7B", weights(torch.float16)), size, stride, offset)
+    with pytest.raises(Refused, match=r"consolidated\.00\.pth"):
+        read(path)
+
+
+def test_a_plain_tensor_in_that_form_is_read(tmp_path):
+    path = hostile(save(tmp_path / "7B", weights(torch.float16)), (2,), (1,), 0)
+    assert torch.equal(read(path)["norm.weight"], torch.ones(2))
 
 
 def test_a_checkpoint_that_broke_off_is_named(tmp_path):
     folder = save(tmp_path / "7B", weights(torch.float16))
     whole = (folder / "consolidated.00.pth").read_bytes()
     (folder / "consolidated.00.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(PreflightError, match=r"consolidated\.00\.pth is not a whole checkpoint"):
+    with pytest.raises(Refused, match=r"consolidated\.00\.pth is not a whole checkpoint"):
         convert(folder, tmp_path / "hf", quiet)
 
 
 def test_a_folder_without_a_checkpoint_says_which_folder_to_name(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
-    with pytest.raises(PreflightError) as caught:
+    with pytest.raises(Refused) as caught:
         convert(tmp_path, tmp_path / "hf", quiet)
     assert "7B" in caught.value.hint

@@ -1,0 +1,1 @@
+"""Programs that people run beside a training: other people's weights made ours."""
