@@ -108,13 +108,6 @@ def lay_out(lock: Lock, places: Places) -> None:
             _link(source, path)
 
 
-def clear(lock: Lock, places: Places) -> None:
-    """Remove the fetched files from beside the Dockerfile; the cache keeps them."""
-    folder = places.dockerfile(lock.dockerfile)
-    for path in [*folder.glob("debian/*.deb"), *folder.glob("wheels/*/*.whl")]:
-        path.unlink()
-
-
 def deb_name(file: str) -> str:
     return Path(file).name
 

@@ -47,14 +47,6 @@ def connect(host: str | None = None) -> DockerClient:
     return client
 
 
-def layers_of(client: DockerClient, tag: str) -> list[str] | None:
-    """DiffIDs of a loaded image, the same with either store; None where there is no such image."""
-    try:
-        return list(client.images.get(tag).attrs["RootFS"]["Layers"])
-    except (ImageNotFound, KeyError):
-        return None
-
-
 def build(
     client: DockerClient,
     root: Path,

@@ -12,9 +12,7 @@ bytes.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import shutil
 import tarfile
 from collections.abc import Collection, Iterator
@@ -166,16 +164,10 @@ def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = N
         out.write(chunk)
         size += len(chunk)
         if source is not None:
-            _copy(_blob_path(source), out, source.blob_bytes)
+            with _blob_path(source).open("rb") as blob:
+                shutil.copyfileobj(blob, out, 1 << 20)
             size += source.blob_bytes
     return size
-
-
-def archive_bytes(image: Image, carry: Collection[int] | None = None) -> int:
-    """The size of what :func:`write_archive` would write, from the lock alone."""
-    return sum(
-        len(chunk) + (source.blob_bytes if source else 0) for chunk, source in _pieces(image, carry)
-    )
 
 
 def _pieces(image: Image, carry: Collection[int] | None) -> Iterator[tuple[bytes, Layer | None]]:
@@ -222,28 +214,3 @@ def _blob_path(layer: Layer) -> Path:
             " image` again"
         )
     return layer.path
-
-
-def _copy(path: Path, out: BinaryIO, size: int) -> None:
-    """Copy inside the kernel where both ends are files; through memory otherwise."""
-    with path.open("rb") as source:
-        try:
-            target = out.fileno()
-        except (AttributeError, io.UnsupportedOperation):
-            shutil.copyfileobj(source, out, 1 << 20)
-            return
-        out.flush()
-        while size > 0 and (done := _copy_range(source.fileno(), target, size)):
-            size -= done
-        if size:
-            shutil.copyfileobj(source, out, 1 << 20)
-
-
-def _copy_range(source: int, target: int, size: int) -> int:
-    """Bytes copied; 0 where the kernel or the file system cannot (the caller then copies through
-    memory).
-    """
-    try:
-        return os.copy_file_range(source, target, min(size, 1 << 30))
-    except (AttributeError, OSError):
-        return 0

@@ -2,7 +2,7 @@
 a server without a network.
 
     README.{en,zh}.txt  INSTALL.sh  what to read, what to run
-    PLAN  MANIFEST.json             what INSTALL.sh follows, one fact a line; the same for programs
+    PLAN                            what INSTALL.sh follows, one fact a line
     SHA256SUMS  .sig  .openssl      one line a file; the signatures are over this
     parts/NN-NAME-HASH.tar[.vNNN]   `docker load` archives: a large layer each, or some small ones
     models/SET/...  image.lock  sbom/  licenses/  tools/  docs/
@@ -187,8 +187,6 @@ def _write_small(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         files |= volumes.write_small(folder, name, data, role="small")
     (folder / "INSTALL.sh").chmod(0o755)
-    text = manifest.as_json(manifest.manifest(contents, files, options))
-    files |= volumes.write_small(folder, "MANIFEST.json", text.encode(), role="small")
 
 
 def _validate_room(contents: Contents, parts: list[Part], options: Options, out: Path) -> None:

@@ -1,14 +1,12 @@
-"""The small files of a bundle: PLAN, which INSTALL.sh follows, and what programs and people read.
+"""The small files of a bundle: PLAN, which INSTALL.sh follows, and what people read.
 Pure.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ops.errors import ConfigError
 from ops.hardware import driver
@@ -112,57 +110,6 @@ def plan(
     ]
 
 
-def needs(contents: Contents) -> dict[str, Any]:
-    """What a server must have, for programs: bytes, versions."""
-    plain, containerd = room(contents.image, plan_parts(contents.image, None), 0)
-    return {
-        "engine": "20.10",
-        "platform": contents.lock.platform,
-        "cuda": contents.line.cuda,
-        "driver": contents.line.floor if contents.line.cuda else None,
-        "architectures": list(contents.line.arches),
-        "disk_bytes_overlay2": plain,
-        "disk_bytes_containerd": containerd,
-        "model_bytes": sum(
-            file.size_bytes for model in contents.lock.models for file in model.files
-        ),
-        "memory_bytes": contents.memory_bytes,
-    }
-
-
-def manifest(contents: Contents, files: volumes.Files, options: Options) -> dict[str, Any]:
-    """The bundle for programs."""
-    image = contents.image
-    return {
-        "milktea_bundle": FORMAT,
-        "name": contents.lock.image,
-        "id": bundle_id(image),
-        "release": options.release,
-        "kind": kind(contents, options),
-        "base": options.base.ref if options.base else None,
-        "needs": needs(contents),
-        "image": {
-            "ref": final_tag(image),
-            "config_digest": image.config_digest,
-            "manifest_digest": image.manifest_digest,
-            "layers": [
-                {
-                    "name": x.name,
-                    "diff_id": x.diff_id,
-                    "size_bytes": x.size_bytes,
-                    "blob_sha256": x.blob_sha256,
-                }
-                for x in image.layers
-            ],
-        },
-        "models": [model.model_dump() for model in models_beside(contents, options)],
-        "files": {
-            p: {"bytes": f.size_bytes, "role": f.role, "sha256": f.sha256}
-            for p, f in sorted(files.items())
-        },
-    }
-
-
 def readme(contents: Contents, files: volumes.Files, options: Options, language: str) -> str:
     """README.LANGUAGE.txt; of a bundle without a signature it names no key."""
     text = (SERVER / f"README.{language}.txt").read_text("utf-8")
@@ -179,7 +126,8 @@ def readme(contents: Contents, files: volumes.Files, options: Options, language:
         text,
         flags=re.M | re.S,
     )
-    disk = needs(contents)["disk_bytes_overlay2"] + needs(contents)["model_bytes"]
+    disk, _ = room(contents.image, plan_parts(contents.image, None), 0)
+    disk += sum(file.size_bytes for model in contents.lock.models for file in model.files)
     facts = {
         "BASE": options.base.ref if options.base else "-",
         "NAME": contents.lock.image,
@@ -206,10 +154,6 @@ def safe_path(path: str) -> str:
             hint="rename it in the model's folder",
         )
     return path
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def gpu_rows(line: Line, lines: Iterable[Line]) -> list[str]:

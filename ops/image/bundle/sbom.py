@@ -1,17 +1,22 @@
 """The bill of materials of a bundle, CycloneDX 1.6, straight from the lock: exact hashes, no
-scanner's guess, no clock.
+scanner's guess.
 
-The same lock gives the same bytes: the serial number is derived from the lock, and there is no
-timestamp.
+The same lock gives the same bytes: serial number and time are the lock's.
 """
 
 from __future__ import annotations
 
-import json
+import datetime
 import uuid
-from typing import Any
 
-from ops.image.spec.lock import Deb, Lock, Model, Wheel, dumps
+from cyclonedx.model import HashAlgorithm, HashType
+from cyclonedx.model.bom import Bom, BomMetaData
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.model.license import DisjunctiveLicense
+from cyclonedx.output.json import JsonV1Dot6
+from packageurl import PackageURL
+
+from ops.image.spec.lock import Lock, dumps
 
 _MILKTEA = uuid.UUID("6d696c6b-7465-4100-8000-000000000001")
 
@@ -20,32 +25,42 @@ def cyclonedx(lock: Lock) -> bytes:
     """Every Debian package, wheel and base model with its hash, its package URL and the licence
     that the lock records.
     """
-    root = f"pkg:docker/milktea/{lock.image}@{lock.version}"
-    components = [
-        *map(_deb, lock.debs),
-        *(_wheel(w) for w in lock.wheels),
-        *map(_model, lock.models),
+    found = [
+        _component(
+            PackageURL("deb", "debian", x.name, x.version, {"arch": x.architecture}), x.sha256
+        )
+        for x in lock.debs
     ]
-    components.sort(key=lambda c: c["bom-ref"])
-    version = str(lock.identity.config_digest) if lock.identity else str(lock.version)
-    document = {
-        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.uuid5(_MILKTEA, dumps(lock))}",
-        "version": 1,
-        "metadata": {
-            "component": {
-                "type": "container",
-                "bom-ref": root,
-                "name": lock.image,
-                "version": version,
-            }
-        },
-        "components": components,
-        "dependencies": [{"ref": root, "dependsOn": [c["bom-ref"] for c in components]}],
-    }
-    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    found += [
+        _component(PackageURL("pypi", None, x.name, x.version), x.sha256, x.license)
+        for x in lock.wheels
+    ]
+    for model in lock.models:
+        purl = PackageURL("generic", None, model.name, model.revision)
+        made = _component(purl, model.set_digest.removeprefix("sha256:"), model.license)
+        made.type = ComponentType.MACHINE_LEARNING_MODEL
+        made.components = [
+            Component(
+                type=ComponentType.FILE,
+                name=file.path,
+                bom_ref=f"{purl}#{file.path}",
+                hashes=[_hash(file.sha256)],
+            )
+            for file in model.files
+        ]
+        found.append(made)
+    identity = lock.identity.config_digest if lock.identity else str(lock.version)
+    root = Component(
+        type=ComponentType.CONTAINER, name=lock.image, version=identity, bom_ref="image"
+    )
+    when = datetime.datetime.fromtimestamp(lock.epoch, datetime.UTC)
+    bom = Bom(
+        components=found,
+        serial_number=uuid.uuid5(_MILKTEA, dumps(lock)),
+        metadata=BomMetaData(component=root, timestamp=when),
+    )
+    bom.register_dependency(root, found)
+    return (JsonV1Dot6(bom).output_as_string(indent=1) + "\n").encode()
 
 
 def licences(lock: Lock) -> str:
@@ -79,60 +94,16 @@ def source_offer(lock: Lock) -> str:
     )
 
 
-def _deb(deb: Deb) -> dict[str, Any]:
-    purl = f"pkg:deb/debian/{deb.name}@{_quoted(deb.version)}?arch={deb.architecture}"
-    return _component("library", deb.name, deb.version, purl, deb.sha256, "")
-
-
-def _wheel(wheel: Wheel) -> dict[str, Any]:
-    purl = f"pkg:pypi/{wheel.name.lower().replace('_', '-')}@{_quoted(wheel.version)}"
-    return _component("library", wheel.name, wheel.version, purl, wheel.sha256, wheel.license)
-
-
-def _model(model: Model) -> dict[str, Any]:
-    purl = f"pkg:generic/{_quoted(model.name)}@{_quoted(model.revision)}"
-    found = _component(
-        "machine-learning-model",
-        model.name,
-        model.revision,
-        purl,
-        model.set_digest.removeprefix("sha256:"),
-        model.license,
+def _component(purl: PackageURL, sha256: str, licence: str = "") -> Component:
+    return Component(
+        name=purl.name,
+        version=purl.version,
+        purl=purl,
+        bom_ref=purl.to_string(),
+        hashes=[_hash(sha256)],
+        licenses=[DisjunctiveLicense(name=licence)] if licence else [],
     )
-    parts = [
-        {
-            "type": "file",
-            "bom-ref": f"{purl}#{f.path}",
-            "name": f.path,
-            "hashes": [{"alg": "SHA-256", "content": f.sha256}],
-        }
-        for f in model.files
-    ]
-    return found | {"components": parts}
 
 
-def _component(
-    kind: str, name: str, version: str, purl: str, sha256: str, licence: str
-) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "type": kind,
-        "bom-ref": purl,
-        "name": name,
-        "version": version,
-        "purl": purl,
-    }
-    found["hashes"] = [{"alg": "SHA-256", "content": sha256}]
-    if licence:
-        found["licenses"] = [{"license": {"name": licence}}]
-    return found
-
-
-def _quoted(text: str) -> str:
-    """Percent-encoding as package URLs want it in names and versions."""
-    return (
-        text.replace("%", "%25")
-        .replace("+", "%2B")
-        .replace("/", "%2F")
-        .replace("@", "%40")
-        .replace(":", "%3A")
-    )
+def _hash(sha256: str) -> HashType:
+    return HashType(alg=HashAlgorithm.SHA_256, content=sha256)

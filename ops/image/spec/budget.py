@@ -50,17 +50,3 @@ def attribution(lock: Lock) -> list[tuple[str, int, int, str]]:
         (layer.name, layer.size_bytes, layer.blob_bytes, ", ".join(layer.holds))
         for layer in lock.layers
     ]
-
-
-def growth(old: Lock, new: Lock) -> list[tuple[str, int]]:
-    """By how many bytes each layer changed between two locks, the largest change first; unchanged
-    ones are left out.
-    """
-    before, after = ({layer.name: layer.size_bytes for layer in lock.layers} for lock in (old, new))
-    changed = {
-        name: after.get(name, 0) - before.get(name, 0) for name in before.keys() | after.keys()
-    }
-    return sorted(
-        ((name, change) for name, change in changed.items() if change),
-        key=lambda item: (-abs(item[1]), item[0]),
-    )

@@ -126,11 +126,6 @@ class Lock(Strict):
         """What the image takes on the classic store: the uncompressed layers."""
         return sum(layer.size_bytes for layer in self.layers)
 
-    @property
-    def blob_bytes(self) -> int:
-        """What travels: the gzip layers."""
-        return sum(layer.blob_bytes for layer in self.layers)
-
     def complete(self, layers: list[LockedLayer], identity: Identity) -> Lock:
         """The lock of one built image."""
         return self.model_copy(update={"layers": layers, "identity": identity})
