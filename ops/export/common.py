@@ -9,12 +9,13 @@ CPUS_PER_GPU = 4
 ROOT = "/milktea"  # of the shared volume in a pod, and of the run folder in a container
 
 # For an image without our trainer: what it imports goes into the container, on each machine,
-# since machines share the run folder.
+# since machines share the run folder. Its folder has a name that nobody can make first: a node's
+# /tmp is open to its other users, and apptainer shows it inside.
 _PUSHED = (
-    "python3 -m venv --system-site-packages /tmp/milktea-venv"
-    " && /tmp/milktea-venv/bin/python -m pip install -q --no-deps --require-hashes"
+    'venv=`mktemp -d` && python3 -m venv --system-site-packages "$venv"'
+    ' && "$venv/bin/python" -m pip install -q --no-deps --require-hashes'
     " -r trainer-requirements.txt"
-    " && PYTHONPATH=. exec /tmp/milktea-venv/bin/python -m trainer.launch job.json"
+    ' && PYTHONPATH=. exec "$venv/bin/python" -m trainer.launch job.json'
 )
 
 

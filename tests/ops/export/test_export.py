@@ -164,6 +164,29 @@ def test_sbatch_would_take_every_option(practice: Callable[..., Path]) -> None:
     assert "partition" not in options((practice("slurm", queue=None) / "train.sbatch").read_text())
 
 
+def test_what_a_pushed_trainer_needs_goes_where_nobody_else_of_the_node_can_write(
+    practice: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Run with a python3 that writes down where it was to make the venv."""
+    text = (practice("slurm", trainer='"push"') / "train.sbatch").read_text()
+    [line] = re.findall(r"^command=\((.*)\)$", text, re.MULTILINE)
+    assert "/tmp/" not in line
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.write_text('#!/bin/sh\nfor x; do :; done\nstat -c "%a %u %n" "$x" >>"$ASKED"\nexit 1\n')
+    python.chmod(0o755)
+    env = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+        "ASKED": str(tmp_path / "asked"),
+    }
+    for _ in range(2):
+        subprocess.run(["bash", "-c", f'command=({line}); "${{command[@]}}"'], env=env)
+    found = [row.split() for row in (tmp_path / "asked").read_text().splitlines()]
+    assert [row[:2] for row in found] == [["700", str(os.getuid())]] * 2
+    assert found[0][2] != found[1][2]
+
+
 @pytest.mark.parametrize("trainer", ["image", "push"])
 def test_bash_parses_the_batch_file_and_srun_knows_its_options(
     practice: Callable[..., Path], trainer: str
