@@ -53,7 +53,9 @@ LONG_FUNCTIONS = {
     "trainer.kernels.triton_device.norm_backward",
     "trainer.kernels.triton_device.norm_forward",
     "trainer.kernels.triton_device.rope_backward",
+    "trainer.kernels.triton_device.rope_forward",
     "trainer.kernels.triton_device.swiglu_backward",
+    "trainer.kernels.triton_device.swiglu_forward",
 }
 
 

@@ -124,6 +124,19 @@ class Family:
         """Whether only the model's own forward makes its logits: no row says how."""
         return self.general or bool(self.row["own_logits"])
 
+    @property
+    def fused(self) -> bool:
+        """Whether the fused layer of trainer/kernels knows it: halves turn as a whole there."""
+        whole = self.turned == 1.0 or self.row["rotary"] == "pairs"
+        return whole and self.model_type in _file()["fused"]["types"]
+
+    @property
+    def turned(self) -> float:
+        """The part of a head's columns that rotary embedding turns."""
+        rope = self.config.get("rope_parameters") or {}
+        told = {**self.config, **rope}.get("partial_rotary_factor")
+        return float(1.0 if told is None else told)
+
     # -- what is trained -------------------------------------------------------------------------
 
     @property

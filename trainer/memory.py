@@ -6,7 +6,7 @@ with its gradients, optimizer, what layers keep for backward, and the largest pa
 of one chunk, or one layer's backward.
 
 Two paths, each counted tensor by tensor: the fused layer (trainer/kernels/decoder_layer.py) for
-LoRA on Llama, Mistral and Qwen2, and transformers' own forward for the rest.
+LoRA on the families that it knows (families.toml), and transformers' own forward for the rest.
 bench/results/memory-grid.jsonl and memory-plain.jsonl hold what they really took on a GPU; tests
 hold the count to them.
 """
@@ -44,9 +44,6 @@ _RECOMPUTED = 0.38
 _LAUNCH_TOKENS = 400
 
 Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
-
-
-FUSED = ("llama", "mistral", "qwen2", "chatglm")  # trainer/kernels/patch.py
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,8 @@ class Shape:
             ),
             other_bias=False,
             qk_norm=family.row["qk_norm"] != "none" if family else kind.startswith("qwen3"),
-            fused=not kind or kind in FUSED,
+            # ChatGLM is converted to Llama's layer
+            fused=family.fused if family else kind in ("", "chatglm"),
             norms=4 if family and family.row["norms"] == "before and after" else 2,
         )
         if family is None:
@@ -471,7 +469,6 @@ def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool
         shape.gated
         and shape.fused
         and shape.mixture is None
-        and not shape.qk_norm
         and not shape.other_bias
         and shape.head_dim in (32, 64, 128, 256)
     )
@@ -640,22 +637,15 @@ def _padded_copies(shape: Shape, r: int, targets: Targets, element: int) -> int:
     """The fused path's copies of A and B in the compute dtype: ranks padded, zeros for a linear
     without one beside others."""
     rank, names = _padded_rank(r), set(shape.targeted(targets))
-    joined = {
-        "qkv": ("q_proj", "k_proj", "v_proj"),
-        "o": ("o_proj",),
-        "gate_up": ("gate_proj", "up_proj"),
-        "down": ("down_proj",),
-    }
-    sizes = [
-        len(joined[g]) * i + o for g, (i, o) in shape.groups().items() if names & set(joined[g])
-    ]
+    parts = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
+    sizes = [parts[g] * i + o for g, (i, o) in shape.groups().items() if names & _JOINED[g]]
     return shape.layers * sum(sizes) * rank * element
 
 
 _JOINED = {
-    "qkv": {"q_proj", "k_proj", "v_proj"},
+    "qkv": {"q_proj", "k_proj", "v_proj", "qkv_proj"},
     "o": {"o_proj"},
-    "gate_up": {"gate_proj", "up_proj"},
+    "gate_up": {"gate_proj", "up_proj", "gate_up_proj"},
     "down": {"down_proj"},
 }
 
@@ -666,10 +656,12 @@ def _padded_rank(r: int) -> int:
 
 def _kept_fused(shape: Shape, r: int, element: int) -> float:
     """What a layer keeps of one token: its input, q k v, attention's output, the middle of the
-    stream, gate and up, seven inner products with A; attention's log-sum for each head and two
-    norms in fp32."""
+    stream, gate and up, seven inner products with A, the branches where these have norms;
+    attention's log-sum for each head and the norms' in fp32."""
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
-    return element * (2 * h + 2 * q + 2 * kv + 2 * f + 7 * _padded_rank(r)) + 4 * shape.heads + 8
+    streams = shape.norms * h
+    inner = 2 * q + 2 * kv + 2 * f + 7 * _padded_rank(r)
+    return element * (streams + inner) + 4 * (shape.heads + shape.norms)
 
 
 def _kept_plain(shape: Shape, method: str, precision: str, r: int) -> float:
@@ -736,7 +728,10 @@ def _passing_fused(
     # grouped heads: k's and v's gradients for every query head first
     expanded = 0 if kv == q else 2 * element * q
     flash = tokens * (streams + element * (q + 2 * kv) + expanded) + rounded * 4 * (q + shape.heads)
-    rotate = tokens * (streams + (2 * element + cast) * (q + 2 * kv))
+    # q and k made again behind their norms
+    turned = element if shape.qk_norm else 0
+    rotate = tokens * (streams + (2 * element + turned + cast) * (q + 2 * kv))
+    flash += tokens * turned * (q + 2 * kv)
     mlp = tokens * (element * (h + f) + cast * (h + 2 * f))
     on_the_fly = cast and not keep_transpose
     return max(flash, rotate + on_the_fly * h * (q + 2 * kv), mlp + on_the_fly * 2 * h * f)

@@ -449,7 +449,9 @@ def test_only_classes_that_the_fused_layer_knows_are_reckoned_as_fused() -> None
         )
         for kind in ("llama", "qwen2", "mistral", "phi3", "glm4", "gemma2", "qwen3", "olmo2")
     }
-    assert {k for k, on in fused.items() if on} == {"llama", "qwen2", "mistral"}
+    assert {k for k, on in fused.items() if not on} == {"olmo2"}
+    half = {"model_type": "phi3", **shape, "partial_rotary_factor": 0.5}
+    assert not memory.takes_fused_layer(Shape.from_config(half), "bf16", 16, "lora")
 
 
 def test_a_shape_goes_through_json_and_back() -> None:

@@ -60,10 +60,14 @@ class Rules:
         return Rules(self.scale, None, self.softcap)
 
 
-def short_kernels(q: Tensor, k: Tensor, v: Tensor, longest: int) -> ModuleType | None:
+def short_kernels(
+    q: Tensor, k: Tensor, v: Tensor, longest: int, rules: Rules | None = None
+) -> ModuleType | None:
     """``trainer.kernels.attention_short`` where it is the faster: Hopper and newer, q, k, v views
-    of one matrix, documents that are not very long."""
-    if _short_refused or longest > LONG or not _has_flash(q):
+    of matrices with rows of one length, documents that are not very long. With a soft cap it serves
+    all lengths: flash attention has none."""
+    long = longest > LONG and (rules is None or rules.softcap is None)
+    if _short_refused or long or not _has_flash(q):
         return None
     if torch.cuda.get_device_capability(q.device) < (9, 0):
         return None
@@ -106,19 +110,20 @@ def flash_forward(
     v: Tensor,
     cu: Tensor,
     longest: int,
-    scale: float,
-    window: int | None = None,
+    rules: Rules,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Causal attention within documents. q [M, H, D], k and v [M, KV, D], cu int32 [documents + 1],
     sinks [H] -> (out [M, H, D], what backward needs).
 
     On CUDA it is torch's own flash attention for variable lengths, which serves grouped heads as
-    they are; elsewhere the twin."""
-    if not _has_flash(q):
-        return eager_forward(q, k, v, cu, scale, window, sinks)
+    they are; elsewhere, and for soft caps, the twin."""
+    if not _has_flash(q) or rules.softcap is not None:
+        return eager_forward(q, k, v, cu, rules, sinks)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scale, **_sides(window)
+        *(q, k, v, cu, cu, longest, longest, 0.0, True, False),
+        scale=rules.scale,
+        **_sides(rules.window),
     )
     if sinks is not None:  # one more term in the sum, whose value is zero; lse [H, M], natural
         joined = torch.logaddexp(lse, sinks.float()[:, None])
@@ -136,15 +141,14 @@ def flash_backward(
     kept: tuple[Tensor, ...],
     cu: Tensor,
     longest: int,
-    scale: float,
-    window: int | None = None,
+    rules: Rules,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``flash_forward``, shaped like q, k, v.
 
     Sinks need nothing more: probabilities are made again from the logarithm of the whole sum."""
-    if not _has_flash(q):
-        return eager_backward(dout, q, k, v, cu, scale, window, sinks)
+    if not _has_flash(q) or rules.softcap is not None:
+        return eager_backward(dout, q, k, v, cu, rules, sinks)
     lse, rng, unused = kept
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         dout,
@@ -161,8 +165,8 @@ def flash_backward(
         True,
         rng,
         unused,
-        scale=scale,
-        **_sides(window),
+        scale=rules.scale,
+        **_sides(rules.window),
     )
     return grads
 
@@ -197,12 +201,10 @@ def eager_forward(
     k: Tensor,
     v: Tensor,
     cu: Tensor,
-    scale: float,
-    window: int | None = None,
+    rules: Rules,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The twin of ``flash_forward``."""
-    rules = Rules(scale, window)
     out = eager_attention(q, k, v, cu, rules, sinks)
     return out, () if sinks is None else (log_sums(q, k, cu, rules, sinks),)
 
@@ -213,14 +215,13 @@ def eager_backward(
     k: Tensor,
     v: Tensor,
     cu: Tensor,
-    scale: float,
-    window: int | None = None,
+    rules: Rules,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of ``flash_backward``."""
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out = eager_attention(q, k, v, cu, Rules(scale, window), sinks)
+        out = eager_attention(q, k, v, cu, rules, sinks)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     return dq, dk, dv
 
@@ -274,7 +275,7 @@ class _Varlen(torch.autograd.Function):
         longest: int,
         rules: Rules,
     ) -> Tensor:
-        out, kept = flash_forward(q, k, v, cu, longest, rules.scale, rules.window, sinks)
+        out, kept = flash_forward(q, k, v, cu, longest, rules, sinks)
         ctx.save_for_backward(q, k, v, out, cu, sinks, *kept)
         ctx.longest, ctx.rules = longest, rules
         return out
@@ -283,9 +284,7 @@ class _Varlen(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, cu, sinks, *kept = ctx.saved_tensors
         dout, rules = dout.contiguous(), ctx.rules
-        grads = flash_backward(
-            dout, q, k, v, out, tuple(kept), cu, ctx.longest, rules.scale, rules.window, sinks
-        )
+        grads = flash_backward(dout, q, k, v, out, tuple(kept), cu, ctx.longest, rules, sinks)
         dsinks = None
         if ctx.needs_input_grad[3]:  # the sink's share of each row, against what the row gave
             share = (sinks.float()[:, None] - kept[0]).exp()

@@ -8,6 +8,12 @@ grouped heads a tile spans fewer tokens. ``first`` and ``past`` [M] are the firs
 token's document and the one after its last. What the loops read comes through tensor descriptors
 (the copy engine of Hopper and newer, plain loads elsewhere), which leaves twice the registers to
 the products. Rows of q, k, v are s values apart.
+
+G need not be a power of two: where rows are loaded one by one a tile holds BM // G tokens and
+leaves the rest idle; where the copy engine brings them the heads of a token are padded to PAD, and
+those of another key head that come along are masked. A window is in ``first`` and ``past``. LIMIT
+caps scores at limit tanh(x / limit), in powers of two; SINKS starts each row's sum with one term
+whose value is zero. PAIRS: rotary pairs are neighbours, not halves apart.
 """
 
 # mypy: ignore-errors
@@ -25,7 +31,14 @@ def _rows(begin, m, kv_head, G: tl.constexpr, BM: tl.constexpr):
     """Token and query head of each of BM rows, and which of them exist."""
     at = tl.arange(0, BM)
     token = begin + at // G
-    return tl.minimum(token, m - 1), kv_head * G + at % G, token < m
+    held = (token < m) & (at < BM // G * G)
+    return tl.minimum(token, m - 1), kv_head * G + at % G, held
+
+
+@triton.jit
+def _capped(x, limit):
+    """limit tanh(x / limit)."""
+    return limit * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.8853900817779268 / limit))))
 
 
 @triton.jit
@@ -50,8 +63,12 @@ def attention_forward(
     s,
     kv_heads,
     scale,
+    limit,
+    sinks,
     G: tl.constexpr,
     D: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SINKS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -67,19 +84,26 @@ def attention_forward(
     )
     # unsigned, so that one comparison keeps out what is after and what is before
     room = (token - start).to(tl.uint32)
-    best = tl.full([BM], NOTHING, tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    if SINKS:
+        best = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        total = tl.full([BM], 1.0, tl.float32)
+    else:
+        best = tl.full([BM], NOTHING, tl.float32)
+        total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
+    unit = 1.0 if LIMIT else scale
     low, end, alone = _reach(first, begin, m, BM // G)
     for c in tl.range(low, end, BN, num_stages=STAGES):
         keys = c + tl.arange(0, BN)
         x = tl.dot(q_tile, k.load([c, kv_head * D]).T)
+        if LIMIT:
+            x = _capped(x * scale, limit)
         if c + BN > alone:
             x = tl.where(
                 (keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None], x, -float("inf")
             )
-        new = tl.maximum(best, tl.max(x, 1) * scale)
-        p = tl.exp2(x * scale - new[:, None])
+        new = tl.maximum(best, tl.max(x, 1) * unit)
+        p = tl.exp2(x * unit - new[:, None])
         shrink = tl.exp2(best - new)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(q_tile.dtype), v.load([c, kv_head * D]), acc * shrink[:, None])
@@ -90,15 +114,20 @@ def attention_forward(
 
 
 @triton.jit
-def _turn_back(x, cos, sin, token, ROWS: tl.constexpr, D: tl.constexpr):
+def _turn_back(x, cos, sin, token, ROWS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr):
     """The gradient of rotary embedding: x [ROWS, D] of the rotated vector -> of the vector."""
     HALF: tl.constexpr = D // 2
     at = token[:, None] * D + tl.arange(0, HALF)[None, :]
     c = tl.load(cos + at).to(tl.float32)
     n = tl.load(sin + at).to(tl.float32)
-    low, high = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+    if PAIRS:
+        low, high = tl.split(tl.reshape(x, (ROWS, HALF, 2)))
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
     both = tl.join(low * c + high * n, high * c - low * n)
-    return tl.reshape(tl.permute(both, (0, 2, 1)), (ROWS, D))
+    if not PAIRS:
+        both = tl.permute(both, (0, 2, 1))
+    return tl.reshape(both, (ROWS, D))
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -121,9 +150,12 @@ def attention_backward_q(
     kv_heads,
     scale,
     back_scale,
+    limit,
     G: tl.constexpr,
     D: tl.constexpr,
     TURN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LIMIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -152,17 +184,20 @@ def attention_backward_q(
     for c in tl.range(low, end, BN, num_stages=STAGES):
         keys = c + tl.arange(0, BN)
         k_tile = k.load([c, kv_head * D])
-        x = tl.dot(q_tile, k_tile.T) * scale - log[:, None]
-        p = tl.exp2(
-            tl.where(
-                (keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None], x, -float("inf")
-            )
-        )
+        x = tl.dot(q_tile, k_tile.T) * scale
+        if LIMIT:
+            x = _capped(x, limit)
+            slope = 1.0 - (x / limit) * (x / limit)
+        seen = (keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None]
+        p = tl.exp2(tl.where(seen, x - log[:, None], -float("inf")))
         dp = tl.dot(do_tile, v.load([c, kv_head * D]).T)
-        acc = tl.dot((p * (dp - sums[:, None])).to(q_tile.dtype), k_tile, acc)
+        change = p * (dp - sums[:, None])
+        if LIMIT:
+            change *= slope
+        acc = tl.dot(change.to(q_tile.dtype), k_tile, acc)
     acc *= back_scale
     if TURN:
-        acc = _turn_back(acc, cos, sin, token, BM, D)
+        acc = _turn_back(acc, cos, sin, token, BM, D, PAIRS)
     to = dq + token[:, None] * ds + (head * D)[:, None] + d[None, :]
     tl.store(to, acc.to(dq.dtype.element_ty), mask=ok[:, None])
 
@@ -186,16 +221,23 @@ def attention_backward_kv(
     kv_heads,
     scale,
     back_scale,
+    limit,
     G: tl.constexpr,
     D: tl.constexpr,
     TURN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    PAD: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dk and dv of BN keys, their rows ds values apart. Everything is transposed, so that the
-    products' left sides stay in registers. q and dout are descriptors of [BM / G, G, D], lse and
-    delta of [G, BM / G]."""
+    """dk (with DK) and dv (with DV) of BN keys, their rows ds values apart: both accumulators of a
+    wide head do not fit the registers. Everything is transposed, so that the products' left sides
+    stay in registers. q and dout are descriptors of [BM / PAD, PAD, D], lse and delta of
+    [PAD, BM / PAD]."""
     kv_head = tl.program_id(0)
     begin = tl.program_id(1) * BN
     keys = begin + tl.arange(0, BN)
@@ -203,33 +245,49 @@ def attention_backward_kv(
     d = tl.arange(0, D)
     at = keys[:, None] * s + kv_head * D + d[None, :]
     k_tile = tl.load(k + at, mask=held[:, None], other=0.0)
-    v_tile = tl.load(v + at, mask=held[:, None], other=0.0)
     stop = tl.load(past + keys, mask=held, other=0)
-    dk_acc = tl.zeros([BN, D], tl.float32)
-    dv_acc = tl.zeros([BN, D], tl.float32)
+    if DK:
+        v_tile = tl.load(v + at, mask=held[:, None], other=0.0)
+        dk_acc = tl.zeros([BN, D], tl.float32)
+    if DV:
+        dv_acc = tl.zeros([BN, D], tl.float32)
+    row = tl.arange(0, BM)
     end = tl.load(past + tl.minimum(begin + BN, m) - 1)
     # several documents have keys here: every block needs the mask
     above = tl.where(tl.load(past + begin) == end, end, 0)
-    for c in tl.range(begin, end, BM // G, num_stages=STAGES):
+    for c in tl.range(begin, end, BM // PAD, num_stages=STAGES):
         q_tile = tl.reshape(q.load([c, kv_head * G, 0]), (BM, D))
         do_tile = tl.reshape(dout.load([c, kv_head * G, 0]), (BM, D))
         log = tl.reshape(tl.permute(lse.load([kv_head * G, c]), (1, 0)), (BM,))
-        x = tl.dot(k_tile, q_tile.T) * scale - log[None, :]
-        if (c < begin + BN - 1) | (c + BM // G > above):
-            token = c + tl.arange(0, BM) // G
+        x = tl.dot(k_tile, q_tile.T) * scale
+        if LIMIT:
+            x = _capped(x, limit)
+            slope = 1.0 - (x / limit) * (x / limit)
+        x -= log[None, :]
+        if (c < begin + BN - 1) | (c + BM // PAD > above):
+            token = c + row // PAD
             x = tl.where(
                 (keys[:, None] <= token[None, :]) & (token[None, :] < stop[:, None]),
                 x,
                 -float("inf"),
             )
+        if PAD != G:
+            x = tl.where((row % PAD < G)[None, :], x, -float("inf"))
         p = tl.exp2(x)
-        dv_acc = tl.dot(p.to(k_tile.dtype), do_tile, dv_acc)
-        dp = tl.dot(v_tile, do_tile.T)
-        sums = tl.reshape(tl.permute(delta.load([kv_head * G, c]), (1, 0)), (BM,))
-        dk_acc = tl.dot((p * (dp - sums[None, :])).to(k_tile.dtype), q_tile, dk_acc)
-    dk_acc *= back_scale
-    if TURN:
-        dk_acc = _turn_back(dk_acc, cos, sin, tl.minimum(keys, m - 1), BN, D)
+        if DV:
+            dv_acc = tl.dot(p.to(k_tile.dtype), do_tile, dv_acc)
+        if DK:
+            dp = tl.dot(v_tile, do_tile.T)
+            sums = tl.reshape(tl.permute(delta.load([kv_head * G, c]), (1, 0)), (BM,))
+            change = p * (dp - sums[None, :])
+            if LIMIT:
+                change *= slope
+            dk_acc = tl.dot(change.to(k_tile.dtype), q_tile, dk_acc)
     to = keys[:, None] * ds + kv_head * D + d[None, :]
-    tl.store(dk + to, dk_acc.to(dk.dtype.element_ty), mask=held[:, None])
-    tl.store(dv + to, dv_acc.to(dv.dtype.element_ty), mask=held[:, None])
+    if DK:
+        dk_acc *= back_scale
+        if TURN:
+            dk_acc = _turn_back(dk_acc, cos, sin, tl.minimum(keys, m - 1), BN, D, PAIRS)
+        tl.store(dk + to, dk_acc.to(dk.dtype.element_ty), mask=held[:, None])
+    if DV:
+        tl.store(dv + to, dv_acc.to(dv.dtype.element_ty), mask=held[:, None])

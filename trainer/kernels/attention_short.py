@@ -22,9 +22,12 @@ from trainer.kernels import attention_device as jit
 # Query rows and keys of a tile, warps, pipeline stages, by head size: the best of a sweep on an
 # H200 (docs/speed-log.md).
 TILES = {
+    256: {"forward": (64, 32, 4, 2), "backward_q": (64, 32, 4, 1), "backward_kv": (64, 64, 4, 2)},
     128: {"forward": (64, 32, 4, 2), "backward_q": (64, 32, 4, 2), "backward_kv": (64, 64, 4, 2)},
     64: {"forward": (64, 32, 4, 3), "backward_q": (64, 64, 4, 2), "backward_kv": (64, 64, 4, 3)},
 }
+MAX_GROUP = 16  # query heads of a key head: fewer tokens would not fill a copy of 16 bytes
+WIDE = 256  # head sizes from which dk and dv are made by two launches
 
 
 class Spans(NamedTuple):
@@ -35,33 +38,40 @@ class Spans(NamedTuple):
     past: Tensor
 
 
-# one entry: every layer of a pass asks for the same
-_latest: list[tuple[Tensor, tuple[int, int], Spans]] = []
+# those of the latest pack, by window: every layer of a pass asks for the same
+_latest: dict[int | None, Spans] = {}
+_latest_of: list[tuple[Tensor, int, int]] = []
 
 
-def spans(cu: Tensor, tokens: int) -> Spans:
-    """From the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. No wait
-    for the GPU."""
-    key = (tokens, cu._version)
-    if not _latest or _latest[0][0] is not cu or _latest[0][1] != key:
-        _latest[:] = [(cu, key, _spans(cu, tokens))]
-    return _latest[0][2]
+def spans(cu: Tensor, tokens: int, window: int | None = None) -> Spans:
+    """From the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. A query
+    sees itself and ``window - 1`` tokens before it. No wait for the GPU."""
+    key = (cu, tokens, cu._version)
+    if not _latest_of or _latest_of[0][0] is not cu or _latest_of[0][1:] != key[1:]:
+        _latest_of[:] = [key]
+        _latest.clear()
+    if window not in _latest:
+        _latest[window] = _spans(cu, tokens, window)
+    return _latest[window]
 
 
-def _spans(cu: Tensor, tokens: int) -> Spans:
-    document = torch.bucketize(
-        torch.arange(tokens, device=cu.device, dtype=cu.dtype), cu[1:], right=True
-    )
-    return Spans(cu[document], cu[document + 1])
+def _spans(cu: Tensor, tokens: int, window: int | None) -> Spans:
+    at = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
+    document = torch.bucketize(at, cu[1:], right=True)
+    first, past = cu[document], cu[document + 1]
+    if window is None:
+        return Spans(first, past)
+    return Spans(torch.maximum(first, at - (window - 1)), torch.minimum(past, at + window))
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these kernels take q [M, H, D], k and v [M, KV, D]: views of one joined matrix, with
-    1, 2, 4 or 8 query heads a key head."""
+    """Whether these kernels take q [M, H, D], k and v [M, KV, D]: views of matrices with rows of
+    one length, with up to 16 query heads a key head."""
     (m, heads, d), kv_heads, row = q.shape, k.shape[1], q.stride(0)
     return (
         d in TILES
-        and heads in (kv_heads, 2 * kv_heads, 4 * kv_heads, 8 * kv_heads)
+        and heads % kv_heads == 0
+        and heads // kv_heads <= MAX_GROUP
         and all(x.stride() == (row, d, 1) and x.data_ptr() % 16 == 0 for x in (q, k, v))
         and row % 8 == 0
         and m * row < 2**31
@@ -75,7 +85,7 @@ def _wide(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _grouped(x: Tensor, rows: int, group: int) -> TensorDescriptor:
-    """Tiles of ``rows / group`` tokens and ``group`` heads."""
+    """Tiles of ``rows / group`` tokens and ``group`` heads, a power of two."""
     return TensorDescriptor(
         x, list(x.shape), [x.stride(0), x.shape[2], 1], [rows // group, group, x.shape[2]]
     )
@@ -92,11 +102,17 @@ def _tile(name: str, d: int) -> tuple[int, int, dict[str, int]]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    scale: float,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor]]:
-    """Causal attention within documents: q [M, H, D], k and v [M, KV, D] -> (out [M, H, D], what
-    ``backward`` needs: the logarithms of the sums in powers of two, fp32 [H, M and up to 15
-    more])."""
+    """Causal attention within spans: q [M, H, D], k and v [M, KV, D], sinks [H], scores squashed to
+    cap tanh(score / cap) -> (out [M, H, D], what ``backward`` needs: the logarithms of the sums in
+    powers of two, fp32 [H, M and up to 15 more])."""
     (m, heads, d), kv_heads = q.shape, k.shape[1]
     out = q.new_empty(m, heads, d)
     # the copy engine wants rows of whole 16 bytes
@@ -115,8 +131,12 @@ def forward(
         q.stride(0),
         kv_heads,
         scale / math.log(2),
+        (cap or 0.0) / math.log(2),
+        sinks,
         G=group,
         D=d,
+        LIMIT=cap is not None,
+        SINKS=sinks is not None,
         **tile,
     )
     return out, (lse,)
@@ -133,17 +153,20 @@ def backward(
     scale: float,
     cos: Tensor | None,
     sin: Tensor | None,
+    pairs: bool = False,
+    cap: float | None = None,
 ) -> Tensor:
     """Gradients of ``forward``, joined: [M, (H + 2 KV) D]. With cos and sin [M, D] (halves equal)
-    those of q and k are turned back, to what came before rotary embedding. ``dout`` is
-    contiguous."""
+    those of q and k are turned back, to what came before rotary embedding; ``pairs``: of
+    neighbours. ``dout`` is contiguous. Sinks are in ``lse`` already."""
     (m, heads, d), kv_heads = q.shape, k.shape[1]
     joined = q.new_empty(m, (heads + 2 * kv_heads) * d)
     dq, dk, dv = joined.split([heads * d, kv_heads * d, kv_heads * d], 1)
     delta = torch.empty_like(lse)
     group = heads // kv_heads
-    ending = (q.stride(0), joined.shape[1], kv_heads, scale / math.log(2), scale)
-    fixed = {"G": group, "D": d, "TURN": cos is not None}
+    limit = (cap or 0.0) / math.log(2)
+    ending = (q.stride(0), joined.shape[1], kv_heads, scale / math.log(2), scale, limit)
+    fixed = {"G": group, "D": d, "TURN": cos is not None, "PAIRS": pairs, "LIMIT": cap is not None}
     bm, bn, tile = _tile("backward_q", d)
     jit.attention_backward_q[(kv_heads, triton.cdiv(m, bm // group))](
         q,
@@ -164,21 +187,14 @@ def backward(
         **tile,
     )
     bm, bn, tile = _tile("backward_kv", d)
-    jit.attention_backward_kv[(kv_heads, triton.cdiv(m, bn))](
-        _grouped(q, bm, group),
-        k,
-        v,
-        at.past,
-        _grouped(dout, bm, group),
-        _of_rows(lse, m, bm, group),
-        _of_rows(delta, m, bm, group),
-        dk,
-        dv,
-        cos,
-        sin,
-        m,
-        *ending,
-        **fixed,
-        **tile,
+    padded = triton.next_power_of_2(group)
+    asked = (
+        *(_grouped(q, bm, padded), k, v, at.past, _grouped(dout, bm, padded)),
+        *(_of_rows(lse, m, bm, padded), _of_rows(delta, m, bm, padded)),
+        *(dk, dv, cos, sin, m, *ending),
     )
+    for makes_dk, makes_dv in [(True, True)] if d < WIDE else [(True, False), (False, True)]:
+        jit.attention_backward_kv[(kv_heads, triton.cdiv(m, bn))](
+            *asked, PAD=padded, DK=makes_dk, DV=makes_dv, **fixed, **tile
+        )
     return joined

@@ -1,24 +1,28 @@
-"""A Llama-shaped decoder layer as one autograd function: what it keeps, what it makes again, and
-every product, in the open.
+"""A decoder layer as one autograd function, built from parts by family: what it keeps, what it
+makes again, and every product, in the open.
 
 M tokens, h hidden, f intermediate. Per token it keeps 5h + (1 + 2 KV/H) h + 2f values (its input, q
-k v, attention's output, the middle of the residual stream, gate and up) and makes the norms and
-silu(gate) * up again; checkpointed, only its input. Backward never forms a weight gradient of the
-frozen base: 4N FLOPs a token, 6N when checkpointed. ``ops`` is ``trainer.kernels`` on a GPU and its
-twin ``trainer.kernels.reference`` elsewhere.
+k v, attention's output, the middle of the residual stream, gate and up), 2h more where branches
+have norms of their own, and makes the other norms, rotary embedding behind norms of heads, and the
+activation's product again; checkpointed, only its input. Backward never forms a weight gradient of
+the frozen base: 4N FLOPs a token, 6N when checkpointed. ``ops`` is ``trainer.kernels.triton_ops``
+on a GPU and its twin ``trainer.kernels.reference`` elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from trainer.kernels.attention import flash_backward, flash_forward, short_kernels
+from trainer.kernels.attention import Rules, flash_backward, flash_forward, short_kernels
 from trainer.kernels.lora import Group, outer, validate_latest
+from trainer.kernels.norms import HeadNorms, Norm
 
 
 class Packed(NamedTuple):
@@ -36,46 +40,81 @@ Turned = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Kept(NamedTuple):
-    """What backward needs beside the layer's input."""
+    """What backward needs beside the layer's input. ``qkv`` is what attention reads, or, with norms
+    of heads, what comes before them; ``z`` and ``rstd_z`` belong to the norms of branches."""
 
     qkv: Tensor
     out: Tensor
-    middle: Tensor
-    gu: Tensor
+    middle: Tensor | None
+    gu: Tensor | None
     rstd1: Tensor
-    rstd2: Tensor
+    rstd2: Tensor | None
+    z1: Tensor | None
+    z2: Tensor | None
+    rstd_z1: Tensor | None
+    rstd_z2: Tensor | None
     t: tuple[Tensor | None, ...]  # x A^T before qkv, o, gate-up, down
     flash: tuple[Tensor, ...]
+
+
+TENSORS = Kept._fields.index("t")  # of Kept, before the tuples
 
 
 @dataclass
 class FastLayer:
     """The parts of one decoder layer. ``checkpoint``: keep only the input and run forward again in
-    backward."""
+    backward. Without ``gate_up`` and ``down`` it ends in the middle of the residual stream, and
+    ``after`` takes it to the end: experts, computed again in backward, since what they keep is many
+    times the stream."""
 
     ops: ModuleType
     qkv: Group
     o: Group
-    gate_up: Group
-    down: Group
-    norm1: Tensor
-    norm2: Tensor
+    gate_up: Group | None
+    down: Group | None
+    norm1: Norm
+    norm2: Norm | None
     bias: Tensor | None  # of q, k, v joined
-    eps1: float
-    eps2: float
     heads: int
     kv_heads: int
     head_dim: int
-    scale: float
+    rules: Rules
     checkpoint: bool = False
+    head_norms: HeadNorms | None = None
+    branch1: Norm | None = None  # of attention's branch
+    branch2: Norm | None = None  # of the MLP's
+    o_bias: Tensor | None = None
+    sinks: Tensor | None = None  # [H]
+    turned: float = 1.0  # the part of a head's columns that rotary embedding turns
+    pairs: bool = False  # rotary pairs are neighbours (i, i + 1), not halves apart
+    gelu: bool = False  # tanh's approximation, instead of silu
+    out_scale: float = 1.0  # of the layer's output
+    after: Callable[[Tensor], Tensor] | None = None  # [M, h] -> [M, h]
 
     @property
-    def groups(self) -> tuple[Group, Group, Group, Group]:
-        return self.qkv, self.o, self.gate_up, self.down
+    def groups(self) -> list[Group]:
+        return [g for g in (self.qkv, self.o, self.gate_up, self.down) if g is not None]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups for p in group.parameters]
+
+    @property
+    def like(self) -> Tensor:
+        """Empty, of the compute dtype on the layer's device."""
+        return self.qkv.like
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Layers of one kind run the same kernels."""
+        sizes = tuple(tuple(g.sizes) for g in self.groups)
+        some = (self.head_norms, self.branch1, self.sinks, self.bias, self.o_bias)
+        norms = tuple(x is not None for x in some)
+        return (self.rules, self.head_dim, self.pairs, self.gelu, self.out_scale, norms, sizes)
+
+    @property
+    def _turns(self) -> dict[str, Any]:
+        return {"norms": self.head_norms, "pairs": self.pairs}
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[M, (H + 2 KV) D] -> views q [M, H, D], k and v [M, KV, D]."""
@@ -93,6 +132,13 @@ class FastLayer:
             v.unflatten(1, (-1, self.head_dim)),
         )
 
+    def _heads(self, qkv: Tensor, turned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads of both."""
+        q, k, v = self._split(turned)
+        if self.head_norms is not None and not self.head_norms.values:
+            v = self._split(qkv)[2]
+        return q, k, v
+
     def _project(
         self, x: Tensor, group: Group, p: Tensor | None, fold: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -103,115 +149,169 @@ class FastLayer:
         quantised: tuple[Tensor, Tensor, Tensor | None] = self.ops.quantise_rows(x, scale, p)
         return quantised
 
-    def _attend(self, qkv: Tensor, packed: Packed) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q, k, v = self._split(qkv)
-        short = short_kernels(q, k, v, packed.longest)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        rules = self.rules.within(packed.longest)
+        short = short_kernels(q, k, v, packed.longest, rules)
         if short is None:
-            return flash_forward(q, k, v, packed.cu, packed.longest, self.scale)
-        first = short.spans(packed.cu, len(q)).first
-        found: tuple[Tensor, tuple[Tensor, ...]] = short.forward(q, k, v, first, self.scale)
+            return flash_forward(q, k, v, packed.cu, packed.longest, rules, self.sinks)
+        first = short.spans(packed.cu, len(q), rules.window).first
+        found: tuple[Tensor, tuple[Tensor, ...]] = short.forward(
+            q, k, v, first, rules.scale, rules.softcap, self.sinks
+        )
         return found
 
     def _attend_backward(self, dout: Tensor, kept: Kept, packed: Packed) -> Turned:
         """d(attention's output) [M, H, D] -> what ``rope_backward`` returns."""
-        q, k, v = self._split(kept.qkv)
+        ops, norms, turn = self.ops, self.head_norms, (packed.cos, packed.sin)
         b, column_scale = self.qkv.b, self.qkv.weight.column_scale
-        short = short_kernels(q, k, v, packed.longest)
+        counts = (self.heads, self.kv_heads)
+        turned = kept.qkv
+        if norms is not None:
+            none = (None, None, None)
+            turned = ops.rope_forward_(kept.qkv, *none, *turn, *counts, **self._turns)
+        q, k, v = self._heads(kept.qkv, turned)
+        rules = self.rules.within(packed.longest)
+        short = short_kernels(q, k, v, packed.longest, rules)
         if short is None:
-            dqkv = flash_backward(
-                dout, q, k, v, kept.out, kept.flash, packed.cu, packed.longest, self.scale
-            )
-            return cast(
-                Turned, self.ops.rope_backward(*dqkv, packed.cos, packed.sin, b, column_scale)
-            )
-        spans = short.spans(packed.cu, len(q))
-        d = short.backward(
-            dout, q, k, v, kept.out, kept.flash[0], spans, self.scale, packed.cos, packed.sin
-        )
-        return (d, *self.ops.joined_backward(d, b, column_scale, self.heads, self.kv_heads))
+            near = (packed.cu, packed.longest, rules, self.sinks)
+            parts = flash_backward(dout, q, k, v, kept.out, kept.flash, *near)
+            if norms is None:
+                found = ops.rope_backward(*parts, *turn, b, column_scale, self.pairs)
+                return cast(Turned, found)
+            d = torch.cat([x.flatten(1) for x in parts], 1)
+        else:
+            spans = short.spans(packed.cu, len(q), rules.window)
+            asked = (None, None) if norms is not None else turn
+            more = (spans, rules.scale, *asked, self.pairs, rules.softcap)
+            d = short.backward(dout, q, k, v, kept.out, kept.flash[0], *more)
+        if norms is not None:
+            ops.head_norm_backward_(d, kept.qkv, *turn, *counts, **self._turns)
+        return (d, *ops.joined_backward(d, b, column_scale, *counts))
 
     def forward(self, h: Tensor, packed: Packed, again: bool = False) -> tuple[Tensor | None, Kept]:
         """h [M, h] -> the layer's output [M, h] and what backward needs. ``again``: only the
         latter, without the last product."""
         ops = self.ops
         fp8 = self.qkv.weight.column_scale is not None
-        _, x, s, t1, rstd1 = ops.norm_forward(h, self.norm1, self.eps1, self.qkv.a, fp8)
+        _, x, s, t1, rstd1 = ops.norm_forward(h, *self.norm1, self.qkv.a, fp8)
         qkv = self.qkv.weight.forward(x, s)
-        ops.rope_forward_(
-            qkv, t1, self.qkv.b, self.bias, packed.cos, packed.sin, self.heads, self.kv_heads
-        )
-        out, flash = self._attend(qkv, packed)
-        x, s, t2 = self._project(
-            out.flatten(1), self.o, self.o.a.t() if self.o.a is not None else None, False
-        )
-        y = self.o.weight.forward(x, s)
-        middle, x, s, t3, rstd2 = ops.norm_forward(
-            h, self.norm2, self.eps2, self.gate_up.a, fp8, y, t2, self.o.b
-        )
-        del y
+        counts = (packed.cos, packed.sin, self.heads, self.kv_heads)
+        turned = ops.rope_forward_(qkv, t1, self.qkv.b, self.bias, *counts, **self._turns)
+        out, flash = self._attend(*self._heads(qkv, turned), packed)
+        del turned
+        o_a = self.o.a.t() if self.o.a is not None else None
+        x, s, t2 = self._project(out.flatten(1), self.o, o_a, False)
+        y, added = self.o.weight.forward(x, s), (t2, self.o.b)
+        if self.o_bias is not None:
+            y += self.o_bias
+        z1 = rstd_z1 = None
+        stream, extra = h, cast(tuple[Any, ...], (y, *added))
+        if self.branch1 is not None:
+            stream, z1, rstd_z1 = ops.branch_forward(h, y, *added, *self.branch1, 1.0)
+            extra = ()
+        if self.gate_up is None or self.down is None or self.norm2 is None:
+            end = stream if not extra else ops.residual_add(h, *extra)
+            ts: tuple[Tensor | None, ...] = (t1, t2, None, None)
+            none = (None, None, rstd1, None, z1, None, rstd_z1, None)
+            return end, Kept(qkv, out, *none, ts, flash)
+        middle, x, s, t3, rstd2 = ops.norm_forward(stream, *self.norm2, self.gate_up.a, fp8, *extra)
+        del y, extra
         gu = self.gate_up.weight.forward(x, s)
-        if again:
-            return None, Kept(qkv, out, middle, gu, rstd1, rstd2, (t1, t2, t3, None), flash)
-        x, s, t4 = ops.swiglu_forward(gu, t3, self.gate_up.b, self.down.a, fp8)
-        y = ops.residual_add(middle, self.down.weight.forward(x, s), t4, self.down.b)
-        return y, Kept(qkv, out, middle, gu, rstd1, rstd2, (t1, t2, t3, t4), flash)
+        kept = Kept(
+            *(qkv, out, middle, gu, rstd1, rstd2, z1, None, rstd_z1, None),
+            (t1, t2, t3, None),
+            flash,
+        )
+        if again and self.branch2 is None:
+            return None, kept
+        x, s, t4 = ops.swiglu_forward(gu, t3, self.gate_up.b, self.down.a, fp8, self.gelu)
+        y, ts = self.down.weight.forward(x, s), (t1, t2, t3, t4)
+        if self.branch2 is None:
+            return ops.residual_add(middle, y, t4, self.down.b), kept._replace(t=ts)
+        end, z2, rstd_z2 = ops.branch_forward(
+            middle, y, t4, self.down.b, *self.branch2, self.out_scale
+        )
+        return end, kept._replace(t=ts, z2=z2, rstd_z2=rstd_z2)
 
     def backward(
         self, dh: Tensor, h: Tensor, packed: Packed, kept: Kept, first: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """d(output) [M, h] -> (d(h) or None for the first layer, gradients in the order of
         ``parameters``). Spoils ``kept.gu``."""
-        ops = self.ops
-        t1, t2, t3, t4 = kept.t
-        x, s, dt4 = self._project(dh, self.down, self.down.b, True)
-        dact = self.down.weight.backward(x, s)
-        column_scale = self.gate_up.weight.column_scale
-        act, dgu, s, dt3 = ops.swiglu_backward(
-            kept.gu, t3, self.gate_up.b, dact, dt4, self.down.a, column_scale
-        )
-        if t4 is None and self.down.a is not None:
-            t4 = act @ self.down.a.t()
-        down = self.down.gradients(
-            outer(dt4, act) if dt4 is not None else None, outer(dh, t4) if t4 is not None else None
-        )
-        del act, dact
-        d8, grad_b3 = ops.cast_outer(dgu, column_scale, s, t3)
-        dx = self.gate_up.weight.backward(dgu if d8 is None else d8, s)
-        dmiddle = ops.norm_backward(
-            dx, dt3, t3, self.gate_up.a, kept.middle, self.norm2, kept.rstd2, dh
-        )
-        gate_up = self.gate_up.gradients(
-            self._grad_a(dt3, kept.rstd2, kept.middle, self.norm2), grad_b3
-        )
-        del dgu, d8, dx
-
-        x, s, dt2 = self._project(dmiddle, self.o, self.o.b, True)
+        dmiddle, after = self._mlp_backward(dh, kept)
+        ops, (t1, t2, *_) = self.ops, kept.t
+        dbranch = _branch_backward(ops, dmiddle, self.branch1, kept.z1, kept.rstd_z1)
+        x, s, dt2 = self._project(dbranch, self.o, self.o.b, True)
         dout = self.o.weight.backward(x, s)
         if dt2 is not None and self.o.a is not None:
             dout.addmm_(dt2, self.o.a)
         out = kept.out.flatten(1)
         o = self.o.gradients(
             outer(dt2, out) if dt2 is not None else None,
-            outer(dmiddle, t2) if t2 is not None else None,
+            outer(dbranch, t2) if t2 is not None else None,
         )
+        del dbranch, x
         d, d8, s, dt1 = self._attend_backward(dout.view_as(kept.out), kept, packed)
         del dout
         grads = self.qkv.gradients(
             self._grad_a(dt1, kept.rstd1, h, self.norm1), outer(d, t1) if t1 is not None else None
         )
-        grads += o + gate_up + down
+        grads += o + after
         if first:
             return None, grads
         dx = self.qkv.weight.backward(d if d8 is None else d8, s)
-        return ops.norm_backward(dx, dt1, t1, self.qkv.a, h, self.norm1, kept.rstd1, dmiddle), grads
+        more = (self.qkv.a, h, self.norm1.weight, kept.rstd1, dmiddle)
+        return ops.norm_backward(dx, dt1, t1, *more), grads
+
+    def _mlp_backward(self, dh: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor | None]]:
+        """d(output) -> (d(the middle of the stream), the gradients of gate, up and down)."""
+        if self.gate_up is None or self.down is None or self.norm2 is None:
+            return dh, []
+        ops, (_, _, t3, t4) = self.ops, kept.t
+        assert kept.gu is not None and kept.middle is not None and kept.rstd2 is not None
+        if self.out_scale != 1.0:
+            dh = dh * self.out_scale
+        dbranch = _branch_backward(ops, dh, self.branch2, kept.z2, kept.rstd_z2)
+        x, s, dt4 = self._project(dbranch, self.down, self.down.b, True)
+        dact = self.down.weight.backward(x, s)
+        column_scale = self.gate_up.weight.column_scale
+        act, dgu, s, dt3 = ops.swiglu_backward(
+            kept.gu, t3, self.gate_up.b, dact, dt4, self.down.a, column_scale, self.gelu
+        )
+        if t4 is None and self.down.a is not None:
+            t4 = act @ self.down.a.t()
+        down = self.down.gradients(
+            outer(dt4, act) if dt4 is not None else None,
+            outer(dbranch, t4) if t4 is not None else None,
+        )
+        del act, dact, dbranch, x
+        d8, grad_b3 = ops.cast_outer(dgu, column_scale, s, t3)
+        dx = self.gate_up.weight.backward(dgu if d8 is None else d8, s)
+        more = (self.gate_up.a, kept.middle, self.norm2.weight, kept.rstd2, dh)
+        dmiddle = ops.norm_backward(dx, dt3, t3, *more)
+        gate_up = self.gate_up.gradients(
+            self._grad_a(dt3, kept.rstd2, kept.middle, self.norm2), grad_b3
+        )
+        return dmiddle, gate_up + down
 
     @staticmethod
-    def _grad_a(dt: Tensor | None, rstd: Tensor, h: Tensor, norm: Tensor) -> Tensor | None:
+    def _grad_a(dt: Tensor | None, rstd: Tensor, h: Tensor, norm: Norm) -> Tensor | None:
         """dA = dt^T x with x = h * rstd * norm, without making x: scale dt's rows before and the
         columns after. [G*R, K] fp32."""
         if dt is None:
             return None
-        return outer((dt * rstd[:, None]).to(h.dtype), h) * norm.float()
+        return outer((dt * rstd[:, None]).to(h.dtype), h) * norm.weight.float()
+
+
+def _branch_backward(
+    ops: ModuleType, d: Tensor, norm: Norm | None, z: Tensor | None, rstd: Tensor | None
+) -> Tensor:
+    """d(the normed branch) -> d(the branch), which is the same without a norm."""
+    if norm is None or z is None or rstd is None:
+        return d
+    return cast(Tensor, ops.norm_backward(d, None, None, None, z, norm.weight, rstd, None))
 
 
 class _Layer(torch.autograd.Function):
@@ -225,7 +325,7 @@ class _Layer(torch.autograd.Function):
         if layer.checkpoint:
             ctx.save_for_backward(h)
         else:
-            ctx.save_for_backward(h, *kept[:6], *kept.t, *kept.flash)
+            ctx.save_for_backward(h, *kept[:TENSORS], *kept.t, *kept.flash)
         return y
 
     @staticmethod
@@ -234,9 +334,9 @@ class _Layer(torch.autograd.Function):
         layer: FastLayer = ctx.layer
         validate_latest(layer.qkv, ctx.generation)
         if rest:
-            qkv, out, middle, gu, rstd1, rstd2, t1, t2, t3, t4, *flash = rest
-            kept = Kept(qkv, out, middle, gu, rstd1, rstd2, (t1, t2, t3, t4), tuple(flash))
-            del rest, qkv, out, middle, gu, flash
+            parts, t, flash = rest[:TENSORS], rest[TENSORS : TENSORS + 4], rest[TENSORS + 4 :]
+            kept = Kept._make((*parts, tuple(t), tuple(flash)))
+            del rest, parts, t, flash
         else:
             kept = layer.forward(h, ctx.packed, again=True)[1]
         dx, grads = layer.backward(
@@ -248,7 +348,12 @@ class _Layer(torch.autograd.Function):
 def run_layer(layer: FastLayer, h: Tensor, packed: Packed) -> Tensor:
     """h [M, h] -> [M, h], differentiable in h and in the adapters."""
     out: Tensor = _Layer.apply(h, layer, packed, *layer.parameters)  # type: ignore[no-untyped-call]
-    return out
+    if layer.after is None:
+        return out
+    if not out.requires_grad:
+        return layer.after(out)
+    end: Tensor = checkpoint(layer.after, out, use_reentrant=False, preserve_rng_state=False)
+    return end
 
 
 class _Norm(torch.autograd.Function):

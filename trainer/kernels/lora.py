@@ -3,8 +3,9 @@ copies of them.
 
 A ``Group`` is one to three linears that read one input (q, k, v; gate, up) with one joined frozen
 weight. Their A stack to [G*R, K] and their B to [N, R], R the rank padded to a power of two that
-the matrix units take. A linear without an adapter keeps zero rows. ``frozen_linear`` is the same
-for one linear outside a fused layer, by ordinary autograd.
+the matrix units take. A linear without an adapter keeps zero rows. One linear that is all of them
+already (qkv_proj, gate_up_proj) stands for each with its rows of B and the same A.
+``frozen_linear`` is the same for one linear outside a fused layer, by ordinary autograd.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ class Group:
     are active, and copies them. ``generation`` counts these look-ups."""
 
     weight: FrozenWeight
-    sizes: list[int]  # output features of each linear
-    modules: list[nn.Module]
+    sizes: list[int]  # output features of each part
+    modules: list[nn.Module]  # one for each part, or one for all
     like: Tensor  # empty, of the compute dtype on the weight's device
-    adapters: list[Adapter | None] = field(default_factory=list)
+    adapters: list[Adapter | None] = field(default_factory=list)  # of each module
     rank: int = 0
     a: Tensor | None = None  # [G*R, K]
     b: Tensor | None = None  # [N, R], times scaling
@@ -81,25 +82,34 @@ class Group:
 
     @classmethod
     def of(
-        cls, modules: Sequence[nn.Module], precision: str, dtype: torch.dtype, **options: bool
+        cls,
+        modules: Sequence[nn.Module],
+        precision: str,
+        dtype: torch.dtype,
+        sizes: Sequence[int] | None = None,
+        **options: bool,
     ) -> Group:
         """Join the linears' weights (each module's weight becomes a view or is given up) and make
-        room for their adapters."""
+        room for their adapters. ``sizes``: the parts of one linear that is joined already."""
         linears = [base_linear(m) for m in modules]
         joined = (
             torch.cat([x.weight.data for x in linears])
             if len(linears) > 1
             else linears[0].weight.data
         )
-        sizes = [x.weight.shape[0] for x in linears]
+        of_modules = [x.weight.shape[0] for x in linears]
         joined = joined.to(dtype)
         weight = freeze_weight(joined, precision, **options)
-        group = cls(weight, sizes, list(modules), joined.new_empty(0))
-        for linear, view in zip(linears, joined.split(sizes), strict=True):
+        group = cls(weight, list(sizes or of_modules), list(modules), joined.new_empty(0))
+        for linear, view in zip(linears, joined.split(of_modules), strict=True):
             keep = view if precision in ("bf16", "fp32") else joined.new_empty(0)
             linear.weight = nn.Parameter(keep, requires_grad=False)
         group.look_up()
         return group
+
+    @property
+    def _joined(self) -> bool:
+        return len(self.modules) < len(self.sizes)
 
     def look_up(self) -> None:
         """Which adapters are active now, and room for them."""
@@ -117,12 +127,13 @@ class Group:
         self.b = self.like.new_zeros(n, rank) if rank else None
 
     def slots(self) -> Iterator[tuple[Tensor, Tensor, Adapter | None]]:
-        """Where A and B of each linear's active adapter go, and the adapter; then, with None, the
+        """Where A and B of each part's active adapter go, and the adapter; then, with None, the
         rows and columns that no adapter fills."""
         if self.a is None or self.b is None:
             return
+        adapters = self._of_parts() if self._joined else self.adapters
         for i, (rows, adapter) in enumerate(
-            zip(torch.split(self.b, self.sizes), self.adapters, strict=True)
+            zip(torch.split(self.b, self.sizes), adapters, strict=True)
         ):
             r = 0 if adapter is None else adapter[0].shape[0]
             mine = self.a[i * self.rank : (i + 1) * self.rank]
@@ -131,6 +142,14 @@ class Group:
             if r < self.rank:
                 yield mine[r:], rows[:, r:], None
 
+    def _of_parts(self) -> list[Any]:
+        """One linear's adapter as each part has it: its rows of B."""
+        adapter = self.adapters[0]
+        if adapter is None:
+            return [None] * len(self.sizes)
+        a, b, scaling = adapter
+        return [(a, rows, scaling) for rows in b.detach().split(self.sizes)]
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for adapter in self.adapters if adapter is not None for p in adapter[:2]]
@@ -138,6 +157,8 @@ class Group:
     def gradients(self, da: Tensor | None, db: Tensor | None) -> list[Tensor | None]:
         """da [G*R, K], db [N, G*R] (only the blocks on its diagonal mean something) -> gradients in
         the order of ``parameters``."""
+        if self._joined:
+            return self._joined_gradients(da, db)
         grads: list[Tensor | None] = []
         start = 0
         for i, (size, adapter) in enumerate(zip(self.sizes, self.adapters, strict=True)):
@@ -148,6 +169,17 @@ class Group:
                 grads.append((db[start : start + size, at : at + r] * scaling).to(b.dtype))
             start += size
         return grads
+
+    def _joined_gradients(self, da: Tensor | None, db: Tensor | None) -> list[Tensor | None]:
+        adapter = self.adapters[0]
+        if adapter is None or da is None or db is None:
+            return []
+        a, b, scaling = adapter
+        r = a.shape[0]
+        of_a = da.unflatten(0, (len(self.sizes), -1))[:, :r].sum(0)
+        blocks = enumerate(db.split(self.sizes))
+        of_b = torch.cat([rows[:, i * self.rank : i * self.rank + r] for i, rows in blocks])
+        return [of_a.to(a.dtype), (of_b * scaling).to(b.dtype)]
 
 
 @torch.no_grad()

@@ -14,23 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer import families
 from trainer.kernels import reference
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.backend import distrust, operations
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
 from trainer.kernels.frozen import FrozenWeight, freeze_weight
 from trainer.kernels.lora import Group, base_linear, frozen_linear, refresh
+from trainer.kernels.parts import find_parts, is_gelu, read_norm, wide_angles
 from trainer.kernels.verify import (
     OTHERWISE,
+    STOCK_TOLERANCE,
     TOLERANCE,
     compile_ahead,
     layer_error,
+    stock_error,
     trust_short_attention,
 )
 
 log = logging.getLogger(__name__)
 
-FUSED_CLASSES = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 Materialise = Callable[[nn.Module], None]
 
 
@@ -58,39 +61,70 @@ def accelerate_model(
     ops = operations(device)
     parts = {id(p) for layer in layers for p in layer.parameters()}
     _place(model, device, materialise, skip=parts)
-    fast: list[FastLayer] = []
+    fast: list[FastLayer | None] = []
     reasons: list[str] = []
     for i, layer in enumerate(layers):
         _place(layer, device, materialise)
         try:
             fast.append(build_layer(layer, precision, ops, i < checkpoint_layers, keep_transpose))
         except ValueError as why:
+            fast.append(None)
             reasons.append(str(why))
             _freeze_linears(layer, precision, keep_transpose)
-    if fast and ops is not reference:
-        compile_ahead(fast[0])
-    short = bool(fast) and ops is not reference and trust_short_attention(fast[0])
-    names = {"base": _base_name(fast, precision), "attention": attention_name(short, device)}
-    error = layer_error(fast[0]) if fast and ops is not reference else 0.0
-    tolerance = TOLERANCE.get(precision, OTHERWISE)
-    if fast and error < tolerance:
-        _patch(inner, layers, fast, ops)
-        names["layer"] = f"fused, {len(fast)} of {len(layers)}" + (
-            ", eager twin" if ops is reference else f", self-test {error:.4f}"
-        )
-        names["checkpointed_layers"] = f"{sum(f.checkpoint for f in fast)} of {len(layers)}"
-    else:
-        if fast:
-            distrust(f"the fused layer's self-test is off by {error:.4f}")
-        names["layer"] = (
-            f"transformers: self-test error {error:.4f}, at most {tolerance}"
-            if fast
-            else "transformers"
-        )
+    built = [f for f in fast if f is not None]
+    names = {"base": _base_name(built, precision), "layer": "transformers"}
+    names["attention"] = attention_name(False, device)
+    if built:
+        pairs = [(layer, f) for layer, f in zip(layers, fast, strict=True) if f is not None]
+        names |= _trust(one_of_each_kind(pairs), precision, device)
+        if names["layer"] == "fused":
+            _patch(inner, layers, fast, ops)
+            names["layer"] = f"fused, {len(built)} of {len(layers)}{names.pop('test')}"
+            names["checkpointed_layers"] = f"{sum(f.checkpoint for f in built)} of {len(layers)}"
     if reasons:
         names["not_fused"] = f"{len(reasons)} layers: {reasons[0]}"
     names["loss"] = "chunked, frozen head" + ("" if operations(device) is reference else ", Triton")
     return names
+
+
+def one_of_each_kind(
+    pairs: Sequence[tuple[nn.Module, FastLayer]],
+) -> list[tuple[nn.Module, FastLayer]]:
+    """The first layer of each kind, beside its fast form."""
+    first: dict[Any, tuple[nn.Module, FastLayer]] = {}
+    for layer, fast in pairs:
+        first.setdefault(fast.kind, (layer, fast))
+    return list(first.values())
+
+
+def _trust(
+    pairs: Sequence[tuple[nn.Module, FastLayer]], precision: str, device: torch.device
+) -> dict[str, str]:
+    """What is to run, by name, after each kind of layer was compared with its twin and with the
+    layer of transformers that it stands for. "layer" is "fused" or the reason why not, "test" the
+    errors found."""
+    ops, tolerance = pairs[0][1].ops, TOLERANCE.get(precision, OTHERWISE)
+    if ops is reference:
+        return {
+            "layer": "fused",
+            "test": ", eager twin",
+            "attention": attention_name(False, device),
+        }
+    compile_ahead([f for _, f in pairs])
+    short = all([trust_short_attention(f) for _, f in pairs])
+    names = {"attention": attention_name(short, device)}
+    error = max(layer_error(f) for _, f in pairs)
+    if not error < tolerance:
+        distrust(f"the fused layer's self-test is off by {error:.4f}")
+        return names | {"layer": f"transformers: self-test error {error:.4f}, at most {tolerance}"}
+    if not short and any(f.rules.softcap is not None for _, f in pairs):
+        return names | {"layer": "transformers: its attention has a cap, which flash has not"}
+    stock = max(stock_error(layer, f) for layer, f in pairs)
+    if not stock < STOCK_TOLERANCE.get(precision, OTHERWISE):
+        log.warning("the fused layer differs from transformers' by %.4f: not used", stock)
+        return names | {"layer": f"transformers: the fused layer differs by {stock:.4f}"}
+    said = f", self-test {error:.4f}, from transformers {stock:.4f}"
+    return names | {"layer": "fused", "test": said}
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -132,75 +166,55 @@ def build_layer(
 ) -> FastLayer:
     """The fast form of one decoder layer. Raises ValueError with the reason, and leaves the layer
     as it was, where it does not fit."""
-    name = type(layer).__name__
-    if name not in FUSED_CLASSES:
-        raise ValueError(f"{name} is not of a kind that the fused layer knows")
-    attn: Any = layer.self_attn
-    mlp: Any = layer.mlp
-    config = attn.config
-    groups = [
-        [attn.q_proj, attn.k_proj, attn.v_proj],
-        [attn.o_proj],
-        [mlp.gate_proj, mlp.up_proj],
-        [mlp.down_proj],
-    ]
-    linears = [base_linear(m) for group in groups for m in group]
-    _validate_fits(layer, linears, config)
-    dtype = linears[0].weight.dtype
-    first = linears[0].bias
-    bias = torch.cat([x.bias.data for x in linears[:3]]) if first is not None else None
+    parts = find_parts(layer)
+    norm1, norm2 = read_norm(parts.norm1, parts.family), read_norm(parts.norm2, parts.family)
+    linears = [base_linear(m) for m in parts.qkv]
+    dtype, biased = linears[0].weight.dtype, linears[0].bias is not None
+    bias = torch.cat([x.bias.data for x in linears]) if biased else None
     options = _options(precision, keep_transpose)
-    built = [Group.of(g, precision, dtype, **options) for g in groups]
-    for group, modules in zip(built, groups, strict=True):
+    built = [
+        Group.of(g, precision, dtype, sizes if len(g) < len(sizes) else None, **options)
+        for g, sizes in zip(parts.linears, parts.sizes, strict=True)
+    ]
+    for group, modules in zip(built, parts.linears, strict=True):
         _route(group.weight, [base_linear(m) for m in modules], precision)
-    norm1: Any = layer.input_layernorm
-    norm2: Any = layer.post_attention_layernorm
-    qkv, o, gate_up, down = built
+    qkv, o, gate_up, down = (*built, None, None)[:4]
+    assert qkv is not None and o is not None
     return FastLayer(
         ops=ops,
         qkv=qkv,
         o=o,
         gate_up=gate_up,
         down=down,
-        norm1=norm1.weight.data,
-        norm2=norm2.weight.data,
+        norm1=norm1,
+        norm2=norm2,
         bias=bias,
-        eps1=norm1.variance_epsilon,
-        eps2=norm2.variance_epsilon,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attn.head_dim,
-        scale=attn.scaling,
+        o_bias=_bias(base_linear(parts.o)),
+        sinks=None if parts.sinks is None else parts.sinks.data,
+        turned=parts.family.turned,
+        after=partial(_experts, layer) if down is None else None,
+        heads=parts.heads,
+        kv_heads=parts.kv_heads,
+        head_dim=parts.head_dim,
+        rules=parts.rules,
         checkpoint=checkpoint,
+        head_norms=parts.head_norms,
+        branch1=parts.norm(parts.branch1),
+        branch2=parts.norm(parts.branch2),
+        pairs=parts.family.row["rotary"] == "pairs",
+        gelu=is_gelu(parts.family),
     )
 
 
-def _validate_fits(layer: nn.Module, linears: list[nn.Linear], config: Any) -> None:
-    from trainer.kernels.lora import adapter_of, padded_rank
+def _bias(linear: nn.Linear) -> Tensor | None:
+    return None if linear.bias is None else linear.bias.data
 
-    if config.hidden_act != "silu":
-        raise ValueError(f"activation {config.hidden_act} is not silu")
-    if getattr(layer.self_attn, "sliding_window", None):
-        raise ValueError("attention has a sliding window")
-    biases = [x.bias is not None for x in linears]
-    if any(biases[3:]) or len(set(biases[:3])) != 1:
-        raise ValueError("a linear other than q, k, v has a bias")
-    if any(type(x) is not nn.Linear for x in linears):
-        raise ValueError("a linear is of a special class")
-    if any(x.weight.requires_grad for x in linears) or any(
-        p.requires_grad
-        for n in ("input_layernorm", "post_attention_layernorm")
-        for p in getattr(layer, n).parameters()
-    ):
-        raise ValueError("base weights train")
-    attn: Any = layer.self_attn
-    head_dim = attn.head_dim
-    if head_dim & (head_dim - 1) or head_dim < 32:
-        raise ValueError(f"head size {head_dim} is not a power of two from 32 on")
-    found = [adapter_of(m) for m in layer.modules() if hasattr(m, "lora_A")]
-    ranks = [a[0].shape[0] for a in found if a]
-    if ranks and padded_rank(max(ranks)) > 64:
-        raise ValueError(f"rank {max(ranks)} is above 64")
+
+def _experts(layer: Any, middle: Tensor) -> Tensor:
+    """The second half of a layer with experts, as transformers computes it. [M, h] -> [M, h]."""
+    y = layer.mlp(layer.post_attention_layernorm(middle[None]))
+    added: Tensor = (y[0] if isinstance(y, tuple) else y)[0]
+    return middle + added
 
 
 def _options(precision: str, keep_transpose: bool) -> dict[str, bool]:
@@ -250,22 +264,21 @@ def _base_name(fast: list[FastLayer], precision: str) -> str:
 
 
 def _patch(
-    inner: nn.Module, layers: Sequence[nn.Module], fast: list[FastLayer], ops: ModuleType
+    inner: Any, layers: Sequence[nn.Module], fast: list[FastLayer | None], ops: ModuleType
 ) -> None:
-    inner.fast_layers = fast  # type: ignore[assignment]
-    groups = [g for f in fast for g in f.groups]
+    """``fast``: of each layer its fast form, or None."""
+    inner.fast_layers = [f for f in fast if f is not None]
+    groups = [g for f in inner.fast_layers for g in f.groups]
     inner.register_forward_pre_hook(lambda *_: refresh(groups))
-    by_layer = iter(fast)
-    for layer in layers:
-        if type(layer).__name__ in FUSED_CLASSES:
-            _patch_layer(layer, next(by_layer))
+    for layer, one in zip(layers, fast, strict=True):
+        if one is not None:
+            _patch_layer(layer, one)
     norm: Any = inner.norm
     plain = norm.forward
-    if not norm.weight.requires_grad and hasattr(norm, "variance_epsilon"):
+    if not norm.weight.requires_grad:
+        weight, eps = read_norm(norm, families.read(inner.config.to_dict()))
         norm.forward = lambda x: (
-            frozen_norm(
-                x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon, ops
-            ).view_as(x)
+            frozen_norm(x.reshape(-1, x.shape[-1]), weight, eps, ops).view_as(x)
             if x.requires_grad
             else plain(x)
         )
@@ -281,7 +294,9 @@ def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
         if cu is None or any(c is not None for c in cached) or hidden_states.shape[0] != 1:
             return plain(hidden_states, *args, **kwargs)
         position_embeddings = kwargs["position_embeddings"]
-        cos, sin = (x[0].contiguous() for x in position_embeddings)
+        cos, sin = wide_angles(
+            position_embeddings[0][0], position_embeddings[1][0], fast.head_dim, fast.turned
+        )
         packed = Packed(cos, sin, cu, int(kwargs["max_length_q"]))
         # [0] would cost a zeroed copy in backward
         return run_layer(fast, hidden_states.squeeze(0).contiguous(), packed).unsqueeze(0)

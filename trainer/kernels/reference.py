@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
+
+from trainer.kernels.norms import HeadNorms
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -73,11 +76,38 @@ def norm_backward(
     return (g if residual is None else g + residual.float()).to(h.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def branch_forward(
+    h: Tensor,
+    y: Tensor,
+    t: Tensor | None,
+    b: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = y.float()
+    if t is not None and b is not None:
+        z = z + _lora(t, b)
+    y.copy_(z)
+    v = y.float()
+    rstd = torch.rsqrt(v.pow(2).mean(-1) + eps)
+    total = (h.float() + v * rstd[:, None] * weight.float()) * scale
+    return total.to(h.dtype), y, rstd
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool = False) -> Tensor:
     """x [M, H, D], cos and sin [M, D] with equal halves."""
-    low, high = x.float().chunk(2, -1)
+    x = x.float()
+    low, high = (x[..., ::2], x[..., 1::2]) if pairs else x.chunk(2, -1)
     c, s = (v.float().chunk(2, -1)[0][:, None] for v in (cos, sin))
-    return torch.cat([low * c - high * s, high * c + low * s], -1)
+    turned = low * c - high * s, high * c + low * s
+    return torch.stack(turned, -1).flatten(-2) if pairs else torch.cat(turned, -1)
+
+
+def _parts(x: Tensor, d: int, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+    """Views [M, heads of q, k or v, D] of a joined matrix."""
+    sizes = [heads * d, kv_heads * d, kv_heads * d]
+    return tuple(part.unflatten(1, (-1, d)) for part in x.split(sizes, 1))
 
 
 def rope_forward_(
@@ -89,7 +119,9 @@ def rope_forward_(
     sin: Tensor,
     heads: int,
     kv_heads: int,
-) -> None:
+    norms: HeadNorms | None = None,
+    pairs: bool = False,
+) -> Tensor:
     d = cos.shape[-1]
     ends = [0, heads * d, (heads + kv_heads) * d, (heads + 2 * kv_heads) * d]
     for i in range(3):
@@ -100,9 +132,37 @@ def rope_forward_(
             v = v + _lora(t[:, i * r : (i + 1) * r], b[ends[i] : ends[i + 1]])
         if bias is not None:
             v = v + bias[ends[i] : ends[i + 1]].float()
-        if i < 2:
-            v = _rotate(v.view(len(v), -1, d), cos, sin).flatten(1)
         part.copy_(v)
+    out = qkv if norms is None else qkv.clone()
+    for i, part in enumerate(_parts(out, d, heads, kv_heads)):
+        v = part.float()
+        if norms is not None and (i < 2 or norms.values):
+            v = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + norms.eps) * norms.weight[i]
+        part.copy_(_rotate(v, cos, sin, pairs) if i < 2 else v)
+    return out
+
+
+def head_norm_backward_(
+    d: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    norms: HeadNorms,
+    pairs: bool = False,
+) -> None:
+    size = cos.shape[-1]
+    grads, before = (_parts(x, size, heads, kv_heads) for x in (d, qkv))
+    for i, (part, x) in enumerate(zip(grads, before, strict=True)):
+        g, v = part.float(), x.float()
+        if i < 2:
+            g = _rotate(g, cos, -sin, pairs)
+        elif not norms.values:
+            continue
+        rstd = torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + norms.eps)
+        g, v = g * norms.weight[i], v * rstd
+        part.copy_(rstd * (g - v * (g * v).mean(-1, keepdim=True)))
 
 
 def rope_backward(
@@ -113,10 +173,11 @@ def rope_backward(
     sin: Tensor,
     b: Tensor | None,
     column_scale: Tensor | None,
+    pairs: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     parts = [
-        _rotate(dq, cos, -sin).flatten(1),
-        _rotate(dk, cos, -sin).flatten(1),
+        _rotate(dq, cos, -sin, pairs).flatten(1),
+        _rotate(dk, cos, -sin, pairs).flatten(1),
         dv.float().flatten(1),
     ]
     out = torch.cat(parts, 1).to(dq.dtype)
@@ -164,11 +225,30 @@ def _gate_up(gu: Tensor, t: Tensor | None, b: Tensor | None) -> tuple[Tensor, Te
     return g + _lora(tg, bg), u + _lora(tu, bu)
 
 
+def _activation(g: Tensor, tanh: bool) -> Tensor:
+    return gelu(g, approximate="tanh") if tanh else g * torch.sigmoid(g)
+
+
+def _slope(g: Tensor, tanh: bool) -> Tensor:
+    """The derivative of ``_activation``."""
+    if not tanh:
+        sig = torch.sigmoid(g)
+        return sig * (1 + g * (1 - sig))
+    a, c = 0.7978845608028654, 0.044715
+    t = torch.tanh(a * (g + c * g**3))
+    return 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * a * (1 + 3 * c * g * g)
+
+
 def swiglu_forward(
-    gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool
+    gu: Tensor,
+    t: Tensor | None,
+    b: Tensor | None,
+    a: Tensor | None,
+    fp8: bool,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     g, u = _gate_up(gu, t, b)
-    act = (g * torch.sigmoid(g) * u).to(gu.dtype)
+    act = (_activation(g, gelu) * u).to(gu.dtype)
     t_out = act @ a.t() if a is not None else None
     return (*_cast(act, None), t_out) if fp8 else (act, None, t_out)
 
@@ -181,14 +261,15 @@ def swiglu_backward(
     dt: Tensor | None,
     a: Tensor | None,
     column_scale: Tensor | None,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     g, u = _gate_up(gu, t, b)
     da = dact.float()
     if dt is not None and a is not None:
         da = da + dt.float() @ a.float()
-    sig = torch.sigmoid(g)
+    gated = _activation(g, gelu)
     # in fp32 the inputs are views: first make
-    act, dgu = g * sig * u, torch.cat([da * u * sig * (1 + g * (1 - sig)), da * g * sig], -1)
+    act, dgu = gated * u, torch.cat([da * u * _slope(g, gelu), da * gated], -1)
     dact.copy_(act)
     gu.copy_(dgu)
     dt_out = None

@@ -166,6 +166,59 @@ def norm_backward(
 
 
 @triton.jit(do_not_specialize=["m"])
+def branch_forward(
+    h,
+    y,
+    t,
+    b,
+    weight,
+    total,
+    rstd,
+    m,
+    k,
+    eps,
+    scale,
+    R: tl.constexpr,
+    LORA: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    ok = rows < m
+    base = rows[:, None] * k
+    rank = tl.arange(0, R)
+    if LORA:
+        t_tile = tl.load(t + rows[:, None] * R + rank[None, :], mask=ok[:, None], other=0.0)
+    squares = tl.zeros([BM], tl.float32)
+    for c in tl.range(0, k, BN, num_stages=STAGES):
+        cols = c + tl.arange(0, BN)
+        mask = ok[:, None] & (cols < k)[None, :]
+        v = tl.load(y + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if LORA:
+            b_tile = tl.load(
+                b + cols[None, :] * R + rank[:, None], mask=(cols < k)[None, :], other=0.0
+            )
+            v += tl.dot(t_tile, b_tile)
+            rounded = v.to(y.dtype.element_ty)
+            tl.store(y + base + cols[None, :], rounded, mask=mask)
+            v = rounded.to(tl.float32)
+        squares += tl.sum(v * v, 1)
+    r = tl.rsqrt(squares / k + eps)
+    tl.store(rstd + rows, r, mask=ok)
+    if LORA:
+        tl.debug_barrier()  # the second pass reads what other threads of this program stored
+    for c in tl.range(0, k, BN, num_stages=STAGES):
+        cols = c + tl.arange(0, BN)
+        mask = ok[:, None] & (cols < k)[None, :]
+        v = tl.load(y + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight + cols, mask=cols < k, other=0.0).to(tl.float32)
+        v = v * r[:, None] * w[None, :]
+        v += tl.load(h + base + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + base + cols[None, :], (v * scale).to(total.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["m"])
 def rope_forward(
     qkv,
     t,
@@ -173,6 +226,9 @@ def rope_forward(
     bias,
     cos,
     sin,
+    out,
+    norms,
+    eps,
     m,
     s,
     heads,
@@ -182,10 +238,15 @@ def rope_forward(
     HALF: tl.constexpr,
     LORA: tl.constexpr,
     BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    VALUES: tl.constexpr,
+    PAIRS: tl.constexpr,
     BM: tl.constexpr,
     HEADS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    STEP: tl.constexpr = 2 if PAIRS else 1
+    OTHER: tl.constexpr = 1 if PAIRS else HALF
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     ok = rows[:, None] < m
     d = tl.arange(0, HALF)
@@ -195,24 +256,89 @@ def rope_forward(
     first = tl.program_id(1) * HEADS
     for head in tl.range(first, tl.minimum(first + HEADS, touched), num_stages=STAGES):
         segment = (head >= heads).to(tl.int32) + (head >= heads + kv_heads).to(tl.int32)
-        at = qkv + rows[:, None] * s + head * (2 * HALF) + d[None, :]
+        column = head * (2 * HALF) + d * STEP
+        at = qkv + rows[:, None] * s + column[None, :]
         low = tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        high = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
+        high = tl.load(at + OTHER, mask=ok, other=0.0).to(tl.float32)
         if LORA:
             t_tile = tl.load(
                 t + rows[:, None] * (3 * R) + segment * R + rank[None, :], mask=ok, other=0.0
             )
-            b_at = b + (head * (2 * HALF) + d)[None, :] * R + rank[:, None]
+            b_at = b + column[None, :] * R + rank[:, None]
             low += tl.dot(t_tile, tl.load(b_at))
-            high += tl.dot(t_tile, tl.load(b_at + HALF * R))
+            high += tl.dot(t_tile, tl.load(b_at + OTHER * R))
         if BIAS:
-            low += tl.load(bias + head * (2 * HALF) + d).to(tl.float32)[None, :]
-            high += tl.load(bias + head * (2 * HALF) + HALF + d).to(tl.float32)[None, :]
+            low += tl.load(bias + column).to(tl.float32)[None, :]
+            high += tl.load(bias + column + OTHER).to(tl.float32)[None, :]
         turn = (segment < 2).to(tl.float32)  # v is not turned: cos 1, sin 0
+        to, store = at, ok
+        if NORM:
+            if LORA or BIAS:
+                kept = low.to(qkv.dtype.element_ty)
+                tl.store(at, kept, mask=ok)
+                low = kept.to(tl.float32)
+                kept = high.to(qkv.dtype.element_ty)
+                tl.store(at + OTHER, kept, mask=ok)
+                high = kept.to(tl.float32)
+            r = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)
+            w = norms + segment * (2 * HALF) + d * STEP
+            low = low * r[:, None] * tl.load(w)[None, :]
+            high = high * r[:, None] * tl.load(w + OTHER)[None, :]
+            to = out + rows[:, None] * s + column[None, :]
+            if not VALUES:
+                store = ok & (segment < 2)
         cc = c * turn + (1.0 - turn)
         nn = n * turn
-        tl.store(at, (low * cc - high * nn).to(qkv.dtype.element_ty), mask=ok)
-        tl.store(at + HALF, (high * cc + low * nn).to(qkv.dtype.element_ty), mask=ok)
+        tl.store(to, (low * cc - high * nn).to(qkv.dtype.element_ty), mask=store)
+        tl.store(to + OTHER, (high * cc + low * nn).to(qkv.dtype.element_ty), mask=store)
+
+
+@triton.jit(do_not_specialize=["m"])
+def head_norm_backward(
+    grad,
+    qkv,
+    cos,
+    sin,
+    norms,
+    eps,
+    m,
+    s,
+    heads,
+    kv_heads,
+    touched,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BM: tl.constexpr,
+    HEADS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    STEP: tl.constexpr = 2 if PAIRS else 1
+    OTHER: tl.constexpr = 1 if PAIRS else HALF
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    ok = rows[:, None] < m
+    d = tl.arange(0, HALF)
+    c = tl.load(cos + rows[:, None] * (2 * HALF) + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    n = tl.load(sin + rows[:, None] * (2 * HALF) + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * HEADS
+    for head in tl.range(first, tl.minimum(first + HEADS, touched), num_stages=STAGES):
+        segment = (head >= heads).to(tl.int32) + (head >= heads + kv_heads).to(tl.int32)
+        turn = (segment < 2).to(tl.float32)
+        cc = c * turn + (1.0 - turn)
+        nn = n * turn
+        at = rows[:, None] * s + (head * (2 * HALF) + d * STEP)[None, :]
+        low = tl.load(grad + at, mask=ok, other=0.0).to(tl.float32)
+        high = tl.load(grad + at + OTHER, mask=ok, other=0.0).to(tl.float32)
+        w = norms + segment * (2 * HALF) + d * STEP
+        g_low = (low * cc + high * nn) * tl.load(w)[None, :]
+        g_high = (high * cc - low * nn) * tl.load(w + OTHER)[None, :]
+        low = tl.load(qkv + at, mask=ok, other=0.0).to(tl.float32)
+        high = tl.load(qkv + at + OTHER, mask=ok, other=0.0).to(tl.float32)
+        r = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)
+        mean = (tl.sum(g_low * low, 1) + tl.sum(g_high * high, 1)) * r * r / (2 * HALF)
+        g_low = r[:, None] * (g_low - low * mean[:, None])
+        g_high = r[:, None] * (g_high - high * mean[:, None])
+        tl.store(grad + at, g_low.to(grad.dtype.element_ty), mask=ok)
+        tl.store(grad + at + OTHER, g_high.to(grad.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -235,16 +361,19 @@ def _rope_back_segment(
     LORA: tl.constexpr,
     QUANT: tl.constexpr,
     ROTATE: tl.constexpr,
+    PAIRS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One of q, k, v: turn its heads back, keep them in ``out``, gather the LoRA product and the
     row maximum."""
-    d = tl.arange(0, HALF)
+    STEP: tl.constexpr = 2 if PAIRS else 1
+    OTHER: tl.constexpr = 1 if PAIRS else HALF
+    d = tl.arange(0, HALF) * STEP
     rank = tl.arange(0, R)
     for head in tl.range(0, count, num_stages=STAGES):
         at = src + rows[:, None] * (count * 2 * HALF) + head * (2 * HALF) + d[None, :]
         low = tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        high = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
+        high = tl.load(at + OTHER, mask=ok, other=0.0).to(tl.float32)
         if ROTATE:
             turned = low * c + high * n
             high = high * c - low * n
@@ -254,11 +383,11 @@ def _rope_back_segment(
         high_r = high.to(out.dtype.element_ty)
         to = out + rows[:, None] * s + column[None, :]
         tl.store(to, low_r, mask=ok)
-        tl.store(to + HALF, high_r, mask=ok)
+        tl.store(to + OTHER, high_r, mask=ok)
         if LORA:
             b_at = b + column[:, None] * R + rank[None, :]
             acc = tl.dot(low_r, tl.load(b_at), acc)
-            acc = tl.dot(high_r, tl.load(b_at + HALF * R), acc)
+            acc = tl.dot(high_r, tl.load(b_at + OTHER * R), acc)
         if QUANT:
             amax = tl.maximum(
                 amax,
@@ -267,7 +396,7 @@ def _rope_back_segment(
             amax = tl.maximum(
                 amax,
                 tl.max(
-                    tl.abs(high_r.to(tl.float32) * tl.load(column_scale + column + HALF)[None, :]),
+                    tl.abs(high_r.to(tl.float32) * tl.load(column_scale + column + OTHER)[None, :]),
                     1,
                 ),
             )
@@ -294,6 +423,7 @@ def rope_backward(
     HALF: tl.constexpr,
     LORA: tl.constexpr,
     QUANT: tl.constexpr,
+    PAIRS: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -324,6 +454,7 @@ def rope_backward(
         LORA,
         QUANT,
         True,
+        PAIRS,
         STAGES,
     )
     if LORA:
@@ -349,6 +480,7 @@ def rope_backward(
         LORA,
         QUANT,
         True,
+        PAIRS,
         STAGES,
     )
     if LORA:
@@ -373,6 +505,7 @@ def rope_backward(
         LORA,
         QUANT,
         False,
+        PAIRS,
         STAGES,
     )
     if LORA:
@@ -380,6 +513,16 @@ def rope_backward(
     if QUANT:
         factor, _ = inverse_scale(amax)
         tl.store(scale + rows, factor, mask=rows < m)
+
+
+@triton.jit
+def _gelu(g):
+    """tanh's approximation of gelu, and its derivative."""
+    inner = 0.7978845608028654 * g * (1.0 + 0.044715 * g * g)
+    t = 2.0 * tl.sigmoid(2.0 * inner) - 1.0
+    half = 0.5 * (1.0 + t)
+    slope = half + 0.5 * g * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * g * g)
+    return g * half, slope
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -399,6 +542,7 @@ def swiglu_forward(
     LORA: tl.constexpr,
     PROJECT: tl.constexpr,
     QUANT: tl.constexpr,
+    GELU: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -422,7 +566,11 @@ def swiglu_forward(
             b_at = b + cols[None, :] * R + rank[:, None]
             g += tl.dot(t_gate, tl.load(b_at, mask=(cols < f)[None, :], other=0.0))
             u += tl.dot(t_up, tl.load(b_at + f * R, mask=(cols < f)[None, :], other=0.0))
-        v = (g * tl.sigmoid(g) * u).to(act.dtype.element_ty)
+        if GELU:
+            gated, _ = _gelu(g)
+        else:
+            gated = g * tl.sigmoid(g)
+        v = (gated * u).to(act.dtype.element_ty)
         tl.store(act + rows[:, None] * f + cols[None, :], v, mask=mask)
         if PROJECT:
             a_tile = tl.load(
@@ -462,6 +610,7 @@ def swiglu_backward(
     LORA: tl.constexpr,
     DOWN: tl.constexpr,
     QUANT: tl.constexpr,
+    GELU: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -496,15 +645,19 @@ def swiglu_backward(
                     a + down_rank[:, None] * f + cols[None, :], mask=(cols < f)[None, :], other=0.0
                 ),
             )
-        sig = tl.sigmoid(g)
-        silu = g * sig
+        if GELU:
+            gated, slope = _gelu(g)
+        else:
+            sig = tl.sigmoid(g)
+            gated = g * sig
+            slope = sig * (1.0 + g * (1.0 - sig))
         tl.store(
             dact + rows[:, None] * f + cols[None, :],
-            (silu * u).to(dact.dtype.element_ty),
+            (gated * u).to(dact.dtype.element_ty),
             mask=mask,
         )
-        dg = (da * u * sig * (1.0 + g * (1.0 - sig))).to(gu.dtype.element_ty)
-        du = (da * silu).to(gu.dtype.element_ty)
+        dg = (da * u * slope).to(gu.dtype.element_ty)
+        du = (da * gated).to(gu.dtype.element_ty)
         tl.store(at, dg, mask=mask)
         tl.store(at + f, du, mask=mask)
         if LORA:

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from trainer.kernels import cast_device
 from trainer.kernels import triton_device as jit
+from trainer.kernels.norms import HeadNorms
 
 FP8 = torch.float8_e4m3fn
 
@@ -37,6 +38,8 @@ TILES = {
     "norm_backward": (32, 64, 4, 3),
     "rope_forward": (32, 16, 4, 3),  # columns: heads
     "rope_backward": (64, 0, 4, 2),  # no column loop
+    "head_norm_backward": (32, 16, 4, 3),  # columns: heads
+    "branch_forward": (32, 64, 4, 3),
     "swiglu_forward": (64, 64, 4, 3),
     "swiglu_backward": (32, 64, 2, 2),
 }
@@ -183,6 +186,46 @@ def norm_backward(
     return out
 
 
+def branch_forward(
+    h: Tensor,
+    y: Tensor,
+    t: Tensor | None,
+    b: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of a branch, added to the stream: z = y + t b^T, written over ``y``; total = (h +
+    RMSNorm(z)) scale. Returns (total [M, K], z, rstd of z [M])."""
+    m, k = h.shape
+    total, rstd = torch.empty_like(h), _empty(h, m, dtype=torch.float32)
+    tile = _tile("branch_forward", m)
+    jit.branch_forward[(triton.cdiv(m, tile["BM"]),)](
+        h,
+        y,
+        t,
+        b,
+        weight,
+        total,
+        rstd,
+        m,
+        k,
+        eps,
+        scale,
+        R=b.shape[1] if b is not None else 16,
+        LORA=b is not None,
+        **tile,
+    )
+    return total, y, rstd
+
+
+def _of_heads(name: str, m: int, d: int) -> tuple[int, int, dict[str, int]]:
+    """Rows of a tile, heads of a program, and options: fewer rows of wide heads."""
+    tile = _tile(name, m)
+    tile["BM"] = max(16, tile["BM"] * 128 // max(128, d))
+    return tile["BM"], tile.pop("BN"), tile
+
+
 def rope_forward_(
     qkv: Tensor,
     t: Tensor | None,
@@ -192,15 +235,22 @@ def rope_forward_(
     sin: Tensor,
     heads: int,
     kv_heads: int,
-) -> None:
+    norms: HeadNorms | None = None,
+    pairs: bool = False,
+) -> Tensor:
     """In place on ``qkv [M, (heads + 2 kv_heads) D]``: add LoRA and bias, rotate q and k. cos, sin:
-    [M, D], halves equal."""
+    [M, D], halves equal. ``pairs``: columns 2i and 2i + 1 turn together, not i and i + D / 2.
+    Returns ``qkv``.
+
+    With ``norms`` the norm and the rotation go into a matrix of their own, which is returned: q, k,
+    and v where it has a norm."""
     m, s = qkv.shape
     d = cos.shape[-1]
-    touched = heads + (2 if b is not None or bias is not None else 1) * kv_heads
+    added = b is not None or bias is not None
+    touched = heads + (2 if added or (norms is not None and norms.values) else 1) * kv_heads
     r = b.shape[1] if b is not None else 16
-    tile = _tile("rope_forward", m)
-    bm, per = tile["BM"], tile.pop("BN")
+    bm, per, tile = _of_heads("rope_forward", m, d)
+    out = qkv if norms is None else torch.empty_like(qkv)
     jit.rope_forward[(triton.cdiv(m, bm), triton.cdiv(touched, per))](
         qkv,
         t,
@@ -208,6 +258,9 @@ def rope_forward_(
         bias,
         cos,
         sin,
+        out,
+        norms.weight if norms is not None else None,
+        norms.eps if norms is not None else 0.0,
         m,
         s,
         heads,
@@ -217,6 +270,45 @@ def rope_forward_(
         HALF=d // 2,
         LORA=b is not None,
         BIAS=bias is not None,
+        NORM=norms is not None,
+        VALUES=norms is not None and norms.values,
+        PAIRS=pairs,
+        HEADS=per,
+        **tile,
+    )
+    return out
+
+
+def head_norm_backward_(
+    d: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    norms: HeadNorms,
+    pairs: bool = False,
+) -> None:
+    """In place on ``d [M, (heads + 2 kv_heads) D]``, the gradient of what attention read: back
+    through the rotation and the norms of ``qkv``."""
+    m, s = qkv.shape
+    size = cos.shape[-1]
+    touched = heads + (2 if norms.values else 1) * kv_heads
+    bm, per, tile = _of_heads("head_norm_backward", m, size)
+    jit.head_norm_backward[(triton.cdiv(m, bm), triton.cdiv(touched, per))](
+        d,
+        qkv,
+        cos,
+        sin,
+        norms.weight,
+        norms.eps,
+        m,
+        s,
+        heads,
+        kv_heads,
+        touched,
+        HALF=size // 2,
+        PAIRS=pairs,
         HEADS=per,
         **tile,
     )
@@ -230,6 +322,7 @@ def rope_backward(
     sin: Tensor,
     b: Tensor | None,
     column_scale: Tensor | None,
+    pairs: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dq [M, H, D], dk and dv [M, KV, D] -> (d(qkv) [M, S], its FP8 copy times column_scale, row
     scales, ``d b`` [M, 3 R])."""
@@ -241,9 +334,8 @@ def rope_backward(
     scale = _empty(dq, m, dtype=torch.float32) if quant else None
     r = b.shape[1] if b is not None else 16
     dt = _empty(dq, m, 3 * r) if b is not None else None
-    tile = _tile("rope_backward", m)
-    tile.pop("BN")
-    jit.rope_backward[(triton.cdiv(m, tile["BM"]),)](
+    bm, _, tile = _of_heads("rope_backward", m, d)
+    jit.rope_backward[(triton.cdiv(m, bm),)](
         dq.contiguous(),
         dk.contiguous(),
         dv.contiguous(),
@@ -262,6 +354,7 @@ def rope_backward(
         HALF=d // 2,
         LORA=b is not None,
         QUANT=quant,
+        PAIRS=pairs,
         **tile,
     )
     return out, _cast(out, column_scale, scale) if scale is not None else None, scale, dt
@@ -359,9 +452,15 @@ def quantise_rows(
 
 
 def swiglu_forward(
-    gu: Tensor, t: Tensor | None, b: Tensor | None, a: Tensor | None, fp8: bool
+    gu: Tensor,
+    t: Tensor | None,
+    b: Tensor | None,
+    a: Tensor | None,
+    fp8: bool,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """silu(gate) * up of ``gu [M, 2F]`` plus its LoRA terms -> (act [M, F] in gu's dtype or FP8,
+    """silu(gate) * up, or with ``gelu`` its approximation by tanh in silu's place, of ``gu [M,
+    2F]`` plus its LoRA terms -> (act [M, F] in gu's dtype or FP8,
     row scales, ``act a^T`` [M, R])."""
     m, f2 = gu.shape
     f = f2 // 2
@@ -386,6 +485,7 @@ def swiglu_forward(
         LORA=b is not None,
         PROJECT=a is not None,
         QUANT=fp8,
+        GELU=gelu,
         **tile,
     )
     return (act if scale is None else _cast(act, None, scale)), scale, t_out
@@ -399,6 +499,7 @@ def swiglu_backward(
     dt: Tensor | None,
     a: Tensor | None,
     column_scale: Tensor | None,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Overwrites ``gu [M, 2F]`` with its gradient and ``dact [M, F]`` with act, which the gradient
     of down's A needs.
@@ -429,6 +530,7 @@ def swiglu_backward(
         LORA=b is not None,
         DOWN=a is not None,
         QUANT=quant,
+        GELU=gelu,
         **tile,
     )
     # the launch is invisible to autograd: a second backward must be told

@@ -53,6 +53,12 @@ CASES = [
     ([0, 5, 6, 19, 90], 4, 1, 64),
     ([0, 130], 2, 1, 128),
     ([0, 64, 128, 130], 8, 1, 64),  # boundaries on the edges of tiles
+    # query heads a key head that are no power of two, with a second key head beside
+    ([0, 5, 60], 6, 2, 64),
+    ([0, 30, 33, 70], 7, 1, 64),
+    ([0, 40], 10, 2, 64),
+    ([0, 20, 27], 16, 1, 64),
+    ([0, 33, 70], 2, 1, 256),
 ]
 
 
@@ -61,12 +67,43 @@ def test_short_attention_and_its_gradients_are_the_twins(case):
     q, k, v, dout, cu, at = heads_of(*case)
     assert attention_short.fits(q, k, v)
     out, (lse,) = attention_short.forward(q, k, v, at.first, 0.2)
-    want, _ = attention.eager_forward(q, k, v, cu, 0.2)
+    want, _ = attention.eager_forward(q, k, v, cu, attention.Rules(0.2))
     agree(out, want)
     got = attention_short.backward(dout, q, k, v, out, lse, at, 0.2, None, None)
     agree(
-        got, torch.cat([x.flatten(1) for x in attention.eager_backward(dout, q, k, v, cu, 0.2)], 1)
+        got,
+        torch.cat(
+            [
+                x.flatten(1)
+                for x in attention.eager_backward(dout, q, k, v, cu, attention.Rules(0.2))
+            ],
+            1,
+        ),
     )
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[8]])
+@pytest.mark.parametrize("window", [1, 9])
+def test_a_window_a_cap_and_sinks_are_the_twins(case, window):
+    q, k, v, dout, cu, _ = heads_of(*case)
+    q = q * 3  # scores that the cap bends
+    q, k, v = (
+        x.unflatten(1, (-1, case[3]))
+        for x in torch.cat([x.flatten(1) for x in (q, k, v)], 1).split(
+            [n * case[3] for n in (case[1], case[2], case[2])], 1
+        )
+    )
+    at = attention_short.spans(cu, len(q), window)
+    sinks = torch.randn(case[1], device=DEVICE)
+    out, (lse,) = attention_short.forward(q, k, v, at.first, 0.2, 5.0, sinks)
+    got = attention_short.backward(dout, q, k, v, out, lse, at, 0.2, None, None, False, 5.0)
+    rules = attention.Rules(0.2, window, 5.0)
+    with torch.enable_grad():
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        want = attention.eager_attention(*given, cu, rules, sinks)
+        grads = torch.autograd.grad(want, given, dout)
+    agree(out, want)
+    agree(got, torch.cat([x.flatten(1) for x in grads], 1))
 
 
 def angles(m, d):
@@ -82,7 +119,7 @@ def test_gradients_are_turned_back_by_the_angles_as_the_twin_does_it_after_atten
     agree(
         got,
         reference.rope_backward(
-            *attention.eager_backward(dout, q, k, v, cu, 0.2), cos, sin, None, None
+            *attention.eager_backward(dout, q, k, v, cu, attention.Rules(0.2)), cos, sin, None, None
         )[0],
     )
 
@@ -90,15 +127,17 @@ def test_gradients_are_turned_back_by_the_angles_as_the_twin_does_it_after_atten
 def test_the_self_test_passes_these_kernels_and_catches_a_wrong_one():
     q, k, v, dout, cu, _ = heads_of(*CASES[0])
     packed = Packed(*angles(len(q), q.shape[2]), cu, 90)
-    assert short_attention_error(attention_short, q, k, v, dout, packed, 0.2) <= BOUND
+    assert (
+        short_attention_error(attention_short, q, k, v, dout, packed, attention.Rules(0.2)) <= BOUND
+    )
 
     def blind(*given):  # every document begins at the first token: it sees its neighbours
-        return attention_short.forward(*given[:3], torch.zeros_like(given[3]), given[4])
+        return attention_short.forward(*given[:3], torch.zeros_like(given[3]), *given[4:])
 
     wrong = SimpleNamespace(
         spans=attention_short.spans, forward=blind, backward=attention_short.backward
     )
-    assert short_attention_error(wrong, q, k, v, dout, packed, 0.2) > OTHERWISE
+    assert short_attention_error(wrong, q, k, v, dout, packed, attention.Rules(0.2)) > OTHERWISE
 
 
 def test_a_document_does_not_see_its_neighbours():
@@ -119,6 +158,8 @@ def test_spans_name_the_document_of_each_token():
 def test_what_the_kernels_do_not_take_is_known():
     q, k, v, *_ = heads_of(*CASES[0])
     assert not attention_short.fits(q.contiguous(), k, v)  # another distance between rows
-    # three query heads on two key heads
+    # three query heads on two key heads, and more than the copy engine brings at once
     assert not attention_short.fits(torch.cat([q, q[:, :1]], 1), k, v)
+    many = torch.zeros(4, 19, 64, device=DEVICE, dtype=DTYPE)
+    assert not attention_short.fits(many[:, :17], many[:, 17:18], many[:, 18:])
     assert not attention_short.fits(q[..., :32], k[..., :32], v[..., :32])

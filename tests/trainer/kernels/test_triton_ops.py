@@ -19,6 +19,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from trainer.kernels import reference, triton_ops  # noqa: E402
 from trainer.kernels.nf4 import CODEBOOK, quantise_nf4  # noqa: E402
+from trainer.kernels.norms import HeadNorms  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -136,6 +137,55 @@ def test_rope_backward_is_its_twin(fp8):
     agree(*(ops.rope_backward(dq, dk, dv, cos, sin, None, fold) for ops in (triton_ops, reference)))
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_norms_of_heads_with_rotary_are_their_twins_both_ways(added, values, pairs):
+    heads, kv_heads = 3, 1
+    n = (heads + 2 * kv_heads) * D
+    qkv, b, bias = random(M, n), random(n, R, scale=0.1), random(n)
+    extra = (random(M, 3 * R), b, bias) if added else (None, None, None)
+    weight = torch.rand(3, D).to(DEVICE) + 0.5
+    rest = (*angles(), heads, kv_heads, HeadNorms(weight, 1e-5, values), pairs)
+    touched = (heads + (2 if values else 1) * kv_heads) * D
+    found = []
+    for ops in (triton_ops, reference):
+        before = qkv.clone()
+        after = ops.rope_forward_(before, *extra, *rest)
+        torch.manual_seed(4)
+        grad = random(M, n)
+        ops.head_norm_backward_(grad, qkv, *rest)
+        found.append([before, after[:, :touched], grad])
+    agree(*found)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rotation_of_neighbours_is_its_twin_both_ways(fp8):
+    heads, kv_heads = 3, 1
+    n = (heads + 2 * kv_heads) * D
+    qkv, t, b = random(M, n), random(M, 3 * R), random(n, R, scale=0.1)
+    dq, dk, dv = random(M, heads, D), random(M, kv_heads, D), random(M, kv_heads, D)
+    fold = (torch.rand(n) + 0.5).to(DEVICE) if fp8 else None
+    cos, sin = angles()
+    found = []
+    for ops in (triton_ops, reference):
+        turned = ops.rope_forward_(qkv.clone(), t, b, None, cos, sin, heads, kv_heads, None, True)
+        found.append([turned, *ops.rope_backward(dq, dk, dv, cos, sin, b, fold, True)])
+    agree(*found)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_norm_of_a_branch_is_its_twin(lora):
+    h, y, weight = random(M, K), random(M, K), random(K).float()
+    extra = (random(M, R), random(K, R, scale=0.1)) if lora else (None, None)
+    agree(
+        *(
+            ops.branch_forward(h, y.clone(), *extra, weight, 1e-5, 0.7)
+            for ops in (triton_ops, reference)
+        )
+    )
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_quantise_rows_is_its_twin(fold):
     x, p = random(M, K), random(R, K, scale=0.1).t()
@@ -144,17 +194,18 @@ def test_quantise_rows_is_its_twin(fold):
     agree(triton_ops.quantise_rows(x, column, None), reference.quantise_rows(x, column, None))
 
 
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_swiglu_is_its_twin_both_ways(fp8, lora):
+def test_swiglu_is_its_twin_both_ways(fp8, lora, gelu):
     gu, dact = random(M, 2 * F), random(M, F)
     t, b = (random(M, 2 * R), random(2 * F, R, scale=0.1)) if lora else (None, None)
     a, dt = (random(R, F, scale=0.1), random(M, R)) if lora else (None, None)
-    agree(triton_ops.swiglu_forward(gu, t, b, a, fp8), reference.swiglu_forward(gu, t, b, a, fp8))
+    agree(*(ops.swiglu_forward(gu, t, b, a, fp8, gelu) for ops in (triton_ops, reference)))
     fold = (torch.rand(2 * F) + 0.5).to(DEVICE) if fp8 else None
     agree(
         *(
-            ops.swiglu_backward(gu.clone(), t, b, dact.clone(), dt, a, fold)
+            ops.swiglu_backward(gu.clone(), t, b, dact.clone(), dt, a, fold, gelu)
             for ops in (triton_ops, reference)
         )
     )

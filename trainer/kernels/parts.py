@@ -1,0 +1,207 @@
+"""Where a decoder layer of transformers keeps what the fused layer is built from, by its family's
+row in ``trainer/families.toml``; or why it is not to be fused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from trainer import families
+from trainer.families import Family
+from trainer.kernels.attention import Rules
+from trainer.kernels.lora import adapter_of, base_linear, padded_rank
+from trainer.kernels.norms import HeadNorms, Norm
+
+WIDEST = 256  # the largest head that flash attention and the kernels take
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Linears by the input that they share, norms in the order of the stream."""
+
+    family: Family
+    attention: Any
+    qkv: list[nn.Module]
+    o: nn.Module
+    gate_up: list[nn.Module]  # empty where experts are in the MLP's place
+    down: nn.Module | None
+    norm1: nn.Module
+    norm2: nn.Module
+    branch1: nn.Module | None
+    branch2: nn.Module | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def linears(self) -> list[list[nn.Module]]:
+        attention = [self.qkv, [self.o]]
+        return attention if self.down is None else [*attention, self.gate_up, [self.down]]
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        every = (self.norm1, self.norm2, self.branch1, self.branch2, *self._of_heads)
+        return [n for n in every if n is not None]
+
+    @property
+    def _of_heads(self) -> tuple[nn.Module, ...]:
+        if self.family.row["qk_norm"] != "head":
+            return ()
+        return (self.attention.q_norm, self.attention.k_norm)
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """Output features of q, k, v; o; gate, up; down."""
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sizes = [[wide, narrow, narrow], [base_linear(self.o).out_features]]
+        if self.down is None:
+            return sizes
+        down = base_linear(self.down)
+        return [*sizes, [down.in_features] * 2, [down.out_features]]
+
+    @property
+    def rules(self) -> Rules:
+        """The window of a model that has one for its whole is in its config."""
+        window = getattr(self.attention, "sliding_window", None)
+        if window is None and self.family.row["windows"] == "all":
+            window = self.family.window
+        return Rules(self.attention.scaling, window, self.family.softcap)
+
+    @property
+    def sinks(self) -> Tensor | None:
+        return self.attention.sinks if self.family.sinks else None
+
+    def norm(self, module: nn.Module | None) -> Norm | None:
+        return None if module is None else read_norm(module, self.family)
+
+    @property
+    def head_norms(self) -> HeadNorms | None:
+        if not self._of_heads:
+            return None
+        (q, eps), (k, _) = (read_norm(n, self.family) for n in self._of_heads)
+        weights = torch.stack([q.float(), k.float(), torch.ones_like(q, dtype=torch.float32)])
+        return HeadNorms(weights, eps, False)
+
+
+def read_norm(module: nn.Module, family: Family) -> Norm:
+    """What an RMSNorm of transformers multiplies by."""
+    told: Any = module
+    weight = cast(Tensor, told.weight.data)
+    eps = told.variance_epsilon if hasattr(told, "variance_epsilon") else told.eps
+    return Norm(weight.float() + 1.0 if family.row["one_more"] else weight, float(eps))
+
+
+def find_parts(layer: nn.Module) -> Parts:
+    """Raises ValueError with the reason why a layer is not to be fused."""
+    attn: Any = getattr(layer, "self_attn", None)
+    name = type(layer).__name__
+    config = getattr(attn, "config", None)
+    if config is None:
+        raise ValueError(f"{name} is not of a kind that the fused layer knows")
+    family = families.read(config.to_dict())
+    if not family.fused:
+        raise ValueError(f"{name} is not of a kind that the fused layer knows")
+    told: Any = layer
+    mlp, sparse = told.mlp, hasattr(told.mlp, "experts")
+    before, after = norm_names(told, family)
+    norms = [getattr(layer, n) for n in before]
+    branches: list[Any] = [getattr(layer, n) for n in after] or [None, None]
+    qkv = [attn.qkv_proj] if hasattr(attn, "qkv_proj") else [attn.q_proj, attn.k_proj, attn.v_proj]
+    parts = Parts(
+        family=family,
+        attention=attn,
+        qkv=qkv,
+        o=attn.o_proj,
+        gate_up=[] if sparse else gate_and_up(mlp),
+        down=None if sparse else mlp.down_proj,
+        norm1=norms[0],
+        norm2=norms[1],
+        branch1=branches[0],
+        branch2=branches[1],
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attn.head_dim,
+    )
+    if not sparse:
+        validate_activation(getattr(mlp, "act_fn", None) or mlp.activation_fn, family)
+    validate(layer, parts)
+    return parts
+
+
+def gate_and_up(mlp: Any) -> list[nn.Module]:
+    """Two linears, or one that is both."""
+    return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+
+
+def norm_names(layer: nn.Module, family: Family) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(norms before attention and the MLP, norms on what they give)."""
+    if family.row["norms"] == "before":
+        return ("input_layernorm", "post_attention_layernorm"), ()
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return ("input_layernorm", "pre_feedforward_layernorm"), (
+            "post_attention_layernorm",
+            "post_feedforward_layernorm",
+        )
+    return ("input_layernorm", "post_attention_layernorm"), (
+        "post_self_attn_layernorm",
+        "post_mlp_layernorm",
+    )
+
+
+def validate_activation(activation: Any, family: Family) -> None:
+    """Raises ValueError where it is not what the row says; of a layer without experts."""
+    x = torch.linspace(-4, 4, 9)
+    wanted = gelu(x, approximate="tanh") if is_gelu(family) else silu(x)
+    if not torch.allclose(activation(x), wanted, atol=1e-6):
+        raise ValueError(f"its activation is not what its row says: {family.row['mlp']}")
+
+
+def validate(layer: nn.Module, parts: Parts) -> None:
+    """Raises ValueError for what the fused layer does not compute."""
+    linears = [[base_linear(m) for m in group] for group in parts.linears]
+    _validate_linears(parts, [x for group in linears for x in group])
+    biased = [x.bias is not None for x in linears[0]]
+    if any(x.bias is not None for group in linears[2:] for x in group) or len(set(biased)) != 1:
+        raise ValueError("the MLP has a bias, or one of q, k, v has none")
+    head_dim = parts.head_dim
+    if head_dim & (head_dim - 1) or not 32 <= head_dim <= WIDEST:
+        raise ValueError(f"head size {head_dim} is not a power of two from 32 to {WIDEST}")
+    if not getattr(parts.attention, "is_causal", True):
+        raise ValueError("attention sees later tokens")
+    if any(isinstance(m, nn.Dropout) and m.p for m in layer.children()):
+        raise ValueError("a branch has dropout")
+    found = [adapter_of(m) for m in layer.modules() if hasattr(m, "lora_A")]
+    ranks = [a[0].shape[0] for a in found if a]
+    if ranks and padded_rank(max(ranks)) > 64:
+        raise ValueError(f"rank {max(ranks)} is above 64")
+
+
+def _validate_linears(parts: Parts, linears: list[nn.Linear]) -> None:
+    if any(type(x) is not nn.Linear for x in linears):
+        raise ValueError("a linear is of a special class")
+    trained = any(p.requires_grad for n in parts.norms for p in n.parameters())
+    trained = trained or bool(parts.sinks is not None and parts.sinks.requires_grad)
+    if trained or any(x.weight.requires_grad for x in linears):
+        raise ValueError("base weights train")
+
+
+def is_gelu(family: Family) -> bool:
+    return bool(family.row["mlp"] == "geglu")
+
+
+def wide_angles(
+    cos: Tensor, sin: Tensor, head_dim: int, turned: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [M, n], one or two of each angle side by side -> [M, D], halves equal. Of a head
+    the part ``turned`` turns, the other columns by nothing."""
+    if cos.shape[1] == head_dim:
+        return cos.contiguous(), sin.contiguous()
+    angles = int(head_dim * turned) // 2
+    rest = (0, head_dim // 2 - angles)
+    c = nn.functional.pad(cos[:, :angles], rest, value=1.0)
+    n = nn.functional.pad(sin[:, :angles], rest)
+    return torch.cat([c, c], 1), torch.cat([n, n], 1)
