@@ -1,0 +1,404 @@
+"""The fastest on today's families: one line of JSON for each model and precision, and the table.
+
+    python -m bench.families qwen3-8b:bf16 qwen3-8b:fp8 gemma-3-4b:bf16 --append \
+        bench/results/families.jsonl
+    python -m bench.families --table bench/results/families.jsonl
+
+The protocol of docs/speed-log.md on the shapes that people download: a random-weight model, LoRA
+r=16 on all linears (8 on experts), 20,000 rows with log-normal lengths packed whole to 16,384
+tokens, real tokens a second. `gemm_tflops` is the card's bf16 rate on a product of 8,192 cubed,
+measured in the same process. `--layers` takes fewer layers where a card is too small;
+`full_depth_tok_s` then says what the whole depth would give, if the layers alone cost more.
+`--peer` measures transformers and PEFT by themselves on the same rows, padded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from torch import Tensor, nn
+
+from bench.training import BF16_TFLOPS, GIB, Setting, batches, lengths, tell
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-7b": ("llama", {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}),
+    "qwen3-8b": ("qwen3", {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}),
+    "qwen2.5-7b": ("qwen2", {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}),
+    "gemma-3-4b": ("gemma3_text", {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "head_dim": 256,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208,
+        "sliding_window": 1024, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}),
+    "glm-4-9b": ("glm4", {
+        "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40, "head_dim": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 2, "vocab_size": 151552,
+        "attention_bias": True}),
+    "phi-4": ("phi3", {
+        "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 10, "vocab_size": 100352,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None}),
+    "gemma-4-12b": ("gemma4_text", {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "head_dim": 256,
+        "global_head_dim": 512, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "vocab_size": 262144, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0, "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True}),
+    "qwen3-30b-a3b": ("qwen3_moe", {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "head_dim": 128, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 151936, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1}),
+    "gpt-oss-20b": ("gpt_oss", {
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "head_dim": 64,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 201088,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128}),
+}  # fmt: skip
+EXPERT_RANK = 8
+
+
+def configuration(model: str, layers: int | None) -> Any:
+    from transformers import AutoConfig
+
+    kind, settings = SHAPES[model]
+    settings = dict(settings, max_position_embeddings=8192)
+    settings.setdefault("tie_word_embeddings", False)
+    if layers:
+        settings["num_hidden_layers"] = layers
+    return AutoConfig.for_model(kind, **settings)
+
+
+def empty_model(config: Any, attention: str, r: int) -> nn.Module:
+    """On the meta device but for its angles, with adapters of PEFT's on every linear."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from trainer import families
+
+    family = families.read(config.to_dict())
+    adapted = family.all_linear()
+    more: dict[str, Any] = {}
+    if adapted.experts:
+        ends = "|".join(p.rsplit(".", 1)[-1] for p in adapted.experts)
+        pattern = rf".*\.experts\.(?:{ends})"
+        more = {
+            "target_parameters": list(adapted.experts),
+            "rank_pattern": {pattern: EXPERT_RANK},
+            "alpha_pattern": {pattern: 32 * EXPERT_RANK // r},
+        }
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.bfloat16
+        )
+    inner = model.model
+    inner.rotary_emb = type(inner.rotary_emb)(config)
+    model.family = family
+    torch.manual_seed(0)
+    settings = LoraConfig(r=r, lora_alpha=32, target_modules=list(adapted.modules), **more)
+    return get_peft_model(model.requires_grad_(False), settings)
+
+
+@torch.no_grad()
+def fill(leaf: nn.Module) -> None:
+    """Random weights; norms that change nothing; adapters as PEFT starts them."""
+    kind = type(leaf).__name__
+    for name, p in leaf.named_parameters(recurse=False):
+        if p.dim() > 1:
+            p.normal_(0, 0.02)
+        else:
+            plain = "Norm" in kind and not kind.startswith(("Gemma3RMS", "Gemma2RMS", "GemmaRMS"))
+            p.fill_(1.0 if plain and name == "weight" else 0.0)
+    for name, b in leaf.named_buffers(recurse=False):
+        b.fill_(getattr(leaf, "scalar_embed_scale", 1.0) if name == "embed_scale" else 1.0)
+
+
+@torch.no_grad()
+def start_adapters(model: nn.Module, device: torch.device) -> None:
+    """PEFT's own start (A uniform, B zero), in fp32 on the device."""
+    for name, module in model.named_modules():
+        if name.rsplit(".", 2)[-2:-1] in (["lora_A"], ["lora_B"]):
+            module.to(torch.float32).to_empty(device=device)
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+            else:
+                nn.init.zeros_(module.weight)
+
+
+def build(
+    setting: Setting, layers: int | None, device: torch.device
+) -> tuple[nn.Module, dict[str, str]]:
+    """The trainer's own path: (the model on the device, what computes it)."""
+    from trainer.kernels.attention import register
+    from trainer.kernels.patch import accelerate_model
+    from trainer.model.load import checkpoint_first, prepare
+
+    model = empty_model(configuration(setting.model, layers), register(), setting.r)
+    start_adapters(model, device)
+    names = prepare(model)
+    names |= accelerate_model(
+        model,
+        setting.precision,
+        device,
+        checkpoint_layers=setting.checkpoint_layers,
+        materialise=fill,
+    )
+    checkpoint_first(model, setting.checkpoint_layers)
+    tie(model)
+    return model.train(), names
+
+
+def tie(model: Any) -> None:
+    """Filling the meta device parted what a tied model shares."""
+    inner = model.get_base_model()
+    if inner.config.tie_word_embeddings:
+        inner.lm_head.weight = inner.model.embed_tokens.weight
+
+
+def as_trained(batch: dict[str, Any]) -> dict[str, Any]:
+    """A pack under the names that the trainer gives it."""
+    sides = {f"cu_seq_lens_{end}": batch["cu"] for end in "qk"}
+    sides |= {f"max_length_{end}": batch["longest"] for end in "qk"}
+    kept = ("input_ids", "position_ids", "labels", "targets_at")
+    return {k: batch[k] for k in kept} | sides
+
+
+class Steps:
+    """Training steps without a wait for the GPU."""
+
+    def __init__(self, model: nn.Module, data: list[dict[str, Any]], loss: Any) -> None:
+        from trainer.loop.optim import Gradients
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.model, self.data, self.loss = model, data, loss
+        self.gradients = Gradients(trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def step(self) -> int:
+        batch = self.data[len(self.losses) % len(self.data)]
+        self.gradients.zero()
+        loss = self.loss(self.model, batch)
+        loss.backward()
+        self.losses.append(loss.detach())
+        self.norms.append(self.gradients.clip(1.0))
+        self.optimizer.step()
+        return int(batch["count"])
+
+
+def our_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    from trainer.model.load import target_loss
+
+    return target_loss(model, as_trained(batch)) / len(batch["targets_at"])
+
+
+def peer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    names = ("input_ids", "attention_mask", "labels")
+    loss: Tensor = model(**{k: batch[k] for k in names}, use_cache=False).loss
+    return loss
+
+
+def build_peer(
+    setting: Setting, layers: int | None, device: torch.device
+) -> tuple[nn.Module, dict[str, str]]:
+    """transformers with PEFT, nothing of ours."""
+    model = empty_model(configuration(setting.model, layers), "sdpa", setting.r)
+    start_adapters(model, device)
+    for leaf in model.modules():
+        own = [*leaf.parameters(recurse=False), *leaf.buffers(recurse=False)]
+        if any(t.is_meta for t in own):
+            leaf.to_empty(device=device, recurse=False)
+            fill(leaf)
+    tie(model.to(device))
+    if setting.checkpoint_layers:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return model.train(), {"layer": "transformers + PEFT, sdpa, padded, rows of like length"}
+
+
+def padded_batches(
+    setting: Setting, vocab: int, device: torch.device, count: int = 24
+) -> list[dict[str, Any]]:
+    """The same rows, sorted by length within groups as transformers' Trainer does it."""
+    size = sorted(lengths(setting)[: count * 80].tolist())
+    made, at = [], 0
+    g = torch.Generator().manual_seed(1)
+    words = torch.randint(0, vocab, (300,), generator=g)
+    while at < len(size):
+        rows = max(1, setting.tokens // size[min(at + 64, len(size) - 1)])
+        part = torch.tensor(size[at : at + rows])
+        at += rows
+        wide = int(part.max())
+        where = torch.arange(wide)[None]
+        drawn = torch.empty(len(part), wide).geometric_(0.02, generator=g).long().clamp(max=300)
+        ids, seen = words[drawn - 1], where < part[:, None]
+        target = seen & (where >= (part * 0.3).long()[:, None])
+        made.append({
+            "input_ids": ids.to(device), "attention_mask": seen.long().to(device),
+            "labels": ids.masked_fill(~target, -100).to(device), "count": int(part.sum()),
+        })  # fmt: skip
+    order = torch.randperm(len(made), generator=g).tolist()
+    return [made[i] for i in order[:count]]
+
+
+def gemm_tflops(device: torch.device) -> float:
+    """The card's rate on a product of 8,192 cubed in bf16, random data."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(30):
+        a @ b
+    end.record()
+    torch.cuda.synchronize()
+    seconds: float = begin.elapsed_time(end) * 1e-3
+    return 30 * 2 * 8192**3 / seconds / 1e12
+
+
+def full_depth(speed: float, model: str, layers: int) -> float:
+    """Tokens a second with all of the model's layers, if what is not the head costs by layer."""
+    _, settings = SHAPES[model]
+    whole = int(settings["num_hidden_layers"])
+    head: float = 4 * settings["hidden_size"] * settings["vocab_size"] * 0.7 / (BF16_TFLOPS * 1e12)
+    return 1.0 / (head + (1.0 / speed - head) * whole / layers)
+
+
+def measure(
+    setting: Setting, layers: int | None, peer: bool, device: torch.device, profile: Path | None
+) -> dict[str, Any]:
+    """Builds, warms up, runs and reports one model."""
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    vocab = SHAPES[setting.model][1]["vocab_size"]
+    model, names = (build_peer if peer else build)(setting, layers, device)
+    data = padded_batches(setting, vocab, device) if peer else batches(setting, vocab, device)
+    steps = Steps(model, data, peer_loss if peer else our_loss)
+    steps.step()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - began
+    for _ in range(2):
+        steps.step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    tokens = sum(steps.step() for _ in range(setting.steps))
+    torch.cuda.synchronize()
+    speed = tokens / (time.perf_counter() - start)
+    if profile:
+        write_profile(steps, profile)
+    losses, norms = (torch.stack(x).float().tolist() for x in (steps.losses, steps.norms))
+    count = layers or SHAPES[setting.model][1]["num_hidden_layers"]
+    return {
+        "model": setting.model,
+        "precision": setting.precision,
+        "gpus": 1,
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "layers": count,
+        "real_tok_s": round(speed, 1),
+        "full_depth_tok_s": round(full_depth(speed, setting.model, count), 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+        "loss_first": round(losses[0], 4),
+        "loss_last": round(losses[-1], 4),
+        "grad_norm_last": round(norms[-1], 5),
+        "first_step_s": round(first, 1),
+        "tokens": setting.tokens,
+        "checkpoint_layers": setting.checkpoint_layers,
+        "r": setting.r,
+        "peer": peer,
+        "kernels": names,
+    }
+
+
+def write_profile(steps: Steps, out: Path) -> None:
+    """The kernels of one step, by time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        steps.step()
+        torch.cuda.synchronize()
+    table = seen.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70
+    )
+    out.write_text(table)
+
+
+def table(path: Path) -> str:
+    """The rows of a file as a table for people: the last one of each model, precision and way."""
+    last: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        last[tuple(row[k] for k in ("model", "precision", "card", "peer", "layers", "commit"))] = (
+            row
+        )
+    said = ["| model | precision | card | layers | tok/s | full depth, at 790 | peak GiB | by |"]
+    said += ["|---|---|---|---|---|---|---|---|"]
+    for row in last.values():
+        at_790 = row["full_depth_tok_s"] * BF16_TFLOPS / row["gemm_tflops"]
+        said.append(
+            f"| {row['model']} | {row['precision']} | {row['card'].removeprefix('NVIDIA ')} | "
+            f"{row['layers']} | {row['real_tok_s']:,.0f} | {at_790:,.0f} | {row['peak_gib']} | "
+            f"{row['kernels']['layer']} |"
+        )
+    return "\n".join(said)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", help="NAME:PRECISION, NAME of " + ", ".join(SHAPES))
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    for name, value in (("steps", 8), ("tokens", 16384), ("checkpoint-layers", 0), ("r", 16)):
+        parser.add_argument("--" + name, type=int, default=value)
+    parser.add_argument("--peer", action="store_true", help="transformers and PEFT by themselves")
+    parser.add_argument("--profile", type=Path, help="write one step's kernels to this file")
+    parser.add_argument("--append", type=Path, help="add the lines to this file")
+    parser.add_argument("--table", type=Path, help="print this file as a table instead")
+    parser.add_argument("--commit", default="", help="of the code measured, for the line")
+    asked = parser.parse_args()
+    if asked.table:
+        print(table(asked.table))
+        return 0
+    if not torch.cuda.is_available():
+        print("bench.families measures a GPU, and torch sees none here", file=sys.stderr)
+        return 3
+    device = torch.device("cuda")
+    rate, wrong = round(gemm_tflops(device), 1), 0
+    for name in asked.models:
+        model, precision = name.split(":")
+        settings = ("steps", "tokens", "checkpoint_layers", "r")
+        setting = Setting(model, precision, **{k: getattr(asked, k) for k in settings})
+        try:
+            line = measure(setting, asked.layers, asked.peer, device, asked.profile)
+        except (RuntimeError, ValueError) as why:  # out of memory, most often: said, not a row
+            print(f"{name}: {type(why).__name__}: {str(why)[:400]}", file=sys.stderr, flush=True)
+            wrong += 1
+            line = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        if line is None:
+            continue
+        command = "python -m bench.families " + " ".join(sys.argv[1:])
+        line |= {"gemm_tflops": rate, "command": command, "date": time.strftime("%Y-%m-%d")}
+        tell(line | ({"commit": asked.commit} if asked.commit else {}), asked.append)
+        learned = line["loss_last"] < line["loss_first"] and line["grad_norm_last"] > 0
+        wrong += not (learned and math.isfinite(line["loss_last"]))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
