@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
-import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +19,7 @@ from trainer.data.files import read_rows
 from trainer.data.prepare import model_folder, prompt_ids
 from trainer.eval import metrics
 from trainer.model import decode
-from trainer.result.open import open_adapter
+from trainer.result.open import open_adapter, unpacked
 from trainer.wire.job import Job
 
 
@@ -62,10 +60,8 @@ def evaluate(run: Path, data_file: Path | None) -> int:
         )
     rows = [row for row in rows if row.turns]
     expected = [row.turns[-1].text.strip() for row in rows]
-    with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(run / "result" / "adapter.zip") as archive:
-            archive.extractall(folder)
-        chat = open_adapter(Path(folder), model_folder(job, run))
+    with unpacked(run / "result" / "adapter.zip") as folder:
+        chat = open_adapter(folder, model_folder(job, run))
     prompts = [prompt_ids(chat.data, row.turns[:-1]) for row in rows]
     scores_of = {}
     for name in ("base", "adapter"):

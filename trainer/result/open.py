@@ -8,6 +8,10 @@ and nothing is loaded.
 from __future__ import annotations
 
 import json
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -74,6 +78,18 @@ def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) 
         device,
         [],
     )
+
+
+@contextmanager
+def unpacked(adapter: Path) -> Iterator[Path]:
+    """The adapter's folder; an archive is unpacked for the while."""
+    if adapter.is_dir():
+        yield adapter
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(adapter) as archive:
+            archive.extractall(folder)
+        yield Path(folder)
 
 
 def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from trainer.data.template import TemplateError
 from trainer.model.load import ModelError
-from trainer.result.open import open_adapter
+from trainer.result.open import open_adapter, unpacked
 
 
 def main() -> int:
@@ -31,15 +31,11 @@ def main() -> int:
     )
     parser.add_argument("--input", default="", help="what Alpaca calls the input of --prompt")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = arguments.adapter
-        if adapter.suffix == ".zip":
-            with zipfile.ZipFile(adapter) as archive:
-                archive.extractall(folder)
-            adapter = Path(folder)
+    with ExitStack() as stack:
         try:
-            chat = open_adapter(adapter, arguments.base)
-        except (TemplateError, ModelError, OSError) as error:
+            folder = stack.enter_context(unpacked(arguments.adapter))
+            chat = open_adapter(folder, arguments.base)
+        except (TemplateError, ModelError, OSError, zipfile.BadZipFile) as error:
             print(f"cannot answer: {error}", file=sys.stderr)
             return 3
         if arguments.prompt is not None:

@@ -1,0 +1,230 @@
+"""Merged models: the same as base + adapter for stock transformers, and every wrong one refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import write_tokenizer
+from transformers import AutoModelForCausalLM
+
+from trainer.result.certificate import NotCertified, certify
+from trainer.result.merge import MergeError, certified_merge, main, merge
+
+EXPERTS = {
+    "target_modules": ["q_proj", "v_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+LINEAR = {"target_modules": "all-linear"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, LINEAR) for name in ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3")},
+    **{name: (name, LINEAR) for name in ("glm4", "phi3_window", "mistral_window")},
+    "mixture": ("qwen3_moe", EXPERTS),
+    "fused mixture": ("gpt_oss", EXPERTS),
+    "dora": ("llama", LINEAR | {"use_dora": True}),
+    "rslora": ("llama", LINEAR | {"use_rslora": True}),
+    "ranks": ("llama", LINEAR | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+    "saved head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied embedding": ("gemma2", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied head": ("gemma2", {"target_modules": ["q_proj", "lm_head"]}),
+}
+pytestmark = [  # what PEFT says of embeddings when it saves them
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning"),
+]
+IDS = torch.arange(3, 27).reshape(2, 12) * 7 % 300
+
+
+def made(folder: Path, kind: str, seed: int = 0, **lora: Any) -> tuple[Path, Path]:
+    """A base and an adapter that does something, each in a folder."""
+    torch.manual_seed(0)
+    base, adapter = folder / "base", folder / "adapter"
+    architectures.build(kind).save_pretrained(base)
+    write_tokenizer(base)
+    torch.manual_seed(seed + 1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, **lora)
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(adapter)
+    return base, adapter
+
+
+def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    with torch.no_grad():
+        return torch.Tensor(model.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_transformers_computes_base_and_adapter_from_the_written_files(
+    tmp_path: Path, case: str
+) -> None:
+    kind, lora = CASES[case]
+    base, adapter = made(tmp_path, kind, **lora)
+    certificate = certified_merge(adapter, base, tmp_path / "out", "fp32", [], "cpu")
+    right, found, plain = logits(base, adapter), logits(tmp_path / "out"), logits(base)
+    assert (right - found).abs().max() < 1e-5 < 0.05 < (right - plain).abs().max()
+    numbers = certificate["numbers"]
+    assert numbers["kl_nats"] < 1e-6 < numbers["effect_nats"] and numbers["same_top_token"] > 0.99
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text()) == certificate
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_certified_with_what_it_loses(tmp_path: Path, dtype: str) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    numbers = certified_merge(adapter, base, tmp_path / "out", dtype, ["a text"], "cpu")["numbers"]
+    assert 0 < numbers["kl_nats"] < 2 * numbers["bf16_noise_nats"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] in (
+        "bfloat16",
+        "float16",
+    )
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor], Path, Path], None]) -> Any:
+    def spoil(out: Path, base: Path, adapter: Path) -> None:
+        path = out / "model.safetensors"
+        held = load_file(path)
+        change(held, base, adapter)
+        save_file(held, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+def _delta(held: dict[str, torch.Tensor], base: Path, share: float) -> None:
+    for name, value in load_file(base / "model.safetensors").items():
+        held[name] = value + share * (held[name] - value)
+
+
+def _one_layer(held: dict[str, torch.Tensor], base: Path, _: Path) -> None:
+    own = load_file(base / "model.safetensors")
+    held.update({n: t for n, t in own.items() if n.startswith("model.layers.1.self_attn")})
+
+
+def _swap(held: dict[str, torch.Tensor], *_: Path) -> None:
+    q, v = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    held[q], held[v] = held[v], held[q]
+
+
+def _tie(held: dict[str, torch.Tensor], *_: Path) -> None:
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+
+
+def _transpose(held: dict[str, torch.Tensor], *_: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    held[name] = held[name].T.contiguous()
+
+
+def _nan(held: dict[str, torch.Tensor], *_: Path) -> None:
+    held["model.norm.weight"][0] = float("nan")
+
+
+def _other_base(held: dict[str, torch.Tensor], base: Path, _: Path) -> None:
+    torch.manual_seed(9)
+    for value in held.values():
+        value += 0.02 * torch.randn_like(value)
+
+
+def _rounded(held: dict[str, torch.Tensor], *_: Path) -> None:
+    for name, value in held.items():
+        held[name] = (value * 16).round() / 16
+
+
+FAULTS = {
+    "the adapter added twice": _tensors(lambda held, base, _: _delta(held, base, 2)),
+    "the adapter not added": _tensors(lambda held, base, _: _delta(held, base, 0)),
+    "a wrong scale": _tensors(lambda held, base, _: _delta(held, base, 0.5)),
+    "the root of r forgotten": _tensors(lambda held, base, _: _delta(held, base, 4**-0.5)),
+    "the sign turned": _tensors(lambda held, base, _: _delta(held, base, -1)),
+    "one layer's attention missed": _tensors(_one_layer),
+    "two matrices exchanged": _tensors(_swap),
+    "the head tied to the embedding": _tensors(_tie),
+    "a matrix transposed": _tensors(_transpose),
+    "a number that is none": _tensors(_nan),
+    "another revision of the base": _tensors(_other_base),
+    "weights rounded to sixteenths": _tensors(_rounded),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_merge_gets_no_certificate(tmp_path: Path, fault: str) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    merge(adapter, base, tmp_path / "out", "fp32")
+    certify(adapter, base, tmp_path / "out")
+    FAULTS[fault](tmp_path / "out", base, adapter)
+    with pytest.raises(NotCertified):
+        certify(adapter, base, tmp_path / "out")
+
+
+def test_an_adapter_that_does_nothing_is_no_merge(tmp_path: Path) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    path = adapter / "adapter_model.safetensors"
+    save_file({k: 0 * v if "lora_B" in k else v for k, v in load_file(path).items()}, path)
+    with pytest.raises(NotCertified, match="changes nothing"):
+        certified_merge(adapter, base, tmp_path / "out", "fp32", [], "cpu")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.refused").is_dir()
+
+
+def test_a_model_in_several_files_keeps_its_files(tmp_path: Path) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="60KB")
+    merge(adapter, base, tmp_path / "out", "fp32")
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors*"))
+    assert files == sorted(p.name for p in base.glob("*.safetensors*")) and len(files) > 2
+    assert (logits(base, adapter) - logits(tmp_path / "out")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda base, adapter: shutil.rmtree(base) or base.mkdir(), "no model.safetensors"),
+        (lambda base, adapter: _settings(adapter, peft_type="IA3"), "it cannot be merged"),
+        (lambda base, adapter: _settings(adapter, init_lora_weights="pissa"), "pissa changed"),
+        (lambda base, adapter: _settings(adapter, target_modules=["q_proj"]), "belongs to no"),
+        (lambda base, adapter: _narrow(base), "another base"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_in_words(
+    tmp_path: Path, spoil: Callable[[Path, Path], object], why: str
+) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    spoil(base, adapter)
+    with pytest.raises((MergeError, ValueError), match=why):
+        merge(adapter, base, tmp_path / "out", "fp32")
+    assert not (tmp_path / "out").exists()
+
+
+def _settings(adapter: Path, **changes: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _narrow(base: Path) -> None:
+    held = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(held | {name: held[name][:8].contiguous()}, base / "model.safetensors")
+
+
+def test_the_command_says_what_the_merge_is_worth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    words = ["merge", str(adapter), "--base", str(base), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", words)
+    assert main() == 0 and "certificate: KL" in capsys.readouterr().out
+    assert main() == 3 and "exists: name a new folder" in capsys.readouterr().out

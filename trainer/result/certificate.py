@@ -1,0 +1,115 @@
+"""What a merge is worth: the written files, re-opened by stock transformers, against the base with
+the adapter on it, on real texts.
+
+Numbers are nats over the tokens of the texts: mean KL of the merged model from the adapted one, its
+share of the adapter's own effect (KL of the base), the KL that computing in bf16 alone makes (the
+noise floor), the largest difference of a text's own log-probability, and how often the likeliest
+token is the same. A merge passes when its KL is at most 1 % of the effect and at most twice the
+noise floor, and no token is off by more than half a nat.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+MAX_SHARE, MAX_NOISE, MAX_TOKEN_NATS = 0.01, 2.0, 0.5
+MAX_TOKENS = 512  # of one text
+GENERAL = Path(__file__).parent / "general_texts.json"
+# two sums of the same numbers in another order differ by this much in fp32
+_ROUNDING_NATS = 1e-6
+
+
+class NotCertified(RuntimeError):
+    """The written model is not base + adapter; `numbers` say by how much."""
+
+    def __init__(self, message: str, numbers: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.numbers = numbers
+
+
+def certify(
+    adapter: Path, base: Path, merged: Path, texts: Sequence[str] = (), device: str = "cpu"
+) -> dict[str, Any]:
+    """Compare `merged` with `base` + `adapter` on `texts` and on general ones (English, Chinese,
+    code), both read and computed in fp32. Returns the certificate. Raises NotCertified where the
+    files compute something else, or where the adapter does nothing at all."""
+    told = [*json.loads(GENERAL.read_text(encoding="utf-8")), *texts]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
+    rows = [ids for text in told if len(ids := tokenizer(text)["input_ids"][:MAX_TOKENS]) > 1]
+    adapted: Any = PeftModel.from_pretrained(_open(base, device), str(adapter)).eval()
+    written = _open(merged, device)
+    sums: dict[str, Any] = {"kl": 0.0, "effect": 0.0, "noise": 0.0, "same": 0, "tokens": 0}
+    worst = 0.0
+    for ids in _batches(rows, device):
+        right, wrong = _log_probs(adapted, ids), _log_probs(written, ids)
+        with adapted.disable_adapter():
+            sums["effect"] += _kl(right, _log_probs(adapted, ids))
+        with torch.autocast(device, torch.bfloat16):
+            sums["noise"] += _kl(right, _log_probs(adapted, ids))
+        sums["kl"] += _kl(right, wrong)
+        sums["same"] += int((right.argmax(-1) == wrong.argmax(-1)).sum())
+        sums["tokens"] += right.shape[0]
+        own = ids[0, 1:, None]
+        worst = max(worst, float((right - wrong).gather(-1, own).abs().max()))
+    tokens = sums["tokens"]
+    numbers = {
+        "texts": len(rows),
+        "texts_sha256": hashlib.sha256("\0".join(told).encode()).hexdigest(),
+        "tokens": tokens,
+        "kl_nats": sums["kl"] / tokens,
+        "effect_nats": sums["effect"] / tokens,
+        "share_of_effect": sums["kl"] / sums["effect"] if sums["effect"] else None,
+        "bf16_noise_nats": sums["noise"] / tokens,
+        "max_token_nats": worst,
+        "same_top_token": sums["same"] / tokens,
+    }
+    if why := _defect(numbers):
+        raise NotCertified(why, numbers)
+    return numbers
+
+
+def _defect(numbers: dict[str, Any]) -> str:
+    kl, effect, noise = (numbers[k] for k in ("kl_nats", "effect_nats", "bf16_noise_nats"))
+    if not all(x == x for x in (kl, effect, noise)):
+        return "one of the models computes numbers that are not finite"
+    if effect < _ROUNDING_NATS:
+        return "the adapter changes nothing: there is nothing to merge"
+    if kl > _ROUNDING_NATS and kl > MAX_SHARE * effect:
+        return f"the merge loses {kl / effect:.1%} of what the adapter does (1 % may be lost)"
+    if kl > _ROUNDING_NATS and kl > MAX_NOISE * noise:
+        return f"the merge differs by {kl:.2g} nats, computing in bf16 by {noise:.2g}"
+    if numbers["max_token_nats"] > MAX_TOKEN_NATS:
+        return f"one token's log-probability differs by {numbers['max_token_nats']:.2f} nats"
+    return ""
+
+
+def _open(folder: Path, device: str) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.to(device).eval()
+
+
+def _batches(rows: Sequence[Sequence[int]], device: str) -> Iterator[Tensor]:
+    for row in rows:
+        yield torch.tensor([row], device=device)
+
+
+@torch.no_grad()
+def _log_probs(model: Any, ids: Tensor) -> Tensor:
+    """(T - 1, V), fp32."""
+    return torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
+
+
+def _kl(right: Tensor, other: Tensor) -> float:
+    """Summed over the tokens."""
+    return float((right.exp() * (right - other)).sum())

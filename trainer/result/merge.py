@@ -1,0 +1,348 @@
+"""An adapter merged into its base, file by file: each weight in fp32, cast once and written.
+No model is held in memory; of an adapted weight, one layer at a time.
+
+    python -m trainer.result.merge ADAPTER --base MODEL --out FOLDER [--dtype bf16]
+
+The layers and their deltas are PEFT's, on a model without storage; the names in the files are
+transformers' (`revert_weight_conversion`: the experts of a mixture are stored one by one). A merge
+counts once its certificate passes (trainer/result/certificate.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from trainer.result.adapter import digest
+from trainer.result.certificate import NotCertified, certify
+from trainer.result.open import unpacked
+from trainer.result.words import TOKENIZER_FILES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PREFIX = "base_model.model."
+_MARGIN_BYTES = 256 << 20
+_WORDS = ("chat_template.jinja", "generation_config.json", "template.json", *TOKENIZER_FILES)
+
+
+class MergeError(ValueError):
+    """A merge that cannot be right; the text says what to do."""
+
+
+@dataclass
+class Change:
+    """What becomes of one weight: `layer` adds its delta, or `replacement` (a tensor's name in the
+    adapter) takes its place."""
+
+    layer: str = ""
+    replacement: str = ""
+
+
+@dataclass
+class Plan:
+    """Names in the base's files with their changes, in the naming of the files."""
+
+    model: Any  # the base with LoRA layers, without storage
+    changes: dict[str, Change] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # a layer's name -> its parameter's
+
+
+def merge(adapter: Path, base: Path, out: Path, dtype: str = "bf16") -> dict[str, Any]:
+    """Write base + adapter to the new folder `out` as `dtype` (fp32, bf16, fp16). Returns the
+    number of changed weights and of bytes. Raises MergeError for an adapter that does not fit this
+    base, for one that cannot be merged, for a weight that does not fit the type."""
+    if out.exists():
+        raise MergeError(f"{out} exists: name a new folder")
+    shards = shards_of(base)
+    _validate_room(shards, base, out, dtype)
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+        plan = _plan(adapter, base, tensors, {n for names in shards.values() for n in names})
+        part = out.with_name(f".{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        total, untied = 0, False
+        index: dict[str, str] = {}
+        for shard, names in shards.items():
+            written: dict[str, torch.Tensor] = {}
+            with safe_open(base / shard, "pt") as source:
+                for name, value in _merged(plan, source, names, tensors):
+                    untied |= name not in names
+                    written[name] = _cast(name, value, dtype)
+            save_file(written, part / shard, metadata={"format": "pt"})
+            index |= dict.fromkeys(written, shard)
+            total += sum(t.nbytes for t in written.values())
+    _write_settings(adapter, base, part, dtype, untied)
+    if len(shards) > 1:
+        (part / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+        )
+    part.rename(out)
+    return {"dtype": dtype, "changed": len(plan.changes), "bytes": total, "untied": untied}
+
+
+def shards_of(base: Path) -> dict[str, list[str]]:
+    """The safetensors files of a model's folder, each with the names in it."""
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    if missing := [name for name in files if not (base / name).is_file()]:
+        raise MergeError(
+            f"{base.name}/ has no {missing[0]}: give the base's folder with safetensors files"
+        )
+    shards = {}
+    for name in files:
+        with safe_open(base / name, "pt") as source:
+            shards[name] = list(source.keys())
+    return shards
+
+
+def _validate_room(shards: dict[str, list[str]], base: Path, out: Path, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise MergeError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    held = sum((base / name).stat().st_size for name in shards)
+    widest = held * (2 if dtype == "fp32" else 1) + _MARGIN_BYTES
+    parent = next(p for p in out.resolve().parents if p.exists())
+    if shutil.disk_usage(parent).free < widest:
+        raise MergeError(
+            f"{parent} has no room for {widest / 1e9:.1f} GB: name an --out on another disk"
+        )
+
+
+def _plan(adapter: Path, base: Path, tensors: Any, names: set[str]) -> Plan:
+    kind = json.loads((adapter / "adapter_config.json").read_bytes()).get("peft_type")
+    if kind != "LORA":
+        raise MergeError(f"{adapter.name}/ is no LoRA but {kind}: it cannot be merged")
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    if config.trainable_token_indices:
+        raise MergeError("single rows of the embedding are trained: merge it with PEFT itself")
+    if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise MergeError(
+            f"it stands on a base that {config.init_lora_weights} changed: convert it first "
+            "(PEFT: path_initial_model_for_weight_conversion)"
+        )
+    saved, config.modules_to_save = config.modules_to_save, None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    prefix = f"{model.base_model_prefix}."
+    with warnings.catch_warnings():  # of heads tied to embeddings: they are untied here
+        warnings.simplefilter("ignore", UserWarning)
+        plan = Plan(get_peft_model(model, config, low_cpu_mem_usage=True))
+
+    def add(key: str, change: Change, like: torch.Tensor) -> None:
+        for name in revert_weight_conversion(model, {key: like}):
+            plain = name.removeprefix(prefix)
+            found = name if name in names or plain not in names else plain
+            if found not in names and not _is_tied_head(model, found):
+                raise MergeError(
+                    f"the adapter changes {found}, which {base.name}/ does not have: it is "
+                    "another base, or another kind of model"
+                )
+            plan.changes[found] = change
+
+    left = set(tensors.keys())
+    for layer, module in plan.model.named_modules():
+        own = {k for k in left if k.startswith((f"{layer}.lora_", f"{layer}.base_layer.weight"))}
+        if not any(".lora_" in k for k in own) or not isinstance(module, LoraLayer):
+            continue
+        left -= own
+        parameter = getattr(module, "parameter_name", "weight")
+        key = f"{layer}.{parameter}".removeprefix(_PREFIX).replace(".base_layer", "")
+        plan.keys[layer] = key
+        weight = module.get_base_layer()
+        while isinstance(weight, LoraLayer):
+            weight = weight.get_base_layer()
+        add(key, Change(layer=layer), getattr(weight, parameter))
+    for tensor in sorted(left):
+        key = tensor.removeprefix(_PREFIX)
+        if not saved or key not in model.state_dict():
+            raise MergeError(f"the adapter's {tensor} belongs to no layer of {base.name}/")
+        add(key, Change(replacement=tensor), model.state_dict()[key])
+    return plan
+
+
+def _is_tied_head(model: Any, name: str) -> bool:
+    return name == "lm_head.weight" and bool(model.config.tie_word_embeddings)
+
+
+def _merged(
+    plan: Plan, source: Any, names: list[str], tensors: Any
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of one file; where head and embedding were one and only one of them changed, the
+    head comes beside the embedding under its own name."""
+    deltas: dict[str, dict[str, torch.Tensor]] = {}  # of the layer at work
+    tied = bool(plan.model.config.tie_word_embeddings) and "lm_head.weight" not in names
+    for name in names:
+        value = source.get_tensor(name)
+        yield name, _changed(plan, name, value, tensors, deltas)
+        head, embedding = plan.changes.get("lm_head.weight"), plan.changes.get(name)
+        if tied and name.endswith("embed_tokens.weight") and (head or embedding):
+            yield "lm_head.weight", _changed(plan, "lm_head.weight", value, tensors, deltas)
+
+
+def _changed(
+    plan: Plan,
+    name: str,
+    value: torch.Tensor,
+    tensors: Any,
+    deltas: dict[str, dict[str, torch.Tensor]],
+) -> torch.Tensor:
+    change = plan.changes.get(name)
+    if change is None:
+        return value
+    if change.replacement:
+        return torch.Tensor(tensors.get_tensor(change.replacement))
+    if (own := f"{change.layer}.base_layer.weight") in tensors.keys():  # noqa: SIM118 - a file
+        value = tensors.get_tensor(own)  # PEFT saves an adapted embedding along
+    if change.layer not in deltas:
+        deltas.clear()
+        deltas[change.layer] = _delta(plan, change.layer, tensors)
+    parts = deltas[change.layer]
+    delta = parts[name] if name in parts else parts[f"{plan.model.base_model_prefix}.{name}"]
+    if delta.shape != value.shape:
+        raise MergeError(
+            f"{name} is {tuple(value.shape)} in the base and {tuple(delta.shape)} in the adapter: "
+            "it is another base"
+        )
+    merged = value.float() + delta
+    magnitude = f"{change.layer}.lora_magnitude_vector"
+    if magnitude not in tensors.keys():  # noqa: SIM118 - a file, not a dict
+        return merged
+    length = torch.linalg.vector_norm(merged, dim=1)
+    return torch.Tensor(merged * (tensors.get_tensor(magnitude).float() / length)[:, None])
+
+
+def _delta(plan: Plan, layer: str, tensors: Any) -> dict[str, torch.Tensor]:
+    """fp32, scale included, by the names of the files."""
+    module: Any = plan.model.get_submodule(layer)
+    for key in tensors.keys():  # noqa: SIM118 - a file, not a dict
+        if not key.startswith(f"{layer}.lora_") or key.endswith("lora_magnitude_vector"):
+            continue
+        part = key.removeprefix(f"{layer}.").split(".")[0]
+        held, value = getattr(module, part), nn.Parameter(tensors.get_tensor(key).float())
+        if isinstance(held, nn.ParameterDict):
+            held["default"] = value
+        else:
+            held["default"].weight = value
+    with torch.no_grad(), _weight_at(module):
+        delta = module.get_delta_weight("default")
+    for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+        if held := getattr(module, part, None):
+            held.to("meta")
+    base = plan.model.get_base_model()
+    return dict(revert_weight_conversion(base, {plan.keys[layer]: delta}))
+
+
+@contextmanager
+def _weight_at(module: Any) -> Iterator[None]:
+    """Experts' deltas go where their weights are and take their type: for the while, here and
+    fp32."""
+    name = getattr(module, "parameter_name", "")
+    inner = module
+    while isinstance(inner, LoraLayer):
+        inner = inner.get_base_layer()
+    held = getattr(inner, name) if name else None
+    if held is not None:
+        setattr(inner, name, nn.Parameter(torch.empty(0)))
+    yield
+    if held is not None:
+        setattr(inner, name, held)
+
+
+def _cast(name: str, value: torch.Tensor, dtype: str) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value.contiguous()
+    cast = value.to(DTYPES[dtype]).contiguous()
+    if not torch.isfinite(cast).all():
+        raise MergeError(f"{name} does not fit {dtype}: use bf16 or fp32")
+    return cast
+
+
+def _write_settings(adapter: Path, base: Path, out: Path, dtype: str, untied: bool) -> None:
+    settings = json.loads((base / "config.json").read_bytes())
+    settings.pop("torch_dtype", None)
+    settings.pop("quantization_config", None)
+    settings["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
+    if untied:
+        settings["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for name in _WORDS:
+        found = next((d / name for d in (adapter, base) if (d / name).is_file()), None)
+        if found:
+            shutil.copyfile(found, out / name)
+
+
+def certified_merge(
+    adapter: Path, base: Path, out: Path, dtype: str, texts: Sequence[str], device: str
+) -> dict[str, Any]:
+    """Merge, and write certificate.json into `out`. Where the certificate does not pass, the folder
+    is called OUT.refused and NotCertified raised."""
+    merged = merge(adapter, base, out, dtype)
+    files = {p.name: digest(p) for p in sorted(out.iterdir())}
+    made = {
+        "made_by": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "adapter_sha256": digest(adapter / "adapter_model.safetensors"),
+        "base_sha256": {name: digest(base / name) for name in shards_of(base)},
+        "merge": merged,
+        "files_sha256": files,
+    }
+    try:
+        made["numbers"] = certify(adapter, base, out, texts, device)
+    except NotCertified as error:
+        refused = out.with_name(f"{out.name}.refused")
+        shutil.rmtree(refused, ignore_errors=True)
+        out.rename(refused)
+        error.add_note(f"what was written lies in {refused}")
+        raise
+    (out / "certificate.json").write_text(json.dumps(made, indent=1) + "\n")
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.result.merge")
+    parser.add_argument("adapter", type=Path, help="folder of the adapter, or adapter.zip")
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--texts", type=Path, help="JSON list of texts for the certificate")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        texts = json.loads(arguments.texts.read_bytes()) if arguments.texts else []
+        with unpacked(arguments.adapter) as adapter:
+            made = certified_merge(
+                adapter, arguments.base, arguments.out, arguments.dtype, texts, device
+            )
+    except (MergeError, NotCertified, OSError, ValueError) as error:
+        print("refused: " + "\n".join([str(error), *getattr(error, "__notes__", ())]))
+        return 3
+    numbers = made["numbers"]
+    print(
+        f"{arguments.out}: {made['merge']['changed']} weights merged as {arguments.dtype}\n"
+        f"certificate: KL {numbers['kl_nats']:.2g} nats, {numbers['share_of_effect']:.2%} of what "
+        f"the adapter does, the likeliest token equal in {numbers['same_top_token']:.2%} of "
+        f"{numbers['tokens']} tokens"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
