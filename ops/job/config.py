@@ -24,6 +24,7 @@ from trainer.wire.job import (
     Precision,
     Strict,
     Training,
+    TrainOn,
 )
 from trainer.wire.stages import StageName, format_defect
 
@@ -67,6 +68,17 @@ class Data(Strict):
     over_length: Annotated[
         OverLength, Field(description="What to do with a longer row; truncate keeps the stop token")
     ] = "refuse"
+    train_on: Annotated[
+        TrainOn, Field(description="Answers of a conversation that are learned: all, or the last")
+    ] = "all"
+    enable_thinking: Annotated[
+        bool | None,
+        Field(description="The chat template's flag at inference; left out, as each answer is"),
+    ] = None
+
+    def of_rows(self) -> dict[str, Any]:
+        """What the box must know of reading the rows, by the names of the wire's Data."""
+        return self.model_dump(mode="json", exclude={"files", "held_out", "template"})
 
 
 class Offer(Strict):

@@ -194,11 +194,9 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
             "data": {
                 "files": data,
                 "held_out": held_out,
-                "format": job.data.format,
                 "template": template,
                 "template_text": text,
-                "max_length": job.data.max_length,
-                "over_length": job.data.over_length,
+                **job.data.of_rows(),
             },
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),
@@ -253,7 +251,7 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
             "no row is left to train on",
             hint="`python -m trainer.data FILE` says what became of each",
         )
-    notes += left_out(prepared.rows.notes)
+    notes += [*prepared.rows.summary, *left_out(prepared.rows.notes)]
     notes.append(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
         f"{max(lengths):,} tokens, stop token trained in every row"

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from chat_world import write_model_tokenizer
 from tiny import rows, write_model, write_tokenizer
 
-from trainer.data.prepare import Refused, prepare
-from trainer.data.template import TemplateError
+from trainer.data.prepare import Refused, prepare, prompt_ids
+from trainer.data.template import TemplateError, Turn
 from trainer.launch import main as launch
 from trainer.model.weights import validate_weights
 from trainer.outcome import refuse as tell_refusal
@@ -282,3 +283,62 @@ def test_a_fault_in_the_job_file_is_told_by_its_place(
     assert launch([str(tmp_path / "job.json")]) == 3
     told = capsys.readouterr().err
     assert "job.json: training.learnin_rate:" in told and "pydantic" not in told
+
+
+# -- conversations ---------------------------------------------------------------------------------
+
+
+def chat_job(make: Make, folder: Path, data: list, name: str = "qwen3", **settings: object) -> Path:
+    """A job on one of the chat templates of models."""
+    job = make(model=write_model_tokenizer(folder / name, name), data=data)
+    told = json.loads(job.read_text())
+    told["data"] |= {"template": "chat", **settings}
+    job.write_text(json.dumps(told))
+    return job
+
+
+def conversation(*texts: str) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def test_two_turns_with_qwen3s_own_template_train_as_two_examples_and_the_plan_is_told(
+    run_folder: Make, tmp_path: Path
+) -> None:
+    job = chat_job(run_folder, tmp_path, [conversation("Hi", "Hello", "Bye", "See you")] * 3)
+    for _ in range(2):  # the second time from the cache
+        found = prepared(job)
+        assert len(found.rows) == 6 and found.rows.thinking is False
+        assert [line[:1] for line in found.rows.summary] == ["3", "n"]
+        assert "3 conversations became 6 examples" in found.rows.summary[0]
+        assert "no row has reasoning" in found.rows.summary[1]
+        asked = prompt_ids(found, [Turn("user", "Hi")])
+        assert found.rows.ids[: len(asked)].tolist() == asked
+
+
+def test_train_on_last_and_enable_thinking_are_settings_of_the_job(
+    run_folder: Make, tmp_path: Path
+) -> None:
+    rows = [conversation("Hi", "Hello", "Bye", "See you")]
+    job = chat_job(run_folder, tmp_path, rows, train_on="last", enable_thinking=True)
+    found = prepared(job)
+    text = found.vocabulary.tokenizer.decode(found.rows.ids, skip_special_tokens=False)
+    assert len(found.rows) == 1 and found.rows.thinking is True
+    assert text.endswith("assistant\n<think>\n\n</think>\n\nSee you<|im_end|>\n")
+
+
+def test_an_empty_block_of_reasoning_that_is_learned_is_told(
+    run_folder: Make, tmp_path: Path
+) -> None:
+    rows = [conversation("Hi", "Hello")]
+    found = prepared(chat_job(run_folder, tmp_path, rows, "qwen3_8", enable_thinking=True))
+    assert "close it, empty" in found.rows.summary[0]
+
+
+def test_a_text_that_ends_with_the_end_token_gets_no_second_one(
+    run_folder: Make, tmp_path: Path
+) -> None:
+    rows = [{"text": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>"}]
+    found = prepared(chat_job(run_folder, tmp_path, rows)).rows
+    end = found.ids[-1]
+    assert found.ids.tolist().count(end) == 2 and found.ids[-2] != end

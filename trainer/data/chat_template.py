@@ -12,7 +12,9 @@ import random
 import re
 from collections.abc import Sequence
 
-from trainer.data.template import Template, TemplateError, Turn, render, render_chat
+from trainer.data.chat import THINKING_FLAGS, render_chat
+from trainer.data.render import prompt as render_prompt
+from trainer.data.template import Template, TemplateError, Turn, render_pieces
 from trainer.data.tokens import Vocabulary, encode, prefix_ids
 
 CONVERSATIONS = 1000  # of a proof
@@ -24,13 +26,13 @@ _ALPHABET = (
 )  # fmt: skip
 
 
-def chat_template(template: Template, vocabulary: Vocabulary) -> str:
+def chat_template(template: Template, vocabulary: Vocabulary, thinking: bool | None = None) -> str:
     """The Jinja text of `template`, beginning with the ids that training put before everything.
-    The template `chat` is the tokenizer's own text. Raises TemplateError where it cannot be said in
-    Jinja."""
-    before = _literal("".join(_texts(template, vocabulary)))
+    The template `chat` is the tokenizer's own text, which asks for reasoning unless told otherwise
+    as training did (`thinking`). Raises TemplateError where it cannot be said in Jinja."""
     if template.name == "chat":
-        return template.jinja if _writes_prefix(template, vocabulary) else before + template.jinja
+        return _thinking_default(thinking) + template.jinja
+    before = _literal("".join(_texts(template, vocabulary)))
     system = "{%- set told = system -%}"
     if template.preamble or template.preamble_with_input:
         system = (
@@ -53,7 +55,7 @@ def chat_template(template: Template, vocabulary: Vocabulary) -> str:
             "{%- if message['role'] == 'user' -%}",
             "{%- set text = message['content'] -%}",
             "{%- set extra = message['input'] if message['input'] else '' -%}",
-            "{%- set joined = text + '\\n' + extra if extra else text -%}",
+            "{%- set joined = text + '\\n' + extra if text and extra else text + extra -%}",
             "{%- if loop.first -%}" + system + "{%- else -%}{%- set told = '' -%}",
             _filled(template.between, bos) + "{%- endif -%}",
             _user(template, bos),
@@ -119,29 +121,35 @@ def _texts(template: Template, vocabulary: Vocabulary) -> list[str]:
     return [vocabulary.tokenizer.id_to_token(i) or "" for i in prefix_ids(vocabulary, template)]
 
 
-def _writes_prefix(template: Template, vocabulary: Vocabulary) -> bool:
-    """Whether the tokenizer's own template writes those ids by itself."""
-    texts = "".join(_texts(template, vocabulary))
-    written = render_chat(
-        template.jinja, [{"role": "user", "content": "Hello"}], vocabulary.eos, vocabulary.bos
+def _thinking_default(thinking: bool | None) -> str:
+    if thinking is None:
+        return ""
+    value = "true" if thinking else "false"
+    return "".join(
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {value} -%}}{{%- endif -%}}"
+        for name in THINKING_FLAGS
     )
-    return not texts or written.startswith(texts)
 
 
-def prove(template: Template, vocabulary: Vocabulary, count: int = CONVERSATIONS) -> str:
+def prove(
+    template: Template,
+    vocabulary: Vocabulary,
+    count: int = CONVERSATIONS,
+    thinking: bool | None = None,
+) -> str:
     """The Jinja text of `template` once `count` random conversations have become the same ids by it
-    as in training, with and without the opening of the next answer. Raises TemplateError with the
-    first that did not."""
-    jinja = chat_template(template, vocabulary)
+    as in training, with and without the opening of the next answer (of the template `chat`: with
+    it). Raises TemplateError with the first that did not."""
+    jinja = chat_template(template, vocabulary, thinking)
     draw = random.Random(0)
     for number in range(count):
         turns = conversation(draw, inputs=template.name != "chat")
         if template.name == "chat" and turns[0].role == "system" and number % 2:
             turns = turns[1:]
-        prompt = bool(number % 2)
+        prompt = bool(number % 2) or template.name == "chat"
         turns = turns[:-1] if prompt else turns
         try:
-            ours = _ids(template, vocabulary, turns, prompt)
+            ours = _ids(template, vocabulary, turns, prompt, thinking)
         except TemplateError:
             if template.name == "chat":  # a template that knows no system turn, say
                 continue
@@ -163,9 +171,16 @@ def prove(template: Template, vocabulary: Vocabulary, count: int = CONVERSATIONS
 
 
 def _ids(
-    template: Template, vocabulary: Vocabulary, turns: Sequence[Turn], prompt: bool
+    template: Template,
+    vocabulary: Vocabulary,
+    turns: Sequence[Turn],
+    prompt: bool,
+    thinking: bool | None,
 ) -> list[int]:
-    segments = render(template, turns, eos=vocabulary.eos, bos=vocabulary.bos, answer_next=prompt)
+    if prompt:
+        segments = render_prompt(template, turns, vocabulary.special_tokens, thinking=thinking)
+    else:
+        segments = render_pieces(template, turns, eos=vocabulary.eos, bos=vocabulary.bos)
     return encode(vocabulary, template, [segments])[0][0]
 
 

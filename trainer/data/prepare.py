@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,21 +23,29 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from trainer.data.chat import Example
 from trainer.data.files import Defect, read_rows
 from trainer.data.formats import Row
+from trainer.data.render import examples, prompt
 from trainer.data.template import (
     Segment,
     Template,
     TemplateError,
     Turn,
     load,
-    render,
     with_chat_template,
 )
-from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
-from trainer.wire.job import Job
+from trainer.data.tokens import (
+    Vocabulary,
+    encode,
+    open_vocabulary,
+    stop_ids,
+    stop_token,
+    token_hash,
+)
+from trainer.wire.job import Data, Job
 
-VERSION = 2  # of the cache's layout and of what encode() makes
+VERSION = 3  # of the cache's layout and of what encode() makes
 AT_ONCE = 4096  # rows tokenised together: the tokenizer spreads them over the cores
 
 
@@ -50,7 +60,9 @@ class Refused(ValueError):
 @dataclass(frozen=True)
 class Rows:
     """Tokenised rows, end to end: row i is ids[starts[i]:starts[i+1]]; `trained` marks targets;
-    `where` is file:line."""
+    `where` is file:line. `notes` are lines of single rows that were changed or left out, `summary`
+    lines of all rows together. `thinking` is the flag with which a chat template's prompts ask for
+    reasoning, None where it has none."""
 
     ids: np.ndarray  # int32 (tokens,)
     trained: np.ndarray  # bool (tokens,)
@@ -58,6 +70,8 @@ class Rows:
     prompted: np.ndarray  # bool (rows,): has a prompt; plain text has none
     where: list[str]
     notes: list[str] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
+    thinking: bool | None = None
 
     @classmethod
     def empty(cls) -> Rows:
@@ -144,9 +158,7 @@ def prepare(job: Job, run: Path) -> Prepared:
                 [(run / job.data.held_out.path, job.data.held_out.name)], job.data.format
             )[1]
         validate_rows(defects)
-        rows = tokenise(
-            found, vocabulary, template, stop, job.data.max_length, job.data.over_length
-        )
+        rows = tokenise(found, vocabulary, template, job.data)
         write_cache(cache, rows)
     if not len(rows):
         raise Refused(
@@ -226,79 +238,156 @@ def _note_long_row(
     limit: int,
     policy: str,
     cut: object | None,
-    notes: list[str],
-    refused: list[str],
+    found: _Tokenised,
 ) -> None:
-    """Adds to `notes` or to `refused` what `policy` made of a row that is too long; `cut` is what
-    is left of it."""
+    """Adds to the notes or to the refusals what `policy` made of a row that is too long; `cut` is
+    what is left of it."""
     what = f"{where}: {tokens} tokens, data.max_length is {limit}"
     if policy == "refuse":
-        refused.append(what)
+        found.refused.append(what)
     elif policy == "truncate" and cut is None:
-        refused.append(f"{what}, and its prompt alone fills that")
+        found.refused.append(f"{what}, and its prompt alone fills that")
     else:
-        notes.append(f"{what}: {'dropped' if cut is None else 'cut at the end, stop token kept'}")
+        found.notes.append(
+            f"{what}: {'dropped' if cut is None else 'cut at the end, stop token kept'}"
+        )
 
 
-def tokenise(
-    rows: Sequence[Row],
-    vocabulary: Vocabulary,
-    template: Template,
-    stop: int,
-    limit: int,
-    policy: str,
-) -> Rows:
-    """Rows to ids and targets. Over-length rows are refused, dropped or cut by `policy`; each is in
-    the notes or in the refusal. A row that would teach nothing, whose answer would not end in the
-    stop token, or that holds a special token's text, is refused."""
-    specials = [s for s in vocabulary.special_texts if len(s) > 2]
-    ids: list[np.ndarray] = []
-    marks: list[np.ndarray] = []
-    prompted: list[bool] = []
-    where: list[str] = []
-    notes: list[str] = []
-    refused: list[str] = []
-    longest = 0  # of the rows over `limit`
+def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, data: Data) -> Rows:
+    """Rows to ids and targets; `data` are the job's settings. Over-length rows are refused, dropped
+    or cut as it says; each is in the notes or in the refusal. A row that would teach nothing, whose
+    answer would not end in a stop token, or that holds a special token's text, is refused."""
+    limit, policy = data.max_length, data.over_length
+    stop, stops = stop_token(vocabulary, template), stop_ids(vocabulary, template)
+    found = _Tokenised()
     for begin in range(0, len(rows), AT_ONCE):
-        group = rows[begin : begin + AT_ONCE]
-        texts = [segments(row, template, vocabulary, refused) for row in group]
-        for row, text, (token_ids, trained) in zip(
-            group, texts, encode(vocabulary, template, texts), strict=True
-        ):
-            if not text:
-                continue
-            fault = special_token_fault(row, specials) or label_fault(token_ids, trained, stop)
-            if fault:
-                refused.append(f"{row.where}: {fault}")
+        made = _rendered(rows[begin : begin + AT_ONCE], vocabulary, template, data, found)
+        texts = encode(vocabulary, template, [example.segments for _, example in made])
+        for (row, _), (token_ids, trained) in zip(made, texts, strict=True):
+            if fault := label_fault(token_ids, trained, stops):
+                found.refused.append(f"{row.where}: {fault}")
                 continue
             if len(token_ids) > limit:
-                longest = max(longest, len(token_ids))
+                found.longest = max(found.longest, len(token_ids))
                 cut = truncated(token_ids, trained, stop, limit) if policy == "truncate" else None
-                _note_long_row(row.where, len(token_ids), limit, policy, cut, notes, refused)
+                _note_long_row(row.where, len(token_ids), limit, policy, cut, found)
                 if cut is None:
                     continue
                 token_ids, trained = cut
-            ids.append(np.asarray(token_ids, np.int32))
-            marks.append(np.asarray(trained, np.bool_))
-            prompted.append(bool(row.turns))
-            where.append(row.where)
-    if refused:
+            found.ids.append(np.asarray(token_ids, np.int32))
+            found.marks.append(np.asarray(trained, np.bool_))
+            found.prompted.append(bool(row.turns))
+            found.where.append(row.where)
+    if found.refused:
         hint = (
-            long_rows_hint(longest, policy)
-            if longest
+            long_rows_hint(found.longest, policy)
+            if found.longest
             else "mend the rows above, or name another data.template"
         )
-        raise Refused(f"{len(refused)} of {len(rows)} rows cannot be trained on", refused, hint)
-    starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
-    empty_ids, empty_marks = np.zeros(0, np.int32), np.zeros(0, np.bool_)
-    return Rows(
-        np.concatenate([empty_ids, *ids]),
-        np.concatenate([empty_marks, *marks]),
-        starts,
-        np.asarray(prompted, np.bool_),
-        where,
-        notes,
-    )
+        raise Refused(
+            f"{len(found.refused)} of {len(rows)} rows cannot be trained on", found.refused, hint
+        )
+    return found.rows(data.enable_thinking)
+
+
+@dataclass
+class _Tokenised:
+    """What tokenise() has made so far."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    marks: list[np.ndarray] = field(default_factory=list)
+    prompted: list[bool] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    longest: int = 0  # of the rows over the limit
+    split: int = 0  # conversations that became several examples
+    pieces: int = 0  # examples that they became
+    empty_blocks: int = 0
+    thinking: Counter[bool | None] = field(default_factory=Counter)
+
+    def rows(self, wanted: bool | None) -> Rows:
+        """`wanted` is the job's enable_thinking."""
+        starts = np.concatenate([[0], np.cumsum([len(i) for i in self.ids])]).astype(np.int64)
+        return Rows(
+            np.concatenate([np.zeros(0, np.int32), *self.ids]),
+            np.concatenate([np.zeros(0, np.bool_), *self.marks]),
+            starts,
+            np.asarray(self.prompted, np.bool_),
+            self.where,
+            self.notes,
+            self._summary(wanted),
+            wanted if wanted is not None else self._flag(),
+        )
+
+    def _flag(self) -> bool | None:
+        return (
+            None if not (self.thinking[True] or self.thinking[False]) else bool(self.thinking[True])
+        )
+
+    def _summary(self, wanted: bool | None) -> list[str]:
+        lines = []
+        if self.split:
+            lines.append(
+                f"{self.split:,} conversations became {self.pieces:,} examples: the chat template "
+                "writes earlier answers otherwise than it lets the model write them"
+            )
+        plain, reasoned = self.thinking[False], self.thinking[True]
+        if wanted is None and plain:
+            share = f"{plain:,} of {plain + reasoned:,} examples have" if reasoned else "no row has"
+            lines.append(
+                f"{share} no reasoning and are trained as with enable_thinking = false"
+                if reasoned
+                else f"{share} reasoning: trained as with enable_thinking = false; serve it so, or "
+                "set data.enable_thinking"
+            )
+        if self.empty_blocks:
+            lines.append(
+                f"{self.empty_blocks:,} examples have no reasoning although the chat template's "
+                "prompt opens a block of it: the model learns to close it, empty"
+            )
+        return lines
+
+
+def _rendered(
+    rows: Sequence[Row],
+    vocabulary: Vocabulary,
+    template: Template,
+    data: Data,
+    found: _Tokenised,
+) -> list[tuple[Row, Example]]:
+    """Each row's texts with their trained parts. Plain text is trained whole; what the template
+    refuses, or spells out a special token, is added to `found.refused`."""
+    specials = [s for s in vocabulary.special_texts if len(s) > 2]
+    pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
+    made: list[tuple[Row, Example]] = []
+    for row in rows:
+        if row.text:
+            end = "" if row.text.endswith(vocabulary.eos) else vocabulary.eos
+            made.append((row, Example([Segment(row.text + end, True)])))
+            continue
+        if fault := special_token_fault(row, pattern):
+            found.refused.append(f"{row.where}: {fault}")
+            continue
+        try:
+            some = examples(
+                template,
+                row.turns,
+                vocabulary.special_tokens,
+                thinking=data.enable_thinking,
+                last_only=data.train_on == "last",
+            )
+        except TemplateError as error:
+            found.refused.append(f"{row.where}: {error}")
+            continue
+        if not some:
+            found.notes.append(f"{row.where}: left out, no answer of it is to be learned")
+        found.split += len(some) > 1
+        found.pieces += len(some) if len(some) > 1 else 0
+        found.empty_blocks += sum(example.empty_block for example in some)
+        found.thinking.update(example.thinking for example in some)
+        made += [(row, example) for example in some]
+    return made
 
 
 def long_rows_hint(longest: int, policy: str) -> str:
@@ -307,40 +396,28 @@ def long_rows_hint(longest: int, policy: str) -> str:
     return f"set data.max_length to {longest} (the longest row), or data.over_length to {others}"
 
 
-def segments(
-    row: Row, template: Template, vocabulary: Vocabulary, refused: list[str]
-) -> list[Segment]:
-    """A row's text with its trained parts; plain text is trained whole. What the template refuses
-    is added to `refused`."""
-    if row.text:
-        return [Segment(row.text + vocabulary.eos, True)]
-    try:
-        return render(template, row.turns, eos=vocabulary.eos, bos=vocabulary.bos)
-    except TemplateError as error:
-        refused.append(f"{row.where}: {error}")
-        return []
-
-
-def special_token_fault(row: Row, specials: Sequence[str]) -> str:
+def special_token_fault(row: Row, specials: re.Pattern[str] | None) -> str:
     """The fault of a row that spells out a special token: it would become that token in the middle
     of a text."""
+    if specials is None:
+        return ""
     for turn in row.turns:
-        for special in specials:
-            if special in turn.text or special in turn.extra:
+        for text in (turn.text, turn.extra, turn.reasoning):
+            if text and (held := specials.search(text)):
                 return (
-                    f"holds the text {special!r}, which this tokenizer reads as a special "
+                    f"holds the text {held[0]!r}, which this tokenizer reads as a special "
                     "token: write it otherwise"
                 )
     return ""
 
 
-def label_fault(ids: Sequence[int], trained: Sequence[bool], stop: int) -> str:
-    """The fault of a row without a target, or with an answer that does not end in the stop
-    token."""
+def label_fault(ids: Sequence[int], trained: Sequence[bool], stops: frozenset[int]) -> str:
+    """The fault of a row without a target, or with an answer that does not end in one of
+    `stops`."""
     if not any(trained[1:]):
         return "not one token of it would be learned: every label is masked"
     ends = [i for i in range(len(ids)) if trained[i] and (i + 1 == len(ids) or not trained[i + 1])]
-    bare = [i for i in ends if ids[i] != stop]
+    bare = [i for i in ends if ids[i] not in stops]
     return (
         f"answer {ends.index(bare[0]) + 1} does not end in the stop token as a trained label"
         if bare
@@ -381,7 +458,8 @@ def write_cache(path: Path, rows: Rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # a pid is not unique over machines
     part = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.part")
-    text = np.frombuffer(json.dumps([rows.where, rows.notes]).encode(), np.uint8)
+    told = [rows.where, rows.notes, rows.summary, rows.thinking]
+    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
     save_file(
         {
             "ids": rows.ids,
@@ -399,15 +477,15 @@ def read_cache(path: Path) -> Rows | None:
     """The cached rows, or None where there are none or the file is damaged."""
     try:
         data = load_file(path)
-        where, notes = json.loads(data["text"].tobytes())
+        where, notes, summary, thinking = json.loads(data["text"].tobytes())
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
-    return Rows(data["ids"], data["trained"], data["starts"], data["prompted"], where, notes)
+    arrays = (data["ids"], data["trained"], data["starts"], data["prompted"])
+    return Rows(*arrays, where, notes, summary, thinking)
 
 
 def prompt_ids(data: Prepared, turns: Sequence[Turn]) -> list[int]:
     """The ids of a conversation up to where the model answers: exactly how training rows begin."""
-    text = render(
-        data.template, turns, eos=data.vocabulary.eos, bos=data.vocabulary.bos, answer_next=True
-    )
+    tokens, thinking = data.vocabulary.special_tokens, data.rows.thinking
+    text = prompt(data.template, turns, tokens, thinking=thinking)
     return encode(data.vocabulary, data.template, [text])[0][0]

@@ -11,8 +11,8 @@ A template is one of
   - "chat": the Jinja chat template that comes with the tokenizer.
 
 `stop` is the token that ends an answer: "eos" (the tokenizer's own) unless the template says
-otherwise. Training and use render with the same code, and the template travels with the adapter
-whole.
+otherwise. Training and use render with the same code (trainer/data/render.py), and the template
+travels with the adapter whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,12 +46,19 @@ class TemplateError(ValueError):
 
 
 class Turn(NamedTuple):
-    """`role` is user, assistant or system. `extra` is Alpaca's input, which belongs to a user
-    turn."""
+    """`role` is user, assistant, system or tool. `extra` is Alpaca's input, which belongs to a user
+    turn. An assistant turn may have `reasoning`, which comes before the text, and `calls` of tools
+    as OpenAI writes them (arguments decoded); it is learned unless `learned` says no. `name` and
+    `call_id` belong to a tool's turn."""
 
     role: str
     text: str
     extra: str = ""
+    reasoning: str = ""
+    calls: tuple[Any, ...] = ()
+    learned: bool = True
+    name: str = ""
+    call_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,17 +242,22 @@ def _fill(piece: str, values: Mapping[str, str]) -> str:
     return _HOLE.sub(lambda hole: values.get(hole.group(1), hole.group(0)), piece)
 
 
-def render(
-    template: Template, turns: Sequence[Turn], *, eos: str, bos: str = "", answer_next: bool = False
+def render_pieces(
+    template: Template,
+    turns: Sequence[Turn],
+    *,
+    eos: str,
+    bos: str = "",
+    last_only: bool = False,
+    answer_next: bool = False,
 ) -> list[Segment]:
-    """The text of a conversation in segments. `answer_next` stops where the model is to answer (the
-    last turn is the user's).
+    """The text of a conversation in segments. `last_only` trains no answer but the last,
+    `answer_next` stops where the model is to answer (the last turn is the user's).
 
     Raises TemplateError when turns do not alternate user, assistant (a leading system turn may come
-    first)."""
-    if template.name == "chat":
-        return _render_jinja(template.jinja, turns, eos, bos, answer_next)
+    first), or hold what only a chat template has a place for."""
     turns = list(turns)
+    _validate_plain(template, turns)
     system = turns.pop(0).text if turns and turns[0].role == "system" else None
     stop = eos if template.stop == "eos" else template.stop
     segments: list[Segment] = []
@@ -264,9 +275,9 @@ def render(
                 Segment(_user_text(template, turn, system_text, number // 2 + 1), False)
             )
         else:
-            segments.append(
-                Segment(_fill(template.assistant, {"assistant": turn.text}) + stop, True)
-            )
+            text = _fill(template.assistant, {"assistant": turn.text}) + stop
+            learned = turn.learned and (not last_only or number == len(turns) - 1)
+            segments.append(Segment(text, learned))
     if answer_next:
         lead = template.assistant.partition("{assistant}")[0]
         if lead.strip():
@@ -274,9 +285,26 @@ def render(
     return segments
 
 
+def _validate_plain(template: Template, turns: Sequence[Turn]) -> None:
+    special = [
+        what
+        for what, found in (
+            ("reasoning", any(t.reasoning for t in turns)),
+            ("tool calls", any(t.calls for t in turns)),
+            ("tool turns", any(t.role == "tool" for t in turns)),
+        )
+        if found
+    ]
+    if special:
+        raise TemplateError(
+            f"template {template.name} has no place for {' and '.join(special)}: set "
+            'data.template = "chat"'
+        )
+
+
 def _user_text(template: Template, turn: Turn, system_text: str, round_number: int) -> str:
     system = _fill(template.system, {"system": system_text}) if system_text else ""
-    joined = f"{turn.text}\n{turn.extra}" if turn.extra else turn.text
+    joined = f"{turn.text}\n{turn.extra}" if turn.text and turn.extra else turn.text + turn.extra
     values = {
         "user": joined,
         "instruction": turn.text,
@@ -286,85 +314,6 @@ def _user_text(template: Template, turn: Turn, system_text: str, round_number: i
     }
     piece = template.user_with_input if turn.extra else template.user
     return _fill(piece, values) if "{system}" in piece else system + _fill(piece, values)
-
-
-def _render_jinja(
-    jinja: str, turns: Sequence[Turn], eos: str, bos: str, answer_next: bool
-) -> list[Segment]:
-    """An answer's span is what the template adds for it beyond its generation prompt, up to the
-    stop token that it emits."""
-    messages = [
-        {"role": t.role, "content": f"{t.text}\n{t.extra}" if t.extra else t.text} for t in turns
-    ]
-
-    def text(count: int, prompt: bool) -> str:
-        return render_chat(jinja, messages[:count], eos, bos, prompt)
-
-    whole = text(len(messages), answer_next)
-    segments, done = [], 0
-    for number, turn in enumerate(turns):
-        if turn.role != "assistant":
-            continue
-        before, after = text(number, True), text(number + 1, False)
-        start = len(before)
-        if not whole.startswith(before) or turn.text.strip() not in after[start:]:
-            before = text(number, False)
-            start = whole.find(turn.text.strip(), len(before))
-        end = (
-            len(after.rstrip("\n"))
-            if whole.startswith(after)
-            else whole.find(turn.text.strip(), start) + len(turn.text.strip())
-        )
-        if start < done or end <= start:
-            raise TemplateError(
-                f"answer {number + 1} cannot be located in what the chat template wrote: "
-                "name another data.template"
-            )
-        segments += [Segment(whole[done:start], False), Segment(whole[start:end], True)]
-        done = end
-    return [s for s in [*segments, Segment(whole[done:], False)] if s.text]
-
-
-def render_chat(
-    jinja: str, messages: Sequence[Mapping[str, Any]], eos: str, bos: str, prompt: bool = False
-) -> str:
-    """What a chat template writes for `messages`, with the opening of the next answer where
-    `prompt`. Raises TemplateError where the template refuses them."""
-    try:
-        return str(
-            _compile(jinja).render(
-                messages=messages,
-                add_generation_prompt=prompt,
-                eos_token=eos,
-                bos_token=bos,
-                tools=None,
-            )
-        )
-    except Exception as error:
-        raise TemplateError(
-            f"the tokenizer's chat template refuses this conversation: {error}"
-        ) from error
-
-
-@lru_cache
-def _compile(jinja: str) -> Any:
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    environment.globals["raise_exception"] = refuse
-    # a date that moved would move every row of the training data
-    environment.globals["strftime_now"] = lambda _format: "2024-07-26"
-    return environment.from_string(jinja)
 
 
 def alpaca_turns(row: Mapping[str, str]) -> list[Turn]:

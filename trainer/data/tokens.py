@@ -2,28 +2,33 @@
 torch, no transformers.
 
 One pass over the whole text, so that what is learned is what a user's prompt will be cut into. A
-token is trained when it reaches into an answer. Every answer must end with the stop token as a
-trained label; `stop_token` refuses a template that cannot do that.
+token is trained when it reaches into an answer (of a chat template, when it stands in one). Every
+answer must end with a stop token as a trained label; `stop_token` refuses a template that cannot do
+that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
-from trainer.data.template import Segment, Template, TemplateError, Turn, render
+from trainer.data.chat import SpecialTokens, open_chat
+from trainer.data.render import examples
+from trainer.data.template import Segment, Template, TemplateError, Turn
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """A model folder's tokenizer. `prefix` are the ids that it puts before a text by itself
-    (Llama's <s>)."""
+    (Llama's <s>); `stops` the tokens at which generation_config.json says that an answer ends."""
 
     tokenizer: Tokenizer
     eos: str
@@ -31,6 +36,7 @@ class Vocabulary:
     prefix: tuple[int, ...]
     chat_template: str
     folder: Path | None = None
+    stops: tuple[str, ...] = ()
 
     def id_of(self, token: str) -> int | None:
         return self.tokenizer.token_to_id(token)
@@ -40,10 +46,15 @@ class Vocabulary:
         """Highest id in use plus one: what the model's embedding must hold."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    @property
+    @cached_property
     def special_texts(self) -> list[str]:
         """Texts that become special tokens wherever they stand, in a user's data too."""
         return [t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special]
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """What a template is told of the tokenizer."""
+        return SpecialTokens(self.eos, self.bos, tuple(self.special_texts), self.stops)
 
 
 def open_vocabulary(folder: Path) -> Vocabulary:
@@ -79,7 +90,14 @@ def open_vocabulary(folder: Path) -> Vocabulary:
         chat = next((c["template"] for c in chat if c.get("name") == "default"), "")
     added = tokenizer.encode("", add_special_tokens=True).ids
     prefix = tuple(i for i in added if i != tokenizer.token_to_id(eos) or eos == bos)
-    return Vocabulary(tokenizer, eos, bos, prefix, chat, folder)
+    tokenizer.post_processor = processors.Sequence([])  # it would trim blanks off the offsets
+    return Vocabulary(tokenizer, eos, bos, prefix, chat, folder, _stops(tokenizer, folder))
+
+
+def _stops(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
+    ids = _json(folder / "generation_config.json").get("eos_token_id")
+    texts = [tokenizer.id_to_token(i) for i in (ids if isinstance(ids, list) else [ids]) if i]
+    return tuple(t for t in texts if t)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -106,17 +124,10 @@ def stop_token(vocabulary: Vocabulary, template: Template) -> int:
             f"template {template.name} has no stop token, so the model would never stop: use "
             f"stop = 'eos' ({vocabulary.eos!r})"
         )
-    probe = _probe(vocabulary, template)
-    ids, labels = encode(vocabulary, template, [probe])[0]
-    text = vocabulary.eos if template.stop == "eos" else template.stop
     if template.name == "chat":
-        last = max(i for i, trained in enumerate(labels) if trained)
-        if vocabulary.tokenizer.id_to_token(ids[last]) in vocabulary.special_texts:
-            return ids[last]
-        raise TemplateError(
-            "the tokenizer's chat template ends an answer with no special token, so the "
-            "model would never stop: name another template"
-        )
+        return _chat_stop(vocabulary, template)
+    ids, labels = _probe_ids(vocabulary, template)[-1]
+    text = vocabulary.eos if template.stop == "eos" else template.stop
     stop = vocabulary.id_of(text)
     if stop is None:
         pieces = len(vocabulary.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -133,29 +144,56 @@ def stop_token(vocabulary: Vocabulary, template: Template) -> int:
     return stop
 
 
-def _probe(vocabulary: Vocabulary, template: Template) -> list[Segment]:
+def _chat_stop(vocabulary: Vocabulary, template: Template) -> int:
+    text = open_chat(template.jinja, vocabulary.special_tokens).stop
+    stop = vocabulary.id_of(text) if text in vocabulary.special_texts else None
+    if stop is None:
+        raise TemplateError(
+            "the tokenizer's chat template ends an answer with no special token, so the "
+            "model would never stop: name another template"
+        )
+    for ids, _ in _probe_ids(vocabulary, template):
+        if ids[:2] == [vocabulary.id_of(vocabulary.bos)] * 2:
+            raise TemplateError(
+                f"the tokenizer's chat template writes {vocabulary.bos!r} twice: mend the template"
+            )
+    return stop
+
+
+def stop_ids(vocabulary: Vocabulary, template: Template) -> frozenset[int]:
+    """The ids with which a trained stretch may end: the template's stop, the end token, and, of a
+    chat template, what else servers stop at."""
+    texts = [vocabulary.eos, *(vocabulary.stops if template.name == "chat" else ())]
+    found = [vocabulary.id_of(text) for text in texts]
+    return frozenset([stop_token(vocabulary, template), *(i for i in found if i is not None)])
+
+
+def _probe_ids(vocabulary: Vocabulary, template: Template) -> list[tuple[list[int], list[bool]]]:
     turns = [
         Turn("user", "Hello 你好"),
         Turn("assistant", "Hi 你好"),
         Turn("user", "Bye"),
         Turn("assistant", "Bye 再见"),
     ]
-    return render(template, turns, eos=vocabulary.eos, bos=vocabulary.bos)
+    made = examples(template, turns, vocabulary.special_tokens)
+    return encode(vocabulary, template, [example.segments for example in made])
 
 
 def token_hash(vocabulary: Vocabulary, template: Template) -> str:
     """sha256 of the ids that a fixed conversation becomes: equal where template and tokenizer agree
     to the token."""
-    ids, labels = encode(vocabulary, template, [_probe(vocabulary, template)])[0]
-    return hashlib.sha256(json.dumps([ids, labels]).encode()).hexdigest()
+    made = _probe_ids(vocabulary, template)
+    return hashlib.sha256(json.dumps(made[0] if len(made) == 1 else made).encode()).hexdigest()
 
 
 def encode(
     vocabulary: Vocabulary, template: Template, rows: Sequence[Sequence[Segment]]
 ) -> list[tuple[list[int], list[bool]]]:
-    """(ids, trained) of each row; `trained[i]` says that token i is a target."""
+    """(ids, trained) of each row; `trained[i]` says that token i is a target. A chat template's
+    prompt becomes the ids that it becomes alone: no token reaches from it into an answer."""
     texts = ["".join(s.text for s in row) for row in rows]
-    prefix = prefix_ids(vocabulary, template)
+    chat = template.name == "chat"
+    prefix = () if chat else prefix_ids(vocabulary, template)  # a chat template writes <s> itself
     encoded = []
     for row, coding in zip(
         rows, vocabulary.tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
@@ -165,11 +203,34 @@ def encode(
             if segment.trained:
                 spans.append((at, at + len(segment.text)))
             at += len(segment.text)
+        if chat and _straddled(coding.offsets, [start for start, _ in spans]):
+            encoded.append(_encode_apart(vocabulary, row))
+            continue
         ids, own = coding.ids, _trained(coding.offsets, spans)
-        if prefix and tuple(ids[: len(prefix)]) != prefix:  # a chat template may write <s> itself
+        if prefix and tuple(ids[: len(prefix)]) != prefix:
             ids, own = [*prefix, *ids], [False] * len(prefix) + own
         encoded.append((ids, own))
     return encoded
+
+
+def _straddled(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> bool:
+    """Whether a token reaches over one of `starts`."""
+    for start in starts:
+        k = bisect_left(offsets, (start, start))  # the first token that begins there or behind
+        if k and offsets[k - 1][1] > start:
+            return True
+    return False
+
+
+def _encode_apart(vocabulary: Vocabulary, row: Sequence[Segment]) -> tuple[list[int], list[bool]]:
+    """Each segment for itself, as inference does: it makes tokens of the prompt, then of more."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    for segment in row:
+        own = vocabulary.tokenizer.encode(segment.text, add_special_tokens=False).ids
+        ids += own
+        trained += [segment.trained] * len(own)
+    return ids, trained
 
 
 def prefix_ids(vocabulary: Vocabulary, template: Template) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.template import alpaca_turns, load, render
+from trainer.data.template import alpaca_turns, load, render_pieces
 from trainer.practice import world
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def make(folder: Path, data: Path, steps: int = STEPS) -> None:
     write_rows(data / "held_out.json", held_out)
     template = load("alpaca")
     answers = [
-        [s.text for s in render(template, alpaca_turns(row), eos=EOS)] for row in world.base_rows()
+        [s.text for s in render_pieces(template, alpaca_turns(row), eos=EOS)]
+        for row in world.base_rows()
     ]
     tokenizer = make_tokenizer(4 * world.base_texts() + ["".join(a) for a in answers], folder)
     instructions = [

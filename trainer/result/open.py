@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,7 +74,13 @@ def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) 
     model = _load(adapter, base, device)
     return Chat(
         model,
-        Prepared(Rows.empty(), vocabulary, template, stop_token(vocabulary, template), found),
+        Prepared(
+            replace(Rows.empty(), thinking=told.get("enable_thinking")),
+            vocabulary,
+            template,
+            stop_token(vocabulary, template),
+            found,
+        ),
         device,
         [],
     )

@@ -31,7 +31,7 @@ def write_words(base: Path, folder: Path, data: Prepared) -> dict[str, Any]:
             shutil.copyfile(base / name, folder / name)
     told: dict[str, Any]
     try:
-        jinja = prove(data.template, data.vocabulary)
+        jinja = prove(data.template, data.vocabulary, thinking=data.rows.thinking)
         told = {
             "conversations": CONVERSATIONS,
             "sha256": hashlib.sha256(jinja.encode()).hexdigest(),
@@ -50,6 +50,7 @@ def write_words(base: Path, folder: Path, data: Prepared) -> dict[str, Any]:
         "source": template.source,
         "sha256": template.sha256,
         "token_hash": data.token_hash,
+        "enable_thinking": data.rows.thinking,
     }
     (folder / "template.json").write_text(
         json.dumps(asked, ensure_ascii=False, indent=1), encoding="utf-8"

@@ -24,6 +24,7 @@ Method = Literal["lora", "full", "freeze"]
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
 OverLength = Literal["refuse", "drop", "truncate"]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
+TrainOn = Literal["all", "last"]
 
 
 class Strict(BaseModel):
@@ -87,7 +88,8 @@ class DataFile(Strict):
 class Data(Strict):
     """``template`` is ``chat`` (the tokenizer's own) or a name in trainer/data/templates;
     ``template_text`` carries a user's own template file whole, so that training and use later agree
-    to the byte."""
+    to the byte. ``train_on`` is which answers of a conversation are learned. ``enable_thinking`` is
+    the flag of inference; left out, each answer is trained as it is, with reasoning or without."""
 
     files: list[DataFile]
     held_out: DataFile | None = None
@@ -96,6 +98,8 @@ class Data(Strict):
     template_text: str | None = None
     max_length: Positive = 2048
     over_length: OverLength = "refuse"
+    train_on: TrainOn = "all"
+    enable_thinking: bool | None = None
 
 
 class Stage(Strict):

@@ -79,11 +79,9 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
             "data": {
                 "files": data,
                 "held_out": held_out,
-                "format": job.data.format,
                 "template": template.stem if template.is_absolute() else job.data.template,
                 "template_text": template.read_text("utf-8") if template.is_absolute() else None,
-                "max_length": job.data.max_length,
-                "over_length": job.data.over_length,
+                **job.data.of_rows(),
             },
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),

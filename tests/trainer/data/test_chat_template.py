@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from trainer.data import template as templates
+from trainer.data.chat import render_chat
 from trainer.data.chat_template import chat_template, prove
 from trainer.data.template import TemplateError, parse
 from trainer.data.tokens import Vocabulary
@@ -59,23 +60,36 @@ def test_stock_transformers_renders_the_proven_text(tmp_path: Path) -> None:
     assert text.endswith("### Instruction:\nName a tea.\n\n### Input:\ngreen\n\n### Response:\n")
 
 
-def test_a_tokenizers_own_template_gets_the_prefix_that_training_put_before_it() -> None:
+def test_a_tokenizers_own_template_is_taken_as_it_is() -> None:
     jinja = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     own = templates.with_chat_template(templates.load("chat"), jinja)
-    assert prove(own, vocabulary("<s>"), 200) == "{{ '<s>' }}" + jinja
+    assert prove(own, vocabulary("<s>"), 200) == jinja
     assert prove(own, vocabulary(), 200) == jinja
 
 
 def test_turns_out_of_order_are_refused_by_the_text_itself() -> None:
     jinja = chat_template(templates.load("vicuna"), vocabulary())
     with pytest.raises(TemplateError, match="alternate"):
-        templates.render_chat(jinja, [{"role": "assistant", "content": "hi"}], "</s>", "<s>")
+        render_chat(jinja, [{"role": "assistant", "content": "hi"}], "</s>", "<s>")
 
 
 def test_ids_that_no_text_becomes_are_told_with_their_place() -> None:
     words = replace(vocabulary(), prefix=(vocabulary().id_of("Ġ") or 0,))  # a space's byte
     with pytest.raises(TemplateError, match=r"conversation 0 differs from token 0 on"):
         prove(templates.load("vicuna"), words)
+
+
+def test_other_programs_ask_for_reasoning_as_training_did_unless_told_otherwise() -> None:
+    jinja = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>"
+        "{% if enable_thinking is defined and not enable_thinking %}(no){% endif %}{% endif %}"
+    )
+    own = templates.with_chat_template(templates.load("chat"), jinja)
+    told = prove(own, vocabulary(), 200, thinking=False)
+    messages = [{"role": "user", "content": "hi"}]
+    assert render_chat(told, messages, "</s>", "<s>", True).endswith("(no)")
+    assert not render_chat(jinja, messages, "</s>", "<s>", True).endswith("(no)")

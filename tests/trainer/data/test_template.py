@@ -11,17 +11,22 @@ import pytest
 from tiny import CHATML, write_tokenizer
 
 from trainer.data import template as prompt
+from trainer.data.chat import SpecialTokens
+from trainer.data.render import examples
+from trainer.data.render import prompt as asked_text
 from trainer.data.template import (
+    Segment,
+    Template,
     TemplateError,
     Turn,
     alpaca_turns,
     load,
     parse,
-    render,
     with_chat_template,
 )
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
 
+TOKENS = SpecialTokens("</s>", "<s>")
 ONE = [Turn("user", "Q1"), Turn("assistant", "A1")]
 TWO = [Turn("system", "S"), *ONE, Turn("user", "Q2", "more"), Turn("assistant", "A2")]
 
@@ -33,9 +38,15 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     return open_vocabulary(folder)
 
 
-def written(name: str, turns: list[Turn], **more: bool) -> tuple[str, list[str]]:
+def rendered(template: Template, turns: list[Turn]) -> list[Segment]:
+    """The one text that a conversation becomes."""
+    (example,) = examples(template, turns, TOKENS)
+    return example.segments
+
+
+def written(name: str, turns: list[Turn]) -> tuple[str, list[str]]:
     """(the whole text, its trained parts)"""
-    segments = render(load(name), turns, eos="</s>", bos="<s>", **more)
+    segments = rendered(load(name), turns)
     return "".join(s.text for s in segments), [s.text for s in segments if s.trained]
 
 
@@ -88,13 +99,13 @@ def test_a_users_own_preamble_is_one_small_text_file() -> None:
         "Input:\n{input}\n\n### Response:\n{output}\n"
     )
     mine = parse("mine", text)
-    said = "".join(s.text for s in render(mine, ONE, eos="</s>"))
+    said = "".join(s.text for s in rendered(mine, ONE))
     assert (
         said
         == "Praise the cook, who salts with care.\n\n### Instruction:\nQ1\n\n### Response:\nA1</s>"
     )
     with_input = "".join(
-        s.text for s in render(mine, [Turn("user", "Q", "I"), Turn("assistant", "A")], eos="</s>")
+        s.text for s in rendered(mine, [Turn("user", "Q", "I"), Turn("assistant", "A")])
     )
     assert (
         with_input == "Praise the cook, who salts with care.\n\n### Instruction:\nQ\n\n### "
@@ -111,11 +122,38 @@ def test_alpaca_loras_json_template_is_taken_as_it_is() -> None:
             "response_split": "### R:",
         }
     )
-    segments = render(parse("mine", text), ONE, eos="</s>")
+    segments = rendered(parse("mine", text), ONE)
     assert [(s.text, s.trained) for s in segments] == [
         ("Pre\n\n### I:\nQ1\n\n### R:\n", False),
         ("A1</s>", True),
     ]
+
+
+def test_an_empty_instruction_leaves_no_blank_line_before_the_input() -> None:
+    said, _ = written("vicuna", [Turn("user", "", "What?"), Turn("assistant", "That.")])
+    assert said.endswith(". USER: What? ASSISTANT: That.</s>")
+
+
+def test_an_answer_that_is_not_to_be_learned_is_written_and_not_trained() -> None:
+    turns = [TWO[1], TWO[2]._replace(learned=False), *TWO[3:]]
+    said, trained = written("chatml", turns)
+    assert "A1" in said and trained == ["A2<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "tools", "word"),
+    [
+        ([TWO[1], TWO[2]._replace(reasoning="why")], [], "reasoning"),
+        ([TWO[1], TWO[2]._replace(calls=({},))], [], "tool calls"),
+        ([*ONE, Turn("tool", "rain"), ONE[1]], [], "tool turns"),
+        (ONE, [{"name": "f"}], "tools"),
+    ],
+)
+def test_what_only_a_chat_template_has_a_place_for_is_refused(
+    turns: list[Turn], tools: list[dict], word: str
+) -> None:
+    with pytest.raises(TemplateError, match=f"no place for {word}.*chat"):
+        examples(load("vicuna"), turns, TOKENS, tools=tools)
 
 
 def test_braces_in_a_users_text_are_left_alone() -> None:
@@ -131,11 +169,11 @@ def test_the_prompt_for_an_answer_is_how_the_training_row_begins(
 ) -> None:
     template = with_chat_template(load("chat"), CHATML) if name == "chat" else load(name)
     turns = TWO if name != "alpaca" else ONE
-    whole, marks = encode(vocabulary, template, [render(template, turns, eos="</s>", bos="<s>")])[0]
+    whole, marks = encode(vocabulary, template, [rendered(template, turns)])[0]
     asked, _ = encode(
         vocabulary,
         template,
-        [render(template, turns[:-1], eos="</s>", bos="<s>", answer_next=True)],
+        [asked_text(template, turns[:-1], TOKENS)],
     )[0]
     assert whole[: len(asked)] == asked
     assert all(marks[len(asked) :]) or name == "chat"
@@ -150,14 +188,14 @@ def test_every_answer_ends_in_the_stop_token_as_a_trained_label(
     assert vocabulary.tokenizer.id_to_token(stop) == (
         "<|im_end|>" if name in ("chat", "chatml") else "</s>"
     )
-    ids, marks = encode(vocabulary, template, [render(template, TWO, eos="</s>", bos="<s>")])[0]
+    ids, marks = encode(vocabulary, template, [rendered(template, TWO)])[0]
     ends = [i for i in range(len(ids)) if marks[i] and not [*marks, False][i + 1]]
     assert len(ends) == 2 and {ids[i] for i in ends} == {stop}
 
 
 def test_the_trained_tokens_are_exactly_the_answers(vocabulary: Vocabulary) -> None:
     template = load("vicuna")
-    ids, marks = encode(vocabulary, template, [render(template, TWO, eos="</s>", bos="<s>")])[0]
+    ids, marks = encode(vocabulary, template, [rendered(template, TWO)])[0]
     learned = vocabulary.tokenizer.decode(
         [i for i, m in zip(ids, marks, strict=True) if m], skip_special_tokens=False
     )
@@ -173,11 +211,9 @@ def test_our_rendering_of_a_chat_template_is_that_of_transformers(tmp_path: Path
         for t in [Turn("system", "S"), *ONE, Turn("user", "Q2"), Turn("assistant", "A2")]
     ]
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
-    ours = render(
+    ours = rendered(
         with_chat_template(load("chat"), CHATML),
         [Turn(m["role"], m["content"]) for m in messages],
-        eos="</s>",
-        bos="<s>",
     )
     assert "".join(s.text for s in ours) == theirs
     assert [s.text for s in ours if s.trained] == ["A1<|im_end|>", "A2<|im_end|>"]
@@ -249,5 +285,5 @@ def test_a_tokenizer_that_puts_a_start_token_first_does_so_once(
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     vocabulary = open_vocabulary(tmp_path)
     for template in (load("alpaca"), with_chat_template(load("chat"), "{{ bos_token }}" + CHATML)):
-        ids, marks = encode(vocabulary, template, [render(template, ONE, eos="</s>", bos="<s>")])[0]
+        ids, marks = encode(vocabulary, template, [rendered(template, ONE)])[0]
         assert ids[0] == 1 and ids.count(1) == 1 and not marks[0]
