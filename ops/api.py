@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ops.errors import JournalError, MilkteaError
+from ops.errors import JournalError, MilkteaError, PreflightError
 from ops.export.folder import Kind, export
 from ops.image import workflow as images
 from ops.job import config, planner
@@ -311,17 +311,25 @@ def load_job(job: Job) -> JobFile:
 
 
 def plan(
-    job: Job, *, vast: Vast | None = None, root: Path | None = None, on_cpu: bool = False
+    job: Job,
+    *,
+    vast: Vast | None = None,
+    root: Path | None = None,
+    on_cpu: bool = False,
+    or_estimate: bool = False,
 ) -> Planned:
     """Everything that can fail for free, then the market ranked for this job. Rents nothing and
     leaves nothing on the disk.
 
     `on_cpu` refuses what this computer's CPU could not train within limits.max_hours, which is
-    where the emulator's boxes compute. Raises ConfigError, PreflightError, NoOffer, MarketError."""
+    where the emulator's boxes compute. `or_estimate` tells tokens from characters where a model
+    that the catalogue knows cannot be had (no network): nothing is rented by such a plan. Raises
+    ConfigError, PreflightError, NoOffer, MarketError."""
     vast, root = vast or open_market(), root or runs_folder()
     _finished(vast, root)
     parsed, now = load_job(job), time.time()
-    made = preflight(lambda: planner.new_plan(parsed, root, now, on_cpu=on_cpu), vast, root)
+    asked = {"on_cpu": on_cpu, "or_estimate": or_estimate}
+    made = preflight(lambda: planner.new_plan(parsed, root, now, **asked), vast, root)
     (root / made.run_id).rmdir()  # nothing is begun
     offers = found_offers(vast, made.needs)
     ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
@@ -351,6 +359,11 @@ def rent_and_train(
     if not isinstance(job, Planned):
         job = plan(job, vast=vast, root=root, on_cpu=emulated)
         screen.plan(job.plan, job.ranking, job.credit_usd)
+    if job.plan.estimated:
+        raise PreflightError(
+            "this plan's tokens are an estimate: its rows were not checked with the tokenizer",
+            hint="`milktea plan JOB` where the model's tokenizer can be had",
+        )
     with Journal(root / job.plan.run_id) as held:
         screen.line(held.append("planned", began=round(began, 3), **job.plan.to_line()))
         session = Session(held, job.plan, vast, screen)

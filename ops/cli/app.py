@@ -87,7 +87,7 @@ def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
     with errors(as_json), _acting(as_json) as (vast, screen):
         from ops import api
 
-        planned = api.plan(job, vast=vast)
+        planned = api.plan(job, vast=vast, or_estimate=True)
         screen.plan(planned.plan, planned.ranking, planned.credit_usd)
 
 

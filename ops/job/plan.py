@@ -45,6 +45,7 @@ class Plan:
     out: str
     notes: list[str]
     image_login: str = ""  # the variable that holds a registry's USER:TOKEN
+    estimated: bool = False  # tokens from characters: good for a price, never rented by
 
     @property
     def env(self) -> list[str]:
@@ -53,6 +54,7 @@ class Plan:
 
     def to_line(self) -> dict[str, Any]:
         row = asdict(self)
+        del row["estimated"]
         row["pushes"] = [
             {"local": str(p.local), "remote": p.remote, "sha256": p.sha256} for p in self.pushes
         ]

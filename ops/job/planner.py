@@ -9,12 +9,14 @@ import math
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ops.box.transfer import PushFile, sha256_of
-from ops.catalogue.models import lookup
+from ops.catalogue.models import Entry, lookup
 from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job import sent, tokens
@@ -23,9 +25,9 @@ from ops.job.plan import Plan
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
 from trainer import families, memory
-from trainer.data import prepare
+from trainer.data import estimate, prepare
 from trainer.data import template as prompt
-from trainer.data.files import DATASET_INFO, find_sources
+from trainer.data.files import DATASET_INFO, find_sources, read_rows
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
@@ -39,17 +41,20 @@ TRAINER_SUFFIXES = (".py", ".toml", ".html")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
-def new_plan(job: JobFile, root: Path, now: float, *, on_cpu: bool = False) -> Plan:
+def new_plan(
+    job: JobFile, root: Path, now: float, *, on_cpu: bool = False, or_estimate: bool = False
+) -> Plan:
     """The plan of a new run, whose folder in `root` it makes; or every defect of the data, a model
     that fits no card asked for, with `on_cpu` one that the emulator's boxes could not train in
-    time. Raises PreflightError or ConfigError, and leaves nothing then."""
+    time. `or_estimate`: see `planned`. Raises PreflightError or ConfigError, and leaves nothing
+    then."""
     run_id = (
         f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
     )
     stage = root / run_id
     stage.mkdir(parents=True)
     try:
-        plan = planned(job, run_id, stage)
+        plan = planned(job, run_id, stage, or_estimate=or_estimate)
         if on_cpu:
             _validate_speed_here(plan)
         return plan
@@ -58,8 +63,9 @@ def new_plan(job: JobFile, root: Path, now: float, *, on_cpu: bool = False) -> P
         raise
 
 
-def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
-    """The plan; `stage` is a folder that exists."""
+def planned(job: JobFile, run_id: str, stage: Path, *, or_estimate: bool = False) -> Plan:
+    """The plan; `stage` is a folder that exists. `or_estimate`: where the model cannot be had and
+    the catalogue knows it, tokens are told from characters, and the plan is `estimated`."""
     tokens.validate(job.env, job.image.login or "")
     tokens.validate_gated(job.model.base, job.env)
     pushes = [
@@ -69,7 +75,15 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
     ]
     wire_job = _wire_job(job, run_id, pushes)
     notes: list[str] = []
-    lengths = _lengths(wire_job, stage, pushes, notes)
+    entry = lookup(job.model.base) if or_estimate else None
+    counted = True
+    try:
+        lengths = _lengths(wire_job, stage, pushes, notes)
+    except Untokenised as e:
+        if entry is None:
+            raise
+        counted, lengths = False, _estimated(wire_job, stage, pushes, entry, notes)
+        notes.append(f"{e}; a run asks for it")
     config = _model_config(job, notes)
     family = _family(job, config, max(lengths), notes)
     shape = _shape(job, config, family, notes)
@@ -93,13 +107,14 @@ def planned(job: JobFile, run_id: str, stage: Path) -> Plan:
         out=str(job.results.folder),
         notes=notes,
         image_login=job.image.login or "",
+        estimated=not counted,
     )
 
 
 def _validate_speed_here(plan: Plan) -> None:
     """The emulator's boxes compute on this machine's CPU: a model made for a GPU would run into
     limits.max_hours without a result."""
-    seconds = 6 * plan.workload.model_parameters * plan.workload.tokens / CPU_FLOP_S
+    seconds = 6 * plan.workload.computed_parameters * plan.workload.tokens / CPU_FLOP_S
     if seconds > plan.max_s:
         raise PreflightError(
             "without VAST_API_KEY the training runs on this computer's CPU, where "
@@ -222,29 +237,27 @@ def _template(name: str) -> tuple[str, str | None]:
 # -- sizes -----------------------------------------------------------------------------------------
 
 
+class Untokenised(PreflightError):
+    """The data may be sound, but nothing here can count its tokens."""
+
+
 def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> list[int]:
     """Tokens of each row that will be trained on, by the trainer's own preparation on links to the
-    user's files."""
-    for p in pushes:
-        if p.remote.startswith(("data/", "model/")):
-            link = stage / p.remote
-            link.parent.mkdir(exist_ok=True)
-            link.symlink_to(p.local)
+    user's files. Raises Untokenised where the model cannot be had."""
     try:
-        prepared = prepare.prepare(job, stage)
+        with _linked(stage, pushes):
+            prepared = prepare.prepare(job, stage)
     except prepare.Refused as e:
         listed = "\n".join(f"  {s}" for s in e.samples)
-        raise PreflightError(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
+        kind = Untokenised if isinstance(e, prepare.Unfetched) else PreflightError
+        raise kind(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
     except prompt.TemplateError as e:
         raise PreflightError(str(e)) from e
     except OSError as e:
-        raise PreflightError(
+        raise Untokenised(
             f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}",
             hint="check model.base and the network, or name a local folder",
         ) from e
-    finally:
-        for name in ("data", "model", "cache"):
-            shutil.rmtree(stage / name, ignore_errors=True)
     lengths = prepared.rows.lengths
     if not lengths:
         raise PreflightError(
@@ -257,6 +270,50 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
         f"{max(lengths):,} tokens, stop token trained in every row"
     )
     return lengths
+
+
+@contextmanager
+def _linked(stage: Path, pushes: list[PushFile]) -> Iterator[None]:
+    """The run folder's data and model, as links to the user's files."""
+    for p in pushes:
+        if p.remote.startswith(("data/", "model/")):
+            link = stage / p.remote
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(p.local)
+    try:
+        yield
+    finally:
+        for name in ("data", "model", "cache"):
+            shutil.rmtree(stage / name, ignore_errors=True)
+
+
+def _estimated(
+    job: Job, stage: Path, pushes: list[PushFile], entry: Entry, notes: list[str]
+) -> list[int]:
+    """About how many tokens each row will have, without a tokenizer. Raises PreflightError with the
+    data's defects."""
+    with _linked(stage, pushes):
+        files = [(stage / f.path, f.name) for f in job.data.files]
+        rows, defects = read_rows(files, job.data.format)
+    try:
+        prepare.validate_rows(defects)
+    except prepare.Refused as e:
+        listed = "\n".join(f"  {s}" for s in e.samples)
+        raise PreflightError(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
+    if not rows:
+        raise PreflightError("no row is left to train on")
+    vocabulary = int(entry.values.get("vocabulary") or 150_000)
+    density = estimate.Density.of(vocabulary, entry.model_type)
+    lengths, limit = estimate.lengths(rows, density), job.data.max_length
+    long = sum(n > limit for n in lengths)
+    notes.append(
+        f"{len(rows):,} rows, about {sum(lengths):,} tokens an epoch: an estimate from characters "
+        f"({density.ascii:g} of ASCII a token, {density.wide:g} of Chinese), {estimate.OFF:.0%} "
+        "off at most on texts that were tried"
+    )
+    if long:
+        notes.append(f"about {long:,} rows are longer than data.max_length {limit:,}")
+    return [min(n, limit) for n in lengths]
 
 
 def left_out(said: list[str]) -> list[str]:
@@ -366,6 +423,7 @@ def _workload(
         tokens=tokens,
         stage=job.stage,
         model_parameters=parameters,
+        active_parameters=_active(shape),
         precision=job.model.precision,
         num_gpus=job.offer.num_gpus,
         image_bytes=image_bytes,
@@ -384,6 +442,13 @@ def _workload(
         checkpoint_bytes=3 * adapter,
         save_every_s=job.training.save_every_s,
     )
+
+
+def _active(shape: memory.Shape | None) -> float | None:
+    """What a token meets of a mixture of experts, its head included."""
+    if shape is None or shape.mixture is None:
+        return None
+    return float(memory.active_parameters(shape) + shape.vocab * shape.hidden)
 
 
 def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
@@ -424,7 +489,17 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
 
 
 def _validate_cards(job: JobFile, min_gib: float) -> None:
-    """Every card that was named is too small: say so, with the nearest that is not."""
+    """Every card that was named, or that there is, is too small: say so, with the nearest that is
+    not."""
+    if not job.offer.gpu_name and not gpus.that_hold(min_gib, job.model.precision):
+        largest = max(gpus.GPUS, key=lambda g: g.memory_gib)
+        less = "a smaller model" if job.model.precision == "nf4" else 'model.precision = "nf4"'
+        raise PreflightError(
+            f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} "
+            f"needs {min_gib:.1f} GiB on one GPU; the largest, {largest.name}, has "
+            f"{largest.memory_gib:.0f} GiB",
+            hint=f"set {less}, or a smaller lora.r",
+        )
     named = [g for n in job.offer.gpu_name if (g := gpus.find(n))]
     if (
         not named

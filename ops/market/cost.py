@@ -43,7 +43,8 @@ Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Tar
 class Workload:
     """What a run moves and computes, wherever it runs.
 
-    `tokens` is over all epochs. `model_parameters` are those that a matrix product touches; with
+    `tokens` is over all epochs. `model_parameters` are all of the model's; `active_parameters`
+    those of a mixture that a token meets, None where it meets all. With
     `shape` given, whether and how the model fits a card is solved as the trainer will: `method` and
     `trainable_layers` as memory.predict takes them, `least_tokens` its longest row, `row_tokens`
     the row of the mean token (sum of squared lengths over sum of lengths). `home_*_mbps` is the
@@ -75,10 +76,16 @@ class Workload:
     home_down_mbps: float = 100.0
     boot_s: float = 60.0
     start_s: float = _START_S
+    active_parameters: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.shape, dict):  # read back from a journal's line
             object.__setattr__(self, "shape", memory.Shape(**self.shape))
+
+    @property
+    def computed_parameters(self) -> float:
+        """Those that a token meets."""
+        return self.active_parameters or self.model_parameters
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,8 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
     """The predicted speed of an offer. Raises DoesNotFit when the card is too small, lacks the
     precision, or is unknown to both the table and vast.ai's benchmark."""
     if workload.cpu_practice:
-        return _PRACTICE_FLOPS / (4 * workload.model_parameters) / STAGES[workload.stage].work
+        flops = 4 * workload.computed_parameters * STAGES[workload.stage].work
+        return _PRACTICE_FLOPS / flops
     gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
         offer.gpu_name,
         offer.gpu_memory_gib,
@@ -154,7 +162,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
     speed = gpus.tokens_per_second(
         gpu,
         workload.precision,
-        workload.model_parameters,
+        workload.computed_parameters,
         workload.shape,
         recomputed,
         workload.num_gpus,

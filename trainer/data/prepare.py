@@ -57,6 +57,10 @@ class Refused(ValueError):
         self.samples, self.hint = list(samples), hint
 
 
+class Unfetched(Refused):
+    """The base model is not on this machine, and the hub does not give it."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Tokenised rows, end to end: row i is ids[starts[i]:starts[i+1]]; `trained` marks targets;
@@ -121,7 +125,7 @@ def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refused(
+        raise Unfetched(
             f"{job.model.base} is not on this machine and could not be fetched from the hub: {why}",
             hint="check model.base and model.revision (a gated model needs HF_TOKEN); without a "
             "network, set model.base to the model's folder",

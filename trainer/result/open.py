@@ -75,7 +75,7 @@ def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) 
     return Chat(
         model,
         Prepared(
-            replace(Rows.empty(), thinking=told.get("enable_thinking")),
+            replace(Rows.empty(), thinking=saved.get("enable_thinking")),
             vocabulary,
             template,
             stop_token(vocabulary, template),
