@@ -22,12 +22,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ops.errors import JournalError, MilkteaError, PreflightError
+from ops.errors import Failed, JournalError, MilkteaError, PreflightError
 from ops.export.folder import Kind, export
 from ops.image import workflow as images
 from ops.job import config, planner
@@ -37,15 +37,22 @@ from ops.job.preflight import preflight
 from ops.market.client import Provider, Vast, provider_from
 from ops.market.models import Instance
 from ops.market.ranking import Ranking, rank
-from ops.run import explain, journal
+from ops.run import explain, journal, supervisor, wishes
 from ops.run import reap as reaping
-from ops.run import rent_and_train as story
+from ops.run.attach import Tail, ended, watching
 from ops.run.choose import bad_machines, found_offers, none_left
 from ops.run.explain import Status, told_line
 from ops.run.journal import Journal, Line
 from ops.run.reap import Reaped
 from ops.run.rental import give_back
-from ops.run.session import Detached, Interrupted, Screen, Session, may_have_box
+from ops.run.session import (
+    Interrupted,
+    Screen,
+    Session,
+    dearest_silence,
+    ends_itself_at,
+    may_have_box,
+)
 from ops.wait import RealClock
 from trainer.wire import events
 from trainer.wire.events import Event, Sample, Score
@@ -70,6 +77,8 @@ __all__ = [
     "Screen",
     "Status",
     "Vast",
+    "attach",
+    "dearest_silence",
     "destroy",
     "events",
     "export",
@@ -85,6 +94,7 @@ __all__ = [
     "runs",
     "runs_folder",
     "schema",
+    "stop",
     "told_line",
     "uses_vast_ai",
 ]
@@ -95,6 +105,7 @@ schema = config.schema
 EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=289910784")
 EMULATOR_PACE = 0.1  # waiting for an emulator, as a share of waiting for vast.ai
 FOLLOW_EVERY_S = 1.0
+WATCH_EVERY_S = 0.1  # between two looks at what the owner of a run tells
 
 
 # -- where, and as whom ----------------------------------------------------------------------------
@@ -178,15 +189,29 @@ class Run:
     def ends_itself_at(self) -> float | None:
         """Unix seconds at which the box that this run has now destroys itself; None without one."""
         lines = self.journal
-        rent = journal.last(lines, "renting")
-        if rent is None or not may_have_box(lines):
-            return None
-        began = next((line for line in reversed(lines) if line.kind == "booted"), rent)
-        return max(began.t, rent.t) + float(rent["max_s"])
+        return ends_itself_at(lines) if may_have_box(lines) else None
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether a process acts on this run."""
+        return journal.is_held(self.folder)
+
+    @property
+    def owner(self) -> str:
+        """`live`: owned, and a terminal watches; `detached`: owned, nobody watches; `alone`: it has
+        a box that no process owns; "" without a box and an owner."""
+        if self.is_owned:
+            return "live" if supervisor.is_watched(self.folder) else "detached"
+        return "alone" if may_have_box(self.journal) else ""
+
+    def choices(self) -> list[wishes.Choice]:
+        """What can be wished of it now, with the price; the first keeps what is paid for."""
+        lines = self.journal
+        return wishes.choices(lines, Plan.from_line(lines[0]), time.time(), attached=True)
 
     def status(self) -> Status:
-        """Stage, box, dollars and newest checkpoint."""
-        return explain.status(self.id, self.journal, time.time())
+        """Stage, owner, box, dollars and newest checkpoint."""
+        return explain.status(self.id, self.journal, time.time(), self.owner)
 
     def cost(self) -> Cost:
         """Our meter, vast.ai's bill and the prediction."""
@@ -215,13 +240,11 @@ class Run:
     def events(self, *, follow: bool = False) -> Iterator[Event]:
         """What the trainer said on the machine taken last, as far as it is at home.
 
-        With `follow`, goes on as more comes, until no box of this run is left. A line that no
-        trainer wrote is passed over."""
+        With `follow`, goes on as more comes, until nobody owns this run and it has no box. A line
+        that no trainer wrote is passed over."""
         offset = 0
         while True:
-            ended = follow and not may_have_box(
-                self.journal
-            )  # read before the events: none is lost
+            ended = follow and not self.owner  # read before the events: none is lost
             path = self.folder / "events.jsonl"
             if path.exists():
                 with path.open("rb") as file:
@@ -295,9 +318,9 @@ class Quiet:
     def destroying(self, why: str) -> None:
         """The box is about to be destroyed."""
 
-    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
-        """After Ctrl-C: the key of one of `choices`; here, fetch then destroy."""
-        return choices[1][0]
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
+        """After Ctrl-C: the key of one of `choices`, "" to go on; here nobody is asked."""
+        return None
 
 
 def load_job(job: Job) -> JobFile:
@@ -345,14 +368,20 @@ def rent_and_train(
     root: Path | None = None,
     screen: Screen | None = None,
     began_unix_s: float | None = None,
+    foreground: bool = False,
+    detach: bool = False,
 ) -> Run:
     """The main job: rent, push, train, pull, verify, destroy and prove.
 
-    Returns with `run.adapter` at home and no box left; `run.adapter` is None only where `screen`
-    chose to detach. While it lasts, SIGINT, SIGTERM and SIGHUP end the run in order: `screen`
-    chooses while training, before that Interrupted is raised once the box is proven gone. Raises
-    any MilkteaError, with the same guarantee about the box, or BoxLeaked. `began_unix_s` is when
-    the user asked, for the record."""
+    The run is owned by a process of its own, which outlives this one; this call watches it
+    (`attach`), or returns at once with `detach`. With `foreground` this process owns it: SIGINT
+    asks `screen` what to do, SIGTERM and SIGHUP leave a box that trains to itself
+    (limits.when_silent) and destroy one that does not.
+
+    Returns with `run.adapter` at home and no box left; `run.adapter` is None where the run, or its
+    box, was left to itself. Raises any MilkteaError, with the same guarantee about the box, or
+    BoxLeaked; Interrupted where the run was ended before its training, or where Ctrl-C was pressed
+    and nobody could be asked. `began_unix_s` is when the user asked, for the record."""
     emulated = vast is None and not uses_vast_ai()
     vast, root, screen = vast or open_market(), root or runs_folder(), screen or Quiet()
     began = began_unix_s or time.time()
@@ -365,9 +394,14 @@ def rent_and_train(
             hint="`milktea plan JOB` where the model's tokenizer can be had",
         )
     with Journal(root / job.plan.run_id) as held:
-        screen.line(held.append("planned", began=round(began, 3), **job.plan.to_line()))
-        session = Session(held, job.plan, vast, screen)
-        return _carried(session, job.ranking)
+        line = held.append("planned", began=round(began, 3), **job.plan.to_line())
+        if foreground:
+            screen.line(line)
+            supervisor.carry(Session(held, job.plan, vast, screen), job.ranking)
+            return Run(held.folder)
+    supervisor.start(held.folder, vast, job.ranking)
+    run = Run(held.folder)
+    return run if detach else attach(run, screen=screen)
 
 
 def resume(
@@ -376,12 +410,17 @@ def resume(
     vast: Vast | None = None,
     root: Path | None = None,
     screen: Screen | None = None,
+    foreground: bool = False,
+    detach: bool = False,
 ) -> Run:
-    """Go on with a run whose client died, that was interrupted, or whose box was taken away; as
-    `rent_and_train`. Raises JournalError where it is done or never began."""
-    vast, root = vast or open_market(), root or runs_folder()
+    """Go on with a run whose owner died, that was interrupted, or whose box was taken away or left
+    to itself; as `rent_and_train`. A run that has an owner is watched (`attach`). Raises
+    JournalError where it is done or never began."""
+    vast, root, screen = vast or open_market(), root or runs_folder(), screen or Quiet()
     _finished(vast, root, screen)
     run = run if isinstance(run, Run) else find_run(run, root)
+    if run.is_owned:
+        return run if detach else attach(run, screen=screen)
     with Journal(run.folder) as held:
         if not held.lines:
             raise JournalError(
@@ -392,47 +431,97 @@ def resume(
                 f"{run.id} is done: its adapter is {pulled['adapter']}",
                 hint="`milktea reap` if its box still stands",
             )
-        return _carried(Session(held, Plan.from_line(held.lines[0]), vast, screen or Quiet()))
+        wishes.forget(run.folder)  # of an owner that is dead
+        if foreground:
+            supervisor.carry(Session(held, Plan.from_line(held.lines[0]), vast, screen))
+            return run
+    supervisor.start(run.folder, vast)
+    return run if detach else attach(run, screen=screen)
 
 
-def _carried(session: Session, seen: Ranking | None = None) -> Run:
-    """The story, with signals turned into Interrupted and its end in the journal."""
-    with _signals_interrupt(session):
-        try:
-            story.rent_and_train(session, seen)
-        except Detached:
-            pass
-        except Interrupted:
-            session.note("failed", what="interrupted", exit_code=130)
-            said = f"the box is destroyed and proven absent; {session.money()}"
-            raise Interrupted(said) from None
-        except MilkteaError as e:
-            with suppress(JournalError, OSError):  # a disk that is full hides no first error
-                session.note("failed", what=f"{type(e).__name__}: {e}", exit_code=e.exit_code)
-            raise
-    return Run(session.journal.folder)
+def attach(run: Run | str, *, root: Path | None = None, screen: Screen | None = None) -> Run:
+    """Watch a run that another process owns, from its beginning to its end; acts on nothing.
+
+    Ctrl-C lets `screen` choose: to leave, after which this returns, or an end of the run. Returns
+    and raises as `rent_and_train`, for a run that has ended as well; JournalError where its owner
+    was killed."""
+    run, screen = run if isinstance(run, Run) else find_run(run, root), screen or Quiet()
+    with watching(run.folder), _ctrl_c() as pressed:
+        tail = Tail(run.folder, screen)
+        while True:
+            over = not run.is_owned  # looked at first: what it told last is told below
+            tail.tell()
+            if over:
+                break
+            if pressed.is_set():
+                pressed.clear()
+                if _chosen(run, screen) == wishes.LEAVE:
+                    return run
+            time.sleep(WATCH_EVERY_S)
+    ended(run.folder)
+    return run
+
+
+def _chosen(run: Run, screen: Screen) -> str:
+    """What the user wishes of a run that another process owns; its owner is told. Raises
+    Interrupted where nobody can be asked."""
+    wish = screen.choose([(c.wish, c.text) for c in run.choices()])
+    if wish is None:
+        raise Interrupted(
+            f"the run goes on without this terminal: `milktea attach {run.id}` watches it, "
+            f"`milktea stop {run.id}` ends it"
+        )
+    if wish in (wishes.FETCH, wishes.DESTROY):
+        holds = wishes.send(run.folder, wish)
+        screen.waiting(f"the run's owner is told: {holds}")
+    return wish
 
 
 @contextmanager
-def _signals_interrupt(session: Session) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise Interrupted, not inside what must not be cut in half. In
-    another thread than the main one, where no signal arrives, nothing changes."""
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Set by SIGINT; nothing is cut in half by it. In another thread than the main one, where no
+    signal arrives, nothing changes."""
+    pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield pressed
         return
-
-    def interrupted(number: int, frame: Any) -> None:
-        if session.shield.up:
-            session.screen.waiting("a moment: the box is not left halfway")
-        session.shield.interrupt()
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupted) for number in numbers}
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
     try:
-        yield
+        yield pressed
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def stop(
+    run: Run | str,
+    wish: Literal["fetch", "destroy"] = "fetch",
+    *,
+    vast: Vast | None = None,
+    root: Path | None = None,
+    screen: Screen | None = None,
+) -> Run:
+    """End a run: `fetch` brings the newest checkpoint home first (a result that is on its way comes
+    home whole), `destroy` nothing. Returns once no box of it is left; where somebody wished
+    another end before, that one holds. Raises as `rent_and_train`; JournalError for a run that has
+    no box and no owner."""
+    run = run if isinstance(run, Run) else find_run(run, root)
+    if not run.is_owned:
+        if not may_have_box(run.journal):
+            raise JournalError(f"{run.id} has no box, and nothing acts on it", hint="")
+        vast = vast or open_market()
+        _finished(vast, run.folder.parent, screen)
+        wishes.forget(run.folder)  # of an owner that is dead
+        wishes.send(run.folder, wish)
+        supervisor.start(run.folder, vast)
+    else:
+        wishes.send(run.folder, wish)
+    before = len(run.journal)
+    try:
+        return attach(run, screen=screen)
+    except (Failed, Interrupted):
+        if any(line.kind == "interrupted" for line in run.journal[before:]):
+            return run  # as it was wished
+        raise
 
 
 def destroy(
@@ -442,11 +531,15 @@ def destroy(
     root: Path | None = None,
     screen: Screen | None = None,
 ) -> bool:
-    """Destroy the box of one run now, and prove it absent. Returns whether it may have had one.
-    Raises BoxLeaked without that proof, JournalError while another client acts on the run."""
+    """Destroy the box of one run now, and prove it absent; a run that has an owner is ended by it.
+    Returns whether it may have had one. Raises BoxLeaked without that proof."""
     vast, root = vast or open_market(), root or runs_folder()
     _finished(vast, root, screen)
     run = run if isinstance(run, Run) else find_run(run, root)
+    if run.is_owned:
+        had = may_have_box(run.journal)
+        stop(run, "destroy", vast=vast, screen=screen)
+        return had
     with Journal(run.folder) as held:
         had = may_have_box(held.lines)
         if had:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+ASLEEP_S = 60.0  # longer than a wait was to last: this machine slept meanwhile
 
 
 class Clock(Protocol):
@@ -59,7 +60,8 @@ def until(
     """Call `check` every `every_s` seconds until it returns something other than None.
 
     Returns that, or None when `timeout_s` is over; the last call is made at the deadline, not
-    before it. Both are scaled by the clock's pace. What `check` raises passes through."""
+    before it. Both are scaled by the clock's pace, and what this machine slept counts in neither.
+    What `check` raises passes through."""
     deadline = clock.steady() + timeout_s * clock.pace
     while True:
         found = check()
@@ -68,4 +70,25 @@ def until(
         left_s = (deadline - clock.steady()) / clock.pace
         if left_s <= 0:
             return None
-        clock.sleep(min(every_s, left_s))
+        began, wait_s = clock.steady(), min(every_s, left_s)
+        clock.sleep(wait_s)
+        over_s = clock.steady() - began - wait_s * clock.pace
+        deadline += over_s if over_s > ASLEEP_S else 0.0
+
+
+class Patience:
+    """How long something is missed, in `seconds` of looking: what this machine slept between two
+    looks counts as ASLEEP_S, and a look may say that it does not count."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._looked, self.seconds = clock, clock.steady(), 0.0
+
+    def look(self, *, counts: bool = True) -> None:
+        """It is missed still."""
+        now = self._clock.steady()
+        self.seconds += min(now - self._looked, ASLEEP_S) if counts else 0.0
+        self._looked = now
+
+    def renew(self) -> None:
+        """It is there."""
+        self._looked, self.seconds = self._clock.steady(), 0.0

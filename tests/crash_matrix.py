@@ -1,12 +1,14 @@
-"""The crash matrix: kill the client after every step of the main job, under every fault of a reply,
-then let one later command run.
+"""The crash matrix: kill client, supervisor or both after every step of the main job, under every
+fault of a reply, then let one later command run.
 
     python tests/crash_matrix.py [CASES] [--workers 4]     last line: `CASES cases, 0 leaks`
 
-A case is (fault, step): the fault is planted in the emulator, a client process runs the whole story
-and dies by SIGKILL at its step-th effect (before or after a journal line, an HTTP call, an SSH
-verb); then `milktea reap`'s own code runs in another process. A leak is an instance that the
-emulator still has. Steps that a fault's run does not reach end the run as it ends by itself.
+A case is a fault, a step and who dies: the fault is planted in the emulator; a client process runs
+the whole story, or a supervisor does while a terminal watches it and wishes something; whoever is
+to die does so by SIGKILL at its step-th effect (before or after a journal line, an HTTP call, an
+SSH verb, a look, a wish); then `milktea reap`'s own code runs in another process. A leak is an
+instance that the emulator still has. Steps that a fault's run does not reach end the run as it ends
+by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ from ops.box import transfer  # noqa: E402
 from ops.box.connection import Box  # noqa: E402
 from ops.errors import MilkteaError  # noqa: E402
 from ops.market.client import Provider, Vast  # noqa: E402
+from ops.run import supervisor, wishes  # noqa: E402
+from ops.run.attach import Tail, watching  # noqa: E402
 from ops.run.journal import Journal  # noqa: E402
 from ops.run.reap import reap  # noqa: E402
 from ops.run.rent_and_train import rent_and_train  # noqa: E402
@@ -86,6 +92,7 @@ FAULTS: dict[str, Fault] = {
 
 
 PATIENCE_S = 30
+OVER = "over"  # of this name is a file beside the run once its supervisor has ended
 
 
 class Steps:
@@ -100,7 +107,7 @@ class Steps:
         if self.count == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def wrap(self, owner: type, name: str) -> None:
+    def wrap(self, owner: Any, name: str) -> None:
         real: Callable[..., Any] = getattr(owner, name)
 
         def stepping(*args: Any, **kwargs: Any) -> Any:
@@ -121,41 +128,87 @@ class Steps:
             self.wrap(transfer, verb)
 
 
-def live(folder: Path, runs: Path, url: str, key: str, die_at: int | None) -> int:
-    """One client's life in a forked process; returns the number of its steps (0 when it was
-    killed)."""
-    read_end, write_end = os.pipe()
+def forked(act: Callable[[], None], *, name: str) -> int:
+    """Start `act` in a process of its own, which ends within PATIENCE_S; its number."""
     child = os.fork()
-    if child == 0:
-        code = 1
-        signal.alarm(PATIENCE_S)  # its default action ends this process
-        try:
-            os.close(read_end)
-            steps = Steps(die_at)
-            steps.arm()
-            own = rig.Rig(folder)
-            own.runs = runs
-            plan = own.plan(max_usd=5.0)
-            try:
-                with Journal(runs / plan.run_id) as journal:
-                    rent_and_train(rig.client(plan, journal, url, key))
-            except MilkteaError:
-                pass
-            os.write(write_end, str(steps.count).encode())
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        said = pipe.read()
+    if child:
+        return child
+    code = 1
+    signal.alarm(PATIENCE_S)  # its default action ends this process
+    try:
+        act()
+        code = 0
+    except BaseException:
+        print(f"{name}:", file=sys.stderr)
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def buried(child: int, name: str) -> None:
+    """Wait for the end of a process; raises RuntimeError where it died of a bug."""
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        print(f"slow: the client of {runs.name} did not end within {PATIENCE_S} s", flush=True)
+        print(f"slow: {name} did not end within {PATIENCE_S} s", flush=True)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
-        raise RuntimeError("the client died of a bug, see above")
-    return int(said or 0)
+        raise RuntimeError(f"{name} died of a bug, see above")
+
+
+def live(case: Case, folder: Path, runs: Path, url: str, key: str) -> None:
+    """One run's life: of a client that is its owner, or of a terminal and a supervisor."""
+    own = rig.Rig(folder)
+    own.runs = runs
+    plan = own.plan(max_usd=5.0, when_silent=case.when_silent)
+    steps = {who: case.step if who in case.dying else None for who in ("client", "supervisor")}
+
+    def alone() -> None:
+        Steps(steps["client"]).arm()
+        with Journal(runs / plan.run_id) as journal, suppress(MilkteaError):
+            rent_and_train(rig.client(plan, journal, url, key))
+
+    if case.supervisor is False:
+        return buried(forked(alone, name="the client"), f"the client of {runs.name}")
+    asks, asked = os.pipe()
+
+    def terminal() -> None:
+        """Writes the plan, asks for a supervisor, watches it, and wishes something."""
+        mine = Steps(steps["client"])
+        mine.arm()
+        mine.wrap(Tail, "tell")
+        mine.wrap(wishes, "send")
+        with Journal(runs / plan.run_id) as journal:
+            journal.append("planned", **plan.to_line())
+        os.write(asked, b"start")
+        watch(runs / plan.run_id, case.wish)
+
+    def supervise() -> None:
+        Steps(steps["supervisor"]).arm()
+        os.setsid()
+        supervisor.own(runs / plan.run_id, Vast(Provider(url, key), RealClock(rig.PACE)))
+
+    client = forked(terminal, name="the terminal")
+    os.close(asked)
+    with open(asks, "rb") as pipe:
+        began = pipe.read(5) == b"start"
+    if began:
+        owner = forked(supervise, name="the supervisor")
+        buried(owner, f"the supervisor of {runs.name}")
+    (runs / OVER).touch()
+    buried(client, f"the terminal of {runs.name}")
+
+
+def watch(run: Path, wish: str) -> None:
+    """As `milktea attach` does, until no supervisor is left; the wish after a few looks."""
+    tail = Tail(run, rig.Silent())
+    with watching(run):
+        for look in range(10 * PATIENCE_S):
+            over = (run.parent / OVER).exists()
+            tail.tell()
+            if wish and look == 5:
+                wishes.send(run, wish)
+            if over:
+                return
+            time.sleep(0.05)
 
 
 def later_command(runs: Path, url: str, key: str) -> None:
@@ -173,20 +226,41 @@ def later_command(runs: Path, url: str, key: str) -> None:
     os.waitpid(child, 0)
 
 
-def cases(total: int) -> Iterator[tuple[str, int | None]]:
-    """(fault, step). All steps of every fault first, round by round; then pairs of fault and step
-    at random, seeded."""
-    names = list(FAULTS)
-    made = 0
-    for step in [None, *range(1, 90)]:
-        for name in names:
-            if made == min(total, 91 * len(names)):
-                return
-            yield name, step
-            made += 1
+@dataclass(frozen=True)
+class Case:
+    """`dying` die at their own step number `step`; a supervisor of its own, or none."""
+
+    fault: str
+    step: int | None
+    supervisor: bool
+    dying: tuple[str, ...]
+    wish: str = ""
+    when_silent: str = "finish"
+
+    def __str__(self) -> str:
+        wished = f", {self.wish} wished" if self.wish else ""
+        return f"{self.fault}, {' and '.join(self.dying)} killed at step {self.step}{wished}"
+
+
+LIVES = [
+    (False, ("client",)),
+    (True, ("supervisor",)),
+    (True, ("client",)),
+    (True, ("client", "supervisor")),
+]
+
+
+def cases(total: int) -> Iterator[Case]:
+    """All steps of every fault first, round by round; then pairs of fault and step at random,
+    seeded. Who dies, and what is wished, goes round too."""
     rng = random.Random(7)
-    for _ in range(total - made):
-        yield rng.choice(names), rng.randrange(1, 120)
+    names = list(FAULTS)
+    pairs = [(name, step) for step in [None, *range(1, 90)] for name in names]
+    for n in range(total):
+        name, step = pairs[n] if n < len(pairs) else (rng.choice(names), rng.randrange(1, 120))
+        with_supervisor, dying = LIVES[(n + n // len(names)) % len(LIVES)]
+        wish = ("", "", "fetch", "destroy")[rng.randrange(4)] if with_supervisor else ""
+        yield Case(name, step, with_supervisor, dying, wish, rng.choice(["finish", "destroy"]))
 
 
 def work(worker: int, workers: int, total: int, verbose: bool, results: Any) -> None:
@@ -199,21 +273,21 @@ def work(worker: int, workers: int, total: int, verbose: bool, results: Any) -> 
         )
         emulator.start()
         url, key = commands.recv()
-        for n, (fault, step) in enumerate(cases(total)):
+        for n, case in enumerate(cases(total)):
             if n % workers != worker:
                 continue
-            commands.send(FAULTS[fault])
+            commands.send(FAULTS[case.fault])
             commands.recv()
             began = time.monotonic()
             runs = folder / f"runs{n}"
             runs.mkdir()
-            live(folder, runs, url, key, step)
+            live(case, folder, runs, url, key)
             later_command(runs, url, key)
             commands.send("what is left")
             left = commands.recv()
-            results.put((fault, step, left))
+            results.put((str(case), left))
             if verbose:
-                print(f"{time.monotonic() - began:6.2f} s  {fault}, step {step}", flush=True)
+                print(f"{time.monotonic() - began:6.2f} s  {case}", flush=True)
         commands.send(None)
         emulator.join(10)
 
@@ -267,10 +341,10 @@ def main() -> int:
         worker.start()
     leaks = 0
     for done in range(1, options.cases + 1):
-        fault, step, left = results.get()
+        case, left = results.get()
         if left:
             leaks += 1
-            print(f"leak: {fault}, killed at step {step}: {left}", flush=True)
+            print(f"leak: {case}: {left}", flush=True)
         if done % TOLD == 0 and done < options.cases:
             print(
                 f"{done} of {options.cases} cases, {leaks} leaks, {time.monotonic() - began:.0f} s",

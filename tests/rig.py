@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import time
 import zipfile
@@ -166,9 +167,10 @@ class Silent:
     def waiting(self, message: str) -> None:
         self.told.append(message)
 
-    def choose(self, choices: Any) -> str:
-        assert [key for key, _ in choices] == ["destroy", "fetch", "detach"]
+    def choose(self, choices: Any) -> str | None:
+        assert choices[0][0] == "go on", "the default keeps what is paid for"
         assert all("$" in text for _, text in choices)
+        self.told.append([key for key, _ in choices])
         return self.choice
 
     def plan(self, *told: Any) -> None: ...
@@ -266,9 +268,20 @@ def sh(script: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def watched(home: Path, *, kill_at: int, max_s: int, lease_s: int, renew_every_s: int) -> int:
+def watched(
+    home: Path,
+    *,
+    kill_at: int,
+    max_s: int,
+    lease_s: int,
+    renew_every_s: int,
+    when_silent: str = "destroy",
+    hold_s: int | None = None,
+    launched_at: int | None = None,
+    ended_at: int | None = None,
+) -> int:
     """The virtual second at which the real watchdog text asks for destruction, with the client
-    dying at `kill_at`.
+    dying at `kill_at`, the training launched and ended at those seconds.
 
     `sleep` and `curl` are shell functions over one virtual clock, /proc/uptime is a file of it;
     everything else is what runs on a box."""
@@ -279,6 +292,8 @@ sleep() {{
   echo "$now.50 0" >uptime
   seen=$now; [ $seen -gt $kill_at ] && seen=$kill_at
   echo $((seen / {renew_every_s} * {renew_every_s})) >lease
+  [ $now -ge {-1 if launched_at is None else launched_at} ] && [ -e run ] && echo run >launched
+  [ $now -ge {10**9 if ended_at is None else ended_at} ] && echo 0 >run/exit_code
   [ $now -lt 1000000 ] || exit 9
 }}
 curl() {{
@@ -286,9 +301,10 @@ curl() {{
   echo "$now" >gone_at; echo "$*" >asked; exit 0
 }}
 """
-    (home / "milktea").mkdir(exist_ok=True)
-    for name in ("age", "armed"):
-        (home / "milktea" / name).unlink(missing_ok=True)
+    shutil.rmtree(home / "milktea", ignore_errors=True)
+    (home / "milktea").mkdir()
+    if launched_at is not None:
+        (home / "milktea/run").mkdir()
     (home / "milktea/lease").write_text("0\n")
     (home / "milktea/uptime").write_text("0.50 0\n")
     # `exit` inside the function ends the watchdog's shell: the instance is gone
@@ -298,6 +314,8 @@ curl() {{
         MILKTEA_MAX_S=str(max_s),
         MILKTEA_LEASE_S=str(lease_s),
         MILKTEA_WATCH_S=str(scripts.WATCH_S),
+        MILKTEA_WHEN_SILENT=when_silent,
+        MILKTEA_HOLD_S="" if hold_s is None else str(hold_s),
         MILKTEA_API="http://127.0.0.1:9",
         MILKTEA_UPTIME="uptime",
         CONTAINER_ID="77",

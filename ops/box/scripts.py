@@ -10,17 +10,21 @@ from __future__ import annotations
 import shlex
 
 HOME_FOLDER = "milktea"
-LEASE_S = 600  # a box whose client is silent for so long destroys itself
+LEASE_S = 600  # a box destroys itself after so long without a client, unless it may work on alone
 WATCH_S = 15  # how often the box looks; overshoot of money and time is at most this
 
 # Runs on the box for its whole life, armed by onstart before anything else. Environment:
 # CONTAINER_API_KEY (may touch this instance only), CONTAINER_ID, MILKTEA_API, MILKTEA_MAX_S
-# (seconds that the money or the hours allow), MILKTEA_LEASE_S.
+# (seconds that the money or the hours allow), MILKTEA_LEASE_S, MILKTEA_WHEN_SILENT (finish,
+# destroy), MILKTEA_HOLD_S (seconds or nothing).
 #
 # It counts its own age in seconds of /proc/uptime, which no date moves. `age` holds the age and the
 # uptime of the last look: it survives a restart of the container, and of the host, so that a stop
 # and start wins no time, and it is the heartbeat. `lease` holds the age at which the client was
 # last heard. `armed` holds the HTTP status with which the key could read its own instance.
+# `launched` holds the run's folder from the launch on: with finish, no silence ends the box then
+# before its deadline, unless the training has ended and was held for as long as it may be. `ended`
+# holds the age at which that was seen.
 WATCHDOG = """\
 cd "$HOME/milktea" || exit 1
 ask() {
@@ -40,17 +44,27 @@ except Exception as e: print(getattr(e,"code",e))' "$1" "$url"
 }
 rm -f armed
 echo $$ >watchdog.pid
-age=0 last= lease=0 armed=
+age=0 last= lease=0 armed= ended=
 [ -s age ] && read -r age last <age
+[ -s ended ] && read -r ended rest <ended
 while :; do
   read -r up rest <"${MILKTEA_UPTIME:-/proc/uptime}"; up=${up%.*}
   [ "${last:-$up}" -le "$up" ] || last=0
   age=$((age + up - ${last:-$up})) last=$up
   echo "$age $up" >age.new && mv age.new age
   read -r heard rest <lease && lease=$heard
-  why=
+  silent=$((age - lease)) may=$MILKTEA_LEASE_S run= why=
+  [ -s launched ] && read -r run rest <launched
+  if [ -n "$run" ] && [ "$MILKTEA_WHEN_SILENT" = finish ]; then
+    may=$MILKTEA_MAX_S
+    if [ -n "$MILKTEA_HOLD_S" ] && [ -e "$run/exit_code" ]; then
+      [ -n "$ended" ] || { ended=$age; echo "$age" >ended; }
+      may=$MILKTEA_HOLD_S
+      [ $((age - ended)) -ge "$silent" ] || silent=$((age - ended))
+    fi
+  fi
   [ "$age" -ge "$MILKTEA_MAX_S" ] && why=deadline
-  [ $((age - lease)) -ge "$MILKTEA_LEASE_S" ] && why=lease
+  [ "$silent" -ge "$may" ] && why=silence
   if [ -n "$why" ]; then
     echo "$age destroying this instance: $why" >>watchdog.log
     ask DELETE >>watchdog.log 2>&1
@@ -77,7 +91,9 @@ grep -qsF {key} "$HOME/.ssh/authorized_keys" || echo {key} >>"$HOME/.ssh/authori
 """
 
 
-def environment(api_url: str, max_s: float) -> dict[str, str]:
+def environment(
+    api_url: str, max_s: float, when_silent: str, hold_s: float | None
+) -> dict[str, str]:
     """For `create`: what the watchdog needs. No secret is in it: vast.ai itself adds the instance's
     own key."""
     return {
@@ -85,6 +101,8 @@ def environment(api_url: str, max_s: float) -> dict[str, str]:
         "MILKTEA_MAX_S": str(int(max_s)),
         "MILKTEA_LEASE_S": str(LEASE_S),
         "MILKTEA_WATCH_S": str(WATCH_S),
+        "MILKTEA_WHEN_SILENT": when_silent,
+        "MILKTEA_HOLD_S": "" if hold_s is None else str(int(hold_s)),
     }
 
 
@@ -102,14 +120,6 @@ RENEW = (
     "{ [ ! -e milktea/age ] && date +%s || cat milktea/age; } >milktea/lease.new && "
     "mv milktea/lease.new milktea/lease"
 )
-
-
-def detach(deadline_in_s: float) -> str:
-    """Let the box live without a client until its own deadline: the lease is set that far ahead."""
-    return f"""\
-if [ -e milktea/age ]; then read -r now rest <milktea/age; else now=$(date +%s); fi
-echo $((now + {int(deadline_in_s)})) >milktea/lease.new && mv milktea/lease.new milktea/lease
-"""
 
 
 # Seconds without a sign of the watchdog; it looks every WATCH_S and may wait 20 s for an answer.
@@ -154,7 +164,8 @@ def launch(run_id: str, trainer: str) -> str:
 
     The training is a process group of its own, whose number is in `pid`; its `exit_code` appears
     last, by rename. The shell that writes it outlives a SIGTERM to the group. NAME=VALUE lines on
-    stdin are its environment: they stand in no file and in no process's arguments."""
+    stdin are its environment: they stand in no file and in no process's arguments. The watchdog is
+    told that from now on there is something to be silent about."""
     command = "milktea-train job.json"
     if trainer == "push":
         # ops/box/bootstrap/trainer-start.sh, pushed with the trainer
@@ -165,6 +176,7 @@ def launch(run_id: str, trainer: str) -> str:
     return f"""\
 {RENEW}
 cd {run_folder(run_id)} || exit 9
+echo {run_id} >../launched
 if [ -e exit_code ]; then echo finished; exit 0; fi
 if {ALIVE}; then echo running; exit 0; fi
 while IFS= read -r pair; do export "$pair"; done

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -65,9 +65,23 @@ def options(
     """Fine-tune a language model on a rented GPU, and leave nothing running that bills you."""
 
 
+Foreground = Annotated[
+    bool, typer.Option("--foreground", help="Own the run in this process, not in one of its own")
+]
+Detach = Annotated[bool, typer.Option("--detach", help="Do not watch; `milktea attach` does")]
+
+
 @app.command("rent-and-train")
-def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes = False) -> None:
-    """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends."""
+def rent_and_train(
+    job: JobArgument = PRACTICE,
+    as_json: Json = False,
+    yes: Yes = False,
+    foreground: Foreground = False,
+    detach: Detach = False,
+) -> None:
+    """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends. The run
+    outlives this terminal."""
+    _validate_ways(foreground, detach)
     with errors(as_json), _acting(as_json) as (vast, screen):
         from ops import api
 
@@ -77,7 +91,14 @@ def rent_and_train(job: JobArgument = PRACTICE, as_json: Json = False, yes: Yes 
         if real and not yes and sys.stdin.isatty() and not typer.confirm("Rent it?", default=True):
             print("nothing was rented")
             raise typer.Exit(0)
-        run = api.rent_and_train(planned, vast=vast, screen=screen, began_unix_s=BEGAN)
+        run = api.rent_and_train(
+            planned,
+            vast=vast,
+            screen=screen,
+            began_unix_s=BEGAN,
+            foreground=foreground,
+            detach=detach,
+        )
         _last_lines(run, screen, as_json)
 
 
@@ -92,12 +113,56 @@ def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
 
 
 @app.command()
-def resume(run: Run, as_json: Json = False) -> None:
-    """Go on with a run whose client died, that was interrupted, or whose box was taken away."""
+def resume(
+    run: Run, as_json: Json = False, foreground: Foreground = False, detach: Detach = False
+) -> None:
+    """Go on with a run that no process owns any more, or watch one that goes on."""
+    _validate_ways(foreground, detach)
     with errors(as_json), _acting(as_json) as (vast, screen):
         from ops import api
 
-        _last_lines(api.resume(run, vast=vast, screen=screen), screen, as_json)
+        found = api.resume(run, vast=vast, screen=screen, foreground=foreground, detach=detach)
+        _last_lines(found, screen, as_json)
+
+
+@app.command()
+def attach(run: Run, as_json: Json = False) -> None:
+    """Watch a run from its beginning to its end; the exit code is the run's."""
+    with errors(as_json), _interrupted():
+        from ops import api
+
+        screen = _screen(as_json)
+        _last_lines(api.attach(run, screen=screen), screen, as_json)
+
+
+@app.command()
+def stop(
+    run: Run,
+    as_json: Json = False,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Bring the newest checkpoint home, then destroy")
+    ] = False,
+    destroy: Annotated[bool, typer.Option("--destroy", help="Destroy now")] = False,
+) -> None:
+    """End a run. Without an option the choices are shown with their price."""
+    with errors(as_json), _interrupted():
+        from ops import api
+
+        if fetch and destroy:
+            raise ConfigError("--fetch or --destroy, not both", hint="")
+        screen, found = _screen(as_json), api.find_run(run)
+        wish: str | None = "destroy" if destroy else "fetch"
+        if not (fetch or destroy):
+            wish = screen.choose([(c.wish, c.text) for c in found.choices()])
+        if wish is None:
+            raise ConfigError(
+                "nobody can be asked here which end", hint=f"milktea stop {found.id} --fetch"
+            )
+        if wish not in ("fetch", "destroy"):
+            print("nothing was stopped", file=sys.stderr)
+            return
+        found = api.stop(found, cast(Literal["fetch", "destroy"], wish), screen=screen)
+        _stopped(found, screen, as_json)
 
 
 @app.command()
@@ -191,11 +256,26 @@ def _acting(as_json: bool) -> Iterator[tuple[api.Vast, Terminal | JsonLines]]:
 
     vast, screen = _market(), _screen(as_json)
     _report(api.finish_destroys(vast=vast, screen=screen), as_json)
-    try:
+    with _interrupted():
         yield vast, screen
+
+
+@contextmanager
+def _interrupted() -> Iterator[None]:
+    """An interrupt in words, and its exit code."""
+    from ops import api
+
+    try:
+        yield
     except api.Interrupted as e:
         print(f"interrupted; {e}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _validate_ways(foreground: bool, detach: bool) -> None:
+    if foreground and detach:
+        with errors(False):
+            raise ConfigError("--foreground or --detach, not both", hint="")
 
 
 def _screen(as_json: bool) -> Terminal | JsonLines:
@@ -232,11 +312,32 @@ def _last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> No
 
 
 def _detached(run: api.Run, as_json: bool) -> None:
+    ends_at = run.ends_itself_at
     if as_json:
-        row = {"kind": "detached", "run_id": run.id, "dies_at": run.ends_itself_at}
+        row = {"kind": "detached", "run_id": run.id, "owner": run.owner, "dies_at": ends_at}
         print(json.dumps(row))
+    elif run.is_owned:
+        print(
+            f"the run goes on without this terminal: `milktea attach {run.id}` watches it, "
+            f"`milktea stop {run.id}` ends it"
+        )
     else:
-        print(f"detached; `milktea resume {run.id}` goes on; the box ends itself at its deadline")
+        at = f" at {time.strftime('%a %H:%M', time.localtime(ends_at))}" if ends_at else ""
+        print(
+            f"the box works on alone and ends itself{at}: `milktea resume {run.id}` brings the "
+            "adapter home, `milktea reap` would destroy it"
+        )
+
+
+def _stopped(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> None:
+    if run.adapter is not None:
+        _last_lines(run, screen, as_json)
+        return
+    spent = run.cost().spent_usd
+    if as_json:
+        print(json.dumps({"kind": "stopped", "run_id": run.id, "spent_usd": round(spent, 5)}))
+    else:
+        print(f"stopped, {spent:.4f} $ spent; `milktea resume {run.id}` goes on from what is home")
 
 
 def _short(path: Path) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,22 +26,39 @@ def status(
     run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None,
     as_json: Json = False,
 ) -> None:
-    """Where every run stands, from the journals alone."""
+    """Where every run stands and who looks after it, from what lies here alone. live: a terminal
+    watches it; detached: nobody watches; alone: its box has no owner."""
     with errors(as_json):
         rows = [found.status() for found in _readable(run)]
         if as_json:
             for row in rows:
-                print(json.dumps(row.as_dict()))
+                print(json_line(row.as_dict()))
             return
         for row in rows:
-            box = f"box {row.box}" if row.box else "no box"
-            step = f"  checkpoint {row.step}" if row.step else ""
-            print(
-                f"{row.run_id}  {row.stage}  {box}  {row.spent_usd:.4f} of {row.max_usd:.2f} "
-                f"${step}" + (f"  {row.adapter}" if row.adapter else "")
-            )
+            print(_status_line(row, time.time()))
         if not rows:
             print("no runs yet: `make rent-and-train` makes the first")
+
+
+def _status_line(row: api.Status, now: float) -> str:
+    box = f"box {row.box}" if row.box else "no box"
+    words = [row.run_id, row.stage, box, f"{row.spent_usd:.4f} of {row.max_usd:.2f} $"]
+    if row.owner:
+        words.insert(1, f"{row.owner} {_age(now - row.began)}")
+    if row.usd_per_hour is not None:
+        words.append(f"{row.usd_per_hour:.3f} $/h")
+    if row.ends_itself_at is not None:
+        at = time.strftime("%a %H:%M", time.localtime(row.ends_itself_at))
+        words.append(f"ends itself {at} at the latest")
+    if row.step:
+        words.append(f"checkpoint {row.step}")
+    if row.adapter:
+        words.append(row.adapter)
+    return "  ".join(words)
+
+
+def _age(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def logs(
@@ -63,6 +80,10 @@ def logs(
                 f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()
             )
             print(plain("  ".join([event.event, *words])), flush=True)
+        adapter = found.adapter
+        if follow and as_json and adapter is not None:
+            row = {"kind": "done", "run_id": found.id, "adapter": str(adapter)}
+            print(json_line(row | {"sha256": found.sha256}))
         for name in ("log.txt", "container.log"):
             if (found.folder / name).exists() and not as_json:
                 print(f"--- {name}\n" + plain((found.folder / name).read_text("utf-8", "replace")))
@@ -76,7 +97,7 @@ def cost(
     with errors(as_json):
         for found in _readable(run):
             if as_json:
-                print(json.dumps({"run_id": found.id, **found.cost_facts()}))
+                print(json_line({"run_id": found.id, **found.cost_facts()}))
             else:
                 print(found.id, *found.cost_lines(), sep="\n  ")
 

@@ -7,6 +7,8 @@ last line that says it all.
 
 from __future__ import annotations
 
+import select
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -17,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ops.api import Instance, Line, Plan, Ranking, events, told_line
+from ops.api import Instance, Line, Plan, Ranking, dearest_silence, events, told_line
 from ops.plain import json_line, plain
 
+CHOOSE_S = 30.0  # for an answer to Ctrl-C
 QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
 # by the plan screen, `event`, `destroying`, and the command's error
 TOLD_ELSEWHERE = ("offers", "event", "destroying", "failed")
@@ -30,7 +33,7 @@ class Terminal:
         self.console = console
         self._live = console.is_terminal
         self._drawn = 0.0
-        self._began = time.monotonic()
+        self._began = time.time()
         self.samples: list[events.Sample] = []
         self.score: events.Score | None = None
         self.last_step: events.Step | None = None
@@ -38,8 +41,11 @@ class Terminal:
     # -- ops.run.session.Screen --------------------------------------------------------------------
 
     def line(self, line: Line) -> None:
+        if line.kind == "planned":
+            self._began = float(line.get("began") or line.t)
         if line.kind not in TOLD_ELSEWHERE and (text := told_line(line)):
-            self._say(text, style="bold red" if line.kind in ("leaked", "bad_result") else "")
+            style = "bold red" if line.kind in ("leaked", "bad_result") else ""
+            self._say(text, style=style, t=line.t)
 
     def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
         draw_plan(self.console, plan, ranking, credit_usd)
@@ -84,25 +90,34 @@ class Terminal:
     def destroying(self, why: str) -> None:
         self._status("destroy   and prove absent in three spaced reads")
 
-    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
+        """Enter and a second Ctrl-C are the first; CHOOSE_S without an answer is none."""
         if not sys.stdin.isatty():
-            return choices[1][0]
+            return None
         self._say("")
         for n, (_, text) in enumerate(choices, 1):
             self.console.print(f"  {n}  {text}", markup=False, highlight=False)
+        numbers = [str(n + 1) for n in range(len(choices))]
+        asked = f"choose {' or '.join(numbers)} [1]; in {CHOOSE_S:.0f} s nothing changes: "
+        self.console.print(asked, end="", markup=False, highlight=False)
+        self.console.file.flush()
         try:
-            answer = self.console.input("choose 1, 2 or 3 [1]: ").strip() or "1"
-        except (EOFError, KeyboardInterrupt):
-            answer = "1"
-        return choices[int(answer) - 1 if answer in ("1", "2", "3") else 0][0]
+            answer = _answer(CHOOSE_S)
+        except KeyboardInterrupt:
+            answer = ""
+        if answer is None:
+            self.console.print("nothing changes")
+            return ""
+        return choices[numbers.index(answer) if answer in numbers else 0][0]
 
     # -- drawing -----------------------------------------------------------------------------------
 
-    def _say(self, text: str, style: str = "") -> None:
+    def _say(self, text: str, style: str = "", t: float | None = None) -> None:
+        """A line with the seconds since the run began, now or at unix second `t`."""
         text = plain(text)
         self._clear()
         line = (
-            Text.assemble((f"{time.monotonic() - self._began:6.1f} s  ", "dim"), (text, style))
+            Text.assemble((f"{(t or time.time()) - self._began:6.1f} s  ", "dim"), (text, style))
             if text
             else Text()
         )
@@ -125,6 +140,18 @@ class Terminal:
     def _clear(self) -> None:
         if self._live:
             self.console.file.write("\r\x1b[2K")
+
+
+def _answer(seconds: float) -> str | None:
+    """A line from the terminal; "" at its end, None where none came in time. Raises
+    KeyboardInterrupt for a Ctrl-C, whoever else hears of it otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if not select.select([sys.stdin], [], [], seconds)[0]:
+            return None
+        return sys.stdin.readline().strip()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class JsonLines:
@@ -167,8 +194,8 @@ class JsonLines:
     def destroying(self, why: str) -> None:
         pass
 
-    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
-        return choices[1][0]
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
+        return None
 
 
 def plan_facts(plan: Plan, ranking: Ranking, credit_usd: float) -> dict[str, Any]:
@@ -181,7 +208,10 @@ def plan_facts(plan: Plan, ranking: Ranking, credit_usd: float) -> dict[str, Any
             "max_usd": plan.max_usd,
             "max_hours": plan.max_s / 3600,
             "stall_minutes": plan.stall_s / 60,
+            "when_silent": plan.when_silent,
+            "hold_minutes": None if plan.hold_s is None else plan.hold_s / 60,
         },
+        "silence": None if best is None else asdict(dearest_silence(plan, best)),
         "credit_usd": credit_usd,
         "chosen": None
         if best is None
@@ -225,14 +255,31 @@ def draw_plan(console: Console, plan: Plan, ranking: Ranking, credit_usd: float)
         console.print(f"  {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"guards    at most {plan.max_usd:.2f} $ and {plan.max_s / 3600:.1f} h, kept by this "
-        "machine and by a watchdog on the box; "
-        f"a silent laptop for 10 min ends it too; no event for {plan.stall_s / 60:.0f} min "
+        f"machine and by a watchdog on the box; no event for {plan.stall_s / 60:.0f} min "
         f"ends it; credit {credit_usd:.2f} $",
         highlight=False,
         soft_wrap=True,
     )
+    console.print(f"silence   {_silence(plan, ranking)}", highlight=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note      {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _silence(plan: Plan, ranking: Ranking) -> str:
+    """What a closed lid costs at most, and when it costs the result."""
+    silence = dearest_silence(plan, ranking.accepted[0])
+    if plan.when_silent == "destroy":
+        return (
+            f"ten minutes without this machine end the box, for {silence.usd:.4f} $; what is not "
+            "at home by then is lost (limits.when_silent)"
+        )
+    lost_at = time.strftime("%a %H:%M", time.localtime(time.time() + silence.lost_after_s))
+    held = "" if plan.hold_s is None else f", {plan.hold_s / 60:.0f} min after its training"
+    return (
+        f"once it trains, the box goes on without this machine, for {silence.usd:.2f} $ in all at "
+        f"most; it keeps the result for `milktea resume` until {lost_at}{held}; before that, ten "
+        "silent minutes end it"
+    )
 
 
 def _minutes(seconds: float) -> str:

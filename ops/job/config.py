@@ -137,6 +137,23 @@ class Limits(Strict):
     stall_minutes: Annotated[
         PositiveFloat, Field(description="Without any event, a training is given up")
     ] = 15.0
+    when_silent: Annotated[
+        Literal["finish", "destroy"],
+        Field(
+            description="When no client is heard after the launch: finish the training and keep "
+            "the result until max_usd or max_hours, or destroy the machine after ten minutes"
+        ),
+    ] = "finish"
+    hold_minutes: Annotated[
+        Annotated[float, Field(ge=10)] | None,
+        Field(description="With finish: an ended training is kept for so long without a client"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _hold_needs_finish(self) -> Limits:
+        if self.hold_minutes is not None and self.when_silent == "destroy":
+            raise ValueError('hold_minutes needs when_silent = "finish"')
+        return self
 
 
 class Image(Strict):

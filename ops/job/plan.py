@@ -11,20 +11,15 @@ from ops.box.transfer import PushFile
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
 
+# what the boxes of milktea 0.1 do, whose plans do not tell
+_NO_SILENCE: dict[str, Any] = {"when_silent": "destroy"}
+
 
 class Row(Protocol):
     """What can be read by name: a journal's line, or a dict."""
 
     def __getitem__(self, key: str, /) -> Any: ...
-
-
-def _has(line: Row, key: str) -> bool:
-    """A journal's line of an older version lacks what has a default now."""
-    try:
-        line[key]
-    except KeyError:
-        return False
-    return True
+    def __contains__(self, key: object, /) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,8 @@ class Plan:
     notes: list[str]
     image_login: str = ""  # the variable that holds a registry's USER:TOKEN
     estimated: bool = False  # tokens from characters: good for a price, never rented by
+    when_silent: str = "finish"  # or destroy
+    hold_s: float | None = None  # for which an ended training is kept without a client
 
     @property
     def env(self) -> list[str]:
@@ -62,7 +59,7 @@ class Plan:
 
     @classmethod
     def from_line(cls, line: Row) -> Plan:
-        row = {f.name: line[f.name] for f in fields(cls) if _has(line, f.name)}
+        row = _NO_SILENCE | {f.name: line[f.name] for f in fields(cls) if f.name in line}
         row["pushes"] = [
             PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]
         ]

@@ -108,6 +108,8 @@ def planned(job: JobFile, run_id: str, stage: Path, *, or_estimate: bool = False
         notes=notes,
         image_login=job.image.login or "",
         estimated=not counted,
+        when_silent=job.limits.when_silent,
+        hold_s=None if job.limits.hold_minutes is None else job.limits.hold_minutes * 60,
     )
 
 

@@ -6,9 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from ops.job.plan import Plan
 from ops.market.cost import Cost, compare
+from ops.market.models import Offer
 from ops.run.journal import Line, last
-from ops.run.session import may_have_box, spent_usd
+from ops.run.session import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
 
 STAGES = {
     "planned": "planned",
@@ -28,6 +30,7 @@ STAGES = {
     "leaked": "LEAKED",
     "absent": "nothing rented",
     "preempted": "taken away",
+    "left": "box alone",
 }
 
 
@@ -41,12 +44,15 @@ class Status:
     box: int | None
     adapter: str | None
     step: int | None
+    owner: str = ""  # live, detached, alone, or nobody
+    usd_per_hour: float | None = None  # of the box, while it has one
+    ends_itself_at: float | None = None  # unix seconds, at the latest
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
-def status(run_id: str, lines: list[Line], now: float) -> Status:
+def status(run_id: str, lines: list[Line], now: float, owner: str = "") -> Status:
     newest = next((line for line in reversed(lines) if line.kind in STAGES), lines[0])
     pulled, rented, checkpoint = (
         last(lines, "pulled"),
@@ -65,7 +71,18 @@ def status(run_id: str, lines: list[Line], now: float) -> Status:
         rented["instance_id"] if rented and may_have_box(lines) else None,
         pulled["adapter"] if pulled else None,
         checkpoint["step"] if checkpoint else None,
+        owner,
+        _usd_per_hour(lines) if may_have_box(lines) else None,
+        ends_itself_at(lines) if may_have_box(lines) else None,
     )
+
+
+def _usd_per_hour(lines: list[Line]) -> float | None:
+    rent = last(lines, "renting")
+    if rent is None:
+        return None
+    plan, offer = Plan.from_line(lines[0]), Offer(**rent["offer"])
+    return round(burn_usd_per_hour(plan, offer, rent["bid_usd_per_hour"]), 4)
 
 
 def explain(lines: list[Line], now: float) -> list[str]:
@@ -147,6 +164,12 @@ def _tell(line: Line) -> tuple[str, str]:
             return "taken", f"{d('state')}"
         case "interrupted":
             return "you", f"chose: {d('chosen')}"
+        case "attached":
+            return "watch", "a terminal watches"
+        case "detached":
+            return "watch", "no terminal watches any more; the run goes on"
+        case "left":
+            return "left", f"the box is alone, and ends itself at {_at(d('ends_at', 0))}"
         case "destroying":
             return "destroy", f"because: {d('why')}"
         case "destroyed":

@@ -29,8 +29,8 @@ from ops.errors import (
 )
 from ops.run import retrieve
 from ops.run.rental import raise_if_preempted
-from ops.run.session import ASLEEP_S, MARGIN_S, Session
-from ops.wait import until
+from ops.run.session import MARGIN_S, Session
+from ops.wait import Patience, until
 from trainer.wire import events
 
 POLL_S = 2.0
@@ -50,50 +50,41 @@ _Answer = tuple[int | None, bool, int, bytes]  # of scripts.parse_poll
 
 @dataclass
 class _Heard:
-    """When the box last answered and last sent an event; what it said of a failure."""
+    """For how long the box gives no answer, and answers without an event; what it said of a
+    failure."""
 
-    answer_t: float
-    event_t: float
-    looked_t: float
+    silent: Patience
+    still: Patience
     failure: events.Failed | None = None
     unreadable: int = 0  # lines that are no event
     window: int = scripts.POLL_BYTES  # asked for at once; grows for a long line
     skipping: bool = False  # within a line longer than MAX_LINE: passed over to its end
     gone: bool = False  # at the last look the trainer neither ran nor had ended
 
-    def wake(self, now: float, lease_s: float) -> None:
-        """When this machine slept between two looks, the box was not silent: its network gets
-        ASLEEP_S to come up."""
-        asleep_s = now - self.looked_t
-        if asleep_s > ASLEEP_S:
-            self.event_t += asleep_s
-            self.answer_t = max(self.answer_t, now - lease_s + ASLEEP_S)
-
 
 def follow(session: Session, box: Box) -> None:
     """Return when the training ended well.
 
-    Raises Failed with the trainer's reason, Stalled, OverBudget, Preempted, or Lost when the box
-    has not answered until it must have ended itself."""
+    Raises Failed with the trainer's reason, Stalled, OverBudget, Preempted, or Lost when vast.ai
+    has answered for a lease's time, and the box has not."""
     (session.journal.folder / EVENTS).touch()
-    now = session.clock.steady()
-    heard = _Heard(now, now, now)
+    heard = _Heard(Patience(session.clock), Patience(session.clock))
     until(lambda: _look(session, box, heard), every_s=POLL_S, clock=session.clock)
 
 
 def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
     """Bring home the events that are new. True when the training ended well, None while it runs."""
     home = session.journal.folder / EVENTS
-    heard.wake(session.clock.steady(), scripts.LEASE_S * session.clock.pace)
-    answer = _poll(session, box, home.stat().st_size, heard.window)
+    answer = _poll(session, box, heard, home.stat().st_size)
     while answer and _keep_events(session, box, heard, home, answer):
-        _enforce(session, heard.event_t)
-        answer = _poll(session, box, home.stat().st_size, heard.window)
+        _enforce(session, heard)
+        answer = _poll(session, box, heard, home.stat().st_size)
+    session.moved_t = session.clock.steady()  # this loop has its own patience
     if answer is None:
-        silent_s = session.clock.steady() - heard.answer_t
-        if silent_s > scripts.LEASE_S * session.clock.pace:
+        if heard.silent.seconds > scripts.LEASE_S * session.clock.pace:
             raise Lost(
-                f"the box could not be reached for {silent_s:.0f} s: by now it has ended itself",
+                f"the box could not be reached for {heard.silent.seconds:.0f} s, although vast.ai "
+                "answers"
             )
     else:
         code, running, _, _ = answer
@@ -103,15 +94,13 @@ def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
         if heard.gone and not running:
             _raise_gone(session, box)
         heard.gone = not running
-    _enforce(session, heard.event_t)
-    heard.looked_t = session.clock.steady()
+    _enforce(session, heard)
     return None
 
 
 def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: _Answer) -> bool:
     """Append the whole lines of an answer to `home` and act on them. True when more wait there."""
     _, _, size, news = answer
-    heard.answer_t = session.clock.steady()
     if size > retrieve.EVENTS_BYTES:
         raise Failed(
             f"the box tells {size:,} bytes of events, no training tells more than "
@@ -128,8 +117,9 @@ def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: 
             lines[0], heard.skipping = "", False
         heard.window = scripts.POLL_BYTES
         _tell_all(session, box, heard, lines)
-        # after a checkpoint has come home, however long that took
-        heard.event_t = session.moved_t = session.clock.steady()
+        heard.still.renew()  # after a checkpoint has come home, however long that took
+        heard.silent.renew()
+        session.moved_t = session.clock.steady()
     elif full and not used:
         heard.window = min(4 * heard.window, MAX_LINE)
     return (used > 0 or full) and home.stat().st_size < size
@@ -151,17 +141,22 @@ def _tell_all(session: Session, box: Box, heard: _Heard, lines: list[str]) -> No
             mirror(session, box, newest)
 
 
-def _poll(session: Session, box: Box, offset: int, window: int) -> _Answer | None:
+def _poll(session: Session, box: Box, heard: _Heard, offset: int) -> _Answer | None:
     """One answer, or None when the box could not be reached and vast.ai did not take it away."""
     try:
-        return scripts.parse_poll(
-            box.run(scripts.poll(session.run_id, offset, window)).stdout_bytes
-        )
+        done = box.run(scripts.poll(session.run_id, offset, heard.window))
+        answer = scripts.parse_poll(done.stdout_bytes)
     except (Lost, ValueError) as e:
         session.screen.waiting(f"no connection ({e}); the training goes on without us")
-    raise_if_preempted(session, box)
+    else:
+        heard.silent.renew()
+        heard.still.look()
+        return answer
+    online = raise_if_preempted(session, box)
     with suppress(NeverReady):
         box.connect(deadline_s=20 * session.clock.pace)
+    heard.silent.look(counts=online)
+    heard.still.look(counts=False)
     return None
 
 
@@ -308,11 +303,10 @@ def _raise_gone(session: Session, box: Box) -> NoReturn:
     )
 
 
-def _enforce(session: Session, heard: float) -> None:
-    now = session.clock.steady()
-    if now - heard > session.plan.stall_s:
+def _enforce(session: Session, heard: _Heard) -> None:
+    if heard.still.seconds > session.plan.stall_s:
         raise Stalled(
-            f"no event for {(now - heard) / 60:.0f} minutes (limits.stall_minutes)",
+            f"no event for {heard.still.seconds / 60:.0f} minutes (limits.stall_minutes)",
             hint=f"`milktea logs {session.run_id}` shows what it did last",
         )
     if session.left_s() < MARGIN_S:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +25,7 @@ from ops.errors import Fenced, JournalError
 
 VERSION = 1
 FILE = "journal.jsonl"
+LOOKS = 5  # at a lock that somebody has, before it is another client's
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Line:
 
     def __getitem__(self, key: str) -> Any:
         return self.data[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.data
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.data.get(key, default)
@@ -103,6 +108,7 @@ class Journal:
         self._torn = False  # a line of ours stands half on the disk, and could not be cut off
         self._file: IO[bytes] | None = None
         self._lock: IO[str] | None = None
+        self._writing = threading.Lock()  # the story, and who tells of its terminals
 
     @property
     def run_id(self) -> str:
@@ -160,6 +166,10 @@ class Journal:
     def taken_over(self) -> bool:
         """Whether another client wrote to this journal since ours did. False where the disk does
         not say."""
+        with self._writing:  # a line of ours that is half written is nobody else's
+            return self._grew()
+
+    def _grew(self) -> bool:
         assert self._file is not None, "the journal is open only inside `with`"
         try:
             return not self._torn and os.fstat(self._file.fileno()).st_size != self._size
@@ -167,9 +177,13 @@ class Journal:
             return False
 
     def append(self, kind: str, **data: Any) -> Line:
-        """Write one line and return once it is on the disk. Raises JournalError (fenced) if
-        somebody else wrote meanwhile."""
-        if self.taken_over():
+        """Write one line and return once it is on the disk; from any thread. Raises JournalError
+        (fenced) if somebody else wrote meanwhile."""
+        with self._writing:
+            return self._append(kind, data)
+
+    def _append(self, kind: str, data: dict[str, Any]) -> Line:
+        if self._grew():
             raise Fenced(f"{self.run_id}: another client has taken this run over; this one stops")
         row = {"n": len(self.lines), "t": round(self._now(), 3), "kind": kind, **data}
         if not self.lines:
@@ -189,12 +203,24 @@ def last(lines: list[Line], *kinds: str) -> Line | None:
     return next((line for line in reversed(lines) if line.kind in kinds), None)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process acts on this run. False where its lock cannot be opened."""
+    try:
+        with open(folder / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def hold(folder: Path) -> IO[str]:
     """The run's lock, held until the returned file is closed or this process dies. Raises
     JournalError when another client has it."""
     lock = open(folder / "lock", "a+")  # noqa: SIM115 - its life is the lock's
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locked(lock)
     except OSError as e:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
@@ -207,6 +233,15 @@ def hold(folder: Path) -> IO[str]:
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), str(os.getpid()).encode())
     return lock
+
+
+def _locked(lock: IO[str]) -> None:
+    """Raises OSError where another process has it for longer than who only looks (`is_held`)."""
+    for _ in range(LOOKS):
+        with suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.02)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def runs(root: Path) -> list[Path]:

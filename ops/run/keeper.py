@@ -16,7 +16,8 @@ from ops.box import scripts
 from ops.box.connection import Box
 from ops.errors import BoxLeaked, Lost, MilkteaError, OverBudget, Stalled
 from ops.run.rental import until_absent
-from ops.run.session import ASLEEP_S, Session
+from ops.run.session import Session
+from ops.wait import ASLEEP_S
 
 LOOK_S = 1.0  # between two looks at the limits; no call is made for them
 RENEW_S = 60.0  # between two renewals of the lease
@@ -28,9 +29,8 @@ CREDIT_S = 1800.0  # of credit left: less is told
 
 @contextmanager
 def kept(session: Session, box: Box) -> Iterator[None]:
-    """A keeper for as long as the block runs, or until `session.stop_keeper`."""
+    """A keeper for as long as the block runs."""
     keeper = Keeper(session, box)
-    session.stop_keeper = lambda: keeper.stop(wait_s=ANSWER_S)
     keeper.start()
     try:
         yield
@@ -59,11 +59,9 @@ class Keeper:
         for thread in self._threads:
             thread.start()
 
-    def stop(self, wait_s: float = 0.0) -> None:
-        """Begin nothing any more; with `wait_s`, wait so long for what is under way."""
+    def stop(self) -> None:
+        """Begin nothing any more."""
         self._stopped.set()
-        for thread in self._threads:
-            thread.join(wait_s)
         self._box.end(Lost("the keeper has ended"))
 
     def _every(self, seconds: float, act: Callable[[], None]) -> None:

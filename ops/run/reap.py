@@ -40,7 +40,7 @@ def finish_destroys(root: Path, vast: Vast, screen: Screen) -> Reaped:
     if late:
         listed = {label for _, label in vast.labels()}
         for folder in late:
-            if folder.name in listed and not _is_held(folder):
+            if folder.name in listed and not journal.is_held(folder):
                 _by_label(vast, folder, reaped)
     return reaped
 
@@ -97,16 +97,6 @@ def _each(
             # damaged, or a disk that takes nothing: the label is enough
             _by_label(vast, folder, reaped)
     return reaped
-
-
-def _is_held(folder: Path) -> bool:
-    try:
-        journal.hold(folder).close()
-    except Fenced:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _by_label(vast: Vast, folder: Path, reaped: Reaped) -> None:

@@ -36,17 +36,19 @@ from ops.errors import (
 from ops.job import tokens
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
-from ops.run import place, retrieve
+from ops.run import place, rental, retrieve
 from ops.run.choose import choose, search
-from ops.run.follow import EVENTS, ODD, follow, newest_checkpoint, pull_folder
+from ops.run.follow import EVENTS, follow, newest_checkpoint
+from ops.run.interrupt import fetch_newest, stage
 from ops.run.keeper import kept
-from ops.run.rental import boot, endpoints, fatal_word, raise_if_preempted, rented
+from ops.run.rental import endpoints, fatal_word, raise_if_preempted, rented
 from ops.run.result import ADAPTER
-from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
-from ops.wait import until
+from ops.run.session import MARGIN_S, Session, metered
+from ops.wait import Patience, until
 from trainer.wire.job import WIRE, Job
 
 T = TypeVar("T")
+boot = stage(rental.boot)
 MACHINES = 5  # tried for one run before giving up
 CONNECT_S = 300.0
 ARM_S = 45.0  # for the watchdog to prove itself, scaled by the clock's pace
@@ -89,8 +91,14 @@ def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
     if session.may_have_box():
         yield session.offer()
     for _ in range(MACHINES):
-        yield choose(session, seen or search(session))
+        yield taken(session, seen)
         seen = None
+
+
+@stage
+def taken(session: Session, seen: Ranking | None) -> Offer:
+    """The best offer that was not tried, of the market as it was seen or is now."""
+    return choose(session, seen or search(session))
 
 
 def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
@@ -122,6 +130,7 @@ def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
         session.clock.sleep(15)
 
 
+@stage
 def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     """Connect, check that the machine matches the offer and that its watchdog is armed.
     Raises NeverReady, Unsuitable, HostKeyChanged."""
@@ -141,6 +150,7 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     try:
         box.connect(deadline_s=TUNNEL_S * session.clock.pace, on_try=told)
     except NeverReady:
+        raise_if_preempted(session, box)
         if "port forwarding failed" in session.vast.container_log(instance.id):
             session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
             session.vast.reboot(instance.id)
@@ -165,6 +175,7 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     return box
 
 
+@stage
 def push(session: Session, box: Box) -> None:
     """Job, data, model, our trainer, and the newest checkpoint of an earlier box. What is there
     whole already is not sent again, and nothing once the training was launched there: by then a
@@ -207,9 +218,9 @@ def _push_file(local: Path, remote: str) -> PushFile:
 
 
 def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
-    """A transfer again and again over broken links, until the box must have ended itself for our
-    silence or at its deadline, and for FULL_PATIENCE_S while this disk is full. Raises Lost,
-    PreflightError then, Preempted when it was taken away."""
+    """A transfer again and again over broken links, until the box stays away for a lease's time
+    although vast.ai answers, or its deadline is near, and for FULL_PATIENCE_S while this disk is
+    full. Raises Lost, PreflightError then, Preempted when it was taken away."""
     full_until = session.clock.steady() + FULL_PATIENCE_S * session.clock.pace
     while True:
         try:
@@ -226,22 +237,26 @@ def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
 
 
 def reconnected(session: Session, box: Box) -> bool:
-    """Whether the box lets us in again before it must have ended itself. Raises Preempted when it
-    was taken away, HostKeyChanged."""
+    """Whether the box lets us in again within a lease's time in which vast.ai answers. Raises
+    Preempted when it was taken away, HostKeyChanged."""
+    silent = Patience(session.clock)
 
     def connected() -> bool | None:
-        raise_if_preempted(session, box)
+        online = raise_if_preempted(session, box)
+        session.moved_t = session.clock.steady()  # this loop has its own patience
         if session.left_s() < MARGIN_S:
             return False
         try:
             box.connect(deadline_s=60 * session.clock.pace)
             return True
         except NeverReady:
-            return None
+            silent.look(counts=online)
+            return False if silent.seconds > scripts.LEASE_S * session.clock.pace else None
 
-    return bool(until(connected, every_s=3, timeout_s=scripts.LEASE_S, clock=session.clock))
+    return bool(until(connected, every_s=3, clock=session.clock))
 
 
+@stage
 def launch(session: Session, box: Box) -> None:
     """Start the training. Idempotent. The events of an earlier machine are put aside: offsets
     begin again."""
@@ -256,75 +271,17 @@ def launch(session: Session, box: Box) -> None:
     session.note("launched", state=answer.stdout.strip().splitlines()[-1])
 
 
+@stage
 def watch(session: Session, box: Box) -> None:
-    """Follow to the end. Ctrl-C gives three priced choices; a limit or a failure fetches the newest
-    checkpoint before it is raised."""
-    while True:
-        try:
-            return follow(session, box)
-        except Interrupted:
-            answer = session.screen.choose(_choices(session))
-            session.note("interrupted", chosen=answer)
-            if answer == "detach":
-                session.stop_keeper()  # a later renewal would shorten the lease
-                box.run(scripts.detach(session.left_s()))
-                raise Detached from None
-            if answer == "destroy":
-                raise Failed("stopped by you; the box is destroyed", hint="") from None
-            fetch_newest(session, box)
-            hint = f"`milktea resume {session.run_id}` goes on from it"
-            raise Failed("stopped by you; the newest checkpoint is at home", hint=hint) from None
-        except (OverBudget, Stalled, Failed):
-            fetch_newest(session, box)
-            raise
-
-
-def _choices(session: Session) -> list[tuple[str, str]]:
-    rate = session.usd_per_hour()
-    left_usd = max(0.0, session.left_s()) / 3600 * rate
-    return [
-        (
-            "destroy",
-            f"destroy now: about {session.spent_usd():.3f} $ in all; what was trained since "
-            "the last checkpoint is lost",
-        ),
-        (
-            "fetch",
-            "save, fetch the checkpoint, then destroy: about "
-            f"{session.spent_usd() + rate / 60:.3f} $ in all",
-        ),
-        (
-            "detach",
-            f"leave it running: at most {left_usd:.3f} $ more; it ends itself at its deadline",
-        ),
-    ]
-
-
-def fetch_newest(session: Session, box: Box) -> None:
-    """Ask the trainer to save, and bring the newest whole checkpoint home. Best effort, bounded:
-    the money is running."""
+    """Follow to the end; a limit or a failure fetches the newest checkpoint before it is raised."""
     try:
-        box.run(scripts.stop_training(session.run_id))
-        session.clock.sleep(3)
-        folder = scripts.run_folder(session.run_id)
-        names = box.run(
-            f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json"
-        ).stdout.split()
-        steps = sorted(
-            (int(n.split("/")[0]) for n in names if n.split("/")[0].isdigit()), reverse=True
-        )
-        have = newest_checkpoint(session)
-        if steps and (have is None or steps[0] > int(have.name)):
-            local = session.journal.folder / "checkpoints" / str(steps[0])
-            most = retrieve.checkpoint_bytes(session.plan.workload)
-            moved = pull_folder(
-                box, f"{folder}/checkpoints/{steps[0]}", local, None, max_bytes=most
-            )
-            session.note("checkpoint", step=steps[0], folder=str(local), bytes_out=moved)
-    except (MilkteaError, OSError, *ODD) as e:
-        session.screen.waiting(f"the newest checkpoint could not be fetched: {e}")
+        follow(session, box)
+    except (OverBudget, Stalled, Failed):
+        fetch_newest(session, box)
+        raise
 
 
+@stage
 def pull(session: Session, box: Box) -> Outcome:
     """Bring the result home, prove it whole and sane, and only then allow the box to go. A bad copy
     is fetched again."""

@@ -9,6 +9,7 @@ together say what exists.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -115,7 +116,12 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
             image=session.plan.image,
             disk_gib=session.plan.needs.disk_gib,
             label=session.run_id,
-            env=scripts.environment(session.vast.provider.url, allowed_s),
+            env=scripts.environment(
+                session.vast.provider.url,
+                allowed_s,
+                session.plan.when_silent,
+                session.plan.hold_s,
+            ),
             onstart=scripts.onstart(session.make_key()),
             bid_usd_per_hour=session.bid(offer),
             login=tokens.registry_login(session.plan.image, session.plan.image_login),
@@ -152,10 +158,15 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     began = session.clock.steady()
     load()
     sick_since: list[float] = []
+    seen = False
 
     def look() -> Instance | None:
+        nonlocal seen
         now = session.vast.instance(instance_id)
         waited = session.clock.steady() - began
+        if now is None and seen:  # it ended itself, while this machine slept
+            raise_if_preempted(session, None)
+        seen = seen or now is not None
         if now is None:
             if waited > UNSEEN_PATIENCE_S * session.clock.pace:
                 raise NeverReady(
@@ -206,19 +217,21 @@ def endpoints(instance: Instance) -> list[Endpoint]:
     return found
 
 
-def raise_if_preempted(session: Session, box: Box) -> None:
-    """Ask vast.ai, when the box does not answer, and take the ports that it tells now. Raises
-    Preempted when it was stopped or is gone; silence raises nothing."""
+def raise_if_preempted(session: Session, box: Box | None) -> bool:
+    """Ask vast.ai, when the box does not answer, and take the ports that it tells now. Whether
+    vast.ai answered. Raises Preempted when it was stopped or is gone; silence raises nothing."""
     instance_id = session.instance_id()
     try:
         now = _shown(session, instance_id) if instance_id is not None else None
-    except MarketError:
-        return
+    except MarketError as e:
+        return not isinstance(e, NoAnswer)
     if now is None or now.outbid or now.status in ("exited", "stopped"):
         state = f"{now.status} {now.status_msg.strip()[:100]}" if now else "not there any more"
         session.note("preempted", instance_id=instance_id, state=state)
         raise Preempted(f"instance {instance_id} is {state}")
-    box.endpoints = endpoints(now) or box.endpoints
+    if box is not None:
+        box.endpoints = endpoints(now) or box.endpoints
+    return True
 
 
 def _shown(session: Session, instance_id: int) -> Instance | None:
@@ -390,8 +403,8 @@ def _give_back(session: Session, why: str, log: bool) -> None:
         reads = until_absent(session.vast, session.run_id, known=known, begun=begun, tell=tell)
     except BoxLeaked as leak:
         said = str(leak)
+        ends = _ends_by_itself(session)
         _guarded(lambda: session.note("leaked", instance_id=known, trouble=said))
-        ends = f"its own watchdog ends it within {scripts.LEASE_S // 60} minutes of silence"
         leak.money = f"it may be billing; {ends}"
         with suppress(Exception):
             leak.money = f"it may be billing {session.usd_per_hour():.3f} $/h; {ends}"
@@ -405,6 +418,16 @@ def _give_back(session: Session, why: str, log: bool) -> None:
     if witness:
         _guarded(witness.keep)
     _guarded(_bill, session, known)
+
+
+def _ends_by_itself(session: Session) -> str:
+    """What a box does that is not proven destroyed."""
+    launched = session.journal.last("launched", "renting")
+    alone = launched is not None and launched.kind == "launched"
+    if alone and session.plan.when_silent == "finish":
+        at = time.strftime("%a %H:%M", time.localtime(session.dies_at()))
+        return f"its own watchdog ends it at {at}"
+    return f"its own watchdog ends it within {scripts.LEASE_S // 60} minutes of silence"
 
 
 def _bill(session: Session, instance_id: int | None) -> None:

@@ -3,22 +3,22 @@ journal says of the money."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from ops.box.connection import Box
-from ops.box.scripts import WATCH_S
+from ops.box.scripts import LEASE_S, WATCH_S
 from ops.errors import MilkteaError, OverBudget
 from ops.job.plan import Plan
 from ops.market import cost
 from ops.market.client import Vast
 from ops.market.cost import Cost
 from ops.market.models import Instance, Offer
-from ops.market.ranking import Ranking, bid_of
+from ops.market.ranking import Priced, Ranking, bid_of
 from ops.run import place
 from ops.run.journal import Journal, Line, last
 from trainer.wire.events import Event, Sample, Score
@@ -26,27 +26,26 @@ from trainer.wire.events import Event, Sample, Score
 P = ParamSpec("P")
 R = TypeVar("R")
 APPEARS_S = 600.0  # after an unclear create, in which its box may still come to be listed
-ASLEEP_S = 60.0  # between two looks that lie seconds apart: this machine slept meanwhile
 MARGIN_S = 60.0  # before the box's own deadline, in which the laptop fetches what there is
 
 
 class Detached(BaseException):
-    """The user chose to leave; the box goes on and ends by itself."""
+    """The box is left to itself: it goes on, and ends by itself."""
 
 
 class Interrupted(BaseException):
-    """The user pressed Ctrl-C, or the terminal went away."""
+    """The user pressed Ctrl-C, or this process was asked to end."""
 
 
 class Shield:
-    """Keeps an interrupt out of what must not be cut in half: a journal line, a create under way, a
-    destroy being proven.
+    """Keeps an interrupt out of everything but the stages that may be cut in half, and within
+    those out of what must not be: a journal line, a create under way, a destroy being proven.
 
-    `interrupt` is the signal handler's half: it raises Interrupted at once, or when the outermost
-    `with shield:` ends."""
+    `interrupt` is the signal handler's half: it raises Interrupted at once inside `lowered`, and
+    else when the next one begins, or when the outermost `with shield` inside one ends."""
 
     def __init__(self) -> None:
-        self._depth = 0
+        self._depth = 1
         self._pending = False
 
     def interrupt(self) -> None:
@@ -55,9 +54,22 @@ class Shield:
         else:
             raise Interrupted
 
-    @property
-    def up(self) -> bool:
-        return self._depth > 0
+    def forget(self) -> None:
+        """What was pressed meanwhile is answered."""
+        self._pending = False
+
+    @contextmanager
+    def lowered(self) -> Iterator[None]:
+        """Within it, an interrupt raises Interrupted."""
+        depth = self._depth
+        try:
+            self._depth = 0
+            if self._pending:
+                self._pending = False
+                raise Interrupted
+            yield
+        finally:
+            self._depth = depth
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -86,9 +98,9 @@ class Screen(Protocol):
     ) -> None: ...
     def waiting(self, message: str) -> None: ...
     def destroying(self, why: str) -> None: ...
-    def choose(self, choices: Sequence[tuple[str, str]]) -> str:
-        """The user's choice after Ctrl-C, by its key; without a terminal, the second (fetch then
-        destroy)."""
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
+        """The user's choice after Ctrl-C, by its key; the first keeps what is paid for. "" where
+        nothing was chosen in time, None where nobody can be asked."""
 
 
 class Session:
@@ -101,10 +113,10 @@ class Session:
             screen,
         )
         self.shield = Shield()
+        self.wish = ""  # of ops.run.wishes, to be obeyed where the story stands
         self.created: int | None = None  # rented by this client, in the journal or not
         self._at_its_place = False
         self.moved_t = self.clock.steady()  # when anything of this run last moved
-        self.stop_keeper: Callable[[], None] = lambda: None
         self._deadline: tuple[int, float] | None = None  # the line that set it, steady seconds
         self.key_path = journal.folder / "id_ed25519"  # of this run alone
 
@@ -178,10 +190,7 @@ class Session:
         return cost.predict(offer, self.plan.workload, self.bid(offer))
 
     def usd_per_hour(self) -> float:
-        offer = self.offer()
-        return (self.bid(offer) or offer.usd_per_hour) + cost.disk_usd_per_hour(
-            offer, self.plan.needs.disk_gib
-        )
+        return burn_usd_per_hour(self.plan, self.offer(), self.bid(self.offer()))
 
     def spent_usd(self) -> float:
         """All machines of this run so far, by our own meter (vast.ai's bill comes later)."""
@@ -199,22 +208,9 @@ class Session:
     def allowed_s(self, offer: Offer) -> float:
         """Seconds a new machine may live, by money and by hours; the box's watchdog gets this
         number. Raises OverBudget when it is not worth starting."""
-        disk = cost.disk_usd_per_hour(offer, self.plan.needs.disk_gib)
-        burn = (self.bid(offer) or offer.usd_per_hour) + disk
-        predicted = self.predicted(offer)
-        before_it_runs = (
-            predicted.inet_down_usd
-            + predicted.inet_up_usd
-            + disk * boot_timeout_s(predicted) / 3600
-        )
-        left_usd = self.plan.max_usd - self.spent_usd() - before_it_runs
-        left_s = (
-            min(
-                left_usd / burn * 3600,
-                self.plan.max_s - (self.clock.now() - self.journal.lines[0].t),
-            )
-            - WATCH_S
-        )
+        age_s = self.clock.now() - self.journal.lines[0].t
+        predicted, bid = self.predicted(offer), self.bid(offer)
+        left_s = life_s(self.plan, offer, bid, predicted, self.spent_usd(), age_s)
         if left_s < 2 * MARGIN_S:
             raise OverBudget(
                 f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: "
@@ -225,7 +221,7 @@ class Session:
 
     def left_s(self) -> float:
         """Seconds until the box ends itself, by a clock that no date moves."""
-        line = self.journal.last("booted") or self.journal.last("renting")
+        line = runs_since(self.journal.lines)
         assert line is not None, "nothing was rented yet"
         if self._deadline is None or self._deadline[0] != line.n:
             left_s = self.dies_at() - self.clock.now()
@@ -240,10 +236,9 @@ class Session:
 
     def dies_at(self) -> float:
         """Unix seconds at which the box ends itself, for people and for the journal."""
-        line = self.journal.last("booted") or self.journal.last("renting")
-        rent = self.journal.last("renting")
-        assert line is not None and rent is not None, "nothing was rented yet"
-        return line.t + float(rent["max_s"])
+        ends_at = ends_itself_at(self.journal.lines)
+        assert ends_at is not None, "nothing was rented yet"
+        return ends_at
 
 
 def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
@@ -262,6 +257,49 @@ def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[S
     return wrapper
 
 
+def burn_usd_per_hour(plan: Plan, offer: Offer, bid: float | None) -> float:
+    """GPUs and disk of a machine that runs."""
+    return (bid or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, plan.needs.disk_gib)
+
+
+def life_s(
+    plan: Plan, offer: Offer, bid: float | None, predicted: Cost, spent_usd: float, age_s: float
+) -> float:
+    """Seconds that a machine rented now may live, in a run of that age which has spent so much."""
+    boot_h = boot_timeout_s(predicted) / 3600
+    before_it_runs = (
+        predicted.inet_down_usd
+        + predicted.inet_up_usd
+        + cost.disk_usd_per_hour(offer, plan.needs.disk_gib) * boot_h
+    )
+    left_usd = plan.max_usd - spent_usd - before_it_runs
+    paid_s = left_usd / burn_usd_per_hour(plan, offer, bid) * 3600
+    return min(paid_s, plan.max_s - age_s) - WATCH_S
+
+
+@dataclass(frozen=True)
+class Silence:
+    """What it costs at most when no client is heard after the launch, and how many seconds after
+    the rent the result is lost then."""
+
+    usd: float
+    lost_after_s: float
+
+
+def dearest_silence(plan: Plan, priced: Priced) -> Silence:
+    """Of a run that begins now on this offer."""
+    bid, c = bid_of(priced.offer, plan.needs), priced.cost
+    burn = burn_usd_per_hour(plan, priced.offer, bid)
+    before_s = c.boot_s + c.pull_s
+    if plan.when_silent == "destroy":
+        return Silence(burn * (LEASE_S + WATCH_S) / 3600, before_s + LEASE_S)
+    lives_s = life_s(plan, priced.offer, bid, c, 0.0, 0.0)
+    ended_s = c.transfer_s + c.start_s + c.train_s
+    lost_s = lives_s if plan.hold_s is None else min(lives_s, ended_s + plan.hold_s)
+    most = burn * (lives_s + WATCH_S) / 3600 + c.inet_down_usd + c.inet_up_usd
+    return Silence(min(plan.max_usd, most), before_s + lost_s)
+
+
 def boot_timeout_s(predicted: Cost) -> float:
     """Patience for a boot: ten minutes, and three times what the image should take."""
     return 600.0 + 3.0 * predicted.pull_s
@@ -272,6 +310,21 @@ def may_have_box(lines: list[Line]) -> bool:
     since."""
     line = last(lines, "renting", "rented", "absent", "destroyed")
     return line is not None and line.kind in ("renting", "rented")
+
+
+def runs_since(lines: list[Line]) -> Line | None:
+    """The line from which the newest machine's life is counted: its first boot, or its rent."""
+    rent = last(lines, "renting")
+    if rent is None:
+        return None
+    return next((line for line in lines[rent.n :] if line.kind == "booted"), rent)
+
+
+def ends_itself_at(lines: list[Line]) -> float | None:
+    """Unix seconds at which the newest machine destroys itself at the latest; None before the first
+    rent."""
+    since, rent = runs_since(lines), last(lines, "renting")
+    return None if since is None or rent is None else since.t + float(rent["max_s"])
 
 
 def may_appear(lines: list[Line], now: float) -> bool:

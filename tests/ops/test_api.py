@@ -123,8 +123,8 @@ def test_a_signal_ends_a_run_in_order_and_the_handlers_come_back(
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    with pytest.raises(milktea.Interrupted, match="proven absent; spent"):
-        milktea.rent_and_train(job, vast=vast, root=own.runs, screen=Impatient())
+    with pytest.raises(milktea.Interrupted, match="no box of this run is left; spent"):
+        milktea.rent_and_train(job, vast=vast, root=own.runs, screen=Impatient(), foreground=True)
     assert fake.instances() == []
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
     [run] = milktea.runs(own.runs)
@@ -139,7 +139,7 @@ def test_an_interrupted_run_is_resumed_by_its_name(
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(milktea.Interrupted):
-        milktea.rent_and_train(job, vast=vast, root=own.runs, screen=Impatient())
+        milktea.rent_and_train(job, vast=vast, root=own.runs, screen=Impatient(), foreground=True)
     run = milktea.resume("api", vast=vast, root=own.runs)
     assert run.adapter is not None and run.adapter.is_file()
     with pytest.raises(JournalError, match="is done: its adapter is"):
@@ -177,7 +177,7 @@ def test_a_destroy_that_cannot_be_proven_is_finished_by_the_next_call(
     monkeypatch.setattr("ops.run.rental.DESTROY_PATIENCE_S", 100.0)
     fake.faults.add(where="destroy", what="ignored", times=None)
     with pytest.raises(BoxLeaked):
-        milktea.rent_and_train(job, vast=vast, root=own.runs)
+        milktea.rent_and_train(job, vast=vast, root=own.runs, foreground=True)
     with pytest.raises(BoxLeaked):
         milktea.plan(job, vast=vast, root=own.runs)
     fake.faults.clear()

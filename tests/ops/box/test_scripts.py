@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from machine import needs
@@ -37,7 +38,6 @@ def test_onstart_stays_far_below_what_vast_accepts() -> None:
         scripts.launch("r", "push"),
         scripts.ready("r"),
         scripts.ready("r", since_0_1=True),
-        scripts.detach(60),
     ],
 )
 def test_every_text_is_posix_sh(text: str) -> None:
@@ -80,7 +80,7 @@ def test_a_watchdogs_age_goes_on_over_restarts_of_container_and_host(tmp_path: P
     assert looks(tmp_path, 40.0) == "340 40", "the host was started again"
     assert not (tmp_path / "milktea/watchdog.log").read_text().strip()
     assert looks(tmp_path, 340.0) == "640 340"
-    assert "lease" in (tmp_path / "milktea/watchdog.log").read_text()
+    assert "silence" in (tmp_path / "milktea/watchdog.log").read_text()
 
 
 def test_a_date_that_jumps_moves_no_watchdog(tmp_path: Path) -> None:
@@ -190,15 +190,10 @@ def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_pa
     assert (tmp_path / "milktea/lease").read_text() == "123 456\n"
 
 
-def test_a_detached_box_lives_to_its_deadline_and_one_of_0_1_counts_by_dates(
-    tmp_path: Path,
-) -> None:
+def test_a_box_of_0_1_counts_its_lease_by_dates(tmp_path: Path) -> None:
     (tmp_path / "milktea").mkdir()
     sh(scripts.RENEW, tmp_path)
     assert abs(int((tmp_path / "milktea/lease").read_text()) - time.time()) < 5
-    (tmp_path / "milktea/age").write_text("100 456\n")
-    sh(scripts.detach(3600), tmp_path)
-    assert (tmp_path / "milktea/lease").read_text() == "3700\n"
 
 
 def test_a_poll_without_its_header_is_no_answer() -> None:
@@ -217,3 +212,37 @@ def test_the_watchdog_ends_a_box_at_its_deadline_with_the_client_alive(tmp_path:
         <= watched(tmp_path, kill_at=10**9, max_s=5000, lease_s=600, renew_every_s=2)
         <= 5000 + scripts.WATCH_S
     )
+
+
+def gone_at(home: Path, when_silent: str, **more: Any) -> int:
+    """The second at which a box is gone whose client is last heard at second 1000."""
+    limits = {"kill_at": 1000, "max_s": 6000, "lease_s": 600, "renew_every_s": 2}
+    return watched(home, **limits | {"when_silent": when_silent} | more) - 1000
+
+
+def test_before_the_launch_ten_silent_minutes_end_a_box_whatever_the_job_says(
+    tmp_path: Path,
+) -> None:
+    for when_silent in ("finish", "destroy"):
+        assert 600 <= gone_at(tmp_path, when_silent) <= 600 + 2 * scripts.WATCH_S
+
+
+def test_a_launched_box_finishes_alone_and_keeps_the_result_to_its_deadline(tmp_path: Path) -> None:
+    for ended_at in (None, 900):
+        lives_s = gone_at(tmp_path, "finish", launched_at=100, ended_at=ended_at)
+        assert 5000 <= lives_s <= 5000 + scripts.WATCH_S
+
+
+def test_an_ended_training_is_held_without_a_client_for_the_minutes_of_the_job(
+    tmp_path: Path,
+) -> None:
+    more = {"launched_at": 100, "hold_s": 1800}
+    assert 1800 <= gone_at(tmp_path, "finish", ended_at=500, **more) <= 1800 + 2 * scripts.WATCH_S
+    assert 3800 <= gone_at(tmp_path, "finish", ended_at=3000, **more) <= 3800 + 3 * scripts.WATCH_S
+    assert gone_at(tmp_path, "finish", **more) >= 5000, "it trains still"
+
+
+def test_a_box_told_to_destroy_itself_does_so_while_it_trains_and_after(tmp_path: Path) -> None:
+    for ended_at in (None, 500):
+        lives_s = gone_at(tmp_path, "destroy", launched_at=100, ended_at=ended_at)
+        assert 600 <= lives_s <= 600 + 2 * scripts.WATCH_S

@@ -1,0 +1,147 @@
+"""Watch a run that another process owns: its journal, events and what it tells, as anybody can read
+them; and how it ended. Nothing here acts on the run but a wish."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ops import errors
+from ops.errors import JournalError, MilkteaError
+from ops.job.plan import Plan
+from ops.market.models import Instance
+from ops.run import journal, wishes
+from ops.run.follow import EVENTS
+from ops.run.journal import Line, last
+from ops.run.session import Interrupted, Screen, ends_itself_at, may_have_box, spent_usd
+from ops.run.supervisor import TOLD, WATCHED, only_ours
+from trainer.wire import events
+
+# Lines that come after what the trainer had said until then.
+_AFTER_EVENTS = ("checkpoint", "event", "ended", "failed", "interrupted", "preempted")
+
+
+@contextmanager
+def watching(folder: Path) -> Iterator[None]:
+    """The owner knows that somebody watches, until the block ends or this process does."""
+    with open(folder / WATCHED, "a", opener=only_ours) as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+class Tail:
+    """What a run has told since the last look, told to a screen."""
+
+    def __init__(self, folder: Path, screen: Screen) -> None:
+        self._folder, self._screen = folder, screen
+        self.lines: list[Line] = []
+        self._journal_size = 0
+        self._events, self._told = _File(folder / EVENTS), _File(folder / TOLD)
+        self._began = time.time()
+
+    def tell(self) -> None:
+        """Tell what is new: each journal line after the events that came before it."""
+        before = len(self.lines)
+        for line in self._news()[before:]:
+            if line.kind in _AFTER_EVENTS:
+                self._tell_events()
+            self._screen.line(line)
+        self._tell_events()
+        for row in self._told.news():
+            with suppress(ValueError, KeyError, TypeError):
+                self._tell_row(json.loads(row))
+
+    def _news(self) -> list[Line]:
+        size = (self._folder / journal.FILE).stat().st_size
+        if size != self._journal_size:
+            self._journal_size = size
+            self.lines = journal.read(self._folder)
+        return self.lines
+
+    def _tell_events(self) -> None:
+        texts = self._events.news()
+        if not texts or not self.lines:
+            return
+        lines, max_usd = self.lines, float(self.lines[0]["max_usd"])
+        spent, dies_at = spent_usd(lines, time.time()), ends_itself_at(lines) or time.time()
+        for event in events.readable(texts)[0]:
+            self._screen.event(event, spent, max_usd, dies_at)
+
+    def _tell_row(self, row: dict[str, Any]) -> None:
+        if row["t"] < self._began - 1:  # what was in passing has passed
+            return
+        match row["kind"]:
+            case "booting":
+                self._screen.booting(Instance(**row["instance"]), row["waited_s"])
+            case "connecting":
+                self._screen.connecting(row["message"])
+            case "moving":
+                self._screen.moving(row["what"], row["done"], row["total"])
+            case "waiting":
+                self._screen.waiting(row["message"])
+            case "destroying":
+                self._screen.destroying(row["why"])
+
+
+class _File:
+    """The whole lines of a file that grows; from its beginning again where it is another one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._inode = path, 0, -1
+
+    def news(self) -> list[str]:
+        try:
+            with open(self._path, "rb") as file:
+                inode = self._path.stat().st_ino
+                if inode != self._inode:
+                    self._inode, self._offset = inode, 0
+                file.seek(self._offset)
+                texts, used = events.whole_lines(file.read())
+        except OSError:
+            return []
+        self._offset += used
+        return texts
+
+
+def ended(folder: Path) -> None:
+    """How the run's last owner ended: returns where the adapter is at home, or the box was left to
+    itself. Raises the error that its journal has, Interrupted, or JournalError where it was killed
+    and left none."""
+    lines = journal.read(folder)
+    owned = last(lines, "owned")
+    since = lines[owned.n :] if owned else lines
+    if (failed := last(since, "failed")) is not None:
+        raise _error(failed)
+    if last(since, "left") is not None or (last(lines, "pulled") and not may_have_box(lines)):
+        return
+    plan = Plan.from_line(lines[0])
+    ends_at = ends_itself_at(lines)
+    box = "no box of it is known"
+    if may_have_box(lines) and ends_at is not None:
+        when = time.strftime("%a %H:%M", time.localtime(ends_at))
+        alone = wishes.works_alone(lines, plan)
+        box = f"its box ends itself {f'at {when}' if alone else 'within ten minutes'}"
+    raise JournalError(
+        f"{folder.name}: the process that owned this run was killed",
+        money=f"{box}; spent {spent_usd(lines, time.time()):.4f} $ of {plan.max_usd:.2f} $",
+        hint=f"`milktea resume {folder.name}` goes on where it stood",
+    )
+
+
+def _error(failed: Line) -> BaseException:
+    """The error of a line that `supervisor.told_error` made, of its own class."""
+    what = str(failed.get("said") or failed["what"])
+    if failed.get("error") == "Interrupted":
+        return Interrupted(what.removeprefix("interrupted: "))
+    kind = getattr(errors, str(failed.get("error")), None)
+    known = isinstance(kind, type) and issubclass(kind, MilkteaError)
+    error: MilkteaError = (kind if known else MilkteaError)(what)  # type: ignore[misc]
+    error.exit_code = int(failed["exit_code"])
+    error.fill_in_money(str(failed.get("money") or "see `milktea cost`"))
+    error.hint = str(failed.get("hint") or error.hint)
+    return error

@@ -1,0 +1,100 @@
+"""An interrupt in the middle of a run: which stages it may cut, and what is done then. Nothing is
+chosen for the user but what keeps what is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+from ops.box import scripts
+from ops.box.connection import Box
+from ops.errors import Failed, MilkteaError
+from ops.run import retrieve, wishes
+from ops.run.follow import ODD, newest_checkpoint, pull_folder
+from ops.run.session import Detached, Interrupted, Session
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def stage(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """`act`, which an interrupt may cut in half: then what is wished is done, and where that is to
+    go on, `act` is begun again. It does what is left to do."""
+
+    @wraps(act)
+    def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        box = next((a for a in args if isinstance(a, Box)), None)
+        while True:
+            try:
+                with session.shield.lowered():
+                    if session.wish and (box is not None or not session.may_have_box()):
+                        raise Interrupted
+                    return act(session, *args, **kwargs)
+            except Interrupted:
+                obey(session, box)
+
+    return wrapper
+
+
+def obey(session: Session, box: Box | None) -> None:
+    """Do what is wished, or what the user chooses now. Returns to go on.
+
+    Raises Interrupted to end a run that has not trained yet, Failed to end one that has, Detached
+    to leave the box to itself."""
+    lines = session.journal.lines
+    if not session.wish:
+        offered = wishes.choices(lines, session.plan, session.clock.now(), attached=False)
+        chosen = session.screen.choose([(c.wish, c.text) for c in offered])
+        session.wish = parting(session) if chosen is None else chosen or wishes.GO_ON
+    session.shield.forget()  # pressed again while choosing
+    if session.wish == wishes.FETCH and box is None and wishes.launched(lines):
+        return  # to go on to the box, where it is asked again
+    wish, session.wish = session.wish, ""
+    session.note("interrupted", chosen=wish)
+    wishes.forget(session.journal.folder)
+    if wish == wishes.LEAVE and wishes.works_alone(lines, session.plan):
+        raise Detached
+    if wish == wishes.GO_ON or (wish != wishes.DESTROY and wishes.coming_home(lines)):
+        return
+    if not wishes.launched(lines):
+        raise Interrupted
+    if wish == wishes.DESTROY or box is None:
+        raise Failed("stopped by you; the box is destroyed", hint="")
+    fetch_newest(session, box)
+    raise Failed(
+        "stopped by you; the newest checkpoint is at home",
+        hint=f"`milktea resume {session.run_id}` goes on from it",
+    )
+
+
+def parting(session: Session) -> str:
+    """What is done when this process has to end and nobody can be asked: a box that works alone is
+    left to itself; else what is trained is fetched, and nothing is left that bills."""
+    alone = wishes.works_alone(session.journal.lines, session.plan)
+    return wishes.LEAVE if alone else wishes.FETCH
+
+
+def fetch_newest(session: Session, box: Box) -> None:
+    """Ask the trainer to save, and bring the newest whole checkpoint home. Best effort, bounded:
+    the money is running."""
+    try:
+        box.run(scripts.stop_training(session.run_id))
+        session.clock.sleep(3)
+        folder = scripts.run_folder(session.run_id)
+        names = box.run(
+            f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json"
+        ).stdout.split()
+        steps = sorted(
+            (int(n.split("/")[0]) for n in names if n.split("/")[0].isdigit()), reverse=True
+        )
+        have = newest_checkpoint(session)
+        if steps and (have is None or steps[0] > int(have.name)):
+            local = session.journal.folder / "checkpoints" / str(steps[0])
+            most = retrieve.checkpoint_bytes(session.plan.workload)
+            moved = pull_folder(
+                box, f"{folder}/checkpoints/{steps[0]}", local, None, max_bytes=most
+            )
+            session.note("checkpoint", step=steps[0], folder=str(local), bytes_out=moved)
+    except (MilkteaError, OSError, *ODD) as e:
+        session.screen.waiting(f"the newest checkpoint could not be fetched: {e}")

@@ -1,0 +1,323 @@
+"""Who owns a run: one process, which holds the journal's lock, tells the story and hears wishes.
+
+    carry(session)          in this process (--foreground, Python): screen and signals are its own
+    start(folder, vast)     in a detached process of its own; terminals attach (ops/run/attach.py)
+
+A detached owner has no terminal: what it would show goes to `told.jsonl` in the run's folder, what
+it prints to `supervisor.log`. It hears of the terminals that watch by a lock that each of them
+shares, and of what is wished by a file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import TypeAdapter
+
+from ops.errors import Fenced, JournalError, MilkteaError
+from ops.job.plan import Plan
+from ops.market.client import Vast, provider_from
+from ops.market.models import Instance
+from ops.market.ranking import Ranking
+from ops.run import journal, wishes
+from ops.run.interrupt import parting
+from ops.run.journal import Journal, Line
+from ops.run.rent_and_train import rent_and_train
+from ops.run.rental import give_back
+from ops.run.session import Detached, Interrupted, Session
+from ops.wait import RealClock
+from trainer.wire.events import Event, Sample, Score
+
+LOG = "supervisor.log"
+TOLD = "told.jsonl"
+MARKET = "market.json"  # what the user saw, for the first choice of a machine
+WATCHED = "watched"  # locked by each terminal that watches
+STARTS_S = 60.0  # for a detached owner to take its run
+LISTEN_S = 0.25  # between two looks for a wish, and for who watches
+SAME_S = 5.0  # in which nothing is told twice
+MARKET_S = 300.0  # after which it has to be looked at again
+_market: TypeAdapter[Ranking] = TypeAdapter(Ranking)
+
+
+# -- the owner -------------------------------------------------------------------------------------
+
+
+def carry(session: Session, seen: Ranking | None = None) -> None:
+    """The story, with its end in the journal. Returns with the adapter at home, or with a box that
+    was left to itself; raises as the story does, Interrupted where it was ended before the
+    training."""
+    session.note("owned", pid=os.getpid())
+    with _signals(session), _listening(session):
+        try:
+            rent_and_train(session, seen)
+        except Detached:
+            session.note("left", ends_at=session.dies_at())
+        except Interrupted:
+            if session.may_have_box():
+                give_back(session, why="Interrupted")
+            said = f"no box of this run is left; {session.money()}"
+            session.note("failed", what=f"interrupted: {said}", error="Interrupted", exit_code=130)
+            raise Interrupted(said) from None
+        except Exception as e:
+            with suppress(JournalError, OSError):  # a disk that is full hides no first error
+                session.note("failed", **told_error(e))
+            raise
+
+
+def told_error(e: Exception) -> dict[str, Any]:
+    """An error as the journal keeps it, for those who watch; `ops.run.attach` makes it one again.
+    What is no MilkteaError is a fault of ours."""
+    facts: dict[str, Any] = {"what": f"{type(e).__name__}: {e}", "error": type(e).__name__}
+    if not isinstance(e, MilkteaError):
+        return facts | {"exit_code": 1}
+    return facts | {"exit_code": e.exit_code, "money": e.money, "hint": e.hint, "said": str(e)}
+
+
+@contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """SIGINT asks what to do, a wish that came interrupts; SIGTERM and SIGHUP, and a SIGINT where
+    nobody can be asked, end this process by what loses least. In another thread than the main one,
+    where no signal arrives, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def asked(number: int, frame: Any) -> None:
+        if number in (signal.SIGTERM, signal.SIGHUP):
+            session.wish = session.wish or parting(session)
+        session.shield.interrupt()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.signal(number, asked) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _listening(session: Session) -> Iterator[None]:
+    """Hear wishes and who watches, for as long as the block runs."""
+    ended = threading.Event()
+    main = threading.main_thread().ident if _is_main() else None
+    listener = _Listener(session, main)
+
+    def listen() -> None:
+        while not ended.wait(LISTEN_S):
+            with suppress(Exception):  # the next look comes
+                listener.look()
+
+    thread = threading.Thread(target=listen, name="wishes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+class _Listener:
+    def __init__(self, session: Session, main: int | None) -> None:
+        self._session, self._main = session, main
+        self._heard, self._watched = "", False
+
+    def look(self) -> None:
+        folder = self._session.journal.folder
+        wish = wishes.read(folder)
+        if wish and not self._heard and self._main is not None:
+            self._session.wish = wish
+            signal.pthread_kill(self._main, signal.SIGUSR1)
+        self._heard = wish or ""
+        watched = is_watched(folder)
+        if watched != self._watched:
+            self._watched = watched
+            kind = "attached" if watched else "detached"
+            self._session.journal.append(kind)
+
+
+def is_watched(folder: Path) -> bool:
+    """Whether a terminal watches this run."""
+    try:
+        with open(folder / WATCHED) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+# -- a process of its own --------------------------------------------------------------------------
+
+
+def start(folder: Path, vast: Vast, seen: Ranking | None = None) -> int:
+    """Start a detached owner of this run, in a session of its own; its process number, once it
+    holds the run. `seen` is the market as the user has seen it.
+
+    Raises Fenced where another process holds it, JournalError where it does not come up."""
+    if seen is not None:
+        with open(folder / MARKET, "wb", opener=only_ours) as file:
+            file.write(_market.dump_json(seen))
+    root = str(Path(__file__).resolve().parents[2])
+    env = os.environ | {
+        "VAST_URL": vast.provider.url,
+        "VAST_API_KEY": vast.provider.api_key,
+        "MILKTEA_PACE": str(vast.clock.pace),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+    ready, told = os.pipe()
+    with open(folder / LOG, "ab", opener=only_ours) as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "ops.run.supervisor", str(folder), str(told)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(told,),
+            env=env,
+            cwd=folder,
+        )
+    os.close(told)
+    _started.append(child)
+    with open(ready, "rb") as pipe:
+        said = pipe.read()  # until it says so, or has ended
+    if said == b"ready":
+        return child.pid
+    if journal.is_held(folder):
+        raise Fenced(f"{folder.name}: another milktea is acting on this run")
+    tail = (folder / LOG).read_text("utf-8", "replace")[-1000:]
+    raise JournalError(
+        f"{folder.name}: its supervisor did not come up: {tail.strip() or 'it said nothing'}",
+        hint=f"`milktea resume {folder.name} --foreground` runs it in this process",
+    )
+
+
+_started: list[subprocess.Popen[bytes]] = []  # detached: nobody waits for them
+
+
+def only_ours(path: str, flags: int) -> int:
+    """For `open`: a file that no other user may read."""
+    return os.open(path, flags, 0o600)
+
+
+def main() -> int:
+    """`python -m ops.run.supervisor FOLDER FD`: own the run in FOLDER; FD is told once it is held.
+    The exit code is the run's."""
+    folder, told = Path(sys.argv[1]), int(sys.argv[2])
+    provider = provider_from(os.environ)
+    assert provider is not None, "start() names the provider"
+    vast = Vast(provider, RealClock(float(os.environ.get("MILKTEA_PACE") or 1)))
+
+    def held() -> None:
+        os.write(told, b"ready")
+        os.close(told)
+
+    return own(folder, vast, held)
+
+
+def own(folder: Path, vast: Vast, begun: Callable[[], None] = lambda: None) -> int:
+    """The run in this folder from where it stands to its end, without a terminal; its exit code.
+    `begun` is called once its journal is held. Raises Fenced where another process holds it."""
+    with Journal(folder) as held, Told(folder) as screen:
+        begun()
+        session = Session(held, Plan.from_line(held.lines[0]), vast, screen)
+        try:
+            carry(session, _seen(folder))
+        except Interrupted:
+            return 130
+        except MilkteaError as e:
+            return e.exit_code
+    return 0
+
+
+def _seen(folder: Path) -> Ranking | None:
+    """The market as the user saw it a moment ago, once."""
+    path = folder / MARKET
+    try:
+        fresh = time.time() - path.stat().st_mtime < MARKET_S
+        seen = _market.validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    finally:
+        path.unlink(missing_ok=True)
+    return seen if fresh else None
+
+
+class Told:
+    """The screen of an owner without a terminal: what is not in the journal or the events, one JSON
+    object a line, for those who watch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.samples: list[Sample] = []
+        self.score: Score | None = None
+        self._path = folder / TOLD
+        self._file: IO[str] | None = None
+        self._last: dict[str, tuple[float, Any]] = {}  # by kind: when, and what
+
+    def __enter__(self) -> Told:
+        self._file = open(self._path, "w", encoding="utf-8", opener=only_ours)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        """At most one of a kind in LISTEN_S, and the same words once in SAME_S."""
+        now = time.monotonic()
+        when, what = self._last.get(kind, (-SAME_S, None))
+        if now - when < (SAME_S if what == facts else LISTEN_S) or self._file is None:
+            return
+        self._last[kind] = (now, facts)
+        with suppress(OSError, ValueError):  # a full disk, or the end: nothing depends on it
+            row = {"t": round(time.time(), 3), "kind": kind, **facts}
+            self._file.write(json.dumps(row, ensure_ascii=True) + "\n")
+            self._file.flush()
+
+    def line(self, line: Line) -> None:
+        """It is in the journal."""
+
+    def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
+        """The terminal that asked has shown it."""
+
+    def event(self, event: Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None:
+        """It is in events.jsonl."""
+
+    def booting(self, instance: Instance, waited_s: float) -> None:
+        self._tell("booting", instance=asdict(instance), waited_s=round(waited_s))
+
+    def connecting(self, message: str) -> None:
+        self._tell("connecting", message=message)
+
+    def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        self._tell("moving", what=what, done=done_bytes, total=total_bytes)
+
+    def waiting(self, message: str) -> None:
+        self._tell("waiting", message=message)
+
+    def destroying(self, why: str) -> None:
+        self._tell("destroying", why=why)
+
+    def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

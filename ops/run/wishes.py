@@ -1,0 +1,123 @@
+"""What people may wish of a run: to go on, or one of the priced ends. A wish for a run that another
+process owns is a file in its folder; the first one wins, and the others read it there."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ops.job.plan import Plan
+from ops.market.models import Offer
+from ops.market.ranking import bid_of
+from ops.run.journal import Line, last
+from ops.run.session import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
+
+FILE = "wish.json"
+_MAX_BYTES = 4096
+GO_ON = "go on"  # nothing changes
+LEAVE = "leave"  # the run goes on without this terminal, or the box without this process
+FETCH = "fetch"  # the newest checkpoint comes home, then the box is destroyed
+DESTROY = "destroy"  # now
+ENDS = (LEAVE, FETCH, DESTROY)  # what a file may wish
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`wish` is one of this module's words, `text` says in a line what it does and costs."""
+
+    wish: str
+    text: str
+
+
+def launched(lines: list[Line]) -> bool:
+    """Whether the newest machine was told to train: from then on there is something to lose."""
+    line = last(lines, "launched", "renting", "absent", "destroyed")
+    return line is not None and line.kind == "launched"
+
+
+def works_alone(lines: list[Line], plan: Plan) -> bool:
+    """Whether the box goes on although no client is heard."""
+    return launched(lines) and plan.when_silent == "finish"
+
+
+def coming_home(lines: list[Line]) -> bool:
+    """Whether the training ended well, and its result is on the way."""
+    ended = last(lines, "ended", "launched", "renting")
+    return ended is not None and ended.kind == "ended" and ended["exit_code"] == 0
+
+
+def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> list[Choice]:
+    """What can be chosen now, with its price; the first keeps what is paid for. `attached`: another
+    process owns the run, and goes on without this terminal."""
+    spent = spent_usd(lines, now)
+    if not may_have_box(lines):
+        text = f"nothing is rented now, and {spent:.3f} $ are spent"
+        return [
+            Choice(LEAVE if attached else GO_ON, f"go on: {text}"),
+            Choice(DESTROY, f"end the run here: {text}"),
+        ]
+    rent = last(lines, "renting")
+    assert rent is not None, "a box without its intent"
+    offer = Offer(**rent["offer"])
+    rate = burn_usd_per_hour(plan, offer, bid_of(offer, plan.needs))
+    ends_at = ends_itself_at(lines) or now
+    most = min(plan.max_usd, spent + rate * max(0.0, ends_at - now) / 3600)
+    predicted = (last(lines, "offers") or Line(0, 0, "", {})).get("predicted", {}).get("usd")
+    about = f"about {max(predicted, spent):.3f} $, " if predicted else ""
+    price = f"{about}at most {most:.3f} $ in all"
+    home = "the result is on its way home" if coming_home(lines) else "the adapter comes home"
+    found = [
+        Choice(LEAVE, f"leave; the run goes on without this terminal, {home}: {price}")
+        if attached
+        else Choice(GO_ON, f"go on, {home}: {price}")
+    ]
+    if works_alone(lines, plan) and not attached:
+        at = time.strftime("%H:%M", time.localtime(ends_at))
+        text = f"leave the box alone: it works on, and ends itself at {at}: {price}"
+        found.append(Choice(LEAVE, text))
+    if launched(lines) and not coming_home(lines):
+        text = f"save, fetch the checkpoint, then destroy: about {spent + rate / 60:.3f} $ in all"
+        found.append(Choice(FETCH, text))
+    lost = "; what was trained since the last checkpoint is lost" if launched(lines) else ""
+    lost = "; the result is lost" if coming_home(lines) else lost
+    found.append(Choice(DESTROY, f"destroy now: about {spent:.3f} $ in all{lost}"))
+    return found
+
+
+def send(folder: Path, wish: str) -> str:
+    """Wish it of whoever owns the run; the wish that holds, which is an earlier one where there
+    was one."""
+    path, own = folder / FILE, folder / f"{FILE}.{os.getpid()}"
+    with open(own, "w", opener=_only_ours) as file:
+        file.write(json.dumps({"wish": wish, "t": round(time.time(), 3), "by": os.getpid()}))
+    try:
+        os.link(own, path)  # whole or not at all, and never over another
+    except FileExistsError:
+        return read(folder) or wish
+    finally:
+        own.unlink(missing_ok=True)
+    return wish
+
+
+def read(folder: Path) -> str | None:
+    """The wish that waits in this folder; None without one that can be understood."""
+    try:
+        with open(folder / FILE, "rb") as file:
+            wish = json.loads(file.read(_MAX_BYTES))["wish"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return wish if wish in ENDS else None
+
+
+def forget(folder: Path) -> None:
+    """It is fulfilled; the journal has it."""
+    with suppress(OSError):
+        (folder / FILE).unlink(missing_ok=True)
+
+
+def _only_ours(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

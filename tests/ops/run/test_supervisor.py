@@ -1,0 +1,499 @@
+"""A run is owned by a process of its own: terminals come, wish and go; it dies, and another goes on
+with the same box."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import milktea
+import rig
+from ops.box import scripts, transfer
+from ops.errors import Failed, JournalError
+from ops.fakevast import FakeVast
+from ops.job.plan import Plan
+from ops.market.client import Provider
+from ops.run import journal, supervisor, wishes
+from ops.run.journal import Journal, Line
+from ops.wait import RealClock, until
+
+pytestmark = pytest.mark.timeout(120)
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> rig.Rig:
+    return rig.Rig(tmp_path)
+
+
+@pytest.fixture
+def fake(own: rig.Rig) -> Iterator[FakeVast]:
+    with own.emulator() as cloud:
+        yield cloud
+        assert cloud.instances() == [], "a box survived the test"
+
+
+@pytest.fixture
+def vast(fake: FakeVast) -> milktea.Vast:
+    return milktea.Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
+
+
+def planned(own: rig.Rig, **more: Any) -> milktea.Run:
+    """A run whose plan is made, and that nobody owns yet."""
+    plan = own.plan(**more)
+    with Journal(own.runs / plan.run_id) as held:
+        held.append("planned", **plan.to_line())
+        return milktea.Run(held.folder)
+
+
+def came(what: Callable[[], Any], within_s: float = 30) -> Any:
+    found = until(lambda: what() or None, every_s=0.05, timeout_s=within_s)
+    assert found, "it never came"
+    return found
+
+
+def told(run: milktea.Run, kind: str) -> Line:
+    """The newest line of this kind, once it is there."""
+    return came(lambda: journal.last(run.journal, kind))  # type: ignore[no-any-return]
+
+
+def creates(fake: FakeVast) -> int:
+    return sum(r["route"] == "create" for r in fake.requests)
+
+
+class Forked:
+    """A supervisor in a fork of the test: what the test has patched holds in it."""
+
+    def __init__(self, run: milktea.Run, vast: milktea.Vast) -> None:
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                os.setsid()
+                code = supervisor.own(run.folder, vast)
+            finally:
+                os._exit(code)
+        came(lambda: run.is_owned)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+        if number == signal.SIGKILL:
+            os.waitpid(self.pid, 0)
+
+    def ended(self) -> int:
+        """Its exit code."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+# -- to its end ------------------------------------------------------------------------------------
+
+
+def test_a_detached_run_comes_home_and_whoever_attaches_sees_all_of_it(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast
+) -> None:
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    screen = Heard()
+    assert milktea.attach(run, screen=screen).adapter is not None
+    kinds = [line.kind for line in run.journal]
+    assert screen.kinds == kinds and not run.is_owned and run.owner == ""
+    assert {"owned", "attached", "pulled", "destroyed"} <= set(kinds)
+    assert [type(e).__name__ for e in screen.events] == [type(e).__name__ for e in run.events()]
+    again = Heard()
+    milktea.attach(run, screen=again)
+    assert again.kinds == screen.kinds, "a run that has ended tells the same"
+
+
+class Heard(milktea.Quiet):
+    def __init__(self, choice: str | None = None) -> None:
+        super().__init__()
+        self.kinds: list[str] = []
+        self.events: list[Any] = []
+        self.offered: list[tuple[str, str]] = []
+        self._choice = choice
+
+    def line(self, line: Line) -> None:
+        self.kinds.append(line.kind)
+
+    def event(self, event: Any, *rest: Any) -> None:
+        self.events.append(event)
+
+    def choose(self, choices: Any) -> str | None:
+        self.offered = list(choices)
+        return self._choice
+
+
+def test_an_error_of_the_run_reaches_whoever_watches_with_its_class_money_and_hint(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast
+) -> None:
+    (own.image / "fail").touch()
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    with pytest.raises(Failed, match="exit code 4: planted") as failed:
+        milktea.attach(run)
+    assert failed.value.exit_code == 6 and "spent 0." in failed.value.money
+    assert "milktea logs" in failed.value.hint
+
+
+def test_a_run_has_one_owner_and_its_files_are_nobody_elses_to_read(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast
+) -> None:
+    (own.image / "pause").touch()
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    with pytest.raises(JournalError, match="another milktea"):
+        supervisor.start(run.folder, vast)
+    told(run, "launched")
+    assert wishes.send(run.folder, "fetch") == "fetch"
+    names = (supervisor.LOG, supervisor.TOLD)
+    assert [n for n in names if (run.folder / n).stat().st_mode & 0o077] == []
+    with pytest.raises(Failed):
+        milktea.attach(run)
+
+
+# -- wishes ----------------------------------------------------------------------------------------
+
+
+def test_of_two_wishes_the_first_one_holds_and_the_second_is_told_so(tmp_path: Path) -> None:
+    assert wishes.send(tmp_path, "fetch") == "fetch"
+    assert wishes.send(tmp_path, "destroy") == "fetch" == wishes.read(tmp_path)
+    assert (tmp_path / wishes.FILE).stat().st_mode & 0o077 == 0
+    assert [p.name for p in tmp_path.iterdir()] == [wishes.FILE]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"wish":"format"}', '{"wish":3}', "\xff" * 9000])
+def test_a_wish_that_cannot_be_understood_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / wishes.FILE).write_text(text)
+    assert wishes.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(("wish", "saved"), [("fetch", True), ("destroy", False)])
+def test_stop_ends_a_training_run_as_it_was_wished(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast, wish: Any, saved: bool
+) -> None:
+    stop_in_time(own)
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    told(run, "event")
+    assert milktea.stop(run, wish, vast=vast) == run
+    assert told(run, "interrupted")["chosen"] == wish
+    assert (journal.last(run.journal, "checkpoint") is not None) is saved
+    assert journal.last(run.journal, "destroyed") is not None and run.adapter is None
+    assert wishes.read(run.folder) is None, "it is fulfilled"
+
+
+def stop_in_time(own: rig.Rig) -> None:
+    """The stub's training stands after its first step, and saves where it is asked to end."""
+    (own.image / "pause").touch()
+    trainer = own.image / "bin/milktea-train"
+    save = "mkdir checkpoints; cp -r @F/checkpoint checkpoints/1".replace("@F", str(own.image))
+    text = trainer.read_text().replace("set -e\n", f"set -e\ntrap '{save}; exit 143' TERM\n", 1)
+    trainer.write_text(text)
+
+
+def test_stop_before_the_training_leaves_nothing_and_resume_goes_on(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planned(own)
+    monkeypatch.setattr(transfer, "push", lambda *a, **k: time.sleep(60))
+    owner = Forked(run, vast)
+    told(run, "connected")
+    milktea.stop(run, "fetch", vast=vast)
+    assert owner.ended() == 130 and fake.instances() == []
+    monkeypatch.undo()
+    assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
+
+
+def test_a_result_on_its_way_home_comes_home_although_somebody_wishes_a_checkpoint(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planned(own)
+    real, slow = transfer.pull, own.folder / "slow"
+    slow.touch()
+
+    def pull(box: Any, remote: str, *rest: Any, **more: Any) -> Any:
+        while slow.exists() and "/result/" in remote:
+            time.sleep(0.05)
+        return real(box, remote, *rest, **more)
+
+    monkeypatch.setattr(transfer, "pull", pull)
+    owner = Forked(run, vast)
+    told(run, "ended")
+    wishes.send(run.folder, "fetch")
+    told(run, "interrupted")
+    slow.unlink()
+    assert milktea.attach(run).adapter is not None
+    assert owner.ended() == 0 and creates(fake) == 1
+
+
+# -- terminals -------------------------------------------------------------------------------------
+
+
+def in_a_terminal(fake: FakeVast, own: rig.Rig, *words: str) -> tuple[int, int]:
+    """(process, its terminal's other end) of a command."""
+    pid, master = pty.fork()
+    if pid == 0:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
+        env |= {"VAST_URL": fake.url, "VAST_API_KEY": fake.api_key, "MILKTEA_PACE": str(rig.PACE)}
+        env |= {"MILKTEA_RUNS": str(own.runs), "PYTHONPATH": str(ROOT)}
+        os.execve(sys.executable, [sys.executable, "-m", "ops.cli", *words], env)
+    return pid, master
+
+
+def read_until(master: int, text: str) -> str:
+    said = ""
+    while text not in said:
+        said += os.read(master, 4096).decode("utf-8", "replace")
+    return said
+
+
+def test_closing_the_terminal_detaches_and_the_journal_says_so(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast
+) -> None:
+    (own.image / "pause").touch()
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    told(run, "launched")
+    pid, master = in_a_terminal(fake, own, "attach", run.id)
+    told(run, "attached")
+    assert run.owner == "live"
+    os.close(master)  # the kernel sends SIGHUP
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGHUP
+    told(run, "detached")
+    assert run.owner == "detached" and journal.last(run.journal, "interrupted") is None
+    (own.image / "pause").unlink()
+    assert milktea.attach(run).adapter is not None
+    assert creates(fake) == 1
+
+
+def test_ctrl_c_offers_priced_choices_and_pressed_again_it_takes_the_kind_one(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast
+) -> None:
+    (own.image / "pause").touch()
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    told(run, "launched")
+    pid, master = in_a_terminal(fake, own, "attach", run.id)
+    told(run, "attached")
+    os.write(master, b"\x03")
+    said = read_until(master, "choose 1 or 2 or 3 [1]")
+    for words in ("leave; the run goes on", "fetch the checkpoint", "destroy now", "$ in all"):
+        assert words in said
+    os.write(master, b"\x03")
+    assert f"milktea attach {run.id}" in read_until(master, "ends it")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(master)
+    assert run.is_owned and journal.last(run.journal, "interrupted") is None
+    (own.image / "pause").unlink()
+    assert milktea.attach(run).adapter is not None
+
+
+def test_ctrl_c_where_nobody_can_be_asked_leaves_the_run_to_its_owner(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast
+) -> None:
+    (own.image / "pause").touch()
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    told(run, "launched")
+
+    class Pressing(Heard):
+        def line(self, line: Line) -> None:
+            super().line(line)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(milktea.Interrupted, match="the run goes on without this terminal"):
+        milktea.attach(run, screen=Pressing())
+    with pytest.raises(Failed, match="stopped by you"):
+        milktea.attach(run, screen=Pressing("destroy"))
+    assert journal.last(run.journal, "destroyed") is not None
+
+
+def test_json_is_one_object_a_line_and_done_comes_last(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast
+) -> None:
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    env = os.environ | {"MILKTEA_RUNS": str(own.runs)}
+    for words in (("attach", run.id, "--json"), ("logs", "-f", run.id, "--json")):
+        done = subprocess.run(
+            [sys.executable, "-m", "ops.cli", *words],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        rows = [json.loads(text) for text in done.stdout.splitlines()]
+        assert done.returncode == 0 and len(rows) > 3
+        assert rows[-1]["kind"] == "done" and rows[-1]["sha256"] == run.sha256
+
+
+# -- an owner that sleeps or dies ------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes that miss their client after two seconds in place of ten minutes."""
+    real = scripts.environment
+
+    def environment(*args: Any) -> dict[str, str]:
+        return real(*args) | {"MILKTEA_LEASE_S": "2", "MILKTEA_WATCH_S": "1"}
+
+    monkeypatch.setattr(scripts, "environment", environment)
+    monkeypatch.setattr("ops.run.keeper.RENEW_S", 0.3)
+
+
+def held_in(stage: str, own: rig.Rig, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the run stand in this stage, where it is killed; the journal's line that says so."""
+
+    def stands(*args: Any, **more: Any) -> None:
+        time.sleep(100)
+
+    match stage:
+        case "push":
+            monkeypatch.setattr(transfer, "push", stands)
+            return "connected"
+        case "train":
+            (own.image / "pause").touch()
+            return "launched"
+        case _:
+            real = transfer.pull
+
+            def pull(box: Any, remote: str, *rest: Any, **more: Any) -> Any:
+                return (stands if "/result/" in remote else real)(box, remote, *rest, **more)
+
+            monkeypatch.setattr(transfer, "pull", pull)
+            return "ended"
+
+
+STAGES = pytest.mark.parametrize("stage", ["train", "pull"])
+
+
+@STAGES
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
+def test_with_finish_the_same_box_brings_the_adapter_home_after_any_silence(
+    own: rig.Rig,
+    fake: FakeVast,
+    vast: milktea.Vast,
+    monkeypatch: pytest.MonkeyPatch,
+    impatient: None,
+    stage: str,
+    how: signal.Signals,
+) -> None:
+    run = planned(own)
+    with monkeypatch.context() as patched:
+        mark = held_in(stage, own, patched)
+        owner = Forked(run, vast)
+        told(run, mark)
+    owner.kill(how)
+    time.sleep(5)  # more than twice the lease: an absence has no event to wait for
+    [box] = fake.instances()
+    (own.image / "pause").unlink(missing_ok=True)
+    if how == signal.SIGSTOP and stage == "train":
+        owner.kill(signal.SIGCONT)
+        assert milktea.attach(run).adapter is not None and owner.ended() == 0
+    else:
+        if how == signal.SIGSTOP:
+            owner.kill()
+        assert run.owner == "alone"
+        with pytest.raises(JournalError, match="was killed") as killed:
+            milktea.attach(run)
+        assert f"milktea resume {run.id}" in killed.value.hint and "at " in killed.value.money
+        assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
+    assert creates(fake) == 1 and told(run, "destroyed")["instance_id"] == box["id"]
+
+
+@STAGES
+def test_with_destroy_the_box_is_gone_and_resume_goes_on_elsewhere(
+    own: rig.Rig,
+    fake: FakeVast,
+    vast: milktea.Vast,
+    monkeypatch: pytest.MonkeyPatch,
+    impatient: None,
+    stage: str,
+) -> None:
+    run = planned(own, when_silent="destroy")
+    with monkeypatch.context() as patched:
+        mark = held_in(stage, own, patched)
+        owner = Forked(run, vast)
+        told(run, mark)
+    owner.kill()
+    came(lambda: not fake.instances(), within_s=15)
+    (own.image / "pause").unlink(missing_ok=True)
+    assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
+    assert [line.kind for line in run.journal].count("rented") == 2
+
+
+@pytest.mark.parametrize("when_silent", ["finish", "destroy"])
+def test_before_the_launch_a_dead_owners_box_is_gone_by_itself(
+    own: rig.Rig,
+    fake: FakeVast,
+    vast: milktea.Vast,
+    monkeypatch: pytest.MonkeyPatch,
+    impatient: None,
+    when_silent: str,
+) -> None:
+    run = planned(own, when_silent=when_silent)
+    with monkeypatch.context() as patched:
+        mark = held_in("push", own, patched)
+        owner = Forked(run, vast)
+        told(run, mark)
+    owner.kill()
+    came(lambda: not fake.instances(), within_s=15)
+    assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
+
+
+@pytest.mark.parametrize(("when_silent", "left"), [("finish", 1), ("destroy", 0)])
+def test_a_machine_that_shuts_down_leaves_a_box_that_works_alone_and_no_other(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast, when_silent: str, left: int
+) -> None:
+    (own.image / "pause").touch()
+    run = planned(own, when_silent=when_silent)
+    owner = Forked(run, vast)
+    told(run, "event")
+    owner.kill(signal.SIGTERM)
+    assert owner.ended() == (0 if left else 6)
+    assert len(fake.instances()) == left
+    (own.image / "pause").unlink()
+    assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
+    assert creates(fake) == 2 - left
+
+
+class Sleeping(RealClock):
+    """A laptop that sleeps for half an hour when it is told to."""
+
+    slept_s = 0.0
+
+    def steady(self) -> float:
+        return super().steady() + self.slept_s
+
+    def now(self) -> float:
+        return super().now() + self.slept_s
+
+
+def test_half_an_hours_sleep_in_the_training_is_no_stall_of_it(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    clock, plan = Sleeping(rig.PACE), own.plan(stall_s=900.0)
+    folder = own.runs / plan.run_id
+
+    class Dozing(rig.Silent):
+        def event(self, event: Any, *rest: Any) -> None:
+            clock.slept_s = 1800.0
+
+    with Journal(folder) as held:
+        session = rig.client(plan, held, fake.url, fake.api_key, screen=Dozing(), clock=clock)
+        supervisor.carry(session)
+        assert Plan.from_line(held.lines[0]).stall_s == 900.0
+    assert milktea.Run(folder).adapter is not None and creates(fake) == 1
