@@ -47,14 +47,14 @@ if os.environ.get("MILKTEA_AUDIT"): sys.addaudithook(_watch)
 """
 
 
-class Failed(Exception):
+class CheckFailed(Exception):
     """A check that did not pass; the text says what was found and what was wanted."""
 
 
 def versions_match_the_lock(lock: dict[str, Any] | None) -> str:
     """Every wheel of the lock is installed in exactly that version."""
     if lock is None:
-        raise Failed(
+        raise CheckFailed(
             "no lock to compare with: mount it at /run/milktea/image.lock, or set MILKTEA_LOCK"
         )
     wrong = []
@@ -66,7 +66,7 @@ def versions_match_the_lock(lock: dict[str, Any] | None) -> str:
         if found != wheel["version"]:
             wrong.append(f"{wheel['name']} {found} instead of {wheel['version']}")
     if wrong:
-        raise Failed(
+        raise CheckFailed(
             "; ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         )
     return f"{len(lock.get('wheels', []))} packages, all in the version of the lock"
@@ -88,7 +88,7 @@ def no_network_and_read_only() -> str:
     ]
     if others or writable:
         folder = "can be written" if writable else "cannot be written"
-        raise Failed(
+        raise CheckFailed(
             f"interfaces {', '.join(found)}; the trainer's folder {folder}: run with "
             "--network=none --read-only"
         )
@@ -98,7 +98,7 @@ def no_network_and_read_only() -> str:
 def gpu_works(expected: bool) -> str:
     """Every visible GPU multiplies in bf16 and is of an architecture that this torch has code for.
 
-    Raises Failed where no GPU is visible and one is ``expected``.
+    Raises CheckFailed where no GPU is visible and one is ``expected``.
     """
     import torch
 
@@ -106,7 +106,7 @@ def gpu_works(expected: bool) -> str:
         if not expected:
             return f"no GPU visible; torch {torch.__version__} on the CPU"
         driver = Path("/proc/driver/nvidia/version")
-        raise Failed(
+        raise CheckFailed(
             f"no GPU visible to torch {torch.__version__} (CUDA {torch.version.cuda}); the driver "
             + (
                 f"is {driver.read_text().splitlines()[0]}"
@@ -123,7 +123,7 @@ def gpu_works(expected: bool) -> str:
         wrong = ((x @ x).float() - x.float() @ x.float()).abs().max().item()
         # bf16 keeps 8 bits: sums of 256 products of about 16 are right to about 0.1
         if not wrong < 2.0:
-            raise Failed(f"GPU {i} multiplies wrongly in bf16: off by {wrong:.3g}")
+            raise CheckFailed(f"GPU {i} multiplies wrongly in bf16: off by {wrong:.3g}")
         works.append(
             f"{torch.cuda.get_device_name(i)} "
             f"(sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
@@ -173,7 +173,7 @@ def triton_compiles(architectures: list[str]) -> str:
                 continue
             made = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32))
             if not made.asm.get("cubin"):
-                raise Failed(
+                raise CheckFailed(
                     f"Triton {triton.__version__} made no machine code for sm_{major}{minor}"
                 )
             sizes.append(f"sm_{major}{minor}")
@@ -192,7 +192,7 @@ def compiler_for_triton() -> str:
         or shutil.which("tcc")
     )
     if not compiler:
-        raise Failed("Triton is here, but no C compiler (cc, gcc, clang, tcc; or CC)")
+        raise CheckFailed("Triton is here, but no C compiler (cc, gcc, clang, tcc; or CC)")
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "t.c"), Path(folder, "t.so")
         source.write_text(
@@ -204,9 +204,9 @@ def compiler_for_triton() -> str:
             text=True,
         )
         if done.returncode:
-            raise Failed(f"{compiler} does not compile: {done.stderr.strip()[:300]}")
+            raise CheckFailed(f"{compiler} does not compile: {done.stderr.strip()[:300]}")
         if ctypes.CDLL(str(built)).twice(21) != 42:
-            raise Failed(f"{compiler} compiles wrongly")
+            raise CheckFailed(f"{compiler} compiles wrongly")
     return f"{compiler} compiles and links"
 
 
@@ -229,7 +229,7 @@ def bitsandbytes_library() -> str:
         ]
         if not usable:
             have = ", ".join(names) or "no library at all"
-            raise Failed(
+            raise CheckFailed(
                 f"none of {have} is for CUDA {torch.version.cuda}: another bitsandbytes, or "
                 "another CUDA line"
             )
@@ -237,12 +237,12 @@ def bitsandbytes_library() -> str:
     else:
         wanted = [n for n in names if "cpu" in n]
         if not wanted:
-            raise Failed(f"no CPU library among {', '.join(names) or 'no library at all'}")
+            raise CheckFailed(f"no CPU library among {', '.join(names) or 'no library at all'}")
     for name in wanted:
         try:
             ctypes.CDLL(str(Path(spec.origin).parent / name))
         except OSError as error:
-            raise Failed(f"{name} cannot be loaded: {error}") from error
+            raise CheckFailed(f"{name} cannot be loaded: {error}") from error
     return f"{', '.join(wanted)} loaded beside torch {torch.__version__}"
 
 
@@ -265,7 +265,7 @@ def lora_learns(work: Path, environment: dict[str, str], precision: str) -> str:
     )
     seconds = time.monotonic() - began
     if done.returncode:
-        raise Failed(f"the trainer ended with {done.returncode}: {done.stdout.strip()[-600:]}")
+        raise CheckFailed(f"the trainer ended with {done.returncode}: {done.stdout.strip()[-600:]}")
     events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     losses, norms = [e["loss"] for e in steps], [e["grad_norm"] for e in steps]
@@ -277,14 +277,14 @@ def lora_learns(work: Path, environment: dict[str, str], precision: str) -> str:
         or not losses[-1] < losses[0]
         or not all(n > 0 for n in norms)
     ):
-        raise Failed(
+        raise CheckFailed(
             f"{taken} steps of {STEPS}, loss {losses[:1]} to {losses[-1:]}, smallest "
             f"gradient norm {min(norms, default=0)}"
         )
     manifest = json.loads((run / "result" / "manifest.json").read_text("utf-8"))
     size = manifest["files"]["adapter.zip"]["bytes"]
     if (run / "result" / "adapter.zip").stat().st_size != size:
-        raise Failed("adapter.zip has another size than its manifest says")
+        raise CheckFailed("adapter.zip has another size than its manifest says")
     kernels = next((e.get("kernels") for e in events if e["event"] == "started"), None) or {}
     return (
         f"{taken} steps in {seconds:.1f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
@@ -306,7 +306,7 @@ def nothing_reached_out(audit: Path, traces: list[Path]) -> str:
         ]
         attempts += [x for x in calls if "127.0.0.1" not in x and '"::1"' not in x]
     if attempts:
-        raise Failed(f"{len(attempts)} attempts: {'; '.join(attempts[:5])}")
+        raise CheckFailed(f"{len(attempts)} attempts: {'; '.join(attempts[:5])}")
     return f"0 attempts (by {how})"
 
 
@@ -322,8 +322,8 @@ def _can_trace() -> bool:
 
 
 def find_model() -> Path:
-    """The practice model: beside the trainer, or in the image under /models. Raises Failed where
-    there is none."""
+    """The practice model: beside the trainer, or in the image under /models. Raises CheckFailed
+    where there is none."""
     folders = [
         Path(__file__).parent / "practice" / "practice_model",
         *sorted(Path("/models").glob("*practice*")),
@@ -331,7 +331,7 @@ def find_model() -> Path:
     for folder in folders:
         if (folder / "config.json").is_file():
             return folder
-    raise Failed(f"no practice model to train: looked for {', '.join(map(str, folders))}")
+    raise CheckFailed(f"no practice model to train: looked for {', '.join(map(str, folders))}")
 
 
 def _write_run(work: Path, precision: str) -> Path:
@@ -427,7 +427,7 @@ def _result(name: str, check: Callable[[], str]) -> dict[str, Any]:
     began = time.monotonic()
     try:
         ok, found = True, check()
-    except Failed as error:
+    except CheckFailed as error:
         ok, found = False, str(error)
     # a check that breaks is a check that failed: the report must name it, whatever it was
     except Exception as error:

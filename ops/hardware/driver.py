@@ -41,7 +41,7 @@ CAPABILITIES = (
 
 
 @dataclass(frozen=True)
-class Line:
+class CudaLine:
     """One image line. ``cuda`` is the toolkit's version or None for a CPU image; ``arches`` are the
     compute capabilities with compiled code (``8.0``; ``9.0a`` binds to exactly that GPU), ``ptx``
     those that a driver may compile from for newer GPUs."""
@@ -79,7 +79,7 @@ class Verdict:
 
 
 def judge(
-    driver: str, capability: str, data_center: bool, line: Line, lines: Iterable[Line] = ()
+    driver: str, capability: str, data_center: bool, line: CudaLine, lines: Iterable[CudaLine] = ()
 ) -> Verdict:
     """The verdict on one GPU (``capability`` such as ``8.6``) under ``driver`` (``535.104.05``),
     and what to do; ``lines`` are the image lines that the remedy may offer instead."""
@@ -87,7 +87,7 @@ def judge(
     return Verdict(kind, _remedy(kind, driver, capability, data_center, line, lines))
 
 
-def turning_points(lines: Iterable[Line]) -> list[str]:
+def turning_points(lines: Iterable[CudaLine]) -> list[str]:
     """The drivers at which a verdict may change, from the newest to 0; between two of them none
     does.
     """
@@ -119,7 +119,7 @@ def is_data_center(gpu_name: str) -> bool:
     )
 
 
-def _kind(driver: str, capability: str, data_center: bool, line: Line) -> Kind:
+def _kind(driver: str, capability: str, data_center: bool, line: CudaLine) -> Kind:
     if line.cuda is None:
         return "native"
     how = runs_on(capability, line)
@@ -134,7 +134,7 @@ def _kind(driver: str, capability: str, data_center: bool, line: Line) -> Kind:
     return "driver-too-old"
 
 
-def runs_on(capability: str, line: Line) -> str:
+def runs_on(capability: str, line: CudaLine) -> str:
     """How this line's code gets onto a GPU: cubin, ptx, gpu-too-old or gpu-too-new."""
     major, minor = _version(capability)
     plain = [_version(a) for a in line.arches if a[-1].isdigit()]
@@ -147,7 +147,12 @@ def runs_on(capability: str, line: Line) -> str:
 
 
 def _remedy(
-    kind: Kind, driver: str, capability: str, data_center: bool, line: Line, lines: Iterable[Line]
+    kind: Kind,
+    driver: str,
+    capability: str,
+    data_center: bool,
+    line: CudaLine,
+    lines: Iterable[CudaLine],
 ) -> str:
     fits = [x.name for x in lines if x.cuda and _kind(driver, capability, data_center, x) in RUNS]
     carry = f"carry a bundle of the image line {' or '.join(fits)}" if fits else ""

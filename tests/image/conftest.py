@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 from machine import needs
 
-from ops.hardware.driver import Line
+from ops.hardware.driver import CudaLine
 from ops.image.bundle import archive, bundle, parts
 from ops.image.bundle.contents import Contents, Options
 from ops.image.spec import lock
 
-CPU = Line("tiny", None)
+CPU = CudaLine("tiny", None)
 EPOCH = 1_700_000_000
 
 
@@ -138,7 +138,7 @@ class TinyImage:
         self.contents = {"os": self.contents["os"], "python": _python(), **self.contents}
         return self
 
-    def made(self, line: Line = CPU, lines: tuple[Line, ...] = ()) -> Contents:
+    def made(self, line: CudaLine = CPU, lines: tuple[CudaLine, ...] = ()) -> Contents:
         layers, locked = [], []
         store = self.folder / "blobs"
         store.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import pytest
 from machine import needs
 
 from ops.errors import ConfigError
-from ops.hardware.driver import Line, is_data_center, judge
+from ops.hardware.driver import CudaLine, is_data_center, judge
 from ops.image.bundle import manifest
 from ops.image.bundle.cuda_lines import line_of, lines
 from ops.image.bundle.inventory import Gpu, Inventory
@@ -20,10 +20,12 @@ from ops.image.spec.lock import Cuda
 from ops.image.spec.paths import Places
 
 LINES = {
-    "cu117": Line("cu117", "11.7", ("3.7", "5.0", "6.0", "7.0", "7.5", "8.0", "8.6"), ("8.6",)),
-    "cu126": Line("cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "8.6", "9.0")),
-    "cu128": Line("cu128", "12.8", ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0"), ("12.0",)),
-    "cu130": Line("cu130", "13.0", ("7.5", "8.0", "8.6", "9.0", "10.0", "11.0", "12.0"), ("12.0",)),
+    "cu117": CudaLine("cu117", "11.7", ("3.7", "5.0", "6.0", "7.0", "7.5", "8.0", "8.6"), ("8.6",)),
+    "cu126": CudaLine("cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "8.6", "9.0")),
+    "cu128": CudaLine("cu128", "12.8", ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0"), ("12.0",)),
+    "cu130": CudaLine(
+        "cu130", "13.0", ("7.5", "8.0", "8.6", "9.0", "10.0", "11.0", "12.0"), ("12.0",)
+    ),
 }
 INSTALLER = Path(__file__).parents[2] / "ops" / "image" / "server" / "INSTALL.sh"
 
@@ -50,7 +52,9 @@ def test_no_remedy_asks_for_a_driver_that_would_take_the_gpu_away() -> None:
         remedy = judge(driver, capability, is_data_center(gpu), LINES[line], LINES.values()).remedy
         if capability == "3.7":
             assert "update the driver" not in remedy
-    kepler = judge("460.27.03", "3.7", True, Line("old", "12.6", ("3.5", "3.7")), LINES.values())
+    kepler = judge(
+        "460.27.03", "3.7", True, CudaLine("old", "12.6", ("3.5", "3.7")), LINES.values()
+    )
     assert (
         kepler.kind == "driver-too-old"
         and "update" not in kepler.remedy
@@ -101,10 +105,10 @@ def test_an_inventory_names_the_lines_that_every_gpu_of_the_server_runs() -> Non
 def test_architectures_are_read_however_torch_or_a_definition_spells_them() -> None:
     spelt = ["7.5", "sm_80", "9.0a", "sm_100a", "12.0+PTX", "compute_120"]
     cuda = Cuda(line="cu130", toolkit="13.0.2", min_driver="580.65.06", architectures=spelt)
-    assert line_of("x", cuda) == Line(
+    assert line_of("x", cuda) == CudaLine(
         "x", "13.0", ("7.5", "8.0", "9.0a", "10.0a", "12.0"), ("12.0", "12.0")
     )
-    assert line_of("cpu", None) == Line("cpu", None)
+    assert line_of("cpu", None) == CudaLine("cpu", None)
 
 
 def test_a_toolkit_without_a_known_driver_is_refused_with_the_place_to_add_it() -> None:

@@ -16,13 +16,13 @@ import pytest
 from image_shell import flip, jail
 from machine import needs
 
-from ops.hardware.driver import Line
+from ops.hardware.driver import CudaLine
 from ops.image.bundle import parts
 from ops.image.bundle.contents import Options
 
 SHELLS = ["dash", "busybox ash", "bash"]
-CU130 = Line("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",))
-CU126 = Line("train-cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0"))
+CU130 = CudaLine("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",))
+CU126 = CudaLine("train-cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0"))
 
 
 @pytest.fixture
@@ -190,7 +190,12 @@ def read_checks(facts: str) -> dict[str, dict[str, str]]:
 
 
 def preflight(
-    tiny: Any, install: Callable, tmp_path: Path, gpus: str = "", line: Line = CU130, **engine: str
+    tiny: Any,
+    install: Callable,
+    tmp_path: Path,
+    gpus: str = "",
+    line: CudaLine = CU130,
+    **engine: str,
 ) -> Any:
     """The preflight of a CUDA bundle on a machine with these GPUs (nvidia-smi's CSV)."""
     if not (tmp_path / "b").exists():

@@ -21,10 +21,10 @@ def test_versions_are_compared_with_the_lock_package_by_package() -> None:
     assert checkup.versions_match_the_lock(lock).startswith("1 packages")
     lock["wheels"] += [{"name": "numpy", "version": "0.0.1"}, {"name": "not-there", "version": "1"}]
     with pytest.raises(
-        checkup.Failed, match=r"numpy .* instead of 0\.0\.1; not-there missing instead of 1"
+        checkup.CheckFailed, match=r"numpy .* instead of 0\.0\.1; not-there missing instead of 1"
     ):
         checkup.versions_match_the_lock(lock)
-    with pytest.raises(checkup.Failed, match="no lock"):
+    with pytest.raises(checkup.CheckFailed, match="no lock"):
         checkup.versions_match_the_lock(None)
 
 
@@ -58,7 +58,7 @@ def test_an_attempt_to_reach_out_is_counted_wherever_it_happens(
 ) -> None:
     found = attempts(tmp_path, program)
     assert len(found) >= 1
-    with pytest.raises(checkup.Failed, match="attempts: socket"):
+    with pytest.raises(checkup.CheckFailed, match="attempts: socket"):
         checkup.nothing_reached_out(tmp_path / "audit.txt", [])
 
 
@@ -87,7 +87,7 @@ def test_strace_counts_what_python_does_not_see(tmp_path: Path) -> None:
         quiet + "8 connect(4, {sa_family=AF_INET, sin_port=htons(443), "
         'sin_addr=inet_addr("203.0.113.7")}, 16) = -1\n'
     )
-    with pytest.raises(checkup.Failed, match=r"1 attempts: 8 connect.*203\.0\.113\.7"):
+    with pytest.raises(checkup.CheckFailed, match=r"1 attempts: 8 connect.*203\.0\.113\.7"):
         checkup.nothing_reached_out(tmp_path / "absent", [trace])
 
 
@@ -100,11 +100,11 @@ def test_the_compiler_for_triton_is_really_used(
     if shutil.which("cc") or shutil.which("gcc"):
         assert checkup.compiler_for_triton().endswith("compiles and links")
     monkeypatch.setenv("CC", "/bin/false")
-    with pytest.raises(checkup.Failed, match="/bin/false does not compile"):
+    with pytest.raises(checkup.CheckFailed, match="/bin/false does not compile"):
         checkup.compiler_for_triton()
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(checkup.Failed, match="no C compiler"):
+    with pytest.raises(checkup.CheckFailed, match="no C compiler"):
         checkup.compiler_for_triton()
 
 
@@ -122,11 +122,11 @@ def test_a_bitsandbytes_without_a_library_for_this_cuda_is_found_out(
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(
-        checkup.Failed, match=r"none of libbitsandbytes_cuda117\.so is for CUDA 13\.0"
+        checkup.CheckFailed, match=r"none of libbitsandbytes_cuda117\.so is for CUDA 13\.0"
     ):
         checkup.bitsandbytes_library()
     (package / "libbitsandbytes_cuda130.so").touch()
-    with pytest.raises(checkup.Failed, match=r"libbitsandbytes_cuda130\.so cannot be loaded"):
+    with pytest.raises(checkup.CheckFailed, match=r"libbitsandbytes_cuda130\.so cannot be loaded"):
         checkup.bitsandbytes_library()
     spec = importlib.util.find_spec("_ctypes")
     assert spec and spec.origin, "any library that loads will do"
@@ -135,7 +135,7 @@ def test_a_bitsandbytes_without_a_library_for_this_cuda_is_found_out(
         "libbitsandbytes_cuda130.so loaded beside torch"
     )
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(checkup.Failed, match="no CPU library"):
+    with pytest.raises(checkup.CheckFailed, match="no CPU library"):
         checkup.bitsandbytes_library()
 
 
@@ -179,7 +179,8 @@ def test_no_gpu_is_a_failure_with_its_remedy_where_one_is_expected(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert checkup.gpu_works(expected=False).startswith("no GPU visible; torch")
     with pytest.raises(
-        checkup.Failed, match=r"no GPU visible to torch .*nvidia-ctk runtime configure.*--gpus none"
+        checkup.CheckFailed,
+        match=r"no GPU visible to torch .*nvidia-ctk runtime configure.*--gpus none",
     ):
         checkup.gpu_works(expected=True)
 

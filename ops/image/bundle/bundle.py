@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops.errors import ConfigError, PreflightError
-from ops.hardware.driver import Line
+from ops.hardware.driver import CudaLine
 from ops.image.bundle import archive, manifest, signature, volumes
 from ops.image.bundle.contents import Contents, Options, models_beside
 from ops.image.bundle.parts import Part, bundle_id, final_tag, part_name, part_tag, plan_parts
@@ -61,7 +61,7 @@ def of_models(name: str, models: list[Model], folders: dict[str, Path]) -> Conte
     )
     config = archive.canonical_json({"models": sorted(model.set_digest for model in models)})
     image = archive.Image(config, (), f"milktea/{name}:1")
-    return Contents(lock, image, folders, Line(name, None))
+    return Contents(lock, image, folders, CudaLine(name, None))
 
 
 def write_bundle(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.hardware.driver import Line
+from ops.hardware.driver import CudaLine
 from ops.image.bundle import archive
 from ops.image.bundle.inventory import Present
 from ops.image.spec.lock import Lock, Model
@@ -26,8 +26,8 @@ class Contents:
     lock: Lock
     image: archive.Image
     models: dict[str, Path]
-    line: Line
-    lines: tuple[Line, ...] = ()
+    line: CudaLine
+    lines: tuple[CudaLine, ...] = ()
     prove: tuple[str, ...] = PROVE
     python: str = "python3"
     memory_bytes: int = 4_000_000_000

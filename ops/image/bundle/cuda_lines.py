@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from ops.errors import ConfigError
-from ops.hardware.driver import NATIVE, Line
+from ops.hardware.driver import NATIVE, CudaLine
 from ops.image.spec import definition
 from ops.image.spec.lock import Cuda
 from ops.image.spec.paths import Places
 
 
-def lines(places: Places = Places()) -> list[Line]:
+def lines(places: Places = Places()) -> list[CudaLine]:
     """Every CUDA line that images/*.toml define."""
     found = [definition.read(path) for path in sorted(places.definition("x").parent.glob("*.toml"))]
     return [line_of(image.name, image.cuda) for image in found if image.cuda]
 
 
-def line_of(name: str, cuda: Cuda | None) -> Line:
+def line_of(name: str, cuda: Cuda | None) -> CudaLine:
     """Architectures are as in the definition: ``8.0``, ``sm_80``, ``9.0a``; ``12.0+PTX``,
     ``compute_120`` also run newer GPUs.
 
     Raises ConfigError for a toolkit that the driver table does not know."""
     if cuda is None:
-        return Line(name, None)
+        return CudaLine(name, None)
     toolkit = ".".join(cuda.toolkit.split(".")[:2])
     if toolkit not in NATIVE:
         raise ConfigError(
@@ -35,7 +35,7 @@ def line_of(name: str, cuda: Cuda | None) -> Line:
             arches.append(number)
         if text.startswith("compute_") or text.endswith("+PTX"):
             ptx.append(number)
-    return Line(name, toolkit, tuple(arches), tuple(ptx))
+    return CudaLine(name, toolkit, tuple(arches), tuple(ptx))
 
 
 def _dotted(text: str) -> str:

@@ -46,7 +46,7 @@ class Inventory:
         )
         return best if best and shared_prefix(best.layers, diff_ids) else None
 
-    def compatible_lines(self, lines: list[driver.Line]) -> list[str]:
+    def compatible_lines(self, lines: list[driver.CudaLine]) -> list[str]:
         """The CUDA lines that every GPU of the server runs. A GPU that nvidia-smi did not describe
         fits none.
         """
@@ -101,5 +101,5 @@ def shared_prefix(a: list[str], b: list[str]) -> int:
     return count
 
 
-def _runs(gpu: Gpu, line: driver.Line) -> bool:
+def _runs(gpu: Gpu, line: driver.CudaLine) -> bool:
     return driver.judge(gpu.driver, gpu.capability, driver.is_data_center(gpu.name), line).runs

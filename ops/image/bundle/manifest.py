@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ops.errors import ConfigError
 from ops.hardware import driver
-from ops.hardware.driver import Line, Verdict
+from ops.hardware.driver import CudaLine, Verdict
 from ops.image.bundle import sbom, signature, volumes
 from ops.image.bundle.archive import Image
 from ops.image.bundle.contents import Contents, Options, models_beside
@@ -156,7 +156,7 @@ def safe_path(path: str) -> str:
     return path
 
 
-def gpu_rows(line: Line, lines: Iterable[Line]) -> list[str]:
+def gpu_rows(line: CudaLine, lines: Iterable[CudaLine]) -> list[str]:
     """CAP CLASS FLOOR VERDICT REMEDY for INSTALL.sh's judge: of one capability and class the rows
     run from the newest drivers, of which FLOOR is the oldest, to the oldest. CLASS is datacenter,
     other or any.
