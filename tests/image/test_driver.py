@@ -70,11 +70,12 @@ def test_the_shell_of_install_sh_gives_the_same_60_answers_word_for_word(
     functions = (
         INSTALLER.read_text().rpartition('main "$@"')[0].replace('"$(dirname "$0")"', str(tmp_path))
     )
+    for name, line in LINES.items():
+        (tmp_path / "plan" / name).mkdir(parents=True)
+        rows = manifest.gpu_rows(line, LINES.values())
+        (tmp_path / "plan" / name / "PLAN").write_text("".join(f"{row}\n" for row in rows))
     script = [functions, f"SMALL={tmp_path}/plan"]
     for driver, gpu, capability, name, *_ in cases():
-        (tmp_path / "plan" / name).mkdir(parents=True, exist_ok=True)
-        rows = manifest.gpu_rows(LINES[name], LINES.values())
-        (tmp_path / "plan" / name / "PLAN").write_text("".join(f"{row}\n" for row in rows))
         script += [
             f"SMALL={tmp_path}/plan/{name}",
             f"judge {driver} {capability} $(class_of '{gpu}')",
