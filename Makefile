@@ -10,7 +10,7 @@ TORCH ?= $(shell sed -n "s/^torch==//p" requirements.lock)
 milktea := $(VENV)/bin/python -m ops.cli
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup rent-and-train plan resume reap status test test-slow lint crash-matrix image image-lock bundle push-image lock clean
+.PHONY: help setup rent-and-train plan resume reap status test test-slow test-versions lint crash-matrix image image-lock bundle push-image lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,9 @@ test: setup ## the test suite
 test-slow: setup ## the long proofs: crash matrix, kills, corruption, Docker where an engine is
 	@$(VENV)/bin/python -m pytest -m "(slow or docker) and not gpu and not live" -n 2
 
+test-versions: setup ## the trainer's tests on every torch and transformers of docs/architecture.md; ROWS="train-cu130 ..."
+	@$(VENV)/bin/python tests/versions.py $(ROWS)
+
 lint: setup ## ruff, its format, and mypy, strict
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
@@ -68,4 +71,4 @@ lock: ## resolve requirements.lock and the box's list anew from pyproject.toml, 
 	@rm -rf .venv-lock
 
 clean: ## what can be made again, except runs/ and out/
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .milktea
+	rm -rf $(VENV) .venv-versions .pytest_cache .ruff_cache .mypy_cache .milktea
