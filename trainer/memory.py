@@ -22,23 +22,23 @@ from trainer.families import EXPERT_RANK, Family, FamilyError
 
 GIB = 1024**3
 
-MARGIN = 0.05  # of the predicted peak, before anything is said to fit
-# of what torch reports as the card's total: the CUDA context, fragments between the allocator's
-# blocks
+MARGIN = 0.05  # share of the predicted peak that must stay free
+# what training cannot have of the total that torch reports: the CUDA context, and gaps between the
+# allocator's blocks
 RESERVED_GIB = 1.0
 
-DROPOUT = ", dropout"  # behind a method's name
+DROPOUT = ", dropout"  # follows the name of a method that trains with lora_dropout
 
 _CONSTANT_GIB = 0.10  # cuBLAS workspaces, position tables, the batch itself
 _NCCL_GIB = 0.4
 _LOGITS_PER_CHUNK = 2**26  # trainer/model/loss.py
-_MEAN_ROW = 200  # tokens of a document, where the data is not known
-_FLASH_ROUND = 128  # rows that flash attention's backward adds for each document
+_MEAN_ROW = 200  # tokens of a row, assumed where the data is not known
+_FLASH_ROUND = 128  # flash attention's backward rounds each document up to so many rows
 _NF4_BYTES = 0.5 + 4 / 64  # half a byte, and an fp32 scale for 64 values
-# that lora_dropout's keys take for a moment, for each of the widest input's features
+# lora_dropout's random keys take so many bytes for each feature of the widest input, for a moment
 _DROPOUT_BYTES = 28
-# of a layer's time again when it is checkpointed (bench/results/bench.jsonl: 14,559 against 20,254
-# tokens/s)
+# a checkpointed layer takes this share of its time once more (bench/results/bench.jsonl: 14,559
+# against 20,254 tokens/s)
 _RECOMPUTED = 0.38
 # a micro-batch costs as much as this many tokens more: launches, small matrix products
 _LAUNCH_TOKENS = 400
@@ -51,12 +51,12 @@ class Mixture:
     """The experts of a decoder, and what stands beside them."""
 
     experts: int
-    active: int  # that a token meets
-    width: int  # of one expert
-    gated: bool  # gate and up, else up alone
-    dense_layers: int  # that have an MLP in the experts' place
+    active: int  # experts that one token meets
+    width: int  # intermediate size of one expert
+    gated: bool  # an expert has gate and up, else up alone
+    dense_layers: int  # layers that have an MLP in the experts' place
     shared: int  # width of the experts that every token meets, 0 for none
-    others_adapted: bool  # dense and shared parts can have adapters
+    others_adapted: bool  # whether dense and shared parts can have adapters
 
     @classmethod
     def of(cls, family: Family) -> Mixture:
@@ -89,11 +89,11 @@ class Mixture:
         )
 
     def weights(self, hidden: int) -> int:
-        """Of one layer's experts."""
+        """Parameters of one layer's experts."""
         return self.experts * self.width * hidden * (3 if self.gated else 2)
 
     def adapter(self, hidden: int, r: int) -> int:
-        """Of one layer's experts at rank r."""
+        """Parameters of the adapters of rank r on one layer's experts."""
         up = (2 if self.gated else 1) * self.width
         return self.experts * r * (hidden + up + self.width + hidden)
 
@@ -117,16 +117,16 @@ class Shape:
     tied: bool = False  # the head is the embedding
     gated: bool = True  # gate and up projections (SwiGLU), else one fc (GPT-2)
     qkv_bias: bool = False
-    other_bias: bool = False  # on every other linear layer, and on the norms
+    other_bias: bool = False  # whether all other linear layers and the norms have a bias
     qk_norm: bool = False
-    positions: int = 0  # learned position embeddings
-    fused: bool = True  # the fused layer knows this class
-    norms: int = 2  # of the stream, in a layer
+    positions: int = 0  # number of learned position embeddings
+    fused: bool = True  # whether the fused layer knows this class
+    norms: int = 2  # norms of the residual stream in a layer
     # linear modules of a layer where they are not q, k, v, o, gate, up, down: name, inputs, outputs
     modules: tuple[tuple[str, int, int], ...] = ()
     mixture: Mixture | None = None
-    state_bytes: int = 0  # that a layer with a state keeps of a token beside its linears
-    other_parameters: int = 0  # beside what is counted here; below zero where that is too much
+    state_bytes: int = 0  # bytes a token that a layer with a state keeps beside its linears
+    other_parameters: int = 0  # what the sizes above miss of the whole; negative: they exceed it
 
     def __post_init__(self) -> None:
         """From JSON too: a mixture as a dict, modules as lists."""
