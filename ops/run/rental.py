@@ -25,6 +25,7 @@ from ops.errors import (
     NoAnswer,
     OfferGone,
     Preempted,
+    RateLimited,
     Refused,
     Unsuitable,
 )
@@ -64,9 +65,17 @@ def rented(session: Session, offer: Offer) -> Iterator[int]:
     """The instance id of the machine behind `offer`, or the one that this run already has. On the
     way out, however, it is destroyed and proven gone; only `Detached` leaves it, guarded by its own
     watchdog, and `Fenced`, since another client has it. A destroy without its proof raises
-    BoxLeaked from the first error."""
+    BoxLeaked from the first error. Raises NoAnswer where vast.ai does not say whether there is one:
+    then nothing is rented and nothing destroyed."""
     try:
-        yield adopt(session) or rent(session, offer)
+        adopted = adopt(session)
+    except (RateLimited, NoAnswer) as e:  # it may train: no answer is no reason to destroy it
+        raise NoAnswer(
+            f"vast.ai does not say whether the box of {session.run_id} still stands: {e}",
+            hint=f"`milktea resume {session.run_id}` asks again; until then the box is left alone",
+        ) from e
+    try:
+        yield adopted or rent(session, offer)
     except (Detached, Fenced):
         raise
     except BaseException as first:
