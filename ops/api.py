@@ -357,7 +357,7 @@ def plan(
     offers = found_offers(vast, made.needs)
     ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
     if not ranking.accepted:
-        raise none_left(ranking, 0)
+        raise none_left(ranking, 0, made.needs)
     return Planned(made, ranking, vast.credit_usd())
 
 

@@ -29,9 +29,18 @@ limit=; command -v timeout >/dev/null 2>&1 && limit="timeout 30"
 echo "{MARK} gpu"; $limit {NVIDIA_SMI} 2>&1; code=$?
 echo "{MARK} gpu-exit"; echo "$code"
 echo "{MARK} disk"; {DISK} 2>&1
+echo "{MARK} memory"
+while read -r key kib rest; do [ "$key" = MemTotal: ] && echo "$((kib * 1024))"; done </proc/meminfo
+cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null
+echo "{MARK} cores"
+grep -c ^processor /proc/cpuinfo 2>/dev/null; cat /sys/fs/cgroup/cpu.max 2>/dev/null
+echo "{MARK} shm"; df -Pk /dev/shm 2>/dev/null
+true
 """
 
 _LEAST_MEMORY = 0.95  # of what was offered: vast.ai rounds, ECC takes its part
+_LEAST_HOST = 0.9  # of the host memory that was asked for
+SHM_BYTES = 32 << 20  # of /dev/shm for each GPU beside the first, by which NCCL speaks
 _LEAST_DISK = 0.5  # of what was rented: the image may count against it
 
 
@@ -57,12 +66,23 @@ class DiskFacts:
 
 
 @dataclass(frozen=True)
+class HostFacts:
+    """What the container may use of the host; 0 where it does not say. The limits of its control
+    group count, since /proc shows the whole machine."""
+
+    memory_gib: float = 0.0
+    cores: float = 0.0
+    shm_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Facts:
     """`complaint` is what nvidia-smi or df said instead of an answer."""
 
     gpu: GpuFacts | None
     disk: DiskFacts | None
     complaint: str = ""
+    host: HostFacts = HostFacts()
 
 
 @dataclass(frozen=True)
@@ -72,11 +92,17 @@ class Expected:
     gpu_memory_gib: float
     disk_gib: float
     min_cuda: float = 0.0
+    min_cpu_ram_gib: float = 0.0
 
     @classmethod
     def of(cls, offer: Offer, needs: Needs) -> Expected:
         return cls(
-            offer.gpu_name, offer.num_gpus, offer.gpu_memory_gib, needs.disk_gib, needs.min_cuda
+            offer.gpu_name,
+            offer.num_gpus,
+            offer.gpu_memory_gib,
+            needs.disk_gib,
+            needs.min_cuda,
+            needs.min_cpu_ram_gib,
         )
 
 
@@ -92,7 +118,7 @@ def parse(stdout: str) -> Facts:
     disk = parse_disk(parts.get("disk", ""))
     if disk is None:
         complaint = complaint or f"df: {parts.get('disk', '')[:200] or 'says nothing'}"
-    return Facts(gpu, disk, complaint)
+    return Facts(gpu, disk, complaint, parse_host(parts))
 
 
 def parse_gpu(output: str, exit_code: str = "0") -> tuple[GpuFacts | None, str]:
@@ -122,13 +148,30 @@ def parse_disk(output: str) -> DiskFacts | None:
     such line."""
     lines = output.strip().splitlines()
     found = (
-        re.search(r"\s(\d+)\s+(\d+)\s+(-?\d+)\s+(?:\d+%|-)\s+(/.*)$", lines[-1]) if lines else None
+        re.search(r"\s(\d{1,18})\s+(\d{1,18})\s+(-?\d{1,18})\s+(?:\d+%|-)\s+(/.*)$", lines[-1])
+        if lines
+        else None
     )
     return DiskFacts(max(0, int(found[3])) * 1024, found[4]) if found else None
 
 
+def parse_host(parts: dict[str, str]) -> HostFacts:
+    """The parts memory, cores and shm of SCRIPT's answer; 0 for what none of them says."""
+    memory = [int(w) for w in parts.get("memory", "").split() if re.fullmatch(r"\d{1,18}", w)]
+    cores = parts.get("cores", "").split()
+    seen = [float(w) for w in cores[:1] if _is_number(w)]
+    if len(cores) == 3 and all(map(_is_number, cores[1:])) and float(cores[2]) > 0:
+        seen.append(float(cores[1]) / float(cores[2]))  # microseconds of each period
+    shm = parse_disk(parts.get("shm", ""))
+    return HostFacts(
+        min(memory, default=0) / 2**30,
+        min(seen, default=0.0),
+        shm.free_bytes if shm is not None else 0,
+    )
+
+
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\d+(\.\d+)?", text) is not None
+    return re.fullmatch(r"\d{1,15}(\.\d{1,9})?", text) is not None
 
 
 # -- judging ---------------------------------------------------------------------------------------
@@ -136,7 +179,7 @@ def _is_number(text: str) -> bool:
 
 def unsuitable(facts: Facts, expected: Expected) -> str | None:
     """Why the box is not what was offered, in one sentence with both numbers; None when it is."""
-    gpu, disk = facts.gpu, facts.disk
+    gpu, disk, host = facts.gpu, facts.disk, facts.host
     if gpu is None or disk is None:
         return facts.complaint
     if not same_gpu(gpu.name, expected.gpu_name):
@@ -149,6 +192,16 @@ def unsuitable(facts: Facts, expected: Expected) -> str | None:
         )
     if gpu.memory_gib < expected.gpu_memory_gib * _LEAST_MEMORY:
         return f"its GPU has {gpu.memory_gib:.1f} GiB, offered were {expected.gpu_memory_gib:.1f}"
+    if 0 < host.memory_gib < expected.min_cpu_ram_gib * _LEAST_HOST:
+        return (
+            f"its container may use {host.memory_gib:.1f} GiB of host memory, this job needs "
+            f"{expected.min_cpu_ram_gib:.0f}"
+        )
+    if 0 < host.shm_bytes < SHM_BYTES * (expected.num_gpus - 1):
+        return (
+            f"its /dev/shm has {host.shm_bytes / 2**20:.0f} MiB, by which {expected.num_gpus} GPUs "
+            "cannot speak"
+        )
     needed = NATIVE.get(f"{expected.min_cuda:.1f}")
     if needed and _version(gpu.driver) < _version(needed):
         return (

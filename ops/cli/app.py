@@ -177,6 +177,7 @@ def reap(
         from ops import api
 
         vast, screen = _market(), _screen(as_json)
+        vast.tell = screen.waiting
         reaped = api.reap(foreign=foreign, vast=vast, screen=screen)
         _report(reaped, as_json, say_nothing_found=True)
 
@@ -255,6 +256,7 @@ def _acting(as_json: bool) -> Iterator[tuple[api.Vast, Terminal | JsonLines]]:
     from ops import api
 
     vast, screen = _market(), _screen(as_json)
+    vast.tell = screen.waiting
     _report(api.finish_destroys(vast=vast, screen=screen), as_json)
     with _interrupted():
         yield vast, screen

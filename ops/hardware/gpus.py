@@ -112,6 +112,23 @@ def find(name: str, memory_gib: float = 0.0) -> Gpu | None:
     return min(same, key=lambda g: abs(g.memory_gib - memory_gib)) if same else None
 
 
+_SOCKETS = ("PCIE", "SXM", "NVL")
+
+
+def meant(name: str) -> list[str]:
+    """vast.ai's names for what somebody wrote: "4090" is an RTX 4090, "H100" each card of that
+    family. A name that the table lacks is kept: the market may have it."""
+    if known := find(name) or find(f"RTX {name}"):
+        return [known.name]
+    family = [
+        g.name
+        for g in GPUS
+        if plain(g.name).startswith(plain(name))
+        and plain(g.name).removeprefix(plain(name)).startswith(_SOCKETS)
+    ]
+    return list(dict.fromkeys(family)) or [name]
+
+
 def like(name: str) -> list[str]:
     """Known names that resemble `name`, nearest first, for an error message."""
     known = {plain(g.name): g.name for g in GPUS}

@@ -112,6 +112,10 @@ class Offer(Strict):
     disk_gib: Annotated[
         Annotated[int, Field(ge=8)] | None, Field(description="Left out, it is predicted")
     ] = None
+    min_cpu_ram_gib: Annotated[
+        PositiveFloat | None,
+        Field(description="Host memory that is ours; left out, it is predicted"),
+    ] = None
 
     @field_validator("countries")
     @classmethod

@@ -21,6 +21,7 @@ from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job import sent, tokens
 from ops.job.config import JobFile
+from ops.job.mistakes import counted
 from ops.job.plan import Plan
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
@@ -35,6 +36,7 @@ from trainer.wire.stages import STAGES
 CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}
 DRIVER_SHARE = 0.98  # of the memory that a card's driver reports, torch can have
 CPU_FLOP_S = 1e11  # of a laptop, generously
+HOST_GIB, PROCESS_GIB = 3.0, 4.0  # of host memory: the system; torch with CUDA, tokens, buffers
 SYSTEM_GIB = 4  # logs, pip's cache, the container's own
 IMAGE_UNPACKED = 2.5  # unpacked bytes for a compressed one
 TRAINER_SUFFIXES = (".py", ".toml", ".html")
@@ -90,6 +92,9 @@ def planned(job: JobFile, run_id: str, stage: Path, *, or_estimate: bool = False
     workload = _workload(job, lengths, shape, pushes)
     needs = _needs(job, workload, shape)
     template = Path(job.data.template)
+    for name in job.offer.gpu_name:
+        if (meant := gpus.meant(name)) != [name] and gpus.find(name) is None:
+            notes.append(f"offer.gpu_name {name!r} is read as {', '.join(meant)}")
     notes += sent.told(pushes, template if template.is_absolute() else None)
     login, boards = job.image.login or "", job.training.report_to
     notes += tokens.told(job.env, login, job.model.base, boards)
@@ -153,7 +158,7 @@ def _with_named(files: list[Path]) -> list[Path]:
     sources, defects = find_sources(files, "auto")
     if defects:
         raise PreflightError(
-            "\n".join(str(d) for d in defects),
+            "\n".join(counted(str(d) for d in defects)),
             hint="correct the file, or name the data files themselves in data.files",
         )
     return [*files, *(s.path for s in sources)]
@@ -250,7 +255,7 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
         with _linked(stage, pushes):
             prepared = prepare.prepare(job, stage)
     except prepare.Refused as e:
-        listed = "\n".join(f"  {s}" for s in e.samples)
+        listed = "\n".join(f"  {s}" for s in counted(e.samples))
         kind = Untokenised if isinstance(e, prepare.Unfetched) else PreflightError
         raise kind(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
     except prompt.TemplateError as e:
@@ -473,7 +478,7 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
         _validate_cards(job, least)
     o = job.offer
     return Needs(
-        gpu_names=tuple(o.gpu_name),
+        gpu_names=tuple(_gpu_names(job)),
         min_gpu_memory_gib=max(least, o.min_gpu_memory_gib or 0.0),
         num_gpus=o.num_gpus,
         max_usd_per_hour=o.max_usd_per_hour,
@@ -486,8 +491,24 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
         disk_gib=workload.disk_gib,
         hours=job.limits.max_hours,
         min_compute_capability=CAPABILITY[job.model.precision],
-        max_usd=None,
+        max_usd=job.limits.max_usd,
+        min_cpu_ram_gib=o.min_cpu_ram_gib or _host_memory_gib(workload),
+        min_cpu_cores=0.0 if workload.cpu_practice else float(o.num_gpus),
     )
+
+
+def _host_memory_gib(workload: Workload) -> float:
+    """Host memory that training takes: the system's, each process's, and the copy of parameters
+    and moments from which a checkpoint is written."""
+    if workload.cpu_practice:
+        return 0.0
+    copied = workload.checkpoint_bytes / 2**30
+    return math.ceil(HOST_GIB + PROCESS_GIB * workload.num_gpus + copied)
+
+
+def _gpu_names(job: JobFile) -> list[str]:
+    """offer.gpu_name in vast.ai's spelling."""
+    return list(dict.fromkeys(m for n in job.offer.gpu_name for m in gpus.meant(n)))
 
 
 def _validate_cards(job: JobFile, min_gib: float) -> None:
@@ -502,12 +523,9 @@ def _validate_cards(job: JobFile, min_gib: float) -> None:
             f"{largest.memory_gib:.0f} GiB",
             hint=f"set {less}, or a smaller lora.r",
         )
-    named = [g for n in job.offer.gpu_name if (g := gpus.find(n))]
-    if (
-        not named
-        or len(named) < len(job.offer.gpu_name)
-        or any(g.memory_gib >= min_gib for g in named)
-    ):
+    names = _gpu_names(job)
+    named = [g for n in names if (g := gpus.find(n))]
+    if not named or len(named) < len(names) or any(g.memory_gib >= min_gib for g in named):
         return
     fits = gpus.that_hold(min_gib, job.model.precision)
     nearest = (

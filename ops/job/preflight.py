@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops.errors import PreflightError, Refused
+from ops.errors import NoAnswer, PreflightError, Refused
 from ops.job.plan import Plan
 from trainer.wire.job import WIRE
 
@@ -28,6 +28,11 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
         credit = vast.credit_usd()
     except Refused as e:
         raise PreflightError(str(e), hint=e.hint) from e
+    except NoAnswer as e:
+        raise PreflightError(
+            f"vast.ai cannot be reached: {e}",
+            hint="check the network, and VAST_URL where it is set; nothing was rented",
+        ) from e
     plan = make()
     try:
         _validate_image(plan)

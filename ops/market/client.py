@@ -44,6 +44,7 @@ INTERVAL_S = {
     "user": 0.5,
 }
 PATIENCE_S = 60.0  # for a call that may be repeated
+FIRST_PATIENCE_S = 20.0  # for the first
 LOG_PATIENCE_S = 10.0  # for a container's log
 PAGE = 25
 MAX_PAGES = 400  # of one list; more is a list that does not end
@@ -79,6 +80,9 @@ class Vast:
         self.provider = provider
         self.clock = clock
         self._client = VastClient(provider.api_key, provider.url.rstrip("/"), retry=1, timeout=30)
+        # told while an answer is waited for
+        self.tell: Callable[[str], object] = lambda said: None
+        self._answered = False
         self._last_call: dict[str, float] = {}
         self._account = ""
 
@@ -309,18 +313,22 @@ class Vast:
         query: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """A call that is safe to make twice: repeated on 429 and on silence until PATIENCE_S is
-        over."""
+        over; FIRST_PATIENCE_S where vast.ai has not answered once: then the address, or the
+        network, is wrong."""
         failed: list[MarketError] = []
+        patience_s = PATIENCE_S if self._answered else FIRST_PATIENCE_S
 
         def called() -> dict[str, Any] | None:
             try:
                 return self._call(kind, method, path, body, query)
             except (RateLimited, NoAnswer) as e:
+                if not failed:
+                    self.tell(f"{e}; asked again for {patience_s:.0f} s")
                 failed.append(e)
                 return None
 
         reply = until(
-            called, every_s=2.0 * INTERVAL_S[kind], timeout_s=PATIENCE_S, clock=self.clock
+            called, every_s=2.0 * INTERVAL_S[kind], timeout_s=patience_s, clock=self.clock
         )
         if reply is None:
             raise failed[-1]
@@ -350,6 +358,7 @@ class Vast:
                 ) from None
         except requests.RequestException as e:
             raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_short(e)}") from e
+        self._answered = True
         if reply.status_code == 429:
             raise RateLimited(f"{what}: {_words(content)}")
         if reply.status_code >= 500 and reply.status_code != 501:

@@ -29,7 +29,7 @@ class Offer:
     gpu_memory_gib: float  # of one GPU
     compute_capability: float  # 8.9
     cuda_max: float
-    cpu_ram_gib: float
+    cpu_ram_gib: float  # our share of the host's, by GPUs
     disk_gib: float  # the most that can be rented
     usd_per_hour: float  # all GPUs together, without disk
     min_bid_usd_per_hour: float
@@ -48,6 +48,7 @@ class Offer:
     dlperf: float = 0.0  # vast.ai's benchmark, all GPUs together
     gpu_memory_gb_s: float = 0.0
     disk_mb_s: float = 0.0
+    cpu_cores: float = 0.0  # our share; 0: vast.ai does not say
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def parse_offer(row: Row) -> Offer:
         gpu_memory_gib=number(row, "gpu_ram") / 1024,
         compute_capability=number(row, "compute_cap", default=0) / 100,
         cuda_max=number(row, "cuda_max_good", default=0),
-        cpu_ram_gib=number(row, "cpu_ram", default=0) / 1024,
+        cpu_ram_gib=number(row, "cpu_ram", default=0) / 1024 * _share(row),
         disk_gib=number(row, "disk_space", default=0),
         usd_per_hour=_gpu_price(row),
         min_bid_usd_per_hour=number(row, "min_bid", default=0),
@@ -119,6 +120,7 @@ def parse_offer(row: Row) -> Offer:
         dlperf=number(row, "dlperf", default=0),
         gpu_memory_gb_s=number(row, "gpu_mem_bw", default=0),
         disk_mb_s=number(row, "disk_bw", default=0),
+        cpu_cores=number(row, "cpu_cores_effective", default=0),
     )
 
 
@@ -168,6 +170,12 @@ def number(row: Row, *names: str, default: float | None = None) -> float:
     if default is None:
         raise ValueError(f"no number under {' or '.join(names)}")
     return default
+
+
+def _share(row: Row) -> float:
+    """Of the machine's GPUs, those of the offer: memory and cores are shared out likewise."""
+    share = number(row, "gpu_frac", default=1)
+    return share if 0 < share <= 1 else 1.0
 
 
 def _gpu_price(row: Row) -> float:

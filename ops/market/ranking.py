@@ -48,6 +48,8 @@ class Needs:
     min_direct_ports: int = 0
     verified_only: bool = True
     max_usd: float | None = None
+    min_cpu_ram_gib: float = 0.0
+    min_cpu_cores: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def query(needs: Needs, order: str = "dlperf_per_dphtotal") -> dict[str, Any]:
         "inet_down": {"gte": needs.min_inet_down_mbps * _SERVER_SLACK},
         "duration": {"gte": round(needs.hours * 3600)},
     }
+    if needs.min_cpu_ram_gib:  # of the whole machine; our share of it is looked at in `rank`
+        body["cpu_ram"] = {"gte": round(needs.min_cpu_ram_gib * 1000 * _SERVER_SLACK)}
     if needs.verified_only:
         body["verified"] = {"eq": True}
     if needs.min_direct_ports:
@@ -203,7 +207,8 @@ def _judge(
         reasons.append(
             (
                 "limits.max_hours",
-                f"would take {predicted.hours:.1f} h on {offer.gpu_name}, the limit is "
+                f"would take {predicted.hours:.3g} h on {offer.gpu_name}, "
+                f"{predicted.transfer_s / 3600:.2g} h of them to move files; the limit is "
                 f"{needs.hours:g} h",
             )
         )
@@ -211,7 +216,8 @@ def _judge(
         reasons.append(
             (
                 "limits.max_usd",
-                f"would cost ${predicted.expected_usd:.2f}, the limit is ${needs.max_usd:.2f}",
+                f"would cost {predicted.expected_usd:.4g} $ on {offer.gpu_name}, the limit is "
+                f"{needs.max_usd:.4g} $",
             )
         )
     return tuple(reasons), predicted
@@ -285,6 +291,16 @@ _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
     "countries": lambda o, n: (
         f"is in {o.country or 'an unknown country'}, not in {', '.join(n.countries)}"
         if n.countries and o.country not in n.countries
+        else ""
+    ),
+    "min_cpu_ram_gib": _at_least(
+        lambda o: o.cpu_ram_gib,
+        lambda n: n.min_cpu_ram_gib * _SERVER_SLACK,
+        "our share of its memory is {:.0f} GiB, under {:.0f} GiB",
+    ),
+    "cpu_cores": lambda o, n: (
+        f"our share of its cores is {o.cpu_cores:g}, under {n.min_cpu_cores:g}"
+        if 0 < o.cpu_cores < n.min_cpu_cores
         else ""
     ),
     "min_inet_down_mbps": _at_least(

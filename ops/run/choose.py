@@ -7,12 +7,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ops.errors import JournalError, NoOffer, OverBudget
+from ops.hardware import gpus
 from ops.market.client import Vast
 from ops.market.cost import Workload
 from ops.market.models import Offer
 from ops.market.ranking import Needs, Ranking, penalty, query, rank
 from ops.run import journal
 from ops.run.session import Session
+
+ANYTHING = Needs(  # what a market has at all
+    min_reliability=0,
+    min_inet_down_mbps=0,
+    min_cuda=0,
+    disk_gib=8,
+    hours=0,
+    min_compute_capability=0,
+    verified_only=False,
+)
 
 
 def choose(session: Session, ranking: Ranking) -> Offer:
@@ -24,15 +35,15 @@ def choose(session: Session, ranking: Ranking) -> Offer:
         p for p in ranking.accepted if p.offer.machine_id not in tried and p.offer.id not in gone
     ]
     if not fresh:
-        raise none_left(ranking, len(ranking.accepted))
+        raise none_left(ranking, len(ranking.accepted), session.plan.needs)
     affordable = [
         p for p in fresh if p.cost.expected_usd <= session.plan.max_usd - session.spent_usd()
     ]
     if not affordable:
         raise OverBudget(
             f"the cheapest of {len(fresh)} offers would finish this run for "
-            f"{fresh[0].cost.expected_usd:.2f} $, and limits.max_usd leaves "
-            f"{session.plan.max_usd - session.spent_usd():.2f} $",
+            f"{fresh[0].cost.expected_usd:.4f} $, and limits.max_usd leaves "
+            f"{session.plan.max_usd - session.spent_usd():.4f} $",
             hint="raise limits.max_usd, or shorten the training (num_train_epochs, max_steps)",
         )
     best = affordable[0]
@@ -60,7 +71,7 @@ def search(session: Session) -> Ranking:
 
 def found_offers(vast: Vast, needs: Needs) -> list[Offer]:
     """The fastest for their price, and the cheapest by the hour where one search does not show the
-    whole market."""
+    whole market. Where nothing fits, what else there is: it says which filter keeps it out."""
     found: list[Offer] = []
     for order in ("dlperf_per_dphtotal", "dph_total"):
         offers, more = vast.search(
@@ -69,6 +80,11 @@ def found_offers(vast: Vast, needs: Needs) -> list[Offer]:
         found += offers
         if not more:
             break
+    if not found:
+        anything = query(ANYTHING, "dph_total") | {"num_gpus": {"gte": 1}}
+        found, _ = vast.search(
+            anything, interruptible=needs.interruptible, disk_gib=ANYTHING.disk_gib
+        )
     return found
 
 
@@ -91,17 +107,23 @@ def remaining(session: Session) -> Workload:
     )
 
 
-def none_left(ranking: Ranking, tried: int) -> NoOffer:
+def none_left(ranking: Ranking, tried: int, needs: Needs) -> NoOffer:
     """The error for a market without an offer for us: which filter keeps most out, or that all were
     tried."""
     if tried:
         return NoOffer(f"all {tried} offers that fit were tried")
     if not ranking.rejected:
         return NoOffer(
-            "the market has no offer for these needs at all",
-            hint="relax [offer]: gpu_name, countries, num_gpus",
+            "the market has no offer at all now", hint="run `milktea plan` again in a few minutes"
         )
-    return NoOffer(f"none of {len(ranking.rejected)} offers fits: {ranking.advice()}")
+    unknown = [name for name in needs.gpu_names if gpus.find(name) is None]
+    near = [other for name in unknown for other in gpus.like(name)]
+    advice = ranking.advice() + (f"; did you mean {' or '.join(near)}?" if near else "")
+    limit, _ = ranking.most_removed()
+    hint = None
+    if limit.startswith("limits."):
+        hint = f"raise {limit}, or shorten the training (num_train_epochs, max_steps)"
+    return NoOffer(f"none of {len(ranking.rejected)} offers fits: {advice}", hint=hint)
 
 
 def bad_machines(root: Path, now: float) -> dict[int, float]:

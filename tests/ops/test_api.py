@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 import milktea
 import rig
-from ops.errors import BoxLeaked, ConfigError, JournalError, OverBudget
+from ops.errors import BoxLeaked, ConfigError, JournalError, NoOffer, OverBudget
 from ops.fakevast import FakeVast
 from ops.market.client import Provider
 from ops.wait import RealClock
@@ -147,12 +148,31 @@ def test_an_interrupted_run_is_resumed_by_its_name(
     assert milktea.destroy(run, vast=vast, root=own.runs) is False
 
 
-def test_an_error_of_a_run_is_in_its_journal_with_its_exit_code(
+def test_a_limit_below_what_the_run_will_cost_is_refused_by_the_plan(
     own: rig.Rig, vast: milktea.Vast, job: dict[str, Any]
 ) -> None:
     job["limits"]["max_usd"] = 1e-6
+    with pytest.raises(NoOffer, match=r"limits\.max_usd .* would cost 0\.\d+ \$ on") as refused:
+        milktea.plan(job, vast=vast, root=own.runs)
+    assert "raise limits.max_usd" in refused.value.hint
+    assert milktea.runs(own.runs) == []
+
+
+def test_a_gpu_that_the_market_lacks_is_told_with_what_was_meant(
+    own: rig.Rig, vast: milktea.Vast, job: dict[str, Any]
+) -> None:
+    job["offer"] = {"gpu_name": ["RTX 4O90"]}
+    with pytest.raises(NoOffer, match=r"gpu_name .*is none of RTX 4O90; did you mean .*RTX 4090"):
+        milktea.plan(job, vast=vast, root=own.runs)
+
+
+def test_an_error_of_a_run_is_in_its_journal_with_its_exit_code(
+    own: rig.Rig, vast: milktea.Vast, job: dict[str, Any]
+) -> None:
+    planned = milktea.plan(job, vast=vast, root=own.runs)
+    poorer = replace(planned, plan=replace(planned.plan, max_usd=1e-6))
     with pytest.raises(OverBudget):
-        milktea.rent_and_train(job, vast=vast, root=own.runs)
+        milktea.rent_and_train(poorer, vast=vast, root=own.runs)
     [run] = milktea.runs(own.runs)
     assert run.journal[-1].kind == "failed" and run.journal[-1]["exit_code"] == 6
 

@@ -15,6 +15,7 @@ from ops.box.facts import (
     Expected,
     Facts,
     GpuFacts,
+    HostFacts,
     parse,
     parse_disk,
     parse_gpu,
@@ -290,3 +291,47 @@ def test_every_card_of_the_emulators_market_is_what_its_own_nvidia_smi_says(tmp_
 
 def test_a_b300_is_the_card_that_its_driver_calls_ac() -> None:
     assert same_gpu("NVIDIA B300 SXM6 AC", "B300")
+
+
+# -- the host --------------------------------------------------------------------------------------
+
+
+def host(memory: str = "", cores: str = "", shm: str = "") -> HostFacts:
+    text = f"{MARK} memory\n{memory}\n{MARK} cores\n{cores}\n{MARK} shm\n{shm}\n"
+    return parse(text).host
+
+
+def test_the_limits_of_the_container_count_and_not_what_the_machine_has():
+    shown = host("135000000000\n17179869184\n", "64\n800000 100000\n")
+    assert shown.memory_gib == 16.0 and shown.cores == 8.0
+    assert host("17179869184\nmax\n", "4\nmax 100000\n") == HostFacts(16.0, 4.0)
+    assert host("17179869184\n9223372036854771712\n", "4\n") == HostFacts(16.0, 4.0)
+
+
+@pytest.mark.parametrize("said", ["", "nonsense", "-5", "9" * 5000, "max"])
+def test_a_host_that_says_nothing_is_not_judged(said):
+    assert host(said, said, said) == HostFacts()
+    unknown = replace(GOOD, host=HostFacts())
+    assert unsuitable(unknown, replace(EXPECTED, min_cpu_ram_gib=64)) is None
+    assert parse_disk(f"/dev/x 1 1 {said} 5% /") is None or said == "-5"
+
+
+def test_a_container_with_less_memory_than_the_job_needs_is_refused():
+    small = replace(GOOD, host=HostFacts(memory_gib=3.9))
+    assert "3.9 GiB of host memory, this job needs 9" in str(
+        unsuitable(small, replace(EXPECTED, min_cpu_ram_gib=9))
+    )
+    assert unsuitable(small, replace(EXPECTED, min_cpu_ram_gib=4)) is None
+
+
+def test_several_gpus_need_shared_memory_to_speak_by():
+    small = replace(GOOD, host=HostFacts(64, 16, 1 << 20))
+    assert "/dev/shm has 1 MiB" in str(unsuitable(small, EXPECTED))
+    one = replace(small, gpu=replace(GOOD.gpu, count=1))
+    assert unsuitable(one, replace(EXPECTED, num_gpus=1)) is None
+
+
+def test_this_machine_says_what_a_container_here_may_use():
+    done = subprocess.run(["sh", "-c", SCRIPT], capture_output=True, text=True, timeout=60)
+    shown = parse(done.stdout).host
+    assert shown.memory_gib > 0 and shown.cores > 0

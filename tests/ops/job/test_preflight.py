@@ -402,3 +402,71 @@ def test_what_is_set_here_and_does_not_travel_is_told(monkeypatch: pytest.Monkey
 def test_a_login_names_the_registry_of_its_image(image: str, host: str) -> None:
     assert tokens.registry_login(image, "L", {"L": "me:t:1"}) == f"-u me -p t:1 {host}"
     assert tokens.registry_login(image, "", {}) is None
+
+
+# -- the market ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("4090", ["RTX 4090"]),
+        ("H100", ["H100 PCIE", "H100 NVL", "H100 SXM"]),
+        ("A100", ["A100 PCIE", "A100 SXM4"]),
+        ("rtx_4090", ["RTX 4090"]),
+        ("RTX 4070", ["RTX 4070"]),
+        ("RTX 9999", ["RTX 9999"]),
+    ],
+)
+def test_a_gpu_is_found_by_what_people_call_it(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any], written: str, names: list[str]
+) -> None:
+    plan = planned(tmp_path, fake, job | {"offer": {"gpu_name": [written]}})
+    assert list(plan.needs.gpu_names) == names
+    told = any("is read as" in note for note in plan.notes)
+    assert told == (written in ("4090", "H100", "A100"))
+
+
+def test_two_hundred_thousand_equal_mistakes_are_a_dozen_lines(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    rows = [{"instruction": f"q {n}", "output": n} for n in range(500)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    error = refused(tmp_path, fake, job)
+    assert str(error).count("rows.json:") < 15
+    assert "... and 490 more of this kind in rows.json" in str(error)
+
+
+def test_an_address_where_nobody_answers_is_said_at_once_and_costs_nothing(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    vast = Vast(Provider("http://127.0.0.1:9", "key"), RealClock(rig.PACE))
+    told: list[str] = []
+    vast.tell = told.append
+    with pytest.raises(PreflightError, match=r"vast\.ai cannot be reached.*127\.0\.0\.1:9") as e:
+        preflight(lambda: pytest.fail("nothing is planned"), vast, tmp_path / "runs")
+    assert "VAST_URL" in e.value.hint and e.value.money == "nothing was spent"
+    assert len(told) == 1 and "asked again for 20 s" in told[0]
+
+
+def test_host_memory_is_predicted_with_the_copy_that_a_checkpoint_is_written_from(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    assert planned(tmp_path, fake, job).needs.min_cpu_ram_gib == 0, "practice runs take none"
+    config_path = tmp_path / "model/config.json"
+    big = json.loads(config_path.read_text()) | {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+    }
+    config_path.write_text(json.dumps(big))
+    job["model"]["precision"] = "bf16"
+    adapter = planned(tmp_path, fake, job).needs
+    assert 7 <= adapter.min_cpu_ram_gib <= 9 and adapter.min_cpu_cores == 1
+    whole = planned(tmp_path, fake, job | {"training": {"method": "full"}}).needs
+    assert 80 <= whole.min_cpu_ram_gib <= 90, "12 bytes of each of 6.7 billion parameters"
+    asked = planned(tmp_path, fake, job | {"offer": {"min_cpu_ram_gib": 64}}).needs
+    assert asked.min_cpu_ram_gib == 64

@@ -295,6 +295,8 @@ def test_the_server_never_filters_out_what_we_would_take(changed: dict[str, Any]
         ({"inet_down_mbps": 99.0}, {}, "min_inet_down_mbps"),
         ({"duration_s": 3600.0}, {}, "duration"),
         ({"direct_ports": 0}, {"min_direct_ports": 1}, "direct_ports"),
+        ({"cpu_ram_gib": 4.0}, {"min_cpu_ram_gib": 9.0}, "min_cpu_ram_gib"),
+        ({"cpu_cores": 0.5}, {"min_cpu_cores": 1.0}, "cpu_cores"),
         ({"gpu_name": "RTX 9999", "dlperf": 0.0}, {}, "gpu_name"),
         ({"gpu_name": "RTX A6000"}, {"hours": 0.5}, "limits.max_hours"),
         ({"inet_down_usd_per_gb": 0.05}, {"max_usd": 0.5}, "limits.max_usd"),
