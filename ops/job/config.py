@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ops.errors import ConfigError
 from trainer.wire.job import (
+    BadRows,
+    Column,
     DataFormat,
     EnvironmentName,
     Lora,
@@ -75,6 +77,16 @@ class Data(Strict):
         bool | None,
         Field(description="The chat template's flag at inference; left out, as each answer is"),
     ] = None
+
+    columns: Annotated[
+        dict[Column, str], Field(description="What the files call a column: { output = 'answer' }")
+    ] = {}
+    fill: Annotated[
+        dict[str, str], Field(description="What stands for {{name}} in a text: { name = 'Tea' }")
+    ] = {}
+    bad_rows: Annotated[
+        BadRows, Field(description="A row that is not sound: refuse the job, or drop the row")
+    ] = "refuse"
 
     def of_rows(self) -> dict[str, Any]:
         """What the box must know of reading the rows, by the names of the wire's Data."""

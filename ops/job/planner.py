@@ -28,7 +28,7 @@ from ops.market.ranking import Needs
 from trainer import families, memory
 from trainer.data import estimate, prepare
 from trainer.data import template as prompt
-from trainer.data.files import DATASET_INFO, find_sources, read_rows
+from trainer.data.files import DATASET_INFO, Reading, find_sources, read_rows
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
@@ -155,7 +155,7 @@ def _with_named(files: list[Path]) -> list[Path]:
     box needs them too."""
     if not all(p.is_file() and p.name == DATASET_INFO for p in files):
         return files
-    sources, defects = find_sources(files, "auto")
+    sources, defects = find_sources(files, Reading())
     if defects:
         raise PreflightError(
             "\n".join(counted(str(d) for d in defects)),
@@ -301,7 +301,7 @@ def _estimated(
     data's defects."""
     with _linked(stage, pushes):
         files = [(stage / f.path, f.name) for f in job.data.files]
-        rows, defects = read_rows(files, job.data.format)
+        rows, defects = read_rows(files, prepare.reading_of(job.data))
     try:
         prepare.validate_rows(defects)
     except prepare.Refused as e:

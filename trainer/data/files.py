@@ -14,13 +14,14 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.data import formats, scan
+from trainer.data import fields, formats, scan
 from trainer.data.formats import Columns, Row
 from trainer.data.scan import Broken
 
@@ -51,11 +52,12 @@ class Defect:
 
 @dataclass
 class Report:
-    """What examine_files found. `formats` is file name -> format; `ok` means that training may
-    start."""
+    """What examine_files found. `formats` is file name -> format, `notes` what is no defect; `ok`
+    means that training may start."""
 
     rows: int = 0
     defects: list[Defect] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     formats: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -67,9 +69,22 @@ class Report:
         return "\n".join(
             [
                 *map(str, self.defects),
+                *self.notes,
                 f"{self.rows} sound rows in {files or 'no file'}, {len(self.defects)} defects",
             ]
         )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read, as the job says. `columns` is canonical name -> the name in the files,
+    `fill` what stands for {{name}} in a text; with `bad_rows` "drop" a row that is not sound is
+    left out and counted."""
+
+    form: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    fill: Mapping[str, str] = field(default_factory=dict)
+    bad_rows: str = "refuse"
 
 
 @dataclass(frozen=True)
@@ -81,30 +96,62 @@ class Source:
     form: str = ""
     columns: Columns = field(default_factory=Columns)
     max_rows: int | None = None
+    fill: Mapping[str, str] = field(default_factory=dict)
+    drops: bool = False
 
 
-def examine_files(paths: Sequence[Path | tuple[Path, str]], form: str = "auto") -> Report:
+@dataclass
+class Findings:
+    """What was found beside the sound rows: defects, and, file by file, how many rows were left out
+    (with the first) and which fields nothing reads."""
+
+    defects: list[Defect] = field(default_factory=list)
+    dropped: dict[str, tuple[int, Defect]] = field(default_factory=dict)
+    unread: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """One line for each file that has something to tell."""
+        lines = [
+            f'{name}: {count:,} rows left out (data.bad_rows = "drop"), first {first}'
+            for name, (count, first) in self.dropped.items()
+        ]
+        for name, counts in self.unread.items():
+            fields = ", ".join(f"{_printable(k)} ({n:,} rows)" for k, n in counts.most_common(12))
+            more = f" and {len(counts) - 12} more" if len(counts) > 12 else ""
+            lines.append(f"{name}: nothing reads the fields {fields}{more}")
+        return lines
+
+
+def examine_files(
+    paths: Sequence[Path | tuple[Path, str]], reading: Reading | None = None
+) -> Report:
     """Reads every file and reports every defect. A path may come with the name that defects carry.
     Raises nothing for bad data."""
-    report = Report()
-    sources, report.defects = find_sources(paths, form)
-    for source in map(_with_format, sources):
+    report, found = Report(), Findings()
+    sources, found.defects = find_sources(paths, reading or Reading())
+    for source in sources:
+        source = _with_format(source)
         report.formats[source.name] = source.form
-        report.rows += sum(1 for _ in islice(sound_rows(source, report.defects), source.max_rows))
-    report.defects.sort()
+        report.rows += sum(1 for _ in islice(sound_rows(source, found), source.max_rows))
+    report.defects, report.notes = sorted(found.defects), found.notes()
     return report
 
 
 def read_rows(
-    paths: Sequence[Path | tuple[Path, str]], form: str = "auto"
+    paths: Sequence[Path | tuple[Path, str]],
+    reading: Reading | None = None,
+    notes: list[str] | None = None,
 ) -> tuple[list[Row], list[Defect]]:
     """(sound rows in file order, all defects): what training uses, by the same reading as
-    examine_files."""
-    sources, defects = find_sources(paths, form)
-    found: list[Row] = []
+    examine_files. What else is to be told of the files is added to `notes`."""
+    found = Findings()
+    sources, found.defects = find_sources(paths, reading or Reading())
+    rows: list[Row] = []
     for source in map(_with_format, sources):
-        found += islice(sound_rows(source, defects), source.max_rows)
-    return found, sorted(defects)
+        rows += islice(sound_rows(source, found), source.max_rows)
+    if notes is not None:
+        notes += found.notes()
+    return rows, sorted(found.defects)
 
 
 def _with_format(source: Source) -> Source:
@@ -115,7 +162,7 @@ def _with_format(source: Source) -> Source:
 
 
 def find_sources(
-    paths: Sequence[Path | tuple[Path, str]], form: str
+    paths: Sequence[Path | tuple[Path, str]], reading: Reading
 ) -> tuple[list[Source], list[Defect]]:
     """The files to read: dataset_info.json replaced by, or applied to, the files that it names."""
     given = [
@@ -135,9 +182,30 @@ def find_sources(
         if fault:
             defects.append(fault)
             continue
-        source = replace(known.get(Path(name).name, Source(path, name)), path=path, name=name)
-        sources.append(source if form == "auto" else replace(source, form=form))
+        source = known.get(Path(name).name, Source(path, name))
+        sources.append(
+            replace(
+                source,
+                path=path,
+                name=name,
+                form=source.form if reading.form == "auto" else reading.form,
+                columns=_columns(source.columns, reading.columns),
+                fill=reading.fill,
+                drops=reading.bad_rows == "drop",
+            )
+        )
     return sources, defects
+
+
+def _columns(columns: Columns, given: Mapping[str, str]) -> Columns:
+    """`columns` with what the job says; "role" and "content" are the tags of a turn."""
+    names = columns.names | {k: v for k, v in given.items() if k not in ("role", "content")}
+    return replace(
+        columns,
+        names=names,
+        role_tag=given.get("role", columns.role_tag),
+        content_tag=given.get("content", columns.content_tag),
+    )
 
 
 def _unreadable(path: Path, name: str) -> Defect | None:
@@ -205,7 +273,13 @@ _OUR_NAMES = {  # of LLaMA-Factory's columns, by form
     "sharegpt": {"messages": "conversations"},
     "text": {"prompt": "text"},
 }
-_ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+_ROLE_TAGS = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+    "function_tag": "call",
+    "observation_tag": "tool",
+}
 
 
 def _source_of(entry: dict[str, Any], file: Path) -> Source:
@@ -283,50 +357,90 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
 def detect_format(source: Source) -> str:
     """The format of most of the first rows; alpaca where none fits, so that the defects name what
     is missing."""
-    if source.path.suffix == ".txt":
+    if _suffix(source) == ".txt":
         return "text"
-    votes: dict[str, int] = {}
+    votes: Counter[str] = Counter()
+    for keys in _first_keys(source):
+        if form := formats.guess(keys, source.columns):
+            votes[form] += 1
+    return max(votes, key=lambda form: votes[form]) if votes else "alpaca"
+
+
+def _first_keys(source: Source) -> Iterator[set[str]]:
     for item in islice(_items(source), SAMPLED_ROWS):
         if not isinstance(item, Broken) and type(item[1]) is tuple:
-            form = formats.guess({k for k, _ in item[1]}, source.columns)
-            if form:
-                votes[form] = votes.get(form, 0) + 1
-    return max(votes, key=lambda form: votes[form]) if votes else "alpaca"
+            yield {k for k, _ in item[1]}
 
 
 # -- reading and checking --------------------------------------------------------------------------
 
 
-def sound_rows(source: Source, defects: list[Defect]) -> Iterator[Row]:
-    """The sound rows of a source; what is wrong with the others is added to `defects`."""
-    name, form, columns = source.name, source.form, source.columns
-    defects_before = len(defects)
+def sound_rows(source: Source, found: Findings) -> Iterator[Row]:
+    """The sound rows of a source; what is wrong with the others is added to `found`."""
+    name, defects_before = source.name, len(found.defects)
+    if source.form == "text" or not source.columns.names:
+        for keys in islice(_first_keys(source), 1):
+            if fault := formats.kind_fault(source.form, keys):
+                found.defects.append(Defect(name, 1, 1, "", *fault))
+                return
+    unread: Counter[str] = Counter()
     for item in _items(source):
         if isinstance(item, Broken):
-            defects.append(Defect(name, item.line, item.column, "", item.reason, item.fix))
+            defects = [Defect(name, item.line, item.column, "", item.reason, item.fix)]
+            ends = item.ends
         else:
             place, value = item
-            found = _validated(value, form, columns, f"{name}:{place.line}")
-            if isinstance(found, Row):
-                yield found
+            made = _validated(value, source, f"{name}:{place.line}")
+            if isinstance(made, Row):
+                if made.unread:
+                    unread.update(made.unread)
+                yield made
                 continue
-            for path, reason, fix in found:
-                at, column = place.locate(path)
-                defects.append(
-                    Defect(name, at, column, _field(path), _printable(reason), _printable(fix))
-                )
-        if len(defects) - defects_before >= MAX_DEFECTS:
+            defects, ends = [_defect(name, place, problem) for problem in made], False
+        if source.drops and not ends:
+            count, first = found.dropped.get(name, (0, defects[0]))
+            found.dropped[name] = (count + 1, first)
+            continue
+        found.defects += defects
+        if len(found.defects) - defects_before >= MAX_DEFECTS:
             reason = f"{MAX_DEFECTS:,} defects: what follows in this file was not read"
-            defects.append(Defect(name, defects[-1].line + 1, 1, "", reason, "mend these first"))
-            return
+            line = found.defects[-1].line + 1
+            found.defects.append(Defect(name, line, 1, "", reason, "mend these first"))
+            break
+    if unread:
+        found.unread[name] = unread
 
 
-def _validated(value: Any, form: str, columns: Columns, where: str) -> Row | list[formats.Problem]:
+def _defect(name: str, place: scan.Place, problem: fields.Problem) -> Defect:
+    path, reason, fix = problem
+    line, column = place.locate(path)
+    return Defect(name, line, column, _field(path), _printable(reason), _printable(fix))
+
+
+def _validated(value: Any, source: Source, where: str) -> Row | list[fields.Problem]:
     try:
-        found = formats.problems_or_row(value, form, columns, where)
-        return (formats.suspicious_texts(value) or found) if isinstance(found, Row) else found
+        found = formats.problems_or_row(value, source.form, source.columns, where)
+        if not isinstance(found, Row):
+            return found
+        return formats.suspicious_texts(value) or _filled(found, value, source.fill)
     except RecursionError:
         return [((), "brackets are nested too deep", "flatten the row")]
+
+
+def _filled(row: Row, value: Any, fill: Mapping[str, str]) -> Row | list[fields.Problem]:
+    """`row` with what stands for {{name}} in its texts; a problem where nothing is given for a name
+    that nobody means as it stands."""
+    if not any("{{" in turn.text or "{{" in turn.extra for turn in row.turns):
+        return row
+    if lacking := fields.find_place(value, [n for n in fields.IDENTITY if n not in fill]):
+        path, name = lacking
+        fix = f'say what it stands for: data.fill = {{ {name} = "..." }}'
+        return [(path, f"holds {{{{{name}}}}}, which would be learned as it stands", fix)]
+    turns = tuple(
+        turn._replace(text=fields.fill(turn.text, fill), extra=fields.fill(turn.extra, fill))
+        for turn in row.turns
+    )
+    return row._replace(turns=turns)
 
 
 def _printable(text: str) -> str:
@@ -340,6 +454,10 @@ def _field(path: tuple[str | int, ...]) -> str:
     """('conversations', 3, 'value') -> 'conversations[3].value'"""
     steps = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)
     return _printable(steps.lstrip("."))
+
+
+def _suffix(source: Source) -> str:
+    return source.path.suffix
 
 
 def _items(source: Source) -> Iterator[Any]:
@@ -419,7 +537,8 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--format", default="auto", choices=["auto", *formats.KEYS])
     arguments = parser.parse_args()
-    report = examine_files([(p, str(p)) for p in arguments.files], arguments.format)
+    reading = Reading(arguments.format)
+    report = examine_files([(p, str(p)) for p in arguments.files], reading)
     print(report)
     return 0 if report.ok else 3
 

@@ -6,7 +6,9 @@ sharegpt  conversations: [{from, value}, ...]
 messages  OpenAI's: [{role, content}, ...]
 prompt    prompt, completion (or response)
 text      text
-Names that a dataset_info.json gives to columns, roles and tags are followed.
+Names that data.columns or a dataset_info.json give to columns, roles and tags are followed. Fields
+beside the texts are read by fields.py; a field that nothing reads and that could change what is
+learned is a problem.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+from trainer.data import fields
+from trainer.data.fields import Path_, Problem
 from trainer.data.template import Turn
 
-Path_ = tuple[str | int, ...]
-Problem = tuple[Path_, str, str]  # place in the row, reason, fix
 KEYS = {
     "alpaca": {"instruction", "output"},
     "sharegpt": {"conversations"},
@@ -37,17 +40,33 @@ ROLES = {
     "bard": "assistant",
     "system": "system",
     "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "function_call": "call",
+    "tool_call": "call",
 }
+FOLLOWS = {  # who may speak after whom
+    "": ("user",),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+# names that other data sets give to an instruction and to its output, to say how to map them
+_ASKS = ("question", "query", "inputs", "problem", "source", "prompt", "input", "instruction")
+_ANSWERS = ("answer", "response", "targets", "target", "solution", "completion", "chosen", "label")
 
 
 @dataclass(frozen=True)
 class Columns:
     """Canonical name -> the name in this file, and the tags of chat formats."""
 
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict, hash=False)
     role_tag: str = ""
     content_tag: str = ""
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict, hash=False)
 
     def name(self, canonical: str) -> str:
         return self.names.get(canonical, canonical)
@@ -55,11 +74,14 @@ class Columns:
 
 class Row(NamedTuple):
     """One training row. `where` is file:line (or file:row N for Parquet). Either `turns` or `text`
-    is filled."""
+    is filled; `tools` are what the model may call, `unread` the names of fields that nothing
+    reads."""
 
     where: str
     turns: tuple[Turn, ...] = ()
     text: str = ""
+    tools: tuple[Any, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def guess(keys: set[str], columns: Columns) -> str | None:
@@ -80,7 +102,52 @@ def problems_or_row(value: Any, form: str, columns: Columns, where: str) -> Row 
         keys = [k for k, _ in value]
         twice = next(k for k in keys if keys.count(k) > 1)
         return [((twice,), f"the field {twice!r} is given twice", "keep one")]
-    return READERS[form](row, columns, where)
+    found = READERS[form](row, columns, where)
+    if len(row) <= len(KEYS[form]) or not isinstance(found, Row):
+        return found
+    names, problems = fields.unread(row, _read_by(form, columns))
+    return problems or (found._replace(unread=(*found.unread, *names)) if names else found)
+
+
+@lru_cache
+def _read_by(form: str, columns: Columns) -> frozenset[str]:
+    """Names of the fields that a reader reads."""
+    canonical = {
+        "alpaca": ("instruction", "input", "output", "history", "system"),
+        "sharegpt": ("conversations", "system", "tools"),
+        "messages": ("messages", "system", "tools"),
+        "prompt": ("prompt", "completion", "system", "tools"),
+        "text": ("text",),
+    }[form]
+    found = {columns.name(name) for name in canonical}
+    if "system" in canonical and columns.name("system") == "system":
+        found |= set(fields.SYSTEM)
+    if "tools" in canonical and columns.name("tools") == "tools":
+        found |= set(fields.TOOLS)
+    return frozenset(found | ({"response"} if form == "prompt" else set()))
+
+
+def kind_fault(form: str, keys: set[str]) -> tuple[str, str] | None:
+    """(reason, fix) where rows with these fields are of a kind that must not be read as `form`."""
+    if {"chosen", "rejected"} <= keys:
+        return (
+            "its rows are preferences (chosen, rejected), which this stage does not learn from",
+            "leave the file out, or keep the field that is to be learned alone",
+        )
+    if form == "text" and {"parent_id", "role"} <= keys:
+        return (
+            "its rows are messages of trees (parent_id, role), not texts to learn whole",
+            "export each path of a tree as one conversation: "
+            '{"messages": [{"role": ..., "content": ...}, ...]}',
+        )
+    label = next((k for k in ("label", "labels", "label_text", "sentiment") if k in keys), None)
+    if form == "text" and label:
+        return (
+            f"its rows are texts with a {label}, of which only the text would be learned",
+            f'set data.format = "alpaca" and data.columns = {{ instruction = "text", output = '
+            f'"{label}" }}, or take {label!r} out to learn the texts',
+        )
+    return None
 
 
 def _alpaca(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Problem]:
@@ -93,27 +160,24 @@ def _alpaca(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Pro
     instruction: Any = row.get(ask)
     given: Any = row.get(extra)
     output: Any = row.get(reply)
-    system, history = (
-        row.get(names.get("system", "system")),
-        row.get(names.get("history", "history")),
-    )
+    problems: list[Problem] = []
+    system = fields.system(row, names.get("system", "system"), problems)
+    history = row.get(names.get("history", "history"))
     sound = (
         type(instruction) is str
         and type(output) is str
         and (given is None or type(given) is str)
         and not system
         and not history
+        and not problems
     )
     if sound and output.strip() and (instruction.strip() or (given and given.strip())):
         return Row(where, (Turn("user", instruction, given or ""), Turn("assistant", output)))
-    problems: list[Problem] = []
     _text(row, ask, problems, may_be_empty=bool(isinstance(given, str) and given.strip()))
     _text(row, extra, problems, may_be_absent=True)
     _text(row, reply, problems)
-    system_name, history_name = names.get("system", "system"), names.get("history", "history")
-    _text(row, system_name, problems, may_be_absent=True)
-    turns = [Turn("system", system)] if system and isinstance(system, str) else []
-    turns += _history(row, history_name, problems)
+    turns = [Turn("system", system)] if system else []
+    turns += _history(row, names.get("history", "history"), problems)
     return problems or Row(
         where, (*turns, Turn("user", instruction or "", given or ""), Turn("assistant", output))
     )
@@ -146,50 +210,37 @@ def _history(row: dict[str, Any], name: str, problems: list[Problem]) -> list[Tu
 
 def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row | list[Problem]:
     key = columns.name("conversations" if form == "sharegpt" else "messages")
-    role_tag = columns.role_tag or ("from" if form == "sharegpt" else "role")
-    content_tag = columns.content_tag or ("value" if form == "sharegpt" else "content")
     given = row.get(key)
-    problems: list[Problem] = []
     if given is None:
         return [_missing(row, key)]
+    role_tag = columns.role_tag or ("from" if form == "sharegpt" else "role")
+    content_tag = columns.content_tag or ("value" if form == "sharegpt" else "content")
+    fix = f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]'
     if type(given) is not list:
-        fix = f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]'
         return [((key,), f"is {_kind(given)}, not a list of turns", fix)]
     if not given:
         return [((key,), "has no turn", "remove the row, or fill it")]
+    problems: list[Problem] = []
     turns: list[Turn] = []
-    system = row.get(columns.name("system"))
-    if isinstance(system, str) and system.strip():
+    names: dict[str, None] = {}
+    system = fields.system(row, columns.name("system"), problems)
+    if system:
         turns.append(Turn("system", system))
+    read = fields.TURN_FIELDS | {role_tag, content_tag}
     for i, turn in enumerate(given):
         if type(turn) is not tuple:
-            fix = f'write {{"{role_tag}": ..., "{content_tag}": ...}}'
-            problems.append(((key, i), f"the turn is {_kind(turn)}, not an object", fix))
+            turn_fix = f'write {{"{role_tag}": ..., "{content_tag}": ...}}'
+            problems.append(((key, i), f"the turn is {_kind(turn)}, not an object", turn_fix))
             continue
         one = dict(turn)
-        role = _role(one, role_tag, (key, i), columns, problems)
-        content = _content(one, content_tag, (key, i), role, problems)
-        expected = "user" if not turns or turns[-1].role in ("system", "assistant") else "assistant"
-        if role == "system":
-            if turns:
-                problems.append(
-                    (
-                        (key, i, role_tag),
-                        "a system turn that is not the first",
-                        "move it to the front, or remove it",
-                    )
-                )
-                continue
-        elif role and role != expected and not problems:
-            problems.append(
-                (
-                    (key, i, role_tag),
-                    f"it is {one[role_tag]!r} who speaks, the {expected} must speak here",
-                    "let user and assistant take turns",
-                )
-            )
-        if role:
-            turns.append(Turn(role, content))
+        if len(one) > 2:
+            unread, wrong = fields.unread(one, read, (key, i))
+            names.update(dict.fromkeys(unread))
+            problems += wrong
+        made = _turn(one, role_tag, content_tag, (key, i), columns, problems)
+        if made and _may_follow(made, turns, one[role_tag], (key, i, role_tag), problems):
+            turns.append(made)
+    tools = fields.tools(row, columns.name("tools"), problems)
     if not problems and turns[-1].role != "assistant":
         problems.append(
             (
@@ -199,7 +250,61 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
                 "add the answer, or remove the last turn",
             )
         )
-    return problems or Row(where, tuple(turns))
+    return problems or Row(where, tuple(turns), tools=tools, unread=tuple(names))
+
+
+def _may_follow(
+    made: Turn, turns: list[Turn], name: str, place: Path_, problems: list[Problem]
+) -> bool:
+    """Whether a turn stands where its role may speak; adds the problem where it does not."""
+    if made.role == "system":
+        if turns and turns[-1] != made:
+            fix = "move it to the front, or remove it"
+            problems.append((place, "a system turn that is not the first", fix))
+        return not turns
+    allowed = FOLLOWS[turns[-1].role if turns else ""]
+    if made.role not in allowed and not problems:
+        problems.append(
+            (
+                place,
+                f"it is {name!r} who speaks, the {allowed[0]} must speak here",
+                "let user and assistant take turns",
+            )
+        )
+    return True
+
+
+def _turn(
+    one: dict[str, Any],
+    role_tag: str,
+    content_tag: str,
+    place: Path_,
+    columns: Columns,
+    problems: list[Problem],
+) -> Turn | None:
+    role = _role(one, role_tag, place, columns, problems)
+    if role == "call":
+        text = _content(one, content_tag, place, "assistant", problems)
+        calls = fields.calls_of_text(text, (*place, content_tag), problems) if text else []
+        learned = fields.learned(one, "assistant", place, problems)
+        return Turn("assistant", "", calls=tuple(calls), learned=learned)
+    if len(one) == 2:
+        content = _content(one, content_tag, place, role, problems)
+        return Turn(role, content) if role else None
+    calls = fields.calls(one, role, place, problems)
+    may_be_empty = bool(calls) or role == "tool"
+    content = _content(one, content_tag, place, role, problems, may_be_empty)
+    name, call_id = (one.get("name"), one.get("tool_call_id")) if role == "tool" else ("", "")
+    made = Turn(
+        role,
+        content,
+        reasoning=fields.reasoning(one, role, place, problems),
+        calls=tuple(calls),
+        learned=fields.learned(one, role, place, problems),
+        name=name if isinstance(name, str) else "",
+        call_id=call_id if isinstance(call_id, str) else "",
+    )
+    return made if role else None
 
 
 def _role(
@@ -225,9 +330,16 @@ def _role(
 
 
 def _content(
-    turn: dict[str, Any], tag: str, place: Path_, role: str, problems: list[Problem]
+    turn: dict[str, Any],
+    tag: str,
+    place: Path_,
+    role: str,
+    problems: list[Problem],
+    may_be_empty: bool = False,
 ) -> str:
     content = turn.get(tag)
+    if may_be_empty and not content:
+        return ""
     if (
         type(content) is list
         and content
@@ -240,7 +352,7 @@ def _content(
         problems.append(
             ((*place, tag), f"is {_kind(content)}, not a text", "write a text in quotation marks")
         )
-    elif not content.strip() and role != "system":
+    elif not content.strip() and role not in ("system", "tool"):
         problems.append(
             ((*place, tag), "is empty", "write something, or remove the turn with its partner")
         )
@@ -254,10 +366,18 @@ def _prompt(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Pro
     reply = columns.name("completion")
     if reply not in row and "response" in row:
         reply = "response"
+    asked, answered = row.get(ask), row.get(reply)
+    if type(asked) is list and type(answered) is list:  # TRL's conversations in two halves
+        whole = {k: v for k, v in row.items() if k not in (ask, reply)}
+        return _chat(whole | {columns.name("messages"): [*asked, *answered]}, columns, where, "")
     problems: list[Problem] = []
+    system = fields.system(row, columns.name("system"), problems)
     _text(row, ask, problems)
     _text(row, reply, problems)
-    return problems or Row(where, (Turn("user", row[ask]), Turn("assistant", row[reply])))
+    tools = fields.tools(row, columns.name("tools"), problems)
+    lead = (Turn("system", system),) if system else ()
+    turns = (*lead, Turn("user", row[ask]), Turn("assistant", row[reply])) if not problems else ()
+    return problems or Row(where, turns, tools=tools)
 
 
 def _plain(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Problem]:
@@ -293,10 +413,18 @@ def _missing(row: dict[str, Any], name: str) -> Problem:
     )
     if close:
         return ((close[0],), f"the row has no {name!r}, but {close[0]!r}", f"call it {name!r}")
+    asks = next((k for k in _ASKS if isinstance(row.get(k), str)), None)
+    answers = next((k for k in _ANSWERS if isinstance(row.get(k), str)), None)
+    mapped = ""
+    if name in ("instruction", "output") and asks and answers:
+        extra = ', input = "context"' if "context" in row else ""
+        mapped = (
+            f', or set data.columns = {{ instruction = "{asks}"{extra}, output = "{answers}" }}'
+        )
     return (
         (),
         f"the row has no {name!r}",
-        f"add {name!r}; it has {', '.join(map(repr, row)) or 'nothing'}",
+        f"add {name!r}{mapped}; it has {', '.join(map(repr, row)) or 'nothing'}",
     )
 
 

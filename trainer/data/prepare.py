@@ -17,14 +17,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from trainer.data.chat import Example
-from trainer.data.files import Defect, read_rows
+from trainer.data.files import Defect, Reading, read_rows
 from trainer.data.formats import Row
 from trainer.data.render import examples, prompt
 from trainer.data.template import (
@@ -154,15 +154,15 @@ def prepare(job: Job, run: Path) -> Prepared:
     rows = read_cache(cache)
     if rows is None:
         validate_files(job, run)
-        found, defects = read_rows(
-            [(run / f.path, f.name) for f in job.data.files], job.data.format
-        )
+        reading, notes = reading_of(job.data), list[str]()
+        files = [(run / f.path, f.name) for f in job.data.files]
+        found, defects = read_rows(files, reading, notes)
         if job.data.held_out is not None:
-            defects += read_rows(
-                [(run / job.data.held_out.path, job.data.held_out.name)], job.data.format
-            )[1]
+            held_out = (run / job.data.held_out.path, job.data.held_out.name)
+            defects += read_rows([held_out], reading)[1]
         validate_rows(defects)
         rows = tokenise(found, vocabulary, template, job.data)
+        rows.summary[:0] = notes
         write_cache(cache, rows)
     if not len(rows):
         raise Refused(
@@ -171,6 +171,12 @@ def prepare(job: Job, run: Path) -> Prepared:
             "`python -m trainer.data FILE` says what each file holds",
         )
     return Prepared(rows, vocabulary, template, stop, token_hash(vocabulary, template))
+
+
+def reading_of(data: Data) -> Reading:
+    """How the job says that rows are to be read."""
+    columns = {str(name): column for name, column in data.columns.items()}
+    return Reading(data.format, columns, dict(data.fill), data.bad_rows)
 
 
 def validate_settings(job: Job) -> None:
@@ -269,7 +275,7 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, da
         texts = encode(vocabulary, template, [example.segments for _, example in made])
         for (row, _), (token_ids, trained) in zip(made, texts, strict=True):
             if fault := label_fault(token_ids, trained, stops):
-                found.refused.append(f"{row.where}: {fault}")
+                found.refuse(f"{row.where}: {fault}", data)
                 continue
             if len(token_ids) > limit:
                 found.longest = max(found.longest, len(token_ids))
@@ -309,6 +315,12 @@ class _Tokenised:
     pieces: int = 0  # examples that they became
     empty_blocks: int = 0
     thinking: Counter[bool | None] = field(default_factory=Counter)
+
+    def refuse(self, fault: str, data: Data) -> None:
+        if data.bad_rows == "drop":
+            self.notes.append(f"{fault}; left out")
+        else:
+            self.refused.append(fault)
 
     def rows(self, wanted: bool | None) -> Rows:
         """`wanted` is the job's enable_thinking."""
@@ -371,18 +383,19 @@ def _rendered(
             made.append((row, Example([Segment(row.text + end, True)])))
             continue
         if fault := special_token_fault(row, pattern):
-            found.refused.append(f"{row.where}: {fault}")
+            found.refuse(f"{row.where}: {fault}", data)
             continue
         try:
             some = examples(
                 template,
                 row.turns,
                 vocabulary.special_tokens,
+                tools=row.tools,
                 thinking=data.enable_thinking,
                 last_only=data.train_on == "last",
             )
         except TemplateError as error:
-            found.refused.append(f"{row.where}: {error}")
+            found.refuse(f"{row.where}: {error}", data)
             continue
         if not some:
             found.notes.append(f"{row.where}: left out, no answer of it is to be learned")
@@ -488,8 +501,8 @@ def read_cache(path: Path) -> Rows | None:
     return Rows(*arrays, where, notes, summary, thinking)
 
 
-def prompt_ids(data: Prepared, turns: Sequence[Turn]) -> list[int]:
+def prompt_ids(data: Prepared, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> list[int]:
     """The ids of a conversation up to where the model answers: exactly how training rows begin."""
     tokens, thinking = data.vocabulary.special_tokens, data.rows.thinking
-    text = prompt(data.template, turns, tokens, thinking=thinking)
+    text = prompt(data.template, turns, tokens, tools=tools, thinking=thinking)
     return encode(data.vocabulary, data.template, [text])[0][0]

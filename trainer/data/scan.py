@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,6 +76,7 @@ class Broken:
     column: int
     reason: str
     fix: str
+    ends: bool = False  # what follows in the file cannot be read
 
 
 @dataclass
@@ -181,7 +182,9 @@ def scan_lines(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
             continue
         if first and line.strip(" \t\r\ufeff") == "{":
             fix = "write each row on one line, or all rows as an array: [ ... ]"
-            yield Broken(*place.at(place.start), "the first row goes over several lines", fix)
+            yield Broken(
+                *place.at(place.start), "the first row goes over several lines", fix, ends=True
+            )
             return
         first = False
         try:
@@ -206,7 +209,8 @@ def scan_array(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
                     yield bad or (window, value)
                 last_line = bad.line if bad else last_line
         except json.JSONDecodeError as error:
-            yield window.not_utf8(error.pos + 1) or window.broken(error, "file")
+            bad = window.not_utf8(error.pos + 1) or window.broken(error, "file")
+            yield replace(bad, ends=True)
 
 
 def _rows(window: _Window) -> Iterator[tuple[Any, int]]:

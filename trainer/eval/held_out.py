@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.data.files import read_rows
-from trainer.data.prepare import Prepared, prompt_ids
+from trainer.data.prepare import Prepared, prompt_ids, reading_of
 from trainer.model.decode import AT_ONCE, answer
 from trainer.wire.job import Job
 
@@ -37,9 +37,9 @@ def held_out(model: Any, job: Job, run: Path, data: Prepared, device: torch.devi
     rows = [
         row
         for row in read_rows(
-            [(run / job.data.held_out.path, job.data.held_out.name)], job.data.format
+            [(run / job.data.held_out.path, job.data.held_out.name)], reading_of(job.data)
         )[0]
-        if row.turns
+        if row.turns and row.turns[-1].text.strip()
     ][:ROWS]
     expected = [row.turns[-1].text.strip() for row in rows]
     before: list[str] = []
@@ -47,7 +47,8 @@ def held_out(model: Any, job: Job, run: Path, data: Prepared, device: torch.devi
     began = time.monotonic()
     while len(after) < len(rows) and time.monotonic() - began < SECONDS:
         prompts = [
-            prompt_ids(data, row.turns[:-1]) for row in rows[len(after) : len(after) + AT_ONCE]
+            prompt_ids(data, row.turns[:-1], row.tools)
+            for row in rows[len(after) : len(after) + AT_ONCE]
         ]
         after += answer(model, prompts, data, device)
         with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():

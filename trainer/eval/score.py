@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from trainer.data.files import read_rows
-from trainer.data.prepare import model_folder, prompt_ids
+from trainer.data.files import Reading, read_rows
+from trainer.data.prepare import model_folder, prompt_ids, reading_of
 from trainer.eval import metrics
 from trainer.model import decode
 from trainer.result.open import open_adapter, unpacked
@@ -52,17 +52,18 @@ def evaluate(run: Path, data_file: Path | None) -> int:
             "refused: the job has no held_out rows\ndo this: milktea-run evaluate RUN DATA.json"
         )
     path = data_file or run / job.data.held_out.path  # type: ignore[union-attr]  # refused above
-    rows, defects = read_rows([(path, path.name)], job.data.format if data_file is None else "auto")
+    reading = reading_of(job.data) if data_file is None else Reading()
+    rows, defects = read_rows([(path, path.name)], reading)
     if defects or not rows:
         raise SystemExit(
             "\n".join(["refused:", *map(str, defects[:10])])
             + f"\ndo this: mend {path.name}, or leave these rows out"
         )
-    rows = [row for row in rows if row.turns]
+    rows = [row for row in rows if row.turns and row.turns[-1].text.strip()]
     expected = [row.turns[-1].text.strip() for row in rows]
     with unpacked(run / "result" / "adapter.zip") as folder:
         chat = open_adapter(folder, model_folder(job, run))
-    prompts = [prompt_ids(chat.data, row.turns[:-1]) for row in rows]
+    prompts = [prompt_ids(chat.data, row.turns[:-1], row.tools) for row in rows]
     scores_of = {}
     for name in ("base", "adapter"):
         model: Any = chat.model

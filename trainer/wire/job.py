@@ -24,6 +24,22 @@ Method = Literal["lora", "full", "freeze"]
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
 OverLength = Literal["refuse", "drop", "truncate"]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
+Column = Literal[
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "system",
+    "conversations",
+    "messages",
+    "prompt",
+    "completion",
+    "text",
+    "tools",
+    "role",
+    "content",
+]
+BadRows = Literal["refuse", "drop"]
 TrainOn = Literal["all", "last"]
 
 
@@ -89,7 +105,8 @@ class Data(Strict):
     """``template`` is ``chat`` (the tokenizer's own) or a name in trainer/data/templates;
     ``template_text`` carries a user's own template file whole, so that training and use later agree
     to the byte. ``train_on`` is which answers of a conversation are learned. ``enable_thinking`` is
-    the flag of inference; left out, each answer is trained as it is, with reasoning or without."""
+    the flag of inference; left out, each answer is trained as it is, with reasoning or without.
+    ``columns`` says what the files call a column, ``fill`` what stands for {{name}} in a text."""
 
     files: list[DataFile]
     held_out: DataFile | None = None
@@ -100,6 +117,9 @@ class Data(Strict):
     over_length: OverLength = "refuse"
     train_on: TrainOn = "all"
     enable_thinking: bool | None = None
+    columns: dict[Column, str] = {}
+    fill: dict[str, str] = {}
+    bad_rows: BadRows = "refuse"
 
 
 class Stage(Strict):
