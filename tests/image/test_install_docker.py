@@ -32,11 +32,21 @@ MODERN = Path(os.environ.get("MILKTEA_MODERN_ENGINE", "/var/tmp/milktea-modern-e
 class Engine:
     name: str
     host: str
+    program: str = "docker"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What INSTALL.sh needs to find it."""
+        if self.program == "podman":
+            return {"DOCKER": "podman", "CONTAINERS_CONF": str(HERE / "podman.conf")}
+        return {"DOCKER": self.program} | ({"DOCKER_HOST": self.host} if self.host else {})
 
     def docker(self, *arguments: str, check: bool = True) -> str:
-        environment = dict(os.environ, **({"DOCKER_HOST": self.host} if self.host else {}))
         done = subprocess.run(
-            ["docker", *arguments], capture_output=True, text=True, env=environment
+            [self.program, *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | self.environment,
         )
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
@@ -112,8 +122,19 @@ def _answers(engine: Engine) -> bool:
     )
 
 
-@pytest.fixture(params=["here", "28-overlay2", "28-containerd"])
+def podman() -> Engine:
+    if not shutil.which("podman"):
+        pytest.skip("no podman here")
+    done = subprocess.run(["podman", "info"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"podman does not run here: {done.stderr.strip()[-200:]}")
+    return Engine("podman", "", "podman")
+
+
+@pytest.fixture(params=["here", "28-overlay2", "28-containerd", "podman"])
 def engine(request: pytest.FixtureRequest) -> Engine:
+    if request.param == "podman":
+        return podman()
     if request.param != "here":
         return request.getfixturevalue("modern")(request.param.removeprefix("28-"))
     found = Engine("here", os.environ.get("DOCKER_HOST", ""))
@@ -139,11 +160,7 @@ def product(tiny: Any, engine: Engine) -> Iterator[Any]:
 @pytest.fixture
 def on(install: Callable, engine: Engine) -> Callable[..., Any]:
     def run(folder: Path, *arguments: str, **more: Any) -> Any:
-        return (
-            install(folder, *arguments, DOCKER_HOST=engine.host, **more)
-            if engine.host
-            else install(folder, *arguments, **more)
-        )
+        return install(folder, *arguments, **engine.environment, **more)
 
     return run
 
@@ -166,7 +183,7 @@ def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bund
     product: Any, engine: Engine, on: Callable, tmp_path: Path
 ) -> None:
     product.add_model().pack(tmp_path / "b", Options(volume_bytes=250_000))
-    jail = few(tmp_path / "jail", "docker", "test")
+    jail = few(tmp_path / "jail", engine.program, "test")
     model = sorted((tmp_path / "b" / "models").rglob("*.safetensors*"))[1]
     whole = model.read_bytes()
     model.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
@@ -357,8 +374,7 @@ def killed_runs(
         new_wheel(product)
         product.pack(tmp_path / "v2", Options(release=2, base=before))
     repository, at = f"mtb/{product.name}", tmp_path / ("v2" if update else "v1")
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    environment |= {"DOCKER_HOST": engine.host} if engine.host else {}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | engine.environment
     for seed in seeds:
         prefix = tmp_path / f"p{seed}"
         if update:

@@ -4,8 +4,7 @@
 # anywhere and started again, it finishes. What comes after the image is verified is Python inside it: tools/installer.py.
 # shellcheck shell=dash
 set -u
-LC_ALL=C
-export LC_ALL
+export LC_ALL=C
 umask 022
 
 usage() {
@@ -317,6 +316,7 @@ check_engine() {
     case "$(info '{{json .SecurityOptions}}')$(info '{{.Host.Security.Rootless}}')" in *rootless* | *true*) ROOTLESS=yes ;; esac
     expect fail engine "$_kind $ENGINE" "$_floor or newer" "update $_kind to $_floor or newer" not_below "$ENGINE" $_floor
     if [ $_kind = podman ]; then DATA_ROOT=$(info '{{.Store.GraphRoot}}')
+        case $REF in docker.io/*) ;; *) REF=docker.io/$REF REPO=docker.io/$REPO STEPS=docker.io/$STEPS ;; esac # else localhost/ goes first
     else
         case $(info '{{json .DriverStatus}}') in *containerd.snapshotter*) CONTAINERD=yes ;; esac
         check store ok "${CONTAINERD:+containerd, whose exit codes are not trusted}$([ -n "$CONTAINERD" ] || info '{{.Driver}}')" "either store"
@@ -515,7 +515,7 @@ drop_intermediate() {
     local _image
     $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}' >"$WORK/tags" 2>/dev/null
     while read -r _image; do
-        case ${_image#localhost/} in "$STEPS"-*) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null ;; esac
+        case /$_image in */"$STEPS"-*) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null ;; esac
     done <"$WORK/tags"
 }
 

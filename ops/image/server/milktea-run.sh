@@ -95,17 +95,20 @@ python_cache() {
 
 # inside EXTRA... -- PROGRAM ARGUMENTS...: the one way into the image. EXTRA are more docker options.
 inside() {
-    local _gpus _image _options _i _program _a _python _zone
+    local _gpus _image _options _init _i _program _a _python _zone
     _image=$(current_image) || exit 2
     _python=$(python_cache "$_image")
     mkdir -p "$RUNS/cache"
-    _options="--rm --init --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges"
+    # podman's --init is a program of its own, catatonit, which is not everywhere; run_job.py does without
+    _init=--init
+    case $DOCKER in *podman*) [ -x "$(command -v catatonit)" ] || [ -x /usr/libexec/podman/catatonit ] || _init='' ;; esac
+    _options="--rm $_init --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges"
     _gpus=$(gpu_flags)
     # NVIDIA's advice for NCCL; engines without the right to raise limits refuse it, so only where there are GPUs
     [ -n "$_gpus" ] && _options="$_options --ulimit memlock=-1 --ulimit stack=67108864"
     _options="$_options --shm-size $(shared_memory) $_gpus"
     # rootless engines map root to the user already
-    case $($DOCKER info --format '{{json .SecurityOptions}}' 2>/dev/null) in *rootless*) ;; *) _options="$_options --user $(id -u):$(id -g)" ;; esac
+    case "$($DOCKER info --format '{{json .SecurityOptions}}' 2>/dev/null)$($DOCKER info --format '{{.Host.Security.Rootless}}' 2>/dev/null)" in *rootless* | *true*) ;; *) _options="$_options --user $(id -u):$(id -g)" ;; esac
     [ "$(cat /sys/fs/selinux/enforce 2>/dev/null)" = 1 ] && _options="$_options --security-opt label=disable"
     if [ -n "$DETACHED" ]; then _options="$_options -d"; elif [ -t 0 ] && [ -t 1 ]; then _options="$_options -i -t"; else _options="$_options -i"; fi
     if [ -n "$NAMED" ]; then _options="$_options --name $NAMED --label milktea.run=$NAMED --label milktea.gpus=${GPUS#device=}"; fi
@@ -301,8 +304,8 @@ prune() {
     local _name _now _back _image _size
     installed | while read -r _name _now _back; do
         $DOCKER images --filter "reference=${_now%:*}" --format '{{.Repository}}:{{.Tag}} {{.Size}}' | while read -r _image _size; do
-            case ${_image#localhost/} in
-                "$_now" | "$_back" | "${_now%:*}:current" | "${_now%:*}:previous") ;;
+            case /$_image in # podman puts docker.io/ or localhost/ before a name
+                */"$_now" | */"$_back" | */"${_now%:*}:current" | */"${_now%:*}:previous") ;;
                 *) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null && echo "removed $_image ($_size with what it shares)" ;;
             esac
         done
