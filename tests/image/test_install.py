@@ -144,7 +144,7 @@ def test_forty_corruptions_are_all_caught_named_and_given_a_remedy(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_a_thousand_corruptions_are_all_caught_named_and_given_a_remedy(
     packed: Path, tmp_path: Path
 ) -> None:
