@@ -11,6 +11,7 @@ import typer
 from ops.cli import app, image
 from ops.errors import ConfigError
 from ops.image.fetch.debian import Mirrors
+from ops.image.spec.definition import read
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -87,6 +88,13 @@ def test_a_mirror_of_debian_is_taken_from_the_environment_and_one_that_is_none_i
     assert Mirrors.given({}) == here
     with pytest.raises(ConfigError, match="no mirror"):
         Mirrors.given({"MILKTEA_DEBIAN_MIRROR": "mirror.example"})
+
+
+def test_every_image_that_a_document_names_has_todays_version() -> None:
+    today = {path.stem: read(path).version for path in (ROOT / "images").glob("*.toml")}
+    named = said(re.compile(r"milktea/(practice|train-cu\d+):(\d+)"))
+    assert len(named) > 3
+    assert [x for x in named if x[0].startswith("docs/") and int(x[2]) != today[x[1]]] == []
 
 
 @pytest.mark.parametrize(("script", "most"), [("INSTALL.sh", 700), ("milktea-run.sh", 400)])
