@@ -45,14 +45,9 @@ DETACHED='' NAMED=''
 
 current_image() {
     local _name _key _ref
-    if [ -n "${MILKTEA_IMAGE:-}" ]; then
-        echo "$MILKTEA_IMAGE"
-        return
-    fi
+    [ -z "${MILKTEA_IMAGE:-}" ] || { echo "$MILKTEA_IMAGE"; return; }
     _name=$(cat "$PREFIX/state/default" 2>/dev/null) || refuse "no image is installed in $PREFIX" "sh INSTALL.sh, or MILKTEA_PREFIX=the --prefix that was used"
-    while read -r _key _ref; do
-        if [ "$_key" = current ]; then echo "$_ref"; fi
-    done <"$PREFIX/state/$_name"
+    while read -r _key _ref; do [ "$_key" != current ] || echo "$_ref"; done <"$PREFIX/state/$_name"
 }
 
 # GPUs by the toolkit's runtime, or by CDI; none where the image or the server has none.
@@ -77,13 +72,8 @@ gpu_flags() {
 
 shared_memory() {
     local _key _kb _unit
-    if [ -n "${MILKTEA_SHM:-}" ]; then
-        echo "$MILKTEA_SHM"
-        return
-    fi
-    while read -r _key _kb _unit; do
-        [ "$_key" = MemTotal: ] && echo "$((_kb / 2))k" && return
-    done </proc/meminfo
+    [ -z "${MILKTEA_SHM:-}" ] || { echo "$MILKTEA_SHM"; return; }
+    while read -r _key _kb _unit; do [ "$_key" != MemTotal: ] || echo "$((_kb / 2))k"; done </proc/meminfo
 }
 
 # Where the image's Python keeps what it compiled: without it each start compiles 3,000 modules anew, which takes 10 seconds of a
@@ -359,28 +349,30 @@ model_folder() {
     case $_m in "$PREFIX/models"/*) ;; *) [ ! -d "$_m" ] || echo "$_m" ;; esac
 }
 
+# on_run FOLDER FILE MODULE ARGUMENTS...: a module of the trainer over what a run made; FILE is one more to read, or ''.
+# What a result can do is one function here that calls this.
+on_run() {
+    local _at=$1 _file=$2 _module=$3 _model
+    shift 3
+    _model=$(model_folder "$_at")
+    inside ${_model:+-v "$_model:$_model:ro"} ${_file:+-v "$_file:$_file:ro"} -v "$_at:$_at" -w "$_at" -- python3 -m "$_module" "$@"
+}
+
 chat() {
-    local _at _model
+    local _at
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _at=$(run_folder "$1") || exit 2
     shift
     if [ $# -gt 0 ]; then set -- --prompt "$*"; fi
-    _model=$(model_folder "$_at")
-    inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -w "$_at" -- python3 -m trainer.serve.chat "$_at/result/adapter.zip" --base "$_at/model" "$@"
+    on_run "$_at" '' trainer.serve.chat "$_at/result/adapter.zip" --base "$_at/model" "$@"
 }
 
 evaluate() {
-    local _at _data _model
+    local _at _data=''
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _at=$(run_folder "$1") || exit 2
-    shift
-    _model=$(model_folder "$_at")
-    if [ $# -ge 1 ]; then
-        _data=$(absolute "$1") && [ -f "$_data" ] || refuse "$1 does not exist" "ls"
-        inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -v "$_data:$_data:ro" -w "$_at" -- python3 -m trainer.eval.score "$_at" "$_data"
-    else
-        inside ${_model:+-v "$_model:$_model:ro"} -v "$_at:$_at" -w "$_at" -- python3 -m trainer.eval.score "$_at"
-    fi
+    [ $# = 1 ] || _data=$(absolute "$2") && [ -z "$_data" ] || [ -f "$_data" ] || refuse "$2 does not exist" "ls"
+    on_run "$_at" "$_data" trainer.eval.score "$_at" ${_data:+"$_data"}
 }
 
 command=${1:-}
