@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from trainer.loop import checkpoint
 from trainer.loop.optim import EXTRA
 from trainer.loop.ranks import Ranks, StopSignal, Written
-from trainer.model.load import decoder_layers, load_base
+from trainer.model.load import ModelError, decoder_layers, load_base
 from trainer.wire.job import Job
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,6 +41,25 @@ class _Entered(nn.Module):
 
     def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
+
+
+def _sum_gradients(unit: Any) -> None:
+    """Makes FSDP sum the processes' gradients instead of averaging them: losses are divided by the
+    step's count already. Raises ModelError where this torch cannot."""
+    if hasattr(unit, "set_force_sum_reduction_for_comms"):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
+        return
+    # torch 2.7, of the image for older drivers: its own setter takes NCCL's reductions only
+    group = unit._get_fsdp_state()._fsdp_param_group
+    if group is None:  # it holds no parameters
+        return
+    if not hasattr(group, "reduce_scatter_reduce_op"):
+        raise ModelError(
+            f"torch {torch.__version__} cannot sum the gradients of a model in parts: take an "
+            'image with torch 2.7, or 2.11 or newer, or set training.method = "lora"'
+        )
+    group.reduce_scatter_reduce_op = dist.ReduceOp.SUM
 
 
 class Shards(Ranks):
@@ -66,8 +85,7 @@ class Shards(Ranks):
         for unit in (*decoder_layers(model), self._root):
             self._spread(unit, spread)
             fully_shard(unit, mesh=mesh)
-            unit.set_gradient_divide_factor(1.0)  # losses are divided by the step's count already
-            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+            _sum_gradients(unit)
 
     def _spread(self, unit: nn.Module, spread: dict[int, nn.Parameter]) -> None:
         """`spread` maps ids of parameters to what replaces them, so that tied ones stay tied."""
