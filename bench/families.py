@@ -57,6 +57,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "head_dim": 256,
         "global_head_dim": 512, "num_attention_heads": 16, "num_key_value_heads": 8,
         "vocab_size": 262144, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True, "num_global_key_value_heads": 4,
         "num_kv_shared_layers": 0, "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True}),
     "qwen3-30b-a3b": ("qwen3_moe", {
@@ -123,6 +124,8 @@ def fill(leaf: nn.Module) -> None:
         else:
             plain = "Norm" in kind and not kind.startswith(("Gemma3RMS", "Gemma2RMS", "GemmaRMS"))
             p.fill_(1.0 if plain and name == "weight" else 0.0)
+            if kind == "Gemma4RMSNorm" and p.numel() <= 512:  # of q and k: its scale is in them
+                p.fill_(p.numel() ** -0.25)
     for name, b in leaf.named_buffers(recurse=False):
         b.fill_(getattr(leaf, "scalar_embed_scale", 1.0) if name == "embed_scale" else 1.0)
 

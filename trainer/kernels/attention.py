@@ -64,10 +64,12 @@ def short_kernels(
     q: Tensor, k: Tensor, v: Tensor, longest: int, rules: Rules | None = None
 ) -> ModuleType | None:
     """``trainer.kernels.attention_short`` where it is the faster: Hopper and newer, q, k, v views
-    of matrices with rows of one length, documents that are not very long. With a soft cap it serves
-    all lengths: flash attention has none."""
-    long = longest > LONG and (rules is None or rules.softcap is None)
-    if _short_refused or long or not _has_flash(q):
+    of matrices with rows of one length, documents that are not very long. Where flash
+    attention does not serve, for soft caps and heads wider than 256, it takes all lengths."""
+    alone = q.shape[-1] > 256 or (rules is not None and rules.softcap is not None)
+    if _short_refused or (longest > LONG and not alone):
+        return None
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return None
     if torch.cuda.get_device_capability(q.device) < (9, 0):
         return None

@@ -14,6 +14,9 @@ leaves the rest idle; where the copy engine brings them the heads of a token are
 those of another key head that come along are masked. A window is in ``first`` and ``past``. LIMIT
 caps scores at limit tanh(x / limit), in powers of two; SINKS starts each row's sum with one term
 whose value is zero. PAIRS: rotary pairs are neighbours, not halves apart.
+
+A program makes DO of a head's D output columns, those of its part: an accumulator of 512 columns
+does not fit the registers. The scores are then made once a part.
 """
 
 # mypy: ignore-errors
@@ -67,14 +70,16 @@ def attention_forward(
     sinks,
     G: tl.constexpr,
     D: tl.constexpr,
+    DO: tl.constexpr,
     LIMIT: tl.constexpr,
     SINKS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out [M, H, D]; lse [H, lm] in powers of two. k and v are descriptors of [BN, D]."""
+    """out [M, H, D]; lse [H, lm] in powers of two. k is a descriptor of [BN, D], v of [BN, DO]."""
     kv_head = tl.program_id(0)
+    part = tl.program_id(2) * DO
     begin = tl.program_id(1) * (BM // G)
     token, head, ok = _rows(begin, m, kv_head, G, BM)
     d = tl.arange(0, D)
@@ -90,7 +95,7 @@ def attention_forward(
     else:
         best = tl.full([BM], NOTHING, tl.float32)
         total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
+    acc = tl.zeros([BM, DO], tl.float32)
     unit = 1.0 if LIMIT else scale
     low, end, alone = _reach(first, begin, m, BM // G)
     for c in tl.range(low, end, BN, num_stages=STAGES):
@@ -106,11 +111,12 @@ def attention_forward(
         p = tl.exp2(x * unit - new[:, None])
         shrink = tl.exp2(best - new)
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(q_tile.dtype), v.load([c, kv_head * D]), acc * shrink[:, None])
+        acc = tl.dot(p.to(q_tile.dtype), v.load([c, kv_head * D + part]), acc * shrink[:, None])
         best = new
-    to = out + token[:, None] * (kv_heads * G * D) + (head * D)[:, None] + d[None, :]
+    columns = part + tl.arange(0, DO)
+    to = out + token[:, None] * (kv_heads * G * D) + (head * D)[:, None] + columns[None, :]
     tl.store(to, (acc * (1.0 / total)[:, None]).to(out.dtype.element_ty), mask=ok[:, None])
-    tl.store(lse + head * lm + token, best + tl.log2(total), mask=ok)
+    tl.store(lse + head * lm + token, best + tl.log2(total), mask=ok & (part == 0))
 
 
 @triton.jit
@@ -134,6 +140,7 @@ def _turn_back(x, cos, sin, token, ROWS: tl.constexpr, D: tl.constexpr, PAIRS: t
 def attention_backward_q(
     q,
     k,
+    k_part,
     v,
     first,
     out,
@@ -153,6 +160,7 @@ def attention_backward_q(
     limit,
     G: tl.constexpr,
     D: tl.constexpr,
+    DO: tl.constexpr,
     TURN: tl.constexpr,
     PAIRS: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -163,6 +171,7 @@ def attention_backward_q(
     """dq, its rows ds values apart, and delta [H, lm], the sums of dout * out, which the other half
     needs."""
     kv_head = tl.program_id(0)
+    part = tl.program_id(2) * DO
     begin = tl.program_id(1) * (BM // G)
     token, head, ok = _rows(begin, m, kv_head, G, BM)
     d = tl.arange(0, D)
@@ -172,14 +181,21 @@ def attention_backward_q(
     )
     at = token[:, None] * (kv_heads * G * D) + (head * D)[:, None] + d[None, :]
     do_tile = tl.load(dout + at, mask=ok[:, None], other=0.0)
-    sums = tl.sum(
-        do_tile.to(tl.float32) * tl.load(out + at, mask=ok[:, None], other=0.0).to(tl.float32), 1
-    )
+    if DO == D:
+        o_tile = tl.load(out + at, mask=ok[:, None], other=0.0)
+        sums = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    else:
+        sums = tl.zeros([BM], tl.float32)
+        few = tl.arange(0, 64)
+        for c in range(0, D, 64):
+            near = token[:, None] * (kv_heads * G * D) + (head * D)[:, None] + c + few[None, :]
+            one = tl.load(dout + near, mask=ok[:, None], other=0.0).to(tl.float32)
+            sums += tl.sum(one * tl.load(out + near, mask=ok[:, None], other=0.0).to(tl.float32), 1)
     of_row = head * lm + token
-    tl.store(delta + of_row, sums, mask=ok)
+    tl.store(delta + of_row, sums, mask=ok & (part == 0))
     log = tl.load(lse + of_row)
     room = (token - start).to(tl.uint32)
-    acc = tl.zeros([BM, D], tl.float32)
+    acc = tl.zeros([BM, DO], tl.float32)
     low, end, _ = _reach(first, begin, m, BM // G)
     for c in tl.range(low, end, BN, num_stages=STAGES):
         keys = c + tl.arange(0, BN)
@@ -194,23 +210,30 @@ def attention_backward_q(
         change = p * (dp - sums[:, None])
         if LIMIT:
             change *= slope
+        if DO != D:
+            k_tile = k_part.load([c, kv_head * D + part])
         acc = tl.dot(change.to(q_tile.dtype), k_tile, acc)
     acc *= back_scale
     if TURN:
         acc = _turn_back(acc, cos, sin, token, BM, D, PAIRS)
-    to = dq + token[:, None] * ds + (head * D)[:, None] + d[None, :]
+    to = dq + token[:, None] * ds + (head * D + part)[:, None] + tl.arange(0, DO)[None, :]
     tl.store(to, acc.to(dq.dtype.element_ty), mask=ok[:, None])
 
 
 @triton.jit(do_not_specialize=["m"])
 def attention_backward_kv(
     q,
+    q_part,
+    do_part,
     k,
     v,
     past,
     dout,
     lse,
     delta,
+    lse_rows,
+    delta_rows,
+    lm,
     dk,
     dv,
     cos,
@@ -224,6 +247,7 @@ def attention_backward_kv(
     limit,
     G: tl.constexpr,
     D: tl.constexpr,
+    DO: tl.constexpr,
     TURN: tl.constexpr,
     PAIRS: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -237,8 +261,9 @@ def attention_backward_kv(
     """dk (with DK) and dv (with DV) of BN keys, their rows ds values apart: both accumulators of a
     wide head do not fit the registers. Everything is transposed, so that the products' left sides
     stay in registers. q and dout are descriptors of [BM / PAD, PAD, D], lse and delta of
-    [PAD, BM / PAD]."""
+    [PAD, BM / PAD]; where these are less than the engine's 16 bytes they come from [H, lm]."""
     kv_head = tl.program_id(0)
+    part = tl.program_id(2) * DO
     begin = tl.program_id(1) * BN
     keys = begin + tl.arange(0, BN)
     held = keys < m
@@ -248,17 +273,23 @@ def attention_backward_kv(
     stop = tl.load(past + keys, mask=held, other=0)
     if DK:
         v_tile = tl.load(v + at, mask=held[:, None], other=0.0)
-        dk_acc = tl.zeros([BN, D], tl.float32)
+        dk_acc = tl.zeros([BN, DO], tl.float32)
     if DV:
-        dv_acc = tl.zeros([BN, D], tl.float32)
+        dv_acc = tl.zeros([BN, DO], tl.float32)
     row = tl.arange(0, BM)
     end = tl.load(past + tl.minimum(begin + BN, m) - 1)
     # several documents have keys here: every block needs the mask
     above = tl.where(tl.load(past + begin) == end, end, 0)
     for c in tl.range(begin, end, BM // PAD, num_stages=STAGES):
         q_tile = tl.reshape(q.load([c, kv_head * G, 0]), (BM, D))
-        do_tile = tl.reshape(dout.load([c, kv_head * G, 0]), (BM, D))
-        log = tl.reshape(tl.permute(lse.load([kv_head * G, c]), (1, 0)), (BM,))
+        if DK or DO == D:
+            do_tile = tl.reshape(dout.load([c, kv_head * G, 0]), (BM, D))
+        if BM // PAD < 4:
+            near = (kv_head * G + row % PAD) * lm + c + row // PAD
+            there = (row % PAD < G) & (c + row // PAD < m)
+            log = tl.load(lse_rows + near, mask=there, other=0.0)
+        else:
+            log = tl.reshape(tl.permute(lse.load([kv_head * G, c]), (1, 0)), (BM,))
         x = tl.dot(k_tile, q_tile.T) * scale
         if LIMIT:
             x = _capped(x, limit)
@@ -275,15 +306,24 @@ def attention_backward_kv(
             x = tl.where((row % PAD < G)[None, :], x, -float("inf"))
         p = tl.exp2(x)
         if DV:
-            dv_acc = tl.dot(p.to(k_tile.dtype), do_tile, dv_acc)
+            if DO == D:
+                dv_acc = tl.dot(p.to(k_tile.dtype), do_tile, dv_acc)
+            else:
+                some = tl.reshape(do_part.load([c, kv_head * G, part]), (BM, DO))
+                dv_acc = tl.dot(p.to(k_tile.dtype), some, dv_acc)
         if DK:
             dp = tl.dot(v_tile, do_tile.T)
-            sums = tl.reshape(tl.permute(delta.load([kv_head * G, c]), (1, 0)), (BM,))
+            if BM // PAD < 4:
+                sums = tl.load(delta_rows + near, mask=there, other=0.0)
+            else:
+                sums = tl.reshape(tl.permute(delta.load([kv_head * G, c]), (1, 0)), (BM,))
             change = p * (dp - sums[None, :])
             if LIMIT:
                 change *= slope
+            if DO != D:
+                q_tile = tl.reshape(q_part.load([c, kv_head * G, part]), (BM, DO))
             dk_acc = tl.dot(change.to(k_tile.dtype), q_tile, dk_acc)
-    to = keys[:, None] * ds + kv_head * D + d[None, :]
+    to = keys[:, None] * ds + kv_head * D + part + tl.arange(0, DO)[None, :]
     if DK:
         dk_acc *= back_scale
         if TURN:

@@ -22,11 +22,14 @@ from trainer.kernels import attention_device as jit
 # Query rows and keys of a tile, warps, pipeline stages, by head size: the best of a sweep on an
 # H200 (docs/speed-log.md).
 TILES = {
+    512: {"forward": (64, 32, 4, 2), "backward_q": (64, 32, 4, 1), "backward_kv": (32, 64, 4, 1)},
     256: {"forward": (64, 32, 4, 2), "backward_q": (64, 32, 4, 1), "backward_kv": (64, 64, 4, 2)},
     128: {"forward": (64, 32, 4, 2), "backward_q": (64, 32, 4, 2), "backward_kv": (64, 64, 4, 2)},
     64: {"forward": (64, 32, 4, 3), "backward_q": (64, 64, 4, 2), "backward_kv": (64, 64, 4, 3)},
 }
+WIDEST = max(TILES)
 MAX_GROUP = 16  # query heads of a key head: fewer tokens would not fill a copy of 16 bytes
+PART = 256  # the most output columns of a program
 WIDE = 256  # head sizes from which dk and dv are made by two launches
 
 
@@ -78,22 +81,22 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _wide(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of ``rows`` tokens and one head of x [M, H, D]."""
+def _wide(x: Tensor, rows: int, part: int = WIDEST) -> TensorDescriptor:
+    """Tiles of ``rows`` tokens and one head of x [M, H, D], or ``part`` columns of it."""
     m, heads, d = x.shape
-    return TensorDescriptor(x, [m, heads * d], [x.stride(0), 1], [rows, d])
+    return TensorDescriptor(x, [m, heads * d], [x.stride(0), 1], [rows, min(d, part)])
 
 
-def _grouped(x: Tensor, rows: int, group: int) -> TensorDescriptor:
+def _grouped(x: Tensor, rows: int, group: int, part: int = WIDEST) -> TensorDescriptor:
     """Tiles of ``rows / group`` tokens and ``group`` heads, a power of two."""
-    return TensorDescriptor(
-        x, list(x.shape), [x.stride(0), x.shape[2], 1], [rows // group, group, x.shape[2]]
-    )
+    box = [rows // group, group, min(x.shape[2], part)]
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), x.shape[2], 1], box)
 
 
 def _of_rows(x: Tensor, tokens: int, rows: int, group: int) -> TensorDescriptor:
-    """The same tiles of one number a row, from x [H, lm]."""
-    return TensorDescriptor(x, [x.shape[0], tokens], [x.stride(0), 1], [group, rows // group])
+    """The same tiles of one number a row, from x [H, lm]: of no fewer than 16 bytes."""
+    wide = max(4, rows // group)
+    return TensorDescriptor(x, [x.shape[0], tokens], [x.stride(0), 1], [group, wide])
 
 
 def _tile(name: str, d: int) -> tuple[int, int, dict[str, int]]:
@@ -119,10 +122,11 @@ def forward(
     lse = q.new_empty(heads, -(-m // 16) * 16, dtype=torch.float32)
     bm, bn, tile = _tile("forward", d)
     group = heads // kv_heads
-    jit.attention_forward[(kv_heads, triton.cdiv(m, bm // group))](
+    parts = -(-d // PART)
+    jit.attention_forward[(kv_heads, triton.cdiv(m, bm // group), parts)](
         q,
         _wide(k, bn),
-        _wide(v, bn),
+        _wide(v, bn, PART),
         first,
         out,
         lse,
@@ -135,6 +139,7 @@ def forward(
         sinks,
         G=group,
         D=d,
+        DO=d // parts,
         LIMIT=cap is not None,
         SINKS=sinks is not None,
         **tile,
@@ -158,7 +163,10 @@ def backward(
 ) -> Tensor:
     """Gradients of ``forward``, joined: [M, (H + 2 KV) D]. With cos and sin [M, D] (halves equal)
     those of q and k are turned back, to what came before rotary embedding; ``pairs``: of
-    neighbours. ``dout`` is contiguous. Sinks are in ``lse`` already."""
+    neighbours. ``dout`` is contiguous. Sinks are in ``lse`` already. Raises ValueError where heads
+    of several parts are to be turned back."""
+    if cos is not None and q.shape[2] > PART:
+        raise ValueError(f"a head of {q.shape[2]} columns is not turned back here")
     (m, heads, d), kv_heads = q.shape, k.shape[1]
     joined = q.new_empty(m, (heads + 2 * kv_heads) * d)
     dq, dk, dv = joined.split([heads * d, kv_heads * d, kv_heads * d], 1)
@@ -166,11 +174,14 @@ def backward(
     group = heads // kv_heads
     limit = (cap or 0.0) / math.log(2)
     ending = (q.stride(0), joined.shape[1], kv_heads, scale / math.log(2), scale, limit)
-    fixed = {"G": group, "D": d, "TURN": cos is not None, "PAIRS": pairs, "LIMIT": cap is not None}
+    parts = -(-d // PART)
+    fixed = {"G": group, "D": d, "DO": d // parts, "PAIRS": pairs, "LIMIT": cap is not None}
+    fixed["TURN"] = cos is not None
     bm, bn, tile = _tile("backward_q", d)
-    jit.attention_backward_q[(kv_heads, triton.cdiv(m, bm // group))](
+    jit.attention_backward_q[(kv_heads, triton.cdiv(m, bm // group), parts)](
         q,
         _wide(k, bn),
+        _wide(k, bn, PART),
         _wide(v, bn),
         at.first,
         out,
@@ -189,12 +200,14 @@ def backward(
     bm, bn, tile = _tile("backward_kv", d)
     padded = triton.next_power_of_2(group)
     asked = (
-        *(_grouped(q, bm, padded), k, v, at.past, _grouped(dout, bm, padded)),
+        *(_grouped(q, bm, padded), _grouped(q, bm, padded, PART), _grouped(dout, bm, padded, PART)),
+        *(k, v, at.past, _grouped(dout, bm, padded)),
         *(_of_rows(lse, m, bm, padded), _of_rows(delta, m, bm, padded)),
+        *(lse, delta, lse.shape[1]),
         *(dk, dv, cos, sin, m, *ending),
     )
     for makes_dk, makes_dv in [(True, True)] if d < WIDE else [(True, False), (False, True)]:
-        jit.attention_backward_kv[(kv_heads, triton.cdiv(m, bn))](
+        jit.attention_backward_kv[(kv_heads, triton.cdiv(m, bn), parts)](
             *asked, PAD=padded, DK=makes_dk, DV=makes_dv, **fixed, **tile
         )
     return joined

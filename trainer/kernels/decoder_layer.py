@@ -64,8 +64,7 @@ TENSORS = Kept._fields.index("t")  # of Kept, before the tuples
 class FastLayer:
     """The parts of one decoder layer. ``checkpoint``: keep only the input and run forward again in
     backward. Without ``gate_up`` and ``down`` it ends in the middle of the residual stream, and
-    ``after`` takes it to the end: experts, computed again in backward, since what they keep is many
-    times the stream."""
+    ``after`` takes it to the end: experts, which ``remake_after`` computes again in backward."""
 
     ops: ModuleType
     qkv: Group
@@ -90,6 +89,7 @@ class FastLayer:
     gelu: bool = False  # tanh's approximation, instead of silu
     out_scale: float = 1.0  # of the layer's output
     after: Callable[[Tensor], Tensor] | None = None  # [M, h] -> [M, h]
+    remake_after: bool = False  # where it keeps many times the stream
 
     @property
     def groups(self) -> list[Group]:
@@ -350,7 +350,7 @@ def run_layer(layer: FastLayer, h: Tensor, packed: Packed) -> Tensor:
     out: Tensor = _Layer.apply(h, layer, packed, *layer.parameters)  # type: ignore[no-untyped-call]
     if layer.after is None:
         return out
-    if not out.requires_grad:
+    if not (out.requires_grad and (layer.checkpoint or layer.remake_after)):
         return layer.after(out)
     end: Tensor = checkpoint(layer.after, out, use_reentrant=False, preserve_rng_state=False)
     return end

@@ -6,16 +6,24 @@ weight first and keeps the sums for backward, which takes as much memory as all 
 makes the model compute them split instead, through transformers' ExpertsInterface.
 
 Rows are (token, expert) pairs sorted by expert. Nothing waits for the GPU. Groups may be empty.
+
+Where experts are gate, up, silu and down without biases, one autograd function computes them. Of a
+pair it keeps gate and up alone (2f values): it gathers the input again, and makes the activation
+again.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
+
+from trainer.kernels.backend import operations
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +39,14 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if _grouped_mm(x.device, x.dtype):
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
     return _one_by_one(x, weight, ends)
+
+
+def grouped_outer(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """dy^T x over the rows of each group: [S, N], [S, K], ends int32 [E] -> [E, N, K]."""
+    if _grouped_mm(x.device, x.dtype):
+        return torch.nn.functional.grouped_mm(dy.t(), x, offs=ends)
+    stops = ends.tolist()
+    return torch.stack([dy[a:b].t() @ x[a:b] for a, b in zip([0, *stops], stops, strict=False)])
 
 
 def _one_by_one(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -93,33 +109,140 @@ def factors(wrapper: Any) -> tuple[Tensor, Tensor, float] | None:
     return a, b, wrapper.scaling[active[0]]
 
 
+def factors_of(wrapper: Any | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """(A [E, r, in], s B [E, out, r]) as grouped products want them: in `dtype`, the rank padded;
+    None without an adapter. Differentiable."""
+    found = None if wrapper is None else factors(wrapper)
+    if found is None:
+        return None
+    a, b, scaling = found
+    short = -a.shape[1] % RANK_STEP
+    a = pad(a.to(dtype), (0, 0, 0, short)).contiguous()
+    return a, pad((b * scaling).to(dtype), (0, short)).contiguous()
+
+
 def adapted(
     x: Tensor, weight: Tensor, ends: Tensor, wrapper: Any | None, transposed: bool
 ) -> Tensor:
     """x [S, in] -> [S, out] through the frozen experts and their adapter. `weight` is
     [E, out, in], or transposed [E, in, out]."""
     y = grouped(x, weight if transposed else weight.transpose(-2, -1), ends)
-    found = None if wrapper is None else factors(wrapper)
+    found = factors_of(wrapper, x.dtype)
     if found is None:
         return y
-    a, b, scaling = found
-    short = -a.shape[1] % RANK_STEP
-    a = pad(a.to(x.dtype), (0, 0, 0, short)).contiguous()
-    b = pad((b * scaling).to(x.dtype), (0, short)).contiguous()
-    u = grouped(x, a.transpose(-2, -1), ends)
-    return y + grouped(u, b.transpose(-2, -1), ends)
+    a, b = found
+    return y + grouped(grouped(x, a.transpose(-2, -1), ends), b.transpose(-2, -1), ends)
+
+
+class Pairs(NamedTuple):
+    """(token, expert) pairs in the order of experts: which pair [S] comes, its token [S], where the
+    pairs of each expert end int32 [E], and where each token's pairs went [S]."""
+
+    order: Tensor
+    token: Tensor
+    ends: Tensor
+    back: Tensor
+
+
+def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Pairs]:
+    """index [T, k] -> (the expert of each sorted pair [S], the pairs)."""
+    expert, order = torch.sort(index.reshape(-1))
+    counted = torch.histc(
+        expert.float() if expert.device.type == "cpu" else expert.int(),
+        bins=experts, min=0, max=experts - 1,
+    )  # fmt: skip
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    ends = torch.cumsum(counted, 0, dtype=torch.int32)
+    return expert, Pairs(order, order // index.shape[1], ends, back)
+
+
+class _Gated(torch.autograd.Function):
+    """See ``gated``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, share: Tensor, up: Tensor, down: Tensor, pairs: Pairs, *lora: Tensor
+    ) -> Tensor:
+        ops, ends = operations(x.device), pairs.ends
+        a1, b1, a2, b2 = lora or (None,) * 4
+        xs = x[pairs.token]
+        gu, more, t, u = grouped(xs, up.transpose(1, 2), ends), None, None, None
+        if a1 is not None and b1 is not None:
+            t = grouped(xs, a1.transpose(1, 2), ends)
+            more = grouped(t, b1.transpose(1, 2), ends)
+        del xs
+        act = ops.gate_forward_(gu, more)
+        y, more = grouped(act, down.transpose(1, 2), ends), None
+        if a2 is not None and b2 is not None:
+            u = grouped(act, a2.transpose(1, 2), ends)
+            more = grouped(u, b2.transpose(1, 2), ends)
+        ctx.save_for_backward(x, share, gu, t, u, *lora)
+        ctx.weights, ctx.pairs = (up, down), pairs
+        return cast(Tensor, ops.combine(y, more, pairs.back, share))
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, share, gu, t, u, *lora = ctx.saved_tensors
+        (up, down), pairs = ctx.weights, ctx.pairs
+        ops, ends = operations(x.device), pairs.ends
+        grads: list[Tensor] = []
+        dys, more = dout.contiguous()[pairs.token], None
+        each = share.reshape(-1)[pairs.order]
+        dact = grouped(dys, down, ends)
+        if lora:
+            a1, b1, a2, b2 = lora
+            du = grouped(dys, b2, ends)
+            more = grouped(du, a2, ends)
+        act, dgu, dshare = ops.gate_backward_(gu, dact, more, each)
+        if lora:
+            near = each[:, None].to(x.dtype)
+            grads = [grouped_outer(du * near, act, ends), grouped_outer(dys, u * near, ends)]
+        del act, dact, dys
+        dxs, more = grouped(dgu, up, ends), None
+        if lora:
+            dt = grouped(dgu, b1, ends)
+            more = grouped(dt, a1, ends)
+            of_up = grouped_outer(dt, x[pairs.token], ends), grouped_outer(dgu, t, ends)
+            grads = [*of_up, *grads]
+        dx = ops.combine(dxs, more, pairs.back, torch.ones_like(share))
+        dshare = dshare[pairs.back].view_as(share).to(share.dtype)
+        return dx, dshare, None, None, None, *grads
+
+
+def lean(experts: Any) -> bool:
+    """Whether ``gated`` computes these experts: gate, up, silu and down, nothing else."""
+    other = ("has_bias", "is_transposed", "has_post_expert_norm")
+    if not getattr(experts, "has_gate", False) or any(getattr(experts, n) for n in other):
+        return False
+    own = type(experts)._apply_gate is _default_apply_gate
+    return own and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+
+
+def gated(experts: Any, x: Tensor, index: Tensor, share: Tensor) -> Tensor | None:
+    """down(silu(gate x) up x) of each pair, times its share, summed by token: [T, h] -> [T, h].
+    None where these experts compute something else."""
+    if not lean(experts):
+        return None
+    wrappers: dict[str, Any] = getattr(experts, "adapters_of_experts", {})
+    up, down = experts.gate_up_proj, experts.down_proj
+    found = [factors_of(wrappers.get(n), up.dtype) for n in ("gate_up_proj", "down_proj")]
+    if up.requires_grad or down.requires_grad or (None in found and any(found)):
+        return None
+    _, pairs = sort_pairs(index, experts.num_experts)
+    lora = [factor for pair in found if pair is not None for factor in pair]
+    out: Tensor = _Gated.apply(x.to(up.dtype), share, up, down, pairs, *lora)  # type: ignore[no-untyped-call]
+    return out.to(x.dtype)
 
 
 def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls. hidden_states [T, h], top_k_index and top_k_weights [T, k]
     -> [T, h]."""
+    out = gated(self, hidden_states, top_k_index, top_k_weights)
+    if out is not None:
+        return out
     tokens, k = top_k_index.shape
-    expert, order = torch.sort(top_k_index.reshape(-1))
-    counted = torch.histc(
-        expert.float() if expert.device.type == "cpu" else expert.int(),
-        bins=self.num_experts, min=0, max=self.num_experts - 1,
-    )  # fmt: skip
-    ends = torch.cumsum(counted, 0, dtype=torch.int32)
+    expert, (order, token, ends, back) = sort_pairs(top_k_index, self.num_experts)
     wrappers: dict[str, Any] = getattr(self, "adapters_of_experts", {})
     first = "gate_up_proj" if self.has_gate else "up_proj"
 
@@ -128,14 +251,12 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         y = adapted(x.to(weight.dtype), weight, ends, wrappers.get(name), self.is_transposed)
         return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
-    y = product(hidden_states[order // k], first)
+    y = product(hidden_states[token], first)
     y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
     y = product(y, "down_proj")
     if self.has_post_expert_norm:
         y = self.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
     return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
 

@@ -16,7 +16,7 @@ from trainer.kernels.attention import Rules
 from trainer.kernels.lora import adapter_of, base_linear, padded_rank
 from trainer.kernels.norms import HeadNorms, Norm
 
-WIDEST = 256  # the largest head that flash attention and the kernels take
+WIDEST = 512  # the largest head that the kernels take; flash attention takes 256
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Parts:
             return None
         (q, eps), (k, _) = (read_norm(n, self.family) for n in self._of_heads)
         weights = torch.stack([q.float(), k.float(), torch.ones_like(q, dtype=torch.float32)])
-        return HeadNorms(weights, eps, False)
+        return HeadNorms(weights, eps, hasattr(self.attention, "v_norm"))
 
 
 def read_norm(module: nn.Module, family: Family) -> Norm:
@@ -110,7 +110,8 @@ def find_parts(layer: nn.Module) -> Parts:
     before, after = norm_names(told, family)
     norms = [getattr(layer, n) for n in before]
     branches: list[Any] = [getattr(layer, n) for n in after] or [None, None]
-    qkv = [attn.qkv_proj] if hasattr(attn, "qkv_proj") else [attn.q_proj, attn.k_proj, attn.v_proj]
+    validate_plain(told)
+    qkv = projections(attn)
     parts = Parts(
         family=family,
         attention=attn,
@@ -123,13 +124,39 @@ def find_parts(layer: nn.Module) -> Parts:
         branch1=branches[0],
         branch2=branches[1],
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        kv_heads=count_kv_heads(qkv, attn, config),
         head_dim=attn.head_dim,
     )
     if not sparse:
         validate_activation(getattr(mlp, "act_fn", None) or mlp.activation_fn, family)
     validate(layer, parts)
     return parts
+
+
+def projections(attn: Any) -> list[nn.Module]:
+    """q, k and v, or one linear that is all three. Where values are made of the keys' projection it
+    stands for both, and its adapter with it."""
+    if hasattr(attn, "qkv_proj"):
+        return [attn.qkv_proj]
+    return [attn.q_proj, attn.k_proj, attn.v_proj if attn.v_proj is not None else attn.k_proj]
+
+
+def count_kv_heads(qkv: list[nn.Module], attn: Any, config: Any) -> int:
+    """Of this layer: Gemma 4 has two kinds."""
+    if len(qkv) == 1:
+        return int(config.num_key_value_heads)
+    return base_linear(qkv[1]).out_features // int(attn.head_dim)
+
+
+def validate_plain(layer: Any) -> None:
+    """Raises ValueError for what some of Gemma 4's models add to a layer."""
+    attn = layer.self_attn
+    if getattr(attn, "is_kv_shared_layer", False) or getattr(attn, "store_full_length_kv", False):
+        raise ValueError("layers share keys and values")
+    if getattr(layer, "hidden_size_per_layer_input", 0):
+        raise ValueError("the layer has an input of its own")
+    if getattr(layer, "enable_moe_block", False):
+        raise ValueError("experts stand beside an MLP")
 
 
 def gate_and_up(mlp: Any) -> list[nn.Module]:
@@ -168,13 +195,15 @@ def validate(layer: nn.Module, parts: Parts) -> None:
     if any(x.bias is not None for group in linears[2:] for x in group) or len(set(biased)) != 1:
         raise ValueError("the MLP has a bias, or one of q, k, v has none")
     head_dim = parts.head_dim
+    if head_dim > 256 and parts.head_norms is None:
+        raise ValueError(f"heads of {head_dim} columns have no norms")
     if head_dim & (head_dim - 1) or not 32 <= head_dim <= WIDEST:
         raise ValueError(f"head size {head_dim} is not a power of two from 32 to {WIDEST}")
     if not getattr(parts.attention, "is_causal", True):
         raise ValueError("attention sees later tokens")
     if any(isinstance(m, nn.Dropout) and m.p for m in layer.children()):
         raise ValueError("a branch has dropout")
-    found = [adapter_of(m) for m in layer.modules() if hasattr(m, "lora_A")]
+    found = [adapter_of(m) for group in parts.linears for m in group]
     ranks = [a[0].shape[0] for a in found if a]
     if ranks and padded_rank(max(ranks)) > 64:
         raise ValueError(f"rank {max(ranks)} is above 64")

@@ -19,8 +19,10 @@ from trainer.kernels import reference
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.backend import distrust, operations
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
+from trainer.kernels.experts import lean
 from trainer.kernels.frozen import FrozenWeight, freeze_weight
 from trainer.kernels.lora import Group, base_linear, frozen_linear, refresh
+from trainer.kernels.norms import Norm
 from trainer.kernels.parts import find_parts, is_gelu, read_norm, wide_angles
 from trainer.kernels.verify import (
     OTHERWISE,
@@ -117,8 +119,8 @@ def _trust(
     if not error < tolerance:
         distrust(f"the fused layer's self-test is off by {error:.4f}")
         return names | {"layer": f"transformers: self-test error {error:.4f}, at most {tolerance}"}
-    if not short and any(f.rules.softcap is not None for _, f in pairs):
-        return names | {"layer": "transformers: its attention has a cap, which flash has not"}
+    if not short and any(f.rules.softcap is not None or f.head_dim > 256 for _, f in pairs):
+        return names | {"layer": "transformers: flash attention takes no cap and no head over 256"}
     stock = max(stock_error(layer, f) for layer, f in pairs)
     if not stock < STOCK_TOLERANCE.get(precision, OTHERWISE):
         log.warning("the fused layer differs from transformers' by %.4f: not used", stock)
@@ -192,7 +194,8 @@ def build_layer(
         o_bias=_bias(base_linear(parts.o)),
         sinks=None if parts.sinks is None else parts.sinks.data,
         turned=parts.family.turned,
-        after=partial(_experts, layer) if down is None else None,
+        after=partial(_experts, layer, norm2, ops) if down is None else None,
+        remake_after=down is None and not lean(base_experts(layer)),
         heads=parts.heads,
         kv_heads=parts.kv_heads,
         head_dim=parts.head_dim,
@@ -203,6 +206,7 @@ def build_layer(
         branch2=parts.norm(parts.branch2),
         pairs=parts.family.row["rotary"] == "pairs",
         gelu=is_gelu(parts.family),
+        out_scale=float(getattr(layer, "layer_scalar", 1.0)),
     )
 
 
@@ -210,9 +214,15 @@ def _bias(linear: nn.Linear) -> Tensor | None:
     return None if linear.bias is None else linear.bias.data
 
 
-def _experts(layer: Any, middle: Tensor) -> Tensor:
-    """The second half of a layer with experts, as transformers computes it. [M, h] -> [M, h]."""
-    y = layer.mlp(layer.post_attention_layernorm(middle[None]))
+def base_experts(layer: Any) -> Any:
+    """The experts of a layer inside PEFT's wrappers."""
+    held = layer.mlp.experts
+    return held.get_base_layer() if hasattr(held, "get_base_layer") else held
+
+
+def _experts(layer: Any, norm: Norm, ops: ModuleType, middle: Tensor) -> Tensor:
+    """The second half of a layer with experts. [M, h] -> [M, h]."""
+    y = layer.mlp(frozen_norm(middle, *norm, ops)[None])
     added: Tensor = (y[0] if isinstance(y, tuple) else y)[0]
     return middle + added
 

@@ -279,21 +279,57 @@ def swiglu_backward(
     return dact, gu, None if column_scale is None else _row_scale(gu.float() * column_scale), dt_out
 
 
+def gate_forward_(gu: Tensor, more: Tensor | None) -> Tensor:
+    if more is not None:
+        gu += more
+    g, u = gu.float().chunk(2, -1)
+    return (_activation(g, False) * u).to(gu.dtype)
+
+
+def gate_backward_(
+    gu: Tensor, dact: Tensor, more: Tensor | None, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, u = gu.float().chunk(2, -1)
+    da = dact.float() if more is None else dact.float() + more.float()
+    gated = _activation(g, False)
+    act, near = gated * u, da * share.float()[:, None]
+    dgu = torch.cat([near * u * _slope(g, False), near * gated], -1)
+    dshare = (act * da).sum(-1)
+    dact.copy_(act)
+    gu.copy_(dgu)
+    return dact, gu, dshare
+
+
+def combine(y: Tensor, more: Tensor | None, back: Tensor, share: Tensor) -> Tensor:
+    v = y.float() if more is None else y.float() + more.float()
+    each = v[back].view(*share.shape, -1) * share.float()[..., None]
+    return each.sum(1).to(y.dtype)
+
+
 def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Tensor:
     v = h.float() + y.float()
     return (v + _lora(t, b) if t is not None and b is not None else v).to(h.dtype)
 
 
 def cross_entropy_rows(
-    logits: Tensor, targets: Tensor, dlogits_dtype: torch.dtype
+    logits: Tensor,
+    targets: Tensor,
+    dlogits_dtype: torch.dtype,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    x = logits.float()
+    x = logits.float() * scale
+    if cap is not None:
+        x = cap * torch.tanh(x / cap)
     counted = targets >= 0
     log_p = x.log_softmax(-1)
     at = targets.clamp_min(0)[:, None]
     loss = -log_p.gather(1, at)[:, 0] * counted
     grad = log_p.exp()
     grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
+    grad = grad * scale
+    if cap is not None:
+        grad = grad * (1 - (x / cap).square())
     return loss, (grad * counted[:, None]).to(dlogits_dtype)
 
 

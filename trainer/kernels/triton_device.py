@@ -700,25 +700,39 @@ def residual_add(
 
 
 @triton.jit
-def cross_entropy_rows(logits, targets, loss, grad, v, BN: tl.constexpr):
+def _logits(at, mask, other, scale, cap, CAP: tl.constexpr):
+    """x scale, squashed to cap tanh(x scale / cap)."""
+    x = tl.load(at, mask=mask, other=other).to(tl.float32) * scale
+    if CAP:
+        x = cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0)
+        x = tl.where(mask, x, other)
+    return x
+
+
+@triton.jit
+def cross_entropy_rows(
+    logits, targets, loss, grad, v, scale, cap, CAP: tl.constexpr, BN: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     best = -float("inf")
     total = 0.0
     for c in range(0, v, BN):
         cols = c + tl.arange(0, BN)
-        x = tl.load(logits + row * v + cols, mask=cols < v, other=-float("inf")).to(tl.float32)
+        x = _logits(logits + row * v + cols, cols < v, -float("inf"), scale, cap, CAP)
         new = tl.maximum(best, tl.max(x, 0))
         total = total * tl.exp(best - new) + tl.sum(tl.exp(x - new), 0)
         best = new
     counted = target >= 0
     lse = best + tl.log(total)
-    picked = tl.load(logits + row * v + tl.maximum(target, 0)).to(tl.float32)
+    picked = _logits(logits + row * v + tl.maximum(target, 0), True, 0.0, scale, cap, CAP)
     tl.store(loss + row, tl.where(counted, lse - picked, 0.0))
     for c in range(0, v, BN):
         cols = c + tl.arange(0, BN)
-        x = tl.load(logits + row * v + cols, mask=cols < v, other=0.0).to(tl.float32)
-        p = tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)
+        x = _logits(logits + row * v + cols, cols < v, 0.0, scale, cap, CAP)
+        p = (tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)) * scale
+        if CAP:
+            p *= 1.0 - (x / cap) * (x / cap)
         tl.store(
             grad + row * v + cols,
             tl.where(counted, p, 0.0).to(grad.dtype.element_ty),

@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from trainer.kernels import cast_device
+from trainer.kernels import cast_device, experts_device
 from trainer.kernels import triton_device as jit
 from trainer.kernels.norms import HeadNorms
 
@@ -538,6 +538,45 @@ def swiglu_backward(
     return dact, gu, scale, dt_out
 
 
+def gate_forward_(gu: Tensor, more: Tensor | None) -> Tensor:
+    """Adds ``more`` to ``gu [S, 2F]`` in place; silu(gate) * up [S, F]."""
+    s, f = len(gu), gu.shape[1] // 2
+    act = _empty(gu, s, f)
+    experts_device.gate_forward[(triton.cdiv(s, 32), triton.cdiv(f, 128))](
+        gu, more, act, s, f, MORE=more is not None, BM=32, BN=128, num_warps=4
+    )
+    return act
+
+
+def gate_backward_(
+    gu: Tensor, dact: Tensor, more: Tensor | None, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrites ``gu [S, 2F]`` with its gradient and ``dact [S, F]`` with act. The gradient of act
+    is ``dact + more``, times ``share [S]``. Returns (act, d(gu), d(share) fp32 [S])."""
+    s, f = len(gu), gu.shape[1] // 2
+    dshare = _empty(gu, s, dtype=torch.float32)
+    experts_device.gate_backward[(triton.cdiv(s, 16),)](
+        gu, dact, more, share, dshare, s, f, MORE=more is not None, BM=16, BN=128, num_warps=4
+    )
+    return dact, gu, dshare
+
+
+def combine(y: Tensor, more: Tensor | None, back: Tensor, share: Tensor) -> Tensor:
+    """Of each token the sum over its k pairs of share (y + more): y, more [T k, K], rows ``back``
+    [T k], share [T, k] -> [T, K]."""
+    (tokens, k), width = share.shape, y.shape[1]
+    out = _empty(y, tokens, width)
+    experts_device.combine[(triton.cdiv(tokens, 16), triton.cdiv(width, 128))](
+        *(y, more, back, share, out, tokens, width),
+        K=k,
+        MORE=more is not None,
+        BM=16,
+        BN=128,
+        num_warps=4,
+    )
+    return out
+
+
 def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Tensor:
     """h + y + t b^T, written over ``y``. [M, K]."""
     m, k = h.shape
@@ -548,14 +587,23 @@ def residual_add(h: Tensor, y: Tensor, t: Tensor | None, b: Tensor | None) -> Te
 
 
 def cross_entropy_rows(
-    logits: Tensor, targets: Tensor, dlogits_dtype: torch.dtype
+    logits: Tensor,
+    targets: Tensor,
+    dlogits_dtype: torch.dtype,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-row cross-entropy [C] (fp32) and d(logits) of their sum [C, V] in ``dlogits_dtype``. A
-    target of -100 gives zero for both."""
+    """Per-row cross-entropy [C] (fp32) of logits x scale, squashed to cap tanh(./cap), and
+    d(logits) of their sum [C, V] in ``dlogits_dtype``. A target of -100 gives zero for both."""
     c, v = logits.shape
     loss = _empty(logits, c, dtype=torch.float32)
     grad = _empty(logits, c, v, dtype=dlogits_dtype)
-    jit.cross_entropy_rows[(c,)](logits, targets, loss, grad, v, BN=4096, num_warps=8)
+    jit.cross_entropy_rows[(c,)](
+        *(logits, targets, loss, grad, v, scale, cap or 1.0),
+        CAP=cap is not None,
+        BN=4096,
+        num_warps=8,
+    )
     return loss, grad
 
 

@@ -93,6 +93,9 @@ def assemble(
 
         try:
             names |= accelerate_model(model, precision, device, checkpoint_layers=checkpoint_layers)
+            if family_of(model).fused and not names["layer"].startswith("fused"):
+                # the plan counted what the fused layer keeps: transformers' keeps more
+                checkpoint_layers = len(decoder_layers(model))
             checkpoint_first(model, checkpoint_layers)
             return model.train(), names
         except ValueError as why:

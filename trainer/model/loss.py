@@ -31,19 +31,9 @@ class _TargetLoss(torch.autograd.Function):
         for start in range(0, len(x), size):
             part = x[start : start + size]
             logits = _product_fp32(part, head.t())
-            if scale != 1.0:
-                logits *= scale
-            slope = None
-            if cap is not None:  # z = cap tanh(x / cap), dz/dx = 1 - (z / cap)^2
-                squashed = logits.div_(cap).tanh_()
-                slope = (1 - squashed.square()).to(x.dtype)
-                logits = squashed.mul_(cap)
-            loss, grad = ops.cross_entropy_rows(logits, targets[start : start + size], x.dtype)
+            part_targets = targets[start : start + size]
+            loss, grad = ops.cross_entropy_rows(logits, part_targets, x.dtype, scale, cap)
             total += loss.sum()
-            if slope is not None:
-                grad = grad * slope
-            if scale != 1.0:
-                grad = grad * scale
             if dx is not None:
                 torch.mm(grad, head, out=dx[start : start + size])
             if dhead is not None:

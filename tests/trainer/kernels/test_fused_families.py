@@ -23,12 +23,17 @@ WIDE = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 96, "initializer
 FUSED = [
     *("llama", "llama_tied", "mistral_window", "mistral", "qwen2", "qwen2_window", "qwen3"),
     *("gemma", "gemma2", "gemma3", "phi3", "phi3_window", "glm", "glm4", "qwen3_moe", "gpt_oss"),
+    *("gemma4", "gemma4_shared"),
 ]
 
 
 def build(name: str, attention: str) -> Any:
-    kind, settings = ARCHITECTURES[name]
+    kind, settings = ARCHITECTURES[name.removesuffix("_shared")]
     more = dict(WIDE)
+    if name.startswith("gemma4"):
+        more |= {"global_head_dim": 64}
+    if name == "gemma4_shared":  # keys and values of one projection
+        more |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
     if name.startswith(("llama_tied", "mistral", "qwen2", "phi3")):
         more |= {"num_attention_heads": 2, "num_key_value_heads": 1}
         more.pop("head_dim")
@@ -38,6 +43,9 @@ def build(name: str, attention: str) -> Any:
     for key, p in model.named_parameters():
         if key.endswith(("bias", "sinks")) or "norm" in key:
             torch.nn.init.normal_(p, 0.0 if p.mean() == 0 else 1.0, 0.3)
+    for layer in model.model.layers:
+        if hasattr(layer, "layer_scalar"):
+            layer.layer_scalar.fill_(0.7)
     model.family = families.read(model.config.to_dict())
     adapted = model.family.all_linear()
     settings = LoraConfig(

@@ -224,6 +224,21 @@ def test_cast_outer_is_its_twin(rows):
     )
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_stands_between_the_products_of_experts_is_its_twin(lora):
+    gu, dact, share = random(M, 2 * F), random(M, F), random(M)
+    wide, narrow = (random(M, 2 * F), random(M, F)) if lora else (None, None)
+    found = []
+    for ops in (triton_ops, reference):
+        before = gu.clone()
+        act = ops.gate_forward_(before, wide)
+        found.append([before, act, *ops.gate_backward_(gu.clone(), dact.clone(), narrow, share)])
+    agree(*found)
+    back, shares = torch.randperm(36, device=DEVICE), random(12, 3)
+    y, more = random(36, K), random(36, K) if lora else None
+    agree(*([ops.combine(y, more, back, shares)] for ops in (triton_ops, reference)))
+
+
 def test_residual_add_is_its_twin():
     h, y, t, b = random(M, K), random(M, K), random(M, R), random(K, R, scale=0.1)
     agree([triton_ops.residual_add(h, y.clone(), t, b)], [reference.residual_add(h, y, t, b)])
@@ -233,12 +248,13 @@ def test_residual_add_is_its_twin():
     )
 
 
-def test_cross_entropy_is_its_twin_and_skips_what_is_no_target():
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, None), (0.5, 2.0)])
+def test_cross_entropy_is_its_twin_and_skips_what_is_no_target(scale, cap):
     logits = torch.randn(9, 5000, device=DEVICE) * 3
     targets = torch.randint(0, 5000, (9,), device=DEVICE)
     targets[4] = -100
-    got = triton_ops.cross_entropy_rows(logits, targets, DTYPE)
-    agree(got, reference.cross_entropy_rows(logits, targets, DTYPE))
+    got = triton_ops.cross_entropy_rows(logits, targets, DTYPE, scale, cap)
+    agree(got, reference.cross_entropy_rows(logits, targets, DTYPE, scale, cap))
     assert got[0][4] == 0 and got[1][4].abs().max() == 0
 
 
