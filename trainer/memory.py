@@ -263,6 +263,9 @@ class Memory:
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3")
 
 
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+
+
 def needed_gib(peak_gib: float) -> float:
     """The capacity that a predicted peak asks for: a margin for our own error, and what CUDA takes
     for itself."""
@@ -335,6 +338,20 @@ def adapter_parameters(shape: Shape, r: int, target_modules: Targets = "all-line
     return total
 
 
+def saved_parameters(shape: Shape, saved: tuple[str, ...]) -> int:
+    """Weights of whole modules that train beside an adapter: embeddings, head, linears, norms."""
+    outside, linears, total = shape.vocab * shape.hidden, shape.linears(), 0
+    for name in saved:
+        last = name.split(".")[-1]
+        if last in EMBEDDINGS:
+            total += outside
+        elif last in linears:
+            total += shape.layers * linears[last][0] * linears[last][1]
+        else:
+            total += shape.layers * shape.hidden
+    return total
+
+
 def predict(
     shape: Shape,
     precision: str = "bf16",
@@ -351,6 +368,7 @@ def predict(
     processes: int = 1,
     adapters: int = 1,
     frozen_adapters: int = 0,
+    saved: tuple[str, ...] = (),
 ) -> Memory:
     """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in
     `documents` rows, of which `targets` (left out: all) meet the head.
@@ -358,24 +376,23 @@ def predict(
     `method` is as `method_of` gives it. `trainable_layers` counts for "freeze". `fused` None: where
     the fused layer takes the model. `keep_transpose` is FP8's faster form. With several `processes`
     NCCL's own buffers count, which torch does not report, and method "full" is shared among them.
-    On the one base `adapters` are trained, and `frozen_adapters` held beside them. The first
-    layers are the checkpointed ones: when backward reaches them, what the last ones kept is gone,
-    so one layer made again counts only where no layer kept anything. Below the layers that
-    "freeze" trains nothing is kept. Raises ValueError for an unknown precision, method or module.
+    On the one base `adapters` are trained, and `frozen_adapters` held beside them; `saved` are the
+    modules that train whole beside an adapter. The first layers are the checkpointed ones: when
+    backward reaches them, what the last ones kept is gone, so one layer made again counts only
+    where no layer kept anything. Below the layers that "freeze" trains nothing is kept. Raises
+    ValueError for unknown precisions, methods, modules.
     """
-    if precision not in _LINEAR_BYTES:
-        raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
+    _validate_precision(precision)
     tokens, element = tokens_per_micro_batch, 4 if precision == "fp32" or method == "full" else 2
     fused = takes_fused_layer(shape, precision, r, method) if fused is None else fused
     rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
     each = _trained(shape, method, r, target_modules, trainable_layers)
-    trained, beside = adapters * each[0], adapters * each[1]
-    weights: float = _weight_bytes(shape, precision, element, fused, keep_transpose)
-    adapter: float = 4 * (trained + beside)
-    if frozen_adapters:
-        adapter += 4 * frozen_adapters * adapter_parameters(shape, r, target_modules)
-    padded = _padded_copies(shape, r, target_modules, element) if fused else 0
-    adapter += (adapters + frozen_adapters) * padded
+    trained, beside = (adapters * (n + saved_parameters(shape, saved)) for n in each)
+    weights = _weight_bytes(shape, precision, element, fused, keep_transpose)
+    held = adapter_parameters(shape, r, target_modules) if frozen_adapters else 0
+    adapter: float = 4 * (trained + beside + frozen_adapters * held)
+    if fused:
+        adapter += (adapters + frozen_adapters) * _padded_copies(shape, r, target_modules, element)
     optimizer: float = trained * 8
     if method == "full" and processes > 1:  # trainer/loop/sharded.py: each has a part of all
         weights, adapter = (x / processes + _gathered_bytes(shape) for x in (weights, adapter))
@@ -387,7 +404,7 @@ def predict(
     else:
         layer = _kept_plain(shape, method, precision, r)
         passing = _passing_plain(shape, precision, method, tokens, element)
-        loss += _head_gradient(shape) if method == "full" else 0
+        loss += _head_gradient(shape) if method == "full" or "lm_head" in saved else 0
         weights += _mixed_copies(shape, method, precision, trained)
     learning = min(trainable_layers, shape.layers) if method == "freeze" else shape.layers
     whole = min(learning, shape.layers - checkpointed_layers)  # layers that keep all they need
@@ -395,6 +412,11 @@ def predict(
     passing += tokens * layer if whole == 0 else 0
     found = _summed((weights, adapter, optimizer, stored, loss, passing), processes)
     return _with_lines(found, shape, precision, trained, tokens, checkpointed_layers)
+
+
+def _validate_precision(precision: str) -> None:
+    if precision not in _LINEAR_BYTES:
+        raise ValueError(f"precision {precision!r} is none of {', '.join(_LINEAR_BYTES)}")
 
 
 def _summed(parts: tuple[float, float, float, float, float, float], processes: int) -> Memory:

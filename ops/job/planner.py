@@ -413,9 +413,11 @@ def _workload(
     tokens = sum(lengths) * job.training.num_train_epochs * share
     local = Path(job.model.base).is_dir()
     parameters = float(memory.parameters(shape)) if shape else 7e9
-    adapter = parameters * 4
+    adapter, saved = parameters * 4, tuple(job.lora.modules_to_save or ())
     if shape and job.training.method == "lora":
-        adapter = memory.adapter_parameters(shape, job.lora.r, job.lora.target_modules) * 4.0
+        lora = job.lora
+        adapter = 4.0 * memory.saved_parameters(shape, saved)
+        adapter += 4.0 * memory.adapter_parameters(shape, lora.largest_rank, lora.counted_modules)
     image_bytes = job.image.size_gib * 2**30
     pushed = float(sum(p.local.stat().st_size for p in pushes))
     download = 0.0 if local else parameters * 2
@@ -442,8 +444,9 @@ def _workload(
         shape=shape,
         method=memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout),
         trainable_layers=job.training.freeze_trainable_layers,
-        r=job.lora.r,
-        target_modules=job.lora.target_modules,
+        r=job.lora.largest_rank,
+        target_modules=job.lora.counted_modules,
+        saved=saved,
         least_tokens=max(lengths),
         row_tokens=sum(n * n for n in lengths) / sum(lengths),
         checkpoint_bytes=3 * adapter,
@@ -465,12 +468,13 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
             memory.min_gpu_memory_gib(
                 shape,
                 job.model.precision,
-                job.lora.r,
-                job.lora.target_modules,
+                workload.r,
+                workload.target_modules,
                 workload.method,
                 workload.least_tokens,
                 processes=job.offer.num_gpus,
                 trainable_layers=workload.trainable_layers,
+                saved=workload.saved,
                 **STAGES[job.stage].memory,
             )
             / DRIVER_SHARE

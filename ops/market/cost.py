@@ -47,7 +47,8 @@ class Workload:
     those of a mixture that a token meets, None where it meets all. With
     `shape` given, whether and how the model fits a card is solved as the trainer will: `method` and
     `trainable_layers` as memory.predict takes them, `least_tokens` its longest row, `row_tokens`
-    the row of the mean token (sum of squared lengths over sum of lengths). `home_*_mbps` is the
+    the row of the mean token (sum of squared lengths over sum of lengths). `saved` are the
+    modules that train whole beside an adapter. `home_*_mbps` is the
     laptop's own link. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run
     against the emulator, whose speed is this computer's.
     """
@@ -77,10 +78,12 @@ class Workload:
     boot_s: float = 60.0
     start_s: float = _START_S
     active_parameters: float | None = None
+    saved: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.shape, dict):  # read back from a journal's line
             object.__setattr__(self, "shape", memory.Shape(**self.shape))
+        object.__setattr__(self, "saved", tuple(self.saved))
 
     @property
     def computed_parameters(self) -> float:
@@ -337,6 +340,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         least,
         w.num_gpus,
         w.stage,
+        w.saved,
     )
     if isinstance(found, str):
         raise DoesNotFit(
@@ -358,6 +362,7 @@ def _fit(
     least: int,
     processes: int,
     stage: StageName,
+    saved: tuple[str, ...],
 ) -> float | str:
     """The share of layers that are checkpointed on such a card, or what it would need. Remembered:
     a market has few sizes."""
@@ -365,6 +370,7 @@ def _fit(
     more: Any = {
         "processes": processes,
         "trainable_layers": trainable_layers,
+        "saved": saved,
         **STAGES[stage].memory,
     }
     plan = memory.solve(shape, capacity, precision, r, targets, method, least, **more)

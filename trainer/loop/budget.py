@@ -51,13 +51,14 @@ def solve(
             shape,
             capacity_gib,
             job.model.precision,
-            lora.r,
-            lora.target_modules,
+            lora.largest_rank,
+            lora.counted_modules,
             memory.method_of(training.method, lora.use_dora, lora.lora_dropout),
             longest,
             max(longest, GPU_TOKENS),
             processes=world,
             trainable_layers=training.freeze_trainable_layers,
+            saved=tuple(lora.modules_to_save or ()),
             **STAGES[job.stage].memory,
         )
     except ValueError as why:

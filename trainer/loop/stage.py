@@ -61,8 +61,12 @@ class Stage(ABC):
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def groups(self) -> list[list[str]]:
-        """Names of `trained` in groups, each of which has a learning rate of its own."""
-        return [list(self.trained())]
+        """Names of `trained` in groups, each of which has a learning rate of its own: with LoRA+
+        every B."""
+        names = list(self.trained())
+        if self.job.lora.loraplus_lr_ratio is None or self.job.training.method != "lora":
+            return [names]
+        return [[n for n in names if not is_b(n)], [n for n in names if is_b(n)]]
 
     def rates(self, step: int) -> list[float]:
         """The learning rate of each group in optimizer step `step` (from 0)."""
@@ -72,7 +76,10 @@ class Stage(ABC):
             training.learning_rate,
             training.warmup_ratio,
         )
-        return [learning_rate(step, self.total_steps, peak, kind, warmup)] * len(self.groups())
+        rate = learning_rate(step, self.total_steps, peak, kind, warmup)
+        groups = len(self.groups())
+        ratio = self.job.lora.loraplus_lr_ratio or 1.0
+        return [rate] if groups == 1 else [rate, ratio * rate]
 
     def probe(self) -> None:  # noqa: B027 - a stage may have nothing to look at
         """Raises Stopped when the model, before the first step, cannot be right. Collective."""
@@ -140,3 +147,8 @@ class Stage(ABC):
             "kernels": self.kernels,
             "curve": state.curve,
         }
+
+
+def is_b(name: str) -> bool:
+    """Whether a parameter is the B of an adapter."""
+    return "lora_B" in name or "lora_embedding_B" in name

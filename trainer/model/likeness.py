@@ -90,7 +90,9 @@ def compare(job: Job, folder: Path, device: torch.device, packed: bool) -> str:
         try:
             judge = stock(job, config, device)
         except load.ModelError:  # modules that the job names and the copy's layers lack
-            lora = job.lora.model_copy(update={"target_modules": "all-linear"})
+            every: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": None}
+            every |= {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
+            lora = job.lora.model_copy(update=every)
             job = job.model_copy(update={"lora": lora})
             judge = stock(job, config, device)
         want = alone(judge, device)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -34,7 +35,7 @@ from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
 from trainer.model.dropout import KeyedDropout, TokenKeys
 from trainer.model.loss import target_loss_sum
-from trainer.wire.job import Job
+from trainer.wire.job import Job, Lora
 
 
 class ModelError(ValueError):
@@ -281,15 +282,22 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     Raises ModelError for modules and experts that the model does not have."""
     settings = job.lora
     modules, parameters = targets(job, model)
-    patterns: dict[str, Any] = {}
+    ranks, alphas = dict(settings.rank_pattern), dict(settings.alpha_pattern)
+    asked: dict[str, Any] = {}
     if parameters:
         validate_experts(job)
         r = min(settings.r, EXPERT_RANK)
         ends = "|".join(re.escape(p.rsplit(".", 1)[-1]) for p in parameters)
-        patterns["rank_pattern"] = {rf".*\.experts\.(?:{ends})": r}
-        alpha = settings.lora_alpha * r / settings.r  # the scale of an update stays as it is
-        patterns["alpha_pattern"] = {rf".*\.experts\.(?:{ends})": alpha}
-        patterns["target_parameters"] = parameters
+        ranks[rf".*\.experts\.(?:{ends})"] = r
+        # the scale of an update stays as it is
+        alphas[rf".*\.experts\.(?:{ends})"] = settings.lora_alpha * r / settings.r
+        asked["target_parameters"] = parameters
+    if settings.layers_to_transform is not None and isinstance(modules, list):
+        asked["layers_to_transform"] = settings.layers_to_transform
+    if settings.modules_to_save:
+        validate_modules(model, settings.modules_to_save, "modules_to_save")
+        asked["modules_to_save"] = settings.modules_to_save
+        asked["ensure_weight_tying"] = bool(_tied(model))
     torch.manual_seed(job.training.seed)  # the adapter's start values
     init: Any = settings.init_lora_weights
     config = LoraConfig(
@@ -297,12 +305,15 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by it
         lora_dropout=settings.lora_dropout,
         target_modules=modules,
+        exclude_modules=settings.exclude_modules,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=True if init == "default" else init,
         base_model_name_or_path=job.model.base,
         task_type="CAUSAL_LM",
-        **patterns,
+        **asked,
     )
     with warnings.catch_warnings():
         # artefact.py writes the right name
@@ -310,7 +321,12 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
         warnings.filterwarnings("ignore", category=FutureWarning)  # about what PEFT asks
         # it looks among modules, and experts are parameters
         warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
-        peft = get_peft_model(model, config)
+        try:
+            peft = get_peft_model(model, config)
+        except ValueError as why:
+            raise ModelError(f"lora: PEFT finds nothing to adapt: {why}") from why
+    validate_patterns(settings, peft)
+    keep_types(peft)
     layer = 0
     for module in peft.modules():
         dropouts = getattr(module, "lora_dropout", None)
@@ -333,18 +349,25 @@ def targets(job: Job, model: nn.Module) -> tuple[list[str] | str, list[str]]:
         found = [m for m in adapted.modules if any(ends_in(n, m) for n in held)]
         if not found:
             return "all-linear", []
-        return _in_tower(found, family), list(adapted.experts)
+        return _in_tower(found, family, job.lora.layers_to_transform), list(adapted.experts)
+    if isinstance(wanted, str):
+        return wanted, []
     modules, parameters = family.named(list(wanted))
     validate_modules(model, modules)
-    return _in_tower(modules, family), parameters
+    return _in_tower(modules, family, job.lora.layers_to_transform), parameters
 
 
-def _in_tower(modules: list[str], family: Family) -> list[str] | str:
-    """A regular expression where other towers have modules of the same names."""
+def _in_tower(
+    modules: list[str], family: Family, layers: list[int] | int | None
+) -> list[str] | str:
+    """A regular expression where other towers have modules of the same names; PEFT takes no
+    ``layers`` beside one."""
     if not family.tower:
         return modules
     ends = "|".join(re.escape(m) for m in modules)
-    return rf"{re.escape(family.tower)}\.(?:.*\.)?(?:{ends})"
+    chosen = [layers] if isinstance(layers, int) else layers
+    at = "" if chosen is None else rf"layers\.(?:{'|'.join(map(str, chosen))})\."
+    return rf"{re.escape(family.tower)}\.(?:.*\.)?{at}(?:.*\.)?(?:{ends})"
 
 
 def ends_in(name: str, wanted: str) -> bool:
@@ -382,11 +405,47 @@ def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
     return {
         k: v.detach().to("cpu", copy=True)
         for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        if "lora_A" in k or "lora_B" in k
     }
 
 
-def validate_modules(model: nn.Module, wanted: list[str]) -> None:
-    """Raises ModelError for a target_modules entry that matches nothing, naming the close ones."""
+def validate_patterns(settings: Lora, peft: nn.Module) -> None:
+    """Raises ModelError for a key of rank_pattern or alpha_pattern that no adapted module has."""
+    adapted = [n for n, m in peft.named_modules() if hasattr(m, "lora_A")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(settings, name):
+            if not any(re.fullmatch(rf"(.*\.)?({key})", module) for module in adapted):
+                raise ModelError(
+                    f"lora.{name}: no module with an adapter matches {key!r}: correct the job "
+                    f"file; {adapted[0].removeprefix('base_model.model.')} is one"
+                )
+
+
+def keep_types(peft: nn.Module) -> None:
+    """A module of modules_to_save trains in fp32: what goes in is made fp32, and what comes out
+    what it was in the model."""
+    for module in peft.modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        like = next(module.original_module.parameters()).dtype
+        module.register_forward_pre_hook(
+            lambda _m, given: tuple(x.float() if _is_number(x) else x for x in given)
+        )
+        module.register_forward_hook(lambda _m, _given, made, like=like: made.to(like))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _tied(model: nn.Module) -> bool:
+    config: Any = causal(model).config
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def validate_modules(model: nn.Module, wanted: list[str], key: str = "target_modules") -> None:
+    """Raises ModelError for an entry of lora's `key` that matches nothing, naming the close
+    ones."""
     linear = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if is_linear(module)}
     every = [name for name, _ in model.named_modules()]
     for name in wanted:
@@ -394,7 +453,7 @@ def validate_modules(model: nn.Module, wanted: list[str]) -> None:
             close = difflib.get_close_matches(name, linear, 3, 0.4)
             near = f"; close: {', '.join(close)}" if close else ""
             raise ModelError(
-                f"lora.target_modules: this model has no {name!r}{near}. "
+                f"lora.{key}: this model has no {name!r}{near}. "
                 f"It has {', '.join(sorted(linear))}: "
                 'correct the job file, or use target_modules = "all-linear"'
             )
@@ -445,15 +504,19 @@ def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     inner, family = causal(model), family_of(model)
     labels, at = batch["labels"], batch["targets_at"]  # labels (B, T), already shifted
     head = inner.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+        head = head.modules_to_save[head.active_adapters[0]]
+    scale, cap = logit_rules(inner, family)
     if not family.own_logits and type(head) is nn.Linear and head.bias is None:
         hidden = hidden_states(model, **inputs)  # (B, T, H)
-        scale, cap = logit_rules(inner, family)
-        return target_loss_sum(hidden, head.weight, labels, at, scale, cap)
+        weight = head.weight.to(hidden.dtype)  # one that trains is fp32
+        return target_loss_sum(hidden, weight, labels, at, scale, cap)
     if family.own_logits:
         logits = inner(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
     else:
         chosen = hidden_states(model, **inputs).flatten(0, 1).index_select(0, at)  # (targets, H)
-        logits = head(chosen)
+        logits = head(chosen).float() * scale
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return nn.functional.cross_entropy(
         logits.float(), labels.flatten().index_select(0, at), reduction="sum"
     )

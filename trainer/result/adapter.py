@@ -42,8 +42,8 @@ def save_model(
         held = {k: v for k, v in model.state_dict().items() if not _tied(k, model)}
         # a file has the experts of a mixture one by one, and older names
         return {k: v.detach().to("cpu") for k, v in revert_weight_conversion(model, held).items()}
-    tensors = {
-        k: v.detach().to("cpu").contiguous()
+    tensors = {  # tied ones too have a memory of their own in a file
+        k: v.detach().to("cpu", copy=True).contiguous()
         for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     config = copy.deepcopy(model.peft_config["default"])
@@ -53,7 +53,9 @@ def save_model(
     # PiSSA changed the base: written as a LoRA of twice the rank that takes the start values away
     # again, for the base as it is
     if initial:
-        tensors = {k: _less_start(k, v, initial[k]) for k, v in tensors.items()}
+        tensors |= {k: _less_start(k, tensors[k], start) for k, start in initial.items()}
+        config.rank_pattern = {k: 2 * r for k, r in config.rank_pattern.items()}
+        config.alpha_pattern = {k: 2 * a for k, a in config.alpha_pattern.items()}
         config.r, config.lora_alpha, config.init_lora_weights = (
             2 * config.r,
             2 * config.lora_alpha,
@@ -66,8 +68,9 @@ def save_model(
     config.save_pretrained(folder)
     settings = json.loads((folder / "adapter_config.json").read_text())
     # PEFT writes a set, in any order: sorted, equal runs give equal bytes
-    if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"].sort()
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(settings.get(key), list):
+            settings[key].sort()
     (folder / "adapter_config.json").write_text(
         json.dumps(settings, indent=2, sort_keys=True) + "\n"
     )

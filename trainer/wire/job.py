@@ -9,6 +9,7 @@ what leaving them out meant, and no default changes.
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -50,15 +51,47 @@ class Strict(BaseModel):
 
 
 class Lora(Strict):
-    """PEFT's own names and meanings (peft.LoraConfig)."""
+    """PEFT's own names and meanings (peft.LoraConfig). A string in ``target_modules`` and
+    ``exclude_modules`` is a regular expression that a module's whole name must match, keys of the
+    patterns one that its end must. ``loraplus_lr_ratio`` (LoRA+) multiplies the learning rate of
+    every B."""
 
     r: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     lora_dropout: Fraction = 0.0
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    rank_pattern: dict[str, Positive] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: Literal["default", "pissa", "gaussian"] = "default"
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _expressions_are_regular(self) -> Lora:
+        told = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
+        told += [("rank_pattern", k) for k in self.rank_pattern]
+        told += [("alpha_pattern", k) for k in self.alpha_pattern]
+        for name, value in told:
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except re.error as why:
+                raise ValueError(f"{name}: {value!r} is no regular expression: {why}") from why
+        return self
+
+    @property
+    def largest_rank(self) -> int:
+        """Of any module: what memory is reckoned by."""
+        return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
+
+    @property
+    def counted_modules(self) -> list[str] | Literal["all-linear"]:
+        """What memory is reckoned by: an expression counts as every linear layer."""
+        named = self.target_modules
+        return "all-linear" if isinstance(named, str) else named
 
 
 class Training(Strict):
