@@ -21,6 +21,7 @@ from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job import sent, tokens
 from ops.job.config import JobFile
+from ops.job.data_files import data_files
 from ops.job.mistakes import counted
 from ops.job.plan import Plan
 from ops.market.cost import Workload
@@ -28,7 +29,7 @@ from ops.market.ranking import Needs
 from trainer import families, memory
 from trainer.data import estimate, prepare
 from trainer.data import template as prompt
-from trainer.data.files import DATASET_INFO, Reading, find_sources, read_rows
+from trainer.data.files import read_rows
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
@@ -71,7 +72,7 @@ def planned(job: JobFile, run_id: str, stage: Path, *, or_estimate: bool = False
     tokens.validate(job.env, job.image.login or "")
     tokens.validate_gated(job.model.base, job.env)
     pushes = [
-        *_data_files(job),
+        *data_files(job, stage),
         *_model_files(job),
         *(_trainer_files() if job.image.trainer == "push" else []),
     ]
@@ -134,34 +135,6 @@ def _validate_speed_here(plan: Plan) -> None:
 
 
 # -- files -----------------------------------------------------------------------------------------
-
-
-def _data_files(job: JobFile) -> list[PushFile]:
-    wanted = [*_with_named(job.data.files), *([job.data.held_out] if job.data.held_out else [])]
-    missing = [p for p in wanted if not p.is_file()]
-    if missing:
-        raise PreflightError(
-            "\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file"
-        )
-    # the name on the box is ours: a user's may hold what no shell likes; errors name the user's
-    return [
-        PushFile(p, f"data/{n}{p.suffix if p.suffix[1:].isalnum() else ''}", sha256_of(p))
-        for n, p in enumerate(wanted)
-    ]
-
-
-def _with_named(files: list[Path]) -> list[Path]:
-    """The files, and where LLaMA-Factory's dataset_info.json stands alone, those that it names: the
-    box needs them too."""
-    if not all(p.is_file() and p.name == DATASET_INFO for p in files):
-        return files
-    sources, defects = find_sources(files, Reading())
-    if defects:
-        raise PreflightError(
-            "\n".join(counted(str(d) for d in defects)),
-            hint="correct the file, or name the data files themselves in data.files",
-        )
-    return [*files, *(s.path for s in sources)]
 
 
 def _model_files(job: JobFile) -> list[PushFile]:

@@ -3,17 +3,20 @@ the reason and a fix. No torch, no transformers.
 
     python -m trainer.data FILE... [--format alpaca|sharegpt|messages|prompt|text]
 
-JSON arrays, JSON lines, Parquet, plain text (a line is a document), and LLaMA-Factory's
-dataset_info.json as it is: given alone it stands for the files that it names, given with others it
-says how to read them. Rows are read one by one; what is kept of a file are its rows and defects.
+JSON arrays, JSON lines, tables (tables.py), plain text (a line is a document), each also packed by
+gzip; folders and patterns of them (folders.py); and LLaMA-Factory's dataset_info.json as it is:
+given alone it stands for the files that it names, given with others it says how to read them. Rows
+are read one by one; what is kept of a file are its rows and defects.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,11 +24,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.data import fields, formats, scan
+from trainer.data import fields, formats, scan, tables
+from trainer.data.folders import DATASET_INFO, expand, kind_of
 from trainer.data.formats import Columns, Row
 from trainer.data.scan import Broken
 
-DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's
 SAMPLED_ROWS = 20  # rows sampled to detect the format
 MAX_DEFECTS = 10_000  # of one file; reading it ends there
 
@@ -165,11 +168,9 @@ def find_sources(
     paths: Sequence[Path | tuple[Path, str]], reading: Reading
 ) -> tuple[list[Source], list[Defect]]:
     """The files to read: dataset_info.json replaced by, or applied to, the files that it names."""
-    given = [
-        (Path(p), Path(p).name) if not isinstance(p, tuple) else (Path(p[0]), p[1]) for p in paths
-    ]
     known: dict[str, Source] = {}
     defects: list[Defect] = []
+    given = [pair for path in paths for pair in _expanded(path, defects)]
     for path, name in given:
         if Path(name).name == DATASET_INFO:
             known |= _dataset_info(path, name, defects)
@@ -197,6 +198,17 @@ def find_sources(
     return sources, defects
 
 
+def _expanded(path: Path | tuple[Path, str], defects: list[Defect]) -> list[tuple[Path, str]]:
+    """(file, name) of each file that `path` stands for."""
+    where, name = path if isinstance(path, tuple) else (Path(path), Path(path).name)
+    files, fault = expand(Path(where))
+    if fault:
+        defects.append(Defect(name, 1, 1, "", *fault))
+    if files == [Path(where)]:
+        return [(Path(where), name)]
+    return [(file, str(Path(name) / file.name)) for file in files]
+
+
 def _columns(columns: Columns, given: Mapping[str, str]) -> Columns:
     """`columns` with what the job says; "role" and "content" are the tags of a turn."""
     names = columns.names | {k: v for k, v in given.items() if k not in ("role", "content")}
@@ -211,37 +223,27 @@ def _columns(columns: Columns, given: Mapping[str, str]) -> Columns:
 def _unreadable(path: Path, name: str) -> Defect | None:
     if not path.is_file():
         return Defect(name, 1, 1, "", "there is no such file", "correct the path")
-    with open(path, "rb") as file:
-        head = file.read(4096)
+    kind = kind_of(path)
+    if kind in (".xls", ".zip", ".7z", ".rar", ".bz2", ".xz", ".zst"):
+        fix = "unpack it, or save it as JSON lines, CSV or .xlsx"
+        return Defect(name, 1, 1, "", f"{kind} is not read", fix)
+    try:
+        with scan.open_data(path) as file:
+            head = file.read(4096)
+    except (OSError, EOFError, zlib.error) as error:
+        return Defect(name, 1, 1, "", f"it cannot be unpacked ({error})", "pack it again")
     if not head.strip():
         return Defect(name, 1, 1, "", "the file is empty", "put rows into it")
-    if head[:2] == b"\x1f\x8b":
-        return Defect(name, 1, 1, "", "the file is packed by gzip", "unpack it: gunzip")
-    if path.suffix in (".csv", ".tsv", ".xlsx", ".xls", ".gz", ".zip"):
-        return Defect(
-            name,
-            1,
-            1,
-            "",
-            f"{path.suffix} is not read",
-            "convert it to JSON lines: one object a line",
-        )
+    if kind in tables.NEEDS_PACKAGE:
+        return None
     encoding = json.detect_encoding(head).upper().replace("-LE", "LE").replace("-BE", "BE")
-    if path.suffix != ".parquet" and not encoding.startswith("UTF-8"):
+    if not encoding.startswith("UTF-8"):
         fix = f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(name)}"
         return Defect(name, 1, 1, "", f"the file is {encoding}", fix)
-    if path.suffix not in (".parquet", ".txt") and head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (
-        b"[",
-        b"{",
-    ):
-        return Defect(
-            name,
-            1,
-            1,
-            "",
-            f"it begins with {head.lstrip()[:12]!r}: neither a JSON array nor JSON lines",
-            "begin with [ or {",
-        )
+    starts = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if kind not in (".txt", *tables.KINDS) and starts not in (b"[", b"{"):
+        reason = f"it begins with {head.lstrip()[:12]!r}: neither a JSON array nor JSON lines"
+        return Defect(name, 1, 1, "", reason, "begin with [ or {")
     return None
 
 
@@ -357,7 +359,7 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
 def detect_format(source: Source) -> str:
     """The format of most of the first rows; alpaca where none fits, so that the defects name what
     is missing."""
-    if _suffix(source) == ".txt":
+    if kind_of(source.path) == ".txt":
         return "text"
     votes: Counter[str] = Counter()
     for keys in _first_keys(source):
@@ -456,67 +458,30 @@ def _field(path: tuple[str | int, ...]) -> str:
     return _printable(steps.lstrip("."))
 
 
-def _suffix(source: Source) -> str:
-    return source.path.suffix
-
-
 def _items(source: Source) -> Iterator[Any]:
     """(place, value) or Broken, whatever the file's kind."""
-    if source.path.suffix == ".parquet":
-        return _parquet(source.path)
-    if source.path.suffix == ".txt":
-        return _plain_text(source.path)
-    if _is_array(source.path):
-        return scan.scan_array(source.path)
-    return scan.scan_lines(source.path)
+    kind = kind_of(source.path)
+    try:
+        if kind in tables.KINDS:
+            yield from tables.rows(source.path, kind)
+        elif kind == ".txt":
+            yield from _plain_text(source.path)
+        elif _is_array(source.path):
+            yield from scan.scan_array(source.path)
+        else:
+            yield from scan.scan_lines(source.path)
+    except (OSError, EOFError, zlib.error) as error:
+        yield Broken(1, 1, f"it cannot be read to its end ({error})", "copy it again", ends=True)
+
+
+_WRAPPED = re.compile(rb'\{\s*"(data|train|rows|examples|instances|items)"\s*:\s*\[')
 
 
 def _is_array(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
-
-
-class _RowPlace(scan.Place):
-    """A place in a Parquet file: the row's number, no column."""
-
-    def locate(self, path: tuple[str | int, ...]) -> tuple[int, int]:
-        return self.line, 1
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        yield Broken(
-            1,
-            1,
-            "Parquet needs the package pyarrow",
-            "pip install pyarrow, or convert the file to JSON lines",
-        )
-        return
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(4096):
-            for row in batch.to_pylist():
-                number += 1
-                yield (
-                    _RowPlace("", 0, number),
-                    _as_pairs(
-                        {
-                            k: v
-                            for k, v in row.items()
-                            if v is not None or k in ("instruction", "output")
-                        }
-                    ),
-                )
-    except (OSError, ValueError) as error:
-        yield Broken(number + 1, 1, f"not a sound Parquet file ({error})", "write it again")
-
-
-def _as_pairs(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple((k, _as_pairs(v)) for k, v in value.items())
-    return [_as_pairs(v) for v in value] if isinstance(value, list) else value
+    """Whether rows stand in an array: alone, or as the first field of an object."""
+    with scan.open_data(path) as file:
+        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return head[:1] == b"[" or bool(_WRAPPED.match(head))
 
 
 def _plain_text(path: Path) -> Iterator[Any]:

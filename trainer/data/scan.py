@@ -8,12 +8,13 @@ that a key given twice can be seen, arrays as lists. Pure but for reading the fi
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 CHUNK = 1 << 20  # bytes of an array that are read at a time
 MAX_ROW_SIZE = 100_000_000  # bytes of a line, characters of a row in an array
@@ -148,10 +149,17 @@ def _not_utf8(line: int, column: int, byte: int, offset: int) -> Broken:
     return Broken(line, column, reason, fix)
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str] | Broken]:
-    """(number, line without its end) of each line of a file in UTF-8."""
-    number, begin, end = 0, 0, 0
+def open_data(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked where gzip packed it, whatever it is called."""
     with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path)) if packed else open(path, "rb")
+
+
+def text_lines(path: Path, keep_ends: bool = False) -> Iterator[tuple[int, str] | Broken]:
+    """(number, line without its end, unless `keep_ends`) of each line of a file in UTF-8."""
+    number, begin, end = 0, 0, 0
+    with open_data(path) as file:
         while raw := file.readline(MAX_ROW_SIZE):
             number, begin, end = number + 1, end, end + len(raw)
             if len(raw) == MAX_ROW_SIZE and not raw.endswith(b"\n"):
@@ -163,7 +171,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str] | Broken]:
                 )
                 continue
             try:
-                yield number, raw.rstrip(b"\r\n").decode("utf-8")
+                yield number, (raw if keep_ends else raw.rstrip(b"\r\n")).decode("utf-8")
             except UnicodeDecodeError as error:
                 at = error.start
                 yield _not_utf8(number, len(raw[:at].decode("utf-8")) + 1, raw[at], begin + at)
@@ -198,8 +206,9 @@ def scan_lines(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
 
 
 def scan_array(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
-    """Rows of a JSON array. The first error of syntax ends it."""
-    with open(path, "rb") as file:
+    """Rows of a JSON array, which may be the value of one field of an object. The first error of
+    syntax ends it."""
+    with open_data(path) as file:
         window = _Window(file)
         last_line = 0  # bytes that are not UTF-8 are reported once a line
         try:
@@ -215,6 +224,7 @@ def scan_array(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
 
 def _rows(window: _Window) -> Iterator[tuple[Any, int]]:
     """(value, its end) of each row, which begins where the window does. Raises JSONDecodeError."""
+    wrapped = window.text.lstrip(" \t\r\n\ufeff").startswith("{")
     window.move(window.text.index("["))
     at = window.skip(1)
     while not window.text.startswith("]", at):
@@ -232,6 +242,9 @@ def _rows(window: _Window) -> Iterator[tuple[Any, int]]:
             raise json.JSONDecodeError("Illegal trailing comma", window.text, window.start)
     window.move(at)
     at = window.skip(1)
+    if wrapped and window.text.startswith("}", at):
+        window.move(at)
+        at = window.skip(1)
     if at < len(window.text):
         raise json.JSONDecodeError("Array ended", window.text, at)
 

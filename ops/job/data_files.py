@@ -1,0 +1,86 @@
+"""The files that a job's data becomes on the box: folders and patterns as the files that they stand
+for, tables that a box may lack a package for as JSON lines."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+from ops.box.transfer import PushFile, sha256_of
+from ops.errors import PreflightError
+from ops.job.config import JobFile
+from ops.job.mistakes import counted
+from trainer.data import tables
+from trainer.data.files import Reading, find_sources
+from trainer.data.folders import DATASET_INFO, expand, kind_of
+from trainer.data.scan import Broken
+
+
+def data_files(job: JobFile, folder: Path) -> list[PushFile]:
+    """Every file of rows, the held-out one last; what is converted is kept in `folder`. Raises
+    PreflightError for what is not there or cannot be read."""
+    data = job.data
+    wanted = _with_named([file for path in data.files for file in _expanded(path)])
+    if data.held_out:
+        held_out = _expanded(data.held_out)
+        if len(held_out) > 1:
+            raise PreflightError(
+                f"{data.held_out}: it stands for {len(held_out)} files",
+                hint="name one file in data.held_out",
+            )
+        wanted += held_out
+    missing = [p for p in wanted if not p.is_file()]
+    if missing:
+        raise PreflightError(
+            "\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file"
+        )
+    return [_push(path, n, folder) for n, path in enumerate(wanted)]
+
+
+def _expanded(path: Path) -> list[Path]:
+    files, fault = expand(path)
+    if fault:
+        raise PreflightError(f"{path}: {fault[0]}", hint=fault[1])
+    return files
+
+
+def _with_named(files: list[Path]) -> list[Path]:
+    """The files, and where LLaMA-Factory's dataset_info.json stands alone, those that it names: the
+    box needs them too."""
+    if not all(p.is_file() and p.name == DATASET_INFO for p in files):
+        return files
+    sources, defects = find_sources(files, Reading())
+    if defects:
+        raise PreflightError(
+            "\n".join(counted(str(d) for d in defects)),
+            hint="correct the file, or name the data files themselves in data.files",
+        )
+    return [*files, *(s.path for s in sources)]
+
+
+def _push(path: Path, number: int, folder: Path) -> PushFile:
+    """The name on the box is ours: a user's may hold what no shell likes; errors name the user's.
+    A converted file is kept under the user's name for that."""
+    kind = kind_of(path)
+    if kind in tables.NEEDS_PACKAGE:
+        local = folder / "converted" / str(number) / path.name
+        local.parent.mkdir(parents=True)
+        convert(path, local)
+        return PushFile(local, f"data/{number}.jsonl.gz", sha256_of(local))
+    packed = ".gz" if path.name.lower().endswith(".gz") else ""
+    suffix = kind + packed if kind[1:].isalnum() else ""
+    return PushFile(path, f"data/{number}{suffix}", sha256_of(path))
+
+
+def convert(table: Path, to: Path) -> None:
+    """Write a table's rows as JSON lines packed by gzip: a row stands on the line that has its
+    number, so that its place is told as before. Raises PreflightError for what cannot be read."""
+    with open(to, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        line = 1
+        for item in tables.rows(table, kind_of(table)):
+            if isinstance(item, Broken):
+                place = f"{table.name}:{item.line}:{item.column}"
+                raise PreflightError(f"{place}: {item.reason}", hint=item.fix)
+            file.write(b"\n" * (item[0].line - line))
+            file.write((tables.as_json_line(item) + "\n").encode("utf-8", "surrogatepass"))
+            line = item[0].line + 1
