@@ -35,6 +35,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-7b": ("llama", {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}),
+    "llama-70b": ("llama", {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}),
     "qwen3-8b": ("qwen3", {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}),
@@ -282,45 +285,46 @@ def full_depth(speed: float, model: str, layers: int) -> float:
     return 1.0 / (head + (1.0 / speed - head) * whole / layers)
 
 
-def measure(
-    setting: Setting, layers: int | None, peer: bool, device: torch.device, profile: Path | None
-) -> dict[str, Any]:
+def measure(setting: Setting, asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Builds, warms up, runs and reports one model."""
+    layers, peer = asked.layers, asked.peer
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     vocab = SHAPES[setting.model][1]["vocab_size"]
     model, names = (build_peer if peer else build)(setting, layers, device)
-    data = padded_batches(setting, vocab, device) if peer else batches(setting, vocab, device)
+    count = 24 if setting.tokens <= 32768 else asked.warm + setting.steps + 1
+    data = (padded_batches if peer else batches)(setting, vocab, device, count=count)
     steps = Steps(model, data, peer_loss if peer else our_loss)
     steps.step()
     torch.cuda.synchronize()
     first = time.perf_counter() - began
-    for _ in range(2):
+    for _ in range(asked.warm):
         steps.step()
     torch.cuda.synchronize()
     start = time.perf_counter()
     tokens = sum(steps.step() for _ in range(setting.steps))
     torch.cuda.synchronize()
     speed = tokens / (time.perf_counter() - start)
-    if profile:
-        write_profile(steps, profile)
+    if asked.profile:
+        write_profile(steps, asked.profile)
     losses, norms = (torch.stack(x).float().tolist() for x in (steps.losses, steps.norms))
-    count = layers or SHAPES[setting.model][1]["num_hidden_layers"]
+    depth = layers or SHAPES[setting.model][1]["num_hidden_layers"]
     return {
         "model": setting.model,
         "precision": setting.precision,
         "gpus": 1,
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "layers": count,
+        "layers": depth,
         "real_tok_s": round(speed, 1),
-        "full_depth_tok_s": round(full_depth(speed, setting.model, count), 1),
+        "full_depth_tok_s": round(full_depth(speed, setting.model, depth), 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "loss_first": round(losses[0], 4),
         "loss_last": round(losses[-1], 4),
         "grad_norm_last": round(norms[-1], 5),
         "first_step_s": round(first, 1),
         "tokens": setting.tokens,
+        "rows": setting.rows,
         "checkpoint_layers": setting.checkpoint_layers,
         "r": setting.r,
         "peer": peer,
@@ -367,6 +371,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     for name, value in (("steps", 8), ("tokens", 16384), ("checkpoint-layers", 0), ("r", 16)):
         parser.add_argument("--" + name, type=int, default=value)
+    parser.add_argument("--warm", type=int, default=2, help="steps before those that are measured")
+    parser.add_argument("--rows", default="alpaca", help="alpaca, or a fixed row length")
     parser.add_argument("--peer", action="store_true", help="transformers and PEFT by themselves")
     parser.add_argument("--profile", type=Path, help="write one step's kernels to this file")
     parser.add_argument("--append", type=Path, help="add the lines to this file")
@@ -383,10 +389,10 @@ def main() -> int:
     rate, wrong = round(gemm_tflops(device), 1), 0
     for name in asked.models:
         model, precision = name.split(":")
-        settings = ("steps", "tokens", "checkpoint_layers", "r")
+        settings = ("steps", "tokens", "checkpoint_layers", "r", "rows")
         setting = Setting(model, precision, **{k: getattr(asked, k) for k in settings})
         try:
-            line = measure(setting, asked.layers, asked.peer, device, asked.profile)
+            line = measure(setting, asked, device)
         except (RuntimeError, ValueError) as why:  # out of memory, most often: said, not a row
             print(f"{name}: {type(why).__name__}: {str(why)[:400]}", file=sys.stderr, flush=True)
             wrong += 1
