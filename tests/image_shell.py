@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from machine import needs
 
+from ops.hardware.driver import CudaLine
+
+CU130 = CudaLine("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",))
+CU126 = CudaLine("train-cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0"))
 COREUTILS = (
     "cat chmod cp cut date df dirname head id mkdir mktemp mv nproc printf rm sha256sum "
     "sort stat tail tr uname wc"
@@ -29,3 +34,44 @@ def flip(file: Path, at: int, bit: int = 0) -> None:
     data[at] ^= 1 << bit
     file.unlink()
     file.write_bytes(data)
+
+
+def script(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("#!/bin/sh\n" + text)
+    (folder / name).chmod(0o755)
+
+
+def docker_says(
+    folder: Path,
+    version: str = "24.0.7",
+    runtimes: str = '{"nvidia":{},"runc":{}}',
+    root: str = "/",
+    store: str = "[]",
+) -> None:
+    """A docker command with an engine's recorded answers and no images."""
+    script(
+        folder,
+        "docker",
+        f"""case "$*" in
+    *Server.Version*) echo '{version}' ;; *DriverStatus*) echo '{store}' ;;
+    *Runtimes*) echo '{runtimes}' ;;
+    *DockerRootDir*) echo '{root}' ;; *"{{{{.Driver}}}}"*) echo overlay2 ;; esac\n""",
+    )
+
+
+def checks(ran: Any) -> dict[str, dict[str, str]]:
+    return read_checks(ran.out)
+
+
+def read_checks(facts: str) -> dict[str, dict[str, str]]:
+    """The checks of the facts of a preflight, by name."""
+    rows = [
+        line.removeprefix("check ").split("|", 4)
+        for line in facts.splitlines()
+        if line.startswith("check ")
+    ]
+    return {
+        row[0]: dict(zip(("check", "verdict", "measured", "needed", "remedy"), row, strict=True))
+        for row in rows
+    }

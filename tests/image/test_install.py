@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_shell import flip, jail
+from image_shell import CU126, CU130, checks, docker_says, flip, jail, read_checks, script
 from machine import needs
 
 from ops.hardware.driver import CudaLine
@@ -21,20 +21,12 @@ from ops.image.bundle import parts
 from ops.image.bundle.contents import Options
 
 SHELLS = ["dash", "busybox ash", "bash"]
-CU130 = CudaLine("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",))
-CU126 = CudaLine("train-cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0"))
 
 
 @pytest.fixture
 def packed(tiny: Any, tmp_path: Path, release_key: Path) -> Path:
     tiny.add_model().pack(tmp_path / "bundle", Options(volume_bytes=250_000, key=release_key))
     return tmp_path / "bundle"
-
-
-def script(folder: Path, name: str, text: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text("#!/bin/sh\n" + text)
-    (folder / name).chmod(0o755)
 
 
 def a_volume(packed: Path, part: str = "cublas") -> Path:
@@ -152,41 +144,6 @@ def test_a_thousand_corruptions_are_all_caught_named_and_given_a_remedy(
 
 
 # -- preflight
-
-
-def docker_says(
-    folder: Path,
-    version: str = "24.0.7",
-    runtimes: str = '{"nvidia":{},"runc":{}}',
-    root: str = "/",
-    store: str = "[]",
-) -> None:
-    """A docker command with an engine's recorded answers and no images."""
-    script(
-        folder,
-        "docker",
-        f"""case "$*" in
-    *Server.Version*) echo '{version}' ;; *DriverStatus*) echo '{store}' ;;
-    *Runtimes*) echo '{runtimes}' ;;
-    *DockerRootDir*) echo '{root}' ;; *"{{{{.Driver}}}}"*) echo overlay2 ;; esac\n""",
-    )
-
-
-def checks(ran: Any) -> dict[str, dict[str, str]]:
-    return read_checks(ran.out)
-
-
-def read_checks(facts: str) -> dict[str, dict[str, str]]:
-    """The checks of the facts of a preflight, by name."""
-    rows = [
-        line.removeprefix("check ").split("|")
-        for line in facts.splitlines()
-        if line.startswith("check ")
-    ]
-    return {
-        row[0]: dict(zip(("check", "verdict", "measured", "needed", "remedy"), row, strict=True))
-        for row in rows
-    }
 
 
 def preflight(

@@ -51,7 +51,7 @@ die() {
 human() { if [ "$1" -ge 10000000 ]; then echo "$(($1 / 1000000)) MB"; else echo "$(($1 / 1000)) KB"; fi; } # human BYTES
 not_below() { [ "$(printf '%s\n' "$1.0" "$2" | sort -V | head -n 1)" = "$2" ]; } # not_below A B: version A is at least B
 existing() { if [ -d "$1" ]; then echo "$1"; else existing "$(dirname "$1")"; fi; } # the nearest folder of a path
-one_line() { head -c "${2:-300}" "$1" 2>/dev/null | tr '\n' ' '; } # one_line FILE [BYTES]
+one_line() { head -c "${2:-300}" "$1" 2>/dev/null | tr '\n|' '  '; } # one_line FILE [BYTES]
 
 # --- the small files: copied first, verified as copies, and only the copies are used ---------------------------------------
 
