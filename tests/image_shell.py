@@ -9,6 +9,7 @@ from typing import Any
 from machine import needs
 
 from ops.hardware.driver import CudaLine
+from ops.image.bundle import signature
 
 CU130 = CudaLine("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",))
 CU126 = CudaLine("train-cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0"))
@@ -75,3 +76,11 @@ def read_checks(facts: str) -> dict[str, dict[str, str]]:
         row[0]: dict(zip(("check", "verdict", "measured", "needed", "remedy"), row, strict=True))
         for row in rows
     }
+
+
+def pinned(prefix: Path, key: Path, pem: bool = False) -> None:
+    """A server that installed a bundle of this key."""
+    (prefix / "keys").mkdir(parents=True)
+    (prefix / "keys" / "sender").write_text(signature.fingerprint(Path(f"{key}.pub")) + "\n")
+    if pem:
+        shutil.copy(f"{key}.pem", prefix / "keys" / "sender.pem")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_shell import CU126, CU130, checks, docker_says, flip, jail, read_checks, script
+from image_shell import CU126, CU130, checks, docker_says, flip, jail, pinned, read_checks, script
 from machine import needs
 
 from ops.hardware.driver import CudaLine
@@ -114,7 +114,7 @@ def one_corruption(packed: Path, scratch: Path, seed: int) -> str:
         return f"{how}: accepted: {said}"
     if names & {"INSTALL.sh"}:
         return ""  # a damaged script stops in its own way; what counts is that it does not say yes
-    if names <= {"SHA256SUMS", "SHA256SUMS.sig"}:
+    if names <= {"SHA256SUMS", "SHA256SUMS.sig", "SHA256SUMS.openssl"}:
         named = (
             any(word in said for word in ("signature", "SHA256SUMS", *names)) or "damaged" in said
         )
@@ -124,23 +124,25 @@ def one_corruption(packed: Path, scratch: Path, seed: int) -> str:
     return "" if named and remedy else f"{how}: not named: {said}"
 
 
-def corruptions(packed: Path, scratch: Path, seeds: range) -> list[str]:
+def corruptions(packed: Path, scratch: Path, seeds: range, key: Path) -> list[str]:
+    """On a server that knows the sender, so that both signatures are looked at."""
+    pinned(scratch / "p", key, pem=True)
     with ThreadPoolExecutor(2) as pool:
         return [bad for bad in pool.map(lambda s: one_corruption(packed, scratch, s), seeds) if bad]
 
 
 def test_twenty_corruptions_are_all_caught_named_and_given_a_remedy(
-    packed: Path, tmp_path: Path
+    packed: Path, tmp_path: Path, release_key: Path
 ) -> None:
-    assert corruptions(packed, tmp_path / "trials", range(20)) == []
+    assert corruptions(packed, tmp_path / "trials", range(20), release_key) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_thousand_corruptions_are_all_caught_named_and_given_a_remedy(
-    packed: Path, tmp_path: Path
+    packed: Path, tmp_path: Path, release_key: Path
 ) -> None:
-    assert corruptions(packed, tmp_path / "trials", range(1000, 2000)) == []
+    assert corruptions(packed, tmp_path / "trials", range(1000, 2000), release_key) == []
 
 
 # -- preflight

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_shell import flip, jail
+from image_shell import flip, jail, pinned
 
 from ops.image.bundle import signature
 from ops.image.bundle.contents import Options
@@ -25,14 +25,6 @@ def signed(tiny: Any, tmp_path: Path, release_key: Path) -> Path:
 def stranger(tmp_path: Path) -> Path:
     signature.make_key(tmp_path / "stranger")
     return tmp_path / "stranger"
-
-
-def pinned(prefix: Path, key: Path, pem: bool = False) -> None:
-    """A server that installed a bundle of this key."""
-    (prefix / "keys").mkdir(parents=True)
-    (prefix / "keys" / "sender").write_text(signature.fingerprint(Path(f"{key}.pub")) + "\n")
-    if pem:
-        shutil.copy(f"{key}.pem", prefix / "keys" / "sender.pem")
 
 
 def sign_again(bundle: Path, key: Path) -> None:

@@ -94,6 +94,7 @@ copy_small() {
 
 read_plan() {
     local _n _diff _rest _v
+    for _v in $(rows signature); do [ -f "$SMALL/$_v" ] || die 4 "$_v is missing" "copy $_v from the sender's disk again"; done
     [ "$(plan milktea-bundle)" = 5 ] || die 4 "PLAN is of another milktea than this INSTALL.sh" "copy the whole bundle again"
     NAME=$(plan name) ID=$(plan id) KIND=$(plan kind) RELEASE=$(plan release) REF=$(plan ref) REPO=${REF%:*} CUDA=$(plan cuda)
     STEPS=$(plan intermediate) CONFIG=$(plan config) MANIFEST=$(plan manifest)
@@ -151,8 +152,7 @@ read_key() { # --key into FINGERPRINT or PEM. A key on the carried disk is no ke
 check_signature() {
     local _sums=$SMALL/SHA256SUMS _said _by
     trusted_key
-    SIGNED='' SIGNER=''
-    if [ ! -f "$_sums.sig" ] && [ ! -f "$_sums.openssl" ]; then SIGNED="not signed"; fi
+    SIGNED=$([ -f "$_sums.sig" ] || [ -f "$_sums.openssl" ] || echo "not signed") SIGNER=''
     if has ssh-keygen && [ -f "$_sums.sig" ] && ! ssh-keygen -Y sign 2>&1 | head -c 400 | { read -r _said; [ "${_said#*unknown option}" = "$_said" ]; }; then :
     elif has ssh-keygen && [ -f "$_sums.sig" ]; then
         ssh-keygen -Y check-novalidate -n milktea-bundle -s "$_sums.sig" <"$_sums" >"$WORK/signature" 2>&1 ||
