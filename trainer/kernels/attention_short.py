@@ -179,21 +179,8 @@ def backward(
     fixed["TURN"] = cos is not None
     bm, bn, tile = _tile("backward_q", d)
     jit.attention_backward_q[(kv_heads, triton.cdiv(m, bm // group), parts)](
-        q,
-        _wide(k, bn),
-        _wide(k, bn, PART),
-        _wide(v, bn),
-        at.first,
-        out,
-        dout,
-        lse,
-        delta,
-        dq,
-        cos,
-        sin,
-        m,
-        lse.shape[1],
-        *ending,
+        *(q, _wide(k, bn), _wide(k, bn, PART), _wide(v, bn), at.first, out, dout),
+        *(lse, delta, dq, cos, sin, m, lse.shape[1], *ending),
         **fixed,
         **tile,
     )

@@ -231,7 +231,8 @@ def gated(experts: Any, x: Tensor, index: Tensor, share: Tensor) -> Tensor | Non
         return None
     _, pairs = sort_pairs(index, experts.num_experts)
     lora = [factor for pair in found if pair is not None for factor in pair]
-    out: Tensor = _Gated.apply(x.to(up.dtype), share, up, down, pairs, *lora)  # type: ignore[no-untyped-call]
+    apply: Any = _Gated.apply
+    out: Tensor = apply(x.to(up.dtype), share, up, down, pairs, *lora)
     return out.to(x.dtype)
 
 
