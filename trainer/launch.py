@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from trainer.data.prepare import Refused, model_folder, prepare
 from trainer.machines import Machines, read_machines
 from trainer.model.weights import validate_weights
-from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, refuse
+from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, report_refusal
 from trainer.wire.job import WIRE, Job
 
 # key of accelerate's config file -> values that leave the training as the job says; the first is
@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> int:
         machines = read_machines(os.environ)
         if visible_gpus():
             validate_accelerate_config(os.environ)
-        check(job, run)
+        prepare_inputs(job, run)
     except (OSError, ValueError) as error:
-        return refuse(run, error)
+        return report_refusal(run, error)
     environment = dict(os.environ) | {"MILKTEA_STARTED": repr(time.time())}
     command = build(job, path, environment, machines)
     environment[EXIT_VARIABLE] = exit_file(machines)
@@ -78,7 +78,7 @@ def read_job(path: Path) -> Job:
         ) from error
 
 
-def check(job: Job, run: Path) -> None:
+def prepare_inputs(job: Job, run: Path) -> None:
     """Raises ValueError or OSError for what can be refused without torch; leaves the rows tokenised
     and the model's files at hand."""
     absent = [name for name in job.environment if not os.environ.get(name)]

@@ -38,7 +38,7 @@ class Unexpected(RuntimeError):
         return cls(f"{type(error).__name__}: {text}" if text else type(error).__name__, hint)
 
 
-def is_told(run: Path, since: float) -> bool:
+def is_reported(run: Path, since: float) -> bool:
     """Whether a process of this start (after `since`, unix time) has told why it ended. Of several
     processes the first to fail has the reason; the others only lose it."""
     path = run / "events.jsonl"
@@ -53,7 +53,7 @@ def is_told(run: Path, since: float) -> bool:
     return False
 
 
-def refuse(run: Path, error: Exception) -> int:
+def report_refusal(run: Path, error: Exception) -> int:
     """Tells why the run ended, on stderr and in events.jsonl; returns the exit code of a refusal.
 
     `error.hint` (what to do) and `error.samples` (file:line) are told where it has them."""

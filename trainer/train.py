@@ -40,16 +40,16 @@ from trainer.outcome import (
     STOPPED,
     TERMINATED,
     Unexpected,
-    is_told,
-    refuse,
+    is_reported,
+    report_refusal,
 )
-from trainer.result.adapter import ArtefactError
+from trainer.result.adapter import ResultError
 from trainer.wire.job import Job
 
 
 def run_job(path: Path) -> int:
     """Trains, and returns the exit code. Raises Refused, ModelError, TemplateError, CheckpointError
-    before the first step, Stopped and ArtefactError after it."""
+    before the first step, Stopped and ResultError after it."""
     stop, run = StopSignal(), path.resolve().parent
     job = Job.model_validate_json(path.read_bytes())
     if (run / "result" / "manifest.json").is_file():
@@ -91,7 +91,7 @@ def outcome_of(path: Path) -> Outcome:
         return Outcome(run_job(path))
     except (Refused, ModelError, TemplateError, CheckpointError) as error:
         return Outcome(REFUSED, error)
-    except (Stopped, ArtefactError) as error:
+    except (Stopped, ResultError) as error:
         return Outcome(STOPPED, error)
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
@@ -108,7 +108,7 @@ def run_and_report(path: Path) -> int:
     began, outcome, run = started_at(), outcome_of(path), path.resolve().parent
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if outcome.error is not None and reports(outcome, run, began, restarts):
-        refuse(run, outcome.error)
+        report_refusal(run, outcome.error)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         (run / os.environ.get(EXIT_VARIABLE, EXIT_FILE)).write_text(json.dumps(outcome.code))
     if torch.distributed.is_initialized() and outcome.code == DONE:
@@ -124,7 +124,7 @@ def reports(outcome: Outcome, run: Path, began: float, restarts: int) -> bool:
     if outcome.code != BROKEN:
         return int(os.environ.get("RANK", "0")) == 0
     tried = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return tried >= restarts and not is_told(run, began)
+    return tried >= restarts and not is_reported(run, began)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from tiny import events_of, finish, start, write_model
 from trainer.data import batch
 from trainer.data.prepare import Refused
 from trainer.loop import budget
-from trainer.outcome import Unexpected, is_told
+from trainer.outcome import Unexpected, is_reported
 from trainer.stages import sft
 from trainer.train import outcome_of
 from trainer.wire import events
@@ -69,13 +69,13 @@ def test_of_two_processes_the_one_that_fails_first_says_why(
 
 
 def test_a_reason_of_an_earlier_start_is_not_taken_for_this_ones(tmp_path: Path) -> None:
-    assert not is_told(tmp_path, 0.0)
+    assert not is_reported(tmp_path, 0.0)
     before = time.time()
     log = events.Writer(tmp_path / "events.jsonl")
     log.write(events.Failed, reason="no memory")
     log.write(events.Warned, message="last words")
     log.close()
-    assert is_told(tmp_path, before - 1) and not is_told(tmp_path, time.time() + 1)
+    assert is_reported(tmp_path, before - 1) and not is_reported(tmp_path, time.time() + 1)
 
 
 def test_a_lost_process_is_no_end_where_torchrun_starts_it_again(

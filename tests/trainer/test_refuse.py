@@ -16,7 +16,7 @@ from trainer.data.prepare import Refused, prepare, prompt_ids
 from trainer.data.template import TemplateError, Turn
 from trainer.launch import main as launch
 from trainer.model.weights import validate_weights
-from trainer.outcome import refuse as tell_refusal
+from trainer.outcome import report_refusal
 from trainer.train import outcome_of
 from trainer.wire.job import Job
 
@@ -267,7 +267,7 @@ def test_a_thousand_bad_rows_do_not_fill_the_terminal_and_are_all_in_the_events(
     job = run_folder(data=[*rows(4), *({"instruction": "a"} for _ in range(1000))])
     with pytest.raises(Refused) as caught:
         prepared(job)
-    assert tell_refusal(job.parent, caught.value) == 3
+    assert report_refusal(job.parent, caught.value) == 3
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) < 50 and "1000 defects" in lines[0] and "960 more" in lines[-2]
     assert len(json.loads((job.parent / "events.jsonl").read_text())["samples"]) == 1000

@@ -135,7 +135,7 @@ class Stage(ABC):
     @abstractmethod
     def finish(self, model: nn.Module, state: checkpoint.State, reporter: Reporter) -> str:
         """Tells what was reached and writes the verified result; returns the sha256 of its archive.
-        Raises ArtefactError."""
+        Raises ResultError."""
 
     def facts(self, state: checkpoint.State) -> dict[str, Any]:
         """Of the finished run, for the manifest and the report."""

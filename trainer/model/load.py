@@ -316,7 +316,7 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
         **asked,
     )
     with warnings.catch_warnings():
-        # artefact.py writes the right name
+        # trainer/result/adapter.py writes the right name
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
         warnings.filterwarnings("ignore", category=FutureWarning)  # about what PEFT asks
         # it looks among modules, and experts are parameters

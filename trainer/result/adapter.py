@@ -27,7 +27,7 @@ from trainer.result.words import write_words
 from trainer.wire.job import WIRE, Job
 
 
-class ArtefactError(RuntimeError):
+class ResultError(RuntimeError):
     """What was saved is not what was trained."""
 
 
@@ -86,7 +86,7 @@ def _folded(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, tor
             more = layer.scaling["default"] * layer.r["default"] / layer.lora_alpha["default"]
             folded[key] = tensors[key] * more
     if missed := sum("lora_B" in k and folded[k] is tensors[k] for k in tensors):
-        raise ArtefactError(f"{missed} tensors of lora_B belong to no layer: rsLoRA is not folded")
+        raise ResultError(f"{missed} tensors of lora_B belong to no layer: rsLoRA is not folded")
     return folded
 
 
@@ -105,22 +105,22 @@ def compare(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, dict[str
     with safe_open(path, "pt") as file:
         names = set(file.keys())
         if expected and names != set(expected):
-            raise ArtefactError(
+            raise ResultError(
                 f"{path.name} holds {len(names)} tensors, {len(expected)} were trained: "
                 f"{sorted(names ^ set(expected))[:3]}"
             )
         for name in sorted(names):
             tensor = file.get_tensor(name)
             if name in expected and not torch.equal(tensor, expected[name]):
-                raise ArtefactError(f"{path.name}: {name} on disk differs from the one in memory")
+                raise ResultError(f"{path.name}: {name} on disk differs from the one in memory")
             if not torch.isfinite(tensor).all():
-                raise ArtefactError(f"{path.name}: {name} holds a number that is not finite")
+                raise ResultError(f"{path.name}: {name} holds a number that is not finite")
             found[name] = {
                 "shape": list(tensor.shape),
                 "dtype": str(tensor.dtype).removeprefix("torch."),
             }
         if not any(file.get_tensor(n).any() for n in names if "lora_B" in n or "lora_" not in n):
-            raise ArtefactError(f"{path.name}: everything that was to be trained is still zero")
+            raise ResultError(f"{path.name}: everything that was to be trained is still zero")
     return found
 
 
@@ -138,7 +138,7 @@ def write_result(
     """result/adapter.zip and, last of all, result/manifest.json. Returns the zip's sha256. `facts`
     goes into the manifest as it is; the files of `home` are listed in it and come home with the
     zip, those of `beside` stay with the trainer; `initial` is model.start_values. Raises
-    ArtefactError when what was written is not what was trained."""
+    ResultError when what was written is not what was trained."""
     stage, result = root / ".result", root / "result"
     shutil.rmtree(stage, ignore_errors=True)
     expected = save_model(model, job, stage / "adapter", initial)

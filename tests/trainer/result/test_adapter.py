@@ -19,7 +19,7 @@ from trainer.data.prepare import prepare
 from trainer.data.template import TemplateError
 from trainer.model.load import target_loss
 from trainer.result import adapter
-from trainer.result.adapter import ArtefactError, compare
+from trainer.result.adapter import ResultError, compare
 from trainer.result.open import open_adapter
 from trainer.train import run_job
 from trainer.wire.job import Job
@@ -127,11 +127,11 @@ def test_a_file_that_is_not_what_was_trained_is_refused(tmp_path: Path) -> None:
         held = {k: v.clone() for k, v in good.items()}
         change(held)
         save_file(held, path)
-        with pytest.raises(ArtefactError):
+        with pytest.raises(ResultError):
             compare(path, good)
     zeros = good | {"a.lora_B.weight": torch.zeros(3, 2)}
     save_file(zeros, path)
-    with pytest.raises(ArtefactError, match="still zero"):
+    with pytest.raises(ResultError, match="still zero"):
         compare(path, zeros)
     save_file(good, path)
     assert compare(path, good)["a.lora_A.weight"] == {"shape": [2, 3], "dtype": "float32"}

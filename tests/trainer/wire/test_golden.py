@@ -118,11 +118,11 @@ def test_every_golden_event_is_read_as_what_it_is() -> None:
 def test_a_job_whose_variable_did_not_come_is_refused_by_its_name(
     run_folder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.launch import check, read_job
+    from trainer.launch import prepare_inputs, read_job
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     job = run_folder(environment=["HF_TOKEN"])
     with pytest.raises(ValueError, match="HF_TOKEN of the job's env did not come"):
-        check(read_job(job), job.parent)
+        prepare_inputs(read_job(job), job.parent)
     monkeypatch.setenv("HF_TOKEN", "hf_x")
-    check(read_job(job), job.parent)
+    prepare_inputs(read_job(job), job.parent)
