@@ -318,6 +318,9 @@ class Quiet:
     def destroying(self, why: str) -> None:
         """The box is about to be destroyed."""
 
+    def meter(self, spent_usd: float, max_usd: float) -> None:
+        """What the run has cost so far, about once a second."""
+
     def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
         """After Ctrl-C: the key of one of `choices`, "" to go on; here nobody is asked."""
         return None

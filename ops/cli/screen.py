@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,7 +26,10 @@ from ops.plain import json_line, plain
 CHOOSE_S = 30.0  # for an answer to Ctrl-C
 QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
 # by the plan screen, `event`, `destroying`, and the command's error
-TOLD_ELSEWHERE = ("offers", "event", "destroying", "failed")
+TOLD_ELSEWHERE = ("offers", "event", "destroying", "failed", "attached", "detached")
+ENDS = ("destroyed", "bill", "failed", "left")  # after which nothing goes on
+ALIVE_S = 1.0  # after which a line that nothing changes is drawn again
+TURNS = "|/-\\"
 
 
 class Terminal:
@@ -33,6 +37,12 @@ class Terminal:
         self.console = console
         self._live = console.is_terminal
         self._drawn = 0.0
+        self._phase = ""  # the line that is redrawn
+        self._money = ""
+        self._total_steps = 0
+        self._moving = ("", 0.0, 0)  # what, since when, from which byte on
+        self._turn = 0
+        self._drawing = threading.RLock()  # the meter is told by another thread
         self._began = time.time()
         self.samples: list[events.Sample] = []
         self.score: events.Score | None = None
@@ -46,22 +56,30 @@ class Terminal:
         if line.kind not in TOLD_ELSEWHERE and (text := told_line(line)):
             style = "bold red" if line.kind in ("leaked", "bad_result") else ""
             self._say(text, style=style, t=line.t)
+            stage, _, rest = plain(text).split("\n")[0].partition(" ")
+            self._phase = f"{stage:<9} {{money}}{rest.strip()}"
+        if line.kind in ENDS:
+            self._rest()
 
     def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
         draw_plan(self.console, plan, ranking, credit_usd)
 
     def booting(self, instance: Instance, waited_s: float) -> None:
-        self._status(
-            f"boot      {instance.status or 'provisioning'} {waited_s:.0f} s  "
-            f"{instance.status_msg.strip()[:60]}"
-        )
+        state = instance.status or "provisioning"
+        self._status("boot", f"{state} {waited_s:.0f} s  {instance.status_msg.strip()[:60]}")
 
     def connecting(self, message: str) -> None:
-        self._status(f"connect   {message[:100]}")
+        self._status("connect", message[:100])
 
     def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
-        share = 100 * done_bytes / total_bytes if total_bytes else 100
-        self._status(f"{what:<9} {share:3.0f} % of {total_bytes / 1e6:.1f} MB")
+        now = time.monotonic()
+        if what != self._moving[0] or done_bytes < self._moving[2]:
+            self._moving = (what, now, done_bytes)
+        _, since, first = self._moving
+        rate = (done_bytes - first) / (now - since) if now - since > 1 else 0.0
+        left = f"  {_minutes((total_bytes - done_bytes) / rate)} left" if rate > 0 else ""
+        share = done_bytes / total_bytes if total_bytes else 1.0
+        self._status(what, f"{_bar(share)} {share:4.0%} of {total_bytes / 1e6:.1f} MB{left}")
 
     def event(
         self, event: events.Event, spent_usd: float, max_usd: float, dies_at_unix_s: float
@@ -69,12 +87,17 @@ class Terminal:
         match event:
             case events.Step():
                 self.last_step = event
+                self._money = _money(spent_usd, max_usd)
+                done = event.step / self._total_steps if self._total_steps else 0.0
+                steps = f"{_bar(done)} {event.step}/{self._total_steps}" if done else event.step
                 self._status(
-                    f"train     step {event.step}  loss {event.loss:.4f}  "
-                    f"{event.tokens_per_second:,.0f} tok/s  {_minutes(event.eta_s)} left  "
-                    f"| {spent_usd:.4f} $ of {max_usd:.2f} $  ends itself "
-                    f"{time.strftime('%H:%M', time.localtime(dies_at_unix_s))}"
+                    "train",
+                    f"{steps}  {_minutes(event.eta_s)} left  loss {event.loss:.4f}  "
+                    f"{event.tokens_per_second:,.0f} tok/s  ends itself "
+                    f"{time.strftime('%H:%M', time.localtime(dies_at_unix_s))} at the latest",
                 )
+            case events.Started():
+                self._total_steps = event.total_steps
             case events.Sample():
                 self.samples.append(event)
             case events.Score():
@@ -85,15 +108,22 @@ class Terminal:
                 pass
 
     def waiting(self, message: str) -> None:
-        self._status(f"wait      {message}", force=True)
+        self._status("wait", message, force=True)
 
     def destroying(self, why: str) -> None:
-        self._status("destroy   and prove absent in three spaced reads")
+        self._status("destroy", "and prove absent in three spaced reads")
+
+    def meter(self, spent_usd: float, max_usd: float) -> None:
+        self._money = _money(spent_usd, max_usd)
+        if self._live and self._phase and time.monotonic() - self._drawn > ALIVE_S:
+            with self._drawing:
+                self._draw(self._phase)
 
     def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
         """Enter and a second Ctrl-C are the first; CHOOSE_S without an answer is none."""
         if not sys.stdin.isatty():
             return None
+        self._rest()
         self._say("")
         for n, (_, text) in enumerate(choices, 1):
             self.console.print(f"  {n}  {text}", markup=False, highlight=False)
@@ -115,27 +145,43 @@ class Terminal:
     def _say(self, text: str, style: str = "", t: float | None = None) -> None:
         """A line with the seconds since the run began, now or at unix second `t`."""
         text = plain(text)
-        self._clear()
         line = (
             Text.assemble((f"{(t or time.time()) - self._began:6.1f} s  ", "dim"), (text, style))
             if text
             else Text()
         )
-        self.console.print(line, soft_wrap=True)
+        with self._drawing:
+            self._clear()
+            self.console.print(line, soft_wrap=True)
+            self._drawn = time.monotonic() if self._live else self._drawn
 
-    def _status(self, text: str, *, force: bool = False) -> None:
+    def _status(self, phase: str, text: str, *, force: bool = False) -> None:
+        """The line of what goes on now: the phase, the money, then what fits of the rest."""
         now = time.monotonic()
-        text = plain(text)
+        text = plain(f"{phase:<9} {{money}}{text}")
         if self._live:
-            text = " ".join(text.split("\n"))
+            self._phase = " ".join(text.split("\n"))
             if force or now - self._drawn > 0.1:
-                self._clear()
-                self.console.file.write(text[: self.console.width - 1])
-                self.console.file.flush()
-                self._drawn = now
+                with self._drawing:
+                    self._draw(self._phase)
         elif force or now - self._drawn > QUIET_EVERY_S:
-            self._say(text)
+            self._say(text.replace("{money}", self._money, 1))
             self._drawn = now
+
+    def _draw(self, phase: str) -> None:
+        """With a sign that turns: life, although nothing has changed."""
+        self._turn += 1
+        self._clear()
+        text = f"{TURNS[self._turn % len(TURNS)]} {phase.replace('{money}', self._money, 1)}"
+        self.console.file.write(text[: self.console.width - 1])
+        self.console.file.flush()
+        self._drawn = time.monotonic()
+
+    def _rest(self) -> None:
+        """Draw nothing by itself until there is something new."""
+        with self._drawing:
+            self._phase = ""
+            self._clear()
 
     def _clear(self) -> None:
         if self._live:
@@ -192,6 +238,9 @@ class JsonLines:
         self._out("waiting", message=message)
 
     def destroying(self, why: str) -> None:
+        pass
+
+    def meter(self, spent_usd: float, max_usd: float) -> None:
         pass
 
     def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
@@ -280,6 +329,15 @@ def _silence(plan: Plan, ranking: Ranking) -> str:
         f"most; it keeps the result for `milktea resume` until {lost_at}{held}; before that, ten "
         "silent minutes end it"
     )
+
+
+def _bar(share: float, cells: int = 8) -> str:
+    full = round(cells * min(1.0, max(0.0, share)))
+    return "█" * full + "─" * (cells - full)
+
+
+def _money(spent_usd: float, max_usd: float) -> str:
+    return f"{spent_usd:.4f} of {max_usd:.2f} $  "
 
 
 def _minutes(seconds: float) -> str:

@@ -55,6 +55,9 @@ class Tail:
         for row in self._told.news():
             with suppress(ValueError, KeyError, TypeError):
                 self._tell_row(json.loads(row))
+        if self.lines:
+            spent = spent_usd(self.lines, time.time())
+            self._screen.meter(spent, float(self.lines[0]["max_usd"]))
 
     def _news(self) -> list[Line]:
         size = (self._folder / journal.FILE).stat().st_size

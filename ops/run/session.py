@@ -98,6 +98,9 @@ class Screen(Protocol):
     ) -> None: ...
     def waiting(self, message: str) -> None: ...
     def destroying(self, why: str) -> None: ...
+    def meter(self, spent_usd: float, max_usd: float) -> None:
+        """What the run has cost so far, about once a second; from any thread."""
+
     def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
         """The user's choice after Ctrl-C, by its key; the first keeps what is paid for. "" where
         nothing was chosen in time, None where nobody can be asked."""

@@ -145,6 +145,7 @@ class _Listener:
             self._session.wish = wish
             signal.pthread_kill(self._main, signal.SIGUSR1)
         self._heard = wish or ""
+        self._session.screen.meter(self._session.spent_usd(), self._session.plan.max_usd)
         watched = is_watched(folder)
         if watched != self._watched:
             self._watched = watched
@@ -314,6 +315,9 @@ class Told:
 
     def destroying(self, why: str) -> None:
         self._tell("destroying", why=why)
+
+    def meter(self, spent_usd: float, max_usd: float) -> None:
+        """The journal says it."""
 
     def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
         return None

@@ -1,0 +1,75 @@
+"""What a terminal shows while a run goes on, at 60 columns."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ops.cli import screen
+from ops.cli.screen import Terminal
+from ops.run.journal import Line
+from trainer.wire import events
+
+
+@pytest.fixture
+def out() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def terminal(out: io.StringIO) -> Terminal:
+    return Terminal(Console(file=out, force_terminal=True, width=60, color_system=None))
+
+
+def drawn(out: io.StringIO) -> str:
+    """The line that stands on the screen now."""
+    return out.getvalue().split("\r\x1b[2K")[-1]
+
+
+def step(number: int) -> events.Step:
+    more: dict[str, Any] = {"learning_rate": 0.1, "grad_norm": 1.0, "tokens_per_second": 1e3}
+    return events.Step(t=1.0, step=number, loss=2.0, eta_s=55.0, **more)
+
+
+def test_phase_money_bar_and_the_time_that_is_left_fit_into_60_columns(
+    terminal: Terminal, out: io.StringIO
+) -> None:
+    terminal.event(events.Started(t=1.0, step=0, total_steps=2000), 0.0, 0.5, 0.0)
+    terminal.event(step(1000), 0.0123, 0.5, 0.0)
+    line = drawn(out)
+    assert len(line) < 60
+    for words in ("train", "0.0123 of 0.50 $", "████────", "1000/2000", "55 s left"):
+        assert words in line
+
+
+def test_a_transfer_shows_its_share_and_the_money(terminal: Terminal, out: io.StringIO) -> None:
+    terminal.meter(0.01, 0.5)
+    terminal.moving("push", 30_000_000, 60_000_000)
+    assert re.search(r"push +0\.0100 of 0\.50 \$ +████──── +50% of 60\.0 MB", drawn(out))
+
+
+def test_what_nothing_changes_is_drawn_again_with_the_newest_dollars(
+    terminal: Terminal, out: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "ALIVE_S", 0.0)
+    terminal.line(Line(3, 5.0, "launched", {"state": "started"}))
+    signs = set()
+    for n in range(4):
+        terminal.meter(0.01 * n, 0.5)
+        assert f"{0.01 * n:.4f} of 0.50 $" in drawn(out) and "launch" in drawn(out)
+        signs.add(drawn(out)[0])
+    assert len(signs) == 4, "a sign of life that turns"
+    terminal.line(Line(4, 9.0, "destroyed", {"reads": [1, 2, 3]}))
+    terminal.meter(0.05, 0.5)
+    assert "\r" not in drawn(out) and drawn(out).strip() == "", "at rest when it has ended"
+
+
+def test_a_terminal_that_cannot_be_asked_chooses_nothing(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("3\n"))
+    assert terminal.choose([("leave", "go: 0.1 $"), ("destroy", "now: 0.1 $")]) is None
