@@ -508,6 +508,7 @@ def stop(
     another end before, that one holds. Raises as `rent_and_train`; JournalError for a run that has
     no box and no owner."""
     run = run if isinstance(run, Run) else find_run(run, root)
+    before = len(run.journal)
     if not run.is_owned:
         if not may_have_box(run.journal):
             raise JournalError(f"{run.id} has no box, and nothing acts on it", hint="")
@@ -518,7 +519,6 @@ def stop(
         supervisor.start(run.folder, vast)
     else:
         wishes.send(run.folder, wish)
-    before = len(run.journal)
     try:
         return attach(run, screen=screen)
     except (Failed, Interrupted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -100,9 +101,9 @@ class _File:
     def news(self) -> list[str]:
         try:
             with open(self._path, "rb") as file:
-                inode = self._path.stat().st_ino
-                if inode != self._inode:
-                    self._inode, self._offset = inode, 0
+                now = os.fstat(file.fileno())
+                if now.st_ino != self._inode or now.st_size < self._offset:
+                    self._inode, self._offset = now.st_ino, 0
                 file.seek(self._offset)
                 texts, used = events.whole_lines(file.read())
         except OSError:

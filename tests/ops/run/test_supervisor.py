@@ -24,6 +24,7 @@ from ops.fakevast import FakeVast
 from ops.job.plan import Plan
 from ops.market.client import Provider
 from ops.run import journal, supervisor, wishes
+from ops.run.attach import _File
 from ops.run.journal import Journal, Line
 from ops.wait import RealClock, until
 
@@ -235,6 +236,15 @@ def test_a_result_on_its_way_home_comes_home_although_somebody_wishes_a_checkpoi
     slow.unlink()
     assert milktea.attach(run).adapter is not None
     assert owner.ended() == 0 and creates(fake) == 1
+
+
+def test_a_told_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path) -> None:
+    told, path = _File(tmp_path / "told"), tmp_path / "told"
+    assert told.news() == []
+    path.write_text('{"a":1}\n{"b":2}\n{"c"')
+    assert told.news() == ['{"a":1}', '{"b":2}']
+    path.write_text('{"d":4}\n')
+    assert told.news() == ['{"d":4}'] and told.news() == []
 
 
 # -- terminals -------------------------------------------------------------------------------------
