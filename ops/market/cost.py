@@ -231,18 +231,50 @@ def predict(
 
 def _moving_s(offer: Offer, workload: Workload) -> tuple[float, float, float]:
     """Seconds to pull the image, to move files between home, hub and box, and to read the model."""
-    # bytes a second
-    down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3
-    transfer_s = (
-        _over(workload.push_bytes, min(down, workload.home_up_mbps * 125e3))
-        + _over(workload.model_download_bytes, down)
-        + _over(workload.pull_bytes, min(up, workload.home_down_mbps * 125e3))
-    )
+    down = offer.inet_down_mbps * _LINK * 125e3  # bytes a second
+    transfer_s = sum(t.seconds for t in transfers(offer, workload))
     if workload.cpu_practice:
         return 0.0, transfer_s, 0.0
     pull_s = max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
     read_s = 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
     return pull_s, transfer_s, read_s
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One thing that is moved: what it is, where from or to, and what its bytes take."""
+
+    name: str
+    way: str
+    size_bytes: float
+    seconds: float
+    usd: float
+
+
+def transfers(offer: Offer, workload: Workload) -> list[Transfer]:
+    """What is moved while the GPU is billed, in order; a checkpoint travels while it trains, and is
+    not among them."""
+    down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3
+    home_up, home_down = workload.home_up_mbps * 125e3, workload.home_down_mbps * 125e3
+    dear_in, dear_out = offer.inet_down_usd_per_gb, offer.inet_up_usd_per_gb
+    moved = (
+        ("push", "from here", workload.push_bytes, min(down, home_up), dear_in),
+        ("model", "from the hub", workload.model_download_bytes, down, dear_in),
+        ("result", "home", workload.pull_bytes, min(up, home_down), dear_out),
+    )
+    return [
+        Transfer(name, way, size, _over(size, rate), size / GB * usd)
+        for name, way, size, rate, usd in moved
+        if size
+    ]
+
+
+def checkpoint_transfer(offer: Offer, workload: Workload) -> Transfer:
+    """One checkpoint on its way home."""
+    rate = min(offer.inet_up_mbps * _LINK * 125e3, workload.home_down_mbps * 125e3)
+    size = workload.checkpoint_bytes
+    usd = size / GB * offer.inet_up_usd_per_gb
+    return Transfer("save", "home", size, _over(size, rate), usd)
 
 
 def _with_accidents(
@@ -400,13 +432,26 @@ def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
     each = f"{offer.num_gpus}x {offer.gpu_name}" if offer.num_gpus > 1 else offer.gpu_name
     where = "this computer" if workload.cpu_practice else each
     disk_month = offer.storage_usd_per_gib_month
-    moved = workload.push_bytes + workload.model_download_bytes + workload.pull_bytes
+    moved = [
+        f"{t.name:<9} {_span(t.seconds)} and ${t.usd:.4f} for {t.size_bytes / GB:.3g} GB {t.way}"
+        for t in transfers(offer, workload)
+    ]
+    saves = math.floor(c.train_s / workload.save_every_s)
+    if saves and workload.checkpoint_bytes:
+        one = checkpoint_transfer(offer, workload)
+        late = ": longer than save_every_s, not each comes home"
+        moved.append(
+            f"saves     {saves} x {one.size_bytes / GB:.3g} GB home while it trains, "
+            f"{_span(one.seconds)} and ${one.usd:.4f} each"
+            + (late if one.seconds > workload.save_every_s else "")
+        )
     return (
         f"train     {_span(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / "
         f"{c.tokens_per_s:,.0f} a second on {where}",
         f"before    {_span(c.boot_s + c.pull_s)} to boot and pull "
         f"{workload.image_bytes / GB:.2f} GB of image",
-        f"around    {_span(c.transfer_s)} to move {moved / GB:.2f} GB, {_span(c.start_s)} to start",
+        *moved,
+        f"start     {_span(c.start_s)} from the launch to the first step",
         f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h "
         "(loading is not billed)",
         f"disk      ${c.disk_usd:.4f} = {c.hours:.3f} h x {workload.disk_gib:g} GB x "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,27 @@ def test_the_arithmetic_names_every_part_with_its_dollars() -> None:
         got.usd,
     ):
         assert f"${usd:.4f}" in text
+
+
+def test_the_plan_shows_the_minutes_and_dollars_of_each_transfer() -> None:
+    work = replace(WORK, push_bytes=15.2e9, model_download_bytes=2e9, pull_bytes=1e9)
+    lines = "\n".join(cost.predict(OFFER, replace(work, checkpoint_bytes=3e9)).lines)
+    for name, way in (("push", "from here"), ("model", "from the hub"), ("result", "home")):
+        assert re.search(
+            rf"^{name} .*(s|min|h) and \$\d\.\d{{4}} for [\d.]+ GB {way}$", lines, re.M
+        )
+    moved = cost.transfers(OFFER, work)
+    push = moved[0]
+    assert push.seconds == pytest.approx(15.2e9 / (work.home_up_mbps * 125e3), rel=1e-6)
+    assert sum(t.seconds for t in moved) == pytest.approx(cost.predict(OFFER, work).transfer_s)
+
+
+def test_checkpoints_that_cannot_all_come_home_are_told() -> None:
+    slow = replace(WORK, checkpoint_bytes=30e9, save_every_s=60.0, tokens=5e7)
+    lines = "\n".join(cost.predict(OFFER, slow).lines)
+    assert "longer than save_every_s, not each comes home" in lines
+    quick = replace(slow, checkpoint_bytes=1e6)
+    assert "longer than save_every_s" not in "\n".join(cost.predict(OFFER, quick).lines)
 
 
 def test_loading_costs_disk_and_bytes_but_no_gpu() -> None:
