@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,14 +126,27 @@ def open_market(environ: Mapping[str, str] = os.environ) -> Vast:
         return Vast(provider, RealClock(float(environ.get("MILKTEA_PACE") or 1)))
     from ops.fakevast.embedded import ensure  # asyncssh and aiohttp, which a key does without
 
-    folder = Path(environ.get("MILKTEA_EMULATOR", ".milktea/fakevast"))
+    folder = Path(environ.get("MILKTEA_EMULATOR") or project_folder() / ".milktea" / "fakevast")
     server = ensure(folder, options=EMULATOR)
     return Vast(Provider(server.url, server.api_key), RealClock(EMULATOR_PACE))
 
 
+def project_folder() -> Path:
+    """Where runs and the emulator lie: the nearest folder with `runs` or `.milktea` in it, from the
+    working directory upwards and below the home or the root; else the working directory."""
+    here = Path.cwd()
+    ends = {Path.home(), Path(here.anchor), Path(tempfile.gettempdir()).resolve()}
+    for folder in (here, *here.parents):
+        if folder in ends:
+            break
+        if (folder / "runs").is_dir() or (folder / ".milktea").is_dir():
+            return folder
+    return here
+
+
 def runs_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder of runs: MILKTEA_RUNS, or `runs` in the working directory."""
-    return Path(environ.get("MILKTEA_RUNS", "runs")).resolve()
+    """The folder of runs: MILKTEA_RUNS, or `runs` in the project's folder."""
+    return Path(environ.get("MILKTEA_RUNS") or project_folder() / "runs").resolve()
 
 
 # -- what a run is ---------------------------------------------------------------------------------

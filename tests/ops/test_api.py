@@ -211,3 +211,22 @@ def test_the_market_is_vast_ai_for_who_has_a_key() -> None:
     vast = milktea.open_market(environ)
     assert vast.provider == Provider("http://127.0.0.1:9", "k") and vast.clock.pace == 0.5
     assert milktea.uses_vast_ai(environ) and not milktea.uses_vast_ai({"VAST_API_KEY": " "})
+
+
+def test_a_command_typed_below_the_project_s_folder_finds_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ops import api
+
+    (tmp_path / "project/jobs/more").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "project/jobs/more")
+    assert api.runs_folder({}) == tmp_path / "project/jobs/more/runs", "no project yet"
+    (tmp_path / "project/runs").mkdir()
+    assert api.runs_folder({}) == tmp_path / "project/runs"
+    assert api.project_folder() == tmp_path / "project"
+    assert api.runs_folder({"MILKTEA_RUNS": str(tmp_path / "r")}) == tmp_path / "r"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert api.runs_folder({}) == tmp_path / "other/runs", "the home itself is no project"
