@@ -5,10 +5,16 @@ set -e
 [ "$1" = --wire ] && { echo @WIRE@; exit 0; }
 now=$(date +%s)
 say() { printf '{"t":%s,%s}\n' "$now" "$1" >>events.jsonl; }
+while [ -e @FOLDER@/hang ] && [ -z "$NCCL_P2P_DISABLE" ]; do sleep 0.05; done
 say '"event":"started","step":0,"total_steps":2'
 say '"event":"step","step":1,"loss":2.0,"learning_rate":0.1,"grad_norm":1.0'
 [ -z "$HF_TOKEN" ] || say "\"event\":\"warning\",\"message\":\"a token of ${#HF_TOKEN} letters came\""
 while [ -e @FOLDER@/pause ]; do sleep 0.05; done
+if [ -e @FOLDER@/die-once ]; then
+  mv @FOLDER@/die-once @FOLDER@/died
+  say "\"event\":\"failed\",\"reason\":\"$(cat @FOLDER@/died)\""; exit 1
+fi
+[ -e @FOLDER@/die ] && { say "\"event\":\"failed\",\"reason\":\"$(cat @FOLDER@/die)\""; exit 1; }
 [ -e @FOLDER@/fail ] && { say '"event":"failed","reason":"planted"'; exit 4; }
 mkdir -p checkpoints/1.new
 cp @FOLDER@/checkpoint/* checkpoints/1.new

@@ -227,6 +227,16 @@ def log_tail(run_id: str, lines: int = 40) -> str:
     return f"tail -c {LOG_BYTES} {run_folder(run_id)}/log.txt 2>/dev/null | tail -n {lines}"
 
 
+def kill_training(run_id: str) -> str:
+    """SIGKILL to the training's process group, one that hears no other; what it left of a start is
+    forgotten, so that `launch` starts it again."""
+    return f"""\
+cd {run_folder(run_id)} || exit 9
+[ -s pid ] && kill -s KILL -- "-$(cat pid)" 2>/dev/null
+rm -f pid exit_code exit_code.new
+"""
+
+
 def stop_training(run_id: str) -> str:
     """SIGTERM to the training's process group: it saves a checkpoint and leaves 143 in
     exit_code."""

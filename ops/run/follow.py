@@ -26,8 +26,9 @@ from ops.errors import (
     OverBudget,
     PreflightError,
     Stalled,
+    Unsuitable,
 )
-from ops.run import retrieve
+from ops.run import blame, retrieve
 from ops.run.rental import raise_if_preempted
 from ops.run.session import MARGIN_S, Session
 from ops.wait import Patience, until
@@ -45,7 +46,13 @@ ODD = (
 MAX_LINE = 4 << 20  # bytes of one event; a longer line is passed over
 EVENTS = "events.jsonl"  # at home beside the journal, byte for byte what the box wrote
 
+STARTS = 3.0  # times as long as the plan foresaw may loading take
+
 _Answer = tuple[int | None, bool, int, bytes]  # of scripts.parse_poll
+
+
+class NoFirstStep(Unsuitable):
+    """The machine does not come to train: its link, its disk, or its GPUs among each other."""
 
 
 @dataclass
@@ -56,6 +63,7 @@ class _Heard:
     silent: Patience
     still: Patience
     failure: events.Failed | None = None
+    stepped: bool = False  # a step was told on this machine: from then on it is the training's
     unreadable: int = 0  # lines that are no event
     window: int = scripts.POLL_BYTES  # asked for at once; grows for a long line
     skipping: bool = False  # within a line longer than MAX_LINE: passed over to its end
@@ -69,6 +77,8 @@ def follow(session: Session, box: Box) -> None:
     has answered for a lease's time, and the box has not."""
     (session.journal.folder / EVENTS).touch()
     heard = _Heard(Patience(session.clock), Patience(session.clock))
+    told = retrieve.events_of(session.journal.folder / EVENTS)
+    heard.stepped = any(isinstance(e, events.Step) for e in told)
     until(lambda: _look(session, box, heard), every_s=POLL_S, clock=session.clock)
 
 
@@ -136,6 +146,7 @@ def _tell_all(session: Session, box: Box, heard: _Heard, lines: list[str]) -> No
     newest = next((e for e in reversed(found) if isinstance(e, events.Checkpoint)), None)
     for event in found:
         heard.failure = event if isinstance(event, events.Failed) else heard.failure
+        heard.stepped = heard.stepped or isinstance(event, events.Step)
         _tell(session, event)
         if event is newest:
             mirror(session, box, newest)
@@ -284,6 +295,8 @@ def _ended(session: Session, box: Box, code: int, failure: events.Failed | None)
     tail = box.run(scripts.log_tail(session.run_id)).stdout
     (session.journal.folder / "log.txt").write_text(tail, "utf-8")
     reason = failure.reason if failure else "\n".join(tail.strip().splitlines()[-8:])
+    if died := blame.gpu_word(f"{reason}\n{tail}"):
+        raise Unsuitable(f"its GPU died ({died}): the training ended with exit code {code}")
     samples = f" (rows: {', '.join(failure.samples[:5])})" if failure and failure.samples else ""
     raise Failed(
         f"the training ended with exit code {code}: {reason}{samples}",
@@ -303,8 +316,22 @@ def _raise_gone(session: Session, box: Box) -> NoReturn:
     )
 
 
+def _enforce_start(session: Session, heard: _Heard) -> None:
+    """Until the first step the plan's own prediction is the measure, and the machine is to
+    blame."""
+    foreseen = session.predicted(session.offer())
+    patience_s = max(session.plan.stall_s, STARTS * (foreseen.transfer_s + foreseen.start_s))
+    if heard.still.seconds > patience_s:
+        raise NoFirstStep(
+            f"{blame.NO_STEP} {heard.still.seconds / 60:.0f} minutes of silence; the plan foresaw "
+            f"{(foreseen.transfer_s + foreseen.start_s) / 60:.0f} minutes to load"
+        )
+
+
 def _enforce(session: Session, heard: _Heard) -> None:
-    if heard.still.seconds > session.plan.stall_s:
+    if not heard.stepped:
+        _enforce_start(session, heard)
+    elif heard.still.seconds > session.plan.stall_s:
         raise Stalled(
             f"no event for {heard.still.seconds / 60:.0f} minutes (limits.stall_minutes)",
             hint=f"`milktea logs {session.run_id}` shows what it did last",

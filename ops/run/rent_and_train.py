@@ -36,12 +36,12 @@ from ops.errors import (
 from ops.job import tokens
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
-from ops.run import place, rental, retrieve
+from ops.run import blame, place, rental, retrieve
 from ops.run.choose import choose, search
-from ops.run.follow import EVENTS, follow, newest_checkpoint
+from ops.run.follow import EVENTS, NoFirstStep, follow, newest_checkpoint
 from ops.run.interrupt import fetch_newest, stage
 from ops.run.keeper import kept
-from ops.run.rental import endpoints, fatal_word, raise_if_preempted, rented
+from ops.run.rental import endpoints, raise_if_preempted, rented
 from ops.run.result import ADAPTER
 from ops.run.session import MARGIN_S, Session, metered
 from ops.wait import Patience, until
@@ -90,9 +90,13 @@ def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
     that this run still has."""
     if session.may_have_box():
         yield session.offer()
-    for _ in range(MACHINES):
+    fruitless = 0
+    while fruitless < MACHINES:
         yield taken(session, seen)
         seen = None
+        # a machine that saved a checkpoint carried the run on, however it ended
+        last = session.journal.last("renting", "checkpoint")
+        fruitless = 0 if last and last.kind == "checkpoint" else fruitless + 1
 
 
 @stage
@@ -105,29 +109,36 @@ def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
     """Another machine is taken next. A machine that failed by itself is remembered; being outbid or
     late is not its fault."""
     fault = isinstance(error, NeverReady | Unsuitable | Lost)
-    word = fatal_word(str(error)) if isinstance(error, NeverReady) else None
-    others = {
-        line["machine_id"]
-        for line in session.journal.lines
-        if line.kind == "bad_machine" and word and fatal_word(line["why"]) == word
-    } - {offer.machine_id}
-    if others:  # two machines, one word: it is the image's
+    word = blame.word(error)
+    bad = [line.data for line in session.journal.lines if line.kind == "bad_machine"]
+    others = blame.machines_that_said(word, bad) - {offer.machine_id} if word else set()
+    if others:  # two machines, one word: it is the image's, or the job's
         session.note("missed", machine_id=offer.machine_id, offer_id=offer.id, why=str(error))
-        raise PreflightError(
-            f"image {session.plan.image} starts on no machine: {len(others) + 1} of them said "
-            f"{word!r}: {error}",
-            hint="look at image.ref in the job file: its name, its tag, whether it is public",
-        ) from error
+        said = f"{len(others) + 1} of them said {word!r}: {error}"
+        raise _not_the_machines(session, error, said) from error
     session.note(
         "bad_machine" if fault else "missed",
         machine_id=offer.machine_id,
         offer_id=offer.id,
         why=str(error),
     )
-    if isinstance(error, BoxError) and type(error) not in (NeverReady, Unsuitable, Lost, Preempted):
+    machine = NeverReady | Unsuitable | Lost | Preempted
+    if isinstance(error, BoxError) and not isinstance(error, machine):
         raise error  # a changed host key: stop, whatever else there is to rent
     if isinstance(error, RateLimited):
         session.clock.sleep(15)
+
+
+def _not_the_machines(session: Session, error: MilkteaError, said: str) -> MilkteaError:
+    if isinstance(error, NeverReady):
+        return PreflightError(
+            f"image {session.plan.image} starts on no machine: {said}",
+            hint="look at image.ref in the job file: its name, its tag, whether it is public",
+        )
+    return Failed(
+        f"the training runs on no machine: {said}",
+        hint=f"`milktea logs {session.run_id}` shows its last lines; look at image.ref and the job",
+    )
 
 
 @stage
@@ -264,21 +275,40 @@ def launch(session: Session, box: Box) -> None:
     events = session.journal.folder / "events.jsonl"
     if before and before.kind == "renting" and events.exists():
         events.rename(events.with_name(f"events.{len(session.journal.lines)}.jsonl"))
+    _start(session, box)
+
+
+def _start(session: Session, box: Box, more: tuple[tuple[str, str], ...] = ()) -> None:
     start = scripts.launch(session.run_id, session.plan.trainer)
-    answer = box.run(start, input=tokens.at_launch(session.plan.env))
+    settings = "".join(f"{name}={value}\n" for name, value in more).encode()
+    answer = box.run(start, input=tokens.at_launch(session.plan.env) + settings)
     if answer.exit_code != 0:
         raise Lost(f"the training could not be started: {answer.stderr[-300:]}")
-    session.note("launched", state=answer.stdout.strip().splitlines()[-1])
+    session.note("launched", state=answer.stdout.strip().splitlines()[-1], settings=dict(more))
 
 
 @stage
 def watch(session: Session, box: Box) -> None:
-    """Follow to the end; a limit or a failure fetches the newest checkpoint before it is raised."""
-    try:
-        follow(session, box)
-    except (OverBudget, Stalled, Failed):
-        fetch_newest(session, box)
-        raise
+    """Follow to the end; a limit or a failure fetches the newest checkpoint before it is raised.
+    Where several consumer cards hang before their first step, it is tried once without their
+    reaching each other."""
+    while True:
+        try:
+            return follow(session, box)
+        except NoFirstStep:
+            offer, launched = session.offer(), session.journal.last("launched")
+            tried = launched is not None and bool(launched.get("settings"))
+            if tried or not blame.may_lack_peers(offer.gpu_name, offer.num_gpus):
+                raise
+            session.screen.waiting(
+                f"{offer.num_gpus} x {offer.gpu_name} hang before the first step: once more with "
+                f"{'='.join(blame.PEERS)}"
+            )
+            box.run(scripts.kill_training(session.run_id))
+            _start(session, box, (blame.PEERS,))
+        except (OverBudget, Stalled, Failed, Unsuitable):
+            fetch_newest(session, box)
+            raise
 
 
 @stage

@@ -33,6 +33,7 @@ from ops.job import tokens
 from ops.market import cost
 from ops.market.client import Vast
 from ops.market.models import Instance, Offer
+from ops.run import blame
 from ops.run.session import Detached, Session, boot_timeout_s
 from ops.wait import until
 
@@ -44,20 +45,6 @@ DESTROY_PATIENCE_S = 600.0
 UNSEEN_PATIENCE_S = 300.0  # a new contract may be invisible for so long
 LOG_S = 5.0  # waited for a container's log after the proof
 SICK_PATIENCE_S = 120.0  # of offline or unknown before the box is given up
-
-# Words in status_msg that no waiting heals (vast-api.md section 5, numbers 5 to 7).
-FATAL_WORDS = (
-    "manifest unknown",
-    "manifest for",
-    "unauthorized",
-    "no space left on device",
-    "toomanyrequests",
-    "pull access denied",
-    "oci runtime create failed",
-    "unsatisfied condition",
-    "failed to start containers",
-    "invalid reference format",
-)
 
 
 @contextmanager
@@ -204,15 +191,10 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     return running
 
 
-def fatal_word(text: str) -> str | None:
-    """The first of FATAL_WORDS in `text`."""
-    return next((w for w in FATAL_WORDS if w in text.lower()), None)
-
-
 def _raise_if_fatal(session: Session, now: Instance) -> None:
     if now.outbid:
         raise Preempted(f"instance {now.id} was outbid, or the credit ran out")
-    if now.status == "exited" or fatal_word(now.status_msg):
+    if now.status == "exited" or blame.start_word(now.status_msg):
         raise NeverReady(
             f"machine {now.machine_id} cannot start: {now.status} {now.status_msg.strip()[:200]}"
         )

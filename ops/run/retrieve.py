@@ -113,7 +113,7 @@ def report(
     and rows of our own."""
     samples: list[Mapping[str, str]] = []
     score = None
-    for event in _events(told):
+    for event in events_of(told):
         if isinstance(event, events.Score):
             score = (event.exact_match_before, event.exact_match_after)
         if isinstance(event, events.Sample) and len(samples) < MAX_SAMPLES:
@@ -121,8 +121,8 @@ def report(
     return page(job, facts, samples, score, beside)
 
 
-def _events(told: Path) -> Iterator[events.Event]:
-    """Line by line: the file is as long as the box made it."""
+def events_of(told: Path) -> Iterator[events.Event]:
+    """The events in a file, line by line: it is as long as the box made it."""
     if not told.is_file():
         return
     with told.open("rb") as file:

@@ -1,0 +1,149 @@
+"""Whose fault it was: a machine that failed by itself is not taken again, a fault that two machines
+share is not theirs, and progress is no failed try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rig
+from ops.errors import Failed, Lost, MilkteaError, NeverReady, Unsuitable
+from ops.fakevast import FakeVast
+from ops.market.cost import Workload
+from ops.market.ranking import Needs
+from ops.run import blame, follow
+from ops.run.journal import Journal, Line
+from ops.run.rent_and_train import MACHINES, offers, rent_and_train
+
+pytestmark = pytest.mark.timeout(120)
+ECC = "CUDA error: uncorrectable ECC error encountered"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> rig.Rig:
+    return rig.Rig(tmp_path)
+
+
+@pytest.fixture
+def fake(own: rig.Rig) -> Iterator[FakeVast]:
+    with own.emulator() as cloud:
+        yield cloud
+        assert cloud.instances() == [], "a box survived the test"
+
+
+def run(own: rig.Rig, fake: FakeVast, **more: Any) -> tuple[Any, list[Line], rig.Silent]:
+    plan, screen = own.plan(**more), rig.Silent()
+    with Journal(own.runs / plan.run_id) as j:
+        session = rig.client(plan, j, fake.url, fake.api_key, screen=screen)
+        try:
+            return rent_and_train(session), j.lines, screen
+        except MilkteaError as e:
+            return e, j.lines, screen
+
+
+def machines(lines: list[Line]) -> list[int]:
+    return [line["offer"]["machine_id"] for line in lines if line.kind == "renting"]
+
+
+def test_a_gpu_that_died_is_not_rented_again_and_the_run_goes_on_elsewhere(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    (own.image / "die-once").write_text(ECC)
+    outcome, lines, _ = run(own, fake)
+    assert outcome.adapter_zip.is_file()
+    first, second = machines(lines)
+    [bad] = [line for line in lines if line.kind == "bad_machine"]
+    assert bad["machine_id"] == first != second and "its GPU died" in bad["why"]
+
+
+def test_a_gpu_that_dies_on_two_machines_is_the_job_s_fault_and_renting_stops(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    (own.image / "die").write_text(ECC)
+    outcome, lines, _ = run(own, fake)
+    assert isinstance(outcome, Failed) and "2 of them said 'uncorrectable ecc'" in str(outcome)
+    assert len(machines(lines)) == 2
+
+
+def test_a_training_that_fails_by_itself_blames_no_machine(own: rig.Rig, fake: FakeVast) -> None:
+    (own.image / "die").write_text("the loss is not a number")
+    outcome, lines, _ = run(own, fake)
+    assert isinstance(outcome, Failed)
+    assert len(machines(lines)) == 1 and "bad_machine" not in [line.kind for line in lines]
+
+
+def test_a_machine_that_never_comes_to_its_first_step_is_blamed_and_the_next_is_taken(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "STARTS", 0.0)
+    (own.image / "hang").touch()
+    outcome, lines, _ = run(own, fake, stall_s=0.3)
+    assert isinstance(outcome, Failed) and "no first step within" in str(outcome)
+    assert len(set(machines(lines))) == 2, "two machines: then it is the job"
+
+
+def test_two_consumer_cards_that_hang_at_first_are_tried_once_without_reaching_each_other(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "STARTS", 0.0)
+    (own.image / "hang").touch()
+    outcome, lines, screen = run(
+        own,
+        fake,
+        stall_s=0.3,
+        needs=Needs(("RTX 4090",), num_gpus=2, min_reliability=0.9, hours=2, disk_gib=16),
+        workload=Workload(1e5, 1e6, cpu_practice=True, disk_gib=16, image_bytes=4e8, num_gpus=2),
+    )
+    assert outcome.adapter_zip.is_file(), outcome
+    assert len(machines(lines)) == 1, "the same box"
+    started = [line for line in lines if line.kind == "launched"]
+    assert [line["settings"] for line in started] == [{}, {"NCCL_P2P_DISABLE": "1"}]
+    assert any("once more with NCCL_P2P_DISABLE=1" in told for told in screen.told)
+
+
+def test_a_machine_that_saved_a_checkpoint_is_no_failed_try(own: rig.Rig, fake: FakeVast) -> None:
+    """Outbid again and again, each machine having brought the run on: only money and hours end
+    that."""
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j:
+        session = rig.client(plan, j, fake.url, fake.api_key)
+        taken = []
+        for offer in offers(session, None):
+            taken.append(offer.id)
+            session.note(
+                "renting", offer=asdict(offer), bid_usd_per_hour=None, disk_gib=16, max_s=9
+            )
+            session.note("missed", machine_id=offer.machine_id, offer_id=offer.id, why="outbid")
+            if len(taken) <= MACHINES + 2:
+                session.note("checkpoint", step=len(taken), folder="x")
+            session.note("absent", reads=3)
+        assert len(taken) == MACHINES + 2 + MACHINES
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "lacks"),
+    [
+        ("RTX 4090", 2, True),
+        ("RTX 3080 Ti", 4, True),
+        ("RTX 4090", 1, False),
+        ("H100 SXM", 8, False),
+        ("RTX 4000Ada", 2, False),
+        ("RTX A6000", 2, False),
+        ("RTX PRO 6000 WS", 2, False),
+    ],
+)
+def test_only_several_consumer_cards_may_say_that_they_reach_each_other_and_not_do_so(
+    name: str, num_gpus: int, lacks: bool
+) -> None:
+    assert blame.may_lack_peers(name, num_gpus) is lacks
+
+
+def test_each_failure_has_the_word_of_its_kind() -> None:
+    assert blame.word(NeverReady("docker: pull access denied for x")) == "pull access denied"
+    assert blame.word(Unsuitable("its GPU died (uncorrectable ecc)")) == "uncorrectable ecc"
+    assert blame.word(Unsuitable("its driver 1 is older")) is None
+    assert blame.word(Lost("pull access denied")) is None
