@@ -342,3 +342,18 @@ def test_a_text_that_ends_with_the_end_token_gets_no_second_one(
     found = prepared(chat_job(run_folder, tmp_path, rows)).rows
     end = found.ids[-1]
     assert found.ids.tolist().count(end) == 2 and found.ids[-2] != end
+
+
+def test_held_out_rows_that_the_template_cannot_ask_are_refused_before_training(
+    run_folder: Make,
+) -> None:
+    call = {"type": "function", "function": {"name": "w", "arguments": {}}}
+    asked = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "It rains"},
+    ]
+    job = run_folder(data=rows(4), held_out=[{"messages": asked}])
+    error = refused(job)
+    assert "1 of 1 held-out rows" in str(error) and "no place for tool calls" in error.samples[0]

@@ -40,7 +40,7 @@ def lengths(rows: Sequence[Row], density: Density) -> list[int]:
     """Tokens of each row, about: its text, and what stands around each turn."""
     found = []
     for row in rows:
-        texts = [row.text, *(f"{turn.text}{turn.extra}" for turn in row.turns)]
+        texts = [row.text, *(turn.reasoning + turn.text + turn.extra for turn in row.turns)]
         found.append(
             sum(tokens(text, density) for text in texts if text)
             + AROUND_TURN * len(row.turns) // 2

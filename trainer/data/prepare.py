@@ -159,7 +159,9 @@ def prepare(job: Job, run: Path) -> Prepared:
         found, defects = read_rows(files, reading, notes)
         if job.data.held_out is not None:
             held_out = (run / job.data.held_out.path, job.data.held_out.name)
-            defects += read_rows([held_out], reading)[1]
+            questions, faults = read_rows([held_out], reading)
+            defects += faults
+            validate_questions(questions, vocabulary, template, job.data)
         validate_rows(defects)
         rows = tokenise(found, vocabulary, template, job.data)
         rows.summary[:0] = notes
@@ -171,6 +173,27 @@ def prepare(job: Job, run: Path) -> Prepared:
             "`python -m trainer.data FILE` says what each file holds",
         )
     return Prepared(rows, vocabulary, template, stop, token_hash(vocabulary, template))
+
+
+def validate_questions(
+    rows: Sequence[Row], vocabulary: Vocabulary, template: Template, data: Data
+) -> None:
+    """Raises Refused when the template cannot ask held-out rows, before the training that they
+    are to score."""
+    refused = []
+    for row in rows:
+        try:
+            if row.turns:
+                tokens, flag = vocabulary.special_tokens, data.enable_thinking
+                prompt(template, row.turns[:-1], tokens, tools=row.tools, thinking=flag)
+        except TemplateError as error:
+            refused.append(f"{row.where}: {error}")
+    if refused:
+        raise Refused(
+            f"{len(refused)} of {len(rows)} held-out rows cannot be asked",
+            refused,
+            "mend the rows above, or name another data.template",
+        )
 
 
 def reading_of(data: Data) -> Reading:

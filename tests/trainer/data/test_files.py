@@ -208,13 +208,12 @@ FILE_DEFECTS = {
     "empty": ("a.json", b"", "empty"),
     "blank": ("a.json", b" \n ", "empty"),
     "not JSON": ("a.json", b"instruction,output\n1,2\n", "neither"),
-    "CSV": ("a.csv", b"instruction,output\n1,2\n", ".csv"),
+    "Excel of 2003": ("a.xls", b"\xd0\xcf\x11\xe0", ".xls"),
     "UTF-16": ("a.json", '[{"instruction":"a"}]'.encode("utf-16"), "UTF-16"),
     "UTF-16 without its mark": ("a.json", '[{"instruction":"你"}]'.encode("utf-16-le"), "UTF-16LE"),
     "UTF-16 the other way": ("a.jsonl", '{"instruction":"你"}'.encode("utf-16-be"), "UTF-16BE"),
     "UTF-32": ("a.json", '[{"instruction":"a"}]'.encode("utf-32"), "UTF-32"),
-    "gzip": ("a.json.gz", gzip.compress(b"[]"), "gzip"),
-    "gzip that is called JSON": ("a.json", gzip.compress(b"[]"), "gzip"),
+    "gzip that is cut short": ("a.json.gz", gzip.compress(b"[]")[:12], "unpacked"),
 }
 
 
