@@ -33,8 +33,6 @@ from trainer.data.files import read_rows
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
-# least compute capability
-CAPABILITY = {"fp32": 5.0, "bf16": 8.0, "fp8": 8.9, "nf4": 7.5, "int8": 7.5}
 DRIVER_SHARE = 0.98  # of the memory that a card's driver reports, torch can have
 CPU_FLOP_S = 1e11  # of a laptop, generously
 HOST_GIB, PROCESS_GIB = 3.0, 4.0  # of host memory: the system; torch with CUDA, tokens, buffers
@@ -351,6 +349,11 @@ def _family(
     every = family.words(longest)
     lora = job.training.method == "lora" and job.lora.target_modules == "all-linear"
     notes.extend(w for w in every if lora or not w.startswith(("all-linear", "and all")))
+    if family.mixture and job.model.precision in ("fp8", "nf4", "int8"):
+        notes.append(
+            f"all {family.experts} experts of a layer stay in bf16: {job.model.precision} serves "
+            "the layers around them, and the memory and price shown count so"
+        )
     return family
 
 
@@ -467,7 +470,7 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
         bid_usd_per_hour=o.bid_usd_per_hour,
         disk_gib=workload.disk_gib,
         hours=job.limits.max_hours,
-        min_compute_capability=CAPABILITY[job.model.precision],
+        min_compute_capability=gpus.MIN_COMPUTE_CAPABILITY[job.model.precision],
         max_usd=job.limits.max_usd,
         min_cpu_ram_gib=o.min_cpu_ram_gib or _host_memory_gib(workload),
         min_cpu_cores=0.0 if workload.cpu_practice else float(o.num_gpus),

@@ -110,6 +110,18 @@ def compare(job: Job, folder: Path, device: torch.device, packed: bool) -> str:
     return f"{told}, in {time.monotonic() - began:.1f} s"
 
 
+def copy_of(job: Job, folder: Path) -> nn.Module:
+    """The copy as it would be trained, narrow, in fp32 on the CPU, its adapters away from their
+    start: for rehearsals. Raises ModelError."""
+    config, device = small(AutoConfig.from_pretrained(folder)), torch.device("cpu")
+    _narrow(config.get_text_config())
+    asked = _job(job, "fp32")
+    base = _base(asked, config, device, None, torch.float32)
+    model, _ = load.assemble(asked, base, device, TokenKeys())
+    _random_adapters(model)
+    return model
+
+
 def _compare(
     job: Job,
     config: Any,

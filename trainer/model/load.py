@@ -157,7 +157,8 @@ def validate_precision(precision: str, device: torch.device) -> None:
         )
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
-        least = {"fp8": (8, 9), "bf16": (8, 0)}.get(precision, (0, 0))
+        # nf4 and int8 compute in bf16
+        least = {"fp8": (8, 9), "fp32": (0, 0)}.get(precision, (8, 0))
         if found < least:
             other = "bf16" if precision == "fp8" and found >= (8, 0) else "fp32"
             raise ModelError(

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,15 @@ def _folded(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, tor
     if missed := sum("lora_B" in k and folded[k] is tensors[k] for k in tensors):
         raise ResultError(f"{missed} tensors of lora_B belong to no layer: rsLoRA is not folded")
     return folded
+
+
+def rehearse(model: Any, job: Job) -> None:
+    """Saves a model and opens it again, in a folder that is gone afterwards: what cannot be saved
+    is known before it is trained. Raises ArtefactError."""
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save_model(model, job, Path(folder), {})
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            compare(path, expected)
 
 
 def _less_start(name: str, value: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ target tokens. At the end the held-out questions are answered, by the model befo
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +21,15 @@ from trainer.loop.budget import micro_batch
 from trainer.loop.guards import Expected, probe, target_entropy, validate_labels
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
+from trainer.model import likeness
 from trainer.model.dropout import TokenKeys
 from trainer.model.load import family_in, hidden_states, load, start_values, target_loss
 from trainer.result import adapter
 from trainer.wire import events
 from trainer.wire.job import Job
 from trainer.wire.page import page
+
+log = logging.getLogger(__name__)
 
 HOST = torch.device("cpu")
 LEAK, LEAK_INT8 = 0.01, 0.05  # of a hidden state that another document may change
@@ -52,6 +56,8 @@ class Stage(stage.Stage):
         packs = family_in(self.base).packs(longest)
         self.packed = self.job.training.packing and packs
         compared = self.compare_with_stock(ranks, self.packed)
+        if ranks.rank == 0:
+            self._rehearse_saving()
         room = micro_batch(self.job, self.base, longest, ranks.device, ranks.world)
         self.budget, recomputed = room
         self.model, self.kernels = load(
@@ -60,6 +66,15 @@ class Stage(stage.Stage):
         self.kernels |= compared
         ranks.place(self.model)
         self.initial = start_values(self.model, self.job)
+
+    def _rehearse_saving(self) -> None:
+        """Raises ArtefactError where the result of this model and method could not be saved."""
+        try:
+            model = likeness.copy_of(self.job, self.base)
+        except Exception as why:  # as compare_with_stock: the copy's own fault
+            log.warning("saving was not rehearsed: %s", why)
+            return
+        adapter.rehearse(model, self.job)
 
     def probe(self) -> None:
         if not self.packed:

@@ -114,6 +114,15 @@ def test_a_mixture_costs_what_a_token_meets(rows: Path, market: Vast) -> None:
     assert memory.active_parameters(mixture.shape) + embeddings == mixture.active_parameters
 
 
+def test_experts_that_stay_in_bf16_are_told_and_priced(rows: Path, market: Vast) -> None:
+    base = "Qwen/Qwen3-30B-A3B"
+    made = planned(base, rows, market, model={"base": base, "precision": "nf4"}).plan
+    assert any("128 experts of a layer stay in bf16" in note for note in made.notes)
+    experts = 48 * 128 * 3 * 768 * 2048 * 2 / memory.GIB
+    assert made.needs.min_gpu_memory_gib > experts
+    assert made.needs.min_compute_capability == 8.0  # nf4 computes in bf16
+
+
 def test_english_and_chinese_have_the_density_of_their_tokenizer() -> None:
     english, chinese = "The cat sat on the mat. " * 50, "猫坐在垫子上面看着窗外的雨。" * 50
     large, small = estimate.Density.of(151_936, "qwen3"), estimate.Density.of(32_000, "llama")

@@ -22,6 +22,7 @@ from trainer.kernels import attention, experts, rotary
 from trainer.kernels.attention import Rules
 from trainer.kernels.decoder_layer import FastLayer
 from trainer.model import likeness, load
+from trainer.result import adapter
 from trainer.train import run_job
 from trainer.wire.job import Job
 
@@ -405,3 +406,37 @@ def test_a_planted_fault_is_caught_on_the_gpu(
     model = {"base": "tiny/random", "path": "model", "precision": "bf16"}
     with pytest.raises(likeness.Unlike):
         likeness.compare(job(model=model), folder_of(name), torch.device("cuda"), True)
+
+
+# -- the save, rehearsed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "lora"])
+def test_a_mixture_ends_with_a_result_by_each_method(
+    method: str, run_folder: Make, folder_of: Any
+) -> None:
+    folder = folder_of("qwen3_moe")
+    write_tokenizer(folder)
+    path = run_folder(model=folder, training={"method": method, "max_steps": 2})
+    assert run_job(path) == 0
+    names = manifest_of(path)["tensors"]
+    assert any("experts" in n for n in names) and manifest_of(path)["method"] == method
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_cannot_be_saved_stops_before_the_first_step(
+    method: str, run_folder: Make, folder_of: Any, monkeypatch: Patch
+) -> None:
+    folder = folder_of("qwen3_moe")
+    write_tokenizer(folder)
+    path = run_folder(model=folder, training={"method": method, "max_steps": 2})
+    real = adapter.save_model
+
+    def forgets(*given: Any) -> dict[str, torch.Tensor]:
+        tensors = real(*given)
+        return {k: v for k, v in tensors.items() if "experts" not in k}
+
+    monkeypatch.setattr(adapter, "save_model", forgets)
+    with pytest.raises(adapter.ArtefactError, match="were trained"):
+        run_job(path)
+    assert not [e for e in events_of(path) if e["event"] == "step"]
