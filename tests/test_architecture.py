@@ -39,7 +39,7 @@ FLOORS = {
         ["model"],
         ["kernels"],
         ["data"],
-        ["machines", "memory", "outcome"],
+        ["loading", "machines", "memory", "outcome"],
         ["families"],
         ["wire"],
     ],

@@ -22,7 +22,9 @@ import psutil
 import yaml
 from pydantic import ValidationError
 
+from trainer import loading
 from trainer.data.prepare import Refused, model_folder, prepare
+from trainer.loading import cache_of
 from trainer.machines import Machines, read_machines
 from trainer.model.weights import validate_weights
 from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, report_refusal
@@ -52,7 +54,11 @@ def main(arguments: list[str]) -> int:
         machines = read_machines(os.environ)
         if visible_gpus():
             validate_accelerate_config(os.environ)
-        prepare_inputs(job, run)
+        if job.model.path or machines is not None:
+            prepare_inputs(job, run)
+        else:
+            with loading.told(run, f"downloading {job.model.base}", cache_of(job.model.base)):
+                prepare_inputs(job, run)
     except (OSError, ValueError) as error:
         return report_refusal(run, error)
     environment = dict(os.environ) | {"MILKTEA_STARTED": repr(time.time())}

@@ -98,6 +98,10 @@ class Terminal:
                 )
             case events.Started():
                 self._total_steps = event.total_steps
+            case events.Loading():
+                there = f"  {event.done_bytes / 1e9:.2f} GB there" if event.done_bytes else ""
+                self._money = _money(spent_usd, max_usd)
+                self._status("load", f"{event.what}{there}")
             case events.Sample():
                 self.samples.append(event)
             case events.Score():

@@ -57,7 +57,7 @@ def test_a_job_runs_from_its_folder_and_ends_with_zero(run_folder: Make, process
         timeout=150,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    started = events_of(job)[0]
+    started = next(e for e in events_of(job) if e["event"] == "started")
     assert started["event"] == "started" and started["processes"] == processes
     assert len(manifest_of(job)["curve"]) == 4
 

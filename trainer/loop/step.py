@@ -193,6 +193,7 @@ def train(
 ) -> bool:
     """Loads the stage's model, trains it and writes its result; False when it was asked to stop
     before. The seconds of the run count from `began` (unix time)."""
+    reporter.event(events.Loading, what="loading the model")
     stage.load(ranks)
     state = Loop(job, run, stage, ranks, reporter).run()
     if state is None:

@@ -23,6 +23,16 @@ class _Event(BaseModel):
     t: float
 
 
+class Loading(_Event):
+    """Before the first step: what is done, and how many bytes of it are there (of `total_bytes`,
+    where that is known)."""
+
+    event: Literal["loading"] = "loading"
+    what: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
 class Started(_Event):
     event: Literal["started"] = "started"
     step: int = 0  # the step that it continues from
@@ -100,10 +110,12 @@ class Unknown(_Event):
     event: str
 
 
-Event = Started | Step | Checkpoint | Sample | Score | Warned | Failed | Finished | Unknown
+Event = (
+    Loading | Started | Step | Checkpoint | Sample | Score | Warned | Failed | Finished | Unknown
+)
 _KNOWN = {
     c.model_fields["event"].default: c
-    for c in (Started, Step, Checkpoint, Sample, Score, Warned, Failed, Finished)
+    for c in (Loading, Started, Step, Checkpoint, Sample, Score, Warned, Failed, Finished)
 }
 
 

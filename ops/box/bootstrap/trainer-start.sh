@@ -7,6 +7,7 @@ done
 "$py" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "the image's Python is older than 3.11: choose another image.ref" >&2; exit 3; }
 if [ ! -e ../venv.ready ]; then
+  printf '{"t": %s, "event": "loading", "what": "installing what the trainer imports"}\n' "$(date +%s)" >>events.jsonl
   "$py" -m venv --system-site-packages ../venv
   ../venv/bin/python -m pip install -q --disable-pip-version-check \
     --no-deps --require-hashes -r trainer-requirements.txt

@@ -1,0 +1,61 @@
+"""What a box does before its first step, told while it takes: a download of minutes is no hang.
+
+No torch. The launcher uses this, before there is a training process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trainer.wire.events import Loading, Writer
+
+EVERY_S = 10.0  # between two looks at what has arrived
+
+
+@contextmanager
+def told(run: Path, what: str, folder: Path | None = None) -> Iterator[None]:
+    """A Loading event when the block begins, and one after each EVERY_S in which bytes were added
+    under `folder`: a download that stands still is silent."""
+    writer = Writer(run / "events.jsonl")
+    writer.write(Loading, what=what, done_bytes=_bytes(folder))
+    ended = threading.Event()
+
+    def look() -> None:
+        seen = _bytes(folder)
+        while not ended.wait(EVERY_S):
+            now = _bytes(folder)
+            if now > seen:
+                writer.write(Loading, what=what, done_bytes=now)
+            seen = max(seen, now)
+
+    thread = threading.Thread(target=look, name="loading", daemon=True)
+    if folder is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if folder is not None:
+            thread.join()
+        writer.close()
+
+
+def cache_of(base: str) -> Path:
+    """Where the hub's files of a model gather while they come."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return (
+        Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base, repo_type="model") / "blobs"
+    )
+
+
+def _bytes(folder: Path | None) -> int:
+    total = 0
+    for path in folder.iterdir() if folder is not None and folder.is_dir() else ():
+        with suppress(OSError):  # renamed meanwhile
+            total += path.stat().st_size
+    return total
