@@ -15,6 +15,7 @@ from trainer.wire.job import WIRE
 
 IMAGES = Path(__file__).parents[2] / "images"
 LAST_OF_WIRE_1 = 2  # the tag of the images of milktea 0.1
+TORCH_OF_PARTS = (2, 11)  # the oldest on which full training over several GPUs was run
 
 if TYPE_CHECKING:
     from ops.market.client import Vast
@@ -48,18 +49,33 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
 
 
 def _validate_image(plan: Plan) -> None:
-    """An image of ours says in images/*.toml which wire its trainer speaks; those of milktea 0.1
-    have its tags."""
+    """An image of ours says in images/*.toml which wire its trainer speaks, and which torch it has;
+    those of milktea 0.1 have its tags."""
     name, _, tag = plan.image.partition("@")[0].rpartition("/")[2].partition(":")
     file = IMAGES / f"{name}.toml"
-    if plan.trainer == "push" or not file.is_file():
+    if not file.is_file():
         return
-    said = tomllib.loads(file.read_text("utf-8"))
-    wire = 1 if tag.isdigit() and int(tag) <= LAST_OF_WIRE_1 else said["wire"]
-    if wire != WIRE:
+    definition = tomllib.loads(file.read_text("utf-8"))
+    _validate_torch(plan, name, definition["python"]["requirements"])
+    wire = 1 if tag.isdigit() and int(tag) <= LAST_OF_WIRE_1 else definition["wire"]
+    if plan.trainer != "push" and wire != WIRE:
         raise PreflightError(
             f"the trainer in image {plan.image} speaks wire {wire}, this milktea speaks {WIRE}: "
             "they would not understand each other",
-            hint=f"set image.ref to {name}:{said['version']} where you pull it from (`make image "
-            f'IMAGE={name}` builds it), or set image.trainer = "push"',
+            hint=f"set image.ref to {name}:{definition['version']} where you pull it from (`make "
+            f'image IMAGE={name}` builds it), or set image.trainer = "push"',
+        )
+
+
+def _validate_torch(plan: Plan, name: str, requirements: list[str]) -> None:
+    """trainer/loop/sharded.py refuses a torch that cannot write the checkpoints of a model in
+    parts."""
+    version = next(r.partition("==")[2] for r in requirements if r.startswith("torch=="))
+    major, minor = (int(n) for n in version.split(".")[:2])
+    whole = plan.wire_job["training"]["method"] == "full" and plan.needs.num_gpus > 1
+    if whole and (major, minor) < TORCH_OF_PARTS:
+        raise PreflightError(
+            f"image {name} has torch {version}, which cannot train a whole model over "
+            f"{plan.needs.num_gpus} GPUs",
+            hint='take image train-cu130, one GPU, or training.method = "lora"',
         )

@@ -43,32 +43,19 @@ class _Entered(nn.Module):
         return function(*args, **kwargs)
 
 
-def _sum_gradients(unit: Any) -> None:
-    """Makes FSDP sum the processes' gradients instead of averaging them: losses are divided by the
-    step's count already. Raises ModelError where this torch cannot."""
-    if hasattr(unit, "set_force_sum_reduction_for_comms"):
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
-        return
-    # torch 2.7, of the image for older drivers: its own setter takes NCCL's reductions only
-    group = unit._get_fsdp_state()._fsdp_param_group
-    if group is None:  # it holds no parameters
-        return
-    if not hasattr(group, "reduce_scatter_reduce_op"):
-        raise ModelError(
-            f"torch {torch.__version__} cannot sum the gradients of a model in parts: take an "
-            'image with torch 2.7, or 2.11 or newer, or set training.method = "lora"'
-        )
-    group.reduce_scatter_reduce_op = dist.ReduceOp.SUM
-
-
 class Shards(Ranks):
     """A model in parts over all processes, which need a process group. Processes stop together,
-    since each takes part in gathering every layer; all methods are collective."""
+    since each takes part in gathering every layer; all methods are collective. Raises ModelError
+    where torch cannot write the checkpoints of parts: 2.7, of the image for older drivers."""
 
     def __init__(
         self, stop: StopSignal, device: torch.device, rank: int = 0, world: int = 1
     ) -> None:
+        if not hasattr(dcp, "HuggingFaceStorageWriter"):
+            raise ModelError(
+                f"torch {torch.__version__} cannot train a whole model over several processes: "
+                'take an image with torch 2.11 or newer, one GPU, or training.method = "lora"'
+            )
         super().__init__(stop, device, rank, world)
         self.shard = rank
         stop.together, stop.asked = True, False
@@ -85,7 +72,8 @@ class Shards(Ranks):
         for unit in (*decoder_layers(model), self._root):
             self._spread(unit, spread)
             fully_shard(unit, mesh=mesh)
-            _sum_gradients(unit)
+            unit.set_gradient_divide_factor(1.0)  # losses are divided by the step's count already
+            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     def _spread(self, unit: nn.Module, spread: dict[int, nn.Parameter]) -> None:
         """`spread` maps ids of parameters to what replaces them, so that tied ones stay tied."""

@@ -226,6 +226,20 @@ def test_an_image_of_another_wire_is_refused_before_renting(
         assert "speaks wire 1, this milktea speaks 2" in str(error) and ":3 where" in error.hint
 
 
+def test_full_training_on_several_gpus_is_refused_where_the_images_torch_cannot(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    several = {"offer": {"num_gpus": 2}, "training": {"method": "full", "batch_size": 4}}
+    job["image"]["ref"] = "milktea/train-cu126:3"
+    error = refused(tmp_path, fake, job | several)
+    assert "has torch 2.7.1, which cannot train a whole model over 2 GPUs" in str(error)
+    assert "train-cu130" in error.hint
+    job["image"]["ref"] = "milktea/train-cu130:3"
+    assert planned(tmp_path, fake, job | several).needs.num_gpus == 2
+    job["image"]["ref"] = "milktea/train-cu126:3"
+    assert planned(tmp_path, fake, job | {"offer": {"num_gpus": 2}}).needs.num_gpus == 2
+
+
 def test_an_image_that_is_none_of_ours_may_have_any_tag(
     tmp_path: Path, fake: FakeVast, job: dict[str, Any]
 ) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load as load_bytes
 from tiny import adapter_sha256, events_of, manifest_of, rows, write_model
 
@@ -29,11 +30,15 @@ from trainer.loop.ranks import Ranks, StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.loop.sharded import Shards
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import load, target_loss
+from trainer.model.load import ModelError, load, target_loss
 from trainer.train import run_job
 from trainer.wire.job import Job
 
 Make = Callable[..., Path]
+parts = pytest.mark.skipif(
+    not hasattr(dcp, "HuggingFaceStorageWriter"),
+    reason="this torch cannot write the checkpoints of parts: Shards refuses it",
+)
 FULL = {"method": "full", "learning_rate": 1e-3, "num_train_epochs": 2}
 
 
@@ -62,6 +67,7 @@ def trained(job: Path) -> dict:
         return load_bytes(archive.read("model.safetensors"))
 
 
+@parts
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_with_half_the_model_each_train_as_one_does(run_folder: Make) -> None:
@@ -87,6 +93,7 @@ def copied(job: Path, name: str) -> Path:
     return shutil.copytree(job.parent, job.parent.parent / name, symlinks=True) / "job.json"
 
 
+@parts
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_stopped_run_ends_as_an_undisturbed_one_on_two_processes_and_on_one(
@@ -108,6 +115,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one_on_two_processes_and_on_one(
     assert [e["step"] for e in events_of(alone) if e["event"] == "started"] == [0, 1]
 
 
+@parts
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_one_process_began_two_finish_and_sigterm_saves_on_both(run_folder: Make) -> None:
@@ -195,6 +203,7 @@ def micro() -> dict[str, Any]:
     } | cut
 
 
+@parts
 @pytest.mark.parametrize("kind", ["gqa", "qwen2", "gpt2"])
 def test_parts_compute_what_the_whole_computes_for_each_kind_of_model(
     run_folder: Make, models: Callable[..., Path], alone: None, micro: dict[str, Any], kind: str
@@ -214,6 +223,7 @@ def test_parts_compute_what_the_whole_computes_for_each_kind_of_model(
     assert gathered is not None and type(gathered) is type(whole.model)
 
 
+@parts
 def test_a_checkpoint_in_parts_and_one_in_a_file_are_read_by_either(
     run_folder: Make,
     models: Callable[..., Path],
@@ -242,6 +252,7 @@ def test_a_checkpoint_in_parts_and_one_in_a_file_are_read_by_either(
         parts.restore(folder, "other")
 
 
+@parts
 def test_tied_embeddings_stay_one_parameter(
     run_folder: Make, tmp_path: Path, alone: None, micro: dict[str, Any]
 ) -> None:
@@ -267,3 +278,11 @@ def test_the_memory_oracle_shares_a_model_in_parts_and_an_adapter_not() -> None:
     assert memory.solve(shape, 80.0, "bf16", method="full", processes=8) is not None
     adapters = [memory.predict(shape, "bf16", processes=n).peak_gib for n in (2, 8)]
     assert adapters[0] == adapters[1]
+
+
+def test_a_torch_that_cannot_write_parts_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(dcp, "HuggingFaceStorageWriter", raising=False)
+    with pytest.raises(ModelError, match=r"torch 2\..*over several processes.*2\.11 or newer"):
+        Shards(StopSignal(), torch.device("cpu"))
