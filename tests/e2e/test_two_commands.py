@@ -30,10 +30,13 @@ def columns(line: str) -> int:
     return sum(2 if east_asian_width(c) in "WF" else 1 for c in line)
 
 
+Ran = tuple["subprocess.CompletedProcess[str]", Path]
+
+
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """(what `make rent-and-train` printed, its runs folder). The emulator is its own: on one that
-    has run long another machine may be the cheapest than the README shows."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    """(`make rent-and-train`, its runs folder). The emulator is its own: on one that has run long
+    another machine may be the cheapest than the README shows."""
     runs, state = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("emulator")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "MAKE", "MFLAGS"))}
     env |= {"MILKTEA_RUNS": str(runs), "COLUMNS": "150", "MILKTEA_EMULATOR": str(state)}
@@ -41,8 +44,21 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
         ["make", "rent-and-train"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    yield done.stdout, runs
+    yield done, runs
     os.kill(json.loads((state / "server.json").read_text())["pid"], signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def said(ran: Ran) -> tuple[str, Path]:
+    """(what the command printed, its runs folder)."""
+    return ran[0].stdout, ran[1]
+
+
+def test_nothing_is_printed_but_our_own_words(ran: Ran) -> None:
+    done, _ = ran
+    assert re.fullmatch(r"VAST_API_KEY is not set: .*\n", done.stderr), done.stderr
+    noise = [line for line in done.stdout.splitlines() if re.search(r"(?i)warning|deprecat", line)]
+    assert noise == []
 
 
 def test_the_practice_run_learns_and_ends_with_no_box(said: tuple[str, Path]) -> None:
