@@ -186,7 +186,8 @@ def start(folder: Path, vast: Vast, seen: Ranking | None = None) -> int:
     ready, told = os.pipe()
     with open(folder / LOG, "ab", opener=only_ours) as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "ops.run.supervisor", str(folder), str(told)],
+            # -P: nothing that lies in the run's folder is imported
+            [sys.executable, "-P", "-m", "ops.run.supervisor", str(folder), str(told)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

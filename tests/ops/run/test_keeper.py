@@ -3,6 +3,7 @@ still inside one of its own steps."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import rig
+from ops.box import scripts
 from ops.errors import NoOffer, OverBudget, Stalled
 from ops.fakevast import FakeVast
 from ops.run.journal import Journal
@@ -133,6 +135,36 @@ def test_a_date_that_jumps_by_hours_ends_no_training(
     with Journal(own.runs / plan.run_id) as j:
         session = rig.client(plan, j, fake.url, fake.api_key, screen=screen, clock=clock)
         assert rent_and_train(session).sha256
+
+
+class Offline(rig.Silent):
+    """This machine has no network for longer than a box is waited for: neither SSH nor vast.ai."""
+
+    def __init__(self, fake: FakeVast) -> None:
+        super().__init__()
+        self.fake, self.began = fake, 0.0
+
+    def event(self, event: events.Event, *rest: Any) -> None:
+        if isinstance(event, events.Step) and not self.began:
+            self.began = time.monotonic()
+            faults = {"exec": "cut", "ssh": "reset", "show": "lost_request", "list": "lost_request"}
+            for where, what in faults.items():
+                self.fake.faults.add(where=where, what=what, times=None)
+            threading.Timer(3 * scripts.LEASE_S * rig.PACE, self.fake.faults.clear).start()
+
+
+def test_a_network_that_is_gone_for_longer_than_the_lease_costs_no_box(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    (own.image / "pause").touch()
+    screen, plan = Offline(fake), own.plan()
+    threading.Timer(2.0, lambda: (own.image / "pause").unlink()).start()
+    with Journal(own.runs / plan.run_id) as j:
+        session = rig.client(plan, j, fake.url, fake.api_key, screen=screen)
+        assert rent_and_train(session).sha256
+    assert time.monotonic() - screen.began > 3 * scripts.LEASE_S * rig.PACE
+    assert any("no connection" in str(told) for told in screen.told)
+    assert sum(r["route"] == "create" for r in fake.requests) == 1
 
 
 def test_the_clock_of_intervals_runs_on_in_sleep_where_linux_has_one() -> None:
