@@ -133,15 +133,18 @@ class Terminal:
             self.console.print(f"  {n}  {text}", markup=False, highlight=False)
         numbers = [str(n + 1) for n in range(len(choices))]
         asked = f"choose {' or '.join(numbers)} [1]; in {CHOOSE_S:.0f} s nothing changes: "
-        self.console.print(asked, end="", markup=False, highlight=False)
-        self.console.file.flush()
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ours from here on
         try:
-            answer = _answer(CHOOSE_S)
+            self.console.print(asked, end="", markup=False, highlight=False)
+            self.console.file.flush()
+            if not select.select([sys.stdin], [], [], CHOOSE_S)[0]:
+                self.console.print("nothing changes")
+                return ""
+            answer = sys.stdin.readline().strip()
         except KeyboardInterrupt:
             answer = ""
-        if answer is None:
-            self.console.print("nothing changes")
-            return ""
+        finally:
+            signal.signal(signal.SIGINT, before)
         return choices[numbers.index(answer) if answer in numbers else 0][0]
 
     # -- drawing -----------------------------------------------------------------------------------
@@ -190,18 +193,6 @@ class Terminal:
     def _clear(self) -> None:
         if self._live:
             self.console.file.write("\r\x1b[2K")
-
-
-def _answer(seconds: float) -> str | None:
-    """A line from the terminal; "" at its end, None where none came in time. Raises
-    KeyboardInterrupt for a Ctrl-C, whoever else hears of it otherwise."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        if not select.select([sys.stdin], [], [], seconds)[0]:
-            return None
-        return sys.stdin.readline().strip()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class JsonLines:

