@@ -20,6 +20,7 @@ from ops.cli import history, image
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
 from ops.errors import ConfigError
+from ops.plain import plain
 
 if TYPE_CHECKING:
     from ops import api
@@ -300,8 +301,8 @@ def _last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> No
         print(json.dumps({"kind": "done", **facts}))
         return
     for sample in screen.samples:
-        print(f"  {' / '.join(sample.prompt.splitlines())}")
-        print(f"    before: {sample.before}\n    after:  {sample.after}")
+        print(f"  {plain(' / '.join(sample.prompt.splitlines()))}")
+        print(f"    before: {plain(sample.before)}\n    after:  {plain(sample.after)}")
     if (score := screen.score) is not None:
         print(
             f"held-out exact match: {score.exact_match_before:.1%} before, "
@@ -356,7 +357,7 @@ def _report(reaped: api.Reaped, as_json: bool, *, say_nothing_found: bool = Fals
         for run_id in reaped.destroyed:
             print(f"{run_id}: destroyed, absent in three spaced reads")
         for line in reaped.left:
-            print(f"left alone: {line}")
+            print(plain(f"left alone: {line}"))
         if say_nothing_found and not found:
             print("no box of ours exists")
     if reaped.leaked:

@@ -99,7 +99,7 @@ def cost(
             if as_json:
                 print(json_line({"run_id": found.id, **found.cost_facts()}))
             else:
-                print(found.id, *found.cost_lines(), sep="\n  ")
+                print(found.id, *map(plain, found.cost_lines()), sep="\n  ")
 
 
 def explain(run: Run, as_json: Json = False) -> None:
@@ -125,4 +125,4 @@ def _readable(name: str | None) -> Iterator[api.Run]:
             if run.journal:
                 yield run
         except JournalError as e:
-            print(f"{run.id}: {e}\n  {e.hint}", file=sys.stderr)
+            print(plain(f"{run.id}: {e}\n  {e.hint}"), file=sys.stderr)

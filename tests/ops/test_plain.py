@@ -59,3 +59,21 @@ def test_a_line_of_json_says_the_same_to_a_program() -> None:
         line = json_line({"what": odd})
         assert json.loads(line) == {"what": odd} and "\n" not in line
         line.encode()
+
+
+def test_no_answer_of_the_model_steers_the_terminal_at_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pathlib import Path
+
+    from ops.api import Run
+    from ops.cli.app import _last_lines
+
+    odd = CLIPBOARD + CLEAR + C1 + BIDI + "\ud800"
+    screen = Terminal(Console(file=io.StringIO()))
+    screen.samples.append(events.Sample(t=1, prompt=odd, expected=odd, before=odd, after=odd))
+    finished = Path(__file__).parent / "run/runs_of_0_1/stub-20261126-141035-f0e0"
+    _last_lines(Run(finished), screen, as_json=False)
+    told = capsys.readouterr().out
+    assert told.count("52;c;ZXZpbA==") == 3
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\ud800"} & set(told)
