@@ -123,7 +123,8 @@ class ChatTemplate:
 
     def prompt(self, turns: Sequence[Turn], tools: Sequence[Any] = (), thinking: Any = None) -> str:
         """The text at which the model is to answer, with the flags of inference."""
-        return self.render(self._messages(turns), tools, True, thinking)
+        messages = self._messages([self._with_reasoning(turn) for turn in turns])
+        return self.render(messages, tools, True, thinking)
 
     def _answer(
         self,

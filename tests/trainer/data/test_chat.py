@@ -214,6 +214,23 @@ def test_reasoning_at_the_beginning_of_a_text_is_reasoning(
     assert learned(model(name), headless) == learned(model(name), plain)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_8", "glm4moe"])
+def test_an_answer_of_the_model_is_in_the_next_prompt_as_training_had_it(
+    model: Callable[[str], Model], name: str
+) -> None:
+    """A chat hands the model's own text back, reasoning and all."""
+    vocabulary, template, _ = model(name)
+    turns = CONVERSATIONS["reasoning"]
+    said = Turn("assistant", "<think>\nadd them\n</think>\n\ntwo")
+    texts = [
+        prompt(template, [turns[0], answer, turns[2]], vocabulary.special_tokens, thinking=True)
+        for answer in (turns[1], said)
+    ]
+    made = examples(template, turns, vocabulary.special_tokens)
+    assert texts[0] == texts[1]
+    assert made[-1].text.startswith(texts[0][0].text)
+
+
 # -- made-up templates: one property each ----------------------------------------------------------
 
 CHATML = (
