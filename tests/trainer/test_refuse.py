@@ -357,3 +357,11 @@ def test_held_out_rows_that_the_template_cannot_ask_are_refused_before_training(
     job = run_folder(data=rows(4), held_out=[{"messages": asked}])
     error = refused(job)
     assert "1 of 1 held-out rows" in str(error) and "no place for tool calls" in error.samples[0]
+
+
+def test_a_stop_token_at_which_no_server_stops_is_told(run_folder: Make, tmp_path: Path) -> None:
+    job = chat_job(run_folder, tmp_path, [conversation("Hi", "Hello")])
+    (job.parent / "model" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert "generation_config.json stops no answer" in prepared(job).rows.summary[-1]
+    (job.parent / "model" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    assert "generation_config" not in "".join(prepared(job).rows.summary)

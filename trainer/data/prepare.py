@@ -42,6 +42,7 @@ from trainer.data.tokens import (
     stop_ids,
     stop_token,
     token_hash,
+    unjoined,
 )
 from trainer.wire.job import Data, Job
 
@@ -165,6 +166,12 @@ def prepare(job: Job, run: Path) -> Prepared:
         validate_rows(defects)
         rows = tokenise(found, vocabulary, template, job.data)
         rows.summary[:0] = notes
+        stop_text = vocabulary.tokenizer.id_to_token(stop)
+        if vocabulary.stops and stop_text not in vocabulary.stops:
+            rows.summary.append(
+                f"answers end in {stop_text}, at which the model's generation_config.json stops no "
+                "answer: tell your server to stop there"
+            )
         write_cache(cache, rows)
     if not len(rows):
         raise Refused(
@@ -426,7 +433,12 @@ def _rendered(
         found.pieces += len(some) if len(some) > 1 else 0
         found.empty_blocks += sum(example.empty_block for example in some)
         found.thinking.update(example.thinking for example in some)
-        made += [(row, example) for example in some]
+        for example in some:
+            parts = unjoined(vocabulary, example.segments) if template.name == "chat" else []
+            if len(parts) > 1:
+                made += [(row, Example(part)) for part in parts]
+            else:
+                made.append((row, example))
     return made
 
 
@@ -482,13 +494,14 @@ def truncated(
 
 
 def cache_key(job: Job, folder: Path, template: Template) -> str:
-    tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    read = [folder / "tokenizer.json", folder / "generation_config.json"]
+    known = [hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in read]
     settings = job.data.model_dump(exclude={"held_out", "template_text"}) | {
         "files": [(f.name, f.sha256) for f in job.data.files]
     }
     return hashlib.sha256(
         json.dumps(
-            [VERSION, settings, tokenizer, template.name, template.sha256], sort_keys=True
+            [VERSION, settings, known, template.name, template.sha256], sort_keys=True
         ).encode()
     ).hexdigest()[:32]
 

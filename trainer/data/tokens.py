@@ -96,7 +96,11 @@ def open_vocabulary(folder: Path) -> Vocabulary:
 
 def _stops(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
     ids = _json(folder / "generation_config.json").get("eos_token_id")
-    texts = [tokenizer.id_to_token(i) for i in (ids if isinstance(ids, list) else [ids]) if i]
+    texts = [
+        tokenizer.id_to_token(i)
+        for i in (ids if isinstance(ids, list) else [ids])
+        if isinstance(i, int)
+    ]
     return tuple(t for t in texts if t)
 
 
@@ -220,6 +224,33 @@ def _straddled(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> boo
         if k and offsets[k - 1][1] > start:
             return True
     return False
+
+
+def unjoined(vocabulary: Vocabulary, row: Sequence[Segment]) -> list[list[Segment]]:
+    """A chat template's conversation cut so that every prompt becomes the ids that it becomes
+    alone: whole, or, where a token reaches from a prompt into one of several answers, one row for
+    each answer."""
+    text = "".join(s.text for s in row)
+    starts, ends, at = [], [], 0
+    for segment in row:
+        if segment.trained:
+            starts.append(at)
+            ends.append(at + len(segment.text))
+        at += len(segment.text)
+    if len(starts) < 2 or not any(_may_join(text[i - 1], text[i]) for i in starts):
+        return [list(row)]
+    coding = vocabulary.tokenizer.encode(text, add_special_tokens=False)
+    if not _straddled(coding.offsets, starts):
+        return [list(row)]
+    return [
+        [Segment(text[:start], False), Segment(text[start:end], True)]
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _may_join(before: str, after: str) -> bool:
+    """Whether a token may hold both characters, of which the first ends a prompt."""
+    return after.isspace() or (before.isspace() and before not in "\r\n")
 
 
 def _encode_apart(vocabulary: Vocabulary, row: Sequence[Segment]) -> tuple[list[int], list[bool]]:

@@ -24,7 +24,7 @@ from chat_world import (
 from trainer.data.chat import SpecialTokens, open_chat
 from trainer.data.render import examples, prompt
 from trainer.data.template import Template, TemplateError, Turn, load, with_chat_template
-from trainer.data.tokens import Vocabulary, encode, stop_ids, stop_token
+from trainer.data.tokens import Vocabulary, encode, stop_ids, stop_token, unjoined
 
 TODAYS = ["qwen3", "qwen3_5", "qwen3_8", "gemma4", "gpt_oss", "glm4moe"]
 Model = tuple[Vocabulary, Template, Path]
@@ -384,6 +384,26 @@ def test_no_token_reaches_from_a_prompt_into_an_answer(tmp_path: Path) -> None:
     assert vocabulary.tokenizer.decode(ids[len(alone) :], skip_special_tokens=False) == (
         "helpful<|im_end|>\n"
     )
+
+
+def test_where_a_token_would_reach_into_an_answer_each_answer_is_a_row(tmp_path: Path) -> None:
+    """In the history such a token is one: inference makes tokens of the whole prompt."""
+    jinja = CHATML.replace("\\n' + m.content", ": ' + m.content").replace(
+        "assistant\\n'", "assistant: '"
+    )
+    vocabulary, template = opened(write_chat_tokenizer(tmp_path, jinja, KINDS["qwen3"][0]))
+    turns = [Turn("user", "Hi"), Turn("assistant", "helpful"), *ONE]
+    (example,) = examples(template, turns, vocabulary.special_tokens)
+    rows = unjoined(vocabulary, example.segments)
+    assert [[s.text for s in row if s.trained] for row in rows] == [
+        ["helpful<|im_end|>"],
+        ["Hello<|im_end|>"],
+    ]
+    for row, (ids, trained) in zip(rows, encode(vocabulary, template, rows), strict=True):
+        alone = vocabulary.tokenizer.encode(row[0].text, add_special_tokens=False).ids
+        assert ids[: len(alone)] == alone and trained.index(True) == len(alone)
+    (whole,) = examples(with_chat_template(load("chat"), CHATML), turns, TOKENS)
+    assert unjoined(vocabulary, whole.segments) == [whole.segments]
 
 
 def test_a_chat_template_that_writes_the_start_token_twice_is_refused(tmp_path: Path) -> None:
