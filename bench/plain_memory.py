@@ -48,7 +48,7 @@ def measure(
     layers = round(fraction * shape.num_hidden_layers)
     model, names = load(job, run / "model", device, keys, layers)
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients, optimizer = Gradients(trained), adamw(trained, job.training, device)
+    gradients, optimizer = Gradients(trained), adamw([trained], job.training, device)
     chosen = packing.pack(range(len(data)), data.lengths, tokens)[0]
     micro = batch.on(device, batch.packed(data, chosen, torch.device("cpu")))
     static = torch.cuda.memory_allocated()

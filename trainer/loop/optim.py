@@ -4,7 +4,6 @@ step."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +47,25 @@ class Gradients:
         return norm
 
 
-def adamw(parameters: Iterable[Any], training: Training, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with torch's own betas and epsilon, and no decay: an adapter that starts at zero is
-    regularised by its rank. `parameters` may be groups, as torch takes them."""
-    return torch.optim.AdamW(
-        parameters, lr=training.learning_rate, weight_decay=0.0, fused=device.type == "cuda"
-    )
+def adamw(
+    groups: Iterable[Iterable[nn.Parameter]], training: Training, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW over `groups` of parameters, each of which has a learning rate of its own. Vectors
+    (norms, biases) do not decay, as with transformers. `set_rates` takes the groups' rates."""
+    made, decay = [], training.weight_decay
+    for number, parameters in enumerate(groups):
+        held = list(parameters)
+        parts = [(decay, held)]
+        if decay:
+            parts = [(decay, [p for p in held if p.ndim > 1])]
+            parts += [(0.0, [p for p in held if p.ndim <= 1])]
+        made += [{"params": p, "weight_decay": d, "rate": number} for d, p in parts if p]
+    betas, epsilon = (training.adam_beta1, training.adam_beta2), training.adam_epsilon
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(made, training.learning_rate, betas, epsilon, 0.0, fused=fused)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    """One for each group that `adamw` was given."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["rate"]]

@@ -70,13 +70,7 @@ class Stage(ABC):
 
     def rates(self, step: int) -> list[float]:
         """The learning rate of each group in optimizer step `step` (from 0)."""
-        training = self.job.training
-        kind, peak, warmup = (
-            training.lr_scheduler_type,
-            training.learning_rate,
-            training.warmup_ratio,
-        )
-        rate = learning_rate(step, self.total_steps, peak, kind, warmup)
+        rate = learning_rate(step, self.total_steps, self.job.training)
         groups = len(self.groups())
         ratio = self.job.lora.loraplus_lr_ratio or 1.0
         return [rate] if groups == 1 else [rate, ratio * rate]

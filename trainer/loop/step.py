@@ -17,7 +17,7 @@ import torch
 from trainer.data import batch
 from trainer.loop import checkpoint
 from trainer.loop.guards import Stopped, TrainingMonitor
-from trainer.loop.optim import EXTRA, LOSS, WISHES, adamw
+from trainer.loop.optim import EXTRA, LOSS, WISHES, adamw, set_rates
 from trainer.loop.progress import Launched, Progress, Reading
 from trainer.loop.ranks import Gone, Ranks
 from trainer.loop.reporter import Reporter
@@ -36,7 +36,7 @@ class Loop:
         self.stop, self.total, self.checkpoints = ranks.stop, stage.total_steps, run / "checkpoints"
         self.named = stage.trained()
         self.gradients = ranks.gradients(self.named.values(), EXTRA + len(stage.metrics))
-        groups = [{"params": [self.named[name] for name in names]} for names in stage.groups()]
+        groups = [[self.named[name] for name in names] for names in stage.groups()]
         self.optimizer = adamw(groups, job.training, ranks.device)
         mixed = job.training.method != "lora" and job.model.precision != "fp32"
         device = ranks.device.type
@@ -118,8 +118,7 @@ class Loop:
         self.monitor.before_update(self.gradients.views)
         norm = self.gradients.clip(self.job.training.max_grad_norm)
         numbers = Reading(torch.cat([self.gradients.extra, norm[None]]))
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        set_rates(self.optimizer, rates)
         self.optimizer.step()
         self.monitor.after_update(step + 1, min(rates), work.where)
         if self.monitor.compares_ranks:

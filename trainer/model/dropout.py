@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from trainer.kernels.rotary import document_lengths
+
+_NOISE = 7_000_003  # apart from every layer's number of dropout
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _MIX_1, _MIX_2 = -4658895280553007687, -7723592293110705685
 
@@ -47,13 +50,33 @@ class KeyedDropout(torch.nn.Module):
         )
 
 
+class KeyedNoise:
+    """NEFTune: noise on the embeddings of training, uniform in +-alpha / sqrt(L d), L the tokens of
+    the row and d their width. Called as a forward hook of the embedding; keyed as KeyedDropout."""
+
+    def __init__(self, alpha: float, keys: TokenKeys) -> None:
+        self.alpha, self._keys = alpha, keys
+
+    def __call__(self, module: torch.nn.Module, _given: object, made: torch.Tensor) -> torch.Tensor:
+        keys, lengths = self._keys.value, self._keys.lengths
+        if not module.training or keys is None or lengths is None:
+            return made
+        feature = torch.arange(made.shape[-1], device=made.device)
+        bits = mix(mix(keys + _NOISE).unsqueeze(-1) ^ (feature * _GOLDEN))  # (B, T, H)
+        uniform = _shift(bits, 40).float() / (1 << 23) - 1.0
+        size = self.alpha / (lengths.float() * made.shape[-1]).sqrt()
+        return made + (uniform * size.unsqueeze(-1)).to(made.dtype)
+
+
 class TokenKeys:
     """The key of every token in the micro-batch under way; set by the loop before the forward
     pass."""
 
     value: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None  # of each token's row, in tokens
 
     def set(self, seed: int, step: int, rows: torch.Tensor, positions: torch.Tensor) -> None:
         """`rows` and `positions`: int64 of the shape of input_ids; the global row number and the
         place in that row of each token."""
         self.value = mix(mix(mix(rows + seed * 1_000_000_007) + step) + positions)
+        self.lengths = document_lengths(positions)

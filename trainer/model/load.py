@@ -33,7 +33,7 @@ from trainer.families import EXPERT_RANK, Family, FamilyError
 from trainer.kernels import experts, rotary
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
-from trainer.model.dropout import KeyedDropout, TokenKeys
+from trainer.model.dropout import KeyedDropout, KeyedNoise, TokenKeys
 from trainer.model.loss import target_loss_sum
 from trainer.wire.job import Job, Lora
 
@@ -86,6 +86,9 @@ def assemble(
     else:
         choose_trainable(job, model)
     names = prepare(model)
+    if alpha := job.training.neftune_noise_alpha:
+        causal(model).get_input_embeddings().register_forward_hook(KeyedNoise(alpha, keys))
+        names["noise"] = f"NEFTune, alpha {alpha:g}"
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp8", "nf4", "int8"]
 Method = Literal["lora", "full", "freeze"]
+Schedule = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
 OverLength = Literal["refuse", "drop", "truncate"]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
@@ -104,14 +105,28 @@ class Training(Strict):
     max_steps: Positive | None = None
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    lr_scheduler_type: Schedule = "cosine"
     warmup_ratio: Fraction = 0.03
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None  # instead of the ratio
+    min_lr_rate: Fraction = 0.0  # of the peak, at the end
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2  # of the steps, warmup_stable_decay
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     packing: bool = True
     freeze_trainable_layers: Positive = 2
     seed: int = 42
     save_every_s: Annotated[float, Field(gt=0)] = 300.0
     report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+
+    @model_validator(mode="after")
+    def _a_floor_needs_a_decay(self) -> Training:
+        if self.min_lr_rate and self.lr_scheduler_type == "constant":
+            raise ValueError('min_lr_rate: lr_scheduler_type = "constant" never falls')
+        return self
 
 
 class ModelSpec(Strict):

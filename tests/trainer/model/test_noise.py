@@ -1,0 +1,67 @@
+"""NEFTune's noise: of the size that its paper says, a function of row and step, none outside
+training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tiny import manifest_of
+
+from trainer.model.dropout import KeyedNoise, TokenKeys
+from trainer.train import run_job
+
+Make = Callable[..., Path]
+WIDTH, ALPHA = 64, 5.0
+
+
+def noisy(rows: list[int], lengths: list[int], padded: bool, step: int = 0) -> list[torch.Tensor]:
+    """The noise on each row's tokens, of rows side by side or one below the other."""
+    keys, embedding = TokenKeys(), torch.nn.Embedding(10, WIDTH)
+    positions = [torch.arange(n) for n in lengths]
+    numbers = [torch.full((n,), row) for row, n in zip(rows, lengths, strict=True)]
+    if padded:
+        longest = max(lengths)
+        at = torch.stack([torch.nn.functional.pad(p, (0, longest - len(p))) for p in positions])
+        row = torch.stack(
+            [torch.nn.functional.pad(n, (0, longest - len(n)), value=int(n[0])) for n in numbers]
+        )
+    else:
+        at, row = torch.cat(positions)[None], torch.cat(numbers)[None]
+    keys.set(42, step, row, at)
+    embedding.weight.data.zero_()
+    embedding.register_forward_hook(KeyedNoise(ALPHA, keys))
+    made = embedding.train()(torch.zeros_like(at)).detach()
+    assert not embedding.eval()(torch.zeros_like(at)).any()
+    if padded:
+        return [made[i, :n] for i, n in enumerate(lengths)]
+    return list(made[0].split(lengths))
+
+
+def test_noise_is_uniform_within_alpha_over_the_root_of_tokens_times_width() -> None:
+    for row, tokens in zip(noisy([3, 9], [400, 100], False), (400, 100), strict=True):
+        bound = ALPHA / (tokens * WIDTH) ** 0.5
+        assert row.abs().max() <= bound and row.abs().max() > 0.99 * bound
+        assert abs(float(row.std()) / (bound / 3**0.5) - 1) < 0.02
+        assert abs(float(row.mean())) < 0.02 * bound
+
+
+def test_a_rows_noise_is_the_same_packed_and_padded_and_another_in_the_next_step() -> None:
+    packed, padded = noisy([3, 9], [40, 17], False), noisy([3, 9], [40, 17], True)
+    for a, b in zip(packed, padded, strict=True):
+        assert torch.equal(a, b)
+    later = noisy([3, 9], [40, 17], False, step=1)
+    assert not torch.equal(packed[0], later[0])
+    assert not torch.equal(packed[0][:17], packed[1])
+
+
+def test_a_run_with_noise_says_so_and_ends_elsewhere(run_folder: Make) -> None:
+    ends = []
+    for alpha in (None, ALPHA):
+        path = run_folder(training={"neftune_noise_alpha": alpha, "max_steps": 2})
+        assert run_job(path) == 0
+        manifest = manifest_of(path)
+        ends.append(manifest["final_loss"])
+        assert ("noise" in manifest["kernels"]) == (alpha is not None)
+    assert ends[0] != ends[1]
