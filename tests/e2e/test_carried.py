@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 PODMAN_CONF = ROOT / "tests/image/podman.conf"
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1800)]
 JOB = """\
+name = "mine"
+
 [model]
 base = "practice"
 precision = "fp32"

@@ -104,7 +104,8 @@ def one_corruption(packed: Path, scratch: Path, seed: int) -> str:
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=60,
+        stdin=subprocess.DEVNULL,
+        timeout=170,
         # a README that took the script's place is run as one, and it says how to write a file
         cwd=scratch,
     )
