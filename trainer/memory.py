@@ -43,6 +43,8 @@ _RECOMPUTED = 0.38
 # a micro-batch costs as much as this many tokens more: launches, small matrix products
 _LAUNCH_TOKENS = 400
 
+_EXPERT_RANKS = 8  # of an expert's adapter in products: padded to whole 16 bytes
+
 Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
 
 
@@ -57,6 +59,7 @@ class Mixture:
     dense_layers: int  # layers that have an MLP in the experts' place
     shared: int  # width of the experts that every token meets, 0 for none
     others_adapted: bool  # whether dense and shared parts can have adapters
+    lean: bool = False  # whether the trainer's own function computes them, which keeps little
 
     @classmethod
     def of(cls, family: Family) -> Mixture:
@@ -86,6 +89,7 @@ class Mixture:
             min(dense, layers),
             shared,
             any(m in family.row["dense"] for m in family.all_linear().modules),
+            family.fused and family.row["stored"] == "plain",
         )
 
     def weights(self, hidden: int) -> int:
@@ -96,6 +100,12 @@ class Mixture:
         """Parameters of the adapters of rank r on one layer's experts."""
         up = (2 if self.gated else 1) * self.width
         return self.experts * r * (hidden + up + self.width + hidden)
+
+    def kept_lean(self, hidden: int) -> int:
+        """The same of experts that keep gate and up alone, with what orders the pairs and chooses
+        the experts; and the states that go in."""
+        pairs = self.active * (2 * (2 * self.width + 2 * _EXPERT_RANKS) + 40)
+        return pairs + 2 * hidden + 4 + 10 * self.experts
 
     def kept(self, hidden: int) -> int:
         """Bytes that a layer keeps of a token: for each expert that it meets what goes in, what
@@ -280,10 +290,13 @@ def linear_parameters(shape: Shape) -> int:
 def active_parameters(shape: Shape) -> int:
     """Weights that one token meets in matrix products, the head's apart: of a mixture the experts
     that it is sent to."""
-    if shape.mixture is None:
-        return linear_parameters(shape)
+    return _outside_experts(shape) + active_in_experts(shape)
+
+
+def active_in_experts(shape: Shape) -> int:
+    """Of these the experts' part."""
     m = shape.mixture
-    return _outside_experts(shape) + _in_experts(shape) * m.active // m.experts
+    return 0 if m is None else _in_experts(shape) * m.active // m.experts
 
 
 def _outside_experts(shape: Shape) -> int:
@@ -298,6 +311,11 @@ def _outside_experts(shape: Shape) -> int:
     return (
         shape.layers * attention + m.dense_layers * dense + (shape.layers - m.dense_layers) * shared
     )
+
+
+def _sparse(shape: Shape) -> int:
+    """Layers with experts."""
+    return 0 if shape.mixture is None else shape.layers - shape.mixture.dense_layers
 
 
 def _in_experts(shape: Shape) -> int:
@@ -490,9 +508,8 @@ def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool
     plain = (
         shape.gated
         and shape.fused
-        and shape.mixture is None
         and not shape.other_bias
-        and shape.head_dim in (32, 64, 128, 256)
+        and shape.head_dim in (32, 64, 128, 256, 512)
     )
     return plain and method == "lora" and r <= 64 and precision != "int8"
 
@@ -658,9 +675,17 @@ def _weight_bytes(
 def _padded_copies(shape: Shape, r: int, targets: Targets, element: int) -> int:
     """The fused path's copies of A and B in the compute dtype: ranks padded, zeros for a linear
     without one beside others."""
-    rank, names = _padded_rank(r), set(shape.targeted(targets))
+    outside = [t for t in targets if t not in families.EXPERT_PARTS]
+    named = targets if shape.mixture is None or targets == "all-linear" else outside
+    rank, names = _padded_rank(r), set(shape.targeted(named))
     parts = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
-    sizes = [parts[g] * i + o for g, (i, o) in shape.groups().items() if names & _JOINED[g]]
+    groups = shape.groups()
+    if shape.mixture is not None:  # the experts' copies are made in each pass, and kept
+        groups = {g: groups[g] for g in ("qkv", "o")}
+    sizes = [parts[g] * i + o for g, (i, o) in groups.items() if names & _JOINED[g]]
+    if shape.mixture is not None and shape.mixture.lean:
+        kept = _sparse(shape) * shape.mixture.adapter(shape.hidden, _EXPERT_RANKS)
+        return shape.layers * sum(sizes) * rank * element + kept * element
     return shape.layers * sum(sizes) * rank * element
 
 
@@ -681,6 +706,12 @@ def _kept_fused(shape: Shape, r: int, element: int) -> float:
     stream, gate and up, seven inner products with A, the branches where these have norms;
     attention's log-sum for each head and the norms' in fp32."""
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    if shape.mixture is not None:
+        return (
+            element * (2 * h + 2 * q + 2 * kv + 4 * _padded_rank(r))
+            + 4 * (shape.heads + 1)
+            + (shape.mixture.kept_lean(h) if shape.mixture.lean else 0)
+        )
     streams = shape.norms * h
     inner = 2 * q + 2 * kv + 2 * f + 7 * _padded_rank(r)
     return element * (streams + inner) + 4 * (shape.heads + shape.norms)
@@ -755,6 +786,9 @@ def _passing_fused(
     rotate = tokens * (streams + (2 * element + turned + cast) * (q + 2 * kv))
     flash += tokens * turned * (q + 2 * kv)
     mlp = tokens * (element * (h + f) + cast * (h + 2 * f))
+    if (m := shape.mixture) is not None:
+        cast = 0  # experts stay as they were loaded
+        mlp = tokens * (element * m.active * (3 * h + 4 * m.width) if m.lean else 2 * m.kept(h))
     on_the_fly = cast and not keep_transpose
     return max(flash, rotate + on_the_fly * h * (q + 2 * kv), mlp + on_the_fly * 2 * h * f)
 

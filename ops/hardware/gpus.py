@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from trainer import memory
 from trainer.memory import Shape
 
 
@@ -81,12 +82,20 @@ GPUS: tuple[Gpu, ...] = (
 
 MIN_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int8": 8.0}
 
-# Calibrated on bench/results/bench.jsonl of 2026-11-21, one H200, Llama-7B, r = 16 on all seven
-# projections: 20,254 real tokens/s in bf16 and 30,527 in FP8. Taking away the matrix products (35.9
-# and 17.9 us a token) leaves 13.5 and 14.8 us: attention, and element-wise work bound by memory,
-# about 65 MB a token, or 500 bytes for each of hidden x layers. With every layer checkpointed:
-# 14,559 in bf16, 14,179 in NF4.
-_ELEMENTWISE_BYTES = 500.0
+# Calibrated on bench/results/families.jsonl of 2026-11-26, one H200, LoRA r = 16 on all linears.
+# Taking the matrix products and attention away from the time of a token leaves element-wise work,
+# bound by memory: of a layer so many bytes for each norm and column of the stream, for each column
+# of q, k, v, and of the MLP. All dense rows are within 4 percent of it.
+_STREAM_BYTES, _HEADS_BYTES, _MLP_BYTES = 57.0, 36.0, 72.0
+# the same where transformers' own layers compute: Qwen3-8B 6.4, Gemma-3-4B 5.5, full training 4.8
+_PLAIN = 5.5
+# of a (token, expert) pair, for each column of the stream and of the expert: gate and up alone kept
+# (Qwen3-30B-A3B), all kept, all made again (gpt-oss)
+_PAIR_BYTES = {"lean": 66.0, "plain": 240.0, "remade": 340.0}
+_GROUPED = 0.7  # of the rate of large matrix products that grouped ones reach
+_TARGETS = 0.7  # of the tokens meet the head, always in bf16
+# without a shape: bytes for each of hidden x layers, of a Llama
+_ELEMENTWISE_BYTES = 430.0
 # of a layer's cost again when it is checkpointed: forward without its last product and without the
 # head
 _RECOMPUTED = 0.38
@@ -175,6 +184,7 @@ def tokens_per_second(
     num_gpus: int = 1,
     full: bool = False,
     row_tokens: float = 340.0,
+    fused: bool | None = None,
 ) -> float:
     """Real tokens a second of training on packed rows, all GPUs together; 0 when the card lacks the
     precision.
@@ -182,22 +192,45 @@ def tokens_per_second(
     LoRA takes 4 N FLOPs a token: 2 N forward, 2 N for the gradients of activations, none for frozen
     weights; `full` takes 2 N more. `recomputed` is the share of layers that are checkpointed.
     `row_tokens` is the length of the row that the mean token is in: causal attention costs 7 of
-    them x hidden x layers. Without a shape, hidden x layers follows from N as it does in the Llama
-    family.
+    them x the queries' width x layers. N comes of the shape, of a mixture the active part;
+    `model_parameters` counts where there is none, and the rest then follows as in the Llama family.
+    `fused`: the trainer's own layers compute; None: where they know the family.
     """
     peak = gpu.fp8_tflops if precision == "fp8" else gpu.bf16_tflops
     if peak <= 0:
         return 0.0
-    hidden_layers = (
-        shape.hidden * shape.layers if shape else 131_072 * (model_parameters / 6.74e9) ** (2 / 3)
-    )
-    rate = gpu.gemm * 1e12
-    gemm_s = (6 if full else 4) * model_parameters * _GEMM_COST[precision] / (rate * peak)
-    attention_s = 7 * row_tokens * hidden_layers / (rate * gpu.bf16_tflops * _ATTENTION)
-    elementwise_s = _ELEMENTWISE_BYTES * hidden_layers / (gpu.memory_gb_s * 1e9)
+    rate, work = gpu.gemm * 1e12, 6 if full else 4
+    each = work * _GEMM_COST[precision] / (rate * peak)
+    wide = each * peak / gpu.bf16_tflops  # of what stays in bf16
+    if shape is None:
+        hidden_layers = 131_072 * (model_parameters / 6.74e9) ** (2 / 3)
+        gemm_s, heads_layers = each * model_parameters, hidden_layers
+        moved = _ELEMENTWISE_BYTES * hidden_layers
+    else:
+        if fused is None:
+            fused = not full and memory.takes_fused_layer(shape, precision, 16, "lora")
+        active, experts = memory.active_parameters(shape), memory.active_in_experts(shape)
+        head = _TARGETS * shape.vocab * shape.hidden
+        gemm_s = each * (active - experts) + wide * (experts / _GROUPED + head)
+        heads_layers = shape.q_size * shape.layers
+        moved = _elementwise_bytes(shape, fused)
+    attention_s = 7 * row_tokens * heads_layers / (rate * gpu.bf16_tflops * _ATTENTION)
+    token_s = gemm_s + attention_s + moved / (gpu.memory_gb_s * 1e9)
     scaling = (1 - _PARALLEL_LOSS) ** (num_gpus.bit_length() - 1)
-    return (
-        num_gpus
-        * scaling
-        / ((gemm_s + attention_s + elementwise_s) * (1 + recomputed * _RECOMPUTED))
-    )
+    speed: float = num_gpus * scaling / (token_s * (1 + recomputed * _RECOMPUTED))
+    return speed
+
+
+def _elementwise_bytes(shape: Shape, fused: bool) -> float:
+    """Of one token through all layers, forward and backward, beside the matrix products."""
+    m = shape.mixture
+    stream = _STREAM_BYTES * shape.norms * shape.hidden
+    stream += _HEADS_BYTES * (shape.q_size + 2 * shape.kv_size)
+    dense = shape.layers if m is None else m.dense_layers
+    moved = shape.layers * stream + dense * _MLP_BYTES * shape.intermediate
+    moved *= 1.0 if fused else _PLAIN
+    if m is not None:
+        way = "lean" if fused and m.lean else "remade" if fused else "plain"
+        pairs = (shape.layers - dense) * m.active
+        moved += pairs * _PAIR_BYTES[way] * (shape.hidden + m.width)
+    return moved

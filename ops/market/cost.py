@@ -161,7 +161,10 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
             "gpu_name",
         )
     recomputed = _recomputed_share(offer, workload)
-    full = workload.method == "full"
+    full, shape = workload.method == "full", workload.shape
+    fused = shape is not None and memory.takes_fused_layer(
+        shape, workload.precision, workload.r, workload.method
+    )
     speed = gpus.tokens_per_second(
         gpu,
         workload.precision,
@@ -171,6 +174,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
         workload.num_gpus,
         full,
         workload.row_tokens,
+        fused,
     )
     if speed <= 0:
         why = (

@@ -115,6 +115,24 @@ def test_the_speed_model_meets_every_bench_run_on_the_h200_within_15_percent() -
         assert got == pytest.approx(run["real_tok_s"], rel=0.15), run["command"]
 
 
+def test_the_speed_model_meets_every_family_on_the_h200_within_15_percent() -> None:
+    from bench.families import configuration
+
+    lines = (Path(__file__).parents[3] / "bench/results/families.jsonl").read_text("utf-8")
+    newest = {}
+    for x in map(json.loads, lines.splitlines()):
+        if x["card"] == "NVIDIA H200" and not x["peer"] and x.get("rows", "alpaca") == "alpaca":
+            newest[x["model"], x["precision"], x["layers"], "fused" in x["kernels"]["layer"]] = x
+    assert len({x["model"] for x in newest.values()}) >= 9
+    for (model, precision, layers, fused), run in newest.items():
+        shape = Shape.from_config(configuration(model, layers).to_dict())
+        recomputed = run["checkpoint_layers"] / layers
+        got = gpus.tokens_per_second(
+            H200, precision, 0.0, shape, recomputed, row_tokens=330, fused=fused
+        )
+        assert got == pytest.approx(run["real_tok_s"], rel=0.15), run["command"]
+
+
 def test_the_speed_model_is_near_nvidias_published_llama_3_8b_on_an_h100() -> None:
     """12,473 tokens/s at rows of 4096 with another trainer (field notes 2.1): ours is a little
     faster, not another world."""
