@@ -10,7 +10,7 @@ they are given, in the compute dtype.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -184,17 +184,32 @@ def backward(
         **fixed,
         **tile,
     )
+    _backward_kv(dout, q, k, v, at, (lse, delta), (dk, dv, cos, sin, m, *ending), fixed)
+    return joined
+
+
+def _backward_kv(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    at: Spans,
+    rows: tuple[Tensor, Tensor],
+    ending: tuple[Any, ...],
+    fixed: dict[str, Any],
+) -> None:
+    """The half of ``backward`` that makes dk and dv; ``rows`` are lse and delta [H, lm]."""
+    m, d, kv_heads = len(q), fixed["D"], k.shape[1]
     bm, bn, tile = _tile("backward_kv", d)
-    padded = triton.next_power_of_2(group)
+    padded = triton.next_power_of_2(fixed["G"])
     asked = (
         *(_grouped(q, bm, padded), _grouped(q, bm, padded, PART), _grouped(dout, bm, padded, PART)),
         *(k, v, at.past, _grouped(dout, bm, padded)),
-        *(_of_rows(lse, m, bm, padded), _of_rows(delta, m, bm, padded)),
-        *(lse, delta, lse.shape[1]),
-        *(dk, dv, cos, sin, m, *ending),
+        *(_of_rows(x, m, bm, padded) for x in rows),
+        *(*rows, rows[0].shape[1], *ending),
     )
+    grid = (kv_heads, triton.cdiv(m, bn), d // fixed["DO"])
     for makes_dk, makes_dv in [(True, True)] if d < WIDE else [(True, False), (False, True)]:
-        jit.attention_backward_kv[(kv_heads, triton.cdiv(m, bn), parts)](
+        jit.attention_backward_kv[grid](
             *asked, PAD=padded, DK=makes_dk, DV=makes_dv, **fixed, **tile
         )
-    return joined

@@ -211,7 +211,7 @@ class _Gated(torch.autograd.Function):
 
 
 def lean(experts: Any) -> bool:
-    """Whether ``gated`` computes these experts: gate, up, silu and down, nothing else."""
+    """Whether ``gated`` can compute these experts: gate, up, silu and down, nothing else."""
     other = ("has_bias", "is_transposed", "has_post_expert_norm")
     if not getattr(experts, "has_gate", False) or any(getattr(experts, n) for n in other):
         return False

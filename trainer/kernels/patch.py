@@ -19,6 +19,7 @@ from trainer.kernels import reference
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.backend import distrust, operations
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
+from trainer.kernels.experts import NAME as EXPERTS
 from trainer.kernels.experts import lean
 from trainer.kernels.frozen import FrozenWeight, freeze_weight
 from trainer.kernels.lora import Group, base_linear, frozen_linear, refresh
@@ -195,7 +196,7 @@ def build_layer(
         sinks=None if parts.sinks is None else parts.sinks.data,
         turned=parts.family.turned,
         after=partial(_experts, layer, norm2, ops) if down is None else None,
-        remake_after=down is None and not lean(base_experts(layer)),
+        remake_after=down is None and not keeps_little(base_experts(layer)),
         heads=parts.heads,
         kv_heads=parts.kv_heads,
         head_dim=parts.head_dim,
@@ -218,6 +219,11 @@ def base_experts(layer: Any) -> Any:
     """The experts of a layer inside PEFT's wrappers."""
     held = layer.mlp.experts
     return held.get_base_layer() if hasattr(held, "get_base_layer") else held
+
+
+def keeps_little(experts: Any) -> bool:
+    """Whether the trainer's own function computes these experts: transformers' keeps more."""
+    return lean(experts) and getattr(experts.config, "_experts_implementation", "") == EXPERTS
 
 
 def _experts(layer: Any, norm: Norm, ops: ModuleType, middle: Tensor) -> Tensor:
