@@ -365,3 +365,18 @@ def test_a_stop_token_at_which_no_server_stops_is_told(run_folder: Make, tmp_pat
     assert "generation_config.json stops no answer" in prepared(job).rows.summary[-1]
     (job.parent / "model" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     assert "generation_config" not in "".join(prepared(job).rows.summary)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4", "int8"])
+def test_a_card_before_ampere_is_told_what_it_can_compute_in(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from trainer.model.load import ModelError, validate_precision
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    with pytest.raises(ModelError, match=r'Tesla T4 has 7\.5: set model\.precision = "fp32"'):
+        validate_precision(precision, torch.device("cuda"))
+    validate_precision("fp32", torch.device("cuda"))

@@ -302,7 +302,7 @@ def _job(job: Job, precision: str) -> Job:
     where it trains some layers."""
     lora = job.lora.model_copy(update={"init_lora_weights": "default"})
     method = "full" if job.training.method == "freeze" else job.training.method
-    training = job.training.model_copy(update={"method": method})
+    training = job.training.model_copy(update={"method": method, "router_aux_loss_coef": 0.0})
     model = job.model.model_copy(update={"precision": precision})
     return job.model_copy(update={"lora": lora, "training": training, "model": model})
 

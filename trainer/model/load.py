@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from trainer.families import EXPERT_RANK, Family, FamilyError
 from trainer.kernels import experts, rotary
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
+from trainer.model.balance import Balance, NoBalance, balance_of
 from trainer.model.dropout import KeyedDropout, KeyedNoise, TokenKeys
 from trainer.model.loss import target_loss_sum
 from trainer.wire.job import Job, Lora
@@ -86,6 +88,10 @@ def assemble(
     else:
         choose_trainable(job, model)
     names = prepare(model)
+    try:
+        causal(model).balance = balance_of(job, causal(model))
+    except NoBalance as why:
+        raise ModelError(str(why)) from why
     if alpha := job.training.neftune_noise_alpha:
         causal(model).get_input_embeddings().register_forward_hook(KeyedNoise(alpha, keys))
         names["noise"] = f"NEFTune, alpha {alpha:g}"
@@ -490,14 +496,19 @@ NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """(B, T, H) after the final norm, before the head. Of a model with several towers, the text
     tower's."""
+    states: Tensor = decoded(model, **inputs).last_hidden_state
+    return states
+
+
+def decoded(model: nn.Module, **inputs: Any) -> Any:
+    """What the layers return, before the head."""
     inner = causal(model)
     tower = family_of(model).tower
     if tower:
         core = inner.get_submodule(tower)
     else:
         core = getattr(inner, inner.base_model_prefix, None) or inner.model
-    states: Tensor = core(**inputs, use_cache=False).last_hidden_state
-    return states
+    return core(**inputs, use_cache=False)
 
 
 def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -506,20 +517,31 @@ def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     them."""
     inputs = {k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL}
     inner, family = causal(model), family_of(model)
-    labels, at = batch["labels"], batch["targets_at"]  # labels (B, T), already shifted
-    head = inner.get_output_embeddings()
-    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
-        head = head.modules_to_save[head.active_adapters[0]]
-    scale, cap = logit_rules(inner, family)
-    if not family.own_logits and type(head) is nn.Linear and head.bias is None:
-        hidden = hidden_states(model, **inputs)  # (B, T, H)
-        weight = head.weight.to(hidden.dtype)  # one that trains is fp32
-        return target_loss_sum(hidden, weight, labels, at, scale, cap)
+    balance: Balance | None = getattr(inner, "balance", None)
+    asked = {} if balance is None else {"output_router_logits": True}
+    at = batch["targets_at"]
+    made = (inner if family.own_logits else partial(decoded, model))(**inputs, **asked)
+    loss = _cross_entropy(inner, family, made, batch["labels"], at)
+    if balance is not None:
+        loss = loss + balance.added(made.router_logits, inputs.get("attention_mask"), len(at))
+    return loss
+
+
+def _cross_entropy(inner: Any, family: Family, made: Any, labels: Tensor, at: Tensor) -> Tensor:
+    """Summed over the targets: of `made`, which is what the layers return or, where the family's
+    own forward makes its logits, what that does. labels (B, T) are already shifted."""
     if family.own_logits:
-        logits = inner(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
+        logits = made.logits.flatten(0, 1).index_select(0, at)
     else:
-        chosen = hidden_states(model, **inputs).flatten(0, 1).index_select(0, at)  # (targets, H)
-        logits = head(chosen).float() * scale
+        head = inner.get_output_embeddings()
+        if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+            head = head.modules_to_save[head.active_adapters[0]]
+        scale, cap = logit_rules(inner, family)
+        hidden = made.last_hidden_state  # (B, T, H)
+        if type(head) is nn.Linear and head.bias is None:
+            weight = head.weight.to(hidden.dtype)  # one that trains is fp32
+            return target_loss_sum(hidden, weight, labels, at, scale, cap)
+        logits = head(hidden.flatten(0, 1).index_select(0, at)).float() * scale
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return nn.functional.cross_entropy(
         logits.float(), labels.flatten().index_select(0, at), reduction="sum"

@@ -93,7 +93,7 @@ def _folded(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, tor
 
 def rehearse(model: Any, job: Job) -> None:
     """Saves a model and opens it again, in a folder that is gone afterwards: what cannot be saved
-    is known before it is trained. Raises ArtefactError."""
+    is known before it is trained. Raises ResultError."""
     with tempfile.TemporaryDirectory() as folder:
         expected = save_model(model, job, Path(folder), {})
         for path in sorted(Path(folder).glob("*.safetensors")):

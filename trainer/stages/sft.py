@@ -68,7 +68,7 @@ class Stage(stage.Stage):
         self.initial = start_values(self.model, self.job)
 
     def _rehearse_saving(self) -> None:
-        """Raises ArtefactError where the result of this model and method could not be saved."""
+        """Raises ResultError where the result of this model and method could not be saved."""
         try:
             model = likeness.copy_of(self.job, self.base)
         except Exception as why:  # as compare_with_stock: the copy's own fault

@@ -115,6 +115,8 @@ class Training(Strict):
     adam_beta2: Fraction = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    # of a mixture's experts; "default": the family's own
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | Literal["default"] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     packing: bool = True
     freeze_trainable_layers: Positive = 2

@@ -437,6 +437,6 @@ def test_what_cannot_be_saved_stops_before_the_first_step(
         return {k: v for k, v in tensors.items() if "experts" not in k}
 
     monkeypatch.setattr(adapter, "save_model", forgets)
-    with pytest.raises(adapter.ArtefactError, match="were trained"):
+    with pytest.raises(adapter.ResultError, match="were trained"):
         run_job(path)
     assert not [e for e in events_of(path) if e["event"] == "step"]
