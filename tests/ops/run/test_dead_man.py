@@ -91,7 +91,7 @@ def check(folder: Path, seeds: range) -> None:
 def test_a_box_whose_client_dies_is_gone_within_lease_and_a_minute_and_within_its_dollars(
     tmp_path: Path,
 ) -> None:
-    check(tmp_path, range(25))
+    check(tmp_path, range(8))
 
 
 @pytest.mark.slow
