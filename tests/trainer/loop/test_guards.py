@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,9 +64,9 @@ def one_module_disconnected(make: Make, patch: Patch, tmp_path: Path) -> Path:
 def optimizer_of_other_parameters(make: Make, patch: Patch, tmp_path: Path) -> Path:
     real = step.adamw
 
-    def of_copies(groups: list[dict], *more: object) -> torch.optim.Optimizer:
-        copies = [[p.detach().clone().requires_grad_() for p in g["params"]] for g in groups]
-        return real([{"params": params} for params in copies], *more)  # type: ignore[arg-type]
+    def of_copies(groups: list[list[Any]], *more: Any) -> torch.optim.Optimizer:
+        copies = [[p.detach().clone().requires_grad_() for p in group] for group in groups]
+        return real(copies, *more)
 
     patch.setattr(step, "adamw", of_copies)
     return make(**LONG)

@@ -13,7 +13,6 @@ from tiny import manifest_of
 
 from trainer.data import batch, packing
 from trainer.data.prepare import prepare
-from trainer.loop.schedule import learning_rate
 from trainer.model.dropout import KeyedDropout, TokenKeys
 from trainer.model.load import causal, load, target_loss
 from trainer.train import run_job
@@ -160,29 +159,6 @@ def test_loss_curve_and_weights_are_those_of_transformers_trainer_with_peft(
             name,
             (saved[name] - value).abs().max(),
         )
-
-
-def test_learning_rates_are_those_of_transformers() -> None:
-    from transformers import (
-        get_constant_schedule_with_warmup,
-        get_cosine_schedule_with_warmup,
-        get_linear_schedule_with_warmup,
-    )
-
-    makers = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
-    for kind in ("linear", "cosine", "constant"):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-        theirs = (
-            makers[kind](optimizer, 5, 40)
-            if kind in makers
-            else get_constant_schedule_with_warmup(optimizer, 5)
-        )
-        for step in range(40):
-            assert learning_rate(step, 40, 0.3, kind, 0.125) == pytest.approx(
-                theirs.get_last_lr()[0], abs=1e-12
-            )
-            optimizer.step()
-            theirs.step()
 
 
 def test_dropout_keeps_the_right_share_and_depends_on_row_position_layer_and_step_only() -> None:

@@ -162,7 +162,7 @@ class Trio:
         self.ranks.place(self.model)
         self.named = dict(self.model.named_parameters())
         self.gradients = self.ranks.gradients(self.named.values(), EXTRA)
-        self.optimizer = adamw(self.named.values(), job.training, device)
+        self.optimizer = adamw([list(self.named.values())], job.training, device)
 
     def step(self, micro: dict[str, Any]) -> tuple[float, float]:
         self.gradients.zero()

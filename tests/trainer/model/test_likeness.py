@@ -3,6 +3,7 @@ caught with its module."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -263,11 +264,12 @@ def test_a_fault_of_the_fused_layer_is_named_by_its_layer(
     real = FastLayer.forward
 
     def forward(self: FastLayer, *given: Any, **named: Any) -> Any:
-        scale, self.scale = self.scale, 1.1 * self.scale
+        rules = self.rules
+        self.rules = dataclasses.replace(rules, scale=1.1 * rules.scale)
         try:
             return real(self, *given, **named)
         finally:
-            self.scale = scale
+            self.rules = rules
 
     monkeypatch.setattr(load, "takes_fast_path", lambda *_: True)
     monkeypatch.setattr(FastLayer, "forward", forward)
