@@ -119,6 +119,15 @@ class Family:
         )
         return int(known) or None
 
+    def validate_longest(self, longest: int) -> None:
+        """Raises FamilyError where a row has more tokens than there are learned positions."""
+        if self.row["rotary"] == "learned" and self.positions and longest > self.positions:
+            raise FamilyError(
+                f"the longest row has {longest:,} tokens, {self.model_type} has learned "
+                f"{self.positions:,} positions",
+                f"set data.max_length to {self.positions}, and data.over_length",
+            )
+
     @property
     def own_logits(self) -> bool:
         """Whether only the model's own forward makes its logits: no row says how."""

@@ -344,6 +344,7 @@ def _family(
         return None
     try:
         family = families.read(config)
+        family.validate_longest(longest)
     except families.FamilyError as e:
         raise PreflightError(f"{job.model.base} cannot be trained: {e}", hint=e.hint) from e
     every = family.words(longest)

@@ -128,10 +128,13 @@ def assemble(
     return model.train(), names
 
 
-def family_in(folder: Path) -> Family:
-    """The family of a model's folder. Raises ModelError for one that cannot be trained."""
+def family_in(folder: Path, longest: int = 0) -> Family:
+    """The family of a model's folder. Raises ModelError for one that cannot be trained, or not on
+    rows of `longest` tokens."""
     try:
-        return families.read(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        found = families.read(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        found.validate_longest(longest)
+        return found
     except FamilyError as why:
         raise ModelError(f"{why}: {why.hint}") from why
 

@@ -53,7 +53,7 @@ class Stage(stage.Stage):
         self.ranks, self.keys = ranks, TokenKeys()
         self.base = model_folder(self.job, self.run, weights=True)
         longest = max(self.lengths)
-        packs = family_in(self.base).packs(longest)
+        packs = family_in(self.base, longest).packs(longest)
         self.packed = self.job.training.packing and packs
         compared = self.compare_with_stock(ranks, self.packed)
         if ranks.rank == 0:
