@@ -349,6 +349,33 @@ def test_json_is_one_object_a_line_and_done_comes_last(
         assert rows[-1]["kind"] == "done" and rows[-1]["sha256"] == run.sha256
 
 
+def test_stop_and_status_as_they_are_typed(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast
+) -> None:
+    (own.image / "pause").touch()
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    told(run, "launched")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
+    env |= {"MILKTEA_RUNS": str(own.runs)}
+
+    def milktea_says(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "ops.cli", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, input="", timeout=60
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = milktea_says("status")
+    assert code == 0 and f"{run.id}  detached 0 min  training  box " in said
+    code, said = milktea_says("stop", run.id)
+    assert code == 2 and f"milktea stop {run.id} --fetch" in said, "nobody can be asked"
+    code, said = milktea_says("stop", run.id, "--destroy", "--json")
+    assert code == 0 and json.loads(said.splitlines()[-1])["kind"] == "stopped"
+    code, said = milktea_says("stop", run.id, "--fetch")
+    assert code == 8 and "has no box" in said
+
+
 # -- an owner that sleeps or dies ------------------------------------------------------------------
 
 
