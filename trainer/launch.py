@@ -23,7 +23,8 @@ import yaml
 from pydantic import ValidationError
 
 from trainer import loading
-from trainer.data.prepare import Refused, model_folder, prepare
+from trainer.data.prepare import Refused, model_folder
+from trainer.data.stage_rows import prepare
 from trainer.loading import cache_of
 from trainer.machines import Machines, read_machines
 from trainer.model.weights import validate_weights

@@ -28,7 +28,13 @@ from trainer.wire.job import (
     Training,
     TrainOn,
 )
-from trainer.wire.stages import StageName, format_defect
+from trainer.wire.stages import (
+    Sections,
+    StageName,
+    format_defect,
+    method_defect,
+    section_defect,
+)
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 OWN = "the machine has its own"
@@ -195,7 +201,7 @@ class Results(Strict):
     )
 
 
-class JobFile(Strict):
+class JobFile(Strict, Sections):
     """A parsed job file. `folder` is where it lies, for its relative paths."""
 
     name: Annotated[
@@ -237,6 +243,10 @@ class JobFile(Strict):
             )
         if defect := format_defect(self.stage, self.data.format):
             raise ValueError(f"data.format: {defect}")
+        if defect := method_defect(self.stage, self.training.method):
+            raise ValueError(defect)
+        if defect := section_defect(self.stage, self):
+            raise ValueError(defect)
         return self
 
 

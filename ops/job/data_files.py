@@ -14,13 +14,15 @@ from trainer.data import tables
 from trainer.data.files import Reading, find_sources
 from trainer.data.folders import DATASET_INFO, expand, kind_of
 from trainer.data.scan import Broken
+from trainer.wire.stages import STAGES
 
 
 def data_files(job: JobFile, folder: Path) -> list[PushFile]:
     """Every file of rows, the held-out one last; what is converted is kept in `folder`. Raises
     PreflightError for what is not there or cannot be read."""
     data = job.data
-    wanted = _with_named([file for path in data.files for file in _expanded(path)])
+    given = [file for path in data.files for file in _expanded(path)]
+    wanted = _with_named(given, STAGES[job.stage].learns_preferences)
     if data.held_out:
         held_out = _expanded(data.held_out)
         if len(held_out) > 1:
@@ -44,12 +46,12 @@ def _expanded(path: Path) -> list[Path]:
     return files
 
 
-def _with_named(files: list[Path]) -> list[Path]:
+def _with_named(files: list[Path], preferences: bool) -> list[Path]:
     """The files, and where LLaMA-Factory's dataset_info.json stands alone, those that it names: the
     box needs them too."""
     if not all(p.is_file() and p.name == DATASET_INFO for p in files):
         return files
-    sources, defects = find_sources(files, Reading())
+    sources, defects = find_sources(files, Reading(), preferences)
     if defects:
         raise PreflightError(
             "\n".join(counted(str(d) for d in defects)),

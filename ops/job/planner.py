@@ -27,11 +27,10 @@ from ops.job.plan import Plan
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
 from trainer import families, memory
-from trainer.data import estimate, prepare
+from trainer.data import estimate, prepare, stage_rows
 from trainer.data import template as prompt
-from trainer.data.files import read_rows
 from trainer.wire.job import Job
-from trainer.wire.stages import STAGES
+from trainer.wire.stages import STAGES, section_of
 
 DRIVER_SHARE = 0.98  # of the memory that a card's driver reports, torch can have
 CPU_FLOP_S = 1e11  # of a laptop, generously
@@ -195,6 +194,7 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
             "training": job.training.model_dump(),
             "processes": job.offer.num_gpus,
             "environment": job.env,
+            **section_of(job),
         }
     )
 
@@ -224,7 +224,7 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
     user's files. Raises Untokenised where the model cannot be had."""
     try:
         with _linked(stage, pushes):
-            prepared = prepare.prepare(job, stage)
+            prepared = stage_rows.prepare(job, stage)
     except prepare.Refused as e:
         listed = "\n".join(f"  {s}" for s in counted(e.samples))
         kind = Untokenised if isinstance(e, prepare.Unfetched) else PreflightError
@@ -272,7 +272,7 @@ def _estimated(
     data's defects."""
     with _linked(stage, pushes):
         files = [(stage / f.path, f.name) for f in job.data.files]
-        rows, defects = read_rows(files, prepare.reading_of(job.data))
+        rows, defects = stage_rows.read(job, files)
     try:
         prepare.validate_rows(defects)
     except prepare.Refused as e:

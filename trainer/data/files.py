@@ -103,6 +103,10 @@ class Source:
     drops: bool = False
 
 
+# of a decoded row, its source and its file:line: a row, or what is wrong with it
+Validate = Callable[[Any, Source, str], Any | list[fields.Problem]]
+
+
 @dataclass
 class Findings:
     """What was found beside the sound rows: defects, and, file by file, how many rows were left out
@@ -165,15 +169,16 @@ def _with_format(source: Source) -> Source:
 
 
 def find_sources(
-    paths: Sequence[Path | tuple[Path, str]], reading: Reading
+    paths: Sequence[Path | tuple[Path, str]], reading: Reading, preferences: bool = False
 ) -> tuple[list[Source], list[Defect]]:
-    """The files to read: dataset_info.json replaced by, or applied to, the files that it names."""
+    """The files to read: dataset_info.json replaced by, or applied to, the files that it names;
+    with `preferences` those that hold pairs or tags, else the others."""
     known: dict[str, Source] = {}
     defects: list[Defect] = []
     given = [pair for path in paths for pair in _expanded(path, defects)]
     for path, name in given:
         if Path(name).name == DATASET_INFO:
-            known |= _dataset_info(path, name, defects)
+            known |= _dataset_info(path, name, defects, preferences)
     plain = [(path, name) for path, name in given if Path(name).name != DATASET_INFO]
     if not plain and known:
         plain = [(source.path, source.name) for source in known.values()]
@@ -297,7 +302,9 @@ def _source_of(entry: dict[str, Any], file: Path) -> Source:
     return Source(file, entry["file_name"], form, how, entry.get("num_samples"))
 
 
-def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Source]:
+def _dataset_info(
+    path: Path, name: str, defects: list[Defect], preferences: bool
+) -> dict[str, Source]:
     """LLaMA-Factory's registry: file name -> how to read it."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -328,18 +335,13 @@ def _dataset_info(path: Path, name: str, defects: list[Defect]) -> dict[str, Sou
             fix = "copy the file beside it, or name it in data.files yourself"
             defects.append(Defect(name, 1, 1, _printable(key), _printable(reason), fix))
             continue
-        if entry.get("ranking") or "kto_tag" in (entry.get("columns") or {}):
+        ranks = bool(entry.get("ranking") or "kto_tag" in (entry.get("columns") or {}))
+        if ranks != preferences:
             if file.is_file():
-                defects.append(
-                    Defect(
-                        name,
-                        1,
-                        1,
-                        key,
-                        "holds preferences, which this stage does not learn from",
-                        "remove the entry, or name another file",
-                    )
-                )
+                kind = "preferences" if ranks else "no preferences"
+                reason = f"holds {kind}, which this stage does not learn from"
+                fix = "remove the entry, or name another file"
+                defects.append(Defect(name, 1, 1, key, reason, fix))
             continue
         found[file.name] = _source_of(entry, file)
     if not found:
@@ -377,10 +379,11 @@ def _first_keys(source: Source) -> Iterator[set[str]]:
 # -- reading and checking --------------------------------------------------------------------------
 
 
-def sound_rows(source: Source, found: Findings) -> Iterator[Row]:
-    """The sound rows of a source; what is wrong with the others is added to `found`."""
+def sound_rows(source: Source, found: Findings, validate: Validate | None = None) -> Iterator[Any]:
+    """The sound rows of a source, as `validate` makes them (formats.Row); what is wrong with the
+    others is added to `found`."""
     name, defects_before = source.name, len(found.defects)
-    if source.form == "text" or not source.columns.names:
+    if validate is None and (source.form == "text" or not source.columns.names):
         for keys in islice(_first_keys(source), 1):
             if fault := formats.kind_fault(source.form, keys):
                 found.defects.append(Defect(name, 1, 1, "", *fault))
@@ -392,9 +395,9 @@ def sound_rows(source: Source, found: Findings) -> Iterator[Row]:
             ends = item.ends
         else:
             place, value = item
-            made = _validated(value, source, f"{name}:{place.line}")
-            if isinstance(made, Row):
-                if made.unread:
+            made = (validate or _validated)(value, source, f"{name}:{place.line}")
+            if not isinstance(made, list):
+                if isinstance(made, Row) and made.unread:
                     unread.update(made.unread)
                 yield made
                 continue

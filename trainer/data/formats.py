@@ -96,7 +96,7 @@ def problems_or_row(value: Any, form: str, columns: Columns, where: str) -> Row 
     """`value` as scan.py yields it: objects are tuples of pairs."""
     if type(value) is not tuple:
         shown = json.dumps(value, ensure_ascii=False, default=list)[:30]
-        return [((), f"the row is {_kind(value)} ({shown}), not an object", 'write {"...": ...}')]
+        return [((), f"the row is {kind(value)} ({shown}), not an object", 'write {"...": ...}')]
     row = dict(value)
     if len(row) != len(value):
         keys = [k for k, _ in value]
@@ -189,7 +189,7 @@ def _history(row: dict[str, Any], name: str, problems: list[Problem]) -> list[Tu
         problems.append(
             (
                 (name,),
-                f"is {_kind(history)}, not a list of pairs",
+                f"is {kind(history)}, not a list of pairs",
                 'write [["question", "answer"], ...], or leave it out',
             )
         )
@@ -217,7 +217,7 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
     content_tag = columns.content_tag or ("value" if form == "sharegpt" else "content")
     fix = f'write [{{"{role_tag}": ..., "{content_tag}": ...}}, ...]'
     if type(given) is not list:
-        return [((key,), f"is {_kind(given)}, not a list of turns", fix)]
+        return [((key,), f"is {kind(given)}, not a list of turns", fix)]
     if not given:
         return [((key,), "has no turn", "remove the row, or fill it")]
     problems: list[Problem] = []
@@ -230,7 +230,7 @@ def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row |
     for i, turn in enumerate(given):
         if type(turn) is not tuple:
             turn_fix = f'write {{"{role_tag}": ..., "{content_tag}": ...}}'
-            problems.append(((key, i), f"the turn is {_kind(turn)}, not an object", turn_fix))
+            problems.append(((key, i), f"the turn is {kind(turn)}, not an object", turn_fix))
             continue
         one = dict(turn)
         if len(one) > 2:
@@ -350,7 +350,7 @@ def _content(
         problems.append((place, f"the turn has no {tag!r}", f"add {tag!r}"))
     elif type(content) is not str:
         problems.append(
-            ((*place, tag), f"is {_kind(content)}, not a text", "write a text in quotation marks")
+            ((*place, tag), f"is {kind(content)}, not a text", "write a text in quotation marks")
         )
     elif not content.strip() and role not in ("system", "tool"):
         problems.append(
@@ -401,7 +401,7 @@ def _text(
             problems.append(_missing(row, name))
     elif type(value) is not str:
         problems.append(
-            ((name,), f"is {_kind(value)}, not a text", "write a text in quotation marks")
+            ((name,), f"is {kind(value)}, not a text", "write a text in quotation marks")
         )
     elif not value.strip() and not (may_be_empty or may_be_absent):
         problems.append(((name,), "is empty", "write something, or remove the row"))
@@ -428,7 +428,8 @@ def _missing(row: dict[str, Any], name: str) -> Problem:
     )
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a value of JSON is, in words."""
     if value is None:
         return "null"
     names = {

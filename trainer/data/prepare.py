@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -45,8 +45,10 @@ from trainer.data.tokens import (
     unjoined,
 )
 from trainer.wire.job import Data, Job
+from trainer.wire.stages import section_of
 
-VERSION = 3  # of the cache's layout and of what encode() makes
+VERSION = 4  # of the cache's layout and of what encode() makes
+EXTRA = "extra/"  # before the names of Rows.extra in the cache
 AT_ONCE = 4096  # rows tokenised together: the tokenizer spreads them over the cores
 
 
@@ -67,7 +69,8 @@ class Rows:
     """Tokenised rows, end to end: row i is ids[starts[i]:starts[i+1]]; `trained` marks targets;
     `where` is file:line. `notes` are lines of single rows that were changed or left out, `summary`
     lines of all rows together. `thinking` is the flag with which a chat template's prompts ask for
-    reasoning, None where it has none."""
+    reasoning, None where it has none. `extra` are numbers of each row that a stage needs, by
+    name."""
 
     ids: np.ndarray  # int32 (tokens,)
     trained: np.ndarray  # bool (tokens,)
@@ -77,6 +80,7 @@ class Rows:
     notes: list[str] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
     thinking: bool | None = None
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # (rows,)
 
     @classmethod
     def empty(cls) -> Rows:
@@ -111,6 +115,18 @@ class Prepared:
     token_hash: str
 
 
+@dataclass(frozen=True)
+class Reader:
+    """How files become the rows of a stage: `read` as files.read_rows does, `tokenise` of the sound
+    rows, which may raise Refused. `kind` is part of the cache's key."""
+
+    kind: str
+    read: Callable[
+        [Sequence[tuple[Path, str]], Reading, list[str] | None], tuple[list[Any], list[Defect]]
+    ]
+    tokenise: Callable[[list[Any], Vocabulary, Template, Job], Rows]
+
+
 def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
     """Where the base model lies: pushed with the data, or in the hub's cache, fetched there when it
     is not (weights only when asked for)."""
@@ -133,9 +149,10 @@ def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
         ) from error
 
 
-def prepare(job: Job, run: Path) -> Prepared:
-    """Checks and tokenises the job's data. Raises Refused, with every defect, or TemplateError,
-    before anything costs time or money."""
+def prepare(job: Job, run: Path, reader: Reader | None = None) -> Prepared:
+    """Checks and tokenises the job's data, as rows of answers unless a `reader` is given. Raises
+    Refused, with every defect, or TemplateError, before anything costs time or money."""
+    reader = reader or ANSWERS
     validate_settings(job)
     folder = model_folder(job, run)
     if not folder.is_dir():
@@ -150,21 +167,22 @@ def prepare(job: Job, run: Path) -> Prepared:
     cache = (
         (run.parent if run.parent.name == "milktea" else run)
         / "cache"
-        / f"{cache_key(job, folder, template)}.safetensors"
+        / f"{cache_key(job, folder, template, reader.kind)}.safetensors"
     )
     rows = read_cache(cache)
     if rows is None:
         validate_files(job, run)
         reading, notes = reading_of(job.data), list[str]()
         files = [(run / f.path, f.name) for f in job.data.files]
-        found, defects = read_rows(files, reading, notes)
+        found, defects = reader.read(files, reading, notes)
         if job.data.held_out is not None:
             held_out = (run / job.data.held_out.path, job.data.held_out.name)
-            questions, faults = read_rows([held_out], reading)
+            questions, faults = reader.read([held_out], reading, None)
             defects += faults
-            validate_questions(questions, vocabulary, template, job.data)
+            if reader is ANSWERS:
+                validate_questions(questions, vocabulary, template, job.data)
         validate_rows(defects)
-        rows = tokenise(found, vocabulary, template, job.data)
+        rows = reader.tokenise(found, vocabulary, template, job)
         rows.summary[:0] = notes
         stop_text = vocabulary.tokenizer.id_to_token(stop)
         if vocabulary.stops and stop_text not in vocabulary.stops:
@@ -442,6 +460,13 @@ def _rendered(
     return made
 
 
+ANSWERS = Reader(
+    "rows",
+    read_rows,
+    lambda found, vocabulary, template, job: tokenise(found, vocabulary, template, job.data),
+)
+
+
 def long_rows_hint(longest: int, policy: str) -> str:
     """What to do about rows that are too long."""
     others = {"refuse": '"drop" or "truncate"', "truncate": '"drop"'}[policy]
@@ -493,17 +518,14 @@ def truncated(
     return [*ids[:room], stop], [*trained[:room], True]
 
 
-def cache_key(job: Job, folder: Path, template: Template) -> str:
+def cache_key(job: Job, folder: Path, template: Template, kind: str) -> str:
     read = [folder / "tokenizer.json", folder / "generation_config.json"]
     known = [hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in read]
     settings = job.data.model_dump(exclude={"held_out", "template_text"}) | {
         "files": [(f.name, f.sha256) for f in job.data.files]
     }
-    return hashlib.sha256(
-        json.dumps(
-            [VERSION, settings, known, template.name, template.sha256], sort_keys=True
-        ).encode()
-    ).hexdigest()[:32]
+    named = [VERSION, kind, section_of(job), settings, known, template.name, template.sha256]
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def write_cache(path: Path, rows: Rows) -> None:
@@ -520,6 +542,7 @@ def write_cache(path: Path, rows: Rows) -> None:
             "starts": rows.starts,
             "prompted": rows.prompted,
             "text": text,
+            **{EXTRA + name: numbers for name, numbers in rows.extra.items()},
         },
         part,
     )
@@ -534,7 +557,8 @@ def read_cache(path: Path) -> Rows | None:
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
     arrays = (data["ids"], data["trained"], data["starts"], data["prompted"])
-    return Rows(*arrays, where, notes, summary, thinking)
+    extra = {k.removeprefix(EXTRA): v for k, v in data.items() if k.startswith(EXTRA)}
+    return Rows(*arrays, where, notes, summary, thinking, extra)
 
 
 def prompt_ids(data: Prepared, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> list[int]:

@@ -158,6 +158,7 @@ class TrainingMonitor:
         self._base = _sums(self._still)
         self._without_gradient = dict.fromkeys(self._moving, True)
         self._updates, self._first_loss, self._above = 0, math.nan, 0
+        self._still_update = False  # the update under way has no gradient, and may
         self._expected = expected
 
     def look(self, step: int, loss: float, norm: float, seen: Sequence[str]) -> None:
@@ -207,12 +208,19 @@ class TrainingMonitor:
 
     def before_update(self, views: Sequence[Tensor]) -> None:
         """`views` are this step's summed gradients in the order of the trained parameters."""
+        if self._expected.still_steps:
+            sizes = self._total(torch.stack(torch._foreach_norm(list(views))))
+            self._still_update = not bool(sizes.any())
+            if self._still_update:
+                return
         if self._updates in (1, 2, *CHECKS) or self._updates % 100 == 0:
             norms = self._total(torch.stack(torch._foreach_norm(list(views)))).tolist()
             for name, size in zip(self._moving, norms, strict=False):
                 self._without_gradient[name] &= size == 0.0
 
     def after_update(self, step: int, rate: float, seen: Sequence[str]) -> None:
+        if self._still_update:
+            return
         self._updates += rate > 0
         if rate <= 0 or (self._updates not in CHECKS and self._updates % 100):
             return

@@ -1,19 +1,54 @@
-"""Greedy answers of a loaded model, without transformers' `generate`."""
+"""Answers of a loaded model, token by token: greedy, or drawn by a counter.
+
+Prompts are read as packs; the keys and values of each answer stand in a row of their own, end to
+end; a row whose answer has ended takes the next prompt. Weights are those of the training, adapters
+unmerged, and each token comes with its log-probability in fp32.
+
+A drawn token is a function of (seed, step, number of the prompt, position): not of the width, of
+the order, or of what else is decoded beside it, but for the rounding of the model's own numbers.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from trainer.data.prepare import Prepared
-from trainer.model.load import causal
+from trainer.model.dropout import mix
+from trainer.model.load import causal, family_of
 
 NEW_TOKENS, AT_ONCE = 64, 64  # of one answer; prompts in one batch
+PREFILL_TOKENS = 8192  # of prompts that are read in one pack
+KEYS_ROUNDED = 64  # attention reads a multiple of this many keys
+LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between two looks at which answers have ended
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. A temperature of 0 takes the likeliest; above, tokens are drawn from
+    softmax(logits / temperature) by Gumbel noise that `seed` and `step` key."""
+
+    temperature: float = 0.0
+    seed: int = 0
+    step: int = 0
+
+
+@dataclass
+class Answer:
+    """What came after a prompt, with the stop id where it ended by one (`ended`). `log_probs` are
+    of the distribution that `ids` were chosen from (greedy: temperature 1), fp32."""
+
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    ended: bool = False
+
+
 def answer(
     model: nn.Module,
     prompts: list[list[int]],
@@ -21,45 +56,292 @@ def answer(
     device: torch.device,
     new_tokens: int = NEW_TOKENS,
 ) -> list[str]:
-    """Greedy answers, up to the stop token or `new_tokens`. Prompts of one length go together, so
-    nothing is padded."""
-    inner, training = causal(model), model.training
+    """Greedy answers as texts, up to the stop token or `new_tokens`."""
+    found = generate(model, prompts, {data.stop_id}, device, new_tokens)
+    texts = [a.ids[:-1] if a.ended else a.ids for a in found]
+    decode = data.vocabulary.tokenizer.decode
+    return [decode(ids, skip_special_tokens=True).strip() for ids in texts]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    stops: Collection[int],
+    device: torch.device,
+    new_tokens: int = NEW_TOKENS,
+    sampling: Sampling | None = None,
+    numbers: Sequence[int] | None = None,
+    width: int = AT_ONCE,
+) -> list[Answer]:
+    """An answer to each prompt, in their order, of at most `new_tokens` tokens, `width` of them at
+    once. `numbers` key the drawing, by default the prompts' places. Dropout is off meanwhile."""
+    if not prompts:
+        return []
+    sampling = sampling or Sampling()
+    keys = list(range(len(prompts)) if numbers is None else numbers)
+    training = model.training
     model.eval()
-    answers: list[str] = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and len(groups[-1]) < AT_ONCE and len(prompts[groups[-1][0]]) == len(prompts[i]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    for group in groups:
-        for i, ids in zip(
-            group,
-            _decode(inner, [prompts[i] for i in group], data.stop_id, device, new_tokens),
-            strict=True,
-        ):
-            answers[i] = data.vocabulary.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    model.train(training)
-    return answers
+    try:
+        inner = causal(model)
+        longest = max(map(len, prompts)) + new_tokens
+        if packs(model, longest):
+            loop = _Rows(inner, min(width, len(prompts)), longest, new_tokens, stops, device)
+            return loop.run(prompts, keys, sampling, masks_of(model, longest))
+        return _by_length(inner, prompts, keys, stops, device, new_tokens, sampling, width)
+    finally:
+        model.train(training)
 
 
-def _decode(
-    inner: nn.Module, prompts: list[list[int]], stop: int, device: torch.device, new_tokens: int
-) -> list[list[int]]:
-    ids, cache = torch.tensor(prompts, device=device), None  # (B, P)
-    name = _name_of_cache(inner)
-    taken: list[torch.Tensor] = []
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(new_tokens):
-        out = inner(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
-        ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out[name]  # (B, 1)
-        taken.append(ids)
-        done |= ids[:, 0] == stop
-        if bool(done.all()):
-            break
-    rows = torch.cat(taken, 1).tolist()
-    return [row[: row.index(stop)] if stop in row else row for row in rows]
+# -- choosing a token ------------------------------------------------------------------------------
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, numbers: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(token, its log-probability in fp32) of each row of logits (B, V); `numbers` and `positions`
+    int64 (B,)."""
+    scores = logits.float()
+    if sampling.temperature > 0:
+        scores = scores / sampling.temperature
+    every = scores.log_softmax(-1)
+    if sampling.temperature > 0:
+        scores = every + gumbel(sampling, numbers, positions, every.shape[-1])
+    chosen = scores.argmax(-1)
+    return chosen, every.gather(1, chosen[:, None])[:, 0]
+
+
+def gumbel(sampling: Sampling, numbers: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Gumbel noise (B, size), fp32, the same on every device."""
+    row = mix(mix(mix(numbers + sampling.seed * 1_000_000_007) + sampling.step) + positions)
+    token = torch.arange(size, device=numbers.device)
+    bits = mix(row[:, None] ^ mix(token)[None]) >> 11 & ((1 << 53) - 1)
+    uniform = (bits.double() + 0.5) / (1 << 53)
+    return -torch.log(-torch.log(uniform)).float()
+
+
+# -- rows of keys and values -----------------------------------------------------------------------
+
+
+class _Keys(Cache):
+    """Keys and values of `rows` answers, (rows, heads, longest, D) a layer. `at` says where what
+    comes next belongs: (rows, positions) of packed tokens, or the positions of one token each."""
+
+    def __init__(self, rows: int, longest: int) -> None:
+        super().__init__(layers=[])
+        self.size, self.longest, self.kept = rows, longest, longest
+        self.packed: tuple[Tensor, Tensor] | None = None
+        self.positions = torch.zeros(0)
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        new = (key_states, value_states)
+        if layer_idx not in self.held:
+            self.held[layer_idx] = tuple(  # type: ignore[assignment]
+                x.new_zeros(self.size, x.shape[1], self.longest, x.shape[3]) for x in new
+            )
+        held = self.held[layer_idx]
+        if self.packed is not None:
+            rows, positions = self.packed
+            for kept, x in zip(held, new, strict=True):
+                kept[rows, :, positions] = x[0].transpose(0, 1)
+            return new
+        every = torch.arange(self.size, device=key_states.device)
+        for kept, x in zip(held, new, strict=True):
+            kept[every, :, self.positions] = x[:, :, 0]
+        return held[0][:, :, : self.kept], held[1][:, :, : self.kept]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def packs(model: nn.Module, longest: int) -> bool:
+    """Whether the model's attention is ours, which reads packs and rows of keys."""
+    inner, family = causal(model), family_of(model)
+    ours = inner.config.get_text_config()._attn_implementation == "milktea"
+    return bool(ours and family.packs(longest) and not family.tower)
+
+
+def masks_of(model: nn.Module, longest: int) -> dict[str, int | None]:
+    """Which masks the model wants, by name, each with its window; "" alone where one serves all
+    layers."""
+    windows = [w if w is not None and w < longest else None for w in family_of(model).windows]
+    if len(set(windows)) <= 1:
+        return {"": windows[0] if windows else None}
+    kinds = causal(model).config.get_text_config().layer_types
+    return dict(zip(kinds, windows, strict=True))
+
+
+class _Rows:
+    """Decodes `size` answers side by side."""
+
+    def __init__(
+        self,
+        inner: Any,
+        size: int,
+        longest: int,
+        new_tokens: int,
+        stops: Collection[int],
+        device: torch.device,
+    ) -> None:
+        self.inner, self.size, self.most, self.device = inner, size, new_tokens, device
+        self.keys = _Keys(size, longest)
+        self.name = _name_of_cache(inner)
+        self.stops = torch.tensor(sorted(stops), device=device)
+        zeros = torch.zeros(size, dtype=torch.int64, device=device)
+        self.every = torch.arange(size, device=device)
+        self.numbers, self.lengths, self.made = zeros, zeros.clone(), zeros.clone()
+        self.done = torch.ones(size, dtype=torch.bool, device=device)
+        self.ids = torch.zeros(size, new_tokens, dtype=torch.int64, device=device)
+        self.log_probs = torch.zeros(size, new_tokens, device=device)
+        self.busy: dict[int, int] = {}  # row -> prompt
+        self.reach = [0] * size  # tokens that a row may hold by now, known without the device
+
+    def run(
+        self,
+        prompts: Sequence[list[int]],
+        keys: Sequence[int],
+        sampling: Sampling,
+        masks: dict[str, int | None],
+    ) -> list[Answer]:
+        waiting, found = list(range(len(prompts)))[::-1], [Answer() for _ in prompts]
+        self.sampling, self.masks = sampling, masks
+        while waiting or self.busy:
+            if waiting and len(self.busy) < self.size:
+                self._read(prompts, keys, waiting)
+            for _ in range(LOOK_EVERY[self.device.type]):
+                self._step()
+            self._collect(found)
+        return found
+
+    def _read(self, prompts: Sequence[list[int]], keys: Sequence[int], waiting: list[int]) -> None:
+        """Reads prompts into free rows, in one pack, and chooses their first tokens."""
+        free = [row for row in range(self.size) if row not in self.busy]
+        taken: list[int] = []
+        tokens = 0
+        while waiting and len(taken) < len(free):
+            tokens += len(prompts[waiting[-1]])
+            if taken and tokens > PREFILL_TOKENS:
+                break
+            taken.append(waiting.pop())
+        rows = free[: len(taken)]
+        lengths = torch.tensor([len(prompts[p]) for p in taken])
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self.device)
+        owners = torch.tensor(rows).repeat_interleave(lengths).to(self.device)
+        ids = torch.tensor([i for p in taken for i in prompts[p]], device=self.device)
+        cu, longest = ends.int().to(self.device), int(lengths.max())
+        self.keys.packed = (owners, positions)
+        out = self.inner(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=True,
+            logits_to_keep=ends[1:].to(self.device) - 1,
+            cu_seq_lens_q=cu,
+            cu_seq_lens_k=cu,
+            max_length_q=longest,
+            max_length_k=longest,
+            **{self.name: self.keys},
+        )
+        at = torch.tensor(rows, device=self.device)
+        self.numbers[at] = torch.tensor([keys[p] for p in taken], device=self.device)
+        self.lengths[at] = lengths.to(self.device)
+        self.made[at], self.done[at] = 0, False
+        for row, prompt in zip(rows, taken, strict=True):
+            self.busy[row], self.reach[row] = prompt, len(prompts[prompt])
+        self._take(at, out.logits[0])
+
+    def _take(self, at: Tensor, logits: Tensor) -> None:
+        """The next token of the rows `at`, from their logits; rows that are done stay as they
+        are."""
+        positions = self.lengths[at]
+        chosen, log_probs = choose(logits, self.sampling, self.numbers[at], positions)
+        place, going = self.made[at].clamp_max(self.most - 1), ~self.done[at]
+        self.ids[at, place] = torch.where(going, chosen, self.ids[at, place])
+        self.log_probs[at, place] = torch.where(going, log_probs, self.log_probs[at, place])
+        self.made[at] += going
+        over = torch.isin(chosen, self.stops) | (self.made[at] >= self.most)
+        self.done[at] |= going & over
+
+    def _step(self) -> None:
+        """One token more of every row that is not done."""
+        last = self.ids[self.every, (self.made - 1).clamp_min(0)]
+        keys = self.keys
+        keys.packed, keys.positions = None, self.lengths
+        reach = max((self.reach[row] for row in self.busy), default=0) + 1
+        keys.kept = min(keys.longest, -(-reach // KEYS_ROUNDED) * KEYS_ROUNDED)
+        out = self.inner(
+            input_ids=last[:, None],
+            position_ids=self.lengths[:, None],
+            attention_mask=self._seen(keys.kept),
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.name: keys},
+        )
+        going = ~self.done
+        self.lengths += going  # what was read now is part of the row
+        self.reach = [n + 1 if n + 1 < keys.longest else n for n in self.reach]
+        self._take(self.every, out.logits[:, -1])
+
+    def _seen(self, kept: int) -> Any:
+        """What each row's query sees, (rows, 1, 1, kept), for each kind of layer."""
+        behind = self.lengths[:, None] - torch.arange(kept, device=self.device)
+        made = {
+            name: ((behind >= 0) & (behind < (window or self.keys.longest)))[:, None, None]
+            for name, window in self.masks.items()
+        }
+        return made.get("", made)
+
+    def _collect(self, found: list[Answer]) -> None:
+        """Takes the answers that are done out of their rows."""
+        done, made = self.done.tolist(), self.made.tolist()
+        for row in [r for r in self.busy if done[r]]:
+            prompt, n = self.busy.pop(row), made[row]
+            ids = self.ids[row, :n].tolist()
+            ended = ids[-1] in self.stops.tolist()
+            found[prompt] = Answer(ids, self.log_probs[row, :n].tolist(), ended)
+
+
+# -- models whose attention is transformers' own ---------------------------------------------------
+
+
+def _by_length(
+    inner: Any,
+    prompts: Sequence[list[int]],
+    keys: Sequence[int],
+    stops: Collection[int],
+    device: torch.device,
+    new_tokens: int,
+    sampling: Sampling,
+    width: int,
+) -> list[Answer]:
+    """Prompts of one length together, so that nothing is padded, with transformers' own cache."""
+    found = [Answer() for _ in prompts]
+    lengths: dict[int, list[int]] = {}
+    for p, prompt in enumerate(prompts):
+        lengths.setdefault(len(prompt), []).append(p)
+    name, ends = _name_of_cache(inner), torch.tensor(sorted(stops), device=device)
+    for group in (g[i : i + width] for g in lengths.values() for i in range(0, len(g), width)):
+        ids, cache = torch.tensor([prompts[p] for p in group], device=device), None
+        numbers = torch.tensor([keys[p] for p in group], device=device)
+        done = torch.zeros(len(group), dtype=torch.bool, device=device)
+        position, taken = len(prompts[group[0]]), []
+        for n in range(new_tokens):
+            out = inner(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+            cache, at = out[name], torch.full_like(numbers, position + n)
+            chosen, log_probs = choose(out.logits[:, -1], sampling, numbers, at)
+            taken.append((chosen, log_probs))
+            ids, done = chosen[:, None], done | torch.isin(chosen, ends)
+            if bool(done.all()):
+                break
+        rows = torch.stack([c for c, _ in taken], 1).tolist()
+        numbers_of = torch.stack([x for _, x in taken], 1).tolist()
+        for p, row, log_row in zip(group, rows, numbers_of, strict=True):
+            n = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+            found[p] = Answer(row[:n], log_row[:n], row[n - 1] in stops)
+    return found
 
 
 def _name_of_cache(model: nn.Module) -> str:

@@ -36,7 +36,7 @@ from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
 from trainer.model.balance import Balance, NoBalance, balance_of
 from trainer.model.dropout import KeyedDropout, KeyedNoise, TokenKeys
-from trainer.model.loss import target_loss_sum
+from trainer.model.loss import log_probs_of, target_loss_sum
 from trainer.wire.job import Job, Lora
 
 
@@ -493,7 +493,14 @@ def causal(model: nn.Module) -> Any:
     return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")
+NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")  # and what a stage adds, by "stage/..."
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Of a micro-batch what the model's forward takes."""
+    return {
+        k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL and not k.startswith("stage/")
+    }
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -518,7 +525,7 @@ def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Summed cross-entropy over the batch's target tokens, fp32 scalar. Only target positions meet
     the head. Where no row of the table says how logits come about the model's own forward makes
     them."""
-    inputs = {k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL}
+    inputs = model_inputs(batch)
     inner, family = causal(model), family_of(model)
     balance: Balance | None = getattr(inner, "balance", None)
     asked = {} if balance is None else {"output_router_logits": True}
@@ -549,6 +556,28 @@ def _cross_entropy(inner: Any, family: Family, made: Any, labels: Tensor, at: Te
     return nn.functional.cross_entropy(
         logits.float(), labels.flatten().index_select(0, at), reduction="sum"
     )
+
+
+def target_log_probs(
+    model: nn.Module, batch: dict[str, Any], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(log p of each target token of the batch, entropy where it stands), fp32 (targets,), in the
+    order of `targets_at`. Only target positions meet the head, and no logits are kept where a row
+    of the table says how logits come about."""
+    inner, family = causal(model), family_of(model)
+    labels, at, inputs = batch["labels"], batch["targets_at"], model_inputs(batch)
+    head = inner.get_output_embeddings()
+    if not family.own_logits and type(head) is nn.Linear and head.bias is None:
+        hidden = hidden_states(model, **inputs)
+        rules = logit_rules(inner, family)
+        return log_probs_of(hidden, head.weight, labels, at, *rules, temperature)
+    if family.own_logits:
+        logits = inner(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
+    else:
+        logits = head(hidden_states(model, **inputs).flatten(0, 1).index_select(0, at))
+    every = (logits.float() / temperature).log_softmax(-1)
+    chosen = every.gather(1, labels.flatten().index_select(0, at)[:, None])[:, 0]
+    return chosen, -(every.detach().exp() * every.detach()).sum(-1)
 
 
 def logit_rules(inner: nn.Module, family: Family) -> tuple[float, float | None]:

@@ -17,6 +17,46 @@ from trainer.kernels.backend import operations
 LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of fp32 logits at a time
 
 
+class _LogProbs(torch.autograd.Function):
+    """log p of each target, whose gradient weighs each target by itself: logits are made again in
+    backward, so that none are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, head: Tensor, targets: Tensor, scale: float, cap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        log_probs = x.new_empty(len(x), dtype=torch.float32)
+        entropies = torch.empty_like(log_probs)
+        for part in _chunks(len(x), head):
+            logits = _product_fp32(x[part], head.t()).mul_(scale)
+            if cap is not None:
+                logits = logits.div_(cap).tanh_().mul_(cap)
+            sums = logits.logsumexp(-1)
+            log_probs[part] = logits.gather(1, targets[part, None])[:, 0] - sums
+            p = (logits - sums[:, None]).exp_()
+            entropies[part] = sums - (p * logits).sum(-1)
+        ctx.save_for_backward(x, head, targets)
+        ctx.scale, ctx.cap = scale, cap
+        ctx.mark_non_differentiable(entropies)
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, head, targets = ctx.saved_tensors
+        ops, dx = operations(x.device), torch.empty_like(x)
+        for part in _chunks(len(x), head):
+            logits = _product_fp32(x[part], head.t())
+            rules = (targets[part], torch.float32, ctx.scale, ctx.cap)
+            grad = ops.cross_entropy_rows(logits, *rules)[1] * -weights[part, None]
+            torch.mm(grad.to(x.dtype), head, out=dx[part])
+        return dx, None, None, None, None
+
+
+def _chunks(rows: int, head: Tensor) -> list[slice]:
+    size = max(16, LOGITS_PER_CHUNK // head.shape[0])
+    return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
+
+
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -87,3 +127,26 @@ def target_loss_sum(
     loss = apply(rows, head_weight, targets, scale, cap)
     assert isinstance(loss, Tensor)
     return loss
+
+
+def log_probs_of(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    targets_at: Tensor,
+    scale: float = 1.0,
+    cap: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(log p of each target token, entropy of the distribution that it was drawn from), both fp32
+    (targets,), in the order of ``targets_at``; arguments as ``target_loss_sum``'s. Logits are
+    divided by ``temperature`` at last. The first is
+    differentiable in ``hidden``, each target with a weight of its own. No logits are kept: 2 h V
+    FLOPs a target forward, 4 h V backward."""
+    x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets_at)
+    apply: Any = _LogProbs.apply
+    targets = labels.reshape(-1).index_select(0, targets_at)
+    # cap tanh(y / cap) / t is the same rule with scale and cap divided by t
+    cap = None if cap is None else cap / temperature
+    log_probs, entropies = apply(x, head_weight, targets, scale / temperature, cap)
+    return log_probs, entropies

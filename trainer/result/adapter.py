@@ -62,6 +62,9 @@ def save_model(
             2 * config.lora_alpha,
             True,
         )
+    if hasattr(model, "score"):  # a reward model's head, named as SequenceClassification has it
+        tensors["base_model.model.score.weight"] = model.score.weight.detach().to("cpu")
+        config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True
     # PEFT puts the folder here, which means nothing on another machine
@@ -224,17 +227,26 @@ from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{job.model.base}")
 model = PeftModel.from_pretrained(base, "this folder")"""
+    if job.stage == "rm":
+        use = use.replace("CausalLM", "SequenceClassification")
+        use = use.replace(f'("{job.model.base}")', f'("{job.model.base}", num_labels=1)')
     if training.method != "lora":
         library, adapter = "transformers", ""
         use = (
             "from transformers import AutoModelForCausalLM\n\nmodel = "
             'AutoModelForCausalLM.from_pretrained("this folder")'
         )
+    asked = (
+        "The score of a conversation is read at the token that ends its last answer.\n"
+        if job.stage == "rm"
+        else f"`python -m trainer.serve.chat FOLDER --base {job.model.base}` asks it questions\n"
+        "with the template that it was trained with.\n"
+    )
     engines = engines_table(loads_in(*read_adapter(folder))) if training.method == "lora" else ""
     return f"""---
 base_model: {job.model.base}
 library_name: {library}
-tags: [{training.method}, sft, milktea]
+tags: [{training.method}, {job.stage}, milktea]
 ---
 # {job.run_id}
 
@@ -251,8 +263,6 @@ A {training.method} fine-tuning of `{job.model.base}` made by milktea.
 ```python
 {use}
 ```
-`python -m trainer.serve.chat FOLDER --base {job.model.base}` asks it questions
-with the template that it was trained with.
-
+{asked}
 {engines}
 """

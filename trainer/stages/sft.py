@@ -7,6 +7,7 @@ target tokens. At the end the held-out questions are answered, by the model befo
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import batch, packing
-from trainer.data.prepare import model_folder, prepare
+from trainer.data.prepare import Rows, model_folder
+from trainer.data.stage_rows import prepare
 from trainer.eval import held_out
 from trainer.loop import checkpoint, report, stage
 from trainer.loop.budget import micro_batch
@@ -36,23 +38,35 @@ LEAK, LEAK_INT8 = 0.01, 0.05  # of a hidden state that another document may chan
 
 
 class Stage(stage.Stage):
+    rows_per_item = 1  # an item is what `training.batch_size` counts
+
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
         self.data = prepare(job, run)
         rows, training = self.data.rows, job.training
-        validate_labels(rows)
+        self.validate(rows)
         self.lengths, self.targets = rows.lengths, rows.targets()
         epochs, seed, most = training.num_train_epochs, training.seed, training.max_steps
-        self.order = packing.Order(len(rows), training.batch_size, epochs, seed, most)
+        items = len(rows) // self.rows_per_item
+        self.order = packing.Order(items, training.batch_size, epochs, seed, most)
         self.total_steps = self.order.total_steps
         self.notes = tuple(rows.notes)
         self.expected = Expected(entropy=target_entropy(rows))
         self.answers_at_end = job.data.held_out is not None
 
+    def validate(self, rows: Rows) -> None:
+        """Raises Stopped for labels that only a broken mask gives."""
+        validate_labels(rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that the model reads."""
+        return max(self.lengths)
+
     def load(self, ranks: Ranks) -> None:
         self.ranks, self.keys = ranks, TokenKeys()
         self.base = model_folder(self.job, self.run, weights=True)
-        longest = max(self.lengths)
+        longest = self.longest
         packs = family_in(self.base, longest).packs(longest)
         self.packed = self.job.training.packing and packs
         compared = self.compare_with_stock(ranks, self.packed)
@@ -89,17 +103,21 @@ class Stage(stage.Stage):
         leak = LEAK_INT8 if self.job.model.precision == "int8" else LEAK
         probe(self.model, read, self.data.rows, self.ranks.device, leak)
 
-    def batches(self, step: int) -> batch.Work:
+    def micro(self, rows: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows `chosen` as micro-batches in host memory."""
         packed = (packing.pack, batch.packed)
         lay, collate = packed if self.packed else (packing.pad, batch.padded)
+        packs = lay(
+            chosen, rows.lengths if rows is not self.data.rows else self.lengths, self.budget
+        )
+        return [batch.pinned(collate(rows, one, HOST), self.ranks.device) for one in packs]
+
+    def batches(self, step: int) -> batch.Work:
         rows, data = self.order.step(step), self.data.rows
         mine = packing.share(rows, self.lengths, self.ranks.world)[self.ranks.rank]
-        packs = lay(mine, self.lengths, self.budget)
         return batch.Work(
-            micro=[
-                batch.pinned(collate(data, chosen, HOST), self.ranks.device) for chosen in packs
-            ],
-            filler=collate(data, rows[:1], HOST),
+            micro=self.micro(data, mine),
+            filler=self.micro(data, rows[:1])[0],
             count=sum(self.targets[r] for r in rows),
             tokens=sum(self.lengths[r] for r in rows),
             where=[data.where[r] for r in rows],
@@ -111,17 +129,28 @@ class Stage(stage.Stage):
         return target_loss(self.model, micro), {}
 
     def finish(self, model: nn.Module, state: checkpoint.State, reporter: Reporter) -> str:
-        scored, job = self._score(model, reporter), self.job
+        scored = self._score(model, reporter)
         score = (scored.before, scored.after) if scored.rows else None
-        template = self.data.template
+        return self.write(model, state, {}, scored.samples, score)
+
+    def write(
+        self,
+        model: nn.Module,
+        state: checkpoint.State,
+        more: dict[str, Any],
+        samples: Sequence[dict[str, str]] = (),
+        score: tuple[float, float] | None = None,
+    ) -> str:
+        """The verified result, with `more` facts in its manifest; the sha256 of its archive."""
+        job, template = self.job, self.data.template
         told = {
             "name": template.name,
             "sha256": template.sha256,
             "token_hash": self.data.token_hash,
         }
-        facts = self.facts(state) | {"template": told}
+        facts = self.facts(state) | {"template": told} | more
         png = report.curve_png(state.curve, job.run_id)
-        report_html = page(job.model_dump(mode="json"), facts, scored.samples, score)
+        report_html = page(job.model_dump(mode="json"), facts, samples, score)
         home, beside = {"loss.png": png}, {"report.html": report_html}
         return adapter.write_result(
             self.run, model, job, self.base, self.data, facts, home, beside, self.initial

@@ -84,6 +84,14 @@ class Score(_Event):
     exact_match_after: float
 
 
+class Measured(_Event):
+    """What a stage measures on held-out rows: name -> (before, after) the training."""
+
+    event: Literal["measured"] = "measured"
+    rows: int
+    numbers: dict[str, tuple[float, float]]
+
+
 class Warned(_Event):
     event: Literal["warning"] = "warning"
     message: str
@@ -111,11 +119,21 @@ class Unknown(_Event):
 
 
 Event = (
-    Loading | Started | Step | Checkpoint | Sample | Score | Warned | Failed | Finished | Unknown
+    Loading
+    | Started
+    | Step
+    | Checkpoint
+    | Sample
+    | Score
+    | Measured
+    | Warned
+    | Failed
+    | Finished
+    | Unknown
 )
 _KNOWN = {
     c.model_fields["event"].default: c
-    for c in (Loading, Started, Step, Checkpoint, Sample, Score, Warned, Failed, Finished)
+    for c in (Loading, Started, Step, Checkpoint, Sample, Score, Measured, Warned, Failed, Finished)
 }
 
 

@@ -14,7 +14,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trainer.wire.stages import StageName, format_defect
+from trainer.wire.stages import (
+    Sections,
+    StageName,
+    format_defect,
+    method_defect,
+    section_defect,
+)
 
 WIRE = 2
 
@@ -185,7 +191,7 @@ class Limits(Strict):
     deadline_unix_s: float | None = None
 
 
-class Job(Strict):
+class Job(Strict, Sections):
     """job.json. ``processes`` is the number of GPUs (or CPU processes) that accelerate starts.
     ``environment`` names the variables that came with the launch; their values are in no file."""
 
@@ -213,8 +219,13 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _rows_are_the_stages(self) -> Job:
-        if defect := format_defect(self.stage, self.data.format):
-            raise ValueError(defect)
+        defects = (
+            format_defect(self.stage, self.data.format),
+            method_defect(self.stage, self.training.method),
+            section_defect(self.stage, self),
+        )
+        if any(defects):
+            raise ValueError("; ".join(filter(None, defects)))
         return self
 
     @model_validator(mode="after")

@@ -99,6 +99,15 @@ def _told(
         told["loss"] = f"{points[0][1]:.4f} at first, {points[-1][1]:.4f} at last"
     if score is not None:
         told["held-out exact match"] = f"{score[0]:.1%} before, {score[1]:.1%} after"
+    return told | _measured(facts.get("held_out"))
+
+
+def _measured(value: Any) -> dict[str, str]:
+    """What a stage measured on held-out rows: name -> (before, after)."""
+    told = {}
+    for name, pair in list(value.items())[:32] if isinstance(value, dict) else []:
+        if isinstance(pair, list | tuple) and [type(x) in (int, float) for x in pair] == [True] * 2:
+            told[f"held-out {str(name)[:80]}"] = f"{pair[0]:.4g} before, {pair[1]:.4g} after"
     return told
 
 

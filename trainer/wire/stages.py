@@ -1,27 +1,42 @@
 """What the job file, the plan and the trainer must know of a training stage before it runs.
 
-Data only. What a stage does is in trainer/stages/NAME.py.
+Data only. What a stage does is in trainer/stages/NAME.py, and told in docs/stages.md.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-StageName = Literal["sft"]
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+StageName = Literal["pt", "sft", "rm", "dpo", "kto", "grpo"]
+RowKind = Literal["rows", "documents", "pairs", "tagged", "prompts"]
+
+Count = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class StageFacts:
-    """`formats` are the data.format values whose rows it trains on. On one base, `adapters` are
-    trained, with their gradients and moments, and `frozen_adapters` only held (a reference, a
-    reward model). `work` is its time for a token, sft's being 1: every pass counts."""
+    """`formats` are the data.format values whose rows it trains on, `rows` what they become
+    (trainer/data/stage_rows.py), `methods` the training.method values that it takes. On one base,
+    `adapters` are trained, with their gradients and moments, and `frozen_adapters` only held (a
+    reference, a reward model). `work` is its time for a token of its rows, sft's being 1: every
+    pass counts."""
 
     formats: tuple[str, ...]
+    rows: RowKind = "rows"
+    methods: tuple[str, ...] = ("lora", "full", "freeze")
     adapters: int = 1
     frozen_adapters: int = 0
     work: float = 1.0
+
+    @property
+    def learns_preferences(self) -> bool:
+        return self.rows in ("pairs", "tagged")
 
     @property
     def memory(self) -> dict[str, int]:
@@ -29,9 +44,148 @@ class StageFacts:
         return {"adapters": self.adapters, "frozen_adapters": self.frozen_adapters}
 
 
+ANSWERS = ("alpaca", "sharegpt", "messages", "prompt", "text")
+
 STAGES: Mapping[StageName, StageFacts] = {
-    "sft": StageFacts(formats=("alpaca", "sharegpt", "messages", "prompt", "text")),
+    "pt": StageFacts(formats=ANSWERS, rows="documents"),
+    "sft": StageFacts(formats=ANSWERS),
+    # the head of the vocabulary is never asked; of each token as sft otherwise
+    "rm": StageFacts(formats=(), rows="pairs", methods=("lora",)),
+    # a forward pass of the adapter that it starts from, beside forward and backward
+    "dpo": StageFacts(formats=(), rows="pairs", methods=("lora",), frozen_adapters=1, work=1.5),
+    # the same, and both on prompts with another row's answer
+    "kto": StageFacts(formats=(), rows="tagged", methods=("lora",), frozen_adapters=1, work=2.5),
+    # of a prompt's token: eight answers, each longer than the prompt, decoded and trained on
+    "grpo": StageFacts(
+        formats=("alpaca", "sharegpt", "messages", "prompt"),
+        rows="prompts",
+        methods=("lora",),
+        frozen_adapters=1,
+        work=24.0,
+    ),
 }
+
+
+class Section(BaseModel):
+    """The settings of one stage. Frozen, and an unknown key is an error with its path."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Pt(Section):
+    overlap: Annotated[
+        Count,
+        Field(
+            description="Tokens that a window of a document repeats of the one before, untrained"
+        ),
+    ] = 0
+
+
+class Rm(Section):
+    center_rewards_coefficient: Annotated[
+        NotNegative,
+        Field(description="Of (chosen + rejected)^2 in the loss: keeps the mean reward at 0"),
+    ] = 0.0
+
+
+PairLoss = Literal["sigmoid", "robust", "ipo", "hinge", "apo_zero", "apo_down", "orpo", "simpo"]
+WITHOUT_REFERENCE = ("orpo", "simpo")
+
+
+class Dpo(Section):
+    loss_type: Annotated[PairLoss, Field(description="docs/stages.md says each")] = "sigmoid"
+    beta: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Field(description="Left out: 0.1, for simpo 2.0"),
+    ] = None
+    label_smoothing: Annotated[
+        float,
+        Field(ge=0, lt=0.5, description="Share of pairs that may be swapped: sigmoid, robust"),
+    ] = 0.0
+    simpo_gamma: Annotated[NotNegative, Field(description="simpo's margin")] = 1.0
+    sft_weight: Annotated[
+        NotNegative, Field(description="Of the chosen answers' cross-entropy, beside the loss")
+    ] = 0.0
+    ld_alpha: Annotated[
+        float,
+        Field(ge=0, le=1, description="Weight of tokens beyond the shorter side's length"),
+    ] = 1.0
+
+
+class Kto(Section):
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    desirable_weight: Annotated[NotNegative, Field(description="Of wanted answers")] = 1.0
+    undesirable_weight: Annotated[NotNegative, Field(description="Of unwanted answers")] = 1.0
+
+
+class Reward(Section):
+    """One rule of a reward, from 0 to 1 times `weight`. match: the answer is the row's. contains:
+    the row's answer stands in it. format: `regex` is found in it. length: 1 at `tokens` tokens,
+    falling to 0 at none and at twice as many."""
+
+    kind: Literal["match", "contains", "format", "length"]
+    weight: float = 1.0
+    regex: str = ""
+    tokens: Annotated[int, Field(gt=0)] = 64
+
+    @model_validator(mode="after")
+    def _has_its_regex(self) -> Reward:
+        if self.kind == "format":
+            try:
+                re.compile(self.regex)
+            except re.error as why:
+                raise ValueError(f"regex {self.regex!r}: {why}") from why
+        if (self.kind == "format") != bool(self.regex):
+            raise ValueError('regex belongs to kind = "format", which needs one')
+        return self
+
+
+class Grpo(Section):
+    loss_type: Annotated[
+        Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"],
+        Field(description="docs/stages.md says each"),
+    ] = "dapo"
+    rewards: Annotated[list[Reward], Field(min_length=1)] = [Reward(kind="match")]
+    num_generations: Annotated[int, Field(ge=2, description="Answers to each prompt")] = 8
+    max_completion_length: Annotated[int, Field(gt=0, description="Tokens of an answer")] = 256
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    num_iterations: Annotated[
+        int, Field(ge=1, description="Optimizer steps on the same answers")
+    ] = 1
+    beta: Annotated[
+        NotNegative, Field(description="Of the KL to the start; 0 asks no reference")
+    ] = 0.0
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    epsilon_high: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Field(description="Left out: epsilon, for cispo 5.0 (the largest weight)"),
+    ] = None
+    scale_rewards: Annotated[
+        Literal["group", "batch", "none", "rloo"],
+        Field(description="What an advantage is divided by; rloo: less the others' mean"),
+    ] = "group"
+    mask_truncated: Annotated[
+        bool, Field(description="Answers that reach the limit teach nothing")
+    ] = False
+
+
+class Sections(BaseModel):
+    """A section for each stage that has settings, as the job file and job.json have them."""
+
+    pt: Pt = Pt()
+    rm: Rm = Rm()
+    dpo: Dpo = Dpo()
+    kto: Kto = Kto()
+    grpo: Grpo = Grpo()
+
+
+def section_defect(stage: StageName, job: Sections) -> str:
+    """Why a job of `stage` must not have the sections that it has; empty where it may. A section as
+    it is by default says nothing."""
+    plain = Sections()
+    told = [n for n in Sections.model_fields if getattr(job, n) != getattr(plain, n)]
+    others = [name for name in told if name != stage]
+    return f"[{others[0]}] says nothing to stage {stage}: remove it" if others else ""
 
 
 def format_defect(stage: StageName, data_format: str) -> str:
@@ -41,5 +195,19 @@ def format_defect(stage: StageName, data_format: str) -> str:
         return ""
     return (
         f"stage {stage} does not train on rows of format {data_format}: it takes "
-        f"{', '.join(formats)}"
+        f"{', '.join(formats or ('auto',))}"
     )
+
+
+def method_defect(stage: StageName, method: str) -> str:
+    """Why `stage` does not train by training.method `method`; empty where it does."""
+    methods = STAGES[stage].methods
+    if method in methods:
+        return ""
+    return f'stage {stage} is trained by training.method = "{methods[0]}", not by "{method}"'
+
+
+def section_of(job: Any) -> dict[str, dict[str, Any]]:
+    """The section of the job's own stage, by its name, as plain data; empty where it has none."""
+    name: str = job.stage
+    return {name: getattr(job, name).model_dump()} if name in Sections.model_fields else {}

@@ -23,6 +23,7 @@ from ops.errors import ConfigError, MilkteaError
 from ops.job.config import JobFile, load
 from trainer.data import template as prompt
 from trainer.wire.job import DataFile, Job
+from trainer.wire.stages import section_of
 
 
 def paths_of(job: JobFile) -> list[Path]:
@@ -86,6 +87,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),
             "processes": processes or job.offer.num_gpus,
+            **section_of(job),
         }
     )
     part = run / "job.json.part"

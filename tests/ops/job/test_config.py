@@ -10,6 +10,7 @@ import pytest
 
 from ops.errors import ConfigError
 from ops.job import config
+from trainer.wire.stages import Sections
 
 JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.toml"))
 LEAST = {
@@ -37,12 +38,18 @@ def test_the_reference_names_every_key_there_is_and_no_other() -> None:
     text = (Path(__file__).parents[3] / "jobs/reference.toml").read_text()
     named, section = set(), ""
     for line in text.splitlines():
-        if head := re.match(r"\[(\w+)\]", line):
+        if head := re.match(r"(?:# )?\[(\w+)\]", line):
             section = head[1] + "."
         elif key := re.match(r"(?:# )?(\w+) = ", line):
             named.add(section + key[1])
     assert named == set(config.keys())
-    assert len(named) <= 90
+    of_a_stage = {key for key in named if key.split(".")[0] in Sections.model_fields}
+    assert len(named - of_a_stage) <= 90
+
+
+def test_a_section_of_another_stage_is_refused() -> None:
+    assert "[pt] says nothing to stage sft" in refused(LEAST | {"pt": {"overlap": 4}})
+    config.parse(LEAST | {"pt": {}}, Path("job.toml"))  # says nothing
 
 
 def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name() -> None:

@@ -67,3 +67,27 @@ def test_labels_of_another_length_are_refused_with_both_numbers(case):
     hidden, head, labels = case
     with pytest.raises(ValueError, match="53 hidden states but 50 labels"):
         target_loss_sum(hidden, head, labels[:, :50])
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_log_probs_with_a_weight_for_each_target_equal_the_full_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, cap: float | None
+) -> None:
+    """In chunks of 16 rows, so that there are several."""
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 16 * 50)
+    dice = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1, 70, 24, generator=dice, requires_grad=True)
+    head = torch.randn(50, 24, generator=dice)
+    labels = torch.randint(0, 50, (1, 70), generator=dice)
+    at = torch.arange(3, 68)
+    weights = torch.randn(len(at), generator=dice)
+    found, entropies = module.log_probs_of(hidden, head, labels, at, 0.5, cap)
+    [ours] = torch.autograd.grad((found * weights).sum(), hidden)
+    logits = hidden[0, at] @ head.t() * 0.5
+    every = (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+    expected = every.gather(1, labels[0, at][:, None])[:, 0]
+    [theirs] = torch.autograd.grad((expected * weights).sum(), hidden)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.allclose(entropies, -(every.exp() * every).sum(-1), atol=1e-5)
+    assert not entropies.requires_grad

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import events_of, finish, start
 
-from trainer.practice import model, world
+from trainer.practice import lessons, model, world
 
 Make = Callable[..., Path]
 
@@ -36,6 +36,15 @@ def test_the_committed_data_is_what_the_script_makes() -> None:
     train, held_out = world.practice_rows()
     assert json.loads((model.DATA / "train.json").read_text()) == train
     assert json.loads((model.DATA / "held_out.json").read_text()) == held_out
+
+
+@pytest.mark.parametrize("name", lessons.LESSONS)
+def test_the_committed_lessons_are_what_the_script_makes(name: str, tmp_path: Path) -> None:
+    lessons.write(tmp_path)
+    for file in (f"{name}.jsonl", f"{name}_held_out.jsonl"):
+        assert (lessons.DATA / file).read_bytes() == (tmp_path / file).read_bytes()
+    train, held = lessons.LESSONS[name]()
+    assert train and held and not [row for row in held if row in train]
 
 
 def test_no_held_out_fact_is_taught_but_every_name_and_value_is() -> None:

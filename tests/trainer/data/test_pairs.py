@@ -1,0 +1,177 @@
+"""Pairs and tags: every form that people have, every defect by its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.data.files import Reading
+from trainer.data.pairs import PAIRS, TAGGED, Pair, Tagged
+
+ASK, GOOD, BAD = "What is 1 + 2?", "three", "four"
+MESSAGES = [{"role": "user", "content": ASK}]
+
+
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": ASK, "input": "", "chosen": GOOD, "rejected": BAD},
+    "comparison_gpt4": {"instruction": ASK, "input": "", "output": [GOOD, BAD]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": ASK}],
+        "chosen": {"from": "gpt", "value": GOOD},
+        "rejected": {"from": "gpt", "value": BAD},
+    },
+    "messages": {
+        "messages": MESSAGES,
+        "chosen": said("assistant", GOOD),
+        "rejected": said("assistant", BAD),
+    },
+    "messages with texts": {"messages": MESSAGES, "chosen": GOOD, "rejected": BAD},
+    "prompt": {"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": 0.5},
+    "prompt of messages": {
+        "prompt": MESSAGES,
+        "chosen": [said("assistant", GOOD)],
+        "rejected": [said("assistant", BAD)],
+    },
+    "the same beginning": {"chosen": f"{ASK} {GOOD}", "rejected": f"{ASK} {BAD}"},
+    "whole conversations": {
+        "chosen": [*MESSAGES, said("assistant", GOOD)],
+        "rejected": [*MESSAGES, said("assistant", BAD)],
+    },
+}
+
+
+def read(tmp_path: Path, reader: Any, *rows: Any) -> tuple[list[Any], list[str]]:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    found, defects = reader.read([(file, file.name)], Reading())
+    return found, [str(d) for d in defects]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_is_read_from_every_form_that_people_have(form: str, tmp_path: Path) -> None:
+    [pair], defects = read(tmp_path, PAIRS, FORMS[form])
+    assert not defects and isinstance(pair, Pair) and pair.where == "rows.jsonl:1"
+    assert [t.role for t in pair.chosen] == ["user", "assistant"]
+    assert pair.chosen[0].text.strip() == pair.rejected[0].text.strip() == ASK
+    assert (pair.chosen[1].text, pair.rejected[1].text) == (GOOD, BAD)
+    assert pair.margin == FORMS[form].get("margin", 0.0)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "messages", "prompt", "prompt of messages"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_tagged_answer_is_read_from_every_form(name: str, wanted: bool, tmp_path: Path) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "alpaca": {"instruction": ASK, "input": "", "output": GOOD, "kto_tag": wanted},
+        "messages": {"messages": [*MESSAGES, said("assistant", GOOD)], "label": wanted},
+        "prompt": {"prompt": ASK, "completion": GOOD, "label": wanted},
+        "prompt of messages": {
+            "prompt": MESSAGES,
+            "completion": [said("assistant", GOOD)],
+            "label": wanted,
+        },
+    }
+    [row], defects = read(tmp_path, TAGGED, rows[name])
+    assert not defects and isinstance(row, Tagged) and row.wanted is wanted
+    assert [t.text for t in row.turns] == [ASK, GOOD]
+
+
+def without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != name}
+
+
+PLAIN = FORMS["alpaca"]
+FAULTS: list[tuple[Any, str]] = [
+    (PLAIN | {"rejected": f" {GOOD} "}, "its two sides are equal"),
+    (PLAIN | {"chosen": "  "}, "chosen: is empty"),
+    (PLAIN | {"rejected": None}, "the row has no 'rejected'"),
+    (without(PLAIN, "chosen"), "the row has no 'chosen'"),
+    (PLAIN | {"rejected": 4}, "rejected: is another kind of value than 'chosen'"),
+    (PLAIN | {"chosen": 3, "rejected": 4}, "chosen: is a number"),
+    (PLAIN | {"chosen": "a\x00b"}, "chosen: holds a NUL character"),
+    (PLAIN | {"instruction": " "}, "instruction: is empty"),
+    (FORMS["prompt"] | {"margin": "much"}, "margin: is a text, not a number"),
+    (FORMS["comparison_gpt4"] | {"output": [GOOD]}, "output: holds 1 answers, not two"),
+    (
+        FORMS["whole conversations"]
+        | {"rejected": [said("user", "another"), said("assistant", BAD)]},
+        "its two sides answer different prompts",
+    ),
+    ({"chosen": "one thing", "rejected": "another"}, "begin differently, and there is no prompt"),
+    (FORMS["messages"] | {"chosen": said("user", GOOD)}, "chosen.role: it is 'user' who speaks"),
+    (FORMS["sharegpt"] | {"rejected": {"from": "gpt", "value": ""}}, "rejected.value: is empty"),
+    ([1], "not an object"),
+]
+
+
+@pytest.mark.parametrize("row, expected", FAULTS, ids=lambda v: str(v)[:30])
+def test_a_faulty_pair_is_told_by_its_line(row: Any, expected: str, tmp_path: Path) -> None:
+    found, defects = read(tmp_path, PAIRS, PLAIN, row, FORMS["prompt"] | {"prompt": "else?"})
+    assert len(found) == 2 and defects
+    assert all(d.startswith("rows.jsonl:2:") for d in defects), defects
+    assert expected in defects[0]
+
+
+@pytest.mark.parametrize(
+    "tag, expected",
+    [
+        (1, "kto_tag: is a number, not true or false"),
+        ("true", "kto_tag: is a text, not true or false"),
+        (None, "kto_tag: is null, not true or false"),
+    ],
+)
+def test_a_tag_that_is_not_true_or_false_is_a_defect(
+    tag: Any, expected: str, tmp_path: Path
+) -> None:
+    row = {"instruction": ASK, "output": GOOD, "kto_tag": tag}
+    _, [defect] = read(tmp_path, TAGGED, row)
+    assert expected in defect
+    assert "the row has no 'kto_tag'" in read(tmp_path, TAGGED, without(row, "kto_tag"))[1][0]
+
+
+def test_rows_that_say_the_opposite_of_each_other_are_told(tmp_path: Path) -> None:
+    other = PLAIN | {"chosen": BAD, "rejected": GOOD}
+    _, [defect] = read(tmp_path, PAIRS, PLAIN, FORMS["prompt"] | {"prompt": "else?"}, other)
+    assert defect.startswith("rows.jsonl:3:1: says the opposite of rows.jsonl:1")
+    tagged = {"instruction": ASK, "output": GOOD, "kto_tag": True}
+    _, [defect] = read(tmp_path, TAGGED, tagged, tagged | {"kto_tag": False})
+    assert defect.startswith("rows.jsonl:2:1: says the opposite of rows.jsonl:1")
+    assert not read(tmp_path, TAGGED, tagged, tagged)[1]  # saying a thing twice is no defect
+
+
+@pytest.mark.parametrize("ranking", [True, False])
+def test_a_registry_of_llama_factory_says_how_to_read_preferences(
+    ranking: bool, tmp_path: Path
+) -> None:
+    pair = {
+        "talk": [{"role": "user", "content": ASK}],
+        "better": said("assistant", GOOD),
+        "worse": said("assistant", BAD),
+    }
+    tagged = {"talk": [*MESSAGES, said("assistant", GOOD)], "good": True}
+    (tmp_path / "rows.json").write_text(json.dumps([pair if ranking else tagged]))
+    columns = {"messages": "talk"} | (
+        {"chosen": "better", "rejected": "worse"} if ranking else {"kto_tag": "good"}
+    )
+    entry = {
+        "file_name": "rows.json",
+        "formatting": "sharegpt",
+        "ranking": ranking,
+        "columns": columns,
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+        },
+    }
+    info = tmp_path / "dataset_info.json"
+    info.write_text(json.dumps({"mine": entry}))
+    [row], defects = (PAIRS if ranking else TAGGED).read([(info, info.name)], Reading())
+    assert not defects and ASK in str(row) and GOOD in str(row)

@@ -1,0 +1,50 @@
+"""The rows of a job as its stage wants them: which reader makes them of the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.data import prepare as rows
+from trainer.data.files import Defect
+from trainer.data.formats import Row
+from trainer.data.pairs import PAIRS, TAGGED, conversations
+from trainer.data.prepare import ANSWERS, Prepared, Reader, Rows
+from trainer.data.prompts import PROMPTS
+from trainer.data.windows import DOCUMENTS
+from trainer.wire.job import DataFile, Job
+from trainer.wire.stages import STAGES, RowKind
+
+READERS: dict[RowKind, Reader] = {
+    "rows": ANSWERS,
+    "documents": DOCUMENTS,
+    "pairs": PAIRS,
+    "tagged": TAGGED,
+    "prompts": PROMPTS,
+}
+
+
+def reader_of(job: Job) -> Reader:
+    return READERS[STAGES[job.stage].rows]
+
+
+def prepare(job: Job, run: Path) -> Prepared:
+    """Checks and tokenises the job's data for its stage. Raises Refused, with every defect, or
+    TemplateError, before anything costs time or money."""
+    return rows.prepare(job, run, reader_of(job))
+
+
+def read(job: Job, files: Sequence[tuple[Path, str]]) -> tuple[list[Row], list[Defect]]:
+    """(sound rows, each side of a pair by itself; all defects) of files of the job, without a
+    tokenizer."""
+    found, defects = reader_of(job).read(files, rows.reading_of(job.data), None)
+    return [row for item in found for row in conversations(item)], defects
+
+
+def tokenised(file: DataFile, job: Job, run: Path, data: Prepared) -> Rows:
+    """The rows of another file of the job (held-out ones), made as those of `data` were. Raises
+    Refused with its defects."""
+    reader = reader_of(job)
+    found, defects = reader.read([(run / file.path, file.name)], rows.reading_of(job.data), None)
+    rows.validate_rows(defects)
+    return reader.tokenise(found, data.vocabulary, data.template, job)
