@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from machine import NOT_HERE
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub is imported: it tries for seconds
 LOOPBACK = ("127.", "::1", "localhost")
 
 
