@@ -257,6 +257,7 @@ def in_a_terminal(fake: FakeVast, own: rig.Rig, *words: str) -> tuple[int, int]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
         env |= {"VAST_URL": fake.url, "VAST_API_KEY": fake.api_key, "MILKTEA_PACE": str(rig.PACE)}
         env |= {"MILKTEA_RUNS": str(own.runs), "PYTHONPATH": str(ROOT)}
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be under nohup
         os.execve(sys.executable, [sys.executable, "-m", "ops.cli", *words], env)
     return pid, master
 
