@@ -3,6 +3,7 @@ wrote."""
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,14 @@ def start(job: Path, world: int = 1) -> list[Any]:
     processes = [
         context.Process(target=_rank, args=(job, rank, world, port)) for rank in range(world)
     ]
+    # what an earlier test left (a process group, say) must not be collected in a fork: its threads
+    # are not there, and the process aborts
+    gc.collect()
+    gc.freeze()
     for rank, process in enumerate(processes):
         process.said = job.parent / f"stderr{rank}.txt"  # type: ignore[attr-defined]
         process.start()
+    gc.unfreeze()
     return processes
 
 
