@@ -25,12 +25,15 @@ from safetensors.numpy import save
 
 from ops.box import scripts
 from ops.box.transfer import PushFile, sha256_of
+from ops.errors import MilkteaError
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
 from ops.market.client import Provider, Vast
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
-from ops.run.session import Session
+from ops.run.journal import Journal, Line
+from ops.run.rent_and_train import rent_and_train
+from ops.run.session import Detached, Interrupted, Session
 from ops.wait import Clock, RealClock
 from trainer.wire.job import WIRE, Job
 
@@ -256,6 +259,19 @@ def client(
     return Session(
         journal, plan, Vast(Provider(url, key), clock or RealClock(pace)), screen or Silent()
     )
+
+
+def whole_run(
+    own: Rig, fake: FakeVast, *, screen: Any = None, plan: Plan | None = None, **more: Any
+) -> tuple[Any, list[Line], Any]:
+    """(outcome or the error, journal lines, the screen) of one whole run."""
+    plan, screen = plan or own.plan(**more), screen or Silent()
+    with Journal(own.runs / plan.run_id) as j:
+        session = client(plan, j, fake.url, fake.api_key, screen=screen)
+        try:
+            return rent_and_train(session), j.lines, screen
+        except (MilkteaError, Detached, Interrupted) as e:
+            return e, j.lines, screen
 
 
 def sh(script: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:

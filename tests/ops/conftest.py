@@ -1,5 +1,5 @@
-"""A real sshd (asyncssh) on loopback with its own home, and a TCP proxy that cuts links; both end
-with the test."""
+"""A rig with the emulator that its runs rent from; a real sshd (asyncssh) on loopback with its own
+home, and a TCP proxy that cuts links. All end with the test."""
 
 from __future__ import annotations
 
@@ -18,12 +18,26 @@ import asyncssh
 import pytest
 from machine import needs
 
+import rig
 from ops.box.connection import Box, Endpoint
+from ops.fakevast import FakeVast
 
 TOOLS = (
     "bash cat cp date dd df env head ln ls mkdir mv openssl rm sh sha256sum sleep stat tail "
     "tar touch wc xargs"
 )
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> rig.Rig:
+    return rig.Rig(tmp_path)
+
+
+@pytest.fixture
+def fake(own: rig.Rig) -> Iterator[FakeVast]:
+    with own.emulator() as cloud:
+        yield cloud
+        assert cloud.instances() == [], "a box survived the test"
 
 
 @dataclass

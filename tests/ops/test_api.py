@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,6 @@ from ops.fakevast import FakeVast
 from ops.market.client import Provider
 from ops.wait import RealClock
 from trainer.wire import events
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == []
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,6 @@ from ops.run.journal import FILE, Journal
 from ops.run.rent_and_train import rent_and_train
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == []
 
 
 def milktea(

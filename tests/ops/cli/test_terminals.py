@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,18 +29,6 @@ limits = {{ max_usd = 1.0, max_hours = 2.0 }}
 image = {{ ref = "{image}", trainer = "image", size_gib = 0.4 }}
 results = {{ folder = "out" }}
 """
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == [], "a box survived the test"
 
 
 @pytest.fixture

@@ -3,46 +3,21 @@ share is not theirs, and progress is no failed try."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 import rig
-from ops.errors import Failed, Lost, MilkteaError, NeverReady, Unsuitable
+from ops.errors import Failed, Lost, NeverReady, Unsuitable
 from ops.fakevast import FakeVast
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
 from ops.run import blame, follow
 from ops.run.journal import Journal, Line
-from ops.run.rent_and_train import MACHINES, offers, rent_and_train
+from ops.run.rent_and_train import MACHINES, offers
 
 pytestmark = pytest.mark.timeout(120)
 ECC = "CUDA error: uncorrectable ECC error encountered"
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == [], "a box survived the test"
-
-
-def run(own: rig.Rig, fake: FakeVast, **more: Any) -> tuple[Any, list[Line], rig.Silent]:
-    plan, screen = own.plan(**more), rig.Silent()
-    with Journal(own.runs / plan.run_id) as j:
-        session = rig.client(plan, j, fake.url, fake.api_key, screen=screen)
-        try:
-            return rent_and_train(session), j.lines, screen
-        except MilkteaError as e:
-            return e, j.lines, screen
 
 
 def machines(lines: list[Line]) -> list[int]:
@@ -53,7 +28,7 @@ def test_a_gpu_that_died_is_not_rented_again_and_the_run_goes_on_elsewhere(
     own: rig.Rig, fake: FakeVast
 ) -> None:
     (own.image / "die-once").write_text(ECC)
-    outcome, lines, _ = run(own, fake)
+    outcome, lines, _ = rig.whole_run(own, fake)
     assert outcome.adapter_zip.is_file()
     first, second = machines(lines)
     [bad] = [line for line in lines if line.kind == "bad_machine"]
@@ -64,14 +39,14 @@ def test_a_gpu_that_dies_on_two_machines_is_the_job_s_fault_and_renting_stops(
     own: rig.Rig, fake: FakeVast
 ) -> None:
     (own.image / "die").write_text(ECC)
-    outcome, lines, _ = run(own, fake)
+    outcome, lines, _ = rig.whole_run(own, fake)
     assert isinstance(outcome, Failed) and "2 of them said 'uncorrectable ecc'" in str(outcome)
     assert len(machines(lines)) == 2
 
 
 def test_a_training_that_fails_by_itself_blames_no_machine(own: rig.Rig, fake: FakeVast) -> None:
     (own.image / "die").write_text("the loss is not a number")
-    outcome, lines, _ = run(own, fake)
+    outcome, lines, _ = rig.whole_run(own, fake)
     assert isinstance(outcome, Failed)
     assert len(machines(lines)) == 1 and "bad_machine" not in [line.kind for line in lines]
 
@@ -81,7 +56,7 @@ def test_a_machine_that_never_comes_to_its_first_step_is_blamed_and_the_next_is_
 ) -> None:
     monkeypatch.setattr(follow, "STARTS", 0.0)
     (own.image / "hang").touch()
-    outcome, lines, _ = run(own, fake, stall_s=0.3)
+    outcome, lines, _ = rig.whole_run(own, fake, stall_s=0.3)
     assert isinstance(outcome, Failed) and "no first step within" in str(outcome)
     assert len(set(machines(lines))) == 2, "two machines: then it is the job"
 
@@ -91,7 +66,7 @@ def test_two_consumer_cards_that_hang_at_first_are_tried_once_without_reaching_e
 ) -> None:
     monkeypatch.setattr(follow, "STARTS", 0.0)
     (own.image / "hang").touch()
-    outcome, lines, screen = run(
+    outcome, lines, screen = rig.whole_run(
         own,
         fake,
         stall_s=0.3,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ from ops.wait import RealClock
 
 pytestmark = pytest.mark.timeout(60)
 PAGE = "<html><body>Access to this site is blocked</body></html>"
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == [], "a box survived the test"
 
 
 def destroys(fake: FakeVast) -> int:

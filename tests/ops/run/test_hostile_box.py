@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import rig
-from ops.errors import AdapterError, Failed, MilkteaError, PreflightError
+from ops.errors import AdapterError, Failed, PreflightError
 from ops.fakevast import FakeVast
 from ops.run import rent_and_train, retrieve
-from ops.run.journal import Journal, Line
 
 pytestmark = pytest.mark.timeout(120)
 EVIL = b"<script>location='http://evil.example'</script>"
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == [], "a box survived the test"
-
-
-def run(own: rig.Rig, fake: FakeVast, **more: Any) -> tuple[Any, list[Line], rig.Silent]:
-    """(outcome or the error, journal lines, the screen) of one whole run."""
-    plan, screen = own.plan(**more), rig.Silent()
-    with Journal(own.runs / plan.run_id) as j:
-        session = rig.client(plan, j, fake.url, fake.api_key, screen=screen)
-        try:
-            return rent_and_train.rent_and_train(session), j.lines, screen
-        except MilkteaError as e:
-            return e, j.lines, screen
 
 
 def add(own: rig.Rig, files: dict[str, bytes], **facts: Any) -> None:
@@ -68,7 +43,7 @@ def test_only_the_adapter_and_the_picture_come_home_and_the_report_is_made_here(
         kernels={EVIL.decode(): EVIL.decode()},
         versions={"torch": EVIL.decode()},
     )
-    outcome, _, _ = run(own, fake)
+    outcome, _, _ = rig.whole_run(own, fake)
     folder = outcome.adapter_zip.parent
     assert sorted(p.name for p in folder.iterdir()) == ["adapter.zip", "loss.png", "report.html"]
     report = (folder / "report.html").read_text()
@@ -80,7 +55,7 @@ def test_only_the_adapter_and_the_picture_come_home_and_the_report_is_made_here(
 
 def test_a_picture_that_is_none_is_left_out(own: rig.Rig, fake: FakeVast) -> None:
     add(own, {"loss.png": EVIL})
-    outcome, _, _ = run(own, fake)
+    outcome, _, _ = rig.whole_run(own, fake)
     assert not (outcome.adapter_zip.parent / "loss.png").exists()
 
 
@@ -88,7 +63,7 @@ def test_an_archive_larger_than_the_job_can_have_made_is_not_fetched(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retrieve, "SLACK_BYTES", 1000)
-    outcome, _, _ = run(own, fake)
+    outcome, _, _ = rig.whole_run(own, fake)
     assert isinstance(outcome, AdapterError)
     assert "this job can have made at most 1,000" in str(outcome)
     assert not list((own.folder / "out").glob("*/adapter.zip"))
@@ -99,7 +74,7 @@ def test_a_manifest_without_end_is_not_fetched(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retrieve, "MANIFEST_BYTES", 100)
-    outcome, _, _ = run(own, fake)
+    outcome, _, _ = rig.whole_run(own, fake)
     assert isinstance(outcome, AdapterError) and "no more than 100" in str(outcome)
 
 
@@ -123,7 +98,7 @@ def test_a_checkpoint_that_this_job_cannot_have_made_is_left_there_and_the_run_g
     manifest.write_text(json.dumps({"step": 1, "files": files}))
     script = own.image / "bin/milktea-train"
     script.write_text(script.read_text().replace(before, rig.sha256_of(manifest)))
-    outcome, lines, screen = run(own, fake)
+    outcome, lines, screen = rig.whole_run(own, fake)
     assert outcome.adapter_zip.is_file()
     assert "checkpoint" not in [line.kind for line in lines]
     assert any("checkpoint 1 not mirrored" in told for told in screen.told)
@@ -134,7 +109,7 @@ def test_events_without_end_are_not_taken_home(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retrieve, "EVENTS_BYTES", 50)
-    outcome, _, _ = run(own, fake)
+    outcome, _, _ = rig.whole_run(own, fake)
     assert isinstance(outcome, Failed) and "no training tells more than 50" in str(outcome)
 
 
@@ -145,7 +120,7 @@ def test_a_disk_full_in_the_results_folder_keeps_the_verified_adapter_and_says_w
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(retrieve.shutil, "copy2", full)
-    outcome, lines, screen = run(own, fake)
+    outcome, lines, screen = rig.whole_run(own, fake)
     assert outcome.adapter_zip.is_file() and outcome.adapter_zip.parent.name == "result"
     [pulled] = [line for line in lines if line.kind == "pulled"]
     assert pulled["adapter"] == str(outcome.adapter_zip)
@@ -163,7 +138,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_cost_the_result(
         return usage._replace(free=0) if 2 < len(tries) < 6 else usage
 
     monkeypatch.setattr("ops.box.transfer.shutil.disk_usage", filled)
-    outcome, _, screen = run(own, fake)
+    outcome, _, screen = rig.whole_run(own, fake)
     assert outcome.adapter_zip.is_file()
     assert any("make room: it is tried again" in told for told in screen.told)
 
@@ -174,5 +149,5 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_to_do(
     usage = shutil.disk_usage(own.folder)
     monkeypatch.setattr("ops.box.transfer.shutil.disk_usage", lambda folder: usage._replace(free=0))
     monkeypatch.setattr(rent_and_train, "FULL_PATIENCE_S", 0.0)
-    outcome, _, _ = run(own, fake)
+    outcome, _, _ = rig.whole_run(own, fake)
     assert isinstance(outcome, PreflightError) and "make room" in outcome.hint

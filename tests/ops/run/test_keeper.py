@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,18 +26,6 @@ pytestmark = pytest.mark.timeout(90)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ops.run.keeper.LOOK_S", 0.05)
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == [], "a box survived the test"
 
 
 class Standing(rig.Silent):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,11 +40,6 @@ class Jumping(RealClock):
 
     def sleep(self, seconds: float) -> None:
         self.slept_s += seconds
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
 
 
 @pytest.fixture

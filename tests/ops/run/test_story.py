@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from ops.errors import (
     Failed,
     HostKeyChanged,
     JournalError,
-    MilkteaError,
     NoOffer,
     OfferGone,
     OverBudget,
@@ -44,29 +42,9 @@ pytestmark = pytest.mark.timeout(60)
 METER = re.compile(r"spent 0\.\d{4} \$ of 1\.00 \$")
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == [], "a box survived the test"
-
-
-def run(
-    own: rig.Rig, fake: FakeVast, *, screen: Any = None, plan: Plan | None = None, **more: Any
-) -> tuple[Any, list[journal.Line]]:
-    """(outcome or the error, journal lines) of one whole run."""
-    plan = plan or own.plan(**more)
-    with Journal(own.runs / plan.run_id) as j:
-        session = rig.client(plan, j, fake.url, fake.api_key, screen=screen)
-        try:
-            return rent_and_train(session), j.lines
-        except (MilkteaError, Detached, Interrupted) as e:
-            return e, j.lines
+def run(own: rig.Rig, fake: FakeVast, **more: Any) -> tuple[Any, list[journal.Line]]:
+    outcome, lines, _ = rig.whole_run(own, fake, **more)
+    return outcome, lines
 
 
 def kinds(lines: list[journal.Line]) -> list[str]:

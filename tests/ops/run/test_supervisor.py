@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,6 @@ from ops.wait import RealClock, until
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == [], "a box survived the test"
 
 
 @pytest.fixture
@@ -250,6 +238,15 @@ def test_a_told_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path)
 # -- terminals -------------------------------------------------------------------------------------
 
 
+def paused(own: rig.Rig, vast: milktea.Vast) -> milktea.Run:
+    """A run with an owner of its own, whose training was launched and waits for `pause` to go."""
+    (own.image / "pause").touch()
+    run = planned(own)
+    supervisor.start(run.folder, vast)
+    told(run, "launched")
+    return run
+
+
 def in_a_terminal(fake: FakeVast, own: rig.Rig, *words: str) -> tuple[int, int]:
     """(process, its terminal's other end) of a command."""
     pid, master = pty.fork()
@@ -272,10 +269,7 @@ def read_until(master: int, text: str) -> str:
 def test_closing_the_terminal_detaches_and_the_journal_says_so(
     own: rig.Rig, fake: FakeVast, vast: milktea.Vast
 ) -> None:
-    (own.image / "pause").touch()
-    run = planned(own)
-    supervisor.start(run.folder, vast)
-    told(run, "launched")
+    run = paused(own, vast)
     pid, master = in_a_terminal(fake, own, "attach", run.id)
     told(run, "attached")
     assert run.owner == "live"
@@ -291,10 +285,7 @@ def test_closing_the_terminal_detaches_and_the_journal_says_so(
 def test_ctrl_c_offers_priced_choices_and_pressed_again_it_takes_the_kind_one(
     own: rig.Rig, fake: FakeVast, vast: milktea.Vast
 ) -> None:
-    (own.image / "pause").touch()
-    run = planned(own)
-    supervisor.start(run.folder, vast)
-    told(run, "launched")
+    run = paused(own, vast)
     pid, master = in_a_terminal(fake, own, "attach", run.id)
     told(run, "attached")
     os.write(master, b"\x03")
@@ -313,10 +304,7 @@ def test_ctrl_c_offers_priced_choices_and_pressed_again_it_takes_the_kind_one(
 def test_ctrl_c_where_nobody_can_be_asked_leaves_the_run_to_its_owner(
     own: rig.Rig, fake: FakeVast, vast: milktea.Vast
 ) -> None:
-    (own.image / "pause").touch()
-    run = planned(own)
-    supervisor.start(run.folder, vast)
-    told(run, "launched")
+    run = paused(own, vast)
 
     class Pressing(Heard):
         def line(self, line: Line) -> None:
@@ -353,10 +341,7 @@ def test_json_is_one_object_a_line_and_done_comes_last(
 def test_stop_and_status_as_they_are_typed(
     own: rig.Rig, fake: FakeVast, vast: milktea.Vast
 ) -> None:
-    (own.image / "pause").touch()
-    run = planned(own)
-    supervisor.start(run.folder, vast)
-    told(run, "launched")
+    run = paused(own, vast)
     env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
     env |= {"MILKTEA_RUNS": str(own.runs)}
 

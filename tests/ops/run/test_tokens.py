@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ from trainer.wire import events
 
 pytestmark = pytest.mark.timeout(120)
 TOKEN = "hf_nobody_may_find_this_anywhere"
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> rig.Rig:
-    return rig.Rig(tmp_path)
-
-
-@pytest.fixture
-def fake(own: rig.Rig) -> Iterator[FakeVast]:
-    with own.emulator() as cloud:
-        yield cloud
-        assert cloud.instances() == [], "a box survived the test"
 
 
 def with_token(own: rig.Rig, **more: Any) -> Plan:
