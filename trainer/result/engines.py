@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import struct
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.wire.tensors import names as tensor_names
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OLLAMA_TYPES = ("llama", "gemma2")
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the base stays as it is
-_HEADER_MAX = 100_000_000
+_CONFIG_MAX = 100_000_000  # bytes read of adapter_config.json
 _REFUSES = {  # the faults of an adapter by engine
     "PEFT": "",
     "vLLM": "dora start rows modules experts rank",
@@ -116,37 +118,28 @@ def _faults(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, str]
 
 def read(path: Path) -> tuple[dict[str, Any], list[str]]:
     """adapter_config.json and the tensors' names, of a folder or an archive. Raises NoAdapter."""
-    files: Callable[[str, int], bytes]
-    if path.is_dir():
-
-        def files(name: str, size: int) -> bytes:
-            with open(path / name, "rb") as file:
-                return file.read(size)
-
-    elif zipfile.is_zipfile(path):
-
-        def files(name: str, size: int) -> bytes:
-            with zipfile.ZipFile(path) as archive, archive.open(name) as file:
-                return file.read(size)
-
-    else:
+    if not path.is_dir() and not zipfile.is_zipfile(path):
         raise NoAdapter(f"{path} is no folder and no zip: give an adapter's folder or its zip")
+    weights = "adapter_model.safetensors"
     try:
-        config = json.loads(files("adapter_config.json", _HEADER_MAX))
-        (length,) = struct.unpack("<Q", files("adapter_model.safetensors", 8))
-        if length > _HEADER_MAX:
-            raise NoAdapter(f"{path}: the header of adapter_model.safetensors is broken")
-        header = json.loads(files("adapter_model.safetensors", 8 + length)[8:])
+        with ExitStack() as stack:
+            place: Any = path
+            if path.is_dir():
+                size = (path / weights).stat().st_size
+            else:
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                place, size = zipfile.Path(archive), archive.getinfo(weights).file_size
+            file = stack.enter_context((place / "adapter_config.json").open("rb"))
+            config = json.loads(file.read(_CONFIG_MAX))
+            names = tensor_names(stack.enter_context((place / weights).open("rb")), size)
         if not isinstance(config["r"], int) or not isinstance(config["lora_alpha"], int | float):
-            raise NoAdapter(f"{path}: r and lora_alpha of adapter_config.json are no numbers")
-    except (KeyError, OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
-        if isinstance(error, NoAdapter):
-            raise
+            raise ValueError("r and lora_alpha of adapter_config.json are no numbers")
+    except (KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise NoAdapter(
             f"{path} holds no LoRA of PEFT's (adapter_config.json with r and lora_alpha, "
             f"adapter_model.safetensors): {error}"
         ) from error
-    return config, [name for name in header if name != "__metadata__"]
+    return config, names
 
 
 def table(engines: Sequence[Engine]) -> str:

@@ -35,6 +35,9 @@ DTYPES: dict[str, tuple[str, int, int | None]] = {
 }
 
 
+Entry = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, begin, end
+
+
 class Reader(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
@@ -55,11 +58,7 @@ def read(source: Reader, size: int) -> Iterator[Tensor]:
     stream is read to its end.
 
     Raises ValueError, naming the tensor, where header and bytes do not fit together."""
-    head = _exactly(source, 8)
-    length = int.from_bytes(head, "little")
-    if length > MAX_HEADER or length > size - 8:
-        raise ValueError(f"its header claims {length} bytes of a file of {size}")
-    entries = _header(_exactly(source, length))
+    entries, length = _entries(source, size)
     at = 0
     for name, dtype, shape, begin, end in entries:
         if begin != at:
@@ -71,8 +70,22 @@ def read(source: Reader, size: int) -> Iterator[Tensor]:
         raise ValueError(f"its tensors take {at} bytes, the file has {size - 8 - length}")
 
 
-def _header(text: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-    """(name, dtype, shape, begin, end) in the order of the bytes. Raises ValueError."""
+def names(source: Reader, size: int) -> list[str]:
+    """The tensors' names in a safetensors file of `size` bytes, by its header alone. Raises
+    ValueError."""
+    return [entry[0] for entry in _entries(source, size)[0]]
+
+
+def _entries(source: Reader, size: int) -> tuple[list[Entry], int]:
+    """The header's rows in the order of the bytes, and its own length. Raises ValueError."""
+    length = int.from_bytes(_exactly(source, 8), "little")
+    if length > MAX_HEADER or length > size - 8:
+        raise ValueError(f"its header claims {length} bytes of a file of {size}")
+    return _header(_exactly(source, length)), length
+
+
+def _header(text: bytes) -> list[Entry]:
+    """In the order of the bytes. Raises ValueError."""
     rows = strict_json(text)
     if not isinstance(rows, dict):
         raise ValueError("its header is not a JSON object")
