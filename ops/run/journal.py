@@ -205,9 +205,15 @@ def last(lines: list[Line], *kinds: str) -> Line | None:
 
 def is_held(folder: Path) -> bool:
     """Whether a process acts on this run. False where its lock cannot be opened."""
+    return is_locked(folder / "lock", fcntl.LOCK_SH)
+
+
+def is_locked(path: Path, how: int) -> bool:
+    """Whether a process holds the file so that `how` (LOCK_SH, LOCK_EX) is not to be had. False
+    where it cannot be opened."""
     try:
-        with open(folder / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(path) as lock:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

@@ -155,14 +155,7 @@ class _Listener:
 
 def is_watched(folder: Path) -> bool:
     """Whether a terminal watches this run."""
-    try:
-        with open(folder / WATCHED) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return journal.is_locked(folder / WATCHED, fcntl.LOCK_EX)
 
 
 # -- a process of its own --------------------------------------------------------------------------

@@ -194,9 +194,8 @@ def test_what_is_missing_is_named(
     assert words in str(refused(tmp_path, fake, job | change))
 
 
-def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(
-    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
-) -> None:
+def seven_billion(tmp_path: Path, job: dict[str, Any]) -> None:
+    """The job's model gets Llama-7B's shape, in bf16."""
     config_path = tmp_path / "model/config.json"
     big = json.loads(config_path.read_text()) | {
         "hidden_size": 4096,
@@ -208,6 +207,12 @@ def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(
     }
     config_path.write_text(json.dumps(big))
     job["model"]["precision"] = "bf16"
+
+
+def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    seven_billion(tmp_path, job)
     error = refused(tmp_path, fake, job | {"offer": {"gpu_name": ["RTX 3060"]}})
     assert "RTX 3060 12 GiB" in str(error) and "the nearest that fits is" in str(error)
     assert "nf4" in error.hint
@@ -467,17 +472,7 @@ def test_host_memory_is_predicted_with_the_copy_that_a_checkpoint_is_written_fro
     tmp_path: Path, fake: FakeVast, job: dict[str, Any]
 ) -> None:
     assert planned(tmp_path, fake, job).needs.min_cpu_ram_gib == 0, "practice runs take none"
-    config_path = tmp_path / "model/config.json"
-    big = json.loads(config_path.read_text()) | {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "intermediate_size": 11008,
-        "vocab_size": 32000,
-    }
-    config_path.write_text(json.dumps(big))
-    job["model"]["precision"] = "bf16"
+    seven_billion(tmp_path, job)
     adapter = planned(tmp_path, fake, job).needs
     assert 7 <= adapter.min_cpu_ram_gib <= 9 and adapter.min_cpu_cores == 1
     whole = planned(tmp_path, fake, job | {"training": {"method": "full"}}).needs
