@@ -20,11 +20,12 @@ def told(run: Path, what: str, folder: Path | None = None) -> Iterator[None]:
     """A Loading event when the block begins, and one after each EVERY_S in which bytes were added
     under `folder`: a download that stands still is silent."""
     writer = Writer(run / "events.jsonl")
-    writer.write(Loading, what=what, done_bytes=_bytes(folder))
+    first = _bytes(folder)
+    writer.write(Loading, what=what, done_bytes=first)
     ended = threading.Event()
 
     def look() -> None:
-        seen = _bytes(folder)
+        seen = first
         while not ended.wait(EVERY_S):
             now = _bytes(folder)
             if now > seen:

@@ -21,6 +21,7 @@ from vastai.api import keys as vast_keys
 from vastai.api.client import VastClient
 
 from ops.fakevast import FakeVast
+from trainer.wire.job import WIRE
 
 
 def until(holds: Callable[[], bool], what: str) -> None:
@@ -461,7 +462,7 @@ def test_a_milktea_image_brings_the_trainer_and_others_what_was_registered(
     (tmp_path / "bin" / "special").chmod(0o755)
     fake.register_image("mine/*", tmp_path / "bin")
     ours = reach(client, rent(client, image="ghcr.io/someone/milktea-train:2"), key)
-    assert ours.run("milktea-train --wire").stdout.strip() == "1"
+    assert ours.run("milktea-train --wire").stdout.strip() == str(WIRE)
     other = reach(client, rent(client, image="mine/thing:latest"), key)
     assert other.run("special").stdout == "here\n" and other.run("milktea-train").returncode == 127
 

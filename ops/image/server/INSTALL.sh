@@ -3,7 +3,7 @@
 # Needs sh (dash, busybox ash or bash), docker or podman, coreutils, and ssh-keygen or openssl for the sender's signature. Killed
 # anywhere and started again, it finishes. What comes after the image is verified is Python inside it: tools/installer.py.
 # shellcheck shell=dash
-set -u
+{ set -u # read to its last line before anything runs: a shortened script is a syntax error
 export LC_ALL=C
 umask 022
 
@@ -696,5 +696,5 @@ main() {
     $COMMAND
 }
 
-# The whole script is read before its last line runs it: a damaged one does nothing.
-main "$@"; exit $?
+# The brace that opened at the top closes here: the shell reads the whole script before it runs any of it.
+main "$@"; exit $?; }
