@@ -11,6 +11,8 @@ import pytest
 from machine import NOT_HERE
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub is imported: it tries for seconds
+# before torch is imported by any test: two workers with a thread for each core wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 LOOPBACK = ("127.", "::1", "localhost")
 
 

@@ -14,7 +14,6 @@ import pytest
 from tiny import rows, write_model
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
