@@ -1,8 +1,8 @@
-"""Follow a training by byte offset, mirror its newest checkpoint home, and keep to the money, the
-hours and the patience.
+"""Follow a training: read its events from a byte offset, mirror its newest checkpoint, and hold it
+to limits.max_usd, max_hours and stall_minutes.
 
-A lost connection says nothing about the training: it is made again for as long as the box's own
-watchdog lets it live.
+A lost connection says nothing about the training: we reconnect for as long as the box's own
+watchdog lets the box live.
 """
 
 from __future__ import annotations
@@ -35,81 +35,82 @@ from ops.wait import Patience, until
 from trainer.wire import events
 
 POLL_S = 2.0
-ODD = (
+BAD_MANIFEST = (
     ValueError,
     KeyError,
     TypeError,
     AttributeError,
     RecursionError,
     OverflowError,
-)  # of a box's manifest
-MAX_LINE = 4 << 20  # bytes of one event; a longer line is passed over
-EVENTS = "events.jsonl"  # at home beside the journal, byte for byte what the box wrote
+)  # what reading a manifest raises that is not what a trainer writes
+MAX_LINE = 4 << 20  # bytes of one event; a longer line is skipped
+EVENTS = "events.jsonl"  # here beside the journal, byte for byte what the box wrote
 
-STARTS = 3.0  # times as long as the plan foresaw may loading take
+START_FACTOR = 3.0  # loading may take so many times what the plan predicted
 
-_Answer = tuple[int | None, bool, int, bytes]  # of scripts.parse_poll
+# of scripts.parse_poll: exit code, whether the trainer runs, bytes of its events, the new ones
+_Answer = tuple[int | None, bool, int, bytes]
 
 
 class NoFirstStep(Unsuitable):
-    """The machine does not come to train: its link, its disk, or its GPUs among each other."""
+    """The machine did not reach step 1: its link, its disk, or the links between its GPUs."""
 
 
 @dataclass
-class _Heard:
-    """For how long the box gives no answer, and answers without an event; what it said of a
-    failure."""
+class _State:
+    """What `follow` remembers between two polls."""
 
-    silent: Patience
-    still: Patience
+    silent: Patience  # since the box last answered
+    still: Patience  # since its last event
     failure: events.Failed | None = None
-    stepped: bool = False  # a step was told on this machine: from then on it is the training's
-    unreadable: int = 0  # lines that are no event
-    window: int = scripts.POLL_BYTES  # asked for at once; grows for a long line
-    skipping: bool = False  # within a line longer than MAX_LINE: passed over to its end
-    gone: bool = False  # at the last look the trainer neither ran nor had ended
+    stepped: bool = False  # this machine reached step 1: a later hang is the training's fault
+    unreadable: int = 0  # lines that are not events
+    window: int = scripts.POLL_BYTES  # bytes to ask for; grows for a long line
+    skipping: bool = False  # inside a line longer than MAX_LINE: skip to its end
+    gone: bool = False  # at the last poll the trainer neither ran nor had an exit code
 
 
 def follow(session: Session, box: Box) -> None:
-    """Return when the training ended well.
+    """Return when the training ended with exit code 0.
 
-    Raises Failed with the trainer's reason, Stalled, OverBudget, Preempted, or Lost when vast.ai
-    has answered for a lease's time, and the box has not."""
+    Raises Failed with the trainer's reason, NoFirstStep, Stalled, OverBudget, Preempted, or Lost
+    when vast.ai answered and the box did not for LEASE_S."""
     (session.journal.folder / EVENTS).touch()
-    heard = _Heard(Patience(session.clock), Patience(session.clock))
-    told = retrieve.events_of(session.journal.folder / EVENTS)
-    heard.stepped = any(isinstance(e, events.Step) for e in told)
-    until(lambda: _look(session, box, heard), every_s=POLL_S, clock=session.clock)
+    state = _State(Patience(session.clock), Patience(session.clock))
+    earlier = retrieve.events_of(session.journal.folder / EVENTS)
+    state.stepped = any(isinstance(e, events.Step) for e in earlier)
+    until(lambda: _look(session, box, state), every_s=POLL_S, clock=session.clock)
 
 
-def _look(session: Session, box: Box, heard: _Heard) -> bool | None:
-    """Bring home the events that are new. True when the training ended well, None while it runs."""
+def _look(session: Session, box: Box, state: _State) -> bool | None:
+    """Fetch the new events. True when the training ended with exit code 0, None while it runs."""
     home = session.journal.folder / EVENTS
-    answer = _poll(session, box, heard, home.stat().st_size)
-    while answer and _keep_events(session, box, heard, home, answer):
-        _enforce(session, heard)
-        answer = _poll(session, box, heard, home.stat().st_size)
+    answer = _poll(session, box, state, home.stat().st_size)
+    while answer and _keep_events(session, box, state, home, answer):
+        _enforce(session, state)
+        answer = _poll(session, box, state, home.stat().st_size)
     session.moved_t = session.clock.steady()  # this loop has its own patience
     if answer is None:
-        if heard.silent.seconds > scripts.LEASE_S * session.clock.pace:
+        if state.silent.seconds > scripts.LEASE_S * session.clock.pace:
             raise Lost(
-                f"the box could not be reached for {heard.silent.seconds:.0f} s, although vast.ai "
+                f"the box could not be reached for {state.silent.seconds:.0f} s, although vast.ai "
                 "answers"
             )
     else:
         code, running, _, _ = answer
         if code is not None:
-            _ended(session, box, code, heard.failure)
+            _record_end(session, box, code, state.failure)
             return True
-        if heard.gone and not running:
+        if state.gone and not running:
             _raise_gone(session, box)
-        heard.gone = not running
-    _enforce(session, heard)
+        state.gone = not running
+    _enforce(session, state)
     return None
 
 
-def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: _Answer) -> bool:
-    """Append the whole lines of an answer to `home` and act on them. True when more wait there."""
+def _keep_events(session: Session, box: Box, state: _State, home: Path, answer: _Answer) -> bool:
+    """Append the complete lines of an answer to `home` and act on them. True when more are there to
+    fetch."""
     _, _, size, news = answer
     if size > retrieve.EVENTS_BYTES:
         raise Failed(
@@ -117,61 +118,64 @@ def _keep_events(session: Session, box: Box, heard: _Heard, home: Path, answer: 
             f"{retrieve.EVENTS_BYTES:,}: it is not taken home",
         )
     lines, used = events.whole_lines(news)
-    full = len(news) >= heard.window
-    if not used and full and heard.window >= MAX_LINE:
-        used, heard.skipping = len(news), True  # kept as it came, read by nobody
+    full = len(news) >= state.window
+    if not used and full and state.window >= MAX_LINE:
+        used, state.skipping = len(news), True  # appended as it is, but not parsed
     with home.open("ab") as f:
         f.write(news[:used])
     if lines:
-        if heard.skipping:  # the end of a long one
-            lines[0], heard.skipping = "", False
-        heard.window = scripts.POLL_BYTES
-        _tell_all(session, box, heard, lines)
-        heard.still.renew()  # after a checkpoint has come home, however long that took
-        heard.silent.renew()
+        if state.skipping:  # the first line is the end of the long one
+            lines[0], state.skipping = "", False
+        state.window = scripts.POLL_BYTES
+        _handle(session, box, state, lines)
+        state.still.renew()  # here, and not before: mirroring a checkpoint may take long
+        state.silent.renew()
         session.moved_t = session.clock.steady()
     elif full and not used:
-        heard.window = min(4 * heard.window, MAX_LINE)
+        state.window = min(4 * state.window, MAX_LINE)
     return (used > 0 or full) and home.stat().st_size < size
 
 
-def _tell_all(session: Session, box: Box, heard: _Heard, lines: list[str]) -> None:
-    """Of several checkpoints only the newest is mirrored: the box may have removed the others."""
-    found, odd = events.readable(lines)
-    if odd:
-        if not heard.unreadable:
-            said = "a line of the trainer's events cannot be read and is passed over"
-            session.note("event", event="warning", message=said)
-        heard.unreadable += odd
+def _handle(session: Session, box: Box, state: _State, lines: list[str]) -> None:
+    """Act on each event. Only the newest of several checkpoints is mirrored: the box may have
+    removed the others."""
+    found, unreadable = events.readable(lines)
+    if unreadable:
+        if not state.unreadable:
+            message = "a line of the trainer's events cannot be read and is passed over"
+            session.note("event", event="warning", message=message)
+        state.unreadable += unreadable
     newest = next((e for e in reversed(found) if isinstance(e, events.Checkpoint)), None)
     for event in found:
-        heard.failure = event if isinstance(event, events.Failed) else heard.failure
-        heard.stepped = heard.stepped or isinstance(event, events.Step)
-        _tell(session, event)
+        state.failure = event if isinstance(event, events.Failed) else state.failure
+        state.stepped = state.stepped or isinstance(event, events.Step)
+        _record(session, event)
         if event is newest:
             mirror(session, box, newest)
 
 
-def _poll(session: Session, box: Box, heard: _Heard, offset: int) -> _Answer | None:
-    """One answer, or None when the box could not be reached and vast.ai did not take it away."""
+def _poll(session: Session, box: Box, state: _State, offset: int) -> _Answer | None:
+    """One answer of the box. None when the box could not be reached and still exists at vast.ai;
+    raises Preempted when it does not."""
     try:
-        done = box.run(scripts.poll(session.run_id, offset, heard.window))
+        done = box.run(scripts.poll(session.run_id, offset, state.window))
         answer = scripts.parse_poll(done.stdout_bytes)
     except (Lost, ValueError) as e:
         session.screen.waiting(f"no connection ({e}); the training goes on without us")
     else:
-        heard.silent.renew()
-        heard.still.look()
+        state.silent.renew()
+        state.still.look()
         return answer
     online = raise_if_preempted(session, box)
     with suppress(NeverReady):
         box.connect(deadline_s=20 * session.clock.pace)
-    heard.silent.look(counts=online)
-    heard.still.look(counts=False)
+    state.silent.look(counts=online)
+    state.still.look(counts=False)
     return None
 
 
-def _tell(session: Session, event: events.Event) -> None:
+def _record(session: Session, event: events.Event) -> None:
+    """Show the event, and put what a later client needs of it into the journal."""
     session.screen.event(event, session.spent_usd(), session.plan.max_usd, session.dies_at())
     match event:
         case events.Started():
@@ -205,8 +209,8 @@ def _tell(session: Session, event: events.Event) -> None:
 
 
 def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
-    """Bring one checkpoint home whole, then forget the older. A failure is no reason to stop: the
-    next one comes."""
+    """Pull one checkpoint completely, then delete the older ones here. A failure only shows a
+    message: the next checkpoint comes."""
     folder = session.journal.folder / "checkpoints" / str(checkpoint.step)
     remote = f"{scripts.run_folder(session.run_id)}/{checkpoint.path}"
     try:
@@ -220,7 +224,7 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
         )
     except HostKeyChanged:
         raise
-    except (BoxError, PreflightError, OSError, *ODD) as e:
+    except (BoxError, PreflightError, OSError, *BAD_MANIFEST) as e:
         session.screen.waiting(f"checkpoint {checkpoint.step} not mirrored: {e}")
         return
     session.note(
@@ -244,15 +248,19 @@ def pull_folder(
     *,
     max_bytes: int,
 ) -> int:
-    """Pull the files that `remote`/manifest.json names, each checked, the manifest last. Returns
-    the bytes moved. Raises what `transfer.pull` raises, and ODD for a manifest that is none or that
-    names more than `max_bytes` or retrieve.MAX_FILES; nothing stays here then."""
+    """Pull the files that `remote`/manifest.json names into `local`, each by its sha256, the
+    manifest last. Returns the bytes moved.
+
+    Raises what `transfer.pull` raises, and one of BAD_MANIFEST for a manifest that cannot be read
+    or that names more than `max_bytes` or retrieve.MAX_FILES; `local` is removed then."""
     try:
         local.mkdir(parents=True, exist_ok=True)
         staged = local / "manifest.json.incoming"
-        most = retrieve.CHECKPOINT_MANIFEST_BYTES
-        transfer.pull(box, f"{remote}/manifest.json", staged, manifest_sha256, max_bytes=most)
-        files = _listed(json.loads(staged.read_text("utf-8"))["files"], max_bytes)
+        max_manifest_bytes = retrieve.CHECKPOINT_MANIFEST_BYTES
+        transfer.pull(
+            box, f"{remote}/manifest.json", staged, manifest_sha256, max_bytes=max_manifest_bytes
+        )
+        files = _manifest_files(json.loads(staged.read_text("utf-8"))["files"], max_bytes)
         for name, (sha256, size) in files.items():
             (local / name).parent.mkdir(parents=True, exist_ok=True)
             transfer.pull(box, f"{remote}/{name}", local / name, sha256, progress, max_bytes=size)
@@ -263,9 +271,10 @@ def pull_folder(
     return sum(size for _, size in files.values())
 
 
-def _listed(files: dict[str, Any], max_bytes: int) -> dict[str, tuple[str, int]]:
-    """sha256 and bytes by name. Raises ODD for more than this job can have made, or elsewhere."""
-    found = {name: (str(said["sha256"]), int(said["bytes"])) for name, said in files.items()}
+def _manifest_files(files: dict[str, Any], max_bytes: int) -> dict[str, tuple[str, int]]:
+    """(sha256, bytes) by name. Raises one of BAD_MANIFEST for more than this job can have made, and
+    for a name that leads out of the folder."""
+    found = {name: (str(entry["sha256"]), int(entry["bytes"])) for name, entry in files.items()}
     sizes = [size for _, size in found.values()]
     if len(found) > retrieve.MAX_FILES or min(sizes, default=0) < 0 or sum(sizes) > max_bytes:
         raise ValueError(
@@ -279,16 +288,16 @@ def _listed(files: dict[str, Any], max_bytes: int) -> dict[str, tuple[str, int]]
 
 
 def newest_checkpoint(session: Session) -> Path | None:
-    """The mirrored checkpoint to continue from: the newest whose manifest is there."""
-    whole = [
+    """The newest mirrored checkpoint whose manifest is there; None without one."""
+    complete = [
         p.parent
         for p in (session.journal.folder / "checkpoints").glob("*/manifest.json")
         if p.parent.name.isdigit()
     ]
-    return max(whole, key=lambda p: int(p.name), default=None)
+    return max(complete, key=lambda p: int(p.name), default=None)
 
 
-def _ended(session: Session, box: Box, code: int, failure: events.Failed | None) -> None:
+def _record_end(session: Session, box: Box, code: int, failure: events.Failed | None) -> None:
     session.note("ended", exit_code=code)
     if code == 0:
         return
@@ -306,7 +315,8 @@ def _ended(session: Session, box: Box, code: int, failure: events.Failed | None)
 
 
 def _raise_gone(session: Session, box: Box) -> NoReturn:
-    """Twice, a poll apart, neither running nor ended: killed whole, or the container restarted."""
+    """The trainer neither ran nor had an exit code in two polls: it was killed, or the container
+    restarted."""
     tail = box.run(scripts.log_tail(session.run_id)).stdout
     raise Failed(
         "the trainer's processes are gone without an exit code: killed from outside, most often "
@@ -316,24 +326,26 @@ def _raise_gone(session: Session, box: Box) -> NoReturn:
     )
 
 
-def _enforce_start(session: Session, heard: _Heard) -> None:
-    """Until the first step the plan's own prediction is the measure, and the machine is to
-    blame."""
-    foreseen = session.predicted(session.offer())
-    patience_s = max(session.plan.stall_s, STARTS * (foreseen.transfer_s + foreseen.start_s))
-    if heard.still.seconds > patience_s:
+def _enforce_start(session: Session, state: _State) -> None:
+    """Before the first step, patience is measured by the plan's prediction, and a machine that
+    takes longer is at fault. Raises NoFirstStep."""
+    predicted = session.predicted(session.offer())
+    predicted_s = predicted.transfer_s + predicted.start_s
+    patience_s = max(session.plan.stall_s, START_FACTOR * predicted_s)
+    if state.still.seconds > patience_s:
         raise NoFirstStep(
-            f"{blame.NO_STEP} {heard.still.seconds / 60:.0f} minutes of silence; the plan foresaw "
-            f"{(foreseen.transfer_s + foreseen.start_s) / 60:.0f} minutes to load"
+            f"{blame.NO_STEP} {state.still.seconds / 60:.0f} minutes of silence; the plan foresaw "
+            f"{predicted_s / 60:.0f} minutes to load"
         )
 
 
-def _enforce(session: Session, heard: _Heard) -> None:
-    if not heard.stepped:
-        _enforce_start(session, heard)
-    elif heard.still.seconds > session.plan.stall_s:
+def _enforce(session: Session, state: _State) -> None:
+    """Raises NoFirstStep, Stalled or OverBudget when a limit is reached."""
+    if not state.stepped:
+        _enforce_start(session, state)
+    elif state.still.seconds > session.plan.stall_s:
         raise Stalled(
-            f"no event for {heard.still.seconds / 60:.0f} minutes (limits.stall_minutes)",
+            f"no event for {state.still.seconds / 60:.0f} minutes (limits.stall_minutes)",
             hint=f"`milktea logs {session.run_id}` shows what it did last",
         )
     if session.left_s() < MARGIN_S:

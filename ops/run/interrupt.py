@@ -11,7 +11,7 @@ from ops.box import scripts
 from ops.box.connection import Box
 from ops.errors import Failed, MilkteaError
 from ops.run import retrieve, wishes
-from ops.run.follow import ODD, newest_checkpoint, pull_folder
+from ops.run.follow import BAD_MANIFEST, newest_checkpoint, pull_folder
 from ops.run.session import Detached, Interrupted, Session
 
 P = ParamSpec("P")
@@ -93,10 +93,10 @@ def fetch_newest(session: Session, box: Box) -> None:
         have = newest_checkpoint(session)
         if steps and (have is None or steps[0] > int(have.name)):
             local = session.journal.folder / "checkpoints" / str(steps[0])
-            most = retrieve.checkpoint_bytes(session.plan.workload)
+            max_bytes = retrieve.checkpoint_bytes(session.plan.workload)
             moved = pull_folder(
-                box, f"{folder}/checkpoints/{steps[0]}", local, None, max_bytes=most
+                box, f"{folder}/checkpoints/{steps[0]}", local, None, max_bytes=max_bytes
             )
             session.note("checkpoint", step=steps[0], folder=str(local), bytes_out=moved)
-    except (MilkteaError, OSError, *ODD) as e:
+    except (MilkteaError, OSError, *BAD_MANIFEST) as e:
         session.screen.waiting(f"the newest checkpoint could not be fetched: {e}")

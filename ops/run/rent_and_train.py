@@ -1,8 +1,8 @@
-"""The story: rent, push, train, retrieve, destroy. `rent_and_train` is the main job, read aloud;
-what it calls is below it in order.
+"""The story: rent, push, train, pull, destroy. Read `rent_and_train` first; what it calls follows
+in order.
 
-`resume` is the same function on a run that has a journal already: each stage looks at what is done
-and does the rest.
+To resume a run is to call the same function with its journal: each stage looks at what is done and
+does the rest.
 """
 
 from __future__ import annotations
@@ -49,27 +49,31 @@ from trainer.wire.job import WIRE, Job
 
 T = TypeVar("T")
 boot = stage(rental.boot)
-MACHINES = 5  # tried for one run before giving up
+MAX_MACHINES = 5  # in a row without a checkpoint, before the run gives up
 CONNECT_S = 300.0
-ARM_S = 45.0  # for the watchdog to prove itself, scaled by the clock's pace
-ARM_LEAST_S = 3
-TUNNEL_S = 75.0  # after which a stuck proxy tunnel is cured by one reboot
-FULL_PATIENCE_S, FULL_EVERY_S = 1800.0, 10.0  # while this disk has no room for what comes home
-FETCHES = 3  # of a result that does not verify
+ARM_S = 45.0  # for the watchdog to report that it is armed, scaled by the clock's pace
+MIN_ARM_S = 3
+TUNNEL_S = 75.0  # to connect, before a stuck proxy tunnel is given one reboot
+FULL_PATIENCE_S, FULL_EVERY_S = 1800.0, 10.0  # while this disk is too full for a file of the box
+MAX_FETCHES = 3  # of a result that does not verify
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
+    """The verified adapter here, its sha256, and the dollars of the whole run."""
+
     adapter_zip: Path
     sha256: str
     spent_usd: float
 
 
 @metered
-def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
-    """The main job; `seen` is the market as the user has just seen it. Returns once a verified
-    adapter is at home and no box of this run exists; raises otherwise, with the same guarantee
-    about the box, or BoxLeaked, or Detached."""
+def rent_and_train(session: Session, seen: Ranking | None = None) -> RunResult:
+    """Rent a machine, train on it, bring the adapter home and destroy the machine. `seen` is the
+    market as the user has just seen it.
+
+    Returns once a verified adapter is here and no box of this run exists. Raises otherwise, with
+    the same guarantee about the box; only BoxLeaked and Detached leave one."""
     session.remember_place()
     for offer in offers(session, seen):
         try:
@@ -81,41 +85,44 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> Outcome:
                     watch(session, box)
                     return pull(session, box)
         except (BoxError, OfferGone, RateLimited) as e:
-            remember_bad(session, offer, e)
-    raise NoOffer(f"{MACHINES} machines were tried and none carried the run through")
+            remember_failure(session, offer, e)
+    raise NoOffer(f"{MAX_MACHINES} machines were tried and none carried the run through")
 
 
 def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
-    """The offers to try, the cheapest finished run first, searched anew after each; first the one
-    that this run still has."""
+    """The offers to try: each time the one on which the run is expected to cost least. A run that
+    still has a box begins with the offer of that box."""
     if session.may_have_box():
         yield session.offer()
     fruitless = 0
-    while fruitless < MACHINES:
-        yield taken(session, seen)
+    while fruitless < MAX_MACHINES:
+        yield next_offer(session, seen)
         seen = None
-        # a machine that saved a checkpoint carried the run on, however it ended
+        # a machine that saved a checkpoint was progress, however it ended
         last = session.journal.last("renting", "checkpoint")
         fruitless = 0 if last and last.kind == "checkpoint" else fruitless + 1
 
 
 @stage
-def taken(session: Session, seen: Ranking | None) -> Offer:
-    """The best offer that was not tried, of the market as it was seen or is now."""
+def next_offer(session: Session, seen: Ranking | None) -> Offer:
+    """The best offer that was not tried: of `seen`, or of a new search."""
     return choose(session, seen or search(session))
 
 
-def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
-    """Another machine is taken next. A machine that failed by itself is remembered; being outbid or
-    late is not its fault."""
+def remember_failure(session: Session, offer: Offer, error: MilkteaError) -> None:
+    """Write to the journal why this machine did not do, so that another is chosen next:
+    "bad_machine" for a fault of its own, "missed" for what is not (outbid, taken by somebody else).
+
+    Raises when another machine would not help: a changed host key, or the same fatal word from two
+    machines."""
     fault = isinstance(error, NeverReady | Unsuitable | Lost)
     word = blame.word(error)
     bad = [line.data for line in session.journal.lines if line.kind == "bad_machine"]
     others = blame.machines_that_said(word, bad) - {offer.machine_id} if word else set()
-    if others:  # two machines, one word: it is the image's, or the job's
+    if others:  # two machines fail with the same word: the image or the job is at fault
         session.note("missed", machine_id=offer.machine_id, offer_id=offer.id, why=str(error))
-        said = f"{len(others) + 1} of them said {word!r}: {error}"
-        raise _not_the_machines(session, error, said) from error
+        what = f"{len(others) + 1} of them said {word!r}: {error}"
+        raise _not_the_machine(session, error, what) from error
     session.note(
         "bad_machine" if fault else "missed",
         machine_id=offer.machine_id,
@@ -124,19 +131,20 @@ def remember_bad(session: Session, offer: Offer, error: MilkteaError) -> None:
     )
     machine = NeverReady | Unsuitable | Lost | Preempted
     if isinstance(error, BoxError) and not isinstance(error, machine):
-        raise error  # a changed host key: stop, whatever else there is to rent
+        raise error  # a changed host key: stop
     if isinstance(error, RateLimited):
         session.clock.sleep(15)
 
 
-def _not_the_machines(session: Session, error: MilkteaError, said: str) -> MilkteaError:
+def _not_the_machine(session: Session, error: MilkteaError, what: str) -> MilkteaError:
+    """The error that blames the image, or the job, for what several machines reported."""
     if isinstance(error, NeverReady):
         return PreflightError(
-            f"image {session.plan.image} starts on no machine: {said}",
+            f"image {session.plan.image} starts on no machine: {what}",
             hint="look at image.ref in the job file: its name, its tag, whether it is public",
         )
     return Failed(
-        f"the training runs on no machine: {said}",
+        f"the training runs on no machine: {what}",
         hint=f"`milktea logs {session.run_id}` shows its last lines; look at image.ref and the job",
     )
 
@@ -155,23 +163,23 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     )
     began = session.clock.steady()
 
-    def told(endpoint: Endpoint, reason: str) -> None:
+    def show(endpoint: Endpoint, reason: str) -> None:
         session.screen.connecting(f"{endpoint}: {reason}")
 
     try:
-        box.connect(deadline_s=TUNNEL_S * session.clock.pace, on_try=told)
+        box.connect(deadline_s=TUNNEL_S * session.clock.pace, on_try=show)
     except NeverReady:
         raise_if_preempted(session, box)
         if "port forwarding failed" in session.vast.container_log(instance.id):
             session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
             session.vast.reboot(instance.id)
-        box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.clock.pace, on_try=told)
+        box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.clock.pace, on_try=show)
     since_0_1 = place.remembered(session.journal.lines) is None
-    wait_s = max(ARM_LEAST_S, int(ARM_S * session.clock.pace))
+    wait_s = max(MIN_ARM_S, int(ARM_S * session.clock.pace))
     proof = box.run(scripts.ready(session.run_id, wait_s, since_0_1=since_0_1), timeout_s=90)
     if proof.stdout.strip() != "armed":
-        said = (proof.stdout + proof.stderr).strip()[-300:]
-        raise Unsuitable(f"the watchdog of machine {offer.machine_id} is not armed: {said}")
+        output = (proof.stdout + proof.stderr).strip()[-300:]
+        raise Unsuitable(f"the watchdog of machine {offer.machine_id} is not armed: {output}")
     why = facts.unsuitable(
         facts.parse(box.run(facts.SCRIPT).stdout), facts.Expected.of(offer, session.plan.needs)
     )
@@ -188,9 +196,11 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
 
 @stage
 def push(session: Session, box: Box) -> None:
-    """Job, data, model, our trainer, and the newest checkpoint of an earlier box. What is there
-    whole already is not sent again, and nothing once the training was launched there: by then a
-    newer milktea may have other files of the same names."""
+    """Push the job, data, model, our trainer, and the newest checkpoint of an earlier box. Files
+    that are complete on the box are not sent again.
+
+    Once the training was launched on this box nothing is pushed: a newer milktea may have other
+    files of the same names."""
     last = session.journal.last("launched", "renting")
     if last is not None and last.kind == "launched":
         return
@@ -206,7 +216,7 @@ def push(session: Session, box: Box) -> None:
             if p.is_file()
         ]
     began = session.clock.steady()
-    persist(
+    retry_transfer(
         session,
         box,
         lambda: transfer.push(box, files, lambda done, total: session.moving("push", done, total)),
@@ -218,7 +228,7 @@ def push(session: Session, box: Box) -> None:
 
 
 def _job_text(wire_job: dict[str, Any]) -> str:
-    """job.json; as it was planned, where milktea 0.1 planned it."""
+    """The text of job.json; a job that milktea 0.1 planned is left as it is."""
     if wire_job["wire"] != WIRE:
         return json.dumps(wire_job, ensure_ascii=False, indent=1)
     return Job.model_validate(wire_job).text()
@@ -228,28 +238,31 @@ def _push_file(local: Path, remote: str) -> PushFile:
     return PushFile(local, remote, sha256_of(local))
 
 
-def persist(session: Session, box: Box, action: Callable[[], T]) -> T:
-    """A transfer again and again over broken links, until the box stays away for a lease's time
-    although vast.ai answers, or its deadline is near, and for FULL_PATIENCE_S while this disk is
-    full. Raises Lost, PreflightError then, Preempted when it was taken away."""
+def retry_transfer(session: Session, box: Box, action: Callable[[], T]) -> T:
+    """Repeat a transfer over broken connections and while this disk is full, and return what it
+    returns.
+
+    Raises Lost when the box does not answer for LEASE_S although vast.ai does, or its deadline is
+    near; PreflightError when this disk is full for FULL_PATIENCE_S; Preempted when the box was
+    taken away."""
     full_until = session.clock.steady() + FULL_PATIENCE_S * session.clock.pace
     while True:
         try:
             return action()
         except Lost as e:
             session.screen.waiting(f"the link broke ({e}); again")
-            if not reconnected(session, box):
+            if not reconnect(session, box):
                 raise
-        except PreflightError as e:  # this disk is full: what is paid for waits there
+        except PreflightError as e:  # this disk is full: the result waits on the box
             if session.clock.steady() > full_until or session.left_s() < 2 * MARGIN_S:
                 raise
             session.screen.waiting(f"{e}; make room: it is tried again")
             session.clock.sleep(FULL_EVERY_S)
 
 
-def reconnected(session: Session, box: Box) -> bool:
-    """Whether the box lets us in again within a lease's time in which vast.ai answers. Raises
-    Preempted when it was taken away, HostKeyChanged."""
+def reconnect(session: Session, box: Box) -> bool:
+    """Whether the box lets us in again within LEASE_S; time in which vast.ai does not answer either
+    is not counted. Raises Preempted when it was taken away, HostKeyChanged."""
     silent = Patience(session.clock)
 
     def connected() -> bool | None:
@@ -269,8 +282,8 @@ def reconnected(session: Session, box: Box) -> bool:
 
 @stage
 def launch(session: Session, box: Box) -> None:
-    """Start the training. Idempotent. The events of an earlier machine are put aside: offsets
-    begin again."""
+    """Start the training. Idempotent. The events of an earlier machine are renamed first, because
+    the byte offsets of this one begin at 0."""
     before = session.journal.last("launched", "renting")
     events = session.journal.folder / "events.jsonl"
     if before and before.kind == "renting" and events.exists():
@@ -289,9 +302,9 @@ def _start(session: Session, box: Box, more: tuple[tuple[str, str], ...] = ()) -
 
 @stage
 def watch(session: Session, box: Box) -> None:
-    """Follow to the end; a limit or a failure fetches the newest checkpoint before it is raised.
-    Where several consumer cards hang before their first step, it is tried once without their
-    reaching each other."""
+    """Follow the training to its end. Before a limit or a failure is raised, the newest checkpoint
+    is fetched. Several consumer cards that hang before step 1 get one more start without
+    peer-to-peer transfers."""
     while True:
         try:
             return follow(session, box)
@@ -312,20 +325,20 @@ def watch(session: Session, box: Box) -> None:
 
 
 @stage
-def pull(session: Session, box: Box) -> Outcome:
-    """Bring the result home, prove it whole and sane, and only then allow the box to go. A bad copy
-    is fetched again."""
+def pull(session: Session, box: Box) -> RunResult:
+    """Pull the result and verify it; only then may the box be destroyed. A result that does not
+    verify is fetched again, MAX_FETCHES times in all. Raises AdapterError."""
     staging = session.journal.folder / "result"
     staging.mkdir(exist_ok=True)
-    for attempt in range(1, FETCHES + 1):
+    for attempt in range(1, MAX_FETCHES + 1):
         try:
-            looked = persist(session, box, lambda: retrieve.fetch(session, box, staging))
+            looked = retry_transfer(session, box, lambda: retrieve.fetch(session, box, staging))
             break
         except AdapterError as e:
             session.note("bad_result", attempt=attempt, why=str(e))
             shutil.rmtree(staging)
             staging.mkdir()
-            if attempt == FETCHES:
+            if attempt == MAX_FETCHES:
                 raise
     out = retrieve.lay_out(session, staging, looked, session.journal.folder / EVENTS)
     found = looked.verified
@@ -336,4 +349,4 @@ def pull(session: Session, box: Box) -> Outcome:
         tensors=found.tensors,
         adapter=str(out / ADAPTER),
     )
-    return Outcome(out / ADAPTER, found.sha256, session.spent_usd())
+    return RunResult(out / ADAPTER, found.sha256, session.spent_usd())

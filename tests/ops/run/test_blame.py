@@ -14,7 +14,7 @@ from ops.market.cost import Workload
 from ops.market.ranking import Needs
 from ops.run import blame, follow
 from ops.run.journal import Journal, Line
-from ops.run.rent_and_train import MACHINES, offers
+from ops.run.rent_and_train import MAX_MACHINES, offers
 
 pytestmark = pytest.mark.timeout(120)
 ECC = "CUDA error: uncorrectable ECC error encountered"
@@ -93,10 +93,10 @@ def test_a_machine_that_saved_a_checkpoint_is_no_failed_try(own: rig.Rig, fake: 
                 "renting", offer=asdict(offer), bid_usd_per_hour=None, disk_gib=16, max_s=9
             )
             session.note("missed", machine_id=offer.machine_id, offer_id=offer.id, why="outbid")
-            if len(taken) <= MACHINES + 2:
+            if len(taken) <= MAX_MACHINES + 2:
                 session.note("checkpoint", step=len(taken), folder="x")
             session.note("absent", reads=3)
-        assert len(taken) == MACHINES + 2 + MACHINES
+        assert len(taken) == MAX_MACHINES + 2 + MAX_MACHINES
 
 
 @pytest.mark.parametrize(
