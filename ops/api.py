@@ -38,14 +38,13 @@ from ops.job.preflight import preflight
 from ops.market.client import Provider, Vast, provider_from
 from ops.market.models import Instance
 from ops.market.ranking import Ranking, rank
-from ops.run import explain, journal, supervisor, wishes
+from ops.run import explain, journal, rental, supervisor, wishes
 from ops.run import reap as reaping
 from ops.run.attach import Tail, ended, watching
 from ops.run.choose import bad_machines, found_offers, none_left
 from ops.run.explain import Status, told_line
 from ops.run.journal import Journal, Line
 from ops.run.reap import Reaped
-from ops.run.rental import give_back
 from ops.run.session import (
     Interrupted,
     Screen,
@@ -561,7 +560,7 @@ def destroy(
         had = may_have_box(held.lines)
         if had:
             made = Plan.from_line(held.lines[0])
-            give_back(Session(held, made, vast, screen or Quiet()), why="asked for")
+            rental.destroy(Session(held, made, vast, screen or Quiet()), why="asked for")
         return had
 
 

@@ -13,7 +13,7 @@ from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.run import journal, place
 from ops.run.journal import Journal
-from ops.run.rental import give_back, until_absent
+from ops.run.rental import destroy, until_absent
 from ops.run.session import Screen, Session, may_appear, may_have_box
 
 RUN_ID = re.compile(r"^[a-z0-9][a-z0-9-]*-\d{8}-\d{6}-[0-9a-f]{4}$")
@@ -87,7 +87,7 @@ def _each(
                 continue
             with Journal(folder, vast.clock.now) as held:
                 session = Session(held, Plan.from_line(held.lines[0]), vast, screen)
-                give_back(session, why="reaped")
+                destroy(session, why="reaped")
                 reaped.destroyed.append(folder.name)
         except BoxLeaked as e:
             reaped.leaked.append(e)

@@ -1,9 +1,9 @@
-"""One rented machine: rent once, prove what an unclear answer left behind, boot, and destroy until
-it is proven absent.
+"""One rented machine: rent it once, find what an unclear answer created, boot it, and destroy it
+until it is proven absent.
 
-Before a create stands its intent in the journal; before a DELETE stands nothing: no disk, no line,
-no diagnostic. Whatever instant the client dies at, the journal and the label on vast.ai's list
-together say what exists.
+The journal has the intent before a create is sent. Nothing is waited for before a DELETE is sent:
+neither the disk, nor a journal line, nor a diagnostic. So, whenever the client dies, the journal
+and the labels in vast.ai's list together say what exists.
 """
 
 from __future__ import annotations
@@ -37,50 +37,52 @@ from ops.run import blame
 from ops.run.session import Detached, Session, boot_timeout_s
 from ops.wait import until
 
-READS = 3  # without it, in a row, prove absence
-# between reads after an unclear create: a new contract may take seconds to be listed
-SETTLE_S = 5.0
+READS = 3  # lists in a row without an instance prove that it is absent
+# between reads after an unclear create: a new instance may take seconds to be listed
+UNCLEAR_S = 5.0
 PROOF_S = 2.0  # between reads after a destroy
 DESTROY_PATIENCE_S = 600.0
-UNSEEN_PATIENCE_S = 300.0  # a new contract may be invisible for so long
-LOG_S = 5.0  # waited for a container's log after the proof
-SICK_PATIENCE_S = 120.0  # of offline or unknown before the box is given up
+UNSEEN_PATIENCE_S = 300.0  # a new instance may be invisible for so long
+LOG_S = 5.0  # to wait for a container's log after the proof
+OFFLINE_PATIENCE_S = 120.0  # of offline or unknown before the box is given up
 
 
 @contextmanager
 def rented(session: Session, offer: Offer) -> Iterator[int]:
-    """The instance id of the machine behind `offer`, or the one that this run already has. On the
-    way out, however, it is destroyed and proven gone; only `Detached` leaves it, guarded by its own
-    watchdog, and `Fenced`, since another client has it. A destroy without its proof raises
-    BoxLeaked from the first error. Raises NoAnswer where vast.ai does not say whether there is one:
-    then nothing is rented and nothing destroyed."""
+    """Rent the machine of `offer`, or take the one that this run already has, and give its instance
+    id to the block. However the block ends, the machine is destroyed and proven absent. Two errors
+    leave it: `Detached` (its own watchdog guards it) and `Fenced` (another client has it).
+
+    Raises BoxLeaked, from the block's error, for a destroy without proof. Raises NoAnswer where
+    vast.ai does not say whether the run has a machine: then nothing is rented or destroyed."""
     try:
-        adopted = adopt(session)
-    except (RateLimited, NoAnswer) as e:  # it may train: no answer is no reason to destroy it
+        existing = existing_instance(session)
+    except (RateLimited, NoAnswer) as e:  # it may be training: do not destroy it
         raise NoAnswer(
             f"vast.ai does not say whether the box of {session.run_id} still stands: {e}",
             hint=f"`milktea resume {session.run_id}` asks again; until then the box is left alone",
         ) from e
     try:
-        yield adopted or rent(session, offer)
+        yield existing or rent(session, offer)
     except (Detached, Fenced):
         raise
     except BaseException as first:
         try:
-            give_back(session, why=type(first).__name__, log=isinstance(first, MilkteaError))
+            destroy(session, why=type(first).__name__, log=isinstance(first, MilkteaError))
         except BoxLeaked as leak:
             raise leak from first
         raise
-    give_back(session, why="done")
+    destroy(session, why="done")
 
 
-def adopt(session: Session) -> int | None:
-    """The instance that an earlier client of this run rented, if it is still listed."""
+def existing_instance(session: Session) -> int | None:
+    """The id of the instance that an earlier client of this run rented; None when it has none, or
+    when it is not listed any more."""
     if session.journal.last("renting") is None or not session.may_have_box():
         return None
-    found, _ = listed(session.vast, session.run_id)
+    found, _ = instances_with_label(session.vast, session.run_id)
     if not found:
-        give_back(session, why="not listed any more")
+        destroy(session, why="not listed any more")
         return None
     line = session.journal.last("rented", "renting")
     if line is None or line.kind != "rented":
@@ -89,8 +91,9 @@ def adopt(session: Session) -> int | None:
 
 
 def rent(session: Session, offer: Offer) -> int:
-    """Create once. Raises OfferGone when it is proven that nothing was created, Refused when
-    vast.ai would refuse any offer, PreflightError where a token that the job names is not here."""
+    """Create an instance, once, and return its id. Raises OfferGone when it is proven that nothing
+    was created, Refused when vast.ai would refuse any offer, OverBudget when too little is left
+    for another machine, PreflightError where a token that the job names is not set."""
     allowed_s = session.allowed_s(offer)
     tokens.validate(session.plan.env, session.plan.image_login)
     with session.shield:
@@ -123,22 +126,22 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
             login=tokens.registry_login(session.plan.image, session.plan.image_login),
         )
     except MarketError as e:
-        return _settle(session, e)
-    session.created = instance_id  # known from here on, whatever the disk does
+        return _resolve_unclear_create(session, e)
+    session.created = instance_id  # first: the journal's line may meet a full disk
     session.note("rented", instance_id=instance_id)
     return instance_id
 
 
-def _settle(session: Session, error: MarketError) -> int:
-    """After anything but a clean yes: three spaced reads by label. The id of what exists and is of
-    use, else OfferGone or `error`."""
+def _resolve_unclear_create(session: Session, error: MarketError) -> int:
+    """The id of the instance that a create without a clear answer made, by three spaced reads of
+    the label. Raises OfferGone or `error` when none exists or it does not run."""
     session.note("unclear", error=str(error), instance_id=error.instance_id)
-    found, _ = listed(session.vast, session.run_id, every_s=SETTLE_S)
+    found, _ = instances_with_label(session.vast, session.run_id, every_s=UNCLEAR_S)
     if found:
         session.note("rented", instance_id=found[0].id, adopted=True)
         if len(found) == 1 and found[0].intended_status != "stopped":
             return found[0].id
-        give_back(session, why="created but not running")
+        destroy(session, why="created but not running")
     session.note("absent", reads=READS, provisional=isinstance(error, NoAnswer))
     if isinstance(error, NoAnswer | OfferGone):
         raise OfferGone(str(error)) from error
@@ -146,21 +149,21 @@ def _settle(session: Session, error: MarketError) -> int:
 
 
 def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
-    """Wait until it runs and lets us at its ports. Raises NeverReady (fatal status, deadline),
-    Preempted, Unsuitable."""
-    with suppress(MarketError):  # onstart brings the key too: no reason to destroy a box
+    """Wait until the instance runs and has an SSH port, and return its record. Raises NeverReady
+    (fatal status, deadline), Preempted, Unsuitable when it is not what was offered."""
+    with suppress(MarketError):  # the onstart script brings the key too
         session.vast.attach_key(instance_id, session.make_key())
     timeout_s = boot_timeout_s(session.predicted(offer))
     began = session.clock.steady()
     load()
-    sick_since: list[float] = []
+    offline_since: list[float] = []
     seen = False
 
     def look() -> Instance | None:
         nonlocal seen
         now = session.vast.instance(instance_id)
         waited = session.clock.steady() - began
-        if now is None and seen:  # it ended itself, while this machine slept
+        if now is None and seen:  # it destroyed itself, or the host took it away
             raise_if_preempted(session, None)
         seen = seen or now is not None
         if now is None:
@@ -172,11 +175,11 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
         session.screen.booting(now, waited)
         _raise_if_fatal(session, now)
         if now.status in ("offline", "unknown"):
-            sick_since.append(session.clock.steady())
-            if session.clock.steady() - sick_since[0] > SICK_PATIENCE_S * session.clock.pace:
+            offline_since.append(session.clock.steady())
+            if session.clock.steady() - offline_since[0] > OFFLINE_PATIENCE_S * session.clock.pace:
                 raise NeverReady(f"machine {now.machine_id} is {now.status}")
             return None
-        sick_since.clear()
+        offline_since.clear()
         return now if now.status == "running" and (now.direct_port or now.ssh_port) else None
 
     running = until(
@@ -184,7 +187,7 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     )
     if running is None:
         raise NeverReady(f"machine {offer.machine_id} did not boot within {timeout_s:.0f} s")
-    why = differs(running, offer, session.plan.needs.disk_gib, session.bid(offer))
+    why = difference(running, offer, session.plan.needs.disk_gib, session.bid(offer))
     if why:
         raise Unsuitable(f"instance {running.id} is not what was offered: {why}")
     session.note("booted", instance_id=running.id, seconds=round(session.clock.steady() - began, 2))
@@ -201,7 +204,7 @@ def _raise_if_fatal(session: Session, now: Instance) -> None:
 
 
 def endpoints(instance: Instance) -> list[Endpoint]:
-    """The ways to its sshd, as the record has them now."""
+    """Where its sshd answers, by its record: the direct port first, then vast.ai's proxy."""
     found = [Endpoint(instance.ssh_host, instance.ssh_port, "proxy")] if instance.ssh_port else []
     if instance.direct_port:
         found.insert(0, Endpoint(instance.direct_host, instance.direct_port, "direct"))
@@ -209,8 +212,8 @@ def endpoints(instance: Instance) -> list[Endpoint]:
 
 
 def raise_if_preempted(session: Session, box: Box | None) -> bool:
-    """Ask vast.ai, when the box does not answer, and take the ports that it tells now. Whether
-    vast.ai answered. Raises Preempted when it was stopped or is gone; silence raises nothing."""
+    """Ask vast.ai about a box that does not answer, and give `box` the ports of its record. Returns
+    whether vast.ai answered. Raises Preempted when the instance was stopped or is gone."""
     instance_id = session.instance_id()
     try:
         now = _shown(session, instance_id) if instance_id is not None else None
@@ -235,10 +238,10 @@ def _shown(session: Session, instance_id: int) -> Instance | None:
     return None
 
 
-def differs(
+def difference(
     instance: Instance, offer: Offer, disk_gib: float, bid_usd_per_hour: float | None
 ) -> str:
-    """How the created instance deviates from the offer that was taken; "" when it does not."""
+    """How the created instance differs from the offer that was taken; "" when it does not."""
     price = (
         offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
     ) + cost.disk_usd_per_hour(offer, disk_gib)
@@ -264,12 +267,12 @@ def differs(
     )
 
 
-def listed(
+def instances_with_label(
     vast: Vast, label: str, *, every_s: float = PROOF_S
 ) -> tuple[list[Instance], list[float]]:
-    """(what has `label`, the unix seconds of each read), by the first read that shows any; nothing
-    after READS reads, `every_s` apart. Raises MarketError when a read fails: the reads before it
-    prove nothing."""
+    """(instances with `label`, the unix seconds of each read). Stops at the first read that shows
+    any; an empty list is proven by READS reads, `every_s` apart. Raises MarketError when a read
+    fails: the reads before it prove nothing."""
     reads: list[float] = []
     while True:
         found = vast.instances(label=label)
@@ -287,12 +290,12 @@ def until_absent(
     begun: Callable[[], object] = lambda: None,
     tell: Callable[[str], object] = lambda trouble: None,
 ) -> list[float]:
-    """Destroy instance `known` and everything with `label`, again and again, until READS spaced
-    reads in a row list none; their unix seconds.
+    """Destroy instance `known` and every instance with `label`, again and again, until READS spaced
+    reads in a row list none. Returns the unix seconds of those reads.
 
     `begun` is called once the first DELETE is sent, `tell` with each trouble; what they raise is
-    passed over. Raises BoxLeaked without that proof after DESTROY_PATIENCE_S, or at once where
-    vast.ai says that the key is none (auth_error). Nothing else ends it."""
+    ignored. Raises BoxLeaked without proof after DESTROY_PATIENCE_S, or at once where vast.ai does
+    not accept the key (auth_error). Nothing else ends it."""
     pending = [] if known is None else [known]
     trouble, first = "", True
 
@@ -300,40 +303,42 @@ def until_absent(
         nonlocal pending, trouble, first
         trouble = ""
         for instance_id in pending:
-            trouble = _destroyed(vast, instance_id, label, known) or trouble
+            trouble = _try_destroy(vast, instance_id, label, known) or trouble
         if first:
             first = False
-            _guarded(begun)
+            _ignore_errors(begun)
         try:
-            pending, reads = _labelled(vast, label)
+            pending, reads = _ids_with_label(vast, label)
         except Exception as e:  # a list that cannot be read proves nothing, whatever it holds
             _raise_leaked_if_final(e, label, known)
-            trouble = trouble or _said(e)
+            trouble = trouble or _message(e)
         else:
             if not pending:
                 return reads
             trouble = trouble or "still listed"
-        _guarded(tell, trouble)
+        _ignore_errors(tell, trouble)
         return None
 
     found = until(absent, every_s=PROOF_S, timeout_s=DESTROY_PATIENCE_S, clock=vast.clock)
     if found is None:
-        raise _leaked(label, known, trouble)
+        raise _box_leaked(label, known, trouble)
     return found
 
 
-def _destroyed(vast: Vast, instance_id: int, label: str, known: int | None) -> str:
-    """One DELETE; what went wrong, or "". Raises BoxLeaked where the key is none."""
+def _try_destroy(vast: Vast, instance_id: int, label: str, known: int | None) -> str:
+    """Send one DELETE. Returns what went wrong, or "". Raises BoxLeaked where the key is not
+    accepted."""
     try:
         vast.destroy(instance_id)
     except Exception as e:  # it is sent again, whatever came back
         _raise_leaked_if_final(e, label, known)
-        return _said(e)
+        return _message(e)
     return ""
 
 
-def _labelled(vast: Vast, label: str) -> tuple[list[int], list[float]]:
-    """As `listed`, by nothing but id and label: an odd row of somebody else's stops nothing."""
+def _ids_with_label(vast: Vast, label: str) -> tuple[list[int], list[float]]:
+    """As `instances_with_label`, but reads only id and label of each row: a row that cannot be
+    parsed as an instance does not stop a destroy."""
     reads: list[float] = []
     while True:
         found = [number for number, theirs in vast.labels() if theirs == label]
@@ -345,46 +350,46 @@ def _labelled(vast: Vast, label: str) -> tuple[list[int], list[float]]:
 
 def _raise_leaked_if_final(e: Exception, label: str, known: int | None) -> None:
     if isinstance(e, Refused) and e.code == "auth_error":
-        raise _leaked(label, known, str(e)) from e
+        raise _box_leaked(label, known, str(e)) from e
 
 
-def _said(e: Exception) -> str:
+def _message(e: Exception) -> str:
     return str(e) if isinstance(e, MilkteaError) else f"{type(e).__name__}: {e}"
 
 
-def _guarded(act: Callable[..., object], *args: object) -> None:
-    """On the way out nothing but the proof counts: a full disk, a closed screen, odd text."""
+def _ignore_errors(act: Callable[..., object], *args: object) -> None:
+    """Call `act`. A full disk, a closed screen or text that cannot be encoded must not stop a
+    destroy."""
     with suppress(Exception):
         act(*args)
 
 
-def _leaked(label: str, instance_id: int | None, trouble: str) -> BoxLeaked:
+def _box_leaked(label: str, instance_id: int | None, trouble: str) -> BoxLeaked:
     which = "" if instance_id is None else f" (instance {instance_id})"
     return BoxLeaked(f"the box of {label}{which} is not proven destroyed: {trouble}")
 
 
-def give_back(session: Session, why: str, *, log: bool = False) -> None:
+def destroy(session: Session, why: str, *, log: bool = False) -> None:
     """Destroy everything with this run's label until it is proven absent. Safe to call twice.
 
-    With `log`, the container's log is asked for while the DELETE is on its way. Raises BoxLeaked
-    without the proof, Elsewhere where the run was rented at another place, Fenced where another
-    client has it."""
+    With `log`, the container's log is fetched meanwhile. Raises BoxLeaked without the proof,
+    Elsewhere where the run was rented at another place, Fenced where another client has it."""
     if not session.may_have_box():
         return
     if session.journal.taken_over():
         raise Fenced(f"{session.run_id}: another client has taken this run over; this one stops")
     session.validate_place()
     with session.shield:
-        _give_back(session, why, log)
+        _destroy(session, why, log)
 
 
-def _give_back(session: Session, why: str, log: bool) -> None:
+def _destroy(session: Session, why: str, log: bool) -> None:
     known = session.instance_id() or session.created
-    witness = _Witness(session, known) if log and known is not None else None
+    container_log = _ContainerLog(session, known) if log and known is not None else None
 
     def begun() -> None:
-        _guarded(session.screen.destroying, why)
-        _guarded(lambda: session.note("destroying", why=why))
+        _ignore_errors(session.screen.destroying, why)
+        _ignore_errors(lambda: session.note("destroying", why=why))
 
     def tell(trouble: str) -> None:
         patience = f"tried again for {DESTROY_PATIENCE_S / 60:.0f} minutes"
@@ -393,9 +398,9 @@ def _give_back(session: Session, why: str, log: bool) -> None:
     try:
         reads = until_absent(session.vast, session.run_id, known=known, begun=begun, tell=tell)
     except BoxLeaked as leak:
-        said = str(leak)
+        message = str(leak)
         ends = _ends_by_itself(session)
-        _guarded(lambda: session.note("leaked", instance_id=known, trouble=said))
+        _ignore_errors(lambda: session.note("leaked", instance_id=known, trouble=message))
         leak.money = f"it may be billing; {ends}"
         with suppress(Exception):
             leak.money = f"it may be billing {session.usd_per_hour():.3f} $/h; {ends}"
@@ -404,15 +409,17 @@ def _give_back(session: Session, why: str, log: bool) -> None:
     try:
         session.note("destroyed", reads=reads, instance_id=known)
     except Exception as e:
-        said = f"destroyed, absent in {READS} spaced reads; the journal takes no line: {_said(e)}"
-        _guarded(session.screen.waiting, said)
-    if witness:
-        _guarded(witness.keep)
-    _guarded(_bill, session, known)
+        message = (
+            f"destroyed, absent in {READS} spaced reads; the journal takes no line: {_message(e)}"
+        )
+        _ignore_errors(session.screen.waiting, message)
+    if container_log:
+        _ignore_errors(container_log.keep)
+    _ignore_errors(_bill, session, known)
 
 
 def _ends_by_itself(session: Session) -> str:
-    """What a box does that is not proven destroyed."""
+    """When a box that is not proven destroyed ends by its own watchdog, in words."""
     launched = session.journal.last("launched", "renting")
     alone = launched is not None and launched.kind == "launched"
     if alone and session.plan.when_silent == "finish":
@@ -422,7 +429,8 @@ def _ends_by_itself(session: Session) -> str:
 
 
 def _bill(session: Session, instance_id: int | None) -> None:
-    """Keep what vast.ai says it cost beside what we said. It may lag: nothing depends on it."""
+    """Write vast.ai's charges for the instance into the journal. They may be hours late: nothing
+    depends on them."""
     if instance_id is None:
         return
     try:
@@ -438,9 +446,9 @@ def _bill(session: Session, instance_id: int | None) -> None:
     )
 
 
-class _Witness:
-    """The container's log dies with the box; when something went wrong it is the only witness. It
-    is asked for by a thread with its own client: the DELETE waits for nothing of it."""
+class _ContainerLog:
+    """The container's log, which is deleted with the box and may be the only record of what went
+    wrong. A thread with its own client fetches it, so that the DELETE does not wait."""
 
     def __init__(self, session: Session, instance_id: int) -> None:
         self._path = session.journal.folder / "container.log"
@@ -455,7 +463,7 @@ class _Witness:
         self._thread.start()
 
     def keep(self) -> None:
-        """Write what came, once the box is proven gone."""
+        """Write what has arrived, once the box is proven absent."""
         self._thread.join(LOG_S)
         if self._text:
             self._path.write_text(self._text, "utf-8", errors="backslashreplace")

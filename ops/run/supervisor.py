@@ -35,7 +35,7 @@ from ops.run import journal, wishes
 from ops.run.interrupt import parting
 from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
-from ops.run.rental import give_back
+from ops.run.rental import destroy
 from ops.run.session import Detached, Interrupted, Session
 from ops.wait import RealClock
 from trainer.wire.events import Event, Sample, Score
@@ -66,7 +66,7 @@ def carry(session: Session, seen: Ranking | None = None) -> None:
             session.note("left", ends_at=session.dies_at())
         except Interrupted:
             if session.may_have_box():
-                give_back(session, why="Interrupted")
+                destroy(session, why="Interrupted")
             said = f"no box of this run is left; {session.money()}"
             session.note("failed", what=f"interrupted: {said}", error="Interrupted", exit_code=130)
             raise Interrupted(said) from None

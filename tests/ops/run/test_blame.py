@@ -54,7 +54,7 @@ def test_a_training_that_fails_by_itself_blames_no_machine(own: rig.Rig, fake: F
 def test_a_machine_that_never_comes_to_its_first_step_is_blamed_and_the_next_is_taken(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "STARTS", 0.0)
+    monkeypatch.setattr(follow, "START_FACTOR", 0.0)
     (own.image / "hang").touch()
     outcome, lines, _ = rig.whole_run(own, fake, stall_s=0.3)
     assert isinstance(outcome, Failed) and "no first step within" in str(outcome)
@@ -64,7 +64,7 @@ def test_a_machine_that_never_comes_to_its_first_step_is_blamed_and_the_next_is_
 def test_two_consumer_cards_that_hang_at_first_are_tried_once_without_reaching_each_other(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "STARTS", 0.0)
+    monkeypatch.setattr(follow, "START_FACTOR", 0.0)
     (own.image / "hang").touch()
     outcome, lines, screen = rig.whole_run(
         own,

@@ -20,7 +20,7 @@ from ops.run.choose import search
 from ops.run.journal import Journal
 from ops.run.reap import finish_destroys, reap
 from ops.run.rent_and_train import rent_and_train
-from ops.run.rental import give_back, rent, until_absent
+from ops.run.rental import destroy, rent, until_absent
 from ops.wait import RealClock
 
 pytestmark = pytest.mark.timeout(60)
@@ -177,7 +177,7 @@ def test_a_run_is_not_touched_from_another_account_and_both_are_named(
         before = len(other.requests)
         both = rf"(?s)account {fake.cloud.account.id}.*account {other.cloud.account.id}"
         with Journal(own.runs / plan.run_id) as j:
-            for act in (rent_and_train, lambda s: give_back(s, why="asked for")):
+            for act in (rent_and_train, lambda s: destroy(s, why="asked for")):
                 with pytest.raises(Elsewhere, match=both):
                     act(rig.client(plan, j, other.url, other.api_key))
         reaped = reap(own.runs, theirs, rig.Silent(), foreign=True)

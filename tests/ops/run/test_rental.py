@@ -13,7 +13,7 @@ from ops.errors import BoxLeaked
 from ops.fakevast import FakeVast
 from ops.market.client import Provider, Vast
 from ops.run.journal import Journal
-from ops.run.rental import DESTROY_PATIENCE_S, PROOF_S, READS, adopt, until_absent
+from ops.run.rental import DESTROY_PATIENCE_S, PROOF_S, READS, existing_instance, until_absent
 from ops.wait import RealClock
 
 LABEL = "stub-20260101-000000-0000"
@@ -137,6 +137,6 @@ def test_one_empty_list_does_not_end_the_box_that_a_run_goes_on_with(
         session.note("renting", label=plan.run_id)
         session.note("rented", instance_id=number)
         fake.faults.add(EMPTY_LIST)
-        assert adopt(session) == number
+        assert existing_instance(session) == number
         assert fake.faults.fired == [("list", "reply")]
         until_absent(session.vast, plan.run_id)
