@@ -18,7 +18,7 @@ from typing import Any
 
 from ops.errors import AdapterError
 from ops.run import result
-from ops.run.result import Expect, Verified
+from ops.run.result import Expected, Verified
 from trainer.wire import tensors
 from trainer.wire.page import thinned
 
@@ -44,7 +44,7 @@ def listing(manifest: Path, names: tuple[str, ...]) -> dict[str, tuple[str, int]
     return {name: (str(sha256), int(size)) for name, (sha256, size) in answer["files"].items()}
 
 
-def verify(manifest: Path, archive: Path, expect: Expect) -> Looked:
+def verify(manifest: Path, archive: Path, expect: Expected) -> Looked:
     """`ops.run.result.verify` of the files, within limits. Raises AdapterError."""
     request = {"manifest": str(manifest), "archive": str(archive), "expect": asdict(expect)}
     seconds = START_S + archive.stat().st_size / BYTES_S
@@ -115,7 +115,7 @@ def _listed(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str
 def _verified(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     told = request["expect"]
     pairs = ("data_sha256", "target_modules")
-    expect = Expect(**told | {k: tuple(told[k]) for k in pairs if told[k] is not None})
+    expect = Expected(**told | {k: tuple(told[k]) for k in pairs if told[k] is not None})
     verified = result.verify(Path(request["archive"]), manifest, expect)
     facts = {k: manifest[k] for k in TOLD if k in manifest}
     facts["curve"] = thinned(manifest.get("curve"))

@@ -19,7 +19,7 @@ from ops.errors import AdapterError, BoxError, HostKeyChanged, Lost
 from ops.market.cost import Workload
 from ops.run import apart
 from ops.run.apart import Looked
-from ops.run.result import ADAPTER, Expect
+from ops.run.result import ADAPTER, Expected
 from ops.run.session import Session
 from trainer.wire import events
 from trainer.wire.page import page
@@ -73,7 +73,7 @@ def fetch(session: Session, box: Box, staging: Path) -> Looked:
         raise AdapterError(f"the result cannot be fetched whole: {e}") from e
     if (staging / PICTURE).is_file() and not _is_png(staging / PICTURE):
         (staging / PICTURE).unlink()
-    return apart.verify(manifest, staging / ADAPTER, Expect.of(session.plan.wire_job))
+    return apart.verify(manifest, staging / ADAPTER, Expected.of(session.plan.wire_job))
 
 
 def _is_png(path: Path) -> bool:

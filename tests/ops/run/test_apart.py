@@ -15,10 +15,10 @@ import pytest
 import rig
 from ops.errors import AdapterError
 from ops.run import apart
-from ops.run.result import Expect
+from ops.run.result import Expected
 
 DATA = "a" * 64
-EXPECT = Expect("stub", 4, (DATA,), lora_alpha=8, target_modules=("q_proj",))
+EXPECT = Expected("stub", 4, (DATA,), lora_alpha=8, target_modules=("q_proj",))
 
 
 @pytest.fixture
