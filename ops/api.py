@@ -40,8 +40,8 @@ from ops.market.models import Instance
 from ops.market.ranking import Ranking, rank
 from ops.run import explain, journal, rental, supervisor, wishes
 from ops.run import reap as reaping
-from ops.run.attach import Tail, ended, watching
-from ops.run.choose import bad_machines, found_offers, none_left
+from ops.run.attach import Tail, raise_if_failed, watching
+from ops.run.choose import bad_machines, no_offer_error, search_offers
 from ops.run.explain import Status, told_line
 from ops.run.journal import Journal, Line
 from ops.run.reap import Reaped
@@ -370,10 +370,10 @@ def plan(
     asked = {"on_cpu": on_cpu, "or_estimate": or_estimate}
     made = preflight(lambda: planner.new_plan(parsed, root, now, **asked), vast, root)
     (root / made.run_id).rmdir()  # nothing is begun
-    offers = found_offers(vast, made.needs)
+    offers = search_offers(vast, made.needs)
     ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
     if not ranking.accepted:
-        raise none_left(ranking, 0, made.needs)
+        raise no_offer_error(ranking, 0, made.needs)
     return Planned(made, ranking, vast.credit_usd())
 
 
@@ -413,7 +413,7 @@ def rent_and_train(
         line = held.append("planned", began=round(began, 3), **job.plan.to_line())
         if foreground:
             screen.line(line)
-            supervisor.carry(Session(held, job.plan, vast, screen), job.ranking)
+            supervisor.supervise(Session(held, job.plan, vast, screen), job.ranking)
             return Run(held.folder)
     supervisor.start(held.folder, vast, job.ranking)
     run = Run(held.folder)
@@ -449,7 +449,7 @@ def resume(
             )
         wishes.forget(run.folder)  # of an owner that is dead
         if foreground:
-            supervisor.carry(Session(held, Plan.from_line(held.lines[0]), vast, screen))
+            supervisor.supervise(Session(held, Plan.from_line(held.lines[0]), vast, screen))
             return run
     supervisor.start(run.folder, vast)
     return run if detach else attach(run, screen=screen)
@@ -466,7 +466,7 @@ def attach(run: Run | str, *, root: Path | None = None, screen: Screen | None = 
         tail = Tail(run.folder, screen)
         while True:
             over = not run.is_owned  # looked at first: what it told last is told below
-            tail.tell()
+            tail.show_new()
             if over:
                 break
             if pressed.is_set():
@@ -474,7 +474,7 @@ def attach(run: Run | str, *, root: Path | None = None, screen: Screen | None = 
                 if _chosen(run, screen) == wishes.LEAVE:
                     return run
             time.sleep(WATCH_EVERY_S)
-    ended(run.folder)
+    raise_if_failed(run.folder)
     return run
 
 

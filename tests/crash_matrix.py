@@ -45,7 +45,7 @@ from ops.wait import RealClock  # noqa: E402
 
 Fault = list[dict[str, Any]]
 
-TOLD = 500  # cases between two lines of progress
+PROGRESS = 500  # cases between two lines of progress
 
 FAULTS: dict[str, Fault] = {
     "none": [],
@@ -174,7 +174,7 @@ def live(case: Case, folder: Path, runs: Path, url: str, key: str) -> None:
         """Writes the plan, asks for a supervisor, watches it, and wishes something."""
         mine = Steps(steps["client"])
         mine.arm()
-        mine.wrap(Tail, "tell")
+        mine.wrap(Tail, "show_new")
         mine.wrap(wishes, "send")
         with Journal(runs / plan.run_id) as journal:
             journal.append("planned", **plan.to_line())
@@ -203,7 +203,7 @@ def watch(run: Path, wish: str) -> None:
     with watching(run):
         for look in range(10 * PATIENCE_S):
             over = (run.parent / OVER).exists()
-            tail.tell()
+            tail.show_new()
             if wish and look == 5:
                 wishes.send(run, wish)
             if over:
@@ -345,7 +345,7 @@ def main() -> int:
         if left:
             leaks += 1
             print(f"leak: {case}: {left}", flush=True)
-        if done % TOLD == 0 and done < options.cases:
+        if done % PROGRESS == 0 and done < options.cases:
             print(
                 f"{done} of {options.cases} cases, {leaks} leaks, {time.monotonic() - began:.0f} s",
                 flush=True,

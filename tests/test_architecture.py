@@ -47,7 +47,7 @@ FLOORS = {
 OPS_MAY_IMPORT = ("trainer.wire", "trainer.data", "trainer.memory", "trainer.families")
 # Triton kernels, which the compiler takes whole, and functions that are one table.
 LONG_FUNCTIONS = {
-    "ops.run.explain._tell",
+    "ops.run.explain._stage_and_text",
     "trainer.kernels.attention_device.attention_backward_kv",
     "trainer.kernels.attention_device.attention_backward_q",
     "trainer.kernels.attention_device.attention_forward",

@@ -1,5 +1,5 @@
-"""Watch a run that another process owns: its journal, events and what it tells, as anybody can read
-them; and how it ended. Nothing here acts on the run but a wish."""
+"""Watch a run that another process owns, by reading its journal, its events and its progress file,
+and say how it ended. Nothing here acts on the run."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ from ops.run import journal, wishes
 from ops.run.follow import EVENTS
 from ops.run.journal import Line, last
 from ops.run.session import Interrupted, Screen, ends_itself_at, may_have_box, spent_usd
-from ops.run.supervisor import TOLD, WATCHED, only_ours
+from ops.run.supervisor import PROGRESS, WATCHED, only_ours
 from trainer.wire import events
 
-# Lines that come after what the trainer had said until then.
+# Journal lines before which the events that came earlier are shown.
 _AFTER_EVENTS = ("checkpoint", "event", "ended", "failed", "interrupted", "preempted")
 
 
 @contextmanager
 def watching(folder: Path) -> Iterator[None]:
-    """The owner knows that somebody watches, until the block ends or this process does."""
+    """While the block runs, the owner can see that a terminal watches."""
     with open(folder / WATCHED, "a", opener=only_ours) as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 
 
 class Tail:
-    """What a run has told since the last look, told to a screen."""
+    """Follows the files of a run and shows what is new on a screen."""
 
     def __init__(self, folder: Path, screen: Screen) -> None:
         self._folder, self._screen = folder, screen
         self.lines: list[Line] = []
         self._journal_size = 0
-        self._events, self._told = _File(folder / EVENTS), _File(folder / TOLD)
+        self._events, self._progress = _File(folder / EVENTS), _File(folder / PROGRESS)
         self._began = time.time()
 
-    def tell(self) -> None:
-        """Tell what is new: each journal line after the events that came before it."""
+    def show_new(self) -> None:
+        """Show what is new: each journal line after the events that came before it."""
         before = len(self.lines)
-        for line in self._news()[before:]:
+        for line in self._read_journal()[before:]:
             if line.kind in _AFTER_EVENTS:
-                self._tell_events()
+                self._show_events()
             self._screen.line(line)
-        self._tell_events()
-        for row in self._told.news():
+        self._show_events()
+        for row in self._progress.new_lines():
             with suppress(ValueError, KeyError, TypeError):
-                self._tell_row(json.loads(row))
+                self._show_row(json.loads(row))
         if self.lines:
             spent = spent_usd(self.lines, time.time())
             self._screen.meter(spent, float(self.lines[0]["max_usd"]))
 
-    def _news(self) -> list[Line]:
+    def _read_journal(self) -> list[Line]:
         size = (self._folder / journal.FILE).stat().st_size
         if size != self._journal_size:
             self._journal_size = size
             self.lines = journal.read(self._folder)
         return self.lines
 
-    def _tell_events(self) -> None:
-        texts = self._events.news()
+    def _show_events(self) -> None:
+        texts = self._events.new_lines()
         if not texts or not self.lines:
             return
         lines, max_usd = self.lines, float(self.lines[0]["max_usd"])
@@ -76,8 +76,8 @@ class Tail:
         for event in events.readable(texts)[0]:
             self._screen.event(event, spent, max_usd, dies_at)
 
-    def _tell_row(self, row: dict[str, Any]) -> None:
-        if row["t"] < self._began - 1:  # what was in passing has passed
+    def _show_row(self, row: dict[str, Any]) -> None:
+        if row["t"] < self._began - 1:  # progress of before this terminal attached
             return
         match row["kind"]:
             case "booting":
@@ -93,12 +93,12 @@ class Tail:
 
 
 class _File:
-    """The whole lines of a file that grows; from its beginning again where it is another one."""
+    """Reads the complete new lines of a growing file; begins again where the file was replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self._inode = path, 0, -1
 
-    def news(self) -> list[str]:
+    def new_lines(self) -> list[str]:
         try:
             with open(self._path, "rb") as file:
                 now = os.fstat(file.fileno())
@@ -112,10 +112,10 @@ class _File:
         return texts
 
 
-def ended(folder: Path) -> None:
-    """How the run's last owner ended: returns where the adapter is at home, or the box was left to
-    itself. Raises the error that its journal has, Interrupted, or JournalError where it was killed
-    and left none."""
+def raise_if_failed(folder: Path) -> None:
+    """Raise the error with which the run's last owner ended, by its journal; Interrupted where the
+    user ended it, JournalError where it was killed and left no error. Returns where the adapter is
+    here, or the box was left."""
     lines = journal.read(folder)
     owned = last(lines, "owned")
     since = lines[owned.n :] if owned else lines
@@ -138,7 +138,7 @@ def ended(folder: Path) -> None:
 
 
 def _error(failed: Line) -> BaseException:
-    """The error of a line that `supervisor.told_error` made, of its own class."""
+    """The error of a journal line that `supervisor.error_facts` made, of its own class."""
     what = str(failed.get("said") or failed["what"])
     if failed.get("error") == "Interrupted":
         return Interrupted(what.removeprefix("interrupted: "))

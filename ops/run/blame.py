@@ -1,5 +1,5 @@
-"""Pure: whose fault it was. The words by which a machine or an image gives itself away are data;
-the same word from two machines is not the machines'."""
+"""Pure: whether a failure is the machine's fault. The words by which we recognise a bad machine or
+a bad image are data; when two machines fail with the same word, the machines are not at fault."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 from ops.errors import MilkteaError, NeverReady, Unsuitable
 
-# Words in status_msg that no waiting heals (vast-api.md section 5, numbers 5 to 7): the image's,
-# where two machines say them.
+# Words in vast.ai's status_msg after which waiting does not help.
 CANNOT_START = (
     "manifest unknown",
     "manifest for",
@@ -23,7 +22,7 @@ CANNOT_START = (
     "failed to start containers",
     "invalid reference format",
 )
-# Of a GPU or its driver that died, in the trainer's words: no program of ours makes them.
+# Words in the trainer's log when a GPU or its driver died; our own programs never print them.
 GPU_DIED = (
     "uncorrectable ecc",
     "fallen off the bus",
@@ -36,10 +35,10 @@ GPU_DIED = (
     "nvidia-smi has failed",
     "hardware stack error",
 )
-NO_STEP = "no first step within"  # of what the plan foresaw
-# GeForce, which cannot reach each other's memory: where a driver says that they can, NCCL hangs.
+NO_STEP = "no first step within"  # begins the error of a machine that did not reach step 1
+# GeForce cards have no peer-to-peer transfers; where a driver says that they do, NCCL hangs.
 _CONSUMER = re.compile(r"(GTX \d{4}|RTX [2345]0[5-9]0)")
-PEERS = ("NCCL_P2P_DISABLE", "1")  # the way round it
+NO_P2P = ("NCCL_P2P_DISABLE", "1")  # makes NCCL do without
 
 
 def start_word(text: str) -> str | None:
@@ -52,29 +51,28 @@ def gpu_word(text: str) -> str | None:
     return _first(GPU_DIED, text)
 
 
-def word(error: MilkteaError) -> str | None:
-    """What a failure of a machine has in common with the same failure of another."""
+def fatal_word(error: MilkteaError) -> str | None:
+    """The word by which two machines' failures are recognised as the same; None without one."""
     if isinstance(error, NeverReady):
         return start_word(str(error))
-    return _own_word(str(error)) if isinstance(error, Unsuitable) else None
+    return _machine_word(str(error)) if isinstance(error, Unsuitable) else None
 
 
-def _own_word(text: str) -> str | None:
+def _machine_word(text: str) -> str | None:
     return gpu_word(text) or _first((NO_STEP,), text)
 
 
-def machines_that_said(said: str, lines: Iterable[Mapping[str, Any]]) -> set[int]:
-    """machine_id of each "bad_machine" line, by its data, with the same word."""
+def machines_with_word(word: str, lines: Iterable[Mapping[str, Any]]) -> set[int]:
+    """machine_id of each "bad_machine" line (given by its data) whose reason has this word."""
     return {
         line["machine_id"]
         for line in lines
-        if said in (start_word(line["why"]), _own_word(line["why"]))
+        if word in (start_word(line["why"]), _machine_word(line["why"]))
     }
 
 
-def may_lack_peers(gpu_name: str, num_gpus: int) -> bool:
-    """Whether a hang before the first step may be NCCL's, between cards that say that they reach
-    each other."""
+def p2p_may_hang(gpu_name: str, num_gpus: int) -> bool:
+    """Whether NCCL may hang before step 1 because these cards have no peer-to-peer transfers."""
     return num_gpus > 1 and _CONSUMER.match(gpu_name) is not None
 
 

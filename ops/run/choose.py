@@ -1,5 +1,5 @@
-"""Search, rank and choose: the cheapest finished run first, each time with the market as it is
-now."""
+"""Search the market, rank the offers by what the finished run is expected to cost, and choose
+one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ops.market.ranking import Needs, Ranking, penalty, query, rank
 from ops.run import journal
 from ops.run.session import Session
 
-ANYTHING = Needs(  # what a market has at all
+ANYTHING = Needs(  # every offer of the market
     min_reliability=0,
     min_inet_down_mbps=0,
     min_cuda=0,
@@ -27,15 +27,16 @@ ANYTHING = Needs(  # what a market has at all
 
 
 def choose(session: Session, ranking: Ranking) -> Offer:
-    """The best offer that was not tried in this run. Raises NoOffer naming the filter that removed
-    most."""
+    """The best offer that was not tried in this run; writes the choice into the journal. Raises
+    NoOffer naming the filter that removed the largest number of offers, OverBudget when none is
+    affordable."""
     tried = {line["machine_id"] for line in session.journal.lines if line.kind == "bad_machine"}
     gone = {line["offer_id"] for line in session.journal.lines if line.kind == "missed"}
     fresh = [
         p for p in ranking.accepted if p.offer.machine_id not in tried and p.offer.id not in gone
     ]
     if not fresh:
-        raise none_left(ranking, len(ranking.accepted), session.plan.needs)
+        raise no_offer_error(ranking, len(ranking.accepted), session.plan.needs)
     affordable = [
         p for p in fresh if p.cost.expected_usd <= session.plan.max_usd - session.spent_usd()
     ]
@@ -62,16 +63,17 @@ def choose(session: Session, ranking: Ranking) -> Offer:
 
 
 def search(session: Session) -> Ranking:
-    """What the market offers now, ranked for this run with the memory of machines that failed
-    us."""
+    """The market's offers now, ranked for this run; machines that failed earlier runs rank
+    lower."""
     needs = session.plan.needs
     bad = bad_machines(session.journal.folder.parent, session.clock.now())
-    return rank(found_offers(session.vast, needs), needs, remaining(session), bad)
+    return rank(search_offers(session.vast, needs), needs, remaining_workload(session), bad)
 
 
-def found_offers(vast: Vast, needs: Needs) -> list[Offer]:
-    """The fastest for their price, and the cheapest by the hour where one search does not show the
-    whole market. Where nothing fits, what else there is: it says which filter keeps it out."""
+def search_offers(vast: Vast, needs: Needs) -> list[Offer]:
+    """The offers that fit `needs`: those with the best speed per dollar, and, where one search does
+    not show the whole market, the cheapest by the hour. When none fits, any offers: `rank` says
+    which filter removes them."""
     found: list[Offer] = []
     for order in ("dlperf_per_dphtotal", "dph_total"):
         offers, more = vast.search(
@@ -88,8 +90,8 @@ def found_offers(vast: Vast, needs: Needs) -> list[Offer]:
     return found
 
 
-def remaining(session: Session) -> Workload:
-    """What is still to be computed: all of it, or what the newest checkpoint at home leaves."""
+def remaining_workload(session: Session) -> Workload:
+    """The plan's workload, less the tokens of the steps before the newest checkpoint here."""
     checkpoint, started = session.journal.last("checkpoint"), session.journal.last("event")
     total = next(
         (
@@ -107,9 +109,9 @@ def remaining(session: Session) -> Workload:
     )
 
 
-def none_left(ranking: Ranking, tried: int, needs: Needs) -> NoOffer:
-    """The error for a market without an offer for us: which filter keeps most out, or that all were
-    tried."""
+def no_offer_error(ranking: Ranking, tried: int, needs: Needs) -> NoOffer:
+    """The error for a market without an offer left: all `tried` offers were tried, or which filter
+    removes the largest number."""
     if tried:
         return NoOffer(f"all {tried} offers that fit were tried")
     if not ranking.rejected:
@@ -127,7 +129,7 @@ def none_left(ranking: Ranking, tried: int, needs: Needs) -> NoOffer:
 
 
 def bad_machines(root: Path, now: float) -> dict[int, float]:
-    """machine_id -> how likely it is to fail us again, from every journal under `root`."""
+    """machine_id -> the chance (0 to 1) that it fails again, from every journal under `root`."""
     ages: dict[int, list[float]] = {}
     for folder in journal.runs(root):
         try:

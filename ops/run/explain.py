@@ -1,4 +1,4 @@
-"""Pure: a journal told as status, cost and explanation. No network, no clock but the caller's."""
+"""Pure: status, cost and explanation of a run from its journal, without network or clock."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Status:
+    """Where a run stands. Times are unix seconds; `box` is the id of the instance that it may
+    have."""
+
     run_id: str
     stage: str
     began: float
@@ -53,6 +56,7 @@ class Status:
 
 
 def status(run_id: str, lines: list[Line], now: float, owner: str = "") -> Status:
+    """The status at `now` (unix seconds) of a run with this journal."""
     newest = next((line for line in reversed(lines) if line.kind in STAGES), lines[0])
     pulled, rented, checkpoint = (
         last(lines, "pulled"),
@@ -86,19 +90,20 @@ def _usd_per_hour(lines: list[Line]) -> float | None:
 
 
 def explain(lines: list[Line], now: float) -> list[str]:
-    """Why this offer, why it stopped, where each cent went."""
-    told = [f"{_at(line.t)}  {text}" for line in lines if (text := told_line(line))]
-    return [*told, "", *cost_lines(lines, now)]
+    """The run's journal as lines for a person, then its costs: why this offer, why it stopped, what
+    it cost."""
+    shown = [f"{_at(line.t)}  {text}" for line in lines if (text := told_line(line))]
+    return [*shown, "", *cost_lines(lines, now)]
 
 
 def told_line(line: Line) -> str:
-    """A journal line as a person reads it, on the screen and in `explain`: the stage, and what
-    happened; '' for lines that are not shown."""
-    stage, text = _tell(line)
+    """A journal line for a person, on the screen and in `explain`: the stage and what happened; ""
+    for lines that are not shown."""
+    stage, text = _stage_and_text(line)
     return f"{stage:<9} {text}" if stage else ""
 
 
-def _tell(line: Line) -> tuple[str, str]:
+def _stage_and_text(line: Line) -> tuple[str, str]:
     d = line.get
     match line.kind:
         case "planned":
@@ -183,8 +188,8 @@ def _tell(line: Line) -> tuple[str, str]:
 
 
 def phases(lines: list[Line], first_step_t: float | None) -> list[tuple[str, float]]:
-    """(phase, seconds) from the command to the first step of the last machine. `load` is the
-    trainer's own: imports, model, step 1."""
+    """(phase, seconds) from the command to the first step on the last machine. "load" is the
+    trainer's: imports, model, step 1. `first_step_t` is in unix seconds."""
     marks = [("preflight", lines[0].get("began"), lines[0].t)]
     before = lines[0].t
     steps = {
@@ -207,7 +212,7 @@ def phases(lines: list[Line], first_step_t: float | None) -> list[tuple[str, flo
 
 
 def cost_lines(lines: list[Line], now: float) -> list[str]:
-    """Our meter, vast.ai's bill, and the prediction, side by side."""
+    """Lines that compare our meter, vast.ai's bill and the prediction."""
     out = [f"our meter: {spent_usd(lines, now):.4f} $ of at most {lines[0]['max_usd']:.2f} $"]
     predicted = last(lines, "offers")
     for bill in (line for line in lines if line.kind == "bill"):
@@ -227,8 +232,8 @@ def cost_lines(lines: list[Line], now: float) -> list[str]:
 
 
 def cost_facts(lines: list[Line], now: float) -> dict[str, Any]:
-    """`cost_lines` as data: dollars by our meter, by vast.ai's bills, and as predicted for the
-    offer taken last."""
+    """`cost_lines` as data: dollars by our meter, by vast.ai's bills, and predicted for the offer
+    that was chosen last."""
     bills, predicted = [line for line in lines if line.kind == "bill"], last(lines, "offers")
     return {
         "spent_usd": round(spent_usd(lines, now), 6),

@@ -1,5 +1,5 @@
-"""An interrupt in the middle of a run: which stages it may cut, and what is done then. Nothing is
-chosen for the user but what keeps what is paid for."""
+"""Interrupts in the middle of a run: which stages they may stop, and what happens then. Where the
+user does not choose, what is paid for is kept."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ R = TypeVar("R")
 
 
 def stage(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
-    """`act`, which an interrupt may cut in half: then what is wished is done, and where that is to
-    go on, `act` is begun again. It does what is left to do."""
+    """Decorates a stage of the story that an interrupt may stop half way. Then the wish is carried
+    out; where it is to go on, `act` is called again and does what is left to do."""
 
     @wraps(act)
     def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -33,25 +33,25 @@ def stage(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Ses
                     return act(session, *args, **kwargs)
             except Interrupted:
                 if box is not None:
-                    box.close()  # cut in half: the next word goes over a new link
+                    box.close()  # a command may be half sent: the next one gets a new connection
                 obey(session, box)
 
     return wrapper
 
 
 def obey(session: Session, box: Box | None) -> None:
-    """Do what is wished, or what the user chooses now. Returns to go on.
+    """Carry out the wish, or what the user chooses now. Returns when the run is to go on.
 
-    Raises Interrupted to end a run that has not trained yet, Failed to end one that has, Detached
-    to leave the box to itself."""
+    Raises Interrupted to end a run that was not launched, Failed to end one that was, Detached to
+    leave the box."""
     lines = session.journal.lines
     if not session.wish:
         offered = wishes.choices(lines, session.plan, session.clock.now(), attached=False)
         chosen = session.screen.choose([(c.wish, c.text) for c in offered])
-        session.wish = parting(session) if chosen is None else chosen or wishes.GO_ON
+        session.wish = default_wish(session) if chosen is None else chosen or wishes.GO_ON
     session.shield.forget()  # pressed again while choosing
     if session.wish == wishes.FETCH and box is None and wishes.launched(lines):
-        return  # to go on to the box, where it is asked again
+        return  # a later stage has the box, and carries the wish out
     wish, session.wish = session.wish, ""
     session.note("interrupted", chosen=wish)
     wishes.forget(session.journal.folder)
@@ -70,16 +70,16 @@ def obey(session: Session, box: Box | None) -> None:
     )
 
 
-def parting(session: Session) -> str:
-    """What is done when this process has to end and nobody can be asked: a box that works alone is
-    left to itself; else what is trained is fetched, and nothing is left that bills."""
+def default_wish(session: Session) -> str:
+    """The wish when this process has to end and nobody can be asked: leave a box that trains on
+    alone; otherwise fetch the checkpoint and destroy."""
     alone = wishes.works_alone(session.journal.lines, session.plan)
     return wishes.LEAVE if alone else wishes.FETCH
 
 
 def fetch_newest(session: Session, box: Box) -> None:
-    """Ask the trainer to save, and bring the newest whole checkpoint home. Best effort, bounded:
-    the money is running."""
+    """Ask the trainer to save, and pull the newest complete checkpoint. It waits 3 s for the save;
+    a failure only shows a message."""
     try:
         box.run(scripts.stop_training(session.run_id))
         session.clock.sleep(3)

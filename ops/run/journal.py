@@ -1,11 +1,13 @@
-"""runs/RUN/journal.jsonl: intent before effect, fact after it. Enough to resume, to reap and to
-explain a run.
+"""runs/RUN/journal.jsonl: what a client is about to do, and what it has done; enough to resume,
+reap and explain a run.
 
-A line is ``{"n", "t", "kind", ...}``. ``append`` returns after fsync, so only a last line can be
-torn (power cut): it never happened, and the next client removes it. Whole but for its newline, it
-counts, and gets one. Any other line that cannot be read is damage. One client acts at a time: the
-kernel's lock on ``runs/RUN/lock`` dies with its holder; a client whose journal grew behind its back
-(a copy of the folder on another machine) is fenced at its next line.
+A line is ``{"n", "t", "kind", ...}``: its number, unix seconds, kind and data. ``append`` returns
+after fsync, so only the last line can be torn, by a power cut: the next client removes it. A last
+line that lacks only its newline counts, and gets one. Any other line that cannot be read is damage.
+
+One client acts at a time: the kernel's lock on ``runs/RUN/lock`` ends with its holder. A client
+whose journal was written by another one (a copy of the folder on another machine) raises Fenced at
+its next line.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ops.errors import Fenced, JournalError
 
 VERSION = 1
 FILE = "journal.jsonl"
-LOOKS = 5  # at a lock that somebody has, before it is another client's
+LOCK_TRIES = 5  # `is_held` takes the lock for a moment: try again before believing it is owned
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Line:
 
 
 def read(folder: Path) -> list[Line]:
-    """Every whole line, oldest first. Raises JournalError for a line that cannot be read, or a
-    newer version's journal."""
+    """Every complete line, oldest first. Raises JournalError for a line that cannot be read, for a
+    newer version's journal, and where there is none."""
     return _parsed(folder)[0]
 
 
 def _parsed(folder: Path) -> tuple[list[Line], bytes]:
-    """(every whole line, the file's bytes that hold them)."""
+    """(every complete line, the file's bytes that hold them)."""
     path = folder / FILE
     try:
         raw = path.read_bytes()
@@ -97,18 +99,18 @@ def _damaged(path: Path, line: int) -> JournalError:
 
 
 class Journal:
-    """The acting client's hand on one run's journal. Use as a context manager; raises JournalError
-    when another client acts."""
+    """One run's journal, locked and open for appending. Use as a context manager. Raises Fenced
+    when another client has it, JournalError when it is damaged."""
 
     def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
         self.folder = folder
         self._now = now
         self.lines: list[Line] = []
         self._size = 0
-        self._torn = False  # a line of ours stands half on the disk, and could not be cut off
+        self._torn = False  # half a line of ours is in the file, and could not be cut off
         self._file: IO[bytes] | None = None
         self._lock: IO[str] | None = None
-        self._writing = threading.Lock()  # the story, and who tells of its terminals
+        self._writing = threading.Lock()  # the story and the listener both append
 
     @property
     def run_id(self) -> str:
@@ -116,9 +118,9 @@ class Journal:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # prompts and answers are in it: nobody else's to read
+        with suppress(OSError):  # it has prompts and answers: no other user may read them
             self.folder.chmod(0o700)
-        self._lock = hold(self.folder)
+        self._lock = lock_run(self.folder)
         try:
             self._open()
         except BaseException:
@@ -128,14 +130,14 @@ class Journal:
 
     def _open(self) -> None:
         path = self.folder / FILE
-        whole = b""
+        complete = b""
         if path.exists():
-            self.lines, whole = _parsed(self.folder)
-        # unbuffered: what a full disk did not take is not written later by surprise
+            self.lines, complete = _parsed(self.folder)
+        # unbuffered: what a full disk did not take must not be written later
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
-        self._file.truncate(len(whole))
-        self._size = len(whole)
-        if whole and not whole.endswith(b"\n"):
+        self._file.truncate(len(complete))
+        self._size = len(complete)
+        if complete and not complete.endswith(b"\n"):
             self._write(b"\n")
         for folder in (self.folder, self.folder.parent):
             _sync_folder(folder)
@@ -166,7 +168,7 @@ class Journal:
     def taken_over(self) -> bool:
         """Whether another client wrote to this journal since ours did. False where the disk does
         not say."""
-        with self._writing:  # a line of ours that is half written is nobody else's
+        with self._writing:  # our own line may be half written
             return self._grew()
 
     def _grew(self) -> bool:
@@ -177,8 +179,8 @@ class Journal:
             return False
 
     def append(self, kind: str, **data: Any) -> Line:
-        """Write one line and return once it is on the disk; from any thread. Raises JournalError
-        (fenced) if somebody else wrote meanwhile."""
+        """Write one line and return once it is on the disk; from any thread. Raises Fenced if
+        another client wrote meanwhile, OSError where the disk does not take it."""
         with self._writing:
             return self._append(kind, data)
 
@@ -199,18 +201,18 @@ class Journal:
 
 
 def last(lines: list[Line], *kinds: str) -> Line | None:
-    """The newest line of one of `kinds`."""
+    """The newest line of one of `kinds`; None without one."""
     return next((line for line in reversed(lines) if line.kind in kinds), None)
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process acts on this run. False where its lock cannot be opened."""
+    """Whether a process owns this run. False where its lock cannot be opened."""
     return is_locked(folder / "lock", fcntl.LOCK_SH)
 
 
 def is_locked(path: Path, how: int) -> bool:
-    """Whether a process holds the file so that `how` (LOCK_SH, LOCK_EX) is not to be had. False
-    where it cannot be opened."""
+    """Whether another process's lock on the file excludes `how` (LOCK_SH or LOCK_EX). False where
+    the file cannot be opened."""
     try:
         with open(path) as lock:
             fcntl.flock(lock, how | fcntl.LOCK_NB)
@@ -221,9 +223,9 @@ def is_locked(path: Path, how: int) -> bool:
     return False
 
 
-def hold(folder: Path) -> IO[str]:
-    """The run's lock, held until the returned file is closed or this process dies. Raises
-    JournalError when another client has it."""
+def lock_run(folder: Path) -> IO[str]:
+    """Take the run's lock, which is held until the returned file is closed or this process ends.
+    Raises Fenced when another client has it."""
     lock = open(folder / "lock", "a+")  # noqa: SIM115 - its life is the lock's
     try:
         _locked(lock)
@@ -235,15 +237,15 @@ def hold(folder: Path) -> IO[str]:
             f"{folder.name}: another milktea (process {holder}) is acting on this run",
             hint=f"`milktea logs -f {folder.name}` follows along without acting",
         ) from e
-    with suppress(OSError):  # the number is for people; a full disk does not take it
+    with suppress(OSError):  # the process id is for people; a full disk may not take it
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), str(os.getpid()).encode())
     return lock
 
 
 def _locked(lock: IO[str]) -> None:
-    """Raises OSError where another process has it for longer than who only looks (`is_held`)."""
-    for _ in range(LOOKS):
+    """Raises OSError where another process holds the lock for longer than `is_held` does."""
+    for _ in range(LOCK_TRIES):
         with suppress(BlockingIOError):
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(0.02)
@@ -251,8 +253,7 @@ def _locked(lock: IO[str]) -> None:
 
 
 def runs(root: Path) -> list[Path]:
-    """Folders under `root` that hold a journal, oldest first by name (run ids begin with the job's
-    name, then the time)."""
+    """Folders under `root` that have a journal, sorted by name: by job, then by time."""
     return sorted(p.parent for p in root.glob(f"*/{FILE}"))
 
 

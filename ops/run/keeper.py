@@ -1,9 +1,9 @@
-"""The keeper of one box: it renews the lease and keeps the money, the hours and the patience,
-whatever the story is doing.
+"""The keeper of one box: two threads beside the story that renew the box's lease and enforce
+limits.max_usd, max_hours and stall_minutes, whatever the story is doing.
 
-It has its own SSH connection and its own HTTP client and waits for nobody. When a limit falls it
-destroys through REST, then ends the story's connection, so that the story's next word with the box
-raises the limit that fell.
+It has its own SSH connection and its own HTTP client, and waits for nobody. When a limit is reached
+it destroys the box through REST, then ends the story's connection, so that the story's next command
+raises that limit's error.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LOOK_S = 1.0  # between two looks at the limits; no call is made for them
 RENEW_S = 60.0  # between two renewals of the lease
 PRICE_S = 180.0  # between two readings of price and credit
 ANSWER_S = 20.0  # for one renewal
-STALL_GRACE_S = 90.0  # after limits.stall_minutes, in which the story may end by itself
-CREDIT_S = 1800.0  # of credit left: less is told
+STALL_GRACE_S = 90.0  # after limits.stall_minutes, for the story to end by itself
+CREDIT_S = 1800.0  # warn when the credit lasts less than this
 
 
 @contextmanager
-def kept(session: Session, box: Box) -> Iterator[None]:
-    """A keeper for as long as the block runs."""
+def keeper_running(session: Session, box: Box) -> Iterator[None]:
+    """Run a keeper while the block runs."""
     keeper = Keeper(session, box)
     keeper.start()
     try:
@@ -39,7 +39,8 @@ def kept(session: Session, box: Box) -> Iterator[None]:
 
 
 class Keeper:
-    """Two threads: limits, which make no call before one falls; and the lease with the price."""
+    """Two threads: one looks at the limits and makes no call before one is reached; the other
+    renews the lease and reads the price."""
 
     def __init__(self, session: Session, box: Box) -> None:
         self._session, self._story = session, box
@@ -60,13 +61,13 @@ class Keeper:
             thread.start()
 
     def stop(self) -> None:
-        """Begin nothing any more."""
+        """Stop both threads after what they are doing."""
         self._stopped.set()
         self._box.end(Lost("the keeper has ended"))
 
     def _every(self, seconds: float, act: Callable[[], None]) -> None:
         while not self._stopped.wait(seconds):
-            with suppress(Exception):  # the next round tries again; a limit is no exception here
+            with suppress(Exception):  # the next round tries again
                 act()
 
     def _now(self) -> float:
@@ -77,13 +78,13 @@ class Keeper:
     def _look(self) -> None:
         asleep_s = self._now() - self._looked
         self._looked += asleep_s
-        if asleep_s > ASLEEP_S:  # this machine was silent, not the box
+        if asleep_s > ASLEEP_S:  # this machine slept: do not count that as a stall
             self._session.moved_t += asleep_s
-        fallen = self._fallen()
-        if fallen is not None:
-            self._end(fallen)
+        reached = self._reached_limit()
+        if reached is not None:
+            self._end(reached)
 
-    def _fallen(self) -> MilkteaError | None:
+    def _reached_limit(self) -> MilkteaError | None:
         session = self._session
         if session.left_s() <= 0:
             return OverBudget(
@@ -100,7 +101,8 @@ class Keeper:
         return None
 
     def _end(self, why: MilkteaError) -> None:
-        """Destroy by REST until it is proven; the story hears of it with the first DELETE."""
+        """Destroy through REST until absence is proven; the story's connection ends with the first
+        DELETE."""
 
         def tell(trouble: str) -> None:
             self._session.screen.waiting(f"not destroyed yet: {trouble}")
@@ -114,7 +116,7 @@ class Keeper:
                 begun=lambda: self._story.end(why),
                 tell=tell,
             )
-        except BoxLeaked as leak:  # the story's own end proves it, or shouts
+        except BoxLeaked as leak:  # the story destroys it once more, or raises BoxLeaked
             tell(str(leak))
         finally:
             self._story.end(why)
@@ -131,7 +133,7 @@ class Keeper:
             self._read_price()
 
     def _read_price(self) -> None:
-        """A price that rises brings the deadline nearer; a credit that ends soon is told."""
+        """Move the deadline for a price that rose, and warn of credit that ends soon."""
         instance = self._vast.instance(self._instance_id) if self._instance_id else None
         if instance is not None and instance.usd_per_hour > self._usd_per_hour * 1.02 + 1e-4:
             share = self._usd_per_hour / instance.usd_per_hour

@@ -1,5 +1,5 @@
-"""Where a run was rented: the provider's address and the account. Another account, another address
-or the emulator never touches it."""
+"""Where a run was rented: the API's address and the account. A client of another account or
+address, or of the emulator, never touches the run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ops.market.client import Vast, is_loopback
 from ops.run import journal
 from ops.run.journal import Line
 
-KIND = "place"  # of the journal's line, written before the first `renting`
-_FIRST_LINES = 8  # of a journal, among which the place is looked for where it is damaged
+KIND = "place"  # the journal's line, written before the first `renting`
+_FIRST_LINES = 8  # of a damaged journal, in which the place is looked for
 
 
 @dataclass(frozen=True)
 class Place:
-    """`url` of the API, `account` as /users/current tells its id."""
+    """`url` is the API's address, `account` the account's id by /users/current."""
 
     url: str
     account: str
@@ -29,24 +29,26 @@ class Place:
         return f"{kind}{self.url}, account {self.account}"
 
     def same_as(self, other: Place) -> bool:
-        """An emulator that is started again has another port, and the same account."""
+        """Whether both are one place. An emulator that is started again has another port, but the
+        same account."""
         emulators = is_loopback(self.url) and is_loopback(other.url)
         return self.account == other.account and (emulators or self.url == other.url)
 
 
 def here(vast: Vast) -> Place:
-    """The place that `vast` speaks to. Raises MarketError when the account is not told."""
+    """The place of this client. Raises MarketError when vast.ai does not say whose account it
+    is."""
     return Place(vast.provider.url.rstrip("/"), vast.account())
 
 
 def remembered(lines: Iterable[Line]) -> Place | None:
-    """None for a run that rented nothing yet, and for one that milktea 0.1 began."""
+    """The place in a journal; None for a run that rented nothing yet, or that milktea 0.1 began."""
     line = journal.last(list(lines), KIND)
     return None if line is None else Place(str(line["url"]), str(line["account"]))
 
 
 def of_folder(folder: Path) -> Place | None:
-    """The place in a journal that may be damaged: what its first readable lines say."""
+    """The place in a journal that may be damaged, by its first lines; None where they have none."""
     try:
         with open(folder / journal.FILE, "rb") as file:
             heads = [file.readline(1 << 20) for _ in range(_FIRST_LINES)]
@@ -64,7 +66,7 @@ def of_folder(folder: Path) -> Place | None:
 
 def validate_same(run_id: str, place: Place | None, vast: Vast) -> None:
     """Raises Elsewhere, naming both places, when the run was rented at another one; MarketError
-    when the account cannot be asked for. A run without a place is taken as ever."""
+    when vast.ai does not say whose account this is. A run without a place (None) passes."""
     if place is None:
         return
     this = here(vast)

@@ -1,5 +1,5 @@
-"""What is left to be destroyed: every command begins with `finish_destroys`; `reap` ends everything
-that no live client looks after."""
+"""Destroy what earlier commands left. Every command that acts begins with `finish_destroys`; `reap`
+destroys the boxes of all runs that no process owns."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ class Reaped:
 
 
 def unfinished(lines: list[journal.Line]) -> bool:
-    """A destroy was begun and not proven: it is finished before anything else is done."""
+    """Whether a destroy was begun and is not proven yet."""
     line = journal.last(lines, "destroying", "leaked", "destroyed", "renting")
     return line is not None and line.kind in ("destroying", "leaked")
 
 
 def finish_destroys(root: Path, vast: Vast, screen: Screen) -> Reaped:
-    """What an earlier command began to destroy, and boxes that appear late after a create without a
-    clear answer. Runs that another process acts on are left to it."""
+    """Finish what an earlier command began to destroy, and destroy boxes that appear late after a
+    create without a clear answer. Runs that another process owns are left to it."""
     reaped = _each(root, vast, screen, unfinished)
-    late = [f for f in journal.runs(root) if _may_appear(f, vast) and f.name not in _told(reaped)]
-    if late:
+    appearing = [
+        f for f in journal.runs(root) if _may_appear(f, vast) and f.name not in _handled(reaped)
+    ]
+    if appearing:
         listed = {label for _, label in vast.labels()}
-        for folder in late:
+        for folder in appearing:
             if folder.name in listed and not journal.is_held(folder):
                 _by_label(vast, folder, reaped)
     return reaped
@@ -53,14 +55,15 @@ def _may_appear(folder: Path, vast: Vast) -> bool:
     return may_appear(lines, vast.clock.now()) and not may_have_box(lines)
 
 
-def _told(reaped: Reaped) -> set[str]:
+def _handled(reaped: Reaped) -> set[str]:
     return {*reaped.destroyed, *(line.split(":")[0] for line in reaped.left)}
 
 
 def reap(root: Path, vast: Vast, screen: Screen, *, foreign: bool = False) -> Reaped:
-    """Destroy the boxes of all runs under `root` that no live client holds, and of damaged journals
-    by their label. With `foreign`, also what is labelled like a run of ours but has no folder
-    here. A run that was rented at another place is left alone, with both places named."""
+    """Destroy the boxes of all runs under `root` that no process owns; a run with a damaged journal
+    by its label. With `foreign`, also instances that are labelled like a run but have no folder
+    under `root`. A run that was rented at another place is left alone, and both places are
+    named."""
     reaped = _each(root, vast, screen, may_have_box)
     held = {line.split(":")[0] for line in reaped.left}
     here = {folder.name for folder in root.iterdir() if folder.is_dir()} if root.exists() else set()

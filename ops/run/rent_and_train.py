@@ -40,7 +40,7 @@ from ops.run import blame, place, rental, retrieve
 from ops.run.choose import choose, search
 from ops.run.follow import EVENTS, NoFirstStep, follow, newest_checkpoint
 from ops.run.interrupt import fetch_newest, stage
-from ops.run.keeper import kept
+from ops.run.keeper import keeper_running
 from ops.run.rental import endpoints, raise_if_preempted, rented
 from ops.run.result import ADAPTER
 from ops.run.session import MARGIN_S, Session, metered
@@ -79,7 +79,7 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> RunResult:
         try:
             with rented(session, offer) as instance_id:
                 box = connect(session, boot(session, instance_id, offer), offer)
-                with kept(session, box):
+                with keeper_running(session, box):
                     push(session, box)
                     launch(session, box)
                     watch(session, box)
@@ -116,9 +116,9 @@ def remember_failure(session: Session, offer: Offer, error: MilkteaError) -> Non
     Raises when another machine would not help: a changed host key, or the same fatal word from two
     machines."""
     fault = isinstance(error, NeverReady | Unsuitable | Lost)
-    word = blame.word(error)
+    word = blame.fatal_word(error)
     bad = [line.data for line in session.journal.lines if line.kind == "bad_machine"]
-    others = blame.machines_that_said(word, bad) - {offer.machine_id} if word else set()
+    others = blame.machines_with_word(word, bad) - {offer.machine_id} if word else set()
     if others:  # two machines fail with the same word: the image or the job is at fault
         session.note("missed", machine_id=offer.machine_id, offer_id=offer.id, why=str(error))
         what = f"{len(others) + 1} of them said {word!r}: {error}"
@@ -311,14 +311,14 @@ def watch(session: Session, box: Box) -> None:
         except NoFirstStep:
             offer, launched = session.offer(), session.journal.last("launched")
             tried = launched is not None and bool(launched.get("settings"))
-            if tried or not blame.may_lack_peers(offer.gpu_name, offer.num_gpus):
+            if tried or not blame.p2p_may_hang(offer.gpu_name, offer.num_gpus):
                 raise
             session.screen.waiting(
                 f"{offer.num_gpus} x {offer.gpu_name} hang before the first step: once more with "
-                f"{'='.join(blame.PEERS)}"
+                f"{'='.join(blame.NO_P2P)}"
             )
             box.run(scripts.kill_training(session.run_id))
-            _start(session, box, (blame.PEERS,))
+            _start(session, box, (blame.NO_P2P,))
         except (OverBudget, Stalled, Failed, Unsuitable):
             fetch_newest(session, box)
             raise
@@ -332,7 +332,7 @@ def pull(session: Session, box: Box) -> RunResult:
     staging.mkdir(exist_ok=True)
     for attempt in range(1, MAX_FETCHES + 1):
         try:
-            looked = retry_transfer(session, box, lambda: retrieve.fetch(session, box, staging))
+            inspected = retry_transfer(session, box, lambda: retrieve.fetch(session, box, staging))
             break
         except AdapterError as e:
             session.note("bad_result", attempt=attempt, why=str(e))
@@ -340,8 +340,8 @@ def pull(session: Session, box: Box) -> RunResult:
             staging.mkdir()
             if attempt == MAX_FETCHES:
                 raise
-    out = retrieve.lay_out(session, staging, looked, session.journal.folder / EVENTS)
-    found = looked.verified
+    out = retrieve.write_out(session, staging, inspected, session.journal.folder / EVENTS)
+    found = inspected.verified
     session.note(
         "pulled",
         sha256=found.sha256,

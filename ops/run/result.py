@@ -3,7 +3,7 @@ and whether it is what the job asked for.
 
 Pure but for reading the file. The manifest comes from the same box as the archive, so no limit is
 taken from it: sizes, ratios, names and numbers are judged on their own. Nothing is extracted, and
-no regular expression from a box is run. `ops.run.apart` calls this in a process that has limits.
+no regular expression from a box is run. `ops.run.sandbox` calls this in a process that has limits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What of a run comes home, how much of it at most, and what is made here of it.
+"""Fetch the result of a run, within limits, and write it to results.folder with a report.
 
-The archive and the picture come by name; the report is made here from facts: a box sends no page
-that a browser here would open. What comes is bounded by what this job can have made, whatever the
-box says that it has.
+Only the archive and the picture are pulled, by name; the report is made here from facts, so that no
+browser opens a page from a box. Every size is limited by what this job can have made, whatever the
+box says.
 """
 
 from __future__ import annotations
@@ -17,54 +17,57 @@ from ops.box import scripts, transfer
 from ops.box.connection import Box
 from ops.errors import AdapterError, BoxError, HostKeyChanged, Lost
 from ops.market.cost import Workload
-from ops.run import apart
-from ops.run.apart import Looked
+from ops.run import sandbox
 from ops.run.result import ADAPTER, Expected
+from ops.run.sandbox import Inspected
 from ops.run.session import Session
 from trainer.wire import events
 from trainer.wire.page import page
 
 MANIFEST, PICTURE, REPORT = "manifest.json", "loss.png", "report.html"
-COMES_HOME = (ADAPTER, PICTURE)  # of the files that a manifest lists; others stay on the box
-MANIFEST_BYTES = 16 << 20  # a hundred thousand tensors and steps
+# of the files that a manifest lists; the others stay on the box
+PULLED = (ADAPTER, PICTURE)
+MANIFEST_BYTES = 16 << 20  # enough for a hundred thousand tensors and steps
 CHECKPOINT_MANIFEST_BYTES = 4 << 20
 PICTURE_BYTES = 4 << 20
 EVENTS_BYTES = 256 << 20  # of one machine's events
 SLACK_BYTES = 64 << 20  # tokenizer, templates, small files
-MAX_FILES = 1024  # of a checkpoint: a part for each process, and a few more
+MAX_FILES = 1024  # of a checkpoint: a shard for each process, and a few more
 MAX_SAMPLES = 100  # in a report
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 def archive_bytes(workload: Workload) -> int:
-    """The most that adapter.zip of this job can take."""
-    return _at_most(workload, 2.5 * workload.pull_bytes)  # PiSSA comes home with twice the rank
+    """How large adapter.zip of this job can be at most, in bytes."""
+    return _max_bytes(workload, 2.5 * workload.pull_bytes)  # PiSSA comes home with twice the rank
 
 
 def checkpoint_bytes(workload: Workload) -> int:
-    """The most that a checkpoint of this job can take."""
-    return _at_most(workload, 1.5 * workload.checkpoint_bytes)
+    """How large a checkpoint of this job can be at most, in bytes."""
+    return _max_bytes(workload, 1.5 * workload.checkpoint_bytes)
 
 
-def _at_most(workload: Workload, predicted: float) -> int:
-    unknown = workload.shape is None and not workload.cpu_practice  # sizes were guessed
+def _max_bytes(workload: Workload, predicted: float) -> int:
+    unknown = workload.shape is None and not workload.cpu_practice  # `predicted` was a guess
     return int(predicted * (10 if unknown else 1)) + SLACK_BYTES
 
 
-def fetch(session: Session, box: Box, staging: Path) -> Looked:
-    """Bring the result into `staging` and verify it there. Raises AdapterError where it is not
-    whole and sane, Lost, PreflightError where this disk is full."""
+def fetch(session: Session, box: Box, staging: Path) -> Inspected:
+    """Pull the result into `staging` and verify it there. Raises AdapterError for a result that
+    does not verify, Lost, HostKeyChanged, and PreflightError where this disk is full."""
     folder = f"{scripts.run_folder(session.run_id)}/result"
-    most = {ADAPTER: archive_bytes(session.plan.workload), PICTURE: PICTURE_BYTES}
+    max_bytes = {ADAPTER: archive_bytes(session.plan.workload), PICTURE: PICTURE_BYTES}
     manifest = staging / MANIFEST
-    for name in (MANIFEST, *COMES_HOME):
+    for name in (MANIFEST, *PULLED):
         (staging / name).unlink(missing_ok=True)
     try:
         transfer.pull(box, f"{folder}/{MANIFEST}", manifest, max_bytes=MANIFEST_BYTES)
-        for name, (sha256, size) in apart.listing(manifest, COMES_HOME).items():
-            if size > most[name]:
-                why = f"{name} has {size:,} bytes, this job can have made at most {most[name]:,}"
-                raise AdapterError(why, hint=apart.HINT)
+        for name, (sha256, size) in sandbox.listing(manifest, PULLED).items():
+            if size > max_bytes[name]:
+                why = (
+                    f"{name} has {size:,} bytes, this job can have made at most {max_bytes[name]:,}"
+                )
+                raise AdapterError(why, hint=sandbox.HINT)
             local, moving = staging / name, partial(session.moving, "pull")
             transfer.pull(box, f"{folder}/{name}", local, sha256, moving, max_bytes=size)
     except (Lost, HostKeyChanged):
@@ -73,58 +76,64 @@ def fetch(session: Session, box: Box, staging: Path) -> Looked:
         raise AdapterError(f"the result cannot be fetched whole: {e}") from e
     if (staging / PICTURE).is_file() and not _is_png(staging / PICTURE):
         (staging / PICTURE).unlink()
-    return apart.verify(manifest, staging / ADAPTER, Expected.of(session.plan.wire_job))
+    return sandbox.verify(manifest, staging / ADAPTER, Expected.of(session.plan.wire_job))
 
 
 def _is_png(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(len(PNG)) == PNG
+        return file.read(len(PNG_MAGIC)) == PNG_MAGIC
 
 
-def lay_out(session: Session, staging: Path, looked: Looked, told: Path) -> Path:
-    """Copy what was verified to results.folder/RUN and write the report beside it; `told` holds the
-    run's events. Returns the folder in which the adapter lies: `staging`, where the other takes
-    none."""
+def write_out(session: Session, staging: Path, inspected: Inspected, events_file: Path) -> Path:
+    """Copy what was verified to results.folder/RUN and write the report beside it; `events_file`
+    holds the run's events. Returns the folder that has the adapter: `staging`, where results.folder
+    cannot be written."""
     out = Path(session.plan.out) / session.run_id
     offer = session.offer()
-    beside = {
+    extra_rows = {
         "cost": f"{session.spent_usd():.4f} $",
         "machine": f"{offer.num_gpus} x {offer.gpu_name}, {offer.usd_per_hour:.3f} $/h",
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in COMES_HOME:
+        for name in PULLED:
             if (staging / name).is_file():
                 shutil.copy2(staging / name, out / name)
     except OSError as e:
         session.screen.waiting(f"{out} takes no files ({e}): the verified adapter is in {staging}")
         out = staging
     try:
-        (out / REPORT).write_bytes(report(session.plan.wire_job, looked.facts, told, beside))
+        (out / REPORT).write_bytes(
+            report(session.plan.wire_job, inspected.facts, events_file, extra_rows)
+        )
     except (OSError, ValueError, KeyError, TypeError) as e:
         session.screen.waiting(f"no {REPORT} was written: {e}")
     return out
 
 
 def report(
-    job: Mapping[str, Any], facts: Mapping[str, Any], told: Path, beside: Mapping[str, str]
+    job: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    events_file: Path,
+    extra_rows: Mapping[str, str],
 ) -> bytes:
-    """report.html of job.json's object, a verified manifest's facts, the events in the file `told`,
-    and rows of our own."""
+    """report.html from job.json's object, a verified manifest's facts, the events in `events_file`,
+    and `extra_rows` (name -> text) for its table."""
     samples: list[Mapping[str, str]] = []
     score = None
-    for event in events_of(told):
+    for event in events_of(events_file):
         if isinstance(event, events.Score):
             score = (event.exact_match_before, event.exact_match_after)
         if isinstance(event, events.Sample) and len(samples) < MAX_SAMPLES:
             samples.append(event.model_dump(include={"prompt", "expected", "before", "after"}))
-    return page(job, facts, samples, score, beside)
+    return page(job, facts, samples, score, extra_rows)
 
 
-def events_of(told: Path) -> Iterator[events.Event]:
-    """The events in a file, line by line: it is as long as the box made it."""
-    if not told.is_file():
+def events_of(events_file: Path) -> Iterator[events.Event]:
+    """The events in a file, read line by line because the box decides how long it is; none without
+    the file."""
+    if not events_file.is_file():
         return
-    with told.open("rb") as file:
+    with events_file.open("rb") as file:
         for line in file:
             yield from events.readable(events.whole_lines(line)[0])[0]

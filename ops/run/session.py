@@ -1,5 +1,5 @@
-"""One acting client on one run: its journal, its provider, its clock and its screen; and what the
-journal says of the money."""
+"""What a client needs to act on one run: its journal, plan, client of vast.ai, clock and screen;
+and the run's money and deadlines, computed from the journal."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from trainer.wire.events import Event, Sample, Score
 
 P = ParamSpec("P")
 R = TypeVar("R")
-APPEARS_S = 600.0  # after an unclear create, in which its box may still come to be listed
-MARGIN_S = 60.0  # before the box's own deadline, in which the laptop fetches what there is
+APPEARS_S = 600.0  # after an unclear create its instance may appear in the list for so long
+MARGIN_S = 60.0  # before the box's own deadline, to fetch the newest checkpoint
 
 
 class Detached(BaseException):
-    """The box is left to itself: it goes on, and ends by itself."""
+    """This client leaves the box: it trains on, and its own watchdog ends it."""
 
 
 class Interrupted(BaseException):
@@ -38,11 +38,12 @@ class Interrupted(BaseException):
 
 
 class Shield:
-    """Keeps an interrupt out of everything but the stages that may be cut in half, and within
-    those out of what must not be: a journal line, a create under way, a destroy being proven.
+    """Defers interrupts. Only code inside `with shield.lowered()` may be interrupted; inside that,
+    `with shield` protects again what must not stop half way: a journal line, a create, a destroy.
 
-    `interrupt` is the signal handler's half: it raises Interrupted at once inside `lowered`, and
-    else when the next one begins, or when the outermost `with shield` inside one ends."""
+    The signal handler calls `interrupt`. It raises Interrupted at once where that is allowed, and
+    otherwise as soon as it is: when the next `lowered` begins, or the outermost `with shield` in
+    one ends."""
 
     def __init__(self) -> None:
         self._depth = 1
@@ -55,7 +56,7 @@ class Shield:
             raise Interrupted
 
     def forget(self) -> None:
-        """What was pressed meanwhile is answered."""
+        """Drop a deferred interrupt."""
         self._pending = False
 
     @contextmanager
@@ -83,9 +84,9 @@ class Shield:
 
 
 class Screen(Protocol):
-    """Where a run is told to people. Every method returns at once and never raises."""
+    """Shows a run to people. Every method returns at once and never raises."""
 
-    samples: list[Sample]  # the trainer's answers before and after
+    samples: list[Sample]  # the model's answers before and after the training
     score: Score | None  # on the held-out rows
 
     def line(self, line: Line) -> None: ...
@@ -102,11 +103,14 @@ class Screen(Protocol):
         """What the run has cost so far, about once a second; from any thread."""
 
     def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
-        """The user's choice after Ctrl-C, by its key; the first keeps what is paid for. "" where
-        nothing was chosen in time, None where nobody can be asked."""
+        """Ask the user after Ctrl-C. `choices` are (key, text); the first keeps what is paid for.
+        Returns the chosen key, "" where nothing was chosen in time, None where there is no
+        terminal."""
 
 
 class Session:
+    """One client's work on one run. It holds no connection to the box."""
+
     def __init__(self, journal: Journal, plan: Plan, vast: Vast, screen: Screen) -> None:
         self.journal, self.plan, self.vast, self.clock, self.screen = (
             journal,
@@ -116,44 +120,45 @@ class Session:
             screen,
         )
         self.shield = Shield()
-        self.wish = ""  # of ops.run.wishes, to be obeyed where the story stands
-        self.created: int | None = None  # rented by this client, in the journal or not
-        self._at_its_place = False
-        self.moved_t = self.clock.steady()  # when anything of this run last moved
-        self._deadline: tuple[int, float] | None = None  # the line that set it, steady seconds
-        self.key_path = journal.folder / "id_ed25519"  # of this run alone
+        self.wish = ""  # one of ops.run.wishes, for the next stage that may be interrupted
+        self.created: int | None = None  # instance id, known before the journal has it
+        self._place_validated = False
+        self.moved_t = self.clock.steady()  # when this run last made progress, by clock.steady
+        self._deadline: tuple[int, float] | None = None  # (the line that set it, steady seconds)
+        self.key_path = journal.folder / "id_ed25519"  # each run has its own key
 
     @property
     def run_id(self) -> str:
         return self.plan.run_id
 
     def validate_place(self) -> None:
-        """Once for a client. Raises Elsewhere where the run was rented at another place,
-        MarketError where vast.ai does not say whose account this is."""
-        if not self._at_its_place:
+        """Compare where the run was rented with where this client is, once. Raises Elsewhere where
+        they differ, MarketError where vast.ai does not say whose account this is."""
+        if not self._place_validated:
             place.validate_same(self.run_id, place.remembered(self.journal.lines), self.vast)
-            self._at_its_place = True
+            self._place_validated = True
 
     def remember_place(self) -> None:
-        """Before the first create: where this run is rented. A run of milktea 0.1 that rented
-        already has no such line and gets none."""
+        """Write where this run is rented into the journal, before the first create. A run of
+        milktea 0.1 that rented already has no such line and gets none."""
         if self.journal.last(place.KIND, "renting") is None:
             this = place.here(self.vast)
             self.note(place.KIND, url=this.url, account=this.account)
         self.validate_place()
 
     def make_key(self) -> str:
-        """Write the run's key unless it is there, and return its public line."""
+        """Make the run's SSH key unless it exists, and return its public line."""
         return Box.make_key(self.key_path)
 
     @property
     def known_hosts(self) -> Path:
-        """One per machine: another machine may show another key, the same one may not."""
+        """One file for each instance: another machine has another host key, the same one may not
+        change it."""
         return self.journal.folder / f"known_hosts.{self.instance_id()}"
 
     def note(self, kind: str, **data: Any) -> Line:
-        """One journal line, told on the screen. Raises OSError where the disk takes none, but for
-        the record of how a run failed: its error is what must reach the user."""
+        """Append a line to the journal and show it. Raises OSError where the disk takes none;
+        except for a "failed" line, because then the error it records must reach the user."""
         with self.shield:
             try:
                 line = self.journal.append(kind, **data)
@@ -166,7 +171,7 @@ class Session:
         return line
 
     def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
-        """Bytes moved, as the screen and the keeper see them."""
+        """Show a transfer and count it as progress."""
         self.moved_t = self.clock.steady()
         self.screen.moving(what, done_bytes, total_bytes)
 
@@ -180,13 +185,13 @@ class Session:
         return line["instance_id"] if line and line.kind == "rented" else None
 
     def offer(self) -> Offer:
-        """The offer taken last."""
+        """The offer that was rented last."""
         line = self.journal.last("renting")
         assert line is not None, "nothing was rented yet"
         return Offer(**line["offer"])
 
     def bid(self, offer: Offer) -> float | None:
-        """$/h to bid, None on demand."""
+        """$/h to bid for it; None on demand."""
         return bid_of(offer, self.plan.needs)
 
     def predicted(self, offer: Offer) -> Cost:
@@ -196,7 +201,8 @@ class Session:
         return burn_usd_per_hour(self.plan, self.offer(), self.bid(self.offer()))
 
     def spent_usd(self) -> float:
-        """All machines of this run so far, by our own meter (vast.ai's bill comes later)."""
+        """Dollars of all machines of this run so far, by our own meter (vast.ai's bill is
+        later)."""
         return spent_usd(self.journal.lines, self.clock.now())
 
     def money(self) -> str:
@@ -209,8 +215,8 @@ class Session:
         return spent
 
     def allowed_s(self, offer: Offer) -> float:
-        """Seconds a new machine may live, by money and by hours; the box's watchdog gets this
-        number. Raises OverBudget when it is not worth starting."""
+        """Seconds that a new machine may live by max_usd and max_hours; the box's watchdog gets
+        this number. Raises OverBudget when they are too few to start."""
         age_s = self.clock.now() - self.journal.lines[0].t
         predicted, bid = self.predicted(offer), self.bid(offer)
         left_s = life_s(self.plan, offer, bid, predicted, self.spent_usd(), age_s)
@@ -223,7 +229,7 @@ class Session:
         return left_s
 
     def left_s(self) -> float:
-        """Seconds until the box ends itself, by a clock that no date moves."""
+        """Seconds until the box destroys itself, by clock.steady."""
         line = runs_since(self.journal.lines)
         assert line is not None, "nothing was rented yet"
         if self._deadline is None or self._deadline[0] != line.n:
@@ -232,21 +238,21 @@ class Session:
         return self._deadline[1] - self.clock.steady()
 
     def shorten(self, share: float) -> None:
-        """The same dollars last only for `share` of the time that is left."""
+        """Multiply the time that is left by `share`: the price rose."""
         left_s = self.left_s()
         assert self._deadline is not None
         self._deadline = (self._deadline[0], self.clock.steady() + max(0.0, left_s) * share)
 
     def dies_at(self) -> float:
-        """Unix seconds at which the box ends itself, for people and for the journal."""
+        """Unix seconds at which the box destroys itself, to show and to record."""
         ends_at = ends_itself_at(self.journal.lines)
         assert ends_at is not None, "nothing was rented yet"
         return ends_at
 
 
 def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
-    """`act`; an error that leaves it says what the run has spent, unless its raise knew more of the
-    money."""
+    """Decorates `act`: a MilkteaError that leaves it says what the run has spent, unless its raise
+    said more of the money."""
 
     @wraps(act)
     def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -261,14 +267,15 @@ def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[S
 
 
 def burn_usd_per_hour(plan: Plan, offer: Offer, bid: float | None) -> float:
-    """GPUs and disk of a machine that runs."""
+    """$/h of a running machine: GPUs (or the bid) and disk."""
     return (bid or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, plan.needs.disk_gib)
 
 
 def life_s(
     plan: Plan, offer: Offer, bid: float | None, predicted: Cost, spent_usd: float, age_s: float
 ) -> float:
-    """Seconds that a machine rented now may live, in a run of that age which has spent so much."""
+    """Seconds that a machine rented now may live, in a run that began `age_s` ago and has spent
+    `spent_usd`."""
     boot_h = boot_timeout_s(predicted) / 3600
     before_it_runs = (
         predicted.inet_down_usd
@@ -282,15 +289,15 @@ def life_s(
 
 @dataclass(frozen=True)
 class Silence:
-    """What it costs at most when no client is heard after the launch, and how many seconds after
-    the rent the result is lost then."""
+    """What a run costs at most when no client connects after the launch, and how many seconds after
+    the rent its result is lost then."""
 
     usd: float
     lost_after_s: float
 
 
 def dearest_silence(plan: Plan, priced: Priced) -> Silence:
-    """Of a run that begins now on this offer."""
+    """The silence that costs the most, of a run that begins now on this offer."""
     bid, c = bid_of(priced.offer, plan.needs), priced.cost
     burn = burn_usd_per_hour(plan, priced.offer, bid)
     before_s = c.boot_s + c.pull_s
@@ -299,24 +306,24 @@ def dearest_silence(plan: Plan, priced: Priced) -> Silence:
     lives_s = life_s(plan, priced.offer, bid, c, 0.0, 0.0)
     ended_s = c.transfer_s + c.start_s + c.train_s
     lost_s = lives_s if plan.hold_s is None else min(lives_s, ended_s + plan.hold_s)
-    most = burn * (lives_s + WATCH_S) / 3600 + c.inet_down_usd + c.inet_up_usd
-    return Silence(min(plan.max_usd, most), before_s + lost_s)
+    max_cost_usd = burn * (lives_s + WATCH_S) / 3600 + c.inet_down_usd + c.inet_up_usd
+    return Silence(min(plan.max_usd, max_cost_usd), before_s + lost_s)
 
 
 def boot_timeout_s(predicted: Cost) -> float:
-    """Patience for a boot: ten minutes, and three times what the image should take."""
+    """Seconds to wait for a boot: ten minutes and three times the predicted image pull."""
     return 600.0 + 3.0 * predicted.pull_s
 
 
 def may_have_box(lines: list[Line]) -> bool:
-    """Whether something with this run's label may exist: rented or asked for, and not proven absent
+    """Whether an instance with this run's label may exist: one was asked for and not proven absent
     since."""
     line = last(lines, "renting", "rented", "absent", "destroyed")
     return line is not None and line.kind in ("renting", "rented")
 
 
 def runs_since(lines: list[Line]) -> Line | None:
-    """The line from which the newest machine's life is counted: its first boot, or its rent."""
+    """The line from which the newest machine's lifetime counts: its first boot, or its rent."""
     rent = last(lines, "renting")
     if rent is None:
         return None
@@ -324,15 +331,15 @@ def runs_since(lines: list[Line]) -> Line | None:
 
 
 def ends_itself_at(lines: list[Line]) -> float | None:
-    """Unix seconds at which the newest machine destroys itself at the latest; None before the first
+    """Unix seconds at which the newest machine destroys itself at the latest; None before a
     rent."""
     since, rent = runs_since(lines), last(lines, "renting")
     return None if since is None or rent is None else since.t + float(rent["max_s"])
 
 
 def may_appear(lines: list[Line], now: float) -> bool:
-    """Whether a create without a clear answer is so fresh that its box may still come to be
-    listed: absence is provisional."""
+    """Whether a create without a clear answer is so recent that its instance may still appear in
+    vast.ai's list."""
     return any(
         line.kind == "absent" and line.get("provisional") and now - line.t < APPEARS_S
         for line in reversed(lines)
@@ -340,8 +347,8 @@ def may_appear(lines: list[Line], now: float) -> bool:
 
 
 def spent_usd(lines: list[Line], now: float) -> float:
-    """Dollars of every machine in the journal up to `now`: GPU from running, disk from rent, bytes
-    both ways."""
+    """Dollars of every machine in the journal up to `now` (unix seconds): GPUs from the boot on,
+    disk from the rent on, bytes in both directions."""
     total = 0.0
     offer: Offer | None = None
     rented_t = running_t = 0.0

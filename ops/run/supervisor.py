@@ -1,11 +1,12 @@
-"""Who owns a run: one process, which holds the journal's lock, tells the story and hears wishes.
+"""The owner of a run: the one process that holds the journal's lock, runs the story and obeys
+wishes.
 
-    carry(session)          in this process (--foreground, Python): screen and signals are its own
+    supervise(session)      in this process (--foreground, Python): its own screen and signals
     start(folder, vast)     in a detached process of its own; terminals attach (ops/run/attach.py)
 
 A detached owner has no terminal: what it would show goes to `told.jsonl` in the run's folder, what
-it prints to `supervisor.log`. It hears of the terminals that watch by a lock that each of them
-shares, and of what is wished by a file.
+it prints to `supervisor.log`. It knows that a terminal watches by a lock that each terminal shares,
+and what the user wants by a file (ops/run/wishes.py).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ops.market.client import Vast, provider_from
 from ops.market.models import Instance
 from ops.market.ranking import Ranking
 from ops.run import journal, wishes
-from ops.run.interrupt import parting
+from ops.run.interrupt import default_wish
 from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
 from ops.run.rental import destroy
@@ -41,23 +42,22 @@ from ops.wait import RealClock
 from trainer.wire.events import Event, Sample, Score
 
 LOG = "supervisor.log"
-TOLD = "told.jsonl"
-MARKET = "market.json"  # what the user saw, for the first choice of a machine
-WATCHED = "watched"  # locked by each terminal that watches
-STARTS_S = 60.0  # for a detached owner to take its run
-LISTEN_S = 0.25  # between two looks for a wish, and for who watches
-SAME_S = 5.0  # in which nothing is told twice
-MARKET_S = 300.0  # after which it has to be looked at again
+PROGRESS = "told.jsonl"
+MARKET = "market.json"  # the ranking that the user saw, for the first choice of a machine
+WATCHED = "watched"  # locked (shared) by each terminal that watches
+LISTEN_S = 0.25  # between two looks for a wish and for terminals
+REPEAT_S = 5.0  # before the same line is written to PROGRESS again
+MARKET_S = 300.0  # after which MARKET is too old
 _market: TypeAdapter[Ranking] = TypeAdapter(Ranking)
 
 
 # -- the owner -------------------------------------------------------------------------------------
 
 
-def carry(session: Session, seen: Ranking | None = None) -> None:
-    """The story, with its end in the journal. Returns with the adapter at home, or with a box that
-    was left to itself; raises as the story does, Interrupted where it was ended before the
-    training."""
+def supervise(session: Session, seen: Ranking | None = None) -> None:
+    """Run the story in this process and write how it ended into the journal. Returns with the
+    adapter here, or with a box that was left; raises as `rent_and_train`, and Interrupted where the
+    run was ended before the training."""
     session.note("owned", pid=os.getpid())
     with _signals(session), _listening(session):
         try:
@@ -67,18 +67,18 @@ def carry(session: Session, seen: Ranking | None = None) -> None:
         except Interrupted:
             if session.may_have_box():
                 destroy(session, why="Interrupted")
-            said = f"no box of this run is left; {session.money()}"
-            session.note("failed", what=f"interrupted: {said}", error="Interrupted", exit_code=130)
-            raise Interrupted(said) from None
+            text = f"no box of this run is left; {session.money()}"
+            session.note("failed", what=f"interrupted: {text}", error="Interrupted", exit_code=130)
+            raise Interrupted(text) from None
         except Exception as e:
-            with suppress(JournalError, OSError):  # a disk that is full hides no first error
-                session.note("failed", **told_error(e))
+            with suppress(JournalError, OSError):  # a full disk must not hide the first error
+                session.note("failed", **error_facts(e))
             raise
 
 
-def told_error(e: Exception) -> dict[str, Any]:
-    """An error as the journal keeps it, for those who watch; `ops.run.attach` makes it one again.
-    What is no MilkteaError is a fault of ours."""
+def error_facts(e: Exception) -> dict[str, Any]:
+    """An error as the journal keeps it; `ops.run.attach` makes an error of it again. Any error but
+    a MilkteaError is a bug of ours, and has exit code 1."""
     facts: dict[str, Any] = {"what": f"{type(e).__name__}: {e}", "error": type(e).__name__}
     if not isinstance(e, MilkteaError):
         return facts | {"exit_code": 1}
@@ -87,20 +87,20 @@ def told_error(e: Exception) -> dict[str, Any]:
 
 @contextmanager
 def _signals(session: Session) -> Iterator[None]:
-    """SIGINT asks what to do, a wish that came interrupts; SIGTERM and SIGHUP, and a SIGINT where
-    nobody can be asked, end this process by what loses least. In another thread than the main one,
-    where no signal arrives, nothing changes."""
+    """Handle signals while the block runs. SIGINT asks the user what to do; SIGUSR1 says that a
+    wish has arrived; SIGTERM and SIGHUP, and SIGINT without a terminal, end the run by
+    `default_wish`. Outside the main thread, where no signal arrives, this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def asked(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: Any) -> None:
         if number in (signal.SIGTERM, signal.SIGHUP):
-            session.wish = session.wish or parting(session)
+            session.wish = session.wish or default_wish(session)
         session.shield.interrupt()
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.signal(number, asked) for number in numbers}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
@@ -110,7 +110,7 @@ def _signals(session: Session) -> Iterator[None]:
 
 @contextmanager
 def _listening(session: Session) -> Iterator[None]:
-    """Hear wishes and who watches, for as long as the block runs."""
+    """Look for wishes and for terminals that watch, while the block runs."""
     ended = threading.Event()
     main = threading.main_thread().ident if _is_main() else None
     listener = _Listener(session, main)
@@ -134,17 +134,20 @@ def _is_main() -> bool:
 
 
 class _Listener:
+    """Looks for a wish, interrupts the thread `main` for it, and notes in the journal when
+    terminals begin and cease to watch."""
+
     def __init__(self, session: Session, main: int | None) -> None:
         self._session, self._main = session, main
-        self._heard, self._watched = "", False
+        self._last_wish, self._watched = "", False
 
     def look(self) -> None:
         folder = self._session.journal.folder
         wish = wishes.read(folder)
-        if wish and not self._heard and self._main is not None:
+        if wish and not self._last_wish and self._main is not None:
             self._session.wish = wish
             signal.pthread_kill(self._main, signal.SIGUSR1)
-        self._heard = wish or ""
+        self._last_wish = wish or ""
         self._session.screen.meter(self._session.spent_usd(), self._session.plan.max_usd)
         watched = is_watched(folder)
         if watched != self._watched:
@@ -176,24 +179,24 @@ def start(folder: Path, vast: Vast, seen: Ranking | None = None) -> int:
         "MILKTEA_PACE": str(vast.clock.pace),
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
-    ready, told = os.pipe()
+    ready, ready_fd = os.pipe()
     with open(folder / LOG, "ab", opener=only_ours) as log:
         child = subprocess.Popen(
             # -P: nothing that lies in the run's folder is imported
-            [sys.executable, "-P", "-m", "ops.run.supervisor", str(folder), str(told)],
+            [sys.executable, "-P", "-m", "ops.run.supervisor", str(folder), str(ready_fd)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            pass_fds=(told,),
+            pass_fds=(ready_fd,),
             env=env,
             cwd=folder,
         )
-    os.close(told)
+    os.close(ready_fd)
     _started.append(child)
     with open(ready, "rb") as pipe:
-        said = pipe.read()  # until it says so, or has ended
-    if said == b"ready":
+        text = pipe.read()  # until it says so, or has ended
+    if text == b"ready":
         return child.pid
     if journal.is_held(folder):
         raise Fenced(f"{folder.name}: another milktea is acting on this run")
@@ -208,33 +211,33 @@ _started: list[subprocess.Popen[bytes]] = []  # detached: nobody waits for them
 
 
 def only_ours(path: str, flags: int) -> int:
-    """For `open`: a file that no other user may read."""
+    """An opener for `open`: no other user may read the file."""
     return os.open(path, flags, 0o600)
 
 
 def main() -> int:
-    """`python -m ops.run.supervisor FOLDER FD`: own the run in FOLDER; FD is told once it is held.
-    The exit code is the run's."""
-    folder, told = Path(sys.argv[1]), int(sys.argv[2])
+    """`python -m ops.run.supervisor FOLDER FD`: own the run in FOLDER; "ready" is written to FD
+    once its journal is locked. Returns the run's exit code."""
+    folder, ready_fd = Path(sys.argv[1]), int(sys.argv[2])
     provider = provider_from(os.environ)
     assert provider is not None, "start() names the provider"
     vast = Vast(provider, RealClock(float(os.environ.get("MILKTEA_PACE") or 1)))
 
     def held() -> None:
-        os.write(told, b"ready")
-        os.close(told)
+        os.write(ready_fd, b"ready")
+        os.close(ready_fd)
 
     return own(folder, vast, held)
 
 
 def own(folder: Path, vast: Vast, begun: Callable[[], None] = lambda: None) -> int:
-    """The run in this folder from where it stands to its end, without a terminal; its exit code.
-    `begun` is called once its journal is held. Raises Fenced where another process holds it."""
-    with Journal(folder) as held, Told(folder) as screen:
+    """Take the run in this folder to its end, without a terminal, and return its exit code. `begun`
+    is called once its journal is locked. Raises Fenced where another process owns it."""
+    with Journal(folder) as held, FileScreen(folder) as screen:
         begun()
         session = Session(held, Plan.from_line(held.lines[0]), vast, screen)
         try:
-            carry(session, _seen(folder))
+            supervise(session, _saved_ranking(folder))
         except Interrupted:
             return 130
         except MilkteaError as e:
@@ -242,8 +245,8 @@ def own(folder: Path, vast: Vast, begun: Callable[[], None] = lambda: None) -> i
     return 0
 
 
-def _seen(folder: Path) -> Ranking | None:
-    """The market as the user saw it a moment ago, once."""
+def _saved_ranking(folder: Path) -> Ranking | None:
+    """The ranking that `start` saved, removed once read; None where it is too old."""
     path = folder / MARKET
     try:
         fresh = time.time() - path.stat().st_mtime < MARKET_S
@@ -255,18 +258,18 @@ def _seen(folder: Path) -> Ranking | None:
     return seen if fresh else None
 
 
-class Told:
-    """The screen of an owner without a terminal: what is not in the journal or the events, one JSON
-    object a line, for those who watch."""
+class FileScreen:
+    """The screen of an owner without a terminal: writes what is neither in the journal nor in the
+    events to PROGRESS, one JSON object a line, for the terminals that watch."""
 
     def __init__(self, folder: Path) -> None:
         self.samples: list[Sample] = []
         self.score: Score | None = None
-        self._path = folder / TOLD
+        self._path = folder / PROGRESS
         self._file: IO[str] | None = None
         self._last: dict[str, tuple[float, Any]] = {}  # by kind: when, and what
 
-    def __enter__(self) -> Told:
+    def __enter__(self) -> FileScreen:
         self._file = open(self._path, "w", encoding="utf-8", opener=only_ours)
         return self
 
@@ -275,10 +278,10 @@ class Told:
             self._file.close()
 
     def _tell(self, kind: str, **facts: Any) -> None:
-        """At most one of a kind in LISTEN_S, and the same words once in SAME_S."""
+        """Write at most one line of a kind in LISTEN_S, and the same line once in REPEAT_S."""
         now = time.monotonic()
-        when, what = self._last.get(kind, (-SAME_S, None))
-        if now - when < (SAME_S if what == facts else LISTEN_S) or self._file is None:
+        when, what = self._last.get(kind, (-REPEAT_S, None))
+        if now - when < (REPEAT_S if what == facts else LISTEN_S) or self._file is None:
             return
         self._last[kind] = (now, facts)
         with suppress(OSError, ValueError):  # a full disk, or the end: nothing depends on it
@@ -287,13 +290,13 @@ class Told:
             self._file.flush()
 
     def line(self, line: Line) -> None:
-        """It is in the journal."""
+        """Nothing: the journal has it."""
 
     def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
-        """The terminal that asked has shown it."""
+        """Nothing: the terminal that started the run has shown it."""
 
     def event(self, event: Event, spent_usd: float, max_usd: float, dies_at_unix_s: float) -> None:
-        """It is in events.jsonl."""
+        """Nothing: events.jsonl has it."""
 
     def booting(self, instance: Instance, waited_s: float) -> None:
         self._tell("booting", instance=asdict(instance), waited_s=round(waited_s))
@@ -311,7 +314,7 @@ class Told:
         self._tell("destroying", why=why)
 
     def meter(self, spent_usd: float, max_usd: float) -> None:
-        """The journal says it."""
+        """Nothing: it follows from the journal."""
 
     def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
         return None

@@ -1,5 +1,6 @@
-"""What people may wish of a run: to go on, or one of the priced ends. A wish for a run that another
-process owns is a file in its folder; the first one wins, and the others read it there."""
+"""What a user may ask of a run: to go on, or one of three ends, each with its price. For a run that
+another process owns, the wish is a file in the run's folder; the first one counts, and later ones
+see it there."""
 
 from __future__ import annotations
 
@@ -27,32 +28,32 @@ ENDS = (LEAVE, FETCH, DESTROY)  # what a file may wish
 
 @dataclass(frozen=True)
 class Choice:
-    """`wish` is one of this module's words, `text` says in a line what it does and costs."""
+    """`wish` is one of this module's constants, `text` says in a line what it does and costs."""
 
     wish: str
     text: str
 
 
 def launched(lines: list[Line]) -> bool:
-    """Whether the newest machine was told to train: from then on there is something to lose."""
+    """Whether the training was started on the newest machine: from then on it has work to lose."""
     line = last(lines, "launched", "renting", "absent", "destroyed")
     return line is not None and line.kind == "launched"
 
 
 def works_alone(lines: list[Line], plan: Plan) -> bool:
-    """Whether the box goes on although no client is heard."""
+    """Whether the box trains on without a client."""
     return launched(lines) and plan.when_silent == "finish"
 
 
 def coming_home(lines: list[Line]) -> bool:
-    """Whether the training ended well, and its result is on the way."""
+    """Whether the training ended with exit code 0, and its result is being pulled."""
     ended = last(lines, "ended", "launched", "renting")
     return ended is not None and ended.kind == "ended" and ended["exit_code"] == 0
 
 
 def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> list[Choice]:
-    """What can be chosen now, with its price; the first keeps what is paid for. `attached`: another
-    process owns the run, and goes on without this terminal."""
+    """The choices of this moment, each with its price; the first keeps what is paid for.
+    `attached`: another process owns the run, and it goes on without this terminal."""
     spent = spent_usd(lines, now)
     if not may_have_box(lines):
         text = f"nothing is rented now, and {spent:.3f} $ are spent"
@@ -65,12 +66,12 @@ def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> lis
     offer = Offer(**rent["offer"])
     rate = burn_usd_per_hour(plan, offer, bid_of(offer, plan.needs))
     ends_at = ends_itself_at(lines) or now
-    most = min(plan.max_usd, spent + rate * max(0.0, ends_at - now) / 3600)
+    max_usd = min(plan.max_usd, spent + rate * max(0.0, ends_at - now) / 3600)
     predicted = (last(lines, "offers") or Line(0, 0, "", {})).get("predicted", {}).get("usd")
     about = f"about {max(predicted, spent):.3f} $, " if predicted else ""
-    price = f"{about}at most {most:.3f} $ in all"
+    price = f"{about}at most {max_usd:.3f} $ in all"
     home = "the result is on its way home" if coming_home(lines) else "the adapter comes home"
-    found = [
+    offered = [
         Choice(LEAVE, f"leave; the run goes on without this terminal, {home}: {price}")
         if attached
         else Choice(GO_ON, f"go on, {home}: {price}")
@@ -78,24 +79,24 @@ def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> lis
     if works_alone(lines, plan) and not attached:
         at = time.strftime("%H:%M", time.localtime(ends_at))
         text = f"leave the box alone: it works on, and ends itself at {at}: {price}"
-        found.append(Choice(LEAVE, text))
+        offered.append(Choice(LEAVE, text))
     if launched(lines) and not coming_home(lines):
         text = f"save, fetch the checkpoint, then destroy: about {spent + rate / 60:.3f} $ in all"
-        found.append(Choice(FETCH, text))
+        offered.append(Choice(FETCH, text))
     lost = "; what was trained since the last checkpoint is lost" if launched(lines) else ""
     lost = "; the result is lost" if coming_home(lines) else lost
-    found.append(Choice(DESTROY, f"destroy now: about {spent:.3f} $ in all{lost}"))
-    return found
+    offered.append(Choice(DESTROY, f"destroy now: about {spent:.3f} $ in all{lost}"))
+    return offered
 
 
 def send(folder: Path, wish: str) -> str:
-    """Wish it of whoever owns the run; the wish that holds, which is an earlier one where there
+    """Leave a wish for the run's owner. Returns the wish that counts: an earlier one where there
     was one."""
     path, own = folder / FILE, folder / f"{FILE}.{os.getpid()}"
     with open(own, "w", opener=_only_ours) as file:
         file.write(json.dumps({"wish": wish, "t": round(time.time(), 3), "by": os.getpid()}))
     try:
-        os.link(own, path)  # whole or not at all, and never over another
+        os.link(own, path)  # atomic, and fails where another wish is there
     except FileExistsError:
         return read(folder) or wish
     finally:
@@ -104,7 +105,7 @@ def send(folder: Path, wish: str) -> str:
 
 
 def read(folder: Path) -> str | None:
-    """The wish that waits in this folder; None without one that can be understood."""
+    """The wish in this folder; None without one, or for one that cannot be read."""
     try:
         with open(folder / FILE, "rb") as file:
             wish = json.loads(file.read(_MAX_BYTES))["wish"]
@@ -114,7 +115,7 @@ def read(folder: Path) -> str | None:
 
 
 def forget(folder: Path) -> None:
-    """It is fulfilled; the journal has it."""
+    """Remove the wish, once the journal has it."""
     with suppress(OSError):
         (folder / FILE).unlink(missing_ok=True)
 

@@ -114,11 +114,11 @@ def test_a_machine_that_saved_a_checkpoint_is_no_failed_try(own: rig.Rig, fake: 
 def test_only_several_consumer_cards_may_say_that_they_reach_each_other_and_not_do_so(
     name: str, num_gpus: int, lacks: bool
 ) -> None:
-    assert blame.may_lack_peers(name, num_gpus) is lacks
+    assert blame.p2p_may_hang(name, num_gpus) is lacks
 
 
 def test_each_failure_has_the_word_of_its_kind() -> None:
-    assert blame.word(NeverReady("docker: pull access denied for x")) == "pull access denied"
-    assert blame.word(Unsuitable("its GPU died (uncorrectable ecc)")) == "uncorrectable ecc"
-    assert blame.word(Unsuitable("its driver 1 is older")) is None
-    assert blame.word(Lost("pull access denied")) is None
+    assert blame.fatal_word(NeverReady("docker: pull access denied for x")) == "pull access denied"
+    assert blame.fatal_word(Unsuitable("its GPU died (uncorrectable ecc)")) == "uncorrectable ecc"
+    assert blame.fatal_word(Unsuitable("its driver 1 is older")) is None
+    assert blame.fatal_word(Lost("pull access denied")) is None

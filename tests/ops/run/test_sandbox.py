@@ -14,7 +14,7 @@ import pytest
 
 import rig
 from ops.errors import AdapterError
-from ops.run import apart
+from ops.run import sandbox
 from ops.run.result import Expected
 
 DATA = "a" * 64
@@ -28,8 +28,8 @@ def sent(tmp_path: Path) -> Path:
     return tmp_path / "result"
 
 
-def verify(folder: Path) -> apart.Looked:
-    return apart.verify(folder / "manifest.json", folder / "adapter.zip", EXPECT)
+def verify(folder: Path) -> sandbox.Inspected:
+    return sandbox.verify(folder / "manifest.json", folder / "adapter.zip", EXPECT)
 
 
 def change(folder: Path, **facts: Any) -> None:
@@ -42,7 +42,7 @@ def test_a_sane_result_is_verified_with_what_a_report_shows(sent: Path) -> None:
     assert looked.verified.tensors == 2 and looked.verified.sha256
     assert looked.facts["steps"] == 2 and looked.facts["curve"] == [[1, 2.0], [2, 1.0]]
     names = ("adapter.zip", "loss.png", "other")
-    assert set(apart.listing(sent / "manifest.json", names)) == {"adapter.zip", "loss.png"}
+    assert set(sandbox.listing(sent / "manifest.json", names)) == {"adapter.zip", "loss.png"}
 
 
 def test_what_is_wrong_is_told_as_in_one_process(sent: Path) -> None:
@@ -58,21 +58,21 @@ def test_what_is_wrong_is_told_as_in_one_process(sent: Path) -> None:
 def test_a_manifest_that_is_none_is_said_to_be_none(sent: Path, text: str) -> None:
     (sent / "manifest.json").write_text(text)
     with pytest.raises(AdapterError, match=r"manifest\.json is not"):
-        apart.listing(sent / "manifest.json", ("adapter.zip",))
+        sandbox.listing(sent / "manifest.json", ("adapter.zip",))
 
 
 def test_a_listed_size_that_is_none_is_refused(sent: Path) -> None:
     for size in (-1, 1 << 60, "7", True):
         change(sent, files={"adapter.zip": {"sha256": "0" * 64, "bytes": size}})
         with pytest.raises(AdapterError, match="is listed with"):
-            apart.listing(sent / "manifest.json", ("adapter.zip",))
+            sandbox.listing(sent / "manifest.json", ("adapter.zip",))
 
 
 def test_a_result_that_eats_memory_ends_its_own_process(
     sent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 MB of JSON, 20 KB of archive: Python takes half a gigabyte for it."""
-    monkeypatch.setattr(apart, "MAX_MEMORY", 600 << 20)
+    monkeypatch.setattr(sandbox, "MAX_MEMORY", 600 << 20)
     nested = b"[" + b"[[]]," * 4_000_000 + b"0]"
     with zipfile.ZipFile(sent / "adapter.zip", "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("vocab.json", nested)
@@ -88,7 +88,7 @@ def test_a_result_that_takes_for_ever_is_given_up(
 ) -> None:
     os.remove(sent / "manifest.json")
     os.mkfifo(sent / "manifest.json")  # whoever opens it waits
-    monkeypatch.setattr(apart, "START_S", 1.0)
+    monkeypatch.setattr(sandbox, "START_S", 1.0)
     began = time.monotonic()
     with pytest.raises(AdapterError, match="not verified within 2 s"):
         verify(sent)
@@ -97,7 +97,7 @@ def test_a_result_that_takes_for_ever_is_given_up(
 
 def test_it_knows_no_secret_of_the_environment(sent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    real = apart.subprocess.run
+    real = sandbox.subprocess.run
 
     def look(command: list[str], **how: Any) -> Any:
         seen.update(how["env"])
@@ -105,6 +105,6 @@ def test_it_knows_no_secret_of_the_environment(sent: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("VAST_API_KEY", "secret-key")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(apart.subprocess, "run", look)
+    monkeypatch.setattr(sandbox.subprocess, "run", look)
     verify(sent)
     assert seen and not {"VAST_API_KEY", "HF_TOKEN"} & set(seen)

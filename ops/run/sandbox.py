@@ -1,7 +1,7 @@
-"""What a box sent is looked at in a process of its own, which has little memory, little time and
-no secrets: an archive made to hang or to fill memory ends that process, and nothing else.
+"""Verify what a box sent in a process of its own, with limits on memory and time and without
+secrets: an archive made to hang or to fill the memory ends that process and nothing else.
 
-`python -m ops.run.apart` reads one request as JSON from its stdin and answers with one object.
+`python -m ops.run.sandbox` reads one request as JSON from its stdin and answers with one object.
 """
 
 from __future__ import annotations
@@ -23,45 +23,48 @@ from trainer.wire import tensors
 from trainer.wire.page import thinned
 
 MAX_MEMORY = 2 << 30  # bytes of address space
-START_S = 60.0  # to start Python and to look at a small archive, on a busy machine
-BYTES_S = 20e6  # of a large one
-MAX_FACTS = 1 << 20  # bytes of what a report shows
-TOLD = ("steps", "final_loss", "versions", "kernels", "template")
+START_S = 60.0  # to start Python and to verify a small archive, on a busy machine
+BYTES_S = 20e6  # bytes a second of a large archive
+MAX_FACTS = 1 << 20  # bytes of facts for a report
+REPORTED = ("steps", "final_loss", "versions", "kernels", "template")
 HINT = "the box is a stranger's: rent another with `milktea rent-and-train`"
 
 
 @dataclass(frozen=True)
-class Looked:
-    """A verified archive, and of its manifest what a report shows."""
+class Inspected:
+    """A verified archive, and the facts of its manifest that a report shows."""
 
     verified: Verified
     facts: dict[str, Any]
 
 
 def listing(manifest: Path, names: tuple[str, ...]) -> dict[str, tuple[str, int]]:
-    """sha256 and bytes of those of `names` that a manifest lists. Raises AdapterError."""
-    answer = _asked({"manifest": str(manifest), "names": list(names)}, START_S)
+    """(sha256, bytes) of each of `names` that a manifest lists. Raises AdapterError."""
+    answer = _run({"manifest": str(manifest), "names": list(names)}, START_S)
     return {name: (str(sha256), int(size)) for name, (sha256, size) in answer["files"].items()}
 
 
-def verify(manifest: Path, archive: Path, expect: Expected) -> Looked:
+def verify(manifest: Path, archive: Path, expect: Expected) -> Inspected:
     """`ops.run.result.verify` of the files, within limits. Raises AdapterError."""
     request = {"manifest": str(manifest), "archive": str(archive), "expect": asdict(expect)}
     seconds = START_S + archive.stat().st_size / BYTES_S
-    answer = _asked(request, seconds)
-    return Looked(Verified(**answer["verified"]), answer["facts"])
+    answer = _run(request, seconds)
+    return Inspected(Verified(**answer["verified"]), answer["facts"])
 
 
-def _asked(request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def _run(request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """The answer of the process, which gets `seconds` of a processor. Raises AdapterError."""
     root = str(Path(__file__).resolve().parents[2])
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT")}
-    env = kept | {"PYTHONPATH": root, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ops.run.apart"]
-    given = json.dumps({**request, "seconds": seconds, "memory": MAX_MEMORY})
+    inherited = {
+        k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT")
+    }
+    env = inherited | {"PYTHONPATH": root, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ops.run.sandbox"]
+    text = json.dumps({**request, "seconds": seconds, "memory": MAX_MEMORY})
     try:
         done = subprocess.run(
             command,
-            input=given,
+            input=text,
             capture_output=True,
             text=True,
             env=env,
@@ -74,10 +77,10 @@ def _asked(request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError as e:
-        said = done.stderr.strip().splitlines()[-1:] or ["without a word"]
+        last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
         raise AdapterError(
             f"the result was not verified with {MAX_MEMORY >> 30} GiB and {seconds:.0f} s of a "
-            f"processor: the process ended with {done.returncode}, {said[0][:200]}",
+            f"processor: the process ended with {done.returncode}, {last[0][:200]}",
             hint=HINT,
         ) from e
     if "error" in answer:
@@ -91,11 +94,11 @@ def _asked(request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
 def _limit(seconds: float, memory: int) -> None:
     import resource
 
-    whole = int(seconds) + 1
-    limits = {resource.RLIMIT_CPU: whole, resource.RLIMIT_AS: memory, resource.RLIMIT_CORE: 0}
-    for kind, most in limits.items():
+    cpu_s = int(seconds) + 1
+    limits = {resource.RLIMIT_CPU: cpu_s, resource.RLIMIT_AS: memory, resource.RLIMIT_CORE: 0}
+    for kind, limit in limits.items():
         with suppress(ValueError, OSError):  # macOS has no RLIMIT_AS: time is bounded all the same
-            resource.setrlimit(kind, (most, most))
+            resource.setrlimit(kind, (limit, limit))
 
 
 def _listed(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,11 +116,11 @@ def _listed(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str
 
 
 def _verified(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    told = request["expect"]
+    expect = request["expect"]
     pairs = ("data_sha256", "target_modules")
-    expect = Expected(**told | {k: tuple(told[k]) for k in pairs if told[k] is not None})
+    expect = Expected(**expect | {k: tuple(expect[k]) for k in pairs if expect[k] is not None})
     verified = result.verify(Path(request["archive"]), manifest, expect)
-    facts = {k: manifest[k] for k in TOLD if k in manifest}
+    facts = {k: manifest[k] for k in REPORTED if k in manifest}
     facts["curve"] = thinned(manifest.get("curve"))
     if len(json.dumps(facts)) > MAX_FACTS:
         facts = {"steps": manifest["steps"], "final_loss": manifest["final_loss"]}
