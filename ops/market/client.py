@@ -1,9 +1,8 @@
-"""The only module that speaks to vast.ai: the `vastai` package's own HTTP client, one attempt a
-call, replies parsed at the edge.
+"""The only module that speaks to vast.ai, through the `vastai` package's HTTP client; replies are
+parsed here.
 
-The package's SDK functions are not used above its client: they re-send a create whose answer was
-lost, and they throw away the server's own words. Reads and destroys are repeated here, within
-`PATIENCE_S`; a create never is.
+The package's SDK functions are not used: they send a create again when its answer was lost, and
+they drop the server's message. Reads are repeated here, within `PATIENCE_S`; a create never is.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from ops.errors import (
 from ops.market.models import ROWS, Instance, Offer, parse_instance, parse_offer
 from ops.wait import Clock, until
 
-# Least seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429 below
-# them).
+# Minimum seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429
+# below them).
 INTERVAL_S = {
     "search": 1.0,
     "create": 4.5,
@@ -43,22 +42,28 @@ INTERVAL_S = {
     "charges": 1.0,
     "user": 0.5,
 }
-PATIENCE_S = 60.0  # for a call that may be repeated
-FIRST_PATIENCE_S = 20.0  # for the first
+PATIENCE_S = 60.0  # how long a call is repeated
+FIRST_PATIENCE_S = 20.0  # the same, before vast.ai has answered once
 LOG_PATIENCE_S = 10.0  # for a container's log
-PAGE = 25
-MAX_PAGES = 400  # of one list; more is a list that does not end
+PAGE = 25  # rows of a list's page
+MAX_PAGES = 400  # of one list: more is a list that does not end
 MAX_LOG_BYTES = 4 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 VAST_AI = ".vast.ai"
-# (host, path) where vast.ai lays a container's log: its own bucket, not all that Amazon hosts
+# (host, path) where vast.ai stores a container's log: its own bucket, not all that Amazon hosts
 LOG_PLACES = (("s3.amazonaws.com", "/vast.ai/"), ("vast.ai.s3.amazonaws.com", "/"))
-ODD = (ValueError, KeyError, TypeError, AttributeError, OverflowError)  # of a row that is not one
+BAD_ROW = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+)  # what parsing a malformed row raises
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Where vast.ai is."""
+    """The address of vast.ai's API, or of the emulator, and the key for it."""
 
     url: str
     api_key: str
@@ -66,7 +71,8 @@ class Provider:
 
 @dataclass(frozen=True)
 class Charge:
-    """One line of the bill: kind is gpu, disk, bwd (into the box) or bwu (out of it)."""
+    """One line of the bill: kind is "gpu", "disk", "bwd" (bytes into the box) or "bwu" (out of
+    it)."""
 
     kind: str
     usd: float
@@ -74,14 +80,15 @@ class Charge:
 
 
 class Vast:
+    """vast.ai's API for one account. Methods raise MarketError; not for two threads (`twin`)."""
+
     def __init__(self, provider: Provider, clock: Clock) -> None:
-        # The client sends what the machine's proxy settings and this address say; a trailing slash
-        # would double.
+        # The client respects the machine's proxy settings, and adds a slash to the address.
         self.provider = provider
         self.clock = clock
         self._client = VastClient(provider.api_key, provider.url.rstrip("/"), retry=1, timeout=30)
-        # told while an answer is waited for
-        self.tell: Callable[[str], object] = lambda said: None
+        # called with a message when an answer is slow
+        self.tell: Callable[[str], object] = lambda text: None
         self._answered = False
         self._last_call: dict[str, float] = {}
         self._account = ""
@@ -98,7 +105,7 @@ class Vast:
         self._account = str(user.get("id") or "")
         try:
             return float(user.get("credit") or 0.0)
-        except ODD as e:
+        except BAD_ROW as e:
             raise NoAnswer(f"vast.ai tells a credit that is no number: {user['credit']!r}") from e
 
     def account(self) -> str:
@@ -115,7 +122,7 @@ class Vast:
         self, query: dict[str, Any], *, interruptible: bool, disk_gib: float
     ) -> tuple[list[Offer], bool]:
         """(offers as the server filtered them, priced for `disk_gib`; whether there may be more).
-        Rows that cannot be read are left out."""
+        Rows that cannot be parsed are left out."""
         body: dict[str, Any] = {
             "verified": {"eq": True},
             "external": {"eq": False},
@@ -129,7 +136,7 @@ class Vast:
         }
         body.setdefault("order", [["dph_total", "asc"]])
         rows = self._repeat("search", "POST", "/bundles/", body).get("offers")
-        return _readable(parse_offer, rows), isinstance(rows, list) and len(rows) >= ROWS
+        return _parse_offers(parse_offer, rows), isinstance(rows, list) and len(rows) >= ROWS
 
     # -- instances ---------------------------------------------------------------------------------
 
@@ -145,11 +152,11 @@ class Vast:
         bid_usd_per_hour: float | None,
         login: str | None = None,
     ) -> int:
-        """Rent once and return the instance id. Never repeated: what a failure leaves behind is
-        found by `label`. `login` is of a private image's registry, as docker login takes it.
+        """Rent once and return the instance id. Never repeated: what a failed create made is found
+        by `label`. `login` is for a private image's registry, as docker login takes it.
 
         Raises OfferGone (taken; nothing exists), Refused (credit, arguments; nothing exists unless
-        `.instance_id` is set), RateLimited (not looked at), NoAnswer (anything may exist)."""
+        `.instance_id` is set), RateLimited (nothing exists), NoAnswer (anything may exist)."""
         body = build_create_instance_payload(
             image=image,
             disk=disk_gib,
@@ -168,21 +175,21 @@ class Vast:
         raise _refusal(200, reply)
 
     def instances(self, label: str | None = None) -> list[Instance]:
-        """Every instance of the account over all pages, or those with `label`. A row that cannot be
-        read raises NoAnswer: a list with a hole in it proves nothing."""
+        """Every instance of the account over all pages, or those with `label`. Raises NoAnswer for
+        a row that cannot be parsed: an incomplete list proves nothing."""
         try:
             return [
                 parse_instance(row) for row in self._rows() if label is None or _label(row) == label
             ]
-        except ODD as e:
+        except BAD_ROW as e:
             raise NoAnswer(f"vast.ai listed an instance that cannot be read: {e}") from e
 
     def labels(self) -> list[tuple[int, str]]:
-        """(id, label) of every instance of the account, whatever else stands in its row. Raises
+        """(id, label) of every instance of the account; nothing else of a row is parsed. Raises
         NoAnswer where a row has no id or the list no end."""
         try:
             return [(int(row["id"]), _label(row)) for row in self._rows()]
-        except ODD as e:
+        except BAD_ROW as e:
             raise NoAnswer(f"vast.ai listed an instance without an id: {e}") from e
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -219,12 +226,12 @@ class Vast:
             return None
         try:
             return parse_instance(row)
-        except ODD as e:
+        except BAD_ROW as e:
             raise NoAnswer(f"vast.ai shows an instance that cannot be read: {e}") from e
 
     def destroy(self, instance_id: int) -> None:
-        """Ask once for destruction; an instance that is not there is success. That it is gone must
-        be proven by listing."""
+        """Send one DELETE; an instance that does not exist is a success. Only the list proves that
+        it is gone."""
         try:
             self._call("destroy", "DELETE", f"/instances/{instance_id}/", {})
         except Refused as e:
@@ -238,8 +245,8 @@ class Vast:
         self._repeat("reboot", "PUT", f"/instances/reboot/{instance_id}/", {})
 
     def container_log(self, instance_id: int, lines: int = 200) -> str:
-        """The container's own log, or "" when vast.ai does not deliver it in LOG_PATIENCE_S. Gone
-        after destroy."""
+        """The last `lines` of the container's log, or "" when vast.ai does not deliver it in
+        LOG_PATIENCE_S. It is deleted with the instance."""
         reply = self._call(
             "logs", "PUT", f"/instances/request_logs/{instance_id}/", {"tail": str(lines)}
         )
@@ -256,7 +263,7 @@ class Vast:
         return until(delivered, every_s=0.5, timeout_s=LOG_PATIENCE_S, clock=self.clock) or ""
 
     def _validate_log_url(self, url: str) -> None:
-        """Only vast.ai's own places are asked, or the emulator by itself. Raises NoAnswer."""
+        """Raises NoAnswer for an address that is neither vast.ai's nor this API's own."""
         try:
             there, here = urlsplit(url), urlsplit(self.provider.url)
             host, port = there.hostname or "", there.port
@@ -272,8 +279,8 @@ class Vast:
             raise NoAnswer(f"the log is said to lie at {url[:200]!r}, which is not vast.ai's")
 
     def charges(self, instance_id: int, since_unix_s: float) -> list[Charge]:
-        """What vast.ai charged for one instance, which is no older than `since_unix_s`. It can lag
-        behind by hours on the real service."""
+        """What vast.ai charged for one instance that was created after `since_unix_s`. The real
+        service can be hours late."""
         filters = {
             "day": {"gte": int(since_unix_s) - 86400, "lte": int(self.clock.now()) + 86400},
             "type": {"in": ["instance"]},
@@ -295,7 +302,7 @@ class Vast:
                         found += [_charge(item) for item in row.get("items") or []]
                 # the latest came first
                 older = not rows or float(rows[-1].get("start") or 0) < since_unix_s
-            except ODD as e:
+            except BAD_ROW as e:
                 raise NoAnswer(f"vast.ai's bill has a line that cannot be read: {e}") from e
             if older or not page.get("next_token"):
                 return found
@@ -312,9 +319,9 @@ class Vast:
         body: Any = None,
         query: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """A call that is safe to make twice: repeated on 429 and on silence until PATIENCE_S is
-        over; FIRST_PATIENCE_S where vast.ai has not answered once: then the address, or the
-        network, is wrong."""
+        """A call that is safe to make twice: it is repeated on 429 and without an answer for
+        PATIENCE_S; for FIRST_PATIENCE_S where vast.ai has not answered once, because then the
+        address or the network is wrong."""
         failed: list[MarketError] = []
         patience_s = PATIENCE_S if self._answered else FIRST_PATIENCE_S
 
@@ -351,18 +358,18 @@ class Vast:
             content = reply.json() if reply.content else {}
         except requests.exceptions.JSONDecodeError:
             content = {"msg": reply.text[:200].strip()}
-            if reply.ok or reply.status_code == 403:  # a page of somebody between us and the API
+            if reply.ok or reply.status_code == 403:  # a page of a proxy or firewall
                 raise NoAnswer(
                     f"{what}: vast.ai answered {reply.status_code}, but not in JSON: "
                     f"{content['msg']}"
                 ) from None
         except requests.RequestException as e:
-            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_short(e)}") from e
+            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_reason(e)}") from e
         self._answered = True
         if reply.status_code == 429:
-            raise RateLimited(f"{what}: {_words(content)}")
+            raise RateLimited(f"{what}: {_message(content)}")
         if reply.status_code >= 500 and reply.status_code != 501:
-            raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {_words(content)}")
+            raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {_message(content)}")
         if not reply.ok:
             raise _refusal(reply.status_code, content)
         return content if isinstance(content, dict) else {"items": content}
@@ -409,7 +416,7 @@ def _refusal(status: int, content: Any) -> MarketError:
     """The error for a reply that says no. `instance_id` is set when the reply names a contract that
     it created all the same."""
     code, words = (
-        (str(content.get("error") or ""), _words(content))
+        (str(content.get("error") or ""), _message(content))
         if isinstance(content, dict)
         else ("", str(content)[:200])
     )
@@ -436,21 +443,21 @@ def _is_gone(e: Refused) -> bool:
     return e.code in ("no_such_instance", "not_found")
 
 
-def _words(content: Any) -> str:
+def _message(content: Any) -> str:
     if not isinstance(content, dict):
         return str(content)[:200]
     return str(content.get("msg") or content.get("detail") or content.get("error") or content)[:300]
 
 
-def _short(e: Exception) -> str:
+def _reason(e: Exception) -> str:
     return str(e).split("(Caused by ")[-1][:200]
 
 
-def _readable(parse: Callable[[dict[str, Any]], Offer], rows: Any) -> list[Offer]:
+def _parse_offers(parse: Callable[[dict[str, Any]], Offer], rows: Any) -> list[Offer]:
     offers = []
     for row in rows if isinstance(rows, list) else []:
         try:
             offers.append(parse(row))
-        except ODD:
-            continue  # an offer we cannot read is an offer we do not take
+        except BAD_ROW:
+            continue  # an offer that cannot be parsed is never rented
     return offers

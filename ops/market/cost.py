@@ -1,4 +1,4 @@
-"""Pure: what a run will cost on an offer, what it costs by now, and how the bill compares.
+"""Pure: what a run will cost on an offer, what it has cost so far, and how the bill compares.
 
 vast.ai bills GPUs by the second while running (not while loading), disk by the second while the
 instance exists, and every byte both ways at the host's price. A month is 720 hours (its own
@@ -21,18 +21,17 @@ from trainer.wire.stages import STAGES, StageName
 MONTH_H = 720.0
 GB = 1e9
 
-# of the advertised bandwidth that one download reaches (seen: 550 of a gigabit, dstack#2020)
-_LINK = 0.6
+# share of the advertised bandwidth that one download reaches (550 of a gigabit: dstack#2020)
+_LINK_SHARE = 0.6
 _UNPACK_BYTES_S = 120e6  # compressed image bytes: docker inflates a layer on one core
-_MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU, when the host does not say
-_START_S = 40.0  # imports, self-tests, compilation, to the first step
-_RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 lasts a day's rental with that chance
+_MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU; used when the offer does not say
+_START_S = 40.0  # from the launch to step 1: imports, self-tests, compilation
+_RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 survives a day with a chance of 0.98
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
-# of the memory that the driver reports: an RTX 4090's 23.99 GiB are 23.6 to torch, and to the
-# trainer
-_TORCH_SEES = 0.98
-_BOOT_FAILS = 0.02  # even on the best host
-# a practice run trains on this computer's CPU: two cores reached 40 to 70 GFLOP/s
+# share of the driver's memory that torch reports: 23.6 of an RTX 4090's 23.99 GiB
+_TORCH_SHARE = 0.98
+_BOOT_FAILS = 0.02  # chance, even on the best host
+# a practice run trains on this computer's CPU: two cores measured 40 to 70 GFLOP/s
 _PRACTICE_FLOPS = 50e9
 _PRACTICE_BOOT_S, _PRACTICE_START_S = 3.0, 10.0  # and its boxes are processes
 
@@ -41,16 +40,16 @@ Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Tar
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run moves and computes, wherever it runs.
+    """What a run transfers and computes, on any machine.
 
-    `tokens` is over all epochs. `model_parameters` are all of the model's; `active_parameters`
-    those of a mixture that a token meets, None where it meets all. With
-    `shape` given, whether and how the model fits a card is solved as the trainer will: `method` and
-    `trainable_layers` as memory.predict takes them, `least_tokens` its longest row, `row_tokens`
-    the row of the mean token (sum of squared lengths over sum of lengths). `saved` are the
-    modules that train whole beside an adapter. `home_*_mbps` is the
-    laptop's own link. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run
-    against the emulator, whose speed is this computer's.
+    `tokens` counts all epochs. `model_parameters` counts all parameters; `active_parameters` those
+    of a mixture of experts that one token uses, None where it uses all. With `shape`, whether and
+    how the model fits a GPU is solved as the trainer does it: `method` and `trainable_layers` as
+    memory.predict takes them, `least_tokens` the tokens of the longest row, `row_tokens` the row
+    length that a token sees on average (sum of squared lengths over sum of lengths). `saved` are
+    the modules that are trained fully beside an adapter. `home_*_mbps` is the laptop's own
+    connection. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run against
+    the emulator, on this computer's CPU.
     """
 
     tokens: float
@@ -87,15 +86,15 @@ class Workload:
 
     @property
     def computed_parameters(self) -> float:
-        """Those that a token meets."""
+        """The parameters that one token uses."""
         return self.active_parameters or self.model_parameters
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The prediction for one offer. `usd` is a run without accident, `expected_usd` counts failed
-    boots and restarts from the last checkpoint; `p_finish` is the chance that this very machine
-    finishes. `hours` is from create to destroy."""
+    """The prediction for one offer. `usd` is a run without a failure; `expected_usd` adds failed
+    boots and restarts from the last checkpoint; `p_finish` is the chance (0 to 1) that this machine
+    finishes the run. `hours` is from create to destroy."""
 
     usd: float
     gpu_usd: float
@@ -119,12 +118,12 @@ class Cost:
 
     @property
     def running_h(self) -> float:
-        """The hours that GPUs are billed: all but boot and image pull."""
+        """The hours for which GPUs are billed: all but boot and image pull."""
         return (self.transfer_s + self.start_s + self.train_s) / 3600
 
 
 class DoesNotFit(ValueError):
-    """This card cannot run the workload; the message says why, `filter_name` what to change in the
+    """This GPU cannot run the workload. The message says why, `filter_name` what to change in the
     job file."""
 
     def __init__(self, why: str, filter_name: str) -> None:
@@ -133,18 +132,18 @@ class DoesNotFit(ValueError):
 
 
 def bid_for(offer: Offer, bid_usd_per_hour: float | None = None) -> float:
-    """The $/h to bid: the user's, or 20 % over the minimum, which survives most newcomers."""
+    """The $/h to bid: the user's, or 20 % over the minimum, which outbids most later bids."""
     return bid_usd_per_hour or round(1.2 * offer.min_bid_usd_per_hour, 4)
 
 
 def disk_usd_per_hour(machine: Instance | Offer, disk_gib: float) -> float:
-    """What a disk of `disk_gib` costs an hour, from create to destroy."""
+    """$/h for a disk of `disk_gib`, billed from create to destroy."""
     return disk_gib * machine.storage_usd_per_gib_month / MONTH_H
 
 
 def tokens_per_second(offer: Offer, workload: Workload) -> float:
-    """The predicted speed of an offer. Raises DoesNotFit when the card is too small, lacks the
-    precision, or is unknown to both the table and vast.ai's benchmark."""
+    """The predicted training speed of an offer. Raises DoesNotFit when the GPU is too small, does
+    not support the precision, or is neither in our table nor in vast.ai's benchmark."""
     if workload.cpu_practice:
         flops = 4 * workload.computed_parameters * STAGES[workload.stage].work
         return _PRACTICE_FLOPS / flops
@@ -188,8 +187,9 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
 def predict(
     offer: Offer, workload: Workload, bid_usd_per_hour: float | None = None, p_bad: float = 0.0
 ) -> Cost:
-    """Dollars and seconds of `workload` on `offer`; `bid_usd_per_hour` makes it interruptible,
-    `p_bad` is what our own memory of this machine says (0 to 1). Raises DoesNotFit."""
+    """Dollars and seconds of `workload` on `offer`. `bid_usd_per_hour` makes it interruptible;
+    `p_bad` is the chance (0 to 1) that this machine fails again, by earlier runs. Raises
+    DoesNotFit."""
     speed = tokens_per_second(offer, workload)
     if workload.cpu_practice:
         workload = replace(workload, boot_s=_PRACTICE_BOOT_S, start_s=_PRACTICE_START_S)
@@ -209,7 +209,7 @@ def predict(
         gb_out * offer.inet_up_usd_per_gb,
     )
     usd = gpu_usd + disk_usd + inet_down_usd + inet_up_usd
-    smooth = Cost(
+    undisturbed = Cost(
         usd=usd,
         gpu_usd=gpu_usd,
         disk_usd=disk_usd,
@@ -229,24 +229,25 @@ def predict(
         gb_in=gb_in,
         gb_out=gb_out,
     )
-    predicted = _with_accidents(smooth, offer, workload, bid_usd_per_hour, p_bad)
+    predicted = _with_accidents(undisturbed, offer, workload, bid_usd_per_hour, p_bad)
     return replace(predicted, lines=_arithmetic(offer, workload, predicted))
 
 
 def _moving_s(offer: Offer, workload: Workload) -> tuple[float, float, float]:
-    """Seconds to pull the image, to move files between home, hub and box, and to read the model."""
-    down = offer.inet_down_mbps * _LINK * 125e3  # bytes a second
+    """(seconds to pull the image, to transfer files between home, hub and box, to read the
+    model)."""
+    down = offer.inet_down_mbps * _LINK_SHARE * 125e3  # bytes a second
     transfer_s = sum(t.seconds for t in transfers(offer, workload))
     if workload.cpu_practice:
         return 0.0, transfer_s, 0.0
-    pull_s = max(_over(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
+    pull_s = max(_seconds_for(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
     read_s = 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
     return pull_s, transfer_s, read_s
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One thing that is moved: what it is, where from or to, and what its bytes take."""
+    """One transfer: what is moved, where from or to, and its seconds and dollars."""
 
     name: str
     way: str
@@ -256,39 +257,39 @@ class Transfer:
 
 
 def transfers(offer: Offer, workload: Workload) -> list[Transfer]:
-    """What is moved while the GPU is billed, in order; a checkpoint travels while it trains, and is
-    not among them."""
-    down, up = offer.inet_down_mbps * _LINK * 125e3, offer.inet_up_mbps * _LINK * 125e3
+    """The transfers while the GPU is billed and does not train, in order. Checkpoints are pulled
+    while it trains, and are not among them."""
+    down, up = offer.inet_down_mbps * _LINK_SHARE * 125e3, offer.inet_up_mbps * _LINK_SHARE * 125e3
     home_up, home_down = workload.home_up_mbps * 125e3, workload.home_down_mbps * 125e3
-    dear_in, dear_out = offer.inet_down_usd_per_gb, offer.inet_up_usd_per_gb
+    in_usd_per_gb, out_usd_per_gb = offer.inet_down_usd_per_gb, offer.inet_up_usd_per_gb
     moved = (
-        ("push", "from here", workload.push_bytes, min(down, home_up), dear_in),
-        ("model", "from the hub", workload.model_download_bytes, down, dear_in),
-        ("result", "home", workload.pull_bytes, min(up, home_down), dear_out),
+        ("push", "from here", workload.push_bytes, min(down, home_up), in_usd_per_gb),
+        ("model", "from the hub", workload.model_download_bytes, down, in_usd_per_gb),
+        ("result", "home", workload.pull_bytes, min(up, home_down), out_usd_per_gb),
     )
     return [
-        Transfer(name, way, size, _over(size, rate), size / GB * usd)
+        Transfer(name, way, size, _seconds_for(size, rate), size / GB * usd)
         for name, way, size, rate, usd in moved
         if size
     ]
 
 
 def checkpoint_transfer(offer: Offer, workload: Workload) -> Transfer:
-    """One checkpoint on its way home."""
-    rate = min(offer.inet_up_mbps * _LINK * 125e3, workload.home_down_mbps * 125e3)
+    """The transfer of one checkpoint home."""
+    rate = min(offer.inet_up_mbps * _LINK_SHARE * 125e3, workload.home_down_mbps * 125e3)
     size = workload.checkpoint_bytes
     usd = size / GB * offer.inet_up_usd_per_gb
-    return Transfer("save", "home", size, _over(size, rate), usd)
+    return Transfer("save", "home", size, _seconds_for(size, rate), usd)
 
 
 def _with_accidents(
     cost: Cost, offer: Offer, workload: Workload, bid_usd_per_hour: float | None, p_bad: float
 ) -> Cost:
-    """`cost` of a run without trouble -> the same with what trouble is expected to add. A boot that
-    fails costs the image and some disk; a break costs everything up to the first step once more."""
+    """`cost` of a run without a failure, with what failures are expected to add. A boot that fails
+    costs the image and some disk; an interruption costs everything up to the first step again."""
     disk_rate = disk_usd_per_hour(offer, workload.disk_gib)
     p_boot_fails = 1 - (1 - _BOOT_FAILS) * max(offer.reliability, 0.5) * (1 - min(p_bad, 0.99))
-    breaks_per_h = _breaks_per_hour(offer, bid_usd_per_hour)
+    interruptions_per_h = _interruptions_per_hour(offer, bid_usd_per_hour)
     loading_h = (cost.boot_s + cost.pull_s) / 3600
     dead_boot_usd = (
         workload.image_bytes / GB * offer.inet_down_usd_per_gb + disk_rate * 3 * loading_h
@@ -297,11 +298,15 @@ def _with_accidents(
     again_usd = (
         (cost.usd_per_hour + disk_rate) * again_h + disk_rate * loading_h + cost.inet_down_usd
     )
-    breaks = breaks_per_h * cost.running_h / max(1 - breaks_per_h * again_h, 0.05)
-    risk_usd = breaks * again_usd + (1 + breaks) * dead_boot_usd * p_boot_fails / (1 - p_boot_fails)
+    interruptions = (
+        interruptions_per_h * cost.running_h / max(1 - interruptions_per_h * again_h, 0.05)
+    )
+    risk_usd = interruptions * again_usd + (1 + interruptions) * dead_boot_usd * p_boot_fails / (
+        1 - p_boot_fails
+    )
     return replace(
         cost,
-        p_finish=(1 - p_boot_fails) * math.exp(-breaks_per_h * cost.running_h),
+        p_finish=(1 - p_boot_fails) * math.exp(-interruptions_per_h * cost.running_h),
         expected_usd=cost.usd + risk_usd,
         risk_usd=risk_usd,
     )
@@ -316,11 +321,11 @@ def burn_usd(
     disk_gib: float | None = None,
     bid_usd_per_hour: float | None = None,
 ) -> float:
-    """Dollars spent by now: GPUs (or the bid) for the running seconds, disk for the existing ones,
-    bytes at the host's prices.
+    """Dollars spent so far: GPUs (or the bid) for the seconds it ran, disk for the seconds it
+    existed, bytes at the host's prices.
 
-    An Offer does not know what disk was rented of it: `disk_gib` says. An Instance does, and its
-    $/h holds the bid already.
+    For an Offer, `disk_gib` says how much disk was rented. An Instance knows it, and its $/h
+    contains the bid already.
     """
     disk_rate = disk_usd_per_hour(
         machine,
@@ -336,8 +341,9 @@ def burn_usd(
 
 
 def compare(prediction: Cost, bill_items: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The bill (items of /charges/: type gpu, disk, bwd or bwu, and amount) beside the prediction,
-    a line a kind and a total. A kind that we do not know is listed as it is called."""
+    """Lines that compare the bill (items of /charges/: type gpu, disk, bwd or bwu, and amount) with
+    the prediction: one for each type and a total. A type that we do not know is listed by its
+    name."""
     predicted = {
         "gpu": prediction.gpu_usd,
         "disk": prediction.disk_usd,
@@ -349,9 +355,9 @@ def compare(prediction: Cost, bill_items: Iterable[Mapping[str, Any]]) -> list[s
         kind = str(item.get("type", "unknown"))
         billed[kind] = billed.get(kind, 0.0) + float(item.get("amount") or 0.0)
     lines = [
-        _beside(_KINDS.get(k, k), predicted.get(k, 0.0), amount) for k, amount in billed.items()
+        _comparison(_KINDS.get(k, k), predicted.get(k, 0.0), amount) for k, amount in billed.items()
     ]
-    return [*lines, _beside("total", prediction.usd, sum(billed.values()))]
+    return [*lines, _comparison("total", prediction.usd, sum(billed.values()))]
 
 
 _KINDS = {"gpu": "GPU", "disk": "disk", "bwd": "download", "bwu": "upload"}
@@ -364,7 +370,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
     targets: tuple[str, ...] | Literal["all-linear"] = (
         "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
     )
-    least = max(1, min(w.least_tokens, int(w.tokens)))
+    longest_row = max(1, min(w.least_tokens, int(w.tokens)))
     found = _fit(
         w.shape,
         offer.gpu_memory_gib,
@@ -373,7 +379,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         targets,
         w.method,
         w.trainable_layers,
-        least,
+        longest_row,
         w.num_gpus,
         w.stage,
         w.saved,
@@ -395,28 +401,28 @@ def _fit(
     targets: Modules,
     method: str,
     trainable_layers: int,
-    least: int,
+    longest_row: int,
     processes: int,
     stage: StageName,
     saved: tuple[str, ...],
 ) -> float | str:
-    """The share of layers that are checkpointed on such a card, or what it would need. Remembered:
-    a market has few sizes."""
-    capacity = driver_gib * _TORCH_SEES
+    """The share of layers (0 to 1) whose activations are recomputed on a GPU of that memory, or a
+    text that says what memory it would need. Cached: a market has few sizes."""
+    capacity = driver_gib * _TORCH_SHARE
     more: Any = {
         "processes": processes,
         "trainable_layers": trainable_layers,
         "saved": saved,
         **STAGES[stage].memory,
     }
-    plan = memory.solve(shape, capacity, precision, r, targets, method, least, **more)
+    plan = memory.solve(shape, capacity, precision, r, targets, method, longest_row, **more)
     if plan is None:
-        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, least, **more)
-        return f"needs {math.ceil(need / _TORCH_SEES * 10) / 10:.1f} GiB"
+        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, longest_row, **more)
+        return f"needs {math.ceil(need / _TORCH_SHARE * 10) / 10:.1f} GiB"
     return plan[1] / shape.layers
 
 
-def _breaks_per_hour(offer: Offer, bid: float | None) -> float:
+def _interruptions_per_hour(offer: Offer, bid: float | None) -> float:
     host = -math.log(max(offer.reliability, 0.5)) / _RELIABLE_FOR_H
     if bid is None or offer.min_bid_usd_per_hour <= 0:
         return host
@@ -428,7 +434,7 @@ def _disk_speed(offer: Offer) -> float:
     return offer.disk_mb_s * 1e6 if offer.disk_mb_s > 0 else _MODEL_READ_BYTES_S
 
 
-def _over(amount: float, rate: float) -> float:
+def _seconds_for(amount: float, rate: float) -> float:
     return amount / max(rate, 1e3) if amount > 0 else 0.0
 
 
@@ -437,7 +443,8 @@ def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
     where = "this computer" if workload.cpu_practice else each
     disk_month = offer.storage_usd_per_gib_month
     moved = [
-        f"{t.name:<9} {_span(t.seconds)} and ${t.usd:.4f} for {t.size_bytes / GB:.3g} GB {t.way}"
+        f"{t.name:<9} {_duration(t.seconds)} and ${t.usd:.4f} for "
+        f"{t.size_bytes / GB:.3g} GB {t.way}"
         for t in transfers(offer, workload)
     ]
     saves = math.floor(c.train_s / workload.save_every_s)
@@ -446,16 +453,16 @@ def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
         late = ": longer than save_every_s, not each comes home"
         moved.append(
             f"saves     {saves} x {one.size_bytes / GB:.3g} GB home while it trains, "
-            f"{_span(one.seconds)} and ${one.usd:.4f} each"
+            f"{_duration(one.seconds)} and ${one.usd:.4f} each"
             + (late if one.seconds > workload.save_every_s else "")
         )
     return (
-        f"train     {_span(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / "
+        f"train     {_duration(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / "
         f"{c.tokens_per_s:,.0f} a second on {where}",
-        f"before    {_span(c.boot_s + c.pull_s)} to boot and pull "
+        f"before    {_duration(c.boot_s + c.pull_s)} to boot and pull "
         f"{workload.image_bytes / GB:.2f} GB of image",
         *moved,
-        f"start     {_span(c.start_s)} from the launch to the first step",
+        f"start     {_duration(c.start_s)} from the launch to the first step",
         f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h "
         "(loading is not billed)",
         f"disk      ${c.disk_usd:.4f} = {c.hours:.3f} h x {workload.disk_gib:g} GB x "
@@ -470,12 +477,12 @@ def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
     )
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _beside(what: str, predicted: float, billed: float) -> str:
+def _comparison(what: str, predicted: float, billed: float) -> str:
     off = f" ({billed / predicted - 1:+.0%})" if predicted > 0 else ""
     return f"{what:<9} predicted ${predicted:.4f}, billed ${billed:.4f}{off}"

@@ -1,8 +1,8 @@
-"""Pure: one row of vast.ai's replies as a value of ours.
+"""Pure: a row of vast.ai's replies as one of our data classes.
 
-Units are in the names; vast.ai's own units are turned into ours here and nowhere else. Two of its
-words are kept: a disk's GB (what create takes, what storage is priced by) is our gib, and a
-reliability is the host's record between 0 and 1.
+Units are in the names; vast.ai's units are converted here and nowhere else. Two stay as they are: a
+disk's GB (what create takes and storage is priced by) is our gib, and reliability is the host's
+record between 0 and 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
-ROWS = 64  # of a search, at most, whatever is asked for
+ROWS = 64  # maximum of one search, whatever limit is asked for
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Offer:
     compute_capability: float  # 8.9
     cuda_max: float
     cpu_ram_gib: float  # our share of the host's, by GPUs
-    disk_gib: float  # the most that can be rented
+    disk_gib: float  # the maximum that can be rented
     usd_per_hour: float  # all GPUs together, without disk
     min_bid_usd_per_hour: float
     storage_usd_per_gib_month: float
@@ -53,8 +53,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Instance:
-    """One rented machine as vast.ai lists it. `usd_per_hour` is the whole bill of an hour: GPUs (or
-    bid) and disk."""
+    """One rented machine as vast.ai lists it. `usd_per_hour` is GPUs (or bid) and disk together."""
 
     id: int
     label: str
@@ -87,9 +86,9 @@ class Instance:
 
 
 def parse_offer(row: Row) -> Offer:
-    """A row of a search (POST /bundles/). Strings that hold numbers are numbers; what vast.ai sends
-    as null has a default that no filter mistakes for a good value. Raises ValueError naming the key
-    that is missing or is not what it should be."""
+    """A row of a search (POST /bundles/). Strings that hold numbers are converted; a null gets a
+    default that no filter takes for a good value. Raises ValueError naming the key that is missing
+    or malformed."""
     return Offer(
         id=int(number(row, "ask_contract_id", "id")),
         machine_id=int(number(row, "machine_id")),
@@ -125,8 +124,8 @@ def parse_offer(row: Row) -> Offer:
 
 
 def parse_instance(row: Row) -> Instance:
-    """A row of the instance list, or the object of show. Almost everything may be null while it is
-    provisioned; only the id may not. Raises ValueError naming the key."""
+    """A row of the instance list, or the object of show. Everything but the id may be null while it
+    is provisioned. Raises ValueError naming the malformed key."""
     port = _port(row.get("ports"), "22/tcp")
     return Instance(
         id=int(number(row, "id")),
@@ -154,9 +153,9 @@ def parse_instance(row: Row) -> Instance:
 
 
 def number(row: Row, *names: str, default: float | None = None) -> float:
-    """The first of `names` that is not null, as a finite number; `default` when all are. Raises
-    ValueError naming them when none is there and there is no default, or when one holds something
-    else."""
+    """The value of the first of `names` that is not null, as a finite number; `default` when all
+    are null. Raises ValueError naming the key for any other value, and for null without a
+    default."""
     for name in names:
         value = row.get(name)
         if value is None or value == "":
@@ -173,7 +172,7 @@ def number(row: Row, *names: str, default: float | None = None) -> float:
 
 
 def _share(row: Row) -> float:
-    """Of the machine's GPUs, those of the offer: memory and cores are shared out likewise."""
+    """The offer's share of the machine's GPUs (0 to 1); memory and cores are shared likewise."""
     share = number(row, "gpu_frac", default=1)
     return share if 0 < share <= 1 else 1.0
 
@@ -185,7 +184,8 @@ def _gpu_price(row: Row) -> float:
 
 
 def _text(row: Row, name: str) -> str:
-    """Stripped, for vast.ai sends addresses with a newline at the end; "" for null."""
+    """The value as stripped text (vast.ai sends addresses with a newline at the end); "" for
+    null."""
     value = row.get(name)
     return "" if value is None else str(value).strip()
 
@@ -198,14 +198,14 @@ def _required_text(row: Row, name: str) -> str:
 
 
 def _country(row: Row) -> str:
-    """ "Ontario, CA" and ", CA" are CA; a place without a code is no country."""
+    """The two-letter code: CA for "Ontario, CA" and ", CA"; "" for a place without a code."""
     code = _text(row, "geolocation").rpartition(",")[2].strip().upper()
     return code if len(code) == 2 and code.isalpha() else ""
 
 
 def _port(ports: Any, name: str) -> int | None:
-    """The host's port in docker's map: {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "30022"}]};
-    null until it runs."""
+    """The host's port in docker's map, {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "30022"}]};
+    None until the instance runs."""
     bound = ports.get(name) if isinstance(ports, Mapping) else None
     if not bound or not isinstance(bound, list) or not isinstance(bound[0], Mapping):
         return None

@@ -1,9 +1,8 @@
-"""Pure: what we need -> the query that vast.ai gets; its offers -> ranked by the dollars of a
-finished run, or why not.
+"""Pure: turn what a job needs into a query for vast.ai, and rank its offers by the dollars of a
+finished run.
 
-The server's filters save rows, ours decide: it drops some, and an old client lost them all
-(skypilot#9733), so every need is checked again on every row.
-"""
+The server's filters only reduce the number of rows. The server ignores some of them
+(skypilot#9733), so every need is compared again with every row."""
 
 from __future__ import annotations
 
@@ -18,19 +17,19 @@ from ops.market.cost import Cost, Workload
 from ops.market.models import ROWS, Offer
 
 _MEMORY_SLACK = 0.99  # an "80 GB" H100 reports 79.6 GiB, a "24 GB" RTX 4090 reports 23.99
-_SERVER_SLACK = 0.95  # the server filters generously, so that a rounding there loses nothing
-_BAD_ABOVE = 0.5
-_BAD_AT_FIRST = 0.9
+_SERVER_SLACK = 0.95  # the query asks for less, so that rounding at the server loses no offer
+_BAD_ABOVE = 0.5  # a machine is not rented above this chance to fail again
+_BAD_AT_FIRST = 0.9  # chance right after a failure
 _BAD_HALF_LIFE_S = 7 * 86400.0
 
-Reason = tuple[str, str]  # filter's name as the job file calls it, and why this offer does not pass
+Reason = tuple[str, str]  # (the filter's name in the job file, why this offer does not pass)
 
 
 @dataclass(frozen=True)
 class Needs:
     """What an offer must have. `hours` is how long the machine must stay rentable;
     `min_compute_capability` follows from the precision (`gpus.MIN_COMPUTE_CAPABILITY`); `max_usd`
-    is of the whole expected run."""
+    limits the expected cost of the whole run."""
 
     gpu_names: tuple[str, ...] = ()
     min_gpu_memory_gib: float = 0.0
@@ -63,25 +62,25 @@ class Priced:
 
 @dataclass(frozen=True)
 class Ranking:
-    """`accepted` cheapest first; `rejected` as (offer, reason, filter's name). `obstacles` lists,
-    for each rejected offer, every filter it fails: what one relaxed filter would bring back is
-    counted there."""
+    """`accepted` with the cheapest run first; `rejected` as (offer, reason, the filter's name).
+    `obstacles` has every filter that each rejected offer fails."""
 
     accepted: list[Priced]
     rejected: list[tuple[Offer, str, str]]
     obstacles: list[tuple[Offer, tuple[Reason, ...]]]
 
-    def most_removed(self) -> tuple[str, int]:
-        """The filter that removed most offers and how many; ("", 0) when none was removed."""
+    def strictest_filter(self) -> tuple[str, int]:
+        """(the filter that removed the largest number of offers, that number); ("", 0) when none
+        was removed."""
         counts = Counter(name for _, reasons in self.obstacles for name, _ in reasons)
         return counts.most_common(1)[0] if counts else ("", 0)
 
     def advice(self) -> str:
-        """What to relax: the filter that alone keeps most offers out, with the offer that misses it
-        by least."""
+        """Which filter to relax: the one that alone removes the largest number of offers, with the
+        first of them as an example."""
         alone = [(offer, reasons[0]) for offer, reasons in self.obstacles if len(reasons) == 1]
         if not alone:
-            name, count = self.most_removed()
+            name, count = self.strictest_filter()
             return (
                 f"{name} removed {count} of {len(self.obstacles)} offers, each of which "
                 "fails another filter too"
@@ -96,13 +95,13 @@ class Ranking:
 
 
 def query(needs: Needs, order: str = "dlperf_per_dphtotal") -> dict[str, Any]:
-    """The body of a search, as a dict: vast.ai's string parser drops filters. In its units: MB,
-    seconds, compute_cap x 100.
+    """The body of a search, in vast.ai's units: MB, seconds, compute_cap x 100. It is a dict,
+    because vast.ai's parser of query strings drops filters.
 
     It is never stricter than `rank`. Prices come back for `allocated_storage`, the disk that will
-    be rented. At most 64 rows come back, hence the order: speed per dollar; ask again with
-    "dph_total" (ascending) for the cheapest by the hour. vastai's `search_offers` overwrites type,
-    order, limit and allocated_storage: hand them to it as arguments as well.
+    be rented. At most 64 rows come back, so the order matters: speed per dollar, or with
+    "dph_total" the cheapest by the hour. vastai's `search_offers` overwrites type, order, limit and
+    allocated_storage: give them to it as arguments as well.
     """
     body: dict[str, Any] = {
         "rentable": {"eq": True},
@@ -117,7 +116,7 @@ def query(needs: Needs, order: str = "dlperf_per_dphtotal") -> dict[str, Any]:
         "inet_down": {"gte": needs.min_inet_down_mbps * _SERVER_SLACK},
         "duration": {"gte": round(needs.hours * 3600)},
     }
-    if needs.min_cpu_ram_gib:  # of the whole machine; our share of it is looked at in `rank`
+    if needs.min_cpu_ram_gib:  # of the whole machine; `rank` compares our share of it
         body["cpu_ram"] = {"gte": round(needs.min_cpu_ram_gib * 1000 * _SERVER_SLACK)}
     if needs.verified_only:
         body["verified"] = {"eq": True}
@@ -137,8 +136,8 @@ def query(needs: Needs, order: str = "dlperf_per_dphtotal") -> dict[str, Any]:
 
 
 def vast_gpu_name(name: str) -> str:
-    """vast.ai's spelling of a GPU's name: "rtx_4090" is "RTX 4090"; an unknown one has its
-    underscores made spaces."""
+    """vast.ai's spelling of a GPU's name: "RTX 4090" for "rtx_4090"; in an unknown name,
+    underscores become spaces."""
     known = gpus.find(name)
     return known.name if known else name.replace("_", " ").strip()
 
@@ -149,12 +148,12 @@ def rank(
     workload: Workload,
     bad_machines: Mapping[int, float] | None = None,
 ) -> Ranking:
-    """Check every need on every offer and sort what is left by the expected dollars of a finished
-    run.
+    """Compare every offer with every need, and sort those that pass by the expected dollars of a
+    finished run.
 
-    `bad_machines` maps a machine_id to `penalty`: above a half it is refused, below it counts as a
-    chance to fail. Of offers of equal cost the sooner finished comes first. Of the same machine
-    listed twice (slices, or a row sent twice) all stay.
+    `bad_machines` maps a machine_id to `penalty`: above _BAD_ABOVE it is rejected, below it adds to
+    the chance of a failure. Of offers of equal cost the one that finishes sooner comes first. A
+    machine with several offers (slices of it) keeps all of them.
     """
     bad = bad_machines or {}
     priced: list[tuple[Offer, Cost]] = []
@@ -171,9 +170,8 @@ def rank(
 
 
 def penalty(failures_age_s: Iterable[float]) -> float:
-    """How likely a machine that failed us is to fail again (0 to 1), from the ages of its failures:
-    0.9 at once, half of that after a week. One bad day does not ban for ever; two count more than
-    one."""
+    """The chance (0 to 1) that a machine fails again, from the ages of its failures in seconds: 0.9
+    at once, half of that after a week; several failures count more than one."""
     good = 1.0
     for age in failures_age_s:
         good *= 1 - _BAD_AT_FIRST * 0.5 ** (max(age, 0.0) / _BAD_HALF_LIFE_S)
@@ -181,7 +179,7 @@ def penalty(failures_age_s: Iterable[float]) -> float:
 
 
 def bid_of(offer: Offer, needs: Needs) -> float | None:
-    """What to bid on it: None for on-demand."""
+    """$/h to bid on it; None for on-demand."""
     return cost.bid_for(offer, needs.bid_usd_per_hour) if needs.interruptible else None
 
 
@@ -248,7 +246,7 @@ def _bid(o: Offer, n: Needs) -> str:
     )
 
 
-def _at_least(
+def _minimum(
     value: Callable[[Offer], float], need: Callable[[Needs], float], text: str
 ) -> Callable[[Offer, Needs], str]:
     def check(o: Offer, n: Needs) -> str:
@@ -264,25 +262,25 @@ _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
     "num_gpus": lambda o, n: (
         "" if o.num_gpus == n.num_gpus else f"has {o.num_gpus} GPUs, not {n.num_gpus}"
     ),
-    "min_gpu_memory_gib": _at_least(
+    "min_gpu_memory_gib": _minimum(
         lambda o: o.gpu_memory_gib,
         lambda n: n.min_gpu_memory_gib * _MEMORY_SLACK,
         "has {:.2f} GiB a GPU, under {:.2f} GiB",
     ),
-    "compute_capability": _at_least(
+    "compute_capability": _minimum(
         lambda o: o.compute_capability,
         lambda n: n.min_compute_capability,
         "has compute capability {:.1f}, under {:.1f}",
     ),
-    "min_cuda": _at_least(
+    "min_cuda": _minimum(
         lambda o: o.cuda_max, lambda n: n.min_cuda, "its driver supports CUDA {:.1f}, under {:.1f}"
     ),
-    "disk_gib": _at_least(
+    "disk_gib": _minimum(
         lambda o: o.disk_gib, lambda n: n.disk_gib, "has {:.0f} GB of disk, under {:.0f} GB"
     ),
     "max_usd_per_hour": _price,
     "bid_usd_per_hour": _bid,
-    "min_reliability": _at_least(
+    "min_reliability": _minimum(
         lambda o: o.reliability, lambda n: n.min_reliability, "has reliability {:.3f}, under {:.3f}"
     ),
     "verified": lambda o, n: (
@@ -293,7 +291,7 @@ _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
         if n.countries and o.country not in n.countries
         else ""
     ),
-    "min_cpu_ram_gib": _at_least(
+    "min_cpu_ram_gib": _minimum(
         lambda o: o.cpu_ram_gib,
         lambda n: n.min_cpu_ram_gib * _SERVER_SLACK,
         "our share of its memory is {:.0f} GiB, under {:.0f} GiB",
@@ -303,15 +301,15 @@ _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
         if 0 < o.cpu_cores < n.min_cpu_cores
         else ""
     ),
-    "min_inet_down_mbps": _at_least(
+    "min_inet_down_mbps": _minimum(
         lambda o: o.inet_down_mbps,
         lambda n: n.min_inet_down_mbps,
         "downloads at {:.0f} Mb/s, under {:.0f} Mb/s",
     ),
-    "duration": _at_least(
+    "duration": _minimum(
         lambda o: o.duration_s / 3600, lambda n: n.hours, "is rentable for {:.1f} h, under {:.1f} h"
     ),
-    "direct_ports": _at_least(
+    "direct_ports": _minimum(
         lambda o: o.direct_ports,
         lambda n: n.min_direct_ports,
         "has {:.0f} direct ports, under {:.0f}",
@@ -319,44 +317,44 @@ _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
 }
 
 
-def _why(offer: Offer, predicted: Cost, best: Offer, least: Cost, rank_: int) -> str:
+def _why(offer: Offer, predicted: Cost, best: Offer, best_cost: Cost, rank_: int) -> str:
     if rank_ == 0:
         return (
             f"the cheapest finished run: ${predicted.expected_usd:.3f} expected in "
             f"{predicted.hours:.2f} h"
         )
-    parts = sorted(_differences(offer, predicted, best, least), reverse=True)
+    parts = sorted(_differences(offer, predicted, best, best_cost), reverse=True)
     more = ", ".join(f"{text} (+${usd:.3f})" for usd, text in parts[:3] if usd >= 0.0005)
-    return f"+${predicted.expected_usd - least.expected_usd:.3f}" + (
+    return f"+${predicted.expected_usd - best_cost.expected_usd:.3f}" + (
         f": {more}" if more else ": as good within a tenth of a cent"
     )
 
 
-def _differences(offer: Offer, here: Cost, best: Offer, least: Cost) -> list[tuple[float, str]]:
-    """Where the difference to the best lies, in dollars: the hours at its price, the price for our
-    hours, and the rest."""
+def _differences(offer: Offer, here: Cost, best: Offer, best_cost: Cost) -> list[tuple[float, str]]:
+    """(dollars, cause) of each part of the difference to the best offer: the hours at its price,
+    the price for our hours, and the rest."""
     hours, best_hours = (
         here.gpu_usd / max(here.usd_per_hour, 1e-9),
-        least.gpu_usd / max(least.usd_per_hour, 1e-9),
+        best_cost.gpu_usd / max(best_cost.usd_per_hour, 1e-9),
     )
     slower = f"{hours / max(best_hours, 1e-9) - 1:.0%} more GPU time on {offer.gpu_name}"
     return [
-        ((hours - best_hours) * least.usd_per_hour, slower),
+        ((hours - best_hours) * best_cost.usd_per_hour, slower),
         (
-            (here.usd_per_hour - least.usd_per_hour) * hours,
-            f"${here.usd_per_hour:.3f}/h against ${least.usd_per_hour:.3f}/h",
+            (here.usd_per_hour - best_cost.usd_per_hour) * hours,
+            f"${here.usd_per_hour:.3f}/h against ${best_cost.usd_per_hour:.3f}/h",
         ),
         (
-            here.disk_usd - least.disk_usd,
+            here.disk_usd - best_cost.disk_usd,
             f"disk at ${offer.storage_usd_per_gib_month:.2f}/GB/month",
         ),
         (
-            here.inet_down_usd - least.inet_down_usd,
+            here.inet_down_usd - best_cost.inet_down_usd,
             f"download at ${offer.inet_down_usd_per_gb:.3f}/GB",
         ),
-        (here.inet_up_usd - least.inet_up_usd, f"upload at ${offer.inet_up_usd_per_gb:.3f}/GB"),
+        (here.inet_up_usd - best_cost.inet_up_usd, f"upload at ${offer.inet_up_usd_per_gb:.3f}/GB"),
         (
-            here.risk_usd - least.risk_usd,
+            here.risk_usd - best_cost.risk_usd,
             f"reliability {offer.reliability:.3f} against {best.reliability:.3f}",
         ),
     ]

@@ -121,7 +121,7 @@ def no_offer_error(ranking: Ranking, tried: int, needs: Needs) -> NoOffer:
     unknown = [name for name in needs.gpu_names if gpus.find(name) is None]
     near = [other for name in unknown for other in gpus.like(name)]
     advice = ranking.advice() + (f"; did you mean {' or '.join(near)}?" if near else "")
-    limit, _ = ranking.most_removed()
+    limit, _ = ranking.strictest_filter()
     hint = None
     if limit.startswith("limits."):
         hint = f"raise {limit}, or shorten the training (num_train_epochs, max_steps)"

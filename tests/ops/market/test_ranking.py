@@ -309,7 +309,7 @@ def test_each_need_is_checked_again_and_the_rejection_names_it(
     ranking = offers.rank([offer(**changed)], replace(NEEDS, **needs), WORK)
     assert not ranking.accepted
     assert name in {reason[0] for reason in ranking.obstacles[0][1]}
-    assert ranking.most_removed()[1] == 1
+    assert ranking.strictest_filter()[1] == 1
     assert ranking.rejected[0][1] and ranking.rejected[0][2]
 
 
@@ -361,7 +361,10 @@ def test_expected_dollars_rise_along_the_ranking() -> None:
 def test_the_advice_names_the_filter_that_alone_keeps_most_out() -> None:
     hopeless = [offer(id=10 + i, disk_gib=5.0, cuda_max=11.0) for i in range(4)]
     ranking = offers.rank([offer(id=i, reliability=0.9) for i in range(3)] + hopeless, NEEDS, WORK)
-    assert ranking.most_removed()[1] == 4 and ranking.most_removed()[0] in ("disk_gib", "min_cuda")
+    assert ranking.strictest_filter()[1] == 4 and ranking.strictest_filter()[0] in (
+        "disk_gib",
+        "min_cuda",
+    )
     assert (
         ranking.advice()
         == "min_reliability alone keeps 3 of 7 offers out; the first: has reliability 0.900, "
@@ -372,7 +375,7 @@ def test_the_advice_names_the_filter_that_alone_keeps_most_out() -> None:
 
 def test_without_a_rejection_there_is_nothing_to_advise() -> None:
     ranking = offers.rank([offer()], NEEDS, WORK)
-    assert ranking.most_removed() == ("", 0) and ranking.advice() == ""
+    assert ranking.strictest_filter() == ("", 0) and ranking.advice() == ""
 
 
 def test_a_row_that_came_twice_counts_once() -> None:
