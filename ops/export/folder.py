@@ -38,7 +38,7 @@ def export(
             f"{folder}: a run has begun here", hint="name another --out, or remove that folder"
         )
     with tempfile.TemporaryDirectory() as stage:
-        plan = planner.planned(job, folder.name, Path(stage))
+        plan = planner.make_plan(job, folder.name, Path(stage))
     folder.mkdir(parents=True, exist_ok=True)
     texts = WRITERS[kind](job, plan, nodes, queue)
     texts["job.json"] = json.dumps(plan.wire_job, indent=1, ensure_ascii=False) + "\n"

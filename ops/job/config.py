@@ -1,9 +1,8 @@
-"""The job file: TOML in, frozen models out; an unknown key, a wrong type or a contradiction is
-refused with its path.
+"""The job file: read TOML into frozen pydantic models. An unknown key, a wrong type or a
+contradiction is an error that names its path.
 
-`lora` and `training` are the wire's own models (trainer/wire/job.py), so that a setting has one
-name from the file to the GPU. Relative paths in a job file are relative to the job file.
-"""
+`lora` and `training` are the wire's models (trainer/wire/job.py), so that a setting has one name
+from the file to the GPU. Relative paths in a job file are relative to the job file."""
 
 from __future__ import annotations
 
@@ -37,14 +36,14 @@ from trainer.wire.stages import (
 )
 
 PositiveFloat = Annotated[float, Field(gt=0)]
-OWN = "the machine has its own"
-LOADER = ("LD_", "MILKTEA_", "PYTHON")  # beginnings of names with which programs are steered
-STAYS_HERE = {
+MACHINE_HAS_OWN = "the machine has its own"
+LOADER_PREFIXES = ("LD_", "MILKTEA_", "PYTHON")  # variables that change how programs start
+NEVER_SENT = {
     "VAST_API_KEY": "it is the key to your account's money",
-    "CONTAINER_API_KEY": OWN,
-    "CONTAINER_ID": OWN,
-    "PATH": OWN,
-    "HOME": OWN,
+    "CONTAINER_API_KEY": MACHINE_HAS_OWN,
+    "CONTAINER_ID": MACHINE_HAS_OWN,
+    "PATH": MACHINE_HAS_OWN,
+    "HOME": MACHINE_HAS_OWN,
 }
 
 
@@ -94,12 +93,12 @@ class Data(Strict):
         BadRows, Field(description="A row that is not sound: refuse the job, or drop the row")
     ] = "refuse"
 
-    def of_rows(self) -> dict[str, Any]:
-        """What the box must know of reading the rows, by the names of the wire's Data."""
+    def reading_settings(self) -> dict[str, Any]:
+        """The settings for reading the rows, by the names of the wire's Data."""
         return self.model_dump(mode="json", exclude={"files", "held_out", "template"})
 
 
-class Offer(Strict):
+class OfferRequirements(Strict):
     gpu_name: Annotated[
         list[str],
         Field(description="Accept only these, by vast.ai's names; empty accepts any that fits"),
@@ -144,7 +143,7 @@ class Offer(Strict):
         return [c.upper() for c in codes]
 
     @model_validator(mode="after")
-    def _bid_needs_interruptible(self) -> Offer:
+    def _bid_needs_interruptible(self) -> OfferRequirements:
         if self.bid_usd_per_hour and self.type == "on-demand":
             raise ValueError('bid_usd_per_hour needs type = "interruptible"')
         return self
@@ -202,7 +201,7 @@ class Results(Strict):
 
 
 class JobFile(Strict, Sections):
-    """A parsed job file. `folder` is where it lies, for its relative paths."""
+    """A parsed job file."""
 
     name: Annotated[
         str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Run ids begin with it")
@@ -216,7 +215,7 @@ class JobFile(Strict, Sections):
     data: Data
     lora: Lora = Lora()
     training: Training = Training()
-    offer: Offer = Offer()
+    offer: OfferRequirements = OfferRequirements()
     limits: Limits
     image: Image = Image()
     results: Results = Results()
@@ -225,8 +224,8 @@ class JobFile(Strict, Sections):
     @classmethod
     def _may_travel(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name in STAYS_HERE or name.startswith(LOADER):
-                raise ValueError(f"{name} does not travel: {STAYS_HERE.get(name, OWN)}")
+            if name in NEVER_SENT or name.startswith(LOADER_PREFIXES):
+                raise ValueError(f"{name} does not travel: {NEVER_SENT.get(name, MACHINE_HAS_OWN)}")
         return list(dict.fromkeys(names))
 
     @model_validator(mode="after")
@@ -251,7 +250,7 @@ class JobFile(Strict, Sections):
 
 
 def load(path: Path) -> JobFile:
-    """Read a job file, with its relative paths made absolute. Raises ConfigError listing every
+    """Read a job file and make its relative paths absolute. Raises ConfigError that lists every
     mistake with its path."""
     try:
         raw = tomllib.loads(path.read_text("utf-8"))
@@ -265,13 +264,13 @@ def load(path: Path) -> JobFile:
 
 
 def parse(raw: dict[str, Any], path: Path) -> JobFile:
-    """`load` for a dict already read; `path` names the file in messages and anchors relative
-    paths."""
+    """As `load`, from a dict. `path` names the file in messages, and relative paths are relative to
+    its folder."""
     try:
         job = JobFile.model_validate(raw)
     except ValidationError as e:
-        raise ConfigError("\n".join(f"{path}: {_say(err)}" for err in e.errors())) from e
-    return _anchored(job, path.resolve().parent)
+        raise ConfigError("\n".join(f"{path}: {_message(err)}" for err in e.errors())) from e
+    return _with_absolute_paths(job, path.resolve().parent)
 
 
 def schema() -> dict[str, Any]:
@@ -296,7 +295,7 @@ def _fields_of(annotation: Any) -> list[str]:
     return list(annotation.model_fields) if is_section else []
 
 
-def _say(err: Any) -> str:
+def _message(err: Any) -> str:
     where = ".".join(str(p) for p in err["loc"]) or "job"
     if err["type"] == "extra_forbidden":
         near = [
@@ -312,7 +311,7 @@ def _say(err: Any) -> str:
     return f"{where}: {message}{given}"
 
 
-def _anchored(job: JobFile, folder: Path) -> JobFile:
+def _with_absolute_paths(job: JobFile, folder: Path) -> JobFile:
     def here(p: Path) -> Path:
         return (folder / p.expanduser()).resolve()
 

@@ -1,5 +1,5 @@
-"""The files that a job's data becomes on the box: folders and patterns as the files that they stand
-for, tables that a box may lack a package for as JSON lines."""
+"""The data files that are pushed for a job: folders and patterns are expanded, and tables that need
+a package which the box may not have are converted to JSON lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
 from ops.job.config import JobFile
-from ops.job.mistakes import counted
+from ops.job.mistakes import grouped
 from trainer.data import tables
 from trainer.data.files import Reading, find_sources
 from trainer.data.folders import DATASET_INFO, expand, kind_of
@@ -18,11 +18,11 @@ from trainer.wire.stages import STAGES
 
 
 def data_files(job: JobFile, folder: Path) -> list[PushFile]:
-    """Every file of rows, the held-out one last; what is converted is kept in `folder`. Raises
-    PreflightError for what is not there or cannot be read."""
+    """Every file of rows, the held-out one last. Converted files are written to `folder`. Raises
+    PreflightError for a file that does not exist or cannot be read."""
     data = job.data
     given = [file for path in data.files for file in _expanded(path)]
-    wanted = _with_named(given, STAGES[job.stage].learns_preferences)
+    wanted = _with_listed_files(given, STAGES[job.stage].learns_preferences)
     if data.held_out:
         held_out = _expanded(data.held_out)
         if len(held_out) > 1:
@@ -36,33 +36,33 @@ def data_files(job: JobFile, folder: Path) -> list[PushFile]:
         raise PreflightError(
             "\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file"
         )
-    return [_push(path, n, folder) for n, path in enumerate(wanted)]
+    return [_push_file(path, n, folder) for n, path in enumerate(wanted)]
 
 
 def _expanded(path: Path) -> list[Path]:
-    files, fault = expand(path)
-    if fault:
-        raise PreflightError(f"{path}: {fault[0]}", hint=fault[1])
+    files, defect = expand(path)
+    if defect:
+        raise PreflightError(f"{path}: {defect[0]}", hint=defect[1])
     return files
 
 
-def _with_named(files: list[Path], preferences: bool) -> list[Path]:
-    """The files, and where LLaMA-Factory's dataset_info.json stands alone, those that it names: the
-    box needs them too."""
+def _with_listed_files(files: list[Path], preferences: bool) -> list[Path]:
+    """`files`, and the files that they name when they are only LLaMA-Factory's dataset_info.json:
+    the box needs both."""
     if not all(p.is_file() and p.name == DATASET_INFO for p in files):
         return files
     sources, defects = find_sources(files, Reading(), preferences)
     if defects:
         raise PreflightError(
-            "\n".join(counted(str(d) for d in defects)),
+            "\n".join(grouped(str(d) for d in defects)),
             hint="correct the file, or name the data files themselves in data.files",
         )
     return [*files, *(s.path for s in sources)]
 
 
-def _push(path: Path, number: int, folder: Path) -> PushFile:
-    """The name on the box is ours: a user's may hold what no shell likes; errors name the user's.
-    A converted file is kept under the user's name for that."""
+def _push_file(path: Path, number: int, folder: Path) -> PushFile:
+    """The file under a name of ours on the box, because a user's may have characters that a shell
+    interprets. Errors show the user's name, so a converted file keeps it here."""
     kind = kind_of(path)
     if kind in tables.NEEDS_PACKAGE:
         local = folder / "converted" / str(number) / path.name
@@ -75,8 +75,8 @@ def _push(path: Path, number: int, folder: Path) -> PushFile:
 
 
 def convert(table: Path, to: Path) -> None:
-    """Write a table's rows as JSON lines packed by gzip: a row stands on the line that has its
-    number, so that its place is told as before. Raises PreflightError for what cannot be read."""
+    """Write a table's rows as gzipped JSON lines. A row is on the line with its number in the
+    table, so that errors name the same place. Raises PreflightError for what cannot be read."""
     with open(to, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         line = 1
         for item in tables.rows(table, kind_of(table)):

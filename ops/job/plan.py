@@ -1,5 +1,5 @@
-"""What is to be done with one job: all that a later client needs to go on. It is the journal's
-first line."""
+"""The plan of a run: everything that a later client needs to resume it. It is the journal's first
+line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ops.box.transfer import PushFile
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
 
-# what the boxes of milktea 0.1 do, whose plans do not tell
-_NO_SILENCE: dict[str, Any] = {"when_silent": "destroy"}
+# what milktea 0.1 did; its plans do not say so
+_DEFAULTS_OF_0_1: dict[str, Any] = {"when_silent": "destroy"}
 
 
 class Row(Protocol):
-    """What can be read by name: a journal's line, or a dict."""
+    """Anything with values by name: a journal's line, or a dict."""
 
     def __getitem__(self, key: str, /) -> Any: ...
     def __contains__(self, key: object, /) -> bool: ...
@@ -24,8 +24,7 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, decided before a cent is spent. All of it goes into the journal's first
-    line."""
+    """What a run will do, decided before anything is spent."""
 
     run_id: str
     image: str
@@ -40,9 +39,9 @@ class Plan:
     out: str
     notes: list[str]
     image_login: str = ""  # the variable that holds a registry's USER:TOKEN
-    estimated: bool = False  # tokens from characters: good for a price, never rented by
+    estimated: bool = False  # tokens are estimated from characters: only for prices, never rented
     when_silent: str = "finish"  # or destroy
-    hold_s: float | None = None  # for which an ended training is kept without a client
+    hold_s: float | None = None  # how long an ended training waits for a client; None: no limit
 
     @property
     def env(self) -> list[str]:
@@ -50,6 +49,7 @@ class Plan:
         return list(self.wire_job.get("environment", []))
 
     def to_line(self) -> dict[str, Any]:
+        """The data of the journal's first line."""
         row = asdict(self)
         del row["estimated"]
         row["pushes"] = [
@@ -59,7 +59,8 @@ class Plan:
 
     @classmethod
     def from_line(cls, line: Row) -> Plan:
-        row = _NO_SILENCE | {f.name: line[f.name] for f in fields(cls) if f.name in line}
+        """The plan in a journal's first line, of this version or of 0.1."""
+        row = _DEFAULTS_OF_0_1 | {f.name: line[f.name] for f in fields(cls) if f.name in line}
         row["pushes"] = [
             PushFile(Path(p["local"]), p["remote"], p["sha256"]) for p in row["pushes"]
         ]

@@ -1,6 +1,6 @@
-"""The plan of a job, and every fault of the job that can be found without a provider. The rows go
-through the trainer's own checks (trainer/data/prepare.py), so that what is refused here is what the
-box would have refused an hour later."""
+"""Make the plan of a job, and find every mistake in the job that can be found without vast.ai. The
+rows go through the trainer's own preparation (trainer/data/prepare.py), so that an error here is
+the error that the box would have raised an hour later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ops.hardware import gpus
 from ops.job import sent, tokens
 from ops.job.config import JobFile
 from ops.job.data_files import data_files
-from ops.job.mistakes import counted
+from ops.job.mistakes import grouped
 from ops.job.plan import Plan
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
@@ -32,11 +32,11 @@ from trainer.data import template as prompt
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES, section_of
 
-DRIVER_SHARE = 0.98  # of the memory that a card's driver reports, torch can have
-CPU_FLOP_S = 1e11  # of a laptop, generously
-HOST_GIB, PROCESS_GIB = 3.0, 4.0  # of host memory: the system; torch with CUDA, tokens, buffers
-SYSTEM_GIB = 4  # logs, pip's cache, the container's own
-IMAGE_UNPACKED = 2.5  # unpacked bytes for a compressed one
+DRIVER_SHARE = 0.98  # torch can use this share of the memory that a GPU's driver reports
+CPU_FLOP_S = 1e11  # of a fast laptop
+HOST_GIB, PROCESS_GIB = 3.0, 4.0  # host memory of the system; of each process (torch, CUDA, data)
+SYSTEM_GIB = 4  # disk for logs, pip's cache and the container itself
+IMAGE_UNPACKED = 2.5  # unpacked bytes for each compressed byte
 TRAINER_SUFFIXES = (".py", ".toml", ".html")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
@@ -44,45 +44,48 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 def new_plan(
     job: JobFile, root: Path, now: float, *, on_cpu: bool = False, or_estimate: bool = False
 ) -> Plan:
-    """The plan of a new run, whose folder in `root` it makes; or every defect of the data, a model
-    that fits no card asked for, with `on_cpu` one that the emulator's boxes could not train in
-    time. `or_estimate`: see `planned`. Raises PreflightError or ConfigError, and leaves nothing
-    then."""
+    """The plan of a new run, whose folder it makes in `root`. `now` is in unix seconds;
+    `or_estimate`: see `make_plan`.
+
+    Raises PreflightError or ConfigError, and removes the folder then: for defects in the data, for
+    a model that fits none of the GPUs that the job accepts, and, with `on_cpu`, for one that this
+    computer could not train within limits.max_hours."""
     run_id = (
         f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
     )
-    stage = root / run_id
-    stage.mkdir(parents=True)
+    folder = root / run_id
+    folder.mkdir(parents=True)
     try:
-        plan = planned(job, run_id, stage, or_estimate=or_estimate)
+        plan = make_plan(job, run_id, folder, or_estimate=or_estimate)
         if on_cpu:
             _validate_speed_here(plan)
         return plan
     except BaseException:
-        shutil.rmtree(stage)  # a run that never began leaves nothing
+        shutil.rmtree(folder)  # a run that never began leaves nothing
         raise
 
 
-def planned(job: JobFile, run_id: str, stage: Path, *, or_estimate: bool = False) -> Plan:
-    """The plan; `stage` is a folder that exists. `or_estimate`: where the model cannot be had and
-    the catalogue knows it, tokens are told from characters, and the plan is `estimated`."""
+def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = False) -> Plan:
+    """The plan of run `run_id`; `folder` is its folder and exists. With `or_estimate`, tokens are
+    estimated from characters where the tokenizer cannot be loaded and the catalogue knows the
+    model, and the plan is marked `estimated`. Raises PreflightError or ConfigError."""
     tokens.validate(job.env, job.image.login or "")
     tokens.validate_gated(job.model.base, job.env)
     pushes = [
-        *data_files(job, stage),
+        *data_files(job, folder),
         *_model_files(job),
         *(_trainer_files() if job.image.trainer == "push" else []),
     ]
     wire_job = _wire_job(job, run_id, pushes)
     notes: list[str] = []
     entry = lookup(job.model.base) if or_estimate else None
-    counted = True
+    tokenised = True
     try:
-        lengths = _lengths(wire_job, stage, pushes, notes)
-    except Untokenised as e:
+        lengths = _lengths(wire_job, folder, pushes, notes)
+    except NotTokenised as e:
         if entry is None:
             raise
-        counted, lengths = False, _estimated(wire_job, stage, pushes, entry, notes)
+        tokenised, lengths = False, _estimated(wire_job, folder, pushes, entry, notes)
         notes.append(f"{e}; a run asks for it")
     config = _model_config(job, notes)
     family = _family(job, config, max(lengths), notes)
@@ -93,9 +96,9 @@ def planned(job: JobFile, run_id: str, stage: Path, *, or_estimate: bool = False
     for name in job.offer.gpu_name:
         if (meant := gpus.meant(name)) != [name] and gpus.find(name) is None:
             notes.append(f"offer.gpu_name {name!r} is read as {', '.join(meant)}")
-    notes += sent.told(pushes, template if template.is_absolute() else None)
+    notes += sent.describe(pushes, template if template.is_absolute() else None)
     login, boards = job.image.login or "", job.training.report_to
-    notes += tokens.told(job.env, login, job.model.base, boards)
+    notes += tokens.describe(job.env, login, job.model.base, boards)
     return Plan(
         run_id=run_id,
         image=job.image.ref,
@@ -110,15 +113,15 @@ def planned(job: JobFile, run_id: str, stage: Path, *, or_estimate: bool = False
         out=str(job.results.folder),
         notes=notes,
         image_login=job.image.login or "",
-        estimated=not counted,
+        estimated=not tokenised,
         when_silent=job.limits.when_silent,
         hold_s=None if job.limits.hold_minutes is None else job.limits.hold_minutes * 60,
     )
 
 
 def _validate_speed_here(plan: Plan) -> None:
-    """The emulator's boxes compute on this machine's CPU: a model made for a GPU would run into
-    limits.max_hours without a result."""
+    """Raises PreflightError for a job that this computer's CPU, which the emulator's boxes use,
+    cannot train within limits.max_hours."""
     seconds = 6 * plan.workload.computed_parameters * plan.workload.tokens / CPU_FLOP_S
     if seconds > plan.max_s:
         raise PreflightError(
@@ -188,7 +191,7 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
                 "held_out": held_out,
                 "template": template,
                 "template_text": text,
-                **job.data.of_rows(),
+                **job.data.reading_settings(),
             },
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),
@@ -215,24 +218,24 @@ def _template(name: str) -> tuple[str, str | None]:
 # -- sizes -----------------------------------------------------------------------------------------
 
 
-class Untokenised(PreflightError):
-    """The data may be sound, but nothing here can count its tokens."""
+class NotTokenised(PreflightError):
+    """The data may be valid, but there is no tokenizer here to count its tokens."""
 
 
-def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) -> list[int]:
+def _lengths(job: Job, folder: Path, pushes: list[PushFile], notes: list[str]) -> list[int]:
     """Tokens of each row that will be trained on, by the trainer's own preparation on links to the
-    user's files. Raises Untokenised where the model cannot be had."""
+    user's files. Raises NotTokenised without a tokenizer."""
     try:
-        with _linked(stage, pushes):
-            prepared = stage_rows.prepare(job, stage)
+        with _linked(folder, pushes):
+            prepared = stage_rows.prepare(job, folder)
     except prepare.Refused as e:
-        listed = "\n".join(f"  {s}" for s in counted(e.samples))
-        kind = Untokenised if isinstance(e, prepare.Unfetched) else PreflightError
+        listed = "\n".join(f"  {s}" for s in grouped(e.samples))
+        kind = NotTokenised if isinstance(e, prepare.Unfetched) else PreflightError
         raise kind(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
     except prompt.TemplateError as e:
         raise PreflightError(str(e)) from e
     except OSError as e:
-        raise Untokenised(
+        raise NotTokenised(
             f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}",
             hint="check model.base and the network, or name a local folder",
         ) from e
@@ -242,7 +245,7 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
             "no row is left to train on",
             hint="`python -m trainer.data FILE` says what became of each",
         )
-    notes += [*prepared.rows.summary, *left_out(prepared.rows.notes)]
+    notes += [*prepared.rows.summary, *changed_rows(prepared.rows.notes)]
     notes.append(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
         f"{max(lengths):,} tokens, stop token trained in every row"
@@ -251,27 +254,27 @@ def _lengths(job: Job, stage: Path, pushes: list[PushFile], notes: list[str]) ->
 
 
 @contextmanager
-def _linked(stage: Path, pushes: list[PushFile]) -> Iterator[None]:
-    """The run folder's data and model, as links to the user's files."""
+def _linked(folder: Path, pushes: list[PushFile]) -> Iterator[None]:
+    """While the block runs, the run folder has data/ and model/ as links to the user's files."""
     for p in pushes:
         if p.remote.startswith(("data/", "model/")):
-            link = stage / p.remote
+            link = folder / p.remote
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(p.local)
     try:
         yield
     finally:
         for name in ("data", "model", "cache"):
-            shutil.rmtree(stage / name, ignore_errors=True)
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _estimated(
-    job: Job, stage: Path, pushes: list[PushFile], entry: Entry, notes: list[str]
+    job: Job, folder: Path, pushes: list[PushFile], entry: Entry, notes: list[str]
 ) -> list[int]:
-    """About how many tokens each row will have, without a tokenizer. Raises PreflightError with the
-    data's defects."""
-    with _linked(stage, pushes):
-        files = [(stage / f.path, f.name) for f in job.data.files]
+    """An estimate of each row's tokens, without a tokenizer. Raises PreflightError for defects in
+    the rows."""
+    with _linked(folder, pushes):
+        files = [(folder / f.path, f.name) for f in job.data.files]
         rows, defects = stage_rows.read(job, files)
     try:
         prepare.validate_rows(defects)
@@ -283,47 +286,48 @@ def _estimated(
     vocabulary = int(entry.values.get("vocabulary") or 150_000)
     density = estimate.Density.of(vocabulary, entry.model_type)
     lengths, limit = estimate.lengths(rows, density), job.data.max_length
-    long = sum(n > limit for n in lengths)
+    too_long = sum(n > limit for n in lengths)
     notes.append(
         f"{len(rows):,} rows, about {sum(lengths):,} tokens an epoch: an estimate from characters "
         f"({density.ascii:g} of ASCII a token, {density.wide:g} of Chinese), {estimate.OFF:.0%} "
         "off at most on texts that were tried"
     )
-    if long:
-        notes.append(f"about {long:,} rows are longer than data.max_length {limit:,}")
+    if too_long:
+        notes.append(f"about {too_long:,} rows are longer than data.max_length {limit:,}")
     return [min(n, limit) for n in lengths]
 
 
-def left_out(said: list[str]) -> list[str]:
-    """One line for the rows that are dropped or cut, of the trainer's line for each."""
-    if not said:
+def changed_rows(messages: list[str]) -> list[str]:
+    """One line about the rows that are dropped or truncated; `messages` has a line for each row."""
+    if not messages:
         return []
-    more = f"; and {len(said) - 1:,} more" if len(said) > 1 else ""
-    return [f"{len(said):,} rows are changed or left out: {said[0]}{more}"]
+    more = f"; and {len(messages) - 1:,} more" if len(messages) > 1 else ""
+    return [f"{len(messages):,} rows are changed or left out: {messages[0]}{more}"]
 
 
 def _model_config(job: JobFile, notes: list[str]) -> dict[str, Any]:
-    """The base model's config.json: of its folder, of the hub, or, where there is no network, what
-    the catalogue knows of it. Empty where nobody does and offer.min_gpu_memory_gib is set."""
-    config = Path(job.model.base) / "config.json"
+    """The base model's config.json from its folder or the hub; without a network, what the
+    catalogue knows of it. Empty where that is nothing and offer.min_gpu_memory_gib is set. Raises
+    PreflightError where it is not set."""
+    path = Path(job.model.base) / "config.json"
     entry = lookup(job.model.base)
     try:
-        if not config.is_file():
+        if not path.is_file():
             from huggingface_hub import hf_hub_download
 
             base, _, revision = job.model.base.partition("@")
-            config = Path(hf_hub_download(base, "config.json", revision=revision or None))
-        told = json.loads(config.read_text("utf-8"))
+            path = Path(hf_hub_download(base, "config.json", revision=revision or None))
+        config = json.loads(path.read_text("utf-8"))
     except (ValueError, OSError) as e:
         if entry is not None:
             source = entry.source_of("hidden")
             notes.append(f"{entry.id} is known from the catalogue ({source.what}, {source.read})")
-            told = entry.config()
+            config = entry.config()
         elif job.offer.min_gpu_memory_gib is not None:
             notes.append(
                 f"memory is not predicted ({str(e)[:80]}); offer.min_gpu_memory_gib is believed"
             )
-            told = {}
+            config = {}
         else:
             raise PreflightError(
                 f"the memory that {job.model.base} needs cannot be predicted: {str(e)[:200]}",
@@ -332,14 +336,14 @@ def _model_config(job: JobFile, notes: list[str]) -> dict[str, Any]:
     if entry is not None and entry.licence:
         gated = ", gated: the hub asks for a token of yours" if entry.gated else ""
         notes.append(f"{entry.id}: licence {entry.licence}{gated}")
-    return dict(told)
+    return dict(config)
 
 
 def _family(
     job: JobFile, config: dict[str, Any], longest: int, notes: list[str]
 ) -> families.Family | None:
-    """What the architecture needs, told in the notes. Raises PreflightError for one that cannot be
-    trained: before anything is rented."""
+    """The architecture's entry in families.toml, and its notes; None without a config. Raises
+    PreflightError for an architecture that cannot be trained."""
     if not config:
         return None
     try:
@@ -432,16 +436,17 @@ def _workload(
 
 
 def _active(shape: memory.Shape | None) -> float | None:
-    """What a token meets of a mixture of experts, its head included."""
+    """The parameters that one token uses in a mixture of experts, the output head included; None
+    for a model without experts."""
     if shape is None or shape.mixture is None:
         return None
     return float(memory.active_parameters(shape) + shape.vocab * shape.hidden)
 
 
 def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
-    least = 0.0
+    min_gib = 0.0
     if shape:
-        least = (
+        min_gib = (
             memory.min_gpu_memory_gib(
                 shape,
                 job.model.precision,
@@ -456,11 +461,11 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
             )
             / DRIVER_SHARE
         )
-        _validate_cards(job, least)
+        _validate_cards(job, min_gib)
     o = job.offer
     return Needs(
         gpu_names=tuple(_gpu_names(job)),
-        min_gpu_memory_gib=max(least, o.min_gpu_memory_gib or 0.0),
+        min_gpu_memory_gib=max(min_gib, o.min_gpu_memory_gib or 0.0),
         num_gpus=o.num_gpus,
         max_usd_per_hour=o.max_usd_per_hour,
         min_reliability=o.min_reliability,
@@ -479,8 +484,8 @@ def _needs(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Need
 
 
 def _host_memory_gib(workload: Workload) -> float:
-    """Host memory that training takes: the system's, each process's, and the copy of parameters
-    and moments from which a checkpoint is written."""
+    """Host memory for training: of the system, of each process, and for the copy of parameters and
+    optimizer state from which a checkpoint is written."""
     if workload.cpu_practice:
         return 0.0
     copied = workload.checkpoint_bytes / 2**30
@@ -493,8 +498,8 @@ def _gpu_names(job: JobFile) -> list[str]:
 
 
 def _validate_cards(job: JobFile, min_gib: float) -> None:
-    """Every card that was named, or that there is, is too small: say so, with the nearest that is
-    not."""
+    """Raises PreflightError, naming the smallest GPU that fits, when every GPU that the job accepts
+    is too small."""
     if not job.offer.gpu_name and not gpus.that_hold(min_gib, job.model.precision):
         largest = max(gpus.GPUS, key=lambda g: g.memory_gib)
         less = "a smaller model" if job.model.precision == "nf4" else 'model.precision = "nf4"'

@@ -1,5 +1,5 @@
-"""Everything that can fail for free, before a cent is spent: the job itself (ops/job/planner.py),
-its image, the key, the credit."""
+"""Find what can fail before anything is spent: in the job (ops/job/planner.py), its image, the key
+and the credit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ops.job.plan import Plan
 from trainer.wire.job import WIRE
 
 IMAGES = Path(__file__).parents[2] / "images"
-LAST_OF_WIRE_1 = 2  # the tag of the images of milktea 0.1
-TORCH_OF_PARTS = (2, 11)  # the oldest on which full training over several GPUs was run
+LAST_OF_WIRE_1 = 2  # the last tag of the images of milktea 0.1
+MIN_SHARDED_TORCH = (2, 11)  # the oldest on which full training over several GPUs was run
 
 if TYPE_CHECKING:
     from ops.market.client import Vast
 
 
-def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
-    """The plan that `make` makes in `root`, or what stands against it there, or at vast.ai: an
-    image of another wire, a key that does not work, no credit. Raises PreflightError or
-    ConfigError; costs nothing, and leaves nothing."""
+def preflight(make_plan: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
+    """The plan that `make_plan` makes in `root`. Raises PreflightError or ConfigError for what it
+    finds, and for an image whose trainer speaks another wire, a key that does not work, or no
+    credit; the run's folder is removed then."""
     try:
         credit = vast.credit_usd()
     except Refused as e:
@@ -34,7 +34,7 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
             f"vast.ai cannot be reached: {e}",
             hint="check the network, and VAST_URL where it is set; nothing was rented",
         ) from e
-    plan = make()
+    plan = make_plan()
     try:
         _validate_image(plan)
         if credit <= 0:
@@ -49,8 +49,8 @@ def preflight(make: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
 
 
 def _validate_image(plan: Plan) -> None:
-    """An image of ours says in images/*.toml which wire its trainer speaks, and which torch it has;
-    those of milktea 0.1 have its tags."""
+    """Compare one of our own images with the job: images/*.toml says which wire its trainer speaks
+    and which torch it has. An image of milktea 0.1 is recognised by its tag."""
     name, _, tag = plan.image.partition("@")[0].rpartition("/")[2].partition(":")
     file = IMAGES / f"{name}.toml"
     if not file.is_file():
@@ -68,12 +68,12 @@ def _validate_image(plan: Plan) -> None:
 
 
 def _validate_torch(plan: Plan, name: str, requirements: list[str]) -> None:
-    """trainer/loop/sharded.py refuses a torch that cannot write the checkpoints of a model in
-    parts."""
+    """Raises PreflightError for full training over several GPUs with a torch that cannot write
+    sharded checkpoints; trainer/loop/sharded.py would raise on the box."""
     version = next(r.partition("==")[2] for r in requirements if r.startswith("torch=="))
     major, minor = (int(n) for n in version.split(".")[:2])
-    whole = plan.wire_job["training"]["method"] == "full" and plan.needs.num_gpus > 1
-    if whole and (major, minor) < TORCH_OF_PARTS:
+    sharded = plan.wire_job["training"]["method"] == "full" and plan.needs.num_gpus > 1
+    if sharded and (major, minor) < MIN_SHARDED_TORCH:
         raise PreflightError(
             f"image {name} has torch {version}, which cannot train a whole model over "
             f"{plan.needs.num_gpus} GPUs",

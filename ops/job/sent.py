@@ -1,5 +1,5 @@
-"""What leaves this machine for somebody else's: every file by name and folder, as the plan tells
-it, and the links that do not leave with it."""
+"""What the plan says about the files that are sent to the rented machine, and which links in a
+model's folder are not followed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ops.errors import PreflightError
 TRAINER = "trainer/"  # milktea's own files, on the box
 
 
-def told(pushes: Sequence[PushFile], template: Path | None = None) -> list[str]:
-    """A line for each folder that files are sent from, wherever links lead; milktea's own trainer
-    in one."""
+def describe(pushes: Sequence[PushFile], template: Path | None = None) -> list[str]:
+    """A line for each folder that files are sent from, with links resolved, and one line for
+    milktea's own trainer."""
     ours = [p for p in pushes if p.remote.startswith(TRAINER) or "/" not in p.remote]
     yours = [p.local.resolve() for p in pushes if p not in ours]
     yours += [template.resolve()] if template else []
@@ -38,8 +38,9 @@ def _size(path: Path) -> str:
 
 
 def validate_links(folder: Path, files: Iterable[Path]) -> None:
-    """Files of a folder that somebody else may have made stay in it. In the hub's cache they are
-    links to ../../blobs. Raises PreflightError naming those that lead elsewhere."""
+    """Raises PreflightError naming the `files` that are links out of `folder`: somebody else may
+    have made the folder. Links to ../../blobs are allowed in the hub's cache, which is made of
+    them."""
     roots = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         roots.append(folder.resolve().parents[1] / "blobs")

@@ -1,8 +1,9 @@
-"""Secrets that a job names and this machine holds: what goes where, and what the plan says of it.
+"""The secrets that a job names: where each is sent, and what the plan says about it.
 
-A job file has names alone. Values are read here when they are sent: to the box over SSH at launch,
-through the launch's stdin; a registry's login to vast.ai with the create. No value stands in a
-file, a journal's line, a process's arguments or the instance's environment.
+A job file has only the names of environment variables. Their values are read here when they are
+sent: tokens to the box through the stdin of the launch command, over SSH; a registry's login to
+vast.ai with the create. No value is written to a file, a journal line, a process's arguments or the
+instance's environment.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from ops.errors import PreflightError
 
 HUB_TOKEN, HUB_ADDRESS, BOARD_KEY = "HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY"
 MAX_BYTES = 8192  # of one value
-REGISTRY = "docker.io"  # of an image that names none
+REGISTRY = "docker.io"  # of an image whose name has no registry
 
 
 def value(name: str, environ: Mapping[str, str] = os.environ) -> str:
-    """What this machine holds under a name, or "". HF_TOKEN may also be that of `hf auth login`."""
+    """The variable's value, or "". HF_TOKEN may also come from `hf auth login`."""
     found = environ.get(name, "").strip()
     if not found and name == HUB_TOKEN:
         from huggingface_hub import get_token
@@ -30,15 +31,15 @@ def value(name: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def validate(names: Sequence[str], login: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Raises PreflightError for names that hold nothing here, or nothing that can be sent."""
+    """Raises PreflightError for variables that are not set, or whose value cannot be sent."""
     defects = []
     for name in [*names, *([login] if login else [])]:
-        held = value(name, environ)
-        if not held:
+        secret = value(name, environ)
+        if not secret:
             defects.append(f"{name} is named in the job and not set here")
-        elif len(held.encode()) > MAX_BYTES or not held.isprintable():
+        elif len(secret.encode()) > MAX_BYTES or not secret.isprintable():
             defects.append(f"{name} is longer than {MAX_BYTES} bytes, or not one line of text")
-        elif name == login and not _is_login(held):
+        elif name == login and not _is_login(secret):
             defects.append(f"{name} must hold USER:TOKEN without spaces, for image.login")
     if defects:
         raise PreflightError(
@@ -47,18 +48,18 @@ def validate(names: Sequence[str], login: str, environ: Mapping[str, str] = os.e
         )
 
 
-def _is_login(held: str) -> bool:
-    user, colon, token = held.partition(":")
-    return bool(user and colon and token) and not any(c.isspace() for c in held)
+def _is_login(secret: str) -> bool:
+    user, colon, token = secret.partition(":")
+    return bool(user and colon and token) and not any(c.isspace() for c in secret)
 
 
 def at_launch(names: Sequence[str], environ: Mapping[str, str] = os.environ) -> bytes:
-    """The launch's stdin: NAME=VALUE a line."""
+    """The stdin of the launch command: a line NAME=VALUE for each."""
     return "".join(f"{name}={value(name, environ)}\n" for name in names).encode()
 
 
 def registry_login(image: str, login: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """vast.ai's image_login for `create`, or None without `login`."""
+    """vast.ai's image_login for `create`; None where `login`, the variable's name, is ""."""
     if not login:
         return None
     user, _, token = value(login, environ).partition(":")
@@ -68,7 +69,7 @@ def registry_login(image: str, login: str, environ: Mapping[str, str] = os.envir
 
 
 def validate_gated(base: str, names: Sequence[str]) -> None:
-    """Raises PreflightError for a gated model that the box would be refused."""
+    """Raises PreflightError for a gated model of the hub without HF_TOKEN among `names`."""
     entry = None if Path(base).is_dir() else lookup(base)
     if entry is not None and entry.gated and HUB_TOKEN not in names:
         raise PreflightError(
@@ -79,14 +80,15 @@ def validate_gated(base: str, names: Sequence[str]) -> None:
         )
 
 
-def told(
+def describe(
     names: Sequence[str],
     login: str,
     base: str,
     report_to: Sequence[str],
     environ: Mapping[str, str] = os.environ,
 ) -> list[str]:
-    """What the plan says of them, and of those that are set here and stay."""
+    """What the plan says about the variables that are sent, and about some that are set here and
+    are not."""
     lines = []
     if names:
         lines.append(

@@ -82,7 +82,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
                 "held_out": held_out,
                 "template": template.stem if template.is_absolute() else job.data.template,
                 "template_text": template.read_text("utf-8") if template.is_absolute() else None,
-                **job.data.of_rows(),
+                **job.data.reading_settings(),
             },
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),

@@ -402,11 +402,11 @@ def test_a_gated_model_without_a_token_is_refused_before_renting(
 
 def test_what_is_set_here_and_does_not_travel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     here = {"HF_ENDPOINT": "https://hf-mirror.com", "HF_TOKEN": "hf_x"}
-    told = "\n".join(tokens.told([], "", "Qwen/Qwen3-8B", ["tensorboard", "wandb"], here))
+    told = "\n".join(tokens.describe([], "", "Qwen/Qwen3-8B", ["tensorboard", "wandb"], here))
     assert "HF_ENDPOINT is set here and not in env" in told
     assert "HF_TOKEN is set here and not in env" in told
     assert "WANDB_API_KEY is not in env" in told
-    assert tokens.told(list(here), "", "Qwen/Qwen3-8B", [], here)[1:] == []
+    assert tokens.describe(list(here), "", "Qwen/Qwen3-8B", [], here)[1:] == []
 
 
 @pytest.mark.parametrize(
