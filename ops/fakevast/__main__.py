@@ -20,6 +20,7 @@ from ops.fakevast.cloud.settings import Settings
 from ops.fakevast.embedded import running
 from ops.fakevast.server import Emulator, listening_socket, write_atomically
 from ops.fakevast.state import account_key, restore, save
+from ops.fakevast.weather import load as load_weather
 
 
 def arguments() -> argparse.Namespace:
@@ -42,6 +43,7 @@ def arguments() -> argparse.Namespace:
     add("--image-bytes", metavar="GLOB=N", help=sizes, **several)
     add("--catalogue", help="JSON list of machines in place of the built-in market", **files)
     add("--faults", help="JSON list of faults, see ops/fakevast/cloud/faults.py", **files)
+    add("--weather", help="JSON list of bad days to come, see ops/fakevast/weather.py", **files)
     shared = "a path of this machine that boxes may reach over SFTP too"
     add("--share", metavar="PATH", help=shared, **several)
     v0_list = "GET /api/v0/instances/ lists instead of answering 410"
@@ -101,6 +103,7 @@ async def serve(
     shared = tuple(options.share)
     emulator = Emulator(state, cloud, rate_limits=options.rate_limits, shared_paths=shared)
     emulator.boxes.sweep()
+    emulator.weather.add(load_weather(options.weather) if options.weather else [])
 
     def save_soon(instance: Instance) -> None:
         """After the books are closed on it, not during."""

@@ -26,6 +26,7 @@ from ops.fakevast.cloud.settings import Settings
 from ops.fakevast.http.app import Api
 from ops.fakevast.http.call import Results
 from ops.fakevast.http.rate_limits import RateLimits
+from ops.fakevast.weather import Event, Weather
 
 T = TypeVar("T")
 _SESSIONS_END_S = 5.0
@@ -47,6 +48,7 @@ class Emulator:
         self.rate_limits = RateLimits(on=rate_limits)
         self.results = Results()
         self.alarm = Alarm(cloud)
+        self.weather = Weather(cloud, self.boxes)
         self.api = Api(cloud, self.boxes, self.alarm, self.rate_limits, self.results)
         self._runner = web.AppRunner(self.api.application(), access_log=None, shutdown_timeout=0.2)
 
@@ -58,6 +60,7 @@ class Emulator:
 
     async def close(self) -> None:
         """Ends every box and the server."""
+        self.weather.clear()
         self.alarm.cancel()
         self.boxes.close()
         await self._runner.cleanup()
@@ -188,6 +191,10 @@ class FakeVast:
     def requests(self) -> list[dict[str, Any]]:
         """Every API request so far: t, method, path, route, status (None: cut), fault."""
         return self.emulator.api.requests
+
+    def forecast(self, events: list[Event]) -> None:
+        """Weather to come, see ops/fakevast/weather.py."""
+        self.do(lambda: self.emulator.weather.add(events))
 
     def register_image(self, glob: str, folder: Path) -> None:
         self.emulator.boxes.register_image(glob, folder)

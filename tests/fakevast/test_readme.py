@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import ops.fakevast
+from ops.fakevast import weather
 from ops.fakevast.cloud.faults import API_FAULTS, BOX_FAULTS, Faults
 from ops.fakevast.http.routes import ROUTES
 
@@ -20,6 +21,12 @@ def test_every_fault_in_the_readme_is_one_that_the_emulator_knows() -> None:
     assert len(examples) >= 10
     for example in examples:
         assert Faults().add(example).where in places
+
+
+def test_the_weather_in_the_readme_is_read_and_its_kinds_are_all_of_them() -> None:
+    assert len(weather.parse(re.findall(r"```json\n(.*?)```", README, re.DOTALL)[1])) == 3
+    kinds = [one.model_fields["kind"].default for one in weather.KINDS.__args__]
+    assert [kind for kind in kinds if f"`{kind}`" not in README] == []
 
 
 def test_every_fault_that_exists_is_used_by_a_test() -> None:

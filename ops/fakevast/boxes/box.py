@@ -10,6 +10,7 @@ import base64
 import contextlib
 import fnmatch
 import os
+import shlex
 import shutil
 import socket
 import struct
@@ -55,6 +56,7 @@ class Box:
         self._direct, self._proxy = _bound(), _bound()
         self._listening: list[socket.socket] = []
         self._has_run = False
+        self.bytes_per_s: float | None = None  # of each connection and way; None: as they come
         self._publish()
 
     def _publish(self) -> None:
@@ -76,7 +78,7 @@ class Box:
             script = self.home / "onstart.sh"
             script.write_text(self.instance.onstart)
             script.chmod(0o700)
-            self._background([processes.SHELL, str(script)])
+            self._background(processes.script(f"exec {processes.SHELL} {shlex.quote(str(script))}"))
 
     def _listen(self) -> None:
         if self._direct.fileno() < 0:
@@ -166,6 +168,21 @@ class Box:
         for connection in list(self.connections):
             connection.cut()
 
+    def fill_disk(self, free_bytes: int | None) -> None:
+        """From now on each file takes only so many bytes, also of programs that run; None: the
+        disk has room again."""
+        if free_bytes is None:
+            self.instance.box_faults.pop("disk_full", None)
+        else:
+            self.instance.box_faults["disk_full"] = {"free_bytes": free_bytes}
+        processes.limit_marked(str(self.folder), free_bytes)
+        self.tell_facts()
+
+    def tell_facts(self) -> None:
+        """What the box's own tools answer from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "facts").write_text(facts(self.instance, self.home))
+
     def free_bytes(self) -> int | None:
         """Bytes that a full disk still takes; None when it is not full."""
         fault = self.instance.box_faults.get("disk_full")
@@ -195,7 +212,7 @@ class Box:
             own.mkdir(parents=True)
             for tool in self.host.tools.iterdir():
                 (own / tool.name).symlink_to(tool)
-        (self.folder / "facts").write_text(facts(self.instance, self.home))
+        self.tell_facts()
         for glob, folder in self.host.images:
             if fnmatch.fnmatchcase(self.instance.image, glob):
                 return f"{own}:{folder}"
@@ -206,7 +223,7 @@ class Box:
     ) -> subprocess.Popen[bytes]:
         """Starts a shell command (None: a login shell) in the box's home; see processes.start."""
         self.home.mkdir(parents=True, exist_ok=True)
-        words = [processes.SHELL, *(["-l"] if command is None else ["-c", command])]
+        words = [processes.SHELL, "-l"] if command is None else processes.script(command)
         return self._start(words, env, **streams)
 
     def _start(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_SURVIVES = "trap '' XFSZ"  # a write that finds no room fails; it does not end its program
 MARK = "FAKEVAST_BOX"  # in the environment of each: the box that it belongs to
 SHELL = "/bin/bash" if Path("/bin/bash").exists() else "/bin/sh"
 
@@ -34,7 +35,7 @@ def start(
     def prepare() -> None:
         if max_file_bytes is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
         if terminal is not None:
             os.login_tty(terminal)
 
@@ -49,6 +50,25 @@ def start(
         preexec_fn=None if bare else prepare,
         **streams,
     )
+
+
+def script(text: str) -> list[str]:
+    """The words of a shell that runs `text` and survives a full disk, as all that it starts."""
+    return [SHELL, "-c", f"{_SURVIVES}\n{text}"]
+
+
+def limit_marked(mark: str, max_file_bytes: int | None) -> None:
+    """From now on no process of this box writes past `max_file_bytes` of a file; None: as much as
+    it likes."""
+    soft = resource.RLIM_INFINITY if max_file_bytes is None else max_file_bytes
+    for number in _marked(mark):
+        with contextlib.suppress(OSError):
+            resource.prlimit(number, resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+
+
+def _marked(mark: str) -> list[int]:
+    numbers = map(int, filter(str.isdigit, os.listdir("/proc")))
+    return [number for number in numbers if _belongs(number, mark)]
 
 
 def watch(process: subprocess.Popen[bytes], ended: Callable[[int], None]) -> None:
@@ -73,8 +93,7 @@ def kill_marked(mark: str) -> int:
     """
     killed = quiet = 0
     while quiet < 2 and killed < 10_000:
-        numbers = map(int, filter(str.isdigit, os.listdir("/proc")))
-        found = [number for number in numbers if _belongs(number, mark)]
+        found = _marked(mark)
         for number in found:
             with contextlib.suppress(OSError):
                 os.kill(number, signal.SIGKILL)

@@ -70,15 +70,38 @@ async def _start(
         sock.close()
 
 
+class _Pace:
+    """When the next byte of one way of a slow link may pass."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+
+    def wait_s(self, count: int, bytes_per_s: float | None) -> float:
+        """Seconds until `count` bytes have passed behind those that are on their way."""
+        now = asyncio.get_running_loop().time()
+        took_s = count / bytes_per_s if bytes_per_s else 0.0
+        took_s += 1e-6 if self._free_at > now else 0.0  # behind those, not beside them
+        self._free_at = max(now, self._free_at) + took_s
+        return self._free_at - now
+
+
 class _Metered:
     """The transport under a connection, counting what leaves."""
 
     def __init__(self, transport: Any, connection: BoxConnection) -> None:
         self._transport = transport
         self._connection = connection
+        self._pace = _Pace()
 
     def write(self, data: bytes) -> None:
         self._connection.count(out=len(data))
+        wait_s = self._pace.wait_s(len(data), self._connection.box.bytes_per_s)
+        if wait_s > 0:  # asyncio calls those of one loop in the order of their times
+            asyncio.get_running_loop().call_later(wait_s, self._send, bytes(data))
+        else:
+            self._send(data)
+
+    def _send(self, data: bytes) -> None:
         if not self._connection.broken:  # what crosses a `cut` does not arrive
             self._transport.write(data)
 
@@ -95,6 +118,7 @@ class BoxConnection(asyncssh.SSHServerConnection):
         self.box = box
         self.denies = fault is not None and fault.what == "denied"
         self._bytes, self.broken = 0, False
+        self._pace = _Pace()
         cut = fault.args if fault is not None and fault.what == "cut" else {}
         self._cut_at: int | None = cut.get("every_bytes")
         self._cut_timer = (
@@ -103,11 +127,23 @@ class BoxConnection(asyncssh.SSHServerConnection):
 
     def connection_made(self, transport: Any) -> None:
         self.box.connections.add(self)
+        self._sock_transport = transport
         super().connection_made(_Metered(transport, self))  # type: ignore[arg-type]
 
     def data_received(self, data: bytes, datatype: Any = None) -> None:
         self.count(into=len(data))
-        super().data_received(data, datatype)
+        wait_s = self._pace.wait_s(len(data), self.box.bytes_per_s)
+        if wait_s > 0:
+            self._sock_transport.pause_reading()
+            self._loop.call_later(wait_s, self._late, data, datatype)
+        else:
+            super().data_received(data, datatype)
+
+    def _late(self, data: bytes, datatype: Any) -> None:
+        """A slow link lets the next bytes in once these have passed."""
+        if not self.broken and not self.is_closed():
+            super().data_received(data, datatype)
+            self._sock_transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None = None) -> None:
         if self._cut_timer is not None:

@@ -1,5 +1,5 @@
-"""The programs that every box has: a `nvidia-smi` and a `df` that answer for the rented machine, a
-`python3`, and what images add.
+"""The programs that every box has: a `nvidia-smi`, a `df` and a `date` that answer for the rented
+machine, a `python3`, and what images add.
 
 They are small shell scripts: a box runs them often, and a shell starts fifty times faster than an
 interpreter. Each reads `../facts`, shell assignments that the box's folder holds.
@@ -30,7 +30,7 @@ def _script(path: Path, text: str) -> None:
 def install_tools(folder: Path) -> None:
     """Writes what every box has; once for an emulator."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("nvidia-smi", "df"):
+    for name in ("nvidia-smi", "df", "date"):
         _script(folder / name, (_TOOLS / name).read_text("utf-8"))
     # images are asked whether they have one
     _script(folder / "sshd", "#!/bin/sh\necho 'this box is served by fakevast'\n")
@@ -80,5 +80,7 @@ def facts(instance: Instance, home: Path) -> str:
         "DISK_FREE_BYTES": instance.box_faults["disk_full"].get("free_bytes", 0)
         if "disk_full" in instance.box_faults
         else "",
+        "CLOCK_SKEW_S": instance.box_faults.get("clock", {}).get("skew_s", 0),
+        "HUB_SHARE": instance.box_faults.get("hub", {}).get("share", 1),
     }
     return "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in values.items())

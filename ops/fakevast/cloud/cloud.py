@@ -15,6 +15,7 @@ from ops.fakevast.cloud.clock import Clock, RealClock
 from ops.fakevast.cloud.create import Order, new_instance, parse_order
 from ops.fakevast.cloud.errors import ApiError, no_such_ask, no_such_instance, wrong_key
 from ops.fakevast.cloud.instance import Instance
+from ops.fakevast.cloud.prices import PriceIncrease
 from ops.fakevast.cloud.record import charge, record
 from ops.fakevast.cloud.rentals import Rentals
 from ops.fakevast.cloud.settings import Settings
@@ -41,6 +42,7 @@ class Cloud(Rentals):
         super().__init__(clock, settings or Settings(), account, market)
         self.ghosts: dict[int, dict[str, int]] = {}  # destroyed, yet still read so many times
         self.next_instance = 33_400_000
+        self.price_increases: dict[int, PriceIncrease] = {}
         self._owners: dict[str, int] = {}  # instance keys
 
     def search(self, query: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -179,6 +181,33 @@ class Cloud(Rentals):
         elif instance.queued:
             self._serve_queue(instance.machine_id)
         return {"success": True}
+
+    def ask_more(self, instance_id: int, factor: float) -> int:
+        """The host asks `factor` times the present price; the number of what is pending. It is
+        charged from `raise_price` on, unless it was rejected."""
+        instance = self.get(instance_id)
+        number = len(self.price_increases) + 1
+        self.price_increases[number] = PriceIncrease(
+            number,
+            instance.id,
+            instance.gpu_usd_per_hour,
+            instance.gpu_usd_per_hour * factor,
+            self.clock.now(),
+        )
+        return number
+
+    def raise_price(self, number: int) -> None:
+        """The price that is pending holds from now on; nothing where it was rejected or is in
+        force, or its instance gone."""
+        asked = self.price_increases[number]
+        instance = self.instances.get(asked.instance_id)
+        if asked.status != "pending" or instance is None:
+            return
+        self.tick()
+        asked.status = "in force"
+        instance.offer["dph_base"] = asked.new_usd_per_hour
+        if instance.bid is not None:
+            instance.bid = asked.new_usd_per_hour
 
     def reboot(self, instance_id: int, status: str = "rebooting") -> dict[str, Any]:
         """Stops and starts the container in place, its GPU kept.

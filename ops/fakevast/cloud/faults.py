@@ -14,6 +14,7 @@ connection arrives), `exec` (a command begins).
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,7 @@ class Faults:
 
     def __init__(self) -> None:
         self.planned: list[Fault] = []
+        self.on_event: list[Callable[[str, dict[str, Any]], None]] = []  # before it is spoiled
         self.fired: list[tuple[str, str]] = []
 
     def add(self, spec: dict[str, Any] | None = None, **more: Any) -> Fault:
@@ -116,6 +118,8 @@ class Faults:
 
     def take(self, where: str, **context: Any) -> Fault | None:
         """The fault that spoils this event, if any. Every planned fault that matches counts it."""
+        for tell in self.on_event:
+            tell(where, context)
         hits = [fault for fault in self.planned if fault.fires(where, context)]
         if not hits:
             return None

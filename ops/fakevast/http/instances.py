@@ -263,6 +263,43 @@ def change_bid(call: Call) -> Any:
     return call.cloud.change_bid(call.path["id"], call.json.get("price"))
 
 
+def price_increases(call: Call) -> Any:
+    """What hosts ask and nobody has answered."""
+    rows = [one.row() for one in call.cloud.price_increases.values() if one.status == "pending"]
+    return {
+        "success": True,
+        "count": len(rows),
+        "truncated": False,
+        "pending_price_increases": rows,
+    }
+
+
+def accept_price(call: Call) -> Any:
+    number = _pending(call)
+    call.cloud.raise_price(number)
+    return _answered(call, number)
+
+
+def reject_price(call: Call) -> Any:
+    number = _pending(call)
+    call.cloud.price_increases[number].status = "rejected"
+    return _answered(call, number)
+
+
+def _pending(call: Call) -> int:
+    """The number that the call names. Raises ApiError where no such increase is pending."""
+    number = call.json.get("pending_price_increase_id")
+    found = call.cloud.price_increases.get(number) if isinstance(number, int) else None
+    if found is None or found.status != "pending":
+        raise ApiError(404, "no_pending_price_increase", "There is no such price increase.")
+    return found.number
+
+
+def _answered(call: Call, number: int) -> Any:
+    contract = call.cloud.price_increases[number].instance_id
+    return {"success": True, "pending_price_increase_id": number, "contract_id": contract}
+
+
 def update_instance(call: Call) -> Any:
     """Change what a container is made of; it takes effect at the next recycle or start."""
     instance = call.cloud.get(call.path["id"])

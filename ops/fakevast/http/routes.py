@@ -33,6 +33,9 @@ DELETE v0  instances/<id>                  destroy            instance
 PUT    v0  instances/reboot/<id>           reboot             instance
 PUT    v0  instances/recycle/<id>          recycle            instance
 PUT    v0  instances/bid_price/<id>        change_bid         account
+GET    v0  instances/pending-price-increases  price_increases  account
+PUT    v0  instances/accept-price-increase accept_price       account
+PUT    v0  instances/reject-price-increase reject_price       account
 PUT    v0  instances/update_template/<id>  update_instance    account
 GET    v0  instances/balance/<id>          balance            account
 PUT    v0  instances/request_logs/<id>     logs               account
