@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -42,15 +41,14 @@ class Order:
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def _permutation(self, epoch: int) -> list[int]:
-        # one permutation is kept: a million rows take a tenth of a second to shuffle
-        if getattr(self, "_epoch", None) != epoch:
-            object.__setattr__(self, "_epoch", epoch)
-            object.__setattr__(
-                self,
-                "_order",
-                np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist(),
-            )
-        return cast(list[int], self._order)  # type: ignore[attr-defined]
+        # one is kept: a million rows take a tenth of a second to shuffle. Two threads ask, so it is
+        # kept with its epoch, in one assignment
+        kept: tuple[int, list[int]] | None = getattr(self, "_kept", None)
+        if kept is None or kept[0] != epoch:
+            made = np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist()
+            kept = (epoch, made)
+            object.__setattr__(self, "_kept", kept)
+        return kept[1]
 
 
 def share(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:

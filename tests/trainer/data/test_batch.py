@@ -3,13 +3,15 @@ here."""
 
 from __future__ import annotations
 
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from trainer.data import batch
+from trainer.data import batch, packing
 from trainer.data.prepare import Rows
 from trainer.loop.progress import Reading
 
@@ -86,3 +88,23 @@ def test_numbers_that_are_read_later_are_those_of_their_step() -> None:
     reading = Reading(torch.cat([buffer, torch.tensor([2.0])]))
     buffer.zero_()
     assert reading.read() == [1.5, 0.0, 2.0]
+
+
+def test_two_threads_that_ask_for_different_epochs_get_the_rows_of_their_own() -> None:
+    """As a stage does that looks at its step's rows while the next step's are made."""
+    order = packing.Order(5, 5, 8, seed=3)
+    expected = [packing.Order(5, 5, 8, seed=3).step(k) for k in range(2)]
+    wrong, interval = [], sys.getswitchinterval()
+
+    def ask(first: int) -> None:
+        wrong.extend(
+            k for k in range(4000) if order.step((k + first) % 2) != expected[(k + first) % 2]
+        )
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(ask, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
