@@ -140,15 +140,21 @@ class Reward(Section):
         return self
 
 
-class Grpo(Section):
+class Rollouts(Section):
+    """The settings of a stage that learns from the model's own answers."""
+
+    rewards: Annotated[list[Reward], Field(min_length=1)] = [Reward(kind="match")]
+    num_generations: Annotated[int, Field(ge=1, description="Answers to each prompt")] = 1
+    max_completion_length: Annotated[int, Field(gt=0, description="Tokens of an answer")] = 256
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Grpo(Rollouts):
     loss_type: Annotated[
         Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"],
         Field(description="docs/stages.md says each"),
     ] = "dapo"
-    rewards: Annotated[list[Reward], Field(min_length=1)] = [Reward(kind="match")]
     num_generations: Annotated[int, Field(ge=2, description="Answers to each prompt")] = 8
-    max_completion_length: Annotated[int, Field(gt=0, description="Tokens of an answer")] = 256
-    temperature: Annotated[float, Field(gt=0)] = 1.0
     num_iterations: Annotated[
         int, Field(ge=1, description="Optimizer steps on the same answers")
     ] = 1

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import adapter_sha256, events_of, finish, manifest_of, start, step_reached, wait_for
 
 from trainer.data.files import Reading
+from trainer.data.prepare import Rows
 from trainer.data.prompts import PROMPTS
 from trainer.loop.guards import Stopped
 from trainer.model import decode
-from trainer.stages import grpo
+from trainer.stages import grpo, rollout
 from trainer.stages.group_losses import advantages
 from trainer.stages.rewards import reward
 from trainer.train import run_job
@@ -105,9 +107,21 @@ def test_answers_drawn_from_another_model_stop_the_run(
         wrong = decode.Sampling(4 * sampling.temperature, sampling.seed, sampling.step)
         return decode.generate(*others, wrong, numbers)
 
-    monkeypatch.setattr(grpo, "generate", hotter)
+    monkeypatch.setattr(rollout, "generate", hotter)
     with pytest.raises(Stopped, match="the answers were drawn from another model"):
         run_job(stage_run("grpo", ROWS, grpo=SECTION, **SETTINGS))
+
+
+def test_masked_answers_count_neither_above_nor_below(stage_run: Make) -> None:
+    job = stage_run("grpo", ROWS[:4], grpo=SECTION | {"mask_truncated": True}, **SETTINGS)
+    stage = grpo.Stage(Job.model_validate_json(job.read_bytes()), job.parent)
+    starts, marks = np.asarray([0, 3, 7]), np.asarray([0, 1, 1, 0, 1, 1, 1], np.bool_)
+    rows = Rows(np.zeros(7, np.int32), marks, starts, np.ones(2, np.bool_), ["a", "b"])
+    answers = rollout.Rollout(0, rows, {"ended": torch.tensor([True, False])})
+    assert answers.lengths.tolist() == [2, 3]
+    assert stage._count(answers) == 2
+    answers.made["ended"] = torch.tensor([False, False])
+    assert stage._count(answers) == 1, "nothing is divided by zero"
 
 
 @pytest.mark.parametrize(

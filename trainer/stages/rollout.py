@@ -1,0 +1,268 @@
+"""What the stages share that learn from the model's own answers: prompts, answers drawn from the
+model as it is, their rewards, and what decoding said of them.
+
+A batch is `training.batch_size` prompts with `num_generations` answers each. They are drawn by a
+counter (trainer/model/decode.py), so that a resumed run draws the same, and several optimizer steps
+(`updates`) may learn from them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.data import batch, stage_rows
+from trainer.data.prepare import Refused, Rows
+from trainer.loop.guards import Expected, Stopped
+from trainer.model.decode import Answer, Sampling, generate
+from trainer.stages import compared, measured
+from trainer.stages.rewards import reward
+from trainer.wire.job import DataFile, Job
+from trainer.wire.stages import Rollouts
+
+DRIFT = 0.05  # nats a token by which decoding and training may differ, a mean
+HELD_OUT = 64  # prompts that are answered before and after
+KEPT = "rollout/"  # of what is kept in a checkpoint
+
+
+@dataclass
+class Rollout:
+    """The answers of one batch of prompts, of all processes: rows of prompt and answer, in which
+    the answer is trained. `made` is what else is known of them, in host memory: "said", the
+    log-probabilities of the answers' tokens by decoding (rows, longest), 0 behind an answer;
+    "ended" (rows,), whether by the stop token; "reward" (rows,), fp64; and what a stage adds."""
+
+    number: int
+    rows: Rows
+    made: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.rows.trained.sum())
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each answer (rows,)."""
+        return torch.from_numpy(
+            np.add.reduceat(self.rows.trained, self.rows.starts[:-1], dtype=int)
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        """1.0 where an answer has a token (rows, longest), fp64."""
+        places = torch.arange(self.made["said"].shape[1])
+        return (places < self.lengths[:, None]).double()
+
+
+class Stage(compared.Stage):
+    """`settings` is the stage's section, `updates` the optimizer steps on one batch of answers."""
+
+    settings: Rollouts
+    updates: int
+
+    def __init__(self, job: Job, run: Path, settings: Rollouts, updates: int) -> None:
+        if job.lora.lora_dropout:
+            raise Refused(
+                f"stage {job.stage} learns from what the model says, which dropout blurs",
+                hint="set lora.lora_dropout = 0",
+            )
+        super().__init__(job, run)
+        self.settings, self.updates = settings, updates
+        self.total_steps = self.order.total_steps * updates
+        self.expected = Expected(still_steps=True)
+        self.wanted = self._wanted(job.data.files)
+        if job.data.held_out is not None:
+            self.wanted |= self._wanted([job.data.held_out])
+        self.rollout: Rollout | None = None
+        self.told: dict[int, dict[str, float]] = {}  # of steps that are not reported yet
+
+    def _wanted(self, files: list[DataFile]) -> dict[str, str]:
+        """file:line -> the answer that a reward may look for."""
+        found, _ = stage_rows.read(self.job, [(self.run / f.path, f.name) for f in files])
+        return {row.where: row.turns[-1].text for row in found}
+
+    def validate(self, rows: Rows) -> None:
+        """Prompts have no labels."""
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths) + self.settings.max_completion_length
+
+    # -- answers ---------------------------------------------------------------------------------
+
+    def batches(self, step: int) -> batch.Work:
+        """The prompts' places alone: their answers are not there yet."""
+        prompts = self.order.step(step // self.updates)
+        where = [self.data.rows.where[p] for p in prompts]
+        return batch.Work([], {}, 1, sum(self.lengths[p] for p in prompts), where)
+
+    def answers_of(self, step: int) -> Rollout:
+        """The answers that optimizer step `step` learns from: those at hand, or new ones, of which
+        the stage has made what it needs (`complete`). Collective."""
+        number = step // self.updates
+        if self.rollout is None or self.rollout.number != number:
+            made = self._drawn(number)
+            self.complete(made)
+            self.rollout = made
+        return self.rollout
+
+    @abstractmethod
+    def complete(self, made: Rollout) -> None:
+        """Adds to the answers what the stage learns by, with the model as it is. Collective."""
+
+    def _drawn(self, number: int) -> Rollout:
+        """Answers to the prompts of batch `number`, of all processes, with their rewards."""
+        settings, prompts = self.settings, self.order.step(number)
+        size = settings.num_generations
+        asked = [p for p in prompts for _ in range(size)]
+        keys = [p * size + k for p in prompts for k in range(size)]
+        mine = range(self.ranks.rank, len(asked), self.ranks.world)
+        sampling = Sampling(settings.temperature, self.job.training.seed, number)
+        found = generate(
+            self.model,
+            [self.prompt(self.data.rows, asked[k]) for k in mine],
+            {self.data.stop_id},
+            self.ranks.device,
+            settings.max_completion_length,
+            sampling,
+            [keys[k] for k in mine],
+        )
+        parts = self.ranks.gather(found)
+        answers = [parts[k % self.ranks.world][k // self.ranks.world] for k in range(len(asked))]
+        made = Rollout(number, self.as_rows(self.data.rows, asked, answers))
+        said = torch.zeros(len(answers), max(len(a.ids) for a in answers))
+        for k, one in enumerate(answers):
+            said[k, : len(one.ids)] = torch.tensor(one.log_probs)
+        made.made["said"] = said
+        made.made["ended"] = torch.tensor([a.ended for a in answers])
+        made.made["reward"] = self.rewards(made.rows, answers)
+        return made
+
+    def as_rows(self, prompts: Rows, asked: list[int], answers: list[Answer]) -> Rows:
+        """Rows of the prompts `asked`, each with its answer, which is trained."""
+        ids, marks = [], []
+        for p, one in zip(asked, answers, strict=True):
+            prompt = self.prompt(prompts, p)
+            ids.append(np.asarray([*prompt, *one.ids], np.int32))
+            marks.append(np.arange(len(ids[-1])) >= len(prompt))
+        starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
+        where = [prompts.where[p] for p in asked]
+        prompted = np.ones(len(ids), np.bool_)
+        return Rows(np.concatenate(ids), np.concatenate(marks), starts, prompted, where)
+
+    def prompt(self, rows: Rows, number: int) -> list[int]:
+        ids: list[int] = rows.ids[rows.starts[number] : rows.starts[number + 1]].tolist()
+        return ids
+
+    def rewards(self, rows: Rows, answers: list[Answer]) -> Tensor:
+        """Of each answer, fp64 (rows,), the same on all processes."""
+        found = [self._by_rules(a, w) for a, w in zip(answers, rows.where, strict=True)]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def _by_rules(self, found: Answer, where: str) -> float:
+        ids = found.ids[:-1] if found.ended else found.ids
+        text = self.data.vocabulary.tokenizer.decode(ids, skip_special_tokens=True)
+        return reward(self.settings.rewards, text, len(found.ids), self.wanted[where])
+
+    def facts_of(self, made: Rollout) -> dict[str, float]:
+        """What is told of a batch of answers."""
+        rewards, ended = made.made["reward"], made.made["ended"]
+        return {
+            "reward": float(rewards.mean()),
+            "reward_deviation": float(rewards.std()) if len(rewards) > 1 else 0.0,
+            "truncated": float((~ended).double().mean()),
+            "answer_tokens": made.tokens / len(made.rows),
+        }
+
+    # -- what the model says of them -------------------------------------------------------------
+
+    def log_probs(self, micro: dict[str, Any]) -> Tensor:
+        """Of the answers' tokens, in the distribution that they were drawn from (rows, longest)."""
+        return compared.answer_log_probs(self.model, micro, self.settings.temperature)[0]
+
+    def asked_of(self, made: Rollout, numbers: list[int], ask: Any) -> Tensor:
+        """What `ask(micro)` (rows,) or (rows, longest) says of the answers `numbers` of this
+        process, put together for all answers of all processes, in host memory. Collective."""
+        found: Tensor | None = None
+        for micro in self.micro(made.rows, numbers):
+            said = self.ranks.enter(ask, batch.on(self.ranks.device, micro)).float()
+            if found is None:
+                found = self._empty(made, said.ndim)
+            places = list(micro["stage/numbers"])
+            if said.ndim > 1:
+                found[places, : said.shape[1]] = said
+            else:
+                found[places] = said
+        wide = self.ranks.gather(0 if found is None else found.ndim)
+        if found is None:
+            found = self._empty(made, max(wide))
+        return self.ranks.sum(found).cpu()
+
+    def _empty(self, made: Rollout, dimensions: int) -> Tensor:
+        shape = made.made["said"].shape[:dimensions]
+        return torch.zeros(shape, device=self.ranks.device)
+
+    def with_made(self, made: Rollout, micro: dict[str, Any], *names: str) -> dict[str, Any]:
+        """The micro-batch with "stage/NAME" of its rows, for what is in made.made."""
+        at, longest = list(micro["stage/numbers"]), micro["stage/longest"]
+        for name in names:
+            found = made.made[name][at]
+            micro[f"stage/{name}"] = (found[:, :longest] if found.ndim > 1 else found).float()
+        return micro
+
+    def validate_drift(self, step: int, drift: float) -> None:
+        """Raises Stopped when decoding and training differ by `drift` nats a token."""
+        if drift > DRIFT:
+            raise Stopped(
+                f"step {step}: decoding and training differ by {drift:.3f} nats a "
+                "token: the answers were drawn from another model than the one that learns",
+                [],
+                "report this, with the model's name and model.precision",
+            )
+
+    # -- between runs, and held out --------------------------------------------------------------
+
+    def measure(self, model: nn.Module, held: Rows, enter: measured.Enter) -> dict[str, float]:
+        """The mean reward of greedy answers to the first prompts, and their tokens."""
+        chosen = list(range(min(HELD_OUT, len(held))))
+        asked = [self.prompt(held, k) for k in chosen]
+        stops, most = {self.data.stop_id}, self.settings.max_completion_length
+        found = generate(model, asked, stops, self.ranks.device, most)
+        rewards = self.rewards(self.as_rows(held, chosen, found), found)
+        return {
+            "reward": float(rewards.mean()),
+            "answer tokens": sum(len(a.ids) for a in found) / len(found),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """The answers too, where several steps learn from them."""
+        made, kept = self.rollout, super().state()
+        if made is None or self.updates == 1:
+            return kept
+        rows = {"ids": made.rows.ids, "trained": made.rows.trained, "starts": made.rows.starts}
+        kept |= {f"{KEPT}rows/{k}": torch.from_numpy(v) for k, v in rows.items()}
+        kept[f"{KEPT}number"] = torch.tensor(made.number)
+        return kept | {f"{KEPT}made/{k}": v for k, v in made.made.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        kept = {k.removeprefix(KEPT): v for k, v in state.items() if k.startswith(KEPT)}
+        if not kept:
+            return
+        number, size = int(kept["number"]), self.settings.num_generations
+        asked = [p for p in self.order.step(number) for _ in range(size)]
+        rows = Rows(
+            kept["rows/ids"].numpy(),
+            kept["rows/trained"].numpy(),
+            kept["rows/starts"].numpy(),
+            np.ones(len(asked), np.bool_),
+            [self.data.rows.where[p] for p in asked],
+        )
+        made = {k.removeprefix("made/"): v for k, v in kept.items() if k.startswith("made/")}
+        self.rollout = Rollout(number, rows, made)
