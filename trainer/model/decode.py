@@ -86,8 +86,8 @@ def generate(
         inner = causal(model)
         longest = max(map(len, prompts)) + new_tokens
         if packs(model, longest):
-            loop = _Rows(inner, min(width, len(prompts)), longest, new_tokens, stops, device)
-            return loop.run(prompts, keys, sampling, masks_of(model, longest))
+            loop = _Loop(model, min(width, len(prompts)), longest, new_tokens, stops, device)
+            return loop.run(prompts, keys, sampling)
         return _by_length(inner, prompts, keys, stops, device, new_tokens, sampling, width)
     finally:
         model.train(training)
@@ -114,8 +114,13 @@ def choose(
 def gumbel(sampling: Sampling, numbers: Tensor, positions: Tensor, size: int) -> Tensor:
     """Gumbel noise (B, size), fp32, the same on every device."""
     row = mix(mix(mix(numbers + sampling.seed * 1_000_000_007) + sampling.step) + positions)
-    token = torch.arange(size, device=numbers.device)
-    bits = mix(row[:, None] ^ mix(token)[None]) >> 11 & ((1 << 53) - 1)
+    return noise(row, size)
+
+
+def noise(keys: Tensor, size: int) -> Tensor:
+    """Gumbel noise (B, size), fp32, a function of int64 keys (B,), the same on every device."""
+    token = torch.arange(size, device=keys.device)
+    bits = mix(keys[:, None] ^ mix(token)[None]) >> 11 & ((1 << 53) - 1)
     uniform = (bits.double() + 0.5) / (1 << 53)
     return -torch.log(-torch.log(uniform)).float()
 
@@ -123,14 +128,16 @@ def gumbel(sampling: Sampling, numbers: Tensor, positions: Tensor, size: int) ->
 # -- rows of keys and values -----------------------------------------------------------------------
 
 
-class _Keys(Cache):
-    """Keys and values of `rows` answers, (rows, heads, longest, D) a layer. `at` says where what
-    comes next belongs: (rows, positions) of packed tokens, or the positions of one token each."""
+class Keys(Cache):
+    """Keys and values of `size` answers, (size, heads, longest, D) a layer. `at` says where what
+    comes next belongs: (rows, positions) of packed tokens, or one position for each of `rows`. A
+    token of a row sees the first `kept` of its keys."""
 
-    def __init__(self, rows: int, longest: int) -> None:
+    def __init__(self, size: int, longest: int) -> None:
         super().__init__(layers=[])
-        self.size, self.longest, self.kept = rows, longest, longest
+        self.size, self.longest, self.kept = size, longest, longest
         self.packed: tuple[Tensor, Tensor] | None = None
+        self.rows: slice | Tensor = slice(0, size)
         self.positions = torch.zeros(0)
         self.held: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -148,13 +155,29 @@ class _Keys(Cache):
             for kept, x in zip(held, new, strict=True):
                 kept[rows, :, positions] = x[0].transpose(0, 1)
             return new
-        every = torch.arange(self.size, device=key_states.device)
+        at = self.rows
+        if isinstance(at, slice):
+            at = torch.arange(at.start, at.stop, device=key_states.device)
         for kept, x in zip(held, new, strict=True):
-            kept[every, :, self.positions] = x[:, :, 0]
-        return held[0][:, :, : self.kept], held[1][:, :, : self.kept]
+            kept[at, :, self.positions] = x[:, :, 0]
+        return held[0][self.rows, :, : self.kept], held[1][self.rows, :, : self.kept]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
+
+    def grow(self, size: int, longest: int) -> None:
+        """Room for `size` rows of `longest` tokens; what is held stays where it is."""
+        for layer, held in self.held.items():
+            more = [x.new_zeros(size, x.shape[1], longest, x.shape[3]) for x in held]
+            for x, old in zip(more, held, strict=True):
+                x[: self.size, :, : self.longest] = old
+            self.held[layer] = (more[0], more[1])
+        self.size, self.longest = size, longest
+
+    def move(self, here: int, there: int) -> None:
+        """Row `here` becomes row `there` too."""
+        for keys, values in self.held.values():
+            keys[there], values[there] = keys[here], values[here]
 
 
 def packs(model: nn.Module, longest: int) -> bool:
@@ -174,25 +197,102 @@ def masks_of(model: nn.Module, longest: int) -> dict[str, int | None]:
     return dict(zip(kinds, windows, strict=True))
 
 
-class _Rows:
+class Rows:
+    """A model and the keys of `size` rows: reads prompts into rows, and then a token more of each.
+    `lengths` int64 (size,) are the tokens that each row holds, on the device."""
+
+    def __init__(
+        self, model: nn.Module, size: int, longest: int, device: torch.device, most: int = 0
+    ) -> None:
+        """`most` are the tokens to which a row may grow, `longest` without it."""
+        self.inner, self.device = causal(model), device
+        self.keys = Keys(size, longest)
+        self.masks = masks_of(model, max(longest, most))
+        self.name = name_of_cache(self.inner)
+        self.lengths = torch.zeros(size, dtype=torch.int64, device=device)
+
+    def read(self, rows: list[int], prompts: Sequence[list[int]]) -> Tensor:
+        """Reads a prompt into each of `rows`, in one pack: the logits of what follows, (rows,
+        V)."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self.device)
+        owners = torch.tensor(rows).repeat_interleave(lengths).to(self.device)
+        ids = torch.tensor([i for prompt in prompts for i in prompt], device=self.device)
+        cu, longest = ends.int().to(self.device), int(lengths.max())
+        self.keys.packed = (owners, positions)
+        out = self.inner(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=True,
+            logits_to_keep=ends[1:].to(self.device) - 1,
+            cu_seq_lens_q=cu,
+            cu_seq_lens_k=cu,
+            max_length_q=longest,
+            max_length_k=longest,
+            **{self.name: self.keys},
+        )
+        self.lengths[torch.tensor(rows, device=self.device)] = lengths.to(self.device)
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def step(self, last: Tensor, reach: int, rows: slice | Tensor) -> Tensor:
+        """Reads `last` (rows,), one token of each row, and gives the logits of what follows, (rows,
+        V). `reach` is the most tokens that any of the rows holds then. Whoever calls this adds to
+        `lengths`."""
+        keys, at = self.keys, self.lengths[rows]
+        keys.packed, keys.rows, keys.positions = None, rows, at
+        keys.kept = min(keys.longest, -(-reach // KEYS_ROUNDED) * KEYS_ROUNDED)
+        out = self.inner(
+            input_ids=last[:, None],
+            position_ids=at[:, None],
+            attention_mask=self._seen(at, keys.kept),
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.name: keys},
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def grow(self, size: int, longest: int) -> None:
+        """Room for `size` rows of `longest` tokens."""
+        more = size - len(self.lengths)
+        self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(more)])
+        self.keys.grow(size, longest)
+
+    def move(self, here: int, there: int) -> None:
+        """Row `here` takes the place of row `there`."""
+        self.keys.move(here, there)
+        self.lengths[there] = self.lengths[here]
+
+    def _seen(self, at: Tensor, kept: int) -> Any:
+        """What each row's query sees, (rows, 1, 1, kept), for each kind of layer."""
+        behind = at[:, None] - torch.arange(kept, device=self.device)
+        made = {
+            name: ((behind >= 0) & (behind < (window or self.keys.longest)))[:, None, None]
+            for name, window in self.masks.items()
+        }
+        return made.get("", made)
+
+
+class _Loop:
     """Decodes `size` answers side by side."""
 
     def __init__(
         self,
-        inner: Any,
+        model: nn.Module,
         size: int,
         longest: int,
         new_tokens: int,
         stops: Collection[int],
         device: torch.device,
     ) -> None:
-        self.inner, self.size, self.most, self.device = inner, size, new_tokens, device
-        self.keys = _Keys(size, longest)
-        self.name = _name_of_cache(inner)
+        self.rows = Rows(model, size, longest, device)
+        self.size, self.most, self.device = size, new_tokens, device
         self.stops = torch.tensor(sorted(stops), device=device)
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
         self.every = torch.arange(size, device=device)
-        self.numbers, self.lengths, self.made = zeros, zeros.clone(), zeros.clone()
+        self.numbers, self.made = zeros, zeros.clone()
         self.done = torch.ones(size, dtype=torch.bool, device=device)
         self.ids = torch.zeros(size, new_tokens, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(size, new_tokens, device=device)
@@ -200,14 +300,10 @@ class _Rows:
         self.reach = [0] * size  # tokens that a row may hold by now, known without the device
 
     def run(
-        self,
-        prompts: Sequence[list[int]],
-        keys: Sequence[int],
-        sampling: Sampling,
-        masks: dict[str, int | None],
+        self, prompts: Sequence[list[int]], keys: Sequence[int], sampling: Sampling
     ) -> list[Answer]:
         waiting, found = list(range(len(prompts)))[::-1], [Answer() for _ in prompts]
-        self.sampling, self.masks = sampling, masks
+        self.sampling = sampling
         while waiting or self.busy:
             if waiting and len(self.busy) < self.size:
                 self._read(prompts, keys, waiting)
@@ -227,36 +323,18 @@ class _Rows:
                 break
             taken.append(waiting.pop())
         rows = free[: len(taken)]
-        lengths = torch.tensor([len(prompts[p]) for p in taken])
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self.device)
-        owners = torch.tensor(rows).repeat_interleave(lengths).to(self.device)
-        ids = torch.tensor([i for p in taken for i in prompts[p]], device=self.device)
-        cu, longest = ends.int().to(self.device), int(lengths.max())
-        self.keys.packed = (owners, positions)
-        out = self.inner(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=True,
-            logits_to_keep=ends[1:].to(self.device) - 1,
-            cu_seq_lens_q=cu,
-            cu_seq_lens_k=cu,
-            max_length_q=longest,
-            max_length_k=longest,
-            **{self.name: self.keys},
-        )
+        logits = self.rows.read(rows, [prompts[p] for p in taken])
         at = torch.tensor(rows, device=self.device)
         self.numbers[at] = torch.tensor([keys[p] for p in taken], device=self.device)
-        self.lengths[at] = lengths.to(self.device)
         self.made[at], self.done[at] = 0, False
         for row, prompt in zip(rows, taken, strict=True):
             self.busy[row], self.reach[row] = prompt, len(prompts[prompt])
-        self._take(at, out.logits[0])
+        self._take(at, logits)
 
     def _take(self, at: Tensor, logits: Tensor) -> None:
         """The next token of the rows `at`, from their logits; rows that are done stay as they
         are."""
-        positions = self.lengths[at]
+        positions = self.rows.lengths[at]
         chosen, log_probs = choose(logits, self.sampling, self.numbers[at], positions)
         place, going = self.made[at].clamp_max(self.most - 1), ~self.done[at]
         self.ids[at, place] = torch.where(going, chosen, self.ids[at, place])
@@ -268,31 +346,12 @@ class _Rows:
     def _step(self) -> None:
         """One token more of every row that is not done."""
         last = self.ids[self.every, (self.made - 1).clamp_min(0)]
-        keys = self.keys
-        keys.packed, keys.positions = None, self.lengths
         reach = max((self.reach[row] for row in self.busy), default=0) + 1
-        keys.kept = min(keys.longest, -(-reach // KEYS_ROUNDED) * KEYS_ROUNDED)
-        out = self.inner(
-            input_ids=last[:, None],
-            position_ids=self.lengths[:, None],
-            attention_mask=self._seen(keys.kept),
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.name: keys},
-        )
-        going = ~self.done
-        self.lengths += going  # what was read now is part of the row
-        self.reach = [n + 1 if n + 1 < keys.longest else n for n in self.reach]
-        self._take(self.every, out.logits[:, -1])
-
-    def _seen(self, kept: int) -> Any:
-        """What each row's query sees, (rows, 1, 1, kept), for each kind of layer."""
-        behind = self.lengths[:, None] - torch.arange(kept, device=self.device)
-        made = {
-            name: ((behind >= 0) & (behind < (window or self.keys.longest)))[:, None, None]
-            for name, window in self.masks.items()
-        }
-        return made.get("", made)
+        logits = self.rows.step(last, reach, slice(0, self.size))
+        self.rows.lengths += ~self.done  # what was read now is part of the row
+        longest = self.rows.keys.longest
+        self.reach = [n + 1 if n + 1 < longest else n for n in self.reach]
+        self._take(self.every, logits)
 
     def _collect(self, found: list[Answer]) -> None:
         """Takes the answers that are done out of their rows."""
@@ -322,7 +381,7 @@ def _by_length(
     lengths: dict[int, list[int]] = {}
     for p, prompt in enumerate(prompts):
         lengths.setdefault(len(prompt), []).append(p)
-    name, ends = _name_of_cache(inner), torch.tensor(sorted(stops), device=device)
+    name, ends = name_of_cache(inner), torch.tensor(sorted(stops), device=device)
     for group in (g[i : i + width] for g in lengths.values() for i in range(0, len(g), width)):
         ids, cache = torch.tensor([prompts[p] for p in group], device=device), None
         numbers = torch.tensor([keys[p] for p in group], device=device)
@@ -344,7 +403,7 @@ def _by_length(
     return found
 
 
-def _name_of_cache(model: nn.Module) -> str:
+def name_of_cache(model: nn.Module) -> str:
     """What this transformers calls the keys and values of earlier tokens, as argument and output:
     "cache" from 5.24 on, "past_key_values" before."""
     known = inspect.signature(model.forward).parameters

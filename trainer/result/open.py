@@ -52,6 +52,13 @@ def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) 
     """Loads base and adapter through stock PEFT. Raises TemplateError when template and tokenizer
     are not those of the training, ModelError when the folder is no result of this trainer."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = open_words(adapter, base)
+    return Chat(_load(adapter, base, device), data, device, [])
+
+
+def open_words(adapter: Path, base: Path) -> Prepared:
+    """What renders questions for the result, without rows and without the model. Raises
+    TemplateError and ModelError as `open_adapter`."""
     if not (adapter / "template.json").is_file():
         raise ModelError(
             f"{adapter.name}/ has no template.json: give the folder that adapter.zip was "
@@ -71,19 +78,8 @@ def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) 
             f"in training ({saved['token_hash'][:12]}): "
             f"{base.name}/ is not the base, or not the tokenizer, that the adapter was trained with"
         )
-    model = _load(adapter, base, device)
-    return Chat(
-        model,
-        Prepared(
-            replace(Rows.empty(), thinking=saved.get("enable_thinking")),
-            vocabulary,
-            template,
-            stop_token(vocabulary, template),
-            found,
-        ),
-        device,
-        [],
-    )
+    rows = replace(Rows.empty(), thinking=saved.get("enable_thinking"))
+    return Prepared(rows, vocabulary, template, stop_token(vocabulary, template), found)
 
 
 @contextmanager
@@ -99,15 +95,17 @@ def unpacked(adapter: Path) -> Iterator[Path]:
 
 
 def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:
+    if not (adapter / "adapter_config.json").is_file():  # full or freeze: a whole model
+        return load_plain(adapter, device)
+    model: Any = PeftModel.from_pretrained(load_plain(base, device), str(adapter))
+    return cast(nn.Module, model.to(device).eval())
+
+
+def load_plain(folder: Path, device: torch.device) -> nn.Module:
+    """A model folder by transformers with our attention, in bf16 on a GPU, in fp32 elsewhere."""
     register()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, attn_implementation="milktea"
+        folder, dtype=dtype, attn_implementation="milktea"
     )
-    if (adapter / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(model, str(adapter))
-    else:  # full or freeze: the folder is a whole model
-        model = AutoModelForCausalLM.from_pretrained(
-            adapter, dtype=dtype, attn_implementation="milktea"
-        )
     return cast(nn.Module, model.to(device).eval())

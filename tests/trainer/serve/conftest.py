@@ -1,0 +1,40 @@
+"""Results on the practice model, and an engine that serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from served import write_adapter
+
+from trainer.practice.model import HERE as PRACTICE
+from trainer.serve.engine import Engine
+from trainer.serve.models import open_models
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("results")
+    return {
+        name: write_adapter(root / name, PRACTICE, seed)
+        for seed, name in enumerate(["zh-1", "v2.5"])
+    }
+
+
+@pytest.fixture
+def serving(results: dict[str, Path]) -> Iterator[Callable[..., Engine]]:
+    """serving(width=...) -> an engine over `base` and the results."""
+    engines: list[Engine] = []
+
+    def get(
+        chosen: dict[str, Path] | None = None, base: Path = PRACTICE, width: int = 16
+    ) -> Engine:
+        models = open_models(chosen or results, base, torch.device("cpu"))
+        engines.append(Engine(models, width))
+        return engines[-1]
+
+    yield get
+    for engine in engines:
+        engine.close()
