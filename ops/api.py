@@ -53,6 +53,9 @@ from ops.run.session import (
     ends_itself_at,
     may_have_box,
 )
+from ops.use import found as results
+from ops.use import words
+from ops.use.found import Found
 from ops.wait import RealClock
 from trainer.wire import events
 from trainer.wire.events import Event, Sample, Score
@@ -60,6 +63,7 @@ from trainer.wire.events import Event, Sample, Score
 __all__ = [
     "Cost",
     "Event",
+    "Found",
     "Instance",
     "Interrupted",
     "JobFile",
@@ -78,14 +82,17 @@ __all__ = [
     "Status",
     "Vast",
     "attach",
+    "check_adapter",
     "dearest_silence",
     "destroy",
     "events",
     "export",
+    "find_result",
     "find_run",
     "finish_destroys",
     "images",
     "load_job",
+    "merge",
     "open_market",
     "plan",
     "reap",
@@ -97,6 +104,7 @@ __all__ = [
     "stop",
     "told_line",
     "uses_vast_ai",
+    "words",
 ]
 
 Job = JobFile | Mapping[str, Any] | Path | str
@@ -294,6 +302,18 @@ def find_run(name: str, root: Path | None = None) -> Run:
 def _began(run: Run) -> tuple[str, ...]:
     """A run id ends in date, time and four random digits."""
     return tuple(run.id.split("-")[-3:-1])
+
+
+def find_result(name: str | Path, *, base: str | None = None, root: Path | None = None) -> Found:
+    """The result of a run (as `find_run` names it), or in an adapter's folder or archive; `base` is
+    the base model's folder or hub id, by default what run or adapter say. Raises PreflightError
+    where there is none, JournalError."""
+    root = root or runs_folder()
+    path = Path(name).expanduser()
+    is_run = len(path.parts) == 1 and (root / path).is_dir()
+    if path.exists() and not is_run:
+        return results.of_path(path, root, base)
+    return results.of_run(find_run(str(name), root).folder, base)
 
 
 # -- what one does with it -------------------------------------------------------------------------
@@ -592,3 +612,30 @@ def _finished(vast: Vast, root: Path, screen: Screen | None = None) -> None:
     reaped = finish_destroys(vast=vast, root=root, screen=screen)
     if reaped.leaked:
         raise reaped.leaked[0]
+
+
+# -- what one does with a result -------------------------------------------------------------------
+
+
+def merge(
+    result: Found | str | Path,
+    *,
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
+    to: Path | None = None,
+    data: Path | None = None,
+) -> dict[str, Any]:
+    """Merge an adapter into its base, in the new folder `to` (merged-DTYPE beside the adapter).
+    Returns the folder's name and its certificate, which is of the rows of `data` (the job's
+    held-out ones) and of general texts. Raises PreflightError where it is refused."""
+    return words.tell(words.merge(_result(result), dtype, to, data))
+
+
+def check_adapter(result: Found | str | Path) -> list[dict[str, Any]]:
+    """For each engine its name, whether it loads the adapter, why (not), and the command. Raises
+    PreflightError for what is no adapter."""
+    verdicts: list[dict[str, Any]] = words.tell(words.check(_result(result)))["loads_in"]
+    return verdicts
+
+
+def _result(named: Found | str | Path) -> Found:
+    return named if isinstance(named, Found) else find_result(named)

@@ -18,7 +18,7 @@ FLOORS = {
     "ops": [
         ["cli"],
         ["api"],
-        ["export", "image", "fakevast"],
+        ["export", "image", "fakevast", "use"],
         ["run"],
         ["job"],
         ["box"],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ops.cli import history, image
+from ops.cli import history, image, use
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
 from ops.errors import ConfigError
@@ -31,6 +31,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 app.add_typer(image.app, name="image")
+app.add_typer(use.adapter_app, name="adapter")
 
 JobArgument = Annotated[Path, typer.Argument(help="The job file")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask")]
@@ -200,6 +201,7 @@ def destroy(run: Run, as_json: Json = False) -> None:
 
 for told in (history.status, history.logs, history.cost, history.explain):
     app.command()(told)
+app.command()(use.merge)
 
 
 @app.command()

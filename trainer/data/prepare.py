@@ -132,18 +132,22 @@ def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
     is not (weights only when asked for)."""
     if job.model.path:
         return run / job.model.path
+    return hub_folder(job.model.base, job.model.revision, weights)
+
+
+def hub_folder(base: str, revision: str | None = None, weights: bool = False) -> Path:
+    """Where the hub's cache has a model, fetched there when it is not (weights only when asked
+    for). Raises Unfetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + (["*.safetensors"] if weights else [])
     try:
-        return Path(
-            snapshot_download(job.model.base, revision=job.model.revision, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Unfetched(
-            f"{job.model.base} is not on this machine and could not be fetched from the hub: {why}",
+            f"{base} is not on this machine and could not be fetched from the hub: {why}",
             hint="check model.base and model.revision (a gated model needs HF_TOKEN); without a "
             "network, set model.base to the model's folder",
         ) from error

@@ -9,16 +9,16 @@ ollama/convert.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.result.command import answer, parser_of
 from trainer.wire.tensors import names as tensor_names
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -153,24 +153,32 @@ def _cell(engine: Engine) -> str:
     return ": ".join(filter(None, (engine.why, command)))
 
 
+def lines(engines: Sequence[Engine]) -> str:
+    """As text, for a terminal."""
+    rows = []
+    for engine in engines:
+        rows.append(f"{engine.name:10} {'yes' if engine.loads else 'no':4} {engine.why}".rstrip())
+        if engine.command:
+            rows.append(f"{'':15} {engine.command}")
+    return "\n".join(rows)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.result.engines")
+    parser = parser_of("trainer.result.engines", "Which programs load an adapter, and how.")
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--base", type=Path, help="the base's folder, for its architecture")
     arguments = parser.parse_args()
-    try:
+    found: list[Engine] = []
+
+    def work() -> dict[str, Any]:
         config, tensors = read(arguments.adapter)
         base_type = None
         if arguments.base:
             base_type = json.loads((arguments.base / "config.json").read_bytes()).get("model_type")
-    except (NoAdapter, OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 3
-    for engine in loads_in(config, tensors, base_type):
-        print(f"{engine.name:10} {'yes' if engine.loads else 'no':4} {engine.why}")
-        if engine.command:
-            print(f"{'':15} {engine.command}")
-    return 0
+        found.extend(loads_in(config, tensors, base_type))
+        return {"loads_in": [asdict(engine) for engine in found]}
+
+    return answer(work, lambda _: lines(found), arguments.json)
 
 
 if __name__ == "__main__":

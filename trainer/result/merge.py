@@ -1,7 +1,7 @@
 """An adapter merged into its base, file by file: each weight in fp32, cast once and written.
 No model is held in memory; of an adapted weight, one layer at a time.
 
-    python -m trainer.result.merge ADAPTER --base MODEL --out FOLDER [--dtype bf16]
+    python -m trainer.result.merge ADAPTER --base MODEL --out FOLDER [--dtype bf16] [--data FILE]
 
 The layers and their deltas are PEFT's, on a model without storage; the names in the files are
 transformers' (`revert_weight_conversion`: the experts of a mixture are stored one by one). A merge
@@ -10,12 +10,11 @@ counts once its certificate passes (trainer/result/certificate.py).
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,14 +30,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from trainer.data.files import read_rows
+from trainer.data.prepare import validate_rows
+from trainer.data.render import examples
 from trainer.result.adapter import digest
 from trainer.result.certificate import NotCertified, certify
-from trainer.result.open import unpacked
+from trainer.result.command import Progress, answer, parser_of
+from trainer.result.open import base_folder, open_words, unpacked
 from trainer.result.words import TOKENIZER_FILES
 
+Tell = Callable[[str], None]  # hears a line of progress
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PREFIX = "base_model.model."
 _MARGIN_BYTES = 256 << 20
+TEXTS = 64  # of the user's own in a certificate
 _WORDS = ("chat_template.jinja", "generation_config.json", "template.json", *TOKENIZER_FILES)
 
 
@@ -64,10 +69,13 @@ class Plan:
     keys: dict[str, str] = field(default_factory=dict)  # a layer's name -> its parameter's
 
 
-def merge(adapter: Path, base: Path, out: Path, dtype: str = "bf16") -> dict[str, Any]:
-    """Write base + adapter to the new folder `out` as `dtype` (fp32, bf16, fp16). Returns the
-    number of changed weights and of bytes. Raises MergeError for an adapter that does not fit this
-    base, for one that cannot be merged, for a weight that does not fit the type."""
+def merge(
+    adapter: Path, base: Path, out: Path, dtype: str = "bf16", tell: Tell = lambda line: None
+) -> dict[str, Any]:
+    """Write base + adapter to the new folder `out` as `dtype` (fp32, bf16, fp16); `tell` hears of
+    each file. Returns the number of changed weights and of bytes. Raises MergeError for an adapter
+    that does not fit this base, for one that cannot be merged, for a weight that does not fit the
+    type."""
     if out.exists():
         raise MergeError(f"{out} exists: name a new folder")
     shards = shards_of(base)
@@ -79,7 +87,8 @@ def merge(adapter: Path, base: Path, out: Path, dtype: str = "bf16") -> dict[str
         part.mkdir(parents=True)
         total, untied = 0, False
         index: dict[str, str] = {}
-        for shard, names in shards.items():
+        for number, (shard, names) in enumerate(shards.items(), 1):
+            tell(f"merging {shard}, {number} of {len(shards)}")
             written: dict[str, torch.Tensor] = {}
             with safe_open(base / shard, "pt") as source:
                 for name, value in _merged(plan, source, names, tensors):
@@ -291,11 +300,17 @@ def _write_settings(adapter: Path, base: Path, out: Path, dtype: str, untied: bo
 
 
 def certified_merge(
-    adapter: Path, base: Path, out: Path, dtype: str, texts: Sequence[str], device: str
+    adapter: Path,
+    base: Path,
+    out: Path,
+    dtype: str,
+    texts: Sequence[str],
+    device: str,
+    tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
     """Merge, and write certificate.json into `out`. Where the certificate does not pass, the folder
     is called OUT.refused and NotCertified raised."""
-    merged = merge(adapter, base, out, dtype)
+    merged = merge(adapter, base, out, dtype, tell)
     files = {p.name: digest(p) for p in sorted(out.iterdir())}
     made = {
         "made_by": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -305,7 +320,7 @@ def certified_merge(
         "files_sha256": files,
     }
     try:
-        made["numbers"] = certify(adapter, base, out, texts, device)
+        made["numbers"] = certify(adapter, base, out, texts, device, tell)
     except NotCertified as error:
         refused = out.with_name(f"{out.name}.refused")
         shutil.rmtree(refused, ignore_errors=True)
@@ -316,32 +331,64 @@ def certified_merge(
     return made
 
 
+def texts_of(adapter: Path, base: Path, file: Path) -> list[str]:
+    """The first TEXTS rows of `file`, question and answer as the adapter was trained on them.
+    Raises Refused for rows that cannot be read, TemplateError."""
+    rows, defects = read_rows([(file, file.name)])
+    validate_rows(defects)
+    data = open_words(adapter, base)
+    tokens, flag = data.vocabulary.special_tokens, data.rows.thinking
+    texts = [row.text for row in rows[:TEXTS] if row.text]
+    for row in rows[:TEXTS]:
+        if row.turns:
+            made = examples(data.template, row.turns, tokens, tools=row.tools, thinking=flag)
+            texts += ["".join(segment.text for segment in example.segments) for example in made]
+    return texts
+
+
+def certificate_text(out: Path, made: dict[str, Any]) -> str:
+    """The certificate in words."""
+    numbers, merged = made["numbers"], made["merge"]
+    share, dtype = numbers["share_of_effect"], merged["dtype"]
+    return (
+        f"{out}: {merged['changed']} weights merged as {dtype}, {merged['bytes'] / 1e9:.2f} GB\n"
+        f"certificate: passed on {numbers['tokens']:,} tokens of {numbers['texts']} texts, the "
+        "files re-opened by stock transformers\n"
+        f"  KL from base + adapter   {numbers['kl_nats']:.2g} nats a token, {share:.2%} of what "
+        "the adapter does (1 % may be lost)\n"
+        f"  noise of bf16 alone      {numbers['bf16_noise_nats']:.2g} nats a token\n"
+        f"  largest difference       {numbers['max_token_nats']:.2g} nats on one token\n"
+        f"  likeliest token equal    {numbers['same_top_token']:.2%}"
+    )
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.result.merge")
+    parser = parser_of("trainer.result.merge", "Merge an adapter into its base, and prove it.")
     parser.add_argument("adapter", type=Path, help="folder of the adapter, or adapter.zip")
-    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--base", required=True, help="folder of the base model, or its hub id")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--texts", type=Path, help="JSON list of texts for the certificate")
+    parser.add_argument("--data", type=Path, help="rows for the certificate, beside general texts")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        texts = json.loads(arguments.texts.read_bytes()) if arguments.texts else []
+    device, tell = "cuda" if torch.cuda.is_available() else "cpu", Progress()
+
+    def work() -> dict[str, Any]:
+        base = base_folder(arguments.base)
         with unpacked(arguments.adapter) as adapter:
-            made = certified_merge(
-                adapter, arguments.base, arguments.out, arguments.dtype, texts, device
-            )
-    except (MergeError, NotCertified, OSError, ValueError) as error:
-        print("refused: " + "\n".join([str(error), *getattr(error, "__notes__", ())]))
-        return 3
-    numbers = made["numbers"]
-    print(
-        f"{arguments.out}: {made['merge']['changed']} weights merged as {arguments.dtype}\n"
-        f"certificate: KL {numbers['kl_nats']:.2g} nats, {numbers['share_of_effect']:.2%} of what "
-        f"the adapter does, the likeliest token equal in {numbers['same_top_token']:.2%} of "
-        f"{numbers['tokens']} tokens"
+            if not (adapter / "adapter_config.json").is_file():
+                raise MergeError(f"{arguments.adapter} is a whole model: nothing is to be merged")
+            texts = texts_of(adapter, base, arguments.data) if arguments.data else []
+            try:
+                made = certified_merge(
+                    adapter, base, arguments.out, arguments.dtype, texts, device, tell
+                )
+            finally:
+                tell.end()
+        return {"folder": str(arguments.out), **made}
+
+    return answer(
+        work, lambda made: certificate_text(arguments.out, made), arguments.json, (NotCertified,)
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trainer.data.prepare import Prepared, Rows, prompt_ids
+from trainer.data.prepare import Prepared, Rows, hub_folder, prompt_ids
 from trainer.data.template import TemplateError, Turn, load, parse, with_chat_template
 from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
@@ -80,6 +80,21 @@ def open_words(adapter: Path, base: Path) -> Prepared:
         )
     rows = replace(Rows.empty(), thinking=saved.get("enable_thinking"))
     return Prepared(rows, vocabulary, template, stop_token(vocabulary, template), found)
+
+
+def base_folder(named: str) -> Path:
+    """The folder of a base model: `named` is a folder, or a hub id (ID@REVISION), which is fetched
+    where the hub's cache has it not. Raises Unfetched, ModelError."""
+    path = Path(named).expanduser()
+    if path.is_dir():
+        return path
+    base, _, revision = named.partition("@")
+    if path.is_absolute() or named.startswith(("./", "../", "~")) or named.count("/") != 1:
+        raise ModelError(
+            f"there is no folder {named}: give --base the base model's folder, or its id on the "
+            "hub (such as Qwen/Qwen2.5-0.5B)"
+        )
+    return hub_folder(base, revision or None, weights=True)
 
 
 @contextmanager

@@ -226,5 +226,31 @@ def test_the_command_says_what_the_merge_is_worth(
     base, adapter = made(tmp_path, "llama", **LINEAR)
     words = ["merge", str(adapter), "--base", str(base), "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", words)
-    assert main() == 0 and "certificate: KL" in capsys.readouterr().out
-    assert main() == 3 and "exists: name a new folder" in capsys.readouterr().out
+    assert main() == 0 and "certificate: passed on" in capsys.readouterr().out
+    assert main() == 3 and "exists: name a new folder" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*words, "--json"])
+    assert main() == 3 and "exists" in json.loads(capsys.readouterr().out)["refused"]
+    monkeypatch.setattr("sys.argv", [*words[:3], str(tmp_path / "none"), *words[4:]])
+    assert main() == 3 and "there is no folder" in capsys.readouterr().err
+
+
+def test_the_certificate_reads_the_users_rows_as_they_were_trained(tmp_path: Path) -> None:
+    from trainer.data.prepare import Prepared, Rows
+    from trainer.data.template import load
+    from trainer.data.tokens import open_vocabulary, stop_token, token_hash
+    from trainer.result.merge import texts_of
+    from trainer.result.words import write_words
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tokenizer(base)
+    adapter.mkdir()
+    vocabulary, template = open_vocabulary(base), load("alpaca")
+    asked = token_hash(vocabulary, template), stop_token(vocabulary, template)
+    write_words(base, adapter, Prepared(Rows.empty(), vocabulary, template, asked[1], asked[0]))
+    rows = [{"instruction": f"say {n}", "input": "", "output": f"it is {n}"} for n in range(70)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    texts = texts_of(adapter, base, tmp_path / "rows.json")
+    assert len(texts) == 64 and texts[3].endswith("### Response:\nit is 3</s>")
+    (tmp_path / "rows.json").write_text('[{"instruction": "q"}]')
+    with pytest.raises(ValueError, match="1 defect"):
+        texts_of(adapter, base, tmp_path / "rows.json")

@@ -1,0 +1,78 @@
+"""The commands over a result: merge, and `milktea adapter ...`. `ops.api` is imported inside them,
+as in app.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ops.cli.errors import errors
+from ops.cli.history import Json
+from ops.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ops import api
+    from ops.api import words
+
+adapter_app = typer.Typer(
+    no_args_is_help=True,
+    help="Adapters: which programs load one, and how",
+    rich_markup_mode=None,
+)
+
+Result = Annotated[
+    str, typer.Argument(help="A run id, its beginning or `last`; or an adapter's folder or zip")
+]
+Base = Annotated[
+    str | None, typer.Option(help="The base model's folder or hub id, where it is not known")
+]
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def merge(
+    run: Result,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
+    base: Base = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The new folder; merged-DTYPE beside the adapter without it")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Rows for the certificate; the job's held-out ones without it"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The adapter merged into its base, as a model of its own; with a certificate that the files
+    compute what base and adapter do."""
+    with errors(as_json):
+        from ops.api import words
+
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is none", hint=f"one of {', '.join(DTYPES)}")
+        _show(lambda: words.merge(_found(run, base), dtype, to, data), as_json)
+
+
+@adapter_app.command()
+def check(run: Result, base: Base = None, as_json: Json = False) -> None:
+    """Which programs load an adapter, ours or not: yes with the command, or no and why."""
+    with errors(as_json):
+        from ops.api import words
+
+        _show(lambda: words.check(_found(run, base)), as_json)
+
+
+def _found(run: str, base: str | None) -> api.Found:
+    from ops import api
+
+    return api.find_result(run, base=base)
+
+
+def _show(word: Callable[[], words.Word], as_json: bool) -> None:
+    """Do it on this terminal; its exit code is the command's."""
+    from ops.api import words
+
+    if code := words.show(word(), as_json):
+        raise typer.Exit(code)

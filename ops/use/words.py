@@ -1,0 +1,93 @@
+"""The trainer's own modules, as processes: what needs torch is not imported here.
+
+A `Word` is one command line. `show` gives it this terminal; `tell` asks it for JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ops.errors import PreflightError
+from ops.use.found import Found
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Word:
+    """A module of the trainer with its arguments."""
+
+    module: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", self.module, *self.arguments]
+
+
+def merge(
+    found: Found, dtype: str = "bf16", to: Path | None = None, data: Path | None = None
+) -> Word:
+    """The base with the adapter in it, in the new folder `to`; the certificate is of the rows of
+    `data`, or of the job's held-out ones, beside general texts."""
+    out = to or found.beside / f"merged-{dtype}"
+    rows = data or found.held_out
+    more = ["--data", str(rows)] if rows else []
+    return Word(
+        "trainer.result.merge",
+        (str(found.adapter), *_base(found), "--out", str(out), "--dtype", dtype, *more),
+    )
+
+
+def check(found: Found) -> Word:
+    """Which programs load the adapter, and how."""
+    known = ("--base", found.base) if (Path(found.base) / "config.json").is_file() else ()
+    return Word("trainer.result.engines", (str(found.adapter), *known))
+
+
+def _base(found: Found) -> Sequence[str]:
+    return ["--base", found.needs_base().base]
+
+
+def show(word: Word, as_json: bool = False) -> int:
+    """Run it on this terminal and return its exit code. Ctrl-C is its own to hear."""
+    command = [*word.command, *(["--json"] if as_json else [])]
+    # a handler, unlike SIG_IGN, is not inherited
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return subprocess.run(command, env=_environment(), check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def tell(word: Word) -> dict[str, Any]:
+    """Its answer as JSON; what it says of its progress goes to stderr. Raises PreflightError where
+    it refuses."""
+    done = subprocess.run(
+        [*word.command, "--json"], env=_environment(), stdout=subprocess.PIPE, text=True
+    )
+    lines = done.stdout.strip().splitlines()
+    try:
+        answer: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError) as error:
+        raise PreflightError(
+            f"{word.module} ended with {done.returncode} and no answer",
+            hint="what it said stands above",
+        ) from error
+    if "refused" in answer:
+        raise PreflightError(answer["refused"], hint=answer.get("hint", ""))
+    return answer
+
+
+def _environment() -> dict[str, str]:
+    """The trainer of this very milktea, whatever the working directory holds."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
