@@ -51,7 +51,7 @@ def came(what: Callable[[], Any], within_s: float = 30) -> Any:
     return found
 
 
-def ready_fd(run: milktea.Run, kind: str) -> Line:
+def told(run: milktea.Run, kind: str) -> Line:
     """The newest line of this kind, once it is there."""
     return came(lambda: journal.last(run.journal, kind))  # type: ignore[no-any-return]
 
@@ -143,7 +143,7 @@ def test_a_run_has_one_owner_and_its_files_are_nobody_elses_to_read(
     supervisor.start(run.folder, vast)
     with pytest.raises(JournalError, match="another milktea"):
         supervisor.start(run.folder, vast)
-    ready_fd(run, "launched")
+    told(run, "launched")
     assert wishes.send(run.folder, "fetch") == "fetch"
     names = (supervisor.LOG, supervisor.PROGRESS)
     assert [n for n in names if (run.folder / n).stat().st_mode & 0o077] == []
@@ -174,9 +174,9 @@ def test_stop_ends_a_training_run_as_it_was_wished(
     stop_in_time(own)
     run = planned(own)
     supervisor.start(run.folder, vast)
-    ready_fd(run, "event")
+    told(run, "event")
     assert milktea.stop(run, wish, vast=vast) == run
-    assert ready_fd(run, "interrupted")["chosen"] == wish
+    assert told(run, "interrupted")["chosen"] == wish
     assert (journal.last(run.journal, "checkpoint") is not None) is saved
     assert journal.last(run.journal, "destroyed") is not None and run.adapter is None
     assert wishes.read(run.folder) is None, "it is fulfilled"
@@ -197,7 +197,7 @@ def test_stop_before_the_training_leaves_nothing_and_resume_goes_on(
     run = planned(own)
     monkeypatch.setattr(transfer, "push", lambda *a, **k: time.sleep(60))
     owner = Forked(run, vast)
-    ready_fd(run, "connected")
+    told(run, "connected")
     milktea.stop(run, "fetch", vast=vast)
     assert owner.ended() == 130 and fake.instances() == []
     monkeypatch.undo()
@@ -218,21 +218,21 @@ def test_a_result_on_its_way_home_comes_home_although_somebody_wishes_a_checkpoi
 
     monkeypatch.setattr(transfer, "pull", pull)
     owner = Forked(run, vast)
-    ready_fd(run, "ended")
+    told(run, "ended")
     wishes.send(run.folder, "fetch")
-    ready_fd(run, "interrupted")
+    told(run, "interrupted")
     slow.unlink()
     assert milktea.attach(run).adapter is not None
     assert owner.ended() == 0 and creates(fake) == 1
 
 
 def test_a_told_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path) -> None:
-    ready_fd, path = _File(tmp_path / "told"), tmp_path / "told"
-    assert ready_fd.news() == []
+    told, path = _File(tmp_path / "told"), tmp_path / "told"
+    assert told.new_lines() == []
     path.write_text('{"a":1}\n{"b":2}\n{"c"')
-    assert ready_fd.news() == ['{"a":1}', '{"b":2}']
+    assert told.new_lines() == ['{"a":1}', '{"b":2}']
     path.write_text('{"d":4}\n')
-    assert ready_fd.news() == ['{"d":4}'] and ready_fd.news() == []
+    assert told.new_lines() == ['{"d":4}'] and told.new_lines() == []
 
 
 # -- terminals -------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def paused(own: rig.Rig, vast: milktea.Vast) -> milktea.Run:
     (own.image / "pause").touch()
     run = planned(own)
     supervisor.start(run.folder, vast)
-    ready_fd(run, "launched")
+    told(run, "launched")
     return run
 
 
@@ -271,11 +271,11 @@ def test_closing_the_terminal_detaches_and_the_journal_says_so(
 ) -> None:
     run = paused(own, vast)
     pid, master = in_a_terminal(fake, own, "attach", run.id)
-    ready_fd(run, "attached")
+    told(run, "attached")
     assert run.owner == "live"
     os.close(master)  # the kernel sends SIGHUP
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGHUP
-    ready_fd(run, "detached")
+    told(run, "detached")
     assert run.owner == "detached" and journal.last(run.journal, "interrupted") is None
     (own.image / "pause").unlink()
     assert milktea.attach(run).adapter is not None
@@ -287,7 +287,7 @@ def test_ctrl_c_offers_priced_choices_and_pressed_again_it_takes_the_kind_one(
 ) -> None:
     run = paused(own, vast)
     pid, master = in_a_terminal(fake, own, "attach", run.id)
-    ready_fd(run, "attached")
+    told(run, "attached")
     os.write(master, b"\x03")
     said = read_until(master, "choose 1 or 2 or 3 [1]")
     for words in ("leave; the run goes on", "fetch the checkpoint", "destroy now", "$ in all"):
@@ -418,7 +418,7 @@ def test_with_finish_the_same_box_brings_the_adapter_home_after_any_silence(
     with monkeypatch.context() as patched:
         mark = held_in(stage, own, patched)
         owner = Forked(run, vast)
-        ready_fd(run, mark)
+        told(run, mark)
     owner.kill(how)
     rented = creates(fake)
     time.sleep(6)  # twice the lease: an absence has no event to wait for
@@ -435,7 +435,7 @@ def test_with_finish_the_same_box_brings_the_adapter_home_after_any_silence(
             milktea.attach(run)
         assert f"milktea resume {run.id}" in killed.value.hint and "at " in killed.value.money
         assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
-    assert creates(fake) == rented and ready_fd(run, "destroyed")["instance_id"] == box["id"]
+    assert creates(fake) == rented and told(run, "destroyed")["instance_id"] == box["id"]
 
 
 @STAGES
@@ -451,7 +451,7 @@ def test_with_destroy_the_box_is_gone_and_resume_goes_on_elsewhere(
     with monkeypatch.context() as patched:
         mark = held_in(stage, own, patched)
         owner = Forked(run, vast)
-        ready_fd(run, mark)
+        told(run, mark)
     owner.kill()
     came(lambda: not fake.instances(), within_s=15)
     (own.image / "pause").unlink(missing_ok=True)
@@ -472,7 +472,7 @@ def test_before_the_launch_a_dead_owners_box_is_gone_by_itself(
     with monkeypatch.context() as patched:
         mark = held_in("push", own, patched)
         owner = Forked(run, vast)
-        ready_fd(run, mark)
+        told(run, mark)
     owner.kill()
     came(lambda: not fake.instances(), within_s=15)
     assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
@@ -485,7 +485,7 @@ def test_a_machine_that_shuts_down_leaves_a_box_that_works_alone_and_no_other(
     (own.image / "pause").touch()
     run = planned(own, when_silent=when_silent)
     owner = Forked(run, vast)
-    ready_fd(run, "event")
+    told(run, "event")
     owner.kill(signal.SIGTERM)
     assert owner.ended() == (0 if left else 6)
     assert len(fake.instances()) == left
