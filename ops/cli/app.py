@@ -1,5 +1,5 @@
-"""The command line: parses and prints. What it does is in `ops.api`, which each command imports for
-itself: `--help` and `--version` answer without the clients of vast.ai and SSH."""
+"""The command line: it parses and prints; `ops.api` does the work. Each command imports `ops.api`
+itself, so that `--help` and `--version` do not load the clients of vast.ai and SSH."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PRACTICE = Path("jobs/practice.toml")
 
 
 def _version(wanted: bool) -> None:
-    """What a report of a fault needs, without importing torch."""
+    """Print the versions that a bug report needs, without importing torch."""
     if not wanted:
         return
     versions = []
@@ -199,8 +199,8 @@ def destroy(run: Run, as_json: Json = False) -> None:
             print(f"{found.id}: {did}")
 
 
-for told in (history.status, history.logs, history.cost, history.explain):
-    app.command()(told)
+for command in (history.status, history.logs, history.cost, history.explain):
+    app.command()(command)
 app.command()(use.merge)
 
 
@@ -254,8 +254,8 @@ def _market() -> api.Vast:
 
 @contextmanager
 def _acting(as_json: bool) -> Iterator[tuple[api.Vast, Terminal | JsonLines]]:
-    """For a command that acts: vast.ai and the screen, once every destroy that an earlier command
-    could not finish is finished; and an interrupt in words."""
+    """For a command that acts: give the block the client of vast.ai and the screen, after finishing
+    every destroy that an earlier command could not finish. An interrupt exits with 130."""
     from ops import api
 
     vast, screen = _market(), _screen(as_json)
@@ -267,7 +267,7 @@ def _acting(as_json: bool) -> Iterator[tuple[api.Vast, Terminal | JsonLines]]:
 
 @contextmanager
 def _interrupted() -> Iterator[None]:
-    """An interrupt in words, and its exit code."""
+    """Turn Interrupted into a message and exit code 130."""
     from ops import api
 
     try:
@@ -292,7 +292,7 @@ def _screen(as_json: bool) -> Terminal | JsonLines:
 
 
 def _last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> None:
-    """How a run ended: what it learned, what it cost, where its adapter is."""
+    """Print how a run ended: the model's answers, what it cost, where its adapter is."""
     cost, adapter = run.cost(), run.adapter
     if adapter is None:
         _detached(run, as_json)

@@ -1,5 +1,5 @@
-"""An error as the command line shows it: what, the state of the money, the next command; and its
-exit code."""
+"""Show an error on the command line: what happened, the state of the money, the next command, and
+the exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ops.plain import json_line, plain
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """MilkteaError -> what, money, hint and code on stderr, and its exit code."""
+    """Turn a MilkteaError into its message, money, hint and code on stderr (or JSON on stdout), and
+    exit with its code."""
     try:
         yield
     except MilkteaError as e:

@@ -1,4 +1,4 @@
-"""The commands that only tell: from the journals and what was brought home, without a network."""
+"""The commands that only read: journals and pulled files, without a network."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def explain(run: Run, as_json: Json = False) -> None:
 
 
 def _readable(name: str | None) -> Iterator[api.Run]:
-    """The named run, or all; of those whose journal cannot be read, stderr says why."""
+    """The named run, or all of them; for a journal that cannot be read, stderr says why."""
     from ops import api
 
     for run in [api.find_run(name)] if name else api.runs():

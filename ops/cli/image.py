@@ -1,5 +1,5 @@
-"""`milktea image ...`: images from their locks, bundles for servers without a network. `ops.api` is
-imported inside the commands, as in app.py."""
+"""`milktea image ...`: build images from their locks, and bundles for servers without a network.
+`ops.api` is imported inside the commands, as in app.py."""
 
 from __future__ import annotations
 

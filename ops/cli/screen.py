@@ -1,7 +1,6 @@
-"""What people see: one plan screen, one line a stage, one status line with the money on it, and the
-last line that says it all.
+"""What people see of a run: the plan, a line for each stage, and a status line with the money.
 
-`Terminal` draws with rich; `JsonLines` prints one object a line for programs. Both are
+`Terminal` draws with rich; `JsonLines` prints one object a line for programs. Both implement
 `ops.run.session.Screen`.
 """
 
@@ -23,26 +22,28 @@ from rich.text import Text
 from ops.api import Instance, Line, Plan, Ranking, dearest_silence, events, told_line
 from ops.plain import json_line, plain
 
-CHOOSE_S = 30.0  # for an answer to Ctrl-C
-QUIET_EVERY_S = 5.0  # between status lines where nothing can be redrawn
-# by the plan screen, `event`, `destroying`, and the command's error
-TOLD_ELSEWHERE = ("offers", "event", "destroying", "failed", "attached", "detached")
-ENDS = ("destroyed", "bill", "failed", "left")  # after which nothing goes on
-ALIVE_S = 1.0  # after which a line that nothing changes is drawn again
-TURNS = "|/-\\"
+CHOOSE_S = 30.0  # to answer after Ctrl-C
+QUIET_EVERY_S = 5.0  # between status lines where the output is not a terminal
+# journal lines that the plan, `event`, `destroying` or the command's error shows
+SHOWN_ELSEWHERE = ("offers", "event", "destroying", "failed", "attached", "detached")
+ENDS = ("destroyed", "bill", "failed", "left")  # journal lines after which no status is shown
+REDRAW_S = 1.0  # after which an unchanged status line is drawn again
+SPINNER = "|/-\\"
 
 
 class Terminal:
+    """A run on a terminal, or as plain lines where the output is none."""
+
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live = console.is_terminal
         self._drawn = 0.0
-        self._phase = ""  # the line that is redrawn
+        self._phase = ""  # the status line, with {money} for the meter
         self._money = ""
         self._total_steps = 0
-        self._moving = ("", 0.0, 0)  # what, since when, from which byte on
-        self._turn = 0
-        self._drawing = threading.RLock()  # the meter is told by another thread
+        self._moving = ("", 0.0, 0)  # (what, since when, from which byte on) is transferred
+        self._spins = 0
+        self._drawing = threading.RLock()  # `meter` is called by another thread
         self._began = time.time()
         self.samples: list[events.Sample] = []
         self.score: events.Score | None = None
@@ -53,13 +54,13 @@ class Terminal:
     def line(self, line: Line) -> None:
         if line.kind == "planned":
             self._began = float(line.get("began") or line.t)
-        if line.kind not in TOLD_ELSEWHERE and (text := told_line(line)):
+        if line.kind not in SHOWN_ELSEWHERE and (text := told_line(line)):
             style = "bold red" if line.kind in ("leaked", "bad_result") else ""
             self._say(text, style=style, t=line.t)
             stage, _, rest = plain(text).split("\n")[0].partition(" ")
             self._phase = f"{stage:<9} {{money}}{rest.strip()}"
         if line.kind in ENDS:
-            self._rest()
+            self._stop_redrawing()
 
     def plan(self, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
         draw_plan(self.console, plan, ranking, credit_usd)
@@ -119,23 +120,23 @@ class Terminal:
 
     def meter(self, spent_usd: float, max_usd: float) -> None:
         self._money = _money(spent_usd, max_usd)
-        if self._live and self._phase and time.monotonic() - self._drawn > ALIVE_S:
+        if self._live and self._phase and time.monotonic() - self._drawn > REDRAW_S:
             with self._drawing:
                 self._draw(self._phase)
 
     def choose(self, choices: Sequence[tuple[str, str]]) -> str | None:
-        """Enter and a second Ctrl-C are the first; CHOOSE_S without an answer is none."""
+        """Enter and a second Ctrl-C choose the first; CHOOSE_S without an answer choose nothing."""
         if not sys.stdin.isatty():
             return None
-        self._rest()
+        self._stop_redrawing()
         self._say("")
         for n, (_, text) in enumerate(choices, 1):
             self.console.print(f"  {n}  {text}", markup=False, highlight=False)
         numbers = [str(n + 1) for n in range(len(choices))]
-        asked = f"choose {' or '.join(numbers)} [1]; in {CHOOSE_S:.0f} s nothing changes: "
+        prompt = f"choose {' or '.join(numbers)} [1]; in {CHOOSE_S:.0f} s nothing changes: "
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ours from here on
         try:
-            self.console.print(asked, end="", markup=False, highlight=False)
+            self.console.print(prompt, end="", markup=False, highlight=False)
             self.console.file.flush()
             if not select.select([sys.stdin], [], [], CHOOSE_S)[0]:
                 self.console.print("nothing changes")
@@ -150,7 +151,7 @@ class Terminal:
     # -- drawing -----------------------------------------------------------------------------------
 
     def _say(self, text: str, style: str = "", t: float | None = None) -> None:
-        """A line with the seconds since the run began, now or at unix second `t`."""
+        """Print a line after the seconds since the run began, now or at unix second `t`."""
         text = plain(text)
         line = (
             Text.assemble((f"{(t or time.time()) - self._began:6.1f} s  ", "dim"), (text, style))
@@ -163,7 +164,7 @@ class Terminal:
             self._drawn = time.monotonic() if self._live else self._drawn
 
     def _status(self, phase: str, text: str, *, force: bool = False) -> None:
-        """The line of what goes on now: the phase, the money, then what fits of the rest."""
+        """Show the status line: the phase, the money, then as much of `text` as fits."""
         now = time.monotonic()
         text = plain(f"{phase:<9} {{money}}{text}")
         if self._live:
@@ -176,16 +177,16 @@ class Terminal:
             self._drawn = now
 
     def _draw(self, phase: str) -> None:
-        """With a sign that turns: life, although nothing has changed."""
-        self._turn += 1
+        """Draw the status line with the next sign of the spinner."""
+        self._spins += 1
         self._clear()
-        text = f"{TURNS[self._turn % len(TURNS)]} {phase.replace('{money}', self._money, 1)}"
+        text = f"{SPINNER[self._spins % len(SPINNER)]} {phase.replace('{money}', self._money, 1)}"
         self.console.file.write(text[: self.console.width - 1])
         self.console.file.flush()
         self._drawn = time.monotonic()
 
-    def _rest(self) -> None:
-        """Draw nothing by itself until there is something new."""
+    def _stop_redrawing(self) -> None:
+        """Remove the status line until the next one."""
         with self._drawing:
             self._phase = ""
             self._clear()
@@ -196,11 +197,10 @@ class Terminal:
 
 
 class JsonLines:
-    """The same facts for a program: every journal line and every training event, one JSON object a
-    line."""
+    """A run for a program: every journal line and every training event, one JSON object a line."""
 
     def __init__(self) -> None:
-        self.samples: list[events.Sample] = []  # both are told as they come
+        self.samples: list[events.Sample] = []  # stay empty: each is printed as it comes
         self.score: events.Score | None = None
 
     def _out(self, kind: str, **data: Any) -> None:
@@ -243,6 +243,7 @@ class JsonLines:
 
 
 def plan_facts(plan: Plan, ranking: Ranking, credit_usd: float) -> dict[str, Any]:
+    """The facts of the plan screen, for --json."""
     best = ranking.accepted[0] if ranking.accepted else None
     return {
         "run_id": plan.run_id,
@@ -270,8 +271,8 @@ def plan_facts(plan: Plan, ranking: Ranking, credit_usd: float) -> dict[str, Any
 
 
 def draw_plan(console: Console, plan: Plan, ranking: Ranking, credit_usd: float) -> None:
-    """The choice, three runners-up with why not, the arithmetic, deadline, cap, and what guards
-    it."""
+    """The chosen offer, three runners-up with why not, the arithmetic of the price, and the
+    limits."""
     best = ranking.accepted[0]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (
@@ -310,7 +311,7 @@ def draw_plan(console: Console, plan: Plan, ranking: Ranking, credit_usd: float)
 
 
 def _silence(plan: Plan, ranking: Ranking) -> str:
-    """What a closed lid costs at most, and when it costs the result."""
+    """What a laptop that stays closed costs at most, and when the result is lost then."""
     silence = dearest_silence(plan, ranking.accepted[0])
     if plan.when_silent == "destroy":
         return (

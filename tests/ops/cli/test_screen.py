@@ -55,7 +55,7 @@ def test_a_transfer_shows_its_share_and_the_money(terminal: Terminal, out: io.St
 def test_what_nothing_changes_is_drawn_again_with_the_newest_dollars(
     terminal: Terminal, out: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(screen, "ALIVE_S", 0.0)
+    monkeypatch.setattr(screen, "REDRAW_S", 0.0)
     terminal.line(Line(3, 5.0, "launched", {"state": "started"}))
     signs = set()
     for n in range(4):
