@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 
 from trainer import loading
-from trainer.data.prepare import Refused, model_folder
+from trainer.data.prepare import InvalidJob, model_folder
 from trainer.data.stage_rows import prepare
 from trainer.loading import cache_of
 from trainer.machines import Machines, read_machines
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_job(path: Path) -> Job:
-    """Raises Refused, with every fault and its place, for a file that is no job of this wire."""
+    """Raises InvalidJob, with every fault and its place, for a file that is no job of this wire."""
     try:
         return Job.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -78,7 +78,7 @@ def read_job(path: Path) -> Job:
             for e in error.errors(include_url=False)
         ]
         many = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise Refused(
+        raise InvalidJob(
             f"{many} in {path.name}",
             faults,
             "correct these, or make the job anew: `milktea plan JOB.toml`",
@@ -90,7 +90,7 @@ def prepare_inputs(job: Job, run: Path) -> None:
     and the model's files at hand."""
     absent = [name for name in job.environment if not os.environ.get(name)]
     if absent:
-        raise Refused(
+        raise InvalidJob(
             f"{', '.join(absent)} of the job's env did not come with the launch",
             hint="set it where milktea runs, or take it out of env in the job file",
         )
@@ -99,7 +99,7 @@ def prepare_inputs(job: Job, run: Path) -> None:
 
 
 def validate_accelerate_config(environment: Mapping[str, str]) -> None:
-    """Raises Refused, with its path, for a file of `accelerate config` that would make
+    """Raises InvalidJob, with its path, for a file of `accelerate config` that would make
     `accelerate launch` train otherwise than the job says: by DeepSpeed, FSDP or Megatron, on TPUs,
     in SageMaker, on the CPU. Of any other file the options given by `build` win, and the rest (GPU
     ids, CPU affinity, debug) is honoured."""
@@ -113,7 +113,7 @@ def validate_accelerate_config(environment: Mapping[str, str]) -> None:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise Refused(f"{path} is no YAML: {error}", hint=MOVE_CONFIG) from error
+        raise InvalidJob(f"{path} is no YAML: {error}", hint=MOVE_CONFIG) from error
     told = config if isinstance(config, dict) else {}
     other = [
         f"{key}: {told[key]}"
@@ -121,7 +121,7 @@ def validate_accelerate_config(environment: Mapping[str, str]) -> None:
         if told.get(key, ours[0]) not in ours
     ]
     if other:
-        raise Refused(
+        raise InvalidJob(
             f"{path} says {', '.join(other)}: another training than the job's", hint=MOVE_CONFIG
         )
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.wire.events import Failed, Writer, parse, whole_lines
+from trainer.wire.events import Failure, Writer, parse, whole_lines
 
 DONE, BROKEN, REFUSED, STOPPED, TERMINATED = 0, 1, 3, 4, 143
 EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # names EXIT_FILE's stand-in: each machine has its own
@@ -48,7 +48,7 @@ def is_reported(run: Path, since: float) -> bool:
             event = parse(line)
         except ValueError:  # cut at the tail's beginning
             continue
-        if isinstance(event, Failed) and event.t >= since:
+        if isinstance(event, Failure) and event.t >= since:
             return True
     return False
 
@@ -59,7 +59,7 @@ def report_refusal(run: Path, error: Exception) -> int:
     `error.hint` (what to do) and `error.samples` (file:line) are told where it has them."""
     hint, samples = getattr(error, "hint", ""), list(getattr(error, "samples", []))
     writer = Writer(run / "events.jsonl")
-    writer.write(Failed, reason=str(error), samples=samples, hint=hint)
+    writer.write(Failure, reason=str(error), samples=samples, hint=hint)
     writer.close()
     more = len(samples) - SHOWN
     shown = samples[:SHOWN] + ([f"... and {more} more, all in events.jsonl"] if more > 0 else [])

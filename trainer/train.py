@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainer.data.prepare import Refused
+from trainer.data.prepare import InvalidJob
 from trainer.data.template import TemplateError
 from trainer.loop import step
 from trainer.loop.checkpoint import CheckpointError
@@ -48,8 +48,8 @@ from trainer.wire.job import Job
 
 
 def run_job(path: Path) -> int:
-    """Trains, and returns the exit code. Raises Refused, ModelError, TemplateError, CheckpointError
-    before the first step, Stopped and ResultError after it."""
+    """Trains, and returns the exit code. Raises InvalidJob, ModelError, TemplateError,
+    CheckpointError before the first step, Stopped and ResultError after it."""
     stop, run = StopSignal(), path.resolve().parent
     job = Job.model_validate_json(path.read_bytes())
     if (run / "result" / "manifest.json").is_file():
@@ -89,7 +89,7 @@ def outcome_of(path: Path) -> Outcome:
     """Runs the job; whatever it raises becomes a sentence with a hint."""
     try:
         return Outcome(run_job(path))
-    except (Refused, ModelError, TemplateError, CheckpointError) as error:
+    except (InvalidJob, ModelError, TemplateError, CheckpointError) as error:
         return Outcome(REFUSED, error)
     except (Stopped, ResultError) as error:
         return Outcome(STOPPED, error)

@@ -228,9 +228,9 @@ def _lengths(job: Job, folder: Path, pushes: list[PushFile], notes: list[str]) -
     try:
         with _linked(folder, pushes):
             prepared = stage_rows.prepare(job, folder)
-    except prepare.Refused as e:
+    except prepare.InvalidJob as e:
         listed = "\n".join(f"  {s}" for s in grouped(e.samples))
-        kind = NotTokenised if isinstance(e, prepare.Unfetched) else PreflightError
+        kind = NotTokenised if isinstance(e, prepare.ModelMissing) else PreflightError
         raise kind(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
     except prompt.TemplateError as e:
         raise PreflightError(str(e)) from e
@@ -278,7 +278,7 @@ def _estimated(
         rows, defects = stage_rows.read(job, files)
     try:
         prepare.validate_rows(defects)
-    except prepare.Refused as e:
+    except prepare.InvalidJob as e:
         listed = "\n".join(f"  {s}" for s in e.samples)
         raise PreflightError(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
     if not rows:

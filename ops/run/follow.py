@@ -62,7 +62,7 @@ class _State:
 
     silent: Patience  # since the box last answered
     still: Patience  # since its last event
-    failure: events.Failed | None = None
+    failure: events.Failure | None = None
     stepped: bool = False  # this machine reached step 1: a later hang is the training's fault
     unreadable: int = 0  # lines that are not events
     window: int = scripts.POLL_BYTES  # bytes to ask for; grows for a long line
@@ -147,7 +147,7 @@ def _handle(session: Session, box: Box, state: _State, lines: list[str]) -> None
         state.unreadable += unreadable
     newest = next((e for e in reversed(found) if isinstance(e, events.Checkpoint)), None)
     for event in found:
-        state.failure = event if isinstance(event, events.Failed) else state.failure
+        state.failure = event if isinstance(event, events.Failure) else state.failure
         state.stepped = state.stepped or isinstance(event, events.Step)
         _record(session, event)
         if event is newest:
@@ -188,7 +188,7 @@ def _record(session: Session, event: events.Event) -> None:
             )
         case events.Warned():
             session.note("event", event="warning", message=event.message)
-        case events.Failed():
+        case events.Failure():
             session.note(
                 "event",
                 event="failed",
@@ -297,7 +297,7 @@ def newest_checkpoint(session: Session) -> Path | None:
     return max(complete, key=lambda p: int(p.name), default=None)
 
 
-def _record_end(session: Session, box: Box, code: int, failure: events.Failed | None) -> None:
+def _record_end(session: Session, box: Box, code: int, failure: events.Failure | None) -> None:
     session.note("ended", exit_code=code)
     if code == 0:
         return

@@ -21,7 +21,7 @@ from accelerate.utils import write_basic_config
 from tiny import events_of, manifest_of, step_reached, wait_for
 
 from trainer import launch
-from trainer.data.prepare import Refused
+from trainer.data.prepare import InvalidJob
 from trainer.wire.job import WIRE, Job
 
 Make = Callable[..., Path]
@@ -219,7 +219,7 @@ def test_a_config_of_accelerate_is_looked_for_where_accelerate_looks(
         path.parent.mkdir(parents=True)
         path.write_text("distributed_type: MEGATRON_LM\n")
         with pytest.raises(
-            Refused, match=f"{re.escape(str(path))} says distributed_type: MEGATRON_LM"
+            InvalidJob, match=f"{re.escape(str(path))} says distributed_type: MEGATRON_LM"
         ):
             launch.validate_accelerate_config(os.environ)
 

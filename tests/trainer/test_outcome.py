@@ -14,7 +14,7 @@ import torch
 from tiny import events_of, finish, start, write_model
 
 from trainer.data import batch
-from trainer.data.prepare import Refused
+from trainer.data.prepare import InvalidJob
 from trainer.loop import budget
 from trainer.outcome import Unexpected, is_reported
 from trainer.stages import sft
@@ -72,7 +72,7 @@ def test_a_reason_of_an_earlier_start_is_not_taken_for_this_ones(tmp_path: Path)
     assert not is_reported(tmp_path, 0.0)
     before = time.time()
     log = events.Writer(tmp_path / "events.jsonl")
-    log.write(events.Failed, reason="no memory")
+    log.write(events.Failure, reason="no memory")
     log.write(events.Warned, message="last words")
     log.close()
     assert is_reported(tmp_path, before - 1) and not is_reported(tmp_path, time.time() + 1)
@@ -103,9 +103,9 @@ def test_a_model_whose_size_cannot_be_told_is_refused(run_folder: Make, tmp_path
     fits = budget.solve(job, tmp_path / "odd", 100, 80.0, 1)
     assert fits is not None and fits[0] >= 100
     wrong = job.model_copy(update={"lora": job.lora.model_copy(update={"target_modules": ["q"]})})
-    with pytest.raises(Refused, match="target_modules: q is not among") as caught:
+    with pytest.raises(InvalidJob, match="target_modules: q is not among") as caught:
         budget.solve(wrong, tmp_path / "odd", 100, 80.0, 1)
     assert caught.value.hint
     (tmp_path / "odd" / "config.json").write_text("{}")
-    with pytest.raises(Refused, match="how much memory tiny/random needs cannot be told"):
+    with pytest.raises(InvalidJob, match="how much memory tiny/random needs cannot be told"):
         budget.solve(job, tmp_path / "odd", 100, 80.0, 1)

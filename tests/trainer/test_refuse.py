@@ -12,7 +12,7 @@ import pytest
 from chat_world import write_model_tokenizer
 from tiny import rows, write_model, write_tokenizer
 
-from trainer.data.prepare import Refused, prepare, prompt_ids
+from trainer.data.prepare import InvalidJob, prepare, prompt_ids
 from trainer.data.template import TemplateError, Turn
 from trainer.launch import main as launch
 from trainer.model.weights import validate_weights
@@ -27,8 +27,8 @@ def prepared(job: Path):
     return prepare(Job.model_validate_json(job.read_bytes()), job.parent)
 
 
-def refused(job: Path) -> Refused | TemplateError:
-    with pytest.raises((Refused, TemplateError)) as caught:
+def refused(job: Path) -> InvalidJob | TemplateError:
+    with pytest.raises((InvalidJob, TemplateError)) as caught:
         prepared(job)
     return caught.value
 
@@ -202,7 +202,7 @@ def test_a_model_folder_that_cannot_be_loaded_is_refused_with_what_to_do(
     folder: Path, spoil: Callable[[Path], object], said: str
 ) -> None:
     spoil(folder)
-    with pytest.raises(Refused, match=said) as caught:
+    with pytest.raises(InvalidJob, match=said) as caught:
         validate_weights(folder)
     assert caught.value.hint
 
@@ -217,7 +217,7 @@ def test_a_shard_that_the_index_names_and_nobody_pushed_is_named(folder: Path) -
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
-        Refused, match=r"1 of 2 files of weights: model-00002-of-00002\.safetensors"
+        InvalidJob, match=r"1 of 2 files of weights: model-00002-of-00002\.safetensors"
     ):
         validate_weights(folder)
 
@@ -227,7 +227,7 @@ def test_a_vocabulary_that_is_not_the_weights_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(
         json.dumps(config | {"vocab_size": config["vocab_size"] + 7})
     )
-    with pytest.raises(Refused, match="do not belong together") as caught:
+    with pytest.raises(InvalidJob, match="do not belong together") as caught:
         validate_weights(folder)
     assert str(config["vocab_size"]) in caught.value.hint
 
@@ -265,7 +265,7 @@ def test_a_thousand_bad_rows_do_not_fill_the_terminal_and_are_all_in_the_events(
     run_folder: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = run_folder(data=[*rows(4), *({"instruction": "a"} for _ in range(1000))])
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidJob) as caught:
         prepared(job)
     assert report_refusal(job.parent, caught.value) == 3
     lines = capsys.readouterr().err.splitlines()

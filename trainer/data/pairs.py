@@ -24,7 +24,7 @@ from trainer.data import files, formats
 from trainer.data.fields import Problem
 from trainer.data.files import Defect, Findings, Reading, Source
 from trainer.data.formats import Columns, Row
-from trainer.data.prepare import Reader, Refused, Rows, tokenise
+from trainer.data.prepare import InvalidJob, Reader, Rows, tokenise
 from trainer.data.template import Template, Turn
 from trainer.data.tokens import Vocabulary
 from trainer.wire.job import Job
@@ -294,7 +294,7 @@ def conversations(item: Row | Found) -> list[Row]:
 
 def tokenise_pairs(found: list[Pair], vocabulary: Vocabulary, template: Template, job: Job) -> Rows:
     """Rows 2k and 2k + 1 are the chosen and the rejected side of pair k, in which only the last
-    answer is trained; `extra["margin"]` is the pair's, on both. Raises Refused as
+    answer is trained; `extra["margin"]` is the pair's, on both. Raises InvalidJob as
     prepare.tokenise, and for data.over_length = "truncate"."""
     sides = [row for pair in found for row in conversations(pair)]
     rows, kept = _whole(sides, 2, vocabulary, template, job)
@@ -305,14 +305,16 @@ def tokenise_pairs(found: list[Pair], vocabulary: Vocabulary, template: Template
 def tokenise_tagged(
     found: list[Tagged], vocabulary: Vocabulary, template: Template, job: Job
 ) -> Rows:
-    """Rows in which only the last answer is trained; `extra["wanted"]` is 1 or 0. Raises Refused as
-    prepare.tokenise, for data.over_length = "truncate", and where all are of one kind."""
+    """Rows in which only the last answer is trained; `extra["wanted"]` is 1 or 0. Raises InvalidJob
+    as prepare.tokenise, for data.over_length = "truncate", and where all are of one kind."""
     plain = [row for tagged in found for row in conversations(tagged)]
     rows, kept = _whole(plain, 1, vocabulary, template, job)
     wanted = np.asarray([found[k].wanted for k in kept], np.float32)
     if len(kept) and wanted.min() == wanted.max():
         what = "wanted" if wanted[0] else "unwanted"
-        raise Refused(f"every answer is {what}: there is nothing to tell apart", hint="add others")
+        raise InvalidJob(
+            f"every answer is {what}: there is nothing to tell apart", hint="add others"
+        )
     return replace(rows, extra={"wanted": wanted})
 
 
@@ -322,21 +324,21 @@ def _whole(
     """(rows of groups of `size` that are short enough, the numbers of these groups)."""
     policy, most = job.data.over_length, job.data.max_length
     if policy == "truncate":
-        raise Refused(
+        raise InvalidJob(
             'data.over_length = "truncate" would cut an answer, and teach a model not to stop',
             hint='set data.over_length = "drop"',
         )
     last = {"max_length": 1 << 30, "over_length": "refuse", "train_on": "last"}
     rows = tokenise(sides, vocabulary, template, job.data.model_copy(update=last))
     if len(rows) != len(sides):
-        raise Refused(
+        raise InvalidJob(
             "answers that are not to be learned have no place among preferences", rows.notes
         )
     long = np.asarray(rows.lengths).reshape(-1, size).max(1, initial=0)
     over = np.flatnonzero(long > most)
     told = [f"{rows.where[k * size]}: {long[k]} tokens, data.max_length is {most}" for k in over]
     if len(over) and policy == "refuse":
-        raise Refused(
+        raise InvalidJob(
             f"{len(over)} of {len(long)} rows cannot be trained on",
             told,
             f'set data.max_length to {long.max()} (the longest row), or data.over_length to "drop"',

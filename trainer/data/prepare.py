@@ -52,7 +52,7 @@ EXTRA = "extra/"  # before the names of Rows.extra in the cache
 AT_ONCE = 4096  # rows tokenised together: the tokenizer spreads them over the cores
 
 
-class Refused(ValueError):
+class InvalidJob(ValueError):
     """The job cannot start: exit code 3. `samples` are file:line; `hint` is what to do."""
 
     def __init__(self, reason: str, samples: Sequence[str] = (), hint: str = "") -> None:
@@ -60,7 +60,7 @@ class Refused(ValueError):
         self.samples, self.hint = list(samples), hint
 
 
-class Unfetched(Refused):
+class ModelMissing(InvalidJob):
     """The base model is not on this machine, and the hub does not give it."""
 
 
@@ -118,7 +118,7 @@ class Prepared:
 @dataclass(frozen=True)
 class Reader:
     """How files become the rows of a stage: `read` as files.read_rows does, `tokenise` of the sound
-    rows, which may raise Refused. `kind` is part of the cache's key."""
+    rows, which may raise InvalidJob. `kind` is part of the cache's key."""
 
     kind: str
     read: Callable[
@@ -137,7 +137,7 @@ def model_folder(job: Job, run: Path, weights: bool = False) -> Path:
 
 def hub_folder(base: str, revision: str | None = None, weights: bool = False) -> Path:
     """Where the hub's cache has a model, fetched there when it is not (weights only when asked
-    for). Raises Unfetched."""
+    for). Raises ModelMissing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -146,7 +146,7 @@ def hub_folder(base: str, revision: str | None = None, weights: bool = False) ->
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Unfetched(
+        raise ModelMissing(
             f"{base} is not on this machine and could not be fetched from the hub: {why}",
             hint="check model.base and model.revision (a gated model needs HF_TOKEN); without a "
             "network, set model.base to the model's folder",
@@ -155,12 +155,12 @@ def hub_folder(base: str, revision: str | None = None, weights: bool = False) ->
 
 def prepare(job: Job, run: Path, reader: Reader | None = None) -> Prepared:
     """Checks and tokenises the job's data, as rows of answers unless a `reader` is given. Raises
-    Refused, with every defect, or TemplateError, before anything costs time or money."""
+    InvalidJob, with every defect, or TemplateError, before anything costs time or money."""
     reader = reader or ANSWERS
     validate_settings(job)
     folder = model_folder(job, run)
     if not folder.is_dir():
-        raise Refused(
+        raise InvalidJob(
             f"the base model's folder {job.model.path}/ is not in the run folder",
             hint="push it again, or correct model.path in job.json",
         )
@@ -196,7 +196,7 @@ def prepare(job: Job, run: Path, reader: Reader | None = None) -> Prepared:
             )
         write_cache(cache, rows)
     if not len(rows):
-        raise Refused(
+        raise InvalidJob(
             "no row is left to train on",
             rows.notes,
             "`python -m trainer.data FILE` says what each file holds",
@@ -207,7 +207,7 @@ def prepare(job: Job, run: Path, reader: Reader | None = None) -> Prepared:
 def validate_questions(
     rows: Sequence[Row], vocabulary: Vocabulary, template: Template, data: Data
 ) -> None:
-    """Raises Refused when the template cannot ask held-out rows, before the training that they
+    """Raises InvalidJob when the template cannot ask held-out rows, before the training that they
     are to score."""
     refused = []
     for row in rows:
@@ -218,7 +218,7 @@ def validate_questions(
         except TemplateError as error:
             refused.append(f"{row.where}: {error}")
     if refused:
-        raise Refused(
+        raise InvalidJob(
             f"{len(refused)} of {len(rows)} held-out rows cannot be asked",
             refused,
             "mend the rows above, or name another data.template",
@@ -232,9 +232,9 @@ def reading_of(data: Data) -> Reading:
 
 
 def validate_settings(job: Job) -> None:
-    """Raises Refused for settings that no card and no data could serve."""
+    """Raises InvalidJob for settings that no card and no data could serve."""
     if job.training.method != "lora" and job.model.precision not in ("fp32", "bf16"):
-        raise Refused(
+        raise InvalidJob(
             f'training.method = "{job.training.method}" changes base weights, which '
             f"{job.model.precision} cannot hold",
             hint='set model.precision = "bf16", or training.method = "lora"',
@@ -251,7 +251,7 @@ def job_template(job: Job, vocabulary: Vocabulary) -> Template:
 
 
 def validate_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
-    """Raises Refused when the tokenizer can emit ids that the model has no embedding for."""
+    """Raises InvalidJob when the tokenizer can emit ids that the model has no embedding for."""
     config = folder / "config.json"
     held = (
         json.loads(config.read_text(encoding="utf-8")).get("vocab_size")
@@ -259,7 +259,7 @@ def validate_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
         else None
     )
     if held is not None and vocabulary.size > held:
-        raise Refused(
+        raise InvalidJob(
             f"the tokenizer of {folder.name}/ has {vocabulary.size} ids, the model's "
             f"embedding {held}: they do not belong together",
             hint="take both from the same release of the model; tokens that were added need a "
@@ -268,17 +268,18 @@ def validate_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def validate_files(job: Job, run: Path) -> None:
-    """Raises Refused when a data file is missing or is not the one that the job was made with."""
+    """Raises InvalidJob when a data file is missing or is not the one that the job was made
+    with."""
     for file in [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]:
         path = run / file.path
         if not path.is_file():
-            raise Refused(
+            raise InvalidJob(
                 f"{file.name} is not in the run folder ({file.path})", hint="push the data again"
             )
         with open(path, "rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != file.sha256:
-            raise Refused(
+            raise InvalidJob(
                 f"{file.name} has sha256 {found[:12]}, job.json says {file.sha256[:12]}",
                 hint="push the data again, or make the job anew",
             )
@@ -287,7 +288,7 @@ def validate_files(job: Job, run: Path) -> None:
 def validate_rows(defects: Sequence[Defect]) -> None:
     if defects:
         many = "1 defect" if len(defects) == 1 else f"{len(defects)} defects"
-        raise Refused(
+        raise InvalidJob(
             f"{many} in the data",
             [str(d) for d in defects],
             "mend the rows above; `python -m trainer.data FILE` checks again",
@@ -346,7 +347,7 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, da
             if found.longest
             else "mend the rows above, or name another data.template"
         )
-        raise Refused(
+        raise InvalidJob(
             f"{len(found.refused)} of {len(rows)} rows cannot be trained on", found.refused, hint
         )
     return found.rows(data.enable_thinking)

@@ -19,7 +19,7 @@ from trainer.data import files, formats
 from trainer.data.fields import Problem
 from trainer.data.files import Defect, Findings, Reading, Source
 from trainer.data.formats import Columns, Row
-from trainer.data.prepare import Reader, Refused, Rows
+from trainer.data.prepare import InvalidJob, Reader, Rows
 from trainer.data.render import prompt
 from trainer.data.template import Template, TemplateError, Turn
 from trainer.data.tokens import Vocabulary, encode
@@ -106,8 +106,8 @@ def _examine(source: Source, findings: Findings) -> Iterator[Row]:
 def tokenise_prompts(
     found: list[Row], vocabulary: Vocabulary, template: Template, job: Job
 ) -> Rows:
-    """Prompts up to where the model answers, nothing in them trained. Raises Refused for what the
-    template refuses and, as data.over_length says, for prompts of more than data.max_length."""
+    """Prompts up to where the model answers, nothing in them trained. Raises InvalidJob for what
+    the template refuses and, as data.over_length says, for prompts of more than data.max_length."""
     texts, refused, notes = [], [], []
     flag = job.data.enable_thinking
     for row in found:
@@ -116,13 +116,13 @@ def tokenise_prompts(
         except TemplateError as error:
             refused.append(f"{row.where}: {error}")
     if refused:
-        raise Refused(f"{len(refused)} prompts cannot be asked", refused, "mend the rows above")
+        raise InvalidJob(f"{len(refused)} prompts cannot be asked", refused, "mend the rows above")
     ids = [np.asarray(i, np.int32) for i, _ in encode(vocabulary, template, texts)]
     long = [k for k, one in enumerate(ids) if len(one) > job.data.max_length]
     for k in long:
         notes.append(f"{found[k].where}: {len(ids[k])} tokens, more than data.max_length")
     if long and job.data.over_length != "drop":
-        raise Refused(
+        raise InvalidJob(
             f"{len(long)} prompts are too long", notes, 'set data.over_length = "drop", or raise it'
         )
     kept = [k for k in range(len(ids)) if k not in set(long)]

@@ -29,7 +29,7 @@ def reader_of(job: Job) -> Reader:
 
 
 def prepare(job: Job, run: Path) -> Prepared:
-    """Checks and tokenises the job's data for its stage. Raises Refused, with every defect, or
+    """Checks and tokenises the job's data for its stage. Raises InvalidJob, with every defect, or
     TemplateError, before anything costs time or money."""
     return rows.prepare(job, run, reader_of(job))
 
@@ -43,7 +43,7 @@ def read(job: Job, files: Sequence[tuple[Path, str]]) -> tuple[list[Row], list[D
 
 def tokenised(file: DataFile, job: Job, run: Path, data: Prepared) -> Rows:
     """The rows of another file of the job (held-out ones), made as those of `data` were. Raises
-    Refused with its defects."""
+    InvalidJob with its defects."""
     reader = reader_of(job)
     found, defects = reader.read([(run / file.path, file.name)], rows.reading_of(job.data), None)
     rows.validate_rows(defects)

@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.data.files import read_rows
 from trainer.data.formats import Row
-from trainer.data.prepare import AT_ONCE, Reader, Refused, Rows, tokenise
+from trainer.data.prepare import AT_ONCE, InvalidJob, Reader, Rows, tokenise
 from trainer.data.template import Template
 from trainer.data.tokens import Vocabulary
 from trainer.wire.job import Job
@@ -49,7 +49,7 @@ def tokenise_documents(
     found: Sequence[Row], vocabulary: Vocabulary, template: Template, job: Job
 ) -> Rows:
     """Texts as windows, conversations as they are. `extra["bytes"]` are the bytes of UTF-8 that a
-    row's targets stand for, `extra["document"]` the number of its document. Raises Refused for
+    row's targets stand for, `extra["document"]` the number of its document. Raises InvalidJob for
     texts that hold a special token, and for what prepare.tokenise refuses."""
     most, chats = job.data.max_length, [row for row in found if row.turns]
     texts = [row for row in found if not row.turns]
@@ -61,13 +61,13 @@ def tokenise_documents(
     overlap = job.pt.overlap if prefix else max(1, job.pt.overlap)
     room = most - len(prefix) - 1  # one for the end token
     if room <= 2 * overlap:
-        raise Refused(
+        raise InvalidJob(
             f"windows of {most} tokens leave no room beside pt.overlap = {overlap}",
             hint="raise data.max_length, or lower pt.overlap",
         )
     faults = [f"{row.where}: {fault}" for row in texts if (fault := _fault(row, vocabulary))]
     if faults:
-        raise Refused(f"{len(faults)} texts cannot be trained on", faults, "mend the rows above")
+        raise InvalidJob(f"{len(faults)} texts cannot be trained on", faults, "mend the rows above")
     for start in range(0, len(texts), AT_ONCE):
         group = texts[start : start + AT_ONCE]
         codings = vocabulary.tokenizer.encode_batch(
@@ -77,7 +77,7 @@ def tokenise_documents(
             ends = [b for _, b in coding.offsets]
             cuts = windows(ends, row.text, room, overlap)
             if not cuts:
-                raise Refused(f"{row.where}: the tokenizer makes no token of this text")
+                raise InvalidJob(f"{row.where}: the tokenizer makes no token of this text")
             for low, begin, end in cuts:
                 last = [eos] if end == len(ends) else []
                 own = row.text[ends[begin - 1] if begin else 0 : ends[end - 1]]

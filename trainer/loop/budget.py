@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trainer import memory
-from trainer.data.prepare import Refused
+from trainer.data.prepare import InvalidJob
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
@@ -20,15 +20,15 @@ def micro_batch(
     job: Job, base: Path, longest: int, device: torch.device, world: int
 ) -> tuple[int, int]:
     """(tokens of a micro-batch, layers to recompute in backward) that `device` holds, where the
-    longest row has `longest` tokens and `world` processes share the work. Raises Refused when none
-    fits, or when the model's config.json does not tell how large it is."""
+    longest row has `longest` tokens and `world` processes share the work. Raises InvalidJob when
+    none fits, or when the model's config.json does not tell how large it is."""
     if device.type != "cuda":
         return CPU_TOKENS, 0
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30
     solved = solve(job, base, longest, capacity, world)
     if solved is None:
         name = torch.cuda.get_device_name(device)
-        raise Refused(
+        raise InvalidJob(
             f"{job.model.base} in {job.model.precision} with rows of {longest} tokens does not fit "
             f"{name} ({capacity:.0f} GiB)",
             hint='lower data.max_length, set model.precision = "nf4", '
@@ -40,7 +40,7 @@ def micro_batch(
 def solve(
     job: Job, base: Path, longest: int, capacity_gib: float, world: int
 ) -> tuple[int, int] | None:
-    """memory.solve for this job on a card of `capacity_gib`. Raises Refused for a config.json or
+    """memory.solve for this job on a card of `capacity_gib`. Raises InvalidJob for a config.json or
     target_modules that it cannot reckon with."""
     lora, training = job.lora, job.training
     try:
@@ -62,7 +62,7 @@ def solve(
             **STAGES[job.stage].memory,
         )
     except ValueError as why:
-        raise Refused(
+        raise InvalidJob(
             f"how much memory {job.model.base} needs cannot be told: {why}",
             hint="name a base model of a known family, or correct the setting that is named here",
         ) from why

@@ -48,13 +48,13 @@ class Stage(ABC):
     ranks: Ranks
 
     def __init__(self, job: Job, run: Path) -> None:
-        """Reads the data and sets `total_steps`. Raises Refused, TemplateError, Stopped."""
+        """Reads the data and sets `total_steps`. Raises InvalidJob, TemplateError, Stopped."""
         self.job, self.run = job, run
 
     @abstractmethod
     def load(self, ranks: Ranks) -> None:
         """Sets `base`, `model`, `kernels` and `ranks`, and places the model. Raises ModelError,
-        Refused."""
+        InvalidJob."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters to train, by name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trainer.data.prepare import Refused
+from trainer.data.prepare import InvalidJob
 
 EMBEDDINGS = (
     "embed_tokens.weight",
@@ -21,11 +21,11 @@ EMBEDDINGS = (
 
 
 def validate_weights(folder: Path) -> None:
-    """Raises Refused for a model folder that transformers could not load: files missing or cut, or
-    a vocabulary that is not the weights'."""
+    """Raises InvalidJob for a model folder that transformers could not load: files missing or cut,
+    or a vocabulary that is not the weights'."""
     config = _read(folder, "config.json")
     if not config.get("model_type"):
-        raise Refused(
+        raise InvalidJob(
             f"{folder.name}/config.json names no model_type",
             hint="take config.json from the model's own release",
         )
@@ -35,7 +35,7 @@ def validate_weights(folder: Path) -> None:
     for name, shape in shapes.items():
         held = config.get("vocab_size")
         if name.endswith(EMBEDDINGS) and isinstance(held, int) and shape[0] != held:
-            raise Refused(
+            raise InvalidJob(
                 f"{folder.name}/config.json says that the vocabulary has {held} ids, {name} "
                 f"has {shape[0]}: they do not belong together",
                 hint="take both from the same release of the model; if the embedding was "
@@ -45,19 +45,19 @@ def validate_weights(folder: Path) -> None:
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     if not folder.is_dir():
-        raise Refused(
+        raise InvalidJob(
             f"the base model's folder {folder.name}/ is not in the run folder",
             hint="push it again, or correct model.path in job.json",
         )
     if not (folder / name).is_file():
-        raise Refused(
+        raise InvalidJob(
             f"{folder.name}/ has no {name}: it is not a model that transformers saved",
             hint="push the model's whole folder",
         )
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Refused(
+        raise InvalidJob(
             f"{folder.name}/{name} is not JSON ({error})", hint="fetch it again"
         ) from error
     return found if isinstance(found, dict) else {}
@@ -70,7 +70,7 @@ def _files(folder: Path) -> list[Path]:
         names = {p.name for p in folder.glob("*.safetensors")}
         if not names:
             old = next((p.name for p in folder.glob("*.bin")), "")
-            raise Refused(
+            raise InvalidJob(
                 f"{folder.name}/ has no weights (*.safetensors)"
                 + (f", only {old}, which may run code when it is opened" if old else ""),
                 hint="save the model again with save_pretrained, which writes safetensors"
@@ -81,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
     names = set(_read(folder, index).get("weight_map", {}).values())
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
-        raise Refused(
+        raise InvalidJob(
             f"{folder.name}/ lacks {len(missing)} of {len(names)} files of weights: {missing[0]}",
             hint="push or fetch the model again",
         )
@@ -97,7 +97,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
                 if name.endswith(EMBEDDINGS)
             }
     except (OSError, SafetensorError) as error:
-        raise Refused(
+        raise InvalidJob(
             f"{path.parent.name}/{path.name} ({path.stat().st_size:,} bytes) is not a whole "
             f"safetensors file: {error}",
             hint="push or fetch it again, and compare its sha256 with the release's",

@@ -333,7 +333,7 @@ def certified_merge(
 
 def texts_of(adapter: Path, base: Path, file: Path) -> list[str]:
     """The first TEXTS rows of `file`, question and answer as the adapter was trained on them.
-    Raises Refused for rows that cannot be read, TemplateError."""
+    Raises InvalidJob for rows that cannot be read, TemplateError."""
     rows, defects = read_rows([(file, file.name)])
     validate_rows(defects)
     data = open_words(adapter, base)

@@ -84,7 +84,7 @@ def open_words(adapter: Path, base: Path) -> Prepared:
 
 def base_folder(named: str) -> Path:
     """The folder of a base model: `named` is a folder, or a hub id (ID@REVISION), which is fetched
-    where the hub's cache has it not. Raises Unfetched, ModelError."""
+    where the hub's cache has it not. Raises ModelMissing, ModelError."""
     path = Path(named).expanduser()
     if path.is_dir():
         return path

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import batch, packing
-from trainer.data.prepare import Refused, Rows
+from trainer.data.prepare import InvalidJob, Rows
 from trainer.loop.guards import Expected, Stopped
 from trainer.loop.ranks import Ranks
 from trainer.model.load import target_log_probs
@@ -121,7 +121,7 @@ class Referenced(Stage):
 
     def __init__(self, job: Job, run: Path) -> None:
         if job.lora.lora_dropout:
-            raise Refused(
+            raise InvalidJob(
                 f"stage {job.stage} compares the model with its start, which dropout blurs",
                 hint="set lora.lora_dropout = 0",
             )

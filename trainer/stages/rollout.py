@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import batch, stage_rows
-from trainer.data.prepare import Refused, Rows
+from trainer.data.prepare import InvalidJob, Rows
 from trainer.loop.guards import Expected, Stopped
 from trainer.model.decode import Answer, Sampling, generate
 from trainer.stages import compared, measured
@@ -68,7 +68,7 @@ class Stage(compared.Stage):
 
     def __init__(self, job: Job, run: Path, settings: Rollouts, updates: int) -> None:
         if job.lora.lora_dropout:
-            raise Refused(
+            raise InvalidJob(
                 f"stage {job.stage} learns from what the model says, which dropout blurs",
                 hint="set lora.lora_dropout = 0",
             )

@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 Progress = Callable[[str], None]
 
 
-class Refused(ValueError):
+class InvalidCheckpoint(ValueError):
     """A file that is not converted; ``hint`` says what to do."""
 
     def __init__(self, message: str, hint: str) -> None:
@@ -33,9 +33,8 @@ class Refused(ValueError):
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of one file by name, mapped into memory and not yet read.
 
-    Raises Refused for a torn file, for a pickle that names anything but tensors, and for a tensor
-    that reaches outside of its storage.
-    """
+    Raises InvalidCheckpoint for a torn file, for a pickle that names anything but tensors, and for
+    a tensor that reaches outside of its storage."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -44,7 +43,7 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise Refused(
+        raise InvalidCheckpoint(
             f"{path.name}: its pickle names more than tensors, so it is refused: {_short(error)}",
             "get the weights from where they were published; this file can run code",
         ) from error
@@ -102,9 +101,9 @@ def write(
 
 
 def new_folder(target: Path) -> None:
-    """Make ``target``; raises Refused where it holds something."""
+    """Make ``target``; raises InvalidCheckpoint where it holds something."""
     if target.exists() and any(target.iterdir()):
-        raise Refused(f"{target} is not empty", "name a new folder")
+        raise InvalidCheckpoint(f"{target} is not empty", "name a new folder")
     target.mkdir(parents=True, exist_ok=True)
 
 
@@ -122,7 +121,7 @@ def main(convert: Callable[[Path, Path, Progress], list[Path]], usage: str) -> i
         shards = convert(
             Path(sys.argv[1]), Path(sys.argv[2]), lambda line: print(line, file=sys.stderr)
         )
-    except Refused as error:
+    except InvalidCheckpoint as error:
         print(f"refused: {error}\ndo this: {error.hint}", file=sys.stderr)
         return 2
     print(*shards, sep="\n")
@@ -135,14 +134,14 @@ def _validate_bounds(path: Path, name: object, tensor: object) -> None:
     there = tensor.untyped_storage().nbytes()
     last = tensor.storage_offset() + tensor.numel()
     if not tensor.is_contiguous() or last * tensor.element_size() > there:
-        raise Refused(
+        raise InvalidCheckpoint(
             f"{path.name}: {name} reaches outside of its {there:,} bytes, or is no plain tensor",
             "get the weights from where they were published",
         )
 
 
-def _torn(path: Path, error: Exception) -> Refused:
-    return Refused(
+def _torn(path: Path, error: Exception) -> InvalidCheckpoint:
+    return InvalidCheckpoint(
         f"{path.name} is not a whole checkpoint: {_short(error)}", "download it again: it broke off"
     )
 

@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from torch import Tensor
 
 from trainer.tools import checkpoint
-from trainer.tools.checkpoint import Progress, Refused
+from trainer.tools.checkpoint import InvalidCheckpoint, Progress
 
 SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")  # of ChatGLM3
@@ -59,9 +59,9 @@ def convert(
     """Write config.json, safetensors and tokenizer.json into the new folder ``target``; returns the
     shards.
 
-    Every weight keeps its precision and its bits. Raises Refused for a model that is none of these,
-    a missing or torn file, or a pickle that names anything but tensors. Memory: one shard.
-    """
+    Every weight keeps its precision and its bits. Raises InvalidCheckpoint for a model that is none
+    of these, a missing or torn file, or a pickle that names anything but tensors. Memory: one
+    shard."""
     theirs = _json(source / "config.json")
     if MARK in theirs:
         return _back(source, target, theirs, progress, shard_bytes)
@@ -80,9 +80,10 @@ def convert(
 
 
 def qwen2_config(theirs: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the converted model from ChatGLM's; raises Refused for another model."""
+    """config.json of the converted model from ChatGLM's; raises InvalidCheckpoint for another
+    model."""
     if theirs.get("model_type") != "chatglm" or "multi_query_group_num" not in theirs:
-        raise Refused(
+        raise InvalidCheckpoint(
             "this is not ChatGLM2 or ChatGLM3 (ChatGLM-6B, the first, is another model, with "
             "positions in two dimensions)",
             FIRST,
@@ -96,7 +97,7 @@ def qwen2_config(theirs: dict[str, Any]) -> dict[str, Any]:
         ("multi_query_attention", True),
     ):
         if theirs.get(key) is not wanted:
-            raise Refused(
+            raise InvalidCheckpoint(
                 f"config.json says {key} = {theirs.get(key)}, ChatGLM2 has {wanted}", FIRST
             )
     size, length = int(theirs["kv_channels"]), int(theirs["seq_length"])
@@ -156,7 +157,8 @@ def reorder(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The files of weights, safetensors before pickles; raises Refused where one is missing."""
+    """The files of weights, safetensors before pickles; raises InvalidCheckpoint where one is
+    missing."""
     for pattern, index in (
         ("*.safetensors", checkpoint.INDEX),
         ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -170,16 +172,20 @@ def weight_files(source: Path) -> list[Path]:
             else set()
         )
         if lost := sorted(named - {path.name for path in found}):
-            raise Refused(f"{index} names {lost[0]}, which is not there", "download it again")
+            raise InvalidCheckpoint(
+                f"{index} names {lost[0]}, which is not there", "download it again"
+            )
         return [path for path in found if not named or path.name in named]
-    raise Refused(f"{source} has neither safetensors nor pytorch_model*.bin", "download it again")
+    raise InvalidCheckpoint(
+        f"{source} has neither safetensors nor pytorch_model*.bin", "download it again"
+    )
 
 
 def read_tokenizer(path: Path, roles: bool) -> Tokenizer:
     """The tokenizer of a sentencepiece model of byte-pair encoding; ``roles`` adds ChatGLM3's.
 
     Ids of special tokens follow the pieces; one that is a piece too is called <sop>. Raises
-    Refused where the file is of another kind.
+    InvalidCheckpoint where the file is of another kind.
     """
     from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
@@ -187,10 +193,10 @@ def read_tokenizer(path: Path, roles: bool) -> Tokenizer:
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError, or a missing file
-        raise Refused(f"{path.name} is no sentencepiece model: {error}", FIRST) from error
+        raise InvalidCheckpoint(f"{path.name} is no sentencepiece model: {error}", FIRST) from error
     spec, pieces = proto.normalizer_spec, proto.pieces
     if proto.trainer_spec.model_type != 2 or spec.remove_extra_whitespaces or not pieces:
-        raise Refused(f"{path.name} is no sentencepiece model of ChatGLM2's kind", FIRST)
+        raise InvalidCheckpoint(f"{path.name} is no sentencepiece model of ChatGLM2's kind", FIRST)
     special = [*SPECIAL, *(ROLES if roles else ())]
     vocab = {piece.piece: number for number, piece in enumerate(pieces)}
     scores = {x.piece: x.score for x in pieces if x.type in (NORMAL, USER_DEFINED)}
@@ -236,7 +242,7 @@ def _converted(
     """The tensors under their new names; the names are checked before the first is made."""
     names = {name for part in parts for name in part if name != DROPPED}
     if prefix := [name for name in names if name.startswith("transformer.prefix_encoder.")]:
-        raise Refused(f"{prefix[0]}: this is a P-Tuning checkpoint, no base model", FIRST)
+        raise InvalidCheckpoint(f"{prefix[0]}: this is a P-Tuning checkpoint, no base model", FIRST)
     wanted = set(TOP)
     for number in range(config["num_hidden_layers"]):
         wanted |= {
@@ -250,7 +256,9 @@ def _converted(
         }
     if odd := sorted(wanted ^ names):
         word = "has no" if odd[0] in wanted else "has a tensor that ChatGLM2 has not:"
-        raise Refused(f"the checkpoint {word} {odd[0]} ({len(odd)} differ)", "download it again")
+        raise InvalidCheckpoint(
+            f"the checkpoint {word} {odd[0]} ({len(odd)} differ)", "download it again"
+        )
     order = row_order(config["head_dim"])
     query = config["num_attention_heads"] * config["head_dim"]
     key = config["num_key_value_heads"] * config["head_dim"]
@@ -345,9 +353,11 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read: {error}", "download the model again") from error
+        raise InvalidCheckpoint(
+            f"{path} cannot be read: {error}", "download the model again"
+        ) from error
     if not isinstance(found, dict):
-        raise Refused(f"{path} is no JSON object", "download the model again")
+        raise InvalidCheckpoint(f"{path} is no JSON object", "download the model again")
     return found
 
 

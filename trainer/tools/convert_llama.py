@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trainer.tools import checkpoint
-from trainer.tools.checkpoint import Progress, Refused
+from trainer.tools.checkpoint import InvalidCheckpoint, Progress
 
 PRECISIONS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 ROWS, COLUMNS, WHOLE = 0, 1, None  # how a tensor was cut for model parallelism
@@ -51,13 +51,14 @@ def convert(
     """Write config.json, safetensors and the tokenizer into the new folder ``target``; returns the
     shards.
 
-    Every weight keeps its precision and its bits. Raises Refused for a missing or torn file, a
-    tensor that the layout does not have, or a pickle that names anything but tensors. Memory: one
-    shard.
-    """
+    Every weight keeps its precision and its bits. Raises InvalidCheckpoint for a missing or torn
+    file, a tensor that the layout does not have, or a pickle that names anything but tensors.
+    Memory: one shard."""
     params, files = _read_params(source), sorted(source.glob("consolidated.*.pth"))
     if not files:
-        raise Refused(f"{source} has no consolidated.NN.pth", "name the folder of one size: 7B")
+        raise InvalidCheckpoint(
+            f"{source} has no consolidated.NN.pth", "name the folder of one size: 7B"
+        )
     parts = [checkpoint.read(file) for file in files]
     names = _common_names(parts, files)
     config = _config(params, parts)
@@ -80,7 +81,7 @@ def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
 def _common_names(parts: Parts, files: list[Path]) -> list[str]:
     for part, file in zip(parts[1:], files[1:], strict=True):
         if odd := parts[0].keys() ^ part.keys():
-            raise Refused(
+            raise InvalidCheckpoint(
                 f"{file.name} and {files[0].name} differ in {sorted(odd)[0]}", "download them again"
             )
     return sorted((name for name in parts[0] if not name.endswith("rope.freqs")), key=_order)
@@ -107,7 +108,7 @@ def _read_params(source: Path) -> dict[str, Any]:
         params: dict[str, Any] = json.loads((source / "params.json").read_text())
         return params | {key: int(params[key]) for key in ("dim", "n_layers", "n_heads")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(
+        raise InvalidCheckpoint(
             f"{source / 'params.json'} cannot be read: {error}",
             "name the folder of one size, as LLaMA/7B",
         ) from error
@@ -119,7 +120,7 @@ def _new_name(name: str) -> tuple[str, int | None]:
     if (found := re.fullmatch(r"layers\.(\d+)\.(.+)", name)) and found[2] in LAYER:
         new, axis = LAYER[found[2]]
         return f"model.layers.{found[1]}.{new}", axis
-    raise Refused(
+    raise InvalidCheckpoint(
         f"the checkpoint has a tensor {name!r}, which LLaMA's layout has not",
         "only LLaMA's own .pth files are converted",
     )
@@ -141,12 +142,12 @@ def _config(params: dict[str, Any], parts: Parts) -> dict[str, Any]:
         width = len(parts[0]["norm.weight"])
         precision = PRECISIONS[output.dtype]
     except KeyError as error:
-        raise Refused(
+        raise InvalidCheckpoint(
             f"the checkpoint has no {error}: it is not one of LLaMA's", "download it again"
         ) from error
     layers = {int(found[1]) for name in parts[0] if (found := re.match(r"layers\.(\d+)\.", name))}
     if len(layers) != params["n_layers"]:
-        raise Refused(
+        raise InvalidCheckpoint(
             f"params.json says {params['n_layers']} layers, the checkpoint has {len(layers)}",
             "download it again",
         )

@@ -97,7 +97,7 @@ class Warned(_Event):
     message: str
 
 
-class Failed(_Event):
+class Failure(_Event):
     """The trainer stopped itself: what, the samples it saw (file:line), and what to do."""
 
     event: Literal["failed"] = "failed"
@@ -127,13 +127,24 @@ Event = (
     | Score
     | Measured
     | Warned
-    | Failed
+    | Failure
     | Finished
     | Unknown
 )
 _KNOWN = {
     c.model_fields["event"].default: c
-    for c in (Loading, Started, Step, Checkpoint, Sample, Score, Measured, Warned, Failed, Finished)
+    for c in (
+        Loading,
+        Started,
+        Step,
+        Checkpoint,
+        Sample,
+        Score,
+        Measured,
+        Warned,
+        Failure,
+        Finished,
+    )
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import adapter_sha256, events_of, finish, manifest_of, start
 
-from trainer.data.prepare import Refused
+from trainer.data.prepare import InvalidJob
 from trainer.data.stage_rows import prepare
 from trainer.loop.guards import Stopped
 from trainer.stages import compared, rm
@@ -170,27 +170,27 @@ def test_over_length_pairs_are_refused_or_dropped_whole_and_never_cut(stage_run:
         job = stage_run("dpo", long, settings, **SETTINGS)
         return prepare(Job.model_validate_json(job.read_bytes()), job.parent).rows
 
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(InvalidJob) as refused:
         rows("refuse")
     assert any(s.startswith("train.jsonl:19: ") for s in refused.value.samples)
     kept = rows("drop")
     assert len(kept) % 2 == 0 and "train.jsonl:19" not in kept.where
     assert any(n.startswith("train.jsonl:19: ") and n.endswith("dropped") for n in kept.notes)
     assert all(ids[-1] == 2 for ids in np.split(kept.ids, kept.starts[1:-1]))
-    with pytest.raises(Refused, match="would cut an answer"):
+    with pytest.raises(InvalidJob, match="would cut an answer"):
         rows("truncate")
 
 
 def test_tags_of_one_kind_alone_teach_nothing(stage_run: Make) -> None:
     job = stage_run("kto", [row | {"kto_tag": True} for row in TAGGED])
-    with pytest.raises(Refused, match="every answer is wanted"):
+    with pytest.raises(InvalidJob, match="every answer is wanted"):
         prepare(Job.model_validate_json(job.read_bytes()), job.parent)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_dropout_would_blur_the_comparison_and_is_refused(stage: str, stage_run: Make) -> None:
     job = stage_run(stage, ROWS[stage], lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.1})
-    with pytest.raises(Refused, match="which dropout blurs"):
+    with pytest.raises(InvalidJob, match="which dropout blurs"):
         run_job(job)
 
 

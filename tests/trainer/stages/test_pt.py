@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import events_of, finish, manifest_of, start
 
-from trainer.data.prepare import Prepared, Refused
+from trainer.data.prepare import InvalidJob, Prepared
 from trainer.data.stage_rows import prepare
 from trainer.data.windows import windows
 from trainer.train import run_job
@@ -125,14 +125,14 @@ def test_conversations_among_the_texts_are_trained_as_fine_tuning_does(stage_run
     ],
 )
 def test_a_faulty_text_is_refused_by_line(stage_run: Make, row: object, said: str) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidJob) as caught:
         prepared(stage_run("pt", [*TEXTS, row]))
     assert "train.jsonl:4" in str(caught.value.samples) and said in str(caught.value.samples)
 
 
 def test_windows_smaller_than_their_overlap_are_refused(stage_run: Make) -> None:
     job = stage_run("pt", TEXTS, {"max_length": 16}, pt={"overlap": 8})
-    with pytest.raises(Refused, match=r"leave no room beside pt\.overlap"):
+    with pytest.raises(InvalidJob, match=r"leave no room beside pt\.overlap"):
         prepared(job)
 
 

@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from trainer import families
 from trainer.tools import checkpoint
-from trainer.tools.checkpoint import Refused
+from trainer.tools.checkpoint import InvalidCheckpoint
 from trainer.tools.convert_chatglm import convert, read_tokenizer, row_order
 
 HIDDEN, LAYERS, HEADS, GROUPS, SIZE, WIDE = 96, 3, 6, 2, 16, 160
@@ -294,7 +294,7 @@ def test_transformers_opens_the_tokenizer_of_the_converted_folder(tmp_path: Path
 
 
 def refused(tmp_path: Path, source: Path) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidCheckpoint) as caught:
         convert(source, tmp_path / "out", quiet)
     assert not (tmp_path / "out").exists() and caught.value.hint
     return str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ops.image.fetch.models import check
-from trainer.tools.checkpoint import Refused, read
+from trainer.tools.checkpoint import InvalidCheckpoint, read
 from trainer.tools.convert_llama import convert
 
 DIM, LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 32, 2, 4, 2, 48, 96
@@ -170,7 +170,7 @@ def test_a_pickle_that_names_anything_but_tensors_is_refused_before_it_runs(tmp_
 
     folder = save(tmp_path / "7B", weights(torch.float16))
     rewritten(folder / "consolidated.00.pth", pickle.dumps({"x": Evil()}, protocol=2))
-    with pytest.raises(Refused, match="its pickle names more than tensors"):
+    with pytest.raises(InvalidCheckpoint, match="its pickle names more than tensors"):
         convert(folder, tmp_path / "hf", quiet)
     assert not (tmp_path / "owned").exists()
 
@@ -224,7 +224,7 @@ def hostile(folder, size, stride, offset):
 )
 def test_a_tensor_that_reaches_outside_of_its_bytes_is_refused(tmp_path, size, stride, offset):
     path = hostile(save(tmp_path / "7B", weights(torch.float16)), size, stride, offset)
-    with pytest.raises(Refused, match=r"consolidated\.00\.pth"):
+    with pytest.raises(InvalidCheckpoint, match=r"consolidated\.00\.pth"):
         read(path)
 
 
@@ -237,12 +237,12 @@ def test_a_checkpoint_that_broke_off_is_named(tmp_path):
     folder = save(tmp_path / "7B", weights(torch.float16))
     whole = (folder / "consolidated.00.pth").read_bytes()
     (folder / "consolidated.00.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Refused, match=r"consolidated\.00\.pth is not a whole checkpoint"):
+    with pytest.raises(InvalidCheckpoint, match=r"consolidated\.00\.pth is not a whole checkpoint"):
         convert(folder, tmp_path / "hf", quiet)
 
 
 def test_a_folder_without_a_checkpoint_says_which_folder_to_name(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidCheckpoint) as caught:
         convert(tmp_path, tmp_path / "hf", quiet)
     assert "7B" in caught.value.hint
