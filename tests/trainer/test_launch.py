@@ -45,7 +45,7 @@ def test_it_wants_one_job_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_job_runs_from_its_folder_and_ends_with_zero(run_folder: Make, processes: int) -> None:
     job = run_folder(processes=processes, training={"max_steps": 4})
     done = subprocess.run(
@@ -76,7 +76,9 @@ def test_bad_data_is_told_before_torch_is_imported(run_folder: Make, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "everybody", [False, True], ids=["the command alone", "each of its processes"]
+    "everybody",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["the command alone", "each of its processes"],
 )
 # test_resume.py stops two processes in the quick suite
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])

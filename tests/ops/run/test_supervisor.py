@@ -403,8 +403,15 @@ def held_in(stage: str, own: rig.Rig, monkeypatch: pytest.MonkeyPatch) -> str:
 STAGES = pytest.mark.parametrize("stage", ["train", "pull"])
 
 
-@STAGES
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("how", "stage"),
+    [
+        pytest.param(signal.SIGKILL, "train", id="SIGKILL-train"),
+        pytest.param(signal.SIGKILL, "pull", id="SIGKILL-pull", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, "train", id="SIGSTOP-train", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, "pull", id="SIGSTOP-pull"),
+    ],
+)
 def test_with_finish_the_same_box_brings_the_adapter_home_after_any_silence(
     own: rig.Rig,
     fake: FakeVast,

@@ -51,8 +51,10 @@ def train(job: Path, path: str = "", **environment: str) -> None:
     ("environment", "mode"),
     [
         ({}, "offline"),
-        ({"WANDB_API_KEY": "k"}, "online"),
-        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        pytest.param({"WANDB_API_KEY": "k"}, "online", marks=pytest.mark.slow),
+        pytest.param(
+            {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_weights_and_biases_gets_every_told_step_and_no_data(

@@ -67,7 +67,7 @@ def every_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.loop.progress.EVENT_EVERY_S", 0.0)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_killed_again_and_again_ends_in_the_same_bytes(run_folder: Make, world: int) -> None:
     expected = straight(run_folder, world)
     found, resumed = killed(run_folder, world, [1, 9, 23])
@@ -87,7 +87,7 @@ def test_a_hundred_kills_at_random_steps_end_in_the_same_bytes(
         assert found == expected and resumed >= 3
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_within_two_seconds_on_all_ranks_and_the_run_goes_on(
     run_folder: Make, world: int
 ) -> None:

@@ -142,7 +142,7 @@ def test_two_processes_give_the_metrics_of_one(run_folder: Make, pairs: None) ->
         assert [e[name] for e in steps(two)] == pytest.approx(expected, abs=1e-4), name
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stage_finds_its_own_tensors_again_and_ends_in_the_same_bytes(
     run_folder: Make, pairs: None, world: int
 ) -> None:

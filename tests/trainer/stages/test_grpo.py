@@ -80,7 +80,7 @@ def test_two_processes_draw_the_answers_of_one(stage_run: Make, every_step_told:
         assert [e[name] for e in steps(two)][:3] == pytest.approx(expected, abs=1e-4), name
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("iterations", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_killed_in_a_rollout_or_between_its_steps_ends_in_the_same_bytes(
     iterations: int, stage_run: Make
 ) -> None:

@@ -37,6 +37,10 @@ TAGGED = [
     for side in [("chosen", "rejected")[k % 2]]
 ]
 ROWS = {"rm": PAIRS, "dpo": PAIRS, "kto": TAGGED}
+# rm and dpo go the same way through pairs: in the quick suite one of them runs in processes
+IN_PROCESSES = pytest.mark.parametrize(
+    "stage", [pytest.param("rm", marks=pytest.mark.slow), "dpo", "kto"]
+)
 SETTINGS: dict[str, Any] = {"training": {"batch_size": 6, "save_every_s": 0.01}}
 
 
@@ -99,7 +103,7 @@ def test_a_reference_that_is_not_the_start_stops_the_run(
         run_job(stage_run("dpo", PAIRS, **SETTINGS))
 
 
-@pytest.mark.parametrize("stage", ROWS)
+@IN_PROCESSES
 def test_two_processes_give_the_numbers_of_one(
     stage: str, stage_run: Make, every_step_told: None
 ) -> None:
@@ -110,7 +114,7 @@ def test_two_processes_give_the_numbers_of_one(
         assert [e[name] for e in steps(two)] == pytest.approx(expected, abs=2e-4), name
 
 
-@pytest.mark.parametrize("stage", ROWS)
+@IN_PROCESSES
 def test_a_resumed_run_ends_in_the_same_bytes(stage: str, stage_run: Make) -> None:
     """Stopped after its first step, in the first epoch, when half of the reference is known."""
     rows = ROWS[stage]
