@@ -85,6 +85,7 @@ __all__ = [
     "check_adapter",
     "dearest_silence",
     "destroy",
+    "evaluate",
     "events",
     "export",
     "find_result",
@@ -628,6 +629,23 @@ def merge(
     Returns the folder's name and its certificate, which is of the rows of `data` (the job's
     held-out ones) and of general texts. Raises PreflightError where it is refused."""
     return words.tell(words.merge(_result(result), dtype, to, data))
+
+
+def evaluate(
+    result: Found | str | Path,
+    *,
+    data: Path | None = None,
+    against: Found | str | Path | None = None,
+    rows: int = 200,
+    new_tokens: int = 256,
+    to: Path | None = None,
+) -> dict[str, Any]:
+    """Scores of a result and of its base (or of the result `against`) on the first `rows` rows of
+    `data` (the job's held-out ones): "scores" by side and name, each with its value and 95 %
+    interval, "difference", "examples"; also written to `to` (evaluation.json beside the adapter).
+    Raises PreflightError where it is refused."""
+    other = None if against is None else _result(against)
+    return words.tell(words.evaluate(_result(result), data, other, rows, new_tokens, to))
 
 
 def check_adapter(result: Found | str | Path) -> list[dict[str, Any]]:

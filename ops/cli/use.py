@@ -55,6 +55,35 @@ def merge(
         _show(lambda: words.merge(_found(run, base), dtype, to, data), as_json)
 
 
+def evaluate(
+    run: Result,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows with answers, or questions with options (C-Eval, CMMLU, MMLU); the job's "
+            "held-out rows without it"
+        ),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="`base`, or another run, adapter's folder or zip")
+    ] = "base",
+    rows: Annotated[int, typer.Option(help="The first ones of the file")] = 200,
+    new_tokens: Annotated[int, typer.Option(help="Of one answer at most")] = 256,
+    base: Base = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The JSON file; evaluation.json beside the adapter")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How good the answers are, beside those of the base or of another run: BLEU-4, ROUGE, chrF,
+    exact match, perplexity, lengths; of questions with options the accuracy."""
+    with errors(as_json):
+        from ops.api import words
+
+        other = None if against == "base" else _found(against, None)
+        _show(lambda: words.evaluate(_found(run, base), data, other, rows, new_tokens, to), as_json)
+
+
 @adapter_app.command()
 def check(run: Result, base: Base = None, as_json: Json = False) -> None:
     """Which programs load an adapter, ours or not: yes with the command, or no and why."""

@@ -21,12 +21,14 @@ _CONFIG_MAX = 100_000_000  # bytes read of it
 @dataclass(frozen=True)
 class Found:
     """A result at home. `base` is a folder, a hub id or ID@REVISION, "" where nobody knows;
-    `held_out` the user's own file of the job, where it is as it was."""
+    `held_out` the user's own file of the job, where it is as it was, and `job` the job.json that
+    says how it is read."""
 
     name: str
     adapter: Path  # adapter.zip, or a folder
     base: str = ""
     held_out: Path | None = None
+    job: Path | None = None
 
     @property
     def beside(self) -> Path:
@@ -87,6 +89,7 @@ def of_run(folder: Path, base: str | None = None, adapter: Path | None = None) -
         adapter,
         base or (str(config.local.parent) if config else named),
         asked.local if asked is not None and same else None,
+        folder / "job.json" if (folder / "job.json").is_file() else None,
     )
 
 

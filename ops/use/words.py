@@ -39,12 +39,40 @@ def merge(
     """The base with the adapter in it, in the new folder `to`; the certificate is of the rows of
     `data`, or of the job's held-out ones, beside general texts."""
     out = to or found.beside / f"merged-{dtype}"
-    rows = data or found.held_out
-    more = ["--data", str(rows)] if rows else []
+    more = ["--data", str(data)] if data else _held_out(found)
     return Word(
         "trainer.result.merge",
         (str(found.adapter), *_base(found), "--out", str(out), "--dtype", dtype, *more),
     )
+
+
+def evaluate(
+    found: Found,
+    data: Path | None = None,
+    against: Found | None = None,
+    rows: int | None = None,
+    new_tokens: int | None = None,
+    to: Path | None = None,
+) -> Word:
+    """Scores on the rows of `data`, or on the job's held-out ones, beside those of the base or of
+    another result. Raises PreflightError where nobody says on which rows."""
+    more = ["--data", str(data)] if data else _held_out(found)
+    if not more:
+        raise PreflightError(
+            f"{found.name} has no held-out rows here",
+            hint="--data FILE: rows with answers, or questions with options A to D",
+        )
+    if against is not None:
+        more += ["--against", str(against.adapter), "--against-base", against.needs_base().base]
+    for option, value in (("--rows", rows), ("--new-tokens", new_tokens), ("--to", to)):
+        more += [option, str(value)] if value is not None else []
+    return Word("trainer.eval.score", (str(found.adapter), *_base(found), *more))
+
+
+def _held_out(found: Found) -> list[str]:
+    if found.held_out is None:
+        return []
+    return ["--data", str(found.held_out), *(["--job", str(found.job)] if found.job else [])]
 
 
 def check(found: Found) -> Word:

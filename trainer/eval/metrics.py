@@ -123,20 +123,40 @@ def interval(values: Sequence[float], seed: int = 0) -> Mean:
     return Mean(fmean(values), float(low), float(high))
 
 
-def scored(answers: Sequence[str], references: Sequence[str]) -> dict[str, Mean]:
-    """Means over rows with their intervals: bleu-4, rouge-1, rouge-2, rouge-l, exact. Raises
-    MissingWords without jieba, ValueError without rows."""
+def by_row(answers: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """bleu-4, rouge-1, rouge-2, rouge-l and exact of every row; nothing without rows. Raises
+    MissingWords without jieba."""
     rows: dict[str, list[float]] = {}
-    by_row: tuple[Callable[[str, str], dict[str, float]], ...] = (
-        lambda a, b: {"bleu-4": bleu4(a, b)},
-        rouge,
-        lambda a, b: {"exact": exact(a, b)},
-    )
     for answer, reference in zip(answers, references, strict=True):
-        for score in by_row:
-            for name, value in score(answer, reference).items():
-                rows.setdefault(name, []).append(value)
-    return {name: interval(values) for name, values in rows.items()} if rows else {}
+        every = {"bleu-4": bleu4(answer, reference), **rouge(answer, reference)}
+        every["exact"] = exact(answer, reference)
+        for name, value in every.items():
+            rows.setdefault(name, []).append(value)
+    return rows
+
+
+def scored(answers: Sequence[str], references: Sequence[str]) -> dict[str, Mean]:
+    """Means of `by_row` with their intervals."""
+    return {name: interval(values) for name, values in by_row(answers, references).items()}
+
+
+def ratio(
+    parts: Sequence[float],
+    wholes: Sequence[float],
+    of: Callable[[Any], Any] = lambda value: value,
+    seed: int = 0,
+) -> Mean:
+    """`of`(sum of `parts` / sum of `wholes`) with the 95 % interval of its bootstrap over rows, by
+    the draws of `interval`. Raises ValueError without rows."""
+    if not len(parts):
+        raise ValueError("no row was scored")
+    draw, a, b = np.random.default_rng(seed), np.asarray(parts, float), np.asarray(wholes, float)
+    found = []
+    for _ in range(RESAMPLES):
+        rows = draw.integers(0, len(a), len(a))
+        found.append(of(a[rows].sum() / b[rows].sum()))
+    low, high = np.quantile(found, (0.025, 0.975))
+    return Mean(float(of(a.sum() / b.sum())), float(low), float(high))
 
 
 def longest_common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:

@@ -30,13 +30,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from trainer.data.files import read_rows
-from trainer.data.prepare import validate_rows
 from trainer.data.render import examples
 from trainer.result.adapter import digest
 from trainer.result.certificate import NotCertified, certify
 from trainer.result.command import Progress, answer, parser_of
-from trainer.result.open import base_folder, open_words, unpacked
+from trainer.result.open import base_folder, open_words, rows_in, unpacked
 from trainer.result.words import TOKENIZER_FILES
 
 Tell = Callable[[str], None]  # hears a line of progress
@@ -331,11 +329,10 @@ def certified_merge(
     return made
 
 
-def texts_of(adapter: Path, base: Path, file: Path) -> list[str]:
+def texts_of(adapter: Path, base: Path, file: Path, job: Path | None = None) -> list[str]:
     """The first TEXTS rows of `file`, question and answer as the adapter was trained on them.
     Raises InvalidJob for rows that cannot be read, TemplateError."""
-    rows, defects = read_rows([(file, file.name)])
-    validate_rows(defects)
+    rows = rows_in(file, job)
     data = open_words(adapter, base)
     tokens, flag = data.vocabulary.special_tokens, data.rows.thinking
     texts = [row.text for row in rows[:TEXTS] if row.text]
@@ -369,6 +366,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--data", type=Path, help="rows for the certificate, beside general texts")
+    parser.add_argument("--job", type=Path, help="job.json, which says how --data is read")
     arguments = parser.parse_args()
     device, tell = "cuda" if torch.cuda.is_available() else "cpu", Progress()
 
@@ -377,7 +375,9 @@ def main() -> int:
         with unpacked(arguments.adapter) as adapter:
             if not (adapter / "adapter_config.json").is_file():
                 raise MergeError(f"{arguments.adapter} is a whole model: nothing is to be merged")
-            texts = texts_of(adapter, base, arguments.data) if arguments.data else []
+            texts = []
+            if arguments.data:
+                texts = texts_of(adapter, base, arguments.data, arguments.job)
             try:
                 made = certified_merge(
                     adapter, base, arguments.out, arguments.dtype, texts, device, tell

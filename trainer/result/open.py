@@ -21,12 +21,22 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trainer.data.prepare import Prepared, Rows, hub_folder, prompt_ids
+from trainer.data.files import Reading, read_rows
+from trainer.data.formats import Row
+from trainer.data.prepare import (
+    Prepared,
+    Rows,
+    hub_folder,
+    prompt_ids,
+    reading_of,
+    validate_rows,
+)
 from trainer.data.template import TemplateError, Turn, load, parse, with_chat_template
 from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
 from trainer.model.decode import answer
 from trainer.model.load import ModelError
+from trainer.wire.job import Job
 
 
 @dataclass
@@ -51,9 +61,9 @@ class Chat:
 def open_adapter(adapter: Path, base: Path, device: torch.device | None = None) -> Chat:
     """Loads base and adapter through stock PEFT. Raises TemplateError when template and tokenizer
     are not those of the training, ModelError when the folder is no result of this trainer."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or here()
     data = open_words(adapter, base)
-    return Chat(_load(adapter, base, device), data, device, [])
+    return Chat(load_model(adapter, base, device), data, device, [])
 
 
 def open_words(adapter: Path, base: Path) -> Prepared:
@@ -109,7 +119,10 @@ def unpacked(adapter: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _load(adapter: Path, base: Path, device: torch.device) -> nn.Module:
+def load_model(adapter: Path | None, base: Path, device: torch.device) -> nn.Module:
+    """The base with the adapter on it, or the whole model that `adapter` is, or the base alone."""
+    if adapter is None:
+        return load_plain(base, device)
     if not (adapter / "adapter_config.json").is_file():  # full or freeze: a whole model
         return load_plain(adapter, device)
     model: Any = PeftModel.from_pretrained(load_plain(base, device), str(adapter))
@@ -120,7 +133,24 @@ def load_plain(folder: Path, device: torch.device) -> nn.Module:
     """A model folder by transformers with our attention, in bf16 on a GPU, in fp32 elsewhere."""
     register()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    is_adapter = adapter is not None and (adapter / "adapter_config.json").is_file()
+    folder = base if adapter is None or is_adapter else adapter
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="milktea"
     )
     return cast(nn.Module, model.to(device).eval())
+
+
+def here() -> torch.device:
+    """The device of this machine that answers."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rows_in(file: Path, job: Path | None = None) -> list[Row]:
+    """The rows of a file, read as the job (a job.json) says. Raises InvalidJob with every defect."""
+    reading = Reading()
+    if job is not None:
+        reading = reading_of(Job.model_validate_json(job.read_bytes()).data)
+    rows, defects = read_rows([(file, file.name)], reading)
+    validate_rows(defects)
+    return rows
