@@ -21,7 +21,7 @@ from torch import nn
 
 from trainer.data.files import Findings, Source, sound_rows
 from trainer.data.formats import Row
-from trainer.data.prepare import Prepared, InvalidJob, Rows, prompt_ids, validate_rows
+from trainer.data.prepare import InvalidJob, Prepared, Rows, prompt_ids, validate_rows
 from trainer.data.template import Turn
 from trainer.eval.likelihood import nats, tokens_of
 from trainer.model.decode import packs

@@ -133,8 +133,6 @@ def load_plain(folder: Path, device: torch.device) -> nn.Module:
     """A model folder by transformers with our attention, in bf16 on a GPU, in fp32 elsewhere."""
     register()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    is_adapter = adapter is not None and (adapter / "adapter_config.json").is_file()
-    folder = base if adapter is None or is_adapter else adapter
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="milktea"
     )
@@ -147,7 +145,7 @@ def here() -> torch.device:
 
 
 def rows_in(file: Path, job: Path | None = None) -> list[Row]:
-    """The rows of a file, read as the job (a job.json) says. Raises InvalidJob with every defect."""
+    """The rows of a file, read as the job (a job.json) says. Raises InvalidJob with each defect."""
     reading = Reading()
     if job is not None:
         reading = reading_of(Job.model_validate_json(job.read_bytes()).data)
