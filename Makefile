@@ -39,7 +39,7 @@ status: setup ## where every run stands
 	@$(milktea) status
 
 test: setup ## the test suite
-	@$(VENV)/bin/python -m pytest -n 2
+	@$(VENV)/bin/python -m pytest -n 3 # more than the two cores: many tests wait for a clock
 
 test-slow: setup ## the long proofs: crash matrix, kills, corruption, Docker where an engine is
 	@$(VENV)/bin/python -m pytest -m "(slow or docker) and not gpu and not live" -n 2
