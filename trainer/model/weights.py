@@ -30,7 +30,7 @@ def validate_weights(folder: Path) -> None:
             hint="take config.json from the model's own release",
         )
     shapes: dict[str, list[int]] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         shapes |= _shapes(path)
     for name, shape in shapes.items():
         held = config.get("vocab_size")
@@ -63,10 +63,13 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would read."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: model.safetensors, those that its index names, or
+    all. Raises InvalidJob where one is missing or there is none."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     index = "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not (folder / index).is_file():
+    if not (folder / index).is_file():
         names = {p.name for p in folder.glob("*.safetensors")}
         if not names:
             old = next((p.name for p in folder.glob("*.bin")), "")

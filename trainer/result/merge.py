@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.data.render import examples
+from trainer.model.weights import weight_files
 from trainer.result.adapter import digest
 from trainer.result.certificate import NotCertified, certify
 from trainer.result.command import Progress, answer, parser_of
@@ -105,20 +106,12 @@ def merge(
 
 
 def shards_of(base: Path) -> dict[str, list[str]]:
-    """The safetensors files of a model's folder, each with the names in it."""
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    if missing := [name for name in files if not (base / name).is_file()]:
-        raise MergeError(
-            f"{base.name}/ has no {missing[0]}: give the base's folder with safetensors files"
-        )
+    """The safetensors files of a model's folder, each with the names in it. Raises InvalidJob where
+    one is missing."""
     shards = {}
-    for name in files:
-        with safe_open(base / name, "pt") as source:
-            shards[name] = list(source.keys())
+    for path in weight_files(base):
+        with safe_open(path, "pt") as source:
+            shards[path.name] = list(source.keys())
     return shards
 
 

@@ -192,7 +192,7 @@ def test_a_model_in_several_files_keeps_its_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda base, adapter: shutil.rmtree(base) or base.mkdir(), "no model.safetensors"),
+        (lambda base, adapter: shutil.rmtree(base) or base.mkdir(), "has no weights"),
         (lambda base, adapter: _settings(adapter, peft_type="IA3"), "it cannot be merged"),
         (lambda base, adapter: _settings(adapter, init_lora_weights="pissa"), "pissa changed"),
         (lambda base, adapter: _settings(adapter, target_modules=["q_proj"]), "belongs to no"),
