@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.training import hidden_of
+
 WORDS, CHOICES, LENGTH = 128, 8, 512
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -111,6 +113,7 @@ def packed(rows: Tensor) -> dict[str, Any]:
         "position_ids": positions,
         "labels": labels.reshape(1, -1),
         "cu": cu,
+        "longest": LENGTH,
     }
 
 
@@ -118,18 +121,9 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Mean loss per target."""
     from trainer.model.loss import target_loss_sum
 
-    inner = model.get_base_model()  # type: ignore[operator]
-    hidden = inner.model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        use_cache=False,
-        cu_seq_lens_q=batch["cu"],
-        cu_seq_lens_k=batch["cu"],
-        max_length_q=LENGTH,
-        max_length_k=LENGTH,
-    ).last_hidden_state
+    head = model.get_base_model().lm_head.weight  # type: ignore[operator]
     targets = (LENGTH - 2) * (len(batch["cu"]) - 1)
-    return target_loss_sum(hidden, inner.lm_head.weight, batch["labels"]) / targets
+    return target_loss_sum(hidden_of(model, batch), head, batch["labels"]) / targets
 
 
 def tune(base: nn.Module, precision: str, steps: int, seed: int) -> dict[str, Any]:

@@ -199,12 +199,10 @@ def _random_weights(leaf: nn.Module) -> None:
             p.normal_(0, 0.02)
 
 
-def micro_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Summed loss of one pack, as the trainer computes it."""
-    from trainer.model.loss import target_loss_sum
-
+def hidden_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The last hidden states [1, M, hidden] of one pack, by the trainer's packed attention."""
     inner = model.get_base_model()  # type: ignore[operator]
-    hidden = inner.model(
+    found: Tensor = inner.model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         use_cache=False,
@@ -213,7 +211,15 @@ def micro_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         max_length_q=batch["longest"],
         max_length_k=batch["longest"],
     ).last_hidden_state
-    return target_loss_sum(hidden, inner.lm_head.weight, batch["labels"], batch["targets_at"])
+    return found
+
+
+def micro_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Summed loss of one pack, as the trainer computes it."""
+    from trainer.model.loss import target_loss_sum
+
+    head = model.get_base_model().lm_head.weight  # type: ignore[operator]
+    return target_loss_sum(hidden_of(model, batch), head, batch["labels"], batch["targets_at"])
 
 
 class Loop:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ops.errors import ConfigError
 from ops.image.build import context, engine
-from ops.image.build.export import export
+from ops.image.build.export import export, layers_of
 from ops.image.bundle import bundle as bundles
 from ops.image.bundle import inventory, signature
-from ops.image.bundle.archive import Image, Layer
+from ops.image.bundle.archive import Image
 from ops.image.bundle.bundle import Bundle
 from ops.image.bundle.contents import PROVE, Contents, Options
 from ops.image.bundle.cuda_lines import line_of, lines
@@ -205,19 +205,8 @@ def taken(name: str, places: Places = Places()) -> tuple[Image, Lock]:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"image {name} has not been built here", hint=f"make image IMAGE={name}")
     whole = locks.read(folder / "image.lock")
-    layers = tuple(
-        Layer(
-            x.name,
-            x.diff_id,
-            x.blob_sha256,
-            x.blob_bytes,
-            places.blobs / x.blob_sha256,
-            x.size_bytes,
-        )
-        for x in whole.layers
-    )
     tag = whole.identity.tag if whole.identity else f"milktea/{name}:{whole.version}"
-    return Image((folder / "config.json").read_bytes(), layers, tag), whole
+    return Image((folder / "config.json").read_bytes(), layers_of(whole.layers, places), tag), whole
 
 
 def sizes(name: str, places: Places = Places()) -> list[tuple[str, int, int, str]]:

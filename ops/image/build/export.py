@@ -81,7 +81,16 @@ def export(
     blobs = [blob for diff_id in diff_ids if (blob := remembered[diff_id])]
     names = layer_names(config)
     locked = [_locked(name, blob, lock) for name, blob in zip(names, blobs, strict=True)]
-    layers = tuple(
+    image = Image(config_json(config, locked, lock.epoch), layers_of(locked, places), tag)
+    identity = Identity(
+        tag=tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest
+    )
+    return image, lock.complete(locked, identity)
+
+
+def layers_of(locked: Iterable[LockedLayer], places: Places) -> tuple[Layer, ...]:
+    """The layers of a lock, with their blobs on this disk."""
+    return tuple(
         Layer(
             x.name,
             x.diff_id,
@@ -92,11 +101,6 @@ def export(
         )
         for x in locked
     )
-    image = Image(config_json(config, locked, lock.epoch), layers, tag)
-    identity = Identity(
-        tag=tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest
-    )
-    return image, lock.complete(locked, identity)
 
 
 def config_json(config: dict[str, Any], layers: list[LockedLayer], epoch: int) -> bytes:
