@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ops", "trainer", "milktea.py")
@@ -65,12 +67,15 @@ def test_an_installed_milktea_works_in_a_folder_that_has_only_the_job(
         job.replace("../trainer", str(place / "trainer"), 1), "utf-8"
     )
 
-    def python(*arguments: str | Path) -> str:
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("VAST_")}
         environment |= {"PYTHONPATH": str(place), "MILKTEA_EMULATOR": str(tmp_path / "emulator")}
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, *arguments], cwd=mine, env=environment, capture_output=True, text=True
         )
+
+    def python(*arguments: str | Path) -> str:
+        done = run(*arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -79,8 +84,17 @@ def test_an_installed_milktea_works_in_a_folder_that_has_only_the_job(
     assert python(place / "bin/milktea", "--version").startswith("milktea 0.")
     try:
         assert "\n✓" in python(place / "bin/milktea", "plan", "practice.toml"), "an offer"
+        own = tomllib.loads((mine / "practice.toml").read_text("utf-8"))
+        own["image"] |= {"ref": "me/train-cu130:3", "trainer": "image"}
+        (mine / "image.toml").write_text(tomli_w.dumps(own), "utf-8")
+        noted = python(place / "bin/milktea", "plan", "image.toml")
+        assert "whether the trainer in me/train-cu130:3 speaks wire 2 is not known here" in noted
     finally:
         server = json.loads((tmp_path / "emulator/server.json").read_text())
         os.kill(server["pid"], signal.SIGTERM)
+    for word in (("image", "build"), ("image", "bundle"), ("image", "size"), ("image", "lock")):
+        done = run(place / "bin/milktea", *word)
+        assert done.returncode == 2 and "made from a checkout of milktea" in done.stderr
+        assert "Traceback" not in done.stderr
     models = "from ops.catalogue import models; print(len(models.entries()))"
     assert int(python("-c", models)) > 50

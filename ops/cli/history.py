@@ -37,7 +37,7 @@ def status(
         for row in rows:
             print(_status_line(row, time.time()))
         if not rows:
-            print("no runs yet: `make rent-and-train` makes the first")
+            print("no runs yet: `milktea rent-and-train JOB` makes the first")
 
 
 def _status_line(row: api.Status, now: float) -> str:

@@ -48,7 +48,8 @@ def quiet(line: str) -> None:
 
 
 def define(name: str, places: Places = Places()) -> Definition:
-    """images/NAME.toml; raises ConfigError with the file and the key."""
+    """images/NAME.toml; raises ConfigError with the file and the key, and outside of a checkout."""
+    places.validate()
     return definition.read(places.definition(name))
 
 
@@ -188,7 +189,8 @@ def prove(
 
     Minutes the first time. Raises PreflightError with what failed.
     """
-    client, tag = engine.connect(host), image or define(name, places).tag
+    tag = image or define(name, places).tag
+    client = engine.connect(host)
     identity = engine.image_id(client, tag)
     done = places.cache / "proved" / identity.removeprefix("sha256:")
     if done.is_file():
@@ -201,6 +203,7 @@ def prove(
 
 def taken(name: str, places: Places = Places()) -> tuple[Image, Lock]:
     """What :func:`take` took last, with its lock; raises ConfigError where there is none."""
+    places.validate()
     folder = places.image(name)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"image {name} has not been built here", hint=f"make image IMAGE={name}")
@@ -230,7 +233,8 @@ def push(
     host: str | None = None,
 ) -> str:
     """Push the built image to a registry that vast.ai's hosts can pull from; returns its digest."""
-    return engine.push(engine.connect(host), define(name, places).tag, target, progress)
+    tag = define(name, places).tag
+    return engine.push(engine.connect(host), tag, target, progress)
 
 
 def bundle(
@@ -320,6 +324,7 @@ def keygen(path: Path) -> str:
 
 def compatible(server: Path, places: Places = Places()) -> list[str]:
     """The images of this project that the server of these facts runs as they are."""
+    places.validate()
     return inventory.read(server).compatible_lines(lines(places))
 
 

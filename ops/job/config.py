@@ -256,7 +256,9 @@ def load(path: Path) -> JobFile:
         raw = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
         raise ConfigError(
-            f"{path}: no such job file", hint="ls jobs/*.toml shows the examples; copy one"
+            f"{path}: no such job file",
+            hint="name yours; milktea's checkout has examples in jobs/ to copy, and `milktea "
+            "schema` prints every key",
         ) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: not TOML: {e}") from e

@@ -51,6 +51,13 @@ def preflight(make_plan: Callable[[], Plan], vast: Vast, root: Path) -> Plan:
 def _validate_image(plan: Plan) -> None:
     """Compare one of our own images with the job: images/*.toml says which wire its trainer speaks
     and which torch it has. An image of milktea 0.1 is recognised by its tag."""
+    if not IMAGES.is_dir():  # an installed milktea has no images/
+        if plan.trainer != "push":
+            plan.notes.append(
+                f"whether the trainer in {plan.image} speaks wire {WIRE} is not known here: that "
+                "stands in images/ of milktea's checkout"
+            )
+        return
     name, _, tag = plan.image.partition("@")[0].rpartition("/")[2].partition(":")
     file = IMAGES / f"{name}.toml"
     if not file.is_file():

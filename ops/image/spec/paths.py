@@ -4,15 +4,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from ops.errors import ConfigError
+
+
+def checkout() -> Path:
+    """The checkout that this module is in. An installed milktea is in none: then the current
+    folder, which may be one."""
+    root = Path(__file__).resolve().parents[3]
+    return root if (root / "images").is_dir() else Path.cwd()
 
 
 @dataclass(frozen=True)
 class Places:
     """``root`` is the checkout."""
 
-    root: Path = Path(__file__).resolve().parents[3]
+    root: Path = field(default_factory=checkout)
+
+    def validate(self) -> None:
+        """Raises ConfigError where ``root`` is no checkout."""
+        if not (self.root / "images").is_dir():
+            raise ConfigError(
+                f"images are made from a checkout of milktea: {self.root} has no images/",
+                hint="run this in a checkout (git clone), where images/ and docker/ lie",
+            )
 
     def definition(self, name: str) -> Path:
         return self.root / "images" / f"{name}.toml"
