@@ -111,10 +111,13 @@ def run_folder(run_id: str) -> str:
 
 
 # A process that nobody has buried yet does not run: the first process of a container may bury none.
+# Its number may be another's since the container was started again: the words of `launch` tell.
 ALIVE = (
-    '[ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$(cat '
-    'pid)/status"'
+    '[ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null && grep -qs exit_code.new '
+    '"/proc/$(cat pid)/cmdline"'
 )
+# When the watchdog began, which begins with its container: number 22 of /proc/PID/stat.
+_CONTAINER = 'cut -d" " -f22 "/proc/$(cat ../watchdog.pid)/stat" 2>/dev/null'
 # A box of milktea 0.1 has no `age`: its watchdog reads dates.
 RENEW = (
     "{ [ ! -e milktea/age ] && date +%s || cat milktea/age; } >milktea/lease.new && "
@@ -171,7 +174,8 @@ def launch(run_id: str, trainer: str) -> str:
         # ops/box/bootstrap/trainer-start.sh, pushed with the trainer
         command = "sh trainer-start.sh"
     wrapper = (
-        f"trap : TERM; {command} >>log.txt 2>&1; echo $? >exit_code.new; mv exit_code.new exit_code"
+        f"trap : TERM; {command} >>log.txt 2>&1; code=$?; "
+        "until echo $code >exit_code.new && mv exit_code.new exit_code; do sleep 5; done"
     )
     return f"""\
 {RENEW}
@@ -180,9 +184,21 @@ echo {run_id} >../launched
 if [ -e exit_code ]; then echo finished; exit 0; fi
 if {ALIVE}; then echo running; exit 0; fi
 while IFS= read -r pair; do export "$pair"; done
+{_CONTAINER} >container
 setsid sh -c {shlex.quote(wrapper)} </dev/null >/dev/null 2>&1 &
 echo $! >pid
 echo started
+"""
+
+
+def restarted(run_id: str) -> str:
+    """Prints `yes` where the container was started again since the training was: its processes
+    ended with it, its files are there."""
+    return f"""\
+cd {run_folder(run_id)} || exit 9
+now=$({_CONTAINER})
+[ -s container ] && [ -n "$now" ] && [ "$now" != "$(cat container)" ] && echo yes
+true
 """
 
 

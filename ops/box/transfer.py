@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from ops.box.connection import Box, quoted
-from ops.errors import BoxError, Lost, PreflightError
+from ops.errors import BoxError, Lost, PreflightError, Unsuitable
 from ops.wait import until
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -114,10 +114,10 @@ def _retry(box: Box, meter: _Meter, attempt: Callable[[], None]) -> None:
     until(once, every_s=min(box.retry_s, 1.0))
 
 
-def _stream(box: Box, what: str, script: str, **how: Any) -> None:
+def _stream(box: Box, what: str, script: str, error: type[BoxError] = BoxError, **how: Any) -> None:
     done = box.stream(script, **how)
     if done.exit_code:
-        raise BoxError(f"{what} on the box: {done.stderr.strip()[-500:]}")
+        raise error(f"{what} on the box: {done.stderr.strip()[-500:]}")
 
 
 # -- push ------------------------------------------------------------------------------------------
@@ -127,8 +127,9 @@ def push(box: Box, files: Sequence[PushFile], progress: Progress | None = None) 
     """Send files to the box; returns when the sha256 of each, computed there, equals ours.
 
     Files already whole are not sent again, a big one goes on where it stopped. Raises Lost after
-    the box's `patience_s` with less than MIN_BYTES_S, BoxError with the names of files that changed
-    here, arrived twice with other content, or do not stay there."""
+    the box's `patience_s` with less than MIN_BYTES_S, Unsuitable where its disk takes no files,
+    BoxError with the names of files that changed here, arrived twice with other content, or do not
+    stay there."""
     if len({f.remote for f in files}) != len(files):
         raise ValueError("two files go to the same place on the box")
     for f in files:
@@ -171,7 +172,8 @@ class _Push:
             self.sent.update(missing)
             small = [self.files[name] for name in missing if self.sizes[name] <= SMALL]
             if small:
-                _stream(self.box, "cannot unpack", "exec tar -xof -", input=_tar(small, self.meter))
+                content = _tar(small, self.meter)
+                _stream(self.box, "cannot unpack", "exec tar -xof -", Unsuitable, input=content)
             for name in missing:
                 if self.sizes[name] > SMALL:
                     self._send_rest(name, remote.parts.get(name, 0))
@@ -208,7 +210,7 @@ class _Push:
         for name in sorted(right & self.part_of.keys()):
             lines.append(f"mv -f {quoted(name)} {quoted(self.part_of[name])}")
         if lines:
-            _stream(self.box, "cannot rename", "exec sh -e", input="\n".join(lines))
+            _stream(self.box, "cannot rename", "exec sh -e", Unsuitable, input="\n".join(lines))
 
     def _validate_content(self, wrong: set[str]) -> None:
         """A link that flips a bit gets a second try; a file that changed here does not."""
@@ -242,7 +244,8 @@ class _Push:
         with open(self.files[name].local, "rb", buffering=0) as file:
             file.seek(blocks * _BLOCK)
             pieces = iter(partial(file.read, _PIECE), b"")
-            _stream(self.box, f"cannot write {name}", script, input=_metered(pieces, self.meter))
+            content = _metered(pieces, self.meter)
+            _stream(self.box, f"cannot write {name}", script, Unsuitable, input=content)
 
 
 def _metered(pieces: Iterable[bytes], meter: _Meter) -> Iterator[bytes]:

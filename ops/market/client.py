@@ -200,9 +200,7 @@ class Vast:
         }
         tokens: set[str] = set()
         for _ in range(MAX_PAGES):
-            page = self._repeat("list", "GET", "/api/v1/instances/", query=query)
-            if not isinstance(page.get("instances"), list):
-                raise NoAnswer(f"vast.ai's list of instances has no list in it: {str(page)[:200]}")
+            page = self._repeat("list", "GET", "/api/v1/instances/", query=query, has=_has_list)
             yield from page["instances"]
             token = page.get("next_token")
             if not token:
@@ -318,16 +316,19 @@ class Vast:
         path: str,
         body: Any = None,
         query: dict[str, Any] | None = None,
+        has: Callable[[dict[str, Any]], object] = lambda reply: None,
     ) -> dict[str, Any]:
-        """A call that is safe to make twice: it is repeated on 429 and without an answer for
-        PATIENCE_S; for FIRST_PATIENCE_S where vast.ai has not answered once, because then the
-        address or the network is wrong."""
+        """A call that is safe to make twice: it is repeated on 429, without an answer, and where
+        `has` raises NoAnswer for the reply, for PATIENCE_S; for FIRST_PATIENCE_S where vast.ai has
+        not answered once, because then the address or the network is wrong."""
         failed: list[MarketError] = []
         patience_s = PATIENCE_S if self._answered else FIRST_PATIENCE_S
 
         def called() -> dict[str, Any] | None:
             try:
-                return self._call(kind, method, path, body, query)
+                reply = self._call(kind, method, path, body, query)
+                has(reply)
+                return reply
             except (RateLimited, NoAnswer) as e:
                 if not failed:
                     self.tell(f"{e}; asked again for {patience_s:.0f} s")
@@ -368,6 +369,8 @@ class Vast:
         self._answered = True
         if reply.status_code == 429:
             raise RateLimited(f"{what}: {_message(content)}")
+        if reply.status_code == 403 and not _code(content):  # a firewall between us and vast.ai
+            raise NoAnswer(f"{what}: 403 in words that are not vast.ai's: {_message(content)}")
         if reply.status_code >= 500 and reply.status_code != 501:
             raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {_message(content)}")
         if not reply.ok:
@@ -415,11 +418,7 @@ def _charge(item: dict[str, Any]) -> Charge:
 def _refusal(status: int, content: Any) -> MarketError:
     """The error for a reply that says no. `instance_id` is set when the reply names a contract that
     it created all the same."""
-    code, words = (
-        (str(content.get("error") or ""), _message(content))
-        if isinstance(content, dict)
-        else ("", str(content)[:200])
-    )
+    code, words = _code(content), _message(content)
     contract = content.get("new_contract") if isinstance(content, dict) else None
     kind: type[MarketError] = Refused
     if "no_such_ask" in code + words:
@@ -441,6 +440,16 @@ def _refusal(status: int, content: Any) -> MarketError:
 def _is_gone(e: Refused) -> bool:
     """404 for a wrong key is not 'destroyed': only these codes are."""
     return e.code in ("no_such_instance", "not_found")
+
+
+def _code(content: Any) -> str:
+    """vast.ai's own code of a refusal; "" where the reply has none."""
+    return str(content.get("error") or "") if isinstance(content, dict) else ""
+
+
+def _has_list(page: dict[str, Any]) -> None:
+    if not isinstance(page.get("instances"), list):
+        raise NoAnswer(f"vast.ai's list of instances has no list in it: {str(page)[:200]}")
 
 
 def _message(content: Any) -> str:

@@ -52,6 +52,10 @@ START_FACTOR = 3.0  # loading may take so many times what the plan predicted
 _Answer = tuple[int | None, bool, int, bytes]
 
 
+class Restarted(BoxError):
+    """The box was restarted, which ended its training: `launch` has to be called again."""
+
+
 class NoFirstStep(Unsuitable):
     """The machine did not reach step 1: its link, its disk, or the links between its GPUs."""
 
@@ -99,10 +103,12 @@ def _look(session: Session, box: Box, state: _State) -> bool | None:
     else:
         code, running, _, _ = answer
         if code is not None:
-            _record_end(session, box, code, state.failure)
-            return True
+            with suppress(Lost):  # the next poll says it again
+                _record_end(session, box, code, state.failure)
+                return True
         if state.gone and not running:
-            _raise_gone(session, box)
+            with suppress(Lost):  # the next poll says it again
+                _raise_gone(session, box)
         state.gone = not running
     _enforce(session, state)
     return None
@@ -298,10 +304,10 @@ def newest_checkpoint(session: Session) -> Path | None:
 
 
 def _record_end(session: Session, box: Box, code: int, failure: events.Failure | None) -> None:
+    tail = box.run(scripts.log_tail(session.run_id)).stdout if code else ""
     session.note("ended", exit_code=code)
     if code == 0:
         return
-    tail = box.run(scripts.log_tail(session.run_id)).stdout
     (session.journal.folder / "log.txt").write_text(tail, "utf-8")
     reason = failure.reason if failure else "\n".join(tail.strip().splitlines()[-8:])
     if died := blame.gpu_word(f"{reason}\n{tail}"):
@@ -315,8 +321,10 @@ def _record_end(session: Session, box: Box, code: int, failure: events.Failure |
 
 
 def _raise_gone(session: Session, box: Box) -> NoReturn:
-    """The trainer neither ran nor had an exit code in two polls: it was killed, or the container
-    restarted."""
+    """The trainer neither ran nor had an exit code in two polls: it was killed (raises Failed), or
+    the container restarted (raises Restarted)."""
+    if box.run(scripts.restarted(session.run_id)).stdout.strip() == "yes":
+        raise Restarted("the box was restarted in the middle of the training")
     tail = box.run(scripts.log_tail(session.run_id)).stdout
     raise Failed(
         "the trainer's processes are gone without an exit code: killed from outside, most often "

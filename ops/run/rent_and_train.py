@@ -8,8 +8,10 @@ does the rest.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ from ops.errors import (
     BoxError,
     Failed,
     Lost,
+    MarketError,
     MilkteaError,
     NeverReady,
     NoOffer,
@@ -38,7 +41,7 @@ from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
 from ops.run import blame, place, rental, retrieve
 from ops.run.choose import choose, search
-from ops.run.follow import EVENTS, NoFirstStep, follow, newest_checkpoint
+from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow, newest_checkpoint
 from ops.run.interrupt import fetch_newest, stage
 from ops.run.keeper import keeper_running
 from ops.run.rental import endpoints, raise_if_preempted, rented
@@ -53,8 +56,10 @@ MAX_MACHINES = 5  # in a row without a checkpoint, before the run gives up
 CONNECT_S = 300.0
 ARM_S = 45.0  # for the watchdog to report that it is armed, scaled by the clock's pace
 MIN_ARM_S = 3
+NOT_ANSWERED = re.compile(r"HTTP (000|403|429|5\d\d)")  # by vast.ai, or by a firewall
 TUNNEL_S = 75.0  # to connect, before a stuck proxy tunnel is given one reboot
 FULL_PATIENCE_S, FULL_EVERY_S = 1800.0, 10.0  # while this disk is too full for a file of the box
+MAX_RESTARTS = 3  # of one box, before it is given up
 MAX_FETCHES = 3  # of a result that does not verify
 
 
@@ -170,18 +175,16 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
         box.connect(deadline_s=TUNNEL_S * session.clock.pace, on_try=show)
     except NeverReady:
         raise_if_preempted(session, box)
-        if "port forwarding failed" in session.vast.container_log(instance.id):
-            session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
-            session.vast.reboot(instance.id)
+        with suppress(MarketError):  # the box may become reachable all the same
+            if "port forwarding failed" in session.vast.container_log(instance.id):
+                session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
+                session.vast.reboot(instance.id)
         box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.clock.pace, on_try=show)
-    since_0_1 = place.remembered(session.journal.lines) is None
-    wait_s = max(MIN_ARM_S, int(ARM_S * session.clock.pace))
-    proof = box.run(scripts.ready(session.run_id, wait_s, since_0_1=since_0_1), timeout_s=90)
-    if proof.stdout.strip() != "armed":
-        output = (proof.stdout + proof.stderr).strip()[-300:]
-        raise Unsuitable(f"the watchdog of machine {offer.machine_id} is not armed: {output}")
+    if unarmed := _unarmed(session, box):
+        raise Unsuitable(f"the watchdog of machine {offer.machine_id} is not armed: {unarmed}")
     why = facts.unsuitable(
-        facts.parse(box.run(facts.SCRIPT).stdout), facts.Expected.of(offer, session.plan.needs)
+        facts.parse(retry_transfer(session, box, lambda: box.run(facts.SCRIPT)).stdout),
+        facts.Expected.of(offer, session.plan.needs),
     )
     if why:
         raise Unsuitable(f"machine {offer.machine_id} is not what was offered: {why}")
@@ -192,6 +195,28 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
         seconds=round(session.clock.steady() - began, 2),
     )
     return box
+
+
+def _unarmed(session: Session, box: Box) -> str:
+    """Why the box's watchdog is not armed; "" where it is. A watchdog that gets no answer from
+    vast.ai is asked again: for a lease's time while we get none either, else once."""
+    since_0_1 = place.remembered(session.journal.lines) is None
+    wait_s = max(MIN_ARM_S, int(ARM_S * session.clock.pace))
+    ready = scripts.ready(session.run_id, wait_s, since_0_1=since_0_1)
+    until_s = session.clock.steady() + scripts.LEASE_S * session.clock.pace
+    again = True
+    while True:
+        proof = retry_transfer(session, box, lambda: box.run(ready, timeout_s=90))
+        if proof.stdout.strip() == "armed":
+            return ""
+        said = (proof.stdout + proof.stderr).strip()[-300:]
+        if not NOT_ANSWERED.search(said):
+            return said
+        answers = raise_if_preempted(session, box)
+        if (answers and not again) or (not answers and session.clock.steady() > until_s):
+            return said
+        again = again and not answers  # once more where vast.ai answers us
+        session.screen.waiting(f"{said}; asked again")
 
 
 @stage
@@ -294,30 +319,48 @@ def launch(session: Session, box: Box) -> None:
 def _start(session: Session, box: Box, more: tuple[tuple[str, str], ...] = ()) -> None:
     start = scripts.launch(session.run_id, session.plan.trainer)
     settings = "".join(f"{name}={value}\n" for name, value in more).encode()
-    answer = box.run(start, input=tokens.at_launch(session.plan.env) + settings)
+    given = tokens.at_launch(session.plan.env) + settings
+    answer = retry_transfer(session, box, lambda: box.run(start, input=given))
     if answer.exit_code != 0:
         raise Lost(f"the training could not be started: {answer.stderr[-300:]}")
     session.note("launched", state=answer.stdout.strip().splitlines()[-1], settings=dict(more))
+
+
+def _start_again(
+    session: Session, box: Box, settings: tuple[tuple[str, str], ...], why: Restarted
+) -> None:
+    """Launch on the files that are on the box. Raises Unsuitable after MAX_RESTARTS restarts."""
+    lines = session.journal.lines
+    rent = session.journal.last("renting")
+    since = lines[rent.n :] if rent else lines
+    if sum(line.kind == "rebooted" for line in since) == MAX_RESTARTS:
+        raise Unsuitable(f"{why}, for the {MAX_RESTARTS + 1}th time")
+    session.screen.waiting(f"{why}: it goes on from its newest checkpoint")
+    session.note("rebooted", instance_id=session.instance_id(), why=str(why))
+    _start(session, box, settings)
 
 
 @stage
 def watch(session: Session, box: Box) -> None:
     """Follow the training to its end. Before a limit or a failure is raised, the newest checkpoint
     is fetched. Several consumer cards that hang before step 1 get one more start without
-    peer-to-peer transfers."""
+    peer-to-peer transfers; a box that was restarted is told to train again."""
     while True:
+        launched = session.journal.last("launched")
+        before = launched.get("settings", {}) if launched else {}
         try:
             return follow(session, box)
+        except Restarted as e:
+            _start_again(session, box, tuple(before.items()), e)
         except NoFirstStep:
-            offer, launched = session.offer(), session.journal.last("launched")
-            tried = launched is not None and bool(launched.get("settings"))
+            offer, tried = session.offer(), bool(before)
             if tried or not blame.p2p_may_hang(offer.gpu_name, offer.num_gpus):
                 raise
             session.screen.waiting(
                 f"{offer.num_gpus} x {offer.gpu_name} hang before the first step: once more with "
                 f"{'='.join(blame.NO_P2P)}"
             )
-            box.run(scripts.kill_training(session.run_id))
+            retry_transfer(session, box, lambda: box.run(scripts.kill_training(session.run_id)))
             _start(session, box, (blame.NO_P2P,))
         except (OverBudget, Stalled, Failed, Unsuitable):
             fetch_newest(session, box)

@@ -35,7 +35,7 @@ from ops.market.client import Vast
 from ops.market.models import Instance, Offer
 from ops.run import blame
 from ops.run.session import Detached, Session, boot_timeout_s
-from ops.wait import until
+from ops.wait import Patience, until
 
 READS = 3  # lists in a row without an instance prove that it is absent
 # between reads after an unclear create: a new instance may take seconds to be listed
@@ -157,17 +157,23 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     began = session.clock.steady()
     load()
     offline_since: list[float] = []
-    seen = False
+    seen, unseen = False, Patience(session.clock)
 
     def look() -> Instance | None:
         nonlocal seen
-        now = session.vast.instance(instance_id)
         waited = session.clock.steady() - began
+        try:
+            now = session.vast.instance(instance_id)
+        except (NoAnswer, RateLimited) as e:  # of vast.ai: the box may boot all the same
+            session.screen.waiting(f"{e}; asked again")
+            unseen.look(counts=False)
+            return None
         if now is None and seen:  # it destroyed itself, or the host took it away
             raise_if_preempted(session, None)
         seen = seen or now is not None
         if now is None:
-            if waited > UNSEEN_PATIENCE_S * session.clock.pace:
+            unseen.look()
+            if unseen.seconds > UNSEEN_PATIENCE_S * session.clock.pace:
                 raise NeverReady(
                     f"instance {instance_id} is not to be seen {waited:.0f} s after it was rented"
                 )

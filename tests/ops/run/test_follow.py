@@ -8,9 +8,11 @@ import pytest
 
 import rig
 from ops.errors import Failed, MilkteaError
+from ops.fakevast import weather
 from ops.run.follow import EVENTS
-from ops.run.journal import Journal
+from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
+from trainer.wire.events import Step
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -35,6 +37,29 @@ def test_a_trainer_killed_whole_is_said_to_be_gone(tmp_path: Path) -> None:
     result, _ = run(rig.Rig(tmp_path), "mkdir -p checkpoints/1.new", "kill -9 0; sleep 9")
     assert isinstance(result, Failed)
     assert "gone without an exit code" in str(result)
+
+
+def test_a_host_that_starts_again_goes_on_with_the_same_training(tmp_path: Path) -> None:
+    own = rig.Rig(tmp_path)
+    (own.image / "pause").touch()
+    plan = own.plan()
+
+    class Rebooting(rig.Silent):
+        def event(self, event: object, *rest: object) -> None:
+            if isinstance(event, Step) and not fake.emulator.weather.struck:
+                fake.forecast(weather.parse('[{"kind": "reboot", "where": "exec"}]'))
+
+        def line(self, line: Line) -> None:
+            super().line(line)
+            if line.kind == "rebooted":
+                (own.image / "pause").unlink()
+
+    screen = Rebooting()
+    with own.emulator() as fake, Journal(own.runs / plan.run_id) as journal:
+        session = rig.client(plan, journal, fake.url, fake.api_key, screen=screen)
+        assert rent_and_train(session).sha256
+        assert fake.emulator.weather.struck == ["reboot"]
+    assert screen.told.count("rented") == 1 and screen.told.count("launched") == 2
 
 
 def test_a_torn_last_event_does_not_hold_a_training_that_ended(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Bad days of a machine and of vast.ai that cost no box and no training; each was found by
+tests/weather.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from machine import needs
+
+import rig
+from ops.box import scripts
+from ops.fakevast import FakeVast, weather
+from ops.market.client import Provider, Vast
+from ops.wait import RealClock
+from trainer.wire.events import Event, Step
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def forecast(fake: FakeVast, *events: dict[str, Any]) -> None:
+    fake.forecast(weather.parse(json.dumps(events)))
+
+
+def struck(fake: FakeVast) -> list[str]:
+    return fake.emulator.weather.struck
+
+
+class AtTheFirstStep(rig.Silent):
+    """Weather that comes with the first step of the training."""
+
+    def __init__(self, fake: FakeVast, *events: dict[str, Any]) -> None:
+        super().__init__()
+        self.fake, self.events = fake, events
+
+    def event(self, event: Event, *rest: Any) -> None:
+        if isinstance(event, Step) and self.events:
+            forecast(self.fake, *self.events)
+            self.events = ()
+
+
+def test_a_null_list_is_asked_again_before_a_run_is_given_up(own: rig.Rig, fake: FakeVast) -> None:
+    body = {"instances": None}
+    vast = Vast(Provider(fake.url, fake.api_key), RealClock(0.02))
+    fake.faults.add(where="list", what="reply", status=200, body=body, times=2)
+    assert vast.instances() == []
+
+
+def test_a_wall_that_forbids_in_its_own_words_is_no_answer_of_vast_ai(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    vast = Vast(Provider(fake.url, fake.api_key), RealClock(0.02))
+    assert vast.credit_usd() > 0
+    body = {"message": "Forbidden"}
+    fake.faults.add(where="user", what="reply", status=403, body=body, times=2)
+    assert vast.credit_usd() > 0
+
+
+def test_an_api_that_is_silent_while_a_box_boots_costs_no_box(own: rig.Rig, fake: FakeVast) -> None:
+    forecast(fake, {"kind": "api_pause", "where": "boot", "for_s": 0.5})
+    outcome, _, screen = rig.whole_run(own, fake)
+    assert outcome.sha256 and screen.told.count("rented") == 1
+    assert any("asked again" in str(told) for told in screen.told)
+
+
+UNANSWERED = """#!/bin/sh
+echo x >>"$HOME/asked"
+[ "$(wc -l <"$HOME/asked")" -gt 5 ] || { echo 000; exit 7; }
+PATH=/usr/bin:/bin exec curl "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_watchdog_that_gets_no_answer_of_vast_ai_is_asked_again_before_its_machine_is_blamed(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("curl")
+    real = scripts.environment
+    watch = {"MILKTEA_WATCH_S": "1"}
+    monkeypatch.setattr(scripts, "environment", lambda *words: real(*words) | watch)
+    (own.image / "bin/curl").write_text(UNANSWERED)
+    (own.image / "bin/curl").chmod(0o755)
+    outcome, _, screen = rig.whole_run(own, fake)
+    assert outcome.sha256 and screen.told.count("rented") == 1
+    assert any("HTTP 000; asked again" in str(told) for told in screen.told)
+
+
+@pytest.mark.parametrize("on_call", [2, 6])
+def test_a_link_that_breaks_in_a_command_costs_no_machine(
+    own: rig.Rig, fake: FakeVast, on_call: int
+) -> None:
+    fake.faults.add(where="exec", what="cut", on_call=on_call)
+    outcome, lines, screen = rig.whole_run(own, fake)
+    assert outcome.sha256 and screen.told.count("rented") == 1
+    assert [line for line in lines if line.kind in ("bad_machine", "missed")] == []
+
+
+def test_a_box_whose_disk_takes_no_files_is_the_machines_fault(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    fake.faults.add(where="boot", what="disk_full", free_bytes=40)
+    outcome, lines, _ = rig.whole_run(own, fake)
+    assert outcome.sha256
+    assert [line.kind for line in lines if line.kind in ("bad_machine", "missed")] == [
+        "bad_machine"
+    ]
