@@ -29,6 +29,7 @@ from trainer.loading import cache_of
 from trainer.machines import Machines, read_machines
 from trainer.model.weights import validate_weights
 from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, report_refusal
+from trainer.wire.chain import weights_sha256
 from trainer.wire.job import WIRE, Job
 
 # key of accelerate's config file -> values that leave the training as the job says; the first is
@@ -94,6 +95,12 @@ def prepare_inputs(job: Job, run: Path) -> None:
             f"{', '.join(absent)} of the job's env did not come with the launch",
             hint="set it where milktea runs, or take it out of env in the job file",
         )
+    for told in (job.start, job.judge):
+        if told is not None and weights_sha256(run / told.path) != told.sha256:
+            raise Refused(
+                f"{told.path} does not hold {told.name} as the job names it",
+                hint="make the job anew: `milktea plan JOB.toml`",
+            )
     prepare(job, run)
     validate_weights(model_folder(job, run, weights=True))
 

@@ -19,6 +19,7 @@ from trainer.wire.job import (
     Column,
     DataFormat,
     EnvironmentName,
+    How,
     Lora,
     OverLength,
     Positive,
@@ -26,13 +27,17 @@ from trainer.wire.job import (
     Strict,
     Training,
     TrainOn,
+    start_defect,
 )
 from trainer.wire.stages import (
+    Reward,
+    Rollouts,
     Sections,
     StageName,
     format_defect,
     method_defect,
     section_defect,
+    section_of,
 )
 
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -207,6 +212,17 @@ class JobFile(Strict, Sections):
         str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Run ids begin with it")
     ]
     stage: Annotated[StageName, Field(description="What is learned from the rows")] = "sft"
+    start: Annotated[
+        str | None,
+        Field(
+            description="Adapter to start from: a run of results.folder, a folder or an archive; "
+            "left out, a fresh one on the base"
+        ),
+    ] = None
+    how: Annotated[
+        How,
+        Field(description="continue: train on that adapter; stack: leave it, train one beside it"),
+    ] = "continue"
     env: Annotated[
         list[EnvironmentName],
         Field(description="Variables here that the machine gets at launch, such as HF_TOKEN"),
@@ -246,7 +262,25 @@ class JobFile(Strict, Sections):
             raise ValueError(defect)
         if defect := section_defect(self.stage, self):
             raise ValueError(defect)
+        if defect := start_defect(self.start is not None, self.training, self.lora):
+            raise ValueError(defect)
+        if self.start is None and self.how != "continue":
+            raise ValueError(f'how = "{self.how}" needs start')
         return self
+
+    @property
+    def judge(self) -> Reward | None:
+        """The reward that asks a model, if the job's stage has one."""
+        section = getattr(self, self.stage, None)
+        return section.judge if isinstance(section, Rollouts) else None
+
+    def section_with_judge_at(self, path: str) -> dict[str, dict[str, Any]]:
+        """The section of the job's own stage as the wire has it, the reward model in `path`."""
+        told = section_of(self)
+        for rule in told.get(self.stage, {}).get("rewards", []):
+            if rule["kind"] == "model":
+                rule["path"] = path
+        return told
 
 
 def load(path: Path) -> JobFile:
@@ -326,7 +360,30 @@ def _with_absolute_paths(job: JobFile, folder: Path) -> JobFile:
             else job.data.template,
         }
     )
+    changes: dict[str, Any] = {}
+    if job.start is not None:
+        changes["start"] = str(_adapter(job.start, folder, here(job.results.folder)))
+    for name in ("ppo", "grpo"):
+        section: Rollouts = getattr(job, name)
+        rewards = [
+            r.model_copy(update={"path": str(_adapter(r.path, folder, here(job.results.folder)))})
+            if r.path
+            else r
+            for r in section.rewards
+        ]
+        changes[name] = section.model_copy(update={"rewards": rewards})
     local = here(Path(job.model.base))
     model = job.model.model_copy(update={"base": str(local)}) if local.is_dir() else job.model
     results = job.results.model_copy(update={"folder": here(job.results.folder)})
-    return job.model_copy(update={"data": data, "model": model, "results": results})
+    changes |= {"data": data, "model": model, "results": results}
+    return job.model_copy(update=changes)
+
+
+def _adapter(name: str, folder: Path, results: Path) -> Path:
+    """Where the adapter lies that a job file calls `name`: a run's, or a path; existing or not."""
+    of_run = results / name / "adapter.zip"
+    if "/" not in name and of_run.is_file():
+        return of_run
+    path = (folder / Path(name).expanduser()).resolve()
+    inside = path / "adapter.zip"
+    return inside if inside.is_file() else path

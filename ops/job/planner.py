@@ -20,6 +20,7 @@ from ops.catalogue.models import Entry, lookup
 from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job import sent, tokens
+from ops.job.adapters import JUDGE, Adapters, taken_up
 from ops.job.config import JobFile
 from ops.job.data_files import data_files
 from ops.job.mistakes import grouped
@@ -30,7 +31,7 @@ from trainer import families, memory
 from trainer.data import estimate, prepare, stage_rows
 from trainer.data import template as prompt
 from trainer.wire.job import Job
-from trainer.wire.stages import STAGES, section_of
+from trainer.wire.stages import STAGES
 
 DRIVER_SHARE = 0.98  # torch can use this share of the memory that a GPU's driver reports
 CPU_FLOP_S = 1e11  # of a fast laptop
@@ -71,12 +72,14 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     model, and the plan is marked `estimated`. Raises PreflightError or ConfigError."""
     tokens.validate(job.env, job.image.login or "")
     tokens.validate_gated(job.model.base, job.env)
+    job, adapters = taken_up(job, stage)
     pushes = [
         *data_files(job, folder),
         *_model_files(job),
+        *adapters.pushes,
         *(_trainer_files() if job.image.trainer == "push" else []),
     ]
-    wire_job = _wire_job(job, run_id, pushes)
+    wire_job = _wire_job(job, run_id, pushes, adapters)
     notes: list[str] = []
     entry = lookup(job.model.base) if or_estimate else None
     tokenised = True
@@ -161,7 +164,7 @@ def _trainer_files() -> list[PushFile]:
     ]
 
 
-def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
+def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile], adapters: Adapters) -> Job:
     data = [
         {
             "path": p.remote,
@@ -197,7 +200,8 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile]) -> Job:
             "training": job.training.model_dump(),
             "processes": job.offer.num_gpus,
             "environment": job.env,
-            **section_of(job),
+            **adapters.told,
+            **job.section_with_judge_at(JUDGE),
         }
     )
 

@@ -6,12 +6,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import rows, write_model
+
+from trainer.wire.chain import FILES, weights_sha256
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +37,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture
 def run_folder(tmp_path: Path, models: Callable[..., Path]) -> Callable[..., Path]:
     """run_folder(kind="gqa", data=[...], held_out=[...], **job keys) -> job.json of a new run
-    folder. Dicts merge into the defaults."""
+    folder. Dicts merge into the defaults. `start` and `judge` are job.json of finished runs whose
+    adapters the job gets, `how` the first one is taken up."""
     count = 0
 
     def make(
@@ -42,6 +46,9 @@ def run_folder(tmp_path: Path, models: Callable[..., Path]) -> Callable[..., Pat
         data: list[Any] | None = None,
         held_out: list[Any] | None = None,
         model: Path | None = None,
+        start: Path | None = None,
+        judge: Path | None = None,
+        how: str = "continue",
         **changes: Any,
     ) -> Path:
         nonlocal count
@@ -78,9 +85,21 @@ def run_folder(tmp_path: Path, models: Callable[..., Path]) -> Callable[..., Pat
         }
         if held_out is not None:
             job["data"]["held_out"] = put("held_out.jsonl", held_out)
+        if start is not None:
+            job["start"] = put_adapter(start, run, "start") | {"how": how}
+        if judge is not None:
+            job["judge"] = put_adapter(judge, run, "judge")
         for key, value in changes.items():
             job[key] = {**job.get(key, {}), **value} if isinstance(value, dict) else value
         (run / "job.json").write_text(json.dumps(job))
         return run / "job.json"
 
     return make
+
+
+def put_adapter(job: Path, run: Path, name: str) -> dict[str, Any]:
+    """Unpacks a finished run's adapter into run/name; what a job says of it."""
+    with zipfile.ZipFile(job.parent / "result" / "adapter.zip") as archive:
+        for file in FILES:
+            archive.extract(file, run / name)
+    return {"path": name, "name": job.parent.name, "sha256": weights_sha256(run / name)}

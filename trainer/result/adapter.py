@@ -25,7 +25,10 @@ from trainer.result.engines import loads_in
 from trainer.result.engines import read as read_adapter
 from trainer.result.engines import table as engines_table
 from trainer.result.words import write_words
+from trainer.wire.chain import CHAIN, Chain, Link, chain_of, weights_sha256
 from trainer.wire.job import WIRE, Job
+
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of a file of the base
 
 
 class ResultError(RuntimeError):
@@ -162,6 +165,10 @@ def write_result(
     (stage / "adapter" / "README.md").write_text(
         card(job, facts, stage / "adapter"), encoding="utf-8"
     )
+    chain = None
+    if job.training.method == "lora":
+        chain = chain_after(root, job, base, data, stage / "adapter", facts)
+        (stage / "adapter" / CHAIN).write_text(chain.model_dump_json(indent=1), encoding="utf-8")
     members = zip_folder(stage / "adapter", stage / "adapter.zip")
     for name, content in (home | beside).items():
         (stage / name).write_bytes(content)
@@ -177,6 +184,8 @@ def write_result(
         "members": members,
         "tensors": tensors,
         "lora": job.lora.model_dump(),
+        "chain": None if chain is None else chain.model_dump(),
+        "judge": None if job.judge is None else job.judge.model_dump(),
         "chat_template": proof,
         **facts,
     }
@@ -186,6 +195,47 @@ def write_result(
     part.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
     part.rename(result / "manifest.json")
     return cast(str, files["adapter.zip"]["sha256"])
+
+
+def chain_after(
+    root: Path, job: Job, base: Path, data: Prepared, adapter: Path, facts: dict[str, Any]
+) -> Chain:
+    """What the adapter in the folder `adapter` came through, this run last."""
+    start, before = job.start, None
+    if start is not None:
+        before = chain_of(root / start.path)
+    links = [] if before is None else before.links
+    if start is not None and before is None:  # not of this trainer: its stage is not known
+        links = [Link(stage="sft", run_id=start.name, how="new", sha256=start.sha256)]
+    numbers = {name: after for name, (_, after) in facts.get("held_out", {}).items()}
+    link = Link(
+        stage=job.stage,
+        run_id=job.run_id,
+        how="new" if start is None else start.how,
+        sha256=weights_sha256(adapter),
+        numbers=numbers,
+    )
+    return Chain(
+        base=job.model.base,
+        base_sha256=identity(base),
+        template=data.token_hash,
+        links=[*links, link],
+    )
+
+
+def identity(base: Path) -> str:
+    """What a base model is known by: sha256 of its settings, of the header of each of its files
+    and of SAMPLES places in it. Another training, type or precision has another."""
+    digest = hashlib.sha256((base / "config.json").read_bytes())
+    for path in sorted(base.glob("*.safetensors")):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(8)
+            digest.update(header + file.read(min(int.from_bytes(header, "little"), size)))
+            for k in range(SAMPLES):
+                file.seek(max(0, size * (k + 1) // SAMPLES - SAMPLE_BYTES))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def zip_folder(folder: Path, archive: Path) -> dict[str, dict[str, Any]]:

@@ -8,9 +8,11 @@ AutoModelForSequenceClassification read.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
@@ -18,7 +20,9 @@ from trainer.data import batch
 from trainer.data.prepare import Rows
 from trainer.loop.ranks import Ranks
 from trainer.model.load import causal, hidden_states, model_inputs
+from trainer.model.roles import SCORE
 from trainer.stages import compared, measured
+from trainer.wire.chain import WEIGHTS
 
 QUARTILES = 4
 
@@ -33,6 +37,13 @@ def add_score(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         head.weight.copy_(torch.randn(1, hidden, generator=dice) / (hidden + 1) ** 0.5)
     model.score = head
+
+
+def take_score(model: nn.Module, folder: Path) -> None:
+    """Lets the head go on from that of the adapter in `folder`, if it is a reward model's."""
+    head = load_file(folder / WEIGHTS).get(SCORE)
+    if head is not None:
+        model.get_submodule("score").load_state_dict({"weight": head})
 
 
 def scores(model: nn.Module, micro: dict[str, Any]) -> Tensor:
@@ -50,6 +61,8 @@ class Stage(compared.Stage):
     def load(self, ranks: Ranks) -> None:
         super().load(ranks)
         add_score(self.model, self.job.training.seed)
+        if self.job.start is not None:
+            take_score(self.model, self.run / self.job.start.path)
 
     def batches(self, step: int) -> batch.Work:
         """With "stage/margin" (pairs,) in each micro-batch."""

@@ -20,15 +20,21 @@ from torch import Tensor, nn
 from trainer.data import batch, stage_rows
 from trainer.data.prepare import InvalidJob, Rows
 from trainer.loop.guards import Expected, Stopped
+from trainer.loop.ranks import Ranks
 from trainer.model.decode import Answer, Sampling, generate
+from trainer.model.load import hidden_states, model_inputs
+from trainer.model.roles import MAIN, Roles
 from trainer.stages import compared, measured
 from trainer.stages.rewards import reward
+from trainer.wire.chain import chain_of, reward_defect, weights_sha256
 from trainer.wire.job import DataFile, Job
 from trainer.wire.stages import Rollouts
 
 DRIFT = 0.05  # nats a token by which decoding and training may differ, a mean
 HELD_OUT = 64  # prompts that are answered before and after
 KEPT = "rollout/"  # of what is kept in a checkpoint
+JUDGE = "judge"  # the reward model's role
+FOREIGN = "train it by stage rm from what the policy starts from, or set foreign_reward = true"
 
 
 @dataclass
@@ -60,6 +66,21 @@ class Rollout:
         return (places < self.lengths[:, None]).double()
 
 
+@dataclass(frozen=True)
+class Judge:
+    """How a reward model's scores count: `mean` and `deviation` of its scores of held-out rows,
+    `most` deviations at most, times `weight`."""
+
+    mean: float
+    deviation: float
+    most: float
+    weight: float
+
+    def counted(self, scores: Tensor) -> Tensor:
+        reach = self.most * self.deviation
+        return self.weight * scores.clamp(self.mean - reach, self.mean + reach)
+
+
 class Stage(compared.Stage):
     """`settings` is the stage's section, `updates` the optimizer steps on one batch of answers."""
 
@@ -79,6 +100,7 @@ class Stage(compared.Stage):
         self.wanted = self._wanted(job.data.files)
         if job.data.held_out is not None:
             self.wanted |= self._wanted([job.data.held_out])
+        self.judge = self._judge()
         self.rollout: Rollout | None = None
         self.told: dict[int, dict[str, float]] = {}  # of steps that are not reported yet
 
@@ -87,8 +109,31 @@ class Stage(compared.Stage):
         found, _ = stage_rows.read(self.job, [(self.run / f.path, f.name) for f in files])
         return {row.where: row.turns[-1].text for row in found}
 
+    def _judge(self) -> Judge | None:
+        """Of the job's reward model. Raises Refused for one that must not judge this policy."""
+        rule, told = self.settings.judge, self.job.judge
+        if rule is None or told is None:
+            return None
+        folder, start = self.run / told.path, self.job.start
+        chain = chain_of(folder)
+        before = chain_of(self.run / start.path) if start else None
+        foreign, base = self.settings.foreign_reward, self.job.model.base
+        why = reward_defect(chain, weights_sha256(folder), before, base, foreign)
+        if chain is None or why:
+            raise Refused(f"the reward model {told.name} must not judge here: {why}", hint=FOREIGN)
+        numbers = chain.links[-1].numbers
+        mean, deviation = numbers.get("reward mean", 0.0), numbers.get("reward deviation", 1.0)
+        most: float = getattr(self.settings, "score_clip", float("inf"))
+        return Judge(mean, deviation, most, rule.weight)
+
     def validate(self, rows: Rows) -> None:
         """Prompts have no labels."""
+
+    def load(self, ranks: Ranks) -> None:
+        super().load(ranks)
+        self.roles = Roles(self.model)
+        if self.job.judge is not None:
+            self.roles.add(JUDGE, self.run / self.job.judge.path, trained=False)
 
     @property
     def longest(self) -> int:
@@ -124,6 +169,7 @@ class Stage(compared.Stage):
         keys = [p * size + k for p in prompts for k in range(size)]
         mine = range(self.ranks.rank, len(asked), self.ranks.world)
         sampling = Sampling(settings.temperature, self.job.training.seed, number)
+        self.roles.take(MAIN)
         found = generate(
             self.model,
             [self.prompt(self.data.rows, asked[k]) for k in mine],
@@ -162,13 +208,30 @@ class Stage(compared.Stage):
 
     def rewards(self, rows: Rows, answers: list[Answer]) -> Tensor:
         """Of each answer, fp64 (rows,), the same on all processes."""
-        found = [self._by_rules(a, w) for a, w in zip(answers, rows.where, strict=True)]
-        return torch.tensor(found, dtype=torch.float64)
+        rules = [self._by_rules(a, w) for a, w in zip(answers, rows.where, strict=True)]
+        found = torch.tensor(rules, dtype=torch.float64)
+        if self.judge is not None:
+            found += self.judge.counted(self._scored(rows))
+        return found
+
+    def _scored(self, rows: Rows) -> Tensor:
+        """What the reward model says of each row at its answer's last token, fp64 (rows,)."""
+        found = torch.zeros(len(rows), dtype=torch.float64)
+        self.roles.take(JUDGE)
+        for micro in self.micro(rows, range(len(rows))):
+            there = batch.on(self.ranks.device, micro)
+            states = hidden_states(self.model, **model_inputs(there)).flatten(0, 1)
+            ends = states.index_select(0, there["stage/ends"]).float()
+            said: Tensor = self.roles.head(JUDGE)(ends)[:, 0]
+            found[list(micro["stage/numbers"])] = said.double().cpu()
+        self.roles.take(MAIN)
+        return found
 
     def _by_rules(self, found: Answer, where: str) -> float:
         ids = found.ids[:-1] if found.ended else found.ids
         text = self.data.vocabulary.tokenizer.decode(ids, skip_special_tokens=True)
-        return reward(self.settings.rewards, text, len(found.ids), self.wanted[where])
+        rules = [r for r in self.settings.rewards if r.kind != "model"]
+        return reward(rules, text, len(found.ids), self.wanted[where])
 
     def facts_of(self, made: Rollout) -> dict[str, float]:
         """What is told of a batch of answers."""
@@ -184,6 +247,7 @@ class Stage(compared.Stage):
 
     def log_probs(self, micro: dict[str, Any]) -> Tensor:
         """Of the answers' tokens, in the distribution that they were drawn from (rows, longest)."""
+        self.roles.take(MAIN)
         return compared.answer_log_probs(self.model, micro, self.settings.temperature)[0]
 
     def asked_of(self, made: Rollout, numbers: list[int], ask: Any) -> Tensor:
@@ -211,10 +275,8 @@ class Stage(compared.Stage):
     def with_made(self, made: Rollout, micro: dict[str, Any], *names: str) -> dict[str, Any]:
         """The micro-batch with "stage/NAME" of its rows, for what is in made.made."""
         at, longest = list(micro["stage/numbers"]), micro["stage/longest"]
-        for name in names:
-            found = made.made[name][at]
-            micro[f"stage/{name}"] = (found[:, :longest] if found.ndim > 1 else found).float()
-        return micro
+        told = {f"stage/{name}": made.made[name][at].float() for name in names}
+        return micro | {k: v[:, :longest] if v.ndim > 1 else v for k, v in told.items()}
 
     def validate_drift(self, step: int, drift: float) -> None:
         """Raises Stopped when decoding and training differ by `drift` nats a token."""
@@ -233,6 +295,7 @@ class Stage(compared.Stage):
         chosen = list(range(min(HELD_OUT, len(held))))
         asked = [self.prompt(held, k) for k in chosen]
         stops, most = {self.data.stop_id}, self.settings.max_completion_length
+        self.roles.take(MAIN)
         found = generate(model, asked, stops, self.ranks.device, most)
         rewards = self.rewards(self.as_rows(held, chosen, found), found)
         return {

@@ -25,10 +25,19 @@ from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
 from trainer.model import likeness
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import family_in, hidden_states, load, start_values, target_loss
+from trainer.model.load import (
+    ModelError,
+    family_in,
+    hidden_states,
+    load,
+    start_values,
+    target_loss,
+)
+from trainer.model.roles import continue_from, stack_on
 from trainer.result import adapter
 from trainer.wire import events
-from trainer.wire.job import Job
+from trainer.wire.chain import chain_of
+from trainer.wire.job import Job, Start
 from trainer.wire.page import page
 
 log = logging.getLogger(__name__)
@@ -78,8 +87,22 @@ class Stage(stage.Stage):
             self.job, self.base, ranks.device, self.keys, recomputed, ranks.shard, longest
         )
         self.kernels |= compared
+        if self.job.start is not None:
+            self._take_up(self.job.start)
         ranks.place(self.model)
         self.initial = start_values(self.model, self.job)
+
+    def _take_up(self, start: Start) -> None:
+        """Puts the adapter that training starts from into the model. Raises ModelError for one of
+        another base."""
+        folder = self.run / start.path
+        told = chain_of(folder)
+        if told is not None and told.base_sha256 != adapter.identity(self.base):
+            raise ModelError(
+                f"{start.name} was trained on other weights than those of {self.job.model.base} "
+                "here: start from an adapter of this base"
+            )
+        (continue_from if start.how == "continue" else stack_on)(self.model, folder)
 
     def _rehearse_saving(self) -> None:
         """Raises ResultError where the result of this model and method could not be saved."""

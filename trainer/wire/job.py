@@ -49,6 +49,7 @@ Column = Literal[
 ]
 BadRows = Literal["refuse", "drop"]
 TrainOn = Literal["all", "last"]
+How = Literal["continue", "stack"]
 
 
 class Strict(BaseModel):
@@ -184,6 +185,22 @@ class Stage(Strict):
     name: StageName
 
 
+class Adapter(Strict):
+    """A LoRA that the box gets with the job, in the folder `path` of the run folder. `name` is what
+    the user called it, `sha256` that of its weights."""
+
+    path: str
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Start(Adapter):
+    """What training starts from. continue: its A and B are trained on. stack: it stays, and a fresh
+    adapter is trained beside it; `lora` then has the rank of both."""
+
+    how: How = "continue"
+
+
 class Limits(Strict):
     """What the box must keep to by itself. After ``deadline_unix_s``, by its own clock, the
     trainer saves a checkpoint and stops."""
@@ -200,6 +217,8 @@ class Job(Strict, Sections):
     stages: Annotated[list[Stage], Field(min_length=1, max_length=1)] = [Stage(name="sft")]
     model: ModelSpec
     data: Data
+    start: Start | None = None
+    judge: Adapter | None = None  # the reward model
     lora: Lora = Lora()
     training: Training = Training()
     processes: Positive = 1
@@ -229,6 +248,16 @@ class Job(Strict, Sections):
         return self
 
     @model_validator(mode="after")
+    def _adapters_are_there(self) -> Job:
+        if defect := start_defect(self.start is not None, self.training, self.lora):
+            raise ValueError(defect)
+        section = getattr(self, self.stage, None)
+        asked = getattr(section, "judge", None)
+        if (asked is None) != (self.judge is None):
+            raise ValueError("judge: a reward of kind model and its adapter come together")
+        return self
+
+    @model_validator(mode="after")
     def _wire_is_ours(self) -> Job:
         if self.wire != WIRE:
             raise ValueError(
@@ -236,3 +265,14 @@ class Job(Strict, Sections):
                 "image of the same release"
             )
         return self
+
+
+def start_defect(starts: bool, training: Training, lora: Lora) -> str:
+    """Why a job that starts from an adapter must not have these settings; empty where it may."""
+    if not starts:
+        return ""
+    if training.method != "lora":
+        return f'start: an adapter is not trained on by training.method = "{training.method}"'
+    if lora.init_lora_weights != "default" or lora.use_rslora or lora.use_dora:
+        return "start: its adapter says how lora begins: remove use_rslora, use_dora and the like"
+    return ""

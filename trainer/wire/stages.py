@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-StageName = Literal["pt", "sft", "rm", "dpo", "kto", "grpo"]
+StageName = Literal["pt", "sft", "rm", "dpo", "kto", "ppo", "grpo"]
 RowKind = Literal["rows", "documents", "pairs", "tagged", "prompts"]
 
 Count = Annotated[int, Field(ge=0)]
@@ -55,6 +55,16 @@ STAGES: Mapping[StageName, StageFacts] = {
     "dpo": StageFacts(formats=(), rows="pairs", methods=("lora",), frozen_adapters=1, work=1.5),
     # the same, and both on prompts with another row's answer
     "kto": StageFacts(formats=(), rows="tagged", methods=("lora",), frozen_adapters=1, work=2.5),
+    # of a prompt's token: an answer of twice its length, decoded, scored by four adapters, and read
+    # four times with gradients
+    "ppo": StageFacts(
+        formats=("alpaca", "sharegpt", "messages", "prompt"),
+        rows="prompts",
+        methods=("lora",),
+        adapters=2,
+        frozen_adapters=2,
+        work=13.0,
+    ),
     # of a prompt's token: eight answers, each longer than the prompt, decoded and trained on
     "grpo": StageFacts(
         formats=("alpaca", "sharegpt", "messages", "prompt"),
@@ -121,11 +131,13 @@ class Kto(Section):
 class Reward(Section):
     """One rule of a reward, from 0 to 1 times `weight`. match: the answer is the row's. contains:
     the row's answer stands in it. format: `regex` is found in it. length: 1 at `tokens` tokens,
-    falling to 0 at none and at twice as many."""
+    falling to 0 at none and at twice as many. model: the score that the reward model in `path`, the
+    adapter of a run of stage rm, gives; it has no bounds."""
 
-    kind: Literal["match", "contains", "format", "length"]
+    kind: Literal["match", "contains", "format", "length", "model"]
     weight: float = 1.0
     regex: str = ""
+    path: str = ""
     tokens: Annotated[int, Field(gt=0)] = 64
 
     @model_validator(mode="after")
@@ -137,6 +149,8 @@ class Reward(Section):
                 raise ValueError(f"regex {self.regex!r}: {why}") from why
         if (self.kind == "format") != bool(self.regex):
             raise ValueError('regex belongs to kind = "format", which needs one')
+        if (self.kind == "model") != bool(self.path):
+            raise ValueError('path belongs to kind = "model", which needs one')
         return self
 
 
@@ -147,6 +161,54 @@ class Rollouts(Section):
     num_generations: Annotated[int, Field(ge=1, description="Answers to each prompt")] = 1
     max_completion_length: Annotated[int, Field(gt=0, description="Tokens of an answer")] = 256
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    foreign_reward: Annotated[
+        bool, Field(description="Whether a reward model may come from another chain, or guess")
+    ] = False
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Rollouts:
+        if sum(r.kind == "model" for r in self.rewards) > 1:
+            raise ValueError("rewards: one model judges, not several")
+        return self
+
+    @property
+    def judge(self) -> Reward | None:
+        """The rule that asks a reward model."""
+        return next((r for r in self.rewards if r.kind == "model"), None)
+
+
+class Ppo(Rollouts):
+    num_ppo_epochs: Annotated[int, Field(ge=1, description="Passes over the same answers")] = 2
+    num_mini_batches: Annotated[int, Field(ge=1, description="Optimizer steps of a pass")] = 1
+    kl_coef: Annotated[
+        NotNegative, Field(description="Of the KL to the start in each token's reward")
+    ] = 0.05
+    target_kl: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Field(description="KL of an answer, in nats, that kl_coef is led to; left out, it stays"),
+    ] = None
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    cliprange: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    cliprange_value: Annotated[float, Field(gt=0)] = 0.5
+    vf_coef: Annotated[float, Field(gt=0, description="Of the value's loss")] = 0.1
+    value_learning_rate: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Field(description="Left out: three times training.learning_rate"),
+    ] = None
+    value_warmup: Annotated[
+        Count, Field(description="Batches of answers from which the value alone learns")
+    ] = 0
+    missing_eos_penalty: Annotated[
+        NotNegative | None,
+        Field(
+            description="Taken from the score of an answer without its stop token; left out: two "
+            "deviations of the reward model's scores, without one 1"
+        ),
+    ] = None
+    score_clip: Annotated[
+        float, Field(gt=0, description="Deviations that a reward model's score counts at most")
+    ] = 10.0
 
 
 class Grpo(Rollouts):
@@ -182,6 +244,7 @@ class Sections(BaseModel):
     rm: Rm = Rm()
     dpo: Dpo = Dpo()
     kto: Kto = Kto()
+    ppo: Ppo = Ppo()
     grpo: Grpo = Grpo()
 
 

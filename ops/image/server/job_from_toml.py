@@ -22,8 +22,8 @@ from pathlib import Path
 from ops.errors import ConfigError, MilkteaError
 from ops.job.config import JobFile, load
 from trainer.data import template as prompt
+from trainer.wire.adapters import as_told, files_of, lora_from
 from trainer.wire.job import DataFile, Job
-from trainer.wire.stages import section_of
 
 
 def paths_of(job: JobFile) -> list[Path]:
@@ -32,6 +32,8 @@ def paths_of(job: JobFile) -> list[Path]:
     """
     found = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
     template = Path(job.data.template)
+    found += [Path(job.start)] if job.start else []
+    found += [Path(job.judge.path)] if job.judge else []
     return found + ([template] if template.is_absolute() else [])
 
 
@@ -54,6 +56,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
     if link.is_symlink():
         link.unlink()
     link.symlink_to(model)
+    job, adapters = put_adapters(job, run)
     template = Path(job.data.template)
     if (
         not template.is_absolute()
@@ -87,13 +90,39 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),
             "processes": processes or job.offer.num_gpus,
-            **section_of(job),
+            **adapters,
+            **job.section_with_judge_at("judge"),
         }
     )
     part = run / "job.json.part"
     part.write_text(wire.text(), "utf-8")
     part.replace(run / "job.json")
     return wire
+
+
+def put_adapters(job: JobFile, run: Path) -> tuple[JobFile, dict[str, object]]:
+    """Copies what the job starts from and is judged by into the run folder. Returns the job with
+    the LoRA settings of its start, and what job.json says of them. Raises ConfigError."""
+    wanted = {"start": job.start, "judge": job.judge.path if job.judge else None}
+    told: dict[str, object] = {}
+    for name, path in wanted.items():
+        if path is None:
+            continue
+        adapter = Path(path)
+        try:
+            if name == "start":
+                lora = lora_from(adapter, job.lora, job.how)
+                job = job.model_copy(update={"lora": lora})
+            for file in files_of(adapter, run / name):
+                if adapter.is_dir():
+                    (run / name).mkdir(exist_ok=True)
+                    shutil.copyfile(file, run / name / file.name)
+            told[name] = as_told(adapter, name, adapter.name) | (
+                {"how": job.how} if name == "start" else {}
+            )
+        except (OSError, ValueError) as why:
+            raise ConfigError(f"{name}: {adapter}: {why}", hint="name an adapter.zip") from why
+    return job, told
 
 
 def find_model(toml: Path, job: JobFile) -> Path:

@@ -1,0 +1,67 @@
+"""The adapters that a job starts from or is judged by, as they travel with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ops.box.transfer import PushFile, sha256_of
+from ops.errors import PreflightError
+from ops.job.config import JobFile
+from trainer.wire.adapters import as_told, files_of, judge_defect, lora_from
+
+START, JUDGE = "start", "judge"  # their folders on the box
+FIND = "name a run of results.folder, a folder with an adapter, or an adapter.zip"
+
+
+@dataclass
+class Adapters:
+    """`told` are the keys of job.json that say which they are."""
+
+    pushes: list[PushFile] = field(default_factory=list)
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+def taken_up(job: JobFile, stage: Path) -> tuple[JobFile, Adapters]:
+    """The job with the LoRA settings of what it starts from, and its adapters; archives are
+    unpacked in `stage`. Raises PreflightError for one that is not there or does not fit."""
+    found, start = Adapters(), None if job.start is None else Path(job.start)
+    base = Path(job.model.base).name if Path(job.model.base).is_dir() else job.model.base
+    base = base if Path(job.model.base).is_dir() else base.partition("@")[0]
+    if start is not None:
+        with _named("start", start):
+            lora = lora_from(start, job.lora, job.how)
+            job = job.model_copy(update={"lora": lora})
+            _add(found, start, START, stage)
+            found.told[START]["how"] = job.how
+    if (rule := job.judge) is not None:
+        judge, foreign = Path(rule.path), getattr(job, job.stage).foreign_reward
+        with _named("the reward model", judge):
+            if why := judge_defect(judge, start, base, foreign):
+                raise PreflightError(
+                    f"the reward model {judge} must not judge here: {why}",
+                    hint="train it by stage rm from what the policy starts from, or set "
+                    f"{job.stage}.foreign_reward = true",
+                )
+            _add(found, judge, JUDGE, stage)
+    return job, found
+
+
+@contextmanager
+def _named(what: str, adapter: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as why:
+        raise PreflightError(f"{what}: {adapter} holds no adapter: {why}", hint=FIND) from why
+    except (OSError, ValueError) as why:
+        raise PreflightError(f"{what}: {adapter}: {why}", hint=FIND) from why
+
+
+def _add(found: Adapters, adapter: Path, to: str, stage: Path) -> None:
+    files = files_of(adapter, stage / "adapters" / to)
+    found.pushes += [PushFile(p, f"{to}/{p.name}", sha256_of(p)) for p in files]
+    name = adapter.parent.name if adapter.name == "adapter.zip" else adapter.name
+    found.told[to] = as_told(adapter, to, name)

@@ -1,0 +1,151 @@
+"""What a job starts from and is judged by: found by a run's name or a path, its LoRA settings
+taken, and refused before renting where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.errors import ConfigError, PreflightError
+from ops.job import config
+from ops.job.adapters import taken_up
+from trainer.wire.chain import Chain, Link, weights_sha256
+from trainer.wire.job import Lora
+
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj"],
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+
+
+def an_adapter(folder: Path, *stages: str, base: str = "tea/7b", **changes: Any) -> Path:
+    """A folder with settings, bytes in the place of weights, and a chain of these stages."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
+    links = [Link(stage=s, run_id="a-run", how="new", sha256=s[0] * 64) for s in stages]  # type: ignore[arg-type]
+    if links:
+        links[-1] = links[-1].model_copy(update={"sha256": weights_sha256(folder)})
+        chain = Chain(base=base, base_sha256="f" * 64, template="e" * 64, links=links)
+        (folder / "chain.json").write_text(chain.model_dump_json())
+    return folder
+
+
+def archive(adapter: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True)
+    with zipfile.ZipFile(to, "w") as out:
+        for path in adapter.iterdir():
+            out.write(path, path.name)
+
+
+def a_job(tmp_path: Path, **changes: Any) -> config.JobFile:
+    least = {
+        "name": "tea",
+        "model": {"base": "tea/7b@main"},
+        "data": {"files": ["rows.json"]},
+        "limits": {"max_usd": 1},
+        "results": {"folder": "out"},
+    }
+    return config.parse(least | changes, tmp_path / "job.toml")
+
+
+def test_a_run_is_found_by_its_name_and_its_settings_are_taken(tmp_path: Path) -> None:
+    folder = an_adapter(tmp_path / "made", "sft")
+    archive(folder, tmp_path / "out/a-run/adapter.zip")
+    job, found = taken_up(a_job(tmp_path, start="a-run"), tmp_path / "stage")
+    assert (job.lora.r, job.lora.lora_alpha) == (4, 8.0)
+    assert job.lora.target_modules == ["q_proj", "v_proj"]
+    names = {"adapter_model.safetensors", "adapter_config.json", "chain.json"}
+    assert {p.remote for p in found.pushes} == {f"start/{name}" for name in names}
+    assert all(p.local.read_bytes() == (folder / p.local.name).read_bytes() for p in found.pushes)
+    told = {"path": "start", "name": "a-run", "sha256": weights_sha256(folder), "how": "continue"}
+    assert found.told == {"start": told}
+
+
+def test_a_folder_is_pushed_as_it_is(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "theirs")
+    _, found = taken_up(a_job(tmp_path, start="theirs"), tmp_path / "stage")
+    assert sorted(p.local.parent.name for p in found.pushes) == ["theirs", "theirs"]
+
+
+def test_an_adapter_that_is_stacked_on_gives_its_rank(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "made", "sft")
+    job = a_job(tmp_path, start="made", how="stack", lora={"r": 8, "lora_alpha": 32})
+    stacked, _ = taken_up(job, tmp_path / "stage")
+    assert (stacked.lora.r, stacked.lora.lora_alpha) == (12, 48.0)
+    assert stacked.lora.target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    "changes, settings, said",
+    [
+        ({"start": "nowhere"}, {}, "holds no adapter"),
+        ({"start": "made"}, {"peft_type": "LOHA"}, "it is no LoRA"),
+        ({"start": "made"}, {"use_dora": True}, "use_dora, which no stage"),
+        ({"start": "made", "lora": {"r": 32}}, {}, r"lora.r = 32 \(the adapter has 4\)"),
+        ({"start": "made", "how": "stack"}, {"rank_pattern": {"q": 2}}, "no rank_pattern"),
+        (
+            {"start": "made", "how": "stack", "lora": {"target_modules": ["q_proj"]}},
+            {},
+            "leaves out some",
+        ),
+    ],
+)
+def test_what_cannot_be_taken_up_is_refused(
+    changes: dict[str, Any], settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    an_adapter(tmp_path / "made", "sft", **settings)
+    with pytest.raises(PreflightError, match=said):
+        taken_up(a_job(tmp_path, **changes), tmp_path / "stage")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"how": "stack"}, "needs start"),
+        ({"start": "x", "training": {"method": "full"}}, "not trained on by"),
+        ({"start": "x", "lora": {"init_lora_weights": "pissa"}}, "how lora begins"),
+        ({"stage": "ppo", "ppo": {"rewards": [{"kind": "model"}]}}, "needs one"),
+    ],
+)
+def test_what_says_nothing_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        a_job(tmp_path, **changes)
+
+
+def test_a_reward_model_travels_and_is_named_as_it_lies_on_the_box(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "judge", "rm")
+    section = {"rewards": [{"kind": "model", "path": "judge"}, {"kind": "match"}]}
+    job, found = taken_up(a_job(tmp_path, stage="ppo", ppo=section), tmp_path / "stage")
+    assert {p.remote.split("/")[0] for p in found.pushes} == {"judge"} == set(found.told)
+    rules = job.section_with_judge_at("judge")["ppo"]["rewards"]
+    assert [r["path"] for r in rules] == ["judge", ""]
+
+
+def test_a_reward_model_that_does_not_fit_the_start_is_refused_before_renting(
+    tmp_path: Path,
+) -> None:
+    an_adapter(tmp_path / "policy", "sft")
+    an_adapter(tmp_path / "judge", "rm")
+    rewards = [{"kind": "model", "path": "judge"}]
+    job = a_job(tmp_path, stage="grpo", start="policy", grpo={"rewards": rewards})
+    with pytest.raises(PreflightError, match="must not judge here: it was trained from the base"):
+        taken_up(job, tmp_path / "stage")
+    foreign = {"rewards": rewards, "foreign_reward": True}
+    taken_up(a_job(tmp_path, stage="grpo", start="policy", grpo=foreign), tmp_path / "other")
+
+
+def test_settings_that_are_free_stay_the_jobs(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "made", "sft")
+    job = a_job(tmp_path, start="made", lora={"lora_dropout": 0.1, "r": 4})
+    assert taken_up(job, tmp_path / "stage")[0].lora == Lora(
+        r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]
+    )

@@ -1,0 +1,113 @@
+"""The adapters that a job starts from or is judged by, before they travel: where their files are,
+and what they say of the LoRA that is trained. No torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trainer.wire.chain import (
+    CHAIN,
+    CONFIG,
+    WEIGHTS,
+    chain_of,
+    opened,
+    reward_defect,
+    text_of,
+    weights_sha256,
+)
+from trainer.wire.job import Adapter, How, Lora
+
+TAKEN = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
+def files_of(adapter: Path, to: Path) -> list[Path]:
+    """Weights, settings and chain of an adapter; those of an archive are unpacked into the new
+    folder `to`. Raises OSError, ValueError (no archive)."""
+    held = [WEIGHTS, CONFIG, *([CHAIN] if chain_of(adapter) is not None else [])]
+    if adapter.is_dir():
+        return [adapter / name for name in held]
+    to.mkdir(parents=True)
+    for name in held:
+        with opened(adapter, name) as source, open(to / name, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    return [to / name for name in held]
+
+
+def lora_from(adapter: Path, job: Lora, how: How) -> Lora:
+    """The settings of what is trained: to continue an adapter its own, to stack on it those of the
+    job with the rank of both. Raises ValueError with what does not go together, OSError."""
+    told = settings_of(adapter)
+    if how == "continue":
+        return _continued(told, job)
+    if told["rank_pattern"] or told["alpha_pattern"] or job.rank_pattern or job.alpha_pattern:
+        raise ValueError('how = "stack" knows no rank_pattern and no alpha_pattern: continue it')
+    r = told["r"] + job.r
+    changes = {"r": r, "lora_alpha": job.lora_alpha / job.r * r}
+    if isinstance(job.target_modules, list):
+        named = told["target_modules"]
+        if isinstance(named, str) or set(named) - set(job.target_modules):
+            raise ValueError(
+                f"lora.target_modules leaves out some of the adapter's, which are {named}"
+            )
+    return Lora.model_validate(job.model_dump() | changes)
+
+
+def _continued(told: dict[str, Any], job: Lora) -> Lora:
+    plain, asked = Lora(), job.model_dump()
+    odd = [
+        f"lora.{name} = {asked[name]!r} (the adapter has {told[name]!r})"
+        for name in TAKEN
+        if getattr(job, name) != getattr(plain, name) and not _same(asked[name], told[name])
+    ]
+    if odd:
+        raise ValueError(f"{', '.join(odd)}: remove it, the adapter says it")
+    return Lora.model_validate(asked | {name: told[name] for name in TAKEN})
+
+
+def _same(asked: Any, told: Any) -> bool:
+    if isinstance(asked, list) and isinstance(told, list):
+        return sorted(map(str, asked)) == sorted(map(str, told))
+    return bool(asked == told)
+
+
+def settings_of(adapter: Path) -> dict[str, Any]:
+    """TAKEN of adapter_config.json. Raises ValueError for an adapter that no stage takes up."""
+    told = json.loads(text_of(adapter, CONFIG))
+    if not isinstance(told, dict) or told.get("peft_type") != "LORA":
+        raise ValueError("it is no LoRA: only a LoRA is taken up")
+    odd = {
+        "use_dora": told.get("use_dora"),
+        "use_rslora": told.get("use_rslora"),
+        "target_parameters": told.get("target_parameters"),
+        "modules_to_save": set(told.get("modules_to_save") or ()) - {"score"},
+        "bias": told.get("bias", "none") != "none",
+    }
+    if found := [name for name, on in odd.items() if on]:
+        raise ValueError(f"it has {found[0]}, which no stage takes up")
+    taken = {name: told.get(name, getattr(Lora(), name)) for name in TAKEN}
+    for name in ("rank_pattern", "alpha_pattern"):
+        taken[name] = taken[name] or {}
+    return taken
+
+
+def as_told(adapter: Path, path: str, name: str) -> dict[str, str]:
+    """What a job says of an adapter that lies in `path` of the run folder. Raises OSError."""
+    told = Adapter(path=path, name=name, sha256=weights_sha256(adapter))
+    return told.model_dump()
+
+
+def judge_defect(judge: Path, start: Path | None, base: str, foreign: bool) -> str:
+    """chain.reward_defect of adapters' files. Raises OSError, ValueError."""
+    before = None if start is None else chain_of(start)
+    return reward_defect(chain_of(judge), weights_sha256(judge), before, base, foreign)
