@@ -121,6 +121,10 @@ class Engine:
             self._wakes.notify()
 
     @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
     def load(self) -> tuple[int, int]:
         """(answers that are decoded, asks that wait)."""
         return sum(not a.over for a in list(self._active)), len(self._waiting)

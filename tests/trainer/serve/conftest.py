@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from served import write_adapter
+from served import Running, write_adapter
 
 from trainer.practice.model import HERE as PRACTICE
 from trainer.serve.engine import Engine
@@ -38,3 +38,12 @@ def serving(results: dict[str, Path]) -> Iterator[Callable[..., Engine]]:
     yield get
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(results: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server over `base` and the results."""
+    models = open_models(results, PRACTICE, torch.device("cpu"))
+    running = Running(Engine(models, 8), tmp_path_factory.mktemp("feedback") / "new")
+    yield running
+    running.end()

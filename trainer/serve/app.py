@@ -1,0 +1,322 @@
+"""The server: OpenAI's interface over an engine, the page, feedback, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from trainer.data.prepare import prompt_ids
+from trainer.data.template import TemplateError
+from trainer.serve import requests
+from trainer.serve.engine import Busy, Engine
+from trainer.serve.feedback import Feedback, rows_of
+from trainer.serve.guard import Guard, Handler, add_headers
+from trainer.serve.models import BASE, Voice
+from trainer.serve.replies import Part, Reply, Shapes
+from trainer.serve.requests import ApiError, Wish
+
+PAGE = Path(__file__).with_name("page.html")
+BODY_BYTES, BODY_S = 2 << 20, 30.0  # of one request, and within which it must have come
+HEARTBEAT_S = 15.0  # of a stream in which nothing is said
+ENGINE = web.AppKey("engine", Engine)
+
+
+def application(engine: Engine, token: str, feedback: Path, hosts: tuple[str, ...] = ()) -> Any:
+    """The aiohttp application; run it with handler_cancellation, so that who goes away is noticed.
+    `hosts` are names by which it is reached beside loopback's."""
+    server = _Server(engine, Feedback(feedback))
+    guard = Guard(token, hosts)
+    app = web.Application(
+        middlewares=[server.counted, guard.middleware], client_max_size=BODY_BYTES
+    )
+    app[ENGINE] = engine
+    app.on_response_prepare.append(add_headers)
+    app.add_routes(
+        [
+            web.get("/", server.page),
+            web.get("/health", server.health),
+            web.get("/metrics", server.metrics),
+            web.get("/v1/models", server.models),
+            web.get("/v1/models/{name}", server.model),
+            web.post("/v1/chat/completions", server.chat),
+            web.post("/v1/completions", server.completions),
+            web.post("/feedback", server.feedback),
+        ]
+    )
+    return app
+
+
+class _Server:
+    def __init__(self, engine: Engine, feedback: Feedback) -> None:
+        self.engine, self._feedback = engine, feedback
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._page = PAGE.read_bytes()
+        self._policy = content_policy(self._page.decode())
+
+    @web.middleware
+    async def counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        route = request.match_info.route.resource
+        known = route.canonical if route is not None else "other"
+        self._requests[known, response.status] += 1
+        return response
+
+    # -- small answers -----------------------------------------------------------------------------
+
+    async def page(self, request: web.Request) -> web.Response:
+        headers = {"Content-Security-Policy": self._policy}
+        return web.Response(
+            body=self._page, content_type="text/html", charset="utf-8", headers=headers
+        )
+
+    async def health(self, request: web.Request) -> web.Response:
+        alive = self.engine.alive
+        status = "ok" if alive else "the model's thread ended"
+        return web.json_response({"status": status}, status=200 if alive else 503)
+
+    async def models(self, request: web.Request) -> web.Response:
+        listed = [self._told(voice) for voice in self.engine.models.voices.values()]
+        return web.json_response({"object": "list", "data": listed})
+
+    async def model(self, request: web.Request) -> web.Response:
+        return web.json_response(self._told(self._voice(request.match_info["name"])))
+
+    def _told(self, voice: Voice) -> dict[str, Any]:
+        told = {"id": voice.name, "object": "model", "created": 0, "owned_by": "milktea"}
+        more = {"template": voice.data.template.name, "base": voice.name == BASE}
+        return told | {"milktea": more | {"context": self.engine.models.context}}
+
+    def _voice(self, name: str) -> Voice:
+        voice = self.engine.models.voices.get(name)
+        if voice is None:
+            known = ", ".join(self.engine.models.voices)
+            raise ApiError(
+                f"there is no model {name[:100]!r} here, but: {known}",
+                "model",
+                "model_not_found",
+                404,
+            )
+        return voice
+
+    async def feedback(self, request: web.Request) -> web.Response:
+        rows = rows_of(await _body(request))
+        return web.json_response({"files": await asyncio.to_thread(self._feedback.add, rows)})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        counts, (running, waiting) = self.engine.counts, self.engine.load
+        rows: list[tuple[str, str, str, float]] = [
+            ("steps_total", "counter", "", counts.steps),
+            ("prompt_tokens_total", "counter", "", counts.prompt_tokens),
+            ("generated_tokens_total", "counter", "", counts.tokens),
+            ("running", "gauge", "", running),
+            ("waiting", "gauge", "", waiting),
+            ("first_token_seconds_sum", "counter", "", counts.first_token_s),
+            ("first_token_seconds_count", "counter", "", counts.first_tokens),
+        ]
+        for why, n in sorted(counts.ended.items()):
+            rows.append(("answers_total", "counter", f'{{ended="{why}"}}', n))
+        for (path, status), n in sorted(self._requests.items()):
+            rows.append(("requests_total", "counter", f'{{path="{path}",status="{status}"}}', n))
+        lines: list[str] = []
+        for name, kind, labels, value in rows:
+            head = f"# TYPE milktea_{name} {kind}"
+            lines += [*([] if head in lines else [head]), f"milktea_{name}{labels} {value:g}"]
+        return web.Response(text="\n".join(lines) + "\n")
+
+    # -- answers of the model ----------------------------------------------------------------------
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, requests.chat(await _body(request)), chat=True)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, requests.completion(await _body(request)), chat=False)
+
+    async def _answer(self, request: web.Request, wish: Wish, chat: bool) -> web.StreamResponse:
+        voice = self._voice(wish.model)
+        prompts = await asyncio.to_thread(_prompt_ids, voice, wish)
+        most = self._room(prompts, wish)
+        seed = secrets.randbits(31) if wish.seed is None else wish.seed
+        shapes = Shapes(
+            chat,
+            f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+            wish.model,
+            voice,
+            seed,
+            wish.logprobs is not None,
+        )
+        queue: asyncio.Queue[Part] = asyncio.Queue()
+        post = _poster(asyncio.get_running_loop(), queue)
+        each = [prompt for prompt in prompts for _ in range(wish.n)]
+        replies = [Reply(i, voice, p, wish, most, seed, post) for i, p in enumerate(each)]
+        async with _asked(self.engine, replies):
+            if wish.stream:
+                return await _stream(request, wish, shapes, replies, prompts, queue)
+            parts: list[list[Part]] = [[] for _ in replies]
+            while not all(its and its[-1].why for its in parts):
+                part = await queue.get()
+                _validate_end(part)
+                parts[part.index].append(part)
+            return web.json_response(shapes.whole(parts, _usage(prompts, replies)), dumps=_dumps)
+
+    def _room(self, prompts: list[list[int]], wish: Wish) -> int:
+        """The most tokens of each answer. Raises ApiError where a prompt leaves too little room."""
+        context, longest = self.engine.models.context, max(map(len, prompts))
+        most = context - longest if wish.most is None else wish.most
+        if most < 1 or longest + most > context:
+            raise ApiError(
+                f"this model's context is {context} tokens; the prompt has {longest}, and "
+                f"{wish.most or 'more'} are wanted of the answer",
+                "messages" if wish.prompts and isinstance(wish.prompts[0], list) else "prompt",
+                "context_length_exceeded",
+            )
+        return most
+
+
+def _prompt_ids(voice: Voice, wish: Wish) -> list[list[int]]:
+    """The ids of each prompt. Raises ApiError where the template has no place for a message."""
+    vocabulary = voice.data.vocabulary
+    made: list[list[int]] = []
+    for prompt in wish.prompts:
+        if isinstance(prompt, str):
+            ids = vocabulary.tokenizer.encode(prompt, add_special_tokens=False).ids
+            made.append([*vocabulary.prefix, *ids])
+        elif isinstance(prompt[0], int):
+            if not all(0 <= i < vocabulary.size for i in prompt):
+                raise ApiError(f"a token id is not of 0 to {vocabulary.size - 1}", "prompt")
+            made.append(list(prompt))
+        else:
+            try:
+                made.append(prompt_ids(voice.data, prompt))
+            except TemplateError as error:
+                raise ApiError(str(error), "messages") from None
+    if not all(made):
+        raise ApiError("the prompt is empty", "prompt")
+    return made
+
+
+@asynccontextmanager
+async def _asked(engine: Engine, replies: list[Reply]) -> AsyncIterator[None]:
+    """The replies are asked for meanwhile, and given up behind it, however it ends."""
+    try:
+        engine.submit(*(reply.ask for reply in replies))
+    except Busy:
+        raise ApiError("too many requests wait here", None, "busy", 429) from None
+    try:
+        yield
+    finally:
+        for reply in replies:
+            reply.ask.cancel()
+
+
+async def _stream(
+    request: web.Request,
+    wish: Wish,
+    shapes: Shapes,
+    replies: list[Reply],
+    prompts: list[list[int]],
+    queue: asyncio.Queue[Part],
+) -> web.StreamResponse:
+    response = web.StreamResponse()
+    response.content_type, response.charset = "text/event-stream", "utf-8"
+    await response.prepare(request)
+    openings = [shapes.opening(reply.index) for reply in replies]
+    await response.write(b"".join(_event(o) for o in openings if o))
+    going = len(replies)
+    try:
+        while going:
+            ready = [await _next(response, queue)]
+            while not queue.empty():
+                ready.append(queue.get_nowait())
+            for part in ready:
+                _validate_end(part)
+                going -= bool(part.why)
+            events = [_event(shape) for part in ready for shape in shapes.chunk(part)]
+            await response.write(b"".join(events))
+        if wish.stream_usage:
+            await response.write(_event(shapes.usage(_usage(prompts, replies))))
+        await response.write(b"data: [DONE]\n\n")
+    except ApiError as error:  # the status has been sent
+        await response.write(_event(error.body))
+    return response
+
+
+async def _next(response: web.StreamResponse, queue: asyncio.Queue[Part]) -> Part:
+    while True:
+        try:
+            return await asyncio.wait_for(queue.get(), HEARTBEAT_S)
+        except TimeoutError:
+            await response.write(b": waiting\n\n")
+
+
+def _validate_end(part: Part) -> None:
+    if part.why == "error":
+        raise ApiError("the model failed; the log says why", None, None, 500, "server_error")
+    if part.why == "cancelled":
+        raise ApiError("this server is ending", None, None, 503, "server_error")
+
+
+def _usage(prompts: list[list[int]], replies: list[Reply]) -> dict[str, int]:
+    asked, said = sum(map(len, prompts)), sum(reply.ask.made for reply in replies)
+    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+
+def _poster(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Part]) -> Any:
+    def post(part: Part) -> None:
+        try:
+            loop.call_soon_threadsafe(queue.put_nowait, part)
+        except RuntimeError:  # the loop is closed: nobody hears any more
+            pass
+
+    return post
+
+
+async def _body(request: web.Request) -> Any:
+    """The JSON of a request. Raises ApiError."""
+    try:
+        async with asyncio.timeout(BODY_S):
+            raw = await request.read()
+    except TimeoutError:
+        raise ApiError("the body did not come", None, "timeout", 408) from None
+    if request.content_type != "application/json":
+        raise ApiError("send application/json", "Content-Type", "content_type", 415)
+    try:
+        return json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise ApiError("the body is not JSON", None, "invalid_json") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _event(shape: Any) -> bytes:
+    return f"data: {_dumps(shape)}\n\n".encode()
+
+
+def content_policy(page: str) -> str:
+    """A policy that lets the page's own script and style run, by their hashes, and nothing else."""
+    hashes = {}
+    for tag in ("script", "style"):
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in texts]
+        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )

@@ -1,0 +1,137 @@
+"""Answers in OpenAI's shapes: one at the end, or chunk by chunk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.serve.engine import Ask, Choice, Token
+from trainer.serve.models import Voice
+from trainer.serve.requests import Wish
+from trainer.serve.speech import HALF, Speech
+
+Shape = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one more token brought to choice `index`; `why` is set in its last part."""
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    why: str = ""
+
+
+class Reply:
+    """One choice: an ask, its text, its tokens. `post` gets each part, in the engine's thread."""
+
+    def __init__(
+        self,
+        index: int,
+        voice: Voice,
+        prompt: list[int],
+        wish: Wish,
+        most: int,
+        seed: int,
+        post: Callable[[Part], None],
+    ) -> None:
+        self.index, self._post = index, post
+        self._speech = Speech(voice.data.vocabulary.tokenizer, wish.stop)
+        choice = Choice(wish.temperature, wish.top_p, seed, index, wish.logprobs or 0)
+        self.ask = Ask(voice, prompt, most, choice, self._tell, self._ended)
+
+    def _tell(self, token: Token) -> bool:
+        if token.id in self.ask.voice.stops:
+            return True
+        text = self._speech.add(token.id)
+        self._post(Part(self.index, text, (token,)))
+        return not self._speech.stopped
+
+    def _ended(self, why: str) -> None:
+        self._post(Part(self.index, self._speech.rest(), (), why))
+
+
+@dataclass
+class Shapes:
+    """The objects of one request. `chat` says which of the two interfaces."""
+
+    chat: bool
+    id: str
+    model: str
+    voice: Voice
+    seed: int
+    logprobs: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def _head(self, chunk: bool) -> Shape:
+        name = "chat.completion" if self.chat else "text_completion"
+        kind = name + (".chunk" if chunk and self.chat else "")
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return head | {"system_fingerprint": f"milktea-seed-{self.seed}"}
+
+    def whole(self, parts: list[list[Part]], usage: Shape) -> Shape:
+        """The answer to a request without a stream; `parts` of each choice."""
+        choices = []
+        for index, its in enumerate(parts):
+            text = "".join(part.text for part in its)
+            choice: Shape = {"index": index, "finish_reason": its[-1].why}
+            choice["logprobs"] = self._logprobs([t for part in its for t in part.tokens])
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                choice["text"] = text
+            choices.append(choice)
+        return self._head(False) | {"choices": choices, "usage": usage}
+
+    def opening(self, index: int) -> Shape | None:
+        """The first chunk of a choice: who speaks."""
+        if not self.chat:
+            return None
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return self._chunk(index, {"delta": delta}, None, [])
+
+    def chunk(self, part: Part) -> list[Shape]:
+        """The chunks of a part: text, and at the end why."""
+        made = []
+        if part.text or (self.logprobs and part.tokens):
+            said: Shape = {"delta": {"content": part.text}} if self.chat else {"text": part.text}
+            made.append(self._chunk(part.index, said, None, list(part.tokens)))
+        if part.why:
+            said = {"delta": {}} if self.chat else {"text": ""}
+            made.append(self._chunk(part.index, said, part.why, []))
+        return made
+
+    def usage(self, usage: Shape) -> Shape:
+        """The chunk behind all others, for stream_options.include_usage."""
+        return self._head(True) | {"choices": [], "usage": usage}
+
+    def _chunk(self, index: int, said: Shape, why: str | None, tokens: list[Token]) -> Shape:
+        choice = {"index": index, "finish_reason": why, "logprobs": self._logprobs(tokens)}
+        return self._head(True) | {"choices": [choice | said]}
+
+    def _logprobs(self, tokens: list[Token]) -> Shape | None:
+        if not self.logprobs or not tokens:
+            return None
+        if self.chat:
+            told = [self._token(t.id, t.log_prob) | self._top(t) for t in tokens]
+            return {"content": told, "refusal": None}
+        texts = [self._text(t.id) for t in tokens]
+        tops = [{self._text(id_): log_prob for id_, log_prob in t.top} for t in tokens]
+        values = [t.log_prob for t in tokens]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": []}
+
+    def _top(self, token: Token) -> Shape:
+        return {"top_logprobs": [self._token(id_, log_prob) for id_, log_prob in token.top]}
+
+    def _token(self, id_: int, log_prob: float) -> Shape:
+        text = self._text(id_)
+        whole = HALF not in text
+        return {"token": text, "logprob": log_prob, "bytes": list(text.encode()) if whole else None}
+
+    def _text(self, id_: int) -> str:
+        tokenizer = self.voice.data.vocabulary.tokenizer
+        text: str = tokenizer.decode([id_], skip_special_tokens=False)
+        return text
