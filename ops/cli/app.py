@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ops.cli import history, image, use
+from ops.cli import history, image, serve, use
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
 from ops.errors import ConfigError
@@ -203,6 +203,7 @@ for command in (history.status, history.logs, history.cost, history.explain):
     app.command()(command)
 app.command()(use.evaluate)
 app.command()(use.merge)
+app.command()(serve.serve)
 
 
 @app.command()

@@ -69,6 +69,22 @@ def evaluate(
     return Word("trainer.eval.score", (str(found.adapter), *_base(found), *more))
 
 
+def serve(results: Sequence[Found], options: Sequence[str] = ()) -> Word:
+    """OpenAI's interface and a page over results on one base, until Ctrl-C. `options` are those of
+    trainer.serve.server. Raises PreflightError where they have several bases or one name."""
+    bases = {found.needs_base().base for found in results}
+    if len(bases) > 1:
+        raise PreflightError(
+            f"these results have {len(bases)} bases: {', '.join(sorted(bases))}",
+            hint="serve those of one base; a second `milktea serve` may stand beside it",
+        )
+    if len({found.name for found in results}) < len(results):
+        raise PreflightError("two of these results have one name", hint="copy one to another name")
+    more = ["--base", *bases, "--feedback", str(results[0].beside), *options]
+    named = [f"{found.name}={found.adapter}" for found in results]
+    return Word("trainer.serve.server", (*more, *named))
+
+
 def _held_out(found: Found) -> list[str]:
     if found.held_out is None:
         return []

@@ -19,8 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.data.template import TemplateError
-from trainer.model.load import ModelError
+from trainer.result.command import quiet
 
 if TYPE_CHECKING:  # the image may lack it, and the command line is checked before torch is imported
     from aiohttp import web
@@ -36,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Serve results: OpenAI's interface, and a page to talk in.",
     )
     parser.add_argument("results", nargs="*", metavar="NAME=RESULT", help="adapter.zip or a folder")
-    parser.add_argument("--base", required=True, type=Path, help="folder of the base model")
+    parser.add_argument("--base", required=True, help="folder of the base model, or its hub id")
     parser.add_argument("--host", default=HOST, help="address to listen at; loopback without it")
     parser.add_argument("--port", type=int, help=f"{PORT}, or a free one, without it; 0: any free")
     parser.add_argument("--token-file", type=Path, help="a file whose first line is the token")
@@ -100,7 +99,7 @@ def main() -> int:
             raise
         print("cannot serve: aiohttp is not installed here: pip install aiohttp", file=sys.stderr)
         return 3
-    except (TemplateError, ModelError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:  # what ours raise are ValueErrors
         print(f"cannot serve: {error}", file=sys.stderr)
         return 3
 
@@ -112,16 +111,13 @@ def _serve(
     certificate: ssl.SSLContext | None,
     began: float,
 ) -> int:
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
+    from trainer.result.open import base_folder, here
     from trainer.serve.app import application
     from trainer.serve.engine import Engine
     from trainer.serve.models import open_models
 
-    disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = open_models(results, arguments.base, device, arguments.context)
+    quiet()
+    models = open_models(results, base_folder(arguments.base), here(), arguments.context)
     engine = Engine(models, arguments.width)
     names = (arguments.host, *arguments.name)
     app = application(engine, token, arguments.feedback, names)
