@@ -27,6 +27,9 @@ RESTORED = {
 }
 
 Config = dict[str, Any]
+LARGEST = 1 << 40  # of any size in a config.json
+MOST_LAYERS = 10_000
+_AGAIN = "the file is damaged, or no model's: fetch it again, or name another model in model.base"
 
 
 class FamilyError(ValueError):
@@ -61,20 +64,32 @@ class Family:
 
     @property
     def layers(self) -> int:
-        return int(_first(self.config, 0, "num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+        found = whole(self.config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0
+        if found > MOST_LAYERS:
+            raise FamilyError(f"config.json tells of {found:,} layers", _AGAIN)
+        return found
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """For each layer the tokens that a query sees, itself among them; None: all before it."""
-        size = self.config.get("sliding_window")
+        size = whole(self.config, "sliding_window")
         if not size or not ("window" in self.row["asks"] or self.row["masks"]):
             return (None,) * self.layers
         if self.config.get("use_sliding_window") is False:
             return (None,) * self.layers
-        kinds = self.config.get("layer_types")
+        kinds = self._kinds("layer_types")
         if kinds:
-            return tuple(int(size) if "sliding" in kind else None for kind in kinds)
-        return tuple(int(size) if self._windowed(i) else None for i in range(self.layers))
+            return tuple(size if "sliding" in kind else None for kind in kinds)
+        return tuple(size if self._windowed(i) else None for i in range(self.layers))
+
+    def _kinds(self, *names: str) -> list[str]:
+        """What each layer is, where the configuration tells."""
+        told: Any = next((k for n in names if (k := self.config.get(n))), [])
+        if not isinstance(told, list) or not all(isinstance(kind, str) for kind in told):
+            raise FamilyError(
+                f"config.json has {names[0]} = {told!r:.60}, no list of words", _AGAIN
+            )
+        return told
 
     def _windowed(self, layer: int) -> bool:
         rule = self.row["windows"]
@@ -83,9 +98,9 @@ class Family:
         if rule == "even":
             return layer % 2 == 0
         if rule == "from":
-            begin = self.config.get("max_window_layers")
-            return bool(self.config.get("use_sliding_window")) and layer >= (begin or 0)
-        every = int(self.config.get("sliding_window_pattern") or rule.removeprefix("every "))
+            begin = whole(self.config, "max_window_layers") or 0
+            return bool(self.config.get("use_sliding_window")) and layer >= begin
+        every = whole(self.config, "sliding_window_pattern") or int(rule.removeprefix("every "))
         return (layer + 1) % every != 0
 
     @property
@@ -97,7 +112,7 @@ class Family:
     def softcap(self) -> float | None:
         """What attention's scores are capped at."""
         cap = self.config.get("attn_logit_softcapping") if "cap" in self.row["asks"] else None
-        return None if cap is None else float(cap)
+        return None if cap is None else _real(cap, "attn_logit_softcapping")
 
     @property
     def sinks(self) -> bool:
@@ -106,7 +121,7 @@ class Family:
     @property
     def long_rope(self) -> bool:
         """Whether the angles of a row depend on its length: LongRoPE and dynamic NTK."""
-        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        rope = _object(self.config, "rope_parameters") or _object(self.config, "rope_scaling")
         kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
         names = {str(k.get("rope_type") or k.get("type")) for k in kinds}
         return bool(names & {"longrope", "su", "dynamic"})
@@ -114,10 +129,8 @@ class Family:
     @property
     def positions(self) -> int | None:
         """The longest row that the model was made for."""
-        known = _first(
-            self.config, 0, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
-        )
-        return int(known) or None
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        return whole(self.config, *names) or None
 
     def validate_longest(self, longest: int) -> None:
         """Raises FamilyError where a row has more tokens than there are learned positions."""
@@ -142,9 +155,9 @@ class Family:
     @property
     def turned(self) -> float:
         """The part of a head's columns that rotary embedding turns."""
-        rope = self.config.get("rope_parameters") or {}
-        told = {**self.config, **rope}.get("partial_rotary_factor")
-        return float(1.0 if told is None else told)
+        told = {**self.config, **_object(self.config, "rope_parameters")}
+        factor = told.get("partial_rotary_factor")
+        return 1.0 if factor is None else _real(factor, "partial_rotary_factor")
 
     # -- what is trained -------------------------------------------------------------------------
 
@@ -155,8 +168,7 @@ class Family:
             *("num_local_experts", "num_experts", "n_routed_experts"),
             *("moe_num_experts", "num_moe_experts"),
         )
-        found = _first(self.config, 0, *names)
-        return int(max(found) if isinstance(found, list) else found)
+        return whole(self.config, *names) or 0
 
     @property
     def mixture(self) -> bool:
@@ -211,7 +223,7 @@ class Family:
 
     def _stateless(self) -> bool:
         """A hybrid none of whose layers has a state (granite-4.0-micro)."""
-        kinds = self.config.get("layer_types") or self.config.get("layers_block_type") or []
+        kinds = self._kinds("layer_types", "layers_block_type")
         return self.model_type == "granitemoehybrid" and set(kinds) == {"attention"}
 
     # -- for the plan ----------------------------------------------------------------------------
@@ -335,8 +347,35 @@ def _validate_quantised(config: Config) -> None:
         )
 
 
-def _first(config: Config, otherwise: Any, *names: str) -> Any:
-    return next((config[n] for n in names if config.get(n) is not None), otherwise)
+def whole(config: Config, *names: str) -> int | None:
+    """The first of `names` that a configuration tells, as a whole number; of a list, where layers
+    differ, the largest. Raises FamilyError for what is no size."""
+    for name in names:
+        told = config.get(name)
+        if told is None or told is False:
+            continue
+        sizes = told if isinstance(told, list) else [told]
+        if not sizes or not all(map(_is_size, sizes)):
+            raise FamilyError(f"config.json has {name} = {told!r:.60}, which is no size", _AGAIN)
+        return int(max(sizes))
+    return None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < LARGEST and value == int(value)
+
+
+def _real(value: Any, name: str) -> float:
+    if type(value) not in (int, float) or not abs(value) < LARGEST:
+        raise FamilyError(f"config.json has {name} = {value!r:.60}, which is no number", _AGAIN)
+    return float(value)
+
+
+def _object(config: Config, name: str) -> Config:
+    told = config.get(name) or {}
+    if not isinstance(told, dict):
+        raise FamilyError(f"config.json has {name} = {told!r:.60}, which is no object", _AGAIN)
+    return told
 
 
 @cache

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trainer import families
-from trainer.families import EXPERT_RANK, Family, FamilyError
+from trainer.families import EXPERT_RANK, Family, FamilyError, whole
 
 GIB = 1024**3
 
@@ -65,22 +65,22 @@ class Mixture:
     def of(cls, family: Family) -> Mixture:
         """Raises ValueError naming what config.json lacks."""
         config = family.config
-        width = _first(config, "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim")
+        width = whole(config, "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim")
         width = width or _need(config, "intermediate_size")
         active = _need(config, "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
-        shared = _first(
+        shared = whole(
             config,
             "shared_expert_intermediate_size",
             "moe_shared_expert_intermediate_size",
             "shared_intermediate_size",
         )
         if shared is None:
-            shared = width * (_first(config, "n_shared_experts", "num_shared_experts") or 0)
+            shared = width * (whole(config, "n_shared_experts", "num_shared_experts") or 0)
         layers = family.layers
-        dense = _first(config, "first_k_dense_replace", "num_dense_layers") or 0
-        kinds = config.get("layers_block_type") or []
-        if "moe" in kinds:  # one thing a layer
-            dense = layers - list(kinds).count("moe")
+        dense = whole(config, "first_k_dense_replace", "num_dense_layers") or 0
+        kinds = config.get("layers_block_type")
+        if isinstance(kinds, list) and "moe" in kinds:  # one thing a layer
+            dense = layers - kinds.count("moe")
         return cls(
             family.experts,
             active,
@@ -161,8 +161,8 @@ class Shape:
             hidden=hidden,
             layers=_need(config, "num_hidden_layers", "num_layers"),
             heads=heads,
-            kv_heads=_first(config, "num_key_value_heads", "multi_query_group_num") or heads,
-            head_dim=_first(config, "head_dim", "kv_channels") or hidden // heads,
+            kv_heads=whole(config, "num_key_value_heads", "multi_query_group_num") or heads,
+            head_dim=whole(config, "head_dim", "kv_channels") or hidden // heads,
             intermediate=_width(config),
             tied=bool(config.get("tie_word_embeddings", kind.startswith("gemma"))),
             qkv_bias=bool(
@@ -193,7 +193,7 @@ class Shape:
             heads=heads,
             kv_heads=heads,
             head_dim=hidden // heads,
-            intermediate=config.get("n_inner") or 4 * hidden,
+            intermediate=whole(config, "n_inner") or 4 * hidden,
             tied=bool(config.get("tie_word_embeddings", True)),
             gated=False,
             qkv_bias=True,
@@ -566,8 +566,8 @@ _LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": _NF4_BYTES, "int8"
 
 
 def _need(config: dict[str, Any], *names: str) -> int:
-    value = _first(config, *names)
-    if value is None:
+    value = whole(config, *names)
+    if not value:
         raise ValueError(
             f"config.json (model_type {config.get('model_type', 'unknown')!r}) has no "
             f"{' or '.join(names)}"
@@ -577,9 +577,6 @@ def _need(config: dict[str, Any], *names: str) -> int:
 
 def _width(config: dict[str, Any]) -> int:
     """Of the MLP: the widest where layers differ, an expert's where there are only experts."""
-    told = config.get("intermediate_size")
-    if isinstance(told, list):
-        return int(max(told))
     return _need(config, "intermediate_size", "ffn_hidden_size", "moe_intermediate_size")
 
 
@@ -606,14 +603,14 @@ def _modules(shape: Shape, family: Family) -> tuple[tuple[str, int, int], ...]:
 
 def _latent(config: dict[str, Any], h: int) -> dict[str, tuple[int, int]]:
     """The projections of latent attention (MLA)."""
-    latent = _first(config, "kv_lora_rank")
+    latent = whole(config, "kv_lora_rank")
     if not latent:
         return {}
     heads = _need(config, "num_attention_heads")
-    rope = _first(config, "qk_rope_head_dim") or 64
-    nope, v = _first(config, "qk_nope_head_dim") or 128, _first(config, "v_head_dim") or 128
+    rope = whole(config, "qk_rope_head_dim") or 64
+    nope, v = whole(config, "qk_nope_head_dim") or 128, whole(config, "v_head_dim") or 128
     q = heads * (nope + rope)
-    rank = _first(config, "q_lora_rank")
+    rank = whole(config, "q_lora_rank")
     queries = {"q_a_proj": (h, rank), "q_b_proj": (rank, q)} if rank else {"q_proj": (h, q)}
     return {
         **queries,
@@ -626,16 +623,12 @@ def _latent(config: dict[str, Any], h: int) -> dict[str, tuple[int, int]]:
 def _state_bytes(config: dict[str, Any]) -> int:
     """What a gated delta net keeps of a token in transformers' own code, in fp32: q, k, v for every
     head some six times over, and matrices of a chunk of 64 tokens. Reckoned, not measured."""
-    heads = _first(config, "linear_num_value_heads") or 0
-    keys, values = (_first(config, n) or 0 for n in _HEAD_DIMS)
+    heads = whole(config, "linear_num_value_heads") or 0
+    keys, values = (whole(config, n) or 0 for n in _HEAD_DIMS)
     return 24 * heads * (2 * keys + values) + 24 * 64 * heads
 
 
 _HEAD_DIMS = ("linear_key_head_dim", "linear_value_head_dim")
-
-
-def _first(config: dict[str, Any], *names: str) -> int | None:
-    return next((int(config[n]) for n in names if config.get(n) is not None), None)
 
 
 def _trained(

@@ -369,3 +369,37 @@ def test_the_plan_says_what_a_mixture_trains():
 def test_the_plan_says_why_rows_are_not_packed():
     words = read(told("qwen3_5")).words()
     assert words[0].startswith("rows are not packed") and "gated delta nets" in words[0]
+
+
+SIZES = {"model_type": "qwen2", "num_hidden_layers": 2, "sliding_window": 8, "hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", "${HOME}"),
+        ("num_hidden_layers", [[4]]),
+        ("num_hidden_layers", []),
+        ("num_hidden_layers", 1e308),
+        ("num_hidden_layers", float("nan")),
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", True),
+        ("num_hidden_layers", 2.5),
+        ("num_hidden_layers", 1 << 39),
+        ("sliding_window", {"a": 1}),
+        ("layer_types", [7]),
+        ("layer_types", 7),
+        ("max_position_embeddings", "many"),
+        ("rope_parameters", [1]),
+    ],
+)
+def test_a_size_that_is_none_is_refused_with_its_name(name, value):
+    family = read(SIZES | {name: value})
+    with pytest.raises(FamilyError, match=rf"{name}|layers") as said:
+        family.words(4), family.positions, family.turned
+    assert "fetch it again" in said.value.hint
+
+
+def test_the_largest_of_a_list_of_sizes_counts_and_false_is_none():
+    assert read(SIZES | {"num_hidden_layers": [2, 5.0, 3]}).layers == 5
+    assert read(SIZES | {"sliding_window": False}).window is None
