@@ -12,7 +12,7 @@ from ops.job.config import JobFile
 from ops.job.mistakes import grouped
 from trainer.data import tables
 from trainer.data.files import Reading, find_sources
-from trainer.data.folders import DATASET_INFO, expand, kind_of
+from trainer.data.folders import DATASET_INFO, expand, is_file, kind_of
 from trainer.data.scan import Broken
 from trainer.wire.stages import STAGES
 
@@ -31,7 +31,7 @@ def data_files(job: JobFile, folder: Path) -> list[PushFile]:
                 hint="name one file in data.held_out",
             )
         wanted += held_out
-    missing = [p for p in wanted if not p.is_file()]
+    missing = [p for p in wanted if not is_file(p)]
     if missing:
         raise PreflightError(
             "\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file"
@@ -49,7 +49,7 @@ def _expanded(path: Path) -> list[Path]:
 def _with_listed_files(files: list[Path], preferences: bool) -> list[Path]:
     """`files`, and the files that they name when they are only LLaMA-Factory's dataset_info.json:
     the box needs both."""
-    if not all(p.is_file() and p.name == DATASET_INFO for p in files):
+    if not all(p.name == DATASET_INFO and is_file(p) for p in files):
         return files
     sources, defects = find_sources(files, Reading(), preferences)
     if defects:

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data import fields, formats, scan, tables
-from trainer.data.folders import DATASET_INFO, expand, kind_of
+from trainer.data.folders import DATASET_INFO, expand, is_file, kind_of
 from trainer.data.formats import Columns, Row
 from trainer.data.scan import Broken
 
 SAMPLED_ROWS = 20  # rows sampled to detect the format
 MAX_DEFECTS = 10_000  # of one file; reading it ends there
+MAX_ROW_DEFECTS = 50  # of one row that are told: each is looked for in the row's text
 
 
 @dataclass(frozen=True, order=True)
@@ -226,7 +227,7 @@ def _columns(columns: Columns, given: Mapping[str, str]) -> Columns:
 
 
 def _unreadable(path: Path, name: str) -> Defect | None:
-    if not path.is_file():
+    if not is_file(path):
         return Defect(name, 1, 1, "", "there is no such file", "correct the path")
     kind = kind_of(path)
     if kind in (".xls", ".zip", ".7z", ".rar", ".bz2", ".xz", ".zst"):
@@ -271,7 +272,9 @@ _ENTRY: dict[str, Callable[[Any], bool]] = {  # what an entry of dataset_info.js
     "file_name": lambda value: isinstance(value, str),
     "columns": _is_text_map,
     "tags": _is_text_map,
-    "num_samples": lambda value: value is None or (type(value) is int and value >= 0),
+    "num_samples": lambda value: (
+        value is None or (type(value) is int and 0 <= value <= sys.maxsize)
+    ),
 }
 
 
@@ -337,7 +340,7 @@ def _dataset_info(
             continue
         ranks = bool(entry.get("ranking") or "kto_tag" in (entry.get("columns") or {}))
         if ranks != preferences:
-            if file.is_file():
+            if is_file(file):
                 kind = "preferences" if ranks else "no preferences"
                 reason = f"holds {kind}, which this stage does not learn from"
                 fix = "remove the entry, or name another file"
@@ -355,7 +358,7 @@ def _dataset_info(
                 'give an entry a "file_name"',
             )
         )
-    return {k: v for k, v in found.items() if len(entries) == 1 or v.path.is_file()} or found
+    return {k: v for k, v in found.items() if len(entries) == 1 or is_file(v.path)} or found
 
 
 def detect_format(source: Source) -> str:
@@ -401,7 +404,8 @@ def sound_rows(source: Source, found: Findings, validate: Validate | None = None
                     unread.update(made.unread)
                 yield made
                 continue
-            defects, ends = [_defect(name, place, problem) for problem in made], False
+            defects = [_defect(name, place, problem) for problem in made[:MAX_ROW_DEFECTS]]
+            ends = False
         if source.drops and not ends:
             count, first = found.dropped.get(name, (0, defects[0]))
             found.dropped[name] = (count + 1, first)

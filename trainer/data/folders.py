@@ -19,13 +19,28 @@ def kind_of(path: Path) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def expand(path: Path) -> tuple[list[Path], tuple[str, str] | None]:
     """(the files that a path stands for, or (reason, fix) where it stands for none)."""
-    if path.is_dir():
+    if _is_folder(path):
         return _folder(path)
-    if path.is_file() or not glob.has_magic(str(path)):
+    if is_file(path) or not glob.has_magic(str(path)):
         return [path], None  # whether it is there and sound is told with its defects
-    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if is_file(Path(p)))
     return found, None if found else ("it matches no file", "correct the pattern")
 
 
@@ -54,9 +69,10 @@ def _saved(path: Path) -> tuple[list[Path], tuple[str, str] | None]:
     fault = "not a folder of save_to_disk", "save it again: dataset.save_to_disk(...)"
     try:
         state = json.loads((path / "state.json").read_text("utf-8"))
-        names = [str(file["filename"]) for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = [file["filename"] for file in state["_data_files"]]
+        away = any(Path(name).name != name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return [], fault
-    if not names or any(Path(name).name != name for name in names):
+    if not names or away:
         return [], fault
     return [path / name for name in names], None

@@ -128,8 +128,18 @@ def _excel(path: Path) -> Iterator[Item]:
     except Exception as error:  # openpyxl raises whatever its parts raise
         yield Broken(1, 1, f"not a sound .xlsx file ({error})", "save it again", ends=True)
         return
+    number, lines = 0, _lines_of(book)
     names: list[str] | None = None
-    for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
+    while True:
+        try:
+            cells = next(lines, None)
+        except Exception as error:
+            reason = f"not a sound .xlsx file ({error})"
+            yield Broken(number + 1, 1, reason, "save it again", ends=True)
+            return
+        if cells is None:
+            break
+        number += 1
         if all(cell is None for cell in cells):
             continue
         if names is None:
@@ -143,6 +153,10 @@ def _excel(path: Path) -> Iterator[Item]:
         held = [(n, c) for n, c in zip(names, cells, strict=False) if c is not None]
         yield RowPlace(number), tuple((name, _cell(name, _text(cell))) for name, cell in held)
     book.close()
+
+
+def _lines_of(book: Any) -> Iterator[Any]:
+    yield from book.worksheets[0].iter_rows(values_only=True)
 
 
 def _text(cell: Any) -> str:
@@ -189,12 +203,13 @@ def _batches(read: Any, kind: str) -> Iterator[Item]:
     number = 0
     try:
         for batch in read():
+            batch.validate(full=True)  # else offsets that somebody made up are followed anywhere
             for row in batch.to_pylist():
                 number += 1
                 wanted = ("instruction", "output")
                 held = {k: v for k, v in row.items() if v is not None or k in wanted}
                 yield RowPlace(number), _as_pairs(held)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # pyarrow raises whatever its parts raise
         reason = f"not a sound {kind} file ({error})"
         yield Broken(number + 1, 1, reason, "write it again", ends=True)
 

@@ -138,19 +138,22 @@ def parse(name: str, text: str) -> Template:
 def _from_alpaca_lora(name: str, text: str) -> Template:
     try:
         data = json.loads(text)
-        with_input, without = data["prompt_input"], data["prompt_no_input"]
-    except (ValueError, KeyError) as error:
+        with_input, without = (
+            data["prompt_input"] + "{output}",
+            data["prompt_no_input"] + "{output}",
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TemplateError(
             f"template {name}: not Alpaca-LoRA's JSON ({error}): it wants prompt_input and "
             "prompt_no_input"
         ) from error
-    return _from_text(name, text, with_input + "{output}", without + "{output}")
+    return _from_text(name, text, with_input, without)
 
 
 def _from_toml(name: str, text: str) -> Template:
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TemplateError(f"template {name}: {error}: mend the TOML") from error
     unknown = set(data) - _PIECES
     if unknown:
@@ -158,6 +161,10 @@ def _from_toml(name: str, text: str) -> Template:
             f"template {name}: unknown key {sorted(unknown)[0]!r}: it may have "
             f"{', '.join(sorted(_PIECES))}"
         )
+    for key, told in data.items():
+        texts = told if key == "prefix" and isinstance(told, list) else [told]
+        if not all(isinstance(text, str) for text in texts):
+            raise TemplateError(f"template {name}: {key!r} is no text: put it in quotation marks")
     if "with_input" in data:
         return _from_text(
             name,
@@ -199,8 +206,14 @@ def _from_text(
                 "{input} and {output} where they belong"
             )
     before, after = _cut_at_output(with_input)
+    alone = _without_input(_cut_at_output(without)[0])
+    if "{instruction}" not in before or "{instruction}" not in alone:
+        raise TemplateError(
+            f"template {name}: a row without an input has no place for its {{instruction}}: write "
+            "it before {output}, with a blank line between it and {input}"
+        )
     preamble_with_input, user_with_input = _cut_preamble(before)
-    preamble, user = _cut_preamble(_without_input(_cut_at_output(without)[0]))
+    preamble, user = _cut_preamble(alone)
     if after.strip():
         raise TemplateError(
             f"template {name}: text after {{output}} ({after.strip()[:30]!r}) would never be "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data import scan
+from trainer.data import files, scan
 from trainer.data.files import examine_files, read_rows
 
 GOOD = {
@@ -384,6 +384,9 @@ ODD_INFO = {
     "a list for columns": '{"mine": {"file_name": "mine.json", "columns": ["a"]}}',
     "a list for a tag": '{"mine": {"file_name": "mine.json", "tags": {"user_tag": ["a"]}}}',
     "a text for a count": '{"mine": {"file_name": "mine.json", "num_samples": "ten"}}',
+    "a count that no machine has": (
+        '{"mine": {"file_name": "mine.json", "num_samples": 9223372036854775808}}'
+    ),
     "a negative count": '{"mine": {"file_name": "mine.json", "num_samples": -1}}',
     "texts for entries": '{"mine": "file_name", "citation": ""}',
 }
@@ -583,6 +586,14 @@ def test_a_row_longer_than_the_limit_is_a_defect(
     assert [(d.line, d.column) for d in report.defects] == [(3, 1)]
     assert "longer than" in report.defects[0].reason
     assert report.rows == (2 if name == "a.json" else 3)
+
+
+def test_a_row_with_thousands_of_mistakes_tells_the_first_of_them(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": 7}] * 3000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    defects = examine_files([tmp_path / "a.jsonl"]).defects
+    assert 0 < len(defects) <= files.MAX_ROW_DEFECTS
+    assert defects[0].field == "messages[0].content"
 
 
 def test_reading_a_file_ends_after_ten_thousand_defects(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,49 @@ def test_a_file_that_is_no_excel_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"PK not a book")
     (defect,) = examine_files([tmp_path / "a.xlsx"]).defects
     assert "not a sound .xlsx file" in defect.reason
+
+
+def test_a_sheet_that_breaks_off_is_told_with_its_row(tmp_path: Path) -> None:
+    write_excel(tmp_path / "a.xlsx", [["instruction", "output"], ["a", "b"], ["c", "d"]])
+    with zipfile.ZipFile(tmp_path / "a.xlsx") as book:
+        members = {name: book.read(name) for name in book.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    with zipfile.ZipFile(tmp_path / "b.xlsx", "w") as book:
+        for name, content in members.items():
+            whole = content.replace(b'<row r="3"', b'<row r="-Infinity"')
+            book.writestr(name, whole if name == sheet else content)
+    report = examine_files([tmp_path / "b.xlsx"])
+    (defect,) = report.defects
+    assert report.rows == 1 and defect.line == 3 and "not a sound .xlsx file" in defect.reason
+    empty = re.sub(b"<sheets>.*</sheets>", b"<sheets/>", members["xl/workbook.xml"], flags=re.S)
+    members["xl/workbook.xml"] = empty
+    with zipfile.ZipFile(tmp_path / "c.xlsx", "w") as book:
+        for name, content in members.items():
+            book.writestr(name, content)
+    assert "not a sound .xlsx file" in examine_files([tmp_path / "c.xlsx"]).defects[0].reason
+
+
+def test_offsets_that_somebody_made_up_in_an_arrow_file_are_not_followed(tmp_path: Path) -> None:
+    import pyarrow
+
+    offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1 << 30, 1)))
+    words = pyarrow.Array.from_buffers(pyarrow.utf8(), 2, [None, offsets, pyarrow.py_buffer(b"a")])
+    table = pyarrow.Table.from_arrays([words, words], names=["instruction", "output"])
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (defect,) = examine_files([tmp_path / "a.arrow"]).defects
+    assert "not a sound Arrow file" in defect.reason
+
+
+def test_a_name_that_no_file_can_have_is_a_defect(tmp_path: Path) -> None:
+    for name in ("a" * 70_000, "a\0b"):
+        (defect,) = examine_files([tmp_path / name]).defects
+        assert "no such file" in defect.reason
+    odd = [[{"filename": "a" * 70_000}], [{"filename": ["a"]}], [{"filename": 3}], "[" * 100_000]
+    for files in odd:
+        state = files if isinstance(files, str) else json.dumps({"_data_files": files})
+        (tmp_path / "state.json").write_text(state)
+        assert examine_files([tmp_path]).defects
 
 
 def test_a_data_set_that_was_saved_to_disk_is_read_in_its_order(tmp_path: Path) -> None:

@@ -247,6 +247,16 @@ MALFORMED = {
     "no place for the answer": ('user = "{user}"\nassistant = "x"', "{assistant}"),
     "broken TOML": ('user = "{user}', "TOML"),
     "broken JSON": ('{"prompt_input": "x"', "JSON"),
+    "lists in Alpaca-LoRA's": ('{"prompt_input": "", "prompt_no_input": [""]}', "wants prompt"),
+    "endless brackets in it": ('{"prompt_input": ' + "[" * 100_000, "wants prompt_input"),
+    "a number for a text": ("user = 7\nassistant = '{assistant}'", "'user' is no text"),
+    "numbers in the prefix": (
+        "user = '{user}'\nassistant = '{assistant}'\nprefix = [1]",
+        "'prefix' is no text",
+    ),
+    "too many digits": ("user = " + "9" * 5000, "mend the TOML"),
+    "input beside the instruction": ("Q: {instruction} {input}\nA: {output}", "a blank line"),
+    "the answer first": ("{output}\n\n{instruction}", "before {output}"),
 }
 
 
