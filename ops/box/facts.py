@@ -217,7 +217,7 @@ def unsuitable(facts: Facts, expected: Expected) -> str | None:
 
 
 def _version(driver: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", driver))
+    return tuple(int(n) for n in re.findall(r"\d{1,9}", driver))
 
 
 _SAME_WORD = {

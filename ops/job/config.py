@@ -294,7 +294,9 @@ def load(path: Path) -> JobFile:
             hint="name yours; milktea's checkout has examples in jobs/ to copy, and `milktea "
             "schema` prints every key",
         ) from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from e
+    except (ValueError, RecursionError) as e:  # a number of too many digits, endless brackets
         raise ConfigError(f"{path}: not TOML: {e}") from e
     return parse(raw, path)
 

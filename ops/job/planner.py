@@ -211,7 +211,12 @@ def _template(name: str) -> tuple[str, str | None]:
     if path.is_absolute():
         if not path.is_file():
             raise ConfigError(f"data.template: no such file: {path}")
-        return path.stem, path.read_text("utf-8")
+        try:
+            return path.stem, path.read_text("utf-8")
+        except UnicodeDecodeError as e:
+            raise ConfigError(
+                f"data.template: {path} is not UTF-8: {e}", hint="save it in UTF-8"
+            ) from e
     if name != "chat" and name not in prompt.names():
         raise ConfigError(
             f"data.template: {name!r} is none of {', '.join(prompt.names())}, chat, or a file"
@@ -353,9 +358,9 @@ def _family(
     try:
         family = families.read(config)
         family.validate_longest(longest)
+        every = family.words(longest)
     except families.FamilyError as e:
         raise PreflightError(f"{job.model.base} cannot be trained: {e}", hint=e.hint) from e
-    every = family.words(longest)
     lora = job.training.method == "lora" and job.lora.target_modules == "all-linear"
     notes.extend(w for w in every if lora or not w.startswith(("all-linear", "and all")))
     if family.mixture and job.model.precision in ("fp8", "nf4", "int8"):

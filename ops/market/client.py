@@ -7,6 +7,7 @@ they drop the server's message. Reads are repeated here, within `PATIENCE_S`; a 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -356,16 +357,17 @@ class Vast:
         what = f"{method} {path}"
         try:
             reply = verb(path, query_args=query, json_data=body, timeout=timeout_s)
-            content = reply.json() if reply.content else {}
-        except requests.exceptions.JSONDecodeError:
-            content = {"msg": reply.text[:200].strip()}
+        except (requests.RequestException, ValueError, RecursionError) as e:  # its own look at it
+            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_reason(e)}") from e
+        try:
+            content = json.loads(reply.content) if reply.content else {}
+        except (ValueError, RecursionError):  # no JSON, or of endless digits or brackets
+            content = {"msg": reply.content[:200].decode("utf-8", "replace").strip()}
             if reply.ok or reply.status_code == 403:  # a page of a proxy or firewall
                 raise NoAnswer(
                     f"{what}: vast.ai answered {reply.status_code}, but not in JSON: "
                     f"{content['msg']}"
                 ) from None
-        except requests.RequestException as e:
-            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_reason(e)}") from e
         self._answered = True
         if reply.status_code == 429:
             raise RateLimited(f"{what}: {_message(content)}")

@@ -67,7 +67,7 @@ def _parsed(folder: Path) -> tuple[list[Line], bytes]:
     for n, text in enumerate(texts):
         try:
             lines.append(_line(text, n))
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, RecursionError) as e:
             if n < len(texts) - 1:
                 raise _damaged(path, n + 1) from e
             raw = raw.removesuffix(text)  # what follows the last newline: nothing, or a torn line
@@ -82,10 +82,14 @@ def _parsed(folder: Path) -> tuple[list[Line], bytes]:
 
 
 def _line(text: bytes, n: int) -> Line:
-    """Raises ValueError or KeyError for what is not line `n`."""
+    """Raises ValueError, KeyError or RecursionError for what is not line `n`."""
     row = json.loads(text)
     if not isinstance(row, dict) or row.get("n") != n:
         raise ValueError("not the line that belongs here")
+    if type(row["t"]) not in (int, float) or not isinstance(row["kind"], str):
+        raise ValueError("no time or no kind")
+    if type(row.get("version", VERSION)) is not int:
+        raise ValueError("no version")
     row.pop("chain", None)  # 0.1 wrote one
     return Line(row.pop("n"), row.pop("t"), row.pop("kind"), row)
 

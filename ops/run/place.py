@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.errors import Elsewhere
+from ops.errors import Elsewhere, JournalError
 from ops.market.client import Vast, is_loopback
 from ops.run import journal
 from ops.run.journal import Line
@@ -44,7 +44,15 @@ def here(vast: Vast) -> Place:
 def remembered(lines: Iterable[Line]) -> Place | None:
     """The place in a journal; None for a run that rented nothing yet, or that milktea 0.1 began."""
     line = journal.last(list(lines), KIND)
-    return None if line is None else Place(str(line["url"]), str(line["account"]))
+    if line is None:
+        return None
+    if "url" not in line or "account" not in line:
+        raise JournalError(
+            f"line {line.n + 1} of the journal says that something was rented, not where",
+            money="a box of this run may be billing",
+            hint="`milktea reap` destroys by label what the account of VAST_API_KEY still has",
+        )
+    return Place(str(line["url"]), str(line["account"]))
 
 
 def of_folder(folder: Path) -> Place | None:

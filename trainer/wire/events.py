@@ -13,9 +13,12 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+# of a step, a row or a byte: what no training counts to is no event
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class _Event(BaseModel):
@@ -29,24 +32,24 @@ class Loading(_Event):
 
     event: Literal["loading"] = "loading"
     what: str
-    done_bytes: int = 0
-    total_bytes: int = 0
+    done_bytes: Count = 0
+    total_bytes: Count = 0
 
 
 class Started(_Event):
     event: Literal["started"] = "started"
-    step: int = 0  # the step that it continues from
-    total_steps: int
-    processes: int = 1
+    step: Count = 0  # the step that it continues from
+    total_steps: Count
+    processes: Count = 1
     device: str = "cpu"
-    trainable_parameters: int = 0
+    trainable_parameters: Count = 0
     kernels: dict[str, str] = {}
     versions: dict[str, str] = {}
 
 
 class Step(_Event):
     event: Literal["step"] = "step"
-    step: int
+    step: Count
     loss: float
     learning_rate: float
     grad_norm: float
@@ -60,7 +63,7 @@ class Checkpoint(_Event):
     file with its sha256."""
 
     event: Literal["checkpoint"] = "checkpoint"
-    step: int
+    step: Count
     path: str
     manifest_sha256: str
 
@@ -79,7 +82,7 @@ class Score(_Event):
     """Exact match over the held-out rows, 0 to 1."""
 
     event: Literal["score"] = "score"
-    rows: int
+    rows: Count
     exact_match_before: float
     exact_match_after: float
 
@@ -88,7 +91,7 @@ class Measured(_Event):
     """What a stage measures on held-out rows: name -> (before, after) the training."""
 
     event: Literal["measured"] = "measured"
-    rows: int
+    rows: Count
     numbers: dict[str, tuple[float, float]]
 
 
@@ -108,7 +111,7 @@ class Failure(_Event):
 
 class Finished(_Event):
     event: Literal["finished"] = "finished"
-    steps: int
+    steps: Count
     final_loss: float
     seconds: float
     adapter_sha256: str

@@ -159,6 +159,13 @@ def test_rubbish_is_a_complaint_and_never_an_exception(output):
     assert unsuitable(facts, EXPECTED)
 
 
+def test_a_driver_of_endless_digits_is_judged_and_not_counted():
+    long = replace(GOOD, gpu=replace(GOOD.gpu, driver="570." + "9" * 5000))
+    assert unsuitable(long, EXPECTED) is None
+    old = replace(GOOD, gpu=replace(GOOD.gpu, driver="550." + "9" * 5000))
+    assert "older than" in unsuitable(old, EXPECTED)
+
+
 # -- judging ---------------------------------------------------------------------------------------
 
 EXPECTED = Expected("RTX 4090", 2, 23.99, 40.0, 12.8)

@@ -98,6 +98,15 @@ def test_a_missing_file_and_broken_toml_say_which_file(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("name = \n")
     with pytest.raises(ConfigError, match=r"bad\.toml: not TOML.*line 1"):
         config.load(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["n = " + "9" * 5000, "n = " + "[" * 100_000, "n = '\udcff'"])
+def test_toml_that_python_cannot_hold_says_which_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.toml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=r"bad\.toml: not TOML"):
+        config.load(tmp_path / "bad.toml")
 
 
 def test_paths_are_relative_to_the_job_file(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_rows_that_would_be_cut_are_refused_and_named(
         ({"data": {"files": ["none.json"]}}, "none.json: no such file"),
         ({"data": {"files": ["rows.json"], "template": "alpacca"}}, "'alpacca' is none of"),
         ({"data": {"files": ["rows.json"], "template": "my.txt"}}, "my.txt"),
+        ({"data": {"files": ["rows.json"], "template": "rows.gbk.txt"}}, "not UTF-8"),
         ({"model": {"base": "empty"}}, "safetensors"),
     ],
 )
@@ -191,6 +192,7 @@ def test_what_is_missing_is_named(
     tmp_path: Path, fake: FakeVast, job: dict[str, Any], change: dict[str, Any], words: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.gbk.txt").write_bytes("问：{instruction}".encode("gbk"))
     assert words in str(refused(tmp_path, fake, job | change))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 
 from ops.errors import NoAnswer
@@ -55,3 +58,37 @@ def test_an_emulator_lays_logs_at_its_own_address_only() -> None:
     emulator._validate_log_url("http://127.0.0.1:5000/_fake/result/1")
     with pytest.raises(NoAnswer):
         emulator._validate_log_url("http://127.0.0.1:5001/_fake/result/1")
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A vast.ai that says the same to everybody."""
+
+    body = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *told: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"[" * 100_000, "but not in JSON"),
+        (b'{"credit": ' + b"9" * 5000 + b"}", "but not in JSON"),
+        (b'{"credit": "\xff"}', "but not in JSON"),
+        (b'{"credit": [1]}', "a credit that is no number"),
+    ],
+)
+def test_an_answer_that_python_cannot_hold_is_no_answer(
+    monkeypatch: pytest.MonkeyPatch, body: bytes, words: str
+) -> None:
+    monkeypatch.setattr(Answers, "body", body)
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(NoAnswer, match=words):
+            Vast(Provider(url, "key"), RealClock(0.001)).credit_usd()
+        server.shutdown()

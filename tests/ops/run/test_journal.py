@@ -35,7 +35,9 @@ def test_a_second_opening_goes_on_after_the_last_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [b"", b"{", b"\0" * 40, b"\xff", b"[]", b"null", b'{"n": 1}', b'{"t": 1.0, "kind": "note"}'],
+    [b"", b"{", b"\0" * 40, b"\xff", b"[]", b"null", b'{"n": 1}', b'{"t": 1.0, "kind": "note"}']
+    + [b'{"n": 1, "t": {}, "kind": "note"}', b'{"n": 1, "t": 1, "kind": []}', b"[" * 100_000]
+    + [b'{"n": 1, "t": 1, "kind": "note", "version": {}}'],
 )
 def test_a_line_in_the_middle_that_cannot_be_read_is_damage(tmp_path: Path, bad: bytes) -> None:
     path = filled(tmp_path / "run", 3) / journal.FILE

@@ -126,3 +126,11 @@ def test_a_job_whose_variable_did_not_come_is_refused_by_its_name(
         prepare_inputs(read_job(job), job.parent)
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     prepare_inputs(read_job(job), job.parent)
+
+
+@pytest.mark.parametrize("step", [-1, 1 << 63, int("9" * 400)])
+def test_a_step_that_no_training_counts_to_is_no_event(step: int) -> None:
+    line = json.dumps({"t": 1, "event": "loading", "what": "it", "done_bytes": step})
+    with pytest.raises(ValueError):
+        parse(line)
+    assert parse(line.replace(str(step), str((1 << 63) - 1)))
