@@ -58,7 +58,7 @@ from ops.market.client import Provider, Vast  # noqa: E402
 from ops.market.cost import Workload  # noqa: E402
 from ops.market.ranking import Needs, rank  # noqa: E402
 from ops.plain import plain  # noqa: E402
-from ops.run import apart, follow, journal, place, result, retrieve, wishes  # noqa: E402
+from ops.run import follow, journal, place, result, retrieve, sandbox, wishes  # noqa: E402
 from trainer.data import files, template  # noqa: E402
 from trainer.data.files import Reading  # noqa: E402
 from trainer.data.stage_rows import READERS, conversations  # noqa: E402
@@ -151,7 +151,7 @@ def read_report(name: str, data: bytes, folder: Path) -> None:
     manifest = tensors.strict_json(data) if name == "manifest" else {}
     if not isinstance(manifest, dict):
         return
-    shown = {k: manifest[k] for k in (*apart.TOLD, "held_out") if k in manifest}
+    shown = {k: manifest[k] for k in (*sandbox.REPORTED, "held_out") if k in manifest}
     shown["curve"] = manifest.get("curve")
     retrieve.report(JOB, shown, told, {"cost": "1 $"})
 
@@ -169,7 +169,7 @@ def read_tensors(name: str, data: bytes, folder: Path) -> None:
 
 
 def read_checkpoint(name: str, data: bytes, folder: Path) -> None:
-    follow._listed(json.loads(data.decode("utf-8"))["files"], 1 << 30)
+    follow._manifest_files(json.loads(data.decode("utf-8"))["files"], 1 << 30)
 
 
 def read_archive(name: str, data: bytes, folder: Path) -> None:
@@ -196,11 +196,11 @@ def read_manifest(name: str, data: bytes, folder: Path) -> None:
     (folder / "manifest.json").write_bytes(data)
     (folder / "adapter.zip").write_bytes(ARCHIVE)
     asked = {"manifest": str(folder / "manifest.json"), "names": ["adapter.zip", "loss.png"]}
-    asked |= {"memory": apart.MAX_MEMORY}
+    asked |= {"memory": sandbox.MAX_MEMORY}
     expect = {k: getattr(EXPECT, k) for k in EXPECT.__dataclass_fields__}
     more = {"archive": str(folder / "adapter.zip"), "expect": expect}
     for request in (asked, asked | more):
-        json.dumps(apart._answer(request))
+        json.dumps(sandbox._answer(request))
 
 
 # -- what the API answers --------------------------------------------------------------------------
@@ -498,7 +498,7 @@ JOB: dict[str, Any] = Job.model_validate_json((GOLDEN / "job.json").read_bytes()
 MANIFEST: dict[str, Any] = {}  # of the rig's adapter, with its archive and members
 ARCHIVE = b""
 MEMBERS: dict[str, bytes] = {}
-EXPECT = result.Expect("stub", 4, ("0" * 64,), lora_alpha=8, target_modules=("q_proj",))
+EXPECT = result.Expected("stub", 4, ("0" * 64,), lora_alpha=8, target_modules=("q_proj",))
 
 
 def make_adapter() -> None:
@@ -570,7 +570,7 @@ def targets(corpus: Path | None) -> dict[str, Target]:
         "safetensors": Target(
             {n: d for n, d in MEMBERS.items() if "safetensors" in n}, read_tensors, (ValueError,)
         ),
-        "checkpoint": Target({"c": json_bytes(CHECKPOINT)}, read_checkpoint, follow.ODD),
+        "checkpoint": Target({"c": json_bytes(CHECKPOINT)}, read_checkpoint, follow.BAD_MANIFEST),
         "archive": Target({"adapter.zip": ARCHIVE}, read_archive, (AdapterError,)),
         "member": Target(dict(MEMBERS), read_member, (AdapterError,)),
         "manifest": Target(manifest, read_manifest),
