@@ -97,7 +97,7 @@ def prepare_inputs(job: Job, run: Path) -> None:
         )
     for told in (job.start, job.judge):
         if told is not None and weights_sha256(run / told.path) != told.sha256:
-            raise Refused(
+            raise InvalidJob(
                 f"{told.path} does not hold {told.name} as the job names it",
                 hint="make the job anew: `milktea plan JOB.toml`",
             )

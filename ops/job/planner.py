@@ -72,7 +72,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     model, and the plan is marked `estimated`. Raises PreflightError or ConfigError."""
     tokens.validate(job.env, job.image.login or "")
     tokens.validate_gated(job.model.base, job.env)
-    job, adapters = taken_up(job, stage)
+    job, adapters = taken_up(job, folder)
     pushes = [
         *data_files(job, folder),
         *_model_files(job),

@@ -110,7 +110,7 @@ class Stage(compared.Stage):
         return {row.where: row.turns[-1].text for row in found}
 
     def _judge(self) -> Judge | None:
-        """Of the job's reward model. Raises Refused for one that must not judge this policy."""
+        """Of the job's reward model. Raises InvalidJob for one that must not judge this policy."""
         rule, told = self.settings.judge, self.job.judge
         if rule is None or told is None:
             return None
@@ -120,7 +120,9 @@ class Stage(compared.Stage):
         foreign, base = self.settings.foreign_reward, self.job.model.base
         why = reward_defect(chain, weights_sha256(folder), before, base, foreign)
         if chain is None or why:
-            raise Refused(f"the reward model {told.name} must not judge here: {why}", hint=FOREIGN)
+            raise InvalidJob(
+                f"the reward model {told.name} must not judge here: {why}", hint=FOREIGN
+            )
         numbers = chain.links[-1].numbers
         mean, deviation = numbers.get("reward mean", 0.0), numbers.get("reward deviation", 1.0)
         most: float = getattr(self.settings, "score_clip", float("inf"))

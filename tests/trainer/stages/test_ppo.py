@@ -12,7 +12,7 @@ import torch
 from tiny import adapter_sha256, events_of, finish, manifest_of, start, step_reached, wait_for
 from torch import Tensor
 
-from trainer.data.prepare import Refused
+from trainer.data.prepare import InvalidJob
 from trainer.loop.ranks import StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.model.decode import Answer
@@ -196,7 +196,7 @@ def test_in_the_warm_up_the_value_learns_alone(stage_run: Make) -> None:
 
 
 def test_dropout_is_refused_where_the_model_learns_from_itself(stage_run: Make) -> None:
-    with pytest.raises(Refused, match="dropout blurs"):
+    with pytest.raises(InvalidJob, match="dropout blurs"):
         loaded(stage_run("ppo", ROWS, ppo=SECTION, lora={"lora_dropout": 0.1}, **SETTINGS))
 
 
@@ -207,7 +207,7 @@ def test_a_reward_model_of_the_same_start_judges_and_begins_the_value(stage_run:
     judge = stage_run("rm", PAIRS, start=policy, **short)
     assert run_job(judge) == 0
     section = {"rewards": [{"kind": "model", "path": "judge"}], "max_completion_length": 3}
-    with pytest.raises(Refused, match=r"trained after sft .*, the policy starts from the base"):
+    with pytest.raises(InvalidJob, match=r"trained after sft .*, the policy starts from the base"):
         loaded(stage_run("ppo", ROWS, judge=judge, ppo=section, **SETTINGS))
     with pytest.raises(ValueError, match="come together"):
         loaded(stage_run("ppo", ROWS, start=policy, ppo=section, **SETTINGS))
