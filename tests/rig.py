@@ -296,6 +296,7 @@ def watched(
     hold_s: int | None = None,
     launched_at: int | None = None,
     ended_at: int | None = None,
+    max_age: int | None = None,
 ) -> int:
     """The virtual second at which the real watchdog text asks for destruction, with the client
     dying at `kill_at`, the training launched and ended at those seconds.
@@ -322,6 +323,8 @@ curl() {{
     (home / "milktea").mkdir()
     if launched_at is not None:
         (home / "milktea/run").mkdir()
+    if max_age is not None:
+        assert sh(scripts.end_at(max_age), home).returncode == 0
     (home / "milktea/lease").write_text("0\n")
     (home / "milktea/uptime").write_text("0.50 0\n")
     # `exit` inside the function ends the watchdog's shell: the instance is gone

@@ -47,7 +47,9 @@ echo $$ >watchdog.pid
 age=0 last= lease=0 armed= ended=
 [ -s age ] && read -r age last <age
 [ -s ended ] && read -r ended rest <ended
+max=$MILKTEA_MAX_S
 while :; do
+  [ -s max_age ] && read -r cap rest <max_age && [ "$cap" -lt "$max" ] && max=$cap
   read -r up rest <"${MILKTEA_UPTIME:-/proc/uptime}"; up=${up%.*}
   [ "${last:-$up}" -le "$up" ] || last=0
   age=$((age + up - ${last:-$up})) last=$up
@@ -56,14 +58,14 @@ while :; do
   silent=$((age - lease)) may=$MILKTEA_LEASE_S run= why=
   [ -s launched ] && read -r run rest <launched
   if [ -n "$run" ] && [ "$MILKTEA_WHEN_SILENT" = finish ]; then
-    may=$MILKTEA_MAX_S
+    may=$max
     if [ -n "$MILKTEA_HOLD_S" ] && [ -e "$run/exit_code" ]; then
       [ -n "$ended" ] || { ended=$age; echo "$age" >ended; }
       may=$MILKTEA_HOLD_S
       [ $((age - ended)) -ge "$silent" ] || silent=$((age - ended))
     fi
   fi
-  [ "$age" -ge "$MILKTEA_MAX_S" ] && why=deadline
+  [ "$age" -ge "$max" ] && why=deadline
   [ "$silent" -ge "$may" ] && why=silence
   if [ -n "$why" ]; then
     echo "$age destroying this instance: $why" >>watchdog.log
@@ -104,6 +106,11 @@ def environment(
         "MILKTEA_WHEN_SILENT": when_silent,
         "MILKTEA_HOLD_S": "" if hold_s is None else str(int(hold_s)),
     }
+
+
+def end_at(age: int) -> str:
+    """The watchdog destroys the box at this age in seconds, where that is sooner than it would."""
+    return f"echo {age} >milktea/max_age.new && mv milktea/max_age.new milktea/max_age"
 
 
 def run_folder(run_id: str) -> str:

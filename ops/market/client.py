@@ -39,6 +39,7 @@ INTERVAL_S = {
     "destroy": 3.0,
     "attach": 1.0,
     "reboot": 1.0,
+    "prices": 1.0,
     "logs": 1.0,
     "charges": 1.0,
     "user": 0.5,
@@ -239,6 +240,20 @@ class Vast:
 
     def attach_key(self, instance_id: int, public_key: str) -> None:
         self._repeat("attach", "POST", f"/instances/{instance_id}/ssh/", {"ssh_key": public_key})
+
+    def price_increases(self, instance_id: int) -> list[tuple[int, float]]:
+        """(number, $/h of the GPUs) of each price that the host asks of this instance and nobody
+        has answered; nothing where vast.ai does not know the question."""
+        try:
+            reply = self._repeat("prices", "GET", "/instances/pending-price-increases/")
+            rows = reply.get("pending_price_increases") or []
+            mine = [row for row in rows if row["contract_id"] == instance_id]
+            return [
+                (int(row["pending_price_increase_id"]), float(row["new_gpu_costpersec"]) * 3600)
+                for row in mine
+            ]
+        except (Refused, *BAD_ROW):
+            return []
 
     def reboot(self, instance_id: int) -> None:
         self._repeat("reboot", "PUT", f"/instances/reboot/{instance_id}/", {})

@@ -140,6 +140,8 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
             return "boot", f"running after {d('seconds')} s"
         case "rebooted":
             return "reboot", f"{d('why')}"
+        case "price":
+            return "price", f"it rose to {d('usd_per_hour')} $/h: the box ends sooner"
         case "connected":
             return (
                 "connect",

@@ -14,14 +14,14 @@ from contextlib import contextmanager, suppress
 
 from ops.box import scripts
 from ops.box.connection import Box
-from ops.errors import BoxLeaked, Lost, MilkteaError, OverBudget, Stalled
+from ops.errors import BoxLeaked, JournalError, Lost, MilkteaError, OverBudget, Stalled
 from ops.run.rental import until_absent
-from ops.run.session import Session
+from ops.run.session import Session, runs_since
 from ops.wait import ASLEEP_S
 
 LOOK_S = 1.0  # between two looks at the limits; no call is made for them
 RENEW_S = 60.0  # between two renewals of the lease
-PRICE_S = 180.0  # between two readings of price and credit
+PRICE_S = 45.0  # between two readings of price and credit
 ANSWER_S = 20.0  # for one renewal
 STALL_GRACE_S = 90.0  # after limits.stall_minutes, for the story to end by itself
 CREDIT_S = 1800.0  # warn when the credit lasts less than this
@@ -54,7 +54,10 @@ class Keeper:
             threading.Thread(target=self._every, args=(LOOK_S, self._look), daemon=True),
             threading.Thread(target=self._every, args=(RENEW_S, self._renew), daemon=True),
         ]
-        self._priced = self._looked = self._now()
+        self._looked = self._now()
+        self._priced = self._looked - session.unread_s()
+        self._asked: set[int] = set()  # price increases that were shown
+        self._max_age: int | None = None  # that the box's watchdog is to be told
 
     def start(self) -> None:
         for thread in self._threads:
@@ -126,23 +129,46 @@ class Keeper:
 
     def _renew(self) -> None:
         self._box.endpoints = self._story.endpoints
+        more = "" if self._max_age is None else f"; {scripts.end_at(self._max_age)}"
         with suppress(MilkteaError):
-            self._box.run(scripts.RENEW, timeout_s=ANSWER_S)
+            self._box.run(scripts.RENEW + more, timeout_s=ANSWER_S)
+            self._max_age = None
         if self._now() - self._priced >= PRICE_S:
-            self._priced = self._now()
             self._read_price()
 
     def _read_price(self) -> None:
-        """Move the deadline for a price that rose, and warn of credit that ends soon."""
-        instance = self._vast.instance(self._instance_id) if self._instance_id else None
+        """Move the deadline for a price that rose, here and on the box, and warn of a price that
+        is to rise and of credit that ends soon."""
+        if self._instance_id is None:
+            return
+        session, asked_at = self._session, self._now()
+        instance = self._vast.instance(self._instance_id)
         if instance is not None and instance.usd_per_hour > self._usd_per_hour * 1.02 + 1e-4:
-            share = self._usd_per_hour / instance.usd_per_hour
-            self._session.shorten(share)
-            self._session.screen.waiting(
-                f"the price rose from {self._usd_per_hour:.3f} to {instance.usd_per_hour:.3f} "
-                f"$/h: the box lives {self._session.left_s() / 60:.0f} minutes more"
+            before, self._usd_per_hour = self._usd_per_hour, instance.usd_per_hour
+            with suppress(JournalError, OSError):
+                session.reprice(instance.usd_per_hour, self._now() - self._priced)
+            since = runs_since(session.journal.lines)
+            assert since is not None, "a box without its rent"
+            self._max_age = int(session.clock.now() + session.left_s() - since.t)
+            session.screen.waiting(
+                f"the price rose from {before:.3f} to {instance.usd_per_hour:.3f} $/h: "
+                f"the box lives {session.left_s() / 60:.0f} minutes more"
             )
-            self._usd_per_hour = instance.usd_per_hour
+        self._priced = asked_at
+        self._warn_of_increases(self._instance_id)
+        self._warn_of_credit()
+
+    def _warn_of_increases(self, instance_id: int) -> None:
+        """A price that the host asks and that is not charged yet. It is not accepted."""
+        for number, usd_per_hour in self._vast.price_increases(instance_id):
+            if number not in self._asked:
+                self._asked.add(number)
+                self._session.screen.waiting(
+                    f"the host asks {usd_per_hour:.3f} $/h for the GPUs from now on; milktea does "
+                    "not accept it, and keeps max_usd where vast.ai charges it all the same"
+                )
+
+    def _warn_of_credit(self) -> None:
         credit = self._vast.credit_usd()
         if credit < self._usd_per_hour * CREDIT_S / 3600 and credit < self._credit_usd:
             self._session.screen.waiting(

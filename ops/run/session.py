@@ -198,6 +198,9 @@ class Session:
         return cost.predict(offer, self.plan.workload, self.bid(offer))
 
     def usd_per_hour(self) -> float:
+        """What the machine costs now, GPUs and disk."""
+        if (risen := price_of(self.journal.lines)) is not None:
+            return float(risen["usd_per_hour"])
         return burn_usd_per_hour(self.plan, self.offer(), self.bid(self.offer()))
 
     def spent_usd(self) -> float:
@@ -230,7 +233,7 @@ class Session:
 
     def left_s(self) -> float:
         """Seconds until the box destroys itself, by clock.steady."""
-        line = runs_since(self.journal.lines)
+        line = price_of(self.journal.lines) or runs_since(self.journal.lines)
         assert line is not None, "nothing was rented yet"
         if self._deadline is None or self._deadline[0] != line.n:
             left_s = self.dies_at() - self.clock.now()
@@ -242,6 +245,22 @@ class Session:
         left_s = self.left_s()
         assert self._deadline is not None
         self._deadline = (self._deadline[0], self.clock.steady() + max(0.0, left_s) * share)
+
+    def reprice(self, usd_per_hour: float, unread_s: float) -> None:
+        """The machine costs so much from some moment of the last `unread_s` on, by the journal
+        too: the same dollars end sooner. From any thread."""
+        before = self.usd_per_hour()
+        unpaid_s = unread_s * (usd_per_hour - before) / usd_per_hour
+        left_s = max(0.0, self.left_s() * before / usd_per_hour - unpaid_s)
+        self.shorten(left_s / max(1.0, self.left_s()))  # whatever the disk does with the line
+        ends_at = round(self.clock.now() + left_s, 3)
+        self.journal.append("price", usd_per_hour=usd_per_hour, ends_at=ends_at)
+
+    def unread_s(self) -> float:
+        """Seconds for which nobody acted on this run before its present owner."""
+        owned = self.journal.last("owned")
+        lines = self.journal.lines
+        return lines[owned.n].t - lines[owned.n - 1].t if owned and owned.n else 0.0
 
     def dies_at(self) -> float:
         """Unix seconds at which the box destroys itself, to show and to record."""
@@ -334,7 +353,16 @@ def ends_itself_at(lines: list[Line]) -> float | None:
     """Unix seconds at which the newest machine destroys itself at the latest; None before a
     rent."""
     since, rent = runs_since(lines), last(lines, "renting")
-    return None if since is None or rent is None else since.t + float(rent["max_s"])
+    if since is None or rent is None:
+        return None
+    price, ends_at = price_of(lines), since.t + float(rent["max_s"])
+    return ends_at if price is None else min(ends_at, float(price["ends_at"]))
+
+
+def price_of(lines: list[Line]) -> Line | None:
+    """The line of the newest machine's price, where it rose since the rent."""
+    line = last(lines, "price", "renting")
+    return line if line is not None and line.kind == "price" else None
 
 
 def may_appear(lines: list[Line], now: float) -> bool:
@@ -354,24 +382,31 @@ def spent_usd(lines: list[Line], now: float) -> float:
     rented_t = running_t = 0.0
     gb_in = gb_out = 0.0
     bid: float | None = None
-    disk = 0.0
+    disk = price = 0.0
+    rises: list[tuple[float, float]] = []  # since when, $/h more than before
 
     def close(until: float) -> float:
         if offer is None or not rented_t:
             return 0.0
         paid = offer if bid is None else replace(offer, usd_per_hour=bid)
         running_s = max(0.0, until - running_t) if running_t else 0.0
-        return cost.burn_usd(paid, running_s, max(0.0, until - rented_t), gb_in, gb_out, disk)
+        more = sum(max(0.0, until - t) * usd_per_hour / 3600 for t, usd_per_hour in rises)
+        rented_s = max(0.0, until - rented_t)
+        return more + cost.burn_usd(paid, running_s, rented_s, gb_in, gb_out, disk)
 
     for line in lines:
         if line.kind == "renting":
             offer, bid, disk = Offer(**line["offer"]), line["bid_usd_per_hour"], line["disk_gib"]
             rented_t = running_t = gb_out = 0.0
+            rises, price = [], (bid or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, disk)
             gb_in = lines[0].get("workload", {}).get("image_bytes", 0.0) / 1e9  # pulled on our bill
         elif line.kind == "rented" and not rented_t:
             rented_t = line.t
         elif line.kind == "booted":
             running_t = running_t or line.t
+        elif line.kind == "price":
+            rises.append((line.t, line["usd_per_hour"] - price))
+            price = line["usd_per_hour"]
         elif line.kind in ("pushed", "pulled", "checkpoint"):
             gb_in += line.get("bytes_in", 0) / 1e9
             gb_out += line.get("bytes_out", 0) / 1e9

@@ -6,6 +6,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ import rig
 from ops.box import scripts
 from ops.errors import NoOffer, OverBudget, Stalled
 from ops.fakevast import FakeVast
-from ops.run.journal import Journal
+from ops.fakevast.cloud.catalogue import machine, offer_row
+from ops.market.models import parse_offer
+from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
-from ops.run.session import Session
+from ops.run.session import Session, ends_itself_at, spent_usd
 from ops.wait import RealClock, until
 from trainer.wire import events
 
@@ -100,8 +104,10 @@ def test_a_price_that_rises_brings_the_deadline_nearer(
         return bool(screen.session.left_s() < left[0] / 9)  # type: ignore[attr-defined]
 
     screen = Standing(nearer, dearer)
-    story(own, fake, screen)
+    session, _ = story(own, fake, screen)
     assert any("the price rose" in str(told) for told in screen.told)
+    [risen] = [line for line in session.journal.lines if line.kind == "price"]
+    assert risen["ends_at"] < session.clock.now() + 800
 
 
 class Corrected(RealClock):
@@ -196,3 +202,47 @@ def test_a_box_whose_ports_move_is_found_at_its_new_ones(own: rig.Rig, fake: Fak
     _, outcome = story(own, fake, screen)
     assert outcome.sha256
     assert sum(r["route"] == "create" for r in fake.requests) == 1
+
+
+def test_a_price_that_rose_is_in_what_was_spent_and_in_the_next_owners_deadline() -> None:
+    offer = parse_offer(offer_row(machine(), 1, 7, 0.0, 1e6))
+    plan, t = {"offer": asdict(offer), "bid_usd_per_hour": None, "disk_gib": 16}, 1000.0
+    lines = [
+        Line(0, t, "planned", {}),
+        Line(1, t, "renting", plan | {"max_s": 3600}),
+        Line(2, t, "rented", {"instance_id": 1}),
+        Line(3, t, "booted", {"instance_id": 1}),
+    ]
+    before = spent_usd(lines, t + 600)
+    rate = before / 600 * 3600
+    lines.append(Line(4, t + 300, "price", {"usd_per_hour": 3 * rate, "ends_at": t + 900}))
+    assert spent_usd(lines, t + 600) == pytest.approx(before * 2)
+    assert ends_itself_at(lines) == t + 900
+    again = [*lines, Line(5, t + 700, "renting", plan | {"max_s": 3600})]
+    assert ends_itself_at(again) == t + 700 + 3600
+
+
+def test_a_price_that_a_host_asks_is_told_once_and_not_accepted(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.run.keeper.RENEW_S", 0.1)
+    monkeypatch.setattr("ops.run.keeper.PRICE_S", 0.0)
+
+    def asks() -> None:
+        fake.do(lambda: fake.cloud.ask_more(fake.cloud.rows()[0]["id"], 4.0))
+
+    def asked() -> bool:
+        return sum(r["route"] == "price_increases" for r in fake.requests) > 2
+
+    screen = Standing(asked, asks)
+    story(own, fake, screen)
+    told = [said for said in screen.told if "the host asks" in str(said)]
+    assert len(told) == 1 and "does not accept it" in told[0]
+    assert fake.cloud.price_increases[1].status == "pending"
+
+
+def test_a_watchdog_ends_its_box_sooner_where_it_is_told_so(tmp_path: Path) -> None:
+    limits = {"max_s": 1000, "lease_s": 600, "renew_every_s": 60, "when_silent": "finish"}
+    assert rig.watched(tmp_path, kill_at=10**6, **limits) >= 1000
+    told = rig.watched(tmp_path, kill_at=10**6, max_age=300, **limits)
+    assert 300 <= told <= 300 + scripts.WATCH_S

@@ -14,7 +14,6 @@ from ops.box import scripts
 from ops.fakevast import FakeVast, weather
 from ops.market.client import Provider, Vast
 from ops.wait import RealClock
-from trainer.wire.events import Event, Step
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -23,21 +22,12 @@ def forecast(fake: FakeVast, *events: dict[str, Any]) -> None:
     fake.forecast(weather.parse(json.dumps(events)))
 
 
-def struck(fake: FakeVast) -> list[str]:
-    return fake.emulator.weather.struck
-
-
-class AtTheFirstStep(rig.Silent):
-    """Weather that comes with the first step of the training."""
-
-    def __init__(self, fake: FakeVast, *events: dict[str, Any]) -> None:
-        super().__init__()
-        self.fake, self.events = fake, events
-
-    def event(self, event: Event, *rest: Any) -> None:
-        if isinstance(event, Step) and self.events:
-            forecast(self.fake, *self.events)
-            self.events = ()
+@pytest.fixture
+def each_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes whose watchdog looks each second in place of each fifteenth."""
+    real = scripts.environment
+    watch = {"MILKTEA_WATCH_S": "1"}
+    monkeypatch.setattr(scripts, "environment", lambda *words: real(*words) | watch)
 
 
 def test_a_null_list_is_asked_again_before_a_run_is_given_up(own: rig.Rig, fake: FakeVast) -> None:
@@ -57,6 +47,7 @@ def test_a_wall_that_forbids_in_its_own_words_is_no_answer_of_vast_ai(
     assert vast.credit_usd() > 0
 
 
+@pytest.mark.usefixtures("each_second")
 def test_an_api_that_is_silent_while_a_box_boots_costs_no_box(own: rig.Rig, fake: FakeVast) -> None:
     forecast(fake, {"kind": "api_pause", "where": "boot", "for_s": 0.5})
     outcome, _, screen = rig.whole_run(own, fake)
@@ -72,13 +63,11 @@ PATH=/usr/bin:/bin exec curl "$@"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("each_second")
 def test_a_watchdog_that_gets_no_answer_of_vast_ai_is_asked_again_before_its_machine_is_blamed(
-    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+    own: rig.Rig, fake: FakeVast
 ) -> None:
     needs("curl")
-    real = scripts.environment
-    watch = {"MILKTEA_WATCH_S": "1"}
-    monkeypatch.setattr(scripts, "environment", lambda *words: real(*words) | watch)
     (own.image / "bin/curl").write_text(UNANSWERED)
     (own.image / "bin/curl").chmod(0o755)
     outcome, _, screen = rig.whole_run(own, fake)
