@@ -11,7 +11,7 @@ TORCH ?= $(shell sed -n "s/^torch==//p" requirements.lock)
 milktea := $(VENV)/bin/python -m ops.cli
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup rent-and-train plan resume reap status test test-slow test-versions lint crash-matrix fuzz image image-lock bundle push-image lock clean
+.PHONY: help setup rent-and-train plan resume reap status test test-slow test-versions lint crash-matrix fuzz weather image image-lock bundle push-image lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +56,10 @@ crash-matrix: setup ## N client deaths, one later command each, boxes left: none
 
 fuzz: setup ## N=250000 spoiled inputs to every parser of a box, the API or a user; SEED=7
 	@$(VENV)/bin/python tests/fuzz.py $(if $(filter-out file,$(origin N)),$(N),250000) --seed $(SEED)
+
+weather: N = 300
+weather: setup ## the main job through N seeds of bad days and deaths: adapters at home, boxes left, by kind
+	@$(VENV)/bin/python tests/weather.py $(N)
 
 image: setup ## build IMAGE=practice, train-cu130, ... from its lock by docker build; BASE=... another Debian 12
 	@$(milktea) image build $(IMAGE) $(if $(BASE),--base $(BASE))
