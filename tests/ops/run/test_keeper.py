@@ -3,6 +3,7 @@ still inside one of its own steps."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import pytest
 
 import rig
 from ops.box import scripts
+from ops.box.transfer import sha256_of
 from ops.errors import NoOffer, OverBudget, Stalled
-from ops.fakevast import FakeVast
+from ops.fakevast import FakeVast, weather
 from ops.fakevast.cloud.catalogue import machine, offer_row
 from ops.market.models import parse_offer
 from ops.run.journal import Journal, Line
@@ -246,3 +248,53 @@ def test_a_watchdog_ends_its_box_sooner_where_it_is_told_so(tmp_path: Path) -> N
     assert rig.watched(tmp_path, kill_at=10**6, **limits) >= 1000
     told = rig.watched(tmp_path, kill_at=10**6, max_age=300, **limits)
     assert 300 <= told <= 300 + scripts.WATCH_S
+
+
+LEASE_S, LINK, LONG = 3, 1_000_000, 4_000_000  # seconds, bytes a second, bytes
+
+
+def long_rig(folder: Path) -> rig.Rig:
+    """A rig whose data, checkpoint and result each take longer than LEASE_S over LINK."""
+    folder.mkdir()
+    row = {"instruction": "q", "input": "", "output": "a" * 200}
+    (folder / "rows.json").write_text(json.dumps([row] * (LONG // 240)))
+    own = rig.Rig(folder)
+    checkpoint, result = own.image / "checkpoint", own.image / "result"
+    before = sha256_of(checkpoint / "manifest.json")
+    (checkpoint / "state.bin").write_bytes(bytes(LONG))
+    state = {"sha256": sha256_of(checkpoint / "state.bin"), "bytes": LONG}
+    (checkpoint / "manifest.json").write_text(
+        json.dumps({"step": 1, "files": {"state.bin": state}})
+    )
+    trainer = own.image / "bin/milktea-train"
+    after = sha256_of(checkpoint / "manifest.json")
+    trainer.write_text(trainer.read_text().replace(before, after))
+    (result / "loss.png").write_bytes(rig.PNG + bytes(LONG))
+    manifest = json.loads((result / "manifest.json").read_text())
+    manifest["files"]["loss.png"] = {
+        "sha256": sha256_of(result / "loss.png"),
+        "bytes": len(rig.PNG) + LONG,
+    }
+    (result / "manifest.json").write_text(json.dumps(manifest))
+    return own
+
+
+@pytest.mark.slow
+def test_a_push_a_checkpoint_and_a_result_that_outlast_the_lease_keep_their_box(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = scripts.environment
+    short = {"MILKTEA_LEASE_S": str(LEASE_S), "MILKTEA_WATCH_S": "1"}
+    monkeypatch.setattr(scripts, "environment", lambda *words: real(*words) | short)
+    monkeypatch.setattr("ops.run.keeper.RENEW_S", LEASE_S / 10)
+    own = long_rig(tmp_path / "long")
+    slow = {"kind": "slow_link", "bytes_per_s": LINK, "for_s": 600}
+    with own.emulator() as fake:
+        fake.forecast(weather.parse(json.dumps([slow])))
+        outcome, lines, _ = rig.whole_run(own, fake, when_silent="destroy")
+    assert outcome.sha256
+    assert [line.kind for line in lines].count("rented") == 1
+    at = {line.kind: line.t for line in lines}
+    assert at["pushed"] - at["connected"] > LEASE_S
+    assert at["checkpoint"] - at["launched"] > LEASE_S
+    assert at["pulled"] - at["ended"] > LEASE_S
