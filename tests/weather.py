@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -95,7 +96,7 @@ def hasten() -> None:
     for name in ("LOOK_S", "RENEW_S", "PRICE_S", "STALL_GRACE_S", "ANSWER_S"):
         vars(keeper)[name] /= SCALE
     keeper.ANSWER_S = 5.0  # a shell's start takes no less here
-    rental.boot_timeout_s = lambda predicted: BOOT_S * PACE  # type: ignore[attr-defined]
+    rental.boot_timeout_s = lambda predicted: BOOT_S  # type: ignore[attr-defined]
     session.WATCH_S = WATCH_S  # type: ignore[attr-defined]
     follow.POLL_S = 0.2 * SCALE
     connection.ANSWER_S, connection.IDLE_S = 6.0, 6.0
@@ -433,6 +434,7 @@ def work(worker: int, workers: int, seeds: range, results: Any, keep: Path | Non
 def serve(folder: Path, pipe: Any) -> None:
     """The emulator in a process of its own, so that clients can be forked from one without
     threads."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of links cut in the middle
     free = {"inet_down_cost": 0.0, "inet_up_cost": 0.0, "storage_cost": 0.01}
     market = [
         machine(machine_id=500 + n, host_id=n, usd_per_gpu_hour=USD_PER_HOUR + n / 1e4, **free)
