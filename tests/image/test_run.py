@@ -64,6 +64,7 @@ def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(
     job_folder: Path, tmp_path: Path
 ) -> None:
     from ops.box.transfer import PushFile, sha256_of
+    from ops.job.adapters import taken_up
     from ops.job.planner import _wire_job
 
     convert = module("job_from_toml")
@@ -74,7 +75,7 @@ def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(
         PushFile(p, f"data/{n}-{p.name}", sha256_of(p))
         for n, p in enumerate([*job.data.files, job.data.held_out])
     ]
-    assert ours == _wire_job(job, "mine-1", pushes)
+    assert ours == _wire_job(job, "mine-1", pushes, taken_up(job, tmp_path / "stage")[1])
     assert Job.model_validate_json((run / "job.json").read_text()) == ours and ours.processes == 2
     assert (run / "model" / "config.json").is_file() and (run / "data" / "1-held.json").is_file()
     assert convert.write_run(job_folder / "job.toml", job, run, 1).processes == 1

@@ -37,7 +37,7 @@ def files_of(adapter: Path, to: Path) -> list[Path]:
     held = [WEIGHTS, CONFIG, *([CHAIN] if chain_of(adapter) is not None else [])]
     if adapter.is_dir():
         return [adapter / name for name in held]
-    to.mkdir(parents=True)
+    to.mkdir(parents=True, exist_ok=True)
     for name in held:
         with opened(adapter, name) as source, open(to / name, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)

@@ -26,15 +26,12 @@ CONFIG = {
 }
 
 
-def an_adapter(folder: Path, *stages: str, base: str = "tea/7b", **changes: Any) -> Path:
+def an_adapter(folder: Path, *stages: Any, base: str = "tea/7b", **changes: Any) -> Path:
     """A folder with settings, bytes in the place of weights, and a chain of these stages."""
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
-    links = [
-        Link(stage=s, run_id="a-run", how="new", sha256=s[0] * 64)  # type: ignore[arg-type]
-        for s in stages
-    ]
+    links = [Link(stage=s, run_id="a-run", how="new", sha256=s[0] * 64) for s in stages]
     if links:
         links[-1] = links[-1].model_copy(update={"sha256": weights_sha256(folder)})
         chain = Chain(base=base, base_sha256="f" * 64, template="e" * 64, links=links)
