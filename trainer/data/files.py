@@ -398,7 +398,10 @@ def sound_rows(source: Source, found: Findings, validate: Validate | None = None
             ends = item.ends
         else:
             place, value = item
-            made = (validate or _validated)(value, source, f"{name}:{place.line}")
+            try:
+                made = (validate or _validated)(value, source, f"{name}:{place.line}")
+            except RecursionError:
+                made = [((), "brackets are nested too deep", "flatten the row")]
             if not isinstance(made, list):
                 if isinstance(made, Row) and made.unread:
                     unread.update(made.unread)
@@ -427,13 +430,10 @@ def _defect(name: str, place: scan.Place, problem: fields.Problem) -> Defect:
 
 
 def _validated(value: Any, source: Source, where: str) -> Row | list[fields.Problem]:
-    try:
-        found = formats.problems_or_row(value, source.form, source.columns, where)
-        if not isinstance(found, Row):
-            return found
-        return formats.suspicious_texts(value) or _filled(found, value, source.fill)
-    except RecursionError:
-        return [((), "brackets are nested too deep", "flatten the row")]
+    found = formats.problems_or_row(value, source.form, source.columns, where)
+    if not isinstance(found, Row):
+        return found
+    return formats.suspicious_texts(value) or _filled(found, value, source.fill)
 
 
 def _filled(row: Row, value: Any, fill: Mapping[str, str]) -> Row | list[fields.Problem]:

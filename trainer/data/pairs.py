@@ -255,10 +255,7 @@ def _examine(source: Source, read: Read, findings: Findings) -> Iterator[Found]:
     def validate(value: Any, source: Source, where: str) -> Any:
         if type(value) is not tuple:
             return formats.problems_or_row(value, "alpaca", source.columns, where)
-        try:
-            return formats.suspicious_texts(value) or read(dict(value), source.columns, where)
-        except RecursionError:
-            return [((), "brackets are nested too deep", "flatten the row")]
+        return formats.suspicious_texts(value) or read(dict(value), source.columns, where)
 
     return files.sound_rows(source, findings, validate)
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from trainer.data import files, scan
-from trainer.data.files import examine_files, read_rows
+from trainer.data.files import Reading, examine_files, read_rows
+from trainer.data.stage_rows import READERS
+from trainer.wire.stages import RowKind
 
 GOOD = {
     "instruction": 'Say "hi" in 中文 {now}',
@@ -586,6 +588,18 @@ def test_a_row_longer_than_the_limit_is_a_defect(
     assert [(d.line, d.column) for d in report.defects] == [(3, 1)]
     assert "longer than" in report.defects[0].reason
     assert report.rows == (2 if name == "a.json" else 3)
+
+
+@pytest.mark.parametrize("kind", sorted(READERS))
+def test_a_row_of_endless_brackets_is_a_defect_for_every_stage(
+    tmp_path: Path, kind: RowKind
+) -> None:
+    for depth in (200, 400, 800):
+        deep = '{"a":' * depth + "1" + "}" * depth
+        row = f'{{"prompt": "q", "instruction": "q", "chosen": {deep}, "output": {deep}}}'
+        (tmp_path / "a.json").write_text(f"[{row}]")
+        found, defects = READERS[kind].read([(tmp_path / "a.json", "a.json")], Reading(), [])
+        assert (len(found), len(defects)) != (0, 0)
 
 
 def test_a_row_with_thousands_of_mistakes_tells_the_first_of_them(tmp_path: Path) -> None:
