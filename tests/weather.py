@@ -44,6 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import milktea  # noqa: E402
 import rig  # noqa: E402
+from ops import wait  # noqa: E402
 from ops.box import connection, scripts  # noqa: E402
 from ops.box.transfer import sha256_of  # noqa: E402
 from ops.errors import MilkteaError  # noqa: E402
@@ -95,6 +96,8 @@ def hasten() -> None:
         vars(module)["MARGIN_S"] = MARGIN_S
     for name in ("LOOK_S", "RENEW_S", "PRICE_S", "STALL_GRACE_S", "ANSWER_S"):
         vars(keeper)[name] /= SCALE
+    for module in (wait, keeper):
+        vars(module)["ASLEEP_S"] = 2.0
     keeper.ANSWER_S = 5.0  # a shell's start takes no less here
     rental.boot_timeout_s = lambda predicted: BOOT_S  # type: ignore[attr-defined]
     session.WATCH_S = WATCH_S  # type: ignore[attr-defined]

@@ -96,7 +96,8 @@ class Keeper:
                 "goes on from the newest checkpoint at home",
             )
         still_s = self._now() - session.moved_t
-        if still_s > session.plan.stall_s + STALL_GRACE_S:
+        patience_s = session.plan.stall_s + STALL_GRACE_S
+        if still_s > patience_s and not session.has_own_deadline:
             return Stalled(
                 f"nothing moved for {still_s / 60:.0f} minutes (limits.stall_minutes)",
                 hint=f"`milktea logs {session.run_id}` shows what the trainer did last",

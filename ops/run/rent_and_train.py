@@ -273,7 +273,8 @@ def retry_transfer(session: Session, box: Box, action: Callable[[], T]) -> T:
     full_until = session.clock.steady() + FULL_PATIENCE_S * session.clock.pace
     while True:
         try:
-            return action()
+            with session.own_deadline():
+                return action()
         except Lost as e:
             session.screen.waiting(f"the link broke ({e}); again")
             if not reconnect(session, box):

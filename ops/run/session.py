@@ -125,6 +125,7 @@ class Session:
         self._place_validated = False
         self.moved_t = self.clock.steady()  # when this run last made progress, by clock.steady
         self._deadline: tuple[int, float] | None = None  # (the line that set it, steady seconds)
+        self.has_own_deadline = False  # what is done now ends by itself; the keeper waits for it
         self.key_path = journal.folder / "id_ed25519"  # each run has its own key
 
     @property
@@ -174,6 +175,16 @@ class Session:
         """Show a transfer and count it as progress."""
         self.moved_t = self.clock.steady()
         self.screen.moving(what, done_bytes, total_bytes)
+
+    @contextmanager
+    def own_deadline(self) -> Iterator[None]:
+        """Within it no silence is a stall: every part of what is done has a deadline of its own."""
+        before = self.has_own_deadline
+        self.has_own_deadline = True
+        try:
+            yield
+        finally:
+            self.moved_t, self.has_own_deadline = self.clock.steady(), before
 
     # -- what the journal says ---------------------------------------------------------------------
 

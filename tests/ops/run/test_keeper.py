@@ -20,6 +20,7 @@ from ops.errors import NoOffer, OverBudget, Stalled
 from ops.fakevast import FakeVast, weather
 from ops.fakevast.cloud.catalogue import machine, offer_row
 from ops.market.models import parse_offer
+from ops.run import sandbox
 from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
 from ops.run.session import Session, ends_itself_at, spent_usd
@@ -87,6 +88,21 @@ def test_a_story_that_moves_nothing_for_too_long_is_ended(
     monkeypatch.setattr("ops.run.keeper.STALL_GRACE_S", 0.0)
     with pytest.raises(Stalled, match="nothing moved"):
         story(own, fake, Standing(lambda: not fake.instances()), stall_s=2.0)
+
+
+def test_a_result_whose_verification_takes_longer_than_a_stall_comes_home(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.run.keeper.STALL_GRACE_S", 0.0)
+    real = sandbox.verify
+
+    def slowly(*words: Any) -> Any:
+        time.sleep(2.5)  # a large result on a slow disk says nothing meanwhile
+        return real(*words)
+
+    monkeypatch.setattr(sandbox, "verify", slowly)
+    outcome, lines, _ = rig.whole_run(own, fake, stall_s=2.0)
+    assert outcome.sha256 and [line.kind for line in lines].count("rented") == 1
 
 
 def test_a_price_that_rises_brings_the_deadline_nearer(
