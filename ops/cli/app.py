@@ -201,6 +201,7 @@ def destroy(run: Run, as_json: Json = False) -> None:
 
 for command in (history.status, history.logs, history.cost, history.explain):
     app.command()(command)
+app.command()(use.chat)
 app.command()(use.evaluate)
 app.command()(use.merge)
 app.command()(serve.serve)

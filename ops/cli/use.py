@@ -55,6 +55,38 @@ def merge(
         _show(lambda: words.merge(_found(run, base), dtype, to, data), as_json)
 
 
+def chat(
+    run: Result,
+    prompt: Annotated[
+        str | None, typer.Option(help="One question, instead of a conversation")
+    ] = None,
+    system: Annotated[str, typer.Option(help="What the model is told of its task")] = "",
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1)] = 1.0,
+    penalty: Annotated[
+        float, typer.Option(min=0.01, help="Of what was said already; 1 does nothing")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer at most")] = 1024,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of all turns at most")] = 4096,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or nf4")] = "auto",
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a result in this terminal, in the template that it was trained with. /help lists what
+    can be typed; Ctrl-C stops an answer."""
+    with errors(as_json):
+        from ops.api import words
+
+        given = {"system": system, "temperature": temperature, "top-p": top_p, "seed": seed}
+        given |= {"penalty": penalty, "tokens": tokens, "context": context}
+        given |= {"device": device, "precision": precision}
+        options = [f"--{name}={value}" for name, value in given.items()]
+        options += [f"--prompt={prompt}"] if prompt is not None else []
+        _show(lambda: words.chat(_found(run, base), options), as_json)
+
+
 def evaluate(
     run: Result,
     data: Annotated[

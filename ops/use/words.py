@@ -91,6 +91,11 @@ def _held_out(found: Found) -> list[str]:
     return ["--data", str(found.held_out), *(["--job", str(found.job)] if found.job else [])]
 
 
+def chat(found: Found, options: Sequence[str] = ()) -> Word:
+    """A conversation, or one answer; `options` are those of trainer/serve/chat.py."""
+    return Word("trainer.serve.chat", (str(found.adapter), *_base(found), *options))
+
+
 def check(found: Found) -> Word:
     """Which programs load the adapter, and how."""
     known = ("--base", found.base) if (Path(found.base) / "config.json").is_file() else ()

@@ -289,8 +289,7 @@ model = PeftModel.from_pretrained(base, "this folder")"""
     asked = (
         "The score of a conversation is read at the token that ends its last answer.\n"
         if job.stage == "rm"
-        else f"`python -m trainer.serve.chat FOLDER --base {job.model.base}` asks it questions\n"
-        "with the template that it was trained with.\n"
+        else "`milktea chat FOLDER` asks it questions with the template that it was trained with.\n"
     )
     engines = engines_table(loads_in(*read_adapter(folder))) if training.method == "lora" else ""
     return f"""---

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trainer.data.files import Reading, read_rows
 from trainer.data.formats import Row
@@ -35,8 +36,11 @@ from trainer.data.template import TemplateError, Turn, load, parse, with_chat_te
 from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
 from trainer.model.decode import answer
-from trainer.model.load import ModelError
+from trainer.model.load import ModelError, family_in
 from trainer.wire.job import Job
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
 
 
 @dataclass
@@ -126,22 +130,56 @@ def load_model(adapter: Path | None, base: Path, device: torch.device) -> nn.Mod
     if not (adapter / "adapter_config.json").is_file():  # full or freeze: a whole model
         return load_plain(adapter, device)
     model: Any = PeftModel.from_pretrained(load_plain(base, device), str(adapter))
-    return cast(nn.Module, model.to(device).eval())
+    return cast(nn.Module, model.eval())
 
 
-def load_plain(folder: Path, device: torch.device) -> nn.Module:
-    """A model folder by transformers with our attention, in bf16 on a GPU, in fp32 elsewhere."""
+def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> nn.Module:
+    """A model folder by transformers with our attention, in one of PRECISIONS."""
     register()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    precision = precision_of(precision, folder, device)
+    quantised = {
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        ),
+    }.get(precision)
+    more = {"quantization_config": quantised, "device_map": {"": device}} if quantised else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="milktea"
+        folder,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        attn_implementation="milktea",
+        **more,
     )
-    return cast(nn.Module, model.to(device).eval())
+    model.family = family_in(folder)  # of the model as it was published
+    return cast(nn.Module, (model if quantised else model.to(device)).eval())
 
 
 def here() -> torch.device:
     """The device of this machine that answers."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(named: str) -> torch.device:
+    """Of one of DEVICES; auto is a GPU where there is one. Raises ModelError for one that is not
+    there."""
+    apple = torch.backends.mps.is_available()
+    if named == "auto":
+        return torch.device("mps") if apple and not torch.cuda.is_available() else here()
+    if {"cuda": not torch.cuda.is_available(), "mps": not apple}.get(named):
+        raise ModelError(f"torch finds no {named} on this machine: --device cpu")
+    return torch.device(named)
+
+
+def precision_of(named: str, folder: Path, device: torch.device) -> str:
+    """One of PRECISIONS; auto is bf16 on a GPU, and on a CPU fp32 where memory has room for it."""
+    if named != "auto":
+        return named
+    if device.type != "cpu":
+        return "bf16"
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return "fp32" if 2 * held < psutil.virtual_memory().available else "bf16"
 
 
 def rows_in(file: Path, job: Path | None = None) -> list[Row]:

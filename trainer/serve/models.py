@@ -102,10 +102,15 @@ def _mixes(layer: nn.Module) -> bool:
 
 
 def open_models(
-    results: Mapping[str, Path], base: Path, device: torch.device, context: int = CONTEXT
+    results: Mapping[str, Path],
+    base: Path,
+    device: torch.device,
+    context: int = CONTEXT,
+    precision: str = "auto",
 ) -> Models:
-    """Loads the base model of the folder `base` and, by their names, the adapters (folders, or
-    adapter.zip) on it. Raises TemplateError, ModelError as `open_adapter`."""
+    """Loads the base model of the folder `base` in a precision of PRECISIONS (result/open.py) and,
+    by their names, the adapters (folders, or adapter.zip) on it. Raises TemplateError, ModelError
+    as `open_adapter`."""
     for name in results:
         if not NAME.fullmatch(name) or name in (BASE, NO_ADAPTER):
             raise ModelError(f"a model cannot be called {name!r}: take letters, digits, . _ -")
@@ -116,9 +121,9 @@ def open_models(
         if whole and len(folders) > 1:
             raise ModelError(f"{whole[0]} is a whole model, no adapter: serve it alone")
         if whole:
-            model = load_plain(folders[whole[0]], device)
+            model = load_plain(folders[whole[0]], device, precision)
         else:
-            model = _with_adapters(load_plain(base, device), folders)
+            model = _with_adapters(load_plain(base, device, precision), folders)
     voices = {name: _voice(name, words[name], n) for n, name in enumerate(words)}
     if not whole:
         own = _own_words(base, next(iter(words.values()), None))
