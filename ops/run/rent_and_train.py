@@ -41,11 +41,11 @@ from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
 from ops.run import blame, place, rental, retrieve
 from ops.run.choose import choose, search
+from ops.run.expected import ADAPTER
 from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow, newest_checkpoint
 from ops.run.interrupt import fetch_newest, stage
 from ops.run.keeper import keeper_running
 from ops.run.rental import endpoints, raise_if_preempted, rented
-from ops.run.result import ADAPTER
 from ops.run.session import MARGIN_S, Session, metered
 from ops.wait import Patience, until
 from trainer.wire.job import WIRE, Job

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import re
 import stat
 import zipfile
 import zlib
@@ -21,13 +20,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ops.errors import AdapterError
-from trainer.families import EXPERT_PARTS
+from ops.run.expected import ADAPTER, CONFIG, Expected, Invalid, validate
+from ops.run.lora_result import validate_lora
 from trainer.wire import tensors
-from trainer.wire.job import WIRE
 from trainer.wire.tensors import Tensor
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ADAPTER = "adapter.zip"
 _MAX_MEMBERS = 4096
 _MAX_DIRECTORY = 4 << 20  # bytes of the archive's own list of its members
 _MAX_RATIO = 100  # trained weights hardly compress; deflate's own limit is 1,032
@@ -50,39 +47,6 @@ _RUNS_CODE = {  # suffixes of files that run code when they are loaded, or may
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the job asked for; a None is not compared."""
-
-    base_model: str
-    r: int
-    data_sha256: tuple[str, ...]
-    method: str = "lora"
-    lora_alpha: float | None = None
-    target_modules: tuple[str, ...] | None = None
-    use_dora: bool | None = None
-    use_rslora: bool | None = None
-    init_lora_weights: str = "default"
-    wire: int = WIRE
-
-    @classmethod
-    def of(cls, job: Mapping[str, Any]) -> Expected:
-        """From a wire job (trainer.wire.job.Job, dumped)."""
-        lora, named = job["lora"], job["lora"]["target_modules"]
-        return cls(
-            job["model"]["base"],
-            lora["r"],
-            tuple(f["sha256"] for f in job["data"]["files"]),
-            job["training"]["method"],
-            lora["lora_alpha"],
-            None if isinstance(named, str) else tuple(named),
-            lora["use_dora"],
-            lora["use_rslora"],
-            lora["init_lora_weights"],
-            job["wire"],
-        )
-
-
-@dataclass(frozen=True)
 class Verified:
     """`tensors` counts the tensors, `parameters` the numbers in them; `steps` and `final_loss` are
     the manifest's."""
@@ -93,10 +57,6 @@ class Verified:
     parameters: int = 0
     steps: int = 0
     final_loss: float = math.nan
-
-
-class _Invalid(Exception):
-    pass
 
 
 def verify(path: Path, manifest: Mapping[str, Any], expect: Expected) -> Verified:
@@ -112,10 +72,10 @@ def verify(path: Path, manifest: Mapping[str, Any], expect: Expected) -> Verifie
             found, json_files = _contents(archive, members, manifest["members"])
         _validate_listed(found, manifest["tensors"])
         if expect.method == "lora":
-            _validate_lora(found, json_files, expect)
+            validate_lora(found, json_files, expect)
         elif all(t.zero for t in found.values()):
-            raise _Invalid("every weight is zero")
-    except _Invalid as invalid:
+            raise Invalid("every weight is zero")
+    except Invalid as invalid:
         raise _error(str(invalid)) from invalid
     except (
         zipfile.BadZipFile,
@@ -146,12 +106,6 @@ def _error(defect: str) -> AdapterError:
     return AdapterError(defect, hint="`milktea resume RUN` fetches it again")
 
 
-def _validate(holds: bool, defect: str) -> None:
-    """Raises _Invalid with `defect` unless `holds`."""
-    if not holds:
-        raise _Invalid(defect)
-
-
 # -- the manifest and the whole file ---------------------------------------------------------------
 
 
@@ -166,36 +120,36 @@ def as_wire_2(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _validate_manifest(manifest: Mapping[str, Any], expect: Expected) -> None:
-    _validate(isinstance(manifest, Mapping), "manifest.json is not an object")
+    validate(isinstance(manifest, Mapping), "manifest.json is not an object")
     wire = manifest["wire"]
-    _validate(
+    validate(
         wire == expect.wire, f"manifest.json speaks wire {wire!r}, its job speaks {expect.wire}"
     )
     base = manifest["base_model"]
-    _validate(
+    validate(
         base == expect.base_model,
         f"manifest.json is of base model {base!r}, the job asked for {expect.base_model!r}",
     )
     method = manifest.get("method", "lora")
-    _validate(
+    validate(
         method == expect.method,
         f"manifest.json is of method {method!r}, the job asked for {expect.method!r}",
     )
     steps, loss = manifest["steps"], manifest["final_loss"]
-    _validate(
+    validate(
         type(steps) is int and steps > 0,
         f"manifest.json tells of {steps!r} steps: nothing was trained",
     )
-    _validate(
+    validate(
         type(loss) in (int, float) and math.isfinite(loss), f"manifest.json has final_loss {loss!r}"
     )
     data = manifest["data_sha256"]
-    _validate(
+    validate(
         list(data) == list(expect.data_sha256),
         f"manifest.json names data {data}, the job names {expect.data_sha256}",
     )
     if expect.method == "lora":
-        _validate(
+        validate(
             manifest["lora"]["r"] == expect.r,
             f"manifest.json has r {manifest['lora']['r']!r}, the job asked for {expect.r}",
         )
@@ -204,11 +158,11 @@ def _validate_manifest(manifest: Mapping[str, Any], expect: Expected) -> None:
 def _validate_digest(path: Path, listed: Mapping[str, Any]) -> str:
     """The file's sha256, which the manifest must have listed with its size."""
     size, listed_size = path.stat().st_size, listed["bytes"]
-    _validate(size == listed_size, f"adapter.zip has {size} bytes, its manifest says {listed_size}")
+    validate(size == listed_size, f"adapter.zip has {size} bytes, its manifest says {listed_size}")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     wanted = listed["sha256"]
-    _validate(
+    validate(
         found == wanted,
         f"adapter.zip has sha256 {found[:16]}, its manifest says {str(wanted)[:16]}",
     )
@@ -230,7 +184,7 @@ def _validate_directory(path: Path) -> None:
         file.seek(max(0, size - _END_BYTES - _POINTER_BYTES))
         tail = file.read()
         pointer, end = tail[:-_END_BYTES], tail[-_END_BYTES:]
-        _validate(
+        validate(
             len(end) == _END_BYTES and end[:4] == _END and end[-2:] == b"\0\0",
             "adapter.zip does not end as an archive of our trainer does",
         )
@@ -243,8 +197,8 @@ def _validate_directory(path: Path) -> None:
                 (int.from_bytes(wide[32:40], "little"), int.from_bytes(wide[40:48], "little"))
             ]
     for members, directory_bytes in counts:
-        _validate(members <= _MAX_MEMBERS, f"adapter.zip has {members} members")
-        _validate(
+        validate(members <= _MAX_MEMBERS, f"adapter.zip has {members} members")
+        validate(
             directory_bytes <= _MAX_DIRECTORY,
             f"adapter.zip has a directory of {directory_bytes} bytes",
         )
@@ -255,42 +209,42 @@ def _members(
 ) -> list[zipfile.ZipInfo]:
     """The members, validated by the archive's directory before anything is unpacked."""
     members = archive.infolist()
-    _validate(0 < len(members) <= _MAX_MEMBERS, f"adapter.zip has {len(members)} members")
+    validate(0 < len(members) <= _MAX_MEMBERS, f"adapter.zip has {len(members)} members")
     seen: set[str] = set()
     for member in members:
         name = member.filename
-        _validate(
+        validate(
             _is_safe_file(member),
             f"adapter.zip: member {name!r} would be written outside its folder, or is no "
             "plain file",
         )
-        _validate(name.casefold() not in seen, f"adapter.zip has {name!r} twice")
+        validate(name.casefold() not in seen, f"adapter.zip has {name!r} twice")
         seen.add(name.casefold())
-        _validate(
+        validate(
             PurePosixPath(name).suffix.lower() not in _RUNS_CODE,
             f"adapter.zip: {name} may run code when it is loaded",
         )
-        _validate(not member.flag_bits & 0x41, f"adapter.zip: {name} is encrypted")
-        _validate(name in listed, f"adapter.zip has {name}, which its manifest does not list")
+        validate(not member.flag_bits & 0x41, f"adapter.zip: {name} is encrypted")
+        validate(name in listed, f"adapter.zip has {name}, which its manifest does not list")
         listed_size = listed[name]["bytes"]
-        _validate(
+        validate(
             member.file_size == listed_size,
             f"adapter.zip: {name} has {member.file_size} bytes, its manifest says {listed_size}",
         )
         max_bytes = _MAX_RATIO * member.compress_size + _SLACK
-        _validate(
+        validate(
             member.file_size <= max_bytes,
             f"{name} unfolds {member.compress_size} bytes to {member.file_size}, a bomb",
         )
     missing = sorted(set(listed) - {m.filename for m in members})
-    _validate(not missing, f"adapter.zip lacks {', '.join(missing[:5])}")
+    validate(not missing, f"adapter.zip lacks {', '.join(missing[:5])}")
     total = sum(m.file_size for m in members)
-    _validate(
+    validate(
         total <= _MAX_RATIO * size + _SLACK, f"adapter.zip unfolds {size} bytes to {total}, a bomb"
     )
     end = 0
     for member in sorted(members, key=lambda m: m.header_offset):
-        _validate(
+        validate(
             member.header_offset >= end,
             f"adapter.zip: {member.filename} lies inside another member",
         )
@@ -344,7 +298,7 @@ def _contents(
     CRC and sha256 compared; every other JSON file must be valid JSON."""
     found: dict[str, Tensor] = {}
     json_files: dict[str, Any] = {}
-    _validate(
+    validate(
         sum(m.file_size for m in members if not m.filename.endswith(".safetensors")) <= _MAX_TEXTS,
         f"adapter.zip has more than {_MAX_TEXTS} bytes beside its weights",
     )
@@ -354,26 +308,26 @@ def _contents(
             reader = _HashingReader(file)
             if name.endswith(".safetensors"):
                 for tensor in tensors.read(reader, member.file_size):
-                    _validate(
+                    validate(
                         tensor.name not in found, f"{name}: tensor {tensor.name} is there twice"
                     )
-                    _validate(
+                    validate(
                         tensor.finite,
                         f"{name}: tensor {tensor.name} holds a number that is not finite",
                     )
                     found[tensor.name] = tensor
             else:
-                _validate(member.file_size <= _MAX_TEXT, f"{name} has {member.file_size} bytes")
+                validate(member.file_size <= _MAX_TEXT, f"{name} has {member.file_size} bytes")
                 data = reader.read(member.file_size)
                 if name.endswith(".json"):
                     value = tensors.strict_json(data)
                     json_files |= {name: value} if name == CONFIG else {}
             digest = reader.hexdigest()
-        _validate(
+        validate(
             digest == listed[name]["sha256"],
             f"adapter.zip: {name} has another sha256 than its manifest says",
         )
-    _validate(bool(found), "adapter.zip holds no tensor")
+    validate(bool(found), "adapter.zip holds no tensor")
     return found, json_files
 
 
@@ -382,189 +336,20 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise _Invalid(f"adapter.zip: {name}: {error}") from error
+        raise Invalid(f"adapter.zip: {name}: {error}") from error
 
 
 def _validate_listed(found: Mapping[str, Tensor], listed: Mapping[str, Any]) -> None:
     missing, extra = sorted(set(listed) - set(found)), sorted(set(found) - set(listed))
-    _validate(
+    validate(
         not missing, f"{len(missing)} tensors of the manifest are missing, first {missing[:1]}"
     )
-    _validate(not extra, f"{len(extra)} tensors are not in the manifest, first {extra[:1]}")
+    validate(not extra, f"{len(extra)} tensors are not in the manifest, first {extra[:1]}")
     for name, tensor in found.items():
         entry = listed[name]
         same = tensor.shape == tuple(entry["shape"]) and tensor.dtype == entry["dtype"]
-        _validate(
+        validate(
             same,
             f"tensor {name} is {tensor.dtype} {tensor.shape}, its manifest says "
             f"{entry['dtype']} {entry['shape']}",
         )
-
-
-# -- LoRA ------------------------------------------------------------------------------------------
-
-_PART = re.compile(
-    r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?$"
-)
-
-
-def _validate_lora(
-    found: Mapping[str, Tensor], json_files: Mapping[str, Any], expect: Expected
-) -> None:
-    """The tensors are the LoRA that the job asked for: PEFT's names, lora_A and lora_B of each
-    module, the rank, and at least one module that was trained."""
-    _validate(CONFIG in json_files, f"adapter.zip lacks {CONFIG}")
-    config = json_files[CONFIG]
-    _validate(
-        isinstance(config, dict) and config.get("peft_type") == "LORA", f"{CONFIG} is not a LoRA's"
-    )
-    # a PiSSA adapter is saved as a difference from its start, which doubles its rank
-    ranks = {expect.r, 2 * expect.r} if expect.init_lora_weights == "pissa" else {expect.r}
-    r = config.get("r")
-    _validate(type(r) is int and r in ranks, f"{CONFIG} has r {r!r}, the job asked for {expect.r}")
-    base = config.get("base_model_name_or_path")
-    _validate(
-        base == expect.base_model,
-        f"{CONFIG} is of base model {base!r}, the job asked for {expect.base_model!r}",
-    )
-    for key in ("lora_alpha", "use_dora", "use_rslora"):
-        wanted, have = getattr(expect, key), config.get(key)
-        doubled = key == "lora_alpha" and r != expect.r
-        _validate(
-            wanted is None or doubled or have == wanted,
-            f"{CONFIG} has {key} {have!r}, the job asked for {wanted!r}",
-        )
-    _validate_targets(found, config, expect)
-    pairs = _pairs(found, config)
-    _validate(bool(pairs), f"{WEIGHTS} holds no LoRA pair")
-    _validate_shapes(pairs, config)
-    trained = any(not a.zero and not b.zero for a, b in pairs.values())
-    _validate(
-        trained,
-        f"{WEIGHTS}: one half of each of the {len(pairs)} modules is zero: nothing was learnt",
-    )
-
-
-def _validate_targets(
-    found: Mapping[str, Tensor], config: Mapping[str, Any], expect: Expected
-) -> None:
-    """Every tensor belongs to a target module or to modules_to_save, and every target has
-    tensors."""
-    named = config.get("target_modules")
-    if expect.target_modules is not None:
-        _validate(
-            _names_as_requested(named, config, expect.target_modules),
-            f"{CONFIG} has target_modules {named}, the job asked for {list(expect.target_modules)}",
-        )
-    kept = config.get("modules_to_save") or []
-    _validate(
-        isinstance(kept, list) and all(isinstance(k, str) for k in kept),
-        f"{CONFIG} has modules_to_save {kept!r}",
-    )
-    modules = {m["module"] for m in map(_PART.match, found) if m}
-    for name in found:
-        owned = _PART.match(name) or any(f".{k}." in f".{name}" for k in kept)
-        _validate(bool(owned), f"{WEIGHTS}: tensor {name} belongs to no LoRA and no module to save")
-    if isinstance(named, list):
-        ends = tuple(named)
-        for module in modules:
-            if _of_experts(module, config):
-                continue
-            aimed = any(module == end or module.endswith("." + end) for end in ends)
-            _validate(aimed, f"{WEIGHTS}: {module} is none of {CONFIG}'s target_modules")
-        for end in ends:
-            _validate(
-                any(m == end or m.endswith("." + end) for m in modules),
-                f"{WEIGHTS}: target {end!r} has no tensors",
-            )
-
-
-def _pairs(
-    found: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in found.items():
-        if match := _PART.match(name):
-            parts.setdefault(match["module"], {})[match["part"]] = tensor
-    dora = bool(config.get("use_dora"))
-    pairs = {}
-    for module, have in parts.items():
-        kind = (
-            "lora_embedding_"
-            if "lora_embedding_A" in have or "lora_embedding_B" in have
-            else "lora_"
-        )
-        for half in (f"{kind}A", f"{kind}B", *(["lora_magnitude_vector"] if dora else [])):
-            _validate(half in have, f"{WEIGHTS}: {module} lacks its {half}")
-        _validate(
-            dora or "lora_magnitude_vector" not in have,
-            f"{WEIGHTS}: {module} has a DoRA vector, {CONFIG} wants none",
-        )
-        a, b = have[f"{kind}A"], have[f"{kind}B"]
-        # the half that PEFT fills with random numbers; the other starts at zero
-        random = b if kind == "lora_embedding_" else a
-        _validate(
-            not random.zero, f"{WEIGHTS}: {random.name} is all zero, which no initialisation gives"
-        )
-        if dora:
-            vector = have["lora_magnitude_vector"]
-            fits = math.prod(vector.shape) == b.shape[0] and not vector.zero
-            _validate(
-                fits,
-                f"{WEIGHTS}: {vector.name} {vector.shape} does not fit lora_B {b.shape}, or "
-                "is all zero",
-            )
-        pairs[module] = (a, b)
-    return pairs
-
-
-def _names_as_requested(named: Any, config: Mapping[str, Any], requested: tuple[str, ...]) -> bool:
-    """Whether `named` means the modules that the job asked for: the same list, an expression that
-    names them within one tower, or a list without the experts' modules, which PEFT has as
-    target_parameters."""
-    if isinstance(named, str):
-        return all(re.escape(module) in named for module in requested)
-    if not isinstance(named, list) or not set(named) <= set(requested):
-        return False
-    left = set(requested) - set(named)
-    return not left or (bool(config.get("target_parameters")) and left <= set(EXPERT_PARTS))
-
-
-def _of_experts(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether the module holds experts that target_parameters names: PEFT names their adapter by
-    the module that holds them, or by its base_layer where it has two."""
-    named = config.get("target_parameters") or []
-    holders = {str(p).rpartition(".")[0] for p in named if isinstance(p, str)}
-    held = module.removesuffix(".base_layer")
-    return any(h and (held == h or held.endswith("." + h)) for h in holders)
-
-
-def _validate_shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any]) -> None:
-    pattern = _literal_ranks(config)
-    for module, (a, b) in pairs.items():
-        if _of_experts(module, config):  # the ranks of all experts side by side
-            same = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
-            _validate(same, f"{WEIGHTS}: {module} has lora_A {a.shape} and lora_B {b.shape}")
-            continue
-        special = [r for end, r in pattern.items() if f".{module}".endswith(f".{end}")]
-        r = special[0] if special else config["r"]
-        fits = len(a.shape) >= 2 and len(b.shape) >= 2 and a.shape[0] == r and b.shape[1] == r
-        _validate(
-            fits,
-            f"{WEIGHTS}: {module} has lora_A {a.shape} and lora_B {b.shape}, {CONFIG} says r {r}",
-        )
-        _validate(
-            a.dtype == b.dtype,
-            f"{WEIGHTS}: {module} has lora_A in {a.dtype} and lora_B in {b.dtype}",
-        )
-
-
-def _literal_ranks(config: Mapping[str, Any]) -> Mapping[str, int]:
-    """PEFT's rank_pattern, of plain module names only. PEFT takes regular expressions too; our
-    trainer writes none, and a stranger's expression may run for ever."""
-    pattern = config.get("rank_pattern") or {}
-    sound = isinstance(pattern, dict) and all(
-        re.fullmatch(r"[A-Za-z0-9_.]{1,200}", end) and type(r) is int for end, r in pattern.items()
-    )
-    _validate(sound, f"{CONFIG} has a rank_pattern that is no list of modules: {pattern!r:.80}")
-    return dict(pattern)

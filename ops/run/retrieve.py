@@ -18,7 +18,7 @@ from ops.box.connection import Box
 from ops.errors import AdapterError, BoxError, HostKeyChanged, Lost
 from ops.market.cost import Workload
 from ops.run import sandbox
-from ops.run.result import ADAPTER, Expected
+from ops.run.expected import ADAPTER, Expected
 from ops.run.sandbox import Inspected
 from ops.run.session import Session
 from trainer.wire import events

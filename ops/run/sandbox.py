@@ -18,7 +18,8 @@ from typing import Any
 
 from ops.errors import AdapterError
 from ops.run import result
-from ops.run.result import Expected, Verified
+from ops.run.expected import ADAPTER, Expected
+from ops.run.result import Verified
 from trainer.wire import tensors
 from trainer.wire.page import thinned
 
@@ -110,8 +111,8 @@ def _listed(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str
             if type(size) is not int or not 0 <= size < 1 << 50 or len(sha256) != 64:
                 raise ValueError(f"{name} is listed with {size!r:.40} bytes")
             found[name] = (sha256, size)
-    if result.ADAPTER not in found:
-        raise ValueError(f"it lists no {result.ADAPTER}")
+    if ADAPTER not in found:
+        raise ValueError(f"it lists no {ADAPTER}")
     return {"files": found}
 
 

@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 
 from ops.errors import AdapterError
-from ops.run.result import CONFIG, WEIGHTS, Expected, verify
+from ops.run.expected import CONFIG, WEIGHTS, Expected
+from ops.run.result import verify
 
 BASE = "practice/tiny-llama"
 DATA = ("a" * 64, "b" * 64)

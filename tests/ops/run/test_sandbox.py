@@ -15,7 +15,7 @@ import pytest
 import rig
 from ops.errors import AdapterError
 from ops.run import sandbox
-from ops.run.result import Expected
+from ops.run.expected import Expected
 
 DATA = "a" * 64
 EXPECT = Expected("stub", 4, (DATA,), lora_alpha=8, target_modules=("q_proj",))
