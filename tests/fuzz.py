@@ -52,7 +52,8 @@ from ops.errors import (  # noqa: E402
     MarketError,
     PreflightError,
 )
-from ops.job import config, data_files, planner  # noqa: E402
+from ops.job import config, data_files, needs, planner  # noqa: E402
+from ops.job.adapters import Adapters  # noqa: E402
 from ops.market import client  # noqa: E402
 from ops.market.client import Provider, Vast  # noqa: E402
 from ops.market.cost import Workload  # noqa: E402
@@ -333,7 +334,7 @@ def read_plan(name: str, data: bytes, folder: Path) -> None:
     job = config.parse(told, folder / "job.toml")
     (folder / "stage").mkdir()
     pushes = [*data_files.data_files(job, folder / "stage"), *planner._model_files(job)]
-    wire = planner._wire_job(job, "fuzz-1", pushes)
+    wire = planner._wire_job(job, "fuzz-1", pushes, Adapters())
     planner._lengths(wire, folder / "stage", pushes, [])
 
 
@@ -344,7 +345,7 @@ def read_model_config(name: str, data: bytes, folder: Path) -> None:
     notes: list[str] = []
     told = planner._model_config(job, notes)
     shape = planner._shape(job, told, planner._family(job, told, 100, notes), notes)
-    planner._needs(job, planner._workload(job, [100, 50], shape, []), shape)
+    needs.needs_of(job, needs.workload_of(job, [100, 50], shape, []), shape)
 
 
 def read_journal(name: str, data: bytes, folder: Path) -> None:

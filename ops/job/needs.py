@@ -1,0 +1,162 @@
+"""What a job computes and transfers, and what an offer must have for it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ops.box.transfer import PushFile
+from ops.errors import PreflightError
+from ops.hardware import gpus
+from ops.job.config import JobFile
+from ops.market.cost import Workload
+from ops.market.ranking import Needs
+from trainer import memory
+from trainer.wire.stages import STAGES
+
+DRIVER_SHARE = 0.98  # torch can use this share of the memory that a GPU's driver reports
+HOST_GIB, PROCESS_GIB = 3.0, 4.0  # host memory of the system; of each process (torch, CUDA, data)
+SYSTEM_GIB = 4  # disk for logs, pip's cache and the container itself
+IMAGE_UNPACKED = 2.5  # unpacked bytes for each compressed byte
+
+
+def workload_of(
+    job: JobFile, lengths: list[int], shape: memory.Shape | None, pushes: list[PushFile]
+) -> Workload:
+    steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
+    share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
+    tokens = sum(lengths) * job.training.num_train_epochs * share
+    local = Path(job.model.base).is_dir()
+    parameters = float(memory.parameters(shape)) if shape else 7e9
+    adapter, saved = parameters * 4, tuple(job.lora.modules_to_save or ())
+    if shape and job.training.method == "lora":
+        lora = job.lora
+        adapter = 4.0 * memory.saved_parameters(shape, saved)
+        adapter += 4.0 * memory.adapter_parameters(shape, lora.largest_rank, lora.counted_modules)
+    image_bytes = job.image.size_gib * 2**30
+    pushed = float(sum(p.local.stat().st_size for p in pushes))
+    download = 0.0 if local else parameters * 2
+    disk = job.offer.disk_gib or max(
+        10,
+        math.ceil(
+            (image_bytes * IMAGE_UNPACKED + 1.1 * (download + pushed) + 6 * adapter) / 2**30
+            + SYSTEM_GIB
+        ),
+    )
+    return Workload(
+        tokens=tokens,
+        stage=job.stage,
+        model_parameters=parameters,
+        active_parameters=_active(shape),
+        precision=job.model.precision,
+        num_gpus=job.offer.num_gpus,
+        image_bytes=image_bytes,
+        model_download_bytes=download,
+        push_bytes=pushed,
+        pull_bytes=adapter,
+        disk_gib=float(disk),
+        cpu_practice=parameters < 2e7,
+        shape=shape,
+        method=memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout),
+        trainable_layers=job.training.freeze_trainable_layers,
+        r=job.lora.largest_rank,
+        target_modules=job.lora.counted_modules,
+        saved=saved,
+        least_tokens=max(lengths),
+        row_tokens=sum(n * n for n in lengths) / sum(lengths),
+        checkpoint_bytes=3 * adapter,
+        save_every_s=job.training.save_every_s,
+    )
+
+
+def _active(shape: memory.Shape | None) -> float | None:
+    """The parameters that one token uses in a mixture of experts, the output head included; None
+    for a model without experts."""
+    if shape is None or shape.mixture is None:
+        return None
+    return float(memory.active_parameters(shape) + shape.vocab * shape.hidden)
+
+
+def needs_of(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
+    min_gib = 0.0
+    if shape:
+        min_gib = (
+            memory.min_gpu_memory_gib(
+                shape,
+                job.model.precision,
+                workload.r,
+                workload.target_modules,
+                workload.method,
+                workload.least_tokens,
+                processes=job.offer.num_gpus,
+                trainable_layers=workload.trainable_layers,
+                saved=workload.saved,
+                **STAGES[job.stage].memory,
+            )
+            / DRIVER_SHARE
+        )
+        _validate_cards(job, min_gib)
+    o = job.offer
+    return Needs(
+        gpu_names=tuple(_gpu_names(job)),
+        min_gpu_memory_gib=max(min_gib, o.min_gpu_memory_gib or 0.0),
+        num_gpus=o.num_gpus,
+        max_usd_per_hour=o.max_usd_per_hour,
+        min_reliability=o.min_reliability,
+        countries=tuple(o.countries),
+        min_inet_down_mbps=o.min_inet_down_mbps,
+        min_cuda=o.min_cuda,
+        interruptible=o.type == "interruptible",
+        bid_usd_per_hour=o.bid_usd_per_hour,
+        disk_gib=workload.disk_gib,
+        hours=job.limits.max_hours,
+        min_compute_capability=gpus.MIN_COMPUTE_CAPABILITY[job.model.precision],
+        max_usd=job.limits.max_usd,
+        min_cpu_ram_gib=o.min_cpu_ram_gib or _host_memory_gib(workload),
+        min_cpu_cores=0.0 if workload.cpu_practice else float(o.num_gpus),
+    )
+
+
+def _host_memory_gib(workload: Workload) -> float:
+    """Host memory for training: of the system, of each process, and for the copy of parameters and
+    optimizer state from which a checkpoint is written."""
+    if workload.cpu_practice:
+        return 0.0
+    copied = workload.checkpoint_bytes / 2**30
+    return math.ceil(HOST_GIB + PROCESS_GIB * workload.num_gpus + copied)
+
+
+def _gpu_names(job: JobFile) -> list[str]:
+    """offer.gpu_name in vast.ai's spelling."""
+    return list(dict.fromkeys(m for n in job.offer.gpu_name for m in gpus.meant(n)))
+
+
+def _validate_cards(job: JobFile, min_gib: float) -> None:
+    """Raises PreflightError, naming the smallest GPU that fits, when every GPU that the job accepts
+    is too small."""
+    if not job.offer.gpu_name and not gpus.that_hold(min_gib, job.model.precision):
+        largest = max(gpus.GPUS, key=lambda g: g.memory_gib)
+        less = "a smaller model" if job.model.precision == "nf4" else 'model.precision = "nf4"'
+        raise PreflightError(
+            f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} "
+            f"needs {min_gib:.1f} GiB on one GPU; the largest, {largest.name}, has "
+            f"{largest.memory_gib:.0f} GiB",
+            hint=f"set {less}, or a smaller lora.r",
+        )
+    names = _gpu_names(job)
+    named = [g for n in names if (g := gpus.find(n))]
+    if not named or len(named) < len(names) or any(g.memory_gib >= min_gib for g in named):
+        return
+    fits = gpus.that_hold(min_gib, job.model.precision)
+    nearest = (
+        f"the nearest that fits is {fits[0].name} ({fits[0].memory_gib:.0f} GiB)"
+        if fits
+        else "no card fits"
+    )
+    have = ", ".join(f"{g.name} {g.memory_gib:.0f} GiB" for g in named)
+    raise PreflightError(
+        f"{job.model.base} in {job.model.precision} with max_length {job.data.max_length} "
+        f"needs {min_gib:.1f} GiB on one GPU ({have}); {nearest}",
+        hint='add it to offer.gpu_name, or set model.precision = "nf4" (now '
+        f"{job.model.precision})",
+    )
