@@ -45,7 +45,7 @@ from ops.run.expected import ADAPTER
 from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow, newest_checkpoint
 from ops.run.interrupt import fetch_newest, stage
 from ops.run.keeper import keeper_running
-from ops.run.rental import endpoints, raise_if_preempted, rented
+from ops.run.rental import box_left_alone, endpoints, raise_if_preempted, rented
 from ops.run.session import MARGIN_S, Session, metered
 from ops.wait import Patience, until
 from trainer.wire.job import WIRE, Job
@@ -79,7 +79,8 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> RunResult:
 
     Returns once a verified adapter is here and no box of this run exists. Raises otherwise, with
     the same guarantee about the box; only BoxLeaked and Detached leave one."""
-    session.remember_place()
+    with box_left_alone(session):
+        session.remember_place()
     for offer in offers(session, seen):
         try:
             with rented(session, offer) as instance_id:

@@ -55,13 +55,8 @@ def rented(session: Session, offer: Offer) -> Iterator[int]:
 
     Raises BoxLeaked, from the block's error, for a destroy without proof. Raises NoAnswer where
     vast.ai does not say whether the run has a machine: then nothing is rented or destroyed."""
-    try:
+    with box_left_alone(session):
         existing = existing_instance(session)
-    except (RateLimited, NoAnswer) as e:  # it may be training: do not destroy it
-        raise NoAnswer(
-            f"vast.ai does not say whether the box of {session.run_id} still stands: {e}",
-            hint=f"`milktea resume {session.run_id}` asks again; until then the box is left alone",
-        ) from e
     try:
         yield existing or rent(session, offer)
     except (Detached, Fenced):
@@ -73,6 +68,21 @@ def rented(session: Session, offer: Offer) -> Iterator[int]:
             raise leak from first
         raise
     destroy(session, why="done")
+
+
+@contextmanager
+def box_left_alone(session: Session) -> Iterator[None]:
+    """Within it, no answer of vast.ai is a reason to ask again later: the box of the run, where it
+    may have one, may be training. Raises NoAnswer that says so."""
+    try:
+        yield
+    except (RateLimited, NoAnswer) as e:
+        if not session.may_have_box():
+            raise
+        raise NoAnswer(
+            f"vast.ai does not say whether the box of {session.run_id} still stands: {e}",
+            hint=f"`milktea resume {session.run_id}` asks again; until then the box is left alone",
+        ) from e
 
 
 def existing_instance(session: Session) -> int | None:

@@ -4,6 +4,7 @@ tests/weather.py."""
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,8 +12,13 @@ from machine import needs
 
 import rig
 from ops.box import scripts
+from ops.errors import NoAnswer
 from ops.fakevast import FakeVast, weather
+from ops.fakevast.cloud.catalogue import machine, offer_row
 from ops.market.client import Provider, Vast
+from ops.market.models import parse_offer
+from ops.run.journal import Journal
+from ops.run.rent_and_train import rent_and_train
 from ops.wait import RealClock
 
 pytestmark = pytest.mark.timeout(60)
@@ -45,6 +51,25 @@ def test_a_wall_that_forbids_in_its_own_words_is_no_answer_of_vast_ai(
     body = {"message": "Forbidden"}
     fake.faults.add(where="user", what="reply", status=403, body=body, times=2)
     assert vast.credit_usd() > 0
+
+
+def test_an_owner_that_gets_no_answer_sends_nobody_to_destroy_the_box_that_trains(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    plan = own.plan()
+    offer = asdict(parse_offer(offer_row(machine(), 1, 7, 0.0, 1e6)))
+    with Journal(own.runs / plan.run_id) as held:
+        session = rig.client(plan, held, fake.url, fake.api_key)
+        session.remember_place()
+        held.append("renting", offer=offer, bid_usd_per_hour=None, disk_gib=16, max_s=600)
+        held.append("rented", instance_id=1)
+        fake.faults.add(where="*", what="502_before", times=None)
+        again = rig.client(plan, held, fake.url, fake.api_key)
+        with pytest.raises(NoAnswer, match="still stands") as silent:
+            rent_and_train(again)
+        assert f"milktea resume {plan.run_id}" in silent.value.hint
+        assert "reap" not in silent.value.hint
+        assert held.last("destroying") is None
 
 
 @pytest.mark.usefixtures("each_second")
