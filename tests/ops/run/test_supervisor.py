@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import NOT_HERE, needs
 
 import milktea
 import rig
@@ -247,13 +249,17 @@ def paused(own: rig.Rig, vast: milktea.Vast) -> milktea.Run:
     return run
 
 
+def terminal_environment(fake: FakeVast, own: rig.Rig) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
+    env |= {"VAST_URL": fake.url, "VAST_API_KEY": fake.api_key, "MILKTEA_PACE": str(rig.PACE)}
+    return env | {"MILKTEA_RUNS": str(own.runs), "PYTHONPATH": str(ROOT)}
+
+
 def in_a_terminal(fake: FakeVast, own: rig.Rig, *words: str) -> tuple[int, int]:
     """(process, its terminal's other end) of a command."""
     pid, master = pty.fork()
     if pid == 0:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
-        env |= {"VAST_URL": fake.url, "VAST_API_KEY": fake.api_key, "MILKTEA_PACE": str(rig.PACE)}
-        env |= {"MILKTEA_RUNS": str(own.runs), "PYTHONPATH": str(ROOT)}
+        env = terminal_environment(fake, own)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be under nohup
         os.execve(sys.executable, [sys.executable, "-m", "ops.cli", *words], env)
     return pid, master
@@ -280,6 +286,46 @@ def test_closing_the_terminal_detaches_and_the_journal_says_so(
     (own.image / "pause").unlink()
     assert milktea.attach(run).adapter is not None
     assert creates(fake) == 1
+
+
+SESSIONS = {  # how each is begun with ./resume.sh, and ended
+    "tmux": ("tmux -S ./socket new-session -d ./resume.sh", "tmux -S ./socket kill-server"),
+    "nohup": ("nohup ./resume.sh >/dev/null 2>&1 & echo $! >pid", "kill -9 $(cat pid)"),
+    "systemd-run": (
+        "systemd-run --user --collect --unit milktea-tried $PWD/resume.sh",
+        "systemctl --user stop milktea-tried",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", SESSIONS)
+def test_a_run_outlives_the_session_that_it_was_started_in(
+    own: rig.Rig, fake: FakeVast, tool: str
+) -> None:
+    """But for systemd's, which ends all that a unit started: the box trains on, and the adapter
+    comes home by `resume`."""
+    needs(tool)
+    if tool == "systemd-run" and not Path("/run/systemd/system").exists():
+        pytest.skip(f"no systemd runs: {NOT_HERE}")
+    (own.image / "pause").touch()
+    run = planned(own)
+    names = ("VAST_URL", "VAST_API_KEY", "MILKTEA_PACE", "MILKTEA_RUNS", "PYTHONPATH")
+    env = terminal_environment(fake, own)
+    given = "".join(f"export {name}={shlex.quote(env[name])}\n" for name in names)
+    script = own.folder / "resume.sh"
+    script.write_text(f"#!/bin/sh\n{given}exec {sys.executable} -m ops.cli resume {run.id}\n")
+    script.chmod(0o700)
+    begin, end = SESSIONS[tool]
+    subprocess.run(begin, shell=True, check=True, cwd=own.folder, timeout=60)
+    told(run, "launched")
+    subprocess.run(end, shell=True, check=True, cwd=own.folder, timeout=60)
+    if tool == "systemd-run":
+        came(lambda: not run.is_owned)
+    (own.image / "pause").unlink()
+    vast = milktea.Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
+    done = milktea.attach(run) if run.is_owned else milktea.resume(run, vast=vast, root=own.runs)
+    assert done.adapter is not None and creates(fake) == 1
 
 
 def test_ctrl_c_offers_priced_choices_and_pressed_again_it_takes_the_kind_one(
