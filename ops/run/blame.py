@@ -35,6 +35,7 @@ GPU_DIED = (
     "nvidia-smi has failed",
     "hardware stack error",
 )
+DISK_FULL = ("no space left on device",)  # of the disk that was rented, or of /dev/shm
 NO_STEP = "no first step within"  # begins the error of a machine that did not reach step 1
 # GeForce cards have no peer-to-peer transfers; where a driver says that they do, NCCL hangs.
 _CONSUMER = re.compile(r"(GTX \d{4}|RTX [2345]0[5-9]0)")
@@ -51,6 +52,11 @@ def gpu_word(text: str) -> str | None:
     return _first(GPU_DIED, text)
 
 
+def disk_word(text: str) -> str | None:
+    """The first of DISK_FULL in `text`."""
+    return _first(DISK_FULL, text)
+
+
 def fatal_word(error: MilkteaError) -> str | None:
     """The word by which two machines' failures are recognised as the same; None without one."""
     if isinstance(error, NeverReady):
@@ -59,7 +65,7 @@ def fatal_word(error: MilkteaError) -> str | None:
 
 
 def _machine_word(text: str) -> str | None:
-    return gpu_word(text) or _first((NO_STEP,), text)
+    return gpu_word(text) or disk_word(text) or _first((NO_STEP,), text)
 
 
 def machines_with_word(word: str, lines: Iterable[Mapping[str, Any]]) -> set[int]:

@@ -24,23 +24,30 @@ def machines(lines: list[Line]) -> list[int]:
     return [line["offer"]["machine_id"] for line in lines if line.kind == "renting"]
 
 
-def test_a_gpu_that_died_is_not_rented_again_and_the_run_goes_on_elsewhere(
-    own: rig.Rig, fake: FakeVast
+FULL = "[Errno 28] No space left on device: 'checkpoints/20.new'"
+
+
+@pytest.mark.parametrize(("word", "said"), [(ECC, "its GPU died"), (FULL, "its disk is full")])
+def test_a_machine_that_broke_is_not_rented_again_and_the_run_goes_on_elsewhere(
+    own: rig.Rig, fake: FakeVast, word: str, said: str
 ) -> None:
-    (own.image / "die-once").write_text(ECC)
+    (own.image / "die-once").write_text(word)
     outcome, lines, _ = rig.whole_run(own, fake)
     assert outcome.adapter_zip.is_file()
     first, second = machines(lines)
     [bad] = [line for line in lines if line.kind == "bad_machine"]
-    assert bad["machine_id"] == first != second and "its GPU died" in bad["why"]
+    assert bad["machine_id"] == first != second and said in bad["why"]
 
 
-def test_a_gpu_that_dies_on_two_machines_is_the_job_s_fault_and_renting_stops(
-    own: rig.Rig, fake: FakeVast
+@pytest.mark.parametrize(
+    ("text", "word"), [(ECC, "uncorrectable ecc"), (FULL, "no space left on device")]
+)
+def test_what_breaks_two_machines_is_the_job_s_fault_and_renting_stops(
+    own: rig.Rig, fake: FakeVast, text: str, word: str
 ) -> None:
-    (own.image / "die").write_text(ECC)
+    (own.image / "die").write_text(text)
     outcome, lines, _ = rig.whole_run(own, fake)
-    assert isinstance(outcome, Failed) and "2 of them said 'uncorrectable ecc'" in str(outcome)
+    assert isinstance(outcome, Failed) and f"2 of them said '{word}'" in str(outcome)
     assert len(machines(lines)) == 2
 
 
