@@ -319,6 +319,30 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
     )
 
 
+def test_serve_alone_has_a_network_and_listens_on_loopback_unless_it_is_told(
+    run: Callable, tmp_path: Path
+) -> None:
+    from trainer.serve.server import named, parse
+
+    for name in ("mine-7", "mine-8"):
+        (tmp_path / "milktea" / name).mkdir(parents=True)
+    (tmp_path / "our.pem").touch()
+    (line,) = run("serve", "mine-7", "mine-8")
+    assert " --network=bridge -p 127.0.0.1:8014:8014 " in line and "--network=none" not in line
+    told = parse(line.partition("-m trainer.serve.server ")[2].split())
+    runs = tmp_path / "milktea"
+    results = {n: runs / n / "result" / "adapter.zip" for n in ("mine-7", "mine-8")}
+    assert named(told.results) == results
+    assert (told.base, told.token_file) == (f"{runs}/mine-7/model", runs / "mine-7" / "token")
+    assert (told.name, told.port, told.feedback) == (["127.0.0.1"], 8014, runs / "mine-7")
+    theirs = {"MILKTEA_LISTEN": "0.0.0.0:443", "MILKTEA_NAME": "models.example"}
+    (line,) = run("serve", "mine-8", MILKTEA_CERTIFICATE="our.pem", **theirs)
+    told = parse(line.partition("-m trainer.serve.server ")[2].split())
+    assert " -p 0.0.0.0:443:443 " in line and f"-v {tmp_path}/our.pem:{tmp_path}/our.pem:ro" in line
+    assert (told.port, told.name) == (443, ["models.example"])
+    assert told.certificate == tmp_path / "our.pem"
+
+
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [

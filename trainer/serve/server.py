@@ -97,7 +97,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if error.name != "aiohttp":
             raise
-        print("cannot serve: aiohttp is not installed here: pip install aiohttp", file=sys.stderr)
+        print("cannot serve: Python here has no aiohttp: install it beside torch", file=sys.stderr)
         return 3
     except (OSError, ValueError, zipfile.BadZipFile) as error:  # what ours raise are ValueErrors
         print(f"cannot serve: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ usage: milktea-run COMMAND ...
   logs [-f] RUN                            what a run says; -f follows it
   stop RUN                                 end a run after a checkpoint
   chat RUN [PROMPT]                        talk to what a run made (RUN: a name under ./milktea, or its folder)
+  serve RUN [RUN2 ...]                     what runs made, by OpenAI's interface and in the browser, until Ctrl-C
   evaluate RUN [DATA.json]                 BLEU-4, ROUGE and exact match on held-out rows (the job's own, or DATA.json)
   launch ARGUMENTS...                      accelerate launch ARGUMENTS, in the current folder
   models                                   the base models installed here
@@ -26,7 +27,8 @@ usage: milktea-run COMMAND ...
   uninstall                                remove every image; PREFIX with models, records and tools is then yours to delete
 settings by environment: MILKTEA_PREFIX (where INSTALL.sh put things), MILKTEA_IMAGE (name:tag; else the current one),
   MILKTEA_RUNS (./milktea), MILKTEA_SHM (half of the memory), MILKTEA_GPUS (all; none; a number; or device=0,1),
-  MILKTEA_CUDA_COMPAT (a folder of NVIDIA's cuda-compat package), MILKTEA_DRY_RUN=1 (print the docker commands)
+  MILKTEA_CUDA_COMPAT (a folder of NVIDIA's cuda-compat package), MILKTEA_DRY_RUN=1 (print the docker commands);
+  of serve: MILKTEA_LISTEN (127.0.0.1:8014), MILKTEA_NAME (by which browsers reach it), MILKTEA_CERTIFICATE (a PEM file)
 TEXT
 }
 
@@ -41,7 +43,7 @@ DOCKER=${DOCKER:-$(if command -v docker >/dev/null 2>&1 || ! command -v podman >
 RUNS=${MILKTEA_RUNS:-$(pwd)/milktea}
 GPUS=${MILKTEA_GPUS:-all}
 DRY=${MILKTEA_DRY_RUN:-}
-DETACHED='' NAMED=''
+DETACHED='' NAMED='' NETWORK=none
 
 current_image() {
     local _name _key _ref
@@ -92,7 +94,7 @@ inside() {
     # podman's --init is a program of its own, catatonit, which is not everywhere; run_job.py does without
     _init=--init
     case $DOCKER in *podman*) [ -x "$(command -v catatonit)" ] || [ -x /usr/libexec/podman/catatonit ] || _init='' ;; esac
-    _options="--rm $_init --network=none --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges"
+    _options="--rm $_init --network=$NETWORK --read-only --tmpfs /tmp:rw,exec,mode=1777 --cap-drop=ALL --security-opt no-new-privileges"
     _gpus=$(gpu_flags)
     # NVIDIA's advice for NCCL; engines without the right to raise limits refuse it, so only where there are GPUs
     [ -n "$_gpus" ] && _options="$_options --ulimit memlock=-1 --ulimit stack=67108864"
@@ -367,6 +369,15 @@ chat() {
     on_run "$_at" '' trainer.serve.chat "$_at/result/adapter.zip" --base "$_at/model" "$@"
 }
 
+serve() { # the only container with a network: a browser must reach it
+    local _at='' _n=$# _f _listen=${MILKTEA_LISTEN:-127.0.0.1:8014} _name=${MILKTEA_NAME:-} _pem=${MILKTEA_CERTIFICATE:+$(absolute "$MILKTEA_CERTIFICATE")}
+    [ $# -ge 1 ] || { usage >&2; exit 2; }
+    while [ "$_n" -gt 0 ]; do _f=$(run_folder "$1") || exit 2; shift; set -- "$@" "${_f##*/}=$_f/result/adapter.zip"; _at=${_at:-$_f} _n=$((_n - 1)); done
+    [ -n "$DRY" ] || [ -s "$_at/token" ] || (umask 077; head -c 32 /dev/urandom | sha256sum | cut -c 1-43 >"$_at/token")
+    NETWORK="bridge -p $_listen:${_listen##*:}" on_run "$_at" "$_pem" trainer.serve.server --base "$_at/model" --host 0.0.0.0 \
+        --port "${_listen##*:}" --name "${_name:-${_listen%:*}}" --token-file "$_at/token" ${_pem:+--certificate "$_pem"} --feedback "$_at" "$@"
+}
+
 evaluate() {
     local _at _data=''
     [ $# -ge 1 ] || { usage >&2; exit 2; }
@@ -378,7 +389,7 @@ evaluate() {
 command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
-    train | chat | evaluate | status | logs | stop | images | rollback | prune | uninstall) $command "$@" ;;
+    train | chat | serve | evaluate | status | logs | stop | images | rollback | prune | uninstall) $command "$@" ;;
     use) [ -f "$PREFIX/state/${1:-}" ] && echo "$1" >"$PREFIX/state/default" || refuse "no image ${1:-} is installed" "milktea-run images" ;;
     launch) inside -v "$(pwd):$(pwd)" -w "$(pwd)" -- accelerate launch "$@" ;;
     check) check "$@" ;;
