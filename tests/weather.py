@@ -554,8 +554,12 @@ def main() -> int:
     ]
     for worker in workers:
         worker.start()
-    for _ in seeds:
-        table.add(*results.get(), options.verbose)
+    try:
+        for _ in seeds:
+            table.add(*results.get(), options.verbose)
+    except KeyboardInterrupt:  # the table of what is done
+        for worker in workers:
+            worker.terminate()
     for worker in workers:
         worker.join()
     table.print()

@@ -193,7 +193,7 @@ if {ALIVE}; then echo running; exit 0; fi
 while IFS= read -r pair; do export "$pair"; done
 {_CONTAINER} >container
 setsid sh -c {shlex.quote(wrapper)} </dev/null >/dev/null 2>&1 &
-echo $! >pid
+echo $! >pid || {{ kill -s KILL $! -$! 2>/dev/null; exit 8; }}
 echo started
 """
 

@@ -324,7 +324,7 @@ def _start(session: Session, box: Box, more: tuple[tuple[str, str], ...] = ()) -
     given = tokens.at_launch(session.plan.env) + settings
     answer = retry_transfer(session, box, lambda: box.run(start, input=given))
     if answer.exit_code != 0:
-        raise Lost(f"the training could not be started: {answer.stderr[-300:]}")
+        raise Unsuitable(f"the training could not be started: {answer.stderr[-300:]}")
     session.note("launched", state=answer.stdout.strip().splitlines()[-1], settings=dict(more))
 
 

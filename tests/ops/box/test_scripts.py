@@ -144,6 +144,15 @@ def test_launching_twice_trains_once_and_the_exit_code_comes_last(tmp_path: Path
     assert (tmp_path / "milktea/r/starts").read_text() == "x\n"
 
 
+def test_a_training_whose_number_cannot_be_written_is_not_left_running(tmp_path: Path) -> None:
+    fake_trainer(tmp_path, "echo $$ >trains; exec sleep 30\n")
+    (tmp_path / "milktea/r/pid").mkdir()  # takes no file, as a full disk does
+    assert launched(tmp_path).returncode == 8
+    if (tmp_path / "milktea/r/trains").exists():
+        state = Path(f"/proc/{(tmp_path / 'milktea/r/trains').read_text().strip()}/status")
+        assert not state.exists() or "State:\tZ" in state.read_text()
+
+
 def test_a_training_asked_to_stop_may_save_and_leaves_its_exit_code(tmp_path: Path) -> None:
     fake_trainer(
         tmp_path,
