@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +54,7 @@ T = TypeVar("T")
 boot = stage(rental.boot)
 MAX_MACHINES = 5  # in a row without a checkpoint, before the run gives up
 CONNECT_S = 300.0
+REACH_S = 20.0  # of trying, before vast.ai is asked for the ports again
 ARM_S = 45.0  # for the watchdog to report that it is armed, scaled by the clock's pace
 MIN_ARM_S = 3
 NOT_ANSWERED = re.compile(r"HTTP (000|403|429|5\d\d)")  # by vast.ai, or by a firewall
@@ -168,24 +169,16 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
         patience_s=max(2.0, 120 * session.clock.pace),
     )
     began = session.clock.steady()
-
-    def show(endpoint: Endpoint, reason: str) -> None:
-        session.screen.connecting(f"{endpoint}: {reason}")
-
-    try:
-        box.connect(deadline_s=TUNNEL_S * session.clock.pace, on_try=show)
-    except NeverReady:
-        raise_if_preempted(session, box)
-        with suppress(MarketError):  # the box may become reachable all the same
-            if "port forwarding failed" in session.vast.container_log(instance.id):
-                session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
-                session.vast.reboot(instance.id)
-        box.connect(deadline_s=(CONNECT_S - TUNNEL_S) * session.clock.pace, on_try=show)
+    before = session.journal.last("connected", "renting")
+    checked = before is not None and before.kind == "connected"  # by an earlier client
+    _reach(session, box, instance, scripts.LEASE_S if checked else CONNECT_S)
     if unarmed := _unarmed(session, box):
         raise Unsuitable(f"the watchdog of machine {offer.machine_id} is not armed: {unarmed}")
+    expected = facts.Expected.of(offer, session.plan.needs)
     why = facts.unsuitable(
         facts.parse(retry_transfer(session, box, lambda: box.run(facts.SCRIPT)).stdout),
-        facts.Expected.of(offer, session.plan.needs),
+        # what was trained meanwhile lies on the disk
+        replace(expected, disk_gib=0.0) if checked else expected,
     )
     if why:
         raise Unsuitable(f"machine {offer.machine_id} is not what was offered: {why}")
@@ -196,6 +189,34 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
         seconds=round(session.clock.steady() - began, 2),
     )
     return box
+
+
+def _reach(session: Session, box: Box, instance: Instance, patience_s: float) -> None:
+    """Connect, at the ports that vast.ai shows now; a stuck tunnel is given one reboot. Raises
+    NeverReady after `patience_s` in which vast.ai answers and the box does not, Preempted,
+    HostKeyChanged."""
+    missed, tunnel_tried, pace = Patience(session.clock), False, session.clock.pace
+
+    def show(endpoint: Endpoint, reason: str) -> None:
+        session.screen.connecting(f"{endpoint}: {reason}")
+
+    while True:
+        try:
+            box.connect(deadline_s=REACH_S * pace, on_try=show)
+            return
+        except NeverReady as e:
+            missed.look(counts=raise_if_preempted(session, box))
+            session.moved_t = session.clock.steady()  # this loop has its own patience
+            if missed.seconds > patience_s * pace or session.left_s() < MARGIN_S:
+                raise NeverReady(
+                    f"the box was missed for {missed.seconds:.0f} s: {e}", hint=e.hint
+                ) from e
+        if missed.seconds > TUNNEL_S * pace and not tunnel_tried:
+            tunnel_tried = True
+            with suppress(MarketError):  # the box may become reachable all the same
+                if "port forwarding failed" in session.vast.container_log(instance.id):
+                    session.note("rebooted", instance_id=instance.id, why="its tunnel is stuck")
+                    session.vast.reboot(instance.id)
 
 
 def _unarmed(session: Session, box: Box) -> str:

@@ -19,7 +19,9 @@ from ops.market.client import Provider, Vast
 from ops.market.models import parse_offer
 from ops.run.journal import Journal
 from ops.run.rent_and_train import rent_and_train
+from ops.run.session import Detached
 from ops.wait import RealClock
+from trainer.wire.events import Event, Step
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -70,6 +72,31 @@ def test_an_owner_that_gets_no_answer_sends_nobody_to_destroy_the_box_that_train
         assert f"milktea resume {plan.run_id}" in silent.value.hint
         assert "reap" not in silent.value.hint
         assert held.last("destroying") is None
+
+
+class Leaving(rig.Silent):
+    """A client that goes with the first step of the training."""
+
+    def event(self, event: Event, *rest: Any) -> None:
+        if isinstance(event, Step):
+            raise Detached
+
+
+def test_a_box_that_trains_is_kept_although_its_price_rose_and_its_disk_filled_meanwhile(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    (own.image / "pause").touch()
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as held, pytest.raises(Detached):
+        rent_and_train(rig.client(plan, held, fake.url, fake.api_key, screen=Leaving()))
+    [box] = fake.emulator.boxes.live.values()
+    fake.do(lambda: fake.cloud.raise_price(fake.cloud.ask_more(box.instance.id, 3)))
+    fake.do(lambda: box.fill_disk(5_000_000_000))  # free, of sixteen that were rented
+    fake.do(box.move_ports)
+    (own.image / "pause").unlink()
+    with Journal(own.runs / plan.run_id) as held:
+        assert rent_and_train(rig.client(plan, held, fake.url, fake.api_key)).sha256
+        assert [line.kind for line in held.lines].count("rented") == 1
 
 
 @pytest.mark.usefixtures("each_second")
