@@ -146,3 +146,16 @@ def test_a_box_whose_disk_takes_no_files_is_the_machines_fault(
     assert [line.kind for line in lines if line.kind in ("bad_machine", "missed")] == [
         "bad_machine"
     ]
+
+
+def test_a_box_whose_only_tunnel_is_stuck_is_restarted_once_and_carries_the_run(
+    own: rig.Rig,
+) -> None:
+    proxied = [machine(machine_id=n, direct_port_count=0) for n in (1, 2)]
+    plan = own.plan()
+    with own.emulator(market=proxied) as fake, Journal(own.runs / plan.run_id) as held:
+        fake.faults.add(where="boot", what="tunnel_stuck")
+        session = rig.client(plan, held, fake.url, fake.api_key, pace=0.02)
+        assert rent_and_train(session).sha256
+        kinds = [line.kind for line in held.lines]
+    assert kinds.count("rebooted") == 1 and kinds.count("rented") == 1
