@@ -402,6 +402,7 @@ def planned(own: rig.Rig, case: Case) -> Plan:
 
 
 def work(worker: int, workers: int, seeds: range, results: Any, keep: Path | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     hasten()
     with tempfile.TemporaryDirectory(prefix="weather-") as name:
         commands, server = multiprocessing.Pipe()
@@ -437,6 +438,7 @@ def work(worker: int, workers: int, seeds: range, results: Any, keep: Path | Non
 def serve(folder: Path, pipe: Any) -> None:
     """The emulator in a process of its own, so that clients can be forked from one without
     threads."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: who began it ends it
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of links cut in the middle
     free = {"inet_down_cost": 0.0, "inet_up_cost": 0.0, "storage_cost": 0.01}
     market = [

@@ -310,6 +310,7 @@ def _record_end(session: Session, box: Box, code: int, failure: events.Failure |
         return
     (session.journal.folder / "log.txt").write_text(tail, "utf-8")
     reason = failure.reason if failure else "\n".join(tail.strip().splitlines()[-8:])
+    reason = reason or "it left no word of why, as on a disk that is full"
     if full := blame.disk_word(f"{reason}\n{tail}"):
         raise Unsuitable(f"its disk is full ({full}): the training ended with exit code {code}")
     if died := blame.gpu_word(f"{reason}\n{tail}"):
