@@ -9,6 +9,7 @@ first, and torchrun's rendezvous starts and restarts them together.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -95,14 +96,24 @@ def prepare_inputs(job: Job, run: Path) -> None:
             f"{', '.join(absent)} of the job's env did not come with the launch",
             hint="set it where milktea runs, or take it out of env in the job file",
         )
-    for told in (job.start, job.judge):
-        if told is not None and weights_sha256(run / told.path) != told.sha256:
+    validate_beside(job, run)
+    prepare(job, run)
+    validate_weights(model_folder(job, run, weights=True))
+
+
+def validate_beside(job: Job, run: Path) -> None:
+    """Raises InvalidJob where an adapter or a function that came with the job is not the one that
+    it names."""
+    held = {t.path: weights_sha256(run / t.path) for t in (job.start, job.judge) if t is not None}
+    if job.reward_function is not None:
+        text = (run / job.reward_function.path).read_bytes()
+        held[job.reward_function.path] = hashlib.sha256(text).hexdigest()
+    for told in (job.start, job.judge, job.reward_function):
+        if told is not None and held[told.path] != told.sha256:
             raise InvalidJob(
                 f"{told.path} does not hold {told.name} as the job names it",
                 hint="make the job anew: `milktea plan JOB.toml`",
             )
-    prepare(job, run)
-    validate_weights(model_folder(job, run, weights=True))
 
 
 def validate_accelerate_config(environment: Mapping[str, str]) -> None:

@@ -1,7 +1,8 @@
-"""The adapters that a job starts from or is judged by, as they travel with it."""
+"""What a job starts from and is judged by, as it travels with it: adapters, a reward function."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
 from ops.job.config import JobFile
 from trainer.wire.adapters import as_told, files_of, judge_defect, lora_from
+from trainer.wire.job import DataFile
 
 START, JUDGE = "start", "judge"  # their folders on the box
+FUNCTION = "reward.py"  # a reward function's file there
 FIND = "name a run of results.folder, a folder with an adapter, or an adapter.zip"
 
 
@@ -47,7 +50,28 @@ def taken_up(job: JobFile, stage: Path) -> tuple[JobFile, Adapters]:
                     f"{job.stage}.foreign_reward = true",
                 )
             _add(found, judge, JUDGE, stage)
+    if (rule := job.function) is not None:
+        _add_function(found, Path(rule.path))
     return job, found
+
+
+def _add_function(found: Adapters, file: Path) -> None:
+    """Raises PreflightError for a file that Python cannot read, or without the function."""
+    try:
+        text = file.read_bytes()
+        parsed = ast.parse(text, str(file))
+    except (OSError, SyntaxError, ValueError) as why:
+        raise PreflightError(f"the reward function: {why}", hint="mend the file") from why
+    names = [n.name for n in parsed.body if isinstance(n, ast.FunctionDef)]
+    if "reward" not in names:
+        raise PreflightError(
+            f"{file} defines {', '.join(names) or 'no function'}, and not reward",
+            hint="write `def reward(prompt, answer, expected): return 1.0` in it",
+        )
+    sha256 = sha256_of(file)
+    found.pushes.append(PushFile(file, FUNCTION, sha256))
+    told = DataFile(path=FUNCTION, name=file.name, sha256=sha256, size_bytes=len(text))
+    found.told["reward_function"] = told.model_dump()
 
 
 @contextmanager

@@ -269,17 +269,27 @@ class JobFile(Strict, Sections):
         return self
 
     @property
+    def rollouts(self) -> Rollouts | None:
+        """The section of a stage that learns from the model's own answers."""
+        section = getattr(self, self.stage, None)
+        return section if isinstance(section, Rollouts) else None
+
+    @property
     def judge(self) -> Reward | None:
         """The reward that asks a model, if the job's stage has one."""
-        section = getattr(self, self.stage, None)
-        return section.judge if isinstance(section, Rollouts) else None
+        return self.rollouts.judge if self.rollouts else None
 
-    def section_with_judge_at(self, path: str) -> dict[str, dict[str, Any]]:
-        """The section of the job's own stage as the wire has it, the reward model in `path`."""
-        told = section_of(self)
+    @property
+    def function(self) -> Reward | None:
+        """The reward that asks a function, if the job's stage has one."""
+        return self.rollouts.function if self.rollouts else None
+
+    def section_on_box(self, judge: str, function: str) -> dict[str, dict[str, Any]]:
+        """The section of the job's own stage as the wire has it, with where the reward model and
+        the file of the reward function lie on the box."""
+        told, places = section_of(self), {"model": judge, "python": function}
         for rule in told.get(self.stage, {}).get("rewards", []):
-            if rule["kind"] == "model":
-                rule["path"] = path
+            rule["path"] = places.get(rule["kind"], "")
         return told
 
 
@@ -368,7 +378,15 @@ def _with_absolute_paths(job: JobFile, folder: Path) -> JobFile:
     for name in ("ppo", "grpo"):
         section: Rollouts = getattr(job, name)
         rewards = [
-            r.model_copy(update={"path": str(_adapter(r.path, folder, here(job.results.folder)))})
+            r.model_copy(
+                update={
+                    "path": str(
+                        here(Path(r.path))
+                        if r.kind == "python"
+                        else _adapter(r.path, folder, here(job.results.folder))
+                    )
+                }
+            )
             if r.path
             else r
             for r in section.rewards

@@ -19,7 +19,7 @@ from ops.catalogue.models import Entry, lookup
 from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job import sent, tokens
-from ops.job.adapters import JUDGE, Adapters, taken_up
+from ops.job.adapters import FUNCTION, JUDGE, Adapters, taken_up
 from ops.job.config import JobFile
 from ops.job.data_files import data_files
 from ops.job.mistakes import grouped
@@ -194,7 +194,7 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile], adapters: Adapt
             "processes": job.offer.num_gpus,
             "environment": job.env,
             **adapters.told,
-            **job.section_with_judge_at(JUDGE),
+            **job.section_on_box(JUDGE, FUNCTION),
         }
     )
 

@@ -25,6 +25,7 @@ from trainer.model.decode import Answer, Sampling, generate
 from trainer.model.load import hidden_states, model_inputs
 from trainer.model.roles import MAIN, Roles
 from trainer.stages import compared, measured
+from trainer.stages.reward_process import RewardFault, RewardProcess
 from trainer.stages.rewards import reward
 from trainer.wire.chain import chain_of, reward_defect, weights_sha256
 from trainer.wire.job import DataFile, Job
@@ -101,6 +102,11 @@ class Stage(compared.Stage):
         if job.data.held_out is not None:
             self.wanted |= self._wanted([job.data.held_out])
         self.judge = self._judge()
+        self.failed = 0.0  # the share of answers that the function could not judge, the last time
+        self.function: RewardProcess | None = None
+        if settings.function is not None and job.reward_function is not None:
+            path = run / job.reward_function.path
+            self.function = RewardProcess(path, settings.function.seconds)
         self.rollout: Rollout | None = None
         self.told: dict[int, dict[str, float]] = {}  # of steps that are not reported yet
 
@@ -189,7 +195,10 @@ class Stage(compared.Stage):
             said[k, : len(one.ids)] = torch.tensor(one.log_probs)
         made.made["said"] = said
         made.made["ended"] = torch.tensor([a.ended for a in answers])
-        made.made["reward"] = self.rewards(made.rows, answers)
+        # a function, or a sum on a GPU, may differ from process to process
+        made.made["reward"] = self.ranks.gather(self.rewards(made.rows, answers))[0]
+        if self.function is not None:
+            made.made["failed"] = torch.tensor(self.failed, dtype=torch.float64)
         return made
 
     def as_rows(self, prompts: Rows, asked: list[int], answers: list[Answer]) -> Rows:
@@ -210,8 +219,13 @@ class Stage(compared.Stage):
 
     def rewards(self, rows: Rows, answers: list[Answer]) -> Tensor:
         """Of each answer, fp64 (rows,), the same on all processes."""
-        rules = [self._by_rules(a, w) for a, w in zip(answers, rows.where, strict=True)]
-        found = torch.tensor(rules, dtype=torch.float64)
+        texts = [self._text(a.ids[:-1] if a.ended else a.ids) for a in answers]
+        rules = [r for r in self.settings.rewards if not r.is_asked]
+        told = zip(texts, answers, rows.where, strict=True)
+        by_rules = [reward(rules, text, len(a.ids), self.wanted[w]) for text, a, w in told]
+        found = torch.tensor(by_rules, dtype=torch.float64)
+        if (rule := self.settings.function) is not None:
+            found += rule.weight * self._by_function(rows, texts)
         if self.judge is not None:
             found += self.judge.counted(self._scored(rows))
         return found
@@ -229,16 +243,40 @@ class Stage(compared.Stage):
         self.roles.take(MAIN)
         return found
 
-    def _by_rules(self, found: Answer, where: str) -> float:
-        ids = found.ids[:-1] if found.ended else found.ids
-        text = self.data.vocabulary.tokenizer.decode(ids, skip_special_tokens=True)
-        rules = [r for r in self.settings.rewards if r.kind != "model"]
-        return reward(rules, text, len(found.ids), self.wanted[where])
+    def _text(self, ids: list[int]) -> str:
+        text: str = self.data.vocabulary.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _by_function(self, rows: Rows, texts: list[str]) -> Tensor:
+        """What the user's function gives, fp64 (rows,), 0 where it fails. Raises Stopped where it
+        gives nothing to any answer."""
+        assert self.function is not None
+        ends = np.asarray(rows.starts[1:]) - np.add.reduceat(
+            rows.trained, rows.starts[:-1], dtype=int
+        )
+        prompts = [
+            self._text(rows.ids[a:b].tolist()) for a, b in zip(rows.starts, ends, strict=False)
+        ]
+        wanted = [self.wanted[w] for w in rows.where]
+        try:
+            given = self.function.ask(list(zip(prompts, texts, wanted, strict=True)))
+        except RewardFault as why:
+            raise Stopped(str(why), [], "mend the file of the reward") from why
+        faults = [one for one in given if isinstance(one, str)]
+        self.failed = len(faults) / len(given)
+        if len(faults) == len(given):
+            raise Stopped(
+                f"the reward function fails for all {len(given)} answers: {faults[0]}",
+                list(rows.where[:8]),
+                "mend the file of the reward; `reward(prompt, answer, expected)` returns a number",
+            )
+        return torch.tensor([0.0 if isinstance(x, str) else x for x in given], dtype=torch.float64)
 
     def facts_of(self, made: Rollout) -> dict[str, float]:
         """What is told of a batch of answers."""
         rewards, ended = made.made["reward"], made.made["ended"]
-        return {
+        failed = {k: float(made.made[k]) for k in ("failed",) if k in made.made}
+        return failed | {
             "reward": float(rewards.mean()),
             "reward_deviation": float(rewards.std()) if len(rewards) > 1 else 0.0,
             "truncated": float((~ended).double().mean()),

@@ -219,6 +219,7 @@ class Job(Strict, Sections):
     data: Data
     start: Start | None = None
     judge: Adapter | None = None  # the reward model
+    reward_function: DataFile | None = None
     lora: Lora = Lora()
     training: Training = Training()
     processes: Positive = 1
@@ -252,9 +253,12 @@ class Job(Strict, Sections):
         if defect := start_defect(self.start is not None, self.training, self.lora):
             raise ValueError(defect)
         section = getattr(self, self.stage, None)
-        asked = getattr(section, "judge", None)
-        if (asked is None) != (self.judge is None):
-            raise ValueError("judge: a reward of kind model and its adapter come together")
+        for kind, name, held in (
+            ("model", "judge", self.judge),
+            ("python", "function", self.reward_function),
+        ):
+            if (getattr(section, name, None) is None) != (held is None):
+                raise ValueError(f"{name}: a reward of kind {kind} and its file come together")
         return self
 
     @model_validator(mode="after")

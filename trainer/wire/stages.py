@@ -131,14 +131,21 @@ class Kto(Section):
 class Reward(Section):
     """One rule of a reward, from 0 to 1 times `weight`. match: the answer is the row's. contains:
     the row's answer stands in it. format: `regex` is found in it. length: 1 at `tokens` tokens,
-    falling to 0 at none and at twice as many. model: the score that the reward model in `path`, the
-    adapter of a run of stage rm, gives; it has no bounds."""
+    falling to 0 at none and at twice as many. Without bounds: model, the score that the reward
+    model in `path`, the adapter of a run of stage rm, gives; python, what `reward(prompt, answer,
+    expected)` in the file `path` returns within `seconds`, 0 where it fails."""
 
-    kind: Literal["match", "contains", "format", "length", "model"]
+    kind: Literal["match", "contains", "format", "length", "model", "python"]
     weight: float = 1.0
     regex: str = ""
     path: str = ""
     tokens: Annotated[int, Field(gt=0)] = 64
+    seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is no rule of ours, but asks a model or a function."""
+        return self.kind in ("model", "python")
 
     @model_validator(mode="after")
     def _has_its_regex(self) -> Reward:
@@ -149,8 +156,8 @@ class Reward(Section):
                 raise ValueError(f"regex {self.regex!r}: {why}") from why
         if (self.kind == "format") != bool(self.regex):
             raise ValueError('regex belongs to kind = "format", which needs one')
-        if (self.kind == "model") != bool(self.path):
-            raise ValueError('path belongs to kind = "model", which needs one')
+        if self.is_asked != bool(self.path):
+            raise ValueError('path belongs to kind = "model" and "python", which need one')
         return self
 
 
@@ -166,15 +173,21 @@ class Rollouts(Section):
     ] = False
 
     @model_validator(mode="after")
-    def _one_model(self) -> Rollouts:
-        if sum(r.kind == "model" for r in self.rewards) > 1:
-            raise ValueError("rewards: one model judges, not several")
+    def _one_of_each(self) -> Rollouts:
+        for kind in ("model", "python"):
+            if sum(r.kind == kind for r in self.rewards) > 1:
+                raise ValueError(f"rewards: one of kind {kind}, not several")
         return self
 
     @property
     def judge(self) -> Reward | None:
         """The rule that asks a reward model."""
         return next((r for r in self.rewards if r.kind == "model"), None)
+
+    @property
+    def function(self) -> Reward | None:
+        """The rule that asks a user's function."""
+        return next((r for r in self.rewards if r.kind == "python"), None)
 
 
 class Ppo(Rollouts):

@@ -33,7 +33,7 @@ def paths_of(job: JobFile) -> list[Path]:
     found = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
     template = Path(job.data.template)
     found += [Path(job.start)] if job.start else []
-    found += [Path(job.judge.path)] if job.judge else []
+    found += [Path(rule.path) for rule in (job.judge, job.function) if rule]
     return found + ([template] if template.is_absolute() else [])
 
 
@@ -91,7 +91,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
             "training": job.training.model_dump(),
             "processes": processes or job.offer.num_gpus,
             **adapters,
-            **job.section_with_judge_at("judge"),
+            **job.section_on_box("judge", "reward.py"),
         }
     )
     part = run / "job.json.part"
@@ -122,6 +122,8 @@ def put_adapters(job: JobFile, run: Path) -> tuple[JobFile, dict[str, object]]:
             )
         except (OSError, ValueError) as why:
             raise ConfigError(f"{name}: {adapter}: {why}", hint="name an adapter.zip") from why
+    if job.function is not None:
+        told["reward_function"] = _copy(Path(job.function.path), run, "reward.py")
     return job, told
 
 

@@ -113,7 +113,7 @@ def test_what_cannot_be_taken_up_is_refused(
         ({"how": "stack"}, "needs start"),
         ({"start": "x", "training": {"method": "full"}}, "not trained on by"),
         ({"start": "x", "lora": {"init_lora_weights": "pissa"}}, "how lora begins"),
-        ({"stage": "ppo", "ppo": {"rewards": [{"kind": "model"}]}}, "needs one"),
+        ({"stage": "ppo", "ppo": {"rewards": [{"kind": "model"}]}}, "which need one"),
     ],
 )
 def test_what_says_nothing_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_reward_model_travels_and_is_named_as_it_lies_on_the_box(tmp_path: Pat
     section = {"rewards": [{"kind": "model", "path": "judge"}, {"kind": "match"}]}
     job, found = taken_up(a_job(tmp_path, stage="ppo", ppo=section), tmp_path / "stage")
     assert {p.remote.split("/")[0] for p in found.pushes} == {"judge"} == set(found.told)
-    rules = job.section_with_judge_at("judge")["ppo"]["rewards"]
+    rules = job.section_on_box("judge", "reward.py")["ppo"]["rewards"]
     assert [r["path"] for r in rules] == ["judge", ""]
 
 
@@ -149,3 +149,32 @@ def test_settings_that_are_free_stay_the_jobs(tmp_path: Path) -> None:
     assert taken_up(job, tmp_path / "stage")[0].lora == Lora(
         r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]
     )
+
+
+def test_a_reward_function_travels_with_its_hash(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(prompt, answer, expected):\n    return 1.0\n")
+    section = {"rewards": [{"kind": "python", "path": "mine.py"}]}
+    job, found = taken_up(a_job(tmp_path, stage="grpo", grpo=section), tmp_path / "stage")
+    [pushed] = found.pushes
+    assert (pushed.local, pushed.remote) == (tmp_path / "mine.py", "reward.py")
+    assert found.told["reward_function"]["sha256"] == pushed.sha256
+    assert job.section_on_box("judge", "reward.py")["grpo"]["rewards"][0]["path"] == "reward.py"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "No such file"),
+        ("def reward(prompt:\n", "mine.py, line 1"),
+        ("def score(prompt): return 1\n", "defines score, and not reward"),
+        ("x = 1\n", "defines no function"),
+    ],
+)
+def test_a_file_without_a_reward_function_is_refused(
+    text: str | None, said: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    section = {"rewards": [{"kind": "python", "path": "mine.py"}]}
+    with pytest.raises(PreflightError, match=said):
+        taken_up(a_job(tmp_path, stage="grpo", grpo=section), tmp_path / "stage")

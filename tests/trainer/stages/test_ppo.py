@@ -13,6 +13,7 @@ from tiny import adapter_sha256, events_of, finish, manifest_of, start, step_rea
 from torch import Tensor
 
 from trainer.data.prepare import InvalidJob
+from trainer.loop.guards import Stopped
 from trainer.loop.ranks import StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.model.decode import Answer
@@ -200,8 +201,9 @@ def test_dropout_is_refused_where_the_model_learns_from_itself(stage_run: Make) 
         loaded(stage_run("ppo", ROWS, ppo=SECTION, lora={"lora_dropout": 0.1}, **SETTINGS))
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_the_same_start_judges_and_begins_the_value(stage_run: Make) -> None:
-    short = {"training": {"batch_size": 8, "max_steps": 2, "learning_rate": 1e-2}}
+    short = {"training": {"batch_size": 8, "max_steps": 1, "learning_rate": 1e-2}}
     policy = stage_run("sft", ROWS, **short)
     assert run_job(policy) == 0
     judge = stage_run("rm", PAIRS, start=policy, **short)
@@ -211,7 +213,8 @@ def test_a_reward_model_of_the_same_start_judges_and_begins_the_value(stage_run:
         loaded(stage_run("ppo", ROWS, judge=judge, ppo=section, **SETTINGS))
     with pytest.raises(ValueError, match="come together"):
         loaded(stage_run("ppo", ROWS, start=policy, ppo=section, **SETTINGS))
-    job = stage_run("ppo", ROWS, start=policy, judge=judge, ppo=section, **SETTINGS)
+    once = {"training": SETTINGS["training"] | {"max_steps": 1}}
+    job = stage_run("ppo", ROWS, start=policy, judge=judge, ppo=section, **once)
     stage = loaded(job)
     again = stage_run("rm", PAIRS, start=judge, **SETTINGS)
     expected = rm.Stage(Job.model_validate_json(again.read_bytes()), again.parent)
@@ -230,6 +233,30 @@ def test_a_reward_model_of_the_same_start_judges_and_begins_the_value(stage_run:
     links = manifest_of(job)["chain"]["links"]
     assert [(x["stage"], x["how"]) for x in links] == [("sft", "new"), ("ppo", "continue")]
     assert manifest_of(job)["judge"]["sha256"] == stage.job.judge.sha256  # type: ignore[union-attr]
+
+
+def test_a_stage_adds_its_numbers_and_stops_where_every_answer_fails(stage_run: Make) -> None:
+    rule: dict[str, Any] = {"kind": "python", "path": "reward.py", "weight": 2.0}
+    told = {"path": "reward.py", "name": "r.py", "sha256": "0" * 64, "size_bytes": 1}
+    section = {"rewards": [HALF, rule], "max_completion_length": 3}
+    job = stage_run("ppo", ROWS, ppo=section, reward_function=told, **SETTINGS)
+    file = job.parent / "reward.py"
+    file.write_text(
+        "def reward(prompt, answer, expected):\n"
+        "    assert 'Say number' in prompt and expected.startswith('it is')\n"
+        "    return 1 / (len(answer) - 3)\n"
+    )
+    stage = loaded(job)
+    ids = [stage.data.vocabulary.tokenizer.encode(text).ids for text in ("hello", "two")]
+    answers = [Answer(one, [-1.0] * len(one), False) for one in ids]
+    rows = stage.as_rows(stage.data.rows, [0, 1], answers)
+    assert torch.equal(stage.rewards(rows, answers), torch.tensor([1.0, 0.0]).double())
+    assert stage.failed == 0.5
+    file.write_text("def reward(prompt, answer, expected): raise ValueError('not today')\n")
+    assert stage.function is not None
+    stage.function.close()
+    with pytest.raises(Stopped, match="fails for all 2 answers: ValueError: not today"):
+        stage.rewards(rows, answers)
 
 
 @pytest.mark.slow

@@ -1,0 +1,74 @@
+"""What runs a user's reward function, in a process of its own: `python -I` starts this file by its
+path, so nothing of ours is imported.
+
+    python -I reward_runner.py FILE SECONDS MEMORY_BYTES
+
+Each line on standard input is a list of [prompt, answer, expected]; the line that comes back is a
+list of [number, fault], one of which is null. What the function prints is thrown away. It has
+SECONDS for an answer and MEMORY_BYTES in all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import runpy
+import signal
+import sys
+from typing import Any
+
+MOST_FAULT = 300  # characters of what is told of a fault
+
+
+class TooLong(Exception):
+    pass
+
+
+def main(file: str, seconds: float, memory: int) -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, too_long)
+    try:
+        function = runpy.run_path(file)["reward"]
+    except BaseException as why:  # told with the first answers
+        function = failing(why)
+    for line in sys.stdin:
+        told = [judged(function, asked, seconds) for asked in json.loads(line)]
+        replies.write(json.dumps(told) + "\n")
+        replies.flush()
+
+
+def judged(function: Any, asked: list[str], seconds: float) -> list[Any]:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        number = float(function(*asked))
+        if not math.isfinite(number):
+            return [None, f"it returned {number}"]
+        return [number, None]
+    except TooLong:
+        return [None, f"it took more than {seconds:g} s"]
+    except BaseException as why:
+        return [None, f"{type(why).__name__}: {why}"[:MOST_FAULT]]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def failing(why: BaseException) -> Any:
+    def reward(*_: str) -> float:
+        raise why
+
+    return reward
+
+
+def too_long(*_: Any) -> None:
+    raise TooLong
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
