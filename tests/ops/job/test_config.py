@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 
 from ops.errors import ConfigError
 from ops.job import config
+from trainer.data.files import Reading, read_rows
 from trainer.wire.stages import Sections
 
 JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.toml"))
+RECIPES = Path(__file__).parents[3] / "jobs/recipes"
 LEAST = {
     "name": "x",
     "model": {"base": "a/b"},
@@ -32,6 +36,31 @@ def test_every_example_parses_and_fits_the_exported_schema(path: Path) -> None:
     assert len(JOBS) >= 4
     config.load(path)
     jsonschema.validate(tomllib.loads(path.read_text()), config.schema())
+
+
+def test_every_recipe_parses_and_says_what_its_authors_did() -> None:
+    recipes = sorted(RECIPES.glob("*.toml"))
+    assert len(recipes) == 7
+    for path in recipes:
+        assert config.load(path).name == path.stem
+        assert "authors" in path.read_text() or "original" in path.read_text(), path.name
+
+
+def test_the_recipes_scripts_write_rows_that_are_read(tmp_path: Path) -> None:
+    chat, script = tmp_path / "chat.json", tmp_path / "script.txt"
+    chat.write_text(json.dumps([{"input": ["Hi", "And you?"], "output": ["Hello", "Fine"]}]))
+    script.write_text("TOM: Who are you?\nHERO: Your captain.\n(a storm)\nHERO: To the boats!\n")
+    asked = {"chinese_vicuna_chat.py": [chat], "character_rows.py": [script, "HERO"]}
+    found = {}
+    for name, words in asked.items():
+        command = [sys.executable, "-W", "ignore", RECIPES / name, *words]
+        rows = tmp_path / f"{name}.jsonl"
+        rows.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+        read, defects = read_rows([(rows, rows.name)], Reading())
+        assert not defects
+        found[name] = [[turn.text for turn in row.turns] for row in read]
+    assert found["chinese_vicuna_chat.py"] == [["Hi", "Hello", "And you?", "Fine"]]
+    assert found["character_rows.py"] == [["Who are you?", "Your captain."]]
 
 
 def test_the_reference_names_every_key_there_is_and_no_other() -> None:
