@@ -35,6 +35,8 @@ def serve(
     ] = None,
     width: Annotated[int, typer.Option(min=1, help="Answers decoded side by side")] = 16,
     context: Annotated[int, typer.Option(min=16, help="Tokens of prompt and answer")] = 4096,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or nf4")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Talk to results in the browser, or by any OpenAI client, on this computer: prints one address
@@ -43,6 +45,7 @@ def serve(
         from ops import api
 
         options = [f"--host={host}", f"--width={width}", f"--context={context}"]
+        options += [f"--device={device}", f"--precision={precision}"]
         options += [f"--port={port}"] if port is not None else []
         options += [f"--token-file={token_file}"] if token_file else []
         options += [f"--certificate={certificate}"] if certificate else []

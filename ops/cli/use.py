@@ -71,6 +71,9 @@ def chat(
     context: Annotated[int, typer.Option(min=2, help="Tokens of all turns at most")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or nf4")] = "auto",
+    web: Annotated[
+        bool, typer.Option("--web", help="In the browser, with settings there; as `milktea serve`")
+    ] = False,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -79,6 +82,10 @@ def chat(
     with errors(as_json):
         from ops.api import words
 
+        if web:
+            options = [f"--context={context}", f"--device={device}", f"--precision={precision}"]
+            _show(lambda: words.serve([_found(run, base)], options), as_json)
+            return
         given = {"system": system, "temperature": temperature, "top-p": top_p, "seed": seed}
         given |= {"penalty": penalty, "tokens": tokens, "context": context}
         given |= {"device": device, "precision": precision}

@@ -48,6 +48,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--width", type=int, default=16, help="answers decoded side by side")
     parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and answer")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16, int8 or nf4")
     parser.add_argument("--json", action="store_true", help="the line that says where, as JSON")
     found = parser.parse_args(arguments)
     if found.host not in ("127.0.0.1", "localhost", "::1") and not found.token_file:
@@ -111,13 +113,17 @@ def _serve(
     certificate: ssl.SSLContext | None,
     began: float,
 ) -> int:
-    from trainer.result.open import base_folder, here
+    from trainer.result.open import DEVICES, PRECISIONS, base_folder, device_of
     from trainer.serve.app import application
     from trainer.serve.engine import Engine
     from trainer.serve.models import open_models
 
     quiet()
-    models = open_models(results, base_folder(arguments.base), here(), arguments.context)
+    if arguments.device not in DEVICES or arguments.precision not in PRECISIONS:
+        known = f"{', '.join(DEVICES)}; --precision: {', '.join(PRECISIONS)}"
+        raise ValueError(f"--device is one of: {known}")
+    base, device = base_folder(arguments.base), device_of(arguments.device)
+    models = open_models(results, base, device, arguments.context, arguments.precision)
     engine = Engine(models, arguments.width)
     names = (arguments.host, *arguments.name)
     app = application(engine, token, arguments.feedback, names)
