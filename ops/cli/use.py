@@ -29,6 +29,7 @@ Result = Annotated[
 Base = Annotated[
     str | None, typer.Option(help="The base model's folder or hub id, where it is not known")
 ]
+TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "hf")
 DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -130,6 +131,36 @@ def check(run: Result, base: Base = None, as_json: Json = False) -> None:
         from ops.api import words
 
         _show(lambda: words.check(_found(run, base)), as_json)
+
+
+@adapter_app.command("export")
+def export_adapter(
+    run: Result,
+    target: Annotated[str, typer.Option("--for", help="vllm, sglang, llama.cpp, ollama or hf")],
+    name: Annotated[str, typer.Option(help="What the model will be called")] = "tuned",
+    kind: Annotated[str, typer.Option("--type", help="Of a GGUF file: f16 or q8_0")] = "f16",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="For vllm and sglang: one model, which is faster")
+    ] = False,
+    repo: Annotated[
+        str, typer.Option(help="For hf: USER/NAME to upload to, by the token in HF_TOKEN")
+    ] = "",
+    public: Annotated[bool, typer.Option("--public", help="For hf: not private")] = False,
+    base: Base = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The new folder; for-ENGINE beside the adapter without it")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """A result as another program takes it, with the command that starts it."""
+    with errors(as_json):
+        from ops.api import words
+
+        if target not in TARGETS:
+            raise ConfigError(f"{target!r} is no target", hint=f"one of {', '.join(TARGETS)}")
+        options = [f"--name={name}", f"--type={kind}", f"--repo={repo}"]
+        options += [f"--{word}" for word, on in (("merged", merged), ("public", public)) if on]
+        _show(lambda: words.export(_found(run, base), target, to, options), as_json)
 
 
 def _found(run: str, base: str | None) -> api.Found:

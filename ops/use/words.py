@@ -102,6 +102,16 @@ def check(found: Found) -> Word:
     return Word("trainer.result.engines", (str(found.adapter), *known))
 
 
+def export(found: Found, target: str, to: Path | None = None, options: Sequence[str] = ()) -> Word:
+    """The result as `target` takes it, in the new folder `to`; `options` are those of
+    trainer/result/export.py."""
+    out = to or found.beside / f"for-{target}"
+    return Word(
+        "trainer.result.export",
+        (str(found.adapter), *_base(found), "--for", target, "--out", str(out), *options),
+    )
+
+
 def _base(found: Found) -> Sequence[str]:
     return ["--base", found.needs_base().base]
 

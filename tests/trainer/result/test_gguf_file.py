@@ -1,0 +1,158 @@
+"""GGUF files, read by what we did not write: transformers' reader and tokenizers, and gguf's."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file
+from tiny import write_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from trainer.result import gguf_file
+
+SIGNS = "What is 1 + 2? It is three. 你好，世界。\n\n\t<|im_end|> <s> é🙂 {}'s don't 12345"
+
+
+def model_of(kind: str) -> Any:
+    """A random model whose matrices are fp16 numbers."""
+    if kind == "gemma3":  # six layers: llama.cpp knows which of them have a window
+        _, settings = architectures.ARCHITECTURES[kind]
+        from transformers import Gemma3TextConfig
+
+        own = {"num_hidden_layers": 6, "sliding_window_pattern": 6, "layer_types": None}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**settings | own))
+    else:
+        model = architectures.build(kind)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.half().float()
+    return model.eval()
+
+
+def folder_of(folder: Path, kind: str) -> Path:
+    model_of(kind).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def value_of(reader: GGUFReader, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_transformers_reads_every_weight_back_as_it_was(tmp_path: Path, kind: str) -> None:
+    source = folder_of(tmp_path / "model", kind)
+    written = gguf_file.write(source, tmp_path / "model.gguf")
+    assert written.largest_error == 0 and written.bytes == (tmp_path / "model.gguf").stat().st_size
+    config = AutoModelForCausalLM.from_pretrained(source).config
+    if kind == "mistral":  # a Llama by another name, which is how GGUF has it
+        config = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"})
+    found = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32
+    ).state_dict()
+    wanted = load_file(source / "model.safetensors")
+    for name, value in wanted.items():  # Gemma's norms lose a bit to the 1 that is added
+        assert torch.allclose(found[name], value, rtol=0, atol=2e-7), name
+    factors = kind == "llama"  # of its stretched positions
+    assert written.tensors == len(wanted) + factors
+
+
+def test_the_settings_are_those_of_the_model(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "gemma2")
+    gguf_file.write(source, tmp_path / "x.gguf")
+    reader = GGUFReader(tmp_path / "x.gguf")
+    config = AutoModelForCausalLM.from_pretrained(source).config
+    assert value_of(reader, "general.architecture") == "gemma2"
+    for key, wanted in {
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.sliding_window": config.sliding_window,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }.items():
+        assert value_of(reader, f"gemma2.{key}") == wanted, key
+
+
+def test_llama_3s_stretched_positions_are_those_of_transformers(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama")
+    gguf_file.write(source, tmp_path / "x.gguf")
+    [factors] = [t for t in GGUFReader(tmp_path / "x.gguf").tensors if t.name.startswith("rope")]
+    config = AutoModelForCausalLM.from_pretrained(source).config
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    head = config.head_dim
+    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head, 2) / head)
+    assert torch.allclose(plain / torch.tensor(factors.data), stretched, rtol=1e-5)
+
+
+def test_q8_0_keeps_each_weight_within_half_a_step(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "qwen2")
+    written = gguf_file.write(source, tmp_path / "x.gguf", "q8_0")
+    assert 0 < written.largest_error < 0.5 / 127 * 1.01
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "x.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == "Q8_0" and kinds["blk.0.attn_q.bias"] == "F32"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_thousand_texts_become_the_same_ids(tmp_path: Path, kind: str) -> None:
+    source = folder_of(tmp_path / "model", kind)
+    gguf_file.write(source, tmp_path / "x.gguf")
+    own = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
+    other = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+    draw = random.Random(3)
+    texts = ["".join(draw.choices(SIGNS, k=draw.randint(1, 40))) for _ in range(1000)]
+    mine = own(texts, add_special_tokens=False)["input_ids"]
+    assert mine == other(texts, add_special_tokens=False)["input_ids"]
+    reader = GGUFReader(tmp_path / "x.gguf")
+    assert value_of(reader, "tokenizer.ggml.pre") == "gpt-2"
+    assert len(value_of(reader, "tokenizer.ggml.tokens")) == 320
+    assert "im_start" in value_of(reader, "tokenizer.chat_template")
+
+
+def test_a_sentencepiece_vocabulary_keeps_its_scores(tmp_path: Path) -> None:
+    from transformers.utils.sentencepiece_model_pb2_new import ModelProto
+
+    source = folder_of(tmp_path / "model", "llama")
+    model = ModelProto()
+    for n, (text, kind) in enumerate([("<unk>", 2), ("<0x41>", 6), ("▁a", 1)]):
+        piece = model.pieces.add()
+        piece.piece, piece.score, piece.type = text, -float(n), kind
+    (source / "tokenizer.model").write_bytes(model.SerializeToString())
+    told = (source / "tokenizer.json").read_text()
+    text = told.replace('"byte_fallback": false', '"byte_fallback": true')
+    (source / "tokenizer.json").write_text(text)
+    gguf_file.write(source, tmp_path / "x.gguf")
+    reader = GGUFReader(tmp_path / "x.gguf")
+    assert value_of(reader, "tokenizer.ggml.model") == "llama"
+    assert value_of(reader, "tokenizer.ggml.tokens")[2] == "▁a"
+    assert value_of(reader, "tokenizer.ggml.scores")[:3] == [0, -1, -2]
+    assert value_of(reader, "tokenizer.ggml.token_type")[1] == 3  # an added token stays one
+
+
+def test_what_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    for kind, why in (("gpt2", "is not written"), ("mistral_window", "without the window")):
+        source = folder_of(tmp_path / kind, kind)
+        with pytest.raises(gguf_file.NoGguf, match=why):
+            gguf_file.write(source, tmp_path / "x.gguf")
+    architectures.build("gemma3").save_pretrained(tmp_path / "odd")
+    write_tokenizer(tmp_path / "odd")
+    with pytest.raises(gguf_file.NoGguf, match="other layers"):
+        gguf_file.write(tmp_path / "odd", tmp_path / "x.gguf")
+    source = folder_of(tmp_path / "cut", "qwen2")
+    told = (source / "tokenizer.json").read_text()
+    text = told.replace('"add_prefix_space": false', '"add_prefix_space": true')
+    (source / "tokenizer.json").write_text(text)
+    with pytest.raises(gguf_file.NoGguf, match="way in which this tokenizer cuts"):
+        gguf_file.write(source, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
