@@ -7,11 +7,13 @@ RUN ?= last
 IMAGE ?= practice
 N ?= 1000
 SEED ?= 7
+EVERY ?= 1
+SAMPLE ?= 40
 TORCH ?= $(shell sed -n "s/^torch==//p" requirements.lock)
 milktea := $(VENV)/bin/python -m ops.cli
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup rent-and-train plan resume reap status test test-slow test-versions lint crash-matrix fuzz weather image image-lock bundle push-image lock clean
+.PHONY: help setup rent-and-train plan resume reap status test test-slow test-versions lint crash-matrix fuzz write-faults mutants weather image image-lock bundle push-image lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,6 +62,12 @@ fuzz: setup ## N=250000 spoiled inputs to every parser of a box, the API or a us
 weather: N = 300
 weather: setup ## the main job through N seeds of bad days and deaths: adapters at home, boxes left, by kind
 	@$(VENV)/bin/python tests/weather.py $(N)
+
+write-faults: setup ## every write of the client fails once or for good: no box left, no traceback; EVERY=5 for a fifth
+	@$(VENV)/bin/python tests/write_faults.py --every $(EVERY)
+
+mutants: setup ## single faults in a module that its own tests must notice; MODULES="ops.market.cost", SAMPLE=40
+	@$(VENV)/bin/python tests/mutants.py $(MODULES) --sample $(SAMPLE) --seed $(SEED)
 
 image: setup ## build IMAGE=practice, train-cu130, ... from its lock by docker build; BASE=... another Debian 12
 	@$(milktea) image build $(IMAGE) $(if $(BASE),--base $(BASE))

@@ -31,6 +31,8 @@ next command to type.
 
 from __future__ import annotations
 
+import errno
+
 
 class MilkteaError(Exception):
     """`money` says what is or is not being billed; `hint` is what to type or edit next.
@@ -152,6 +154,32 @@ class AdapterError(MilkteaError):
 
 class JournalError(MilkteaError):
     exit_code = 8
+
+
+class DiskError(JournalError):
+    """This machine's disk does not take or give what a run needs there."""
+
+    hint = "make room, or mend the rights of the folder named above; then `milktea resume RUN`"
+
+
+_OF_A_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.EFBIG,
+    errno.EMFILE,
+)
+
+
+def disk_error(error: OSError) -> DiskError | None:
+    """`error` in words where it is of this machine's disk; None for another, a bug of ours."""
+    if error.errno not in _OF_A_DISK:
+        return None
+    where = f": {error.filename}" if error.filename else ""
+    return DiskError(f"this machine's disk fails: {error.strerror}{where}")
 
 
 class Fenced(JournalError):

@@ -10,18 +10,22 @@ from typing import NoReturn
 
 import typer
 
-from ops.errors import MilkteaError
+from ops.errors import MilkteaError, disk_error
 from ops.plain import json_line, plain
 
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
     """Turn a MilkteaError into its message, money, hint and code on stderr (or JSON on stdout), and
-    exit with its code."""
+    exit with its code; so an OSError of this machine's disk."""
     try:
         yield
     except MilkteaError as e:
         _fail(e, as_json)
+    except OSError as e:
+        if (said := disk_error(e)) is None:
+            raise
+        _fail(said, as_json)
 
 
 def _fail(e: MilkteaError, as_json: bool) -> NoReturn:

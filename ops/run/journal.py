@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ops.errors import Fenced, JournalError
+from ops.errors import Fenced, JournalError, disk_error
 
 VERSION = 1
 FILE = "journal.jsonl"
@@ -104,7 +104,8 @@ def _damaged(path: Path, line: int) -> JournalError:
 
 class Journal:
     """One run's journal, locked and open for appending. Use as a context manager. Raises Fenced
-    when another client has it, JournalError when it is damaged."""
+    when another client has it, DiskError when the disk does not, JournalError when it is
+    damaged."""
 
     def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
         self.folder = folder
@@ -121,6 +122,14 @@ class Journal:
         return self.folder.name
 
     def __enter__(self) -> Self:
+        try:
+            return self._entered()
+        except OSError as e:
+            if said := disk_error(e):
+                raise said from e
+            raise
+
+    def _entered(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # it has prompts and answers: no other user may read them
             self.folder.chmod(0o700)
@@ -149,7 +158,8 @@ class Journal:
     def __exit__(self, *exc: object) -> None:
         for f in (self._file, self._lock):
             if f:
-                f.close()
+                with suppress(OSError):  # each line reached the disk when it was written
+                    f.close()
 
     def _write(self, text: bytes) -> None:
         assert self._file is not None, "the journal is open only inside `with`"

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from ops.box.connection import Box
 from ops.box.scripts import LEASE_S, WATCH_S
-from ops.errors import MilkteaError, OverBudget
+from ops.errors import MilkteaError, OverBudget, disk_error
 from ops.job.plan import Plan
 from ops.market import cost
 from ops.market.client import Vast
@@ -282,16 +282,21 @@ class Session:
 
 def metered(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
     """Decorates `act`: a MilkteaError that leaves it says what the run has spent, unless its raise
-    said more of the money."""
+    said more of the money. An OSError of this machine's disk leaves it as a DiskError."""
 
     @wraps(act)
     def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return act(session, *args, **kwargs)
-        except MilkteaError as e:
+        except (MilkteaError, OSError) as e:
+            said = disk_error(e) if isinstance(e, OSError) else e
+            if said is None:
+                raise
             with suppress(ArithmeticError, KeyError, TypeError):  # never hides the first error
-                e.fill_in_money(session.money())
-            raise
+                said.fill_in_money(session.money())
+            if said is e:
+                raise
+            raise said from e
 
     return wrapper
 

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter
 
-from ops.errors import Fenced, JournalError, MilkteaError
+from ops.errors import DiskError, Fenced, JournalError, MilkteaError
 from ops.job.plan import Plan
 from ops.market.client import Vast, provider_from
 from ops.market.models import Instance
@@ -37,7 +37,7 @@ from ops.run.interrupt import default_wish
 from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
 from ops.run.rental import destroy
-from ops.run.session import Detached, Interrupted, Session
+from ops.run.session import Detached, Interrupted, Session, metered
 from ops.wait import RealClock
 from trainer.wire.events import Event, Sample, Score
 
@@ -54,6 +54,7 @@ _market: TypeAdapter[Ranking] = TypeAdapter(Ranking)
 # -- the owner -------------------------------------------------------------------------------------
 
 
+@metered
 def supervise(session: Session, seen: Ranking | None = None) -> None:
     """Run the story in this process and write how it ended into the journal. Returns with the
     adapter here, or with a box that was left; raises as `rent_and_train`, and Interrupted where the
@@ -233,15 +234,19 @@ def main() -> int:
 def own(folder: Path, vast: Vast, begun: Callable[[], None] = lambda: None) -> int:
     """Take the run in this folder to its end, without a terminal, and return its exit code. `begun`
     is called once its journal is locked. Raises Fenced where another process owns it."""
-    with Journal(folder) as held, FileScreen(folder) as screen:
-        begun()
-        session = Session(held, Plan.from_line(held.lines[0]), vast, screen)
-        try:
-            supervise(session, _saved_ranking(folder))
-        except Interrupted:
-            return 130
-        except MilkteaError as e:
-            return e.exit_code
+    try:
+        with Journal(folder) as held, FileScreen(folder) as screen:
+            begun()
+            session = Session(held, Plan.from_line(held.lines[0]), vast, screen)
+            try:
+                supervise(session, _saved_ranking(folder))
+            except Interrupted:
+                return 130
+            except MilkteaError as e:
+                return e.exit_code
+    except DiskError as e:  # the journal cannot be opened: `start` shows these lines
+        print(f"{e}\n  next: {e.hint}", file=sys.stderr)
+        return e.exit_code
     return 0
 
 
@@ -254,7 +259,8 @@ def _saved_ranking(folder: Path) -> Ranking | None:
     except (OSError, ValueError):
         return None
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
     return seen if fresh else None
 
 
@@ -270,12 +276,14 @@ class FileScreen:
         self._last: dict[str, tuple[float, Any]] = {}  # by kind: when, and what
 
     def __enter__(self) -> FileScreen:
-        self._file = open(self._path, "w", encoding="utf-8", opener=only_ours)
+        with suppress(OSError):  # without it terminals see less, and nothing else changes
+            self._file = open(self._path, "w", encoding="utf-8", opener=only_ours)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
     def _tell(self, kind: str, **facts: Any) -> None:
         """Write at most one line of a kind in LISTEN_S, and the same line once in REPEAT_S."""

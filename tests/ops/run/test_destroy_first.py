@@ -3,6 +3,7 @@ emulator, over real HTTP."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import Any
 import pytest
 
 import rig
-from ops.errors import BoxLeaked, Elsewhere, MilkteaError, NoAnswer, PreflightError
+from ops.errors import (
+    BoxLeaked,
+    DiskError,
+    Elsewhere,
+    MilkteaError,
+    NoAnswer,
+    PreflightError,
+    disk_error,
+)
 from ops.fakevast import FakeVast
 from ops.fakevast.cloud.cloud import Cloud
 from ops.market.client import Provider, Vast, provider_from
@@ -60,8 +69,8 @@ def test_a_full_disk_at_home_does_not_keep_the_box_alive(own: rig.Rig, fake: Fak
 
             try:
                 rent_and_train(rig.client(plan, j, fake.url, fake.api_key, screen=Once(fill)))
-            except OSError:
-                os._exit(28)
+            except DiskError as e:
+                os._exit(28 if "File too large" in str(e) and "spent" in e.money else 1)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 28
     assert destroys(fake) == 1 and fake.instances() == []
@@ -248,3 +257,11 @@ def test_an_image_that_two_machines_cannot_start_is_named_and_renting_stops(
             rent_and_train(rig.client(plan, j, fake.url, fake.api_key))
         kinds = [line.kind for line in j.lines]
     assert kinds.count("renting") == 2 and kinds.count("bad_machine") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_an_error_of_this_disk_is_said_with_its_file_and_what_to_do(number: int) -> None:
+    said = disk_error(OSError(number, os.strerror(number), "/runs/x"))
+    assert said is not None and said.exit_code == 8
+    assert os.strerror(number) in str(said) and "/runs/x" in str(said) and "resume" in said.hint
+    assert disk_error(OSError(errno.ECONNRESET, "reset")) is None, "a network is no disk"
