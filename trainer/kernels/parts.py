@@ -151,7 +151,9 @@ def count_kv_heads(qkv: list[nn.Module], attn: Any, config: Any) -> int:
 def validate_plain(layer: Any) -> None:
     """Raises ValueError for what some of Gemma 4's models add to a layer."""
     attn = layer.self_attn
-    if getattr(attn, "is_kv_shared_layer", False) or getattr(attn, "store_full_length_kv", False):
+    # transformers 5.24 marks layers that keep their keys and values even where no layer reads them
+    shared = getattr(getattr(attn, "config", None), "num_kv_shared_layers", 0)
+    if shared and (attn.is_kv_shared_layer or attn.store_full_length_kv):
         raise ValueError("layers share keys and values")
     if getattr(layer, "hidden_size_per_layer_input", 0):
         raise ValueError("the layer has an input of its own")

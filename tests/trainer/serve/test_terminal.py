@@ -121,6 +121,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(typed: Typed) -> None:
     typed.until("[stopped]", 5)
     assert time.monotonic() - began < 4  # 300 tokens take 6 s
     typed.until("you> ")
+    time.sleep(0.5)  # Python hears a signal only when it waits for the line, just after its prompt
     typed.type("\x03")
     assert "Ctrl-D ends" in typed.until("you> ")
     typed.type("/exit\n")
