@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from ops.box import scripts
 from ops.box.connection import Box
 from ops.errors import BoxLeaked, JournalError, Lost, MilkteaError, OverBudget, Stalled
-from ops.run.rental import until_absent
+from ops.run.absence import until_absent
 from ops.run.session import Session, runs_since
 from ops.wait import ASLEEP_S
 

@@ -12,8 +12,9 @@ from ops.errors import BoxLeaked, Elsewhere, Fenced, JournalError
 from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.run import journal, place
+from ops.run.absence import until_absent
 from ops.run.journal import Journal
-from ops.run.rental import destroy, until_absent
+from ops.run.rental import destroy
 from ops.run.session import Screen, Session, may_appear, may_have_box
 
 RUN_ID = re.compile(r"^[a-z0-9][a-z0-9-]*-\d{8}-\d{6}-[0-9a-f]{4}$")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
@@ -26,22 +26,26 @@ from ops.errors import (
     OfferGone,
     Preempted,
     RateLimited,
-    Refused,
     Unsuitable,
 )
 from ops.job import tokens
 from ops.market import cost
-from ops.market.client import Vast
 from ops.market.models import Instance, Offer
 from ops.run import blame
+from ops.run.absence import (
+    DESTROY_PATIENCE_S,
+    PROOF_S,
+    READS,
+    ignore_errors,
+    instances_with_label,
+    message_of,
+    until_absent,
+)
 from ops.run.session import Detached, Session, boot_timeout_s
 from ops.wait import Patience, until
 
-READS = 3  # lists in a row without an instance prove that it is absent
 # between reads after an unclear create: a new instance may take seconds to be listed
 UNCLEAR_S = 5.0
-PROOF_S = 2.0  # between reads after a destroy
-DESTROY_PATIENCE_S = 600.0
 UNSEEN_PATIENCE_S = 300.0  # a new instance may be invisible for so long
 LOG_S = 5.0  # to wait for a container's log after the proof
 OFFLINE_PATIENCE_S = 120.0  # of offline or unknown before the box is given up
@@ -287,108 +291,6 @@ def difference(
     )
 
 
-def instances_with_label(
-    vast: Vast, label: str, *, every_s: float = PROOF_S
-) -> tuple[list[Instance], list[float]]:
-    """(instances with `label`, the unix seconds of each read). Stops at the first read that shows
-    any; an empty list is proven by READS reads, `every_s` apart. Raises MarketError when a read
-    fails: the reads before it prove nothing."""
-    reads: list[float] = []
-    while True:
-        found = vast.instances(label=label)
-        reads.append(round(vast.clock.now(), 2))
-        if found or len(reads) == READS:
-            return found, reads
-        vast.clock.sleep(every_s)
-
-
-def until_absent(
-    vast: Vast,
-    label: str,
-    *,
-    known: int | None = None,
-    begun: Callable[[], object] = lambda: None,
-    tell: Callable[[str], object] = lambda trouble: None,
-) -> list[float]:
-    """Destroy instance `known` and every instance with `label`, again and again, until READS spaced
-    reads in a row list none. Returns the unix seconds of those reads.
-
-    `begun` is called once the first DELETE is sent, `tell` with each trouble; what they raise is
-    ignored. Raises BoxLeaked without proof after DESTROY_PATIENCE_S, or at once where vast.ai does
-    not accept the key (auth_error). Nothing else ends it."""
-    pending = [] if known is None else [known]
-    trouble, first = "", True
-
-    def absent() -> list[float] | None:
-        nonlocal pending, trouble, first
-        trouble = ""
-        for instance_id in pending:
-            trouble = _try_destroy(vast, instance_id, label, known) or trouble
-        if first:
-            first = False
-            _ignore_errors(begun)
-        try:
-            pending, reads = _ids_with_label(vast, label)
-        except Exception as e:  # a list that cannot be read proves nothing, whatever it holds
-            _raise_leaked_if_final(e, label, known)
-            trouble = trouble or _message(e)
-        else:
-            if not pending:
-                return reads
-            trouble = trouble or "still listed"
-        _ignore_errors(tell, trouble)
-        return None
-
-    found = until(absent, every_s=PROOF_S, timeout_s=DESTROY_PATIENCE_S, clock=vast.clock)
-    if found is None:
-        raise _box_leaked(label, known, trouble)
-    return found
-
-
-def _try_destroy(vast: Vast, instance_id: int, label: str, known: int | None) -> str:
-    """Send one DELETE. Returns what went wrong, or "". Raises BoxLeaked where the key is not
-    accepted."""
-    try:
-        vast.destroy(instance_id)
-    except Exception as e:  # it is sent again, whatever came back
-        _raise_leaked_if_final(e, label, known)
-        return _message(e)
-    return ""
-
-
-def _ids_with_label(vast: Vast, label: str) -> tuple[list[int], list[float]]:
-    """As `instances_with_label`, but reads only id and label of each row: a row that cannot be
-    parsed as an instance does not stop a destroy."""
-    reads: list[float] = []
-    while True:
-        found = [number for number, theirs in vast.labels() if theirs == label]
-        reads.append(round(vast.clock.now(), 2))
-        if found or len(reads) == READS:
-            return found, reads
-        vast.clock.sleep(PROOF_S)
-
-
-def _raise_leaked_if_final(e: Exception, label: str, known: int | None) -> None:
-    if isinstance(e, Refused) and e.code == "auth_error":
-        raise _box_leaked(label, known, str(e)) from e
-
-
-def _message(e: Exception) -> str:
-    return str(e) if isinstance(e, MilkteaError) else f"{type(e).__name__}: {e}"
-
-
-def _ignore_errors(act: Callable[..., object], *args: object) -> None:
-    """Call `act`. A full disk, a closed screen or text that cannot be encoded must not stop a
-    destroy."""
-    with suppress(Exception):
-        act(*args)
-
-
-def _box_leaked(label: str, instance_id: int | None, trouble: str) -> BoxLeaked:
-    which = "" if instance_id is None else f" (instance {instance_id})"
-    return BoxLeaked(f"the box of {label}{which} is not proven destroyed: {trouble}")
-
-
 def destroy(session: Session, why: str, *, log: bool = False) -> None:
     """Destroy everything with this run's label until it is proven absent. Safe to call twice.
 
@@ -408,8 +310,8 @@ def _destroy(session: Session, why: str, log: bool) -> None:
     container_log = _ContainerLog(session, known) if log and known is not None else None
 
     def begun() -> None:
-        _ignore_errors(session.screen.destroying, why)
-        _ignore_errors(lambda: session.note("destroying", why=why))
+        ignore_errors(session.screen.destroying, why)
+        ignore_errors(lambda: session.note("destroying", why=why))
 
     def tell(trouble: str) -> None:
         patience = f"tried again for {DESTROY_PATIENCE_S / 60:.0f} minutes"
@@ -420,7 +322,7 @@ def _destroy(session: Session, why: str, log: bool) -> None:
     except BoxLeaked as leak:
         message = str(leak)
         ends = _ends_by_itself(session)
-        _ignore_errors(lambda: session.note("leaked", instance_id=known, trouble=message))
+        ignore_errors(lambda: session.note("leaked", instance_id=known, trouble=message))
         leak.money = f"it may be billing; {ends}"
         with suppress(Exception):
             leak.money = f"it may be billing {session.usd_per_hour():.3f} $/h; {ends}"
@@ -430,12 +332,12 @@ def _destroy(session: Session, why: str, log: bool) -> None:
         session.note("destroyed", reads=reads, instance_id=known)
     except Exception as e:
         message = (
-            f"destroyed, absent in {READS} spaced reads; the journal takes no line: {_message(e)}"
+            f"destroyed, absent in {READS} spaced reads; the journal takes no line: {message_of(e)}"
         )
-        _ignore_errors(session.screen.waiting, message)
+        ignore_errors(session.screen.waiting, message)
     if container_log:
-        _ignore_errors(container_log.keep)
-    _ignore_errors(_bill, session, known)
+        ignore_errors(container_log.keep)
+    ignore_errors(_bill, session, known)
 
 
 def _ends_by_itself(session: Session) -> str:

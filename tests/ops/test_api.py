@@ -181,7 +181,7 @@ def test_a_destroy_that_cannot_be_proven_is_finished_by_the_next_call(
     job: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ops.run.rental.DESTROY_PATIENCE_S", 100.0)
+    monkeypatch.setattr("ops.run.absence.DESTROY_PATIENCE_S", 100.0)
     fake.faults.add(where="destroy", what="ignored", times=None)
     with pytest.raises(BoxLeaked):
         milktea.rent_and_train(job, vast=vast, root=own.runs, foreground=True)

@@ -165,7 +165,7 @@ def test_destroy_of_a_finished_run_has_nothing_to_do(
 def test_a_command_that_acts_first_finishes_a_destroy_that_could_not_be_proven(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("ops.run.rental.DESTROY_PATIENCE_S", 100.0)
+    monkeypatch.setattr("ops.run.absence.DESTROY_PATIENCE_S", 100.0)
     fake.faults.add(where="destroy", what="ignored", times=None)
     plan = own.plan()
     with Journal(own.runs / plan.run_id) as j, pytest.raises(BoxLeaked):

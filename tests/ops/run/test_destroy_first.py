@@ -25,11 +25,12 @@ from ops.fakevast import FakeVast
 from ops.fakevast.cloud.cloud import Cloud
 from ops.market.client import Provider, Vast, provider_from
 from ops.run import journal, place
+from ops.run.absence import until_absent
 from ops.run.choose import search
 from ops.run.journal import Journal
 from ops.run.reap import finish_destroys, reap
 from ops.run.rent_and_train import rent_and_train
-from ops.run.rental import destroy, rent, until_absent
+from ops.run.rental import destroy, rent
 from ops.wait import RealClock
 
 pytestmark = pytest.mark.timeout(60)
@@ -129,7 +130,7 @@ def test_a_firewalls_page_at_the_delete_is_asked_again(
 def test_a_delete_that_is_refused_for_ten_minutes_is_a_leak_with_exit_70(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ops.run.rental.DESTROY_PATIENCE_S", 100.0)
+    monkeypatch.setattr("ops.run.absence.DESTROY_PATIENCE_S", 100.0)
     fake.faults.add(where="destroy", what="reply", status=403, body=PAGE, times=None)
     plan = own.plan()
     with (

@@ -12,8 +12,9 @@ import rig
 from ops.errors import BoxLeaked
 from ops.fakevast import FakeVast
 from ops.market.client import Provider, Vast
+from ops.run.absence import DESTROY_PATIENCE_S, PROOF_S, READS, until_absent
 from ops.run.journal import Journal
-from ops.run.rental import DESTROY_PATIENCE_S, PROOF_S, READS, existing_instance, until_absent
+from ops.run.rental import existing_instance
 from ops.wait import RealClock
 
 LABEL = "stub-20260101-000000-0000"

@@ -369,7 +369,7 @@ def test_the_market_that_was_shown_is_not_asked_for_again(own: rig.Rig, fake: Fa
 def test_a_destroy_that_cannot_be_proven_is_a_leak_and_the_next_command_finishes_it(
     own: rig.Rig, fake: FakeVast, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("ops.run.rental.DESTROY_PATIENCE_S", 100.0)
+    monkeypatch.setattr("ops.run.absence.DESTROY_PATIENCE_S", 100.0)
     fake.faults.add(where="destroy", what="ignored", times=None)
     outcome, lines = run(own, fake)
     assert isinstance(outcome, BoxLeaked) and outcome.exit_code == 70
