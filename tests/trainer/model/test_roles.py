@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tiny import write_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from trainer.kernels.patch import accelerate_model
 from trainer.loop.optim import Gradients, adamw
 from trainer.model.dropout import TokenKeys
 from trainer.model.load import ModelError, causal, load
@@ -21,6 +23,13 @@ from trainer.wire.job import Job
 
 Models = Callable[..., Path]
 HOST = torch.device("cpu")
+PACK: dict[str, Any] = {
+    "position_ids": torch.arange(6)[None],
+    "cu_seq_lens_q": torch.tensor([0, 6], dtype=torch.int32),
+    "cu_seq_lens_k": torch.tensor([0, 6], dtype=torch.int32),
+    "max_length_q": 6,
+    "max_length_k": 6,
+}
 IDS = torch.tensor([[5, 9, 12, 40, 7, 33]])
 
 
@@ -151,3 +160,39 @@ def test_a_base_is_known_by_its_weights(base: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     assert identity(copy) != identity(base)
+
+
+def test_roles_compute_by_the_fused_layer_what_they_compute_by_peft(
+    tmp_path: Path,
+) -> None:
+    """A role of another rank and with other modules: the layer looks adapters up at every forward
+    pass."""
+    base = tmp_path / "wide"  # heads of 32, which the layer takes
+    write_model(base, "gqa", hidden_size=128, intermediate_size=192)
+    first, told = made(base, seed=1)
+    save_model(first, told, tmp_path / "before", {})
+    other, told = made(base, seed=2, r=20, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    save_model(other, told, tmp_path / "other", {})
+    for fused in (False, True):
+        model, _ = made(base)
+        continue_from(model, tmp_path / "before")
+        if fused:
+            names = accelerate_model(model, "fp32", HOST)
+            assert names["layer"].startswith("fused")
+        roles = Roles(model)
+        roles.add("value", tmp_path / "other", trained=True)
+        found = {}
+        for name in ("default", "value", "default"):
+            roles.take(name)
+            model.zero_grad()
+            causal(model)(input_ids=IDS, labels=IDS, **PACK).loss.backward()
+            found[name] = {
+                n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+            }
+            assert all(f".{name}." in n for n, g in found[name].items() if g.any())
+        if not fused:
+            expected = found
+            continue
+        for name, gradients in expected.items():
+            for key, gradient in gradients.items():
+                assert torch.allclose(found[name][key], gradient, atol=1e-5), key
