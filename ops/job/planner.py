@@ -355,6 +355,12 @@ def _family(
     except families.FamilyError as e:
         raise PreflightError(f"{job.model.base} cannot be trained: {e}", hint=e.hint) from e
     lora = job.training.method == "lora" and job.lora.target_modules == "all-linear"
+    if lora and family.mixture and (job.stage == "ppo" or job.judge is not None):
+        raise PreflightError(
+            f"stage {job.stage} holds adapters beside each other, and those of a mixture's experts "
+            "cannot be",
+            hint="name attention's modules in lora.target_modules",
+        )
     notes.extend(w for w in every if lora or not w.startswith(("all-linear", "and all")))
     if family.mixture and job.model.precision in ("fp8", "nf4", "int8"):
         notes.append(

@@ -13,6 +13,7 @@ import pytest
 from ops.errors import ConfigError, PreflightError
 from ops.job import config
 from ops.job.adapters import taken_up
+from ops.job.planner import _family
 from trainer.wire.chain import Chain, Link, weights_sha256
 from trainer.wire.job import Lora
 
@@ -178,3 +179,17 @@ def test_a_file_without_a_reward_function_is_refused(
     section = {"rewards": [{"kind": "python", "path": "mine.py"}]}
     with pytest.raises(PreflightError, match=said):
         taken_up(a_job(tmp_path, stage="grpo", grpo=section), tmp_path / "stage")
+
+
+def test_adapters_of_experts_do_not_stand_beside_others(tmp_path: Path) -> None:
+    config_of = {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+    }
+    with pytest.raises(PreflightError, match="adapters beside each other"):
+        _family(a_job(tmp_path, stage="ppo"), config_of, 8, [])
+    attention = {"target_modules": ["q_proj", "v_proj"]}
+    assert _family(a_job(tmp_path, stage="ppo", lora=attention), config_of, 8, [])
+    assert _family(a_job(tmp_path, stage="grpo"), config_of, 8, []), "it has no adapter beside"
