@@ -163,6 +163,32 @@ def export_adapter(
         _show(lambda: words.export(_found(run, base), target, to, options), as_json)
 
 
+@adapter_app.command()
+def combine(
+    runs: Annotated[
+        list[str], typer.Argument(help="RUN=WEIGHT, two or more; also folders and zips")
+    ],
+    to: Annotated[Path, typer.Option(help="The new .zip, or a new folder")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Cut to this rank; the exact sum without it")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Add adapters of one base: the exact weighted sum, whose rank is the sum of theirs."""
+    with errors(as_json):
+        from ops.api import words
+
+        parts = []
+        for word in runs:
+            name, sign, number = word.rpartition("=")
+            try:
+                weight = float(number) if sign else 1.0
+            except ValueError:
+                raise ConfigError(f"{word!r} has no weight", hint="RUN=0.5") from None
+            parts.append((_found(name if sign else word, None), weight))
+        _show(lambda: words.combine(parts, to, rank), as_json)
+
+
 def _found(run: str, base: str | None) -> api.Found:
     from ops import api
 

@@ -112,6 +112,13 @@ def export(found: Found, target: str, to: Path | None = None, options: Sequence[
     )
 
 
+def combine(parts: Sequence[tuple[Found, float]], to: Path, rank: int | None = None) -> Word:
+    """The weighted sum of adapters of one base, in the new archive or folder `to`."""
+    named = [f"{found.adapter}={weight!r}" for found, weight in parts]
+    cut = ["--rank", str(rank)] if rank is not None else []
+    return Word("trainer.result.combine", (*named, "--out", str(to), *cut))
+
+
 def _base(found: Found) -> Sequence[str]:
     return ["--base", found.needs_base().base]
 
