@@ -342,3 +342,69 @@ def test_this_machine_says_what_a_container_here_may_use():
     done = subprocess.run(["sh", "-c", SCRIPT], capture_output=True, text=True, timeout=60)
     shown = parse(done.stdout).host
     assert shown.memory_gib > 0 and shown.cores > 0
+
+
+# -- to the number ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("least", "most_too_little", "word"),
+    [
+        ({"gpu": {"memory_gib": 22.8}}, {"gpu": {"memory_gib": 22.79}}, "its GPU has"),
+        ({"host": {"memory_gib": 14.4}}, {"host": {"memory_gib": 14.39}}, "its container"),
+        ({"host": {"shm_bytes": 32 << 20}}, {"host": {"shm_bytes": (32 << 20) - 1}}, "/dev/shm"),
+        ({"disk": {"free_bytes": 20 << 30}}, {"disk": {"free_bytes": (20 << 30) - 1}}, "free"),
+        ({"gpu": {"driver": "570.26"}}, {"gpu": {"driver": "570.25.99"}}, "is older than"),
+    ],
+)
+def test_each_limit_is_kept_to_the_last_unit(least, most_too_little, word):
+    expected = Expected("RTX 4090", 2, 24.0, 40.0, 12.8, 16.0)
+
+    def judged(changes):
+        facts = GOOD
+        for part, values in changes.items():
+            facts = replace(facts, **{part: replace(getattr(facts, part), **values)})
+        return unsuitable(facts, expected)
+
+    assert judged(least) is None
+    assert word in judged(most_too_little)
+
+
+def test_of_several_gpus_the_weakest_counts_and_one_that_differs_is_named():
+    rows = (
+        "NVIDIA GeForce RTX 4090, 24564, 570.1, 8.9, Disabled\n"
+        "NVIDIA GeForce RTX 3090, 24576, 570.1, 8.6, Enabled\n"
+    )
+    gpu, complaint = parse_gpu(rows)
+    assert complaint == ""
+    assert gpu == GpuFacts(
+        "NVIDIA GeForce RTX 3090", 2, pytest.approx(24564 / 1024), "570.1", 8.6, True
+    )
+    alone, _ = parse_gpu("NVIDIA GeForce RTX 4090, 1024, 570.1, 8.9, Disabled\n", "0\n")
+    assert alone == GpuFacts("NVIDIA GeForce RTX 4090", 1, 1.0, "570.1", 8.9, False)
+
+
+def test_what_nvidia_smi_says_is_quoted_with_its_exit_code_and_cut():
+    assert parse_gpu("", "124\n") == (None, "nvidia-smi does not answer within 30 s")
+    assert parse_gpu("odd\n", "9") == (None, "nvidia-smi: odd (exit 9)")
+    assert parse_gpu("odd\n", "") == (None, "nvidia-smi: odd")
+    assert parse_gpu("", "") == (None, "nvidia-smi: says nothing")
+    _, complaint = parse_gpu("z" * 500)
+    assert complaint.count("z") == 200
+    sound = "NVIDIA GeForce RTX 4090, 24564, 570.1, 8.9, [N/A]\n"
+    assert parse_gpu(sound + "a warning\n") == (None, "nvidia-smi: a warning (exit 0)")
+    assert parse_gpu(sound, "6")[0] is None, "an exit code spoils a whole answer"
+
+
+def test_free_space_is_counted_in_bytes_and_never_below_nothing():
+    assert parse_disk("h\n/dev/x 9 2 7 23% /home") == DiskFacts(7 * 1024, "/home")
+    assert parse_disk("h\n/dev/x 9 12 -3 100% /") == DiskFacts(0, "/")
+    assert parse_disk("h\n/dev/x 9 2 7 - /") == DiskFacts(7 * 1024, "/")
+    assert parse_disk(f"h\n/dev/x 9 2 {'9' * 19} 1% /") is None
+
+
+def test_the_smallest_of_a_hosts_limits_counts():
+    assert host("2147483648\n1073741824\n", "8\n50000 100000\n") == HostFacts(1.0, 0.5)
+    assert host("1073741824\n", "2\n800000 100000\n").cores == 2.0
+    assert host("1073741824\n", "8\n100000 0\n").cores == 8.0, "no period, no limit"
+    assert host(shm="h\nshm 65536 0 65536 0% /dev/shm").shm_bytes == 64 << 20

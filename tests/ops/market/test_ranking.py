@@ -457,3 +457,135 @@ def test_a_card_missing_in_the_table_is_judged_by_vasts_benchmark() -> None:
 def test_offers_and_needs_survive_a_journal() -> None:
     made = offer()
     assert Offer(**{f.name: getattr(made, f.name) for f in fields(made)}) == made
+
+
+# -- to the number ---------------------------------------------------------------------------------
+
+EXACT = {  # filter: (needs, an offer that just passes, one that just does not)
+    "min_gpu_memory_gib": ({"min_gpu_memory_gib": 24.0}, {"gpu_memory_gib": 23.76}, 23.75),
+    "compute_capability": ({"min_compute_capability": 8.9}, {"compute_capability": 8.9}, 8.8),
+    "min_cuda": ({"min_cuda": 12.8}, {"cuda_max": 12.8}, 12.7),
+    "disk_gib": ({"disk_gib": 60.0}, {"disk_gib": 60.0}, 59.0),
+    "min_reliability": ({"min_reliability": 0.95}, {"reliability": 0.95}, 0.9499),
+    "min_cpu_ram_gib": ({"min_cpu_ram_gib": 100.0}, {"cpu_ram_gib": 95.0}, 94.9),
+    "cpu_cores": ({"min_cpu_cores": 8.0}, {"cpu_cores": 8.0}, 7.9),
+    "min_inet_down_mbps": ({"min_inet_down_mbps": 100.0}, {"inet_down_mbps": 100.0}, 99.9),
+    "duration": ({"hours": 6.0}, {"duration_s": 21600.0}, 21599.0),
+    "direct_ports": ({"min_direct_ports": 2}, {"direct_ports": 2}, 1),
+    "num_gpus": ({"num_gpus": 1}, {"num_gpus": 1}, 2),
+    "max_usd_per_hour": ({"max_usd_per_hour": 0.36}, {"usd_per_hour": 0.36}, 0.3601),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_each_filter_is_kept_to_the_last_unit(name: str) -> None:
+    needs, least, too_little = EXACT[name]
+    check = offers._FILTERS[name]
+    assert check(offer(**least), replace(NEEDS, **needs)) == ""
+    assert check(offer(**dict.fromkeys(least, too_little)), replace(NEEDS, **needs))
+
+
+def test_unknown_cores_and_a_country_that_was_not_asked_for_are_no_obstacle() -> None:
+    assert offers._FILTERS["cpu_cores"](offer(cpu_cores=0), replace(NEEDS, min_cpu_cores=8)) == ""
+    assert offers._FILTERS["countries"](offer(country=""), NEEDS) == ""
+    said = offers._FILTERS["countries"](offer(country=""), replace(NEEDS, countries=("DE", "US")))
+    assert said == "is in an unknown country, not in DE, US"
+    assert offers._FILTERS["verified"](offer(verified=False), NEEDS)
+    assert not offers._FILTERS["verified"](
+        offer(verified=False), replace(NEEDS, verified_only=False)
+    )
+    assert offers._FILTERS["rentable"](offer(rentable=False), NEEDS)
+
+
+def test_a_bid_is_never_under_the_minimum_and_its_price_is_the_one_that_is_limited() -> None:
+    bids = replace(NEEDS, interruptible=True)
+    bid = offers._FILTERS["bid_usd_per_hour"]
+    assert bid(offer(), NEEDS) == "" and bid(offer(), bids) == ""
+    assert bid(offer(), replace(bids, bid_usd_per_hour=0.2)) == ""
+    assert (
+        bid(offer(), replace(bids, bid_usd_per_hour=0.199))
+        == "a bid of $0.199/h is under the minimum of $0.200/h"
+    )
+    assert bid(offer(min_bid_usd_per_hour=0), bids), "no bid at all"
+    assert bid(offer(min_bid_usd_per_hour=0), replace(bids, bid_usd_per_hour=0.001)) == ""
+    price = offers._FILTERS["max_usd_per_hour"]
+    assert price(offer(), replace(bids, max_usd_per_hour=0.24)) == "", "20 % over the minimum"
+    assert price(offer(), replace(bids, max_usd_per_hour=0.239))
+    assert offers.bid_of(offer(), NEEDS) is None
+
+
+def test_hours_and_dollars_of_the_whole_run_are_limits_too() -> None:
+    predicted = offers.rank([offer()], NEEDS, WORK).accepted[0].cost
+    exact = replace(NEEDS, hours=predicted.hours, max_usd=predicted.expected_usd)
+    assert offers.rank([offer()], exact, WORK).accepted
+    for name, less in (
+        ("limits.max_hours", {"hours": predicted.hours * 0.999}),
+        ("limits.max_usd", {"max_usd": predicted.expected_usd * 0.999}),
+    ):
+        [(_, _, filter_name)] = offers.rank([offer()], replace(exact, **less), WORK).rejected
+        assert filter_name == name
+
+
+def test_a_penalty_halves_in_a_week_and_several_count_more() -> None:
+    week = 7 * 86400.0
+    assert offers.penalty([]) == 0.0
+    assert offers.penalty([0.0]) == pytest.approx(0.9)
+    assert offers.penalty([-5.0]) == pytest.approx(0.9)
+    assert offers.penalty([week]) == pytest.approx(0.45)
+    assert offers.penalty([2 * week, 0.0]) == pytest.approx(1 - 0.775 * 0.1)
+
+
+def test_a_penalty_over_a_half_refuses_and_one_of_a_half_only_costs() -> None:
+    one = offer()
+    kept = offers.rank([one], NEEDS, WORK, {one.machine_id: 0.5})
+    assert kept.accepted and kept.accepted[0].cost.p_finish < 0.5
+    [(_, why, name)] = offers.rank([one], NEEDS, WORK, {one.machine_id: 0.501}).rejected
+    assert name == "bad_machine" and "50%" in why
+
+
+def test_the_query_leaves_room_for_what_the_server_rounds() -> None:
+    needs = replace(
+        NEEDS,
+        min_gpu_memory_gib=24,
+        min_cpu_ram_gib=100,
+        min_inet_down_mbps=100,
+        hours=6,
+        max_usd_per_hour=0.95,
+        min_direct_ports=2,
+        countries=("DE",),
+        gpu_names=("rtx_4090", "made_up"),
+    )
+    body = offers.query(needs, "dph_total")
+    assert body["gpu_ram"] == {"gte": 22800} and body["cpu_ram"] == {"gte": 95000}
+    assert body["inet_down"] == {"gte": 95.0} and body["duration"] == {"gte": 21600}
+    assert body["dph_total"] == {"lte": 1.05} and body["direct_port_count"] == {"gte": 2}
+    assert body["reliability"] == {"gte": 0.945} and body["compute_cap"] == {"gte": 800}
+    assert body["gpu_name"] == {"in": ["RTX 4090", "made up"]}
+    assert body["geolocation"] == {"in": ["DE"]} and body["verified"] == {"eq": True}
+    assert body["rentable"] == {"eq": True} and body["rented"] == {"eq": False}
+    assert body["external"] == {"eq": False} and body["num_gpus"] == {"eq": 1}
+    assert body["order"] == [["dph_total", "asc"]] and body["allocated_storage"] == 60
+    assert offers.query(needs)["order"][0][1] == "desc"
+    bare = offers.query(replace(NEEDS, verified_only=False))
+    assert not {"verified", "cpu_ram", "direct_port_count", "gpu_name", "dph_total"} & set(bare)
+
+
+def test_the_difference_to_the_best_is_split_into_its_causes() -> None:
+    best = offer()
+    dear = offer(id=2, usd_per_hour=0.72, storage_usd_per_gib_month=1.5)
+    ranking = offers.rank([dear, best], NEEDS, WORK)
+    first, second = ranking.accepted
+    assert first.offer is best and first.why.startswith("the cheapest finished run: $")
+    assert f"in {first.cost.hours:.2f} h" in first.why
+    more = second.cost.expected_usd - first.cost.expected_usd
+    assert second.why.startswith(f"+${more:.3f}: ")
+    price = (0.72 - 0.36) * second.cost.running_h
+    assert f"$0.720/h against $0.360/h (+${price:.3f})" in second.why
+    disk = second.cost.disk_usd - first.cost.disk_usd
+    assert f"disk at $1.50/GB/month (+${disk:.3f})" in second.why
+    parts = sum(usd for usd, _ in offers._differences(dear, second.cost, best, first.cost))
+    assert parts == pytest.approx(more)
+    twin = offers.rank([best, offer(id=21348646)], NEEDS, WORK).accepted[1]
+    assert twin.why == "+$0.000: as good within a tenth of a cent"
+    slow = offers.rank([best, offer(id=3, inet_down_mbps=300)], NEEDS, WORK).accepted[1]
+    assert "more GPU time on RTX 5090" in slow.why
