@@ -257,10 +257,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     import asyncssh  # noqa: F401 - other people's packages, once before the processes are forked
-    import hypothesis  # noqa: F401
+    import hypothesis
 
     import rig  # noqa: F401
 
+    hypothesis.settings.register_profile("busy", deadline=None)  # slow is not noticed
+    hypothesis.settings.load_profile("busy")
     return 0 if all([examined(module, options) for module in options.modules]) else 1
 
 
