@@ -54,7 +54,7 @@ TESTS = {  # module -> its own tests
         "tests/trainer/data/test_chat.py",
     ],
     "trainer.data.template": ["tests/trainer/data/test_template.py"],
-    "trainer.data.packing": ["tests/trainer/data/test_batch.py"],
+    "trainer.data.packing": ["tests/trainer/data/test_packing.py"],
     "trainer.families": ["tests/trainer/test_families.py"],
     "trainer.kernels.attention": ["tests/trainer/kernels/test_attention.py"],
 }
