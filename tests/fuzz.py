@@ -152,7 +152,7 @@ def read_report(name: str, data: bytes, folder: Path) -> None:
     manifest = tensors.strict_json(data) if name == "manifest" else {}
     if not isinstance(manifest, dict):
         return
-    shown = {k: manifest[k] for k in (*sandbox.REPORTED, "held_out") if k in manifest}
+    shown = {k: manifest[k] for k in sandbox.REPORTED if k in manifest}
     shown["curve"] = manifest.get("curve")
     retrieve.report(JOB, shown, told, {"cost": "1 $"})
 

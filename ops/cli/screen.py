@@ -107,6 +107,9 @@ class Terminal:
                 self.samples.append(event)
             case events.Score():
                 self.score = event
+            case events.HeldOut():
+                right = f"{event.accuracy:.1%} of its tokens right"
+                self._say(f"held out  step {event.step}: loss {event.loss:.4f}, {right}")
             case events.Warned():
                 self._say(f"warning   {event.message}")
             case _:

@@ -27,9 +27,11 @@ from trainer.wire.job import (
     Strict,
     Training,
     TrainOn,
+    looks_defect,
     start_defect,
 )
 from trainer.wire.stages import (
+    STAGES,
     Reward,
     Rollouts,
     Sections,
@@ -41,6 +43,7 @@ from trainer.wire.stages import (
 )
 
 PositiveFloat = Annotated[float, Field(gt=0)]
+HELD_OUT_SHARE = 0.02  # of the rows, where data.held_out is left out
 MACHINE_HAS_OWN = "the machine has its own"
 LOADER_PREFIXES = ("LD_", "MILKTEA_", "PYTHON")  # variables that change how programs start
 NEVER_SENT = {
@@ -68,8 +71,12 @@ class Model(Strict):
 class Data(Strict):
     files: Annotated[list[Path], Field(min_length=1, description="Rows to train on")]
     held_out: Annotated[
-        Path | None, Field(description="Rows to score before and after, never trained on")
-    ] = None
+        Literal["auto", "none"] | Path,
+        Field(
+            description="A file of rows to score before and after, never trained on; auto: 2 % of "
+            "the rows, at most 200, of at least 100"
+        ),
+    ] = "auto"
     format: Annotated[DataFormat, Field(description="auto looks at the first row")] = "auto"
     template: Annotated[
         str, Field(description="A template's name, a template file, or chat: the tokenizer's own")
@@ -98,9 +105,16 @@ class Data(Strict):
         BadRows, Field(description="A row that is not sound: refuse the job, or drop the row")
     ] = "refuse"
 
-    def reading_settings(self) -> dict[str, Any]:
-        """The settings for reading the rows, by the names of the wire's Data."""
-        return self.model_dump(mode="json", exclude={"files", "held_out", "template"})
+    @property
+    def held_out_file(self) -> Path | None:
+        return self.held_out if isinstance(self.held_out, Path) else None
+
+    def reading_settings(self, stage: StageName) -> dict[str, Any]:
+        """The settings for reading the rows of a job of `stage`, by the names of the wire's
+        Data."""
+        told = self.model_dump(mode="json", exclude={"files", "held_out", "template"})
+        splits = self.held_out == "auto" and STAGES[stage].splits
+        return told | {"held_out_share": HELD_OUT_SHARE if splits else 0.0}
 
 
 class OfferRequirements(Strict):
@@ -264,6 +278,10 @@ class JobFile(Strict, Sections):
             raise ValueError(defect)
         if defect := start_defect(self.start is not None, self.training, self.lora):
             raise ValueError(defect)
+        if defect := looks_defect(self.stage, self.training, self.offer.num_gpus):
+            raise ValueError(defect)
+        if self.data.held_out == "none" and (asked := self.training.asks_for_the_best):
+            raise ValueError(f'training.{asked}: data.held_out = "none" leaves nothing to look at')
         if self.start is None and self.how != "continue":
             raise ValueError(f'how = "{self.how}" needs start')
         return self
@@ -366,7 +384,7 @@ def _with_absolute_paths(job: JobFile, folder: Path) -> JobFile:
     data = job.data.model_copy(
         update={
             "files": [here(p) for p in job.data.files],
-            "held_out": here(job.data.held_out) if job.data.held_out else None,
+            "held_out": here(held) if (held := job.data.held_out_file) else job.data.held_out,
             "template": str(here(Path(job.data.template)))
             if "." in job.data.template
             else job.data.template,

@@ -23,11 +23,11 @@ def data_files(job: JobFile, folder: Path) -> list[PushFile]:
     data = job.data
     given = [file for path in data.files for file in _expanded(path)]
     wanted = _with_listed_files(given, STAGES[job.stage].learns_preferences)
-    if data.held_out:
-        held_out = _expanded(data.held_out)
+    if data.held_out_file:
+        held_out = _expanded(data.held_out_file)
         if len(held_out) > 1:
             raise PreflightError(
-                f"{data.held_out}: it stands for {len(held_out)} files",
+                f"{data.held_out_file}: it stands for {len(held_out)} files",
                 hint="name one file in data.held_out",
             )
         wanted += held_out

@@ -168,7 +168,7 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile], adapters: Adapt
         for p in pushes
         if p.remote.startswith("data/")
     ]
-    held_out = data.pop() if job.data.held_out else None
+    held_out = data.pop() if job.data.held_out_file else None
     template, text = _template(job.data.template)
     local = Path(job.model.base).is_dir()
     base, _, revision = (job.model.base, "", "") if local else job.model.base.partition("@")
@@ -187,7 +187,7 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile], adapters: Adapt
                 "held_out": held_out,
                 "template": template,
                 "template_text": text,
-                **job.data.reading_settings(),
+                **job.data.reading_settings(job.stage),
             },
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),
@@ -248,6 +248,8 @@ def _lengths(job: Job, folder: Path, pushes: list[PushFile], notes: list[str]) -
             hint="`python -m trainer.data FILE` says what became of each",
         )
     notes += [*prepared.rows.summary, *changed_rows(prepared.rows.notes)]
+    if prepared.held is not None and STAGES[job.stage].looks:
+        notes.append(prepare.looks_at(job, prepared.rows, prepared.held).words)
     notes.append(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
         f"{max(lengths):,} tokens, stop token trained in every row"

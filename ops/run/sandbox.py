@@ -27,7 +27,7 @@ MAX_MEMORY = 2 << 30  # bytes of address space
 START_S = 60.0  # to start Python and to verify a small archive, on a busy machine
 BYTES_S = 20e6  # bytes a second of a large archive
 MAX_FACTS = 1 << 20  # bytes of facts for a report
-REPORTED = ("steps", "final_loss", "versions", "kernels", "template")
+REPORTED = ("steps", "final_loss", "versions", "kernels", "template", "held_out")
 HINT = "the box is a stranger's: rent another with `milktea rent-and-train`"
 
 
@@ -123,6 +123,7 @@ def _verified(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[s
     verified = result.verify(Path(request["archive"]), manifest, expect)
     facts = {k: manifest[k] for k in REPORTED if k in manifest}
     facts["curve"] = thinned(manifest.get("curve"))
+    facts["held_out_curve"] = manifest.get("held_out_curve")
     if len(json.dumps(facts)) > MAX_FACTS:
         facts = {"steps": manifest["steps"], "final_loss": manifest["final_loss"]}
     return {"verified": asdict(verified), "facts": facts}

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from trainer.data import held_out, packing
 from trainer.data.chat import Example
 from trainer.data.files import Defect, Reading, read_rows
 from trainer.data.formats import Row
@@ -108,11 +109,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Prepared:
+    """`held` are rows that the job holds out by itself; None where it holds out none."""
+
     rows: Rows
     vocabulary: Vocabulary
     template: Template
     stop_id: int
     token_hash: str
+    held: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -173,27 +177,23 @@ def prepare(job: Job, run: Path, reader: Reader | None = None) -> Prepared:
         / "cache"
         / f"{cache_key(job, folder, template, reader.kind)}.safetensors"
     )
-    rows = read_cache(cache)
-    if rows is None:
+    held_cache = cache.with_suffix(".held" + cache.suffix)
+    rows, held = read_cache(cache), read_cache(held_cache)
+    if rows is None or (held is None and job.data.held_out_share):
         validate_files(job, run)
-        reading, notes = reading_of(job.data), list[str]()
-        files = [(run / f.path, f.name) for f in job.data.files]
-        found, defects = reader.read(files, reading, notes)
-        if job.data.held_out is not None:
-            held_out = (run / job.data.held_out.path, job.data.held_out.name)
-            questions, faults = reader.read([held_out], reading, None)
-            defects += faults
-            if reader is ANSWERS:
-                validate_questions(questions, vocabulary, template, job.data)
-        validate_rows(defects)
+        found, out, notes = _found(job, run, reader, vocabulary, template)
         rows = reader.tokenise(found, vocabulary, template, job)
+        held = reader.tokenise(out, vocabulary, template, job) if out else Rows.empty()
         rows.summary[:0] = notes
+        rows.notes.extend(held.notes)
         stop_text = vocabulary.tokenizer.id_to_token(stop)
         if vocabulary.stops and stop_text not in vocabulary.stops:
             rows.summary.append(
                 f"answers end in {stop_text}, at which the model's generation_config.json stops no "
                 "answer: tell your server to stop there"
             )
+        if job.data.held_out_share:
+            write_cache(held_cache, held)
         write_cache(cache, rows)
     if not len(rows):
         raise InvalidJob(
@@ -201,7 +201,45 @@ def prepare(job: Job, run: Path, reader: Reader | None = None) -> Prepared:
             rows.notes,
             "`python -m trainer.data FILE` says what each file holds",
         )
-    return Prepared(rows, vocabulary, template, stop, token_hash(vocabulary, template))
+    known = token_hash(vocabulary, template)
+    return Prepared(rows, vocabulary, template, stop, known, held if held else None)
+
+
+def _found(
+    job: Job, run: Path, reader: Reader, vocabulary: Vocabulary, template: Template
+) -> tuple[list[Any], list[Any], list[str]]:
+    """(rows to train on, rows that the job holds out by itself, lines about all of them), before
+    they are tokenised. Raises InvalidJob with every defect."""
+    reading, notes = reading_of(job.data), list[str]()
+    found, defects = reader.read([(run / f.path, f.name) for f in job.data.files], reading, notes)
+    told = ""
+    if job.data.held_out is not None:
+        file = (run / job.data.held_out.path, job.data.held_out.name)
+        questions, faults = reader.read([file], reading, None)
+        defects += faults
+        if reader is ANSWERS:
+            validate_questions(questions, vocabulary, template, job.data)
+        told = held_out.in_both(questions, found)
+    validate_rows(defects)
+    out: list[Any] = []
+    if job.data.held_out is None:
+        found, out, told = held_out.split(found, job.data.held_out_share)
+    return found, out, [*notes, *filter(None, [told])]
+
+
+def order_of(job: Job, items: int) -> packing.Order:
+    """In which `items` rows are trained on."""
+    training = job.training
+    told = (training.batch_size, training.num_train_epochs, training.seed, training.max_steps)
+    return packing.Order(items, *told)
+
+
+def looks_at(job: Job, rows: Rows, held: Rows) -> held_out.Looks:
+    """When the first rows of `held` are measured while `rows` are trained on."""
+    order = order_of(job, len(rows))
+    trained = int(rows.starts[-1]) * order.total_steps / order.steps_per_epoch
+    size = int(held.starts[min(len(held), held_out.MOST_ROWS)])
+    return held_out.looks(job.training, order.total_steps, trained, size)
 
 
 def validate_questions(

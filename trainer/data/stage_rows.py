@@ -41,6 +41,19 @@ def read(job: Job, files: Sequence[tuple[Path, str]]) -> tuple[list[Row], list[D
     return [row for item in found for row in conversations(item)], defects
 
 
+def held_rows(job: Job, run: Path, data: Prepared) -> Rows | None:
+    """The rows that the job holds out, by itself or in a file; None without any. Of a file of
+    answers, rows that could not be trained on are left out: they can still be asked."""
+    file = job.data.held_out
+    if data.held is not None or file is None:
+        return data.held
+    if reader_of(job) is ANSWERS:
+        lenient = job.data.model_copy(update={"over_length": "drop", "bad_rows": "drop"})
+        job = job.model_copy(update={"data": lenient})
+    held = tokenised(file, job, run, data)
+    return held if len(held) else None
+
+
 def tokenised(file: DataFile, job: Job, run: Path, data: Prepared) -> Rows:
     """The rows of another file of the job (held-out ones), made as those of `data` were. Raises
     InvalidJob with its defects."""

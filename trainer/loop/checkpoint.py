@@ -40,18 +40,26 @@ class CheckpointError(ValueError):
 
 @dataclass
 class State:
-    """What a run is beside parameters and moments. `step` is the number of finished steps; `stage`
-    is what the stage keeps for itself."""
+    """What a run is beside parameters and moments. `step` is the number of finished steps; `looks`
+    are [step, loss, accuracy] of held-out rows; `stage` is what the stage keeps for itself."""
 
     step: int = 0
     fingerprint: str = ""
     curve: list[list[float]] = field(default_factory=list)
+    looks: list[list[float]] = field(default_factory=list)
     stage: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def best_step(self) -> int | None:
+        """The first look of the smallest loss, of those after training began."""
+        trained = [look for look in self.looks if look[0] > 0]
+        return int(min(trained, key=lambda look: look[1])[0]) if trained else None
 
     def copy(self) -> State:
         """As it is now, in host memory."""
         tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in self.stage.items()}
-        return State(self.step, self.fingerprint, [list(p) for p in self.curve], tensors)
+        curve, looks = [list(p) for p in self.curve], [list(p) for p in self.looks]
+        return State(self.step, self.fingerprint, curve, looks, tensors)
 
 
 def fingerprint_of(job: Job) -> str:
@@ -170,7 +178,8 @@ def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | 
     """Makes `part`, whose tensors are in `files`, the checkpoint root/STEP, and removes old ones.
     Returns the sha256 of its manifest."""
     final = root / str(state.step)
-    told = {"step": state.step, "fingerprint": state.fingerprint, "curve": state.curve}
+    told: dict[str, Any] = {"step": state.step, "fingerprint": state.fingerprint}
+    told |= {"curve": state.curve, "looks": state.looks}
     (part / "state.json").write_text(json.dumps(told))
     files = {**files, "state.json": facts(part / "state.json")}
     if state.stage:

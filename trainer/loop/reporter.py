@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.loop import report
+from trainer.loop.held_out import Look
 from trainer.wire import events
 from trainer.wire.job import Job
 
@@ -49,6 +50,13 @@ class Reporter:
         """A step's numbers by name: Step's fields, and a stage's own."""
         self.event(events.Step, step=step, eta_s=eta_s, **values)
         if self._boards is not None:
+            self._boards.step(step, values)
+
+    def looked(self, step: int, look: Look) -> None:
+        """What the held-out rows gave after step `step`."""
+        self.event(events.HeldOut, step=step, **look._asdict())
+        if self._boards is not None:
+            values = {"held_out_loss": look.loss, "held_out_accuracy": look.accuracy}
             self._boards.step(step, values)
 
     def checkpoint(self, step: int, folder: Path, digest: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from trainer.data.batch import Work
 from trainer.loop import checkpoint
 from trainer.loop.guards import Expected, Stopped
+from trainer.loop.held_out import Look
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter, versions
 from trainer.loop.schedule import learning_rate
@@ -38,6 +39,7 @@ class Stage(ABC):
 
     metrics: tuple[str, ...] = ()  # names of what `loss` sums beside the loss
     expected = Expected()  # for the monitor
+    look_every = 0  # steps from one look at held-out rows to the next
     answers_at_end = False  # whether `finish` wants the model on the device
     notes: tuple[str, ...] = ()  # on rows that were changed or left out
 
@@ -116,6 +118,11 @@ class Stage(ABC):
         process."""
         return {}
 
+    def look(self) -> Look | None:
+        """What the held-out rows give now; None where the stage looks at none. Changes nothing.
+        Collective; raises Gone."""
+        return None
+
     # -- between runs ----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
@@ -133,7 +140,7 @@ class Stage(ABC):
 
     def facts(self, state: checkpoint.State) -> dict[str, Any]:
         """Of the finished run, for the manifest and the report."""
-        return {
+        return self._seen(state) | {
             "steps": state.step,
             "final_loss": state.curve[-1][1],
             "data_sha256": [f.sha256 for f in self.job.data.files],
@@ -141,6 +148,15 @@ class Stage(ABC):
             "kernels": self.kernels,
             "curve": state.curve,
         }
+
+    def _seen(self, state: checkpoint.State) -> dict[str, Any]:
+        """What the looks at held-out rows gave, before and in the result."""
+        if not state.looks:
+            return {}
+        taken = state.best_step if self.job.training.load_best_model_at_end else state.looks[-1][0]
+        first, last = state.looks[0], next(look for look in state.looks if look[0] == taken)
+        numbers = {"loss": (first[1], last[1]), "accuracy": (first[2], last[2])}
+        return {"held_out": numbers, "held_out_curve": state.looks, "result_step": taken}
 
 
 def is_b(name: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from trainer.data import batch
 from trainer.loop import checkpoint
 from trainer.loop.guards import Stopped, TrainingMonitor
+from trainer.loop.held_out import HeldOut
 from trainer.loop.optim import EXTRA, LOSS, WISHES, adamw, set_rates
 from trainer.loop.progress import Launched, Progress, Reading
 from trainer.loop.ranks import Gone, Ranks
@@ -42,6 +43,9 @@ class Loop:
         device = ranks.device.type
         self.precise = torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
         self.state = self._resume()
+        self.held_out = HeldOut(self.state, job.training)
+        if self.state.step:
+            stage.restore(self.state.stage)
         stage.probe()
         local = ranks.local(self.named)
         self.monitor = TrainingMonitor(local, stage.model, stage.expected, ranks.sum_parts)
@@ -56,20 +60,53 @@ class Loop:
         whole checkpoint is on disk then. Raises Stopped when the run goes wrong or its deadline
         passes."""
         ahead = batch.Prefetcher(self.stage.batches, self.state.step, self.total)
-        with closing(ahead):
-            while self.state.step < self.total and not self.stop.asked:
-                if not self._step(ahead.take()):
-                    break
-                self._save_when_due()
-        self.progress.settle()
-        if self.stop.asked and self.state.step < self.total:
+        try:
+            with closing(ahead):
+                while self.state.step < self.total and not self.stop.asked:
+                    self._look_when_due()
+                    if self.stop.asked or self.held_out.exhausted:
+                        break
+                    if not self._step(ahead.take()):
+                        break
+                    self._save_when_due()
+            self.progress.settle()
+            self._look()
+        except Gone:  # while the held-out rows were looked at
+            self.progress.settle()
+        if self.stop.asked and not self._ended:
             self._leave()
             return None
         self.ranks.wait()
+        self.held_out.take_best(self.named)
         self.monitor.validate_base(self.state.step)
         self.optimizer.state.clear()  # the device's memory is the result's now
         self.gradients.zero()
         return self.state
+
+    # -- held-out rows ---------------------------------------------------------------------------
+
+    @property
+    def _ended(self) -> bool:
+        """Whether nothing is left to do but the result."""
+        last = self.state.step >= self.total or self.held_out.exhausted
+        return last and (not self.held_out.looks or self.held_out.looked_at(self.state.step))
+
+    def _look_when_due(self) -> None:
+        """Before a step: what is seen is of the last whole one, and a run that goes on from its
+        checkpoint sees it too."""
+        every, step = self.stage.look_every, self.state.step
+        if step == 0 or (every and step % every == 0):
+            self._look()
+
+    def _look(self) -> None:
+        self.stop.asked |= self.progress.settle()
+        if self.stop.asked or self.held_out.looked_at(self.state.step):
+            return
+        with self.precise:
+            found = self.stage.look()
+        if found is not None:
+            self.held_out.saw(self.state.step, found, self.named)
+            self.reporter.looked(self.state.step, found)
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -137,9 +174,7 @@ class Loop:
         found = self.ranks.newest(self.checkpoints)
         if found is None:
             return checkpoint.State(fingerprint=fingerprint)
-        state = self.ranks.restore(found, self.named, self.optimizer, fingerprint)
-        self.stage.restore(state.stage)
-        return state
+        return self.ranks.restore(found, self.named, self.optimizer, fingerprint)
 
     def _save_when_due(self) -> None:
         """After a step: looks at the deadline and the clock, and saves when it is time. The first
@@ -158,7 +193,7 @@ class Loop:
             self.last_save = time.monotonic()
 
     def _save(self) -> None:
-        self.state.stage = self.stage.state()
+        self.state.stage = self.stage.state() | self.held_out.kept()
         trained = (self.named, self.optimizer, self.state)
         self.ranks.save(self.checkpoints, *trained, self.reporter.checkpoint)
 

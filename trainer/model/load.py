@@ -36,7 +36,7 @@ from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
 from trainer.model.balance import Balance, NoBalance, balance_of
 from trainer.model.dropout import KeyedDropout, KeyedNoise, TokenKeys
-from trainer.model.loss import log_probs_of, target_loss_sum
+from trainer.model.loss import chunks, log_probs_of, target_loss_sum
 from trainer.wire.job import Job, Lora
 
 
@@ -537,15 +537,21 @@ def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return loss
 
 
+def _head(inner: Any) -> Any:
+    """The layer that makes logits; the trained one, where it is trained whole beside an adapter."""
+    head = inner.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+        return head.modules_to_save[head.active_adapters[0]]
+    return head
+
+
 def _cross_entropy(inner: Any, family: Family, made: Any, labels: Tensor, at: Tensor) -> Tensor:
     """Summed over the targets: of `made`, which is what the layers return or, where the family's
     own forward makes its logits, what that does. labels (B, T) are already shifted."""
     if family.own_logits:
         logits = made.logits.flatten(0, 1).index_select(0, at)
     else:
-        head = inner.get_output_embeddings()
-        if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
-            head = head.modules_to_save[head.active_adapters[0]]
+        head = _head(inner)
         scale, cap = logit_rules(inner, family)
         hidden = made.last_hidden_state  # (B, T, H)
         if type(head) is nn.Linear and head.bias is None:
@@ -578,6 +584,29 @@ def target_log_probs(
     every = (logits.float() / temperature).log_softmax(-1)
     chosen = every.gather(1, labels.flatten().index_select(0, at)[:, None])[:, 0]
     return chosen, -(every.detach().exp() * every.detach()).sum(-1)
+
+
+def target_facts(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """(summed cross-entropy, how many are the likeliest token) of the batch's targets, fp64 (2,);
+    without gradients, and without what balances the experts of a mixture."""
+    inner, family = causal(model), family_of(model)
+    labels, at, inputs = batch["labels"], batch["targets_at"], model_inputs(batch)
+    wanted = labels.flatten().index_select(0, at)
+    head, made = _head(inner), None
+    if family.own_logits:
+        made = inner(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
+    else:
+        hidden = hidden_states(model, **inputs).flatten(0, 1).index_select(0, at)
+    scale, cap = (1.0, None) if family.own_logits else logit_rules(inner, family)
+    found = torch.zeros(2, dtype=torch.float64, device=labels.device)
+    vocabulary = inner.config.get_text_config().vocab_size
+    for part in chunks(len(at), vocabulary):
+        logits = head(hidden[part].to(head.weight.dtype)) if made is None else made[part]
+        logits = logits.float() * scale
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        found[0] += nn.functional.cross_entropy(logits, wanted[part], reduction="sum")
+        found[1] += (logits.argmax(-1) == wanted[part]).sum()
+    return found
 
 
 def logit_rules(inner: nn.Module, family: Family) -> tuple[float, float | None]:

@@ -27,7 +27,7 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         log_probs = x.new_empty(len(x), dtype=torch.float32)
         entropies = torch.empty_like(log_probs)
-        for part in _chunks(len(x), head):
+        for part in chunks(len(x), head.shape[0]):
             logits = _product_fp32(x[part], head.t()).mul_(scale)
             if cap is not None:
                 logits = logits.div_(cap).tanh_().mul_(cap)
@@ -44,7 +44,7 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, head, targets = ctx.saved_tensors
         ops, dx = operations(x.device), torch.empty_like(x)
-        for part in _chunks(len(x), head):
+        for part in chunks(len(x), head.shape[0]):
             logits = _product_fp32(x[part], head.t())
             rules = (targets[part], torch.float32, ctx.scale, ctx.cap)
             grad = ops.cross_entropy_rows(logits, *rules)[1] * -weights[part, None]
@@ -52,8 +52,9 @@ class _LogProbs(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def _chunks(rows: int, head: Tensor) -> list[slice]:
-    size = max(16, LOGITS_PER_CHUNK // head.shape[0])
+def chunks(rows: int, vocabulary: int) -> list[slice]:
+    """Of `rows` targets: as many at a time as LOGITS_PER_CHUNK says."""
+    size = max(16, LOGITS_PER_CHUNK // vocabulary)
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 

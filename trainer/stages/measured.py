@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.prepare import Rows
-from trainer.data.stage_rows import tokenised
 from trainer.loop import checkpoint
 from trainer.loop.reporter import Reporter
 from trainer.stages import sft
@@ -33,10 +32,7 @@ class Stage(sft.Stage):
 
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
-        self.held: Rows | None = None
         self.before: dict[str, float] = {}
-        if job.data.held_out is not None:
-            self.held = tokenised(job.data.held_out, job, run, self.data)
 
     @abstractmethod
     def measure(self, model: nn.Module, held: Rows, enter: Enter) -> dict[str, float]:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import batch, packing
-from trainer.data.prepare import Rows, model_folder
-from trainer.data.stage_rows import prepare
+from trainer.data.held_out import MOST_ROWS
+from trainer.data.prepare import InvalidJob, Rows, looks_at, model_folder, order_of
+from trainer.data.stage_rows import held_rows, prepare
 from trainer.eval import held_out
 from trainer.loop import checkpoint, report, stage
 from trainer.loop.budget import micro_batch
 from trainer.loop.guards import Expected, probe, target_entropy, validate_labels
+from trainer.loop.held_out import Look
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
 from trainer.model import likeness
@@ -31,6 +33,7 @@ from trainer.model.load import (
     hidden_states,
     load,
     start_values,
+    target_facts,
     target_loss,
 )
 from trainer.model.roles import continue_from, stack_on
@@ -39,6 +42,7 @@ from trainer.wire import events
 from trainer.wire.chain import chain_of
 from trainer.wire.job import Job, Start
 from trainer.wire.page import page
+from trainer.wire.stages import STAGES
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +56,20 @@ class Stage(stage.Stage):
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
         self.data = prepare(job, run)
-        rows, training = self.data.rows, job.training
+        rows = self.data.rows
         self.validate(rows)
         self.lengths, self.targets = rows.lengths, rows.targets()
-        epochs, seed, most = training.num_train_epochs, training.seed, training.max_steps
-        items = len(rows) // self.rows_per_item
-        self.order = packing.Order(items, training.batch_size, epochs, seed, most)
+        self.order = order_of(job, len(rows) // self.rows_per_item)
         self.total_steps = self.order.total_steps
+        self.held = held_rows(job, run, self.data)
+        if self.held is not None and STAGES[job.stage].looks:
+            self.look_every = looks_at(job, rows, self.held).every
+        elif asked := job.training.asks_for_the_best:
+            raise InvalidJob(
+                f"training.{asked}: no row is held out to look at",
+                rows.summary,
+                "name a file in data.held_out, or remove the setting",
+            )
         self.notes = tuple(rows.notes)
         self.expected = Expected(entropy=target_entropy(rows))
         self.answers_at_end = job.data.held_out is not None
@@ -151,6 +162,24 @@ class Stage(stage.Stage):
         self.keys.set(self.job.training.seed, step, micro["rows"], micro["position_ids"])
         return target_loss(self.model, micro), {}
 
+    @torch.no_grad()
+    def look(self) -> Look | None:
+        """Of the first MOST_ROWS of them; the processes share them."""
+        held = self.held
+        if held is None or not STAGES[self.job.stage].looks:
+            return None
+        chosen, lengths, targets = range(min(MOST_ROWS, len(held))), held.lengths, held.targets()
+        mine = packing.share(chosen, lengths, self.ranks.world)[self.ranks.rank]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        training, work = self.model.training, self.micro(held, mine)
+        self.model.eval()
+        for micro, weight in self.ranks.level(work, self.micro(held, chosen[:1])[0]):
+            there = batch.on(self.ranks.device, micro)
+            sums += weight * self.ranks.enter(target_facts, self.model, there)
+        self.model.train(training)
+        loss, right = (self.ranks.sum(sums) / sum(targets[row] for row in chosen)).tolist()
+        return Look(len(chosen), loss, right)
+
     def finish(self, model: nn.Module, state: checkpoint.State, reporter: Reporter) -> str:
         scored = self._score(model, reporter)
         score = (scored.before, scored.after) if scored.rows else None
@@ -171,7 +200,9 @@ class Stage(stage.Stage):
             "sha256": template.sha256,
             "token_hash": self.data.token_hash,
         }
-        facts = self.facts(state) | {"template": told} | more
+        facts = self.facts(state)
+        both = {"held_out": facts.get("held_out", {}) | more.get("held_out", {})}
+        facts |= {"template": told} | more | (both if both["held_out"] else {})
         png = report.curve_png(state.curve, job.run_id)
         report_html = page(job.model_dump(mode="json"), facts, samples, score)
         home, beside = {"loss.png": png}, {"report.html": report_html}

@@ -95,6 +95,17 @@ class Measured(_Event):
     numbers: dict[str, tuple[float, float]]
 
 
+class HeldOut(_Event):
+    """Of target tokens of held-out rows, after `step` steps: nats of one, and the share that greedy
+    guessing gets right."""
+
+    event: Literal["held_out"] = "held_out"
+    step: Count
+    rows: Count
+    loss: float
+    accuracy: float
+
+
 class Warned(_Event):
     event: Literal["warning"] = "warning"
     message: str
@@ -129,6 +140,7 @@ Event = (
     | Sample
     | Score
     | Measured
+    | HeldOut
     | Warned
     | Failure
     | Finished
@@ -144,6 +156,7 @@ _KNOWN = {
         Sample,
         Score,
         Measured,
+        HeldOut,
         Warned,
         Failure,
         Finished,

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.wire.stages import (
+    STAGES,
     Sections,
     StageName,
     format_defect,
@@ -125,6 +126,10 @@ class Training(Strict):
     # of a mixture's experts; "default": the family's own
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | Literal["default"] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    # between two looks at the held-out rows; None: as often as costs little, 0: never in between
+    eval_steps: Annotated[int, Field(ge=0)] | None = None
+    early_stopping_patience: Positive | None = None  # looks without a smaller loss
+    load_best_model_at_end: bool = False
     packing: bool = True
     freeze_trainable_layers: Positive = 2
     seed: int = 42
@@ -136,6 +141,19 @@ class Training(Strict):
         if self.min_lr_rate and self.lr_scheduler_type == "constant":
             raise ValueError('min_lr_rate: lr_scheduler_type = "constant" never falls')
         return self
+
+    @model_validator(mode="after")
+    def _the_best_needs_looks(self) -> Training:
+        if self.eval_steps == 0 and (asked := self.asks_for_the_best):
+            raise ValueError(f"{asked}: eval_steps = 0 never looks while it trains")
+        return self
+
+    @property
+    def asks_for_the_best(self) -> str:
+        """The first setting that needs looks at held-out rows; empty without one."""
+        if self.early_stopping_patience:
+            return "early_stopping_patience"
+        return "load_best_model_at_end" if self.load_best_model_at_end else ""
 
 
 class ModelSpec(Strict):
@@ -163,10 +181,13 @@ class Data(Strict):
     ``template_text`` carries a user's own template file whole, so that training and use later agree
     to the byte. ``train_on`` is which answers of a conversation are learned. ``enable_thinking`` is
     the flag of inference; left out, each answer is trained as it is, with reasoning or without.
-    ``columns`` says what the files call a column, ``fill`` what stands for {{name}} in a text."""
+    ``columns`` says what the files call a column, ``fill`` what stands for {{name}} in a text.
+    ``held_out`` are rows of their own, ``held_out_share`` what share of ``files`` is held out (of
+    few rows nothing is; trainer/data/held_out.py)."""
 
     files: list[DataFile]
     held_out: DataFile | None = None
+    held_out_share: Fraction = 0.0
     format: DataFormat = "auto"
     template: str = "alpaca"
     template_text: str | None = None
@@ -177,6 +198,12 @@ class Data(Strict):
     columns: dict[Column, str] = {}
     fill: dict[str, str] = {}
     bad_rows: BadRows = "refuse"
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> Data:
+        if self.held_out is not None and self.held_out_share:
+            raise ValueError("held_out and held_out_share: one of them says what is held out")
+        return self
 
 
 class Stage(Strict):
@@ -243,6 +270,7 @@ class Job(Strict, Sections):
             format_defect(self.stage, self.data.format),
             method_defect(self.stage, self.training.method),
             section_defect(self.stage, self),
+            looks_defect(self.stage, self.training, self.processes),
         )
         if any(defects):
             raise ValueError("; ".join(filter(None, defects)))
@@ -269,6 +297,19 @@ class Job(Strict, Sections):
                 "image of the same release"
             )
         return self
+
+
+def looks_defect(stage: StageName, training: Training, processes: int) -> str:
+    """Why a job of `stage` must not have these settings on held-out rows; empty where it may."""
+    asked = training.asks_for_the_best or ("eval_steps" if training.eval_steps else "")
+    if asked and not STAGES[stage].looks:
+        return f"training.{asked}: stage {stage} does not look at held-out rows while it trains"
+    if training.load_best_model_at_end and training.method == "full" and processes > 1:
+        return (
+            "training.load_best_model_at_end: a whole model in parts on several GPUs is not kept "
+            'twice; take one GPU, or training.method = "lora"'
+        )
+    return ""
 
 
 def start_defect(starts: bool, training: Training, lora: Lora) -> str:

@@ -37,6 +37,7 @@ def page(
     `score` the exact match before and after, `beside` further rows of the table."""
     run_id = html.escape(str(job["run_id"]))
     points = thinned(facts.get("curve"))
+    held_out = thinned(_losses(facts.get("held_out_curve")))
     rows = "".join(
         f"<tr><th>{html.escape(name)}<td>{html.escape(text)}"
         for name, text in (_told(job, facts, points, score) | dict(beside or {})).items()
@@ -47,7 +48,7 @@ def page(
     return (
         f'<!doctype html><meta charset="utf-8">{SAFE}<title>{run_id}</title>'
         f"<style>{STYLE}</style><h1>{run_id}</h1><table>{rows}</table>"
-        f"{_curve(points)}{_answers(samples)}<h2>Settings</h2><pre>{settings}</pre>\n"
+        f"{_curve(points, held_out)}{_answers(samples)}<h2>Settings</h2><pre>{settings}</pre>\n"
     ).encode("utf-8", "replace")
 
 
@@ -127,12 +128,21 @@ def _answers(samples: Iterable[Mapping[str, str]]) -> str:
     return f"<h2>Held-out questions</h2><table>{head}{rows}</table>"
 
 
-def _curve(points: Sequence[tuple[int, float]]) -> str:
-    """The losses and their moving average as a picture of lines; nothing without two points."""
+def _losses(looks: Any) -> list[Any]:
+    """(step, loss) of [step, loss, accuracy]; what is none stays what it is."""
+    rows = looks if isinstance(looks, list | tuple) else []
+    return [look[:2] if isinstance(look, list | tuple) else look for look in rows]
+
+
+def _curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]] = ()) -> str:
+    """The losses, their moving average and those of held-out rows as a picture of lines; nothing
+    without two points."""
     if len(points) < 2:
         return ""
     losses = [loss for _, loss in points]
-    low, high = min(losses), max(losses)
+    held_out = [look for look in held_out if points[0][0] - 1 <= look[0] <= points[-1][0]]
+    every = [*losses, *(loss for _, loss in held_out)]
+    low, high = min(every), max(every)
     first, last = points[0][0], points[-1][0]
 
     def at(step: int, loss: float) -> str:
@@ -141,19 +151,24 @@ def _curve(points: Sequence[tuple[int, float]]) -> str:
         return f"{x:.1f},{y:.1f}"
 
     def line(values: Iterable[float], colour: str, width: float) -> str:
-        drawn = " ".join(at(step, v) for (step, _), v in zip(points, values, strict=True))
+        return joined(zip((step for step, _ in points), values, strict=True), colour, width)
+
+    def joined(places: Iterable[tuple[int, float]], colour: str, width: float) -> str:
+        drawn = " ".join(at(step, v) for step, v in places)
         shape = f'stroke="{colour}" stroke-width="{width}" fill="none"'
         return f'<polyline {shape} points="{drawn}"/>'
 
+    beside = "; blue: of held-out rows" if held_out else ""
+    blue = joined(held_out, "#2f6f9f", 1.8) if held_out else ""
     foot = HEIGHT - EDGE + 16
     words = (
         f'<text x="2" y="{EDGE + 4}">{high:.3g}</text>'
         f'<text x="2" y="{HEIGHT - EDGE + 4}">{low:.3g}</text>'
         f'<text x="{EDGE}" y="{foot}">step {first}</text>'
         f'<text x="{WIDTH - EDGE}" y="{foot}" text-anchor="end">step {last}</text>'
-        f'<text x="{EDGE}" y="20">loss per target token, and its moving average</text>'
+        f'<text x="{EDGE}" y="20">loss per target token, and its moving average{beside}</text>'
     )
     return (
         f'<svg role="img" aria-label="loss curve" viewBox="0 0 {WIDTH} {HEIGHT}">{words}'
-        f"{line(losses, '#b9a28a', 0.8)}{line(smooth(losses), '#6b3f1d', 1.8)}</svg>"
+        f"{line(losses, '#b9a28a', 0.8)}{line(smooth(losses), '#6b3f1d', 1.8)}{blue}</svg>"
     )

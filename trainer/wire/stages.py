@@ -25,7 +25,8 @@ class StageFacts:
     (trainer/data/stage_rows.py), `methods` the training.method values that it takes. On one base,
     `adapters` are trained, with their gradients and moments, and `frozen_adapters` only held (a
     reference, a reward model). `work` is its time for a token of its rows, sft's being 1: every
-    pass counts."""
+    pass counts. `looks`: whether held-out loss and accuracy are measured while it trains;
+    `splits`: whether it may hold out rows by itself."""
 
     formats: tuple[str, ...]
     rows: RowKind = "rows"
@@ -33,6 +34,8 @@ class StageFacts:
     adapters: int = 1
     frozen_adapters: int = 0
     work: float = 1.0
+    looks: bool = False
+    splits: bool = True
 
     @property
     def learns_preferences(self) -> bool:
@@ -47,8 +50,8 @@ class StageFacts:
 ANSWERS = ("alpaca", "sharegpt", "messages", "prompt", "text")
 
 STAGES: Mapping[StageName, StageFacts] = {
-    "pt": StageFacts(formats=ANSWERS, rows="documents"),
-    "sft": StageFacts(formats=ANSWERS),
+    "pt": StageFacts(formats=ANSWERS, rows="documents", looks=True),
+    "sft": StageFacts(formats=ANSWERS, looks=True),
     # the head of the vocabulary is never asked; of each token as sft otherwise
     "rm": StageFacts(formats=(), rows="pairs", methods=("lora",)),
     # a forward pass of the adapter that it starts from, beside forward and backward
@@ -64,6 +67,7 @@ STAGES: Mapping[StageName, StageFacts] = {
         adapters=2,
         frozen_adapters=2,
         work=13.0,
+        splits=False,
     ),
     # of a prompt's token: eight answers, each longer than the prompt, decoded and trained on
     "grpo": StageFacts(
@@ -72,6 +76,7 @@ STAGES: Mapping[StageName, StageFacts] = {
         methods=("lora",),
         frozen_adapters=1,
         work=24.0,
+        splits=False,
     ),
 }
 

@@ -30,7 +30,7 @@ def paths_of(job: JobFile) -> list[Path]:
     """Absolute host paths of data, template and base model folder; existing or not, that is the
     host's to say.
     """
-    found = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
+    found = [*job.data.files, *([held] if (held := job.data.held_out_file) else [])]
     template = Path(job.data.template)
     found += [Path(job.start)] if job.start else []
     found += [Path(rule.path) for rule in (job.judge, job.function) if rule]
@@ -48,9 +48,9 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
     FileNotFoundError.
     """
     (run / "data").mkdir(parents=True, exist_ok=True)
-    wanted = [*job.data.files, *([job.data.held_out] if job.data.held_out else [])]
+    wanted = [*job.data.files, *([held] if (held := job.data.held_out_file) else [])]
     data = [_copy(path, run, f"data/{n}-{path.name}") for n, path in enumerate(wanted)]
-    held_out = data.pop() if job.data.held_out else None
+    held_out = data.pop() if job.data.held_out_file else None
     model = find_model(toml, job)
     link = run / "model"
     if link.is_symlink():
@@ -85,7 +85,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
                 "held_out": held_out,
                 "template": template.stem if template.is_absolute() else job.data.template,
                 "template_text": template.read_text("utf-8") if template.is_absolute() else None,
-                **job.data.reading_settings(),
+                **job.data.reading_settings(job.stage),
             },
             "lora": job.lora.model_dump(),
             "training": job.training.model_dump(),

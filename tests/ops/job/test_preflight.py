@@ -96,7 +96,7 @@ def test_a_dataset_info_alone_brings_the_files_that_it_names(
     )
     sent = {p.local.name: p.remote for p in plan.pushes if p.remote.startswith("data/")}
     assert sent == {"dataset_info.json": "data/0.json", "mine.json": "data/1.json"}
-    assert "20 rows" in plan.notes[0]
+    assert any(note.startswith("20 rows") for note in plan.notes)
     box = tmp_path / "box/data"
     box.mkdir(parents=True)
     for p in plan.pushes:

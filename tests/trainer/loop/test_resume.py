@@ -30,7 +30,13 @@ Make = Callable[..., Path]
 # 40 steps
 SETTINGS = {
     "lora": {"lora_dropout": 0.1},
-    "training": {"num_train_epochs": 10, "save_every_s": 0.01},
+    "training": {
+        "num_train_epochs": 10,
+        "save_every_s": 0.01,
+        "eval_steps": 7,
+        "load_best_model_at_end": True,
+    },
+    "held_out": rows(2),
 }
 
 
