@@ -29,6 +29,7 @@ from trainer import families, memory
 from trainer.data import estimate, prepare, stage_rows
 from trainer.data import template as prompt
 from trainer.wire.job import Job
+from trainer.wire.stages import STAGES
 
 CPU_FLOP_S = 1e11  # of a fast laptop
 TRAINER_SUFFIXES = (".py", ".toml", ".html")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +39,7 @@ def test_each_epoch_is_one_permutation_of_its_own_whose_last_step_is_short() -> 
     epochs = [[order.step(3 * epoch + k) for k in range(3)] for epoch in range(2)]
     for steps in epochs:
         assert [len(step) for step in steps] == [4, 4, 2]
-        assert sorted(sum(steps, [])) == list(range(10))
+        assert sorted(chain.from_iterable(steps)) == list(range(10))
     assert epochs[0] != epochs[1] != [Order(10, 4, 2, seed=8).step(k) for k in range(3)]
     assert [Order(10, 4, 2, seed=7).step(k) for k in (5, 0)] == [epochs[1][2], epochs[0][0]]
 
@@ -69,10 +71,10 @@ def test_no_row_is_lost_or_doubled_and_no_budget_broken(
     lengths: list[int], budget: int, ranks: int
 ) -> None:
     rows = list(range(len(lengths)))
-    assert sorted(sum(share(rows, lengths, ranks), [])) == rows
+    assert sorted(chain.from_iterable(share(rows, lengths, ranks))) == rows
     for made, size in (
         (pack(rows, lengths, budget), lambda b: sum(lengths[r] for r in b)),
         (pad(rows, lengths, budget), lambda b: len(b) * max(lengths[r] for r in b)),
     ):
-        assert sorted(sum(made, [])) == rows
+        assert sorted(chain.from_iterable(made)) == rows
         assert all(len(b) == 1 or size(b) <= budget for b in made)
