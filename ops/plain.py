@@ -24,7 +24,7 @@ def json_line(row: Any) -> str:
     """`row` as one line of JSON that any program reads back as it is, and any terminal shows
     without being steered. What is no JSON is written as text."""
     text = json.dumps(row, ensure_ascii=False, default=str)
-    return _ODD.sub(lambda odd: f"\\u{ord(odd[0]):04x}", text)
+    return _ODD.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _written_out(match: re.Match[str]) -> str:

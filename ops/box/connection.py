@@ -53,8 +53,8 @@ def quoted(path: str) -> str:
 
     Raises ValueError unless it is relative, stays under the home, and is printable."""
     parts = PurePosixPath(path).parts
-    odd = path.startswith(("/", "~", "-")) or "\\" in path or not path.isprintable()
-    if not parts or ".." in parts or odd:
+    unsafe = path.startswith(("/", "~", "-")) or "\\" in path or not path.isprintable()
+    if not parts or ".." in parts or unsafe:
         raise ValueError(f"not a path under the login's home: {path!r}")
     return shlex.quote(path)
 
@@ -342,14 +342,14 @@ class Box:
         assert self._fabric is not None
         # The subshell makes a signal that kills the script an exit code of 128 + n
         # instead of a closed channel.
-        whole = f"{MARK}; {MARK} >&2; cd || exit\n(\n{script}\n)"
+        wrapped = f"{MARK}; {MARK} >&2; cd || exit\n(\n{script}\n)"
         # paramiko waits for ever for the answer to a request on a link that is dead but not closed
         timer = threading.Timer(ANSWER_S, self._fabric.client.close)
         timer.daemon = True
         timer.start()
         try:
             channel: paramiko.Channel = self._fabric.create_session()
-            channel.exec_command(f"exec sh -c {shlex.quote(whole)}")
+            channel.exec_command(f"exec sh -c {shlex.quote(wrapped)}")
             return channel
         except (OSError, EOFError, paramiko.SSHException) as error:
             why = error or type(error).__name__

@@ -136,11 +136,11 @@ def parse_gpu(output: str, exit_code: str = "0") -> tuple[GpuFacts | None, str]:
         return None, f"nvidia-smi: {strange[:200] or 'says nothing'}" + (
             f" (exit {exit_code})" if exit_code.strip() else ""
         )
-    odd = next((row[0] for row in readable if row[0] != readable[0][0]), readable[0][0])
+    differing = next((row[0] for row in readable if row[0] != readable[0][0]), readable[0][0])
     memory = min(float(row[1]) for row in readable) / 1024
     capability = min(float(row[3]) for row in readable)
     mig = any(row[4] == "Enabled" for row in readable)
-    return GpuFacts(odd, len(readable), memory, readable[0][2], capability, mig), ""
+    return GpuFacts(differing, len(readable), memory, readable[0][2], capability, mig), ""
 
 
 def parse_disk(output: str) -> DiskFacts | None:

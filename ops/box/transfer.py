@@ -142,7 +142,7 @@ def push(box: Box, files: Sequence[PushFile], progress: Progress | None = None) 
 class _RemoteFiles:
     """Files that the box has whole, those that had wrong content, bytes of each part, disk left."""
 
-    whole: set[str]
+    complete: set[str]
     wrong: set[str]
     parts: dict[str, int]
     free_bytes: int
@@ -164,8 +164,8 @@ class _Push:
         for _ in range(ROUNDS):
             remote = self._inspect()
             self._validate_content(remote.wrong & self.sent)
-            self.meter.at(sum(self.sizes[name] for name in remote.whole))
-            missing = [name for name in self.files if name not in remote.whole]
+            self.meter.at(sum(self.sizes[name] for name in remote.complete))
+            missing = [name for name in self.files if name not in remote.complete]
             if not missing:
                 return
             self._validate_space(remote, missing)
@@ -196,10 +196,10 @@ class _Push:
         right = {name for name in full if hashes.get(name) == self.files[owner[name]].sha256}
         wrong = {n for n in there if n not in right and there[n] >= self.sizes[owner[n]]}
         self._finalise_parts(right, wrong)
-        whole = {owner[name] for name in right}
+        complete = {owner[name] for name in right}
         return _RemoteFiles(
-            whole,
-            {owner[name] for name in wrong} - whole,
+            complete,
+            {owner[name] for name in wrong} - complete,
             {self.part_of[n]: there[n] for n in there if n in self.part_of and n not in wrong},
             free_blocks * block_bytes,
         )
@@ -341,15 +341,15 @@ class _Pull:
         asked = self.box.run(f"stat -c %s {quoted(self.remote)}")
         if asked.exit_code:
             raise BoxError(f"the box has no {self.remote}")
-        said = asked.stdout.strip()
-        if not re.fullmatch(r"[0-9]{1,18}", said):
-            raise BoxError(f"the box says that {self.remote} has {said[:40]!r} bytes")
-        if int(said) > max_bytes:
+        size = asked.stdout.strip()
+        if not re.fullmatch(r"[0-9]{1,18}", size):
+            raise BoxError(f"the box says that {self.remote} has {size[:40]!r} bytes")
+        if int(size) > max_bytes:
             raise BoxError(
-                f"{self.remote} has {int(said):,} bytes, and this job can have made no more than "
+                f"{self.remote} has {int(size):,} bytes, and this job can have made no more than "
                 f"{max_bytes:,}: it is left there"
             )
-        return int(said)
+        return int(size)
 
     def _receive(self, data: bytes) -> None:
         if self.part.size + len(data) > self.meter.total:

@@ -254,10 +254,10 @@ def _converted(
                 "mlp.dense_h_to_4h.weight",
             )
         }
-    if odd := sorted(wanted ^ names):
-        word = "has no" if odd[0] in wanted else "has a tensor that ChatGLM2 has not:"
+    if differing := sorted(wanted ^ names):
+        word = "has no" if differing[0] in wanted else "has a tensor that ChatGLM2 has not:"
         raise InvalidCheckpoint(
-            f"the checkpoint {word} {odd[0]} ({len(odd)} differ)", "download it again"
+            f"the checkpoint {word} {differing[0]} ({len(differing)} differ)", "download it again"
         )
     order = row_order(config["head_dim"])
     query = config["num_attention_heads"] * config["head_dim"]
