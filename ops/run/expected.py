@@ -13,7 +13,7 @@ ADAPTER = "adapter.zip"
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedResult:
     """What the job asked for; a None is not compared."""
 
     base_model: str
@@ -28,7 +28,7 @@ class Expected:
     wire: int = WIRE
 
     @classmethod
-    def of(cls, job: Mapping[str, Any]) -> Expected:
+    def of(cls, job: Mapping[str, Any]) -> ExpectedResult:
         """From a wire job (trainer.wire.job.Job, dumped)."""
         lora, named = job["lora"], job["lora"]["target_modules"]
         return cls(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ops.run.expected import CONFIG, WEIGHTS, Expected, validate
+from ops.run.expected import CONFIG, WEIGHTS, ExpectedResult, validate
 from trainer.families import EXPERT_PARTS
 from trainer.wire.tensors import Tensor
 
@@ -17,7 +17,7 @@ _PART = re.compile(
 
 
 def validate_lora(
-    found: Mapping[str, Tensor], json_files: Mapping[str, Any], expect: Expected
+    found: Mapping[str, Tensor], json_files: Mapping[str, Any], expect: ExpectedResult
 ) -> None:
     """The tensors are the LoRA that the job asked for: PEFT's names, lora_A and lora_B of each
     module, the rank, and at least one module that was trained."""
@@ -54,7 +54,7 @@ def validate_lora(
 
 
 def _validate_targets(
-    found: Mapping[str, Tensor], config: Mapping[str, Any], expect: Expected
+    found: Mapping[str, Tensor], config: Mapping[str, Any], expect: ExpectedResult
 ) -> None:
     """Every tensor belongs to a target module or to modules_to_save, and every target has
     tensors."""

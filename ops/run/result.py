@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ops.errors import AdapterError
-from ops.run.expected import ADAPTER, CONFIG, Expected, Invalid, validate
+from ops.run.expected import ADAPTER, CONFIG, ExpectedResult, Invalid, validate
 from ops.run.lora_result import validate_lora
 from trainer.wire import tensors
 from trainer.wire.tensors import Tensor
@@ -59,7 +59,7 @@ class Verified:
     final_loss: float = math.nan
 
 
-def verify(path: Path, manifest: Mapping[str, Any], expect: Expected) -> Verified:
+def verify(path: Path, manifest: Mapping[str, Any], expect: ExpectedResult) -> Verified:
     """Read every byte of the archive and compare it with its manifest and with `expect`. Raises
     AdapterError that names the file or tensor and what is wrong with it."""
     try:
@@ -119,7 +119,7 @@ def as_wire_2(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**manifest, "members": manifest["files"], "files": {ADAPTER: archive}}
 
 
-def _validate_manifest(manifest: Mapping[str, Any], expect: Expected) -> None:
+def _validate_manifest(manifest: Mapping[str, Any], expect: ExpectedResult) -> None:
     validate(isinstance(manifest, Mapping), "manifest.json is not an object")
     wire = manifest["wire"]
     validate(

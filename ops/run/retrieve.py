@@ -18,7 +18,7 @@ from ops.box.connection import Box
 from ops.errors import AdapterError, BoxError, HostKeyChanged, Lost
 from ops.market.cost import Workload
 from ops.run import sandbox
-from ops.run.expected import ADAPTER, Expected
+from ops.run.expected import ADAPTER, ExpectedResult
 from ops.run.sandbox import Inspected
 from ops.run.session import Session
 from trainer.wire import events
@@ -76,7 +76,7 @@ def fetch(session: Session, box: Box, staging: Path) -> Inspected:
         raise AdapterError(f"the result cannot be fetched whole: {e}") from e
     if (staging / PICTURE).is_file() and not _is_png(staging / PICTURE):
         (staging / PICTURE).unlink()
-    return sandbox.verify(manifest, staging / ADAPTER, Expected.of(session.plan.wire_job))
+    return sandbox.verify(manifest, staging / ADAPTER, ExpectedResult.of(session.plan.wire_job))
 
 
 def _is_png(path: Path) -> bool:

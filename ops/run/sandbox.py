@@ -18,7 +18,7 @@ from typing import Any
 
 from ops.errors import AdapterError
 from ops.run import result
-from ops.run.expected import ADAPTER, Expected
+from ops.run.expected import ADAPTER, ExpectedResult
 from ops.run.result import Verified
 from trainer.wire import tensors
 from trainer.wire.page import thinned
@@ -45,7 +45,7 @@ def listing(manifest: Path, names: tuple[str, ...]) -> dict[str, tuple[str, int]
     return {name: (str(sha256), int(size)) for name, (sha256, size) in answer["files"].items()}
 
 
-def verify(manifest: Path, archive: Path, expect: Expected) -> Inspected:
+def verify(manifest: Path, archive: Path, expect: ExpectedResult) -> Inspected:
     """`ops.run.result.verify` of the files, within limits. Raises AdapterError."""
     request = {"manifest": str(manifest), "archive": str(archive), "expect": asdict(expect)}
     seconds = START_S + archive.stat().st_size / BYTES_S
@@ -119,7 +119,9 @@ def _listed(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str
 def _verified(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     expect = request["expect"]
     pairs = ("data_sha256", "target_modules")
-    expect = Expected(**expect | {k: tuple(expect[k]) for k in pairs if expect[k] is not None})
+    expect = ExpectedResult(
+        **expect | {k: tuple(expect[k]) for k in pairs if expect[k] is not None}
+    )
     verified = result.verify(Path(request["archive"]), manifest, expect)
     facts = {k: manifest[k] for k in REPORTED if k in manifest}
     facts["curve"] = thinned(manifest.get("curve"))

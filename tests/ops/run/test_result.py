@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from ops.errors import AdapterError
-from ops.run.expected import CONFIG, WEIGHTS, Expected
+from ops.run.expected import CONFIG, WEIGHTS, ExpectedResult
 from ops.run.result import verify
 
 BASE = "practice/tiny-llama"
@@ -43,7 +43,7 @@ class Adapter:
     """An adapter in parts, so that a test can spoil one of them and put it together again."""
 
     members: dict[str, bytes]
-    expect: Expected
+    expect: ExpectedResult
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def header(self) -> tuple[dict[str, Any], bytes]:
@@ -143,7 +143,8 @@ def of_folder(variant: str, folder: Path) -> Adapter:
     targets = VARIANTS[variant].get("target_modules", ["q_proj", "v_proj"])
     named = tuple(targets) if isinstance(targets, list) else None
     return Adapter(
-        members, Expected(BASE, 4, DATA, "lora", 8, named, config["use_dora"], config["use_rslora"])
+        members,
+        ExpectedResult(BASE, 4, DATA, "lora", 8, named, config["use_dora"], config["use_rslora"]),
     )
 
 
@@ -209,8 +210,8 @@ def test_expectations_come_from_the_wire_job():
         lora=lora,
         training=Training(),
     )
-    wanted = Expected(BASE, 4, DATA, "lora", 8, ("q_proj", "v_proj"), False, False, "default")
-    assert Expected.of(job.model_dump(mode="json")) == wanted
+    wanted = ExpectedResult(BASE, 4, DATA, "lora", 8, ("q_proj", "v_proj"), False, False, "default")
+    assert ExpectedResult.of(job.model_dump(mode="json")) == wanted
 
 
 def test_a_fully_trained_model_passes_without_an_adapter_config(adapter, tmp_path):

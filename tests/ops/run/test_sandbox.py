@@ -15,10 +15,10 @@ import pytest
 import rig
 from ops.errors import AdapterError
 from ops.run import sandbox
-from ops.run.expected import Expected
+from ops.run.expected import ExpectedResult
 
 DATA = "a" * 64
-EXPECT = Expected("stub", 4, (DATA,), lora_alpha=8, target_modules=("q_proj",))
+EXPECT = ExpectedResult("stub", 4, (DATA,), lora_alpha=8, target_modules=("q_proj",))
 
 
 @pytest.fixture
