@@ -234,7 +234,11 @@ def live(case: Case, place: Place) -> Ended:
     watchers = [forked(lambda: milktea.attach(place.run) and None, place)]
     owner = forked(lambda: own_it(place), place)
     until_it_ends(place, owner, watchers, deaths, found)
-    for pause_s in case.pauses_s:
+    for attempt in range(4 * RESUMES):
+        silent = found.said.startswith("NoAnswer")  # vast.ai's: it is asked again, as it says
+        if attempt >= RESUMES and not silent:
+            break
+        pause_s = case.pauses_s[attempt] if attempt < RESUMES else LEASE_S / 4
         lines = journal.read(place.run.folder)
         if journal.last(lines, "pulled") and not may_have_box(lines):
             break
