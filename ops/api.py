@@ -83,11 +83,13 @@ __all__ = [
     "Vast",
     "attach",
     "check_adapter",
+    "combine_adapters",
     "dearest_silence",
     "destroy",
     "evaluate",
     "events",
     "export",
+    "export_adapter",
     "find_result",
     "find_run",
     "finish_destroys",
@@ -653,6 +655,35 @@ def check_adapter(result: Found | str | Path) -> list[dict[str, Any]]:
     PreflightError for what is no adapter."""
     verdicts: list[dict[str, Any]] = words.tell(words.check(_result(result)))["loads_in"]
     return verdicts
+
+
+def export_adapter(
+    result: Found | str | Path,
+    target: Literal["vllm", "sglang", "llama.cpp", "ollama", "hf"],
+    *,
+    name: str = "tuned",
+    gguf_type: Literal["f16", "q8_0"] = "f16",
+    merged: bool = False,
+    repo: str = "",
+    public: bool = False,
+    to: Path | None = None,
+) -> dict[str, Any]:
+    """The result as another program takes it, in the new folder `to` (for-TARGET beside the
+    adapter): "folder", "commands" to type, "notes". `repo` uploads to the hub by the token in
+    HF_TOKEN. Raises PreflightError where it is refused."""
+    options = [f"--name={name}", f"--type={gguf_type}", f"--repo={repo}"]
+    options += [f"--{word}" for word, on in (("merged", merged), ("public", public)) if on]
+    return words.tell(words.export(_result(result), target, to, options))
+
+
+def combine_adapters(
+    weights: Mapping[str | Path, float], to: Path, *, rank: int | None = None
+) -> dict[str, Any]:
+    """The weighted sum of adapters (as `find_result` names them) of one base, in the new archive
+    (.zip) or folder `to`; cut to `rank` where it is given. Returns "rank", "modules", "lost" (of
+    each module, as a share) and "notes". Raises PreflightError where it is refused."""
+    parts = [(find_result(named), weight) for named, weight in weights.items()]
+    return words.tell(words.combine(parts, to, rank))
 
 
 def _result(named: Found | str | Path) -> Found:

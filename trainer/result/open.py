@@ -78,6 +78,12 @@ def open_words(adapter: Path, base: Path) -> Prepared:
             f"{adapter.name}/ has no template.json: give the folder that adapter.zip was "
             "unpacked to"
         )
+    config = adapter / "adapter_config.json"
+    if config.is_file() and json.loads(config.read_bytes()).get("task_type") == "SEQ_CLS":
+        raise ModelError(
+            "this is a reward model: it scores conversations and answers nothing; its card says "
+            "how to ask it"
+        )
     saved = json.loads((adapter / "template.json").read_text(encoding="utf-8"))
     vocabulary = open_vocabulary(base)
     template = (

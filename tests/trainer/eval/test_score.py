@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trainer.data.prepare import InvalidJob
 from trainer.eval import choices, likelihood, score, table
+from trainer.model.load import ModelError
 from trainer.result.open import Chat, load_model, open_words, rows_in
 from trainer.train import run_job
 
@@ -192,6 +193,14 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(
     ):
         assert score.main(words) == 3
         assert why in capsys.readouterr().err
+
+
+def test_a_reward_model_is_not_asked_questions(result: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = result
+    (tmp_path / "template.json").write_bytes((adapter / "template.json").read_bytes())
+    (tmp_path / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    with pytest.raises(ModelError, match="this is a reward model"):
+        open_words(tmp_path, base)
 
 
 @pytest.mark.slow
