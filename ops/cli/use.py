@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 adapter_app = typer.Typer(
     no_args_is_help=True,
-    help="Adapters: which programs load one, and how",
+    help="Adapters: check what loads one, export, combine",
     rich_markup_mode=None,
 )
 
