@@ -28,6 +28,7 @@ from trainer.wire.job import (
     Training,
     TrainOn,
     looks_defect,
+    optim_defect,
     start_defect,
 )
 from trainer.wire.stages import (
@@ -279,6 +280,8 @@ class JobFile(Strict, Sections):
         if defect := start_defect(self.start is not None, self.training, self.lora):
             raise ValueError(defect)
         if defect := looks_defect(self.stage, self.training, self.offer.num_gpus):
+            raise ValueError(defect)
+        if defect := optim_defect(self.training, self.offer.num_gpus):
             raise ValueError(defect)
         if self.data.held_out == "none" and (asked := self.training.asks_for_the_best):
             raise ValueError(f'training.{asked}: data.held_out = "none" leaves nothing to look at')

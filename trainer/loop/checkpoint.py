@@ -31,6 +31,11 @@ from trainer.wire.job import Job
 
 # safetensors; a name that torch.distributed.checkpoint does not take for its own
 STAGE_FILE = "stage.tensors"
+# of an optimizer's state for a parameter: AdamW's, Muon's, bitsandbytes'
+KEPT = (
+    *("step", "exp_avg", "exp_avg_sq", "momentum_buffer"),
+    *("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"),
+)
 KEEP = 2  # the newest whole one, and the one before it while the newest travels home
 
 
@@ -99,12 +104,13 @@ def restore(
     for name, parameter in named.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter/{name}"])
-        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{k}/{name}" in tensors]
-        for key in keys:
+        for key in (key for key in KEPT if f"optimizer/{key}/{name}" in tensors):
             value = tensors[f"optimizer/{key}/{name}"]
-            optimizer.state[parameter][key] = (
-                value if key == "step" and not fused(optimizer) else value.to(parameter.device)
-            )
+            if key == "step" and f"optimizer/state1/{name}" in tensors:
+                optimizer.state[parameter][key] = int(value)  # as bitsandbytes counts
+            else:
+                stays = key == "step" and not fused(optimizer)
+                optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
     return state
 
 
@@ -154,7 +160,7 @@ def validate_complete(
 
 
 def fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.param_groups[0].get("fused"))
+    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def write(root: Path, tensors: dict[str, torch.Tensor], state: State) -> tuple[Path, str]:

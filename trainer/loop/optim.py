@@ -3,11 +3,13 @@ step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.loop.muon import Muon
 from trainer.wire.job import Training
 
 LOSS, WISHES = 0, 1  # slots behind the gradients that are summed over ranks with them
@@ -47,25 +49,48 @@ class Gradients:
         return norm
 
 
-def adamw(
-    groups: Iterable[Iterable[nn.Parameter]], training: Training, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW over `groups` of parameters, each of which has a learning rate of its own. Vectors
-    (norms, biases) do not decay, as with transformers. `set_rates` takes the groups' rates."""
-    made, decay = [], training.weight_decay
+def optimizer_of(
+    groups: Iterable[Iterable[nn.Parameter]],
+    training: Training,
+    device: torch.device,
+    tables: Collection[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
+    """What training.optim says, over `groups` of parameters, each of which has a learning rate of
+    its own; `set_rates` takes the groups' rates. Vectors (norms, biases) do not decay, as with
+    transformers. Muon moves matrices, but for `tables` (the embedding and the head), AdamW the
+    rest."""
+    made, matrices, decay = list[dict[str, Any]](), list[dict[str, Any]](), training.weight_decay
+    apart = {id(p) for p in tables}
     for number, parameters in enumerate(groups):
         held = list(parameters)
+        if training.optim == "muon":
+            inner = [p for p in held if p.ndim == 2 and id(p) not in apart]
+            matrices.append({"params": inner, "weight_decay": decay, "rate": number})
+            held = [p for p in held if p.ndim != 2 or id(p) in apart]
         parts = [(decay, held)]
         if decay:
             parts = [(decay, [p for p in held if p.ndim > 1])]
             parts += [(0.0, [p for p in held if p.ndim <= 1])]
         made += [{"params": p, "weight_decay": d, "rate": number} for d, p in parts if p]
-    betas, epsilon = (training.adam_beta1, training.adam_beta2), training.adam_epsilon
+    rate, betas = training.learning_rate, (training.adam_beta1, training.adam_beta2)
+    if training.optim == "adamw_8bit":
+        return _adamw_8bit(made, training)
     fused = device.type == "cuda"
-    return torch.optim.AdamW(made, training.learning_rate, betas, epsilon, 0.0, fused=fused)
+    plain = torch.optim.AdamW(made, rate, betas, training.adam_epsilon, 0.0, fused=fused)
+    return Muon(matrices, plain, rate) if matrices else plain
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], training: Training) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW, whose moments take a byte each; of tensors below 4096 numbers, four."""
+    import bitsandbytes
+
+    kind: Any = vars(bitsandbytes.optim)["AdamW8bit"]
+    betas, epsilon = (training.adam_beta1, training.adam_beta2), training.adam_epsilon
+    made: torch.optim.Optimizer = kind(groups, training.learning_rate, betas, epsilon, 0.0)
+    return made
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
-    """One for each group that `adamw` was given."""
+    """One for each group that `optimizer_of` was given."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["rate"]]

@@ -18,11 +18,12 @@ from trainer.data import batch
 from trainer.loop import checkpoint
 from trainer.loop.guards import Stopped, TrainingMonitor
 from trainer.loop.held_out import HeldOut
-from trainer.loop.optim import EXTRA, LOSS, WISHES, adamw, set_rates
+from trainer.loop.optim import EXTRA, LOSS, WISHES, optimizer_of, set_rates
 from trainer.loop.progress import Launched, Progress, Reading
 from trainer.loop.ranks import Gone, Ranks
 from trainer.loop.reporter import Reporter
 from trainer.loop.stage import Stage
+from trainer.model.load import ends
 from trainer.wire import events
 from trainer.wire.job import Job
 
@@ -38,7 +39,8 @@ class Loop:
         self.named = stage.trained()
         self.gradients = ranks.gradients(self.named.values(), EXTRA + len(stage.metrics))
         groups = [[self.named[name] for name in names] for names in stage.groups()]
-        self.optimizer = adamw(groups, job.training, ranks.device)
+        tables = [p for layer in ends(stage.model) for p in layer.parameters()]
+        self.optimizer = optimizer_of(groups, job.training, ranks.device, tables)
         mixed = job.training.method != "lora" and job.model.precision != "fp32"
         device = ranks.device.type
         self.precise = torch.autocast(device, torch.bfloat16) if mixed else nullcontext()

@@ -537,6 +537,13 @@ def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return loss
 
 
+def ends(model: nn.Module) -> list[nn.Module]:
+    """The embedding, and the layer that makes logits, as far as the model has them."""
+    inner: Any = causal(model)
+    found = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    return [layer for layer in found if layer is not None]
+
+
 def _head(inner: Any) -> Any:
     """The layer that makes logits; the trained one, where it is trained whole beside an adapter."""
     head = inner.get_output_embeddings()

@@ -30,6 +30,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp8", "nf4", "int8"]
 Method = Literal["lora", "full", "freeze"]
 Schedule = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
+Optim = Literal["adamw", "adamw_8bit", "muon"]
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
 OverLength = Literal["refuse", "drop", "truncate"]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
@@ -118,6 +119,7 @@ class Training(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None  # instead of the ratio
     min_lr_rate: Fraction = 0.0  # of the peak, at the end
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2  # of the steps, warmup_stable_decay
+    optim: Optim = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
@@ -271,6 +273,7 @@ class Job(Strict, Sections):
             method_defect(self.stage, self.training.method),
             section_defect(self.stage, self),
             looks_defect(self.stage, self.training, self.processes),
+            optim_defect(self.training, self.processes),
         )
         if any(defects):
             raise ValueError("; ".join(filter(None, defects)))
@@ -297,6 +300,21 @@ class Job(Strict, Sections):
                 "image of the same release"
             )
         return self
+
+
+def optim_defect(training: Training, processes: int) -> str:
+    """Why training.optim must not be what it is; empty where it may."""
+    if training.optim == "muon" and training.method == "lora":
+        return (
+            'training.optim = "muon" moves whole matrices: it needs training.method = "full" or '
+            '"freeze", an adapter is trained by "adamw"'
+        )
+    if training.optim != "adamw" and training.method == "full" and processes > 1:
+        return (
+            f'training.optim = "{training.optim}" needs each matrix in one piece, which several '
+            'GPUs with training.method = "full" do not hold: take one GPU, or "adamw"'
+        )
+    return ""
 
 
 def looks_defect(stage: StageName, training: Training, processes: int) -> str:

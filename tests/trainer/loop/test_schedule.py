@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from trainer.loop.optim import adamw, set_rates
+from trainer.loop.optim import optimizer_of, set_rates
 from trainer.loop.schedule import learning_rate
 from trainer.wire.job import Training
 
@@ -73,7 +73,7 @@ def test_matrices_decay_vectors_do_not_and_groups_keep_their_rates() -> None:
         torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (3, 2))
     )
     told = settings(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
-    optimizer = adamw([[matrix, vector], [other]], told, torch.device("cpu"))
+    optimizer = optimizer_of([[matrix, vector], [other]], told, torch.device("cpu"))
     set_rates(optimizer, [0.5, 0.25])
     for p in (matrix, vector, other):
         p.grad = torch.zeros_like(p)

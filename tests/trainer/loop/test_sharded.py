@@ -25,7 +25,7 @@ from tiny import adapter_sha256, events_of, manifest_of, rows, write_model
 from trainer import memory
 from trainer.loop import checkpoint
 from trainer.loop.guards import Stopped
-from trainer.loop.optim import EXTRA, adamw
+from trainer.loop.optim import EXTRA, optimizer_of
 from trainer.loop.ranks import Ranks, StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.loop.sharded import Shards
@@ -162,7 +162,7 @@ class Trio:
         self.ranks.place(self.model)
         self.named = dict(self.model.named_parameters())
         self.gradients = self.ranks.gradients(self.named.values(), EXTRA)
-        self.optimizer = adamw([list(self.named.values())], job.training, device)
+        self.optimizer = optimizer_of([list(self.named.values())], job.training, device)
 
     def step(self, micro: dict[str, Any]) -> tuple[float, float]:
         self.gradients.zero()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trainer.kernels.patch import accelerate_model
-from trainer.loop.optim import Gradients, adamw
+from trainer.loop.optim import Gradients, optimizer_of
 from trainer.model.dropout import TokenKeys
 from trainer.model.load import ModelError, causal, load
 from trainer.model.roles import Roles, continue_from, stack_on
@@ -91,7 +91,7 @@ def test_a_stacked_adapter_keeps_the_first_as_it_is_and_loads_in_stock_peft(
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in trained.items()}
     gradients = Gradients(trained.values())
-    optimizer = adamw([list(trained.values())], told.training, HOST)
+    optimizer = optimizer_of([list(trained.values())], told.training, HOST)
     for _ in range(3):
         gradients.zero()
         causal(model)(input_ids=IDS, labels=IDS).loss.backward()
