@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny import manifest_of
 
 from trainer.loop import checkpoint
 from trainer.loop.optim import optimizer_of, set_rates
+from trainer.train import run_job
 from trainer.wire.job import Job, Training
 
 Make = Callable[..., Path]
@@ -111,3 +113,14 @@ def test_what_an_optimizer_cannot_move_is_refused_by_name(run_folder: Make) -> N
         changed = {"training": {"optim": optim, "method": method}, "processes": processes}
         with pytest.raises(ValidationError, match=r"training\.optim"):
             Job.model_validate(told | changed)
+
+
+@pytest.mark.parametrize(
+    ("optim", "method"), [("muon", "freeze"), pytest.param("adamw_8bit", "lora")]
+)
+def test_a_run_learns_by_it(run_folder: Make, optim: str, method: str) -> None:
+    told = {"optim": optim, "method": method, "max_steps": 6, "learning_rate": 1e-2}
+    job = run_folder(training=told)
+    assert run_job(job) == 0
+    losses = [loss for _, loss in manifest_of(job)["curve"]]
+    assert losses[-1] < losses[0] - 0.1
