@@ -79,6 +79,32 @@ def test_a_good_job_becomes_a_plan_with_its_tokens_counted_and_its_files_named(
     assert [f.name for f in (tmp_path / "runs" / plan.run_id).iterdir()] == []
 
 
+def test_rows_are_held_out_by_themselves_and_the_plan_counts_them(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    many = [{"instruction": f"say {n}", "input": "", "output": f"it is {n}"} for n in range(400)]
+    (tmp_path / "rows.json").write_text(json.dumps(many))
+    plan = planned(tmp_path, fake, job)
+    told = next(n for n in plan.notes if "are held out" in n)
+    held = int(told.split()[0])
+    assert told.startswith(f"{held} of 400 rows are held out, never trained on") and held > 1
+    assert any(n.startswith(f"{400 - held} rows, ") for n in plan.notes)
+    assert any(n.startswith("the held-out rows are measured every") for n in plan.notes)
+    assert plan.wire_job["data"]["held_out_share"] == 0.02
+    off = planned(tmp_path, fake, job | {"data": job["data"] | {"held_out": "none"}})
+    assert not any("held out" in n or "held-out" in n for n in off.notes)
+    assert any(n.startswith("400 rows, ") for n in off.notes)
+    best = {"training": {"early_stopping_patience": 2}}
+    none = job | {"data": job["data"] | {"held_out": "none"}} | best
+    assert "nothing to look at" in str(refused_settings(tmp_path, none))
+
+
+def refused_settings(tmp_path: Path, raw: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(raw, tmp_path / "job.toml")
+    return caught.value
+
+
 def test_a_dataset_info_alone_brings_the_files_that_it_names(
     tmp_path: Path, fake: FakeVast, job: dict[str, Any]
 ) -> None:
