@@ -133,7 +133,7 @@ def _for_llama_cpp(
     file, notes = f"{asked.name}-{asked.kind}.gguf", list[str]()
     words = open_words(adapter, base)
     made = _modelfile(file, words) if asked.target == "ollama" else ""
-    model = part / "model"
+    model = part / asked.name  # a GGUF is named by its folder
     model.mkdir()
     _model(adapter, base, model, "fp16", tell)
     written = gguf_file.write(model, part / file, asked.kind, tell)
