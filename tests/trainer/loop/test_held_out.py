@@ -164,6 +164,8 @@ def test_a_run_looks_at_its_held_out_rows_as_transformers_sees_them(run_folder: 
         seen[0][1],
         seen[-1][1],
     ]
+    report = (job.parent / "result" / "report.html").read_text()
+    assert "held-out loss" in report and "blue: of held-out rows" in report
 
 
 def as_transformers(folder: Path, held: Any) -> tuple[float, float]:
