@@ -323,7 +323,9 @@ def _model_config(job: JobFile, notes: list[str]) -> dict[str, Any]:
             base, _, revision = job.model.base.partition("@")
             path = Path(hf_hub_download(base, "config.json", revision=revision or None))
         config = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as e:
+        if not isinstance(config, dict):
+            raise ValueError("config.json is no object")
+    except (ValueError, OSError, RecursionError) as e:
         if entry is not None:
             source = entry.source_of("hidden")
             notes.append(f"{entry.id} is known from the catalogue ({source.what}, {source.read})")

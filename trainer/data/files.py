@@ -31,7 +31,7 @@ from trainer.data.scan import Broken
 
 SAMPLED_ROWS = 20  # rows sampled to detect the format
 MAX_DEFECTS = 10_000  # of one file; reading it ends there
-MAX_ROW_DEFECTS = 50  # of one row that are told: each is looked for in the row's text
+MAX_ROW_DEFECTS = 20  # of one row that are told: each is looked for in the row's text
 
 
 @dataclass(frozen=True, order=True)

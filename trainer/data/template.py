@@ -130,7 +130,7 @@ def parse(name: str, text: str) -> Template:
     """A template file's text, in any of the forms above."""
     if text.lstrip().startswith("{") and '"prompt_input"' in text:
         return _from_alpaca_lora(name, text)
-    if re.search(r"^\s*(user|with_input)\s*=", text, re.M):
+    if re.search(r"^[ \t]*(user|with_input)[ \t]*=", text, re.M):
         return _from_toml(name, text)
     return _from_text(name, text, text, text)
 

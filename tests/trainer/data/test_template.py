@@ -257,6 +257,7 @@ MALFORMED = {
     "too many digits": ("user = " + "9" * 5000, "mend the TOML"),
     "input beside the instruction": ("Q: {instruction} {input}\nA: {output}", "a blank line"),
     "the answer first": ("{output}\n\n{instruction}", "before {output}"),
+    "endless empty lines": ("\n" * 200_000, "no {instruction}"),
 }
 
 
