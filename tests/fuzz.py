@@ -60,6 +60,7 @@ from ops.market.cost import Workload  # noqa: E402
 from ops.market.ranking import Needs, rank  # noqa: E402
 from ops.plain import plain  # noqa: E402
 from ops.run import follow, journal, place, result, retrieve, sandbox, wishes  # noqa: E402
+from ops.run.expected import ExpectedResult  # noqa: E402
 from trainer.data import files, template  # noqa: E402
 from trainer.data.files import Reading  # noqa: E402
 from trainer.data.stage_rows import READERS, conversations  # noqa: E402
@@ -499,7 +500,7 @@ JOB: dict[str, Any] = Job.model_validate_json((GOLDEN / "job.json").read_bytes()
 MANIFEST: dict[str, Any] = {}  # of the rig's adapter, with its archive and members
 ARCHIVE = b""
 MEMBERS: dict[str, bytes] = {}
-EXPECT = result.Expected("stub", 4, ("0" * 64,), lora_alpha=8, target_modules=("q_proj",))
+EXPECT = ExpectedResult("stub", 4, ("0" * 64,), lora_alpha=8, target_modules=("q_proj",))
 
 
 def make_adapter() -> None:

@@ -1,0 +1,40 @@
+"""The mutants: what is planted, and that what they name is there."""
+
+from __future__ import annotations
+
+import ast
+
+import mutants
+import pytest
+
+SOURCE = """
+def f(a: int = 3) -> bool:
+    if not a < 5 and a + 1 in (2, 7):
+        raise ValueError(f"{a} is 9")
+    return True
+"""
+
+
+@pytest.mark.parametrize("module", mutants.TESTS)
+def test_every_module_and_test_that_is_named_is_there(module: str) -> None:
+    assert (mutants.ROOT / (module.replace(".", "/") + ".py")).is_file()
+    assert all((mutants.ROOT / test).is_file() for test in mutants.TESTS[module])
+
+
+def test_each_fault_changes_one_thing_and_no_message() -> None:
+    made = {ast.unparse(mutants.planted(SOURCE, fault)) for fault in mutants.faults(SOURCE)}
+    text = ast.unparse(ast.parse(SOURCE))
+    assert text not in made and len(made) == len(mutants.faults(SOURCE))
+    for old, new in (
+        ("not a < 5", "a < 5"),
+        ("a < 5", "a <= 5"),
+        (" and ", " or "),
+        ("a + 1", "a - 1"),
+        ("a + 1", "a + 2"),
+        (" in (", " not in ("),
+        ("int=3", "int=4"),
+        ("(2, 7)", "(2, 8)"),
+        ("True", "False"),
+    ):
+        assert text.replace(old, new) in made, new
+    assert not any("is 10" in other or "is 18" in other for other in made)
