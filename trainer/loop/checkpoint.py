@@ -51,8 +51,8 @@ class State:
     step: int = 0
     fingerprint: str = ""
     curve: list[list[float]] = field(default_factory=list)
-    looks: list[list[float]] = field(default_factory=list)
     stage: dict[str, torch.Tensor] = field(default_factory=dict)
+    looks: list[list[float]] = field(default_factory=list)
 
     @property
     def best_step(self) -> int | None:
@@ -64,7 +64,7 @@ class State:
         """As it is now, in host memory."""
         tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in self.stage.items()}
         curve, looks = [list(p) for p in self.curve], [list(p) for p in self.looks]
-        return State(self.step, self.fingerprint, curve, looks, tensors)
+        return State(self.step, self.fingerprint, curve, tensors, looks)
 
 
 def fingerprint_of(job: Job) -> str:
