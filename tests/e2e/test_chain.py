@@ -15,7 +15,7 @@ import torch
 
 from ops.job import config
 from ops.job.planner import make_plan
-from ops.run.expected import Expected
+from ops.run.expected import ExpectedResult
 from ops.run.result import verify
 from trainer.launch import prepare_inputs, read_job
 from trainer.train import run_job
@@ -49,7 +49,7 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         prepare_inputs(read_job(box / "job.json"), box)
         assert run_job(box / "job.json") == 0
         manifest: dict[str, Any] = json.loads((box / "result/manifest.json").read_text())
-        verify(box / "result/adapter.zip", manifest, Expected.of(plan.wire_job))
+        verify(box / "result/adapter.zip", manifest, ExpectedResult.of(plan.wire_job))
         home = tmp_path / "out" / name
         home.mkdir(parents=True)
         shutil.copyfile(box / "result/adapter.zip", home / "adapter.zip")

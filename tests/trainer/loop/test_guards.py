@@ -62,13 +62,13 @@ def one_module_disconnected(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 
 def optimizer_of_other_parameters(make: Make, patch: Patch, tmp_path: Path) -> Path:
-    real = step.adamw
+    real = step.optimizer_of
 
     def of_copies(groups: list[list[Any]], *more: Any) -> torch.optim.Optimizer:
         copies = [[p.detach().clone().requires_grad_() for p in group] for group in groups]
         return real(copies, *more)
 
-    patch.setattr(step, "adamw", of_copies)
+    patch.setattr(step, "optimizer_of", of_copies)
     return make(**LONG)
 
 
@@ -247,12 +247,10 @@ def test_a_stopped_run_tells_the_rows_that_it_saw_and_exits_with_four(
 def test_ranks_that_drift_apart_are_stopped(run_folder: Make, monkeypatch: Patch) -> None:
     import os
 
-    real = step.adamw
+    real = step.optimizer_of
 
-    def other_on_rank_one(
-        parameters: object, training: object, device: object
-    ) -> torch.optim.Optimizer:
-        optimizer = real(parameters, training, device)  # type: ignore[arg-type]
+    def other_on_rank_one(*given: Any) -> torch.optim.Optimizer:
+        optimizer = real(*given)
         if os.environ.get("RANK") == "1":
             step = optimizer.step
 
@@ -263,7 +261,7 @@ def test_ranks_that_drift_apart_are_stopped(run_folder: Make, monkeypatch: Patch
             optimizer.step = stumble  # type: ignore[method-assign]
         return optimizer
 
-    monkeypatch.setattr(step, "adamw", other_on_rank_one)
+    monkeypatch.setattr(step, "optimizer_of", other_on_rank_one)
     job = run_folder(**LONG)
     assert finish(start(job, 2)) == [4, 4]
     assert "different parameters" in events_of(job)[-1]["reason"]
