@@ -30,8 +30,10 @@ from typing import Any, Literal
 
 from ops.errors import Failed, JournalError, MilkteaError, PreflightError
 from ops.export.folder import Kind, export
+from ops.hardware.gpus import Gpu
 from ops.image import workflow as images
-from ops.job import config, planner
+from ops.job import cards, config, planner
+from ops.job.cards import KnownCard, KnownModel, Price
 from ops.job.config import JobFile
 from ops.job.plan import Plan
 from ops.job.preflight import preflight
@@ -39,6 +41,7 @@ from ops.market.client import Provider, Vast, provider_from
 from ops.market.models import Instance
 from ops.market.ranking import Ranking, rank
 from ops.run import explain, journal, rental, supervisor, wishes
+from ops.run import prices as price_list
 from ops.run import reap as reaping
 from ops.run.attach import Tail, raise_if_failed, watching
 from ops.run.choose import bad_machines, no_offer_error, search_offers
@@ -64,14 +67,18 @@ __all__ = [
     "Cost",
     "Event",
     "Found",
+    "Gpu",
     "Instance",
     "Interrupted",
     "JobFile",
     "Kind",
+    "KnownCard",
+    "KnownModel",
     "Line",
     "MilkteaError",
     "Plan",
     "Planned",
+    "Price",
     "Quiet",
     "Ranking",
     "Reaped",
@@ -93,11 +100,14 @@ __all__ = [
     "find_result",
     "find_run",
     "finish_destroys",
+    "gpus",
     "images",
     "load_job",
     "merge",
+    "models",
     "open_market",
     "plan",
+    "prices",
     "reap",
     "rent_and_train",
     "resume",
@@ -370,6 +380,34 @@ def load_job(job: Job) -> JobFile:
         results = {"folder": "out"} | dict(job.get("results", {}))
         return config.parse({**job, "results": results}, Path("job"))
     return config.load(Path(job))
+
+
+models = cards.models
+
+
+def prices(vast: Vast | None = None) -> dict[Gpu, Price]:
+    """What each known card costs now, as one GPU on demand. Raises MarketError."""
+    return price_list.now(vast or open_market())
+
+
+def gpus(
+    words: Sequence[str] = (),
+    *,
+    job: Job | None = None,
+    prices: Mapping[Gpu, Price] | None = None,
+) -> list[KnownCard]:
+    """The known cards in whose name each of `words` stands, with `prices` where given and, of a
+    job, whether each holds it. Raises ConfigError, and PreflightError where the job has a mistake
+    or no card holds it."""
+    needs, names = None, []
+    if job is not None:
+        parsed = load_job(job)
+        names = parsed.offer.gpu_name
+        free = parsed.offer.model_copy(update={"gpu_name": []})  # each card is judged by itself
+        parsed = parsed.model_copy(update={"offer": free})
+        with tempfile.TemporaryDirectory() as folder:
+            needs = planner.new_plan(parsed, Path(folder), time.time(), or_estimate=True).needs
+    return cards.cards(words, dict(prices or {}), needs, names)
 
 
 def plan(

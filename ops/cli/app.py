@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ops.cli import history, image, serve, use
+from ops.cli import history, image, serve, shelf, use
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
 from ops.errors import ConfigError
@@ -201,6 +201,8 @@ def destroy(run: Run, as_json: Json = False) -> None:
 
 for command in (history.status, history.logs, history.cost, history.explain):
     app.command()(command)
+app.command()(shelf.models)
+app.command()(shelf.gpus)
 app.command()(use.chat)
 app.command()(use.evaluate)
 app.command()(use.merge)
