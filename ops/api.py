@@ -57,9 +57,11 @@ from ops.run.session import (
     may_have_box,
 )
 from ops.use import found as results
+from ops.use import rows as data
 from ops.use import words
 from ops.use.found import Found
 from ops.wait import RealClock
+from trainer.data.files import Reading
 from trainer.wire import events
 from trainer.wire.events import Event, Sample, Score
 
@@ -81,6 +83,7 @@ __all__ = [
     "Price",
     "Quiet",
     "Ranking",
+    "Reading",
     "Reaped",
     "Run",
     "Sample",
@@ -91,6 +94,7 @@ __all__ = [
     "attach",
     "check_adapter",
     "combine_adapters",
+    "data",
     "dearest_silence",
     "destroy",
     "evaluate",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ops.cli import history, image, serve, shelf, use
+from ops.cli import data, history, image, serve, shelf, use
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
 from ops.errors import ConfigError
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(image.app, name="image")
 app.add_typer(use.adapter_app, name="adapter")
+app.add_typer(data.app, name="data")
 
 JobArgument = Annotated[Path, typer.Argument(help="The job file")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask")]

@@ -1,0 +1,233 @@
+"""`milktea data ...`: the user's rows before a job. `ops.api` is imported inside, as in app.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from ops.cli.errors import errors
+from ops.cli.history import Json
+from ops.errors import ConfigError
+from ops.plain import json_line, plain
+
+if TYPE_CHECKING:
+    from ops import api
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Rows: check, describe, sample, take out repeats, hold some out",
+    rich_markup_mode=None,
+)
+
+Files = Annotated[
+    list[Path], typer.Argument(help="Files, folders or patterns, as data.files of a job")
+]
+Format = Annotated[
+    str, typer.Option("--format", help="auto, alpaca, sharegpt, messages, prompt or text")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="What the files call a column: --column output=answer"),
+]
+DropBad = Annotated[bool, typer.Option("--drop-bad", help="Leave out rows that are not sound")]
+To = Annotated[
+    Path | None, typer.Option("--to", help="The file to write; beside the first without it")
+]
+Force = Annotated[bool, typer.Option("--force", help="Write over files that exist")]
+Near = Annotated[
+    float, typer.Option(help="Share of 5-grams that near duplicates have in common, 0.4 to 1")
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Equal rows only, no near ones")]
+Seed = Annotated[int, typer.Option(help="Of what is drawn")]
+FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt", "text")
+
+
+@app.command()
+def check(
+    files: Files, form: Format = "auto", column: Column = None, as_json: Json = False
+) -> None:
+    """Every defect with its place, and how often each occurs; exit code 3 where there is one."""
+    with errors(as_json):
+        from ops import api
+
+        found = api.data.check(files, _reading(form, column))
+        reasons = api.data.reasons(found)
+        if as_json:
+            for defect in found.defects:
+                print(json_line({"kind": "defect", **vars(defect)}))
+            row = {"kind": "checked", "rows": len(found.rows), "defects": len(found.defects)}
+            told = {name: {"kind": k, "rows": n, "format": f} for name, (k, n, f) in _files(found)}
+            print(json_line(row | {"reasons": reasons, "files": told, "notes": found.notes}))
+        else:
+            for defect in found.defects:
+                print(plain(str(defect)))
+            for reason, count in reasons.items():
+                print(plain(f"{count:>9,}  {reason}"))
+            _tell(found)
+        if found.defects or not found.rows:
+            raise typer.Exit(3)
+
+
+@app.command()
+def stats(
+    files: Files, form: Format = "auto", column: Column = None, as_json: Json = False
+) -> None:
+    """Rows, characters, tokens (told from characters), scripts, turns, repeats and the longest
+    rows, of the sound ones."""
+    with errors(as_json):
+        from ops import api
+
+        told, found = api.data.stats(files, _reading(form, column))
+        if as_json:
+            print(json_line({"kind": "stats", "defects": len(found.defects), **told.as_dict()}))
+            return
+        print(plain(str(told)))
+        _tell(found)
+
+
+@app.command()
+def dedupe(
+    files: Files,
+    near: Near = 0.7,
+    exact: Exact = False,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows of this file are repeats too: of a held-out file, for example"),
+    ] = None,
+    to: To = None,
+    force: Force = False,
+    form: Format = "auto",
+    column: Column = None,
+    drop_bad: DropBad = False,
+    as_json: Json = False,
+) -> None:
+    """Write the rows that repeat no earlier one, equally or nearly."""
+    with errors(as_json):
+        from ops import api
+
+        written = api.data.dedupe(
+            files,
+            _reading(form, column, drop_bad),
+            near=None if exact else near,
+            against=against or [],
+            to=to,
+            force=force,
+        )
+        _written(written, as_json)
+
+
+@app.command()
+def sample(
+    files: Files,
+    max_chars: Annotated[
+        int | None, typer.Option(min=1, help="Of all rows together at most")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many")] = None,
+    by: Annotated[
+        str, typer.Option(help="spread: over all lengths; cheapest: the shortest rows")
+    ] = "spread",
+    seed: Seed = 42,
+    to: To = None,
+    force: Force = False,
+    form: Format = "auto",
+    column: Column = None,
+    drop_bad: DropBad = False,
+    as_json: Json = False,
+) -> None:
+    """Write a part of the rows, of so many characters: what a translation is paid by."""
+    with errors(as_json):
+        from ops import api
+
+        if by not in ("cheapest", "spread"):
+            raise ConfigError(f"--by {by!r} is none", hint="spread or cheapest")
+        if max_chars is None and rows is None:
+            raise ConfigError("how much is not said", hint="--max-chars 500000, or --rows 5000")
+        written = api.data.sample(
+            files,
+            _reading(form, column, drop_bad),
+            max_characters=max_chars,
+            max_rows=rows,
+            by=cast("api.data.By", by),
+            seed=seed,
+            to=to,
+            force=force,
+        )
+        _written(written, as_json)
+
+
+@app.command()
+def split(
+    files: Files,
+    held_out: Annotated[
+        float, typer.Option(min=0, help="A share of the rows (0.02), or how many (200)")
+    ] = 0.02,
+    seed: Seed = 42,
+    near: Near = 0.7,
+    exact: Exact = False,
+    to: To = None,
+    held_to: Annotated[
+        Path | None, typer.Option("--held-to", help="The file of held-out rows")
+    ] = None,
+    force: Force = False,
+    form: Format = "auto",
+    column: Column = None,
+    drop_bad: DropBad = False,
+    as_json: Json = False,
+) -> None:
+    """Write rows to train on and rows to hold out; rows that repeat each other stay on one side."""
+    with errors(as_json):
+        from ops import api
+
+        written = api.data.split(
+            files,
+            _reading(form, column, drop_bad),
+            held_out=held_out,
+            seed=seed,
+            near=None if exact else near,
+            to=to,
+            held_to=held_to,
+            force=force,
+        )
+        _written(written, as_json)
+
+
+def _reading(form: str, columns: list[str] | None, drop_bad: bool = False) -> api.Reading:
+    from ops import api
+
+    if form not in FORMATS:
+        raise ConfigError(f"--format {form!r} is none", hint=f"one of {', '.join(FORMATS)}")
+    names = dict[str, str]()
+    for told in columns or []:
+        name, sign, there = told.partition("=")
+        if not (name and sign and there):
+            raise ConfigError(f"--column {told!r} is none", hint="--column output=answer")
+        names[name] = there
+    return api.Reading(form, names, bad_rows="drop" if drop_bad else "refuse")
+
+
+def _files(found: api.data.Found) -> list[tuple[str, tuple[str, int, str]]]:
+    return list(found.files.items())
+
+
+def _tell(found: api.data.Found) -> None:
+    for note in found.notes:
+        print(plain(note))
+    for name, (kind, rows, form) in _files(found):
+        layout = form if kind == "rows" else kind
+        print(plain(f"{name}: {rows:,} sound rows ({layout})"))
+    count = len(found.defects)
+    print(f"{len(found.rows):,} sound rows, {count:,} defect{'' if count == 1 else 's'}")
+
+
+def _written(written: api.data.Written, as_json: bool) -> None:
+    if as_json:
+        print(json_line({"kind": "written", **written.as_dict()}))
+        return
+    print(f"{written.rows:,} rows read")
+    for reason, count in written.removed.items():
+        print(plain(f"{count:>9,}  left out: {reason}"))
+    for path, count in written.files.items():
+        print(plain(f"{count:>9,}  in {path}"))
+    print(plain(f"report     {written.report}"))

@@ -1,0 +1,105 @@
+"""`milktea data ...` as it is typed: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ops.cli.app import app
+
+
+def said(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["data", *map(str, words)])
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    asks = "What is the meaning of the word number {} in the big dictionary of this language?"
+    told = [{"instruction": asks.format(n), "output": f"answer {n}", "id": n} for n in range(120)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([*told, told[5] | {"id": 999}], indent=1), "utf-8")
+    return path
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_check_names_the_place_of_a_defect_counts_it_and_exits_with_3(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    good = '{"instruction": "a", "output": "b"}\n'
+    path.write_text(good + '{"instruction": "a", "output": ""}\n' + good, "utf-8")
+    done = said("check", path)
+    assert done.exit_code == 3
+    assert f"{path}:2:" in done.output and "2 sound rows, 1 defect" in done.output
+    *defects, last = map(json.loads, said("check", path, "--json").stdout.splitlines())
+    assert [d["line"] for d in defects] == [2]
+    assert last["defects"] == 1 and last["reasons"] == {"is empty": 1}
+    assert said("stats", path).exit_code == 0
+    refused = said("dedupe", path)
+    assert refused.exit_code == 3 and "is empty" in refused.output
+    assert said("dedupe", path, "--drop-bad").exit_code == 0
+    report = json.loads((tmp_path / "bad.deduped.jsonl.report.json").read_text("utf-8"))
+    assert "1 rows left out" in report["notes"][0]
+
+
+def test_dedupe_writes_the_rows_as_they_were_and_says_what_went(rows: Path) -> None:
+    before = rows.read_bytes()
+    done = said("dedupe", rows, "--json")
+    told = json.loads(done.stdout)
+    assert told["removed"] == {"equal": 1}
+    assert lines(rows.with_name("rows.deduped.jsonl")) == json.loads(before)[:-1]
+    [gone] = json.loads(Path(told["report"]).read_text("utf-8"))["removed"]
+    assert gone["reason"] == "equal" and gone["of"].startswith(f"{rows}:")
+    assert rows.read_bytes() == before
+
+
+def test_nothing_is_overwritten_without_force(rows: Path) -> None:
+    assert said("sample", rows, "--rows", "5").exit_code == 0
+    first = rows.with_name("rows.sample.jsonl").read_bytes()
+    again = said("sample", rows, "--rows", "6")
+    assert again.exit_code == 2 and "exists" in again.output
+    assert rows.with_name("rows.sample.jsonl").read_bytes() == first
+    assert said("sample", rows, "--rows", "6", "--force").exit_code == 0
+    assert len(lines(rows.with_name("rows.sample.jsonl"))) == 6
+    assert said("sample", rows, "--rows", "6", "--to", rows, "--force").exit_code == 2
+
+
+def test_split_writes_both_sides_and_keeps_equal_rows_together(rows: Path) -> None:
+    assert said("split", rows, "--held-out", "20").exit_code == 0
+    train = [r["id"] for r in lines(rows.with_name("rows.train.jsonl"))]
+    held = [r["id"] for r in lines(rows.with_name("rows.held_out.jsonl"))]
+    assert len(held) == 20 and len(train) == 101
+    assert (5 in held) == (999 in held)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample",),
+        ("sample", "--rows", "1", "--by", "luck"),
+        ("split", "--held-out", "5000"),
+        ("dedupe", "--near", "0.1"),
+        ("dedupe", "--column", "output"),
+        ("stats", "--format", "csv"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused_and_writes_nothing(
+    rows: Path, words: tuple[str, ...]
+) -> None:
+    done = said(words[0], rows, *words[1:])
+    assert done.exit_code == 2, done.output
+    assert list(rows.parent.iterdir()) == [rows]
+
+
+def test_columns_of_another_name_are_read_and_written_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("question,answer\nwhy,because\nwhen,now\n", "utf-8")
+    assert said("stats", path).exit_code == 0
+    names = ["--column", "instruction=question", "--column", "output=answer"]
+    assert said("dedupe", path, *names).exit_code == 0
+    written = lines(tmp_path / "other.deduped.jsonl")
+    assert written[0] == {"question": "why", "answer": "because"}
