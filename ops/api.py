@@ -56,9 +56,9 @@ from ops.run.session import (
     ends_itself_at,
     may_have_box,
 )
+from ops.use import begin, words
 from ops.use import found as results
 from ops.use import rows as data
-from ops.use import words
 from ops.use.found import Found
 from ops.wait import RealClock
 from trainer.data.files import Reading
@@ -92,6 +92,7 @@ __all__ = [
     "Status",
     "Vast",
     "attach",
+    "begin",
     "check_adapter",
     "combine_adapters",
     "data",

@@ -202,6 +202,7 @@ def destroy(run: Run, as_json: Json = False) -> None:
 
 for command in (history.status, history.logs, history.cost, history.explain):
     app.command()(command)
+app.command()(data.init)
 app.command()(shelf.models)
 app.command()(shelf.gpus)
 app.command()(use.chat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -231,3 +232,56 @@ def _written(written: api.data.Written, as_json: bool) -> None:
     for path, count in written.files.items():
         print(plain(f"{count:>9,}  in {path}"))
     print(plain(f"report     {written.report}"))
+
+
+def init(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Rows to train on; asked for without any")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="A model of the hub, or a folder; `milktea models` lists")
+    ] = None,
+    max_usd: Annotated[
+        float | None, typer.Option(min=0.01, help="What the whole run may cost")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the job; that of the first file without it")] = "",
+    to: Annotated[Path, typer.Option("--to", help="The job file to write")] = Path("job.toml"),
+    force: Force = False,
+    form: Format = "auto",
+    column: Column = None,
+    as_json: Json = False,
+) -> None:
+    """Write a commented job file for rows, a base model and a budget; what is not given is asked
+    for. Nothing is rented."""
+    with errors(as_json):
+        from ops import api
+
+        if to.exists() and not force:
+            raise ConfigError(f"{to} exists", hint="name another with --to, or add --force")
+        rows = files or [Path(_asked("Rows to train on", "FILES", as_json))]
+        model = base or _asked("Base model (`milktea models` lists)", "--base", as_json)
+        usd = max_usd or _dollars(_asked("Dollars that the run may cost", "--max-usd", as_json))
+        begun = api.begin.begin(rows, model, usd, to, name, _reading(form, column))
+        api.begin.write(begun, to, force)
+        if as_json:
+            print(json_line({"kind": "begun", "job": str(to), "chosen": begun.chosen}))
+            return
+        print(*map(plain, begun.chosen), sep="\n")
+        print(plain(f"wrote {to}; `milktea plan {to}` shows what it costs"))
+
+
+def _asked(what: str, flag: str, as_json: bool) -> str:
+    """What somebody types. Raises ConfigError where nobody can be asked."""
+    if as_json or not sys.stdin.isatty():
+        raise ConfigError(f"{flag} is not given, and nobody can be asked here", hint=f"add {flag}")
+    return str(typer.prompt(what))
+
+
+def _dollars(text: str) -> float:
+    try:
+        usd = float(text.strip().lstrip("$"))
+    except ValueError:
+        usd = 0.0
+    if not 0 < usd < 1e6:
+        raise ConfigError(f"{text!r} is no sum of dollars", hint="--max-usd 3")
+    return usd

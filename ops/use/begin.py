@@ -1,0 +1,219 @@
+"""A first job file from rows, a base model and a budget: what `milktea init` writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ops.catalogue.models import lookup
+from ops.errors import ConfigError, PreflightError
+from ops.hardware import gpus
+from ops.job import cards
+from ops.job.config import parse
+from ops.use.rows import stats
+from trainer.data.files import Reading
+from trainer.data.stats import Stats
+
+CARD_GIB = 24.0  # of the cards that are cheap by the hour: what fits them in bf16 stays in bf16
+LEAST_LENGTH, MOST_LENGTH = 256, 4096  # tokens of data.max_length that are proposed
+WINDOW = 1024  # tokens of texts that are learned whole
+SURE = 1.3  # tokens are told from characters
+STAGE = {"rows": "sft", "pairs": "dpo", "tagged": "kto"}
+STAGE_WORDS = {
+    "sft": "answers are learned",
+    "pt": "texts are learned whole",
+    "dpo": "pairs of a chosen and a rejected answer",
+    "kto": "answers that are wanted or not",
+}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The job file as text, and what was chosen for it and why."""
+
+    text: str
+    chosen: list[str]
+
+
+@dataclass(frozen=True)
+class _Base:
+    name: str
+    precision: str
+    template: str
+    gated: bool
+    context: int
+    why: str
+
+
+def begin(
+    files: Sequence[Path],
+    base: str,
+    max_usd: float,
+    to: Path,
+    name: str = "",
+    reading: Reading | None = None,
+) -> Begun:
+    """A job file for `to`, checked as `milktea plan` checks it; nothing is written. Raises
+    PreflightError for rows or a model that cannot be trained on, ConfigError."""
+    told, found = stats(files, reading)
+    if found.defects or not found.rows:
+        first = f", the first: {found.defects[0]}" if found.defects else ""
+        raise PreflightError(
+            f"{len(found.rows):,} sound rows and {len(found.defects):,} defects{first}",
+            hint="milktea data check FILE",
+        )
+    kinds = {kind for kind, _, _ in found.files.values()}
+    if len(kinds) > 1:
+        raise PreflightError(
+            f"the files hold different things: {', '.join(sorted(kinds))}",
+            hint="name those of one kind: a job learns from one",
+        )
+    stage = STAGE[kinds.pop()]
+    if all(form == "text" for _, _, form in found.files.values()):
+        stage = "pt"
+    known = _base(base, to.parent)
+    length, why_length = _length(told, known.context)
+    if stage == "pt":
+        length, why_length = min(WINDOW, known.context), "a longer text becomes several windows"
+    name = name or re.sub(r"[^a-z0-9]+", "-", _stem(files[0]).lower()).strip("-")[:40] or "job"
+    text = _text(name, stage, files, known, length, max_usd, to.parent, reading or Reading())
+    parse(tomllib.loads(text), to)
+    chosen = [
+        f"stage {stage}: {STAGE_WORDS[stage]}, {told.rows:,} rows, about {told.total_tokens:,} "
+        "tokens",
+        f"precision {known.precision}: {known.why}",
+        f"max_length {length:,}: {why_length}",
+    ]
+    if told.equal:
+        chosen.append(f"{told.equal:,} rows are equal to others: `milktea data dedupe` drops them")
+    return Begun(text, chosen)
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0] if "*" not in path.name else path.parent.name
+
+
+def _base(name: str, folder: Path) -> _Base:
+    """What is known of a base model: from the catalogue, else from its name."""
+    entry = lookup(name)
+    if Path(name).expanduser().is_dir():
+        there = os.path.relpath(Path(name).expanduser(), folder)
+        shown = there if there.startswith(".") else f"./{there}"
+        why = "nothing is known of its size; nf4 takes less memory"
+        return _Base(shown, "bf16", _guessed(name), False, MOST_LENGTH, why)
+    if entry is None:
+        why = "this model is not in `milktea models`; nf4 takes less memory"
+        return _Base(name, "bf16", _guessed(name), False, MOST_LENGTH, why)
+    model = cards.known(entry)
+    if model.why:
+        raise PreflightError(f"{entry.id} cannot be trained: {model.why}", hint=model.hint)
+    precision, why = "bf16", "its memory is not known"
+    if model.lora_gib:
+        small = model.lora_gib["bf16"] <= CARD_GIB
+        quantised = not small and model.lora_gib["nf4"] < 0.8 * model.lora_gib["bf16"]
+        precision = "nf4" if quantised else "bf16"
+        need = model.lora_gib[precision]
+        if not gpus.that_hold(need, precision):
+            raise PreflightError(
+                f"{entry.id} needs {need:.0f} GiB on one card in {precision}; no known card has it",
+                hint="`milktea models` shows smaller ones",
+            )
+        other = f"; in bf16 {model.lora_gib['bf16']:.0f} GiB" if precision == "nf4" else ""
+        smallest = model.cards(precision)[0]
+        why = f"needs {need:.0f} GiB, which a card like {smallest} has{other}"
+    context = int(entry.values.get("context") or MOST_LENGTH)
+    named = name if "@" in name else entry.id
+    return _Base(named, precision, model.template, bool(entry.gated), context, why)
+
+
+def _guessed(name: str) -> str:
+    talks = any(word in Path(name).name.lower() for word in ("instruct", "chat", "-it"))
+    return "chat" if talks else "alpaca"
+
+
+def _length(told: Stats, context: int) -> tuple[int, str]:
+    """data.max_length, and why: a power of two over the longest row, as far as one may go."""
+    longest = told.tokens["most"] * SURE
+    length = LEAST_LENGTH
+    while length < longest and length < MOST_LENGTH:
+        length *= 2
+    length = min(length, context)
+    if length >= longest:
+        return length, f"the longest row has about {told.tokens['most']:,} tokens"
+    return length, (
+        f"the longest row has about {told.tokens['most']:,} tokens; longer rows are dropped and "
+        "counted"
+    )
+
+
+def _text(
+    name: str,
+    stage: str,
+    files: Sequence[Path],
+    base: _Base,
+    length: int,
+    max_usd: float,
+    folder: Path,
+    reading: Reading,
+) -> str:
+    """The commented TOML."""
+    there = [_quoted(os.path.relpath(path, folder)) for path in files]
+    lines = [
+        "# Written by `milktea init`. `milktea plan` shows what it costs, `milktea schema` every",
+        "# key; jobs/reference.toml of milktea's checkout explains them.",
+        f"name = {_quoted(name)}",
+        f'stage = "{stage}"  # {STAGE_WORDS[stage]}',
+    ]
+    if base.gated:
+        lines.append('env = ["HF_TOKEN"]  # the model is gated: your token travels to the machine')
+    lines += [
+        "",
+        "[model]",
+        f"base = {_quoted(base.name)}",
+        f'precision = "{base.precision}"  # {base.why}',
+        "",
+        "[data]",
+        f"files = [{', '.join(there)}]",
+        f"max_length = {length}  # tokens of one row; fewer need less memory",
+    ]
+    if stage != "pt":
+        lines += [
+            f'template = "{base.template}"  # chat: the model\'s own; alpaca suits one without any',
+            'over_length = "drop"  # longer rows; the plan tells how many. Or: refuse, truncate',
+        ]
+    if reading.form != "auto":
+        lines.append(f'format = "{reading.form}"')
+    if reading.columns:
+        mapped = ", ".join(f"{k} = {_quoted(v)}" for k, v in reading.columns.items())
+        lines.append(f"columns = {{ {mapped} }}")
+    lines += [
+        "",
+        "[training]",
+        "num_train_epochs = 1  # more learn by heart sooner than better",
+        f"learning_rate = {'2e-4' if stage in ('sft', 'pt') else '1e-5'}",
+        "",
+        "[limits]",
+        f"max_usd = {max_usd:.2f}  # of the whole run; the machine itself keeps to it as well",
+        "max_hours = 6  # from rent to destroy",
+        "",
+        "[results]",
+        'folder = "out"  # RUN/adapter.zip and its report',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def write(begun: Begun, to: Path, force: bool) -> None:
+    """Raises ConfigError where `to` exists and may not be written over."""
+    if to.exists() and not force:
+        raise ConfigError(f"{to} exists", hint="name another with --to, or add --force")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(begun.text, "utf-8")

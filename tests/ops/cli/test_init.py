@@ -1,0 +1,110 @@
+"""`milktea init`: the job file that it writes is one that `milktea plan` takes."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import rig
+from ops import api
+from ops.cli.app import app
+from ops.fakevast import FakeVast
+from ops.market.client import Provider, Vast
+from ops.wait import RealClock
+
+PRACTICE = Path(__file__).parents[3] / "trainer" / "practice" / "practice_model"
+ROWS = [{"instruction": f"question {n}?", "input": "", "output": f"answer {n}"} for n in range(40)]
+PAIRS = [{"prompt": f"question {n}?", "chosen": "yes", "rejected": "no"} for n in range(40)]
+TAGGED = [row | {"kto_tag": n % 2 == 0} for n, row in enumerate(ROWS)]
+TEXTS = [{"text": f"text {n} of the library, " * 20} for n in range(40)]
+TEN = (
+    "Qwen/Qwen3-0.6B",
+    "Qwen/Qwen3-8B",
+    "Qwen/Qwen3-8B-Base",
+    "Qwen/Qwen2.5-7B-Instruct",
+    "Qwen/Qwen3-32B",
+    "meta-llama/Llama-3.1-8B-Instruct",
+    "mistralai/Mistral-7B-Instruct-v0.3",
+    "google/gemma-3-1b-it",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "zai-org/GLM-4.7-Flash",
+)
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vast]:
+    with FakeVast(tmp_path_factory.mktemp("fakevast")) as cloud:
+        yield Vast(Provider(cloud.url, cloud.api_key), RealClock(rig.PACE))
+
+
+def written(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def init(folder: Path, *words: str | Path, rows: list[dict] = ROWS) -> Result:
+    data = written(folder / "My Rows.jsonl", rows)
+    to = folder / "jobs" / "job.toml"
+    return CliRunner().invoke(app, ["init", str(data), "--to", str(to), *map(str, words)])
+
+
+@pytest.mark.parametrize("base", TEN)
+def test_the_job_for_a_model_of_today_is_planned_without_a_network(
+    base: str, tmp_path: Path, market: Vast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    done = init(tmp_path, "--base", base, "--max-usd", "20")
+    assert done.exit_code == 0, done.output
+    file = tmp_path / "jobs" / "job.toml"
+    planned = api.plan(file, vast=market, root=tmp_path / "runs", or_estimate=True)
+    assert planned.ranking.accepted and planned.plan.max_usd == 20
+    assert planned.plan.run_id.startswith("my-rows-")
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows"), [("sft", ROWS), ("dpo", PAIRS), ("kto", TAGGED), ("pt", TEXTS)]
+)
+def test_the_stage_follows_from_the_rows(
+    stage: str, rows: list[dict], tmp_path: Path, market: Vast
+) -> None:
+    done = init(tmp_path, "--base", PRACTICE, "--max-usd", "1", rows=rows)
+    assert done.exit_code == 0, done.output
+    file = tmp_path / "jobs" / "job.toml"
+    assert tomllib.loads(file.read_text("utf-8"))["stage"] == stage
+    planned = api.plan(file, vast=market, root=tmp_path / "runs")
+    assert planned.ranking.accepted
+
+
+def test_what_is_not_sound_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    bad = init(tmp_path, "--base", "Qwen/Qwen3-8B", "--max-usd", "1", rows=[*ROWS, {"a": "b"}])
+    assert bad.exit_code == 3 and "data check" in bad.output
+    large = init(tmp_path, "--base", "MiniMaxAI/MiniMax-M2", "--max-usd", "1")
+    assert large.exit_code == 3 and "no known card" in large.output
+    unasked = init(tmp_path, "--max-usd", "1")
+    assert unasked.exit_code == 2 and "--base" in unasked.output
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_a_job_that_exists_is_not_written_over(tmp_path: Path) -> None:
+    words = ["--base", "Qwen/Qwen3-8B", "--max-usd", "1"]
+    assert init(tmp_path, *words).exit_code == 0
+    file = tmp_path / "jobs" / "job.toml"
+    file.write_text("mine", "utf-8")
+    again = init(tmp_path, *words)
+    assert again.exit_code == 2 and file.read_text("utf-8") == "mine"
+    assert init(tmp_path, *words, "--force").exit_code == 0
+
+
+def test_columns_and_the_reason_for_each_choice_stand_in_the_file(tmp_path: Path) -> None:
+    rows = [{"q": "why?", "a": "because"}]
+    words = ["--column", "instruction=q", "--column", "output=a", "--max-usd", "1"]
+    assert init(tmp_path, "--base", "Qwen/Qwen3-32B", *words, rows=rows).exit_code == 0
+    text = (tmp_path / "jobs" / "job.toml").read_text("utf-8")
+    assert tomllib.loads(text)["data"]["columns"] == {"instruction": "q", "output": "a"}
+    assert 'precision = "nf4"  # needs' in text
+    assert max(map(len, text.splitlines())) <= 120
