@@ -26,7 +26,11 @@ Files = Annotated[
     list[Path], typer.Argument(help="Files, folders or patterns, as data.files of a job")
 ]
 Format = Annotated[
-    str, typer.Option("--format", help="auto, alpaca, sharegpt, messages, prompt or text")
+    str,
+    typer.Option(
+        "--format",
+        help="auto, alpaca, sharegpt, messages, prompt or text; prompts: rows that need no answer",
+    ),
 ]
 Column = Annotated[
     list[str] | None,
@@ -42,7 +46,7 @@ Near = Annotated[
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Equal rows only, no near ones")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn")]
-FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt", "text")
+FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt", "text", "prompts")
 
 
 @app.command()

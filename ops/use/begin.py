@@ -68,6 +68,11 @@ def begin(
             hint="milktea data check FILE",
         )
     kinds = {kind for kind, _, _ in found.files.values()}
+    if "prompts" in kinds:
+        raise ConfigError(
+            "prompts are learned from by rewards, which nobody but you knows",
+            hint="copy jobs/practice-grpo.toml; docs/stages.md tells of rewards",
+        )
     if len(kinds) > 1:
         raise PreflightError(
             f"the files hold different things: {', '.join(sorted(kinds))}",

@@ -18,10 +18,11 @@ from trainer.data.fields import Problem
 from trainer.data.files import Defect, Findings, Reading, Source
 from trainer.data.formats import Row
 from trainer.data.pairs import TAGS, Pair, Tagged, contradictions, pair_of, tagged_of
+from trainer.data.prompts import asked_of
 from trainer.data.template import Turn
 
 Judged = list[Pair | Tagged]
-Kind = Literal["rows", "pairs", "tagged"]
+Kind = Literal["rows", "pairs", "tagged", "prompts"]
 LOOKED_AT = 20  # rows that tell what kind of rows a file holds
 _NUMBER = re.compile(r"\d+")
 
@@ -66,8 +67,11 @@ class Found:
 
 
 def read(paths: Sequence[Path], reading: Reading | None = None) -> Found:
-    """Every row of the files. Raises nothing for bad data."""
+    """Every row of the files. The form "prompts" reads rows that need no answer, for the stages ppo
+    and grpo. Raises nothing for bad data."""
     reading, found, findings = reading or Reading(), Found(), Findings()
+    asked = reading.form == "prompts"
+    reading = replace(reading, form="auto") if asked else reading
     named = [(path, str(path)) for path in paths]
     sources, defects = files.find_sources(named, reading)
     if not sources:  # a registry that names preferences
@@ -75,11 +79,11 @@ def read(paths: Sequence[Path], reading: Reading | None = None) -> Found:
         sources, defects = (preferred, others) if preferred else (sources, defects)
     findings.defects = defects
     for source in sources:
-        kind = kind_of(source)
+        kind = "prompts" if asked else kind_of(source)
         if kind == "rows":
             source = replace(source, form=source.form or files.detect_format(source))
         judged: Judged = []
-        validate = {"rows": _row, "pairs": _pair, "tagged": _tagged}[kind]
+        validate = EXAMINE[kind]
         examine = partial(validate, judged)
         before = len(found.rows)
         found.rows += islice(files.sound_rows(source, findings, examine), source.max_rows)
@@ -139,6 +143,18 @@ def _tagged(judged: Judged, value: Any, source: Source, where: str) -> Kept | li
         return made
     judged.append(made)
     return formats.suspicious_texts(value) or _of_turns(where, value, made.turns, str(made.wanted))
+
+
+def _prompt(judged: Judged, value: Any, source: Source, where: str) -> Kept | list[Problem]:
+    if type(value) is not tuple:
+        return _no_object(value)
+    made = asked_of(dict(value), source.columns, where)
+    if not isinstance(made, Row):
+        return made
+    return formats.suspicious_texts(value) or _of_turns(where, value, made.turns, "")
+
+
+EXAMINE = {"rows": _row, "pairs": _pair, "tagged": _tagged, "prompts": _prompt}
 
 
 def _no_object(value: Any) -> list[Problem]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.data import curate, kept
+from trainer.data.files import Reading
 from trainer.data.kept import Kept
 from trainer.data.stats import stats
 
@@ -49,6 +50,15 @@ def test_a_row_of_each_layout_is_read_and_kept_as_it_was(tmp_path: Path, layout:
     assert found.files[str(tmp_path / "rows.jsonl")][0] == (
         layout if layout in ("pairs", "tagged") else "rows"
     )
+
+
+def test_rows_without_an_answer_are_read_where_prompts_are_asked_for(tmp_path: Path) -> None:
+    rows = [{"prompt": QUESTION}, {"prompt": QUESTION, "answer": "a share"}, {"text": "none"}]
+    path = written(tmp_path / "rows.jsonl", rows)
+    found = kept.read([path], Reading("prompts"))
+    assert [(r.question, r.answer) for r in found.rows] == [(QUESTION, ""), (QUESTION, "a share")]
+    assert [d.line for d in found.defects] == [3]
+    assert kept.read([path]).rows == []
 
 
 def test_defects_are_told_with_their_place_in_preferences_too(tmp_path: Path) -> None:
