@@ -150,15 +150,20 @@ class Box:
     def make_key(path: Path) -> str:
         """Write a new ed25519 private key in OpenSSH's format, mode 0600; return its public line.
 
-        A key that is already there is kept, so a second call is safe."""
+        A key that is already there is kept, so a second call is safe, also after one that was
+        killed while it wrote: a key is there whole or not at all."""
         s = serialization
         if path.exists():
             key = s.load_ssh_private_key(path.read_bytes(), password=None)
         else:
             key = Ed25519PrivateKey.generate()
             text = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.OpenSSH, s.NoEncryption())
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            part = path.with_name(f"{path.name}.part")
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
         public = key.public_key().public_bytes(s.Encoding.OpenSSH, s.PublicFormat.OpenSSH)
         return public.decode() + " milktea"
 

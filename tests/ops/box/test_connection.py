@@ -32,6 +32,15 @@ def test_a_key_is_private_and_a_second_call_keeps_it(tmp_path):
     assert (tmp_path / "id").read_text().startswith("-----BEGIN OPENSSH PRIVATE KEY-----")
 
 
+def test_a_client_killed_while_it_writes_the_key_leaves_none(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda fd: 1 / 0)  # the client ends here
+        with pytest.raises(ZeroDivisionError):
+            Box.make_key(tmp_path / "id")
+    assert not (tmp_path / "id").exists()
+    assert Box.make_key(tmp_path / "id") == Box.make_key(tmp_path / "id")
+
+
 def test_a_non_zero_exit_is_a_result_with_both_streams(box):
     result = box.run("echo out; echo err >&2; exit 3")
     assert (result.exit_code, result.stdout, result.stderr) == (3, "out\n", "err\n")
