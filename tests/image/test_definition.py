@@ -34,6 +34,15 @@ def test_a_committed_lock_is_of_its_definition_and_pins_everything(name):
 
 
 @pytest.mark.parametrize("name", IMAGES)
+def test_a_budget_limits_layers_that_the_dockerfile_makes(name):
+    budget, spec = definition.read_budget(Places().budget(name)), build.define(name)
+    text = (Places().dockerfile(spec.dockerfile) / "Dockerfile").read_text()
+    assert budget and budget.layers.keys() <= {"debian", *re.findall("milktea-settle (\\w+)", text)}
+    assert {"torch", "python", "trainer"} <= budget.layers.keys()
+    assert sum(budget.layers.values()) <= budget.image_bytes
+
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_a_committed_lock_says_nothing_of_the_machine_that_made_it(name):
     text = Places().lock(name).read_text()
     assert not re.search(r"https?://|file:|/home/|/work/|/root/|/tmp/|localhost|127\.0\.0\.1", text)
