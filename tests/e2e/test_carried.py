@@ -148,6 +148,7 @@ def served(server: Server, line: str, folder: Path, token: Path) -> tuple[str, s
         cwd=folder,
         env=os.environ | server.engine | {"MILKTEA_LISTEN": listen},
         stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C reaches all of a terminal's processes
     )
 
     def ask(path: str, wish: dict[str, object] | None = None) -> str:
@@ -174,7 +175,7 @@ def served(server: Server, line: str, folder: Path, token: Path) -> tuple[str, s
         answer = json.loads(ask("/v1/chat/completions", wish))["choices"][0]["message"]["content"]
         return ask("/"), answer
     finally:
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         process.wait(60)
 
 
