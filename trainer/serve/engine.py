@@ -251,29 +251,10 @@ class Engine:
         reach = max(len(a.prompt) + a.made for a in asks) + len(self._pending) + 1
         reach = min(reach, max(len(a.prompt) + a.most for a in asks))
         n, adapters = len(asks), [a.voice.adapter for a in asks]
-        last = self._last[:n]
-        if self.models.mixes or len(set(adapters)) == 1:
-            self.models.answer_as(adapters)
-            logits = self._rows.step(last, reach, slice(0, n))
-        else:
-            logits = self._by_adapter(last, reach, adapters)
+        logits = step_of(self.models, self._rows, self._last[:n], reach, adapters)
         self._rows.lengths[:n] += 1
         self.counts.steps += 1
         self._take(asks, logits, torch.arange(n, device=self.models.device))
-
-    def _by_adapter(self, last: Tensor, reach: int, adapters: list[str]) -> Tensor:
-        """The step of adapters that do not mix: one after another."""
-        parts: list[tuple[Tensor, Tensor]] = []
-        for adapter in dict.fromkeys(adapters):
-            at = torch.tensor(
-                [i for i, a in enumerate(adapters) if a == adapter], device=last.device
-            )
-            self.models.answer_as([adapter])
-            parts.append((at, self._rows.step(last[at], reach, at)))
-        logits = parts[0][1].new_zeros(len(adapters), parts[0][1].shape[-1])
-        for at, part in parts:
-            logits[at] = part
-        return logits
 
     def _take(self, asks: list[Ask], logits: Tensor, at: Tensor) -> None:
         """The next tokens of `asks`, which stand in the rows `at`."""
@@ -311,6 +292,25 @@ class Engine:
             self._end(ask, "stop")
         elif ask.made >= ask.most:
             self._end(ask, "length")
+
+
+def step_of(
+    models: Models, rows: Rows | Apart, last: Tensor, reach: int, adapters: list[str]
+) -> Tensor:
+    """Logits (B, V) of the first B rows after their tokens `last` (B,), each by its adapter; those
+    that do not mix go one after another. `reach`: as of `Rows.step`."""
+    if models.mixes or len(set(adapters)) == 1:
+        models.answer_as(adapters)
+        return rows.step(last, reach, slice(0, len(adapters)))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for adapter in dict.fromkeys(adapters):
+        at = torch.tensor([i for i, a in enumerate(adapters) if a == adapter], device=last.device)
+        models.answer_as([adapter])
+        parts.append((at, rows.step(last[at], reach, at)))
+    logits = parts[0][1].new_zeros(len(adapters), parts[0][1].shape[-1])
+    for at, part in parts:
+        logits[at] = part
+    return logits
 
 
 def choose(

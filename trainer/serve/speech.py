@@ -28,6 +28,11 @@ class Speech:
     def rest(self) -> str:
         return "" if self.stopped else self._show(self._decoded(whole=True), last=True)
 
+    @property
+    def whole(self) -> str:
+        """All that was said so far, stop strings and half characters too."""
+        return str(self._tokenizer.decode(self._ids)).strip()
+
     def _decoded(self, whole: bool) -> str:
         """The text of the tokens that were not told of yet, "" while a character is half."""
         known = self._tokenizer.decode(self._ids[self._begin : self._read])

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.data.prepare import Prepared
 from trainer.model.decode import Rows, packs
 from trainer.serve.apart import Apart
-from trainer.serve.engine import Choice, choose
+from trainer.serve.engine import Choice, choose, step_of
 from trainer.serve.models import Models, Voice
 
 
@@ -76,23 +75,8 @@ def stream(
             yield told
         if made >= most or not any(going):
             return
-        logits = _step(models, rows, voices, ids, longest)
+        logits = step_of(models, rows, ids, longest, [voice.adapter for voice in voices])
         rows.lengths[:n] += 1
-
-
-def _step(
-    models: Models, rows: Rows | Apart, voices: Sequence[Voice], ids: Tensor, reach: int
-) -> Tensor:
-    adapters = [voice.adapter for voice in voices]
-    if models.mixes or len(set(adapters)) == 1:
-        models.answer_as(adapters)
-        return rows.step(ids, reach, slice(0, len(voices)))
-    parts = []
-    for row, adapter in enumerate(adapters):
-        models.answer_as([adapter])
-        at = torch.tensor([row], device=models.device)
-        parts.append(rows.step(ids[at], reach, at))
-    return torch.cat(parts)
 
 
 def _seen(prompts: Sequence[Sequence[int]], size: int, device: torch.device) -> Tensor:
@@ -109,28 +93,3 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
         return logits
     less = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, less, logits)
-
-
-class Text:
-    """Tokens of an answer as text, in pieces that can be shown: a character whose bytes have not
-    all come waits."""
-
-    def __init__(self, data: Prepared) -> None:
-        self.decode = data.vocabulary.tokenizer.decode
-        self.ids: list[int] = []
-        self._from = self._shown = 0  # tokens: where decoding begins, what was shown
-
-    def add(self, token: int) -> str:
-        """What `token` adds, perhaps nothing yet."""
-        self.ids.append(token)
-        before = self.decode(self.ids[self._from : self._shown], skip_special_tokens=True)
-        now = self.decode(self.ids[self._from :], skip_special_tokens=True)
-        if len(now) <= len(before) or now.endswith("\ufffd"):
-            return ""
-        self._from, self._shown = self._shown, len(self.ids)
-        return now[len(before) :]
-
-    @property
-    def whole(self) -> str:
-        """The answer so far."""
-        return self.decode(self.ids, skip_special_tokens=True).strip()

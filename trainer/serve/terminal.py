@@ -15,7 +15,8 @@ from pathlib import Path
 from trainer.data.prepare import prompt_ids
 from trainer.data.template import TemplateError, Turn
 from trainer.serve.models import BASE, Models, Voice
-from trainer.serve.stream import Settings, Text, TooLong, stream
+from trainer.serve.speech import Speech
+from trainer.serve.stream import Settings, TooLong, stream
 
 HELP = """/new               begin anew
 /again             answer the last question once more (another seed where tokens are drawn)
@@ -66,7 +67,7 @@ class Conversation:
         voices, asked = self.voices, Turn("user", question, extra)
         told = [*([Turn("system", self.system)] if self.system else [])]
         prompts = [prompt_ids(v.data, [*told, *self.said(v), asked]) for v in voices]
-        texts = [Text(v.data) for v in voices]
+        texts = [Speech(v.data.vocabulary.tokenizer) for v in voices]
         with closing(stream(self.models, voices, prompts, self.settings)) as steps:
             try:
                 for step in steps:

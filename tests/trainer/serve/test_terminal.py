@@ -26,7 +26,8 @@ from trainer.data.prepare import prompt_ids
 from trainer.data.template import Turn
 from trainer.serve import chat as command
 from trainer.serve.models import Models, open_models
-from trainer.serve.stream import Settings, Text, TooLong, stream
+from trainer.serve.speech import Speech
+from trainer.serve.stream import Settings, TooLong, stream
 from trainer.serve.terminal import Conversation, Terminal, run, shown
 
 CPU = torch.device("cpu")
@@ -233,9 +234,9 @@ def test_a_conversation_that_is_too_long_is_told_and_not_kept(models: Models) ->
 
 
 def test_characters_of_several_tokens_are_shown_once_they_are_whole(models: Models) -> None:
-    data = models.voices["tuned"].data
-    text, wanted = Text(data), "a 你好 🙂 b"
-    pieces = [text.add(i) for i in data.vocabulary.tokenizer.encode(wanted).ids]
+    tokenizer = models.voices["tuned"].data.vocabulary.tokenizer
+    text, wanted = Speech(tokenizer), "a 你好 🙂 b"
+    pieces = [text.add(i) for i in tokenizer.encode(wanted).ids]
     assert "".join(pieces) == wanted == text.whole and "\ufffd" not in "".join(pieces)
     assert "" in pieces
 
