@@ -25,6 +25,7 @@ def errors(as_json: bool) -> Iterator[None]:
     except OSError as e:
         if (said := disk_error(e)) is None:
             raise
+        said.hint = "make room, or mend the rights of what is named; then the same command again"
         _fail(said, as_json)
 
 

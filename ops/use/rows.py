@@ -197,5 +197,7 @@ def _replace(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, "utf-8")
         os.replace(temporary, path)
+    except OSError as error:  # a write says no file, and the reader knows no temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,20 @@ def test_check_names_the_place_of_a_defect_counts_it_and_exits_with_3(tmp_path: 
     assert said("dedupe", path, "--drop-bad").exit_code == 0
     report = json.loads((tmp_path / "bad.deduped.jsonl.report.json").read_text("utf-8"))
     assert "1 rows left out" in report["notes"][0]
+
+
+def test_a_disk_that_is_full_is_told_with_the_file_and_what_to_type(
+    rows: Path, tmp_path: Path
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        done = said("dedupe", rows, "--to", tmp_path / "out.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert done.exit_code == 8
+    assert str(tmp_path / "out.jsonl") in done.output and "the same command again" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "no half of a file"
 
 
 def test_dedupe_writes_the_rows_as_they_were_and_says_what_went(rows: Path) -> None:
