@@ -208,7 +208,7 @@ class Steps:
 
 
 def our_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    from trainer.model.load import target_loss
+    from trainer.model.forward import target_loss
 
     return target_loss(model, as_trained(batch)) / len(batch["targets_at"])
 

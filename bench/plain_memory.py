@@ -27,7 +27,8 @@ from trainer.data import batch, packing
 from trainer.data.prepare import prepare
 from trainer.loop.optim import Gradients, optimizer_of
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import load, target_loss
+from trainer.model.forward import target_loss
+from trainer.model.load import load
 from trainer.wire.job import Job
 
 MODELS = ("tinyllama-1.1b", "llama-160m")

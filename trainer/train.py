@@ -30,7 +30,7 @@ from trainer.loop.ranks import Ranks, StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.loop.reporter import Reporter
 from trainer.loop.sharded import Shards
-from trainer.model.load import ModelError
+from trainer.model.parts import ModelError
 from trainer.outcome import (
     BROKEN,
     DONE,

@@ -373,7 +373,8 @@ def test_a_card_before_ampere_is_told_what_it_can_compute_in(
 ) -> None:
     import torch
 
-    from trainer.model.load import ModelError, validate_precision
+    from trainer.model.load import validate_precision
+    from trainer.model.parts import ModelError
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")

@@ -25,7 +25,7 @@ from trainer.data.prepare import InvalidJob, Prepared, Rows, prompt_ids, validat
 from trainer.data.template import Turn
 from trainer.eval.likelihood import nats, tokens_of
 from trainer.model.decode import packs
-from trainer.model.load import causal
+from trainer.model.parts import causal
 
 LETTERS = string.ascii_uppercase[:10]
 TOKENS_AT_ONCE = 8192

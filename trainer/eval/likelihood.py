@@ -12,7 +12,7 @@ from trainer.data import batch, packing
 from trainer.data.formats import Row
 from trainer.data.prepare import Prepared, Rows, tokenise
 from trainer.model.decode import packs
-from trainer.model.load import target_log_probs
+from trainer.model.forward import target_log_probs
 from trainer.wire.job import Data
 
 TOKENS_AT_ONCE = 4096

@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from trainer.loop import checkpoint
 from trainer.loop.optim import EXTRA
 from trainer.loop.ranks import Ranks, StopSignal, Written
-from trainer.model.load import ModelError, decoder_layers, load_base
+from trainer.model.load import load_base
+from trainer.model.parts import ModelError, decoder_layers
 from trainer.wire.job import Job
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -23,7 +23,7 @@ from trainer.loop.progress import Launched, Progress, Reading
 from trainer.loop.ranks import Gone, Ranks
 from trainer.loop.reporter import Reporter
 from trainer.loop.stage import Stage
-from trainer.model.load import ends
+from trainer.model.parts import ends
 from trainer.wire import events
 from trainer.wire.job import Job
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from trainer.data.prepare import Prepared
 from trainer.model.dropout import mix
-from trainer.model.load import causal, family_of
+from trainer.model.parts import causal, family_of
 
 NEW_TOKENS, AT_ONCE = 64, 64  # of one answer; prompts in one batch
 PREFILL_TOKENS = 8192  # of prompts that are read in one pack

@@ -32,6 +32,9 @@ from trainer.data.prepare import Rows
 from trainer.kernels.attention import register
 from trainer.model import load
 from trainer.model.dropout import TokenKeys
+from trainer.model.forward import target_loss
+from trainer.model.lora import add_lora
+from trainer.model.parts import ModelError
 from trainer.wire.job import Job
 
 log = logging.getLogger(__name__)
@@ -89,7 +92,7 @@ def compare(job: Job, folder: Path, device: torch.device, packed: bool) -> str:
         config = small(config, windows=not (packed and family.row["masks"]))
         try:
             judge = stock(job, config, device)
-        except load.ModelError:  # modules that the job names and the copy's layers lack
+        except ModelError:  # modules that the job names and the copy's layers lack
             every: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": None}
             every |= {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
             lora = job.lora.model_copy(update=every)
@@ -317,7 +320,7 @@ def stock(job: Job, config: Any, device: torch.device, dtype: torch.dtype = torc
         model.set_experts_implementation("eager")
     job = _job(job, "fp32")
     if _lora(job):
-        model = load.add_lora(job, model, TokenKeys())
+        model = add_lora(job, model, TokenKeys())
     else:
         load.choose_trainable(job, model)
     model.to(device)
@@ -360,7 +363,7 @@ def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: s
     one = (batch.packed if packed else batch.padded)(rows, range(len(rows)), device)
     shape = tuple(one["input_ids"].shape)
     with _precise(job, precision, device), _watched(model, shape) as modules:
-        loss = load.target_loss(model, one)
+        loss = target_loss(model, one)
     loss.backward()
     found.loss = float(loss.detach()) / sum(rows.targets())
     real = one["attention_mask"].flatten().bool() if "attention_mask" in one else None

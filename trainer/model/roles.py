@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.model.load import ModelError, causal
+from trainer.model.parts import ModelError, causal
 from trainer.wire.chain import WEIGHTS
 
 MAIN = "default"  # PEFT's name of the adapter that a run trains

@@ -24,19 +24,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trainer.data.files import Reading, read_rows
 from trainer.data.formats import Row
-from trainer.data.prepare import (
-    Prepared,
-    Rows,
-    hub_folder,
-    prompt_ids,
-    reading_of,
-    validate_rows,
-)
+from trainer.data.prepare import Prepared, Rows, hub_folder, prompt_ids, reading_of, validate_rows
 from trainer.data.template import TemplateError, Turn, load, parse, with_chat_template
 from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
 from trainer.model.decode import answer
-from trainer.model.load import ModelError, family_in
+from trainer.model.load import family_in
+from trainer.model.parts import ModelError
 from trainer.wire.job import Job
 
 DEVICES = ("auto", "cuda", "mps", "cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.decode import name_of_cache
-from trainer.model.load import causal
+from trainer.model.parts import causal
 
 
 class Apart:

@@ -23,7 +23,7 @@ from torch import nn
 from trainer.data.prepare import Prepared, Rows
 from trainer.data.template import TemplateError, load, with_chat_template
 from trainer.data.tokens import open_vocabulary, stop_ids, stop_token, token_hash
-from trainer.model.load import ModelError, family_of
+from trainer.model.parts import ModelError, family_of
 from trainer.result.open import load_plain, open_words, unpacked
 
 BASE = "base"

@@ -17,7 +17,7 @@ from trainer.data import batch, packing
 from trainer.data.prepare import InvalidJob, Rows
 from trainer.loop.guards import Expected, Stopped
 from trainer.loop.ranks import Ranks
-from trainer.model.load import target_log_probs
+from trainer.model.forward import target_log_probs
 from trainer.stages import measured, sft
 from trainer.wire.job import Job
 

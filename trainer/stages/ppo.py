@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.data import batch, packing
 from trainer.loop.ranks import Ranks
 from trainer.loop.schedule import learning_rate
-from trainer.model.load import hidden_states, model_inputs
+from trainer.model.forward import hidden_states, model_inputs
 from trainer.model.roles import MAIN
 from trainer.stages import compared, rollout
 from trainer.stages.ppo_losses import (

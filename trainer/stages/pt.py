@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.data import batch
 from trainer.data.prepare import Rows
-from trainer.model.load import target_loss
+from trainer.model.forward import target_loss
 from trainer.stages import measured
 
 

@@ -19,7 +19,8 @@ from torch.nn.functional import logsigmoid
 from trainer.data import batch
 from trainer.data.prepare import Rows
 from trainer.loop.ranks import Ranks
-from trainer.model.load import causal, hidden_states, model_inputs
+from trainer.model.forward import hidden_states, model_inputs
+from trainer.model.parts import causal
 from trainer.model.roles import SCORE
 from trainer.stages import compared, measured
 from trainer.wire.chain import WEIGHTS

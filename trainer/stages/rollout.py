@@ -22,7 +22,7 @@ from trainer.data.prepare import InvalidJob, Rows
 from trainer.loop.guards import Expected, Stopped
 from trainer.loop.ranks import Ranks
 from trainer.model.decode import Answer, Sampling, generate
-from trainer.model.load import hidden_states, model_inputs
+from trainer.model.forward import hidden_states, model_inputs
 from trainer.model.roles import MAIN, Roles
 from trainer.stages import compared, measured
 from trainer.stages.reward_process import RewardFault, RewardProcess

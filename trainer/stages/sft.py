@@ -27,15 +27,10 @@ from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
 from trainer.model import likeness
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import (
-    ModelError,
-    family_in,
-    hidden_states,
-    load,
-    start_values,
-    target_facts,
-    target_loss,
-)
+from trainer.model.forward import hidden_states, target_facts, target_loss
+from trainer.model.load import family_in, load
+from trainer.model.lora import start_values
+from trainer.model.parts import ModelError
 from trainer.model.roles import continue_from, stack_on
 from trainer.result import adapter
 from trainer.wire import events

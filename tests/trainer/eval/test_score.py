@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trainer.data.prepare import InvalidJob
 from trainer.eval import choices, likelihood, score, table
-from trainer.model.load import ModelError
+from trainer.model.parts import ModelError
 from trainer.result.open import Chat, load_model, open_words, rows_in
 from trainer.train import run_job
 

@@ -16,7 +16,8 @@ from trainer import families
 from trainer.kernels.attention import register
 from trainer.kernels.patch import accelerate_model
 from trainer.kernels.verify import stock_error
-from trainer.model.load import prepare, target_loss
+from trainer.model.forward import target_loss
+from trainer.model.load import prepare
 
 DOCUMENTS = [40, 1, 21, 33]
 WIDE = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.1}

@@ -16,8 +16,9 @@ from trainer.kernels import reference
 from trainer.kernels.attention import register
 from trainer.kernels.patch import accelerate_model, build_layer
 from trainer.kernels.verify import OTHERWISE, TOLERANCE, layer_error
-from trainer.model.load import checkpoint_first, decoder_layers
+from trainer.model.load import checkpoint_first
 from trainer.model.loss import target_loss_sum
+from trainer.model.parts import decoder_layers
 
 DOCUMENTS = [7, 1, 20, 13]
 SIZES = {

@@ -14,7 +14,9 @@ from tiny import manifest_of
 from trainer.data import batch, packing
 from trainer.data.prepare import prepare
 from trainer.model.dropout import KeyedDropout, TokenKeys
-from trainer.model.load import causal, load, target_loss
+from trainer.model.forward import target_loss
+from trainer.model.load import load
+from trainer.model.parts import causal
 from trainer.train import run_job
 from trainer.wire.job import Job
 

@@ -30,7 +30,9 @@ from trainer.loop.ranks import Ranks, StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.loop.sharded import Shards
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import ModelError, load, target_loss
+from trainer.model.forward import target_loss
+from trainer.model.load import load
+from trainer.model.parts import ModelError
 from trainer.train import run_job
 from trainer.wire.job import Job
 

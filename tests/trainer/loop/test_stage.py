@@ -24,7 +24,7 @@ from trainer.data import batch, packing
 from trainer.loop.guards import Expected
 from trainer.loop.ranks import StopSignal
 from trainer.loop.replicas import Replicas
-from trainer.model.load import target_loss
+from trainer.model.forward import target_loss
 from trainer.stages import sft
 from trainer.train import run_job
 from trainer.wire.job import Job

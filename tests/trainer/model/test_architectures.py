@@ -20,7 +20,9 @@ from trainer.data import batch
 from trainer.data.prepare import prepare
 from trainer.kernels import experts
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import family_of, load, target_loss
+from trainer.model.forward import target_loss
+from trainer.model.load import load
+from trainer.model.parts import family_of
 from trainer.result.adapter import save_model
 from trainer.wire.job import Job
 

@@ -12,7 +12,9 @@ from architectures import build
 from transformers import AutoModelForCausalLM
 
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import ModelError, load, target_loss
+from trainer.model.forward import target_loss
+from trainer.model.load import load
+from trainer.model.parts import ModelError
 from trainer.wire.job import Job
 
 CPU, IDS = torch.device("cpu"), torch.arange(3, 60)[None]

@@ -14,7 +14,8 @@ from trainer.data.prepare import prepare, prompt_ids
 from trainer.data.template import Turn
 from trainer.model.decode import Sampling, answer, choose, generate
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import causal, load
+from trainer.model.load import load
+from trainer.model.parts import causal
 from trainer.wire.job import Job
 
 QUESTIONS = ["What is 1 + 2?", "What is 2 + 1?", "hi", "instruction that describes"]

@@ -19,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer import memory
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import ModelError, hidden_states, load, target_loss
+from trainer.model.forward import hidden_states, target_loss
+from trainer.model.load import load
+from trainer.model.parts import ModelError
 from trainer.result.adapter import save_model
 from trainer.train import run_job
 from trainer.wire.job import Job, Lora
@@ -106,7 +108,8 @@ def test_what_is_chosen_trains_and_loads_in_stock_peft_with_equal_logits(
     folder_of: Any,
     tmp_path: Path,
 ) -> None:
-    from trainer.model.load import add_lora, load_base, start_values
+    from trainer.model.load import load_base
+    from trainer.model.lora import add_lora, start_values
 
     pissa = lora.get("init_lora_weights") == "pissa"
     if pissa:  # the start is taken away again: it has to be known

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from trainer.kernels.patch import accelerate_model
 from trainer.loop.optim import Gradients, optimizer_of
 from trainer.model.dropout import TokenKeys
-from trainer.model.load import ModelError, causal, load
+from trainer.model.load import load
+from trainer.model.parts import ModelError, causal
 from trainer.model.roles import Roles, continue_from, stack_on
 from trainer.result.adapter import identity, save_model
 from trainer.wire.job import Job

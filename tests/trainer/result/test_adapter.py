@@ -17,7 +17,7 @@ from tiny import manifest_of, rows, write_model
 from trainer.data import batch
 from trainer.data.prepare import prepare
 from trainer.data.template import TemplateError
-from trainer.model.load import target_loss
+from trainer.model.forward import target_loss
 from trainer.result import adapter
 from trainer.result.adapter import ResultError, compare
 from trainer.result.open import open_adapter

@@ -1,0 +1,187 @@
+"""The adapter of a job on a model: PEFT's modules and names, our dropout."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from trainer.families import EXPERT_RANK, Family
+from trainer.model.dropout import KeyedDropout, TokenKeys
+from trainer.model.parts import ModelError, ends_in, family_of, is_linear, is_tied
+from trainer.wire.job import Job, Lora
+
+
+def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
+    """PEFT's own modules and names; its dropout is replaced by ours, whose mask is keyed by row.
+    Raises ModelError for modules and experts that the model does not have."""
+    settings = job.lora
+    modules, parameters = targets(job, model)
+    ranks, alphas = dict(settings.rank_pattern), dict(settings.alpha_pattern)
+    asked: dict[str, Any] = {}
+    if parameters:
+        validate_experts(job)
+        r = min(settings.r, EXPERT_RANK)
+        ends = "|".join(re.escape(p.rsplit(".", 1)[-1]) for p in parameters)
+        ranks[rf".*\.experts\.(?:{ends})"] = r
+        # the scale of an update stays as it is
+        alphas[rf".*\.experts\.(?:{ends})"] = settings.lora_alpha * r / settings.r
+        asked["target_parameters"] = parameters
+    if settings.layers_to_transform is not None and isinstance(modules, list):
+        asked["layers_to_transform"] = settings.layers_to_transform
+    if settings.modules_to_save:
+        validate_modules(model, settings.modules_to_save, "modules_to_save")
+        asked["modules_to_save"] = settings.modules_to_save
+        asked["ensure_weight_tying"] = bool(is_tied(model))
+    torch.manual_seed(job.training.seed)  # the adapter's start values
+    init: Any = settings.init_lora_weights
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by it
+        lora_dropout=settings.lora_dropout,
+        target_modules=modules,
+        exclude_modules=settings.exclude_modules,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=True if init == "default" else init,
+        base_model_name_or_path=job.model.base,
+        task_type="CAUSAL_LM",
+        **asked,
+    )
+    with warnings.catch_warnings():
+        # trainer/result/adapter.py writes the right name
+        warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # about what PEFT asks
+        # it looks among modules, and experts are parameters
+        warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
+        try:
+            peft = get_peft_model(model, config)
+        except ValueError as why:
+            raise ModelError(f"lora: PEFT finds nothing to adapt: {why}") from why
+    validate_patterns(settings, peft)
+    keep_types(peft)
+    layer = 0
+    for module in peft.modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if isinstance(dropouts, nn.ModuleDict):
+            for name, dropout in dropouts.items():
+                if isinstance(dropout, nn.Dropout) and dropout.p:
+                    dropouts[name] = KeyedDropout(dropout.p, layer, keys)
+                layer += 1
+    return peft
+
+
+def targets(job: Job, model: nn.Module) -> tuple[list[str] | str, list[str]]:
+    """(modules, parameters that hold experts) as PEFT wants them named: the job's, or with
+    "all-linear" those of the family's row. In a model with several towers they are those of the
+    text tower. Raises ModelError."""
+    family, wanted = family_of(model), job.lora.target_modules
+    if wanted == "all-linear":
+        adapted = family.all_linear()
+        held = {n for n, m in model.named_modules() if is_linear(m)}
+        found = [m for m in adapted.modules if any(ends_in(n, m) for n in held)]
+        if not found:
+            return "all-linear", []
+        return _in_tower(found, family, job.lora.layers_to_transform), list(adapted.experts)
+    if isinstance(wanted, str):
+        return wanted, []
+    modules, parameters = family.named(list(wanted))
+    validate_modules(model, modules)
+    return _in_tower(modules, family, job.lora.layers_to_transform), parameters
+
+
+def _in_tower(
+    modules: list[str], family: Family, layers: list[int] | int | None
+) -> list[str] | str:
+    """A regular expression where other towers have modules of the same names; PEFT takes no
+    ``layers`` beside one."""
+    if not family.tower:
+        return modules
+    ends = "|".join(re.escape(m) for m in modules)
+    chosen = [layers] if isinstance(layers, int) else layers
+    at = "" if chosen is None else rf"layers\.(?:{'|'.join(map(str, chosen))})\."
+    return rf"{re.escape(family.tower)}\.(?:.*\.)?{at}(?:.*\.)?(?:{ends})"
+
+
+def validate_experts(job: Job) -> None:
+    """Raises ModelError for settings that adapters of experts cannot have."""
+    settings = job.lora
+    odd = [
+        name
+        for name, on in (
+            ("lora_dropout", settings.lora_dropout),
+            ("use_dora", settings.use_dora),
+            ("init_lora_weights", settings.init_lora_weights == "pissa"),
+        )
+        if on
+    ]
+    if odd:
+        raise ModelError(
+            f"lora.{odd[0]} does not work on the experts of a mixture: leave it out, or name only "
+            "attention's modules in lora.target_modules"
+        )
+
+
+def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
+    """Copies of the adapter's start values, by their names in the file, where the method needs them
+    at the end (PiSSA); else nothing."""
+    if job.training.method != "lora" or job.lora.init_lora_weights != "pissa":
+        return {}
+    return {
+        k: v.detach().to("cpu", copy=True)
+        for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        if "lora_A" in k or "lora_B" in k
+    }
+
+
+def validate_patterns(settings: Lora, peft: nn.Module) -> None:
+    """Raises ModelError for a key of rank_pattern or alpha_pattern that no adapted module has."""
+    adapted = [n for n, m in peft.named_modules() if hasattr(m, "lora_A")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(settings, name):
+            if not any(re.fullmatch(rf"(.*\.)?({key})", module) for module in adapted):
+                raise ModelError(
+                    f"lora.{name}: no module with an adapter matches {key!r}: correct the job "
+                    f"file; {adapted[0].removeprefix('base_model.model.')} is one"
+                )
+
+
+def keep_types(peft: nn.Module) -> None:
+    """A module of modules_to_save trains in fp32: what goes in is made fp32, and what comes out
+    what it was in the model."""
+    for module in peft.modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        like = next(module.original_module.parameters()).dtype
+        module.register_forward_pre_hook(
+            lambda _m, given: tuple(x.float() if _is_number(x) else x for x in given)
+        )
+        module.register_forward_hook(lambda _m, _given, made, like=like: made.to(like))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def validate_modules(model: nn.Module, wanted: list[str], key: str = "target_modules") -> None:
+    """Raises ModelError for an entry of lora's `key` that matches nothing, naming the close
+    ones."""
+    linear = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if is_linear(module)}
+    every = [name for name, _ in model.named_modules()]
+    for name in wanted:
+        if not any(ends_in(m, name) for m in every):
+            close = difflib.get_close_matches(name, linear, 3, 0.4)
+            near = f"; close: {', '.join(close)}" if close else ""
+            raise ModelError(
+                f"lora.{key}: this model has no {name!r}{near}. "
+                f"It has {', '.join(sorted(linear))}: "
+                'correct the job file, or use target_modules = "all-linear"'
+            )

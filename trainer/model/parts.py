@@ -1,0 +1,56 @@
+"""Where the parts of a loaded model are: under PEFT's wrappers, by family, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from trainer import families
+from trainer.families import Family
+
+
+class ModelError(ValueError):
+    """A model, or a setting for it, that is refused before the first step; the text ends with what
+    to do."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """Of a loaded model, PEFT's wrappers or not."""
+    inner = causal(model)
+    if not hasattr(inner, "family"):
+        inner.family = families.read(inner.config.to_dict())
+    family: Family = inner.family
+    return family
+
+
+def ends_in(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith("." + wanted)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the layer that makes logits is the embedding."""
+    config: Any = causal(model).config
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def causal(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrappers."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def ends(model: nn.Module) -> list[nn.Module]:
+    """The embedding, and the layer that makes logits, as far as the model has them."""
+    inner: Any = causal(model)
+    found = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    return [layer for layer in found if layer is not None]
