@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from trainer import memory
 from trainer.memory import GIB, Shape
+from trainer.memory.terms import kept_fused
 
 LLAMA_7B = Shape(32_000, 4096, 32, 32, 32, 128, 11008)
 LLAMA_3_8B = Shape(128_256, 4096, 32, 32, 8, 128, 14336)
@@ -144,7 +145,7 @@ def test_the_count_of_what_a_fused_layer_keeps_is_what_autograd_keeps() -> None:
         angles = inner.rotary_emb(hidden, torch.arange(tokens)[None])
         for layer in inner.layers:
             hidden = layer(hidden, position_embeddings=angles, cu_seq_lens_q=cu, max_length_q=40)
-    expected = 2 * tokens * (memory._kept_fused(shape, 16, 4) - 4 * shape.heads)
+    expected = 2 * tokens * (kept_fused(shape, 16, 4) - 4 * shape.heads)
     assert sum(kept.values()) == expected
 
 

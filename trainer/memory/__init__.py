@@ -1,0 +1,49 @@
+"""Pure: how much GPU memory a training needs, before any weight is loaded. No torch: ops uses it to
+choose cards. From `peak` down: the peak and the cards that hold it, its terms in bytes, the
+dimensions of a model."""
+
+from trainer.memory.peak import (
+    GIB,
+    MARGIN,
+    RESERVED_GIB,
+    Memory,
+    method_of,
+    min_gpu_memory_gib,
+    needed_gib,
+    predict,
+    solve,
+    takes_fused_layer,
+)
+from trainer.memory.shape import (
+    Mixture,
+    Shape,
+    Targets,
+    active_in_experts,
+    active_parameters,
+    adapter_parameters,
+    linear_parameters,
+    parameters,
+    saved_parameters,
+)
+
+__all__ = [
+    "GIB",
+    "MARGIN",
+    "RESERVED_GIB",
+    "Memory",
+    "Mixture",
+    "Shape",
+    "Targets",
+    "active_in_experts",
+    "active_parameters",
+    "adapter_parameters",
+    "linear_parameters",
+    "method_of",
+    "min_gpu_memory_gib",
+    "needed_gib",
+    "parameters",
+    "predict",
+    "saved_parameters",
+    "solve",
+    "takes_fused_layer",
+]

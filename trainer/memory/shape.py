@@ -1,0 +1,374 @@
+"""A decoder's dimensions as its config.json tells them, and how many parameters they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from trainer import families
+from trainer.families import EXPERT_RANK, Family, FamilyError, whole
+
+PADDED_EXPERT_RANK = 8  # of an expert's adapter in products: padded to whole 16 bytes
+Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a decoder, and what stands beside them."""
+
+    experts: int
+    active: int  # experts that one token meets
+    width: int  # intermediate size of one expert
+    gated: bool  # an expert has gate and up, else up alone
+    dense_layers: int  # layers that have an MLP in the experts' place
+    shared: int  # width of the experts that every token meets, 0 for none
+    others_adapted: bool  # whether dense and shared parts can have adapters
+    lean: bool = False  # whether the trainer's own function computes them, which keeps little
+
+    @classmethod
+    def of(cls, family: Family) -> Mixture:
+        """Raises ValueError naming what config.json lacks."""
+        config = family.config
+        width = whole(config, "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim")
+        width = width or _need(config, "intermediate_size")
+        active = _need(config, "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+        shared = whole(
+            config,
+            "shared_expert_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "shared_intermediate_size",
+        )
+        if shared is None:
+            shared = width * (whole(config, "n_shared_experts", "num_shared_experts") or 0)
+        layers = family.layers
+        dense = whole(config, "first_k_dense_replace", "num_dense_layers") or 0
+        kinds = config.get("layers_block_type")
+        if isinstance(kinds, list) and "moe" in kinds:  # one thing a layer
+            dense = layers - kinds.count("moe")
+        return cls(
+            family.experts,
+            active,
+            width,
+            any("gate" in name for name in family.row["experts"]),
+            min(dense, layers),
+            shared,
+            any(m in family.row["dense"] for m in family.all_linear().modules),
+            family.fused and family.row["stored"] == "plain",
+        )
+
+    def weights(self, hidden: int) -> int:
+        """Parameters of one layer's experts."""
+        return self.experts * self.width * hidden * (3 if self.gated else 2)
+
+    def adapter(self, hidden: int, r: int) -> int:
+        """Parameters of the adapters of rank r on one layer's experts."""
+        up = (2 if self.gated else 1) * self.width
+        return self.experts * r * (hidden + up + self.width + hidden)
+
+    def kept_lean(self, hidden: int) -> int:
+        """The same of experts that keep gate and up alone, with what orders the pairs and chooses
+        the experts; and the states that go in."""
+        pairs = self.active * (2 * (2 * self.width + 2 * PADDED_EXPERT_RANK) + 40)
+        return pairs + 2 * hidden + 4 + 10 * self.experts
+
+    def kept(self, hidden: int) -> int:
+        """Bytes that a layer keeps of a token: for each expert that it meets what goes in, what
+        comes out of both products, and the activation's parts, in bf16."""
+        return self.active * (2 * (2 * hidden + 5 * self.width) + 24)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's dimensions, as its config.json tells them."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    tied: bool = False  # the head is the embedding
+    gated: bool = True  # gate and up projections (SwiGLU), else one fc (GPT-2)
+    qkv_bias: bool = False
+    other_bias: bool = False  # whether all other linear layers and the norms have a bias
+    qk_norm: bool = False
+    positions: int = 0  # number of learned position embeddings
+    fused: bool = True  # whether the fused layer knows this class
+    norms: int = 2  # norms of the residual stream in a layer
+    # linear modules of a layer where they are not q, k, v, o, gate, up, down: name, inputs, outputs
+    modules: tuple[tuple[str, int, int], ...] = ()
+    mixture: Mixture | None = None
+    state_bytes: int = 0  # bytes a token that a layer with a state keeps beside its linears
+    other_parameters: int = 0  # what the sizes above miss of the whole; negative: they exceed it
+
+    def __post_init__(self) -> None:
+        """From JSON too: a mixture as a dict, modules as lists."""
+        if isinstance(self.mixture, dict):
+            object.__setattr__(self, "mixture", Mixture(**self.mixture))
+        object.__setattr__(self, "modules", tuple((n, i, o) for n, i, o in self.modules))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Shape:
+        """From a parsed config.json. Raises ValueError naming what is missing."""
+        try:
+            family: Family | None = families.read(config)
+        except FamilyError:  # not for training, or ChatGLM before it is converted
+            family = None
+        config = config.get("text_config") or config if family is None else family.config
+        kind = str(config.get("model_type", ""))
+        if kind == "gpt2":
+            return cls._from_gpt2(config)
+        hidden, heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
+        plain = cls(
+            vocab=_need(config, "padded_vocab_size", "vocab_size"),
+            hidden=hidden,
+            layers=_need(config, "num_hidden_layers", "num_layers"),
+            heads=heads,
+            kv_heads=whole(config, "num_key_value_heads", "multi_query_group_num") or heads,
+            head_dim=whole(config, "head_dim", "kv_channels") or hidden // heads,
+            intermediate=_width(config),
+            tied=bool(config.get("tie_word_embeddings", kind.startswith("gemma"))),
+            qkv_bias=bool(
+                config.get("attention_bias")
+                or config.get("add_qkv_bias")
+                or kind.startswith("qwen2")
+            ),
+            other_bias=False,
+            qk_norm=family.row["qk_norm"] != "none" if family else kind.startswith("qwen3"),
+            # ChatGLM is converted to Llama's layer
+            fused=family.fused if family else kind in ("", "chatglm"),
+            norms=4 if family and family.row["norms"] == "before and after" else 2,
+        )
+        if family is None:
+            return plain
+        mixture = Mixture.of(family) if family.mixture else None
+        state = _state_bytes(config) if family.row["state"] else 0
+        made = replace(plain, mixture=mixture, state_bytes=state)
+        return replace(made, modules=_modules(made, family))
+
+    @classmethod
+    def _from_gpt2(cls, config: dict[str, Any]) -> Shape:
+        hidden, heads = _need(config, "n_embd"), _need(config, "n_head")
+        return cls(
+            vocab=_need(config, "vocab_size"),
+            hidden=hidden,
+            layers=_need(config, "n_layer"),
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            intermediate=whole(config, "n_inner") or 4 * hidden,
+            tied=bool(config.get("tie_word_embeddings", True)),
+            gated=False,
+            qkv_bias=True,
+            other_bias=True,
+            positions=_need(config, "n_positions"),
+        )
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """One layer's linear modules by the name that PEFT matches: (inputs, outputs)."""
+        h, f, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
+        if self.modules:
+            return {name: (i, o) for name, i, o in self.modules}
+        if not self.gated:
+            return {
+                "attn.c_attn": (h, q + 2 * kv),
+                "attn.c_proj": (q, h),
+                "mlp.c_fc": (h, f),
+                "mlp.c_proj": (f, h),
+            }
+        attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
+        return attention | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
+
+    def groups(self) -> dict[str, tuple[int, int]]:
+        """A gated layer's linears as the fused path joins those of one input: (inputs, outputs)."""
+        h, f, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
+        return {"qkv": (h, q + 2 * kv), "o": (q, h), "gate_up": (h, 2 * f), "down": (f, h)}
+
+    def targeted(self, target_modules: Targets) -> dict[str, tuple[int, int]]:
+        """The linear modules of one layer that get an adapter. Raises ValueError when a name
+        matches none."""
+        linears = self.linears()
+        if target_modules == "all-linear":
+            return linears
+        chosen = {
+            n: s
+            for n, s in linears.items()
+            if n in target_modules or n.split(".")[-1] in target_modules
+        }
+        unknown = [
+            t for t in target_modules if not any(t in (n, n.split(".")[-1]) for n in linears)
+        ]
+        if unknown:
+            raise ValueError(
+                f"target_modules: {', '.join(unknown)} is not among {', '.join(linears)}"
+            )
+        return chosen
+
+
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3")
+
+
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+
+
+def linear_parameters(shape: Shape) -> int:
+    """Weights of all layers' linear modules and experts, without biases."""
+    return outside_experts(shape) + _in_experts(shape)
+
+
+def active_parameters(shape: Shape) -> int:
+    """Weights that one token meets in matrix products, the head's apart: of a mixture the experts
+    that it is sent to."""
+    return outside_experts(shape) + active_in_experts(shape)
+
+
+def active_in_experts(shape: Shape) -> int:
+    """Of these the experts' part."""
+    m = shape.mixture
+    return 0 if m is None else _in_experts(shape) * m.active // m.experts
+
+
+def outside_experts(shape: Shape) -> int:
+    sizes = shape.linears()
+    if shape.mixture is None:
+        return shape.layers * sum(i * o for i, o in sizes.values())
+    m, h = shape.mixture, shape.hidden
+    mlp = {n for n in sizes if n in MLP_NAMES}
+    attention = sum(i * o for n, (i, o) in sizes.items() if n not in mlp)
+    dense = sum(i * o for n, (i, o) in sizes.items() if n in mlp)
+    shared = 3 * h * m.shared + h * m.experts  # and the router
+    return (
+        shape.layers * attention + m.dense_layers * dense + (shape.layers - m.dense_layers) * shared
+    )
+
+
+def sparse_layers(shape: Shape) -> int:
+    """Layers with experts."""
+    return 0 if shape.mixture is None else shape.layers - shape.mixture.dense_layers
+
+
+def _in_experts(shape: Shape) -> int:
+    m = shape.mixture
+    return 0 if m is None else (shape.layers - m.dense_layers) * m.weights(shape.hidden)
+
+
+def parameters(shape: Shape) -> int:
+    """All parameters of the base model, as `model.num_parameters()` counts them (a tied head
+    once)."""
+    embeddings = (shape.vocab * (1 if shape.tied else 2) + shape.positions) * shape.hidden
+    norms = (shape.norms * shape.layers + 1) * shape.hidden * (2 if shape.other_bias else 1)
+    norms += shape.layers * 2 * shape.head_dim if shape.qk_norm else 0
+    biases = shape.layers * (shape.q_size + 2 * shape.kv_size) if shape.qkv_bias else 0
+    if shape.other_bias:
+        qkv = {"q_proj", "k_proj", "v_proj", "attn.c_attn"}
+        biases += shape.layers * sum(o for n, (_, o) in shape.linears().items() if n not in qkv)
+    return linear_parameters(shape) + embeddings + norms + biases + shape.other_parameters
+
+
+def adapter_parameters(shape: Shape, r: int, target_modules: Targets = "all-linear") -> int:
+    """Weights of a LoRA adapter: r rows of A and r columns of B for each targeted module, and the
+    experts' at their own rank."""
+    m, h = shape.mixture, shape.hidden
+    if m is None:
+        return shape.layers * sum(r * (i + o) for i, o in shape.targeted(target_modules).values())
+    named = target_modules != "all-linear"
+    outside = [t for t in target_modules if t not in families.EXPERT_PARTS] if named else []
+    chosen = shape.targeted(outside if named else "all-linear")
+    attention = sum(r * (i + o) for n, (i, o) in chosen.items() if n not in MLP_NAMES)
+    total = shape.layers * attention
+    sparse = shape.layers - m.dense_layers
+    if not named or len(outside) < len(target_modules):
+        total += sparse * m.adapter(h, min(r, EXPERT_RANK))
+    if m.others_adapted and not named:
+        dense = sum(r * (i + o) for n, (i, o) in chosen.items() if n in MLP_NAMES)
+        total += m.dense_layers * dense + sparse * (3 * r * (h + m.shared) if m.shared else 0)
+    return total
+
+
+def saved_parameters(shape: Shape, saved: tuple[str, ...]) -> int:
+    """Weights of whole modules that train beside an adapter: embeddings, head, linears, norms."""
+    outside, linears, total = shape.vocab * shape.hidden, shape.linears(), 0
+    for name in saved:
+        last = name.split(".")[-1]
+        if last in EMBEDDINGS:
+            total += outside
+        elif last in linears:
+            total += shape.layers * linears[last][0] * linears[last][1]
+        else:
+            total += shape.layers * shape.hidden
+    return total
+
+
+def _need(config: dict[str, Any], *names: str) -> int:
+    value = whole(config, *names)
+    if not value:
+        raise ValueError(
+            f"config.json (model_type {config.get('model_type', 'unknown')!r}) has no "
+            f"{' or '.join(names)}"
+        )
+    return value
+
+
+def _width(config: dict[str, Any]) -> int:
+    """Of the MLP: the widest where layers differ, an expert's where there are only experts."""
+    return _need(config, "intermediate_size", "ffn_hidden_size", "moe_intermediate_size")
+
+
+def _modules(shape: Shape, family: Family) -> tuple[tuple[str, int, int], ...]:
+    """The linear modules of a family that are not q, k, v, o, gate, up and down."""
+    row, config = family.row, family.config
+    h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    up, down = (h, f), (f, h)
+    sizes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "gate_up_proj": (h, 2 * f)}
+    sizes |= dict.fromkeys(("qkv_proj", "query_key_value"), (h, q + 2 * kv))
+    sizes |= dict.fromkeys(("o_proj", "dense", "out_proj", "self_attn.out_proj"), (q, h))
+    sizes |= dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), up)
+    sizes |= dict.fromkeys(("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h"), down)
+    if row["gate"] and "q_proj" in row["attention"]:
+        sizes["q_proj"] = (h, 2 * q)
+    sizes |= _latent(config, h)
+    names = [*row["attention"], *row["dense"]]
+    if names == [*families.default("attention"), *families.default("dense")] and not row["gate"]:
+        return ()
+    if "q_a_proj" in names and "q_a_proj" in sizes:
+        names = [n for n in names if n != "q_proj"]
+    return tuple((n, *sizes[n]) for n in names if n in sizes)
+
+
+def _latent(config: dict[str, Any], h: int) -> dict[str, tuple[int, int]]:
+    """The projections of latent attention (MLA)."""
+    latent = whole(config, "kv_lora_rank")
+    if not latent:
+        return {}
+    heads = _need(config, "num_attention_heads")
+    rope = whole(config, "qk_rope_head_dim") or 64
+    nope, v = whole(config, "qk_nope_head_dim") or 128, whole(config, "v_head_dim") or 128
+    q = heads * (nope + rope)
+    rank = whole(config, "q_lora_rank")
+    queries = {"q_a_proj": (h, rank), "q_b_proj": (rank, q)} if rank else {"q_proj": (h, q)}
+    return {
+        **queries,
+        "kv_a_proj_with_mqa": (h, latent + rope),
+        "kv_b_proj": (latent, heads * (nope + v)),
+        "o_proj": (heads * v, h),
+    }
+
+
+def _state_bytes(config: dict[str, Any]) -> int:
+    """What a gated delta net keeps of a token in transformers' own code, in fp32: q, k, v for every
+    head some six times over, and matrices of a chunk of 64 tokens. Reckoned, not measured."""
+    heads = whole(config, "linear_num_value_heads") or 0
+    keys, values = (whole(config, n) or 0 for n in _HEAD_DIMS)
+    return 24 * heads * (2 * keys + values) + 24 * 64 * heads
+
+
+_HEAD_DIMS = ("linear_key_head_dim", "linear_value_head_dim")
