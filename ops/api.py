@@ -47,15 +47,9 @@ from ops.run.attach import Tail, raise_if_failed, watching
 from ops.run.choose import bad_machines, no_offer_error, search_offers
 from ops.run.explain import Status, told_line
 from ops.run.journal import Journal, Line
+from ops.run.meter import dearest_silence, ends_itself_at, may_have_box
 from ops.run.reap import Reaped
-from ops.run.session import (
-    Interrupted,
-    Screen,
-    Session,
-    dearest_silence,
-    ends_itself_at,
-    may_have_box,
-)
+from ops.run.session import Interrupted, Screen, Session
 from ops.use import begin, words
 from ops.use import found as results
 from ops.use import rows as data

@@ -64,7 +64,8 @@ from ops.run import (  # noqa: E402
     supervisor,
 )
 from ops.run.journal import Journal  # noqa: E402
-from ops.run.session import Detached, Interrupted, may_have_box  # noqa: E402
+from ops.run.meter import may_have_box  # noqa: E402
+from ops.run.session import Detached, Interrupted  # noqa: E402
 from ops.wait import RealClock  # noqa: E402
 from trainer.wire import events as wire  # noqa: E402
 from trainer.wire.job import WIRE  # noqa: E402

@@ -19,7 +19,8 @@ from ops.market.models import Instance
 from ops.run import journal, wishes
 from ops.run.follow import EVENTS
 from ops.run.journal import Line, last
-from ops.run.session import Interrupted, Screen, ends_itself_at, may_have_box, spent_usd
+from ops.run.meter import ends_itself_at, may_have_box, spent_usd
+from ops.run.session import Interrupted, Screen
 from ops.run.supervisor import PROGRESS, WATCHED, only_ours
 from trainer.wire import events
 

@@ -10,7 +10,7 @@ from ops.job.plan import Plan
 from ops.market.cost import Cost, compare
 from ops.market.models import Offer
 from ops.run.journal import Line, last
-from ops.run.session import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
+from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
 
 STAGES = {
     "planned": "planned",

@@ -16,7 +16,8 @@ from ops.box import scripts
 from ops.box.connection import Box
 from ops.errors import BoxLeaked, JournalError, Lost, MilkteaError, OverBudget, Stalled
 from ops.run.absence import until_absent
-from ops.run.session import Session, runs_since
+from ops.run.meter import runs_since
+from ops.run.session import Session
 from ops.wait import ASLEEP_S
 
 LOOK_S = 1.0  # between two looks at the limits; no call is made for them

@@ -14,8 +14,9 @@ from ops.market.client import Vast
 from ops.run import journal, place
 from ops.run.absence import until_absent
 from ops.run.journal import Journal
+from ops.run.meter import may_appear, may_have_box
 from ops.run.rental import destroy
-from ops.run.session import Screen, Session, may_appear, may_have_box
+from ops.run.session import Screen, Session
 
 RUN_ID = re.compile(r"^[a-z0-9][a-z0-9-]*-\d{8}-\d{6}-[0-9a-f]{4}$")
 

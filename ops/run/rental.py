@@ -41,7 +41,8 @@ from ops.run.absence import (
     message_of,
     until_absent,
 )
-from ops.run.session import Detached, Session, boot_timeout_s
+from ops.run.meter import boot_timeout_s
+from ops.run.session import Detached, Session
 from ops.wait import Patience, until
 
 # between reads after an unclear create: a new instance may take seconds to be listed

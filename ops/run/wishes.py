@@ -15,7 +15,7 @@ from ops.job.plan import Plan
 from ops.market.models import Offer
 from ops.market.ranking import bid_of
 from ops.run.journal import Line, last
-from ops.run.session import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
+from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
 
 FILE = "wish.json"
 _MAX_BYTES = 4096

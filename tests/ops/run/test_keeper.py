@@ -22,8 +22,9 @@ from ops.fakevast.cloud.catalogue import machine, offer_row
 from ops.market.models import parse_offer
 from ops.run import sandbox
 from ops.run.journal import Journal, Line
+from ops.run.meter import ends_itself_at, spent_usd
 from ops.run.rent_and_train import rent_and_train
-from ops.run.session import Session, ends_itself_at, spent_usd
+from ops.run.session import Session
 from ops.wait import RealClock, until
 from trainer.wire import events
 

@@ -17,7 +17,7 @@ from ops.market.models import parse_offer
 from ops.market.ranking import Priced
 from ops.run import explain
 from ops.run.journal import Line
-from ops.run.session import dearest_silence, ends_itself_at
+from ops.run.meter import dearest_silence, ends_itself_at
 from ops.run.wishes import choices
 
 
