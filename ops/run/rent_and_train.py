@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ops.box import facts, scripts, transfer
 from ops.box.connection import Box, Endpoint
@@ -46,11 +46,11 @@ from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow, newest_checkp
 from ops.run.interrupt import fetch_newest, stage
 from ops.run.keeper import keeper_running
 from ops.run.rental import box_left_alone, endpoints, raise_if_preempted, rented
+from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Session, metered
-from ops.wait import Patience, until
+from ops.wait import Patience
 from trainer.wire.job import WIRE, Job
 
-T = TypeVar("T")
 boot = stage(rental.boot)
 MAX_MACHINES = 5  # in a row without a checkpoint, before the run gives up
 CONNECT_S = 300.0
@@ -59,7 +59,6 @@ ARM_S = 45.0  # for the watchdog to report that it is armed, scaled by the clock
 MIN_ARM_S = 3
 NOT_ANSWERED = re.compile(r"HTTP (000|403|429|5\d\d)")  # by vast.ai, or by a firewall
 TUNNEL_S = 75.0  # to connect, before a stuck proxy tunnel is given one reboot
-FULL_PATIENCE_S, FULL_EVERY_S = 1800.0, 10.0  # while this disk is too full for a file of the box
 MAX_RESTARTS = 3  # of one box, before it is given up
 MAX_FETCHES = 3  # of a result that does not verify
 
@@ -283,49 +282,6 @@ def _job_text(wire_job: dict[str, Any]) -> str:
 
 def _push_file(local: Path, remote: str) -> PushFile:
     return PushFile(local, remote, sha256_of(local))
-
-
-def retry_transfer(session: Session, box: Box, action: Callable[[], T]) -> T:
-    """Repeat a transfer over broken connections and while this disk is full, and return what it
-    returns.
-
-    Raises Lost when the box does not answer for LEASE_S although vast.ai does, or its deadline is
-    near; PreflightError when this disk is full for FULL_PATIENCE_S; Preempted when the box was
-    taken away."""
-    full_until = session.clock.steady() + FULL_PATIENCE_S * session.clock.pace
-    while True:
-        try:
-            with session.own_deadline():
-                return action()
-        except Lost as e:
-            session.screen.waiting(f"the link broke ({e}); again")
-            if not reconnect(session, box):
-                raise
-        except PreflightError as e:  # this disk is full: the result waits on the box
-            if session.clock.steady() > full_until or session.left_s() < 2 * MARGIN_S:
-                raise
-            session.screen.waiting(f"{e}; make room: it is tried again")
-            session.clock.sleep(FULL_EVERY_S)
-
-
-def reconnect(session: Session, box: Box) -> bool:
-    """Whether the box lets us in again within LEASE_S; time in which vast.ai does not answer either
-    is not counted. Raises Preempted when it was taken away, HostKeyChanged."""
-    silent = Patience(session.clock)
-
-    def connected() -> bool | None:
-        online = raise_if_preempted(session, box)
-        session.moved_t = session.clock.steady()  # this loop has its own patience
-        if session.left_s() < MARGIN_S:
-            return False
-        try:
-            box.connect(deadline_s=60 * session.clock.pace)
-            return True
-        except NeverReady:
-            silent.look(counts=online)
-            return False if silent.seconds > scripts.LEASE_S * session.clock.pace else None
-
-    return bool(until(connected, every_s=3, clock=session.clock))
 
 
 @stage

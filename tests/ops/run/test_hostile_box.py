@@ -12,7 +12,7 @@ import pytest
 import rig
 from ops.errors import AdapterError, Failed, PreflightError
 from ops.fakevast import FakeVast
-from ops.run import rent_and_train, retrieve
+from ops.run import retrieve, retry
 
 pytestmark = pytest.mark.timeout(120)
 EVIL = b"<script>location='http://evil.example'</script>"
@@ -148,6 +148,6 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_to_do(
 ) -> None:
     usage = shutil.disk_usage(own.folder)
     monkeypatch.setattr("ops.box.transfer.shutil.disk_usage", lambda folder: usage._replace(free=0))
-    monkeypatch.setattr(rent_and_train, "FULL_PATIENCE_S", 0.0)
+    monkeypatch.setattr(retry, "FULL_PATIENCE_S", 0.0)
     outcome, _, _ = rig.whole_run(own, fake)
     assert isinstance(outcome, PreflightError) and "make room" in outcome.hint
