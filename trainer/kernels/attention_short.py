@@ -10,7 +10,7 @@ they are given, in the compute dtype.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trainer.kernels import attention_device as jit
+from trainer.kernels.spans import Spans, spans
 
 # Query rows and keys of a tile, warps, pipeline stages, by head size: the best of a sweep on an
 # H200 (docs/speed-log.md).
@@ -32,39 +33,7 @@ MAX_GROUP = 16  # query heads of a key head: fewer tokens would not fill a copy 
 PART = 256  # the most output columns of a program
 WIDE = 256  # head sizes from which dk and dv are made by two launches
 
-
-class Spans(NamedTuple):
-    """For each token of a pack the first token of its document and the one after its last: int32
-    [M] each."""
-
-    first: Tensor
-    past: Tensor
-
-
-# those of the latest pack, by window: every layer of a pass asks for the same
-_latest: dict[int | None, Spans] = {}
-_latest_of: list[tuple[Tensor, int, int]] = []
-
-
-def spans(cu: Tensor, tokens: int, window: int | None = None) -> Spans:
-    """From the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. A query
-    sees itself and ``window - 1`` tokens before it. No wait for the GPU."""
-    key = (cu, tokens, cu._version)
-    if not _latest_of or _latest_of[0][0] is not cu or _latest_of[0][1:] != key[1:]:
-        _latest_of[:] = [key]
-        _latest.clear()
-    if window not in _latest:
-        _latest[window] = _spans(cu, tokens, window)
-    return _latest[window]
-
-
-def _spans(cu: Tensor, tokens: int, window: int | None) -> Spans:
-    at = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
-    document = torch.bucketize(at, cu[1:], right=True)
-    first, past = cu[document], cu[document + 1]
-    if window is None:
-        return Spans(first, past)
-    return Spans(torch.maximum(first, at - (window - 1)), torch.minimum(past, at + window))
+__all__ = ["backward", "fits", "forward", "spans"]
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
