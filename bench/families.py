@@ -187,11 +187,11 @@ class Steps:
     """Training steps without a wait for the GPU."""
 
     def __init__(self, model: nn.Module, data: list[dict[str, Any]], loss: Any) -> None:
-        from trainer.loop.optim import Gradients
+        from trainer.loop.optim import FlatGradients
 
         trained = [p for p in model.parameters() if p.requires_grad]
         self.model, self.data, self.loss = model, data, loss
-        self.gradients = Gradients(trained)
+        self.gradients = FlatGradients(trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []

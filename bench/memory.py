@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.training import GIB, SHAPES, Loop, Setting, build
+from bench.training import GIB, SHAPES, Setting, TimedSteps, build
 from trainer.kernels import nf4
 from trainer.kernels.patch import inner_model
 
@@ -60,7 +60,7 @@ def measure_grid(path: Path, device: torch.device) -> None:
 def _measure(model: torch.nn.Module, setting: Setting, device: torch.device) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
-    loop = Loop(model, setting, device, 1, 0)
+    loop = TimedSteps(model, setting, device, 1, 0)
     first = loop.data[0]
     static = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -25,7 +25,7 @@ from bench.training import GIB, SHAPES, tell
 from trainer import memory
 from trainer.data import batch, packing
 from trainer.data.prepare import prepare
-from trainer.loop.optim import Gradients, optimizer_of
+from trainer.loop.optim import FlatGradients, optimizer_of
 from trainer.model.dropout import TokenKeys
 from trainer.model.forward import target_loss
 from trainer.model.load import load
@@ -49,7 +49,7 @@ def measure(
     layers = round(fraction * shape.num_hidden_layers)
     model, names = load(job, run / "model", device, keys, layers)
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients, optimizer = Gradients(trained), optimizer_of([trained], job.training, device)
+    gradients, optimizer = FlatGradients(trained), optimizer_of([trained], job.training, device)
     chosen = packing.pack(range(len(data)), data.lengths, tokens)[0]
     micro = batch.on(device, batch.packed(data, chosen, torch.device("cpu")))
     static = torch.cuda.memory_allocated()

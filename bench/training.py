@@ -39,7 +39,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Shape:
+class Dimensions:
     """A decoder's dimensions under transformers' names."""
 
     hidden_size: int
@@ -63,10 +63,10 @@ class Shape:
 
 
 SHAPES = {
-    "llama-7b": Shape(4096, 11008, 32, 32, 32, 32000),
-    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
-    "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 32000),
-    "llama-160m": Shape(768, 2048, 12, 12, 12, 32000),
+    "llama-7b": Dimensions(4096, 11008, 32, 32, 32, 32000),
+    "llama-3-8b": Dimensions(4096, 14336, 32, 32, 8, 128256),
+    "tinyllama-1.1b": Dimensions(2048, 5632, 22, 32, 4, 32000),
+    "llama-160m": Dimensions(768, 2048, 12, 12, 12, 32000),
 }
 
 
@@ -222,17 +222,17 @@ def micro_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return target_loss_sum(hidden_of(model, batch), head, batch["labels"], batch["targets_at"])
 
 
-class Loop:
+class TimedSteps:
     """Training steps without a wait for the GPU: losses and norms stay there until asked for."""
 
     def __init__(
         self, model: nn.Module, setting: Setting, device: torch.device, world: int, rank: int
     ) -> None:
-        from trainer.loop.optim import Gradients
+        from trainer.loop.optim import FlatGradients
 
         self.model, self.setting, self.world = model, setting, world
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.gradients = Gradients(trained)
+        self.gradients = FlatGradients(trained)
         self.optimizer = torch.optim.AdamW(
             trained, lr=1e-3, weight_decay=0.0, fused=device.type == "cuda"
         )
@@ -264,7 +264,7 @@ class Loop:
 
 
 def _timed_steps(
-    loop: Loop, steps: int, device: torch.device, world: int
+    loop: TimedSteps, steps: int, device: torch.device, world: int
 ) -> tuple[float, float, dict[str, Any]]:
     """Three steps to warm up, then `steps` measured ones: (tokens of all GPUs, seconds of the
     slowest, the times of single steps and of launching)."""
@@ -301,7 +301,7 @@ def measure(
     started = time.time() - _process_start()
     model, names = build(setting, device)
     built = time.time() - _process_start()
-    loop = Loop(model, setting, device, world, rank)
+    loop = TimedSteps(model, setting, device, world, rank)
     loop.step()
     torch.cuda.synchronize()
     first = time.time() - _process_start()
@@ -350,7 +350,7 @@ def _process_start() -> float:
 def profile(setting: Setting, device: torch.device, out: Path) -> None:
     """Writes the kernels of one step, by time, to ``out``."""
     model, _ = build(setting, device)
-    loop = Loop(model, setting, device, 1, 0)
+    loop = TimedSteps(model, setting, device, 1, 0)
     for _ in range(4):
         loop.step()
     torch.cuda.synchronize()

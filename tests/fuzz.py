@@ -125,7 +125,7 @@ overlay           52428800 1048576  51380224       2% /
 Filesystem     1024-blocks    Used Available Capacity Mounted on
 shm                  65536       0     65536       0% /dev/shm
 """
-EXPECTED = facts.Expected("RTX 4090", 1, 24.0, 40.0, 12.8, 16.0)
+EXPECTED = facts.ExpectedMachine("RTX 4090", 1, 24.0, 40.0, 12.8, 16.0)
 
 
 def read_events(name: str, data: bytes, folder: Path) -> None:

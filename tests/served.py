@@ -15,7 +15,7 @@ from aiohttp import web
 from trainer.data.prepare import prompt_ids
 from trainer.data.template import Turn
 from trainer.serve.app import application
-from trainer.serve.engine import Ask, Choice, Engine, Token
+from trainer.serve.engine import Ask, Engine, SamplingParams, Token
 
 
 def write_adapter(folder: Path, base: Path, seed: int, **settings: Any) -> Path:
@@ -70,13 +70,13 @@ def asked(
     question: str,
     name: str = "base",
     most: int = 16,
-    choice: Choice | None = None,
+    choice: SamplingParams | None = None,
     heard: Heard | None = None,
 ) -> Heard:
     """Submits a question; its answer comes to what is returned."""
     voice, heard = engine.models.voices[name], heard or Heard()
     prompt = prompt_ids(voice.data, [Turn("user", question)])
-    heard.ask = Ask(voice, prompt, most, choice or Choice(), heard.tell, heard.ended)
+    heard.ask = Ask(voice, prompt, most, choice or SamplingParams(), heard.tell, heard.ended)
     engine.submit(heard.ask)
     return heard
 

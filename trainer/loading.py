@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.wire.events import Loading, Writer
+from trainer.wire.events import EventWriter, Loading
 
 EVERY_S = 10.0  # between two looks at what has arrived
 
@@ -19,7 +19,7 @@ EVERY_S = 10.0  # between two looks at what has arrived
 def told(run: Path, what: str, folder: Path | None = None) -> Iterator[None]:
     """A Loading event when the block begins, and one after each EVERY_S in which bytes were added
     under `folder`: a download that stands still is silent."""
-    writer = Writer(run / "events.jsonl")
+    writer = EventWriter(run / "events.jsonl")
     first = _bytes(folder)
     writer.write(Loading, what=what, done_bytes=first)
     ended = threading.Event()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.wire.events import Failure, Writer, parse, whole_lines
+from trainer.wire.events import EventWriter, Failure, parse, whole_lines
 
 DONE, BROKEN, REFUSED, STOPPED, TERMINATED = 0, 1, 3, 4, 143
 EXIT_VARIABLE = "MILKTEA_EXIT_FILE"  # names EXIT_FILE's stand-in: each machine has its own
@@ -58,7 +58,7 @@ def report_refusal(run: Path, error: Exception) -> int:
 
     `error.hint` (what to do) and `error.samples` (file:line) are told where it has them."""
     hint, samples = getattr(error, "hint", ""), list(getattr(error, "samples", []))
-    writer = Writer(run / "events.jsonl")
+    writer = EventWriter(run / "events.jsonl")
     writer.write(Failure, reason=str(error), samples=samples, hint=hint)
     writer.close()
     more = len(samples) - SHOWN

@@ -86,7 +86,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedMachine:
     gpu_name: str
     num_gpus: int
     gpu_memory_gib: float
@@ -95,7 +95,7 @@ class Expected:
     min_cpu_ram_gib: float = 0.0
 
     @classmethod
-    def of(cls, offer: Offer, needs: Needs) -> Expected:
+    def of(cls, offer: Offer, needs: Needs) -> ExpectedMachine:
         return cls(
             offer.gpu_name,
             offer.num_gpus,
@@ -177,7 +177,7 @@ def _is_number(text: str) -> bool:
 # -- judging ---------------------------------------------------------------------------------------
 
 
-def unsuitable(facts: Facts, expected: Expected) -> str | None:
+def unsuitable(facts: Facts, expected: ExpectedMachine) -> str | None:
     """Why the box is not what was offered, in one sentence with both numbers; None when it is."""
     gpu, disk, host = facts.gpu, facts.disk, facts.host
     if gpu is None or disk is None:

@@ -40,7 +40,7 @@ _LOCAL = ("granitemoe", "granitemoehybrid", "llama4_text", "minimax_m2")
 
 
 @dataclass(frozen=True)
-class Source:
+class Provenance:
     """Where a value comes from: what it is, the date of its data ("" unknown), when it was read."""
 
     what: str
@@ -85,12 +85,12 @@ class Entry:
     def weights_gb(self) -> float | None:
         return self.values.get("weights_gb")
 
-    def source_of(self, value: str) -> Source:
+    def source_of(self, value: str) -> Provenance:
         """Where the value named `value` comes from. Raises KeyError where there is none."""
         self.values[value]
         by_value = {v: name for name, vs in self.values.get("sources", {}).items() for v in vs}
         source = _file()["source"][by_value.get(value, self.values["source"])]
-        return Source(source["what"], source.get("of", ""), source["read"])
+        return Provenance(source["what"], source.get("of", ""), source["read"])
 
     def config(self) -> dict[str, Any]:
         """What its config.json would say, as far as it is known; of a wrapper with its text tower

@@ -212,11 +212,11 @@ def _reading(form: str, columns: list[str] | None, drop_bad: bool = False) -> ap
     return api.Reading(form, names, bad_rows="drop" if drop_bad else "refuse")
 
 
-def _files(found: api.data.Found) -> list[tuple[str, tuple[str, int, str]]]:
+def _files(found: api.data.Dataset) -> list[tuple[str, tuple[str, int, str]]]:
     return list(found.files.items())
 
 
-def _tell(found: api.data.Found) -> None:
+def _tell(found: api.data.Dataset) -> None:
     for note in found.notes:
         print(plain(note))
     for name, (kind, rows, form) in _files(found):
@@ -226,7 +226,7 @@ def _tell(found: api.data.Found) -> None:
     print(f"{len(found.rows):,} sound rows, {count:,} defect{'' if count == 1 else 's'}")
 
 
-def _written(written: api.data.Written, as_json: bool) -> None:
+def _written(written: api.data.RowsWritten, as_json: bool) -> None:
     if as_json:
         print(json_line({"kind": "written", **written.as_dict()}))
         return

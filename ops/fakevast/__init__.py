@@ -11,8 +11,8 @@ contacted over the internet and nothing is paid.
 
 from __future__ import annotations
 
-from ops.fakevast.cloud.clock import RealClock, VirtualClock
+from ops.fakevast.cloud.clock import ScaledClock, VirtualClock
 from ops.fakevast.cloud.cloud import Cloud
 from ops.fakevast.server import FakeVast
 
-__all__ = ["Cloud", "FakeVast", "RealClock", "VirtualClock"]
+__all__ = ["Cloud", "FakeVast", "ScaledClock", "VirtualClock"]

@@ -19,12 +19,12 @@ from aiohttp import web
 from ops.fakevast.alarm import Alarm
 from ops.fakevast.boxes import sshd
 from ops.fakevast.boxes.boxes import Boxes
-from ops.fakevast.cloud.clock import Clock, RealClock
+from ops.fakevast.cloud.clock import Clock, ScaledClock
 from ops.fakevast.cloud.cloud import Cloud
 from ops.fakevast.cloud.faults import Faults
 from ops.fakevast.cloud.settings import Settings
 from ops.fakevast.http.app import Api
-from ops.fakevast.http.call import Results
+from ops.fakevast.http.call import StoredResults
 from ops.fakevast.http.rate_limits import RateLimits
 from ops.fakevast.weather import Event, Weather
 
@@ -46,7 +46,7 @@ class Emulator:
         self.cloud = cloud
         self.boxes = Boxes(cloud, state_dir, sshd.serve, shared_paths)
         self.rate_limits = RateLimits(on=rate_limits)
-        self.results = Results()
+        self.results = StoredResults()
         self.alarm = Alarm(cloud)
         self.weather = Weather(cloud, self.boxes)
         self.api = Api(cloud, self.boxes, self.alarm, self.rate_limits, self.results)
@@ -126,7 +126,7 @@ class FakeVast:
         state_dir.mkdir(parents=True, exist_ok=True)
         self.state_dir = state_dir
         settings = settings or Settings(**{"boot_s": 0.0, **more})
-        self.cloud = Cloud(clock or RealClock(), settings=settings, market=market)
+        self.cloud = Cloud(clock or ScaledClock(), settings=settings, market=market)
         for fault in faults or []:
             self.cloud.faults.add(fault)
         self._options: dict[str, Any] = {"rate_limits": rate_limits, "shared_paths": shared_paths}

@@ -15,7 +15,7 @@ from ops.market.ranking import Needs
 _DEFAULTS_OF_0_1: dict[str, Any] = {"when_silent": "destroy"}
 
 
-class Row(Protocol):
+class Keyed(Protocol):
     """Anything with values by name: a journal's line, or a dict."""
 
     def __getitem__(self, key: str, /) -> Any: ...
@@ -58,7 +58,7 @@ class Plan:
         return row
 
     @classmethod
-    def from_line(cls, line: Row) -> Plan:
+    def from_line(cls, line: Keyed) -> Plan:
         """The plan in a journal's first line, of this version or of 0.1."""
         row = _DEFAULTS_OF_0_1 | {f.name: line[f.name] for f in fields(cls) if f.name in line}
         row["pushes"] = [

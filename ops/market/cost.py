@@ -91,7 +91,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostEstimate:
     """The prediction for one offer. `usd` is a run without a failure; `expected_usd` adds failed
     boots and restarts from the last checkpoint; `p_finish` is the chance (0 to 1) that this machine
     finishes the run. `hours` is from create to destroy."""
@@ -186,7 +186,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
 
 def predict(
     offer: Offer, workload: Workload, bid_usd_per_hour: float | None = None, p_bad: float = 0.0
-) -> Cost:
+) -> CostEstimate:
     """Dollars and seconds of `workload` on `offer`. `bid_usd_per_hour` makes it interruptible;
     `p_bad` is the chance (0 to 1) that this machine fails again, by earlier runs. Raises
     DoesNotFit."""
@@ -209,7 +209,7 @@ def predict(
         gb_out * offer.inet_up_usd_per_gb,
     )
     usd = gpu_usd + disk_usd + inet_down_usd + inet_up_usd
-    undisturbed = Cost(
+    undisturbed = CostEstimate(
         usd=usd,
         gpu_usd=gpu_usd,
         disk_usd=disk_usd,
@@ -283,8 +283,12 @@ def checkpoint_transfer(offer: Offer, workload: Workload) -> Transfer:
 
 
 def _with_accidents(
-    cost: Cost, offer: Offer, workload: Workload, bid_usd_per_hour: float | None, p_bad: float
-) -> Cost:
+    cost: CostEstimate,
+    offer: Offer,
+    workload: Workload,
+    bid_usd_per_hour: float | None,
+    p_bad: float,
+) -> CostEstimate:
     """`cost` of a run without a failure, with what failures are expected to add. A boot that fails
     costs the image and some disk; an interruption costs everything up to the first step again."""
     disk_rate = disk_usd_per_hour(offer, workload.disk_gib)
@@ -340,7 +344,7 @@ def burn_usd(
     return spent + gb_in * machine.inet_down_usd_per_gb + gb_out * machine.inet_up_usd_per_gb
 
 
-def compare(prediction: Cost, bill_items: Iterable[Mapping[str, Any]]) -> list[str]:
+def compare(prediction: CostEstimate, bill_items: Iterable[Mapping[str, Any]]) -> list[str]:
     """Lines that compare the bill (items of /charges/: type gpu, disk, bwd or bwu, and amount) with
     the prediction: one for each type and a total. A type that we do not know is listed by its
     name."""
@@ -438,7 +442,7 @@ def _seconds_for(amount: float, rate: float) -> float:
     return amount / max(rate, 1e3) if amount > 0 else 0.0
 
 
-def _arithmetic(offer: Offer, workload: Workload, c: Cost) -> tuple[str, ...]:
+def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str, ...]:
     each = f"{offer.num_gpus}x {offer.gpu_name}" if offer.num_gpus > 1 else offer.gpu_name
     where = "this computer" if workload.cpu_practice else each
     disk_month = offer.storage_usd_per_gib_month

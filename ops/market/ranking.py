@@ -13,7 +13,7 @@ from typing import Any
 
 from ops.hardware import gpus
 from ops.market import cost
-from ops.market.cost import Cost, Workload
+from ops.market.cost import CostEstimate, Workload
 from ops.market.models import ROWS, Offer
 
 _MEMORY_SLACK = 0.99  # an "80 GB" H100 reports 79.6 GiB, a "24 GB" RTX 4090 reports 23.99
@@ -56,7 +56,7 @@ class Priced:
     """An offer that passes, what the run costs on it, and why it is or is not the choice."""
 
     offer: Offer
-    cost: Cost
+    cost: CostEstimate
     why: str
 
 
@@ -156,7 +156,7 @@ def rank(
     machine with several offers (slices of it) keeps all of them.
     """
     bad = bad_machines or {}
-    priced: list[tuple[Offer, Cost]] = []
+    priced: list[tuple[Offer, CostEstimate]] = []
     obstacles: list[tuple[Offer, tuple[Reason, ...]]] = []
     for offer in {o.id: o for o in offers}.values():
         reasons, predicted = _judge(offer, needs, workload, bad.get(offer.machine_id, 0.0))
@@ -185,7 +185,7 @@ def bid_of(offer: Offer, needs: Needs) -> float | None:
 
 def _judge(
     offer: Offer, needs: Needs, workload: Workload, bad: float
-) -> tuple[tuple[Reason, ...], Cost | None]:
+) -> tuple[tuple[Reason, ...], CostEstimate | None]:
     reasons = [(name, why) for name, check in _FILTERS.items() if (why := check(offer, needs))]
     if bad > _BAD_ABOVE:
         reasons.append(
@@ -317,7 +317,9 @@ _FILTERS: dict[str, Callable[[Offer, Needs], str]] = {
 }
 
 
-def _why(offer: Offer, predicted: Cost, best: Offer, best_cost: Cost, rank_: int) -> str:
+def _why(
+    offer: Offer, predicted: CostEstimate, best: Offer, best_cost: CostEstimate, rank_: int
+) -> str:
     if rank_ == 0:
         return (
             f"the cheapest finished run: ${predicted.expected_usd:.3f} expected in "
@@ -330,7 +332,9 @@ def _why(offer: Offer, predicted: Cost, best: Offer, best_cost: Cost, rank_: int
     )
 
 
-def _differences(offer: Offer, here: Cost, best: Offer, best_cost: Cost) -> list[tuple[float, str]]:
+def _differences(
+    offer: Offer, here: CostEstimate, best: Offer, best_cost: CostEstimate
+) -> list[tuple[float, str]]:
     """(dollars, cause) of each part of the difference to the best offer: the hours at its price,
     the price for our hours, and the rest."""
     hours, best_hours = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ops.job.plan import Plan
-from ops.market.cost import Cost, compare
+from ops.market.cost import CostEstimate, compare
 from ops.market.models import Offer
 from ops.run.journal import Line, last
 from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
@@ -228,7 +228,7 @@ def cost_lines(lines: list[Line], now: float) -> list[str]:
         if predicted:
             out += [
                 f"  {line}"
-                for line in compare(Cost(**predicted["predicted"]), _by_type(bill["items"]))
+                for line in compare(CostEstimate(**predicted["predicted"]), _by_type(bill["items"]))
             ]
     return out
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ops.box.scripts import LEASE_S, WATCH_S
 from ops.job.plan import Plan
 from ops.market import cost
-from ops.market.cost import Cost
+from ops.market.cost import CostEstimate
 from ops.market.models import Offer
 from ops.market.ranking import Priced, bid_of
 from ops.run.journal import Line, last
@@ -21,7 +21,12 @@ def burn_usd_per_hour(plan: Plan, offer: Offer, bid: float | None) -> float:
 
 
 def life_s(
-    plan: Plan, offer: Offer, bid: float | None, predicted: Cost, spent_usd: float, age_s: float
+    plan: Plan,
+    offer: Offer,
+    bid: float | None,
+    predicted: CostEstimate,
+    spent_usd: float,
+    age_s: float,
 ) -> float:
     """Seconds that a machine rented now may live, in a run that began `age_s` ago and has spent
     `spent_usd`."""
@@ -59,7 +64,7 @@ def dearest_silence(plan: Plan, priced: Priced) -> Silence:
     return Silence(min(plan.max_usd, max_cost_usd), before_s + lost_s)
 
 
-def boot_timeout_s(predicted: Cost) -> float:
+def boot_timeout_s(predicted: CostEstimate) -> float:
     """Seconds to wait for a boot: ten minutes and three times the predicted image pull."""
     return 600.0 + 3.0 * predicted.pull_s
 

@@ -173,7 +173,7 @@ def connect(session: Session, instance: Instance, offer: Offer) -> Box:
     _reach(session, box, instance, scripts.LEASE_S if checked else CONNECT_S)
     if unarmed := _unarmed(session, box):
         raise Unsuitable(f"the watchdog of machine {offer.machine_id} is not armed: {unarmed}")
-    expected = facts.Expected.of(offer, session.plan.needs)
+    expected = facts.ExpectedMachine.of(offer, session.plan.needs)
     why = facts.unsuitable(
         facts.parse(retry_transfer(session, box, lambda: box.run(facts.SCRIPT)).stdout),
         # what was trained meanwhile lies on the disk

@@ -14,7 +14,7 @@ from ops.errors import MilkteaError, OverBudget, disk_error
 from ops.job.plan import Plan
 from ops.market import cost
 from ops.market.client import Vast
-from ops.market.cost import Cost
+from ops.market.cost import CostEstimate
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking, bid_of
 from ops.run import place
@@ -213,7 +213,7 @@ class Session:
         """$/h to bid for it; None on demand."""
         return bid_of(offer, self.plan.needs)
 
-    def predicted(self, offer: Offer) -> Cost:
+    def predicted(self, offer: Offer) -> CostEstimate:
         return cost.predict(offer, self.plan.workload, self.bid(offer))
 
     def usd_per_hour(self) -> float:

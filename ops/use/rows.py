@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from ops.errors import ConfigError, PreflightError
-from trainer.data import curate, kept
+from trainer.data import curate, records
 from trainer.data.curate import By, Picked
 from trainer.data.files import Reading
-from trainer.data.kept import Found, Kept
+from trainer.data.records import Dataset, Record
 from trainer.data.stats import Stats
 from trainer.data.stats import stats as stats_of
 
-__all__ = ["By", "Found", "Stats", "Written", "check", "dedupe", "reasons", "sample", "split"]
+__all__ = ["By", "Dataset", "RowsWritten", "Stats", "check", "dedupe", "reasons", "sample", "split"]
 _VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,]*")
 
 
 @dataclass(frozen=True)
-class Written:
+class RowsWritten:
     """What a word wrote: file -> rows in it; `report` tells of each row that was left out."""
 
     rows: int
@@ -42,20 +42,20 @@ class Written:
         return asdict(self)
 
 
-def check(files: Sequence[Path], reading: Reading | None = None) -> Found:
+def check(files: Sequence[Path], reading: Reading | None = None) -> Dataset:
     """All that is wrong with the files, by the trainer's own reader."""
-    return kept.read(files, reading)
+    return records.read(files, reading)
 
 
-def reasons(found: Found) -> dict[str, int]:
+def reasons(found: Dataset) -> dict[str, int]:
     """How often each defect occurs, whatever names and numbers it is told with."""
     told = (_VARIES.sub("…", f"{defect.reason}") for defect in found.defects)
     return dict(Counter(told).most_common())
 
 
-def stats(files: Sequence[Path], reading: Reading | None = None) -> tuple[Stats, Found]:
+def stats(files: Sequence[Path], reading: Reading | None = None) -> tuple[Stats, Dataset]:
     """Of the sound rows; (the figures, what was read)."""
-    found = kept.read(files, reading)
+    found = records.read(files, reading)
     return stats_of(found.rows), found
 
 
@@ -67,7 +67,7 @@ def dedupe(
     against: Sequence[Path] = (),
     to: Path | None = None,
     force: bool = False,
-) -> Written:
+) -> RowsWritten:
     """Writes the rows that repeat no other, and none of `against`. Raises PreflightError for rows
     that are not sound, ConfigError for a file that exists."""
     outputs = _outputs(files, {"deduped": to}, force)
@@ -89,7 +89,7 @@ def sample(
     seed: int = 42,
     to: Path | None = None,
     force: bool = False,
-) -> Written:
+) -> RowsWritten:
     """Writes rows of at most so many characters and so many in number. Raises as `dedupe`."""
     outputs = _outputs(files, {"sample": to}, force)
     notes: list[str] = []
@@ -109,7 +109,7 @@ def split(
     to: Path | None = None,
     held_to: Path | None = None,
     force: bool = False,
-) -> Written:
+) -> RowsWritten:
     """Writes rows to train on and rows to hold out, in two files. Raises as `dedupe`."""
     outputs = _outputs(files, {"train": to, "held_out": held_to}, force)
     notes: list[str] = []
@@ -130,8 +130,8 @@ def _picked(pick: Any) -> Picked:
 
 def _sound(
     files: Sequence[Path], reading: Reading | None, notes: list[str] | None = None
-) -> list[Kept]:
-    found = kept.read(files, reading)
+) -> list[Record]:
+    found = records.read(files, reading)
     if found.defects:
         raise PreflightError(
             f"{len(found.defects):,} defects, the first: {found.defects[0]}",
@@ -168,12 +168,12 @@ def _report_of(path: Path) -> Path:
 
 def _write(
     word: str,
-    rows: Sequence[Kept],
+    rows: Sequence[Record],
     picked: Picked,
     outputs: Sequence[Path],
     settings: Mapping[str, Any],
     notes: Sequence[str],
-) -> Written:
+) -> RowsWritten:
     parts = [picked.rows, picked.held][: len(outputs)]
     for path, part in zip(outputs, parts, strict=True):
         _replace(path, "".join(f"{row.line}\n" for row in part))
@@ -187,7 +187,7 @@ def _write(
         + "\n",
     )
     removed = dict(Counter(r.reason for r in picked.removed).most_common())
-    return Written(len(rows), counts, removed, str(report))
+    return RowsWritten(len(rows), counts, removed, str(report))
 
 
 def _replace(path: Path, text: str) -> None:

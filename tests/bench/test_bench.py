@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.training import SHAPES, Loop, Setting, Shape, batches, build, lengths
+from bench.training import SHAPES, Dimensions, Setting, TimedSteps, batches, build, lengths
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,11 +63,11 @@ def test_the_shapes_have_the_parameters_of_their_models():
 
 
 def test_the_loop_learns_on_the_cpu_too(monkeypatch):
-    monkeypatch.setitem(SHAPES, "tiny", Shape(64, 128, 2, 2, 1, 200))
+    monkeypatch.setitem(SHAPES, "tiny", Dimensions(64, 128, 2, 2, 1, 200))
     setting = Setting(model="tiny", precision="bf16", tokens=512, checkpoint_layers=1)
     model, names = build(setting, torch.device("cpu"))
     assert names["layer"].startswith("fused, 2 of 2") and names["checkpointed_layers"] == "1 of 2"
-    loop = Loop(model, setting, torch.device("cpu"), 1, 0)
+    loop = TimedSteps(model, setting, torch.device("cpu"), 1, 0)
     tokens = [loop.step() for _ in range(6)]
     assert all(500 < n <= 512 for n in tokens)
     assert float(loop.losses[-1]) < float(loop.losses[0]) and float(loop.norms[-1]) > 0

@@ -19,7 +19,7 @@ from vastai.api import keys as vast_keys
 from vastai.api import offers as vast_offers
 from vastai.api.client import VastClient
 
-from ops.fakevast import FakeVast, RealClock, VirtualClock
+from ops.fakevast import FakeVast, ScaledClock, VirtualClock
 
 
 def test_the_life_of_an_instance_through_vast_ais_own_client(
@@ -363,7 +363,7 @@ def test_a_virtual_clock_stands_still_until_it_is_moved(make: Callable[..., Fake
 
 
 def test_a_clock_may_run_faster_than_the_wall(make: Callable[..., FakeVast]) -> None:
-    fake = make(clock=RealClock(scale=1000.0), boot_s=100.0)
+    fake = make(clock=ScaledClock(scale=1000.0), boot_s=100.0)
     number = rent(client_of(fake), onstart_cmd="touch up")
     for _ in range(200):
         if (fake.home(number) / "up").exists():

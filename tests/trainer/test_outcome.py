@@ -71,7 +71,7 @@ def test_of_two_processes_the_one_that_fails_first_says_why(
 def test_a_reason_of_an_earlier_start_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     assert not is_reported(tmp_path, 0.0)
     before = time.time()
-    log = events.Writer(tmp_path / "events.jsonl")
+    log = events.EventWriter(tmp_path / "events.jsonl")
     log.write(events.Failure, reason="no memory")
     log.write(events.Warned, message="last words")
     log.close()

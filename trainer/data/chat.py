@@ -58,7 +58,7 @@ class Example:
             self.text += text
 
 
-class Answer(NamedTuple):
+class RenderedAnswer(NamedTuple):
     """`before` is its prompt; `parts` are what follows, each trained or not, through the stop
     token; `rest` is what the template writes behind that."""
 
@@ -133,7 +133,7 @@ class ChatTemplate:
         i: int,
         tools: Sequence[Any],
         thinking: bool | None,
-    ) -> Answer:
+    ) -> RenderedAnswer:
         number = sum(t.role == "assistant" for t in turns[: i + 1])
         for flag in self._flags_for(turns[i], thinking):
             before = self.render(messages[:i], tools, True, flag)
@@ -160,7 +160,7 @@ class ChatTemplate:
             parts = [Segment(learned, True)]
         if appended:
             parts[-1:] = [Segment(parts[-1].text + appended, True)]
-        return Answer(before, parts, "" if appended else label[end:], flag)
+        return RenderedAnswer(before, parts, "" if appended else label[end:], flag)
 
     def _flags_for(self, turn: Turn, thinking: bool | None) -> tuple[bool | None, ...]:
         """Values of the flag to try, the likeliest first: an answer without reasoning belongs

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.data import near as alike
-from trainer.data.kept import Kept
+from trainer.data.records import Record
 
 By = Literal["cheapest", "spread"]
 BINS = 10  # of lengths, from which `spread` takes in turn
@@ -30,12 +30,14 @@ class Removed:
 class Picked:
     """`rows` are kept, `held` is what `split` holds out; both in file order."""
 
-    rows: list[Kept]
-    held: list[Kept] = field(default_factory=list)
+    rows: list[Record]
+    held: list[Record] = field(default_factory=list)
     removed: list[Removed] = field(default_factory=list)
 
 
-def dedupe(rows: Sequence[Kept], near: float | None = 0.7, against: Sequence[Kept] = ()) -> Picked:
+def dedupe(
+    rows: Sequence[Record], near: float | None = 0.7, against: Sequence[Record] = ()
+) -> Picked:
     """The first of every set of rows that repeat each other. Equal: but for case and blanks. Near:
     question and answer each have `near` of their 5-grams in common, all numbers are the same;
     `near` None looks for equal ones only. Rows that repeat one of `against` go too. Raises
@@ -57,7 +59,7 @@ def dedupe(rows: Sequence[Kept], near: float | None = 0.7, against: Sequence[Kep
 
 
 def sample(
-    rows: Sequence[Kept],
+    rows: Sequence[Record],
     max_characters: int | None = None,
     max_rows: int | None = None,
     by: By = "spread",
@@ -87,7 +89,7 @@ def sample(
 
 
 def split(
-    rows: Sequence[Kept], held_out: float, seed: int = 42, near: float | None = 0.7
+    rows: Sequence[Record], held_out: float, seed: int = 42, near: float | None = 0.7
 ) -> Picked:
     """A share (below 1) or number of rows to hold out, at most so many. Which ones follows from a
     hash of what they say and `seed`, not from where they stand; rows that repeat each other
@@ -114,7 +116,7 @@ def split(
     return Picked(kept, [rows[n] for n in sorted(held)])
 
 
-def _originals(rows: Sequence[Kept], near: float | None) -> list[tuple[int, float]]:
+def _originals(rows: Sequence[Record], near: float | None) -> list[tuple[int, float]]:
     """For each row (the first that it repeats, their likeness); a row that repeats none has its own
     place. Near ones are looked for among the first of the equal ones."""
     firsts: dict[str, int] = {}

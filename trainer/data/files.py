@@ -423,7 +423,7 @@ def sound_rows(source: Source, found: Findings, validate: Validate | None = None
         found.unread[name] = unread
 
 
-def _defect(name: str, place: scan.Place, problem: fields.Problem) -> Defect:
+def _defect(name: str, place: scan.Location, problem: fields.Problem) -> Defect:
     path, reason, fix = problem
     line, column = place.locate(path)
     return Defect(name, line, column, _field(path), _printable(reason), _printable(fix))
@@ -499,7 +499,7 @@ def _plain_text(path: Path) -> Iterator[Any]:
         number, text = item
         text = text.removeprefix("\ufeff") if number == 1 else text
         if text.strip():
-            yield scan.Place(text, 0, number), (("text", text),)
+            yield scan.Location(text, 0, number), (("text", text),)
 
 
 def main() -> int:

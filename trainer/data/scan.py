@@ -81,7 +81,7 @@ class Broken:
 
 
 @dataclass
-class Place:
+class Location:
     """Where a row is: its text begins at `start` of `text`, on line `line` of the file; `before`
     characters stand in front of `text` on its first line. Good until the next row is asked for."""
 
@@ -177,7 +177,7 @@ def text_lines(path: Path, keep_ends: bool = False) -> Iterator[tuple[int, str] 
                 yield _not_utf8(number, len(raw[:at].decode("utf-8")) + 1, raw[at], begin + at)
 
 
-def scan_lines(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
+def scan_lines(path: Path) -> Iterator[tuple[Location, Any] | Broken]:
     """Rows of JSON lines. Blank lines are passed over; after a broken line the next is read."""
     first = True
     for item in text_lines(path):
@@ -185,7 +185,7 @@ def scan_lines(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
             yield item
             continue
         number, line = item
-        place = Place(line, len(line) - len(line.lstrip(" \t\r\ufeff")), number)
+        place = Location(line, len(line) - len(line.lstrip(" \t\r\ufeff")), number)
         if place.start == len(line):
             continue
         if first and line.strip(" \t\r\ufeff") == "{":
@@ -205,7 +205,7 @@ def scan_lines(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
             yield place, value
 
 
-def scan_array(path: Path) -> Iterator[tuple[Place, Any] | Broken]:
+def scan_array(path: Path) -> Iterator[tuple[Location, Any] | Broken]:
     """Rows of a JSON array, which may be the value of one field of an object. The first error of
     syntax ends it."""
     with open_data(path) as file:
@@ -249,7 +249,7 @@ def _rows(window: _Window) -> Iterator[tuple[Any, int]]:
         raise json.JSONDecodeError("Array ended", window.text, at)
 
 
-class _Window(Place):
+class _Window(Location):
     """A stretch of an array's text from the row at `start` on; it grows and loses what is read."""
 
     def __init__(self, file: BinaryIO) -> None:

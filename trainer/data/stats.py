@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.estimate import AROUND_TURN, WIDE, Density
-from trainer.data.kept import Kept
+from trainer.data.records import Record
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 LONGEST = 5  # rows that are named
@@ -67,7 +67,7 @@ class Stats:
         return "\n".join([*lines, f"longest      {', '.join(self.longest)}"])
 
 
-def stats(rows: Sequence[Kept]) -> Stats:
+def stats(rows: Sequence[Record]) -> Stats:
     """Of sound rows; all zero without any."""
     density, letters, mains = Density.of(150_000), Counter[str](), Counter[str]()
     tokens = np.zeros(len(rows), np.int64)

@@ -20,10 +20,10 @@ from trainer.data.scan import Broken
 KINDS = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow")
 NEEDS_PACKAGE = (".xlsx", ".parquet", ".arrow")  # a box may lack it: ops sends JSON lines instead
 STRUCTURED = frozenset(["conversations", "messages", "tools", "functions", "history"])
-Item = tuple[scan.Place, Any] | Broken
+Item = tuple[scan.Location, Any] | Broken
 
 
-class RowPlace(scan.Place):
+class RowPlace(scan.Location):
     """A place in a table: the row's line (or number), no column."""
 
     def __init__(self, number: int) -> None:

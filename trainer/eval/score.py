@@ -26,16 +26,8 @@ from trainer.eval import choices, likelihood, table
 from trainer.eval.choices import Question
 from trainer.eval.table import Side
 from trainer.model import decode
-from trainer.result.command import Progress, answer, parser_of
-from trainer.result.open import (
-    Chat,
-    base_folder,
-    here,
-    load_model,
-    open_words,
-    rows_in,
-    unpacked,
-)
+from trainer.result.command import StatusLine, answer, parser_of
+from trainer.result.open import Chat, base_folder, here, load_model, open_words, rows_in, unpacked
 from trainer.wire.job import Job
 
 ROWS, NEW_TOKENS, SHOWN = 200, 256, 4
@@ -43,7 +35,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationSet:
     """What is scored: rows with answers, texts, or questions with options."""
 
     file: Path
@@ -58,24 +50,24 @@ class Asked:
         return [row for row in self.rows if row.turns and row.turns[-1].text.strip()]
 
 
-def asked_of(file: Path, job: Path | None, most: int, new_tokens: int) -> Asked:
+def asked_of(file: Path, job: Path | None, most: int, new_tokens: int) -> EvaluationSet:
     """The first `most` rows of a file. Raises InvalidJob."""
     if not file.is_file():
         raise InvalidJob(f"there is no file {file}")
     questions = choices.read(file)
     if questions is not None:
-        return Asked(file, [], questions[:most], len(questions), new_tokens)
+        return EvaluationSet(file, [], questions[:most], len(questions), new_tokens)
     rows = [r for r in rows_in(file, job) if r.text or (r.turns and r.turns[-1].text.strip())]
     if not rows:
         raise InvalidJob(f"{file.name} has no row with an answer")
-    return Asked(file, rows[:most], [], len(rows), new_tokens)
+    return EvaluationSet(file, rows[:most], [], len(rows), new_tokens)
 
 
 # -- one side --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def side(name: str, chat: Chat, asked: Asked, tell: Callable[[str], None]) -> Side:
+def side(name: str, chat: Chat, asked: EvaluationSet, tell: Callable[[str], None]) -> Side:
     """What one model makes of it."""
     began = time.monotonic()
 
@@ -102,7 +94,7 @@ def side(name: str, chat: Chat, asked: Asked, tell: Callable[[str], None]) -> Si
     return found
 
 
-def _answers(found: Side, chat: Chat, asked: Asked, tell: Callable[[int], None]) -> None:
+def _answers(found: Side, chat: Chat, asked: EvaluationSet, tell: Callable[[int], None]) -> None:
     rows, data = asked.answered, chat.data
     decoded = data.vocabulary.tokenizer.decode
     for start in range(0, len(rows), decode.AT_ONCE):
@@ -158,7 +150,7 @@ def sides(
 def evaluated(
     adapter: Path,
     base: Path,
-    asked: Asked,
+    asked: EvaluationSet,
     against: tuple[Path, Path] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -194,7 +186,7 @@ def main(words: list[str] | None = None) -> int:
         "--new-tokens", type=int, default=NEW_TOKENS, help=f"of an answer at most, {NEW_TOKENS}"
     )
     parser.add_argument("--to", type=Path, help="the JSON file to write")
-    told, tell = parser.parse_args(words), Progress()
+    told, tell = parser.parse_args(words), StatusLine()
 
     def work() -> dict[str, Any]:
         run = told.result if (told.result / "job.json").is_file() else None

@@ -39,7 +39,7 @@ class Packed(NamedTuple):
 Turned = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-class Kept(NamedTuple):
+class SavedActivations(NamedTuple):
     """What backward needs beside the layer's input. ``qkv`` is what attention reads, or, with norms
     of heads, what comes before them; ``z`` and ``rstd_z`` belong to the norms of branches."""
 
@@ -57,7 +57,7 @@ class Kept(NamedTuple):
     flash: tuple[Tensor, ...]
 
 
-TENSORS = Kept._fields.index("t")  # of Kept, before the tuples
+TENSORS = SavedActivations._fields.index("t")  # of SavedActivations, before the tuples
 
 
 @dataclass
@@ -162,7 +162,7 @@ class FastLayer:
         )
         return found
 
-    def _attend_backward(self, dout: Tensor, kept: Kept, packed: Packed) -> Turned:
+    def _attend_backward(self, dout: Tensor, kept: SavedActivations, packed: Packed) -> Turned:
         """d(attention's output) [M, H, D] -> what ``rope_backward`` returns."""
         ops, norms, turn = self.ops, self.head_norms, (packed.cos, packed.sin)
         b, column_scale = self.qkv.b, self.qkv.weight.column_scale
@@ -190,7 +190,9 @@ class FastLayer:
             ops.head_norm_backward_(d, kept.qkv, *turn, *counts, **self._turns)
         return (d, *ops.joined_backward(d, b, column_scale, *counts))
 
-    def forward(self, h: Tensor, packed: Packed, again: bool = False) -> tuple[Tensor | None, Kept]:
+    def forward(
+        self, h: Tensor, packed: Packed, again: bool = False
+    ) -> tuple[Tensor | None, SavedActivations]:
         """h [M, h] -> the layer's output [M, h] and what backward needs. ``again``: only the
         latter, without the last product."""
         ops = self.ops
@@ -215,11 +217,11 @@ class FastLayer:
             end = stream if not extra else ops.residual_add(h, *extra)
             ts: tuple[Tensor | None, ...] = (t1, t2, None, None)
             none = (None, None, rstd1, None, z1, None, rstd_z1, None)
-            return end, Kept(qkv, out, *none, ts, flash)
+            return end, SavedActivations(qkv, out, *none, ts, flash)
         middle, x, s, t3, rstd2 = ops.norm_forward(stream, *self.norm2, self.gate_up.a, fp8, *extra)
         del y, extra
         gu = self.gate_up.weight.forward(x, s)
-        kept = Kept(
+        kept = SavedActivations(
             *(qkv, out, middle, gu, rstd1, rstd2, z1, None, rstd_z1, None),
             (t1, t2, t3, None),
             flash,
@@ -236,7 +238,7 @@ class FastLayer:
         return end, kept._replace(t=ts, z2=z2, rstd_z2=rstd_z2)
 
     def backward(
-        self, dh: Tensor, h: Tensor, packed: Packed, kept: Kept, first: bool
+        self, dh: Tensor, h: Tensor, packed: Packed, kept: SavedActivations, first: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """d(output) [M, h] -> (d(h) or None for the first layer, gradients in the order of
         ``parameters``). Spoils ``kept.gu``."""
@@ -265,7 +267,9 @@ class FastLayer:
         more = (self.qkv.a, h, self.norm1.weight, kept.rstd1, dmiddle)
         return ops.norm_backward(dx, dt1, t1, *more), grads
 
-    def _mlp_backward(self, dh: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor | None]]:
+    def _mlp_backward(
+        self, dh: Tensor, kept: SavedActivations
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """d(output) -> (d(the middle of the stream), the gradients of gate, up and down)."""
         if self.gate_up is None or self.down is None or self.norm2 is None:
             return dh, []
@@ -335,7 +339,7 @@ class _Layer(torch.autograd.Function):
         validate_latest(layer.qkv, ctx.generation)
         if rest:
             parts, t, flash = rest[:TENSORS], rest[TENSORS : TENSORS + 4], rest[TENSORS + 4 :]
-            kept = Kept._make((*parts, tuple(t), tuple(flash)))
+            kept = SavedActivations._make((*parts, tuple(t), tuple(flash)))
             del rest, parts, t, flash
         else:
             kept = layer.forward(h, ctx.packed, again=True)[1]

@@ -36,7 +36,7 @@ class Stopped(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedMetrics:
     """What a stage's numbers look like when all is well. `entropy`: nats of guessing without
     looking, where the loss is one per target token; where it is None, no loss is too small or too
     large. `still_steps`: whether a step may have no gradient at all."""
@@ -142,7 +142,7 @@ class TrainingMonitor:
         self,
         moving: Mapping[str, Tensor],
         model: nn.Module,
-        expected: Expected,
+        expected: ExpectedMetrics,
         total: Callable[[Tensor], Tensor] = lambda t: t,
     ) -> None:
         self._total = total

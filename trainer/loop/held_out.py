@@ -28,8 +28,9 @@ class Look(NamedTuple):
     accuracy: float
 
 
-class HeldOut:
-    """`state` is the run's, whose looks grow."""
+class EarlyStopping:
+    """Ends a run whose held-out loss no longer falls, and keeps its best parameters. `state` is the
+    run's: each look is added to it."""
 
     def __init__(self, state: checkpoint.State, training: Training) -> None:
         self._state, self._patience = state, training.early_stopping_patience

@@ -16,7 +16,7 @@ LOSS, WISHES = 0, 1  # slots behind the gradients that are summed over ranks wit
 EXTRA = 2  # of them; a stage's own metrics come after
 
 
-class Gradients:
+class FlatGradients:
     """`parameter.grad` of every trained parameter is a view into one fp32 buffer, so that ranks add
     up with a single all-reduce and the norm is one reduction. Autograd adds into the views; `zero`
     begins a step."""

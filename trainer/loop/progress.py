@@ -24,7 +24,7 @@ EVENT_EVERY_S = 0.25
 Report = Callable[[int, int, list[float]], dict[str, float]]
 
 
-class Reading:
+class Readback:
     """Numbers on their way to the host; `read` waits for them and for nothing that was launched
     later."""
 
@@ -52,7 +52,7 @@ class Launched:
     count: int
     tokens: int
     where: Sequence[str]
-    numbers: Reading
+    numbers: Readback
 
 
 class Progress:

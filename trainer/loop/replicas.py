@@ -39,8 +39,8 @@ class Replicas(Ranks):
     def level(self, micro: list[Any], filler: Any) -> list[tuple[Any, float]]:
         return [(batch, 1.0) for batch in micro]  # none waits for another before the step's end
 
-    def gradients(self, parameters: Iterable[nn.Parameter], extra: int) -> optim.Gradients:
-        return optim.Gradients(parameters, extra)
+    def gradients(self, parameters: Iterable[nn.Parameter], extra: int) -> optim.FlatGradients:
+        return optim.FlatGradients(parameters, extra)
 
     def local(self, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         return dict(named)

@@ -25,7 +25,7 @@ class Reporter:
         self._run, self._log, self._boards = run, None, None
         if first:
             events.end_cut_line(run / "events.jsonl")
-            self._log = events.Writer(run / "events.jsonl")
+            self._log = events.EventWriter(run / "events.jsonl")
             self._boards = report.Boards(job, run)
 
     def event(self, kind: type[events.Event], **fields: Any) -> None:

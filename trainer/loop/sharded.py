@@ -110,8 +110,8 @@ class Shards(Ranks):
         fillers = [(filler, 0.0)] * (int(longest) - len(micro))
         return [(batch, 1.0) for batch in micro] + fillers
 
-    def gradients(self, parameters: Iterable[nn.Parameter], extra: int) -> Gradients:
-        return Gradients(parameters, self.device, extra)
+    def gradients(self, parameters: Iterable[nn.Parameter], extra: int) -> ShardedGradients:
+        return ShardedGradients(parameters, self.device, extra)
 
     def local(self, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         return {n: p.detach().to_local() for n, p in named.items()}  # type: ignore[attr-defined]
@@ -238,8 +238,8 @@ def _tensors(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -
     return tensors
 
 
-class Gradients:
-    """optim.Gradients where each process has its part of them, already summed by the backward
+class ShardedGradients:
+    """optim.FlatGradients where each process has its part of them, already summed by the backward
     pass."""
 
     def __init__(

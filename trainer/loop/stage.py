@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trainer.data.batch import Work
 from trainer.loop import checkpoint
-from trainer.loop.guards import Expected, Stopped
+from trainer.loop.guards import ExpectedMetrics, Stopped
 from trainer.loop.held_out import Look
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter, versions
@@ -38,7 +38,7 @@ class Stage(ABC):
     """A kind of training. What it does not override is what fine-tuning on answers needs."""
 
     metrics: tuple[str, ...] = ()  # names of what `loss` sums beside the loss
-    expected = Expected()  # for the monitor
+    expected = ExpectedMetrics()  # for the monitor
     look_every = 0  # steps from one look at held-out rows to the next
     answers_at_end = False  # whether `finish` wants the model on the device
     notes: tuple[str, ...] = ()  # on rows that were changed or left out

@@ -17,9 +17,9 @@ import torch
 from trainer.data import batch
 from trainer.loop import checkpoint
 from trainer.loop.guards import Stopped, TrainingMonitor
-from trainer.loop.held_out import HeldOut
+from trainer.loop.held_out import EarlyStopping
 from trainer.loop.optim import EXTRA, LOSS, WISHES, optimizer_of, set_rates
-from trainer.loop.progress import Launched, Progress, Reading
+from trainer.loop.progress import Launched, Progress, Readback
 from trainer.loop.ranks import Gone, Ranks
 from trainer.loop.reporter import Reporter
 from trainer.loop.stage import Stage
@@ -45,7 +45,7 @@ class Loop:
         device = ranks.device.type
         self.precise = torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
         self.state = self._resume()
-        self.held_out = HeldOut(self.state, job.training)
+        self.held_out = EarlyStopping(self.state, job.training)
         if self.state.step:
             stage.restore(self.state.stage)
         stage.probe()
@@ -156,7 +156,7 @@ class Loop:
         rates = self.stage.rates(step)
         self.monitor.before_update(self.gradients.views)
         norm = self.gradients.clip(self.job.training.max_grad_norm)
-        numbers = Reading(torch.cat([self.gradients.extra, norm[None]]))
+        numbers = Readback(torch.cat([self.gradients.extra, norm[None]]))
         set_rates(self.optimizer, rates)
         self.optimizer.step()
         self.monitor.after_update(step + 1, min(rates), work.where)

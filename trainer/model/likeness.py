@@ -73,7 +73,7 @@ class Unlike(RuntimeError):
 
 
 @dataclass
-class Found:
+class Trace:
     """What one way of computing gave: the mean loss, each parameter's gradient, and for each
     module, in the order in which they ended, what went in and came out, [tokens, ...] in fp32."""
 
@@ -131,7 +131,7 @@ def _compare(
     device: torch.device,
     packed: bool,
     precision: str,
-    want: Found,
+    want: Trace,
     limit: Tolerance,
 ) -> str:
     """Raises Unlike where ours, in ``precision``, is further off than ``limit``."""
@@ -328,9 +328,9 @@ def stock(job: Job, config: Any, device: torch.device, dtype: torch.dtype = torc
     return model.eval()
 
 
-def alone(model: Any, device: torch.device, precise: Any = None) -> Found:
+def alone(model: Any, device: torch.device, precise: Any = None) -> Trace:
     """Each row by itself, by the model's own forward."""
-    found, rows, taken = Found(), _rows(), []
+    found, rows, taken = Trace(), _rows(), []
     model.zero_grad()
     for i, tokens in enumerate(LENGTHS):
         ids = torch.from_numpy(rows.ids[rows.starts[i] : rows.starts[i + 1]]).long().to(device)
@@ -350,7 +350,7 @@ def alone(model: Any, device: torch.device, precise: Any = None) -> Found:
     return found
 
 
-def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: str) -> Found:
+def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: str) -> Trace:
     """The rows as one batch, by the model as `load` would make it of the job."""
     asked = _job(job, precision)
     dtype = torch.bfloat16 if precision == "bf16" and _lora(job) else torch.float32
@@ -359,7 +359,7 @@ def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: s
     model, _ = load.assemble(asked, base, device, TokenKeys())
     _random_adapters(model)
     model.eval()
-    rows, found = _rows(), Found()
+    rows, found = _rows(), Trace()
     one = (batch.packed if packed else batch.padded)(rows, range(len(rows)), device)
     shape = tuple(one["input_ids"].shape)
     with _precise(job, precision, device), _watched(model, shape) as modules:
@@ -373,7 +373,7 @@ def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: s
     return found
 
 
-def _lower(job: Job, config: Any, device: torch.device) -> Found:
+def _lower(job: Job, config: Any, device: torch.device) -> Trace:
     """Eager attention in bf16: what the precision explains."""
     dtype = torch.bfloat16 if _lora(job) else torch.float32
     return alone(stock(job, config, device, dtype), device, _precise(job, "bf16", device))
@@ -453,7 +453,7 @@ def _flat(x: Tensor) -> Tensor:
 # -- the difference ----------------------------------------------------------------------------
 
 
-def distance(got: Found, want: Found) -> tuple[float, float, float]:
+def distance(got: Trace, want: Trace) -> tuple[float, float, float]:
     """(of the mean loss, of the output that is furthest off, of the gradient that is)."""
     return (
         abs(got.loss - want.loss),
@@ -462,7 +462,7 @@ def distance(got: Found, want: Found) -> tuple[float, float, float]:
     )
 
 
-def culprit(got: Found, want: Found, limit: Tolerance) -> str:
+def culprit(got: Trace, want: Trace, limit: Tolerance) -> str:
     """The module that makes the difference, or "" where there is none beyond ``limit``: the first
     that was given the same and made something else, no part of which did; else the last whose
     gradient differs, as backward comes from the end."""
@@ -481,7 +481,7 @@ def culprit(got: Found, want: Found, limit: Tolerance) -> str:
     return _plain(off[-1]) + " (its gradient)" if off else ""
 
 
-def _shared(got: Found, want: Found) -> list[tuple[str, tuple[Tensor, Tensor]]]:
+def _shared(got: Trace, want: Trace) -> list[tuple[str, tuple[Tensor, Tensor]]]:
     """In our order, modules that both have called with the same sizes."""
     return [
         (n, want.modules[n])
@@ -492,7 +492,7 @@ def _shared(got: Found, want: Found) -> list[tuple[str, tuple[Tensor, Tensor]]]:
     ]
 
 
-def _of(got: Found, want: Found, name: str) -> float:
+def _of(got: Trace, want: Trace, name: str) -> float:
     """How far a gradient is off, of its norm or, where it is next to nothing, of the largest."""
     largest = max(float(g.norm()) for g in want.gradients.values())
     return _apart(got.gradients[name], want.gradients[name], 1e-4 * largest)

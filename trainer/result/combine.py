@@ -42,7 +42,7 @@ class NoSum(ValueError):
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedAdapter:
     """One adapter: `factors` are (A (r, in), B (out, r)) by the name of the module, the scale
     folded into B."""
 
@@ -60,7 +60,7 @@ class Part:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def open_part(name: str, weight: float, folder: Path) -> Part:
+def open_adapter(name: str, weight: float, folder: Path) -> WeightedAdapter:
     """Raises NoAdapter for what is no adapter, NoSum for one that cannot be added to others."""
     config, names = read(folder)
     if why := _refusal(config, names):
@@ -71,7 +71,7 @@ def open_part(name: str, weight: float, folder: Path) -> Part:
         module = key.partition(".lora_A")[0]
         a, b = tensors[key].float(), tensors[key.replace("lora_A", "lora_B")].float()
         factors[module] = a, b * _scale(config, module, a.shape[0])
-    return Part(name, weight, folder, config, factors)
+    return WeightedAdapter(name, weight, folder, config, factors)
 
 
 def _refusal(config: dict[str, Any], names: Sequence[str]) -> str:
@@ -102,10 +102,10 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def validate_alike(parts: Sequence[Part]) -> list[str]:
+def validate_alike(adapters: Sequence[WeightedAdapter]) -> list[str]:
     """Raises NoSum for adapters of different bases or templates; returns what is to be known."""
-    first, notes = parts[0], list[str]()
-    for other in parts[1:]:
+    first, notes = adapters[0], list[str]()
+    for other in adapters[1:]:
         for key in ("base_model_name_or_path", "revision", "fan_in_fan_out"):
             mine, theirs = first.config.get(key), other.config.get(key)
             if (mine or None) != (theirs or None):
@@ -114,7 +114,7 @@ def validate_alike(parts: Sequence[Part]) -> list[str]:
             (a, b), (c, d) = first.factors[module], other.factors[module]
             if a.shape[1] != c.shape[1] or b.shape[0] != d.shape[0]:
                 raise NoSum(f"{module} has another shape in {other.name}: it is another base")
-    hashes = {p.name: _template(p.folder) for p in parts}
+    hashes = {p.name: _template(p.folder) for p in adapters}
     known = {h for h in hashes.values() if h}
     if len(known) > 1:
         raise NoSum("they were trained with different templates or tokenizers: " + str(hashes))
@@ -131,18 +131,18 @@ def _template(folder: Path) -> str:
 # -- the sum ---------------------------------------------------------------------------------------
 
 
-def added(parts: Sequence[Part]) -> dict[str, tuple[Tensor, Tensor]]:
+def added(adapters: Sequence[WeightedAdapter]) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) of the weighted sum, of one rank in every module: a module that an adapter leaves
     alone has zeros there."""
-    shapes = {m: (a.shape[1], b.shape[0]) for p in parts for m, (a, b) in p.factors.items()}
+    shapes = {m: (a.shape[1], b.shape[0]) for p in adapters for m, (a, b) in p.factors.items()}
     found = {}
     for module, (width, height) in sorted(shapes.items()):
         every_a, every_b = [], []
-        for part in parts:
-            a, b = part.factors.get(module, (torch.zeros(0, width), torch.zeros(height, 0)))
-            missing = part.rank - a.shape[0]
+        for adapter in adapters:
+            a, b = adapter.factors.get(module, (torch.zeros(0, width), torch.zeros(height, 0)))
+            missing = adapter.rank - a.shape[0]
             every_a.append(torch.cat([a, torch.zeros(missing, width)]))
-            every_b.append(torch.cat([part.weight * b, torch.zeros(height, missing)], 1))
+            every_b.append(torch.cat([adapter.weight * b, torch.zeros(height, missing)], 1))
         found[module] = torch.cat(every_a), torch.cat(every_b, 1)
     return found
 
@@ -163,16 +163,18 @@ def cut(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return new_a.float().contiguous(), new_b.float().contiguous(), lost
 
 
-def combine(parts: Sequence[Part], out: Path, rank: int | None = None) -> dict[str, Any]:
+def combine(
+    adapters: Sequence[WeightedAdapter], out: Path, rank: int | None = None
+) -> dict[str, Any]:
     """Write the adapter to `out`, a new archive (.zip) or folder. Returns its rank, what was lost
     by module (nothing without `rank`), notes. Raises NoSum."""
     if out.exists():
         raise NoSum(f"{out} exists: name a new archive or folder")
-    if len(parts) < 2:
+    if len(adapters) < 2:
         raise NoSum("name two adapters or more: A=1.0 B=0.5")
-    notes, lost = validate_alike(parts), dict[str, float]()
-    factors = added(parts)
-    whole = sum(part.rank for part in parts)
+    notes, lost = validate_alike(adapters), dict[str, float]()
+    factors = added(adapters)
+    whole = sum(adapter.rank for adapter in adapters)
     if rank is not None and not 0 < rank < whole:
         raise NoSum(f"the exact sum has rank {whole}: --rank takes less, or leave it out")
     for module, (a, b) in factors.items() if rank else ():
@@ -182,8 +184,8 @@ def combine(parts: Sequence[Part], out: Path, rank: int | None = None) -> dict[s
     with tempfile.TemporaryDirectory(dir=out.resolve().parent) as made:
         folder = Path(made) / "mix"
         folder.mkdir()
-        _write(folder, parts, factors, rank or whole)
-        (folder / "README.md").write_text(_card(folder, parts, told), encoding="utf-8")
+        _write(folder, adapters, factors, rank or whole)
+        (folder / "README.md").write_text(_card(folder, adapters, told), encoding="utf-8")
         if out.suffix == ".zip":
             zip_folder(folder, Path(made) / "mix.zip")
             (Path(made) / "mix.zip").rename(out)
@@ -193,17 +195,20 @@ def combine(parts: Sequence[Part], out: Path, rank: int | None = None) -> dict[s
 
 
 def _write(
-    folder: Path, parts: Sequence[Part], factors: dict[str, tuple[Tensor, Tensor]], rank: int
+    folder: Path,
+    adapters: Sequence[WeightedAdapter],
+    factors: dict[str, tuple[Tensor, Tensor]],
+    rank: int,
 ) -> None:
     tensors = {}
     for module, (a, b) in factors.items():
         tensors[f"{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{module}.lora_B.weight"] = b.contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    some = any(p.config.get("layers_to_transform") is not None for p in parts)
+    some = any(p.config.get("layers_to_transform") is not None for p in adapters)
     bare = [m.removeprefix("base_model.model.") for m in factors]
     names = bare if some else [m.rsplit(".", 1)[-1] for m in bare]
-    config = parts[0].config | {
+    config = adapters[0].config | {
         "r": rank,
         "lora_alpha": rank,  # a scale of 1
         "lora_dropout": 0.0,
@@ -216,15 +221,15 @@ def _write(
         config[key] = {} if key.endswith("a_pattern") or key == "rank_pattern" else None
     config["exclude_modules"] = None
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    first = next((p.folder for p in parts if (p.folder / "template.json").is_file()), None)
+    first = next((p.folder for p in adapters if (p.folder / "template.json").is_file()), None)
     for name in _WORDS if first else ():
         if first and (first / name).is_file():
             shutil.copyfile(first / name, folder / name)
 
 
-def _card(folder: Path, parts: Sequence[Part], told: dict[str, Any]) -> str:
-    base = parts[0].config.get("base_model_name_or_path")
-    rows = [f"| {p.name} | {p.weight:g} | `{digest(p.folder / WEIGHTS)[:16]}` |" for p in parts]
+def _card(folder: Path, adapters: Sequence[WeightedAdapter], told: dict[str, Any]) -> str:
+    base = adapters[0].config.get("base_model_name_or_path")
+    rows = [f"| {p.name} | {p.weight:g} | `{digest(p.folder / WEIGHTS)[:16]}` |" for p in adapters]
     lines = ["---", f"base_model: {base}", "library_name: peft", "tags: [lora, milktea]", "---"]
     lines += ["# A sum of adapters", "", "| adapter | weight | sha256 |", "|---|---|---|", *rows]
     lines += ["", f"Rank {told['rank']}, {told['modules']} modules. {_loss(told)}", ""]
@@ -267,13 +272,13 @@ def main(words: list[str] | None = None) -> int:
 
     def work() -> dict[str, Any]:
         with ExitStack() as stack:
-            parts = []
+            adapters = []
             for path, weight in map(parsed, told.adapters):
                 if not path.exists():
                     raise NoSum(f"there is no {path}")
                 name = path.parent.name if path.name == "adapter.zip" else path.stem
-                parts.append(open_part(name, weight, stack.enter_context(unpacked(path))))
-            return combine(parts, told.out, told.rank)
+                adapters.append(open_adapter(name, weight, stack.enter_context(unpacked(path))))
+            return combine(adapters, told.out, told.rank)
 
     return answer(work, text, told.json)
 

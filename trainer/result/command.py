@@ -64,7 +64,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", module="(peft|transformers|torch)")
 
 
-class Progress:
+class StatusLine:
     """One line on stderr that is written over; where that is no terminal, one every EVERY_S."""
 
     def __init__(self) -> None:

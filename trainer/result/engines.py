@@ -35,7 +35,7 @@ _REFUSES = {  # the faults of an adapter by engine
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineSupport:
     """`why` says why not, or what to know; `command` makes it load."""
 
     name: str
@@ -50,7 +50,7 @@ class NoAdapter(ValueError):
 
 def loads_in(
     config: Mapping[str, Any], tensors: Sequence[str], base_type: str | None = None
-) -> list[Engine]:
+) -> list[EngineSupport]:
     """One verdict an engine. `config` is adapter_config.json, `tensors` the names in its
     safetensors file, `base_type` the base's model_type where it is known."""
     base = str(config.get("base_model_name_or_path") or "BASE")
@@ -77,7 +77,7 @@ def loads_in(
     for name, command in commands.items():
         why = "; ".join(why for kind, why in faults.items() if kind in _REFUSES[name].split())
         know = f"rank {rank} is above its default of 16" if name == "vLLM" and rank > 16 else ""
-        engines.append(Engine(name, not why, why or know, "" if why else command))
+        engines.append(EngineSupport(name, not why, why or know, "" if why else command))
     return engines
 
 
@@ -142,18 +142,18 @@ def read(path: Path) -> tuple[dict[str, Any], list[str]]:
     return config, names
 
 
-def table(engines: Sequence[Engine]) -> str:
+def table(engines: Sequence[EngineSupport]) -> str:
     """As Markdown, for the card."""
     rows = [f"| {e.name} | {'yes' if e.loads else 'no'} | {_cell(e)} |" for e in engines]
     return "\n".join(["| loads in | | how, or why not |", "|---|---|---|", *rows])
 
 
-def _cell(engine: Engine) -> str:
+def _cell(engine: EngineSupport) -> str:
     command = f"`{engine.command}`" if engine.command else ""
     return ": ".join(filter(None, (engine.why, command)))
 
 
-def lines(engines: Sequence[Engine]) -> str:
+def lines(engines: Sequence[EngineSupport]) -> str:
     """As text, for a terminal."""
     rows = []
     for engine in engines:
@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--base", type=Path, help="the base's folder, for its architecture")
     arguments = parser.parse_args()
-    found: list[Engine] = []
+    found: list[EngineSupport] = []
 
     def work() -> dict[str, Any]:
         config, tensors = read(arguments.adapter)

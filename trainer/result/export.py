@@ -29,8 +29,8 @@ from trainer.data.prepare import Prepared
 from trainer.data.template import TemplateError
 from trainer.result import gguf_file, ollama
 from trainer.result.certificate import NotCertified
-from trainer.result.command import Progress, answer, parser_of
-from trainer.result.engines import Engine, loads_in, read
+from trainer.result.command import StatusLine, answer, parser_of
+from trainer.result.engines import EngineSupport, loads_in, read
 from trainer.result.merge import certified_merge
 from trainer.result.open import base_folder, open_words, unpacked
 
@@ -44,7 +44,7 @@ class ExportError(ValueError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExportSettings:
     """`name` is what the model will be called, `kind` f16 or q8_0, `repo` a name on the hub."""
 
     target: str
@@ -56,7 +56,7 @@ class Asked:
 
 
 def export(
-    adapter: Path, base: Path, out: Path, asked: Asked, tell: Tell = lambda line: None
+    adapter: Path, base: Path, out: Path, asked: ExportSettings, tell: Tell = lambda line: None
 ) -> dict[str, Any]:
     """Write the new folder `out`. Returns {"folder", "commands", "notes"}. Raises ExportError,
     MergeError, NotCertified, NoGguf, TemplateError, OSError of the hub."""
@@ -83,7 +83,9 @@ def export(
 Told = tuple[list[str], list[str]]
 
 
-def _for_engine(adapter: Path, base: Path, part: Path, out: Path, asked: Asked, tell: Tell) -> Told:
+def _for_engine(
+    adapter: Path, base: Path, part: Path, out: Path, asked: ExportSettings, tell: Tell
+) -> Told:
     engine, notes = _verdict(adapter, base, _ENGINES[asked.target]), list[str]()
     if engine is None or asked.merged or not engine.loads:
         if engine is not None and not engine.loads:
@@ -106,7 +108,7 @@ def _for_engine(adapter: Path, base: Path, part: Path, out: Path, asked: Asked, 
     return [command], notes
 
 
-def _verdict(adapter: Path, base: Path, name: str) -> Engine | None:
+def _verdict(adapter: Path, base: Path, name: str) -> EngineSupport | None:
     """None for a whole model."""
     if not (adapter / "adapter_config.json").is_file():
         return None
@@ -128,7 +130,7 @@ def _model(adapter: Path, base: Path, folder: Path, dtype: str, tell: Tell) -> N
 
 
 def _for_llama_cpp(
-    adapter: Path, base: Path, part: Path, out: Path, asked: Asked, tell: Tell
+    adapter: Path, base: Path, part: Path, out: Path, asked: ExportSettings, tell: Tell
 ) -> Told:
     file, notes = f"{asked.name}-{asked.kind}.gguf", list[str]()
     words = open_words(adapter, base)
@@ -169,7 +171,7 @@ def _modelfile(file: str, words: Prepared) -> str:
 # -- the hub ---------------------------------------------------------------------------------------
 
 
-def _for_hub(part: Path, out: Path, asked: Asked) -> Told:
+def _for_hub(part: Path, out: Path, asked: ExportSettings) -> Told:
     if not (part / "README.md").is_file():
         base = json.loads((part / "adapter_config.json").read_bytes())["base_model_name_or_path"]
         card = f"---\nbase_model: {base}\nlibrary_name: peft\n---\n# {asked.name}\n"
@@ -227,12 +229,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--merged", action="store_true", help="for vllm and sglang: merged anyway")
     parser.add_argument("--repo", default="", help="for hf: USER/NAME to upload to")
     parser.add_argument("--public", action="store_true", help="for hf: not private")
-    told, tell = parser.parse_args(words), Progress()
+    told, tell = parser.parse_args(words), StatusLine()
 
     def work() -> dict[str, Any]:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", told.name):
             raise ExportError(f"{told.name!r} is no name: take small letters, digits, . _ -")
-        asked = Asked(told.target, told.name, told.type, told.merged, told.repo, told.public)
+        asked = ExportSettings(
+            told.target, told.name, told.type, told.merged, told.repo, told.public
+        )
         with unpacked(told.adapter) as adapter:
             try:
                 return export(adapter, base_folder(told.base), told.out, asked, tell)

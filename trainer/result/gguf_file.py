@@ -50,7 +50,7 @@ class NoGguf(ValueError):
 
 
 @dataclass(frozen=True)
-class Written:
+class GgufSummary:
     """`largest_error` is of a weight that Q8_0 rounded, as a share of the largest in its tensor."""
 
     tensors: int
@@ -58,7 +58,9 @@ class Written:
     largest_error: float
 
 
-def write(folder: Path, out: Path, kind: str = "f16", tell: Tell = lambda line: None) -> Written:
+def write(
+    folder: Path, out: Path, kind: str = "f16", tell: Tell = lambda line: None
+) -> GgufSummary:
     """Write the model of `folder` (safetensors, tokenizer.json) to the file `out`. Raises NoGguf
     for an architecture, a tokenizer or a setting that llama.cpp would read otherwise."""
     config = AutoConfig.from_pretrained(folder).get_text_config()
@@ -91,7 +93,7 @@ def write(folder: Path, out: Path, kind: str = "f16", tell: Tell = lambda line: 
     writer.close()
     error = _read_back(part, {name: made for name, _, _, made in every}, tell)
     part.rename(out)
-    return Written(len(every), out.stat().st_size, error)
+    return GgufSummary(len(every), out.stat().st_size, error)
 
 
 # -- weights ---------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from trainer.data.render import examples
 from trainer.model.weights import weight_files
 from trainer.result.adapter import digest
 from trainer.result.certificate import NotCertified, certify
-from trainer.result.command import Progress, answer, parser_of
+from trainer.result.command import StatusLine, answer, parser_of
 from trainer.result.open import base_folder, open_words, rows_in, unpacked
 from trainer.result.words import TOKENIZER_FILES
 
@@ -60,7 +60,7 @@ class Change:
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """Names in the base's files with their changes, in the naming of the files."""
 
     model: Any  # the base with LoRA layers, without storage
@@ -127,7 +127,7 @@ def _validate_room(shards: dict[str, list[str]], base: Path, out: Path, dtype: s
         )
 
 
-def _plan(adapter: Path, base: Path, tensors: Any, names: set[str]) -> Plan:
+def _plan(adapter: Path, base: Path, tensors: Any, names: set[str]) -> MergePlan:
     kind = json.loads((adapter / "adapter_config.json").read_bytes()).get("peft_type")
     if kind != "LORA":
         raise MergeError(f"{adapter.name}/ is no LoRA but {kind}: it cannot be merged")
@@ -145,7 +145,7 @@ def _plan(adapter: Path, base: Path, tensors: Any, names: set[str]) -> Plan:
     prefix = f"{model.base_model_prefix}."
     with warnings.catch_warnings():  # of heads tied to embeddings: they are untied here
         warnings.simplefilter("ignore", UserWarning)
-        plan = Plan(get_peft_model(model, config, low_cpu_mem_usage=True))
+        plan = MergePlan(get_peft_model(model, config, low_cpu_mem_usage=True))
 
     def add(key: str, change: Change, like: torch.Tensor) -> None:
         for name in revert_weight_conversion(model, {key: like}):
@@ -184,7 +184,7 @@ def _is_tied_head(model: Any, name: str) -> bool:
 
 
 def _merged(
-    plan: Plan, source: Any, names: list[str], tensors: Any
+    plan: MergePlan, source: Any, names: list[str], tensors: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of one file; where head and embedding were one and only one of them changed, the
     head comes beside the embedding under its own name."""
@@ -199,7 +199,7 @@ def _merged(
 
 
 def _changed(
-    plan: Plan,
+    plan: MergePlan,
     name: str,
     value: torch.Tensor,
     tensors: Any,
@@ -230,7 +230,7 @@ def _changed(
     return torch.Tensor(merged * (tensors.get_tensor(magnitude).float() / length)[:, None])
 
 
-def _delta(plan: Plan, layer: str, tensors: Any) -> dict[str, torch.Tensor]:
+def _delta(plan: MergePlan, layer: str, tensors: Any) -> dict[str, torch.Tensor]:
     """fp32, scale included, by the names of the files."""
     module: Any = plan.model.get_submodule(layer)
     for key in tensors.keys():  # noqa: SIM118 - a file, not a dict
@@ -361,7 +361,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="rows for the certificate, beside general texts")
     parser.add_argument("--job", type=Path, help="job.json, which says how --data is read")
     arguments = parser.parse_args()
-    device, tell = "cuda" if torch.cuda.is_available() else "cpu", Progress()
+    device, tell = "cuda" if torch.cuda.is_available() else "cpu", StatusLine()
 
     def work() -> dict[str, Any]:
         base = base_folder(arguments.base)

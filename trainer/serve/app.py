@@ -23,8 +23,8 @@ from trainer.serve.engine import Busy, Engine
 from trainer.serve.feedback import Feedback, rows_of
 from trainer.serve.guard import Guard, Handler, add_headers
 from trainer.serve.models import BASE, Voice
-from trainer.serve.replies import Part, Reply, Shapes
-from trainer.serve.requests import ApiError, Wish
+from trainer.serve.replies import Delta, Reply, Shapes
+from trainer.serve.requests import RequestError, Wish
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_BYTES, BODY_S = 2 << 20, 30.0  # of one request, and within which it must have come
@@ -101,7 +101,7 @@ class _Server:
         voice = self.engine.models.voices.get(name)
         if voice is None:
             known = ", ".join(self.engine.models.voices)
-            raise ApiError(
+            raise RequestError(
                 f"there is no model {name[:100]!r} here, but: {known}",
                 "model",
                 "model_not_found",
@@ -155,26 +155,26 @@ class _Server:
             seed,
             wish.logprobs is not None,
         )
-        queue: asyncio.Queue[Part] = asyncio.Queue()
+        queue: asyncio.Queue[Delta] = asyncio.Queue()
         post = _poster(asyncio.get_running_loop(), queue)
         each = [prompt for prompt in prompts for _ in range(wish.n)]
         replies = [Reply(i, voice, p, wish, most, seed, post) for i, p in enumerate(each)]
         async with _asked(self.engine, replies):
             if wish.stream:
                 return await _stream(request, wish, shapes, replies, prompts, queue)
-            parts: list[list[Part]] = [[] for _ in replies]
+            parts: list[list[Delta]] = [[] for _ in replies]
             while not all(its and its[-1].why for its in parts):
-                part = await queue.get()
-                _validate_end(part)
-                parts[part.index].append(part)
+                delta = await queue.get()
+                _validate_end(delta)
+                parts[delta.index].append(delta)
             return web.json_response(shapes.whole(parts, _usage(prompts, replies)), dumps=_dumps)
 
     def _room(self, prompts: list[list[int]], wish: Wish) -> int:
-        """The most tokens of each answer. Raises ApiError where a prompt leaves too little room."""
+        """The most tokens of each answer. Raises RequestError where the prompt is too long."""
         context, longest = self.engine.models.context, max(map(len, prompts))
         most = context - longest if wish.most is None else wish.most
         if most < 1 or longest + most > context:
-            raise ApiError(
+            raise RequestError(
                 f"this model's context is {context} tokens; the prompt has {longest}, and "
                 f"{wish.most or 'more'} are wanted of the answer",
                 "messages" if wish.prompts and isinstance(wish.prompts[0], list) else "prompt",
@@ -184,7 +184,7 @@ class _Server:
 
 
 def _prompt_ids(voice: Voice, wish: Wish) -> list[list[int]]:
-    """The ids of each prompt. Raises ApiError where the template has no place for a message."""
+    """The ids of each prompt. Raises RequestError where the template has no place for a message."""
     vocabulary = voice.data.vocabulary
     made: list[list[int]] = []
     for prompt in wish.prompts:
@@ -193,15 +193,15 @@ def _prompt_ids(voice: Voice, wish: Wish) -> list[list[int]]:
             made.append([*vocabulary.prefix, *ids])
         elif isinstance(prompt[0], int):
             if not all(0 <= i < vocabulary.size for i in prompt):
-                raise ApiError(f"a token id is not of 0 to {vocabulary.size - 1}", "prompt")
+                raise RequestError(f"a token id is not of 0 to {vocabulary.size - 1}", "prompt")
             made.append(list(prompt))
         else:
             try:
                 made.append(prompt_ids(voice.data, prompt))
             except TemplateError as error:
-                raise ApiError(str(error), "messages") from None
+                raise RequestError(str(error), "messages") from None
     if not all(made):
-        raise ApiError("the prompt is empty", "prompt")
+        raise RequestError("the prompt is empty", "prompt")
     return made
 
 
@@ -211,7 +211,7 @@ async def _asked(engine: Engine, replies: list[Reply]) -> AsyncIterator[None]:
     try:
         engine.submit(*(reply.ask for reply in replies))
     except Busy:
-        raise ApiError("too many requests wait here", None, "busy", 429) from None
+        raise RequestError("too many requests wait here", None, "busy", 429) from None
     try:
         yield
     finally:
@@ -225,7 +225,7 @@ async def _stream(
     shapes: Shapes,
     replies: list[Reply],
     prompts: list[list[int]],
-    queue: asyncio.Queue[Part],
+    queue: asyncio.Queue[Delta],
 ) -> web.StreamResponse:
     response = web.StreamResponse()
     response.content_type, response.charset = "text/event-stream", "utf-8"
@@ -238,20 +238,20 @@ async def _stream(
             ready = [await _next(response, queue)]
             while not queue.empty():
                 ready.append(queue.get_nowait())
-            for part in ready:
-                _validate_end(part)
-                going -= bool(part.why)
-            events = [_event(shape) for part in ready for shape in shapes.chunk(part)]
+            for delta in ready:
+                _validate_end(delta)
+                going -= bool(delta.why)
+            events = [_event(shape) for delta in ready for shape in shapes.chunk(delta)]
             await response.write(b"".join(events))
         if wish.stream_usage:
             await response.write(_event(shapes.usage(_usage(prompts, replies))))
         await response.write(b"data: [DONE]\n\n")
-    except ApiError as error:  # the status has been sent
+    except RequestError as error:  # the status has been sent
         await response.write(_event(error.body))
     return response
 
 
-async def _next(response: web.StreamResponse, queue: asyncio.Queue[Part]) -> Part:
+async def _next(response: web.StreamResponse, queue: asyncio.Queue[Delta]) -> Delta:
     while True:
         try:
             return await asyncio.wait_for(queue.get(), HEARTBEAT_S)
@@ -259,11 +259,11 @@ async def _next(response: web.StreamResponse, queue: asyncio.Queue[Part]) -> Par
             await response.write(b": waiting\n\n")
 
 
-def _validate_end(part: Part) -> None:
-    if part.why == "error":
-        raise ApiError("the model failed; the log says why", None, None, 500, "server_error")
-    if part.why == "cancelled":
-        raise ApiError("this server is ending", None, None, 503, "server_error")
+def _validate_end(delta: Delta) -> None:
+    if delta.why == "error":
+        raise RequestError("the model failed; the log says why", None, None, 500, "server_error")
+    if delta.why == "cancelled":
+        raise RequestError("this server is ending", None, None, 503, "server_error")
 
 
 def _usage(prompts: list[list[int]], replies: list[Reply]) -> dict[str, int]:
@@ -271,10 +271,10 @@ def _usage(prompts: list[list[int]], replies: list[Reply]) -> dict[str, int]:
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 
-def _poster(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Part]) -> Any:
-    def post(part: Part) -> None:
+def _poster(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Delta]) -> Any:
+    def post(delta: Delta) -> None:
         try:
-            loop.call_soon_threadsafe(queue.put_nowait, part)
+            loop.call_soon_threadsafe(queue.put_nowait, delta)
         except RuntimeError:  # the loop is closed: nobody hears any more
             pass
 
@@ -282,18 +282,18 @@ def _poster(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Part]) -> Any:
 
 
 async def _body(request: web.Request) -> Any:
-    """The JSON of a request. Raises ApiError."""
+    """The JSON of a request. Raises RequestError."""
     try:
         async with asyncio.timeout(BODY_S):
             raw = await request.read()
     except TimeoutError:
-        raise ApiError("the body did not come", None, "timeout", 408) from None
+        raise RequestError("the body did not come", None, "timeout", 408) from None
     if request.content_type != "application/json":
-        raise ApiError("send application/json", "Content-Type", "content_type", 415)
+        raise RequestError("send application/json", "Content-Type", "content_type", 415)
     try:
         return json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise ApiError("the body is not JSON", None, "invalid_json") from None
+        raise RequestError("the body is not JSON", None, "invalid_json") from None
 
 
 def _no_constant(name: str) -> None:

@@ -17,7 +17,7 @@ from trainer.result.command import answer, parser_of, quiet
 from trainer.result.open import DEVICES, PRECISIONS, base_folder, device_of, precision_of
 from trainer.serve import terminal
 from trainer.serve.models import CONTEXT, Models, open_models
-from trainer.serve.stream import Settings
+from trainer.serve.stream import ChatSettings
 from trainer.serve.terminal import Conversation
 
 NAME = "tuned"
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens at most, of all turns")
-    parser.add_argument("--tokens", type=int, default=Settings.most, help="of an answer at most")
+    parser.add_argument(
+        "--tokens", type=int, default=ChatSettings.most, help="of an answer at most"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--penalty", type=float, default=1.0, help="of what was said already")
@@ -69,7 +71,7 @@ def _opened(told: argparse.Namespace) -> Conversation:
     precision = precision_of(told.precision, base, device)
     models = open_models({NAME: told.adapter}, base, device, told.context, precision)
     told.precision, told.device = precision, device.type
-    settings = Settings(told.temperature, told.top_p, told.penalty, told.seed, told.tokens)
+    settings = ChatSettings(told.temperature, told.top_p, told.penalty, told.seed, told.tokens)
     return Conversation(models, NAME, settings, told.system)
 
 

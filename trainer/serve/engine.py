@@ -35,7 +35,7 @@ class Busy(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingParams:
     """How tokens are chosen: a temperature of 0 takes the likeliest; above, tokens are drawn from
     the likeliest whose probabilities make up `top_p`. `number` tells answers of one seed apart.
     `top` are how many of the likeliest tokens are told with each."""
@@ -64,7 +64,7 @@ class Ask:
     voice: Voice
     prompt: Sequence[int]
     most: int
-    choice: Choice
+    sampling: SamplingParams
     tell: Callable[[Token], bool]
     ended: Callable[[str], None]
     asked_at: float = field(default_factory=time.monotonic)
@@ -258,7 +258,7 @@ class Engine:
 
     def _take(self, asks: list[Ask], logits: Tensor, at: Tensor) -> None:
         """The next tokens of `asks`, which stand in the rows `at`."""
-        found = choose(logits, [a.choice for a in asks], self._rows.lengths[at])
+        found = choose(logits, [a.sampling for a in asks], self._rows.lengths[at])
         self._last[at] = found[0]
         self._pending.append((asks, found))
 
@@ -278,7 +278,7 @@ class Engine:
                 if ask.over or ask.cancelled:
                     continue
                 pairs = zip(its_top, its_log_probs, strict=True)
-                top = tuple(pairs)[: ask.choice.top]
+                top = tuple(pairs)[: ask.sampling.top]
                 self._tell(ask, Token(id_, log_prob, top))
 
     def _tell(self, ask: Ask, token: Token) -> None:
@@ -314,32 +314,32 @@ def step_of(
 
 
 def choose(
-    logits: Tensor, choices: Sequence[Choice], positions: Tensor
+    logits: Tensor, samplings: Sequence[SamplingParams], positions: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(tokens (B,), their log-probabilities, the likeliest tokens (B, k), theirs) of logits (B, V),
-    each row by its own choice; `positions` int64 (B,)."""
+    each row by its own parameters; `positions` int64 (B,)."""
     device = logits.device
     own = logits.float().log_softmax(-1)
     chosen = own.argmax(-1)
-    drawn = [i for i, c in enumerate(choices) if c.temperature > 0]
+    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
     if drawn:
         at = torch.tensor(drawn, device=device)
-        chosen[at] = _draw(own[at], [choices[i] for i in drawn], positions[at])
-    top = own.topk(max(c.top for c in choices), -1)
+        chosen[at] = _draw(own[at], [samplings[i] for i in drawn], positions[at])
+    top = own.topk(max(s.top for s in samplings), -1)
     return chosen, own.gather(1, chosen[:, None])[:, 0], top.indices, top.values
 
 
-def _draw(own: Tensor, choices: Sequence[Choice], positions: Tensor) -> Tensor:
+def _draw(own: Tensor, samplings: Sequence[SamplingParams], positions: Tensor) -> Tensor:
     device = own.device
-    temperatures = torch.tensor([c.temperature for c in choices], device=device)
+    temperatures = torch.tensor([s.temperature for s in samplings], device=device)
     scores = (own / temperatures[:, None]).log_softmax(-1)
-    if any(c.top_p < 1 for c in choices):
-        most = torch.tensor([c.top_p for c in choices], device=device)[:, None]
+    if any(s.top_p < 1 for s in samplings):
+        most = torch.tensor([s.top_p for s in samplings], device=device)[:, None]
         ordered, order = scores.sort(-1, descending=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()
         cut = ordered.masked_fill((before >= most) & (most < 1), float("-inf"))
         scores = torch.empty_like(scores).scatter_(-1, order, cut)
-    seeds = torch.tensor([c.seed for c in choices], device=device)
-    numbers = torch.tensor([c.number for c in choices], device=device)
+    seeds = torch.tensor([s.seed for s in samplings], device=device)
+    numbers = torch.tensor([s.number for s in samplings], device=device)
     keys = mix(mix(mix(seeds) + numbers) + positions)
     return (scores + noise(keys, own.shape[-1])).argmax(-1)

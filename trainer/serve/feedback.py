@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from trainer.serve.requests import ApiError, messages_of
+from trainer.serve.requests import RequestError, messages_of
 
 ROWS, PAIRS, LABELS = "feedback.jsonl", "feedback.pairs.jsonl", "feedback.labels.jsonl"
 GONE = "gone"  # in a row that takes back what was said before
@@ -22,24 +22,24 @@ Row = dict[str, Any]
 
 def rows_of(body: Any) -> dict[str, Row]:
     """The row for each file of {"messages": [...], "answer": text} with "liked": bool, "edited":
-    text, or "worse": text (an answer to which `answer` was preferred). Raises ApiError."""
+    text, or "worse": text (an answer to which `answer` was preferred). Raises RequestError."""
     if not isinstance(body, dict):
-        raise ApiError("the body is not a JSON object")
+        raise RequestError("the body is not a JSON object")
     unknown = sorted(set(body) - {"messages", "answer", "liked", "edited", "worse"})
     if unknown:
-        raise ApiError(f"{unknown[0][:100]} is not known here", unknown[0][:100])
+        raise RequestError(f"{unknown[0][:100]} is not known here", unknown[0][:100])
     messages, liked = messages_of(body.get("messages")), body.get("liked")
     answer, edited, worse = (_answer(body, name) for name in ("answer", "edited", "worse"))
     if answer is None or sum(x is not None for x in (liked, edited, worse)) != 1:
-        raise ApiError("give an answer and one of liked, edited, worse")
+        raise RequestError("give an answer and one of liked, edited, worse")
     if liked is not None:
         if not isinstance(liked, bool):
-            raise ApiError("liked is not true or false", "liked")
+            raise RequestError("liked is not true or false", "liked")
         row: Row = {"messages": [*messages, answer]}
         return {ROWS: row | ({} if liked else {GONE: True}), LABELS: row | {"label": liked}}
     better, lesser = (edited, answer) if edited else (answer, worse)
     if better and lesser and better["content"].strip() == lesser["content"].strip():
-        raise ApiError("the two answers are equal")
+        raise RequestError("the two answers are equal")
     pair = {"prompt": messages, "chosen": [better], "rejected": [lesser]}
     return ({ROWS: {"messages": [*messages, edited]}} if edited else {}) | {PAIRS: pair}
 
@@ -49,11 +49,11 @@ def _answer(body: Row, name: str) -> Row | None:
     if text is None:
         return None
     if not isinstance(text, str) or not text.strip():
-        raise ApiError(f"{name} is not a text", name)
+        raise RequestError(f"{name} is not a text", name)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ApiError(f"{name} holds half a character (a lone surrogate)", name) from None
+        raise RequestError(f"{name} holds half a character (a lone surrogate)", name) from None
     return {"role": "assistant", "content": text}
 
 

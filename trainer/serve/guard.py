@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from trainer.serve.requests import ApiError
+from trainer.serve.requests import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +39,19 @@ class Guard:
         self._hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
 
     def validate(self, request: web.Request) -> None:
-        """Raises ApiError."""
+        """Raises RequestError."""
         host = request.headers.get("Host", "")
         if _name(host) not in self._hosts:
-            raise ApiError("this server does not go by that name", "Host", "host", 403)
+            raise RequestError("this server does not go by that name", "Host", "host", 403)
         origin = request.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            raise ApiError("another website may not ask here", "Origin", "origin", 403)
+            raise RequestError("another website may not ask here", "Origin", "origin", 403)
         if request.path in OPEN and request.method in ("GET", "HEAD"):
             return
         kind, _, given = request.headers.get("Authorization", "").partition(" ")
         sound = hmac.compare_digest(given.strip().encode(errors="replace"), self._token)
         if kind.lower() != "bearer" or not sound:
-            raise ApiError(
+            raise RequestError(
                 "no token, or a wrong one: Authorization: Bearer TOKEN, as `milktea serve` "
                 "printed it",
                 None,
@@ -64,21 +64,23 @@ class Guard:
         try:
             self.validate(request)
             return await handler(request)
-        except ApiError as error:
+        except RequestError as error:
             return refusal(error)
         except web.HTTPException as error:
             code = error.reason.lower().replace(" ", "_")
-            return refusal(ApiError(error.reason, None, code, error.status))
+            return refusal(RequestError(error.reason, None, code, error.status))
         except (ConnectionError, TimeoutError):
             raise
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return refusal(
-                ApiError("this server failed; its log says why", None, None, 500, "server_error")
+                RequestError(
+                    "this server failed; its log says why", None, None, 500, "server_error"
+                )
             )
 
 
-def refusal(error: ApiError) -> web.Response:
+def refusal(error: RequestError) -> web.Response:
     response = web.json_response(error.body, status=error.status)
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.serve.engine import Ask, Choice, Token
+from trainer.serve.engine import Ask, SamplingParams, Token
 from trainer.serve.models import Voice
 from trainer.serve.requests import Wish
 from trainer.serve.speech import HALF, Speech
@@ -16,8 +16,8 @@ Shape = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one more token brought to choice `index`; `why` is set in its last part."""
+class Delta:
+    """What one more token brought to choice `index`; `why` is set in its last delta."""
 
     index: int
     text: str
@@ -26,7 +26,7 @@ class Part:
 
 
 class Reply:
-    """One choice: an ask, its text, its tokens. `post` gets each part, in the engine's thread."""
+    """One choice: an ask, its text, its tokens. `post` gets each delta, in the engine's thread."""
 
     def __init__(
         self,
@@ -36,22 +36,22 @@ class Reply:
         wish: Wish,
         most: int,
         seed: int,
-        post: Callable[[Part], None],
+        post: Callable[[Delta], None],
     ) -> None:
         self.index, self._post = index, post
         self._speech = Speech(voice.data.vocabulary.tokenizer, wish.stop)
-        choice = Choice(wish.temperature, wish.top_p, seed, index, wish.logprobs or 0)
-        self.ask = Ask(voice, prompt, most, choice, self._tell, self._ended)
+        sampling = SamplingParams(wish.temperature, wish.top_p, seed, index, wish.logprobs or 0)
+        self.ask = Ask(voice, prompt, most, sampling, self._tell, self._ended)
 
     def _tell(self, token: Token) -> bool:
         if token.id in self.ask.voice.stops:
             return True
         text = self._speech.add(token.id)
-        self._post(Part(self.index, text, (token,)))
+        self._post(Delta(self.index, text, (token,)))
         return not self._speech.stopped
 
     def _ended(self, why: str) -> None:
-        self._post(Part(self.index, self._speech.rest(), (), why))
+        self._post(Delta(self.index, self._speech.rest(), (), why))
 
 
 @dataclass
@@ -72,13 +72,13 @@ class Shapes:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return head | {"system_fingerprint": f"milktea-seed-{self.seed}"}
 
-    def whole(self, parts: list[list[Part]], usage: Shape) -> Shape:
+    def whole(self, parts: list[list[Delta]], usage: Shape) -> Shape:
         """The answer to a request without a stream; `parts` of each choice."""
         choices = []
         for index, its in enumerate(parts):
-            text = "".join(part.text for part in its)
+            text = "".join(delta.text for delta in its)
             choice: Shape = {"index": index, "finish_reason": its[-1].why}
-            choice["logprobs"] = self._logprobs([t for part in its for t in part.tokens])
+            choice["logprobs"] = self._logprobs([t for delta in its for t in delta.tokens])
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
@@ -93,15 +93,15 @@ class Shapes:
         delta = {"role": "assistant", "content": "", "refusal": None}
         return self._chunk(index, {"delta": delta}, None, [])
 
-    def chunk(self, part: Part) -> list[Shape]:
-        """The chunks of a part: text, and at the end why."""
+    def chunk(self, delta: Delta) -> list[Shape]:
+        """The chunks of a delta: text, and at the end why."""
         made = []
-        if part.text or (self.logprobs and part.tokens):
-            said: Shape = {"delta": {"content": part.text}} if self.chat else {"text": part.text}
-            made.append(self._chunk(part.index, said, None, list(part.tokens)))
-        if part.why:
+        if delta.text or (self.logprobs and delta.tokens):
+            said: Shape = {"delta": {"content": delta.text}} if self.chat else {"text": delta.text}
+            made.append(self._chunk(delta.index, said, None, list(delta.tokens)))
+        if delta.why:
             said = {"delta": {}} if self.chat else {"text": ""}
-            made.append(self._chunk(part.index, said, part.why, []))
+            made.append(self._chunk(delta.index, said, delta.why, []))
         return made
 
     def usage(self, usage: Shape) -> Shape:

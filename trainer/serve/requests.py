@@ -1,4 +1,4 @@
-"""What an OpenAI client asks for, checked. Pure: a decoded body becomes a `Wish`, or ApiError.
+"""What an OpenAI client asks for, checked. Pure: a decoded body becomes a `Wish`, or RequestError.
 
 Nothing is dropped in silence: what this server does not keep is refused by its name, but for values
 that ask for nothing (null, an empty list, a penalty of 0).
@@ -17,7 +17,7 @@ SEEDS = 2**63
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-class ApiError(Exception):
+class RequestError(Exception):
     """A refusal in OpenAI's shape. `kind` is its type, `param` the field, `code` for programs."""
 
     def __init__(
@@ -57,20 +57,20 @@ class Wish:
 
 
 def chat(body: Any) -> Wish:
-    """The body of POST /v1/chat/completions. Raises ApiError."""
+    """The body of POST /v1/chat/completions. Raises RequestError."""
     fields = _Fields(body)
     turns = _turns(fields.take("messages"))
     wants = fields.flag("logprobs")
     top = fields.whole("top_logprobs", 0, MOST_TOP)
     if top is not None and not wants:
-        raise ApiError("top_logprobs needs logprobs: true", "top_logprobs")
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     most = fields.whole("max_completion_tokens", 1, 10**9)
     older = fields.whole("max_tokens", 1, 10**9)
     return _wish(fields, [turns], older if most is None else most, (top or 0) if wants else None)
 
 
 def completion(body: Any) -> Wish:
-    """The body of POST /v1/completions. Raises ApiError."""
+    """The body of POST /v1/completions. Raises RequestError."""
     fields = _Fields(body)
     prompts = _prompts(fields.take("prompt"))
     logprobs = fields.whole("logprobs", 0, MOST_TOP)
@@ -80,7 +80,7 @@ def completion(body: Any) -> Wish:
     if best is not None and best != wish.n:
         raise _not_kept("best_of")
     if wish.n * len(prompts) > MOST_CHOICES:
-        raise ApiError(f"{wish.n} x {len(prompts)} answers are more than {MOST_CHOICES}", "n")
+        raise RequestError(f"{wish.n} x {len(prompts)} answers are more than {MOST_CHOICES}", "n")
     return wish
 
 
@@ -90,7 +90,7 @@ def _wish(fields: _Fields, prompts: Any, most: int | None, logprobs: int | None)
     usage = _Fields(options, "stream_options.") if options is not None else None
     stream = fields.flag("stream")
     if usage and not stream:
-        raise ApiError("stream_options is for streams: set stream: true", "stream_options")
+        raise RequestError("stream_options is for streams: set stream: true", "stream_options")
     wish = Wish(
         model=fields.text("model"),
         prompts=prompts,
@@ -116,7 +116,7 @@ class _Fields:
 
     def __init__(self, body: Any, place: str = "") -> None:
         if not isinstance(body, dict):
-            raise ApiError("the body is not a JSON object", place.rstrip(".") or None)
+            raise RequestError("the body is not a JSON object", place.rstrip(".") or None)
         self._left, self._place = {k: v for k, v in body.items() if v is not None}, place
 
     def take(self, name: str) -> Any:
@@ -127,21 +127,23 @@ class _Fields:
         if value is None and default is not None:
             return default
         if value is None:
-            raise ApiError(f"{name} is missing", self._place + name)
+            raise RequestError(f"{name} is missing", self._place + name)
         return _string(value, self._place + name)
 
     def flag(self, name: str) -> bool:
         value = self.take(name)
         if value is None or isinstance(value, bool):
             return bool(value)
-        raise ApiError(f"{name} is not true or false", self._place + name)
+        raise RequestError(f"{name} is not true or false", self._place + name)
 
     def whole(self, name: str, least: int, most: int) -> int | None:
         value = self.take(name)
         if value is None:
             return None
         if type(value) is not int or not least <= value <= most:
-            raise ApiError(f"{name} is not a whole number of {least} to {most}", self._place + name)
+            raise RequestError(
+                f"{name} is not a whole number of {least} to {most}", self._place + name
+            )
         return value
 
     def number(self, name: str, least: float, most: float, default: float) -> float:
@@ -149,7 +151,7 @@ class _Fields:
         if value is None:
             return default
         if type(value) not in (int, float) or not least <= value <= most:
-            raise ApiError(f"{name} is not a number of {least} to {most}", self._place + name)
+            raise RequestError(f"{name} is not a number of {least} to {most}", self._place + name)
         return float(value)
 
     def nothing_left(self) -> None:
@@ -189,17 +191,19 @@ ASKS_NOTHING: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _not_kept(name: str) -> ApiError:
-    return ApiError(f"this server does not keep {name[:100]}", name[:100], "unsupported_parameter")
+def _not_kept(name: str) -> RequestError:
+    return RequestError(
+        f"this server does not keep {name[:100]}", name[:100], "unsupported_parameter"
+    )
 
 
 def _string(value: Any, param: str) -> str:
     if not isinstance(value, str):
-        raise ApiError(f"{param} is not a string", param)
+        raise RequestError(f"{param} is not a string", param)
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ApiError(f"{param} holds half a character (a lone surrogate)", param) from None
+        raise RequestError(f"{param} holds half a character (a lone surrogate)", param) from None
     return value
 
 
@@ -208,28 +212,28 @@ def _stops(value: Any) -> tuple[str, ...]:
         return ()
     given = value if isinstance(value, list) else [value]
     if len(given) > MOST_STOPS:
-        raise ApiError(f"stop has more than {MOST_STOPS} strings", "stop")
+        raise RequestError(f"stop has more than {MOST_STOPS} strings", "stop")
     stops = tuple(_string(stop, "stop") for stop in given)
     if any(not 0 < len(stop) <= 1000 for stop in stops):
-        raise ApiError("a stop string is empty or longer than 1,000 characters", "stop")
+        raise RequestError("a stop string is empty or longer than 1,000 characters", "stop")
     return stops
 
 
 def _turns(value: Any) -> list[Turn]:
     if not isinstance(value, list) or not 0 < len(value) <= MOST_MESSAGES:
-        raise ApiError(f"messages is not a list of 1 to {MOST_MESSAGES} messages", "messages")
+        raise RequestError(f"messages is not a list of 1 to {MOST_MESSAGES} messages", "messages")
     turns = [_turn(message, f"messages[{i}]") for i, message in enumerate(value)]
     if turns[-1].role != "user":
-        raise ApiError("the last message is not the user's", f"messages[{len(turns) - 1}].role")
+        raise RequestError("the last message is not the user's", f"messages[{len(turns) - 1}].role")
     return turns
 
 
 def messages_of(value: Any) -> list[dict[str, str]]:
     """Messages that end with the user's, as rows of data have them: role and content. Raises
-    ApiError, also for Alpaca's input, which they have no place for."""
+    RequestError, also for Alpaca's input, which they have no place for."""
     turns = _turns(value)
     if any(turn.extra for turn in turns):
-        raise ApiError("a row of messages has no place for input", "messages")
+        raise RequestError("a row of messages has no place for input", "messages")
     named = [{"role": t.role, "content": t.text} for t in turns]
     reasons = [{"reasoning_content": t.reasoning} if t.reasoning else {} for t in turns]
     return [a | b for a, b in zip(named, reasons, strict=True)]
@@ -239,7 +243,9 @@ def _turn(message: Any, place: str) -> Turn:
     fields = _Fields(message, f"{place}.")
     role = fields.text("role")
     if role not in ROLES:
-        raise ApiError(f"{place}.role {role[:40]!r} is none of {', '.join(ROLES)}", f"{place}.role")
+        raise RequestError(
+            f"{place}.role {role[:40]!r} is none of {', '.join(ROLES)}", f"{place}.role"
+        )
     text = _content(fields.take("content"), f"{place}.content")
     extra = reasoning = ""
     if role == "user":
@@ -273,7 +279,9 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     if given and all(type(i) is int for i in given):
         given = [given]
     if not 0 < len(given) <= MOST_CHOICES:
-        raise ApiError(f"prompt is not 1 to {MOST_CHOICES} texts or lists of token ids", "prompt")
+        raise RequestError(
+            f"prompt is not 1 to {MOST_CHOICES} texts or lists of token ids", "prompt"
+        )
     if all(isinstance(p, list) and p and all(type(i) is int for i in p) for p in given):
         return given
     return [_string(prompt, "prompt") for prompt in given]

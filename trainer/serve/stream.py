@@ -13,12 +13,12 @@ from torch import Tensor
 
 from trainer.model.decode import Rows, packs
 from trainer.serve.apart import Apart
-from trainer.serve.engine import Choice, choose, step_of
+from trainer.serve.engine import SamplingParams, choose, step_of
 from trainer.serve.models import Models, Voice
 
 
 @dataclass(frozen=True)
-class Settings:
+class ChatSettings:
     """A temperature of 0 takes the likeliest token. `repetition_penalty` divides the score of each
     token that stands in prompt or answer already (CTRL's, as transformers has it). An answer has
     at most `most` tokens."""
@@ -39,7 +39,7 @@ def stream(
     models: Models,
     voices: Sequence[Voice],
     prompts: Sequence[Sequence[int]],
-    settings: Settings,
+    settings: ChatSettings,
 ) -> Generator[list[int | None], None, None]:
     """At each step the next token of each voice, None where its answer has ended; stop tokens are
     not told. Raises TooLong."""
@@ -61,10 +61,10 @@ def stream(
     seen = _seen(prompts, parts[0].shape[-1], models.device)
     going = [True] * n
     made, logits = 0, torch.cat(parts)
-    choice = Choice(settings.temperature, settings.top_p, settings.seed)
+    sampling = SamplingParams(settings.temperature, settings.top_p, settings.seed)
     while True:
         scores = penalised(logits, seen, settings.repetition_penalty)
-        ids = choose(scores, [choice] * n, rows.lengths[:n])[0]
+        ids = choose(scores, [sampling] * n, rows.lengths[:n])[0]
         seen[torch.arange(n, device=models.device), ids] = True
         told: list[int | None] = []
         for i, (token, voice) in enumerate(zip(ids.tolist(), voices, strict=True)):

@@ -16,7 +16,7 @@ from trainer.data.prepare import prompt_ids
 from trainer.data.template import TemplateError, Turn
 from trainer.serve.models import BASE, Models, Voice
 from trainer.serve.speech import Speech
-from trainer.serve.stream import Settings, TooLong, stream
+from trainer.serve.stream import ChatSettings, TooLong, stream
 
 HELP = """/new               begin anew
 /again             answer the last question once more (another seed where tokens are drawn)
@@ -46,7 +46,7 @@ class Conversation:
 
     models: Models
     name: str  # of the voice that answers
-    settings: Settings = field(default_factory=Settings)
+    settings: ChatSettings = field(default_factory=ChatSettings)
     system: str = ""
     comparing: bool = False
     turns: dict[str, list[Turn]] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Conversation:
         return {"messages": [{"role": t.role, "content": t.text} for t in turns]}
 
 
-class Terminal:
+class ChatLoop:
     """The loop over lines. `say` writes; it gets text with its line ends."""
 
     def __init__(self, conversation: Conversation, say: Callable[[str], None]) -> None:
@@ -216,7 +216,7 @@ def run(conversation: Conversation) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    terminal = Terminal(conversation, say)
+    terminal = ChatLoop(conversation, say)
     if not sys.stdin.isatty():
         for line in sys.stdin:
             if not line.strip():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.data import batch, packing
 from trainer.data.prepare import InvalidJob, Rows
-from trainer.loop.guards import Expected, Stopped
+from trainer.loop.guards import ExpectedMetrics, Stopped
 from trainer.loop.ranks import Ranks
 from trainer.model.forward import target_log_probs
 from trainer.stages import measured, sft
@@ -25,7 +25,7 @@ SAME = 1e-6  # nats by which policy and reference may differ before the first st
 REFERENCE = "reference"  # of what is kept in a checkpoint
 
 
-class Start:
+class Reference:
     """The trained parameters as they are now, to be put in their place again: what they compute is
     the reference, with the same kernels, packs and precision as the policy."""
 
@@ -85,7 +85,7 @@ class Stage(measured.Stage):
 
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
-        self.expected = Expected()
+        self.expected = ExpectedMetrics()
 
     def micro(self, rows: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
         """The items `chosen` as micro-batches in host memory."""
@@ -131,7 +131,7 @@ class Referenced(Stage):
 
     def load(self, ranks: Ranks) -> None:
         super().load(ranks)
-        self.start = Start(self.trained())
+        self.start = Reference(self.trained())
 
     def sums(self, micro: dict[str, Any]) -> Tensor:
         """What is compared of each answer: its log-probability, fp64 (rows,)."""

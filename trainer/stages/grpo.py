@@ -34,7 +34,7 @@ class Stage(rollout.Stage):
 
     def load(self, ranks: Ranks) -> None:
         super().load(ranks)
-        self.start = compared.Start(self.trained())
+        self.start = compared.Reference(self.trained())
 
     @torch.no_grad()
     def prepare(self, step: int, work: batch.Work) -> batch.Work:

@@ -53,7 +53,7 @@ class Stage(rollout.Stage):
 
     def load(self, ranks: Ranks) -> None:
         super().load(ranks)
-        self.start = compared.Start(self.trained())
+        self.start = compared.Reference(self.trained())
         judge = self.job.judge
         self.roles.add(VALUE, self.run / judge.path if judge else None, trained=True)
 

@@ -22,7 +22,7 @@ from typing import Any
 MOST_FAULT = 300  # characters of what is told of a fault
 
 
-class TooLong(Exception):
+class TimeUp(Exception):
     pass
 
 
@@ -51,7 +51,7 @@ def judged(function: Any, asked: list[str], seconds: float) -> list[Any]:
         if not math.isfinite(number):
             return [None, f"it returned {number}"]
         return [number, None]
-    except TooLong:
+    except TimeUp:
         return [None, f"it took more than {seconds:g} s"]
     except BaseException as why:
         return [None, f"{type(why).__name__}: {why}"[:MOST_FAULT]]
@@ -67,7 +67,7 @@ def failing(why: BaseException) -> Any:
 
 
 def too_long(*_: Any) -> None:
-    raise TooLong
+    raise TimeUp
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer.data import batch, stage_rows
 from trainer.data.prepare import InvalidJob, Rows
-from trainer.loop.guards import Expected, Stopped
+from trainer.loop.guards import ExpectedMetrics, Stopped
 from trainer.loop.ranks import Ranks
 from trainer.model.decode import Answer, Sampling, generate
 from trainer.model.forward import hidden_states, model_inputs
@@ -97,7 +97,7 @@ class Stage(compared.Stage):
         super().__init__(job, run)
         self.settings, self.updates = settings, updates
         self.total_steps = self.order.total_steps * updates
-        self.expected = Expected(still_steps=True)
+        self.expected = ExpectedMetrics(still_steps=True)
         self.wanted = self._wanted(job.data.files)
         if job.data.held_out is not None:
             self.wanted |= self._wanted([job.data.held_out])

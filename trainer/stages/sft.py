@@ -21,7 +21,7 @@ from trainer.data.stage_rows import held_rows, prepare
 from trainer.eval import held_out
 from trainer.loop import checkpoint, report, stage
 from trainer.loop.budget import micro_batch
-from trainer.loop.guards import Expected, probe, target_entropy, validate_labels
+from trainer.loop.guards import ExpectedMetrics, probe, target_entropy, validate_labels
 from trainer.loop.held_out import Look
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
@@ -66,7 +66,7 @@ class Stage(stage.Stage):
                 "name a file in data.held_out, or remove the setting",
             )
         self.notes = tuple(rows.notes)
-        self.expected = Expected(entropy=target_entropy(rows))
+        self.expected = ExpectedMetrics(entropy=target_entropy(rows))
         self.answers_at_end = job.data.held_out is not None
 
     def validate(self, rows: Rows) -> None:

@@ -201,7 +201,7 @@ def end_cut_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-class Writer:
+class EventWriter:
     """Appends to events.jsonl; each line reaches the kernel before `write` returns. Used by rank 0
     only."""
 

@@ -38,7 +38,7 @@ DTYPES: dict[str, tuple[str, int, int | None]] = {
 Entry = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, begin, end
 
 
-class Reader(Protocol):
+class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
@@ -53,7 +53,7 @@ class Tensor:
     zero: bool
 
 
-def read(source: Reader, size: int) -> Iterator[Tensor]:
+def read(source: Readable, size: int) -> Iterator[Tensor]:
     """The tensors of a safetensors file of `size` bytes, in the order in which they lie there; the
     stream is read to its end.
 
@@ -70,13 +70,13 @@ def read(source: Reader, size: int) -> Iterator[Tensor]:
         raise ValueError(f"its tensors take {at} bytes, the file has {size - 8 - length}")
 
 
-def names(source: Reader, size: int) -> list[str]:
+def names(source: Readable, size: int) -> list[str]:
     """The tensors' names in a safetensors file of `size` bytes, by its header alone. Raises
     ValueError."""
     return [entry[0] for entry in _entries(source, size)[0]]
 
 
-def _entries(source: Reader, size: int) -> tuple[list[Entry], int]:
+def _entries(source: Readable, size: int) -> tuple[list[Entry], int]:
     """The header's rows in the order of the bytes, and its own length. Raises ValueError."""
     length = int.from_bytes(_exactly(source, 8), "little")
     if length > MAX_HEADER or length > size - 8:
@@ -140,7 +140,7 @@ def _counts(value: Any, most: int) -> bool:
     )
 
 
-def _look(source: Reader, dtype: str, count: int) -> tuple[bool, bool]:
+def _look(source: Readable, dtype: str, count: int) -> tuple[bool, bool]:
     """Are `count` bytes of `dtype` all finite, and all zero? By bit pattern, since numpy has
     neither bf16 nor fp8."""
     import numpy as np
@@ -157,7 +157,7 @@ def _look(source: Reader, dtype: str, count: int) -> tuple[bool, bool]:
     return mask is None or largest < mask, largest == 0
 
 
-def _exactly(source: Reader, count: int) -> bytes:
+def _exactly(source: Readable, count: int) -> bytes:
     data = source.read(count)
     if len(data) == count:
         return data

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 
 
-class RealClock:
+class ScaledClock:
     """Wall-clock time, shifted by what `advance` added and sped up by `scale` (emulated seconds for
     one real second)."""
 
@@ -43,4 +43,4 @@ class VirtualClock:
         self._now += max(0.0, seconds)
 
 
-Clock = RealClock | VirtualClock
+Clock = ScaledClock | VirtualClock

@@ -11,8 +11,8 @@ from typing import Any
 
 from ops.fakevast.cloud import search as market_search
 from ops.fakevast.cloud.account import Account
-from ops.fakevast.cloud.clock import Clock, RealClock
-from ops.fakevast.cloud.create import Order, new_instance, parse_order
+from ops.fakevast.cloud.clock import Clock, ScaledClock
+from ops.fakevast.cloud.create import CreateRequest, new_instance, parse_order
 from ops.fakevast.cloud.errors import ApiError, no_such_ask, no_such_instance, wrong_key
 from ops.fakevast.cloud.instance import Instance
 from ops.fakevast.cloud.prices import PriceIncrease
@@ -35,7 +35,7 @@ class Cloud(Rentals):
         market: list[dict[str, Any]] | None = None,
         api_key: str | None = None,
     ) -> None:
-        clock = clock or RealClock()
+        clock = clock or ScaledClock()
         key = api_key or hashlib.sha256(b"fakevast account").hexdigest()
         number = int(hashlib.sha256(key.encode()).hexdigest()[:7], 16)
         account = Account(id=number, key=key, opened_at=clock.now())
@@ -105,7 +105,7 @@ class Cloud(Rentals):
             raise ApiError(400, "invalid_price", text, **more)
         return {"success": True, "new_contract": instance.id, "instance_api_key": instance.key}
 
-    def _rent(self, row: dict[str, Any], order: Order, runs: bool) -> Instance:
+    def _rent(self, row: dict[str, Any], order: CreateRequest, runs: bool) -> Instance:
         self.next_instance += 1
         number, now = self.next_instance, self._at
         key = hashlib.sha256(f"instance {number} of {self.account.key}".encode()).hexdigest()

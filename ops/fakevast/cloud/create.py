@@ -26,7 +26,7 @@ RUNTYPES = {
 
 
 @dataclass(frozen=True)
-class Order:
+class CreateRequest:
     """A valid create request."""
 
     image: str
@@ -43,7 +43,7 @@ class Order:
     template_hash_id: str | None
 
 
-def parse_order(body: dict[str, Any], offer: dict[str, Any]) -> Order:
+def parse_order(body: dict[str, Any], offer: dict[str, Any]) -> CreateRequest:
     """The order for this offer. Raises ApiError 400 naming the argument."""
     image, env = body.get("image"), body.get("env") or {}
     args = _args(body)
@@ -80,7 +80,7 @@ def parse_order(body: dict[str, Any], offer: dict[str, Any]) -> Order:
     _need(isinstance(runtype, str) and set(runtype.split()) <= RUNTYPES, offer, "runtype", runtype)
     target = body.get("target_state") or "running"
     _need(target in ("running", "stopped"), offer, "target_state", target)
-    return Order(
+    return CreateRequest(
         image=str(image or "template"),
         disk_gb=_disk(body, offer),
         env={str(key): str(value) for key, value in env.items()},
@@ -100,7 +100,7 @@ def new_instance(
     number: int,
     key: str,
     row: dict[str, Any],
-    order: Order,
+    order: CreateRequest,
     now: float,
     ssh_keys: list[dict[str, Any]],
 ) -> Instance:

@@ -14,7 +14,7 @@ from ops.fakevast.boxes.boxes import Boxes
 from ops.fakevast.cloud.cloud import Cloud
 from ops.fakevast.cloud.errors import ApiError, no_key
 from ops.fakevast.http import account, instances, spoil
-from ops.fakevast.http.call import Call, Reply, Results
+from ops.fakevast.http.call import Call, Response, StoredResults
 from ops.fakevast.http.rate_limits import RateLimits, TooSoon
 from ops.fakevast.http.routes import find_route
 
@@ -26,7 +26,12 @@ class Api:
     """The API of one cloud and the emulator's own controls, as one aiohttp application."""
 
     def __init__(
-        self, cloud: Cloud, boxes: Boxes, alarm: Alarm, rate_limits: RateLimits, results: Results
+        self,
+        cloud: Cloud,
+        boxes: Boxes,
+        alarm: Alarm,
+        rate_limits: RateLimits,
+        results: StoredResults,
     ) -> None:
         self.cloud, self.boxes, self.alarm = cloud, boxes, alarm
         self.rate_limits, self.results = rate_limits, results
@@ -58,7 +63,7 @@ class Api:
         try:
             reply = self._answer(request, raw, entry)
         except ApiError as error:
-            reply = Reply(error.status, error.body)
+            reply = Response(error.status, error.body)
         except TooSoon as early:
             reply = spoil.too_soon(entry["route"], early.threshold_s)
         finally:
@@ -66,7 +71,7 @@ class Api:
         entry["status"] = None if reply.cut else reply.status
         return await _sent(request, reply)
 
-    def _answer(self, request: web.Request, raw: bytes, entry: dict[str, Any]) -> Reply:
+    def _answer(self, request: web.Request, raw: bytes, entry: dict[str, Any]) -> Response:
         """The whole life of a call but the sending.
 
         Nothing here awaits: calls are served one at a time, as by one database.
@@ -74,7 +79,7 @@ class Api:
         found = find_route(request.method, request.path)
         if found is None:
             message = f"fakevast does not emulate {request.method} {request.path}"
-            return Reply(501, {"success": False, "error": "not_emulated", "msg": message})
+            return Response(501, {"success": False, "error": "not_emulated", "msg": message})
         route, path = found
         entry["route"] = route.name
         query, key = dict(request.query), _key_of(request)
@@ -84,14 +89,14 @@ class Api:
         call.json = _body(raw)
         call.fault = fault = self.cloud.faults.take(route.name, **_context(call))
         if fault is None:
-            return Reply(200, _handler(route.name)(call))
+            return Response(200, _handler(route.name)(call))
         entry["fault"] = fault.what
         if (spoiled := spoil.before(fault)) is not None:
             return spoiled
         try:
-            reply = Reply(200, _handler(route.name)(call))
+            reply = Response(200, _handler(route.name)(call))
         except ApiError as error:
-            reply = Reply(error.status, error.body)
+            reply = Response(error.status, error.body)
         return spoil.after(fault, reply)
 
     async def _control(self, request: web.Request) -> web.Response:
@@ -194,7 +199,7 @@ def _context(call: Call) -> dict[str, Any]:
     return {"id": number, "label": instance.label, "machine_id": instance.machine_id}
 
 
-async def _sent(request: web.Request, reply: Reply) -> web.Response:
+async def _sent(request: web.Request, reply: Response) -> web.Response:
     if reply.delay_s:
         await asyncio.sleep(reply.delay_s)
     if reply.cut and request.transport is not None:

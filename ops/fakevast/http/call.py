@@ -27,7 +27,7 @@ class StoredResult:
     reads_until_ready: int
 
 
-class Results:
+class StoredResults:
     """Texts that the API hands over by a URL; the first `late` reads of each find nothing."""
 
     def __init__(self, late: int = 1) -> None:
@@ -58,7 +58,7 @@ class Call:
 
     cloud: Cloud
     boxes: Boxes
-    results: Results
+    results: StoredResults
     route: Route
     path: dict[str, int]
     request_query: dict[str, str]
@@ -79,7 +79,7 @@ class Call:
 
 
 @dataclass
-class Reply:
+class Response:
     """The answer to a call. With `cut` nothing is sent and the connection breaks."""
 
     status: int

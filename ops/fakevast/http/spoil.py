@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 from ops.fakevast.cloud.faults import Fault
-from ops.fakevast.http.call import Reply
+from ops.fakevast.http.call import Response
 
 BUSY = "API requests too frequent endpoint threshold={}"
 _GATEWAY = "<html><body>502 Bad Gateway</body></html>"
 
 
-def before(fault: Fault) -> Reply | None:
+def before(fault: Fault) -> Response | None:
     """The answer of a fault that strikes before anything is done."""
     if fault.what == "lost_request":
-        return Reply(500, {}, cut=True)
+        return Response(500, {}, cut=True)
     if fault.what == "502_before":
-        return Reply(502, _GATEWAY, "text/html")
+        return Response(502, _GATEWAY, "text/html")
     if fault.what == "429_text":
-        return Reply(429, "API requests too frequent", "text/plain")
+        return Response(429, "API requests too frequent", "text/plain")
     if fault.what == "429_json":
-        return Reply(429, {"detail": BUSY.format(fault.args.get("threshold", 2.0))})
+        return Response(429, {"detail": BUSY.format(fault.args.get("threshold", 2.0))})
     if fault.what == "success_false":
         message = fault.args.get("msg", "something went wrong")
-        return Reply(200, {"success": False, "error": "internal", "msg": message})
+        return Response(200, {"success": False, "error": "internal", "msg": message})
     if fault.what == "reply" and not fault.args.get("commit"):
         return _scripted(fault)
     return None
 
 
-def after(fault: Fault, reply: Reply) -> Reply:
+def after(fault: Fault, reply: Response) -> Response:
     """The answer of a fault that strikes when the work is done."""
     if fault.what == "lost_reply":
-        return Reply(500, {}, cut=True)
+        return Response(500, {}, cut=True)
     if fault.what == "502_after":
-        return Reply(502, _GATEWAY, "text/html")
+        return Response(502, _GATEWAY, "text/html")
     if fault.what == "late":
         reply.delay_s = float(fault.args.get("delay_s", 1.0))
     if fault.what == "reply":
@@ -40,20 +40,20 @@ def after(fault: Fault, reply: Reply) -> Reply:
     return reply
 
 
-def _scripted(fault: Fault) -> Reply:
+def _scripted(fault: Fault) -> Response:
     body = fault.args.get("body", {"success": False, "error": "fault", "msg": "scripted"})
     usual = "text/plain" if isinstance(body, str) else "application/json"
     kind = fault.args.get("content_type", usual)
     headers = fault.args.get("headers", {})
-    return Reply(int(fault.args.get("status", 500)), body, kind, headers=headers)
+    return Response(int(fault.args.get("status", 500)), body, kind, headers=headers)
 
 
-def too_soon(route: str | None, threshold_s: float) -> Reply:
+def too_soon(route: str | None, threshold_s: float) -> Response:
     """A broken rate limit: 429 comes as JSON from some endpoints and as bare text from most."""
     busy = BUSY.format(threshold_s)
     if route == "destroy":
-        return Reply(429, {"success": False, "error": "rate_limit_exceeded", "msg": busy})
+        return Response(429, {"success": False, "error": "rate_limit_exceeded", "msg": busy})
     if route == "create":
-        return Reply(429, {"detail": busy})
+        return Response(429, {"detail": busy})
     text = f"API requests too frequent: endpoint threshold={threshold_s}"
-    return Reply(429, text, "text/plain")
+    return Response(429, text, "text/plain")

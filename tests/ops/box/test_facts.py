@@ -12,7 +12,7 @@ from ops.box.facts import (
     MARK,
     SCRIPT,
     DiskFacts,
-    Expected,
+    ExpectedMachine,
     Facts,
     GpuFacts,
     HostFacts,
@@ -168,7 +168,7 @@ def test_a_driver_of_endless_digits_is_judged_and_not_counted():
 
 # -- judging ---------------------------------------------------------------------------------------
 
-EXPECTED = Expected("RTX 4090", 2, 23.99, 40.0, 12.8)
+EXPECTED = ExpectedMachine("RTX 4090", 2, 23.99, 40.0, 12.8)
 GOOD = Facts(
     GpuFacts("NVIDIA GeForce RTX 4090", 2, 23.99, "570.153.02", 8.9), DiskFacts(39 << 30, "/")
 )
@@ -358,7 +358,7 @@ def test_this_machine_says_what_a_container_here_may_use():
     ],
 )
 def test_each_limit_is_kept_to_the_last_unit(least, most_too_little, word):
-    expected = Expected("RTX 4090", 2, 24.0, 40.0, 12.8, 16.0)
+    expected = ExpectedMachine("RTX 4090", 2, 24.0, 40.0, 12.8, 16.0)
 
     def judged(changes):
         facts = GOOD

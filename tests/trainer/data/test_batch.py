@@ -13,7 +13,7 @@ import torch
 
 from trainer.data import batch, packing
 from trainer.data.prepare import Rows
-from trainer.loop.progress import Reading
+from trainer.loop.progress import Readback
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def test_a_batch_made_on_the_host_is_the_batch_made_on_the_device(collate) -> No
 
 def test_numbers_that_are_read_later_are_those_of_their_step() -> None:
     buffer = torch.tensor([1.5, 0.0])
-    reading = Reading(torch.cat([buffer, torch.tensor([2.0])]))
+    reading = Readback(torch.cat([buffer, torch.tensor([2.0])]))
     buffer.zero_()
     assert reading.read() == [1.5, 0.0, 2.0]
 

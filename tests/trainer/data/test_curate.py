@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data import curate, kept
+from trainer.data import curate, records
 from trainer.data.files import Reading
-from trainer.data.kept import Kept
+from trainer.data.records import Record
 from trainer.data.stats import stats
 
 QUESTION, ANSWER = "What is a deductible?", "The part of a loss that you pay yourself."
@@ -33,15 +33,15 @@ def written(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def row(n: int, question: str = "", answer: str = "", label: str = "") -> Kept:
+def row(n: int, question: str = "", answer: str = "", label: str = "") -> Record:
     draw = random.Random(n)
     said = " ".join("".join(draw.choices("abcdefgh", k=5)) for _ in range(5 + n % 40))
-    return Kept(f"f:{n}", json.dumps({"n": n}), question or said, answer or said[::-1], label, 2)
+    return Record(f"f:{n}", json.dumps({"n": n}), question or said, answer or said[::-1], label, 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_row_of_each_layout_is_read_and_kept_as_it_was(tmp_path: Path, layout: str) -> None:
-    found = kept.read([written(tmp_path / "rows.jsonl", [LAYOUTS[layout]])])
+    found = records.read([written(tmp_path / "rows.jsonl", [LAYOUTS[layout]])])
     assert found.defects == []
     [only] = found.rows
     assert json.loads(only.line) == LAYOUTS[layout]
@@ -55,17 +55,17 @@ def test_a_row_of_each_layout_is_read_and_kept_as_it_was(tmp_path: Path, layout:
 def test_rows_without_an_answer_are_read_where_prompts_are_asked_for(tmp_path: Path) -> None:
     rows = [{"prompt": QUESTION}, {"prompt": QUESTION, "answer": "a share"}, {"text": "none"}]
     path = written(tmp_path / "rows.jsonl", rows)
-    found = kept.read([path], Reading("prompts"))
+    found = records.read([path], Reading("prompts"))
     assert [(r.question, r.answer) for r in found.rows] == [(QUESTION, ""), (QUESTION, "a share")]
     assert [d.line for d in found.defects] == [3]
-    assert kept.read([path]).rows == []
+    assert records.read([path]).rows == []
 
 
 def test_defects_are_told_with_their_place_in_preferences_too(tmp_path: Path) -> None:
     good = LAYOUTS["pairs"]
     bad = good | {"rejected": ANSWER}
     against = good | {"chosen": good["rejected"], "rejected": good["chosen"]}
-    found = kept.read([written(tmp_path / "rows.jsonl", [good, bad, against])])
+    found = records.read([written(tmp_path / "rows.jsonl", [good, bad, against])])
     assert {d.line for d in found.defects} >= {2, 3}
     assert len(found.rows) == 2
 
@@ -137,8 +137,8 @@ def test_which_rows_are_held_out_follows_from_what_they_say_and_the_seed() -> No
 
 
 def test_stats_count_characters_scripts_turns_and_repeats() -> None:
-    chinese = Kept("f:1", "{}", "什么是免赔额", "自己付", "", 2)
-    english = Kept("f:2", "{}", "What is it", "Yours", "", 4)
+    chinese = Record("f:1", "{}", "什么是免赔额", "自己付", "", 2)
+    english = Record("f:2", "{}", "What is it", "Yours", "", 4)
     found = stats([chinese, english, english])
     assert found.rows == 3 and found.equal == 1
     assert found.total_characters == 9 + 15 * 2

@@ -17,7 +17,7 @@ from trainer.data.formats import Row
 from trainer.data.prepare import prepare
 from trainer.data.template import Turn
 from trainer.loop.checkpoint import State
-from trainer.loop.held_out import HeldOut, Look
+from trainer.loop.held_out import EarlyStopping, Look
 from trainer.train import run_job
 from trainer.wire.job import Data, Job, Training
 
@@ -96,7 +96,7 @@ def test_settings_that_contradict_each_other_are_refused_by_name(run_folder: Mak
 
 def test_patience_ends_a_run_and_the_best_look_is_kept() -> None:
     state, asked = State(), Training(early_stopping_patience=2, load_best_model_at_end=True)
-    seen, named = HeldOut(state, asked), {"a": torch.nn.Parameter(torch.zeros(2))}
+    seen, named = EarlyStopping(state, asked), {"a": torch.nn.Parameter(torch.zeros(2))}
     ended = []
     for step, loss in enumerate([1.0, 3.0, 2.0, 2.5, 2.0]):
         with torch.no_grad():
@@ -104,11 +104,11 @@ def test_patience_ends_a_run_and_the_best_look_is_kept() -> None:
         seen.saw(step, Look(5, loss, 0.5), named)
         ended.append(seen.exhausted)
     assert ended == [False, False, False, False, True], "an equal loss is no better one"
-    again = HeldOut(State(looks=state.looks, stage=seen.kept()), asked)
+    again = EarlyStopping(State(looks=state.looks, stage=seen.kept()), asked)
     assert again.exhausted and again.best_step == 2
     again.take_best(named)
     assert named["a"].tolist() == [2.0, 2.0]
-    plain = HeldOut(state, Training())
+    plain = EarlyStopping(state, Training())
     assert not plain.exhausted and not plain.kept()
 
 

@@ -21,7 +21,7 @@ from tiny import adapter_sha256, events_of, finish, start
 from torch import Tensor, nn
 
 from trainer.data import batch, packing
-from trainer.loop.guards import Expected
+from trainer.loop.guards import ExpectedMetrics
 from trainer.loop.ranks import StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.model.forward import target_loss
@@ -46,7 +46,7 @@ class Pairs(sft.Stage):
         epochs, seed, size = training.num_train_epochs, training.seed, training.batch_size // 2
         self.order = packing.Order(count, size, epochs, seed)
         self.total_steps = self.order.total_steps
-        self.expected = Expected()
+        self.expected = ExpectedMetrics()
         self.mean_margin = torch.zeros(())  # of the references, over the steps so far: a state
 
     def groups(self) -> list[list[str]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trainer.kernels.patch import accelerate_model
-from trainer.loop.optim import Gradients, optimizer_of
+from trainer.loop.optim import FlatGradients, optimizer_of
 from trainer.model.dropout import TokenKeys
 from trainer.model.load import load
 from trainer.model.parts import ModelError, causal
@@ -91,7 +91,7 @@ def test_a_stacked_adapter_keeps_the_first_as_it_is_and_loads_in_stock_peft(
     assert torch.allclose(said(model), expected, atol=1e-5)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in trained.items()}
-    gradients = Gradients(trained.values())
+    gradients = FlatGradients(trained.values())
     optimizer = optimizer_of([list(trained.values())], told.training, HOST)
     for _ in range(3):
         gradients.zero()

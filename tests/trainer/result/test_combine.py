@@ -47,8 +47,8 @@ def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def mixed(made: dict[str, Path], out: Path, rank: int | None = None, **weights: float) -> Any:
-    parts = [combine.open_part(n, w, made[n]) for n, w in weights.items()]
-    return combine.combine(parts, out, rank)
+    adapters = [combine.open_adapter(n, w, made[n]) for n, w in weights.items()]
+    return combine.combine(adapters, out, rank)
 
 
 @pytest.mark.parametrize("other", ["rslora", "patterns", "fewer"])
@@ -81,7 +81,7 @@ def test_a_cut_sum_is_the_nearest_and_its_loss_is_told(
 
 
 def test_one_adapter_twice_at_half_weight_is_itself(made: dict[str, Path], tmp_path: Path) -> None:
-    halves = [combine.open_part("a", 0.5, made["rslora"]) for _ in range(2)]
+    halves = [combine.open_adapter("a", 0.5, made["rslora"]) for _ in range(2)]
     combine.combine(halves, tmp_path / "mix")
     right, found = (deltas(made["base"], p) for p in (made["rslora"], tmp_path / "mix"))
     assert all(torch.allclose(found[n], right[n], atol=1e-6) for n in right)

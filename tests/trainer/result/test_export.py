@@ -31,7 +31,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def exported(result: tuple[Path, Path], target: str, out: Path, **more: Any) -> dict[str, Any]:
-    return export.export(result[1], result[0], out, export.Asked(target, "mine", **more))
+    return export.export(result[1], result[0], out, export.ExportSettings(target, "mine", **more))
 
 
 def logits(folder: Path, adapter: Path | None = None, **more: Any) -> torch.Tensor:

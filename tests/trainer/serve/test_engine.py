@@ -18,7 +18,7 @@ from trainer.data.template import Turn
 from trainer.model.decode import generate
 from trainer.practice.model import HERE as PRACTICE
 from trainer.result.open import open_adapter
-from trainer.serve.engine import Ask, Busy, Choice, Engine, choose
+from trainer.serve.engine import Ask, Busy, Engine, SamplingParams, choose
 
 QUESTIONS = [
     "Where does the cat live?",
@@ -30,7 +30,7 @@ QUESTIONS = [
     "Say it again, and then once more, and then a third time.",
     "What time is it?",
 ]
-DRAWN = Choice(temperature=0.9, top_p=0.95, seed=7)
+DRAWN = SamplingParams(temperature=0.9, top_p=0.95, seed=7)
 
 
 def answers(heard: list[Heard]) -> list[list[int]]:
@@ -38,9 +38,9 @@ def answers(heard: list[Heard]) -> list[list[int]]:
     return [h.ids for h in heard]
 
 
-@pytest.mark.parametrize("choice", [Choice(), DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("choice", [SamplingParams(), DRAWN], ids=["greedy", "drawn"])
 def test_eight_at_once_say_what_each_says_alone_token_for_token(
-    serving: Callable[..., Engine], choice: Choice
+    serving: Callable[..., Engine], choice: SamplingParams
 ) -> None:
     engine = serving(width=8)
     names = cycle(["zh-1", "base", "v2.5"])
@@ -152,7 +152,7 @@ def test_a_prompt_without_room_and_a_queue_without_end_are_refused(
         asked(engine, "hi", most=engine.models.context)
     heard = Heard()
     voice = engine.models.voices["base"]
-    ask = Ask(voice, [5], 4, Choice(), heard.tell, heard.ended)
+    ask = Ask(voice, [5], 4, SamplingParams(), heard.tell, heard.ended)
     with pytest.raises(Busy):
         engine.submit(*[ask] * 1000)
     engine.close()
@@ -175,7 +175,7 @@ def test_a_step_that_fails_is_told_and_the_next_question_is_answered(
 def test_top_p_keeps_the_likeliest_tokens_that_make_it_up_and_draws_from_them_alone() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     count = 20_000
-    choices = [Choice(1.0, 0.65, seed=1, number=n) for n in range(count)]
+    choices = [SamplingParams(1.0, 0.65, seed=1, number=n) for n in range(count)]
     ids, log_probs, _, _ = choose(logits.expand(count, -1), choices, torch.zeros(count).long())
     shares = torch.bincount(ids, minlength=4) / count
     assert shares.tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.02)

@@ -27,8 +27,8 @@ from trainer.data.template import Turn
 from trainer.serve import chat as command
 from trainer.serve.models import Models, open_models
 from trainer.serve.speech import Speech
-from trainer.serve.stream import Settings, TooLong, stream
-from trainer.serve.terminal import Conversation, Terminal, run, shown
+from trainer.serve.stream import ChatSettings, TooLong, stream
+from trainer.serve.terminal import ChatLoop, Conversation, run, shown
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,7 @@ def typed(models: Models) -> Iterator[Typed]:
     for module in models.model.modules():  # a model as slow as a large one on a laptop
         if type(module).__name__ == "LlamaModel":
             module.register_forward_hook(lambda *_: time.sleep(0.02))
-    child = Typed(Conversation(models, "tuned", Settings(most=12)))
+    child = Typed(Conversation(models, "tuned", ChatSettings(most=12)))
     child.until("you> ")
     yield child
     os.kill(child.pid, signal.SIGKILL) if _runs(child.pid) else None
@@ -144,12 +144,14 @@ def test_the_arrow_brings_the_last_line_back(typed: Typed) -> None:
 
 def lines_of(talk: Conversation, *lines: str) -> str:
     said: list[str] = []
-    terminal = Terminal(talk, said.append)
+    terminal = ChatLoop(talk, said.append)
     assert all(terminal.line(line) for line in lines)
     return "".join(said)
 
 
-def whole(models: Models, names: list[str], question: str, settings: Settings) -> list[list[int]]:
+def whole(
+    models: Models, names: list[str], question: str, settings: ChatSettings
+) -> list[list[int]]:
     voices = [models.voices[name] for name in names]
     prompts = [prompt_ids(v.data, [Turn("user", question)]) for v in voices]
     found: list[list[int]] = [[] for _ in voices]
@@ -163,7 +165,7 @@ def whole(models: Models, names: list[str], question: str, settings: Settings) -
 def test_greedy_answers_are_those_of_stock_transformers(
     result: tuple[Path, Path], models: Models, penalty: float
 ) -> None:
-    settings = Settings(repetition_penalty=penalty, most=20)
+    settings = ChatSettings(repetition_penalty=penalty, most=20)
     [tuned] = whole(models, ["tuned"], "say it", settings)
     base, adapter = result
     model: Any = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
@@ -183,14 +185,17 @@ def test_greedy_answers_are_those_of_stock_transformers(
 
 
 def test_side_by_side_each_answers_as_alone(models: Models) -> None:
-    for settings in (Settings(most=15), Settings(temperature=0.8, top_p=0.9, seed=3, most=15)):
+    for settings in (
+        ChatSettings(most=15),
+        ChatSettings(temperature=0.8, top_p=0.9, seed=3, most=15),
+    ):
         both = whole(models, ["tuned", "base"], "say it", settings)
         alone = [whole(models, [name], "say it", settings)[0] for name in ("tuned", "base")]
         assert both == alone and both[0] != both[1]
 
 
 def test_the_base_hears_its_own_answers_and_the_result_its_own(models: Models) -> None:
-    talk = Conversation(models, "tuned", Settings(most=4))
+    talk = Conversation(models, "tuned", ChatSettings(most=4))
     said = lines_of(talk, "one", "/compare", "two")
     assert "[tuned] " in said and "[base] " in said
     tuned, base = talk.turns["tuned"], talk.turns["base"]
@@ -200,7 +205,7 @@ def test_the_base_hears_its_own_answers_and_the_result_its_own(models: Models) -
 
 
 def test_what_was_said_until_the_stop_is_kept(models: Models) -> None:
-    talk = Conversation(models, "tuned", Settings(most=50))
+    talk = Conversation(models, "tuned", ChatSettings(most=50))
     with closing(talk.answer("hello")) as told:
         pieces = [next(iter(told))[1] for _ in range(3)]
     assert talk.turns["tuned"][0].text == "hello"
@@ -210,9 +215,9 @@ def test_what_was_said_until_the_stop_is_kept(models: Models) -> None:
 def test_commands_set_what_they_name_and_refuse_what_is_no_number(
     models: Models, tmp_path: Path
 ) -> None:
-    talk = Conversation(models, "tuned", Settings(most=4))
+    talk = Conversation(models, "tuned", ChatSettings(most=4))
     lines_of(talk, "/temperature 0.5", "/top-p 0.9", "/penalty 1.2", "/seed 3", "/tokens 5")
-    assert talk.settings == Settings(0.5, 0.9, 1.2, 3, 5)
+    assert talk.settings == ChatSettings(0.5, 0.9, 1.2, 3, 5)
     assert "give a number from 0 to 100" in lines_of(talk, "/temperature warm")
     assert "/compare" in lines_of(talk, "/help") and "once something" in lines_of(talk, "/save x")
     lines_of(talk, "/system be brief", "hello", f"/save {tmp_path}/talk.jsonl")
@@ -226,11 +231,11 @@ def test_commands_set_what_they_name_and_refuse_what_is_no_number(
 
 
 def test_a_conversation_that_is_too_long_is_told_and_not_kept(models: Models) -> None:
-    talk = Conversation(models, "tuned", Settings(most=4))
+    talk = Conversation(models, "tuned", ChatSettings(most=4))
     assert "begin a new one" in lines_of(talk, "word " * 400)
     assert not talk.turns.get("tuned")
     with pytest.raises(TooLong):
-        list(stream(models, [models.voices["tuned"]], [[5] * 400], Settings()))
+        list(stream(models, [models.voices["tuned"]], [[5] * 400], ChatSettings()))
 
 
 def test_characters_of_several_tokens_are_shown_once_they_are_whole(models: Models) -> None:
@@ -267,5 +272,5 @@ def test_a_result_answers_on_a_smaller_base_too(tmp_path: Path, precision: str) 
     write_model(tmp_path / "base", "gqa", hidden_size=64)  # bitsandbytes quantises blocks of 64
     adapter = write_result(tmp_path / "adapter", tmp_path / "base")
     models = open_models({"tuned": adapter}, tmp_path / "base", CPU, 400, precision)
-    [ids] = whole(models, ["tuned"], "hello", Settings(most=3))
+    [ids] = whole(models, ["tuned"], "hello", ChatSettings(most=3))
     assert 0 < len(ids) <= 3

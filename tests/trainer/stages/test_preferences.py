@@ -90,15 +90,15 @@ def test_a_reference_that_is_not_the_start_stops_the_run(
     stage_run: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the reference is the raw base though an adapter is continued."""
-    real = compared.Start
+    real = compared.Reference
 
-    def other(named: Any) -> compared.Start:
+    def other(named: Any) -> compared.Reference:
         found = real(named)
         for _, kept in found._pairs:
             kept += 0.01
         return found
 
-    monkeypatch.setattr(compared, "Start", other)
+    monkeypatch.setattr(compared, "Reference", other)
     with pytest.raises(Stopped, match="the reference is not the model that training starts from"):
         run_job(stage_run("dpo", PAIRS, **SETTINGS))
 

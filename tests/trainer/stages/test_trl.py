@@ -50,7 +50,7 @@ def loaded(job_path: Path, kind: Any) -> Any:
     stage.load(Replicas(StopSignal(), HOST))
     set_adapter(stage.model.named_parameters(), START)
     if isinstance(stage, compared.Referenced):
-        stage.start = compared.Start(stage.trained())
+        stage.start = compared.Reference(stage.trained())
     set_adapter(stage.model.named_parameters(), POLICY)
     return stage
 

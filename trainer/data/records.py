@@ -27,7 +27,7 @@ LOOKED_AT = 20  # rows that tell what kind of rows a file holds
 _NUMBER = re.compile(r"\d+")
 
 
-class Kept(NamedTuple):
+class Record(NamedTuple):
     """One sound row. `where` is file:line, `line` its JSON as it was, `question` and `answer` what
     it says (a text that is learned whole is an answer), `label` what must be equal where rows are
     alike: a judgement, the answer that was not preferred."""
@@ -56,20 +56,20 @@ class Kept(NamedTuple):
 
 
 @dataclass
-class Found:
+class Dataset:
     """What was read: sound rows in file order, all defects, notes, and file name -> (kind, rows,
     form)."""
 
-    rows: list[Kept] = field(default_factory=list)
+    rows: list[Record] = field(default_factory=list)
     defects: list[Defect] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: dict[str, tuple[Kind, int, str]] = field(default_factory=dict)
 
 
-def read(paths: Sequence[Path], reading: Reading | None = None) -> Found:
+def read(paths: Sequence[Path], reading: Reading | None = None) -> Dataset:
     """Every row of the files. The form "prompts" reads rows that need no answer, for the stages ppo
     and grpo. Raises nothing for bad data."""
-    reading, found, findings = reading or Reading(), Found(), Findings()
+    reading, found, findings = reading or Reading(), Dataset(), Findings()
     asked = reading.form == "prompts"
     reading = replace(reading, form="auto") if asked else reading
     named = [(path, str(path)) for path in paths]
@@ -115,16 +115,16 @@ def kind_of(source: Source) -> Kind:
     return max(votes, key=lambda kind: votes[kind])
 
 
-def _row(judged: Judged, value: Any, source: Source, where: str) -> Kept | list[Problem]:
+def _row(judged: Judged, value: Any, source: Source, where: str) -> Record | list[Problem]:
     made = formats.problems_or_row(value, source.form, source.columns, where)
     if not isinstance(made, Row):
         return made
     if made.text:
-        return formats.suspicious_texts(value) or Kept(where, _line(value), "", made.text, "", 1)
+        return formats.suspicious_texts(value) or Record(where, _line(value), "", made.text, "", 1)
     return formats.suspicious_texts(value) or _of_turns(where, value, made.turns, "")
 
 
-def _pair(judged: Judged, value: Any, source: Source, where: str) -> Kept | list[Problem]:
+def _pair(judged: Judged, value: Any, source: Source, where: str) -> Record | list[Problem]:
     if type(value) is not tuple:
         return _no_object(value)
     made = pair_of(dict(value), source.columns, where)
@@ -135,7 +135,7 @@ def _pair(judged: Judged, value: Any, source: Source, where: str) -> Kept | list
     return formats.suspicious_texts(value) or _of_turns(where, value, made.chosen, label)
 
 
-def _tagged(judged: Judged, value: Any, source: Source, where: str) -> Kept | list[Problem]:
+def _tagged(judged: Judged, value: Any, source: Source, where: str) -> Record | list[Problem]:
     if type(value) is not tuple:
         return _no_object(value)
     made = tagged_of(dict(value), source.columns, where)
@@ -145,7 +145,7 @@ def _tagged(judged: Judged, value: Any, source: Source, where: str) -> Kept | li
     return formats.suspicious_texts(value) or _of_turns(where, value, made.turns, str(made.wanted))
 
 
-def _prompt(judged: Judged, value: Any, source: Source, where: str) -> Kept | list[Problem]:
+def _prompt(judged: Judged, value: Any, source: Source, where: str) -> Record | list[Problem]:
     if type(value) is not tuple:
         return _no_object(value)
     made = asked_of(dict(value), source.columns, where)
@@ -161,10 +161,10 @@ def _no_object(value: Any) -> list[Problem]:
     return [((), f"the row is {formats.kind(value)}, not an object", 'write {"...": ...}')]
 
 
-def _of_turns(where: str, value: Any, turns: Sequence[Turn], label: str) -> Kept:
+def _of_turns(where: str, value: Any, turns: Sequence[Turn], label: str) -> Record:
     *before, last = turns
     question = "\n".join(_said(turn) for turn in before)
-    return Kept(where, _line(value), question, _said(last), label, len(turns))
+    return Record(where, _line(value), question, _said(last), label, len(turns))
 
 
 def _said(turn: Turn) -> str:
