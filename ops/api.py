@@ -40,20 +40,29 @@ from ops.job.preflight import preflight
 from ops.market.client import Provider, Vast, provider_from
 from ops.market.models import Instance
 from ops.market.ranking import Ranking, rank
-from ops.run import explain, journal, rental, supervisor, wishes
 from ops.run import prices as price_list
 from ops.run import reap as reaping
+from ops.run import rental, supervisor, wishes
 from ops.run.attach import Tail, raise_if_failed, watching
 from ops.run.choose import bad_machines, no_offer_error, search_offers
 from ops.run.explain import Status, told_line
+from ops.run.folders import project_folder, runs_folder
 from ops.run.journal import Journal, Line
-from ops.run.meter import dearest_silence, ends_itself_at, may_have_box
+from ops.run.meter import dearest_silence, may_have_box
 from ops.run.reap import Reaped
 from ops.run.session import Interrupted, Screen, Session
+from ops.run.view import Cost, Run, find_run, runs
 from ops.use import begin, words
-from ops.use import found as results
 from ops.use import rows as data
 from ops.use.found import Found
+from ops.use.results import (
+    check_adapter,
+    combine_adapters,
+    evaluate,
+    export_adapter,
+    find_result,
+    merge,
+)
 from ops.wait import RealClock
 from trainer.data.files import Reading
 from trainer.wire import events
@@ -124,7 +133,6 @@ schema = config.schema
 # no limits on requests, and the image size that jobs/practice.toml names
 EMULATOR = ("--no-rate-limits", "--image-bytes", "milktea/*=289910784")
 EMULATOR_PACE = 0.1  # waiting for an emulator, as a share of waiting for vast.ai
-FOLLOW_EVERY_S = 1.0
 WATCH_EVERY_S = 0.1  # between two looks at what the owner of a run tells
 
 
@@ -150,24 +158,6 @@ def open_market(environ: Mapping[str, str] = os.environ) -> Vast:
     return Vast(Provider(server.url, server.api_key), RealClock(EMULATOR_PACE))
 
 
-def project_folder() -> Path:
-    """Where runs and the emulator lie: the nearest folder with `runs` or `.milktea` in it, from the
-    working directory upwards and below the home or the root; else the working directory."""
-    here = Path.cwd()
-    ends = {Path.home(), Path(here.anchor), Path(tempfile.gettempdir()).resolve()}
-    for folder in (here, *here.parents):
-        if folder in ends:
-            break
-        if (folder / "runs").is_dir() or (folder / ".milktea").is_dir():
-            return folder
-    return here
-
-
-def runs_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder of runs: MILKTEA_RUNS, or `runs` in the project's folder."""
-    return Path(environ.get("MILKTEA_RUNS") or project_folder() / "runs").resolve()
-
-
 # -- what a run is ---------------------------------------------------------------------------------
 
 
@@ -178,154 +168,6 @@ class Planned:
     plan: Plan
     ranking: Ranking  # .accepted: at least one, the cheapest finished run first
     credit_usd: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Dollars of one run, all its machines."""
-
-    spent_usd: float  # by our own meter
-    billed_usd: float | None  # by vast.ai; None until it can be read for every machine
-    predicted_usd: float | None  # for the machine taken last
-    max_usd: float  # limits.max_usd
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run's folder. Everything is read anew from what lies there; nothing here acts."""
-
-    folder: Path
-
-    @property
-    def id(self) -> str:
-        """The run id, which is also the label of its boxes."""
-        return self.folder.name
-
-    @property
-    def journal(self) -> list[Line]:
-        """Every line, oldest first. Raises JournalError for a damaged or newer journal."""
-        return journal.read(self.folder)
-
-    @property
-    def adapter(self) -> Path | None:
-        """The verified adapter.zip at home, or None."""
-        pulled = journal.last(self.journal, "pulled")
-        return Path(pulled["adapter"]) if pulled else None
-
-    @property
-    def sha256(self) -> str | None:
-        """Of the adapter."""
-        pulled = journal.last(self.journal, "pulled")
-        return str(pulled["sha256"]) if pulled else None
-
-    @property
-    def ends_itself_at(self) -> float | None:
-        """Unix seconds at which the box that this run has now destroys itself; None without one."""
-        lines = self.journal
-        return ends_itself_at(lines) if may_have_box(lines) else None
-
-    @property
-    def is_owned(self) -> bool:
-        """Whether a process acts on this run."""
-        return journal.is_held(self.folder)
-
-    @property
-    def owner(self) -> str:
-        """`live`: owned, and a terminal watches; `detached`: owned, nobody watches; `alone`: it has
-        a box that no process owns; "" without a box and an owner."""
-        if self.is_owned:
-            return "live" if supervisor.is_watched(self.folder) else "detached"
-        return "alone" if may_have_box(self.journal) else ""
-
-    def choices(self) -> list[wishes.Choice]:
-        """What can be wished of it now, with the price; the first keeps what is paid for."""
-        lines = self.journal
-        return wishes.choices(lines, Plan.from_line(lines[0]), time.time(), attached=True)
-
-    def status(self) -> Status:
-        """Stage, owner, box, dollars and newest checkpoint."""
-        return explain.status(self.id, self.journal, time.time(), self.owner)
-
-    def cost(self) -> Cost:
-        """Our meter, vast.ai's bill and the prediction."""
-        facts = self.cost_facts()
-        bills = [bill["usd"] for bill in facts["bills"]]
-        known = bool(bills) and None not in bills
-        billed = round(sum(bills), 6) if known else None
-        return Cost(facts["spent_usd"], billed, facts["predicted_usd"], facts["max_usd"])
-
-    def cost_facts(self) -> dict[str, Any]:
-        """`cost` with each bill's items, for JSON."""
-        return explain.cost_facts(self.journal, time.time())
-
-    def cost_lines(self) -> list[str]:
-        """`cost` in words."""
-        return explain.cost_lines(self.journal, time.time())
-
-    def explain(self) -> list[str]:
-        """Why this offer, why it stopped, where each cent went, and how long each phase took."""
-        lines = self.journal
-        first = next((e.t for e in self.events() if isinstance(e, events.Step)), None)
-        took = ", ".join(f"{name} {s} s" for name, s in explain.phases(lines, first))
-        told = explain.explain(lines, time.time())
-        return [*told, f"from the command to the first step: {took}"]
-
-    def events(self, *, follow: bool = False) -> Iterator[Event]:
-        """What the trainer said on the machine taken last, as far as it is at home.
-
-        With `follow`, goes on as more comes, until nobody owns this run and it has no box. A line
-        that no trainer wrote is passed over."""
-        offset = 0
-        while True:
-            ended = follow and not self.owner  # read before the events: none is lost
-            path = self.folder / "events.jsonl"
-            if path.exists():
-                with path.open("rb") as file:
-                    file.seek(offset)
-                    texts, used = events.whole_lines(file.read())
-                offset += used
-                yield from events.readable(texts)[0]
-            if ended or not follow:
-                return
-            time.sleep(FOLLOW_EVERY_S)
-
-
-def runs(root: Path | None = None) -> list[Run]:
-    """Every run in `root`, sorted by id: by the job's name, then by time."""
-    return [Run(folder) for folder in journal.runs(root or runs_folder())]
-
-
-def find_run(name: str, root: Path | None = None) -> Run:
-    """The run of this id, or whose id alone begins with it; `last` is the one that began last.
-    Raises JournalError where that is not one run."""
-    root = root or runs_folder()
-    found = runs(root)
-    if name == "last":
-        chosen = sorted(found, key=_began)[-1:]
-    else:
-        chosen = [r for r in found if r.id == name] or [r for r in found if r.id.startswith(name)]
-    if len(chosen) != 1:
-        raise JournalError(
-            f"{name!r} names {len(chosen)} runs under {root}", hint="`milktea status` lists them"
-        )
-    return chosen[0]
-
-
-def _began(run: Run) -> tuple[str, ...]:
-    """A run id ends in date, time and four random digits."""
-    return tuple(run.id.split("-")[-3:-1])
-
-
-def find_result(name: str | Path, *, base: str | None = None, root: Path | None = None) -> Found:
-    """The result of a run (as `find_run` names it), or in an adapter's folder or archive; `base` is
-    the base model's folder or hub id, by default what run or adapter say. Raises PreflightError
-    where there is none, JournalError."""
-    root = root or runs_folder()
-    path = Path(name).expanduser()
-    is_run = len(path.parts) == 1 and (root / path).is_dir()
-    if path.exists() and not is_run:
-        return results.of_path(path, root, base)
-    return results.of_run(find_run(str(name), root).folder, base)
 
 
 # -- what one does with it -------------------------------------------------------------------------
@@ -652,76 +494,3 @@ def _finished(vast: Vast, root: Path, screen: Screen | None = None) -> None:
     reaped = finish_destroys(vast=vast, root=root, screen=screen)
     if reaped.leaked:
         raise reaped.leaked[0]
-
-
-# -- what one does with a result -------------------------------------------------------------------
-
-
-def merge(
-    result: Found | str | Path,
-    *,
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
-    to: Path | None = None,
-    data: Path | None = None,
-) -> dict[str, Any]:
-    """Merge an adapter into its base, in the new folder `to` (merged-DTYPE beside the adapter).
-    Returns the folder's name and its certificate, which is of the rows of `data` (the job's
-    held-out ones) and of general texts. Raises PreflightError where it is refused."""
-    return words.tell(words.merge(_result(result), dtype, to, data))
-
-
-def evaluate(
-    result: Found | str | Path,
-    *,
-    data: Path | None = None,
-    against: Found | str | Path | None = None,
-    rows: int = 200,
-    new_tokens: int = 256,
-    to: Path | None = None,
-) -> dict[str, Any]:
-    """Scores of a result and of its base (or of the result `against`) on the first `rows` rows of
-    `data` (the job's held-out ones): "scores" by side and name, each with its value and 95 %
-    interval, "difference", "examples"; also written to `to` (evaluation.json beside the adapter).
-    Raises PreflightError where it is refused."""
-    other = None if against is None else _result(against)
-    return words.tell(words.evaluate(_result(result), data, other, rows, new_tokens, to))
-
-
-def check_adapter(result: Found | str | Path) -> list[dict[str, Any]]:
-    """For each engine its name, whether it loads the adapter, why (not), and the command. Raises
-    PreflightError for what is no adapter."""
-    verdicts: list[dict[str, Any]] = words.tell(words.check(_result(result)))["loads_in"]
-    return verdicts
-
-
-def export_adapter(
-    result: Found | str | Path,
-    target: Literal["vllm", "sglang", "llama.cpp", "ollama", "hf"],
-    *,
-    name: str = "tuned",
-    gguf_type: Literal["f16", "q8_0"] = "f16",
-    merged: bool = False,
-    repo: str = "",
-    public: bool = False,
-    to: Path | None = None,
-) -> dict[str, Any]:
-    """The result as another program takes it, in the new folder `to` (for-TARGET beside the
-    adapter): "folder", "commands" to type, "notes". `repo` uploads to the hub by the token in
-    HF_TOKEN. Raises PreflightError where it is refused."""
-    options = [f"--name={name}", f"--type={gguf_type}", f"--repo={repo}"]
-    options += [f"--{word}" for word, on in (("merged", merged), ("public", public)) if on]
-    return words.tell(words.export(_result(result), target, to, options))
-
-
-def combine_adapters(
-    weights: Mapping[str | Path, float], to: Path, *, rank: int | None = None
-) -> dict[str, Any]:
-    """The weighted sum of adapters (as `find_result` names them) of one base, in the new archive
-    (.zip) or folder `to`; cut to `rank` where it is given. Returns "rank", "modules", "lost" (of
-    each module, as a share) and "notes". Raises PreflightError where it is refused."""
-    parts = [(find_result(named), weight) for named, weight in weights.items()]
-    return words.tell(words.combine(parts, to, rank))
-
-
-def _result(named: Found | str | Path) -> Found:
-    return named if isinstance(named, Found) else find_result(named)

@@ -1,0 +1,157 @@
+"""A run as its folder tells it: everything is read anew from what lies there, and nothing acts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ops.errors import JournalError
+from ops.job.plan import Plan
+from ops.run import explain, journal, supervisor, wishes
+from ops.run.explain import Status
+from ops.run.folders import runs_folder
+from ops.run.journal import Line
+from ops.run.meter import ends_itself_at, may_have_box
+from trainer.wire import events
+from trainer.wire.events import Event
+
+FOLLOW_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Dollars of one run, all its machines."""
+
+    spent_usd: float  # by our own meter
+    billed_usd: float | None  # by vast.ai; None until it can be read for every machine
+    predicted_usd: float | None  # for the machine taken last
+    max_usd: float  # limits.max_usd
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder. Everything is read anew from what lies there; nothing here acts."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """The run id, which is also the label of its boxes."""
+        return self.folder.name
+
+    @property
+    def journal(self) -> list[Line]:
+        """Every line, oldest first. Raises JournalError for a damaged or newer journal."""
+        return journal.read(self.folder)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The verified adapter.zip at home, or None."""
+        pulled = journal.last(self.journal, "pulled")
+        return Path(pulled["adapter"]) if pulled else None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the adapter."""
+        pulled = journal.last(self.journal, "pulled")
+        return str(pulled["sha256"]) if pulled else None
+
+    @property
+    def ends_itself_at(self) -> float | None:
+        """Unix seconds at which the box that this run has now destroys itself; None without one."""
+        lines = self.journal
+        return ends_itself_at(lines) if may_have_box(lines) else None
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether a process acts on this run."""
+        return journal.is_held(self.folder)
+
+    @property
+    def owner(self) -> str:
+        """`live`: owned, and a terminal watches; `detached`: owned, nobody watches; `alone`: it has
+        a box that no process owns; "" without a box and an owner."""
+        if self.is_owned:
+            return "live" if supervisor.is_watched(self.folder) else "detached"
+        return "alone" if may_have_box(self.journal) else ""
+
+    def choices(self) -> list[wishes.Choice]:
+        """What can be wished of it now, with the price; the first keeps what is paid for."""
+        lines = self.journal
+        return wishes.choices(lines, Plan.from_line(lines[0]), time.time(), attached=True)
+
+    def status(self) -> Status:
+        """Stage, owner, box, dollars and newest checkpoint."""
+        return explain.status(self.id, self.journal, time.time(), self.owner)
+
+    def cost(self) -> Cost:
+        """Our meter, vast.ai's bill and the prediction."""
+        facts = self.cost_facts()
+        bills = [bill["usd"] for bill in facts["bills"]]
+        known = bool(bills) and None not in bills
+        billed = round(sum(bills), 6) if known else None
+        return Cost(facts["spent_usd"], billed, facts["predicted_usd"], facts["max_usd"])
+
+    def cost_facts(self) -> dict[str, Any]:
+        """`cost` with each bill's items, for JSON."""
+        return explain.cost_facts(self.journal, time.time())
+
+    def cost_lines(self) -> list[str]:
+        """`cost` in words."""
+        return explain.cost_lines(self.journal, time.time())
+
+    def explain(self) -> list[str]:
+        """Why this offer, why it stopped, where each cent went, and how long each phase took."""
+        lines = self.journal
+        first = next((e.t for e in self.events() if isinstance(e, events.Step)), None)
+        took = ", ".join(f"{name} {s} s" for name, s in explain.phases(lines, first))
+        told = explain.explain(lines, time.time())
+        return [*told, f"from the command to the first step: {took}"]
+
+    def events(self, *, follow: bool = False) -> Iterator[Event]:
+        """What the trainer said on the machine taken last, as far as it is at home.
+
+        With `follow`, goes on as more comes, until nobody owns this run and it has no box. A line
+        that no trainer wrote is passed over."""
+        offset = 0
+        while True:
+            ended = follow and not self.owner  # read before the events: none is lost
+            path = self.folder / "events.jsonl"
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    texts, used = events.whole_lines(file.read())
+                offset += used
+                yield from events.readable(texts)[0]
+            if ended or not follow:
+                return
+            time.sleep(FOLLOW_EVERY_S)
+
+
+def runs(root: Path | None = None) -> list[Run]:
+    """Every run in `root`, sorted by id: by the job's name, then by time."""
+    return [Run(folder) for folder in journal.runs(root or runs_folder())]
+
+
+def find_run(name: str, root: Path | None = None) -> Run:
+    """The run of this id, or whose id alone begins with it; `last` is the one that began last.
+    Raises JournalError where that is not one run."""
+    root = root or runs_folder()
+    found = runs(root)
+    if name == "last":
+        chosen = sorted(found, key=_began)[-1:]
+    else:
+        chosen = [r for r in found if r.id == name] or [r for r in found if r.id.startswith(name)]
+    if len(chosen) != 1:
+        raise JournalError(
+            f"{name!r} names {len(chosen)} runs under {root}", hint="`milktea status` lists them"
+        )
+    return chosen[0]
+
+
+def _began(run: Run) -> tuple[str, ...]:
+    """A run id ends in date, time and four random digits."""
+    return tuple(run.id.split("-")[-3:-1])
