@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,28 @@ def tiny_model(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(save({"w": np.zeros(4, np.float32)}))
     return folder
+
+
+class Jumping:
+    """A clock that jumps over what it is told to sleep. Only sleeping moves it: by the seconds that
+    it is told, scaled by `pace`, and by `slow_s` more. What `at` holds is done on the way, once."""
+
+    def __init__(self, pace: float = 1.0, slow_s: float = 0.0) -> None:
+        self.pace, self.slow_s = pace, slow_s
+        self.slept_s = 0.0
+        self.at: dict[float, Callable[[], object]] = {}
+        self._began = float(int(time.time()))
+
+    def now(self) -> float:
+        return self._began + self.slept_s
+
+    def steady(self) -> float:
+        return self.slept_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s += max(0.0, seconds) * self.pace + self.slow_s
+        for when in [when for when in self.at if when <= self.slept_s]:
+            self.at.pop(when)()
 
 
 class Silent:

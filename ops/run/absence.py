@@ -6,30 +6,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from ops.errors import BoxLeaked, MilkteaError, Refused
 from ops.market.client import Vast
 from ops.market.models import Instance
-from ops.wait import until
+from ops.wait import Clock, until
+
+T = TypeVar("T")
 
 READS = 3  # lists in a row without an instance prove that it is absent
 PROOF_S = 2.0  # between reads after a destroy
 DESTROY_PATIENCE_S = 600.0
 
 
-def instances_with_label(
-    vast: Vast, label: str, *, every_s: float = PROOF_S
-) -> tuple[list[Instance], list[float]]:
-    """(instances with `label`, the unix seconds of each read). Stops at the first read that shows
-    any; an empty list is proven by READS reads, `every_s` apart. Raises MarketError when a read
-    fails: the reads before it prove nothing."""
+def instances_with_label(vast: Vast, label: str, *, every_s: float = PROOF_S) -> list[Instance]:
+    """Every instance with `label`. Stops at the first read that shows any; an empty list is proven
+    by READS reads, `every_s` apart. Raises MarketError when a read fails: the reads before it prove
+    nothing."""
+    return _read(lambda: vast.instances(label=label), vast.clock, every_s)[0]
+
+
+def _read(look: Callable[[], list[T]], clock: Clock, every_s: float) -> tuple[list[T], list[float]]:
+    """(what `look` found, or nothing after READS looks; the unix seconds of each look)."""
     reads: list[float] = []
     while True:
-        found = vast.instances(label=label)
-        reads.append(round(vast.clock.now(), 2))
+        found = look()
+        reads.append(round(clock.now(), 2))
         if found or len(reads) == READS:
             return found, reads
-        vast.clock.sleep(every_s)
+        clock.sleep(every_s)
 
 
 def until_absent(
@@ -87,15 +93,13 @@ def _try_destroy(vast: Vast, instance_id: int, label: str, known: int | None) ->
 
 
 def _ids_with_label(vast: Vast, label: str) -> tuple[list[int], list[float]]:
-    """As `instances_with_label`, but reads only id and label of each row: a row that cannot be
-    parsed as an instance does not stop a destroy."""
-    reads: list[float] = []
-    while True:
-        found = [number for number, theirs in vast.labels() if theirs == label]
-        reads.append(round(vast.clock.now(), 2))
-        if found or len(reads) == READS:
-            return found, reads
-        vast.clock.sleep(PROOF_S)
+    """(ids of the instances with `label`, the unix seconds of each read). It reads only id and
+    label of each row: a row that cannot be parsed as an instance does not stop a destroy."""
+
+    def look() -> list[int]:
+        return [number for number, theirs in vast.labels() if theirs == label]
+
+    return _read(look, vast.clock, PROOF_S)
 
 
 def _raise_leaked_if_final(e: Exception, label: str, known: int | None) -> None:

@@ -93,14 +93,13 @@ def box_left_alone(session: Session) -> Iterator[None]:
 def existing_instance(session: Session) -> int | None:
     """The id of the instance that an earlier client of this run rented; None when it has none, or
     when it is not listed any more."""
-    if session.journal.last("renting") is None or not session.may_have_box():
+    if not session.may_have_box():
         return None
-    found, _ = instances_with_label(session.vast, session.run_id)
+    found = instances_with_label(session.vast, session.run_id)
     if not found:
         destroy(session, why="not listed any more")
         return None
-    line = session.journal.last("rented", "renting")
-    if line is None or line.kind != "rented":
+    if session.instance_id() is None:
         session.note("rented", instance_id=found[0].id, adopted=True)
     return found[0].id
 
@@ -151,7 +150,7 @@ def _resolve_unclear_create(session: Session, error: MarketError) -> int:
     """The id of the instance that a create without a clear answer made, by three spaced reads of
     the label. Raises OfferGone or `error` when none exists or it does not run."""
     session.note("unclear", error=str(error), instance_id=error.instance_id)
-    found, _ = instances_with_label(session.vast, session.run_id, every_s=UNCLEAR_S)
+    found = instances_with_label(session.vast, session.run_id, every_s=UNCLEAR_S)
     if found:
         session.note("rented", instance_id=found[0].id, adopted=True)
         if len(found) == 1 and found[0].intended_status != "stopped":
