@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ops.errors import ConfigError
 from ops.image.build import context, engine
-from ops.image.build.export import export, layers_of
+from ops.image.build.export import export
 from ops.image.bundle import bundle as bundles
 from ops.image.bundle import inventory, signature
 from ops.image.bundle.archive import Image
@@ -156,7 +156,7 @@ def take(
     host: str | None = None,
 ) -> tuple[Image, Lock]:
     """Take the built image (or ``image``, one made FROM it) out of the engine as it is carried;
-    writes config.json and image.lock under .milktea/images/NAME.
+    writes its lock under .milktea/images/NAME.
 
     Raises ConfigError where a layer is over its budget, PreflightError where the image is not in
     the engine.
@@ -171,10 +171,9 @@ def take(
     )
     if image is None:
         budget.require(whole, definition.read_budget(places.budget(name)), places.budget(name))
-    folder = places.image(whole.image)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_bytes(taken.config_json_bytes)
-    locks.write(whole, folder / "image.lock")
+    path = places.built(whole.image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    locks.write(whole, path)
     return taken, whole
 
 
@@ -201,20 +200,15 @@ def prove(
     done.write_text(said)
 
 
-def taken(name: str, places: Places = Places()) -> tuple[Image, Lock]:
-    """What :func:`take` took last, with its lock; raises ConfigError where there is none."""
-    places.validate()
-    folder = places.image(name)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"image {name} has not been built here", hint=f"make image IMAGE={name}")
-    whole = locks.read(folder / "image.lock")
-    tag = whole.identity.tag if whole.identity else f"milktea/{name}:{whole.version}"
-    return Image((folder / "config.json").read_bytes(), layers_of(whole.layers, places), tag), whole
-
-
 def sizes(name: str, places: Places = Places()) -> list[tuple[str, int, int, str]]:
-    """(layer, bytes uncompressed, bytes that travel, what they are) of the image taken last."""
-    return budget.attribution(taken(name, places)[1])
+    """(layer, bytes uncompressed, bytes that travel, what they are) of the image taken last; raises
+    ConfigError where there is none."""
+    path = places.built(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"image {name} has not been bundled here", hint=f"make bundle IMAGE={name}"
+        )
+    return budget.attribution(locks.read(path))
 
 
 def release(name: str, places: Places = Places()) -> str:

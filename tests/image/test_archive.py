@@ -46,7 +46,7 @@ def read(data):
 
 def archived(image, carry=None):
     out = io.BytesIO()
-    assert archive.write_archive(image, out, carry) == len(out.getvalue())
+    archive.write_archive(image, out, carry)
     return out.getvalue()
 
 
@@ -86,7 +86,7 @@ def test_every_blob_of_the_layout_has_the_digest_that_names_it(image):
 def test_an_archive_is_a_whole_tar_whatever_it_carries(image):
     for carry in (None, [1], [3], []):
         data = archived(image, carry)
-        assert data.endswith(bytes(2 * archive.BLOCK)) and len(data) % archive.BLOCK == 0
+        assert data.endswith(bytes(2 * tarfile.BLOCKSIZE)) and len(data) % tarfile.BLOCKSIZE == 0
 
 
 def test_a_layer_that_is_not_as_long_as_locked_is_refused(image):

@@ -9,9 +9,6 @@ committed) and, once fetched, the wheels.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from ops.errors import ConfigError, PreflightError
 from ops.image.fetch import debian, wheels
 from ops.image.spec.definition import Definition
 from ops.image.spec.lock import Lock, Wheel
-from ops.image.spec.paths import Places
+from ops.image.spec.paths import Places, link
 
 
 def assign_layers(found: Iterable[Wheel], definition: Definition) -> list[Wheel]:
@@ -90,7 +87,7 @@ def lay_out(lock: Lock, places: Places) -> None:
     """
     folder = places.dockerfile(lock.dockerfile)
     wanted = {
-        folder / "debian" / deb_name(deb.file): debian.where(deb, places.debs) for deb in lock.debs
+        folder / "debian" / Path(deb.file).name: debian.where(deb, places.debs) for deb in lock.debs
     }
     wanted |= {
         folder / "wheels" / x.layer / x.file: wheels.where(x, places.wheels) for x in lock.wheels
@@ -105,11 +102,7 @@ def lay_out(lock: Lock, places: Places) -> None:
                 f"{path.name} was not fetched", hint=f"milktea image fetch {lock.image}"
             )
         if not path.exists():
-            _link(source, path)
-
-
-def deb_name(file: str) -> str:
-    return Path(file).name
+            link(source, path)
 
 
 def _layer_of(name: str, definition: Definition) -> str:
@@ -133,11 +126,4 @@ def _released(places: Places) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    return wheels.sha256_file(path) if path.is_file() else ""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from docker.client import DockerClient
-from docker.errors import DockerException, ImageNotFound
+from docker.errors import ContainerError, DockerException, ImageNotFound
+from docker.models.images import Image
 
 from ops.errors import PreflightError
 
@@ -115,8 +116,8 @@ def prove(client: DockerClient, tag: str, lock: Path, command: Sequence[str]) ->
     No network, a read-only root, no rights. Raises PreflightError with the failed checks' words.
     """
     try:
-        made = client.containers.create(
-            tag,
+        said: bytes = client.containers.run(
+            image_id(client, tag),
             list(command[1:]),
             entrypoint=command[0],
             network_mode="none",
@@ -127,39 +128,32 @@ def prove(client: DockerClient, tag: str, lock: Path, command: Sequence[str]) ->
             shm_size="1g",
             environment={"HOME": "/tmp"},
             volumes={str(lock.resolve()): {"bind": "/run/milktea/image.lock", "mode": "ro"}},
+            remove=True,
         )
-    except ImageNotFound as error:
-        raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
-    try:
-        made.start()
-        code = made.wait()["StatusCode"]
-        said: str = made.logs(stdout=True, stderr=False).decode(errors="replace")
-        words: str = made.logs(stdout=False, stderr=True).decode(errors="replace")
-    finally:
-        made.remove(force=True)
-    if code:
-        failed = [line for line in words.splitlines() if "FAILED" in line] or words.splitlines()[
-            -3:
-        ]
+    except ContainerError as error:
+        words = error.stderr.decode(errors="replace").splitlines()
+        failed = [line for line in words if "FAILED" in line] or words[-3:]
         raise PreflightError(
-            f"{tag} does not prove itself (exit code {code}): {' | '.join(failed)[:900]}",
+            f"{tag} does not prove itself (exit code {error.exit_status}):"
+            f" {' | '.join(failed)[:900]}",
             hint="mend what it names, make image, and bundle again",
-        )
-    return said
+        ) from error
+    return said.decode(errors="replace")
 
 
 def save(client: DockerClient, tag: str) -> Iterator[bytes]:
     """The stream of ``docker save``. Raises PreflightError where there is no such image."""
-    try:
-        return iter(client.images.get(tag).save(chunk_size=1 << 20, named=True))
-    except ImageNotFound as error:
-        raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
+    return iter(_image(client, tag).save(chunk_size=1 << 20, named=True))
 
 
 def image_id(client: DockerClient, tag: str) -> str:
     """The image's ID; raises PreflightError where there is no such image."""
+    return str(_image(client, tag).id)
+
+
+def _image(client: DockerClient, tag: str) -> Image:
     try:
-        return str(client.images.get(tag).id)
+        return client.images.get(tag)
     except ImageNotFound as error:
         raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
 
@@ -191,19 +185,16 @@ def push(client: DockerClient, tag: str, target: str, progress: Progress) -> str
         raise PreflightError(
             f"{target!r} names no tag", hint="write REGISTRY/NAME:TAG, as ghcr.io/me/milktea:1"
         )
-    try:
-        client.images.get(tag).tag(name, version)
-        digest = ""
-        for line in client.api.push(name, version, stream=True, decode=True):
-            if "error" in line:
-                raise PreflightError(
-                    f"{target}: {line['error']}", hint=f"docker login {name.split('/')[0]}"
-                )
-            digest = line.get("aux", {}).get("Digest", digest)
-            if line.get("status") == "Pushed":
-                progress(f"pushed {line.get('id', '')}")
-    except ImageNotFound as error:
-        raise PreflightError(f"{tag} is not in the engine", hint="make image builds it") from error
+    _image(client, tag).tag(name, version)
+    digest = ""
+    for line in client.api.push(name, version, stream=True, decode=True):
+        if "error" in line:
+            raise PreflightError(
+                f"{target}: {line['error']}", hint=f"docker login {name.split('/')[0]}"
+            )
+        digest = line.get("aux", {}).get("Digest", digest)
+        if line.get("status") == "Pushed":
+            progress(f"pushed {line.get('id', '')}")
     return digest
 
 

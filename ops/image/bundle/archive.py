@@ -12,15 +12,14 @@ bytes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import shutil
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-BLOCK = 512
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -30,14 +29,13 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 @dataclass(frozen=True)
 class Layer:
     """One layer. ``diff_id`` is ``sha256:HEX`` of the uncompressed tar, ``size_bytes`` its size;
-    ``blob_sha256`` (hex) and ``blob_bytes`` are of the gzip blob, which lies at ``path`` (None:
-    known from the lock, not built on this machine)."""
+    ``blob_sha256`` (hex) and ``blob_bytes`` are of the gzip blob, which lies at ``path``."""
 
     name: str
     diff_id: str
     blob_sha256: str
     blob_bytes: int
-    path: Path | None
+    path: Path
     size_bytes: int
 
 
@@ -146,56 +144,26 @@ def _canonical(tag: str) -> str:
     return f"docker.io/{tag}" if slash else f"docker.io/library/{tag}"
 
 
-def head(image: Image) -> bytes:
-    """What every archive of this image begins with, whatever it carries."""
-    return b"".join(
-        _header(path, len(data)) + data + _padding(len(data))
-        for path, data in metadata(image).items()
-    )
+def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = None) -> None:
+    """Write a hybrid archive that carries the layers numbered in ``carry`` (from 1; default all).
+
+    The same arguments give the same bytes. ``out`` must tell how much was written to it."""
+    wanted = range(1, len(image.layers) + 1) if carry is None else carry
+    blobs = {x.blob_sha256: x for number, x in enumerate(image.layers, 1) if number in wanted}
+    with tarfile.TarFile(
+        fileobj=out, mode="w", format=tarfile.GNU_FORMAT, copybufsize=1 << 20
+    ) as archive:
+        for path, data in metadata(image).items():
+            archive.addfile(_entry(path, len(data)), io.BytesIO(data))
+        for name, layer in blobs.items():
+            with _blob_path(layer).open("rb") as blob:
+                archive.addfile(_entry(_blob(name), layer.blob_bytes), blob)
 
 
-def write_archive(image: Image, out: BinaryIO, carry: Collection[int] | None = None) -> int:
-    """Write a hybrid archive that carries the layers numbered in ``carry`` (from 1; default all);
-    return its size.
-
-    The same arguments give the same bytes."""
-    size = 0
-    for chunk, source in _pieces(image, carry):
-        out.write(chunk)
-        size += len(chunk)
-        if source is not None:
-            with _blob_path(source).open("rb") as blob:
-                shutil.copyfileobj(blob, out, 1 << 20)
-            size += source.blob_bytes
-    return size
-
-
-def _pieces(image: Image, carry: Collection[int] | None) -> Iterator[tuple[bytes, Layer | None]]:
-    """Bytes to write, each followed by a layer's blob or by nothing."""
-    wanted = set(range(1, len(image.layers) + 1) if carry is None else carry)
-    yield head(image), None
-    seen: set[str] = set()
-    for number, layer in enumerate(image.layers, 1):
-        if number not in wanted or layer.blob_sha256 in seen:
-            continue
-        seen.add(layer.blob_sha256)
-        header, filler = (
-            _header(_blob(layer.blob_sha256), layer.blob_bytes),
-            _padding(layer.blob_bytes),
-        )
-        yield header, layer
-        yield filler, None
-    yield b"\0" * (2 * BLOCK), None
-
-
-def _header(path: str, size: int) -> bytes:
+def _entry(path: str, size_bytes: int) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(path)
-    entry.size, entry.mode = size, 0o644
-    return entry.tobuf(tarfile.GNU_FORMAT)
-
-
-def _padding(size: int) -> bytes:
-    return b"\0" * (-size % BLOCK)
+    entry.size, entry.mode = size_bytes, 0o644
+    return entry
 
 
 def _blob(name: str) -> str:
@@ -203,11 +171,6 @@ def _blob(name: str) -> str:
 
 
 def _blob_path(layer: Layer) -> Path:
-    if layer.path is None:
-        raise FileNotFoundError(
-            f"layer {layer.name} ({layer.blob_sha256[:12]}) is not on this machine: run `make"
-            " image`"
-        )
     if (found := layer.path.stat().st_size) != layer.blob_bytes:
         raise OSError(
             f"{layer.path.name} has {found:,} bytes, the lock says {layer.blob_bytes:,}: run `make"

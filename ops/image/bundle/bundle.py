@@ -184,8 +184,7 @@ def _write_small(
         for x in ("en", "zh")
     }
     for name, data in small.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        files |= volumes.write_small(folder, name, data, role="small")
+        files |= volumes.write_small(folder, name, data)
     (folder / "INSTALL.sh").chmod(0o755)
 
 

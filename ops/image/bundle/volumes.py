@@ -73,8 +73,9 @@ class Writer:
             self._whole.update(data)
         return len(data)
 
-    def flush(self) -> None:
-        self._file.flush()
+    def tell(self) -> int:
+        """Bytes written to all volumes."""
+        return self._bytes + sum(file.size_bytes for file in self.files.values())
 
     def _volume_name(self, number: int) -> str:
         return f"{self._name}.v{number:03d}" if self._limit else self._name
@@ -86,9 +87,10 @@ class Writer:
         )
 
 
-def write_small(folder: Path, name: str, data: bytes, role: Role) -> Files:
+def write_small(folder: Path, name: str, data: bytes) -> Files:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(data)
-    return {name: File(len(data), hashlib.sha256(data).hexdigest(), role)}
+    return {name: File(len(data), hashlib.sha256(data).hexdigest(), "small")}
 
 
 def merge(parts: Iterable[Files]) -> Files:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from ops.image.fetch import convert
 from ops.image.fetch.wheels import sha256_file
 from ops.image.spec.definition import ModelSource
 from ops.image.spec.lock import Model, ModelFile, set_digest
+from ops.image.spec.paths import link
 
 Progress = Callable[[str], None]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
@@ -194,19 +194,13 @@ def _missing(model: Model, folder: Path) -> list[str]:
 
 
 def _keep(model: Model, folder: Path, cache: Path) -> None:
-    """Copies into the cache by content; hard links where the file system allows, so that nothing
-    lies on the disk twice.
-    """
+    """Puts the files into the cache, by content."""
     target = where(model, cache)
     for file in model.files:
         path = target / file.path
-        if path.exists():
-            path.unlink()
+        path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link((folder / file.path).resolve(), path)
-        except OSError:
-            shutil.copyfile(folder / file.path, path)
+        link((folder / file.path).resolve(), path)
 
 
 def _validate_index(folder: Path, weights: list[str]) -> None:

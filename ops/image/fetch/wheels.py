@@ -55,10 +55,12 @@ def about(path: Path) -> About:
     """Raises BadWheel where METADATA is missing, which is how a half-downloaded file shows too."""
     try:
         with zipfile.ZipFile(path) as archive:
-            info = _dist_info(path, archive)
-            meta = email.message_from_bytes(archive.read(f"{info}/METADATA"))
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise BadWheel(f"{path.name} is not a whole wheel: {error}") from error
+            [name] = re.findall(
+                r"^[^/\n]+\.dist-info/METADATA$", "\n".join(archive.namelist()), re.M
+            )
+            meta = email.message_from_bytes(archive.read(name))
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise BadWheel(f"{path.name} is not a whole wheel: it has not one METADATA") from error
     return About(normalize(meta["Name"]), meta["Version"], _license(meta))
 
 
@@ -221,17 +223,6 @@ def _target(python: str) -> list[str]:
         part for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for part in ("--abi", abi)
     ]
     return tags + [part for platform in platforms for part in ("--platform", platform)]
-
-
-def _dist_info(path: Path, archive: zipfile.ZipFile) -> str:
-    found = {
-        name.split("/", 1)[0]
-        for name in archive.namelist()
-        if name.endswith(".dist-info/METADATA") and name.count("/") == 1
-    }
-    if len(found) != 1:
-        raise BadWheel(f"{path.name} has {len(found)} .dist-info folders, a wheel has one")
-    return found.pop()
 
 
 def _license(meta: email.message.Message) -> str:

@@ -13,7 +13,6 @@ model is looked for as a folder, then among the installed models, then in the im
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import sys
@@ -72,11 +71,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
             "run_id": run.name,
             "stages": [{"name": job.stage}],
             "model": {
-                "base": (
-                    Path(job.model.base).name
-                    if model.name != "practice_model"
-                    else "practice_model"
-                ),
+                "base": Path(job.model.base).name,
                 "path": "model",
                 "precision": job.model.precision,
             },
@@ -131,15 +126,7 @@ def find_model(toml: Path, job: JobFile) -> Path:
     """The folder of the base model. Raises ConfigError that lists what is installed."""
     base = job.model.base.partition("@")[0]
     installed = Path(os.environ.get("MILKTEA_MODELS", "/models")) / "by-name"
-    inside = (
-        [
-            _package_folder("trainer") / "practice" / "practice_model",
-            *sorted(Path("/models").glob("*practice*")),
-        ]
-        if "practice" in base
-        else []
-    )
-    for folder in (*model_paths(toml, job), installed / base, Path("/models") / base, *inside):
+    for folder in (*model_paths(toml, job), installed / base, Path("/models") / base):
         if (folder / "config.json").is_file():
             return folder.resolve()
     names = (
@@ -152,11 +139,6 @@ def find_model(toml: Path, job: JobFile) -> Path:
         f"model.base: {job.model.base} is neither a folder here nor installed (installed: {have})",
         hint="milktea-run models lists them",
     )
-
-
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else Path("/nonexistent")
 
 
 def _copy(source: Path, run: Path, relative: str) -> dict[str, object]:

@@ -10,16 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ops.errors import ConfigError
-from ops.image.spec.lock import Cuda, Lock, Strict
+from ops.image.spec.lock import Cuda, Lock, Strict, parse
 
-T = TypeVar("T", bound=Strict)
 Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.-]{0,62}$")]
 MODEL_NAME = "^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 ModelName = Annotated[str, Field(pattern=MODEL_NAME, max_length=96)]
@@ -103,7 +101,7 @@ def read(path: Path) -> Definition:
         raise ConfigError(
             f"there is no image {path.stem!r} ({path})", hint=f"take one of {path.parent}: {known}"
         )
-    definition = _parse(Definition, path)
+    definition = parse(Definition, path, f"edit {path}")
     if definition.name != path.stem:
         raise ConfigError(
             f"{path}: name is {definition.name!r}",
@@ -124,7 +122,7 @@ def is_model_name(name: str) -> bool:
 
 
 def read_budget(path: Path) -> Budget | None:
-    return _parse(Budget, path) if path.is_file() else None
+    return parse(Budget, path, f"edit {path}") if path.is_file() else None
 
 
 def validate_current(lock: Lock, definition: Definition) -> None:
@@ -136,14 +134,3 @@ def validate_current(lock: Lock, definition: Definition) -> None:
             f" {definition.sha256[:12]}",
             hint=f"make image-lock IMAGE={definition.name}",
         )
-
-
-def _parse(kind: type[T], path: Path) -> T:
-    try:
-        return kind.model_validate(tomllib.loads(path.read_text()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {where}: {first['msg']}", hint=f"edit {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}", hint=f"edit {path}") from error

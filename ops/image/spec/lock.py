@@ -11,7 +11,7 @@ import hashlib
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +26,9 @@ Size = Annotated[int, Field(ge=0)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+T = TypeVar("T", bound=Strict)
 
 
 class Deb(Strict):
@@ -150,14 +153,20 @@ def write(lock: Lock, path: Path) -> None:
 
 def read(path: Path) -> Lock:
     """Raises ConfigError that names the file and the first wrong key."""
+    make = f"make image-lock IMAGE={path.stem}"
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist", hint=f"make image-lock IMAGE={path.stem}")
+        raise ConfigError(f"{path} does not exist", hint=make)
+    return parse(Lock, path, make)
+
+
+def parse(kind: type[T], path: Path, hint: str) -> T:
+    """What a TOML file says; raises ConfigError that names the file and the first wrong key."""
     try:
-        return Lock.model_validate(tomllib.loads(path.read_text()))
+        return kind.model_validate(tomllib.loads(path.read_text()))
     except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         where = ".".join(map(str, first["loc"])) + ": " + first["msg"] if first else str(error)
-        raise ConfigError(f"{path}: {where}", hint=f"make image-lock IMAGE={path.stem}") from error
+        raise ConfigError(f"{path}: {where}", hint=hint) from error
 
 
 def set_digest(files: list[ModelFile]) -> str:

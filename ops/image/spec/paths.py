@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,14 @@ def checkout() -> Path:
     folder, which may be one."""
     root = Path(__file__).resolve().parents[3]
     return root if (root / "images").is_dir() else Path.cwd()
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, so that nothing lies on the disk twice; a copy where there can be none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,6 @@ class Places:
         """Layers by the sha256 of their gzip bytes, shared by all images."""
         return self.cache / "blobs"
 
-    def image(self, name: str) -> Path:
-        """The image that was exported last: config.json and image.lock; its layers are blobs in the
-        cache.
-        """
-        return self.root / ".milktea" / "images" / name
+    def built(self, name: str) -> Path:
+        """The lock of the image that was exported last; its layers are blobs in the cache."""
+        return self.root / ".milktea" / "images" / name / "image.lock"
