@@ -31,6 +31,7 @@ from typing import Any, Literal
 from ops.errors import Failed, JournalError, MilkteaError, PreflightError
 from ops.export.folder import Kind, export
 from ops.hardware.gpus import Gpu
+from ops.image import carry
 from ops.image import workflow as images
 from ops.job import cards, config, planner
 from ops.job.cards import KnownCard, KnownModel, Price
@@ -96,6 +97,7 @@ __all__ = [
     "Vast",
     "attach",
     "begin",
+    "carry",
     "check_adapter",
     "combine_adapters",
     "data",

@@ -152,14 +152,14 @@ def bundle(
 ) -> None:
     """Write a folder that a server with Docker, and nothing else, installs from."""
     with errors(False):
-        from ops.api import images
+        from ops.api import carry
 
         if form not in ("folder", "oci"):
             raise ConfigError(
                 f"--format {form} is neither folder nor oci",
                 hint="leave it out for a folder to install from",
             )
-        made = images.bundle(
+        made = carry.bundle(
             name,
             out,
             since=since,
@@ -183,9 +183,9 @@ def keygen(
 ) -> None:
     """A key to sign bundles with, and the fingerprint to tell the other side by telephone."""
     with errors(False):
-        from ops.api import images
+        from ops.api import carry
 
-        print(images.keygen(path))
+        print(carry.keygen(path))
 
 
 @app.command()
@@ -196,9 +196,9 @@ def compatible(
 ) -> None:
     """Which images the server of these facts runs as they are."""
     with errors(False):
-        from ops.api import images
+        from ops.api import carry
 
-        print(*images.compatible(inventory), sep="\n")
+        print(*carry.compatible(inventory), sep="\n")
 
 
 @app.command()
@@ -239,9 +239,9 @@ def add_model(
 ) -> None:
     """Write a base model as a bundle of its own, for a server that has an image."""
     with errors(False):
-        from ops.api import images
+        from ops.api import carry
 
-        made = images.bundle_model(
+        made = carry.bundle_model(
             folder, name, out, volume=volume, key=key, signed=signed, progress=_say
         )
         print(made.summary)

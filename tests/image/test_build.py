@@ -16,7 +16,7 @@ import pytest
 from image_world import make_world
 
 from ops.errors import MilkteaError
-from ops.image import workflow
+from ops.image import carry, workflow
 from ops.image.build import context, engine, export
 from ops.image.build.layers import write_layer
 from ops.image.bundle.archive import Image
@@ -192,7 +192,7 @@ def test_an_image_made_from_ours_in_a_shell_is_carried_under_its_own_name(places
     made.commit("mine", "1")
     made.remove()
     try:
-        found = workflow.bundle(
+        found = carry.bundle(
             "tiny", places.root / "out", places=places, signed=False, proved=False, image="mine:1"
         )
     finally:
@@ -242,7 +242,7 @@ def test_a_real_image_on_another_debian_differs_in_the_layer_of_debian_at_most()
 def test_an_image_that_does_not_prove_itself_is_not_bundled(places):
     workflow.build("tiny", places, base=BASE)
     with pytest.raises(MilkteaError, match="does not prove itself"):
-        workflow.bundle("tiny", places.root / "out", places=places, signed=False)
+        carry.bundle("tiny", places.root / "out", places=places, signed=False)
     assert not (places.root / "out").exists()
 
 

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 
 from ops.errors import ConfigError, PreflightError
-from ops.image import workflow
+from ops.image import carry, workflow
 from ops.image.bundle import bundle, inventory, parts, sbom
 from ops.image.bundle.contents import Options
 from ops.image.bundle.inventory import Present
@@ -160,7 +160,7 @@ def test_since_takes_a_bundle_or_its_lock_and_a_layer_of_other_gzip_bytes_counts
     image = tiny.made().image
     tiny.pack(tmp_path / "full")
     for since in (tmp_path / "full", tmp_path / "full" / "image.lock"):
-        base, models = workflow._base(image, since, None)
+        base, models = carry._base(image, since, None)
         assert base is not None and base.layers == image.diff_ids and models == frozenset()
     other = replace(
         image,
@@ -170,14 +170,14 @@ def test_since_takes_a_bundle_or_its_lock_and_a_layer_of_other_gzip_bytes_counts
             *image.layers[4:],
         ),
     )
-    base, _ = workflow._base(other, tmp_path / "full", None)
+    base, _ = carry._base(other, tmp_path / "full", None)
     assert base is not None and parts.plan_parts(other, base)[0].first == 4
     with pytest.raises(ConfigError, match="exclude"):
-        workflow._base(image, tmp_path / "full", tmp_path / "server.txt")
+        carry._base(image, tmp_path / "full", tmp_path / "server.txt")
     lock = tiny.made().lock
     locks.write(lock.model_copy(update={"identity": None}), tmp_path / "committed.lock")
     with pytest.raises(ConfigError, match="not the lock of a built image"):
-        workflow._base(image, tmp_path / "committed.lock", None)
+        carry._base(image, tmp_path / "committed.lock", None)
 
 
 def test_one_oci_archive_holds_the_whole_image(tiny: Any, tmp_path: Path) -> None:
@@ -197,13 +197,13 @@ def test_one_oci_archive_holds_the_whole_image(tiny: Any, tmp_path: Path) -> Non
     [("", 0), ("fat32", 4_294_967_295), ("dvd", 4_700_000_000), ("1000000000", 1_000_000_000)],
 )
 def test_volume_sizes_are_bytes_or_the_names_of_media(text: str, size: int) -> None:
-    assert workflow.volume_bytes(text) == size
+    assert carry.volume_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["4GB", "12", "floppy"])
 def test_other_volume_sizes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="volume size"):
-        workflow.volume_bytes(text)
+        carry.volume_bytes(text)
 
 
 def test_the_name_of_an_image_of_ones_own_is_taken_from_its_reference() -> None:

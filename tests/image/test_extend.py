@@ -14,7 +14,7 @@ import pytest
 from machine import needs
 
 from ops.errors import MilkteaError
-from ops.image import workflow
+from ops.image import carry, workflow
 from ops.image.build import engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -69,7 +69,7 @@ def inside(tag: str, code: str) -> str:
 
 def carried(tag: str, out: Path) -> list[str]:
     """The names of the layers in the bundle of this image."""
-    workflow.bundle("practice", out, image=tag, signed=False, proved=False)
+    carry.bundle("practice", out, image=tag, signed=False, proved=False)
     rows = [line.split() for line in (out / "PLAN").read_text().splitlines()]
     assert ["name", workflow.name_of(tag)] in rows
     return [row[5] for row in rows if row[0] == "layer"]

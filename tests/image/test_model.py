@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ops.errors import ConfigError, PreflightError
-from ops.image import workflow
+from ops.image import carry
 from ops.image.fetch import models as model
 from ops.image.spec import lock
 from ops.image.spec.definition import ModelSource
@@ -145,18 +145,18 @@ def test_code_that_transformers_does_not_need_is_left_out_and_that_is_said(folde
 def test_a_model_travels_alone_under_a_name_as_people_write_it(folder, tmp_path):
     folder = folder.rename(folder.parent / "Qwen2.5 7B (ours)")
     places = Places(tmp_path / "checkout")
-    made = workflow.bundle_model(folder, out=tmp_path / "out", signed=False, places=places)
+    made = carry.bundle_model(folder, out=tmp_path / "out", signed=False, places=places)
     plan = (tmp_path / "out/PLAN").read_text().splitlines()
     assert made.kind == "models" and "name models-qwen2.5-7b-ours" in plan
     assert [line.split()[3] for line in plan if line.startswith("model ")] == ["Qwen2.5-7B-ours"]
     assert not (tmp_path / "out/parts").exists() or not list((tmp_path / "out/parts").iterdir())
     assert "for a server that has an image" in (tmp_path / "out/README.en.txt").read_text()
-    named = workflow.bundle_model(
+    named = carry.bundle_model(
         folder, "Qwen/Qwen2.5-7B", tmp_path / "out2", signed=False, places=places
     )
     assert named.id == made.id, "one identity by the files"
     with pytest.raises(ConfigError, match="no name of a model"):
-        workflow.bundle_model(folder, "../etc", tmp_path / "out3", signed=False, places=places)
+        carry.bundle_model(folder, "../etc", tmp_path / "out3", signed=False, places=places)
 
 
 def test_pickles_beside_safetensors_do_not_travel(folder, tmp_path):
