@@ -327,10 +327,10 @@ def _cut(told: dict[str, Any]) -> str:
 
 
 def _sentencepiece(writer: GGUFWriter, folder: Path, tokens: list[str], types: list[int]) -> None:
-    from transformers.utils import sentencepiece_model_pb2_new
+    from transformers.convert_slow_tokenizer import import_protobuf
 
-    made: Any = sentencepiece_model_pb2_new  # its classes are made as it is imported
-    model = made.ModelProto()
+    # a process may hold one copy of these classes: sentencepiece's where it is installed
+    model = import_protobuf().ModelProto()
     model.ParseFromString((folder / "tokenizer.model").read_bytes())
     scores = [-1000.0] * len(tokens)
     for n, piece in enumerate(model.pieces[: len(tokens)]):

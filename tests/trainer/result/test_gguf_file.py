@@ -13,6 +13,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from tiny import write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trainer.result import gguf_file
@@ -121,10 +122,8 @@ def test_a_thousand_texts_become_the_same_ids(tmp_path: Path, kind: str) -> None
 
 
 def test_a_sentencepiece_vocabulary_keeps_its_scores(tmp_path: Path) -> None:
-    from transformers.utils.sentencepiece_model_pb2_new import ModelProto
-
     source = folder_of(tmp_path / "model", "llama")
-    model = ModelProto()
+    model = import_protobuf().ModelProto()
     for n, (text, kind) in enumerate([("<unk>", 2), ("<0x41>", 6), ("▁a", 1)]):
         piece = model.pieces.add()
         piece.piece, piece.score, piece.type = text, -float(n), kind
