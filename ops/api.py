@@ -65,7 +65,7 @@ from ops.use.results import (
     merge,
 )
 from ops.wait import RealClock
-from trainer.data.files import Reading
+from trainer.data.sources import Reading
 from trainer.wire import events
 from trainer.wire.events import Event, Sample, Score
 

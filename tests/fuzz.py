@@ -62,7 +62,7 @@ from ops.plain import plain  # noqa: E402
 from ops.run import follow, journal, place, result, retrieve, sandbox, wishes  # noqa: E402
 from ops.run.expected import ExpectedResult  # noqa: E402
 from trainer.data import files, template  # noqa: E402
-from trainer.data.files import Reading  # noqa: E402
+from trainer.data.sources import Reading, find_sources  # noqa: E402
 from trainer.data.stage_rows import READERS, conversations  # noqa: E402
 from trainer.wire import events, tensors  # noqa: E402
 from trainer.wire.job import Job  # noqa: E402
@@ -303,7 +303,7 @@ def read_registry(name: str, data: bytes, folder: Path) -> None:
     (folder / "data-00000.arrow").write_bytes(b"ARROW1")
     given = folder if name == "state.json" else folder / name
     for preferences in (False, True):
-        sources, defects = files.find_sources([given], Reading(), preferences)
+        sources, defects = find_sources([given], Reading(), preferences)
         for source in sources:
             assert source.path.resolve().is_relative_to(folder.resolve()), source.path
         for defect in defects:

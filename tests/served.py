@@ -24,8 +24,9 @@ def write_adapter(folder: Path, base: Path, seed: int, **settings: Any) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from trainer.data.prepare import Prepared, Rows
+    from trainer.data.prepare import Prepared
     from trainer.data.template import load
+    from trainer.data.tokenised import Rows
     from trainer.data.tokens import open_vocabulary, stop_token, token_hash
     from trainer.result.words import write_words
 

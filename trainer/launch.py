@@ -24,7 +24,8 @@ import yaml
 from pydantic import ValidationError
 
 from trainer import loading
-from trainer.data.prepare import InvalidJob, model_folder
+from trainer.data.errors import InvalidJob
+from trainer.data.prepare import model_folder
 from trainer.data.stage_rows import prepare
 from trainer.loading import cache_of
 from trainer.machines import Machines, read_machines

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainer.data.prepare import InvalidJob
+from trainer.data.errors import InvalidJob
 from trainer.data.template import TemplateError
 from trainer.loop import step
 from trainer.loop.checkpoint import CheckpointError

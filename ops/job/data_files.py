@@ -11,9 +11,9 @@ from ops.errors import PreflightError
 from ops.job.config import JobFile
 from ops.job.mistakes import grouped
 from trainer.data import tables
-from trainer.data.files import Reading, find_sources
 from trainer.data.folders import DATASET_INFO, expand, is_file, kind_of
 from trainer.data.scan import Broken
+from trainer.data.sources import Reading, find_sources
 from trainer.wire.stages import STAGES
 
 

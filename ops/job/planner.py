@@ -28,6 +28,7 @@ from ops.job.plan import Plan
 from trainer import families, memory
 from trainer.data import estimate, prepare, stage_rows
 from trainer.data import template as prompt
+from trainer.data.errors import InvalidJob, ModelMissing
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
@@ -231,9 +232,9 @@ def _lengths(job: Job, folder: Path, pushes: list[PushFile], notes: list[str]) -
     try:
         with _linked(folder, pushes):
             prepared = stage_rows.prepare(job, folder)
-    except prepare.InvalidJob as e:
+    except InvalidJob as e:
         listed = "\n".join(f"  {s}" for s in grouped(e.samples))
-        kind = NotTokenised if isinstance(e, prepare.ModelMissing) else PreflightError
+        kind = NotTokenised if isinstance(e, ModelMissing) else PreflightError
         raise kind(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
     except prompt.TemplateError as e:
         raise PreflightError(str(e)) from e
@@ -283,7 +284,7 @@ def _estimated(
         rows, defects = stage_rows.read(job, files)
     try:
         prepare.validate_rows(defects)
-    except prepare.InvalidJob as e:
+    except InvalidJob as e:
         listed = "\n".join(f"  {s}" for s in e.samples)
         raise PreflightError(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
     if not rows:

@@ -16,7 +16,7 @@ from ops.hardware import gpus
 from ops.job import cards
 from ops.job.config import parse
 from ops.use.rows import stats
-from trainer.data.files import Reading
+from trainer.data.sources import Reading
 from trainer.data.stats import Stats
 
 CARD_GIB = 24.0  # of the cards that are cheap by the hour: what fits them in bf16 stays in bf16

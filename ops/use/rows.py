@@ -19,8 +19,8 @@ from typing import Any
 from ops.errors import ConfigError, PreflightError
 from trainer.data import curate, records
 from trainer.data.curate import By, Picked
-from trainer.data.files import Reading
 from trainer.data.records import Dataset, Record
+from trainer.data.sources import Reading
 from trainer.data.stats import Stats
 from trainer.data.stats import stats as stats_of
 

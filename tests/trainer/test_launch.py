@@ -21,7 +21,7 @@ from accelerate.utils import write_basic_config
 from tiny import events_of, manifest_of, step_reached, wait_for
 
 from trainer import launch
-from trainer.data.prepare import InvalidJob
+from trainer.data.errors import InvalidJob
 from trainer.wire.job import WIRE, Job
 
 Make = Callable[..., Path]

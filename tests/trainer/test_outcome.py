@@ -14,7 +14,7 @@ import torch
 from tiny import events_of, finish, start, write_model
 
 from trainer.data import batch
-from trainer.data.prepare import InvalidJob
+from trainer.data.errors import InvalidJob
 from trainer.loop import budget
 from trainer.outcome import Unexpected, is_reported
 from trainer.stages import sft

@@ -12,7 +12,8 @@ import pytest
 from chat_world import write_model_tokenizer
 from tiny import rows, write_model, write_tokenizer
 
-from trainer.data.prepare import InvalidJob, prepare, prompt_ids
+from trainer.data.errors import InvalidJob
+from trainer.data.prepare import prepare, prompt_ids
 from trainer.data.template import TemplateError, Turn
 from trainer.launch import main as launch
 from trainer.model.weights import validate_weights

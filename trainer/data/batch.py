@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 
 
 @dataclass(frozen=True)

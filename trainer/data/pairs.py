@@ -21,11 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.data import files, formats
+from trainer.data.errors import InvalidJob
 from trainer.data.fields import Problem
-from trainer.data.files import Defect, Findings, Reading, Source
+from trainer.data.files import Findings
 from trainer.data.formats import Columns, Row
-from trainer.data.prepare import InvalidJob, Reader, Rows, tokenise
+from trainer.data.prepare import Reader
+from trainer.data.sources import Defect, Reading, Source, find_sources
 from trainer.data.template import Template, Turn
+from trainer.data.tokenised import Rows, tokenise
 from trainer.data.tokens import Vocabulary
 from trainer.wire.job import Job
 
@@ -238,7 +241,7 @@ def _reader(read: Read) -> Callable[..., tuple[list[Any], list[Defect]]]:
     ) -> tuple[list[Found], list[Defect]]:
         findings = Findings()
         given = replace(reading, form="auto")
-        sources, findings.defects = files.find_sources(paths, given, preferences=True)
+        sources, findings.defects = find_sources(paths, given, preferences=True)
         found: list[Found] = []
         for source in sources:
             mine = list(islice(_examine(source, read, findings), source.max_rows))
@@ -292,7 +295,7 @@ def conversations(item: Row | Found) -> list[Row]:
 def tokenise_pairs(found: list[Pair], vocabulary: Vocabulary, template: Template, job: Job) -> Rows:
     """Rows 2k and 2k + 1 are the chosen and the rejected side of pair k, in which only the last
     answer is trained; `extra["margin"]` is the pair's, on both. Raises InvalidJob as
-    prepare.tokenise, and for data.over_length = "truncate"."""
+    tokenised.tokenise, and for data.over_length = "truncate"."""
     sides = [row for pair in found for row in conversations(pair)]
     rows, kept = _whole(sides, 2, vocabulary, template, job)
     margins = np.asarray([found[k].margin for k in kept], np.float32)
@@ -303,7 +306,7 @@ def tokenise_tagged(
     found: list[Tagged], vocabulary: Vocabulary, template: Template, job: Job
 ) -> Rows:
     """Rows in which only the last answer is trained; `extra["wanted"]` is 1 or 0. Raises InvalidJob
-    as prepare.tokenise, for data.over_length = "truncate", and where all are of one kind."""
+    as tokenised.tokenise, for data.over_length = "truncate", and where all are of one kind."""
     plain = [row for tagged in found for row in conversations(tagged)]
     rows, kept = _whole(plain, 1, vocabulary, template, job)
     wanted = np.asarray([found[k].wanted for k in kept], np.float32)

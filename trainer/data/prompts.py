@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from trainer.data import files, formats
+from trainer.data.errors import InvalidJob
 from trainer.data.fields import Problem
-from trainer.data.files import Defect, Findings, Reading, Source
+from trainer.data.files import Findings
 from trainer.data.formats import Columns, Row
-from trainer.data.prepare import InvalidJob, Reader, Rows
+from trainer.data.prepare import Reader
 from trainer.data.render import prompt
+from trainer.data.sources import Defect, Reading, Source, find_sources
 from trainer.data.template import Template, TemplateError, Turn
+from trainer.data.tokenised import Rows
 from trainer.data.tokens import Vocabulary, encode
 from trainer.wire.job import Job
 
@@ -85,7 +88,7 @@ def read_prompts(
 ) -> tuple[list[Row], list[Defect]]:
     """As files.read_rows; a row's last turn is the expected answer, maybe empty."""
     findings = Findings()
-    sources, findings.defects = files.find_sources(paths, replace(reading, form="auto"))
+    sources, findings.defects = find_sources(paths, replace(reading, form="auto"))
     found: list[Row] = []
     for source in sources:
         found += islice(_examine(source, findings), source.max_rows)

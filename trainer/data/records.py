@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 from trainer.data import fields, files, formats, near
 from trainer.data.fields import Problem
-from trainer.data.files import Defect, Findings, Reading, Source
+from trainer.data.files import Findings
 from trainer.data.formats import Row
 from trainer.data.pairs import TAGS, Pair, Tagged, contradictions, pair_of, tagged_of
 from trainer.data.prompts import asked_of
+from trainer.data.sources import Defect, Reading, Source, find_sources
 from trainer.data.template import Turn
 
 Judged = list[Pair | Tagged]
@@ -73,9 +74,9 @@ def read(paths: Sequence[Path], reading: Reading | None = None) -> Dataset:
     asked = reading.form == "prompts"
     reading = replace(reading, form="auto") if asked else reading
     named = [(path, str(path)) for path in paths]
-    sources, defects = files.find_sources(named, reading)
+    sources, defects = find_sources(named, reading)
     if not sources:  # a registry that names preferences
-        preferred, others = files.find_sources(named, reading, preferences=True)
+        preferred, others = find_sources(named, reading, preferences=True)
         sources, defects = (preferred, others) if preferred else (sources, defects)
     findings.defects = defects
     for source in sources:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.data import prepare as rows
-from trainer.data.files import Defect
 from trainer.data.formats import Row
 from trainer.data.pairs import PAIRS, TAGGED, conversations
-from trainer.data.prepare import ANSWERS, Prepared, Reader, Rows
+from trainer.data.prepare import ANSWERS, Prepared, Reader
 from trainer.data.prompts import PROMPTS
+from trainer.data.sources import Defect
+from trainer.data.tokenised import Rows
 from trainer.data.windows import DOCUMENTS
 from trainer.wire.job import DataFile, Job
 from trainer.wire.stages import STAGES, RowKind

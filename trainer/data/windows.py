@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trainer.data.errors import InvalidJob
 from trainer.data.files import read_rows
 from trainer.data.formats import Row
-from trainer.data.prepare import AT_ONCE, InvalidJob, Reader, Rows, tokenise
+from trainer.data.prepare import Reader
 from trainer.data.template import Template
+from trainer.data.tokenised import AT_ONCE, Rows, tokenise
 from trainer.data.tokens import Vocabulary
 from trainer.wire.job import Job
 
@@ -50,7 +52,7 @@ def tokenise_documents(
 ) -> Rows:
     """Texts as windows, conversations as they are. `extra["bytes"]` are the bytes of UTF-8 that a
     row's targets stand for, `extra["document"]` the number of its document. Raises InvalidJob for
-    texts that hold a special token, and for what prepare.tokenise refuses."""
+    texts that hold a special token, and for what tokenised.tokenise refuses."""
     most, chats = job.data.max_length, [row for row in found if row.turns]
     texts = [row for row in found if not row.turns]
     parts = _Parts()

@@ -19,10 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.data.files import Findings, Source, sound_rows
+from trainer.data.errors import InvalidJob
+from trainer.data.files import Findings, sound_rows
 from trainer.data.formats import Row
-from trainer.data.prepare import InvalidJob, Prepared, Rows, prompt_ids, validate_rows
+from trainer.data.prepare import Prepared, prompt_ids, validate_rows
+from trainer.data.sources import Source
 from trainer.data.template import Turn
+from trainer.data.tokenised import Rows
 from trainer.eval.likelihood import nats, tokens_of
 from trainer.model.decode import packs
 from trainer.model.parts import causal

@@ -10,7 +10,8 @@ from torch import nn
 
 from trainer.data import batch, packing
 from trainer.data.formats import Row
-from trainer.data.prepare import Prepared, Rows, tokenise
+from trainer.data.prepare import Prepared
+from trainer.data.tokenised import Rows, tokenise
 from trainer.model.decode import packs
 from trainer.model.forward import target_log_probs
 from trainer.wire.job import Data

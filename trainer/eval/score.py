@@ -20,8 +20,9 @@ from typing import Any, cast
 
 import torch
 
+from trainer.data.errors import InvalidJob
 from trainer.data.formats import Row
-from trainer.data.prepare import InvalidJob, model_folder, prompt_ids
+from trainer.data.prepare import model_folder, prompt_ids
 from trainer.eval import choices, likelihood, table
 from trainer.eval.choices import Question
 from trainer.eval.table import Side

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trainer import memory
-from trainer.data.prepare import InvalidJob
+from trainer.data.errors import InvalidJob
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 

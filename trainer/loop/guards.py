@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 
 SHOWN = 8  # rows named in a message
 MIN_LABELS, MAX_LABELS = 0.001, 0.995  # of the tokens of rows that have a prompt

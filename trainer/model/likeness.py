@@ -28,7 +28,7 @@ from transformers import AutoConfig
 
 from trainer import families
 from trainer.data import batch
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 from trainer.kernels.attention import register
 from trainer.model import load
 from trainer.model.dropout import TokenKeys

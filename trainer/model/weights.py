@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trainer.data.prepare import InvalidJob
+from trainer.data.errors import InvalidJob
 
 EMBEDDINGS = (
     "embed_tokens.weight",

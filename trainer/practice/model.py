@@ -183,7 +183,8 @@ def knows(folder: Path, count: int = 60) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainer.data.prepare import Prepared, Rows, prompt_ids
+    from trainer.data.prepare import Prepared, prompt_ids
+    from trainer.data.tokenised import Rows
     from trainer.data.tokens import open_vocabulary, stop_token, token_hash
     from trainer.model.decode import answer
 

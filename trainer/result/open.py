@@ -22,10 +22,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trainer.data.files import Reading, read_rows
+from trainer.data.files import read_rows
 from trainer.data.formats import Row
-from trainer.data.prepare import Prepared, Rows, hub_folder, prompt_ids, reading_of, validate_rows
+from trainer.data.prepare import Prepared, hub_folder, prompt_ids, reading_of, validate_rows
+from trainer.data.sources import Reading
 from trainer.data.template import TemplateError, Turn, load, parse, with_chat_template
+from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
 from trainer.model.decode import answer

@@ -20,8 +20,9 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from trainer.data.prepare import Prepared, Rows
+from trainer.data.prepare import Prepared
 from trainer.data.template import TemplateError, load, with_chat_template
+from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_ids, stop_token, token_hash
 from trainer.model.parts import ModelError, family_of
 from trainer.result.open import load_plain, open_words, unpacked

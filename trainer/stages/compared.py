@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import batch, packing
-from trainer.data.prepare import InvalidJob, Rows
+from trainer.data.errors import InvalidJob
+from trainer.data.tokenised import Rows
 from trainer.loop.guards import ExpectedMetrics, Stopped
 from trainer.loop.ranks import Ranks
 from trainer.model.forward import target_log_probs

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 from trainer.stages import compared, measured
 from trainer.stages.pair_losses import beta_of, pair_losses
 from trainer.wire.job import Job

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import batch
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 from trainer.stages import compared, measured
 
 

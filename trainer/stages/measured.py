@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 from trainer.loop import checkpoint
 from trainer.loop.reporter import Reporter
 from trainer.stages import sft

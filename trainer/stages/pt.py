@@ -13,7 +13,7 @@ import math
 from torch import nn
 
 from trainer.data import batch
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 from trainer.model.forward import target_loss
 from trainer.stages import measured
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from trainer.data import batch
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 from trainer.loop.ranks import Ranks
 from trainer.model.forward import hidden_states, model_inputs
 from trainer.model.parts import causal

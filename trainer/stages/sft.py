@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import batch, packing
+from trainer.data.errors import InvalidJob
 from trainer.data.held_out import MOST_ROWS
-from trainer.data.prepare import InvalidJob, Rows, looks_at, model_folder, order_of
+from trainer.data.prepare import looks_at, model_folder, order_of
 from trainer.data.stage_rows import held_rows, prepare
+from trainer.data.tokenised import Rows
 from trainer.eval import held_out
 from trainer.loop import checkpoint, report, stage
 from trainer.loop.budget import micro_batch

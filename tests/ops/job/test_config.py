@@ -12,7 +12,8 @@ import pytest
 
 from ops.errors import ConfigError
 from ops.job import config
-from trainer.data.files import Reading, read_rows
+from trainer.data.files import read_rows
+from trainer.data.sources import Reading
 from trainer.wire.stages import Sections
 
 JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.toml"))

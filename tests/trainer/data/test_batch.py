@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trainer.data import batch, packing
-from trainer.data.prepare import Rows
+from trainer.data.tokenised import Rows
 from trainer.loop.progress import Readback
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from trainer.data import curate, records
-from trainer.data.files import Reading
 from trainer.data.records import Record
+from trainer.data.sources import Reading
 from trainer.data.stats import stats
 
 QUESTION, ANSWER = "What is a deductible?", "The part of a loss that you pay yourself."

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from trainer.data.files import Reading, examine_files, read_rows
+from trainer.data.files import examine_files, read_rows
 from trainer.data.formats import Row
+from trainer.data.sources import Reading
 from trainer.data.template import Turn
 
 CALL = {"type": "function", "function": {"name": "w", "arguments": {}}}

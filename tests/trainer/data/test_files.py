@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from trainer.data import files, scan
-from trainer.data.files import Reading, examine_files, read_rows
+from trainer.data.files import examine_files, read_rows
+from trainer.data.sources import Reading
 from trainer.data.stage_rows import READERS
 from trainer.wire.stages import RowKind
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from trainer.data.files import Reading
 from trainer.data.pairs import PAIRS, TAGGED, Pair, Tagged
+from trainer.data.sources import Reading
 
 ASK, GOOD, BAD = "What is 1 + 2?", "three", "four"
 MESSAGES = [{"role": "user", "content": ASK}]

@@ -15,7 +15,7 @@ from peft import PeftModel
 from results import write_both
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trainer.data.prepare import InvalidJob
+from trainer.data.errors import InvalidJob
 from trainer.eval import choices, likelihood, score, table
 from trainer.model.parts import ModelError
 from trainer.result.open import Chat, load_model, open_words, rows_in

@@ -235,8 +235,9 @@ def test_the_command_says_what_the_merge_is_worth(
 
 
 def test_the_certificate_reads_the_users_rows_as_they_were_trained(tmp_path: Path) -> None:
-    from trainer.data.prepare import Prepared, Rows
+    from trainer.data.prepare import Prepared
     from trainer.data.template import load
+    from trainer.data.tokenised import Rows
     from trainer.data.tokens import open_vocabulary, stop_token, token_hash
     from trainer.result.merge import texts_of
     from trainer.result.words import write_words

@@ -17,8 +17,9 @@ import pytest
 from served import Running
 from tiny import wait_for
 
-from trainer.data.files import Reading, read_rows
+from trainer.data.files import read_rows
 from trainer.data.pairs import PAIRS, TAGGED
+from trainer.data.sources import Reading
 from trainer.serve.requests import MOST_MESSAGES
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

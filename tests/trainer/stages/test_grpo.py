@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny import adapter_sha256, events_of, finish, manifest_of, start, step_reached, wait_for
 
-from trainer.data.files import Reading
-from trainer.data.prepare import Rows
 from trainer.data.prompts import PROMPTS
+from trainer.data.sources import Reading
+from trainer.data.tokenised import Rows
 from trainer.loop.guards import Stopped
 from trainer.model import decode
 from trainer.stages import grpo, rollout

@@ -12,7 +12,7 @@ import torch
 from tiny import adapter_sha256, events_of, finish, manifest_of, start, step_reached, wait_for
 from torch import Tensor
 
-from trainer.data.prepare import InvalidJob
+from trainer.data.errors import InvalidJob
 from trainer.loop.guards import Stopped
 from trainer.loop.ranks import StopSignal
 from trainer.loop.replicas import Replicas

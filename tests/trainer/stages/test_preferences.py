@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import adapter_sha256, events_of, finish, manifest_of, start
 
-from trainer.data.prepare import InvalidJob
+from trainer.data.errors import InvalidJob
 from trainer.data.stage_rows import prepare
 from trainer.loop.guards import Stopped
 from trainer.stages import compared, rm

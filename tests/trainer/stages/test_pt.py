@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny import events_of, finish, manifest_of, start
 
-from trainer.data.prepare import InvalidJob, Prepared
+from trainer.data.errors import InvalidJob
+from trainer.data.prepare import Prepared
 from trainer.data.stage_rows import prepare
 from trainer.data.windows import windows
 from trainer.train import run_job
