@@ -391,7 +391,7 @@ def _chosen(run: Run, screen: Screen) -> str:
             f"the run goes on without this terminal: `milktea attach {run.id}` watches it, "
             f"`milktea stop {run.id}` ends it"
         )
-    if wish in (wishes.FETCH, wishes.DESTROY):
+    if wish in (wishes.FETCH, wishes.KEEP, wishes.DESTROY):
         holds = wishes.send(run.folder, wish)
         screen.waiting(f"the run's owner is told: {holds}")
     return wish
@@ -414,18 +414,25 @@ def _ctrl_c() -> Iterator[threading.Event]:
 
 def stop(
     run: Run | str,
-    wish: Literal["fetch", "destroy"] = "fetch",
+    wish: Literal["fetch", "keep", "destroy"] = "fetch",
     *,
     vast: Vast | None = None,
     root: Path | None = None,
     screen: Screen | None = None,
 ) -> Run:
     """End a run: `fetch` brings the newest checkpoint home first (a result that is on its way comes
-    home whole), `destroy` nothing. Returns once no box of it is left; where somebody wished
-    another end before, that one holds. Raises as `rent_and_train`; JournalError for a run that has
-    no box and no owner."""
+    home whole), `destroy` nothing. Returns once no box of it is left. `keep` does as `fetch`, and
+    then stops the box: its disk stays for a price a day (`run.kept`), and `resume` starts it.
+
+    Where somebody wished another end before, that one holds. Raises as `rent_and_train`;
+    JournalError for a run that has no box and no owner, PreflightError where `keep` is not worth
+    it, or the box is stopped already."""
     run = run if isinstance(run, Run) else find_run(run, root)
     before = len(run.journal)
+    if run.kept and wish == "destroy" and not run.is_owned:
+        destroy(run, vast=vast, root=root, screen=screen)
+        return run
+    _validate_end(run, wish)
     if not run.is_owned:
         if not may_have_box(run.journal):
             raise JournalError(f"{run.id} has no box, and nothing acts on it", hint="")
@@ -442,6 +449,22 @@ def stop(
         if any(line.kind == "interrupted" for line in run.journal[before:]):
             return run  # as it was wished
         raise
+
+
+def _validate_end(run: Run, wish: str) -> None:
+    """Raises PreflightError for an end that this run cannot have now; nothing is changed then."""
+    if run.kept and not run.is_owned:
+        raise PreflightError(
+            f"the box of {run.id} is {run.kept}",
+            money="nothing was changed",
+            hint=f"`milktea resume {run.id}` starts it, `milktea stop {run.id} --destroy` ends it",
+        )
+    if wish == wishes.KEEP and wishes.KEEP not in [c.wish for c in run.choices()]:
+        raise PreflightError(
+            f"the box of {run.id} is not worth keeping: {wishes.why_not_kept(run.journal)}",
+            money="nothing was changed",
+            hint=f"`milktea stop {run.id} --fetch` brings the newest checkpoint home",
+        )
 
 
 def destroy(

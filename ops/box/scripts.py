@@ -24,7 +24,8 @@ WATCH_S = 15  # how often the box looks; overshoot of money and time is at most 
 # last heard. `armed` holds the HTTP status with which the key could read its own instance.
 # `launched` holds the run's folder from the launch on: with finish, no silence ends the box then
 # before its deadline, unless the training has ended and was held for as long as it may be. `ended`
-# holds the age at which that was seen.
+# holds the age at which that was seen. `halt` says that the client stops the box to keep it: the
+# time until the next start does not count then, and nothing is launched.
 WATCHDOG = """\
 cd "$HOME/milktea" || exit 1
 ask() {
@@ -42,10 +43,12 @@ try: print(u.urlopen(u.Request(url,None if m=="GET" else b"{}",h,method=m),timeo
 except Exception as e: print(getattr(e,"code",e))' "$1" "$url"
   fi
 }
+[ -e halt ] && rm -f launched ended
 rm -f armed
 echo $$ >watchdog.pid
 age=0 last= lease=0 armed= ended=
 [ -s age ] && read -r age last <age
+[ -e halt ] && { last=; echo "$age" >lease; rm -f halt; }
 [ -s ended ] && read -r ended rest <ended
 max=$MILKTEA_MAX_S
 while :; do
@@ -257,6 +260,20 @@ def kill_training(run_id: str) -> str:
 cd {run_folder(run_id)} || exit 9
 [ -s pid ] && kill -s KILL -- "-$(cat pid)" 2>/dev/null
 rm -f pid exit_code exit_code.new
+"""
+
+
+def halt(run_id: str) -> str:
+    """Before the box is stopped to be kept: end the training, so that `launch` starts it again, and
+    tell the watchdog of its next start. Prints `ended`, and does nothing, where the training has
+    ended well."""
+    return f"""\
+cd {run_folder(run_id)} || exit 9
+[ "$(cat exit_code 2>/dev/null)" = 0 ] && {{ echo ended; exit 0; }}
+: >../halt || exit 8
+[ -s pid ] && kill -s KILL -- "-$(cat pid)" 2>/dev/null
+rm -f pid exit_code exit_code.new
+echo halted
 """
 
 

@@ -145,26 +145,34 @@ def stop(
     fetch: Annotated[
         bool, typer.Option("--fetch", help="Bring the newest checkpoint home, then destroy")
     ] = False,
+    keep_disk: Annotated[
+        bool,
+        typer.Option(
+            "--keep-disk", help="The same, but stop the box and keep its disk, at a price a day"
+        ),
+    ] = False,
     destroy: Annotated[bool, typer.Option("--destroy", help="Destroy now")] = False,
 ) -> None:
     """End a run. Without an option the choices are shown with their price."""
     with errors(as_json), _interrupted():
         from ops import api
 
-        if fetch and destroy:
-            raise ConfigError("--fetch or --destroy, not both", hint="")
+        ends = {"fetch": fetch, "keep": keep_disk, "destroy": destroy}
+        asked = [end for end, wanted in ends.items() if wanted]
+        if len(asked) > 1:
+            raise ConfigError("one of --fetch, --keep-disk and --destroy, not more", hint="")
         screen, found = _screen(as_json), api.find_run(run)
-        wish: str | None = "destroy" if destroy else "fetch"
-        if not (fetch or destroy):
+        wish: str | None = asked[0] if asked else None
+        if not asked:
             wish = screen.choose([(c.wish, c.text) for c in found.choices()])
         if wish is None:
             raise ConfigError(
                 "nobody can be asked here which end", hint=f"milktea stop {found.id} --fetch"
             )
-        if wish not in ("fetch", "destroy"):
+        if wish not in ends:
             print("nothing was stopped", file=sys.stderr)
             return
-        found = api.stop(found, cast(Literal["fetch", "destroy"], wish), screen=screen)
+        found = api.stop(found, cast(Literal["fetch", "keep", "destroy"], wish), screen=screen)
         _stopped(found, screen, as_json)
 
 
@@ -325,7 +333,9 @@ def _last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> No
 
 def _detached(run: api.Run, as_json: bool) -> None:
     ends_at = run.ends_itself_at
-    if as_json:
+    if run.kept and not run.is_owned:
+        _kept(run, as_json)
+    elif as_json:
         row = {"kind": "detached", "run_id": run.id, "owner": run.owner, "dies_at": ends_at}
         print(json.dumps(row))
     elif run.is_owned:
@@ -341,9 +351,24 @@ def _detached(run: api.Run, as_json: bool) -> None:
         )
 
 
+def _kept(run: api.Run, as_json: bool) -> None:
+    if as_json:
+        status = run.status()
+        row = {"usd_per_hour": status.usd_per_hour, "kept_until": status.kept_until}
+        print(json.dumps({"kind": "kept", "run_id": run.id, **row}))
+        return
+    print(
+        f"the box is {run.kept}; `milktea resume {run.id}` starts it, "
+        f"`milktea destroy {run.id}` ends it"
+    )
+
+
 def _stopped(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> None:
     if run.adapter is not None:
         _last_lines(run, screen, as_json)
+        return
+    if run.kept:
+        _kept(run, as_json)
         return
     spent = run.cost().spent_usd
     if as_json:

@@ -27,7 +27,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Where every run stands and who looks after it, from what lies here alone. live: a terminal
-    watches it; detached: nobody watches; alone: its box has no owner."""
+    watches it; detached: nobody watches; alone: its box has no owner; kept: its box is stopped,
+    for the price a day that is shown."""
     with errors(as_json):
         rows = [found.status() for found in _readable(run)]
         if as_json:
@@ -47,6 +48,9 @@ def _status_line(row: api.Status, now: float) -> str:
         words.insert(1, f"{row.owner} {_age(now - row.began)}")
     if row.usd_per_hour is not None:
         words.append(f"{row.usd_per_hour:.3f} $/h")
+    if row.kept_until is not None and row.usd_per_hour is not None:
+        at = time.strftime("%a %d %b %H:%M", time.localtime(row.kept_until))
+        words.append(f"{24 * row.usd_per_hour:.3f} $ a day, kept until {at}")
     if row.ends_itself_at is not None:
         at = time.strftime("%a %H:%M", time.localtime(row.ends_itself_at))
         words.append(f"ends itself {at} at the latest")

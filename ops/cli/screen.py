@@ -26,7 +26,13 @@ CHOOSE_S = 30.0  # to answer after Ctrl-C
 QUIET_EVERY_S = 5.0  # between status lines where the output is not a terminal
 # journal lines that the plan, `event`, `destroying` or the command's error shows
 SHOWN_ELSEWHERE = ("offers", "event", "destroying", "failed", "attached", "detached")
-ENDS = ("destroyed", "bill", "failed", "left")  # journal lines after which no status is shown
+ENDS = (
+    "destroyed",
+    "bill",
+    "failed",
+    "left",
+    "kept",
+)  # journal lines after which no status is shown
 REDRAW_S = 1.0  # after which an unchanged status line is drawn again
 SPINNER = "|/-\\"
 

@@ -38,6 +38,7 @@ INTERVAL_S = {
     "show": 2.0,
     "destroy": 3.0,
     "attach": 1.0,
+    "state": 1.0,
     "reboot": 1.0,
     "prices": 1.0,
     "logs": 1.0,
@@ -237,6 +238,16 @@ class Vast:
         except Refused as e:
             if not _is_gone(e):
                 raise
+
+    def set_running(self, instance_id: int, running: bool) -> None:
+        """Start a stopped instance, or stop one; its disk stays. Raises Refused, with the code
+        "resources_unavailable" where somebody else has its GPUs: it then waits for them."""
+        state = "running" if running else "stopped"
+        reply = self._repeat("state", "PUT", f"/instances/{instance_id}/", {"state": state})
+        if reply.get("success") is False:
+            queued = "resources" in _message(reply) or "queued" in _message(reply)
+            code = "resources_unavailable" if queued else _code(reply)
+            raise Refused(f"vast.ai does not set it {state}: {_message(reply)}", code=code)
 
     def attach_key(self, instance_id: int, public_key: str) -> None:
         self._repeat("attach", "POST", f"/instances/{instance_id}/ssh/", {"ssh_key": public_key})

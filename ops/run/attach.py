@@ -122,7 +122,9 @@ def raise_if_failed(folder: Path) -> None:
     since = lines[owned.n :] if owned else lines
     if (failed := last(since, "failed")) is not None:
         raise _error(failed)
-    if last(since, "left") is not None or (last(lines, "pulled") and not may_have_box(lines)):
+    if last(since, "left", "kept") is not None or (
+        last(lines, "pulled") and not may_have_box(lines)
+    ):
         return
     plan = Plan.from_line(lines[0])
     ends_at = ends_itself_at(lines)

@@ -10,6 +10,7 @@ from ops.job.plan import Plan
 from ops.market.cost import CostEstimate, compare
 from ops.market.models import Offer
 from ops.run.journal import Line, last
+from ops.run.kept import kept, words
 from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
 
 STAGES = {
@@ -31,6 +32,9 @@ STAGES = {
     "absent": "nothing rented",
     "preempted": "taken away",
     "left": "box alone",
+    "stopping": "stopping",
+    "kept": "stopped, disk kept",
+    "starting": "starting again",
 }
 
 
@@ -50,6 +54,7 @@ class Status:
     owner: str = ""  # live, detached, alone, or nobody
     usd_per_hour: float | None = None  # of the box, while it has one
     ends_itself_at: float | None = None  # unix seconds, at the latest
+    kept_until: float | None = None  # unix seconds, of a box that is stopped; else None
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -78,10 +83,13 @@ def status(run_id: str, lines: list[Line], now: float, owner: str = "") -> Statu
         owner,
         _usd_per_hour(lines) if may_have_box(lines) else None,
         ends_itself_at(lines) if may_have_box(lines) else None,
+        float(line["until"]) if (line := kept(lines)) is not None else None,
     )
 
 
 def _usd_per_hour(lines: list[Line]) -> float | None:
+    if (line := kept(lines)) is not None:
+        return float(line["usd_per_hour"])
     rent = last(lines, "renting")
     if rent is None:
         return None
@@ -177,6 +185,12 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
             return "watch", "no terminal watches any more; the run goes on"
         case "left":
             return "left", f"the box is alone, and ends itself at {_at(d('ends_at', 0))}"
+        case "stopping":
+            return "stop", f"instance {d('instance_id')}, its disk is kept"
+        case "kept":
+            return "kept", words(line)
+        case "starting":
+            return "start", f"instance {d('instance_id')}, which was stopped"
         case "destroying":
             return "destroy", f"because: {d('why')}"
         case "destroyed":

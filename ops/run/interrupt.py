@@ -12,7 +12,8 @@ from ops.box.connection import Box
 from ops.errors import Failed, MilkteaError
 from ops.run import retrieve, wishes
 from ops.run.follow import BAD_MANIFEST, newest_checkpoint, pull_folder
-from ops.run.session import Detached, Interrupted, Session
+from ops.run.kept import kept, stop_and_keep
+from ops.run.session import Detached, Interrupted, Kept, Session
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,18 +44,20 @@ def obey(session: Session, box: Box | None) -> None:
     """Carry out the wish, or what the user chooses now. Returns when the run is to go on.
 
     Raises Interrupted to end a run that was not launched, Failed to end one that was, Detached to
-    leave the box."""
+    leave the box, Kept once it is stopped."""
     lines = session.journal.lines
     if not session.wish:
         offered = wishes.choices(lines, session.plan, session.clock.now(), attached=False)
         chosen = session.screen.choose([(c.wish, c.text) for c in offered])
         session.wish = default_wish(session) if chosen is None else chosen or wishes.GO_ON
     session.shield.forget()  # pressed again while choosing
-    if session.wish == wishes.FETCH and box is None and wishes.launched(lines):
+    if session.wish in (wishes.FETCH, wishes.KEEP) and box is None and wishes.launched(lines):
         return  # a later stage has the box, and carries the wish out
     wish, session.wish = session.wish, ""
     session.note("interrupted", chosen=wish)
     wishes.forget(session.journal.folder)
+    if wish == wishes.LEAVE and kept(lines) is not None:
+        raise Kept
     if wish == wishes.LEAVE and wishes.works_alone(lines, session.plan):
         raise Detached
     if wish == wishes.GO_ON or (wish != wishes.DESTROY and wishes.coming_home(lines)):
@@ -64,6 +67,11 @@ def obey(session: Session, box: Box | None) -> None:
     if wish == wishes.DESTROY or box is None:
         raise Failed("stopped by you; the box is destroyed", hint="")
     fetch_newest(session, box)
+    if wish == wishes.KEEP:
+        try:
+            return stop_and_keep(session, box)
+        except MilkteaError as e:
+            session.screen.waiting(f"the box is not kept but destroyed: {e}")
     raise Failed(
         "stopped by you; the newest checkpoint is at home",
         hint=f"`milktea resume {session.run_id}` goes on from it",

@@ -16,7 +16,7 @@ from ops.box import scripts
 from ops.box.connection import Box
 from ops.errors import BoxLeaked, JournalError, Lost, MilkteaError, OverBudget, Stalled
 from ops.run.absence import until_absent
-from ops.run.meter import runs_since
+from ops.run.meter import box_age_s
 from ops.run.session import Session
 from ops.wait import ASLEEP_S
 
@@ -59,6 +59,9 @@ class Keeper:
         self._priced = self._looked - session.unread_s()
         self._asked: set[int] = set()  # price increases that were shown
         self._max_age: int | None = None  # that the box's watchdog is to be told
+        begun = session.journal.last("starting", "renting")
+        if begun is not None and begun.kind == "starting":
+            self._max_age = self._age_at_end()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -149,9 +152,7 @@ class Keeper:
             before, self._usd_per_hour = self._usd_per_hour, instance.usd_per_hour
             with suppress(JournalError, OSError):
                 session.reprice(instance.usd_per_hour, self._now() - self._priced)
-            since = runs_since(session.journal.lines)
-            assert since is not None, "a box without its rent"
-            self._max_age = int(session.clock.now() + session.left_s() - since.t)
+            self._max_age = self._age_at_end()
             session.screen.waiting(
                 f"the price rose from {before:.3f} to {instance.usd_per_hour:.3f} $/h: "
                 f"the box lives {session.left_s() / 60:.0f} minutes more"
@@ -159,6 +160,12 @@ class Keeper:
         self._priced = asked_at
         self._warn_of_increases(self._instance_id)
         self._warn_of_credit()
+
+    def _age_at_end(self) -> int:
+        """The age of the box at its deadline, as its watchdog counts it."""
+        session = self._session
+        ends_at = session.clock.now() + session.left_s()
+        return int(box_age_s(session.journal.lines, ends_at))
 
     def _warn_of_increases(self, instance_id: int) -> None:
         """A price that the host asks and that is not charged yet. It is not accepted."""

@@ -13,6 +13,7 @@ from ops.market.ranking import Priced, bid_of
 from ops.run.journal import Line, last
 
 APPEARS_S = 600.0  # after an unclear create its instance may appear in the list for so long
+_HALTS = ("stopping", "kept", "starting")
 
 
 def burn_usd_per_hour(plan: Plan, offer: Offer, bid: float | None) -> float:
@@ -76,6 +77,13 @@ def may_have_box(lines: list[Line]) -> bool:
     return line is not None and line.kind in ("renting", "rented")
 
 
+def halted(lines: list[Line]) -> Line | None:
+    """The newest line of a box that was stopped to be kept: "stopping" (begun), "kept" (stopped),
+    or "starting" (again; not booted yet). None for any other box."""
+    line = last(lines, *_HALTS, "booted", "renting", "destroyed", "absent")
+    return line if line is not None and line.kind in _HALTS else None
+
+
 def runs_since(lines: list[Line]) -> Line | None:
     """The line from which the newest machine's lifetime counts: its first boot, or its rent."""
     rent = last(lines, "renting")
@@ -85,13 +93,43 @@ def runs_since(lines: list[Line]) -> Line | None:
 
 
 def ends_itself_at(lines: list[Line]) -> float | None:
-    """Unix seconds at which the newest machine destroys itself at the latest; None before a
-    rent."""
-    since, rent = runs_since(lines), last(lines, "renting")
-    if since is None or rent is None:
+    """Unix seconds at which the newest machine destroys itself at the latest; None before a rent,
+    and for a box that is stopped: it has no watchdog."""
+    since, begun, line = runs_since(lines), last(lines, "starting", "renting"), halted(lines)
+    if since is None or begun is None or (line is not None and line.kind == "kept"):
         return None
-    price, ends_at = price_of(lines), since.t + float(rent["max_s"])
-    return ends_at if price is None else min(ends_at, float(price["ends_at"]))
+    again = begun.kind == "starting"
+    ends_at = float(begun["ends_at"]) if again else since.t + float(begun["max_s"])
+    price = price_of(lines)
+    return ends_at if price is None or price.n < begun.n else min(ends_at, float(price["ends_at"]))
+
+
+def box_age_s(lines: list[Line], t: float) -> float:
+    """Seconds that the newest box had run at unix second `t`, as its watchdog counts them: without
+    the time for which it was stopped."""
+    since = runs_since(lines)
+    assert since is not None, "nothing was rented yet"
+    age_s, stopped_t = t - since.t, 0.0
+    for line in lines[since.n :]:
+        if line.kind == "stopping":
+            stopped_t = stopped_t or line.t
+        elif line.kind == "booted" and stopped_t:
+            age_s, stopped_t = age_s - (line.t - stopped_t), 0.0
+    return age_s - (t - stopped_t if stopped_t else 0.0)
+
+
+def age_s(lines: list[Line], now: float) -> float:
+    """Seconds of the run that count for limits.max_hours: all since its plan, but for those in
+    which it had neither an owner nor a box that runs."""
+    idle_s = 0.0
+    for line in lines[1:]:
+        before = lines[: line.n]
+        stopped = halted(before)
+        if line.kind == "owned" and (
+            not may_have_box(before) or (stopped is not None and stopped.kind == "kept")
+        ):
+            idle_s += line.t - before[-1].t
+    return now - lines[0].t - idle_s
 
 
 def price_of(lines: list[Line]) -> Line | None:
@@ -119,26 +157,38 @@ def spent_usd(lines: list[Line], now: float) -> float:
     bid: float | None = None
     disk = price = 0.0
     rises: list[tuple[float, float]] = []  # since when, $/h more than before
+    kept: float | None = None  # $/h of a box that is stopped
 
     def close(until: float) -> float:
         if offer is None or not rented_t:
             return 0.0
+        if kept is not None:
+            return max(0.0, until - rented_t) * kept / 3600
         paid = offer if bid is None else replace(offer, usd_per_hour=bid)
         running_s = max(0.0, until - running_t) if running_t else 0.0
         more = sum(max(0.0, until - t) * usd_per_hour / 3600 for t, usd_per_hour in rises)
         rented_s = max(0.0, until - rented_t)
-        return more + cost.burn_usd(paid, running_s, rented_s, gb_in, gb_out, disk)
+        return (more if running_t else 0.0) + cost.burn_usd(
+            paid, running_s, rented_s, gb_in, gb_out, disk
+        )
 
     for line in lines:
         if line.kind == "renting":
             offer, bid, disk = Offer(**line["offer"]), line["bid_usd_per_hour"], line["disk_gib"]
             rented_t = running_t = gb_out = 0.0
+            kept = None
             rises, price = [], (bid or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, disk)
             gb_in = lines[0].get("workload", {}).get("image_bytes", 0.0) / 1e9  # pulled on our bill
         elif line.kind == "rented" and not rented_t:
             rented_t = line.t
         elif line.kind == "booted":
+            more = sum(usd_per_hour for _, usd_per_hour in rises)
+            rises = rises if running_t else [(line.t, more)]
             running_t = running_t or line.t
+        elif line.kind in ("kept", "starting"):
+            total += close(line.t)
+            rented_t, running_t, gb_in, gb_out = line.t, 0.0, 0.0, 0.0
+            kept = float(line["usd_per_hour"]) if line.kind == "kept" else None
         elif line.kind == "price":
             rises.append((line.t, line["usd_per_hour"] - price))
             price = line["usd_per_hour"]

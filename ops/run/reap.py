@@ -14,6 +14,7 @@ from ops.market.client import Vast
 from ops.run import journal, place
 from ops.run.absence import until_absent
 from ops.run.journal import Journal
+from ops.run.kept import due, kept_on, words
 from ops.run.meter import may_appear, may_have_box
 from ops.run.rental import destroy
 from ops.run.session import Screen, Session
@@ -35,9 +36,11 @@ def unfinished(lines: list[journal.Line]) -> bool:
 
 
 def finish_destroys(root: Path, vast: Vast, screen: Screen) -> Reaped:
-    """Finish what an earlier command began to destroy, and destroy boxes that appear late after a
-    create without a clear answer. Runs that another process owns are left to it."""
-    reaped = _each(root, vast, screen, unfinished)
+    """Finish what an earlier command began to destroy or to stop, and destroy boxes that are kept
+    past their date and those that appear late after a create without a clear answer. Runs that
+    another process owns are left to it."""
+    now = vast.clock.now()
+    reaped = _each(root, vast, screen, lambda lines: unfinished(lines) or due(lines, now))
     appearing = [
         f for f in journal.runs(root) if _may_appear(f, vast) and f.name not in _handled(reaped)
     ]
@@ -63,9 +66,9 @@ def _handled(reaped: Reaped) -> set[str]:
 
 def reap(root: Path, vast: Vast, screen: Screen, *, foreign: bool = False) -> Reaped:
     """Destroy the boxes of all runs under `root` that no process owns; a run with a damaged journal
-    by its label. With `foreign`, also instances that are labelled like a run but have no folder
-    under `root`. A run that was rented at another place is left alone, and both places are
-    named."""
+    by its label. A box that is stopped and kept is left alone until its date. With `foreign`, also
+    instances that are labelled like a run but have no folder under `root`. A run that was rented at
+    another place is left alone, and both places are named."""
     reaped = _each(root, vast, screen, may_have_box)
     held = {line.split(":")[0] for line in reaped.left}
     here = {folder.name for folder in root.iterdir() if folder.is_dir()} if root.exists() else set()
@@ -92,8 +95,12 @@ def _each(
                 continue
             with Journal(folder, vast.clock.now) as held:
                 session = Session(held, Plan.from_line(held.lines[0]), vast, screen)
-                destroy(session, why="reaped")
-                reaped.destroyed.append(folder.name)
+                line = kept_on(session)
+                if line is None:
+                    destroy(session, why="reaped")
+                    reaped.destroyed.append(folder.name)
+                else:
+                    reaped.left.append(f"{folder.name}: {_kept(folder.name, line)}")
         except BoxLeaked as e:
             reaped.leaked.append(e)
         except (Fenced, Elsewhere) as e:
@@ -102,6 +109,10 @@ def _each(
             # damaged, or a disk that takes nothing: the label is enough
             _by_label(vast, folder, reaped)
     return reaped
+
+
+def _kept(run_id: str, line: journal.Line) -> str:
+    return f"its box is {words(line)}; `milktea destroy {run_id}` ends it now"
 
 
 def _by_label(vast: Vast, folder: Path, reaped: Reaped) -> None:

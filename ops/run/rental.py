@@ -41,6 +41,7 @@ from ops.run.absence import (
     message_of,
     until_absent,
 )
+from ops.run.kept import kept, start_again, words
 from ops.run.meter import boot_timeout_s
 from ops.run.session import Detached, Session
 from ops.wait import Patience, until
@@ -49,6 +50,8 @@ from ops.wait import Patience, until
 UNCLEAR_S = 5.0
 UNSEEN_PATIENCE_S = 300.0  # a new instance may be invisible for so long
 LOG_S = 5.0  # to wait for a container's log after the proof
+RESTART_S = 120.0  # for which a box that was started again may be shown stopped
+HALTED = ("", "stopped", "exited")  # how it is shown then
 OFFLINE_PATIENCE_S = 120.0  # of offline or unknown before the box is given up
 
 
@@ -165,6 +168,7 @@ def _resolve_unclear_create(session: Session, error: MarketError) -> int:
 def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     """Wait until the instance runs and has an SSH port, and return its record. Raises NeverReady
     (fatal status, deadline), Preempted, Unsuitable when it is not what was offered."""
+    again = start_again(session, instance_id)
     with suppress(MarketError):  # the onstart script brings the key too
         session.vast.attach_key(instance_id, session.make_key())
     timeout_s = boot_timeout_s(session.predicted(offer))
@@ -193,6 +197,8 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
                 )
             return None
         session.screen.booting(now, waited)
+        if again and waited < RESTART_S * session.clock.pace and now.status in HALTED:
+            return None  # it was told to start a moment ago
         _raise_if_fatal(session, now)
         if now.status in ("offline", "unknown"):
             offline_since.append(session.clock.steady())
@@ -342,6 +348,8 @@ def _destroy(session: Session, why: str, log: bool) -> None:
 
 def _ends_by_itself(session: Session) -> str:
     """When a box that is not proven destroyed ends by its own watchdog, in words."""
+    if (line := kept(session.journal.lines)) is not None:
+        return f"it is {words(line)}"
     launched = session.journal.last("launched", "renting")
     alone = launched is not None and launched.kind == "launched"
     if alone and session.plan.when_silent == "finish":

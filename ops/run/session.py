@@ -21,6 +21,7 @@ from ops.run import place
 from ops.run.journal import Journal, Line
 from ops.run.meter import (
     APPEARS_S,
+    age_s,
     burn_usd_per_hour,
     ends_itself_at,
     life_s,
@@ -39,6 +40,10 @@ MARGIN_S = 60.0  # before the box's own deadline, to fetch the newest checkpoint
 
 class Detached(BaseException):
     """This client leaves the box: it trains on, and its own watchdog ends it."""
+
+
+class Kept(Detached):
+    """The box is stopped, its disk is kept."""
 
 
 class Interrupted(BaseException):
@@ -239,9 +244,8 @@ class Session:
     def allowed_s(self, offer: Offer) -> float:
         """Seconds that a new machine may live by max_usd and max_hours; the box's watchdog gets
         this number. Raises OverBudget when they are too few to start."""
-        age_s = self.clock.now() - self.journal.lines[0].t
         predicted, bid = self.predicted(offer), self.bid(offer)
-        left_s = life_s(self.plan, offer, bid, predicted, self.spent_usd(), age_s)
+        left_s = life_s(self.plan, offer, bid, predicted, self.spent_usd(), self.age_s())
         if left_s < 2 * MARGIN_S:
             raise OverBudget(
                 f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: "
@@ -250,9 +254,14 @@ class Session:
             )
         return left_s
 
+    def age_s(self) -> float:
+        """Seconds of this run that count for limits.max_hours."""
+        return age_s(self.journal.lines, self.clock.now())
+
     def left_s(self) -> float:
         """Seconds until the box destroys itself, by clock.steady."""
-        line = price_of(self.journal.lines) or runs_since(self.journal.lines)
+        line = self.journal.last("price", "starting", "renting")
+        line = runs_since(self.journal.lines) if line and line.kind == "renting" else line
         assert line is not None, "nothing was rented yet"
         if self._deadline is None or self._deadline[0] != line.n:
             left_s = self.dies_at() - self.clock.now()

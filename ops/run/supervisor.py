@@ -37,7 +37,7 @@ from ops.run.interrupt import default_wish
 from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
 from ops.run.rental import destroy
-from ops.run.session import Detached, Interrupted, Session, metered
+from ops.run.session import Detached, Interrupted, Kept, Session, metered
 from ops.wait import RealClock
 from trainer.wire.events import Event, Sample, Score
 
@@ -63,6 +63,8 @@ def supervise(session: Session, seen: Ranking | None = None) -> None:
     with _signals(session), _listening(session):
         try:
             rent_and_train(session, seen)
+        except Kept:
+            pass  # its "kept" line says so
         except Detached:
             session.note("left", ends_at=session.dies_at())
         except Interrupted:

@@ -14,6 +14,7 @@ from ops.run import explain, journal, supervisor, wishes
 from ops.run.explain import Status
 from ops.run.folders import runs_folder
 from ops.run.journal import Line
+from ops.run.kept import kept, words
 from ops.run.meter import ends_itself_at, may_have_box
 from trainer.wire import events
 from trainer.wire.events import Event
@@ -66,6 +67,12 @@ class Run:
         return ends_itself_at(lines) if may_have_box(lines) else None
 
     @property
+    def kept(self) -> str:
+        """The price and the date of its box, where that is stopped; "" without such a box."""
+        line = kept(self.journal)
+        return "" if line is None else words(line)
+
+    @property
     def is_owned(self) -> bool:
         """Whether a process acts on this run."""
         return journal.is_held(self.folder)
@@ -73,9 +80,11 @@ class Run:
     @property
     def owner(self) -> str:
         """`live`: owned, and a terminal watches; `detached`: owned, nobody watches; `alone`: it has
-        a box that no process owns; "" without a box and an owner."""
+        a box that no process owns; `kept`: that box is stopped; "" without a box and an owner."""
         if self.is_owned:
             return "live" if supervisor.is_watched(self.folder) else "detached"
+        if self.kept:
+            return "kept"
         return "alone" if may_have_box(self.journal) else ""
 
     def choices(self) -> list[wishes.Choice]:

@@ -1,4 +1,4 @@
-"""What a user may ask of a run: to go on, or one of three ends, each with its price. For a run that
+"""What a user may ask of a run: to go on, or one of four ends, each with its price. For a run that
 another process owns, the wish is a file in the run's folder; the first one counts, and later ones
 see it there."""
 
@@ -15,6 +15,7 @@ from ops.job.plan import Plan
 from ops.market.models import Offer
 from ops.market.ranking import bid_of
 from ops.run.journal import Line, last
+from ops.run.kept import kept, terms, words
 from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
 
 FILE = "wish.json"
@@ -22,8 +23,9 @@ _MAX_BYTES = 4096
 GO_ON = "go on"  # nothing changes
 LEAVE = "leave"  # the run goes on without this terminal, or the box without this process
 FETCH = "fetch"  # the newest checkpoint comes home, then the box is destroyed
+KEEP = "keep"  # the same, but the box is stopped and its disk kept, where that is worth it
 DESTROY = "destroy"  # now
-ENDS = (LEAVE, FETCH, DESTROY)  # what a file may wish
+ENDS = (LEAVE, FETCH, KEEP, DESTROY)  # what a file may wish
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> lis
             Choice(LEAVE if attached else GO_ON, f"go on: {text}"),
             Choice(DESTROY, f"end the run here: {text}"),
         ]
+    if (line := kept(lines)) is not None:
+        text = f"leave the box as it is: {words(line)}; {spent:.3f} $ are spent"
+        return [
+            Choice(LEAVE if attached else GO_ON, text),
+            Choice(DESTROY, f"destroy now: about {spent:.3f} $ in all"),
+        ]
     rent = last(lines, "renting")
     assert rent is not None, "a box without its intent"
     offer = Offer(**rent["offer"])
@@ -83,10 +91,28 @@ def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> lis
     if launched(lines) and not coming_home(lines):
         text = f"save, fetch the checkpoint, then destroy: about {spent + rate / 60:.3f} $ in all"
         offered.append(Choice(FETCH, text))
+        if (agreed := terms(lines, plan, now)).worth(now):
+            text = (
+                f"save, fetch the checkpoint, then stop the box and keep its disk: {agreed.words()}"
+            )
+            offered.append(Choice(KEEP, text))
     lost = "; what was trained since the last checkpoint is lost" if launched(lines) else ""
     lost = "; the result is lost" if coming_home(lines) else lost
     offered.append(Choice(DESTROY, f"destroy now: about {spent:.3f} $ in all{lost}"))
     return offered
+
+
+def why_not_kept(lines: list[Line]) -> str:
+    """Why KEEP is not among the choices, in words."""
+    if not launched(lines):
+        return "its training was not launched, so that nothing of it is on the disk"
+    if coming_home(lines):
+        return "its training has ended, and the result is on its way home"
+    agreed = terms(lines, Plan.from_line(lines[0]), time.time())
+    return (
+        f"its disk costs {agreed.usd_per_day:.3f} $ a day, and a start on another machine "
+        f"{agreed.saved_usd:.4f} $"
+    )
 
 
 def send(folder: Path, wish: str) -> str:

@@ -73,6 +73,7 @@ class Instance:
     destroyed_at: float | None = None
     boots: int = 0
     pulled: bool = False
+    storage_factor: float = 1.0  # of the offer's storage price
     ssh_port: int = 0
     ports: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     shown_as: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +99,12 @@ class Instance:
 
     @property
     def disk_usd_per_hour(self) -> float:
-        return float(self.disk_gb * self.offer["storage_cost"] / HOURS_PER_MONTH)
+        return float(self.disk_gb * self.storage_cost / HOURS_PER_MONTH)
+
+    @property
+    def storage_cost(self) -> float:
+        """$ a GB and month now."""
+        return float(self.offer["storage_cost"] * self.storage_factor)
 
     def burn_usd_per_s(self) -> float:
         """What a second costs now, bandwidth aside."""

@@ -102,6 +102,7 @@ def _price(instance: Instance) -> dict[str, Any]:
     return {
         "dph_base": gpu,
         "dph_total": gpu + disk,
+        "storage_cost": instance.storage_cost,
         "storage_total_cost": disk,
         "is_bid": instance.bid is not None,
         "search": quote,

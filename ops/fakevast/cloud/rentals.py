@@ -91,7 +91,9 @@ class Rentals(Market):
     # ---- starting and stopping ----
 
     def _start(self, instance: Instance) -> None:
+        instance.settle(max(self._at, instance.settled_at))
         instance.queued = instance.stopped_by_market = False
+        instance.storage_factor = 1.0
         instance.cur_state = instance.next_state = instance.intended_status = "running"
         self._take_gpus(instance)
         self._boot(instance)
@@ -107,6 +109,7 @@ class Rentals(Market):
     def stop(self, instance: Instance, status: str = "stopped") -> None:
         """Processes end, the GPU goes back to the market, the disk stays and is billed."""
         instance.settle(max(self._at, instance.settled_at))
+        instance.storage_factor = self.settings.stopped_storage_factor
         was_up = instance.running_since is not None
         instance.agenda.clear()
         instance.cur_state = instance.next_state = instance.intended_status = "stopped"

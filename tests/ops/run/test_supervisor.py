@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machine import NOT_HERE, needs
+from owners import Forked, Heard, came, creates, paused, planned, stop_in_time, told
 
 import milktea
 import rig
@@ -28,7 +28,7 @@ from ops.market.client import Provider
 from ops.run import journal, supervisor, wishes
 from ops.run.attach import _File
 from ops.run.journal import Journal, Line
-from ops.wait import RealClock, until
+from ops.wait import RealClock
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parents[3]
@@ -37,54 +37,6 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def vast(fake: FakeVast) -> milktea.Vast:
     return milktea.Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
-
-
-def planned(own: rig.Rig, **more: Any) -> milktea.Run:
-    """A run whose plan is made, and that nobody owns yet."""
-    plan = own.plan(**more)
-    with Journal(own.runs / plan.run_id) as held:
-        held.append("planned", **plan.to_line())
-        return milktea.Run(held.folder)
-
-
-def came(what: Callable[[], Any], within_s: float = 30) -> Any:
-    found = until(lambda: what() or None, every_s=0.05, timeout_s=within_s)
-    assert found, "it never came"
-    return found
-
-
-def told(run: milktea.Run, kind: str) -> Line:
-    """The newest line of this kind, once it is there."""
-    return came(lambda: journal.last(run.journal, kind))  # type: ignore[no-any-return]
-
-
-def creates(fake: FakeVast) -> int:
-    return sum(r["route"] == "create" for r in fake.requests)
-
-
-class Forked:
-    """A supervisor in a fork of the test: what the test has patched holds in it."""
-
-    def __init__(self, run: milktea.Run, vast: milktea.Vast) -> None:
-        self.code: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 99
-            try:
-                os.setsid()
-                code = supervisor.own(run.folder, vast)
-            finally:
-                os._exit(code)
-        came(lambda: run.is_owned)
-
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
-        if number == signal.SIGKILL:
-            os.waitpid(self.pid, 0)
-
-    def ended(self) -> int:
-        """Its exit code."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 # -- to its end ------------------------------------------------------------------------------------
@@ -104,25 +56,6 @@ def test_a_detached_run_comes_home_and_whoever_attaches_sees_all_of_it(
     again = Heard()
     milktea.attach(run, screen=again)
     assert again.kinds == screen.kinds, "a run that has ended tells the same"
-
-
-class Heard(milktea.Quiet):
-    def __init__(self, choice: str | None = None) -> None:
-        super().__init__()
-        self.kinds: list[str] = []
-        self.events: list[Any] = []
-        self.offered: list[tuple[str, str]] = []
-        self._choice = choice
-
-    def line(self, line: Line) -> None:
-        self.kinds.append(line.kind)
-
-    def event(self, event: Any, *rest: Any) -> None:
-        self.events.append(event)
-
-    def choose(self, choices: Any) -> str | None:
-        self.offered = list(choices)
-        return self._choice
 
 
 def test_an_error_of_the_run_reaches_whoever_watches_with_its_class_money_and_hint(
@@ -184,15 +117,6 @@ def test_stop_ends_a_training_run_as_it_was_wished(
     assert wishes.read(run.folder) is None, "it is fulfilled"
 
 
-def stop_in_time(own: rig.Rig) -> None:
-    """The stub's training stands after its first step, and saves where it is asked to end."""
-    (own.image / "pause").touch()
-    trainer = own.image / "bin/milktea-train"
-    save = "mkdir checkpoints; cp -r @F/checkpoint checkpoints/1".replace("@F", str(own.image))
-    text = trainer.read_text().replace("set -e\n", f"set -e\ntrap '{save}; exit 143' TERM\n", 1)
-    trainer.write_text(text)
-
-
 def test_stop_before_the_training_leaves_nothing_and_resume_goes_on(
     own: rig.Rig, fake: FakeVast, vast: milktea.Vast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,15 +162,6 @@ def test_a_told_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path)
 
 
 # -- terminals -------------------------------------------------------------------------------------
-
-
-def paused(own: rig.Rig, vast: milktea.Vast) -> milktea.Run:
-    """A run with an owner of its own, whose training was launched and waits for `pause` to go."""
-    (own.image / "pause").touch()
-    run = planned(own)
-    supervisor.start(run.folder, vast)
-    told(run, "launched")
-    return run
 
 
 def terminal_environment(fake: FakeVast, own: rig.Rig) -> dict[str, str]:
