@@ -68,7 +68,7 @@ def test_an_empty_list_is_believed_when_it_came_three_times(fake: FakeVast, vast
     assert [i.id for i in instances_with_label(vast, LABEL)] == [number]
     assert vast.clock.steady() == 4.0
     assert instances_with_label(vast, "somebody-else", every_s=5.0) == []
-    assert vast.clock.steady() == 14.0 and asked(fake) == ["list"] * 6
+    assert vast.clock.steady() == 15.0 and asked(fake) == ["list"] * 6
     until_absent(vast, LABEL)
 
 

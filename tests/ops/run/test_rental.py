@@ -29,6 +29,7 @@ from ops.fakevast.cloud.catalogue import machine, offer_row
 from ops.market.models import Instance, Offer, parse_instance, parse_offer
 from ops.run.absence import until_absent
 from ops.run.journal import Journal
+from ops.run.meter import boot_timeout_s
 from ops.run.rental import (
     boot,
     box_left_alone,
@@ -40,7 +41,7 @@ from ops.run.rental import (
     rent,
     rented,
 )
-from ops.run.session import Session, boot_timeout_s
+from ops.run.session import Session
 
 EMPTY_LIST = {
     "where": "list",
