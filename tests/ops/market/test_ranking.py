@@ -558,6 +558,8 @@ def test_the_query_leaves_room_for_what_the_server_rounds() -> None:
     body = offers.query(needs, "dph_total")
     assert body["gpu_ram"] == {"gte": 22800} and body["cpu_ram"] == {"gte": 95000}
     assert body["inet_down"] == {"gte": 95.0} and body["duration"] == {"gte": 21600}
+    cents = offers.query(replace(NEEDS, max_usd_per_hour=0.37))
+    assert cents["dph_total"] == {"lte": 0.4395}, "to the hundredth of a cent"
     assert body["dph_total"] == {"lte": 1.05} and body["direct_port_count"] == {"gte": 2}
     assert body["reliability"] == {"gte": 0.945} and body["compute_cap"] == {"gte": 800}
     assert body["gpu_name"] == {"in": ["RTX 4090", "made up"]}
@@ -585,6 +587,11 @@ def test_the_difference_to_the_best_is_split_into_its_causes() -> None:
     assert f"disk at $1.50/GB/month (+${disk:.3f})" in second.why
     parts = sum(usd for usd, _ in offers._differences(dear, second.cost, best, first.cost))
     assert parts == pytest.approx(more)
+    worse = replace(
+        dear, inet_down_usd_per_gb=0.2, inet_up_usd_per_gb=0.3, inet_down_mbps=300, reliability=0.96
+    )
+    why = offers.rank([best, worse], NEEDS, WORK).accepted[1].why
+    assert why.count("(+$") == 3, "the three dearest causes"
     twin = offers.rank([best, offer(id=21348646)], NEEDS, WORK).accepted[1]
     assert twin.why == "+$0.000: as good within a tenth of a cent"
     slow = offers.rank([best, offer(id=3, inet_down_mbps=300)], NEEDS, WORK).accepted[1]

@@ -3,16 +3,15 @@ nothing."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from rented import Client, client_of
 
 import rig
-from ops.box.connection import Box, Endpoint
+from ops.box.connection import Endpoint
 from ops.errors import (
     BoxLeaked,
     MilkteaError,
@@ -24,11 +23,9 @@ from ops.errors import (
     Refused,
     Unsuitable,
 )
-from ops.fakevast import FakeVast, VirtualClock
 from ops.fakevast.cloud.catalogue import machine, offer_row
-from ops.market.models import Instance, Offer, parse_instance, parse_offer
+from ops.market.models import Instance, parse_instance, parse_offer
 from ops.run.absence import until_absent
-from ops.run.journal import Journal
 from ops.run.meter import boot_timeout_s
 from ops.run.rental import (
     boot,
@@ -38,10 +35,8 @@ from ops.run.rental import (
     endpoints,
     existing_instance,
     raise_if_preempted,
-    rent,
     rented,
 )
-from ops.run.session import Session
 
 EMPTY_LIST = {
     "where": "list",
@@ -52,54 +47,10 @@ EMPTY_LIST = {
 GONE = {"where": "show", "what": "reply", "status": 200, "body": {"instances": None}}
 
 
-@dataclass
-class Client:
-    """A client of one run, and the emulator that it rents from."""
-
-    session: Session
-    fake: FakeVast
-    clock: rig.Jumping
-    offer: Offer
-    other: Offer
-
-    def rent(self) -> int:
-        return rent(self.session, self.offer)
-
-    def show(self, **fields: Any) -> None:
-        """The record of every instance has these fields from now on."""
-        for row in self.fake.instances():
-            instance = self.fake.cloud.instances[row["id"]]
-            self.fake.do(partial(instance.shown_as.update, fields))
-
-    def shows(self, seconds: float, **fields: Any) -> None:
-        """The same, after so many seconds."""
-        self.clock.at[seconds] = partial(self.show, **fields)
-
-    def asked(self, *routes: str) -> list[str]:
-        wanted = routes or ("create", "destroy", "list")
-        return [r["route"] for r in self.fake.requests if r["route"] in wanted]
-
-    def kinds(self) -> list[str]:
-        return [line.kind for line in self.session.journal.lines]
-
-
 @pytest.fixture
 def client(own: rig.Rig) -> Iterator[Client]:
-    plan, clock = own.plan(), rig.Jumping(pace=0.5)
-    setsid = own.image / "bin/setsid"  # no watchdog starts, whose calls were counted as ours
-    setsid.write_text("#!/bin/sh\nexit 1\n")
-    setsid.chmod(0o755)
-    with (
-        own.emulator(clock=VirtualClock(time.time())) as fake,
-        Journal(own.runs / plan.run_id, now=clock.now) as journal,
-    ):
-        session = rig.client(plan, journal, fake.url, fake.api_key, clock=clock)
-        found, _ = session.vast.search({}, interruptible=False, disk_gib=16)
-        clock.slept_s = 0.0
-        yield Client(session, fake, clock, found[0], found[1])
-        fake.faults.clear()
-        until_absent(session.vast, plan.run_id)
-        assert fake.instances() == []
+    with client_of(own, pace=0.5) as made:
+        yield made
 
 
 # -- renting ---------------------------------------------------------------------------------------
@@ -459,7 +410,8 @@ def test_a_box_is_given_the_ports_of_its_record(client: Client) -> None:
     client.rent()
     client.show(ssh_host="10.0.0.9", ssh_port=7, ports={})
     before = [Endpoint("127.0.0.1", 1, "direct")]
-    box = Box(before, client.session.key_path, client.session.known_hosts, client.clock)
+    box = client.box()
+    box.endpoints = before
     assert raise_if_preempted(client.session, box) is True
     assert box.endpoints == [Endpoint("10.0.0.9", 7, "proxy")]
     client.show(ssh_port=0)
