@@ -95,7 +95,7 @@ def name(short: bool, device: torch.device) -> str:
     return f"Triton, tiles over short documents; {flash}, beyond {LONG} tokens" if short else flash
 
 
-def _has_flash(q: Tensor) -> bool:
+def has_flash(q: Tensor) -> bool:
     """Whether torch's flash attention takes q: bf16 or fp16, Ampere or newer, head sizes to 256."""
     return (
         q.is_cuda
@@ -120,12 +120,12 @@ def flash_forward(
 
     On CUDA it is torch's own flash attention for variable lengths, which serves grouped heads as
     they are; elsewhere, and for soft caps, the twin."""
-    if not _has_flash(q) or rules.softcap is not None:
+    if not has_flash(q) or rules.softcap is not None:
         return eager_forward(q, k, v, cu, rules, sinks)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
         *(q, k, v, cu, cu, longest, longest, 0.0, True, False),
         scale=rules.scale,
-        **_sides(rules.window),
+        **sides(rules.window),
     )
     if sinks is not None:  # one more term in the sum, whose value is zero; lse [H, M], natural
         joined = torch.logaddexp(lse, sinks.float()[:, None])
@@ -149,7 +149,7 @@ def flash_backward(
     """Gradients of ``flash_forward``, shaped like q, k, v.
 
     Sinks need nothing more: probabilities are made again from the logarithm of the whole sum."""
-    if not _has_flash(q) or rules.softcap is not None:
+    if not has_flash(q) or rules.softcap is not None:
         return eager_backward(dout, q, k, v, cu, rules, sinks)
     lse, rng, unused = kept
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
@@ -168,12 +168,12 @@ def flash_backward(
         rng,
         unused,
         scale=rules.scale,
-        **_sides(rules.window),
+        **sides(rules.window),
     )
     return grads
 
 
-def _sides(window: int | None) -> dict[str, int]:
+def sides(window: int | None) -> dict[str, int]:
     return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
 
 
@@ -411,7 +411,7 @@ def _packed(
 ) -> Tensor:
     rules = rules.within(longest)
     if rules.softcap is None:
-        if _has_flash(q) and v.shape[-1] <= q.shape[-1]:
+        if has_flash(q) and v.shape[-1] <= q.shape[-1]:
             return by_flash(q, k, v, sinks, cu, longest, rules)
         if sinks is None:
             return by_document(q, k, v, cu, rules)

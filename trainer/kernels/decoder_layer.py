@@ -27,12 +27,13 @@ from trainer.kernels.norms import HeadNorms, Norm
 
 class Packed(NamedTuple):
     """Where documents begin and the angles of each token: cos and sin [M, D], cu int32 [documents +
-    1], longest an int."""
+    1], longest an int. ``keep`` is given the keys and values [M, KV, D] that attention reads."""
 
     cos: Tensor
     sin: Tensor
     cu: Tensor
     longest: int
+    keep: Callable[[Tensor, Tensor], None] | None = None
 
 
 # the joined gradient and what the products make of it; see ``rope_backward``
@@ -90,6 +91,7 @@ class FastLayer:
     out_scale: float = 1.0  # of the layer's output
     after: Callable[[Tensor], Tensor] | None = None  # [M, h] -> [M, h]
     remake_after: bool = False  # where it keeps many times the stream
+    steps: bool = False  # whether ``trainer/kernels/step_layer.py`` decodes by this layer
 
     @property
     def groups(self) -> list[Group]:
@@ -201,8 +203,11 @@ class FastLayer:
         qkv = self.qkv.weight.forward(x, s)
         counts = (packed.cos, packed.sin, self.heads, self.kv_heads)
         turned = ops.rope_forward_(qkv, t1, self.qkv.b, self.bias, *counts, **self._turns)
-        out, flash = self._attend(*self._heads(qkv, turned), packed)
-        del turned
+        q, k, v = self._heads(qkv, turned)
+        if packed.keep is not None:
+            packed.keep(k, v)
+        out, flash = self._attend(q, k, v, packed)
+        del turned, q, k, v
         o_a = self.o.a.t() if self.o.a is not None else None
         x, s, t2 = self._project(out.flatten(1), self.o, o_a, False)
         y, added = self.o.weight.forward(x, s), (t2, self.o.b)

@@ -78,6 +78,7 @@ class Group:
     rank: int = 0
     a: Tensor | None = None  # [G*R, K]
     b: Tensor | None = None  # [N, R], times scaling
+    wide_b: Tensor | None = None  # [N, G*R], see ``widen``
     generation: int = 0
 
     @classmethod
@@ -125,6 +126,19 @@ class Group:
         self.rank = rank
         self.a = self.like.new_zeros(len(self.sizes) * rank, k) if rank else None
         self.b = self.like.new_zeros(n, rank) if rank else None
+        self.wide_b = None
+
+    def widen(self) -> None:
+        """Copies ``b`` to the diagonal of ``wide_b``, so that one product adds what the adapters of
+        all parts give. It stays as it is until this is called again."""
+        if self.b is None or len(self.sizes) == 1:
+            self.wide_b = self.b
+            return
+        if self.wide_b is None:
+            self.wide_b = self.b.new_zeros(len(self.b), len(self.sizes) * self.rank)
+        parts = enumerate(zip(self.b.split(self.sizes), self.wide_b.split(self.sizes), strict=True))
+        for i, (rows, wide) in parts:
+            wide[:, i * self.rank : (i + 1) * self.rank] = rows
 
     def slots(self) -> Iterator[tuple[Tensor, Tensor, Adapter | None]]:
         """Where A and B of each part's active adapter go, and the adapter; then, with None, the

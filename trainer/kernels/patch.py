@@ -25,6 +25,7 @@ from trainer.kernels.frozen import FrozenWeight, freeze_weight
 from trainer.kernels.lora import Group, base_linear, frozen_linear, refresh
 from trainer.kernels.norms import Norm
 from trainer.kernels.parts import find_parts, is_gelu, read_norm, wide_angles
+from trainer.kernels.step_layer import step
 from trainer.kernels.verify import (
     OTHERWISE,
     STOCK_TOLERANCE,
@@ -285,7 +286,13 @@ def _patch(
     """``fast``: of each layer its fast form, or None."""
     inner.fast_layers = [f for f in fast if f is not None]
     groups = [g for f in inner.fast_layers for g in f.groups]
-    inner.register_forward_pre_hook(lambda *_: refresh(groups))
+
+    def look_up(_module: nn.Module, _given: tuple[Any, ...], more: dict[str, Any]) -> None:
+        if not getattr(_kept(more), "steady", False):
+            inner.looked_up = None
+            refresh(groups)
+
+    inner.register_forward_pre_hook(look_up, with_kwargs=True)
     for layer, one in zip(layers, fast, strict=True):
         if one is not None:
             _patch_layer(layer, one)
@@ -301,21 +308,32 @@ def _patch(
 
 
 def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
-    plain = layer.forward
+    plain, attention = layer.forward, layer.self_attn
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cu = kwargs.get("cu_seq_lens_q")
-        # since 5.24 the latter
-        cached = [kwargs.get(name) for name in ("past_key_values", "cache")]
-        if cu is None or any(c is not None for c in cached) or hidden_states.shape[0] != 1:
+        cu, kept = kwargs.get("cu_seq_lens_q"), _kept(kwargs)
+        ours = kept is None or hasattr(kept, "place")
+        if cu is None and kept is not None and ours and kept.place is not None and fast.steps:
+            cos, sin = (x[:, 0] for x in kwargs["position_embeddings"])
+            angles = wide_angles(cos, sin, fast.head_dim, fast.turned)
+            held = kept.of(attention.layer_idx)
+            return step(fast, hidden_states[:, 0], *angles, kept.place, held)[:, None]
+        if cu is None or not ours or hidden_states.shape[0] != 1:
             return plain(hidden_states, *args, **kwargs)
         position_embeddings = kwargs["position_embeddings"]
         cos, sin = wide_angles(
             position_embeddings[0][0], position_embeddings[1][0], fast.head_dim, fast.turned
         )
-        packed = Packed(cos, sin, cu, int(kwargs["max_length_q"]))
+        keep = None if kept is None else partial(kept.put, attention.layer_idx)
+        packed = Packed(cos, sin, cu, int(kwargs["max_length_q"]), keep)
         # [0] would cost a zeroed copy in backward
         return run_layer(fast, hidden_states.squeeze(0).contiguous(), packed).unsqueeze(0)
 
     layer.forward = forward
     layer.is_fused = True  # type: ignore[assignment]
+
+
+def _kept(given: dict[str, Any]) -> Any:
+    """The keys and values of earlier tokens among a layer's arguments, or None."""
+    names = ("past_key_values", "cache")  # since 5.24 the latter
+    return next((given[n] for n in names if given.get(n) is not None), None)

@@ -23,6 +23,11 @@ def by_document(model: nn.Module) -> int:
     return len(found)
 
 
+def by_length(model: nn.Module) -> bool:
+    """Whether a model has angles that depend on a row's length: they wait for the device."""
+    return any(_kinds(m) for m in model.modules())
+
+
 def _kinds(module: nn.Module) -> set[str]:
     told: Any = getattr(module, "rope_type", None)
     kinds = set(told.values()) if isinstance(told, dict) else {told}

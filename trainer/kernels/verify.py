@@ -25,6 +25,7 @@ from trainer.kernels.decoder_layer import FastLayer, Packed, run_layer
 from trainer.kernels.lora import refresh
 from trainer.kernels.nf4 import BLOCK, Nf4Weight
 from trainer.kernels.parts import wide_angles
+from trainer.kernels.step_layer import Place, by_flash, by_twin, step
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ STOCK_TOLERANCE = {"fp8": 0.2}
 NOISE = 3.0  # what a rounding of the input alone changes, this many times, is no error
 TOKENS, ENDS = 160, [0, 50, 53, 160]
 WINDOW = 20  # in place of the layer's own
+STEPS, STEP_ROWS = [0, 5, 40, 63], [2, 0, 4, 1]  # tokens before, and their rows of five
 SHORT_ENDS = [0, 70, 71, 400]  # a document of several tiles, and three in one tile
 
 
@@ -106,6 +108,28 @@ def _draw(fast: FastLayer) -> tuple[Callable[..., Tensor], Packed]:
     )
     cu = torch.tensor(ENDS, dtype=torch.int32, device=device)
     return random, Packed(angle.cos().to(dtype), angle.sin().to(dtype), cu, ENDS[3] - ENDS[2])
+
+
+@torch.no_grad()
+def step_error(fast: FastLayer) -> float:
+    """The largest relative error of a step of decoding, of its output and of the keys and values
+    that it keeps, against the twin. Fills the adapters' buffers with random numbers."""
+    random, packed = _draw(fast)
+    own, rules, results = fast.ops, fast.rules, []
+    if rules.window is not None:
+        fast.rules = replace(rules, window=WINDOW)
+    h, rows = random(len(STEPS), fast.qkv.weight.shape[1]), len(STEPS) + 1
+    held = [random(rows, 64, fast.kv_heads, fast.head_dim) for _ in range(2)]
+    slots, positions = torch.tensor([STEP_ROWS, STEPS], device=h.device)
+    place = Place.of(slots, positions, 64)
+    for group in fast.groups:
+        group.widen()
+    for ops, attend in ((own, by_flash), (reference, by_twin)):
+        fast.ops, kept = ops, (held[0].clone(), held[1].clone())
+        angles = (x[: len(STEPS)] for x in packed[:2])
+        results.append([step(fast, h, *angles, place, kept, attend), *kept])
+    fast.ops, fast.rules = own, rules
+    return _largest(*results)
 
 
 def stock_error(layer: Any, fast: FastLayer) -> float:

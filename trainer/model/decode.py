@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from trainer.data.prepare import Prepared
+from trainer.kernels import rotary
+from trainer.kernels.step_layer import Place
+from trainer.model import steps
 from trainer.model.dropout import mix
 from trainer.model.parts import causal, family_of
 
@@ -129,38 +132,45 @@ def noise(keys: Tensor, size: int) -> Tensor:
 
 
 class Keys(Cache):
-    """Keys and values of `size` answers, (size, heads, longest, D) a layer. `at` says where what
-    comes next belongs: (rows, positions) of packed tokens, or one position for each of `rows`. A
-    token of a row sees the first `kept` of its keys."""
+    """Keys and values of `size` answers, (size, longest, heads, D) a layer. Where what comes next
+    belongs: `packed`, (rows, positions) of packed tokens, or `place`, that of one token a row. A
+    token of a row sees the first `kept` of its keys. `steady`: adapters are not looked up."""
 
     def __init__(self, size: int, longest: int) -> None:
         super().__init__(layers=[])
         self.size, self.longest, self.kept = size, longest, longest
         self.packed: tuple[Tensor, Tensor] | None = None
+        self.place: Place | None = None
         self.rows: slice | Tensor = slice(0, size)
-        self.positions = torch.zeros(0)
+        self.steady = False
         self.held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
         new = (key_states, value_states)
-        if layer_idx not in self.held:
-            self.held[layer_idx] = tuple(  # type: ignore[assignment]
-                x.new_zeros(self.size, x.shape[1], self.longest, x.shape[3]) for x in new
-            )
-        held = self.held[layer_idx]
-        if self.packed is not None:
-            rows, positions = self.packed
-            for kept, x in zip(held, new, strict=True):
-                kept[rows, :, positions] = x[0].transpose(0, 1)
+        if self.place is None:
+            self.put(layer_idx, *(x[0].transpose(0, 1) for x in new))
             return new
-        at = self.rows
-        if isinstance(at, slice):
-            at = torch.arange(at.start, at.stop, device=key_states.device)
+        held, at = self.of(layer_idx), self.place
         for kept, x in zip(held, new, strict=True):
-            kept[at, :, self.positions] = x[:, :, 0]
-        return held[0][self.rows, :, : self.kept], held[1][self.rows, :, : self.kept]
+            kept[at.slots, at.positions] = x[:, :, 0]
+        keys, values = (x[self.rows, : self.kept].transpose(1, 2) for x in held)
+        return keys, values
+
+    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        assert self.packed is not None
+        if layer not in self.held:
+            room = (self.size, self.longest)
+            self.held[layer] = (
+                keys.new_zeros(*room, *keys.shape[1:]),
+                values.new_zeros(*room, *values.shape[1:]),
+            )
+        for kept, x in zip(self.held[layer], (keys, values), strict=True):
+            kept[self.packed] = x
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.held[layer]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -168,9 +178,9 @@ class Keys(Cache):
     def grow(self, size: int, longest: int) -> None:
         """Room for `size` rows of `longest` tokens; what is held stays where it is."""
         for layer, held in self.held.items():
-            more = [x.new_zeros(size, x.shape[1], longest, x.shape[3]) for x in held]
+            more = [x.new_zeros(size, longest, *x.shape[2:]) for x in held]
             for x, old in zip(more, held, strict=True):
-                x[: self.size, :, : self.longest] = old
+                x[: self.size, : self.longest] = old
             self.held[layer] = (more[0], more[1])
         self.size, self.longest = size, longest
 
@@ -210,6 +220,21 @@ class Rows:
         self.masks = masks_of(model, max(longest, most))
         self.name = name_of_cache(self.inner)
         self.lengths = torch.zeros(size, dtype=torch.int64, device=device)
+        tower = steps.tower_of(model)
+        self.adapters = None if tower is None else steps.Adapters(model, tower)
+        whole = tower is not None and steps.trust_steps(tower)
+        self.captures = whole and device.type == "cuda" and not rotary.by_length(model)
+        self.graphs = self._graphs()
+
+    def _graphs(self) -> steps.Graphs | None:
+        if not self.captures:
+            return None
+
+        def compute(last: Tensor, n: int) -> Tensor:
+            at = self.lengths[:n].clamp_max(self.keys.longest - 1)
+            return self._compute(last, at, slice(0, n), KEYS_ROUNDED)
+
+        return steps.Graphs(compute, self.keys.size)
 
     def read(self, rows: list[int], prompts: Sequence[list[int]]) -> Tensor:
         """Reads a prompt into each of `rows`, in one pack: the logits of what follows, (rows,
@@ -220,7 +245,7 @@ class Rows:
         owners = torch.tensor(rows).repeat_interleave(lengths).to(self.device)
         ids = torch.tensor([i for prompt in prompts for i in prompt], device=self.device)
         cu, longest = ends.int().to(self.device), int(lengths.max())
-        self.keys.packed = (owners, positions)
+        self.keys.packed, self.keys.place, self.keys.steady = (owners, positions), None, False
         out = self.inner(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -238,15 +263,26 @@ class Rows:
 
     def step(self, last: Tensor, reach: int, rows: slice | Tensor) -> Tensor:
         """Reads `last` (rows,), one token of each row, and gives the logits of what follows, (rows,
-        V). `reach` is the most tokens that any of the rows holds then. Whoever calls this adds to
-        `lengths`."""
-        keys, at = self.keys, self.lengths[rows]
-        keys.packed, keys.rows, keys.positions = None, rows, at
-        keys.kept = min(keys.longest, -(-reach // KEYS_ROUNDED) * KEYS_ROUNDED)
+        V), which the next step may overwrite. `reach` is the most tokens that any of the rows holds
+        then. Whoever calls this adds to `lengths`."""
+        if self.adapters is not None:
+            self.adapters.look_up()
+        if self.graphs is not None and isinstance(rows, slice) and not rows.start:
+            return self.graphs.step(last)
+        kept = min(self.keys.longest, -(-reach // KEYS_ROUNDED) * KEYS_ROUNDED)
+        return self._compute(last, self.lengths[rows], rows, kept)
+
+    def _compute(self, last: Tensor, at: Tensor, rows: slice | Tensor, kept: int) -> Tensor:
+        """Logits after `last`, which stand at the positions `at` of their rows."""
+        keys, slots = self.keys, rows
+        if isinstance(slots, slice):
+            slots = torch.arange(slots.start, slots.stop, device=self.device)
+        keys.packed, keys.rows, keys.kept = None, rows, kept
+        keys.place, keys.steady = Place.of(slots, at, keys.longest), self.adapters is not None
         out = self.inner(
             input_ids=last[:, None],
             position_ids=at[:, None],
-            attention_mask=self._seen(at, keys.kept),
+            attention_mask=self._seen(at, kept),
             use_cache=True,
             logits_to_keep=1,
             **{self.name: keys},
@@ -259,6 +295,7 @@ class Rows:
         more = size - len(self.lengths)
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(more)])
         self.keys.grow(size, longest)
+        self.graphs = self._graphs()
 
     def move(self, here: int, there: int) -> None:
         """Row `here` takes the place of row `there`."""

@@ -1,0 +1,261 @@
+"""How fast the stages beside sft train: one line of JSON for each model, precision and stage.
+
+    python -m bench.stages llama-7b:bf16 qwen3-8b:fp8 --append bench/results/stages.jsonl
+    python -m bench.stages llama-7b:nf4 --stages ppo --capacity 22
+
+The real stages and the real loop on a random-weight model with LoRA r 16 on all linears, which is
+made once for all stages of a line's model. Rows have the lengths of bench/training.py's protocol:
+rm and dpo 64 pairs a step, kto 64 answers, grpo 8 prompts with 8 answers each, ppo 64 prompts,
+answers of `--new` tokens (a random model never stops). `real_tok_s` counts the tokens of rows, of
+both sides of a pair, over a step; of grpo and ppo, of prompts and answers once, over an iteration:
+drawing them, scoring them, and all optimizer steps that learn from them. `--capacity`: of a card of
+so many GiB, on which micro-batches are planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bench.families import SHAPES, build, configuration, gemm_tflops, start_adapters
+from bench.real_job import tokenizer
+from bench.training import GIB, Setting, lengths, tell
+from trainer.data.batch import Prefetcher
+from trainer.loop import budget
+from trainer.loop.ranks import StopSignal
+from trainer.loop.replicas import Replicas
+from trainer.loop.reporter import Reporter
+from trainer.loop.step import Loop
+from trainer.stages import dpo, grpo, kto, ppo, rm, sft
+from trainer.stages.rollout import JUDGE, Judge
+from trainer.wire.job import Job
+
+STAGES: dict[str, Any] = {"rm": rm, "dpo": dpo, "kto": kto, "grpo": grpo, "ppo": ppo}
+ITEMS = {"rm": 64, "dpo": 64, "kto": 64, "grpo": 8, "ppo": 64}
+PROMPT = 0.3  # of a row's tokens
+
+
+class Words:
+    """Rows of words that are a token each."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.dice = np.random.default_rng(1)
+        self.words = self.dice.choice(words, 300)
+        self.sizes = lengths(Setting())
+        self.taken = 0
+
+    def some(self, count: int) -> str:
+        drawn = self.words[np.minimum(self.dice.geometric(0.02, max(1, count)), 300) - 1]
+        return " ".join(drawn)
+
+    def row(self, stage: str) -> dict[str, Any]:
+        """In alpaca's form, whose own words are some 40 tokens."""
+        size = int(self.sizes[self.taken % len(self.sizes)])
+        self.taken += 1
+        prompt, answer = int(size * PROMPT) - 40, size - int(size * PROMPT)
+        row: dict[str, Any] = {"instruction": self.some(prompt), "input": ""}
+        if stage in ("rm", "dpo"):
+            return row | {"chosen": self.some(answer), "rejected": self.some(answer)}
+        row["output"] = self.some(answer)
+        return row | {"kto_tag": self.taken % 2 == 0} if stage == "kto" else row
+
+
+def write_run(run: Path, model: str, precision: str, stage: str, asked: argparse.Namespace) -> Path:
+    """A run folder whose model has a config and a tokenizer, and no weights."""
+    shutil.rmtree(run, ignore_errors=True)
+    (run / "data").mkdir(parents=True)
+    configuration(model, asked.layers).save_pretrained(run / "model")
+    words = Words(tokenizer(run / "model", int(SHAPES[model][1]["vocab_size"])))
+    steps = asked.warm + asked.steps
+    rows = [words.row(stage) for _ in range((steps + 1) * asked.items(stage))]
+    text = json.dumps(rows).encode()
+    (run / "data/0.json").write_bytes(text)
+    digest = hashlib.sha256(text).hexdigest()
+    file = {"path": "data/0.json", "name": "0.json", "sha256": digest, "size_bytes": len(text)}
+    training = {"batch_size": asked.items(stage), "learning_rate": 1e-4, "save_every_s": 1e6}
+    told: dict[str, Any] = {
+        "run_id": "bench-stages",
+        "stages": [{"name": stage}],
+        "model": {"base": model, "path": "model", "precision": precision},
+        "data": {"files": [file], "template": "alpaca", "max_length": 2600},
+        "lora": {"r": asked.r, "lora_alpha": 32},
+        "training": training,
+    }
+    long = {"max_completion_length": asked.new, "rewards": [{"kind": "length", "tokens": 64}]}
+    letter = {"rewards": [{"kind": "format", "regex": "^w[0-9]*[02468] "}]}
+    if stage in ("grpo", "ppo"):
+        told[stage] = long | letter
+    (run / "job.json").write_text(json.dumps(told))
+    return run
+
+
+class Clock:
+    """Seconds that are spent in methods of an object, by a name each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def watch(self, owner: Any, method: str, name: str) -> None:
+        real: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*given: Any) -> Any:
+            began = self.now()
+            try:
+                return real(*given)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - began
+
+        setattr(owner, method, timed)
+
+
+@torch.no_grad()
+def as_new(model: Any, device: torch.device) -> None:
+    """The adapter as PEFT starts it, and nothing of another stage's."""
+    for name in [n for n in model.peft_config if n != "default"]:
+        model.delete_adapter(name)
+    for name in ("score", "value_head", "judge_head"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.set_adapter("default")
+    start_adapters(model, device)
+
+
+def measure(
+    model: nn.Module, names: dict[str, str], run: Path, asked: argparse.Namespace
+) -> dict[str, Any]:
+    """Some steps of the run's stage with the model in the place of the one that it would load."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    job = Job.model_validate_json((run / "job.json").read_bytes())
+    sft.load = lambda *_: (model, dict(names))  # type: ignore[assignment]
+    if asked.capacity:
+
+        def planned(job: Job, base: Path, longest: int, _: torch.device, world: int) -> Any:
+            return budget.solve(job, base, longest, asked.capacity, world) or (longest, 99)
+
+        sft.micro_batch = planned
+    stage = STAGES[job.stage].Stage(job, run)
+    stage.compare_with_stock = lambda *_: {}  # another test's
+    stage._rehearse_saving = lambda: None
+    ranks, reporter = Replicas(StopSignal(), device), Reporter(job, run, first=True)
+    stage.load(ranks)
+    plan = budget.micro_batch(job, stage.base, stage.longest, device, 1)
+    if asked.capacity:
+        plan = sft.micro_batch(job, stage.base, stage.longest, device, 1)
+    checkpoint_layers(model, plan[1])
+    updates = getattr(stage, "updates", 1)
+    if job.stage == "ppo":  # the fourth role, in a reward model's place
+        stage.roles.add(JUDGE, None, trained=False)
+        stage.judge = Judge(0.0, 1.0, 10.0, 1.0)
+    stage.total_steps = min(stage.total_steps, updates * (asked.warm + asked.steps))
+    loop, clock = Loop(job, run, stage, ranks, reporter), Clock(device)
+    if job.stage in ("grpo", "ppo"):
+        clock.watch(stage, "_drawn", "rollout")
+        clock.watch(stage, "complete", "score")
+    ahead, tokens, began = Prefetcher(stage.batches, 0, stage.total_steps), 0, 0.0
+    try:
+        for step in range(stage.total_steps):
+            if step == updates * asked.warm:
+                clock.seconds.clear()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                tokens, began = 0, clock.now()
+            work = ahead.take()
+            loop._step(work)
+            made = getattr(stage, "rollout", None)
+            if step % updates == 0:
+                tokens += work.tokens if made is None else int(made.rows.starts[-1])
+        seconds = clock.now() - began
+        loop.progress.settle()
+    finally:
+        ahead.close()
+        reporter.close()
+    split = {f"{k}_s": round(v / asked.steps, 3) for k, v in clock.seconds.items()}
+    if split:
+        split["train_s"] = round(seconds / asked.steps - sum(split.values()), 3)
+    return {
+        "real_tok_s": round(tokens / seconds, 1),
+        "step_s": round(seconds / asked.steps, 3),
+        **split,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+        "items": job.training.batch_size,
+        "steps": asked.steps,
+        "micro_batch": plan[0],
+        "checkpoint_layers": plan[1],
+        "loss_last": round(loop.state.curve[-1][1], 4),
+    }
+
+
+def checkpoint_layers(model: nn.Module, count: int) -> None:
+    from trainer.kernels.patch import inner_model
+
+    layers: Any = inner_model(model).fast_layers
+    for i, layer in enumerate(layers):
+        layer.checkpoint = i < count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", help="NAME:PRECISION, NAME of " + ", ".join(SHAPES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    for name, value in (("steps", 4), ("warm", 2), ("r", 16), ("new", 256)):
+        parser.add_argument("--" + name, type=int, default=value)
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--few", type=int, help="items of a step, in place of the protocol's")
+    parser.add_argument("--capacity", type=float, help="GiB of the card that is planned for")
+    parser.add_argument("--append", type=Path, help="add the lines to this file")
+    asked = parser.parse_args()
+    asked.items = lambda stage: asked.few or ITEMS[stage]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = round(gemm_tflops(device), 1) if device.type == "cuda" else 0.0
+    wrong = 0
+    for name in asked.models:
+        shape, precision = name.split(":")
+        model, names = build(Setting(shape, precision, r=asked.r), asked.layers, device)
+        for stage in asked.stages:
+            with tempfile.TemporaryDirectory() as folder:
+                told: dict[str, Any] = {"model": shape, "precision": precision, "stage": stage}
+                try:
+                    as_new(model, device)
+                    run = write_run(Path(folder) / "run", shape, precision, stage, asked)
+                    told |= measure(model, names, run, asked)
+                except Exception as why:  # out of memory, most often: said, and the next one goes
+                    told["error"] = f"{type(why).__name__}: {str(why)[:300]}"
+                    wrong += 1
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            told |= {"capacity_gib": asked.capacity, "new": asked.new, "r": asked.r}
+            told |= {"card": torch.cuda.get_device_name() if rate else "cpu", "gemm_tflops": rate}
+            told |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+            tell(told, asked.append)
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

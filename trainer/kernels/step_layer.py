@@ -1,0 +1,153 @@
+"""A decoder layer for one token more of each of a few rows, whose earlier keys and values are kept:
+the same parts and weights as ``trainer/kernels/decoder_layer.py``, without gradients.
+
+Nothing here waits for the device, and every shape is known before: it may be captured as a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.kernels import reference, step_reference
+from trainer.kernels.attention import Rules, attend, has_flash, sides
+from trainer.kernels.decoder_layer import FastLayer
+from trainer.kernels.lora import Group
+
+
+class Place(NamedTuple):
+    """Where the token of each of B rows belongs: the row ``slots`` [B] of what is kept, at
+    ``positions`` [B], both int64. ``firsts`` int32 [B + 1] counts rows; ``starts`` int32 [B + 1]
+    are the first places of the rows, of all rows' places end to end; ``seen`` int32 [B] are the
+    tokens that each row then holds."""
+
+    slots: Tensor
+    positions: Tensor
+    firsts: Tensor
+    starts: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, slots: Tensor, positions: Tensor, longest: int) -> Place:
+        firsts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
+        starts = torch.nn.functional.pad((slots * longest).int(), (0, 1))
+        return cls(slots, positions, firsts, starts, (positions + 1).int())
+
+
+class Kept(Protocol):
+    """Keys and values of rows, by layer. ``place`` is None while prompts are read."""
+
+    place: Place | None
+
+    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Those of packed tokens [M, KV, D]."""
+        ...
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """[rows, longest, KV, D] each."""
+        ...
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Place, Rules, Tensor | None], Tensor]
+
+
+def takes_steps(layer: FastLayer) -> bool:
+    """Whether ``step`` serves this layer: attention for one query takes no cap and no wide head,
+    and experts route by what waits for the device."""
+    flash = layer.rules.softcap is None and layer.head_dim <= 256
+    return layer.down is not None and (flash or not layer.like.is_cuda)
+
+
+def step(
+    layer: FastLayer,
+    h: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    at: Place,
+    kept: tuple[Tensor, Tensor],
+    attention: Attention | None = None,
+) -> Tensor:
+    """h [B, h], cos and sin [B, D], halves equal -> the layer's output [B, h]. Keys and values of
+    the tokens are written to ``kept``. ``attention``: in ``by_flash``'s place."""
+    ops = operations(layer)
+    assert layer.gate_up is not None and layer.down is not None
+    _, x = ops.add_norm(h, None, None, layer.norm1)
+    heads = (layer.heads, layer.kv_heads)
+    q = ops.turn_and_keep(
+        product(layer, layer.qkv, x),
+        *(layer.bias, cos, sin, heads, *kept, at.slots, at.positions),
+        norms=layer.head_norms,
+        pairs=layer.pairs,
+    )
+    out = (attention or by_flash)(q, *kept, at, layer.rules, layer.sinks)
+    y = product(layer, layer.o, out.flatten(1))
+    if layer.o_bias is not None:
+        y += layer.o_bias
+    middle, x = ops.add_norm(h, y, layer.branch1, layer.norm2)
+    act = ops.gate(product(layer, layer.gate_up, x), layer.gelu)
+    y = product(layer, layer.down, act)
+    scale = 1.0 if layer.branch2 is None else layer.out_scale
+    end: Tensor = ops.add_norm(middle, y, layer.branch2, None, scale)[0]
+    return end
+
+
+def operations(layer: FastLayer) -> ModuleType:
+    """``trainer.kernels.step_ops`` where the layer computes by Triton, else the twin."""
+    if layer.ops is reference:
+        return step_reference
+    from trainer.kernels import step_ops
+
+    return step_ops
+
+
+def product(layer: FastLayer, group: Group, x: Tensor) -> Tensor:
+    """x [B, K] -> x W^T with the adapters' part [B, N]."""
+    if group.weight.column_scale is None:
+        y = group.weight.forward(x, None)
+    else:
+        x8, scale, _ = layer.ops.quantise_rows(x, None, None)
+        y = group.weight.forward(x8, scale)
+    if group.a is None:
+        return y
+    return y.addmm_(x @ group.a.t(), group.wide_b.t())
+
+
+def by_flash(
+    q: Tensor, keys: Tensor, values: Tensor, at: Place, rules: Rules, sinks: Tensor | None
+) -> Tensor:
+    """q [B, H, D], keys and values [rows, longest, KV, D] -> [B, H, D]: each row's query sees the
+    keys that the row holds, as far as the window reaches."""
+    longest = keys.shape[1]
+    if not has_flash(q) or rules.softcap is not None:
+        return by_twin(q, keys, values, at, rules, sinks)
+    # without a window torch turns the heads of a group into queries, where no sinks are wanted
+    near = sides(rules.window)
+    if rules.window is None and sinks is None:
+        near = {"window_size_left": -1, "window_size_right": -1}
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(q, keys.flatten(0, 1), values.flatten(0, 1), at.firsts, at.starts),
+        *(1, longest, 0.0, False, False),
+        scale=rules.scale,
+        seqused_k=at.seen,
+        **near,
+    )
+    if sinks is not None:  # one more term in the sum, whose value is zero; lse [H, B], natural
+        joined = torch.logaddexp(lse, sinks.float()[:, None])
+        out = out.float() * (lse - joined).exp().t()[:, :, None]
+    return out.to(q.dtype).view(q.shape)
+
+
+def by_twin(
+    q: Tensor, keys: Tensor, values: Tensor, at: Place, rules: Rules, sinks: Tensor | None
+) -> Tensor:
+    """The twin of ``by_flash``."""
+    behind = at.positions[:, None] - torch.arange(keys.shape[1], device=q.device)
+    seen = behind >= 0
+    if rules.window is not None:
+        seen &= behind < rules.window
+    k, v = (x[at.slots].transpose(1, 2) for x in (keys, values))
+    return attend(q[:, :, None], k, v, seen[:, None, None], rules, sinks)[:, :, 0]
