@@ -41,7 +41,8 @@ def keeper(client: Client, box: Box) -> Iterator[Keeper]:
 
 
 def told(client: Client, words: str) -> list[str]:
-    return [str(said) for said in client.session.screen.told if words in str(said)]  # type: ignore[attr-defined]
+    lines = client.session.screen.told  # type: ignore[attr-defined]
+    return [str(said) for said in lines if words in str(said)]
 
 
 def ended(box: Box) -> MilkteaError | None:
