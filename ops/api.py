@@ -38,8 +38,9 @@ from ops.job.cards import KnownCard, KnownModel, Price
 from ops.job.config import JobFile
 from ops.job.plan import Plan
 from ops.job.preflight import preflight
-from ops.market.client import Provider, Vast, provider_from
+from ops.market.client import Vast
 from ops.market.models import Instance
+from ops.market.provider import Provider, provider_from
 from ops.market.ranking import Ranking, rank
 from ops.run import prices as price_list
 from ops.run import reap as reaping

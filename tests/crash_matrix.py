@@ -35,7 +35,8 @@ import rig  # noqa: E402
 from ops.box import transfer  # noqa: E402
 from ops.box.connection import Box  # noqa: E402
 from ops.errors import MilkteaError  # noqa: E402
-from ops.market.client import Provider, Vast  # noqa: E402
+from ops.market.client import Vast  # noqa: E402
+from ops.market.provider import Provider  # noqa: E402
 from ops.run import supervisor, wishes  # noqa: E402
 from ops.run.attach import Tail, watching  # noqa: E402
 from ops.run.journal import Journal  # noqa: E402

@@ -55,9 +55,10 @@ from ops.errors import (  # noqa: E402
 from ops.job import config, data_files, needs, planner  # noqa: E402
 from ops.job.adapters import Adapters  # noqa: E402
 from ops.market import client  # noqa: E402
-from ops.market.client import Provider, Vast  # noqa: E402
-from ops.market.cost import Workload  # noqa: E402
+from ops.market.client import Vast  # noqa: E402
+from ops.market.provider import Provider  # noqa: E402
 from ops.market.ranking import Needs, rank  # noqa: E402
+from ops.market.workload import Workload  # noqa: E402
 from ops.plain import plain  # noqa: E402
 from ops.run import follow, journal, place, result, retrieve, sandbox, wishes  # noqa: E402
 from ops.run.expected import ExpectedResult  # noqa: E402

@@ -37,6 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TESTS = {  # module -> its own tests
     "ops.market.cost": ["tests/ops/market/test_cost.py"],
+    "ops.market.workload": ["tests/ops/market/test_cost.py"],
     "ops.market.ranking": ["tests/ops/market/test_ranking.py"],
     "ops.box.facts": ["tests/ops/box/test_facts.py"],
     "ops.run.result": ["tests/ops/run/test_result.py"],

@@ -28,9 +28,10 @@ from ops.box.transfer import PushFile, sha256_of
 from ops.errors import MilkteaError
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
-from ops.market.client import Provider, Vast
-from ops.market.cost import Workload
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.market.ranking import Needs
+from ops.market.workload import Workload
 from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
 from ops.run.session import Detached, Interrupted, Session

@@ -51,9 +51,10 @@ from ops.errors import MilkteaError  # noqa: E402
 from ops.fakevast import weather  # noqa: E402
 from ops.fakevast.cloud.catalogue import machine  # noqa: E402
 from ops.job.plan import Plan  # noqa: E402
-from ops.market.client import Provider, Vast  # noqa: E402
-from ops.market.cost import Workload  # noqa: E402
+from ops.market.client import Vast  # noqa: E402
+from ops.market.provider import Provider  # noqa: E402
 from ops.market.ranking import Needs  # noqa: E402
+from ops.market.workload import Workload  # noqa: E402
 from ops.run import (  # noqa: E402
     follow,
     journal,

@@ -36,7 +36,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crash_matrix  # noqa: E402
 
 import rig  # noqa: E402
-from ops.market.client import Provider, Vast  # noqa: E402
+from ops.market.client import Vast  # noqa: E402
+from ops.market.provider import Provider  # noqa: E402
 from ops.run import supervisor  # noqa: E402
 from ops.run.journal import Journal  # noqa: E402
 from ops.wait import RealClock  # noqa: E402

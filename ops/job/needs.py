@@ -9,8 +9,8 @@ from ops.box.transfer import PushFile
 from ops.errors import PreflightError
 from ops.hardware import gpus
 from ops.job.config import JobFile
-from ops.market.cost import Workload
 from ops.market.ranking import Needs
+from ops.market.workload import Workload
 from trainer import memory
 from trainer.wire.stages import STAGES
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ops.box.transfer import PushFile
-from ops.market.cost import Workload
 from ops.market.ranking import Needs
+from ops.market.workload import Workload
 
 # what milktea 0.1 did; its plans do not say so
 _DEFAULTS_OF_0_1: dict[str, Any] = {"when_silent": "destroy"}

@@ -8,7 +8,6 @@ they drop the server's message. Reads are repeated here, within `PATIENCE_S`; a 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +17,9 @@ import requests
 from vastai.api.client import VastClient
 from vastai.api.instances import build_create_instance_payload
 
-from ops.errors import (
-    MarketError,
-    NoAnswer,
-    OfferGone,
-    PreflightError,
-    RateLimited,
-    Refused,
-)
+from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
 from ops.market.models import ROWS, Instance, Offer, parse_instance, parse_offer
+from ops.market.provider import VAST_AI, Provider
 from ops.wait import Clock, until
 
 # Minimum seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429
@@ -51,8 +44,6 @@ LOG_PATIENCE_S = 10.0  # for a container's log
 PAGE = 25  # rows of a list's page
 MAX_PAGES = 400  # of one list: more is a list that does not end
 MAX_LOG_BYTES = 4 << 20
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-VAST_AI = ".vast.ai"
 # (host, path) where vast.ai stores a container's log: its own bucket, not all that Amazon hosts
 LOG_PLACES = (("s3.amazonaws.com", "/vast.ai/"), ("vast.ai.s3.amazonaws.com", "/"))
 BAD_ROW = (
@@ -62,14 +53,6 @@ BAD_ROW = (
     AttributeError,
     OverflowError,
 )  # what parsing a malformed row raises
-
-
-@dataclass(frozen=True)
-class Provider:
-    """The address of vast.ai's API, or of the emulator, and the key for it."""
-
-    url: str
-    api_key: str
 
 
 @dataclass(frozen=True)
@@ -410,27 +393,6 @@ class Vast:
         if 0 <= waited_s < INTERVAL_S[kind]:
             self.clock.sleep(INTERVAL_S[kind] - waited_s)
         self._last_call[kind] = self.clock.steady()
-
-
-def provider_from(environ: dict[str, str] | os._Environ[str]) -> Provider | None:
-    """The real vast.ai when VAST_API_KEY is set (VAST_URL overrides its address), else None.
-    Raises PreflightError for an address to which the key would travel in the clear."""
-    key = environ.get("VAST_API_KEY", "").strip()
-    if not key:
-        return None
-    url = environ.get("VAST_URL", "").strip() or "https://console.vast.ai"
-    there = urlsplit(url)
-    if there.scheme != "https" and not (there.scheme == "http" and is_loopback(url)):
-        raise PreflightError(
-            f"VAST_URL is {url}: the account's key would travel to it in the clear",
-            hint="write https:// in VAST_URL, or unset it for vast.ai itself",
-        )
-    return Provider(url, key)
-
-
-def is_loopback(url: str) -> bool:
-    """Whether `url` leads to this machine: an emulator."""
-    return urlsplit(url).hostname in LOOPBACK
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -10,13 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
-from ops.hardware import gpus
 from ops.market.models import Instance, Offer
-from trainer import memory
-from trainer.wire.stages import STAGES, StageName
+from ops.market.workload import Workload, tokens_per_second
 
 MONTH_H = 720.0
 GB = 1e9
@@ -25,69 +22,10 @@ GB = 1e9
 _LINK_SHARE = 0.6
 _UNPACK_BYTES_S = 120e6  # compressed image bytes: docker inflates a layer on one core
 _MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU; used when the offer does not say
-_START_S = 40.0  # from the launch to step 1: imports, self-tests, compilation
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 survives a day with a chance of 0.98
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
-# share of the driver's memory that torch reports: 23.6 of an RTX 4090's 23.99 GiB
-_TORCH_SHARE = 0.98
 _BOOT_FAILS = 0.02  # chance, even on the best host
-# a practice run trains on this computer's CPU: two cores measured 40 to 70 GFLOP/s
-_PRACTICE_FLOPS = 50e9
 _PRACTICE_BOOT_S, _PRACTICE_START_S = 3.0, 10.0  # and its boxes are processes
-
-Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Targets
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a run transfers and computes, on any machine.
-
-    `tokens` counts all epochs. `model_parameters` counts all parameters; `active_parameters` those
-    of a mixture of experts that one token uses, None where it uses all. With `shape`, whether and
-    how the model fits a GPU is solved as the trainer does it: `method` and `trainable_layers` as
-    memory.predict takes them, `least_tokens` the tokens of the longest row, `row_tokens` the row
-    length that a token sees on average (sum of squared lengths over sum of lengths). `saved` are
-    the modules that are trained fully beside an adapter. `home_*_mbps` is the laptop's own
-    connection. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run against
-    the emulator, on this computer's CPU.
-    """
-
-    tokens: float
-    model_parameters: float
-    stage: StageName = "sft"
-    precision: str = "bf16"
-    num_gpus: int = 1
-    image_bytes: float = 4e9
-    model_download_bytes: float = 0.0
-    push_bytes: float = 0.0
-    pull_bytes: float = 0.0
-    disk_gib: float = 40.0
-    cpu_practice: bool = False
-    shape: memory.Shape | None = None
-    method: str = "lora"
-    trainable_layers: int = 2
-    r: int = 16
-    target_modules: memory.Targets = "all-linear"
-    least_tokens: int = 2048
-    row_tokens: float = 340.0
-    checkpoint_bytes: float = 0.0
-    save_every_s: float = 120.0
-    home_up_mbps: float = 50.0
-    home_down_mbps: float = 100.0
-    boot_s: float = 60.0
-    start_s: float = _START_S
-    active_parameters: float | None = None
-    saved: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.shape, dict):  # read back from a journal's line
-            object.__setattr__(self, "shape", memory.Shape(**self.shape))
-        object.__setattr__(self, "saved", tuple(self.saved))
-
-    @property
-    def computed_parameters(self) -> float:
-        """The parameters that one token uses."""
-        return self.active_parameters or self.model_parameters
 
 
 @dataclass(frozen=True)
@@ -122,15 +60,6 @@ class CostEstimate:
         return (self.transfer_s + self.start_s + self.train_s) / 3600
 
 
-class DoesNotFit(ValueError):
-    """This GPU cannot run the workload. The message says why, `filter_name` what to change in the
-    job file."""
-
-    def __init__(self, why: str, filter_name: str) -> None:
-        super().__init__(why)
-        self.filter_name = filter_name
-
-
 def bid_for(offer: Offer, bid_usd_per_hour: float | None = None) -> float:
     """The $/h to bid: the user's, or 20 % over the minimum, which outbids most later bids."""
     return bid_usd_per_hour or round(1.2 * offer.min_bid_usd_per_hour, 4)
@@ -139,49 +68,6 @@ def bid_for(offer: Offer, bid_usd_per_hour: float | None = None) -> float:
 def disk_usd_per_hour(machine: Instance | Offer, disk_gib: float) -> float:
     """$/h for a disk of `disk_gib`, billed from create to destroy."""
     return disk_gib * machine.storage_usd_per_gib_month / MONTH_H
-
-
-def tokens_per_second(offer: Offer, workload: Workload) -> float:
-    """The predicted training speed of an offer. Raises DoesNotFit when the GPU is too small, does
-    not support the precision, or is neither in our table nor in vast.ai's benchmark."""
-    if workload.cpu_practice:
-        flops = 4 * workload.computed_parameters * STAGES[workload.stage].work
-        return _PRACTICE_FLOPS / flops
-    gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
-        offer.gpu_name,
-        offer.gpu_memory_gib,
-        offer.compute_capability,
-        offer.dlperf / offer.num_gpus,
-        offer.gpu_memory_gb_s,
-    )
-    if gpu is None:
-        raise DoesNotFit(
-            f"the speed of a {offer.gpu_name} is unknown, and the offer carries no DLPerf",
-            "gpu_name",
-        )
-    recomputed = _recomputed_share(offer, workload)
-    full, shape = workload.method == "full", workload.shape
-    fused = shape is not None and memory.takes_fused_layer(
-        shape, workload.precision, workload.r, workload.method
-    )
-    speed = gpus.tokens_per_second(
-        gpu,
-        workload.precision,
-        workload.computed_parameters,
-        workload.shape,
-        recomputed,
-        workload.num_gpus,
-        full,
-        workload.row_tokens,
-        fused,
-    )
-    if speed <= 0:
-        why = (
-            f"a {offer.gpu_name} (compute capability {offer.compute_capability}) does not "
-            f"compute in {workload.precision}"
-        )
-        raise DoesNotFit(why, "model.precision")
-    return speed / STAGES[workload.stage].work
 
 
 def predict(
@@ -365,65 +251,6 @@ def compare(prediction: CostEstimate, bill_items: Iterable[Mapping[str, Any]]) -
 
 
 _KINDS = {"gpu": "GPU", "disk": "disk", "bwd": "download", "bwu": "upload"}
-
-
-def _recomputed_share(offer: Offer, workload: Workload) -> float:
-    w = workload
-    if w.shape is None:
-        return 0.0
-    targets: tuple[str, ...] | Literal["all-linear"] = (
-        "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
-    )
-    longest_row = max(1, min(w.least_tokens, int(w.tokens)))
-    found = _fit(
-        w.shape,
-        offer.gpu_memory_gib,
-        w.precision,
-        w.r,
-        targets,
-        w.method,
-        w.trainable_layers,
-        longest_row,
-        w.num_gpus,
-        w.stage,
-        w.saved,
-    )
-    if isinstance(found, str):
-        raise DoesNotFit(
-            f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB",
-            "gpu_memory",
-        )
-    return found
-
-
-@lru_cache(maxsize=4096)
-def _fit(
-    shape: memory.Shape,
-    driver_gib: float,
-    precision: str,
-    r: int,
-    targets: Modules,
-    method: str,
-    trainable_layers: int,
-    longest_row: int,
-    processes: int,
-    stage: StageName,
-    saved: tuple[str, ...],
-) -> float | str:
-    """The share of layers (0 to 1) whose activations are recomputed on a GPU of that memory, or a
-    text that says what memory it would need. Cached: a market has few sizes."""
-    capacity = driver_gib * _TORCH_SHARE
-    more: Any = {
-        "processes": processes,
-        "trainable_layers": trainable_layers,
-        "saved": saved,
-        **STAGES[stage].memory,
-    }
-    plan = memory.solve(shape, capacity, precision, r, targets, method, longest_row, **more)
-    if plan is None:
-        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, longest_row, **more)
-        return f"needs {math.ceil(need / _TORCH_SHARE * 10) / 10:.1f} GiB"
-    return plan[1] / shape.layers
 
 
 def _interruptions_per_hour(offer: Offer, bid: float | None) -> float:

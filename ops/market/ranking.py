@@ -13,8 +13,9 @@ from typing import Any
 
 from ops.hardware import gpus
 from ops.market import cost
-from ops.market.cost import CostEstimate, Workload
+from ops.market.cost import CostEstimate
 from ops.market.models import ROWS, Offer
+from ops.market.workload import DoesNotFit, Workload
 
 _MEMORY_SLACK = 0.99  # an "80 GB" H100 reports 79.6 GiB, a "24 GB" RTX 4090 reports 23.99
 _SERVER_SLACK = 0.95  # the query asks for less, so that rounding at the server loses no offer
@@ -199,7 +200,7 @@ def _judge(
         predicted = cost.predict(
             offer, replace(workload, num_gpus=offer.num_gpus), bid_of(offer, needs), bad
         )
-    except cost.DoesNotFit as e:
+    except DoesNotFit as e:
         return (*reasons, (e.filter_name, str(e))), None
     if predicted.hours > needs.hours:
         reasons.append(

@@ -9,9 +9,9 @@ from pathlib import Path
 from ops.errors import JournalError, NoOffer, OverBudget
 from ops.hardware import gpus
 from ops.market.client import Vast
-from ops.market.cost import Workload
 from ops.market.models import Offer
 from ops.market.ranking import Needs, Ranking, penalty, query, rank
+from ops.market.workload import Workload
 from ops.run import journal
 from ops.run.session import Session
 

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ops.box import scripts, transfer
+from ops.box import pull, scripts
 from ops.box.connection import Box
+from ops.box.transfer import Progress
 from ops.errors import (
     BoxError,
     Failed,
@@ -250,26 +251,26 @@ def pull_folder(
     remote: str,
     local: Path,
     manifest_sha256: str | None,
-    progress: transfer.Progress | None = None,
+    progress: Progress | None = None,
     *,
     max_bytes: int,
 ) -> int:
     """Pull the files that `remote`/manifest.json names into `local`, each by its sha256, the
     manifest last. Returns the bytes moved.
 
-    Raises what `transfer.pull` raises, and one of BAD_MANIFEST for a manifest that cannot be read
+    Raises what `pull.pull` raises, and one of BAD_MANIFEST for a manifest that cannot be read
     or that names more than `max_bytes` or retrieve.MAX_FILES; `local` is removed then."""
     try:
         local.mkdir(parents=True, exist_ok=True)
         staged = local / "manifest.json.incoming"
         max_manifest_bytes = retrieve.CHECKPOINT_MANIFEST_BYTES
-        transfer.pull(
+        pull.pull(
             box, f"{remote}/manifest.json", staged, manifest_sha256, max_bytes=max_manifest_bytes
         )
         files = _manifest_files(json.loads(staged.read_text("utf-8"))["files"], max_bytes)
         for name, (sha256, size) in files.items():
             (local / name).parent.mkdir(parents=True, exist_ok=True)
-            transfer.pull(box, f"{remote}/{name}", local / name, sha256, progress, max_bytes=size)
+            pull.pull(box, f"{remote}/{name}", local / name, sha256, progress, max_bytes=size)
         staged.rename(local / "manifest.json")
     except BaseException:
         shutil.rmtree(local, ignore_errors=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops.errors import Elsewhere, JournalError
-from ops.market.client import Vast, is_loopback
+from ops.market.client import Vast
+from ops.market.provider import is_loopback
 from ops.run import journal
 from ops.run.journal import Line
 

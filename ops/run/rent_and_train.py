@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ops.box import facts, scripts, transfer
+from ops.box import facts, scripts
+from ops.box import push as pushing
 from ops.box.connection import Box, Endpoint
 from ops.box.transfer import PushFile, sha256_of
 from ops.errors import (
@@ -265,7 +266,7 @@ def push(session: Session, box: Box) -> None:
     retry_transfer(
         session,
         box,
-        lambda: transfer.push(box, files, lambda done, total: session.moving("push", done, total)),
+        lambda: pushing.push(box, files, lambda done, total: session.moving("push", done, total)),
     )
     sent = sum(f.local.stat().st_size for f in files)
     session.note(

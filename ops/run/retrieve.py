@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ops.box import scripts, transfer
+from ops.box import pull, scripts
 from ops.box.connection import Box
 from ops.errors import AdapterError, BoxError, HostKeyChanged, Lost
-from ops.market.cost import Workload
+from ops.market.workload import Workload
 from ops.run import sandbox
 from ops.run.expected import ADAPTER, ExpectedResult
 from ops.run.sandbox import Inspected
@@ -61,7 +61,7 @@ def fetch(session: Session, box: Box, staging: Path) -> Inspected:
     for name in (MANIFEST, *PULLED):
         (staging / name).unlink(missing_ok=True)
     try:
-        transfer.pull(box, f"{folder}/{MANIFEST}", manifest, max_bytes=MANIFEST_BYTES)
+        pull.pull(box, f"{folder}/{MANIFEST}", manifest, max_bytes=MANIFEST_BYTES)
         for name, (sha256, size) in sandbox.listing(manifest, PULLED).items():
             if size > max_bytes[name]:
                 why = (
@@ -69,7 +69,7 @@ def fetch(session: Session, box: Box, staging: Path) -> Inspected:
                 )
                 raise AdapterError(why, hint=sandbox.HINT)
             local, moving = staging / name, partial(session.moving, "pull")
-            transfer.pull(box, f"{folder}/{name}", local, sha256, moving, max_bytes=size)
+            pull.pull(box, f"{folder}/{name}", local, sha256, moving, max_bytes=size)
     except (Lost, HostKeyChanged):
         raise
     except BoxError as e:

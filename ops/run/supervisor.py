@@ -29,8 +29,9 @@ from pydantic import TypeAdapter
 
 from ops.errors import DiskError, Fenced, JournalError, MilkteaError
 from ops.job.plan import Plan
-from ops.market.client import Vast, provider_from
+from ops.market.client import Vast
 from ops.market.models import Instance
+from ops.market.provider import provider_from
 from ops.market.ranking import Ranking
 from ops.run import journal, wishes
 from ops.run.interrupt import default_wish

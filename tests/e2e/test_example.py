@@ -16,7 +16,7 @@ import pytest
 import milktea
 import rig
 from ops.fakevast import FakeVast
-from ops.market.client import Provider
+from ops.market.provider import Provider
 from ops.wait import RealClock
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import milktea
 import rig
 from ops.errors import BoxLeaked, ConfigError, JournalError, NoOffer, OverBudget
 from ops.fakevast import FakeVast
-from ops.market.client import Provider
+from ops.market.provider import Provider
 from ops.wait import RealClock
 from trainer.wire import events
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ops.box import transfer
-from ops.box.transfer import SMALL, PushFile, pull, push
+from ops.box import pull as pulling
+from ops.box.pull import pull
+from ops.box.push import SMALL, push
+from ops.box.transfer import PushFile
 from ops.errors import BoxError, Lost, PreflightError
 
 MOST = 1 << 30  # bytes that a pull may bring
@@ -299,16 +301,16 @@ def test_a_box_that_talks_nonsense_of_its_disk_is_an_error_with_its_words(box, s
 
 def test_a_pull_leaves_a_reserve_on_this_disk(box, server, tmp_path, monkeypatch):
     (server.home / "a.zip").write_bytes(bytes(1000))
-    usage = type(transfer.shutil.disk_usage("/"))
+    usage = type(pulling.shutil.disk_usage("/"))
     disk = {"left": usage(10_000, 9_000, 1000)}
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: disk["left"])
+    monkeypatch.setattr(pulling.shutil, "disk_usage", lambda folder: disk["left"])
     with pytest.raises(PreflightError, match=r"a\.zip needs .* are kept free") as caught:
         pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST)
     assert "resume" in caught.value.hint
     disk["left"] = usage(10_000, 8_800, 1200)
     pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST)
     disk["left"] = usage(10**12, 0, 10**12)
-    assert transfer.reserve_bytes(tmp_path) == 256 << 20, "of a large disk no more than that"
+    assert pulling.reserve_bytes(tmp_path) == 256 << 20, "of a large disk no more than that"
 
 
 def test_a_full_disk_here_is_said_in_words_and_what_came_stays(box, server, tmp_path, monkeypatch):
@@ -317,7 +319,7 @@ def test_a_full_disk_here_is_said_in_words_and_what_came_stays(box, server, tmp_
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transfer.os, "fsync", full)
+    monkeypatch.setattr(pulling.os, "fsync", full)
     with pytest.raises(PreflightError, match=r"a\.zip cannot be written: .*No space left"):
         pull(box, "a.zip", tmp_path / "a.zip", max_bytes=MOST)
     monkeypatch.undo()

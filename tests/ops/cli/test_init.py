@@ -14,7 +14,8 @@ import rig
 from ops import api
 from ops.cli.app import app
 from ops.fakevast import FakeVast
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.wait import RealClock
 
 PRACTICE = Path(__file__).parents[3] / "trainer" / "practice" / "practice_model"

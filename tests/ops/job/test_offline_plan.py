@@ -14,7 +14,8 @@ from ops import api
 from ops.catalogue.models import entries, lookup
 from ops.errors import PreflightError
 from ops.fakevast import FakeVast
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.wait import RealClock
 from trainer import families, memory
 from trainer.data import estimate

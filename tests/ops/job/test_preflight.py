@@ -18,7 +18,8 @@ from ops.job import config, planner, tokens
 from ops.job.plan import Plan
 from ops.job.planner import new_plan
 from ops.job.preflight import preflight
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.wait import RealClock
 from trainer.data.files import read_rows
 

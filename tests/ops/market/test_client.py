@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from ops.errors import NoAnswer
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.wait import RealClock
 
 VAST = Vast(Provider("https://console.vast.ai", "key"), RealClock(1))

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from ops.hardware import gpus
 from ops.market import cost
-from ops.market.cost import Workload
 from ops.market.models import Instance, Offer
+from ops.market.workload import DoesNotFit, Workload, tokens_per_second
 from trainer.memory import Shape, linear_parameters, solve
 from trainer.wire.stages import STAGES
 
@@ -285,7 +285,7 @@ def test_a_small_card_pays_for_recomputing_and_a_smaller_one_is_refused_with_wha
     tight = cost.predict(replace(OFFER, gpu_memory_gib=20.0), work)
     assert tight.train_s > 1.2 * roomy.train_s
     with pytest.raises(
-        cost.DoesNotFit, match=r"needs 1\d\.\d GiB in bf16, a RTX 4090 has 12\.0 GiB"
+        DoesNotFit, match=r"needs 1\d\.\d GiB in bf16, a RTX 4090 has 12\.0 GiB"
     ) as refused:
         cost.predict(replace(OFFER, gpu_memory_gib=12.0), work)
     assert refused.value.filter_name == "gpu_memory"
@@ -298,7 +298,7 @@ def test_a_card_that_ops_takes_is_one_on_which_the_trainer_finds_room() -> None:
     for tenths in range(120, 200):
         try:
             cost.predict(replace(OFFER, gpu_memory_gib=tenths / 10), work)
-        except cost.DoesNotFit:
+        except DoesNotFit:
             assert tenths < 180
         else:
             assert solve(LLAMA_7B, tenths / 10 * 0.983) is not None
@@ -385,21 +385,21 @@ def test_a_stage_with_more_adapters_and_passes_is_slower_and_needs_a_larger_card
 ) -> None:
     """What trainer/wire/stages.py says of a stage reaches the price: no other file knows it."""
     work, facts = replace(WORK, shape=LLAMA_7B, r=64, least_tokens=512), STAGES["sft"]
-    plain = cost.tokens_per_second(OFFER, work)
+    plain = tokens_per_second(OFFER, work)
     monkeypatch.setitem(STAGES, "sft", replace(facts, work=2.5))  # type: ignore[misc]
-    assert cost.tokens_per_second(OFFER, work) == pytest.approx(plain / 2.5)
+    assert tokens_per_second(OFFER, work) == pytest.approx(plain / 2.5)
     eight_roles = replace(facts, adapters=4, frozen_adapters=4)
     monkeypatch.setitem(STAGES, "sft", eight_roles)  # type: ignore[misc]
     other_rows = replace(work, least_tokens=511)  # what fits is remembered by these
-    with pytest.raises(cost.DoesNotFit, match="GiB in bf16"):
-        cost.tokens_per_second(OFFER, other_rows)
+    with pytest.raises(DoesNotFit, match="GiB in bf16"):
+        tokens_per_second(OFFER, other_rows)
 
 
 # -- by hand: what no other test holds to the number -----------------------------------------------
 
 
 def test_the_seconds_of_a_run_are_those_that_a_hand_finds() -> None:
-    got, speed = cost.predict(OFFER, WORK), cost.tokens_per_second(OFFER, WORK)
+    got, speed = cost.predict(OFFER, WORK), tokens_per_second(OFFER, WORK)
     down = 0.6 * 1000e6 / 8  # 60 % of a gigabit reaches one download
     assert got.pull_s == pytest.approx(4e9 / down)
     assert got.transfer_s == pytest.approx(1e7 / (50e6 / 8) + 13.5e9 / down + 1.6e8 / (100e6 / 8))
@@ -497,12 +497,12 @@ def test_a_practice_run_boots_and_starts_as_a_process_does() -> None:
 def test_a_card_that_nobody_knows_is_judged_by_vast_ais_benchmark_of_one_gpu() -> None:
     odd = replace(OFFER, gpu_name="RTX 9999", dlperf=80.0)
     two = replace(odd, num_gpus=2, dlperf=160.0)
-    assert cost.tokens_per_second(two, WORK) == cost.tokens_per_second(odd, WORK)
-    with pytest.raises(cost.DoesNotFit, match="no DLPerf") as unknown:
-        cost.tokens_per_second(replace(odd, dlperf=0), WORK)
+    assert tokens_per_second(two, WORK) == tokens_per_second(odd, WORK)
+    with pytest.raises(DoesNotFit, match="no DLPerf") as unknown:
+        tokens_per_second(replace(odd, dlperf=0), WORK)
     assert unknown.value.filter_name == "gpu_name"
-    with pytest.raises(cost.DoesNotFit, match="does not compute in fp8") as old:
-        cost.tokens_per_second(replace(odd, compute_capability=8.0), replace(WORK, precision="fp8"))
+    with pytest.raises(DoesNotFit, match="does not compute in fp8") as old:
+        tokens_per_second(replace(odd, compute_capability=8.0), replace(WORK, precision="fp8"))
     assert old.value.filter_name == "model.precision"
 
 

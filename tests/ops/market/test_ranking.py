@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ops.hardware import gpus
 from ops.market import models
 from ops.market import ranking as offers
-from ops.market.cost import Workload
 from ops.market.models import Offer
 from ops.market.ranking import Needs
+from ops.market.workload import Workload
 from trainer.memory import Shape, min_gpu_memory_gib
 
 # The shape of a live row (market of July 2025), with a verified machine's values where it had none.

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from ops.market import ranking as offers
-from ops.market.cost import Workload
 from ops.market.models import Offer
+from ops.market.workload import Workload
 from trainer.memory import Shape, linear_parameters
 
 # how far our table's speed of a card is from the truth, beside the utilisations below

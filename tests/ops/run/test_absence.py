@@ -10,7 +10,8 @@ import pytest
 import rig
 from ops.errors import BoxLeaked
 from ops.fakevast import FakeVast
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.run.absence import instances_with_label, until_absent
 
 LABEL = "stub-20260101-000000-0000"

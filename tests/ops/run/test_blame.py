@@ -10,8 +10,8 @@ import pytest
 import rig
 from ops.errors import Failed, Lost, NeverReady, Unsuitable
 from ops.fakevast import FakeVast
-from ops.market.cost import Workload
 from ops.market.ranking import Needs
+from ops.market.workload import Workload
 from ops.run import blame, follow
 from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import MAX_MACHINES, offers

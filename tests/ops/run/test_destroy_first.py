@@ -23,7 +23,8 @@ from ops.errors import (
 )
 from ops.fakevast import FakeVast
 from ops.fakevast.cloud.cloud import Cloud
-from ops.market.client import Provider, Vast, provider_from
+from ops.market.client import Vast
+from ops.market.provider import Provider, provider_from
 from ops.run import journal, place
 from ops.run.absence import until_absent
 from ops.run.choose import search

@@ -137,7 +137,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_cost_the_result(
         tries.append(1)
         return usage._replace(free=0) if 2 < len(tries) < 6 else usage
 
-    monkeypatch.setattr("ops.box.transfer.shutil.disk_usage", filled)
+    monkeypatch.setattr("ops.box.pull.shutil.disk_usage", filled)
     outcome, _, screen = rig.whole_run(own, fake)
     assert outcome.adapter_zip.is_file()
     assert any("make room: it is tried again" in told for told in screen.told)
@@ -147,7 +147,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_to_do(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(own.folder)
-    monkeypatch.setattr("ops.box.transfer.shutil.disk_usage", lambda folder: usage._replace(free=0))
+    monkeypatch.setattr("ops.box.pull.shutil.disk_usage", lambda folder: usage._replace(free=0))
     monkeypatch.setattr(retry, "FULL_PATIENCE_S", 0.0)
     outcome, _, _ = rig.whole_run(own, fake)
     assert isinstance(outcome, PreflightError) and "make room" in outcome.hint

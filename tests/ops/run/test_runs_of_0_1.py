@@ -19,7 +19,8 @@ import rig
 from ops.errors import OfferGone
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.run import explain, journal
 from ops.run.journal import Journal
 from ops.run.reap import reap

@@ -28,7 +28,8 @@ from ops.errors import (
 )
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.run import journal
 from ops.run.choose import search
 from ops.run.journal import Journal

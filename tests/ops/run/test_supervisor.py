@@ -20,11 +20,13 @@ from owners import Forked, Heard, came, creates, paused, planned, stop_in_time, 
 
 import milktea
 import rig
-from ops.box import scripts, transfer
+from ops.box import pull as pulling
+from ops.box import push as pushing
+from ops.box import scripts
 from ops.errors import Failed, JournalError
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
-from ops.market.client import Provider
+from ops.market.provider import Provider
 from ops.run import journal, supervisor, wishes
 from ops.run.attach import _File
 from ops.run.journal import Journal, Line
@@ -121,7 +123,7 @@ def test_stop_before_the_training_leaves_nothing_and_resume_goes_on(
     own: rig.Rig, fake: FakeVast, vast: milktea.Vast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = planned(own)
-    monkeypatch.setattr(transfer, "push", lambda *a, **k: time.sleep(60))
+    monkeypatch.setattr(pushing, "push", lambda *a, **k: time.sleep(60))
     owner = Forked(run, vast)
     told(run, "connected")
     milktea.stop(run, "fetch", vast=vast)
@@ -134,7 +136,7 @@ def test_a_result_on_its_way_home_comes_home_although_somebody_wishes_a_checkpoi
     own: rig.Rig, fake: FakeVast, vast: milktea.Vast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = planned(own)
-    real, slow = transfer.pull, own.folder / "slow"
+    real, slow = pulling.pull, own.folder / "slow"
     slow.touch()
 
     def pull(box: Any, remote: str, *rest: Any, **more: Any) -> Any:
@@ -142,7 +144,7 @@ def test_a_result_on_its_way_home_comes_home_although_somebody_wishes_a_checkpoi
             time.sleep(0.05)
         return real(box, remote, *rest, **more)
 
-    monkeypatch.setattr(transfer, "pull", pull)
+    monkeypatch.setattr(pulling, "pull", pull)
     owner = Forked(run, vast)
     told(run, "ended")
     wishes.send(run.folder, "fetch")
@@ -346,18 +348,18 @@ def held_in(stage: str, own: rig.Rig, monkeypatch: pytest.MonkeyPatch) -> str:
 
     match stage:
         case "push":
-            monkeypatch.setattr(transfer, "push", stands)
+            monkeypatch.setattr(pushing, "push", stands)
             return "connected"
         case "train":
             (own.image / "pause").touch()
             return "launched"
         case _:
-            real = transfer.pull
+            real = pulling.pull
 
             def pull(box: Any, remote: str, *rest: Any, **more: Any) -> Any:
                 return (stands if "/result/" in remote else real)(box, remote, *rest, **more)
 
-            monkeypatch.setattr(transfer, "pull", pull)
+            monkeypatch.setattr(pulling, "pull", pull)
             return "ended"
 
 

@@ -15,8 +15,9 @@ from ops.box import scripts
 from ops.errors import NoAnswer
 from ops.fakevast import FakeVast, weather
 from ops.fakevast.cloud.catalogue import machine, offer_row
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
 from ops.market.models import parse_offer
+from ops.market.provider import Provider
 from ops.run.journal import Journal
 from ops.run.rent_and_train import rent_and_train
 from ops.run.session import Detached

@@ -1,0 +1,183 @@
+"""Pure: what a run computes and transfers, and how fast a machine on offer computes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from ops.hardware import gpus
+from ops.market.models import Offer
+from trainer import memory
+from trainer.wire.stages import STAGES, StageName
+
+_START_S = 40.0  # from the launch to step 1: imports, self-tests, compilation
+# share of the driver's memory that torch reports: 23.6 of an RTX 4090's 23.99 GiB
+_TORCH_SHARE = 0.98
+# a practice run trains on this computer's CPU: two cores measured 40 to 70 GFLOP/s
+_PRACTICE_FLOPS = 50e9
+Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Targets
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run transfers and computes, on any machine.
+
+    `tokens` counts all epochs. `model_parameters` counts all parameters; `active_parameters` those
+    of a mixture of experts that one token uses, None where it uses all. With `shape`, whether and
+    how the model fits a GPU is solved as the trainer does it: `method` and `trainable_layers` as
+    memory.predict takes them, `least_tokens` the tokens of the longest row, `row_tokens` the row
+    length that a token sees on average (sum of squared lengths over sum of lengths). `saved` are
+    the modules that are trained fully beside an adapter. `home_*_mbps` is the laptop's own
+    connection. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run against
+    the emulator, on this computer's CPU.
+    """
+
+    tokens: float
+    model_parameters: float
+    stage: StageName = "sft"
+    precision: str = "bf16"
+    num_gpus: int = 1
+    image_bytes: float = 4e9
+    model_download_bytes: float = 0.0
+    push_bytes: float = 0.0
+    pull_bytes: float = 0.0
+    disk_gib: float = 40.0
+    cpu_practice: bool = False
+    shape: memory.Shape | None = None
+    method: str = "lora"
+    trainable_layers: int = 2
+    r: int = 16
+    target_modules: memory.Targets = "all-linear"
+    least_tokens: int = 2048
+    row_tokens: float = 340.0
+    checkpoint_bytes: float = 0.0
+    save_every_s: float = 120.0
+    home_up_mbps: float = 50.0
+    home_down_mbps: float = 100.0
+    boot_s: float = 60.0
+    start_s: float = _START_S
+    active_parameters: float | None = None
+    saved: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shape, dict):  # read back from a journal's line
+            object.__setattr__(self, "shape", memory.Shape(**self.shape))
+        object.__setattr__(self, "saved", tuple(self.saved))
+
+    @property
+    def computed_parameters(self) -> float:
+        """The parameters that one token uses."""
+        return self.active_parameters or self.model_parameters
+
+
+class DoesNotFit(ValueError):
+    """This GPU cannot run the workload. The message says why, `filter_name` what to change in the
+    job file."""
+
+    def __init__(self, why: str, filter_name: str) -> None:
+        super().__init__(why)
+        self.filter_name = filter_name
+
+
+def tokens_per_second(offer: Offer, workload: Workload) -> float:
+    """The predicted training speed of an offer. Raises DoesNotFit when the GPU is too small, does
+    not support the precision, or is neither in our table nor in vast.ai's benchmark."""
+    if workload.cpu_practice:
+        flops = 4 * workload.computed_parameters * STAGES[workload.stage].work
+        return _PRACTICE_FLOPS / flops
+    gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
+        offer.gpu_name,
+        offer.gpu_memory_gib,
+        offer.compute_capability,
+        offer.dlperf / offer.num_gpus,
+        offer.gpu_memory_gb_s,
+    )
+    if gpu is None:
+        raise DoesNotFit(
+            f"the speed of a {offer.gpu_name} is unknown, and the offer carries no DLPerf",
+            "gpu_name",
+        )
+    recomputed = _recomputed_share(offer, workload)
+    full, shape = workload.method == "full", workload.shape
+    fused = shape is not None and memory.takes_fused_layer(
+        shape, workload.precision, workload.r, workload.method
+    )
+    speed = gpus.tokens_per_second(
+        gpu,
+        workload.precision,
+        workload.computed_parameters,
+        workload.shape,
+        recomputed,
+        workload.num_gpus,
+        full,
+        workload.row_tokens,
+        fused,
+    )
+    if speed <= 0:
+        why = (
+            f"a {offer.gpu_name} (compute capability {offer.compute_capability}) does not "
+            f"compute in {workload.precision}"
+        )
+        raise DoesNotFit(why, "model.precision")
+    return speed / STAGES[workload.stage].work
+
+
+def _recomputed_share(offer: Offer, workload: Workload) -> float:
+    w = workload
+    if w.shape is None:
+        return 0.0
+    targets: tuple[str, ...] | Literal["all-linear"] = (
+        "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
+    )
+    longest_row = max(1, min(w.least_tokens, int(w.tokens)))
+    found = _fit(
+        w.shape,
+        offer.gpu_memory_gib,
+        w.precision,
+        w.r,
+        targets,
+        w.method,
+        w.trainable_layers,
+        longest_row,
+        w.num_gpus,
+        w.stage,
+        w.saved,
+    )
+    if isinstance(found, str):
+        raise DoesNotFit(
+            f"{found} in {w.precision}, a {offer.gpu_name} has {offer.gpu_memory_gib:.1f} GiB",
+            "gpu_memory",
+        )
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _fit(
+    shape: memory.Shape,
+    driver_gib: float,
+    precision: str,
+    r: int,
+    targets: Modules,
+    method: str,
+    trainable_layers: int,
+    longest_row: int,
+    processes: int,
+    stage: StageName,
+    saved: tuple[str, ...],
+) -> float | str:
+    """The share of layers (0 to 1) whose activations are recomputed on a GPU of that memory, or a
+    text that says what memory it would need. Cached: a market has few sizes."""
+    capacity = driver_gib * _TORCH_SHARE
+    more: Any = {
+        "processes": processes,
+        "trainable_layers": trainable_layers,
+        "saved": saved,
+        **STAGES[stage].memory,
+    }
+    plan = memory.solve(shape, capacity, precision, r, targets, method, longest_row, **more)
+    if plan is None:
+        need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, longest_row, **more)
+        return f"needs {math.ceil(need / _TORCH_SHARE * 10) / 10:.1f} GiB"
+    return plan[1] / shape.layers
