@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Self
 
 from ops.box.connection import Box, quoted
-from ops.box.transfer import MIN_BYTES_S, PART, Meter, Progress, remote_sha256, retry, stream
+from ops.box.transfer import (
+    MIN_BYTES_S,
+    PART,
+    Progress,
+    TransferMeter,
+    remote_sha256,
+    retry,
+    stream,
+)
 from ops.errors import BoxError, Lost, PreflightError
 
 KEPT = "the box is still rented, with the file on it"
@@ -40,7 +48,7 @@ def pull(
     PreflightError when this disk is full."""
     local.parent.mkdir(parents=True, exist_ok=True)
     with _Part(local.with_name(local.name + PART)) as part:
-        pulled = _Pull(box, remote, part, Meter(0, progress, box.patience_s))
+        pulled = _Pull(box, remote, part, TransferMeter(0, progress, box.patience_s))
         try:
             retry(box, pulled.meter, lambda: pulled.attempt(sha256, max_bytes))
             part.sync()
@@ -63,7 +71,7 @@ class _Pull:
     box: Box
     remote: str
     part: _Part
-    meter: Meter
+    meter: TransferMeter
 
     def attempt(self, sha256: str | None, max_bytes: int) -> None:
         """Raises Lost, and what `pull` raises."""

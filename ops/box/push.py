@@ -15,9 +15,9 @@ from pathlib import PurePosixPath
 from ops.box.connection import Box, quoted
 from ops.box.transfer import (
     PART,
-    Meter,
     Progress,
     PushFile,
+    TransferMeter,
     remote_sha256,
     retry,
     sha256_of,
@@ -66,7 +66,7 @@ class _Push:
         self.box, self.files = box, {f.remote: f for f in files}
         self.sizes = {f.remote: f.local.stat().st_size for f in files}
         self.part_of = {name + PART: name for name in self.files if self.sizes[name] > SMALL}
-        self.meter = Meter(sum(self.sizes.values()), progress, box.patience_s)
+        self.meter = TransferMeter(sum(self.sizes.values()), progress, box.patience_s)
         self.sent: set[str] = set()
         self.arrived_wrong: Counter[str] = Counter()
 
@@ -159,13 +159,13 @@ class _Push:
             stream(self.box, f"cannot write {name}", script, Unsuitable, input=content)
 
 
-def _metered(pieces: Iterable[bytes], meter: Meter) -> Iterator[bytes]:
+def _metered(pieces: Iterable[bytes], meter: TransferMeter) -> Iterator[bytes]:
     for piece in pieces:
         yield piece
         meter.add(len(piece))
 
 
-def _tar(files: Iterable[PushFile], meter: Meter) -> Iterator[bytes]:
+def _tar(files: Iterable[PushFile], meter: TransferMeter) -> Iterator[bytes]:
     """A tar stream of pieces; names and contents only, since owners mean nothing there."""
     piece = bytearray()
     for f in files:

@@ -54,7 +54,7 @@ def remote_sha256(box: Box, names: Sequence[str], size_bytes: int = 0) -> dict[s
     return {row[66:]: row[:64] for row in rows if re.match(r"[0-9a-f]{64} \*", row)}
 
 
-class Meter:
+class TransferMeter:
     """Bytes done of `total`, as the user sees them, and when enough new ones last came."""
 
     def __init__(self, total: int, progress: Progress | None, patience_s: float) -> None:
@@ -78,7 +78,7 @@ class Meter:
         self.at(self.done + count)
 
 
-def retry(box: Box, meter: Meter, attempt: Callable[[], None]) -> None:
+def retry(box: Box, meter: TransferMeter, attempt: Callable[[], None]) -> None:
     """`attempt` over links that break, as long as enough new bytes come within the box's
     patience."""
 
