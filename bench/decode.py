@@ -190,6 +190,9 @@ def lines(name: str, asked: argparse.Namespace, device: torch.device) -> Iterato
 
         steps.trust_steps(steps.tower_of(model))
         leave_fused(model)
+    if asked.profile:
+        write_profile(by_generate(model, vocab, device), asked.widths[0], asked.profile)
+        return
     for width in asked.widths:
         if asked.serve:
             with served(model, vocab, device, width) as ask:
@@ -216,6 +219,18 @@ def lines(name: str, asked: argparse.Namespace, device: torch.device) -> Iterato
         }
 
 
+def write_profile(ask: Callable[[int, int], int], width: int, out: Path) -> None:
+    """The kernels of 32 steps of decoding, by time."""
+    ask(width, 32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        ask(width, 32)
+        torch.cuda.synchronize()
+    table = seen.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90
+    )
+    out.write_text(table)
+
+
 @torch.no_grad()
 def randomise_adapters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
@@ -234,6 +249,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--plain", action="store_true", help="transformers' and PEFT's layers")
     parser.add_argument("--serve", action="store_true", help="over HTTP")
+    parser.add_argument("--profile", type=Path, help="write a call's kernels to this file instead")
     parser.add_argument("--append", type=Path, help="add the lines to this file")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

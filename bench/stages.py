@@ -34,8 +34,9 @@ from bench.families import SHAPES, build, configuration, gemm_tflops, start_adap
 from bench.real_job import tokenizer
 from bench.training import GIB, Setting, lengths, tell
 from trainer.data.batch import Prefetcher
+from trainer.kernels.patch import inner_model
 from trainer.loop import budget
-from trainer.loop.ranks import StopSignal
+from trainer.loop.ranks import Ranks, StopSignal
 from trainer.loop.replicas import Replicas
 from trainer.loop.reporter import Reporter
 from trainer.loop.step import Loop
@@ -139,35 +140,45 @@ def as_new(model: Any, device: torch.device) -> None:
     start_adapters(model, device)
 
 
-def measure(
+def opened(
     model: nn.Module, names: dict[str, str], run: Path, asked: argparse.Namespace
-) -> dict[str, Any]:
-    """Some steps of the run's stage with the model in the place of the one that it would load."""
+) -> tuple[Any, Ranks, tuple[int, int]]:
+    """(the run's stage with the model in the place of the one that it would load, this process,
+    tokens of a micro-batch and layers that are recomputed)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = Job.model_validate_json((run / "job.json").read_bytes())
+
+    def planned(job: Job, base: Path, longest: int, device: torch.device, world: int) -> Any:
+        if asked.capacity is None:
+            return budget.micro_batch(job, base, longest, device, world)
+        return budget.solve(job, base, longest, asked.capacity, world) or (longest, 99)
+
     sft.load = lambda *_: (model, dict(names))  # type: ignore[assignment]
-    if asked.capacity:
-
-        def planned(job: Job, base: Path, longest: int, _: torch.device, world: int) -> Any:
-            return budget.solve(job, base, longest, asked.capacity, world) or (longest, 99)
-
-        sft.micro_batch = planned
+    sft.micro_batch = planned
     stage = STAGES[job.stage].Stage(job, run)
     stage.compare_with_stock = lambda *_: {}  # another test's
     stage._rehearse_saving = lambda: None
-    ranks, reporter = Replicas(StopSignal(), device), Reporter(job, run, first=True)
+    ranks = Replicas(StopSignal(), device)
     stage.load(ranks)
-    plan = budget.micro_batch(job, stage.base, stage.longest, device, 1)
-    if asked.capacity:
-        plan = sft.micro_batch(job, stage.base, stage.longest, device, 1)
-    checkpoint_layers(model, plan[1])
-    updates = getattr(stage, "updates", 1)
+    plan = planned(job, stage.base, stage.longest, device, 1)
+    for i, layer in enumerate(inner_model(model).fast_layers):  # type: ignore[arg-type]
+        layer.checkpoint = i < plan[1]
     if job.stage == "ppo":  # the fourth role, in a reward model's place
         stage.roles.add(JUDGE, None, trained=False)
         stage.judge = Judge(0.0, 1.0, 10.0, 1.0)
+    return stage, ranks, plan
+
+
+def measure(
+    model: nn.Module, names: dict[str, str], run: Path, asked: argparse.Namespace
+) -> dict[str, Any]:
+    """Some steps of the run's stage."""
+    stage, ranks, plan = opened(model, names, run, asked)
+    updates = getattr(stage, "updates", 1)
     stage.total_steps = min(stage.total_steps, updates * (asked.warm + asked.steps))
-    loop, clock = Loop(job, run, stage, ranks, reporter), Clock(device)
-    if job.stage in ("grpo", "ppo"):
+    reporter, clock = Reporter(stage.job, run, first=True), Clock(ranks.device)
+    loop = Loop(stage.job, run, stage, ranks, reporter)
+    if stage.job.stage in ("grpo", "ppo"):
         clock.watch(stage, "_drawn", "rollout")
         clock.watch(stage, "complete", "score")
     ahead, tokens, began = Prefetcher(stage.batches, 0, stage.total_steps), 0, 0.0
@@ -175,7 +186,7 @@ def measure(
         for step in range(stage.total_steps):
             if step == updates * asked.warm:
                 clock.seconds.clear()
-                if device.type == "cuda":
+                if ranks.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 tokens, began = 0, clock.now()
             work = ahead.take()
@@ -197,20 +208,12 @@ def measure(
         **split,
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
-        "items": job.training.batch_size,
+        "items": stage.job.training.batch_size,
         "steps": asked.steps,
         "micro_batch": plan[0],
         "checkpoint_layers": plan[1],
         "loss_last": round(loop.state.curve[-1][1], 4),
     }
-
-
-def checkpoint_layers(model: nn.Module, count: int) -> None:
-    from trainer.kernels.patch import inner_model
-
-    layers: Any = inner_model(model).fast_layers
-    for i, layer in enumerate(layers):
-        layer.checkpoint = i < count
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from trainer.kernels.backend import distrust
 from trainer.kernels.decoder_layer import FastLayer
 from trainer.kernels.lora import refresh
 from trainer.kernels.step_layer import takes_steps

@@ -21,10 +21,16 @@ from trainer.train import run_job
 
 Make = Callable[..., Path]
 WIDE = {
-    **{"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "global_head_dim": 64},
-    **{"moe_intermediate_size": 64, "query_pre_attn_scalar": 32},
-    **{"linear_key_head_dim": 32, "linear_value_head_dim": 32},
-    **{"shared_expert_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64},
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "moe_intermediate_size": 64,
+    "query_pre_attn_scalar": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "shared_expert_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 64,
 }
 
 
