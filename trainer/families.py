@@ -239,6 +239,11 @@ class Family:
         why = self.why_unpacked(longest)
         if why:
             said.append(f"rows are not packed, which is slower: {why}")
+        if self.row["delta"]:
+            said.append(
+                "its gated delta nets are packed by fla-core; where a GPU's machine lacks it, rows "
+                "are computed one by one, which is slower"
+            )
         counted = {w: self.windows.count(w) for w in self.windows if w is not None}
         for window, layers in counted.items():
             said.append(f"a window of {window:,} tokens in {layers} of {self.layers} layers")

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from trainer import families
 from trainer.families import FamilyError, read
+from trainer.kernels import delta
 from trainer.kernels.attention import packed_attention
 
 # in transformers 5.24 and not in the 5.23 of our lock
@@ -154,6 +155,7 @@ def test_a_family_that_packs_gives_what_its_rows_give_alone_in_eager(name):
     AttentionInterface.register("heard", heard)
     alone, packed = build(name), build(name, "heard")
     packed.load_state_dict(alone.state_dict())
+    assert bool(delta.by_document(packed)) == family.row["delta"]
     want = torch.zeros(())
     for d in documents:
         loss = loss_of(alone(input_ids=d[None], use_cache=False).logits[0], d)
@@ -162,8 +164,11 @@ def test_a_family_that_packs_gives_what_its_rows_give_alone_in_eager(name):
     got = in_one_pack(packed, documents)
     got.backward()
     assert abs(float(got.detach() - want)) / sum(LENGTHS) < 1e-5
-    assert gap(packed, alone) < 1e-3
-    assert heard.windows == dict(enumerate(family.windows))
+    # these are steep: a millionth more or less in the embeddings changes gradients by 2 %
+    assert gap(packed, alone) < (1e-2 if family.row["delta"] else 1e-3)
+    every_layer = dict(enumerate(family.windows))
+    assert heard.windows == {i: w for i, w in every_layer.items() if i in heard.windows}
+    assert len(heard.windows) == len(every_layer) or family.row["delta"]
     assert heard.softcaps == {family.softcap}
     assert heard.sinks == {family.sinks}
 
@@ -367,8 +372,13 @@ def test_the_plan_says_what_a_mixture_trains():
 
 
 def test_the_plan_says_why_rows_are_not_packed():
-    words = read(told("qwen3_5")).words()
+    words = read(told("qwen3_next")).words()
     assert words[0].startswith("rows are not packed") and "gated delta nets" in words[0]
+
+
+def test_the_plan_says_what_packs_gated_delta_nets():
+    words = read(told("qwen3_5")).words()
+    assert "packed by fla-core" in words[0] and "one by one" in words[0]
 
 
 SIZES = {"model_type": "qwen2", "num_hidden_layers": 2, "sliding_window": 8, "hidden_size": 64}

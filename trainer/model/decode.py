@@ -191,10 +191,12 @@ class Keys(Cache):
 
 
 def packs(model: nn.Module, longest: int) -> bool:
-    """Whether the model's attention is ours, which reads packs and rows of keys."""
+    """Whether the model's attention is ours, which reads packs and rows of keys, and nothing else
+    in it remembers tokens."""
     inner, family = causal(model), family_of(model)
     ours = inner.config.get_text_config()._attn_implementation == "milktea"
-    return bool(ours and family.packs(longest) and not family.tower)
+    keeps = ours and family.packs(longest) and not family.row["delta"]
+    return bool(keeps and not family.tower)
 
 
 def masks_of(model: nn.Module, longest: int) -> dict[str, int | None]:

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from trainer import families
 from trainer.families import Family, FamilyError
-from trainer.kernels import experts, rotary
+from trainer.kernels import delta, experts, rotary
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
 from trainer.model.balance import NoBalance, balance_of
@@ -113,7 +113,7 @@ def assemble(
     flash = device.type == "cuda" and precision != "fp32"
     names["layer"] = f"transformers ({reason})"
     names["attention"] = attention_name(False, device) if flash else "by document"
-    if not family_of(model).packs(longest):
+    if why_unpacked(family_of(model), longest, device, precision):
         names["attention"] = "transformers' own"
     return model.train(), names
 
@@ -129,12 +129,23 @@ def family_in(folder: Path, longest: int = 0) -> Family:
         raise ModelError(f"{why}: {why.hint}") from why
 
 
+def why_unpacked(family: Family, longest: int | None, device: torch.device, precision: str) -> str:
+    """Why rows of up to `longest` tokens are computed one by one on `device`, or "" where they may
+    be packed. A first call on a GPU may take seconds: it tries what would compute them."""
+    why = family.why_unpacked(longest)
+    if why or not family.row["delta"]:
+        return why
+    delta.trust(family.config, device)
+    return delta.why_not(device, precision)
+
+
 def prepare(model: nn.Module) -> dict[str, str]:
     """What no class of transformers or PEFT does by itself: angles by document, adapters of experts
     beside their weights. Returns what was done, by name."""
     names = {}
     if rotary.by_document(model):
         names["rotary"] = "by document"
+    delta.by_document(model)
     if family_of(model).mixture and hasattr(model, "peft_config"):
         if layers := experts.attach(model):
             names["experts"] = f"split adapters, {layers} layers"
@@ -196,7 +207,7 @@ def load_base(
         "config": config,
         "dtype": torch.float32 if whole else torch.bfloat16,
     }
-    if family.packs(longest):
+    if not why_unpacked(family, longest, device, job.model.precision):
         settings["attn_implementation"] = "milktea"
     extra: dict[str, Any] = {}
     if quantise and job.model.precision in ("nf4", "int8"):

@@ -30,7 +30,7 @@ from trainer.loop.reporter import Reporter
 from trainer.model import likeness
 from trainer.model.dropout import TokenKeys
 from trainer.model.forward import hidden_states, target_facts, target_loss
-from trainer.model.load import family_in, load
+from trainer.model.load import family_in, load, why_unpacked
 from trainer.model.lora import start_values
 from trainer.model.parts import ModelError
 from trainer.model.roles import continue_from, stack_on
@@ -84,8 +84,9 @@ class Stage(stage.Stage):
         self.ranks, self.keys = ranks, TokenKeys()
         self.base = model_folder(self.job, self.run, weights=True)
         longest = self.longest
-        packs = family_in(self.base, longest).packs(longest)
-        self.packed = self.job.training.packing and packs
+        family, precision = family_in(self.base, longest), self.job.model.precision
+        why = why_unpacked(family, longest, ranks.device, precision)
+        self.packed = self.job.training.packing and not why
         compared = self.compare_with_stock(ranks, self.packed)
         if ranks.rank == 0:
             self._rehearse_saving()
@@ -95,6 +96,8 @@ class Stage(stage.Stage):
             self.job, self.base, ranks.device, self.keys, recomputed, ranks.shard, longest
         )
         self.kernels |= compared
+        if why:
+            self.kernels["rows"] = f"one by one: {why}"
         if self.job.start is not None:
             self._take_up(self.job.start)
         ranks.place(self.model)

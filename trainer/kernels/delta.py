@@ -1,0 +1,152 @@
+"""Gated delta nets (Qwen3.5, Qwen3.6) over packed rows: no document reaches the next, neither by
+the recurrent state nor by the causal convolution before it.
+
+transformers hands the boundaries to the rule alone, and refuses them without fla-core.
+``by_document`` gives its modules a forward that keeps both apart: plain torch, and on a GPU the
+rule of fla-core (``trainer/kernels/delta_fla.py``). Where ``why_not`` names a reason, rows are to
+be computed one by one, by the modules' own forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from trainer.kernels import delta_reference as reference
+from trainer.kernels.spans import spans
+
+log = logging.getLogger(__name__)
+
+CLASSES = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
+CACHES = ("cache_params", "cache")  # the latter since transformers 5.24
+TOLERANCE = 0.03  # of a norm, in bf16: rounding gives a quarter of it
+ENDS = [0, 70, 73, 200]  # of the documents of the check: on both sides of a chunk of 64
+_refused: list[str] = []  # why, once it is known
+
+if not torch.cuda.is_available():
+    sys.modules.setdefault("fla", None)  # type: ignore[arg-type]  # transformers would call it
+
+
+def by_document(model: nn.Module) -> int:
+    """Make every gated delta net of the model keep the documents of a pack apart. Returns how many
+    there are; safe to call twice."""
+    found: list[Any] = [m for m in model.modules() if type(m).__name__ in CLASSES]
+    for module in found:
+        if not hasattr(module, "alone"):
+            module.alone = module.forward
+            module.forward = partial(_forward, module)
+    return len(found)
+
+
+def _forward(module: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
+    """In the place of the module's own forward, which computes what has no boundaries."""
+    cu = more.get("cu_seq_lens_q")
+    if cu is None or args or any(more.get(name) is not None for name in CACHES):
+        alone: Tensor = module.alone(hidden_states, *args, **more)
+        return alone
+    if hidden_states.shape[0] != 1:
+        raise ValueError(f"a pack is one row, got {hidden_states.shape[0]}")
+    keys, values = module.key_dim, module.value_dim
+    first = spans(cu, hidden_states.shape[1]).first
+    mixed = module.in_proj_qkv(hidden_states)[0]
+    mixed = reference.convolve(mixed, module.conv1d.weight[:, 0], first)
+    q, k, v = mixed.split([keys, keys, values], 1)
+    q, k = (reference.unit(x.unflatten(1, (-1, module.head_k_dim))) for x in (q, k))
+    beta = module.in_proj_b(hidden_states)[0].float().sigmoid()
+    a = module.in_proj_a(hidden_states)[0].float() + module.dt_bias
+    decay = -module.A_log.float().exp() * softplus(a)
+    out = rule(q, k, v.unflatten(1, (-1, module.head_v_dim)), decay, beta, cu)
+    z = module.in_proj_z(hidden_states).reshape(-1, module.head_v_dim)
+    out = module.norm(out.reshape(-1, module.head_v_dim), z)
+    projected: Tensor = module.out_proj(out.view(1, -1, values))
+    return projected
+
+
+def rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor) -> Tensor:
+    """The gated delta rule within documents, differentiable. q, k [M, HK, D] of length one,
+    v [M, HV, E], decay (logarithms) and beta [M, HV], cu int32 [documents + 1] -> [M, HV, E]."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or why_not(q.device):
+        return reference.rule(q, k, v, decay, beta, cu)
+    from trainer.kernels import delta_fla
+
+    return delta_fla.rule(q, k, v, decay, beta, cu)
+
+
+# -- whether packs may be ------------------------------------------------------------------------
+
+
+def why_not(device: torch.device, precision: str = "bf16") -> str:
+    """Why rows of a model with gated delta nets are not packed on `device`, or ""."""
+    if device.type != "cuda":
+        return ""
+    if precision == "fp32":
+        return "gated delta nets in fp32 are computed row by row on a GPU"
+    return _refused[0] if _refused else _missing()
+
+
+@cache
+def _missing() -> str:
+    try:
+        from trainer.kernels import delta_fla
+    except Exception as why:  # an import of Triton's or of fla-core's own: they share no class
+        return f"gated delta nets are packed by fla-core, which does not serve here: {why}"
+    return delta_fla.unfit()
+
+
+def distrust(why: str) -> None:
+    """From now on packs of gated delta nets are refused in this process; the log says so."""
+    _refused.append(f"gated delta nets are computed row by row: {why}")
+    log.warning(_refused[-1])
+
+
+@torch.no_grad()
+def trust(config: dict[str, Any], device: torch.device) -> None:
+    """Compares the rule on this GPU with its definition, at the sizes of a config.json; where they
+    differ packs are refused. Once a process and size."""
+    if device.type == "cuda" and not why_not(device):
+        names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+        _trust(device, *(int(config[f"linear_{name}"]) for name in names))
+
+
+@cache
+def _trust(device: torch.device, keys: int, values: int, key_dim: int, value_dim: int) -> None:
+    try:
+        error = rule_error(device, keys, values, key_dim, value_dim)
+    except Exception as why:  # a card that lacks memory or instructions: Triton's share no class
+        distrust(f"the rule of fla-core does not run here ({type(why).__name__}: {why})")
+        return
+    if not error < TOLERANCE:
+        distrust(f"the rule of fla-core is off by {error:.4f} on this GPU")
+
+
+def rule_error(device: torch.device, keys: int, values: int, key_dim: int, value_dim: int) -> float:
+    """The largest relative error of fla-core's output and gradients in bf16 against the plain rule
+    in fp32, over documents of several lengths."""
+    from trainer.kernels import delta_fla
+
+    g = torch.Generator(device).manual_seed(0)
+    m, cu = ENDS[-1], torch.tensor(ENDS, dtype=torch.int32, device=device)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(m, *shape, generator=g, device=device)
+
+    q, k = (reference.unit(random(keys, key_dim)).bfloat16() for _ in range(2))
+    v, dout = random(values, value_dim).bfloat16(), random(values, value_dim).bfloat16()
+    decay, beta = -random(values).exp() * 0.2, random(values).sigmoid()
+    results, ways = [], (delta_fla.rule, reference.rule)
+    for way in cast(tuple[Callable[..., Tensor], ...], ways):
+        given = [x.detach().requires_grad_() for x in (q, k, v, decay, beta)]
+        if way is reference.rule:
+            given = [x.detach().float().requires_grad_() for x in given]
+        with torch.enable_grad():
+            out = way(*given, cu)
+        results.append([out, *torch.autograd.grad(out, given, dout.to(out.dtype))])
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
+    return max(errors) if all(e == e for e in errors) else float("inf")
