@@ -1,10 +1,10 @@
 """Gated delta nets (Qwen3.5, Qwen3.6) over packed rows: no document reaches the next, neither by
 the recurrent state nor by the causal convolution before it.
 
-transformers hands the boundaries to the rule alone, and refuses them without fla-core.
-``by_document`` gives its modules a forward that keeps both apart: plain torch, and on a GPU the
-rule of fla-core (``trainer/kernels/delta_fla.py``). Where ``why_not`` names a reason, rows are to
-be computed one by one, by the modules' own forward.
+transformers hands the boundaries to the rule alone, and refuses them without fla-core; with it, its
+training fails on Hopper under Triton 3.4 to 3.7. ``by_document`` gives its modules a forward that
+keeps both apart: plain torch, and on a GPU the rule by ``trainer/kernels/delta_fla.py``. Where
+``why_not`` names a reason, rows are to be computed one by one, in plain torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from inspect import unwrap
 from typing import Any, cast
 
 import torch
@@ -30,43 +31,69 @@ TOLERANCE = 0.03  # of a norm, in bf16: rounding gives a quarter of it
 ENDS = [0, 70, 73, 200]  # of the documents of the check: on both sides of a chunk of 64
 _refused: list[str] = []  # why, once it is known
 
-if not torch.cuda.is_available():
-    sys.modules.setdefault("fla", None)  # type: ignore[arg-type]  # transformers would call it
+
+def nets(model: nn.Module) -> list[Any]:
+    """Its gated delta nets."""
+    return [m for m in model.modules() if type(m).__name__ in CLASSES]
+
+
+def use_plain(model: nn.Module) -> None:
+    """Has transformers' own forward of these nets compute in plain torch in this process, whether
+    fla-core is installed or not: its kernels need a GPU, and refuse some."""
+    names = ["torch_chunk_gated_delta_rule"]
+    if not torch.cuda.is_available():
+        names.append("torch_recurrent_gated_delta_rule")
+    for code in {sys.modules[type(net).__module__] for net in nets(model)}:
+        for name in names:
+            setattr(code, name, unwrap(getattr(code, name)))
 
 
 def by_document(model: nn.Module) -> int:
     """Make every gated delta net of the model keep the documents of a pack apart. Returns how many
     there are; safe to call twice."""
-    found: list[Any] = [m for m in model.modules() if type(m).__name__ in CLASSES]
+    use_plain(model)
+    found = nets(model)
     for module in found:
-        if not hasattr(module, "alone"):
-            module.alone = module.forward
+        if not hasattr(module, "with_cache"):
+            module.with_cache = module.forward
             module.forward = partial(_forward, module)
     return len(found)
 
 
 def _forward(module: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
-    """In the place of the module's own forward, which computes what has no boundaries."""
-    cu = more.get("cu_seq_lens_q")
-    if cu is None or args or any(more.get(name) is not None for name in CACHES):
-        alone: Tensor = module.alone(hidden_states, *args, **more)
-        return alone
-    if hidden_states.shape[0] != 1:
-        raise ValueError(f"a pack is one row, got {hidden_states.shape[0]}")
+    """In the place of the module's own forward, which computes what has a cache. Without boundaries
+    each row is a document."""
+    if args or any(more.get(name) is not None for name in CACHES):
+        out: Tensor = module.with_cache(hidden_states, *args, **more)
+        return out
+    rows, tokens, _ = hidden_states.shape
+    cu, mask = more.get("cu_seq_lens_q"), more.get("attention_mask")
+    if mask is not None:
+        hidden_states = (hidden_states * mask[:, :, None]).to(hidden_states.dtype)
+    if cu is None:
+        ends = torch.arange(0, (rows + 1) * tokens, tokens, dtype=torch.int32)
+        cu = ends.to(hidden_states.device)
+    elif rows != 1:
+        raise ValueError(f"a pack is one row, got {rows}")
+    mixed = _mixed(module, hidden_states, cu)
+    return cast(Tensor, module.out_proj(mixed.view(rows, tokens, -1)))
+
+
+def _mixed(module: Any, x: Tensor, cu: Tensor) -> Tensor:
+    """What the last projection reads, [tokens of all rows, HV V]."""
     keys, values = module.key_dim, module.value_dim
-    first = spans(cu, hidden_states.shape[1]).first
-    mixed = module.in_proj_qkv(hidden_states)[0]
-    mixed = reference.convolve(mixed, module.conv1d.weight[:, 0], first)
-    q, k, v = mixed.split([keys, keys, values], 1)
+    joined, b, a, z = (
+        getattr(module, f"in_proj_{name}")(x).flatten(0, 1) for name in ("qkv", "b", "a", "z")
+    )
+    first = spans(cu, len(joined)).first
+    joined = reference.convolve(joined, module.conv1d.weight[:, 0], first)
+    q, k, v = joined.split([keys, keys, values], 1)
     q, k = (reference.unit(x.unflatten(1, (-1, module.head_k_dim))) for x in (q, k))
-    beta = module.in_proj_b(hidden_states)[0].float().sigmoid()
-    a = module.in_proj_a(hidden_states)[0].float() + module.dt_bias
-    decay = -module.A_log.float().exp() * softplus(a)
-    out = rule(q, k, v.unflatten(1, (-1, module.head_v_dim)), decay, beta, cu)
-    z = module.in_proj_z(hidden_states).reshape(-1, module.head_v_dim)
-    out = module.norm(out.reshape(-1, module.head_v_dim), z)
-    projected: Tensor = module.out_proj(out.view(1, -1, values))
-    return projected
+    decay = -module.A_log.float().exp() * softplus(a.float() + module.dt_bias)
+    v = v.unflatten(1, (-1, module.head_v_dim))
+    out = rule(q, k, v, decay, b.float().sigmoid(), cu)
+    normed = module.norm(out.flatten(0, 1), z.reshape(-1, module.head_v_dim))
+    return cast(Tensor, normed.view(len(joined), -1))
 
 
 def rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers import AutoConfig
 from trainer import families
 from trainer.data import batch
 from trainer.data.tokenised import Rows
+from trainer.kernels import delta
 from trainer.kernels.attention import register
 from trainer.model import load
 from trainer.model.dropout import TokenKeys
@@ -314,8 +315,9 @@ def _job(job: Job, precision: str) -> Job:
 
 
 def stock(job: Job, config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    """Eager attention, experts one by one, PEFT's own forward."""
+    """Eager attention, experts one by one, delta nets in plain torch, PEFT's own forward."""
     model = _base(job, config, device, "eager", dtype)
+    delta.use_plain(model)
     if model.family.mixture and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     job = _job(job, "fp32")

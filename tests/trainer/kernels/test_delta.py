@@ -41,13 +41,20 @@ def test_the_rule_alone_would_leak_through_the_convolution():
     assert module.conv1d.weight.shape[-1] == 4
 
 
-def test_rows_without_boundaries_and_with_a_cache_keep_the_modules_own_forward():
+def test_rows_without_boundaries_are_what_transformers_computes_of_them():
+    module, g = net("qwen3_5_moe"), torch.Generator().manual_seed(0)
+    x, mask = torch.randn(2, 70, 32, generator=g), torch.ones(2, 70)
+    mask[1, 40:] = 0
+    found = module(x, attention_mask=mask)
+    torch.testing.assert_close(found, module.with_cache(x, attention_mask=mask))
+    assert found.abs().max() > 1e-3
+
+
+def test_what_has_a_cache_keeps_the_modules_own_forward():
     module, asked = net(), []
-    module.alone = lambda x, *args, **more: asked.append(more) or x
-    x = torch.zeros(1, 20, 32)
-    module(x)
-    module(x, cu_seq_lens_q=CU, cache_params=object())
-    assert len(asked) == 2
+    module.with_cache = lambda x, **more: asked.append(more) or x
+    module(torch.zeros(1, 20, 32), cache_params=object())
+    assert len(asked) == 1
 
 
 def test_a_pack_is_one_row():
