@@ -148,9 +148,10 @@ class Family:
 
     @property
     def fused(self) -> bool:
-        """Whether the fused layer of trainer/kernels knows it: halves turn as a whole there."""
-        whole = self.turned == 1.0 or self.row["rotary"] == "pairs"
-        return whole and self.model_type in _file()["fused"]["types"]
+        """Whether the fused layer of trainer/kernels knows it: halves turn as a whole there, but
+        where columns are put in an order of their own, as a gate beside each head asks."""
+        whole = self.turned == 1.0 or self.row["rotary"] == "pairs" or self.row["gate"]
+        return bool(whole) and self.model_type in _file()["fused"]["types"]
 
     @property
     def turned(self) -> float:

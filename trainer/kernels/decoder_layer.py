@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.kernels.attention import Rules, flash_backward, flash_forward, short_kernels
 from trainer.kernels.lora import Group, outer, validate_latest
+from trainer.kernels.nets import Order
 from trainer.kernels.norms import HeadNorms, Norm
 
 
@@ -42,7 +43,8 @@ Turned = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 class SavedActivations(NamedTuple):
     """What backward needs beside the layer's input. ``qkv`` is what attention reads, or, with norms
-    of heads, what comes before them; ``z`` and ``rstd_z`` belong to the norms of branches."""
+    of heads, what comes before them; ``z`` and ``rstd_z`` belong to the norms of branches.
+    ``flash`` ends with the gate of attention's output where there is one."""
 
     qkv: Tensor
     out: Tensor
@@ -89,6 +91,7 @@ class FastLayer:
     pairs: bool = False  # rotary pairs are neighbours (i, i + 1), not halves apart
     gelu: bool = False  # tanh's approximation, instead of silu
     out_scale: float = 1.0  # of the layer's output
+    order: Order | None = None  # of q, k, v and a gate of attention's output in the projection
     after: Callable[[Tensor], Tensor] | None = None  # [M, h] -> [M, h]
     remake_after: bool = False  # where it keeps many times the stream
     steps: bool = False  # whether ``trainer/kernels/step_layer.py`` decodes by this layer
@@ -107,12 +110,18 @@ class FastLayer:
         return self.qkv.like
 
     @property
+    def attends(self) -> bool:
+        """Whether attention is what mixes its tokens."""
+        return True
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """Layers of one kind run the same kernels."""
         sizes = tuple(tuple(g.sizes) for g in self.groups)
         some = (self.head_norms, self.branch1, self.sinks, self.bias, self.o_bias)
-        norms = tuple(x is not None for x in some)
-        return (self.rules, self.head_dim, self.pairs, self.gelu, self.out_scale, norms, sizes)
+        norms = tuple(x is not None for x in (*some, self.order))
+        numbers = (self.head_dim, self.pairs, self.gelu, self.out_scale)
+        return (self.attends, self.rules, *numbers, norms, sizes)
 
     @property
     def _turns(self) -> dict[str, Any]:
@@ -164,12 +173,44 @@ class FastLayer:
         )
         return found
 
-    def _attend_backward(self, dout: Tensor, kept: SavedActivations, packed: Packed) -> Turned:
-        """d(attention's output) [M, H, D] -> what ``rope_backward`` returns."""
+    def _mix(
+        self, joined: Tensor, t: Tensor | None, packed: Packed
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """The projection [M, N], to which LoRA is added -> (what the last projection of the branch
+        reads [M, W]; qkv, out and flash of ``SavedActivations``)."""
+        ops, b, qkv = self.ops, self.qkv.b, joined
+        if self.order is not None:
+            add_lora_(joined, t, b, self.qkv.sizes)
+            qkv, t, b = ops.delta.pick(joined, self.order.dense), None, None
+        counts = (packed.cos, packed.sin, self.heads, self.kv_heads)
+        turned = ops.rope_forward_(qkv, t, b, self.bias, *counts, **self._turns)
+        q, k, v = self._heads(qkv, turned)
+        if packed.keep is not None:
+            packed.keep(k, v)
+        out, flash = self._attend(q, k, v, packed)
+        if self.order is None:
+            return out.flatten(1), qkv, out, flash
+        gate = ops.delta.pick(joined, self.order.gate)
+        return ops.delta.gate_forward(out.flatten(1), gate), qkv, out, (*flash, gate)
+
+    def _ungate(self, dout: Tensor, kept: SavedActivations) -> tuple[Tensor, Tensor, Tensor | None]:
+        """d(what the last projection of the branch reads) [M, W], which it may spoil -> (what that
+        reads, d(out), the gate's gradient)."""
+        if self.order is None:
+            return kept.out.flatten(1), dout, None
+        mixed, dgate = self.ops.delta.gate_backward_(dout, kept.out.flatten(1), kept.flash[-1])
+        return mixed, dout, dgate
+
+    def _unmix(
+        self, dout: Tensor, kept: SavedActivations, packed: Packed, dgate: Tensor | None
+    ) -> Turned:
+        """d(out) [M, W] -> what ``rope_backward`` returns."""
         ops, norms, turn = self.ops, self.head_norms, (packed.cos, packed.sin)
         b, column_scale = self.qkv.b, self.qkv.weight.column_scale
-        counts = (self.heads, self.kv_heads)
-        turned = kept.qkv
+        counts, dout = (self.heads, self.kv_heads), dout.view_as(kept.out)
+        turned, flash = kept.qkv, kept.flash
+        if self.order is not None:
+            flash = flash[:-1]
         if norms is not None:
             none = (None, None, None)
             turned = ops.rope_forward_(kept.qkv, *none, *turn, *counts, **self._turns)
@@ -178,7 +219,7 @@ class FastLayer:
         short = short_kernels(q, k, v, packed.longest, rules)
         if short is None:
             near = (packed.cu, packed.longest, rules, self.sinks)
-            parts = flash_backward(dout, q, k, v, kept.out, kept.flash, *near)
+            parts = flash_backward(dout, q, k, v, kept.out, flash, *near)
             if norms is None:
                 found = ops.rope_backward(*parts, *turn, b, column_scale, self.pairs)
                 return cast(Turned, found)
@@ -187,10 +228,12 @@ class FastLayer:
             spans = short.spans(packed.cu, len(q), rules.window)
             asked = (None, None) if norms is not None else turn
             more = (spans, rules.scale, *asked, self.pairs, rules.softcap)
-            d = short.backward(dout, q, k, v, kept.out, kept.flash[0], *more)
+            d = short.backward(dout, q, k, v, kept.out, flash[0], *more)
         if norms is not None:
             ops.head_norm_backward_(d, kept.qkv, *turn, *counts, **self._turns)
-        return (d, *ops.joined_backward(d, b, column_scale, *counts))
+        if self.order is not None and dgate is not None:
+            d = ops.delta.pick(torch.cat([d, dgate], 1), self.order.back)
+        return (d, *ops.joined_backward(d, b, column_scale, self.qkv.sizes))
 
     def forward(
         self, h: Tensor, packed: Packed, again: bool = False
@@ -200,16 +243,10 @@ class FastLayer:
         ops = self.ops
         fp8 = self.qkv.weight.column_scale is not None
         _, x, s, t1, rstd1 = ops.norm_forward(h, *self.norm1, self.qkv.a, fp8)
-        qkv = self.qkv.weight.forward(x, s)
-        counts = (packed.cos, packed.sin, self.heads, self.kv_heads)
-        turned = ops.rope_forward_(qkv, t1, self.qkv.b, self.bias, *counts, **self._turns)
-        q, k, v = self._heads(qkv, turned)
-        if packed.keep is not None:
-            packed.keep(k, v)
-        out, flash = self._attend(q, k, v, packed)
-        del turned, q, k, v
+        mixed, qkv, out, flash = self._mix(self.qkv.weight.forward(x, s), t1, packed)
         o_a = self.o.a.t() if self.o.a is not None else None
-        x, s, t2 = self._project(out.flatten(1), self.o, o_a, False)
+        x, s, t2 = self._project(mixed, self.o, o_a, False)
+        del mixed
         y, added = self.o.weight.forward(x, s), (t2, self.o.b)
         if self.o_bias is not None:
             y += self.o_bias
@@ -254,14 +291,14 @@ class FastLayer:
         dout = self.o.weight.backward(x, s)
         if dt2 is not None and self.o.a is not None:
             dout.addmm_(dt2, self.o.a)
-        out = kept.out.flatten(1)
+        mixed, dout, dgate = self._ungate(dout, kept)
         o = self.o.gradients(
-            outer(dt2, out) if dt2 is not None else None,
+            outer(dt2, mixed) if dt2 is not None else None,
             outer(dbranch, t2) if t2 is not None else None,
         )
-        del dbranch, x
-        d, d8, s, dt1 = self._attend_backward(dout.view_as(kept.out), kept, packed)
-        del dout
+        del dbranch, x, mixed
+        d, d8, s, dt1 = self._unmix(dout, kept, packed, dgate)
+        del dout, dgate
         grads = self.qkv.gradients(
             self._grad_a(dt1, kept.rstd1, h, self.norm1), outer(d, t1) if t1 is not None else None
         )
@@ -312,6 +349,15 @@ class FastLayer:
         if dt is None:
             return None
         return outer((dt * rstd[:, None]).to(h.dtype), h) * norm.weight.float()
+
+
+def add_lora_(joined: Tensor, t: Tensor | None, b: Tensor | None, sizes: list[int]) -> None:
+    """Adds t b^T to the parts of ``joined [M, N]`` in place: t [M, G R], b [N, R]."""
+    if t is None or b is None:
+        return
+    r = b.shape[1]
+    for i, (part, rows) in enumerate(zip(joined.split(sizes, 1), b.split(sizes), strict=True)):
+        part.addmm_(t[:, i * r : (i + 1) * r], rows.t())
 
 
 def _branch_backward(

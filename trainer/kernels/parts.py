@@ -14,6 +14,7 @@ from trainer import families
 from trainer.families import Family
 from trainer.kernels.attention import Rules
 from trainer.kernels.lora import adapter_of, base_linear, padded_rank
+from trainer.kernels.nets import Net, Order
 from trainer.kernels.norms import HeadNorms, Norm
 
 WIDEST = 512  # the largest head that the kernels take; flash attention takes 256
@@ -36,6 +37,12 @@ class Parts:
     heads: int
     kv_heads: int
     head_dim: int
+    net: Net | None = None  # in attention's place
+
+    @property
+    def gated(self) -> bool:
+        """Whether each head of q has a gate of attention's output beside it."""
+        return self.net is None and bool(self.family.row["gate"])
 
     @property
     def linears(self) -> list[list[nn.Module]]:
@@ -49,7 +56,7 @@ class Parts:
 
     @property
     def _of_heads(self) -> tuple[nn.Module, ...]:
-        if self.family.row["qk_norm"] != "head":
+        if self.family.row["qk_norm"] != "head" or self.net is not None:
             return ()
         return (self.attention.q_norm, self.attention.k_norm)
 
@@ -57,7 +64,10 @@ class Parts:
     def sizes(self) -> list[list[int]]:
         """Output features of q, k, v; o; gate, up; down."""
         wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        sizes = [[wide, narrow, narrow], [base_linear(self.o).out_features]]
+        joined = [2 * wide if self.gated else wide, narrow, narrow]
+        if self.net is not None:
+            joined = self.net.sizes
+        sizes = [joined, [base_linear(self.o).out_features]]
         if self.down is None:
             return sizes
         down = base_linear(self.down)
@@ -66,6 +76,8 @@ class Parts:
     @property
     def rules(self) -> Rules:
         """The window of a model that has one for its whole is in its config."""
+        if self.net is not None:
+            return Rules(self.head_dim**-0.5)
         window = getattr(self.attention, "sliding_window", None)
         if window is None and self.family.row["windows"] == "all":
             window = self.family.window
@@ -83,8 +95,17 @@ class Parts:
         if not self._of_heads:
             return None
         (q, eps), (k, _) = (read_norm(n, self.family) for n in self._of_heads)
+        if (order := self.order) is not None:
+            q, k = q[order.turned], k[order.turned]
         weights = torch.stack([q.float(), k.float(), torch.ones_like(q, dtype=torch.float32)])
         return HeadNorms(weights, eps, hasattr(self.attention, "v_norm"))
+
+    @property
+    def order(self) -> Order | None:
+        if not self.gated:
+            return None
+        like = base_linear(self.o).weight
+        return Order.of(self.heads, self.kv_heads, self.head_dim, self.family.turned, like)
 
 
 def read_norm(module: nn.Module, family: Family) -> Norm:
@@ -95,11 +116,12 @@ def read_norm(module: nn.Module, family: Family) -> Norm:
     return Norm(weight.float() + 1.0 if family.row["one_more"] else weight, float(eps))
 
 
-def find_parts(layer: nn.Module) -> Parts:
-    """Raises ValueError with the reason why a layer is not to be fused."""
-    attn: Any = getattr(layer, "self_attn", None)
+def find_parts(layer: nn.Module, config: Any = None) -> Parts:
+    """``config``: the model's, for layers without attention. Raises ValueError with the reason why
+    a layer is not to be fused."""
+    attn: Any = getattr(layer, "self_attn", None) or getattr(layer, "linear_attn", None)
     name = type(layer).__name__
-    config = getattr(attn, "config", None)
+    config = getattr(attn, "config", None) or config
     if config is None:
         raise ValueError(f"{name} is not of a kind that the fused layer knows")
     family = families.read(config.to_dict())
@@ -111,21 +133,23 @@ def find_parts(layer: nn.Module) -> Parts:
     norms = [getattr(layer, n) for n in before]
     branches: list[Any] = [getattr(layer, n) for n in after] or [None, None]
     validate_plain(told)
+    net = read_net(attn) if hasattr(attn, "in_proj_qkv") else None
     qkv = projections(attn)
     parts = Parts(
         family=family,
         attention=attn,
         qkv=qkv,
-        o=attn.o_proj,
+        o=attn.o_proj if net is None else attn.out_proj,
         gate_up=[] if sparse else gate_and_up(mlp),
         down=None if sparse else mlp.down_proj,
         norm1=norms[0],
         norm2=norms[1],
         branch1=branches[0],
         branch2=branches[1],
-        heads=config.num_attention_heads,
-        kv_heads=count_kv_heads(qkv, attn, config),
-        head_dim=attn.head_dim,
+        heads=config.num_attention_heads if net is None else net.values,
+        kv_heads=count_kv_heads(qkv, attn, config) if net is None else net.keys,
+        head_dim=attn.head_dim if net is None else net.head_dim,
+        net=net,
     )
     if not sparse:
         validate_activation(getattr(mlp, "act_fn", None) or mlp.activation_fn, family)
@@ -133,9 +157,33 @@ def find_parts(layer: nn.Module) -> Parts:
     return parts
 
 
+def read_net(module: Any) -> Net:
+    """Raises ValueError for a gated delta net that the kernels do not compute."""
+    if module.head_k_dim != module.head_v_dim:
+        raise ValueError(f"heads of {module.head_k_dim} and {module.head_v_dim} columns")
+    if module.num_v_heads % module.num_k_heads:
+        raise ValueError(f"{module.num_v_heads} value heads of {module.num_k_heads} key heads")
+    own = (module.conv1d.weight, module.A_log, module.dt_bias, module.norm.weight)
+    if any(p.requires_grad for p in own) or module.conv1d.bias is not None:
+        raise ValueError("a part of the delta net trains, or its convolution has a bias")
+    taps, rate, shift, weight = (p.data for p in own)
+    return Net(
+        taps=taps[:, 0].contiguous(),
+        rate=rate.float().exp(),
+        shift=shift.float(),
+        weight=weight,
+        eps=float(module.norm.variance_epsilon),
+        keys=module.num_k_heads,
+        values=module.num_v_heads,
+        head_dim=module.head_v_dim,
+    )
+
+
 def projections(attn: Any) -> list[nn.Module]:
     """q, k and v, or one linear that is all three. Where values are made of the keys' projection it
     stands for both, and its adapter with it."""
+    if hasattr(attn, "in_proj_qkv"):
+        return [attn.in_proj_qkv, attn.in_proj_z, attn.in_proj_b, attn.in_proj_a]
     if hasattr(attn, "qkv_proj"):
         return [attn.qkv_proj]
     return [attn.q_proj, attn.k_proj, attn.v_proj if attn.v_proj is not None else attn.k_proj]
@@ -150,7 +198,7 @@ def count_kv_heads(qkv: list[nn.Module], attn: Any, config: Any) -> int:
 
 def validate_plain(layer: Any) -> None:
     """Raises ValueError for what some of Gemma 4's models add to a layer."""
-    attn = layer.self_attn
+    attn: Any = getattr(layer, "self_attn", None)
     # transformers 5.24 marks layers that keep their keys and values even where no layer reads them
     shared = getattr(getattr(attn, "config", None), "num_kv_shared_layers", 0)
     if shared and (attn.is_kv_shared_layer or attn.store_full_length_kv):

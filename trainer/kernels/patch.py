@@ -19,6 +19,7 @@ from trainer.kernels import reference
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.backend import distrust, operations
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
+from trainer.kernels.delta_layer import DeltaLayer
 from trainer.kernels.experts import NAME as EXPERTS
 from trainer.kernels.experts import lean
 from trainer.kernels.frozen import FrozenWeight, freeze_weight
@@ -70,7 +71,8 @@ def accelerate_model(
     for i, layer in enumerate(layers):
         _place(layer, device, materialise)
         try:
-            fast.append(build_layer(layer, precision, ops, i < checkpoint_layers, keep_transpose))
+            again, config = i < checkpoint_layers, getattr(inner, "config", None)
+            fast.append(build_layer(layer, precision, ops, again, keep_transpose, config))
         except ValueError as why:
             fast.append(None)
             reasons.append(str(why))
@@ -115,13 +117,14 @@ def _trust(
             "attention": attention_name(False, device),
         }
     compile_ahead([f for _, f in pairs])
-    short = all([trust_short_attention(f) for _, f in pairs])
+    attending = [f for _, f in pairs if f.attends]
+    short = bool(attending) and all([trust_short_attention(f) for f in attending])
     names = {"attention": attention_name(short, device)}
     error = max(layer_error(f) for _, f in pairs)
     if not error < tolerance:
         distrust(f"the fused layer's self-test is off by {error:.4f}")
         return names | {"layer": f"transformers: self-test error {error:.4f}, at most {tolerance}"}
-    if not short and any(f.rules.softcap is not None or f.head_dim > 256 for _, f in pairs):
+    if not short and any(f.rules.softcap is not None or f.head_dim > 256 for f in attending):
         return names | {"layer": "transformers: flash attention takes no cap and no head over 256"}
     stock = max(stock_error(layer, f) for layer, f in pairs)
     if not stock < STOCK_TOLERANCE.get(precision, OTHERWISE):
@@ -166,11 +169,16 @@ def _place(
 
 
 def build_layer(
-    layer: nn.Module, precision: str, ops: ModuleType, checkpoint: bool, keep_transpose: bool
+    layer: nn.Module,
+    precision: str,
+    ops: ModuleType,
+    checkpoint: bool,
+    keep_transpose: bool,
+    config: Any = None,
 ) -> FastLayer:
-    """The fast form of one decoder layer. Raises ValueError with the reason, and leaves the layer
-    as it was, where it does not fit."""
-    parts = find_parts(layer)
+    """The fast form of one decoder layer, of a model of this ``config``. Raises ValueError with the
+    reason, and leaves the layer as it was, where it does not fit."""
+    parts = find_parts(layer, config)
     norm1, norm2 = read_norm(parts.norm1, parts.family), read_norm(parts.norm2, parts.family)
     linears = [base_linear(m) for m in parts.qkv]
     dtype, biased = linears[0].weight.dtype, linears[0].bias is not None
@@ -184,7 +192,8 @@ def build_layer(
         _route(group.weight, [base_linear(m) for m in modules], precision)
     qkv, o, gate_up, down = (*built, None, None)[:4]
     assert qkv is not None and o is not None
-    return FastLayer(
+    kind = FastLayer if parts.net is None else partial(DeltaLayer, net=parts.net)
+    return kind(
         ops=ops,
         qkv=qkv,
         o=o,
@@ -207,6 +216,7 @@ def build_layer(
         branch1=parts.norm(parts.branch1),
         branch2=parts.norm(parts.branch2),
         pairs=parts.family.row["rotary"] == "pairs",
+        order=parts.order,
         gelu=is_gelu(parts.family),
         out_scale=float(getattr(layer, "layer_scalar", 1.0)),
     )

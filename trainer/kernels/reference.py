@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
+from trainer.kernels import delta_reference
 from trainer.kernels.norms import HeadNorms
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+
+delta = delta_reference  # the twins of ``trainer/kernels/delta_ops.py``
 
 
 def _lora(t: Tensor, b: Tensor) -> Tensor:
@@ -181,16 +184,14 @@ def rope_backward(
         dv.float().flatten(1),
     ]
     out = torch.cat(parts, 1).to(dq.dtype)
-    return (out, *joined_backward(out, b, column_scale, dq.shape[1], dk.shape[1]))
+    return (out, *joined_backward(out, b, column_scale, [x.shape[1] for x in parts]))
 
 
 def joined_backward(
-    d: Tensor, b: Tensor | None, column_scale: Tensor | None, heads: int, kv_heads: int
+    d: Tensor, b: Tensor | None, column_scale: Tensor | None, parts: list[int]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dt = None
     if b is not None:
-        size = d.shape[1] // (heads + 2 * kv_heads)
-        parts = [heads * size, kv_heads * size, kv_heads * size]
         dt = torch.cat([x @ y for x, y in zip(d.split(parts, 1), b.split(parts), strict=True)], 1)
     return (None, None, dt) if column_scale is None else (*_cast(d, column_scale), dt)
 

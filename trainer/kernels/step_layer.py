@@ -57,9 +57,10 @@ Attention = Callable[[Tensor, Tensor, Tensor, Place, Rules, Tensor | None], Tens
 
 def takes_steps(layer: FastLayer) -> bool:
     """Whether ``step`` serves this layer: attention for one query takes no cap and no wide head,
-    and experts route by what waits for the device."""
+    experts route by what waits for the device, and a state beside keys and values is not kept."""
     flash = layer.rules.softcap is None and layer.head_dim <= 256
-    return layer.down is not None and (flash or not layer.like.is_cuda)
+    plain = layer.attends and layer.order is None
+    return plain and layer.down is not None and (flash or not layer.like.is_cuda)
 
 
 def step(

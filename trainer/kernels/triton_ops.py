@@ -24,11 +24,13 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from trainer.kernels import cast_device, experts_device
+from trainer.kernels import cast_device, delta_ops, experts_device
 from trainer.kernels import triton_device as jit
 from trainer.kernels.norms import HeadNorms
 
 FP8 = torch.float8_e4m3fn
+
+delta = delta_ops  # what gated delta nets and gates of attention ask beside what is here
 
 
 # Rows and columns of a tile, warps, pipeline stages: the best of a sweep on an H200 at 16,384
@@ -361,15 +363,15 @@ def rope_backward(
 
 
 def joined_backward(
-    d: Tensor, b: Tensor | None, column_scale: Tensor | None, heads: int, kv_heads: int
+    d: Tensor, b: Tensor | None, column_scale: Tensor | None, parts: list[int]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What ``rope_backward`` returns beside d(qkv), for ``d [M, S]`` that is turned back already:
-    FP8 copy times column_scale, its row scales, ``d b`` [M, 3 R]."""
+    """What ``rope_backward`` returns beside d(qkv), for ``d [M, S]`` that is turned back already,
+    G ``parts`` of so many columns side by side: FP8 copy times column_scale, its row scales,
+    ``d b`` [M, G R]."""
     dt = None
     if b is not None:
-        r, size = b.shape[1], d.shape[1] // (heads + 2 * kv_heads)
-        dt = _empty(d, len(d), 3 * r)
-        parts = [heads * size, kv_heads * size, kv_heads * size]
+        r = b.shape[1]
+        dt = _empty(d, len(d), len(parts) * r)
         for i, (x, y) in enumerate(zip(d.split(parts, 1), b.split(parts), strict=True)):
             torch.mm(x, y, out=dt[:, i * r : (i + 1) * r])
     if column_scale is None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -79,10 +80,9 @@ def layer_error(fast: FastLayer) -> float:
             dx, grads = fast.backward(dh, h, packed, kept, first=False)
             results.append([y, dx, *grads])
     fast.ops = own
-    q, k, v = (random(TOKENS, n, fast.head_dim) for n in (fast.heads, fast.kv_heads, fast.kv_heads))
     parts = [
         _largest(*results),
-        _attention_error(q, k, v, random(*q.shape), packed, fast.rules, fast.sinks),
+        _shared_attention_error(fast, random, packed),
         *(_product_error(group.weight, random) for group in fast.groups),
         _loss_error(own, random(8, 3008).float() * 3, fast.like.dtype),
     ]
@@ -155,11 +155,19 @@ def stock_error(layer: Any, fast: FastLayer) -> float:
     after, fast.after = fast.after, None
 
     def stock(x: Tensor) -> Tensor:
+        if not fast.attends:  # boundaries are nothing to it: each document by itself
+            parts = (one(part, {}) for part in x.split([b - a for a, b in pairwise(ENDS)]))
+            return torch.cat(list(parts))
+        return one(x, given)
+
+    def one(x: Tensor, given: dict[str, Any]) -> Tensor:
         if after is None:
-            return layer(x[None], **given)[0]  # type: ignore[no-any-return]
+            asked = given or {"position_embeddings": None, "attention_mask": None}
+            return layer(x[None], **asked)[0]  # type: ignore[no-any-return]
         # a router that chooses otherwise by a rounding would hide or feign an error
-        found = layer.self_attn(hidden_states=layer.input_layernorm(x[None]), **given)[0][0]
-        return x + found  # type: ignore[no-any-return]
+        mixer = getattr(layer, "linear_attn", None) or layer.self_attn
+        found = mixer(hidden_states=layer.input_layernorm(x[None]), **given)
+        return x + (found[0] if isinstance(found, tuple) else found)[0]  # type: ignore[no-any-return]
 
     def both(run: Callable[[Tensor], Tensor], at: Tensor) -> list[Tensor | None]:
         x = at.clone().requires_grad_()
@@ -178,7 +186,8 @@ def stock_error(layer: Any, fast: FastLayer) -> float:
 
 def half_wide(layer: Any) -> bool:
     """Whether the family's angles come once, not side by side for both halves."""
-    return bool(layer.self_attn.config.model_type == "gpt_oss")
+    config = getattr(getattr(layer, "self_attn", None), "config", None)
+    return getattr(config, "model_type", "") == "gpt_oss"
 
 
 def trust_short_attention(fast: FastLayer) -> bool:
@@ -202,6 +211,8 @@ def _short_attention(fast: FastLayer) -> tuple[Any, ...] | None:
     """What `short_attention_error` is asked about the first layer's heads; None where these kernels
     are not for this device."""
     device, dtype = fast.like.device, fast.like.dtype
+    if not fast.attends:
+        return None
     group = (fast.heads, fast.kv_heads, fast.kv_heads)
     generator = torch.Generator(device).manual_seed(1)
     m, d = SHORT_ENDS[-1], fast.head_dim
@@ -261,6 +272,17 @@ def _largest(got: Iterable[Any], want: Iterable[Any]) -> float:
         if b is not None
     ]
     return max(errors) if all(e == e for e in errors) else float("nan")
+
+
+def _shared_attention_error(
+    fast: FastLayer, random: Callable[..., Tensor], packed: Packed
+) -> float:
+    """Of attention as both of ``layer_error``'s ways compute it, by its definition."""
+    if not fast.attends:
+        return 0.0
+    sizes = (fast.heads, fast.kv_heads, fast.kv_heads)
+    q, k, v = (random(TOKENS, n, fast.head_dim) for n in sizes)
+    return _attention_error(q, k, v, random(*q.shape), packed, fast.rules, fast.sinks)
 
 
 def _attention_error(

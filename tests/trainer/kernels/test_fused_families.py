@@ -24,7 +24,7 @@ WIDE = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 96, "initializer
 FUSED = [
     *("llama", "llama_tied", "mistral_window", "mistral", "qwen2", "qwen2_window", "qwen3"),
     *("gemma", "gemma2", "gemma3", "phi3", "phi3_window", "glm", "glm4", "qwen3_moe", "gpt_oss"),
-    *("gemma4", "gemma4_shared"),
+    *("gemma4", "gemma4_shared", "qwen3_5", "qwen3_5_moe"),
 ]
 
 
@@ -35,6 +35,8 @@ def build(name: str, attention: str) -> Any:
         more |= {"global_head_dim": 64}
     if name == "gemma4_shared":  # keys and values of one projection
         more |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    if name.startswith("qwen3_5"):
+        more |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
     if name.startswith(("llama_tied", "mistral", "qwen2", "phi3")):
         more |= {"num_attention_heads": 2, "num_key_value_heads": 1}
         more.pop("head_dim")
