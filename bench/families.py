@@ -75,6 +75,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_hidden_layers": 48, "head_dim": 128, "num_attention_heads": 32,
         "num_key_value_heads": 4, "vocab_size": 151936, "num_experts": 128,
         "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1}),
+    "qwen3.5-9b": ("qwen3_5_text", {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "head_dim": 256,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 248320,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32}),
+    "qwen3.5-35b-a3b": ("qwen3_5_moe_text", {
+        "hidden_size": 2048, "num_hidden_layers": 40, "head_dim": 256,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 248320,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "num_experts": 256,
+        "num_experts_per_tok": 8, "linear_num_key_heads": 16, "linear_num_value_heads": 32}),
+    "tiny-delta": ("qwen3_5_text", {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4000,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32}),
     "gpt-oss-20b": ("gpt_oss", {
         "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "head_dim": 64,
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 201088,
@@ -129,10 +143,15 @@ def fill(leaf: nn.Module) -> None:
     """Random weights; norms that change nothing; adapters as PEFT starts them."""
     kind = type(leaf).__name__
     for name, p in leaf.named_parameters(recurse=False):
-        if p.dim() > 1:
+        if "Conv" in kind:
+            p.normal_(0, 0.5)
+        elif name == "A_log":  # decays from next to none to much
+            p.copy_(torch.linspace(-4.0, 2.5, len(p)))
+        elif p.dim() > 1:
             p.normal_(0, 0.02)
         else:
-            plain = "Norm" in kind and not kind.startswith(("Gemma3RMS", "Gemma2RMS", "GemmaRMS"))
+            one_more = ("Gemma3RMS", "Gemma2RMS", "GemmaRMS", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")
+            plain = "Norm" in kind and (kind.endswith("Gated") or not kind.startswith(one_more))
             p.fill_(1.0 if plain and name == "weight" else 0.0)
             if kind == "Gemma4RMSNorm" and p.numel() <= 512:  # of q and k: its scale is in them
                 p.fill_(p.numel() ** -0.25)

@@ -318,7 +318,8 @@ def _patch(
 
 
 def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
-    plain, attention = layer.forward, layer.self_attn
+    attention: Any = getattr(layer, "self_attn", None)
+    plain = layer.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cu, kept = kwargs.get("cu_seq_lens_q"), _kept(kwargs)
