@@ -63,7 +63,7 @@ def copy_rate(device: torch.device) -> float:
 
 def bytes_a_step(model: nn.Module, precision: str, width: int, keys: float) -> float:
     """Read by a step: weights in their precision, adapters in bf16, `keys` tokens of each row."""
-    from trainer.model.load import causal
+    from trainer.model.parts import causal
 
     inner: Any = causal(model)
     config = inner.config
@@ -73,7 +73,8 @@ def bytes_a_step(model: nn.Module, precision: str, width: int, keys: float) -> f
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     kept = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     head = 2 * config.vocab_size * config.hidden_size
-    return base * each + 2 * adapters + head + width * keys * kept
+    read: float = base * each + 2 * adapters + head + width * keys * kept
+    return read
 
 
 def leave_fused(model: nn.Module) -> None:
@@ -106,8 +107,9 @@ def served(
     from aiohttp import web
 
     from bench.real_job import tokenizer
-    from trainer.data.prepare import Prepared, Rows
+    from trainer.data.prepare import Prepared
     from trainer.data.template import load
+    from trainer.data.tokenised import Rows
     from trainer.data.tokens import open_vocabulary, token_hash
     from trainer.serve.app import application
     from trainer.serve.engine import Engine

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -153,8 +154,8 @@ def opened(
             return budget.micro_batch(job, base, longest, device, world)
         return budget.solve(job, base, longest, asked.capacity, world) or (longest, 99)
 
-    sft.load = lambda *_: (model, dict(names))  # type: ignore[assignment]
-    sft.micro_batch = planned
+    patch.object(sft, "load", lambda *_: (model, dict(names))).start()
+    patch.object(sft, "micro_batch", planned).start()
     stage = STAGES[job.stage].Stage(job, run)
     stage.compare_with_stock = lambda *_: {}  # another test's
     stage._rehearse_saving = lambda: None

@@ -114,6 +114,7 @@ def product(layer: FastLayer, group: Group, x: Tensor) -> Tensor:
         y = group.weight.forward(x8, scale)
     if group.a is None:
         return y
+    assert group.wide_b is not None, "widen comes before the first step"
     return y.addmm_(x @ group.a.t(), group.wide_b.t())
 
 
@@ -139,7 +140,8 @@ def by_flash(
     if sinks is not None:  # one more term in the sum, whose value is zero; lse [H, B], natural
         joined = torch.logaddexp(lse, sinks.float()[:, None])
         out = out.float() * (lse - joined).exp().t()[:, :, None]
-    return out.to(q.dtype).view(q.shape)
+    made: Tensor = out.to(q.dtype)
+    return made.view(q.shape)
 
 
 def by_twin(

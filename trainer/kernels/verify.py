@@ -126,8 +126,8 @@ def step_error(fast: FastLayer) -> float:
         group.widen()
     for ops, attend in ((own, by_flash), (reference, by_twin)):
         fast.ops, kept = ops, (held[0].clone(), held[1].clone())
-        angles = (x[: len(STEPS)] for x in packed[:2])
-        results.append([step(fast, h, *angles, place, kept, attend), *kept])
+        cos, sin = packed.cos[: len(STEPS)], packed.sin[: len(STEPS)]
+        results.append([step(fast, h, cos, sin, place, kept, attend), *kept])
     fast.ops, fast.rules = own, rules
     return _largest(*results)
 
@@ -167,7 +167,8 @@ def stock_error(layer: Any, fast: FastLayer) -> float:
         # a router that chooses otherwise by a rounding would hide or feign an error
         mixer = getattr(layer, "linear_attn", None) or layer.self_attn
         found = mixer(hidden_states=layer.input_layernorm(x[None]), **given)
-        return x + (found[0] if isinstance(found, tuple) else found)[0]  # type: ignore[no-any-return]
+        y: Tensor = found[0] if isinstance(found, tuple) else found
+        return x + y[0]
 
     def both(run: Callable[[Tensor], Tensor], at: Tensor) -> list[Tensor | None]:
         x = at.clone().requires_grad_()
