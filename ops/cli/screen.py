@@ -53,7 +53,6 @@ class Terminal:
         self._began = time.time()
         self.samples: list[events.Sample] = []
         self.score: events.Score | None = None
-        self.last_step: events.Step | None = None
 
     # -- ops.run.session.Screen --------------------------------------------------------------------
 
@@ -93,7 +92,6 @@ class Terminal:
     ) -> None:
         match event:
             case events.Step():
-                self.last_step = event
                 self._money = _money(spent_usd, max_usd)
                 done = event.step / self._total_steps if self._total_steps else 0.0
                 steps = f"{_bar(done)} {event.step}/{self._total_steps}" if done else event.step

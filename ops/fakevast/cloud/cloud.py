@@ -120,7 +120,7 @@ class Cloud(Rentals):
             self._boot(instance)
         else:
             instance.holds_gpus = False
-            instance.stopped_by_market = instance.queued = runs is False
+            instance.queued = runs is False
             instance.cur_state = instance.next_state = instance.intended_status = "stopped"
             instance.actual_status = "stopped"
         self.tick()
@@ -140,7 +140,7 @@ class Cloud(Rentals):
         """
         instance = self.get(instance_id, key)
         if state == "stopped":
-            instance.queued = instance.stopped_by_market = False
+            instance.queued = False
             self.stop(instance)
             return {"success": True}
         if state != "running":

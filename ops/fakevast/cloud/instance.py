@@ -64,7 +64,6 @@ class Instance:
     status_msg: str | None = None
     holds_gpus: bool = True
     queued: bool = False
-    stopped_by_market: bool = False
     agenda: list[tuple[float, str, Any]] = field(default_factory=list)
     meter: Meter = field(default_factory=Meter)
     settled_at: float = 0.0

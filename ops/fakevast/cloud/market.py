@@ -42,12 +42,6 @@ class Market:
         self._relist(record["machine_id"])
         return int(record["machine_id"])
 
-    def remove_machine(self, machine_id: int) -> None:
-        """Take a machine off the market: its offers vanish, what is rented on it stays."""
-        self._free[machine_id] = 0
-        self._relist(machine_id)
-        self.machines.pop(machine_id, None)
-
     def _relist(self, machine_id: int) -> None:
         """Offers are single-use: what no longer fits is withdrawn, what fits again comes back under
         a new number."""
@@ -59,13 +53,6 @@ class Market:
                 self.asks[self.next_ask] = (machine_id, size)
             elif not fits and size in listed:
                 self.gone_asks[listed[size]] = self.asks.pop(listed[size])
-
-    def withdraw(self, ask_id: int) -> None:
-        """Somebody else rents it: the race between search and create."""
-        machine_id, size = self.asks.pop(ask_id)
-        self.gone_asks[ask_id] = (machine_id, size)
-        self._free[machine_id] -= size
-        self._relist(machine_id)
 
     def _row(self, ask_id: int, machine_id: int, size: int) -> dict[str, Any]:
         return offer_row(

@@ -92,7 +92,7 @@ class Rentals(Market):
 
     def _start(self, instance: Instance) -> None:
         instance.settle(max(self._at, instance.settled_at))
-        instance.queued = instance.stopped_by_market = False
+        instance.queued = False
         instance.storage_factor = 1.0
         instance.cur_state = instance.next_state = instance.intended_status = "running"
         self._take_gpus(instance)
@@ -122,7 +122,7 @@ class Rentals(Market):
     def _preempt(self, instance: Instance) -> None:
         """Stops it for a higher bid; it resumes when its own suffices again."""
         self.stop(instance)
-        instance.stopped_by_market = instance.queued = True
+        instance.queued = True
 
     def _destroy(self, instance: Instance) -> None:
         instance.settle(max(self._at, instance.settled_at))
