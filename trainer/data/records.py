@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from trainer.data import fields, files, formats, near
 from trainer.data.fields import Problem
 from trainer.data.files import Findings
-from trainer.data.formats import Row
+from trainer.data.formats import Columns, Row
 from trainer.data.pairs import TAGS, Pair, Tagged, contradictions, pair_of, tagged_of
 from trainer.data.prompts import asked_of
 from trainer.data.sources import Defect, Reading, Source, find_sources
@@ -125,41 +125,36 @@ def _row(judged: Judged, value: Any, source: Source, where: str) -> Record | lis
     return formats.suspicious_texts(value) or _of_turns(where, value, made.turns, "")
 
 
-def _pair(judged: Judged, value: Any, source: Source, where: str) -> Record | list[Problem]:
+def _stage_row(
+    parse: Callable[[dict[str, Any], Columns, str], Pair | Tagged | Row | list[Problem]],
+    judged: Judged,
+    value: Any,
+    source: Source,
+    where: str,
+) -> Record | list[Problem]:
+    """A row that a stage reads by `parse`: a pair, a tagged answer, a prompt."""
     if type(value) is not tuple:
-        return _no_object(value)
-    made = pair_of(dict(value), source.columns, where)
-    if not isinstance(made, Pair):
+        return [((), f"the row is {formats.kind(value)}, not an object", 'write {"...": ...}')]
+    made = parse(dict(value), source.columns, where)
+    if isinstance(made, Pair):
+        turns, label = made.chosen, near.normal(made.rejected[-1].text)
+    elif isinstance(made, Tagged):
+        turns, label = made.turns, str(made.wanted)
+    elif isinstance(made, Row):
+        turns, label = made.turns, ""
+    else:
         return made
-    judged.append(made)
-    label = near.normal(made.rejected[-1].text)
-    return formats.suspicious_texts(value) or _of_turns(where, value, made.chosen, label)
-
-
-def _tagged(judged: Judged, value: Any, source: Source, where: str) -> Record | list[Problem]:
-    if type(value) is not tuple:
-        return _no_object(value)
-    made = tagged_of(dict(value), source.columns, where)
-    if not isinstance(made, Tagged):
-        return made
-    judged.append(made)
-    return formats.suspicious_texts(value) or _of_turns(where, value, made.turns, str(made.wanted))
-
-
-def _prompt(judged: Judged, value: Any, source: Source, where: str) -> Record | list[Problem]:
-    if type(value) is not tuple:
-        return _no_object(value)
-    made = asked_of(dict(value), source.columns, where)
     if not isinstance(made, Row):
-        return made
-    return formats.suspicious_texts(value) or _of_turns(where, value, made.turns, "")
+        judged.append(made)
+    return formats.suspicious_texts(value) or _of_turns(where, value, turns, label)
 
 
-EXAMINE = {"rows": _row, "pairs": _pair, "tagged": _tagged, "prompts": _prompt}
-
-
-def _no_object(value: Any) -> list[Problem]:
-    return [((), f"the row is {formats.kind(value)}, not an object", 'write {"...": ...}')]
+EXAMINE: dict[Kind, Callable[[Judged, Any, Source, str], Record | list[Problem]]] = {
+    "rows": _row,
+    "pairs": partial(_stage_row, pair_of),
+    "tagged": partial(_stage_row, tagged_of),
+    "prompts": partial(_stage_row, asked_of),
+}
 
 
 def _of_turns(where: str, value: Any, turns: Sequence[Turn], label: str) -> Record:
