@@ -15,27 +15,34 @@ START = b"\x1emilktea\n"  # what a login's rc files print comes before this line
 _MAX_NOISE = 1 << 20  # bytes before START in which START is looked for
 
 
+class Flood(Exception):
+    """A stream brought more bytes than any command of ours does."""
+
+
 class Output:
-    """What one stream brings after START: passed to `receive`, or its first `limit` bytes kept."""
+    """What one stream brings after START: passed to `receive`, or kept, at most `limit` bytes."""
 
     def __init__(self, limit: int, receive: Callable[[bytes], None] | None = None) -> None:
         self.limit, self.receive = limit, receive
-        self.data, self.truncated = bytearray(), False
+        self.data = bytearray()
         self._noise: bytes | None = b""  # None once START has come
 
     def add(self, data: bytes) -> None:
+        """Raises Flood for more than `limit` bytes, or than _MAX_NOISE before START."""
         if self._noise is not None:
-            self._noise = (self._noise + data)[-_MAX_NOISE:]
+            self._noise += data
             _, mark, data = self._noise.partition(START)
+            if not mark and len(self._noise) > _MAX_NOISE:
+                raise Flood(f"{_MAX_NOISE:,} bytes before a command began")
             if not mark:
                 return
             self._noise = None
         if self.receive is not None:
             self.receive(data)
             return
-        room = self.limit - len(self.data)
-        self.truncated |= len(data) > room
-        self.data += data[:room]
+        self.data += data
+        if len(self.data) > self.limit:
+            raise Flood(f"more than {self.limit:,} bytes")
 
 
 class Deadline:

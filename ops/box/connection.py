@@ -26,15 +26,15 @@ import paramiko
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ops.box.channel import MARK, Deadline, Input, Output, read_output, send_input
-from ops.errors import BoxError, HostKeyChanged, Lost, MilkteaError, NeverReady
+from ops.box.channel import MARK, Deadline, Flood, Input, Output, read_output, send_input
+from ops.errors import BoxError, HostKeyChanged, Lost, MilkteaError, NeverReady, Unsuitable
 from ops.wait import until
 
 if TYPE_CHECKING:  # see load()
     import fabric
 
 HOST_ALIAS = "milktea-box"  # in known_hosts: the direct port and the proxy lead to one sshd
-MAX_OUTPUT = 8 << 20  # bytes kept of stdout and of stderr
+MAX_OUTPUT = 8 << 20  # bytes of stdout and of stderr; no command of ours has more
 ANSWER_S = 30.0  # seconds within which the box's sshd starts a command
 IDLE_S = 60.0  # seconds for which a stream may stand still
 _WINDOW = 32 << 20  # bytes in flight towards us; paramiko's 2 MiB are 10 MB/s at 200 ms
@@ -73,12 +73,11 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Result:
-    """What a script did. `truncated`: more than MAX_OUTPUT bytes came, the rest was dropped."""
+    """What a script did."""
 
     exit_code: int
     stdout_bytes: bytes
     stderr_bytes: bytes
-    truncated: bool = False
 
     @property
     def stdout(self) -> str:
@@ -293,7 +292,8 @@ class Box:
 
         A non-zero exit is a result. `input` is its stdin. What the script leaves in the background
         must not hold stdout, else this waits `timeout_s` for it. Raises Lost when the link breaks
-        or nothing ends within `timeout_s`: the script may then have run, or still run."""
+        or nothing ends within `timeout_s`: the script may then have run, or still run; Unsuitable
+        for more than MAX_OUTPUT bytes."""
         return self._exec(script, input, Deadline(timeout_s), Output(MAX_OUTPUT))
 
     def stream(
@@ -301,7 +301,8 @@ class Box:
     ) -> Result:
         """`run` for much data: stdout goes to `receive` piece by piece.
 
-        Raises Lost when the link breaks or no byte moves either way for IDLE_S."""
+        Raises Lost when the link breaks or no byte moves either way for IDLE_S, Unsuitable for more
+        than MAX_OUTPUT bytes that nobody receives."""
         deadline = Deadline(IDLE_S, idle=True)
         return self._exec(script, input, deadline, Output(MAX_OUTPUT, receive))
 
@@ -329,6 +330,8 @@ class Box:
             ended = read_output(channel, out, err, deadline)
             if channel.exit_status_ready():
                 code = channel.exit_status
+        except Flood as error:
+            raise Unsuitable(f"the box answers {error} to: {_first_line(script)}") from error
         except EOFError:  # the link takes nothing more; an OSError is `receive`'s, of our own disk
             ended = True
         finally:
@@ -336,10 +339,9 @@ class Box:
                 channel.close()
             sender.join(5)
         if code == -1:
-            about = (script.strip().splitlines() or ["an empty script"])[0][:80]
             why = "the link broke during" if ended else f"no end within {deadline.seconds:.0f} s of"
-            raise self._lost(f"{why}: {about}")
-        return Result(code, bytes(out.data), bytes(err.data), out.truncated or err.truncated)
+            raise self._lost(f"{why}: {_first_line(script)}")
+        return Result(code, bytes(out.data), bytes(err.data))
 
     def _start(self, script: str) -> paramiko.Channel:
         """The session channel on which `script` runs. Raises Lost."""
@@ -361,6 +363,10 @@ class Box:
             raise self._lost(f"starting a command: the link broke ({why})") from error
         finally:
             timer.cancel()
+
+
+def _first_line(script: str) -> str:
+    return (script.strip().splitlines() or ["an empty script"])[0][:80]
 
 
 class _WriteFirstKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]  # it is untyped

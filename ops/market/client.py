@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from vastai.api.client import VastClient
 from vastai.api.instances import build_create_instance_payload
 
 from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
+from ops.market import http
 from ops.market.models import ROWS, Instance, Offer, parse_instance, parse_offer
 from ops.market.provider import VAST_AI, Provider
 from ops.wait import Clock, until
@@ -72,7 +72,7 @@ class Vast:
         # The client respects the machine's proxy settings, and adds a slash to the address.
         self.provider = provider
         self.clock = clock
-        self._client = VastClient(provider.api_key, provider.url.rstrip("/"), retry=1, timeout=30)
+        self._client = http.Client(provider.api_key, provider.url.rstrip("/"), retry=1, timeout=30)
         # called with a message when an answer is slow
         self.tell: Callable[[str], object] = lambda text: None
         self._answered = False
@@ -262,10 +262,13 @@ class Vast:
         self._validate_log_url(url)
 
         def delivered() -> str | None:
-            with requests.get(url, timeout=10, allow_redirects=False, stream=True) as answer:
-                if answer.status_code != 200:
-                    return None
-                data = next(answer.iter_content(MAX_LOG_BYTES), b"")
+            try:
+                with requests.get(url, timeout=10, allow_redirects=False, stream=True) as answer:
+                    if answer.status_code != 200:
+                        return None
+                    data = http.read(answer.raw, MAX_LOG_BYTES, whole=False)
+            except requests.RequestException:
+                return None
             return data.decode("utf-8", "replace")
 
         return until(delivered, every_s=0.5, timeout_s=LOG_PATIENCE_S, clock=self.clock) or ""

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from ops.box.connection import MAX_OUTPUT, Box, Endpoint
-from ops.errors import BoxError, HostKeyChanged, Lost, NeverReady
+from ops.errors import BoxError, HostKeyChanged, Lost, NeverReady, Unsuitable
 
 
 def free_port() -> int:
@@ -78,11 +78,22 @@ def test_what_rc_files_print_is_not_output(server, make_box):
     assert (result.stdout, result.stderr) == ("x\n", "")
 
 
-def test_endless_output_is_read_kept_up_to_the_limit_and_marked(box):
-    result = box.run(f"head -c {MAX_OUTPUT + 300_000} /dev/zero")
-    assert result.exit_code == 0
-    assert result.truncated
-    assert len(result.stdout) == MAX_OUTPUT
+@pytest.mark.parametrize("to", ["", " >&2"])
+def test_a_box_that_answers_without_end_is_stopped_in_words_and_the_next_call_works(box, to):
+    assert len(box.run(f"head -c {MAX_OUTPUT} /dev/zero{to}").stdout) == (0 if to else MAX_OUTPUT)
+    with pytest.raises(Unsuitable, match=r"more than 8,388,608 bytes to: cat /dev/zero"):
+        box.run(f"cat /dev/zero{to}")
+    with pytest.raises(Unsuitable, match="more than"):  # which has no limit on its seconds
+        box.stream(f"cat /dev/zero{to}")
+    assert box.run("echo alive").stdout == "alive\n"
+
+
+def test_noise_without_end_before_a_command_is_stopped_too(server, make_box):
+    server.noise = "head -c 3000000 /dev/zero; "
+    box = make_box(server.port)
+    box.connect(10)
+    with pytest.raises(Unsuitable, match="before a command began"):
+        box.stream("echo x")
 
 
 def test_a_script_that_does_not_end_in_time_is_lost_and_the_next_call_works(box):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from ops.errors import NoAnswer
+from ops.market import client, http
 from ops.market.client import Vast
 from ops.market.provider import Provider
 from ops.wait import RealClock
@@ -74,6 +79,15 @@ class Answers(BaseHTTPRequestHandler):
     def log_message(self, *told: object) -> None: ...
 
 
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server with this handler."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -87,9 +101,52 @@ def test_an_answer_that_python_cannot_hold_is_no_answer(
     monkeypatch: pytest.MonkeyPatch, body: bytes, words: str
 ) -> None:
     monkeypatch.setattr(Answers, "body", body)
-    with HTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(NoAnswer, match=words):
-            Vast(Provider(url, "key"), RealClock(0.001)).credit_usd()
-        server.shutdown()
+    with serving(Answers) as url, pytest.raises(NoAnswer, match=words):
+        Vast(Provider(url, "key"), RealClock(0.001)).credit_usd()
+
+
+class Endless(Answers):
+    """Answers of /api/v0/PATH without an end, each in a way of its own."""
+
+    def do_GET(self) -> None:
+        way = self.path.split("/")[3]
+        self.send_response(302 if way == "redirect" else 200)
+        if way == "redirect":
+            self.send_header("Location", "/api/v0/redirect")
+        if way == "bomb":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        piece = b" " * 100_000
+        if way == "bomb":
+            piece = gzip.compress(bytes(4_000_000))
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b" " if way == "drops" else piece)
+                time.sleep(0.02 if way == "drops" else 0)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("flood", "more than 1,000,000 bytes"),
+        ("bomb", "more than 1,000,000 bytes"),
+        ("redirect", "more than 1,000,000 bytes"),
+        ("drops", "did not end within"),
+    ],
+)
+def test_an_answer_without_an_end_is_no_answer_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, way: str, words: str
+) -> None:
+    monkeypatch.setattr(http, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(http, "MAX_S", 0.3)
+    with serving(Endless) as url, pytest.raises(NoAnswer, match=words):
+        Vast(Provider(url, "key"), RealClock(0.001))._call("show", "GET", f"/{way}")
+
+
+def test_of_a_log_without_an_end_the_beginning_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_LOG_BYTES", 150_000)
+    with serving(Endless) as url:
+        vast = Vast(Provider(url, "key"), RealClock(0.001))
+        said = {"result_url": f"{url}/api/v0/flood"}
+        monkeypatch.setattr(vast, "_call", lambda *told: said)
+        assert vast.container_log(1) == " " * 150_000
