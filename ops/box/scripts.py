@@ -11,6 +11,7 @@ import shlex
 
 HOME_FOLDER = "milktea"
 LEASE_S = 600  # a box destroys itself after so long without a client, unless it may work on alone
+NEVER = 999999999  # seconds: an age that no box reaches
 WATCH_S = 15  # how often the box looks; overshoot of money and time is at most this
 
 # Runs on the box for its whole life, armed by onstart before anything else. Environment:
@@ -26,6 +27,9 @@ WATCH_S = 15  # how often the box looks; overshoot of money and time is at most 
 # before its deadline, unless the training has ended and was held for as long as it may be. `ended`
 # holds the age at which that was seen. `halt` says that the client stops the box to keep it: the
 # time until the next start does not count then, and nothing is launched.
+#
+# `age`, `lease` and `max_age` are overwritten in place, each time by as many bytes: a disk that is
+# full takes that, and no new file.
 WATCHDOG = """\
 cd "$HOME/milktea" || exit 1
 ask() {
@@ -48,7 +52,7 @@ rm -f armed
 echo $$ >watchdog.pid
 age=0 last= lease=0 armed= ended=
 [ -s age ] && read -r age last <age
-[ -e halt ] && { last=; echo "$age" >lease; rm -f halt; }
+[ -e halt ] && { last=; printf '%-24s\\n' "$age" 1<>lease; rm -f halt; }
 [ -s ended ] && read -r ended rest <ended
 max=$MILKTEA_MAX_S
 while :; do
@@ -56,8 +60,8 @@ while :; do
   read -r up rest <"${MILKTEA_UPTIME:-/proc/uptime}"; up=${up%.*}
   [ "${last:-$up}" -le "$up" ] || last=0
   age=$((age + up - ${last:-$up})) last=$up
-  echo "$age $up" >age.new && mv age.new age
-  read -r heard rest <lease && lease=$heard
+  printf '%-24s\\n' "$age $up" 1<>age
+  read -r heard rest <lease && [ -n "$heard" ] && lease=$heard
   silent=$((age - lease)) may=$MILKTEA_LEASE_S run= why=
   [ -s launched ] && read -r run rest <launched
   if [ -n "$run" ] && [ "$MILKTEA_WHEN_SILENT" = finish ]; then
@@ -90,6 +94,7 @@ umask 077; mkdir -p "$HOME/milktea" "$HOME/.ssh"; cd "$HOME/milktea" || exit 1
 cat >watchdog.sh <<'WATCHDOG'
 {WATCHDOG}WATCHDOG
 [ -s lease ] || echo 0 >lease
+[ -s max_age ] || echo {NEVER} >max_age
 (setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)
 touch "$HOME/.no_auto_tmux"
 grep -qsF {key} "$HOME/.ssh/authorized_keys" || echo {key} >>"$HOME/.ssh/authorized_keys"
@@ -113,7 +118,7 @@ def environment(
 
 def end_at(age: int) -> str:
     """The watchdog destroys the box at this age in seconds, where that is sooner than it would."""
-    return f"echo {age} >milktea/max_age.new && mv milktea/max_age.new milktea/max_age"
+    return f"printf '%-24s\\n' {age} 1<>milktea/max_age"
 
 
 def run_folder(run_id: str) -> str:
@@ -130,8 +135,7 @@ ALIVE = (
 _CONTAINER = 'cut -d" " -f22 "/proc/$(cat ../watchdog.pid)/stat" 2>/dev/null'
 # A box of milktea 0.1 has no `age`: its watchdog reads dates.
 RENEW = (
-    "{ [ ! -e milktea/age ] && date +%s || cat milktea/age; } >milktea/lease.new && "
-    "mv milktea/lease.new milktea/lease"
+    "printf '%-24s\\n' \"$([ -e milktea/age ] && cat milktea/age || date +%s)\" 1<>milktea/lease"
 )
 
 

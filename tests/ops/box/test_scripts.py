@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import needs
+from machine import NOT_HERE, needs
 
 from ops.box import scripts
 from rig import sh, watched
@@ -196,13 +196,49 @@ def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_pa
         sh(scripts.poll("r", len('{"a":"奶茶"}\n'.encode())), tmp_path).stdout.encode()
     )
     assert rest[3] == b'{"b":1}\n{"torn'
-    assert (tmp_path / "milktea/lease").read_text() == "123 456\n"
+    assert (tmp_path / "milktea/lease").read_text().split() == ["123", "456"]
 
 
 def test_a_box_of_0_1_counts_its_lease_by_dates(tmp_path: Path) -> None:
     (tmp_path / "milktea").mkdir()
     sh(scripts.RENEW, tmp_path)
     assert abs(int((tmp_path / "milktea/lease").read_text()) - time.time()) < 5
+
+
+FULL = """\
+mkdir -p milktea && mount -t tmpfs -o size=128k none milktea || exit 77
+{begin}
+look 100; look 400
+dd if=/dev/zero of=milktea/fill bs=1k 2>/dev/null; echo x >milktea/more 2>/dev/null
+[ -s milktea/more ] && exit 66
+look 600; {renew}; look 1100
+[ -e gone ] && exit 65
+{cap}; look 1150; [ -e gone ] && exit 64
+cat milktea/age milktea/lease milktea/max_age
+look 1160; [ -e gone ] || exit 63
+"""
+
+
+def test_on_a_disk_that_is_full_the_lease_is_renewed_and_the_age_goes_on(tmp_path: Path) -> None:
+    """At 1100 its client was heard 500 s ago; without the renewal at 600 the box would be gone."""
+    needs("unshare")
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip(f"a namespace of mounts: {NOT_HERE}")
+    asks = 'curl() { case "$*" in *DELETE*) : >"$HOME/gone" ;; esac; echo 200; }; '
+    look = 'look() { echo "$1.5 0" >uptime; (sleep() { exit 0; }; ' + asks
+    begin = look + scripts.WATCHDOG + "); }\n"
+    begin += scripts.onstart(KEY).replace(WATCHDOG_STARTS, "") + '\ncd "$HOME"'
+    text = FULL.format(begin=begin, renew=scripts.RENEW, cap=scripts.end_at(1060))
+    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "CONTAINER_API_KEY": "k"}
+    env |= {"MILKTEA_MAX_S": "5000", "MILKTEA_LEASE_S": "600", "MILKTEA_WATCH_S": "15"}
+    env |= {"MILKTEA_API": "http://127.0.0.1:9", "MILKTEA_UPTIME": str(tmp_path / "uptime")}
+    words = ["unshare", "-m", "sh", "-c", text]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
+    if done.returncode == 77:
+        pytest.skip(f"a mount of its own: {NOT_HERE}")
+    assert done.returncode == 0, done.stderr
+    age, lease, cap = (row.split() for row in done.stdout.splitlines())
+    assert (age, lease, cap) == (["1050", "1150"], ["500", "600"], ["1060"])
 
 
 def test_a_poll_without_its_header_is_no_answer() -> None:
