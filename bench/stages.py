@@ -154,9 +154,9 @@ def opened(
             return budget.micro_batch(job, base, longest, device, world)
         return budget.solve(job, base, longest, asked.capacity, world) or (longest, 99)
 
-    patch.object(sft, "load", lambda *_: (model, dict(names))).start()
     patch.object(sft, "micro_batch", planned).start()
     stage = STAGES[job.stage].Stage(job, run)
+    stage.kept.load = lambda *_: (model, dict(names))
     stage.compare_with_stock = lambda *_: {}  # another test's
     stage._rehearse_saving = lambda: None
     ranks = Replicas(StopSignal(), device)

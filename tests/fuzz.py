@@ -336,8 +336,9 @@ def read_plan(name: str, data: bytes, folder: Path) -> None:
     job = config.parse(told, folder / "job.toml")
     (folder / "stage").mkdir()
     pushes = [*data_files.data_files(job, folder / "stage"), *planner._model_files(job)]
-    wire = planner._wire_job(job, "fuzz-1", pushes, Adapters())
-    planner._lengths(wire, folder / "stage", pushes, [])
+    files = [p for p in pushes if p.remote.startswith("data/")]
+    wire = planner._wire_job(job, "fuzz-1", [job], [files], [Adapters()])
+    planner._lengths(wire, folder / "stage", ".", pushes, [])
 
 
 def read_model_config(name: str, data: bytes, folder: Path) -> None:

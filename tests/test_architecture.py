@@ -31,6 +31,7 @@ FLOORS = {
     "trainer": [
         ["launch", "checkup"],
         ["train"],
+        ["chained"],
         ["practice", "serve", "tools"],
         ["stages"],
         ["eval"],

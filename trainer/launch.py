@@ -98,7 +98,9 @@ def prepare_inputs(job: Job, run: Path) -> None:
             hint="set it where milktea runs, or take it out of env in the job file",
         )
     validate_beside(job, run)
-    prepare(job, run)
+    for part, folder in job.parts():
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        prepare(part, run / folder)
     validate_weights(model_folder(job, run, weights=True))
 
 

@@ -3,12 +3,11 @@
     accelerate launch -m trainer.train job.json
 
 Started by trainer.launch, once a process. `job.stage` names a file of trainer/stages; the loop that
-all stages share is trainer/loop/step.py.
+all stages share is trainer/loop/step.py; a job of several stages is trainer/chained.py's.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from trainer import chained
+from trainer.chained import stage_of
 from trainer.data.errors import InvalidJob
 from trainer.data.template import TemplateError
 from trainer.loop import step
@@ -54,11 +55,16 @@ def run_job(path: Path) -> int:
     job = Job.model_validate_json(path.read_bytes())
     if (run / "result" / "manifest.json").is_file():
         return DONE  # starting twice is starting once
-    stage = importlib.import_module(f"trainer.stages.{job.stage}").Stage(job, run)
+    if len(job.stages) > 1:
+        ended = chained.train(job, run, join(job, stop), started_at())
+        return TERMINATED if ended is None else DONE
+    stage = stage_of(job, run)
     ranks = join(job, stop)
     with closing(Reporter(job, run, first=ranks.rank == 0)) as reporter:
-        finished = step.train(job, run, stage, ranks, reporter, started_at())
-    return DONE if finished else TERMINATED
+        ended = step.train(job, run, stage, ranks, reporter)
+        if ended is not None:
+            reporter.finished(ended, started_at())
+    return TERMINATED if ended is None else DONE
 
 
 def join(job: Job, stop: StopSignal) -> Ranks:

@@ -54,6 +54,8 @@ def _status_line(row: api.Status, now: float) -> str:
     if row.ends_itself_at is not None:
         at = time.strftime("%a %H:%M", time.localtime(row.ends_itself_at))
         words.append(f"ends itself {at} at the latest")
+    if row.training:
+        words.append(row.training)
     if row.step:
         words.append(f"checkpoint {row.step}")
     if row.adapter:

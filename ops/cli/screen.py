@@ -47,6 +47,7 @@ class Terminal:
         self._phase = ""  # the status line, with {money} for the meter
         self._money = ""
         self._total_steps = 0
+        self._stage = ""  # of a run of several, which one trains
         self._moving = ("", 0.0, 0)  # (what, since when, from which byte on) is transferred
         self._spins = 0
         self._drawing = threading.RLock()  # `meter` is called by another thread
@@ -95,6 +96,7 @@ class Terminal:
                 self._money = _money(spent_usd, max_usd)
                 done = event.step / self._total_steps if self._total_steps else 0.0
                 steps = f"{_bar(done)} {event.step}/{self._total_steps}" if done else event.step
+                steps = f"{self._stage}{steps}"
                 self._status(
                     "train",
                     f"{steps}  {_minutes(event.eta_s)} left  loss {event.loss:.4f}  "
@@ -103,6 +105,10 @@ class Terminal:
                 )
             case events.Started():
                 self._total_steps = event.total_steps
+                if event.stages > 1:
+                    self._stage = f"{event.number} of {event.stages}, {event.stage}  "
+                    base = "base read" if event.weights_read == event.number else "base kept"
+                    self._say(f"stage     {self._stage}{base}")
             case events.Loading():
                 there = f"  {event.done_bytes / 1e9:.2f} GB there" if event.done_bytes else ""
                 self._money = _money(spent_usd, max_usd)

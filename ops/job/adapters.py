@@ -14,6 +14,7 @@ from ops.errors import PreflightError
 from ops.job.config import JobFile
 from trainer.wire.adapters import as_told, files_of, judge_defect, lora_from
 from trainer.wire.job import DataFile
+from trainer.wire.tables import REWARD_MODEL
 
 START, JUDGE = "start", "judge"  # their folders on the box
 FUNCTION = "reward.py"  # a reward function's file there
@@ -40,7 +41,7 @@ def taken_up(job: JobFile, stage: Path) -> tuple[JobFile, Adapters]:
             job = job.model_copy(update={"lora": lora})
             _add(found, start, START, stage)
             found.told[START]["how"] = job.how
-    if (rule := job.judge) is not None:
+    if (rule := job.judge) is not None and rule.path != REWARD_MODEL:
         judge, foreign = Path(rule.path), getattr(job, job.stage).foreign_reward
         with _named("the reward model", judge):
             if why := judge_defect(judge, start, base, foreign):

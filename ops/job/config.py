@@ -7,14 +7,24 @@ from the file to the GPU. Relative paths in a job file are relative to the job f
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ops.errors import ConfigError
 from trainer.wire.job import (
+    MOST_STAGES,
     BadRows,
     Column,
     DataFormat,
@@ -42,6 +52,7 @@ from trainer.wire.stages import (
     section_defect,
     section_of,
 )
+from trainer.wire.tables import REWARD_MODEL, StageTable, chain_mistake, loras_of, parts_of
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 HELD_OUT_SHARE = 0.02  # of the rows, where data.held_out is left out
@@ -227,6 +238,10 @@ class JobFile(Strict, Sections):
         str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Run ids begin with it")
     ]
     stage: Annotated[StageName, Field(description="What is learned from the rows")] = "sft"
+    stages: Annotated[
+        list[StageTable],
+        Field(max_length=MOST_STAGES, description="Several, one after the other on one machine"),
+    ] = []
     start: Annotated[
         str | None,
         Field(
@@ -250,6 +265,13 @@ class JobFile(Strict, Sections):
     limits: Limits
     image: Image = Image()
     results: Results = Results()
+    _parts: list[JobFile] = PrivateAttr(default_factory=list)
+
+    @property
+    def parts(self) -> list[JobFile]:
+        """The file of each of its stages; of one without [[stages]] itself. With them, this file's
+        own keys are those of the last stage."""
+        return self._parts or [self]
 
     @field_validator("env")
     @classmethod
@@ -335,11 +357,44 @@ def load(path: Path) -> JobFile:
 def parse(raw: dict[str, Any], path: Path) -> JobFile:
     """As `load`, from a dict. `path` names the file in messages, and relative paths are relative to
     its folder."""
+    folder = path.resolve().parent
+    if "stages" in raw:
+        return _several(raw, path)
+    return _with_absolute_paths(_validated(raw, path), folder)
+
+
+def _validated(raw: dict[str, Any], path: Path, where: str = "") -> JobFile:
     try:
-        job = JobFile.model_validate(raw)
+        return JobFile.model_validate(raw)
     except ValidationError as e:
-        raise ConfigError("\n".join(f"{path}: {_message(err)}" for err in e.errors())) from e
-    return _with_absolute_paths(job, path.resolve().parent)
+        lines = [f"{path}: {where}{_message(err)}" for err in e.errors()]
+        raise ConfigError("\n".join(lines)) from e
+
+
+def _several(raw: dict[str, Any], path: Path) -> JobFile:
+    """A file with [[stages]]."""
+    try:
+        tables = TypeAdapter(list[StageTable]).validate_python(raw["stages"])
+    except ValidationError as e:
+        lines = [f"{path}: stages.{_message(err)}" for err in e.errors()]
+        raise ConfigError("\n".join(lines)) from e
+    mistake = chain_mistake(raw, tables) if tables else "stages: it names none"
+    if mistake:
+        raise ConfigError(f"{path}: {mistake}")
+    texts = parts_of(raw, tables)
+    parts = [_validated(t, path, f"stages.{n}: ") for n, t in enumerate(texts)]
+    try:
+        loras_of(tables, [part.lora for part in parts])
+    except ValueError as e:
+        raise ConfigError(f"{path}: stages: {e}") from e
+    judged = [any(t.stage == "rm" for t in tables[:n]) for n in range(len(tables))]
+    found = [
+        _with_absolute_paths(part, path.resolve().parent, own)
+        for part, own in zip(parts, judged, strict=True)
+    ]
+    job = found[-1].model_copy(update={"stages": tables})
+    job._parts = found
+    return job
 
 
 def schema() -> dict[str, Any]:
@@ -380,7 +435,9 @@ def _message(err: Any) -> str:
     return f"{where}: {message}{given}"
 
 
-def _with_absolute_paths(job: JobFile, folder: Path) -> JobFile:
+def _with_absolute_paths(job: JobFile, folder: Path, own_judge: bool = False) -> JobFile:
+    """`own_judge`: whether an earlier stage of the file makes a reward model."""
+
     def here(p: Path) -> Path:
         return (folder / p.expanduser()).resolve()
 
@@ -408,7 +465,7 @@ def _with_absolute_paths(job: JobFile, folder: Path) -> JobFile:
                     )
                 }
             )
-            if r.path
+            if r.path and not (own_judge and r.kind == "model" and r.path == REWARD_MODEL)
             else r
             for r in section.rewards
         ]
@@ -421,9 +478,10 @@ def _with_absolute_paths(job: JobFile, folder: Path) -> JobFile:
 
 
 def _adapter(name: str, folder: Path, results: Path) -> Path:
-    """Where the adapter lies that a job file calls `name`: a run's, or a path; existing or not."""
+    """Where the adapter lies that a job file calls `name`: a run's, that of a stage of a run
+    (RUN/2-sft), or a path; existing or not."""
     of_run = results / name / "adapter.zip"
-    if "/" not in name and of_run.is_file():
+    if re.fullmatch(r"[^/]+(/\d+-[a-z]+)?", name) and of_run.is_file():
         return of_run
     path = (folder / Path(name).expanduser()).resolve()
     inside = path / "adapter.zip"

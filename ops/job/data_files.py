@@ -17,9 +17,10 @@ from trainer.data.sources import Reading, find_sources
 from trainer.wire.stages import STAGES
 
 
-def data_files(job: JobFile, folder: Path) -> list[PushFile]:
-    """Every file of rows, the held-out one last. Converted files are written to `folder`. Raises
-    PreflightError for a file that does not exist or cannot be read."""
+def data_files(job: JobFile, folder: Path, first: int = 0) -> list[PushFile]:
+    """Every file of rows, the held-out one last, numbered from `first` on the box. Converted files
+    are written to `folder`. Raises PreflightError for a file that does not exist or cannot be
+    read."""
     data = job.data
     given = [file for path in data.files for file in _expanded(path)]
     wanted = _with_listed_files(given, STAGES[job.stage].learns_preferences)
@@ -36,7 +37,7 @@ def data_files(job: JobFile, folder: Path) -> list[PushFile]:
         raise PreflightError(
             "\n".join(f"{p}: no such file" for p in missing), hint="edit data.files in the job file"
         )
-    return [_push_file(path, n, folder) for n, path in enumerate(wanted)]
+    return [_push_file(path, n, folder) for n, path in enumerate(wanted, first)]
 
 
 def _expanded(path: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from ops.box.transfer import PushFile
@@ -66,6 +67,33 @@ def workload_of(
         row_tokens=sum(n * n for n in lengths) / sum(lengths),
         checkpoint_bytes=3 * adapter,
         save_every_s=job.training.save_every_s,
+    )
+
+
+def of_stages(loads: list[Workload]) -> Workload:
+    """The workload of stages that follow each other on one machine: the last one's, with the
+    others before it."""
+    last = loads[-1]
+    if len(loads) == 1:
+        return last
+    return replace(
+        last,
+        before=tuple(loads[:-1]),
+        pull_bytes=sum(w.pull_bytes for w in loads),
+        checkpoint_bytes=max(w.checkpoint_bytes for w in loads),
+        disk_gib=max(w.disk_gib for w in loads)
+        + math.ceil(sum(4 * w.pull_bytes for w in loads[:-1]) / 2**30),
+    )
+
+
+def largest(needs: list[Needs], workload: Workload) -> Needs:
+    """What a machine must have that carries every stage."""
+    return replace(
+        needs[-1],
+        min_gpu_memory_gib=max(n.min_gpu_memory_gib for n in needs),
+        min_cpu_ram_gib=max(n.min_cpu_ram_gib for n in needs),
+        min_compute_capability=max(n.min_compute_capability for n in needs),
+        disk_gib=workload.disk_gib,
     )
 
 

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ops.box.transfer import PushFile, sha256_of
 from ops.catalogue.models import Entry, lookup
 from ops.errors import ConfigError, PreflightError
@@ -23,7 +25,7 @@ from ops.job.adapters import FUNCTION, JUDGE, Adapters, taken_up
 from ops.job.config import JobFile
 from ops.job.data_files import data_files
 from ops.job.mistakes import grouped
-from ops.job.needs import needs_of, workload_of
+from ops.job.needs import largest, needs_of, of_stages, workload_of
 from ops.job.plan import Plan
 from trainer import families, memory
 from trainer.data import estimate, prepare, stage_rows
@@ -31,6 +33,7 @@ from trainer.data import template as prompt
 from trainer.data.errors import InvalidJob, ModelMissing
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
+from trainer.wire.tables import loras_of, told_of_chain
 
 CPU_FLOP_S = 1e11  # of a fast laptop
 TRAINER_SUFFIXES = (".py", ".toml", ".html")
@@ -67,34 +70,35 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     model, and the plan is marked `estimated`. Raises PreflightError or ConfigError."""
     tokens.validate(job.env, job.image.login or "")
     tokens.validate_gated(job.model.base, job.env)
-    job, adapters = taken_up(job, folder)
+    parts, adapters = _taken_up(job, folder)
+    files = _data_files(parts, folder)
     pushes = [
-        *data_files(job, folder),
+        *{p.remote: p for of_part in files for p in of_part}.values(),
         *_model_files(job),
-        *adapters.pushes,
+        *(push for found in adapters for push in found.pushes),
         *(_trainer_files() if job.image.trainer == "push" else []),
     ]
-    wire_job = _wire_job(job, run_id, pushes, adapters)
+    wire_job = _wire_job(job, run_id, parts, files, adapters)
     notes: list[str] = []
     entry = lookup(job.model.base) if or_estimate else None
-    tokenised = True
-    try:
-        lengths = _lengths(wire_job, folder, pushes, notes)
-    except NotTokenised as e:
-        if entry is None:
-            raise
-        tokenised, lengths = False, _estimated(wire_job, folder, pushes, entry, notes)
-        notes.append(f"{e}; a run asks for it")
+    lengths, tokenised = _lengths_of_all(wire_job, folder, pushes, entry, notes)
     config = _model_config(job, notes)
-    family = _family(job, config, max(lengths), notes)
-    shape = _shape(job, config, family, notes)
-    workload = workload_of(job, lengths, shape, pushes)
-    needs = needs_of(job, workload, shape)
-    template = Path(job.data.template)
+    shape = None
+    for part, of_part in zip(parts, lengths, strict=True):
+        family = _family(part, config, max(of_part), notes, chained=bool(job.stages))
+        shape = _shape(job, config, family, notes)
+    notes[:] = dict.fromkeys(notes)
+    loads = [
+        workload_of(part, of_part, shape, pushes)
+        for part, of_part in zip(parts, lengths, strict=True)
+    ]
+    workload = of_stages(loads)
+    needs = largest([needs_of(p, w, shape) for p, w in zip(parts, loads, strict=True)], workload)
+    templates = {Path(part.data.template) for part in parts}
     for name in job.offer.gpu_name:
         if (meant := gpus.meant(name)) != [name] and gpus.find(name) is None:
             notes.append(f"offer.gpu_name {name!r} is read as {', '.join(meant)}")
-    notes += sent.describe(pushes, template if template.is_absolute() else None)
+    notes += sent.describe(pushes, next((t for t in templates if t.is_absolute()), None))
     login, boards = job.image.login or "", job.training.report_to
     notes += tokens.describe(job.env, login, job.model.base, boards)
     return Plan(
@@ -120,12 +124,13 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
 def _validate_speed_here(plan: Plan) -> None:
     """Raises PreflightError for a job that this computer's CPU, which the emulator's boxes use,
     cannot train within limits.max_hours."""
-    seconds = 6 * plan.workload.computed_parameters * plan.workload.tokens / CPU_FLOP_S
+    tokens_of_all = sum(w.tokens for w in plan.workload.each)
+    seconds = 6 * plan.workload.computed_parameters * tokens_of_all / CPU_FLOP_S
     if seconds > plan.max_s:
         raise PreflightError(
             "without VAST_API_KEY the training runs on this computer's CPU, where "
             f"{plan.workload.model_parameters / 1e9:.1f} billion parameters "
-            f"and {plan.workload.tokens:,.0f} tokens take about {seconds / 3600:,.0f} hours; "
+            f"and {tokens_of_all:,.0f} tokens take about {seconds / 3600:,.0f} hours; "
             f"limits.max_hours is {plan.max_s / 3600:.1f}",
             hint="export VAST_API_KEY=... for the real run, or `make plan JOB=...` to see the "
             "emulated market",
@@ -159,7 +164,48 @@ def _trainer_files() -> list[PushFile]:
     ]
 
 
-def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile], adapters: Adapters) -> Job:
+def _taken_up(job: JobFile, folder: Path) -> tuple[list[JobFile], list[Adapters]]:
+    """The file of each stage, with the LoRA that it trains, and the adapters that come with it."""
+    found = [taken_up(part, folder) for part in job.parts]
+    parts = [part for part, _ in found]
+    if job.stages:
+        loras = loras_of(job.stages, [part.lora for part in parts])
+        parts = [
+            part.model_copy(update={"lora": lora}) for part, lora in zip(parts, loras, strict=True)
+        ]
+    return parts, [adapters for _, adapters in found]
+
+
+def _data_files(parts: list[JobFile], folder: Path) -> list[list[PushFile]]:
+    """The data files of each stage; a file of two is sent once."""
+    found: list[list[PushFile]] = []
+    sent_as: dict[tuple[str, str], str] = {}  # (sha256, how its name ends) -> where on the box
+    for part in parts:
+        files = data_files(part, folder, first=sum(map(len, found)))
+        known = [sent_as.setdefault((p.sha256, Path(p.remote).suffix), p.remote) for p in files]
+        found.append([replace(p, remote=r) for p, r in zip(files, known, strict=True)])
+    return found
+
+
+def _wire_job(
+    job: JobFile,
+    run_id: str,
+    parts: list[JobFile],
+    files: list[list[PushFile]],
+    adapters: list[Adapters],
+) -> Job:
+    told = [
+        _told(part, run_id, of_part, found)
+        for part, of_part, found in zip(parts, files, adapters, strict=True)
+    ]
+    try:
+        return Job.model_validate(told_of_chain(job.stages, told) if job.stages else told[0])
+    except ValidationError as e:
+        raise ConfigError("; ".join(err["msg"] for err in e.errors())) from e
+
+
+def _told(job: JobFile, run_id: str, files: list[PushFile], adapters: Adapters) -> dict[str, Any]:
+    """job.json's object for a stage by itself."""
     data = [
         {
             "path": p.remote,
@@ -167,38 +213,35 @@ def _wire_job(job: JobFile, run_id: str, pushes: list[PushFile], adapters: Adapt
             "sha256": p.sha256,
             "size_bytes": p.local.stat().st_size,
         }
-        for p in pushes
-        if p.remote.startswith("data/")
+        for p in files
     ]
     held_out = data.pop() if job.data.held_out_file else None
     template, text = _template(job.data.template)
     local = Path(job.model.base).is_dir()
     base, _, revision = (job.model.base, "", "") if local else job.model.base.partition("@")
-    return Job.model_validate(
-        {
-            "run_id": run_id,
-            "stages": [{"name": job.stage}],
-            "model": {
-                "base": Path(base).name if local else base,
-                "revision": revision or None,
-                "path": "model" if local else None,
-                "precision": job.model.precision,
-            },
-            "data": {
-                "files": data,
-                "held_out": held_out,
-                "template": template,
-                "template_text": text,
-                **job.data.reading_settings(job.stage),
-            },
-            "lora": job.lora.model_dump(),
-            "training": job.training.model_dump(),
-            "processes": job.offer.num_gpus,
-            "environment": job.env,
-            **adapters.told,
-            **job.section_on_box(JUDGE, FUNCTION),
-        }
-    )
+    return {
+        "run_id": run_id,
+        "stages": [{"name": job.stage}],
+        "model": {
+            "base": Path(base).name if local else base,
+            "revision": revision or None,
+            "path": "model" if local else None,
+            "precision": job.model.precision,
+        },
+        "data": {
+            "files": data,
+            "held_out": held_out,
+            "template": template,
+            "template_text": text,
+            **job.data.reading_settings(job.stage),
+        },
+        "lora": job.lora.model_dump(),
+        "training": job.training.model_dump(),
+        "processes": job.offer.num_gpus,
+        "environment": job.env,
+        **adapters.told,
+        **job.section_on_box(JUDGE, FUNCTION),
+    }
 
 
 def _template(name: str) -> tuple[str, str | None]:
@@ -226,12 +269,37 @@ class NotTokenised(PreflightError):
     """The data may be valid, but there is no tokenizer here to count its tokens."""
 
 
-def _lengths(job: Job, folder: Path, pushes: list[PushFile], notes: list[str]) -> list[int]:
+def _lengths_of_all(
+    job: Job, folder: Path, pushes: list[PushFile], entry: Entry | None, notes: list[str]
+) -> tuple[list[list[int]], bool]:
+    """Tokens of each row, by stage, and whether they were counted by the tokenizer: where there is
+    none, they are estimated for a model that the catalogue has as `entry`. Raises NotTokenised."""
+    found: list[list[int]] = []
+    tokenised = True
+    for number, (part, place) in enumerate(job.parts()):
+        said: list[str] = []
+        try:
+            lengths = _lengths(part, folder, place, pushes, said)
+        except NotTokenised as e:
+            if entry is None:
+                raise
+            tokenised, lengths = False, _estimated(part, folder, place, pushes, entry, said)
+            said.append(f"{e}; a run asks for it")
+        found.append(lengths)
+        of_stage = f"stage {number + 1}, {part.stage}: " if len(job.stages) > 1 else ""
+        notes += [of_stage + line for line in said]
+    return found, tokenised
+
+
+def _lengths(
+    job: Job, folder: Path, place: str, pushes: list[PushFile], notes: list[str]
+) -> list[int]:
     """Tokens of each row that will be trained on, by the trainer's own preparation on links to the
-    user's files. Raises NotTokenised without a tokenizer."""
+    user's files; the job's run folder is `place` in `folder`. Raises NotTokenised without a
+    tokenizer."""
     try:
-        with _linked(folder, pushes):
-            prepared = stage_rows.prepare(job, folder)
+        with _linked(folder, place, pushes):
+            prepared = stage_rows.prepare(job, folder / place)
     except InvalidJob as e:
         listed = "\n".join(f"  {s}" for s in grouped(e.samples))
         kind = NotTokenised if isinstance(e, ModelMissing) else PreflightError
@@ -260,8 +328,10 @@ def _lengths(job: Job, folder: Path, pushes: list[PushFile], notes: list[str]) -
 
 
 @contextmanager
-def _linked(folder: Path, pushes: list[PushFile]) -> Iterator[None]:
-    """While the block runs, the run folder has data/ and model/ as links to the user's files."""
+def _linked(folder: Path, place: str, pushes: list[PushFile]) -> Iterator[None]:
+    """While the block runs, the run folder has data/ and model/ as links to the user's files, and
+    the folder `place` of a stage."""
+    (folder / place).mkdir(parents=True, exist_ok=True)
     for p in pushes:
         if p.remote.startswith(("data/", "model/")):
             link = folder / p.remote
@@ -270,17 +340,17 @@ def _linked(folder: Path, pushes: list[PushFile]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in ("data", "model", "cache"):
+        for name in ("data", "model", "cache", "stages"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _estimated(
-    job: Job, folder: Path, pushes: list[PushFile], entry: Entry, notes: list[str]
+    job: Job, folder: Path, place: str, pushes: list[PushFile], entry: Entry, notes: list[str]
 ) -> list[int]:
     """An estimate of each row's tokens, without a tokenizer. Raises PreflightError for defects in
     the rows."""
-    with _linked(folder, pushes):
-        files = [(folder / f.path, f.name) for f in job.data.files]
+    with _linked(folder, place, pushes):
+        files = [(folder / place / f.path, f.name) for f in job.data.files]
         rows, defects = stage_rows.read(job, files)
     try:
         prepare.validate_rows(defects)
@@ -348,7 +418,7 @@ def _model_config(job: JobFile, notes: list[str]) -> dict[str, Any]:
 
 
 def _family(
-    job: JobFile, config: dict[str, Any], longest: int, notes: list[str]
+    job: JobFile, config: dict[str, Any], longest: int, notes: list[str], chained: bool = False
 ) -> families.Family | None:
     """The architecture's entry in families.toml, and its notes; None without a config. Raises
     PreflightError for an architecture that cannot be trained."""
@@ -361,6 +431,11 @@ def _family(
     except families.FamilyError as e:
         raise PreflightError(f"{job.model.base} cannot be trained: {e}", hint=e.hint) from e
     lora = job.training.method == "lora" and job.lora.target_modules == "all-linear"
+    if lora and family.mixture and chained:
+        raise PreflightError(
+            "an adapter of a mixture's experts is not taken up by a later stage",
+            hint="name attention's modules in lora.target_modules",
+        )
     if lora and family.mixture and (job.stage == "ppo" or job.judge is not None):
         raise PreflightError(
             f"stage {job.stage} holds adapters beside each other, and those of a mixture's experts "

@@ -53,6 +53,7 @@ class CostEstimate:
     risk_usd: float = 0.0
     gb_in: float = 0.0
     gb_out: float = 0.0
+    stages_s: tuple[float, ...] = ()  # of `train_s`, by stage
 
     @property
     def running_h(self) -> float:
@@ -76,11 +77,12 @@ def predict(
     """Dollars and seconds of `workload` on `offer`. `bid_usd_per_hour` makes it interruptible;
     `p_bad` is the chance (0 to 1) that this machine fails again, by earlier runs. Raises
     DoesNotFit."""
-    speed = tokens_per_second(offer, workload)
+    speeds = [tokens_per_second(offer, one) for one in workload.each]
     if workload.cpu_practice:
         workload = replace(workload, boot_s=_PRACTICE_BOOT_S, start_s=_PRACTICE_START_S)
     pull_s, transfer_s, read_s = _moving_s(offer, workload)
-    start_s, train_s = workload.start_s + read_s, workload.tokens / speed
+    stages_s = tuple(one.tokens / s for one, s in zip(workload.each, speeds, strict=True))
+    start_s, train_s = workload.start_s + read_s, sum(stages_s)
     running_h = (transfer_s + start_s + train_s) / 3600
     hours = running_h + (workload.boot_s + pull_s) / 3600
     rate = offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
@@ -111,7 +113,8 @@ def predict(
         lines=(),
         start_s=start_s,
         usd_per_hour=rate,
-        tokens_per_s=speed,
+        tokens_per_s=speeds[-1],
+        stages_s=stages_s,
         gb_in=gb_in,
         gb_out=gb_out,
     )
@@ -270,8 +273,8 @@ def _seconds_for(amount: float, rate: float) -> float:
 
 
 def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str, ...]:
-    each = f"{offer.num_gpus}x {offer.gpu_name}" if offer.num_gpus > 1 else offer.gpu_name
-    where = "this computer" if workload.cpu_practice else each
+    gpu = f"{offer.num_gpus}x {offer.gpu_name}" if offer.num_gpus > 1 else offer.gpu_name
+    where = "this computer" if workload.cpu_practice else gpu
     disk_month = offer.storage_usd_per_gib_month
     moved = [
         f"{t.name:<9} {_duration(t.seconds)} and ${t.usd:.4f} for "
@@ -287,9 +290,15 @@ def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str,
             f"{_duration(one.seconds)} and ${one.usd:.4f} each"
             + (late if one.seconds > workload.save_every_s else "")
         )
+    each = workload.each
+    trained = [
+        f"train     {f'{one.stage} ' if len(each) > 1 else ''}{_duration(seconds)} = "
+        f"{one.tokens / 1e6:.2f} M tokens / {one.tokens / max(seconds, 1e-9):,.0f} a second on "
+        f"{where}" + (f", ${c.usd_per_hour * seconds / 3600:.4f}" if len(each) > 1 else "")
+        for one, seconds in zip(each, c.stages_s, strict=True)
+    ]
     return (
-        f"train     {_duration(c.train_s)} = {workload.tokens / 1e6:.2f} M tokens / "
-        f"{c.tokens_per_s:,.0f} a second on {where}",
+        *trained,
         f"before    {_duration(c.boot_s + c.pull_s)} to boot and pull "
         f"{workload.image_bytes / GB:.2f} GB of image",
         *moved,

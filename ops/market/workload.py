@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ class Workload:
     length that a token sees on average (sum of squared lengths over sum of lengths). `saved` are
     the modules that are trained fully beside an adapter. `home_*_mbps` is the laptop's own
     connection. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run against
-    the emulator, on this computer's CPU.
+    the emulator, on this computer's CPU. `before` are the stages that the same machine trains
+    before this one, of which what they compute counts.
     """
 
     tokens: float
@@ -60,11 +61,22 @@ class Workload:
     start_s: float = _START_S
     active_parameters: float | None = None
     saved: tuple[str, ...] = ()
+    before: tuple[Workload, ...] = ()
 
     def __post_init__(self) -> None:
+        loads = [Workload(**w) if isinstance(w, dict) else w for w in self.before]
+        object.__setattr__(self, "before", tuple(loads))
         if isinstance(self.shape, dict):  # read back from a journal's line
             object.__setattr__(self, "shape", memory.Shape(**self.shape))
         object.__setattr__(self, "saved", tuple(self.saved))
+
+    @property
+    def each(self) -> tuple[Workload, ...]:
+        """Every stage, in order."""
+        return (
+            *(replace(one, num_gpus=self.num_gpus) for one in self.before),
+            replace(self, before=()),
+        )
 
     @property
     def computed_parameters(self) -> float:

@@ -12,7 +12,7 @@ from ops.market.client import Vast
 from ops.market.models import Offer
 from ops.market.ranking import Needs, Ranking, penalty, query, rank
 from ops.market.workload import Workload
-from ops.run import journal
+from ops.run import chain, journal
 from ops.run.session import Session
 
 ANYTHING = Needs(  # every offer of the market
@@ -91,22 +91,17 @@ def search_offers(vast: Vast, needs: Needs) -> list[Offer]:
 
 
 def remaining_workload(session: Session) -> Workload:
-    """The plan's workload, less the tokens of the steps before the newest checkpoint here."""
-    checkpoint, started = session.journal.last("checkpoint"), session.journal.last("event")
-    total = next(
-        (
-            line["total_steps"]
-            for line in reversed(session.journal.lines)
-            if line.get("total_steps")
-        ),
-        0,
-    )
-    if checkpoint is None or started is None or not total:
-        return session.plan.workload
-    return replace(
-        session.plan.workload,
-        tokens=session.plan.workload.tokens * max(0.0, 1 - checkpoint["step"] / total),
-    )
+    """The plan's workload, less the stages whose results are here, and the tokens of the steps
+    before the newest checkpoint here."""
+    each = session.plan.workload.each
+    left = [one for n, one in enumerate(each) if chain.result_at_home(session, n) is None]
+    left = left or [each[-1]]
+    checkpoint = chain.newest_checkpoint(session)
+    totals = [line["total_steps"] for line in session.journal.lines if line.get("total_steps")]
+    if checkpoint is not None and totals:
+        share = max(0.0, 1 - int(checkpoint.name) / totals[-1])
+        left[0] = replace(left[0], tokens=left[0].tokens * share)
+    return replace(left[-1], before=tuple(left[:-1]))
 
 
 def no_offer_error(ranking: Ranking, tried: int, needs: Needs) -> NoOffer:

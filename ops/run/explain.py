@@ -24,6 +24,8 @@ STAGES = {
     "launched": "training",
     "event": "training",
     "checkpoint": "training",
+    "stage_ended": "training",
+    "stage_pulled": "training",
     "ended": "training ended",
     "pulled": "adapter at home",
     "destroying": "destroying",
@@ -55,6 +57,7 @@ class Status:
     usd_per_hour: float | None = None  # of the box, while it has one
     ends_itself_at: float | None = None  # unix seconds, at the latest
     kept_until: float | None = None  # unix seconds, of a box that is stopped; else None
+    training: str = ""  # of a run of several stages, which one was begun last
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -84,7 +87,13 @@ def status(run_id: str, lines: list[Line], now: float, owner: str = "") -> Statu
         _usd_per_hour(lines) if may_have_box(lines) else None,
         ends_itself_at(lines) if may_have_box(lines) else None,
         float(line["until"]) if (line := kept(lines)) is not None else None,
+        _training(lines),
     )
+
+
+def _training(lines: list[Line]) -> str:
+    begun = next((k for k in reversed(lines) if k.kind == "event" and k.get("stages")), None)
+    return f"stage {begun['number']} of {begun['stages']}, {begun['stage']}" if begun else ""
 
 
 def _usd_per_hour(lines: list[Line]) -> float | None:
@@ -165,6 +174,12 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
             return "launch", f"training {d('state')}"
         case "checkpoint":
             return "save", f"checkpoint of step {d('step')} is at home"
+        case "stage_ended":
+            numbers = "".join(f", {k} {v:.4g}" for k, v in list(d("numbers", {}).items())[:3])
+            of = f"stage {d('number') + 1} of {d('stages')}, {d('stage')}"
+            return "stage", f"{of}: {d('steps')} steps, loss {d('final_loss'):.4f}{numbers}"
+        case "stage_pulled":
+            return "stage", f"{d('number') + 1}, {d('stage')}: its result is at home, verified"
         case "event":
             return "trainer", f"{d('event')} {d('reason') or d('message') or ''}".rstrip()
         case "ended":

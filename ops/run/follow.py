@@ -29,7 +29,7 @@ from ops.errors import (
     Stalled,
     Unsuitable,
 )
-from ops.run import blame, retrieve
+from ops.run import blame, chain, retrieve
 from ops.run.rental import raise_if_preempted
 from ops.run.session import MARGIN_S, Session
 from ops.wait import Patience, until
@@ -157,7 +157,11 @@ def _handle(session: Session, box: Box, state: _State, lines: list[str]) -> None
         state.failure = event if isinstance(event, events.Failure) else state.failure
         state.stepped = state.stepped or isinstance(event, events.Step)
         _record(session, event)
+        if isinstance(event, events.StageEnded):
+            chain.remember(session, event)
+            chain.try_to_bring_home(session, box)
         if event is newest:
+            chain.try_to_bring_home(session, box)
             mirror(session, box, newest)
 
 
@@ -192,6 +196,7 @@ def _record(session: Session, event: events.Event) -> None:
                 step=event.step,
                 total_steps=event.total_steps,
                 kernels=event.kernels,
+                **_place(event),
             )
         case events.Warned():
             session.note("event", event="warning", message=event.message)
@@ -215,10 +220,22 @@ def _record(session: Session, event: events.Event) -> None:
             pass
 
 
+def _place(event: events.Started) -> dict[str, Any]:
+    """Of a stage of several, which one it is."""
+    if event.stages < 2:
+        return {}
+    place = {"number": event.number, "stages": event.stages, "stage": event.stage[:20]}
+    return place | {"weights_read": event.weights_read}
+
+
 def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
     """Pull one checkpoint completely, then delete the older ones here. A failure only shows a
     message: the next checkpoint comes."""
-    folder = session.journal.folder / "checkpoints" / str(checkpoint.step)
+    folder = chain.home_of(session, checkpoint.path)
+    if folder is None or folder.name != str(checkpoint.step):
+        message = f"the box calls a checkpoint {checkpoint.path!r:.80}: it is not taken home"
+        session.screen.waiting(message)
+        return
     remote = f"{scripts.run_folder(session.run_id)}/{checkpoint.path}"
     try:
         moved = pull_folder(
@@ -241,8 +258,9 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
         manifest_sha256=checkpoint.manifest_sha256,
         bytes_out=moved,
     )
-    for older in folder.parent.iterdir():
-        if older != folder:
+    others = [session.journal.folder / f / "checkpoints" for f in chain.folders(session)]
+    for older in [*folder.parent.iterdir(), *others]:
+        if older not in (folder, folder.parent):
             shutil.rmtree(older, ignore_errors=True)
 
 
@@ -292,16 +310,6 @@ def _manifest_files(files: dict[str, Any], max_bytes: int) -> dict[str, tuple[st
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"the manifest names {name!r:.80}, outside its folder")
     return found
-
-
-def newest_checkpoint(session: Session) -> Path | None:
-    """The newest mirrored checkpoint whose manifest is there; None without one."""
-    complete = [
-        p.parent
-        for p in (session.journal.folder / "checkpoints").glob("*/manifest.json")
-        if p.parent.name.isdigit()
-    ]
-    return max(complete, key=lambda p: int(p.name), default=None)
 
 
 def _record_end(session: Session, box: Box, code: int, failure: events.Failure | None) -> None:

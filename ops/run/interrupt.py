@@ -10,8 +10,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 from ops.box import scripts
 from ops.box.connection import Box
 from ops.errors import Failed, MilkteaError
-from ops.run import retrieve, wishes
-from ops.run.follow import BAD_MANIFEST, newest_checkpoint, pull_folder
+from ops.run import chain, retrieve, wishes
+from ops.run.follow import BAD_MANIFEST, pull_folder
 from ops.run.kept import kept, stop_and_keep
 from ops.run.session import Detached, Interrupted, Kept, Session
 
@@ -92,19 +92,20 @@ def fetch_newest(session: Session, box: Box) -> None:
         box.run(scripts.stop_training(session.run_id))
         session.clock.sleep(3)
         folder = scripts.run_folder(session.run_id)
-        names = box.run(
-            f"cd {folder}/checkpoints 2>/dev/null && ls -d */manifest.json"
+        chain.bring_home(session, box)
+        listed = box.run(
+            f"cd {folder} && ls -d checkpoints/*/manifest.json stages/*/checkpoints/*/manifest.json"
+            " 2>/dev/null"
         ).stdout.split()
-        steps = sorted(
-            (int(n.split("/")[0]) for n in names if n.split("/")[0].isdigit()), reverse=True
-        )
-        have = newest_checkpoint(session)
-        if steps and (have is None or steps[0] > int(have.name)):
-            local = session.journal.folder / "checkpoints" / str(steps[0])
+        paths = [n.removesuffix("/manifest.json") for n in listed]
+        paths = [p for p in paths if chain.home_of(session, p) is not None]
+        newest = max(paths, key=chain.order_of, default=None)
+        local = chain.home_of(session, newest) if newest else None
+        have = chain.newest_checkpoint(session)
+        here = have and have.relative_to(session.journal.folder).as_posix()
+        if newest and local and (not here or chain.order_of(newest) > chain.order_of(here)):
             max_bytes = retrieve.checkpoint_bytes(session.plan.workload)
-            moved = pull_folder(
-                box, f"{folder}/checkpoints/{steps[0]}", local, None, max_bytes=max_bytes
-            )
-            session.note("checkpoint", step=steps[0], folder=str(local), bytes_out=moved)
+            moved = pull_folder(box, f"{folder}/{newest}", local, None, max_bytes=max_bytes)
+            session.note("checkpoint", step=int(local.name), folder=str(local), bytes_out=moved)
     except (MilkteaError, OSError, *BAD_MANIFEST) as e:
         session.screen.waiting(f"the newest checkpoint could not be fetched: {e}")

@@ -40,10 +40,10 @@ from ops.errors import (
 from ops.job import tokens
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
-from ops.run import blame, place, rental, retrieve
+from ops.run import blame, chain, place, rental, retrieve
 from ops.run.choose import choose, search
 from ops.run.expected import ADAPTER
-from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow, newest_checkpoint
+from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow
 from ops.run.interrupt import fetch_newest, stage
 from ops.run.keeper import keeper_running
 from ops.run.rental import box_left_alone, endpoints, raise_if_preempted, rented
@@ -243,8 +243,8 @@ def _unarmed(session: Session, box: Box) -> str:
 
 @stage
 def push(session: Session, box: Box) -> None:
-    """Push the job, data, model, our trainer, and the newest checkpoint of an earlier box. Files
-    that are complete on the box are not sent again.
+    """Push the job, data, model, our trainer, and from an earlier box the results of its stages and
+    the newest checkpoint. Files that are complete on the box are not sent again.
 
     Once the training was launched on this box nothing is pushed: a newer milktea may have other
     files of the same names."""
@@ -256,12 +256,11 @@ def push(session: Session, box: Box) -> None:
     job.write_text(_job_text(session.plan.wire_job), "utf-8")
     files = [PushFile(p.local, f"{folder}/{p.remote}", p.sha256) for p in session.plan.pushes]
     files.append(_push_file(job, f"{folder}/job.json"))
-    if checkpoint := newest_checkpoint(session):
-        files += [
-            _push_file(p, f"{folder}/checkpoints/{checkpoint.name}/{p.relative_to(checkpoint)}")
-            for p in sorted(checkpoint.rglob("*"))
-            if p.is_file()
-        ]
+    kept = chain.results_to_push(session)
+    if checkpoint := chain.newest_checkpoint(session):
+        kept += [p for p in sorted(checkpoint.rglob("*")) if p.is_file()]
+    home = session.journal.folder
+    files += [_push_file(p, f"{folder}/{p.relative_to(home).as_posix()}") for p in kept]
     began = session.clock.steady()
     retry_transfer(
         session,
@@ -356,6 +355,7 @@ def pull(session: Session, box: Box) -> RunResult:
     for attempt in range(1, MAX_FETCHES + 1):
         try:
             inspected = retry_transfer(session, box, lambda: retrieve.fetch(session, box, staging))
+            retry_transfer(session, box, lambda: chain.bring_home(session, box))
             break
         except AdapterError as e:
             session.note("bad_result", attempt=attempt, why=str(e))
@@ -363,7 +363,9 @@ def pull(session: Session, box: Box) -> RunResult:
             staging.mkdir()
             if attempt == MAX_FETCHES:
                 raise
-    out = retrieve.write_out(session, staging, inspected, session.journal.folder / EVENTS)
+    events_file = session.journal.folder / EVENTS
+    stages = chain.sections(session)
+    out = retrieve.write_out(session, staging, inspected, events_file, stages)
     found = inspected.verified
     session.note(
         "pulled",

@@ -8,7 +8,8 @@ box says.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,22 @@ def _max_bytes(workload: Workload, predicted: float) -> int:
 def fetch(session: Session, box: Box, staging: Path) -> Inspected:
     """Pull the result into `staging` and verify it there. Raises AdapterError for a result that
     does not verify, Lost, HostKeyChanged, and PreflightError where this disk is full."""
-    folder = f"{scripts.run_folder(session.run_id)}/result"
-    max_bytes = {ADAPTER: archive_bytes(session.plan.workload), PICTURE: PICTURE_BYTES}
+    expect = ExpectedResult.of(session.plan.wire_job)
+    return fetch_from(session, box, "result", staging, expect, session.plan.workload)
+
+
+def fetch_from(
+    session: Session,
+    box: Box,
+    place: str,
+    staging: Path,
+    expect: ExpectedResult,
+    workload: Workload,
+) -> Inspected:
+    """As `fetch`, of the result in the folder `place` of the run folder, which a stage of
+    `workload` made."""
+    folder = f"{scripts.run_folder(session.run_id)}/{place}"
+    max_bytes = {ADAPTER: archive_bytes(workload), PICTURE: PICTURE_BYTES}
     manifest = staging / MANIFEST
     for name in (MANIFEST, *PULLED):
         (staging / name).unlink(missing_ok=True)
@@ -76,7 +91,7 @@ def fetch(session: Session, box: Box, staging: Path) -> Inspected:
         raise AdapterError(f"the result cannot be fetched whole: {e}") from e
     if (staging / PICTURE).is_file() and not _is_png(staging / PICTURE):
         (staging / PICTURE).unlink()
-    return sandbox.verify(manifest, staging / ADAPTER, ExpectedResult.of(session.plan.wire_job))
+    return sandbox.verify(manifest, staging / ADAPTER, expect)
 
 
 def _is_png(path: Path) -> bool:
@@ -84,10 +99,25 @@ def _is_png(path: Path) -> bool:
         return file.read(len(PNG_MAGIC)) == PNG_MAGIC
 
 
-def write_out(session: Session, staging: Path, inspected: Inspected, events_file: Path) -> Path:
-    """Copy what was verified to results.folder/RUN and write the report beside it; `events_file`
-    holds the run's events. Returns the folder that has the adapter: `staging`, where results.folder
-    cannot be written."""
+@dataclass(frozen=True)
+class StageSection:
+    """A stage before the last: its name, the folder of its verified result, facts for a report."""
+
+    name: str
+    folder: Path
+    facts: Mapping[str, Any]
+
+
+def write_out(
+    session: Session,
+    staging: Path,
+    inspected: Inspected,
+    events_file: Path,
+    stages: Sequence[StageSection] = (),
+) -> Path:
+    """Copy what was verified to results.folder/RUN, the result of each of `stages` to a folder of
+    its name there, and write the report beside it; `events_file` holds the run's events. Returns
+    the folder that has the adapter: `staging`, where results.folder cannot be written."""
     out = Path(session.plan.out) / session.run_id
     offer = session.offer()
     extra_rows = {
@@ -99,12 +129,15 @@ def write_out(session: Session, staging: Path, inspected: Inspected, events_file
         for name in PULLED:
             if (staging / name).is_file():
                 shutil.copy2(staging / name, out / name)
+        for section in stages:
+            (out / section.name).mkdir(exist_ok=True)
+            shutil.copy2(section.folder / ADAPTER, out / section.name / ADAPTER)
     except OSError as e:
         session.screen.waiting(f"{out} takes no files ({e}): the verified adapter is in {staging}")
         out = staging
     try:
         (out / REPORT).write_bytes(
-            report(session.plan.wire_job, inspected.facts, events_file, extra_rows)
+            report(session.plan.wire_job, inspected.facts, events_file, extra_rows, stages)
         )
     except (OSError, ValueError, KeyError, TypeError) as e:
         session.screen.waiting(f"no {REPORT} was written: {e}")
@@ -116,9 +149,10 @@ def report(
     facts: Mapping[str, Any],
     events_file: Path,
     extra_rows: Mapping[str, str],
+    stages: Sequence[StageSection] = (),
 ) -> bytes:
     """report.html from job.json's object, a verified manifest's facts, the events in `events_file`,
-    and `extra_rows` (name -> text) for its table."""
+    `extra_rows` (name -> text) for its table, and a section for each of `stages`."""
     samples: list[Mapping[str, str]] = []
     score = None
     for event in events_of(events_file):
@@ -126,7 +160,8 @@ def report(
             score = (event.exact_match_before, event.exact_match_after)
         if isinstance(event, events.Sample) and len(samples) < MAX_SAMPLES:
             samples.append(event.model_dump(include={"prompt", "expected", "before", "after"}))
-    return page(job, facts, samples, score, extra_rows)
+    told = [(section.name, section.facts) for section in stages]
+    return page(job, facts, samples, score, extra_rows, told)
 
 
 def events_of(events_file: Path) -> Iterator[events.Event]:

@@ -75,10 +75,26 @@ def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(
         PushFile(p, f"data/{n}-{p.name}", sha256_of(p))
         for n, p in enumerate([*job.data.files, job.data.held_out])
     ]
-    assert ours == _wire_job(job, "mine-1", pushes, taken_up(job, tmp_path / "stage")[1])
+    adapters = taken_up(job, tmp_path / "stage")[1]
+    assert ours == _wire_job(job, "mine-1", [job], [pushes], [adapters])
     assert Job.model_validate_json((run / "job.json").read_text()) == ours and ours.processes == 2
     assert (run / "model" / "config.json").is_file() and (run / "data" / "1-held.json").is_file()
     assert convert.write_run(job_folder / "job.toml", job, run, 1).processes == 1
+
+
+def test_a_job_file_of_several_stages_becomes_the_same_chain_on_the_server(tmp_path: Path) -> None:
+    from ops.job.planner import make_plan
+
+    example = SERVER.parents[2] / "jobs/practice-chain.toml"
+    job, run = config.load(example), tmp_path / "milktea" / "mine-1"
+    ours = module("job_from_toml").write_run(example, job, run, None)
+    (tmp_path / "plan").mkdir()
+    theirs = Job.model_validate(make_plan(job, "mine-1", tmp_path / "plan").wire_job)
+    for (mine, _), (rented, _) in zip(ours.parts(), theirs.parts(), strict=True):
+        told = [part.model_dump(exclude={"data": {"files", "held_out"}}) for part in (mine, rented)]
+        assert told[0] == told[1]
+        hashes = [[f.sha256 for f in part.data.files] for part in (mine, rented)]
+        assert hashes[0] == hashes[1]
 
 
 def test_the_paths_that_a_job_names_are_told_before_anything_is_mounted(

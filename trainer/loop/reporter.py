@@ -4,7 +4,9 @@ silent."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,33 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "token
 NOTES = "data_report.txt"
 
 
-class Reporter:
-    """Every method does nothing where the process is not the `first`."""
+@dataclass(frozen=True)
+class Ended:
+    """A training that reached its end. `adapter_sha256` is that of its archive, known on rank 0
+    alone."""
 
-    def __init__(self, job: Job, run: Path, first: bool) -> None:
+    steps: int
+    final_loss: float
+    adapter_sha256: str = ""
+
+
+class Reporter:
+    """Every method does nothing where the process is not the `first`. Of a stage of several, `run`
+    is its own folder, `home` that of the whole run, and `place` its fields of Started."""
+
+    def __init__(
+        self,
+        job: Job,
+        run: Path,
+        first: bool,
+        home: Path | None = None,
+        place: Mapping[str, Any] | None = None,
+    ) -> None:
         self._run, self._log, self._boards = run, None, None
+        self._home, self._place = home or run, dict(place or {})
         if first:
-            events.end_cut_line(run / "events.jsonl")
-            self._log = events.EventWriter(run / "events.jsonl")
+            events.end_cut_line(self._home / "events.jsonl")
+            self._log = events.EventWriter(self._home / "events.jsonl")
             self._boards = report.Boards(job, run)
 
     def event(self, kind: type[events.Event], **fields: Any) -> None:
@@ -38,7 +59,7 @@ class Reporter:
         also in data_report.txt, and a board that is missing."""
         if self._boards is None:
             return
-        self.event(events.Started, versions=versions(), **facts)
+        self.event(events.Started, versions=versions(), **self._place, **facts)
         if notes:
             (self._run / NOTES).write_text("\n".join(notes) + "\n", encoding="utf-8")
             told = f"{len(notes)} rows were changed or left out: {notes[0]} ... ({NOTES} has all)"
@@ -61,8 +82,18 @@ class Reporter:
 
     def checkpoint(self, step: int, folder: Path, digest: str) -> None:
         """A checkpoint is on disk; `digest` is the sha256 of its manifest."""
-        path = folder.relative_to(self._run).as_posix()
+        path = folder.relative_to(self._home).as_posix()
         self.event(events.Checkpoint, step=step, path=path, manifest_sha256=digest)
+
+    def finished(self, ended: Ended, began: float) -> None:
+        """The run is done; its seconds count from `began` (unix time)."""
+        self.event(
+            events.Finished,
+            seconds=round(time.time() - began, 1),
+            steps=ended.steps,
+            final_loss=ended.final_loss,
+            adapter_sha256=ended.adapter_sha256,
+        )
 
     def close(self) -> None:
         for told in (self._log, self._boards):

@@ -31,6 +31,7 @@ from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter, versions
 from trainer.loop.schedule import learning_rate
 from trainer.model import likeness
+from trainer.model.kept import KeptBase
 from trainer.wire.job import Job
 
 
@@ -48,10 +49,12 @@ class Stage(ABC):
     model: nn.Module
     kernels: dict[str, str]  # what computes the model, by name
     ranks: Ranks
+    kept: KeptBase  # the base, which an earlier stage of the run may have read
 
     def __init__(self, job: Job, run: Path) -> None:
         """Reads the data and sets `total_steps`. Raises InvalidJob, TemplateError, Stopped."""
         self.job, self.run = job, run
+        self.kept = KeptBase()
 
     @abstractmethod
     def load(self, ranks: Ranks) -> None:

@@ -21,7 +21,7 @@ from trainer.loop.held_out import EarlyStopping
 from trainer.loop.optim import EXTRA, LOSS, WISHES, optimizer_of, set_rates
 from trainer.loop.progress import Launched, Progress, Readback
 from trainer.loop.ranks import Gone, Ranks
-from trainer.loop.reporter import Reporter
+from trainer.loop.reporter import Ended, Reporter
 from trainer.loop.stage import Stage
 from trainer.model.parts import ends
 from trainer.wire import events
@@ -221,22 +221,19 @@ class Loop:
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             trainable_parameters=sum(p.numel() for p in self.named.values()),
             kernels=self.stage.kernels,
+            weights_read=self.stage.kept.reads,
         )
 
 
-def train(
-    job: Job, run: Path, stage: Stage, ranks: Ranks, reporter: Reporter, began: float
-) -> bool:
-    """Loads the stage's model, trains it and writes its result; False when it was asked to stop
-    before. The seconds of the run count from `began` (unix time)."""
+def train(job: Job, run: Path, stage: Stage, ranks: Ranks, reporter: Reporter) -> Ended | None:
+    """Loads the stage's model, trains it and writes its result; None when it was asked to stop
+    before."""
     reporter.event(events.Loading, what="loading the model")
     stage.load(ranks)
     state = Loop(job, run, stage, ranks, reporter).run()
     if state is None:
-        return False
-    model = ranks.whole(job, stage.base, on_device=stage.answers_at_end)
+        return None
+    model, digest = ranks.whole(job, stage.base, on_device=stage.answers_at_end), ""
     if ranks.rank == 0 and model is not None:
         digest = stage.finish(model, state, reporter)
-        told = {"steps": state.step, "final_loss": state.curve[-1][1], "adapter_sha256": digest}
-        reporter.event(events.Finished, seconds=round(time.time() - began, 1), **told)
-    return True
+    return Ended(state.step, state.curve[-1][1], digest)

@@ -178,10 +178,19 @@ def checkpoint_first(model: nn.Module, count: int) -> None:
     for layer in decoder_layers(model)[:count]:
         if getattr(layer, "is_fused", False):
             continue
-        forward = layer.forward
+        forward: Any = layer.forward
+        layer.plain_forward = forward
         layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(
             forward, *args, use_reentrant=False, **kwargs
         )
+
+
+def uncheckpoint(layers: nn.ModuleList) -> None:
+    """Takes back what `checkpoint_first` did."""
+    for layer in layers:
+        plain: Any = layer.__dict__.pop("plain_forward", None)
+        if plain is not None:
+            layer.forward = plain
 
 
 def load_base(

@@ -68,6 +68,27 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
             raise ModelError(f"lora: PEFT finds nothing to adapt: {why}") from why
     validate_patterns(settings, peft)
     keep_types(peft)
+    key_dropouts(peft, keys)
+    return peft
+
+
+def add_adapter(job: Job, peft: Any, config: LoraConfig, keys: TokenKeys) -> None:
+    """Gives a model that PEFT has wrapped, and that has no adapter, the one that is trained, with
+    the start values that `add_lora` gives. Raises ModelError."""
+    torch.manual_seed(job.training.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # about what PEFT asks
+        peft.add_adapter("default", config)
+    peft.set_adapter("default")
+    validate_patterns(job.lora, peft)
+    key_dropouts(peft, keys)
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad_("lora_" in name).requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def key_dropouts(peft: nn.Module, keys: TokenKeys) -> None:
+    """Lets every adapter's dropout draw by `keys`."""
     layer = 0
     for module in peft.modules():
         dropouts = getattr(module, "lora_dropout", None)
@@ -76,7 +97,6 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
                 if isinstance(dropout, nn.Dropout) and dropout.p:
                     dropouts[name] = KeyedDropout(dropout.p, layer, keys)
                 layer += 1
-    return peft
 
 
 def targets(job: Job, model: nn.Module) -> tuple[list[str] | str, list[str]]:

@@ -177,7 +177,7 @@ def write_result(
     manifest = {
         "wire": WIRE,
         "run_id": job.run_id,
-        "stages": [s.model_dump() for s in job.stages],
+        "stages": [s.model_dump(exclude_defaults=True) for s in job.stages],
         "base_model": job.model.base,
         "method": job.training.method,
         "files": files,

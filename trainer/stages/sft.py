@@ -28,9 +28,8 @@ from trainer.loop.held_out import Look
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
 from trainer.model import likeness
-from trainer.model.dropout import TokenKeys
 from trainer.model.forward import hidden_states, target_facts, target_loss
-from trainer.model.load import family_in, load, why_unpacked
+from trainer.model.load import family_in, why_unpacked
 from trainer.model.lora import start_values
 from trainer.model.parts import ModelError
 from trainer.model.roles import continue_from, stack_on
@@ -81,21 +80,23 @@ class Stage(stage.Stage):
         return max(self.lengths)
 
     def load(self, ranks: Ranks) -> None:
-        self.ranks, self.keys = ranks, TokenKeys()
+        self.ranks = ranks
         self.base = model_folder(self.job, self.run, weights=True)
         longest = self.longest
         family, precision = family_in(self.base, longest), self.job.model.precision
         why = why_unpacked(family, longest, ranks.device, precision)
         self.packed = self.job.training.packing and not why
-        compared = self.compare_with_stock(ranks, self.packed)
+        if not self.kept.holds(self.job, self.base, ranks.device, longest):
+            self.kept.compared = self.compare_with_stock(ranks, self.packed)
         if ranks.rank == 0:
             self._rehearse_saving()
         room = micro_batch(self.job, self.base, longest, ranks.device, ranks.world)
         self.budget, recomputed = room
-        self.model, self.kernels = load(
-            self.job, self.base, ranks.device, self.keys, recomputed, ranks.shard, longest
+        self.model, self.kernels = self.kept.load(
+            self.job, self.base, ranks.device, recomputed, ranks.shard, longest
         )
-        self.kernels |= compared
+        self.keys = self.kept.keys
+        self.kernels |= self.kept.compared
         if why:
             self.kernels["rows"] = f"one by one: {why}"
         if self.job.start is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,12 @@ def lora_from(adapter: Path, job: Lora, how: How) -> Lora:
     """The settings of what is trained: to continue an adapter its own, to stack on it those of the
     job with the rank of both. Raises ValueError with what does not go together, OSError."""
     told = settings_of(adapter)
-    if how == "continue":
-        return _continued(told, job)
+    return _continued(told, job) if how == "continue" else lora_on(told, job)
+
+
+def lora_on(told: Mapping[str, Any], job: Lora) -> Lora:
+    """The settings of a LoRA that is stacked on one with the settings `told` (TAKEN by name): the
+    job's, with the rank of both. Raises ValueError with what does not go together."""
     if told["rank_pattern"] or told["alpha_pattern"] or job.rank_pattern or job.alpha_pattern:
         raise ValueError('how = "stack" knows no rank_pattern and no alpha_pattern: continue it')
     r = told["r"] + job.r

@@ -43,6 +43,10 @@ class Started(_Event):
     processes: Count = 1
     device: str = "cpu"
     trainable_parameters: Count = 0
+    stage: str = ""  # of a run of several, its name
+    number: Count = 1  # from 1
+    stages: Count = 1
+    weights_read: Count = 1  # how often this process has read the base from its disk so far
     kernels: dict[str, str] = {}
     versions: dict[str, str] = {}
 
@@ -120,6 +124,21 @@ class Failure(_Event):
     hint: str = ""
 
 
+class StageEnded(_Event):
+    """Stage `number` (from 1) of several is done. Its result is whole in `path`, relative to the
+    run folder; `numbers` are what its held-out rows gave."""
+
+    event: Literal["stage_ended"] = "stage_ended"
+    stage: str
+    number: Count
+    stages: Count
+    path: str
+    manifest_sha256: str
+    steps: Count
+    final_loss: float
+    numbers: dict[str, float] = {}
+
+
 class Finished(_Event):
     event: Literal["finished"] = "finished"
     steps: Count
@@ -143,6 +162,7 @@ Event = (
     | HeldOut
     | Warned
     | Failure
+    | StageEnded
     | Finished
     | Unknown
 )
@@ -159,6 +179,7 @@ _KNOWN = {
         HeldOut,
         Warned,
         Failure,
+        StageEnded,
         Finished,
     )
 }

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -24,6 +25,9 @@ from trainer.wire.stages import (
 )
 
 WIRE = 2
+MOST_STAGES = 12
+UP = "../../"  # from a stage's folder to that of its run
+UNKNOWN = "0" * 64  # the sha256 of an adapter that is not trained yet
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -209,9 +213,18 @@ class Data(Strict):
 
 
 class Stage(Strict):
-    """One training of a run. What it does not say, the job says for all of them."""
+    """One training of a run. What it does not say, the job says for all of them; its section
+    ([pt], [rm] and so on) is the job's. `how` it takes up the adapter of the stage before, or the
+    job's start. With `min_accuracy` or `max_loss` the run ends after this stage where its held-out
+    rows give less, or more."""
 
     name: StageName
+    how: How = "continue"
+    data: Data | None = None
+    lora: Lora | None = None
+    training: Training | None = None
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_loss: Annotated[float, Field(gt=0)] | None = None
 
 
 class Adapter(Strict):
@@ -243,7 +256,9 @@ class Job(Strict, Sections):
 
     wire: int = WIRE
     run_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{2,62}$")]
-    stages: Annotated[list[Stage], Field(min_length=1, max_length=1)] = [Stage(name="sft")]
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=MOST_STAGES)] = [
+        Stage(name="sft")
+    ]
     model: ModelSpec
     data: Data
     start: Start | None = None
@@ -257,8 +272,58 @@ class Job(Strict, Sections):
 
     @property
     def stage(self) -> StageName:
-        """The name of the one stage."""
-        return self.stages[0].name
+        """The name of the stage whose result is the run's."""
+        return self.stages[-1].name
+
+    def folder(self, number: int) -> str:
+        """Of stage `number` (from 0) of several, in the run folder."""
+        return f"stages/{number + 1}-{self.stages[number].name}"
+
+    def parts(self) -> list[tuple[Job, str]]:
+        """Each stage as a job by itself, with the folder that is its run folder, relative to the
+        run's. Of one stage it is the job as it is."""
+        if len(self.stages) == 1:
+            return [(self, ".")]
+        return [(self.part(n), self.folder(n)) for n in range(len(self.stages))]
+
+    def starts_from(self, number: int) -> int | None:
+        """The stage whose adapter stage `number` takes up: the newest before it that is no reward
+        model; None where it is the job's own start."""
+        before = [n for n in range(number) if self.stages[n].name != "rm"]
+        return before[-1] if before else None
+
+    def judged_by(self, number: int) -> int | None:
+        """The stage whose reward model judges stage `number`; None where none does."""
+        if self.judge is not None or not _asks_a_model(self, self.stages[number].name):
+            return None
+        before = [n for n in range(number) if self.stages[n].name == "rm"]
+        return before[-1] if before else None
+
+    def part(self, number: int, sha256s: Mapping[int, str] | None = None) -> Job:
+        """Stage `number` of several as a job by itself, in a run folder of its own (`folder`).
+        `sha256s` are those of the adapters that earlier stages left. Raises ValueError for a stage
+        that cannot be trained so."""
+        stage, own = self.stages[number], {n: getattr(self, n) for n in Job.model_fields}
+        plain, section = Sections(), getattr(self, stage.name, None)
+        own |= {n: getattr(plain, n) for n in Sections.model_fields if n != stage.name}
+        function = getattr(section, "function", None) and self.reward_function
+        own |= {
+            "stages": [Stage(name=stage.name)],
+            "model": _above(self.model),
+            "data": _data_above(stage.data or self.data),
+            "lora": stage.lora or self.lora,
+            "training": stage.training or self.training,
+            "start": _above(self.start),
+            "judge": _above(self.judge) if _asks_a_model(self, stage.name) else None,
+            "reward_function": _above(function or None),
+        }
+        for key, source in (("start", self.starts_from(number)), ("judge", self.judged_by(number))):
+            if source is not None:
+                told = {"path": f"{UP}{self.folder(source)}/adapter", "name": self.folder(source)}
+                own[key] = told | {"sha256": (sha256s or {}).get(source, UNKNOWN)}
+        if own["start"] is not None and self.starts_from(number) is not None:
+            own["start"]["how"] = stage.how
+        return Job.model_validate(own)
 
     def text(self) -> str:
         """job.json as it is written. What is as its default is left out: an older image of this
@@ -267,7 +332,21 @@ class Job(Strict, Sections):
         return json.dumps(told, ensure_ascii=False, indent=1) + "\n"
 
     @model_validator(mode="after")
+    def _stages_follow_each_other(self) -> Job:
+        for number in range(len(self.stages) if len(self.stages) > 1 else 0):
+            part = self.part(number)
+            if defect := chain_defect(part.training, part.lora):
+                raise ValueError(f"stage {number + 1}: {defect}")
+        told = {stage.name for stage in self.stages}
+        for name in Sections.model_fields if len(self.stages) > 1 else ():
+            if name not in told and getattr(self, name) != getattr(Sections(), name):
+                raise ValueError(f"[{name}] says nothing to any stage: remove it")
+        return self
+
+    @model_validator(mode="after")
     def _rows_are_the_stages(self) -> Job:
+        if len(self.stages) > 1:
+            return self  # each was looked at as a job by itself
         defects = (
             format_defect(self.stage, self.data.format),
             method_defect(self.stage, self.training.method),
@@ -281,6 +360,8 @@ class Job(Strict, Sections):
 
     @model_validator(mode="after")
     def _adapters_are_there(self) -> Job:
+        if len(self.stages) > 1:
+            return self
         if defect := start_defect(self.start is not None, self.training, self.lora):
             raise ValueError(defect)
         section = getattr(self, self.stage, None)
@@ -300,6 +381,32 @@ class Job(Strict, Sections):
                 "image of the same release"
             )
         return self
+
+
+def _asks_a_model(job: Job, stage: StageName) -> bool:
+    return getattr(getattr(job, stage, None), "judge", None) is not None
+
+
+def _above(held: Any) -> dict[str, Any] | None:
+    """What a job tells of a file or folder, as a stage's folder sees it."""
+    if held is None:
+        return None
+    told: dict[str, Any] = held.model_dump()
+    return told | ({"path": UP + told["path"]} if told["path"] else {})
+
+
+def _data_above(data: Data) -> dict[str, Any]:
+    files = {"files": [_above(f) for f in data.files], "held_out": _above(data.held_out)}
+    return data.model_dump() | files
+
+
+def chain_defect(training: Training, lora: Lora) -> str:
+    """Why a stage of several must not have these settings; empty where it may."""
+    if training.method != "lora":
+        return f'several stages train adapters: training.method = "{training.method}" is a job'
+    if lora.init_lora_weights == "pissa" or lora.use_dora or lora.modules_to_save:
+        return "use_dora, modules_to_save and pissa are not taken up by a later stage: leave it out"
+    return ""
 
 
 def optim_defect(training: Training, processes: int) -> str:

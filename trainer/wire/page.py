@@ -32,9 +32,11 @@ def page(
     samples: Iterable[Mapping[str, str]] = (),
     score: tuple[float, float] | None = None,
     beside: Mapping[str, str] | None = None,
+    stages: Iterable[tuple[str, Mapping[str, Any]]] = (),
 ) -> bytes:
     """One HTML file with everything in it. `job` is job.json's object, `facts` the manifest's,
-    `score` the exact match before and after, `beside` further rows of the table."""
+    `score` the exact match before and after, `beside` further rows of the table, `stages` name and
+    facts of each stage that the run trained before."""
     run_id = html.escape(str(job["run_id"]))
     points = thinned(facts.get("curve"))
     held_out = thinned(_losses(facts.get("held_out_curve")))
@@ -48,8 +50,23 @@ def page(
     return (
         f'<!doctype html><meta charset="utf-8">{SAFE}<title>{run_id}</title>'
         f"<style>{STYLE}</style><h1>{run_id}</h1><table>{rows}</table>"
-        f"{_curve(points, held_out)}{_answers(samples)}<h2>Settings</h2><pre>{settings}</pre>\n"
+        f"{_curve(points, held_out)}{_answers(samples)}{''.join(_section(*s) for s in stages)}"
+        f"<h2>Settings</h2><pre>{settings}</pre>\n"
     ).encode("utf-8", "replace")
+
+
+def _section(name: str, facts: Mapping[str, Any]) -> str:
+    """A stage that the run trained before the one of which the page tells first."""
+    points = thinned(facts.get("curve"))
+    told = {"steps": str(facts.get("steps"))}
+    if points:
+        told["loss"] = f"{points[0][1]:.4f} at first, {points[-1][1]:.4f} at last"
+    rows = "".join(
+        f"<tr><th>{html.escape(key)}<td>{html.escape(text)}"
+        for key, text in (told | _measured(facts.get("held_out"))).items()
+    )
+    curve = _curve(points, thinned(_losses(facts.get("held_out_curve"))))
+    return f"<h2>Stage {html.escape(name[:40])}</h2><table>{rows}</table>{curve}"
 
 
 def thinned(curve: Any, most: int = MAX_POINTS) -> list[tuple[int, float]]:

@@ -17,22 +17,29 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from ops.errors import ConfigError, MilkteaError
 from ops.job.config import JobFile, load
 from trainer.data import template as prompt
 from trainer.wire.adapters import as_told, files_of, lora_from
 from trainer.wire.job import DataFile, Job
+from trainer.wire.tables import REWARD_MODEL, loras_of, told_of_chain
 
 
 def paths_of(job: JobFile) -> list[Path]:
     """Absolute host paths of data, template and base model folder; existing or not, that is the
     host's to say.
     """
+    return list(dict.fromkeys(path for part in job.parts for path in _paths_of(part)))
+
+
+def _paths_of(job: JobFile) -> list[Path]:
     found = [*job.data.files, *([held] if (held := job.data.held_out_file) else [])]
     template = Path(job.data.template)
     found += [Path(job.start)] if job.start else []
-    found += [Path(rule.path) for rule in (job.judge, job.function) if rule]
+    rules = [rule for rule in (job.judge, job.function) if rule and rule.path != REWARD_MODEL]
+    found += [Path(rule.path) for rule in rules]
     return found + ([template] if template.is_absolute() else [])
 
 
@@ -47,15 +54,36 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
     FileNotFoundError.
     """
     (run / "data").mkdir(parents=True, exist_ok=True)
-    wanted = [*job.data.files, *([held] if (held := job.data.held_out_file) else [])]
-    data = [_copy(path, run, f"data/{n}-{path.name}") for n, path in enumerate(wanted)]
-    held_out = data.pop() if job.data.held_out_file else None
     model = find_model(toml, job)
     link = run / "model"
     if link.is_symlink():
         link.unlink()
     link.symlink_to(model)
-    job, adapters = put_adapters(job, run)
+    taken = [put_adapters(part, run) for part in job.parts]
+    parts = [part for part, _ in taken]
+    if job.stages:
+        loras = loras_of(job.stages, [part.lora for part in parts])
+        changed = zip(parts, loras, strict=True)
+        parts = [part.model_copy(update={"lora": lora}) for part, lora in changed]
+    told = [
+        _told(part, run, model, processes, f"{n}-" if job.stages else "") | adapters
+        for n, (part, (_, adapters)) in enumerate(zip(parts, taken, strict=True))
+    ]
+    wire = Job.model_validate(told_of_chain(job.stages, told) if job.stages else told[0])
+    part = run / "job.json.part"
+    part.write_text(wire.text(), "utf-8")
+    part.replace(run / "job.json")
+    return wire
+
+
+def _told(
+    job: JobFile, run: Path, model: Path, processes: int | None, before: str
+) -> dict[str, Any]:
+    """job.json's object for a stage by itself, whose data it copies under names that begin with
+    `before`. Raises ConfigError or FileNotFoundError."""
+    wanted = [*job.data.files, *([held] if (held := job.data.held_out_file) else [])]
+    data = [_copy(path, run, f"data/{before}{n}-{path.name}") for n, path in enumerate(wanted)]
+    held_out = data.pop() if job.data.held_out_file else None
     template = Path(job.data.template)
     if (
         not template.is_absolute()
@@ -66,39 +94,34 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
             f"data.template: {job.data.template!r} is none of {', '.join(prompt.names())}, chat, or"
             " a file"
         )
-    wire = Job.model_validate(
-        {
-            "run_id": run.name,
-            "stages": [{"name": job.stage}],
-            "model": {
-                "base": Path(job.model.base).name,
-                "path": "model",
-                "precision": job.model.precision,
-            },
-            "data": {
-                "files": data,
-                "held_out": held_out,
-                "template": template.stem if template.is_absolute() else job.data.template,
-                "template_text": template.read_text("utf-8") if template.is_absolute() else None,
-                **job.data.reading_settings(job.stage),
-            },
-            "lora": job.lora.model_dump(),
-            "training": job.training.model_dump(),
-            "processes": processes or job.offer.num_gpus,
-            **adapters,
-            **job.section_on_box("judge", "reward.py"),
-        }
-    )
-    part = run / "job.json.part"
-    part.write_text(wire.text(), "utf-8")
-    part.replace(run / "job.json")
-    return wire
+    practice = model.name == "practice_model"
+    return {
+        "run_id": run.name,
+        "stages": [{"name": job.stage}],
+        "model": {
+            "base": "practice_model" if practice else Path(job.model.base).name,
+            "path": "model",
+            "precision": job.model.precision,
+        },
+        "data": {
+            "files": data,
+            "held_out": held_out,
+            "template": template.stem if template.is_absolute() else job.data.template,
+            "template_text": template.read_text("utf-8") if template.is_absolute() else None,
+            **job.data.reading_settings(job.stage),
+        },
+        "lora": job.lora.model_dump(),
+        "training": job.training.model_dump(),
+        "processes": processes or job.offer.num_gpus,
+        **job.section_on_box("judge", "reward.py"),
+    }
 
 
 def put_adapters(job: JobFile, run: Path) -> tuple[JobFile, dict[str, object]]:
     """Copies what the job starts from and is judged by into the run folder. Returns the job with
     the LoRA settings of its start, and what job.json says of them. Raises ConfigError."""
-    wanted = {"start": job.start, "judge": job.judge.path if job.judge else None}
+    own = job.judge is None or job.judge.path == REWARD_MODEL  # an earlier stage makes it
+    wanted = {"start": job.start, "judge": None if own or not job.judge else job.judge.path}
     told: dict[str, object] = {}
     for name, path in wanted.items():
         if path is None:

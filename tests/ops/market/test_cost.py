@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops.hardware import gpus
+from ops.job.needs import of_stages
 from ops.market import cost
 from ops.market.models import Instance, Offer
 from ops.market.workload import DoesNotFit, Workload, tokens_per_second
@@ -541,3 +542,15 @@ def test_the_arithmetic_shows_hours_rates_and_sizes() -> None:
     assert not any(line.startswith("saves") for line in cost.predict(OFFER, WORK).lines)
     short = cost.predict(OFFER, replace(work, tokens=1e3))
     assert not any(line.startswith("saves") for line in short.lines)
+
+
+def test_every_stage_is_priced_and_the_whole_is_their_sum() -> None:
+    loads = [Workload(t, 1e6, cpu_practice=True, pull_bytes=1e6) for t in (1e5, 3e5)]
+    alone = [cost.predict(OFFER, load) for load in loads]
+    both = cost.predict(OFFER, of_stages(loads))
+    assert both.stages_s == tuple(c.train_s for c in alone)
+    assert both.train_s == sum(c.train_s for c in alone)
+    assert sum(line.startswith("train ") for line in both.lines) == 2
+    assert both.usd < sum(c.usd for c in alone), "one boot, one start, one push"
+    kept = Workload(**json.loads(json.dumps(asdict(of_stages(loads)))))
+    assert kept == of_stages(loads), "as the journal keeps it"

@@ -49,6 +49,20 @@ def test_a_job_of_this_wire_is_read_as_it_was_meant() -> None:
     assert holds(json.loads(Job.model_validate(written).model_dump_json()), written)
 
 
+def test_a_job_of_several_stages_is_read_as_it_was_meant() -> None:
+    written = golden("chain.json")
+    job = Job.model_validate(written)
+    assert holds(json.loads(job.model_dump_json()), written)
+    assert Job.model_validate_json(job.text()) == job
+    (pt, first), (rm, _), (ppo, last) = job.parts()
+    assert (first, last) == ("stages/1-pt", "stages/3-ppo")
+    assert pt.training.max_steps == 3 and pt.data.files[0].path == "../../data/1.jsonl"
+    assert pt.start is None and pt.model.path == "../../model"
+    assert rm.start is not None and rm.start.path == "../../stages/1-pt/adapter"
+    assert ppo.start is not None and (ppo.start.path, ppo.start.how) == (rm.start.path, "stack")
+    assert ppo.judge is not None and ppo.judge.path == "../../stages/2-rm/adapter"
+
+
 def test_a_job_that_asks_nothing_new_is_written_for_the_oldest_image_of_this_wire() -> None:
     def keys(value: dict[str, Any]) -> set[str]:
         return {f"{k}.{j}" for k, v in value.items() for j in (v if isinstance(v, dict) else [""])}
@@ -74,7 +88,7 @@ def test_every_key_that_a_later_job_may_leave_out_has_a_default() -> None:
         {"wire": 1},
         {"stage": "sft"},
         {"stages": []},
-        {"stages": [{"name": "sft"}, {"name": "sft"}]},
+        {"stages": [{"name": "sft"}] * 13},
         {"environment": ["HF_TOKEN=secret"]},
         {"environment": ["lower"]},
         {"deadline_unix_s": 1.0},

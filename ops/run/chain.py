@@ -1,0 +1,155 @@
+"""A run of several stages: what each one left is brought home as it ends, verified, and pushed to
+the next box when this one dies, so that no stage is trained twice."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from ops.box.connection import Box
+from ops.errors import AdapterError, BoxError, HostKeyChanged, PreflightError
+from ops.run import retrieve
+from ops.run.expected import ExpectedResult
+from ops.run.session import Session
+from trainer.wire import events
+from trainer.wire.job import WIRE, Job
+
+FACTS = "facts.json"  # beside the result of a stage: what a report shows of it
+CHECKPOINT = re.compile(r"(?:(stages/\d+-[a-z]+)/)?checkpoints/(\d+)")
+
+
+def job_of(session: Session) -> Job | None:
+    """The job of a run of several stages; None for another."""
+    told = session.plan.wire_job
+    if told["wire"] != WIRE or len(told.get("stages", [])) < 2:
+        return None
+    return Job.model_validate(told)
+
+
+def folders(session: Session) -> list[str]:
+    """Of each stage, relative to the run folder, here and on the box; [""] for a run of one."""
+    job = job_of(session)
+    return [""] if job is None else [job.folder(n) for n in range(len(job.stages))]
+
+
+def result_at_home(session: Session, number: int) -> Path | None:
+    """The folder of the verified result of stage `number` (from 0); None where it is not here."""
+    places = folders(session)
+    folder = session.journal.folder / places[number] / "result"
+    return folder if len(places) > 1 and (folder / FACTS).is_file() else None
+
+
+def remember(session: Session, event: events.StageEnded) -> None:
+    """Note a stage that ended on the box, once."""
+    job = job_of(session)
+    number = event.number - 1
+    if job is None or not 0 <= number < len(job.stages):
+        return
+    known = [k["number"] for k in session.journal.lines if k.kind == "stage_ended"]
+    if number not in known:
+        session.note(
+            "stage_ended",
+            number=number,
+            stages=len(job.stages),
+            stage=job.stages[number].name,
+            steps=event.steps,
+            final_loss=event.final_loss,
+            numbers=dict(list(event.numbers.items())[:32]),
+        )
+
+
+def bring_home(session: Session, box: Box) -> None:
+    """Fetch and verify the results of the stages that have ended and are not here; that of the last
+    one comes home as the run's. Raises AdapterError for one that does not verify, Lost,
+    HostKeyChanged, PreflightError."""
+    job = job_of(session)
+    if job is None:
+        return
+    ended = {k["number"] for k in session.journal.lines if k.kind == "stage_ended"}
+    for number in sorted(ended - {len(job.stages) - 1}):
+        if result_at_home(session, number) is None:
+            _fetch(session, box, job, number)
+
+
+def try_to_bring_home(session: Session, box: Box) -> None:
+    """`bring_home`, where a failure only shows a message: it is tried again."""
+    try:
+        bring_home(session, box)
+    except HostKeyChanged:
+        raise
+    except (BoxError, AdapterError, PreflightError, OSError) as e:
+        session.screen.waiting(f"the result of a stage is not at home yet: {e}")
+
+
+def _fetch(session: Session, box: Box, job: Job, number: int) -> None:
+    place = job.folder(number)
+    incoming = session.journal.folder / place / "incoming"
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    expect = ExpectedResult.of(job.part(number).model_dump(mode="json"))
+    workload = session.plan.workload.each[number]
+    inspected = retrieve.fetch_from(session, box, f"{place}/result", incoming, expect, workload)
+    (incoming / FACTS).write_text(json.dumps(inspected.facts), "utf-8")
+    incoming.rename(incoming.with_name("result"))
+    session.note(
+        "stage_pulled",
+        number=number,
+        stage=job.stages[number].name,
+        sha256=inspected.verified.sha256,
+        bytes_out=inspected.verified.size_bytes,
+    )
+
+
+def results_to_push(session: Session) -> list[Path]:
+    """The files of the results that are here, of the stages before the first that is not."""
+    found: list[Path] = []
+    if job_of(session) is None:
+        return found
+    for number in range(len(folders(session))):
+        if (result := result_at_home(session, number)) is None:
+            break
+        names = (retrieve.MANIFEST, *retrieve.PULLED)
+        found += [result / name for name in names if (result / name).is_file()]
+    return found
+
+
+def sections(session: Session) -> list[retrieve.StageSection]:
+    """What the report and results.folder get of the stages before the last."""
+    found = []
+    for number, place in enumerate(folders(session)[:-1]):
+        if (result := result_at_home(session, number)) is not None:
+            facts = json.loads((result / FACTS).read_text("utf-8"))
+            found.append(retrieve.StageSection(Path(place).name, result, facts))
+    return found
+
+
+def newest_checkpoint(session: Session) -> Path | None:
+    """The newest mirrored checkpoint that is whole, of the first stage whose result is not here;
+    None without one."""
+    places = folders(session)
+    if places != [""]:
+        missing = (n for n in range(len(places)) if result_at_home(session, n) is None)
+        places = [places[n] for n in [next(missing, len(places) - 1)]]
+    complete = [
+        p.parent
+        for p in (session.journal.folder / places[0] / "checkpoints").glob("*/manifest.json")
+        if p.parent.name.isdigit()
+    ]
+    return max(complete, key=lambda p: int(p.name), default=None)
+
+
+def home_of(session: Session, path: str) -> Path | None:
+    """Where a checkpoint lies here that the box calls `path`; None for one of no stage of this
+    run."""
+    match = CHECKPOINT.fullmatch(path)
+    if match is None or (match[1] or "") not in folders(session):
+        return None
+    return session.journal.folder / path
+
+
+def order_of(path: str) -> tuple[int, int]:
+    """(stage, step) of a checkpoint that the box calls `path`: the newest has the largest."""
+    stage = re.search(r"stages/(\d+)-", path)
+    return (int(stage[1]) if stage else 0, int(path.rpartition("/")[2]))

@@ -1,0 +1,81 @@
+"""[[stages]] in a job file: what each stage becomes, what is refused, what the plan reckons."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.errors import ConfigError
+from ops.job import config
+from ops.job.needs import largest, of_stages
+from ops.job.planner import make_plan
+from ops.market.cost import Workload
+from ops.market.ranking import Needs
+from trainer.wire.job import Job
+
+EXAMPLE = Path(__file__).parents[3] / "jobs/practice-chain.toml"
+SFT, RM, PPO = {"stage": "sft"}, {"stage": "rm"}, {"stage": "ppo"}
+JUDGED = {"rewards": [{"kind": "model", "path": "rm"}]}
+
+
+def parsed(*stages: dict[str, Any], **changes: Any) -> config.JobFile:
+    raw = tomllib.loads(EXAMPLE.read_text("utf-8")) | {"stages": list(stages)}
+    raw = {k: v for k, v in raw.items() if k != "ppo" or PPO in stages} | changes
+    return config.parse(raw, EXAMPLE)
+
+
+def test_the_example_becomes_four_jobs_that_take_up_each_other(tmp_path: Path) -> None:
+    plan = make_plan(config.load(EXAMPLE), "a-run", tmp_path)
+    job = Job.model_validate(plan.wire_job)
+    assert [part.stage for part, _ in job.parts()] == ["pt", "sft", "rm", "ppo"]
+    assert [part.lora.r for part, _ in job.parts()] == [8, 16, 16, 16], "sft is stacked on pt"
+    assert [None if p.start is None else p.start.name for p, _ in job.parts()] == [
+        None,
+        "stages/1-pt",
+        "stages/2-sft",
+        "stages/2-sft",
+    ]
+    judge = job.part(3).judge
+    assert judge is not None and judge.name == "stages/3-rm"
+    sent = [p.remote for p in plan.pushes if p.remote.startswith("data/")]
+    assert len(sent) == len(set(sent)) == 6, "sft and ppo read the same files, sent once"
+    assert [w.stage for w in plan.workload.each] == ["pt", "sft", "rm", "ppo"]
+    assert not (tmp_path / "stages").exists(), "the folder is as a plan leaves it"
+
+
+@pytest.mark.parametrize(
+    "stages, changes, said",
+    [
+        ((), {}, "it names none"),
+        ((SFT, SFT), {"stage": "sft"}, "a file with .*stages.* names it there"),
+        ((SFT | {"how": "stack"}, SFT), {}, "the first stage takes up what start names"),
+        ((SFT, SFT | {"lora": {"r": 4}}), {}, 'stages.1.lora.r: .* set how = "stack"'),
+        ((SFT, SFT | {"max_loss": 1.0}), {}, "a gate of the last stage would stop nothing"),
+        ((PPO | {"min_accuracy": 0.5}, SFT), {}, "stage ppo measures none"),
+        ((SFT, RM), {"kto": {"beta": 0.2}}, r"\[kto\] says nothing to any stage"),
+        ((SFT, {"stage": "sft", "training": {"learning_rat": 1}}), {}, "stages.1: .*unknown key"),
+        ((SFT, {"stage": "sfd"}), {}, "stages.1.stage"),
+    ],
+)
+def test_what_no_chain_can_be_is_refused_by_its_place(
+    stages: tuple[dict[str, Any], ...], changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parsed(*stages, **changes)
+
+
+def test_a_stage_that_needs_a_reward_model_that_no_stage_before_makes_is_refused(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(Exception, match="holds no adapter"):
+        make_plan(parsed(SFT, PPO, ppo=JUDGED), "a-run", tmp_path)
+
+
+def test_a_machine_must_hold_the_largest_stage() -> None:
+    needs = [Needs(min_gpu_memory_gib=gib, min_cpu_ram_gib=30 - gib) for gib in (3.0, 9.0, 5.0)]
+    found = largest(needs, of_stages([Workload(1e5, 1e6, disk_gib=20.0)] * 3))
+    assert (found.min_gpu_memory_gib, found.min_cpu_ram_gib) == (9.0, 27.0)
+    assert found.disk_gib == 20.0
