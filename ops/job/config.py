@@ -97,7 +97,11 @@ class Data(Strict):
         Positive, Field(description="Tokens of one row, prompt and response together")
     ] = 2048
     over_length: Annotated[
-        OverLength, Field(description="What to do with a longer row; truncate keeps the stop token")
+        OverLength,
+        Field(
+            description="What to do with a longer row; truncate keeps the stop token, split makes "
+            "several of a conversation"
+        ),
     ] = "refuse"
     train_on: Annotated[
         TrainOn, Field(description="Answers of a conversation that are learned: all, or the last")

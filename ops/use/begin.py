@@ -187,9 +187,10 @@ def _text(
         f"max_length = {length}  # tokens of one row; fewer need less memory",
     ]
     if stage != "pt":
+        over_length = "split" if stage == "sft" and reading.form in ("sharegpt", "messages") else "drop"
         lines += [
             f'template = "{base.template}"  # chat: the model\'s own; alpaca suits one without any',
-            'over_length = "drop"  # longer rows; the plan tells how many. Or: refuse, truncate',
+            f'over_length = "{over_length}"  # longer rows; the plan tells how many',
         ]
     if reading.form != "auto":
         lines.append(f'format = "{reading.form}"')

@@ -323,9 +323,10 @@ def _whole(
 ) -> tuple[Rows, list[int]]:
     """(rows of groups of `size` that are short enough, the numbers of these groups)."""
     policy, most = job.data.over_length, job.data.max_length
-    if policy == "truncate":
+    if policy in ("truncate", "split"):
         raise InvalidJob(
-            'data.over_length = "truncate" would cut an answer, and teach a model not to stop',
+            f'data.over_length = "{policy}" would change what is compared: an answer stays whole, '
+            "with all of its prompt",
             hint='set data.over_length = "drop"',
         )
     last = {"max_length": 1 << 30, "over_length": "refuse", "train_on": "last"}

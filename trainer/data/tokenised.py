@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from trainer.data.chat import Example
 from trainer.data.errors import InvalidJob
 from trainer.data.formats import Row
 from trainer.data.render import examples
+from trainer.data.split import split_long
 from trainer.data.template import Segment, Template, TemplateError
 from trainer.data.tokens import Vocabulary, encode, stop_ids, stop_token, unjoined
 from trainer.wire.job import Data
@@ -92,7 +94,12 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, da
     stop, stops = stop_token(vocabulary, template), stop_ids(vocabulary, template)
     found = _Tokenised()
     for begin in range(0, len(rows), AT_ONCE):
-        made = _rendered(rows[begin : begin + AT_ONCE], vocabulary, template, data, found)
+        some: Sequence[Row] = rows[begin : begin + AT_ONCE]
+        if policy == "split":
+            counted = partial(_counted, vocabulary=vocabulary, template=template, data=data)
+            some, split, pieces = split_long(some, counted, limit)
+            found.long, found.cut_into = found.long + split, found.cut_into + pieces
+        made = _rendered(some, vocabulary, template, data, found)
         texts = encode(vocabulary, template, [example.segments for _, example in made])
         for (row, _), (token_ids, trained) in zip(made, texts, strict=True):
             if fault := label_fault(token_ids, trained, stops):
@@ -121,6 +128,18 @@ def tokenise(rows: Sequence[Row], vocabulary: Vocabulary, template: Template, da
     return found.rows(data.enable_thinking)
 
 
+def _counted(
+    rows: Sequence[Row], vocabulary: Vocabulary, template: Template, data: Data
+) -> list[int]:
+    """Tokens of the longest example of each row, 0 of a row that is refused."""
+    made = _rendered(rows, vocabulary, template, data, _Tokenised())
+    texts = encode(vocabulary, template, [example.segments for _, example in made])
+    longest: dict[int, int] = {}
+    for (row, _), (ids, _) in zip(made, texts, strict=True):
+        longest[id(row)] = max(len(ids), longest.get(id(row), 0))
+    return [longest.get(id(row), 0) for row in rows]
+
+
 @dataclass
 class _Tokenised:
     """What tokenise() has made so far."""
@@ -134,6 +153,8 @@ class _Tokenised:
     longest: int = 0  # of the rows over the limit
     split: int = 0  # conversations that became several examples
     pieces: int = 0  # examples that they became
+    long: int = 0  # conversations of more than data.max_length that were split
+    cut_into: int = 0  # what they became
     empty_blocks: int = 0
     thinking: Counter[bool | None] = field(default_factory=Counter)
 
@@ -164,6 +185,11 @@ class _Tokenised:
 
     def _summary(self, wanted: bool | None) -> list[str]:
         lines = []
+        if self.long:
+            lines.append(
+                f"{self.long:,} conversations of more than data.max_length became "
+                f"{self.cut_into:,}, split where a user speaks"
+            )
         if self.split:
             lines.append(
                 f"{self.split:,} conversations became {self.pieces:,} examples: the chat template "
@@ -235,7 +261,9 @@ def _rendered(
 
 def long_rows_hint(longest: int, policy: str) -> str:
     """What to do about rows that are too long."""
-    others = {"refuse": '"drop" or "truncate"', "truncate": '"drop"'}[policy]
+    others = {"refuse": '"split" (conversations), "drop" or "truncate"', "truncate": '"drop"'}[
+        policy
+    ]
     return f"set data.max_length to {longest} (the longest row), or data.over_length to {others}"
 
 

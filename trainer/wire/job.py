@@ -36,7 +36,7 @@ Method = Literal["lora", "full", "freeze"]
 Schedule = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
 Optim = Literal["adamw", "adamw_8bit", "muon"]
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
-OverLength = Literal["refuse", "drop", "truncate"]
+OverLength = Literal["refuse", "drop", "truncate", "split"]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
 Column = Literal[
     "instruction",
@@ -204,6 +204,12 @@ class Data(Strict):
     columns: dict[Column, str] = {}
     fill: dict[str, str] = {}
     bad_rows: BadRows = "refuse"
+
+    @model_validator(mode="after")
+    def _pieces_are_learned(self) -> Data:
+        if self.over_length == "split" and self.train_on == "last":
+            raise ValueError('over_length = "split" has no place for train_on = "last": drop')
+        return self
 
     @model_validator(mode="after")
     def _held_out_once(self) -> Data:
