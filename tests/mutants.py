@@ -5,8 +5,9 @@
 
 A fault is one comparison, operator, number, boolean operator or `not` exchanged (`faults`). Each is
 planted in a process of its own, in which the module, and whatever imported it, is loaded anew; no
-file changes. A fault is noticed when its tests fail or take longer than --seconds of a processor;
-those that are not are printed with their line. Those of KNOWN change nothing that can be seen.
+file changes. Only those tests judge it that run through its lines. It is noticed when they fail or
+take longer than --seconds of a processor; those that are not are printed with their line. Those of
+KNOWN change nothing that can be seen.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
 import random
 import resource
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +123,7 @@ class Fault:
     way: int
     line: int
     text: str
+    lines: range  # of the node
 
 
 def _ways(node: ast.AST) -> list[ast.AST]:
@@ -168,7 +174,13 @@ def faults(source: str) -> list[Fault]:
     """Every single fault that can be planted in a module's text."""
     lines = source.splitlines()
     return [
-        Fault(number, way, node.lineno, f"{lines[node.lineno - 1].strip()} -> {ast.unparse(other)}")
+        Fault(
+            number,
+            way,
+            node.lineno,
+            f"{lines[node.lineno - 1].strip()} -> {ast.unparse(other)}",
+            range(node.lineno, node.end_lineno + 1),
+        )
         for number, place in enumerate(_nodes(ast.parse(source)))
         for node in [_at(place)]
         for way, other in enumerate(_ways(node))
@@ -203,70 +215,163 @@ class Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.tree, self.path, "exec"), module.__dict__)
 
 
-def run_tests(module: str, *options: str) -> int:
+class Reached:
+    """A plugin of pytest that writes down which tests ran through which lines of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.tests = str(path), dict[int, list[str]]()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        lines: set[int] = set()
+
+        def trace(frame: Any, event: str, arg: Any) -> Any:
+            if frame.f_code.co_filename != self.path:
+                return None
+            lines.add(frame.f_lineno)
+            return trace
+
+        threading.settrace(trace)
+        sys.settrace(trace)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+            for line in lines:
+                self.tests.setdefault(line, []).append(item.nodeid)
+
+
+class Chosen:
+    """A plugin of pytest that leaves out every test but these."""
+
+    def __init__(self, tests: set[str]) -> None:
+        self.tests = tests
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if chosen := [item for item in items if item.nodeid in self.tests]:
+            items[:] = chosen
+
+
+def run_tests(module: str, *options: str, plugins: Sequence[object] = ()) -> int:
     """pytest's exit code for the module's own tests."""
-    quiet = ["-q", "-n0", "-p", "no:cacheprovider"]
-    quiet += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    return int(pytest.main([*TESTS[module], *quiet, *options]))
+    quiet = ["-q", "-n0", "--assert=plain", "-p", "no:cacheprovider"]
+    quiet += ["-p", "no:unraisableexception"]
+    return int(pytest.main([*TESTS[module], *quiet, *options], plugins=plugins))
 
 
-def forget_ours() -> None:
-    """Drop every module that lies in this repository, tests and their helpers too, so that it is
-    imported anew; other people's packages stay."""
-    for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None) or ""
-        ours = path.startswith(f"{ROOT}{os.sep}") and "site-packages" not in path
-        if (ours or name.split(".")[0] in ("ops", "trainer", "tests")) and name != __name__:
-            del sys.modules[name]
+def forget(module: str) -> None:
+    """Drop the module and every module of this repository, tests too, that imports it, so that they
+    are imported anew."""
+    paths = {name: getattr(found, "__file__", None) or "" for name, found in sys.modules.items()}
+    ours = {
+        name: _imported(Path(path).read_text("utf-8"))
+        for name, path in paths.items()
+        if path.startswith(f"{ROOT}{os.sep}") and path.endswith(".py") and name != __name__
+        if "site-packages" not in path
+    }
+    gone = {module}
+    while more := {name for name, needs in ours.items() if needs & gone} - gone:
+        gone |= more
+    for name in gone:
+        sys.modules.pop(name, None)
 
 
-def judged(module: str, fault: Fault | None, seconds: int) -> bool:
-    """Whether the module's tests fail with the fault, in a process of its own."""
+def _imported(source: str) -> set[str]:
+    """Every name that a source imports, and the module that it is imported from."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def in_child(act: Callable[[], int], seconds: int) -> int:
+    """The exit code of `act` in a process of its own, without output; not 0 where it takes longer
+    than so many seconds of a processor."""
     child = os.fork()
     if child == 0:
         code = 1
         with contextlib.suppress(BaseException):
-            path = ROOT / (module.replace(".", "/") + ".py")
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-            forget_ours()
-            if fault is not None:
-                tree = planted(path.read_text("utf-8"), fault)
-                sys.meta_path.insert(0, Planter(module, path, tree))
             nowhere = os.open(os.devnull, os.O_RDWR)
             for number in (0, 1, 2):
                 os.dup2(nowhere, number)
             with contextlib.redirect_stdout(io.StringIO()):
-                # a busy machine may give a process a fifth of a processor
-                code = run_tests(module, "-x", "--timeout", str(5 * seconds))
+                code = act()
         os._exit(code)
     _, status = os.waitpid(child, 0)
-    return status != 0
+    return status
+
+
+def path_of(module: str) -> Path:
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+def reached(module: str, seconds: int) -> dict[int, list[str]] | None:
+    """The tests that run through each line of the module; None where one of them fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "reached.json"
+
+        def act() -> int:
+            plugin = Reached(path_of(module))
+            code = run_tests(module, "--timeout", str(5 * seconds), plugins=[plugin])
+            written.write_text(json.dumps(plugin.tests))
+            return code
+
+        if in_child(act, seconds):
+            return None
+        return {int(line): tests for line, tests in json.loads(written.read_text()).items()}
+
+
+def judged(module: str, fault: Fault, tests: set[str], seconds: int) -> bool:
+    """Whether one of these tests fails with the fault; of all, where none is named."""
+
+    def act() -> int:
+        tree = planted(path_of(module).read_text("utf-8"), fault)
+        sys.meta_path.insert(0, Planter(module, path_of(module), tree))
+        # a busy machine may give a process a fifth of a processor
+        options = ["-x", "--timeout", str(5 * seconds)]
+        return run_tests(module, *options, plugins=[Chosen(tests)])
+
+    return in_child(act, seconds) != 0
 
 
 def work(
-    module: str, chosen: list[Fault], seconds: int, worker: int, workers: int, out: Any
+    module: str,
+    chosen: list[tuple[Fault, set[str]]],
+    seconds: int,
+    out: Any,
 ) -> None:
     os.chdir(ROOT)
-    for fault in chosen[worker::workers]:
-        out.put((fault, judged(module, fault, seconds)))
+    for fault, tests in chosen:
+        out.put((fault, judged(module, fault, tests, seconds)))
 
 
 def examined(module: str, options: argparse.Namespace) -> bool:
     """Plants a sample of faults; prints those that nothing notices. Whether 90 % are noticed."""
-    path = ROOT / (module.replace(".", "/") + ".py")
-    every, began = faults(path.read_text("utf-8")), time.monotonic()
+    every, began = faults(path_of(module).read_text("utf-8")), time.monotonic()
     rng = random.Random(f"{options.seed} {module}")
     chosen = sorted(rng.sample(every, min(options.sample, len(every))), key=lambda f: f.line)
     with contextlib.redirect_stdout(io.StringIO()):
         run_tests(module, "--collect-only")  # what they import is there before a process is forked
-    if judged(module, None, 10 * options.seconds):
+    forget(module)
+    gc.freeze()  # a collection in each process would go through all of it
+    through = reached(module, 10 * options.seconds)
+    if through is None:
         print(f"{module}: its tests fail without a fault")
         return False
+    jobs = [
+        (fault, {test for line in fault.lines for test in through.get(line, ())})
+        for fault in chosen
+    ]
     context = multiprocessing.get_context("fork")
     out = context.Queue()
     workers = [
         context.Process(
-            target=work, args=(module, chosen, options.seconds, n, options.workers, out)
+            target=work, args=(module, jobs[n :: options.workers], options.seconds, out)
         )
         for n in range(options.workers)
     ]
