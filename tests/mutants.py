@@ -50,7 +50,7 @@ TESTS = {  # module -> its own tests
     "ops.run.absence": ["tests/ops/run/test_absence.py"],
     "ops.run.rental": ["tests/ops/run/test_rental.py"],
     "ops.run.keeper": ["tests/ops/run/test_keeper_limits.py"],
-    "ops.run.follow": ["tests/ops/run/test_follow.py", "tests/ops/run/test_story.py"],
+    "ops.run.follow": ["tests/ops/run/test_follow_limits.py"],
     "ops.run.supervisor": ["tests/ops/run/test_supervisor.py"],
     "trainer.data.formats": [
         "tests/trainer/data/test_files.py",
