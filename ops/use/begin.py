@@ -187,7 +187,9 @@ def _text(
         f"max_length = {length}  # tokens of one row; fewer need less memory",
     ]
     if stage != "pt":
-        over_length = "split" if stage == "sft" and reading.form in ("sharegpt", "messages") else "drop"
+        over_length = (
+            "split" if stage == "sft" and reading.form in ("sharegpt", "messages") else "drop"
+        )
         lines += [
             f'template = "{base.template}"  # chat: the model\'s own; alpaca suits one without any',
             f'over_length = "{over_length}"  # longer rows; the plan tells how many',
