@@ -20,6 +20,7 @@ from ops.box.scripts import POLL_BYTES
 from ops.errors import Failed, Lost, OverBudget, Stalled, Unsuitable
 from ops.run import follow as following
 from ops.run import retrieve
+from ops.run.chain import newest_checkpoint
 from ops.run.follow import (
     BAD_MANIFEST,
     EVENTS,
@@ -27,7 +28,6 @@ from ops.run.follow import (
     NoFirstStep,
     Restarted,
     follow,
-    newest_checkpoint,
     pull_folder,
 )
 from ops.wait import Patience

@@ -18,8 +18,9 @@ from ops.box import scripts
 from ops.errors import PreflightError
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
-from ops.market.client import Provider, Vast
+from ops.market.client import Vast
 from ops.market.models import Offer
+from ops.market.provider import Provider
 from ops.run import journal, kept, wishes
 from ops.run.journal import Line
 from ops.run.meter import age_s, box_age_s, ends_itself_at, spent_usd
