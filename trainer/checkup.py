@@ -1,4 +1,4 @@
-"""The image proves itself: the right versions, a real LoRA training, nothing that reaches for a
+"""Checks an image from inside: the locked versions, a real LoRA training, no attempt to reach a
 network.
 
     python -m trainer.checkup [--lock FILE] [--expect-gpu]
@@ -211,8 +211,7 @@ def compiler_for_triton() -> str:
 
 
 def bitsandbytes_library() -> str:
-    """The library for this torch's CUDA is among those that came with bitsandbytes, so that nobody
-    copies one over another."""
+    """bitsandbytes has a library for the CUDA of this torch, and it loads."""
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is None or not spec.origin:
         return "not in this image: precision nf4 and int8 are not offered"

@@ -148,13 +148,12 @@ def validate_accelerate_config(environment: Mapping[str, str]) -> None:
 
 
 def exit_file(machines: Machines | None) -> str:
-    """Machines share the run folder: each has its own."""
+    """The file of this machine's exit code: machines share the run folder."""
     return EXIT_FILE if machines is None else f"{EXIT_FILE}.{os.uname().nodename}.{os.getpid()}"
 
 
 def surround(job: Job, run: Path, environment: MutableMapping[str, str]) -> None:
-    """Sets in `environment` what the training processes should find there for the hardware at
-    hand."""
+    """Sets in `environment` what the training processes need on this hardware."""
     if visible_gpus():
         # packs differ in length: segments that can grow keep torch's cache of GPU memory from
         # splitting into pieces too small for the next one
@@ -206,7 +205,7 @@ def build(
     if processes > 1:
         options.append("--multi_gpu")
     else:
-        options.append("--quiet")  # the trainer has said why it ended
+        options.append("--quiet")  # the trainer has reported why it ended
         if not visible_gpus():
             options.append("--cpu")
         # accelerate would give it one thread

@@ -1,4 +1,5 @@
-"""What a box does before its first step, told while it takes: a download of minutes is no hang.
+"""Reports what a box does before its first step, so that a download of minutes does not look like a
+hang.
 
 No torch. The launcher uses this, before there is a training process.
 """
@@ -17,8 +18,8 @@ EVERY_S = 10.0  # between two looks at what has arrived
 
 @contextmanager
 def told(run: Path, what: str, folder: Path | None = None) -> Iterator[None]:
-    """A Loading event when the block begins, and one after each EVERY_S in which bytes were added
-    under `folder`: a download that stands still is silent."""
+    """Writes a Loading event when the block begins, and one after each EVERY_S in which bytes were
+    added under `folder`; a download that stands still writes none."""
     writer = EventWriter(run / "events.jsonl")
     first = _bytes(folder)
     writer.write(Loading, what=what, done_bytes=first)

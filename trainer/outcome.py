@@ -1,4 +1,4 @@
-"""How the box side of a run ends: exit codes, the file that carries them, and the word that tells
+"""How the box side of a run ends: exit codes, the file that carries them, and the event that says
 why.
 
 Pure Python: the launcher, which imports no torch, and the training processes agree here.

@@ -54,7 +54,7 @@ def run_job(path: Path) -> int:
     stop, run = StopSignal(), path.resolve().parent
     job = Job.model_validate_json(path.read_bytes())
     if (run / "result" / "manifest.json").is_file():
-        return DONE  # starting twice is starting once
+        return DONE  # a run that is done is not trained again
     if len(job.stages) > 1:
         ended = chained.train(job, run, join(job, stop), started_at())
         return TERMINATED if ended is None else DONE

@@ -1,5 +1,5 @@
-"""Pure: what a box says of itself, and why that does not suit. One script asks for everything, one
-parser reads the answer.
+"""Pure: what a box says of itself, and whether it matches the offer. One script asks for
+everything, one parser reads the answer.
 
 The box is asked because the offer is not believed: a client that lost its filters rented the wrong
 GPU at four times the price (skypilot#9733), and drivers break on machines that the market calls
@@ -38,10 +38,10 @@ echo "{MARK} shm"; df -Pk /dev/shm 2>/dev/null
 true
 """
 
-_LEAST_MEMORY = 0.95  # of what was offered: vast.ai rounds, ECC takes its part
-_LEAST_HOST = 0.9  # of the host memory that was asked for
-SHM_BYTES = 32 << 20  # of /dev/shm for each GPU beside the first, by which NCCL speaks
-_LEAST_DISK = 0.5  # of what was rented: the image may count against it
+_LEAST_MEMORY = 0.95  # share of the memory that was offered: vast.ai rounds, and ECC takes a part
+_LEAST_HOST = 0.9  # share of the host memory that was asked for
+SHM_BYTES = 32 << 20  # bytes of /dev/shm for each GPU beside the first, which NCCL needs
+_LEAST_DISK = 0.5  # share of the disk that was rented: the image may count against it
 
 
 @dataclass(frozen=True)

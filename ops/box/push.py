@@ -26,7 +26,7 @@ from ops.box.transfer import (
 from ops.errors import BoxError, Unsuitable
 
 SMALL = 1 << 20  # bytes; up to here a file is cheaper inside one tar stream than on its own
-ROUNDS = 5  # in which files are sent that do not arrive
+ROUNDS = 5  # attempts to send files that do not arrive
 _BLOCK = 1 << 16
 _PIECE = 1 << 18
 # free blocks and their size, then `BYTES NAME` for each name on stdin that exists
@@ -146,7 +146,7 @@ class _Push:
             )
 
     def _send_rest(self, name: str, have: int) -> None:
-        """Bytes at their offset: a late duplicate of an earlier attempt changes nothing."""
+        """Writes bytes at their offset: a late duplicate of an earlier attempt changes nothing."""
         blocks = have // _BLOCK
         folder = shlex.quote(f"./{PurePosixPath(name).parent}")
         part = quoted(name + PART)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import shlex
 
 HOME_FOLDER = "milktea"
-LEASE_S = 600  # a box destroys itself after so long without a client, unless it may work on alone
+# seconds without a client after which a box destroys itself, unless it may work on alone
+LEASE_S = 600
 NEVER = 999999999  # seconds: an age that no box reaches
 WATCH_S = 15  # how often the box looks; overshoot of money and time is at most this
 

@@ -19,7 +19,8 @@ from ops.use.rows import stats
 from trainer.data.sources import Reading
 from trainer.data.stats import Stats
 
-CARD_GIB = 24.0  # of the cards that are cheap by the hour: what fits them in bf16 stays in bf16
+# memory of cards that are cheap by the hour: a model that fits in bf16 stays in bf16
+CARD_GIB = 24.0
 LEAST_LENGTH, MOST_LENGTH = 256, 4096  # tokens of data.max_length that are proposed
 WINDOW = 1024  # tokens of texts that are learned whole
 SURE = 1.3  # tokens are told from characters

@@ -32,11 +32,11 @@ class Found:
 
     @property
     def beside(self) -> Path:
-        """The folder in which what is made of it lies by default."""
+        """The default folder of what is made from it."""
         return self.adapter.parent
 
     def needs_base(self) -> Found:
-        """This, with a base. Raises PreflightError without one."""
+        """Returns itself. Raises PreflightError where the base is not known."""
         if not self.base:
             raise PreflightError(
                 f"{self.name} does not say which base it stands on",

@@ -1,8 +1,8 @@
 """The user's rows before a job: check, describe, pick. `trainer.data` reads and picks; this module
 refuses what is not sound and writes files that did not exist.
 
-A word that writes makes JSON lines, each row with the fields and values that it had, and beside it
-`OUT.report.json`, which tells of every row that was left out why.
+A command that writes makes JSON lines, each row with the fields and values that it had, and beside
+it `OUT.report.json`, which says why each other row was left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,]*")
 
 @dataclass(frozen=True)
 class RowsWritten:
-    """What a word wrote: file -> rows in it; `report` tells of each row that was left out."""
+    """What a command wrote: file -> rows in it; `report` names each row that was left out."""
 
     rows: int
     files: dict[str, int]
@@ -54,7 +54,7 @@ def reasons(found: Dataset) -> dict[str, int]:
 
 
 def stats(files: Sequence[Path], reading: Reading | None = None) -> tuple[Stats, Dataset]:
-    """Of the sound rows; (the figures, what was read)."""
+    """(the figures of the sound rows, what was read)."""
     found = records.read(files, reading)
     return stats_of(found.rows), found
 
@@ -191,7 +191,7 @@ def _write(
 
 
 def _replace(path: Path, text: str) -> None:
-    """Written whole, or not at all."""
+    """Writes the file whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -124,7 +124,7 @@ def _base(found: Found) -> Sequence[str]:
 
 
 def show(word: Word, as_json: bool = False) -> int:
-    """Run it on this terminal and return its exit code. Ctrl-C is its own to hear."""
+    """Runs it on this terminal and returns its exit code. It handles Ctrl-C itself."""
     command = [*word.command, *(["--json"] if as_json else [])]
     # a handler, unlike SIG_IGN, is not inherited
     before = signal.signal(signal.SIGINT, lambda *_: None)
@@ -135,7 +135,7 @@ def show(word: Word, as_json: bool = False) -> int:
 
 
 def tell(word: Word) -> dict[str, Any]:
-    """Its answer as JSON; what it says of its progress goes to stderr. Raises PreflightError where
+    """Its answer, parsed from JSON; its progress goes to stderr. Raises PreflightError where
     it refuses."""
     done = subprocess.run(
         [*word.command, "--json"], env=_environment(), stdout=subprocess.PIPE, text=True
@@ -154,6 +154,6 @@ def tell(word: Word) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """The trainer of this very milktea, whatever the working directory holds."""
+    """An environment with the trainer of this milktea, whatever the working folder holds."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

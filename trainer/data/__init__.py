@@ -1,1 +1,1 @@
-"""From files of rows to packed batches of tokens. Never imports torch, but for batch."""
+"""From files of rows to packed batches of tokens. Only `batch` imports torch."""

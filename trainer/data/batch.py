@@ -42,7 +42,7 @@ class Prefetcher:
         return self._thread.submit(self._make, self._step) if self._step < self._total else None
 
     def take(self) -> Work:
-        """The next step's. Raises what making it raised."""
+        """The work of the next step. Raises what `make` raised."""
         assert self._next is not None, f"all {self._total} steps were taken"
         work = self._next.result()
         self._step += 1
@@ -54,8 +54,8 @@ class Prefetcher:
 
 
 def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """In memory from which a GPU copies by itself, where there is one. It is named because a new
-    thread means the first GPU otherwise."""
+    """The batch in pinned memory where `device` is a GPU. The device is given because a new thread
+    would use the first GPU."""
     if device.type != "cuda":
         return batch
     with torch.cuda.device(device):

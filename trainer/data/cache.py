@@ -1,4 +1,4 @@
-"""Tokenised rows on the disk, by what they were made of."""
+"""The cache of tokenised rows, keyed by a hash of what they are made from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cache_key(job: Job, folder: Path, template: Template, kind: str) -> str:
 
 
 def write_cache(path: Path, rows: Rows) -> None:
-    """Atomic, and the same whoever writes it: several processes may."""
+    """Atomic. Several processes may write it at once: they write the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # a pid is not unique over machines
     part = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.part")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from trainer.data.template import Segment, TemplateError, Turn
 
-DAY = datetime(2024, 7, 26)  # of strftime_now: a date that moved would move every training row
+DAY = datetime(2024, 7, 26)  # that strftime_now gives: today's date would change every training row
 THINKING_FLAGS = ("enable_thinking", "thinking")  # what templates call it
 MAX_OPENING = 64  # characters of an answer (such as <think>) that a prompt may end with
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -122,7 +122,7 @@ class ChatTemplate:
         return found
 
     def prompt(self, turns: Sequence[Turn], tools: Sequence[Any] = (), thinking: Any = None) -> str:
-        """The text at which the model is to answer, with the flags of inference."""
+        """The prompt that the model answers, rendered with the flags of inference."""
         messages = self._messages([self._with_reasoning(turn) for turn in turns])
         return self.render(messages, tools, True, thinking)
 

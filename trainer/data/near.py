@@ -28,7 +28,7 @@ _PART = 20_000  # 5-grams that are hashed at a time
 
 
 def normal(text: str) -> str:
-    """`text` without what no reader sees: case, blanks, forms of one character."""
+    """`text` with case, blanks and the Unicode forms of one character made equal."""
     return _BLANK.sub("", unicodedata.normalize("NFKC", text).lower())
 
 

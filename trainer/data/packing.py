@@ -41,8 +41,8 @@ class Order:
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def _permutation(self, epoch: int) -> list[int]:
-        # one is kept: a million rows take a tenth of a second to shuffle. Two threads ask, so it is
-        # kept with its epoch, in one assignment
+        # the last permutation is cached: a million rows take a tenth of a second to shuffle. Two
+        # threads read it, so it is assigned together with its epoch
         kept: tuple[int, list[int]] | None = getattr(self, "_kept", None)
         if kept is None or kept[0] != epoch:
             made = np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist()

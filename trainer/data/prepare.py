@@ -149,7 +149,7 @@ def _found(
 
 
 def order_of(job: Job, items: int) -> packing.Order:
-    """In which `items` rows are trained on."""
+    """The order in which `items` rows are trained on."""
     training = job.training
     told = (training.batch_size, training.num_train_epochs, training.seed, training.max_steps)
     return packing.Order(items, *told)

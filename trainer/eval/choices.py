@@ -46,7 +46,7 @@ class Question(NamedTuple):
     subject: str = ""
 
     def asked(self) -> str:
-        """As the model is asked."""
+        """The text of the question and its options, as the model is asked."""
         ask = "答案：" if _CHINESE.search(self.text) else "Answer:"
         lines = [f"{LETTERS[n]}. {option}" for n, option in enumerate(self.options)]
         return "\n".join([self.text, *lines, ask])
@@ -144,7 +144,7 @@ def _answered(question: Question, letter: str) -> Row:
 
 
 def _forget_ends(rows: Rows) -> None:
-    """The token that ends an answer says nothing of the option."""
+    """Makes the token that ends an answer untrained: it says nothing of the option."""
     for start, end in pairwise(rows.starts):
         rows.trained[start + np.flatnonzero(rows.trained[start:end])[-1]] = False
 

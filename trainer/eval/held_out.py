@@ -16,7 +16,7 @@ from trainer.model.decode import AT_ONCE, answer
 from trainer.wire.job import Job
 
 ROWS, SHOWN = 200, 4
-SECONDS = 30.0  # on a rented card every second is paid for
+SECONDS = 30.0  # a rented card costs by the second
 
 
 @dataclass

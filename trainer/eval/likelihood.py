@@ -17,7 +17,7 @@ from trainer.model.forward import target_log_probs
 from trainer.wire.job import Data
 
 TOKENS_AT_ONCE = 4096
-LONGEST = 1 << 20  # tokens of a row: the model's own limit comes before
+LONGEST = 1 << 20  # tokens of a row: the model's own limit is smaller
 
 
 def tokens_of(rows: Sequence[Row], data: Prepared) -> Rows:
@@ -35,7 +35,7 @@ def tokens_of(rows: Sequence[Row], data: Prepared) -> Rows:
 
 
 def _where(row: Row, number: int) -> str:
-    """Another for each row: an array may stand on one line."""
+    """A place that is unique for each row: a whole array may stand on one line."""
     return f"{row.where} (row {number + 1})"
 
 

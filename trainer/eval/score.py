@@ -69,7 +69,7 @@ def asked_of(file: Path, job: Path | None, most: int, new_tokens: int) -> Evalua
 
 @torch.no_grad()
 def side(name: str, chat: Chat, asked: EvaluationSet, tell: Callable[[str], None]) -> Side:
-    """What one model makes of it."""
+    """The answers and likelihoods of one model."""
     began = time.monotonic()
 
     def told(what: str, of: int) -> Callable[[int], None]:

@@ -123,7 +123,7 @@ def _scores(
 
 
 def _told(mean: Mean) -> dict[str, float]:
-    """With its interval, where it has one."""
+    """The mean with its interval, where it has one."""
     return {k: v for k, v in asdict(mean).items() if not math.isnan(v)}
 
 

@@ -45,8 +45,9 @@ class CheckpointError(ValueError):
 
 @dataclass
 class State:
-    """What a run is beside parameters and moments. `step` is the number of finished steps; `looks`
-    are [step, loss, accuracy] of held-out rows; `stage` is what the stage keeps for itself."""
+    """The state of a run beside its parameters and moments. `step` is the number of finished steps;
+    `looks` are [step, loss, accuracy] of held-out rows; `stage` is what the stage keeps for itself.
+    """
 
     step: int = 0
     fingerprint: str = ""
@@ -61,7 +62,7 @@ class State:
         return int(min(trained, key=lambda look: look[1])[0]) if trained else None
 
     def copy(self) -> State:
-        """As it is now, in host memory."""
+        """A copy in host memory."""
         tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in self.stage.items()}
         curve, looks = [list(p) for p in self.curve], [list(p) for p in self.looks]
         return State(self.step, self.fingerprint, curve, tensors, looks)
@@ -176,7 +177,7 @@ def write(root: Path, tensors: dict[str, torch.Tensor], state: State) -> tuple[P
 
 
 def facts(path: Path) -> dict[str, str | int]:
-    """Of a file, for the manifest."""
+    """What the manifest says of a file."""
     return {"sha256": _sha256(path), "bytes": path.stat().st_size}
 
 

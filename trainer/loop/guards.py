@@ -262,7 +262,7 @@ class TrainingMonitor:
             )
 
     def checksum(self) -> float:
-        """Equal on all ranks, or their adapters have drifted apart."""
+        """A number that differs between ranks once their parameters have drifted apart."""
         return math.fsum(_sums(self._moving, self._total))
 
     @property

@@ -20,8 +20,8 @@ BEST = "best/"  # before the names of parameters, in a checkpoint
 
 
 class Look(NamedTuple):
-    """Of target tokens of held-out rows: nats of one, and the share that greedy guessing would
-    get right."""
+    """What held-out rows give: the mean loss of a target token in nats, and the share of target
+    tokens that are the likeliest."""
 
     rows: int
     loss: float
@@ -40,7 +40,7 @@ class EarlyStopping:
 
     @property
     def looks(self) -> list[list[float]]:
-        """[step, loss, accuracy]."""
+        """[step, loss, accuracy] of each look."""
         return self._state.looks
 
     def looked_at(self, step: int) -> bool:
@@ -48,7 +48,7 @@ class EarlyStopping:
 
     @property
     def best_step(self) -> int | None:
-        """As State's."""
+        """As `State.best_step`."""
         return self._state.best_step
 
     @property
@@ -65,7 +65,7 @@ class EarlyStopping:
             self._best = {n: p.detach().to("cpu", copy=True) for n, p in named.items()}
 
     def kept(self) -> dict[str, Tensor]:
-        """For the checkpoint."""
+        """The best parameters, as tensors for the checkpoint."""
         return {BEST + name: tensor for name, tensor in self._best.items()}
 
     @torch.no_grad()

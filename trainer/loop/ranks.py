@@ -50,7 +50,7 @@ class Gradients(Protocol):
 
     @property
     def views(self) -> list[Tensor]:
-        """Of each parameter, in order; of parts of a model this process's part."""
+        """The gradient of each parameter, in order; of a sharded model this process's part."""
 
     def zero(self) -> None:
         """Begins a step."""
@@ -128,7 +128,7 @@ class Ranks(ABC):
 
     @abstractmethod
     def gradients(self, parameters: Iterable[nn.Parameter], extra: int) -> Gradients:
-        """Of these parameters, with `extra` slots."""
+        """The gradients of these parameters, with `extra` slots."""
 
     @abstractmethod
     def local(self, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ class Ranks(ABC):
         state: checkpoint.State,
         written: Written,
     ) -> None:
-        """Makes root/STEP of what is held now. Returns at once or when it is on disk; `wait` waits.
+        """Writes the checkpoint root/STEP. Returns at once or when it is on disk; `wait` waits.
         Collective."""
 
     @property

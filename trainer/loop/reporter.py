@@ -102,5 +102,5 @@ class Reporter:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that make the numbers, by name."""
+    """The versions of Python and of the packages that compute, by name."""
     return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}

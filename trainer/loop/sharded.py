@@ -104,7 +104,7 @@ class Shards(Ranks):
         return result
 
     def level(self, micro: list[Any], filler: Any) -> list[tuple[Any, float]]:
-        """As many micro-batches on every process."""
+        """The same number of micro-batches on every process."""
         longest = torch.tensor(len(micro), device=self.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         fillers = [(filler, 0.0)] * (int(longest) - len(micro))
@@ -121,7 +121,7 @@ class Shards(Ranks):
         return values
 
     def compare(self, checksum: Callable[[], float], step: int) -> None:
-        """There is one of each part: nothing can differ."""
+        """Does nothing: each part exists once."""
 
     def whole(self, job: Job, base: Path, on_device: bool) -> nn.Module | None:
         """Loaded again on rank 0, with the trained values; on the device where that is wished and

@@ -142,7 +142,7 @@ class Stage(ABC):
         Raises ResultError."""
 
     def facts(self, state: checkpoint.State) -> dict[str, Any]:
-        """Of the finished run, for the manifest and the report."""
+        """Facts of the finished run, for the manifest and the report."""
         return self._seen(state) | {
             "steps": state.step,
             "final_loss": state.curve[-1][1],

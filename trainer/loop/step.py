@@ -152,7 +152,7 @@ class Loop:
         return True
 
     def _update(self, step: int, work: batch.Work) -> None:
-        """Clips the summed gradients and moves the parameters, under the monitor's eyes."""
+        """Clips the summed gradients and updates the parameters; the monitor looks at both."""
         rates = self.stage.rates(step)
         self.monitor.before_update(self.gradients.views)
         norm = self.gradients.clip(self.job.training.max_grad_norm)

@@ -27,7 +27,7 @@ class Mixture:
 
     @classmethod
     def of(cls, family: Family) -> Mixture:
-        """Raises ValueError naming what config.json lacks."""
+        """The mixture of a family. Raises ValueError naming what config.json lacks."""
         config = family.config
         width = whole(config, "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim")
         width = width or _need(config, "intermediate_size")
@@ -66,8 +66,8 @@ class Mixture:
         return self.experts * r * (hidden + up + self.width + hidden)
 
     def kept_lean(self, hidden: int) -> int:
-        """The same of experts that keep gate and up alone, with what orders the pairs and chooses
-        the experts; and the states that go in."""
+        """Bytes that a layer keeps of a token where its experts keep gate and up alone: those, what
+        orders the pairs and chooses the experts, and the states that go in."""
         pairs = self.active * (2 * (2 * self.width + 2 * PADDED_EXPERT_RANK) + 40)
         return pairs + 2 * hidden + 4 + 10 * self.experts
 
@@ -100,7 +100,7 @@ class Shape:
     modules: tuple[tuple[str, int, int], ...] = ()
     mixture: Mixture | None = None
     state_bytes: int = 0  # bytes a token that a layer with a state keeps beside its linears
-    other_parameters: int = 0  # what the sizes above miss of the whole; negative: they exceed it
+    other_parameters: int = 0  # parameters that the sizes above miss; negative: they count too many
 
     def __post_init__(self) -> None:
         """From JSON too: a mixture as a dict, modules as lists."""
@@ -232,7 +232,7 @@ def active_parameters(shape: Shape) -> int:
 
 
 def active_in_experts(shape: Shape) -> int:
-    """Of these the experts' part."""
+    """The experts' part of `active_parameters`."""
     m = shape.mixture
     return 0 if m is None else _in_experts(shape) * m.active // m.experts
 
@@ -252,7 +252,7 @@ def outside_experts(shape: Shape) -> int:
 
 
 def sparse_layers(shape: Shape) -> int:
-    """Layers with experts."""
+    """The number of layers with experts."""
     return 0 if shape.mixture is None else shape.layers - shape.mixture.dense_layers
 
 
@@ -319,7 +319,8 @@ def _need(config: dict[str, Any], *names: str) -> int:
 
 
 def _width(config: dict[str, Any]) -> int:
-    """Of the MLP: the widest where layers differ, an expert's where there are only experts."""
+    """The width of the MLP: the widest where layers differ, an expert's where there are only
+    experts."""
     return _need(config, "intermediate_size", "ffn_hidden_size", "moe_intermediate_size")
 
 

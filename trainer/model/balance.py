@@ -29,14 +29,15 @@ class Balance:
     active: int
 
     def added(self, router_logits: Any, mask: Tensor | None, targets: int) -> Tensor:
-        """Of one micro-batch with so many targets, to add to its summed loss. `mask` (B, T) is 0 at
-        padding."""
+        """The loss to add to the summed loss of a micro-batch with `targets` target tokens. `mask`
+        (B, T) is 0 at padding."""
         found: Tensor = self.loss(router_logits, self.experts, self.active, mask)
         return self.coefficient * targets * found
 
 
 def balance_of(job: Job, inner: Any) -> Balance | None:
-    """Of transformers' model, or None where the job asks for none. Raises NoBalance."""
+    """The balance loss of a model of transformers; None where the job asks for none. Raises
+    NoBalance."""
     asked = job.training.router_aux_loss_coef
     config = inner.config.get_text_config()
     if asked == "default":

@@ -12,7 +12,7 @@ import torch
 
 from trainer.kernels.rotary import document_lengths
 
-_NOISE = 7_000_003  # apart from every layer's number of dropout
+_NOISE = 7_000_003  # differs from the number of every dropout layer
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _MIX_1, _MIX_2 = -4658895280553007687, -7723592293110705685
 

@@ -18,7 +18,7 @@ NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")  # and what a stage adds, b
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """Of a micro-batch what the model's forward takes."""
+    """The entries of a micro-batch that the model's forward takes."""
     return {
         k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL and not k.startswith("stage/")
     }
@@ -43,9 +43,9 @@ def decoded(model: nn.Module, **inputs: Any) -> Any:
 
 
 def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Summed cross-entropy over the batch's target tokens, fp32 scalar. Only target positions meet
-    the head. Where no row of the table says how logits come about the model's own forward makes
-    them."""
+    """Summed cross-entropy over the batch's target tokens, fp32 scalar. Logits are computed at
+    target positions only. A family whose row does not say how logits are made uses the model's own
+    forward."""
     inputs = model_inputs(batch)
     inner, family = causal(model), family_of(model)
     balance: Balance | None = getattr(inner, "balance", None)
@@ -67,8 +67,8 @@ def _head(inner: Any) -> Any:
 
 
 def _cross_entropy(inner: Any, family: Family, made: Any, labels: Tensor, at: Tensor) -> Tensor:
-    """Summed over the targets: of `made`, which is what the layers return or, where the family's
-    own forward makes its logits, what that does. labels (B, T) are already shifted."""
+    """Cross-entropy summed over the targets. `made` is what the layers return or, where the
+    family's own forward makes logits, what that returns. labels (B, T) are already shifted."""
     if family.own_logits:
         logits = made.logits.flatten(0, 1).index_select(0, at)
     else:
@@ -89,8 +89,8 @@ def target_log_probs(
     model: nn.Module, batch: dict[str, Any], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(log p of each target token of the batch, entropy where it stands), fp32 (targets,), in the
-    order of `targets_at`. Only target positions meet the head, and no logits are kept where a row
-    of the table says how logits come about."""
+    order of `targets_at`. Logits are computed at target positions only, and kept only where the
+    family's own forward makes them."""
     inner, family = causal(model), family_of(model)
     labels, at, inputs = batch["labels"], batch["targets_at"], model_inputs(batch)
     head = inner.get_output_embeddings()
@@ -131,7 +131,7 @@ def target_facts(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def logit_rules(inner: nn.Module, family: Family) -> tuple[float, float | None]:
-    """(what logits are multiplied by, what they are capped at)."""
+    """(the factor of the logits, their cap or None)."""
     config: Any = inner.config
     text = config.get_text_config()
     multiply, divide, cap = (

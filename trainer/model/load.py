@@ -140,8 +140,8 @@ def why_unpacked(family: Family, longest: int | None, device: torch.device, prec
 
 
 def prepare(model: nn.Module) -> dict[str, str]:
-    """What no class of transformers or PEFT does by itself: angles by document, adapters of experts
-    beside their weights. Returns what was done, by name."""
+    """Adds what no class of transformers or PEFT does: rotary angles by document, adapters of
+    experts beside their weights. Returns what was done, by name."""
     names = {}
     if rotary.by_document(model):
         names["rotary"] = "by document"
@@ -173,8 +173,8 @@ def validate_precision(precision: str, device: torch.device) -> None:
 
 
 def checkpoint_first(model: nn.Module, count: int) -> None:
-    """Recomputes the first `count` decoder layers in the backward pass, but for those that are
-    fused: they do by themselves. Dropout is keyed, so they compute the same again."""
+    """Recomputes the first `count` decoder layers in the backward pass. Fused layers do so by
+    themselves. Dropout is keyed, so a layer computes the same again."""
     for layer in decoder_layers(model)[:count]:
         if getattr(layer, "is_fused", False):
             continue
@@ -276,8 +276,8 @@ def quantisation(precision: str) -> Any:
 
 
 def silence_dropout(config: Any) -> None:
-    """The base model's own dropout draws from a generator, so that order would change results: off.
-    lora_dropout is keyed instead."""
+    """Turns off the base model's own dropout: it draws from a generator, so the order of rows would
+    change the result. lora_dropout is keyed instead."""
     for name in (
         "attention_dropout",
         "hidden_dropout",

@@ -53,7 +53,7 @@ class _LogProbs(torch.autograd.Function):
 
 
 def chunks(rows: int, vocabulary: int) -> list[slice]:
-    """Of `rows` targets: as many at a time as LOGITS_PER_CHUNK says."""
+    """Slices of `rows` targets, each of at most LOGITS_PER_CHUNK logits."""
     size = max(16, LOGITS_PER_CHUNK // vocabulary)
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 

@@ -16,7 +16,7 @@ class ModelError(ValueError):
 
 
 def family_of(model: nn.Module) -> Family:
-    """Of a loaded model, PEFT's wrappers or not."""
+    """The family of a loaded model, in PEFT's wrappers or without."""
     inner = causal(model)
     if not hasattr(inner, "family"):
         inner.family = families.read(inner.config.to_dict())
@@ -50,7 +50,7 @@ def causal(model: nn.Module) -> Any:
 
 
 def ends(model: nn.Module) -> list[nn.Module]:
-    """The embedding, and the layer that makes logits, as far as the model has them."""
+    """The embedding, and the layer that makes logits, where the model has them."""
     inner: Any = causal(model)
     found = (inner.get_input_embeddings(), inner.get_output_embeddings())
     return [layer for layer in found if layer is not None]

@@ -98,8 +98,8 @@ def _folded(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def rehearse(model: Any, job: Job) -> None:
-    """Saves a model and opens it again, in a folder that is gone afterwards: what cannot be saved
-    is known before it is trained. Raises ResultError."""
+    """Saves a model and opens it again, in a folder that is gone afterwards: so a model that cannot
+    be saved is refused before it is trained. Raises ResultError."""
     with tempfile.TemporaryDirectory() as folder:
         expected = save_model(model, job, Path(folder), {})
         for path in sorted(Path(folder).glob("*.safetensors")):
@@ -200,12 +200,12 @@ def write_result(
 def chain_after(
     root: Path, job: Job, base: Path, data: Prepared, adapter: Path, facts: dict[str, Any]
 ) -> Chain:
-    """What the adapter in the folder `adapter` came through, this run last."""
+    """The chain of the adapter in the folder `adapter`, this run last."""
     start, before = job.start, None
     if start is not None:
         before = chain_of(root / start.path)
     links = [] if before is None else before.links
-    if start is not None and before is None:  # not of this trainer: its stage is not known
+    if start is not None and before is None:  # another program made it: its stage is unknown
         links = [Link(stage="sft", run_id=start.name, how="new", sha256=start.sha256)]
     numbers = {name: after for name, (_, after) in facts.get("held_out", {}).items()}
     link = Link(
@@ -224,8 +224,8 @@ def chain_after(
 
 
 def identity(base: Path) -> str:
-    """What a base model is known by: sha256 of its settings, of the header of each of its files
-    and of SAMPLES places in it. Another training, type or precision has another."""
+    """The identity of a base model: a sha256 over its settings, the header of each of its files and
+    SAMPLES places in each. It differs for another training, type or precision."""
     digest = hashlib.sha256((base / "config.json").read_bytes())
     for path in sorted(base.glob("*.safetensors")):
         size = path.stat().st_size

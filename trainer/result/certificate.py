@@ -1,5 +1,5 @@
-"""What a merge is worth: the written files, re-opened by stock transformers, against the base with
-the adapter on it, on real texts.
+"""Measures a merge: the written files, re-opened by stock transformers, are compared with the base
+and its adapter on real texts.
 
 Numbers are nats over the tokens of the texts: mean KL of the merged model from the adapted one, its
 share of the adapter's own effect (KL of the base), the KL that computing in bf16 alone makes (the
@@ -113,10 +113,10 @@ def _batches(rows: Sequence[Sequence[int]], device: str) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _log_probs(model: Any, ids: Tensor) -> Tensor:
-    """(T - 1, V), fp32."""
+    """Log-probabilities of each next token, fp32 (T - 1, V)."""
     return torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
 
 
 def _kl(right: Tensor, other: Tensor) -> float:
-    """Summed over the tokens."""
+    """The KL divergence, summed over the tokens."""
     return float((right.exp() * (right - other)).sum())

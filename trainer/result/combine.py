@@ -96,14 +96,14 @@ def _refusal(config: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    """As PEFT scales this module: alpha / r, or alpha / sqrt(r) by rsLoRA."""
+    """PEFT's scale of this module: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def validate_alike(adapters: Sequence[WeightedAdapter]) -> list[str]:
-    """Raises NoSum for adapters of different bases or templates; returns what is to be known."""
+    """Returns notes for the user. Raises NoSum for adapters of different bases or templates."""
     first, notes = adapters[0], list[str]()
     for other in adapters[1:]:
         for key in ("base_model_name_or_path", "revision", "fan_in_fan_out"):
@@ -284,7 +284,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def text(made: dict[str, Any]) -> str:
-    """What was written, and what is to be tried."""
+    """The lines for a terminal: what was written, and what to try next."""
     return "\n".join(
         [
             f"{made['file']}: rank {made['rank']}, {made['modules']} modules. {_loss(made)}",

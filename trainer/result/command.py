@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 DONE, REFUSED, INTERRUPTED = 0, 3, 130
-EVERY_S = 10.0  # between two lines of progress where nobody sees them overwritten
+EVERY_S = 10.0  # between two lines of progress where stderr is no terminal
 
 
 def parser_of(module: str, about: str) -> argparse.ArgumentParser:
@@ -55,7 +55,7 @@ def _refuse(error: Exception, as_json: bool) -> None:
 
 
 def quiet() -> None:
-    """No bars and no advice of libraries between our lines."""
+    """Turns off the progress bars and the warnings of libraries."""
     if "torch" in sys.modules:
         from transformers.utils import logging
 
@@ -80,6 +80,6 @@ class StatusLine:
             print(line, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Leave the line empty."""
+        """Clears the line."""
         if self.live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

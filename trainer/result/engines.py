@@ -82,7 +82,7 @@ def loads_in(
 
 
 def _faults(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, str]:
-    """What about this adapter some engine does not take, by kind."""
+    """The properties of this adapter that some engine does not take, by kind."""
     alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
     start = config.get("init_lora_weights", True)
     found = {
@@ -143,7 +143,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def table(engines: Sequence[EngineSupport]) -> str:
-    """As Markdown, for the card."""
+    """The table in Markdown, for the model card."""
     rows = [f"| {e.name} | {'yes' if e.loads else 'no'} | {_cell(e)} |" for e in engines]
     return "\n".join(["| loads in | | how, or why not |", "|---|---|---|", *rows])
 
@@ -154,7 +154,7 @@ def _cell(engine: EngineSupport) -> str:
 
 
 def lines(engines: Sequence[EngineSupport]) -> str:
-    """As text, for a terminal."""
+    """The lines for a terminal."""
     rows = []
     for engine in engines:
         rows.append(f"{engine.name:10} {'yes' if engine.loads else 'no':4} {engine.why}".rstrip())

@@ -1,4 +1,4 @@
-"""A result in the form in which another program takes it, with the command that starts it.
+"""Exports a result for another program, with the command that starts it.
 
     python -m trainer.result.export ADAPTER --base MODEL --for vllm --out FOLDER
 
@@ -100,7 +100,7 @@ def _for_engine(
     named = json.loads((part / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     command = engine.command.replace("NAME=FOLDER", f"{shlex.quote(asked.name)}={_quoted(out)}")
     command = command.replace("FOLDER", _quoted(out))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)):  # no id of the hub: a folder of here
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)):  # a local folder, not an id of the hub
         command = command.replace(f" {named} ", f" {_quoted(base)} ", 1)
     if not (part / "chat_template.jinja").is_file():
         command = re.sub(r" --chat-template \S+", "", command)
@@ -214,7 +214,7 @@ def _device() -> str:
 
 
 def text(told: dict[str, Any]) -> str:
-    """What was written, and what to type."""
+    """The lines for a terminal: what was written, and what to type."""
     return "\n".join([told["folder"], *told["notes"], *(f"  {c}" for c in told["commands"])])
 
 

@@ -34,8 +34,9 @@ _ARCHITECTURES = {
 }
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")
 _BLOCK = 32  # numbers that Q8_0 quantises together
-_PATTERN = {"gemma2": 2, "gemma3_text": 6}  # every how many layers llama.cpp sees everything
-# how llama.cpp names a byte-level tokenizer's way to cut, by its regular expression
+# every so many layers llama.cpp attends without a window
+_PATTERN = {"gemma2": 2, "gemma3_text": 6}
+# llama.cpp's name of a byte-level tokenizer's pre-tokenizer, by its regular expression
 _CUTS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
@@ -189,7 +190,7 @@ def _read_back(path: Path, made: dict[str, Callable[[], np.ndarray]], tell: Tell
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """The rotation of layers that see everything."""
+    """The rotary settings of layers without a window."""
     told = getattr(config, "rope_parameters", None) or {}
     return dict(told.get("full_attention", told))
 
@@ -242,8 +243,8 @@ def _write_rope(writer: GGUFWriter, config: Any) -> None:
 
 
 def _llama3_factors(config: Any, rope: dict[str, Any]) -> np.ndarray:
-    """By how much each frequency is slowed, (head / 2,) fp32: the tensor in which llama.cpp keeps
-    Llama 3.1's stretching of positions."""
+    """The divisor of each frequency, fp32 (head / 2,): the tensor in which llama.cpp keeps Llama
+    3.1's scaling of positions."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     old = rope["original_max_position_embeddings"]
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
@@ -259,7 +260,7 @@ def _llama3_factors(config: Any, rope: dict[str, Any]) -> np.ndarray:
 
 
 def _words(writer: GGUFWriter, folder: Path, config: Any) -> None:
-    """Tokenizer, stop tokens, chat template."""
+    """Writes tokenizer, stop tokens and chat template."""
     told = json.loads((folder / "tokenizer.json").read_bytes())
     tokens, types = _token_list(told, config.vocab_size)
     if (folder / "tokenizer.model").is_file() and told["model"].get("byte_fallback"):
@@ -310,7 +311,7 @@ def _byte_level(
 
 
 def _cut(told: dict[str, Any]) -> str:
-    """What llama.cpp calls the way in which texts are cut before merging. Raises NoGguf."""
+    """llama.cpp's name of the pre-tokenizer. Raises NoGguf."""
     pre = told.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
     patterns = [p["pattern"].get("Regex") for p in parts if p.get("type") == "Split"]

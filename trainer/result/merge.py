@@ -38,11 +38,11 @@ from trainer.result.command import StatusLine, answer, parser_of
 from trainer.result.open import base_folder, open_words, rows_in, unpacked
 from trainer.result.words import TOKENIZER_FILES
 
-Tell = Callable[[str], None]  # hears a line of progress
+Tell = Callable[[str], None]  # is called with each line of progress
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PREFIX = "base_model.model."
 _MARGIN_BYTES = 256 << 20
-TEXTS = 64  # of the user's own in a certificate
+TEXTS = 64  # texts of the user's own in a certificate
 _WORDS = ("chat_template.jinja", "generation_config.json", "template.json", *TOKENIZER_FILES)
 
 
@@ -231,7 +231,7 @@ def _changed(
 
 
 def _delta(plan: MergePlan, layer: str, tensors: Any) -> dict[str, torch.Tensor]:
-    """fp32, scale included, by the names of the files."""
+    """The deltas of a layer, fp32, scale included, by the names in the files."""
     module: Any = plan.model.get_submodule(layer)
     for key in tensors.keys():  # noqa: SIM118 - a file, not a dict
         if not key.startswith(f"{layer}.lora_") or key.endswith("lora_magnitude_vector"):

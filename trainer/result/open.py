@@ -1,8 +1,8 @@
 """A finished adapter on its base model, ready to answer.
 
 The template and the token hash that travel in template.json are compared with what the base's
-tokenizer makes of them now: where they differ, the model would be asked in words that it never saw,
-and nothing is loaded.
+tokenizer makes of them now: where they differ, prompts would differ from those of the training, and
+nothing is loaded.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def base_folder(named: str) -> Path:
 
 @contextmanager
 def unpacked(adapter: Path) -> Iterator[Path]:
-    """The adapter's folder; an archive is unpacked for the while."""
+    """The adapter's folder; an archive is unpacked into a temporary one."""
     if adapter.is_dir():
         yield adapter
         return
@@ -159,13 +159,13 @@ def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> n
 
 
 def here() -> torch.device:
-    """The device of this machine that answers."""
+    """The device of this machine that computes answers."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_of(named: str) -> torch.device:
-    """Of one of DEVICES; auto is a GPU where there is one. Raises ModelError for one that is not
-    there."""
+    """The device for one of DEVICES; auto is a GPU where there is one. Raises ModelError for one
+    that is not there."""
     apple = torch.backends.mps.is_available()
     if named == "auto":
         return torch.device("mps") if apple and not torch.cuda.is_available() else here()

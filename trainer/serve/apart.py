@@ -14,7 +14,7 @@ from trainer.model.parts import causal
 
 
 class Apart:
-    """As decode.Rows, for any model of transformers."""
+    """The same interface as decode.Rows, for any model of transformers."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.inner, self.device = causal(model), device

@@ -33,8 +33,8 @@ ENGINE = web.AppKey("engine", Engine)
 
 
 def application(engine: Engine, token: str, feedback: Path, hosts: tuple[str, ...] = ()) -> Any:
-    """The aiohttp application; run it with handler_cancellation, so that who goes away is noticed.
-    `hosts` are names by which it is reached beside loopback's."""
+    """The aiohttp application; run it with handler_cancellation, so that a closed connection ends
+    its request. `hosts` are names by which it is reached beside loopback's."""
     server = _Server(engine, Feedback(feedback))
     guard = Guard(token, hosts)
     app = web.Application(
@@ -207,7 +207,7 @@ def _prompt_ids(voice: Voice, wish: Wish) -> list[list[int]]:
 
 @asynccontextmanager
 async def _asked(engine: Engine, replies: list[Reply]) -> AsyncIterator[None]:
-    """The replies are asked for meanwhile, and given up behind it, however it ends."""
+    """Submits the replies, and cancels them behind the block, however it ends."""
     try:
         engine.submit(*(reply.ask for reply in replies))
     except Busy:
@@ -275,7 +275,7 @@ def _poster(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Delta]) -> Any
     def post(delta: Delta) -> None:
         try:
             loop.call_soon_threadsafe(queue.put_nowait, delta)
-        except RuntimeError:  # the loop is closed: nobody hears any more
+        except RuntimeError:  # the loop is closed: nobody listens any more
             pass
 
     return post

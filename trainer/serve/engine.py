@@ -1,7 +1,7 @@
-"""Answers for many at once: one thread owns the model; who asks joins and leaves between two steps.
+"""Answers many requests at once: one thread owns the model; asks join and leave between two steps.
 
-Rows of all that are asked stand in one batch, whichever adapter answers. What a row says depends on
-its own prompt, adapter, settings and seed alone, but for the rounding of the model's own numbers.
+All asks are rows of one batch, whichever adapter answers. An answer depends on its own prompt,
+adapter, settings and seed alone, apart from rounding in the model.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 WIDTH = 16  # answers decoded side by side
 WAITING = 256  # asks that wait before one is refused
-TOP = 20  # of the likeliest tokens, at most, that are told with a token
+TOP = 20  # of the likeliest tokens, at most, that come with a token
 FIRST_ROOM = 256  # tokens of a row, to begin with: rows double as they need it
 
 
 class Busy(RuntimeError):
-    """Too many ask already."""
+    """Too many asks wait already."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ class Engine:
                     if self._active:
                         self._step()
                     self._look(self._behind if self._active else 0)
-                except Exception:  # out of memory, say: whoever is served now is told
+                # out of memory, for example: the asks being answered end with an error
+                except Exception:
                     log.exception("the model failed")
                     self._fail()
         for ask in [*self._active, *self._waiting]:
@@ -216,7 +217,7 @@ class Engine:
                         break
                     taken.append(self._waiting.popleft())
             first = len(self._active)
-            self._active += taken  # from here on whatever fails ends them too
+            self._active += taken  # from here on a failure ends them too
             self._read(taken, list(range(first, first + len(taken))))
 
     def _read(self, taken: list[Ask], rows: list[int]) -> None:
@@ -227,7 +228,7 @@ class Engine:
         self._take(taken, logits, torch.tensor(rows, device=self.models.device))
 
     def _make_room(self) -> None:
-        """Rows and tokens of rows by doubling, so that few of them are made anew."""
+        """Grows rows and their tokens by doubling, so that the keys are rarely copied."""
         if isinstance(self._rows, Apart):
             return
         keys = self._rows.keys
@@ -247,7 +248,7 @@ class Engine:
 
     def _step(self) -> None:
         asks = list(self._active)
-        # one token more than was told, for each step whose tokens nobody has looked at yet
+        # one token more for each step whose tokens have not been read yet
         reach = max(len(a.prompt) + a.made for a in asks) + len(self._pending) + 1
         reach = min(reach, max(len(a.prompt) + a.most for a in asks))
         n, adapters = len(asks), [a.voice.adapter for a in asks]
@@ -263,7 +264,7 @@ class Engine:
         self._pending.append((asks, found))
 
     def _look(self, behind: int) -> None:
-        """Tells the tokens of all steps but the newest `behind`."""
+        """Hands out the tokens of all steps but the newest `behind`."""
         while len(self._pending) > behind:
             asks, (ids, log_probs, top_ids, top_log_probs) = self._pending.pop(0)
             told = zip(

@@ -1,9 +1,9 @@
-"""What people think of answers, as rows that `data.files` takes.
+"""What people think of answers, written as rows that `data.files` takes.
 
 Three files of one folder: `feedback.jsonl` has answers that were liked or written anew (messages,
 for sft); `feedback.pairs.jsonl` a better and a worse answer to one prompt (chosen and rejected, for
-dpo); `feedback.labels.jsonl` an answer and whether it was liked (label, for kto). Who thinks again
-replaces what was said before of the same answer, so that no row contradicts another.
+dpo); `feedback.labels.jsonl` an answer and whether it was liked (label, for kto). A later judgement
+replaces an earlier one of the same answer, so that no row contradicts another.
 """
 
 from __future__ import annotations

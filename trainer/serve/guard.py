@@ -1,5 +1,6 @@
-"""Who may ask. A token on every path but the page and the health; no other website may drive this
-server through a browser (Origin), nor by a name that it points here (Host)."""
+"""Checks who may ask: a token on every path but the page and the health. No other website may drive
+this server through a browser (Origin), nor through a host name that points here (Host).
+"""
 
 from __future__ import annotations
 

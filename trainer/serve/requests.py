@@ -85,7 +85,7 @@ def completion(body: Any) -> Wish:
 
 
 def _wish(fields: _Fields, prompts: Any, most: int | None, logprobs: int | None) -> Wish:
-    """The fields that both have; refuses what is left over."""
+    """The request from the fields that both interfaces share; refuses what is left over."""
     options = fields.take("stream_options")
     usage = _Fields(options, "stream_options.") if options is not None else None
     stream = fields.flag("stream")

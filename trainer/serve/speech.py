@@ -1,4 +1,4 @@
-"""From tokens to text as they come: no half character, nothing behind a stop string."""
+"""From tokens to text as they come, without half characters and what follows a stop string."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-HALF = "\ufffd"  # what a character that is not whole yet decodes to
-LONGEST_HALF = 16  # tokens after which it is taken for what was meant
+HALF = "\ufffd"  # what an incomplete character decodes to
+LONGEST_HALF = 16  # tokens after which it is taken as it stands
 
 
 class Speech:

@@ -89,7 +89,7 @@ class Conversation:
         return last[0].text if last else ""
 
     def row(self) -> dict[str, object]:
-        """As OpenAI's messages, which milktea trains on."""
+        """The conversation as OpenAI's messages, which milktea trains on."""
         told = [Turn("system", self.system)] if self.system else []
         turns = [*told, *self.turns.get(self.name, [])]
         return {"messages": [{"role": t.role, "content": t.text} for t in turns]}

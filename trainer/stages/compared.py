@@ -82,7 +82,7 @@ def answer_log_probs(
 
 
 class Stage(measured.Stage):
-    """Items of `rows_per_item` rows, which stay in one micro-batch."""
+    """A stage whose items are `rows_per_item` rows that stay in one micro-batch."""
 
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)

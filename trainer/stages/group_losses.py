@@ -12,7 +12,7 @@ CISPO_HIGH = 5.0
 
 
 def advantages(settings: Grpo, rewards: Tensor) -> Tensor:
-    """Of rewards (groups, answers), in fp64 by the same shape."""
+    """The advantage of each answer, fp64, from rewards (groups, answers)."""
     rewards = rewards.double()
     apart = rewards - rewards.mean(1, keepdim=True)
     if settings.scale_rewards == "none":

@@ -1,5 +1,5 @@
-"""PPO: the model answers prompts, a value model foretells the reward, and what came better than
-foretold becomes likelier.
+"""PPO: the model answers prompts, a value model predicts the reward, and answers that are better
+than predicted become likelier.
 
 One frozen base serves all: the policy is the adapter that is trained, the reference what it was at
 the start; the reward model and the value are adapters beside it, with a linear head each. A batch
@@ -58,7 +58,7 @@ class Stage(rollout.Stage):
         self.roles.add(VALUE, self.run / judge.path if judge else None, trained=True)
 
     def groups(self) -> list[list[str]]:
-        """The policy's, with LoRA+ in two, and the value's."""
+        """The policy's parameters (in two groups with LoRA+) and the value's."""
         theirs = set(self.roles.parameters(VALUE))
         mine = [[n for n in names if n not in theirs] for names in super().groups()]
         return [*mine, [n for n in self.trained() if n in theirs]]
@@ -103,7 +103,7 @@ class Stage(rollout.Stage):
         return made.made["reward"] - penalty * (~made.made["ended"]).double()
 
     def values(self, micro: dict[str, Any]) -> Tensor:
-        """What the value says before each token of each answer, fp32 (rows, longest)."""
+        """The value before each token of each answer, fp32 (rows, longest)."""
         self.roles.take(VALUE)
         states = hidden_states(self.model, **model_inputs(micro)).flatten(0, 1)
         found: Tensor = self.roles.head(VALUE)(states.index_select(0, micro["targets_at"]).float())[

@@ -39,7 +39,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whitened(advantages: Tensor, mask: Tensor) -> Tensor:
-    """With a mean of 0 and a deviation of 1 over all tokens of all answers."""
+    """Advantages scaled to a mean of 0 and a deviation of 1 over all tokens of all answers."""
     count = mask.sum()
     apart = (advantages - (advantages * mask).sum() / count) * mask
     spread = (apart.square().sum() / (count - 1).clamp_min(1)).sqrt()

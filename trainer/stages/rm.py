@@ -109,7 +109,8 @@ class Stage(compared.Stage):
 
 
 def describe(rewards: Tensor, lengths: Tensor) -> dict[str, float]:
-    """Of scores and answers' tokens (pairs, 2), fp64, the chosen side first."""
+    """The numbers of `measure`, from the answers' scores and tokens (pairs, 2), fp64, the chosen
+    side first."""
     apart = rewards[:, 0] - rewards[:, 1]
     right = (apart > 0).double() + (apart == 0).double() / 2
     told = {"accuracy": float(right.mean())}

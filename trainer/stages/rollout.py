@@ -117,7 +117,9 @@ class Stage(compared.Stage):
         return {row.where: row.turns[-1].text for row in found}
 
     def _judge(self) -> Judge | None:
-        """Of the job's reward model. Raises InvalidJob for one that must not judge this policy."""
+        """The judge that the job's reward model is. Raises InvalidJob for one that must not judge
+        this policy.
+        """
         rule, told = self.settings.judge, self.job.judge
         if rule is None or told is None:
             return None
@@ -219,7 +221,7 @@ class Stage(compared.Stage):
         return ids
 
     def rewards(self, rows: Rows, answers: list[Answer]) -> Tensor:
-        """Of each answer, fp64 (rows,), the same on all processes."""
+        """The reward of each answer, fp64 (rows,), the same on all processes."""
         texts = [self._text(a.ids[:-1] if a.ended else a.ids) for a in answers]
         rules = [r for r in self.settings.rewards if not r.is_asked]
         told = zip(texts, answers, rows.where, strict=True)
@@ -274,7 +276,7 @@ class Stage(compared.Stage):
         return torch.tensor([0.0 if isinstance(x, str) else x for x in given], dtype=torch.float64)
 
     def facts_of(self, made: Rollout) -> dict[str, float]:
-        """What is told of a batch of answers."""
+        """The metrics of a batch of answers."""
         rewards, ended = made.made["reward"], made.made["ended"]
         failed = {k: float(made.made[k]) for k in ("failed",) if k in made.made}
         return failed | {
@@ -287,7 +289,9 @@ class Stage(compared.Stage):
     # -- what the model says of them -------------------------------------------------------------
 
     def log_probs(self, micro: dict[str, Any]) -> Tensor:
-        """Of the answers' tokens, in the distribution that they were drawn from (rows, longest)."""
+        """Log-probabilities of the answers' tokens in the distribution that they were drawn from
+        (rows, longest).
+        """
         self.roles.take(MAIN)
         return compared.answer_log_probs(self.model, micro, self.settings.temperature)[0]
 

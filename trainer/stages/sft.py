@@ -165,7 +165,7 @@ class Stage(stage.Stage):
 
     @torch.no_grad()
     def look(self) -> Look | None:
-        """Of the first MOST_ROWS of them; the processes share them."""
+        """A look at the first MOST_ROWS held-out rows; the processes share them."""
         held = self.held
         if held is None or not STAGES[self.job.stage].looks:
             return None

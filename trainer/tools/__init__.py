@@ -1,1 +1,1 @@
-"""Programs that people run beside a training: other people's weights made ours."""
+"""Programs that convert other people's weights, for people to run before a training."""

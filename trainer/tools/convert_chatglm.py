@@ -1,4 +1,5 @@
-"""ChatGLM2 and ChatGLM3 to what transformers has itself, so that no stranger's code runs.
+"""Converts ChatGLM2 and ChatGLM3 to a model class of transformers, so that no code from the hub
+runs.
 
     python -m trainer.tools.convert_chatglm SOURCE TARGET
 

@@ -46,8 +46,8 @@ def files_of(adapter: Path, to: Path) -> list[Path]:
 
 
 def lora_from(adapter: Path, job: Lora, how: How) -> Lora:
-    """The settings of what is trained: to continue an adapter its own, to stack on it those of the
-    job with the rank of both. Raises ValueError with what does not go together, OSError."""
+    """The LoRA settings of the training: the adapter's own to continue it; the job's, with the rank
+    of both, to stack on it. Raises ValueError with what does not go together, OSError."""
     told = settings_of(adapter)
     return _continued(told, job) if how == "continue" else lora_on(told, job)
 

@@ -78,13 +78,13 @@ def text_of(adapter: Path, name: str) -> bytes:
 
 
 def weights_sha256(adapter: Path) -> str:
-    """What an adapter is known by. Raises FileNotFoundError."""
+    """The sha256 of an adapter's weights, by which it is identified. Raises FileNotFoundError."""
     with opened(adapter, WEIGHTS) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def chain_of(adapter: Path) -> Chain | None:
-    """None where the adapter says nothing of it: it is not of this trainer. Raises ValueError."""
+    """The chain of an adapter; None where it has no chain.json. Raises ValueError."""
     try:
         return Chain.model_validate(json.loads(text_of(adapter, CHAIN)))
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# of a step, a row or a byte: what no training counts to is no event
+# the largest step, row or byte count that an event may hold
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -196,8 +196,8 @@ def parse(line: str) -> Event:
 
 
 def readable(lines: list[str]) -> tuple[list[Event], int]:
-    """The events of `lines`, and the number of lines that are none: half written, or a library's
-    own words."""
+    """The events of `lines`, and the number of lines that are no events: half written, or printed
+    by a library."""
     found: list[Event] = []
     for line in lines:
         with suppress(ValueError):

@@ -98,12 +98,14 @@ class Lora(Strict):
 
     @property
     def largest_rank(self) -> int:
-        """Of any module: what memory is reckoned by."""
+        """The largest rank of any module, which the memory prediction uses."""
         return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
 
     @property
     def counted_modules(self) -> list[str] | Literal["all-linear"]:
-        """What memory is reckoned by: an expression counts as every linear layer."""
+        """The target modules as the memory prediction counts them: an expression counts as every
+        linear layer.
+        """
         named = self.target_modules
         return "all-linear" if isinstance(named, str) else named
 
@@ -132,9 +134,9 @@ class Training(Strict):
     # of a mixture's experts; "default": the family's own
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | Literal["default"] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    # between two looks at the held-out rows; None: as often as costs little, 0: never in between
+    # steps between two looks at the held-out rows; None: as often as is cheap, 0: never
     eval_steps: Annotated[int, Field(ge=0)] | None = None
-    early_stopping_patience: Positive | None = None  # looks without a smaller loss
+    early_stopping_patience: Positive | None = None  # looks in a row without a smaller loss
     load_best_model_at_end: bool = False
     packing: bool = True
     freeze_trainable_layers: Positive = 2

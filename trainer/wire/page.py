@@ -20,7 +20,7 @@ STYLE = (
     "td,th{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}svg{max-width:100%}"
     "text{font:12px sans-serif;fill:#6b5a48}pre{overflow:auto}"
 )
-SAFE = (  # for a browser that knows it: what slipped through could neither run nor ask
+SAFE = (  # where a browser obeys it, a script that slipped through neither runs nor fetches
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
 )

@@ -52,14 +52,14 @@ ANSWERS = ("alpaca", "sharegpt", "messages", "prompt", "text")
 STAGES: Mapping[StageName, StageFacts] = {
     "pt": StageFacts(formats=ANSWERS, rows="documents", looks=True),
     "sft": StageFacts(formats=ANSWERS, looks=True),
-    # the head of the vocabulary is never asked; of each token as sft otherwise
+    # no logits are computed; otherwise the work of a token is sft's
     "rm": StageFacts(formats=(), rows="pairs", methods=("lora",)),
     # a forward pass of the adapter that it starts from, beside forward and backward
     "dpo": StageFacts(formats=(), rows="pairs", methods=("lora",), frozen_adapters=1, work=1.5),
     # the same, and both on prompts with another row's answer
     "kto": StageFacts(formats=(), rows="tagged", methods=("lora",), frozen_adapters=1, work=2.5),
-    # of a prompt's token: an answer of twice its length, decoded, scored by four adapters, and read
-    # four times with gradients
+    # for each token of a prompt: an answer of twice its length, decoded, scored by four adapters,
+    # and read four times with gradients
     "ppo": StageFacts(
         formats=("alpaca", "sharegpt", "messages", "prompt"),
         rows="prompts",
@@ -69,7 +69,7 @@ STAGES: Mapping[StageName, StageFacts] = {
         work=13.0,
         splits=False,
     ),
-    # of a prompt's token: eight answers, each longer than the prompt, decoded and trained on
+    # for each token of a prompt: eight answers, each longer than the prompt, decoded and trained on
     "grpo": StageFacts(
         formats=("alpaca", "sharegpt", "messages", "prompt"),
         rows="prompts",

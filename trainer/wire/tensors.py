@@ -132,7 +132,7 @@ def strict_json(text: bytes) -> Any:
 
 
 def _counts(value: Any, most: int) -> bool:
-    """At most `most` whole numbers, each so small that their product is no work."""
+    """Whether `value` is a list of at most `most` whole numbers, each small enough to multiply."""
     return (
         isinstance(value, list)
         and len(value) <= most
