@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.api import Instance, Line, Plan, Ranking, dearest_silence, events, told_line
+from ops.cli.eta import Eta
 from ops.plain import json_line, plain
 
 CHOOSE_S = 30.0  # to answer after Ctrl-C
@@ -44,8 +45,9 @@ class Terminal:
         self.console = console
         self._live = console.is_terminal
         self._drawn = 0.0
-        self._phase = ""  # the status line, with {money} for the meter
+        self._phase = ""  # the status line, with {money} for the meter and the time that is left
         self._money = ""
+        self._eta = Eta()
         self._total_steps = 0
         self._stage = ""  # of a run of several, which one trains
         self._moving = ("", 0.0, 0)  # (what, since when, from which byte on) is transferred
@@ -60,6 +62,7 @@ class Terminal:
     def line(self, line: Line) -> None:
         if line.kind == "planned":
             self._began = float(line.get("began") or line.t)
+        self._eta.line(line)
         if line.kind not in SHOWN_ELSEWHERE and (text := told_line(line)):
             style = "bold red" if line.kind in ("leaked", "bad_result") else ""
             self._say(text, style=style, t=line.t)
@@ -73,7 +76,8 @@ class Terminal:
 
     def booting(self, instance: Instance, waited_s: float) -> None:
         state = instance.status or "provisioning"
-        self._status("boot", f"{state} {waited_s:.0f} s  {instance.status_msg.strip()[:60]}")
+        bar = self._predicted_bar()
+        self._status("boot", f"{bar}{state} {waited_s:.0f} s  {instance.status_msg.strip()[:60]}")
 
     def connecting(self, message: str) -> None:
         self._status("connect", message[:100])
@@ -84,26 +88,28 @@ class Terminal:
             self._moving = (what, now, done_bytes)
         _, since, first = self._moving
         rate = (done_bytes - first) / (now - since) if now - since > 1 else 0.0
-        left = f"  {_minutes((total_bytes - done_bytes) / rate)} left" if rate > 0 else ""
+        speed = f"  {rate / 1e6:.1f} MB/s" if rate > 0 else ""
         share = done_bytes / total_bytes if total_bytes else 1.0
-        self._status(what, f"{_bar(share)} {share:4.0%} of {total_bytes / 1e6:.1f} MB{left}")
+        self._status(what, f"{_bar(share)} {share:4.0%} of {total_bytes / 1e6:.1f} MB{speed}")
 
     def event(
         self, event: events.Event, spent_usd: float, max_usd: float, dies_at_unix_s: float
     ) -> None:
         match event:
             case events.Step():
+                self._eta.step(event)
                 self._money = _money(spent_usd, max_usd)
                 done = event.step / self._total_steps if self._total_steps else 0.0
                 steps = f"{_bar(done)} {event.step}/{self._total_steps}" if done else event.step
                 steps = f"{self._stage}{steps}"
                 self._status(
                     "train",
-                    f"{steps}  {_minutes(event.eta_s)} left  loss {event.loss:.4f}  "
+                    f"{steps}  loss {event.loss:.4f}  "
                     f"{event.tokens_per_second:,.0f} tok/s  ends itself "
                     f"{time.strftime('%H:%M', time.localtime(dies_at_unix_s))} at the latest",
                 )
             case events.Started():
+                self._eta.started(event)
                 self._total_steps = event.total_steps
                 if event.stages > 1:
                     self._stage = f"{event.number} of {event.stages}, {event.stage}  "
@@ -111,8 +117,10 @@ class Terminal:
                     self._say(f"stage     {self._stage}{base}")
             case events.Loading():
                 there = f"  {event.done_bytes / 1e9:.2f} GB there" if event.done_bytes else ""
+                known = event.done_bytes / event.total_bytes if event.total_bytes else None
+                bar = self._predicted_bar() if known is None else f"{_bar(known)} "
                 self._money = _money(spent_usd, max_usd)
-                self._status("load", f"{event.what}{there}")
+                self._status("load", f"{bar}{event.what}{there}")
             case events.Sample():
                 self.samples.append(event)
             case events.Score():
@@ -186,14 +194,24 @@ class Terminal:
                 with self._drawing:
                     self._draw(self._phase)
         elif force or now - self._drawn > QUIET_EVERY_S:
-            self._say(text.replace("{money}", self._money, 1))
+            self._say(text.replace("{money}", self._meter(), 1))
             self._drawn = now
+
+    def _meter(self) -> str:
+        """The money, and in how many minutes the run is at home."""
+        left_s = self._eta.left_s(time.time())
+        return self._money + ("" if left_s is None else f"home in {_minutes(left_s)}  ")
+
+    def _predicted_bar(self) -> str:
+        """The bar of a phase whose end only the plan predicts; "" without a prediction."""
+        share = self._eta.share(time.time())
+        return "" if share is None else f"{_bar(share)} "
 
     def _draw(self, phase: str) -> None:
         """Draw the status line with the next sign of the spinner."""
         self._spins += 1
         self._clear()
-        text = f"{SPINNER[self._spins % len(SPINNER)]} {phase.replace('{money}', self._money, 1)}"
+        text = f"{SPINNER[self._spins % len(SPINNER)]} {phase.replace('{money}', self._meter(), 1)}"
         self.console.file.write(text[: self.console.width - 1])
         self.console.file.flush()
         self._drawn = time.monotonic()

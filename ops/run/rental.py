@@ -43,7 +43,7 @@ from ops.run.absence import (
 )
 from ops.run.kept import kept, start_again, words
 from ops.run.meter import boot_timeout_s
-from ops.run.session import Detached, Session
+from ops.run.session import MARGIN_S, Detached, Session
 from ops.wait import Patience, until
 
 # between reads after an unclear create: a new instance may take seconds to be listed
@@ -166,8 +166,9 @@ def _resolve_unclear_create(session: Session, error: MarketError) -> int:
 
 
 def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
-    """Wait until the instance runs and has an SSH port, and return its record. Raises NeverReady
-    (fatal status, deadline), Preempted, Unsuitable when it is not what was offered."""
+    """Wait until the instance runs and has an SSH port, and return its record. Time in which
+    vast.ai does not answer is not counted. Raises NeverReady (fatal status, deadline), Preempted,
+    Unsuitable when it is not what was offered."""
     again = start_again(session, instance_id)
     with suppress(MarketError):  # the onstart script brings the key too
         session.vast.attach_key(instance_id, session.make_key())
@@ -175,17 +176,21 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
     began = session.clock.steady()
     load()
     offline_since: list[float] = []
-    seen, unseen = False, Patience(session.clock)
+    seen, unseen, booting = False, Patience(session.clock), Patience(session.clock)
 
     def look() -> Instance | None:
         nonlocal seen
         waited = session.clock.steady() - began
         try:
             now = session.vast.instance(instance_id)
-        except (NoAnswer, RateLimited) as e:  # of vast.ai: the box may boot all the same
+        except (NoAnswer, RateLimited) as e:  # of vast.ai: the box may boot, or train, all the same
             session.screen.waiting(f"{e}; asked again")
             unseen.look(counts=False)
+            booting.look(counts=False)
+            if session.left_s() < MARGIN_S:
+                raise NeverReady(f"vast.ai does not show instance {instance_id}: {e}") from e
             return None
+        booting.look()
         if now is None and seen:  # it destroyed itself, or the host took it away
             raise_if_preempted(session, None)
         seen = seen or now is not None
@@ -206,22 +211,27 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
                 raise NeverReady(f"machine {now.machine_id} is {now.status}")
             return None
         offline_since.clear()
-        return now if now.status == "running" and (now.direct_port or now.ssh_port) else None
+        if now.status == "running" and (now.direct_port or now.ssh_port):
+            return now
+        if booting.seconds > timeout_s:
+            raise NeverReady(f"machine {offer.machine_id} did not boot within {timeout_s:.0f} s")
+        return None
 
-    running = until(
-        look, every_s=2.0, timeout_s=timeout_s / session.clock.pace, clock=session.clock
-    )
-    if running is None:
-        raise NeverReady(f"machine {offer.machine_id} did not boot within {timeout_s:.0f} s")
-    before = session.journal.last("booted", "renting")
-    if before is not None and before.kind == "booted":
-        why = ""  # it was looked at; a price that rose since moves the keeper's deadline
-    else:
-        why = difference(running, offer, session.plan.needs.disk_gib, session.bid(offer))
-    if why:
-        raise Unsuitable(f"instance {running.id} is not what was offered: {why}")
+    running = until(look, every_s=2.0, clock=session.clock)
+    assert running is not None, "looked at for as long as nothing is raised"
+    _validate_first_boot(session, running, offer)
     session.note("booted", instance_id=running.id, seconds=round(session.clock.steady() - began, 2))
     return running
+
+
+def _validate_first_boot(session: Session, running: Instance, offer: Offer) -> None:
+    """Raises Unsuitable where the instance is not what was offered. At a later boot it was looked
+    at; a price that rose since moves the keeper's deadline."""
+    before = session.journal.last("booted", "renting")
+    if before is not None and before.kind == "booted":
+        return
+    if why := difference(running, offer, session.plan.needs.disk_gib, session.bid(offer)):
+        raise Unsuitable(f"instance {running.id} is not what was offered: {why}")
 
 
 def _raise_if_fatal(session: Session, now: Instance) -> None:

@@ -11,8 +11,11 @@ from rich.console import Console
 
 from ops.cli import screen
 from ops.cli.screen import Terminal
+from ops.market.models import parse_instance
 from ops.run.journal import Line
 from trainer.wire import events
+
+INSTANCE = parse_instance({"id": 7, "actual_status": "loading"})
 
 
 @pytest.fixture
@@ -42,8 +45,50 @@ def test_phase_money_bar_and_the_time_that_is_left_fit_into_60_columns(
     terminal.event(step(1000), 0.0123, 0.5, 0.0)
     line = drawn(out)
     assert len(line) < 60
-    for words in ("train", "0.0123 of 0.50 $", "████────", "1000/2000", "55 s left"):
+    for words in ("train", "0.0123 of 0.50 $", "████────", "1000/2000"):
         assert words in line
+
+
+PREDICTED = {"boot_s": 60.0, "pull_s": 60.0, "transfer_s": 90.0, "start_s": 30.0, "train_s": 600.0}
+
+
+def test_one_time_to_the_end_goes_through_all_phases_beside_the_money(
+    terminal: Terminal, out: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at(now: float, line: Line | None = None) -> str:
+        monkeypatch.setattr(screen.time, "time", lambda: now)
+        if line is not None:
+            terminal.line(line)
+        terminal.meter(0.0123, 0.5)
+        return drawn(out)
+
+    monkeypatch.setattr(screen, "REDRAW_S", 0.0)
+    assert "home in" not in at(0.0, Line(0, 0.0, "planned", {"began": 0.0}))
+    at(1.0, Line(1, 1.0, "offers", {"predicted": PREDICTED}))
+    rent = {"offer": dict.fromkeys(("id", "num_gpus", "gpu_name", "country", "machine_id"), 1)}
+    rent["offer"] |= {"usd_per_hour": 0.3}
+    assert "0.0123 of 0.50 $  home in 14 min" in at(2.0, Line(2, 2.0, "renting", rent))
+    assert "home in 13 min" in at(92.0), "a boot of 2 min, a minute and a half ago"
+    assert "home in 12 min" in at(300.0), "what takes longer than predicted is not over yet"
+    assert "home in 12 min" in at(300.0, Line(3, 300.0, "booted", {"seconds": 1.0}))
+    event = step(1000).model_copy(update={"t": 400.0})
+    monkeypatch.setattr(screen.time, "time", lambda: 410.0)
+    terminal.event(event, 0.0123, 0.5, 0.0)
+    line = at(410.0)
+    assert len(line) < 60 and "train" in line and "0.0123 of 0.50 $  home in 75 s" in line
+    assert "home in 30 s" in at(500.0, Line(4, 500.0, "ended", {"exit_code": 0}))
+    assert "home in" not in at(510.0, Line(5, 510.0, "destroyed", {"reads": [1, 2, 3]}))
+
+
+def test_a_boot_has_a_bar_of_the_time_that_the_plan_foresaw(
+    terminal: Terminal, out: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen.time, "time", lambda: 62.0)
+    terminal.line(Line(1, 1.0, "offers", {"predicted": PREDICTED}))
+    terminal.line(Line(2, 2.0, "starting", {"instance_id": 7}))
+    terminal._drawn = 0.0
+    terminal.booting(INSTANCE, 60.0)
+    assert re.search(r"boot +home in 14 min +████──── loading 60 s", drawn(out))
 
 
 def test_a_transfer_shows_its_share_and_the_money(terminal: Terminal, out: io.StringIO) -> None:

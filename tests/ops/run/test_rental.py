@@ -37,6 +37,7 @@ from ops.run.rental import (
     raise_if_preempted,
     rented,
 )
+from ops.run.session import MARGIN_S
 
 EMPTY_LIST = {
     "where": "list",
@@ -229,6 +230,29 @@ def test_minutes_without_an_answer_do_not_count_against_a_box(client: Client) ->
     client.fake.faults.add(GONE, on_call=13)
     assert boot(client.session, number, client.offer).id == number
     assert client.clock.slept_s > 300.0
+
+
+def test_a_vast_ai_that_says_nothing_for_longer_than_a_boot_takes_costs_no_box(
+    client: Client,
+) -> None:
+    """As where a run is taken up again whose box trains on: it is no fault of the box."""
+    number, session = client.rent(), client.session
+    timeout_s = boot_timeout_s(session.predicted(client.offer))
+    client.clock.slow_s = 25.0
+    client.fake.faults.add(where="show", what="502_before", times=int(timeout_s / 20))
+    assert boot(session, number, client.offer).id == number
+    assert client.clock.slept_s > timeout_s
+
+
+def test_a_vast_ai_that_says_nothing_until_the_box_ends_itself_ends_the_wait(
+    client: Client,
+) -> None:
+    number, session = client.rent(), client.session
+    client.clock.slow_s = 30.0
+    client.fake.faults.add(where="show", what="502_before", times=None)
+    with pytest.raises(NeverReady, match=f"does not show instance {number}"):
+        boot(session, number, client.offer)
+    assert -600 < session.left_s() < MARGIN_S
 
 
 def test_a_box_that_was_seen_and_is_gone_is_not_waited_for(client: Client) -> None:
