@@ -42,9 +42,9 @@ from ops.market.client import Vast
 from ops.market.models import Instance
 from ops.market.provider import Provider, provider_from
 from ops.market.ranking import Ranking, rank
+from ops.run import place, rental, supervisor, wishes
 from ops.run import prices as price_list
 from ops.run import reap as reaping
-from ops.run import rental, supervisor, wishes
 from ops.run.attach import Tail, raise_if_failed, watching
 from ops.run.choose import bad_machines, no_offer_error, search_offers
 from ops.run.explain import Status, told_line
@@ -342,6 +342,7 @@ def resume(
     run = run if isinstance(run, Run) else find_run(run, root)
     if run.is_owned:
         return run if detach else attach(run, screen=screen)
+    place.validate_same(run.id, place.remembered(run.journal), vast)
     with Journal(run.folder) as held:
         if not held.lines:
             raise JournalError(
@@ -439,6 +440,7 @@ def stop(
             raise JournalError(f"{run.id} has no box, and nothing acts on it", hint="")
         vast = vast or open_market()
         _finished(vast, run.folder.parent, screen)
+        place.validate_same(run.id, place.remembered(run.journal), vast)
         wishes.forget(run.folder)  # of an owner that is dead
         wishes.send(run.folder, wish)
         supervisor.start(run.folder, vast)
