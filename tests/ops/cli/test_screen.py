@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from ops.cli import screen
+from ops.cli.eta import HOME_S, Eta
 from ops.cli.screen import Terminal
 from ops.market.models import parse_instance
 from ops.run.journal import Line
@@ -78,6 +79,17 @@ def test_one_time_to_the_end_goes_through_all_phases_beside_the_money(
     assert len(line) < 60 and "train" in line and "0.0123 of 0.50 $  home in 75 s" in line
     assert "home in 30 s" in at(500.0, Line(4, 500.0, "ended", {"exit_code": 0}))
     assert "home in" not in at(510.0, Line(5, 510.0, "destroyed", {"reads": [1, 2, 3]}))
+
+
+def test_of_several_stages_the_later_ones_are_in_the_time_to_the_end() -> None:
+    eta = Eta()
+    eta.line(Line(1, 1.0, "offers", {"predicted": PREDICTED}))
+    eta.started(events.Started(t=5.0, step=0, total_steps=9, number=1, stages=3))
+    eta.step(step(4))
+    assert eta.left_s(1.0) == 55.0 + 600.0 * 2 / 3 + HOME_S
+    eta.started(events.Started(t=5.0, step=0, total_steps=9, number=3, stages=3))
+    eta.step(step(4))
+    assert eta.left_s(1.0) == 55.0 + HOME_S
 
 
 def test_a_boot_has_a_bar_of_the_time_that_the_plan_foresaw(
