@@ -14,7 +14,9 @@ import pytest
 from pydantic import ValidationError
 from tiny import events_of, finish, manifest_of, rows, start, wait_for
 
+from trainer.chained import gate_defect
 from trainer.launch import prepare_inputs, read_job
+from trainer.loop.guards import Stopped
 from trainer.train import run_job
 from trainer.wire.job import Job
 
@@ -115,6 +117,7 @@ def test_the_base_is_read_once_and_each_stage_is_told(chain_of_stages: Make) -> 
     assert not list(job.parent.glob("stages/*/checkpoints")), "no checkpoint outlives its stage"
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_between_two_stages_trains_only_the_second(
     chain_of_stages: Make, tmp_path: Path
 ) -> None:
@@ -137,15 +140,38 @@ def test_a_run_that_stopped_between_two_stages_trains_only_the_second(
         run_job(other / "job.json")
 
 
+@pytest.mark.slow
 def test_a_gate_ends_the_run_before_the_next_stage(chain_of_stages: Make) -> None:
     job = chain_of_stages(("sft", {"max_loss": 0.001}), "sft")
     text = json.loads(job.read_text())
-    text["stages"][0]["data"]["held_out_share"] = 0.5
+    text["stages"][0]["data"]["held_out"] = put(job.parent, "held", rows(4))["files"][0]
     job.write_text(json.dumps(text))
-    with pytest.raises(Exception, match=r"stage 1, sft: no held-out row|on held-out rows, more"):
+    with pytest.raises(Stopped, match=r"stage 1, sft: loss .* on held-out rows, more than 0.001"):
         run(job)
     assert (job.parent / "stages/1-sft/result/manifest.json").is_file()
     assert not (job.parent / "result").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, numbers, said",
+    [
+        ({}, {"accuracy": 0.9}, ""),
+        ({}, {"accuracy": 0.54}, "stage 2, rm: accuracy 0.54 on held-out rows, less than 0.55"),
+        ({}, {}, ""),
+        ({"min_accuracy": 0.8}, {"accuracy": 0.7}, "less than 0.8"),
+        ({"min_accuracy": 0.5}, {"accuracy": 0.52}, ""),
+        ({"min_accuracy": 0.5}, {}, "no held-out row gave the accuracy that its gate asks"),
+        ({"foreign": True}, {"accuracy": 0.2}, ""),
+    ],
+)
+def test_a_reward_model_that_guesses_ends_the_run_before_ppo(
+    chain_of_stages: Make, changes: dict[str, Any], numbers: dict[str, float], said: str
+) -> None:
+    told = json.loads(chain_of_stages("sft", "rm", "ppo").read_text())
+    told["ppo"]["foreign_reward"] = changes.pop("foreign", False)
+    told["stages"][1] |= changes
+    found = gate_defect(Job.model_validate(told), 1, numbers)
+    assert (said in found) if said else not found
 
 
 @pytest.mark.slow
