@@ -51,7 +51,7 @@ TESTS = {  # module -> its own tests
     "ops.run.rental": ["tests/ops/run/test_rental.py"],
     "ops.run.keeper": ["tests/ops/run/test_keeper_limits.py"],
     "ops.run.follow": ["tests/ops/run/test_follow_limits.py"],
-    "ops.run.supervisor": ["tests/ops/run/test_supervisor.py"],
+    "ops.run.supervisor": ["tests/ops/run/test_supervisor_alone.py"],
     "trainer.data.formats": [
         "tests/trainer/data/test_files.py",
         "tests/trainer/data/test_fields.py",
@@ -377,7 +377,11 @@ def examined(module: str, options: argparse.Namespace) -> bool:
     ]
     for worker in workers:
         worker.start()
-    missed = [fault for fault, noticed in (out.get() for _ in chosen) if not noticed]
+    missed = []
+    for n in range(len(chosen)):
+        fault, noticed = out.get()
+        missed += [] if noticed else [fault]
+        print(f"{n + 1} of {len(chosen)} judged, {len(missed)} not noticed", end="\r", flush=True)
     for worker in workers:
         worker.join()
     excused = 0
