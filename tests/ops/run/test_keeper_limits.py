@@ -11,7 +11,7 @@ from rented import Client, client_of
 
 import rig
 from ops.box.connection import Box
-from ops.box.scripts import LEASE_S
+from ops.box.scripts import LEASE_S, NEVER
 from ops.errors import Lost, MilkteaError, OverBudget, Stalled
 from ops.run import keeper as keepers
 from ops.run.keeper import Keeper, keeper_running
@@ -43,6 +43,12 @@ def keeper(client: Client, box: Box) -> Iterator[Keeper]:
 def told(client: Client, words: str) -> list[str]:
     lines = client.session.screen.told  # type: ignore[attr-defined]
     return [str(said) for said in lines if words in str(said)]
+
+
+def max_age(client: Client) -> int:
+    """The age in seconds at which the box's watchdog is told to destroy it."""
+    [row] = client.fake.instances()
+    return int((client.fake.home(row["id"]) / "milktea/max_age").read_text().split()[0])
 
 
 def ended(box: Box) -> MilkteaError | None:
@@ -145,7 +151,7 @@ def test_each_renewal_writes_the_lease_and_reads_the_price(client: Client, keepe
     (home / "milktea/lease").unlink(missing_ok=True)
     keeper._renew()
     assert (home / "milktea/lease").read_text().strip()
-    assert not (home / "milktea/max_age").exists()
+    assert max_age(client) == NEVER
     assert client.asked("show") == []
     client.clock.slept_s += 44.0
     keeper._renew()
@@ -186,12 +192,11 @@ def test_a_price_that_rises_by_more_than_rounding_moves_the_deadline(
     assert rent is not None
     client.clock.slept_s += 60.0
     keeper._renew()
-    age = int((home / "milktea/max_age").read_text())
-    assert age == pytest.approx(120.0 + left_s, abs=1.01)
-    (home / "milktea/max_age").unlink()
+    assert max_age(client) == pytest.approx(120.0 + left_s, abs=1.01)
+    (home / "milktea/max_age").write_text(f"{NEVER}\n")
     client.clock.slept_s += 60.0
     keeper._renew()
-    assert not (home / "milktea/max_age").exists(), "it is told once"
+    assert max_age(client) == NEVER, "it is told once"
     assert client.kinds().count("price") == 1
 
 
@@ -215,6 +220,20 @@ def test_the_hours_in_which_nobody_read_the_price_are_paid_at_the_new_one(
     left_s = session.left_s()
     keeper._read_price()
     assert session.left_s() == pytest.approx(left_s / 2 - 1000.0 / 2, abs=0.01)
+    keeper.stop()
+
+
+def test_the_watchdog_of_a_box_that_was_kept_is_told_its_new_end(client: Client, box: Box) -> None:
+    session, number = client.session, client.session.instance_id()
+    session.note("booted", instance_id=number)
+    client.clock.slept_s += 100.0
+    session.note("stopping", instance_id=number)
+    client.clock.slept_s += 5000.0
+    session.note("starting", instance_id=number, ends_at=client.clock.now() + 700.0)
+    session.note("booted", instance_id=number)
+    keeper = Keeper(session, box)
+    keeper._renew()
+    assert max_age(client) == 800, "without the time for which it was stopped"
     keeper.stop()
 
 
