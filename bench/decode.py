@@ -69,7 +69,9 @@ def bytes_a_step(model: nn.Module, precision: str, width: int, keys: float) -> f
     config = inner.config
     tower = inner.model
     each = {"bf16": 2.0, "fp8": 1.0, "nf4": 0.5625, "fp32": 4.0}[precision]
-    base = sum(g.weight.shape[0] * g.weight.shape[1] for f in tower.fast_layers for g in f.groups)
+    base: int = sum(
+        g.weight.shape[0] * g.weight.shape[1] for f in tower.fast_layers for g in f.groups
+    )
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     kept = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     head = 2 * config.vocab_size * config.hidden_size

@@ -179,9 +179,13 @@ def measure(
     stage.total_steps = min(stage.total_steps, updates * (asked.warm + asked.steps))
     reporter, clock = Reporter(stage.job, run, first=True), Clock(ranks.device)
     loop = Loop(stage.job, run, stage, ranks, reporter)
+    drifts, starts = [0.0], [0.0]
     if stage.job.stage in ("grpo", "ppo"):
+        stage.validate_drift = lambda _, drift: drifts.append(drift)
         clock.watch(stage, "_drawn", "rollout")
         clock.watch(stage, "complete", "score")
+    if stage.job.stage in ("dpo", "kto"):
+        stage.validate_start = lambda step, apart: starts.append(apart if step == 1 else 0.0)
     ahead, tokens, began = Prefetcher(stage.batches, 0, stage.total_steps), 0, 0.0
     try:
         for step in range(stage.total_steps):
@@ -213,6 +217,8 @@ def measure(
         "steps": asked.steps,
         "micro_batch": plan[0],
         "checkpoint_layers": plan[1],
+        "drift_nats": round(max(drifts), 5),
+        "start_differs_nats": max(starts),
         "loss_last": round(loop.state.curve[-1][1], 4),
     }
 

@@ -307,13 +307,11 @@ def _patch(
         if one is not None:
             _patch_layer(layer, one)
     norm: Any = inner.norm
-    plain = norm.forward
     if not norm.weight.requires_grad:
         weight, eps = read_norm(norm, families.read(inner.config.to_dict()))
-        norm.forward = lambda x: (
-            frozen_norm(x.reshape(-1, x.shape[-1]), weight, eps, ops).view_as(x)
-            if x.requires_grad
-            else plain(x)
+        # with and without gradients alike: what a reference says must be what the policy says
+        norm.forward = lambda x: frozen_norm(x.reshape(-1, x.shape[-1]), weight, eps, ops).view_as(
+            x
         )
 
 

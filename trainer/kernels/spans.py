@@ -24,7 +24,7 @@ _latest_of: list[tuple[Tensor, int, int]] = []
 def spans(cu: Tensor, tokens: int, window: int | None = None) -> Spans:
     """From the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. A query
     sees itself and ``window - 1`` tokens before it. No wait for the GPU."""
-    key = (cu, tokens, cu._version)
+    key = (cu, tokens, 0 if cu.is_inference() else cu._version)
     if not _latest_of or _latest_of[0][0] is not cu or _latest_of[0][1:] != key[1:]:
         _latest_of[:] = [key]
         _latest.clear()

@@ -13,6 +13,7 @@ import triton.language as tl
 def add_norm(
     h,
     y,
+    more,
     branch,
     weight,
     total,
@@ -22,6 +23,7 @@ def add_norm(
     eps,
     out_scale,
     ADD: tl.constexpr,
+    MORE: tl.constexpr,
     BRANCH: tl.constexpr,
     NORM: tl.constexpr,
     BN: tl.constexpr,
@@ -32,6 +34,8 @@ def add_norm(
     v = tl.load(h + row * k + cols, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         z = tl.load(y + row * k + cols, mask=mask, other=0.0).to(tl.float32)
+        if MORE:
+            z += tl.load(more + row * k + cols, mask=mask, other=0.0).to(tl.float32)
         if BRANCH:
             r = tl.rsqrt(tl.sum(z * z, 0) / k + branch_eps)
             z = z * r * tl.load(branch + cols, mask=mask, other=0.0).to(tl.float32)
@@ -47,6 +51,7 @@ def add_norm(
 @triton.jit
 def turn_and_keep(
     qkv,
+    more,
     bias,
     cos,
     sin,
@@ -60,6 +65,7 @@ def turn_and_keep(
     heads,
     kv_heads,
     eps,
+    MORE: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     VALUES: tl.constexpr,
@@ -78,10 +84,14 @@ def turn_and_keep(
     at = row * (heads + 2 * kv_heads) * D + head * D
     x = tl.load(qkv + at + d).to(tl.float32)
     o = tl.load(qkv + at + other).to(tl.float32)
+    if MORE:
+        x += tl.load(more + at + d).to(tl.float32)
+        o += tl.load(more + at + other).to(tl.float32)
     if BIAS:
-        kind = qkv.dtype.element_ty
-        x = (x + tl.load(bias + head * D + d).to(tl.float32)).to(kind).to(tl.float32)
-        o = (o + tl.load(bias + head * D + other).to(tl.float32)).to(kind).to(tl.float32)
+        x += tl.load(bias + head * D + d).to(tl.float32)
+        o += tl.load(bias + head * D + other).to(tl.float32)
+    if NORM:
+        x, o = x.to(qkv.dtype.element_ty).to(tl.float32), o.to(qkv.dtype.element_ty).to(tl.float32)
     if NORM:
         r = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
         w = norms + segment * D
@@ -98,7 +108,10 @@ def turn_and_keep(
     slot, position = tl.load(slots + row), tl.load(positions + row)
     kept = (slot * longest + position) * kv_heads
     if segment == 0:
-        tl.store(q_out + (row * heads + head) * D + d, found)
+        # [row, head of its group, group]: the queries of a group are those of one document
+        group = heads // kv_heads
+        place = (row * group + head % group) * kv_heads + head // group
+        tl.store(q_out + place * D + d, found)
     elif segment == 1:
         tl.store(keys + (kept + head - heads) * D + d, found)
     else:
@@ -106,12 +119,16 @@ def turn_and_keep(
 
 
 @triton.jit
-def gate(gu, act, f, GELU: tl.constexpr, BN: tl.constexpr):
+def gate(gu, more, act, f, MORE: tl.constexpr, GELU: tl.constexpr, BN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = cols < f
-    g = tl.load(gu + row * 2 * f + cols, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(gu + row * 2 * f + f + cols, mask=mask, other=0.0).to(tl.float32)
+    at = row * 2 * f + cols
+    g = tl.load(gu + at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(gu + at + f, mask=mask, other=0.0).to(tl.float32)
+    if MORE:
+        g += tl.load(more + at, mask=mask, other=0.0).to(tl.float32)
+        u += tl.load(more + at + f, mask=mask, other=0.0).to(tl.float32)
     if GELU:
         inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
         g = g * tl.sigmoid(2.0 * inner)  # tanh's approximation

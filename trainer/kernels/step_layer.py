@@ -7,6 +7,7 @@ Nothing here waits for the device, and every shape is known before: it may be ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -76,23 +77,22 @@ def step(
     the tokens are written to ``kept``. ``attention``: in ``by_flash``'s place."""
     ops = operations(layer)
     assert layer.gate_up is not None and layer.down is not None
-    _, x = ops.add_norm(h, None, None, layer.norm1)
-    heads = (layer.heads, layer.kv_heads)
+    _, x = ops.add_norm(h, None, None, None, layer.norm1)
     q = ops.turn_and_keep(
-        product(layer, layer.qkv, x),
-        *(layer.bias, cos, sin, heads, *kept, at.slots, at.positions),
+        *product(layer, layer.qkv, x),
+        *(layer.bias, cos, sin, (layer.heads, layer.kv_heads), *kept, at.slots, at.positions),
         norms=layer.head_norms,
         pairs=layer.pairs,
     )
     out = (attention or by_flash)(q, *kept, at, layer.rules, layer.sinks)
-    y = product(layer, layer.o, out.flatten(1))
+    y, more = product(layer, layer.o, out.flatten(1))
     if layer.o_bias is not None:
         y += layer.o_bias
-    middle, x = ops.add_norm(h, y, layer.branch1, layer.norm2)
-    act = ops.gate(product(layer, layer.gate_up, x), layer.gelu)
-    y = product(layer, layer.down, act)
+    middle, x = ops.add_norm(h, y, more, layer.branch1, layer.norm2)
+    act = ops.gate(*product(layer, layer.gate_up, x), layer.gelu)
     scale = 1.0 if layer.branch2 is None else layer.out_scale
-    end: Tensor = ops.add_norm(middle, y, layer.branch2, None, scale)[0]
+    last = product(layer, layer.down, act)
+    end: Tensor = ops.add_norm(middle, *last, layer.branch2, None, scale)[0]
     return end
 
 
@@ -105,43 +105,63 @@ def operations(layer: FastLayer) -> ModuleType:
     return step_ops
 
 
-def product(layer: FastLayer, group: Group, x: Tensor) -> Tensor:
-    """x [B, K] -> x W^T with the adapters' part [B, N]."""
+def product(layer: FastLayer, group: Group, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x [B, K] -> (x W^T, what the adapters add to it) [B, N]. In a graph both run side by side:
+    the base waits for its weights, and the adapters' products are short."""
+    beside = None
+    if group.a is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        beside = _beside(x.device)
+        beside.wait_stream(torch.cuda.current_stream())
+    more = None
+    with torch.cuda.stream(beside):
+        if group.a is not None and group.wide_b is not None:
+            more = (x @ group.a.t()) @ group.wide_b.t()
     if group.weight.column_scale is None:
         y = group.weight.forward(x, None)
     else:
         x8, scale, _ = layer.ops.quantise_rows(x, None, None)
         y = group.weight.forward(x8, scale)
-    if group.a is None:
-        return y
-    assert group.wide_b is not None, "widen comes before the first step"
-    return y.addmm_(x @ group.a.t(), group.wide_b.t())
+    if beside is not None:
+        torch.cuda.current_stream().wait_stream(beside)
+    return y, more
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def by_flash(
     q: Tensor, keys: Tensor, values: Tensor, at: Place, rules: Rules, sinks: Tensor | None
 ) -> Tensor:
-    """q [B, H, D], keys and values [rows, longest, KV, D] -> [B, H, D]: each row's query sees the
-    keys that the row holds, as far as the window reaches."""
-    longest = keys.shape[1]
+    """q [B, G, KV, D], keys and values [rows, longest, KV, D] -> [B, KV, G, D]: each row's query
+    sees the keys that the row holds, as far as the window reaches."""
     if not has_flash(q) or rules.softcap is not None:
         return by_twin(q, keys, values, at, rules, sinks)
-    # without a window torch turns the heads of a group into queries, where no sinks are wanted
-    near = sides(rules.window)
-    if rules.window is None and sinks is None:
-        near = {"window_size_left": -1, "window_size_right": -1}
+    (b, group, kv, d), longest = q.shape, keys.shape[1]
+    near = {"window_size_left": -1, "window_size_right": -1}
+    if rules.window is None:  # the queries of a group see the same keys: they are one document's
+        q, firsts, queries = q.flatten(0, 1), at.firsts * group, group
+    else:
+        q, firsts, queries = q.transpose(1, 2).reshape(b, kv * group, d), at.firsts, 1
+        near = sides(rules.window)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(q, keys.flatten(0, 1), values.flatten(0, 1), at.firsts, at.starts),
-        *(1, longest, 0.0, False, False),
+        *(q, keys.flatten(0, 1), values.flatten(0, 1), firsts, at.starts),
+        *(queries, longest, 0.0, False, False),
         scale=rules.scale,
         seqused_k=at.seen,
         **near,
     )
-    if sinks is not None:  # one more term in the sum, whose value is zero; lse [H, B], natural
-        joined = torch.logaddexp(lse, sinks.float()[:, None])
-        out = out.float() * (lse - joined).exp().t()[:, :, None]
+    if rules.window is None:  # out [B G, KV, D], lse [KV, B G]
+        out = out.view(b, group, kv, d).transpose(1, 2)
+        lse = lse.view(kv, b, group).transpose(0, 1)
+    else:
+        out, lse = out.view(b, kv, group, d), lse.view(kv, group, b).permute(2, 0, 1)
+    if sinks is not None:  # one more term in the sum, whose value is zero; lse [B, KV, G], natural
+        joined = torch.logaddexp(lse, sinks.float().view(kv, group))
+        out = out.float() * (lse - joined).exp()[..., None]
     made: Tensor = out.to(q.dtype)
-    return made.view(q.shape)
+    return made
 
 
 def by_twin(
@@ -153,4 +173,6 @@ def by_twin(
     if rules.window is not None:
         seen &= behind < rules.window
     k, v = (x[at.slots].transpose(1, 2) for x in (keys, values))
-    return attend(q[:, :, None], k, v, seen[:, None, None], rules, sinks)[:, :, 0]
+    heads = q.transpose(1, 2).flatten(1, 2)[:, :, None]
+    out = attend(heads, k, v, seen[:, None, None], rules, sinks)[:, :, 0]
+    return out.unflatten(1, (keys.shape[2], -1))

@@ -20,12 +20,13 @@ GATE_COLUMNS = 1024  # of a program
 def add_norm(
     h: Tensor,
     y: Tensor | None,
+    more: Tensor | None,
     branch: Norm | None,
     norm: Norm | None,
     out_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """h [B, K] -> (total, x): total is (h + y) ``out_scale``, with y normed by ``branch`` first
-    where given, or h without y; x is total normed by ``norm``, or total without."""
+    """h [B, K] -> (total, x): total is (h + y + ``more``) ``out_scale``, where given with y + more
+    normed by ``branch`` first, or h without y; x is total normed by ``norm``, or total without."""
     b, k = h.shape
     total = torch.empty_like(h) if y is not None else h
     x = torch.empty_like(h) if norm is not None else total
@@ -33,6 +34,7 @@ def add_norm(
     jit.add_norm[(b,)](
         h,
         y,
+        more,
         branch.weight if branch is not None else None,
         norm.weight if norm is not None else None,
         total,
@@ -42,6 +44,7 @@ def add_norm(
         norm.eps if norm is not None else 0.0,
         out_scale,
         ADD=y is not None,
+        MORE=more is not None,
         BRANCH=branch is not None,
         NORM=norm is not None,
         BN=width,
@@ -52,6 +55,7 @@ def add_norm(
 
 def turn_and_keep(
     qkv: Tensor,
+    more: Tensor | None,
     bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
@@ -63,13 +67,15 @@ def turn_and_keep(
     norms: HeadNorms | None = None,
     pairs: bool = False,
 ) -> Tensor:
-    """qkv [B, (H + 2 KV) D] -> q [B, H, D], turned. Keys and values go to ``positions`` [B] of rows
-    ``slots`` [B] of ``keys`` and ``values`` [rows, longest, KV, D]. cos, sin [B, D], halves equal;
-    bias, norms, pairs as ``rope_forward_`` takes them; heads: (H, KV)."""
+    """qkv [B, (H + 2 KV) D], and ``more`` of that shape -> their q [B, H / KV, KV, D], turned. Keys
+    and values go to ``positions`` [B] of rows ``slots`` [B] of ``keys`` and ``values`` [rows,
+    longest, KV, D]. cos, sin [B, D], halves equal; bias, norms, pairs as ``rope_forward_`` takes
+    them; heads: (H, KV)."""
     b, d = len(qkv), cos.shape[-1]
-    q = torch.empty(b, heads[0], d, device=qkv.device, dtype=qkv.dtype)
+    q = qkv.new_empty(b, heads[0] // heads[1], heads[1], d)
     jit.turn_and_keep[(b, heads[0] + 2 * heads[1])](
         qkv,
+        more,
         bias,
         cos,
         sin,
@@ -82,6 +88,7 @@ def turn_and_keep(
         keys.shape[1],
         *heads,
         norms.eps if norms is not None else 0.0,
+        MORE=more is not None,
         BIAS=bias is not None,
         NORM=norms is not None,
         VALUES=norms is not None and norms.values,
@@ -92,10 +99,11 @@ def turn_and_keep(
     return q
 
 
-def gate(gu: Tensor, gelu: bool = False) -> Tensor:
-    """gu [B, 2F] -> silu(gate) * up [B, F], or with ``gelu`` its approximation by tanh."""
+def gate(gu: Tensor, more: Tensor | None, gelu: bool = False) -> Tensor:
+    """gu [B, 2F], and ``more`` of that shape -> of their sum silu(gate) * up [B, F], or with
+    ``gelu`` its approximation by tanh in silu's place."""
     b, f = gu.shape[0], gu.shape[1] // 2
     act = torch.empty(b, f, device=gu.device, dtype=gu.dtype)
     grid = (b, triton.cdiv(f, GATE_COLUMNS))
-    jit.gate[grid](gu, act, f, GELU=gelu, BN=GATE_COLUMNS, num_warps=4)
+    jit.gate[grid](gu, more, act, f, MORE=more is not None, GELU=gelu, BN=GATE_COLUMNS, num_warps=4)
     return act

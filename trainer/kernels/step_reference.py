@@ -10,6 +10,14 @@ from torch.nn.functional import silu
 from trainer.kernels.norms import HeadNorms, Norm
 
 
+def _sum(first: Tensor, *more: Tensor | None) -> Tensor:
+    """In fp32."""
+    total = first.float()
+    for x in more:
+        total = total if x is None else total + x.float()
+    return total
+
+
 def _normed(x: Tensor, norm: Norm) -> Tensor:
     """In fp32."""
     x = x.float()
@@ -19,19 +27,22 @@ def _normed(x: Tensor, norm: Norm) -> Tensor:
 def add_norm(
     h: Tensor,
     y: Tensor | None,
+    more: Tensor | None,
     branch: Norm | None,
     norm: Norm | None,
     out_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     total = h
     if y is not None:
-        added = y.float() if branch is None else _normed(y, branch)
+        added = _sum(y, more)
+        added = added if branch is None else _normed(added, branch)
         total = ((h.float() + added) * out_scale).to(h.dtype)
     return total, total if norm is None else _normed(total, norm).to(h.dtype)
 
 
 def turn_and_keep(
     qkv: Tensor,
+    more: Tensor | None,
     bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
@@ -44,18 +55,18 @@ def turn_and_keep(
     pairs: bool = False,
 ) -> Tensor:
     d = cos.shape[-1]
-    x = qkv if bias is None else (qkv.float() + bias.float()).to(qkv.dtype)
-    x = x.unflatten(1, (-1, d))
+    x = _sum(qkv, more, bias).unflatten(1, (-1, d))
+    x = x if norms is None else x.to(qkv.dtype).float()
     q, k, v = x.split([heads[0], heads[1], heads[1]], 1)
     if norms is not None:
         q, k, v = (
-            _normed(part, Norm(weight, norms.eps)) if n < 2 or norms.values else part.float()
+            _normed(part, Norm(weight, norms.eps)) if n < 2 or norms.values else part
             for n, (part, weight) in enumerate(zip((q, k, v), norms.weight, strict=True))
         )
-    q, k = (_turned(part.float(), cos, sin, pairs) for part in (q, k))
+    q, k = (_turned(part, cos, sin, pairs) for part in (q, k))
     keys[slots, positions] = k.to(keys.dtype)
     values[slots, positions] = v.to(values.dtype)
-    return q.to(qkv.dtype)
+    return q.unflatten(1, (heads[1], -1)).transpose(1, 2).to(qkv.dtype).contiguous()
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
@@ -69,6 +80,6 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     return torch.cat([low * c - high * n, high * c + low * n], -1)
 
 
-def gate(gu: Tensor, gelu: bool = False) -> Tensor:
-    g, u = gu.float().chunk(2, -1)
+def gate(gu: Tensor, more: Tensor | None, gelu: bool = False) -> Tensor:
+    g, u = _sum(gu, more).chunk(2, -1)
     return ((gelu_of(g, approximate="tanh") if gelu else silu(g)) * u).to(gu.dtype)

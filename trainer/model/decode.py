@@ -225,18 +225,19 @@ class Rows:
         tower = steps.tower_of(model)
         self.adapters = None if tower is None else steps.Adapters(model, tower)
         whole = tower is not None and steps.trust_steps(tower)
-        self.captures = whole and device.type == "cuda" and not rotary.by_length(model)
+        captures = whole and device.type == "cuda" and not rotary.by_length(model)
+        self.tower = tower if captures else None
         self.graphs = self._graphs()
 
     def _graphs(self) -> steps.Graphs | None:
-        if not self.captures:
+        if self.tower is None:
             return None
 
         def compute(last: Tensor, n: int) -> Tensor:
             at = self.lengths[:n].clamp_max(self.keys.longest - 1)
             return self._compute(last, at, slice(0, n), KEYS_ROUNDED)
 
-        return steps.Graphs(compute, self.keys.size)
+        return steps.Graphs(compute, self.keys.size, self.tower)
 
     def read(self, rows: list[int], prompts: Sequence[list[int]]) -> Tensor:
         """Reads a prompt into each of `rows`, in one pack: the logits of what follows, (rows,

@@ -52,11 +52,13 @@ def trust_steps(tower: Any) -> bool:
     compared with its twin on this device; True where all do."""
     layers: list[FastLayer] = tower.fast_layers
     if not hasattr(tower, "steps_trusted"):
+        # products of few rows are summed in parts: not in bf16, as no training's product is
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         kinds = {fast.kind: fast for fast in layers if takes_steps(fast)}
         right = {kind: not fast.like.is_cuda or _is_right(fast) for kind, fast in kinds.items()}
         for fast in layers:
             fast.steps = right.get(fast.kind, False)
-        tower.looked_up = None
+        tower.looked_up, tower.stepped = None, set()
         tower.steps_trusted = all(f.steps for f in layers) and len(layers) == len(tower.layers)
     return bool(tower.steps_trusted)
 
@@ -86,8 +88,8 @@ class Graphs:
     powers of two, or `most`. Rows beyond those that are asked for are computed too: what they then
     hold must not matter. The logits are overwritten by the next step."""
 
-    def __init__(self, compute: Callable[[Tensor, int], Tensor], most: int) -> None:
-        self._compute, self._most = compute, most
+    def __init__(self, compute: Callable[[Tensor, int], Tensor], most: int, tower: Any) -> None:
+        self._compute, self._most, self._tower = compute, most, tower
         self._made: dict[int, _Graph] = {}
 
     def step(self, last: Tensor) -> Tensor:
@@ -102,11 +104,13 @@ class Graphs:
     def _capture(self, last: Tensor, n: int) -> _Graph:
         given = last.new_zeros(n)
         given[: len(last)] = last
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            self._compute(given, n)  # what is made at a first call is made now
-        torch.cuda.current_stream().wait_stream(beside)
+        if n not in self._tower.stepped:  # what is made at a first call is made now
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                self._compute(given, n)
+            torch.cuda.current_stream().wait_stream(beside)
+            self._tower.stepped.add(n)
         graph = torch.cuda.CUDAGraph()
         # a thread that reads data may meanwhile ask for memory
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

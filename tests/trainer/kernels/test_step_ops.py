@@ -53,6 +53,7 @@ def test_add_norm_is_its_twin(add: bool, branch: bool, normed: bool) -> None:
     given = (
         random(B, K),
         random(B, K) if add else None,
+        random(B, K) if add and branch else None,
         Norm(random(K).float(), 1e-6) if branch else None,
         Norm(random(K), 1e-5) if normed else None,
         0.7 if branch else 1.0,
@@ -66,6 +67,7 @@ def test_add_norm_is_its_twin(add: bool, branch: bool, normed: bool) -> None:
 def test_turn_and_keep_is_its_twin(d: int, pairs: bool, kind: str) -> None:
     qkv, angle = random(B, sum((*HEADS, HEADS[1])) * d), torch.rand(B, d // 2).repeat(1, 2) * 6
     bias = random(qkv.shape[1]) if kind == "biased" else None
+    more = random(*qkv.shape) if kind in ("biased", "values normed") else None
     norms = None
     if "normed" in kind:
         norms = HeadNorms(torch.rand(3, d, device=DEVICE) + 0.5, 1e-6, kind == "values normed")
@@ -77,15 +79,15 @@ def test_turn_and_keep_is_its_twin(d: int, pairs: bool, kind: str) -> None:
         keys, values = (x.clone() for x in held)
         angles = (x.to(DEVICE, DTYPE) for x in (angle.cos(), angle.sin()))
         places = (keys, values, slots, positions)
-        q = ops.turn_and_keep(qkv, bias, *angles, HEADS, *places, norms=norms, pairs=pairs)
+        q = ops.turn_and_keep(qkv, more, bias, *angles, HEADS, *places, norms=norms, pairs=pairs)
         found.append((q, keys, values))
     agree(*found)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gate_is_its_twin(gelu: bool) -> None:
-    gu = random(B, 2 * F)
-    agree((step_ops.gate(gu, gelu),), (step_reference.gate(gu, gelu),))
+    gu, more = random(B, 2 * F), random(B, 2 * F) if gelu else None
+    agree((step_ops.gate(gu, more, gelu),), (step_reference.gate(gu, more, gelu),))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="torch's flash attention needs a GPU")
@@ -99,6 +101,7 @@ def test_flash_attention_of_one_query_a_row_is_its_twin(
     slots = torch.tensor([6, 0, 3, 2, 5], device=DEVICE)
     positions = torch.tensor([0, longest - 1, 13, 5, longest // 2], device=DEVICE)
     keys, values = (random(7, longest, heads[1], 128) for _ in range(2))
-    given = (random(B, heads[0], 128), keys, values, Place.of(slots, positions, longest))
+    q = random(B, heads[0] // heads[1], heads[1], 128)
+    given = (q, keys, values, Place.of(slots, positions, longest))
     more = (Rules(128**-0.5, window), random(heads[0]) if sinks else None)
     agree((by_flash(*given, *more),), (by_twin(*given, *more),))

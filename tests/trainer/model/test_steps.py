@@ -18,6 +18,7 @@ from trainer.kernels.verify import step_error
 from trainer.model import load, steps
 from trainer.model.decode import Sampling, generate
 from trainer.model.dropout import TokenKeys
+from trainer.model.forward import hidden_states
 from trainer.model.roles import MAIN, Roles
 from trainer.wire.job import Job
 
@@ -116,3 +117,16 @@ def test_a_wrong_step_fails_its_self_test(
 
 def test_a_model_without_fused_layers_has_no_steps(opened: Callable[[str, bool], Any]) -> None:
     assert steps.tower_of(opened("llama", False)) is None
+
+
+def test_a_reference_says_what_the_policy_says_bit_for_bit(
+    opened: Callable[[str, bool], Any],
+) -> None:
+    model, ids = opened("qwen3", True), torch.tensor([PROMPTS[4]])
+    ends = torch.tensor([0, 30], dtype=torch.int32)
+    given = {"input_ids": ids, "position_ids": torch.arange(30)[None]}
+    given |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 30, "max_length_k": 30}
+    policy = hidden_states(model, **given)
+    with torch.no_grad():
+        assert torch.equal(hidden_states(model, **given), policy)
+    assert policy.requires_grad
