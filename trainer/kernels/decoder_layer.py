@@ -181,7 +181,7 @@ class FastLayer:
         ops, b, qkv = self.ops, self.qkv.b, joined
         if self.order is not None:
             add_lora_(joined, t, b, self.qkv.sizes)
-            qkv, t, b = ops.delta.pick(joined, self.order.dense), None, None
+            qkv, t, b = ops.delta.pick(joined, self.order.dense, self.order.run), None, None
         counts = (packed.cos, packed.sin, self.heads, self.kv_heads)
         turned = ops.rope_forward_(qkv, t, b, self.bias, *counts, **self._turns)
         q, k, v = self._heads(qkv, turned)
@@ -190,7 +190,7 @@ class FastLayer:
         out, flash = self._attend(q, k, v, packed)
         if self.order is None:
             return out.flatten(1), qkv, out, flash
-        gate = ops.delta.pick(joined, self.order.gate)
+        gate = ops.delta.pick(joined, self.order.gate, self.order.run)
         return ops.delta.gate_forward(out.flatten(1), gate), qkv, out, (*flash, gate)
 
     def _ungate(self, dout: Tensor, kept: SavedActivations) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -232,7 +232,7 @@ class FastLayer:
         if norms is not None:
             ops.head_norm_backward_(d, kept.qkv, *turn, *counts, **self._turns)
         if self.order is not None and dgate is not None:
-            d = ops.delta.pick(torch.cat([d, dgate], 1), self.order.back)
+            d = ops.delta.pick(torch.cat([d, dgate], 1), self.order.back, self.order.run)
         return (d, *ops.joined_backward(d, b, column_scale, self.qkv.sizes))
 
     def forward(

@@ -144,8 +144,14 @@ def trust(config: dict[str, Any], device: torch.device) -> None:
 
 @cache
 def _trust(device: torch.device, keys: int, values: int, key_dim: int, value_dim: int) -> None:
+    from trainer.kernels import delta_fla, triton_ops
+
+    sizes = (keys, values, key_dim, value_dim)
     try:
-        error = rule_error(device, keys, values, key_dim, value_dim)
+        if delta_fla.PINNED:
+            with triton_ops.only_compiling():  # many at a time
+                rule_error(device, *sizes)
+        error = rule_error(device, *sizes)
     except Exception as why:  # a card that lacks memory or instructions: Triton's share no class
         distrust(f"the rule of fla-core does not run here ({type(why).__name__}: {why})")
         return

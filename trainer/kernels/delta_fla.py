@@ -16,19 +16,50 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from fla.ops.common import chunk_delta_h, chunk_o
 from fla.ops.common.chunk_delta_h import (
     chunk_gated_delta_rule_bwd_dhu,
     chunk_gated_delta_rule_fwd_h,
 )
 from fla.ops.common.chunk_o import chunk_bwd_dv_local, chunk_bwd_kernel_dqkwg, chunk_fwd_o
+from fla.ops.gated_delta_rule import chunk_fwd, wy_fast
 from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
 from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd_kernel, recompute_w_u_fwd
-from fla.ops.utils import chunk_local_cumsum
+from fla.ops.utils import chunk_local_cumsum, cumsum
 from fla.utils import check_shared_mem
 from torch import Tensor
 
 CHUNK = 64
 LOG2E = 1.4426950408889634
+
+
+# Blocks, warps and stages that fla-core's own search chose on an H200 for 16,384 tokens of
+# Qwen3.5-9B (docs/speed-log.md). The search compiles some 80 variants one after another, which
+# takes minutes of a start.
+HOPPER: dict[Any, tuple[dict[str, int], int, int]] = {
+    cumsum.chunk_local_cumsum_scalar_kernel: ({}, 1, 3),
+    chunk_fwd.chunk_gated_delta_rule_fwd_kkt_solve_kernel: ({"BK": 64}, 1, 3),
+    wy_fast.recompute_w_u_fwd_kernel: ({}, 4, 3),
+    wy_fast.prepare_wy_repr_bwd_kernel: ({}, 4, 3),
+    chunk_delta_h.chunk_gated_delta_rule_fwd_kernel_h_blockdim64: ({"BV": 64}, 4, 2),
+    chunk_delta_h.chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64: ({"BV": 32}, 2, 2),
+    chunk_o.chunk_fwd_kernel_o: ({"BK": 64, "BV": 64}, 4, 3),
+    chunk_o.chunk_bwd_kernel_dv_local: ({}, 2, 2),
+    chunk_o.chunk_bwd_kernel_dqkwg: ({}, 4, 2),
+}
+
+
+def _pin_tiles() -> bool:
+    """Takes fla-core's kernels as tuned before, where this GPU is of the kind that they were tuned
+    on; elsewhere each searches when it first runs. Whether it did."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    for kernel, (blocks, warps, stages) in HOPPER.items():
+        kernel.fn.configs = [triton.Config(blocks, num_warps=warps, num_stages=stages)]
+    return True
+
+
+PINNED = _pin_tiles()
 
 
 class Chunks(NamedTuple):

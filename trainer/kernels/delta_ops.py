@@ -18,7 +18,7 @@ from trainer.kernels.delta_reference import EPS
 from trainer.kernels.nets import Net
 from trainer.kernels.spans import Spans
 
-ROWS, WARPS = 32, 4  # tokens of a tile with one head's columns
+ROWS, WARPS = 16, 4  # tokens of a tile with one head's columns
 
 
 def mix_forward(joined: Tensor, net: Net, at: Spans) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,11 +144,17 @@ def gate_backward_(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
     return out, dgate
 
 
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """The columns ``index [n]`` of x [M, N] -> [M, n]."""
-    m, n = len(x), len(index)
-    out = x.new_empty(m, n)
+def pick(x: Tensor, index: Tensor, run: int) -> Tensor:
+    """The runs of ``run`` columns ``index [n]`` of x [M, N] -> [M, n run]. Four columns of 16 bits
+    are moved as one number."""
+    m, n, dtype = len(x), len(index), x.dtype
+    whole = run * x.element_size() == 8
+    if not whole:
+        index = (index[:, None] * run + torch.arange(run, device=x.device)).flatten().int()
+        n *= run
+    given = x.view(torch.int64) if whole else x
+    out = given.new_empty(m, n)
     jit.pick[(triton.cdiv(m, 16), triton.cdiv(n, 256))](
-        x, index, out, m, x.stride(0), n, BM=16, BN=256, num_warps=4
+        given, index, out, m, given.stride(0), n, BM=16, BN=256, num_warps=4
     )
-    return out
+    return out.view(dtype)

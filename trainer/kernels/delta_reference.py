@@ -148,5 +148,5 @@ def gate_backward_(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
     return out, dgate
 
 
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    return x.index_select(1, index)
+def pick(x: Tensor, index: Tensor, run: int) -> Tensor:
+    return x.unflatten(1, (-1, run)).index_select(1, index).flatten(1)

@@ -42,13 +42,14 @@ class Net(NamedTuple):
 class Order(NamedTuple):
     """Where the columns of q, k, v and of attention's gate stand in a joined projection whose
     queries have a gate beside each head, so that rotary embedding turns halves of a head, whatever
-    part of it turns: int32 ``dense`` [columns of q, k, v], ``gate`` [columns of q], and ``back``,
-    for each joined column its place in dense and gate side by side."""
+    part of it turns: int32 ``dense`` for q, k, v, ``gate``, and ``back`` for the joined matrix of
+    dense and gate side by side. They count runs of ``run`` columns."""
 
     dense: Tensor
     gate: Tensor
     back: Tensor
     turned: Tensor  # int64 [D]: a head's columns, as dense has them
+    run: int
 
     @classmethod
     def of(cls, heads: int, kv_heads: int, head_dim: int, turned: float, like: Tensor) -> Order:
@@ -63,5 +64,6 @@ class Order(NamedTuple):
         dense = torch.cat([(pairs + head).flatten(), (keys + head).flatten(), values])
         gate = (pairs + head_dim + torch.arange(head_dim)).flatten()
         back = torch.cat([dense, gate]).argsort()
-        three = [x.to(like.device, torch.int32) for x in (dense, gate, back)]
-        return cls(three[0], three[1], three[2], head.to(like.device))
+        run = 4 if half % 4 == 0 and angles % 4 == 0 else 1
+        ours = [(x[::run] // run).to(like.device, torch.int32) for x in (dense, gate, back)]
+        return cls(ours[0], ours[1], ours[2], head.to(like.device), run)
