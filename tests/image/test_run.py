@@ -136,6 +136,19 @@ def test_an_installed_model_is_found_by_its_name_and_an_unknown_one_lists_what_i
     )
 
 
+def test_the_practice_jobs_of_the_checkout_find_the_images_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = module("job_from_toml")
+    (tmp_path / "own" / "practice").mkdir(parents=True)
+    (tmp_path / "own" / "practice" / "config.json").write_text("{}")
+    monkeypatch.setattr(convert, "OWN_MODELS", tmp_path / "own")
+    for base in ("practice", "../trainer/practice/practice_model"):
+        (tmp_path / "job.toml").write_text(TOML.format(base=base))
+        found = convert.find_model(tmp_path / "job.toml", config.load(tmp_path / "job.toml"))
+        assert found == tmp_path / "own" / "practice", base
+
+
 def test_a_wrong_key_and_a_missing_data_file_are_refused_with_what_to_do(
     job_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,7 +336,7 @@ def test_launch_is_accelerates_own_in_the_current_folder(run: Callable, tmp_path
     )
 
 
-def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path) -> None:
+def test_chat_evaluate_and_merge_open_a_run_by_its_name(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "milktea" / "mine-7").mkdir(parents=True)
     (tmp_path / "new.json").write_text("[]")
     at = tmp_path / "milktea" / "mine-7"
@@ -333,6 +346,11 @@ def test_chat_and_evaluate_open_a_run_by_its_name(run: Callable, tmp_path: Path)
     assert run("evaluate", "mine-7", "new.json")[0].endswith(
         f"-m trainer.eval.score {at} {tmp_path}/new.json"
     )
+    adapter = f"{at}/result/adapter.zip --base {at}/model"
+    for words, dtype in (((), "bf16"), (("fp32",), "fp32")):
+        assert run("merge", "mine-7", *words)[0].endswith(
+            f"-m trainer.result.merge {adapter} --out {at}/merged-{dtype} --dtype {dtype}"
+        )
 
 
 def test_serve_alone_has_a_network_and_listens_on_loopback_unless_it_is_told(

@@ -26,6 +26,8 @@ from trainer.wire.adapters import as_told, files_of, lora_from
 from trainer.wire.job import DataFile, Job
 from trainer.wire.tables import REWARD_MODEL, loras_of, told_of_chain
 
+OWN_MODELS = Path("/models")  # inside the image
+
 
 def paths_of(job: JobFile) -> list[Path]:
     """Absolute host paths of data, template and base model folder; existing or not, that is the
@@ -149,7 +151,8 @@ def find_model(toml: Path, job: JobFile) -> Path:
     """The folder of the base model. Raises ConfigError that lists what is installed."""
     base = job.model.base.partition("@")[0]
     installed = Path(os.environ.get("MILKTEA_MODELS", "/models")) / "by-name"
-    for folder in (*model_paths(toml, job), installed / base, Path("/models") / base):
+    own = "practice" if Path(base).name == "practice_model" else base  # as the checkout calls it
+    for folder in (*model_paths(toml, job), installed / base, OWN_MODELS / own):
         if (folder / "config.json").is_file():
             return folder.resolve()
     names = (

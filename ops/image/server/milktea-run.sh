@@ -16,6 +16,7 @@ usage: milktea-run COMMAND ...
   chat RUN [PROMPT]                        talk to what a run made (RUN: a name under ./milktea, or its folder)
   serve RUN [RUN2 ...]                     what runs made, by OpenAI's interface and in the browser, until Ctrl-C
   evaluate RUN [DATA.json]                 BLEU-4, ROUGE and exact match on held-out rows (the job's own, or DATA.json)
+  merge RUN [bf16|fp16|fp32]               base and adapter as one model, in the run's folder merged-bf16, with a certificate
   launch ARGUMENTS...                      accelerate launch ARGUMENTS, in the current folder
   models                                   the base models installed here
   check                                    the image's self-test
@@ -175,11 +176,10 @@ lease_gpus() {
 }
 
 train() {
-    local _job _processes _run _folder _named _old_ifs _p _at _quiet='' _share=''
+    local _job _processes='' _run='' _folder _named _p _at _quiet='' _share=''
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _job=$(absolute "$1") && [ -f "$_job" ] || refuse "$1 does not exist" "ls *.toml"
     shift
-    _processes='' _run=''
     while [ $# -gt 0 ]; do
         case $1 in
             --gpus)
@@ -201,14 +201,12 @@ train() {
     # first ask which files the job names, then mount exactly these, read-only, under the paths that they have here
     _named=$(DRY='' GPUS=none inside -v "$_folder:$_folder:ro" -- python3 /tools/job_from_toml.py paths "$_job") || exit $?
     set -- -v "$_folder:$_folder:ro"
-    _old_ifs=$IFS
-    IFS='
-'
-    for _p in $_named; do
+    while IFS= read -r _p; do
         case $_p in "$_folder"/*) continue ;; esac
-        [ -e "$_p" ] && set -- "$@" -v "$_p:$_p:ro"
-    done
-    IFS=$_old_ifs
+        [ ! -e "$_p" ] || set -- "$@" -v "$_p:$_p:ro"
+    done <<LIST
+$_named
+LIST
     if [ -f "$_at/job.json" ]; then
         echo "run $_run goes on from its last checkpoint"
     else
@@ -219,11 +217,8 @@ train() {
     fi
     lease_gpus "$_share"
     NAMED=$(container_of "$_run") DETACHED=yes
-    inside "$@" -w "$_at" -- python3 /tools/run_job.py >"${TMPDIR:-/tmp}/milktea-run.$$" 2>&1
-    _p=$?
-    [ -z "$DRY" ] || { cat "${TMPDIR:-/tmp}/milktea-run.$$"; rm -f "${TMPDIR:-/tmp}/milktea-run.$$"; return 0; }
-    [ $_p = 0 ] || { cat "${TMPDIR:-/tmp}/milktea-run.$$" >&2; rm -f "${TMPDIR:-/tmp}/milktea-run.$$"; exit 1; }
-    rm -f "${TMPDIR:-/tmp}/milktea-run.$$"
+    _p=$(inside "$@" -w "$_at" -- python3 /tools/run_job.py 2>&1) || { echo "$_p" >&2; exit 1; }
+    [ -z "$DRY" ] || { echo "$_p"; return; }
     echo "run $_run: $_at    (milktea-run logs -f $_run, milktea-run stop $_run)"
     [ -z "$_quiet" ] || return 0
     trap 'echo; echo "run $_run goes on: milktea-run logs -f $_run"; exit 0' INT HUP
@@ -231,8 +226,7 @@ train() {
     ended "$_run"
 }
 
-# ended RUN: how it ended; waits for the container to be gone.
-ended() {
+ended() { # ended RUN: how it ended; waits for the container to be gone
     local _code
     while [ -n "$($DOCKER ps -q --filter "name=^$(container_of "$1")\$" 2>/dev/null)" ]; do sleep 1; done
     _code=$(cat "$RUNS/$1/exit_code" 2>/dev/null) || refuse "run $1 ended without an exit code: the engine or this server stopped it" "milktea-run train JOB.toml --run $1 goes on from its last checkpoint"
@@ -272,8 +266,7 @@ stop() {
     echo "run $1 stopped; milktea-run train JOB.toml --run $1 goes on"
 }
 
-# of every image that INSTALL.sh brought: NAME CURRENT PREVIOUS
-installed() {
+installed() { # of every image that INSTALL.sh brought: NAME CURRENT PREVIOUS
     local _file _key _value _now _back
     for _file in "$PREFIX"/state/*; do
         case ${_file##*/} in default | lock | work.* | '*') continue ;; esac
@@ -283,11 +276,13 @@ installed() {
     done
 }
 
+tags_of() { $DOCKER images --filter "reference=${1%:*}" --format "$2"; } # tags_of IMAGE FORMAT: every tag of its repository
+
 images() {
     local _name _now _back
     installed | while read -r _name _now _back; do
         echo "$_name: current $_now, previous $_back"
-        $DOCKER images --filter "reference=${_now%:*}" --format '  {{.Repository}}:{{.Tag}} {{.Size}}'
+        tags_of "$_now" '  {{.Repository}}:{{.Tag}} {{.Size}}'
     done
     du -sh "$PREFIX/models" "$RUNS/cache" 2>/dev/null
 }
@@ -295,7 +290,7 @@ images() {
 prune() {
     local _name _now _back _image _size
     installed | while read -r _name _now _back; do
-        $DOCKER images --filter "reference=${_now%:*}" --format '{{.Repository}}:{{.Tag}} {{.Size}}' | while read -r _image _size; do
+        tags_of "$_now" '{{.Repository}}:{{.Tag}} {{.Size}}' | while read -r _image _size; do
             case /$_image in # podman puts docker.io/ or localhost/ before a name
                 */"$_now" | */"$_back" | */"${_now%:*}:current" | */"${_now%:*}:previous") ;;
                 *) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null && echo "removed $_image ($_size with what it shares)" ;;
@@ -319,7 +314,7 @@ uninstall() {
     local _name _now _back _image
     [ -z "$(runs_now)" ] || refuse "runs train on this server" "milktea-run stop RUN, then again"
     installed | while read -r _name _now _back; do
-        $DOCKER images --filter "reference=${_now%:*}" --format '{{.Repository}}:{{.Tag}}' | while read -r _image; do
+        tags_of "$_now" '{{.Repository}}:{{.Tag}}' | while read -r _image; do
             $DOCKER rmi -f "$_image" >/dev/null 2>&1 </dev/null && echo "removed $_image"
         done
         rm -f "$PREFIX/state/$_name"
@@ -337,8 +332,8 @@ check() {
     inside ${_lock:+-v "$_lock:/run/milktea/image.lock:ro"} -- python3 -m trainer.checkup "$@"
 }
 
-# The folder of a run by its name or path; what is not under RUNS is mounted.
-run_folder() {
+run_folder() { # run_folder RUN: its folder, by its name or path; what is not under RUNS is mounted
+    [ -n "${1:-}" ] || { usage >&2; exit 2; }
     if [ -d "$RUNS/$1" ]; then echo "$RUNS/$1"
     elif [ -d "$1" ]; then (cd "$1" && pwd)
     else refuse "there is no run $1 under $RUNS" "ls $RUNS"; fi
@@ -362,8 +357,7 @@ on_run() {
 
 chat() {
     local _at
-    [ $# -ge 1 ] || { usage >&2; exit 2; }
-    _at=$(run_folder "$1") || exit 2
+    _at=$(run_folder "${1:-}") || exit 2
     shift
     if [ $# -gt 0 ]; then set -- --prompt "$*"; fi
     on_run "$_at" '' trainer.serve.chat "$_at/result/adapter.zip" --base "$_at/model" "$@"
@@ -380,16 +374,21 @@ serve() { # the only container with a network: a browser must reach it
 
 evaluate() {
     local _at _data=''
-    [ $# -ge 1 ] || { usage >&2; exit 2; }
-    _at=$(run_folder "$1") || exit 2
+    _at=$(run_folder "${1:-}") || exit 2
     [ $# = 1 ] || _data=$(absolute "$2") && [ -z "$_data" ] || [ -f "$_data" ] || refuse "$2 does not exist" "ls"
     on_run "$_at" "$_data" trainer.eval.score "$_at" ${_data:+"$_data"}
+}
+
+merge() {
+    local _at
+    _at=$(run_folder "${1:-}") || exit 2
+    on_run "$_at" '' trainer.result.merge "$_at/result/adapter.zip" --base "$_at/model" --out "$_at/merged-${2:-bf16}" --dtype "${2:-bf16}"
 }
 
 command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
-    train | chat | serve | evaluate | status | logs | stop | images | rollback | prune | uninstall) $command "$@" ;;
+    train | chat | serve | evaluate | merge | status | logs | stop | images | rollback | prune | uninstall) $command "$@" ;;
     use) [ -f "$PREFIX/state/${1:-}" ] && echo "$1" >"$PREFIX/state/default" || refuse "no image ${1:-} is installed" "milktea-run images" ;;
     launch) inside -v "$(pwd):$(pwd)" -w "$(pwd)" -- accelerate launch "$@" ;;
     check) check "$@" ;;
