@@ -13,7 +13,7 @@ TORCH ?= $(shell sed -n "s/^torch==//p" requirements.lock)
 milktea := $(VENV)/bin/python -m ops.cli
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup rent-and-train plan resume reap status test test-slow test-versions lint crash-matrix fuzz write-faults mutants weather image image-lock bundle push-image lock clean
+.PHONY: help setup rent-and-train plan resume reap status test test-slow test-versions lint crash-matrix fuzz write-faults mutants weather airgap image image-lock bundle push-image lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,6 +62,10 @@ fuzz: setup ## N=250000 spoiled inputs to every parser of a box, the API or a us
 weather: N = 300
 weather: setup ## the main job through N seeds of bad days and deaths: adapters at home, boxes left, by kind
 	@$(VENV)/bin/python tests/weather.py $(N)
+
+airgap: N = 1000
+airgap: setup ## a bundle of the practice image: N damages, 60 forgeries, 100 kills; goes on where it was; needs root and Docker
+	@$(VENV)/bin/python tests/airgap.py $(or $(OUT),.milktea/airgap) --damages $(N)
 
 write-faults: setup ## every write of the client fails once or for good: no box left, no traceback; EVERY=5 for a fifth
 	@$(VENV)/bin/python tests/write_faults.py --every $(EVERY)
