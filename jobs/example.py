@@ -33,7 +33,7 @@ def job(rank: int) -> dict[str, Any]:
         "lora": {"r": rank, "lora_alpha": 2 * rank},
         "training": {"learning_rate": 5e-3, "batch_size": 32, "num_train_epochs": 1},
         "limits": {"max_usd": 0.50, "max_hours": 0.5, "stall_minutes": 5},
-        "image": {"ref": "milktea/practice:3", "trainer": "image", "size_gib": 0.27},
+        "image": {"ref": "milktea/practice:3", "trainer": "image", "size_gib": 0.31},
     }
 
 

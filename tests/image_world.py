@@ -9,6 +9,9 @@ import hashlib
 import zipfile
 from pathlib import Path
 
+from docker.client import DockerClient
+from docker.errors import ImageNotFound
+
 from ops.image.build import context
 from ops.image.fetch import wheels
 from ops.image.spec import definition, lock
@@ -93,6 +96,14 @@ def make_wheel(
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data)
     return path
+
+
+def forget(client: DockerClient, tag: str) -> None:
+    """Remove a tag from the engine; nothing happens where it is not there."""
+    try:
+        client.images.remove(tag, noprune=True)
+    except ImageNotFound:
+        pass
 
 
 def noise(seed: str, size: int) -> bytes:

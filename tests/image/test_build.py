@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from image_world import make_world
+from image_world import forget, make_world
 
 from ops.errors import MilkteaError
 from ops.image import carry, workflow
@@ -77,7 +77,7 @@ def built(name: str, places: Places, base: str, cached: bool = False) -> tuple[I
 @pytest.fixture
 def places(tmp_path, client):
     yield make_world(tmp_path / "world")
-    engine.remove(client, "milktea/tiny:3")
+    forget(client, "milktea/tiny:3")
 
 
 def test_every_spelling_of_a_tar_gives_the_same_layer(tmp_path):
@@ -196,7 +196,7 @@ def test_an_image_made_from_ours_in_a_shell_is_carried_under_its_own_name(places
             "tiny", places.root / "out", places=places, signed=False, proved=False, image="mine:1"
         )
     finally:
-        engine.remove(client, "mine:1")
+        forget(client, "mine:1")
     plan = (places.root / "out" / "PLAN").read_text()
     assert "name mine\n" in plan and "ref milktea/mine:" in plan and found.carried_layers == 5
 

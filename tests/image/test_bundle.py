@@ -139,7 +139,7 @@ def test_an_inventory_chooses_the_image_that_shares_the_most_and_models_that_are
     (tmp_path / "server.txt").write_text("\n".join(lines))
     server = inventory.read(tmp_path / "server.txt")
     base = server.base_for(image.diff_ids)
-    assert base == Present("near:1", image.diff_ids[:5]) and server.engine == "24.0.7"
+    assert base == Present("near:1", image.diff_ids[:5])
     assert server.gpus == (inventory.Gpu("NVIDIA A100", "580.95.05", "8.0"),)
     assert server.base_for(["sha256:" + "1" * 64]) is None
     tiny.pack(tmp_path / "b", Options(base=base, base_models=server.models))

@@ -2,7 +2,9 @@
 
 import hashlib
 import http.server
+import io
 import socket
+import tarfile
 import threading
 
 import pytest
@@ -172,11 +174,48 @@ def test_wheels_are_resolved_and_pinned_and_come_back_by_their_hash(index, tmp_p
     assert packages.sha256_file(found["pkg"]) == locked.sha256
 
 
+def make_source(folder, name, version):
+    """A package that is published as source alone, and builds itself without a network."""
+    pyproject = b'[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    info = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense: MIT\n"
+    backend = (
+        "import pathlib\n"
+        "def prepare_metadata_for_build_wheel(folder, settings=None):\n"
+        f"    at = pathlib.Path(folder, '{name}-{version}.dist-info')\n"
+        "    at.mkdir()\n"
+        f"    (at / 'METADATA').write_text({info!r})\n"
+        "    return at.name\n"
+        "def build_wheel(*_):\n    raise NotImplementedError\n"
+    )
+    with tarfile.open(folder / f"{name}-{version}.tar.gz", "w:gz") as tar:
+        for path, data in {
+            "pyproject.toml": pyproject,
+            "PKG-INFO": info.encode(),
+            "backend.py": backend.encode(),
+        }.items():
+            entry = tarfile.TarInfo(f"{name}-{version}/{path}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def test_a_package_without_a_wheel_is_pinned_and_fetched_as_source(index, tmp_path):
+    make_wheel(index, "pkg", "1.0", {"pkg.py": b"1"})
+    make_source(index, "only", "2.0")
+    spec = PYTHON.model_copy(update={"sources": ["only"]})
+    source, wheel = packages.resolve(spec, ["pkg"], tmp_path / "cache", quiet)
+    assert (source.file, source.license) == ("only-2.0.tar.gz", "MIT")
+    found = packages.fetch(spec, [wheel, source], tmp_path / "other", quiet)
+    assert packages.sha256_file(found["only"]) == source.sha256
+    (tmp_path / "cut.tar.gz").write_bytes(found["only"].read_bytes()[:80])
+    with pytest.raises(packages.BadWheel, match="not a whole package"):
+        packages.about(tmp_path / "cut.tar.gz")
+
+
 def test_a_wheel_whose_hash_changed_on_the_index_is_refused(index, tmp_path):
     make_wheel(index, "pkg", "1.0", {"pkg.py": b"1"})
     [locked] = packages.resolve(PYTHON, ["pkg"], tmp_path / "cache", quiet)
     make_wheel(index, "pkg", "1.0", {"pkg.py": b"tampered"})
-    with pytest.raises(PreflightError, match=r"pip cannot get the wheels: .*(hash|HASH)"):
+    with pytest.raises(PreflightError, match=r"pip cannot get the packages: .*(hash|HASH)"):
         packages.fetch(PYTHON, [locked], tmp_path / "other", quiet)
     assert not packages.where(locked, tmp_path / "other").exists()
 

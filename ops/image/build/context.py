@@ -18,6 +18,8 @@ from ops.image.spec.definition import Definition
 from ops.image.spec.lock import Lock, Wheel
 from ops.image.spec.paths import Places, link
 
+FETCHED = (".deb", ".whl", ".gz")
+
 
 def assign_layers(found: Iterable[Wheel], definition: Definition) -> list[Wheel]:
     """The wheels with the names of their layers; raises ConfigError for one that no pattern of
@@ -71,9 +73,7 @@ def release(dockerfile: str, places: Places) -> None:
     validate_unreleased(dockerfile, places)
     folder = places.dockerfile(dockerfile)
     files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix not in (".deb", ".whl")
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in FETCHED
     ]
     with places.released.open("a") as out:
         out.writelines(
@@ -92,7 +92,9 @@ def lay_out(lock: Lock, places: Places) -> None:
     wanted |= {
         folder / "wheels" / x.layer / x.file: wheels.where(x, places.wheels) for x in lock.wheels
     }
-    for path in [*folder.glob("debian/*.deb"), *folder.glob("wheels/*/*.whl")]:
+    for path in folder.glob("*/**/*"):
+        if path.suffix not in FETCHED:
+            continue
         source = wanted.get(path)
         if source is None or not source.is_file() or not path.samefile(source):
             path.unlink()

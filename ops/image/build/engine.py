@@ -166,14 +166,6 @@ def import_base(client: DockerClient, tar: Path, tag: str) -> str:
     return tag
 
 
-def remove(client: DockerClient, tag: str) -> None:
-    """Remove a tag; nothing happens where it is not there."""
-    try:
-        client.images.remove(tag, noprune=True)
-    except ImageNotFound:
-        pass
-
-
 def push(client: DockerClient, tag: str, target: str, progress: Progress) -> str:
     """Push a loaded image as ``target`` (REGISTRY/NAME:TAG); returns the digest that a renter can
     pin.

@@ -139,7 +139,7 @@ def _write_parts(
         return out.files
 
     with ThreadPoolExecutor(2) as pool:
-        return volumes.merge(pool.map(one, parts))
+        return {name: file for found in pool.map(one, parts) for name, file in found.items()}
 
 
 def _write_models(contents: Contents, folder: Path, options: Options) -> volumes.Files:

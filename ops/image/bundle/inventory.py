@@ -31,8 +31,6 @@ class Present:
 
 @dataclass(frozen=True)
 class Inventory:
-    server: str
-    engine: str
     gpus: tuple[Gpu, ...] = ()
     images: tuple[Present, ...] = ()
     models: frozenset[str] = frozenset()
@@ -70,15 +68,12 @@ def read(path: Path) -> Inventory:
             f"{path} is no inventory of a server: its first line is not 'milktea-server 1'",
             hint=HOW,
         )
-    facts = {"server": "", "engine": ""}
     gpus: list[Gpu] = []
     images: list[Present] = []
     models: set[str] = set()
     for line in lines[1:]:
         key, _, rest = line.partition(" ")
-        if key in facts:
-            facts[key] = rest
-        elif key == "gpu" and len(fields := [field.strip() for field in rest.split(",")]) >= 3:
+        if key == "gpu" and len(fields := [field.strip() for field in rest.split(",")]) >= 3:
             gpus.append(Gpu(fields[0], fields[1], fields[2]))
         elif key == "image":
             images.append(Present(rest, []))
@@ -86,9 +81,7 @@ def read(path: Path) -> Inventory:
             images[-1].layers.append(rest)
         elif key == "model":
             models.add(f"sha256:{rest}")
-    return Inventory(
-        facts["server"], facts["engine"], tuple(gpus), tuple(images), frozenset(models)
-    )
+    return Inventory(tuple(gpus), tuple(images), frozenset(models))
 
 
 def shared_prefix(a: list[str], b: list[str]) -> int:

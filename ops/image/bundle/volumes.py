@@ -5,7 +5,6 @@ carries them is small.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -91,14 +90,6 @@ def write_small(folder: Path, name: str, data: bytes) -> Files:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(data)
     return {name: File(len(data), hashlib.sha256(data).hexdigest(), "small")}
-
-
-def merge(parts: Iterable[Files]) -> Files:
-    """One dict in the order of the parts."""
-    whole: Files = {}
-    for part in parts:
-        whole |= part
-    return whole
 
 
 def joined(files: Files, name: str) -> str:

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,6 @@ from ops.image.spec.lock import Wheel
 
 Progress = Callable[[str], None]
 GLIBC = 36  # Debian 12 has glibc 2.36: wheels for an older one run too (PEP 600)
-LEGACY = ("manylinux2014", "manylinux2010", "manylinux1")  # PEP 599, 571, 513
 
 
 class BadWheel(ValueError):
@@ -52,31 +52,45 @@ def normalize(name: str) -> str:
 
 
 def about(path: Path) -> About:
-    """Raises BadWheel where METADATA is missing, which is how a half-downloaded file shows too."""
+    """Of a wheel or a source. Raises BadWheel where METADATA is missing, which is how a
+    half-downloaded file shows too.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            [name] = re.findall(
-                r"^[^/\n]+\.dist-info/METADATA$", "\n".join(archive.namelist()), re.M
-            )
-            meta = email.message_from_bytes(archive.read(name))
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise BadWheel(f"{path.name} is not a whole wheel: it has not one METADATA") from error
-    return About(normalize(meta["Name"]), meta["Version"], _license(meta))
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as archive:
+                meta = archive.read(_one(archive.namelist(), r"[^/]+\.dist-info/METADATA"))
+        else:
+            with tarfile.open(path) as source:
+                file = source.extractfile(_one(source.getnames(), r"[^/]+/PKG-INFO"))
+                meta = file.read() if file else b""
+        said = email.message_from_bytes(meta)
+        return About(normalize(said["Name"]), said["Version"], _license(said))
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError, TypeError, OSError) as why:
+        raise BadWheel(f"{path.name} is not a whole package: {why}") from why
+
+
+def _one(names: list[str], pattern: str) -> str:
+    found = [name for name in names if re.fullmatch(pattern, name)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} files {pattern} in it, not one")
+    return found[0]
 
 
 def resolve(
     spec: Python, requirements: Sequence[str], cache: Path, progress: Progress
 ) -> list[Wheel]:
-    """The closure of ``requirements`` as wheels in ``cache``, sorted by name, not yet given to
-    layers.
+    """The closure of ``requirements`` as wheels in ``cache``, and the sources of ``spec``; sorted
+    by name, not yet given to layers.
 
     Downloads what pip chooses today. Raises PreflightError with pip's last words.
     """
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         progress(f"resolving {len(requirements)} requirements for Python {spec.version}")
-        _download(spec, [*requirements], Path(folder))
-        found = sorted(Path(folder).glob("*.whl"))
+        _download(spec, ["--only-binary=:all:", *requirements], Path(folder))
+        if spec.sources:
+            _download(spec, ["--no-deps", *spec.sources], Path(folder))
+        found = sorted(Path(folder).iterdir())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             digests = list(pool.map(sha256_file, found))
         locked = [_locked(path, digest) for path, digest in zip(found, digests, strict=True)]
@@ -177,7 +191,7 @@ def _locked(path: Path, digest: str) -> Wheel:
 
 def _download(spec: Python, what: list[str], folder: Path) -> None:
     """pip as it is configured here; then, where that has no answer, with the definition's public
-    index as well.
+    index as well. pip asks a source for its name, by running its setup.
     """
     command = [
         sys.executable,
@@ -189,26 +203,26 @@ def _download(spec: Python, what: list[str], folder: Path) -> None:
         "--dest",
         str(folder),
     ]
-    command += ["--only-binary=:all:", *_target(spec.version), *what]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode and spec.index:
+    index = ["--extra-index-url", spec.index] if spec.index else []
+    for more in [[], index] if index else [[]]:
         done = subprocess.run(
-            [*command, "--extra-index-url", spec.index],
+            [*command, *_target(spec.version), *what, *more],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
         )
-    if done.returncode:
-        errors = [
-            line for line in done.stderr.splitlines() if line.startswith("ERROR")
-        ] or done.stderr.strip().splitlines()
-        raise PreflightError(
-            f"pip cannot get the wheels: {' '.join(errors[-2:])[-600:]}",
-            hint=(
-                "point pip at an index that has them: pip config set global.index-url URL, or"
-                " PIP_INDEX_URL=URL"
-            ),
-        )
+        if not done.returncode:
+            return
+    errors = [
+        line for line in done.stderr.splitlines() if line.startswith("ERROR")
+    ] or done.stderr.strip().splitlines()
+    raise PreflightError(
+        f"pip cannot get the packages: {' '.join(errors[-2:])[-600:]}",
+        hint=(
+            "point pip at an index that has them: pip config set global.index-url URL, or"
+            " PIP_INDEX_URL=URL"
+        ),
+    )
 
 
 def _target(python: str) -> list[str]:
@@ -216,7 +230,7 @@ def _target(python: str) -> list[str]:
     platforms = [
         "linux_x86_64",
         *(f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC, 4, -1)),
-        *(f"{x}_x86_64" for x in LEGACY),
+        "manylinux2014_x86_64",  # pip takes the older names for it along
     ]
     tags = ["--implementation", "cp", "--python-version", python]
     tags += [

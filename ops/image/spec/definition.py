@@ -33,12 +33,14 @@ class Os(Strict):
 
 
 class Python(Strict):
-    """``requirements`` are pip's. ``index`` is the public index to ask where the configured one has
-    no such version.
+    """``requirements`` are pip's, of wheels; ``sources`` those of packages that are published as
+    source alone, which pip builds inside the image. ``index`` is the public index to ask where the
+    configured one has no such version.
     """
 
     version: str
     requirements: list[str]
+    sources: list[str] = []
     index: str | None = None
 
 
