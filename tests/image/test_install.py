@@ -138,14 +138,6 @@ def test_twenty_corruptions_are_all_caught_named_and_given_a_remedy(
     assert corruptions(packed, tmp_path / "trials", range(20), release_key) == []
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_a_thousand_corruptions_are_all_caught_named_and_given_a_remedy(
-    packed: Path, tmp_path: Path, release_key: Path
-) -> None:
-    assert corruptions(packed, tmp_path / "trials", range(1000, 2000), release_key) == []
-
-
 # -- preflight
 
 

@@ -423,14 +423,3 @@ def test_an_update_killed_at_any_moment_and_started_again_finishes(
     product: Any, engine: Engine, tmp_path: Path
 ) -> None:
     killed_runs(product, engine, tmp_path, range(10, 12), update=True)
-
-
-@pytest.mark.skipif("MILKTEA_KILLS" not in os.environ, reason="the long proof: MILKTEA_KILLS=50")
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("update", [False, True], ids=["full", "update"])
-def test_killed_fifty_times_it_always_finishes(
-    product: Any, engine: Engine, tmp_path: Path, update: bool
-) -> None:
-    killed_runs(
-        product, engine, tmp_path, range(100, 100 + int(os.environ["MILKTEA_KILLS"])), update
-    )
