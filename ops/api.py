@@ -38,11 +38,12 @@ from ops.job.cards import KnownCard, KnownModel, Price
 from ops.job.config import JobFile
 from ops.job.plan import Plan
 from ops.job.preflight import preflight
+from ops.job.talk_plan import talk_plan
 from ops.market.client import Vast
 from ops.market.models import Instance
 from ops.market.provider import Provider, provider_from
 from ops.market.ranking import Ranking, rank
-from ops.run import place, rental, supervisor, wishes
+from ops.run import journal, place, rent_and_chat, rental, supervisor, wishes
 from ops.run import prices as price_list
 from ops.run import reap as reaping
 from ops.run.attach import Tail, raise_if_failed, watching
@@ -118,8 +119,10 @@ __all__ = [
     "models",
     "open_market",
     "plan",
+    "plan_chat",
     "prices",
     "reap",
+    "rent_and_talk",
     "rent_and_train",
     "resume",
     "runs",
@@ -204,6 +207,9 @@ class Quiet:
 
     def waiting(self, message: str) -> None:
         """Something has to be waited for."""
+
+    def talking(self, page: str, ends_at_unix_s: float) -> None:
+        """People can talk to the result at `page`, which holds the token; told again and again."""
 
     def destroying(self, why: str) -> None:
         """The box is about to be destroyed."""
@@ -347,6 +353,11 @@ def resume(
         if not held.lines:
             raise JournalError(
                 f"{run.id} has an empty journal", hint="start it anew with rent-and-train"
+            )
+        if not Plan.from_line(held.lines[0]).trains:
+            raise JournalError(
+                f"{run.id} was rented to talk, and nobody talks any more",
+                hint=f"`milktea destroy {run.id}` if its box still stands",
             )
         if (pulled := held.last("pulled")) is not None:
             raise JournalError(
@@ -522,3 +533,65 @@ def _finished(vast: Vast, root: Path, screen: Screen | None = None) -> None:
     reaped = finish_destroys(vast=vast, root=root, screen=screen)
     if reaped.leaked:
         raise reaped.leaked[0]
+
+
+# -- talk to a result on a rented box --------------------------------------------------------------
+
+
+def plan_chat(
+    result: Found | str | Path,
+    *,
+    minutes: float = 60,
+    max_usd: float = 1.0,
+    vast: Vast | None = None,
+    root: Path | None = None,
+) -> Planned:
+    """A box to talk to the result of a run on, for `minutes` once it is loaded and for at most
+    `max_usd`, and what the market offers for it now. Rents nothing. Raises PreflightError for what
+    is no run's archive, NoOffer, MarketError."""
+    vast, root = vast or open_market(), root or runs_folder()
+    _finished(vast, root)
+    found = result if isinstance(result, Found) else find_result(result, root=root)
+    if not (root / found.name / journal.FILE).is_file() or not found.adapter.is_file():
+        raise PreflightError(
+            f"{found.name} is not the archive of a run here: image and base are not known",
+            hint="talk to it on this machine: `milktea chat` without --remote",
+        )
+    run = Plan.from_line(journal.read(root / found.name)[0])
+    made = talk_plan(run, found.adapter, time.time(), minutes, max_usd)
+    offers = search_offers(vast, made.needs)
+    ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
+    if not ranking.accepted:
+        raise no_offer_error(ranking, 0, made.needs)
+    return Planned(made, ranking, vast.credit_usd())
+
+
+def rent_and_talk(
+    planned: Planned,
+    *,
+    vast: Vast | None = None,
+    root: Path | None = None,
+    screen: Screen | None = None,
+    terminal: Sequence[str] | None = None,
+) -> Run:
+    """Rent the box of `plan_chat`, serve the result there and keep it until its end, SIGINT, or
+    `stop`: `screen.talking` hears the page's address, at a port of this machine's loopback. With
+    `terminal` (options of trainer/serve/chat.py) the conversation is in this terminal instead.
+
+    This process owns the run, and its end is the box's: by its own hand, or by the box's watchdog
+    within ten minutes. Rows of votes come home beside the result. Raises as `rent_and_train`."""
+    vast, root, screen = vast or open_market(), root or runs_folder(), screen or Quiet()
+    made = planned.plan
+    if made.trains:
+        raise PreflightError("this plan trains", hint="plan_chat() makes one that talks")
+    votes = Path(made.out) / str(made.wire_job["run_id"])
+    use = rent_and_chat.in_browser(votes)
+    if terminal is not None:
+        use = rent_and_chat.in_terminal(terminal)
+    with Journal(root / made.run_id) as held:
+        screen.line(held.append("planned", began=round(time.time(), 3), **made.to_line()))
+        session = Session(held, made, vast, screen)
+        supervisor.supervise(
+            session, talk=lambda s: rent_and_chat.rent_and_chat(s, use, planned.ranking)
+        )
+        return Run(held.folder)

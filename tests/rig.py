@@ -57,6 +57,7 @@ def stub_image(folder: Path, data_sha256: str, wire: int = WIRE) -> Path:
     whole = sha256_of(folder / "result/adapter.zip")
     text = STUB.replace("@FOLDER@", str(folder)).replace("@ADAPTER@", whole)
     text = text.replace("@WIRE@", str(wire))
+    (folder / "serve.py").write_bytes(Path(__file__).with_name("stub_serve.py").read_bytes())
     script = folder / "bin/milktea-train"
     script.write_text(text.replace("@MANIFEST@", sha256_of(folder / "checkpoint/manifest.json")))
     script.chmod(0o755)
@@ -198,6 +199,9 @@ class Silent:
         assert all("$" in text for _, text in choices)
         self.told.append([key for key, _ in choices])
         return self.choice
+
+    def talking(self, page: str, ends_at: float) -> None:
+        self.told.append(page)
 
     def plan(self, *told: Any) -> None: ...
     def booting(self, *told: Any) -> None: ...

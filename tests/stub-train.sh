@@ -3,6 +3,8 @@
 # a folder and two hashes in place of the words between @.
 set -e
 [ "$1" = --wire ] && { echo @WIRE@; exit 0; }
+[ "$1" = serve ] && exec python3 @FOLDER@/serve.py "$@"
+[ "$1" = chat ] && { echo "asked of $2"; read -r line; echo "you said $line, $HF_TOKEN"; exit 0; }
 now=$(date +%s)
 say() { printf '{"t":%s,%s}\n' "$now" "$1" >>events.jsonl; }
 while [ -e @FOLDER@/hang ] && [ -z "$NCCL_P2P_DISABLE" ]; do sleep 0.05; done

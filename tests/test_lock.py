@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BOX = ROOT / "ops/box/bootstrap/trainer-requirements.txt"
+SERVE = ROOT / "ops/box/bootstrap/serve-requirements.txt"
 
 
 def pinned(path: Path) -> dict[str, str]:
@@ -58,3 +59,11 @@ def test_a_box_installs_the_versions_that_were_tested_here() -> None:
     assert len(pushed) > 40
     assert {canonical(name) for name in wanted if name} <= {canonical(name) for name in pushed}
     assert {n: v for n, v in pushed.items() if LOCKED.get(n) != v} == {}, "make lock writes both"
+
+
+def test_a_box_that_serves_installs_the_server_that_was_tested_here() -> None:
+    pushed = pinned(SERVE)
+    assert "aiohttp" in pushed and "yarl" in pushed
+    assert {n: v for n, v in pushed.items() if LOCKED.get(n) != v} == {}
+    lines = re.sub(r"\\\n\s*", "", SERVE.read_text()).splitlines()[1:]
+    assert [line for line in lines if "--hash=sha256:" not in line] == []

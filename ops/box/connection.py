@@ -320,6 +320,34 @@ class Box:
             raise BoxError(f"cannot read {path} on the box: {why}")
         return done.stdout_bytes[:max_bytes]
 
+    def channel_to(self, port: int) -> paramiko.Channel:
+        """A channel to a port of the box's own loopback. Raises Lost, and BoxError where nobody
+        listens there."""
+        self.reconnect()
+        assert self._fabric is not None
+        try:
+            transport: paramiko.Transport = self._fabric.transport
+            there = ("127.0.0.1", port)
+            return transport.open_channel("direct-tcpip", there, ("127.0.0.1", 0), timeout=ANSWER_S)
+        except paramiko.ChannelException as error:
+            raise BoxError(f"nobody listens at port {port} of the box: {error}") from error
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise self._lost(
+                f"a channel to port {port}: {error or type(error).__name__}"
+            ) from error
+
+    def terminal(self, script: str, kind: str, columns: int, lines: int) -> paramiko.Channel:
+        """The channel of `script` on a terminal of the box. Raises Lost."""
+        self.reconnect()
+        assert self._fabric is not None
+        try:
+            channel: paramiko.Channel = self._fabric.create_session()
+            channel.get_pty(kind, columns, lines)
+            channel.exec_command(f"exec sh -c {shlex.quote(f'cd || exit; {script}')}")
+            return channel
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise self._lost(f"a terminal: {error or type(error).__name__}") from error
+
     def _exec(self, script: str, input: Input, deadline: Deadline, out: Output) -> Result:
         channel = self._start(script)
         err = Output(MAX_OUTPUT)

@@ -9,14 +9,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from ops.cli import data, history, image, serve, shelf, use
+from ops.cli.acting import acting, interrupted, market, open_screen, report
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
 from ops.errors import ConfigError
@@ -85,7 +84,7 @@ def rent_and_train(
     """Rent, push, train, retrieve, destroy: the adapter lies in out/RUN when this ends. The run
     outlives this terminal."""
     _validate_ways(foreground, detach)
-    with errors(as_json), _acting(as_json) as (vast, screen):
+    with errors(as_json), acting(as_json) as (vast, screen):
         from ops import api
 
         real = api.uses_vast_ai()
@@ -108,7 +107,7 @@ def rent_and_train(
 @app.command()
 def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
     """Everything up to the plan screen: checks, search, prices. Nothing is rented."""
-    with errors(as_json), _acting(as_json) as (vast, screen):
+    with errors(as_json), acting(as_json) as (vast, screen):
         from ops import api
 
         planned = api.plan(job, vast=vast, or_estimate=True)
@@ -121,7 +120,7 @@ def resume(
 ) -> None:
     """Go on with a run that no process owns any more, or watch one that goes on."""
     _validate_ways(foreground, detach)
-    with errors(as_json), _acting(as_json) as (vast, screen):
+    with errors(as_json), acting(as_json) as (vast, screen):
         from ops import api
 
         found = api.resume(run, vast=vast, screen=screen, foreground=foreground, detach=detach)
@@ -131,10 +130,10 @@ def resume(
 @app.command()
 def attach(run: Run, as_json: Json = False) -> None:
     """Watch a run from its beginning to its end; the exit code is the run's."""
-    with errors(as_json), _interrupted():
+    with errors(as_json), interrupted():
         from ops import api
 
-        screen = _screen(as_json)
+        screen = open_screen(as_json)
         _last_lines(api.attach(run, screen=screen), screen, as_json)
 
 
@@ -154,14 +153,14 @@ def stop(
     destroy: Annotated[bool, typer.Option("--destroy", help="Destroy now")] = False,
 ) -> None:
     """End a run. Without an option the choices are shown with their price."""
-    with errors(as_json), _interrupted():
+    with errors(as_json), interrupted():
         from ops import api
 
         ends = {"fetch": fetch, "keep": keep_disk, "destroy": destroy}
         asked = [end for end, wanted in ends.items() if wanted]
         if len(asked) > 1:
             raise ConfigError("one of --fetch, --keep-disk and --destroy, not more", hint="")
-        screen, found = _screen(as_json), api.find_run(run)
+        screen, found = open_screen(as_json), api.find_run(run)
         wish: str | None = asked[0] if asked else None
         if not asked:
             wish = screen.choose([(c.wish, c.text) for c in found.choices()])
@@ -187,16 +186,16 @@ def reap(
     with errors(as_json):
         from ops import api
 
-        vast, screen = _market(), _screen(as_json)
+        vast, screen = market(), open_screen(as_json)
         vast.tell = screen.waiting
         reaped = api.reap(foreign=foreign, vast=vast, screen=screen)
-        _report(reaped, as_json, say_nothing_found=True)
+        report(reaped, as_json, say_nothing_found=True)
 
 
 @app.command()
 def destroy(run: Run, as_json: Json = False) -> None:
     """Destroy the box of one run now, and prove it."""
-    with errors(as_json), _acting(as_json) as (vast, screen):
+    with errors(as_json), acting(as_json) as (vast, screen):
         from ops import api
 
         found = api.find_run(run)
@@ -256,54 +255,10 @@ def schema() -> None:
 # -- what the commands share -----------------------------------------------------------------------
 
 
-def _market() -> api.Vast:
-    from ops import api
-
-    if not api.uses_vast_ai():
-        print(
-            "VAST_API_KEY is not set: the emulator plays vast.ai on this machine; no money moves.",
-            file=sys.stderr,
-        )
-    return api.open_market()
-
-
-@contextmanager
-def _acting(as_json: bool) -> Iterator[tuple[api.Vast, Terminal | JsonLines]]:
-    """For a command that acts: give the block the client of vast.ai and the screen, after finishing
-    every destroy that an earlier command could not finish. An interrupt exits with 130."""
-    from ops import api
-
-    vast, screen = _market(), _screen(as_json)
-    vast.tell = screen.waiting
-    _report(api.finish_destroys(vast=vast, screen=screen), as_json)
-    with _interrupted():
-        yield vast, screen
-
-
-@contextmanager
-def _interrupted() -> Iterator[None]:
-    """Turn Interrupted into a message and exit code 130."""
-    from ops import api
-
-    try:
-        yield
-    except api.Interrupted as e:
-        print(f"interrupted; {e}", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
 def _validate_ways(foreground: bool, detach: bool) -> None:
     if foreground and detach:
         with errors(False):
             raise ConfigError("--foreground or --detach, not both", hint="")
-
-
-def _screen(as_json: bool) -> Terminal | JsonLines:
-    from rich.console import Console
-
-    from ops.cli.screen import JsonLines, Terminal
-
-    return JsonLines() if as_json else Terminal(Console())
 
 
 def _last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> None:
@@ -379,23 +334,6 @@ def _stopped(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> None:
 
 def _short(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _report(reaped: api.Reaped, as_json: bool, *, say_nothing_found: bool = False) -> None:
-    found = bool(reaped.destroyed or reaped.left or reaped.leaked)
-    if as_json and (found or say_nothing_found):
-        row = {"destroyed": reaped.destroyed, "left": reaped.left}
-        row |= {"leaked": [str(e) for e in reaped.leaked]}
-        print(json.dumps({"kind": "reaped", **row}))
-    if not as_json:
-        for run_id in reaped.destroyed:
-            print(f"{run_id}: destroyed, absent in three spaced reads")
-        for line in reaped.left:
-            print(plain(f"left alone: {line}"))
-        if say_nothing_found and not found:
-            print("no box of ours exists")
-    if reaped.leaked:
-        raise reaped.leaked[0]
 
 
 def main() -> None:

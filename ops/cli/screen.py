@@ -51,6 +51,7 @@ class Terminal:
         self._total_steps = 0
         self._stage = ""  # of a run of several, which one trains
         self._moving = ("", 0.0, 0)  # (what, since when, from which byte on) is transferred
+        self._page = ""  # where people talk, once it was said
         self._spins = 0
         self._drawing = threading.RLock()  # `meter` is called by another thread
         self._began = time.time()
@@ -135,6 +136,13 @@ class Terminal:
 
     def waiting(self, message: str) -> None:
         self._status("wait", message, force=True)
+
+    def talking(self, page: str, ends_at_unix_s: float) -> None:
+        at = time.strftime("%H:%M", time.localtime(ends_at_unix_s))
+        if page != self._page:
+            self._page = page
+            self._say(f"talk      {page}")
+        self._status("talk", f"until {at}; Ctrl-C to end it sooner")
 
     def destroying(self, why: str) -> None:
         self._status("destroy", "and prove absent in three spaced reads")
@@ -231,6 +239,7 @@ class JsonLines:
     """A run for a program: every journal line and every training event, one JSON object a line."""
 
     def __init__(self) -> None:
+        self._page = ""
         self.samples: list[events.Sample] = []  # stay empty: each is printed as it comes
         self.score: events.Score | None = None
 
@@ -262,6 +271,11 @@ class JsonLines:
 
     def waiting(self, message: str) -> None:
         self._out("waiting", message=message)
+
+    def talking(self, page: str, ends_at_unix_s: float) -> None:
+        if page != self._page:
+            self._page = page
+            self._out("talking", page=page, ends_at=round(ends_at_unix_s, 3))
 
     def destroying(self, why: str) -> None:
         pass

@@ -11,6 +11,7 @@ import typer
 
 from ops.cli.errors import errors
 from ops.cli.history import Json
+from ops.cli.remote import talk_remotely
 from ops.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ def chat(
     web: Annotated[
         bool, typer.Option("--web", help="In the browser, with settings there; as `milktea serve`")
     ] = False,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="On a box that is rented for it, within --max-usd")
+    ] = False,
+    minutes: Annotated[float, typer.Option(min=1, help="Of --remote, once it is loaded")] = 60,
+    max_usd: Annotated[float, typer.Option(min=0.01, help="Of --remote at most")] = 1.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Of --remote: do not ask")] = False,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -83,6 +90,14 @@ def chat(
     with errors(as_json):
         from ops.api import words
 
+        if remote and (base or prompt is not None):
+            raise ConfigError(
+                "--remote takes a run, whose base is known, and no --prompt or --base",
+                hint=f"milktea chat {run} --remote --web",
+            )
+        if remote and web:
+            talk_remotely(_found(run, None), minutes, max_usd, yes, as_json, None)
+            return
         if web:
             options = [f"--context={context}", f"--device={device}", f"--precision={precision}"]
             _show(lambda: words.serve([_found(run, base)], options), as_json)
@@ -92,6 +107,9 @@ def chat(
         given |= {"device": device, "precision": precision}
         options = [f"--{name}={value}" for name, value in given.items()]
         options += [f"--prompt={prompt}"] if prompt is not None else []
+        if remote:
+            talk_remotely(_found(run, None), minutes, max_usd, yes, as_json, options)
+            return
         _show(lambda: words.chat(_found(run, base), options), as_json)
 
 

@@ -233,6 +233,17 @@ class Results(Strict):
     folder: Annotated[Path, Field(description="RUN/adapter.zip and its report go there")] = Path(
         "../out"
     )
+    then_chat_minutes: Annotated[
+        Annotated[float, Field(ge=1)] | None,
+        Field(
+            description="Once the result is at home, its machine serves it to talk to for so long, "
+            "or until `milktea stop`; left out, the machine is destroyed at once"
+        ),
+    ] = None
+
+    @property
+    def talk_s(self) -> float:
+        return (self.then_chat_minutes or 0.0) * 60
 
 
 class JobFile(Strict, Sections):

@@ -67,6 +67,7 @@ def workload_of(
         row_tokens=sum(n * n for n in lengths) / sum(lengths),
         checkpoint_bytes=3 * adapter,
         save_every_s=job.training.save_every_s,
+        talk_s=job.results.talk_s,
     )
 
 

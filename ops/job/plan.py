@@ -42,6 +42,8 @@ class Plan:
     estimated: bool = False  # tokens are estimated from characters: only for prices, never rented
     when_silent: str = "finish"  # or destroy
     hold_s: float | None = None  # how long an ended training waits for a client; None: no limit
+    talk_s: float = 0.0  # for which the box serves a result, once it does
+    trains: bool = True  # else it is rented to talk to a result of another run
 
     @property
     def env(self) -> list[str]:

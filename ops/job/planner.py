@@ -76,7 +76,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         *{p.remote: p for of_part in files for p in of_part}.values(),
         *_model_files(job),
         *(push for found in adapters for push in found.pushes),
-        *(_trainer_files() if job.image.trainer == "push" else []),
+        *(trainer_files() if job.image.trainer == "push" else []),
     ]
     wire_job = _wire_job(job, run_id, parts, files, adapters)
     notes: list[str] = []
@@ -118,6 +118,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         estimated=not tokenised,
         when_silent=job.limits.when_silent,
         hold_s=None if job.limits.hold_minutes is None else job.limits.hold_minutes * 60,
+        talk_s=job.results.talk_s,
     )
 
 
@@ -154,7 +155,8 @@ def _model_files(job: JobFile) -> list[PushFile]:
     return [PushFile(p, f"model/{p.name}", sha256_of(p)) for p in files]
 
 
-def _trainer_files() -> list[PushFile]:
+def trainer_files() -> list[PushFile]:
+    """Our trainer, and what starts it in an image that does not hold it."""
     folder = Path(prepare.__file__).parents[1]
     files = [p for p in sorted(folder.rglob("*")) if p.suffix in TRAINER_SUFFIXES]
     start = Path(__file__).parents[1] / "box" / "bootstrap"

@@ -54,11 +54,12 @@ class CostEstimate:
     gb_in: float = 0.0
     gb_out: float = 0.0
     stages_s: tuple[float, ...] = ()  # of `train_s`, by stage
+    talk_s: float = 0.0
 
     @property
     def running_h(self) -> float:
         """The hours for which GPUs are billed: all but boot and image pull."""
-        return (self.transfer_s + self.start_s + self.train_s) / 3600
+        return (self.transfer_s + self.start_s + self.train_s + self.talk_s) / 3600
 
 
 def bid_for(offer: Offer, bid_usd_per_hour: float | None = None) -> float:
@@ -83,7 +84,7 @@ def predict(
     pull_s, transfer_s, read_s = _moving_s(offer, workload)
     stages_s = tuple(one.tokens / s for one, s in zip(workload.each, speeds, strict=True))
     start_s, train_s = workload.start_s + read_s, sum(stages_s)
-    running_h = (transfer_s + start_s + train_s) / 3600
+    running_h = (transfer_s + start_s + train_s + workload.talk_s) / 3600
     hours = running_h + (workload.boot_s + pull_s) / 3600
     rate = offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
     disk_rate = disk_usd_per_hour(offer, workload.disk_gib)
@@ -117,6 +118,7 @@ def predict(
         stages_s=stages_s,
         gb_in=gb_in,
         gb_out=gb_out,
+        talk_s=workload.talk_s,
     )
     predicted = _with_accidents(undisturbed, offer, workload, bid_usd_per_hour, p_bad)
     return replace(predicted, lines=_arithmetic(offer, workload, predicted))
@@ -297,12 +299,16 @@ def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str,
         f"{where}" + (f", ${c.usd_per_hour * seconds / 3600:.4f}" if len(each) > 1 else "")
         for one, seconds in zip(each, c.stages_s, strict=True)
     ]
+    talk_usd = c.talk_s / 3600 * (c.usd_per_hour + disk_usd_per_hour(offer, workload.disk_gib))
+    talked = f"talk      {_duration(c.talk_s)} on {where} for ${talk_usd:.4f}, or until you leave"
     return (
-        *trained,
+        *(trained if workload.tokens else []),
+        *([talked] if c.talk_s else []),
         f"before    {_duration(c.boot_s + c.pull_s)} to boot and pull "
         f"{workload.image_bytes / GB:.2f} GB of image",
         *moved,
-        f"start     {_duration(c.start_s)} from the launch to the first step",
+        f"start     {_duration(c.start_s)} from the launch to the first "
+        f"{'step' if workload.tokens else 'answer'}",
         f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h "
         "(loading is not billed)",
         f"disk      ${c.disk_usd:.4f} = {c.hours:.3f} h x {workload.disk_gib:g} GB x "

@@ -32,7 +32,8 @@ class Workload:
     the modules that are trained fully beside an adapter. `home_*_mbps` is the laptop's own
     connection. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run against
     the emulator, on this computer's CPU. `before` are the stages that the same machine trains
-    before this one, of which what they compute counts.
+    before this one, of which what they compute counts. `talk_s` is
+    how long the box serves a result at the end.
     """
 
     tokens: float
@@ -62,6 +63,7 @@ class Workload:
     active_parameters: float | None = None
     saved: tuple[str, ...] = ()
     before: tuple[Workload, ...] = ()
+    talk_s: float = 0.0
 
     def __post_init__(self) -> None:
         loads = [Workload(**w) if isinstance(w, dict) else w for w in self.before]

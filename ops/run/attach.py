@@ -89,6 +89,8 @@ class Tail:
                 self._screen.moving(row["what"], row["done"], row["total"])
             case "waiting":
                 self._screen.waiting(row["message"])
+            case "talking":
+                self._screen.talking(row["page"], float(row["ends_at"]))
             case "destroying":
                 self._screen.destroying(row["why"])
 
@@ -122,9 +124,8 @@ def raise_if_failed(folder: Path) -> None:
     since = lines[owned.n :] if owned else lines
     if (failed := last(since, "failed")) is not None:
         raise _error(failed)
-    if last(since, "left", "kept") is not None or (
-        last(lines, "pulled") and not may_have_box(lines)
-    ):
+    over = last(lines, "pulled", "talked") and not may_have_box(lines)
+    if last(since, "left", "kept") is not None or over:
         return
     plan = Plan.from_line(lines[0])
     ends_at = ends_itself_at(lines)

@@ -28,6 +28,8 @@ STAGES = {
     "stage_pulled": "training",
     "ended": "training ended",
     "pulled": "adapter at home",
+    "serving": "talking",
+    "talked": "talked",
     "destroying": "destroying",
     "destroyed": "destroyed",
     "leaked": "LEAKED",
@@ -124,10 +126,12 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
     d = line.get
     match line.kind:
         case "planned":
-            tokens = d("workload", {}).get("tokens", 0)
+            what = f"{d('workload', {}).get('tokens', 0):,.0f} tokens"
+            if not d("trains", True):
+                what = f"{d('talk_s', 0) / 60:.0f} minutes of talk"
             return (
                 "plan",
-                f"run {d('run_id')}: {tokens:,.0f} tokens, at most {d('max_usd')} $ and "
+                f"run {d('run_id')}: {what}, at most {d('max_usd')} $ and "
                 f"{d('max_s', 0) / 3600:.1f} h",
             )
         case "place":
@@ -188,6 +192,9 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
             return "result", f"refused, fetched again: {d('why')}"
         case "pulled":
             return "pull", f"verified: {d('tensors')} tensors, sha256 {d('sha256')[:16]}…"
+        case "serving":
+            at = time.strftime("%H:%M", time.localtime(d("ends_at", 0)))
+            return "talk", f"the result is served on the box until {at}"
         case "bad_machine" | "missed":
             return "next", f"machine {d('machine_id')} given up: {d('why')}"
         case "preempted":

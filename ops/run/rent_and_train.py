@@ -49,6 +49,7 @@ from ops.run.keeper import keeper_running
 from ops.run.rental import box_left_alone, endpoints, raise_if_preempted, rented
 from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Session, metered
+from ops.run.talk import then_chat
 from ops.wait import Patience
 from trainer.wire.job import WIRE, Job
 
@@ -90,7 +91,9 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> RunResult:
                     push(session, box)
                     launch(session, box)
                     watch(session, box)
-                    return pull(session, box)
+                    result = pull(session, box)
+                    then_chat(session, box, result.adapter_zip.parent)
+                    return result
         except (BoxError, OfferGone, RateLimited) as e:
             remember_failure(session, offer, e)
     raise NoOffer(f"{MAX_MACHINES} machines were tried and none carried the run through")

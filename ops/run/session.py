@@ -111,6 +111,9 @@ class Screen(Protocol):
         self, event: Event, spent_usd: float, max_usd: float, dies_at_unix_s: float
     ) -> None: ...
     def waiting(self, message: str) -> None: ...
+    def talking(self, page: str, ends_at_unix_s: float) -> None:
+        """People can talk to the result at `page`, which holds the token; told again and again."""
+
     def destroying(self, why: str) -> None: ...
     def meter(self, spent_usd: float, max_usd: float) -> None:
         """What the run has cost so far, about once a second; from any thread."""

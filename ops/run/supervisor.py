@@ -36,6 +36,7 @@ from ops.market.ranking import Ranking
 from ops.run import journal, wishes
 from ops.run.interrupt import default_wish
 from ops.run.journal import Journal, Line
+from ops.run.rent_and_chat import end_conversation
 from ops.run.rent_and_train import rent_and_train
 from ops.run.rental import destroy
 from ops.run.session import Detached, Interrupted, Kept, Session, metered
@@ -56,14 +57,19 @@ _market: TypeAdapter[Ranking] = TypeAdapter(Ranking)
 
 
 @metered
-def supervise(session: Session, seen: Ranking | None = None) -> None:
+def supervise(
+    session: Session, seen: Ranking | None = None, talk: Callable[[Session], None] | None = None
+) -> None:
     """Run the story in this process and write how it ended into the journal. Returns with the
     adapter here, or with a box that was left; raises as `rent_and_train`, and Interrupted where the
-    run was ended before the training."""
+    run was ended before the training. `talk` is the story of a box that was rented to talk."""
     session.note("owned", pid=os.getpid())
     with _signals(session), _listening(session):
         try:
-            rent_and_train(session, seen)
+            if session.plan.trains:
+                rent_and_train(session, seen)
+            else:
+                (talk or end_conversation)(session)
         except Kept:
             pass  # its "kept" line says so
         except Detached:
@@ -320,6 +326,9 @@ class FileScreen:
 
     def waiting(self, message: str) -> None:
         self._tell("waiting", message=message)
+
+    def talking(self, page: str, ends_at_unix_s: float) -> None:
+        self._tell("talking", page=page, ends_at=ends_at_unix_s)
 
     def destroying(self, why: str) -> None:
         self._tell("destroying", why=why)

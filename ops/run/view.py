@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ops.errors import JournalError
+from ops.errors import JournalError, MilkteaError
 from ops.job.plan import Plan
 from ops.run import explain, journal, supervisor, wishes
 from ops.run.explain import Status
@@ -159,6 +160,16 @@ def find_run(name: str, root: Path | None = None) -> Run:
             f"{name!r} names {len(chosen)} runs under {root}", hint="`milktea status` lists them"
         )
     return chosen[0]
+
+
+def find_trained(root: Path) -> Run:
+    """The run that began last and trains: one that was rented to talk has no result of its own.
+    Raises JournalError without one."""
+    for run in sorted(runs(root), key=_began, reverse=True):
+        with suppress(MilkteaError):
+            if (lines := run.journal) and lines[0].get("trains", True):
+                return run
+    raise JournalError(f"there is no run under {root}", hint="`milktea rent-and-train JOB`")
 
 
 def _began(run: Run) -> tuple[str, ...]:

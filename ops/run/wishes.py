@@ -38,8 +38,14 @@ class Choice:
 
 def launched(lines: list[Line]) -> bool:
     """Whether the training was started on the newest machine: from then on it has work to lose."""
-    line = last(lines, "launched", "renting", "absent", "destroyed")
+    line = last(lines, "launched", "serving", "renting", "absent", "destroyed")
     return line is not None and line.kind == "launched"
+
+
+def talking(lines: list[Line]) -> bool:
+    """Whether the newest machine serves a result to people: nothing of it is lost by its end."""
+    line = last(lines, "serving", "renting", "absent", "destroyed")
+    return line is not None and line.kind == "serving"
 
 
 def works_alone(lines: list[Line], plan: Plan) -> bool:
@@ -79,6 +85,8 @@ def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> lis
     about = f"about {max(predicted, spent):.3f} $, " if predicted else ""
     price = f"{about}at most {max_usd:.3f} $ in all"
     home = "the result is on its way home" if coming_home(lines) else "the adapter comes home"
+    if talking(lines):
+        home = f"people talk until {time.strftime('%H:%M', time.localtime(ends_at))}"
     offered = [
         Choice(LEAVE, f"leave; the run goes on without this terminal, {home}: {price}")
         if attached
@@ -88,6 +96,8 @@ def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> lis
         at = time.strftime("%H:%M", time.localtime(ends_at))
         text = f"leave the box alone: it works on, and ends itself at {at}: {price}"
         offered.append(Choice(LEAVE, text))
+    if talking(lines):
+        return [*offered, Choice(DESTROY, f"end it and destroy now: about {spent:.3f} $ in all")]
     if launched(lines) and not coming_home(lines):
         text = f"save, fetch the checkpoint, then destroy: about {spent + rate / 60:.3f} $ in all"
         offered.append(Choice(FETCH, text))

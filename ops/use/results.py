@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ops.run.folders import runs_folder
-from ops.run.view import find_run
+from ops.run.view import find_run, find_trained
 from ops.use import found, words
 from ops.use.found import Found
 
@@ -21,7 +21,8 @@ def find_result(name: str | Path, *, base: str | None = None, root: Path | None 
     is_run = len(path.parts) == 1 and (root / path).is_dir()
     if path.exists() and not is_run:
         return found.of_path(path, root, base)
-    return found.of_run(find_run(str(name), root).folder, base)
+    run = find_trained(root) if str(name) == "last" else find_run(str(name), root)
+    return found.of_run(run.folder, base)
 
 
 def merge(

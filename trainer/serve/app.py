@@ -22,6 +22,7 @@ from trainer.serve import requests
 from trainer.serve.engine import Busy, Engine
 from trainer.serve.feedback import Feedback, rows_of
 from trainer.serve.guard import Guard, Handler, add_headers
+from trainer.serve.meter import read_meter
 from trainer.serve.models import BASE, Voice
 from trainer.serve.replies import Delta, Reply, Shapes
 from trainer.serve.requests import RequestError, Wish
@@ -32,10 +33,17 @@ HEARTBEAT_S = 15.0  # of a stream in which nothing is said
 ENGINE = web.AppKey("engine", Engine)
 
 
-def application(engine: Engine, token: str, feedback: Path, hosts: tuple[str, ...] = ()) -> Any:
-    """The aiohttp application; run it with handler_cancellation, so that a closed connection ends
-    its request. `hosts` are names by which it is reached beside loopback's."""
-    server = _Server(engine, Feedback(feedback))
+def application(
+    engine: Engine,
+    token: str,
+    feedback: Path,
+    hosts: tuple[str, ...] = (),
+    meter: Path | None = None,
+) -> Any:
+    """The aiohttp application; run it with handler_cancellation, so that a closed connection
+    ends its request. `hosts` are names by which it is reached beside loopback's, `meter` the file that says what a
+    rented machine costs."""
+    server = _Server(engine, Feedback(feedback), meter)
     guard = Guard(token, hosts)
     app = web.Application(
         middlewares=[server.counted, guard.middleware], client_max_size=BODY_BYTES
@@ -47,6 +55,7 @@ def application(engine: Engine, token: str, feedback: Path, hosts: tuple[str, ..
             web.get("/", server.page),
             web.get("/health", server.health),
             web.get("/metrics", server.metrics),
+            web.get("/meter", server.meter),
             web.get("/v1/models", server.models),
             web.get("/v1/models/{name}", server.model),
             web.post("/v1/chat/completions", server.chat),
@@ -58,8 +67,8 @@ def application(engine: Engine, token: str, feedback: Path, hosts: tuple[str, ..
 
 
 class _Server:
-    def __init__(self, engine: Engine, feedback: Feedback) -> None:
-        self.engine, self._feedback = engine, feedback
+    def __init__(self, engine: Engine, feedback: Feedback, meter: Path | None) -> None:
+        self.engine, self._feedback, self._meter = engine, feedback, meter
         self._requests: Counter[tuple[str, int]] = Counter()
         self._page = PAGE.read_bytes()
         self._policy = content_policy(self._page.decode())
@@ -84,6 +93,11 @@ class _Server:
         alive = self.engine.alive
         status = "ok" if alive else "the model's thread ended"
         return web.json_response({"status": status}, status=200 if alive else 503)
+
+    async def meter(self, request: web.Request) -> web.Response:
+        """What the rented machine costs; null on one that nobody rented."""
+        told = read_meter(self._meter) if self._meter is not None else None
+        return web.json_response(told and {key: round(value, 6) for key, value in told.items()})
 
     async def models(self, request: web.Request) -> web.Response:
         listed = [self._told(voice) for voice in self.engine.models.voices.values()]

@@ -46,6 +46,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--feedback", type=Path, default=Path(), help="folder of the rows that people's votes make"
     )
+    parser.add_argument("--meter", type=Path, help="a file that says what this machine costs")
+    parser.add_argument("--address", type=Path, help="a file for the line that says where, as JSON")
     parser.add_argument("--width", type=int, default=16, help="answers decoded side by side")
     parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and answer")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -126,7 +128,7 @@ def _serve(
     models = open_models(results, base, device, arguments.context, arguments.precision)
     engine = Engine(models, arguments.width)
     names = (arguments.host, *arguments.name)
-    app = application(engine, token, arguments.feedback, names)
+    app = application(engine, token, arguments.feedback, names, arguments.meter)
     try:
         asyncio.run(_listen(app, arguments, token, list(models.voices), certificate, began))
     finally:
@@ -154,7 +156,7 @@ async def _listen(
         scheme = "https" if certificate else "http"
         shown = arguments.name[0] if arguments.name else arguments.host
         shown = f"[{shown}]" if ":" in shown else shown
-        _say(f"{scheme}://{shown}:{port}", token, voices, time.monotonic() - began, arguments.json)
+        _say(f"{scheme}://{shown}:{port}", token, voices, time.monotonic() - began, arguments)
         await ends.wait()
     finally:
         await runner.cleanup()
@@ -178,11 +180,18 @@ async def _bind(
     return int(runner.addresses[0][1])
 
 
-def _say(url: str, token: str, voices: list[str], took_s: float, as_json: bool) -> None:
+def _say(
+    url: str, token: str, voices: list[str], took_s: float, arguments: argparse.Namespace
+) -> None:
     page = f"{url}/#{token}"
-    if as_json:
-        told = {"page": page, "api": f"{url}/v1", "token": token, "models": voices}
-        print(json.dumps(told | {"took_s": round(took_s, 1)}), flush=True)
+    told = {"page": page, "api": f"{url}/v1", "token": token, "models": voices}
+    line = json.dumps(told | {"took_s": round(took_s, 1)})
+    if arguments.address is not None:
+        part = arguments.address.with_name(f"{arguments.address.name}.part")
+        part.write_text(line + "\n", encoding="utf-8")
+        part.replace(arguments.address)  # it is there whole, or not at all
+    if arguments.json:
+        print(line, flush=True)
         return
     print(f"page    {page}")
     print(f"api     {url}/v1   (key: what stands behind # above)")

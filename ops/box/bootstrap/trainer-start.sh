@@ -13,4 +13,10 @@ if [ ! -e ../venv.ready ]; then
     --no-deps --require-hashes -r trainer-requirements.txt
   touch ../venv.ready
 fi
-PYTHONPATH=. exec ../venv/bin/python -m trainer.launch job.json
+if [ "${1:-}" = serve ] && [ ! -e ../serve.ready ]; then
+  ../venv/bin/python -m pip install -q --disable-pip-version-check \
+    --no-deps --require-hashes -r serve-requirements.txt
+  touch ../serve.ready
+fi
+[ $# -gt 0 ] || set -- job.json
+PYTHONPATH=. exec ../venv/bin/python -m trainer.launch "$@"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from machine import NOT_HERE, needs
 
-from ops.box import scripts
+from ops.box import scripts, serving
 from rig import sh, watched
 
 WATCHDOG_STARTS = "(setsid sh watchdog.sh </dev/null >/dev/null 2>&1 &)"
@@ -38,6 +38,12 @@ def test_onstart_stays_far_below_what_vast_accepts() -> None:
         scripts.launch("r", "push"),
         scripts.ready("r"),
         scripts.ready("r", since_0_1=True),
+        serving.serve("r", "push", ["--base", "a b", "n=it's"]),
+        serving.look("r"),
+        serving.tell_meter("r"),
+        serving.end_in(9.5),
+        serving.keep_environment("r"),
+        serving.terminal("r", "image", ["--system=it's $HOME"]),
     ],
 )
 def test_every_text_is_posix_sh(text: str) -> None:
@@ -291,3 +297,20 @@ def test_a_box_told_to_destroy_itself_does_so_while_it_trains_and_after(tmp_path
     for ended_at in (None, 500):
         lives_s = gone_at(tmp_path, "destroy", launched_at=100, ended_at=ended_at)
         assert 600 <= lives_s <= 600 + 2 * scripts.WATCH_S
+
+
+def test_a_server_s_box_answers_in_three_states_and_nothing_else() -> None:
+    assert serving.parse_look("=talk= loading\n") == ("loading", "")
+    assert serving.parse_look('=talk= up\n{"api": 1}\n') == ("up", '{"api": 1}')
+    for lie in ("", "=talk= gone\n", "up\n", "\x00" * 99):
+        with pytest.raises(ValueError, match="not an answer"):
+            serving.parse_look(lie)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "[]", "{}", '{"api": "http://127.0.0.1:0/v1"}', '{"api": "http://h:99999/v1"}']
+)
+def test_a_port_that_is_none_is_refused(line: str) -> None:
+    assert serving.port_of('{"api": "http://127.0.0.1:8014/v1"}') == 8014
+    with pytest.raises(ValueError):
+        serving.port_of(line)

@@ -25,7 +25,8 @@ from trainer.serve.requests import MOST_MESSAGES
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ASKED = {"model": "base", "messages": [{"role": "user", "content": "Name a fruit."}]}
 SAID: dict[str, Any] = {"model": "v2.5", "prompt": "Below is an instruction", "max_tokens": 8}
-PATHS = ["/v1/models", "/v1/models/base", "/metrics", "/nothing", "/v1", CHAT, TEXT, "/feedback"]
+PATHS = ["/v1/models", "/v1/models/base", "/metrics", "/meter", "/nothing", "/v1", CHAT, TEXT]
+PATHS += ["/feedback"]
 
 
 # -- answers ---------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ def test_results_are_called_as_they_are_named_or_as_their_folder(tmp_path: Path)
 @pytest.mark.slow
 def test_it_serves_until_it_is_told_to_end(results: dict[str, Path], tmp_path: Path) -> None:
     words = ["--base", str(PRACTICE), "--port", "0", "--json", "--feedback", str(tmp_path)]
+    words += ["--address", str(tmp_path / "address"), "--meter", str(tmp_path / "meter")]
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.serve.server", *words, f"mine={results['zh-1']}"],
         cwd=ROOT,
@@ -61,7 +62,13 @@ def test_it_serves_until_it_is_told_to_end(results: dict[str, Path], tmp_path: P
     assert process.stdout
     told = json.loads(process.stdout.readline())
     assert told["models"] == ["mine", "base"] and told["page"].endswith("/#" + told["token"])
+    assert json.loads((tmp_path / "address").read_text()) == told
     key = {"Authorization": f"Bearer {told['token']}"}
+    url = told["api"].removesuffix("/v1")
+    assert requests.get(f"{url}/meter", headers=key, timeout=60).json() is None
+    costs = {"usd": 0.5, "usd_per_hour": 0.0, "max_usd": 1.0, "ends_in_s": 60.0}
+    (tmp_path / "meter").write_text(json.dumps(costs))
+    assert requests.get(f"{url}/meter", headers=key, timeout=60).json()["usd"] == 0.5
     body = {"model": "mine", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     answer = requests.post(f"{told['api']}/chat/completions", json=body, headers=key, timeout=60)
     assert answer.json()["usage"]["completion_tokens"] <= 3

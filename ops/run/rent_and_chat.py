@@ -1,0 +1,88 @@
+"""A box that is rented to talk to a result: rent, push, serve, destroy. The story of
+ops/run/rent_and_train.py with another middle; what guards the box and the money is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ops.box import serving
+from ops.box.connection import Box
+from ops.box.interact import interact
+from ops.errors import BoxError, Failed, NoOffer, OfferGone, RateLimited
+from ops.job import tokens
+from ops.job.talk_plan import RESULT
+from ops.market.ranking import Ranking
+from ops.run.keeper import keeper_running
+from ops.run.rent_and_train import MAX_MACHINES, boot, connect, offers, push, remember_failure
+from ops.run.rental import box_left_alone, destroy, rented
+from ops.run.retry import retry_transfer
+from ops.run.session import Interrupted, Session, metered
+from ops.run.talk import base_of, hold, served
+
+Use = Callable[[Session, Box], None]
+
+
+@metered
+def rent_and_chat(session: Session, use: Use, seen: Ranking | None = None) -> None:
+    """Rent a machine, bring the result there, let `use` talk to it, and destroy the machine. Where
+    a machine does not do before the conversation begins, another is taken. However this ends, no
+    box of it exists, or BoxLeaked is raised."""
+    with box_left_alone(session):
+        session.remember_place()
+    for offer in offers(session, seen):
+        try:
+            with rented(session, offer) as instance_id:
+                box = connect(session, boot(session, instance_id, offer), offer)
+                with keeper_running(session, box):
+                    push(session, box)
+                    use(session, box)
+                    session.note("talked")
+                    return
+        except (BoxError, OfferGone, RateLimited) as e:
+            if _talked(session):
+                raise Failed(f"the box was lost in the conversation: {e}", hint="") from e
+            remember_failure(session, offer, e)
+    raise NoOffer(f"{MAX_MACHINES} machines were tried and none served the result")
+
+
+def _talked(session: Session) -> bool:
+    """Whether a conversation had begun on the newest machine."""
+    line = session.journal.last("serving", "renting")
+    return line is not None and line.kind == "serving"
+
+
+def in_browser(votes: Path) -> Use:
+    """`Screen.talking` hears the page's address; rows of votes come home to the folder `votes`."""
+
+    def use(session: Session, box: Box) -> None:
+        with served(session, box) as told:
+            hold(session, box, told, votes)
+
+    return use
+
+
+def in_terminal(options: Sequence[str]) -> Use:
+    """The conversation is in this terminal; `options` are those of trainer/serve/chat.py."""
+
+    def use(session: Session, box: Box) -> None:
+        run_id, given = session.run_id, tokens.at_launch(session.plan.env)
+        ends_at = min(session.clock.now() + session.plan.talk_s, session.dies_at())
+        ends = serving.end_in(ends_at - session.clock.now())
+        retry_transfer(session, box, lambda: box.run(serving.keep_environment(run_id), input=given))
+        retry_transfer(session, box, lambda: box.run(ends))
+        session.note("serving", ends_at=round(ends_at, 3))
+        words = [RESULT, "--base", base_of(session), *options]
+        script = serving.terminal(run_id, session.plan.trainer, words)
+        with session.shield.lowered(), session.own_deadline():
+            if code := interact(box, script):
+                raise Failed(f"the conversation ended with exit code {code}", hint="")
+
+    return use
+
+
+def end_conversation(session: Session) -> None:
+    """A conversation whose owner is gone is not gone on with: its box is destroyed. Raises
+    Interrupted."""
+    destroy(session, why="nobody talks any more")
+    raise Interrupted("the conversation is over")
