@@ -30,7 +30,7 @@ Result = Annotated[
 Base = Annotated[
     str | None, typer.Option(help="The base model's folder or hub id, where it is not known")
 ]
-TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "hf")
+TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "cog", "hf")
 DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -154,7 +154,7 @@ def check(run: Result, base: Base = None, as_json: Json = False) -> None:
 @adapter_app.command("export")
 def export_adapter(
     run: Result,
-    target: Annotated[str, typer.Option("--for", help="vllm, sglang, llama.cpp, ollama or hf")],
+    target: Annotated[str, typer.Option("--for", help=", ".join(TARGETS))],
     name: Annotated[str, typer.Option(help="What the model will be called")] = "tuned",
     kind: Annotated[str, typer.Option("--type", help="Of a GGUF file: f16 or q8_0")] = "f16",
     merged: Annotated[

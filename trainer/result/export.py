@@ -5,6 +5,7 @@
 vllm, sglang   the adapter's folder, or, where the engine does not load it, the merged model
 llama.cpp      one GGUF file of the merged model, F16 or Q8_0
 ollama         that, and a Modelfile with the trained template and its stop token
+cog            cog.yaml, run.py and a Dockerfile, with result, base and trainer
 hf             the adapter's folder with its card; with --repo it is uploaded, by the user's token
 
 What is merged is certified (trainer/result/certificate.py); certificate.json lies beside it.
@@ -27,14 +28,14 @@ import torch
 
 from trainer.data.prepare import Prepared
 from trainer.data.template import TemplateError
-from trainer.result import gguf_file, ollama
+from trainer.result import cog, gguf_file, ollama
 from trainer.result.certificate import NotCertified
 from trainer.result.command import StatusLine, answer, parser_of
 from trainer.result.engines import EngineSupport, loads_in, read
 from trainer.result.merge import certified_merge
 from trainer.result.open import base_folder, open_words, unpacked
 
-TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "hf")
+TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "cog", "hf")
 _ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 Tell = Callable[[str], None]
 
@@ -68,6 +69,9 @@ def export(
     try:
         if asked.target in _ENGINES:
             commands, notes = _for_engine(adapter, base, part, out, asked, tell)
+        elif asked.target == "cog":
+            cog.write(adapter, base, part, asked.name)
+            commands, notes = _for_cog(out, asked)
         elif asked.target == "hf":
             shutil.copytree(adapter, part, dirs_exist_ok=True)
             commands, notes = _for_hub(part, out, asked)
@@ -166,6 +170,15 @@ def _for_llama_cpp(
 def _modelfile(file: str, words: Prepared) -> str:
     stop = str(words.vocabulary.tokenizer.id_to_token(words.stop_id))
     return ollama.modelfile(file, words.template, words.vocabulary, stop)
+
+
+def _for_cog(out: Path, asked: ExportSettings) -> Told:
+    folder, name = _quoted(out), asked.name
+    image = "--build-arg IMAGE=milktea/train-cu130:3"
+    return [
+        f"cd {folder} && cog build -t {name} && cog run {name} -i prompt=hello",
+        f"docker build {image} -t {name} {folder} && cog run {name} -i prompt=hello",
+    ], ["the second needs no network and no `cog build`: it stands on an image of milktea's"]
 
 
 # -- the hub ---------------------------------------------------------------------------------------
