@@ -52,6 +52,7 @@ LONG_FUNCTIONS = {
     "trainer.kernels.attention_device.attention_backward_kv",
     "trainer.kernels.attention_device.attention_backward_q",
     "trainer.kernels.attention_device.attention_forward",
+    "trainer.kernels.step_device.turn_and_keep",
     "trainer.kernels.triton_device.norm_backward",
     "trainer.kernels.triton_device.norm_forward",
     "trainer.kernels.triton_device.rope_backward",

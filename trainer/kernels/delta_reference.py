@@ -149,4 +149,5 @@ def gate_backward_(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
 
 
 def pick(x: Tensor, index: Tensor, run: int) -> Tensor:
-    return x.unflatten(1, (-1, run)).index_select(1, index).flatten(1)
+    made: Tensor = x.unflatten(1, (-1, run))
+    return made.index_select(1, index).flatten(1)

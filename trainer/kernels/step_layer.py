@@ -175,4 +175,5 @@ def by_twin(
     k, v = (x[at.slots].transpose(1, 2) for x in (keys, values))
     heads = q.transpose(1, 2).flatten(1, 2)[:, :, None]
     out = attend(heads, k, v, seen[:, None, None], rules, sinks)[:, :, 0]
-    return out.unflatten(1, (keys.shape[2], -1))
+    made: Tensor = out.unflatten(1, (keys.shape[2], -1))
+    return made

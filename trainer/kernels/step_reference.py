@@ -66,7 +66,8 @@ def turn_and_keep(
     q, k = (_turned(part, cos, sin, pairs) for part in (q, k))
     keys[slots, positions] = k.to(keys.dtype)
     values[slots, positions] = v.to(values.dtype)
-    return q.unflatten(1, (heads[1], -1)).transpose(1, 2).to(qkv.dtype).contiguous()
+    made: Tensor = q.unflatten(1, (heads[1], -1)).transpose(1, 2).to(qkv.dtype)
+    return made.contiguous()
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:

@@ -40,9 +40,9 @@ def application(
     hosts: tuple[str, ...] = (),
     meter: Path | None = None,
 ) -> Any:
-    """The aiohttp application; run it with handler_cancellation, so that a closed connection
-    ends its request. `hosts` are names by which it is reached beside loopback's, `meter` the file that says what a
-    rented machine costs."""
+    """The aiohttp application; run it with handler_cancellation, so that a closed connection ends
+    its request. `hosts` are names by which it is reached beside loopback's, `meter` the file that
+    says what a rented machine costs."""
     server = _Server(engine, Feedback(feedback), meter)
     guard = Guard(token, hosts)
     app = web.Application(
