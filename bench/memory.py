@@ -1,5 +1,6 @@
-"""The grid that the memory oracle (trainer/memory.py) is fitted to:
-`python -m bench.training --grid bench/results/memory-grid.jsonl`.
+"""The grid that the memory oracle (trainer/memory) is fitted to; lines are appended to the file.
+
+    python -m bench.memory bench/results/memory-grid.jsonl
 
 Each line is one configuration after three training steps in a process that ran others before:
 ``model`` and its six dimensions, ``precision``, ``keep_transpose``, ``r``, ``tokens`` of the
@@ -12,8 +13,10 @@ context (about 0.5 GiB) is in none of them. Lines without ``peak_allocated_gib``
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -85,3 +88,20 @@ def _measure(model: torch.nn.Module, setting: Setting, device: torch.device) -> 
         | inputs
         | {k: round(v / GIB, 4) for k, v in seen.items()}
     )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="JSON lines; the grid is appended")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench.memory measures a GPU, and torch sees none here", file=sys.stderr)
+        return 3
+    measure_grid(arguments.file, torch.device("cuda", 0))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

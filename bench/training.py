@@ -2,9 +2,7 @@
 bench/results/bench.jsonl on request.
 
     python -m bench.training --model llama-7b --precision fp8 --append bench/results/bench.jsonl
-    accelerate launch --multi_gpu --num_processes 4 -m bench.training --model llama-7b --precision
-    bf16 python -m bench.training --grid bench/results/memory-grid.jsonl        (many small
-    configurations for the memory oracle)
+    accelerate launch --multi_gpu --num_processes 4 -m bench.training --model llama-7b
 
 The protocol of docs/speed-log.md: a random-weight model, LoRA on all seven projections without
 dropout, 20,000 rows with log-normal lengths (median 180 tokens) packed whole to a token budget, a
@@ -393,9 +391,6 @@ def main() -> int:
     )
     parser.add_argument("--append", type=Path, help="add the line to this file as well")
     parser.add_argument(
-        "--grid", type=Path, help="measure the memory oracle's grid into this file instead"
-    )
-    parser.add_argument(
         "--profile", type=Path, help="write one step's kernels to this file instead"
     )
     args = parser.parse_args()
@@ -411,11 +406,6 @@ def main() -> int:
     if world > 1:
         torch.distributed.init_process_group("nccl", device_id=device)
     setting = Setting(**{k: getattr(args, k) for k in asdict(defaults)})
-    if args.grid:
-        from bench.memory import measure_grid
-
-        measure_grid(args.grid, device)
-        return 0
     if args.profile:
         profile(setting, device, args.profile)
         return 0
