@@ -329,6 +329,23 @@ def test_a_box_is_compared_with_the_offer_at_its_first_boot_only(client: Client)
     assert boot(client.session, number, client.offer).usd_per_hour == 9.0
 
 
+@pytest.mark.parametrize(("status", "error"), [("exited", NeverReady), ("stopped", Preempted)])
+def test_a_kept_box_may_be_shown_stopped_for_two_minutes_after_its_start(
+    client: Client, status: str, error: type[MilkteaError]
+) -> None:
+    number, session = client.rent(), client.session
+    for kind in ("booted", "stopping", "kept"):
+        session.note(kind, instance_id=number, usd_per_hour=0.01, until=client.clock.now() + 9e4)
+    states = dict.fromkeys(("intended_status", "cur_state", "next_state"), "stopped")
+    client.show(actual_status=status, **(states if error is Preempted else {}))
+    client.clock.slow_s = 19.0
+    with pytest.raises(error):
+        boot(session, number, client.offer)
+    assert client.clock.slept_s == 60.0, "at half the pace"
+    client.show(actual_status="running", **dict.fromkeys(states, "running"))
+    assert boot(session, number, client.offer).id == number
+
+
 # -- what was offered ------------------------------------------------------------------------------
 
 OFFER = replace(
