@@ -46,7 +46,7 @@ TESTS = {  # module -> its own tests
     "ops.market.ranking": ["tests/ops/market/test_ranking.py"],
     "ops.box.facts": ["tests/ops/box/test_facts.py"],
     "ops.run.result": ["tests/ops/run/test_result.py"],
-    "ops.run.lora_result": ["tests/ops/run/test_result.py"],
+    "ops.run.lora_result": ["tests/ops/run/test_lora_result.py"],
     "ops.run.absence": ["tests/ops/run/test_absence.py"],
     "ops.run.rental": ["tests/ops/run/test_rental.py"],
     "ops.run.keeper": ["tests/ops/run/test_keeper_limits.py"],

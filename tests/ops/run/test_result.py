@@ -809,6 +809,46 @@ def test_five_thousand_members_are_too_many(adapter, tmp_path):
     assert "members" in refused(tmp_path, adapter.seal(), adapter)
 
 
+def test_as_many_members_as_a_result_may_have_pass(adapter, tmp_path):
+    adapter.members |= {f"{i}.txt": b"" for i in range(4096 - len(adapter.members))}
+    assert check(tmp_path, adapter.seal(), adapter).tensors > 0
+    adapter.members["one more"] = b""
+    assert "has 4097 members" in refused(tmp_path, adapter.seal(), adapter)
+
+
+def with_wide_end(data: bytes, members: int | None = None, directory: int | None = None) -> bytes:
+    """The archive with zip64's end of the directory before its own, as large archives have it; the
+    counts are the archive's own unless given."""
+    body, end = data[:-22], bytearray(data[-22:])
+    count, size, at = struct.unpack("<HII", end[10:20])
+    members = count if members is None else members
+    wide = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, members, members, size, at)
+    if directory is not None:
+        wide = wide[:40] + struct.pack("<Q", directory) + wide[48:]
+    pointer = struct.pack("<4sIQI", b"PK\6\7", 0, len(body), 1)
+    end[8:20] = b"\xff" * 12
+    return body + wide + pointer + bytes(end)
+
+
+def test_an_archive_with_a_wide_directory_is_counted_by_that(adapter, tmp_path):
+    data = with_wide_end(adapter.zip())
+    assert check(tmp_path, adapter.seal(data), adapter).tensors > 0
+    many = with_wide_end(adapter.zip(), members=(1 << 40) + 5)
+    assert f"has {(1 << 40) + 5} members" in refused(tmp_path, adapter.seal(many), adapter)
+    for size in ((4 << 20) + 1, 1 << 50):
+        large = with_wide_end(adapter.zip(), directory=size)
+        assert f"a directory of {size} bytes" in refused(tmp_path, adapter.seal(large), adapter)
+
+
+def test_a_directory_is_refused_by_its_size_before_it_is_read(adapter, tmp_path):
+    data = bytearray(adapter.zip())
+    data[-10:-6] = struct.pack("<I", (4 << 20) + 1)
+    said = refused(tmp_path, adapter.seal(bytes(data)), adapter)
+    assert f"a directory of {(4 << 20) + 1} bytes" in said
+    data[-10:-6] = struct.pack("<I", 4 << 20)
+    assert "a directory of" not in refused(tmp_path, adapter.seal(bytes(data)), adapter)
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"x" * 1000, b"\x1f\x8b" + bytes(100)]
 )
