@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,31 +128,55 @@ def _base(found: Found) -> Sequence[str]:
 def show(word: Word, as_json: bool = False) -> int:
     """Runs it on this terminal and returns its exit code. It handles Ctrl-C itself."""
     command = [*word.command, *(["--json"] if as_json else [])]
-    # a handler, unlike SIG_IGN, is not inherited
-    before = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        return subprocess.run(command, env=_environment(), check=False).returncode
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with _carried_signals() as carry:
+        return carry(subprocess.Popen(command, env=_environment()))[0]
 
 
 def tell(word: Word) -> dict[str, Any]:
     """Its answer, parsed from JSON; its progress goes to stderr. Raises PreflightError where
     it refuses."""
-    done = subprocess.run(
-        [*word.command, "--json"], env=_environment(), stdout=subprocess.PIPE, text=True
-    )
-    lines = done.stdout.strip().splitlines()
+    command = [*word.command, "--json"]
+    with _carried_signals() as carry:
+        code, said = carry(subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE))
+    lines = said.decode("utf-8", "replace").strip().splitlines()
     try:
         answer: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, ValueError) as error:
         raise PreflightError(
-            f"{word.module} ended with {done.returncode} and no answer",
+            f"{word.module} ended with {code} and no answer",
             hint="what it said stands above",
         ) from error
     if "refused" in answer:
         raise PreflightError(answer["refused"], hint=answer.get("hint", ""))
     return answer
+
+
+@contextmanager
+def _carried_signals() -> Iterator[Callable[[subprocess.Popen[bytes]], tuple[int, bytes]]]:
+    """Gives a function that waits for a process and returns its exit code and what it wrote to a
+    pipe. SIGINT is the process's own to hear; SIGTERM and SIGHUP of this one end it as well."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        for child in running:
+            child.terminate()
+
+    def wait(child: subprocess.Popen[bytes]) -> tuple[int, bytes]:
+        running.append(child)
+        said, _ = child.communicate()
+        return child.returncode, said or b""
+
+    if threading.current_thread() is not threading.main_thread():
+        yield wait
+        return
+    # a handler, unlike SIG_IGN, is not inherited
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: pass_on, signal.SIGHUP: pass_on}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield wait
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _environment() -> dict[str, str]:

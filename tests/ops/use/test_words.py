@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +20,7 @@ from ops.cli import app as cli
 from ops.errors import PreflightError
 from ops.use import words
 from ops.use.found import Found
+from ops.wait import until
 
 MINE = Found("mine", Path("out/mine/adapter.zip"), "org/base", Path("held.json"), Path("job.json"))
 BARE = Found("bare", Path("bare.zip"), "org/base")
@@ -93,3 +100,31 @@ def test_adapters_are_looked_at_from_python_and_the_command_line(tmp_path: Path)
     config = {"r": 16, "lora_alpha": 32, "base_model_name_or_path": "org/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert [v["name"] for v in api.check_adapter(tmp_path)][:2] == ["PEFT", "vLLM"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("act", ["show", "tell"])
+def test_a_command_that_is_ended_ends_its_trainer_too(act: str, number: signal.Signals) -> None:
+    """The word is a module that runs until it is ended."""
+    code = (
+        "from ops.use import words\n"
+        "word = words.Word('http.server', ('--bind', '127.0.0.1', '0'))\n"
+        "print('begun', flush=True)\n"
+        f"words.{act}(word)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=words.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert parent.stdout and parent.stdout.readline() == b"begun\n"
+    group = psutil.Process(parent.pid)
+    assert until(lambda: group.children() or None, every_s=0.02, timeout_s=20)
+    [child] = group.children()
+    time.sleep(0.3)  # its interpreter is up
+    os.kill(parent.pid, number)
+    parent.wait(20)
+    parent.stdout.close()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
