@@ -37,6 +37,7 @@ from trainer.wire.job import Job
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
+NF4_BLOCK = 64  # weights of one scale
 
 
 @dataclass
@@ -154,8 +155,21 @@ def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> n
         attn_implementation="milktea",
         **more,
     )
+    if precision == "nf4" and device.type == "cpu":
+        _validate_widths(model)
     model.family = family_in(folder)  # of the model as it was published
     return cast(nn.Module, (model if quantised else model.to(device)).eval())
+
+
+def _validate_widths(model: nn.Module) -> None:
+    """Raises ModelError for a width that bitsandbytes does not hold in nf4 on a CPU."""
+    for name, module in model.named_modules():
+        width = getattr(module, "in_features", 0)
+        if type(module).__name__ == "Linear4bit" and width % NF4_BLOCK:
+            raise ModelError(
+                f"{name} has {width} inputs, and on a CPU nf4 takes multiples of {NF4_BLOCK} "
+                "alone: --precision int8 or bf16"
+            )
 
 
 def here() -> torch.device:

@@ -24,6 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from trainer.data.prepare import prompt_ids
 from trainer.data.template import Turn
+from trainer.model.load import ModelError
+from trainer.practice.model import HERE as PRACTICE
+from trainer.result.open import load_plain
 from trainer.serve import chat as command
 from trainer.serve.models import Models, open_models
 from trainer.serve.speech import Speech
@@ -274,3 +277,9 @@ def test_a_result_answers_on_a_smaller_base_too(tmp_path: Path, precision: str) 
     models = open_models({"tuned": adapter}, tmp_path / "base", CPU, 400, precision)
     [ids] = whole(models, ["tuned"], "hello", ChatSettings(most=3))
     assert 0 < len(ids) <= 3
+
+
+def test_a_width_that_nf4_does_not_take_on_a_cpu_is_refused_with_what_to_type() -> None:
+    """The practice model is 96 wide, and bitsandbytes' CPU code counts in blocks of 64."""
+    with pytest.raises(ModelError, match=r"96 inputs.*multiples of 64.*--precision int8"):
+        load_plain(PRACTICE, torch.device("cpu"), "nf4")
