@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
+from ops.job import sent
 from ops.job.needs import DRIVER_SHARE, IMAGE_UNPACKED, SYSTEM_GIB
 from ops.job.plan import Plan
 from ops.job.planner import trainer_files
@@ -65,7 +66,10 @@ def talk_plan(run: Plan, adapter: Path, now: float, minutes: float, max_usd: flo
         max_s=minutes * 60 + BEFORE_S,
         stall_s=run.stall_s,
         out=run.out,
-        notes=[f"the result of {run.run_id}, for {minutes:g} minutes once it is loaded"],
+        notes=[
+            f"the result of {run.run_id}, for {minutes:g} minutes once it is loaded",
+            *sent.describe(pushes),
+        ],
         image_login=run.image_login,
         when_silent="destroy",
         talk_s=minutes * 60,

@@ -382,7 +382,7 @@ def test_the_plan_lists_every_file_that_will_travel_with_its_folder(
     model = next(n for n in told if n.startswith(f"sends from {tmp_path / 'model'}: "))
     assert all(f"{p.name} (" in model for p in (tmp_path / "model").iterdir())
     ours = sum(p.remote.startswith("trainer/") for p in plan.pushes)
-    assert any(f"sends {ours + 2} files of milktea's own trainer" == n for n in told)
+    assert any(f"sends {ours + 3} files of milktea's own trainer" == n for n in told)
 
 
 # -- tokens ----------------------------------------------------------------------------------------
