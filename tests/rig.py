@@ -57,6 +57,8 @@ def stub_image(folder: Path, data_sha256: str, wire: int = WIRE) -> Path:
     whole = sha256_of(folder / "result/adapter.zip")
     text = STUB.replace("@FOLDER@", str(folder)).replace("@ADAPTER@", whole)
     text = text.replace("@WIRE@", str(wire))
+    scores = {"base": {"rouge-l": {"value": 7.5}}, "tuned": {"rouge-l": {"value": 31.25, "low": 1}}}
+    (folder / "scores.json").write_text(json.dumps({"scores": scores, "rows": 5}))
     (folder / "serve.py").write_bytes(Path(__file__).with_name("stub_serve.py").read_bytes())
     script = folder / "bin/milktea-train"
     script.write_text(text.replace("@MANIFEST@", sha256_of(folder / "checkpoint/manifest.json")))

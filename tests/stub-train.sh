@@ -3,6 +3,12 @@
 # a folder and two hashes in place of the words between @.
 set -e
 [ "$1" = --wire ] && { echo @WIRE@; exit 0; }
+if [ "$1" = evaluate ]; then
+  echo "base: loading"
+  while [ -e @FOLDER@/slow ]; do sleep 0.05; done
+  [ -e @FOLDER@/unscored ] && { echo "no room"; exit 3; }
+  cp @FOLDER@/scores.json "$6"; exit 0
+fi
 [ "$1" = serve ] && exec python3 @FOLDER@/serve.py "$@"
 [ "$1" = chat ] && { echo "asked of $2"; read -r line; echo "you said $line, $HF_TOKEN"; exit 0; }
 now=$(date +%s)

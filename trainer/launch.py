@@ -1,5 +1,5 @@
 """What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train
-on every process. `milktea-train serve` and `milktea-train chat` become the modules of those names.
+on every process. `milktea-train serve`, `chat` and `evaluate` become the modules of WORDS.
 
 `accelerate launch` starts one process or several, with one configuration for adapters on every
 process (DDP) and for a model in parts (FSDP2, trainer/loop/sharded.py). On several machines this
@@ -41,7 +41,11 @@ ACCELERATE_CONFIG = {
     "distributed_type": ("NO", False, "MULTI_CPU", "MULTI_GPU"),  # YAML reads a bare NO as false
     "use_cpu": (False,),
 }
-WORDS = {"serve": "trainer.serve.server", "chat": "trainer.serve.chat"}
+WORDS = {
+    "serve": "trainer.serve.server",
+    "chat": "trainer.serve.chat",
+    "evaluate": "trainer.eval.score",
+}
 MOVE_CONFIG = "move that file away: job.json says how to train, and [offer] on how many GPUs"
 
 
@@ -53,7 +57,7 @@ def main(arguments: list[str]) -> int:
         words = [sys.executable, "-m", WORDS[arguments[0]], *arguments[1:]]
         os.execv(sys.executable, words)
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        usage = "milktea-train job.json | milktea-train serve|chat ... | milktea-train --wire"
+        usage = f"milktea-train job.json | milktea-train {'|'.join(WORDS)} ... | --wire"
         print(f"usage: {usage}", file=sys.stderr)
         return 2
     path = Path(arguments[0])

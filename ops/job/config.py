@@ -10,7 +10,8 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -229,6 +230,20 @@ class Image(Strict):
     ] = None
 
 
+class Evaluate(Strict):
+    """Scores on the held-out file, by the box, once the result is at home."""
+
+    rows: Annotated[Positive, Field(description="The first ones of data.held_out")] = 200
+    new_tokens: Annotated[Positive, Field(description="Of one answer at most")] = 256
+    minutes: Annotated[
+        PositiveFloat, Field(description="At most; the plan prices them, and the box is let go")
+    ] = 15.0
+
+    def asked(self) -> dict[str, Any]:
+        """As a plan has it."""
+        return {"rows": self.rows, "new_tokens": self.new_tokens, "seconds": self.minutes * 60}
+
+
 class Results(Strict):
     folder: Annotated[Path, Field(description="RUN/adapter.zip and its report go there")] = Path(
         "../out"
@@ -279,6 +294,10 @@ class JobFile(Strict, Sections):
     offer: OfferRequirements = OfferRequirements()
     limits: Limits
     image: Image = Image()
+    evaluate: Annotated[
+        Evaluate | None,
+        Field(description="Score the result beside its base on the box; left out, it is not"),
+    ] = None
     results: Results = Results()
     _parts: list[JobFile] = PrivateAttr(default_factory=list)
 
@@ -322,6 +341,8 @@ class JobFile(Strict, Sections):
             raise ValueError(defect)
         if self.data.held_out == "none" and (asked := self.training.asks_for_the_best):
             raise ValueError(f'training.{asked}: data.held_out = "none" leaves nothing to look at')
+        if self.evaluate is not None and self.data.held_out_file is None:
+            raise ValueError("[evaluate] asks the rows of a file: name it in data.held_out")
         if self.start is None and self.how != "continue":
             raise ValueError(f'how = "{self.how}" needs start')
         return self
@@ -430,8 +451,9 @@ def keys() -> list[str]:
 
 
 def _fields_of(annotation: Any) -> list[str]:
-    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return list(annotation.model_fields) if is_section else []
+    either = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    sections = [a for a in either if isinstance(a, type) and issubclass(a, BaseModel)]
+    return list(sections[0].model_fields) if sections else []
 
 
 def _message(err: Any) -> str:

@@ -68,6 +68,7 @@ def workload_of(
         checkpoint_bytes=3 * adapter,
         save_every_s=job.training.save_every_s,
         talk_s=job.results.talk_s,
+        evaluate_s=job.evaluate.minutes * 60 if job.evaluate else 0.0,
     )
 
 

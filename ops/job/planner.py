@@ -119,6 +119,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         when_silent=job.limits.when_silent,
         hold_s=None if job.limits.hold_minutes is None else job.limits.hold_minutes * 60,
         talk_s=job.results.talk_s,
+        evaluate=job.evaluate.asked() if job.evaluate else None,
     )
 
 

@@ -96,6 +96,7 @@ def _workload(run: Plan, pushes: list[PushFile], minutes: float) -> Workload:
         method="lora",
         start_s=START_S,
         before=(),
+        evaluate_s=0.0,
         talk_s=minutes * 60,
     )
 

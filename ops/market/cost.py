@@ -55,11 +55,13 @@ class CostEstimate:
     gb_out: float = 0.0
     stages_s: tuple[float, ...] = ()  # of `train_s`, by stage
     talk_s: float = 0.0
+    evaluate_s: float = 0.0
 
     @property
     def running_h(self) -> float:
         """The hours for which GPUs are billed: all but boot and image pull."""
-        return (self.transfer_s + self.start_s + self.train_s + self.talk_s) / 3600
+        after_s = self.evaluate_s + self.talk_s
+        return (self.transfer_s + self.start_s + self.train_s + after_s) / 3600
 
 
 def bid_for(offer: Offer, bid_usd_per_hour: float | None = None) -> float:
@@ -84,7 +86,8 @@ def predict(
     pull_s, transfer_s, read_s = _moving_s(offer, workload)
     stages_s = tuple(one.tokens / s for one, s in zip(workload.each, speeds, strict=True))
     start_s, train_s = workload.start_s + read_s, sum(stages_s)
-    running_h = (transfer_s + start_s + train_s + workload.talk_s) / 3600
+    after_s = workload.evaluate_s + workload.talk_s
+    running_h = (transfer_s + start_s + train_s + after_s) / 3600
     hours = running_h + (workload.boot_s + pull_s) / 3600
     rate = offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
     disk_rate = disk_usd_per_hour(offer, workload.disk_gib)
@@ -119,6 +122,7 @@ def predict(
         gb_in=gb_in,
         gb_out=gb_out,
         talk_s=workload.talk_s,
+        evaluate_s=workload.evaluate_s,
     )
     predicted = _with_accidents(undisturbed, offer, workload, bid_usd_per_hour, p_bad)
     return replace(predicted, lines=_arithmetic(offer, workload, predicted))
@@ -299,10 +303,12 @@ def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str,
         f"{where}" + (f", ${c.usd_per_hour * seconds / 3600:.4f}" if len(each) > 1 else "")
         for one, seconds in zip(each, c.stages_s, strict=True)
     ]
-    talk_usd = c.talk_s / 3600 * (c.usd_per_hour + disk_usd_per_hour(offer, workload.disk_gib))
-    talked = f"talk      {_duration(c.talk_s)} on {where} for ${talk_usd:.4f}, or until you leave"
+    rate = (c.usd_per_hour + disk_usd_per_hour(offer, workload.disk_gib)) / 3600
+    talked = f"talk      {_duration(c.talk_s)} on {where} for ${c.talk_s * rate:.4f} at most"
+    scored = f"evaluate  at most {_duration(c.evaluate_s)} for ${c.evaluate_s * rate:.4f}"
     return (
         *(trained if workload.tokens else []),
+        *([scored] if c.evaluate_s else []),
         *([talked] if c.talk_s else []),
         f"before    {_duration(c.boot_s + c.pull_s)} to boot and pull "
         f"{workload.image_bytes / GB:.2f} GB of image",

@@ -192,6 +192,9 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
             return "result", f"refused, fetched again: {d('why')}"
         case "pulled":
             return "pull", f"verified: {d('tensors')} tensors, sha256 {d('sha256')[:16]}…"
+        case "evaluated":
+            scores = ", ".join(f"{k} {v}" for k, v in list((d("scores") or {}).items())[:4])
+            return "evaluate", scores or f"no scores: {d('why_not')}"
         case "serving":
             at = time.strftime("%H:%M", time.localtime(d("ends_at", 0)))
             return "talk", f"the result is served on the box until {at}"

@@ -42,6 +42,7 @@ from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
 from ops.run import blame, chain, place, rental, retrieve
 from ops.run.choose import choose, search
+from ops.run.evaluate import evaluate_on_box
 from ops.run.expected import ADAPTER
 from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow
 from ops.run.interrupt import fetch_newest, stage
@@ -377,4 +378,6 @@ def pull(session: Session, box: Box) -> RunResult:
         tensors=found.tensors,
         adapter=str(out / ADAPTER),
     )
+    if evaluate_on_box(session, box, staging, out):
+        retrieve.write_out(session, staging, inspected, events_file, stages)  # now with the scores
     return RunResult(out / ADAPTER, found.sha256, session.spent_usd())

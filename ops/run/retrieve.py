@@ -124,6 +124,8 @@ def write_out(
         "cost": f"{session.spent_usd():.4f} $",
         "machine": f"{offer.num_gpus} x {offer.gpu_name}, {offer.usd_per_hour:.3f} $/h",
     }
+    evaluated = session.journal.last("evaluated")
+    extra_rows |= dict((evaluated.get("scores") if evaluated else None) or {})
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in PULLED:
