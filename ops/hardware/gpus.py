@@ -87,6 +87,9 @@ MIN_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int
 # bound by memory: of a layer so many bytes for each norm and column of the stream, for each column
 # of q, k, v, and of the MLP. All dense rows are within 4 percent of it.
 _STREAM_BYTES, _HEADS_BYTES, _MLP_BYTES = 57.0, 36.0, 72.0
+# of a gated delta net, for each column of its joined projection: the rule's matrices and states
+# (Qwen3.5-9B of 2026-11-27, bf16 and FP8)
+_DELTA_BYTES = 165.0
 # the same where transformers' own layers compute: Qwen3-8B 6.4, Gemma-3-4B 5.5, full training 4.8
 _PLAIN = 5.5
 # of a (token, expert) pair, for each column of the stream and of the expert: gate and up alone kept
@@ -212,7 +215,7 @@ def tokens_per_second(
         active, experts = memory.active_parameters(shape), memory.active_in_experts(shape)
         head = _TARGETS * shape.vocab * shape.hidden
         gemm_s = each * (active - experts) + wide * (experts / _GROUPED + head)
-        heads_layers = shape.q_size * shape.layers
+        heads_layers = shape.q_size * shape.attending
         moved = _elementwise_bytes(shape, fused)
     attention_s = 7 * row_tokens * heads_layers / (rate * gpu.bf16_tflops * _ATTENTION)
     token_s = gemm_s + attention_s + moved / (gpu.memory_gb_s * 1e9)
@@ -225,9 +228,12 @@ def _elementwise_bytes(shape: Shape, fused: bool) -> float:
     """Of one token through all layers, forward and backward, beside the matrix products."""
     m = shape.mixture
     stream = _STREAM_BYTES * shape.norms * shape.hidden
-    stream += _HEADS_BYTES * (shape.q_size + 2 * shape.kv_size)
+    heads = _HEADS_BYTES * (shape.q_size + 2 * shape.kv_size)
     dense = shape.layers if m is None else m.dense_layers
-    moved = shape.layers * stream + dense * _MLP_BYTES * shape.intermediate
+    moved = shape.layers * stream + shape.attending * heads
+    moved += dense * _MLP_BYTES * shape.intermediate
+    if shape.delta is not None:
+        moved += shape.delta.layers * _DELTA_BYTES * shape.delta.joined
     moved *= 1.0 if fused else _PLAIN
     if m is not None:
         way = "lean" if fused and m.lean else "remade" if fused else "plain"

@@ -424,7 +424,10 @@ def test_a_mixtures_weights_and_adapters_are_counted() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "mixtral", "phi3", "glm4", "gemma3"],
+    [
+        *("qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "mixtral", "phi3", "glm4", "gemma3"),
+        *("qwen3_5", "qwen3_5_moe"),
+    ],
 )
 def test_a_familys_parameters_are_those_of_its_model(name: str) -> None:
     from architectures import build, config

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from trainer.kernels import delta_device as jit
+from trainer.kernels import delta_reference
 from trainer.kernels.delta_reference import EPS
 from trainer.kernels.nets import Net
 from trainer.kernels.spans import Spans
@@ -111,7 +112,10 @@ def gated_norm_backward_(dout: Tensor, o: Tensor, joined: Tensor, d: Tensor, net
 def rule_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See ``trainer.kernels.delta_fla.forward``."""
+    """See ``trainer.kernels.delta_fla.forward``. In fp32, whose products fla-core rounds to TF32,
+    the twin's."""
+    if q.dtype == torch.float32:
+        return delta_reference.rule_forward(q, k, v, decay, beta, cu)
     from trainer.kernels import delta_fla
 
     return delta_fla.forward(q, k, v, decay, beta, cu)
@@ -121,6 +125,8 @@ def rule_backward(
     dout: Tensor, of_rule: tuple[Tensor, ...], kept: tuple[Tensor, ...], cu: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
     """``of_rule``: q, k, v, decay, beta -> ((dq, two parts of dk, dv), d(decay), d(beta))."""
+    if dout.dtype == torch.float32:
+        return delta_reference.rule_backward(dout, of_rule, kept, cu)
     from trainer.kernels import delta_fla
 
     q, k, v, _, beta = of_rule

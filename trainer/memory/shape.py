@@ -78,6 +78,61 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class DeltaNets:
+    """The layers with a gated delta net in attention's place."""
+
+    layers: int
+    keys: int  # heads of q and k
+    values: int  # heads of v
+    key_dim: int
+    value_dim: int
+    taps: int  # of the convolution
+
+    @classmethod
+    def of(cls, family: Family) -> DeltaNets:
+        config = family.config
+        kinds = config.get("layer_types")
+        every = whole(config, "full_attention_interval") or 4
+        layers = family.layers - family.layers // every
+        if isinstance(kinds, list):
+            layers = kinds.count("linear_attention")
+        return cls(
+            layers,
+            whole(config, "linear_num_key_heads") or 16,
+            whole(config, "linear_num_value_heads") or 32,
+            whole(config, "linear_key_head_dim") or 128,
+            whole(config, "linear_value_head_dim") or 128,
+            whole(config, "linear_conv_kernel_dim") or 4,
+        )
+
+    @property
+    def mixed(self) -> int:
+        """Columns of q, k and v, which the convolution mixes."""
+        return 2 * self.keys * self.key_dim + self.wide
+
+    @property
+    def wide(self) -> int:
+        """Columns of v."""
+        return self.values * self.value_dim
+
+    @property
+    def joined(self) -> int:
+        """Columns of all projections of its input."""
+        return self.mixed + self.wide + 2 * self.values
+
+    def linears(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """Of one layer: (inputs, outputs)."""
+        outputs = {"qkv": self.mixed, "z": self.wide, "b": self.values, "a": self.values}
+        given = {f"in_proj_{name}": (hidden, n) for name, n in outputs.items()}
+        return {**given, "linear_attn.out_proj": (self.wide, hidden)}
+
+    @property
+    def others(self) -> int:
+        """Parameters of one layer beside its linears."""
+        return self.mixed * self.taps + 2 * self.values + self.value_dim
+
+
+@dataclass(frozen=True)
 class Shape:
     """A decoder's dimensions, as its config.json tells them."""
 
@@ -99,13 +154,17 @@ class Shape:
     # linear modules of a layer where they are not q, k, v, o, gate, up, down: name, inputs, outputs
     modules: tuple[tuple[str, int, int], ...] = ()
     mixture: Mixture | None = None
+    delta: DeltaNets | None = None
+    gate: bool = False  # attention's output has a gate, beside each head of q_proj
     state_bytes: int = 0  # bytes a token that a layer with a state keeps beside its linears
     other_parameters: int = 0  # parameters that the sizes above miss; negative: they count too many
 
     def __post_init__(self) -> None:
-        """From JSON too: a mixture as a dict, modules as lists."""
+        """From JSON too: a mixture and delta nets as dicts, modules as lists."""
         if isinstance(self.mixture, dict):
             object.__setattr__(self, "mixture", Mixture(**self.mixture))
+        if isinstance(self.delta, dict):
+            object.__setattr__(self, "delta", DeltaNets(**self.delta))
         object.__setattr__(self, "modules", tuple((n, i, o) for n, i, o in self.modules))
 
     @classmethod
@@ -144,7 +203,9 @@ class Shape:
             return plain
         mixture = Mixture.of(family) if family.mixture else None
         state = _state_bytes(config) if family.row["state"] else 0
-        made = replace(plain, mixture=mixture, state_bytes=state)
+        delta = DeltaNets.of(family) if family.row["delta"] else None
+        gate = bool(family.row["gate"]) and "q_proj" in family.row["attention"]
+        made = replace(plain, mixture=mixture, delta=delta, gate=gate, state_bytes=state)
         return replace(made, modules=_modules(made, family))
 
     @classmethod
@@ -174,10 +235,12 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """One layer's linear modules by the name that PEFT matches: (inputs, outputs)."""
+        """A layer's linear modules by the name that PEFT matches: (inputs, outputs). Where layers
+        are of two kinds the modules of both; ``count`` says in how many layers one is."""
         h, f, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
         if self.modules:
-            return {name: (i, o) for name, i, o in self.modules}
+            mixers = {} if self.delta is None else self.delta.linears(h)
+            return {**{name: (i, o) for name, i, o in self.modules}, **mixers}
         if not self.gated:
             return {
                 "attn.c_attn": (h, q + 2 * kv),
@@ -188,10 +251,22 @@ class Shape:
         attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
         return attention | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
 
+    @property
+    def attending(self) -> int:
+        """Layers with attention."""
+        return self.layers - (0 if self.delta is None else self.delta.layers)
+
+    def count(self, name: str) -> int:
+        """The layers that have a linear module of this name."""
+        if self.delta is None or name in MLP_NAMES:
+            return self.layers
+        return self.delta.layers if name in self.delta.linears(self.hidden) else self.attending
+
     def groups(self) -> dict[str, tuple[int, int]]:
         """A gated layer's linears as the fused path joins those of one input: (inputs, outputs)."""
         h, f, q, kv = self.hidden, self.intermediate, self.q_size, self.kv_size
-        return {"qkv": (h, q + 2 * kv), "o": (q, h), "gate_up": (h, 2 * f), "down": (f, h)}
+        joined = (2 * q if self.gate else q) + 2 * kv
+        return {"qkv": (h, joined), "o": (q, h), "gate_up": (h, 2 * f), "down": (f, h)}
 
     def targeted(self, target_modules: Targets) -> dict[str, tuple[int, int]]:
         """The linear modules of one layer that get an adapter. Raises ValueError when a name
@@ -240,15 +315,15 @@ def active_in_experts(shape: Shape) -> int:
 def outside_experts(shape: Shape) -> int:
     sizes = shape.linears()
     if shape.mixture is None:
-        return shape.layers * sum(i * o for i, o in sizes.values())
+        return sum(shape.count(n) * i * o for n, (i, o) in sizes.items())
     m, h = shape.mixture, shape.hidden
     mlp = {n for n in sizes if n in MLP_NAMES}
-    attention = sum(i * o for n, (i, o) in sizes.items() if n not in mlp)
+    attention = sum(shape.count(n) * i * o for n, (i, o) in sizes.items() if n not in mlp)
     dense = sum(i * o for n, (i, o) in sizes.items() if n in mlp)
     shared = 3 * h * m.shared + h * m.experts  # and the router
-    return (
-        shape.layers * attention + m.dense_layers * dense + (shape.layers - m.dense_layers) * shared
-    )
+    if shape.delta is not None and m.shared:
+        shared += h  # and the gate of the shared expert
+    return attention + m.dense_layers * dense + (shape.layers - m.dense_layers) * shared
 
 
 def sparse_layers(shape: Shape) -> int:
@@ -266,7 +341,8 @@ def parameters(shape: Shape) -> int:
     once)."""
     embeddings = (shape.vocab * (1 if shape.tied else 2) + shape.positions) * shape.hidden
     norms = (shape.norms * shape.layers + 1) * shape.hidden * (2 if shape.other_bias else 1)
-    norms += shape.layers * 2 * shape.head_dim if shape.qk_norm else 0
+    norms += shape.attending * 2 * shape.head_dim if shape.qk_norm else 0
+    norms += 0 if shape.delta is None else shape.delta.layers * shape.delta.others
     biases = shape.layers * (shape.q_size + 2 * shape.kv_size) if shape.qkv_bias else 0
     if shape.other_bias:
         qkv = {"q_proj", "k_proj", "v_proj", "attn.c_attn"}
@@ -279,12 +355,13 @@ def adapter_parameters(shape: Shape, r: int, target_modules: Targets = "all-line
     experts' at their own rank."""
     m, h = shape.mixture, shape.hidden
     if m is None:
-        return shape.layers * sum(r * (i + o) for i, o in shape.targeted(target_modules).values())
+        chosen = shape.targeted(target_modules)
+        return sum(shape.count(n) * r * (i + o) for n, (i, o) in chosen.items())
     named = target_modules != "all-linear"
     outside = [t for t in target_modules if t not in families.EXPERT_PARTS] if named else []
     chosen = shape.targeted(outside if named else "all-linear")
-    attention = sum(r * (i + o) for n, (i, o) in chosen.items() if n not in MLP_NAMES)
-    total = shape.layers * attention
+    others = {n: io for n, io in chosen.items() if n not in MLP_NAMES}
+    total = sum(shape.count(n) * r * (i + o) for n, (i, o) in others.items())
     sparse = shape.layers - m.dense_layers
     if not named or len(outside) < len(target_modules):
         total += sparse * m.adapter(h, min(r, EXPERT_RANK))
@@ -302,7 +379,7 @@ def saved_parameters(shape: Shape, saved: tuple[str, ...]) -> int:
         if last in EMBEDDINGS:
             total += outside
         elif last in linears:
-            total += shape.layers * linears[last][0] * linears[last][1]
+            total += shape.count(last) * linears[last][0] * linears[last][1]
         else:
             total += shape.layers * shape.hidden
     return total

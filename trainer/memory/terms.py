@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainer import families
 from trainer.memory.shape import (
     PADDED_EXPERT_RANK,
+    DeltaNets,
     Shape,
     Targets,
     linear_parameters,
@@ -62,7 +63,7 @@ def weight_bytes(
         else LINEAR_BYTES[precision] + (precision == "fp8" and keep_transpose)
     )
     scales = (
-        4 * shape.layers * sum(o for _, o in shape.linears().values())
+        4 * sum(shape.count(n) * o for n, (_, o) in shape.linears().items())
         if precision in ("fp8", "int8")
         else 0
     )
@@ -82,10 +83,16 @@ def padded_copies(shape: Shape, r: int, targets: Targets, element: int) -> int:
     if shape.mixture is not None:  # the experts' copies are made in each pass, and kept
         groups = {g: groups[g] for g in ("qkv", "o")}
     sizes = [parts[g] * i + o for g, (i, o) in groups.items() if names & _JOINED[g]]
+    total = shape.layers * sum(sizes)
+    if (d := shape.delta) is not None:
+        mixers = [parts[g] * i + o for g, (i, o) in groups.items() if g in ("qkv", "o")]
+        total -= d.layers * sum(mixers)
+        if names & set(d.linears(0)):
+            total += d.layers * (4 * shape.hidden + d.joined + d.wide + shape.hidden)
+    kept = 0
     if shape.mixture is not None and shape.mixture.lean:
         kept = sparse_layers(shape) * shape.mixture.adapter(shape.hidden, PADDED_EXPERT_RANK)
-        return shape.layers * sum(sizes) * rank * element + kept * element
-    return shape.layers * sum(sizes) * rank * element
+    return total * rank * element + kept * element
 
 
 _JOINED = {
@@ -101,19 +108,33 @@ def _padded_rank(r: int) -> int:
 
 
 def kept_fused(shape: Shape, r: int, element: int) -> float:
-    """What a layer keeps of one token: its input, q k v, attention's output, the middle of the
-    stream, gate and up, seven inner products with A, the branches where these have norms;
-    attention's log-sum for each head and the norms' in fp32."""
-    h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
-    if shape.mixture is not None:
-        return (
-            element * (2 * h + 2 * q + 2 * kv + 4 * _padded_rank(r))
-            + 4 * (shape.heads + 1)
-            + (shape.mixture.kept_lean(h) if shape.mixture.lean else 0)
-        )
-    streams = shape.norms * h
-    inner = 2 * q + 2 * kv + 2 * f + 7 * _padded_rank(r)
-    return element * (streams + inner) + 4 * (shape.heads + shape.norms)
+    """What a layer keeps of one token: its input, what its mixer keeps, the middle of the stream,
+    gate and up, the inner products with A, the branches where these have norms; the norms' numbers
+    in fp32. Where layers are of two kinds, their mean."""
+    h, f, rank = shape.hidden, shape.intermediate, _padded_rank(r)
+    share = shape.attending / shape.layers
+    mixer = share * _attention_keeps(shape, rank, element)
+    if shape.delta is not None:
+        mixer += (1 - share) * _delta_keeps(shape.delta, rank, element)
+    if (m := shape.mixture) is not None:
+        experts = m.kept_lean(h) if m.lean else 0
+        beside = 28 * m.shared + 10 * h if m.shared and m.lean else 0  # PEFT's own, fp32 inputs
+        return mixer + element * 2 * h + 4 + experts + beside
+    return mixer + element * (shape.norms * h + 2 * f + 3 * rank) + 4 * shape.norms
+
+
+def _attention_keeps(shape: Shape, rank: int, element: int) -> float:
+    """q k v, the gate, attention's output and its log-sum for each head, what A made."""
+    q, kv = shape.q_size, shape.kv_size
+    wide = (3 if shape.gate else 2) * q + 2 * kv
+    return element * (wide + 4 * rank) + 4 * shape.heads
+
+
+def _delta_keeps(nets: DeltaNets, rank: int, element: int) -> float:
+    """The joined projection, the rule's output, the systems of chunks of 64, sums of decays, what A
+    made."""
+    systems = 64 * nets.values
+    return element * (nets.joined + nets.wide + systems + 5 * rank) + 4 * nets.values
 
 
 def kept_plain(shape: Shape, method: str, precision: str, r: int) -> float:
@@ -189,6 +210,12 @@ def passing_fused(
         cast = 0  # experts stay as they were loaded
         mlp = tokens * (element * m.active * (3 * h + 4 * m.width) if m.lean else 2 * m.kept(h))
     on_the_fly = cast and not keep_transpose
+    if (d := shape.delta) is not None:
+        # the rule's backward: q, k, v again, nine matrices as wide as v, the states of all chunks
+        # and their gradients, one chunk of 64 more for each document
+        states = 2 * element * (tokens / 64 + documents) * d.values * d.key_dim * d.value_dim
+        rule = tokens * (element * (h + d.joined + d.mixed + 10 * d.wide)) + states
+        mlp = max(mlp, rule)
     return max(flash, rotate + on_the_fly * h * (q + 2 * kv), mlp + on_the_fly * 2 * h * f)
 
 
