@@ -473,8 +473,22 @@ def test_status_says_how_every_run_stands(engine_says: Callable, tmp_path: Path)
     assert re.search(r"done-1 +ended with 0", said) and re.search(r"cut-1 +was interrupted", said)
     assert "milktea-other-12345678 0,1" in said
     assert engine_says("logs", "done-1").stdout == "words of done-1\n"
+    assert engine_says("stop", "none").returncode == engine_says("stop").returncode == 2
     done = engine_says("logs", "none")
     assert done.returncode == 2 and "there is no run none" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["r1", "Alpaca_ZH", "微调", "my run"])
+def test_a_run_is_found_by_the_name_that_its_user_gave_it(
+    engine_says: Callable, run: Callable, job_folder: Path, tmp_path: Path, name: str
+) -> None:
+    started = engine_says("train", str(job_folder / "job.toml"), "--run", name, "--detach")
+    found = re.search(r"^run (\S+): (.*?) ", started.stdout, re.M)
+    assert found, started.stderr
+    (Path(found[2]) / "log.txt").write_text("its words\n")
+    assert engine_says("logs", name).stdout == "its words\n"
+    assert engine_says("stop", name).stdout.startswith(f"run {name} stopped")
+    assert f"--base {found[2]}/model" in run("chat", name)[0]
 
 
 def test_one_of_several_images_is_chosen_by_use(engine_says: Callable, tmp_path: Path) -> None:

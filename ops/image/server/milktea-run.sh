@@ -250,19 +250,19 @@ status() {
 }
 
 logs() {
-    local _follow='' _run
+    local _follow='' _at
     if [ "${1:-}" = -f ]; then _follow=yes; shift; fi
-    [ $# = 1 ] || { usage >&2; exit 2; }
-    [ -d "$RUNS/$1" ] || refuse "there is no run $1 under $RUNS" "milktea-run status"
-    if [ -n "$_follow" ] && [ -n "$($DOCKER ps -q --filter "name=^$(container_of "$1")\$" 2>/dev/null)" ]; then
-        $DOCKER logs -f "$(container_of "$1")" 2>&1
-        ended "$1"
-    else cat "$RUNS/$1/log.txt"; fi
+    _at=$(run_folder "${1:-}") || exit 2
+    if [ -n "$_follow" ] && [ -n "$($DOCKER ps -q --filter "name=^$(container_of "${_at##*/}")\$" 2>/dev/null)" ]; then
+        $DOCKER logs -f "$(container_of "${_at##*/}")" 2>&1
+        ended "${_at##*/}"
+    else cat "$_at/log.txt"; fi
 }
 
 stop() {
-    [ $# = 1 ] || { usage >&2; exit 2; }
-    $DOCKER stop -t 600 "$(container_of "$1")" >/dev/null 2>&1 || refuse "run $1 does not train" "milktea-run status"
+    local _at
+    _at=$(run_folder "${1:-}") || exit 2
+    $DOCKER stop -t 600 "$(container_of "${_at##*/}")" >/dev/null 2>&1 || refuse "run $1 does not train" "milktea-run status"
     echo "run $1 stopped; milktea-run train JOB.toml --run $1 goes on"
 }
 
@@ -332,11 +332,12 @@ check() {
     inside ${_lock:+-v "$_lock:/run/milktea/image.lock:ro"} -- python3 -m trainer.checkup "$@"
 }
 
-run_folder() { # run_folder RUN: its folder, by its name or path; what is not under RUNS is mounted
+run_folder() { # run_folder RUN: its folder, by its name, what --run called it, or its path
     [ -n "${1:-}" ] || { usage >&2; exit 2; }
     if [ -d "$RUNS/$1" ]; then echo "$RUNS/$1"
+    elif [ -d "$RUNS/$(run_name "$1")" ]; then echo "$RUNS/$(run_name "$1")"
     elif [ -d "$1" ]; then (cd "$1" && pwd)
-    else refuse "there is no run $1 under $RUNS" "ls $RUNS"; fi
+    else refuse "there is no run $1 under $RUNS" "milktea-run status"; fi
 }
 
 # The base model of a run, where it is a folder of this server and not among the installed models, which are mounted always.
