@@ -179,8 +179,9 @@ def stop(
 def reap(
     as_json: Json = False,
     foreign: Annotated[
-        bool, typer.Option("--foreign", help="Also runs that have no folder here")
+        bool, typer.Option("--foreign", help="Also runs that have no folder here, once confirmed")
     ] = False,
+    yes: Yes = False,
 ) -> None:
     """Destroy every box that no live client looks after, and prove it."""
     with errors(as_json):
@@ -188,8 +189,26 @@ def reap(
 
         vast, screen = market(), open_screen(as_json)
         vast.tell = screen.waiting
-        reaped = api.reap(foreign=foreign, vast=vast, screen=screen)
+        reaped = api.reap(vast=vast, screen=screen)
+        if foreign and reaped.foreign and _may_destroy(reaped.foreign, yes):
+            more = api.reap(foreign=True, vast=vast, screen=screen)
+            more.destroyed[:0] = reaped.destroyed
+            reaped = more
         report(reaped, as_json, say_nothing_found=True)
+
+
+def _may_destroy(labels: list[str], yes: bool) -> bool:
+    """Whether boxes that another folder, or another tool, may look after are to be destroyed.
+    Raises ConfigError where nobody can be asked."""
+    if yes:
+        return True
+    print(*map(plain, labels), sep="\n", file=sys.stderr)
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"nobody can be asked here whether these {len(labels)} are yours",
+            hint="milktea reap --foreign --yes",
+        )
+    return typer.confirm(f"Destroy these {len(labels)}, begun elsewhere?", default=False)
 
 
 @app.command()

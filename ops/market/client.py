@@ -38,6 +38,8 @@ INTERVAL_S = {
     "charges": 1.0,
     "user": 0.5,
 }
+QUOTA = "search_quota_exceeded"  # vast.ai's code: no search until the next day
+TAKEN = (404, 409, 410)  # what a create is answered when its offer is gone, in whatever words
 PATIENCE_S = 60.0  # how long a call is repeated
 FIRST_PATIENCE_S = 20.0  # the same, before vast.ai has answered once
 LOG_PATIENCE_S = 10.0  # for a container's log
@@ -343,6 +345,8 @@ class Vast:
                 has(reply)
                 return reply
             except (RateLimited, NoAnswer) as e:
+                if e.code == QUOTA:  # the day's, not the minute's: asked again it is the same
+                    raise
                 if not failed:
                     self.tell(f"{e}; asked again for {patience_s:.0f} s")
                 failed.append(e)
@@ -382,13 +386,13 @@ class Vast:
                 ) from None
         self._answered = True
         if reply.status_code == 429:
-            raise RateLimited(f"{what}: {_message(content)}")
+            raise _rate_limited(what, content)
         if reply.status_code == 403 and not _code(content):  # a firewall between us and vast.ai
             raise NoAnswer(f"{what}: 403 in words that are not vast.ai's: {_message(content)}")
         if reply.status_code >= 500 and reply.status_code != 501:
             raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {_message(content)}")
         if not reply.ok:
-            raise _refusal(reply.status_code, content)
+            raise _refusal(reply.status_code, content, creating=kind == "create")
         return content if isinstance(content, dict) else {"items": content}
 
     def _wait_for_turn(self, kind: str) -> None:
@@ -408,13 +412,27 @@ def _charge(item: dict[str, Any]) -> Charge:
     )
 
 
-def _refusal(status: int, content: Any) -> MarketError:
-    """The error for a reply that says no. `instance_id` is set when the reply names a contract that
-    it created all the same."""
+def _rate_limited(what: str, content: Any) -> RateLimited:
+    """The error for HTTP 429; for the day's quota it says when to come again."""
+    code, words = _code(content), _message(content)
+    if code != QUOTA:
+        return RateLimited(f"{what}: {words}", code=code)
+    wait_s = content.get("retry_after")
+    known = isinstance(wait_s, int | float) and 0 < wait_s < 2 * 86400
+    when = f"in {wait_s / 3600:.1f} h" if known else "after midnight UTC"
+    return RateLimited(
+        f"{what}: the searches of this day are used up: {words}", code=code, hint=f"again {when}"
+    )
+
+
+def _refusal(status: int, content: Any, *, creating: bool = False) -> MarketError:
+    """The error for a reply that says no, to a create where `creating`. `instance_id` is set when
+    the reply names a contract that it created all the same."""
     code, words = _code(content), _message(content)
     contract = content.get("new_contract") if isinstance(content, dict) else None
     kind: type[MarketError] = Refused
-    if "no_such_ask" in code + words:
+    taken = status in TAKEN and code != "auth_error" and contract is None
+    if "no_such_ask" in code + words or (creating and taken):
         kind, what, hint = OfferGone, f"the offer is gone: {words}", None
     elif code == "auth_error":
         what = f"vast.ai does not accept the key: {words}"

@@ -27,6 +27,7 @@ class Reaped:
     destroyed: list[str] = field(default_factory=list)  # run ids, proven absent
     left: list[str] = field(default_factory=list)  # "label: why it was left alone"
     leaked: list[BoxLeaked] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # of `left`, labels without a run folder here
 
 
 def unfinished(lines: list[journal.Line]) -> bool:
@@ -76,9 +77,10 @@ def reap(root: Path, vast: Vast, screen: Screen, *, foreign: bool = False) -> Re
         if not RUN_ID.match(label) or label in held:
             continue
         if label not in here and not foreign:
+            reaped.foreign.append(label)
             reaped.left.append(
                 f"{label}: instance {number} has no run folder here; `milktea "
-                "reap --foreign` destroys it"
+                "reap --foreign` asks, and destroys it"
             )
             continue
         _by_label(vast, root / label, reaped)

@@ -205,7 +205,7 @@ def passing_fused(
     turned = element if shape.qk_norm else 0
     rotate = tokens * (streams + (2 * element + turned + cast) * (q + 2 * kv))
     flash += tokens * turned * (q + 2 * kv)
-    mlp = tokens * (element * (h + f) + cast * (h + 2 * f))
+    mlp: float = tokens * (element * (h + f) + cast * (h + 2 * f))
     if (m := shape.mixture) is not None:
         cast = 0  # experts stay as they were loaded
         mlp = tokens * (element * m.active * (3 * h + 4 * m.width) if m.lean else 2 * m.kept(h))

@@ -205,6 +205,14 @@ def test_a_poll_renews_the_lease_and_delivers_exact_bytes_from_the_offset(tmp_pa
     assert (tmp_path / "milktea/lease").read_text().split() == ["123", "456"]
 
 
+def test_of_a_log_in_one_endless_line_the_end_alone_is_sent(tmp_path: Path) -> None:
+    """As progress bars make it: each carriage return begins no line."""
+    (tmp_path / "milktea/r").mkdir(parents=True)
+    (tmp_path / "milktea/r/log.txt").write_text("50 %\r" * 1_000_000 + "CUDA error")
+    said = sh(scripts.log_tail("r"), tmp_path).stdout
+    assert len(said) <= scripts.LOG_BYTES and said.endswith("CUDA error")
+
+
 def test_a_box_of_0_1_counts_its_lease_by_dates(tmp_path: Path) -> None:
     (tmp_path / "milktea").mkdir()
     sh(scripts.RENEW, tmp_path)

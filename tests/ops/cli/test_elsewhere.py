@@ -123,3 +123,15 @@ def test_without_a_key_the_emulator_changes_nothing_by_any_command_and_both_are_
         market = milktea.open_market(os.environ)
         hold(run, fake, env, market.account())
         assert market.labels() == []
+
+
+def test_boxes_that_were_begun_in_another_folder_are_listed_and_asked_about_first(
+    own: rig.Rig, fake: FakeVast, run: milktea.Run, tmp_path: Path
+) -> None:
+    env = environment(own, VAST_URL=fake.url, VAST_API_KEY=fake.api_key)
+    env |= {"MILKTEA_RUNS": str(tmp_path / "empty")}
+    code, said = typed(["reap", "--foreign"], run, env)
+    assert code == 2 and run.id in said and "reap --foreign --yes" in said
+    assert len(fake.instances()) == 1
+    code, said = typed(["reap", "--foreign", "--yes"], run, env)
+    assert code == 0 and f"{run.id}: destroyed" in said and fake.instances() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ops.errors import NoAnswer
+from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
 from ops.market import client, http
 from ops.market.client import Vast
 from ops.market.provider import Provider
@@ -150,3 +151,53 @@ def test_of_a_log_without_an_end_the_beginning_is_kept(monkeypatch: pytest.Monke
         said = {"result_url": f"{url}/api/v0/flood"}
         monkeypatch.setattr(vast, "_call", lambda *told: said)
         assert vast.container_log(1) == " " * 150_000
+
+
+def refusing(status: int, body: dict[str, object]) -> type[Answers]:
+    """A vast.ai that says this to everybody, and counts how often it was asked."""
+
+    class Refusing(Answers):
+        asked = 0
+
+        def do_POST(self) -> None:
+            Refusing.asked += 1
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        do_PUT = do_POST
+
+    return Refusing
+
+
+@pytest.mark.parametrize(
+    ("more", "when"), [({"retry_after": 8181}, "again in 2.3 h"), ({}, "after midnight UTC")]
+)
+def test_searches_that_are_used_up_for_the_day_are_not_asked_for_again(
+    more: dict[str, object], when: str
+) -> None:
+    handler = refusing(429, {"error": "search_quota_exceeded", "msg": "Daily quota", **more})
+    with serving(handler) as url, pytest.raises(RateLimited, match="of this day") as refused:
+        Vast(Provider(url, "key"), RealClock(0.001)).search({}, interruptible=False, disk_gib=8)
+    assert handler.asked == 1 and when in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (409, {"error": "conflict", "msg": "machine is no longer available"}, OfferGone),
+        (404, {"error": "not_found", "msg": "gone"}, OfferGone),
+        (404, {"error": "auth_error", "msg": "Invalid user key"}, Refused),
+        (400, {"error": "invalid_args", "msg": "disk"}, Refused),
+        (409, {"error": "conflict", "msg": "made all the same", "new_contract": 7}, Refused),
+    ],
+)
+def test_an_offer_that_is_gone_in_other_words_is_gone(
+    status: int, body: dict[str, object], error: type[MarketError]
+) -> None:
+    with serving(refusing(status, body)) as url, pytest.raises(error) as refused:
+        Vast(Provider(url, "key"), RealClock(0.001)).create(
+            1, image="i", disk_gib=8, label="l", env={}, onstart="", bid_usd_per_hour=None
+        )
+    assert type(refused.value) is error
