@@ -59,7 +59,7 @@ TESTS = {  # module -> its own tests
     ],
     "trainer.data.template": ["tests/trainer/data/test_template.py"],
     "trainer.data.packing": ["tests/trainer/data/test_packing.py"],
-    "trainer.families": ["tests/trainer/test_families.py"],
+    "trainer.families": ["tests/trainer/test_families_words.py", "tests/trainer/test_families.py"],
     "trainer.kernels.attention": ["tests/trainer/kernels/test_attention.py"],
 }
 # module: {a fault as it is printed: why it changes nothing that can be seen}

@@ -18,6 +18,8 @@ from typing import Any
 TABLE = Path(__file__).with_name("families.toml")
 EXPERT_RANK = 8  # of adapters on experts, by default: there are many
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
+# their files on the hub have the text tower's keys beside the others, as transformers knows
+FLAT = ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl")
 # what people call the linear layers of an expert
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts")
 # quantised checkpoints whose values can be restored exactly, or nearly, and then trained on
@@ -320,11 +322,14 @@ def known_types() -> frozenset[str]:
 
 
 def _text_config(config: Config) -> Config:
-    """The text tower's part of a wrapper's configuration, else the configuration itself. What the
-    part leaves out and the whole says (``tie_word_embeddings``) is taken from the whole."""
+    """The text tower's part of a wrapper's configuration, or all of a flat one. What the part
+    leaves out and the whole says (``tie_word_embeddings``) is taken from the whole."""
     part = next((config[k] for k in TEXT_KEYS if isinstance(config.get(k), dict)), None)
     if part is None:
-        return config
+        outer = config["model_type"]
+        if outer not in FLAT:
+            raise FamilyError(f"config.json of {outer} tells nothing of its text tower", _AGAIN)
+        return {**config, "model_type": f"{outer}_text"}
     kept = {k: config[k] for k in ("tie_word_embeddings", "vocab_size") if k in config}
     return {**kept, **part}
 
