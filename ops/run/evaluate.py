@@ -20,7 +20,7 @@ from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Interrupted, Session
 
 NAME, FILE = "evaluate", "evaluation.json"
-LOOK_S = 2.0
+LOOK_S, TELL_S = 2.0, 5.0  # between two looks; between two words to whoever waits
 FILE_BYTES = 4 << 20
 MAX_ROWS = 40  # of a report's table
 
@@ -54,7 +54,7 @@ def evaluate_on_box(session: Session, box: Box, staging: Path, out: Path) -> boo
 
 def _evaluated(session: Session, box: Box, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The evaluation's JSON. Raises Failed with its last words, or where its minutes are over."""
-    run_id, began = session.run_id, session.clock.steady()
+    run_id, began, told_s = session.run_id, session.clock.steady(), 0.0
     words = ["evaluate", ".", f"--rows={asked['rows']}", f"--new-tokens={asked['new_tokens']}"]
     words += ["--to", f"{NAME}/{FILE}"]
     start = errand.start(run_id, session.plan.trainer, NAME, words)
@@ -70,8 +70,9 @@ def _evaluated(session: Session, box: Box, asked: Mapping[str, Any]) -> dict[str
         if took_s > asked["seconds"] or session.left_s() < 2 * MARGIN_S:
             box.run(errand.stop(run_id, NAME))
             raise Failed(f"its {asked['seconds'] / 60:.0f} minutes were over")
-        last = (said.splitlines() or ["loading"])[-1]
-        session.screen.waiting(f"evaluate: {last[-80:]} ({took_s:.0f} s)")
+        if took_s - told_s > TELL_S:
+            told_s, last = took_s, (said.splitlines() or ["loading"])[-1]
+            session.screen.waiting(f"evaluate: {last[-80:]} ({took_s:.0f} s)")
         session.clock.sleep(LOOK_S)
     if code:
         raise Failed(f"it ended with exit code {code}: {said[-400:]}")
