@@ -10,7 +10,6 @@ asked of the job's own precision: no further off than eager attention in bf16 is
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import time
@@ -30,23 +29,22 @@ from trainer import families
 from trainer.data import batch
 from trainer.data.tokenised import Rows
 from trainer.kernels import delta
-from trainer.kernels.attention import register
 from trainer.model import load
 from trainer.model.dropout import TokenKeys
 from trainer.model.forward import target_loss
 from trainer.model.lora import add_lora
 from trainer.model.parts import ModelError
+from trainer.model.small_copy import (
+    LENGTHS,
+    VOCABULARY,
+    base_copy,
+    job_of_copy,
+    random_adapters,
+    small,
+)
 from trainer.wire.job import Job
 
 log = logging.getLogger(__name__)
-
-WINDOW = 16
-LENGTHS = (40, 57, 20, 33)  # tokens; longer than the window, and on both sides of LIMIT
-LIMIT = 36  # the length at which angles change, where they depend on a row's length
-VOCABULARY = 256
-MOST_KINDS = 8  # of layers
-MOST_PARAMETERS = 2e9  # of the copy, before its MLPs are made narrow
-NARROW = 128
 
 
 @dataclass(frozen=True)
@@ -114,18 +112,6 @@ def compare(job: Job, folder: Path, device: torch.device, packed: bool) -> str:
     return f"{told}, in {time.monotonic() - began:.1f} s"
 
 
-def copy_of(job: Job, folder: Path) -> nn.Module:
-    """The copy as it would be trained, narrow, in fp32 on the CPU, its adapters away from their
-    start: for rehearsals. Raises ModelError."""
-    config, device = small(AutoConfig.from_pretrained(folder)), torch.device("cpu")
-    _narrow(config.get_text_config())
-    asked = _job(job, "fp32")
-    base = _base(asked, config, device, None, torch.float32)
-    model, _ = load.assemble(asked, base, device, TokenKeys())
-    _random_adapters(model)
-    return model
-
-
 def _compare(
     job: Job,
     config: Any,
@@ -151,182 +137,22 @@ def _compare(
     return f"{precision} loss within {loss:.1g}, gradients {gradient:.1g} of transformers"
 
 
-# -- the copy --------------------------------------------------------------------------------------
-
-
-def small(config: Any, windows: bool = True) -> Any:
-    """The job's configuration (transformers' own object) with few layers, a short vocabulary and,
-    if asked, short windows."""
-    made = copy.deepcopy(config)
-    text = made.get_text_config()
-    for part in (made, text):
-        load.silence_dropout(part)
-        if getattr(part, "quantization_config", None) is not None:
-            del part.quantization_config
-    _shorten(text)
-    if windows:
-        _set_where_set(text, {"sliding_window": WINDOW, "attention_chunk_size": WINDOW})
-    _shorten_angles(text)
-    for part in vars(made).values():
-        if part is not text and hasattr(part, "model_type"):  # towers for pictures and sound
-            names = ("num_hidden_layers", "depth", "num_layers", "encoder_layers")
-            _set_where_set(part, dict.fromkeys(names, 1))
-    if _parameters(made) > MOST_PARAMETERS:
-        _narrow(text)
-    return made
-
-
-def _shorten(text: Any) -> None:
-    layers = text.num_hidden_layers
-    each = {
-        key: list(value)
-        for key, value in vars(text).items()
-        if isinstance(value, (list, tuple)) and len(value) == layers and layers > 1
-    }
-    kept = _one_of_each(list(zip(*each.values(), strict=True)) or [()] * layers)
-    shared = len(kept) if getattr(text, "num_kv_shared_layers", None) else 0
-    kept = kept * 2 if shared else kept  # the second half reads keys and values of the first
-    for key, value in each.items():
-        setattr(text, key, [value[i] for i in kept])
-    short = ("vocab_size", "vocab_size_per_layer_input")
-    settings = {
-        "num_hidden_layers": len(kept),
-        "num_kv_shared_layers": shared,
-        "first_k_dense_replace": 1,
-        "num_dense_layers": 1,
-        "max_window_layers": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        **dict.fromkeys(short, VOCABULARY),
-    }
-    _set_where_set(text, settings)
-
-
-def _one_of_each(kinds: list[tuple[Any, ...]]) -> list[int]:
-    """The first layer of each kind, in their order; two at least where there are two."""
-    firsts: dict[str, int] = {}
-    for i, kind in enumerate(kinds):
-        firsts.setdefault(repr(kind), i)
-    kept = sorted(firsts.values())[:MOST_KINDS]
-    if len(kept) == 1 and len(kinds) > 1:
-        kept.append(next(i for i in range(len(kinds)) if i != kept[0]))
-    return sorted(kept)
-
-
-def _set_where_set(part: Any, settings: dict[str, Any]) -> None:
-    for key, value in settings.items():
-        if getattr(part, key, None):
-            setattr(part, key, value)
-
-
-def _shorten_angles(text: Any) -> None:
-    """Where angles depend on a row's length: they change within our rows."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    for part in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-        kind = str(part.get("rope_type"))
-        if kind == "longrope":
-            part["original_max_position_embeddings"] = LIMIT
-            _set_where_set(text, {"original_max_position_embeddings": LIMIT})
-        elif "dynamic" in kind:
-            text.max_position_embeddings = LIMIT
-
-
-def _narrow(text: Any) -> None:
-    """Makes MLPs and experts narrow: rows do not meet each other there."""
-    for key, value in list(vars(text).items()):
-        if "intermediate_size" not in key:
-            continue
-        if isinstance(value, list):
-            setattr(text, key, [min(v, NARROW) for v in value])
-        elif isinstance(value, int):
-            setattr(text, key, min(value, NARROW))
-
-
-def _parameters(config: Any) -> int:
-    with torch.device("meta"):
-        model = load.auto_class(config.model_type).from_config(config)
-    return sum(p.numel() for p in model.parameters())
-
-
-def _base(
-    job: Job, config: Any, device: torch.device, attention: str | None, dtype: torch.dtype
-) -> Any:
-    """The copy without adapters, frozen: equal values at each call."""
-    register()
-    auto, made = load.auto_class(config.model_type), copy.deepcopy(config)
-    asked = {} if attention is None else {"attn_implementation": attention}
-    cards = [device] if _gpu(device) else []
-    with torch.device(device), torch.random.fork_rng(cards):
-        torch.manual_seed(0)  # what `random_weights` leaves, or adds to, is drawn too
-        try:
-            model = auto.from_config(made, dtype=dtype, **asked)
-        except ValueError:  # a class without eager attention
-            if attention != "eager":
-                raise
-            model = auto.from_config(copy.deepcopy(config), dtype=dtype)
-    model.config.use_cache = False
-    random_weights(model)
-    model.requires_grad_(False)
-    model.family = families.read(model.config.to_dict())
-    if model.family.tower and job.training.method == "lora":
-        load.drop_other_towers(model, model.family.tower)
-    return model
-
-
-@torch.no_grad()
-def random_weights(model: nn.Module, seed: int = 0) -> None:
-    """Large enough that attention is not uniform and experts differ; values that bf16 has."""
-    device = next(model.parameters()).device
-    g = torch.Generator(device).manual_seed(seed)
-    for name, p in model.named_parameters():
-        if not p.is_floating_point() or "A_log" in name or "dt_bias" in name:
-            continue
-        drawn = torch.randn(p.shape, generator=g, device=device)
-        if "sinks" in name:
-            value = 1.0 + drawn
-        elif p.ndim >= 2:
-            value = drawn * min(0.5, 1.2 * p.shape[-1] ** -0.5)
-        else:
-            value = p.float() + 0.05 * drawn
-        p.copy_(value.bfloat16())
-
-
-@torch.no_grad()
-def _random_adapters(model: nn.Module) -> None:
-    """B is zero at the start of a training, which would hide an adapter that is not applied."""
-    for number, (name, p) in enumerate(model.named_parameters()):
-        if "lora_B" in name:
-            g = torch.Generator(p.device).manual_seed(number)
-            p.normal_(0.0, 0.05, generator=g)
-
-
-def _job(job: Job, precision: str) -> Job:
-    """The job with start values that need no decomposition of weights, and trains all of the copy
-    where it trains some layers."""
-    lora = job.lora.model_copy(update={"init_lora_weights": "default"})
-    method = "full" if job.training.method == "freeze" else job.training.method
-    training = job.training.model_copy(update={"method": method, "router_aux_loss_coef": 0.0})
-    model = job.model.model_copy(update={"precision": precision})
-    return job.model_copy(update={"lora": lora, "training": training, "model": model})
-
-
 # -- the ways ----------------------------------------------------------------------------------
 
 
 def stock(job: Job, config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
     """Eager attention, experts one by one, delta nets in plain torch, PEFT's own forward."""
-    model = _base(job, config, device, "eager", dtype)
+    model = base_copy(job, config, device, "eager", dtype)
     delta.use_plain(model)
     if model.family.mixture and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
-    job = _job(job, "fp32")
+    job = job_of_copy(job, "fp32")
     if _lora(job):
         model = add_lora(job, model, TokenKeys())
     else:
         load.choose_trainable(job, model)
     model.to(device)
-    _random_adapters(model)
+    random_adapters(model)
     return model.eval()
 
 
@@ -354,12 +180,12 @@ def alone(model: Any, device: torch.device, precise: Any = None) -> Trace:
 
 def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: str) -> Trace:
     """The rows as one batch, by the model as `load` would make it of the job."""
-    asked = _job(job, precision)
+    asked = job_of_copy(job, precision)
     dtype = torch.bfloat16 if precision == "bf16" and _lora(job) else torch.float32
     packs = families.read(config.to_dict()).packs(max(LENGTHS))
-    base = _base(asked, config, device, "milktea" if packed or packs else None, dtype)
+    base = base_copy(asked, config, device, "milktea" if packed or packs else None, dtype)
     model, _ = load.assemble(asked, base, device, TokenKeys())
-    _random_adapters(model)
+    random_adapters(model)
     model.eval()
     rows, found = _rows(), Trace()
     one = (batch.packed if packed else batch.padded)(rows, range(len(rows)), device)

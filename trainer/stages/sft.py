@@ -27,12 +27,12 @@ from trainer.loop.guards import ExpectedMetrics, probe, target_entropy, validate
 from trainer.loop.held_out import Look
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter
-from trainer.model import likeness
 from trainer.model.forward import hidden_states, target_facts, target_loss
 from trainer.model.load import family_in, why_unpacked
 from trainer.model.lora import start_values
 from trainer.model.parts import ModelError
 from trainer.model.roles import continue_from, stack_on
+from trainer.model.small_copy import copy_of
 from trainer.result import adapter
 from trainer.wire import events
 from trainer.wire.chain import chain_of
@@ -119,7 +119,7 @@ class Stage(stage.Stage):
     def _rehearse_saving(self) -> None:
         """Raises ResultError where the result of this model and method could not be saved."""
         try:
-            model = likeness.copy_of(self.job, self.base)
+            model = copy_of(self.job, self.base)
         except Exception as why:  # as compare_with_stock: the copy's own fault
             log.warning("saving was not rehearsed: %s", why)
             return

@@ -22,7 +22,7 @@ from trainer.data import batch
 from trainer.kernels import attention, experts, rotary
 from trainer.kernels.attention import Rules
 from trainer.kernels.decoder_layer import FastLayer
-from trainer.model import likeness, load
+from trainer.model import forward, likeness, load, small_copy
 from trainer.result import adapter
 from trainer.train import run_job
 from trainer.wire.job import Job
@@ -160,7 +160,7 @@ def angles_of_the_whole_pack(patch: Patch) -> None:
 
 
 def cap_of_logits_ignored(patch: Patch) -> None:
-    patch.setattr(load, "logit_rules", lambda *_: (1.0, None))
+    patch.setattr(forward, "logit_rules", lambda *_: (1.0, None))
 
 
 def targets_across_rows(patch: Patch) -> None:
@@ -311,14 +311,14 @@ def test_a_run_tells_what_was_compared_and_how_long_it_took(run_folder: Make) ->
 
 
 def shrunk(kind: str, **settings: Any) -> Any:
-    return likeness.small(AutoConfig.for_model(kind, **settings))
+    return small_copy.small(AutoConfig.for_model(kind, **settings))
 
 
 def test_the_copy_has_one_layer_of_each_kind_wherever_it_stands() -> None:
     late = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 28}
     text = shrunk("qwen2", num_hidden_layers=32, **late)
     assert text.layer_types == ["full_attention", "sliding_attention"]
-    assert text.num_hidden_layers == 2 and text.sliding_window == likeness.WINDOW
+    assert text.num_hidden_layers == 2 and text.sliding_window == small_copy.WINDOW
     gemma = shrunk("gemma3_text", num_hidden_layers=26)
     assert gemma.layer_types == ["sliding_attention", "full_attention"]
 
@@ -334,14 +334,14 @@ def test_the_copy_of_a_mixture_keeps_a_dense_layer_and_one_with_experts() -> Non
 
 def test_the_copy_of_a_huge_mixture_is_narrow_and_keeps_its_experts() -> None:
     text = shrunk("gpt_oss", num_hidden_layers=36, num_local_experts=128)
-    assert likeness._parameters(text) < likeness.MOST_PARAMETERS
+    assert small_copy._parameters(text) < small_copy.MOST_PARAMETERS
     assert text.num_local_experts == 128 and text.hidden_size == 2880
 
 
 def test_layers_that_share_keys_and_values_share_them_in_the_copy() -> None:
     text = config("gemma3n")
     text.num_kv_shared_layers = 2
-    made = likeness.small(text)
+    made = small_copy.small(text)
     assert made.num_hidden_layers == 4 and made.num_kv_shared_layers == 2
 
 
