@@ -51,7 +51,7 @@ from ops.run.choose import bad_machines, no_offer_error, search_offers
 from ops.run.explain import Status, told_line
 from ops.run.folders import project_folder, runs_folder
 from ops.run.journal import Journal, Line
-from ops.run.meter import dearest_silence, may_have_box
+from ops.run.meter import dearest_silence, may_have_box, plan_of
 from ops.run.reap import Reaped
 from ops.run.session import Interrupted, Screen, Session
 from ops.run.view import Cost, Run, find_run, runs
@@ -339,14 +339,24 @@ def resume(
     screen: Screen | None = None,
     foreground: bool = False,
     detach: bool = False,
+    max_usd: float | None = None,
+    max_hours: float | None = None,
 ) -> Run:
     """Go on with a run whose owner died, that was interrupted, or whose box was taken away or left
-    to itself; as `rent_and_train`. A run that has an owner is watched (`attach`). Raises
-    JournalError where it is done or never began."""
+    to itself; as `rent_and_train`. A run that has an owner is watched (`attach`). `max_usd` and
+    `max_hours` are of the whole run and take the place of the job's; a box that it has keeps the
+    deadline that it was given. Raises JournalError where it is done or never began, PreflightError
+    for limits of a run that has an owner."""
     vast, root, screen = vast or open_market(), root or runs_folder(), screen or Quiet()
     _finished(vast, root, screen)
     run = run if isinstance(run, Run) else find_run(run, root)
     if run.is_owned:
+        if max_usd is not None or max_hours is not None:
+            raise PreflightError(
+                f"{run.id} is owned by a process, which keeps the limits that it began with",
+                money="nothing was changed",
+                hint=f"`milktea attach {run.id}` watches it",
+            )
         return run if detach else attach(run, screen=screen)
     place.validate_same(run.id, place.remembered(run.journal), vast)
     with Journal(run.folder) as held:
@@ -365,8 +375,12 @@ def resume(
                 hint="`milktea reap` if its box still stands",
             )
         wishes.forget(run.folder)  # of an owner that is dead
+        if max_usd is not None or max_hours is not None:
+            made = plan_of(held.lines)
+            max_s = made.max_s if max_hours is None else 3600 * max_hours
+            held.append("limits", max_usd=max_usd or made.max_usd, max_s=max_s)
         if foreground:
-            supervisor.supervise(Session(held, Plan.from_line(held.lines[0]), vast, screen))
+            supervisor.supervise(Session(held, plan_of(held.lines), vast, screen))
             return run
     supervisor.start(run.folder, vast)
     return run if detach else attach(run, screen=screen)
@@ -500,7 +514,7 @@ def destroy(
     with Journal(run.folder) as held:
         had = may_have_box(held.lines)
         if had:
-            made = Plan.from_line(held.lines[0])
+            made = plan_of(held.lines)
             rental.destroy(Session(held, made, vast, screen or Quiet()), why="asked for")
         return had
 

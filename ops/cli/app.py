@@ -116,14 +116,31 @@ def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
 
 @app.command()
 def resume(
-    run: Run, as_json: Json = False, foreground: Foreground = False, detach: Detach = False
+    run: Run,
+    as_json: Json = False,
+    foreground: Foreground = False,
+    detach: Detach = False,
+    max_usd: Annotated[
+        float | None, typer.Option(min=0.001, help="Of the whole run, from now on")
+    ] = None,
+    max_hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Of the whole run, from now on")
+    ] = None,
 ) -> None:
     """Go on with a run that no process owns any more, or watch one that goes on."""
     _validate_ways(foreground, detach)
     with errors(as_json), acting(as_json) as (vast, screen):
         from ops import api
 
-        found = api.resume(run, vast=vast, screen=screen, foreground=foreground, detach=detach)
+        found = api.resume(
+            run,
+            vast=vast,
+            screen=screen,
+            foreground=foreground,
+            detach=detach,
+            max_usd=max_usd,
+            max_hours=max_hours,
+        )
         _last_lines(found, screen, as_json)
 
 

@@ -14,12 +14,11 @@ from typing import Any
 
 from ops import errors
 from ops.errors import JournalError, MilkteaError
-from ops.job.plan import Plan
 from ops.market.models import Instance
 from ops.run import journal, wishes
 from ops.run.follow import EVENTS
 from ops.run.journal import Line, last
-from ops.run.meter import ends_itself_at, may_have_box, spent_usd
+from ops.run.meter import ends_itself_at, max_usd_of, may_have_box, plan_of, spent_usd
 from ops.run.session import Interrupted, Screen
 from ops.run.supervisor import PROGRESS, WATCHED, only_ours
 from trainer.wire import events
@@ -59,7 +58,7 @@ class Tail:
                 self._show_row(json.loads(row))
         if self.lines:
             spent = spent_usd(self.lines, time.time())
-            self._screen.meter(spent, float(self.lines[0]["max_usd"]))
+            self._screen.meter(spent, max_usd_of(self.lines))
 
     def _read_journal(self) -> list[Line]:
         size = (self._folder / journal.FILE).stat().st_size
@@ -72,7 +71,7 @@ class Tail:
         texts = self._events.new_lines()
         if not texts or not self.lines:
             return
-        lines, max_usd = self.lines, float(self.lines[0]["max_usd"])
+        lines, max_usd = self.lines, max_usd_of(self.lines)
         spent, dies_at = spent_usd(lines, time.time()), ends_itself_at(lines) or time.time()
         for event in events.readable(texts)[0]:
             self._screen.event(event, spent, max_usd, dies_at)
@@ -127,7 +126,7 @@ def raise_if_failed(folder: Path) -> None:
     over = last(lines, "pulled", "talked") and not may_have_box(lines)
     if last(since, "left", "kept") is not None or over:
         return
-    plan = Plan.from_line(lines[0])
+    plan = plan_of(lines)
     ends_at = ends_itself_at(lines)
     box = "no box of it is known"
     if may_have_box(lines) and ends_at is not None:

@@ -140,6 +140,14 @@ def newest_checkpoint(session: Session) -> Path | None:
     return max(complete, key=lambda p: int(p.name), default=None)
 
 
+def saved_words(session: Session) -> str:
+    """Which checkpoint is at home, or that none is."""
+    newest = newest_checkpoint(session)
+    if newest is None:
+        return "no checkpoint of it is at home"
+    return f"the checkpoint of step {newest.name} is at home"
+
+
 def home_of(session: Session, path: str) -> Path | None:
     """Where a checkpoint lies here that the box calls `path`; None for one of no stage of this
     run."""

@@ -6,12 +6,18 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ops.job.plan import Plan
 from ops.market.cost import CostEstimate, compare
 from ops.market.models import Offer
 from ops.run.journal import Line, last
 from ops.run.kept import kept, words
-from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
+from ops.run.meter import (
+    burn_usd_per_hour,
+    ends_itself_at,
+    max_usd_of,
+    may_have_box,
+    plan_of,
+    spent_usd,
+)
 
 STAGES = {
     "planned": "planned",
@@ -81,7 +87,7 @@ def status(run_id: str, lines: list[Line], now: float, owner: str = "") -> Statu
         stage,
         lines[0].t,
         round(spent_usd(lines, now), 4),
-        lines[0]["max_usd"],
+        max_usd_of(lines),
         rented["instance_id"] if rented and may_have_box(lines) else None,
         pulled["adapter"] if pulled else None,
         checkpoint["step"] if checkpoint else None,
@@ -104,7 +110,7 @@ def _usd_per_hour(lines: list[Line]) -> float | None:
     rent = last(lines, "renting")
     if rent is None:
         return None
-    plan, offer = Plan.from_line(lines[0]), Offer(**rent["offer"])
+    plan, offer = plan_of(lines), Offer(**rent["offer"])
     return round(burn_usd_per_hour(plan, offer, rent["bid_usd_per_hour"]), 4)
 
 
@@ -210,6 +216,9 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
             return "watch", "no terminal watches any more; the run goes on"
         case "left":
             return "left", f"the box is alone, and ends itself at {_at(d('ends_at', 0))}"
+        case "limits":
+            hours = d("max_s", 0) / 3600
+            return "limits", f"from now on at most {d('max_usd'):.2f} $ and {hours:.1f} h"
         case "stopping":
             return "stop", f"instance {d('instance_id')}, its disk is kept"
         case "kept":
@@ -278,7 +287,7 @@ def cost_facts(lines: list[Line], now: float) -> dict[str, Any]:
     bills, predicted = [line for line in lines if line.kind == "bill"], last(lines, "offers")
     return {
         "spent_usd": round(spent_usd(lines, now), 6),
-        "max_usd": lines[0]["max_usd"],
+        "max_usd": max_usd_of(lines),
         "bills": [
             {"instance_id": b["instance_id"], "usd": b.get("usd"), "items": b.get("items", [])}
             for b in bills

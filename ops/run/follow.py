@@ -31,7 +31,7 @@ from ops.errors import (
 )
 from ops.run import blame, chain, retrieve
 from ops.run.rental import raise_if_preempted
-from ops.run.session import MARGIN_S, Session
+from ops.run.session import MARGIN_S, MORE, Session
 from ops.wait import Patience, until
 from trainer.wire import events
 
@@ -370,8 +370,6 @@ def _enforce(session: Session, state: _State) -> None:
         )
     if session.left_s() < MARGIN_S:
         raise OverBudget(
-            f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached; the "
-            "newest checkpoint is at home",
-            hint=f"raise the limit in the job file, then `milktea resume {session.run_id}` goes "
-            "on from the checkpoint",
+            f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached",
+            hint=MORE.replace("RUN", session.run_id),
         )

@@ -73,8 +73,8 @@ def obey(session: Session, box: Box | None) -> None:
         except MilkteaError as e:
             session.screen.waiting(f"the box is not kept but destroyed: {e}")
     raise Failed(
-        "stopped by you; the newest checkpoint is at home",
-        hint=f"`milktea resume {session.run_id}` goes on from it",
+        f"stopped by you; {chain.saved_words(session)}",
+        hint=f"`milktea resume {session.run_id}` goes on from what is at home",
     )
 
 

@@ -17,7 +17,7 @@ from ops.box.connection import Box
 from ops.errors import BoxLeaked, JournalError, Lost, MilkteaError, OverBudget, Stalled
 from ops.run.absence import until_absent
 from ops.run.meter import box_age_s
-from ops.run.session import Session
+from ops.run.session import MORE, Session
 from ops.wait import ASLEEP_S
 
 LOOK_S = 1.0  # between two looks at the limits; no call is made for them
@@ -96,8 +96,7 @@ class Keeper:
         if session.left_s() <= 0:
             return OverBudget(
                 f"limits.max_usd = {session.plan.max_usd} or limits.max_hours is reached",
-                hint=f"raise the limit in the job file, then `milktea resume {session.run_id}` "
-                "goes on from the newest checkpoint at home",
+                hint=MORE.replace("RUN", session.run_id),
             )
         still_s = self._now() - session.moved_t
         patience_s = session.plan.stall_s + STALL_GRACE_S

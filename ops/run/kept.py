@@ -21,7 +21,7 @@ from ops.market import cost
 from ops.market.models import Instance, Offer
 from ops.run.journal import Line, last
 from ops.run.meter import box_age_s, burn_usd_per_hour, halted, life_s, spent_usd
-from ops.run.session import MARGIN_S, Kept, Session
+from ops.run.session import MARGIN_S, MORE, Kept, Session
 from ops.wait import until
 
 DAY_S = 86400.0
@@ -187,7 +187,7 @@ def start_again(session: Session, instance_id: int) -> bool:
         raise OverBudget(
             f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: too few to "
             "start the kept box",
-            hint="raise limits.max_usd or limits.max_hours in the job file and run it again",
+            hint=MORE.replace("RUN", session.run_id),
         )
     with session.shield:
         session.note("starting", instance_id=instance_id, ends_at=round(now + left_s, 3))

@@ -16,6 +16,19 @@ APPEARS_S = 600.0  # after an unclear create its instance may appear in the list
 _HALTS = ("stopping", "kept", "starting")
 
 
+def plan_of(lines: list[Line]) -> Plan:
+    """The plan in a journal's first line, with the limits that a later command gave the run."""
+    plan, raised = Plan.from_line(lines[0]), last(lines, "limits")
+    if raised is None:
+        return plan
+    return replace(plan, max_usd=float(raised["max_usd"]), max_s=float(raised["max_s"]))
+
+
+def max_usd_of(lines: list[Line]) -> float:
+    """limits.max_usd of a run, as it is now."""
+    return float((last(lines, "limits") or lines[0])["max_usd"])
+
+
 def burn_usd_per_hour(plan: Plan, offer: Offer, bid: float | None) -> float:
     """$/h of a running machine: GPUs (or the bid) and disk."""
     return (bid or offer.usd_per_hour) + cost.disk_usd_per_hour(offer, plan.needs.disk_gib)

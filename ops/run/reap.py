@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ops.errors import BoxLeaked, Elsewhere, Fenced, JournalError
-from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.run import journal, place
 from ops.run.absence import until_absent
 from ops.run.journal import Journal
 from ops.run.kept import due, kept_on, words
-from ops.run.meter import may_appear, may_have_box
+from ops.run.meter import may_appear, may_have_box, plan_of
 from ops.run.rental import destroy
 from ops.run.session import Screen, Session
 
@@ -96,7 +95,7 @@ def _each(
             if not wanted(journal.read(folder)):
                 continue
             with Journal(folder, vast.clock.now) as held:
-                session = Session(held, Plan.from_line(held.lines[0]), vast, screen)
+                session = Session(held, plan_of(held.lines), vast, screen)
                 line = kept_on(session)
                 if line is None:
                     destroy(session, why="reaped")

@@ -345,7 +345,10 @@ def watch(session: Session, box: Box) -> None:
             )
             retry_transfer(session, box, lambda: box.run(scripts.kill_training(session.run_id)))
             _start(session, box, (blame.NO_P2P,))
-        except (OverBudget, Stalled, Failed, Unsuitable):
+        except OverBudget as e:
+            fetch_newest(session, box)
+            raise OverBudget(f"{e}; {chain.saved_words(session)}", hint=e.hint) from None
+        except (Stalled, Failed, Unsuitable):
             fetch_newest(session, box)
             raise
 

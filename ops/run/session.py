@@ -35,6 +35,7 @@ from trainer.wire.events import Event, Sample, Score
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MORE = "`milktea resume RUN --max-usd N` or `--max-hours N` goes on with a higher limit"
 MARGIN_S = 60.0  # before the box's own deadline, to fetch the newest checkpoint
 
 
@@ -253,7 +254,7 @@ class Session:
             raise OverBudget(
                 f"{max(left_s, 0):.0f} s are left by limits.max_usd and limits.max_hours: "
                 "too few for another machine",
-                hint="raise limits.max_usd or limits.max_hours in the job file and run it again",
+                hint=MORE.replace("RUN", self.run_id),
             )
         return left_s
 

@@ -36,6 +36,7 @@ from ops.market.ranking import Ranking
 from ops.run import journal, wishes
 from ops.run.interrupt import default_wish
 from ops.run.journal import Journal, Line
+from ops.run.meter import plan_of
 from ops.run.rent_and_chat import end_conversation
 from ops.run.rent_and_train import rent_and_train
 from ops.run.rental import destroy
@@ -246,7 +247,7 @@ def own(folder: Path, vast: Vast, begun: Callable[[], None] = lambda: None) -> i
     try:
         with Journal(folder) as held, FileScreen(folder) as screen:
             begun()
-            session = Session(held, Plan.from_line(held.lines[0]), vast, screen)
+            session = Session(held, plan_of(held.lines), vast, screen)
             try:
                 supervise(session, _saved_ranking(folder))
             except Interrupted:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ops.errors import JournalError, MilkteaError
-from ops.job.plan import Plan
 from ops.run import explain, journal, supervisor, wishes
 from ops.run.explain import Status
 from ops.run.folders import runs_folder
 from ops.run.journal import Line
 from ops.run.kept import kept, words
-from ops.run.meter import ends_itself_at, may_have_box
+from ops.run.meter import ends_itself_at, may_have_box, plan_of
 from trainer.wire import events
 from trainer.wire.events import Event
 
@@ -91,7 +90,7 @@ class Run:
     def choices(self) -> list[wishes.Choice]:
         """What can be wished of it now, with the price; the first keeps what is paid for."""
         lines = self.journal
-        return wishes.choices(lines, Plan.from_line(lines[0]), time.time(), attached=True)
+        return wishes.choices(lines, plan_of(lines), time.time(), attached=True)
 
     def status(self) -> Status:
         """Stage, owner, box, dollars and newest checkpoint."""

@@ -16,7 +16,7 @@ from ops.market.models import Offer
 from ops.market.ranking import bid_of
 from ops.run.journal import Line, last
 from ops.run.kept import kept, terms, words
-from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, spent_usd
+from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, plan_of, spent_usd
 
 FILE = "wish.json"
 _MAX_BYTES = 4096
@@ -118,7 +118,7 @@ def why_not_kept(lines: list[Line]) -> str:
         return "its training was not launched, so that nothing of it is on the disk"
     if coming_home(lines):
         return "its training has ended, and the result is on its way home"
-    agreed = terms(lines, Plan.from_line(lines[0]), time.time())
+    agreed = terms(lines, plan_of(lines), time.time())
     return (
         f"its disk costs {agreed.usd_per_day:.3f} $ a day, and a start on another machine "
         f"{agreed.saved_usd:.4f} $"
