@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 import milktea
 import rig
+from ops.box import scripts
 from ops.fakevast import FakeVast
 from ops.run import journal, supervisor
 from ops.run.journal import Journal, Line
 from ops.wait import until
+
+ROOT = Path(__file__).parents[1]
 
 
 def planned(own: rig.Rig, **more: Any) -> milktea.Run:
@@ -98,3 +106,30 @@ def paused(own: rig.Rig, vast: milktea.Vast) -> milktea.Run:
     supervisor.start(run.folder, vast)
     told(run, "launched")
     return run
+
+
+def terminal_environment(fake: FakeVast, own: rig.Rig) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
+    env |= {"VAST_URL": fake.url, "VAST_API_KEY": fake.api_key, "MILKTEA_PACE": str(rig.PACE)}
+    return env | {"MILKTEA_RUNS": str(own.runs), "PYTHONPATH": str(ROOT)}
+
+
+def in_a_terminal(fake: FakeVast, own: rig.Rig, *words: str) -> tuple[int, int]:
+    """(process, its terminal's other end) of a command."""
+    pid, master = pty.fork()
+    if pid == 0:
+        env = terminal_environment(fake, own)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be under nohup
+        os.execve(sys.executable, [sys.executable, "-m", "ops.cli", *words], env)
+    return pid, master
+
+
+def shorten_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes that miss their client after three seconds in place of ten minutes."""
+    real = scripts.environment
+
+    def environment(*args: Any) -> dict[str, str]:
+        return real(*args) | {"MILKTEA_LEASE_S": "3", "MILKTEA_WATCH_S": "1"}
+
+    monkeypatch.setattr(scripts, "environment", environment)
+    monkeypatch.setattr("ops.run.keeper.RENEW_S", 0.3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import shlex
 import signal
 import subprocess
@@ -16,13 +15,24 @@ from typing import Any
 
 import pytest
 from machine import NOT_HERE, needs
-from owners import Forked, Heard, came, creates, paused, planned, stop_in_time, told
+from owners import (
+    Forked,
+    Heard,
+    came,
+    creates,
+    in_a_terminal,
+    paused,
+    planned,
+    shorten_the_lease,
+    stop_in_time,
+    terminal_environment,
+    told,
+)
 
 import milktea
 import rig
 from ops.box import pull as pulling
 from ops.box import push as pushing
-from ops.box import scripts
 from ops.errors import Failed, JournalError
 from ops.fakevast import FakeVast
 from ops.job.plan import Plan
@@ -166,22 +176,6 @@ def test_a_told_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path)
 # -- terminals -------------------------------------------------------------------------------------
 
 
-def terminal_environment(fake: FakeVast, own: rig.Rig) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("VAST")}
-    env |= {"VAST_URL": fake.url, "VAST_API_KEY": fake.api_key, "MILKTEA_PACE": str(rig.PACE)}
-    return env | {"MILKTEA_RUNS": str(own.runs), "PYTHONPATH": str(ROOT)}
-
-
-def in_a_terminal(fake: FakeVast, own: rig.Rig, *words: str) -> tuple[int, int]:
-    """(process, its terminal's other end) of a command."""
-    pid, master = pty.fork()
-    if pid == 0:
-        env = terminal_environment(fake, own)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be under nohup
-        os.execve(sys.executable, [sys.executable, "-m", "ops.cli", *words], env)
-    return pid, master
-
-
 def read_until(master: int, text: str) -> str:
     said = ""
     while text not in said:
@@ -205,14 +199,45 @@ def test_closing_the_terminal_detaches_and_the_journal_says_so(
     assert creates(fake) == 1
 
 
-SESSIONS = {  # how each is begun with ./resume.sh, and ended
-    "tmux": ("tmux -S ./socket new-session -d ./resume.sh", "tmux -S ./socket kill-server"),
-    "nohup": ("nohup ./resume.sh >/dev/null 2>&1 & echo $! >pid", "kill -9 $(cat pid)"),
+CGROUP = Path("/sys/fs/cgroup/pids/milktea-tried")  # of cgroup v1; v2 has one hierarchy
+if Path("/sys/fs/cgroup/cgroup.controllers").exists():
+    CGROUP = Path("/sys/fs/cgroup/milktea-tried")
+SESSIONS = {  # how each is begun with ./resume.sh and ended, and whether its end is the owner's
+    "tmux": ("tmux -S ./socket new-session -d ./resume.sh", "tmux -S ./socket kill-server", False),
+    "nohup": ("nohup ./resume.sh >/dev/null 2>&1 & echo $! >pid", "kill -9 $(cat pid)", False),
     "systemd-run": (
         "systemd-run --user --collect --unit milktea-tried $PWD/resume.sh",
         "systemctl --user stop milktea-tried",
+        True,
+    ),
+    # a container's processes end with its first one
+    "unshare": (
+        "unshare --pid --fork --mount-proc --kill-child ./resume.sh >/dev/null 2>&1 & echo $! >pid",
+        "kill -9 $(cat pid)",
+        True,
+    ),
+    # what a service manager does when a unit ends: it kills all that the unit's cgroup holds
+    "cgroup": (
+        f"mkdir {CGROUP} && sh -c 'echo $$ >{CGROUP}/cgroup.procs; exec ./resume.sh' "
+        ">/dev/null 2>&1 &",
+        f"kill -9 $(cat {CGROUP}/cgroup.procs); until rmdir {CGROUP}; do sleep 0.1; done",
+        True,
     ),
 }
+
+
+def can_begin(tool: str) -> bool:
+    """Whether this machine and its user may begin such a session."""
+    match tool:
+        case "systemd-run":
+            return Path("/run/systemd/system").exists()
+        case "cgroup":
+            return os.access(CGROUP.parent, os.W_OK) and (CGROUP.parent / "cgroup.procs").exists()
+        case "unshare":
+            words = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
+            return subprocess.run(words, capture_output=True).returncode == 0
+        case _:
+            return True
 
 
 @pytest.mark.slow
@@ -220,11 +245,13 @@ SESSIONS = {  # how each is begun with ./resume.sh, and ended
 def test_a_run_outlives_the_session_that_it_was_started_in(
     own: rig.Rig, fake: FakeVast, tool: str
 ) -> None:
-    """But for systemd's, which ends all that a unit started: the box trains on, and the adapter
-    comes home by `resume`."""
-    needs(tool)
-    if tool == "systemd-run" and not Path("/run/systemd/system").exists():
-        pytest.skip(f"no systemd runs: {NOT_HERE}")
+    """But for one that ends all that was started in it: the box trains on, and the adapter comes
+    home by `resume`."""
+    if tool != "cgroup":
+        needs(tool)
+    if not can_begin(tool):
+        pytest.skip(f"a session of {tool}: {NOT_HERE}")
+    begin, end, ends_the_owner = SESSIONS[tool]
     (own.image / "pause").touch()
     run = planned(own)
     names = ("VAST_URL", "VAST_API_KEY", "MILKTEA_PACE", "MILKTEA_RUNS", "PYTHONPATH")
@@ -233,12 +260,13 @@ def test_a_run_outlives_the_session_that_it_was_started_in(
     script = own.folder / "resume.sh"
     script.write_text(f"#!/bin/sh\n{given}exec {sys.executable} -m ops.cli resume {run.id}\n")
     script.chmod(0o700)
-    begin, end = SESSIONS[tool]
     subprocess.run(begin, shell=True, check=True, cwd=own.folder, timeout=60)
     told(run, "launched")
     subprocess.run(end, shell=True, check=True, cwd=own.folder, timeout=60)
-    if tool == "systemd-run":
+    if ends_the_owner:
         came(lambda: not run.is_owned)
+    else:
+        assert run.is_owned
     (own.image / "pause").unlink()
     vast = milktea.Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
     done = milktea.attach(run) if run.is_owned else milktea.resume(run, vast=vast, root=own.runs)
@@ -330,14 +358,7 @@ def test_stop_and_status_as_they_are_typed(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boxes that miss their client after three seconds in place of ten minutes."""
-    real = scripts.environment
-
-    def environment(*args: Any) -> dict[str, str]:
-        return real(*args) | {"MILKTEA_LEASE_S": "3", "MILKTEA_WATCH_S": "1"}
-
-    monkeypatch.setattr(scripts, "environment", environment)
-    monkeypatch.setattr("ops.run.keeper.RENEW_S", 0.3)
+    shorten_the_lease(monkeypatch)
 
 
 def held_in(stage: str, own: rig.Rig, monkeypatch: pytest.MonkeyPatch) -> str:
