@@ -116,11 +116,12 @@ def prepare_inputs(job: Job, run: Path) -> None:
 def validate_beside(job: Job, run: Path) -> None:
     """Raises InvalidJob where an adapter or a function that came with the job is not the one that
     it names."""
-    held = {t.path: weights_sha256(run / t.path) for t in (job.start, job.judge) if t is not None}
+    beside = [*job.merged, *(t for t in (job.start, job.judge) if t is not None)]
+    held = {t.path: weights_sha256(run / t.path) for t in beside}
     if job.reward_function is not None:
         text = (run / job.reward_function.path).read_bytes()
         held[job.reward_function.path] = hashlib.sha256(text).hexdigest()
-    for told in (job.start, job.judge, job.reward_function):
+    for told in (*beside, job.reward_function):
         if told is not None and held[told.path] != told.sha256:
             raise InvalidJob(
                 f"{told.path} does not hold {told.name} as the job names it",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
 from ops.job.config import JobFile
 from trainer.wire.adapters import as_told, files_of, judge_defect, lora_from
+from trainer.wire.chain import CONFIG, text_of
 from trainer.wire.job import DataFile
 from trainer.wire.tables import REWARD_MODEL
 
@@ -37,14 +39,11 @@ def taken_up(job: JobFile, stage: Path) -> tuple[JobFile, Adapters]:
     base = base if Path(job.model.base).is_dir() else base.partition("@")[0]
     if start is not None:
         with _named("start", start):
-            lora = lora_from(start, job.lora, job.how)
-            job = job.model_copy(update={"lora": lora})
-            _add(found, start, START, stage)
-            found.told[START]["how"] = job.how
+            job = _started(job, start, found, stage)
     if (rule := job.judge) is not None and rule.path != REWARD_MODEL:
         judge, foreign = Path(rule.path), getattr(job, job.stage).foreign_reward
         with _named("the reward model", judge):
-            if why := judge_defect(judge, start, base, foreign):
+            if why := judge_defect(judge, start, base, foreign, job.how == "merge"):
                 raise PreflightError(
                     f"the reward model {judge} must not judge here: {why}",
                     hint="train it by stage rm from what the policy starts from, or set "
@@ -54,6 +53,20 @@ def taken_up(job: JobFile, stage: Path) -> tuple[JobFile, Adapters]:
     if (rule := job.function) is not None:
         _add_function(found, Path(rule.path))
     return job, found
+
+
+def _started(job: JobFile, start: Path, found: Adapters, stage: Path) -> JobFile:
+    """The job with the LoRA settings that its start asks for, which is added to `found`. Raises
+    OSError, ValueError."""
+    _add(found, start, START, stage)
+    if job.how == "merge":
+        if json.loads(text_of(start, CONFIG)).get("peft_type") != "LORA":
+            raise ValueError("it is no LoRA: only a LoRA is merged")
+        found.told["merged"] = [found.told.pop(START)]
+        return job
+    lora = lora_from(start, job.lora, job.how)
+    found.told[START]["how"] = job.how
+    return job.model_copy(update={"lora": lora})
 
 
 def _add_function(found: Adapters, file: Path) -> None:

@@ -30,11 +30,11 @@ from trainer.wire.job import (
     Column,
     DataFormat,
     EnvironmentName,
-    How,
     Lora,
     OverLength,
     Positive,
     Precision,
+    StageHow,
     Strict,
     Training,
     TrainOn,
@@ -280,8 +280,11 @@ class JobFile(Strict, Sections):
         ),
     ] = None
     how: Annotated[
-        How,
-        Field(description="continue: train on that adapter; stack: leave it, train one beside it"),
+        StageHow,
+        Field(
+            description="continue: train on that adapter; stack: leave it, train one beside it; "
+            "merge: into the base, and train a fresh one"
+        ),
     ] = "continue"
     env: Annotated[
         list[EnvironmentName],
@@ -333,7 +336,7 @@ class JobFile(Strict, Sections):
             raise ValueError(defect)
         if defect := section_defect(self.stage, self):
             raise ValueError(defect)
-        if defect := start_defect(self.start is not None, self.training, self.lora):
+        if defect := start_defect(self.takes_up, self.training, self.lora):
             raise ValueError(defect)
         if defect := looks_defect(self.stage, self.training, self.offer.num_gpus):
             raise ValueError(defect)
@@ -346,6 +349,11 @@ class JobFile(Strict, Sections):
         if self.start is None and self.how != "continue":
             raise ValueError(f'how = "{self.how}" needs start')
         return self
+
+    @property
+    def takes_up(self) -> bool:
+        """Whether an adapter is trained on, or beside."""
+        return self.start is not None and self.how != "merge"
 
     @property
     def rollouts(self) -> Rollouts | None:

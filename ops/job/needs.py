@@ -14,16 +14,23 @@ from ops.market.ranking import Needs
 from ops.market.workload import Workload
 from trainer import memory
 from trainer.wire.stages import STAGES
+from trainer.wire.tables import StageTable
 
 DRIVER_SHARE = 0.98  # torch can use this share of the memory that a GPU's driver reports
 HOST_GIB, PROCESS_GIB = 3.0, 4.0  # host memory of the system; of each process (torch, CUDA, data)
 SYSTEM_GIB = 4  # disk for logs, pip's cache and the container itself
+SHARD_GIB = 10.0  # a file of 5 GB of a base in bf16, in fp32 while an adapter is merged into it
 IMAGE_UNPACKED = 2.5  # unpacked bytes for each compressed byte
 
 
 def workload_of(
-    job: JobFile, lengths: list[int], shape: memory.Shape | None, pushes: list[PushFile]
+    job: JobFile,
+    lengths: list[int],
+    shape: memory.Shape | None,
+    pushes: list[PushFile],
+    table: StageTable | None = None,
 ) -> Workload:
+    """Of a job, or of one stage of several, which `table` is."""
     steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
     share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
     tokens = sum(lengths) * job.training.num_train_epochs * share
@@ -37,13 +44,12 @@ def workload_of(
     image_bytes = job.image.size_gib * 2**30
     pushed = float(sum(p.local.stat().st_size for p in pushes))
     download = 0.0 if local else parameters * 2
-    disk = job.offer.disk_gib or max(
-        10,
-        math.ceil(
-            (image_bytes * IMAGE_UNPACKED + 1.1 * (download + pushed) + 6 * adapter) / 2**30
-            + SYSTEM_GIB
-        ),
-    )
+    merges = int(job.start is not None and job.how == "merge")
+    merges += int(table is not None and table.how == "merge")
+    merged = merges * parameters * (4 if job.model.precision == "fp32" else 2)
+    kept = 1.1 * (download + pushed) + 6 * adapter + merged
+    written_gib = (image_bytes * IMAGE_UNPACKED + kept) / 2**30
+    disk = job.offer.disk_gib or max(10, math.ceil(written_gib + SYSTEM_GIB))
     return Workload(
         tokens=tokens,
         stage=job.stage,
@@ -69,6 +75,7 @@ def workload_of(
         save_every_s=job.training.save_every_s,
         talk_s=job.results.talk_s,
         evaluate_s=job.evaluate.minutes * 60 if job.evaluate else 0.0,
+        merges=merges,
     )
 
 
@@ -84,6 +91,7 @@ def of_stages(loads: list[Workload]) -> Workload:
         pull_bytes=sum(w.pull_bytes for w in loads),
         checkpoint_bytes=max(w.checkpoint_bytes for w in loads),
         disk_gib=max(w.disk_gib for w in loads)
+        + math.ceil(sum(2 * w.model_parameters * w.merges for w in loads[:-1]) / 2**30)
         + math.ceil(sum(4 * w.pull_bytes for w in loads[:-1]) / 2**30),
     )
 
@@ -153,7 +161,8 @@ def _host_memory_gib(workload: Workload) -> float:
     if workload.cpu_practice:
         return 0.0
     copied = workload.checkpoint_bytes / 2**30
-    return math.ceil(HOST_GIB + PROCESS_GIB * workload.num_gpus + copied)
+    shard = min(SHARD_GIB, workload.model_parameters * 4 / 2**30) if workload.merges else 0.0
+    return math.ceil(HOST_GIB + PROCESS_GIB * workload.num_gpus + copied + shard)
 
 
 def _gpu_names(job: JobFile) -> list[str]:

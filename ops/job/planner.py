@@ -89,11 +89,16 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         shape = _shape(job, config, family, notes)
     notes[:] = dict.fromkeys(notes)
     loads = [
-        workload_of(part, of_part, shape, pushes)
-        for part, of_part in zip(parts, lengths, strict=True)
+        workload_of(part, of_part, shape, pushes, job.stages[n] if job.stages else None)
+        for n, (part, of_part) in enumerate(zip(parts, lengths, strict=True))
     ]
     workload = of_stages(loads)
     needs = largest([needs_of(p, w, shape) for p, w in zip(parts, loads, strict=True)], workload)
+    if merges := sum(one.merges for one in loads):
+        notes.append(
+            f"{merges} times an adapter is merged into the base on the machine, written to disk "
+            "and read again: the result needs that base (`milktea merge`) to be used"
+        )
     templates = {Path(part.data.template) for part in parts}
     for name in job.offer.gpu_name:
         if (meant := gpus.meant(name)) != [name] and gpus.find(name) is None:

@@ -22,6 +22,7 @@ GB = 1e9
 _LINK_SHARE = 0.6
 _UNPACK_BYTES_S = 120e6  # compressed image bytes: docker inflates a layer on one core
 _MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU; used when the offer does not say
+_MERGE_BYTES_S = 200e6  # of a base that an adapter is merged into, on the CPU: not measured
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 survives a day with a chance of 0.98
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
 _BOOT_FAILS = 0.02  # chance, even on the best host
@@ -85,7 +86,9 @@ def predict(
         workload = replace(workload, boot_s=_PRACTICE_BOOT_S, start_s=_PRACTICE_START_S)
     pull_s, transfer_s, read_s = _moving_s(offer, workload)
     stages_s = tuple(one.tokens / s for one, s in zip(workload.each, speeds, strict=True))
-    start_s, train_s = workload.start_s + read_s, sum(stages_s)
+    merging_s = 2 * workload.model_parameters / _MERGE_BYTES_S + read_s
+    start_s = workload.start_s + read_s + merging_s * sum(one.merges for one in workload.each)
+    train_s = sum(stages_s)
     after_s = workload.evaluate_s + workload.talk_s
     running_h = (transfer_s + start_s + train_s + after_s) / 3600
     hours = running_h + (workload.boot_s + pull_s) / 3600

@@ -32,8 +32,9 @@ class Workload:
     the modules that are trained fully beside an adapter. `home_*_mbps` is the laptop's own
     connection. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run against
     the emulator, on this computer's CPU. `before` are the stages that the same machine trains
-    before this one, of which what they compute counts. `talk_s` is
-    how long the box serves a result at the end, `evaluate_s` how long it scores it at most.
+    before this one, of which what they compute counts. `merges` adapters are merged into the base
+    before it trains. `talk_s` is how long the box serves a result at the end, `evaluate_s` how long
+    it scores it at most.
     """
 
     tokens: float
@@ -65,6 +66,7 @@ class Workload:
     before: tuple[Workload, ...] = ()
     talk_s: float = 0.0
     evaluate_s: float = 0.0
+    merges: int = 0
 
     def __post_init__(self) -> None:
         loads = [Workload(**w) if isinstance(w, dict) else w for w in self.before]

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from tiny import events_of, finish, manifest_of, rows, start, wait_for
+from transformers import AutoModelForCausalLM
 
 from trainer.chained import gate_defect
 from trainer.launch import prepare_inputs, read_job
 from trainer.loop.guards import Stopped
+from trainer.result.adapter import identity, merged_defect
+from trainer.result.merge import merge
 from trainer.train import run_job
 from trainer.wire.job import Job
 
@@ -194,6 +200,47 @@ def test_a_run_killed_in_any_stage_goes_on_bit_for_bit(chain_of_stages: Make, nu
     assert finish(start(killed)) == [0]
     assert links(manifest_of(killed)) == links(manifest_of(whole))
     assert manifest_of(killed)["curve"] == manifest_of(whole)["curve"]
+
+
+@pytest.mark.slow
+def test_a_stage_may_merge_the_adapter_before_into_the_base(
+    chain_of_stages: Make, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = chain_of_stages("sft", ("sft", {"how": "merge"}), "sft")
+    assert run(job) == 0
+    began = [e for e in events_of(job) if e["event"] == "started"]
+    assert [e["weights_read"] for e in began] == [1, 2, 2], "the third takes the second's base over"
+    manifest = manifest_of(job)
+    assert [how for _, how, _ in links(manifest)] == ["new", "merge", "continue"]
+    first, second, third = (stage["chain"]["base_sha256"] for stage in manifest["stages"])
+    by_hand = tmp_path / "by-hand"
+    merge(job.parent / "stages/1-sft/adapter", models(), by_hand, "fp32")
+    assert first == identity(models()) and second == third == identity(by_hand)
+    assert not merged_defect(job.parent / "stages/3-sft/adapter", by_hand)
+    raw = merged_defect(job.parent / "stages/3-sft/adapter", models())
+    assert "merge that one first" in raw and "(sft)" in raw
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(models()), str(job.parent / "stages/1-sft/adapter")
+    ).merge_and_unload()
+    ours = load_file(job.parent / "merged-1/model.safetensors")
+    for name, value in ours.items():
+        assert torch.allclose(value, stock.state_dict()[name], atol=1e-6), name
+
+
+def test_a_reward_model_of_another_base_or_start_is_refused_before_anything_is_trained(
+    chain_of_stages: Make,
+) -> None:
+    def judged(*stages: Any) -> None:
+        told = json.loads(chain_of_stages(*stages).read_text())
+        told["ppo"]["foreign_reward"] = False
+        Job.model_validate(told)
+
+    judged("sft", "rm", "ppo")
+    judged("sft", ("rm", {"how": "merge"}), ("ppo", {"how": "merge"}))
+    with pytest.raises(ValidationError, match="stands on another base: merge both alike"):
+        judged("sft", "rm", ("ppo", {"how": "merge"}))
+    with pytest.raises(ValidationError, match="not trained from what the policy starts from"):
+        judged("sft", "rm", "sft", "ppo")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from trainer.result.engines import read as read_adapter
 from trainer.result.engines import table as engines_table
 from trainer.result.words import write_words
 from trainer.wire.chain import CHAIN, Chain, Link, chain_of, weights_sha256
+from trainer.wire.chain import How as LinkHow
 from trainer.wire.job import WIRE, Job
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a file of the base
@@ -201,17 +202,20 @@ def chain_after(
     root: Path, job: Job, base: Path, data: Prepared, adapter: Path, facts: dict[str, Any]
 ) -> Chain:
     """The chain of the adapter in the folder `adapter`, this run last."""
-    start, before = job.start, None
+    start, before = job.start or (job.merged[-1] if job.merged else None), None
     if start is not None:
         before = chain_of(root / start.path)
     links = [] if before is None else before.links
     if start is not None and before is None:  # another program made it: its stage is unknown
         links = [Link(stage="sft", run_id=start.name, how="new", sha256=start.sha256)]
+    how: LinkHow = "merge" if job.merged else "new"
+    if job.start is not None:
+        how = job.start.how
     numbers = {name: after for name, (_, after) in facts.get("held_out", {}).items()}
     link = Link(
         stage=job.stage,
         run_id=job.run_id,
-        how="new" if start is None else start.how,
+        how=how,
         sha256=weights_sha256(adapter),
         numbers=numbers,
     )
@@ -220,6 +224,20 @@ def chain_after(
         base_sha256=identity(base),
         template=data.token_hash,
         links=[*links, link],
+    )
+
+
+def merged_defect(adapter: Path, base: Path) -> str:
+    """Why an adapter must not be used on `base`: it was trained on one with another merged into it.
+    Empty where it may."""
+    chain = chain_of(adapter)
+    merged = [link for link in chain.links if link.how == "merge"] if chain else []
+    if chain is None or not merged or identity(base) == chain.base_sha256:
+        return ""
+    before = chain.links[chain.links.index(merged[-1]) - 1]
+    return (
+        f"the adapter stands on {chain.base} with the adapter of {before.run_id} ({before.stage}) "
+        "merged into it: merge that one first (`milktea merge`), and name what it makes as the base"
     )
 
 

@@ -32,7 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.data.render import examples
 from trainer.model.weights import weight_files
-from trainer.result.adapter import digest
+from trainer.result.adapter import digest, merged_defect
 from trainer.result.certificate import NotCertified, certify
 from trainer.result.command import StatusLine, answer, parser_of
 from trainer.result.open import base_folder, open_words, rows_in, unpacked
@@ -77,6 +77,8 @@ def merge(
     type."""
     if out.exists():
         raise MergeError(f"{out} exists: name a new folder")
+    if defect := merged_defect(adapter, base):
+        raise MergeError(defect)
     shards = shards_of(base)
     _validate_room(shards, base, out, dtype)
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:

@@ -33,6 +33,7 @@ from trainer.kernels.attention import register
 from trainer.model.decode import answer
 from trainer.model.load import family_in
 from trainer.model.parts import ModelError
+from trainer.result.adapter import merged_defect
 from trainer.wire.job import Job
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -81,6 +82,8 @@ def open_words(adapter: Path, base: Path) -> Prepared:
             "this is a reward model: it scores conversations and answers nothing; its card says "
             "how to ask it"
         )
+    if defect := merged_defect(adapter, base):
+        raise ModelError(defect)
     saved = json.loads((adapter / "template.json").read_text(encoding="utf-8"))
     vocabulary = open_vocabulary(base)
     template = (

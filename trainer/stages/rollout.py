@@ -125,9 +125,11 @@ class Stage(compared.Stage):
             return None
         folder, start = self.run / told.path, self.job.start
         chain = chain_of(folder)
-        before = chain_of(self.run / start.path) if start else None
+        merges = start is None and bool(self.job.merged)
+        taken = self.job.merged[-1] if merges else start
+        before = chain_of(self.run / taken.path) if taken else None
         foreign, base = self.settings.foreign_reward, self.job.model.base
-        why = reward_defect(chain, weights_sha256(folder), before, base, foreign)
+        why = reward_defect(chain, weights_sha256(folder), before, base, foreign, merges)
         if chain is None or why:
             raise InvalidJob(
                 f"the reward model {told.name} must not judge here: {why}", hint=FOREIGN

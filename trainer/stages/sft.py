@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainer.data import batch, packing
 from trainer.data.errors import InvalidJob
 from trainer.data.held_out import MOST_ROWS
-from trainer.data.prepare import looks_at, model_folder, order_of
+from trainer.data.prepare import looks_at, order_of
 from trainer.data.stage_rows import held_rows, prepare
 from trainer.data.tokenised import Rows
 from trainer.eval import held_out
@@ -34,6 +34,7 @@ from trainer.model.parts import ModelError
 from trainer.model.roles import continue_from, stack_on
 from trainer.model.small_copy import copy_of
 from trainer.result import adapter
+from trainer.result.merged import base_of
 from trainer.wire import events
 from trainer.wire.chain import chain_of
 from trainer.wire.job import Job, Start
@@ -81,7 +82,7 @@ class Stage(stage.Stage):
 
     def load(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.base = model_folder(self.job, self.run, weights=True)
+        self.base = base_of(self.job, self.run, ranks)
         longest = self.longest
         family, precision = family_in(self.base, longest), self.job.model.precision
         why = why_unpacked(family, longest, ranks.device, precision)

@@ -112,7 +112,9 @@ def as_told(adapter: Path, path: str, name: str) -> dict[str, str]:
     return told.model_dump()
 
 
-def judge_defect(judge: Path, start: Path | None, base: str, foreign: bool) -> str:
+def judge_defect(
+    judge: Path, start: Path | None, base: str, foreign: bool, merged: bool = False
+) -> str:
     """chain.reward_defect of adapters' files. Raises OSError, ValueError."""
     before = None if start is None else chain_of(start)
-    return reward_defect(chain_of(judge), weights_sha256(judge), before, base, foreign)
+    return reward_defect(chain_of(judge), weights_sha256(judge), before, base, foreign, merged)

@@ -24,7 +24,7 @@ FILES = (WEIGHTS, CONFIG, CHAIN)  # of an adapter, as a later stage reads it
 MAX_TEXT = 1 << 20  # bytes of one of them that is not weights
 MIN_ACCURACY = 0.55  # of a reward model on held-out pairs
 
-How = Literal["new", "continue", "stack"]
+How = Literal["new", "continue", "stack", "merge"]
 
 
 class Link(BaseModel):
@@ -92,11 +92,16 @@ def chain_of(adapter: Path) -> Chain | None:
 
 
 def reward_defect(
-    reward: Chain | None, sha256: str, start: Chain | None, base: str, foreign: bool
+    reward: Chain | None,
+    sha256: str,
+    start: Chain | None,
+    base: str,
+    foreign: bool,
+    merged: bool = False,
 ) -> str:
     """Why a reward model (`sha256` of its weights) must not judge a policy that starts from `start`
-    (None: from `base` itself); empty where it may. `foreign`: whether it may come from another
-    chain."""
+    (None: from `base` itself; `merged`: which is merged into the base, and a fresh one trained);
+    empty where it may. `foreign`: whether it may come from another chain."""
     if reward is None or not reward.links:
         return "it has no chain.json: it is no reward model of this trainer"
     last = reward.links[-1]
@@ -106,7 +111,9 @@ def reward_defect(
         return "its weights are not those that its chain.json names"
     if reward.base != base:
         return f"it stands on {reward.base}, the policy on {base}"
-    if start is not None and start.base_sha256 != reward.base_sha256:
+    if merged and last.how != "merge":
+        return "it stands on the base, the policy on a base with an adapter merged into it"
+    if start is not None and not merged and start.base_sha256 != reward.base_sha256:
         return "it stands on other weights of the same base than the adapter to start from"
     if foreign:
         return ""

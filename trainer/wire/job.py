@@ -56,6 +56,7 @@ Column = Literal[
 BadRows = Literal["refuse", "drop"]
 TrainOn = Literal["all", "last"]
 How = Literal["continue", "stack"]
+StageHow = Literal["continue", "stack", "merge"]
 
 
 class Strict(BaseModel):
@@ -227,7 +228,7 @@ class Stage(Strict):
     rows give less, or more."""
 
     name: StageName
-    how: How = "continue"
+    how: StageHow = "continue"
     data: Data | None = None
     lora: Lora | None = None
     training: Training | None = None
@@ -269,6 +270,8 @@ class Job(Strict, Sections):
     ]
     model: ModelSpec
     data: Data
+    merged: list[Adapter] = []  # into the base, in order, in fp32 and cast once
+    merged_base: str = "merged"  # the folder that they make of it, made where it is not there
     start: Start | None = None
     judge: Adapter | None = None  # the reward model
     reward_function: DataFile | None = None
@@ -322,16 +325,46 @@ class Job(Strict, Sections):
             "lora": stage.lora or self.lora,
             "training": stage.training or self.training,
             "start": _above(self.start),
+            "merged": [_above(adapter) for adapter in self.merged],
+            "merged_base": UP + self.merged_base,
             "judge": _above(self.judge) if _asks_a_model(self, stage.name) else None,
             "reward_function": _above(function or None),
         }
-        for key, source in (("start", self.starts_from(number)), ("judge", self.judged_by(number))):
-            if source is not None:
-                told = {"path": f"{UP}{self.folder(source)}/adapter", "name": self.folder(source)}
-                own[key] = told | {"sha256": (sha256s or {}).get(source, UNKNOWN)}
-        if own["start"] is not None and self.starts_from(number) is not None:
-            own["start"]["how"] = stage.how
+
+        def left(source: int) -> dict[str, Any]:
+            told = {"path": f"{UP}{self.folder(source)}/adapter", "name": self.folder(source)}
+            return told | {"sha256": (sha256s or {}).get(source, UNKNOWN)}
+
+        if (source := self.starts_from(number)) is not None:
+            merging = [n for n in self._line_of(number) if self.stages[n].how == "merge"]
+            own["merged"] += [left(at) for n in merging if (at := self.starts_from(n)) is not None]
+            own["merged_base"] += f"-{len(own['merged'])}"
+            own["start"] = None if stage.how == "merge" else left(source) | {"how": stage.how}
+        if (source := self.judged_by(number)) is not None:
+            own["judge"] = left(source)
         return Job.model_validate(own)
+
+    def _judge_defect(self, number: int) -> str:
+        """Why the reward model of this chain must not judge stage `number`; empty where it may."""
+        if (judge := self.judged_by(number)) is None:
+            return ""
+        mine, theirs = ([a.path for a in self.part(n).merged] for n in (number, judge))
+        if mine != theirs:
+            return f"the reward model of stage {judge + 1} stands on another base: merge both alike"
+        foreign = getattr(self, self.stages[number].name).foreign_reward
+        if self.starts_from(number) != self.starts_from(judge) and not foreign:
+            return (
+                f"the reward model of stage {judge + 1} was not trained from what the policy "
+                "starts from: train it after, or set foreign_reward = true"
+            )
+        return ""
+
+    def _line_of(self, number: int) -> list[int]:
+        """The stages through which the adapter of stage `number` came, itself last."""
+        line, at = [number], self.starts_from(number)
+        while at is not None:
+            line, at = [at, *line], self.starts_from(at)
+        return line
 
     def text(self) -> str:
         """job.json as it is written. What is as its default is left out: an older image of this
@@ -344,6 +377,8 @@ class Job(Strict, Sections):
         for number in range(len(self.stages) if len(self.stages) > 1 else 0):
             part = self.part(number)
             if defect := chain_defect(part.training, part.lora):
+                raise ValueError(f"stage {number + 1}: {defect}")
+            if defect := self._judge_defect(number):
                 raise ValueError(f"stage {number + 1}: {defect}")
         told = {stage.name for stage in self.stages}
         for name in Sections.model_fields if len(self.stages) > 1 else ():

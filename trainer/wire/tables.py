@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from trainer.wire.adapters import TAKEN, lora_on
-from trainer.wire.job import How, Lora, Strict
+from trainer.wire.job import Lora, StageHow, Strict
 from trainer.wire.stages import Sections, StageName
 
 SHARED = ("data", "lora", "training")  # tables of the file that a stage may change key by key
@@ -22,7 +22,8 @@ class StageTable(Strict):
 
     stage: Annotated[StageName, Field(description="What is learned")]
     how: Annotated[
-        How, Field(description="As the file's: what becomes of the adapter of the stage before")
+        StageHow,
+        Field(description="As the file's: what becomes of the adapter of the stage before"),
     ] = "continue"
     data: Annotated[dict[str, Any], Field(description="Keys of [data] that differ")] = {}
     lora: Annotated[dict[str, Any], Field(description="Keys of [lora] that differ")] = {}
@@ -91,7 +92,7 @@ def loras_of(tables: Sequence[StageTable], asked: Sequence[Lora]) -> list[Lora]:
             told = {name: getattr(newest, name) for name in TAKEN}
             if table.how == "continue":
                 made = Lora.model_validate(lora.model_dump() | told)
-            else:
+            elif table.how == "stack":
                 made = lora_on(told, lora)
         found.append(made)
         newest = newest if table.stage == "rm" else made
@@ -110,6 +111,6 @@ def told_of_chain(tables: Sequence[StageTable], told: Sequence[dict[str, Any]]) 
         stages.append(entry)
     whole = dict(told[-1])
     for one in told:
-        beside = ("start", "judge", "reward_function", *Sections.model_fields)
+        beside = ("start", "merged", "judge", "reward_function", *Sections.model_fields)
         whole |= {name: one[name] for name in beside if name in one}
     return whole | {"stages": stages}

@@ -130,7 +130,7 @@ def put_adapters(job: JobFile, run: Path) -> tuple[JobFile, dict[str, object]]:
             continue
         adapter = Path(path)
         try:
-            if name == "start":
+            if name == "start" and job.how != "merge":
                 lora = lora_from(adapter, job.lora, job.how)
                 job = job.model_copy(update={"lora": lora})
             for file in files_of(adapter, run / name):
@@ -140,6 +140,9 @@ def put_adapters(job: JobFile, run: Path) -> tuple[JobFile, dict[str, object]]:
             told[name] = as_told(adapter, name, adapter.name) | (
                 {"how": job.how} if name == "start" else {}
             )
+            if name == "start" and job.how == "merge":
+                told["merged"] = [as_told(adapter, name, adapter.name)]
+                del told[name]
         except (OSError, ValueError) as why:
             raise ConfigError(f"{name}: {adapter}: {why}", hint="name an adapter.zip") from why
     if job.function is not None:

@@ -85,9 +85,22 @@ def test_an_adapter_that_is_stacked_on_gives_its_rank(tmp_path: Path) -> None:
     assert stacked.lora.target_modules == "all-linear"
 
 
+def test_an_adapter_that_is_merged_travels_and_asks_nothing_of_the_fresh_one(
+    tmp_path: Path,
+) -> None:
+    folder = an_adapter(tmp_path / "made", "sft", use_dora=True)
+    job = a_job(tmp_path, start="made", how="merge", lora={"r": 32})
+    merged, found = taken_up(job, tmp_path / "stage")
+    assert merged.lora.r == 32
+    told = {"path": "start", "name": "made", "sha256": weights_sha256(folder)}
+    assert found.told == {"merged": [told]}
+    assert {p.remote.split("/")[0] for p in found.pushes} == {"start"}
+
+
 @pytest.mark.parametrize(
     "changes, settings, said",
     [
+        ({"start": "made", "how": "merge"}, {"peft_type": "LOHA"}, "it is no LoRA"),
         ({"start": "nowhere"}, {}, "holds no adapter"),
         ({"start": "made"}, {"peft_type": "LOHA"}, "it is no LoRA"),
         ({"start": "made"}, {"use_dora": True}, "use_dora, which no stage"),

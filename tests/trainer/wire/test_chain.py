@@ -60,6 +60,18 @@ def test_foreign_takes_another_chain_and_a_guessing_model_but_no_other_base() ->
     assert reward_defect(other, B, POLICY, "tea/7b", foreign=True)
 
 
+def test_a_policy_on_a_merged_base_is_judged_by_a_model_on_the_same() -> None:
+    on_the_base = chain(link("sft", A), link("rm", B))
+    merged = chain(link("sft", A), link("rm", B).model_copy(update={"how": "merge"}))
+    merged = merged.model_copy(update={"base_sha256": "0" * 64})
+    said = reward_defect(on_the_base, B, POLICY, "tea/7b", foreign=True, merged=True)
+    assert "the policy on a base with an adapter merged into it" in said
+    assert reward_defect(merged, B, POLICY, "tea/7b", foreign=False, merged=True) == ""
+    other = reward_defect(merged, B, chain(link("sft", C)), "tea/7b", foreign=False, merged=True)
+    assert "the policy starts after sft" in other
+    assert "other weights" in reward_defect(merged, B, POLICY, "tea/7b", foreign=False)
+
+
 def test_a_chain_is_read_from_a_folder_and_from_an_archive(tmp_path: Path) -> None:
     folder, archive = tmp_path / "adapter", tmp_path / "adapter.zip"
     folder.mkdir()
