@@ -57,6 +57,10 @@ TESTS = {  # module -> its own tests
         "tests/trainer/data/test_fields.py",
         "tests/trainer/data/test_chat.py",
     ],
+    "trainer.data.chat": [
+        "tests/trainer/data/test_chat.py",
+        "tests/trainer/data/test_chat_labels.py",
+    ],
     "trainer.data.template": ["tests/trainer/data/test_template.py"],
     "trainer.data.packing": ["tests/trainer/data/test_packing.py"],
     "trainer.families": ["tests/trainer/test_families_words.py", "tests/trainer/test_families.py"],

@@ -21,6 +21,12 @@ def test_every_module_and_test_that_is_named_is_there(module: str) -> None:
     assert all((mutants.ROOT / test).is_file() for test in mutants.TESTS[module])
 
 
+@pytest.mark.parametrize("module", mutants.KNOWN)
+def test_every_fault_that_is_excused_can_be_planted(module: str) -> None:
+    planted = {fault.text for fault in mutants.faults(mutants.path_of(module).read_text("utf-8"))}
+    assert set(mutants.KNOWN[module]) <= planted
+
+
 def test_each_fault_changes_one_thing_and_no_message() -> None:
     made = {ast.unparse(mutants.planted(SOURCE, fault)) for fault in mutants.faults(SOURCE)}
     text = ast.unparse(ast.parse(SOURCE))
