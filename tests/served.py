@@ -87,6 +87,7 @@ class Running:
 
     def __init__(self, engine: Engine, feedback: Path, token: str = "t" * 43) -> None:
         self.engine, self.feedback, self.token = engine, feedback, token
+        self.meter = feedback.parent / "meter"  # nobody rented this machine until it is there
         self.loop, self._up = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -94,7 +95,8 @@ class Running:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        app = application(self.engine, self.token, self.feedback, ("models.example",))
+        names = ("models.example",)
+        app = application(self.engine, self.token, self.feedback, names, self.meter)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
         self.loop.run_until_complete(self._runner.setup())
         self.loop.run_until_complete(web.TCPSite(self._runner, "127.0.0.1", 0).start())

@@ -316,3 +316,24 @@ def test_it_speaks_chinese_where_the_browser_does_and_fits_a_phone(
     browser.click("#two")
     assert state(browser, "document.documentElement.scrollWidth") <= 360
     browser.click("#lang")
+
+
+def test_on_a_rented_machine_the_page_shows_dollars_and_the_end(
+    browser: Browser, server: Running
+) -> None:
+    opened(browser, server)
+    assert not state(browser, "$('meter').offsetParent !== null"), "nobody rented this machine"
+    told = {"usd": 0.1234, "usd_per_hour": 0.36, "max_usd": 0.5, "ends_in_s": 1770.0}
+    server.meter.write_text(json.dumps(told))
+    try:
+        browser.look(360, 640, phone=True)
+        opened(browser, server)
+        browser.js("location.reload()")
+        browser.wait(lambda: state(browser, "$('meter').textContent"))
+        assert browser.text("#meter") == "$0.123 of $0.50 · the rented machine ends in 30 min"
+        assert state(browser, "document.documentElement.scrollWidth") <= 360
+        server.meter.write_text(json.dumps(told | {"usd": 0.2, "ends_in_s": 60.0}))
+        browser.js("meter()")
+        browser.wait(lambda: "$0.200 of $0.50" in browser.text("#meter"))
+    finally:
+        server.meter.unlink()
