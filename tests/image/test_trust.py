@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,17 @@ def test_a_flipped_bit_in_the_signed_list_or_its_signature_is_refused(
     pinned(tmp_path / "prefix", release_key, pem=True)
     flip(signed / file, (signed / file).stat().st_size // 2)
     assert install(signed, "verify").code in (4, 5)
+
+
+def test_a_signature_as_large_as_a_layer_is_refused_at_once(
+    signed: Path, install: Callable, tmp_path: Path, release_key: Path
+) -> None:
+    """ssh-keygen takes minutes over what lies there when the files of a disk were exchanged."""
+    pinned(tmp_path / "prefix", release_key)
+    (signed / "SHA256SUMS.sig").write_bytes(bytes(10) + b"layer" * 4_000_000)
+    began = time.monotonic()
+    ran = install(signed, "verify")
+    assert ran.code == 5 and "wrong signature" in ran.err and time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
