@@ -72,12 +72,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     tokens.validate_gated(job.model.base, job.env)
     parts, adapters = _taken_up(job, folder)
     files = _data_files(parts, folder)
-    pushes = [
-        *{p.remote: p for of_part in files for p in of_part}.values(),
-        *_model_files(job),
-        *(push for found in adapters for push in found.pushes),
-        *(trainer_files() if job.image.trainer == "push" else []),
-    ]
+    pushes = _pushes(job, files, adapters)
     wire_job = _wire_job(job, run_id, parts, files, adapters)
     notes: list[str] = []
     entry = lookup(job.model.base) if or_estimate else None
@@ -119,7 +114,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         stall_s=job.limits.stall_minutes * 60,
         out=str(job.results.folder),
         notes=notes,
-        image_login=job.image.login or "",
+        image_login=login,
         estimated=not tokenised,
         when_silent=job.limits.when_silent,
         hold_s=None if job.limits.hold_minutes is None else job.limits.hold_minutes * 60,
@@ -145,6 +140,16 @@ def _validate_speed_here(plan: Plan) -> None:
 
 
 # -- files -----------------------------------------------------------------------------------------
+
+
+def _pushes(job: JobFile, files: list[list[PushFile]], adapters: list[Adapters]) -> list[PushFile]:
+    """Whatever travels to the box: data, base, adapters, the trainer where the image has none."""
+    return [
+        *{p.remote: p for of_part in files for p in of_part}.values(),
+        *_model_files(job),
+        *(push for found in adapters for push in found.pushes),
+        *(trainer_files() if job.image.trainer == "push" else []),
+    ]
 
 
 def _model_files(job: JobFile) -> list[PushFile]:
