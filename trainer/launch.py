@@ -162,7 +162,7 @@ def exit_file(machines: Machines | None) -> str:
     return EXIT_FILE if machines is None else f"{EXIT_FILE}.{os.uname().nodename}.{os.getpid()}"
 
 
-def surround(job: Job, run: Path, environment: MutableMapping[str, str]) -> None:
+def set_environment(job: Job, run: Path, environment: MutableMapping[str, str]) -> None:
     """Sets in `environment` what the training processes need on this hardware."""
     if visible_gpus():
         # packs differ in length: segments that can grow keep torch's cache of GPU memory from
@@ -182,7 +182,7 @@ def build(
     for name in [n for n in environment if n.startswith("PET_")]:
         # torchrun would read them again, as defaults of options that are given here
         del environment[name]
-    surround(job, path.resolve().parent, environment)
+    set_environment(job, path.resolve().parent, environment)
     if machines is not None:
         # torch 2.13 shares one store among all rounds of a rendezvous: after a restart a process
         # may read where its peer was, not where it is

@@ -137,7 +137,7 @@ def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     path = run_folder()
     told = dict(given)
-    launch.surround(Job.model_validate_json(path.read_bytes()), path.parent, told)
+    launch.set_environment(Job.model_validate_json(path.read_bytes()), path.parent, told)
     assert told.get("PYTORCH_CUDA_ALLOC_CONF") == found and "OMP_NUM_THREADS" not in told
 
 
