@@ -37,9 +37,9 @@ def came(what: Callable[[], Any], within_s: float = 30) -> Any:
     return found
 
 
-def told(run: milktea.Run, kind: str) -> Line:
+def told(run: milktea.Run, kind: str, within_s: float = 30) -> Line:
     """The newest line of this kind, once it is there."""
-    return came(lambda: journal.last(run.journal, kind))  # type: ignore[no-any-return]
+    return came(lambda: journal.last(run.journal, kind), within_s)  # type: ignore[no-any-return]
 
 
 def creates(fake: FakeVast) -> int:

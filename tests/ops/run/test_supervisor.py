@@ -261,8 +261,10 @@ def test_a_run_outlives_the_session_that_it_was_started_in(
     script.write_text(f"#!/bin/sh\n{given}exec {sys.executable} -m ops.cli resume {run.id}\n")
     script.chmod(0o700)
     subprocess.run(begin, shell=True, check=True, cwd=own.folder, timeout=60)
-    told(run, "launched")
-    subprocess.run(end, shell=True, check=True, cwd=own.folder, timeout=60)
+    try:
+        told(run, "launched", within_s=90)
+    finally:
+        subprocess.run(end, shell=True, check=True, cwd=own.folder, timeout=60)
     if ends_the_owner:
         came(lambda: not run.is_owned)
     else:
