@@ -53,10 +53,9 @@ def export(
 
 def validate_nodes(job: JobFile, nodes: int) -> None:
     """Raises ConfigError where a GPU would get no row of a batch."""
-    gpus = job.offer.num_gpus
-    if nodes < 1 or job.training.batch_size < nodes * gpus:
+    gpus, rows = job.offer.num_gpus, min(part.training.batch_size for part in job.parts)
+    if nodes < 1 or rows < nodes * gpus:
         raise ConfigError(
-            f"training.batch_size = {job.training.batch_size} leaves some of {nodes} x {gpus} GPUs"
-            " without a row",
+            f"training.batch_size = {rows} leaves some of {nodes} x {gpus} GPUs without a row",
             hint="raise training.batch_size, or export for fewer nodes",
         )

@@ -24,6 +24,7 @@ from trainer.loop.guards import Stopped
 from trainer.result.adapter import identity, merged_defect
 from trainer.result.merge import merge
 from trainer.train import run_job
+from trainer.wire.chain import WEIGHTS
 from trainer.wire.job import Job
 
 Make = Callable[..., Path]
@@ -200,6 +201,25 @@ def test_a_run_killed_in_any_stage_goes_on_bit_for_bit(chain_of_stages: Make, nu
     assert finish(start(killed)) == [0]
     assert links(manifest_of(killed)) == links(manifest_of(whole))
     assert manifest_of(killed)["curve"] == manifest_of(whole)["curve"]
+
+
+@pytest.mark.slow
+def test_two_processes_leave_what_one_leaves_but_for_the_order_of_sums(
+    chain_of_stages: Make,
+) -> None:
+    stages = ("sft", ("rm", {"how": "merge"}), ("ppo", {"how": "merge"}))
+    one, two = (chain_of_stages(*stages) for _ in range(2))
+    for job in (one, two):
+        prepare_inputs(read_job(job), job.parent)
+    assert finish(start(one)) == [0] and finish(start(two, 2)) == [0, 0]
+    mine, theirs = (manifest_of(job)["stages"] for job in (one, two))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["steps"] == b["steps"] and a["final_loss"] == pytest.approx(
+            b["final_loss"], abs=1e-4
+        )
+    ours, others = (load_file(j.parent / "stages/1-sft/adapter" / WEIGHTS) for j in (one, two))
+    for name, value in ours.items():
+        assert torch.allclose(value, others[name], atol=1e-5), name
 
 
 @pytest.mark.slow

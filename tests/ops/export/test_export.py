@@ -410,3 +410,21 @@ def test_the_pods_meet_at_the_volume_that_the_files_went_to(practice: Callable[.
         and run[1] == f"{mounts[0]['mountPath']}/practice-kubeflow"
         and f"{run[1]}/result" in (folder / "README.md").read_text()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["slurm", "kubeflow"])
+@pytest.mark.parametrize("name", ["pt", "rm", "dpo", "kto", "ppo", "grpo", "chain"])
+def test_every_stage_and_a_chain_is_exported_whole(kind: Any, name: str, tmp_path: Path) -> None:
+    path = JOBS / f"practice-{name}.toml"
+    folder = export(kind, path, tmp_path)[0].parent
+    job = Job.model_validate_json((folder / "job.json").read_bytes())
+    assert [part.stage for part, _ in job.parts()] == [p.stage for p in config.load(path).parts]
+    for part, place in job.parts():
+        for file in part.data.files:
+            assert Path(os.path.normpath(folder / place / file.path)).is_file()
+
+
+def test_no_stage_of_a_chain_leaves_a_node_without_a_row(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size = 8 leaves some of 9 x 1"):
+        export("slurm", JOBS / "practice-chain.toml", tmp_path, nodes=9)
