@@ -42,13 +42,12 @@ def result_at_home(session: Session, number: int) -> Path | None:
 
 
 def remember(session: Session, event: events.StageEnded) -> None:
-    """Note a stage that ended on the box, once."""
+    """Note a stage that ended on the box, once a box."""
     job = job_of(session)
     number = event.number - 1
     if job is None or not 0 <= number < len(job.stages):
         return
-    known = [k["number"] for k in session.journal.lines if k.kind == "stage_ended"]
-    if number not in known:
+    if number not in _ended(session):
         session.note(
             "stage_ended",
             number=number,
@@ -56,7 +55,7 @@ def remember(session: Session, event: events.StageEnded) -> None:
             stage=job.stages[number].name,
             steps=event.steps,
             final_loss=event.final_loss,
-            numbers=dict(list(event.numbers.items())[:32]),
+            numbers={name[:80]: value for name, value in list(event.numbers.items())[:32]},
         )
 
 
@@ -67,10 +66,17 @@ def bring_home(session: Session, box: Box) -> None:
     job = job_of(session)
     if job is None:
         return
-    ended = {k["number"] for k in session.journal.lines if k.kind == "stage_ended"}
-    for number in sorted(ended - {len(job.stages) - 1}):
+    for number in sorted(_ended(session) - {len(job.stages) - 1}):
         if result_at_home(session, number) is None:
             _fetch(session, box, job, number)
+
+
+def _ended(session: Session) -> set[int]:
+    """The stages that the box of now has told to be done: what an earlier one told may be gone."""
+    lines = session.journal.lines
+    rented = session.journal.last("renting")
+    since = lines[rented.n :] if rented else lines
+    return {line["number"] for line in since if line.kind == "stage_ended"}
 
 
 def try_to_bring_home(session: Session, box: Box) -> None:

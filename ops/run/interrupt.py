@@ -92,7 +92,7 @@ def fetch_newest(session: Session, box: Box) -> None:
         box.run(scripts.stop_training(session.run_id))
         session.clock.sleep(3)
         folder = scripts.run_folder(session.run_id)
-        chain.bring_home(session, box)
+        chain.try_to_bring_home(session, box)
         listed = box.run(
             f"cd {folder} && ls -d checkpoints/*/manifest.json stages/*/checkpoints/*/manifest.json"
             " 2>/dev/null"
