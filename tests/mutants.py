@@ -86,6 +86,9 @@ KNOWN = {
             "it is read at each renewal, every minute"
         ),
     },
+    "trainer.data.template": {
+        'jinja: str = field(default="", repr=False) -> True': "only how a debugger shows it",
+    },
     "trainer.data.packing": {
         "wanted = max(1, math.ceil(self.epochs * self.steps_per_epoch - 1e-9)) -> 2e-09": (
             "any small number does"

@@ -398,6 +398,13 @@ def test_a_bid_is_compared_with_what_was_bid() -> None:
     assert difference(shown(dph_total=1.234567, num_gpus=5), OFFER, 16, 0.25) == said
 
 
+def test_prices_that_differ_are_said_to_the_hundredth_of_a_cent() -> None:
+    dear = replace(OFFER, usd_per_hour=0.41234567)
+    assert difference(shown(dph_total=9.87654321), dear, 16, None) == (
+        "$/h is 9.8765, offered 0.4283"
+    )
+
+
 def test_ssh_is_tried_at_the_direct_port_first() -> None:
     ports = {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "40022"}]}
     proxy = {"ssh_host": "ssh5.vast.ai", "ssh_port": 12345}
