@@ -178,7 +178,7 @@ def _from_toml(name: str, text: str) -> Template:
             raise TemplateError(
                 f"template {name}: {key!r} must hold {hole}: add it where the text belongs"
             )
-    preamble = data.get("preamble", "")
+    preamble, prefix = data.get("preamble", ""), data.get("prefix", ())
     return Template(
         name,
         text,
@@ -190,7 +190,7 @@ def _from_toml(name: str, text: str) -> Template:
         data["assistant"],
         data.get("stop", "eos"),
         data.get("between", ""),
-        tuple(data.get("prefix", ())),
+        (prefix,) if isinstance(prefix, str) else tuple(prefix),
     )
 
 

@@ -113,6 +113,27 @@ def test_a_users_own_preamble_is_one_small_text_file() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("Q: {instruction}", "Q: Q1\nA1</s>"),
+        ("Q: {instruction}\n\n\n", "Q: Q1\nA1</s>"),
+        ("\n\nQ: {instruction}\nA: {output}", "Q: Q1\nA: A1</s>"),
+        ("\nQ: {instruction}\nA: {output}", "\nQ: Q1\nA: A1</s>"),
+    ],
+)
+def test_a_text_without_an_output_ends_in_one_and_blank_lines_before_it_are_no_preamble(
+    text: str, written: str
+) -> None:
+    assert "".join(s.text for s in rendered(parse("mine", text), ONE)) == written
+
+
+def test_a_prefix_is_one_token_or_a_list_of_them() -> None:
+    pieces = "user = '{user}'\nassistant = '{assistant}'\nprefix = "
+    assert parse("mine", pieces + "'<s>'").prefix == ("<s>",)
+    assert parse("mine", pieces + "['[gMASK]', 'sop']").prefix == ("[gMASK]", "sop")
+
+
 def test_alpaca_loras_json_template_is_taken_as_it_is() -> None:
     text = json.dumps(
         {
@@ -250,6 +271,7 @@ MALFORMED = {
     "lists in Alpaca-LoRA's": ('{"prompt_input": "", "prompt_no_input": [""]}', "wants prompt"),
     "endless brackets in it": ('{"prompt_input": ' + "[" * 100_000, "wants prompt_input"),
     "a number for a text": ("user = 7\nassistant = '{assistant}'", "'user' is no text"),
+    "a list for a text": ("user = ['{user}']\nassistant = '{assistant}'", "'user' is no text"),
     "numbers in the prefix": (
         "user = '{user}'\nassistant = '{assistant}'\nprefix = [1]",
         "'prefix' is no text",
