@@ -22,6 +22,7 @@ from trainer.data.template import (
     alpaca_turns,
     load,
     parse,
+    render_pieces,
     with_chat_template,
 )
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
@@ -159,6 +160,24 @@ def test_an_answer_that_is_not_to_be_learned_is_written_and_not_trained() -> Non
     turns = [TWO[1], TWO[2]._replace(learned=False), *TWO[3:]]
     said, trained = written("chatml", turns)
     assert "A1" in said and trained == ["A2<|im_end|>"]
+
+
+def test_of_a_conversation_the_last_answer_alone_is_trained_where_that_is_asked_for() -> None:
+    for name, end in (("chatml", "<|im_end|>"), ("vicuna", "</s>")):
+        template = load(name)
+        (last,) = examples(template, TWO, TOKENS, last_only=True)
+        (both,) = examples(template, TWO, TOKENS)
+        assert [s.text.strip() for s in last.segments if s.trained] == [f"A2{end}"]
+        assert [s.text.strip() for s in both.segments if s.trained] == [f"A1{end}", f"A2{end}"]
+        assert [s.text for s in last.segments] == [s.text for s in both.segments]
+        assert render_pieces(template, TWO, eos="</s>", bos="<s>") == both.segments
+
+
+def test_the_model_is_asked_with_what_stands_before_its_answers() -> None:
+    mine = parse("mine", "user = '{user}\\n'\nassistant = 'BOT: {assistant} END'".replace("'", '"'))
+    text = "".join(s.text for s in asked_text(mine, ONE[:1], TOKENS))
+    assert text == "Q1\nBOT: "
+    assert "".join(s.text for s in rendered(mine, ONE)) == "Q1\nBOT: A1 END</s>"
 
 
 @pytest.mark.parametrize(
