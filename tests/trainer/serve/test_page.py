@@ -330,7 +330,13 @@ def test_on_a_rented_machine_the_page_shows_dollars_and_the_end(
         opened(browser, server)
         browser.js("location.reload()")
         browser.wait(lambda: state(browser, "$('meter').textContent"))
-        assert browser.text("#meter") == "$0.123 of $0.50 · the rented machine ends in 30 min"
+        assert browser.text("#meter") == "$0.123 of $0.50 · machine ends in 30 min"
+        browser.click("#lang")
+        assert browser.text("#meter") == "$0.123 / $0.50 · 机器还剩 30 分钟"
+        tops = "[...document.querySelectorAll('header .tool')].filter(x => x.offsetParent)"
+        lines = set(state(browser, f"{tops}.map(x => x.offsetTop)"))
+        assert len(lines) == 1, "the tools stand in one line on a phone"
+        browser.click("#lang")
         assert state(browser, "document.documentElement.scrollWidth") <= 360
         server.meter.write_text(json.dumps(told | {"usd": 0.2, "ends_in_s": 60.0}))
         browser.js("meter()")
