@@ -20,6 +20,7 @@ from tiny import wait_for
 from trainer.data.files import read_rows
 from trainer.data.pairs import PAIRS, TAGGED
 from trainer.data.sources import Reading
+from trainer.serve.app import PAGE
 from trainer.serve.requests import MOST_MESSAGES
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -424,3 +425,11 @@ def test_no_body_makes_the_server_fail(
     connection.close()
     assert found[200] > count / 20 and found[400] > count / 4
     assert server.engine.load == (0, 0) and server.chat()
+
+
+def test_no_two_things_of_the_page_have_one_name() -> None:
+    """A script in which they have does not run at all, and the browser's tests are slow."""
+    script = PAGE.read_text("utf-8").split("<script>", 1)[1]
+    names = re.findall(r"^(?:async )?(?:function\*?|let|const) (\w+)", script, re.MULTILINE)
+    assert len(names) > 40
+    assert [name for name in names if names.count(name) > 1] == []
