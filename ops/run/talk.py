@@ -88,7 +88,10 @@ def _port(session: Session, box: Box) -> int:
         if now - told > TELL_S:
             told = now
             session.screen.waiting(f"the server loads the model ({now - began:.0f} s)")
-        return serving.port_of(said) if state == "up" else None
+        try:
+            return serving.port_of(said) if state == "up" else None
+        except ValueError as e:
+            raise Failed(f"the server's address makes no sense: {said[:80]!r}", hint="") from e
 
     with session.shield.lowered(), session.own_deadline():
         left_s = min(UP_S, max(1.0, session.left_s() - MARGIN_S))
@@ -100,7 +103,10 @@ def _port(session: Session, box: Box) -> int:
 
 def _look(session: Session, box: Box) -> tuple[str, str]:
     answer = retry_transfer(session, box, lambda: box.run(serving.look(session.run_id)))
-    return serving.parse_look(answer.stdout)
+    try:
+        return serving.parse_look(answer.stdout)
+    except ValueError as e:
+        raise Failed(f"the server's box makes no sense: {e}", hint="") from e
 
 
 def hold(session: Session, box: Box, told: Served, votes: Path) -> None:
@@ -194,5 +200,5 @@ def then_chat(session: Session, box: Box, votes: Path) -> None:
             hold(session, box, told, votes)
     except Interrupted:
         _leave(session, box)
-    except (BoxError, Failed, ValueError) as e:
+    except (BoxError, Failed) as e:
         session.screen.waiting(f"no conversation any more: {e}")

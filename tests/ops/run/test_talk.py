@@ -195,6 +195,19 @@ def test_a_server_that_ends_ends_the_box_and_says_so(
     assert fake.instances() == []
 
 
+@pytest.mark.parametrize("lie", ["", "[]", '{"api": "http://127.0.0.1:99999999/v1"}', "\\x00\\xff"])
+def test_an_address_that_makes_no_sense_ends_the_box_in_words(
+    own: rig.Rig, fake: FakeVast, vast: milktea.Vast, result: milktea.Found, lie: str
+) -> None:
+    (own.image / "serve.py").write_text(
+        f"import time; open('talk/address', 'w').write({lie!r} or ' '); time.sleep(60)"
+    )
+    planned = milktea.plan_chat(result, minutes=5, vast=vast, root=own.runs)
+    with pytest.raises(Failed, match="makes no sense"):
+        milktea.rent_and_talk(planned, vast=vast, root=own.runs)
+    assert fake.instances() == []
+
+
 def test_a_link_that_breaks_is_opened_anew_under_the_same_address(
     own: rig.Rig, fake: FakeVast, vast: milktea.Vast, result: milktea.Found
 ) -> None:
