@@ -28,6 +28,7 @@ QUIET_EVERY_S = 5.0  # between status lines where the output is not a terminal
 # journal lines that the plan, `event`, `destroying` or the command's error shows
 SHOWN_ELSEWHERE = ("offers", "event", "destroying", "failed", "attached", "detached")
 ENDS = (
+    "serving",  # until `talking` tells: a conversation may have this very terminal
     "destroyed",
     "bill",
     "failed",

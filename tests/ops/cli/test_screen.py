@@ -130,3 +130,18 @@ def test_a_terminal_that_cannot_be_asked_chooses_nothing(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("3\n"))
     assert terminal.choose([("leave", "go: 0.1 $"), ("destroy", "now: 0.1 $")]) is None
+
+
+def test_nothing_is_drawn_over_a_conversation_in_this_terminal(
+    terminal: Terminal, out: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "REDRAW_S", 0.0)
+    terminal.line(Line(1, 0.0, "serving", {"ends_at": 60.0}))
+    before = out.getvalue()
+    assert "the result is served on the box until" in before
+    terminal.meter(0.1, 1.0)
+    assert out.getvalue() == before
+    terminal.talking("http://127.0.0.1:1/#t", 60.0)
+    assert "http://127.0.0.1:1/#t" in out.getvalue()
+    terminal.meter(0.2, 1.0)
+    assert "0.2000 of 1.00 $" in drawn(out), "the page leaves this terminal free"
