@@ -76,9 +76,11 @@ def generate(
     sampling: Sampling | None = None,
     numbers: Sequence[int] | None = None,
     width: int = AT_ONCE,
+    kept_tokens: int | None = None,
 ) -> list[Answer]:
     """An answer to each prompt, in their order, of at most `new_tokens` tokens, `width` of them at
-    once. `numbers` key the drawing, by default the prompts' places. Dropout is off meanwhile."""
+    once, and fewer where keys of more than `kept_tokens` would be held. `numbers` key the drawing,
+    by default the prompts' places. Dropout is off meanwhile."""
     if not prompts:
         return []
     sampling = sampling or Sampling()
@@ -88,6 +90,8 @@ def generate(
     try:
         inner = causal(model)
         longest = max(map(len, prompts)) + new_tokens
+        if kept_tokens is not None:
+            width = max(1, min(width, kept_tokens // longest))
         if packs(model, longest):
             loop = _Loop(model, min(width, len(prompts)), longest, new_tokens, stops, device)
             return loop.run(prompts, keys, sampling)
@@ -230,14 +234,12 @@ class Rows:
         self.graphs = self._graphs()
 
     def _graphs(self) -> steps.Graphs | None:
-        if self.tower is None:
-            return None
+        return None if self.tower is None else steps.Graphs(self.keys.size, self.tower)
 
-        def compute(last: Tensor, n: int) -> Tensor:
-            at = self.lengths[:n].clamp_max(self.keys.longest - 1)
-            return self._compute(last, at, slice(0, n), KEYS_ROUNDED)
-
-        return steps.Graphs(compute, self.keys.size, self.tower)
+    def _first(self, last: Tensor, n: int) -> Tensor:
+        """Logits after `last` of the first n rows, whatever they hold."""
+        at = self.lengths[:n].clamp_max(self.keys.longest - 1)
+        return self._compute(last, at, slice(0, n), KEYS_ROUNDED)
 
     def read(self, rows: list[int], prompts: Sequence[list[int]]) -> Tensor:
         """Reads a prompt into each of `rows`, in one pack: the logits of what follows, (rows,
@@ -268,10 +270,10 @@ class Rows:
         """Reads `last` (rows,), one token of each row, and gives the logits of what follows, (rows,
         V), which the next step may overwrite. `reach` is the most tokens that any of the rows holds
         then. Whoever calls this adds to `lengths`."""
-        if self.adapters is not None:
-            self.adapters.look_up()
+        if self.adapters is not None and self.adapters.look_up():
+            self.graphs = self._graphs()
         if self.graphs is not None and isinstance(rows, slice) and not rows.start:
-            return self.graphs.step(last)
+            return self.graphs.step(self._first, last)
         kept = min(self.keys.longest, -(-reach // KEYS_ROUNDED) * KEYS_ROUNDED)
         return self._compute(last, self.lengths[rows], rows, kept)
 

@@ -33,18 +33,21 @@ class Adapters:
     def __init__(self, model: nn.Module, tower: Any) -> None:
         self._tower = tower
         self._groups = [group for fast in tower.fast_layers for group in fast.groups]
+        self._places: list[Tensor | None] = []
         self._first = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
 
-    def look_up(self) -> None:
-        """Copies those that are active now, if they are not yet there."""
+    def look_up(self) -> bool:
+        """Copies those that are active now, if they are not yet there; True where they are in other
+        places than at the call before, which a graph does not know."""
         first = self._first
         active = ("",) if first is None else (*first.active_adapters, first.disable_adapters)
-        if self._tower.looked_up == active:
-            return
-        refresh(self._groups)
-        for group in self._groups:
-            group.widen()
-        self._tower.looked_up = active
+        if self._tower.looked_up != active:
+            refresh(self._groups)
+            for group in self._groups:
+                group.widen()
+            self._tower.looked_up = active
+        before, self._places = self._places, [x for g in self._groups for x in (g.a, g.wide_b)]
+        return any(x is not y for x, y in zip(self._places, before, strict=False))
 
 
 def trust_steps(tower: Any) -> bool:
@@ -86,33 +89,34 @@ class _Graph:
 class Graphs:
     """`compute(last, n)` -> logits of the first n rows, captured for numbers of rows that are
     powers of two, or `most`. Rows beyond those that are asked for are computed too: what they then
-    hold must not matter. The logits are overwritten by the next step."""
+    hold must not matter. The logits are overwritten by the next step. Who computes is not held
+    here: it holds the graphs, and both must go when it does."""
 
-    def __init__(self, compute: Callable[[Tensor, int], Tensor], most: int, tower: Any) -> None:
-        self._compute, self._most, self._tower = compute, most, tower
+    def __init__(self, most: int, tower: Any) -> None:
+        self._most, self._tower = most, tower
         self._made: dict[int, _Graph] = {}
 
-    def step(self, last: Tensor) -> Tensor:
+    def step(self, compute: Callable[[Tensor, int], Tensor], last: Tensor) -> Tensor:
         n = min(self._most, 1 << (len(last) - 1).bit_length())
         if n not in self._made:
-            self._made[n] = self._capture(last, n)
+            self._made[n] = self._capture(compute, last, n)
         made = self._made[n]
         made.last[: len(last)].copy_(last)
         made.graph.replay()
         return made.logits[: len(last)]
 
-    def _capture(self, last: Tensor, n: int) -> _Graph:
+    def _capture(self, compute: Callable[[Tensor, int], Tensor], last: Tensor, n: int) -> _Graph:
         given = last.new_zeros(n)
         given[: len(last)] = last
         if n not in self._tower.stepped:  # what is made at a first call is made now
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
-                self._compute(given, n)
+                compute(given, n)
             torch.cuda.current_stream().wait_stream(beside)
             self._tower.stepped.add(n)
         graph = torch.cuda.CUDAGraph()
         # a thread that reads data may meanwhile ask for memory
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self._compute(given, n)
+            logits = compute(given, n)
         return _Graph(graph, given, logits)

@@ -92,9 +92,9 @@ class Stage(stage.Stage):
         if ranks.rank == 0:
             self._rehearse_saving()
         room = micro_batch(self.job, self.base, longest, ranks.device, ranks.world)
-        self.budget, recomputed = room
+        self.budget, self.recomputed = room
         self.model, self.kernels = self.kept.load(
-            self.job, self.base, ranks.device, recomputed, ranks.shard, longest
+            self.job, self.base, ranks.device, self.recomputed, ranks.shard, longest
         )
         self.keys = self.kept.keys
         self.kernels |= self.kept.compared
