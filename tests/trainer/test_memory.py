@@ -196,6 +196,20 @@ def test_the_peak_of_bench_runs_that_nothing_was_fitted_to_is_predicted_within_5
     assert min(off) >= -0.02 and max(off) <= 0.05
 
 
+def test_peaks_of_models_with_delta_nets_are_predicted_at_most_8_percent_above() -> None:
+    from bench.families import configuration
+
+    runs = [json.loads(x) for x in (DOCS / "families.jsonl").read_text("utf-8").splitlines()]
+    found = [run for run in runs if run["model"].startswith("qwen3.5-")]
+    assert {run["precision"] for run in found} == {"bf16", "fp8"} and len(found) >= 5
+    for run in found:
+        shape = Shape.from_config(configuration(run["model"], run["layers"]).to_dict())
+        tokens, r = run["tokens"], run["r"]
+        rows = {"documents": tokens // 218, "targets": tokens * 7 // 10}
+        got = memory.predict(shape, run["precision"], r, "all-linear", tokens, 0, **rows)
+        assert run["peak_gib"] <= got.peak_gib <= 1.08 * run["peak_gib"], run["command"]
+
+
 def test_the_oracle_imports_no_torch() -> None:
     code = "import sys, trainer.memory; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert (

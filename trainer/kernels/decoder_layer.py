@@ -24,6 +24,7 @@ from trainer.kernels.attention import Rules, flash_backward, flash_forward, shor
 from trainer.kernels.lora import Group, outer, validate_latest
 from trainer.kernels.nets import Order
 from trainer.kernels.norms import HeadNorms, Norm
+from trainer.kernels.shared_mlp import SharedMlp
 
 
 class Packed(NamedTuple):
@@ -92,6 +93,7 @@ class FastLayer:
     gelu: bool = False  # tanh's approximation, instead of silu
     out_scale: float = 1.0  # of the layer's output
     order: Order | None = None  # of q, k, v and a gate of attention's output in the projection
+    beside: SharedMlp | None = None  # among the experts of ``after``
     after: Callable[[Tensor], Tensor] | None = None  # [M, h] -> [M, h]
     remake_after: bool = False  # where it keeps many times the stream
     steps: bool = False  # whether ``trainer/kernels/step_layer.py`` decodes by this layer

@@ -25,7 +25,15 @@ from trainer.kernels.experts import lean
 from trainer.kernels.frozen import FrozenWeight, freeze_weight
 from trainer.kernels.lora import Group, base_linear, frozen_linear, refresh
 from trainer.kernels.norms import Norm
-from trainer.kernels.parts import find_parts, is_gelu, read_norm, wide_angles
+from trainer.kernels.parts import (
+    Parts,
+    find_parts,
+    is_gelu,
+    read_norm,
+    validate_activation,
+    wide_angles,
+)
+from trainer.kernels.shared_mlp import SharedMlp
 from trainer.kernels.step_layer import step
 from trainer.kernels.verify import (
     OTHERWISE,
@@ -192,6 +200,9 @@ def build_layer(
         _route(group.weight, [base_linear(m) for m in modules], precision)
     qkv, o, gate_up, down = (*built, None, None)[:4]
     assert qkv is not None and o is not None
+    beside = None
+    if hasattr(layer.mlp, "shared_expert"):
+        beside = _share(layer.mlp.shared_expert, parts, precision, ops, options)
     kind = FastLayer if parts.net is None else partial(DeltaLayer, net=parts.net)
     return kind(
         ops=ops,
@@ -205,6 +216,7 @@ def build_layer(
         o_bias=_bias(base_linear(parts.o)),
         sinks=None if parts.sinks is None else parts.sinks.data,
         turned=parts.family.turned,
+        beside=beside,
         after=partial(_experts, layer, norm2, ops) if down is None else None,
         remake_after=down is None and not keeps_little(base_experts(layer)),
         heads=parts.heads,
@@ -220,6 +232,21 @@ def build_layer(
         gelu=is_gelu(parts.family),
         out_scale=float(getattr(layer, "layer_scalar", 1.0)),
     )
+
+
+def _share(
+    module: Any, parts: Parts, precision: str, ops: ModuleType, options: dict[str, bool]
+) -> SharedMlp:
+    """The fast form of the expert that every token meets."""
+    validate_activation(module.act_fn, parts.family)
+    groups = []
+    for linears in ([module.gate_proj, module.up_proj], [module.down_proj]):
+        bases = [base_linear(m) for m in linears]
+        if any(x.bias is not None or x.weight.requires_grad for x in bases):
+            raise ValueError("the shared expert has a bias, or its weights train")
+        groups.append(Group.of(linears, precision, bases[0].weight.dtype, None, **options))
+        _route(groups[-1].weight, bases, precision)
+    return SharedMlp(ops, *groups)
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:
@@ -295,7 +322,8 @@ def _patch(
 ) -> None:
     """``fast``: of each layer its fast form, or None."""
     inner.fast_layers = [f for f in fast if f is not None]
-    groups = [g for f in inner.fast_layers for g in f.groups]
+    shared = [f.beside for f in inner.fast_layers if f.beside is not None]
+    groups = [g for part in (*inner.fast_layers, *shared) for g in part.groups]
 
     def look_up(_module: nn.Module, _given: tuple[Any, ...], more: dict[str, Any]) -> None:
         if not getattr(_kept(more), "steady", False):
@@ -315,7 +343,7 @@ def _patch(
         )
 
 
-def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
+def _patch_layer(layer: Any, fast: FastLayer) -> None:
     attention: Any = getattr(layer, "self_attn", None)
     plain = layer.forward
 
@@ -338,8 +366,10 @@ def _patch_layer(layer: nn.Module, fast: FastLayer) -> None:
         # [0] would cost a zeroed copy in backward
         return run_layer(fast, hidden_states.squeeze(0).contiguous(), packed).unsqueeze(0)
 
+    if fast.beside is not None:
+        layer.mlp.shared_expert.forward = fast.beside.__call__
     layer.forward = forward
-    layer.is_fused = True  # type: ignore[assignment]
+    layer.is_fused = True
 
 
 def _kept(given: dict[str, Any]) -> Any:

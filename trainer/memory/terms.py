@@ -118,7 +118,7 @@ def kept_fused(shape: Shape, r: int, element: int) -> float:
         mixer += (1 - share) * _delta_keeps(shape.delta, rank, element)
     if (m := shape.mixture) is not None:
         experts = m.kept_lean(h) if m.lean else 0
-        beside = 28 * m.shared + 10 * h if m.shared and m.lean else 0  # PEFT's own, fp32 inputs
+        beside = element * (2 * m.shared + h + 3 * rank) if m.shared and m.lean else 0
         return mixer + element * 2 * h + 4 + experts + beside
     return mixer + element * (shape.norms * h + 2 * f + 3 * rank) + 4 * shape.norms
 
