@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import families
-from trainer.kernels import reference
+from trainer.kernels import delta, reference
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.backend import distrust, operations
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
@@ -187,6 +187,9 @@ def build_layer(
     """The fast form of one decoder layer, of a model of this ``config``. Raises ValueError with the
     reason, and leaves the layer as it was, where it does not fit."""
     parts = find_parts(layer, config)
+    if parts.family.row["delta"] and ops is not reference:  # rows come one by one then
+        if why := delta.why_not(base_linear(parts.o).weight.device):
+            raise ValueError(why)
     norm1, norm2 = read_norm(parts.norm1, parts.family), read_norm(parts.norm2, parts.family)
     linears = [base_linear(m) for m in parts.qkv]
     dtype, biased = linears[0].weight.dtype, linears[0].bias is not None
