@@ -33,6 +33,7 @@ from trainer.wire.job import Job
 
 ROWS, NEW_TOKENS, SHOWN = 200, 256, 4
 BASE = "base"
+NO_ANSWERS = ("rm", "dpo", "kto")  # stages whose rows say which of answers is the better one
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,11 @@ def _of_run(
             hint=f"milktea-run train JOB.toml --run {run.name} goes on with it",
         )
     told = Job.model_validate_json((run / "job.json").read_bytes())
-    if data is None and told.data.held_out is None:
-        raise InvalidJob(
-            "the job has no held_out rows", hint=f"milktea-run evaluate {run.name} DATA.json"
-        )
+    if data is None and (told.data.held_out is None or told.stage in NO_ANSWERS):
+        why = "the job has no held_out rows"
+        if told.data.held_out is not None:
+            why = f"held-out rows of {told.stage} are judgements, no questions with one answer"
+        raise InvalidJob(why, hint=f"milktea-run evaluate {run.name} DATA.json")
     if data is None and told.data.held_out is not None:
         data, job = run / told.data.held_out.path, run / "job.json"
     folder = base or model_folder(told, run, weights=True)

@@ -20,6 +20,7 @@ from trainer.eval import choices, likelihood, score, table
 from trainer.model.parts import ModelError
 from trainer.result.open import Chat, load_model, open_words, rows_in
 from trainer.train import run_job
+from trainer.wire.job import Job
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately "
@@ -222,3 +223,25 @@ def test_a_trained_adapter_scores_full_marks_where_its_base_has_none(
     assert base["exact"]["value"] == 0 and base["rouge-l"]["value"] < 50
     assert tuned["exact"]["value"] == 100
     assert tuned["rouge-l"]["value"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "kto"])
+def test_judgements_are_no_answers_and_the_next_word_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    run = tmp_path / "mine-1"
+    (run / "result").mkdir(parents=True)
+    (run / "result" / "manifest.json").write_text("{}")
+    file = {"path": "data/0-pairs.jsonl", "name": "pairs.jsonl", "sha256": "0" * 64}
+    file |= {"size_bytes": 1}
+    job = {
+        "run_id": "mine-1",
+        "stages": [{"name": stage}],
+        "model": {"base": "practice", "path": "model"},
+        "data": {"files": [file], "held_out": file, "template": "alpaca"},
+    }
+    (run / "job.json").write_text(Job.model_validate(job).text())
+    assert score.main([str(run)]) != 0
+    said = capsys.readouterr().err
+    assert f"held-out rows of {stage} are judgements" in said
+    assert "milktea-run evaluate mine-1 DATA.json" in said
