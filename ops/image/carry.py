@@ -24,9 +24,8 @@ from ops.image.spec.definition import ModelSource
 from ops.image.spec.paths import Places
 from ops.image.workflow import Progress, prove, quiet, take
 
-FAT32_BYTES = 4_294_967_295
 VOLUMES = {
-    "fat32": FAT32_BYTES,
+    "fat32": 4_294_967_295,
     "dvd": 4_700_000_000,
     "dvd-dl": 8_500_000_000,
     "bd": 25_000_000_000,
@@ -75,9 +74,8 @@ def bundle(
     if whole:
         return bundles.write_oci(contents, out or Path(f"{lock.image}-{release}.oci.tar"))
     base, base_models = _base(built, since, server)
-    if signed:
-        key = key or _own_key(progress)
-    options = Options(release, volume_bytes(volume), base, base_models, key if signed else None)
+    key = (key or _own_key(progress)) if signed else None
+    options = Options(release, volume_bytes(volume), base, base_models, key)
     kind = "update" if base else "bundle"
     return bundles.write_bundle(
         contents, out or Path(f"{kind}-{lock.image}-{release}"), options, progress
@@ -140,22 +138,14 @@ def volume_bytes(text: str) -> int:
     return int(text)
 
 
-def own_key() -> Path:
-    """Where this user's signing key is."""
-    return (
-        Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        / "milktea"
-        / "release-key"
-    )
-
-
 def _release() -> int:
     """Now, in UTC: later bundles have larger numbers."""
     return int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d%H%M%S"))
 
 
 def _own_key(progress: Progress) -> Path:
-    path = own_key()
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    path = home / "milktea" / "release-key"
     if not path.is_file():
         signature.make_key(path)
         progress(f"made a signing key: {path}")

@@ -97,7 +97,6 @@ def build(
     places: Places = Places(),
     progress: Progress = quiet,
     base: str | None = None,
-    host: str | None = None,
 ) -> str:
     """Build the image from what was fetched, without a network; returns its tag.
 
@@ -105,7 +104,7 @@ def build(
     PreflightError where a file was not fetched or the engine refuses.
     """
     spec, found = define(name, places), read_lock(name, places)
-    client = engine.connect(host)
+    client = engine.connect()
     context.lay_out(found, places)
     arguments = {"PIP_NO_INDEX": "1"} | ({"BASE": base} if base else {})
     engine.build(
@@ -114,14 +113,12 @@ def build(
     return spec.tag
 
 
-def make_base(
-    name: str, places: Places = Places(), progress: Progress = quiet, host: str | None = None
-) -> str:
+def make_base(name: str, places: Places = Places(), progress: Progress = quiet) -> str:
     """Make a Debian base of the locked packages by mmdebstrap, for a machine that reaches no
     registry; returns its tag.
     """
     debian.validate_mmdebstrap()
-    spec, found, client = define(name, places), read_lock(name, places), engine.connect(host)
+    spec, found, client = define(name, places), read_lock(name, places), engine.connect()
     tag = f"milktea/debian:{spec.os.suite}"
     with tempfile.TemporaryDirectory(dir=places.cache, prefix="base-") as folder:
         progress(f"making Debian {spec.os.suite} from {len(found.debs)} packages (about 30 s)")
@@ -135,7 +132,6 @@ def take(
     places: Places = Places(),
     progress: Progress = quiet,
     image: str | None = None,
-    host: str | None = None,
 ) -> tuple[Image, Lock]:
     """Take the built image (or ``image``, one made FROM it) out of the engine as it is carried;
     writes its lock under .milktea/images/NAME.
@@ -149,7 +145,7 @@ def take(
         found = found.model_copy(update={"image": name_of(image)})
         tag = f"milktea/{found.image}:{found.version}"
     taken, whole = export(
-        engine.save(engine.connect(host), image or spec.tag), tag, found, places, progress
+        engine.save(engine.connect(), image or spec.tag), tag, found, places, progress
     )
     if image is None:
         budget.require(whole, definition.read_budget(places.budget(name)), places.budget(name))
@@ -174,14 +170,13 @@ def prove(
     places: Places = Places(),
     progress: Progress = quiet,
     image: str | None = None,
-    host: str | None = None,
 ) -> None:
     """Let the built image (or ``image``) prove itself on the CPU: its own self-test, once an image.
 
     Minutes the first time. Raises PreflightError with what failed.
     """
     tag = image or define(name, places).tag
-    client = engine.connect(host)
+    client = engine.connect()
     identity = engine.image_id(client, tag)
     done = places.cache / "proved" / identity.removeprefix("sha256:")
     if done.is_file():
@@ -216,8 +211,7 @@ def push(
     target: str,
     places: Places = Places(),
     progress: Progress = quiet,
-    host: str | None = None,
 ) -> str:
     """Push the built image to a registry that vast.ai's hosts can pull from; returns its digest."""
     tag = define(name, places).tag
-    return engine.push(engine.connect(host), tag, target, progress)
+    return engine.push(engine.connect(), tag, target, progress)

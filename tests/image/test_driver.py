@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from machine import needs
+from pydantic import ValidationError
 
 from ops.errors import ConfigError
 from ops.hardware.driver import CudaLine, is_data_center, judge
@@ -96,23 +97,21 @@ def test_an_inventory_names_the_lines_that_every_gpu_of_the_server_runs() -> Non
         Gpu("Tesla V100-SXM2-32GB", "535.104.05", "7.0"),
         Gpu("NVIDIA A100", "535.104.05", "8.0"),
     )
-    server = Inventory("s", "24.0.7", gpus)
+    server = Inventory(gpus)
     assert server.compatible_lines(list(LINES.values())) == ["cu117", "cu126"]
     assert (
-        Inventory("s", "24", (Gpu("unknown GPU", "535.104.05", "?"),)).compatible_lines(
-            list(LINES.values())
-        )
+        Inventory((Gpu("unknown GPU", "535.104.05", "?"),)).compatible_lines(list(LINES.values()))
         == []
     )
 
 
-def test_architectures_are_read_however_torch_or_a_definition_spells_them() -> None:
-    spelt = ["7.5", "sm_80", "9.0a", "sm_100a", "12.0+PTX", "compute_120"]
+def test_architectures_are_read_as_a_definition_spells_them() -> None:
+    spelt = ["7.5", "8.0", "9.0a", "12.0+PTX"]
     cuda = Cuda(line="cu130", toolkit="13.0.2", min_driver="580.65.06", architectures=spelt)
-    assert line_of("x", cuda) == CudaLine(
-        "x", "13.0", ("7.5", "8.0", "9.0a", "10.0a", "12.0"), ("12.0", "12.0")
-    )
+    assert line_of("x", cuda) == CudaLine("x", "13.0", ("7.5", "8.0", "9.0a", "12.0"), ("12.0",))
     assert line_of("cpu", None) == CudaLine("cpu", None)
+    with pytest.raises(ValidationError, match="architectures"):
+        Cuda(line="cu130", toolkit="13.0", min_driver="580", architectures=["sm_80"])
 
 
 def test_a_toolkit_without_a_known_driver_is_refused_with_the_place_to_add_it() -> None:

@@ -23,7 +23,8 @@ def by_ssh(file: Path) -> str:
 def test_one_key_signs_for_ssh_keygen_and_for_openssl(tmp_path: Path, release_key: Path) -> None:
     file = tmp_path / "SHA256SUMS"
     file.write_text("content\n")
-    assert {p.name for p in sign.sign(file, release_key)} == {
+    sign.sign(file, release_key)
+    assert {p.name for p in tmp_path.glob(f"{file.name}.*")} == {
         "SHA256SUMS.sig",
         "SHA256SUMS.openssl",
     }
@@ -49,8 +50,9 @@ def test_an_ed25519_key_of_openssh_signs_for_ssh_keygen_alone(tmp_path: Path) ->
     key = tmp_path / "ed"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     (tmp_path / "f").write_text("x")
-    assert [p.name for p in sign.sign(tmp_path / "f", key)] == ["f.sig"]
-    assert [p.name for p in sign.write_public(key)] == ["ed.pub"]
+    sign.sign(tmp_path / "f", key)
+    sign.write_public(key)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ed", "ed.pub", "f", "f.sig"]
 
 
 def test_a_missing_key_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:

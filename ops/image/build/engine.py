@@ -25,14 +25,12 @@ Progress = Callable[[str], None]
 OLDEST = (20, 10)
 
 
-def connect(host: str | None = None) -> DockerClient:
-    """The engine at ``host``, or where DOCKER_HOST and Docker's own defaults say; raises
-    PreflightError with the remedy.
+def connect() -> DockerClient:
+    """The engine where DOCKER_HOST and Docker's own defaults say; raises PreflightError with the
+    remedy.
     """
     try:
-        client = (
-            DockerClient(base_url=host, timeout=600) if host else DockerClient.from_env(timeout=600)
-        )
+        client = DockerClient.from_env(timeout=600)
         version = client.version()["Version"]
     except DockerException as error:
         raise PreflightError(

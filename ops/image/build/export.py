@@ -85,7 +85,7 @@ def export(
     identity = Identity(
         tag=tag, config_digest=image.config_digest, manifest_digest=image.manifest_digest
     )
-    return image, lock.complete(locked, identity)
+    return image, lock.model_copy(update={"layers": locked, "identity": identity})
 
 
 def layers_of(locked: Iterable[LockedLayer], places: Places) -> tuple[Layer, ...]:

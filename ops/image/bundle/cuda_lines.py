@@ -16,8 +16,7 @@ def lines(places: Places = Places()) -> list[CudaLine]:
 
 
 def line_of(name: str, cuda: Cuda | None) -> CudaLine:
-    """Architectures are as in the definition: ``8.0``, ``sm_80``, ``9.0a``; ``12.0+PTX``,
-    ``compute_120`` also run newer GPUs.
+    """Architectures are as in the definition: ``8.0``, ``9.0a``; ``12.0+PTX`` also runs newer GPUs.
 
     Raises ConfigError for a toolkit that the driver table does not know."""
     if cuda is None:
@@ -28,20 +27,6 @@ def line_of(name: str, cuda: Cuda | None) -> CudaLine:
             f"images/{name}.toml: cuda.toolkit {cuda.toolkit} is unknown",
             hint="add its driver to NATIVE in ops/hardware/driver.py",
         )
-    arches, ptx = [], []
-    for text in cuda.architectures:
-        number = _dotted(text.removeprefix("sm_").removeprefix("compute_").removesuffix("+PTX"))
-        if not text.startswith("compute_"):
-            arches.append(number)
-        if text.startswith("compute_") or text.endswith("+PTX"):
-            ptx.append(number)
-    return CudaLine(name, toolkit, tuple(arches), tuple(ptx))
-
-
-def _dotted(text: str) -> str:
-    """``80`` and ``8.0`` are one; ``90a`` is ``9.0a``."""
-    if "." in text:
-        return text
-    letter = text[-1] if text[-1].isalpha() else ""
-    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
-    return f"{digits[:-1]}.{digits[-1]}{letter}"
+    plain = [text.removesuffix("+PTX") for text in cuda.architectures]
+    ptx = [one for one, text in zip(plain, cuda.architectures, strict=True) if one != text]
+    return CudaLine(name, toolkit, tuple(plain), tuple(ptx))

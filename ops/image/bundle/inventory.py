@@ -5,6 +5,7 @@ bundle holds the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from ops.errors import ConfigError
@@ -86,12 +87,8 @@ def read(path: Path) -> Inventory:
 
 def shared_prefix(a: list[str], b: list[str]) -> int:
     """How many leading items two lists share."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return len(list(same))
 
 
 def _runs(gpu: Gpu, line: driver.CudaLine) -> bool:

@@ -55,10 +55,8 @@ def fingerprint(public_key: Path) -> str:
     ).split()[1]
 
 
-def sign(file: Path, key: Path) -> list[Path]:
-    """Write FILE.sig (ssh-keygen) and, when the key is one that openssl reads, FILE.openssl; return
-    what was written.
-    """
+def sign(file: Path, key: Path) -> None:
+    """Write FILE.sig (ssh-keygen) and, when the key is one that openssl reads, FILE.openssl."""
     if not key.is_file():
         raise PreflightError(
             f"there is no signing key at {key}", hint="milktea image keygen " + str(key)
@@ -69,15 +67,12 @@ def sign(file: Path, key: Path) -> list[Path]:
         ["ssh-keygen", "-q", "-Y", "sign", "-f", str(key), "-n", NAMESPACE, str(file)],
         f"{key} cannot sign",
     )
-    written = [signature]
     if _openssl_reads(key):
         other = file.with_name(file.name + ".openssl")
         _run(
             ["openssl", "dgst", "-sha256", "-sign", str(key), "-out", str(other), str(file)],
             f"{key} cannot sign",
         )
-        written.append(other)
-    return written
 
 
 def signature_names(file: str, key: Path) -> list[str]:
@@ -85,7 +80,7 @@ def signature_names(file: str, key: Path) -> list[str]:
     return [f"{file}.sig", *([f"{file}.openssl"] if _openssl_reads(key) else [])]
 
 
-def write_public(key: Path) -> list[Path]:
+def write_public(key: Path) -> None:
     """Write KEY.pub and, where openssl reads the key, KEY.pem: what the receiver must get by
     another way than the disk.
     """
@@ -95,12 +90,11 @@ def write_public(key: Path) -> list[Path]:
     public = key.with_name(key.name + ".pub")
     public.write_text(f"{kind} {body} {SIGNER}\n")
     if not _openssl_reads(key):
-        return [public]
+        return
     pem = key.with_name(key.name + ".pem")
     pem.write_text(
         _run(["openssl", "pkey", "-in", str(key), "-pubout"], f"openssl cannot read {key}")
     )
-    return [public, pem]
 
 
 def _openssl_reads(key: Path) -> bool:

@@ -134,7 +134,6 @@ def make_base(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path)
 
     Needs no network, and root or an ordinary user with subordinate ids. 25 to 40 s.
     """
-    validate_mmdebstrap()
     with tempfile.TemporaryDirectory(prefix="milktea-os-") as folder:
         os.chmod(folder, 0o755)  # the unshared user must be able to read it
         _repository(Path(folder), spec.suite, debs, cache)

@@ -91,8 +91,11 @@ def check(folder: Path) -> list[str]:
     )
     weights = [path for path in files if path.endswith(".safetensors")]
     if not weights:
+        what = "no weights (*.safetensors)"
+        if pickle := next((path for path in files if path.endswith(PICKLES)), ""):
+            what = f"its weights as pickles ({pickle}), which can run code when they are opened"
         raise PreflightError(
-            _no_safetensors(folder, files),
+            f"{folder} has {what}",
             hint="take a revision that has safetensors, or convert it on a machine that you trust",
         )
     taken = [path for path in files if path.endswith(TAKEN) or Path(path).name.startswith(NAMED)]
@@ -211,13 +214,3 @@ def _validate_index(folder: Path, weights: list[str]) -> None:
                 f"{index.name} names {lost[0]}, which is not there ({len(lost)} missing)",
                 hint="download the model again",
             )
-
-
-def _no_safetensors(folder: Path, files: list[str]) -> str:
-    pickles = [path for path in files if path.endswith(PICKLES)]
-    if pickles:
-        return (
-            f"{folder} has its weights as pickles ({pickles[0]}), which can run code when they are"
-            " opened"
-        )
-    return f"{folder} has no weights (*.safetensors)"

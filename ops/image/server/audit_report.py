@@ -1,8 +1,6 @@
 """The page for the security officer: what was verified, proved and installed, from
 INSTALL-RECORD.json.
 
-    python audit_report.py < INSTALL-RECORD.json > EVIDENCE.html
-
 Standard library only: it runs inside the image, on the server, and the server's own key signs what
 it writes. The record lies in the page whole (in a <script type="application/json">), so the page
 alone can be checked and re-read by programs.
@@ -13,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import sys
 from typing import Any
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;
@@ -109,7 +106,3 @@ def _rows(facts: dict[str, Any]) -> str:
 
 def _e(value: Any) -> str:
     return html.escape(str(value))
-
-
-if __name__ == "__main__":
-    sys.stdout.write(page(sys.stdin.read()))

@@ -56,11 +56,9 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
     FileNotFoundError.
     """
     (run / "data").mkdir(parents=True, exist_ok=True)
-    model = find_model(toml, job)
     link = run / "model"
-    if link.is_symlink():
-        link.unlink()
-    link.symlink_to(model)
+    link.unlink(missing_ok=True)
+    link.symlink_to(find_model(toml, job))
     taken = [put_adapters(part, run) for part in job.parts]
     parts = [part for part, _ in taken]
     if job.stages:
@@ -68,7 +66,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
         changed = zip(parts, loras, strict=True)
         parts = [part.model_copy(update={"lora": lora}) for part, lora in changed]
     told = [
-        _told(part, run, model, processes, f"{n}-" if job.stages else "") | adapters
+        _told(part, run, processes, f"{n}-" if job.stages else "") | adapters
         for n, (part, (_, adapters)) in enumerate(zip(parts, taken, strict=True))
     ]
     wire = Job.model_validate(told_of_chain(job.stages, told) if job.stages else told[0])
@@ -78,9 +76,7 @@ def write_run(toml: Path, job: JobFile, run: Path, processes: int | None) -> Job
     return wire
 
 
-def _told(
-    job: JobFile, run: Path, model: Path, processes: int | None, before: str
-) -> dict[str, Any]:
+def _told(job: JobFile, run: Path, processes: int | None, before: str) -> dict[str, Any]:
     """job.json's object for a stage by itself, whose data it copies under names that begin with
     `before`. Raises ConfigError or FileNotFoundError."""
     wanted = [*job.data.files, *([held] if (held := job.data.held_out_file) else [])]
@@ -96,12 +92,11 @@ def _told(
             f"data.template: {job.data.template!r} is none of {', '.join(prompt.names())}, chat, or"
             " a file"
         )
-    practice = model.name == "practice_model"
     return {
         "run_id": run.name,
         "stages": [{"name": job.stage}],
         "model": {
-            "base": "practice_model" if practice else Path(job.model.base).name,
+            "base": Path(job.model.base).name,
             "path": "model",
             "precision": job.model.precision,
         },
@@ -137,12 +132,11 @@ def put_adapters(job: JobFile, run: Path) -> tuple[JobFile, dict[str, object]]:
                 if adapter.is_dir():
                     (run / name).mkdir(exist_ok=True)
                     shutil.copyfile(file, run / name / file.name)
-            told[name] = as_told(adapter, name, adapter.name) | (
-                {"how": job.how} if name == "start" else {}
-            )
+            one = as_told(adapter, name, adapter.name)
             if name == "start" and job.how == "merge":
-                told["merged"] = [as_told(adapter, name, adapter.name)]
-                del told[name]
+                told["merged"] = [one]
+            else:
+                told[name] = one | ({"how": job.how} if name == "start" else {})
         except (OSError, ValueError) as why:
             raise ConfigError(f"{name}: {adapter}: {why}", hint="name an adapter.zip") from why
     if job.function is not None:

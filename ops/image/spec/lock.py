@@ -93,7 +93,7 @@ class Cuda(Strict):
     line: str
     toolkit: str
     min_driver: str
-    architectures: list[str]
+    architectures: list[Annotated[str, Field(pattern=r"^\d+\.\d[a-z]?(\+PTX)?$")]]
 
 
 class Identity(Strict):
@@ -128,10 +128,6 @@ class Lock(Strict):
     def size_bytes(self) -> int:
         """What the image takes on the classic store: the uncompressed layers."""
         return sum(layer.size_bytes for layer in self.layers)
-
-    def complete(self, layers: list[LockedLayer], identity: Identity) -> Lock:
-        """The lock of one built image."""
-        return self.model_copy(update={"layers": layers, "identity": identity})
 
 
 def dumps(lock: Lock) -> str:
