@@ -174,6 +174,14 @@ def test_a_shard_that_broke_off_is_named_with_its_size(folder, tmp_path):
         resolve(folder, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("text", ["[" * 200_000, "{", "[1]", '"x"', "\ud800"])
+def test_json_that_is_none_is_refused_by_its_file(folder, tmp_path, name, text):
+    (folder / name).write_text(text, "utf-8", "surrogatepass")
+    with pytest.raises(PreflightError, match=f"{name} is no JSON object"):
+        resolve(folder, tmp_path)
+
+
 def test_a_missing_shard_is_named(folder, tmp_path):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(

@@ -25,7 +25,7 @@ def usable(folder: Path, cache: Path, progress: Progress) -> Path:
 
     Raises PreflightError for a model that needs code of its own, or that cannot be converted.
     """
-    config = _config(folder)
+    config = json_of(folder / "config.json")
     kind = (
         "llama"
         if (folder / "params.json").is_file() and not config
@@ -75,13 +75,12 @@ def validate_code(folder: Path, config: dict[str, Any], progress: Progress) -> N
     progress(f"{folder.name}: {files} stay behind; transformers has {kind} itself")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json, or nothing; that it is whole is for others to say."""
+def json_of(path: Path) -> dict[str, Any]:
+    """The object in a file of a model; none where there is no file. Raises PreflightError."""
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as why:
+        raise PreflightError(f"{path} is no JSON object: {why}", hint="download it again") from why
 
 
 def _stamp(folder: Path) -> str:

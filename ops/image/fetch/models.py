@@ -7,7 +7,6 @@ taken; the layouts that people still have are converted first (`convert`).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from ops.image.spec.lock import Model, ModelFile, set_digest
 from ops.image.spec.paths import link
 
 Progress = Callable[[str], None]
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TAKEN = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", ".vocab", ".bpe")
 NAMED = ("LICENSE", "NOTICE", "USE_POLICY", "COPYING")
 
@@ -208,7 +207,7 @@ def _keep(model: Model, folder: Path, cache: Path) -> None:
 
 def _validate_index(folder: Path, weights: list[str]) -> None:
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        named = set(convert.json_of(index).get("weight_map", {}).values())
         if lost := sorted(named - set(weights)):
             raise PreflightError(
                 f"{index.name} names {lost[0]}, which is not there ({len(lost)} missing)",
