@@ -15,6 +15,7 @@ from tiny import events_of, finish, rows, start, write_model
 
 from trainer.kernels.attention import Rules
 from trainer.loop import step
+from trainer.model.kept import KeptBase
 from trainer.stages import sft
 from trainer.train import outcome_of
 
@@ -25,14 +26,14 @@ LONG = {"training": {"num_train_epochs": 4}}  # 16 steps
 
 def after_loading(patch: Patch, change: Callable[[torch.nn.Module], None]) -> None:
     """Plants a fault in the loaded model."""
-    real = sft.load
+    real = KeptBase.load
 
     def load(*args: object, **kwargs: object) -> tuple:
         model, kernels = real(*args, **kwargs)  # type: ignore[arg-type]
         change(model)
         return model, kernels
 
-    patch.setattr(sft, "load", load)
+    patch.setattr(KeptBase, "load", load)
 
 
 def nan_in_the_base(make: Make, patch: Patch, tmp_path: Path) -> Path:

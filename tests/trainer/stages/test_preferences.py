@@ -181,7 +181,7 @@ def test_over_length_pairs_are_refused_or_dropped_whole_and_never_cut(stage_run:
     assert len(kept) % 2 == 0 and "train.jsonl:19" not in kept.where
     assert any(n.startswith("train.jsonl:19: ") and n.endswith("dropped") for n in kept.notes)
     assert all(ids[-1] == 2 for ids in np.split(kept.ids, kept.starts[1:-1]))
-    with pytest.raises(InvalidJob, match="would cut an answer"):
+    with pytest.raises(InvalidJob, match="would change what is compared: an answer stays whole"):
         rows("truncate")
 
 
