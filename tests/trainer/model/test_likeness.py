@@ -361,14 +361,18 @@ def test_a_copy_that_transformers_cannot_compute_is_told_and_no_fault(
 @pytest.mark.parametrize("name", MOST_USED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
 def test_a_sound_model_is_like_transformers_on_the_gpu(
-    name: str, precision: str, folder_of: Any
+    name: str, precision: str, folder_of: Any, tmp_path: Path
 ) -> None:
-    model = {"base": "tiny/random", "path": "model", "precision": precision}
-    family = families.read(json.loads((folder_of(name) / "config.json").read_text()))
-    told = likeness.compare(
-        job(model=model), folder_of(name), torch.device("cuda"), family.packs(200)
-    )
-    print(name, precision, told)
+    folder, model = folder_of(name), {"base": "tiny/random", "path": "model"}
+    told = json.loads((folder / "config.json").read_text())
+    if "linear_key_head_dim" in told:  # the delta rule's kernels take 16 columns or more
+        told |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+        (tmp_path / "config.json").write_text(json.dumps(told))
+        folder = tmp_path
+    packs = families.read(told).packs(200)
+    asked = job(model={**model, "precision": precision})
+    told = likeness.compare(asked, folder, torch.device("cuda"), packs)
+    print("LIKE", name, precision, told)
     assert told.startswith("fp32 loss within")
     assert ("bf16 loss within" in told) == (precision != "fp32")
 
@@ -390,7 +394,7 @@ def test_real_widths_are_like_transformers_on_the_gpu(name: str, tmp_path: Path)
     AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
     model = {"base": "tiny/random", "path": "model", "precision": "bf16"}
     told = likeness.compare(job(model=model), tmp_path, torch.device("cuda"), True)
-    print(name, told)
+    print("LIKE", name, told)
     assert "bf16 loss within" in told
 
 
