@@ -58,7 +58,8 @@ class Tolerance:
 
 
 FP32 = Tolerance(1e-4, 1e-3, 1e-2)
-FP32_GPU = Tolerance(1e-3, 1e-2, 5e-2)  # Triton's products round fp32 to TF32
+# Triton's products round fp32 to TF32: real widths give 1e-4 and 0.002, the delta rule 0.007
+FP32_GPU = Tolerance(5e-4, 1e-2, 2e-2)
 WORSE = 4.0  # times as far from fp32 as eager attention in bf16 is, at most,
 LOWER = Tolerance(0.02, 0.02, 0.1)  # or this far
 
