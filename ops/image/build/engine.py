@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from docker.client import DockerClient
-from docker.errors import ContainerError, DockerException, ImageNotFound
+from docker.errors import APIError, DockerException, ImageNotFound
 from docker.models.images import Image
 
 from ops.errors import PreflightError
@@ -53,8 +53,8 @@ def build(
     tag: str,
     arguments: dict[str, str],
     progress: Progress,
-) -> str:
-    """``docker build --network=none`` of ROOT/DOCKERFILE by BuildKit; returns the image's ID.
+) -> None:
+    """``docker build --network=none`` of ROOT/DOCKERFILE by BuildKit.
 
     ``progress`` hears the builder's own lines. Raises PreflightError with its last words.
     """
@@ -88,7 +88,6 @@ def build(
             f"docker build failed: {' | '.join(last)[-900:]}",
             hint="the lines above are its own words",
         )
-    return str(client.images.get(tag).id)
 
 
 def docker_with_buildkit() -> str:
@@ -113,30 +112,35 @@ def prove(client: DockerClient, tag: str, lock: Path, command: Sequence[str]) ->
 
     No network, a read-only root, no rights. Raises PreflightError with the failed checks' words.
     """
+    made = client.containers.create(
+        image_id(client, tag),
+        list(command[1:]),
+        entrypoint=command[0],
+        network_mode="none",
+        read_only=True,
+        tmpfs={"/tmp": "rw,exec,mode=1777"},
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges"],
+        shm_size="1g",
+        environment={"HOME": "/tmp"},
+        volumes={str(lock.resolve()): {"bind": "/run/milktea/image.lock", "mode": "ro"}},
+    )
     try:
-        said: bytes = client.containers.run(
-            image_id(client, tag),
-            list(command[1:]),
-            entrypoint=command[0],
-            network_mode="none",
-            read_only=True,
-            tmpfs={"/tmp": "rw,exec,mode=1777"},
-            cap_drop=["ALL"],
-            security_opt=["no-new-privileges"],
-            shm_size="1g",
-            environment={"HOME": "/tmp"},
-            volumes={str(lock.resolve()): {"bind": "/run/milktea/image.lock", "mode": "ro"}},
-            remove=True,
-        )
-    except ContainerError as error:
-        words = error.stderr.decode(errors="replace").splitlines()
-        failed = [line for line in words if "FAILED" in line] or words[-3:]
-        raise PreflightError(
-            f"{tag} does not prove itself (exit code {error.exit_status}):"
-            f" {' | '.join(failed)[:900]}",
-            hint="mend what it names, make image, and bundle again",
-        ) from error
-    return said.decode(errors="replace")
+        made.start()
+        code = made.wait()["StatusCode"]
+        words = made.logs(stdout=not code, stderr=bool(code)).decode(errors="replace")
+    except APIError as error:  # nothing of that name in the image, such as python3
+        code, words = 127, str(error)
+    finally:
+        made.remove(force=True)
+    if not code:
+        return str(words)
+    lines = words.splitlines()
+    failed = [line for line in lines if "FAILED" in line] or lines[-3:]
+    raise PreflightError(
+        f"{tag} does not prove itself (exit code {code}): {' | '.join(failed)[:900]}",
+        hint="mend what it names, make image, and bundle again",
+    )
 
 
 def save(client: DockerClient, tag: str) -> Iterator[bytes]:

@@ -86,7 +86,7 @@ def resolve(spec: Os, mirrors: Mirrors) -> list[Deb]:
 
     Asks the mirror; changes nothing on this machine. Raises PreflightError where apt cannot answer.
     """
-    _require("apt-get", "apt", "lock images on a Debian or Ubuntu machine")
+    _require("apt-get", "lock images on a Debian or Ubuntu machine")
     with tempfile.TemporaryDirectory(prefix="milktea-apt-") as folder:
         options = _private_apt(Path(folder), spec.suite, mirrors)
         _run(
@@ -122,7 +122,6 @@ def fetch(debs: Sequence[Deb], mirrors: Mirrors, cache: Path, progress: Progress
 def validate_mmdebstrap() -> None:
     """Raises PreflightError where a base cannot be made on this machine."""
     _require(
-        "mmdebstrap",
         "mmdebstrap",
         "apt-get install mmdebstrap, or name another Debian 12: make image BASE=IMAGE",
     )
@@ -295,11 +294,9 @@ def _repository(folder: Path, suite: str, debs: Sequence[Deb], cache: Path) -> N
     (index.parent.parent / "Release").write_text(release)
 
 
-def _require(program: str, package: str, instead: str) -> None:
+def _require(program: str, instead: str) -> None:
     if not shutil.which(program):
-        raise PreflightError(
-            f"{program} is not on this machine (Debian package {package})", hint=instead
-        )
+        raise PreflightError(f"{program} is not on this machine", hint=instead)
 
 
 def _run(command: list[str], failed: str, environment: dict[str, str] | None = None) -> str:

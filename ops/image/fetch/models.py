@@ -23,7 +23,7 @@ from ops.image.spec.lock import Model, ModelFile, set_digest
 from ops.image.spec.paths import link
 
 Progress = Callable[[str], None]
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TAKEN = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", ".vocab", ".bpe")
 NAMED = ("LICENSE", "NOTICE", "USE_POLICY", "COPYING")
 

@@ -12,23 +12,14 @@ from ops.image.spec.lock import Lock
 
 
 def over(lock: Lock, budget: Budget) -> list[str]:
-    """What is over its limit, one sentence each; and a limit for a layer that is not there."""
-    sizes = {layer.name: layer.size_bytes for layer in lock.layers}
-    found = [
-        f"layer {name} has {sizes[name]:,} bytes, {sizes[name] - most:,} more than its {most:,}"
-        for name, most in sorted(budget.layers.items())
+    """What is over its limit, one sentence each."""
+    sizes = {layer.name: layer.size_bytes for layer in lock.layers} | {"image": lock.size_bytes}
+    limits = budget.layers | {"image": budget.image_bytes}
+    return [
+        f"{name} has {sizes[name]:,} bytes, {sizes[name] - most:,} more than its {most:,}"
+        for name, most in sorted(limits.items())
         if sizes.get(name, 0) > most
     ]
-    found += [
-        f"layer {name} has a limit and does not exist"
-        for name in sorted(budget.layers.keys() - sizes.keys())
-    ]
-    if lock.size_bytes > budget.image_bytes:
-        found.append(
-            f"the image has {lock.size_bytes:,} bytes, {lock.size_bytes - budget.image_bytes:,}"
-            f" more than its {budget.image_bytes:,}"
-        )
-    return found
 
 
 def require(lock: Lock, budget: Budget | None, path: Path) -> None:
