@@ -85,6 +85,14 @@ KNOWN = {
         "PRICE_S = 45.0  # between two readings of price and credit -> 46.0": (
             "it is read at each renewal, every minute"
         ),
+        "ANSWER_S = 20.0  # for one renewal -> 21.0": "less than between two renewals does",
+        "ANSWER_S = 20.0  # for one renewal -> 40.0": "less than between two renewals does",
+        "threading.Thread(target=self._every, args=(LOOK_S, self._look), daemon=True), -> False": (
+            "it is stopped before its process ends"
+        ),
+        "threading.Thread(target=self._every, args=(RENEW_S, self._renew), daemon=True), -> False": (
+            "it is stopped before its process ends"
+        ),
     },
     "trainer.data.template": {
         'jinja: str = field(default="", repr=False) -> True': "only how a debugger shows it",

@@ -250,7 +250,7 @@ def test_credit_for_less_than_half_an_hour_is_told_each_time_it_is_less(
     client: Client, keeper: Keeper
 ) -> None:
     half_an_hour, said = client.session.usd_per_hour() / 2, []
-    for credit in (100.0, half_an_hour, *(half_an_hour * x for x in (0.999, 0.999, 0.9, 1e-6))):
+    for credit in (100.0, half_an_hour, *(half_an_hour * x for x in (0.9999, 0.9999, 0.9, 1e-6))):
         client.fake.faults.clear()
         body = {"id": 1, "credit": credit}
         client.fake.faults.add(where="user", what="reply", status=200, body=body)
