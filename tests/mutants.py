@@ -90,9 +90,8 @@ KNOWN = {
         "threading.Thread(target=self._every, args=(LOOK_S, self._look), daemon=True), -> False": (
             "it is stopped before its process ends"
         ),
-        "threading.Thread(target=self._every, args=(RENEW_S, self._renew), daemon=True), -> False": (
-            "it is stopped before its process ends"
-        ),
+        "threading.Thread(target=self._every, args=(RENEW_S, self._renew), daemon=True), "
+        "-> False": ("it is stopped before its process ends"),
     },
     "trainer.data.template": {
         'jinja: str = field(default="", repr=False) -> True': "only how a debugger shows it",
