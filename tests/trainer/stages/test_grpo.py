@@ -102,10 +102,10 @@ def test_answers_drawn_from_another_model_stop_the_run(
 ) -> None:
     """As where a rollout engine binds the adapter to nothing."""
 
-    def hotter(*given: Any) -> list[decode.Answer]:
+    def hotter(*given: Any, **named: Any) -> list[decode.Answer]:
         *others, sampling, numbers = given
         wrong = decode.Sampling(4 * sampling.temperature, sampling.seed, sampling.step)
-        return decode.generate(*others, wrong, numbers)
+        return decode.generate(*others, wrong, numbers, **named)
 
     monkeypatch.setattr(rollout, "generate", hotter)
     with pytest.raises(Stopped, match="the answers were drawn from another model"):
