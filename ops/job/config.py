@@ -516,7 +516,11 @@ def _with_absolute_paths(job: JobFile, folder: Path, own_judge: bool = False) ->
         ]
         changes[name] = section.model_copy(update={"rewards": rewards})
     local = here(Path(job.model.base))
-    model = job.model.model_copy(update={"base": str(local)}) if local.is_dir() else job.model
+    try:
+        is_folder = local.is_dir()
+    except OSError as error:  # of a name that no file system takes
+        raise ConfigError(f"model.base: {error.strerror}: {job.model.base[:80]}...") from error
+    model = job.model.model_copy(update={"base": str(local)}) if is_folder else job.model
     results = job.results.model_copy(update={"folder": here(job.results.folder)})
     changes |= {"data": data, "model": model, "results": results}
     return job.model_copy(update=changes)

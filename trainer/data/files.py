@@ -251,7 +251,7 @@ def _plain_text(path: Path) -> Iterator[Any]:
         number, text = item
         text = text.removeprefix("\ufeff") if number == 1 else text
         if text.strip():
-            yield scan.Location(text, 0, number), (("text", text),)
+            yield tables.RowPlace(number), (("text", text),)
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -83,12 +83,14 @@ class Broken:
 @dataclass
 class Location:
     """Where a row is: its text begins at `start` of `text`, on line `line` of the file; `before`
-    characters stand in front of `text` on its first line. Good until the next row is asked for."""
+    characters stand in front of `text` on its first line. Good until the next row is asked for.
+    `found` keeps the offsets that were looked for."""
 
     text: str
     start: int
     line: int
     before: int = 0
+    found: dict[tuple[str | int, ...], int | None] = field(default_factory=dict, repr=False)
 
     def at(self, offset: int) -> tuple[int, int]:
         """(line, column) of an offset into `text`, which is not before `start`."""
@@ -99,9 +101,11 @@ class Location:
     def locate(self, path: tuple[str | int, ...]) -> tuple[int, int]:
         """(line, column) of the value at `path`, or of the nearest thing around it that exists."""
         at = self.start
-        for step in path:
-            found = _step(self.text, at, step)
-            if found is None:
+        for depth, step in enumerate(path, 1):
+            around = path[:depth]
+            if around not in self.found:  # defects of one row stand side by side
+                self.found[around] = _step(self.text, at, step)
+            if (found := self.found[around]) is None:
                 break
             at = found
         return self.at(at)
@@ -133,6 +137,8 @@ def _step(text: str, at: int, step: str | int) -> int | None:
             at = _skip(text, _skip(text, at) + 1)
         if name == step:
             found = at
+            if closing == "]":
+                break
         at = _skip(text, _decode(text, at)[1])
         at, index = _skip(text, at + 1) if text[at] == "," else at, index + 1
     return found
@@ -262,6 +268,7 @@ class _Window(Location):
         """Makes the offset `at` the start."""
         self.line += self.text.count("\n", self.start, at)
         self.start = at
+        self.found.clear()
 
     def skip(self, after: int) -> int:
         """Offset of the first character that is no blank, from `after` the start on, or the end."""
@@ -287,6 +294,7 @@ class _Window(Location):
         newline = self.text.rfind("\n", 0, self.start)
         self.before = self.before + self.start if newline < 0 else self.start - newline - 1
         self.text, self.start = self.text[self.start :], 0
+        self.found.clear()
         room = MAX_ROW_SIZE - len(self.text)
         if room <= 0:
             raise json.JSONDecodeError("Too long", self.text, 0)

@@ -122,6 +122,10 @@ def test_contradictions_are_refused(change: dict, words: str) -> None:
     assert words in refused(LEAST | change)
 
 
+def test_a_base_whose_name_no_disk_takes_is_refused_by_its_key() -> None:
+    assert refused(LEAST | {"model": {"base": "9" * 5000}}).startswith("model.base: ")
+
+
 def test_a_missing_file_and_broken_toml_say_which_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such job file"):
         config.load(tmp_path / "none.toml")

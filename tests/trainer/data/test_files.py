@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -631,6 +632,22 @@ def test_a_row_of_five_megabytes_is_read(tmp_path: Path, name: str) -> None:
         long["output"],
         "answer 2",
     ]
+
+
+def test_a_line_of_text_that_begins_like_json_is_found_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n{:\x00\n")
+    _, [defect] = read_rows([tmp_path / "a.txt"])
+    assert (defect.line, defect.column) == (2, 1)
+
+
+def test_many_defects_of_one_long_row_are_found_in_a_moment(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": None, "n": n} for n in range(20_000)]
+    for name, text in (("a.jsonl", '{"messages": %s}\n'), ("a.json", '[\n{"messages": %s}\n]')):
+        (tmp_path / name).write_text(text % json.dumps(turns))
+        began = time.process_time()
+        _, defects = read_rows([tmp_path / name])
+        assert len({d.column for d in defects}) == len(defects) >= 20
+        assert time.process_time() - began < 2
 
 
 def test_a_text_file_does_not_keep_its_byte_order_mark(tmp_path: Path) -> None:
