@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.kernels.attention import Rules, flash_backward, flash_forward, short_kernels
 from trainer.kernels.lora import Group, outer, validate_latest
-from trainer.kernels.nets import Order
+from trainer.kernels.nets import ColumnOrder
 from trainer.kernels.norms import HeadNorms, Norm
 from trainer.kernels.shared_mlp import SharedMlp
 
@@ -92,7 +92,7 @@ class FastLayer:
     pairs: bool = False  # rotary pairs are neighbours (i, i + 1), not halves apart
     gelu: bool = False  # tanh's approximation, instead of silu
     out_scale: float = 1.0  # of the layer's output
-    order: Order | None = None  # of q, k, v and a gate of attention's output in the projection
+    order: ColumnOrder | None = None  # of a joined projection that also holds attention's gate
     beside: SharedMlp | None = None  # among the experts of ``after``
     after: Callable[[Tensor], Tensor] | None = None  # [M, h] -> [M, h]
     remake_after: bool = False  # where it keeps many times the stream

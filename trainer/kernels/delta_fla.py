@@ -71,7 +71,7 @@ class Chunks(NamedTuple):
     indices: Tensor
 
 
-class Kept(NamedTuple):
+class SavedChunks(NamedTuple):
     """What ``backward`` needs of ``forward``: summed decays fp32 [T, HV], and the solved systems of
     the chunks [T, HV, 64]."""
 
@@ -107,7 +107,7 @@ def unfit() -> str:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor
-) -> tuple[Tensor, Kept]:
+) -> tuple[Tensor, SavedChunks]:
     """q, k [T, HK, K] of length one, v [T, HV, V], decay (logarithms) and beta fp32 [T, HV], cu
     int32 [documents + 1] -> (out [T, HV, V], what ``backward`` needs)."""
     q, k, v, decay, beta = (x.contiguous()[None] for x in (q, k, v, decay, beta))
@@ -116,11 +116,11 @@ def forward(
     w, u, solved = chunk_gated_delta_rule_fwd_intra(k, v, sums, beta, chunk_size=CHUNK, **at)
     h, fresh, _ = chunk_gated_delta_rule_fwd_h(k, w, u, sums, chunk_size=CHUNK, **at)
     out = chunk_fwd_o(q, k, fresh, h, sums, scale=q.shape[-1] ** -0.5, chunk_size=CHUNK, **at)
-    return out[0], Kept(sums[0], solved[0])
+    return out[0], SavedChunks(sums[0], solved[0])
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, cu: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: SavedChunks, cu: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
     """(dq [T, HV, K], the two parts of dk [T, HV, K], dv [T, HV, V], d(decay) and d(beta) fp32
     [T, HV]): those of q and k by value head."""
@@ -244,7 +244,7 @@ class _Rule(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, cu, *kept = ctx.saved_tensors
-        dq, dk, dv, ddecay, dbeta = backward(dout, q, k, v, beta, Kept(*kept), cu)
+        dq, dk, dv, ddecay, dbeta = backward(dout, q, k, v, beta, SavedChunks(*kept), cu)
         of_k = dk[0] + dk[1]
         return by_key(dq, q.shape[1]), by_key(of_k, q.shape[1]), dv, ddecay, dbeta, None
 

@@ -130,7 +130,7 @@ def rule_backward(
     from trainer.kernels import delta_fla
 
     q, k, v, _, beta = of_rule
-    found = delta_fla.backward(dout, q, k, v, beta, delta_fla.Kept(*kept), cu)
+    found = delta_fla.backward(dout, q, k, v, beta, delta_fla.SavedChunks(*kept), cu)
     dq, dk, dv, ddecay, dbeta = found
     return (dq, *dk, dv), ddecay, dbeta
 

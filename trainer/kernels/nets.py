@@ -39,7 +39,7 @@ class Net(NamedTuple):
         return qkv, z, b, a
 
 
-class Order(NamedTuple):
+class ColumnOrder(NamedTuple):
     """Where the columns of q, k, v and of attention's gate stand in a joined projection whose
     queries have a gate beside each head, so that rotary embedding turns halves of a head, whatever
     part of it turns: int32 ``dense`` for q, k, v, ``gate``, and ``back`` for the joined matrix of
@@ -52,7 +52,9 @@ class Order(NamedTuple):
     run: int
 
     @classmethod
-    def of(cls, heads: int, kv_heads: int, head_dim: int, turned: float, like: Tensor) -> Order:
+    def of(
+        cls, heads: int, kv_heads: int, head_dim: int, turned: float, like: Tensor
+    ) -> ColumnOrder:
         half, angles = head_dim // 2, int(head_dim * turned) // 2
         rest = torch.arange(2 * angles, head_dim)
         low, high = rest.split([half - angles, half - angles])

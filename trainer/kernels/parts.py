@@ -14,7 +14,7 @@ from trainer import families
 from trainer.families import Family
 from trainer.kernels.attention import Rules
 from trainer.kernels.lora import adapter_of, base_linear, padded_rank
-from trainer.kernels.nets import Net, Order
+from trainer.kernels.nets import ColumnOrder, Net
 from trainer.kernels.norms import HeadNorms, Norm
 
 WIDEST = 512  # the largest head that the kernels take; flash attention takes 256
@@ -101,11 +101,11 @@ class Parts:
         return HeadNorms(weights, eps, hasattr(self.attention, "v_norm"))
 
     @property
-    def order(self) -> Order | None:
+    def order(self) -> ColumnOrder | None:
         if not self.gated:
             return None
         like = base_linear(self.o).weight
-        return Order.of(self.heads, self.kv_heads, self.head_dim, self.family.turned, like)
+        return ColumnOrder.of(self.heads, self.kv_heads, self.head_dim, self.family.turned, like)
 
 
 def read_norm(module: nn.Module, family: Family) -> Norm:

@@ -20,7 +20,7 @@ from trainer.kernels.decoder_layer import FastLayer
 from trainer.kernels.lora import Group
 
 
-class Place(NamedTuple):
+class CachePositions(NamedTuple):
     """Where the token of each of B rows belongs: the row ``slots`` [B] of what is kept, at
     ``positions`` [B], both int64. ``firsts`` int32 [B + 1] counts rows; ``starts`` int32 [B + 1]
     are the first places of the rows, of all rows' places end to end; ``seen`` int32 [B] are the
@@ -33,16 +33,16 @@ class Place(NamedTuple):
     seen: Tensor
 
     @classmethod
-    def of(cls, slots: Tensor, positions: Tensor, longest: int) -> Place:
+    def of(cls, slots: Tensor, positions: Tensor, longest: int) -> CachePositions:
         firsts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
         starts = torch.nn.functional.pad((slots * longest).int(), (0, 1))
         return cls(slots, positions, firsts, starts, (positions + 1).int())
 
 
-class Kept(Protocol):
+class KeyValueCache(Protocol):
     """Keys and values of rows, by layer. ``place`` is None while prompts are read."""
 
-    place: Place | None
+    place: CachePositions | None
 
     def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Those of packed tokens [M, KV, D]."""
@@ -53,7 +53,7 @@ class Kept(Protocol):
         ...
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, Place, Rules, Tensor | None], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, CachePositions, Rules, Tensor | None], Tensor]
 
 
 def takes_steps(layer: FastLayer) -> bool:
@@ -69,7 +69,7 @@ def step(
     h: Tensor,
     cos: Tensor,
     sin: Tensor,
-    at: Place,
+    at: CachePositions,
     kept: tuple[Tensor, Tensor],
     attention: Attention | None = None,
 ) -> Tensor:
@@ -132,7 +132,7 @@ def _beside(device: torch.device) -> torch.cuda.Stream:
 
 
 def by_flash(
-    q: Tensor, keys: Tensor, values: Tensor, at: Place, rules: Rules, sinks: Tensor | None
+    q: Tensor, keys: Tensor, values: Tensor, at: CachePositions, rules: Rules, sinks: Tensor | None
 ) -> Tensor:
     """q [B, G, KV, D], keys and values [rows, longest, KV, D] -> [B, KV, G, D]: each row's query
     sees the keys that the row holds, as far as the window reaches."""
@@ -165,7 +165,7 @@ def by_flash(
 
 
 def by_twin(
-    q: Tensor, keys: Tensor, values: Tensor, at: Place, rules: Rules, sinks: Tensor | None
+    q: Tensor, keys: Tensor, values: Tensor, at: CachePositions, rules: Rules, sinks: Tensor | None
 ) -> Tensor:
     """The twin of ``by_flash``."""
     behind = at.positions[:, None] - torch.arange(keys.shape[1], device=q.device)

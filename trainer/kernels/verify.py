@@ -26,7 +26,7 @@ from trainer.kernels.decoder_layer import FastLayer, Packed, run_layer
 from trainer.kernels.lora import refresh
 from trainer.kernels.nf4 import BLOCK, Nf4Weight
 from trainer.kernels.parts import wide_angles
-from trainer.kernels.step_layer import Place, by_flash, by_twin, step
+from trainer.kernels.step_layer import CachePositions, by_flash, by_twin, step
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def step_error(fast: FastLayer) -> float:
     h, rows = random(len(STEPS), fast.qkv.weight.shape[1]), len(STEPS) + 1
     held = [random(rows, 64, fast.kv_heads, fast.head_dim) for _ in range(2)]
     slots, positions = torch.tensor([STEP_ROWS, STEPS], device=h.device)
-    place = Place.of(slots, positions, 64)
+    place = CachePositions.of(slots, positions, 64)
     for group in fast.groups:
         group.widen()
     for ops, attend in ((own, by_flash), (reference, by_twin)):

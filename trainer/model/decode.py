@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from trainer.data.prepare import Prepared
 from trainer.kernels import rotary
-from trainer.kernels.step_layer import Place
+from trainer.kernels.step_layer import CachePositions
 from trainer.model import steps
 from trainer.model.dropout import mix
 from trainer.model.parts import causal, family_of
@@ -144,7 +144,7 @@ class Keys(Cache):
         super().__init__(layers=[])
         self.size, self.longest, self.kept = size, longest, longest
         self.packed: tuple[Tensor, Tensor] | None = None
-        self.place: Place | None = None
+        self.place: CachePositions | None = None
         self.rows: slice | Tensor = slice(0, size)
         self.steady = False
         self.held: dict[int, tuple[Tensor, Tensor]] = {}
@@ -227,7 +227,7 @@ class Rows:
         self.name = name_of_cache(self.inner)
         self.lengths = torch.zeros(size, dtype=torch.int64, device=device)
         tower = steps.tower_of(model)
-        self.adapters = None if tower is None else steps.Adapters(model, tower)
+        self.adapters = None if tower is None else steps.ActiveAdapters(model, tower)
         whole = tower is not None and steps.trust_steps(tower)
         captures = whole and device.type == "cuda" and not rotary.by_length(model)
         self.tower = tower if captures else None
@@ -283,7 +283,8 @@ class Rows:
         if isinstance(slots, slice):
             slots = torch.arange(slots.start, slots.stop, device=self.device)
         keys.packed, keys.rows, keys.kept = None, rows, kept
-        keys.place, keys.steady = Place.of(slots, at, keys.longest), self.adapters is not None
+        keys.place = CachePositions.of(slots, at, keys.longest)
+        keys.steady = self.adapters is not None
         out = self.inner(
             input_ids=last[:, None],
             position_ids=at[:, None],

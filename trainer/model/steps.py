@@ -26,7 +26,7 @@ def tower_of(model: nn.Module) -> Any:
     return next((m for m in model.modules() if getattr(m, "fast_layers", None)), None)
 
 
-class Adapters:
+class ActiveAdapters:
     """Which adapters the fused layers compute by while tokens are decoded. Any forward pass that is
     no such step looks them up by itself."""
 

@@ -19,7 +19,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 from trainer.kernels import step_ops, step_reference  # noqa: E402
 from trainer.kernels.attention import Rules  # noqa: E402
 from trainer.kernels.norms import HeadNorms, Norm  # noqa: E402
-from trainer.kernels.step_layer import Place, by_flash, by_twin  # noqa: E402
+from trainer.kernels.step_layer import CachePositions, by_flash, by_twin  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -102,6 +102,6 @@ def test_flash_attention_of_one_query_a_row_is_its_twin(
     positions = torch.tensor([0, longest - 1, 13, 5, longest // 2], device=DEVICE)
     keys, values = (random(7, longest, heads[1], 128) for _ in range(2))
     q = random(B, heads[0] // heads[1], heads[1], 128)
-    given = (q, keys, values, Place.of(slots, positions, longest))
+    given = (q, keys, values, CachePositions.of(slots, positions, longest))
     more = (Rules(128**-0.5, window), random(heads[0]) if sinks else None)
     agree((by_flash(*given, *more),), (by_twin(*given, *more),))
