@@ -8,14 +8,15 @@ padded at the left, because transformers makes no mask for an implementation tha
 table.
 
 A family's rules arrive as keywords: ``scaling``, ``sliding_window``, ``softcap``, ``s_aux`` (the
-sinks). A keyword that is not understood raises ValueError with the module and the keyword:
-attention that leaves out what a family needs trains something else.
+sinks). An unknown keyword raises ValueError with the module and the keyword: attention that
+ignored a rule of its family would train a different model.
 
-Four ways compute the same: Triton's for short documents (``trainer/kernels/attention_short.py``,
-the fused layer's on Hopper); torch's flash attention for variable lengths, which takes windows and,
-by its logarithm of the sum, sinks; torch's scaled_dot_product_attention one document after another,
-for CPUs, fp32 and odd head sizes; and blocks of queries in plain torch for soft caps, and for sinks
-where there is no flash attention. The eager twin is dense and for comparing.
+Four implementations compute the same result: Triton kernels for short documents
+(``trainer/kernels/attention_short.py``, used by the fused layer on Hopper); torch's flash attention
+for variable lengths, with windows and, through its log-sum-exp, sinks; torch's
+scaled_dot_product_attention one document after another, for CPUs, fp32 and unusual head sizes; and
+plain torch in blocks of queries, for soft caps, and for sinks without flash attention. The eager
+twin is dense and serves comparisons only.
 """
 
 from __future__ import annotations
@@ -35,26 +36,27 @@ from transformers import AttentionInterface
 log = logging.getLogger(__name__)
 
 LONG = 16384  # tokens of a document beyond which flash attention is used (docs/speed-log.md)
-BLOCK = 1024  # queries at a time where no kernel serves
-# what models hand on to attention though it says nothing that changes the result here
+BLOCK = 1024  # queries at a time where no kernel applies
+# keywords that models pass to attention and that do not change the result here
 SILENT = {
     *("position_ids", "cache_position", "seq_idx", "use_cache", "return_dict"),
     *("output_hidden_states", "output_router_logits", "num_items_in_batch", "logits_to_keep"),
 }
-_short_refused: list[str] = []  # why, once it is known
+_short_refused: list[str] = []  # the reason, once it is known
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a layer asks of attention beside causality: score = cap(q k scale), seen where the query
-    is fewer than ``window`` tokens behind its key."""
+    """A layer's rules of attention beside causality: score = cap(q k scale), and a query sees the
+    keys that are fewer than ``window`` tokens before it."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
 
     def within(self, longest: int) -> Rules:
-        """The same for documents of up to ``longest`` tokens, without a window that none fills."""
+        """The same rules for documents of up to ``longest`` tokens; a window that none of them
+        fills is dropped."""
         if self.window is None or self.window < longest:
             return self
         return Rules(self.scale, None, self.softcap)
@@ -63,9 +65,10 @@ class Rules:
 def short_kernels(
     q: Tensor, k: Tensor, v: Tensor, longest: int, rules: Rules | None = None
 ) -> ModuleType | None:
-    """``trainer.kernels.attention_short`` where it is the faster: Hopper and newer, q, k, v views
-    of matrices with rows of one length, documents that are not very long. Where flash
-    attention does not serve, for soft caps and heads wider than 256, it takes all lengths."""
+    """``trainer.kernels.attention_short`` where it is faster, else None. It is faster on Hopper and
+    newer, for documents that are not very long, where q, k, v are views of matrices with rows of
+    one length. It takes all lengths where flash attention cannot be used: soft caps and heads wider
+    than 256."""
     alone = q.shape[-1] > 256 or (rules is not None and rules.softcap is not None)
     if _short_refused or (longest > LONG and not alone):
         return None
@@ -82,13 +85,13 @@ def short_kernels(
 
 
 def validate_lengths(why: str) -> None:
-    """From now on flash attention serves short documents too in this process; the log says so."""
+    """Use flash attention for short documents too, from now on in this process; logs ``why``."""
     _short_refused.append(why)
     log.warning("attention for short documents: %s; flash attention does its work", why)
 
 
 def name(short: bool, device: torch.device) -> str:
-    """What runs, for the log and the manifest."""
+    """Name of the implementation that runs, for the log and the manifest."""
     if device.type != "cuda":
         return "eager"
     flash = "torch flash, variable length"
@@ -96,7 +99,8 @@ def name(short: bool, device: torch.device) -> str:
 
 
 def has_flash(q: Tensor) -> bool:
-    """Whether torch's flash attention takes q: bf16 or fp16, Ampere or newer, head sizes to 256."""
+    """Whether torch's flash attention supports q: bf16 or fp16, Ampere or newer, head sizes to
+    256."""
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
@@ -118,8 +122,8 @@ def flash_forward(
     """Causal attention within documents. q [M, H, D], k and v [M, KV, D], cu int32 [documents + 1],
     sinks [H] -> (out [M, H, D], what backward needs).
 
-    On CUDA it is torch's own flash attention for variable lengths, which serves grouped heads as
-    they are; elsewhere, and for soft caps, the twin."""
+    On CUDA this is torch's own flash attention for variable lengths, which takes grouped heads as
+    they are. Elsewhere, and for soft caps, it is the twin."""
     if not has_flash(q) or rules.softcap is not None:
         return eager_forward(q, k, v, cu, rules, sinks)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -127,7 +131,7 @@ def flash_forward(
         scale=rules.scale,
         **sides(rules.window),
     )
-    if sinks is not None:  # one more term in the sum, whose value is zero; lse [H, M], natural
+    if sinks is not None:  # a sink is a term of the sum with value zero; lse [H, M], natural
         joined = torch.logaddexp(lse, sinks.float()[:, None])
         out = (out.float() * (lse - joined).exp().t()[:, :, None]).to(out.dtype)
         lse = joined
@@ -148,7 +152,8 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``flash_forward``, shaped like q, k, v.
 
-    Sinks need nothing more: probabilities are made again from the logarithm of the whole sum."""
+    Sinks need no further work: probabilities are recomputed from the log-sum-exp, which includes
+    them."""
     if not has_flash(q) or rules.softcap is not None:
         return eager_backward(dout, q, k, v, cu, rules, sinks)
     lse, rng, unused = kept
@@ -174,6 +179,7 @@ def flash_backward(
 
 
 def sides(window: int | None) -> dict[str, int]:
+    """Keywords of torch's flash attention for a window; None: no window."""
     return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
 
 
@@ -181,7 +187,7 @@ def sides(window: int | None) -> dict[str, int]:
 
 
 def document_mask(cu: Tensor, tokens: int, window: int | None = None) -> Tensor:
-    """[tokens, tokens] bool: same document, not in the future, not behind the window."""
+    """[tokens, tokens] bool: same document, not in the future, within the window."""
     at = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
     document = torch.bucketize(at, cu[1:], right=True)
     seen = (document[:, None] == document[None, :]).tril()
@@ -231,8 +237,8 @@ def eager_backward(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, rules: Rules, sinks: Tensor | None = None
 ) -> Tensor:
-    """Attention as it is written down. q [B, H, Q, D], k [B, KV, K, D], v [B, KV, K, E], sinks [H],
-    ``seen`` bool, or an additive mask, that expands to [B, H, Q, K] -> [B, H, Q, E]. The softmax is
+    """Attention by its definition. q [B, H, Q, D], k [B, KV, K, D], v [B, KV, K, E], sinks [H];
+    ``seen`` is a bool or additive mask that expands to [B, H, Q, K] -> [B, H, Q, E]. The softmax is
     in fp32 whatever the inputs are."""
     v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     p = _scores(q, k, seen, rules, sinks).softmax(-1)[..., : k.shape[2]]
@@ -240,14 +246,14 @@ def attend(
 
 
 def log_sums(q: Tensor, k: Tensor, cu: Tensor, rules: Rules, sinks: Tensor | None) -> Tensor:
-    """[H, M] fp32, natural: the logarithm of what each row's probabilities are divided by."""
+    """Natural logarithm of each row's softmax denominator, fp32 [H, M]."""
     seen = document_mask(cu, len(q), rules.window)
     q, k = (x.transpose(0, 1)[None] for x in (q, k))
     return _scores(q, k, seen, rules, sinks)[0].logsumexp(-1)
 
 
 def _scores(q: Tensor, k: Tensor, seen: Tensor, rules: Rules, sinks: Tensor | None) -> Tensor:
-    """[B, H, Q, K] fp32, minus infinity where nothing is seen, with sinks [B, H, Q, K + 1]."""
+    """[B, H, Q, K] fp32, minus infinity where masked; [B, H, Q, K + 1] with sinks."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = (q.float() @ k.float().transpose(-1, -2)) * rules.scale
     if rules.softcap is not None:
@@ -262,7 +268,7 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor, rules: Rules, sinks: Tensor | No
     return torch.cat([scores, column], -1)
 
 
-# -- the ways -------------------------------------------------------------------------------------
+# -- implementations ------------------------------------------------------------------------------
 
 
 class _Varlen(torch.autograd.Function):
@@ -288,7 +294,7 @@ class _Varlen(torch.autograd.Function):
         dout, rules = dout.contiguous(), ctx.rules
         grads = flash_backward(dout, q, k, v, out, tuple(kept), cu, ctx.longest, rules, sinks)
         dsinks = None
-        if ctx.needs_input_grad[3]:  # the sink's share of each row, against what the row gave
+        if ctx.needs_input_grad[3]:  # the sink's probability in each row times dout . out
             share = (sinks.float()[:, None] - kept[0]).exp()
             dsinks = -(share * (dout.float() * out.float()).sum(-1).t()).sum(1).to(sinks.dtype)
         return (*grads, dsinks, None, None, None)
@@ -333,8 +339,8 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, rules: Rules) -> Te
 def in_blocks(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: Tensor, rules: Rules
 ) -> Tensor:
-    """``attend`` over blocks of queries of one document after another, made again in backward, so
-    that no more than one block's scores exist. Shapes as ``by_document``."""
+    """``attend`` over blocks of queries, one document after another, recomputed in backward so that
+    only one block's scores exist at a time. Shapes as ``by_document``."""
     parts = []
     for one, keys, values in zip(*_documents(cu, q, k, v), strict=True):
         for a, b, low in _blocks(one.shape[2], rules.window):
@@ -360,7 +366,7 @@ def _blocks(tokens: int, window: int | None) -> list[tuple[int, int, int]]:
 
 
 def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys] bool, the last query beside the last key."""
+    """[queries, keys] bool mask, with the last query at the last key."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return seen if window is None else seen.triu(keys - queries - window + 1)
 
@@ -386,14 +392,15 @@ def packed_attention(
     max_length_k: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, S, D], key [B, KV, K, D], value [B, KV, K, E] -> ([B, S, H, E], None).
+    """Attention as transformers calls it: query [B, H, S, D], key [B, KV, K, D], value [B, KV, K,
+    E] -> ([B, S, H, E], None).
 
-    Raises ValueError for a keyword that is not understood, and for what a pack cannot have: more
-    than one row, dropout, a mask of its own, attention to later tokens."""
+    Raises ValueError for an unknown keyword, and in a pack for more than one row, dropout, a mask,
+    or attention to later tokens."""
     _validate_known(module, others)
     rules = Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if torch.is_autocast_enabled(query.device.type):  # as torch's own; the angles made q and k fp32
+    if torch.is_autocast_enabled(query.device.type):  # as torch's own; rotary gives q and k in fp32
         lower = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(lower) for x in (query, key, value))
     if cu_seq_lens_q is None:
@@ -428,7 +435,8 @@ def _unpacked(
     dropout: float,
     causal: bool,
 ) -> Tensor:
-    """[B, S, H, E] of rows that are one sequence each, the last query beside the last key."""
+    """Attention of rows that are one sequence each, the last query at the last key -> [B, S, H,
+    E]."""
     rows, _, queries, _ = q.shape
     keys = k.shape[2]
     if causal and mask is None and queries == keys:

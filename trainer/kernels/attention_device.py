@@ -1,22 +1,22 @@
 """Device code of attention for short packed documents; ``trainer/kernels/attention_short.py``
 launches it. Arguments in capitals are compile-time constants.
 
-A tile is a run of consecutive tokens of the pack, whatever documents they belong to, and meets only
-the keys from its first token's document on: no tile is partly empty, and no list of tiles is
-needed. A row is a (token, head) pair: the G query heads of one key head lie side by side, so with
-grouped heads a tile spans fewer tokens. ``first`` and ``past`` [M] are the first token of each
-token's document and the one after its last. What the loops read comes through tensor descriptors
+A tile is a run of consecutive tokens of the pack, whatever documents they belong to, and reads only
+keys from its first token's document on. So no tile is partly empty, and no list of tiles is needed.
+A row is a (token, head) pair: the G query heads of one key head lie side by side, so with grouped
+heads a tile covers fewer tokens. ``first`` and ``past`` [M] are the first token of each token's
+document and the one after its last; both include the window. Loops read through tensor descriptors
 (the copy engine of Hopper and newer, plain loads elsewhere), which leaves twice the registers to
 the products. Rows of q, k, v are s values apart.
 
-G need not be a power of two: where rows are loaded one by one a tile holds BM // G tokens and
-leaves the rest idle; where the copy engine brings them the heads of a token are padded to PAD, and
-those of another key head that come along are masked. A window is in ``first`` and ``past``. LIMIT
-caps scores at limit tanh(x / limit), in powers of two; SINKS starts each row's sum with one term
-whose value is zero. PAIRS: rotary pairs are neighbours, not halves apart.
+G need not be a power of two. Where rows are loaded one by one, a tile holds BM // G tokens and
+leaves the remaining rows idle. Where the copy engine loads them, the heads of a token are padded to
+PAD, and heads of another key head are masked. LIMIT caps scores at limit tanh(x / limit), in powers
+of two. SINKS starts each row's sum with one term whose value is zero. PAIRS: rotary pairs are
+neighbours, not halves apart.
 
-A program makes DO of a head's D output columns, those of its part: an accumulator of 512 columns
-does not fit the registers. The scores are then made once a part.
+A program computes DO of a head's D output columns, because an accumulator of 512 columns does not
+fit the registers. The scores are recomputed for each such part.
 """
 
 # mypy: ignore-errors
@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# below every score, and finite: the maximum of a row that has seen no key yet
+# below every score, but finite: the maximum of a row before its first key
 NOTHING = tl.constexpr(-1.0e30)
 
 
@@ -46,8 +46,8 @@ def _capped(x, limit):
 
 @triton.jit
 def _reach(first, begin, m, TOKENS: tl.constexpr):
-    """The keys that a tile of TOKENS meets, from and to; blocks that end at or before the third
-    number need no mask."""
+    """(first key, the one after the last, limit) of a tile of TOKENS: blocks that end at or before
+    ``limit`` need no mask."""
     end = tl.minimum(begin + TOKENS, m)
     low = tl.load(first + begin)
     return low, end, tl.where(tl.load(first + end - 1) == low, begin + 1, 0)
@@ -77,7 +77,8 @@ def attention_forward(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out [M, H, D]; lse [H, lm] in powers of two. k is a descriptor of [BN, D], v of [BN, DO]."""
+    """Writes out [M, H, D] and lse [H, lm], the latter in powers of two. k is a descriptor of [BN,
+    D], v of [BN, DO]."""
     kv_head = tl.program_id(0)
     part = tl.program_id(2) * DO
     begin = tl.program_id(1) * (BM // G)
@@ -87,7 +88,7 @@ def attention_forward(
     q_tile = tl.load(
         q + token[:, None] * s + (head * D)[:, None] + d[None, :], mask=ok[:, None], other=0.0
     )
-    # unsigned, so that one comparison keeps out what is after and what is before
+    # unsigned, so that one comparison excludes both later and earlier keys
     room = (token - start).to(tl.uint32)
     if SINKS:
         best = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -121,7 +122,8 @@ def attention_forward(
 
 @triton.jit
 def _turn_back(x, cos, sin, token, ROWS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr):
-    """The gradient of rotary embedding: x [ROWS, D] of the rotated vector -> of the vector."""
+    """Backward of rotary embedding: the gradient x [ROWS, D] of the rotated vector -> the gradient
+    of the vector."""
     HALF: tl.constexpr = D // 2
     at = token[:, None] * D + tl.arange(0, HALF)[None, :]
     c = tl.load(cos + at).to(tl.float32)
@@ -168,8 +170,8 @@ def attention_backward_q(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dq, its rows ds values apart, and delta [H, lm], the sums of dout * out, which the other half
-    needs."""
+    """Writes dq, its rows ds values apart, and delta [H, lm], the sums of dout * out, which
+    ``attention_backward_kv`` reads."""
     kv_head = tl.program_id(0)
     part = tl.program_id(2) * DO
     begin = tl.program_id(1) * (BM // G)
@@ -258,10 +260,11 @@ def attention_backward_kv(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dk (with DK) and dv (with DV) of BN keys, their rows ds values apart: both accumulators of a
-    wide head do not fit the registers. Everything is transposed, so that the products' left sides
-    stay in registers. q and dout are descriptors of [BM / PAD, PAD, D], lse and delta of
-    [PAD, BM / PAD]; where these are less than the engine's 16 bytes they come from [H, lm]."""
+    """Writes dk (with DK) and dv (with DV) of BN keys, their rows ds values apart. Wide heads take
+    two launches, because both accumulators do not fit the registers. Everything is transposed, so
+    that the products' left sides stay in registers. q and dout are descriptors of [BM / PAD, PAD,
+    D], lse and delta of [PAD, BM / PAD]; where the latter are shorter than the engine's 16 bytes
+    they are read from [H, lm]."""
     kv_head = tl.program_id(0)
     part = tl.program_id(2) * DO
     begin = tl.program_id(1) * BN
@@ -278,7 +281,7 @@ def attention_backward_kv(
         dv_acc = tl.zeros([BN, DO], tl.float32)
     row = tl.arange(0, BM)
     end = tl.load(past + tl.minimum(begin + BN, m) - 1)
-    # several documents have keys here: every block needs the mask
+    # keys of several documents: every block needs the mask
     above = tl.where(tl.load(past + begin) == end, end, 0)
     for c in tl.range(begin, end, BM // PAD, num_stages=STAGES):
         q_tile = tl.reshape(q.load([c, kv_head * G, 0]), (BM, D))

@@ -1,10 +1,10 @@
 """Attention for packs of short documents, forward and backward in Triton:
 ``trainer/kernels/attention_device.py`` has the device code.
 
-Flash attention's blocks of 128 tokens are half empty on documents of some 200; here tiles are cut
-from the pack, not from the documents. No atomics: a second run gives the same bits. Backward writes
-d(q, k, v) joined as the projection before it wants them, turned back by the rotary angles where
-they are given, in the compute dtype.
+Flash attention's blocks of 128 tokens are half empty on documents of about 200 tokens; these
+kernels cut tiles from the pack, not from the documents. There are no atomics, so results are the
+same bits from run to run. Backward writes d(q, k, v) as one joined matrix in the compute dtype, the
+form that the projection's backward reads, with rotary embedding undone where angles are given.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ TILES = {
     64: {"forward": (64, 32, 4, 3), "backward_q": (64, 64, 4, 2), "backward_kv": (64, 64, 4, 3)},
 }
 WIDEST = max(TILES)
-MAX_GROUP = 16  # query heads of a key head: fewer tokens would not fill a copy of 16 bytes
+MAX_GROUP = 16  # query heads of a key head; beyond it a tile's tokens do not fill 16 bytes
 PART = 256  # the most output columns of a program
-WIDE = 256  # head sizes from which dk and dv are made by two launches
+WIDE = 256  # head sizes from which dk and dv take two launches
 
 __all__ = ["backward", "fits", "forward", "spans"]
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these kernels take q [M, H, D], k and v [M, KV, D]: views of matrices with rows of
-    one length, with up to 16 query heads a key head."""
+    """Whether these kernels support q [M, H, D], k and v [M, KV, D]: views of matrices with rows of
+    one length, with up to 16 query heads per key head."""
     (m, heads, d), kv_heads, row = q.shape, k.shape[1], q.stride(0)
     return (
         d in TILES
@@ -63,7 +63,8 @@ def _grouped(x: Tensor, rows: int, group: int, part: int = WIDEST) -> TensorDesc
 
 
 def _of_rows(x: Tensor, tokens: int, rows: int, group: int) -> TensorDescriptor:
-    """The same tiles of one number a row, from x [H, lm]: of no fewer than 16 bytes."""
+    """Descriptor of the same tiles with one number a row, from x [H, lm]; a copy is at least 16
+    bytes."""
     wide = max(4, rows // group)
     return TensorDescriptor(x, [x.shape[0], tokens], [x.stride(0), 1], [group, wide])
 
@@ -87,7 +88,7 @@ def forward(
     powers of two, fp32 [H, M and up to 15 more])."""
     (m, heads, d), kv_heads = q.shape, k.shape[1]
     out = q.new_empty(m, heads, d)
-    # the copy engine wants rows of whole 16 bytes
+    # the copy engine takes rows of a multiple of 16 bytes
     lse = q.new_empty(heads, -(-m // 16) * 16, dtype=torch.float32)
     bm, bn, tile = _tile("forward", d)
     group = heads // kv_heads
@@ -131,9 +132,9 @@ def backward(
     cap: float | None = None,
 ) -> Tensor:
     """Gradients of ``forward``, joined: [M, (H + 2 KV) D]. With cos and sin [M, D] (halves equal)
-    those of q and k are turned back, to what came before rotary embedding; ``pairs``: of
-    neighbours. ``dout`` is contiguous. Sinks are in ``lse`` already. Raises ValueError where heads
-    of several parts are to be turned back."""
+    those of q and k are taken back to before rotary embedding; ``pairs``: its pairs are neighbours.
+    ``dout`` is contiguous. ``lse`` includes sinks. Raises ValueError for cos and sin with heads
+    wider than ``PART``."""
     if cos is not None and q.shape[2] > PART:
         raise ValueError(f"a head of {q.shape[2]} columns is not turned back here")
     (m, heads, d), kv_heads = q.shape, k.shape[1]
@@ -167,7 +168,7 @@ def _backward_kv(
     ending: tuple[Any, ...],
     fixed: dict[str, Any],
 ) -> None:
-    """The half of ``backward`` that makes dk and dv; ``rows`` are lse and delta [H, lm]."""
+    """Compute dk and dv for ``backward``; ``rows`` are lse and delta [H, lm]."""
     m, d, kv_heads = len(q), fixed["D"], k.shape[1]
     bm, bn, tile = _tile("backward_kv", d)
     padded = triton.next_power_of_2(fixed["G"])

@@ -1,4 +1,4 @@
-"""Which code does the kernels' work in this process: Triton, or plain torch."""
+"""Selects the implementation of the kernels in this process: Triton or plain torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from trainer.kernels import reference
 
 log = logging.getLogger(__name__)
-_without_triton: list[str] = []  # why, once it is known
+_without_triton: list[str] = []  # the reason, once it is known
 
 
 def operations(device: torch.device) -> ModuleType:
@@ -27,6 +27,6 @@ def operations(device: torch.device) -> ModuleType:
 
 
 def distrust(why: str) -> None:
-    """From now on plain torch does the kernels' work in this process; says so in the log."""
+    """Use plain torch instead of Triton from now on in this process; logs ``why``."""
     _without_triton.append(why)
     log.warning("%s; plain torch does its work", why)

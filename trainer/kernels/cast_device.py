@@ -65,8 +65,8 @@ def cast_outer(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One visit for two uses of x: its FP8 copy, and x^T t over ``rows`` rows, partial [splits, K,
-    R]."""
+    """Reads x once for two results: its FP8 copy, and x^T t over ``rows`` rows, into partial
+    [splits, K, R]."""
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = cols < k
     fold = tl.load(column_scale + cols, mask=inside, other=0.0)

@@ -1,12 +1,12 @@
-"""A decoder layer as one autograd function, built from parts by family: what it keeps, what it
-makes again, and every product, in the open.
+"""A decoder layer as one autograd function, built from parts by family: what it saves, what it
+recomputes, and every product are explicit.
 
-M tokens, h hidden, f intermediate. Per token it keeps 5h + (1 + 2 KV/H) h + 2f values (its input, q
-k v, attention's output, the middle of the residual stream, gate and up), 2h more where branches
-have norms of their own, and makes the other norms, rotary embedding behind norms of heads, and the
-activation's product again; checkpointed, only its input. Backward never forms a weight gradient of
-the frozen base: 4N FLOPs a token, 6N when checkpointed. ``ops`` is ``trainer.kernels.triton_ops``
-on a GPU and its twin ``trainer.kernels.reference`` elsewhere.
+M tokens, h hidden, f intermediate. Per token forward saves 5h + (1 + 2 KV/H) h + 2f values: the
+layer's input, q k v, attention's output, the middle of the residual stream, gate and up; 2h more
+where branches have norms of their own. Backward recomputes the other norms, rotary embedding behind
+head norms, and the activation's product. A checkpointed layer saves only its input. Backward never
+forms a weight gradient of the frozen base: 4N FLOPs a token, 6N when checkpointed. ``ops`` is
+``trainer.kernels.triton_ops`` on a GPU and its twin ``trainer.kernels.reference`` elsewhere.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from trainer.kernels.shared_mlp import SharedMlp
 
 
 class Packed(NamedTuple):
-    """Where documents begin and the angles of each token: cos and sin [M, D], cu int32 [documents +
-    1], longest an int. ``keep`` is given the keys and values [M, KV, D] that attention reads."""
+    """Document boundaries ``cu`` int32 [documents + 1], the longest document's tokens ``longest``
+    (int), and each token's angles cos and sin [M, D]. ``keep`` is called with the keys and values
+    [M, KV, D] that attention reads."""
 
     cos: Tensor
     sin: Tensor
@@ -38,13 +39,13 @@ class Packed(NamedTuple):
     keep: Callable[[Tensor, Tensor], None] | None = None
 
 
-# the joined gradient and what the products make of it; see ``rope_backward``
+# the results of ``rope_backward``
 Turned = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class SavedActivations(NamedTuple):
-    """What backward needs beside the layer's input. ``qkv`` is what attention reads, or, with norms
-    of heads, what comes before them; ``z`` and ``rstd_z`` belong to the norms of branches.
+    """What forward saves for backward, beside the layer's input. ``qkv`` is the input of attention
+    or, with head norms, of these norms; ``z`` and ``rstd_z`` belong to the norms of branches.
     ``flash`` ends with the gate of attention's output where there is one."""
 
     qkv: Tensor
@@ -61,14 +62,15 @@ class SavedActivations(NamedTuple):
     flash: tuple[Tensor, ...]
 
 
-TENSORS = SavedActivations._fields.index("t")  # of SavedActivations, before the tuples
+TENSORS = SavedActivations._fields.index("t")  # fields of SavedActivations before the tuples
 
 
 @dataclass
 class FastLayer:
-    """The parts of one decoder layer. ``checkpoint``: keep only the input and run forward again in
-    backward. Without ``gate_up`` and ``down`` it ends in the middle of the residual stream, and
-    ``after`` takes it to the end: experts, which ``remake_after`` computes again in backward."""
+    """The parts of one decoder layer. ``checkpoint``: save only the input and run forward again in
+    backward. Without ``gate_up`` and ``down`` the fused part ends in the middle of the residual
+    stream, and ``after`` (experts) computes the rest; with ``remake_after`` backward recomputes
+    it."""
 
     ops: ModuleType
     qkv: Group
@@ -88,15 +90,15 @@ class FastLayer:
     branch2: Norm | None = None  # of the MLP's
     o_bias: Tensor | None = None
     sinks: Tensor | None = None  # [H]
-    turned: float = 1.0  # the part of a head's columns that rotary embedding turns
+    turned: float = 1.0  # the share of a head's columns that rotary embedding turns
     pairs: bool = False  # rotary pairs are neighbours (i, i + 1), not halves apart
-    gelu: bool = False  # tanh's approximation, instead of silu
+    gelu: bool = False  # gelu in its tanh approximation, instead of silu
     out_scale: float = 1.0  # of the layer's output
     order: ColumnOrder | None = None  # of a joined projection that also holds attention's gate
-    beside: SharedMlp | None = None  # among the experts of ``after``
+    beside: SharedMlp | None = None  # the shared expert, part of ``after``
     after: Callable[[Tensor], Tensor] | None = None  # [M, h] -> [M, h]
-    remake_after: bool = False  # where it keeps many times the stream
-    steps: bool = False  # whether ``trainer/kernels/step_layer.py`` decodes by this layer
+    remake_after: bool = False  # where it saves many times the stream's memory
+    steps: bool = False  # whether decoding uses ``trainer/kernels/step_layer.py``
 
     @property
     def groups(self) -> list[Group]:
@@ -113,12 +115,12 @@ class FastLayer:
 
     @property
     def attends(self) -> bool:
-        """Whether attention is what mixes its tokens."""
+        """Whether the layer mixes tokens by attention."""
         return True
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Layers of one kind run the same kernels."""
+        """Layers of equal kind run the same kernels."""
         sizes = tuple(tuple(g.sizes) for g in self.groups)
         some = (self.head_norms, self.branch1, self.sinks, self.bias, self.o_bias)
         norms = tuple(x is not None for x in (*some, self.order))
@@ -146,7 +148,7 @@ class FastLayer:
         )
 
     def _heads(self, qkv: Tensor, turned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention reads of both."""
+        """q, k and v of attention; v comes from ``qkv`` where head norms leave it out."""
         q, k, v = self._split(turned)
         if self.head_norms is not None and not self.head_norms.values:
             v = self._split(qkv)[2]
@@ -155,7 +157,7 @@ class FastLayer:
     def _project(
         self, x: Tensor, group: Group, p: Tensor | None, fold: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the frozen product wants of ``x``, and ``x p``."""
+        """(``x`` as the frozen product takes it, its FP8 row scales or None, ``x p`` or None)."""
         if group.weight.column_scale is None:
             return x, None, x @ p if p is not None else None
         scale = group.weight.column_scale if fold else None
@@ -178,8 +180,8 @@ class FastLayer:
     def _mix(
         self, joined: Tensor, t: Tensor | None, packed: Packed
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """The projection [M, N], to which LoRA is added -> (what the last projection of the branch
-        reads [M, W]; qkv, out and flash of ``SavedActivations``)."""
+        """Mix tokens. The projection [M, N], to which LoRA's term is added in place -> (the input
+        of the branch's last projection [M, W]; qkv, out and flash of ``SavedActivations``)."""
         ops, b, qkv = self.ops, self.qkv.b, joined
         if self.order is not None:
             add_lora_(joined, t, b, self.qkv.sizes)
@@ -196,8 +198,8 @@ class FastLayer:
         return ops.delta.gate_forward(out.flatten(1), gate), qkv, out, (*flash, gate)
 
     def _ungate(self, dout: Tensor, kept: SavedActivations) -> tuple[Tensor, Tensor, Tensor | None]:
-        """d(what the last projection of the branch reads) [M, W], which it may spoil -> (what that
-        reads, d(out), the gate's gradient)."""
+        """The gradient of the branch's last projection's input [M, W], which may be overwritten ->
+        (that input, d(out), the gate's gradient or None)."""
         if self.order is None:
             return kept.out.flatten(1), dout, None
         mixed, dgate = self.ops.delta.gate_backward_(dout, kept.out.flatten(1), kept.flash[-1])
@@ -240,8 +242,8 @@ class FastLayer:
     def forward(
         self, h: Tensor, packed: Packed, again: bool = False
     ) -> tuple[Tensor | None, SavedActivations]:
-        """h [M, h] -> the layer's output [M, h] and what backward needs. ``again``: only the
-        latter, without the last product."""
+        """h [M, h] -> (the layer's output [M, h], what backward needs). ``again``: recompute only
+        the latter; the output may then be None."""
         ops = self.ops
         fp8 = self.qkv.weight.column_scale is not None
         _, x, s, t1, rstd1 = ops.norm_forward(h, *self.norm1, self.qkv.a, fp8)
@@ -284,8 +286,8 @@ class FastLayer:
     def backward(
         self, dh: Tensor, h: Tensor, packed: Packed, kept: SavedActivations, first: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """d(output) [M, h] -> (d(h) or None for the first layer, gradients in the order of
-        ``parameters``). Spoils ``kept.gu``."""
+        """d(output) [M, h] -> (d(h), or None for the first layer; gradients in the order of
+        ``parameters``). Overwrites ``kept.gu``."""
         dmiddle, after = self._mlp_backward(dh, kept)
         ops, (t1, t2, *_) = self.ops, kept.t
         dbranch = _branch_backward(ops, dmiddle, self.branch1, kept.z1, kept.rstd_z1)
@@ -346,8 +348,8 @@ class FastLayer:
 
     @staticmethod
     def _grad_a(dt: Tensor | None, rstd: Tensor, h: Tensor, norm: Norm) -> Tensor | None:
-        """dA = dt^T x with x = h * rstd * norm, without making x: scale dt's rows before and the
-        columns after. [G*R, K] fp32."""
+        """dA = dt^T x with x = h * rstd * norm, without computing x: scale dt's rows before the
+        product and its columns after. [G*R, K] fp32."""
         if dt is None:
             return None
         return outer((dt * rstd[:, None]).to(h.dtype), h) * norm.weight.float()
@@ -433,6 +435,6 @@ class _Norm(torch.autograd.Function):
 
 
 def frozen_norm(h: Tensor, weight: Tensor, eps: float, ops: ModuleType) -> Tensor:
-    """RMSNorm [M, K] of a frozen weight."""
+    """RMSNorm of h [M, K] with a frozen weight [K]."""
     out: Tensor = _Norm.apply(h, weight, eps, ops)  # type: ignore[no-untyped-call]
     return out

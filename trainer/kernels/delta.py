@@ -1,10 +1,11 @@
-"""Gated delta nets (Qwen3.5, Qwen3.6) over packed rows: no document reaches the next, neither by
-the recurrent state nor by the causal convolution before it.
+"""Gated delta nets (Qwen3.5, Qwen3.6) over packed rows: neither the recurrent state nor the causal
+convolution before it crosses a document boundary.
 
-transformers hands the boundaries to the rule alone, and refuses them without fla-core; with it, its
-training fails on Hopper under Triton 3.4 to 3.7. ``by_document`` gives its modules a forward that
-keeps both apart: plain torch, and on a GPU the rule by ``trainer/kernels/delta_fla.py``. Where
-``why_not`` names a reason, rows are to be computed one by one, in plain torch.
+transformers passes the boundaries to the rule alone, and refuses them without fla-core; with it,
+its training fails on Hopper under Triton 3.4 to 3.7. ``by_document`` replaces the modules' forward
+by one that separates documents in both: in plain torch, and on a GPU with the rule of
+``trainer/kernels/delta_fla.py``. Where ``why_not`` gives a reason, rows must be computed one by
+one, in plain torch.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from trainer.kernels.spans import spans
 log = logging.getLogger(__name__)
 
 CLASSES = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
-CACHES = ("cache_params", "cache")  # the latter since transformers 5.24
-TOLERANCE = 0.03  # of a norm, in bf16: rounding gives a quarter of it
-ENDS = [0, 70, 73, 200]  # of the documents of the check: on both sides of a chunk of 64
-_refused: list[str] = []  # why, once it is known
+CACHES = ("cache_params", "cache")  # ``cache`` since transformers 5.24
+TOLERANCE = 0.03  # relative error in bf16; rounding gives a quarter of it
+ENDS = [0, 70, 73, 200]  # documents of the check, on both sides of a chunk of 64
+_refused: list[str] = []  # the reason, once it is known
 
 
 def nets(model: nn.Module) -> list[Any]:
-    """Its gated delta nets."""
+    """The model's gated delta nets."""
     return [m for m in model.modules() if type(m).__name__ in CLASSES]
 
 
 def use_plain(model: nn.Module) -> None:
-    """Has transformers' own forward of these nets compute in plain torch in this process, whether
-    fla-core is installed or not: its kernels need a GPU, and refuse some."""
+    """Make transformers' own forward of these nets compute in plain torch in this process, even
+    where fla-core is installed: its kernels need a GPU, and refuse some."""
     names = ["torch_chunk_gated_delta_rule"]
     if not torch.cuda.is_available():
         names.append("torch_recurrent_gated_delta_rule")
@@ -61,8 +62,8 @@ def by_document(model: nn.Module) -> int:
 
 
 def _forward(module: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
-    """In the place of the module's own forward, which computes what has a cache. Without boundaries
-    each row is a document."""
+    """Replaces the module's own forward, which still computes calls with a cache. Without
+    boundaries each row is a document."""
     if args or any(more.get(name) is not None for name in CACHES):
         out: Tensor = module.with_cache(hidden_states, *args, **more)
         return out
@@ -80,7 +81,7 @@ def _forward(module: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Ten
 
 
 def _mixed(module: Any, x: Tensor, cu: Tensor) -> Tensor:
-    """What the last projection reads, [tokens of all rows, HV V]."""
+    """The input of the last projection, [tokens of all rows, HV V]."""
     keys, values = module.key_dim, module.value_dim
     joined, b, a, z = (
         getattr(module, f"in_proj_{name}")(x).flatten(0, 1) for name in ("qkv", "b", "a", "z")
@@ -97,8 +98,8 @@ def _mixed(module: Any, x: Tensor, cu: Tensor) -> Tensor:
 
 
 def rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor) -> Tensor:
-    """The gated delta rule within documents, differentiable. q, k [M, HK, D] of length one,
-    v [M, HV, E], decay (logarithms) and beta [M, HV], cu int32 [documents + 1] -> [M, HV, E]."""
+    """The gated delta rule within documents, differentiable. q, k [M, HK, D] of unit norm, v [M,
+    HV, E], decay (logarithms) and beta [M, HV], cu int32 [documents + 1] -> [M, HV, E]."""
     if q.dtype not in (torch.bfloat16, torch.float16) or why_not(q.device):
         return reference.rule(q, k, v, decay, beta, cu)
     from trainer.kernels import delta_fla
@@ -106,11 +107,11 @@ def rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tenso
     return delta_fla.rule(q, k, v, decay, beta, cu)
 
 
-# -- whether packs may be ------------------------------------------------------------------------
+# -- whether rows may be packed ------------------------------------------------------------------
 
 
 def why_not(device: torch.device, precision: str = "bf16") -> str:
-    """Why rows of a model with gated delta nets are not packed on `device`, or ""."""
+    """Why rows of a model with gated delta nets cannot be packed on `device`, or ""."""
     if device.type != "cuda":
         return ""
     if precision == "fp32":
@@ -122,21 +123,21 @@ def why_not(device: torch.device, precision: str = "bf16") -> str:
 def _missing() -> str:
     try:
         from trainer.kernels import delta_fla
-    except Exception as why:  # an import of Triton's or of fla-core's own: they share no class
+    except Exception as why:  # errors of importing Triton and fla-core share no class
         return f"gated delta nets are packed by fla-core, which does not serve here: {why}"
     return delta_fla.unfit()
 
 
 def distrust(why: str) -> None:
-    """From now on packs of gated delta nets are refused in this process; the log says so."""
+    """Refuse packs of gated delta nets from now on in this process; logs ``why``."""
     _refused.append(f"gated delta nets are computed row by row: {why}")
     log.warning(_refused[-1])
 
 
 @torch.no_grad()
 def trust(config: dict[str, Any], device: torch.device) -> None:
-    """Compares the rule on this GPU with its definition, at the sizes of a config.json; where they
-    differ packs are refused. Once a process and size."""
+    """Compare the rule on this GPU with its definition, at the sizes of a config.json, and refuse
+    packs where they differ. Runs once per process and size."""
     if device.type == "cuda" and not why_not(device):
         names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
         _trust(device, *(int(config[f"linear_{name}"]) for name in names))
@@ -149,10 +150,10 @@ def _trust(device: torch.device, keys: int, values: int, key_dim: int, value_dim
     sizes = (keys, values, key_dim, value_dim)
     try:
         if delta_fla.PINNED:
-            with triton_ops.only_compiling():  # many at a time
+            with triton_ops.only_compiling():  # in parallel
                 rule_error(device, *sizes)
         error = rule_error(device, *sizes)
-    except Exception as why:  # a card that lacks memory or instructions: Triton's share no class
+    except Exception as why:  # too little memory, no such instruction: Triton's share no class
         distrust(f"the rule of fla-core does not run here ({type(why).__name__}: {why})")
         return
     if not error < TOLERANCE:

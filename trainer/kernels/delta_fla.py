@@ -1,11 +1,11 @@
-"""The gated delta rule over packed documents on a GPU: the Triton kernels of fla-core (MIT).
+"""The gated delta rule over packed documents on a GPU, by the Triton kernels of fla-core (MIT).
 
-Its own function waits for the GPU to count chunks, and refuses Hopper with Triton from 3.4 to 3.7
-altogether, where its kernel for dq, dk, dw and dg is compiled wrongly, but only in blocks of 64
-columns (flash-linear-attention#640). Here its steps are called one by one: chunks are counted on
-the device, that kernel runs in one block of a head's columns (128 in every Qwen3.5), and gradients
-of q and k stay apart by value head, for who sums them. ``trainer/kernels/delta.py::trust`` compares
-the whole with its definition at every start.
+fla-core's own function waits for the GPU to count chunks. It also refuses Hopper under Triton 3.4
+to 3.7, where its kernel for dq, dk, dw and dg is miscompiled, but only in blocks of 64 columns
+(flash-linear-attention#640). This module calls fla-core's steps one by one: it counts chunks on the
+device, runs that kernel in one block of a head's columns (128 in every Qwen3.5), and leaves the
+gradients of q and k separate per value head, for the caller to sum.
+``trainer/kernels/delta.py::trust`` compares the whole with its definition at every start.
 
 T tokens, HK heads of q and k of K columns, HV heads of v of V columns.
 """
@@ -34,8 +34,8 @@ LOG2E = 1.4426950408889634
 
 
 # Blocks, warps and stages that fla-core's own search chose on an H200 for 16,384 tokens of
-# Qwen3.5-9B (docs/speed-log.md). The search compiles some 80 variants one after another, which
-# takes minutes of a start.
+# Qwen3.5-9B (docs/speed-log.md). The search compiles about 80 variants one after another, which
+# would take minutes at every start.
 HOPPER: dict[Any, tuple[dict[str, int], int, int]] = {
     cumsum.chunk_local_cumsum_scalar_kernel: ({}, 1, 3),
     chunk_fwd.chunk_gated_delta_rule_fwd_kkt_solve_kernel: ({"BK": 64}, 1, 3),
@@ -50,8 +50,8 @@ HOPPER: dict[Any, tuple[dict[str, int], int, int]] = {
 
 
 def _pin_tiles() -> bool:
-    """Takes fla-core's kernels as tuned before, where this GPU is of the kind that they were tuned
-    on; elsewhere each searches when it first runs. Whether it did."""
+    """Set fla-core's kernels to the tiles in ``HOPPER`` where this GPU is a Hopper; elsewhere each
+    kernel searches when it first runs. Returns whether the tiles were set."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return False
     for kernel, (blocks, warps, stages) in HOPPER.items():
@@ -63,28 +63,28 @@ PINNED = _pin_tiles()
 
 
 class Chunks(NamedTuple):
-    """Of a pack: the boundaries, and for each chunk its document and its number there, int32
-    [chunks, 2]. As many chunks as there may be: those that there are not lie behind the last
-    document's end, where nothing is read or written."""
+    """Chunks of a pack: the document boundaries ``cu``, and int32 [chunks, 2] with the document of
+    each chunk and its number in that document. The number of chunks is an upper bound: surplus ones
+    lie behind the last document's end, where nothing is read or written."""
 
     cu: Tensor
     indices: Tensor
 
 
 class SavedChunks(NamedTuple):
-    """What ``backward`` needs of ``forward``: summed decays fp32 [T, HV], and the solved systems of
-    the chunks [T, HV, 64]."""
+    """What ``forward`` saves for ``backward``: cumulative decays fp32 [T, HV], and the solved
+    systems of the chunks [T, HV, 64]."""
 
     sums: Tensor
     solved: Tensor
 
 
-_latest: list[tuple[Tensor, int, int, Chunks]] = []  # of the latest pack: all layers ask for them
+_latest: list[tuple[Tensor, int, int, Chunks]] = []  # of the latest pack, shared by all layers
 
 
 def chunks(cu: Tensor, tokens: int) -> Chunks:
-    """From the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. No wait
-    for the GPU."""
+    """Chunks of the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. Does
+    not wait for the GPU."""
     if _latest:
         of, length, version, found = _latest[0]
         if of is cu and (length, version) == (tokens, cu._version):
@@ -99,7 +99,7 @@ def chunks(cu: Tensor, tokens: int) -> Chunks:
 
 
 def unfit() -> str:
-    """Why the rule does not run on this machine's GPU, or ""."""
+    """Why the rule cannot run on this machine's GPU, or ""."""
     if torch.cuda.get_device_capability() < (8, 0):
         return "gated delta nets are packed on GPUs of compute capability 8.0 and more"
     return ""
@@ -108,7 +108,7 @@ def unfit() -> str:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor
 ) -> tuple[Tensor, SavedChunks]:
-    """q, k [T, HK, K] of length one, v [T, HV, V], decay (logarithms) and beta fp32 [T, HV], cu
+    """q, k [T, HK, K] of unit norm, v [T, HV, V], decay (logarithms) and beta fp32 [T, HV], cu
     int32 [documents + 1] -> (out [T, HV, V], what ``backward`` needs)."""
     q, k, v, decay, beta = (x.contiguous()[None] for x in (q, k, v, decay, beta))
     at = _chunked(chunks(cu, v.shape[1]))
@@ -122,8 +122,8 @@ def forward(
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: SavedChunks, cu: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-    """(dq [T, HV, K], the two parts of dk [T, HV, K], dv [T, HV, V], d(decay) and d(beta) fp32
-    [T, HV]): those of q and k by value head."""
+    """Returns dq [T, HV, K], two terms of dk [T, HV, K] each, dv [T, HV, V], d(decay) and d(beta)
+    fp32 [T, HV]. Gradients of q and k are per value head."""
     q, k, v, beta, dout = (x.contiguous()[None] for x in (q, k, v, beta, dout))
     sums, solved = (x[None] for x in kept)
     found = chunks(cu, v.shape[1])

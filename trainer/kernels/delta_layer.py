@@ -1,8 +1,8 @@
 """A decoder layer with a gated delta net in attention's place, as one autograd function.
 
-Per token it keeps the joined projection before the convolution (q, k, v, z and two logits a head),
-the rule's output, and the systems that the rule's chunks solved; the convolution, the lengths of q
-and k, the decays, the gated norm and the rule's states are made again in backward.
+Per token forward saves the joined projection before the convolution (q, k, v, z and two logits a
+head), the rule's output, and the solved systems of the rule's chunks. Backward recomputes the
+convolution, the norms of q and k, the decays, the gated norm and the rule's states.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trainer.kernels.spans import spans
 
 @dataclass(kw_only=True)
 class DeltaLayer(FastLayer):
-    """``qkv`` is the joined projection of ``Net``; heads are those of v, of k and their columns;
-    rules mean nothing here."""
+    """``qkv`` is the joined projection of ``Net``; ``heads`` counts the heads of v, ``kv_heads``
+    those of k, ``head_dim`` their columns; ``rules`` is not used."""
 
     net: Net
 
@@ -49,13 +49,14 @@ class DeltaLayer(FastLayer):
         return delta.gated_norm_forward(out, joined, net), joined, out, kept
 
     def _of_rule(self, joined: Tensor, packed: Packed) -> tuple[Tensor, ...]:
-        """q, k, v, decay, beta."""
+        """The inputs of the rule: q, k, v, decay, beta."""
         at = spans(packed.cu, len(joined))
         mixed = self.ops.delta.mix_forward(joined, self.net, at)
         return (*mixed, *self.ops.delta.decay_forward(joined, self.net))
 
     def _ungate(self, dout: Tensor, kept: SavedActivations) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The third is the gradient of the joined projection, so far with z's columns alone."""
+        """The third result is the gradient of the joined projection, of which only z's columns are
+        written so far."""
         d = torch.empty_like(kept.qkv)
         out = self.ops.delta.gated_norm_backward_(dout, kept.out, kept.qkv, d, self.net)
         return out, dout, d

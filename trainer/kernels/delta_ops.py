@@ -1,4 +1,4 @@
-"""Triton kernels of what a gated delta net and attention with a gate do between their projections.
+"""Triton kernels for what lies between the projections of a gated delta net and of gated attention.
 ``trainer/kernels/delta_reference.py`` has the twins of the same names.
 
 Shapes: M tokens, HK heads of q and k, HV heads of v, D columns of every head, N columns of the
@@ -23,7 +23,7 @@ ROWS, WARPS = 16, 4  # tokens of a tile with one head's columns
 
 
 def mix_forward(joined: Tensor, net: Net, at: Spans) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k [M, HK, D] of length one and v [M, HV, D]: silu of the causal convolution of the joined
+    """q, k [M, HK, D] of unit norm and v [M, HV, D]: silu of the causal convolution of the joined
     projection's columns, within documents."""
     m, (keys, values, d) = len(joined), (net.keys, net.values, net.head_dim)
     out = joined.new_empty(m * net.mixed)
@@ -37,7 +37,7 @@ def mix_forward(joined: Tensor, net: Net, at: Spans) -> tuple[Tensor, Tensor, Te
 def mix_backward_(
     d: Tensor, joined: Tensor, of_rule: tuple[Tensor, Tensor, Tensor, Tensor], net: Net, at: Spans
 ) -> None:
-    """Writes the gradient of the mixed columns into ``d [M, N]``. ``of_rule``: dq, two parts of dk,
+    """Writes the gradient of the mixed columns into ``d [M, N]``. ``of_rule``: dq, two terms of dk,
     and dv, all [M, HV, D]."""
     m, c = len(joined), net.mixed
     grad = joined.new_empty(m, c)
@@ -112,8 +112,8 @@ def gated_norm_backward_(dout: Tensor, o: Tensor, joined: Tensor, d: Tensor, net
 def rule_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See ``trainer.kernels.delta_fla.forward``. In fp32, whose products fla-core rounds to TF32,
-    the twin's."""
+    """See ``trainer.kernels.delta_fla.forward``. fp32 inputs take the twin, because fla-core rounds
+    their products to TF32."""
     if q.dtype == torch.float32:
         return delta_reference.rule_forward(q, k, v, decay, beta, cu)
     from trainer.kernels import delta_fla
@@ -124,7 +124,7 @@ def rule_forward(
 def rule_backward(
     dout: Tensor, of_rule: tuple[Tensor, ...], kept: tuple[Tensor, ...], cu: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """``of_rule``: q, k, v, decay, beta -> ((dq, two parts of dk, dv), d(decay), d(beta))."""
+    """``of_rule``: q, k, v, decay, beta -> ((dq, two terms of dk, dv), d(decay), d(beta))."""
     if dout.dtype == torch.float32:
         return delta_reference.rule_backward(dout, of_rule, kept, cu)
     from trainer.kernels import delta_fla
@@ -136,7 +136,7 @@ def rule_backward(
 
 
 def gate_forward(x: Tensor, gate: Tensor) -> Tensor:
-    """x sigmoid(gate), of one shape."""
+    """x sigmoid(gate); x and gate have one shape."""
     out = torch.empty_like(x)
     n = x.numel()
     jit.gate_forward[(triton.cdiv(n, 2048),)](x, gate, out, n, BN=2048, num_warps=4)
@@ -144,7 +144,8 @@ def gate_forward(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def gate_backward_(dout: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites ``dout`` with the gradient of x. (What ``gate_forward`` returned, d(gate))."""
+    """Overwrites ``dout`` with the gradient of x. Returns (what ``gate_forward`` returned,
+    d(gate))."""
     out, dgate, n = torch.empty_like(x), torch.empty_like(gate), x.numel()
     jit.gate_backward[(triton.cdiv(n, 2048),)](dout, x, gate, out, dgate, n, BN=2048, num_warps=4)
     return out, dgate

@@ -1,5 +1,4 @@
-"""The plain torch twins of what a gated delta net does between its projections, on any device and
-in any float type."""
+"""Plain torch twins of ``trainer/kernels/delta_ops.py``, on any device and in any float type."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch.nn.functional import pad, silu, softplus
 from trainer.kernels.nets import Net
 from trainer.kernels.spans import Spans
 
-EPS = 1e-6  # of the length of q and k
+EPS = 1e-6  # of the norms of q and k
 
 
 def convolve(x: Tensor, taps: Tensor, first: Tensor) -> Tensor:
@@ -24,7 +23,7 @@ def convolve(x: Tensor, taps: Tensor, first: Tensor) -> Tensor:
 
 
 def correlate(x: Tensor, taps: Tensor, first: Tensor) -> Tensor:
-    """The convolution by itself, fp32."""
+    """The convolution of ``convolve`` without silu, fp32."""
     tokens, width = len(x), taps.shape[1]
     behind = torch.arange(tokens, device=x.device) - first
     total = x.float() * taps[:, -1].float()
@@ -36,14 +35,13 @@ def correlate(x: Tensor, taps: Tensor, first: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x [..., D] at length one."""
+    """x [..., D] scaled to unit norm."""
     v = x.float()
     return (v * torch.rsqrt(v.square().sum(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
 def rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor) -> Tensor:
-    """See ``trainer.kernels.delta.rule``. Each document is a row of its own; what fills the rows up
-    stands behind it."""
+    """See ``trainer.kernels.delta.rule``. Each document becomes a row, padded at the end."""
     lengths = cu.diff().tolist()
     longest = max(lengths)
     rows = []
@@ -57,7 +55,7 @@ def rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tenso
 
 @cache
 def _alone() -> Any:
-    """transformers' own rule in plain torch, not what stands in its place where fla-core is."""
+    """transformers' own rule in plain torch, even where fla-core replaces it."""
     from transformers.models.qwen3_5 import modeling_qwen3_5
 
     return unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)

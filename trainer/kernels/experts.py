@@ -1,14 +1,14 @@
 """Adapters on the experts of a mixture, beside frozen weights: x W^T + s (x A^T) B^T, expert by
 expert, in grouped matrix products.
 
-PEFT keeps the parameters, their names and their file; its own forward adds s B A to every expert's
-weight first and keeps the sums for backward, which takes as much memory as all experts. ``attach``
-makes the model compute them split instead, through transformers' ExpertsInterface.
+PEFT owns the parameters, their names and their file. Its own forward adds s B A to every expert's
+weight first and saves the sums for backward, which takes as much memory as all experts. ``attach``
+makes the model compute base and adapter separately, through transformers' ExpertsInterface.
 
 Rows are (token, expert) pairs sorted by expert. Nothing waits for the GPU. Groups may be empty.
 
-Where experts are gate, up, silu and down without biases, one autograd function computes them. Of a
-pair it keeps gate and up alone (2f values): it gathers the input again, and makes the activation
+Experts with gate, up, silu and down and without biases are computed by one autograd function. It
+saves only gate and up of a pair (2f values); backward gathers the input and computes the activation
 again.
 """
 
@@ -28,14 +28,14 @@ from trainer.kernels.backend import operations
 log = logging.getLogger(__name__)
 
 NAME = "milktea"
-RANK_STEP = 8  # grouped products want rows of whole 16 bytes
-TOLERANCE = 0.02  # of a product's norm, in bf16
-_trusted: dict[str, bool] = {}  # by device and type, once it is known
+RANK_STEP = 8  # grouped products take rows of a multiple of 16 bytes
+TOLERANCE = 0.02  # relative error of a product in bf16
+_trusted: dict[str, bool] = {}  # by device and dtype, once it is known
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x [S, K], weight [E, K, N], ends int32 [E] -> [S, N]: rows up to ends[0] meet weight[0], the
-    rows after them up to ends[1] meet weight[1], and so on."""
+    """x [S, K], weight [E, K, N], ends int32 [E] -> [S, N]: rows up to ends[0] are multiplied by
+    weight[0], the rows after them up to ends[1] by weight[1], and so on."""
     if _grouped_mm(x.device, x.dtype):
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
     return _one_by_one(x, weight, ends)
@@ -50,15 +50,15 @@ def grouped_outer(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def _one_by_one(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The same, one product an expert: waits for the device."""
+    """``grouped`` with one product per expert; waits for the device."""
     stops = ends.tolist()
     parts = [x[a:b] @ weight[e] for e, (a, b) in enumerate(zip([0, *stops], stops, strict=False))]
     return torch.cat(parts)
 
 
 def _grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped product is there and right on this device: on some cards it was seen
-    to be silently wrong for transposed views."""
+    """Whether torch's grouped product exists and is right on this device: on some cards it is
+    silently wrong for transposed views."""
     key = f"{device}, {dtype}"
     if key not in _trusted:
         _trusted[key] = _probe(device, dtype)
@@ -93,7 +93,7 @@ def _probe(device: torch.device, dtype: torch.dtype) -> bool:
 
 def factors(wrapper: Any) -> tuple[Tensor, Tensor, float] | None:
     """(A [E, r, in], B [E, out, r], scaling) of the active adapter of PEFT's wrapper of experts, or
-    None. In PEFT's file A is expert by expert, and in B the expert's number runs fastest.
+    None. In PEFT's file A is stored expert by expert, and in B the expert's index runs fastest.
 
     Raises ValueError for several active adapters at once."""
     if wrapper.disable_adapters or wrapper.merged:
@@ -110,8 +110,8 @@ def factors(wrapper: Any) -> tuple[Tensor, Tensor, float] | None:
 
 
 def factors_of(wrapper: Any | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """(A [E, r, in], s B [E, out, r]) as grouped products want them: in `dtype`, the rank padded;
-    None without an adapter. Differentiable."""
+    """(A [E, r, in], s B [E, out, r]) in the form that grouped products take: in `dtype`, the rank
+    padded; None without an adapter. Differentiable."""
     found = None if wrapper is None else factors(wrapper)
     if found is None:
         return None
@@ -135,8 +135,8 @@ def adapted(
 
 
 class Pairs(NamedTuple):
-    """(token, expert) pairs in the order of experts: which pair [S] comes, its token [S], where the
-    pairs of each expert end int32 [E], and where each token's pairs went [S]."""
+    """(token, expert) pairs sorted by expert: the original index [S] of each pair, its token [S],
+    the end of each expert's pairs int32 [E], and the sorted positions [S] of each token's pairs."""
 
     order: Tensor
     token: Tensor
@@ -211,7 +211,7 @@ class _Gated(torch.autograd.Function):
 
 
 def lean(experts: Any) -> bool:
-    """Whether ``gated`` can compute these experts: gate, up, silu and down, nothing else."""
+    """Whether ``gated`` supports these experts: gate, up, silu and down, nothing else."""
     other = ("has_bias", "is_transposed", "has_post_expert_norm")
     if not getattr(experts, "has_gate", False) or any(getattr(experts, n) for n in other):
         return False
@@ -221,7 +221,7 @@ def lean(experts: Any) -> bool:
 
 def gated(experts: Any, x: Tensor, index: Tensor, share: Tensor) -> Tensor | None:
     """down(silu(gate x) up x) of each pair, times its share, summed by token: [T, h] -> [T, h].
-    None where these experts compute something else."""
+    None where the experts are of another form, train, or have an adapter on one half only."""
     if not lean(experts):
         return None
     wrappers: dict[str, Any] = getattr(experts, "adapters_of_experts", {})
@@ -237,8 +237,8 @@ def gated(experts: Any, x: Tensor, index: Tensor, share: Tensor) -> Tensor | Non
 
 
 def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls. hidden_states [T, h], top_k_index and top_k_weights [T, k]
-    -> [T, h]."""
+    """The forward that transformers calls: hidden_states [T, h], top_k_index and top_k_weights [T,
+    k] -> [T, h]."""
     out = gated(self, hidden_states, top_k_index, top_k_weights)
     if out is not None:
         return out
@@ -262,8 +262,8 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 
 
 def attach(model: nn.Module) -> int:
-    """Compute the adapters that PEFT put on parameters of experts split from their weights. Returns
-    the number of layers. Experts outside the interface (Llama 4) keep PEFT's way."""
+    """Make the adapters that PEFT put on parameters of experts compute beside the weights. Returns
+    the number of layers. Experts outside the interface (Llama 4) keep PEFT's forward."""
     from peft.tuners.lora.layer import ParamWrapper
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

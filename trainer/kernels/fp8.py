@@ -3,8 +3,8 @@ units.
 
 The base never changes, so each weight is cast once, e4m3 with one scale per output row. Forward
 multiplies it by activations cast per token. Backward needs dX = dY W, and W's scale sits on the
-axis that is summed over: fold it into dY (multiply its columns), cast that per token, and the same
-FP8 bytes serve, transposed. Adapters, norms, attention, the head and all sums stay bf16 or fp32.
+axis that is summed over: fold it into dY (multiply its columns), cast that per token, and reuse the
+same FP8 bytes, transposed. Adapters, norms, attention, the head and all sums stay bf16 or fp32.
 Error against bf16 on random data is about 0.037 of each product; the quality test in
 docs/speed-log.md says what that costs.
 """
@@ -40,7 +40,7 @@ def matmul_mode(device: torch.device) -> str:
         try:
             got = _product(a, s, b.t(), z, mode).float()
         except RuntimeError:
-            continue  # this torch or card lacks the form: the next one is tried
+            continue  # this torch or card lacks the mode: try the next
         if (got - want).norm() < 0.02 * want.norm():
             return mode
     return "dequantise"
@@ -63,7 +63,7 @@ def _product(x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor | None, mode: 
 
 
 class Fp8Weight:
-    """See the module's text. ``w8`` [N, K] FP8, ``column_scale`` [N] fp32: W = column_scale[:,
+    """See the module's docstring. ``w8`` [N, K] FP8, ``column_scale`` [N] fp32: W = column_scale[:,
     None] * w8."""
 
     def __init__(self, weight: Tensor, keep_transpose: bool = False) -> None:

@@ -1,5 +1,5 @@
-"""A weight that never changes, in the form that its precision wants. ``trainer/kernels/fp8.py`` and
-``trainer/kernels/nf4.py`` hold the other two."""
+"""Frozen weights, each in the form of its precision. ``trainer/kernels/fp8.py`` and
+``trainer/kernels/nf4.py`` hold the quantised forms."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from trainer.kernels.nf4 import Nf4Weight
 
 
 class FrozenWeight(Protocol):
-    """W [N, K]. ``column_scale`` [N] is not None exactly when both products want their input in FP8
-    with row scales: forward takes ``quantise_rows(x)``, backward takes
-    ``quantise_rows(dy * column_scale)``."""
+    """W [N, K]. ``column_scale`` [N] is not None exactly when both products take FP8 input with row
+    scales: forward takes ``quantise_rows(x)``, backward takes ``quantise_rows(dy *
+    column_scale)``."""
 
     shape: tuple[int, int]
     column_scale: Tensor | None
@@ -33,8 +33,7 @@ class FrozenWeight(Protocol):
         ...
 
     def dense(self) -> Tensor:
-        """W as the trainer sees it, [N, K] in the compute dtype; a new tensor unless it is stored
-        so."""
+        """W [N, K] in the compute dtype; a new tensor unless it is stored in that form."""
         ...
 
 
@@ -61,10 +60,10 @@ class DenseWeight:
 
 
 def freeze_weight(weight: Tensor, precision: str, **options: bool) -> FrozenWeight:
-    """``weight [N, K]`` on its final device -> its frozen form. fp32, bf16: kept; fp8, nf4:
-    quantised, the original may be freed.
+    """``weight [N, K]`` on its final device -> its frozen form. fp32 and bf16 keep the tensor; fp8
+    and nf4 quantise it, and the original may be freed.
 
-    ``keep_transpose`` (fp8 only) stores the transposed copy that backward wants: one byte a
+    ``keep_transpose`` (fp8 only) also stores the transposed copy that backward reads: one byte a
     parameter more, a few ms a pass less."""
     if precision == "fp8":
         return Fp8Weight(weight, **options)

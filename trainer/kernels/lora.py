@@ -27,7 +27,7 @@ MOST_RANK = 64
 
 
 def padded_rank(r: int) -> int:
-    """The matrix units take ranks from 16 on, in powers of two."""
+    """The rank padded to a power of two of at least 16, as the matrix units take it."""
     return max(16, 1 << (r - 1).bit_length())
 
 
@@ -67,8 +67,8 @@ def adapter_of(module: Any) -> Adapter | None:
 
 @dataclass
 class Group:
-    """Linears of one input. ``refresh`` must run before every forward: it looks up which adapters
-    are active, and copies them. ``generation`` counts these look-ups."""
+    """Linears of one input. ``refresh`` must run before every forward: it finds the active adapters
+    and copies them. ``generation`` counts these look-ups."""
 
     weight: FrozenWeight
     sizes: list[int]  # output features of each part
@@ -113,7 +113,8 @@ class Group:
         return len(self.modules) < len(self.sizes)
 
     def look_up(self) -> None:
-        """Which adapters are active now, and room for them."""
+        """Find the active adapters and allocate their buffers. Raises ValueError for a rank above
+        ``MOST_RANK``."""
         self.adapters = [adapter_of(m) for m in self.modules]
         self.generation += 1
         ranks = [a[0].shape[0] for a in self.adapters if a is not None]
@@ -129,8 +130,8 @@ class Group:
         self.wide_b = None
 
     def widen(self) -> None:
-        """Copies ``b`` to the diagonal of ``wide_b``, so that one product adds what the adapters of
-        all parts give. It stays as it is until this is called again."""
+        """Copy ``b`` to the diagonal of ``wide_b``, so that one product gives the adapters' terms
+        of all parts. ``wide_b`` does not follow later changes of ``b``."""
         if self.b is None or len(self.sizes) == 1:
             self.wide_b = self.b
             return
@@ -141,8 +142,8 @@ class Group:
             wide[:, i * self.rank : (i + 1) * self.rank] = rows
 
     def slots(self) -> Iterator[tuple[Tensor, Tensor, Adapter | None]]:
-        """Where A and B of each part's active adapter go, and the adapter; then, with None, the
-        rows and columns that no adapter fills."""
+        """Yields the places in ``a`` and ``b`` of each part's active adapter, with the adapter, and
+        the rows and columns that no adapter fills, with None."""
         if self.a is None or self.b is None:
             return
         adapters = self._of_parts() if self._joined else self.adapters
@@ -157,7 +158,7 @@ class Group:
                 yield mine[r:], rows[:, r:], None
 
     def _of_parts(self) -> list[Any]:
-        """One linear's adapter as each part has it: its rows of B."""
+        """The adapter of one joined linear, split by part: each has its rows of B."""
         adapter = self.adapters[0]
         if adapter is None:
             return [None] * len(self.sizes)
@@ -169,8 +170,8 @@ class Group:
         return [p for adapter in self.adapters if adapter is not None for p in adapter[:2]]
 
     def gradients(self, da: Tensor | None, db: Tensor | None) -> list[Tensor | None]:
-        """da [G*R, K], db [N, G*R] (only the blocks on its diagonal mean something) -> gradients in
-        the order of ``parameters``."""
+        """da [G*R, K], db [N, G*R] (only its diagonal blocks are read) -> gradients in the order of
+        ``parameters``."""
         if self._joined:
             return self._joined_gradients(da, db)
         grads: list[Tensor | None] = []
@@ -198,10 +199,10 @@ class Group:
 
 @torch.no_grad()
 def refresh(groups: Sequence[Group]) -> None:
-    """Looks up the adapters that are active and copies them into the groups' buffers, in four
-    launches for the whole model. An adapter that PEFT has switched off counts as none.
+    """Finds the active adapters and copies them into the groups' buffers, in four launches for the
+    whole model. An adapter that PEFT has switched off counts as none.
 
-    A backward pass needs the buffers as its own forward found them: see ``validate_latest``."""
+    A backward pass needs the buffers of its own forward: see ``validate_latest``."""
     for group in groups:
         group.look_up()
     slots = [slot for group in groups for slot in group.slots()]
@@ -216,8 +217,8 @@ def refresh(groups: Sequence[Group]) -> None:
 
 
 def validate_latest(group: Group, generation: int) -> None:
-    """Raises RuntimeError where a backward pass comes after another forward than its own: the
-    adapters that its forward used are no longer in the buffers."""
+    """Raises RuntimeError where a backward pass follows another forward than its own: the adapters
+    that its forward used are then no longer in the buffers."""
     if group.generation != generation:
         raise RuntimeError(
             "another forward pass came between a forward pass and its backward pass, and took its "

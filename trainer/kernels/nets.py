@@ -1,4 +1,5 @@
-"""The frozen parts of a gated delta net and of attention with a gate, as kernels take them."""
+"""Frozen parameters of a gated delta net, and the column order of gated attention, in the form that
+kernels take."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from torch import Tensor
 
 
 class Net(NamedTuple):
-    """What a gated delta net has beside its linears. Its joined projection [M, N] holds the columns
-    of q and k (``keys`` heads each) and v (``values`` heads), of the gate z (as v), of beta's and
-    of the decay's logits (one a value head). Every head has D columns."""
+    """Parameters of a gated delta net beside its linears. The columns of its joined projection [M,
+    N] are q and k (``keys`` heads each), v and the gate z (``values`` heads each), and the logits
+    of beta and of the decay (one per value head). Every head has D columns."""
 
     taps: Tensor  # [columns of q, k, v; W] of the convolution
     rate: Tensor  # fp32 [HV]: exp(A_log)
@@ -24,31 +25,31 @@ class Net(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Columns of the joined projection: of q, k, v; z; beta; decay."""
+        """Columns of the joined projection: q, k and v together; z; beta; decay."""
         wide = self.values * self.head_dim
         return [self.mixed, wide, self.values, self.values]
 
     @property
     def mixed(self) -> int:
-        """Columns that the convolution mixes."""
+        """Number of columns that the convolution mixes: those of q, k and v."""
         return (2 * self.keys + self.values) * self.head_dim
 
     def parts(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of a joined matrix: q k v, z, beta's logits, the decay's."""
+        """Views of a joined matrix: q, k and v together; z; beta's logits; the decay's logits."""
         qkv, z, b, a = joined.split(self.sizes, 1)
         return qkv, z, b, a
 
 
 class ColumnOrder(NamedTuple):
-    """Where the columns of q, k, v and of attention's gate stand in a joined projection whose
-    queries have a gate beside each head, so that rotary embedding turns halves of a head, whatever
-    part of it turns: int32 ``dense`` for q, k, v, ``gate``, and ``back`` for the joined matrix of
-    dense and gate side by side. They count runs of ``run`` columns."""
+    """Column order of a joined projection in which each query head is followed by its gate. The new
+    order lets rotary embedding turn the two halves of a head, even where it turns only a part of
+    the head. The int32 indices count runs of ``run`` columns: ``dense`` picks q, k, v; ``gate``
+    picks the gate; ``back`` picks the joined matrix from dense and gate side by side."""
 
     dense: Tensor
     gate: Tensor
     back: Tensor
-    turned: Tensor  # int64 [D]: a head's columns, as dense has them
+    turned: Tensor  # int64 [D]: the order of a head's columns in dense
     run: int
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the fused layer's RMSNorms multiply by."""
+"""Parameters of the fused layer's RMSNorms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 class Norm(NamedTuple):
     """RMSNorm of the stream or of a branch: x / rms(x) times ``weight`` [K], which is fp32 where it
-    stands for 1 + w."""
+    is 1 + w."""
 
     weight: Tensor
     eps: float
@@ -17,7 +17,7 @@ class Norm(NamedTuple):
 
 class HeadNorms(NamedTuple):
     """RMSNorm of each head before rotary embedding: weights fp32 [3, D] of q, k and v. ``values``:
-    v has one too."""
+    v is normed too."""
 
     weight: Tensor
     eps: float

@@ -1,5 +1,5 @@
-"""Where a decoder layer of transformers keeps what the fused layer is built from, by its family's
-row in ``trainer/families.toml``; or why it is not to be fused."""
+"""Finds the modules of a transformers decoder layer that the fused layer is built from, by its
+family's row in ``trainer/families.toml``, or says why the layer cannot be fused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ WIDEST = 512  # the largest head that the kernels take; flash attention takes 25
 
 @dataclass(frozen=True)
 class Parts:
-    """Linears by the input that they share, norms in the order of the stream."""
+    """Modules of one decoder layer: linears grouped by their shared input, norms in the order of
+    the stream."""
 
     family: Family
     attention: Any
@@ -41,7 +42,7 @@ class Parts:
 
     @property
     def gated(self) -> bool:
-        """Whether each head of q has a gate of attention's output beside it."""
+        """Whether each query head has a gate of attention's output beside it."""
         return self.net is None and bool(self.family.row["gate"])
 
     @property
@@ -75,7 +76,7 @@ class Parts:
 
     @property
     def rules(self) -> Rules:
-        """The window of a model that has one for its whole is in its config."""
+        """Attention's rules. The config has the window where one window serves the whole model."""
         if self.net is not None:
             return Rules(self.head_dim**-0.5)
         window = getattr(self.attention, "sliding_window", None)
@@ -109,7 +110,7 @@ class Parts:
 
 
 def read_norm(module: nn.Module, family: Family) -> Norm:
-    """What an RMSNorm of transformers multiplies by."""
+    """Weight and eps of an RMSNorm of transformers."""
     told: Any = module
     weight = cast(Tensor, told.weight.data)
     eps = told.variance_epsilon if hasattr(told, "variance_epsilon") else told.eps
@@ -117,8 +118,8 @@ def read_norm(module: nn.Module, family: Family) -> Norm:
 
 
 def find_parts(layer: nn.Module, config: Any = None) -> Parts:
-    """``config``: the model's, for layers without attention. Raises ValueError with the reason why
-    a layer is not to be fused."""
+    """The parts of a decoder layer. ``config``: the model's, for layers without attention. Raises
+    ValueError with the reason why the layer cannot be fused."""
     attn: Any = getattr(layer, "self_attn", None) or getattr(layer, "linear_attn", None)
     name = type(layer).__name__
     config = getattr(attn, "config", None) or config
@@ -158,7 +159,8 @@ def find_parts(layer: nn.Module, config: Any = None) -> Parts:
 
 
 def read_net(module: Any) -> Net:
-    """Raises ValueError for a gated delta net that the kernels do not compute."""
+    """The parameters of a gated delta net. Raises ValueError where the kernels do not support
+    it."""
     if module.head_k_dim != module.head_v_dim:
         raise ValueError(f"heads of {module.head_k_dim} and {module.head_v_dim} columns")
     if module.num_v_heads % module.num_k_heads:
@@ -180,8 +182,8 @@ def read_net(module: Any) -> Net:
 
 
 def projections(attn: Any) -> list[nn.Module]:
-    """q, k and v, or one linear that is all three. Where values are made of the keys' projection it
-    stands for both, and its adapter with it."""
+    """q, k and v, or one linear that is all three. Where values are computed from the keys'
+    projection, that linear is listed for both, with its adapter."""
     if hasattr(attn, "in_proj_qkv"):
         return [attn.in_proj_qkv, attn.in_proj_z, attn.in_proj_b, attn.in_proj_a]
     if hasattr(attn, "qkv_proj"):
@@ -190,16 +192,16 @@ def projections(attn: Any) -> list[nn.Module]:
 
 
 def count_kv_heads(qkv: list[nn.Module], attn: Any, config: Any) -> int:
-    """Of this layer: Gemma 4 has two kinds."""
+    """Number of key heads of this layer; it differs between layers in Gemma 4."""
     if len(qkv) == 1:
         return int(config.num_key_value_heads)
     return base_linear(qkv[1]).out_features // int(attn.head_dim)
 
 
 def validate_plain(layer: Any) -> None:
-    """Raises ValueError for what some of Gemma 4's models add to a layer."""
+    """Raises ValueError for additions that some Gemma 4 models make to a layer."""
     attn: Any = getattr(layer, "self_attn", None)
-    # transformers 5.24 marks layers that keep their keys and values even where no layer reads them
+    # transformers 5.24 marks layers as sharing keys and values even where no layer reads them
     shared = getattr(getattr(attn, "config", None), "num_kv_shared_layers", 0)
     if shared and (attn.is_kv_shared_layer or attn.store_full_length_kv):
         raise ValueError("layers share keys and values")
@@ -215,7 +217,7 @@ def gate_and_up(mlp: Any) -> list[nn.Module]:
 
 
 def norm_names(layer: nn.Module, family: Family) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(norms before attention and the MLP, norms on what they give)."""
+    """(names of the norms before attention and the MLP, names of the norms on their outputs)."""
     if family.row["norms"] == "before":
         return ("input_layernorm", "post_attention_layernorm"), ()
     if hasattr(layer, "pre_feedforward_layernorm"):
@@ -230,7 +232,8 @@ def norm_names(layer: nn.Module, family: Family) -> tuple[tuple[str, ...], tuple
 
 
 def validate_activation(activation: Any, family: Family) -> None:
-    """Raises ValueError where it is not what the row says; of a layer without experts."""
+    """Raises ValueError where the activation is not that of the family's row. For layers without
+    experts."""
     x = torch.linspace(-4, 4, 9)
     wanted = gelu(x, approximate="tanh") if is_gelu(family) else silu(x)
     if not torch.allclose(activation(x), wanted, atol=1e-6):
@@ -238,7 +241,7 @@ def validate_activation(activation: Any, family: Family) -> None:
 
 
 def validate(layer: nn.Module, parts: Parts) -> None:
-    """Raises ValueError for what the fused layer does not compute."""
+    """Raises ValueError for a layer that the fused layer does not support."""
     linears = [[base_linear(m) for m in group] for group in parts.linears]
     _validate_linears(parts, [x for group in linears for x in group])
     biased = [x.bias is not None for x in linears[0]]
@@ -275,8 +278,8 @@ def is_gelu(family: Family) -> bool:
 def wide_angles(
     cos: Tensor, sin: Tensor, head_dim: int, turned: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [M, n], one or two of each angle side by side -> [M, D], halves equal. Of a head
-    the part ``turned`` turns, the other columns by nothing."""
+    """cos and sin [M, n], each angle once or twice -> [M, D] with equal halves. Only the part
+    ``turned`` of a head's columns rotates; the other columns get angle zero."""
     if cos.shape[1] == head_dim:
         return cos.contiguous(), sin.contiguous()
     angles = int(head_dim * turned) // 2

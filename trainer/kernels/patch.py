@@ -1,6 +1,6 @@
 """The fast path: a loaded transformers model (with PEFT's adapters, if any) keeps its classes and
-parameters, and its decoder layers compute by ``trainer/kernels/decoder_layer.py``. What does not
-fit the fast layer keeps transformers' forward, and the returned names say so.
+parameters, and its decoder layers compute by ``trainer/kernels/decoder_layer.py``. Layers that
+the fast layer does not support keep transformers' forward; the returned names say so.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def accelerate_model(
     "bf16", "fp8", "nf4") and patch in the fast path. Returns what runs, by name, for the log and
     the manifest.
 
-    Load the model on the CPU for fp8 and nf4: no more than one layer is then on the device
-    unquantised. The first ``checkpoint_layers`` layers keep only their input. ``keep_transpose``:
-    see ``freeze_weight``. ``materialise`` is called on each part of a model built on the meta
-    device and must give it values there. Trainable base weights (full fine-tuning) are refused: the
-    fast path has no gradient for them. Not safe to call twice."""
+    Load the model on the CPU for fp8 and nf4: no more than one unquantised layer is then on the
+    device. The first ``checkpoint_layers`` layers save only their input. ``keep_transpose``: see
+    ``freeze_weight``. ``materialise`` is called on each part of a model built on the meta device
+    and must load its values there. Trainable base weights (full fine-tuning) are refused: the fast
+    path has no gradient for them. Not safe to call twice."""
     device = torch.device(device)
     inner = inner_model(model)
     layers: Sequence[nn.Module] = inner.layers  # type: ignore[assignment]
@@ -114,9 +114,9 @@ def one_of_each_kind(
 def _trust(
     pairs: Sequence[tuple[nn.Module, FastLayer]], precision: str, device: torch.device
 ) -> dict[str, str]:
-    """What is to run, by name, after each kind of layer was compared with its twin and with the
-    layer of transformers that it stands for. "layer" is "fused" or the reason why not, "test" the
-    errors found."""
+    """Compare each kind of layer with its twin and with the layer of transformers that it replaces.
+    Returns what will run, by name: "layer" is "fused" or the reason why not, "test" the errors
+    found."""
     ops, tolerance = pairs[0][1].ops, TOLERANCE.get(precision, OTHERWISE)
     if ops is reference:
         return {
@@ -187,7 +187,7 @@ def build_layer(
     """The fast form of one decoder layer, of a model of this ``config``. Raises ValueError with the
     reason, and leaves the layer as it was, where it does not fit."""
     parts = find_parts(layer, config)
-    if parts.family.row["delta"] and ops is not reference:  # rows come one by one then
+    if parts.family.row["delta"] and ops is not reference:  # rows then come one by one
         if why := delta.why_not(base_linear(parts.o).weight.device):
             raise ValueError(why)
     norm1, norm2 = read_norm(parts.norm1, parts.family), read_norm(parts.norm2, parts.family)
@@ -240,7 +240,7 @@ def build_layer(
 def _share(
     module: Any, parts: Parts, precision: str, ops: ModuleType, options: dict[str, bool]
 ) -> SharedMlp:
-    """The fast form of the expert that every token meets."""
+    """The fast form of the shared expert."""
     validate_activation(module.act_fn, parts.family)
     groups = []
     for linears in ([module.gate_proj, module.up_proj], [module.down_proj]):
@@ -263,7 +263,7 @@ def base_experts(layer: Any) -> Any:
 
 
 def keeps_little(experts: Any) -> bool:
-    """Whether the trainer's own function computes these experts: transformers' keeps more."""
+    """Whether the trainer's own function computes these experts; transformers' saves more."""
     return lean(experts) and getattr(experts.config, "_experts_implementation", "") == EXPERTS
 
 
@@ -279,7 +279,7 @@ def _options(precision: str, keep_transpose: bool) -> dict[str, bool]:
 
 
 def _route(weight: FrozenWeight, linears: list[nn.Linear], precision: str) -> None:
-    """Give quantised linears a forward of their own, for calls that are not packed (generation)."""
+    """Give quantised linears their own forward, for calls that are not packed (generation)."""
     if precision in ("bf16", "fp32"):
         return
     start = 0
@@ -291,7 +291,7 @@ def _route(weight: FrozenWeight, linears: list[nn.Linear], precision: str) -> No
 
 
 def _freeze_linears(layer: nn.Module, precision: str, keep_transpose: bool) -> None:
-    """The fall-back of one layer: transformers' forward over quantised linears; bf16 stays as it
+    """Fall-back of one layer: transformers' forward over quantised linears; bf16 is left as it
     is."""
     if precision in ("bf16", "fp32"):
         return
@@ -323,7 +323,7 @@ def _base_name(fast: list[FastLayer], precision: str) -> str:
 def _patch(
     inner: Any, layers: Sequence[nn.Module], fast: list[FastLayer | None], ops: ModuleType
 ) -> None:
-    """``fast``: of each layer its fast form, or None."""
+    """``fast``: the fast form of each layer, or None."""
     inner.fast_layers = [f for f in fast if f is not None]
     shared = [f.beside for f in inner.fast_layers if f.beside is not None]
     groups = [g for part in (*inner.fast_layers, *shared) for g in part.groups]
@@ -340,7 +340,7 @@ def _patch(
     norm: Any = inner.norm
     if not norm.weight.requires_grad:
         weight, eps = read_norm(norm, families.read(inner.config.to_dict()))
-        # with and without gradients alike: what a reference says must be what the policy says
+        # the same with and without gradients: the log-probs of reference and policy must agree
         norm.forward = lambda x: frozen_norm(x.reshape(-1, x.shape[-1]), weight, eps, ops).view_as(
             x
         )

@@ -269,7 +269,7 @@ def swiglu_backward(
     if dt is not None and a is not None:
         da = da + dt.float() @ a.float()
     gated = _activation(g, gelu)
-    # in fp32 the inputs are views: first make
+    # in fp32 the inputs are views: compute before writing
     act, dgu = gated * u, torch.cat([da * u * _slope(g, gelu), da * gated], -1)
     dact.copy_(act)
     gu.copy_(dgu)

@@ -1,8 +1,8 @@
 """Angles by document, for models whose angles depend on a row's length (LongRoPE, dynamic NTK).
 
-transformers looks at the longest position of the whole batch: a short row beside a long one would
-get the long row's angles, which it gets nowhere else. ``by_document`` asks the model's own module
-once for all short rows and apart for long ones.
+transformers takes the longest position of the whole batch, so a short row beside a long one would
+get the long row's angles. ``by_document`` calls the model's own module once for all short documents
+and separately for long ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def by_document(model: nn.Module) -> int:
-    """Make every rotary embedding of the model that depends on length look at each document by
+    """Make every rotary embedding of the model that depends on length treat each document by
     itself. Returns how many there are; safe to call twice."""
     found: list[Any] = [m for m in model.modules() if _kinds(m) and not hasattr(m, "whole_batch")]
     for module in found:
@@ -24,7 +24,7 @@ def by_document(model: nn.Module) -> int:
 
 
 def by_length(model: nn.Module) -> bool:
-    """Whether a model has angles that depend on a row's length: they wait for the device."""
+    """Whether the model's angles depend on a row's length; computing them waits for the device."""
     return any(_kinds(m) for m in model.modules())
 
 
@@ -35,8 +35,8 @@ def _kinds(module: nn.Module) -> set[str]:
 
 
 class _Forward:
-    """In the place of a rotary embedding's forward: x [B, S, h], position_ids [B, S] -> cos and sin
-    [B, S, D]. Waits for the device, once a call."""
+    """Replaces a rotary embedding's forward: x [B, S, h], position_ids [B, S] -> cos and sin [B, S,
+    D]. Waits for the device once a call."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
@@ -64,8 +64,8 @@ class _Forward:
         return tuple(w.view(*lengths.shape, -1) for w in whole)
 
     def _limit(self, kind: str | None) -> tuple[int, bool]:
-        """The longest document with the short angles, 0 where none depends on its length; whether
-        all longer ones have the same."""
+        """(the longest document with the short angles, 0 where none depends on its length; whether
+        all longer ones have the same angles)."""
         told = self._module.rope_type
         name = told[kind] if isinstance(told, dict) else told
         settings = self._module.config.rope_parameters
@@ -75,8 +75,8 @@ class _Forward:
         return (int(self._module.original_max_seq_len), False) if "dynamic" in name else (0, False)
 
     def _ask(self, x: Tensor, positions: Tensor, args: Any, more: dict[str, Any]) -> Any:
-        """The module's own answer, as if it had been asked for nothing before: dynamic NTK goes on
-        from the longest row that it has seen."""
+        """The module's own angles, without memory of earlier calls: dynamic NTK otherwise goes on
+        from the longest row it has computed."""
         module = self._module
         kind = more.get("layer_type", args[0] if args else None)
         if self._limit(kind)[1] is False:
@@ -90,7 +90,7 @@ class _Forward:
 
 def document_lengths(position_ids: Tensor) -> Tensor:
     """[B, S] positions, which begin at 0 in each document -> for each token its document's length.
-    A row that begins later goes on from a cache, and counts what is in it."""
+    A row that begins later continues a cache; its length includes the cached tokens."""
     begins = position_ids == 0
     begins[:, 0] = True
     number = begins.flatten().cumsum(0) - 1

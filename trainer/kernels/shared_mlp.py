@@ -1,8 +1,7 @@
-"""The expert that every token meets, as one autograd function: frozen gate, up and down with their
-adapters, without a norm or a stream of its own.
+"""The shared expert as one autograd function: frozen gate, up and down with their adapters, without
+a norm or a residual stream.
 
-Per token it keeps gate and up and what A made of its input; PEFT's own forward keeps several copies
-of the input in fp32.
+Per token it saves gate, up and x A^T; PEFT's own forward saves several copies of the input in fp32.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class SharedMlp:
     def project(
         self, x: Tensor, group: Group, p: Tensor | None, fold: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the frozen product wants of ``x``, and ``x p``."""
+        """(``x`` as the frozen product takes it, its FP8 row scales or None, ``x p`` or None)."""
         if group.weight.column_scale is None:
             return x, None, None if p is None else x @ p
         scale = group.weight.column_scale if fold else None
@@ -64,7 +63,7 @@ class SharedMlp:
     def backward(
         self, dy: Tensor, x: Tensor, gu: Tensor, t: Tensor | None, inner: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """(d(x), gradients in the order of ``parameters``). Spoils ``gu``."""
+        """(d(x), gradients in the order of ``parameters``). Overwrites ``gu``."""
         ops, scale = self.ops, self.gate_up.weight.column_scale
         given, s, dinner = self.project(dy, self.down, self.down.b, True)
         dact = self.down.weight.backward(given, s)

@@ -16,14 +16,14 @@ class Spans(NamedTuple):
     past: Tensor
 
 
-# those of the latest pack, by window: every layer of a pass asks for the same
+# of the latest pack, by window: all layers of a pass share them
 _latest: dict[int | None, Spans] = {}
 _latest_of: list[tuple[Tensor, int, int]] = []
 
 
 def spans(cu: Tensor, tokens: int, window: int | None = None) -> Spans:
-    """From the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. A query
-    sees itself and ``window - 1`` tokens before it. No wait for the GPU."""
+    """Spans of the boundaries ``cu`` int32 [documents + 1], the last of which is ``tokens``. A
+    query sees itself and ``window - 1`` tokens before it. Does not wait for the GPU."""
     key = (cu, tokens, 0 if cu.is_inference() else cu._version)
     if not _latest_of or _latest_of[0][0] is not cu or _latest_of[0][1:] != key[1:]:
         _latest_of[:] = [key]

@@ -108,7 +108,7 @@ def turn_and_keep(
     slot, position = tl.load(slots + row), tl.load(positions + row)
     kept = (slot * longest + position) * kv_heads
     if segment == 0:
-        # [row, head of its group, group]: the queries of a group are those of one document
+        # [row, head of its group, group]: a group's queries form one document
         group = heads // kv_heads
         place = (row * group + head % group) * kv_heads + head // group
         tl.store(q_out + place * D + d, found)
@@ -131,7 +131,7 @@ def gate(gu, more, act, f, MORE: tl.constexpr, GELU: tl.constexpr, BN: tl.conste
         u += tl.load(more + at + f, mask=mask, other=0.0).to(tl.float32)
     if GELU:
         inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        g = g * tl.sigmoid(2.0 * inner)  # tanh's approximation
+        g = g * tl.sigmoid(2.0 * inner)  # the tanh approximation
     else:
         g = g * tl.sigmoid(g)
     tl.store(act + row * f + cols, (g * u).to(act.dtype.element_ty), mask=mask)

@@ -1,7 +1,9 @@
-"""A decoder layer for one token more of each of a few rows, whose earlier keys and values are kept:
-the same parts and weights as ``trainer/kernels/decoder_layer.py``, without gradients.
+"""One decoding step of a decoder layer: one more token for each of a few rows whose earlier keys
+and values are cached. It uses the parts and weights of ``trainer/kernels/decoder_layer.py``,
+without gradients.
 
-Nothing here waits for the device, and every shape is known before: it may be captured as a graph.
+Nothing waits for the device and every shape is known beforehand, so a step can be captured as a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from trainer.kernels.lora import Group
 
 
 class CachePositions(NamedTuple):
-    """Where the token of each of B rows belongs: the row ``slots`` [B] of what is kept, at
-    ``positions`` [B], both int64. ``firsts`` int32 [B + 1] counts rows; ``starts`` int32 [B + 1]
-    are the first places of the rows, of all rows' places end to end; ``seen`` int32 [B] are the
-    tokens that each row then holds."""
+    """Where the next token of each of B rows goes in the cache: row ``slots`` int64 [B], place
+    ``positions`` int64 [B]. For flash attention, ``firsts`` int32 [B + 1] are the boundaries of the
+    queries, ``starts`` int32 [B + 1] the first place of each row when all cache rows lie end to
+    end, and ``seen`` int32 [B] the number of tokens that each row then holds."""
 
     slots: Tensor
     positions: Tensor
@@ -34,22 +36,23 @@ class CachePositions(NamedTuple):
 
     @classmethod
     def of(cls, slots: Tensor, positions: Tensor, longest: int) -> CachePositions:
+        """``longest`` is the number of places in a cache row."""
         firsts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
         starts = torch.nn.functional.pad((slots * longest).int(), (0, 1))
         return cls(slots, positions, firsts, starts, (positions + 1).int())
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of rows, by layer. ``place`` is None while prompts are read."""
+    """Keys and values of rows, by layer. ``place`` is None during prefill."""
 
     place: CachePositions | None
 
     def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Those of packed tokens [M, KV, D]."""
+        """Store keys and values [M, KV, D] of packed tokens."""
         ...
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """[rows, longest, KV, D] each."""
+        """The layer's keys and values, [rows, longest, KV, D] each."""
         ...
 
 
@@ -57,8 +60,9 @@ Attention = Callable[[Tensor, Tensor, Tensor, CachePositions, Rules, Tensor | No
 
 
 def takes_steps(layer: FastLayer) -> bool:
-    """Whether ``step`` serves this layer: attention for one query takes no cap and no wide head,
-    experts route by what waits for the device, and a state beside keys and values is not kept."""
+    """Whether ``step`` supports this layer. It does not support experts, whose routing waits for
+    the device, gated delta nets, gated attention, and, on a GPU, score caps and heads wider than
+    256 columns."""
     flash = layer.rules.softcap is None and layer.head_dim <= 256
     plain = layer.attends and layer.order is None
     return plain and layer.down is not None and (flash or not layer.like.is_cuda)
@@ -73,8 +77,8 @@ def step(
     kept: tuple[Tensor, Tensor],
     attention: Attention | None = None,
 ) -> Tensor:
-    """h [B, h], cos and sin [B, D], halves equal -> the layer's output [B, h]. Keys and values of
-    the tokens are written to ``kept``. ``attention``: in ``by_flash``'s place."""
+    """h [B, h], cos and sin [B, D] with equal halves -> the layer's output [B, h]. Writes the
+    tokens' keys and values into ``kept``. ``attention`` replaces ``by_flash``."""
     ops = operations(layer)
     assert layer.gate_up is not None and layer.down is not None
     _, x = ops.add_norm(h, None, None, None, layer.norm1)
@@ -106,8 +110,9 @@ def operations(layer: FastLayer) -> ModuleType:
 
 
 def product(layer: FastLayer, group: Group, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x [B, K] -> (x W^T, what the adapters add to it) [B, N]. In a graph both run side by side:
-    the base waits for its weights, and the adapters' products are short."""
+    """x [B, K] -> (x W^T [B, N], the adapters' term [B, N] or None). During graph capture the two
+    run on separate streams: the base product is bound by memory, and the adapters' products are
+    short."""
     beside = None
     if group.a is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
         beside = _beside(x.device)
@@ -134,13 +139,13 @@ def _beside(device: torch.device) -> torch.cuda.Stream:
 def by_flash(
     q: Tensor, keys: Tensor, values: Tensor, at: CachePositions, rules: Rules, sinks: Tensor | None
 ) -> Tensor:
-    """q [B, G, KV, D], keys and values [rows, longest, KV, D] -> [B, KV, G, D]: each row's query
-    sees the keys that the row holds, as far as the window reaches."""
+    """q [B, G, KV, D], keys and values [rows, longest, KV, D] -> [B, KV, G, D]. Each row's query
+    attends to the keys of its row, within the window."""
     if not has_flash(q) or rules.softcap is not None:
         return by_twin(q, keys, values, at, rules, sinks)
     (b, group, kv, d), longest = q.shape, keys.shape[1]
     near = {"window_size_left": -1, "window_size_right": -1}
-    if rules.window is None:  # the queries of a group see the same keys: they are one document's
+    if rules.window is None:  # a group's queries see the same keys, as one document
         q, firsts, queries = q.flatten(0, 1), at.firsts * group, group
     else:
         q, firsts, queries = q.transpose(1, 2).reshape(b, kv * group, d), at.firsts, 1
@@ -157,7 +162,7 @@ def by_flash(
         lse = lse.view(kv, b, group).transpose(0, 1)
     else:
         out, lse = out.view(b, kv, group, d), lse.view(kv, group, b).permute(2, 0, 1)
-    if sinks is not None:  # one more term in the sum, whose value is zero; lse [B, KV, G], natural
+    if sinks is not None:  # a sink is a term of the sum with value zero; lse [B, KV, G], natural
         joined = torch.logaddexp(lse, sinks.float().view(kv, group))
         out = out.float() * (lse - joined).exp()[..., None]
     made: Tensor = out.to(q.dtype)

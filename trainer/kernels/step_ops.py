@@ -1,5 +1,5 @@
-"""Triton kernels of one token a row, for decoding: ``trainer/kernels/triton_ops.py`` takes many
-rows a program, and has too few programs where a batch is a few answers.
+"""Triton kernels for decoding, one token a row. ``trainer/kernels/triton_ops.py`` takes many rows a
+program, which gives too few programs for a batch of a few answers.
 ``trainer/kernels/step_reference.py`` has the twins.
 
 Shapes: B rows, K or F features, H heads and KV heads of keys of D columns.
@@ -25,8 +25,9 @@ def add_norm(
     norm: Norm | None,
     out_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """h [B, K] -> (total, x): total is (h + y + ``more``) ``out_scale``, where given with y + more
-    normed by ``branch`` first, or h without y; x is total normed by ``norm``, or total without."""
+    """h [B, K] -> (total, x). total = (h + y + ``more``) ``out_scale``, with y + ``more`` normed by
+    ``branch`` first where given; without y it is h. x is total normed by ``norm``, or total without
+    it."""
     b, k = h.shape
     total = torch.empty_like(h) if y is not None else h
     x = torch.empty_like(h) if norm is not None else total
@@ -67,10 +68,10 @@ def turn_and_keep(
     norms: HeadNorms | None = None,
     pairs: bool = False,
 ) -> Tensor:
-    """qkv [B, (H + 2 KV) D], and ``more`` of that shape -> their q [B, H / KV, KV, D], turned. Keys
-    and values go to ``positions`` [B] of rows ``slots`` [B] of ``keys`` and ``values`` [rows,
-    longest, KV, D]. cos, sin [B, D], halves equal; bias, norms, pairs as ``rope_forward_`` takes
-    them; heads: (H, KV)."""
+    """qkv [B, (H + 2 KV) D], and ``more`` of that shape -> q of their sum [B, H / KV, KV, D] after
+    rotary embedding. Keys and values are written to ``positions`` [B] of rows ``slots`` [B] of
+    ``keys`` and ``values`` [rows, longest, KV, D]. cos, sin [B, D], halves equal; bias, norms,
+    pairs as in ``rope_forward_``; heads: (H, KV)."""
     b, d = len(qkv), cos.shape[-1]
     q = qkv.new_empty(b, heads[0] // heads[1], heads[1], d)
     jit.turn_and_keep[(b, heads[0] + 2 * heads[1])](
@@ -100,8 +101,8 @@ def turn_and_keep(
 
 
 def gate(gu: Tensor, more: Tensor | None, gelu: bool = False) -> Tensor:
-    """gu [B, 2F], and ``more`` of that shape -> of their sum silu(gate) * up [B, F], or with
-    ``gelu`` its approximation by tanh in silu's place."""
+    """gu [B, 2F], and ``more`` of that shape -> silu(gate) * up [B, F] of their sum; with ``gelu``
+    gelu in its tanh approximation instead of silu."""
     b, f = gu.shape[0], gu.shape[1] // 2
     act = torch.empty(b, f, device=gu.device, dtype=gu.dtype)
     grid = (b, triton.cdiv(f, GATE_COLUMNS))

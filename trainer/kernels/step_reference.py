@@ -11,7 +11,7 @@ from trainer.kernels.norms import HeadNorms, Norm
 
 
 def _sum(first: Tensor, *more: Tensor | None) -> Tensor:
-    """In fp32."""
+    """The sum in fp32."""
     total = first.float()
     for x in more:
         total = total if x is None else total + x.float()
@@ -19,7 +19,7 @@ def _sum(first: Tensor, *more: Tensor | None) -> Tensor:
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
-    """In fp32."""
+    """RMSNorm in fp32."""
     x = x.float()
     return x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.float()
 

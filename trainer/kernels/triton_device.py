@@ -1,8 +1,8 @@
 """The device code of ``trainer/kernels/triton_ops.py``, which describes it. Arguments in capitals
 are compile-time constants.
 
-The number of tokens is never specialised on: else the first pack whose length divides by 16 would
-stop the run to compile.
+The number of tokens is never specialised on: otherwise the first pack whose length is a multiple of
+16 would compile during the run.
 """
 
 # mypy: ignore-errors
@@ -132,7 +132,7 @@ def norm_backward(
         )
     r = tl.load(rstd + rows, mask=ok, other=0.0)
     dot = tl.zeros([BM], tl.float32)
-    # sum((dt a) * w * h) = dt . (x a^T) / rstd, and x a^T was kept: the first pass needs no product
+    # sum((dt a) * w * h) = dt . (x a^T) / rstd with x a^T saved: the first pass needs no product
     if LORA:
         kept = tl.load(
             t + rows.to(tl.int64)[:, None] * ro + rank[None, :], mask=t_mask, other=0.0
@@ -364,8 +364,8 @@ def _rope_back_segment(
     PAIRS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One of q, k, v: turn its heads back, keep them in ``out``, gather the LoRA product and the
-    row maximum."""
+    """One of q, k, v: undo the rotation of its heads, store them in ``out``, and accumulate the
+    LoRA product and the row maximum."""
     STEP: tl.constexpr = 2 if PAIRS else 1
     OTHER: tl.constexpr = 1 if PAIRS else HALF
     d = tl.arange(0, HALF) * STEP
@@ -517,7 +517,7 @@ def rope_backward(
 
 @triton.jit
 def _gelu(g):
-    """tanh's approximation of gelu, and its derivative."""
+    """gelu in its tanh approximation, and its derivative."""
     inner = 0.7978845608028654 * g * (1.0 + 0.044715 * g * g)
     t = 2.0 * tl.sigmoid(2.0 * inner) - 1.0
     half = 0.5 * (1.0 + t)
@@ -701,7 +701,7 @@ def residual_add(
 
 @triton.jit
 def _logits(at, mask, other, scale, cap, CAP: tl.constexpr):
-    """x scale, squashed to cap tanh(x scale / cap)."""
+    """x scale; with CAP cap tanh(x scale / cap)."""
     x = tl.load(at, mask=mask, other=other).to(tl.float32) * scale
     if CAP:
         x = cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0)

@@ -1,10 +1,10 @@
 """Triton kernels of the fast decoder layer. ``trainer/kernels/reference.py`` has the same functions
 in plain torch: the twins.
 
-Everything here is bound by memory, so each kernel does all that one visit to a row allows: the LoRA
-B product is added where the base product is read next, the LoRA A product and the FP8 cast happen
-where the input is made. Reductions run over whole rows inside one program, never through atomics,
-so a second run gives the same bits.
+All kernels are bound by memory, so each does all that one read of a row allows: the LoRA B product
+is added where the base product is read next, the LoRA A product and the FP8 cast happen where the
+input is written. Reductions run over whole rows inside one program, never through atomics, so
+results are the same bits from run to run.
 
 Shapes: M tokens, K or N features, R the padded rank (a power of two, 16 or more), G linears that
 read one input. ``a`` is [G*R, K] and ``b`` is [N, R], both in the compute dtype, ``b`` already
@@ -30,7 +30,7 @@ from trainer.kernels.norms import HeadNorms
 
 FP8 = torch.float8_e4m3fn
 
-delta = delta_ops  # what gated delta nets and gates of attention ask beside what is here
+delta = delta_ops  # kernels of gated delta nets and gated attention
 
 
 # Rows and columns of a tile, warps, pipeline stages: the best of a sweep on an H200 at 16,384
@@ -54,9 +54,8 @@ _whole = False
 
 @contextmanager
 def whole_tiles() -> Iterator[None]:
-    """Within it launches take the tiles of a long micro-batch, however few their rows: the
-    self-test then compiles and checks the very kernels that a run will use, instead of smaller ones
-    that are compiled for it alone."""
+    """Within the block launches take the tiles of a long micro-batch, even for few rows, so that
+    the self-test compiles and checks the same kernels as the run."""
     global _whole
     _whole = True
     try:
@@ -67,9 +66,9 @@ def whole_tiles() -> Iterator[None]:
 
 @contextmanager
 def only_compiling() -> Iterator[None]:
-    """Within it kernels are compiled, as many at a time as there are processors, and not launched:
-    what they would have written is left as it was. Ends when all are compiled; what does not
-    compile says so when it is launched. Before Triton 3.5 it compiles one after the other."""
+    """Within the block kernels are compiled in parallel, one per processor, and not launched: their
+    outputs are not written. Ends when all are compiled; a kernel that does not compile raises when
+    it is launched. Before Triton 3.5 they compile one after the other."""
     launch = JITFunction.run
     mode = getattr(triton, "AsyncCompileMode", None)
 
@@ -90,7 +89,7 @@ def only_compiling() -> Iterator[None]:
 
 def _tile(name: str, m: int) -> dict[str, int]:
     """Launch options of a kernel. With few tokens a program takes fewer rows, so that every
-    multiprocessor has two to work on."""
+    multiprocessor has two programs."""
     bm, bn, warps, stages = TILES[name]
     while bm > 16 and m < 250 * bm and not _whole:
         bm //= 2
@@ -244,7 +243,7 @@ def rope_forward_(
     [M, D], halves equal. ``pairs``: columns 2i and 2i + 1 turn together, not i and i + D / 2.
     Returns ``qkv``.
 
-    With ``norms`` the norm and the rotation go into a matrix of their own, which is returned: q, k,
+    With ``norms`` the norm and the rotation are written to a new matrix, which is returned: q, k,
     and v where it has a norm."""
     m, s = qkv.shape
     d = cos.shape[-1]
@@ -291,8 +290,8 @@ def head_norm_backward_(
     norms: HeadNorms,
     pairs: bool = False,
 ) -> None:
-    """In place on ``d [M, (heads + 2 kv_heads) D]``, the gradient of what attention read: back
-    through the rotation and the norms of ``qkv``."""
+    """In place on ``d [M, (heads + 2 kv_heads) D]``, the gradient of attention's input: backward of
+    the rotation and of the norms of ``qkv``."""
     m, s = qkv.shape
     size = cos.shape[-1]
     touched = heads + (2 if norms.values else 1) * kv_heads
@@ -365,9 +364,9 @@ def rope_backward(
 def joined_backward(
     d: Tensor, b: Tensor | None, column_scale: Tensor | None, parts: list[int]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What ``rope_backward`` returns beside d(qkv), for ``d [M, S]`` that is turned back already,
-    G ``parts`` of so many columns side by side: FP8 copy times column_scale, its row scales,
-    ``d b`` [M, G R]."""
+    """What ``rope_backward`` returns beside d(qkv), for ``d [M, S]`` whose rotation is undone
+    already, of G ``parts`` of so many columns: FP8 copy times column_scale, its row scales, ``d b``
+    [M, G R]."""
     dt = None
     if b is not None:
         r = b.shape[1]
@@ -381,7 +380,7 @@ def joined_backward(
 
 
 def _cast(x: Tensor, column_scale: Tensor | None, scale: Tensor) -> Tensor:
-    """x * column_scale / scale in FP8, where the maxima of the rows were found on the way."""
+    """x * column_scale / scale in FP8, where the row maxima are known."""
     m, k = x.shape
     out = _empty(x, m, k, dtype=FP8)
     bm, bn, warps = CAST
@@ -405,9 +404,9 @@ def cast_outer(
     x: Tensor, column_scale: Tensor | None, scale: Tensor | None, t: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """(FP8 copy of ``x [M, K] * column_scale / scale``, or None without scales; ``x^T t`` [K, R]
-    fp32 for t [M, R]) in one visit to x.
+    fp32 for t [M, R]), in one read of x.
 
-    Rows are split over programs and their sums added after, in a fixed order."""
+    Rows are split over programs, and their sums are added in a fixed order."""
     if scale is None or column_scale is None:
         return None, torch.mm(x.t(), t, out_dtype=torch.float32) if t is not None else None
     (m, k), r = x.shape, t.shape[1] if t is not None else 16
@@ -440,8 +439,8 @@ def quantise_rows(
     x: Tensor, column_scale: Tensor | None, p: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """FP8 copy of ``x [M, K] * column_scale [K]`` with one scale a row, and ``x p`` for a LoRA
-    factor p [K, R]. The row stays in registers between its maximum and its cast; a program for 32
-    rows with the LoRA product inside took twice as long."""
+    factor p [K, R]. The row stays in registers between its maximum and its cast. The LoRA product
+    is a product of its own: inside a program of 32 rows it takes twice as long."""
     m, k = x.shape
     out = _empty(x, m, k, dtype=FP8)
     scale = _empty(x, m, dtype=torch.float32)
@@ -461,9 +460,9 @@ def swiglu_forward(
     fp8: bool,
     gelu: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """silu(gate) * up, or with ``gelu`` its approximation by tanh in silu's place, of ``gu [M,
-    2F]`` plus its LoRA terms -> (act [M, F] in gu's dtype or FP8,
-    row scales, ``act a^T`` [M, R])."""
+    """silu(gate) * up of ``gu [M, 2F]`` plus its LoRA terms, with ``gelu`` gelu in its tanh
+    approximation instead of silu -> (act [M, F] in gu's dtype or FP8, row scales, ``act a^T`` [M,
+    R])."""
     m, f2 = gu.shape
     f = f2 // 2
     act = _empty(gu, m, f)
@@ -535,7 +534,7 @@ def swiglu_backward(
         GELU=gelu,
         **tile,
     )
-    # the launch is invisible to autograd: a second backward must be told
+    # autograd does not see the launch: with new versions a second backward raises
     torch.autograd.graph.increment_version([gu, dact])
     return dact, gu, scale, dt_out
 

@@ -1,9 +1,9 @@
-"""Does this GPU compute what the plain twins compute? Asked once, at start, of the first layer's
-own weights. Takes about a second.
+"""Start-up self-test: compares the fused layer on this GPU with its plain twin, on the first
+layer's own weights. Takes about a second.
 
-The fused layer's output and every gradient against the same layer on ``trainer.kernels.reference``;
-then the parts that both share, each against its own definition: attention, the products with
-quantised weights, the loss rows.
+It compares the layer's output and every gradient with the same layer on
+``trainer.kernels.reference``; then each part that both share with its own definition: attention,
+the products with quantised weights, the loss rows.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from trainer.kernels.step_layer import CachePositions, by_flash, by_twin, step
 
 log = logging.getLogger(__name__)
 
-# Relative errors. bf16 rounding gives 0.006; where a value falls on the edge of an FP8 step the two
-# may round apart, which gives 0.04. A wrong kernel gives 0.2 and more.
+# Relative errors. bf16 rounding gives 0.006; a value on the edge of an FP8 step may round either
+# way, which gives 0.04. A wrong kernel gives 0.2 and more.
 TOLERANCE = {"fp8": 0.1}
 OTHERWISE = 0.03
-# Against transformers' own layer: in FP8 that rounds in other places, a row of the table that was
-# read wrongly gives 0.3 and more.
+# Against transformers' own layer, which in FP8 rounds in other places. A row of the families' table
+# that was read wrongly gives 0.3 and more.
 STOCK_TOLERANCE = {"fp8": 0.2}
-NOISE = 3.0  # what a rounding of the input alone changes, this many times, is no error
+NOISE = 3.0  # times the effect of rounding the input: up to this it is no error
 TOKENS, ENDS = 160, [0, 50, 53, 160]
 WINDOW = 20  # in place of the layer's own
-STEPS, STEP_ROWS = [0, 5, 40, 63], [2, 0, 4, 1]  # tokens before, and their rows of five
+STEPS, STEP_ROWS = [0, 5, 40, 63], [2, 0, 4, 1]  # cached tokens of each row; its slot of five
 SHORT_ENDS = [0, 70, 71, 400]  # a document of several tiles, and three in one tile
 
 
 def compile_ahead(kinds: list[FastLayer]) -> None:
-    """Compiles, many at a time, what the tests below and then the run will launch: one after the
-    other takes 20 s where nothing is compiled."""
+    """Compile in parallel what the tests below and then the run will launch: one after the other
+    takes 20 s."""
     ops, norm, like = kinds[0].ops, kinds[0].norm1, kinds[0].like
     h = torch.zeros(TOKENS, norm.weight.numel(), device=like.device, dtype=like.dtype)
     try:
@@ -58,7 +58,7 @@ def compile_ahead(kinds: list[FastLayer]) -> None:
             with ops.whole_tiles():  # the last norm, which no adapter follows
                 rstd = ops.norm_forward(h, *norm, None, False)[-1]
                 ops.norm_backward(h, None, None, None, h, norm.weight, rstd, None)
-    # Triton's errors share no class; what it was will be told where it is launched
+    # Triton's errors share no class; the launch will report what it was
     except Exception as why:
         log.info("the kernels were not compiled ahead: %s", why)
 
@@ -66,8 +66,8 @@ def compile_ahead(kinds: list[FastLayer]) -> None:
 @torch.no_grad()
 def layer_error(fast: FastLayer) -> float:
     """The largest relative error found, infinite when anything is not finite. Fills the adapters'
-    buffers with random numbers, since a B of zeros would hide an error; ``refresh`` puts the true
-    values back before the next forward. A window is made short enough to be met."""
+    buffers with random numbers, since a B of zeros would hide an error; ``refresh`` restores them
+    before the next forward. The window is shortened so that documents reach it."""
     own, rules, results = fast.ops, fast.rules, []
     random, packed = _draw(fast)
     if rules.window is not None:
@@ -91,8 +91,8 @@ def layer_error(fast: FastLayer) -> float:
 
 
 def _draw(fast: FastLayer) -> tuple[Callable[..., Tensor], Packed]:
-    """A source of random numbers in the layer's dtype, and a pack; the adapters' buffers are filled
-    by the former."""
+    """(a source of random numbers in the layer's dtype, a pack). Fills the adapters' buffers with
+    such numbers."""
     device, dtype = fast.like.device, fast.like.dtype
     generator = torch.Generator(device).manual_seed(0)
 
@@ -112,8 +112,8 @@ def _draw(fast: FastLayer) -> tuple[Callable[..., Tensor], Packed]:
 
 @torch.no_grad()
 def step_error(fast: FastLayer) -> float:
-    """The largest relative error of a step of decoding, of its output and of the keys and values
-    that it keeps, against the twin. Fills the adapters' buffers with random numbers."""
+    """The largest relative error of a decoding step against the twin: of its output and of the keys
+    and values that it writes. Fills the adapters' buffers with random numbers."""
     random, packed = _draw(fast)
     own, rules, results = fast.ops, fast.rules, []
     if rules.window is not None:
@@ -133,12 +133,11 @@ def step_error(fast: FastLayer) -> float:
 
 
 def stock_error(layer: Any, fast: FastLayer) -> float:
-    """The largest relative error of output and input gradient against the very layer of
-    transformers that ``fast`` was made of, with its adapters as they are, on documents that meet no
-    window; of a layer with experts the half before them. This says whether the family's row was
-    read rightly, where ``layer_error`` says whether the kernels compute it. An error is counted
-    less where the layer of transformers itself changes much by a rounding of its input: sharp
-    attention does, and rounds more often inside."""
+    """The largest relative error of output and input gradient against the transformers layer that
+    ``fast`` was built from, with its adapters as they are, on documents shorter than any window;
+    for a layer with experts, of the half before them. It tests whether the family's row was read
+    rightly; ``layer_error`` tests whether the kernels compute it. An error counts less where the
+    transformers layer itself changes much when its input is rounded, as with sharp attention."""
     random, packed = _draw(fast)
     refresh(fast.groups)
     half = int(fast.head_dim * fast.turned) // 2
@@ -155,7 +154,7 @@ def stock_error(layer: Any, fast: FastLayer) -> float:
     after, fast.after = fast.after, None
 
     def stock(x: Tensor) -> Tensor:
-        if not fast.attends:  # boundaries are nothing to it: each document by itself
+        if not fast.attends:  # it ignores boundaries: each document by itself
             parts = (one(part, {}) for part in x.split([b - a for a, b in pairwise(ENDS)]))
             return torch.cat(list(parts))
         return one(x, given)
@@ -164,7 +163,7 @@ def stock_error(layer: Any, fast: FastLayer) -> float:
         if after is None:
             asked = given or {"position_embeddings": None, "attention_mask": None}
             return layer(x[None], **asked)[0]  # type: ignore[no-any-return]
-        # a router that chooses otherwise by a rounding would hide or feign an error
+        # rounding may change a router's choice, which would hide or fake an error
         mixer = getattr(layer, "linear_attn", None) or layer.self_attn
         found = mixer(hidden_states=layer.input_layernorm(x[None]), **given)
         y: Tensor = found[0] if isinstance(found, tuple) else found
@@ -186,15 +185,15 @@ def stock_error(layer: Any, fast: FastLayer) -> float:
 
 
 def half_wide(layer: Any) -> bool:
-    """Whether the family's angles come once, not side by side for both halves."""
+    """Whether the family's angles come once, not twice side by side."""
     config = getattr(getattr(layer, "self_attn", None), "config", None)
     return getattr(config, "model_type", "") == "gpt_oss"
 
 
 def trust_short_attention(fast: FastLayer) -> bool:
-    """Whether attention for short documents computes on this GPU what its twin does, on the first
-    layer's heads. Where not, it is refused for this process. False as well where it is not for this
-    device."""
+    """Whether attention for short documents agrees with its twin on this GPU, on the first layer's
+    heads. Where not, it is disabled for this process. False also on devices that it does not
+    support."""
     if (asked := _short_attention(fast)) is None:
         return False
     try:
@@ -209,8 +208,8 @@ def trust_short_attention(fast: FastLayer) -> bool:
 
 
 def _short_attention(fast: FastLayer) -> tuple[Any, ...] | None:
-    """What `short_attention_error` is asked about the first layer's heads; None where these kernels
-    are not for this device."""
+    """Arguments of `short_attention_error` for the first layer's heads; None where these kernels do
+    not support this device."""
     device, dtype = fast.like.device, fast.like.dtype
     if not fast.attends:
         return None
@@ -233,7 +232,7 @@ def _short_attention(fast: FastLayer) -> tuple[Any, ...] | None:
     rules = fast.rules
     if rules.window is not None:
         rules = replace(rules, window=WINDOW)
-    turned = fast.head_norms is None  # else the norm's kernel turns back
+    turned = fast.head_norms is None  # else the norm's kernel undoes the rotation
     return (short, q, k, v, random(*q.shape), packed, rules, fast.sinks, fast.pairs, turned)
 
 
@@ -249,8 +248,8 @@ def short_attention_error(
     pairs: bool = False,
     turned: bool = True,
 ) -> float:
-    """The largest relative error of the output and of the joined gradients, with ``turned`` turned
-    back by the angles, against ``trainer.kernels.reference``."""
+    """The largest relative error of the output and of the joined gradients against
+    ``trainer.kernels.reference``. ``turned``: backward also undoes rotary embedding."""
     spans = short.spans(packed.cu, len(q), rules.window)
     out, kept = short.forward(q, k, v, spans.first, rules.scale, rules.softcap, sinks)
     angles = (packed.cos, packed.sin) if turned else (None, None)
@@ -278,7 +277,7 @@ def _largest(got: Iterable[Any], want: Iterable[Any]) -> float:
 def _shared_attention_error(
     fast: FastLayer, random: Callable[..., Tensor], packed: Packed
 ) -> float:
-    """Of attention as both of ``layer_error``'s ways compute it, by its definition."""
+    """Error of attention, which both sides of ``layer_error`` share, against its definition."""
     if not fast.attends:
         return 0.0
     sizes = (fast.heads, fast.kv_heads, fast.kv_heads)
@@ -303,8 +302,8 @@ def _attention_error(
 
 
 def _product_error(weight: Any, random: Any) -> float:
-    """Both products of a frozen weight against plain ones with the weight that torch itself
-    decodes."""
+    """Error of both products of a frozen weight against plain ones with the weight that torch
+    itself decodes."""
     n, k = weight.shape
     x, dy = random(TOKENS, k), random(TOKENS, n)
     if weight.column_scale is not None:
