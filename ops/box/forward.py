@@ -1,5 +1,5 @@
-"""One port of this machine's loopback that leads to a port of the box's loopback, over SSH and the
-pinned host key: what `ssh -L` does. Nobody else's machine can connect to either end."""
+"""Forwards one port of this machine's loopback to a port of the box's loopback, over SSH and the
+pinned host key, like `ssh -L`. No other machine can connect to either end."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BACKLOG = 64
 
 
 class Forward:
-    """Listens while it is entered, at `port`: a free one where none is wished. It has a connection
-    of its own, which it opens anew where it broke: until then, who connects is hung up on."""
+    """Listens at `port` inside the `with` block, at a free port for 0. It has an SSH connection of
+    its own and reopens it after a break; until then new clients are disconnected."""
 
     def __init__(self, box: Box, remote_port: int, port: int = 0) -> None:
         self._box, self._remote_port = box.twin(), remote_port
-        self._story = box  # it learns the box's new ports
+        self._story = box  # learns the box's new ports
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", port), backlog=_BACKLOG)
         self.port = int(self._listener.getsockname()[1])
@@ -59,7 +59,7 @@ class Forward:
             threading.Thread(target=self._join, args=(here,), daemon=True).start()
 
     def _join(self, here: socket.socket) -> None:
-        """Carry bytes both ways until both ends have said all."""
+        """Copy bytes in both directions until the box has sent everything."""
         there: paramiko.Channel | None = None
         try:
             with self._lock:
@@ -80,7 +80,8 @@ class Forward:
 
 
 def _send(here: socket.socket, there: paramiko.Channel) -> None:
-    """From here to there; a client that goes away ends the channel, so that the server sees it."""
+    """Copy from here to there. A client that disconnects closes the channel, so that the server
+    notices."""
     with contextlib.suppress(OSError, EOFError):
         while data := here.recv(_PIECE):
             there.sendall(data)

@@ -1,4 +1,4 @@
-"""This terminal joined to one on the box, byte by byte, as ssh does."""
+"""Joins this terminal to one on the box, byte by byte, like ssh."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _LOOK_S = 0.5
 
 
 def interact(box: Box, script: str) -> int:
-    """Run `script` on a terminal of the box and join this process's to it; its exit code. Ctrl-C is
-    the script's to hear. Raises Lost where the link breaks: the script is hung up on then."""
+    """Run `script` on a terminal of the box, join this process's terminal to it, and return its
+    exit code. Ctrl-C goes to the script. Raises Lost where the link breaks; the script is then hung
+    up."""
     size = shutil.get_terminal_size()
     channel = box.terminal(script, os.environ.get("TERM") or "dumb", size.columns, size.lines)
     with contextlib.closing(channel), _raw(channel):
@@ -35,7 +36,7 @@ def interact(box: Box, script: str) -> int:
 
 @contextlib.contextmanager
 def _raw(channel: paramiko.Channel) -> Iterator[None]:
-    """Keys go to the box as they are pressed, and the box learns of a new size of the window."""
+    """Send keys to the box as they are pressed, and tell it when the window's size changes."""
 
     def resize(number: int, frame: object) -> None:
         size = shutil.get_terminal_size()
@@ -56,7 +57,8 @@ def _raw(channel: paramiko.Channel) -> Iterator[None]:
 
 
 def _copy(channel: paramiko.Channel) -> None:
-    """Until the box has said all. What is typed goes there; the end of the input is Ctrl-D."""
+    """Copy until the box has sent everything. Typed input goes to the box; the end of input is sent
+    as Ctrl-D."""
     keys: list[int] = [sys.stdin.fileno()]
     while True:
         ready, _, _ = select.select([channel.fileno(), *keys], [], [], _LOOK_S)

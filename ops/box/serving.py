@@ -1,7 +1,7 @@
-"""Pure: the shell text by which a box serves a result, as ops/box/scripts.py has that of training.
+"""Pure: shell commands by which a box serves a result; ops/box/scripts.py has those of training.
 
-What belongs to it lies in `talk/` of the run's folder: `token`, `pid`, `log.txt`, `address` (the
-server's line, there once it listens), `meter` (what the box costs) and, last, `ended`.
+The files are in `talk/` of the run's folder: `token`, `pid`, `log.txt`, `address` (the server's
+line, written once it listens), `meter` (what the box costs) and, last, `ended`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def words(trainer: str) -> str:
 
 
 def serve(run_id: str, trainer: str, arguments: Sequence[str]) -> str:
-    """Start the server of `arguments` detached, on the box's loopback, once: a second call finds it
-    running. Its token is the first line of stdin, NAME=VALUE lines follow for its environment; the
-    token stands in a file of mode 0600 and in no process's arguments. From now on silence ends the
-    box, whatever limits.when_silent says of a training."""
+    """Start the server of `arguments` detached, on the box's loopback. Idempotent. Its token is the
+    first line of stdin; NAME=VALUE lines for its environment follow. The token is stored in a file
+    of mode 0600 and in no process's arguments. From now on silence of the client ends the box,
+    whatever limits.when_silent says of training."""
     more = ["--token-file", "talk/token", "--meter", "talk/meter", "--address", "talk/address"]
     command = shlex.join(["serve", *arguments, *more])
     wrapper = (
@@ -52,7 +52,7 @@ echo started
 
 
 def look(run_id: str) -> str:
-    """Renew the lease and tell how the server does: see `parse_look`."""
+    """Renew the lease and print the server's state: see `parse_look`."""
     return f"""\
 {RENEW}
 cd {run_folder(run_id)}/talk || exit 9
@@ -63,8 +63,8 @@ else echo "{_MARK} loading"; fi
 
 
 def parse_look(stdout: str) -> tuple[str, str]:
-    """(`loading`, `up` or `ended`, what it says: its address as JSON, or its last lines). Raises
-    ValueError for what is no answer."""
+    """(`loading`, `up` or `ended`; its text: the address as JSON, or the last lines of its log).
+    Raises ValueError for any other output."""
     first, _, rest = stdout.partition("\n")
     mark, _, state = first.strip().partition(" ")
     if mark != _MARK or state not in ("loading", "up", "ended"):
@@ -73,7 +73,7 @@ def parse_look(stdout: str) -> tuple[str, str]:
 
 
 def port_of(address: str) -> int:
-    """The port in the line of a server that listens. Raises ValueError."""
+    """The port in the address line of a listening server. Raises ValueError."""
     told: Any = json.loads(address)
     if not isinstance(told, dict):
         raise ValueError("the server's address is no object")
@@ -85,12 +85,12 @@ def port_of(address: str) -> int:
 
 
 def tell_meter(run_id: str) -> str:
-    """Put stdin where the server reads what the box costs."""
+    """Write stdin to the file from which the server reads what the box costs."""
     return f"cd {run_folder(run_id)}/talk && cat >meter.new && mv meter.new meter"
 
 
 def end_in(seconds: float) -> str:
-    """The watchdog destroys the box in so many seconds, where that is sooner than it would."""
+    """Make the watchdog destroy the box in `seconds`, where that is sooner than its deadline."""
     return (
         f"read -r age rest <milktea/age && echo $((age + {int(seconds)})) >milktea/max_age.new "
         "&& mv milktea/max_age.new milktea/max_age"
@@ -98,12 +98,12 @@ def end_in(seconds: float) -> str:
 
 
 def keep_environment(run_id: str) -> str:
-    """Keep the NAME=VALUE lines of stdin for the next `terminal`, in a file of mode 0600."""
+    """Store the NAME=VALUE lines of stdin for the next `terminal`, in a file of mode 0600."""
     return f"umask 077; cd {run_folder(run_id)} && mkdir -p talk && cat >talk/env"
 
 
 def terminal(run_id: str, trainer: str, arguments: Sequence[str]) -> str:
-    """A conversation on the terminal of this very command; it ends with it."""
+    """Run a conversation on this command's terminal; it ends with the command."""
     return f"""\
 cd {run_folder(run_id)} || exit 9
 {_EXPORTED} <talk/env

@@ -1,1 +1,1 @@
-"""Today's open models as data: what the plan must know of a model when there is no network."""
+"""Today's open models as data: what a plan needs to know of a model without network."""

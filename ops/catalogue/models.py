@@ -68,17 +68,17 @@ class Entry:
 
     @property
     def gated(self) -> bool | None:
-        """Whether the hub asks for a token of somebody who accepted the licence."""
+        """Whether the hub requires a token of an account that accepted the licence."""
         return self.values.get("gated")
 
     @property
     def parameters(self) -> int | None:
-        """All of them; of a wrapper those of its towers for pictures too."""
+        """Number of all parameters, including the image towers of a wrapper."""
         return self.values.get("parameters")
 
     @property
     def active(self) -> int | None:
-        """Of a mixture of experts, the parameters that one token meets."""
+        """Number of parameters that one token uses, in a mixture of experts."""
         return self.values.get("active")
 
     @property
@@ -93,14 +93,14 @@ class Entry:
         return Provenance(source["what"], source.get("of", ""), source["read"])
 
     def config(self) -> dict[str, Any]:
-        """What its config.json would say, as far as it is known; of a wrapper with its text tower
+        """The contents of its config.json, as far as they are known; in a wrapper the text tower is
         under `text_config`."""
         kind = str(self.values.get("text_type") or self.model_type)
         known = {_KEYS[k]: v for k, v in self.values.items() if k in _KEYS}
         known |= {k: self.values[k] for k in _AS_THEY_ARE if k in self.values}
         if "experts" in self.values:
             known[_experts_key(kind)] = self.values["experts"]
-            if kind in _LOCAL or kind in _EXPERTS:  # these call an expert's width as a dense one's
+            if kind in _LOCAL or kind in _EXPERTS:  # these name an expert's width as a dense one's
                 known.setdefault("intermediate_size", known.get("moe_intermediate_size"))
         text = {"model_type": kind, **known}
         if kind == self.model_type:
@@ -115,7 +115,7 @@ def lookup(name: str) -> Entry | None:
 
 
 def entries() -> list[Entry]:
-    """All of them, those with the most downloads first."""
+    """All entries, most downloaded first."""
     return list(_entries().values())
 
 

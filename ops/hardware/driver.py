@@ -1,10 +1,10 @@
-"""May a driver and a GPU run a CUDA line, and if not, what helps? Pure; the numbers are NVIDIA's.
+"""Pure: whether a driver and a GPU can run a CUDA line, and the remedy. The numbers are NVIDIA's.
 
 Sources: CUDA Toolkit Release Notes, "CUDA Toolkit and Corresponding Driver Versions" (NATIVE); CUDA
 Compatibility guide, minor version compatibility (FLOOR) and binary compatibility of cubin and PTX;
 the NVIDIA_REQUIRE_CUDA setting of NVIDIA's own CUDA images (COMPAT: driver branches whose
 cuda-compat package NVIDIA supports); end-of-support notes of the driver branches (LAST_BRANCH).
-INSTALL.sh judges by the answers that ops/image/bundle/manifest.py takes from here.
+INSTALL.sh uses the verdicts that ops/image/bundle/manifest.py computes from here.
 """
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ class Verdict:
 def judge(
     driver: str, capability: str, data_center: bool, line: CudaLine, lines: Iterable[CudaLine] = ()
 ) -> Verdict:
-    """The verdict on one GPU (``capability`` such as ``8.6``) under ``driver`` (``535.104.05``),
-    and what to do; ``lines`` are the image lines that the remedy may offer instead."""
+    """The verdict on one GPU (``capability`` such as ``8.6``) under ``driver`` (such as
+    ``535.104.05``), with the remedy; ``lines`` are the image lines that the remedy may offer
+    instead."""
     kind = _kind(driver, capability, data_center, line)
     return Verdict(kind, _remedy(kind, driver, capability, data_center, line, lines))
 
 
 def turning_points(lines: Iterable[CudaLine]) -> list[str]:
-    """The drivers at which a verdict may change, from the newest to 0; between two of them none
-    does.
-    """
+    """The drivers at which a verdict may change, newest first, down to 0; between two of them it
+    does not."""
     found = {"0"}
     for line in lines:
         found |= {line.native, line.floor}
@@ -99,18 +99,16 @@ def turning_points(lines: Iterable[CudaLine]) -> list[str]:
 
 
 def last_branch(capability: str) -> int:
-    """The newest driver branch that still knows a GPU: 470 for Kepler, 580 for Maxwell, Pascal and
-    Volta.
-    """
+    """The newest driver branch that supports a GPU: 470 for Kepler, 580 for Maxwell, Pascal and
+    Volta."""
     if capability.startswith("3."):
         return 470
     return 580 if capability.startswith(("5.", "6.")) or capability in ("7.0", "7.2") else 99999
 
 
 def is_data_center(gpu_name: str) -> bool:
-    """By the name that nvidia-smi prints; unknown names are taken for what they most often are, not
-    data centre.
-    """
+    """Whether a GPU is a data-centre card, by the name that nvidia-smi prints; False for unknown
+    names."""
     if any(word in gpu_name for word in ("GeForce", "TITAN", "Quadro", "RTX")):
         return False
     last = gpu_name.removeprefix("NVIDIA").strip()
@@ -135,7 +133,7 @@ def _kind(driver: str, capability: str, data_center: bool, line: CudaLine) -> Ki
 
 
 def runs_on(capability: str, line: CudaLine) -> str:
-    """How this line's code gets onto a GPU: cubin, ptx, gpu-too-old or gpu-too-new."""
+    """How this line's code runs on a GPU: cubin, ptx, gpu-too-old or gpu-too-new."""
     major, minor = _version(capability)
     plain = [_version(a) for a in line.arches if a[-1].isdigit()]
     exact = [a.rstrip("abcdefghijklmnopqrstuvwxyz") for a in line.arches if not a[-1].isdigit()]

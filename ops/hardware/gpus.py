@@ -1,4 +1,4 @@
-"""Pure: what each GPU can do, and how many training tokens a second that makes.
+"""Pure: what each GPU can do, and an estimate of its training speed in tokens a second.
 
 Peak rates are NVIDIA's datasheet figures: dense (no sparsity), FP32 accumulation, GeForce at its
 halved tensor rate. `gemm` is the share of the peak that large matrix products reach: measured on
@@ -19,8 +19,8 @@ from trainer.memory import Shape
 
 @dataclass(frozen=True)
 class Gpu:
-    """`name` is vast.ai's spelling. `memory_gib` is what the driver reports, not what the box says.
-    Rates are of one GPU."""
+    """One kind of card. `name` is vast.ai's spelling. `memory_gib` is what the driver reports, not
+    the nominal size. Rates are of one GPU."""
 
     name: str
     memory_gib: float
@@ -83,37 +83,36 @@ GPUS: tuple[Gpu, ...] = (
 MIN_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int8": 8.0}
 
 # Calibrated on bench/results/families.jsonl of 2026-11-26, one H200, LoRA r = 16 on all linears.
-# Taking the matrix products and attention away from the time of a token leaves element-wise work,
-# bound by memory: of a layer so many bytes for each norm and column of the stream, for each column
-# of q, k, v, and of the MLP. All dense rows are within 4 percent of it.
+# A token's time less matrix products and attention is element-wise work, bound by memory. These are
+# its bytes in a layer: per norm and column of the stream, per column of q, k, v, and per column of
+# the MLP. All dense rows are within 4 percent of the estimate.
 _STREAM_BYTES, _HEADS_BYTES, _MLP_BYTES = 57.0, 36.0, 72.0
-# of a gated delta net, for each column of its joined projection: the rule's matrices and states
+# bytes per column of a gated delta net's joined projection: the rule's matrices and states
 # (Qwen3.5-9B of 2026-11-27, bf16 and FP8)
 _DELTA_BYTES = 165.0
-# the same where transformers' own layers compute: Qwen3-8B 6.4, Gemma-3-4B 5.5, full training 4.8
+# factor of transformers' own layers: Qwen3-8B 6.4, Gemma-3-4B 5.5, full training 4.8
 _PLAIN = 5.5
-# of a (token, expert) pair, for each column of the stream and of the expert: gate and up alone kept
-# (Qwen3-30B-A3B), all kept, all made again (gpt-oss)
+# bytes of a (token, expert) pair per column of the stream and of the expert: with gate and up saved
+# (Qwen3-30B-A3B), all saved, all recomputed (gpt-oss)
 _PAIR_BYTES = {"lean": 66.0, "plain": 240.0, "remade": 340.0}
-_GROUPED = 0.7  # of the rate of large matrix products that grouped ones reach
-_TARGETS = 0.7  # of the tokens meet the head, always in bf16
-# without a shape: bytes for each of hidden x layers, of a Llama
+_GROUPED = 0.7  # share of the rate of large matrix products that grouped ones reach
+_TARGETS = 0.7  # share of tokens that the head computes, always in bf16
+# without a shape: bytes for each of hidden x layers, as in a Llama
 _ELEMENTWISE_BYTES = 430.0
-# of a layer's cost again when it is checkpointed: forward without its last product and without the
-# head
+# share of a layer's cost that checkpointing adds: forward without its last product and the head
 _RECOMPUTED = 0.38
-# against bf16 (fp8: against its own peak)
+# time of matrix products against bf16 (fp8: against its own peak)
 _GEMM_COST = {"fp32": 4.0, "bf16": 1.0, "fp8": 1.0, "nf4": 1.04, "int8": 3.0}
-_ATTENTION = 0.55  # of the rate of large matrix products that attention reaches
+_ATTENTION = 0.55  # share of the rate of large matrix products that attention reaches
 # RTX 5090: 209.5 TFLOP/s at DLPerf 142; RTX 4090: 165 at 95; the lower of the two
 _DLPERF_TO_BF16_TFLOPS = 1.5
-_PARALLEL_LOSS = 0.03  # of each doubling of GPUs: one all-reduce of the adapter's gradients a step
+_PARALLEL_LOSS = 0.03  # per doubling of GPUs: an all-reduce of the adapter's gradients each step
 
 
 @lru_cache(maxsize=1024)
 def plain(name: str) -> str:
-    """A GPU's name without what people spell differently: case, spaces, dashes, underscores, the
-    vendor."""
+    """A GPU's name without the differences between spellings: case, spaces, dashes, underscores,
+    the vendor."""
     return re.sub(r"[\s_\-]|NVIDIA|GEFORCE", "", name.upper())
 
 
@@ -128,8 +127,8 @@ _SOCKETS = ("PCIE", "SXM", "NVL")
 
 
 def meant(name: str) -> list[str]:
-    """vast.ai's names for what somebody wrote: "4090" is an RTX 4090, "H100" each card of that
-    family. A name that the table lacks is kept: the market may have it."""
+    """vast.ai's names for a name that a user wrote: "4090" is an RTX 4090, "H100" each card of that
+    family. A name that the table lacks is returned as it is: the market may have it."""
     if known := find(name) or find(f"RTX {name}"):
         return [known.name]
     family = [
@@ -150,8 +149,8 @@ def like(name: str) -> list[str]:
 
 
 def that_hold(memory_gib: float, precision: str = "bf16") -> list[Gpu]:
-    """The cards with at least `memory_gib` that compute in `precision`, smallest and then slowest
-    first: the first is what to name when the asked one does not fit."""
+    """The cards with at least `memory_gib` that support `precision`, smallest and then slowest
+    first: the first is the suggestion when the requested card is too small."""
     minimum = MIN_COMPUTE_CAPABILITY[precision]
     fits = [g for g in GPUS if g.memory_gib >= memory_gib and g.compute_capability >= minimum]
     return sorted(fits, key=lambda g: (g.memory_gib, g.bf16_tflops))
@@ -160,8 +159,8 @@ def that_hold(memory_gib: float, precision: str = "bf16") -> list[Gpu]:
 def from_benchmark(
     name: str, memory_gib: float, compute_capability: float, dlperf: float, memory_gb_s: float
 ) -> Gpu | None:
-    """A guess at a card that the table lacks, from vast.ai's DLPerf of one GPU. None without
-    one."""
+    """An estimate of a card that the table lacks, from vast.ai's DLPerf of one GPU. None without
+    DLPerf."""
     if dlperf <= 0:
         return None
     tflops = _DLPERF_TO_BF16_TFLOPS * dlperf
@@ -195,16 +194,15 @@ def tokens_per_second(
     LoRA takes 4 N FLOPs a token: 2 N forward, 2 N for the gradients of activations, none for frozen
     weights; `full` takes 2 N more. `recomputed` is the share of layers that are checkpointed.
     `row_tokens` is the length of the row that the mean token is in: causal attention costs 7 of
-    them x the queries' width x layers. N comes of the shape, of a mixture the active part;
-    `model_parameters` counts where there is none, and the rest then follows as in the Llama family.
-    `fused`: the trainer's own layers compute; None: where they know the family.
-    """
+    them x the queries' width x layers. `shape` gives N, in a mixture the active part; without a
+    shape N is `model_parameters`, and the rest follows the Llama family. `fused`: whether the
+    trainer's own layers compute; None: where they support the family."""
     peak = gpu.fp8_tflops if precision == "fp8" else gpu.bf16_tflops
     if peak <= 0:
         return 0.0
     rate, work = gpu.gemm * 1e12, 6 if full else 4
     each = work * _GEMM_COST[precision] / (rate * peak)
-    wide = each * peak / gpu.bf16_tflops  # of what stays in bf16
+    wide = each * peak / gpu.bf16_tflops  # of the products that stay in bf16
     if shape is None:
         hidden_layers = 131_072 * (model_parameters / 6.74e9) ** (2 / 3)
         gemm_s, heads_layers = each * model_parameters, hidden_layers
@@ -225,7 +223,8 @@ def tokens_per_second(
 
 
 def _elementwise_bytes(shape: Shape, fused: bool) -> float:
-    """Of one token through all layers, forward and backward, beside the matrix products."""
+    """Memory traffic in bytes of one token through all layers, forward and backward, beside the
+    matrix products."""
     m = shape.mixture
     stream = _STREAM_BYTES * shape.norms * shape.hidden
     heads = _HEADS_BYTES * (shape.q_size + 2 * shape.kv_size)

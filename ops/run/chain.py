@@ -1,5 +1,5 @@
-"""A run of several stages: what each one left is brought home as it ends, verified, and pushed to
-the next box when this one dies, so that no stage is trained twice."""
+"""Results of a run's stages. Each is fetched and verified when its stage ends, and pushed to the
+next box when this one is lost, so that no stage is trained twice."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ops.run.session import Session
 from trainer.wire import events
 from trainer.wire.job import WIRE, Job
 
-FACTS = "facts.json"  # beside the result of a stage: what a report shows of it
+FACTS = "facts.json"  # beside a stage's result: what a report shows of it
 CHECKPOINT = re.compile(r"(?:(stages/\d+-[a-z]+)/)?checkpoints/(\d+)")
 
 
 def job_of(session: Session) -> Job | None:
-    """The job of a run of several stages; None for another."""
+    """The job of a run of several stages; None for a run of one."""
     told = session.plan.wire_job
     if told["wire"] != WIRE or len(told.get("stages", [])) < 2:
         return None
@@ -29,7 +29,8 @@ def job_of(session: Session) -> Job | None:
 
 
 def folders(session: Session) -> list[str]:
-    """Of each stage, relative to the run folder, here and on the box; [""] for a run of one."""
+    """The folder of each stage, relative to the run folder here and on the box; [""] for a run of
+    one."""
     job = job_of(session)
     return [""] if job is None else [job.folder(n) for n in range(len(job.stages))]
 
@@ -42,7 +43,7 @@ def result_at_home(session: Session, number: int) -> Path | None:
 
 
 def remember(session: Session, event: events.StageEnded) -> None:
-    """Note a stage that ended on the box, once a box."""
+    """Note in the journal that a stage has ended, once per box."""
     job = job_of(session)
     number = event.number - 1
     if job is None or not 0 <= number < len(job.stages):
@@ -60,8 +61,8 @@ def remember(session: Session, event: events.StageEnded) -> None:
 
 
 def bring_home(session: Session, box: Box) -> None:
-    """Fetch and verify the results of the stages that have ended and are not here; that of the last
-    one comes home as the run's. Raises AdapterError for one that does not verify, Lost,
+    """Fetch and verify the results of the stages that have ended and are not here, except the last
+    stage's, which is fetched as the run's. Raises AdapterError for one that does not verify, Lost,
     HostKeyChanged, PreflightError."""
     job = job_of(session)
     if job is None:
@@ -72,7 +73,8 @@ def bring_home(session: Session, box: Box) -> None:
 
 
 def _ended(session: Session) -> set[int]:
-    """The stages that the box of now has told to be done: what an earlier one told may be gone."""
+    """The stages that the current box has reported as ended; results on earlier boxes may be
+    gone."""
     lines = session.journal.lines
     rented = session.journal.last("renting")
     since = lines[rented.n :] if rented else lines
@@ -80,7 +82,7 @@ def _ended(session: Session) -> set[int]:
 
 
 def try_to_bring_home(session: Session, box: Box) -> None:
-    """`bring_home`, where a failure only shows a message: it is tried again."""
+    """`bring_home`, but a failure only shows a message; a later call tries again."""
     try:
         bring_home(session, box)
     except HostKeyChanged:
@@ -109,7 +111,7 @@ def _fetch(session: Session, box: Box, job: Job, number: int) -> None:
 
 
 def results_to_push(session: Session) -> list[Path]:
-    """The files of the results that are here, of the stages before the first that is not."""
+    """The files of the results that are here, of the stages before the first without a result."""
     found: list[Path] = []
     if job_of(session) is None:
         return found
@@ -122,7 +124,7 @@ def results_to_push(session: Session) -> list[Path]:
 
 
 def sections(session: Session) -> list[retrieve.StageSection]:
-    """What the report and results.folder get of the stages before the last."""
+    """The stages before the last, for the report and results.folder."""
     found = []
     for number, place in enumerate(folders(session)[:-1]):
         if (result := result_at_home(session, number)) is not None:
@@ -132,8 +134,8 @@ def sections(session: Session) -> list[retrieve.StageSection]:
 
 
 def newest_checkpoint(session: Session) -> Path | None:
-    """The newest mirrored checkpoint that is whole, of the first stage whose result is not here;
-    None without one."""
+    """The newest complete checkpoint mirrored here, of the first stage without a result; None
+    without one."""
     places = folders(session)
     if places != [""]:
         missing = (n for n in range(len(places)) if result_at_home(session, n) is None)
@@ -147,7 +149,7 @@ def newest_checkpoint(session: Session) -> Path | None:
 
 
 def saved_words(session: Session) -> str:
-    """Which checkpoint is at home, or that none is."""
+    """Text: which checkpoint is at home, or that none is."""
     newest = newest_checkpoint(session)
     if newest is None:
         return "no checkpoint of it is at home"
@@ -155,8 +157,8 @@ def saved_words(session: Session) -> str:
 
 
 def home_of(session: Session, path: str) -> Path | None:
-    """Where a checkpoint lies here that the box calls `path`; None for one of no stage of this
-    run."""
+    """The local path of the checkpoint at `path` on the box; None where it belongs to no stage of
+    this run."""
     match = CHECKPOINT.fullmatch(path)
     if match is None or (match[1] or "") not in folders(session):
         return None
@@ -164,6 +166,6 @@ def home_of(session: Session, path: str) -> Path | None:
 
 
 def order_of(path: str) -> tuple[int, int]:
-    """(stage, step) of a checkpoint that the box calls `path`: the newest has the largest."""
+    """(stage, step) of the checkpoint at `path` on the box; the newest has the largest."""
     stage = re.search(r"stages/(\d+)-", path)
     return (int(stage[1]) if stage else 0, int(path.rpartition("/")[2]))

@@ -1,5 +1,5 @@
-"""A box that is rented to talk to a result: rent, push, serve, destroy. The story of
-ops/run/rent_and_train.py with another middle; what guards the box and the money is the same."""
+"""Rents a box to chat with a result: rent, push, serve, destroy. It guards the box and the money as
+ops/run/rent_and_train.py does."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Use = Callable[[Session, Box], None]
 
 @metered
 def rent_and_chat(session: Session, use: Use, seen: Ranking | None = None) -> None:
-    """Rent a machine, bring the result there, let `use` talk to it, and destroy the machine. Where
-    a machine does not do before the conversation begins, another is taken. However this ends, no
-    box of it exists, or BoxLeaked is raised."""
+    """Rent a machine, push the result, let `use` chat with it, and destroy the machine. A machine
+    that fails before the conversation begins is replaced by another. However this ends, no box of
+    the run exists, or BoxLeaked is raised."""
     with box_left_alone(session):
         session.remember_place()
     for offer in offers(session, seen):
@@ -53,7 +53,8 @@ def _talked(session: Session) -> bool:
 
 
 def in_browser(votes: Path) -> Use:
-    """`Screen.talking` hears the page's address; rows of votes come home to the folder `votes`."""
+    """Chat in a browser. `Screen.talking` gets the page's address; rows of votes are saved in the
+    folder `votes`."""
 
     def use(session: Session, box: Box) -> None:
         with served(session, box) as told:
@@ -63,7 +64,7 @@ def in_browser(votes: Path) -> Use:
 
 
 def in_terminal(options: Sequence[str]) -> Use:
-    """The conversation is in this terminal; `options` are those of trainer/serve/chat.py."""
+    """Chat in this terminal; `options` are those of trainer/serve/chat.py."""
 
     def use(session: Session, box: Box) -> None:
         run_id, given = session.run_id, tokens.at_launch(session.plan.env)
@@ -82,7 +83,7 @@ def in_terminal(options: Sequence[str]) -> Use:
 
 
 def end_conversation(session: Session) -> None:
-    """A conversation whose owner is gone is not gone on with: its box is destroyed. Raises
+    """Destroy the box of a conversation whose owner process is gone; it is not resumed. Raises
     Interrupted."""
     destroy(session, why="nobody talks any more")
     raise Interrupted("the conversation is over")

@@ -1,4 +1,4 @@
-"""What is done once more: a transfer over a link that broke, or while this disk is full."""
+"""Retries of transfers: over a link that broke, or while this disk is full."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from ops.run.session import MARGIN_S, Session
 from ops.wait import Patience, until
 
 T = TypeVar("T")
-FULL_PATIENCE_S, FULL_EVERY_S = 1800.0, 10.0  # while this disk is too full for a file of the box
+FULL_PATIENCE_S, FULL_EVERY_S = 1800.0, 10.0  # for this disk to have room for a file of the box
 
 
 def retry_transfer(session: Session, box: Box, action: Callable[[], T]) -> T:
-    """Repeat a transfer over broken connections and while this disk is full, and return what it
-    returns.
+    """Repeat a transfer over broken connections and while this disk is full, and return its result.
 
-    Raises Lost when the box does not answer for LEASE_S although vast.ai does, or its deadline is
-    near; PreflightError when this disk is full for FULL_PATIENCE_S; Preempted when the box was
+    Raises Lost when the box does not answer for LEASE_S although vast.ai does, or when its deadline
+    is near; PreflightError when this disk is full for FULL_PATIENCE_S; Preempted when the box was
     taken away."""
     full_until = session.clock.steady() + FULL_PATIENCE_S * session.clock.pace
     while True:
@@ -32,7 +31,7 @@ def retry_transfer(session: Session, box: Box, action: Callable[[], T]) -> T:
             session.screen.waiting(f"the link broke ({e}); again")
             if not reconnect(session, box):
                 raise
-        except PreflightError as e:  # this disk is full: the result waits on the box
+        except PreflightError as e:  # this disk is full: the file waits on the box
             if session.clock.steady() > full_until or session.left_s() < 2 * MARGIN_S:
                 raise
             session.screen.waiting(f"{e}; make room: it is tried again")
@@ -40,8 +39,8 @@ def retry_transfer(session: Session, box: Box, action: Callable[[], T]) -> T:
 
 
 def reconnect(session: Session, box: Box) -> bool:
-    """Whether the box lets us in again within LEASE_S; time in which vast.ai does not answer either
-    is not counted. Raises Preempted when it was taken away, HostKeyChanged."""
+    """Whether the box accepts a connection again within LEASE_S; time in which vast.ai does not
+    answer either is not counted. Raises Preempted when it was taken away, HostKeyChanged."""
     silent = Patience(session.clock)
 
     def connected() -> bool | None:

@@ -1,5 +1,6 @@
-"""Serve a result on the run's own box, behind one port of this machine's loopback, until its end or
-until the user leaves. The box keeps its watchdog and its keeper; silence ends it."""
+"""Serves a result on the run's own box through one port of this machine's loopback, until its
+deadline or until the user leaves. The box's watchdog and keeper stay armed; the box is destroyed
+when this client falls silent."""
 
 from __future__ import annotations
 
@@ -22,25 +23,25 @@ from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Interrupted, Session
 from ops.wait import until
 
-LOOK_S, METER_S = 1.0, 10.0  # between two looks at the clock; between two at the server
-TELL_S = 5.0  # between two words to whoever waits
-UP_S = 2400.0  # to load, with a base model that comes from the hub
+LOOK_S, METER_S = 1.0, 10.0  # between checks of the clock; between checks of the server
+TELL_S = 5.0  # between two messages while the server loads
+UP_S = 2400.0  # limit for loading, including a download of the base from the hub
 VOTES = ("feedback.jsonl", "feedback.pairs.jsonl", "feedback.labels.jsonl")
-VOTES_BYTES = 8 << 20  # of one of them
-KEPT_PRECISIONS = ("nf4", "int8")  # in which a base that was trained so is loaded too
+VOTES_BYTES = 8 << 20  # limit of one file
+KEPT_PRECISIONS = ("nf4", "int8")  # a base trained in one of these is served in it too
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server on the box and the way to it. `page` holds the token; `ends_at` is in unix
-    seconds."""
+    """A server on the box, reachable at `page`, an address that includes the token, until `ends_at`
+    in unix seconds."""
 
     page: str
     ends_at: float
 
 
 def arguments(session: Session) -> list[str]:
-    """Of trainer.serve.server on the box: the base, the name of the result, its file."""
+    """Arguments of trainer.serve.server on the box: the base, the result's name and its file."""
     job = session.plan.wire_job
     model = job["model"]
     precision = model.get("precision", "bf16")
@@ -50,7 +51,7 @@ def arguments(session: Session) -> list[str]:
 
 
 def base_of(session: Session) -> str:
-    """The base model as the box finds it: a folder, or a hub id with its revision."""
+    """The base model as the box addresses it: a folder, or a hub id with its revision."""
     model = session.plan.wire_job["model"]
     return model.get("path") or "@".join(filter(None, (model["base"], model.get("revision"))))
 
@@ -58,7 +59,7 @@ def base_of(session: Session) -> str:
 @contextmanager
 def served(session: Session, box: Box) -> Iterator[Served]:
     """Start the server, wait until it listens, and forward a port to it while the block runs.
-    Raises Failed with what it said where it ends, BoxError where the box does not do."""
+    Raises Failed with the server's last output where it ends, BoxError where the box fails."""
     token = secrets.token_urlsafe(32)
     start = serving.serve(session.run_id, session.plan.trainer, arguments(session))
     given = f"{token}\n".encode() + tokens.at_launch(session.plan.env)
@@ -110,9 +111,9 @@ def _look(session: Session, box: Box) -> tuple[str, str]:
 
 
 def hold(session: Session, box: Box, told: Served, votes: Path) -> None:
-    """Keep the box until `told.ends_at` or the user's wish to end. Meanwhile the page learns what
-    it costs, the screen where it is, and the folder `votes` gets the rows of people's votes. Raises
-    Failed where the server ends, Lost or Preempted where the box is gone."""
+    """Keep the box until `told.ends_at` or until the user ends it. Meanwhile update the page's cost
+    meter and the screen, and append rows of votes to the folder `votes`. Raises Failed where the
+    server ends, Lost or Preempted where the box is gone."""
     rows = _Votes(session, box, votes)
     try:
         with session.shield.lowered(), session.own_deadline():
@@ -131,15 +132,15 @@ def hold(session: Session, box: Box, told: Served, votes: Path) -> None:
 
 
 def _leave(session: Session, box: Box) -> None:
-    """The user has left, or this process has to end: what is paid for is at home."""
-    box.close()  # a command may be half sent
+    """Note that the user leaves or this process must end; the paid result is at home."""
+    box.close()  # a command may be sent in part
     session.note("interrupted", chosen=session.wish or wishes.DESTROY)
     session.wish = ""
     wishes.forget(session.journal.folder)
 
 
 def _wait(session: Session, seconds: float) -> None:
-    """In unscaled seconds: people talk meanwhile."""
+    """Wait in unscaled seconds, since people are chatting."""
     until_s = session.clock.steady() + seconds
     while session.clock.steady() < until_s:
         session.clock.sleep(LOOK_S)
@@ -157,8 +158,8 @@ def _tell_meter(session: Session, box: Box, left_s: float) -> None:
 
 
 class _Votes:
-    """The rows of people's votes, taken home line by line. A line that is no JSON object, and what
-    is longer than VOTES_BYTES, stays on the box."""
+    """Fetches the rows of people's votes line by line. A line that is not a JSON object, and what
+    exceeds VOTES_BYTES, is not fetched."""
 
     def __init__(self, session: Session, box: Box, folder: Path) -> None:
         self._folder, self._box = folder, box
@@ -166,7 +167,8 @@ class _Votes:
         self._taken = dict.fromkeys(VOTES, 0)
 
     def fetch(self) -> None:
-        """Append what is new to the files of the same names here; a failure is tried again."""
+        """Append new rows to the files of the same names here; a failure is retried by the next
+        call."""
         with suppress(BoxError, OSError):
             for name, taken in self._taken.items():
                 if taken < VOTES_BYTES:
@@ -191,8 +193,8 @@ def _is_row(line: bytes) -> bool:
 
 
 def then_chat(session: Session, box: Box, votes: Path) -> None:
-    """After the result is at home: talk to it on the run's own box for results.then_chat_minutes.
-    What goes wrong there is shown, and takes nothing of the result."""
+    """Once the result is at home, serve it on the run's own box for results.then_chat_minutes. A
+    failure is shown and does not affect the result."""
     if not session.plan.talk_s:
         return
     try:
