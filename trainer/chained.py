@@ -1,9 +1,9 @@
-"""The stages of a job one after the other, in one process: each takes up the adapter that the one
-before left, on a base that was read once.
+"""Runs the stages of a job one after the other in one process. Each stage starts from the adapter
+of the stage before; the base is read once.
 
-Stage N of name NAME has the folder stages/N-NAME of the run folder for itself, with its checkpoints
-and its result, as a job by itself has its run folder. A stage whose result is whole is never
-trained again. result/ of the run is that of the last stage, with facts of every stage.
+Stage N of name NAME works in stages/N-NAME of the run folder, with its own checkpoints and result,
+like a job of one stage in its run folder. A stage with a complete result is not trained again.
+result/ of the run is that of the last stage, with facts of every stage.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def stage_of(job: Job, run: Path) -> Stage:
 
 
 def train(job: Job, run: Path, ranks: Ranks, began: float) -> Ended | None:
-    """Trains what is not trained yet, and writes the run's result; None when it was asked to stop
-    before. Raises what a stage raises, and Stopped where a stage's held-out rows give less than its
-    gate asks. Collective."""
+    """Train the stages that have no result yet, and write the run's result; None when asked to stop
+    before. Raises what a stage raises, and Stopped where a stage's held-out scores fail its gate.
+    Collective."""
     kept, sha256s = KeptBase(), dict[int, str]()
     for number in range(len(job.stages)):
         folder = run / job.folder(number)
@@ -75,7 +75,7 @@ def train(job: Job, run: Path, ranks: Ranks, began: float) -> Ended | None:
 def _train(
     job: Job, number: int, run: Path, sha256s: dict[int, str], ranks: Ranks, kept: KeptBase
 ) -> bool:
-    """Trains one stage to its result; False when it was asked to stop."""
+    """Train one stage to its result; False when asked to stop."""
     part, folder = job.part(number, sha256s), run / job.folder(number)
     folder.mkdir(parents=True, exist_ok=True)
     stage = stage_of(part, folder)
@@ -84,15 +84,15 @@ def _train(
     with closing(Reporter(part, folder, first=ranks.rank == 0, home=run, place=place)) as reporter:
         ended = step.train(part, folder, stage, ranks, reporter)
     del stage
-    gc.collect()  # its optimizer and gradients: the next stage needs their memory
+    gc.collect()  # frees its optimizer and gradients for the next stage
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
     return ended is not None
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a stage's folder has its result. Raises ResultError where it is not the one that its
-    manifest lists."""
+    """Whether a stage's folder has its result. Raises ResultError where the result differs from its
+    manifest."""
     manifest = folder / "result" / "manifest.json"
     if not manifest.is_file():
         return False
@@ -103,7 +103,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _tell(job: Job, number: int, run: Path, ranks: Ranks) -> events.StageEnded:
-    """Tells that a stage has ended, each time that the run is started: a follower may have missed
+    """Emit the event that a stage has ended, at each start of the run: a follower may have missed
     it."""
     result = run / job.folder(number) / "result"
     manifest = json.loads((result / "manifest.json").read_text())
@@ -125,8 +125,8 @@ def _tell(job: Job, number: int, run: Path, ranks: Ranks) -> events.StageEnded:
 
 
 def gate_defect(job: Job, number: int, numbers: dict[str, float]) -> str:
-    """Why the run must end after stage `number`, whose held-out rows gave `numbers`; empty where it
-    goes on."""
+    """Why the run must end after stage `number`, given its held-out `numbers`; empty where it
+    continues."""
     stage, after = job.stages[number], range(number + 1, len(job.stages))
     name, least = f"stage {number + 1}, {stage.name}", stage.min_accuracy
     judged = [n for n in after if job.judged_by(n) == number]
@@ -144,8 +144,8 @@ def gate_defect(job: Job, number: int, numbers: dict[str, float]) -> str:
 
 
 def _write_result(job: Job, run: Path, last: Ended) -> Ended:
-    """result/ of the run: the files of the last stage's, and a manifest that tells of every
-    stage."""
+    """Write result/ of the run: the files of the last stage's result, and a manifest with facts of
+    every stage."""
     folders = [run / job.folder(n) / "result" for n in range(len(job.stages))]
     manifests = [json.loads((f / "manifest.json").read_text()) for f in folders]
     made, result = run / ".result", run / "result"

@@ -1,4 +1,4 @@
-"""Pure: what each architecture computes, as far as training must know it, read from a config.json.
+"""Pure: what training must know of each architecture, read from a config.json.
 
 The table is `families.toml` beside this file. `read` finds the row of a configuration (for a model
 with pictures that of its text tower) and returns a `Family`: what attention needs and in which
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("families.toml")
-EXPERT_RANK = 8  # of adapters on experts, by default: there are many
+EXPERT_RANK = 8  # default of adapters on experts, which are many
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 # their files on the hub have the text tower's keys beside the others, as transformers knows
 FLAT = ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl")
-# what people call the linear layers of an expert
+# common names of an expert's linear layers
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts")
-# quantised checkpoints whose values can be restored exactly, or nearly, and then trained on
+# quantised checkpoints that are dequantised, exactly or nearly, and then trained
 RESTORED = {
     "mxfp4": "restored to bf16 when it is loaded",
     "fp8": "restored to bf16 when it is loaded",
@@ -44,7 +44,7 @@ class FamilyError(ValueError):
 
 @dataclass(frozen=True)
 class Adapted:
-    """What adapters take: names of Linear modules, and parameters that hold experts."""
+    """What adapters are put on: names of Linear modules, and parameters that hold experts."""
 
     modules: tuple[str, ...]
     experts: tuple[str, ...]
@@ -60,7 +60,7 @@ class Family:
     tower: str  # where the text tower stands in the wrapper, or "" where it is loaded alone
     config: Config = field(repr=False)  # the text tower's own
     row: Config = field(repr=False)
-    general: bool  # in transformers' table and in no row
+    general: bool  # known to transformers, without a row of its own
 
     # -- attention -------------------------------------------------------------------------------
 
@@ -73,7 +73,8 @@ class Family:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """For each layer the tokens that a query sees, itself among them; None: all before it."""
+        """For each layer the number of tokens that a query sees, itself included; None: all before
+        it."""
         size = whole(self.config, "sliding_window")
         if not size or not ("window" in self.row["asks"] or self.row["masks"]):
             return (None,) * self.layers
@@ -85,7 +86,7 @@ class Family:
         return tuple(size if self._windowed(i) else None for i in range(self.layers))
 
     def _kinds(self, *names: str) -> list[str]:
-        """What each layer is, where the configuration tells."""
+        """The kind of each layer, where the configuration lists them."""
         told: Any = next((k for n in names if (k := self.config.get(n))), [])
         if not isinstance(told, list) or not all(isinstance(kind, str) for kind in told):
             raise FamilyError(
@@ -112,7 +113,7 @@ class Family:
 
     @property
     def softcap(self) -> float | None:
-        """What attention's scores are capped at."""
+        """The soft cap of attention's scores, or None."""
         cap = self.config.get("attn_logit_softcapping") if "cap" in self.row["asks"] else None
         return None if cap is None else _real(cap, "attn_logit_softcapping")
 
@@ -130,7 +131,7 @@ class Family:
 
     @property
     def positions(self) -> int | None:
-        """The longest row that the model was made for."""
+        """The longest row that the configuration allows, in tokens, or None."""
         names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
         return whole(self.config, *names) or None
 
@@ -145,19 +146,20 @@ class Family:
 
     @property
     def own_logits(self) -> bool:
-        """Whether only the model's own forward makes its logits: no row says how."""
+        """Whether only the model's own forward makes its logits, since no row describes them."""
         return self.general or bool(self.row["own_logits"])
 
     @property
     def fused(self) -> bool:
-        """Whether the fused layer of trainer/kernels knows it: halves turn as a whole there, but
-        where columns are put in an order of their own, as a gate beside each head asks."""
+        """Whether the fused layer of trainer/kernels supports the family. It turns heads as a
+        whole; where only a part of a head turns, it needs reordered columns, as with a gate beside
+        each head."""
         whole = self.turned == 1.0 or self.row["rotary"] == "pairs" or self.row["gate"]
         return bool(whole) and self.model_type in _file()["fused"]["types"]
 
     @property
     def turned(self) -> float:
-        """The part of a head's columns that rotary embedding turns."""
+        """The share of a head's columns that rotary embedding turns."""
         told = {**self.config, **_object(self.config, "rope_parameters")}
         factor = told.get("partial_rotary_factor")
         return 1.0 if factor is None else _real(factor, "partial_rotary_factor")
@@ -166,7 +168,7 @@ class Family:
 
     @property
     def experts(self) -> int:
-        """Experts of a layer; 0 for a dense model."""
+        """Number of experts in a layer; 0 for a dense model."""
         names = (
             *("num_local_experts", "num_experts", "n_routed_experts"),
             *("moe_num_experts", "num_moe_experts"),
@@ -189,8 +191,8 @@ class Family:
         )
 
     def named(self, wanted: list[str]) -> tuple[list[str], list[str]]:
-        """Of modules that a job names: (those that are modules here, the parameters of the experts
-        that the rest means). The parts of an expert are no modules of their own."""
+        """Split the modules that a job names into (names that are modules here, parameters of the
+        experts that the rest means). The parts of an expert are not modules of their own."""
         if not self.mixture:
             return wanted, []
         kept = [n for n in self.all_linear().modules]
@@ -199,7 +201,7 @@ class Family:
         return modules, list(self.row["experts"]) if parts else []
 
     def _taken(self) -> tuple[str, ...]:
-        """Modules that PEFT would take for the experts, so that they cannot have adapters."""
+        """Modules that PEFT would mistake for the experts, so that they cannot have adapters."""
         peft, row = _file()["peft"], self.row
         if not self.mixture or self.model_type not in peft["types"]:
             return ()
@@ -225,14 +227,14 @@ class Family:
         return not self.why_unpacked(longest)
 
     def _stateless(self) -> bool:
-        """A hybrid none of whose layers has a state (granite-4.0-micro)."""
+        """Whether this is a hybrid without any layer that has a state (granite-4.0-micro)."""
         kinds = self._kinds("layer_types", "layers_block_type")
         return self.model_type == "granitemoehybrid" and set(kinds) == {"attention"}
 
     # -- for the plan ----------------------------------------------------------------------------
 
     def words(self, longest: int | None = None) -> list[str]:
-        """What the plan says, one sentence a line."""
+        """Sentences about the family for the plan, one a line."""
         return [*self._attention_words(longest), *self._training_words(), *self._tower_words()]
 
     def _attention_words(self, longest: int | None) -> list[str]:
@@ -312,7 +314,7 @@ def read(config: Config) -> Family:
 
 
 def default(key: str) -> Any:
-    """What a row has that leaves this out."""
+    """The default of `key`, for rows that leave it out."""
     return _file()["default"][key]
 
 
@@ -322,8 +324,8 @@ def known_types() -> frozenset[str]:
 
 
 def _text_config(config: Config) -> Config:
-    """The text tower's part of a wrapper's configuration, or all of a flat one. What the part
-    leaves out and the whole says (``tie_word_embeddings``) is taken from the whole."""
+    """The text tower's part of a wrapper's configuration, or all of a flat one. Keys that only the
+    whole has (``tie_word_embeddings``) are taken from the whole."""
     part = next((config[k] for k in TEXT_KEYS if isinstance(config.get(k), dict)), None)
     if part is None:
         outer = config["model_type"]
@@ -359,8 +361,8 @@ def _validate_quantised(config: Config) -> None:
 
 
 def whole(config: Config, *names: str) -> int | None:
-    """The first of `names` that a configuration tells, as a whole number; of a list, where layers
-    differ, the largest. Raises FamilyError for what is no size."""
+    """The first of `names` that the configuration has, as an integer; of a list, where layers
+    differ, the largest. Raises FamilyError for a value that is not a size."""
     for name in names:
         told = config.get(name)
         if told is None or told is False:
@@ -396,7 +398,7 @@ def _file() -> Config:
 
 @cache
 def _table() -> dict[str, Config]:
-    """model type -> its row, with what the row leaves out."""
+    """model type -> its row, with defaults filled in."""
     default = _file()["default"]
     return {kind: {**default, **row} for row in _file()["row"] for kind in row["types"]}
 

@@ -187,7 +187,7 @@ def build_layer(
     """The fast form of one decoder layer, of a model of this ``config``. Raises ValueError with the
     reason, and leaves the layer as it was, where it does not fit."""
     parts = find_parts(layer, config)
-    if parts.family.row["delta"] and ops is not reference:  # rows then come one by one
+    if parts.family.row["delta"] and ops is not reference:  # with it rows come one by one
         if why := delta.why_not(base_linear(parts.o).weight.device):
             raise ValueError(why)
     norm1, norm2 = read_norm(parts.norm1, parts.family), read_norm(parts.norm2, parts.family)

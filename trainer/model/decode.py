@@ -1,11 +1,12 @@
-"""Answers of a loaded model, token by token: greedy, or drawn by a counter.
+"""Answers of a loaded model, token by token: greedy, or sampled with counter-based noise.
 
-Prompts are read as packs; the keys and values of each answer stand in a row of their own, end to
-end; a row whose answer has ended takes the next prompt. Weights are those of the training, adapters
-unmerged, and each token comes with its log-probability in fp32.
+Prompts are prefilled as packs. Each answer has its own row of the KV cache, and a row whose answer
+has ended takes the next prompt. The weights are those of the training, with adapters unmerged. Each
+token comes with its log-probability in fp32.
 
-A drawn token is a function of (seed, step, number of the prompt, position): not of the width, of
-the order, or of what else is decoded beside it, but for the rounding of the model's own numbers.
+A sampled token is a function of (seed, step, number of the prompt, position). It does not depend on
+the width, the order, or what else is decoded beside it, apart from the rounding of the model's own
+numbers.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from trainer.model.dropout import mix
 from trainer.model.parts import causal, family_of
 
 NEW_TOKENS, AT_ONCE = 64, 64  # of one answer; prompts in one batch
-PREFILL_TOKENS = 8192  # of prompts that are read in one pack
+PREFILL_TOKENS = 8192  # of prompts that are prefilled in one pack
 KEYS_ROUNDED = 64  # attention reads a multiple of this many keys
-LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between two looks at which answers have ended
+LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between two checks for ended answers
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. A temperature of 0 takes the likeliest; above, tokens are drawn from
-    softmax(logits / temperature) by Gumbel noise that `seed` and `step` key."""
+    """How a token is chosen. Temperature 0 takes the most likely token. Above 0, tokens are drawn
+    from softmax(logits / temperature) with Gumbel noise keyed by `seed` and `step`."""
 
     temperature: float = 0.0
     seed: int = 0
@@ -44,8 +45,8 @@ class Sampling:
 
 @dataclass
 class Answer:
-    """What came after a prompt, with the stop id where it ended by one (`ended`). `log_probs` are
-    of the distribution that `ids` were chosen from (greedy: temperature 1), fp32."""
+    """The tokens after a prompt, with the stop id where it ended by one (`ended`). `log_probs`,
+    fp32, belong to the distribution that `ids` were chosen from (greedy: temperature 1)."""
 
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -78,9 +79,9 @@ def generate(
     width: int = AT_ONCE,
     kept_tokens: int | None = None,
 ) -> list[Answer]:
-    """An answer to each prompt, in their order, of at most `new_tokens` tokens, `width` of them at
-    once, and fewer where keys of more than `kept_tokens` would be held. `numbers` key the drawing,
-    by default the prompts' places. Dropout is off meanwhile."""
+    """Answers in the order of the prompts, of at most `new_tokens` tokens each. `width` are decoded
+    at once, fewer where the cache would exceed `kept_tokens` tokens. `numbers` key the sampling, by
+    default the prompts' indices. Dropout is off meanwhile."""
     if not prompts:
         return []
     sampling = sampling or Sampling()
@@ -132,13 +133,13 @@ def noise(keys: Tensor, size: int) -> Tensor:
     return -torch.log(-torch.log(uniform)).float()
 
 
-# -- rows of keys and values -----------------------------------------------------------------------
+# -- the KV cache ----------------------------------------------------------------------------------
 
 
 class Keys(Cache):
-    """Keys and values of `size` answers, (size, longest, heads, D) a layer. Where what comes next
-    belongs: `packed`, (rows, positions) of packed tokens, or `place`, that of one token a row. A
-    token of a row sees the first `kept` of its keys. `steady`: adapters are not looked up."""
+    """KV cache of `size` answers, (size, longest, heads, D) a layer. The next tokens go to
+    `packed`, (rows, positions) of packed tokens, or to `place`, one token a row, which sees the
+    first `kept` keys of its row. `steady`: adapters are not looked up."""
 
     def __init__(self, size: int, longest: int) -> None:
         super().__init__(layers=[])
@@ -180,7 +181,7 @@ class Keys(Cache):
         return 0
 
     def grow(self, size: int, longest: int) -> None:
-        """Room for `size` rows of `longest` tokens; what is held stays where it is."""
+        """Make room for `size` rows of `longest` tokens; cached tokens keep their places."""
         for layer, held in self.held.items():
             more = [x.new_zeros(size, longest, *x.shape[2:]) for x in held]
             for x, old in zip(more, held, strict=True):
@@ -189,14 +190,14 @@ class Keys(Cache):
         self.size, self.longest = size, longest
 
     def move(self, here: int, there: int) -> None:
-        """Row `here` becomes row `there` too."""
+        """Copy row `here` to row `there`."""
         for keys, values in self.held.values():
             keys[there], values[there] = keys[here], values[here]
 
 
 def packs(model: nn.Module, longest: int) -> bool:
-    """Whether the model's attention is ours, which reads packs and rows of keys, and nothing else
-    in it remembers tokens."""
+    """Whether the model can decode in packs: its attention is the trainer's own, and no other
+    module has state between tokens."""
     inner, family = causal(model), family_of(model)
     ours = inner.config.get_text_config()._attn_implementation == "milktea"
     keeps = ours and family.packs(longest) and not family.row["delta"]
@@ -204,8 +205,8 @@ def packs(model: nn.Module, longest: int) -> bool:
 
 
 def masks_of(model: nn.Module, longest: int) -> dict[str, int | None]:
-    """Which masks the model wants, by name, each with its window; "" alone where one serves all
-    layers."""
+    """Name -> window of the masks that the model takes; the only name is "" where one mask serves
+    all layers."""
     windows = [w if w is not None and w < longest else None for w in family_of(model).windows]
     if len(set(windows)) <= 1:
         return {"": windows[0] if windows else None}
@@ -214,13 +215,13 @@ def masks_of(model: nn.Module, longest: int) -> dict[str, int | None]:
 
 
 class Rows:
-    """A model and the keys of `size` rows: reads prompts into rows, and then a token more of each.
-    `lengths` int64 (size,) are the tokens that each row holds, on the device."""
+    """A model with a KV cache of `size` rows: prefills prompts into rows, then reads one token more
+    of each. `lengths` int64 (size,), on the device, are the tokens of each row."""
 
     def __init__(
         self, model: nn.Module, size: int, longest: int, device: torch.device, most: int = 0
     ) -> None:
-        """`most` are the tokens to which a row may grow, `longest` without it."""
+        """`most`: tokens to which a row may grow; by default `longest`."""
         self.inner, self.device = causal(model), device
         self.keys = Keys(size, longest)
         self.masks = masks_of(model, max(longest, most))
@@ -237,12 +238,12 @@ class Rows:
         return None if self.tower is None else steps.Graphs(self.keys.size, self.tower)
 
     def _first(self, last: Tensor, n: int) -> Tensor:
-        """Logits after `last` of the first n rows, whatever they hold."""
+        """Logits after `last` of the first n rows, whether or not they are in use."""
         at = self.lengths[:n].clamp_max(self.keys.longest - 1)
         return self._compute(last, at, slice(0, n), KEYS_ROUNDED)
 
     def read(self, rows: list[int], prompts: Sequence[list[int]]) -> Tensor:
-        """Reads a prompt into each of `rows`, in one pack: the logits of what follows, (rows,
+        """Prefill a prompt into each of `rows`, in one pack -> logits of the next token (rows,
         V)."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -267,9 +268,9 @@ class Rows:
         return logits
 
     def step(self, last: Tensor, reach: int, rows: slice | Tensor) -> Tensor:
-        """Reads `last` (rows,), one token of each row, and gives the logits of what follows, (rows,
-        V), which the next step may overwrite. `reach` is the most tokens that any of the rows holds
-        then. Whoever calls this adds to `lengths`."""
+        """Read `last` (rows,), one token of each row -> logits of the next token (rows, V), which
+        the next step may overwrite. `reach` is the largest number of tokens in any of the rows
+        then. The caller adds to `lengths`."""
         if self.adapters is not None and self.adapters.look_up():
             self.graphs = self._graphs()
         if self.graphs is not None and isinstance(rows, slice) and not rows.start:
@@ -278,7 +279,7 @@ class Rows:
         return self._compute(last, self.lengths[rows], rows, kept)
 
     def _compute(self, last: Tensor, at: Tensor, rows: slice | Tensor, kept: int) -> Tensor:
-        """Logits after `last`, which stand at the positions `at` of their rows."""
+        """Logits after `last`, whose positions in their rows are `at`."""
         keys, slots = self.keys, rows
         if isinstance(slots, slice):
             slots = torch.arange(slots.start, slots.stop, device=self.device)
@@ -297,19 +298,19 @@ class Rows:
         return logits
 
     def grow(self, size: int, longest: int) -> None:
-        """Room for `size` rows of `longest` tokens."""
+        """Make room for `size` rows of `longest` tokens."""
         more = size - len(self.lengths)
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(more)])
         self.keys.grow(size, longest)
         self.graphs = self._graphs()
 
     def move(self, here: int, there: int) -> None:
-        """Row `here` takes the place of row `there`."""
+        """Copy row `here` to row `there`."""
         self.keys.move(here, there)
         self.lengths[there] = self.lengths[here]
 
     def _seen(self, at: Tensor, kept: int) -> Any:
-        """What each row's query sees, (rows, 1, 1, kept), for each kind of layer."""
+        """Masks (rows, 1, 1, kept) of what each row's query sees, for each kind of layer."""
         behind = at[:, None] - torch.arange(kept, device=self.device)
         made = {
             name: ((behind >= 0) & (behind < (window or self.keys.longest)))[:, None, None]
@@ -340,7 +341,7 @@ class _Loop:
         self.ids = torch.zeros(size, new_tokens, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(size, new_tokens, device=device)
         self.busy: dict[int, int] = {}  # row -> prompt
-        self.reach = [0] * size  # tokens that a row may hold by now, known without the device
+        self.reach = [0] * size  # upper bounds of the rows' tokens, known without the device
 
     def run(
         self, prompts: Sequence[list[int]], keys: Sequence[int], sampling: Sampling
@@ -356,7 +357,7 @@ class _Loop:
         return found
 
     def _read(self, prompts: Sequence[list[int]], keys: Sequence[int], waiting: list[int]) -> None:
-        """Reads prompts into free rows, in one pack, and chooses their first tokens."""
+        """Prefill prompts into free rows, in one pack, and choose their first tokens."""
         free = [row for row in range(self.size) if row not in self.busy]
         taken: list[int] = []
         tokens = 0
@@ -375,8 +376,8 @@ class _Loop:
         self._take(at, logits)
 
     def _take(self, at: Tensor, logits: Tensor) -> None:
-        """The next token of the rows `at`, from their logits; rows that are done stay as they
-        are."""
+        """Choose the next token of the rows `at` from their logits; rows that are done do not
+        change."""
         positions = self.rows.lengths[at]
         chosen, log_probs = choose(logits, self.sampling, self.numbers[at], positions)
         place, going = self.made[at].clamp_max(self.most - 1), ~self.done[at]
@@ -387,17 +388,17 @@ class _Loop:
         self.done[at] |= going & over
 
     def _step(self) -> None:
-        """One token more of every row that is not done."""
+        """Decode one token of every row that is not done."""
         last = self.ids[self.every, (self.made - 1).clamp_min(0)]
         reach = max((self.reach[row] for row in self.busy), default=0) + 1
         logits = self.rows.step(last, reach, slice(0, self.size))
-        self.rows.lengths += ~self.done  # what was read now is part of the row
+        self.rows.lengths += ~self.done  # the tokens read in this step
         longest = self.rows.keys.longest
         self.reach = [n + 1 if n + 1 < longest else n for n in self.reach]
         self._take(self.every, logits)
 
     def _collect(self, found: list[Answer]) -> None:
-        """Takes the answers that are done out of their rows."""
+        """Take the finished answers out of their rows."""
         done, made = self.done.tolist(), self.made.tolist()
         for row in [r for r in self.busy if done[r]]:
             prompt, n = self.busy.pop(row), made[row]
@@ -419,7 +420,8 @@ def _by_length(
     sampling: Sampling,
     width: int,
 ) -> list[Answer]:
-    """Prompts of one length together, so that nothing is padded, with transformers' own cache."""
+    """Decode prompts of one length together, so that nothing is padded, with transformers' own
+    cache."""
     found = [Answer() for _ in prompts]
     lengths: dict[int, list[int]] = {}
     for p, prompt in enumerate(prompts):
@@ -447,7 +449,7 @@ def _by_length(
 
 
 def name_of_cache(model: nn.Module) -> str:
-    """What this transformers calls the keys and values of earlier tokens, as argument and output:
-    "cache" from 5.24 on, "past_key_values" before."""
+    """The name of the KV cache as argument and output in the installed transformers: "cache" from
+    5.24 on, "past_key_values" before."""
     known = inspect.signature(model.forward).parameters
     return "cache" if "cache" in known else "past_key_values"

@@ -25,14 +25,14 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """(B, T, H) after the final norm, before the head. Of a model with several towers, the text
-    tower's."""
+    """(B, T, H) after the final norm, before the head; from the text tower of a model with
+    several."""
     states: Tensor = decoded(model, **inputs).last_hidden_state
     return states
 
 
 def decoded(model: nn.Module, **inputs: Any) -> Any:
-    """What the layers return, before the head."""
+    """The outputs of the decoder layers, before the head."""
     inner = causal(model)
     tower = family_of(model).tower
     if tower:
@@ -59,7 +59,7 @@ def target_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def _head(inner: Any) -> Any:
-    """The layer that makes logits; the trained one, where it is trained whole beside an adapter."""
+    """The layer that makes logits; its trained copy where it is trained whole beside an adapter."""
     head = inner.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
         return head.modules_to_save[head.active_adapters[0]]
@@ -88,9 +88,9 @@ def _cross_entropy(inner: Any, family: Family, made: Any, labels: Tensor, at: Te
 def target_log_probs(
     model: nn.Module, batch: dict[str, Any], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(log p of each target token of the batch, entropy where it stands), fp32 (targets,), in the
-    order of `targets_at`. Logits are computed at target positions only, and kept only where the
-    family's own forward makes them."""
+    """(log p of each target token of the batch, entropy of the distribution there), fp32 (targets,)
+    each, in the order of `targets_at`. Logits are computed at target positions only, and saved only
+    where the family's own forward makes them."""
     inner, family = causal(model), family_of(model)
     labels, at, inputs = batch["labels"], batch["targets_at"], model_inputs(batch)
     head = inner.get_output_embeddings()
@@ -108,8 +108,8 @@ def target_log_probs(
 
 
 def target_facts(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """(summed cross-entropy, how many are the likeliest token) of the batch's targets, fp64 (2,);
-    without gradients, and without what balances the experts of a mixture."""
+    """(summed cross-entropy, number of targets that are the most likely token) of the batch, fp64
+    (2,); without gradients, and without the balancing loss of a mixture's experts."""
     inner, family = causal(model), family_of(model)
     labels, at, inputs = batch["labels"], batch["targets_at"], model_inputs(batch)
     wanted = labels.flatten().index_select(0, at)
@@ -131,7 +131,7 @@ def target_facts(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def logit_rules(inner: nn.Module, family: Family) -> tuple[float, float | None]:
-    """(the factor of the logits, their cap or None)."""
+    """(factor of the logits, their soft cap or None)."""
     config: Any = inner.config
     text = config.get_text_config()
     multiply, divide, cap = (

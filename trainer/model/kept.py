@@ -1,5 +1,5 @@
-"""The base model between the stages of one run: read from the disk once, and given the adapter of
-each stage in turn."""
+"""The base model that the stages of one run share: read from disk once, with a fresh adapter for
+each stage."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from trainer.wire.job import Job
 
 
 class KeptBase:
-    """A base that stays on its device. `reads` counts how often it was read; `keys` are those by
-    which its dropout draws, in every stage."""
+    """A base that stays on its device. `reads` counts how often it was read from disk; `keys` key
+    its dropout, in every stage."""
 
     def __init__(self) -> None:
         self.reads = 0
         self.keys = TokenKeys()
-        self.compared: dict[str, str] = {}  # how it was compared with stock, for `kernels`
+        self.compared: dict[str, str] = {}  # its comparison with stock, for `kernels`
         self._model: Any = None
         self._names: dict[str, str] = {}
         self._made_for: tuple[Any, ...] = ()
 
     def holds(self, job: Job, folder: Path, device: torch.device, longest: int) -> bool:
-        """Whether `load` of this job would read nothing."""
+        """Whether `load` of this job would read nothing from disk."""
         return self._model is not None and self._made_for == _made_for(job, folder, device, longest)
 
     def load(
@@ -44,9 +44,9 @@ class KeptBase:
         shard: int | None,
         longest: int,
     ) -> tuple[nn.Module, dict[str, str]]:
-        """As model.load's, with a fresh adapter. The base is read where this is the first stage, or
-        where the stage asks for another base, precision or modules than the one before. Raises
-        ModelError."""
+        """Same as `trainer.model.load.load`, with a fresh adapter. Reads the base in the first
+        stage, and where a stage needs another base, precision or set of modules than the one
+        before. Raises ModelError."""
         if self.holds(job, folder, device, longest):
             self._renew(job, recomputed)
         else:
@@ -59,6 +59,7 @@ class KeptBase:
         return self._model, dict(self._names)
 
     def _renew(self, job: Job, recomputed: int) -> None:
+        """Replace all adapters by a fresh one for `job`, and remove value heads."""
         model, layers = self._model, decoder_layers(self._model)
         config = copy.deepcopy(model.peft_config[MAIN])
         for name in list(model.peft_config):
@@ -86,13 +87,13 @@ class KeptBase:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """What the fast layers hang on."""
+    """The module that has the fast layers, or the model."""
     found: nn.Module = next((m for m in model.modules() if hasattr(m, "fast_layers")), model)
     return found
 
 
 def _made_for(job: Job, folder: Path, device: torch.device, longest: int) -> tuple[Any, ...]:
-    """What a base was set up for beside its adapter's values."""
+    """What a base is set up for, apart from its adapter's values."""
     lora, training = job.lora, job.training
     modules = (lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
     return (

@@ -19,8 +19,9 @@ from trainer.wire.job import Job, Lora
 
 
 def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
-    """PEFT's own modules and names; its dropout is replaced by ours, whose mask is keyed by row.
-    Raises ModelError for modules and experts that the model does not have."""
+    """Add the job's adapter with PEFT's own modules and names. Its dropout is replaced by the
+    trainer's, whose mask is keyed by row. Raises ModelError for modules and experts that the model
+    does not have."""
     settings = job.lora
     modules, parameters = targets(job, model)
     ranks, alphas = dict(settings.rank_pattern), dict(settings.alpha_pattern)
@@ -30,7 +31,7 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
         r = min(settings.r, EXPERT_RANK)
         ends = "|".join(re.escape(p.rsplit(".", 1)[-1]) for p in parameters)
         ranks[rf".*\.experts\.(?:{ends})"] = r
-        # the scale of an update stays as it is
+        # keeps the scale of an update
         alphas[rf".*\.experts\.(?:{ends})"] = settings.lora_alpha * r / settings.r
         asked["target_parameters"] = parameters
     if settings.layers_to_transform is not None and isinstance(modules, list):
@@ -60,7 +61,7 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
         # trainer/result/adapter.py writes the right name
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
         warnings.filterwarnings("ignore", category=FutureWarning)  # about what PEFT asks
-        # it looks among modules, and experts are parameters
+        # PEFT looks among modules only, and experts are parameters
         warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
         try:
             peft = get_peft_model(model, config)
@@ -73,8 +74,8 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
 
 
 def add_adapter(job: Job, peft: Any, config: LoraConfig, keys: TokenKeys) -> None:
-    """Gives a model that PEFT has wrapped, and that has no adapter, the one that is trained, with
-    the start values that `add_lora` gives. Raises ModelError."""
+    """Add the adapter that is trained to a model that PEFT has wrapped and that has none, with the
+    start values that `add_lora` gives. Raises ModelError."""
     torch.manual_seed(job.training.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # about what PEFT asks
@@ -88,7 +89,7 @@ def add_adapter(job: Job, peft: Any, config: LoraConfig, keys: TokenKeys) -> Non
 
 
 def key_dropouts(peft: nn.Module, keys: TokenKeys) -> None:
-    """Lets every adapter's dropout draw by `keys`."""
+    """Make every adapter's dropout draw by `keys`."""
     layer = 0
     for module in peft.modules():
         dropouts = getattr(module, "lora_dropout", None)
@@ -100,9 +101,9 @@ def key_dropouts(peft: nn.Module, keys: TokenKeys) -> None:
 
 
 def targets(job: Job, model: nn.Module) -> tuple[list[str] | str, list[str]]:
-    """(modules, parameters that hold experts) as PEFT wants them named: the job's, or with
-    "all-linear" those of the family's row. In a model with several towers they are those of the
-    text tower. Raises ModelError."""
+    """(modules, parameters that hold experts) by the names that PEFT takes: the job's, or with
+    "all-linear" those of the family's row; in a model with several towers those of the text tower.
+    Raises ModelError."""
     family, wanted = family_of(model), job.lora.target_modules
     if wanted == "all-linear":
         adapted = family.all_linear()
@@ -121,8 +122,8 @@ def targets(job: Job, model: nn.Module) -> tuple[list[str] | str, list[str]]:
 def _in_tower(
     modules: list[str], family: Family, layers: list[int] | int | None
 ) -> list[str] | str:
-    """A regular expression where other towers have modules of the same names; PEFT takes no
-    ``layers`` beside one."""
+    """The modules, as a regular expression where other towers have modules of the same names; PEFT
+    accepts no ``layers`` beside such an expression."""
     if not family.tower:
         return modules
     ends = "|".join(re.escape(m) for m in modules)
@@ -151,8 +152,8 @@ def validate_experts(job: Job) -> None:
 
 
 def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
-    """Copies of the adapter's start values, by their names in the file, where the method needs them
-    at the end (PiSSA); else nothing."""
+    """Copies of the adapter's start values, by their names in the file, for methods that need them
+    at the end (PiSSA); empty for others."""
     if job.training.method != "lora" or job.lora.init_lora_weights != "pissa":
         return {}
     return {
@@ -175,8 +176,8 @@ def validate_patterns(settings: Lora, peft: nn.Module) -> None:
 
 
 def keep_types(peft: nn.Module) -> None:
-    """A module of modules_to_save trains in fp32: what goes in is made fp32, and what comes out
-    what it was in the model."""
+    """Make modules of modules_to_save train in fp32: their input is cast to fp32, their output back
+    to the model's dtype."""
     for module in peft.modules():
         if not isinstance(module, ModulesToSaveWrapper):
             continue
@@ -192,8 +193,7 @@ def _is_number(x: Any) -> bool:
 
 
 def validate_modules(model: nn.Module, wanted: list[str], key: str = "target_modules") -> None:
-    """Raises ModelError for an entry of lora's `key` that matches nothing, naming the close
-    ones."""
+    """Raises ModelError for an entry of lora's `key` that matches nothing, naming similar ones."""
     linear = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if is_linear(module)}
     every = [name for name, _ in model.named_modules()]
     for name in wanted:

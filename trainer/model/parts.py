@@ -1,4 +1,4 @@
-"""Where the parts of a loaded model are: under PEFT's wrappers, by family, by name."""
+"""Finds the parts of a loaded model: under PEFT's wrappers, by family, by name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from trainer.families import Family
 
 
 class ModelError(ValueError):
-    """A model, or a setting for it, that is refused before the first step; the text ends with what
+    """A model, or a setting for it, that is refused before the first step. The text ends with what
     to do."""
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a loaded model, in PEFT's wrappers or without."""
+    """The family of a loaded model, with or without PEFT's wrappers."""
     inner = causal(model)
     if not hasattr(inner, "family"):
         inner.family = families.read(inner.config.to_dict())
@@ -25,20 +25,23 @@ def family_of(model: nn.Module) -> Family:
 
 
 def ends_in(name: str, wanted: str) -> bool:
+    """Whether the dotted `name` is `wanted` or ends with it."""
     return name == wanted or name.endswith("." + wanted)
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear, or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Whether the layer that makes logits is the embedding."""
+    """Whether the output layer shares the input embedding's weight."""
     config: Any = causal(model).config
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's longest ModuleList: its decoder layers."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=len)
 
@@ -50,7 +53,7 @@ def causal(model: nn.Module) -> Any:
 
 
 def ends(model: nn.Module) -> list[nn.Module]:
-    """The embedding, and the layer that makes logits, where the model has them."""
+    """The input embedding and the output layer, where the model has them."""
     inner: Any = causal(model)
     found = (inner.get_input_embeddings(), inner.get_output_embeddings())
     return [layer for layer in found if layer is not None]

@@ -1,6 +1,5 @@
-"""A step of decoding through the fused layers: adapters looked up once for many steps, and on a GPU
-one launch for the whole model, as a graph that was captured for a number of rows.
-"""
+"""Decoding steps through the fused layers. Adapters are looked up once for many steps. On a GPU one
+launch runs the whole model, as a CUDA graph captured for a number of rows."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def tower_of(model: nn.Module) -> Any:
-    """The part of a model whose layers are fused; None where none is."""
+    """The submodule whose layers are fused, or None."""
     return next((m for m in model.modules() if getattr(m, "fast_layers", None)), None)
 
 
 class ActiveAdapters:
-    """Which adapters the fused layers compute by while tokens are decoded. Any forward pass that is
-    no such step looks them up by itself."""
+    """The adapters that the fused layers use while tokens are decoded. Every other forward pass
+    looks them up itself."""
 
     def __init__(self, model: nn.Module, tower: Any) -> None:
         self._tower = tower
@@ -37,8 +36,9 @@ class ActiveAdapters:
         self._first = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
 
     def look_up(self) -> bool:
-        """Copies those that are active now, if they are not yet there; True where they are in other
-        places than at the call before, which a graph does not know."""
+        """Copy the active adapters into the layers' buffers, unless they are there already. Returns
+        True where the buffers have changed since the last call, so that captured graphs are
+        stale."""
         first = self._first
         active = ("",) if first is None else (*first.active_adapters, first.disable_adapters)
         if self._tower.looked_up != active:
@@ -51,11 +51,11 @@ class ActiveAdapters:
 
 
 def trust_steps(tower: Any) -> bool:
-    """Marks the layers that decode by trainer/kernels/step_layer.py, after a layer of each kind was
-    compared with its twin on this device; True where all do."""
+    """Mark the layers that decode by trainer/kernels/step_layer.py, after comparing one layer of
+    each kind with its twin on this device. Returns True where all layers do."""
     layers: list[FastLayer] = tower.fast_layers
     if not hasattr(tower, "steps_trusted"):
-        # products of few rows are summed in parts: not in bf16, as no training's product is
+        # products of few rows are split sums: keep these in fp32, as in training
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         kinds = {fast.kind: fast for fast in layers if takes_steps(fast)}
         right = {kind: not fast.like.is_cuda or _is_right(fast) for kind, fast in kinds.items()}
@@ -70,7 +70,7 @@ def _is_right(fast: FastLayer) -> bool:
     limit = TOLERANCE["fp8"] if fast.qkv.weight.column_scale is not None else OTHERWISE
     try:
         error = step_error(fast)
-    # a card that lacks the memory or the instructions: Triton's errors share no class
+    # too little memory, no such instruction: Triton's errors share no class
     except Exception as why:
         log.warning("the fused step does not run here (%s: %s)", type(why).__name__, why)
         return False
@@ -87,16 +87,17 @@ class _Graph:
 
 
 class Graphs:
-    """`compute(last, n)` -> logits of the first n rows, captured for numbers of rows that are
-    powers of two, or `most`. Rows beyond those that are asked for are computed too: what they then
-    hold must not matter. The logits are overwritten by the next step. Who computes is not held
-    here: it holds the graphs, and both must go when it does."""
+    """CUDA graphs of one step. `compute(last, n)` returns logits of the first n rows. A graph is
+    captured for each n that is a power of two, or `most`; rows beyond those asked for are computed
+    too, so their contents must not matter. The next step overwrites the logits. `compute` is passed
+    to each call and not stored: its owner holds this object, and both must be freed together."""
 
     def __init__(self, most: int, tower: Any) -> None:
         self._most, self._tower = most, tower
         self._made: dict[int, _Graph] = {}
 
     def step(self, compute: Callable[[Tensor, int], Tensor], last: Tensor) -> Tensor:
+        """Logits after `last` (rows,) of that many first rows."""
         n = min(self._most, 1 << (len(last) - 1).bit_length())
         if n not in self._made:
             self._made[n] = self._capture(compute, last, n)
@@ -108,7 +109,7 @@ class Graphs:
     def _capture(self, compute: Callable[[Tensor, int], Tensor], last: Tensor, n: int) -> _Graph:
         given = last.new_zeros(n)
         given[: len(last)] = last
-        if n not in self._tower.stepped:  # what is made at a first call is made now
+        if n not in self._tower.stepped:  # warm up: first calls compile and allocate
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
@@ -116,7 +117,7 @@ class Graphs:
             torch.cuda.current_stream().wait_stream(beside)
             self._tower.stepped.add(n)
         graph = torch.cuda.CUDAGraph()
-        # a thread that reads data may meanwhile ask for memory
+        # a thread that reads data may allocate memory during the capture
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = compute(given, n)
         return _Graph(graph, given, logits)
