@@ -29,7 +29,7 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        help="auto, alpaca, sharegpt, messages, prompt or text; prompts: rows that need no answer",
+        help="How rows look, as docs/data.md names it (auto finds out); prompts: without answers",
     ),
 ]
 Column = Annotated[
@@ -46,7 +46,6 @@ Near = Annotated[
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Equal rows only, no near ones")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn")]
-FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt", "text", "prompts")
 
 
 @app.command()
@@ -201,8 +200,9 @@ def split(
 def _reading(form: str, columns: list[str] | None, drop_bad: bool = False) -> api.Reading:
     from ops import api
 
-    if form not in FORMATS:
-        raise ConfigError(f"--format {form!r} is none", hint=f"one of {', '.join(FORMATS)}")
+    if form not in api.data.FORMATS:
+        known = ", ".join(api.data.FORMATS)
+        raise ConfigError(f"--format {form!r} is none", hint=f"one of {known}")
     names = dict[str, str]()
     for told in columns or []:
         name, sign, there = told.partition("=")

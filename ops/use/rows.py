@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ops.errors import ConfigError, PreflightError
 from trainer.data import curate, records
@@ -23,8 +23,21 @@ from trainer.data.records import Dataset, Record
 from trainer.data.sources import Reading
 from trainer.data.stats import Stats
 from trainer.data.stats import stats as stats_of
+from trainer.wire.job import DataFormat
 
-__all__ = ["By", "Dataset", "RowsWritten", "Stats", "check", "dedupe", "reasons", "sample", "split"]
+__all__ = [
+    "FORMATS",
+    "By",
+    "Dataset",
+    "RowsWritten",
+    "Stats",
+    "check",
+    "dedupe",
+    "reasons",
+    "sample",
+    "split",
+]
+FORMATS = (*get_args(DataFormat), "prompts")  # of rows; prompts are those that need no answer
 _VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,]*")
 
 

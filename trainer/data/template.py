@@ -6,8 +6,9 @@ A template is one of
   - a user's own text with {instruction}, {input} and {output} (the paragraph that holds {input}
     goes when a row has none);
   - Alpaca-LoRA's JSON (prompt_input, prompt_no_input, response_split);
-  - a TOML like ours, with either with_input/without_input texts or the pieces system, user,
-    assistant, stop, between, prefix;
+  - a TOML like ours, with either with_input/without_input texts or pieces with the holes {system},
+    {user}, {assistant}, {round} and {bos}: system, user, assistant; preamble, the system's text
+    where a row has none; between, before each later user turn; prefix, tokens before everything;
   - "chat": the Jinja chat template that comes with the tokenizer.
 
 `stop` is the token that ends an answer: "eos" (the tokenizer's own) unless the template says

@@ -225,9 +225,8 @@ def test_every_answer_ends_in_the_stop_token_as_a_trained_label(
 ) -> None:
     template = with_chat_template(load("chat"), CHATML) if name == "chat" else load(name)
     stop = stop_token(vocabulary, template)
-    assert vocabulary.tokenizer.id_to_token(stop) == (
-        "<|im_end|>" if name in ("chat", "chatml") else "</s>"
-    )
+    own = "<|im_end|>" if name == "chat" else template.stop
+    assert vocabulary.tokenizer.id_to_token(stop) == ("</s>" if own == "eos" else own)
     ids, marks = encode(vocabulary, template, [rendered(template, TWO)])[0]
     ends = [i for i in range(len(ids)) if marks[i] and not [*marks, False][i + 1]]
     assert len(ends) == 2 and {ids[i] for i in ends} == {stop}
