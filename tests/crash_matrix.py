@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import rig  # noqa: E402
-from ops.box import transfer  # noqa: E402
+from ops.box import pull, push  # noqa: E402
 from ops.box.connection import Box  # noqa: E402
 from ops.errors import MilkteaError  # noqa: E402
 from ops.market.client import Vast  # noqa: E402
@@ -125,8 +125,8 @@ class Steps:
         self.wrap(Vast, "_call")
         for verb in ("connect", "run"):
             self.wrap(Box, verb)
-        for verb in ("push", "pull"):
-            self.wrap(transfer, verb)
+        self.wrap(push, "push")
+        self.wrap(pull, "pull")
 
 
 def forked(act: Callable[[], None], *, name: str) -> int:

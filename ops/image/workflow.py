@@ -190,6 +190,7 @@ def prove(
 def sizes(name: str, places: Places = Places()) -> list[tuple[str, int, int, str]]:
     """(layer, bytes uncompressed, bytes that travel, what they are) of the image taken last; raises
     ConfigError where there is none."""
+    places.validate()
     path = places.built(name)
     if not path.is_file():
         raise ConfigError(
