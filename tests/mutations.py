@@ -31,6 +31,14 @@ LARGEST = 4 << 20  # bytes of an input
 _NEST = "@NEST@"
 
 
+def _size(value: Any) -> int:
+    """Characters of it as JSON; more than an input may have where it is too deep to be written."""
+    try:
+        return len(json.dumps(value))
+    except RecursionError:
+        return LARGEST
+
+
 class Mutator:
     """`rng` decides everything: equal seeds give equal bytes."""
 
@@ -147,7 +155,8 @@ class Mutator:
             case 1:
                 at.insert(key, inner)
             case 2:
-                at[key] = [inner] * self.rng.choice((1, 2, 3000))
+                times = self.rng.choice((1, 2, 3000))
+                at[key] = [inner] * (times if times * _size(inner) < LARGEST else 2)
             case 3:
                 at[key] = {str(key): inner}
             case _:
