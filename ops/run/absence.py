@@ -46,29 +46,34 @@ def until_absent(
     begun: Callable[[], object] = lambda: None,
     tell: Callable[[str], object] = lambda trouble: None,
 ) -> list[float]:
-    """Destroy instance `known` and every instance with `label`, again and again, until READS spaced
-    reads in a row list none. Returns the unix seconds of those reads.
+    """Destroy instance `known` and every instance with `label`, again and again, until vast.ai has
+    taken the DELETE of each and READS spaced reads in a row list none. Returns the unix seconds of
+    those reads.
 
     `begun` is called once the first DELETE is sent, `tell` with each trouble; what they raise is
     ignored. Raises BoxLeaked without proof after DESTROY_PATIENCE_S, or at once where vast.ai does
     not accept the key (auth_error). Nothing else ends it."""
     pending = [] if known is None else [known]
     trouble, first = "", True
+    refused: set[int] = set()  # no DELETE of these was taken: a list without them may be late
 
     def absent() -> list[float] | None:
         nonlocal pending, trouble, first
         trouble = ""
         for instance_id in pending:
-            trouble = _try_destroy(vast, instance_id, label, known) or trouble
+            said = _try_destroy(vast, instance_id, label, known)
+            trouble = said or trouble
+            (refused.add if said else refused.discard)(instance_id)
         if first:
             first = False
             ignore_errors(begun)
         try:
-            pending, reads = _ids_with_label(vast, label)
+            listed, reads = _ids_with_label(vast, label)
         except Exception as e:  # a list that cannot be read proves nothing, whatever it holds
             _raise_leaked_if_final(e, label, known)
             trouble = trouble or message_of(e)
         else:
+            pending = sorted({*listed, *refused})
             if not pending:
                 return reads
             trouble = trouble or "still listed"

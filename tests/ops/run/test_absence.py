@@ -78,6 +78,19 @@ def test_a_known_instance_is_destroyed_before_the_first_read(fake: FakeVast, vas
     assert asked(fake) == ["destroy", "list", "list", "list"]
 
 
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_list_without_a_box_whose_destroy_was_refused_proves_nothing(
+    fake: FakeVast, vast: Vast, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)  # one attempt a call
+    number, refusal = rent(vast), {"message": "Forbidden"}
+    late = {"success": True, "instances": [], "next_token": None}
+    fake.faults.add(where="destroy", what="reply", status=status, body=refusal, times=1)
+    fake.faults.add(where="list", what="reply", status=200, body=late, times=3)
+    until_absent(vast, LABEL, known=number)
+    assert asked(fake) == ["destroy", *["list"] * 3, "destroy", *["list"] * 3]
+
+
 def test_a_box_that_comes_back_starts_the_count_again(fake: FakeVast, vast: Vast) -> None:
     fake.faults.add(where="destroy", what="resurrect", reads=2)
     until_absent(vast, LABEL, known=rent(vast))
