@@ -56,6 +56,9 @@ Value = dict[str, Any]  # a row's object by key; objects inside are tuples of pa
 Read = Callable[[Value, Columns, str], Found | list[Problem]]
 
 
+LARGEST_MARGIN = 1e6  # in float32 a loss is still told from its neighbour
+
+
 # -- one row ---------------------------------------------------------------------------------------
 
 
@@ -68,6 +71,8 @@ def pair_of(row: Value, columns: Columns, where: str) -> Pair | list[Problem]:
     problems: list[Problem] = []
     if type(margin) not in (int, float):
         problems.append((("margin",), f"is {formats.kind(margin)}, not a number", "write a number"))
+    elif not abs(margin) <= LARGEST_MARGIN:  # NaN is not either
+        problems.append((("margin",), "is no margin of rewards", f"at most {LARGEST_MARGIN:,.0f}"))
     read: list[tuple[Turn, ...]] = []
     for side in found:
         one = side.read(columns, where)

@@ -97,6 +97,8 @@ FAULTS: list[tuple[Any, str]] = [
     (PLAIN | {"chosen": "a\x00b"}, "chosen: holds a NUL character"),
     (PLAIN | {"instruction": " "}, "instruction: is empty"),
     (FORMS["prompt"] | {"margin": "much"}, "margin: is a text, not a number"),
+    (FORMS["prompt"] | {"margin": 10**400}, "margin: is no margin of rewards"),
+    (FORMS["prompt"] | {"margin": float("nan")}, "margin: is no margin of rewards"),
     (FORMS["comparison_gpt4"] | {"output": [GOOD]}, "output: holds 1 answers, not two"),
     (
         FORMS["whole conversations"]
