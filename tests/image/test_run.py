@@ -147,6 +147,10 @@ def test_the_practice_jobs_of_the_checkout_find_the_images_own_model(
         (tmp_path / "job.toml").write_text(TOML.format(base=base))
         found = convert.find_model(tmp_path / "job.toml", config.load(tmp_path / "job.toml"))
         assert found == tmp_path / "own" / "practice", base
+    (tmp_path / "practice").mkdir()  # its rows
+    (tmp_path / "job.toml").write_text(TOML.format(base="practice"))
+    found = convert.find_model(tmp_path / "job.toml", config.load(tmp_path / "job.toml"))
+    assert found == tmp_path / "own" / "practice"
 
 
 def test_a_wrong_key_and_a_missing_data_file_are_refused_with_what_to_do(

@@ -148,6 +148,8 @@ def find_model(toml: Path, job: JobFile) -> Path:
     """The folder of the base model. Raises ConfigError that lists what is installed."""
     base = job.model.base.partition("@")[0]
     installed = Path(os.environ.get("MILKTEA_MODELS", "/models")) / "by-name"
+    if Path(base).is_absolute():  # a folder of rows may have an installed model's name
+        base = Path(base).name
     own = "practice" if Path(base).name == "practice_model" else base  # as the checkout calls it
     for folder in (*model_paths(toml, job), installed / base, OWN_MODELS / own):
         if (folder / "config.json").is_file():
