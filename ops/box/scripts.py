@@ -12,6 +12,7 @@ import shlex
 HOME_FOLDER = "milktea"
 # seconds without a client after which a box destroys itself, unless it may work on alone
 LEASE_S = 600
+SAVE_S = 40  # a step to its end and a checkpoint on the disk; less than `Box.run` waits
 NEVER = 999999999  # seconds: an age that no box reaches
 WATCH_S = 15  # how often the box looks; overshoot of money and time is at most this
 
@@ -284,7 +285,9 @@ echo halted
 
 def stop_training(run_id: str) -> str:
     """SIGTERM to the training's process group: it saves a checkpoint and leaves 143 in
-    exit_code."""
-    return (
-        f'cd {run_folder(run_id)} && [ -s pid ] && kill -s TERM -- "-$(cat pid)" 2>/dev/null; true'
-    )
+    exit_code. Returns once that is there, or after SAVE_S seconds."""
+    return f"""\
+cd {run_folder(run_id)} && [ -s pid ] && kill -s TERM -- "-$(cat pid)" 2>/dev/null || exit 0
+n=0
+while [ ! -e exit_code ] && [ $n -lt {5 * SAVE_S} ] && {ALIVE}; do n=$((n + 1)); sleep 0.2; done
+"""

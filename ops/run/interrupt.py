@@ -86,11 +86,11 @@ def default_wish(session: Session) -> str:
 
 
 def fetch_newest(session: Session, box: Box) -> None:
-    """Ask the trainer to save, and pull the newest complete checkpoint. It waits 3 s for the save;
-    a failure only shows a message."""
+    """Ask the trainer to save, and pull the newest complete checkpoint. A failure only shows a
+    message."""
     try:
+        session.screen.waiting("the trainer saves a checkpoint")
         box.run(scripts.stop_training(session.run_id))
-        session.clock.sleep(3)
         folder = scripts.run_folder(session.run_id)
         chain.try_to_bring_home(session, box)
         listed = box.run(

@@ -162,12 +162,13 @@ def test_a_training_whose_number_cannot_be_written_is_not_left_running(tmp_path:
 def test_a_training_asked_to_stop_may_save_and_leaves_its_exit_code(tmp_path: Path) -> None:
     fake_trainer(
         tmp_path,
-        "trap 'echo saved >saved; exit 143' TERM; echo x >starts; while :; do sleep 0.02; done\n",
+        "trap 'sleep 0.5; echo saved >saved; exit 143' TERM; echo x >starts\n"
+        "while :; do sleep 0.02; done\n",
     )
     assert launched(tmp_path).stdout.strip() == "started"
     wait_for(tmp_path / "milktea/r/starts")
     assert sh(scripts.stop_training("r"), tmp_path).returncode == 0
-    assert wait_for(tmp_path / "milktea/r/exit_code").strip() == "143"
+    assert (tmp_path / "milktea/r/exit_code").read_text().strip() == "143", "it waits for the save"
     assert (tmp_path / "milktea/r/saved").read_text() == "saved\n"
 
 
