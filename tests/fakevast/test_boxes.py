@@ -25,8 +25,8 @@ from trainer.wire.job import WIRE
 
 
 def until(holds: Callable[[], bool], what: str) -> None:
-    """Waits for a fact, ten seconds at most."""
-    for _ in range(1000):
+    """Waits for a fact, 30 seconds at most."""
+    for _ in range(3000):
         if holds():
             return
         time.sleep(0.01)

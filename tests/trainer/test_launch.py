@@ -259,6 +259,7 @@ def test_the_options_of_the_job_win_over_any_other_config_of_accelerate(
     assert found["ACCELERATE_DEBUG_MODE"] == "true"  # the rest of the file is honoured
 
 
+@pytest.mark.slow
 def test_an_error_of_the_training_itself_is_no_refusal(run_folder: Make) -> None:
     """Here the result's folder cannot be made, for a file is in its place: an OSError, as any disk
     may give."""

@@ -50,7 +50,7 @@ def train(job: Path, path: str = "", **environment: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "mode"),
     [
-        ({}, "offline"),
+        pytest.param({}, "offline", marks=pytest.mark.slow),
         pytest.param({"WANDB_API_KEY": "k"}, "online", marks=pytest.mark.slow),
         pytest.param(
             {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline", marks=pytest.mark.slow

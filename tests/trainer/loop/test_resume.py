@@ -114,6 +114,7 @@ def test_sigterm_saves_within_two_seconds_on_all_ranks_and_the_run_goes_on(
     assert adapter_sha256(job) == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_with_one(run_folder: Make) -> None:
     whole = run_folder(**SETTINGS)
     assert finish(start(whole)) == [0]

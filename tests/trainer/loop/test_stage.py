@@ -134,6 +134,7 @@ def test_a_stage_that_compares_answers_starts_at_ln_two_and_learns_to_prefer(
     assert told[-1]["loss"] < 0.5 and told[-1]["accuracy"] == 1.0 and told[-1]["margin"] > 1.0
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(run_folder: Make, pairs: None) -> None:
     one, two = run_folder(**SETTINGS), run_folder(**SETTINGS)
     assert finish(start(one)) == [0] and finish(start(two, 2)) == [0, 0]

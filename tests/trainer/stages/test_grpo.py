@@ -72,6 +72,7 @@ def test_every_loss_takes_several_steps_on_the_same_answers_and_a_reference(
     assert [e["reward"] for e in told[::2]] == [e["reward"] for e in told[1::2]]
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_answers_of_one(stage_run: Make, every_step_told: None) -> None:
     one, two = (stage_run("grpo", ROWS[:8], grpo=SECTION, **SETTINGS) for _ in range(2))
     assert finish(start(one)) == [0] and finish(start(two, 2)) == [0, 0]

@@ -37,9 +37,9 @@ TAGGED = [
     for side in [("chosen", "rejected")[k % 2]]
 ]
 ROWS = {"rm": PAIRS, "dpo": PAIRS, "kto": TAGGED}
-# rm and dpo go the same way through pairs: in the quick suite one of them runs in processes
+# they go one way through processes and checkpoints: one of them does in the quick suite
 IN_PROCESSES = pytest.mark.parametrize(
-    "stage", [pytest.param("rm", marks=pytest.mark.slow), "dpo", "kto"]
+    "stage", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rm", "kto"))]
 )
 SETTINGS: dict[str, Any] = {"training": {"batch_size": 6, "save_every_s": 0.01}}
 

@@ -148,6 +148,7 @@ def test_bits_per_byte_of_held_out_texts_fall_and_are_told(stage_run: Make) -> N
     assert "held-out bits per byte" in page
 
 
+@pytest.mark.slow  # its loop is the others', whose resume is tested in the quick suite
 def test_a_resumed_pre_training_ends_in_the_same_bytes(stage_run: Make) -> None:
     whole, stopped = (stage_run("pt", TEXTS * 6, SHORT, held_out=TEXTS[:1]) for _ in range(2))
     assert finish(start(whole)) == [0]
