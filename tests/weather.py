@@ -59,7 +59,7 @@ from ops.run import (  # noqa: E402
     follow,
     journal,
     keeper,
-    rent_and_train,
+    on_rented_box,
     rental,
     session,
     supervisor,
@@ -94,7 +94,7 @@ def hasten() -> None:
         return real(*words) | short
 
     scripts.environment = environment
-    for module in (session, follow, rent_and_train):
+    for module in (session, follow, on_rented_box):
         vars(module)["MARGIN_S"] = MARGIN_S
     for name in ("LOOK_S", "RENEW_S", "PRICE_S", "STALL_GRACE_S", "ANSWER_S"):
         vars(keeper)[name] /= SCALE

@@ -14,7 +14,7 @@ from ops.job import tokens
 from ops.job.talk_plan import RESULT
 from ops.market.ranking import Ranking
 from ops.run.keeper import keeper_running
-from ops.run.rent_and_train import MAX_MACHINES, boot, connect, offers, push, remember_failure
+from ops.run.on_rented_box import MAX_MACHINES, boot, connect, offers, push, remember_failure
 from ops.run.rental import box_left_alone, destroy, rented
 from ops.run.retry import retry_transfer
 from ops.run.session import Interrupted, Session, metered

@@ -14,7 +14,7 @@ from ops.market.ranking import Needs
 from ops.market.workload import Workload
 from ops.run import blame, follow
 from ops.run.journal import Journal, Line
-from ops.run.rent_and_train import MAX_MACHINES, offers
+from ops.run.on_rented_box import MAX_MACHINES, offers
 
 pytestmark = pytest.mark.timeout(120)
 ECC = "CUDA error: uncorrectable ECC error encountered"

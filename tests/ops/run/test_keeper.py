@@ -196,7 +196,7 @@ def test_the_clock_of_intervals_runs_on_in_sleep_where_linux_has_one() -> None:
 def test_a_machine_whose_watchdog_is_not_armed_gets_no_byte(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch, setsid: str, said: str
 ) -> None:
-    monkeypatch.setattr("ops.run.rent_and_train.MAX_MACHINES", 1)
+    monkeypatch.setattr("ops.run.on_rented_box.MAX_MACHINES", 1)
     tool = own.image / "bin/setsid"
     tool.write_text(f"#!/bin/sh\n{setsid}\n")
     tool.chmod(0o755)
