@@ -1,15 +1,16 @@
-"""One rented box after another, until one carries the work through: chosen, rented, connected,
-pushed to. Each stage looks at what is done and does the rest, so a later client goes on."""
+"""One rented box after another, until one carries the work through. Read `on_rented_box` first;
+what it calls follows in order. Each stage looks at what is done and does the rest.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ops.box import facts, scripts
 from ops.box import push as pushing
@@ -22,6 +23,8 @@ from ops.errors import (
     MarketError,
     MilkteaError,
     NeverReady,
+    NoOffer,
+    OfferGone,
     Preempted,
     PreflightError,
     RateLimited,
@@ -32,12 +35,14 @@ from ops.market.ranking import Ranking
 from ops.run import blame, chain, place, rental
 from ops.run.choose import choose, search
 from ops.run.interrupt import stage
-from ops.run.rental import endpoints, raise_if_preempted
+from ops.run.keeper import keeper_running
+from ops.run.rental import box_left_alone, endpoints, raise_if_preempted, rented
 from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Session
 from ops.wait import Patience
 from trainer.wire.job import WIRE, Job
 
+R = TypeVar("R")
 boot = stage(rental.boot)
 MAX_MACHINES = 5  # in a row without a checkpoint, before the run gives up
 CONNECT_S = 300.0
@@ -46,6 +51,28 @@ ARM_S = 45.0  # for the watchdog to report that it is armed, scaled by the clock
 MIN_ARM_S = 3
 NOT_ANSWERED = re.compile(r"HTTP (000|403|429|5\d\d)")  # by vast.ai, or by a firewall
 TUNNEL_S = 75.0  # to connect, before a stuck proxy tunnel is given one reboot
+
+
+def on_rented_box(
+    session: Session, seen: Ranking | None, work: Callable[[Session, Box], R], undone: str
+) -> R:
+    """Rent a machine, push to it, do `work` on it and destroy it; return what `work` returned. A
+    machine that is at fault is replaced by another. `seen` is the market as the user has just seen
+    it, `undone` what none of MAX_MACHINES did, in words.
+
+    No box of this run exists afterwards, however it ends; only BoxLeaked and Detached leave one."""
+    with box_left_alone(session):
+        session.remember_place()
+    for offer in offers(session, seen):
+        try:
+            with rented(session, offer) as instance_id:
+                box = connect(session, boot(session, instance_id, offer), offer)
+                with keeper_running(session, box):
+                    push(session, box)
+                    return work(session, box)
+        except (BoxError, OfferGone, RateLimited) as e:
+            remember_failure(session, offer, e)
+    raise NoOffer(f"{MAX_MACHINES} machines were tried and none {undone}")
 
 
 def offers(session: Session, seen: Ranking | None) -> Iterator[Offer]:
@@ -72,8 +99,10 @@ def remember_failure(session: Session, offer: Offer, error: MilkteaError) -> Non
     """Write to the journal why this machine did not do, so that another is chosen next:
     "bad_machine" for a fault of its own, "missed" for what is not (outbid, taken by somebody else).
 
-    Raises when another machine would not help: a changed host key, or the same fatal word from two
-    machines."""
+    Raises when another machine would not help: a conversation that had begun, a changed host key,
+    or the same fatal word from two machines."""
+    if _talked(session):
+        raise Failed(f"the box was lost in the conversation: {error}", hint="") from error
     fault = isinstance(error, NeverReady | Unsuitable | Lost)
     word = blame.fatal_word(error)
     bad = [line.data for line in session.journal.lines if line.kind == "bad_machine"]
@@ -93,6 +122,12 @@ def remember_failure(session: Session, offer: Offer, error: MilkteaError) -> Non
         raise error  # a changed host key: stop
     if isinstance(error, RateLimited):
         session.clock.sleep(15)
+
+
+def _talked(session: Session) -> bool:
+    """Whether the conversation that this run is for had begun on the newest machine."""
+    line = session.journal.last("serving", "renting")
+    return not session.plan.trains and line is not None and line.kind == "serving"
 
 
 def _not_the_machine(session: Session, error: MilkteaError, what: str) -> MilkteaError:

@@ -1,5 +1,4 @@
-"""Rents a box to chat with a result: rent, push, serve, destroy. It guards the box and the money as
-ops/run/rent_and_train.py does."""
+"""Rents a box to chat with a result: rent, push, serve, destroy."""
 
 from __future__ import annotations
 
@@ -9,13 +8,12 @@ from pathlib import Path
 from ops.box import serving
 from ops.box.connection import Box
 from ops.box.interact import interact
-from ops.errors import BoxError, Failed, NoOffer, OfferGone, RateLimited
+from ops.errors import Failed
 from ops.job import tokens
 from ops.job.talk_plan import RESULT
 from ops.market.ranking import Ranking
-from ops.run.keeper import keeper_running
-from ops.run.on_rented_box import MAX_MACHINES, boot, connect, offers, push, remember_failure
-from ops.run.rental import box_left_alone, destroy, rented
+from ops.run.on_rented_box import on_rented_box
+from ops.run.rental import destroy
 from ops.run.retry import retry_transfer
 from ops.run.session import Interrupted, Session, metered
 from ops.run.talk import base_of, hold, served
@@ -28,28 +26,12 @@ def rent_and_chat(session: Session, use: Use, seen: Ranking | None = None) -> No
     """Rent a machine, push the result, let `use` chat with it, and destroy the machine. A machine
     that fails before the conversation begins is replaced by another. However this ends, no box of
     the run exists, or BoxLeaked is raised."""
-    with box_left_alone(session):
-        session.remember_place()
-    for offer in offers(session, seen):
-        try:
-            with rented(session, offer) as instance_id:
-                box = connect(session, boot(session, instance_id, offer), offer)
-                with keeper_running(session, box):
-                    push(session, box)
-                    use(session, box)
-                    session.note("talked")
-                    return
-        except (BoxError, OfferGone, RateLimited) as e:
-            if _talked(session):
-                raise Failed(f"the box was lost in the conversation: {e}", hint="") from e
-            remember_failure(session, offer, e)
-    raise NoOffer(f"{MAX_MACHINES} machines were tried and none served the result")
 
+    def talk(session: Session, box: Box) -> None:
+        use(session, box)
+        session.note("talked")
 
-def _talked(session: Session) -> bool:
-    """Whether a conversation had begun on the newest machine."""
-    line = session.journal.last("serving", "renting")
-    return line is not None and line.kind == "serving"
+    on_rented_box(session, seen, talk, "served the result")
 
 
 def in_browser(votes: Path) -> Use:

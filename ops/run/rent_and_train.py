@@ -1,5 +1,5 @@
-"""The story: rent, push, train, pull, destroy. Read `rent_and_train` first; what it calls follows
-in order.
+"""The story: rent, push, train, pull, destroy. Read `rent_and_train` first, then `on_rented_box`,
+which guards the box and the money, and `train`.
 
 To resume a run is to call the same function with its journal: each stage looks at what is done and
 does the rest.
@@ -13,17 +13,7 @@ from pathlib import Path
 
 from ops.box import scripts
 from ops.box.connection import Box
-from ops.errors import (
-    AdapterError,
-    BoxError,
-    Failed,
-    NoOffer,
-    OfferGone,
-    OverBudget,
-    RateLimited,
-    Stalled,
-    Unsuitable,
-)
+from ops.errors import AdapterError, Failed, OverBudget, Stalled, Unsuitable
 from ops.job import tokens
 from ops.market.ranking import Ranking
 from ops.run import blame, chain, retrieve
@@ -31,9 +21,7 @@ from ops.run.evaluate import evaluate_on_box
 from ops.run.expected import ADAPTER
 from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow
 from ops.run.interrupt import fetch_newest, stage
-from ops.run.keeper import keeper_running
-from ops.run.on_rented_box import MAX_MACHINES, boot, connect, offers, push, remember_failure
-from ops.run.rental import box_left_alone, rented
+from ops.run.on_rented_box import on_rented_box
 from ops.run.retry import retry_transfer
 from ops.run.session import Session, metered
 from ops.run.talk import then_chat
@@ -58,22 +46,16 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> RunResult:
 
     Returns once a verified adapter is here and no box of this run exists. Raises otherwise, with
     the same guarantee about the box; only BoxLeaked and Detached leave one."""
-    with box_left_alone(session):
-        session.remember_place()
-    for offer in offers(session, seen):
-        try:
-            with rented(session, offer) as instance_id:
-                box = connect(session, boot(session, instance_id, offer), offer)
-                with keeper_running(session, box):
-                    push(session, box)
-                    launch(session, box)
-                    watch(session, box)
-                    result = pull(session, box)
-                    then_chat(session, box, result.adapter_zip.parent)
-                    return result
-        except (BoxError, OfferGone, RateLimited) as e:
-            remember_failure(session, offer, e)
-    raise NoOffer(f"{MAX_MACHINES} machines were tried and none carried the run through")
+    return on_rented_box(session, seen, train, "carried the run through")
+
+
+def train(session: Session, box: Box) -> RunResult:
+    """Train on a box that has everything, and bring the verified adapter home."""
+    launch(session, box)
+    watch(session, box)
+    result = pull(session, box)
+    then_chat(session, box, result.adapter_zip.parent)
+    return result
 
 
 @stage
