@@ -56,7 +56,9 @@ from ops.run.reap import Reaped
 from ops.run.session import Interrupted, Screen, Session
 from ops.run.view import Cost, Run, find_run, runs
 from ops.use import begin, words
+from ops.use import compare as comparing
 from ops.use import rows as data
+from ops.use.compare import Comparison, Outcome
 from ops.use.found import Found
 from ops.use.results import (
     check_adapter,
@@ -72,6 +74,7 @@ from trainer.wire import events
 from trainer.wire.events import Event, Sample, Score
 
 __all__ = [
+    "Comparison",
     "Cost",
     "Event",
     "Found",
@@ -84,6 +87,7 @@ __all__ = [
     "KnownModel",
     "Line",
     "MilkteaError",
+    "Outcome",
     "Plan",
     "Planned",
     "Price",
@@ -102,6 +106,7 @@ __all__ = [
     "carry",
     "check_adapter",
     "combine_adapters",
+    "compare",
     "data",
     "dearest_silence",
     "destroy",
@@ -329,6 +334,12 @@ def rent_and_train(
     supervisor.start(held.folder, vast, job.ranking)
     run = Run(held.folder)
     return run if detach else attach(run, screen=screen)
+
+
+def compare(named: Sequence[Run | str], *, root: Path | None = None) -> Comparison:
+    """Runs side by side: the settings in which they differ, and what each came to. Reads only;
+    raises JournalError for what is no run."""
+    return comparing.compare([r if isinstance(r, Run) else find_run(r, root) for r in named])
 
 
 def resume(
