@@ -13,7 +13,7 @@ from ops.job.config import JobFile
 from ops.market.ranking import Needs
 from ops.market.workload import Workload
 from trainer import memory
-from trainer.wire.stages import STAGES
+from trainer.wire.stages import STAGES, work_of
 from trainer.wire.tables import StageTable
 
 DRIVER_SHARE = 0.98  # torch can use this share of the memory that a GPU's driver reports
@@ -33,7 +33,11 @@ def workload_of(
     """Of a job, or of one stage of several, which `table` is."""
     steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
     share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
-    tokens = sum(lengths) * job.training.num_train_epochs * share
+    answer, answers = 0, 1
+    if job.rollouts:
+        answer, answers = job.rollouts.max_completion_length, job.rollouts.num_generations
+    lengths = [n + answer for n in lengths]  # of answers at their longest
+    tokens = answers * sum(lengths) * job.training.num_train_epochs * share
     local = Path(job.model.base).is_dir()
     parameters = float(memory.parameters(shape)) if shape else 7e9
     adapter, saved = parameters * 4, tuple(job.lora.modules_to_save or ())
@@ -53,6 +57,7 @@ def workload_of(
     return Workload(
         tokens=tokens,
         stage=job.stage,
+        work=work_of(job),
         model_parameters=parameters,
         active_parameters=_active(shape),
         precision=job.model.precision,

@@ -302,8 +302,8 @@ def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str,
     each = workload.each
     trained = [
         f"train     {f'{one.stage} ' if len(each) > 1 else ''}{_duration(seconds)} = "
-        f"{one.tokens / 1e6:.2f} M tokens / {one.tokens / max(seconds, 1e-9):,.0f} a second on "
-        f"{where}" + (f", ${c.usd_per_hour * seconds / 3600:.4f}" if len(each) > 1 else "")
+        f"{one.counted} / {one.tokens / max(seconds, 1e-9):,.0f} a second on {where}"
+        + (f", ${c.usd_per_hour * seconds / 3600:.4f}" if len(each) > 1 else "")
         for one, seconds in zip(each, c.stages_s, strict=True)
     ]
     rate = (c.usd_per_hour + disk_usd_per_hour(offer, workload.disk_gib)) / 3600

@@ -24,17 +24,18 @@ Modules = tuple[str, ...] | Literal["all-linear"]  # hashable, unlike memory.Tar
 class Workload:
     """What a run transfers and computes, on any machine.
 
-    `tokens` counts all epochs. `model_parameters` counts all parameters; `active_parameters` those
-    of a mixture of experts that one token uses, None where it uses all. With `shape`, whether and
-    how the model fits a GPU is solved as the trainer does it: `method` and `trainable_layers` as
-    memory.predict takes them, `least_tokens` the tokens of the longest row, `row_tokens` the row
-    length that a token sees on average (sum of squared lengths over sum of lengths). `saved` are
-    the modules that are trained fully beside an adapter. `home_*_mbps` is the laptop's own
-    connection. `boot_s` is from create to a shell, without the image. `cpu_practice`: a run against
-    the emulator, on this computer's CPU. `before` are the stages that the same machine trains
-    before this one, of which what they compute counts. `merges` adapters are merged into the base
-    before it trains. `talk_s` is how long the box serves a result at the end, `evaluate_s` how long
-    it scores it at most.
+    `tokens` counts all epochs, and of a stage that asks the model its answers at their longest;
+    `work` is what one costs, sft's being 1. `model_parameters` counts all parameters;
+    `active_parameters` those of a mixture of experts that one token uses, None where it uses all.
+    With `shape`, whether and how the model fits a GPU is solved as the trainer does it: `method`
+    and `trainable_layers` as memory.predict takes them, `least_tokens` the tokens of the longest
+    row, `row_tokens` the row length that a token sees on average (sum of squared lengths over sum
+    of lengths). `saved` are the modules that are trained fully beside an adapter. `home_*_mbps` is
+    the laptop's own connection. `boot_s` is from create to a shell, without the image.
+    `cpu_practice`: a run against the emulator, on this computer's CPU. `before` are the stages that
+    the same machine trains before this one, of which what they compute counts. `merges` adapters
+    are merged into the base before it trains. `talk_s` is how long the box serves a result at the
+    end, `evaluate_s` how long it scores it at most.
     """
 
     tokens: float
@@ -67,6 +68,7 @@ class Workload:
     talk_s: float = 0.0
     evaluate_s: float = 0.0
     merges: int = 0
+    work: float = 1.0
 
     def __post_init__(self) -> None:
         loads = [Workload(**w) if isinstance(w, dict) else w for w in self.before]
@@ -82,6 +84,12 @@ class Workload:
             *(replace(one, num_gpus=self.num_gpus) for one in self.before),
             replace(self, before=()),
         )
+
+    @property
+    def counted(self) -> str:
+        """The tokens, in words."""
+        answers = ", answers at their longest," if STAGES[self.stage].rows == "prompts" else ""
+        return f"{self.tokens / 1e6:.2f} M tokens{answers}"
 
     @property
     def computed_parameters(self) -> float:
@@ -102,7 +110,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
     """The predicted training speed of an offer. Raises DoesNotFit when the GPU is too small, does
     not support the precision, or is neither in our table nor in vast.ai's benchmark."""
     if workload.cpu_practice:
-        flops = 4 * workload.computed_parameters * STAGES[workload.stage].work
+        flops = 4 * workload.computed_parameters * workload.work
         return _PRACTICE_FLOPS / flops
     gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
         offer.gpu_name,
@@ -138,7 +146,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
             f"compute in {workload.precision}"
         )
         raise DoesNotFit(why, "model.precision")
-    return speed / STAGES[workload.stage].work
+    return speed / workload.work
 
 
 def _recomputed_share(offer: Offer, workload: Workload) -> float:

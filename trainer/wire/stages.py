@@ -58,24 +58,19 @@ STAGES: Mapping[StageName, StageFacts] = {
     "dpo": StageFacts(formats=(), rows="pairs", methods=("lora",), frozen_adapters=1, work=1.5),
     # the same, and both on prompts with another row's answer
     "kto": StageFacts(formats=(), rows="tagged", methods=("lora",), frozen_adapters=1, work=2.5),
-    # for each token of a prompt: an answer of twice its length, decoded, scored by four adapters,
-    # and read four times with gradients
     "ppo": StageFacts(
         formats=("alpaca", "sharegpt", "messages", "prompt"),
         rows="prompts",
         methods=("lora",),
         adapters=2,
         frozen_adapters=2,
-        work=13.0,
         splits=False,
     ),
-    # for each token of a prompt: eight answers, each longer than the prompt, decoded and trained on
     "grpo": StageFacts(
         formats=("alpaca", "sharegpt", "messages", "prompt"),
         rows="prompts",
         methods=("lora",),
         frozen_adapters=1,
-        work=24.0,
         splits=False,
     ),
 }
@@ -166,6 +161,11 @@ class Reward(Section):
         return self
 
 
+# Work of a token, sft's being 1: decoded with 64 rows at a time (6,844 tokens a second of 32 rows
+# on an H200 beside 20,000 that train: docs/speed-log.md), and read without gradients.
+DECODED, READ = 3.0, 0.4
+
+
 class Rollouts(Section):
     """The settings of a stage that learns from the model's own answers."""
 
@@ -183,6 +183,11 @@ class Rollouts(Section):
             if sum(r.kind == kind for r in self.rewards) > 1:
                 raise ValueError(f"rewards: one of kind {kind}, not several")
         return self
+
+    @property
+    def work(self) -> float:
+        """What a token of a prompt with an answer costs, sft's being 1."""
+        raise NotImplementedError
 
     @property
     def judge(self) -> Reward | None:
@@ -228,6 +233,11 @@ class Ppo(Rollouts):
         float, Field(gt=0, description="Deviations that a reward model's score counts at most")
     ] = 10.0
 
+    @property
+    def work(self) -> float:
+        """Decoded, read by policy, start, reward and value, and learned by policy and value."""
+        return DECODED + 4 * READ + 2 * self.num_ppo_epochs
+
 
 class Grpo(Rollouts):
     loss_type: Annotated[
@@ -253,6 +263,13 @@ class Grpo(Rollouts):
     mask_truncated: Annotated[
         bool, Field(description="Answers that reach the limit teach nothing")
     ] = False
+
+    @property
+    def work(self) -> float:
+        """Decoded, read by the start, the policy before its steps and the reward model where they
+        are asked, and learned."""
+        reads = (self.beta > 0) + (self.num_iterations > 1) + (self.judge is not None)
+        return DECODED + READ * reads + self.num_iterations
 
 
 class Sections(BaseModel):
@@ -292,6 +309,12 @@ def method_defect(stage: StageName, method: str) -> str:
     if method in methods:
         return ""
     return f'stage {stage} is trained by training.method = "{methods[0]}", not by "{method}"'
+
+
+def work_of(job: Any) -> float:
+    """What a token costs in the job's stage, sft's being 1."""
+    section = getattr(job, job.stage, None)
+    return section.work if isinstance(section, Rollouts) else STAGES[job.stage].work
 
 
 def section_of(job: Any) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from ops.market.ranking import Needs
 from trainer.wire.job import Job
 
 EXAMPLE = Path(__file__).parents[3] / "jobs/practice-chain.toml"
+GRPO = EXAMPLE.with_name("practice-grpo.toml")
 SFT, RM, PPO = {"stage": "sft"}, {"stage": "rm"}, {"stage": "ppo"}
 JUDGED = {"rewards": [{"kind": "model", "path": "rm"}]}
 
@@ -43,6 +44,7 @@ def test_the_example_becomes_four_jobs_that_take_up_each_other(tmp_path: Path) -
     sent = [p.remote for p in plan.pushes if p.remote.startswith("data/")]
     assert len(sent) == len(set(sent)) == 6, "sft and ppo read the same files, sent once"
     assert [w.stage for w in plan.workload.each] == ["pt", "sft", "rm", "ppo"]
+    assert [round(w.work, 1) for w in plan.workload.each] == [1, 1, 1, 8.6]
     assert not (tmp_path / "stages").exists(), "the folder is as a plan leaves it"
 
 
@@ -79,3 +81,18 @@ def test_a_machine_must_hold_the_largest_stage() -> None:
     found = largest(needs, of_stages([Workload(1e5, 1e6, disk_gib=20.0)] * 3))
     assert (found.min_gpu_memory_gib, found.min_cpu_ram_gib) == (9.0, 27.0)
     assert found.disk_gib == 20.0
+
+
+def test_answers_of_the_model_are_counted_at_their_longest(tmp_path: Path) -> None:
+    raw = tomllib.loads(GRPO.read_text("utf-8"))
+
+    def load(longest: int, answers: int) -> Workload:
+        section = raw["grpo"] | {"max_completion_length": longest, "num_generations": answers}
+        return make_plan(config.parse(raw | {"grpo": section}, GRPO), "a-run", tmp_path).workload
+
+    short, long, more = load(8, 4), load(108, 4), load(8, 12)
+    assert more.tokens == 3 * short.tokens and more.least_tokens == short.least_tokens
+    prompts = raw["training"]["max_steps"] * raw["training"]["batch_size"]
+    assert long.tokens - short.tokens == pytest.approx(100 * 4 * prompts, rel=0.02)
+    assert long.least_tokens == short.least_tokens + 100
+    assert "answers at their longest" in long.counted
