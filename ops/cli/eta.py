@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from ops.api import Line, events
 
-HOME_S = (
-    30.0  # from the training's end to the proof that the box is gone, a small result's way home
-)
 PHASES = ("boot", "load", "train", "home")
 # journal lines with which a phase begins; "" is none
 _BEGINS = {
@@ -37,7 +34,7 @@ class Eta:
                 "boot": p.get("boot_s", 0.0) + p.get("pull_s", 0.0),
                 "load": p.get("transfer_s", 0.0) + p.get("start_s", 0.0),
                 "train": p.get("train_s", 0.0),
-                "home": HOME_S,
+                "home": p.get("home_s", 0.0),
             }
             self._predicted_train_s = self._takes["train"]
         if line.kind in _BEGINS:

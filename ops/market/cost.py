@@ -26,7 +26,10 @@ _MERGE_BYTES_S = 200e6  # of a base that an adapter is merged into, on the CPU: 
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 survives a day with a chance of 0.98
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
 _BOOT_FAILS = 0.02  # chance, even on the best host
-_PRACTICE_BOOT_S, _PRACTICE_START_S = 3.0, 10.0  # and its boxes are processes
+# its boxes are processes
+_PRACTICE_BOOT_S, _PRACTICE_START_S, _PRACTICE_HOME_S = 3.0, 10.0, 2.0
+# from the training's end to the proof that the box is gone, a small result's way home
+HOME_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class CostEstimate:
     stages_s: tuple[float, ...] = ()  # of `train_s`, by stage
     talk_s: float = 0.0
     evaluate_s: float = 0.0
+    home_s: float = HOME_S
 
     @property
     def running_h(self) -> float:
@@ -126,6 +130,7 @@ def predict(
         gb_out=gb_out,
         talk_s=workload.talk_s,
         evaluate_s=workload.evaluate_s,
+        home_s=_PRACTICE_HOME_S if workload.cpu_practice else HOME_S,
     )
     predicted = _with_accidents(undisturbed, offer, workload, bid_usd_per_hour, p_bad)
     return replace(predicted, lines=_arithmetic(offer, workload, predicted))

@@ -40,7 +40,7 @@ READS = {  # a run that nobody owns: its last owner was killed, which is `attach
 BEGIN = {"rent-and-train", "plan"}
 OTHER = {
     *("init", "models", "gpus", "chat", "evaluate", "merge", "serve", "export", "schema"),
-    *("image", "adapter", "data"),
+    *("image", "adapter", "data", "compare"),
 }
 
 

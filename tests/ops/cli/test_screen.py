@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ops.cli import screen
-from ops.cli.eta import HOME_S, Eta
+from ops.cli.eta import Eta
 from ops.cli.screen import Terminal
 from ops.market.models import parse_instance
 from ops.run.journal import Line
@@ -50,7 +50,14 @@ def test_phase_money_bar_and_the_time_that_is_left_fit_into_60_columns(
         assert words in line
 
 
-PREDICTED = {"boot_s": 60.0, "pull_s": 60.0, "transfer_s": 90.0, "start_s": 30.0, "train_s": 600.0}
+PREDICTED = {
+    "boot_s": 60.0,
+    "pull_s": 60.0,
+    "transfer_s": 90.0,
+    "start_s": 30.0,
+    "train_s": 600.0,
+    "home_s": 30.0,
+}
 
 
 def test_one_time_to_the_end_goes_through_all_phases_beside_the_money(
@@ -86,10 +93,10 @@ def test_of_several_stages_the_later_ones_are_in_the_time_to_the_end() -> None:
     eta.line(Line(1, 1.0, "offers", {"predicted": PREDICTED}))
     eta.started(events.Started(t=5.0, step=0, total_steps=9, number=1, stages=3))
     eta.step(step(4))
-    assert eta.left_s(1.0) == 55.0 + 600.0 * 2 / 3 + HOME_S
+    assert eta.left_s(1.0) == 55.0 + 600.0 * 2 / 3 + 30.0
     eta.started(events.Started(t=5.0, step=0, total_steps=9, number=3, stages=3))
     eta.step(step(4))
-    assert eta.left_s(1.0) == 55.0 + HOME_S
+    assert eta.left_s(1.0) == 55.0 + 30.0
 
 
 def test_a_boot_has_a_bar_of_the_time_that_the_plan_foresaw(
