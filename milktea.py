@@ -1,1 +1,1 @@
-from ops.api import *  # noqa: F403 - the name that people import; ops/api.py says what is in it
+from ops.api import *  # noqa: F403 - the name that people import; ops/api/ says what is in it

@@ -15,6 +15,7 @@ import rig
 from ops.errors import BoxLeaked, ConfigError, JournalError, NoOffer, OverBudget
 from ops.fakevast import FakeVast
 from ops.market.provider import Provider
+from ops.run.folders import project_folder, runs_folder
 from ops.wait import RealClock
 from trainer.wire import events
 
@@ -203,17 +204,15 @@ def test_the_market_is_vast_ai_for_who_has_a_key() -> None:
 def test_a_command_typed_below_the_project_s_folder_finds_its_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ops import api
-
     (tmp_path / "project/jobs/more").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path / "project/jobs/more")
-    assert api.runs_folder({}) == tmp_path / "project/jobs/more/runs", "no project yet"
+    assert runs_folder({}) == tmp_path / "project/jobs/more/runs", "no project yet"
     (tmp_path / "project/runs").mkdir()
-    assert api.runs_folder({}) == tmp_path / "project/runs"
-    assert api.project_folder() == tmp_path / "project"
-    assert api.runs_folder({"MILKTEA_RUNS": str(tmp_path / "r")}) == tmp_path / "r"
+    assert runs_folder({}) == tmp_path / "project/runs"
+    assert project_folder() == tmp_path / "project"
+    assert runs_folder({"MILKTEA_RUNS": str(tmp_path / "r")}) == tmp_path / "r"
     (tmp_path / "runs").mkdir()
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    assert api.runs_folder({}) == tmp_path / "other/runs", "the home itself is no project"
+    assert runs_folder({}) == tmp_path / "other/runs", "the home itself is no project"

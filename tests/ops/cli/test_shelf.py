@@ -14,6 +14,7 @@ from ops.cli.app import app
 from ops.fakevast import FakeVast
 from ops.hardware import gpus
 from ops.job.cards import cards, known
+from ops.market.provider import Provider
 from ops.market.ranking import Needs
 from ops.wait import RealClock
 
@@ -100,7 +101,7 @@ def test_a_model_that_cannot_be_trained_is_told_with_its_reason() -> None:
 
 
 def test_prices_are_the_cheapest_single_cards_of_the_market(fake: FakeVast) -> None:
-    market = api.Vast(api.Provider(fake.url, fake.api_key), RealClock(0.002))
+    market = api.Vast(Provider(fake.url, fake.api_key), RealClock(0.002))
     found = api.prices(market)
     assert found
     for gpu, price in found.items():

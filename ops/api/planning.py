@@ -1,0 +1,100 @@
+"""Before money: the job, checked; models, cards and prices; the plan with its market."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ops.api.market import open_market
+from ops.api.reaping import finished
+from ops.hardware.gpus import Gpu
+from ops.job import cards, config, planner
+from ops.job.cards import KnownCard, Price
+from ops.job.config import JobFile
+from ops.job.plan import Plan
+from ops.job.preflight import preflight
+from ops.market.client import Vast
+from ops.market.ranking import Ranking, rank
+from ops.run import prices as price_list
+from ops.run.choose import bad_machines, no_offer_error, search_offers
+from ops.run.folders import runs_folder
+
+Job = JobFile | Mapping[str, Any] | Path | str
+schema = config.schema
+models = cards.models
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job whose data, model and needs were checked, and what the market offers for it now."""
+
+    plan: Plan
+    ranking: Ranking  # .accepted: at least one, the cheapest finished run first
+    credit_usd: float
+
+
+def load_job(job: Job) -> JobFile:
+    """The job, checked. Raises ConfigError listing every mistake with its path."""
+    if isinstance(job, JobFile):
+        return job
+    if isinstance(job, Mapping):
+        results = {"folder": "out"} | dict(job.get("results", {}))
+        return config.parse({**job, "results": results}, Path("job"))
+    return config.load(Path(job))
+
+
+def prices(vast: Vast | None = None) -> dict[Gpu, Price]:
+    """What each known card costs now, as one GPU on demand. Raises MarketError."""
+    return price_list.now(vast or open_market())
+
+
+def gpus(
+    words: Sequence[str] = (),
+    *,
+    job: Job | None = None,
+    prices: Mapping[Gpu, Price] | None = None,
+) -> list[KnownCard]:
+    """The known cards in whose name each of `words` stands, with `prices` where given and, of a
+    job, whether each holds it. Raises ConfigError, and PreflightError where the job has a mistake
+    or no card holds it."""
+    needs, names = None, []
+    if job is not None:
+        parsed = load_job(job)
+        names = parsed.offer.gpu_name
+        free = parsed.offer.model_copy(update={"gpu_name": []})  # each card is judged by itself
+        parsed = parsed.model_copy(update={"offer": free})
+        with tempfile.TemporaryDirectory() as folder:
+            needs = planner.new_plan(parsed, Path(folder), time.time(), or_estimate=True).needs
+    return cards.cards(words, dict(prices or {}), needs, names)
+
+
+def plan(
+    job: Job,
+    *,
+    vast: Vast | None = None,
+    root: Path | None = None,
+    on_cpu: bool = False,
+    or_estimate: bool = False,
+) -> Planned:
+    """Everything that can fail for free, then the market ranked for this job. Rents nothing and
+    leaves nothing on the disk.
+
+    `on_cpu` refuses what this computer's CPU could not train within limits.max_hours, which is
+    where the emulator's boxes compute. `or_estimate` tells tokens from characters where a model
+    that the catalogue knows cannot be had (no network): nothing is rented by such a plan. Raises
+    ConfigError, PreflightError, NoOffer, MarketError."""
+    vast, root = vast or open_market(), root or runs_folder()
+    finished(vast, root)
+    parsed, now = load_job(job), time.time()
+    asked = {"on_cpu": on_cpu, "or_estimate": or_estimate}
+    made = preflight(lambda: planner.new_plan(parsed, root, now, **asked), vast, root)
+    (root / made.run_id).rmdir()  # nothing is begun
+    offers = search_offers(vast, made.needs)
+    ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
+    if not ranking.accepted:
+        raise no_offer_error(ranking, 0, made.needs)
+    return Planned(made, ranking, vast.credit_usd())
