@@ -52,7 +52,7 @@ from ops.errors import (  # noqa: E402
     MarketError,
     PreflightError,
 )
-from ops.job import config, data_files, needs, planner  # noqa: E402
+from ops.job import config, data_files, lengths, model_shape, needs, pushes, wire_job  # noqa: E402
 from ops.job.adapters import Adapters  # noqa: E402
 from ops.market import client  # noqa: E402
 from ops.market.client import Vast  # noqa: E402
@@ -324,7 +324,7 @@ def read_wire_job(name: str, data: bytes, folder: Path) -> None:
 
 def read_template(name: str, data: bytes, folder: Path) -> None:
     (folder / name).write_bytes(data)
-    template.load(*planner._template(str(folder / name)))
+    template.load(*wire_job.template_of(str(folder / name)))
 
 
 def read_plan(name: str, data: bytes, folder: Path) -> None:
@@ -335,10 +335,10 @@ def read_plan(name: str, data: bytes, folder: Path) -> None:
     told = JOB_FILE | {"model": {"base": str(model)}, "data": {"files": [str(path)]}}
     job = config.parse(told, folder / "job.toml")
     (folder / "stage").mkdir()
-    pushes = [*data_files.data_files(job, folder / "stage"), *planner._model_files(job)]
-    files = [p for p in pushes if p.remote.startswith("data/")]
-    wire = planner._wire_job(job, "fuzz-1", [job], [files], [Adapters()])
-    planner._lengths(wire, folder / "stage", ".", pushes, [])
+    sent = [*data_files.data_files(job, folder / "stage"), *pushes.model_files(job)]
+    files = [p for p in sent if p.remote.startswith("data/")]
+    wire = wire_job.make_wire_job(job, "fuzz-1", [job], [files], [Adapters()])
+    lengths.lengths_of(wire, folder / "stage", ".", sent, [])
 
 
 def read_model_config(name: str, data: bytes, folder: Path) -> None:
@@ -346,8 +346,8 @@ def read_model_config(name: str, data: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(data)
     job = config.parse(JOB_FILE | {"model": {"base": str(folder)}}, folder / "job.toml")
     notes: list[str] = []
-    told = planner._model_config(job, notes)
-    shape = planner._shape(job, told, planner._family(job, told, 100, notes), notes)
+    told = model_shape.model_config(job, notes)
+    shape = model_shape.shape_of(job, told, model_shape.family_of(job, told, 100, notes), notes)
     needs.needs_of(job, needs.workload_of(job, [100, 50], shape, []), shape)
 
 

@@ -14,7 +14,7 @@ from ops.errors import PreflightError
 from ops.job import sent
 from ops.job.needs import DRIVER_SHARE, IMAGE_UNPACKED, SYSTEM_GIB
 from ops.job.plan import Plan
-from ops.job.planner import trainer_files
+from ops.job.pushes import trainer_files
 from ops.market.workload import Workload
 from trainer import memory
 

@@ -65,7 +65,7 @@ def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(
 ) -> None:
     from ops.box.transfer import PushFile, sha256_of
     from ops.job.adapters import taken_up
-    from ops.job.planner import _wire_job
+    from ops.job.wire_job import make_wire_job
 
     convert = module("job_from_toml")
     job = config.load(job_folder / "job.toml")
@@ -76,7 +76,7 @@ def test_a_job_file_for_renting_becomes_the_same_job_on_the_server(
         for n, p in enumerate([*job.data.files, job.data.held_out])
     ]
     adapters = taken_up(job, tmp_path / "stage")[1]
-    assert ours == _wire_job(job, "mine-1", [job], [pushes], [adapters])
+    assert ours == make_wire_job(job, "mine-1", [job], [pushes], [adapters])
     assert Job.model_validate_json((run / "job.json").read_text()) == ours and ours.processes == 2
     assert (run / "model" / "config.json").is_file() and (run / "data" / "1-held.json").is_file()
     assert convert.write_run(job_folder / "job.toml", job, run, 1).processes == 1

@@ -13,7 +13,7 @@ import pytest
 from ops.errors import ConfigError, PreflightError
 from ops.job import config
 from ops.job.adapters import taken_up
-from ops.job.planner import _family
+from ops.job.model_shape import family_of
 from trainer.wire.chain import Chain, Link, weights_sha256
 from trainer.wire.job import Lora
 
@@ -202,7 +202,7 @@ def test_adapters_of_experts_do_not_stand_beside_others(tmp_path: Path) -> None:
         "num_hidden_layers": 2,
     }
     with pytest.raises(PreflightError, match="adapters beside each other"):
-        _family(a_job(tmp_path, stage="ppo"), config_of, 8, [])
+        family_of(a_job(tmp_path, stage="ppo"), config_of, 8, [])
     attention = {"target_modules": ["q_proj", "v_proj"]}
-    assert _family(a_job(tmp_path, stage="ppo", lora=attention), config_of, 8, [])
-    assert _family(a_job(tmp_path, stage="grpo"), config_of, 8, []), "it has no adapter beside"
+    assert family_of(a_job(tmp_path, stage="ppo", lora=attention), config_of, 8, [])
+    assert family_of(a_job(tmp_path, stage="grpo"), config_of, 8, []), "it has no adapter beside"

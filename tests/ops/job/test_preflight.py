@@ -14,7 +14,8 @@ import pytest
 import rig
 from ops.errors import ConfigError, MilkteaError, PreflightError
 from ops.fakevast import FakeVast
-from ops.job import config, planner, tokens
+from ops.job import config, tokens
+from ops.job.model_shape import model_config
 from ops.job.plan import Plan
 from ops.job.planner import new_plan
 from ops.job.preflight import preflight
@@ -245,7 +246,7 @@ def test_a_config_that_is_none_is_told_before_renting(
     (tmp_path / "model/config.json").write_text(text)
     told = config.parse(job | {"model": {"base": "model"}}, tmp_path / "job.toml")
     with pytest.raises(PreflightError, match="cannot be predicted"):
-        planner._model_config(told, [])
+        model_config(told, [])
 
 
 def test_a_model_that_does_not_fit_the_named_card_is_told_the_nearest_that_does(

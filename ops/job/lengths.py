@@ -1,0 +1,134 @@
+"""How many tokens each row has: by the trainer's own preparation, or estimated from characters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ops.box.transfer import PushFile
+from ops.catalogue.models import Entry
+from ops.errors import PreflightError
+from ops.job.mistakes import grouped
+from trainer.data import estimate, prepare, stage_rows
+from trainer.data import template as prompt
+from trainer.data.errors import InvalidJob, ModelMissing
+from trainer.wire.job import Job
+from trainer.wire.stages import STAGES
+
+
+class NotTokenised(PreflightError):
+    """The data may be valid, but there is no tokenizer here to count its tokens."""
+
+
+def lengths_of_all(
+    job: Job, folder: Path, pushes: list[PushFile], entry: Entry | None, notes: list[str]
+) -> tuple[list[list[int]], bool]:
+    """Tokens of each row, by stage, and whether they were counted by the tokenizer: where there is
+    none, they are estimated for a model that the catalogue has as `entry`. Raises NotTokenised."""
+    found: list[list[int]] = []
+    tokenised = True
+    for number, (part, place) in enumerate(job.parts()):
+        said: list[str] = []
+        try:
+            lengths = lengths_of(part, folder, place, pushes, said)
+        except NotTokenised as e:
+            if entry is None:
+                raise
+            tokenised, lengths = False, _estimated(part, folder, place, pushes, entry, said)
+            said.append(f"{e}; a run asks for it")
+        found.append(lengths)
+        of_stage = f"stage {number + 1}, {part.stage}: " if len(job.stages) > 1 else ""
+        notes += [of_stage + line for line in said]
+    return found, tokenised
+
+
+def lengths_of(
+    job: Job, folder: Path, place: str, pushes: list[PushFile], notes: list[str]
+) -> list[int]:
+    """Tokens of each row that will be trained on, by the trainer's own preparation on links to the
+    user's files; the job's run folder is `place` in `folder`. Raises NotTokenised without a
+    tokenizer."""
+    try:
+        with _linked(folder, place, pushes):
+            prepared = stage_rows.prepare(job, folder / place)
+    except InvalidJob as e:
+        listed = "\n".join(f"  {s}" for s in grouped(e.samples))
+        kind = NotTokenised if isinstance(e, ModelMissing) else PreflightError
+        raise kind(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
+    except prompt.TemplateError as e:
+        raise PreflightError(str(e)) from e
+    except OSError as e:
+        raise NotTokenised(
+            f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}",
+            hint="check model.base and the network, or name a local folder",
+        ) from e
+    lengths = prepared.rows.lengths
+    if not lengths:
+        raise PreflightError(
+            "no row is left to train on",
+            hint="`python -m trainer.data FILE` says what became of each",
+        )
+    notes += [*prepared.rows.summary, *changed_rows(prepared.rows.notes)]
+    if prepared.held is not None and STAGES[job.stage].looks:
+        notes.append(prepare.looks_at(job, prepared.rows, prepared.held).words)
+    notes.append(
+        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
+        f"{max(lengths):,} tokens, stop token trained in every row"
+    )
+    return lengths
+
+
+@contextmanager
+def _linked(folder: Path, place: str, pushes: list[PushFile]) -> Iterator[None]:
+    """While the block runs, the run folder has data/ and model/ as links to the user's files, and
+    the folder `place` of a stage."""
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    for p in pushes:
+        if p.remote.startswith(("data/", "model/")):
+            link = folder / p.remote
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(p.local)
+    try:
+        yield
+    finally:
+        for name in ("data", "model", "cache", "stages"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _estimated(
+    job: Job, folder: Path, place: str, pushes: list[PushFile], entry: Entry, notes: list[str]
+) -> list[int]:
+    """An estimate of each row's tokens, without a tokenizer. Raises PreflightError for defects in
+    the rows."""
+    with _linked(folder, place, pushes):
+        files = [(folder / place / f.path, f.name) for f in job.data.files]
+        rows, defects = stage_rows.read(job, files)
+    try:
+        prepare.validate_rows(defects)
+    except InvalidJob as e:
+        listed = "\n".join(f"  {s}" for s in e.samples)
+        raise PreflightError(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
+    if not rows:
+        raise PreflightError("no row is left to train on")
+    vocabulary = int(entry.values.get("vocabulary") or 150_000)
+    density = estimate.Density.of(vocabulary, entry.model_type)
+    lengths, limit = estimate.lengths(rows, density), job.data.max_length
+    too_long = sum(n > limit for n in lengths)
+    notes.append(
+        f"{len(rows):,} rows, about {sum(lengths):,} tokens an epoch: an estimate from characters "
+        f"({density.ascii:g} of ASCII a token, {density.wide:g} of Chinese), {estimate.OFF:.0%} "
+        "off at most on texts that were tried"
+    )
+    if too_long:
+        notes.append(f"about {too_long:,} rows are longer than data.max_length {limit:,}")
+    return [min(n, limit) for n in lengths]
+
+
+def changed_rows(messages: list[str]) -> list[str]:
+    """One line about the rows that are dropped or truncated; `messages` has a line for each row."""
+    if not messages:
+        return []
+    more = f"; and {len(messages) - 1:,} more" if len(messages) > 1 else ""
+    return [f"{len(messages):,} rows are changed or left out: {messages[0]}{more}"]
