@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from vastai.api.instances import build_create_instance_payload
 
-from ops.errors import MarketError, NoAnswer, OfferGone, RateLimited, Refused
+from ops.errors import MarketError, NoAnswer, RateLimited, Refused
 from ops.market import http
 from ops.market.models import ROWS, Instance, Offer, parse_instance, parse_offer
 from ops.market.provider import VAST_AI, Provider
+from ops.market.replies import (
+    BAD_ROW,
+    QUOTA,
+    Charge,
+    code_of,
+    is_gone,
+    label_of,
+    message_of,
+    parse_charge,
+    parse_offers,
+    rate_limited,
+    reason_of,
+    refusal,
+    validate_list,
+)
 from ops.wait import Clock, until
 
 # Minimum seconds between two calls of one kind (vast.ai's documented thresholds; it answers 429
@@ -38,8 +52,6 @@ INTERVAL_S = {
     "charges": 1.0,
     "user": 0.5,
 }
-QUOTA = "search_quota_exceeded"  # vast.ai's code: no search until the next day
-TAKEN = (404, 409, 410)  # what a create is answered when its offer is gone, in whatever words
 PATIENCE_S = 60.0  # how long a call is repeated
 FIRST_PATIENCE_S = 20.0  # the same, before vast.ai has answered once
 LOG_PATIENCE_S = 10.0  # for a container's log
@@ -48,23 +60,6 @@ MAX_PAGES = 400  # of one list: more is a list that does not end
 MAX_LOG_BYTES = 4 << 20
 # (host, path) where vast.ai stores a container's log: its own bucket, not all that Amazon hosts
 LOG_PLACES = (("s3.amazonaws.com", "/vast.ai/"), ("vast.ai.s3.amazonaws.com", "/"))
-BAD_ROW = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-)  # what parsing a malformed row raises
-
-
-@dataclass(frozen=True)
-class Charge:
-    """One line of the bill: kind is "gpu", "disk", "bwd" (bytes into the box) or "bwu" (out of
-    it)."""
-
-    kind: str
-    usd: float
-    description: str
 
 
 class Vast:
@@ -124,7 +119,7 @@ class Vast:
         }
         body.setdefault("order", [["dph_total", "asc"]])
         rows = self._repeat("search", "POST", "/bundles/", body).get("offers")
-        return _parse_offers(parse_offer, rows), isinstance(rows, list) and len(rows) >= ROWS
+        return parse_offers(parse_offer, rows), isinstance(rows, list) and len(rows) >= ROWS
 
     # -- instances ---------------------------------------------------------------------------------
 
@@ -160,14 +155,16 @@ class Vast:
         reply = self._call("create", "PUT", f"/asks/{offer_id}/", body, timeout_s=60)
         if reply.get("success") is True and isinstance(reply.get("new_contract"), int):
             return int(reply["new_contract"])
-        raise _refusal(200, reply)
+        raise refusal(200, reply)
 
     def instances(self, label: str | None = None) -> list[Instance]:
         """Every instance of the account over all pages, or those with `label`. Raises NoAnswer for
         a row that cannot be parsed: an incomplete list proves nothing."""
         try:
             return [
-                parse_instance(row) for row in self._rows() if label is None or _label(row) == label
+                parse_instance(row)
+                for row in self._rows()
+                if label is None or label_of(row) == label
             ]
         except BAD_ROW as e:
             raise NoAnswer(f"vast.ai listed an instance that cannot be read: {e}") from e
@@ -176,7 +173,7 @@ class Vast:
         """(id, label) of every instance of the account; nothing else of a row is parsed. Raises
         NoAnswer where a row has no id or the list no end."""
         try:
-            return [(int(row["id"]), _label(row)) for row in self._rows()]
+            return [(int(row["id"]), label_of(row)) for row in self._rows()]
         except BAD_ROW as e:
             raise NoAnswer(f"vast.ai listed an instance without an id: {e}") from e
 
@@ -188,7 +185,7 @@ class Vast:
         }
         tokens: set[str] = set()
         for _ in range(MAX_PAGES):
-            page = self._repeat("list", "GET", "/api/v1/instances/", query=query, has=_has_list)
+            page = self._repeat("list", "GET", "/api/v1/instances/", query=query, has=validate_list)
             yield from page["instances"]
             token = page.get("next_token")
             if not token:
@@ -204,7 +201,7 @@ class Vast:
         try:
             reply = self._repeat("show", "GET", f"/instances/{instance_id}/", query={"owner": "me"})
         except Refused as e:
-            if _is_gone(e):
+            if is_gone(e):
                 return None
             raise
         row = reply.get("instances")
@@ -221,7 +218,7 @@ class Vast:
         try:
             self._call("destroy", "DELETE", f"/instances/{instance_id}/", {})
         except Refused as e:
-            if not _is_gone(e):
+            if not is_gone(e):
                 raise
 
     def set_running(self, instance_id: int, running: bool) -> None:
@@ -230,9 +227,9 @@ class Vast:
         state = "running" if running else "stopped"
         reply = self._repeat("state", "PUT", f"/instances/{instance_id}/", {"state": state})
         if reply.get("success") is False:
-            queued = "resources" in _message(reply) or "queued" in _message(reply)
-            code = "resources_unavailable" if queued else _code(reply)
-            raise Refused(f"vast.ai does not set it {state}: {_message(reply)}", code=code)
+            queued = "resources" in message_of(reply) or "queued" in message_of(reply)
+            code = "resources_unavailable" if queued else code_of(reply)
+            raise Refused(f"vast.ai does not set it {state}: {message_of(reply)}", code=code)
 
     def attach_key(self, instance_id: int, public_key: str) -> None:
         self._repeat("attach", "POST", f"/instances/{instance_id}/ssh/", {"ssh_key": public_key})
@@ -312,7 +309,7 @@ class Vast:
             try:
                 for row in rows:
                     if row.get("source") == source:
-                        found += [_charge(item) for item in row.get("items") or []]
+                        found += [parse_charge(item) for item in row.get("items") or []]
                 # the latest came first
                 older = not rows or float(rows[-1].get("start") or 0) < since_unix_s
             except BAD_ROW as e:
@@ -374,7 +371,7 @@ class Vast:
         try:
             reply = verb(path, query_args=query, json_data=body, timeout=timeout_s)
         except (requests.RequestException, ValueError, RecursionError) as e:  # its own look at it
-            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {_reason(e)}") from e
+            raise NoAnswer(f"{what}: no answer from {self.provider.url}: {reason_of(e)}") from e
         try:
             content = json.loads(reply.content) if reply.content else {}
         except (ValueError, RecursionError):  # no JSON, or of endless digits or brackets
@@ -386,13 +383,13 @@ class Vast:
                 ) from None
         self._answered = True
         if reply.status_code == 429:
-            raise _rate_limited(what, content)
-        if reply.status_code == 403 and not _code(content):  # a firewall between us and vast.ai
-            raise NoAnswer(f"{what}: 403 in words that are not vast.ai's: {_message(content)}")
+            raise rate_limited(what, content)
+        if reply.status_code == 403 and not code_of(content):  # a firewall between us and vast.ai
+            raise NoAnswer(f"{what}: 403 in words that are not vast.ai's: {message_of(content)}")
         if reply.status_code >= 500 and reply.status_code != 501:
-            raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {_message(content)}")
+            raise NoAnswer(f"{what}: vast.ai answered {reply.status_code}: {message_of(content)}")
         if not reply.ok:
-            raise _refusal(reply.status_code, content, creating=kind == "create")
+            raise refusal(reply.status_code, content, creating=kind == "create")
         return content if isinstance(content, dict) else {"items": content}
 
     def _wait_for_turn(self, kind: str) -> None:
@@ -400,84 +397,3 @@ class Vast:
         if 0 <= waited_s < INTERVAL_S[kind]:
             self.clock.sleep(INTERVAL_S[kind] - waited_s)
         self._last_call[kind] = self.clock.steady()
-
-
-def _label(row: dict[str, Any]) -> str:
-    return str(row.get("label") or "").strip()
-
-
-def _charge(item: dict[str, Any]) -> Charge:
-    return Charge(
-        str(item.get("type")), float(item.get("amount") or 0), str(item.get("description", ""))
-    )
-
-
-def _rate_limited(what: str, content: Any) -> RateLimited:
-    """The error for HTTP 429; for the day's quota it says when to come again."""
-    code, words = _code(content), _message(content)
-    if code != QUOTA:
-        return RateLimited(f"{what}: {words}", code=code)
-    wait_s = content.get("retry_after")
-    known = isinstance(wait_s, int | float) and 0 < wait_s < 2 * 86400
-    when = f"in {wait_s / 3600:.1f} h" if known else "after midnight UTC"
-    return RateLimited(
-        f"{what}: the searches of this day are used up: {words}", code=code, hint=f"again {when}"
-    )
-
-
-def _refusal(status: int, content: Any, *, creating: bool = False) -> MarketError:
-    """The error for a reply that says no, to a create where `creating`. `instance_id` is set when
-    the reply names a contract that it created all the same."""
-    code, words = _code(content), _message(content)
-    contract = content.get("new_contract") if isinstance(content, dict) else None
-    kind: type[MarketError] = Refused
-    taken = status in TAKEN and code != "auth_error" and contract is None
-    if "no_such_ask" in code + words or (creating and taken):
-        kind, what, hint = OfferGone, f"the offer is gone: {words}", None
-    elif code == "auth_error":
-        what = f"vast.ai does not accept the key: {words}"
-        hint = "set VAST_API_KEY to a key from https://cloud.vast.ai/manage-keys/"
-    elif "credit" in code + words or code == "spend_rate_limit":
-        what = f"vast.ai refuses for lack of credit: {words}"
-        hint = "add credit at https://cloud.vast.ai/billing/"
-    else:
-        what = f"vast.ai refused ({status}): {words}"
-        hint = "`milktea explain RUN` shows what was asked"
-    return kind(
-        what, code=code, instance_id=contract if isinstance(contract, int) else None, hint=hint
-    )
-
-
-def _is_gone(e: Refused) -> bool:
-    """404 for a wrong key is not 'destroyed': only these codes are."""
-    return e.code in ("no_such_instance", "not_found")
-
-
-def _code(content: Any) -> str:
-    """vast.ai's own code of a refusal; "" where the reply has none."""
-    return str(content.get("error") or "") if isinstance(content, dict) else ""
-
-
-def _has_list(page: dict[str, Any]) -> None:
-    if not isinstance(page.get("instances"), list):
-        raise NoAnswer(f"vast.ai's list of instances has no list in it: {str(page)[:200]}")
-
-
-def _message(content: Any) -> str:
-    if not isinstance(content, dict):
-        return str(content)[:200]
-    return str(content.get("msg") or content.get("detail") or content.get("error") or content)[:300]
-
-
-def _reason(e: Exception) -> str:
-    return str(e).split("(Caused by ")[-1][:200]
-
-
-def _parse_offers(parse: Callable[[dict[str, Any]], Offer], rows: Any) -> list[Offer]:
-    offers = []
-    for row in rows if isinstance(rows, list) else []:
-        try:
-            offers.append(parse(row))
-        except BAD_ROW:
-            continue  # an offer that cannot be parsed is never rented
-    return offers

@@ -4,7 +4,7 @@ import pytest
 
 from ops import errors
 from ops.errors import BoxError, Lost, MarketError, MilkteaError, NoAnswer, OfferGone, Refused
-from ops.market.client import _refusal
+from ops.market.replies import refusal
 
 
 def classes(of: type[MilkteaError] = MilkteaError) -> list[type[MilkteaError]]:
@@ -60,5 +60,5 @@ def test_the_meter_does_not_replace_what_a_raise_knew() -> None:
 def test_a_refusal_keeps_vast_ais_code_and_the_contract_that_it_names(
     status: int, reply: object, kind: type[MarketError], code: str, instance_id: int | None
 ) -> None:
-    error = _refusal(status, reply)
+    error = refusal(status, reply)
     assert (type(error), error.code, error.instance_id) == (kind, code, instance_id)
