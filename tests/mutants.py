@@ -48,6 +48,7 @@ TESTS = {  # module -> its own tests
     "ops.run.result": ["tests/ops/run/test_result.py"],
     "ops.run.lora_result": ["tests/ops/run/test_lora_result.py"],
     "ops.run.absence": ["tests/ops/run/test_absence.py"],
+    "ops.run.boot": ["tests/ops/run/test_rental.py"],
     "ops.run.rental": ["tests/ops/run/test_rental.py"],
     "ops.run.keeper": ["tests/ops/run/test_keeper_limits.py"],
     "ops.run.follow": ["tests/ops/run/test_follow_limits.py"],

@@ -56,11 +56,11 @@ from ops.market.provider import Provider  # noqa: E402
 from ops.market.ranking import Needs  # noqa: E402
 from ops.market.workload import Workload  # noqa: E402
 from ops.run import (  # noqa: E402
+    boot,
     follow,
     journal,
     keeper,
     on_rented_box,
-    rental,
     session,
     supervisor,
 )
@@ -101,7 +101,7 @@ def hasten() -> None:
     for module in (wait, keeper):
         vars(module)["ASLEEP_S"] = 2.0
     keeper.ANSWER_S = 5.0  # a shell's start takes no less here
-    rental.boot_timeout_s = lambda predicted: BOOT_S  # type: ignore[attr-defined]
+    boot.boot_timeout_s = lambda predicted: BOOT_S  # type: ignore[attr-defined]
     session.WATCH_S = WATCH_S  # type: ignore[attr-defined]
     follow.POLL_S = 0.2 * SCALE
     connection.ANSWER_S, connection.IDLE_S = 6.0, 6.0

@@ -32,7 +32,8 @@ from ops.errors import (
 )
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
-from ops.run import blame, chain, place, rental
+from ops.run import blame, chain, place
+from ops.run import boot as booting
 from ops.run.choose import choose, search
 from ops.run.interrupt import stage
 from ops.run.keeper import keeper_running
@@ -43,7 +44,7 @@ from ops.wait import Patience
 from trainer.wire.job import WIRE, Job
 
 R = TypeVar("R")
-boot = stage(rental.boot)
+boot = stage(booting.boot)
 MAX_MACHINES = 5  # in a row without a checkpoint, before the run gives up
 CONNECT_S = 300.0
 REACH_S = 20.0  # of trying, before vast.ai is asked for the ports again

@@ -26,12 +26,11 @@ from ops.errors import (
 from ops.fakevast.cloud.catalogue import machine, offer_row
 from ops.market.models import Instance, parse_instance, parse_offer
 from ops.run.absence import until_absent
+from ops.run.boot import boot, difference
 from ops.run.meter import boot_timeout_s
 from ops.run.rental import (
-    boot,
     box_left_alone,
     destroy,
-    difference,
     endpoints,
     existing_instance,
     raise_if_preempted,

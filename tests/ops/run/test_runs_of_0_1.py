@@ -22,11 +22,12 @@ from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.market.provider import Provider
 from ops.run import explain, journal
+from ops.run.boot import boot
 from ops.run.journal import Journal
 from ops.run.on_rented_box import connect, offers, push
 from ops.run.reap import reap
 from ops.run.rent_and_train import launch, rent_and_train
-from ops.run.rental import boot, rented
+from ops.run.rental import rented
 from ops.run.session import Detached
 from ops.wait import RealClock
 
