@@ -25,10 +25,11 @@ from pathlib import Path
 
 import paramiko
 
-from ops.box.connection import HOST_ALIAS, Box, Endpoint
+from ops.box.connection import Box, Endpoint
 from ops.box.pull import pull
 from ops.box.push import push
 from ops.box.transfer import PushFile, sha256_of
+from ops.box.transport import HOST_ALIAS
 
 SHAPED = """ip link set lo up mtu 1500 &&
 tc qdisc add dev lo root tbf rate "$0" burst 256kb latency 100ms &&

@@ -15,29 +15,27 @@ import logging
 import math
 import os
 import shlex
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import paramiko
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ops.box.channel import MARK, Deadline, Flood, Input, Output, read_output, send_input
+from ops.box.transport import HOST_ALIAS, WriteFirstKey, make_transport, reason_of
 from ops.errors import BoxError, HostKeyChanged, Lost, MilkteaError, NeverReady, Unsuitable
 from ops.wait import until
 
 if TYPE_CHECKING:  # see load()
     import fabric
 
-HOST_ALIAS = "milktea-box"  # in known_hosts: the direct port and the proxy lead to one sshd
 MAX_OUTPUT = 8 << 20  # bytes of stdout and of stderr; no command of ours has more
 ANSWER_S = 30.0  # seconds within which the box's sshd starts a command
 IDLE_S = 60.0  # seconds for which a stream may stand still
-_WINDOW = 32 << 20  # bytes in flight towards us; paramiko's 2 MiB are 10 MB/s at 200 ms
 
 # else paramiko's threads print a traceback of every cut link
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -250,7 +248,7 @@ class Box:
                 "banner_timeout": timeout_s,
                 "auth_timeout": timeout_s,
                 "channel_timeout": ANSWER_S,
-                "transport_factory": _transport,
+                "transport_factory": make_transport,
             },
         )
         self._pin_host_key(connection.client, endpoint)
@@ -266,7 +264,7 @@ class Box:
             ) from error
         except (OSError, EOFError, paramiko.SSHException) as error:
             connection.client.close()
-            return _reason(error, timeout_s)
+            return reason_of(error, timeout_s)
         connection.transport.set_keepalive(15)
         self._fabric, self.endpoint = connection, endpoint
         return ""
@@ -278,7 +276,7 @@ class Box:
         name = endpoint.host if port == 22 else f"[{endpoint.host}]:{port}"  # paramiko's key for it
         for kind, key in (known.lookup(HOST_ALIAS) or {}).items():
             client.get_host_keys().add(name, kind, key)
-        client.set_missing_host_key_policy(_WriteFirstKey(self.known_hosts))
+        client.set_missing_host_key_policy(WriteFirstKey(self.known_hosts))
 
     def _lost(self, what: str) -> Lost:
         self.close()
@@ -395,43 +393,3 @@ class Box:
 
 def _first_line(script: str) -> str:
     return (script.strip().splitlines() or ["an empty script"])[0][:80]
-
-
-class _WriteFirstKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]  # it is untyped
-    """The first key ever seen is written to known_hosts under HOST_ALIAS."""
-
-    def __init__(self, known_hosts: Path) -> None:
-        self.known_hosts = known_hosts
-
-    def missing_host_key(self, client: Any, hostname: str, key: paramiko.PKey) -> None:
-        with open(self.known_hosts, "a", encoding="ascii") as file:
-            file.write(f"{HOST_ALIAS} {key.get_name()} {key.get_base64()}\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _transport(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:
-    """paramiko's transport with a cipher that CPUs have instructions for, and a wide window."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # keepalives unanswered for 30 s: broken, not slow
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
-    transport = paramiko.Transport(sock, default_window_size=_WINDOW, **kwargs)
-    # paramiko asks for new keys every 512 MiB, and dies of it when a channel closes meanwhile:
-    # its reader waits for itself. RFC 4344 allows AES 64 GiB; sshd asks in time on its side.
-    transport.packetizer.REKEY_BYTES = 16 << 30
-    options = transport.get_security_options()
-    options.ciphers = sorted(options.ciphers, key=lambda name: not name.startswith("aes128-gcm"))
-    return transport
-
-
-def _reason(error: BaseException, timeout_s: float) -> str:
-    match error:
-        case paramiko.AuthenticationException():
-            return "publickey denied"
-        case TimeoutError():
-            return f"no answer in {timeout_s:.0f} s"
-        case ConnectionRefusedError() | paramiko.ssh_exception.NoValidConnectionsError():
-            return "refused"
-        case ConnectionResetError():
-            return "reset"
-        case _:
-            return f"{error}" or "closed during the handshake"
