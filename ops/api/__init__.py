@@ -31,7 +31,7 @@ from ops.hardware.gpus import Gpu
 from ops.image import carry
 from ops.image import workflow as images
 from ops.job.cards import KnownCard, KnownModel, Price
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.market.models import Instance

@@ -14,7 +14,7 @@ from ops.api.reaping import finished
 from ops.hardware.gpus import Gpu
 from ops.job import cards, config, planner
 from ops.job.cards import KnownCard, Price
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from ops.job.plan import Plan
 from ops.job.preflight import preflight
 from ops.market.client import Vast

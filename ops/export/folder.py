@@ -17,7 +17,7 @@ from ops.errors import ConfigError
 from ops.export.kubeflow import kubeflow_files
 from ops.export.slurm import slurm_files
 from ops.job import config, planner
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 
 Kind = Literal["slurm", "kubeflow"]
 WRITERS = {"slurm": slurm_files, "kubeflow": kubeflow_files}

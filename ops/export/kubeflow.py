@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from ops.export.common import GRACE_S, ROOT, command
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from ops.job.plan import Plan
 
 API = "trainer.kubeflow.org"

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from ops.export.common import CPUS_PER_GPU, GRACE_S, ROOT, command
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from ops.job.plan import Plan
 
 TEMPLATE = Path(__file__).parent / "train.sbatch.in"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from trainer.wire.adapters import as_told, files_of, judge_defect, lora_from
 from trainer.wire.chain import CONFIG, text_of
 from trainer.wire.job import DataFile

@@ -13,7 +13,7 @@ from typing import Any
 from ops.catalogue.models import Entry, entries
 from ops.hardware import gpus
 from ops.hardware.gpus import Gpu
-from ops.job.config import Data
+from ops.job.job_file import Data
 from ops.job.needs import DRIVER_SHARE
 from ops.market.ranking import Needs
 from trainer import families, memory

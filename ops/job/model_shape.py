@@ -9,7 +9,7 @@ from typing import Any
 
 from ops.catalogue.models import lookup
 from ops.errors import PreflightError
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from trainer import families, memory
 
 

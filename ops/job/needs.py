@@ -9,7 +9,7 @@ from pathlib import Path
 from ops.box.transfer import PushFile
 from ops.errors import PreflightError
 from ops.hardware import gpus
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from ops.market.ranking import Needs
 from ops.market.workload import Workload
 from trainer import memory

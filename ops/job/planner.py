@@ -15,7 +15,7 @@ from ops.errors import PreflightError
 from ops.hardware import gpus
 from ops.job import sent, tokens
 from ops.job.adapters import Adapters, taken_up
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from ops.job.lengths import lengths_of_all
 from ops.job.model_shape import family_of, model_config, shape_of
 from ops.job.needs import largest, needs_of, of_stages, workload_of

@@ -9,8 +9,8 @@ from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
 from ops.job import sent
 from ops.job.adapters import Adapters
-from ops.job.config import JobFile
 from ops.job.data_files import data_files
+from ops.job.job_file import JobFile
 from trainer.data import prepare
 
 TRAINER_SUFFIXES = (".py", ".toml", ".html")

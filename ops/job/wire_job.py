@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ops.box.transfer import PushFile
 from ops.errors import ConfigError
 from ops.job.adapters import FUNCTION, JUDGE, Adapters
-from ops.job.config import JobFile
+from ops.job.job_file import JobFile
 from trainer.data import template as prompt
 from trainer.wire.job import Job
 from trainer.wire.tables import told_of_chain

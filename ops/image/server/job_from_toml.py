@@ -4,7 +4,7 @@ as on a rented box.
     python job_from_toml.py paths JOB.toml      host paths that the job reads, one a line
     python job_from_toml.py run JOB.toml RUN_FOLDER [PROCESSES]     writes job.json and its data
 
-`milktea-run` calls it; `ops.job.config` and `ops.errors` travel with it in the bundle,
+`milktea-run` calls it; `ops.job.config`, `ops.job.job_file` and `ops.errors` are in the image,
 `trainer.wire.job` is the image's own. The keys that are about money and machines ([offer],
 [limits], [image], [results]) are checked and then mean nothing here, but for offer.num_gpus. A base
 model is looked for as a folder, then among the installed models, then in the image.

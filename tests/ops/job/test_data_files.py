@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ops.errors import PreflightError
-from ops.job.config import JobFile
 from ops.job.data_files import data_files
+from ops.job.job_file import JobFile
 from trainer.data.files import read_rows
 
 ROWS = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(3)]
