@@ -31,10 +31,11 @@ def write_adapter(folder: Path, base: Path, seed: int, **settings: Any) -> Path:
     from trainer.result.words import write_words
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **settings)
+    plain: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    config = LoraConfig(**{**plain, **settings})
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(parameter, 0.0, 0.4)
     model.save_pretrained(str(folder))
     vocabulary, template = open_vocabulary(base), load("alpaca")

@@ -39,18 +39,18 @@ def base_linear(module: nn.Module) -> nn.Linear:
     )
 
 
-def adapter_of(module: Any) -> Adapter | None:
-    """(A [r, K], B [N, r], scaling) of the one active LoRA adapter of a PEFT linear, or None.
+def adapter_of(module: Any, named: str | None = None) -> Adapter | None:
+    """(A [r, K], B [N, r], scaling) of one LoRA adapter of a PEFT linear, or None where it has none
+    there: of the adapter ``named``, by default of the one that is active.
 
     Raises ValueError for what the fast path does not compute: several active adapters, DoRA, LoRA
     bias, dropout, merged weights."""
-    if (
-        not hasattr(module, "lora_A")
-        or not module.active_adapters
-        or getattr(module, "disable_adapters", False)
-    ):
+    if not hasattr(module, "lora_A"):
         return None
-    active = [name for name in module.active_adapters if name in module.lora_A]
+    wanted = [named] if named is not None else module.active_adapters
+    if named is None and getattr(module, "disable_adapters", False):
+        return None
+    active = [name for name in wanted if name in module.lora_A]
     if not active:
         return None
     if len(active) > 1:
@@ -78,7 +78,8 @@ class Group:
     rank: int = 0
     a: Tensor | None = None  # [G*R, K]
     b: Tensor | None = None  # [N, R], times scaling
-    wide_b: Tensor | None = None  # [N, G*R], see ``widen``
+    wide_a: Tensor | None = None  # [T, K], of decoding steps: see ``widen`` and ``hold``
+    wide_b: Tensor | None = None  # [N, T]
     generation: int = 0
 
     @classmethod
@@ -127,26 +128,49 @@ class Group:
         self.rank = rank
         self.a = self.like.new_zeros(len(self.sizes) * rank, k) if rank else None
         self.b = self.like.new_zeros(n, rank) if rank else None
-        self.wide_b = None
 
     def widen(self) -> None:
         """Copy ``b`` to the diagonal of ``wide_b``, so that one product gives the adapters' terms
-        of all parts. ``wide_b`` does not follow later changes of ``b``."""
+        of all parts; ``wide_a`` is ``a``. ``wide_b`` does not follow later changes of ``b``."""
+        self.wide_a = self.a
         if self.b is None or len(self.sizes) == 1:
             self.wide_b = self.b
             return
-        if self.wide_b is None:
-            self.wide_b = self.b.new_zeros(len(self.b), len(self.sizes) * self.rank)
+        width = len(self.sizes) * self.rank
+        if self.wide_b is None or self.wide_b.shape[1] != width:
+            self.wide_b = self.b.new_zeros(len(self.b), width)
         parts = enumerate(zip(self.b.split(self.sizes), self.wide_b.split(self.sizes), strict=True))
         for i, (rows, wide) in parts:
             wide[:, i * self.rank : (i + 1) * self.rank] = rows
+
+    @torch.no_grad()
+    def hold(self, names: Sequence[str]) -> None:
+        """Fill ``wide_a`` and ``wide_b`` with all adapters of these names instead, one behind the
+        other in T: of adapter n the n-th of as many equal parts. Later changes are not followed."""
+        found = [[adapter_of(m, name) for m in self.modules] for name in names]
+        ranks = [x[0].shape[0] for adapters in found for x in adapters if x is not None]
+        self.wide_a = self.wide_b = None
+        if not ranks:
+            return
+        (n, k), rank, parts = self.weight.shape, padded_rank(max(ranks)), len(self.sizes)
+        a = self.like.new_zeros(len(names), parts, rank, k)
+        b = self.like.new_zeros(n, len(names), parts, rank)
+        for at, adapters in enumerate(found):
+            each = self._split(adapters[0]) if self._joined else adapters
+            for part, (rows, adapter) in enumerate(zip(b.split(self.sizes), each, strict=True)):
+                if adapter is not None:
+                    its_a, its_b, scaling = adapter
+                    a[at, part, : len(its_a)] = its_a
+                    rows[:, at, part, : len(its_a)] = its_b
+                    rows[:, at, part] *= scaling
+        self.wide_a, self.wide_b = a.flatten(0, 2), b.flatten(1)
 
     def slots(self) -> Iterator[tuple[Tensor, Tensor, Adapter | None]]:
         """Yields the places in ``a`` and ``b`` of each part's active adapter, with the adapter, and
         the rows and columns that no adapter fills, with None."""
         if self.a is None or self.b is None:
             return
-        adapters = self._of_parts() if self._joined else self.adapters
+        adapters = self._split(self.adapters[0]) if self._joined else self.adapters
         for i, (rows, adapter) in enumerate(
             zip(torch.split(self.b, self.sizes), adapters, strict=True)
         ):
@@ -157,9 +181,8 @@ class Group:
             if r < self.rank:
                 yield mine[r:], rows[:, r:], None
 
-    def _of_parts(self) -> list[Any]:
+    def _split(self, adapter: Adapter | None) -> list[Any]:
         """The adapter of one joined linear, split by part: each has its rows of B."""
-        adapter = self.adapters[0]
         if adapter is None:
             return [None] * len(self.sizes)
         a, b, scaling = adapter

@@ -26,20 +26,24 @@ class CachePositions(NamedTuple):
     """Where the next token of each of B rows goes in the cache: row ``slots`` int64 [B], place
     ``positions`` int64 [B]. For flash attention, ``firsts`` int32 [B + 1] are the boundaries of the
     queries, ``starts`` int32 [B + 1] the first place of each row when all cache rows lie end to
-    end, and ``seen`` int32 [B] the number of tokens that each row then holds."""
+    end, and ``seen`` int32 [B] the number of tokens that each row then holds. ``share`` [B,
+    adapters] says how much each held adapter counts in a row; None where all rows have the same."""
 
     slots: Tensor
     positions: Tensor
     firsts: Tensor
     starts: Tensor
     seen: Tensor
+    share: Tensor | None = None
 
     @classmethod
-    def of(cls, slots: Tensor, positions: Tensor, longest: int) -> CachePositions:
+    def of(
+        cls, slots: Tensor, positions: Tensor, longest: int, share: Tensor | None = None
+    ) -> CachePositions:
         """``longest`` is the number of places in a cache row."""
         firsts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
         starts = torch.nn.functional.pad((slots * longest).int(), (0, 1))
-        return cls(slots, positions, firsts, starts, (positions + 1).int())
+        return cls(slots, positions, firsts, starts, (positions + 1).int(), share)
 
 
 class KeyValueCache(Protocol):
@@ -83,19 +87,19 @@ def step(
     assert layer.gate_up is not None and layer.down is not None
     _, x = ops.add_norm(h, None, None, None, layer.norm1)
     q = ops.turn_and_keep(
-        *product(layer, layer.qkv, x),
+        *product(layer, layer.qkv, x, at.share),
         *(layer.bias, cos, sin, (layer.heads, layer.kv_heads), *kept, at.slots, at.positions),
         norms=layer.head_norms,
         pairs=layer.pairs,
     )
     out = (attention or by_flash)(q, *kept, at, layer.rules, layer.sinks)
-    y, more = product(layer, layer.o, out.flatten(1))
+    y, more = product(layer, layer.o, out.flatten(1), at.share)
     if layer.o_bias is not None:
         y += layer.o_bias
     middle, x = ops.add_norm(h, y, more, layer.branch1, layer.norm2)
-    act = ops.gate(*product(layer, layer.gate_up, x), layer.gelu)
+    act = ops.gate(*product(layer, layer.gate_up, x, at.share), layer.gelu)
     scale = 1.0 if layer.branch2 is None else layer.out_scale
-    last = product(layer, layer.down, act)
+    last = product(layer, layer.down, act, at.share)
     end: Tensor = ops.add_norm(middle, *last, layer.branch2, None, scale)[0]
     return end
 
@@ -109,18 +113,23 @@ def operations(layer: FastLayer) -> ModuleType:
     return step_ops
 
 
-def product(layer: FastLayer, group: Group, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x [B, K] -> (x W^T [B, N], the adapters' term [B, N] or None). During graph capture the two
-    run on separate streams: the base product is bound by memory, and the adapters' products are
-    short."""
+def product(
+    layer: FastLayer, group: Group, x: Tensor, share: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x [B, K], ``share`` [B, adapters] -> (x W^T [B, N], the adapters' term [B, N] or None).
+    During graph capture the two run on separate streams: the base product is bound by memory, and
+    the adapters' products are short."""
     beside = None
-    if group.a is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if group.wide_a is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
         beside = _beside(x.device)
         beside.wait_stream(torch.cuda.current_stream())
     more = None
     with torch.cuda.stream(beside):
-        if group.a is not None and group.wide_b is not None:
-            more = (x @ group.a.t()) @ group.wide_b.t()
+        if group.wide_a is not None and group.wide_b is not None:
+            t = x @ group.wide_a.t()
+            if share is not None:
+                t = (t.unflatten(1, (share.shape[1], -1)) * share[:, :, None]).flatten(1)
+            more = t @ group.wide_b.t()
     if group.weight.column_scale is None:
         y = group.weight.forward(x, None)
     else:

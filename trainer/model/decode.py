@@ -284,7 +284,8 @@ class Rows:
         if isinstance(slots, slice):
             slots = torch.arange(slots.start, slots.stop, device=self.device)
         keys.packed, keys.rows, keys.kept = None, rows, kept
-        keys.place = CachePositions.of(slots, at, keys.longest)
+        share = None if self.adapters is None else self.adapters.share(rows)
+        keys.place = CachePositions.of(slots, at, keys.longest, share)
         keys.steady = self.adapters is not None
         out = self.inner(
             input_ids=last[:, None],

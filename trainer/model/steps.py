@@ -4,12 +4,13 @@ launch runs the whole model, as a CUDA graph captured for a number of rows."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from trainer.kernels.decoder_layer import FastLayer
@@ -25,6 +26,61 @@ def tower_of(model: nn.Module) -> Any:
     return next((m for m in model.modules() if getattr(m, "fast_layers", None)), None)
 
 
+def steps_of(model: nn.Module) -> list[FastLayer]:
+    """The layers of the model that decode by trainer/kernels/step_layer.py."""
+    tower = tower_of(model)
+    if tower is None:
+        return []
+    trust_steps(tower)
+    return [fast for fast in tower.fast_layers if fast.steps]
+
+
+class HeldAdapters:
+    """Several adapters that never change, all of them in the layers' buffers: in a step each row is
+    answered by its own. Prefill takes the one that is active in PEFT. An adapter more makes every
+    step read its weights; a row without one reads them too, and counts them 0."""
+
+    def __init__(self, tower: Any, names: Sequence[str]) -> None:
+        self._at, self._chosen = {name: n for n, name in enumerate(names)}, [""]
+        self._groups = [group for fast in tower.fast_layers for group in fast.groups]
+        self.like = tower.fast_layers[0].like
+        for group in self._groups:
+            group.hold(names)
+        self.share = self.like.new_zeros(1, len(names))  # [rows, adapters]
+
+    def choose(self, adapters: Sequence[str]) -> None:
+        """From now on row n is answered by the adapter ``adapters[n]``; by none where the name is
+        not of those held."""
+        if list(adapters) == self._chosen:
+            return
+        self._chosen = list(adapters)
+        share = torch.zeros(1 << (len(adapters) - 1).bit_length(), len(self._at))
+        for row, name in enumerate(adapters):
+            if name in self._at:
+                share[row, self._at[name]] = 1.0
+        share = share.to(self.like)
+        if len(share) > len(self.share):
+            self.share = share
+        else:
+            self.share[: len(share)] = share  # a captured graph reads this place
+
+
+def hold_adapters(model: nn.Module, names: Sequence[str]) -> HeldAdapters | None:
+    """Hold the adapters of these names in the model's fused layers, or return None where a step of
+    the model computes some of them elsewhere."""
+    tower = tower_of(model)
+    if tower is None or not names or not trust_steps(tower):
+        return None
+    fused = {id(m) for fast in tower.fast_layers for g in fast.groups for m in g.modules}
+    layers = [
+        m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    if not all(id(m) in fused for m in layers):
+        return None
+    tower.held = HeldAdapters(tower, names)
+    return cast(HeldAdapters, tower.held)
+
+
 class ActiveAdapters:
     """The adapters that the fused layers use while tokens are decoded. Every other forward pass
     looks them up itself."""
@@ -33,12 +89,16 @@ class ActiveAdapters:
         self._tower = tower
         self._groups = [group for fast in tower.fast_layers for group in fast.groups]
         self._places: list[Tensor | None] = []
+        self._active: tuple[Any, ...] | None = None
         self._first = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
 
     def look_up(self) -> bool:
         """Copy the active adapters into the layers' buffers, unless they are there already. Returns
-        True where the buffers have changed since the last call, so that captured graphs are
-        stale."""
+        True where buffers, or what is active, have changed since the last call, so that captured
+        graphs are stale."""
+        if (held := self._held) is not None:
+            before, self._places = self._places, [held.share]
+            return bool(before) and before[0] is not held.share
         first = self._first
         active = ("",) if first is None else (*first.active_adapters, first.disable_adapters)
         if self._tower.looked_up != active:
@@ -47,7 +107,19 @@ class ActiveAdapters:
                 group.widen()
             self._tower.looked_up = active
         before, self._places = self._places, [x for g in self._groups for x in (g.a, g.wide_b)]
-        return any(x is not y for x, y in zip(self._places, before, strict=False))
+        was, self._active = self._active, active
+        changed = was is not None and was != active  # adapters of other layers, too
+        return changed or any(x is not y for x, y in zip(self._places, before, strict=False))
+
+    @property
+    def _held(self) -> HeldAdapters | None:
+        held: HeldAdapters | None = getattr(self._tower, "held", None)
+        return held
+
+    def share(self, rows: slice | Tensor) -> Tensor | None:
+        """[rows, adapters], how much each held adapter counts in these rows; None where the active
+        one answers all."""
+        return None if self._held is None else self._held.share[rows]
 
 
 def trust_steps(tower: Any) -> bool:

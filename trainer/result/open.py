@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,8 @@ from trainer.data.template import TemplateError, Turn, load, parse, with_chat_te
 from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
+from trainer.kernels.rotary import by_document
+from trainer.model.answering import accelerate, answers_fast
 from trainer.model.decode import answer
 from trainer.model.load import family_in
 from trainer.model.parts import ModelError
@@ -132,11 +134,34 @@ def unpacked(adapter: Path) -> Iterator[Path]:
 def load_model(adapter: Path | None, base: Path, device: torch.device) -> nn.Module:
     """The base with the adapter on it, or the whole model that `adapter` is, or the base alone."""
     if adapter is None:
-        return load_plain(base, device)
+        return load_answering(base, device)
     if not (adapter / "adapter_config.json").is_file():  # full or freeze: a whole model
-        return load_plain(adapter, device)
-    model: Any = PeftModel.from_pretrained(load_plain(base, device), str(adapter))
-    return cast(nn.Module, model.eval())
+        return load_answering(adapter, device)
+    return load_answering(
+        base, device, adapt=lambda model: cast(Any, PeftModel).from_pretrained(model, str(adapter))
+    )
+
+
+def load_answering(
+    folder: Path,
+    device: torch.device,
+    precision: str = "auto",
+    adapt: Callable[[nn.Module], nn.Module] = lambda model: model,
+    fast: bool | None = None,
+) -> nn.Module:
+    """The model of a folder with the adapters that `adapt` puts on it, in one of PRECISIONS, ready
+    to answer. `fast`: its layers are computed by trainer/kernels where they compute such a model;
+    None: on an NVIDIA GPU."""
+    precision = precision_of(precision, folder, device)
+    if answers_fast(device, precision) if fast is None else fast:
+        held = "fp32" if precision == "fp32" else "bf16"
+        model = adapt(load_plain(folder, torch.device("cpu"), held))
+        if accelerate(model, precision, device):
+            return model.eval()
+        if precision == held:
+            return model.to(device).eval()
+        del model
+    return adapt(load_plain(folder, device, precision)).eval()
 
 
 def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> nn.Module:
@@ -161,6 +186,7 @@ def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> n
     if precision == "nf4" and device.type == "cpu":
         _validate_widths(model)
     model.family = family_in(folder)  # of the model as it was published
+    by_document(model)
     return cast(nn.Module, (model if quantised else model.to(device)).eval())
 
 

@@ -222,7 +222,7 @@ class Engine:
 
     def _read(self, taken: list[Ask], rows: list[int]) -> None:
         self._make_room()
-        self.models.answer_as([taken[0].voice.adapter])
+        self.models.read_as(taken[0].voice.adapter)
         logits = self._rows.read(rows, [list(a.prompt) for a in taken])
         self.counts.prompt_tokens += sum(len(a.prompt) for a in taken)
         self._take(taken, logits, torch.tensor(rows, device=self.models.device))

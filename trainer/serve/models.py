@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from trainer.data.template import TemplateError, load, with_chat_template
 from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_ids, stop_token, token_hash
 from trainer.model.parts import ModelError, family_of
-from trainer.result.open import load_plain, open_words, unpacked
+from trainer.model.steps import hold_adapters, steps_of
+from trainer.result.open import load_answering, open_words, unpacked
 
 BASE = "base"
 NO_ADAPTER = "__base__"  # PEFT's name of a row without an adapter
@@ -59,10 +61,12 @@ class Models:
         self.context = min(context, positions) if positions else context
         self._names: list[str] | None = None  # of the rows of one batch, or None: of none
         self._active = ""
+        names = dict.fromkeys(v.adapter for v in self.voices.values() if v.adapter != NO_ADAPTER)
+        self._held = hold_adapters(model, list(names)) if isinstance(model, PeftModel) else None
         layers = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
-        self.mixes = all(map(_mixes, layers))
+        self.mixes = self._held is not None or (not steps_of(model) and all(map(_mixes, layers)))
         """Whether rows of several adapters may stand in one batch."""
-        if self.mixes:
+        if self.mixes and self._held is None:
             for layer in layers:
                 layer.register_forward_pre_hook(self._with_names, with_kwargs=True)
 
@@ -71,9 +75,18 @@ class Models:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return arguments, more if self._names is None else {**more, "adapter_names": self._names}
 
+    def read_as(self, adapter: str) -> None:
+        """The next packs of prompts are read by this adapter."""
+        self._names = None
+        if isinstance(self.model, PeftModel):
+            self._activate(adapter)
+
     def answer_as(self, adapters: list[str]) -> None:
-        """Of the next forward passes each row is answered by its adapter. Raises ValueError for
-        several where they do not mix."""
+        """In the next steps each row is answered by its adapter. Raises ValueError for several
+        where they do not mix."""
+        if self._held is not None:
+            self._held.choose(adapters)
+            return
         several = len(set(adapters)) > 1
         if several and not self.mixes:
             raise ValueError("adapters of this kind do not stand in one batch")
@@ -108,10 +121,11 @@ def open_models(
     device: torch.device,
     context: int = CONTEXT,
     precision: str = "auto",
+    fast: bool | None = None,
 ) -> Models:
     """Loads the base model of the folder `base` in a precision of PRECISIONS (result/open.py) and,
-    by their names, the adapters (folders, or adapter.zip) on it. Raises TemplateError, ModelError
-    as `open_adapter`."""
+    by their names, the adapters (folders, or adapter.zip) on it; `fast` as of `load_answering`.
+    Raises TemplateError, ModelError as `open_adapter`."""
     for name in results:
         if not NAME.fullmatch(name) or name in (BASE, NO_ADAPTER):
             raise ModelError(f"a model cannot be called {name!r}: take letters, digits, . _ -")
@@ -122,14 +136,15 @@ def open_models(
         if whole and len(folders) > 1:
             raise ModelError(f"{whole[0]} is a whole model, no adapter: serve it alone")
         if whole:
-            model = load_plain(folders[whole[0]], device, precision)
+            model = load_answering(folders[whole[0]], device, precision, fast=fast)
         else:
-            model = _with_adapters(load_plain(base, device, precision), folders)
+            adapt = partial(_with_adapters, folders=folders)
+            model = load_answering(base, device, precision, adapt, fast)
     voices = {name: _voice(name, words[name], n) for n, name in enumerate(words)}
     if not whole:
         own = _own_words(base, next(iter(words.values()), None))
         voices[BASE] = replace(_voice(BASE, own, 0), adapter=NO_ADAPTER)
-    return Models(model.eval(), voices, device, context)
+    return Models(model, voices, device, context)
 
 
 def _with_adapters(model: nn.Module, folders: Mapping[str, Path]) -> nn.Module:

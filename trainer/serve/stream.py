@@ -56,7 +56,7 @@ def stream(
         rows = Rows(models.model, n, longest, models.device)
     parts = []
     for row, (voice, prompt) in enumerate(zip(voices, prompts, strict=True)):
-        models.answer_as([voice.adapter])
+        models.read_as(voice.adapter)
         parts.append(rows.read([row], [list(prompt)]))
     seen = _seen(prompts, parts[0].shape[-1], models.device)
     going = [True] * n

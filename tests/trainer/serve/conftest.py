@@ -25,13 +25,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def serving(results: dict[str, Path]) -> Iterator[Callable[..., Engine]]:
-    """serving(width=...) -> an engine over `base` and the results."""
+    """serving(width=...) -> an engine over `base` and the results; `fast` as of open_models."""
     engines: list[Engine] = []
 
     def get(
-        chosen: dict[str, Path] | None = None, base: Path = PRACTICE, width: int = 16
+        chosen: dict[str, Path] | None = None,
+        base: Path = PRACTICE,
+        width: int = 16,
+        fast: bool = False,
     ) -> Engine:
-        models = open_models(chosen or results, base, torch.device("cpu"))
+        models = open_models(chosen or results, base, torch.device("cpu"), fast=fast)
         engines.append(Engine(models, width))
         return engines[-1]
 

@@ -16,6 +16,7 @@ from transformers import StableLmConfig, StableLmForCausalLM
 from trainer.data.prepare import prompt_ids
 from trainer.data.template import Turn
 from trainer.model.decode import generate
+from trainer.model.steps import steps_of
 from trainer.practice.model import HERE as PRACTICE
 from trainer.result.open import open_adapter
 from trainer.serve.engine import Ask, Busy, Engine, SamplingParams, choose
@@ -83,6 +84,44 @@ def test_adapters_that_peft_does_not_mix_take_turns_within_a_step(
     asks = list(zip(QUESTIONS, names, strict=False))
     alone = [answers([asked(engine, q, n, 5)])[0] for q, n in asks]
     assert answers([asked(engine, q, n, 5) for q, n in asks]) == alone
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of an adapted embedding
+@pytest.mark.parametrize(
+    ("more", "mixes"),
+    [
+        ({"r": 20, "target_modules": "all-linear", "lora_dropout": 0.1, "use_rslora": True}, True),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    ],
+    ids=["all in the layers", "one beside them"],
+)
+def test_by_the_fused_layers_each_says_what_it_says_by_transformers(
+    serving: Callable[..., Engine],
+    results: dict[str, Path],
+    tmp_path: Path,
+    more: dict[str, Any],
+    mixes: bool,
+) -> None:
+    chosen = {**results, "other": write_adapter(tmp_path / "other", PRACTICE, 6, **more)}
+    asks = list(zip(QUESTIONS, cycle(["other", "zh-1", "base", "v2.5"]), strict=False))
+    said = []
+    for fast in (True, False):
+        engine = serving(chosen, width=6, fast=fast)
+        assert bool(steps_of(engine.models.model)) == fast
+        assert engine.models.mixes == (mixes or not fast)
+        heard = [asked(engine, q, name) for q, name in asks]
+        said.append(answers(heard))
+    assert said[0] == said[1]
+    assert len({tuple(ids) for ids in said[0]}) > 4, "answers that tell something"
+
+
+def test_an_adapter_that_the_fused_layers_do_not_compute_leaves_the_model_as_it_is(
+    serving: Callable[..., Engine], results: dict[str, Path], tmp_path: Path
+) -> None:
+    wide = write_adapter(tmp_path / "wide", PRACTICE, 5, r=65)
+    engine = serving({**results, "wide": wide}, fast=True)
+    assert not steps_of(engine.models.model) and engine.models.mixes
+    assert len(answers([asked(engine, QUESTIONS[0], "wide")])[0]) > 0
 
 
 def test_a_model_with_transformers_own_attention_is_served_too(
