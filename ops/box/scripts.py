@@ -12,7 +12,6 @@ import shlex
 HOME_FOLDER = "milktea"
 # seconds without a client after which a box destroys itself, unless it may work on alone
 LEASE_S = 600
-SAVE_S = 40  # a step to its end and a checkpoint on the disk; less than `Box.run` waits
 NEVER = 999999999  # seconds: an age that no box reaches
 WATCH_S = 15  # how often the box looks; overshoot of money and time is at most this
 
@@ -283,11 +282,17 @@ echo halted
 """
 
 
-def stop_training(run_id: str) -> str:
-    """SIGTERM to the training's process group: it saves a checkpoint and leaves 143 in
-    exit_code. Returns once that is there, or after SAVE_S seconds."""
+def stop_training(run_id: str, wait_s: int) -> str:
+    """SIGTERM to the training's process group: it saves a checkpoint and leaves 143 in exit_code.
+    Prints `ended` once no training runs; ends after `wait_s` seconds without that. Called again, it
+    waits again."""
     return f"""\
-cd {run_folder(run_id)} && [ -s pid ] && kill -s TERM -- "-$(cat pid)" 2>/dev/null || exit 0
+cd {run_folder(run_id)} || exit 9
+[ -s pid ] && kill -s TERM -- "-$(cat pid)" 2>/dev/null || {{ echo ended; exit 0; }}
 n=0
-while [ ! -e exit_code ] && [ $n -lt {5 * SAVE_S} ] && {ALIVE}; do n=$((n + 1)); sleep 0.2; done
+while [ ! -e exit_code ] && {ALIVE}; do
+  [ $n -lt {5 * wait_s} ] || exit 0
+  n=$((n + 1)); sleep 0.2
+done
+echo ended
 """
