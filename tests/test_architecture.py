@@ -18,6 +18,7 @@ FLOORS = {
     "ops": [
         ["cli"],
         ["api"],
+        ["sweep"],
         ["export", "image", "fakevast", "use"],
         ["run"],
         ["job"],

@@ -25,6 +25,7 @@ from ops.api.reading import compare
 from ops.api.reaping import finish_destroys, reap
 from ops.api.running import attach, destroy, rent_and_train, resume, stop
 from ops.api.screen import Quiet
+from ops.api.sweeping import QuietSweep, map, plan_map, variations
 from ops.errors import MilkteaError
 from ops.export.folder import Kind, export
 from ops.hardware.gpus import Gpu
@@ -43,6 +44,12 @@ from ops.run.meter import dearest_silence
 from ops.run.reap import Reaped
 from ops.run.session import Interrupted, Screen
 from ops.run.view import Cost, Run, find_run, runs
+from ops.sweep.begin import Swept
+from ops.sweep.engine import Watcher
+from ops.sweep.grid import parse_set
+from ops.sweep.page import rows as sweep_rows
+from ops.sweep.plan import PlannedSweep
+from ops.sweep.state import Trial
 from ops.use import begin, words
 from ops.use import rows as data
 from ops.use.compare import Comparison, Outcome
@@ -76,8 +83,10 @@ __all__ = [
     "Outcome",
     "Plan",
     "Planned",
+    "PlannedSweep",
     "Price",
     "Quiet",
+    "QuietSweep",
     "Ranking",
     "Reading",
     "Reaped",
@@ -86,7 +95,10 @@ __all__ = [
     "Score",
     "Screen",
     "Status",
+    "Swept",
+    "Trial",
     "Vast",
+    "Watcher",
     "attach",
     "begin",
     "carry",
@@ -106,11 +118,14 @@ __all__ = [
     "gpus",
     "images",
     "load_job",
+    "map",
     "merge",
     "models",
     "open_market",
+    "parse_set",
     "plan",
     "plan_chat",
+    "plan_map",
     "prices",
     "reap",
     "rent_and_talk",
@@ -120,7 +135,9 @@ __all__ = [
     "runs_folder",
     "schema",
     "stop",
+    "sweep_rows",
     "told_line",
     "uses_vast_ai",
+    "variations",
     "words",
 ]

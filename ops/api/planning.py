@@ -42,9 +42,13 @@ def load_job(job: Job) -> JobFile:
     if isinstance(job, JobFile):
         return job
     if isinstance(job, Mapping):
-        results = {"folder": "out"} | dict(job.get("results", {}))
-        return config.parse({**job, "results": results}, Path("job"))
+        return config.parse(with_results(job), Path("job"))
     return config.load(Path(job))
+
+
+def with_results(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as a dict, whose results go to `out` in the working directory."""
+    return {**job, "results": {"folder": "out"} | dict(job.get("results", {}))}
 
 
 def prices(vast: Vast | None = None) -> dict[Gpu, Price]:

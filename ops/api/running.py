@@ -133,7 +133,7 @@ def attach(run: Run | str, *, root: Path | None = None, screen: Screen | None = 
     and raises as `rent_and_train`, for a run that has ended as well; JournalError where its owner
     was killed."""
     run, screen = run if isinstance(run, Run) else find_run(run, root), screen or Quiet()
-    with watching(run.folder), _ctrl_c() as pressed:
+    with watching(run.folder), ctrl_c() as pressed:
         tail = Tail(run.folder, screen)
         while True:
             over = not run.is_owned  # looked at first: what it told last is told below
@@ -165,7 +165,7 @@ def _chosen(run: Run, screen: Screen) -> str:
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
+def ctrl_c() -> Iterator[threading.Event]:
     """Set by SIGINT; nothing is cut in half by it. In another thread than the main one, where no
     signal arrives, nothing changes."""
     pressed = threading.Event()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ops.cli import compare, data, history, image, serve, shelf, use
+from ops.cli import compare, data, history, image, serve, shelf, sweep, use
 from ops.cli.acting import acting, interrupted, market, open_screen, report
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
@@ -246,6 +246,7 @@ def destroy(run: Run, as_json: Json = False) -> None:
 for command in (history.status, history.logs, history.cost, history.explain):
     app.command()(command)
 app.command()(compare.compare)
+app.command()(sweep.sweep)
 app.command()(data.init)
 app.command()(shelf.models)
 app.command()(shelf.gpus)

@@ -21,8 +21,13 @@ from trainer.wire.tables import REWARD_MODEL, StageTable, chain_mistake, loras_o
 def load(path: Path) -> JobFile:
     """Read a job file and make its relative paths absolute. Raises ConfigError that lists every
     mistake with its path."""
+    return parse(read(path), path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a job file, unchecked. Raises ConfigError for what is no TOML file."""
     try:
-        raw = tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
         raise ConfigError(
             f"{path}: no such job file",
@@ -33,7 +38,6 @@ def load(path: Path) -> JobFile:
         raise ConfigError(f"{path}: cannot be read: {e}") from e
     except (ValueError, RecursionError) as e:  # a number of too many digits, endless brackets
         raise ConfigError(f"{path}: not TOML: {e}") from e
-    return parse(raw, path)
 
 
 def parse(raw: dict[str, Any], path: Path) -> JobFile:
@@ -77,6 +81,14 @@ def _several(raw: dict[str, Any], path: Path) -> JobFile:
     job = found[-1].model_copy(update={"stages": tables})
     job._parts = found
     return job
+
+
+def with_max_usd(job: JobFile, max_usd: float) -> JobFile:
+    """The same job with limits.max_usd, in each of its stages."""
+    limits = job.limits.model_copy(update={"max_usd": max_usd})
+    changed = job.model_copy(update={"limits": limits})
+    changed._parts = [p.model_copy(update={"limits": limits}) for p in job._parts]
+    return changed
 
 
 def schema() -> dict[str, Any]:
