@@ -1,1 +1,3 @@
-from ops.api import *  # noqa: F403 - the name that people import; ops/api/ says what is in it
+# the names that people import; ops/api/ and ops/declare/ say what is in them
+from ops.api import *  # noqa: F403
+from ops.declare import *  # noqa: F403

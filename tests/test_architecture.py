@@ -17,6 +17,7 @@ MAX_FUNCTION_LINES = 60
 FLOORS = {
     "ops": [
         ["cli"],
+        ["declare"],
         ["api"],
         ["sweep"],
         ["export", "image", "fakevast", "use"],

@@ -6,10 +6,11 @@
     run = milktea.rent_and_train(planned)             # rents; returns once the box is proven gone
     print(run.adapter, run.cost().spent_usd)
 
-A job is a path of a TOML file, or a dict of the same keys (relative paths in it, and its
-`results.folder` of `out`, are of the working directory). `vast` is vast.ai where VAST_API_KEY is
-set, else the emulator on this machine (`open_market`); `root` is the folder of runs, `runs/` or
-MILKTEA_RUNS. Errors are those of `ops.errors`: each has `money`, `hint` and `exit_code`.
+A job is a path of a TOML file, a `Job` (ops/declare/job.py), or a dict of the same keys (relative
+paths in it, and its `results.folder` of `out`, are of the working directory). `vast` is vast.ai
+where VAST_API_KEY is set, else the emulator on this machine (`open_market`); `root` is the folder
+of runs, `runs/` or MILKTEA_RUNS. Errors are those of `ops.errors`: each has `money`, `hint` and
+`exit_code`.
 
 Whatever acts first finishes every destroy that an earlier client began and could not prove, and
 raises BoxLeaked where it still cannot.
@@ -27,7 +28,7 @@ from ops.api.running import attach, destroy, rent_and_train, resume, stop
 from ops.api.screen import Quiet
 from ops.api.sweeping import QuietSweep, map, plan_map, variations
 from ops.errors import MilkteaError
-from ops.export.folder import Kind, export
+from ops.export.folder import Kind, export, export_job
 from ops.hardware.gpus import Gpu
 from ops.image import carry
 from ops.image import workflow as images
@@ -112,6 +113,7 @@ __all__ = [
     "events",
     "export",
     "export_adapter",
+    "export_job",
     "find_result",
     "find_run",
     "finish_destroys",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from ops.api.market import open_market
 from ops.api.reaping import finished
@@ -23,7 +23,16 @@ from ops.run import prices as price_list
 from ops.run.choose import bad_machines, no_offer_error, search_offers
 from ops.run.folders import runs_folder
 
-Job = JobFile | Mapping[str, Any] | Path | str
+
+@runtime_checkable
+class Declared(Protocol):
+    """A job that was declared in Python (ops/declare/job.py)."""
+
+    @property
+    def file(self) -> JobFile: ...
+
+
+Job = JobFile | Declared | Mapping[str, Any] | Path | str
 schema = config.schema
 models = cards.models
 
@@ -36,11 +45,22 @@ class Planned:
     ranking: Ranking  # .accepted: at least one, the cheapest finished run first
     credit_usd: float
 
+    def __str__(self) -> str:
+        """The four best offers with their dollars and hours, and what the plan notes."""
+        p = self.plan
+        lines = [f"{p.run_id}: {p.image}, at most {p.max_usd:.2f} $ and {p.max_s / 3600:.1f} h"]
+        for one in self.ranking.accepted[:4]:
+            card = f"{one.offer.num_gpus} x {one.offer.gpu_name}"
+            lines.append(f"  {card:<20} {one.cost.usd:8.4f} $ {one.cost.hours:6.2f} h  {one.why}")
+        return "\n".join([*lines, *(f"  {note}" for note in p.notes)])
+
 
 def load_job(job: Job) -> JobFile:
     """The job, checked. Raises ConfigError listing every mistake with its path."""
     if isinstance(job, JobFile):
         return job
+    if isinstance(job, Declared):
+        return job.file
     if isinstance(job, Mapping):
         return config.parse(with_results(job), Path("job"))
     return config.load(Path(job))

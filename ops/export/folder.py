@@ -30,7 +30,13 @@ def export(
 
     `queue` is Slurm's partition or Kueue's local queue. Exporting again is idempotent; a folder in
     which a run has begun is refused. Raises ConfigError, PreflightError. Needs no account."""
-    job = config.load(job_path)
+    return export_job(kind, config.load(job_path), out, nodes, queue)
+
+
+def export_job(
+    kind: Kind, job: JobFile, out: Path, nodes: int = 1, queue: str | None = None
+) -> list[Path]:
+    """As `export`, of a job that was read already."""
     validate_nodes(job, nodes)
     folder = out / f"{job.name}-{kind}"
     if (folder / "events.jsonl").exists():

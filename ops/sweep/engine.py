@@ -49,7 +49,7 @@ class Begins(Protocol):
 
 
 class Acts(Protocol):
-    """What is done with a run; ops/api.py gives its own functions."""
+    """What is done with a run; ops/api/ gives its own functions."""
 
     def plan(self, job: JobFile) -> Begins: ...
     def begin(self, planned: Any) -> Run:

@@ -129,7 +129,7 @@ def show(word: Word, as_json: bool = False) -> int:
     """Runs it on this terminal and returns its exit code. It handles Ctrl-C itself."""
     command = [*word.command, *(["--json"] if as_json else [])]
     with _carried_signals() as carry:
-        return carry(subprocess.Popen(command, env=_environment()))[0]
+        return carry(subprocess.Popen(command, env=environment()))[0]
 
 
 def tell(word: Word) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def tell(word: Word) -> dict[str, Any]:
     it refuses."""
     command = [*word.command, "--json"]
     with _carried_signals() as carry:
-        code, said = carry(subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE))
+        code, said = carry(subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE))
     lines = said.decode("utf-8", "replace").strip().splitlines()
     try:
         answer: dict[str, Any] = json.loads(lines[-1])
@@ -179,7 +179,7 @@ def _carried_signals() -> Iterator[Callable[[subprocess.Popen[bytes]], tuple[int
             signal.signal(number, handler)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """An environment with the trainer of this milktea, whatever the working folder holds."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

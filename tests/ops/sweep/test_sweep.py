@@ -84,7 +84,8 @@ class Killer(Counting):
 def test_of_eight_the_planted_one_is_found_though_two_owners_die(
     own: rig.Rig, vast: milktea.Vast, looking: FakeVast, job: dict[str, Any], seed: int
 ) -> None:
-    heard = Killer(2.0, 3, random.Random(seed).sample(range(1, 9), 2))
+    other = random.Random(seed).choice([1, 2, 4, 5, 6, 7, 8])
+    heard = Killer(2.0, 3, [3, other])
     jobs = milktea.variations(job, {"training.learning_rate": RATES})
     swept = milktea.map(jobs, max_usd=2.0, at_once=3, vast=vast, root=own.runs, watcher=heard)
     assert swept.best is not None and swept.best.settings == {"training.learning_rate": 3e-4}
