@@ -25,19 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from trainer.tools import checkpoint
+from trainer.tools import checkpoint, sentencepiece_bpe
 from trainer.tools.checkpoint import InvalidCheckpoint, Progress
 
 SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")  # of ChatGLM3
 MARK = "chatglm_rows"  # in the config.json of a converted model: its rows are in our order
 NOT_TURNED = 1e30  # divides a frequency to 0
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(
-    1, 7
-)  # kinds of sentencepiece's pieces
 FIRST = "take ChatGLM2-6B or ChatGLM3-6B; of GLM-4 the hub has folders that end in -hf"
 NAMES = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -183,58 +180,11 @@ def weight_files(source: Path) -> list[Path]:
 
 
 def read_tokenizer(path: Path, roles: bool) -> Tokenizer:
-    """The tokenizer of a sentencepiece model of byte-pair encoding; ``roles`` adds ChatGLM3's.
-
-    Ids of special tokens follow the pieces; one that is a piece too is called <sop>. Raises
+    """The tokenizer of ChatGLM2's sentencepiece model; ``roles`` adds ChatGLM3's. Raises
     InvalidCheckpoint where the file is of another kind.
     """
-    from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
-
-    proto = import_protobuf().ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, or a missing file
-        raise InvalidCheckpoint(f"{path.name} is no sentencepiece model: {error}", FIRST) from error
-    spec, pieces = proto.normalizer_spec, proto.pieces
-    if proto.trainer_spec.model_type != 2 or spec.remove_extra_whitespaces or not pieces:
-        raise InvalidCheckpoint(f"{path.name} is no sentencepiece model of ChatGLM2's kind", FIRST)
     special = [*SPECIAL, *(ROLES if roles else ())]
-    vocab = {piece.piece: number for number, piece in enumerate(pieces)}
-    scores = {x.piece: x.score for x in pieces if x.type in (NORMAL, USER_DEFINED)}
-    merges = generate_merges(vocab, scores, {x.piece for x in pieces if x.piece not in scores})
-    special = [token if token not in vocab else f"<{token}>" for token in special]
-    vocab |= {token: len(pieces) + number for number, token in enumerate(special)}
-    mask, start = special[1], special[3]
-    unknown = next(x.piece for x in pieces if x.type == UNKNOWN)
-    made = Tokenizer(
-        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    steps: list[Any] = [normalizers.Replace(" ", "▁")]
-    if spec.add_dummy_prefix:
-        steps.insert(0, normalizers.Prepend("▁"))
-    if spec.precompiled_charsmap:
-        steps.insert(0, normalizers.Precompiled(spec.precompiled_charsmap))
-    made.normalizer = normalizers.Sequence(steps)
-    made.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    made.post_processor = processors.TemplateProcessing(
-        single=f"{mask} {start} $A",
-        pair=f"{mask} {start} $A $B",
-        special_tokens=[(token, vocab[token]) for token in (mask, start)],
-    )
-    made.add_special_tokens(
-        [AddedToken(x.piece, normalized=False) for x in pieces if x.type in (CONTROL, UNKNOWN)]
-    )
-    made.add_tokens(
-        [AddedToken(x.piece, normalized=False) for x in pieces if x.type == USER_DEFINED]
-    )
-    return made
+    return sentencepiece_bpe.read(path, special, (SPECIAL[1], SPECIAL[3]), FIRST)
 
 
 def _converted(

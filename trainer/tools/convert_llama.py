@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from trainer.tools import checkpoint
+from trainer.tools import checkpoint, sentencepiece_bpe
 from trainer.tools.checkpoint import InvalidCheckpoint, Progress
 
 PRECISIONS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -42,6 +43,9 @@ LAYER = {
     "attention_norm.weight": ("input_layernorm.weight", WHOLE),
     "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE),
 }
+COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "generation_config.json", "LICENSE", "LICENSE.txt", "USE_POLICY.md")  # fmt: skip
+JSON = "tokenizer.json and tokenizer_config.json from the hub's folder of this model"
 Parts = list[dict[str, Tensor]]
 
 
@@ -61,15 +65,31 @@ def convert(
         )
     parts = [checkpoint.read(file) for file in files]
     names = _common_names(parts, files)
-    config = _config(params, parts)
+    config, tokenizer = _config(params, parts), _tokenizer(source)
     checkpoint.new_folder(target)
     shards = checkpoint.write(_converted(parts, names, params), target, progress, shard_bytes)
     checkpoint.write_json(target / "config.json", config)
-    for name in ("tokenizer.model", "LICENSE", "LICENSE.txt", "USE_POLICY.md"):
+    for name in COPIED:
         for folder in (source, source.parent):
             if (folder / name).is_file() and not (target / name).exists():
                 shutil.copyfile(folder / name, target / name)
+    if tokenizer:
+        tokenizer.save(str(target / "tokenizer.json"))
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+        told |= {"bos_token": "<s>", "eos_token": "</s>"}
+        checkpoint.write_json(target / "tokenizer_config.json", told)
     return shards
+
+
+def _tokenizer(source: Path) -> Tokenizer | None:
+    """Of LLaMA 1 and 2, from their sentencepiece model; None where tokenizer.json is there."""
+    places = (source, source.parent)
+    if any((folder / "tokenizer.json").is_file() for folder in places):
+        return None
+    found = [path for folder in places if (path := folder / "tokenizer.model").is_file()]
+    if not found:
+        raise InvalidCheckpoint(f"{source} has no tokenizer.model", f"put it there, or {JSON}")
+    return sentencepiece_bpe.read(found[0], (), ("<s>",), JSON)
 
 
 def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
@@ -99,15 +119,20 @@ def _converted(
         if name.endswith("attention.wq.weight"):
             whole = halves_from_pairs(whole, params["n_heads"])
         if name.endswith("attention.wk.weight"):
-            whole = halves_from_pairs(whole, params.get("n_kv_heads") or params["n_heads"])
+            whole = halves_from_pairs(whole, params["n_kv_heads"])
         yield new, whole
 
 
 def _read_params(source: Path) -> dict[str, Any]:
     try:
         params: dict[str, Any] = json.loads((source / "params.json").read_text())
-        return params | {key: int(params[key]) for key in ("dim", "n_layers", "n_heads")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole = {key: int(params[key]) for key in ("dim", "n_layers", "n_heads")}
+        if min(whole.values()) < 1 or whole["dim"] % whole["n_heads"]:
+            raise ValueError(f"{whole} is no shape of a model")
+        more = {"rope_theta": 10000.0, "n_kv_heads": whole["n_heads"]} | params
+        whole["n_kv_heads"] = int(more["n_kv_heads"] or whole["n_heads"])
+        return params | whole | {key: float(more[key]) for key in ("norm_eps", "rope_theta")}
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise InvalidCheckpoint(
             f"{source / 'params.json'} cannot be read: {error}",
             "name the folder of one size, as LLaMA/7B",
@@ -151,7 +176,7 @@ def _config(params: dict[str, Any], parts: Parts) -> dict[str, Any]:
             f"params.json says {params['n_layers']} layers, the checkpoint has {len(layers)}",
             "download it again",
         )
-    theta, epsilon = float(params.get("rope_theta", 10000.0)), float(params["norm_eps"])
+    theta, epsilon = params["rope_theta"], params["norm_eps"]
     # params.json does not say: LLaMA 3, 1, 2
     context = 8192 if vocabulary > 32000 else 2048 if epsilon <= 1e-6 else 4096
     return {
@@ -164,7 +189,7 @@ def _config(params: dict[str, Any], parts: Parts) -> dict[str, Any]:
         "intermediate_size": intermediate,
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
-        "num_key_value_heads": int(params.get("n_kv_heads") or params["n_heads"]),
+        "num_key_value_heads": params["n_kv_heads"],
         "rms_norm_eps": epsilon,
         "vocab_size": vocabulary,
         "max_position_embeddings": context,

@@ -9,8 +9,10 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from sentencepieces import by_the_rule, write_tokenizer_model
 
 from ops.image.fetch.models import check
+from trainer.data.tokens import open_vocabulary
 from trainer.tools.checkpoint import InvalidCheckpoint, read
 from trainer.tools.convert_llama import convert
 
@@ -75,6 +77,7 @@ def weights(dtype):
 def save(folder, tensors, parts=1):
     folder.mkdir(exist_ok=True)
     (folder / "params.json").write_text(json.dumps(PARAMS))
+    write_tokenizer_model(folder / "tokenizer.model")
     for part in range(parts):
         cut = OrderedDict()
         for name, tensor in tensors.items():
@@ -159,8 +162,41 @@ def test_a_large_model_becomes_shards_with_an_index_that_the_model_check_accepts
     assert set(check(tmp_path / "hf")) == {
         "config.json",
         "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
         *(shard.name for shard in shards),
     }
+
+
+def test_the_tokenizer_is_the_one_of_its_sentencepiece_model_and_begins_with_bos(tmp_path):
+    convert(save(tmp_path / "7B", weights(torch.float16)), tmp_path / "hf", quiet)
+    found = open_vocabulary(tmp_path / "hf")
+    assert (found.bos, found.eos, found.prefix) == ("<s>", "</s>", (1,))
+    for text in ("so phil  模型", "🙂 中文\n\nop "):
+        assert found.tokenizer.encode(text).tokens == by_the_rule(text)
+
+
+def test_a_tokenizer_of_another_kind_asks_for_the_hubs(tmp_path):
+    folder = save(tmp_path / "original", weights(torch.float16))
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # LLaMA 3's are such lines
+    with pytest.raises(InvalidCheckpoint, match="no sentencepiece model") as caught:
+        convert(folder, tmp_path / "hf", quiet)
+    assert "tokenizer.json" in caught.value.hint and not (tmp_path / "hf").exists()
+    (tmp_path / "tokenizer.json").write_text("{}")  # where the hub has it: one folder up
+    convert(folder, tmp_path / "hf", quiet)
+    assert (tmp_path / "hf/tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "params", [[], {"dim": 1e999}, {"n_heads": 0}, {"norm_eps": None}, {"n_heads": 5}]
+)
+def test_params_json_that_is_no_shape_is_refused_by_name(tmp_path, params):
+    folder = save(tmp_path / "7B", weights(torch.float16))
+    told = PARAMS | params if params else params
+    (folder / "params.json").write_text(json.dumps(told))
+    with pytest.raises(InvalidCheckpoint, match=r"params\.json cannot be read"):
+        convert(folder, tmp_path / "hf", quiet)
 
 
 def test_a_pickle_that_names_anything_but_tensors_is_refused_before_it_runs(tmp_path):
