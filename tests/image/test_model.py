@@ -1,6 +1,7 @@
 """Base models: safetensors only, whole, by their hashes, one identity however they are packed."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -110,7 +111,11 @@ def test_the_original_llama_layout_is_converted_on_the_way_in(folder, tmp_path):
         tmp_path / "cache",
         said.append,
     )
-    assert [file.path for file in found.files] == ["config.json", "model.safetensors"]
+    assert [file.path for file in found.files] == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert "convert_llama" in said[0]
 
 
@@ -180,6 +185,65 @@ def test_json_that_is_none_is_refused_by_its_file(folder, tmp_path, name, text):
     (folder / name).write_text(text, "utf-8", "surrogatepass")
     with pytest.raises(PreflightError, match=f"{name} is no JSON object"):
         resolve(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", *(f'{{"weight_map": {x}}}' for x in ("[1]", '"x"', "null", '{"a": ["b"]}'))]
+)
+def test_an_index_that_maps_no_tensors_is_refused_by_its_file(folder, tmp_path, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(PreflightError, match=r"model\.safetensors\.index\.json has no weight_map"):
+        resolve(folder, tmp_path)
+
+
+def test_a_shard_outside_of_the_folder_is_not_there(folder, tmp_path):
+    (folder.parent / "x.safetensors").write_bytes(safetensors())
+    for name in ("../x.safetensors", str(folder.parent / "x.safetensors")):
+        index = {"weight_map": {"a": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(PreflightError, match="which is not there"):
+            resolve(folder, tmp_path)
+
+
+def test_a_model_without_its_fast_tokenizer_is_refused_before_it_travels(folder, tmp_path):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(PreflightError, match=r"has no tokenizer\.json") as caught:
+        resolve(folder, tmp_path)
+    assert "save_pretrained" in caught.value.hint
+
+
+def test_a_link_out_of_the_folder_carries_no_other_file_away(folder, tmp_path):
+    secret = tmp_path / "id_rsa"
+    secret.write_text("of this machine")
+    (folder / "LICENSE").symlink_to(secret)
+    with pytest.raises(PreflightError, match=r"LICENSE is a link to .*id_rsa") as caught:
+        resolve(folder, tmp_path / "cache")
+    assert "cp -L" in caught.value.hint
+
+
+def test_a_folder_of_the_hubs_cache_is_taken_with_its_links(folder, tmp_path):
+    kept = tmp_path / "models--a--b/snapshots/0123"
+    kept.parent.mkdir(parents=True)
+    folder.rename(kept)
+    (tmp_path / "models--a--b/blobs").mkdir()
+    for number, path in enumerate(sorted(kept.iterdir())):
+        path.rename(tmp_path / f"models--a--b/blobs/{number}")
+        path.symlink_to(f"../../blobs/{number}")
+    (kept / "generation_config.json").symlink_to("config.json")
+    assert len(resolve(kept, tmp_path / "cache").files) == 7
+
+
+def test_a_name_that_cannot_travel_is_refused_and_hidden_files_stay(folder, tmp_path):
+    (folder / ".cache").mkdir()
+    for name in (".cache/x.json", ".hidden.json"):
+        (folder / name).write_text("{}")
+    assert len(resolve(folder, tmp_path / "cache").files) == 6
+    for name in (b"a b.json", b"-x.json", b"\xff.json", b"sub\n.txt"):
+        path = folder / os.fsdecode(name)
+        path.write_text("{}")
+        with pytest.raises(ConfigError, match="cannot travel in a bundle"):
+            resolve(folder, tmp_path / "cache")
+        path.unlink()
 
 
 def test_a_missing_shard_is_named(folder, tmp_path):

@@ -26,6 +26,7 @@ from ops.image.bundle import archive, manifest, signature, volumes
 from ops.image.bundle.contents import Contents, Options, models_beside
 from ops.image.bundle.parts import Part, bundle_id, final_tag, part_name, part_tag, plan_parts
 from ops.image.spec.lock import Lock, Model
+from ops.image.spec.paths import safe_path
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,7 @@ def _write_models(contents: Contents, folder: Path, options: Options) -> volumes
                     f"model {model.name}: {file.path} is missing",
                     hint=f"milktea image fetch {contents.lock.image}",
                 )
-            name = (
-                f"models/{model.set_digest.removeprefix('sha256:')}/{manifest.safe_path(file.path)}"
-            )
+            name = f"models/{model.set_digest.removeprefix('sha256:')}/{safe_path(file.path)}"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (
                 volumes.Writer(folder, name, options.volume_bytes, role="model") as out,

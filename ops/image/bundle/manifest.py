@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ops.errors import ConfigError
 from ops.hardware import driver
 from ops.hardware.driver import CudaLine, Verdict
 from ops.image.bundle import sbom, signature, volumes
@@ -24,6 +23,7 @@ from ops.image.bundle.parts import (
     safe,
 )
 from ops.image.spec.lock import dumps
+from ops.image.spec.paths import safe_path
 
 SERVER = Path(__file__).parents[1] / "server"
 FORMAT = 5
@@ -138,22 +138,6 @@ def readme(contents: Contents, files: volumes.Files, options: Options, language:
         "VOLUMES": str(sum(f.role != "small" for f in files.values())),
     }
     return re.sub(r"@([A-Z]+)@", lambda found: facts[found[1]], text)
-
-
-def safe_path(path: str) -> str:
-    """PLAN is read by a shell: raises ConfigError for a path that would be cut in pieces there, or
-    leaves its folder.
-    """
-    if (
-        not re.fullmatch(r"[A-Za-z0-9._/+-]+", path)
-        or ".." in path.split("/")
-        or path.startswith(("/", "-"))
-    ):
-        raise ConfigError(
-            f"{path!r} cannot travel in a bundle: letters, digits and . _ / + - only",
-            hint="rename it in the model's folder",
-        )
-    return path
 
 
 def gpu_rows(line: CudaLine, lines: Iterable[CudaLine]) -> list[str]:

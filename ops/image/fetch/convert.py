@@ -78,9 +78,12 @@ def validate_code(folder: Path, config: dict[str, Any], progress: Progress) -> N
 def json_of(path: Path) -> dict[str, Any]:
     """The object in a file of a model; none where there is no file. Raises PreflightError."""
     try:
-        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
-    except (OSError, ValueError, TypeError, RecursionError) as why:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as why:
         raise PreflightError(f"{path} is no JSON object: {why}", hint="download it again") from why
+    return found
 
 
 def _stamp(folder: Path) -> str:

@@ -20,7 +20,7 @@ from ops.image.fetch import convert
 from ops.image.fetch.wheels import sha256_file
 from ops.image.spec.definition import ModelSource
 from ops.image.spec.lock import Model, ModelFile, set_digest
-from ops.image.spec.paths import link
+from ops.image.spec.paths import link, safe_path
 
 Progress = Callable[[str], None]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -75,8 +75,9 @@ def fetch(model: Model, root: Path, cache: Path, progress: Progress) -> Path:
 
 
 def check(folder: Path) -> list[str]:
-    """The files of a model that travel, sorted; raises PreflightError for a pickle, a torn or a
-    missing file.
+    """The files of a model that travel, sorted; hidden ones stay. Raises PreflightError for a
+    pickle, a torn or a missing file, a link out of the folder, ConfigError for a name that cannot
+    travel.
     """
     if not folder.is_dir():
         raise PreflightError(
@@ -86,7 +87,7 @@ def check(folder: Path) -> list[str]:
     files = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.is_file() and ".cache" not in path.parts
+        if path.is_file() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
     )
     weights = [path for path in files if path.endswith(".safetensors")]
     if not weights:
@@ -102,6 +103,13 @@ def check(folder: Path) -> list[str]:
         raise PreflightError(
             f"{folder} has weights and no config.json", hint="download the model again, all of it"
         )
+    if "tokenizer.json" not in taken:
+        raise PreflightError(
+            f"{folder} has no tokenizer.json, without which nothing trains",
+            hint=f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...) writes it",
+        )
+    for path in taken:
+        _validate_link(folder, safe_path(path))
     for path in weights:
         validate_safetensors(folder / path)
     _validate_index(folder, weights)
@@ -205,10 +213,28 @@ def _keep(model: Model, folder: Path, cache: Path) -> None:
         link((folder / file.path).resolve(), path)
 
 
+def _validate_link(folder: Path, path: str) -> None:
+    """A link may lead to another file of the folder, or of the hub's cache that the folder is in;
+    a stranger's link to a file of this machine would carry that file away."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parents[1]
+    if not (real := (folder / path).resolve()).is_relative_to(home):
+        raise PreflightError(
+            f"{folder / path} is a link to {real}, out of the model's folder",
+            hint="put the file itself there: cp -L copies what links lead to",
+        )
+
+
 def _validate_index(folder: Path, weights: list[str]) -> None:
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(convert.json_of(index).get("weight_map", {}).values())
-        if lost := sorted(named - set(weights)):
+        named = convert.json_of(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(x, str) for x in named.values()):
+            raise PreflightError(
+                f"{index} has no weight_map from the names of tensors to files",
+                hint="download it again",
+            )
+        if lost := sorted(set(named.values()) - set(weights)):
             raise PreflightError(
                 f"{index.name} names {lost[0]}, which is not there ({len(lost)} missing)",
                 hint="download the model again",

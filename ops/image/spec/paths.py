@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,18 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def safe_path(path: str) -> str:
+    """The path of a file in a bundle, which a shell reads from PLAN and INSTALL.sh copies: raises
+    ConfigError for one that would be cut in pieces there, leaves its folder, or is hidden.
+    """
+    if not re.fullmatch(r"(?!.*(^|/)[.-])[A-Za-z0-9._/+-]+", path) or path.startswith("/"):
+        raise ConfigError(
+            f"{path!r} cannot travel in a bundle: letters, digits and . _ / + - only",
+            hint="rename it in the model's folder",
+        )
+    return path
 
 
 @dataclass(frozen=True)
