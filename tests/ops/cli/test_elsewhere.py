@@ -36,8 +36,8 @@ READS = {  # a run that nobody owns: its last owner was killed, which is `attach
     "cost": [(["cost", "RUN"], 0)],
     "explain": [(["explain", "RUN"], 0)],
 }
-# `rent-and-train` and `plan` begin with what an earlier run left; the others speak to no market
-BEGIN = {"rent-and-train", "plan"}
+# these begin with what an earlier run left; the others speak to no market
+BEGIN = {"rent-and-train", "plan", "sweep"}
 OTHER = {
     *("init", "models", "gpus", "chat", "evaluate", "merge", "serve", "export", "schema"),
     *("image", "adapter", "data", "compare"),
