@@ -608,14 +608,23 @@ def targets(corpus: Path | None) -> dict[str, Target]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Seconds of a processor, and HANGS_S by the clock: the machine may have other work."""
+    """Seconds of a processor, and HANGS_S by the clock in which this process did not wait for one:
+    the machine may have other work."""
     timers = {signal.ITIMER_PROF: seconds, signal.ITIMER_REAL: HANGS_S}
+    waited = _waited_s()
 
     def late(*_: object) -> None:
         raise TooSlow(f"more than {seconds:.0f} s")
 
-    for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, late)
+    def hangs(*_: object) -> None:
+        nonlocal waited
+        before, waited = waited, _waited_s()
+        if waited - before < 1:
+            raise TooSlow(f"stands still for {HANGS_S:.0f} s")
+        signal.setitimer(signal.ITIMER_REAL, waited - before)
+
+    signal.signal(signal.SIGPROF, late)
+    signal.signal(signal.SIGALRM, hangs)
     try:
         for timer, most in timers.items():
             signal.setitimer(timer, most)
@@ -623,6 +632,13 @@ def within(seconds: float) -> Iterator[None]:
     finally:
         for timer in timers:
             signal.setitimer(timer, 0)
+
+
+def _waited_s() -> float:
+    """Seconds for which this process could run and had no processor; 0 where no kernel counts."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
 
 
 def fault(target: Target, name: str, data: bytes) -> BaseException | None:
@@ -785,6 +801,8 @@ def main() -> int:
             for n, worker in enumerate(workers):
                 if not worker.is_alive() and worker.exitcode:
                     print(f"died of {worker.exitcode} at input {options.now[n].value.decode()}")
+                    for other in workers:
+                        other.terminate()
                     return 1
             continue
         over += what == "over"
