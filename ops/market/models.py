@@ -23,7 +23,7 @@ class Offer:
 
     id: int
     machine_id: int
-    host_id: int
+    host_id: int  # who owns the machine; 0: vast.ai does not say
     gpu_name: str
     num_gpus: int
     gpu_memory_gib: float  # of one GPU
@@ -67,12 +67,11 @@ class Instance:
     num_gpus: int
     usd_per_hour: float
     disk_gib: float
-    is_bid: bool
     ssh_host: str
     ssh_port: int
     direct_host: str
     direct_port: int | None
-    end_unix_s: float | None = None
+    end_unix_s: float | None = None  # of the contract: vast.ai stops the box then
     storage_usd_per_gib_month: float = 0.0
     inet_up_usd_per_gb: float = 0.0
     inet_down_usd_per_gb: float = 0.0
@@ -140,7 +139,6 @@ def parse_instance(row: Row) -> Instance:
         num_gpus=int(number(row, "num_gpus", default=0)),
         usd_per_hour=number(row, "dph_total", default=0),
         disk_gib=number(row, "disk_space", default=0),
-        is_bid=row.get("is_bid") is True,
         ssh_host=_text(row, "ssh_host"),
         ssh_port=int(number(row, "ssh_port", default=0)),
         direct_host=_text(row, "public_ipaddr"),

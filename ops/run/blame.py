@@ -68,10 +68,17 @@ def _machine_word(text: str) -> str | None:
     return gpu_word(text) or disk_word(text) or _first((NO_STEP,), text)
 
 
-def machines_with_word(word: str, lines: Iterable[Mapping[str, Any]]) -> set[int]:
-    """machine_id of each "bad_machine" line (given by its data) whose reason has this word."""
+def owner_of(machine_id: int, host_id: int) -> int:
+    """What two machines of one owner share; a machine stands for itself where vast.ai names no
+    owner."""
+    return host_id or -machine_id
+
+
+def owners_with_word(word: str, lines: Iterable[Mapping[str, Any]]) -> set[int]:
+    """`owner_of` each "bad_machine" line (given by its data) whose reason has this word. Lines of
+    milktea 0.2 name no owner."""
     return {
-        line["machine_id"]
+        owner_of(line["machine_id"], line.get("host_id", 0))
         for line in lines
         if word in (start_word(line["why"]), _machine_word(line["why"]))
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 
 from ops.box.connection import load
@@ -95,6 +96,20 @@ def _validate_first_boot(session: Session, running: Instance, offer: Offer) -> N
         return
     if why := difference(running, offer, session.plan.needs.disk_gib, session.bid(offer)):
         raise Unsuitable(f"instance {running.id} is not what was offered: {why}")
+    if running.end_unix_s is None:
+        return
+    left_s, needs_s = (
+        running.end_unix_s - session.clock.now(),
+        3600 * session.predicted(offer).hours,
+    )
+    if left_s < needs_s:
+        raise Unsuitable(
+            f"the contract of instance {running.id} ends in {max(0.0, left_s) / 60:.0f} minutes, "
+            f"and the run is to take {needs_s / 60:.0f}"
+        )
+    if running.end_unix_s < session.dies_at():
+        at = time.strftime("%a %H:%M", time.localtime(running.end_unix_s))
+        session.screen.waiting(f"vast.ai stops the box at {at}: its contract ends then")
 
 
 def _raise_if_fatal(session: Session, now: Instance) -> None:

@@ -150,12 +150,13 @@ def finish_stop(session: Session) -> Line:
     charged = cost.disk_usd_per_hour(shown, shown.disk_gib)  # stopped, it may be dearer
     rate = max(charged, float(begun["usd_per_hour"]))
     now = session.clock.now()
+    ends_at = float("inf") if shown.end_unix_s is None else shown.end_unix_s
     until_t = now + max(0.0, float(begun["until"]) - now) * float(begun["usd_per_hour"]) / rate
     return session.note(
         "kept",
         instance_id=instance_id,
         usd_per_hour=round(rate, 6),
-        until=round(min(until_t, float(begun["until"]))),
+        until=round(min(until_t, float(begun["until"]), ends_at)),
     )
 
 

@@ -101,20 +101,22 @@ def remember_failure(session: Session, offer: Offer, error: MilkteaError) -> Non
     "bad_machine" for a fault of its own, "missed" for what is not (outbid, taken by somebody else).
 
     Raises when another machine would not help: a conversation that had begun, a changed host key,
-    or the same fatal word from two machines."""
+    or the same fatal word from machines of two owners."""
     if _talked(session):
         raise Failed(f"the box was lost in the conversation: {error}", hint="") from error
     fault = isinstance(error, NeverReady | Unsuitable | Lost)
     word = blame.fatal_word(error)
     bad = [line.data for line in session.journal.lines if line.kind == "bad_machine"]
-    others = blame.machines_with_word(word, bad) - {offer.machine_id} if word else set()
-    if others:  # two machines fail with the same word: the image or the job is at fault
+    here = blame.owner_of(offer.machine_id, offer.host_id)
+    others = blame.owners_with_word(word, bad) - {here} if word else set()
+    if others:  # machines of two owners fail with one word: the image or the job is at fault
         session.note("missed", machine_id=offer.machine_id, offer_id=offer.id, why=str(error))
         what = f"{len(others) + 1} of them said {word!r}: {error}"
         raise _not_the_machine(session, error, what) from error
     session.note(
         "bad_machine" if fault else "missed",
         machine_id=offer.machine_id,
+        host_id=offer.host_id,
         offer_id=offer.id,
         why=str(error),
     )

@@ -58,7 +58,6 @@ INSTANCE = Instance(
     num_gpus=1,
     usd_per_hour=0.37,
     disk_gib=50,
-    is_bid=False,
     ssh_host="h",
     ssh_port=1,
     direct_host="",

@@ -3,18 +3,18 @@ share is not theirs, and progress is no failed try."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 import rig
-from ops.errors import Failed, Lost, NeverReady, Unsuitable
+from ops.errors import Failed, Lost, NeverReady, PreflightError, Unsuitable
 from ops.fakevast import FakeVast
 from ops.market.ranking import Needs
 from ops.market.workload import Workload
 from ops.run import blame, follow
 from ops.run.journal import Journal, Line
-from ops.run.on_rented_box import MAX_MACHINES, offers
+from ops.run.on_rented_box import MAX_MACHINES, offers, remember_failure
 
 pytestmark = pytest.mark.timeout(120)
 ECC = "CUDA error: uncorrectable ECC error encountered"
@@ -122,6 +122,27 @@ def test_only_several_consumer_cards_may_say_that_they_reach_each_other_and_not_
     name: str, num_gpus: int, lacks: bool
 ) -> None:
     assert blame.p2p_may_hang(name, num_gpus) is lacks
+
+
+@pytest.mark.parametrize("hosts", [(5, 5), (5, 6), (0, 0)])
+def test_two_machines_of_one_owner_do_not_speak_against_the_image(
+    own: rig.Rig, fake: FakeVast, hosts: tuple[int, int]
+) -> None:
+    plan = own.plan()
+    with Journal(own.runs / plan.run_id) as j:
+        session = rig.client(plan, j, fake.url, fake.api_key)
+        found, _ = session.vast.search({}, interruptible=False, disk_gib=16)
+        ours = [
+            replace(offer, machine_id=n, host_id=host)
+            for n, (offer, host) in enumerate(zip(found, hosts, strict=False), 1)
+        ]
+        word = "OCI runtime create failed: no such device"
+        remember_failure(session, ours[0], NeverReady(word))
+        if hosts[0] == hosts[1] != 0:
+            remember_failure(session, ours[1], NeverReady(word))
+        else:
+            with pytest.raises(PreflightError, match="starts on no machine: 2 of them said"):
+                remember_failure(session, ours[1], NeverReady(word))
 
 
 def test_each_failure_has_the_word_of_its_kind() -> None:

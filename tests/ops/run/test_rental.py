@@ -27,6 +27,7 @@ from ops.fakevast.cloud.catalogue import machine, offer_row
 from ops.market.models import Instance, parse_instance, parse_offer
 from ops.run.absence import until_absent
 from ops.run.boot import boot, difference
+from ops.run.kept import finish_stop
 from ops.run.meter import boot_timeout_s
 from ops.run.rental import (
     box_left_alone,
@@ -326,6 +327,32 @@ def test_a_box_is_compared_with_the_offer_at_its_first_boot_only(client: Client)
         boot(client.session, number, client.offer)
     client.session.note("booted", instance_id=number)
     assert boot(client.session, number, client.offer).usd_per_hour == 9.0
+
+
+def test_a_box_whose_contract_ends_before_the_run_does_is_refused(client: Client) -> None:
+    number = client.rent()
+    client.show(end_date=client.clock.now() + 5.0)
+    with pytest.raises(Unsuitable, match="ends in 0 minutes, and the run is to take"):
+        boot(client.session, number, client.offer)
+
+
+def test_who_may_spend_more_than_the_contract_lasts_is_told_when_it_ends(client: Client) -> None:
+    number = client.rent()
+    client.show(end_date=client.session.dies_at() - 60.0)
+    boot(client.session, number, client.offer)
+    client.session.note("booted", instance_id=number)
+    boot(client.session, number, client.offer)
+    screen = client.session.screen
+    assert isinstance(screen, rig.Silent)
+    assert sum("its contract ends then" in str(told) for told in screen.told) == 1
+
+
+def test_a_box_is_not_kept_beyond_its_contract(client: Client) -> None:
+    number, now = client.rent(), client.clock.now()
+    boot(client.session, number, client.offer)
+    client.show(end_date=now + 7200.0)
+    client.session.note("stopping", instance_id=number, usd_per_hour=9.0, until=now + 90_000)
+    assert finish_stop(client.session)["until"] == now + 7200.0
 
 
 @pytest.mark.parametrize(("status", "error"), [("exited", NeverReady), ("stopped", Preempted)])
