@@ -262,10 +262,13 @@ def phases(lines: list[Line], first_step_t: float | None) -> list[tuple[str, flo
 
 
 def cost_lines(lines: list[Line], now: float) -> list[str]:
-    """Lines that compare our meter, vast.ai's bill and the prediction."""
-    out = [f"our meter: {spent_usd(lines, now):.4f} $ of at most {lines[0]['max_usd']:.2f} $"]
-    predicted = last(lines, "offers")
-    for bill in (line for line in lines if line.kind == "bill"):
+    """Lines that compare our meter, vast.ai's bill and the prediction, each machine's with its
+    own."""
+    out = [f"our meter: {spent_usd(lines, now):.4f} $ of at most {max_usd_of(lines):.2f} $"]
+    bills, predicted = [line for line in lines if line.kind == "bill"], None
+    for bill in bills:
+        rented = [r.n for r in lines if r.kind == "rented" and _of(r) == _of(bill)]
+        predicted = last(lines[: rented[0]], "offers") if rented else None
         if "items" not in bill.data:
             out.append(
                 f"vast.ai's bill for instance {bill['instance_id']} could not be read: "
@@ -278,7 +281,22 @@ def cost_lines(lines: list[Line], now: float) -> list[str]:
                 f"  {line}"
                 for line in compare(CostEstimate(**predicted["predicted"]), _by_type(bill["items"]))
             ]
+    if len(bills) > 1 and (billed := billed_usd(lines)) is not None:
+        out.append(f"vast.ai's bills for {len(bills)} machines together: {billed:.4f} $")
     return out
+
+
+def billed_usd(lines: list[Line]) -> float | None:
+    """Dollars of vast.ai's bills for every machine of the run; None until each has been read."""
+    bills = {_of(line): line.get("usd") for line in lines if line.kind == "bill"}
+    machines = {_of(line) for line in lines if line.kind == "rented"}
+    known = [usd for usd in bills.values() if usd is not None]
+    whole = machines <= bills.keys() and len(known) == len(bills) > 0
+    return round(sum(known), 6) if whole else None
+
+
+def _of(line: Line) -> int:
+    return int(line["instance_id"])
 
 
 def cost_facts(lines: list[Line], now: float) -> dict[str, Any]:

@@ -261,6 +261,9 @@ def _bill(session: Session, instance_id: int | None) -> None:
     except MilkteaError as e:
         session.note("bill", instance_id=instance_id, error=str(e))
         return
+    if not charges:
+        session.note("bill", instance_id=instance_id, error="vast.ai has charged nothing yet")
+        return
     session.note(
         "bill",
         instance_id=instance_id,

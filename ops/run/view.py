@@ -99,9 +99,7 @@ class Run:
     def cost(self) -> Cost:
         """Our meter, vast.ai's bill and the prediction."""
         facts = self.cost_facts()
-        bills = [bill["usd"] for bill in facts["bills"]]
-        known = bool(bills) and None not in bills
-        billed = round(sum(bills), 6) if known else None
+        billed = explain.billed_usd(self.journal)
         return Cost(facts["spent_usd"], billed, facts["predicted_usd"], facts["max_usd"])
 
     def cost_facts(self) -> dict[str, Any]:

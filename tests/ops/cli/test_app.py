@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from machine import needs
 
 import rig
 from ops.errors import BoxLeaked
@@ -184,3 +185,19 @@ def test_resuming_a_finished_run_names_its_adapter(
 ) -> None:
     done = milktea("resume", finished, runs=own.runs, fake=fake)
     assert done.returncode == 8 and "is done: its adapter is" in done.stderr
+
+
+@pytest.mark.slow
+def test_make_hides_an_exit_code_that_the_last_lines_say(tmp_path: Path) -> None:
+    needs("make")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VAST", "MILKTEA", "MAKE"))}
+    done = subprocess.run(
+        ["make", "-o", "setup", "resume", "RUN=nosuch", f"VENV={sys.prefix}"],
+        cwd=ROOT,
+        env=env | {"MILKTEA_RUNS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "code:  8 (docs/troubleshooting.md)" in done.stderr
+    assert done.stderr.rstrip().endswith("Error 8")

@@ -12,8 +12,9 @@ from ops.errors import Failed, Lost, NeverReady, PreflightError, Unsuitable
 from ops.fakevast import FakeVast
 from ops.market.ranking import Needs
 from ops.market.workload import Workload
-from ops.run import blame, follow
+from ops.run import blame, explain, follow
 from ops.run.journal import Journal, Line
+from ops.run.meter import spent_usd
 from ops.run.on_rented_box import MAX_MACHINES, offers, remember_failure
 
 pytestmark = pytest.mark.timeout(120)
@@ -37,6 +38,13 @@ def test_a_machine_that_broke_is_not_rented_again_and_the_run_goes_on_elsewhere(
     first, second = machines(lines)
     [bad] = [line for line in lines if line.kind == "bad_machine"]
     assert bad["machine_id"] == first != second and said in bad["why"]
+    bills = [line["usd"] for line in lines if line.kind == "bill"]
+    assert len(bills) == 2 and min(bills) > 0
+    assert explain.billed_usd(lines) == pytest.approx(sum(bills), abs=2e-6)
+    assert explain.billed_usd([line for line in lines if line is not lines[-1]]) is None
+    told = "\n".join(explain.cost_lines(lines, lines[-1].t))
+    assert f"for 2 machines together: {sum(bills):.4f} $" in told
+    assert sum(bills) == pytest.approx(spent_usd(lines, lines[-1].t), abs=0.02)
 
 
 @pytest.mark.parametrize(

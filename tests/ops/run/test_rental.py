@@ -539,6 +539,16 @@ def test_the_bill_of_the_box_is_written_to_the_millionth_of_a_dollar(client: Cli
     assert whole > 0.001 and line["usd"] == round(whole, 6)
 
 
+def test_a_bill_that_vast_ai_has_not_written_yet_is_no_bill_of_nothing(client: Client) -> None:
+    client.rent()
+    empty = {"success": True, "count": 0, "total": 0, "results": [], "next_token": "more"}
+    client.fake.faults.add(where="charges", what="reply", status=200, body=empty)
+    destroy(client.session, why="done")
+    line = client.session.journal.last("bill")
+    assert line is not None and "usd" not in line.data and "nothing yet" in line["error"]
+    assert client.asked("charges") == ["charges"], "a page without rows is the last"
+
+
 @pytest.mark.parametrize(
     ("when_silent", "launched", "said"),
     [
