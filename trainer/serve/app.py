@@ -8,9 +8,10 @@ import hashlib
 import json
 import re
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trainer.serve.feedback import Feedback, rows_of
 from trainer.serve.guard import Guard, Handler, add_headers
 from trainer.serve.meter import read_meter
 from trainer.serve.models import BASE, Voice
-from trainer.serve.replies import Delta, Reply, Shapes
+from trainer.serve.replies import Delta, Reply, Shapes, event
 from trainer.serve.requests import RequestError, Wish
 
 PAGE = Path(__file__).with_name("page.html")
@@ -69,6 +70,7 @@ def application(
 class _Server:
     def __init__(self, engine: Engine, feedback: Feedback, meter: Path | None) -> None:
         self.engine, self._feedback, self._meter = engine, feedback, meter
+        self._outbox = Outbox()
         self._requests: Counter[tuple[str, int]] = Counter()
         self._page = PAGE.read_bytes()
         self._policy = content_policy(self._page.decode())
@@ -170,7 +172,7 @@ class _Server:
             wish.logprobs is not None,
         )
         queue: asyncio.Queue[Delta] = asyncio.Queue()
-        post = _poster(asyncio.get_running_loop(), queue)
+        post = partial(self._outbox.post, asyncio.get_running_loop(), queue)
         each = [prompt for prompt in prompts for _ in range(wish.n)]
         replies = [Reply(i, voice, p, wish, most, seed, post) for i, p in enumerate(each)]
         async with _asked(self.engine, replies):
@@ -245,7 +247,7 @@ async def _stream(
     response.content_type, response.charset = "text/event-stream", "utf-8"
     await response.prepare(request)
     openings = [shapes.opening(reply.index) for reply in replies]
-    await response.write(b"".join(_event(o) for o in openings if o))
+    await response.write(b"".join(event(o) for o in openings if o))
     going = len(replies)
     try:
         while going:
@@ -255,20 +257,21 @@ async def _stream(
             for delta in ready:
                 _validate_end(delta)
                 going -= bool(delta.why)
-            events = [_event(shape) for delta in ready for shape in shapes.chunk(delta)]
+            events = [made for delta in ready for made in shapes.events(delta)]
             await response.write(b"".join(events))
         if wish.stream_usage:
-            await response.write(_event(shapes.usage(_usage(prompts, replies))))
+            await response.write(event(shapes.usage(_usage(prompts, replies))))
         await response.write(b"data: [DONE]\n\n")
     except RequestError as error:  # the status has been sent
-        await response.write(_event(error.body))
+        await response.write(event(error.body))
     return response
 
 
 async def _next(response: web.StreamResponse, queue: asyncio.Queue[Delta]) -> Delta:
     while True:
         try:
-            return await asyncio.wait_for(queue.get(), HEARTBEAT_S)
+            async with asyncio.timeout(HEARTBEAT_S):
+                return await queue.get()
         except TimeoutError:
             await response.write(b": waiting\n\n")
 
@@ -285,14 +288,32 @@ def _usage(prompts: list[list[int]], replies: list[Reply]) -> dict[str, int]:
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 
-def _poster(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Delta]) -> Any:
-    def post(delta: Delta) -> None:
+class Outbox:
+    """Deltas on their way from the engine's thread to the requests' queues. The loop is woken once
+    for all that it has not fetched: waking it for each of 32 answers costs more than the rest."""
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[asyncio.Queue[Delta], Delta]] = deque()
+        self._woken = False
+
+    def post(
+        self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Delta], delta: Delta
+    ) -> None:
+        """From any thread."""
+        self._held.append((queue, delta))
+        if self._woken:
+            return
+        self._woken = True
         try:
-            loop.call_soon_threadsafe(queue.put_nowait, delta)
+            loop.call_soon_threadsafe(self._deliver)
         except RuntimeError:  # the loop is closed: nobody listens any more
             pass
 
-    return post
+    def _deliver(self) -> None:
+        self._woken = False  # before it looks: what comes from now on wakes it again
+        while self._held:
+            queue, delta = self._held.popleft()
+            queue.put_nowait(delta)
 
 
 async def _body(request: web.Request) -> Any:
@@ -316,10 +337,6 @@ def _no_constant(name: str) -> None:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _event(shape: Any) -> bytes:
-    return f"data: {_dumps(shape)}\n\n".encode()
 
 
 def content_policy(page: str) -> str:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,23 @@ class Counts:
     ended: dict[str, int] = field(default_factory=dict)
 
 
+class _OnTheWay:
+    """Tensors that are copied to the host while the device goes on: `lists` waits for them alone,
+    not for the step that was asked of the device behind them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._here = [x.to("cpu", non_blocking=True) for x in tensors]
+        self._copied: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def lists(self) -> list[list[Any]]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [x.tolist() for x in self._here]
+
+
 class Engine:
     """The model's thread. `submit` and `Ask.cancel` may be called from any other."""
 
@@ -100,7 +117,7 @@ class Engine:
         self.models, self.width, self.counts = models, width, Counts()
         self._waiting: deque[Ask] = deque()
         self._active: list[Ask] = []  # in the order of their rows
-        self._pending: list[tuple[list[Ask], tuple[Tensor, ...]]] = []
+        self._pending: list[tuple[list[Ask], _OnTheWay]] = []
         # on a GPU the tokens of a step are looked at while the next one runs
         self._behind = 1 if models.device.type == "cuda" else 0
         self._wakes, self._closed = threading.Condition(), False
@@ -261,20 +278,13 @@ class Engine:
         """The next tokens of `asks`, which stand in the rows `at`."""
         found = choose(logits, [a.sampling for a in asks], self._rows.lengths[at])
         self._last[at] = found[0]
-        self._pending.append((asks, found))
+        self._pending.append((asks, _OnTheWay(found)))
 
     def _look(self, behind: int) -> None:
         """Hands out the tokens of all steps but the newest `behind`."""
         while len(self._pending) > behind:
-            asks, (ids, log_probs, top_ids, top_log_probs) = self._pending.pop(0)
-            told = zip(
-                asks,
-                ids.tolist(),
-                log_probs.tolist(),
-                top_ids.tolist(),
-                top_log_probs.tolist(),
-                strict=True,
-            )
+            asks, found = self._pending.pop(0)
+            told = zip(asks, *found.lists(), strict=True)
             for ask, id_, log_prob, its_top, its_log_probs in told:
                 if ask.over or ask.cancelled:
                     continue
@@ -326,8 +336,11 @@ def choose(
     if drawn:
         at = torch.tensor(drawn, device=device)
         chosen[at] = _draw(own[at], [samplings[i] for i in drawn], positions[at])
-    top = own.topk(max(s.top for s in samplings), -1)
-    return chosen, own.gather(1, chosen[:, None])[:, 0], top.indices, top.values
+    log_probs, most = own.gather(1, chosen[:, None]), max(s.top for s in samplings)
+    if not most:
+        return chosen, log_probs[:, 0], chosen[:, None][:, :0], log_probs[:, :0]
+    top = own.topk(most, -1)
+    return chosen, log_probs[:, 0], top.indices, top.values
 
 
 def _draw(own: Tensor, samplings: Sequence[SamplingParams], positions: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,13 @@ from trainer.serve.requests import Wish
 from trainer.serve.speech import HALF, Speech
 
 Shape = dict[str, Any]
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+_MARK = "\0"  # no name of a model holds it
+
+
+def event(shape: Shape) -> bytes:
+    """A shape as one event of a stream."""
+    return f"data: {_ENCODER.encode(shape)}\n\n".encode()
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Shapes:
     seed: int
     logprobs: bool
     created: int = field(default_factory=lambda: int(time.time()))
+    _around: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
 
     def _head(self, chunk: bool) -> Shape:
         name = "chat.completion" if self.chat else "text_completion"
@@ -103,6 +112,18 @@ class Shapes:
             said = {"delta": {}} if self.chat else {"text": ""}
             made.append(self._chunk(delta.index, said, delta.why, []))
         return made
+
+    def events(self, delta: Delta) -> list[bytes]:
+        """The chunks of a delta as events of a stream. Text alone, which is nearly all of them, is
+        put into an event that is written once for each choice."""
+        if delta.why or self.logprobs or not delta.text:
+            return [event(shape) for shape in self.chunk(delta)]
+        if delta.index not in self._around:
+            [shape] = self.chunk(Delta(delta.index, _MARK))
+            before, after = event(shape).split(_ENCODER.encode(_MARK).encode())
+            self._around[delta.index] = (before, after)
+        before, after = self._around[delta.index]
+        return [before + _ENCODER.encode(delta.text).encode() + after]
 
     def usage(self, usage: Shape) -> Shape:
         """The chunk behind all others, for stream_options.include_usage."""

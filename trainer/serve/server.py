@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the image may lack it, and the command line is checked befo
 
 HOST, PORT = "127.0.0.1", 8014
 LEAST_TOKEN = 16  # characters
+SWITCH_S = 0.0005
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -126,6 +127,9 @@ def _serve(
         raise ValueError(f"--device is one of: {known}")
     base, device = base_folder(arguments.base), device_of(arguments.device)
     models = open_models(results, base, device, arguments.context, arguments.precision)
+    # whoever waits for the interpreter gets it within this time: the model's thread gives it up in
+    # every call of torch, and waits for it behind whoever writes to the clients
+    sys.setswitchinterval(SWITCH_S)
     engine = Engine(models, arguments.width)
     names = (arguments.host, *arguments.name)
     app = application(engine, token, arguments.feedback, names, arguments.meter)
