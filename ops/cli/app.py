@@ -258,7 +258,7 @@ app.command()(serve.serve)
 
 @app.command()
 def export(
-    kind: Annotated[str, typer.Argument(help="slurm or kubeflow")],
+    kind: Annotated[str, typer.Argument(help="slurm, kubeflow, skypilot or dstack")],
     job: JobArgument = PRACTICE,
     nodes: Annotated[int, typer.Option(help="Machines; GPUs of each are offer.num_gpus")] = 1,
     queue: Annotated[
@@ -268,14 +268,15 @@ def export(
         Path | None, typer.Option(help="The folder to write in; exports/ without it")
     ] = None,
 ) -> None:
-    """The same image and job.json for a scheduler that you have already: an sbatch file, or a
-    Kubeflow TrainJob."""
+    """The same image and job.json for a scheduler that you have already: an sbatch file, a Kubeflow
+    TrainJob, or a task of SkyPilot or dstack."""
     with errors(False):
         from ops import api
 
-        if kind not in ("slurm", "kubeflow"):
+        known = ("slurm", "kubeflow", "skypilot", "dstack")
+        if kind not in known:
             raise ConfigError(
-                f"{kind!r} is neither slurm nor kubeflow", hint="milktea export slurm JOB"
+                f"{kind!r} is none of {', '.join(known)}", hint="milktea export slurm JOB"
             )
         print(
             *api.export(cast(api.Kind, kind), job, out or Path("exports"), nodes, queue), sep="\n"

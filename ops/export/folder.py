@@ -1,8 +1,8 @@
 """One job for a cluster of your own: the same image and the same job.json.
 
-`export` writes a folder that is a run folder of the wire (job.json, data/, model/) with what Slurm
-or Kubeflow Trainer needs beside it. The engine's own variables say which machine is first
-(trainer/machines.py).
+`export` writes a folder that is a run folder of the wire (job.json, data/, model/) with what Slurm,
+Kubeflow Trainer, SkyPilot or dstack needs beside it. The engine's own variables say which machine
+is first (trainer/machines.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from typing import Literal
 
 from ops.errors import ConfigError
 from ops.export.kubeflow import kubeflow_files
+from ops.export.one_machine import dstack_files, skypilot_files
 from ops.export.slurm import slurm_files
 from ops.job import config, planner
 from ops.job.job_file import JobFile
 
-Kind = Literal["slurm", "kubeflow"]
-WRITERS = {"slurm": slurm_files, "kubeflow": kubeflow_files}
+Kind = Literal["slurm", "kubeflow", "skypilot", "dstack"]
+WRITERS = {
+    "slurm": slurm_files,
+    "kubeflow": kubeflow_files,
+    "skypilot": skypilot_files,
+    "dstack": dstack_files,
+}
 
 
 def export(
