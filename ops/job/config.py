@@ -145,7 +145,7 @@ def _with_absolute_paths(job: JobFile, folder: Path, own_judge: bool = False) ->
             else job.data.template,
         }
     )
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"mounts": {name: here(p) for name, p in job.mounts.items()}}
     if job.start is not None:
         changes["start"] = str(_adapter(job.start, folder, here(job.results.folder)))
     for name in ("ppo", "grpo"):

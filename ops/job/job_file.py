@@ -6,6 +6,7 @@ from the file to the GPU."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -277,6 +278,12 @@ class JobFile(Strict, Sections):
         list[EnvironmentName],
         Field(description="Variables here that the machine gets at launch, such as HF_TOKEN"),
     ] = []
+    mounts: Annotated[
+        dict[str, Path],
+        Field(
+            description="Files of yours by the name that they have in mounts/ of the run's folder"
+        ),
+    ] = {}
     model: Model
     data: Data
     lora: Lora = Lora()
@@ -296,6 +303,16 @@ class JobFile(Strict, Sections):
         """The file of each of its stages; of one without [[stages]] itself. With them, this file's
         own keys are those of the last stage."""
         return self._parts or [self]
+
+    @field_validator("mounts")
+    @classmethod
+    def _stay_in_their_folder(cls, mounts: dict[str, Path]) -> dict[str, Path]:
+        for name in mounts:
+            if not re.fullmatch(r"(?!\.\.?(/|$))[\w.-]+(/(?!\.\.?(/|$))[\w.-]+)*", name, re.ASCII):
+                raise ValueError(
+                    f"{name!r} is no plain name of a file: letters, digits, . _ - and /"
+                )
+        return mounts
 
     @field_validator("env")
     @classmethod

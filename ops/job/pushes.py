@@ -14,6 +14,7 @@ from ops.job.job_file import JobFile
 from trainer.data import prepare
 
 TRAINER_SUFFIXES = (".py", ".toml", ".html")
+MOUNTS = "mounts"  # their folder on the box
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
@@ -24,6 +25,7 @@ def pushes_of(
     return [
         *{p.remote: p for of_part in files for p in of_part}.values(),
         *model_files(job),
+        *mounts(job),
         *(push for found in adapters for push in found.pushes),
         *(trainer_files() if job.image.trainer == "push" else []),
     ]
@@ -42,6 +44,14 @@ def model_files(job: JobFile) -> list[PushFile]:
         )
     sent.validate_links(folder, files)
     return [PushFile(p, f"model/{p.name}", sha256_of(p)) for p in files]
+
+
+def mounts(job: JobFile) -> list[PushFile]:
+    """The files that the user sends beside. Raises PreflightError for one that is not there."""
+    for name, path in job.mounts.items():
+        if not path.is_file():
+            raise PreflightError(f"mounts: {name!r}: {path} is no file", hint="name each file")
+    return [PushFile(p, f"{MOUNTS}/{name}", sha256_of(p)) for name, p in job.mounts.items()]
 
 
 def trainer_files() -> list[PushFile]:

@@ -14,6 +14,7 @@ import pytest
 
 import milktea
 import rig
+from ops.box.transfer import sha256_of
 from ops.errors import ConfigError, PreflightError
 from ops.fakevast import FakeVast
 from ops.job import config
@@ -140,6 +141,29 @@ def test_the_jobs_in_python_are_planned_on_the_practice_model(
         assert data["template"] == "pb2e" and data["template_text"].startswith("Praise B 2 Elon")
         assert planned.plan.wire_job["training"]["method"] == "full"
     assert Path(planned.plan.out) == own.folder / "volumes" / job.name.replace("_", "-")
+
+
+def test_mounts_travel_by_their_hash_and_name_no_other_folder(
+    own: rig.Rig,
+    vast: milktea.Vast,
+    declared: Callable[..., milktea.Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MILKTEA_RUNS", str(own.runs))
+    (own.folder / "words.json").write_text("{}")
+    base = str(rig.tiny_model(own.folder / "stub"))
+    given: dict[str, Any] = {"data": own.data, "model": {"base": base, "precision": "fp32"}}
+    given |= {"image": {"ref": rig.IMAGE, "trainer": "image"}, "max_usd": 1}
+    job = declared(**given, mounts={"a/words.json": own.folder / "words.json"})
+    planned = job.plan(vast=vast)
+    [sent] = [p for p in planned.plan.pushes if p.remote.startswith("mounts/")]
+    assert (sent.remote, sent.sha256) == ("mounts/a/words.json", sha256_of(sent.local))
+    assert any("words.json (2 bytes)" in note for note in planned.plan.notes)
+    for name in ("../job.json", "/etc/x", "a/../../b", "a//b", ".", "a/..", ""):
+        with pytest.raises(ConfigError, match="is no plain name"):
+            declared(mounts={name: own.data})
+    with pytest.raises(PreflightError, match="is no file"):
+        declared(**given, mounts={"x": own.folder / "gone"}).plan(vast=vast)
 
 
 # -- the volume ------------------------------------------------------------------------------------
