@@ -21,6 +21,7 @@ FLOORS = {
         ["api"],
         ["sweep"],
         ["export", "image", "fakevast", "use"],
+        ["prepare"],
         ["run"],
         ["job"],
         ["box"],

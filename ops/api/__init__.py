@@ -38,6 +38,7 @@ from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.market.models import Instance
 from ops.market.ranking import Ranking
+from ops.prepare import rows as data
 from ops.run.explain import Status, told_line
 from ops.run.folders import runs_folder
 from ops.run.journal import Line
@@ -52,7 +53,6 @@ from ops.sweep.page import rows as sweep_rows
 from ops.sweep.plan import PlannedSweep
 from ops.sweep.state import Trial
 from ops.use import begin, words
-from ops.use import rows as data
 from ops.use.compare import Comparison, Outcome
 from ops.use.found import Found
 from ops.use.results import (

@@ -15,7 +15,7 @@ from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job import cards
 from ops.job.config import parse
-from ops.use.rows import stats
+from ops.prepare.rows import stats
 from trainer.data.sources import Reading
 from trainer.data.stats import Stats
 

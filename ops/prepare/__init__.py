@@ -1,0 +1,1 @@
+"""What one does with rows before a job: check, pick, translate, make more of them."""
