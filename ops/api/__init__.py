@@ -39,6 +39,10 @@ from ops.market.client import Vast
 from ops.market.models import Instance
 from ops.market.ranking import Ranking
 from ops.prepare import rows as data
+from ops.prepare import translate as translating
+from ops.prepare.calls import Spent
+from ops.prepare.endpoint import Endpoint, endpoint_of
+from ops.prepare.work import Tell
 from ops.run.explain import Status, told_line
 from ops.run.folders import runs_folder
 from ops.run.journal import Line
@@ -70,6 +74,7 @@ from trainer.wire.events import Event, Sample, Score
 __all__ = [
     "Comparison",
     "Cost",
+    "Endpoint",
     "Event",
     "Found",
     "Gpu",
@@ -95,8 +100,10 @@ __all__ = [
     "Sample",
     "Score",
     "Screen",
+    "Spent",
     "Status",
     "Swept",
+    "Tell",
     "Trial",
     "Vast",
     "Watcher",
@@ -109,6 +116,7 @@ __all__ = [
     "data",
     "dearest_silence",
     "destroy",
+    "endpoint_of",
     "evaluate",
     "events",
     "export",
@@ -139,6 +147,7 @@ __all__ = [
     "stop",
     "sweep_rows",
     "told_line",
+    "translating",
     "uses_vast_ai",
     "variations",
     "words",

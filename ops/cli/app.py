@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ops.cli import compare, data, history, image, serve, shelf, sweep, use
+from ops.cli import compare, data, endpoints, history, image, serve, shelf, sweep, use
 from ops.cli.acting import acting, interrupted, market, open_screen, report
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
@@ -248,6 +248,7 @@ for command in (history.status, history.logs, history.cost, history.explain):
 app.command()(compare.compare)
 app.command()(sweep.sweep)
 app.command()(data.init)
+data.app.command()(endpoints.translate)
 app.command()(shelf.models)
 app.command()(shelf.gpus)
 app.command()(use.chat)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Rows: check, describe, sample, take out repeats, hold some out",
+    help="Rows: check, describe, sample, take out repeats, hold some out, translate",
     rich_markup_mode=None,
 )
 
@@ -56,7 +56,7 @@ def check(
     with errors(as_json):
         from ops import api
 
-        found = api.data.check(files, _reading(form, column))
+        found = api.data.check(files, reading_of(form, column))
         reasons = api.data.reasons(found)
         if as_json:
             for defect in found.defects:
@@ -83,7 +83,7 @@ def stats(
     with errors(as_json):
         from ops import api
 
-        told, found = api.data.stats(files, _reading(form, column))
+        told, found = api.data.stats(files, reading_of(form, column))
         if as_json:
             print(json_line({"kind": "stats", "defects": len(found.defects), **told.as_dict()}))
             return
@@ -113,13 +113,13 @@ def dedupe(
 
         written = api.data.dedupe(
             files,
-            _reading(form, column, drop_bad),
+            reading_of(form, column, drop_bad),
             near=None if exact else near,
             against=against or [],
             to=to,
             force=force,
         )
-        _written(written, as_json)
+        tell_written(written, as_json)
 
 
 @app.command()
@@ -150,7 +150,7 @@ def sample(
             raise ConfigError("how much is not said", hint="--max-chars 500000, or --rows 5000")
         written = api.data.sample(
             files,
-            _reading(form, column, drop_bad),
+            reading_of(form, column, drop_bad),
             max_characters=max_chars,
             max_rows=rows,
             by=cast("api.data.By", by),
@@ -158,7 +158,7 @@ def sample(
             to=to,
             force=force,
         )
-        _written(written, as_json)
+        tell_written(written, as_json)
 
 
 @app.command()
@@ -186,7 +186,7 @@ def split(
 
         written = api.data.split(
             files,
-            _reading(form, column, drop_bad),
+            reading_of(form, column, drop_bad),
             held_out=held_out,
             seed=seed,
             near=None if exact else near,
@@ -194,10 +194,10 @@ def split(
             held_to=held_to,
             force=force,
         )
-        _written(written, as_json)
+        tell_written(written, as_json)
 
 
-def _reading(form: str, columns: list[str] | None, drop_bad: bool = False) -> api.Reading:
+def reading_of(form: str, columns: list[str] | None, drop_bad: bool = False) -> api.Reading:
     from ops import api
 
     if form not in api.data.FORMATS:
@@ -226,7 +226,7 @@ def _tell(found: api.data.Dataset) -> None:
     print(f"{len(found.rows):,} sound rows, {count:,} defect{'' if count == 1 else 's'}")
 
 
-def _written(written: api.data.RowsWritten, as_json: bool) -> None:
+def tell_written(written: api.data.RowsWritten, as_json: bool) -> None:
     if as_json:
         print(json_line({"kind": "written", **written.as_dict()}))
         return
@@ -265,7 +265,7 @@ def init(
         rows = files or [Path(_asked("Rows to train on", "FILES", as_json))]
         model = base or _asked("Base model (`milktea models` lists)", "--base", as_json)
         usd = max_usd or _dollars(_asked("Dollars that the run may cost", "--max-usd", as_json))
-        begun = api.begin.begin(rows, model, usd, to, name, _reading(form, column))
+        begun = api.begin.begin(rows, model, usd, to, name, reading_of(form, column))
         api.begin.write(begun, to, force)
         if as_json:
             print(json_line({"kind": "begun", "job": str(to), "chosen": begun.chosen}))

@@ -83,13 +83,13 @@ def dedupe(
 ) -> RowsWritten:
     """Writes the rows that repeat no other, and none of `against`. Raises PreflightError for rows
     that are not sound, ConfigError for a file that exists."""
-    outputs = _outputs(files, {"deduped": to}, force)
-    notes: list[str] = []
-    rows = _sound(files, reading, notes)
-    others = _sound(against, reading) if against else []
+    outputs = outputs_of(files, {"deduped": to}, force)
+    found = sound(files, reading)
+    rows, notes = found.rows, found.notes
+    others = sound(against, reading).rows if against else []
     settings = {"near": near, "against": [str(p) for p in against]}
     picked = _picked(lambda: curate.dedupe(rows, near, others))
-    return _write("dedupe", rows, picked, outputs, settings, notes)
+    return write("dedupe", rows, picked, outputs, settings, notes)
 
 
 def sample(
@@ -104,12 +104,12 @@ def sample(
     force: bool = False,
 ) -> RowsWritten:
     """Writes rows of at most so many characters and so many in number. Raises as `dedupe`."""
-    outputs = _outputs(files, {"sample": to}, force)
-    notes: list[str] = []
-    rows = _sound(files, reading, notes)
+    outputs = outputs_of(files, {"sample": to}, force)
+    found = sound(files, reading)
+    rows, notes = found.rows, found.notes
     settings = {"max_characters": max_characters, "max_rows": max_rows, "by": by, "seed": seed}
     picked = _picked(lambda: curate.sample(rows, max_characters, max_rows, by, seed))
-    return _write("sample", rows, picked, outputs, settings, notes)
+    return write("sample", rows, picked, outputs, settings, notes)
 
 
 def split(
@@ -124,12 +124,12 @@ def split(
     force: bool = False,
 ) -> RowsWritten:
     """Writes rows to train on and rows to hold out, in two files. Raises as `dedupe`."""
-    outputs = _outputs(files, {"train": to, "held_out": held_to}, force)
-    notes: list[str] = []
-    rows = _sound(files, reading, notes)
+    outputs = outputs_of(files, {"train": to, "held_out": held_to}, force)
+    found = sound(files, reading)
+    rows, notes = found.rows, found.notes
     settings = {"held_out": held_out, "seed": seed, "near": near}
     picked = _picked(lambda: curate.split(rows, held_out, seed, near))
-    return _write("split", rows, picked, outputs, settings, notes)
+    return write("split", rows, picked, outputs, settings, notes)
 
 
 def _picked(pick: Any) -> Picked:
@@ -141,9 +141,8 @@ def _picked(pick: Any) -> Picked:
     return made
 
 
-def _sound(
-    files: Sequence[Path], reading: Reading | None, notes: list[str] | None = None
-) -> list[Record]:
+def sound(files: Sequence[Path], reading: Reading | None = None) -> Dataset:
+    """What the files hold. Raises PreflightError for rows that are not sound, or none."""
     found = records.read(files, reading)
     if found.defects:
         raise PreflightError(
@@ -152,12 +151,10 @@ def _sound(
         )
     if not found.rows:
         raise PreflightError("the files hold no row", hint="milktea data check FILE")
-    if notes is not None:
-        notes += found.notes
-    return found.rows
+    return found
 
 
-def _outputs(files: Sequence[Path], named: Mapping[str, Path | None], force: bool) -> list[Path]:
+def outputs_of(files: Sequence[Path], named: Mapping[str, Path | None], force: bool) -> list[Path]:
     """The files to write; beside the first of `files` where no name is given. Raises ConfigError
     where one exists, or is one of those that are read."""
     first = files[0]
@@ -167,7 +164,7 @@ def _outputs(files: Sequence[Path], named: Mapping[str, Path | None], force: boo
     given = {path.resolve() for path in files}
     if len({path.resolve() for path in found}) < len(found):
         raise ConfigError("both outputs are one file", hint="name two with --to and --held-to")
-    for path in [*found, _report_of(found[0])]:
+    for path in [*found, report_of(found[0])]:
         if path.resolve() in given:
             raise ConfigError(f"{path} is read: it cannot be written", hint="name another file")
         if path.exists() and not force:
@@ -175,30 +172,29 @@ def _outputs(files: Sequence[Path], named: Mapping[str, Path | None], force: boo
     return found
 
 
-def _report_of(path: Path) -> Path:
+def report_of(path: Path) -> Path:
     return path.with_name(path.name + ".report.json")
 
 
-def _write(
+def write(
     word: str,
     rows: Sequence[Record],
     picked: Picked,
     outputs: Sequence[Path],
     settings: Mapping[str, Any],
     notes: Sequence[str],
+    more: Mapping[str, Any] | None = None,
 ) -> RowsWritten:
+    """Writes what was picked, and the report beside the first file; `more` stands in it too."""
     parts = [picked.rows, picked.held][: len(outputs)]
     for path, part in zip(outputs, parts, strict=True):
         _replace(path, "".join(f"{row.line}\n" for row in part))
-    report = _report_of(outputs[0])
+    report = report_of(outputs[0])
     counts = {str(path): len(part) for path, part in zip(outputs, parts, strict=True)}
     told = {"word": word, "settings": dict(settings), "rows": len(rows), "files": counts}
     left = [{k: v for k, v in asdict(r).items() if v not in ("", None)} for r in picked.removed]
-    _replace(
-        report,
-        json.dumps(told | {"notes": list(notes), "removed": left}, ensure_ascii=False, indent=1)
-        + "\n",
-    )
+    whole = told | dict(more or {}) | {"notes": list(notes), "removed": left}
+    _replace(report, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
     removed = dict(Counter(r.reason for r in picked.removed).most_common())
     return RowsWritten(len(rows), counts, removed, str(report))
 

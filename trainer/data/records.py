@@ -65,6 +65,7 @@ class Dataset:
     defects: list[Defect] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: dict[str, tuple[Kind, int, str]] = field(default_factory=dict)
+    columns: dict[str, Columns] = field(default_factory=dict)  # of each file
 
 
 def read(paths: Sequence[Path], reading: Reading | None = None) -> Dataset:
@@ -91,6 +92,7 @@ def read(paths: Sequence[Path], reading: Reading | None = None) -> Dataset:
         findings.defects += contradictions(judged, source.name)
         form = source.form or kind
         found.files[source.name] = (kind, len(found.rows) - before, form)
+        found.columns[source.name] = source.columns
     found.defects, found.notes = sorted(findings.defects), findings.notes()
     return found
 

@@ -99,6 +99,11 @@ def stats(rows: Sequence[Record]) -> Stats:
     )
 
 
+def letters(text: str) -> dict[str, int]:
+    """Script -> letters of it in a text."""
+    return _scripts(_codes(text))
+
+
 def _codes(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 

@@ -1,0 +1,88 @@
+"""Several calls at once: runs until all is done, or until something says stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from ops.errors import MilkteaError, PreflightError
+from ops.prepare.calls import Calls, Spent, Stopped
+
+T = TypeVar("T")
+Tell = Callable[[int, int, Spent], None]  # done, of how many, what was spent
+INTERRUPTED = "it was interrupted"
+LOOK_S = 0.2
+
+
+def no_tell(done: int, total: int, spent: Spent) -> None:
+    """Tells nobody."""
+
+
+def journal_of(out: Path) -> Path:
+    """Where the calls for a file stand."""
+    return out.with_name(out.name + ".calls.jsonl")
+
+
+def at_once(
+    parts: Sequence[T], act: Callable[[T], None], calls: Calls, number: int, tell: Tell = no_tell
+) -> None:
+    """`act` on each part, so many at a time. Where the work ends early `calls.why_stopped` says
+    why, and what was on its way has been waited for. Raises what `act` raises, but Stopped."""
+    with ThreadPoolExecutor(number) as pool, _signals(calls):
+        left: set[Future[None]] = {pool.submit(_until_stopped, act, part) for part in parts}
+        failed: BaseException | None = None
+        while left:
+            done, left = wait(left, LOOK_S, FIRST_EXCEPTION)
+            for one in done:
+                if (error := one.exception()) is not None and failed is None:
+                    failed = error
+                    calls.stop(f"{type(error).__name__}: {error}")
+            tell(len(parts) - len(left), len(parts), calls.spent)
+        if failed is not None:
+            raise failed
+
+
+def _until_stopped(act: Callable[[T], None], part: T) -> None:
+    try:
+        act(part)
+    except Stopped:
+        pass
+
+
+@contextmanager
+def _signals(calls: Calls) -> Iterator[None]:
+    """The first SIGINT or SIGTERM lets the calls on their way come home; the second ends all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def ends(number: int, frame: object) -> None:
+        threading.Thread(target=calls.stop, args=(INTERRUPTED,)).start()  # it takes a lock
+        for other, handler in before.items():
+            signal.signal(other, handler or signal.SIG_DFL)
+
+    for number in numbers:
+        signal.signal(number, ends)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def ended_early(calls: Calls, done: int, total: int, what: str) -> MilkteaError:
+    """The error for work that stopped before its end."""
+    spent, why = calls.spent, calls.why_stopped
+    more = "--max-usd with more, and " if " are spent" in why else ""
+    return PreflightError(
+        f"{why}; {done:,} of {total:,} {what} are done",
+        money=f"${spent.usd:.4f} at most, of {spent.answered:,} answers, which are kept",
+        hint=f"{more}the same command again goes on and pays for none of them twice",
+    )
