@@ -45,45 +45,88 @@ Near = Annotated[
     float, typer.Option(help="Share of 5-grams that near duplicates have in common, 0.4 to 1")
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Equal rows only, no near ones")]
+SHOWN = 3  # rows of each rule of quality; --json has all
 Seed = Annotated[int, typer.Option(help="Of what is drawn")]
 
 
 @app.command()
 def check(
-    files: Files, form: Format = "auto", column: Column = None, as_json: Json = False
+    files: Files,
+    rules: Annotated[
+        str, typer.Option(help="Rules of quality by name, with commas; all, or none")
+    ] = "all",
+    language: Annotated[str, typer.Option(help="What answers are in: zh, en, ...")] = "",
+    drop: Annotated[
+        str, typer.Option(help="Write the rows that these rules find nothing in: names, or all")
+    ] = "",
+    to: To = None,
+    force: Force = False,
+    form: Format = "auto",
+    column: Column = None,
+    drop_bad: DropBad = False,
+    as_json: Json = False,
 ) -> None:
-    """Every defect with its place, and how often each occurs; exit code 3 where there is one."""
+    """Every defect with its place, and how often each occurs; exit code 3 where there is one. Then
+    what the rules of quality find among the sound rows, which is no defect."""
     with errors(as_json):
         from ops import api
 
-        found = api.data.check(files, reading_of(form, column))
-        reasons = api.data.reasons(found)
-        if as_json:
-            for defect in found.defects:
-                print(json_line({"kind": "defect", **vars(defect)}))
-            row = {"kind": "checked", "rows": len(found.rows), "defects": len(found.defects)}
-            told = {name: {"kind": k, "rows": n, "format": f} for name, (k, n, f) in _files(found)}
-            print(json_line(row | {"reasons": reasons, "files": told, "notes": found.notes}))
-        else:
-            for defect in found.defects:
-                print(plain(str(defect)))
-            for reason, count in reasons.items():
-                print(plain(f"{count:>9,}  {reason}"))
-            _tell(found)
+        reading = reading_of(form, column, drop_bad)
+        if drop:
+            written = api.data.drop(
+                files, reading, rules=drop, language=language, to=to, force=force
+            )
+            tell_written(written, as_json)
+            return
+        found = api.data.check(files, reading)
+        quality = api.data.looked_at(found, rules, language)
+        (_checked_json if as_json else _checked)(found, quality, api.data.reasons(found))
         if found.defects or not found.rows:
             raise typer.Exit(3)
 
 
+def _checked_json(
+    found: api.data.Dataset, quality: list[api.data.Found], reasons: dict[str, int]
+) -> None:
+    for defect in found.defects:
+        print(json_line({"kind": "defect", **vars(defect)}))
+    for one in quality:
+        print(json_line({"kind": "quality", **vars(one)}))
+    row = {"kind": "checked", "rows": len(found.rows), "defects": len(found.defects)}
+    told = {name: {"kind": k, "rows": n, "format": f} for name, (k, n, f) in _files(found)}
+    print(json_line(row | {"reasons": reasons, "files": told, "notes": found.notes}))
+
+
+def _checked(
+    found: api.data.Dataset, quality: list[api.data.Found], reasons: dict[str, int]
+) -> None:
+    for defect in found.defects:
+        print(plain(str(defect)))
+    for reason, count in reasons.items():
+        print(plain(f"{count:>9,}  {reason}"))
+    for one in quality:
+        print(plain(f"{one.rule}: {len(one.rows):,} rows: {one.what}"))
+        for where, beginning in one.rows[:SHOWN]:
+            print(plain(f"    {where}: {beginning}"))
+    _tell(found)
+
+
 @app.command()
 def stats(
-    files: Files, form: Format = "auto", column: Column = None, as_json: Json = False
+    files: Files,
+    tokenizer: Annotated[
+        str, typer.Option(help="Count tokens by this model's: a folder, or an id of the hub")
+    ] = "",
+    form: Format = "auto",
+    column: Column = None,
+    as_json: Json = False,
 ) -> None:
-    """Rows, characters, tokens (told from characters), scripts, turns, repeats and the longest
-    rows, of the sound ones."""
+    """Rows, characters, tokens (told from characters, or counted), scripts, turns, repeats and the
+    longest rows, of the sound ones."""
     with errors(as_json):
         from ops import api
 
-        told, found = api.data.stats(files, reading_of(form, column))
+        told, found = api.data.stats(files, reading_of(form, column), tokenizer)
         if as_json:
             print(json_line({"kind": "stats", "defects": len(found.defects), **told.as_dict()}))
             return

@@ -16,9 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from tokenizers import Tokenizer
+
 from ops.errors import ConfigError, PreflightError
-from trainer.data import curate, records
+from ops.prepare.languages import NAMES, Language
+from trainer.data import curate, quality, records
 from trainer.data.curate import By, Picked
+from trainer.data.quality import Found
 from trainer.data.records import Dataset, Record
 from trainer.data.sources import Reading
 from trainer.data.stats import Stats
@@ -29,10 +33,13 @@ __all__ = [
     "FORMATS",
     "By",
     "Dataset",
+    "Found",
     "RowsWritten",
     "Stats",
     "check",
     "dedupe",
+    "drop",
+    "looked_at",
     "reasons",
     "sample",
     "split",
@@ -66,10 +73,71 @@ def reasons(found: Dataset) -> dict[str, int]:
     return dict(Counter(told).most_common())
 
 
-def stats(files: Sequence[Path], reading: Reading | None = None) -> tuple[Stats, Dataset]:
-    """(the figures of the sound rows, what was read)."""
+def looked_at(found: Dataset, rules: str = "all", language: str = "") -> list[Found]:
+    """What the rules of quality find among the sound rows; `rules` are names with commas, "all" or
+    "none". Raises ConfigError for a name that is none."""
+    if language and language not in NAMES:
+        raise ConfigError(f"--language {language!r} is none", hint=f"one of {', '.join(NAMES)}")
+    names = _rules(rules, bool(language))
+    scripts = Language(language).scripts if quality.LANGUAGE in names else ()
+    return quality.judge(found.rows, names, scripts)
+
+
+def _rules(names: str, with_language: bool) -> list[str]:
+    known = [*quality.RULES, *([quality.LANGUAGE] if with_language else [])]
+    if names in ("all", "none"):
+        return known if names == "all" else []
+    found = [name.strip() for name in names.split(",")]
+    if wrong := [name for name in found if name not in known]:
+        more = "" if with_language else f", and {quality.LANGUAGE} with --language zh"
+        raise ConfigError(f"{wrong[0]!r} is no rule", hint=f"all, {', '.join(known)}{more}")
+    return found
+
+
+def drop(
+    files: Sequence[Path],
+    reading: Reading | None = None,
+    *,
+    rules: str = "all",
+    language: str = "",
+    to: Path | None = None,
+    force: bool = False,
+) -> RowsWritten:
+    """Writes the rows in which none of the rules finds anything. Raises as `dedupe`."""
+    outputs = outputs_of(files, {"checked": to}, force)
+    found = sound(files, reading)
+    why: dict[str, str] = {}
+    for one in looked_at(found, rules, language):
+        for where, _ in one.rows:
+            why.setdefault(where, one.rule)
+    kept = [row for row in found.rows if row.where not in why]
+    picked = Picked(kept, removed=[curate.Removed(where, rule) for where, rule in why.items()])
+    settings = {"rules": rules, "language": language}
+    return write("check", found.rows, picked, outputs, settings, found.notes)
+
+
+def stats(
+    files: Sequence[Path], reading: Reading | None = None, tokenizer: str = ""
+) -> tuple[Stats, Dataset]:
+    """(the figures of the sound rows, what was read). `tokenizer` is a model's folder or its id on
+    the hub. Raises PreflightError where it cannot be had."""
+    opened = _tokenizer(tokenizer) if tokenizer else None
     found = records.read(files, reading)
-    return stats_of(found.rows), found
+    return stats_of(found.rows, opened), found
+
+
+def _tokenizer(base: str) -> Tokenizer:
+    path = Path(base) / "tokenizer.json"
+    try:
+        if not Path(base).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            name, _, revision = base.partition("@")
+            path = Path(hf_hub_download(name, "tokenizer.json", revision=revision or None))
+        return Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as e:  # a tokenizer that is none is a bare Exception
+        what = f"the tokenizer of {base} cannot be had: {str(e).splitlines()[0][:200]}"
+        raise PreflightError(what, hint="--tokenizer FOLDER, one with tokenizer.json") from e
 
 
 def dedupe(

@@ -89,12 +89,20 @@ def read(paths: Sequence[Path], reading: Reading | None = None) -> Dataset:
         examine = partial(validate, judged)
         before = len(found.rows)
         found.rows += islice(files.sound_rows(source, findings, examine), source.max_rows)
+        _tell_apart(found.rows, before)
         findings.defects += contradictions(judged, source.name)
         form = source.form or kind
         found.files[source.name] = (kind, len(found.rows) - before, form)
         found.columns[source.name] = source.columns
     found.defects, found.notes = sorted(findings.defects), findings.notes()
     return found
+
+
+def _tell_apart(rows: list[Record], begin: int) -> None:
+    """Gives rows of one line of a file, as of an array without line ends, their numbers too."""
+    if len({row.where for row in rows[begin:]}) < len(rows) - begin:
+        for n in range(begin, len(rows)):
+            rows[n] = rows[n]._replace(where=f"{rows[n].where}, row {n - begin + 1}")
 
 
 def kind_of(source: Source) -> Kind:

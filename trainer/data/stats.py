@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from trainer.data.estimate import AROUND_TURN, WIDE, Density
 from trainer.data.records import Record
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
+TOGETHER = 1000  # rows that are tokenised at a time
 LONGEST = 5  # rows that are named
 _SCRIPTS = (  # first code point, its script; "" is counted as none
     (0, ""), (0x41, "Latin"), (0x5B, ""), (0x61, "Latin"), (0x7B, ""), (0xC0, "Latin"),
@@ -29,7 +31,8 @@ _BOUNDS = np.array([begin for begin, _ in _SCRIPTS], np.uint32)
 @dataclass(frozen=True)
 class Stats:
     """`characters`, `question`, `answer` (characters) and `tokens` of a row: quantile -> value.
-    Tokens are told from characters, for a vocabulary of 150,000 (trainer/data/estimate.py). A
+    Tokens are told from characters, for a vocabulary of 150,000 (trainer/data/estimate.py), or
+    `counted` by a tokenizer. A
     script's share is of letters; `main_script` counts rows by the script of most of theirs. `equal`
     rows repeat an earlier one but for case and blanks."""
 
@@ -45,6 +48,7 @@ class Stats:
     turns: dict[int, int]
     equal: int
     longest: list[str]
+    counted: bool = False
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -52,8 +56,8 @@ class Stats:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.rows:,} rows, {self.total_characters:,} characters, about "
-            f"{self.total_tokens:,} tokens",
+            f"{self.rows:,} rows, {self.total_characters:,} characters, "
+            f"{'' if self.counted else 'about '}{self.total_tokens:,} tokens",
             "of a row     " + "".join(f"{name:>9}" for name in self.characters),
         ]
         for name in ("characters", "question", "answer", "tokens"):
@@ -67,8 +71,9 @@ class Stats:
         return "\n".join([*lines, f"longest      {', '.join(self.longest)}"])
 
 
-def stats(rows: Sequence[Record]) -> Stats:
-    """Of sound rows; all zero without any."""
+def stats(rows: Sequence[Record], tokenizer: Tokenizer | None = None) -> Stats:
+    """Of sound rows; all zero without any. Tokens are those of the row's texts by `tokenizer`,
+    without what a template puts around them."""
     density, letters, mains = Density.of(150_000), Counter[str](), Counter[str]()
     tokens = np.zeros(len(rows), np.int64)
     for n, row in enumerate(rows):
@@ -80,6 +85,8 @@ def stats(rows: Sequence[Record]) -> Stats:
         found = _scripts(codes)
         letters.update(found)
         mains[max(found, key=lambda name: found[name]) if found else "none"] += 1
+    if tokenizer is not None:
+        tokens = _counted(rows, tokenizer)
     whole = np.array([row.characters for row in rows], np.int64)
     order = np.argsort(-whole, kind="stable")[:LONGEST]
     every = sum(letters.values()) or 1
@@ -96,7 +103,19 @@ def stats(rows: Sequence[Record]) -> Stats:
         turns=dict(sorted(Counter(row.turns for row in rows).items())),
         equal=len(rows) - len({row.key for row in rows}),
         longest=[f"{rows[n].where} ({whole[n]:,})" for n in order],
+        counted=tokenizer is not None,
     )
+
+
+def _counted(rows: Sequence[Record], tokenizer: Tokenizer) -> NDArray[np.int64]:
+    found = np.zeros(len(rows), np.int64)
+    for begin in range(0, len(rows), TOGETHER):
+        part = rows[begin : begin + TOGETHER]
+        for texts in ([row.question for row in part], [row.answer for row in part]):
+            sure = [text.encode("utf-8", "replace").decode() for text in texts]
+            codings = tokenizer.encode_batch_fast(sure, add_special_tokens=False)
+            found[begin : begin + len(part)] += [len(coding.ids) for coding in codings]
+    return found
 
 
 def letters(text: str) -> dict[str, int]:

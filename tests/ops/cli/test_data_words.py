@@ -118,3 +118,34 @@ def test_columns_of_another_name_are_read_and_written_as_they_are(tmp_path: Path
     assert said("dedupe", path, *names).exit_code == 0
     written = lines(tmp_path / "other.deduped.jsonl")
     assert written[0] == {"question": "why", "answer": "because"}
+
+
+def test_check_tells_what_the_rules_of_quality_find_and_drop_writes_the_other_rows(
+    rows: Path,
+) -> None:
+    told = json.loads(rows.read_text("utf-8"))
+    told[3]["output"] = "As an AI language model I cannot say."
+    told[7]["output"] = "N/A"
+    rows.write_text(json.dumps(told), "utf-8")
+    done = said("check", rows)
+    assert done.exit_code == 0 and "refusal: 1 rows" in done.output
+    assert f"{rows}:1, row 4: What is the" in done.output, "an array on one line has numbers"
+    found = [json.loads(line) for line in said("check", rows, "--json").stdout.splitlines()]
+    assert [f["rule"] for f in found if f["kind"] == "quality"] == ["no-answer", "refusal"]
+    assert "refusal" not in said("check", rows, "--rules", "echo,no-answer").output
+    assert said("check", rows, "--rules", "ecco").exit_code == 2
+    dropped = json.loads(said("check", rows, "--drop", "refusal", "--json").stdout)
+    assert dropped["removed"] == {"refusal": 1}
+    kept = lines(rows.with_name("rows.checked.jsonl"))
+    assert len(kept) == 120 and all("AI language" not in row["output"] for row in kept)
+    wrong = said("check", rows, "--drop", "language", "--language", "zh", "--force", "--json")
+    assert json.loads(wrong.stdout)["rows"] == 121
+
+
+def test_stats_counts_tokens_by_a_tokenizer_of_ones_own(rows: Path) -> None:
+    base = Path(__file__).parents[3] / "trainer" / "practice" / "practice_model"
+    told = json.loads(said("stats", rows, "--tokenizer", base, "--json").stdout)
+    guessed = json.loads(said("stats", rows, "--json").stdout)
+    assert told["counted"] and not guessed["counted"]
+    assert told["total_tokens"] != guessed["total_tokens"] > 0
+    assert said("stats", rows, "--tokenizer", rows.parent).exit_code == 3
