@@ -532,15 +532,15 @@ def test_a_training_leaves_its_words_and_its_exit_code_and_hears_sigterm(tmp_pat
         "time.sleep(60)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(SERVER / "run_job.py")],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "step 1\n"
-    process.terminate()
-    assert process.wait(30) == 5 and process.stdout.read() == "saved\n"
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "step 1\n"
+        process.terminate()
+        assert process.wait(30) == 5 and process.stdout.read() == "saved\n"
     assert (tmp_path / "log.txt").read_text() == "step 1\nsaved\n"
     assert (tmp_path / "exit_code").read_text() == "5\n"

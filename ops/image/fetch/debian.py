@@ -257,6 +257,8 @@ def _read(url: str, progress: Progress) -> bytes:
                 return bytes(reply.read())
         except (OSError, http.client.HTTPException) as error:
             final = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it holds the connection
             if final or not pauses_s:
                 raise
             progress(f"{error}: again in {pauses_s[0]:g} s")
