@@ -28,7 +28,7 @@ FLOORS = {
         ["market"],
         ["hardware"],
         ["catalogue"],
-        ["wait"],
+        ["detached", "wait"],
         ["errors", "plain"],
     ],
     "trainer": [

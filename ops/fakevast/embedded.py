@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ops.detached import start_detached
+
 _PATIENCE_S = 20.0
-_started: list[subprocess.Popen[bytes]] = []  # detached: nobody waits for them
 
 
 @dataclass(frozen=True)
@@ -32,31 +30,8 @@ def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, .
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if (server := running(state_dir)) is not None:
         return server
-    command = [
-        sys.executable,
-        "-m",
-        "ops.fakevast",
-        "--state",
-        str(state_dir),
-        "--idle-exit-s",
-        str(idle_exit_s),
-        *options,
-    ]
-    root = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    }
-    with open(state_dir / "server.log", "ab", opener=_only_ours) as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=env,
-            cwd=state_dir,
-        )
-    _started.append(child)
+    words = ["--state", str(state_dir), "--idle-exit-s", str(idle_exit_s), *options]
+    child = start_detached("ops.fakevast", words, state_dir, state_dir / "server.log")
     deadline = time.monotonic() + _PATIENCE_S
     while (server := running(state_dir)) is None:
         if child.poll() not in (None, 0) or time.monotonic() > deadline:
@@ -67,10 +42,6 @@ def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, .
             )
         time.sleep(0.005)
     return server
-
-
-def _only_ours(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def running(state_dir: Path) -> Server | None:

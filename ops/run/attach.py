@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ops import errors
+from ops.detached import only_ours
 from ops.errors import JournalError, MilkteaError
 from ops.market.models import Instance
 from ops.run import journal, wishes
@@ -20,7 +21,7 @@ from ops.run.follow import EVENTS
 from ops.run.journal import Line, last
 from ops.run.meter import ends_itself_at, max_usd_of, may_have_box, plan_of, spent_usd
 from ops.run.session import Interrupted, Screen
-from ops.run.supervisor import PROGRESS, WATCHED, only_ours
+from ops.run.supervisor import PROGRESS, WATCHED
 from trainer.wire import events
 
 # Journal lines before which the events that came earlier are shown.

@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter
 
+from ops.detached import only_ours, start_detached
 from ops.errors import DiskError, Fenced, JournalError, MilkteaError
 from ops.job.plan import Plan
 from ops.market.client import Vast
@@ -183,28 +183,17 @@ def start(folder: Path, vast: Vast, seen: Ranking | None = None) -> int:
     if seen is not None:
         with open(folder / MARKET, "wb", opener=only_ours) as file:
             file.write(_market.dump_json(seen))
-    root = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {
+    env = {
         "VAST_URL": vast.provider.url,
         "VAST_API_KEY": vast.provider.api_key,
         "MILKTEA_PACE": str(vast.clock.pace),
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     ready, ready_fd = os.pipe()
-    with open(folder / LOG, "ab", opener=only_ours) as log:
-        child = subprocess.Popen(
-            # -P: nothing that lies in the run's folder is imported
-            [sys.executable, "-P", "-m", "ops.run.supervisor", str(folder), str(ready_fd)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            pass_fds=(ready_fd,),
-            env=env,
-            cwd=folder,
-        )
+    words = (str(folder), str(ready_fd))
+    child = start_detached(
+        "ops.run.supervisor", words, folder, folder / LOG, env=env, pass_fds=(ready_fd,)
+    )
     os.close(ready_fd)
-    _started.append(child)
     with open(ready, "rb") as pipe:
         text = pipe.read()  # until it says so, or has ended
     if text == b"ready":
@@ -216,14 +205,6 @@ def start(folder: Path, vast: Vast, seen: Ranking | None = None) -> int:
         f"{folder.name}: its supervisor did not come up: {tail.strip() or 'it said nothing'}",
         hint=f"`milktea resume {folder.name} --foreground` runs it in this process",
     )
-
-
-_started: list[subprocess.Popen[bytes]] = []  # detached: nobody waits for them
-
-
-def only_ours(path: str, flags: int) -> int:
-    """An opener for `open`: no other user may read the file."""
-    return os.open(path, flags, 0o600)
 
 
 def main() -> int:

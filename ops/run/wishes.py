@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ops.detached import only_ours
 from ops.job.plan import Plan
 from ops.market.models import Offer
 from ops.market.ranking import bid_of
@@ -129,7 +130,7 @@ def send(folder: Path, wish: str) -> str:
     """Leave a wish for the run's owner. Returns the wish that counts: an earlier one where there
     was one."""
     path, own = folder / FILE, folder / f"{FILE}.{os.getpid()}"
-    with open(own, "w", opener=_only_ours) as file:
+    with open(own, "w", opener=only_ours) as file:
         file.write(json.dumps({"wish": wish, "t": round(time.time(), 3), "by": os.getpid()}))
     try:
         os.link(own, path)  # atomic, and fails where another wish is there
@@ -154,7 +155,3 @@ def forget(folder: Path) -> None:
     """Remove the wish, once the journal has it."""
     with suppress(OSError):
         (folder / FILE).unlink(missing_ok=True)
-
-
-def _only_ours(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import rig
+from ops import detached
 from ops.errors import JournalError, OverBudget
 from ops.fakevast import FakeVast
 from ops.market.client import Provider, Vast
@@ -252,7 +253,7 @@ def test_an_owner_that_does_not_come_up_shows_the_end_of_what_it_said(
     said = str(caught.value).split("did not come up: ", 1)[1]
     assert said == (folder / supervisor.LOG).read_text()[-1000:].strip() and "x" in said
     assert "--foreground" in caught.value.hint
-    assert supervisor._started[-1].wait(10) != 0
+    assert detached.started[-1].wait(10) != 0
 
 
 def test_an_owner_that_is_started_is_a_session_of_its_own_that_has_seen_the_market(
@@ -262,7 +263,7 @@ def test_an_owner_that_is_started_is_a_session_of_its_own_that_has_seen_the_mark
     number = supervisor.start(folder, vast_of(fake), Ranking([], [], []))
     assert os.getsid(number) == number
     assert stat.S_IMODE((folder / supervisor.LOG).stat().st_mode) == 0o600
-    code = supervisor._started[-1].wait(60)
+    code = detached.started[-1].wait(60)
     line = journal.read(folder)[-1]
     assert line.kind == "failed" and line["exit_code"] == code > 1
     assert not (folder / supervisor.MARKET).exists(), "read once"
