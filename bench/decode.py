@@ -28,8 +28,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.families import SHAPES, build, gemm_tflops
-from bench.training import GIB, Setting, tell
+from bench.families import build, gemm_tflops
+from bench.rows import Setting
+from bench.shapes import SHAPES
+from bench.training import GIB, tell
 
 PROMPT = 128
 WIDTHS = (1, 8, 32, 64, 128)

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from bench.training import GIB, SHAPES, Setting, TimedSteps, build
+from bench.rows import Setting
+from bench.training import GIB, SHAPES, TimedSteps, build
 from trainer.kernels import nf4
 from trainer.kernels.patch import inner_model
 

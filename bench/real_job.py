@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.training import SHAPES, Setting, lengths, tell
+from bench.rows import Setting, lengths
+from bench.training import SHAPES, tell
 
 TEMPLATES = Path(__file__).parent.parent / "trainer/data/templates"
 SHARD_LAYERS = 8

@@ -31,9 +31,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.families import SHAPES, build, configuration, gemm_tflops, start_adapters
+from bench.families import build, configuration, gemm_tflops, start_adapters
 from bench.real_job import tokenizer
-from bench.training import GIB, Setting, lengths, tell
+from bench.rows import Setting, lengths
+from bench.shapes import SHAPES
+from bench.training import GIB, tell
 from trainer.data.batch import Prefetcher
 from trainer.kernels.patch import inner_model
 from trainer.loop import budget
