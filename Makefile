@@ -67,8 +67,8 @@ airgap: N = 1000
 airgap: setup ## a bundle of the practice image: N damages, 60 forgeries, 100 kills; goes on where it was; needs root and Docker
 	@$(VENV)/bin/python tests/airgap.py $(or $(OUT),.milktea/airgap) --damages $(N)
 
-write-faults: setup ## every write of the client fails once or for good: no box left, no traceback; EVERY=5 for a fifth
-	@$(VENV)/bin/python tests/write_faults.py --every $(EVERY)
+write-faults: setup ## every write of the client fails once or for good: no box left, no traceback; EVERY=5 for a fifth, KEEP=1 of a run that is stopped and kept
+	@$(VENV)/bin/python tests/write_faults.py --every $(EVERY) $(if $(KEEP),--keep)
 
 mutants: setup ## single faults in a module that its own tests must notice; MODULES="ops.market.cost", SAMPLE=40
 	@$(VENV)/bin/python tests/mutants.py $(MODULES) --sample $(SAMPLE) --seed $(SEED)

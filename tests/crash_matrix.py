@@ -316,7 +316,7 @@ def _plant(fake: Any, faults: Fault) -> None:
 def _left(fake: Any) -> list[str]:
     """What still exists; it is removed, so that a leak of one case does not count in the next."""
     fake.cloud.tick()
-    left = [f"{i.id} {i.label}" for i in fake.cloud.instances.values()]
+    left = [f"{i.id} {i.label} {i.cur_state}" for i in fake.cloud.instances.values()]
     fake.faults.clear()
     for instance_id in list(fake.cloud.instances):
         fake.cloud.destroy(instance_id, fake.api_key)

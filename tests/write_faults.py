@@ -1,24 +1,28 @@
 """Every place at which the client writes to this machine's disk fails once, or from then on, with
 ENOSPC, EACCES and EIO: the box is destroyed all the same, and the run ends in words.
 
-    python tests/write_faults.py [--every N] [--verbose]
+    python tests/write_faults.py [--every N] [--keep] [--at REGEX] [--verbose]
                             last line: `CASES cases at SITES sites, 0 boxes left, 0 tracebacks`
 
 A site is an operation and the line of `ops` that asks for it, as a whole run shows them; the run is
 that of a supervisor against the emulator, in a process of its own, in which the calls of Python
 that write are wrapped. `--every N` tries every N-th case. An instance that the emulator still has
-when the supervisor has ended is a box left: its DELETE was not sent.
+when the supervisor has ended is a box left: its DELETE was not sent. With `--keep` somebody stops
+the run in the middle of its training to keep its disk: then a box may be left where it is stopped
+and the run's journal says at what price and until when.
 """
 
 from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
 import errno
 import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -34,16 +38,24 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import crash_matrix  # noqa: E402
+from owners import stop_in_time  # noqa: E402
 
 import rig  # noqa: E402
 from ops.market.client import Vast  # noqa: E402
 from ops.market.provider import Provider  # noqa: E402
-from ops.run import supervisor  # noqa: E402
-from ops.run.journal import Journal  # noqa: E402
+from ops.run import supervisor, wishes  # noqa: E402
+from ops.run.journal import Journal, last, read  # noqa: E402
 from ops.wait import RealClock  # noqa: E402
 
 ERRORS = {"ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES, "EIO": errno.EIO}
 HANGS_S = 120
+KEPT: dict[str, Any] = {  # a plan whose box is worth keeping: its model takes long to come again
+    "workload": rig.Workload(
+        1e5, 1e6, cpu_practice=True, disk_gib=16, image_bytes=4e8, model_download_bytes=3e11
+    ),
+    "max_usd": 50.0,
+    "max_s": 360_000.0,
+}
 WRITES = ("write", "writelines", "truncate", "flush", "close")  # of an open file
 NAMED = ("mkdir", "unlink", "rmdir", "rename", "replace", "link", "symlink", "chmod", "utime")
 SHARED = ("ops/run/journal.py", "ops/run/session.py")
@@ -164,9 +176,11 @@ def _path_of(descriptor: Any) -> str:
     return os.readlink(f"/proc/self/fd/{number}")
 
 
-def run(runs: Path, url: str, key: str, own: rig.Rig, disk: Disk) -> dict[str, Any]:
+def run(
+    runs: Path, url: str, key: str, own: rig.Rig, disk: Disk, keep: bool = False
+) -> dict[str, Any]:
     """A whole run by a supervisor in a process of its own: how it ended, and the sites it met."""
-    plan = own.plan(max_usd=5.0)
+    plan = own.plan(**(KEPT if keep else {"max_usd": 5.0}))
     with Journal(runs / plan.run_id) as journal:
         journal.append("planned", **plan.to_line())
     reads, writes = os.pipe()
@@ -190,10 +204,29 @@ def run(runs: Path, url: str, key: str, own: rig.Rig, disk: Disk) -> dict[str, A
         os.write(writes, json.dumps(ended).encode())
         os._exit(0)
     os.close(writes)
+    person = ended_by_a_person(runs / plan.run_id) if keep else None
     with open(reads, "rb") as pipe:
         said = pipe.read()
     os.waitpid(child, 0)
-    return json.loads(said) if said else {"traceback": "killed", "seen": [], "failed": True}
+    if person is not None:
+        os.kill(person, signal.SIGKILL)
+        os.waitpid(person, 0)
+    ended = json.loads(said) if said else {"traceback": "killed", "seen": [], "failed": True}
+    lines = read(runs / plan.run_id)
+    return ended | {"kept": bool(lines) and lines[-1].kind == "kept"}
+
+
+def ended_by_a_person(folder: Path) -> int:
+    """A process that wishes the run's disk to be kept once its training has begun, and waits to be
+    killed."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            while last(read(folder), "event") is None:
+                time.sleep(0.05)
+            wishes.send(folder, wishes.KEEP)
+        signal.pause()
+    return child
 
 
 def cases(sites: list[Site]) -> list[tuple[Site, str, bool]]:
@@ -204,12 +237,16 @@ def cases(sites: list[Site]) -> list[tuple[Site, str, bool]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--at", default="", help="only sites that match, such as kept.py")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     began, left, broken, met = time.monotonic(), 0, 0, 0
     with tempfile.TemporaryDirectory(prefix="write-faults-") as name:
         folder = Path(name)
         own = rig.Rig(folder)
+        if options.keep:
+            stop_in_time(own)
         commands, server = multiprocessing.Pipe()
         emulator = multiprocessing.get_context("spawn").Process(
             target=crash_matrix.serve, args=(folder, server), daemon=True
@@ -221,13 +258,16 @@ def main() -> int:
             commands.send([])
             commands.recv()
             (folder / f"runs{n}").mkdir()
-            ended = run(folder / f"runs{n}", url, key, own, disk)
+            ended = run(folder / f"runs{n}", url, key, own, disk, options.keep)
             commands.send("what is left")
-            return ended, commands.recv()
+            boxes = commands.recv()
+            return ended, [b for b in boxes if not (ended["kept"] and b.endswith(" stopped"))]
 
         whole, _ = tried(0, Disk())
-        assert whole.get("code") == 0, whole
-        sites = sorted((operation, line) for operation, line in whole["seen"])
+        assert whole.get("code") == 0 and whole["kept"] == options.keep, whole
+        sites = sorted(
+            (operation, line) for operation, line in whole["seen"] if re.search(options.at, line)
+        )
         chosen = cases(sites)[:: options.every]
         for n, (site, error, stays) in enumerate(chosen, 1):
             ended, boxes = tried(n, Disk(site, ERRORS[error], stays))
