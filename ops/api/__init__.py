@@ -43,6 +43,7 @@ from ops.prepare import translate as translating
 from ops.prepare.calls import Spent
 from ops.prepare.endpoint import Endpoint, endpoint_of
 from ops.prepare.work import Tell
+from ops.run import visit
 from ops.run.explain import Status, told_line
 from ops.run.folders import runs_folder
 from ops.run.journal import Line
@@ -56,7 +57,7 @@ from ops.sweep.grid import parse_set
 from ops.sweep.page import rows as sweep_rows
 from ops.sweep.plan import PlannedSweep
 from ops.sweep.state import Trial
-from ops.use import begin, words
+from ops.use import begin, board, words
 from ops.use.compare import Comparison, Outcome
 from ops.use.found import Found
 from ops.use.results import (
@@ -109,6 +110,7 @@ __all__ = [
     "Watcher",
     "attach",
     "begin",
+    "board",
     "carry",
     "check_adapter",
     "combine_adapters",
@@ -150,5 +152,6 @@ __all__ = [
     "translating",
     "uses_vast_ai",
     "variations",
+    "visit",
     "words",
 ]

@@ -347,7 +347,7 @@ class Box:
             raise self._lost(f"a terminal: {error or type(error).__name__}") from error
 
     def _exec(self, script: str, input: Input, deadline: Deadline, out: Output) -> Result:
-        channel = self._start(script)
+        channel = self.command(script)
         err = Output(MAX_OUTPUT)
         sender = threading.Thread(target=send_input, args=(channel, input, deadline), daemon=True)
         sender.start()
@@ -369,8 +369,9 @@ class Box:
             raise self._lost(f"{why}: {_first_line(script)}")
         return Result(code, bytes(out.data), bytes(err.data))
 
-    def _start(self, script: str) -> paramiko.Channel:
-        """The session channel on which `script` runs. Raises Lost."""
+    def command(self, script: str) -> paramiko.Channel:
+        """The session channel on which `script` runs; channel.START comes before its output, on
+        both streams. Raises Lost."""
         self.reconnect()
         assert self._fabric is not None
         # The subshell makes a signal that kills the script an exit code of 128 + n

@@ -1,19 +1,23 @@
-"""Joins this terminal to one on the box, byte by byte, like ssh."""
+"""Joins this terminal, or this process's own streams, to a command on the box, like ssh."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import shutil
 import signal
 import sys
 import termios
+import threading
 import tty
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import paramiko
 
+from ops.box.channel import Deadline, Output, read_output, send_input
 from ops.box.connection import Box
 from ops.errors import Lost
 
@@ -30,8 +34,36 @@ def interact(box: Box, script: str) -> int:
     with contextlib.closing(channel), _raw(channel):
         _copy(channel)
         if not channel.exit_status_ready():
-            raise Lost("the link to the conversation broke")
+            raise Lost("the link to the box broke")
         return int(channel.recv_exit_status())
+
+
+def pipe(box: Box, script: str) -> int:
+    """Run `script` on the box with this process's stdin, stdout and stderr, byte for byte and
+    without a limit of time or size, and return its exit code. Raises Lost where the link breaks;
+    BrokenPipeError where nobody reads this process's output any more."""
+    channel = box.command(script)
+    out = Output(0, lambda data: _write(data))
+    err = Output(0, lambda data: _write(data, sys.stderr.buffer))
+    deadline = Deadline(math.inf)
+    typed = _typed(channel)
+    threading.Thread(target=send_input, args=(channel, typed, deadline), daemon=True).start()
+    with contextlib.closing(channel):
+        with contextlib.suppress(EOFError):
+            read_output(channel, out, err, deadline)
+        if not channel.exit_status_ready() or channel.exit_status < 0:
+            raise Lost("the link to the box broke")
+        return int(channel.exit_status)
+
+
+def _typed(channel: paramiko.Channel) -> Iterator[bytes]:
+    """What comes on this process's stdin, until its end or that of the channel."""
+    stdin = sys.stdin.fileno()
+    while not channel.closed:
+        if select.select([stdin], [], [], _LOOK_S)[0]:
+            if not (data := os.read(stdin, _PIECE)):
+                return
+            yield data
 
 
 @contextlib.contextmanager
@@ -49,7 +81,7 @@ def _raw(channel: paramiko.Channel) -> Iterator[None]:
     before = termios.tcgetattr(sys.stdin)
     handler = signal.signal(signal.SIGWINCH, resize)
     try:
-        tty.setraw(sys.stdin)
+        tty.setraw(sys.stdin, termios.TCSADRAIN)  # what was typed already is kept
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
@@ -73,6 +105,7 @@ def _copy(channel: paramiko.Channel) -> None:
             keys = keys if typed else []
 
 
-def _write(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+def _write(data: bytes, to: BinaryIO | None = None) -> None:
+    to = to or sys.stdout.buffer
+    to.write(data)
+    to.flush()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ops.cli import compare, data, endpoints, history, image, serve, shelf, sweep, use
+from ops.cli import compare, data, endpoints, history, image, serve, shelf, sweep, use, visit
 from ops.cli.acting import acting, interrupted, market, open_screen, report
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
@@ -255,6 +255,10 @@ app.command()(use.chat)
 app.command()(use.evaluate)
 app.command()(use.merge)
 app.command()(serve.serve)
+app.command()(visit.ssh)
+app.command("exec", context_settings=visit.AS_TYPED)(visit.execute)
+app.command()(visit.forward)
+app.command()(visit.tensorboard)
 
 
 @app.command()
