@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from ops.job.notify import Notify
 from trainer.wire.job import (
     MOST_STAGES,
     BadRows,
@@ -296,6 +297,9 @@ class JobFile(Strict, Sections):
         Field(description="Score the result beside its base on the box; left out, it is not"),
     ] = None
     results: Results = Results()
+    notify: Annotated[
+        Notify | None, Field(description="Who is told how the run goes; left out, nobody")
+    ] = None
     _parts: list[JobFile] = PrivateAttr(default_factory=list)
 
     @property

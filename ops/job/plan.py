@@ -44,6 +44,7 @@ class Plan:
     hold_s: float | None = None  # how long an ended training waits for a client; None: no limit
     talk_s: float = 0.0  # for which the box serves a result, once it does
     evaluate: dict[str, Any] | None = None  # rows, new_tokens, seconds at most: on the box
+    notify: dict[str, Any] | None = None  # the job's [notify]: who is told
     trains: bool = True  # else it is rented to talk to a result of another run
 
     @property

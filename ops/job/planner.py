@@ -13,7 +13,7 @@ from pathlib import Path
 from ops.catalogue.models import lookup
 from ops.errors import PreflightError
 from ops.hardware import gpus
-from ops.job import sent, tokens
+from ops.job import notify, sent, tokens
 from ops.job.adapters import Adapters, taken_up
 from ops.job.job_file import JobFile
 from ops.job.lengths import lengths_of_all
@@ -88,6 +88,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     notes += sent.describe(pushes, next((t for t in templates if t.is_absolute()), None))
     login, boards = job.image.login or "", job.training.report_to
     notes += tokens.describe(job.env, login, job.model.base, boards)
+    notes += notify.describe(job.notify)
     return Plan(
         run_id=run_id,
         image=job.image.ref,
@@ -107,6 +108,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         hold_s=None if job.limits.hold_minutes is None else job.limits.hold_minutes * 60,
         talk_s=job.results.talk_s,
         evaluate=job.evaluate.asked() if job.evaluate else None,
+        notify=job.notify.model_dump() if job.notify else None,
     )
 
 

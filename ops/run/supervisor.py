@@ -28,6 +28,7 @@ from pydantic import TypeAdapter
 
 from ops.detached import only_ours, start_detached
 from ops.errors import DiskError, Fenced, JournalError, MilkteaError
+from ops.job.notify import Notify
 from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.market.models import Instance
@@ -37,6 +38,7 @@ from ops.run import journal, wishes
 from ops.run.interrupt import default_wish
 from ops.run.journal import Journal, Line
 from ops.run.meter import plan_of
+from ops.run.notify import Notifier
 from ops.run.rent_and_chat import end_conversation
 from ops.run.rent_and_train import rent_and_train
 from ops.run.rental import destroy
@@ -121,15 +123,22 @@ def _signals(session: Session) -> Iterator[None]:
 
 @contextmanager
 def _listening(session: Session) -> Iterator[None]:
-    """Look for wishes and for terminals that watch, while the block runs."""
+    """Look for wishes and for terminals that watch, and tell whom the job names, while the block
+    runs."""
     ended = threading.Event()
     main = threading.main_thread().ident if _is_main() else None
-    listener = _Listener(session, main)
+    listener, notifier = _Listener(session, main), _notifier_of(session)
 
     def listen() -> None:
-        while not ended.wait(LISTEN_S):
+        going = True
+        while going:
+            going = not ended.wait(LISTEN_S)
             with suppress(Exception):  # the next look comes
-                listener.look()
+                if notifier is not None:
+                    notifier.look(session.journal.lines, session.clock.now())
+            with suppress(Exception):
+                if going:
+                    listener.look()
 
     thread = threading.Thread(target=listen, name="wishes", daemon=True)
     thread.start()
@@ -138,6 +147,16 @@ def _listening(session: Session) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def _notifier_of(session: Session) -> Notifier | None:
+    """None where the job tells nobody, or what its journal says of that is not understood."""
+    if session.plan.notify is None:
+        return None
+    with suppress(ValueError):
+        notify = Notify.model_validate(session.plan.notify)
+        return Notifier(notify, session.journal.folder, session.journal.lines)
+    return None
 
 
 def _is_main() -> bool:
