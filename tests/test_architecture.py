@@ -20,7 +20,7 @@ FLOORS = {
         ["declare"],
         ["api"],
         ["sweep"],
-        ["export", "image", "fakevast", "use"],
+        ["export", "image", "fakevast", "use", "web"],
         ["prepare"],
         ["run"],
         ["job"],

@@ -24,7 +24,7 @@ from ops.api.planning import Job as Job
 from ops.api.planning import Planned, gpus, load_job, models, plan, prices, schema
 from ops.api.reading import compare
 from ops.api.reaping import finish_destroys, reap
-from ops.api.running import attach, destroy, rent_and_train, resume, stop
+from ops.api.running import attach, destroy, rent_and_train, resume, stop, web, wish_end
 from ops.api.screen import Quiet
 from ops.api.sweeping import QuietSweep, map, plan_map, variations
 from ops.errors import MilkteaError
@@ -43,7 +43,8 @@ from ops.prepare import translate as translating
 from ops.prepare.calls import Spent
 from ops.prepare.endpoint import Endpoint, endpoint_of
 from ops.prepare.work import Tell
-from ops.run import visit
+from ops.run import ledger, visit
+from ops.run.eta import Eta
 from ops.run.explain import Status, told_line
 from ops.run.folders import runs_folder
 from ops.run.journal import Line
@@ -76,6 +77,7 @@ __all__ = [
     "Comparison",
     "Cost",
     "Endpoint",
+    "Eta",
     "Event",
     "Found",
     "Gpu",
@@ -129,6 +131,7 @@ __all__ = [
     "finish_destroys",
     "gpus",
     "images",
+    "ledger",
     "load_job",
     "map",
     "merge",
@@ -153,5 +156,7 @@ __all__ = [
     "uses_vast_ai",
     "variations",
     "visit",
+    "web",
+    "wish_end",
     "words",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from ops.api.market import open_market, uses_vast_ai
 from ops.api.planning import Job, Planned, plan
@@ -25,6 +25,8 @@ from ops.run.meter import may_have_box, plan_of
 from ops.run.session import Interrupted, Screen, Session
 from ops.run.view import Run, find_run
 
+End = Literal["fetch", "keep", "destroy"]
+DESTROYED = "destroyed"
 WATCH_EVERY_S = 0.1  # between two looks at what the owner of a run tells
 
 
@@ -181,7 +183,7 @@ def ctrl_c() -> Iterator[threading.Event]:
 
 def stop(
     run: Run | str,
-    wish: Literal["fetch", "keep", "destroy"] = "fetch",
+    wish: End = "fetch",
     *,
     vast: Vast | None = None,
     root: Path | None = None,
@@ -196,27 +198,47 @@ def stop(
     it, or the box is stopped already."""
     run = run if isinstance(run, Run) else find_run(run, root)
     before = len(run.journal)
-    if run.kept and wish == "destroy" and not run.is_owned:
-        destroy(run, vast=vast, root=root, screen=screen)
+    if wish_end(run, wish, vast=vast, screen=screen) == DESTROYED:
         return run
-    _validate_end(run, wish)
-    if not run.is_owned:
-        if not may_have_box(run.journal):
-            raise JournalError(f"{run.id} has no box, and nothing acts on it", hint="")
-        vast = vast or open_market()
-        finished(vast, run.folder.parent, screen)
-        place.validate_same(run.id, place.remembered(run.journal), vast)
-        wishes.forget(run.folder)  # of an owner that is dead
-        wishes.send(run.folder, wish)
-        supervisor.start(run.folder, vast)
-    else:
-        wishes.send(run.folder, wish)
     try:
         return attach(run, screen=screen)
     except (Failed, Interrupted):
         if any(line.kind == "interrupted" for line in run.journal[before:]):
             return run  # as it was wished
         raise
+
+
+def wish_end(run: Run, wish: End, *, vast: Vast | None = None, screen: Screen | None = None) -> str:
+    """As `stop`, without waiting for the end: returns the wish that holds, an earlier one where
+    there was one, once the run's owner has it; DESTROYED for a stopped box, which is destroyed
+    here. Raises as `stop` does before it waits."""
+    if run.kept and wish == "destroy" and not run.is_owned:
+        destroy(run, vast=vast, root=run.folder.parent, screen=screen)
+        return DESTROYED
+    _validate_end(run, wish)
+    if run.is_owned:
+        return wishes.send(run.folder, wish)
+    if not may_have_box(run.journal):
+        raise JournalError(f"{run.id} has no box, and nothing acts on it", hint="")
+    vast = vast or open_market()
+    finished(vast, run.folder.parent, screen)
+    place.validate_same(run.id, place.remembered(run.journal), vast)
+    wishes.forget(run.folder)  # of an owner that is dead
+    holds = wishes.send(run.folder, wish)
+    supervisor.start(run.folder, vast)
+    return holds
+
+
+def web(told: Callable[[str], None], *, root: Path | None = None, port: int | None = None) -> None:
+    """Serve the page of the runs in `root` at a port of this machine's loopback until SIGINT: 8015,
+    or a free one. `told` hears its address, which holds the token; whoever has it may end runs.
+    Raises PreflightError where `port` is taken."""
+    from ops.web.app import serve  # aiohttp, which the other commands do without
+
+    def end(run: Run, wish: str) -> str:
+        return wish_end(run, cast(End, wish))
+
+    serve(root or runs_folder(), end, told, port)
 
 
 def _validate_end(run: Run, wish: str) -> None:

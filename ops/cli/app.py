@@ -259,6 +259,7 @@ app.command()(visit.ssh)
 app.command("exec", context_settings=visit.AS_TYPED)(visit.execute)
 app.command()(visit.forward)
 app.command()(visit.tensorboard)
+app.command()(visit.web)
 
 
 @app.command()

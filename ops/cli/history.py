@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from ops.cli.errors import errors
-from ops.errors import JournalError
+from ops.errors import ConfigError, JournalError
 from ops.plain import json_line, plain
 
 if TYPE_CHECKING:
@@ -97,15 +97,40 @@ def logs(
 
 def cost(
     run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", help="month or day: what the runs cost together in each")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Our meter, vast.ai's bill and the prediction, from the journals alone."""
     with errors(as_json):
+        if by is not None:
+            _totals(run, by, as_json)
+            return
         for found in _readable(run):
             if as_json:
                 print(json_line({"run_id": found.id, **found.cost_facts()}))
             else:
                 print(found.id, *map(plain, found.cost_lines()), sep="\n  ")
+
+
+def _totals(run: str | None, by: str, as_json: bool) -> None:
+    from ops import api
+
+    if by not in ("day", "month"):
+        raise ConfigError(f"--by {by!r} is neither month nor day", hint="milktea cost --by month")
+    period = cast(Literal["day", "month"], by)
+    journals = [found.journal for found in _readable(run)]
+    totals = api.ledger.totals(journals, time.time(), period)
+    if as_json:
+        for total in totals:
+            print(json_line(vars(total)))
+        return
+    print(f"{by:<10}  {'our meter':>11}  {'as billed':>11}  runs")
+    for t in totals:
+        print(f"{t.period:<10}  {t.metered_usd:>9.4f} $  {t.billed_usd:>9.4f} $  {t.runs}")
+    metered, billed = sum(t.metered_usd for t in totals), sum(t.billed_usd for t in totals)
+    print(f"{'all':<10}  {metered:>9.4f} $  {billed:>9.4f} $  {len(journals)}")
 
 
 def explain(run: Run, as_json: Json = False) -> None:

@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ops.api import Instance, Line, Plan, Ranking, dearest_silence, events, told_line
-from ops.cli.eta import Eta
+from ops.api import Eta, Instance, Line, Plan, Ranking, dearest_silence, events, told_line
 from ops.plain import json_line, plain
 
 CHOOSE_S = 30.0  # to answer after Ctrl-C

@@ -1,4 +1,4 @@
-"""The commands that go to a run's box, and TensorBoard over its numbers."""
+"""The commands that go to a run's box, TensorBoard over its numbers, and the page of all runs."""
 
 from __future__ import annotations
 
@@ -84,6 +84,29 @@ def tensorboard(
             print(f"{address}   Ctrl-C ends it", flush=True)
             with suppress(KeyboardInterrupt):
                 _follow(board)
+
+
+def web(
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="8015, or a free one, without it")
+    ] = None,
+    browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open it in this desktop's browser")
+    ] = False,
+) -> None:
+    """A page of all runs on this machine's loopback, live: curves, money, logs, answers, and what
+    may be done with its price. Ctrl-C ends the page, and no run."""
+    with errors(False):
+        from ops import api
+
+        def told(address: str) -> None:
+            print(f"{address}   Ctrl-C ends the page, and no run", flush=True)
+            if browser:
+                import webbrowser
+
+                webbrowser.open(address)
+
+        api.web(told, port=port)
 
 
 def _follow(board: api.board.Board) -> None:

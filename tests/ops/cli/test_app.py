@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_status_cost_explain_and_logs_need_no_network(own: rig.Rig, finished: st
     for words, expected in {
         ("status",): "done  no box",
         ("cost", finished): "vast.ai's bill for instance",
+        ("cost", "--by", "month"): time.strftime("%Y-%m  "),
         ("explain", "last"): "choose    offer",
         ("logs", finished[:-2]): "loss 2",
     }.items():

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from ops.cli import screen
-from ops.cli.eta import Eta
 from ops.cli.screen import Terminal
 from ops.market.models import parse_instance
+from ops.run.eta import Eta
 from ops.run.journal import Line
 from trainer.wire import events
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ops.api import Line, events
+from ops.run.journal import Line
+from trainer.wire import events
 
 PHASES = ("boot", "load", "train", "home")
 # journal lines with which a phase begins; "" is none
