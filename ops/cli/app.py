@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -329,6 +330,14 @@ def _last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> No
     predicted = "" if cost.predicted_usd is None else f", predicted {cost.predicted_usd:.4f} $"
     print(f"cost      {cost.spent_usd:.4f} $ (vast.ai's bill {bill}{predicted})")
     print(f"adapter   {_short(adapter)}")
+    if run.answers:
+        print(f"talk      {_typed()} serve {run.id}   (in the browser; chat: in this terminal)")
+
+
+def _typed() -> str:
+    """What this user types for milktea: its path where the shell does not find the name."""
+    here = Path(sys.argv[0])
+    return _short(here) if here.name == "milktea" and not shutil.which("milktea") else "milktea"
 
 
 def _detached(run: api.Run, as_json: bool) -> None:

@@ -18,6 +18,7 @@ from ops.run.kept import kept, words
 from ops.run.meter import ends_itself_at, may_have_box, plan_of
 from trainer.wire import events
 from trainer.wire.events import Event
+from trainer.wire.job import Job
 
 FOLLOW_EVERY_S = 1.0
 
@@ -53,6 +54,15 @@ class Run:
         """The verified adapter.zip at home, or None."""
         pulled = journal.last(self.journal, "pulled")
         return Path(pulled["adapter"]) if pulled else None
+
+    @property
+    def answers(self) -> bool:
+        """Whether its result is a model to talk to: not one that scores, of the stage rm."""
+        try:
+            job = Job.model_validate_json((self.folder / "job.json").read_bytes())
+        except (OSError, ValueError):  # none was sent yet, or one of milktea 0.1
+            return False
+        return job.stage != "rm"
 
     @property
     def sha256(self) -> str | None:

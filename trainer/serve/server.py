@@ -126,6 +126,7 @@ def _serve(
         known = f"{', '.join(DEVICES)}; --precision: {', '.join(PRECISIONS)}"
         raise ValueError(f"--device is one of: {known}")
     base, device = base_folder(arguments.base), device_of(arguments.device)
+    print(f"loading {base.name} ...", file=sys.stderr, flush=True)
     models = open_models(results, base, device, arguments.context, arguments.precision)
     # whoever waits for the interpreter gets it within this time: the model's thread gives it up in
     # every call of torch, and waits for it behind whoever writes to the clients
