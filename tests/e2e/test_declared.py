@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_declared_job_trains_here_and_its_result_answers_under_its_own_preamble(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
