@@ -42,6 +42,7 @@ from ops.prepare import rows as data
 from ops.prepare import translate as translating
 from ops.prepare.calls import Spent
 from ops.prepare.endpoint import Endpoint, endpoint_of
+from ops.prepare.feedback import feedback
 from ops.prepare.work import Tell
 from ops.run import ledger, visit
 from ops.run.eta import Eta
@@ -126,6 +127,7 @@ __all__ = [
     "export",
     "export_adapter",
     "export_job",
+    "feedback",
     "find_result",
     "find_run",
     "finish_destroys",

@@ -240,6 +240,49 @@ def split(
         tell_written(written, as_json)
 
 
+@app.command()
+def convert(
+    files: Annotated[Path, typer.Argument(metavar="FILE", help="A file, a folder or a pattern")],
+    to: Annotated[str, typer.Option(help="messages, sharegpt, alpaca or preference")],
+    out: Annotated[Path | None, typer.Argument(help="Beside FILE without it")] = None,
+    force: Force = False,
+    form: Format = "auto",
+    column: Column = None,
+    drop_bad: DropBad = False,
+    as_json: Json = False,
+) -> None:
+    """Write the rows in another layout; a row that it cannot hold whole is left out and listed."""
+    with errors(as_json):
+        from ops import api
+
+        reading = reading_of(form, column, drop_bad)
+        tell_written(api.data.convert([files], to, reading, to=out, force=force), as_json)
+
+
+@app.command()
+def feedback(
+    results: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="Runs, folders, or files that /save wrote")
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="What the files begin with: TO.sft.jsonl, TO.dpo.jsonl"),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write rows from what people thought of answers: thumbs, edits and votes of the page, and
+    conversations that /save kept."""
+    with errors(as_json):
+        from ops import api
+
+        places = [
+            Path(named) if Path(named).exists() else api.find_result(named).beside
+            for named in results
+        ]
+        tell_written(api.feedback(places, to=to, force=force), as_json)
+
+
 def reading_of(form: str, columns: list[str] | None, drop_bad: bool = False) -> api.Reading:
     from ops import api
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from ops.errors import ConfigError, PreflightError
 from ops.prepare.languages import NAMES, Language
+from trainer.data import convert as conversion
 from trainer.data import curate, quality, records
 from trainer.data.curate import By, Picked
 from trainer.data.quality import Found
@@ -37,6 +38,7 @@ __all__ = [
     "RowsWritten",
     "Stats",
     "check",
+    "convert",
     "dedupe",
     "drop",
     "looked_at",
@@ -114,6 +116,35 @@ def drop(
     picked = Picked(kept, removed=[curate.Removed(where, rule) for where, rule in why.items()])
     settings = {"rules": rules, "language": language}
     return write("check", found.rows, picked, outputs, settings, found.notes)
+
+
+def convert(
+    files: Sequence[Path],
+    layout: str,
+    reading: Reading | None = None,
+    *,
+    to: Path | None = None,
+    force: bool = False,
+) -> RowsWritten:
+    """Writes the rows in another layout; what it cannot hold whole is left out and listed. Raises
+    as `dedupe`."""
+    known = [one for one in conversion.LAYOUTS if one == layout]
+    if not known:
+        hint = f"one of {', '.join(conversion.LAYOUTS)}"
+        raise ConfigError(f"--to {layout!r} is no layout", hint=hint)
+    outputs = outputs_of(files, {layout: to}, force)
+    found = sound(files, reading)
+    picked = Picked([])
+    for row in found.rows:
+        name = row.where.rpartition(":")[0]
+        kind, _, form = found.files[name]
+        try:
+            made = conversion.converted(row.line, kind, form, found.columns[name], known[0])
+        except conversion.Unfit as e:
+            picked.removed.append(curate.Removed(row.where, str(e)))
+            continue
+        picked.rows.append(row._replace(line=json.dumps(made, ensure_ascii=False)))
+    return write("convert", found.rows, picked, outputs, {"to": layout}, found.notes)
 
 
 def stats(
