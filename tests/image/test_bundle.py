@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -283,6 +285,31 @@ def test_no_room_is_said_with_the_number_before_anything_is_written(
     with pytest.raises(PreflightError, match="1,000 free"):
         tiny.pack(tmp_path / "b")
     assert not (tmp_path / "b").exists() and not (tmp_path / "b.part").exists()
+
+
+def test_the_first_line_of_each_page_says_no_at_once_to_a_signature_as_large_as_a_layer(
+    tiny: Any, tmp_path: Path, release_key: Path
+) -> None:
+    at = tmp_path / "b"
+    tiny.pack(at, Options(key=release_key))
+    pages = [
+        at / "README.en.txt",
+        at / "README.zh.txt",
+        Path(__file__).parents[2] / "docs/airgap.md",
+    ]
+    lines = [re.findall(r"^ +(.*check-novalidate.*)$", x.read_text("utf-8"), re.M) for x in pages]
+    [line] = {line for found in lines for line in found}
+
+    def typed() -> tuple[int, str]:
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=at, capture_output=True, text=True, timeout=10
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    assert typed()[0] == 0 and "Good" in typed()[1]
+    with (at / "SHA256SUMS.sig").open("ab") as file:
+        file.truncate(1 << 30)  # over such a file ssh-keygen works for hours
+    assert typed() == (1, "")
 
 
 def test_a_path_that_a_shell_would_cut_is_refused(tiny: Any, tmp_path: Path) -> None:
