@@ -15,7 +15,7 @@ CU130 = CudaLine("train-cu130", "13.0", ("7.5", "8.0", "9.0", "12.0"), ("12.0",)
 CU126 = CudaLine("train-cu126", "12.6", ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0"))
 COREUTILS = (
     "cat chmod cp cut date df dirname head id mkdir mktemp mv nproc printf rm sha256sum "
-    "sort stat tail tr uname wc"
+    "sort stat tail timeout tr uname wc"
 )
 
 
@@ -49,6 +49,7 @@ def docker_says(
     runtimes: str = '{"nvidia":{},"runc":{}}',
     root: str = "/",
     store: str = "[]",
+    cdi: str = "null",
 ) -> None:
     """A docker command with an engine's recorded answers and no images."""
     script(
@@ -56,7 +57,7 @@ def docker_says(
         "docker",
         f"""case "$*" in
     *Server.Version*) echo '{version}' ;; *DriverStatus*) echo '{store}' ;;
-    *Runtimes*) echo '{runtimes}' ;;
+    *Runtimes*) echo '{runtimes}' ;; *CDISpecDirs*) echo '{cdi}' ;;
     *DockerRootDir*) echo '{root}' ;; *"{{{{.Driver}}}}"*) echo overlay2 ;; esac\n""",
     )
 

@@ -299,6 +299,7 @@ def install(tmp_path: Path) -> Callable[..., Ran]:
             command,
             capture_output=True,
             text=True,
+            errors="replace",
             env=environment,
             stdin=subprocess.DEVNULL,
             timeout=170,

@@ -8,6 +8,9 @@ import copy
 import html
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,3 +91,17 @@ def test_a_failed_check_is_shown_as_failed() -> None:
 def test_what_is_no_record_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not an INSTALL-RECORD\.json"):
         evidence.page('{"milktea_install": 2}')
+
+
+def test_a_server_whose_folders_are_named_in_gbk_has_a_record(tiny: Any, tmp_path: Path) -> None:
+    tiny.pack(tmp_path / "b")
+    facts = b"when 2026\nwho root\nserver s\nengine 24\nsums 0\nsignature good\nvolumes 1\nref r\n"
+    facts += b"id i\ncheck disk|ok|9 MB free in /\xca\xfd\xbe\xdd|1 MB|nothing to do\nselftest\n{}"
+    subprocess.run(
+        [sys.executable, tmp_path / "b/tools/installer.py", "record", tmp_path],
+        input=facts,
+        env={"MILKTEA_SMALL": str(tmp_path / "b"), "PYTHONUTF8": "1"},
+        check=True,
+    )
+    [found] = json.loads((tmp_path / "INSTALL-RECORD.json").read_text())["preflight"]["checks"]
+    assert (found["verdict"], found["measured"][:14]) == ("ok", "9 MB free in /")

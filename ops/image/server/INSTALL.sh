@@ -35,7 +35,7 @@ COMMAND=install PREFIX='' KEY='' NEW_SENDER='' FACTS='' FORCE='' MODELS=yes NEED
 if [ "$(id -u)" = 0 ]; then PREFIX=/opt/milktea; else PREFIX=${HOME:-/var/tmp}/milktea; fi
 # Where the server's own files are seen from, for a rescue shell that has the server mounted elsewhere.
 HOST=${MILKTEA_HOST_ROOT:-}
-WORK='' LOCKED='' TOUCHED='' SMALL='' ID_BEFORE=''
+WORK='' LOCKED='' TOUCHED='' SMALL='' ID_BEFORE='' PATIENCE=${MILKTEA_PATIENCE_S:-60}
 
 has() { command -v "$1" >/dev/null 2>&1; }
 DOCKER=${DOCKER:-$(if has docker || ! has podman; then echo docker; else echo podman; fi)}
@@ -51,7 +51,16 @@ die() {
 human() { if [ "$1" -ge 10000000 ]; then echo "$(($1 / 1000000)) MB"; else echo "$(($1 / 1000)) KB"; fi; } # human BYTES
 not_below() { [ "$(printf '%s\n' "$1.0" "$2" | sort -V | head -n 1)" = "$2" ]; } # not_below A B: version A is at least B
 existing() { if [ -d "$1" ]; then echo "$1"; else existing "$(dirname "$1")"; fi; } # the nearest folder of a path
-one_line() { head -c "${2:-300}" "$1" 2>/dev/null | tr '\n|' '  '; } # one_line FILE [BYTES]
+one_line() { head -c "${2:-300}" "$1" 2>/dev/null | tr '\n' ' ' | tr -d '\000-\037\177'; } # one_line FILE [BYTES]
+
+# soon FILE COMMAND...: what a program says, into FILE; fails, with a word in FILE, where it fails, says nothing, or hangs
+soon() {
+    local _file=$1 _rc; shift
+    _rc=$({ { timeout -k 5 "$PATIENCE" "$@" </dev/null 4>&-; echo $? >&4; } 2>&1 | head -c 99999 >"$_file"; } 4>&1)
+    [ "$_rc" != 124 ] || echo "no answer within $PATIENCE s" >>"$_file"
+    [ -s "$_file" ] || { echo "not a word, exit code $_rc" >"$_file"; return 1; }
+    return "$_rc"
+}
 
 # --- the small files: copied first, verified as copies, and only the copies are used ---------------------------------------
 
@@ -74,8 +83,7 @@ fits() { # fits TEXT CHARACTERS: not empty, of these characters alone, no path t
 
 copy_small() {
     local _sha _path
-    SMALL=$WORK/small
-    mkdir -p "$SMALL"
+    SMALL=$WORK/small; mkdir -p "$SMALL"
     # only the head of a signature: ssh-keygen takes hours over a file as large as a layer
     for _path in SHA256SUMS.sig SHA256SUMS.openssl; do [ ! -f "$BUNDLE/$_path" ] || head -c 9999 "$BUNDLE/$_path" >"$SMALL/$_path"; done
     cp "$BUNDLE/SHA256SUMS" "$SMALL" 2>/dev/null || die 4 "$BUNDLE/SHA256SUMS is missing: this is not a whole bundle" "copy SHA256SUMS from the sender's disk again"
@@ -88,9 +96,7 @@ copy_small() {
         cp "$BUNDLE/$_path" "$SMALL/$_path" || die 4 "$_path cannot be read" "copy $_path from the sender's disk again"
         [ "$(sum_of <"$SMALL/$_path")" = "$_sha" ] || die 4 "$_path is damaged, or belongs to another bundle" "copy $_path from the sender's disk again"
     done <"$SMALL/SHA256SUMS"
-    for _path in PLAN INSTALL.sh; do
-        [ -f "$SMALL/$_path" ] || die 4 "SHA256SUMS is damaged: $_path is not in it" "copy SHA256SUMS from the sender's disk again"
-    done
+    for _path in PLAN INSTALL.sh; do [ -f "$SMALL/$_path" ] || die 4 "SHA256SUMS is damaged: $_path is not in it" "copy SHA256SUMS from the sender's disk again"; done
 }
 
 read_plan() {
@@ -221,10 +227,8 @@ require_volumes() { # require_volumes [FOLDER]
         "copy these again from the sender's disk into the same folder, or name another disk that has them: --also DIR"
 }
 
-join_volumes() { # join_volumes V1,V2,...: the bytes of a file that may have been split
-    local _v
-    for _v in $(echo "$1" | tr , ' '); do cat "$(where "$_v")" || return 1; done
-}
+# join_volumes V1,V2,...: the bytes of a file that may have been split
+join_volumes() { for _vol in $(echo "$1" | tr , ' '); do cat "$(where "$_vol")" || return 1; done; }
 
 class_of() { # a GPU's class by its name: forward compatibility is for data centre GPUs
     case $1 in
@@ -251,7 +255,8 @@ judge() {
 check() { # check NAME ok|warn|fail MEASURED NEEDED [REMEDY]: a line of "checks"; FAILED counts
     [ "$2" != ok ] || set -- "$1" "$2" "$3" "$4" "nothing to do"
     [ "$2" != fail ] || FAILED=$((FAILED + 1))
-    printf '%s|%s|%s|%s|%s\n' "$1" "$2" "$3" "$4" "$5" >>"$WORK/checks"
+    # | parts the fields, and what others say may hold it, or would steer a terminal
+    { printf '%s|%s|' "$1" "$2"; printf %s "$3" | tr '|\n' '  '; printf '|%s|%s\n' "$4" "$5"; } | tr -d '\000-\011\013-\037\177' >>"$WORK/checks"
 }
 
 expect() { # expect fail|warn NAME MEASURED NEEDED REMEDY TEST...: ok where the test holds
@@ -277,8 +282,7 @@ take_stock() {
     { $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}'
     $DOCKER images --filter label=milktea.wire --format '{{.Repository}}:{{.Tag}}'; } 2>/dev/null | sort -u >"$WORK/candidates"
     while read -r _image; do
-        layers_of "$_image" >"$WORK/layers.of"
-        _k=0
+        _k=0; layers_of "$_image" >"$WORK/layers.of"
         while read -r _x <&4 && read -r _y <&5 && [ "$_x" = "$_y" ]; do _k=$((_k + 1)); done 4<"$WORK/want" 5<"$WORK/layers.of"
         [ "$_k" -le "$START" ] || START=$_k
     done <"$WORK/candidates"
@@ -287,9 +291,7 @@ take_stock() {
 inspect() { # the checks of this server
     : >"$WORK/checks"
     ENGINE='' CONTAINERD='' ROOTLESS='' DATA_ROOT='' START=0 FAILED=0
-    check_platform
-    check_engine
-    check_bundle
+    check_platform; check_engine; check_bundle
     if [ -n "$ENGINE" ]; then take_stock; check_base; check_disk; fi
     check_prefix
     [ "$KIND" = models ] || { check_memory; check_gpus; }
@@ -301,13 +303,16 @@ check_platform() {
     case $_is in x86_64) _is=amd64 ;; aarch64) _is=arm64 ;; esac
     expect fail platform "$_is" "$_needs" "this project makes no image for $_is: use a server with $_needs" [ "$_is" = "$_needs" ]
 }
-info() { $DOCKER info --format "$1" 2>/dev/null; }
+info() { timeout "$PATIENCE" $DOCKER info --format "$1" 2>/dev/null; }
+server_is() { ENGINE=$(timeout "$PATIENCE" $DOCKER version --format "{{.$1.Version}}" 2>>"$WORK/err") && fits "$ENGINE" A-Za-z0-9.+~_:-; }
 
 check_engine() {
     local _do _floor=20.10 _kind=Docker
     has "${DOCKER%% *}" || { check engine fail "no docker command" "Docker 20.10 or podman 4" "install Docker Engine or podman from this server's own package source"; return; }
-    case $($DOCKER --version 2>/dev/null) in *podman*) _kind=podman _floor=4.0 ;; esac
-    if ! ENGINE=$($DOCKER version --format '{{.Server.Version}}' 2>"$WORK/err") && ! ENGINE=$($DOCKER version --format '{{.Client.Version}}' 2>>"$WORK/err"); then
+    case $(timeout "$PATIENCE" $DOCKER --version 2>/dev/null) in *podman*) _kind=podman _floor=4.0 ;; esac
+    : >"$WORK/err"
+    if ! server_is Server && ! server_is Client; then
+        [ -s "$WORK/err" ] || echo "no version, within $PATIENCE s" >"$WORK/err"
         ENGINE='' _do="systemctl start docker, then run this again"
         case $(cat "$WORK/err") in *ermission*) _do="run this as root, or: usermod -aG docker $(id -un) and log in again" ;; esac
         check engine fail "the engine does not answer: $(one_line "$WORK/err" 200)" "a running engine" "$_do"
@@ -321,7 +326,7 @@ check_engine() {
         case $(info '{{json .DriverStatus}}') in *containerd.snapshotter*) CONTAINERD=yes ;; esac
         check store ok "${CONTAINERD:+containerd, whose exit codes are not trusted}$([ -n "$CONTAINERD" ] || info '{{.Driver}}')" "either store"
         DATA_ROOT=$(info '{{.DockerRootDir}}')
-        case $DATA_ROOT in /var/snap/*) case $BUNDLE/ in "$HOME"/*) ;; *) check snap fail "Docker from snap does not see $BUNDLE" "a folder below $HOME" "copy the bundle below $HOME, and install with --prefix below it" ;; esac ;; esac
+        case $DATA_ROOT in /var/snap/*) case $BUNDLE/:$PREFIX in "${HOME:=/root}"/*:"$HOME"/*) ;; *) check snap fail "Docker from snap does not see $BUNDLE or $PREFIX" "folders below $HOME" "copy the bundle below $HOME, and install with --prefix below it" ;; esac ;; esac
         [ -z "$CONTAINERD" ] || [ ! -d "$HOST/var/lib/containerd" ] || ! not_below "$ENGINE" 29 || DATA_ROOT=/var/lib/containerd
     fi
     [ "$CUDA" = none ] || [ "$GPUS" = none ] || check_toolkit $_kind
@@ -333,13 +338,14 @@ check_toolkit() { # check_toolkit Docker|podman
     for _cdi in "$HOST"/etc/cdi/*nvidia* "$HOST"/var/run/cdi/*nvidia*; do [ ! -f "$_cdi" ] || _spec=$_cdi; done
     case $(info '{{json .Runtimes}}') in
         *nvidia*)
-            if [ -n "$ROOTLESS" ] && [ "$(field "$HOST/etc/nvidia-container-runtime/config.toml" no-cgroups)" != "= true" ]; then
-                _is="rootless engine, and no-cgroups is not set" _do="nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place"
-            fi ;;
+            case ${ROOTLESS:-no}-$(tr -d ' \t' <"$HOST/etc/nvidia-container-runtime/config.toml" 2>/dev/null | tr '\n' ';') in
+                no-* | yes-*';no-cgroups=true'[\;#]* | yes-no-cgroups=true*) ;;
+                *) _is="rootless engine, and no-cgroups is not set" _do="nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place" ;;
+            esac ;;
         *)
             _is="CDI $_spec"
             if [ -z "$_spec" ]; then _is="neither runtime nor CDI" _do="install nvidia-container-toolkit, then $_set"
-            elif [ "$1" = Docker ] && ! not_below "$ENGINE" 25; then _is="CDI, which Docker $ENGINE does not read" _do=$_set; fi ;;
+            elif [ "$1" = Docker ] && case $(info '{{json .CDISpecDirs}}') in *\"*) false ;; esac; then _is="CDI, which Docker $ENGINE does not read as it is set" _do=$_set; fi ;;
     esac
     expect fail toolkit "$_is" "NVIDIA container toolkit or CDI" "$_do" [ -z "$_do" ]
 }
@@ -396,12 +402,17 @@ check_memory() {
 }
 
 check_gpus() {
-    local _g=0 _name _driver _cap _memory _mig _v _w _do _level _needs _floor
+    local _g=-1 _name _driver _cap _memory _mig _v _w _do _level _needs _floor
     # "NAME, DRIVER, CAPABILITY, MEMORY, MIG" of each chosen GPU into "gpus"; what nvidia-smi says where it fails into "smi"
     : >"$WORK/gpus"
     if has nvidia-smi; then
-        case $GPUS in all | none | MIG* | GPU*) set -- ;; *) set -- --id="$GPUS" ;; esac
-        nvidia-smi "$@" --query-gpu=name,driver_version,compute_cap,memory.total,mig.mode.current --format=csv,noheader >"$WORK/smi" 2>&1 && mv "$WORK/smi" "$WORK/gpus"
+        case $GPUS in all | none | *MIG*) set -- ;; *) set -- --id="$GPUS" ;; esac
+        set -- nvidia-smi "$@" --format=csv,noheader
+        if soon "$WORK/smi" "$@" --query-gpu=name,driver_version,compute_cap,memory.total,mig.mode.current; then mv "$WORK/smi" "$WORK/gpus"
+        elif case $(one_line "$WORK/smi" 2000) in *"not a valid field"*) ;; *) false ;; esac && soon "$WORK/smi" "$@" --query-gpu=name,driver_version; then
+            while read -r _w; do echo "$_w, ?, ?, ?"; done <"$WORK/smi" >"$WORK/gpus" # a driver before 510 knows no compute_cap
+            rm "$WORK/smi"
+        fi
     else
         for _w in $(field "$HOST/proc/driver/nvidia/version" NVRM); do case $_w in [0-9]*.[0-9]*) echo "unknown GPU, $_w, ?, ?, ?" >"$WORK/gpus"; break ;; esac; done
     fi
@@ -411,7 +422,10 @@ check_gpus() {
         case $(one_line "$WORK/smi" 2000) in
             *"couldn't communicate"*) _do="modprobe nvidia; where that fails the module was not built for kernel $(uname -r): dkms status, then reinstall the driver or reboot" ;;
             *"version mismatch"*) _do="the driver was updated and the old module still runs: reboot this server" ;;
-            *"No devices were found"*) _do="the driver runs and sees no GPU: lspci | grep -i nvidia, dmesg | grep NVRM; in a virtual machine check that the GPU is passed through" ;;
+            *"o devices "*found*) _do="nvidia-smi -L lists the GPUs; choose of these with --gpus"; [ "$GPUS" != all ] || _do="the driver runs and sees no GPU: lspci | grep -i nvidia, dmesg | grep NVRM; in a virtual machine check that the GPU is passed through" ;;
+            *libnvidia-ml*) _do="the driver's own library is not found: reinstall the driver with its libnvidia-ml.so.1, then ldconfig" ;;
+            *Permission*) _do="run this as root, or as a user who may read /dev/nvidia*: ls -l /dev/nvidia*" ;;
+            *lost* | *reset* | *"device handle"* | *"no answer within"*) _do="a GPU does not answer: dmesg | grep NVRM names its error; reboot this server, and if it stays look at its power and its slot" ;;
             *) _do="nvidia-smi must list the GPUs before a container can use one" ;;
         esac
         check driver fail "nvidia-smi says: $(one_line "$WORK/smi" 200)" "$_needs" "$_do"
@@ -423,16 +437,16 @@ check_gpus() {
         check driver fail "no NVIDIA driver" "$_needs" "$_do"
     else
         while IFS=, read -r _name _driver _cap _memory _mig; do
-            _driver=${_driver# } _cap=${_cap# }
-            if [ "$_cap" = '?' ]; then
-                expect fail driver "$_driver, GPU unknown without nvidia-smi" "$_needs" "update the driver to $_floor or newer" not_below "$_driver" "$_floor"
-                continue
-            fi
+            _g=$((_g + 1)) _driver=${_driver# } _cap=${_cap# }
+            case $_cap in
+                [0-9]*.[0-9]*) ;;
+                '?') expect fail driver "$_driver, for $_name" "$_needs" "update the driver to $_floor or newer" not_below "$_driver" "$_floor"; continue ;;
+                *) check "gpu $_g" fail "nvidia-smi says: $_name,$_driver, $_cap" "$_needs" "this GPU does not answer: dmesg | grep NVRM names its error; reset it or reboot, or leave it out: --gpus with the numbers of the others"; continue ;;
+            esac
             _v=$(judge "$_driver" "$_cap" "$(class_of "$_name")") _do=${_v#* } _v=${_v%% *}
             case $_v in native | minor) _level=ok ;; ptx) _level=warn ;; *) _level=fail _do="$_do; or leave this GPU out: --gpus with the numbers of the others" ;; esac
             check "gpu $_g" $_level "$_name, compute capability $_cap, driver $_driver: $_v" "$_needs" "$_do"
             case $_mig-$GPUS in *Enabled*-MIG*) ;; *Enabled*) check "mig $_g" warn "MIG is on" "one of its devices" "choose with --gpus MIG-..., which nvidia-smi -L lists" ;; esac
-            _g=$((_g + 1))
         done <"$WORK/gpus"
     fi
 }
@@ -480,8 +494,7 @@ load_image() {
         say "image what was here does not fit (other blobs, or a damaged store); loading every layer"
         drop_intermediate
         $DOCKER rmi -f "$REF" >/dev/null 2>&1
-        START=0
-        load_parts
+        START=0; load_parts
     fi
     is_ours || die 6 "the engine loaded $REF, and it is not the image of the signed plan: $(id_of "$REF"); its last words: $(one_line "$WORK/engine")" \
         "look at the engine's log and its disk ($DOCKER info), then run this again"
@@ -521,8 +534,7 @@ drop_intermediate() {
 
 # After a refusal: nothing of this run stays, what was there before is untouched.
 undo() {
-    TOUCHED=
-    drop_intermediate
+    TOUCHED=; drop_intermediate
     [ -n "$ID_BEFORE" ] || $DOCKER rmi -f "$REF" >/dev/null 2>&1
     rm -rf "$PREFIX"/models/.part-*
 }
@@ -610,17 +622,8 @@ rollback() { # the same as milktea-run rollback, which needs no disk
     MILKTEA_PREFIX=$PREFIX "$PREFIX/bin/milktea-run" rollback "$NAME"
 }
 
-preflight() {
-    inspect
-    [ -z "$FACTS" ] || print_facts
-    print_checks
-    [ "$FAILED" = 0 ] || exit 3
-}
-
-verify() {
-    require_volumes
-    say "whole: $(($(rows vol | wc -l))) volumes, signature $SIGNED"
-}
+preflight() { inspect; [ -z "$FACTS" ] || print_facts; print_checks; [ "$FAILED" = 0 ] || exit 3; }
+verify() { require_volumes; say "whole: $(($(rows vol | wc -l))) volumes, signature $SIGNED"; }
 
 install() {
     local _older
@@ -672,12 +675,8 @@ main() {
             --also) ALSO=$(printf '%s\n%s' "$(cd "$1" && pwd)" "$ALSO") ;;
             --key) KEY=$1; case $1 in SHA256:*) ;; *) [ -f "$1" ] || wrong_use "--key $1 does not exist" ;; esac ;;
             --gpus) GPUS=$1; case $1 in *[!A-Za-z0-9,-]* | '') wrong_use "--gpus $1: 0,1 or the UUIDs of MIG devices, or none" ;; esac ;;
-            --new-sender) NEW_SENDER=yes ;;
-            --require-signature) NEED_SIGNATURE=yes ;;
-            --allow-older) OLDER=yes ;;
-            --facts) FACTS=yes ;;
-            --no-models) MODELS= ;;
-            --force) FORCE=yes ;;
+            --new-sender) NEW_SENDER=yes ;; --require-signature) NEED_SIGNATURE=yes ;; --allow-older) OLDER=yes ;;
+            --facts) FACTS=yes ;; --no-models) MODELS= ;; --force) FORCE=yes ;;
             -h | --help) usage; exit 0 ;;
             *) wrong_use "$_word is no word of INSTALL.sh: sh INSTALL.sh --help" ;;
         esac

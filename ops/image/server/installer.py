@@ -215,7 +215,8 @@ def main(arguments: list[str]) -> int:
     elif command == "record":
         sbom = small / "sbom" / "image.cdx.json"
         digest = hashlib.sha256(sbom.read_bytes()).hexdigest() if sbom.is_file() else None
-        write_record(record(plan, sys.stdin.read(), prefix, digest), prefix)
+        facts = sys.stdin.buffer.read().decode("utf-8", "replace")  # a folder may be named in GBK
+        write_record(record(plan, facts, prefix, digest), prefix)
     else:
         print(__doc__, file=sys.stderr)
         return 2
