@@ -142,7 +142,7 @@ def make_world(root: Path, peft: str = "1.0") -> Places:
         ),
     ]
     spec = definition.read(places.definition("tiny"))
-    found = [wheels._locked(path, wheels.sha256_file(path)) for path in paths]
+    found = [wheels.lock(path) for path in paths]
     places.wheels.mkdir(parents=True, exist_ok=True)
     for path, wheel in zip(paths, found, strict=True):
         wheels._keep(path, wheel, places.wheels)

@@ -117,7 +117,6 @@ def make_base(name: str, places: Places = Places(), progress: Progress = quiet) 
     """Make a Debian base of the locked packages by mmdebstrap, for a machine that reaches no
     registry; returns its tag.
     """
-    debian.validate_mmdebstrap()
     spec, found, client = define(name, places), read_lock(name, places), engine.connect()
     tag = f"milktea/debian:{spec.os.suite}"
     with tempfile.TemporaryDirectory(dir=places.cache, prefix="base-") as folder:

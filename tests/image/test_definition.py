@@ -1,5 +1,6 @@
 """What an image is, and what its lock may and may not say."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -142,14 +143,27 @@ def test_a_dockerfile_is_clean_for_hadolint(name):
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def released_and_edited(places):
+    """Like the lines of docker/released: the files that are no longer what was released."""
+    done = subprocess.run(
+        ["sha256sum", "--check", "--quiet", "released"],
+        cwd=places.root / "docker",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LC_ALL": "C"},
+    )
+    return re.findall("^(.+): FAILED", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.skipif(not Places().released.is_file(), reason="nothing was released yet")
 def test_released_files_are_as_they_were_released():
-    assert context.edited_releases(Places()) == []
+    assert released_and_edited(Places()) == []
 
 
 def test_a_released_version_is_never_written_again(tmp_path):
     places = make_world(tmp_path)
     context.release("tiny/3", places)
-    assert context.edited_releases(places) == []
+    assert released_and_edited(places) == []
     with pytest.raises(ConfigError, match="docker/tiny/3 is released") as caught:
         build.lock("tiny", places)
     assert "docker/tiny/4" in caught.value.hint
@@ -158,7 +172,7 @@ def test_a_released_version_is_never_written_again(tmp_path):
             build.read_lock("tiny", places), build.define("tiny", places), places
         )
     (places.root / "docker/tiny/3/Dockerfile").write_text("FROM scratch\n")
-    assert context.edited_releases(places) == ["tiny/3/Dockerfile"]
+    assert released_and_edited(places) == ["tiny/3/Dockerfile"]
 
 
 def test_fetched_files_lie_beside_the_dockerfile_and_nothing_else_does(tmp_path):

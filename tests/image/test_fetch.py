@@ -170,8 +170,8 @@ def test_wheels_are_resolved_and_pinned_and_come_back_by_their_hash(index, tmp_p
     make_wheel(index, "pkg", "1.1", {"pkg.py": b"2"})
     [locked] = packages.resolve(PYTHON, ["pkg"], tmp_path / "cache", quiet)
     assert (locked.name, locked.version, locked.license) == ("pkg", "1.1", "MIT")
-    found = packages.fetch(PYTHON, [locked], tmp_path / "other", quiet)
-    assert packages.sha256_file(found["pkg"]) == locked.sha256
+    packages.fetch(PYTHON, [locked], tmp_path / "other", quiet)
+    assert packages.sha256_file(packages.where(locked, tmp_path / "other")) == locked.sha256
 
 
 def make_source(folder, name, version):
@@ -204,11 +204,12 @@ def test_a_package_without_a_wheel_is_pinned_and_fetched_as_source(index, tmp_pa
     spec = PYTHON.model_copy(update={"sources": ["only"]})
     source, wheel = packages.resolve(spec, ["pkg"], tmp_path / "cache", quiet)
     assert (source.file, source.license) == ("only-2.0.tar.gz", "MIT")
-    found = packages.fetch(spec, [wheel, source], tmp_path / "other", quiet)
-    assert packages.sha256_file(found["only"]) == source.sha256
-    (tmp_path / "cut.tar.gz").write_bytes(found["only"].read_bytes()[:80])
-    with pytest.raises(packages.BadWheel, match="not a whole package"):
-        packages.about(tmp_path / "cut.tar.gz")
+    packages.fetch(spec, [wheel, source], tmp_path / "other", quiet)
+    found = packages.where(source, tmp_path / "other")
+    assert packages.sha256_file(found) == source.sha256
+    (tmp_path / "cut.tar.gz").write_bytes(found.read_bytes()[:80])
+    with pytest.raises(PreflightError, match="not a whole package"):
+        packages.lock(tmp_path / "cut.tar.gz")
 
 
 def test_a_wheel_whose_hash_changed_on_the_index_is_refused(index, tmp_path):
@@ -227,10 +228,8 @@ def test_a_cached_wheel_is_hashed_again_when_its_file_changed(index, tmp_path):
     assert packages.is_whole(locked, tmp_path / "cache")
     path.write_bytes(path.read_bytes()[::-1])
     assert not packages.is_whole(locked, tmp_path / "cache")
-    assert (
-        packages.sha256_file(packages.fetch(PYTHON, [locked], tmp_path / "cache", quiet)["pkg"])
-        == locked.sha256
-    )
+    packages.fetch(PYTHON, [locked], tmp_path / "cache", quiet)
+    assert packages.sha256_file(path) == locked.sha256
 
 
 def test_an_index_without_the_package_says_how_to_name_another(index, tmp_path):

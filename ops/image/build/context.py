@@ -52,20 +52,12 @@ def write_requirements(lock: Lock, definition: Definition, places: Places) -> No
 
 def validate_unreleased(dockerfile: str, places: Places) -> None:
     """Raises ConfigError where docker/released names a file of this folder."""
-    if any(path.startswith(f"{dockerfile}/") for path in _released(places)):
+    if places.released.is_file() and f"  {dockerfile}/" in places.released.read_text():
         name, _, version = dockerfile.rpartition("/")
         raise ConfigError(
             f"docker/{dockerfile} is released: it is never written again",
             hint=f"copy it to docker/{name}/{int(version) + 1} and name that in images/{name}.toml",
         )
-
-
-def edited_releases(places: Places) -> list[str]:
-    """The released files (paths below docker/) that are missing or no longer what was released."""
-    found = _released(places)
-    return [
-        path for path, digest in found.items() if _sha256(places.root / "docker" / path) != digest
-    ]
 
 
 def release(dockerfile: str, places: Places) -> None:
@@ -77,7 +69,8 @@ def release(dockerfile: str, places: Places) -> None:
     ]
     with places.released.open("a") as out:
         out.writelines(
-            f"{_sha256(path)}  {path.relative_to(places.root / 'docker')}\n" for path in files
+            f"{wheels.sha256_file(path)}  {path.relative_to(places.root / 'docker')}\n"
+            for path in files
         )
 
 
@@ -115,17 +108,3 @@ def _layer_of(name: str, definition: Definition) -> str:
         f"no layer takes the wheel {name}",
         hint=f'add python = ["*"] to [layers] in images/{definition.name}.toml',
     )
-
-
-def _released(places: Places) -> dict[str, str]:
-    lines = places.released.read_text().splitlines() if places.released.is_file() else []
-    return {
-        path: digest
-        for digest, path in (
-            line.split("  ", 1) for line in lines if line and not line.startswith("#")
-        )
-    }
-
-
-def _sha256(path: Path) -> str:
-    return wheels.sha256_file(path) if path.is_file() else ""

@@ -28,11 +28,8 @@ def make_key(path: Path) -> str:
     _run(
         [
             "ssh-keygen",
-            "-q",
             "-t",
             "ecdsa",
-            "-b",
-            "256",
             "-m",
             "PEM",
             "-N",
@@ -64,7 +61,7 @@ def sign(file: Path, key: Path) -> None:
     signature = file.with_name(file.name + ".sig")
     signature.unlink(missing_ok=True)
     _run(
-        ["ssh-keygen", "-q", "-Y", "sign", "-f", str(key), "-n", NAMESPACE, str(file)],
+        ["ssh-keygen", "-Y", "sign", "-f", str(key), "-n", NAMESPACE, str(file)],
         f"{key} cannot sign",
     )
     if _openssl_reads(key):

@@ -119,26 +119,22 @@ def fetch(debs: Sequence[Deb], mirrors: Mirrors, cache: Path, progress: Progress
         return list(pool.map(lambda deb: _fetch_one(deb, mirrors, cache, progress), debs))
 
 
-def validate_mmdebstrap() -> None:
-    """Raises PreflightError where a base cannot be made on this machine."""
-    _require(
-        "mmdebstrap",
-        "apt-get install mmdebstrap, or name another Debian 12: make image BASE=IMAGE",
-    )
-
-
 def make_base(spec: Os, debs: Sequence[Deb], cache: Path, epoch: int, out: Path) -> None:
     """Write a Debian root file system of the fetched packages as the tar ``out``, for a machine
     that reaches no registry.
 
-    Needs no network, and root or an ordinary user with subordinate ids. 25 to 40 s.
+    Needs no network, and root or an ordinary user with subordinate ids. 25 to 40 s. Raises
+    PreflightError.
     """
+    _require(
+        "mmdebstrap",
+        "apt-get install mmdebstrap, or name another Debian 12: make image BASE=IMAGE",
+    )
     with tempfile.TemporaryDirectory(prefix="milktea-os-") as folder:
         os.chmod(folder, 0o755)  # the unshared user must be able to read it
         _repository(Path(folder), spec.suite, debs, cache)
         command = [
             "mmdebstrap",
-            "--quiet",
             "--variant=essential",
             "--format=tar",
             f"--hook-dir={HOOKS}",

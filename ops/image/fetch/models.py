@@ -35,11 +35,7 @@ def resolve(source: ModelSource, root: Path, cache: Path, progress: Progress) ->
     folder = _folder(source, root, cache, progress)
     paths = check(folder)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = list(pool.map(lambda path: sha256_file(folder / path), paths))
-    files = [
-        ModelFile(path=path, sha256=digest, size_bytes=(folder / path).stat().st_size)
-        for path, digest in zip(paths, digests, strict=True)
-    ]
+        files = list(pool.map(lambda path: _as_found(folder, path), paths))
     model = Model(
         name=source.name,
         source=source.source,
@@ -184,23 +180,20 @@ def _folder(source: ModelSource, root: Path, cache: Path, progress: Progress) ->
         ) from error
 
 
+def _as_found(folder: Path, path: str) -> ModelFile:
+    at = folder / path
+    return ModelFile(path=path, sha256=sha256_file(at), size_bytes=at.stat().st_size)
+
+
 def _missing(model: Model, folder: Path) -> list[str]:
     """Locked files that are not in the folder as locked."""
 
     def differs(file: ModelFile) -> bool:
-        path = folder / file.path
-        return (
-            not path.is_file()
-            or path.stat().st_size != file.size_bytes
-            or sha256_file(path) != file.sha256
-        )
+        return not (folder / file.path).is_file() or _as_found(folder, file.path) != file
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [
-            file.path
-            for file, wrong in zip(model.files, pool.map(differs, model.files), strict=True)
-            if wrong
-        ]
+        wrong = pool.map(differs, model.files)
+        return [file.path for file, differs in zip(model.files, wrong, strict=True) if differs]
 
 
 def _keep(model: Model, folder: Path, cache: Path) -> None:

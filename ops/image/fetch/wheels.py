@@ -20,7 +20,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from ops.errors import PreflightError
@@ -31,42 +30,9 @@ Progress = Callable[[str], None]
 GLIBC = 36  # Debian 12 has glibc 2.36: wheels for an older one run too (PEP 600)
 
 
-class BadWheel(ValueError):
-    """A file that is no whole wheel; the message names it."""
-
-
-@dataclass(frozen=True)
-class About:
-    """What a wheel says of itself. ``license`` is its SPDX expression, else its classifiers or its
-    text's first line.
-    """
-
-    name: str
-    version: str
-    license: str
-
-
 def normalize(name: str) -> str:
     """PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def about(path: Path) -> About:
-    """Of a wheel or a source. Raises BadWheel where METADATA is missing, which is how a
-    half-downloaded file shows too.
-    """
-    try:
-        if path.suffix == ".whl":
-            with zipfile.ZipFile(path) as archive:
-                meta = archive.read(_one(archive.namelist(), r"[^/]+\.dist-info/METADATA"))
-        else:
-            with tarfile.open(path) as source:
-                file = source.extractfile(_one(source.getnames(), r"[^/]+/PKG-INFO"))
-                meta = file.read() if file else b""
-        said = email.message_from_bytes(meta)
-        return About(normalize(said["Name"]), said["Version"], _license(said))
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError, TypeError, OSError) as why:
-        raise BadWheel(f"{path.name} is not a whole package: {why}") from why
 
 
 def _one(names: list[str], pattern: str) -> str:
@@ -92,28 +58,15 @@ def resolve(
             _download(spec, ["--no-deps", *spec.sources], Path(folder))
         found = sorted(Path(folder).iterdir())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = list(pool.map(sha256_file, found))
-        locked = [_locked(path, digest) for path, digest in zip(found, digests, strict=True)]
+            locked = list(pool.map(lock, found))
         for path, wheel in zip(found, locked, strict=True):
             _keep(path, wheel, cache)
     return sorted(locked, key=lambda wheel: wheel.name)
 
 
-def fetch(
-    spec: Python, locked: Iterable[Wheel], cache: Path, progress: Progress
-) -> dict[str, Path]:
-    """Every wheel as a file by its name, each checked against the lock. Only what is missing is
-    fetched.
-    """
-    wanted = {wheel.name: wheel for wheel in locked}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        whole = dict(
-            zip(
-                wanted, pool.map(lambda wheel: is_whole(wheel, cache), wanted.values()), strict=True
-            )
-        )
-    missing = [wheel for wheel in wanted.values() if not whole[wheel.name]]
-    if missing:
+def fetch(spec: Python, locked: Iterable[Wheel], cache: Path, progress: Progress) -> None:
+    """Every wheel into ``cache``, checked against the lock. Only what is missing is fetched."""
+    if missing := [wheel for wheel in locked if not is_whole(wheel, cache)]:
         progress(
             f"fetching {len(missing)} wheels,"
             f" {sum(wheel.size_bytes for wheel in missing) / 1e6:,.0f} MB"
@@ -132,7 +85,6 @@ def fetch(
                         hint="use an index that has it, or make image-lock and read the difference",
                     )
                 _keep(path, wheel, cache)
-    return {name: where(wheel, cache) for name, wheel in wanted.items()}
 
 
 def pin(wheel: Wheel) -> str:
@@ -170,23 +122,35 @@ def _keep(path: Path, wheel: Wheel, cache: Path) -> None:
     target = where(wheel, cache)
     target.parent.mkdir(exist_ok=True)
     shutil.move(path, target)
-    is_whole(wheel, cache)
 
 
-def _locked(path: Path, digest: str) -> Wheel:
+def lock(path: Path) -> Wheel:
+    """What a wheel, or a source, is and says of itself. Raises PreflightError where its METADATA is
+    missing, which is how a half-downloaded file shows too.
+    """
     try:
-        said = about(path)
-    except BadWheel as error:
-        raise PreflightError(str(error), hint="run it again: the download broke off") from error
-    return Wheel(
-        name=said.name,
-        version=said.version,
-        file=path.name,
-        sha256=digest,
-        size_bytes=path.stat().st_size,
-        layer="",
-        license=said.license,
-    )
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as archive:
+                meta = archive.read(_one(archive.namelist(), r"[^/]+\.dist-info/METADATA"))
+        else:
+            with tarfile.open(path) as source:
+                file = source.extractfile(_one(source.getnames(), r"[^/]+/PKG-INFO"))
+                meta = file.read() if file else b""
+        said = email.message_from_bytes(meta)
+        return Wheel(
+            name=normalize(said["Name"]),
+            version=said["Version"],
+            file=path.name,
+            sha256=sha256_file(path),
+            size_bytes=path.stat().st_size,
+            layer="",
+            license=_license(said),
+        )
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError, TypeError, OSError) as why:
+        raise PreflightError(
+            f"{path.name} is not a whole package: {why}",
+            hint="run it again: the download broke off",
+        ) from why
 
 
 def _download(spec: Python, what: list[str], folder: Path) -> None:
@@ -198,7 +162,6 @@ def _download(spec: Python, what: list[str], folder: Path) -> None:
         "-m",
         "pip",
         "download",
-        "--quiet",
         "--disable-pip-version-check",
         "--dest",
         str(folder),

@@ -154,11 +154,7 @@ def find_model(toml: Path, job: JobFile) -> Path:
     for folder in (*model_paths(toml, job), installed / base, OWN_MODELS / own):
         if (folder / "config.json").is_file():
             return folder.resolve()
-    names = (
-        [str(p.parent.relative_to(installed)) for p in installed.rglob("config.json")]
-        if installed.is_dir()
-        else []
-    )
+    names = [str(p.parent.relative_to(installed)) for p in installed.rglob("config.json")]
     have = ", ".join(sorted(names)) or "none"
     raise ConfigError(
         f"model.base: {job.model.base} is neither a folder here nor installed (installed: {have})",
