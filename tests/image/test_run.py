@@ -451,6 +451,15 @@ def test_two_users_do_not_get_the_same_gpu(
     )
 
 
+@pytest.mark.parametrize("option", ["--gpus", "--run"])
+def test_an_option_without_its_value_is_refused_by_name(
+    engine_says: Callable, job_folder: Path, option: str
+) -> None:
+    done = engine_says("train", str(job_folder / "job.toml"), option)
+    assert done.returncode == 2 and f"{option} wants a value" in done.stderr
+    assert "parameter not set" not in done.stderr
+
+
 def test_a_changed_job_under_an_old_run_is_refused(
     engine_says: Callable, job_folder: Path, tmp_path: Path
 ) -> None:

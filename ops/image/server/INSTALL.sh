@@ -410,7 +410,7 @@ check_gpus() {
         set -- nvidia-smi "$@" --format=csv,noheader
         if soon "$WORK/smi" "$@" --query-gpu=name,driver_version,compute_cap,memory.total,mig.mode.current; then mv "$WORK/smi" "$WORK/gpus"
         elif case $(one_line "$WORK/smi" 2000) in *"not a valid field"*) ;; *) false ;; esac && soon "$WORK/smi" "$@" --query-gpu=name,driver_version; then
-            while read -r _w; do echo "$_w, ?, ?, ?"; done <"$WORK/smi" >"$WORK/gpus" # a driver before 510 knows no compute_cap
+            while read -r _w; do echo "$_w, ?, ?, ?"; done <"$WORK/smi" >"$WORK/gpus" # an older driver knows no compute_cap
             rm "$WORK/smi"
         fi
     else

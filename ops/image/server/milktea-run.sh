@@ -181,13 +181,13 @@ train() {
     _job=$(absolute "$1") && [ -f "$_job" ] || refuse "$1 does not exist" "ls *.toml"
     shift
     while [ $# -gt 0 ]; do
+        case $1-${2:-} in --gpus- | --run-) refuse "$1 wants a value" "milktea-run --help" ;; esac
         case $1 in
             --gpus)
                 case $2 in *,*) GPUS=device=$2 _processes=$(echo "$2" | tr , '\n' | wc -l) ;; *) GPUS=$2 _processes=$2 ;; esac
                 shift 2 || exit 2 ;;
             --run) _run=$2; shift 2 || exit 2 ;;
-            --detach) _quiet=yes; shift ;;
-            --share) _share=yes; shift ;;
+            --detach) _quiet=yes; shift ;; --share) _share=yes; shift ;;
             *) usage >&2; exit 2 ;;
         esac
     done
