@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import sys
 import tempfile
 import threading
@@ -421,6 +422,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    # a shell lets what it starts in the background ignore these, and tests send them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     import hypothesis
 
     hypothesis.settings.register_profile("busy", deadline=None)  # slow is not noticed

@@ -158,8 +158,10 @@ def test_where_silence_ends_a_box_the_run_goes_on_with_another_from_what_is_home
     else:
         milktea.resume(run, vast=vast, root=own.runs)
     assert run.adapter is not None
-    kinds = [line.kind for line in run.journal]
-    assert kinds.count("rented") >= 2, "a third, where this computer is too busy for short leases"
+    rents = [line.kind for line in run.journal].count("rented")
+    if how == signal.SIGKILL:  # who resumes rents for ten minutes of silence, as a user does
+        assert rents == 2
+    assert rents >= 2, "a third, where this computer is too busy for the owner's leases of 3 s"
     if name == "pull":  # the checkpoint was at home
         pushed = [line["files"] for line in run.journal if line.kind == "pushed"]
         assert pushed[1] > pushed[0]

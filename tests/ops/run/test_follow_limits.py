@@ -96,6 +96,20 @@ def test_whole_lines_come_home_and_a_half_one_is_asked_for_again(
     assert kept(client).read_bytes() == 2 * STEP
 
 
+def test_after_an_empty_line_the_rest_is_asked_for(client: Client, state: following._State) -> None:
+    assert keep(client, state, b"\n", 1 + len(STEP)) is True
+
+
+def test_of_several_stages_the_journal_says_which_one_has_begun(
+    client: Client, state: following._State
+) -> None:
+    told = '{"t":1,"event":"started","step":0,"total_steps":4,"number":2,"stages":%d,"stage":"dpo"}'
+    for stages in (1, 2):
+        keep(client, state, (told % stages).encode() + b"\n")
+    one, two = [line for line in client.session.journal.lines if line.get("event") == "started"]
+    assert "stages" not in one.data and (two["number"], two["stages"]) == (2, 2)
+
+
 def test_an_event_renews_every_patience(client: Client, state: following._State) -> None:
     client.clock.slept_s += 50.0
     state.still.look()
