@@ -18,7 +18,7 @@ from ops.box import pull, scripts
 from ops.box.connection import Box
 from ops.errors import AdapterError, BoxError, HostKeyChanged, Lost
 from ops.market.workload import Workload
-from ops.run import sandbox
+from ops.run import report_facts, sandbox
 from ops.run.expected import ADAPTER, ExpectedResult
 from ops.run.sandbox import Inspected
 from ops.run.session import Session
@@ -119,13 +119,6 @@ def write_out(
     its name there, and write the report beside it; `events_file` holds the run's events. Returns
     the folder that has the adapter: `staging`, where results.folder cannot be written."""
     out = Path(session.plan.out) / session.run_id
-    offer = session.offer()
-    extra_rows = {
-        "cost": f"{session.spent_usd():.4f} $",
-        "machine": f"{offer.num_gpus} x {offer.gpu_name}, {offer.usd_per_hour:.3f} $/h",
-    }
-    evaluated = session.journal.last("evaluated")
-    extra_rows |= dict((evaluated.get("scores") if evaluated else None) or {})
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in PULLED:
@@ -139,7 +132,16 @@ def write_out(
         out = staging
     try:
         (out / REPORT).write_bytes(
-            report(session.plan.wire_job, inspected.facts, events_file, extra_rows, stages)
+            report(
+                session.plan.wire_job,
+                inspected.facts,
+                events_file,
+                report_facts.rows(session),
+                stages,
+                cards=report_facts.cards(session, events_of(events_file)),
+                commands=report_facts.commands(session.run_id),
+                notes=session.plan.notes,
+            )
         )
     except (OSError, ValueError, KeyError, TypeError) as e:
         session.screen.waiting(f"no {REPORT} was written: {e}")
@@ -152,9 +154,14 @@ def report(
     events_file: Path,
     extra_rows: Mapping[str, str],
     stages: Sequence[StageSection] = (),
+    *,
+    cards: Sequence[tuple[str, str, str]] = (),
+    commands: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
 ) -> bytes:
     """report.html from job.json's object, a verified manifest's facts, the events in `events_file`,
-    `extra_rows` (name -> text) for its table, and a section for each of `stages`."""
+    `extra_rows` (name -> text) for its table, a section for each of `stages`, and `cards`,
+    `commands` and `notes` as trainer.wire.page has them."""
     samples: list[Mapping[str, str]] = []
     score = None
     for event in events_of(events_file):
@@ -163,7 +170,7 @@ def report(
         if isinstance(event, events.Sample) and len(samples) < MAX_SAMPLES:
             samples.append(event.model_dump(include={"prompt", "expected", "before", "after"}))
     told = [(section.name, section.facts) for section in stages]
-    return page(job, facts, samples, score, extra_rows, told)
+    return page(job, facts, samples, score, extra_rows, told, cards, commands, notes)
 
 
 def events_of(events_file: Path) -> Iterator[events.Event]:

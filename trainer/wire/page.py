@@ -15,11 +15,42 @@ from typing import Any
 
 MAX_POINTS = 1000  # of the drawn curve
 WIDTH, HEIGHT, EDGE = 900, 380, 44  # of the picture, in CSS pixels
-STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#2b1d12}"
-    "td,th{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}svg{max-width:100%}"
-    "text{font:12px sans-serif;fill:#6b5a48}pre{overflow:auto}"
-)
+STYLE = """
+:root{--back:#faf7f2;--face:#fffdfa;--line:#e7dfd4;--text:#2b1d12;--dim:#6b5a48;--tea:#6b3f1d;
+--raw:#b9a28a;--blue:#2f6f9f}
+@media(prefers-color-scheme:dark){:root{--back:#191613;--face:#211d19;--line:#37302a;--text:#ece4da;
+--dim:#a1958a;--tea:#dba97d;--raw:#6b5b4d;--blue:#7db7e3}}
+*{box-sizing:border-box}
+body{font:15px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"PingFang SC","Hiragino Sans GB",
+"Microsoft YaHei","Noto Sans CJK SC","Noto Sans",sans-serif;max-width:62em;margin:0 auto;
+padding:2em 1.2em 4em;color:var(--text);background:var(--back);overflow-wrap:anywhere}
+h1{font-size:1.5em;line-height:1.3;letter-spacing:-.01em;margin:0 0 .8em}
+h2{font-size:1.05em;margin:2.2em 0 .7em}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10em,1fr));gap:.7em;
+margin:0 0 1.6em}
+.cards div,.box{background:var(--face);border:1px solid var(--line);border-radius:12px;
+padding:.7em .9em}
+.cards b{display:block;font-size:1.15em;line-height:1.4}
+.cards span,.dim{color:var(--dim);font-size:.88em}
+table{border-collapse:collapse;width:100%}
+td,th{text-align:left;padding:.4em 1em .4em 0;vertical-align:top;
+border-bottom:1px solid var(--line)}
+th{font-weight:500;color:var(--dim)}
+.facts th{width:13em}.answers td{width:25%;white-space:pre-wrap}
+svg{display:block;max-width:100%;height:auto}text{font:12px sans-serif;fill:var(--dim)}
+.raw{stroke:var(--raw)}.mean{stroke:var(--tea)}.held{stroke:var(--blue)}
+pre{white-space:pre-wrap;margin:0;font:13px/1.7 ui-monospace,Menlo,Consolas,"Noto Sans Mono CJK SC",
+monospace}
+ul{margin:0;padding-left:1.2em}
+@media(max-width:40em){text{font-size:22px}
+.facts th,.facts td,.answers th,.answers td{display:block;width:auto}
+.facts th{border:0;padding-bottom:0}.answers tr:first-child{display:none}
+.answers td{border:0;padding:.1em 0}.answers td[title]::before{content:attr(title) ": ";
+color:var(--dim)}.answers tr{display:block;border-bottom:1px solid var(--line);padding:.6em 0}}
+@media print{:root{--back:#fff;--face:#fff;--line:#ccc;--text:#000;--dim:#555;--tea:#6b3f1d;
+--raw:#b9a28a;--blue:#2f6f9f}body{padding:0;max-width:none;font-size:11pt}
+h2{break-after:avoid}tr,svg,.box,.cards div{break-inside:avoid}}
+"""
 SAFE = (  # where a browser obeys it, a script that slipped through neither runs nor fetches
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
@@ -33,26 +64,77 @@ def page(
     score: tuple[float, float] | None = None,
     beside: Mapping[str, str] | None = None,
     stages: Iterable[tuple[str, Mapping[str, Any]]] = (),
+    cards: Iterable[tuple[str, str, str]] = (),
+    commands: Iterable[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
 ) -> bytes:
     """One HTML file with everything in it. `job` is job.json's object, `facts` the manifest's,
     `score` the exact match before and after, `beside` further rows of the table, `stages` name and
-    facts of each stage that the run trained before."""
+    facts of each stage that the run trained before, `cards` (name, value, more) of the numbers at
+    the top, `commands` (command, what it does) that use the result, `notes` what the plan said."""
     run_id = html.escape(str(job["run_id"]))
     points = thinned(facts.get("curve"))
     held_out = thinned(_losses(facts.get("held_out_curve")))
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}<td>{html.escape(text)}"
-        for name, text in (_told(job, facts, points, score) | dict(beside or {})).items()
-    )
-    settings = html.escape(
-        json.dumps({"lora": job["lora"], "training": job["training"]}, indent=1, default=str)
-    )
+    told = _told(job, facts, points, score) | dict(beside or {})
+    parts = [
+        f"<h1>{run_id}</h1>{_cards(cards)}{_table(told)}",
+        _titled("Loss", _curve(points, held_out)),
+        _answers(samples),
+        *(_section(*s) for s in stages),
+        _titled("How to use it", _commands(commands)),
+        _titled("Settings", _table(_flat(job["lora"], "lora.") | _flat(job["training"]))),
+        _titled("What the plan said", _list(notes)),
+    ]
     return (
-        f'<!doctype html><meta charset="utf-8">{SAFE}<title>{run_id}</title>'
-        f"<style>{STYLE}</style><h1>{run_id}</h1><table>{rows}</table>"
-        f"{_curve(points, held_out)}{_answers(samples)}{''.join(_section(*s) for s in stages)}"
-        f"<h2>Settings</h2><pre>{settings}</pre>\n"
+        f'<!doctype html><html><meta charset="utf-8">{SAFE}<title>{run_id}</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<style>{STYLE}</style>{''.join(parts)}\n"
     ).encode("utf-8", "replace")
+
+
+def _titled(title: str, body: str) -> str:
+    """Nothing without a body."""
+    return f'<h2>{html.escape(title)}</h2><div class="box">{body}</div>' if body else ""
+
+
+def _table(told: Mapping[str, str]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}<td>{html.escape(text)}" for name, text in told.items()
+    )
+    return f'<table class="facts">{rows}</table>'
+
+
+def _cards(cards: Iterable[tuple[str, str, str]]) -> str:
+    shown = "".join(
+        f"<div><span>{html.escape(name)}</span><b>{html.escape(value)}</b>"
+        f"<span>{html.escape(more)}</span></div>"
+        for name, value, more in cards
+    )
+    return f'<div class="cards">{shown}</div>' if shown else ""
+
+
+def _commands(commands: Iterable[tuple[str, str]]) -> str:
+    return "".join(
+        f'<pre>{html.escape(command)}</pre><div class="dim">{html.escape(what)}</div>'
+        for command, what in commands
+    )
+
+
+def _list(notes: Sequence[str]) -> str:
+    shown = "".join(f"<li>{html.escape(note)}" for note in notes)
+    return f"<ul>{shown}</ul>" if shown else ""
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Each setting as words; what is left out is left out."""
+    told = {}
+    for name, value in settings.items():
+        if value is None or value == {} or value == []:
+            continue
+        words = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        told[f"{before}{name}"] = json.dumps(words) if isinstance(words, dict) else str(words)
+    return told
 
 
 def _section(name: str, facts: Mapping[str, Any]) -> str:
@@ -61,12 +143,9 @@ def _section(name: str, facts: Mapping[str, Any]) -> str:
     told = {"steps": str(facts.get("steps"))}
     if points:
         told["loss"] = f"{points[0][1]:.4f} at first, {points[-1][1]:.4f} at last"
-    rows = "".join(
-        f"<tr><th>{html.escape(key)}<td>{html.escape(text)}"
-        for key, text in (told | _measured(facts.get("held_out"))).items()
-    )
+    table = _table(told | _measured(facts.get("held_out")))
     curve = _curve(points, thinned(_losses(facts.get("held_out_curve"))))
-    return f"<h2>Stage {html.escape(name[:40])}</h2><table>{rows}</table>{curve}"
+    return _titled(f"Stage {name[:40]}", table + curve)
 
 
 def thinned(curve: Any, most: int = MAX_POINTS) -> list[tuple[int, float]]:
@@ -136,13 +215,19 @@ def _listed(value: Any, between: str) -> str:
 
 def _answers(samples: Iterable[Mapping[str, str]]) -> str:
     names = ("prompt", "expected", "before", "after")
+    titles = ("asked", *names[1:])
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(s.get(n, '')))}" for n in names) for s in samples
+        "<tr>"
+        + "".join(
+            f'<td title="{title}">{html.escape(str(s.get(name, "")))}'
+            for name, title in zip(names, titles, strict=True)
+        )
+        for s in samples
     )
     if not rows:
         return ""
     head = "<tr><th>asked<th>expected<th>before<th>after"
-    return f"<h2>Held-out questions</h2><table>{head}{rows}</table>"
+    return _titled("Held-out questions", f'<table class="answers">{head}{rows}</table>')
 
 
 def _losses(looks: Any) -> list[Any]:
@@ -167,16 +252,16 @@ def _curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, fl
         y = HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * (loss - low) / ((high - low) or 1.0)
         return f"{x:.1f},{y:.1f}"
 
-    def line(values: Iterable[float], colour: str, width: float) -> str:
-        return joined(zip((step for step, _ in points), values, strict=True), colour, width)
+    def line(values: Iterable[float], kind: str, width: float) -> str:
+        return joined(zip((step for step, _ in points), values, strict=True), kind, width)
 
-    def joined(places: Iterable[tuple[int, float]], colour: str, width: float) -> str:
+    def joined(places: Iterable[tuple[int, float]], kind: str, width: float) -> str:
         drawn = " ".join(at(step, v) for step, v in places)
-        shape = f'stroke="{colour}" stroke-width="{width}" fill="none"'
+        shape = f'class="{kind}" stroke-width="{width}" fill="none"'
         return f'<polyline {shape} points="{drawn}"/>'
 
     beside = "; blue: of held-out rows" if held_out else ""
-    blue = joined(held_out, "#2f6f9f", 1.8) if held_out else ""
+    blue = joined(held_out, "held", 1.8) if held_out else ""
     foot = HEIGHT - EDGE + 16
     words = (
         f'<text x="2" y="{EDGE + 4}">{high:.3g}</text>'
@@ -187,5 +272,5 @@ def _curve(points: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, fl
     )
     return (
         f'<svg role="img" aria-label="loss curve" viewBox="0 0 {WIDTH} {HEIGHT}">{words}'
-        f"{line(losses, '#b9a28a', 0.8)}{line(smooth(losses), '#6b3f1d', 1.8)}{blue}</svg>"
+        f"{line(losses, 'raw', 0.8)}{line(smooth(losses), 'mean', 1.8)}{blue}</svg>"
     )
