@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from trainer.model.weights import weight_files
 
 MAX_SHARE, MAX_NOISE, MAX_TOKEN_NATS = 0.01, 2.0, 0.5
 MAX_TOKENS = 512  # of one text
+ROUND_BYTES = 1 << 30  # of what a model says of the texts of one round, in fp32
 GENERAL = Path(__file__).parent / "general_texts.json"
 # two sums of the same numbers in another order differ by this much in fp32
 _ROUNDING_NATS = 1e-6
@@ -45,28 +48,32 @@ def certify(
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compare `merged` with `base` + `adapter` on `texts` and on general ones (English, Chinese,
-    code), both read and computed in fp32; `tell` hears of each text. Returns the certificate.
+    code), both read and computed in fp32, one after the other: memory holds one of them, and what
+    the other said of the texts of one round. `tell` hears of each text. Returns the certificate.
     Raises NotCertified where the files compute something else, or where the adapter does nothing
     at all."""
     told = [*json.loads(GENERAL.read_text(encoding="utf-8")), *texts]
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
     rows = [ids for text in told if len(ids := tokenizer(text)["input_ids"][:MAX_TOKENS]) > 1]
-    adapted: Any = PeftModel.from_pretrained(_open(base, device), str(adapter)).eval()
-    written = _open(merged, device)
     sums: dict[str, Any] = {"kl": 0.0, "effect": 0.0, "noise": 0.0, "same": 0, "tokens": 0}
-    worst = 0.0
-    for number, ids in enumerate(_batches(rows, device), 1):
-        tell(f"certificate: text {number} of {len(rows)}")
-        right, wrong = _log_probs(adapted, ids), _log_probs(written, ids)
-        with adapted.disable_adapter():
-            sums["effect"] += _kl(right, _log_probs(adapted, ids))
-        with torch.autocast(device, torch.bfloat16):
-            sums["noise"] += _kl(right, _log_probs(adapted, ids))
-        sums["kl"] += _kl(right, wrong)
-        sums["same"] += int((right.argmax(-1) == wrong.argmax(-1)).sum())
-        sums["tokens"] += right.shape[0]
-        own = ids[0, 1:, None]
-        worst = max(worst, float((right - wrong).gather(-1, own).abs().max()))
+    worst, done = 0.0, 0
+    for part in _rounds(rows, base):
+        ids = list(_batches(part, device))
+        names = [f"text {done + n} of {len(rows)}" for n in range(1, len(part) + 1)]
+        tell(f"certificate: base and adapter, from {names[0]}")
+        said = _adapted(base, adapter, ids, device, sums)
+        written = _open(merged, device)
+        for n, (its, held) in enumerate(zip(ids, said, strict=True)):
+            tell(f"certificate: the merged model, {names[n]}")
+            right, wrong = held.to(device), _log_probs(written, its)
+            sums["kl"] += _kl(right, wrong)
+            sums["same"] += int((right.argmax(-1) == wrong.argmax(-1)).sum())
+            sums["tokens"] += right.shape[0]
+            own = its[0, 1:, None]
+            worst = max(worst, float((right - wrong).gather(-1, own).abs().max()))
+        done += len(part)
+        _free(written)
+        del said
     tokens = sums["tokens"]
     numbers = {
         "texts": len(rows),
@@ -82,6 +89,53 @@ def certify(
     if why := _defect(numbers):
         raise NotCertified(why, numbers)
     return numbers
+
+
+def _rounds(rows: Sequence[Sequence[int]], base: Path) -> Iterator[list[Sequence[int]]]:
+    """The texts in rounds: what a model says of one takes ROUND_BYTES, or half of the base's files
+    where that is more. Each round loads both models once."""
+    most = max(ROUND_BYTES, sum(path.stat().st_size for path in weight_files(base)) // 2)
+    vocabulary = AutoConfig.from_pretrained(base).get_text_config().vocab_size
+    part: list[Sequence[int]] = []
+    size = 0
+    for row in rows:
+        needs = 4 * vocabulary * len(row)
+        if part and size + needs > most:
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += needs
+    if part:
+        yield part
+
+
+def _adapted(
+    base: Path,
+    adapter: Path,
+    batches: Sequence[Tensor],
+    device: str,
+    sums: dict[str, Any],
+) -> list[Tensor]:
+    """What base and adapter say of each text, on the CPU; adds the adapter's effect and the noise
+    of bf16 to `sums`. The model's memory is free when it returns."""
+    model: Any = PeftModel.from_pretrained(_open(base, device), str(adapter)).eval()
+    said = []
+    for ids in batches:
+        right = _log_probs(model, ids)
+        with model.disable_adapter():
+            sums["effect"] += _kl(right, _log_probs(model, ids))
+        with torch.autocast(device, torch.bfloat16):
+            sums["noise"] += _kl(right, _log_probs(model, ids))
+        said.append(right.cpu())
+    _free(model)
+    return said
+
+
+def _free(model: Any) -> None:
+    """Gives back the weights' memory at once: the wrappers refer to each other, so the model itself
+    waits for the garbage collector."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _defect(numbers: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_tokenizer
 from transformers import AutoModelForCausalLM
 
+from trainer.result import certificate
 from trainer.result.certificate import NotCertified, certify
 from trainer.result.merge import MergeError, certified_merge, main, merge
 
@@ -167,6 +168,27 @@ def test_a_wrong_merge_gets_no_certificate(tmp_path: Path, fault: str) -> None:
     FAULTS[fault](tmp_path / "out", base, adapter)
     with pytest.raises(NotCertified):
         certify(adapter, base, tmp_path / "out")
+
+
+def test_a_certificate_holds_one_model_at_a_time_and_says_the_same_in_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    merge(adapter, base, tmp_path / "out", "bf16")
+    at_once = certify(adapter, base, tmp_path / "out")
+    models: list[Any] = []
+    opened: Any = certificate._open
+
+    def watched(folder: Path, device: str) -> Any:
+        assert not any(p.numel() for m in models for p in m.parameters()), "another is in memory"
+        models.append(opened(folder, device))
+        return models[-1]
+
+    monkeypatch.setattr(certificate, "_open", watched)
+    said = 4 * 320 * at_once["tokens"]  # bytes, in fp32
+    monkeypatch.setattr(certificate, "ROUND_BYTES", said // 2)
+    in_rounds = certify(adapter, base, tmp_path / "out")
+    assert 4 <= len(models) <= 8 and in_rounds == at_once
 
 
 def test_an_adapter_that_does_nothing_is_no_merge(tmp_path: Path) -> None:
