@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.training import SHAPES, Dimensions, Setting, TimedSteps, batches, build, lengths
+from bench.rows import Setting, batches, lengths
+from bench.training import SHAPES, Dimensions, TimedSteps, build
 
 ROOT = Path(__file__).parents[2]
 

@@ -28,6 +28,9 @@ CHANGES = {  # the commands that would act on the run, and how they end: 8 is El
     "stop": [(["stop", "RUN", f"--{end}"], 8) for end in ("fetch", "keep-disk", "destroy")],
     "destroy": [(["destroy", "RUN"], 8)],
     "reap": [(["reap"], 0), (["reap", "--foreign"], 0)],
+    "ssh": [(["ssh", "RUN"], 8)],
+    "exec": [(["exec", "RUN", "touch", "x"], 8)],
+    "forward": [(["forward", "RUN", "6006"], 8)],
 }
 READS = {  # a run that nobody owns: its last owner was killed, which is `attach`'s 8
     "status": [(["status"], 0), (["status", "RUN", "--json"], 0)],
@@ -40,7 +43,7 @@ READS = {  # a run that nobody owns: its last owner was killed, which is `attach
 BEGIN = {"rent-and-train", "plan", "sweep"}
 OTHER = {
     *("init", "models", "gpus", "chat", "evaluate", "merge", "serve", "export", "schema"),
-    *("image", "adapter", "data", "compare"),
+    *("image", "adapter", "data", "compare", "tensorboard", "web"),
 }
 
 
