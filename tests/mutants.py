@@ -290,7 +290,11 @@ def forget(module: str) -> None:
     while more := {name for name, needs in ours.items() if needs & gone} - gone:
         gone |= more
     for name in gone:
-        sys.modules.pop(name, None)
+        found = sys.modules.pop(name, None)
+        package, _, own = name.rpartition(".")
+        # `from package import own` takes this, and would give the module without a fault
+        if found is not None and vars(sys.modules.get(package, sys)).get(own) is found:
+            delattr(sys.modules[package], own)
 
 
 def _imported(source: str) -> set[str]:

@@ -44,3 +44,15 @@ def test_each_fault_changes_one_thing_and_no_message() -> None:
     ):
         assert text.replace(old, new) in made, new
     assert not any("is 10" in other or "is 18" in other for other in made)
+
+
+def test_a_module_that_is_forgotten_is_loaded_anew_however_it_is_imported() -> None:
+    from ops import plain as before
+
+    def act() -> int:
+        mutants.forget("ops.plain")
+        from ops import plain as again
+
+        return int(again is before)
+
+    assert mutants.in_child(act, 20) == 0
