@@ -226,6 +226,22 @@ class Family:
     def packs(self, longest: int | None = None) -> bool:
         return not self.why_unpacked(longest)
 
+    def why_no_prompt(self) -> str:
+        """Why rows of this family cannot have learned places in front of them, or "" where they
+        may."""
+        held = {
+            "its attention is transformers' own": bool(self.why_unpacked()) or self.own_logits,
+            "it has experts": self.mixture,
+            "it has a state between tokens": bool(self.row["delta"] or self.row["state"]),
+            "it is one tower of several": bool(self.tower),
+            "some layers have a window": any(w is not None for w in self.windows),
+            "attention has sinks or a soft cap": self.sinks or self.softcap is not None,
+            "the angles of a row depend on its length": self.long_rope,
+            "it is not among those that are proven": self.model_type
+            not in _file()["prompts"]["types"],
+        }
+        return next((why for why, so in held.items() if so), "")
+
     def _stateless(self) -> bool:
         """Whether this is a hybrid without any layer that has a state (granite-4.0-micro)."""
         kinds = self._kinds("layer_types", "layers_block_type")

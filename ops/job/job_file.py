@@ -31,6 +31,7 @@ from trainer.wire.job import (
     optim_defect,
     start_defect,
 )
+from trainer.wire.prompts import PromptLearning, prompt_defect, settings_defect
 from trainer.wire.stages import (
     STAGES,
     Reward,
@@ -288,6 +289,7 @@ class JobFile(Strict, Sections):
     model: Model
     data: Data
     lora: Lora = Lora()
+    prompt_learning: PromptLearning = PromptLearning()
     training: Training = Training()
     offer: OfferRequirements = OfferRequirements()
     limits: Limits
@@ -328,7 +330,7 @@ class JobFile(Strict, Sections):
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> JobFile:
-        if self.training.method != "lora" and self.model.precision in ("fp8", "nf4", "int8"):
+        if self.training.trains_base and self.model.precision in ("fp8", "nf4", "int8"):
             raise ValueError(
                 f'training.method = "{self.training.method}" trains base weights: '
                 "model.precision must be bf16 or fp32"
@@ -343,6 +345,11 @@ class JobFile(Strict, Sections):
         if defect := method_defect(self.stage, self.training.method):
             raise ValueError(defect)
         if defect := section_defect(self.stage, self):
+            raise ValueError(defect)
+        if defect := settings_defect(self.training.method, self.prompt_learning):
+            raise ValueError(defect)
+        told = self.lora != Lora()
+        if defect := prompt_defect(self.training.method, self.model.precision, told):
             raise ValueError(defect)
         if defect := start_defect(self.takes_up, self.training, self.lora):
             raise ValueError(defect)

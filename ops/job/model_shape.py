@@ -11,6 +11,7 @@ from ops.catalogue.models import lookup
 from ops.errors import PreflightError
 from ops.job.job_file import JobFile
 from trainer import families, memory
+from trainer.wire.prompts import PROMPT_METHODS
 
 
 def model_config(job: JobFile, notes: list[str]) -> dict[str, Any]:
@@ -62,6 +63,11 @@ def family_of(
         every = family.words(longest)
     except families.FamilyError as e:
         raise PreflightError(f"{job.model.base} cannot be trained: {e}", hint=e.hint) from e
+    if job.training.method in PROMPT_METHODS and (why := family.why_no_prompt()):
+        raise PreflightError(
+            f"{job.model.base} ({family.model_type}) takes no learned prompt: {why}",
+            hint='set training.method = "lora", or name another model',
+        )
     lora = job.training.method == "lora" and job.lora.target_modules == "all-linear"
     if lora and family.mixture and chained:
         raise PreflightError(

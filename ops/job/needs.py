@@ -30,7 +30,10 @@ def workload_of(
     pushes: list[PushFile],
     table: StageTable | None = None,
 ) -> Workload:
-    """Of a job, or of one stage of several, which `table` is."""
+    """Of a job, or of one stage of several, which `table` is. A learned prompt's places count among
+    the tokens of each row."""
+    learned = memory.Learned.of(job.training.method, job.prompt_learning)
+    lengths = [n + (learned.tokens if learned else 0) for n in lengths]
     steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
     share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
     answer, answers = 0, 1
@@ -40,11 +43,8 @@ def workload_of(
     tokens = answers * sum(lengths) * job.training.num_train_epochs * share
     local = Path(job.model.base).is_dir()
     parameters = float(memory.parameters(shape)) if shape else 7e9
-    adapter, saved = parameters * 4, tuple(job.lora.modules_to_save or ())
-    if shape and job.training.method == "lora":
-        lora = job.lora
-        adapter = 4.0 * memory.saved_parameters(shape, saved)
-        adapter += 4.0 * memory.adapter_parameters(shape, lora.largest_rank, lora.counted_modules)
+    saved = tuple(job.lora.modules_to_save or ())
+    adapter = 4.0 * (_trained(job, shape, learned) if shape else parameters)
     image_bytes = job.image.size_gib * 2**30
     pushed = float(sum(p.local.stat().st_size for p in pushes))
     download = 0.0 if local else parameters * 2
@@ -74,6 +74,7 @@ def workload_of(
         r=job.lora.largest_rank,
         target_modules=job.lora.counted_modules,
         saved=saved,
+        learned=learned,
         least_tokens=max(lengths),
         row_tokens=sum(n * n for n in lengths) / sum(lengths),
         checkpoint_bytes=3 * adapter,
@@ -82,6 +83,17 @@ def workload_of(
         evaluate_s=job.evaluate.minutes * 60 if job.evaluate else 0.0,
         merges=merges,
     )
+
+
+def _trained(job: JobFile, shape: memory.Shape, learned: memory.Learned | None) -> float:
+    """Values that a job trains; of a method that trains the base, all that it has."""
+    lora = job.lora
+    if learned is not None:
+        return learned.parameters(shape)
+    if job.training.trains_base:
+        return float(memory.parameters(shape))
+    saved = memory.saved_parameters(shape, tuple(lora.modules_to_save or ()))
+    return saved + memory.adapter_parameters(shape, lora.largest_rank, lora.counted_modules)
 
 
 def of_stages(loads: list[Workload]) -> Workload:
@@ -134,6 +146,7 @@ def needs_of(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Ne
                 processes=job.offer.num_gpus,
                 trainable_layers=workload.trainable_layers,
                 saved=workload.saved,
+                learned=workload.learned,
                 **STAGES[job.stage].memory,
             )
             / DRIVER_SHARE

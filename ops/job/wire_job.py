@@ -66,6 +66,7 @@ def _told(job: JobFile, run_id: str, files: list[PushFile], adapters: Adapters) 
             **job.data.reading_settings(job.stage),
         },
         "lora": job.lora.model_dump(),
+        "prompt_learning": job.prompt_learning.model_dump(),
         "training": job.training.model_dump(),
         "processes": job.offer.num_gpus,
         "environment": job.env,

@@ -30,8 +30,9 @@ class Workload:
     With `shape`, whether and how the model fits a GPU is solved as the trainer does it: `method`
     and `trainable_layers` as memory.predict takes them, `least_tokens` the tokens of the longest
     row, `row_tokens` the row length that a token sees on average (sum of squared lengths over sum
-    of lengths). `saved` are the modules that are trained fully beside an adapter. `home_*_mbps` is
-    the laptop's own connection. `boot_s` is from create to a shell, without the image.
+    of lengths). `saved` are the modules that are trained fully beside an adapter, `learned` is a
+    learned prompt. `home_*_mbps` is the laptop's own connection. `boot_s` is from create to a
+    shell, without the image.
     `cpu_practice`: a run against the emulator, on this computer's CPU. `before` are the stages that
     the same machine trains before this one, of which what they compute counts. `merges` adapters
     are merged into the base before it trains. `talk_s` is how long the box serves a result at the
@@ -64,6 +65,7 @@ class Workload:
     start_s: float = _START_S
     active_parameters: float | None = None
     saved: tuple[str, ...] = ()
+    learned: memory.Learned | None = None
     before: tuple[Workload, ...] = ()
     talk_s: float = 0.0
     evaluate_s: float = 0.0
@@ -75,6 +77,8 @@ class Workload:
         object.__setattr__(self, "before", tuple(loads))
         if isinstance(self.shape, dict):  # read back from a journal's line
             object.__setattr__(self, "shape", memory.Shape(**self.shape))
+        if isinstance(self.learned, dict):
+            object.__setattr__(self, "learned", memory.Learned(**self.learned))
         object.__setattr__(self, "saved", tuple(self.saved))
 
     @property
@@ -169,6 +173,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         w.num_gpus,
         w.stage,
         w.saved,
+        w.learned,
     )
     if isinstance(found, str):
         raise DoesNotFit(
@@ -191,6 +196,7 @@ def _fit(
     processes: int,
     stage: StageName,
     saved: tuple[str, ...],
+    learned: memory.Learned | None,
 ) -> float | str:
     """The share of layers (0 to 1) whose activations are recomputed on a GPU of that memory, or a
     text that says what memory it would need. Cached: a market has few sizes."""
@@ -199,6 +205,7 @@ def _fit(
         "processes": processes,
         "trainable_layers": trainable_layers,
         "saved": saved,
+        "learned": learned,
         **STAGES[stage].memory,
     }
     plan = memory.solve(shape, capacity, precision, r, targets, method, longest_row, **more)

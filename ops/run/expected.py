@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.wire.job import WIRE
+from trainer.wire.prompts import PROMPT_METHODS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER = "adapter.zip"
@@ -26,6 +27,7 @@ class ExpectedResult:
     use_rslora: bool | None = None
     init_lora_weights: str = "default"
     wire: int = WIRE
+    virtual_tokens: int = 0  # of a learned prompt
 
     @classmethod
     def of(cls, job: Mapping[str, Any]) -> ExpectedResult:
@@ -42,7 +44,14 @@ class ExpectedResult:
             lora["use_rslora"],
             lora["init_lora_weights"],
             job["wire"],
+            _virtual_tokens(job),
         )
+
+
+def _virtual_tokens(job: Mapping[str, Any]) -> int:
+    if job["training"]["method"] not in PROMPT_METHODS:
+        return 0
+    return int(job["prompt_learning"]["num_virtual_tokens"])
 
 
 class Invalid(Exception):

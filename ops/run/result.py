@@ -22,7 +22,9 @@ from typing import Any
 from ops.errors import AdapterError
 from ops.run.expected import ADAPTER, CONFIG, ExpectedResult, Invalid, validate
 from ops.run.lora_result import validate_lora
+from ops.run.prompt_result import validate_prompt
 from trainer.wire import tensors
+from trainer.wire.prompts import PROMPT_METHODS
 from trainer.wire.tensors import Tensor
 
 _MAX_MEMBERS = 4096
@@ -73,6 +75,8 @@ def verify(path: Path, manifest: Mapping[str, Any], expect: ExpectedResult) -> V
         _validate_listed(found, manifest["tensors"])
         if expect.method == "lora":
             validate_lora(found, json_files, expect)
+        elif expect.method in PROMPT_METHODS:
+            validate_prompt(found, json_files, expect)
         elif all(t.zero for t in found.values()):
             raise Invalid("every weight is zero")
     except Invalid as invalid:

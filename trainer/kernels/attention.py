@@ -3,9 +3,10 @@
 ``register()`` adds the implementation "milktea" to transformers' AttentionInterface. The model then
 takes the boundaries as forward arguments under transformers' own names: ``cu_seq_lens_q`` (int32
 [documents + 1], on the model's device), ``max_length_q`` (a Python int, so that nothing waits for
-the GPU), and the same for k. Without them a row is one causal sequence: such a batch must not be
-padded at the left, because transformers makes no mask for an implementation that is not in its mask
-table.
+the GPU), and the same for k. Boundaries of k may differ from those of q: each document then has
+keys in front of its own (a learned prefix), and its last query stands at its last key. Without
+boundaries a row is one causal sequence: such a batch must not be padded at the left, because
+transformers makes no mask for an implementation that is not in its mask table.
 
 A family's rules arrive as keywords: ``scaling``, ``sliding_window``, ``softcap``, ``s_aux`` (the
 sinks). An unknown keyword raises ValueError with the module and the keyword: attention that
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
@@ -317,9 +319,7 @@ def by_flash(
 def by_document(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, rules: Rules) -> Tensor:
     """torch's own kernel, one document after another. q [1, H, M, D], k [1, KV, M, D],
     v [1, KV, M, E] -> [1, M, H, E]. With a window, in blocks of queries and the keys they reach."""
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k, v = _every_head(q, k, v)
     parts = []
     for one, keys, values in zip(*_documents(cu, q, k, v), strict=True):
         near = rules.within(one.shape[2])
@@ -334,6 +334,29 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, rules: Rules) -> Te
             )
             parts.append(out)
     return torch.cat(parts, 2).transpose(1, 2).contiguous()
+
+
+def behind_prefix(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, cu_k: Tensor, rules: Rules
+) -> Tensor:
+    """torch's own kernel, one document after another, each with more keys than queries: its last
+    query stands at its last key. q [1, H, M, D], k [1, KV, N, D], v [1, KV, N, E], cu and cu_k the
+    boundaries of M and of N -> [1, M, H, E]."""
+    k, v = _every_head(q, k, v)
+    parts = []
+    documents = zip(*_documents(cu, q), *_documents(cu_k, k, v), strict=True)
+    for one, keys, values in documents:
+        seen: Any = causal_lower_right(one.shape[2], keys.shape[2])
+        parts.append(scaled_dot_product_attention(one, keys, values, seen, scale=rules.scale))
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+
+
+def _every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with a copy of each head for every head of q that reads it."""
+    group = q.shape[1] // k.shape[1]
+    if group == 1:
+        return k, v
+    return k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
 
 def in_blocks(
@@ -410,7 +433,16 @@ def packed_attention(
         raise ValueError(f"{_named(module)}: cu_seq_lens_k and cu_seq_lens_q differ")
     if max_length_q is None:
         raise ValueError(f"{_named(module)}: cu_seq_lens_q came without max_length_q")
+    if cu_seq_lens_k is not None and key.shape[2] != query.shape[2]:
+        if s_aux is not None or softcap is not None or _reaches(sliding_window, max_length_k):
+            raise ValueError(f"{_named(module)}: no prefix beside sinks, a soft cap or a window")
+        return behind_prefix(query, key, value, cu_seq_lens_q, cu_seq_lens_k, rules), None
     return _packed(query, key, value, s_aux, cu_seq_lens_q, int(max_length_q), rules), None
+
+
+def _reaches(window: int | None, longest: int | None) -> bool:
+    """Whether documents of up to ``longest`` keys are longer than the window."""
+    return window is not None and (longest is None or window < longest)
 
 
 def _packed(

@@ -20,8 +20,9 @@ def micro_batch(
     job: Job, base: Path, longest: int, device: torch.device, world: int
 ) -> tuple[int, int]:
     """(tokens of a micro-batch, layers to recompute in backward) that `device` holds, where the
-    longest row has `longest` tokens and `world` processes share the work. Raises InvalidJob when
-    none fits, or when the model's config.json does not tell how large it is."""
+    longest row has `longest` tokens, a learned prompt's places among them, and `world` processes
+    share the work. Raises InvalidJob when none fits, or when the model's config.json does not tell
+    how large it is."""
     if device.type != "cuda":
         return CPU_TOKENS, 0
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30
@@ -59,6 +60,7 @@ def solve(
             processes=world,
             trainable_layers=training.freeze_trainable_layers,
             saved=tuple(lora.modules_to_save or ()),
+            learned=memory.Learned.of(training.method, job.prompt_learning),
             **STAGES[job.stage].memory,
         )
     except ValueError as why:

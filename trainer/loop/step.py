@@ -41,7 +41,7 @@ class Loop:
         groups = [[self.named[name] for name in names] for names in stage.groups()]
         tables = [p for layer in ends(stage.model) for p in layer.parameters()]
         self.optimizer = optimizer_of(groups, job.training, ranks.device, tables)
-        mixed = job.training.method != "lora" and job.model.precision != "fp32"
+        mixed = job.training.trains_base and job.model.precision != "fp32"
         device = ranks.device.type
         self.precise = torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
         self.state = self._resume()

@@ -2,6 +2,7 @@
 choose cards. From `peak` down: the peak and the cards that hold it, its terms in bytes, the
 dimensions of a model."""
 
+from trainer.memory.learned import Learned
 from trainer.memory.peak import (
     GIB,
     MARGIN,
@@ -30,6 +31,7 @@ __all__ = [
     "GIB",
     "MARGIN",
     "RESERVED_GIB",
+    "Learned",
     "Memory",
     "Mixture",
     "Shape",

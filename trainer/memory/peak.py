@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trainer.memory.learned import Learned
 from trainer.memory.shape import (
     Shape,
     Targets,
@@ -99,6 +100,7 @@ def predict(
     adapters: int = 1,
     frozen_adapters: int = 0,
     saved: tuple[str, ...] = (),
+    learned: Learned | None = None,
 ) -> Memory:
     """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in
     `documents` rows, of which `targets` (left out: all) meet the head.
@@ -107,23 +109,22 @@ def predict(
     the fused layer takes the model. `keep_transpose` is FP8's faster form. With several `processes`
     NCCL's own buffers count, which torch does not report, and method "full" is shared among them.
     On the one base `adapters` are trained, and `frozen_adapters` held beside them; `saved` are the
-    modules that train whole beside an adapter. The first layers are the checkpointed ones: when
-    backward reaches them, what the last ones kept is gone, so one layer made again counts only
-    where no layer kept anything. Below the layers that "freeze" trains nothing is kept. Raises
-    ValueError for unknown precisions, methods, modules.
-    """
+    modules that train whole beside an adapter, `learned` is the prompt of a method that has one:
+    its places are tokens. The first layers are the checkpointed ones: when backward reaches them,
+    what the last ones kept is gone, so one layer made again counts only where no layer kept
+    anything. Below the layers that "freeze" trains nothing is kept. Raises ValueError for unknown
+    precisions, methods, modules."""
     _validate_precision(precision)
     tokens, element = tokens_per_micro_batch, 4 if precision == "fp32" or method == "full" else 2
     fused = takes_fused_layer(shape, precision, r, method) if fused is None else fused
     rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
-    each = _trained(shape, method, r, target_modules, trainable_layers)
+    each = _trained(shape, method, r, target_modules, trainable_layers, learned)
     trained, beside = (adapters * (n + saved_parameters(shape, saved)) for n in each)
     weights = weight_bytes(shape, precision, element, fused, keep_transpose)
-    held = adapter_parameters(shape, r, target_modules) if frozen_adapters else 0
-    adapter: float = 4 * (trained + beside + frozen_adapters * held)
+    adapter = 4.0 * (trained + beside + _held(shape, r, target_modules, frozen_adapters))
+    optimizer = trained * 8.0
     if fused:
         adapter += (adapters + frozen_adapters) * padded_copies(shape, r, target_modules, element)
-    optimizer: float = trained * 8
     if method == "full" and processes > 1:  # trainer/loop/sharded.py: each has a part of all
         weights, adapter = (x / processes + gathered_bytes(shape) for x in (weights, adapter))
         optimizer /= processes
@@ -132,16 +133,31 @@ def predict(
         layer = kept_fused(shape, r, element)
         passing = passing_fused(shape, precision, tokens, rows, element, keep_transpose)
     else:
-        layer = kept_plain(shape, method, precision, r)
+        layer = _kept_plain(shape, method, precision, r, learned, element)
         passing = passing_plain(shape, precision, method, tokens, element)
         loss += head_gradient(shape) if method == "full" or "lm_head" in saved else 0
         weights += mixed_copies(shape, method, precision, trained)
-    learning = min(trainable_layers, shape.layers) if method == "freeze" else shape.layers
-    whole = min(learning, shape.layers - checkpointed_layers)  # layers that keep all they need
+    learning = min(trainable_layers if method == "freeze" else shape.layers, shape.layers)
+    whole = min(learning, shape.layers - checkpointed_layers)  # layers that keep all
     stored = tokens * (whole * layer + (learning - whole + 1) * element * shape.hidden)
     passing += tokens * layer if whole == 0 else 0
     found = _summed((weights, adapter, optimizer, stored, loss, passing), processes)
     return _with_lines(found, shape, precision, trained, tokens, checkpointed_layers)
+
+
+def _held(shape: Shape, r: int, target_modules: Targets, frozen_adapters: int) -> int:
+    """Values of adapters that are not trained."""
+    each = adapter_parameters(shape, r, target_modules) if frozen_adapters else 0
+    return frozen_adapters * each
+
+
+def _kept_plain(
+    shape: Shape, method: str, precision: str, r: int, learned: Learned | None, element: int
+) -> float:
+    """What a layer of transformers keeps of one token, in bytes."""
+    if learned is None:
+        return kept_plain(shape, method, precision, r)
+    return kept_plain(shape, method, precision, 0) + learned.kept(shape, element)
 
 
 def _validate_precision(precision: str) -> None:
@@ -247,10 +263,18 @@ def min_gpu_memory_gib(
 
 
 def _trained(
-    shape: Shape, method: str, r: int, targets: Targets, trainable_layers: int
+    shape: Shape,
+    method: str,
+    r: int,
+    targets: Targets,
+    trainable_layers: int,
+    learned: Learned | None,
 ) -> tuple[int, int]:
     """How many values are trained, and how many of them are an adapter's own copy beside the
     weights."""
+    if learned is not None:
+        count = learned.parameters(shape)
+        return count, count
     if method.removesuffix(DROPOUT) in ("lora", "dora"):
         adapter = adapter_parameters(shape, r, targets)
         return adapter, adapter
@@ -258,7 +282,7 @@ def _trained(
         return parameters(shape), 0
     if method == "freeze":
         return min(trainable_layers, shape.layers) * linear_parameters(shape) // shape.layers, 0
-    raise ValueError(f"method {method!r} is none of lora, dora, full, freeze")
+    raise ValueError(f"method {method!r} is none of lora, dora, full, freeze, and learns no prompt")
 
 
 def _budgets(min_tokens: int, max_tokens: int) -> list[int]:

@@ -11,7 +11,6 @@ numbers.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,8 @@ from trainer.kernels import rotary
 from trainer.kernels.step_layer import CachePositions
 from trainer.model import steps
 from trainer.model.dropout import mix
-from trainer.model.parts import causal, family_of
+from trainer.model.parts import causal, family_of, name_of_cache
+from trainer.model.prompts import Places, Prompt, behind, in_front, prompt_of, prompt_tokens
 
 NEW_TOKENS, AT_ONCE = 64, 64  # of one answer; prompts in one batch
 PREFILL_TOKENS = 8192  # of prompts that are prefilled in one pack
@@ -139,7 +139,8 @@ def noise(keys: Tensor, size: int) -> Tensor:
 class Keys(Cache):
     """KV cache of `size` answers, (size, longest, heads, D) a layer. The next tokens go to
     `packed`, (rows, positions) of packed tokens, or to `place`, one token a row, which sees the
-    first `kept` keys of its row. `steady`: adapters are not looked up."""
+    first `kept` keys of its row. `steady`: adapters are not looked up. `prefix`: the learned keys
+    that a prefill puts in front of each document, their places, and the documents' rows."""
 
     def __init__(self, size: int, longest: int) -> None:
         super().__init__(layers=[])
@@ -148,6 +149,7 @@ class Keys(Cache):
         self.place: CachePositions | None = None
         self.rows: slice | Tensor = slice(0, size)
         self.steady = False
+        self.prefix: tuple[Prompt, Places, Tensor] | None = None
         self.held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
@@ -156,7 +158,7 @@ class Keys(Cache):
         new = (key_states, value_states)
         if self.place is None:
             self.put(layer_idx, *(x[0].transpose(0, 1) for x in new))
-            return new
+            return new if self.prefix is None else self._with_prefix(layer_idx, new)
         held, at = self.of(layer_idx), self.place
         for kept, x in zip(held, new, strict=True):
             kept[at.slots, at.positions] = x[:, :, 0]
@@ -173,6 +175,16 @@ class Keys(Cache):
             )
         for kept, x in zip(self.held[layer], (keys, values), strict=True):
             kept[self.packed] = x
+
+    def _with_prefix(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`new` with the prefix in front of each document; it is put into the documents' rows."""
+        assert self.prefix is not None
+        prompt, places, rows = self.prefix
+        learned = (prompt.keys[layer], prompt.values[layer])
+        for kept, one in zip(self.held[layer], learned, strict=True):
+            kept[rows, : prompt.tokens] = one.to(kept.dtype)
+        keys, values = (in_front(x, one, places) for x, one in zip(new, learned, strict=True))
+        return keys, values
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.held[layer]
@@ -216,15 +228,17 @@ def masks_of(model: nn.Module, longest: int) -> dict[str, int | None]:
 
 class Rows:
     """A model with a KV cache of `size` rows: prefills prompts into rows, then reads one token more
-    of each. `lengths` int64 (size,), on the device, are the tokens of each row."""
+    of each. `lengths` int64 (size,), on the device, are the tokens of each row, with the `front`
+    places of a learned prompt before them; lengths that are given or told are without these."""
 
     def __init__(
         self, model: nn.Module, size: int, longest: int, device: torch.device, most: int = 0
     ) -> None:
         """`most`: tokens to which a row may grow; by default `longest`."""
-        self.inner, self.device = causal(model), device
-        self.keys = Keys(size, longest)
-        self.masks = masks_of(model, max(longest, most))
+        self.model, self.inner, self.device = model, causal(model), device
+        self.front = prompt_tokens(model)
+        self.keys = Keys(size, longest + self.front)
+        self.masks = masks_of(model, max(longest, most) + self.front)
         self.name = name_of_cache(self.inner)
         self.lengths = torch.zeros(size, dtype=torch.int64, device=device)
         tower = steps.tower_of(model)
@@ -233,6 +247,11 @@ class Rows:
         captures = whole and device.type == "cuda" and not rotary.by_length(model)
         self.tower = tower if captures else None
         self.graphs = self._graphs()
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row has room for."""
+        return self.keys.longest - self.front
 
     def _graphs(self) -> steps.Graphs | None:
         return None if self.tower is None else steps.Graphs(self.keys.size, self.tower)
@@ -252,20 +271,33 @@ class Rows:
         ids = torch.tensor([i for prompt in prompts for i in prompt], device=self.device)
         cu, longest = ends.int().to(self.device), int(lengths.max())
         self.keys.packed, self.keys.place, self.keys.steady = (owners, positions), None, False
-        out = self.inner(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=True,
-            logits_to_keep=ends[1:].to(self.device) - 1,
-            cu_seq_lens_q=cu,
-            cu_seq_lens_k=cu,
-            max_length_q=longest,
-            max_length_k=longest,
-            **{self.name: self.keys},
-        )
-        self.lengths[torch.tensor(rows, device=self.device)] = lengths.to(self.device)
+        given: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None]}
+        given |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+        given |= {"max_length_q": longest, "max_length_k": longest}
+        at = ends[1:].to(self.device) - 1
+        if (prompt := prompt_of(self.model)) is not None:
+            given, at = self._behind(prompt, given, at, rows)
+        out = self.inner(**given, use_cache=True, logits_to_keep=at, **{self.name: self.keys})
+        self.keys.prefix = None
+        self.lengths[torch.tensor(rows, device=self.device)] = lengths.to(self.device) + self.front
         logits: Tensor = out.logits[0]
         return logits
+
+    def _behind(
+        self, prompt: Prompt, given: dict[str, Any], at: Tensor, rows: list[int]
+    ) -> tuple[dict[str, Any], Tensor]:
+        """The pack `given`, and where its logits are asked, with the learned prompt in front of
+        each document; the cache has room for it in front of each row."""
+        places = Places.of(given["cu_seq_lens_q"], given["input_ids"].shape[1], prompt.tokens)
+        assert self.keys.packed is not None
+        owners, positions = self.keys.packed
+        made = behind(self.inner, prompt, given, places)
+        if prompt.embeddings is None:
+            self.keys.packed = (owners, positions + prompt.tokens)
+            self.keys.prefix = (prompt, places, torch.tensor(rows, device=self.device))
+            return made, at
+        self.keys.packed = (places.spread(owners, rows), made["position_ids"][0])
+        return made, places.own[at]
 
     def step(self, last: Tensor, reach: int, rows: slice | Tensor) -> Tensor:
         """Read `last` (rows,), one token of each row -> logits of the next token (rows, V), which
@@ -275,6 +307,7 @@ class Rows:
             self.graphs = self._graphs()
         if self.graphs is not None and isinstance(rows, slice) and not rows.start:
             return self.graphs.step(self._first, last)
+        reach += self.front
         kept = min(self.keys.longest, -(-reach // KEYS_ROUNDED) * KEYS_ROUNDED)
         return self._compute(last, self.lengths[rows], rows, kept)
 
@@ -302,7 +335,7 @@ class Rows:
         """Make room for `size` rows of `longest` tokens."""
         more = size - len(self.lengths)
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(more)])
-        self.keys.grow(size, longest)
+        self.keys.grow(size, longest + self.front)
         self.graphs = self._graphs()
 
     def move(self, here: int, there: int) -> None:
@@ -447,10 +480,3 @@ def _by_length(
             n = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
             found[p] = Answer(row[:n], log_row[:n], row[n - 1] in stops)
     return found
-
-
-def name_of_cache(model: nn.Module) -> str:
-    """The name of the KV cache as argument and output in the installed transformers: "cache" from
-    5.24 on, "past_key_values" before."""
-    known = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"

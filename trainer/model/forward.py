@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trainer.families import Family
 from trainer.model.balance import Balance
 from trainer.model.loss import chunks, log_probs_of, target_loss_sum
-from trainer.model.parts import causal, family_of
+from trainer.model.parts import causal, family_of, name_of_cache
+from trainer.model.prompts import prompt_of, run_with
 
 NOT_FOR_THE_MODEL = ("labels", "rows", "targets_at")  # and what a stage adds, by "stage/..."
 
@@ -39,6 +40,9 @@ def decoded(model: nn.Module, **inputs: Any) -> Any:
         core = inner.get_submodule(tower)
     else:
         core = getattr(inner, inner.base_model_prefix, None) or inner.model
+    prompt = prompt_of(model)
+    if prompt is not None:
+        return run_with(core, prompt, name_of_cache(inner), inputs, use_cache=False)
     return core(**inputs, use_cache=False)
 
 

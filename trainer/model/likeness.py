@@ -32,7 +32,6 @@ from trainer.kernels import delta
 from trainer.model import load
 from trainer.model.dropout import TokenKeys
 from trainer.model.forward import target_loss
-from trainer.model.lora import add_lora
 from trainer.model.parts import ModelError
 from trainer.model.small_copy import (
     LENGTHS,
@@ -148,10 +147,7 @@ def stock(job: Job, config: Any, device: torch.device, dtype: torch.dtype = torc
     if model.family.mixture and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     job = job_of_copy(job, "fp32")
-    if _lora(job):
-        model = add_lora(job, model, TokenKeys())
-    else:
-        load.choose_trainable(job, model)
+    model = load.add_trained(job, model, TokenKeys())
     model.to(device)
     random_adapters(model)
     return model.eval()
@@ -164,7 +160,8 @@ def alone(model: Any, device: torch.device, precise: Any = None) -> Trace:
     for i, tokens in enumerate(LENGTHS):
         ids = torch.from_numpy(rows.ids[rows.starts[i] : rows.starts[i + 1]]).long().to(device)
         with precise or nullcontext(), _watched(model, (1, tokens)) as modules:
-            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            # behind what a learned prompt puts in front
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, -tokens:]
             loss = cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
         loss.backward()
         found.loss += float(loss.detach()) / sum(rows.targets())
@@ -182,7 +179,9 @@ def alone(model: Any, device: torch.device, precise: Any = None) -> Trace:
 def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: str) -> Trace:
     """The rows as one batch, by the model as `load` would make it of the job."""
     asked = job_of_copy(job, precision)
-    dtype = torch.bfloat16 if precision == "bf16" and _lora(job) else torch.float32
+    dtype = (
+        torch.bfloat16 if precision == "bf16" and not job.training.trains_base else torch.float32
+    )
     packs = families.read(config.to_dict()).packs(max(LENGTHS))
     base = base_copy(asked, config, device, "milktea" if packed or packs else None, dtype)
     model, _ = load.assemble(asked, base, device, TokenKeys())
@@ -204,17 +203,13 @@ def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: s
 
 def _lower(job: Job, config: Any, device: torch.device) -> Trace:
     """Eager attention in bf16: what the precision explains."""
-    dtype = torch.bfloat16 if _lora(job) else torch.float32
+    dtype = torch.float32 if job.training.trains_base else torch.bfloat16
     return alone(stock(job, config, device, dtype), device, _precise(job, "bf16", device))
-
-
-def _lora(job: Job) -> bool:
-    return job.training.method == "lora"
 
 
 def _precise(job: Job, precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """As trainer/loop/step.py: mixed precision where the weights themselves train."""
-    mixed = not _lora(job) and precision != "fp32"
+    mixed = job.training.trains_base and precision != "fp32"
     return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
 
 

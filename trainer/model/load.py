@@ -32,7 +32,9 @@ from trainer.model.balance import NoBalance, balance_of
 from trainer.model.dropout import KeyedNoise, TokenKeys
 from trainer.model.lora import add_lora
 from trainer.model.parts import ModelError, causal, decoder_layers, family_of
+from trainer.model.prompts import add_prompt
 from trainer.wire.job import Job
+from trainer.wire.prompts import PROMPT_METHODS
 
 
 def load(
@@ -44,14 +46,26 @@ def load(
     shard: int | None = None,
     longest: int | None = None,
 ) -> tuple[nn.Module, dict[str, str]]:
-    """(the trainable model on `device`, what computes it by name): the frozen base with LoRA, or
-    the parts that full and freeze train. Trained parameters are fp32. The first `checkpoint_layers`
-    layers keep only their input for the backward pass; `longest` is the longest row in tokens. For
-    trainer/loop/sharded.py, `shard` is this process's rank: the model stays off the device, and
-    holds weights on rank 0 only. Raises ModelError."""
+    """(the trainable model on `device`, what computes it by name): the frozen base with LoRA or a
+    learned prompt, or the parts that full and freeze train. Trained parameters are fp32. The first
+    `checkpoint_layers` layers keep only their input for the backward pass; `longest` is the longest
+    row in tokens. For trainer/loop/sharded.py, `shard` is this process's rank: the model stays off
+    the device, and holds weights on rank 0 only. Raises ModelError."""
     validate_precision(job.model.precision, device)
     model = load_base(job, folder, device, not takes_fast_path(job, device), bool(shard), longest)
     return assemble(job, model, device, keys, checkpoint_layers, shard, longest)
+
+
+def add_trained(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
+    """The frozen base with what the job trains: its adapter, its learned prompt, or parts of its
+    own. Raises ModelError."""
+    method = job.training.method
+    if method in PROMPT_METHODS:
+        return add_prompt(job, model)
+    if method == "lora":
+        return add_lora(job, model, keys)
+    choose_trainable(job, model)
+    return model
 
 
 def takes_fast_path(job: Job, device: torch.device) -> bool:
@@ -73,10 +87,7 @@ def assemble(
     """What `load` returns, of a base that `load_base` loaded. `fast`: whether layers compute by
     trainer/kernels; None: where `takes_fast_path`. Raises ModelError."""
     precision = job.model.precision
-    if job.training.method == "lora":
-        model = add_lora(job, model, keys)
-    else:
-        choose_trainable(job, model)
+    model = add_trained(job, model, keys)
     names = prepare(model)
     try:
         causal(model).balance = balance_of(job, causal(model))
@@ -233,7 +244,7 @@ def load_base(
     model.config.use_cache = False
     model.requires_grad_(False)
     model.family = family
-    if family.tower and job.training.method == "lora":
+    if family.tower and not job.training.trains_base:
         drop_other_towers(model, family.tower)
     return cast(nn.Module, model)
 

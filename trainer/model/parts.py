@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -57,3 +58,10 @@ def ends(model: nn.Module) -> list[nn.Module]:
     inner: Any = causal(model)
     found = (inner.get_input_embeddings(), inner.get_output_embeddings())
     return [layer for layer in found if layer is not None]
+
+
+def name_of_cache(model: nn.Module) -> str:
+    """The name of the KV cache as argument and output in the installed transformers: "cache" from
+    5.24 on, "past_key_values" before."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"

@@ -154,7 +154,7 @@ def base_copy(
     random_weights(model)
     model.requires_grad_(False)
     model.family = families.read(model.config.to_dict())
-    if model.family.tower and job.training.method == "lora":
+    if model.family.tower and not job.training.trains_base:
         load.drop_other_towers(model, model.family.tower)
     return model
 
@@ -187,10 +187,12 @@ def random_adapters(model: nn.Module) -> None:
 
 
 def job_of_copy(job: Job, precision: str) -> Job:
-    """The job with start values that need no decomposition of weights, and trains all of the copy
-    where it trains some layers."""
+    """The job with start values that need no decomposition of weights and no tokenizer, and trains
+    all of the copy where it trains some layers."""
+    prompt = job.prompt_learning.model_copy(update={"prompt_tuning_init_text": None})
     lora = job.lora.model_copy(update={"init_lora_weights": "default"})
     method = "full" if job.training.method == "freeze" else job.training.method
     training = job.training.model_copy(update={"method": method, "router_aux_loss_coef": 0.0})
     model = job.model.model_copy(update={"precision": precision})
-    return job.model_copy(update={"lora": lora, "training": training, "model": model})
+    told = {"lora": lora, "prompt_learning": prompt, "training": training, "model": model}
+    return job.model_copy(update=told)

@@ -21,6 +21,7 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.data.prepare import Prepared
+from trainer.model.prompts import is_prompted
 from trainer.result.engines import loads_in
 from trainer.result.engines import read as read_adapter
 from trainer.result.engines import table as engines_table
@@ -28,6 +29,7 @@ from trainer.result.words import write_words
 from trainer.wire.chain import CHAIN, Chain, Link, chain_of, weights_sha256
 from trainer.wire.chain import How as LinkHow
 from trainer.wire.job import WIRE, Job
+from trainer.wire.prompts import PROMPT_METHODS
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a file of the base
 
@@ -42,7 +44,7 @@ def save_model(
     """Writes the adapter (or, for full and freeze, the whole model) into `folder` and returns the
     tensors that must be in it, by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    if job.training.method != "lora":
+    if job.training.trains_base:
         model.save_pretrained(folder, max_shard_size="1TB")
         held = {k: v for k, v in model.state_dict().items() if not _tied(k, model)}
         # a file has the experts of a mixture one by one, and older names
@@ -52,7 +54,9 @@ def save_model(
         for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     config = copy.deepcopy(model.peft_config["default"])
-    if config.use_rslora:  # others read it as plain LoRA, too weak by sqrt(r)
+    if is_prompted(model):
+        _without_start(config, job)
+    elif config.use_rslora:  # others read it as plain LoRA, too weak by sqrt(r)
         tensors = _folded(model, tensors)
         config.use_rslora = False
     # PiSSA changed the base: written as a LoRA of twice the rank that takes the start values away
@@ -83,6 +87,12 @@ def save_model(
         json.dumps(settings, indent=2, sort_keys=True) + "\n"
     )
     return tensors
+
+
+def _without_start(config: Any, job: Job) -> None:
+    """Names the base's tokenizer where PEFT names a folder of this machine."""
+    if getattr(config, "tokenizer_name_or_path", None):
+        config.tokenizer_name_or_path = job.model.base
 
 
 def _folded(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -167,7 +177,7 @@ def write_result(
         card(job, facts, stage / "adapter"), encoding="utf-8"
     )
     chain = None
-    if job.training.method == "lora":
+    if not job.training.trains_base:
         chain = chain_after(root, job, base, data, stage / "adapter", facts)
         (stage / "adapter" / CHAIN).write_text(chain.model_dump_json(indent=1), encoding="utf-8")
     members = zip_folder(stage / "adapter", stage / "adapter.zip")
@@ -185,6 +195,7 @@ def write_result(
         "members": members,
         "tensors": tensors,
         "lora": job.lora.model_dump(),
+        **_prompt_facts(job),
         "chain": None if chain is None else chain.model_dump(),
         "judge": None if job.judge is None else job.judge.model_dump(),
         "chat_template": proof,
@@ -196,6 +207,15 @@ def write_result(
     part.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
     part.rename(result / "manifest.json")
     return cast(str, files["adapter.zip"]["sha256"])
+
+
+def _prompt_facts(job: Job) -> dict[str, Any]:
+    """What the manifest says of a learned prompt: its settings, and the position of a row's first
+    token. PEFT counts from 0 at the first learned place; ChatGLM's own files at the first token."""
+    if job.training.method not in PROMPT_METHODS:
+        return {}
+    settings = job.prompt_learning.model_dump()
+    return {"prompt_learning": settings | {"position_offset": settings["num_virtual_tokens"]}}
 
 
 def chain_after(
@@ -290,6 +310,9 @@ def card(job: Job, facts: dict[str, Any], folder: Path) -> str:
     between equal runs."""
     training, lora, library = job.training, job.lora, "peft"
     adapter = f"| LoRA | r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout} |\n"
+    if training.method in PROMPT_METHODS:
+        k = job.prompt_learning.num_virtual_tokens
+        adapter = f"| learned places | {k}; a row's first token stands at position {k} |\n"
     use = f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -298,7 +321,7 @@ model = PeftModel.from_pretrained(base, "this folder")"""
     if job.stage == "rm":
         use = use.replace("CausalLM", "SequenceClassification")
         use = use.replace(f'("{job.model.base}")', f'("{job.model.base}", num_labels=1)')
-    if training.method != "lora":
+    if training.trains_base:
         library, adapter = "transformers", ""
         use = (
             "from transformers import AutoModelForCausalLM\n\nmodel = "
@@ -309,7 +332,7 @@ model = PeftModel.from_pretrained(base, "this folder")"""
         if job.stage == "rm"
         else "`milktea chat FOLDER` asks it questions with the template that it was trained with.\n"
     )
-    engines = engines_table(loads_in(*read_adapter(folder))) if training.method == "lora" else ""
+    engines = "" if training.trains_base else engines_table(loads_in(*read_adapter(folder)))
     return f"""---
 base_model: {job.model.base}
 library_name: {library}

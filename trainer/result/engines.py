@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.result.command import answer, parser_of
+from trainer.wire.prompts import PEFT_TYPES
 from trainer.wire.tensors import names as tensor_names
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -54,6 +55,8 @@ def loads_in(
     """One verdict an engine. `config` is adapter_config.json, `tensors` the names in its
     safetensors file, `base_type` the base's model_type where it is known."""
     base = str(config.get("base_model_name_or_path") or "BASE")
+    if config.get("peft_type") in PEFT_TYPES.values():
+        return _of_prompt()
     rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     room = next((r for r in VLLM_RANKS if r >= rank), None)
     jinja = "--chat-template FOLDER/chat_template.jinja"
@@ -79,6 +82,14 @@ def loads_in(
         know = f"rank {rank} is above its default of 16" if name == "vLLM" and rank > 16 else ""
         engines.append(EngineSupport(name, not why, why or know, "" if why else command))
     return engines
+
+
+def _of_prompt() -> list[EngineSupport]:
+    """The verdicts on a learned prompt."""
+    why = "it is a learned prompt, no LoRA: this engine has no place for one, nor can it be merged"
+    verdicts = [EngineSupport(name, False, why) for name in _REFUSES if name != "PEFT"]
+    know = "scores and training; PEFT 0.21's generate on transformers 5.24 and later drops it"
+    return [EngineSupport("PEFT", True, know, "PeftModel.from_pretrained(base, FOLDER)"), *verdicts]
 
 
 def _faults(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, str]:
@@ -132,6 +143,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[str]]:
             file = stack.enter_context((place / "adapter_config.json").open("rb"))
             config = json.loads(file.read(_CONFIG_MAX))
             names = tensor_names(stack.enter_context((place / weights).open("rb")), size)
+        if config.get("peft_type") in PEFT_TYPES.values():
+            return config, names
         if not isinstance(config["r"], int) or not isinstance(config["lora_alpha"], int | float):
             raise ValueError("r and lora_alpha of adapter_config.json are no numbers")
     except (KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:

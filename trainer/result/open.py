@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,8 +36,10 @@ from trainer.model.answering import accelerate, answers_fast
 from trainer.model.decode import answer
 from trainer.model.load import family_in
 from trainer.model.parts import ModelError
+from trainer.model.prompts import validate_family
 from trainer.result.adapter import merged_defect
 from trainer.wire.job import Job
+from trainer.wire.prompts import PEFT_TYPES
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
@@ -137,9 +140,9 @@ def load_model(adapter: Path | None, base: Path, device: torch.device) -> nn.Mod
         return load_answering(base, device)
     if not (adapter / "adapter_config.json").is_file():  # full or freeze: a whole model
         return load_answering(adapter, device)
-    return load_answering(
-        base, device, adapt=lambda model: cast(Any, PeftModel).from_pretrained(model, str(adapter))
-    )
+    # a learned prompt is computed by transformers' layers
+    fast = False if is_prompt(adapter) else None
+    return load_answering(base, device, adapt=partial(with_adapter, adapter=adapter), fast=fast)
 
 
 def load_answering(
@@ -162,6 +165,23 @@ def load_answering(
             return model.to(device).eval()
         del model
     return adapt(load_plain(folder, device, precision)).eval()
+
+
+def with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
+    """A base with the adapter of a folder on it, by PEFT. Raises ModelError for a learned prompt
+    that does not go with it."""
+    if is_prompt(adapter):
+        validate_family(model)
+    made: Any = PeftModel.from_pretrained(model, str(adapter))
+    return cast(nn.Module, made.eval())
+
+
+def is_prompt(adapter: Path) -> bool:
+    """Whether a folder holds a learned prompt of PEFT's."""
+    config = adapter / "adapter_config.json"
+    if not config.is_file():
+        return False
+    return json.loads(config.read_bytes()).get("peft_type") in PEFT_TYPES.values()
 
 
 def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> nn.Module:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.model.decode import name_of_cache
-from trainer.model.parts import causal
+from trainer.model.parts import causal, name_of_cache
 
 
 class Apart:

@@ -248,18 +248,18 @@ class Engine:
         """Grows rows and their tokens by doubling, so that the keys are rarely copied."""
         if isinstance(self._rows, Apart):
             return
-        keys = self._rows.keys
+        rows, keys = self._rows, self._rows.keys
         need = max(len(a.prompt) + a.most for a in self._active)
-        size, longest = keys.size, keys.longest
+        size, longest = keys.size, rows.longest
         while size < len(self._active):
             size *= 2
         while longest < need:
             longest *= 2
         size = min(size, self.width)
         most = -(-self.models.context // KEYS_ROUNDED) * KEYS_ROUNDED
-        longest = max(keys.longest, min(longest, most))
-        if (size, longest) != (keys.size, keys.longest):
-            self._rows.grow(size, longest)
+        longest = max(rows.longest, min(longest, most))
+        if (size, longest) != (keys.size, rows.longest):
+            rows.grow(size, longest)
 
     # -- a step ------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """What is served: one base model with the adapters of several results on it, each by its name.
 
-`base` is always there, but where a result is a whole model. A result is asked in the template of
-its training; the base in its own chat template, or, where it has none, in that of the first result.
+`base` is always there, but where a result is a whole model or a learned prompt. A result is asked
+in the template of its training; the base in its own chat template, or, where it has none, in that
+of the first result.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from trainer.data.template import TemplateError, load, with_chat_template
 from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_ids, stop_token, token_hash
 from trainer.model.parts import ModelError, family_of
+from trainer.model.prompts import is_prompted
 from trainer.model.steps import hold_adapters, steps_of
-from trainer.result.open import load_answering, open_words, unpacked
+from trainer.result.open import is_prompt, load_answering, open_words, unpacked, with_adapter
 
 BASE = "base"
 NO_ADAPTER = "__base__"  # PEFT's name of a row without an adapter
@@ -97,7 +99,7 @@ class Models:
 
     def _activate(self, adapter: str) -> None:
         model: Any = self.model
-        if adapter == self._active:
+        if adapter == self._active or is_prompted(model):  # a learned prompt stands alone
             return
         if adapter == NO_ADAPTER:
             model.base_model.disable_adapter_layers()
@@ -133,15 +135,23 @@ def open_models(
         folders = {n: stack.enter_context(unpacked(path)) for n, path in results.items()}
         words = {name: open_words(folder, base) for name, folder in folders.items()}
         whole = [n for n, f in folders.items() if not (f / "adapter_config.json").is_file()]
-        if whole and len(folders) > 1:
-            raise ModelError(f"{whole[0]} is a whole model, no adapter: serve it alone")
+        prompted = [n for n, f in folders.items() if is_prompt(f)]
+        alone = whole or prompted
+        if alone and len(folders) > 1:
+            kind = "a whole model, no adapter" if whole else "a learned prompt"
+            raise ModelError(f"{alone[0]} is {kind}: serve it alone")
         if whole:
             model = load_answering(folders[whole[0]], device, precision, fast=fast)
+        elif prompted:
+            adapter = folders[prompted[0]]
+            model = load_answering(
+                base, device, precision, partial(with_adapter, adapter=adapter), fast=False
+            )
         else:
             adapt = partial(_with_adapters, folders=folders)
             model = load_answering(base, device, precision, adapt, fast)
     voices = {name: _voice(name, words[name], n) for n, name in enumerate(words)}
-    if not whole:
+    if not alone:
         own = _own_words(base, next(iter(words.values()), None))
         voices[BASE] = replace(_voice(BASE, own, 0), adapter=NO_ADAPTER)
     return Models(model, voices, device, context)

@@ -39,6 +39,7 @@ from trainer.wire import events
 from trainer.wire.chain import chain_of
 from trainer.wire.job import Job, Start
 from trainer.wire.page import page
+from trainer.wire.prompts import places_of
 from trainer.wire.stages import STAGES
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class Stage(stage.Stage):
         self.data = prepare(job, run)
         rows = self.data.rows
         self.validate(rows)
-        self.lengths, self.targets = rows.lengths, rows.targets()
+        self.front = places_of(job.training.method, job.prompt_learning)
+        self.lengths, self.targets = self.places(rows), rows.targets()
         self.order = order_of(job, len(rows) // self.rows_per_item)
         self.total_steps = self.order.total_steps
         self.held = held_rows(job, run, self.data)
@@ -75,9 +77,13 @@ class Stage(stage.Stage):
         """Raises Stopped for labels that only a broken mask gives."""
         validate_labels(rows)
 
+    def places(self, rows: Rows) -> list[int]:
+        """Tokens of each row, with the places of a learned prompt in front of it."""
+        return [n + self.front for n in rows.lengths]
+
     @property
     def longest(self) -> int:
-        """Tokens of the longest row that the model reads."""
+        """Tokens of the longest row that the model reads, with a learned prompt's places."""
         return max(self.lengths)
 
     def load(self, ranks: Ranks) -> None:
@@ -144,7 +150,7 @@ class Stage(stage.Stage):
         packed = (packing.pack, batch.packed)
         lay, collate = packed if self.packed else (packing.pad, batch.padded)
         packs = lay(
-            chosen, rows.lengths if rows is not self.data.rows else self.lengths, self.budget
+            chosen, self.lengths if rows is self.data.rows else self.places(rows), self.budget
         )
         return [batch.pinned(collate(rows, one, HOST), self.ranks.device) for one in packs]
 
@@ -155,7 +161,7 @@ class Stage(stage.Stage):
             micro=self.micro(data, mine),
             filler=self.micro(data, rows[:1])[0],
             count=sum(self.targets[r] for r in rows),
-            tokens=sum(self.lengths[r] for r in rows),
+            tokens=sum(data.lengths[r] for r in rows),
             where=[data.where[r] for r in rows],
         )
 

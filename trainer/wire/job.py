@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trainer.wire.prompts import PromptLearning, prompt_defect, settings_defect
 from trainer.wire.stages import (
     STAGES,
     Sections,
@@ -32,7 +33,9 @@ UNKNOWN = "0" * 64  # the sha256 of an adapter that is not trained yet
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp8", "nf4", "int8"]
-Method = Literal["lora", "full", "freeze"]
+Method = Literal[
+    "lora", "full", "freeze", "prefix_tuning", "p_tuning_v2", "p_tuning", "prompt_tuning"
+]
 Schedule = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
 Optim = Literal["adamw", "adamw_8bit", "muon"]
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text"]
@@ -158,6 +161,11 @@ class Training(Strict):
         return self
 
     @property
+    def trains_base(self) -> bool:
+        """Whether weights of the base itself are trained."""
+        return self.method in ("full", "freeze")
+
+    @property
     def asks_for_the_best(self) -> str:
         """The first setting that needs looks at held-out rows; empty without one."""
         if self.early_stopping_patience:
@@ -276,6 +284,7 @@ class Job(Strict, Sections):
     judge: Adapter | None = None  # the reward model
     reward_function: DataFile | None = None
     lora: Lora = Lora()
+    prompt_learning: PromptLearning = PromptLearning()
     training: Training = Training()
     processes: Positive = 1
     environment: list[EnvironmentName] = []
@@ -396,6 +405,8 @@ class Job(Strict, Sections):
             section_defect(self.stage, self),
             looks_defect(self.stage, self.training, self.processes),
             optim_defect(self.training, self.processes),
+            settings_defect(self.training.method, self.prompt_learning),
+            prompt_defect(self.training.method, self.model.precision, self.lora != Lora()),
         )
         if any(defects):
             raise ValueError("; ".join(filter(None, defects)))
@@ -454,7 +465,7 @@ def chain_defect(training: Training, lora: Lora) -> str:
 
 def optim_defect(training: Training, processes: int) -> str:
     """Why training.optim must not be what it is; empty where it may."""
-    if training.optim == "muon" and training.method == "lora":
+    if training.optim == "muon" and not training.trains_base:
         return (
             'training.optim = "muon" moves whole matrices: it needs training.method = "full" or '
             '"freeze", an adapter is trained by "adamw"'

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trainer.wire.prompts import PROMPT_METHODS
+
 StageName = Literal["pt", "sft", "rm", "dpo", "kto", "ppo", "grpo"]
 RowKind = Literal["rows", "documents", "pairs", "tagged", "prompts"]
 
@@ -30,7 +32,7 @@ class StageFacts:
 
     formats: tuple[str, ...]
     rows: RowKind = "rows"
-    methods: tuple[str, ...] = ("lora", "full", "freeze")
+    methods: tuple[str, ...] = ("lora", "full", "freeze", *PROMPT_METHODS)
     adapters: int = 1
     frozen_adapters: int = 0
     work: float = 1.0

@@ -108,6 +108,7 @@ def _told(job: JobFile, run: Path, processes: int | None, before: str) -> dict[s
             **job.data.reading_settings(job.stage),
         },
         "lora": job.lora.model_dump(),
+        "prompt_learning": job.prompt_learning.model_dump(),
         "training": job.training.model_dump(),
         "processes": processes or job.offer.num_gpus,
         **job.section_on_box("judge", "reward.py"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -105,6 +106,14 @@ def test_every_mistake_is_listed_at_once() -> None:
     ]
 
 
+def prompted(method: str, **told: Any) -> dict[str, Any]:
+    """Keys of a job of this training.method; `told` is mostly [prompt_learning]."""
+    precision, optim = told.pop("precision", "bf16"), told.pop("optim", "adamw")
+    own = {k: told.pop(k) for k in ("lora", "stage", "start") if k in told}
+    made = {"model": {"base": "a", "precision": precision}, "prompt_learning": told}
+    return made | own | {"training": {"method": method, "optim": optim}}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -114,6 +123,20 @@ def test_every_mistake_is_listed_at_once() -> None:
             {"training": {"method": "full"}, "model": {"base": "a", "precision": "nf4"}},
             "must be bf16 or fp32",
         ),
+        (prompted("p_tuning", lora={"r": 8}), "[lora] says nothing"),
+        (prompted("p_tuning", lora={"use_rslora": True}), "[lora] says nothing"),
+        (prompted("p_tuning_v2", precision="fp8"), "a base in fp8 is not proven there"),
+        (prompted("prefix_tuning", precision="nf4"), "a base in nf4 is not proven there"),
+        (
+            prompted("prompt_tuning", stage="dpo"),
+            'stage dpo is trained by training.method = "lora"',
+        ),
+        (prompted("p_tuning", stage="ppo"), 'stage ppo is trained by training.method = "lora"'),
+        (prompted("p_tuning", start="run"), "an adapter is not trained on"),
+        (prompted("p_tuning", optim="muon"), "an adapter is trained by"),
+        (prompted("p_tuning_v2", encoder_hidden_size=8), "encoder_hidden_size says nothing"),
+        (prompted("prompt_tuning", num_virtual_tokens=1025), "less than or equal to 1024"),
+        (prompted("lora", num_virtual_tokens=8), "[prompt_learning] says nothing"),
         ({"training": {"batch_size": 1}, "offer": {"num_gpus": 2}}, "without a row"),
         ({"limits": {}}, "limits.max_usd: Field required"),
     ],

@@ -26,6 +26,7 @@ from trainer.wire.job import Job
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
+PLAIN_LORA = {"lora": {"r": 16, "lora_alpha": 32}}  # as where it is left out
 METHODS = {
     "lora": {},
     "rslora": {"lora": {"use_rslora": True}},
@@ -38,6 +39,8 @@ METHODS = {
         "training": {"learning_rate": 2e-2},
     },
     "full": {"training": {"method": "full", "learning_rate": 1e-3}},
+    "p_tuning_v2": {"training": {"method": "p_tuning_v2", "learning_rate": 5e-2}, **PLAIN_LORA},
+    "prompt_tuning": {"training": {"method": "prompt_tuning", "learning_rate": 5e-2}, **PLAIN_LORA},
     "freeze": {
         "training": {"method": "freeze", "freeze_trainable_layers": 1, "learning_rate": 3e-3}
     },
