@@ -38,6 +38,7 @@ from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.market.models import Instance
 from ops.market.ranking import Ranking
+from ops.prepare import instruct as instructing
 from ops.prepare import rows as data
 from ops.prepare import translate as translating
 from ops.prepare.calls import Spent
@@ -133,6 +134,7 @@ __all__ = [
     "finish_destroys",
     "gpus",
     "images",
+    "instructing",
     "ledger",
     "load_job",
     "map",

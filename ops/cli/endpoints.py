@@ -1,5 +1,5 @@
-"""`milktea data translate`: rows through an endpoint that may cost money. `ops.api` is imported
-inside, as in app.py."""
+"""`milktea data translate` and `instruct`: rows through an endpoint that may cost money. `ops.api`
+is imported inside, as in app.py."""
 
 from __future__ import annotations
 
@@ -96,6 +96,59 @@ def translate(
                 out,
                 there,
                 how,
+                max_usd=capped(there, max_usd),
+                reading=reading,
+                force=force,
+                partial=partial,
+                tell=tell,
+            )
+        tell_written(written, as_json)
+
+
+def instruct(
+    files: Annotated[Path, typer.Argument(metavar="SEEDS", help="A file, a folder or a pattern")],
+    endpoint: Url,
+    model: Model,
+    out: Annotated[Path | None, typer.Argument(help="Beside SEEDS without it")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="New rows, in the seeds' manner")] = None,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Answers for rows that have none, instead")
+    ] = False,
+    topics: Annotated[Path | None, typer.Option(help="A file, a topic a line")] = None,
+    max_usd: MaxUsd = None,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    plan: Plan = False,
+    key_env: KeyEnv = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Of one answer, at most")] = 1024,
+    at_once: AtOnce = 4,
+    seed: Annotated[int, typer.Option(help="Of which seeds serve as examples")] = 42,
+    extra: Extra = None,
+    limit_field: LimitField = "max_tokens",
+    partial: Partial = False,
+    force: Force = False,
+    form: Format = "auto",
+    column: Column = None,
+    drop_bad: DropBad = False,
+    as_json: Json = False,
+) -> None:
+    """Write new rows that repeat no seed, or answers for rows that have none. The same command
+    again goes on where it stopped, and pays for nothing twice."""
+    with errors(as_json):
+        from ops import api
+
+        there = api.endpoint_of(endpoint, model, price_in, price_out, key_env, extra, limit_field)
+        wanted = api.instructing.asked(rows, answers, topics, seed, answer_tokens, at_once)
+        reading = reading_of(form, column, drop_bad)
+        if plan:
+            _priced(vars(api.instructing.price([files], there, wanted, reading)), as_json)
+            return
+        with _progress("rows", as_json) as tell:
+            written = api.instructing.instruct(
+                [files],
+                out,
+                there,
+                wanted,
                 max_usd=capped(there, max_usd),
                 reading=reading,
                 force=force,
