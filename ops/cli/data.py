@@ -336,6 +336,9 @@ def init(
     ] = None,
     name: Annotated[str, typer.Option(help="Of the job; that of the first file without it")] = "",
     to: Annotated[Path, typer.Option("--to", help="The job file to write")] = Path("job.toml"),
+    held_out: Annotated[
+        Path | None, typer.Option(help="Rows that are never trained on: the other file of `split`")
+    ] = None,
     force: Force = False,
     form: Format = "auto",
     column: Column = None,
@@ -351,7 +354,7 @@ def init(
         rows = files or [Path(_asked("Rows to train on", "FILES", as_json))]
         model = base or _asked("Base model (`milktea models` lists)", "--base", as_json)
         usd = max_usd or _dollars(_asked("Dollars that the run may cost", "--max-usd", as_json))
-        begun = api.begin.begin(rows, model, usd, to, name, reading_of(form, column))
+        begun = api.begin.begin(rows, model, usd, to, name, reading_of(form, column), held_out)
         api.begin.write(begun, to, force)
         if as_json:
             print(json_line({"kind": "begun", "job": str(to), "chosen": begun.chosen}))

@@ -58,9 +58,11 @@ def begin(
     to: Path,
     name: str = "",
     reading: Reading | None = None,
+    held_out: Path | None = None,
 ) -> Begun:
-    """A job file for `to`, checked as `milktea plan` checks it; nothing is written. Raises
-    PreflightError for rows or a model that cannot be trained on, ConfigError."""
+    """A job file for `to`, with `held_out` as its held-out rows, checked as `milktea plan` checks
+    it; nothing is written. Raises PreflightError for rows or a model that cannot be trained on,
+    ConfigError."""
     told, found = stats(files, reading)
     if found.defects or not found.rows:
         first = f", the first: {found.defects[0]}" if found.defects else ""
@@ -87,7 +89,9 @@ def begin(
     if stage == "pt":
         length, why_length = min(WINDOW, known.context), "a longer text becomes several windows"
     name = name or re.sub(r"[^a-z0-9]+", "-", _stem(files[0]).lower()).strip("-")[:40] or "job"
-    text = _text(name, stage, files, known, length, max_usd, to.parent, reading or Reading())
+    paths = [*files, *([held_out] if held_out else [])]
+    there = [_quoted(os.path.relpath(path, to.parent)) for path in paths]
+    text = _text(name, stage, there, known, length, max_usd, reading or Reading(), bool(held_out))
     parse(tomllib.loads(text), to)
     chosen = [
         f"stage {stage}: {STAGE_WORDS[stage]}, {told.rows:,} rows, about {told.total_tokens:,} "
@@ -160,15 +164,15 @@ def _length(told: Stats, context: int) -> tuple[int, str]:
 def _text(
     name: str,
     stage: str,
-    files: Sequence[Path],
+    there: Sequence[str],
     base: _Base,
     length: int,
     max_usd: float,
-    folder: Path,
     reading: Reading,
+    held_out: bool,
 ) -> str:
-    """The commented TOML."""
-    there = [_quoted(os.path.relpath(path, folder)) for path in files]
+    """The commented TOML. `there` are the quoted paths of the files, the held-out one last."""
+    files = there[:-1] if held_out else there
     lines = [
         "# Written by `milktea init`. `milktea plan` shows what it costs, `milktea schema` every",
         "# key; jobs/reference.toml of milktea's checkout explains them.",
@@ -184,7 +188,8 @@ def _text(
         f'precision = "{base.precision}"  # {base.why}',
         "",
         "[data]",
-        f"files = [{', '.join(there)}]",
+        f"files = [{', '.join(files)}]",
+        *([f"held_out = {there[-1]}  # never trained on"] if held_out else []),
         f"max_length = {length}  # tokens of one row; fewer need less memory",
     ]
     if stage != "pt":

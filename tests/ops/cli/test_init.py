@@ -81,6 +81,15 @@ def test_the_stage_follows_from_the_rows(
     assert planned.ranking.accepted
 
 
+def test_held_out_rows_stand_in_the_job(tmp_path: Path, market: Vast) -> None:
+    held = written(tmp_path / "held.jsonl", [row | {"input": "held"} for row in ROWS[:5]])
+    done = init(tmp_path, "--base", PRACTICE, "--max-usd", "1", "--held-out", held)
+    assert done.exit_code == 0, done.output
+    file = tmp_path / "jobs" / "job.toml"
+    assert tomllib.loads(file.read_text("utf-8"))["data"]["held_out"] == "../held.jsonl"
+    assert api.plan(file, vast=market, root=tmp_path / "runs").ranking.accepted
+
+
 def test_what_is_not_sound_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     bad = init(tmp_path, "--base", "Qwen/Qwen3-8B", "--max-usd", "1", rows=[*ROWS, {"a": "b"}])
     assert bad.exit_code == 3 and "data check" in bad.output
