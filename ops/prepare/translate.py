@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ops.errors import ConfigError
+from ops.errors import ConfigError, PreflightError
 from ops.prepare import rows as files_of_rows
 from ops.prepare import translation
 from ops.prepare.calls import Calls, bytes_of
@@ -130,11 +130,22 @@ def translate(
     picked, missing = _picked(todo, work)
     if missing and not partial:
         raise ended_early(calls, len(todo.rows) - missing, len(todo.rows), "rows")
+    if not picked.rows:
+        raise _nothing(calls, picked)
     spent = asdict(calls.spent) | {"usd": round(calls.spent.usd, 6)}
     settings = {"to": how.to.code, "model": endpoint.model, "endpoint": endpoint.url}
     more = {"spent": spent, "kept_as_they_are": todo.kept}
     return files_of_rows.write(
         "translate", found.rows, picked, [target], settings, found.notes, more
+    )
+
+
+def _nothing(calls: Calls, picked: Picked) -> PreflightError:
+    why = picked.removed[-1].reason if picked.removed else "there is none"
+    return PreflightError(
+        f"no row could be translated: {why}",
+        money=f"${calls.spent.usd:.4f} at most, of {calls.spent.answered:,} answers",
+        hint="another --model, or --prompt for one that cannot write JSON",
     )
 
 
@@ -209,8 +220,8 @@ class _Work:
                     self.solve(part)
         elif left:
             why = taken.broken or taken.faults[left[0].source]
-            if not complaint:
-                self.solve(left, why)
+            if not complaint and (taken.broken or not self._how.prompt):
+                self.solve(left, why)  # a prompt of the user's own has no place for the reason
             else:
                 self._fail(left[0], why)
 

@@ -214,6 +214,14 @@ def test_a_model_that_cannot_do_it_is_given_up_early_and_one_without_json_has_it
         asked = (rows, "--to", "zh", "--endpoint", fake.url, "--model", "m")
         done = said(*asked)
         assert done.exit_code == 3 and "not up to it" in " ".join(done.output.split())
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"instruction": "Say it.", "output": "It is said now."}), "utf-8")
+    with Fake(reply=lambda content: "It is English.") as fake:
+        asked = (few, "--to", "zh", "--endpoint", fake.url, "--model", "m")
+        none = said(*asked, "--prompt", "{text}")
+        assert none.exit_code == 3 and "no row could be" in none.output
+        assert fake.requests == 2, "asked in the same words it would say the same"
+        assert not (tmp_path / "few.zh.jsonl").exists()
     with Fake() as fake:
         asked = (rows, "--to", "zh", "--endpoint", fake.url, "--model", "m")
         done = said(*asked, "--prompt", "Into {language}:\n{text}", tmp_path / "plain.jsonl")
