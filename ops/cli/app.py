@@ -332,13 +332,13 @@ def _last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> No
     print(f"cost      {cost.spent_usd:.4f} $ (vast.ai's bill {bill}{predicted})")
     print(f"adapter   {_short(adapter)}")
     if run.answers:
-        print(f"talk      {_typed()} serve {run.id}   (in the browser; chat: in this terminal)")
+        print(f"talk      {_typed()} serve {run.id}   (or chat)")
 
 
 def _typed() -> str:
     """What this user types for milktea: its path where the shell does not find the name."""
-    here = Path(sys.argv[0])
-    return _short(here) if here.name == "milktea" and not shutil.which("milktea") else "milktea"
+    here = Path(sys.executable).with_name("milktea")
+    return _short(here) if here.is_file() and not shutil.which("milktea") else "milktea"
 
 
 def _detached(run: api.Run, as_json: bool) -> None:

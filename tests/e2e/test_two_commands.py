@@ -63,9 +63,10 @@ def test_nothing_is_printed_but_our_own_words(ran: Ran) -> None:
 
 def test_the_practice_run_learns_and_ends_with_no_box(said: tuple[str, Path]) -> None:
     text, runs = said
-    cost, adapter = text.strip().splitlines()[-2:]
+    cost, adapter, talk = text.strip().splitlines()[-3:]
     assert re.fullmatch(r"cost +[\d.]+ \$ \(vast\.ai's bill [\d.]+ \$, predicted [\d.]+ \$\)", cost)
     assert (ROOT / adapter.split()[1]).is_file()
+    assert re.fullmatch(r"talk +\.venv/bin/milktea serve practice-[\w-]+ +\(or chat\)", talk)
     assert "destroy   absent in 3 spaced reads" in text
     score = re.search(r"exact match: ([\d.]+)% before, ([\d.]+)% after", text)
     assert score and float(score[1]) < 10 and float(score[2]) > 90, text

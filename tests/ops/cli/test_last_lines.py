@@ -32,6 +32,9 @@ def test_a_result_is_shown_with_what_to_type_to_talk_to_it(
     (run / "job.json").write_text(json.dumps(sent))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))  # make puts no .venv/bin on it
-    monkeypatch.setattr("sys.argv", [str(tmp_path / ".venv/bin/milktea")])
+    installed = tmp_path / ".venv/bin"
+    installed.mkdir(parents=True)
+    (installed / "milktea").touch()
+    monkeypatch.setattr("sys.executable", str(installed / "python"))
     _last_lines(Run(run), Terminal(Console(file=io.StringIO())), as_json=False)
     assert ("\ntalk      .venv/bin/milktea serve mine " in capsys.readouterr().out) == said
