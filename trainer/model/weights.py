@@ -81,7 +81,13 @@ def weight_files(folder: Path) -> list[Path]:
                 else "push the model's whole folder",
             )
         return [folder / name for name in sorted(names)]
-    names = set(_read(folder, index).get("weight_map", {}).values())
+    told = _read(folder, index).get("weight_map")
+    if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+        raise InvalidJob(
+            f"{folder.name}/{index} has no weight_map from the names of tensors to files",
+            hint="push or fetch the model again",
+        )
+    names = set(told.values())
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise InvalidJob(
