@@ -55,7 +55,7 @@ class Chat:
         while not (folder / "where").is_file() or not (folder / "where").stat().st_size:
             if self._server.poll() is not None or time.monotonic() > ends:
                 self._log.seek(0)
-                said = self._log.read()[-500:].strip()
+                said = "; ".join(self._log.read()[-500:].splitlines())
                 raise PreflightError(f"the result cannot be talked to: {said or 'no answer'}")
             time.sleep(0.05)
         return str(json.loads((folder / "where").read_text("utf-8"))["api"])
