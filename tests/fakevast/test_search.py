@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ops.fakevast import Cloud, VirtualClock
-from ops.fakevast.cloud.catalogue import default_market
+from ops.fakevast.cloud.catalogue import CARDS, default_market
 from ops.fakevast.cloud.errors import ApiError
 
 
@@ -133,3 +133,7 @@ def test_a_query_that_makes_no_sense_is_refused_with_400(
     with pytest.raises(ApiError) as refusal:
         find(cloud, **query)
     assert refusal.value.status == 400 and refusal.value.error == "invalid_request"
+
+
+def test_every_machine_of_the_market_has_a_card_that_is_known() -> None:
+    assert {m["gpu_name"] for m in default_market()} <= set(CARDS)

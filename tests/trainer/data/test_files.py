@@ -10,14 +10,19 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from trainer.data import files, scan
 from trainer.data.files import examine_files, read_rows
+from trainer.data.formats import KEYS
 from trainer.data.sources import Reading
 from trainer.data.stage_rows import READERS
-from trainer.wire.stages import RowKind
+from trainer.wire.job import DataFormat
+from trainer.wire.stages import ANSWERS, RowKind
+
+ROOT = Path(__file__).parents[3]
 
 GOOD = {
     "instruction": 'Say "hi" in 中文 {now}',
@@ -694,3 +699,12 @@ def test_a_gigabyte_with_an_emoji_is_checked_in_a_gigabyte(tmp_path: Path, name:
     done = subprocess.run([sys.executable, "-c", limited, path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(" 0 defects\n")
+
+
+def test_a_format_is_named_wherever_a_user_may_name_it() -> None:
+    names = set(KEYS)
+    assert {"auto", *names} == set(get_args(DataFormat)), "data.format and --format"
+    assert set(ANSWERS) <= names
+    for page in ("jobs/reference.toml", "docs/data.md"):
+        text = (ROOT / page).read_text("utf-8")
+        assert [name for name in names if name not in text] == [], page
