@@ -8,17 +8,12 @@ script and style, and nothing else.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import json
 import logging
-import re
 import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -26,18 +21,12 @@ from ops.errors import MilkteaError, PreflightError
 from ops.plain import plain
 from ops.run.view import Run
 from ops.web.facts import Runs
+from trainer.wire.browser import HEADERS, bears, content_policy, is_foreign
 
 PAGE = Path(__file__).with_name("page.html")
 PORT = 8015
 LOOPBACK = ("127.0.0.1", "localhost")
 BODY_BYTES = 4096
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 End = Callable[[Run, str], str]  # gives a run an end; returns what holds now, in words
@@ -97,14 +86,11 @@ class _Desk:
         host = request.headers.get("Host", "").lower()
         if host.rpartition(":")[0] not in LOOPBACK:
             raise _Refused(403, "this server does not go by that name")
-        origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host:
+        if is_foreign(request.headers.get("Origin"), host):
             raise _Refused(403, "another website may not ask here")
         if request.path == "/" and request.method in ("GET", "HEAD"):
             return
-        kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        sound = hmac.compare_digest(given.strip().encode(errors="replace"), self._token)
-        if kind.lower() != "bearer" or not sound:
+        if not bears(request.headers.get("Authorization", ""), self._token):
             raise _Refused(401, "no token, or a wrong one")
 
     async def page(self, request: web.Request) -> web.Response:
@@ -154,20 +140,6 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
     response.headers.pop("Server", None)
-
-
-def content_policy(page: str) -> str:
-    """A policy that lets the page's own script and style run, by their hashes, and nothing else."""
-    hashes = {}
-    for tag in ("script", "style"):
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in texts]
-        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-    )
 
 
 async def listening(app: web.Application, port: int | None) -> tuple[web.AppRunner, int]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
-import re
 import secrets
 from collections import Counter, deque
 from collections.abc import AsyncIterator
@@ -27,6 +24,7 @@ from trainer.serve.meter import read_meter
 from trainer.serve.models import BASE, Voice
 from trainer.serve.replies import Delta, Reply, Shapes, event
 from trainer.serve.requests import RequestError, Wish
+from trainer.wire.browser import content_policy
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_BYTES, BODY_S = 2 << 20, 30.0  # of one request, and within which it must have come
@@ -337,17 +335,3 @@ def _no_constant(name: str) -> None:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def content_policy(page: str) -> str:
-    """A policy that lets the page's own script and style run, by their hashes, and nothing else."""
-    hashes = {}
-    for tag in ("script", "style"):
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in texts]
-        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-    )

@@ -4,27 +4,19 @@ this server through a browser (Origin), nor through a host name that points here
 
 from __future__ import annotations
 
-import hmac
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Collection
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from trainer.serve.requests import RequestError
+from trainer.wire.browser import HEADERS, bears, is_foreign
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPEN = ("/", "/health")
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -44,14 +36,11 @@ class Guard:
         host = request.headers.get("Host", "")
         if _name(host) not in self._hosts:
             raise RequestError("this server does not go by that name", "Host", "host", 403)
-        origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if is_foreign(request.headers.get("Origin"), host):
             raise RequestError("another website may not ask here", "Origin", "origin", 403)
         if request.path in OPEN and request.method in ("GET", "HEAD"):
             return
-        kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        sound = hmac.compare_digest(given.strip().encode(errors="replace"), self._token)
-        if kind.lower() != "bearer" or not sound:
+        if not bears(request.headers.get("Authorization", ""), self._token):
             raise RequestError(
                 "no token, or a wrong one: Authorization: Bearer TOKEN, as `milktea serve` "
                 "printed it",

@@ -14,7 +14,8 @@ from desk import HOSTILE, TOKEN, Served, Told, done, going
 import rig
 from ops.run import wishes
 from ops.web import facts
-from ops.web.app import PAGE, content_policy
+from ops.web.app import PAGE
+from trainer.wire.browser import content_policy
 from trainer.wire.events import Step
 
 
