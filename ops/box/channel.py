@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import selectors
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -70,26 +70,49 @@ def send_input(channel: paramiko.Channel, data: Input, deadline: Deadline) -> No
         channel.shutdown_write()
 
 
+class _Arrivals:
+    """Tells a waiting thread that a stream has brought bytes or has ended.
+
+    paramiko's `Channel.fileno` does the same through a pipe, into which its reader still writes
+    while `Channel.close` closes it: into a descriptor that may be another file by then."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._event = threading.Event()
+        channel.in_buffer.set_event(self)
+        channel.in_stderr_buffer.set_event(self)
+
+    def set(self) -> None:
+        """Called by paramiko's reader."""
+        self._event.set()
+
+    def clear(self) -> None:
+        """Called where one of the two streams has been read to its end; the other may not be."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return once something has come since the last call, or after `timeout_s`."""
+        self._event.wait(timeout_s)
+        self._event.clear()
+
+
 def read_output(channel: paramiko.Channel, out: Output, err: Output, deadline: Deadline) -> bool:
     """Read both streams until the channel ends (True) or the deadline has passed (False)."""
-    with selectors.DefaultSelector() as ready:
-        ready.register(channel.fileno(), selectors.EVENT_READ)
-        while True:
-            ended = channel.exit_status_ready() and (channel.eof_received or channel.closed)
-            moved = False
-            while channel.recv_ready():
-                out.add(channel.recv(1 << 20))
-                moved = True
-            while channel.recv_stderr_ready():
-                err.add(channel.recv_stderr(1 << 20))
-                moved = True
-            if moved:
-                deadline.moved()
-            elif ended:
-                return True
-            elif deadline.left_s() <= 0:
-                return False
-            elif channel.eof_received:  # always readable now; the exit status may be on its way
-                channel.status_event.wait(min(deadline.left_s(), 1.0))
-            else:
-                ready.select(min(deadline.left_s(), 5.0))
+    arrivals = _Arrivals(channel)
+    while True:
+        ended = channel.exit_status_ready() and (channel.eof_received or channel.closed)
+        moved = False
+        while channel.recv_ready():
+            out.add(channel.recv(1 << 20))
+            moved = True
+        while channel.recv_stderr_ready():
+            err.add(channel.recv_stderr(1 << 20))
+            moved = True
+        if moved:
+            deadline.moved()
+        elif ended:
+            return True
+        elif deadline.left_s() <= 0:
+            return False
+        elif channel.eof_received:  # the streams tell nothing more; the exit status may be coming
+            channel.status_event.wait(min(deadline.left_s(), 1.0))
+        else:
+            arrivals.wait(min(deadline.left_s(), 5.0))

@@ -22,7 +22,8 @@ from ops.box.connection import Box
 from ops.errors import Lost
 
 _PIECE = 1 << 14
-_LOOK_S = 0.5
+_LOOK_S = 0.1
+_END_S = 2.0
 
 
 def interact(box: Box, script: str) -> int:
@@ -33,9 +34,7 @@ def interact(box: Box, script: str) -> int:
     channel = box.terminal(script, os.environ.get("TERM") or "dumb", size.columns, size.lines)
     with contextlib.closing(channel), _raw(channel):
         _copy(channel)
-        if not channel.exit_status_ready():
-            raise Lost("the link to the box broke")
-        return int(channel.recv_exit_status())
+        return _exit_code(channel)
 
 
 def pipe(box: Box, script: str) -> int:
@@ -51,9 +50,13 @@ def pipe(box: Box, script: str) -> int:
     with contextlib.closing(channel):
         with contextlib.suppress(EOFError):
             read_output(channel, out, err, deadline)
-        if not channel.exit_status_ready() or channel.exit_status < 0:
-            raise Lost("the link to the box broke")
-        return int(channel.exit_status)
+        return _exit_code(channel)
+
+
+def _exit_code(channel: paramiko.Channel) -> int:
+    if channel.exit_status < 0:  # paramiko's for none
+        raise Lost("the link to the box broke")
+    return int(channel.exit_status)
 
 
 def _typed(channel: paramiko.Channel) -> Iterator[bytes]:
@@ -89,20 +92,22 @@ def _raw(channel: paramiko.Channel) -> Iterator[None]:
 
 
 def _copy(channel: paramiko.Channel) -> None:
-    """Copy until the box has sent everything. Typed input goes to the box; the end of input is sent
-    as Ctrl-D."""
-    keys: list[int] = [sys.stdin.fileno()]
-    while True:
-        ready, _, _ = select.select([channel.fileno(), *keys], [], [], _LOOK_S)
-        while channel.recv_ready():
-            _write(channel.recv(_PIECE))
-        if channel.closed or channel.eof_received:
-            channel.status_event.wait(_LOOK_S * 4)
-            return
-        if keys and keys[0] in ready:
-            typed = os.read(keys[0], _PIECE)
-            channel.sendall(typed or b"\x04")
-            keys = keys if typed else []
+    """Copy until the box has sent everything, and close the channel. Typed input goes to the box;
+    the end of input is sent as Ctrl-D."""
+    keys = threading.Thread(target=_send_keys, args=(channel,), daemon=True)
+    keys.start()
+    while data := channel.recv(_PIECE):
+        _write(data)
+    channel.status_event.wait(_END_S)
+    channel.close()
+    keys.join(_END_S)  # what is typed from now on is for this machine
+
+
+def _send_keys(channel: paramiko.Channel) -> None:
+    with contextlib.suppress(OSError, EOFError):  # the channel has ended
+        for data in _typed(channel):
+            channel.sendall(data)
+        channel.sendall(b"\x04")
 
 
 def _write(data: bytes, to: BinaryIO | None = None) -> None:

@@ -88,6 +88,25 @@ def test_a_box_that_answers_without_end_is_stopped_in_words_and_the_next_call_wo
     assert box.run("echo alive").stdout == "alive\n"
 
 
+def test_a_command_that_is_closed_while_its_output_comes_leaves_the_link_alone(
+    box, server, monkeypatch
+):
+    close = os.close
+
+    def slowly(descriptor: int) -> None:
+        close(descriptor)
+        time.sleep(0.05)
+
+    def full(data: bytes) -> None:
+        raise OSError("no space left on this disk")
+
+    monkeypatch.setattr(os, "close", slowly)  # paramiko's reader goes on meanwhile
+    with pytest.raises(OSError, match="no space left"):
+        box.stream("while :; do echo x; done", receive=full)
+    assert box.run("echo alive").stdout == "alive\n"
+    assert server.logins == 1
+
+
 def test_noise_without_end_before_a_command_is_stopped_too(server, make_box):
     server.noise = "head -c 3000000 /dev/zero; "
     box = make_box(server.port)
