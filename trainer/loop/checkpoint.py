@@ -70,9 +70,11 @@ class State:
 
 def fingerprint_of(job: Job) -> str:
     """sha256 of everything in the job that changes the numbers; not its id, its limits, the names
-    of its variables, or how many processes share the work."""
+    of its variables, or how many processes share the work. Settings at their defaults are left out:
+    a trainer that knows one setting more goes on from the checkpoints of one that did not."""
     free: dict[str, Any] = dict.fromkeys(("run_id", "processes", "environment", "limits"), True)
-    told = job.model_dump(exclude=free | {"training": {"save_every_s", "report_to"}})
+    free["training"] = {"save_every_s", "report_to"}
+    told = job.model_dump(exclude=free, exclude_defaults=True)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

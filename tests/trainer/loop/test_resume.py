@@ -25,6 +25,7 @@ from tiny import (
 )
 
 from trainer.loop import checkpoint
+from trainer.wire.job import Job, Training
 
 Make = Callable[..., Path]
 # 40 steps
@@ -179,3 +180,18 @@ def test_checkpoints_come_while_training_goes_on_and_only_the_newest_stay(run_fo
     assert len(told) >= 3 and told == sorted(told)
     assert len(list((job.parent / "checkpoints").glob("[0-9]*"))) <= checkpoint.KEEP + 1
     assert not list((job.parent / "checkpoints").glob(".*"))
+
+
+def test_a_trainer_that_knows_one_setting_more_goes_on_from_a_checkpoint(run_folder: Make) -> None:
+    class Later(Training):
+        a_new_setting: int = 0
+
+    class LaterJob(Job):
+        training: Later = Later()
+
+    text = (run_folder(**SETTINGS)).read_text()
+    now, later = Job.model_validate_json(text), LaterJob.model_validate_json(text)
+    assert checkpoint.fingerprint_of(later) == checkpoint.fingerprint_of(now)
+    training = later.training.model_copy(update={"a_new_setting": 1})
+    other = later.model_copy(update={"training": training})
+    assert checkpoint.fingerprint_of(other) != checkpoint.fingerprint_of(now)
