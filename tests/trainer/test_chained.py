@@ -182,8 +182,10 @@ def test_a_reward_model_that_guesses_ends_the_run_before_ppo(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_a_run_killed_in_any_stage_goes_on_bit_for_bit(chain_of_stages: Make, number: int) -> None:
+@pytest.mark.parametrize("number, world", [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2)])
+def test_a_run_killed_in_any_stage_goes_on_bit_for_bit(
+    chain_of_stages: Make, number: int, world: int
+) -> None:
     quick = {"training": SHORT | {"save_every_s": 0.001, "max_steps": 4}}
     stages = ("pt", "sft", "rm", "ppo")
     whole = chain_of_stages(*stages)
@@ -192,13 +194,12 @@ def test_a_run_killed_in_any_stage_goes_on_bit_for_bit(chain_of_stages: Make, nu
         text["training"] |= quick["training"]
         job.write_text(json.dumps(text))
         prepare_inputs(read_job(job), job.parent)
-    assert finish(start(whole)) == [0]
-    process = start(killed)[0]
+    assert finish(start(whole, world)) == [0] * world
+    processes = start(killed, world)
     checkpoints = killed.parent / f"stages/{number}-{stages[number - 1]}/checkpoints"
     wait_for(lambda: list(checkpoints.glob("[0-9]*/manifest.json")))
-    process.kill()
-    process.join()
-    assert finish(start(killed)) == [0]
+    finish([process for process in processes if process.kill() is None])
+    assert finish(start(killed, world)) == [0] * world
     assert links(manifest_of(killed)) == links(manifest_of(whole))
     assert manifest_of(killed)["curve"] == manifest_of(whole)["curve"]
 
