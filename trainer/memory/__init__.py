@@ -2,6 +2,14 @@
 choose cards. From `peak` down: the peak and the cards that hold it, its terms in bytes, the
 dimensions of a model."""
 
+from trainer.memory.counts import (
+    active_in_experts,
+    active_parameters,
+    adapter_parameters,
+    linear_parameters,
+    parameters,
+    saved_parameters,
+)
 from trainer.memory.learned import Learned
 from trainer.memory.peak import (
     GIB,
@@ -15,17 +23,7 @@ from trainer.memory.peak import (
     solve,
     takes_fused_layer,
 )
-from trainer.memory.shape import (
-    Mixture,
-    Shape,
-    Targets,
-    active_in_experts,
-    active_parameters,
-    adapter_parameters,
-    linear_parameters,
-    parameters,
-    saved_parameters,
-)
+from trainer.memory.shape import Mixture, Shape, Targets
 
 __all__ = [
     "GIB",

@@ -16,15 +16,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.memory.learned import Learned
-from trainer.memory.shape import (
-    Shape,
-    Targets,
+from trainer.memory.counts import (
     adapter_parameters,
     linear_parameters,
     parameters,
     saved_parameters,
 )
+from trainer.memory.learned import Learned
+from trainer.memory.shape import Shape, Targets
 from trainer.memory.terms import (
     DROPOUT,
     LINEAR_BYTES,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from trainer import families
-from trainer.memory.shape import (
-    PADDED_EXPERT_RANK,
-    DeltaNets,
-    Shape,
-    Targets,
+from trainer.memory.counts import (
     linear_parameters,
     outside_experts,
     parameters,
     sparse_layers,
 )
+from trainer.memory.shape import PADDED_EXPERT_RANK, DeltaNets, Shape, Targets
 
 DROPOUT = ", dropout"  # follows the name of a method that trains with lora_dropout
 _LOGITS_PER_CHUNK = 2**26  # trainer/model/loss.py

@@ -17,30 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from trainer.data.prepare import Prepared
 from trainer.kernels import rotary
 from trainer.kernels.step_layer import CachePositions
 from trainer.model import steps
-from trainer.model.dropout import mix
+from trainer.model.kv_cache import Keys
 from trainer.model.parts import causal, family_of, name_of_cache
-from trainer.model.prompts import Places, Prompt, behind, in_front, prompt_of, prompt_tokens
+from trainer.model.prompts import Places, Prompt, behind, prompt_of, prompt_tokens
+from trainer.model.sampling import Sampling, choose
 
 NEW_TOKENS, AT_ONCE = 64, 64  # of one answer; prompts in one batch
 PREFILL_TOKENS = 8192  # of prompts that are prefilled in one pack
 KEYS_ROUNDED = 64  # attention reads a multiple of this many keys
 LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between two checks for ended answers
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. Temperature 0 takes the most likely token. Above 0, tokens are drawn
-    from softmax(logits / temperature) with Gumbel noise keyed by `seed` and `step`."""
-
-    temperature: float = 0.0
-    seed: int = 0
-    step: int = 0
 
 
 @dataclass
@@ -99,112 +89,6 @@ def generate(
         return _by_length(inner, prompts, keys, stops, device, new_tokens, sampling, width)
     finally:
         model.train(training)
-
-
-# -- choosing a token ------------------------------------------------------------------------------
-
-
-def choose(
-    logits: Tensor, sampling: Sampling, numbers: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(token, its log-probability in fp32) of each row of logits (B, V); `numbers` and `positions`
-    int64 (B,)."""
-    scores = logits.float()
-    if sampling.temperature > 0:
-        scores = scores / sampling.temperature
-    every = scores.log_softmax(-1)
-    if sampling.temperature > 0:
-        scores = every + gumbel(sampling, numbers, positions, every.shape[-1])
-    chosen = scores.argmax(-1)
-    return chosen, every.gather(1, chosen[:, None])[:, 0]
-
-
-def gumbel(sampling: Sampling, numbers: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Gumbel noise (B, size), fp32, the same on every device."""
-    row = mix(mix(mix(numbers + sampling.seed * 1_000_000_007) + sampling.step) + positions)
-    return noise(row, size)
-
-
-def noise(keys: Tensor, size: int) -> Tensor:
-    """Gumbel noise (B, size), fp32, a function of int64 keys (B,), the same on every device."""
-    token = torch.arange(size, device=keys.device)
-    bits = mix(keys[:, None] ^ mix(token)[None]) >> 11 & ((1 << 53) - 1)
-    uniform = (bits.double() + 0.5) / (1 << 53)
-    return -torch.log(-torch.log(uniform)).float()
-
-
-# -- the KV cache ----------------------------------------------------------------------------------
-
-
-class Keys(Cache):
-    """KV cache of `size` answers, (size, longest, heads, D) a layer. The next tokens go to
-    `packed`, (rows, positions) of packed tokens, or to `place`, one token a row, which sees the
-    first `kept` keys of its row. `steady`: adapters are not looked up. `prefix`: the learned keys
-    that a prefill puts in front of each document, their places, and the documents' rows."""
-
-    def __init__(self, size: int, longest: int) -> None:
-        super().__init__(layers=[])
-        self.size, self.longest, self.kept = size, longest, longest
-        self.packed: tuple[Tensor, Tensor] | None = None
-        self.place: CachePositions | None = None
-        self.rows: slice | Tensor = slice(0, size)
-        self.steady = False
-        self.prefix: tuple[Prompt, Places, Tensor] | None = None
-        self.held: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **more: Any
-    ) -> tuple[Tensor, Tensor]:
-        new = (key_states, value_states)
-        if self.place is None:
-            self.put(layer_idx, *(x[0].transpose(0, 1) for x in new))
-            return new if self.prefix is None else self._with_prefix(layer_idx, new)
-        held, at = self.of(layer_idx), self.place
-        for kept, x in zip(held, new, strict=True):
-            kept[at.slots, at.positions] = x[:, :, 0]
-        keys, values = (x[self.rows, : self.kept].transpose(1, 2) for x in held)
-        return keys, values
-
-    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        assert self.packed is not None
-        if layer not in self.held:
-            room = (self.size, self.longest)
-            self.held[layer] = (
-                keys.new_zeros(*room, *keys.shape[1:]),
-                values.new_zeros(*room, *values.shape[1:]),
-            )
-        for kept, x in zip(self.held[layer], (keys, values), strict=True):
-            kept[self.packed] = x
-
-    def _with_prefix(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`new` with the prefix in front of each document; it is put into the documents' rows."""
-        assert self.prefix is not None
-        prompt, places, rows = self.prefix
-        learned = (prompt.keys[layer], prompt.values[layer])
-        for kept, one in zip(self.held[layer], learned, strict=True):
-            kept[rows, : prompt.tokens] = one.to(kept.dtype)
-        keys, values = (in_front(x, one, places) for x, one in zip(new, learned, strict=True))
-        return keys, values
-
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.held[layer]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def grow(self, size: int, longest: int) -> None:
-        """Make room for `size` rows of `longest` tokens; cached tokens keep their places."""
-        for layer, held in self.held.items():
-            more = [x.new_zeros(size, longest, *x.shape[2:]) for x in held]
-            for x, old in zip(more, held, strict=True):
-                x[: self.size, : self.longest] = old
-            self.held[layer] = (more[0], more[1])
-        self.size, self.longest = size, longest
-
-    def move(self, here: int, there: int) -> None:
-        """Copy row `here` to row `there`."""
-        for keys, values in self.held.values():
-            keys[there], values[there] = keys[here], values[here]
 
 
 def packs(model: nn.Module, longest: int) -> bool:

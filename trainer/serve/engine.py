@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.model.decode import KEYS_ROUNDED, PREFILL_TOKENS, Rows, noise, packs
+from trainer.model.decode import KEYS_ROUNDED, PREFILL_TOKENS, Rows, packs
 from trainer.model.dropout import mix
+from trainer.model.sampling import noise
 from trainer.serve.apart import Apart
 from trainer.serve.models import Models, Voice
 

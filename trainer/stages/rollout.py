@@ -22,10 +22,11 @@ from trainer.data.errors import InvalidJob
 from trainer.data.tokenised import Rows
 from trainer.loop.guards import ExpectedMetrics, Stopped
 from trainer.loop.ranks import Ranks
-from trainer.model.decode import Answer, Sampling, generate
+from trainer.model.decode import Answer, generate
 from trainer.model.forward import hidden_states, model_inputs
 from trainer.model.parts import decoder_layers
 from trainer.model.roles import MAIN, Roles
+from trainer.model.sampling import Sampling
 from trainer.stages import compared, measured
 from trainer.stages.reward_process import RewardFault, RewardProcess
 from trainer.stages.rewards import reward

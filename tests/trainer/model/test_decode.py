@@ -12,10 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from trainer.data.prepare import prepare, prompt_ids
 from trainer.data.template import Turn
-from trainer.model.decode import Sampling, answer, choose, generate
+from trainer.model.decode import answer, generate
 from trainer.model.dropout import TokenKeys
 from trainer.model.load import load
 from trainer.model.parts import causal
+from trainer.model.sampling import Sampling, choose
 from trainer.wire.job import Job
 
 QUESTIONS = ["What is 1 + 2?", "What is 2 + 1?", "hi", "instruction that describes"]

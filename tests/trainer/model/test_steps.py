@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trainer.kernels import step_layer, verify
 from trainer.kernels.verify import step_error
 from trainer.model import load, steps
-from trainer.model.decode import Sampling, generate
+from trainer.model.decode import generate
 from trainer.model.dropout import TokenKeys
 from trainer.model.forward import hidden_states
 from trainer.model.roles import MAIN, Roles
+from trainer.model.sampling import Sampling
 from trainer.wire.job import Job
 
 Make = Callable[..., Path]

@@ -17,6 +17,7 @@ from trainer.data.sources import Reading
 from trainer.data.tokenised import Rows
 from trainer.loop.guards import Stopped
 from trainer.model import decode
+from trainer.model.sampling import Sampling
 from trainer.stages import grpo, rollout
 from trainer.stages.group_losses import advantages
 from trainer.stages.rewards import reward
@@ -105,7 +106,7 @@ def test_answers_drawn_from_another_model_stop_the_run(
 
     def hotter(*given: Any, **named: Any) -> list[decode.Answer]:
         *others, sampling, numbers = given
-        wrong = decode.Sampling(4 * sampling.temperature, sampling.seed, sampling.step)
+        wrong = Sampling(4 * sampling.temperature, sampling.seed, sampling.step)
         return decode.generate(*others, wrong, numbers, **named)
 
     monkeypatch.setattr(rollout, "generate", hotter)
