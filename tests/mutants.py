@@ -53,7 +53,10 @@ TESTS = {  # module -> its own tests
     "ops.run.rental": ["tests/ops/run/test_rental.py"],
     "ops.run.keeper": ["tests/ops/run/test_keeper_limits.py"],
     "ops.run.follow": ["tests/ops/run/test_follow_limits.py"],
-    "ops.run.supervisor": ["tests/ops/run/test_supervisor_alone.py"],
+    "ops.run.supervisor": [
+        "tests/ops/run/test_supervisor_alone.py",
+        "tests/ops/run/test_notify.py",
+    ],
     "trainer.data.formats": [
         "tests/trainer/data/test_files.py",
         "tests/trainer/data/test_fields.py",

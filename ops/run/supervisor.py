@@ -270,7 +270,7 @@ def _saved_ranking(folder: Path) -> Ranking | None:
         return None
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            path.unlink()
     return seen if fresh else None
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +208,15 @@ def test_a_run_that_is_ended_before_its_training_leaves_nothing_and_says_so(
         line = held.last("failed")
         assert line is not None and line["exit_code"] == 130 and line["error"] == "Interrupted"
     assert fake.instances() == []
+
+
+def test_a_conversation_is_held_by_its_owner_and_ended_by_the_next_one(session: Session) -> None:
+    session.plan = replace(session.plan, trains=False)
+    held: list[Session] = []
+    supervise(session, talk=held.append)
+    assert held == [session]
+    with pytest.raises(Interrupted, match="no box of this run is left"):
+        supervise(session)
 
 
 def test_an_interrupted_owner_ends_with_130(
