@@ -156,13 +156,17 @@ def _carried_signals() -> Iterator[Callable[[subprocess.Popen[bytes]], tuple[int
     """Gives a function that waits for a process and returns its exit code and what it wrote to a
     pipe. SIGINT is the process's own to hear; SIGTERM and SIGHUP of this one end it as well."""
     running: list[subprocess.Popen[bytes]] = []
+    heard: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
+        heard.append(number)
         for child in running:
             child.terminate()
 
     def wait(child: subprocess.Popen[bytes]) -> tuple[int, bytes]:
         running.append(child)
+        if heard:  # while the process was started
+            child.terminate()
         said, _ = child.communicate()
         return child.returncode, said or b""
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +101,28 @@ def test_adapters_are_looked_at_from_python_and_the_command_line(tmp_path: Path)
     assert [v["name"] for v in api.check_adapter(tmp_path)][:2] == ["PEFT", "vLLM"]
 
 
+LASTING = ("-n", "1", "-r", "1", "import time; time.sleep(90)")  # arguments of timeit
+
+
+def test_a_signal_that_comes_while_the_trainer_is_started_ends_it_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *words: Any, **how: Any) -> None:
+            super().__init__(*words, **how)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    assert words.show(words.Word("timeit", LASTING)) == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("act", ["show", "tell"])
 def test_a_command_that_is_ended_ends_its_trainer_too(act: str, number: signal.Signals) -> None:
     """The word is a module that runs until it is ended."""
     code = (
         "from ops.use import words\n"
-        "word = words.Word('http.server', ('--bind', '127.0.0.1', '0'))\n"
+        f"word = words.Word('timeit', {LASTING})\n"
         "print('begun', flush=True)\n"
         f"words.{act}(word)\n"
     )
@@ -121,10 +135,8 @@ def test_a_command_that_is_ended_ends_its_trainer_too(act: str, number: signal.S
     )
     assert parent.stdout and parent.stdout.readline() == b"begun\n"
     group = psutil.Process(parent.pid)
-    assert until(lambda: group.children() or None, every_s=0.02, timeout_s=20)
-    [child] = group.children()
-    time.sleep(0.3)  # its interpreter is up
+    [child] = until(lambda: group.children() or None, every_s=0.02, timeout_s=60) or []
     os.kill(parent.pid, number)
-    parent.wait(20)
+    parent.wait(60)
     parent.stdout.close()
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
