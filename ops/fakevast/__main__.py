@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import fcntl
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from ops.fakevast.cloud.catalogue import load_market
 from ops.fakevast.cloud.cloud import Cloud
 from ops.fakevast.cloud.instance import Instance
 from ops.fakevast.cloud.settings import Settings
-from ops.fakevast.embedded import running
+from ops.fakevast.embedded import lock_folder, running
 from ops.fakevast.server import Emulator, listening_socket, write_atomically
 from ops.fakevast.state import account_key, restore, save
 from ops.fakevast.weather import load as load_weather
@@ -59,10 +58,8 @@ def main() -> None:
     state = options.state.resolve()
     state.mkdir(parents=True, exist_ok=True)
     state.chmod(0o700)
-    lock = open(state / "lock", "a")  # noqa: SIM115 (held for as long as the process lives)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    lock = lock_folder(state)  # held for as long as the process lives
+    if lock is None:
         server = running(state)
         print(server.url if server else f"another emulator is starting in {state}")
         sys.exit(0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ops.detached import start_detached
 
 _PATIENCE_S = 20.0
+_LOCK_TRIES = 50  # one each 0.02 s
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,31 @@ def ensure(state_dir: Path, *, idle_exit_s: float = 900.0, options: tuple[str, .
 
 
 def running(state_dir: Path) -> Server | None:
-    """The emulator that serves this folder now, or None. Its lock is held for as long as it lives,
-    so a stale file fools nobody."""
+    """The emulator that serves this folder now, or None. It holds its lock for as long as it lives;
+    the file that a killed one left is removed."""
+    file = state_dir / "server.json"
     try:
-        data = json.loads((state_dir / "server.json").read_text())
+        file.stat()
         with open(state_dir / "lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
+                data = json.loads(file.read_text())
                 return Server(data["url"], data["api_key"])
+            file.unlink()
     except (OSError, ValueError, KeyError):
         pass
+    return None
+
+
+def lock_folder(state_dir: Path) -> IO[str] | None:
+    """The lock of the emulator that serves this folder, held until it is closed; None where another
+    emulator has it."""
+    lock = open(state_dir / "lock", "a")  # noqa: SIM115 - its life is the lock's
+    for _ in range(_LOCK_TRIES):  # `running` of another process holds it for a moment
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        time.sleep(0.02)
+    lock.close()
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import requests
 from fakevast.renter import Key, processes_of
 
-from ops.fakevast.embedded import Server, ensure, running
+from ops.fakevast.embedded import Server, ensure, lock_folder, running
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def pid_of(state: Path) -> int:
 def stop(state: Path, how: signal.Signals = signal.SIGTERM) -> None:
     pid = pid_of(state)
     os.kill(pid, how)
-    for _ in range(1000):
+    for _ in range(6000):
         if running(state) is None:
             break
         time.sleep(0.01)
@@ -77,17 +78,17 @@ def test_no_other_user_of_this_machine_can_read_the_key(state: Path) -> None:
 
 
 def test_it_ends_by_itself_when_idle_but_not_while_an_instance_exists(state: Path) -> None:
-    server = ensure(state, idle_exit_s=0.5, options=("--boot-s", "0", "--no-rate-limits"))
+    server = ensure(state, idle_exit_s=2.0, options=("--boot-s", "0", "--no-rate-limits"))
     ask = api(server, "POST", "bundles/", {}).json()["offers"][0]["id"]
     number = api(server, "PUT", f"asks/{ask}/", {"image": "i", "onstart": "sleep 1000"}).json()[
         "new_contract"
     ]
     # longer than idle_exit_s and its one-second check: the absence of an exit has no event to wait
     # for
-    time.sleep(2.5)
+    time.sleep(3.5)
     assert running(state) == server
     assert api(server, "DELETE", f"instances/{number}/", {}).json() == {"success": True}
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while running(state) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -128,10 +129,21 @@ def test_what_a_killed_emulator_left_is_swept_by_the_next(state: Path) -> None:
     while not list(state.glob("boxes/*/root/up")):
         time.sleep(0.01)
     stop(state, signal.SIGKILL)
-    assert len(processes_of(state)) >= 1
+    assert len(processes_of(state)) >= 1 and not (state / "server.json").exists()
     second = ensure(state)
     api(second, "GET", "users/current")
     assert processes_of(state) == [] and list((state / "boxes").iterdir()) == []
+
+
+def test_who_looks_whether_an_emulator_runs_keeps_none_from_starting(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(state / "lock", "w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(look, fcntl.LOCK_UN))
+        lock = lock_folder(state)
+    assert lock is not None
+    lock.close()
 
 
 def test_a_server_that_cannot_start_says_why(state: Path) -> None:
