@@ -279,19 +279,19 @@ def _is_safe_file(member: zipfile.ZipInfo) -> bool:
 
 
 class _HashingReader:
-    """Reads a member of the archive and computes its sha256."""
+    """Reads a member of the archive and computes its size and sha256."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._hash = file, hashlib.sha256()
+        self._file, self._hash, self.size = file, hashlib.sha256(), 0
 
     def read(self, size: int, /) -> bytes:
         data: bytes = self._file.read(size)
         self._hash.update(data)
+        self.size += len(data)
         return data
 
     def hexdigest(self) -> str:
-        while self.read(1 << 20):
-            pass
+        """Of what was read."""
         return self._hash.hexdigest()
 
 
@@ -327,6 +327,10 @@ def _contents(
                     value = tensors.strict_json(data)
                     json_files |= {name: value} if name == CONFIG else {}
             digest = reader.hexdigest()
+        validate(
+            reader.size == member.file_size,
+            f"adapter.zip: {name} ends after {reader.size} of its {member.file_size} bytes",
+        )
         validate(
             digest == listed[name]["sha256"],
             f"adapter.zip: {name} has another sha256 than its manifest says",

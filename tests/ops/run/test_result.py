@@ -196,6 +196,8 @@ def test_a_clean_adapter_of_peft_passes(variant, how, make_adapter, tmp_path):
     assert (found.steps, found.final_loss, found.size_bytes) == (12, 0.5, len(data))
     assert found.tensors == len(header) - ("__metadata__" in header)
     assert found.parameters * {"bf16": 2, "fp16": 2}.get(variant, 4) == len(body)
+    made.manifest["steps"] = 1
+    assert check(tmp_path, data, made).steps == 1
 
 
 def test_expectations_come_from_the_wire_job():
@@ -629,11 +631,30 @@ def test_an_archive_with_anything_after_its_end_is_refused(adapter, tmp_path):
         assert "does not end as an archive" in refused(tmp_path, data, adapter)
 
 
-def test_text_beside_the_weights_has_a_limit_altogether(adapter, tmp_path):
-    for n in range(3):
-        adapter.members[f"vocab{n}.txt"] = bytes(60 << 20)
-    said = refused(tmp_path, adapter.seal(adapter.zip(how=zipfile.ZIP_STORED)), adapter)
-    assert "bytes beside its weights" in said
+def claiming(made: Adapter, sizes: dict[str, int]) -> bytes:
+    """The archive, with these sizes of members in its directory and in its manifest."""
+    data = bytearray(made.zip(how=zipfile.ZIP_STORED))
+    for name, size in sizes.items():
+        at = data.rindex(name.encode()) - 46 + 24
+        data[at : at + 4] = struct.pack("<I", size)
+    sealed = made.seal(bytes(data))
+    for name, size in sizes.items():
+        made.manifest["members"][name]["bytes"] = size
+    return sealed
+
+
+def test_text_beside_the_weights_has_a_limit_each_and_altogether(adapter, tmp_path):
+    adapter.members |= {"one.txt": bytes(1 << 20), "two.txt": b"", "three.txt": b""}
+    rest = sum(len(data) for name, data in adapter.members.items() if name != WEIGHTS) - (1 << 20)
+    most, all_of_them = 64 << 20, (128 << 20) - rest
+    two = {"one.txt": most - rest, "two.txt": all_of_them - most + rest}
+    for sizes, said in (
+        ({"one.txt": most}, f"one.txt ends after {1 << 20} of its {most} bytes"),
+        ({"one.txt": most + 1}, f"one.txt has {most + 1} bytes"),
+        (two, f"one.txt ends after {1 << 20} of its {most - rest} bytes"),
+        (two | {"three.txt": 1}, f"more than {128 << 20} bytes beside its weights"),
+    ):
+        assert said in refused(tmp_path, claiming(adapter, sizes), adapter)
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -804,6 +825,15 @@ def test_members_that_share_their_bytes_are_caught(adapter, tmp_path):
     assert "inside another member" in refused(tmp_path, adapter.seal(bytes(data)), adapter)
 
 
+def test_a_member_that_lies_within_the_bytes_of_another_is_caught(adapter, tmp_path):
+    adapter.members = {"in.txt": b"x" * 50} | adapter.members
+    adapter.members["out.txt"] = adapter.zip(how=zipfile.ZIP_STORED)[: 30 + len("in.txt") + 50]
+    data = bytearray(adapter.zip(how=zipfile.ZIP_STORED))
+    entry, inside = data.rindex(b"in.txt") - 46, data.rindex(adapter.members["out.txt"])
+    data[entry + 42 : entry + 46] = struct.pack("<I", inside)
+    assert "in.txt lies inside another" in refused(tmp_path, adapter.seal(bytes(data)), adapter)
+
+
 def test_five_thousand_members_are_too_many(adapter, tmp_path):
     adapter.members |= {f"{i}.txt": b"" for i in range(5000)}
     assert "members" in refused(tmp_path, adapter.seal(), adapter)
@@ -849,11 +879,14 @@ def test_a_directory_is_refused_by_its_size_before_it_is_read(adapter, tmp_path)
     assert "a directory of" not in refused(tmp_path, adapter.seal(bytes(data)), adapter)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"x" * 1000, b"\x1f\x8b" + bytes(100)]
-)
+@pytest.mark.parametrize("data", [b"", b"PK", b"x" * 1000, b"\x1f\x8b" + bytes(100)])
 def test_what_is_no_archive_is_caught(data, adapter, tmp_path):
-    assert refused(tmp_path, adapter.seal(data), adapter)
+    assert "does not end as an archive" in refused(tmp_path, adapter.seal(data), adapter)
+
+
+def test_an_archive_of_nothing_is_caught(adapter, tmp_path):
+    data = b"PK\x05\x06" + bytes(18)
+    assert "has 0 members" in refused(tmp_path, adapter.seal(data), adapter)
 
 
 def test_a_missing_file_is_an_adapter_error_too(adapter, tmp_path):
