@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ops.box import pull, scripts
 from ops.box.connection import Box
-from ops.box.transfer import Progress
+from ops.box.transfer import Progress, sha256_of
 from ops.errors import (
     BoxError,
     Failed,
@@ -36,14 +36,9 @@ from ops.wait import Patience, until
 from trainer.wire import events
 
 POLL_S = 2.0
-BAD_MANIFEST = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-    OverflowError,
-)  # what reading a manifest raises that is not what a trainer writes
+AGAIN_S = 60.0  # before a checkpoint is fetched again whose pull the link has broken
+# what reading a manifest raises that is not what a trainer writes
+BAD_MANIFEST = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 MAX_LINE = 4 << 20  # bytes of one event; a longer line is skipped
 EVENTS = "events.jsonl"  # here beside the journal, byte for byte what the box wrote
 
@@ -73,6 +68,8 @@ class _State:
     window: int = scripts.POLL_BYTES  # bytes to ask for; grows for a long line
     skipping: bool = False  # inside a line longer than MAX_LINE: skip to its end
     gone: bool = False  # at the last poll the trainer neither ran nor had an exit code
+    due: events.Checkpoint | None = None  # the newest that was told, until it is at home
+    due_t: float = 0.0  # by the steady clock: not tried before
 
 
 def follow(session: Session, box: Box) -> None:
@@ -82,8 +79,8 @@ def follow(session: Session, box: Box) -> None:
     when vast.ai answered and the box did not for LEASE_S."""
     (session.journal.folder / EVENTS).touch()
     state = _State(Patience(session.clock), Patience(session.clock))
-    earlier = retrieve.events_of(session.journal.folder / EVENTS)
-    state.stepped = any(isinstance(e, events.Step) for e in earlier)
+    for event in retrieve.events_of(session.journal.folder / EVENTS):  # told to an earlier client
+        _remember(state, event)
     until(lambda: _look(session, box, state), every_s=POLL_S, clock=session.clock)
 
 
@@ -94,6 +91,8 @@ def _look(session: Session, box: Box, state: _State) -> bool | None:
     while answer and _keep_events(session, box, state, home, answer):
         _enforce(session, state)
         answer = _poll(session, box, state, home.stat().st_size)
+    if answer:
+        _mirror_due(session, box, state)
     session.moved_t = session.clock.steady()  # this loop has its own patience
     if answer is None:
         if state.silent.seconds > scripts.LEASE_S * session.clock.pace:
@@ -154,15 +153,39 @@ def _handle(session: Session, box: Box, state: _State, lines: list[str]) -> None
         state.unreadable += unreadable
     newest = next((e for e in reversed(found) if isinstance(e, events.Checkpoint)), None)
     for event in found:
-        state.failure = event if isinstance(event, events.Failure) else state.failure
-        state.stepped = state.stepped or isinstance(event, events.Step)
+        _remember(state, event)
         _record(session, event)
         if isinstance(event, events.StageEnded):
             chain.remember(session, event)
             chain.try_to_bring_home(session, box)
         if event is newest:
+            _mirror_due(session, box, state)
+
+
+def _remember(state: _State, event: events.Event) -> None:
+    if isinstance(event, events.Started | events.Failure):
+        state.failure = event if isinstance(event, events.Failure) else None
+    elif isinstance(event, events.Checkpoint):
+        state.due, state.due_t = event, 0.0
+    elif isinstance(event, events.Step):
+        state.stepped = True
+
+
+def _mirror_due(session: Session, box: Box, state: _State) -> None:
+    """Mirror the newest checkpoint that was told, unless it is at home. Where the link breaks it
+    stays due: the next one may be an hour away, and the box may be outbid before."""
+    if state.due is None or session.clock.steady() < state.due_t:
+        return
+    home = chain.home_of(session, state.due.path)
+    manifest = home / "manifest.json" if home else None
+    here = manifest and manifest.is_file() and sha256_of(manifest) == state.due.manifest_sha256
+    try:
+        if not here:
             chain.try_to_bring_home(session, box)
-            mirror(session, box, newest)
+            mirror(session, box, state.due)
+        state.due = None
+    except Lost:
+        state.due_t = session.clock.steady() + AGAIN_S * session.clock.pace
 
 
 def _poll(session: Session, box: Box, state: _State, offset: int) -> _Answer | None:
@@ -230,7 +253,7 @@ def _place(event: events.Started) -> dict[str, Any]:
 
 def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
     """Pull one checkpoint completely, then delete the older ones here. A failure only shows a
-    message: the next checkpoint comes."""
+    message: the next checkpoint comes. Raises Lost where the link broke."""
     folder = chain.home_of(session, checkpoint.path)
     if folder is None or folder.name != str(checkpoint.step):
         message = f"the box calls a checkpoint {checkpoint.path!r:.80}: it is not taken home"
@@ -250,6 +273,8 @@ def mirror(session: Session, box: Box, checkpoint: events.Checkpoint) -> None:
         raise
     except (BoxError, PreflightError, OSError, *BAD_MANIFEST) as e:
         session.screen.waiting(f"checkpoint {checkpoint.step} not mirrored: {e}")
+        if isinstance(e, Lost):
+            raise
         return
     session.note(
         "checkpoint",

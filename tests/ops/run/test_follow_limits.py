@@ -387,6 +387,41 @@ def test_the_newest_checkpoint_is_mirrored_and_the_older_ones_go(
     assert newest_checkpoint(session) == mirrored / "10", "one that is not whole is none"
 
 
+@pytest.mark.usefixtures("alive")
+def test_a_checkpoint_whose_pull_broke_is_fetched_a_minute_later(
+    client: Client, box: Box, state: following._State
+) -> None:
+    mirrored = client.session.journal.folder / "checkpoints"
+    row = checkpoint(client, 3, FILES)
+    (home(client) / "events.jsonl").write_text(json.dumps(row) + "\n")
+    patience_s = box.patience_s
+    client.fake.faults.add(where="exec", what="cut", on_call=2)
+    for slept_s, box.patience_s, here in (
+        (0, 0.0, []),
+        (59, patience_s, []),
+        (1, patience_s, ["3"]),
+    ):
+        client.clock.slept_s += slept_s * client.clock.pace
+        assert following._look(client.session, box, state) is None
+        assert [path.parent.name for path in mirrored.glob("*/manifest.json")] == here
+    asked = len(client.session.journal.lines)
+    following._look(client.session, box, state)
+    assert len(client.session.journal.lines) == asked, "it is here"
+
+
+@pytest.mark.usefixtures("alive")
+def test_the_next_owner_fetches_the_checkpoint_that_the_last_one_was_told_of(
+    client: Client, box: Box
+) -> None:
+    rows = [{"t": 1, "event": "failed", "reason": "odd"}, checkpoint(client, 3, FILES)]
+    for place in (home(client) / "events.jsonl", kept(client)):
+        place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    client.clock.at[1.0 * client.clock.pace] = lambda: (home(client) / "exit_code").write_text("1")
+    with pytest.raises(Failed, match="exit code 1: odd"):
+        follow(client.session, box)
+    assert newest_checkpoint(client.session) == kept(client).parent / "checkpoints/3"
+
+
 def test_a_checkpoint_half_pulled_is_pulled_on(client: Client, box: Box, tmp_path: Path) -> None:
     row = checkpoint(client, 1, FILES)
     remote = f"milktea/{client.session.run_id}/checkpoints/1"
