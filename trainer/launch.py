@@ -1,5 +1,6 @@
 """What `milktea-train job.json` runs: checks and tokenises without torch, then starts trainer.train
-on every process. `milktea-train serve`, `chat` and `evaluate` become the modules of WORDS.
+on every process. `milktea-train serve`, `chat`, `evaluate` and `merge` become the modules of
+WORDS.
 
 `accelerate launch` starts one process or several, with one configuration for adapters on every
 process (DDP) and for a model in parts (FSDP2, trainer/loop/sharded.py). On several machines this
@@ -45,6 +46,7 @@ WORDS = {
     "serve": "trainer.serve.server",
     "chat": "trainer.serve.chat",
     "evaluate": "trainer.eval.score",
+    "merge": "trainer.result.merge",
 }
 MOVE_CONFIG = "move that file away: job.json says how to train, and [offer] on how many GPUs"
 

@@ -22,18 +22,27 @@ import torch
 
 from trainer.data.errors import InvalidJob
 from trainer.data.formats import Row
-from trainer.data.prepare import model_folder, prompt_ids
+from trainer.data.prepare import prompt_ids
 from trainer.eval import choices, likelihood, table
 from trainer.eval.choices import Question
 from trainer.eval.table import Side
 from trainer.model import decode
 from trainer.result.command import StatusLine, answer, parser_of
-from trainer.result.open import Chat, base_folder, here, load_model, open_words, rows_in, unpacked
-from trainer.wire.job import Job
+from trainer.result.open import (
+    NO_ANSWERS,
+    Chat,
+    base_folder,
+    base_of_result,
+    here,
+    load_model,
+    open_words,
+    result_of_run,
+    rows_in,
+    unpacked,
+)
 
 ROWS, NEW_TOKENS, SHOWN = 200, 256, 4
 BASE = "base"
-NO_ANSWERS = ("rm", "dpo", "kto")  # stages whose rows say which of answers is the better one
 
 
 @dataclass(frozen=True)
@@ -219,12 +228,7 @@ def _of_run(
     run: Path, base: Path | None, data: Path | None, job: Path | None
 ) -> tuple[Path, Path, Path | None, Path | None]:
     """(adapter, base, data, job.json) of a run folder. Raises InvalidJob."""
-    if not (run / "result" / "manifest.json").is_file():
-        raise InvalidJob(
-            f"{run.name} has no finished result",
-            hint=f"milktea-run train JOB.toml --run {run.name} goes on with it",
-        )
-    told = Job.model_validate_json((run / "job.json").read_bytes())
+    told, adapter = result_of_run(run)
     if data is None and (told.data.held_out is None or told.stage in NO_ANSWERS):
         why = "the job has no held_out rows"
         if told.data.held_out is not None:
@@ -232,8 +236,8 @@ def _of_run(
         raise InvalidJob(why, hint=f"milktea-run evaluate {run.name} DATA.json")
     if data is None and told.data.held_out is not None:
         data, job = run / told.data.held_out.path, run / "job.json"
-    folder = base or model_folder(told, run, weights=True)
-    return run / "result" / "adapter.zip", folder, data, job
+    folder = base or base_of_result(told, run)
+    return adapter, folder, data, job
 
 
 if __name__ == "__main__":

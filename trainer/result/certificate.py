@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +28,7 @@ from trainer.model.weights import weight_files
 MAX_SHARE, MAX_NOISE, MAX_TOKEN_NATS = 0.01, 2.0, 0.5
 MAX_TOKENS = 512  # of one text
 ROUND_BYTES = 1 << 30  # of what a model says of the texts of one round, in fp32
+GPU_BYTES = 3 << 30  # beside the weights: activations, what is said of one text, CUDA's own
 GENERAL = Path(__file__).parent / "general_texts.json"
 # two sums of the same numbers in another order differ by this much in fp32
 _ROUNDING_NATS = 1e-6
@@ -89,6 +92,20 @@ def certify(
     if why := _defect(numbers):
         raise NotCertified(why, numbers)
     return numbers
+
+
+def device_for(base: Path) -> str:
+    """Where `certify` computes a model of this folder: `cuda` where the first GPU's free memory
+    holds it in fp32, else `cpu`."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    values = 0
+    for path in weight_files(base):
+        with safe_open(path, "pt") as source:
+            shapes = [source.get_slice(name).get_shape() for name in source.keys()]  # noqa: SIM118
+        values += sum(math.prod(shape) for shape in shapes)
+    free, _ = torch.cuda.mem_get_info()
+    return "cuda" if free > 4 * values + GPU_BYTES else "cpu"
 
 
 def _rounds(rows: Sequence[Sequence[int]], base: Path) -> Iterator[list[Sequence[int]]]:

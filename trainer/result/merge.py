@@ -2,6 +2,7 @@
 No model is held in memory; of an adapted weight, one layer at a time.
 
     python -m trainer.result.merge ADAPTER --base MODEL --out FOLDER [--dtype bf16] [--data FILE]
+    python -m trainer.result.merge RUN_FOLDER --out FOLDER
 
 The layers and their deltas are PEFT's, on a model without storage; the names in the files are
 transformers' (`revert_weight_conversion`: the experts of a mixture are stored one by one). A merge
@@ -30,19 +31,25 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from trainer.data.render import examples
 from trainer.model.weights import weight_files
 from trainer.result.adapter import digest, merged_defect
-from trainer.result.certificate import NotCertified, certify
+from trainer.result.certificate import NotCertified, certify, device_for
 from trainer.result.command import StatusLine, answer, parser_of
-from trainer.result.open import base_folder, open_words, rows_in, unpacked
+from trainer.result.open import (
+    NO_ANSWERS,
+    TEXTS,
+    base_folder,
+    base_of_result,
+    result_of_run,
+    texts_of,
+    unpacked,
+)
 from trainer.result.words import TOKENIZER_FILES
 
 Tell = Callable[[str], None]  # is called with each line of progress
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PREFIX = "base_model.model."
 _MARGIN_BYTES = 256 << 20
-TEXTS = 64  # texts of the user's own in a certificate
 _WORDS = ("chat_template.jinja", "generation_config.json", "template.json", *TOKENIZER_FILES)
 
 
@@ -311,6 +318,7 @@ def certified_merge(
         "base_sha256": {name: digest(base / name) for name in shards_of(base)},
         "merge": merged,
         "files_sha256": files,
+        "files_bytes": {name: (out / name).stat().st_size for name in files},
     }
     try:
         made["numbers"] = certify(adapter, base, out, texts, device, tell)
@@ -322,20 +330,6 @@ def certified_merge(
         raise
     (out / "certificate.json").write_text(json.dumps(made, indent=1) + "\n")
     return made
-
-
-def texts_of(adapter: Path, base: Path, file: Path, job: Path | None = None) -> list[str]:
-    """The first TEXTS rows of `file`, question and answer as the adapter was trained on them.
-    Raises InvalidJob for rows that cannot be read, TemplateError."""
-    rows = rows_in(file, job)
-    data = open_words(adapter, base)
-    tokens, flag = data.vocabulary.special_tokens, data.rows.thinking
-    texts = [row.text for row in rows[:TEXTS] if row.text]
-    for row in rows[:TEXTS]:
-        if row.turns:
-            made = examples(data.template, row.turns, tokens, tools=row.tools, thinking=flag)
-            texts += ["".join(segment.text for segment in example.segments) for example in made]
-    return texts
 
 
 def certificate_text(out: Path, made: dict[str, Any]) -> str:
@@ -356,34 +350,43 @@ def certificate_text(out: Path, made: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = parser_of("trainer.result.merge", "Merge an adapter into its base, and prove it.")
-    parser.add_argument("adapter", type=Path, help="folder of the adapter, or adapter.zip")
-    parser.add_argument("--base", required=True, help="folder of the base model, or its hub id")
+    parser.add_argument("adapter", type=Path, help="an adapter's folder or zip, or a run folder")
+    parser.add_argument("--base", help="folder of the base model, or its hub id")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--data", type=Path, help="rows for the certificate, beside general texts")
     parser.add_argument("--job", type=Path, help="job.json, which says how --data is read")
-    arguments = parser.parse_args()
-    device, tell = "cuda" if torch.cuda.is_available() else "cpu", StatusLine()
+    parser.add_argument("--rows", type=int, default=TEXTS, help="the first ones of --data")
+    told, tell = parser.parse_args(), StatusLine()
 
     def work() -> dict[str, Any]:
-        base = base_folder(arguments.base)
-        with unpacked(arguments.adapter) as adapter:
+        given, base, data, job = told.adapter, told.base and base_folder(told.base), told.data, None
+        if (told.adapter / "job.json").is_file():
+            given, base, data = _of_run(told.adapter, base, data)
+            job = told.adapter / "job.json"
+        if base is None:
+            raise MergeError("--base is needed for an adapter that is no run folder")
+        with unpacked(given) as adapter:
             if not (adapter / "adapter_config.json").is_file():
-                raise MergeError(f"{arguments.adapter} is a whole model: nothing is to be merged")
-            texts = []
-            if arguments.data:
-                texts = texts_of(adapter, base, arguments.data, arguments.job)
+                raise MergeError(f"{given} is a whole model: nothing is to be merged")
+            texts = texts_of(adapter, base, data, told.job or job, told.rows) if data else []
             try:
                 made = certified_merge(
-                    adapter, base, arguments.out, arguments.dtype, texts, device, tell
+                    adapter, base, told.out, told.dtype, texts, device_for(base), tell
                 )
             finally:
                 tell.end()
-        return {"folder": str(arguments.out), **made}
+        return {"folder": str(told.out), **made}
 
-    return answer(
-        work, lambda made: certificate_text(arguments.out, made), arguments.json, (NotCertified,)
-    )
+    return answer(work, lambda made: certificate_text(told.out, made), told.json, (NotCertified,))
+
+
+def _of_run(run: Path, base: Path | None, data: Path | None) -> tuple[Path, Path, Path | None]:
+    """(adapter, base, rows) of a run folder. Raises InvalidJob, ModelMissing."""
+    job, adapter = result_of_run(run)
+    if data is None and job.data.held_out is not None and job.stage not in NO_ANSWERS:
+        data = run / job.data.held_out.path
+    return adapter, base or base_of_result(job, run), data
 
 
 if __name__ == "__main__":

@@ -23,9 +23,18 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from trainer.data.errors import InvalidJob
 from trainer.data.files import read_rows
 from trainer.data.formats import Row
-from trainer.data.prepare import Prepared, hub_folder, prompt_ids, reading_of, validate_rows
+from trainer.data.prepare import (
+    Prepared,
+    hub_folder,
+    model_folder,
+    prompt_ids,
+    reading_of,
+    validate_rows,
+)
+from trainer.data.render import examples
 from trainer.data.sources import Reading
 from trainer.data.template import TemplateError, Turn, load, parse, with_chat_template
 from trainer.data.tokenised import Rows
@@ -43,6 +52,8 @@ from trainer.wire.prompts import PEFT_TYPES
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
+NO_ANSWERS = ("rm", "dpo", "kto")  # stages whose rows say which of answers is the better one
+TEXTS = 64  # texts of the user's own in a certificate
 NF4_BLOCK = 64  # weights of one scale
 
 
@@ -255,3 +266,39 @@ def rows_in(file: Path, job: Path | None = None) -> list[Row]:
     rows, defects = read_rows([(file, file.name)], reading)
     validate_rows(defects)
     return rows
+
+
+def result_of_run(run: Path) -> tuple[Job, Path]:
+    """(its job, its adapter.zip) of a run folder. Raises InvalidJob where no result is finished."""
+    if not (run / "result" / "manifest.json").is_file():
+        raise InvalidJob(
+            f"{run.name} has no finished result",
+            hint=f"milktea-run train JOB.toml --run {run.name} goes on with it",
+        )
+    told = Job.model_validate_json((run / "job.json").read_bytes())
+    return told, run / "result" / "adapter.zip"
+
+
+def base_of_result(job: Job, run: Path) -> Path:
+    """The folder of the model on which the finished result of a run folder stands: the job's base,
+    or what its last stage made of it by merging adapters in. Raises ModelMissing."""
+    part, folder = job.parts()[-1]
+    if part.merged:
+        return run / folder / part.merged_base
+    return model_folder(job, run, weights=True)
+
+
+def texts_of(
+    adapter: Path, base: Path, file: Path, job: Path | None = None, most: int = TEXTS
+) -> list[str]:
+    """The first `most` rows of `file`, question and answer as the adapter was trained on them.
+    Raises InvalidJob for rows that cannot be read, TemplateError."""
+    rows = rows_in(file, job)
+    data = open_words(adapter, base)
+    tokens, flag = data.vocabulary.special_tokens, data.rows.thinking
+    texts = [row.text for row in rows[:most] if row.text]
+    for row in rows[:most]:
+        if row.turns:
+            made = examples(data.template, row.turns, tokens, tools=row.tools, thinking=flag)
+            texts += ["".join(segment.text for segment in example.segments) for example in made]
+    return texts

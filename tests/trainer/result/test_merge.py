@@ -256,12 +256,47 @@ def test_the_command_says_what_the_merge_is_worth(
     assert main() == 3 and "there is no folder" in capsys.readouterr().err
 
 
+def test_a_run_folder_says_adapter_base_and_rows_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    run = tmp_path / "run-1"
+    (run / "result").mkdir(parents=True)
+    base.rename(run / "model")
+    job = {"run_id": "run-1", "model": {"base": "tiny", "path": "model", "precision": "bf16"}}
+    data = [{"path": "data/a.json", "name": "a.json", "sha256": "0" * 64, "size_bytes": 1}]
+    (run / "job.json").write_text(json.dumps(job | {"data": {"files": data}}))
+    monkeypatch.setattr("sys.argv", ["merge", str(run), "--out", str(run / "merge/model")])
+    assert main() == 3 and "has no finished result" in capsys.readouterr().err
+    shutil.make_archive(str(run / "result/adapter"), "zip", adapter)
+    (run / "result/manifest.json").write_text("{}")
+    assert main() == 0 and "certificate: passed on" in capsys.readouterr().out
+    told = json.loads((run / "merge/model/certificate.json").read_text())
+    sizes = {name: (run / "merge/model" / name).stat().st_size for name in told["files_sha256"]}
+    assert told["files_bytes"] == sizes and sizes["model.safetensors"] > 1000
+
+
+def test_the_base_of_a_result_is_the_one_with_adapters_merged_into_it(tmp_path: Path) -> None:
+    from trainer.result.open import base_of_result
+    from trainer.wire.job import Job
+
+    one = {"path": "adapters/a", "name": "a", "sha256": "0" * 64}
+    data = {"files": [{"path": "d", "name": "d", "sha256": "0" * 64, "size_bytes": 1}]}
+    model = {"base": "tiny", "path": "model", "precision": "bf16"}
+    job = Job.model_validate({"run_id": "run-1", "model": model, "data": data, "merged": [one]})
+    assert base_of_result(job, tmp_path) == tmp_path / "merged"
+    chain = [{"name": "sft"}, {"name": "sft", "how": "merge"}]
+    told = {"run_id": "run-1", "model": model, "data": data, "stages": chain}
+    found = base_of_result(Job.model_validate(told), tmp_path)
+    assert found.resolve() == (tmp_path / "merged-1").resolve()
+
+
 def test_the_certificate_reads_the_users_rows_as_they_were_trained(tmp_path: Path) -> None:
     from trainer.data.prepare import Prepared
     from trainer.data.template import load
     from trainer.data.tokenised import Rows
     from trainer.data.tokens import open_vocabulary, stop_token, token_hash
-    from trainer.result.merge import texts_of
+    from trainer.result.open import texts_of
     from trainer.result.words import write_words
 
     base, adapter = tmp_path / "base", tmp_path / "adapter"
