@@ -7,7 +7,8 @@ one run of it, and `Result` what that run came to.
 from ops.declare.job import Job
 from ops.declare.result import Result
 from ops.declare.volume import Volume
-from ops.job.job_file import Data, Evaluate, Image, Limits, Model, OfferRequirements, Results
+from ops.job.afterwards import Evaluate, Results
+from ops.job.job_file import Data, Image, Limits, Model, OfferRequirements
 from trainer.wire.job import Lora, Training
 
 __all__ = [

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from ops.job.afterwards import Evaluate, PositiveFloat, Results
 from ops.job.notify import Notify
 from trainer.wire.job import (
     MOST_STAGES,
@@ -45,7 +46,6 @@ from trainer.wire.stages import (
 )
 from trainer.wire.tables import StageTable
 
-PositiveFloat = Annotated[float, Field(gt=0)]
 HELD_OUT_SHARE = 0.02  # of the rows, where data.held_out is left out
 MACHINE_HAS_OWN = "the machine has its own"
 LOADER_PREFIXES = ("LD_", "MILKTEA_", "PYTHON")  # variables that change how programs start
@@ -218,37 +218,6 @@ class Image(Strict):
         EnvironmentName | None,
         Field(description="Variable here that holds USER:TOKEN of a private image's registry"),
     ] = None
-
-
-class Evaluate(Strict):
-    """Scores on the held-out file, by the box, once the result is at home."""
-
-    rows: Annotated[Positive, Field(description="The first ones of data.held_out")] = 200
-    new_tokens: Annotated[Positive, Field(description="Of one answer at most")] = 256
-    minutes: Annotated[
-        PositiveFloat, Field(description="At most; the plan prices them, and the box is let go")
-    ] = 15.0
-
-    def asked(self) -> dict[str, Any]:
-        """As a plan has it."""
-        return {"rows": self.rows, "new_tokens": self.new_tokens, "seconds": self.minutes * 60}
-
-
-class Results(Strict):
-    folder: Annotated[Path, Field(description="RUN/adapter.zip and its report go there")] = Path(
-        "../out"
-    )
-    then_chat_minutes: Annotated[
-        Annotated[float, Field(ge=1)] | None,
-        Field(
-            description="Once the result is at home, its machine serves it to talk to for so long, "
-            "or until `milktea stop`; left out, the machine is destroyed at once"
-        ),
-    ] = None
-
-    @property
-    def talk_s(self) -> float:
-        return (self.then_chat_minutes or 0.0) * 60
 
 
 class JobFile(Strict, Sections):

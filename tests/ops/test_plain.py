@@ -67,13 +67,13 @@ def test_no_answer_of_the_model_steers_the_terminal_at_the_end(
     from pathlib import Path
 
     from ops.api import Run
-    from ops.cli.app import _last_lines
+    from ops.cli.ending import last_lines
 
     odd = CLIPBOARD + CLEAR + C1 + BIDI + "\ud800"
     screen = Terminal(Console(file=io.StringIO()))
     screen.samples.append(events.Sample(t=1, prompt=odd, expected=odd, before=odd, after=odd))
     finished = Path(__file__).parent / "run/runs_of_0_1/stub-20261126-141035-f0e0"
-    _last_lines(Run(finished), screen, as_json=False)
+    last_lines(Run(finished), screen, as_json=False)
     told = capsys.readouterr().out
     assert told.count("52;c;ZXZpbA==") == 3
     assert not {"\x1b", "\x07", "\x9b", "\u202e", "\ud800"} & set(told)

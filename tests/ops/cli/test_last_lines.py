@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from ops.api import Run
-from ops.cli.app import _last_lines
+from ops.cli.ending import last_lines
 from ops.cli.screen import Terminal
 
 TESTS = Path(__file__).parents[2]
@@ -36,5 +36,5 @@ def test_a_result_is_shown_with_what_to_type_to_talk_to_it(
     installed.mkdir(parents=True)
     (installed / "milktea").touch()
     monkeypatch.setattr("sys.executable", str(installed / "python"))
-    _last_lines(Run(run), Terminal(Console(file=io.StringIO())), as_json=False)
+    last_lines(Run(run), Terminal(Console(file=io.StringIO())), as_json=False)
     assert ("\ntalk      .venv/bin/milktea serve mine " in capsys.readouterr().out) == said
