@@ -129,6 +129,9 @@ class Terminal:
             case events.HeldOut():
                 right = f"{event.accuracy:.1%} of its tokens right"
                 self._say(f"held out  step {event.step}: loss {event.loss:.4f}, {right}")
+            case events.Measured():
+                for name, (before, after) in event.numbers.items():
+                    self._say(f"measured  {name}: {before:.4g} before, {after:.4g} after")
             case events.Warned():
                 self._say(f"warning   {event.message}")
             case _:

@@ -45,6 +45,7 @@ from trainer.wire.stages import STAGES
 log = logging.getLogger(__name__)
 
 HOST = torch.device("cpu")
+CHRF = "chrF of longer answers"
 LEAK, LEAK_INT8 = 0.01, 0.05  # of a hidden state that another document may change
 
 
@@ -190,8 +191,9 @@ class Stage(stage.Stage):
 
     def finish(self, model: nn.Module, state: checkpoint.State, reporter: Reporter) -> str:
         scored = self._score(model, reporter)
-        score = (scored.before, scored.after) if scored.rows else None
-        return self.write(model, state, {}, scored.samples, score)
+        score = scored.exact if scored.rows else None
+        more = {"held_out": {CHRF: scored.chrf}} if scored.long_rows else {}
+        return self.write(model, state, more, scored.samples, score)
 
     def write(
         self,
@@ -231,6 +233,9 @@ class Stage(stage.Stage):
         for sample in scored.samples:
             reporter.event(events.Sample, **sample)
         if scored.rows:
-            match = {"exact_match_before": scored.before, "exact_match_after": scored.after}
+            match = {"exact_match_before": scored.exact[0], "exact_match_after": scored.exact[1]}
             reporter.event(events.Score, rows=scored.rows, **match)
+        if scored.long_rows:
+            numbers = {CHRF: scored.chrf}
+            reporter.event(events.Measured, rows=scored.long_rows, numbers=numbers)
         return scored

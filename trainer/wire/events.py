@@ -83,7 +83,7 @@ class Sample(_Event):
 
 
 class Score(_Event):
-    """Exact match over the held-out rows, 0 to 1."""
+    """Exact match over the held-out rows whose answers are short, 0 to 1."""
 
     event: Literal["score"] = "score"
     rows: Count
