@@ -344,8 +344,13 @@ def _content(
         type(content) is list
         and content
         and all(type(p) is tuple and dict(p).get("type") == "text" for p in content)
-    ):
-        content = "".join(str(dict(p).get("text", "")) for p in content)  # OpenAI's content parts
+    ):  # OpenAI's content parts
+        texts: list[Any] = [dict(p).get("text") for p in content]
+        for n, text in enumerate(texts):
+            if type(text) is not str:
+                problems.append(((*place, tag, n), "has no text", "write a text, or drop the part"))
+                return ""
+        content = "".join(texts)
     if content is None:
         problems.append((place, f"the turn has no {tag!r}", f"add {tag!r}"))
     elif type(content) is not str:

@@ -125,8 +125,11 @@ def test_a_system_column_is_the_first_turn(tmp_path: Path, name: str) -> None:
 
 
 def test_two_halves_of_a_conversation_are_one(tmp_path: Path) -> None:
-    row = read(tmp_path, {"prompt": [U("Hi")], "completion": [A("Hello")]})
-    assert row.turns == (Turn("user", "Hi"), Turn("assistant", "Hello"))
+    for row in (
+        {"prompt": [U("Hi")], "completion": [A("Hello")]},
+        {"prompt": "Hi", "response": "Hello"},
+    ):
+        assert read(tmp_path, row).turns == (Turn("user", "Hi"), Turn("assistant", "Hello"))
 
 
 REFUSED = {  # row -> what the one defect says
@@ -160,6 +163,21 @@ REFUSED = {  # row -> what the one defect says
         "chat",
     ),
     "an unfilled name": ({"instruction": "hi", "output": "I am {{name}}."}, "output"),
+    "a system prompt as a number": ({"instruction": "1", "output": "2", "system": 3}, "system"),
+    "a system prompt beside a text": ({"text": "1", "system": "2"}, "system"),
+    "a blank question": ({"instruction": "", "input": "  ", "output": "2"}, "instruction"),
+    "three texts as a pair": (
+        {"instruction": "1", "output": "2", "history": [["a", "b", "c"]]},
+        "history[0]",
+    ),
+    "a pair with a number": (
+        {"instruction": "1", "output": "2", "history": [["a", 1]]},
+        "history[0]",
+    ),
+    "a content part without a text": (
+        {"messages": [U([{"type": "text", "text": None}]), A("2")]},
+        "messages[0].content[0]",
+    ),
     "a call that is no JSON": (
         {"conversations": [H("w?"), {"from": "function_call", "value": "call w"}, G("x")]},
         "conversations[1].value",
@@ -187,6 +205,14 @@ def test_other_fields_are_counted_and_told_once_by_name(tmp_path: Path) -> None:
     assert report.ok and report.notes == [
         "a.jsonl: nothing reads the fields mood (3 rows), id (2 rows), source (2 rows)"
     ]
+
+
+def test_one_of_two_system_columns_is_read_where_the_job_names_it(tmp_path: Path) -> None:
+    row = {"prompt": "1", "completion": "2", "persona": "pirate"}
+    columns = {"system": "persona"}
+    assert read(tmp_path, row, columns=columns).turns[0] == Turn("system", "pirate")
+    (defect,) = defects_of(tmp_path, row | {"system_prompt": "other"}, columns=columns)
+    assert ": system_prompt: " in defect
 
 
 KINDS = {
