@@ -419,7 +419,11 @@ def engine_says(tmp_path: Path, run: Callable) -> Callable[..., subprocess.Compl
         }.items():
             (folder / name).write_text(f"#!/bin/sh\n{text}\n")
             (folder / name).chmod(0o755)
-        environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path)} | env
+        environment = {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "HOME": str(tmp_path),
+            "MILKTEA_TURN": str(tmp_path / "turn"),
+        } | env
         return subprocess.run(
             ["sh", str(tmp_path / "prefix" / "bin" / "milktea-run"), *arguments],
             capture_output=True,
@@ -449,6 +453,28 @@ def test_two_users_do_not_get_the_same_gpu(
     assert (
         done.returncode == 0 and " --gpus all " in (tmp_path / "asked").read_text().splitlines()[-1]
     )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "processes"),
+    [("all", "--gpus all", ""), ("none", "", ""), ("1,0", '--gpus "device=1,0"', " 2")],
+)
+def test_gpus_are_a_number_a_list_all_or_none(
+    engine_says: Callable, job_folder: Path, tmp_path: Path, gpus: str, given: str, processes: str
+) -> None:
+    done = engine_says("train", str(job_folder / "job.toml"), "--gpus", gpus, "--detach")
+    assert done.returncode == 0, done.stderr
+    *_, convert, start = (tmp_path / "asked").read_text().splitlines()
+    assert given in start and ("--gpus" in start) == bool(given)
+    assert re.search(r" run \S+ \S+(.*)$", convert)[1] == processes  # type: ignore[index]
+
+
+@pytest.mark.parametrize("gpus", ["two", "0", "1,", "-1", "1;2"])
+def test_gpus_that_are_no_number_are_refused(
+    engine_says: Callable, job_folder: Path, gpus: str
+) -> None:
+    done = engine_says("train", str(job_folder / "job.toml"), "--gpus", gpus)
+    assert done.returncode == 2 and f"--gpus {gpus} is neither a number" in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--run"])

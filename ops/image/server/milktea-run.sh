@@ -1,7 +1,7 @@
 #!/bin/sh
 # Trains, talks and scores inside the installed image: no network, read-only image, GPUs, your own user, shared memory for
 # several GPUs. The job files are the same as for renting. Needs sh, docker and coreutils.
-# shellcheck shell=dash
+# shellcheck shell=dash disable=SC2015,SC2046,SC2086,SC2116
 set -u
 
 usage() {
@@ -38,13 +38,12 @@ refuse() {
     exit 2
 }
 
-# bin/milktea-run lies in PREFIX/bin.
 PREFIX=${MILKTEA_PREFIX:-$(cd "$(dirname "$0")/.." && pwd)}
 DOCKER=${DOCKER:-$(if command -v docker >/dev/null 2>&1 || ! command -v podman >/dev/null 2>&1; then echo docker; else echo podman; fi)}
 RUNS=${MILKTEA_RUNS:-$(pwd)/milktea}
 GPUS=${MILKTEA_GPUS:-all}
 DRY=${MILKTEA_DRY_RUN:-}
-DETACHED='' NAMED='' NETWORK=none
+DETACHED='' NAMED='' NETWORK=none TURN=${MILKTEA_TURN:-/tmp/milktea-turn}
 
 current_image() {
     local _name _key _ref
@@ -55,7 +54,7 @@ current_image() {
 
 # GPUs by the toolkit's runtime, or by CDI; none where the image or the server has none.
 gpu_flags() {
-    local _cdi _list _g
+    local _cdi _g
     [ "$GPUS" = none ] && return
     case $($DOCKER info --format '{{json .Runtimes}}' 2>/dev/null) in
         *nvidia*)
@@ -65,10 +64,9 @@ gpu_flags() {
     for _cdi in /etc/cdi/*nvidia* /var/run/cdi/*nvidia*; do
         [ -f "$_cdi" ] || continue
         case $GPUS in
-            all) echo "--device nvidia.com/gpu=all" ;;
-            device=*) _list=${GPUS#device=}; while [ -n "$_list" ]; do echo "--device nvidia.com/gpu=${_list%%,*}"; case $_list in *,*) _list=${_list#*,} ;; *) _list= ;; esac; done ;;
-            *) _g=0; while [ "$_g" -lt "$GPUS" ]; do echo "--device nvidia.com/gpu=$_g"; _g=$((_g + 1)); done ;;
+            all) set -- all ;; device=*) set -- $(echo "${GPUS#device=}" | tr , ' ') ;; *) set -- $(seq 0 $((GPUS - 1))) ;;
         esac
+        for _g; do echo "--device nvidia.com/gpu=$_g"; done
         return
     done
 }
@@ -88,7 +86,7 @@ python_cache() {
 
 # inside EXTRA... -- PROGRAM ARGUMENTS...: the one way into the image. EXTRA are more docker options.
 inside() {
-    local _gpus _image _options _init _i _program _a _python _zone
+    local _gpus _image _options _init _program='' _a _python _zone
     _image=$(current_image) || exit 2
     _python=$(python_cache "$_image")
     mkdir -p "$RUNS/cache"
@@ -106,30 +104,24 @@ inside() {
     if [ -n "$DETACHED" ]; then _options="$_options -d"; elif [ -t 0 ] && [ -t 1 ]; then _options="$_options -i -t"; else _options="$_options -i"; fi
     if [ -n "$NAMED" ]; then _options="$_options --name $NAMED --label milktea.run=$NAMED --label milktea.gpus=${GPUS#device=}"; fi
     _zone=$(readlink /etc/localtime) && _options="$_options -e TZ=${_zone##*zoneinfo/}"
-    _i=$#
-    _program=
-    while [ "$_i" -gt 0 ]; do # rotate the arguments: EXTRA first, then the image, then the program
-        _a=$1
+    for _a; do # EXTRA stays in front; ours, the image and the program come behind it
         shift
-        _i=$((_i - 1))
-        if [ "$_a" = -- ] && [ -z "$_program" ]; then
-            _program=$1
-            shift
-            _i=$((_i - 1))
-            set -- "$@" -e HOME=/tmp -e USER=milktea -e LOGNAME=milktea -e PYTHONPATH=/tools -e "MILKTEA_MODELS=$PREFIX/models" \
-                -e "TRITON_CACHE_DIR=$RUNS/cache/triton" -e "TORCHINDUCTOR_CACHE_DIR=$RUNS/cache/inductor" \
-                ${_python:+-e "PYTHONPYCACHEPREFIX=$_python"} \
-                -v "$PREFIX/tools:/tools:ro" -v "$PREFIX/models:$PREFIX/models:ro" -v "$RUNS:$RUNS" --entrypoint "$_program" "$_image"
-        else
-            set -- "$@" "$_a"
-        fi
+        case $_program-$_a in
+            ---) _program=next ;;
+            next-*)
+                _program=$_a
+                set -- "$@" -e HOME=/tmp -e USER=milktea -e LOGNAME=milktea -e PYTHONPATH=/tools -e "MILKTEA_MODELS=$PREFIX/models" \
+                    -e "TRITON_CACHE_DIR=$RUNS/cache/triton" -e "TORCHINDUCTOR_CACHE_DIR=$RUNS/cache/inductor" \
+                    ${_python:+-e "PYTHONPYCACHEPREFIX=$_python"} \
+                    -v "$PREFIX/tools:/tools:ro" -v "$PREFIX/models:$PREFIX/models:ro" -v "$RUNS:$RUNS" --entrypoint "$_program" "$_image" ;;
+            *) set -- "$@" "$_a" ;;
+        esac
     done
     if [ -n "${MILKTEA_CUDA_COMPAT:-}" ]; then set -- -v "$MILKTEA_CUDA_COMPAT:/cuda-compat:ro" -e LD_LIBRARY_PATH=/cuda-compat "$@"; fi
     if [ -n "$DRY" ]; then
         echo "docker run" $_options "$@"
         return
     fi
-    # shellcheck disable=SC2086
     $DOCKER run $_options "$@"
 }
 
@@ -145,19 +137,41 @@ run_name() {
 container_of() { printf 'milktea-%s-%s' "$1" "$(printf %s "$RUNS" | sha256sum | cut -c 1-8)"; } # container_of RUN: one a folder of runs
 
 runs_now() { $DOCKER ps --filter label=milktea.run --format '{{.Label "milktea.run"}} {{.Label "milktea.gpus"}}' 2>/dev/null; } # NAME GPUS
+trains() { case "$(runs_now)" in *"$(container_of "$1") "*) ;; *) return 1 ;; esac; } # trains RUN: its container is there
+
+# take_turn: one run at a time, of every user of this server, from its look at the GPUs until its container shows which it has.
+# flock lets go for a holder that dies; where it is missing, a folder is the lock, and is nobody's when it is five minutes old.
+take_turn() {
+    local _n=0 _began
+    (umask 0; mkdir "$TURN") 2>/dev/null
+    if command -v flock >/dev/null 2>&1; then
+        exec 9<"$TURN"
+        flock -w 600 9 || refuse "another run has been starting for ten minutes" "fuser -v $TURN names its process"
+        return
+    fi
+    until mkdir "$TURN/taken" 2>/dev/null; do
+        _began=$(stat -c %Y "$TURN/taken" 2>/dev/null) && [ $(($(date +%s) - _began)) -gt 300 ] && rmdir "$TURN/taken" 2>/dev/null
+        [ $((_n += 1)) -lt 600 ] || refuse "another run has been starting for ten minutes" "rmdir $TURN/taken, if none is"
+        sleep 1
+    done
+    trap 'rmdir "$TURN/taken" 2>/dev/null' EXIT
+    trap 'exit 143' INT TERM HUP
+}
 
 # lease_gpus SHARE: GPUs that no run has. Two users of one server do not get the same card.
 lease_gpus() {
-    local _name _theirs _taken='' _free='' _n _all
+    local _name _theirs _taken='' _free='' _n _all _s=${MILKTEA_PATIENCE_S:-60}
     [ "$GPUS" != none ] && [ -n "$(gpu_flags)" ] || return 0
     command -v nvidia-smi >/dev/null 2>&1 || return 0
-    _all=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null) || return 0
-    runs_now >"$RUNS/.leases.$$"
+    _all=$(timeout -k 5 "$_s" nvidia-smi --query-gpu=index --format=csv,noheader </dev/null 2>&1 || echo "exit code $? (124: no answer within $_s s)")
+    case $(echo $_all) in '' | *[!0-9\ ]*) refuse "nvidia-smi does not list the GPUs: $(echo $_all | cut -c 1-200)" "dmesg | grep NVRM names the driver's error; --gpus none trains without" ;; esac
+    take_turn
     while read -r _name _theirs; do
         if [ "$_theirs" = all ]; then _theirs=$(echo "$_all" | tr '\n' ,); fi
-        [ "$_theirs" = none ] || _taken="$_taken,$_theirs"
-    done <"$RUNS/.leases.$$"
-    rm -f "$RUNS/.leases.$$"
+        [ "${_theirs:-none}" = none ] || _taken="$_taken,$_theirs"
+    done <<LIST
+$(runs_now)
+LIST
     for _n in $_all; do case $_taken, in *,"$_n",*) ;; *) _free="$_free $_n" ;; esac; done
     case $GPUS in
         all) [ -n "$1" ] || [ -z "$_taken" ] || refuse "GPUs$(echo "$_taken" | tr , ' ') are in use by other runs" "--gpus N takes N free ones (free:${_free:- none}), milktea-run status says whose, --share takes all the same" ;;
@@ -166,17 +180,14 @@ lease_gpus() {
                 case $_taken, in *,"$_n",*) refuse "GPU $_n is in use by another run" "choose another (free:${_free:- none}), or --share" ;; esac
             done ;;
         *)
-            # shellcheck disable=SC2086
             set -- "$GPUS" $_free
             [ $# -gt "$1" ] || refuse "$1 GPUs are wanted, free are:${_free:- none}" "wait, milktea-run status says for whom; or --share with --gpus all"
-            _n=$1 _free=''
-            while [ "$_n" -gt 0 ]; do shift; _free="$_free${_free:+,}$1"; _n=$((_n - 1)); done
-            GPUS=device=$_free ;;
+            GPUS=device=$(echo $_free | cut -d ' ' -f "1-$GPUS" | tr ' ' ,) ;;
     esac
 }
 
 train() {
-    local _job _processes='' _run='' _folder _named _p _at _quiet='' _share=''
+    local _job _processes='' _run='' _folder _named _p _at _quiet='' _share='' _code
     [ $# -ge 1 ] || { usage >&2; exit 2; }
     _job=$(absolute "$1") && [ -f "$_job" ] || refuse "$1 does not exist" "ls *.toml"
     shift
@@ -184,7 +195,11 @@ train() {
         case $1-${2:-} in --gpus- | --run-) refuse "$1 wants a value" "milktea-run --help" ;; esac
         case $1 in
             --gpus)
-                case $2 in *,*) GPUS=device=$2 _processes=$(echo "$2" | tr , '\n' | wc -l) ;; *) GPUS=$2 _processes=$2 ;; esac
+                case $2 in
+                    all | none) GPUS=$2 ;;
+                    *[!0-9,]* | ,* | *, | *,,* | 0) refuse "--gpus $2 is neither a number of GPUs nor a list of them" "--gpus 2 takes two free ones, --gpus 0,1 these" ;;
+                    *,*) GPUS=device=$2 _processes=$(echo "$2" | tr , '\n' | wc -l) ;; *) GPUS=$2 _processes=$2 ;;
+                esac
                 shift 2 || exit 2 ;;
             --run) _run=$2; shift 2 || exit 2 ;;
             --detach) _quiet=yes; shift ;; --share) _share=yes; shift ;;
@@ -197,7 +212,7 @@ train() {
     if [ -f "$_at/job.toml" ] && [ "$(sha256sum <"$_job")" != "$(sha256sum <"$_at/job.toml")" ]; then
         refuse "run $_run was begun with another $(basename "$_job"): $_at/job.toml" "give the changed job a new name with --run, or restore the old one"
     fi
-    case " $(runs_now | tr '\n' ' ')" in *" $(container_of "$_run") "*) refuse "run $_run trains already" "milktea-run logs -f $_run" ;; esac
+    ! trains "$_run" || refuse "run $_run trains already" "milktea-run logs -f $_run"
     # first ask which files the job names, then mount exactly these, read-only, under the paths that they have here
     _named=$(DRY='' GPUS=none inside -v "$_folder:$_folder:ro" -- python3 /tools/job_from_toml.py paths "$_job") || exit $?
     set -- -v "$_folder:$_folder:ro"
@@ -211,13 +226,12 @@ LIST
         echo "run $_run goes on from its last checkpoint"
     else
         [ -n "$DRY" ] || mkdir -p "$_at"
-        # shellcheck disable=SC2086
         GPUS=none inside "$@" -- python3 /tools/job_from_toml.py run "$_job" "$_at" $_processes || { rmdir "$_at" 2>/dev/null; exit 2; }
         [ -n "$DRY" ] || { cp "$_job" "$_at/job.toml" && current_image >"$_at/image"; }
     fi
-    lease_gpus "$_share"
     NAMED=$(container_of "$_run") DETACHED=yes
-    _p=$(inside "$@" -w "$_at" -- python3 /tools/run_job.py 2>&1) || { echo "$_p" >&2; exit 1; }
+    # the end of this inner shell ends its turn
+    _p=$(lease_gpus "$_share"; inside "$@" -w "$_at" -- python3 /tools/run_job.py 2>&1 9<&-) || { _code=$?; [ -z "$_p" ] || echo "$_p" >&2; exit $_code; }
     [ -z "$DRY" ] || { echo "$_p"; return; }
     echo "run $_run: $_at    (milktea-run logs -f $_run, milktea-run stop $_run)"
     [ -z "$_quiet" ] || return 0
@@ -228,7 +242,7 @@ LIST
 
 ended() { # ended RUN: how it ended; waits for the container to be gone
     local _code
-    while [ -n "$($DOCKER ps -q --filter "name=^$(container_of "$1")\$" 2>/dev/null)" ]; do sleep 1; done
+    while trains "$1"; do sleep 1; done
     _code=$(cat "$RUNS/$1/exit_code" 2>/dev/null) || refuse "run $1 ended without an exit code: the engine or this server stopped it" "milktea-run train JOB.toml --run $1 goes on from its last checkpoint"
     [ "$_code" != 0 ] || echo "adapter: $RUNS/$1/result/adapter.zip"
     return "$_code"
@@ -253,16 +267,14 @@ logs() {
     local _follow='' _at
     if [ "${1:-}" = -f ]; then _follow=yes; shift; fi
     _at=$(run_folder "${1:-}") || exit 2
-    if [ -n "$_follow" ] && [ -n "$($DOCKER ps -q --filter "name=^$(container_of "${_at##*/}")\$" 2>/dev/null)" ]; then
+    if [ -n "$_follow" ] && trains "${_at##*/}"; then
         $DOCKER logs -f "$(container_of "${_at##*/}")" 2>&1
         ended "${_at##*/}"
     else cat "$_at/log.txt"; fi
 }
 
 stop() {
-    local _at
-    _at=$(run_folder "${1:-}") || exit 2
-    $DOCKER stop -t 600 "$(container_of "${_at##*/}")" >/dev/null 2>&1 || refuse "run $1 does not train" "milktea-run status"
+    $DOCKER stop -t 600 "$(container_of "${AT##*/}")" >/dev/null 2>&1 || refuse "run $1 does not train" "milktea-run status"
     echo "run $1 stopped; milktea-run train JOB.toml --run $1 goes on"
 }
 
@@ -340,56 +352,43 @@ run_folder() { # run_folder RUN: its folder, by its name, what --run called it, 
     else refuse "there is no run $1 under $RUNS" "milktea-run status"; fi
 }
 
-# The base model of a run, where it is a folder of this server and not among the installed models, which are mounted always.
-model_folder() {
-    local _m
-    _m=$(readlink "$1/model") || return 0
-    case $_m in "$PREFIX/models"/*) ;; *) [ ! -d "$_m" ] || echo "$_m" ;; esac
-}
-
-# on_run FOLDER FILE MODULE ARGUMENTS...: a module of the trainer over what a run made; FILE is one more to read, or ''.
+# on_run FILE MODULE ARGUMENTS...: a module of the trainer over what the run in AT made; FILE is one more to read, or ''.
 # What a result can do is one function here that calls this.
 on_run() {
-    local _at=$1 _file=$2 _module=$3 _model
-    shift 3
-    _model=$(model_folder "$_at")
-    inside ${_model:+-v "$_model:$_model:ro"} ${_file:+-v "$_file:$_file:ro"} -v "$_at:$_at" -w "$_at" -- python3 -m "$_module" "$@"
+    local _file=$1 _module=$2 _model
+    shift 2
+    _model=$(readlink "$AT/model") # the installed models are mounted always
+    case $_model in "$PREFIX/models"/*) _model='' ;; *) [ -d "$_model" ] || _model='' ;; esac
+    inside ${_model:+-v "$_model:$_model:ro"} ${_file:+-v "$_file:$_file:ro"} -v "$AT:$AT" -w "$AT" -- python3 -m "$_module" "$@"
 }
 
 chat() {
-    local _at
-    _at=$(run_folder "${1:-}") || exit 2
     shift
     if [ $# -gt 0 ]; then set -- --prompt "$*"; fi
-    on_run "$_at" '' trainer.serve.chat "$_at/result/adapter.zip" --base "$_at/model" "$@"
+    on_run '' trainer.serve.chat "$AT/result/adapter.zip" --base "$AT/model" "$@"
 }
 
 serve() { # the only container with a network: a browser must reach it
-    local _at='' _n=$# _f _listen=${MILKTEA_LISTEN:-127.0.0.1:8014} _name=${MILKTEA_NAME:-} _pem=${MILKTEA_CERTIFICATE:+$(absolute "$MILKTEA_CERTIFICATE")}
-    [ $# -ge 1 ] || { usage >&2; exit 2; }
-    while [ "$_n" -gt 0 ]; do _f=$(run_folder "$1") || exit 2; shift; set -- "$@" "${_f##*/}=$_f/result/adapter.zip"; _at=${_at:-$_f} _n=$((_n - 1)); done
-    [ -n "$DRY" ] || [ -s "$_at/token" ] || (umask 077; head -c 32 /dev/urandom | sha256sum | cut -c 1-43 >"$_at/token")
-    NETWORK="bridge -p $_listen:${_listen##*:}" on_run "$_at" "$_pem" trainer.serve.server --base "$_at/model" --host 0.0.0.0 \
-        --port "${_listen##*:}" --name "${_name:-${_listen%:*}}" --token-file "$_at/token" ${_pem:+--certificate "$_pem"} --feedback "$_at" "$@"
+    local _n=$# _f _listen=${MILKTEA_LISTEN:-127.0.0.1:8014} _name=${MILKTEA_NAME:-} _pem=${MILKTEA_CERTIFICATE:+$(absolute "$MILKTEA_CERTIFICATE")}
+    while [ "$_n" -gt 0 ]; do _f=$(run_folder "$1") || exit 2; shift; set -- "$@" "${_f##*/}=$_f/result/adapter.zip"; _n=$((_n - 1)); done
+    [ -n "$DRY" ] || [ -s "$AT/token" ] || (umask 077; head -c 32 /dev/urandom | sha256sum | cut -c 1-43 >"$AT/token")
+    NETWORK="bridge -p $_listen:${_listen##*:}" on_run "$_pem" trainer.serve.server --base "$AT/model" --host 0.0.0.0 \
+        --port "${_listen##*:}" --name "${_name:-${_listen%:*}}" --token-file "$AT/token" ${_pem:+--certificate "$_pem"} --feedback "$AT" "$@"
 }
 
 evaluate() {
-    local _at _data=''
-    _at=$(run_folder "${1:-}") || exit 2
+    local _data=''
     [ $# = 1 ] || _data=$(absolute "$2") && [ -z "$_data" ] || [ -f "$_data" ] || refuse "$2 does not exist" "ls"
-    on_run "$_at" "$_data" trainer.eval.score "$_at" ${_data:+"$_data"}
+    on_run "$_data" trainer.eval.score "$AT" ${_data:+"$_data"}
 }
 
-merge() {
-    local _at
-    _at=$(run_folder "${1:-}") || exit 2
-    on_run "$_at" '' trainer.result.merge "$_at/result/adapter.zip" --base "$_at/model" --out "$_at/merged-${2:-bf16}" --dtype "${2:-bf16}"
-}
+merge() { on_run '' trainer.result.merge "$AT/result/adapter.zip" --base "$AT/model" --out "$AT/merged-${2:-bf16}" --dtype "${2:-bf16}"; }
 
 command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
-    train | chat | serve | evaluate | merge | status | logs | stop | images | rollback | prune | uninstall) $command "$@" ;;
+    train | status | logs | images | rollback | prune | uninstall) $command "$@" ;;
+    stop | chat | serve | evaluate | merge) AT=$(run_folder "${1:-}") || exit 2; $command "$@" ;;
     use) [ -f "$PREFIX/state/${1:-}" ] && echo "$1" >"$PREFIX/state/default" || refuse "no image ${1:-} is installed" "milktea-run images" ;;
     launch) inside -v "$(pwd):$(pwd)" -w "$(pwd)" -- accelerate launch "$@" ;;
     check) check "$@" ;;
