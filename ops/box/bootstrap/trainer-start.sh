@@ -9,6 +9,11 @@ done
 if [ ! -e ../venv.ready ]; then
   printf '{"t": %s, "event": "loading", "what": "installing what the trainer imports"}\n' "$(date +%s)" >>events.jsonl
   "$py" -m venv --system-site-packages ../venv
+  # Of an image's Python that is a venv itself, a new venv sees what lies below it, and no torch.
+  "$py" -c 'import site, sys
+for path in site.getsitepackages() if sys.prefix != sys.base_prefix else []:
+    print(f"import site; site.addsitedir({path!r})")' >image.pth
+  mv image.pth ../venv/lib/python3*/site-packages/
   ../venv/bin/python -m pip install -q --disable-pip-version-check \
     --no-deps --require-hashes -r trainer-requirements.txt
   touch ../venv.ready

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,22 @@ def test_a_port_that_is_none_is_refused(line: str) -> None:
     assert serving.port_of('{"api": "http://127.0.0.1:8014/v1"}') == 8014
     with pytest.raises(ValueError):
         serving.port_of(line)
+
+
+@pytest.mark.slow
+def test_a_trainer_that_was_pushed_finds_the_torch_of_an_image_whose_python_is_a_venv(
+    tmp_path: Path,
+) -> None:
+    image, run = tmp_path / "image", tmp_path / "box/run"
+    (run / "trainer").mkdir(parents=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", image], check=True)
+    (packages,) = image.glob("lib/python3*/site-packages")
+    (packages / "torch.py").write_text("")
+    (run / "trainer/launch.py").write_text("import torch; print(torch.__file__)")
+    (run / "trainer-requirements.txt").write_text("# nothing more\n")
+    start = Path(scripts.__file__).parent / "bootstrap/trainer-start.sh"
+    done = subprocess.run(
+        ["sh", start], cwd=run, env={"PATH": f"{image}/bin:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(packages / "torch.py"), done.stderr
