@@ -33,6 +33,7 @@ TRIES = 6  # of one call that is not answered
 FIRST_WAIT_S = 2.0  # before the second try; twice as long before each further one
 AROUND_MESSAGE = 16  # tokens that a template may put around one, at most
 DOWN, MISSED = 40, 8  # points, one for a call that is refused, 8 for one not answered: it is down
+GO_ON = "the same command again goes on and pays for none of them twice"
 
 
 class Stopped(Exception):
@@ -62,7 +63,8 @@ class Calls:
     ) -> None:
         self.endpoint, self.spent, self._max = endpoint, Spent(), max_usd
         self._answers: dict[str, Answer] = {}
-        self._reserved, self._sending, self._down, self._why = 0.0, 0, 0, ""
+        self._reserved, self._sending, self._down = 0.0, 0, 0
+        self._why, self._hint = "", ""
         self._changed, self._own, self._clock = threading.Condition(), threading.local(), clock
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = path.open("a+b", buffering=0)
@@ -134,15 +136,22 @@ class Calls:
 
     # -- the purse ---------------------------------------------------------------------------------
 
-    def stop(self, why: str) -> None:
-        """No call is sent any more; those on their way are waited for. The first reason stays."""
+    def stop(self, why: str, hint: str = GO_ON) -> None:
+        """No call is sent any more; those on their way are waited for. The first reason stays, and
+        what to type next with it."""
         with self._changed:
-            self._why = self._why or why
+            if not self._why:
+                self._why, self._hint = why, hint
             self._changed.notify_all()
 
     @property
     def why_stopped(self) -> str:
         return self._why
+
+    @property
+    def what_next(self) -> str:
+        """What to type after the work ended early."""
+        return self._hint
 
     def _reserve(self, call: str, worst: float) -> None:
         with self._changed:
@@ -156,6 +165,7 @@ class Calls:
                         f"the next call may cost ${worst:.4f}, and ${self.spent.usd:.4f} of "
                         f"${self._max:.4f} are spent"
                     )
+                    self._hint = f"--max-usd with more, and {GO_ON}"
                     self._changed.notify_all()
                     raise Stopped(self._why)
                 self._changed.wait()
@@ -194,7 +204,8 @@ class Calls:
             except NotAnswered as e:
                 self._lost(call, worst, e)
                 if e.fatal:
-                    self.stop(f"the endpoint refuses: {e}")
+                    hint = f"look at --endpoint, --model and --key-env; then {GO_ON}"
+                    self.stop(f"the endpoint refuses: {e}", hint)
                 if not e.again or number == TRIES:
                     self._missed(e)
                     raise
@@ -212,12 +223,14 @@ class Calls:
         with self._changed:
             self._take(call, answer)
             self._down = 0
-        if answer.tokens and (answer.tokens[0] > most[0] or answer.tokens[1] > most[1]):
+        costs = self.endpoint.usd_in or self.endpoint.usd_out
+        if costs and answer.tokens and any(n > m for n, m in zip(answer.tokens, most, strict=True)):
             counted = f"{answer.tokens[0]:,} tokens in and {answer.tokens[1]:,} out"
             allowed = f"{most[0]:,} and {most[1]:,}"
             self.stop(
                 f"the endpoint counts {counted} where at most {allowed} were asked for: no cap "
-                "holds with it"
+                "holds with it",
+                f"another --endpoint, and {GO_ON}",
             )
 
     def _lost(self, call: str, worst: float, error: NotAnswered) -> None:

@@ -187,12 +187,22 @@ def answer_of(said: bytes) -> Answer:
 
 def refusal(status: int, said: bytes, retry_after: str | None) -> NotAnswered:
     """What a status other than 200 means."""
-    what = f"status {status}: {said[:200].decode('utf-8', 'replace')}"
+    what = f"status {status}: {_message(said)[:200]}"
     if status == 429 or status == 503:
         return NotAnswered(what, billed=status == 503, again=True, wait_s=_seconds(retry_after))
     if status >= 500:
         return NotAnswered(what, billed=True, again=True, wait_s=_seconds(retry_after))
     return NotAnswered(what, fatal=status not in (400, 408, 413, 422))
+
+
+def _message(said: bytes) -> str:
+    """The words in a body that refuses: OpenAI's `error.message`, or all of it."""
+    text = said.decode("utf-8", "replace")
+    try:
+        message = json.loads(text)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        return text
+    return message if isinstance(message, str) and message else text
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -24,6 +24,7 @@ from trainer.data.curate import Picked, Removed
 from trainer.data.records import Record
 from trainer.data.sources import Reading
 
+OTHER_MODEL = "another --model, or --prompt for one that cannot write JSON"
 HOPELESS = 30  # texts that could not be translated, more than were: the model is not up to it
 
 
@@ -145,7 +146,7 @@ def _nothing(calls: Calls, picked: Picked) -> PreflightError:
     return PreflightError(
         f"no row could be translated: {why}",
         money=f"${calls.spent.usd:.4f} at most, of {calls.spent.answered:,} answers",
-        hint="another --model, or --prompt for one that cannot write JSON",
+        hint=OTHER_MODEL,
     )
 
 
@@ -230,5 +231,6 @@ class _Work:
         if len(self.failed) >= HOPELESS and len(self.failed) > len(self.made):
             self._calls.stop(
                 f"{len(self.failed)} texts could not be translated and {len(self.made)} could: "
-                f"this model is not up to it, the last because {why}"
+                f"this model is not up to it, the last because {why}",
+                OTHER_MODEL,
             )

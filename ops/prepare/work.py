@@ -79,10 +79,9 @@ def _signals(calls: Calls) -> Iterator[None]:
 
 def ended_early(calls: Calls, done: int, total: int, what: str) -> MilkteaError:
     """The error for work that stopped before its end."""
-    spent, why = calls.spent, calls.why_stopped
-    more = "--max-usd with more, and " if " are spent" in why else ""
+    spent = calls.spent
     return PreflightError(
-        f"{why}; {done:,} of {total:,} {what} are done",
+        f"{calls.why_stopped}; {done:,} of {total:,} {what} are done",
         money=f"${spent.usd:.4f} at most, of {spent.answered:,} answers, which are kept",
-        hint=f"{more}the same command again goes on and pays for none of them twice",
+        hint=calls.what_next,
     )

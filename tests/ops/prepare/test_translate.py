@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from ops.cli.app import app
 from ops.errors import ConfigError, PreflightError
 from ops.prepare.calls import Calls
-from ops.prepare.endpoint import endpoint_of
+from ops.prepare.endpoint import endpoint_of, refusal
 from ops.prepare.languages import Language, fault
 from ops.prepare.masks import mask, unmask
 from ops.prepare.work import journal_of
@@ -204,7 +204,24 @@ def test_an_endpoint_that_bills_more_than_was_asked_for_ends_the_work(rows: Path
         asked = (rows, "--to", "zh", "--endpoint", fake.url, "--model", "m", "--at-once", "1")
         done = said(*asked, "--price-in", "2", "--price-out", "6", "--max-usd", "9")
     assert done.exit_code == 3 and "no cap holds" in " ".join(done.output.split())
-    assert fake.requests == 1
+    assert fake.requests == 1 and "another --endpoint" in " ".join(done.output.split())
+    with Fake() as fake:
+        fake._charge = charge  # type: ignore[method-assign]
+        asked = (rows, "--to", "zh", "--endpoint", fake.url, "--model", "m")
+        assert said(*asked).exit_code == 0, "a template may be long where nothing is charged"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b'{"error": {"message": "the prompt has 3000 tokens"}}', "the prompt has 3000 tokens"),
+        (b'{"error": "busy"}', '{"error": "busy"}'),
+        (b"[1]", "[1]"),
+        (b'{"error": {"message": ["no text"]}}', '{"error": {"message": ["no text"]}}'),
+    ],
+)
+def test_a_refusal_is_told_in_the_words_of_the_endpoint(said: bytes, told: str) -> None:
+    assert str(refusal(400, said, None)) == f"status 400: {told}"
 
 
 def test_a_model_that_cannot_do_it_is_given_up_early_and_one_without_json_has_its_own_prompt(
@@ -213,7 +230,9 @@ def test_a_model_that_cannot_do_it_is_given_up_early_and_one_without_json_has_it
     with Fake(reply=lambda content: ["yes"]) as fake:
         asked = (rows, "--to", "zh", "--endpoint", fake.url, "--model", "m")
         done = said(*asked)
-        assert done.exit_code == 3 and "not up to it" in " ".join(done.output.split())
+        told = " ".join(done.output.split())
+        assert done.exit_code == 3 and "not up to it" in told
+        assert "another --model, or --prompt" in told and "goes on" not in told
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"instruction": "Say it.", "output": "It is said now."}), "utf-8")
     with Fake(reply=lambda content: "It is English.") as fake:
