@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from ops.box.connection import Box
+from ops.box.transfer import sha256_of
 from ops.errors import AdapterError, BoxError, HostKeyChanged, PreflightError
 from ops.run import retrieve
 from ops.run.expected import ExpectedResult
@@ -163,6 +164,16 @@ def home_of(session: Session, path: str) -> Path | None:
     if match is None or (match[1] or "") not in folders(session):
         return None
     return session.journal.folder / path
+
+
+def is_here(session: Session, checkpoint: events.Checkpoint) -> bool:
+    """Whether this checkpoint, and not another of its name, is complete here."""
+    folder = home_of(session, checkpoint.path)
+    try:
+        found = folder and sha256_of(folder / "manifest.json")
+    except OSError:
+        return False
+    return found == checkpoint.manifest_sha256
 
 
 def order_of(path: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ watchdog lets the box live.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 from ops.box import pull, scripts
 from ops.box.connection import Box
-from ops.box.transfer import Progress, sha256_of
+from ops.box.transfer import Progress
 from ops.errors import (
     BoxError,
     Failed,
@@ -69,7 +70,7 @@ class _State:
     skipping: bool = False  # inside a line longer than MAX_LINE: skip to its end
     gone: bool = False  # at the last poll the trainer neither ran nor had an exit code
     due: events.Checkpoint | None = None  # the newest that was told, until it is at home
-    due_t: float = 0.0  # by the steady clock: not tried before
+    due_t: float = -math.inf  # by the steady clock: not fetched before
 
 
 def follow(session: Session, box: Box) -> None:
@@ -166,7 +167,7 @@ def _remember(state: _State, event: events.Event) -> None:
     if isinstance(event, events.Started | events.Failure):
         state.failure = event if isinstance(event, events.Failure) else None
     elif isinstance(event, events.Checkpoint):
-        state.due, state.due_t = event, 0.0
+        state.due, state.due_t = event, -math.inf
     elif isinstance(event, events.Step):
         state.stepped = True
 
@@ -176,11 +177,8 @@ def _mirror_due(session: Session, box: Box, state: _State) -> None:
     stays due: the next one may be an hour away, and the box may be outbid before."""
     if state.due is None or session.clock.steady() < state.due_t:
         return
-    home = chain.home_of(session, state.due.path)
-    manifest = home / "manifest.json" if home else None
-    here = manifest and manifest.is_file() and sha256_of(manifest) == state.due.manifest_sha256
     try:
-        if not here:
+        if not chain.is_here(session, state.due):
             chain.try_to_bring_home(session, box)
             mirror(session, box, state.due)
         state.due = None
@@ -326,7 +324,8 @@ def _manifest_files(files: dict[str, Any], max_bytes: int) -> dict[str, tuple[st
     for a name that leads out of the folder."""
     found = {name: (str(entry["sha256"]), int(entry["bytes"])) for name, entry in files.items()}
     sizes = [size for _, size in found.values()]
-    if len(found) > retrieve.MAX_FILES or min(sizes, default=0) < 0 or sum(sizes) > max_bytes:
+    negative = any(size < 0 for size in sizes)
+    if len(found) > retrieve.MAX_FILES or negative or sum(sizes) > max_bytes:
         raise ValueError(
             f"the manifest names {len(found):,} files of {sum(sizes):,} bytes, this job can have "
             f"made at most {retrieve.MAX_FILES:,} of {max_bytes:,}"
