@@ -226,6 +226,15 @@ class Family:
     def packs(self, longest: int | None = None) -> bool:
         return not self.why_unpacked(longest)
 
+    def why_unshared(self, longest: int | None = None) -> str:
+        """Why rows of a pack cannot read the keys of a beginning that they have in common, or ""
+        where they may. ``longest``: the tokens of the longest row."""
+        if why := self.why_unpacked(longest):
+            return f"rows are not packed: {why}"
+        if self.row["delta"]:
+            return "it has a state between tokens"
+        return "the angles of a row depend on its length" if self.long_rope else ""
+
     def why_no_prompt(self) -> str:
         """Why rows of this family cannot have learned places in front of them, or "" where they
         may."""

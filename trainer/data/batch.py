@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.data.sharing import Borrowed, SharedKeys, shared_keys
 from trainer.data.tokenised import Rows
 
 
@@ -59,27 +60,40 @@ def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return batch
     with torch.cuda.device(device):
-        return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return {k: _each(torch.Tensor.pin_memory, v) for k, v in batch.items()}
 
 
 def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch on `device`. The copy from pinned memory is queued like any work of the device;
     nothing waits for it here."""
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-        for k, v in batch.items()
-    }
+    return {k: _each(lambda x: x.to(device, non_blocking=True), v) for k, v in batch.items()}
 
 
-def packed(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str, Any]:
+def _each(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """The value with `change` made to the tensors that it is, or has."""
+    if isinstance(value, SharedKeys):
+        return SharedKeys(*map(change, value))
+    return change(value) if isinstance(value, torch.Tensor) else value
+
+
+def packed(
+    rows: Rows,
+    chosen: Sequence[int],
+    device: torch.device,
+    borrowed: Sequence[Borrowed] | None = None,
+) -> dict[str, Any]:
     """One row of T tokens: input_ids, position_ids, labels (1, T), boundaries (documents + 1,).
     labels are shifted: labels[t] is what token t must predict, -100 at the last token of each row
-    and wherever the next token is not a target."""
+    and wherever the next token is not a target. A row that borrows its beginning of another one has
+    the rest of its tokens in the batch, at their places in the row, and `shared_keys` says where
+    attention finds the others' keys."""
+    fronts = [0] * len(chosen) if borrowed is None else [b.tokens for b in borrowed]
     spans = [slice(rows.starts[r], rows.starts[r + 1]) for r in chosen]
-    lengths = [s.stop - s.start for s in spans]
-    ids = np.concatenate([rows.ids[s] for s in spans]).astype(np.int64)
-    labels = np.concatenate([_shifted(rows, s) for s in spans])
-    positions = np.concatenate([np.arange(n) for n in lengths])
+    lengths = [s.stop - s.start - n for s, n in zip(spans, fronts, strict=True)]
+    every = list(zip(spans, fronts, strict=True))
+    ids = np.concatenate([rows.ids[s][n:] for s, n in every]).astype(np.int64)
+    labels = np.concatenate([_shifted(rows, s)[n:] for s, n in every])
+    positions = np.concatenate([np.arange(n, s.stop - s.start) for s, n in every])
     numbers = np.repeat(np.asarray(chosen, np.int64), lengths)
     ends = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
     longest = int(max(lengths))
@@ -88,12 +102,18 @@ def packed(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str,
         k: torch.from_numpy(v)[None].to(device, non_blocking=True) for k, v in batch.items()
     }
     tensors["targets_at"] = _targets_at(labels, device)
-    return tensors | {
+    tensors |= {
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
     }
+    if borrowed is None or not any(fronts):
+        return tensors
+    keys, ends = shared_keys(lengths, borrowed)
+    most = max(s.stop - s.start for s in spans)
+    told = {"shared_keys": keys, "cu_seq_lens_k": ends, "max_length_k": most}
+    return tensors | on(device, told)
 
 
 def padded(rows: Rows, chosen: Sequence[int], device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ a run was resumed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,9 @@ class Order:
         return kept[1]
 
 
-def share(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+def share(
+    rows: Sequence[int], lengths: Sequence[int] | Mapping[int, int], ranks: int
+) -> list[list[int]]:
     """Splits a step's rows over ranks so that token counts are level: longest first, each to the
     rank that has fewest tokens."""
     loads = [0] * ranks

@@ -6,7 +6,9 @@ takes the boundaries as forward arguments under transformers' own names: ``cu_se
 the GPU), and the same for k. Boundaries of k may differ from those of q: each document then has
 keys in front of its own (a learned prefix), and its last query stands at its last key. Without
 boundaries a row is one causal sequence: such a batch must not be padded at the left, because
-transformers makes no mask for an implementation that is not in its mask table.
+transformers makes no mask for an implementation that is not in its mask table. With ``shared_keys``
+(trainer/data/sharing.py) some documents also read keys of another one: each is then the end of a
+row whose beginning stands elsewhere in the pack.
 
 A family's rules arrive as keywords: ``scaling``, ``sliding_window``, ``softcap``, ``s_aux`` (the
 sinks). An unknown keyword raises ValueError with the module and the keyword: attention that
@@ -23,10 +25,11 @@ twin is dense and serves comparisons only.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +37,9 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+
+from trainer.data.sharing import SharedKeys
+from trainer.kernels.shared_keys import spread_heads
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +118,15 @@ def has_flash(q: Tensor) -> bool:
     )
 
 
+class KeyEnds(NamedTuple):
+    """Where the documents' keys end, where they have other keys than queries: boundaries ``cu``
+    int32 [documents + 1], and the most keys of a document. The last query stands at the last
+    key."""
+
+    cu: Tensor
+    longest: int
+
+
 def flash_forward(
     q: Tensor,
     k: Tensor,
@@ -120,16 +135,18 @@ def flash_forward(
     longest: int,
     rules: Rules,
     sinks: Tensor | None = None,
+    ends: KeyEnds | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Causal attention within documents. q [M, H, D], k and v [M, KV, D], cu int32 [documents + 1],
-    sinks [H] -> (out [M, H, D], what backward needs).
+    """Causal attention within documents. q [M, H, D], k and v [M, KV, D] or with ``ends`` [N, KV,
+    D], cu int32 [documents + 1], sinks [H] -> (out [M, H, D], what backward needs).
 
     On CUDA this is torch's own flash attention for variable lengths, which takes grouped heads as
     they are. Elsewhere, and for soft caps, it is the twin."""
     if not has_flash(q) or rules.softcap is not None:
-        return eager_forward(q, k, v, cu, rules, sinks)
+        return eager_forward(q, k, v, cu, rules, sinks, ends)
+    cu_k, longest_k = ends or (cu, longest)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        *(q, k, v, cu, cu, longest, longest, 0.0, True, False),
+        *(q, k, v, cu, cu_k, longest, longest_k, 0.0, True, False),
         scale=rules.scale,
         **sides(rules.window),
     )
@@ -151,14 +168,16 @@ def flash_backward(
     longest: int,
     rules: Rules,
     sinks: Tensor | None = None,
+    ends: KeyEnds | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``flash_forward``, shaped like q, k, v.
 
     Sinks need no further work: probabilities are recomputed from the log-sum-exp, which includes
     them."""
     if not has_flash(q) or rules.softcap is not None:
-        return eager_backward(dout, q, k, v, cu, rules, sinks)
+        return eager_backward(dout, q, k, v, cu, rules, sinks, ends)
     lse, rng, unused = kept
+    cu_k, longest_k = ends or (cu, longest)
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         dout,
         q,
@@ -167,9 +186,9 @@ def flash_backward(
         out,
         lse,
         cu,
-        cu,
+        cu_k,
         longest,
-        longest,
+        longest_k,
         0.0,
         True,
         rng,
@@ -188,20 +207,34 @@ def sides(window: int | None) -> dict[str, int]:
 # -- the twin -------------------------------------------------------------------------------------
 
 
-def document_mask(cu: Tensor, tokens: int, window: int | None = None) -> Tensor:
-    """[tokens, tokens] bool: same document, not in the future, within the window."""
-    at = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
+def document_mask(
+    cu: Tensor, tokens: int, window: int | None = None, ends: KeyEnds | None = None, keys: int = 0
+) -> Tensor:
+    """[tokens, tokens] bool, or with ``ends`` [tokens, keys]: same document, not in the future,
+    within the window."""
+    if ends is None:
+        ends, keys = KeyEnds(cu, 0), tokens
+    at, key = (torch.arange(n, device=cu.device, dtype=cu.dtype) for n in (tokens, keys))
     document = torch.bucketize(at, cu[1:], right=True)
-    seen = (document[:, None] == document[None, :]).tril()
-    return seen if window is None else seen & (at[:, None] - at[None, :] < window)
+    of_key = torch.bucketize(key, ends.cu[1:], right=True)
+    at = at + (ends.cu - cu)[document + 1]  # the key at which a query stands
+    ahead = at[:, None] - key[None, :]
+    seen = (document[:, None] == of_key[None, :]) & (ahead >= 0)
+    return seen if window is None else seen & (ahead < window)
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, rules: Rules, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    rules: Rules,
+    sinks: Tensor | None = None,
+    ends: KeyEnds | None = None,
 ) -> Tensor:
-    """The twin: dense, exact, differentiable. q [M, H, D], k [M, KV, D], v [M, KV, E], sinks [H]
-    -> [M, H, E]."""
-    seen = document_mask(cu, len(q), rules.window)
+    """The twin: dense, exact, differentiable. q [M, H, D], k [N, KV, D], v [N, KV, E], sinks [H]
+    -> [M, H, E]; N is M without ``ends``."""
+    seen = document_mask(cu, len(q), rules.window, ends, len(k))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return attend(q, k, v, seen, rules, sinks)[0].transpose(0, 1)
 
@@ -213,10 +246,11 @@ def eager_forward(
     cu: Tensor,
     rules: Rules,
     sinks: Tensor | None = None,
+    ends: KeyEnds | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The twin of ``flash_forward``."""
-    out = eager_attention(q, k, v, cu, rules, sinks)
-    return out, () if sinks is None else (log_sums(q, k, cu, rules, sinks),)
+    out = eager_attention(q, k, v, cu, rules, sinks, ends)
+    return out, () if sinks is None else (log_sums(q, k, cu, rules, sinks, ends),)
 
 
 def eager_backward(
@@ -227,11 +261,12 @@ def eager_backward(
     cu: Tensor,
     rules: Rules,
     sinks: Tensor | None = None,
+    ends: KeyEnds | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of ``flash_backward``."""
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out = eager_attention(q, k, v, cu, rules, sinks)
+        out = eager_attention(q, k, v, cu, rules, sinks, ends)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     return dq, dk, dv
 
@@ -247,9 +282,16 @@ def attend(
     return (p @ v.float()).to(q.dtype)
 
 
-def log_sums(q: Tensor, k: Tensor, cu: Tensor, rules: Rules, sinks: Tensor | None) -> Tensor:
+def log_sums(
+    q: Tensor,
+    k: Tensor,
+    cu: Tensor,
+    rules: Rules,
+    sinks: Tensor | None,
+    ends: KeyEnds | None = None,
+) -> Tensor:
     """Natural logarithm of each row's softmax denominator, fp32 [H, M]."""
-    seen = document_mask(cu, len(q), rules.window)
+    seen = document_mask(cu, len(q), rules.window, ends, len(k))
     q, k = (x.transpose(0, 1)[None] for x in (q, k))
     return _scores(q, k, seen, rules, sinks)[0].logsumexp(-1)
 
@@ -284,70 +326,72 @@ class _Varlen(torch.autograd.Function):
         cu: Tensor,
         longest: int,
         rules: Rules,
+        ends: KeyEnds | None,
     ) -> Tensor:
-        out, kept = flash_forward(q, k, v, cu, longest, rules, sinks)
+        out, kept = flash_forward(q, k, v, cu, longest, rules, sinks, ends)
         ctx.save_for_backward(q, k, v, out, cu, sinks, *kept)
-        ctx.longest, ctx.rules = longest, rules
+        ctx.longest, ctx.rules, ctx.ends = longest, rules, ends
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, cu, sinks, *kept = ctx.saved_tensors
-        dout, rules = dout.contiguous(), ctx.rules
-        grads = flash_backward(dout, q, k, v, out, tuple(kept), cu, ctx.longest, rules, sinks)
+        dout, more = dout.contiguous(), (cu, ctx.longest, ctx.rules, sinks, ctx.ends)
+        grads = flash_backward(dout, q, k, v, out, tuple(kept), *more)
         dsinks = None
         if ctx.needs_input_grad[3]:  # the sink's probability in each row times dout . out
             share = (sinks.float()[:, None] - kept[0]).exp()
             dsinks = -(share * (dout.float() * out.float()).sum(-1).t()).sum(1).to(sinks.dtype)
-        return (*grads, dsinks, None, None, None)
+        return (*grads, dsinks, None, None, None, None)
 
 
 def by_flash(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: Tensor, longest: int, rules: Rules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu: Tensor,
+    longest: int,
+    rules: Rules,
+    ends: KeyEnds | None = None,
 ) -> Tensor:
-    """torch's flash attention. q [1, H, M, D], k [1, KV, M, D], v [1, KV, M, E] -> [1, M, H, E].
-    Values narrower than keys (MLA) are widened with zeros."""
+    """torch's flash attention. q [1, H, M, D], k [1, KV, N, D], v [1, KV, N, E] -> [1, M, H, E]; N
+    is M without ``ends``. Values narrower than keys (MLA) are widened with zeros."""
     wide = v.shape[-1]
     if wide != q.shape[-1]:
         v = pad(v, (0, q.shape[-1] - wide))
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    out = _Varlen.apply(q, k, v, sinks, cu, longest, rules)  # type: ignore[no-untyped-call]
+    apply: Any = _Varlen.apply
+    out = apply(q, k, v, sinks, cu, longest, rules, ends)
     assert isinstance(out, Tensor)
     return out[None, :, :, :wide]
 
 
-def by_document(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, rules: Rules) -> Tensor:
-    """torch's own kernel, one document after another. q [1, H, M, D], k [1, KV, M, D],
-    v [1, KV, M, E] -> [1, M, H, E]. With a window, in blocks of queries and the keys they reach."""
+def by_document(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, rules: Rules, cu_k: Tensor | None = None
+) -> Tensor:
+    """torch's own kernel, one document after another. q [1, H, M, D], k [1, KV, N, D],
+    v [1, KV, N, E], cu and cu_k the boundaries of M and of N (the same without it) -> [1, M, H, E].
+    A document's last query stands at its last key. With a window, in blocks of queries and the keys
+    they reach."""
     k, v = _every_head(q, k, v)
     parts = []
-    for one, keys, values in zip(*_documents(cu, q, k, v), strict=True):
-        near = rules.within(one.shape[2])
+    for one, keys, values in _documents(q, k, v, cu, cu_k):
+        queries, tokens = one.shape[2], keys.shape[2]
+        near = rules.within(tokens)
         if near.window is None:
-            out = scaled_dot_product_attention(one, keys, values, is_causal=True, scale=near.scale)
+            asked: Any = {"is_causal": True}
+            if tokens > queries:
+                asked = {"attn_mask": causal_lower_right(queries, tokens)}
+            out = scaled_dot_product_attention(one, keys, values, scale=near.scale, **asked)
             parts.append(out)
             continue
-        for a, b, low in _blocks(one.shape[2], near.window):
-            seen = _seen(b - a, b - low, near.window, q.device)
+        for a, b, low, end in _blocks(queries, tokens, near.window):
+            seen = _seen(b - a, end - low, near.window, q.device)
             out = scaled_dot_product_attention(
-                one[:, :, a:b], keys[:, :, low:b], values[:, :, low:b], seen, scale=near.scale
+                one[:, :, a:b], keys[:, :, low:end], values[:, :, low:end], seen, scale=near.scale
             )
             parts.append(out)
-    return torch.cat(parts, 2).transpose(1, 2).contiguous()
-
-
-def behind_prefix(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, cu_k: Tensor, rules: Rules
-) -> Tensor:
-    """torch's own kernel, one document after another, each with more keys than queries: its last
-    query stands at its last key. q [1, H, M, D], k [1, KV, N, D], v [1, KV, N, E], cu and cu_k the
-    boundaries of M and of N -> [1, M, H, E]."""
-    k, v = _every_head(q, k, v)
-    parts = []
-    documents = zip(*_documents(cu, q), *_documents(cu_k, k, v), strict=True)
-    for one, keys, values in documents:
-        seen: Any = causal_lower_right(one.shape[2], keys.shape[2])
-        parts.append(scaled_dot_product_attention(one, keys, values, seen, scale=rules.scale))
     return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
@@ -360,31 +404,43 @@ def _every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: Tensor, rules: Rules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu: Tensor,
+    rules: Rules,
+    cu_k: Tensor | None = None,
 ) -> Tensor:
     """``attend`` over blocks of queries, one document after another, recomputed in backward so that
     only one block's scores exist at a time. Shapes as ``by_document``."""
     parts = []
-    for one, keys, values in zip(*_documents(cu, q, k, v), strict=True):
-        for a, b, low in _blocks(one.shape[2], rules.window):
-            seen = _seen(b - a, b - low, rules.window, q.device)
-            block = (one[:, :, a:b], keys[:, :, low:b], values[:, :, low:b], seen, rules, sinks)
+    for one, keys, values in _documents(q, k, v, cu, cu_k):
+        for a, b, low, end in _blocks(one.shape[2], keys.shape[2], rules.window):
+            seen = _seen(b - a, end - low, rules.window, q.device)
+            block = (one[:, :, a:b], keys[:, :, low:end], values[:, :, low:end], seen, rules, sinks)
             out = checkpoint(attend, *block, use_reentrant=False, preserve_rng_state=False)
             parts.append(out)
     return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
-def _documents(cu: Tensor, *parts: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each of ``parts`` [1, H, M, D] cut into its documents."""
-    lengths = [b - a for a, b in pairwise(cu.tolist())]
-    return [torch.split(x, lengths, 2) for x in parts]
+def _documents(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, cu_k: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The documents of a pack, [1, H, tokens, D] each."""
+    queries = [b - a for a, b in pairwise(cu.tolist())]
+    keys = queries if cu_k is None else [b - a for a, b in pairwise(cu_k.tolist())]
+    return zip(*(x.split(n, 2) for x, n in ((q, queries), (k, keys), (v, keys))), strict=True)
 
 
-def _blocks(tokens: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first query, the one after the last, first key) of each block of a document."""
+def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[int, int, int, int]]:
+    """(first query, the one after the last, first key, the one after the last) of each block of a
+    document."""
+    before = keys - queries
     return [
-        (a, min(a + BLOCK, tokens), 0 if window is None else max(0, a - window + 1))
-        for a in range(0, tokens, BLOCK)
+        (a, end, 0 if window is None else max(0, before + a - window + 1), before + end)
+        for a in range(0, queries, BLOCK)
+        for end in [min(a + BLOCK, queries)]
     ]
 
 
@@ -413,6 +469,7 @@ def packed_attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    shared_keys: SharedKeys | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query [B, H, S, D], key [B, KV, K, D], value [B, KV, K,
@@ -433,11 +490,18 @@ def packed_attention(
         raise ValueError(f"{_named(module)}: cu_seq_lens_k and cu_seq_lens_q differ")
     if max_length_q is None:
         raise ValueError(f"{_named(module)}: cu_seq_lens_q came without max_length_q")
-    if cu_seq_lens_k is not None and key.shape[2] != query.shape[2]:
+    longest = int(max_length_q)
+    if shared_keys is not None:
+        key, value = (spread_heads(x, shared_keys) for x in (key, value))
+    elif cu_seq_lens_k is not None and key.shape[2] != query.shape[2]:
         if s_aux is not None or softcap is not None or _reaches(sliding_window, max_length_k):
             raise ValueError(f"{_named(module)}: no prefix beside sinks, a soft cap or a window")
-        return behind_prefix(query, key, value, cu_seq_lens_q, cu_seq_lens_k, rules), None
-    return _packed(query, key, value, s_aux, cu_seq_lens_q, int(max_length_q), rules), None
+        plain = Rules(rules.scale)
+        return by_document(query, key, value, cu_seq_lens_q, plain, cu_seq_lens_k), None
+    ends = None
+    if shared_keys is not None and cu_seq_lens_k is not None and max_length_k is not None:
+        ends = KeyEnds(cu_seq_lens_k, int(max_length_k))
+    return _packed(query, key, value, s_aux, cu_seq_lens_q, longest, rules, ends), None
 
 
 def _reaches(window: int | None, longest: int | None) -> bool:
@@ -446,15 +510,23 @@ def _reaches(window: int | None, longest: int | None) -> bool:
 
 
 def _packed(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: Tensor, longest: int, rules: Rules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu: Tensor,
+    longest: int,
+    rules: Rules,
+    ends: KeyEnds | None = None,
 ) -> Tensor:
-    rules = rules.within(longest)
+    rules = rules.within(longest if ends is None else ends.longest)
+    cu_k = None if ends is None else ends.cu
     if rules.softcap is None:
         if has_flash(q) and v.shape[-1] <= q.shape[-1]:
-            return by_flash(q, k, v, sinks, cu, longest, rules)
+            return by_flash(q, k, v, sinks, cu, longest, rules, ends)
         if sinks is None:
-            return by_document(q, k, v, cu, rules)
-    return in_blocks(q, k, v, sinks, cu, rules)
+            return by_document(q, k, v, cu, rules, cu_k)
+    return in_blocks(q, k, v, sinks, cu, rules, cu_k)
 
 
 def _unpacked(

@@ -20,23 +20,39 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.kernels.attention import Rules, flash_backward, flash_forward, short_kernels
+from trainer.data.sharing import SharedKeys
+from trainer.kernels.attention import (
+    KeyEnds,
+    Rules,
+    flash_backward,
+    flash_forward,
+    short_kernels,
+)
 from trainer.kernels.lora import Group, outer, validate_latest
 from trainer.kernels.nets import ColumnOrder
 from trainer.kernels.norms import HeadNorms, Norm
+from trainer.kernels.shared_keys import gather, spread
 from trainer.kernels.shared_mlp import SharedMlp
 
 
 class Packed(NamedTuple):
     """Document boundaries ``cu`` int32 [documents + 1], the longest document's tokens ``longest``
     (int), and each token's angles cos and sin [M, D]. ``keep`` is called with the keys and values
-    [M, KV, D] that attention reads."""
+    [M, KV, D] of the tokens. Where documents read each other's keys, ``shared`` says which, and
+    ``ends`` where each document's keys end."""
 
     cos: Tensor
     sin: Tensor
     cu: Tensor
     longest: int
     keep: Callable[[Tensor, Tensor], None] | None = None
+    shared: SharedKeys | None = None
+    ends: KeyEnds | None = None
+
+    @property
+    def most_keys(self) -> int:
+        """The most keys that a document reads."""
+        return self.longest if self.ends is None else self.ends.longest
 
 
 # the results of ``rope_backward``
@@ -167,10 +183,14 @@ class FastLayer:
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, packed: Packed
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        rules = self.rules.within(packed.longest)
+        rules = self.rules.within(packed.most_keys)
+        near = (packed.cu, packed.longest, rules, self.sinks, packed.ends)
+        if packed.shared is not None:  # the short kernels read one run of keys a document
+            k, v = (spread(x, packed.shared) for x in (k, v))
+            return flash_forward(q, k, v, *near)
         short = short_kernels(q, k, v, packed.longest, rules)
         if short is None:
-            return flash_forward(q, k, v, packed.cu, packed.longest, rules, self.sinks)
+            return flash_forward(q, k, v, *near)
         first = short.spans(packed.cu, len(q), rules.window).first
         found: tuple[Tensor, tuple[Tensor, ...]] = short.forward(
             q, k, v, first, rules.scale, rules.softcap, self.sinks
@@ -219,11 +239,18 @@ class FastLayer:
             none = (None, None, None)
             turned = ops.rope_forward_(kept.qkv, *none, *turn, *counts, **self._turns)
         q, k, v = self._heads(kept.qkv, turned)
-        rules = self.rules.within(packed.longest)
-        short = short_kernels(q, k, v, packed.longest, rules)
+        rules, shared = self.rules.within(packed.most_keys), packed.shared
+        short = None
+        if shared is not None:
+            k, v = (spread(x, shared) for x in (k, v))
+        else:
+            short = short_kernels(q, k, v, packed.longest, rules)
         if short is None:
-            near = (packed.cu, packed.longest, rules, self.sinks)
-            parts = flash_backward(dout, q, k, v, kept.out, flash, *near)
+            near = (packed.cu, packed.longest, rules, self.sinks, packed.ends)
+            dq, dk, dv = flash_backward(dout, q, k, v, kept.out, flash, *near)
+            if shared is not None:
+                dk, dv = gather(dk, shared), gather(dv, shared)
+            parts = (dq, dk, dv)
             if norms is None:
                 found = ops.rope_backward(*parts, *turn, b, column_scale, self.pairs)
                 return cast(Turned, found)

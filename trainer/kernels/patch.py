@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer import families
 from trainer.kernels import delta, reference
+from trainer.kernels.attention import KeyEnds
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.backend import distrust, operations
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
@@ -366,6 +367,9 @@ def _patch_layer(layer: Any, fast: FastLayer) -> None:
         )
         keep = None if kept is None else partial(kept.put, attention.layer_idx)
         packed = Packed(cos, sin, cu, int(kwargs["max_length_q"]), keep)
+        if (shared := kwargs.get("shared_keys")) is not None:
+            ends = KeyEnds(kwargs["cu_seq_lens_k"], int(kwargs["max_length_k"]))
+            packed = packed._replace(shared=shared, ends=ends)
         # [0] would cost a zeroed copy in backward
         return run_layer(fast, hidden_states.squeeze(0).contiguous(), packed).unsqueeze(0)
 

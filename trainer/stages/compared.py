@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.data import batch, packing
+from trainer.data import batch, packing, sharing
 from trainer.data.errors import InvalidJob
+from trainer.data.sharing import Borrowed
 from trainer.data.tokenised import Rows
 from trainer.loop.guards import ExpectedMetrics, Stopped
 from trainer.loop.ranks import Ranks
 from trainer.model.forward import target_log_probs
+from trainer.model.parts import family_of
 from trainer.stages import measured, sft
+from trainer.stages.shared_probe import difference
 from trainer.wire.job import Job
 
 SAME = 1e-6  # nats by which policy and reference may differ before the first step, an answer
@@ -82,35 +85,81 @@ def answer_log_probs(
 
 
 class Stage(measured.Stage):
-    """A stage whose items are `rows_per_item` rows that stay in one micro-batch."""
+    """A stage whose items are `rows_per_item` rows that stay in one micro-batch. Where the rows of
+    an item begin alike, a pack has their beginning once (trainer/data/sharing.py)."""
+
+    shares = False  # whether rows of an item share their beginning; known from `probe` on
 
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
         self.expected = ExpectedMetrics()
 
+    def probe(self) -> None:
+        if self.rows_per_item > 1:
+            why = self._why_apart()
+            self.shares = not why
+            self.kernels["prompts"] = f"of each row: {why}" if why else "of a pair computed once"
+        super().probe()
+
+    def _why_apart(self) -> str:
+        """Why rows do not share their beginnings, after comparing some that do with the same rows
+        alone. Collective."""
+        family, on_gpu = family_of(self.model), self.ranks.device.type == "cuda"
+        if why := sharing.why_apart(self.job, family, self.longest, on_gpu):
+            return why
+        if not self.packed:
+            return "rows are not packed"
+        rows, items = self.data.rows, range(len(self.data.rows) // self.rows_per_item)
+        groups = (self._item(item) for item in items)
+        group = next((g for g in groups if any(sharing.beginnings(rows, g))), None)
+        if group is None:
+            return f"no two rows of a pair begin with the same {sharing.LEAST} tokens"
+        more = (self.job.model.precision, self.ranks.device)
+        said = self.ranks.enter(difference, self.model, rows, group, *more)
+        return next((why for why in self.ranks.gather(said) if why), "")
+
+    def _item(self, item: int) -> list[int]:
+        """The rows of an item."""
+        return [item * self.rows_per_item + side for side in range(self.rows_per_item)]
+
+    def _laid(self, rows: Rows, items: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """(what the rows of each item borrow of its first, tokens that each item takes in a
+        batch)."""
+        lengths = np.diff(rows.starts).reshape(-1, self.rows_per_item)[list(items)]
+        if not self.packed:
+            wide = self.rows_per_item * lengths.max(1)
+            return [[0] * self.rows_per_item for _ in items], wide.tolist()
+        if not self.shares:
+            return [[0] * self.rows_per_item for _ in items], lengths.sum(1).tolist()
+        borrowed = [sharing.beginnings(rows, self._item(item)) for item in items]
+        return borrowed, (lengths.sum(1) - np.sum(borrowed, 1, dtype=int)).tolist()
+
     def micro(self, rows: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
         """The items `chosen` as micro-batches in host memory."""
-        size, collate = self.rows_per_item, batch.packed if self.packed else batch.padded
-        lengths = np.asarray(rows.lengths).reshape(-1, size)
-        wide = lengths.sum(1) if self.packed else size * lengths.max(1)
+        size, made = self.rows_per_item, []
+        borrowed, wide = self._laid(rows, chosen)
         lay = packing.pack if self.packed else packing.pad
-        made = []
-        for items in lay(chosen, wide.tolist(), self.budget):
-            numbers = [item * size + side for item in items for side in range(size)]
-            one = with_answers(collate(rows, numbers, sft.HOST), numbers)
-            made.append(batch.pinned(one, self.ranks.device))
+        for places in lay(range(len(chosen)), wide, self.budget):
+            numbers = [row for k in places for row in self._item(chosen[k])]
+            if self.packed:
+                fronts = [n for k in places for n in borrowed[k]]
+                taken = [Borrowed(k // size * size, n) for k, n in enumerate(fronts)]
+                one = batch.packed(rows, numbers, sft.HOST, taken)
+            else:
+                one = batch.padded(rows, numbers, sft.HOST)
+            made.append(batch.pinned(with_answers(one, numbers), self.ranks.device))
         return made
 
     def batches(self, step: int) -> batch.Work:
-        items, data, size = self.order.step(step), self.data.rows, self.rows_per_item
-        wide = np.asarray(self.lengths).reshape(-1, size).sum(1).tolist()
+        items, data = self.order.step(step), self.data.rows
+        wide = dict(zip(items, self._laid(data, items)[1], strict=True))
         mine = packing.share(items, wide, self.ranks.world)[self.ranks.rank]
         return batch.Work(
             micro=self.micro(data, mine),
             filler=self.micro(data, items[:1])[0],
             count=len(items),
-            tokens=sum(wide[item] for item in items),
-            where=[data.where[item * size] for item in items],
+            tokens=sum(wide.values()),
+            where=[data.where[item * self.rows_per_item] for item in items],
         )
 
 

@@ -93,7 +93,19 @@ class Pt(Section):
     ] = 0
 
 
-class Rm(Section):
+class Shares(Section):
+    """The settings of a stage whose items are several answers to one prompt."""
+
+    share_prompts: Annotated[
+        bool | None,
+        Field(
+            description="Whether a prompt of 64 tokens or more is computed once for its answers; "
+            "left out: on a CPU, and not on a GPU, where it is not measured yet"
+        ),
+    ] = None
+
+
+class Rm(Shares):
     center_rewards_coefficient: Annotated[
         NotNegative,
         Field(description="Of (chosen + rejected)^2 in the loss: keeps the mean reward at 0"),
@@ -104,7 +116,7 @@ PairLoss = Literal["sigmoid", "robust", "ipo", "hinge", "apo_zero", "apo_down", 
 WITHOUT_REFERENCE = ("orpo", "simpo")
 
 
-class Dpo(Section):
+class Dpo(Shares):
     loss_type: Annotated[PairLoss, Field(description="docs/stages.md says each")] = "sigmoid"
     beta: Annotated[
         Annotated[float, Field(gt=0)] | None,

@@ -4,8 +4,10 @@ in fp32 on the CPU, with rows longer than any window."""
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, WINDOW
@@ -13,6 +15,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer import families
+from trainer.data import batch
+from trainer.data.sharing import Borrowed
+from trainer.data.tokenised import Rows
 from trainer.kernels.attention import register
 from trainer.kernels.patch import accelerate_model
 from trainer.kernels.verify import stock_error
@@ -120,6 +125,50 @@ def test_a_pack_through_the_fused_layer_is_its_rows_alone_in_transformers_and_pe
     for key, grad in gradients(stock).items():
         assert grad.abs().max() > 0
         assert (found[key] - grad).norm() < 1e-3 * grad.norm(), key
+
+
+def groups() -> tuple[Rows, list[Borrowed]]:
+    """Three answers to a prompt, two to another one, and a row by itself; the prompts are longer
+    than any window."""
+    g, ids, borrowed = torch.Generator().manual_seed(5), [], []
+    for prompt, answers in ((41, [9, 3, 17]), (20, [6, 11]), (0, [5])):
+        first, said = len(ids), torch.randint(3, 320, (prompt,), generator=g)
+        for n in answers:
+            ids.append(torch.cat([said, torch.randint(3, 320, (n + 1,), generator=g)]).numpy())
+            borrowed.append(Borrowed(first, prompt if len(ids) > first + 1 else 0))
+    starts = np.cumsum([0, *map(len, ids)])
+    firsts = [max(8, prompt) for prompt in (41, 41, 41, 20, 20, 0)]
+    marks = np.concatenate([np.arange(len(x)) > n for x, n in zip(ids, firsts, strict=True)])
+    told = [""] * len(ids)
+    joined = np.concatenate(ids).astype(np.int32)
+    return Rows(joined, marks, starts, np.ones(len(ids), bool), told), borrowed
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [("llama", True), ("gemma2", True), ("gpt_oss", True), ("gemma2", False), ("gpt_oss", False)],
+)
+def test_rows_that_share_their_beginning_are_the_rows_alone_in_transformers(name, fused):
+    stock, shared = build(name, "eager"), build(name, register())
+    shared.load_state_dict(stock.state_dict())
+    prepare(shared)
+    if fused:
+        accelerate_model(shared, "fp32", "cpu", checkpoint_layers=1)
+    given, borrowed = groups()
+    one = batch.packed(given, range(len(given)), torch.device("cpu"), borrowed)
+    assert one["input_ids"].shape[1] == given.starts[-1] - 2 * 41 - 20
+    got, want = target_loss(shared, one), torch.zeros(())
+    for a, b in pairwise(given.starts):
+        ids, marks = (torch.from_numpy(x[a:b]) for x in (given.ids, given.trained))
+        logits = stock(input_ids=ids.long()[None], use_cache=False).logits[0].float()
+        labels = torch.where(marks, ids.long(), -100)[1:]
+        want = want + torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="sum")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    want.backward()
+    got.backward()
+    found = gradients(shared)
+    for key, grad in gradients(stock).items():
+        assert (found[key] - grad).norm() < 1e-5 * grad.norm(), key
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "glm4"])

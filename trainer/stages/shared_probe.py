@@ -1,0 +1,95 @@
+"""Whether rows that share their beginning in a pack are what they are alone: looked at before the
+first step, on the model and the device that train."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.data import batch, sharing
+from trainer.data.sharing import Borrowed
+from trainer.data.tokenised import Rows
+from trainer.model.forward import hidden_states, model_inputs
+
+log = logging.getLogger(__name__)
+
+# of the norm of hidden states and of gradients; rounding alone gives a tenth of it
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.03, "nf4": 0.03, "fp8": 0.2, "int8": 0.2}
+NOISE = 4.0  # times what packing without sharing changes
+ANSWER = 24  # tokens of a row that are its own
+
+
+def difference(
+    model: nn.Module, rows: Rows, group: list[int], precision: str, device: torch.device
+) -> str:
+    """Why rows must not share their beginnings, or "" where those of `group`, shortened, give the
+    hidden states and the gradients that they give alone. Leaves gradients as they are."""
+    some = _shortened(rows, group)
+    numbers = range(len(some))
+    taken = [Borrowed(0, n) for n in sharing.beginnings(some, numbers)]
+    training = model.training
+    model.eval()
+    try:
+        alone = [_asked(model, some, [n], None, device) for n in numbers]
+        want = (
+            torch.cat([states for states, _ in alone]),
+            torch.stack([gradient for _, gradient in alone]).sum(0),
+        )
+        packed = _asked(model, some, numbers, None, device)
+        shared = _asked(model, some, numbers, taken, device)
+    except Exception as why:  # whatever the model's own code, or a kernel, cannot do
+        log.warning("prompts are not shared", exc_info=True)
+        return f"the model cannot be computed so ({type(why).__name__}: {str(why)[:120]})"
+    finally:
+        model.train(training)
+    for what, a, b, w in zip(("states", "gradients"), shared, packed, want, strict=True):
+        limit = max(TOLERANCE[precision], NOISE * _apart(b, w))
+        if not (off := _apart(a, w)) < limit:
+            return f"{what} differ from those of rows alone by {off:.2g}, more than {limit:.2g}"
+    return ""
+
+
+def _apart(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm().clamp_min(1e-12))
+
+
+def _shortened(rows: Rows, group: list[int]) -> Rows:
+    """The rows with LEAST tokens of their common beginning, and the ANSWER tokens behind it."""
+    parts = []
+    front = max(sharing.beginnings(rows, group))
+    for row in group:
+        ids = rows.ids[rows.starts[row] : rows.starts[row + 1]]
+        own = ids[front : front + ANSWER]
+        parts.append(np.concatenate([ids[: sharing.LEAST], own]))
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    marks = [np.arange(len(part)) > sharing.LEAST for part in parts]
+    told = (np.concatenate(parts), np.concatenate(marks), starts.astype(np.int64))
+    return Rows(*told, np.ones(len(parts), np.bool_), [""] * len(parts))
+
+
+def _asked(
+    model: nn.Module, rows: Rows, numbers: Any, taken: list[Borrowed] | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(hidden states of the tokens that each row has for itself, fp32; the gradient of a sum of
+    theirs by all that trains, flat)."""
+    own = max(sharing.beginnings(rows, range(len(rows))))
+    one = batch.packed(rows, list(numbers), device, taken)
+    states = hidden_states(model, **model_inputs(one))[0]
+    kept = states[one["position_ids"][0] >= own].float()
+    dice = torch.Generator().manual_seed(0)
+    weights = torch.randn(len(rows) * ANSWER, kept.shape[1], generator=dice).to(device)
+    places = [int((rows.starts[n + 1] - rows.starts[n]) - own) for n in range(len(rows))]
+    starts = np.cumsum([0, *places])
+    chosen = torch.cat([weights[starts[n] : starts[n + 1]] for n in numbers])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad((kept * chosen).sum(), trained, allow_unused=True)
+    return kept.detach(), torch.cat(
+        [
+            torch.zeros_like(p).flatten() if g is None else g.float().flatten()
+            for p, g in zip(trained, grads, strict=True)
+        ]
+    )
