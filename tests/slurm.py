@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from machine import free_port
+
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 NODES = ("n1", "n2")
 CONF = """\
@@ -44,21 +46,13 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:1\n"
 
 
-def free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
 @contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
     """The environment in which Slurm's commands speak to it. Raises AssertionError where its nodes
     do not come up."""
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
-    control, *ports = free_ports(1 + len(NODES))
+    control, *ports = (free_port() for _ in range(1 + len(NODES)))
     text = CONF.format(folder=folder, port=control)
     for name, port in zip(NODES, ports, strict=True):
         text += NODE.format(name=name, host=socket.gethostname(), port=port)

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from machine import free_port
+
 CORPUS = [
     "Below is an instruction that describes a task.",
     "### Instruction: What is 1 + 2?",
@@ -135,7 +137,6 @@ def start(job: Path, world: int = 1) -> list[Any]:
     """Forks `world` ranks that run `job`; this process has imported torch already, so they start at
     once. They end with the trainer's code."""
     import multiprocessing
-    import socket
 
     import matplotlib.backends.backend_agg  # noqa: F401 - imported once here, not in every rank
     import peft  # noqa: F401
@@ -144,9 +145,7 @@ def start(job: Path, world: int = 1) -> list[Any]:
 
     import trainer.train  # noqa: F401
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [
         context.Process(target=_rank, args=(job, rank, world, port)) for rank in range(world)

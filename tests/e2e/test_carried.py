@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from machine import free_port
 
 ROOT = Path(__file__).parents[2]
 PODMAN_CONF = ROOT / "tests/image/podman.conf"
@@ -140,9 +140,7 @@ class Server:
 
 def served(server: Server, line: str, folder: Path, token: Path) -> tuple[str, str]:
     """(the page, an answer by OpenAI's interface) of `milktea-run serve`, from outside it."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        listen = f"127.0.0.1:{one.getsockname()[1]}"
+    listen = f"127.0.0.1:{free_port()}"
     process = subprocess.Popen(
         ["sh", "-c", "exec " + line.replace("/opt/milktea", str(server.prefix))],
         cwd=folder,

@@ -7,13 +7,13 @@ container has no GPU.
 
 from __future__ import annotations
 
-import socket
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from machine import free_port
 
 import docker
 import rig
@@ -49,13 +49,6 @@ def engine() -> Iterator[docker.DockerClient]:
         pytest.skip(f"no Docker engine answers here: {error}")
     yield client
     client.close()
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Machine:

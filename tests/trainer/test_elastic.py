@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import free_port
 from tiny import events_of, manifest_of
 
 from trainer.launch import build
@@ -36,14 +36,8 @@ def agents(tmp_path: Path) -> Iterator[list[Agent]]:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     for agent in started:
-        agent.wait(10)
+        agent.wait(60)
     assert not left, f"{len(left)} processes were left behind"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def start(agents: list[Agent], job: Path, **environment: str) -> Agent:

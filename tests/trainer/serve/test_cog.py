@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 import requests
 import yaml
 from aiohttp.test_utils import TestClient, TestServer
+from machine import free_port
 
 from trainer.practice.model import HERE as PRACTICE
 from trainer.result import cog
@@ -147,9 +147,7 @@ def test_cog_s_own_server_answers_as_ours_does(
     ours = next(p for p in sys.path if p.endswith("site-packages"))
     theirs = next((place / "lib").glob("python3*/site-packages"))
     (theirs / "ours.pth").write_text(ours + "\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "COG_PREDICT_TYPE_STUB": "run.py:Runner",
         "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
