@@ -230,7 +230,8 @@ class Box:
         return "; ".join(reasons) or "no endpoint is known"
 
     def _open(self, endpoint: Endpoint, timeout_s: float) -> str:
-        """One try. "" when it worked, else the reason in a few words. Raises HostKeyChanged."""
+        """One try. "" when it worked, else the reason in a few words. Raises HostKeyChanged, and
+        what the box was ended with."""
         import fabric
 
         self.close()
@@ -267,6 +268,9 @@ class Box:
             return reason_of(error, timeout_s)
         connection.transport.set_keepalive(15)
         self._fabric, self.endpoint = connection, endpoint
+        if self._ended is not None:  # meanwhile, by another thread, which found nothing to cut
+            self.close()
+            raise self._ended
         return ""
 
     def _pin_host_key(self, client: paramiko.SSHClient, endpoint: Endpoint) -> None:

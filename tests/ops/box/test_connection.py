@@ -8,15 +8,13 @@ import stat
 import threading
 import time
 
+import fabric
 import pytest
+from machine import free_port
 
 from ops.box.connection import MAX_OUTPUT, Box, Endpoint
-from ops.errors import BoxError, HostKeyChanged, Lost, NeverReady, Unsuitable
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+from ops.errors import BoxError, HostKeyChanged, Lost, NeverReady, OverBudget, Unsuitable
+from ops.wait import until
 
 
 def test_construction_opens_nothing_and_writes_nothing(tmp_path):
@@ -63,7 +61,7 @@ def test_input_reaches_the_script_whole_and_fast(box):
     data = os.urandom(3 << 20)
     began = time.monotonic()
     assert box.run("wc -c", input=data).stdout.strip() == str(len(data))
-    assert time.monotonic() - began < 20  # fabric's own run would take hours
+    assert time.monotonic() - began < 100  # fabric's own run would take hours
 
 
 def test_a_script_that_does_not_read_its_input_still_ends(box):
@@ -117,16 +115,17 @@ def test_noise_without_end_before_a_command_is_stopped_too(server, make_box):
 
 def test_a_script_that_does_not_end_in_time_is_lost_and_the_next_call_works(box):
     began = time.monotonic()
-    with pytest.raises(Lost, match=r"no end within 1 s of: sleep 60"):
-        box.run("sleep 60", timeout_s=1)
-    assert time.monotonic() - began < 8
+    with pytest.raises(Lost, match=r"no end within 1 s of: sleep 600"):
+        box.run("sleep 600", timeout_s=1)
+    assert time.monotonic() - began < 60
     assert box.run("echo alive").stdout == "alive\n"
 
 
 def test_a_job_left_in_the_background_does_not_hold_the_call(box, server):
     began = time.monotonic()
-    assert box.run("sleep 30 >/dev/null 2>&1 </dev/null & echo started").stdout == "started\n"
-    assert time.monotonic() - began < 10
+    leaves_one = "sleep 600 >/dev/null 2>&1 </dev/null & echo started"
+    assert box.run(leaves_one, timeout_s=60).stdout == "started\n"
+    assert time.monotonic() - began < 50
 
 
 def test_a_link_cut_in_mid_command_is_lost_not_an_exit_code(box, server):
@@ -140,20 +139,16 @@ def test_a_link_cut_in_mid_command_is_lost_not_an_exit_code(box, server):
 
     thread = threading.Thread(target=work)
     thread.start()
-    deadline = time.monotonic() + 10
-    while not (server.home / "begun").exists() and time.monotonic() < deadline:
-        pass
+    assert until(lambda: (server.home / "begun").exists() or None, every_s=0.02, timeout_s=60)
     server.cut()
-    thread.join(20)
+    thread.join(60)
     assert len(said) == 1
     assert "the link broke during: touch begun" in str(said[0])
 
 
 def test_after_a_cut_the_next_call_reconnects_by_itself(box, server):
     server.cut()
-    deadline = time.monotonic() + 10
-    while box._fabric.is_connected and time.monotonic() < deadline:
-        pass
+    assert until(lambda: not box._fabric.is_connected or None, every_s=0.02, timeout_s=60)
     assert box.run("echo again").stdout == "again\n"
     assert box.read_from("nothing", 0) == b""
     assert server.logins == 2
@@ -274,12 +269,26 @@ def test_never_ready_says_what_each_endpoint_said(make_server, make_box):
     assert error.value.money == "the box is still rented"
 
 
+def test_a_box_that_is_ended_while_it_connects_is_ended(server, make_box, monkeypatch):
+    real, box = fabric.Connection.open, make_box(server.port)
+
+    def opened(connection) -> None:
+        real(connection)
+        if box._fabric is None:
+            box.end(OverBudget("the limit"))
+
+    monkeypatch.setattr(fabric.Connection, "open", opened)
+    with pytest.raises(OverBudget, match="the limit"):
+        box.run("echo x")
+    assert box._fabric is None
+
+
 def test_a_port_that_accepts_and_says_nothing_does_not_hold_connect(make_box):
     with socket.create_server(("127.0.0.1", 0)) as mute:
         began = time.monotonic()
         with pytest.raises(NeverReady):
             make_box(mute.getsockname()[1], connect_timeout_s=1.0).connect(1.0)
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < 60
 
 
 def test_nothing_of_the_users_ssh_set_up_is_read(server, make_box, tmp_path, monkeypatch):
