@@ -310,7 +310,7 @@ def sh(script: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
         env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=100,
     )
 
 

@@ -12,7 +12,7 @@ from typing import IO
 
 from ops.detached import start_detached
 
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0
 _LOCK_TRIES = 50  # one each 0.02 s
 
 

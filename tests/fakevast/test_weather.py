@@ -24,11 +24,16 @@ def come(fake: FakeVast, **event: Any) -> None:
 
 
 def came(holds: Callable[[], Any]) -> Any:
-    for _ in range(1000):
+    for _ in range(6000):
         if found := holds():
             return found
         time.sleep(0.01)
     raise AssertionError("it never came")
+
+
+def over(fake: FakeVast) -> None:
+    """What lasts ends now, as it does after `for_s`."""
+    fake.do(fake.emulator.weather.clear)
 
 
 def api(fake: FakeVast, path: str, method: str = "GET", **more: Any) -> requests.Response:
@@ -56,17 +61,24 @@ def test_an_event_waits_for_its_place_its_count_and_its_label(fake: FakeVast) ->
 
 @pytest.mark.parametrize("kind", ["api_pause", "api_5xx", "api_403", "api_html"])
 def test_the_api_says_nothing_of_use_for_a_while(fake: FakeVast, kind: str) -> None:
-    come(fake, kind=kind, for_s=0.3)
+    come(fake, kind=kind, for_s=3600)
     came(lambda: fake.emulator.weather.struck)
+    assert not says_credit(fake)
+    over(fake)
+    assert says_credit(fake)
 
-    def asked() -> bool:
-        try:
-            return "credit" in api(fake, "/api/v0/users/current/").json()
-        except (requests.RequestException, ValueError):
-            return False
 
-    assert not asked()
-    came(asked)
+def says_credit(fake: FakeVast) -> bool:
+    try:
+        return "credit" in api(fake, "/api/v0/users/current/").json()
+    except (requests.RequestException, ValueError):
+        return False
+
+
+def test_what_lasts_ends_by_itself(fake: FakeVast) -> None:
+    come(fake, kind="api_5xx", for_s=0.1)
+    came(lambda: fake.emulator.weather.struck)
+    came(lambda: says_credit(fake))
 
 
 @pytest.mark.parametrize(("kind", "said"), [("empty_list", []), ("null_list", None)])
@@ -120,10 +132,11 @@ def test_a_boxs_clock_is_wrong_and_is_put_right(fake: FakeVast, box: tuple[int, 
     def off_s() -> float:
         return float(way.run("date +%s").stdout) - time.time()
 
-    come(fake, kind="clock_jump", skew_s=7200, for_s=1.0)
+    come(fake, kind="clock_jump", skew_s=7200, for_s=3600)
     came(lambda: fake.emulator.weather.struck)
     assert 7100 < off_s() < 7300
-    came(lambda: abs(off_s()) < 60)
+    over(fake)
+    assert abs(off_s()) < 60
 
 
 def test_a_slow_link_carries_so_many_bytes_a_second(
@@ -134,7 +147,7 @@ def test_a_slow_link_carries_so_many_bytes_a_second(
     came(lambda: fake.emulator.weather.struck)
     began = time.monotonic()
     assert len(way.run("head -c 40000 /dev/zero").stdout) == 40_000
-    assert 0.9 < time.monotonic() - began < 5
+    assert 0.9 < time.monotonic() - began < 60
 
 
 def test_a_full_disk_takes_nothing_also_of_programs_that_run(
@@ -144,11 +157,12 @@ def test_a_full_disk_takes_nothing_also_of_programs_that_run(
     way.run("setsid sh -c 'while :; do echo more >>log; sleep 0.05; done' >/dev/null 2>&1 &")
     log = fake.home(number) / "log"
     came(log.exists)
-    come(fake, kind="full_disk", for_s=1.0)
+    come(fake, kind="full_disk", for_s=3600)
     came(lambda: fake.emulator.weather.struck)
     size = log.stat().st_size
     done = way.run("echo x >new; echo $?")
     assert done.stdout != "0\n" and log.stat().st_size == size
+    over(fake)
     came(lambda: log.stat().st_size > size)
 
 
@@ -169,11 +183,11 @@ def test_a_higher_price_is_told_first_and_holds_later_unless_it_is_rejected(
     number = rent(client, label="run-1")
     before = fake.instances()[0]["dph_base"]
     for answer, times in ((None, 3), (price_increase.reject, 3), (price_increase.accept, 9)):
-        come(fake, kind="price_increase", factor=3, for_s=0.3)
+        come(fake, kind="price_increase", factor=3, for_s=3600)
         row = came(lambda: price_increase.pending_rows(price_increase.list_pending(client)))[0]
         assert row["contract_id"] == number
         if answer:
             answer(client, row["pending_price_increase_id"])
-        came(lambda: not price_increase.pending_rows(price_increase.list_pending(client)))
-        time.sleep(0.4)  # past the moment from which it would hold
+        over(fake)  # from that moment on it holds
+        assert not price_increase.pending_rows(price_increase.list_pending(client))
         assert fake.instances()[0]["dph_base"] == pytest.approx(before * times)

@@ -19,7 +19,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGp1c3QgYSB0ZXN0IGtleSBvZiB0aGlydHktd
 
 
 def wait_for(path: Path) -> str:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.02)
@@ -187,7 +187,7 @@ def test_a_training_killed_whole_is_started_again(tmp_path: Path) -> None:
     launched(tmp_path)
     wait_for(tmp_path / "milktea/r/starts")
     first = kill_training(tmp_path)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while launched(tmp_path).stdout.strip() != "started" and time.monotonic() < deadline:
         time.sleep(0.02)
     assert kill_training(tmp_path) != first
@@ -218,7 +218,7 @@ def test_of_a_log_in_one_endless_line_the_end_alone_is_sent(tmp_path: Path) -> N
 def test_a_box_of_0_1_counts_its_lease_by_dates(tmp_path: Path) -> None:
     (tmp_path / "milktea").mkdir()
     sh(scripts.RENEW, tmp_path)
-    assert abs(int((tmp_path / "milktea/lease").read_text()) - time.time()) < 5
+    assert abs(int((tmp_path / "milktea/lease").read_text()) - time.time()) < 60
 
 
 FULL = """\
@@ -249,7 +249,7 @@ def test_on_a_disk_that_is_full_the_lease_is_renewed_and_the_age_goes_on(tmp_pat
     env |= {"MILKTEA_MAX_S": "5000", "MILKTEA_LEASE_S": "600", "MILKTEA_WATCH_S": "15"}
     env |= {"MILKTEA_API": "http://127.0.0.1:9", "MILKTEA_UPTIME": str(tmp_path / "uptime")}
     words = ["unshare", "-m", "sh", "-c", text]
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
     if done.returncode == 77:
         pytest.skip(f"a mount of its own: {NOT_HERE}")
     assert done.returncode == 0, done.stderr

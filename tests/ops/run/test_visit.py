@@ -133,7 +133,7 @@ def test_a_port_of_the_box_is_a_port_of_this_machine_until_the_box_is_gone(
             (own.image / "pause").unlink()
             milktea.attach(run)
             (own.image / "pause").touch()
-            ended.join(10)
+            ended.join(60)
             assert not ended.is_alive()
     with pytest.raises(JournalError, match="has no box: done"):
         visit.listens(run, vast, port)
