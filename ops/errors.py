@@ -22,7 +22,8 @@
     ├── AdapterError        7   what came home is not a whole, sane adapter
     ├── JournalError        8   the run's journal is damaged, or of a newer version
     │   ├── Fenced              another client acts on this run; this one stops
-    │   └── Elsewhere           the run was rented at another address or by another account
+    │   ├── Elsewhere           the run was rented at another address or by another account
+    │   └── NotYours            the run is another person's: asked about first, or refused
     └── BoxLeaked          70   a box may still be billing
 
 Every message has three parts: what happened, with the numbers; the state of the money; `hint`, the
@@ -189,6 +190,10 @@ class Fenced(JournalError):
 class Elsewhere(JournalError):
     money = "unknown here; what the run has rented is looked after by its own account"
     hint = "set VAST_API_KEY (and VAST_URL) to those with which the run was rented"
+
+
+class NotYours(JournalError):
+    money = "nothing was changed"
 
 
 class BoxLeaked(MilkteaError):

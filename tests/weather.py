@@ -425,10 +425,10 @@ def work(worker: int, workers: int, seeds: range, results: Any, keep: Path | Non
             with Journal(own.runs / plan.run_id) as held:
                 held.append("planned", **plan.to_line())
                 place = Place(own, url, key, milktea.Run(held.folder))
-            commands.send([one | {"label": plan.run_id} for one in case.events])
+            commands.send([one | {"label": plan.label} for one in case.events])
             commands.recv()
             found = live(case, place)
-            commands.send(plan.run_id)
+            commands.send(plan.label)
             asked = commands.recv()
             for key_ in ("left", "struck", "machines", "usd"):
                 setattr(found, key_, asked[key_])

@@ -22,7 +22,7 @@ from ops.api.chat import plan_chat, rent_and_talk
 from ops.api.market import open_market, uses_vast_ai
 from ops.api.planning import Job as Job
 from ops.api.planning import Planned, gpus, load_job, models, plan, prices, schema
-from ops.api.reading import compare
+from ops.api.reading import boxes, closed_runs, compare
 from ops.api.reaping import finish_destroys, reap
 from ops.api.running import attach, destroy, rent_and_train, resume, stop, web, wish_end
 from ops.api.screen import Quiet
@@ -46,6 +46,7 @@ from ops.prepare.endpoint import Endpoint, endpoint_of
 from ops.prepare.feedback import feedback
 from ops.prepare.work import Tell
 from ops.run import ledger, visit
+from ops.run.boxes import Rented
 from ops.run.eta import Eta
 from ops.run.explain import Status, told_line
 from ops.run.folders import runs_folder
@@ -101,6 +102,7 @@ __all__ = [
     "Ranking",
     "Reading",
     "Reaped",
+    "Rented",
     "Run",
     "Sample",
     "Score",
@@ -115,8 +117,10 @@ __all__ = [
     "attach",
     "begin",
     "board",
+    "boxes",
     "carry",
     "check_adapter",
+    "closed_runs",
     "combine_adapters",
     "compare",
     "data",

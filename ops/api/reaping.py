@@ -21,8 +21,8 @@ def reap(
     screen: Screen | None = None,
 ) -> Reaped:
     """Destroy every box of the runs in `root` that no live client looks after, and prove it; with
-    `foreign`, also those labelled like a run of ours that has no folder there. What could not be
-    proven absent is in `leaked`; nothing is raised for it."""
+    `foreign`, also those labelled like a run that has no folder there, and those of other people's
+    runs. What could not be proven absent is in `leaked`; nothing is raised for it."""
     vast, root = vast or open_market(), root or runs_folder()
     return reaping.reap(root, vast, screen or Quiet(), foreign=foreign)
 

@@ -17,7 +17,7 @@ from ops.api.screen import Quiet
 from ops.errors import Failed, JournalError, PreflightError
 from ops.job.plan import Plan
 from ops.market.client import Vast
-from ops.run import place, rental, supervisor, wishes
+from ops.run import people, place, rental, supervisor, wishes
 from ops.run.attach import Tail, raise_if_failed, watching
 from ops.run.folders import runs_folder
 from ops.run.journal import Journal
@@ -87,19 +87,24 @@ def resume(
     """Go on with a run whose owner died, that was interrupted, or whose box was taken away or left
     to itself; as `rent_and_train`. A run that has an owner is watched (`attach`). `max_usd` and
     `max_hours` are of the whole run and take the place of the job's; a box that it has keeps the
-    deadline that it was given. Raises JournalError where it is done or never began, PreflightError
-    for limits of a run that has an owner."""
+    deadline that it was given. Raises JournalError where it is done or never began, NotYours for a
+    run of another person, whose key is theirs alone, PreflightError for limits of a run that has an
+    owner."""
     vast, root, screen = vast or open_market(), root or runs_folder(), screen or Quiet()
     finished(vast, root, screen)
     run = run if isinstance(run, Run) else find_run(run, root)
     if run.is_owned:
         if max_usd is not None or max_hours is not None:
+            people.validate_mine(run.folder, hint=f"`milktea attach {run.id}` watches it")
             raise PreflightError(
                 f"{run.id} is owned by a process, which keeps the limits that it began with",
                 money="nothing was changed",
                 hint=f"`milktea attach {run.id}` watches it",
             )
         return run if detach else attach(run, screen=screen)
+    people.validate_mine(
+        run.folder, hint=f"only they can go on with it; `milktea stop {run.id}` can end it"
+    )
     place.validate_same(run.id, place.remembered(run.journal), vast)
     with Journal(run.folder) as held:
         if not held.lines:
@@ -131,7 +136,8 @@ def resume(
 def attach(run: Run | str, *, root: Path | None = None, screen: Screen | None = None) -> Run:
     """Watch a run that another process owns, from its beginning to its end; acts on nothing.
 
-    Ctrl-C lets `screen` choose: to leave, after which this returns, or an end of the run. Returns
+    Ctrl-C lets `screen` choose: to leave, after which this returns, or an end of the run; a run of
+    another person it leaves. Returns
     and raises as `rent_and_train`, for a run that has ended as well; JournalError where its owner
     was killed."""
     run, screen = run if isinstance(run, Run) else find_run(run, root), screen or Quiet()
@@ -144,7 +150,7 @@ def attach(run: Run | str, *, root: Path | None = None, screen: Screen | None = 
                 break
             if pressed.is_set():
                 pressed.clear()
-                if _chosen(run, screen) == wishes.LEAVE:
+                if not run.is_mine or _chosen(run, screen) == wishes.LEAVE:
                     return run
             time.sleep(WATCH_EVERY_S)
     raise_if_failed(run.folder)
@@ -188,6 +194,7 @@ def stop(
     vast: Vast | None = None,
     root: Path | None = None,
     screen: Screen | None = None,
+    theirs: bool = False,
 ) -> Run:
     """End a run: `fetch` brings the newest checkpoint home first (a result that is on its way comes
     home whole), `destroy` nothing. Returns once no box of it is left. `keep` does as `fetch`, and
@@ -195,10 +202,11 @@ def stop(
 
     Where somebody wished another end before, that one holds. Raises as `rent_and_train`;
     JournalError for a run that has no box and no owner, PreflightError where `keep` is not worth
-    it, or the box is stopped already."""
+    it, or the box is stopped already; NotYours for a run of another person, unless `theirs` says
+    that it is meant."""
     run = run if isinstance(run, Run) else find_run(run, root)
     before = len(run.journal)
-    if wish_end(run, wish, vast=vast, screen=screen) == DESTROYED:
+    if wish_end(run, wish, vast=vast, screen=screen, theirs=theirs) == DESTROYED:
         return run
     try:
         return attach(run, screen=screen)
@@ -208,16 +216,28 @@ def stop(
         raise
 
 
-def wish_end(run: Run, wish: End, *, vast: Vast | None = None, screen: Screen | None = None) -> str:
+def wish_end(
+    run: Run,
+    wish: End,
+    *,
+    vast: Vast | None = None,
+    screen: Screen | None = None,
+    theirs: bool = False,
+) -> str:
     """As `stop`, without waiting for the end: returns the wish that holds, an earlier one where
-    there was one, once the run's owner has it; DESTROYED for a stopped box, which is destroyed
-    here. Raises as `stop` does before it waits."""
-    if run.kept and wish == "destroy" and not run.is_owned:
-        destroy(run, vast=vast, root=run.folder.parent, screen=screen)
+    there was one, once the run's owner has it; DESTROYED for a box that is destroyed here: one that
+    is stopped, or another person's that no process owns. Raises as `stop` does before it waits."""
+    _validate_may_end(run, theirs)
+    here = not run.is_owned and may_have_box(run.journal) and (run.kept or not run.is_mine)
+    if wish == "destroy" and here:
+        destroy(run, vast=vast, root=run.folder.parent, screen=screen, theirs=theirs)
         return DESTROYED
     _validate_end(run, wish)
     if run.is_owned:
         return wishes.send(run.folder, wish)
+    if wish != wishes.DESTROY:
+        hint = f"nobody acts on it, and its key is theirs alone; `milktea destroy {run.id}` ends it"
+        people.validate_mine(run.folder, hint=hint)
     if not may_have_box(run.journal):
         raise JournalError(f"{run.id} has no box, and nothing acts on it", hint="")
     vast = vast or open_market()
@@ -239,6 +259,12 @@ def web(told: Callable[[str], None], *, root: Path | None = None, port: int | No
         return wish_end(run, cast(End, wish))
 
     serve(root or runs_folder(), end, told, port)
+
+
+def _validate_may_end(run: Run, theirs: bool) -> None:
+    """Raises NotYours for a run of another person that is not meant to be ended."""
+    if not theirs:
+        people.validate_mine(run.folder, hint=f"`milktea stop {run.id}` asks whether to end it")
 
 
 def _validate_end(run: Run, wish: str) -> None:
@@ -263,15 +289,18 @@ def destroy(
     vast: Vast | None = None,
     root: Path | None = None,
     screen: Screen | None = None,
+    theirs: bool = False,
 ) -> bool:
     """Destroy the box of one run now, and prove it absent; a run that has an owner is ended by it.
-    Returns whether it may have had one. Raises BoxLeaked without that proof."""
+    Returns whether it may have had one. Raises BoxLeaked without that proof, NotYours for a run of
+    another person, unless `theirs` says that it is meant."""
     vast, root = vast or open_market(), root or runs_folder()
     finished(vast, root, screen)
     run = run if isinstance(run, Run) else find_run(run, root)
+    _validate_may_end(run, theirs)
     if run.is_owned:
         had = may_have_box(run.journal)
-        stop(run, "destroy", vast=vast, screen=screen)
+        stop(run, "destroy", vast=vast, screen=screen, theirs=theirs)
         return had
     with Journal(run.folder) as held:
         had = may_have_box(held.lines)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ops.errors import ConfigError
 from ops.plain import plain
 
 if TYPE_CHECKING:
@@ -77,3 +78,28 @@ def report(reaped: api.Reaped, as_json: bool, *, say_nothing_found: bool = False
             print("no box of ours exists")
     if reaped.leaked:
         raise reaped.leaked[0]
+
+
+def may_destroy(labels: list[str], yes: bool) -> bool:
+    """Whether boxes that another folder, or another tool, may look after are to be destroyed.
+    Raises ConfigError where nobody can be asked."""
+    if yes:
+        return True
+    print(*map(plain, labels), sep="\n", file=sys.stderr)
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"nobody can be asked here whether these {len(labels)} are yours",
+            hint="milktea reap --foreign --yes",
+        )
+    return typer.confirm(f"Destroy these {len(labels)}, begun elsewhere?", default=False)
+
+
+def may_end(run: api.Run, yes: bool) -> bool:
+    """Whether a run of another person is meant: asked, where nobody said --yes and somebody can be
+    asked. For a run of one's own nothing is asked. False is refused by what ends it."""
+    if run.is_mine or yes or not sys.stdin.isatty():
+        return yes
+    if typer.confirm(f"{run.id} is a run of {plain(run.user)}. End it?", default=False):
+        return True
+    print("nothing was changed", file=sys.stderr)
+    raise typer.Exit(0)

@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from ops.cli import compare, data, endpoints, history, image, serve, shelf, sweep, use, visit
-from ops.cli.acting import acting, interrupted, market, open_screen, report
+from ops.cli.acting import (
+    acting,
+    interrupted,
+    market,
+    may_destroy,
+    may_end,
+    open_screen,
+    report,
+)
 from ops.cli.ending import last_lines, stopped
 from ops.cli.errors import errors
 from ops.cli.history import Json, Run
 from ops.errors import ConfigError
-from ops.plain import plain
 
 if TYPE_CHECKING:
     pass
@@ -167,8 +174,10 @@ def stop(
         ),
     ] = False,
     destroy: Annotated[bool, typer.Option("--destroy", help="Destroy now")] = False,
+    yes: Yes = False,
 ) -> None:
-    """End a run. Without an option the choices are shown with their price."""
+    """End a run. Without an option the choices are shown with their price. Of another person's run
+    it asks first whether it is meant."""
     with errors(as_json), interrupted():
         from ops import api
 
@@ -177,6 +186,7 @@ def stop(
         if len(asked) > 1:
             raise ConfigError("one of --fetch, --keep-disk and --destroy, not more", hint="")
         screen, found = open_screen(as_json), api.find_run(run)
+        theirs = may_end(found, yes)
         wish: str | None = asked[0] if asked else None
         if not asked:
             wish = screen.choose([(c.wish, c.text) for c in found.choices()])
@@ -187,7 +197,8 @@ def stop(
         if wish not in ends:
             print("nothing was stopped", file=sys.stderr)
             return
-        found = api.stop(found, cast(Literal["fetch", "keep", "destroy"], wish), screen=screen)
+        end = cast(Literal["fetch", "keep", "destroy"], wish)
+        found = api.stop(found, end, screen=screen, theirs=theirs)
         stopped(found, screen, as_json)
 
 
@@ -195,7 +206,10 @@ def stop(
 def reap(
     as_json: Json = False,
     foreign: Annotated[
-        bool, typer.Option("--foreign", help="Also runs that have no folder here, once confirmed")
+        bool,
+        typer.Option(
+            "--foreign", help="Also of other people, or without a folder here, once confirmed"
+        ),
     ] = False,
     yes: Yes = False,
 ) -> None:
@@ -206,35 +220,21 @@ def reap(
         vast, screen = market(), open_screen(as_json)
         vast.tell = screen.waiting
         reaped = api.reap(vast=vast, screen=screen)
-        if foreign and reaped.foreign and _may_destroy(reaped.foreign, yes):
+        if foreign and reaped.foreign and may_destroy(reaped.foreign, yes):
             more = api.reap(foreign=True, vast=vast, screen=screen)
             more.destroyed[:0] = reaped.destroyed
             reaped = more
         report(reaped, as_json, say_nothing_found=True)
 
 
-def _may_destroy(labels: list[str], yes: bool) -> bool:
-    """Whether boxes that another folder, or another tool, may look after are to be destroyed.
-    Raises ConfigError where nobody can be asked."""
-    if yes:
-        return True
-    print(*map(plain, labels), sep="\n", file=sys.stderr)
-    if not sys.stdin.isatty():
-        raise ConfigError(
-            f"nobody can be asked here whether these {len(labels)} are yours",
-            hint="milktea reap --foreign --yes",
-        )
-    return typer.confirm(f"Destroy these {len(labels)}, begun elsewhere?", default=False)
-
-
 @app.command()
-def destroy(run: Run, as_json: Json = False) -> None:
-    """Destroy the box of one run now, and prove it."""
+def destroy(run: Run, as_json: Json = False, yes: Yes = False) -> None:
+    """Destroy the box of one run now, and prove it. Of another person's run it asks first."""
     with errors(as_json), acting(as_json) as (vast, screen):
         from ops import api
 
         found = api.find_run(run)
-        had = api.destroy(found, vast=vast, screen=screen)
+        had = api.destroy(found, vast=vast, screen=screen, theirs=may_end(found, yes))
         if as_json:
             print(json.dumps({"kind": "destroyed" if had else "nothing", "run_id": found.id}))
         else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from ops.cli.acting import market
 from ops.cli.errors import errors
 from ops.errors import ConfigError, JournalError
 from ops.plain import json_line, plain
@@ -24,28 +25,57 @@ Run = Annotated[
 
 def status(
     run: Annotated[str | None, typer.Argument(help="One run; without it, all")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also every box of the account, and whose it is")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Where every run stands and who looks after it, from what lies here alone. live: a terminal
     watches it; detached: nobody watches; alone: its box has no owner; kept: its box is stopped,
-    for the price a day that is shown."""
+    for the price a day that is shown. Runs of other people in a shared folder say whose they are.
+    With --all, vast.ai is asked too."""
     with errors(as_json):
-        rows = [found.status() for found in _readable(run)]
-        if as_json:
-            for row in rows:
-                print(json_line(row.as_dict()))
-            return
-        for row in rows:
-            print(_status_line(row, time.time()))
-        if not rows:
+        from ops import api
+
+        if run is not None and everything:
+            raise ConfigError("a run or --all, not both", hint="milktea status --all")
+        found = list(_readable(run))
+        rows = [(one.status(), one.is_mine) for one in found]
+        for row, mine in rows:
+            print(json_line(row.as_dict()) if as_json else _status_line(row, time.time(), mine))
+        for run_id, user in api.closed_runs() if run is None and not as_json else []:
+            print(plain(f"{run_id}  a run of {user}, closed to you"))
+        if not rows and not as_json:
             print("no runs yet: `milktea rent-and-train JOB` makes the first")
+        if everything:
+            _boxes(api.boxes(vast=market()), as_json)
 
 
-def _status_line(row: api.Status, now: float) -> str:
+def _boxes(boxes: list[api.Rented], as_json: bool) -> None:
+    """The boxes of the account, with what they cost an hour."""
+    if as_json:
+        for box in boxes:
+            print(json_line({"kind": "box", **box.as_dict()}))
+        return
+    print(f"boxes of this account: {len(boxes)}, {sum(b.usd_per_hour for b in boxes):.3f} $/h")
+    for box in boxes:
+        whose = f"of {box.user}" if box.user else "its label names nobody"
+        if not box.run_id:
+            whose = f"not of milktea: {box.label!r}" if box.label else "not of milktea"
+        words = [f"box {box.instance_id}", box.gpu, box.status, f"{box.usd_per_hour:.3f} $/h"]
+        words += [box.run_id, whose] if box.run_id else [whose]
+        if box.run_id and not box.is_here:
+            words.append("no run folder here")
+        print(plain("  " + "  ".join(words)))
+
+
+def _status_line(row: api.Status, now: float, mine: bool = True) -> str:
     box = f"box {row.box}" if row.box else "no box"
     words = [row.run_id, row.stage, box, f"{row.spent_usd:.4f} of {row.max_usd:.2f} $"]
     if row.owner:
         words.insert(1, f"{row.owner} {_age(now - row.began)}")
+    if not mine:
+        words.insert(1, f"of {row.user}")
     if row.usd_per_hour is not None:
         words.append(f"{row.usd_per_hour:.3f} $/h")
     if row.kept_until is not None and row.usd_per_hour is not None:

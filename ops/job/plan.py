@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ops.box.transfer import PushFile
+from ops.job.label import Label
 from ops.market.ranking import Needs
 from ops.market.workload import Workload
 
@@ -46,11 +47,17 @@ class Plan:
     evaluate: dict[str, Any] | None = None  # rows, new_tokens, seconds at most: on the box
     notify: dict[str, Any] | None = None  # the job's [notify]: who is told
     trains: bool = True  # else it is rented to talk to a result of another run
+    user: str = ""  # who rents, as the label of its boxes says; "" in plans that are older
 
     @property
     def env(self) -> list[str]:
         """Names of the variables that go to the box at launch."""
         return list(self.wire_job.get("environment", []))
+
+    @property
+    def label(self) -> str:
+        """Of its boxes on vast.ai."""
+        return str(Label(self.run_id, self.user))
 
     def to_line(self) -> dict[str, Any]:
         """The data of the journal's first line."""

@@ -16,6 +16,7 @@ from ops.hardware import gpus
 from ops.job import notify, sent, tokens
 from ops.job.adapters import Adapters, taken_up
 from ops.job.job_file import JobFile
+from ops.job.label import this_user
 from ops.job.lengths import lengths_of_all
 from ops.job.model_shape import family_of, model_config, shape_of
 from ops.job.needs import largest, needs_of, of_stages, workload_of
@@ -40,7 +41,7 @@ def new_plan(
         f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
     )
     folder = root / run_id
-    folder.mkdir(parents=True)
+    folder.mkdir(0o700, parents=True)
     try:
         plan = make_plan(job, run_id, folder, or_estimate=or_estimate)
         if on_cpu:
@@ -109,6 +110,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         talk_s=job.results.talk_s,
         evaluate=job.evaluate.asked() if job.evaluate else None,
         notify=job.notify.model_dump() if job.notify else None,
+        user=this_user(),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
 from ops.job import sent
+from ops.job.label import this_user
 from ops.job.needs import DRIVER_SHARE, IMAGE_UNPACKED, SYSTEM_GIB
 from ops.job.plan import Plan
 from ops.job.pushes import trainer_files
@@ -74,6 +75,7 @@ def talk_plan(run: Plan, adapter: Path, now: float, minutes: float, max_usd: flo
         when_silent="destroy",
         talk_s=minutes * 60,
         trains=False,
+        user=this_user(),
     )
 
 

@@ -157,15 +157,11 @@ class Vast:
             return int(reply["new_contract"])
         raise refusal(200, reply)
 
-    def instances(self, label: str | None = None) -> list[Instance]:
-        """Every instance of the account over all pages, or those with `label`. Raises NoAnswer for
-        a row that cannot be parsed: an incomplete list proves nothing."""
+    def instances(self, wanted: Callable[[str], bool] = lambda label: True) -> list[Instance]:
+        """Every instance of the account over all pages whose label is `wanted`. Raises NoAnswer for
+        a row of these that cannot be parsed: an incomplete list proves nothing."""
         try:
-            return [
-                parse_instance(row)
-                for row in self._rows()
-                if label is None or label_of(row) == label
-            ]
+            return [parse_instance(row) for row in self._rows() if wanted(label_of(row))]
         except BAD_ROW as e:
             raise NoAnswer(f"vast.ai listed an instance that cannot be read: {e}") from e
 

@@ -1,5 +1,6 @@
-"""The proof that nothing is left that bills: three spaced reads of the list of vast.ai without the
-label, and the destroy that goes on until they succeed. It needs neither a journal nor a disk.
+"""The proof that nothing is left that bills: three spaced reads of the list of vast.ai without a
+label of the run, and the destroy that goes on until they succeed. It needs neither a journal nor a
+disk.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from ops.errors import BoxLeaked, MilkteaError, Refused
+from ops.job.label import is_of
 from ops.market.client import Vast
 from ops.market.models import Instance
 from ops.wait import Clock, until
@@ -20,11 +22,15 @@ PROOF_S = 2.0  # between reads after a destroy
 DESTROY_PATIENCE_S = 600.0
 
 
-def instances_with_label(vast: Vast, label: str, *, every_s: float = PROOF_S) -> list[Instance]:
-    """Every instance with `label`. Stops at the first read that shows any; an empty list is proven
-    by READS reads, `every_s` apart. Raises MarketError when a read fails: the reads before it prove
-    nothing."""
-    return _read(lambda: vast.instances(label=label), vast.clock, every_s)[0]
+def instances_of_run(vast: Vast, run_id: str, *, every_s: float = PROOF_S) -> list[Instance]:
+    """Every instance with a label of this run. Stops at the first read that shows any; an empty
+    list is proven by READS reads, `every_s` apart. Raises MarketError when a read fails: the reads
+    before it prove nothing."""
+    return _read(lambda: vast.instances(_of(run_id)), vast.clock, every_s)[0]
+
+
+def _of(run_id: str) -> Callable[[str], bool]:
+    return lambda label: is_of(label, run_id)
 
 
 def _read(look: Callable[[], list[T]], clock: Clock, every_s: float) -> tuple[list[T], list[float]]:
@@ -40,13 +46,13 @@ def _read(look: Callable[[], list[T]], clock: Clock, every_s: float) -> tuple[li
 
 def until_absent(
     vast: Vast,
-    label: str,
+    run_id: str,
     *,
     known: int | None = None,
     begun: Callable[[], object] = lambda: None,
     tell: Callable[[str], object] = lambda trouble: None,
 ) -> list[float]:
-    """Destroy instance `known` and every instance with `label`, again and again, until vast.ai has
+    """Destroy instance `known` and every instance of this run, again and again, until vast.ai has
     taken the DELETE of each and READS spaced reads in a row list none. Returns the unix seconds of
     those reads.
 
@@ -61,16 +67,16 @@ def until_absent(
         nonlocal pending, trouble, first
         trouble = ""
         for instance_id in pending:
-            said = _try_destroy(vast, instance_id, label, known)
+            said = _try_destroy(vast, instance_id, run_id, known)
             trouble = said or trouble
             (refused.add if said else refused.discard)(instance_id)
         if first:
             first = False
             ignore_errors(begun)
         try:
-            listed, reads = _ids_with_label(vast, label)
+            listed, reads = _ids_of_run(vast, run_id)
         except Exception as e:  # a list that cannot be read proves nothing, whatever it holds
-            _raise_leaked_if_final(e, label, known)
+            _raise_leaked_if_final(e, run_id, known)
             trouble = trouble or message_of(e)
         else:
             pending = sorted({*listed, *refused})
@@ -82,34 +88,34 @@ def until_absent(
 
     found = until(absent, every_s=PROOF_S, timeout_s=DESTROY_PATIENCE_S, clock=vast.clock)
     if found is None:
-        raise _box_leaked(label, known, trouble)
+        raise _box_leaked(run_id, known, trouble)
     return found
 
 
-def _try_destroy(vast: Vast, instance_id: int, label: str, known: int | None) -> str:
+def _try_destroy(vast: Vast, instance_id: int, run_id: str, known: int | None) -> str:
     """Send one DELETE. Returns what went wrong, or "". Raises BoxLeaked where the key is not
     accepted."""
     try:
         vast.destroy(instance_id)
     except Exception as e:  # it is sent again, whatever came back
-        _raise_leaked_if_final(e, label, known)
+        _raise_leaked_if_final(e, run_id, known)
         return message_of(e)
     return ""
 
 
-def _ids_with_label(vast: Vast, label: str) -> tuple[list[int], list[float]]:
-    """(ids of the instances with `label`, the unix seconds of each read). It reads only id and
+def _ids_of_run(vast: Vast, run_id: str) -> tuple[list[int], list[float]]:
+    """(ids of the instances of this run, the unix seconds of each read). It reads only id and
     label of each row: a row that cannot be parsed as an instance does not stop a destroy."""
 
     def look() -> list[int]:
-        return [number for number, theirs in vast.labels() if theirs == label]
+        return [number for number, label in vast.labels() if is_of(label, run_id)]
 
     return _read(look, vast.clock, PROOF_S)
 
 
-def _raise_leaked_if_final(e: Exception, label: str, known: int | None) -> None:
+def _raise_leaked_if_final(e: Exception, run_id: str, known: int | None) -> None:
     if isinstance(e, Refused) and e.code == "auth_error":
-        raise _box_leaked(label, known, str(e)) from e
+        raise _box_leaked(run_id, known, str(e)) from e
 
 
 def message_of(e: Exception) -> str:
@@ -123,6 +129,6 @@ def ignore_errors(act: Callable[..., object], *args: object) -> None:
         act(*args)
 
 
-def _box_leaked(label: str, instance_id: int | None, trouble: str) -> BoxLeaked:
+def _box_leaked(run_id: str, instance_id: int | None, trouble: str) -> BoxLeaked:
     which = "" if instance_id is None else f" (instance {instance_id})"
-    return BoxLeaked(f"the box of {label}{which} is not proven destroyed: {trouble}")
+    return BoxLeaked(f"the box of {run_id}{which} is not proven destroyed: {trouble}")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ops import errors
-from ops.detached import only_ours
 from ops.errors import JournalError, MilkteaError
 from ops.market.models import Instance
 from ops.run import journal, wishes
+from ops.run.folders import ours
 from ops.run.follow import EVENTS
 from ops.run.journal import Line, last
 from ops.run.meter import ends_itself_at, max_usd_of, may_have_box, plan_of, spent_usd
@@ -31,7 +31,7 @@ _AFTER_EVENTS = ("checkpoint", "event", "ended", "failed", "interrupted", "preem
 @contextmanager
 def watching(folder: Path) -> Iterator[None]:
     """While the block runs, the owner can see that a terminal watches."""
-    with open(folder / WATCHED, "a", opener=only_ours) as lock:
+    with open(folder / WATCHED, "a", opener=ours) as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 

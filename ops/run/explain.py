@@ -66,12 +66,13 @@ class Status:
     ends_itself_at: float | None = None  # unix seconds, at the latest
     kept_until: float | None = None  # unix seconds, of a box that is stopped; else None
     training: str = ""  # of a run of several stages, which one was begun last
+    user: str = ""  # who rented; `owner` is what process looks after it
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
-def status(run_id: str, lines: list[Line], now: float, owner: str = "") -> Status:
+def status(run_id: str, lines: list[Line], now: float, owner: str = "", user: str = "") -> Status:
     """The status at `now` (unix seconds) of a run with this journal."""
     newest = next((line for line in reversed(lines) if line.kind in STAGES), lines[0])
     pulled, rented, checkpoint = (
@@ -96,6 +97,7 @@ def status(run_id: str, lines: list[Line], now: float, owner: str = "") -> Statu
         ends_itself_at(lines) if may_have_box(lines) else None,
         float(line["until"]) if (line := kept(lines)) is not None else None,
         _training(lines),
+        user,
     )
 
 
@@ -209,7 +211,7 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
         case "preempted":
             return "taken", f"{d('state')}"
         case "interrupted":
-            return "you", f"chose: {d('chosen')}"
+            return str(d("user") or "you"), f"chose: {d('chosen')}"
         case "attached":
             return "watch", "a terminal watches"
         case "detached":

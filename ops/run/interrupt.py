@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from ops.box import scripts
 from ops.box.connection import Box
 from ops.errors import Failed, Lost, MilkteaError
-from ops.run import chain, retrieve, wishes
+from ops.run import chain, people, retrieve, wishes
 from ops.run.follow import BAD_MANIFEST, pull_folder
 from ops.run.kept import kept, stop_and_keep
 from ops.run.rental import raise_if_preempted
@@ -63,7 +63,7 @@ def obey(session: Session, box: Box | None) -> None:
     if session.wish in (wishes.FETCH, wishes.KEEP) and box is None and wishes.launched(lines):
         return  # a later stage has the box, and carries the wish out
     wish, session.wish = session.wish, ""
-    session.note("interrupted", chosen=wish)
+    session.note("interrupted", chosen=wish, **_sender(session))
     wishes.forget(session.journal.folder)
     if wish == wishes.LEAVE and kept(lines) is not None:
         raise Kept
@@ -90,6 +90,13 @@ def obey(session: Session, box: Box | None) -> None:
         f"stopped by you; {chain.saved_words(session)}",
         hint=f"`milktea resume {session.run_id}` goes on from what is at home",
     )
+
+
+def _sender(session: Session) -> dict[str, str]:
+    """Who wished, where it was another person than the run's own."""
+    folder = session.journal.folder
+    user = wishes.sender(folder)
+    return {"user": user} if user not in ("", people.user_of(folder)) else {}
 
 
 def default_wish(session: Session) -> str:
@@ -125,9 +132,10 @@ def _destroy_now(session: Session) -> bool:
         session.wish = session.screen.choose(offered) or wishes.GO_ON
     session.shield.forget()  # pressed again while choosing
     wish, session.wish = session.wish, ""
+    sender = _sender(session)
     wishes.forget(session.journal.folder)
     if wish == wishes.DESTROY:
-        session.note("interrupted", chosen=wish)
+        session.note("interrupted", chosen=wish, **sender)
     return wish == wishes.DESTROY
 
 

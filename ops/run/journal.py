@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from ops.errors import Fenced, JournalError, disk_error
+from ops.run.folders import guard, ours
 
 VERSION = 1
 FILE = "journal.jsonl"
@@ -49,8 +50,15 @@ class Line:
 
 def read(folder: Path) -> list[Line]:
     """Every complete line, oldest first. Raises JournalError for a line that cannot be read, for a
-    newer version's journal, and where there is none."""
-    return _parsed(folder)[0]
+    newer version's journal, and where there is none, or none for this user."""
+    try:
+        return _parsed(folder)[0]
+    except PermissionError as e:
+        raise JournalError(
+            f"{folder / FILE}: closed to this user",
+            money="unknown to this user",
+            hint="who began the run can open it: `chmod -R g+rX` on its folder",
+        ) from e
 
 
 def _parsed(folder: Path) -> tuple[list[Line], bytes]:
@@ -131,8 +139,7 @@ class Journal:
 
     def _entered(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # it has prompts and answers: no other user may read them
-            self.folder.chmod(0o700)
+        guard(self.folder)
         self._lock = lock_run(self.folder)
         try:
             self._open()
@@ -147,7 +154,7 @@ class Journal:
         if path.exists():
             self.lines, complete = _parsed(self.folder)
         # unbuffered: what a full disk did not take must not be written later
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
+        self._file = open(path, "ab", buffering=0, opener=ours)  # noqa: SIM115 - closed in __exit__
         self._file.truncate(len(complete))
         self._size = len(complete)
         if complete and not complete.endswith(b"\n"):
@@ -240,7 +247,7 @@ def is_locked(path: Path, how: int) -> bool:
 def lock_run(folder: Path) -> IO[str]:
     """Take the run's lock, which is held until the returned file is closed or this process ends.
     Raises Fenced when another client has it."""
-    lock = open(folder / "lock", "a+")  # noqa: SIM115 - its life is the lock's
+    lock = open(folder / "lock", "a+", opener=ours)  # noqa: SIM115 - its life is the lock's
     try:
         _locked(lock)
     except OSError as e:

@@ -33,7 +33,7 @@ from ops.run.absence import (
     PROOF_S,
     READS,
     ignore_errors,
-    instances_with_label,
+    instances_of_run,
     message_of,
     until_absent,
 )
@@ -88,7 +88,7 @@ def existing_instance(session: Session) -> int | None:
     when it is not listed any more."""
     if not session.may_have_box():
         return None
-    found = instances_with_label(session.vast, session.run_id)
+    found = instances_of_run(session.vast, session.run_id)
     if not found:
         destroy(session, why="not listed any more")
         return None
@@ -111,7 +111,7 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
     session.note(
         "renting",
         offer=asdict(offer),
-        label=session.run_id,
+        label=session.plan.label,
         bid_usd_per_hour=session.bid(offer),
         disk_gib=session.plan.needs.disk_gib,
         max_s=round(allowed_s),
@@ -121,7 +121,7 @@ def _rent(session: Session, offer: Offer, allowed_s: float) -> int:
             offer.id,
             image=session.plan.image,
             disk_gib=session.plan.needs.disk_gib,
-            label=session.run_id,
+            label=session.plan.label,
             env=scripts.environment(
                 session.vast.provider.url,
                 allowed_s,
@@ -143,7 +143,7 @@ def _resolve_unclear_create(session: Session, error: MarketError) -> int:
     """The id of the instance that a create without a clear answer made, by three spaced reads of
     the label. Raises OfferGone or `error` when none exists or it does not run."""
     session.note("unclear", error=str(error), instance_id=error.instance_id)
-    found = instances_with_label(session.vast, session.run_id, every_s=UNCLEAR_S)
+    found = instances_of_run(session.vast, session.run_id, every_s=UNCLEAR_S)
     if found:
         session.note("rented", instance_id=found[0].id, adopted=True)
         if len(found) == 1 and found[0].intended_status != "stopped":

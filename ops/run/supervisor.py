@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter
 
-from ops.detached import only_ours, start_detached
+from ops.detached import start_detached
 from ops.errors import DiskError, Fenced, JournalError, MilkteaError
 from ops.job.notify import Notify
 from ops.job.plan import Plan
@@ -35,6 +35,7 @@ from ops.market.models import Instance
 from ops.market.provider import provider_from
 from ops.market.ranking import Ranking
 from ops.run import journal, wishes
+from ops.run.folders import ours
 from ops.run.interrupt import default_wish
 from ops.run.journal import Journal, Line
 from ops.run.meter import plan_of
@@ -200,7 +201,7 @@ def start(folder: Path, vast: Vast, seen: Ranking | None = None) -> int:
 
     Raises Fenced where another process holds it, JournalError where it does not come up."""
     if seen is not None:
-        with open(folder / MARKET, "wb", opener=only_ours) as file:
+        with open(folder / MARKET, "wb", opener=ours) as file:
             file.write(_market.dump_json(seen))
     env = {
         "VAST_URL": vast.provider.url,
@@ -287,7 +288,7 @@ class FileScreen:
 
     def __enter__(self) -> FileScreen:
         with suppress(OSError):  # without it terminals see less, and nothing else changes
-            self._file = open(self._path, "w", encoding="utf-8", opener=only_ours)
+            self._file = open(self._path, "w", encoding="utf-8", opener=ours)
         return self
 
     def __exit__(self, *_: object) -> None:

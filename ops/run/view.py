@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ops.errors import JournalError, MilkteaError
-from ops.run import explain, journal, supervisor, wishes
+from ops.run import explain, journal, people, supervisor, wishes
 from ops.run.explain import Status
 from ops.run.folders import runs_folder
 from ops.run.journal import Line
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """The run id, which is also the label of its boxes."""
+        """The run id, with which the label of its boxes begins."""
         return self.folder.name
 
     @property
@@ -83,6 +83,16 @@ class Run:
         return "" if line is None else words(line)
 
     @property
+    def user(self) -> str:
+        """Who rented it: a name as the label of its boxes has it."""
+        return people.user_of(self.folder)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether who asks is its `user`: MILKTEA_USER, or the login name."""
+        return people.is_mine(self.folder)
+
+    @property
     def is_owned(self) -> bool:
         """Whether a process acts on this run."""
         return journal.is_held(self.folder)
@@ -104,7 +114,7 @@ class Run:
 
     def status(self) -> Status:
         """Stage, owner, box, dollars and newest checkpoint."""
-        return explain.status(self.id, self.journal, time.time(), self.owner)
+        return explain.status(self.id, self.journal, time.time(), self.owner, self.user)
 
     def cost(self) -> Cost:
         """Our meter, vast.ai's bill and the prediction."""
@@ -154,12 +164,12 @@ def runs(root: Path | None = None) -> list[Run]:
 
 
 def find_run(name: str, root: Path | None = None) -> Run:
-    """The run of this id, or whose id alone begins with it; `last` is the one that began last.
-    Raises JournalError where that is not one run."""
+    """The run of this id, or whose id alone begins with it; `last` is the one that began last,
+    among those of who asks where there is any. Raises JournalError where that is not one run."""
     root = root or runs_folder()
     found = runs(root)
     if name == "last":
-        chosen = sorted(found, key=_began)[-1:]
+        chosen = sorted(found, key=_mine_and_began)[-1:]
     else:
         chosen = [r for r in found if r.id == name] or [r for r in found if r.id.startswith(name)]
     if len(chosen) != 1:
@@ -170,15 +180,15 @@ def find_run(name: str, root: Path | None = None) -> Run:
 
 
 def find_trained(root: Path) -> Run:
-    """The run that began last and trains: one that was rented to talk has no result of its own.
-    Raises JournalError without one."""
-    for run in sorted(runs(root), key=_began, reverse=True):
+    """The run that began last and trains: one that was rented to talk has no result of its own. A
+    run of who asks comes before all others. Raises JournalError without one."""
+    for run in sorted(runs(root), key=_mine_and_began, reverse=True):
         with suppress(MilkteaError):
             if (lines := run.journal) and lines[0].get("trains", True):
                 return run
     raise JournalError(f"there is no run under {root}", hint="`milktea rent-and-train JOB`")
 
 
-def _began(run: Run) -> tuple[str, ...]:
+def _mine_and_began(run: Run) -> tuple[bool, list[str]]:
     """A run id ends in date, time and four random digits."""
-    return tuple(run.id.split("-")[-3:-1])
+    return run.is_mine, run.id.split("-")[-3:-1]

@@ -19,7 +19,7 @@ from ops.box.interact import interact, pipe
 from ops.box.scripts import run_folder
 from ops.errors import BoxError, JournalError, Lost, NeverReady, Preempted, PreflightError
 from ops.market.client import Vast
-from ops.run import place
+from ops.run import people, place
 from ops.run.journal import last
 from ops.run.meter import may_have_box
 from ops.run.rental import endpoints
@@ -84,8 +84,9 @@ def listens(run: Run, vast: Vast, port: int) -> bool:
 @contextmanager
 def visited(run: Run, vast: Vast) -> Iterator[Box]:
     """The run's box, connected. Raises JournalError for a run without one, or whose box is stopped;
-    NeverReady before its owner has pinned its key; Elsewhere where it was rented at another place;
-    Preempted where vast.ai does not list it; HostKeyChanged, Lost."""
+    NotYours for another person's; NeverReady before its owner has pinned its key; Elsewhere where
+    it was rented at another place; Preempted where vast.ai does not list it; HostKeyChanged,
+    Lost."""
     with _box_of(run, vast) as box:
         try:
             box.reconnect()
@@ -103,6 +104,9 @@ def _box_of(run: Run, vast: Vast) -> Box:
             money="nothing was changed",
             hint=f"`milktea logs {run.id}` shows what came home of it",
         )
+    people.validate_mine(
+        run.folder, hint=f"its key is theirs alone; `milktea logs {run.id}` needs none"
+    )
     if run.kept and not run.is_owned:
         raise JournalError(
             f"the box of {run.id} is {run.kept}",

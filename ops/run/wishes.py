@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.detached import only_ours
+from ops.job.label import USER, this_user
 from ops.job.plan import Plan
 from ops.market.models import Offer
 from ops.market.ranking import bid_of
+from ops.run.folders import ours
 from ops.run.journal import Line, last
 from ops.run.kept import kept, terms, words
 from ops.run.meter import burn_usd_per_hour, ends_itself_at, may_have_box, plan_of, spent_usd
@@ -130,8 +131,9 @@ def send(folder: Path, wish: str) -> str:
     """Leave a wish for the run's owner. Returns the wish that counts: an earlier one where there
     was one."""
     path, own = folder / FILE, folder / f"{FILE}.{os.getpid()}"
-    with open(own, "w", opener=only_ours) as file:
-        file.write(json.dumps({"wish": wish, "t": round(time.time(), 3), "by": os.getpid()}))
+    with open(own, "w", opener=ours) as file:
+        told = {"wish": wish, "t": round(time.time(), 3), "by": os.getpid(), "user": this_user()}
+        file.write(json.dumps(told))
     try:
         os.link(own, path)  # atomic, and fails where another wish is there
     except FileExistsError:
@@ -143,12 +145,23 @@ def send(folder: Path, wish: str) -> str:
 
 def read(folder: Path) -> str | None:
     """The wish in this folder; None without one, or for one that cannot be read."""
+    wish = _told(folder, "wish")
+    return wish if wish in ENDS else None
+
+
+def sender(folder: Path) -> str:
+    """Who left the wish in this folder; "" without one."""
+    user = _told(folder, "user") or ""
+    return user if USER.fullmatch(user) else ""
+
+
+def _told(folder: Path, key: str) -> str | None:
     try:
         with open(folder / FILE, "rb") as file:
-            wish = json.loads(file.read(_MAX_BYTES))["wish"]
+            value = json.loads(file.read(_MAX_BYTES))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return wish if wish in ENDS else None
+    return value if isinstance(value, str) else None
 
 
 def forget(folder: Path) -> None:

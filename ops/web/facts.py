@@ -115,7 +115,7 @@ class Runs:
         told = [(line.t, text) for line in lines if (text := explain.told_line(line))]
         step = trace.step
         return self._summary(run, lines) | {
-            "choices": [asdict(c) for c in run.choices()] if run.owner else [],
+            "choices": [asdict(c) for c in run.choices()] if run.owner and run.is_mine else [],
             "curve": trace.curve[:: max(1, len(trace.curve) // MOST_POINTS)],
             "held_out": trace.held_out,
             "samples": trace.samples,
@@ -170,11 +170,11 @@ class Runs:
     def _summary(self, run: Run, lines: list[Line]) -> dict[str, Any]:
         now = time.time()
         owner = run.owner
-        told = explain.status(run.id, lines, now, owner).as_dict()
+        told = explain.status(run.id, lines, now, owner, run.user).as_dict()
         ended = journal.last(lines, "failed", "pulled", "talked", "owned")
         failed = ended is not None and ended.kind == "failed"
         row = {k: v for k, v in told.items() if k not in ("run_id", "adapter")}
-        row |= {"id": run.id, "done": told["adapter"] is not None, "error": ""}
+        row |= {"id": run.id, "mine": run.is_mine, "done": told["adapter"] is not None, "error": ""}
         if failed and not owner and ended is not None:
             row["error"] = _text(str(ended.get("said") or ended.get("what", "")), 800)
         if not owner:

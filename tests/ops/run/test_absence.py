@@ -12,7 +12,7 @@ from ops.errors import BoxLeaked
 from ops.fakevast import FakeVast
 from ops.market.client import Vast
 from ops.market.provider import Provider
-from ops.run.absence import instances_with_label, until_absent
+from ops.run.absence import instances_of_run, until_absent
 
 LABEL = "stub-20260101-000000-0000"
 PAGE = "<html><body>Access to this site is blocked</body></html>"
@@ -66,9 +66,9 @@ def test_an_empty_list_is_believed_when_it_came_three_times(fake: FakeVast, vast
     number = rent(vast)
     empty = {"success": True, "instances": [], "next_token": None}
     fake.faults.add(where="list", what="reply", status=200, body=empty, times=2)
-    assert [i.id for i in instances_with_label(vast, LABEL)] == [number]
+    assert [i.id for i in instances_of_run(vast, LABEL)] == [number]
     assert vast.clock.steady() == 4.0
-    assert instances_with_label(vast, "somebody-else", every_s=5.0) == []
+    assert instances_of_run(vast, "somebody-else", every_s=5.0) == []
     assert vast.clock.steady() == 15.0 and asked(fake) == ["list"] * 6
     until_absent(vast, LABEL)
 
