@@ -99,6 +99,26 @@ KNOWN = {
         "threading.Thread(target=self._every, args=(RENEW_S, self._renew), daemon=True), "
         "-> False": ("it is stopped before its process ends"),
     },
+    "trainer.kernels.attention": {
+        "LONG = 16384  # tokens of a document beyond which flash attention is used "
+        "(docs/speed-log.md) -> 32768": "slower, and equal",
+        "for one, keys, values in zip(*_documents(cu, q, k, v), strict=True): -> False": (
+            "q, k and v are cut at the same places"
+        ),
+    },
+    "trainer.data.formats": {
+        "close = difflib.get_close_matches(str(name), known, 1, 0.5) -> 2": (
+            "only the first is taken"
+        ),
+    },
+    "trainer.data.chat": {
+        "MAX_OPENING = 64  # characters of an answer (such as <think>) that a prompt may end with "
+        "-> 128": "any length that no opening reaches",
+        "if start >= 0 and marked != after: -> 1": "before an answer stands its question",
+        "for i, (x, y) in enumerate(zip(a, b, strict=False)): -> True": (
+            "texts of one length differ before their end"
+        ),
+    },
     "trainer.data.template": {
         'jinja: str = field(default="", repr=False) -> True': "only how a debugger shows it",
     },

@@ -276,6 +276,43 @@ def test_what_a_template_keeps_out_of_its_generation_block_is_not_learned() -> N
     assert ("(note) ", False) in parts or parts[0][0].endswith("(note) ")
 
 
+def test_two_generation_blocks_side_by_side_are_learned_as_one() -> None:
+    two = "{% endgeneration %}{% generation %}"
+    jinja = BLOCK.replace("m.content + '<|im_end|>", f"m.content -}}}}{two}{{{{- '<|im_end|>", 1)
+    assert made_up(jinja, ONE) == made_up(CHATML, ONE)
+
+
+def test_a_prompt_that_is_written_otherwise_once_it_is_history_is_found_again() -> None:
+    """The answer is what follows the prompt, not what stands at the prompt's place."""
+    jinja = "{%- if messages[-1].role == 'assistant' -%}(answered) {% endif -%}" + CHATML
+    assert made_up(jinja, ONE) == made_up(CHATML, ONE)
+
+
+OPENS = (  # the prompt opens a block of reasoning, history has only the answers
+    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}{%- if m.reasoning_content -%}"
+    "{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' -}}{%- endif -%}"
+    "{{- m.content + '<|im_end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}"
+    "{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
+)
+CLOSED = (
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{- '\\n</think>\\n\\n' -}}"
+)
+
+
+def test_a_block_that_the_prompt_opens_is_closed_before_an_answer_without_reasoning() -> None:
+    said = Turn("assistant", "Hello", reasoning="greet")
+    ends = ("<|im_end|>", True), ("\n", False)
+    prompt_of = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert made_up(OPENS, [ONE[0], said]) == [
+        [(prompt_of, False), ("greet\n</think>\n\nHello" + ends[0][0], True), ends[1]]
+    ]
+    ((asked, (learned, _), _),) = made_up(OPENS, ONE)
+    assert asked == (prompt_of, False) and learned == "\n</think>\n\nHello<|im_end|>"
+    flagged = OPENS.removesuffix("{%- endif -%}") + CLOSED + "{%- endif -%}{%- endif -%}"
+    ((asked, (learned, _), _),) = made_up(flagged, ONE, thinking=False)
+    assert asked == (prompt_of + "\n</think>\n\n", False) and learned == "Hello<|im_end|>"
+
+
 def test_an_answer_without_a_stop_token_of_its_own_ends_with_what_servers_stop_at() -> None:
     bare = "{%- for m in messages -%}{{- '<|im_start|>' + m.content -}}{%- endfor -%}" + (
         "{%- if add_generation_prompt -%}<|im_start|>{%- endif -%}"
@@ -355,6 +392,20 @@ def test_arguments_are_json_text_where_a_template_wants_text() -> None:
     turns = [ONE[0], Turn("assistant", "", calls=CALLS)]
     (parts,) = made_up(jinja, turns)
     assert parts[1] == ('get_weather{"city": "Kyoto"}<|im_end|>', True)
+
+
+def test_arguments_stay_objects_where_json_text_was_of_no_help() -> None:
+    jinja = CHATML.replace(
+        "m.content +",
+        "m.content + (m.tool_calls[0].function.arguments.city + ' (get_weather)'"
+        " if m.tool_calls else '') +"
+        " (1 / 0 if m.content == 'bad' else '') +",
+    )
+    bad, good = (Turn("assistant", text, calls=CALLS) for text in ("bad", "Rain in "))
+    with pytest.raises(TemplateError, match="refuses this conversation"):
+        made_up(jinja, [ONE[0], bad])
+    ((_, (learned, _), _),) = made_up(jinja, [ONE[0], good])
+    assert learned == "Rain in Kyoto (get_weather)<|im_end|>"
 
 
 def test_the_prompt_for_an_answer_after_a_tools_result_is_the_servers(

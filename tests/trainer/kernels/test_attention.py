@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.kernels import attention
@@ -175,6 +176,71 @@ def test_mixed_precision_attends_in_the_lower_one():
     assert out.dtype == torch.bfloat16
     want = alone(q, k, v, Rules(0.3))
     assert (out.float() - want).norm() < 0.02 * want.norm()
+
+
+def behind_three_places(kv_heads=2):
+    """Documents with three keys each before their first token, and where these documents end."""
+    g = torch.Generator().manual_seed(0)
+    ends = torch.tensor([end + 3 * n for n, end in enumerate(ENDS)], dtype=torch.int32)
+    shapes = ((4, ENDS[-1]), (kv_heads, int(ends[-1])), (kv_heads, int(ends[-1])))
+    q, k, v = (torch.randn(1, h, m, 16, generator=g).requires_grad_() for h, m in shapes)
+    asked = {"cu_seq_lens_q": cu(), "cu_seq_lens_k": ends, "max_length_q": LONGEST}
+    return (q, k, v), asked | {"max_length_k": LONGEST + 3}
+
+
+@pytest.mark.parametrize("window", [None, LONGEST + 3])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_tokens_behind_a_prefix_see_it_and_what_is_before_them(window, scaling):
+    (q, k, v), asked = behind_three_places()
+    more = {"scaling": scaling, "sliding_window": window}
+    out, _ = packed_attention(SimpleNamespace(), q, k, v, None, **more, **asked)
+    wants = []
+    for n, (a, b) in enumerate(pairwise(ENDS)):
+        there = slice(a + 3 * n, b + 3 * (n + 1))
+        seen = torch.ones(b - a, b - a + 3).tril(3).bool()
+        one = (q[:, :, a:b], k[:, :, there], v[:, :, there], seen)
+        wants.append(scaled_dot_product_attention(*one, scale=scaling, enable_gqa=True))
+    same(out, torch.cat(wants, 2).transpose(1, 2), (q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more", [{"sliding_window": LONGEST + 2}, {"softcap": 2.0}, {"s_aux": sinks()}], ids=str
+)
+def test_a_prefix_beside_what_it_was_not_tried_with_is_refused(more):
+    (q, k, v), asked = behind_three_places()
+    with pytest.raises(ValueError, match="no prefix beside"):
+        packed_attention(SimpleNamespace(), q, k, v, None, **more, **asked)
+    longest = {"max_length_k": None, "sliding_window": 99}
+    with pytest.raises(ValueError, match="no prefix beside"):
+        packed_attention(SimpleNamespace(), q, k, v, None, **asked | longest)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "d", "has"),
+    [
+        ((7, 5), torch.float16, 64, False),
+        ((8, 0), torch.float16, 64, True),
+        ((8, 0), torch.float32, 64, False),
+        ((9, 0), torch.bfloat16, 256, True),
+        ((9, 0), torch.bfloat16, 264, False),
+        ((12, 0), torch.bfloat16, 60, False),
+    ],
+)
+def test_flash_attention_is_used_on_the_cards_and_shapes_that_torch_has_it_for(
+    capability, dtype, d, has, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        q = torch.empty(6, 2, d, dtype=dtype, device="cuda")
+    assert attention.has_flash(q) is has
+    if capability < (9, 0):
+        assert attention.short_kernels(q, q, q, 6) is None
+
+
+def test_a_window_is_counted_as_torch_counts_it():
+    """A window of 4 is the token itself and three before it; no token sees a later one."""
+    assert attention.sides(4) == {"window_size_left": 3, "window_size_right": 0}
+    assert attention.sides(None) == {"window_size_left": -1, "window_size_right": 0}
 
 
 # -- rows that are not packed ----------------------------------------------------------------------
