@@ -169,6 +169,31 @@ def test_a_flipped_bit_in_the_signed_list_or_its_signature_is_refused(
     assert install(signed, "verify").code in (4, 5)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data + b"x",
+        lambda data: data + b"\0",
+        lambda data: data[:-1],
+        lambda data: data.replace(b"\n", b"\v", 2).replace(b"\v", b"\n", 1),
+        lambda data: data.replace(b"AAAAAQ", b"AAAAAA", 1),  # of version 0
+    ],
+)
+def test_what_ssh_keygen_overlooks_in_a_signature_is_a_damage_too(
+    signed: Path,
+    install: Callable,
+    tmp_path: Path,
+    release_key: Path,
+    spoil: Callable[[bytes], bytes],
+) -> None:
+    pinned(tmp_path / "prefix", release_key)
+    file = signed / "SHA256SUMS.sig"
+    file.write_bytes(spoil(file.read_bytes()))
+    ran = install(signed, "verify")
+    assert ran.code == 5 and "SHA256SUMS.sig is damaged" in ran.err
+    assert "do this: copy SHA256SUMS.sig" in ran.err
+
+
 def test_a_signature_as_large_as_a_layer_is_refused_at_once(
     signed: Path, install: Callable, tmp_path: Path, release_key: Path
 ) -> None:

@@ -66,8 +66,7 @@ soon() {
 
 field() { # field FILE KEY: the rest of the first line that begins with KEY
     local _k _rest
-    [ -f "$1" ] || return 1
-    while read -r _k _rest; do [ "$_k" != "$2" ] || { echo "$_rest"; return 0; }; done <"$1"
+    while read -r _k _rest; do [ "$_k" != "$2" ] || { echo "$_rest"; return 0; }; done 2>/dev/null <"$1"
     return 1
 }
 plan() { field "$SMALL/PLAN" "$1"; }
@@ -86,6 +85,9 @@ copy_small() {
     SMALL=$WORK/small; mkdir -p "$SMALL"
     # only the head of a signature: ssh-keygen takes hours over a file as large as a layer
     for _path in SHA256SUMS.sig SHA256SUMS.openssl; do [ ! -f "$BUNDLE/$_path" ] || head -c 9999 "$BUNDLE/$_path" >"$SMALL/$_path"; done
+    [ ! -f "$SMALL/SHA256SUMS.sig" ] || case $(tr '\n\000' ',!' <"$SMALL/SHA256SUMS.sig") in # ssh-keygen overlooks what stands beside it
+        *[!A-Za-z0-9+/=,\ -]*) false ;; "-----BEGIN SSH SIGNATURE-----,U1NIU0lHAAAAAQ"*",-----END SSH SIGNATURE-----,") ;; *) false ;;
+    esac || die 5 "wrong signature: SHA256SUMS.sig is damaged" "copy SHA256SUMS.sig from the sender's disk again"
     cp "$BUNDLE/SHA256SUMS" "$SMALL" 2>/dev/null || die 4 "$BUNDLE/SHA256SUMS is missing: this is not a whole bundle" "copy SHA256SUMS from the sender's disk again"
     while read -r _sha _path; do
         fits "$_sha" 0-9a-f && [ ${#_sha} = 64 ] && fits "$_path" 'A-Za-z0-9._/+-' ||
@@ -526,10 +528,9 @@ load_parts() {
 
 drop_intermediate() {
     local _image
-    $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}' >"$WORK/tags" 2>/dev/null
-    while read -r _image; do
+    $DOCKER images --filter "reference=$REPO" --format '{{.Repository}}:{{.Tag}}' 2>/dev/null | while read -r _image; do
         case /$_image in */"$STEPS"-*) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null ;; esac
-    done <"$WORK/tags"
+    done
 }
 
 # After a refusal: nothing of this run stays, what was there before is untouched.
@@ -607,8 +608,8 @@ activate() {
 record() {
     local _key=$PREFIX/keys/server _file
     { print_facts; printf 'when %s\nwho %s\nsums %s\nsignature %s\nvolumes %s\nref %s\nid %s\nprevious %s\nforced %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$(id -un)" \
-        "$(sum_of <"$SMALL/SHA256SUMS")" "$SIGNED" "$(($(rows vol | wc -l)))" "$REF" "$(id_of "$REF")" "$(state_of previous)" "$FORCE"; } >"$WORK/facts"
-    { cat "$WORK/facts"; echo selftest; cat "$WORK/selftest"; } | python installer.py record "$PREFIX" >"$WORK/record.err" 2>&1 || say "note  no record: $(one_line "$WORK/record.err")"
+        "$(sum_of <"$SMALL/SHA256SUMS")" "$SIGNED" "$(($(rows vol | wc -l)))" "$REF" "$(id_of "$REF")" "$(state_of previous)" "$FORCE"; echo selftest; cat "$WORK/selftest"; } |
+        python installer.py record "$PREFIX" >"$WORK/record.err" 2>&1 || say "note  no record: $(one_line "$WORK/record.err")"
     has ssh-keygen || return 0
     [ -f "$_key" ] || ssh-keygen -q -t ecdsa -b 256 -m PEM -N '' -C "milktea server $(uname -n)" -f "$_key" </dev/null
     for _file in "$PREFIX/INSTALL-RECORD.json" "$PREFIX/EVIDENCE.html"; do
