@@ -90,13 +90,15 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Carried:
 
 @pytest.fixture(params=["docker", "podman"])
 def engine(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """The engine of the server, as the scripts find it."""
+    """The engine of the server, as the scripts find it; MILKTEA_PODMAN is another podman's path
+    (tests/image/modern-podman.sh makes one of podman 5)."""
     if request.param == "docker":
         yield {}
         return
-    env = {"DOCKER": "podman", "CONTAINERS_CONF": str(PODMAN_CONF)}
-    works = shutil.which("podman") and not (
-        subprocess.run(["podman", "info"], capture_output=True, env=os.environ | env).returncode
+    podman = os.environ.get("MILKTEA_PODMAN", "podman")
+    env = {"DOCKER": podman, "CONTAINERS_CONF": str(PODMAN_CONF)}
+    works = shutil.which(podman) and not (
+        subprocess.run([podman, "info"], capture_output=True, env=os.environ | env).returncode
     )
     if not works:
         pytest.skip("no podman runs here")

@@ -37,8 +37,8 @@ class Engine:
     @property
     def environment(self) -> dict[str, str]:
         """What INSTALL.sh needs to find it."""
-        if self.program == "podman":
-            return {"DOCKER": "podman", "CONTAINERS_CONF": str(HERE / "podman.conf")}
+        if self.name == "podman":
+            return {"DOCKER": self.program, "CONTAINERS_CONF": str(HERE / "podman.conf")}
         return {"DOCKER": self.program} | ({"DOCKER_HOST": self.host} if self.host else {})
 
     def docker(self, *arguments: str, check: bool = True) -> str:
@@ -123,12 +123,14 @@ def _answers(engine: Engine) -> bool:
 
 
 def podman() -> Engine:
-    if not shutil.which("podman"):
+    """This machine's, or the one that MILKTEA_PODMAN names by its path."""
+    program = os.environ.get("MILKTEA_PODMAN", "podman")
+    if not shutil.which(program):
         pytest.skip("no podman here")
-    done = subprocess.run(["podman", "info"], capture_output=True, text=True)
+    done = subprocess.run([program, "info"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"podman does not run here: {done.stderr.strip()[-200:]}")
-    return Engine("podman", "", "podman")
+    return Engine("podman", "", program)
 
 
 @pytest.fixture(params=["here", "28-overlay2", "28-containerd", "podman"])
@@ -183,7 +185,8 @@ def test_a_bare_server_with_sh_docker_and_coreutils_installs_and_proves_the_bund
     product: Any, engine: Engine, on: Callable, tmp_path: Path
 ) -> None:
     product.add_model().pack(tmp_path / "b", Options(volume_bytes=250_000))
-    jail = few(tmp_path / "jail", engine.program, "test")
+    named = [] if os.path.isabs(engine.program) else [engine.program]
+    jail = few(tmp_path / "jail", *named, "test")
     model = sorted((tmp_path / "b" / "models").rglob("*.safetensors*"))[1]
     whole = model.read_bytes()
     model.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
