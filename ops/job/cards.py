@@ -88,18 +88,24 @@ def known(entry: Entry) -> KnownModel:
     config = entry.config()
     try:
         family = families.read(config)
-        shape = memory.Shape.from_config(config)
+        need = lora_gib(config, entry.parameters)
     except families.FamilyError as e:
         return KnownModel(entry, str(e), e.hint, (), {})
     except ValueError as e:
         return KnownModel(entry, "", "", (f"its memory is not known: {e}",), {})
-    if entry.parameters:  # towers, and what the shape does not tell of
-        shape = replace(shape, other_parameters=entry.parameters - memory.parameters(shape))
-    need = {
+    return KnownModel(entry, "", "", tuple(family.words()), need)
+
+
+def lora_gib(config: dict[str, Any], parameters: int | None = None) -> dict[str, float]:
+    """Precision -> GiB that one card must have for LoRA on a model with this config.json, which has
+    so many `parameters` in all where that is known. Raises ValueError for one that does not say."""
+    shape = memory.Shape.from_config(config)
+    if parameters:  # towers, and what the shape does not tell of
+        shape = replace(shape, other_parameters=parameters - memory.parameters(shape))
+    return {
         p: memory.min_gpu_memory_gib(shape, p, R, min_tokens=MAX_LENGTH) / DRIVER_SHARE
         for p in PRECISIONS
     }
-    return KnownModel(entry, "", "", tuple(family.words()), need)
 
 
 def _has(words: Sequence[str], entry: Entry) -> bool:

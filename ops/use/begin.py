@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def begin(
     """A job file for `to`, with `held_out` as its held-out rows, checked as `milktea plan` checks
     it; nothing is written. Raises PreflightError for rows or a model that cannot be trained on,
     ConfigError."""
-    told, found = stats(files, reading)
+    told, found = stats(files, reading, _tokenizer(base))
     if found.defects or not found.rows:
         first = f", the first: {found.defects[0]}" if found.defects else ""
         raise PreflightError(
@@ -112,33 +112,55 @@ def _base(name: str, folder: Path) -> _Base:
     """What is known of a base model: from the catalogue, else from its name."""
     entry = lookup(name)
     if Path(name).expanduser().is_dir():
-        there = os.path.relpath(Path(name).expanduser(), folder)
-        shown = there if there.startswith(".") else f"./{there}"
-        why = "nothing is known of its size; nf4 takes less memory"
-        return _Base(shown, "bf16", _guessed(name), False, MOST_LENGTH, why)
+        return _of_folder(Path(name).expanduser(), folder)
     if entry is None:
         why = "this model is not in `milktea models`; nf4 takes less memory"
         return _Base(name, "bf16", _guessed(name), False, MOST_LENGTH, why)
     model = cards.known(entry)
     if model.why:
         raise PreflightError(f"{entry.id} cannot be trained: {model.why}", hint=model.hint)
-    precision, why = "bf16", "its memory is not known"
-    if model.lora_gib:
-        small = model.lora_gib["bf16"] <= CARD_GIB
-        quantised = not small and model.lora_gib["nf4"] < 0.8 * model.lora_gib["bf16"]
-        precision = "nf4" if quantised else "bf16"
-        need = model.lora_gib[precision]
-        if not gpus.that_hold(need, precision):
-            raise PreflightError(
-                f"{entry.id} needs {need:.0f} GiB on one card in {precision}; no known card has it",
-                hint="`milktea models` shows smaller ones",
-            )
-        other = f"; in bf16 {model.lora_gib['bf16']:.0f} GiB" if precision == "nf4" else ""
-        smallest = model.cards(precision)[0]
-        why = f"needs {need:.0f} GiB, which a card like {smallest} has{other}"
+    precision, why = _precision(entry.id, model.lora_gib)
     context = int(entry.values.get("context") or MOST_LENGTH)
     named = name if "@" in name else entry.id
     return _Base(named, precision, model.template, bool(entry.gated), context, why)
+
+
+def _of_folder(model: Path, folder: Path) -> _Base:
+    """What a model's own folder tells of it."""
+    there = os.path.relpath(model, folder)
+    shown = there if there.startswith(".") else f"./{there}"
+    precision, why, context = "bf16", "its memory is not known", MOST_LENGTH
+    try:
+        config = json.loads((model / "config.json").read_text("utf-8"))
+        context = int(config.get("max_position_embeddings") or MOST_LENGTH)
+        precision, why = _precision(shown, cards.lora_gib(config))
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # `milktea plan` says what is wrong with it
+    return _Base(shown, precision, _guessed(model.resolve().name), False, context, why)
+
+
+def _precision(name: str, lora_gib: Mapping[str, float]) -> tuple[str, str]:
+    """model.precision, and why. Raises PreflightError where no known card holds the model."""
+    if not lora_gib:
+        return "bf16", "its memory is not known"
+    small = lora_gib["bf16"] <= CARD_GIB
+    quantised = not small and lora_gib["nf4"] < 0.8 * lora_gib["bf16"]
+    precision = "nf4" if quantised else "bf16"
+    need = lora_gib[precision]
+    if not (holding := gpus.that_hold(need, precision)):
+        raise PreflightError(
+            f"{name} needs {need:.0f} GiB on one card in {precision}; no known card has it",
+            hint="`milktea models` shows smaller ones",
+        )
+    other = f"; in bf16 {lora_gib['bf16']:.0f} GiB" if quantised else ""
+    card = cards.label(holding[0])
+    return precision, f"needs {max(need, 1):.0f} GiB, which a card like {card} has{other}"
+
+
+def _tokenizer(base: str) -> str:
+    """Where tokens of this base can be counted without a network; "" where they cannot."""
+    folder = Path(base).expanduser()
+    return str(folder) if (folder / "tokenizer.json").is_file() else ""
 
 
 def _guessed(name: str) -> str:

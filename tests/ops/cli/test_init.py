@@ -81,6 +81,16 @@ def test_the_stage_follows_from_the_rows(
     assert planned.ranking.accepted
 
 
+def test_of_a_model_in_a_folder_memory_is_known_and_tokens_are_counted(
+    tmp_path: Path, market: Vast
+) -> None:
+    rows = [row | {"output": "翡翠鹦鹉" * 50} for row in ROWS]  # bytes to this small vocabulary
+    done = init(tmp_path, "--base", PRACTICE, "--max-usd", "1", rows=rows)
+    assert done.exit_code == 0 and "bf16: needs 1 GiB" in done.output, done.output
+    planned = api.plan(tmp_path / "jobs" / "job.toml", vast=market, root=tmp_path / "runs")
+    assert not [note for note in planned.plan.notes if "left out" in note]
+
+
 def test_held_out_rows_stand_in_the_job(tmp_path: Path, market: Vast) -> None:
     held = written(tmp_path / "held.jsonl", [row | {"input": "held"} for row in ROWS[:5]])
     done = init(tmp_path, "--base", PRACTICE, "--max-usd", "1", "--held-out", held)
