@@ -73,6 +73,7 @@ def test_a_box_lives_to_its_last_second_and_not_longer(
     client.clock.slept_s += 0.5
     assert client.session.left_s() == 0
     keeper._look()
+    assert keepers.LOOK_S <= 1.0, "and no second longer"
     assert isinstance(ended(box), OverBudget)
     assert client.asked() == ["destroy", "list", "list", "list"]
 
