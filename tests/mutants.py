@@ -78,6 +78,12 @@ KNOWN = {
         'return counts.most_common(1)[0] if counts else ("", 0) -> 2': "only the first is taken",
     },
     "ops.run.rental": {
+        "LOG_S = 5.0  # to wait for a container's log after the proof -> 6.0": (
+            "how long an end waits for the log of an error"
+        ),
+        "LOG_S = 5.0  # to wait for a container's log after the proof -> 10.0": (
+            "how long an end waits for the log of an error"
+        ),
         "charges = session.vast.charges(instance_id, session.journal.lines[0].t) -> 1": (
             "only its day is asked for"
         ),
