@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ops.box.transfer import PushFile
 from ops.catalogue.models import Entry
 from ops.errors import PreflightError
 from ops.job.mistakes import grouped
-from trainer.data import estimate, prepare, stage_rows
+from trainer.data import estimate, prepare, sharing, stage_rows
 from trainer.data import template as prompt
 from trainer.data.errors import InvalidJob, ModelMissing
 from trainer.wire.job import Job
@@ -22,23 +23,32 @@ class NotTokenised(PreflightError):
     """The data may be valid, but there is no tokenizer here to count its tokens."""
 
 
+class Counted(NamedTuple):
+    """Tokens of each row; and of prompts that two answers of a pair have in common, each once, 0
+    where none were looked for."""
+
+    lengths: list[int]
+    common: int = 0
+
+
 def lengths_of_all(
     job: Job, folder: Path, pushes: list[PushFile], entry: Entry | None, notes: list[str]
-) -> tuple[list[list[int]], bool]:
-    """Tokens of each row, by stage, and whether they were counted by the tokenizer: where there is
+) -> tuple[list[Counted], bool]:
+    """The tokens of each stage, and whether they were counted by the tokenizer: where there is
     none, they are estimated for a model that the catalogue has as `entry`. Raises NotTokenised."""
-    found: list[list[int]] = []
+    found: list[Counted] = []
     tokenised = True
     for number, (part, place) in enumerate(job.parts()):
         said: list[str] = []
         try:
-            lengths = lengths_of(part, folder, place, pushes, said)
+            counted = lengths_of(part, folder, place, pushes, said)
         except NotTokenised as e:
             if entry is None:
                 raise
-            tokenised, lengths = False, _estimated(part, folder, place, pushes, entry, said)
+            tokenised = False
+            counted = Counted(_estimated(part, folder, place, pushes, entry, said))
             said.append(f"{e}; a run asks for it")
-        found.append(lengths)
+        found.append(counted)
         of_stage = f"stage {number + 1}, {part.stage}: " if len(job.stages) > 1 else ""
         notes += [of_stage + line for line in said]
     return found, tokenised
@@ -46,9 +56,9 @@ def lengths_of_all(
 
 def lengths_of(
     job: Job, folder: Path, place: str, pushes: list[PushFile], notes: list[str]
-) -> list[int]:
-    """Tokens of each row that will be trained on, by the trainer's own preparation on links to the
-    user's files; the job's run folder is `place` in `folder`. Raises NotTokenised without a
+) -> Counted:
+    """The tokens of the rows that will be trained on, by the trainer's own preparation on links to
+    the user's files; the job's run folder is `place` in `folder`. Raises NotTokenised without a
     tokenizer."""
     try:
         with _linked(folder, place, pushes):
@@ -77,7 +87,8 @@ def lengths_of(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
         f"{max(lengths):,} tokens, stop token trained in every row"
     )
-    return lengths
+    pairs = STAGES[job.stage].rows == "pairs"
+    return Counted(lengths, sharing.common_tokens(prepared.rows, 2) if pairs else 0)
 
 
 @contextmanager

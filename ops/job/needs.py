@@ -29,9 +29,10 @@ def workload_of(
     shape: memory.Shape | None,
     pushes: list[PushFile],
     table: StageTable | None = None,
+    shared: int = 0,
 ) -> Workload:
     """Of a job, or of one stage of several, which `table` is. A learned prompt's places count among
-    the tokens of each row."""
+    the tokens of each row; `shared` tokens are computed for another row and not again."""
     learned = memory.Learned.of(job.training.method, job.prompt_learning)
     lengths = [n + (learned.tokens if learned else 0) for n in lengths]
     steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
@@ -40,14 +41,13 @@ def workload_of(
     if job.rollouts:
         answer, answers = job.rollouts.max_completion_length, job.rollouts.num_generations
     lengths = [n + answer for n in lengths]  # of answers at their longest
-    tokens = answers * sum(lengths) * job.training.num_train_epochs * share
-    local = Path(job.model.base).is_dir()
-    parameters = float(memory.parameters(shape)) if shape else 7e9
+    tokens = answers * (sum(lengths) - shared) * job.training.num_train_epochs * share
+    parameters = _parameters(shape)
     saved = tuple(job.lora.modules_to_save or ())
     adapter = 4.0 * (_trained(job, shape, learned) if shape else parameters)
     image_bytes = job.image.size_gib * 2**30
     pushed = float(sum(p.local.stat().st_size for p in pushes))
-    download = 0.0 if local else parameters * 2
+    download = 0.0 if Path(job.model.base).is_dir() else parameters * 2
     merges = int(job.start is not None and job.how == "merge")
     merges += int(table is not None and table.how == "merge")
     merged = merges * parameters * (4 if job.model.precision == "fp32" else 2)
@@ -67,7 +67,7 @@ def workload_of(
         push_bytes=pushed,
         pull_bytes=adapter,
         disk_gib=float(disk),
-        cpu_practice=parameters < 2e7,
+        cpu_practice=is_practice(shape),
         shape=shape,
         method=memory.method_of(job.training.method, job.lora.use_dora, job.lora.lora_dropout),
         trainable_layers=job.training.freeze_trainable_layers,
@@ -83,6 +83,15 @@ def workload_of(
         evaluate_s=job.evaluate.minutes * 60 if job.evaluate else 0.0,
         merges=merges,
     )
+
+
+def _parameters(shape: memory.Shape | None) -> float:
+    return float(memory.parameters(shape)) if shape else 7e9
+
+
+def is_practice(shape: memory.Shape | None) -> bool:
+    """Whether a model is so small that this computer's CPU trains it."""
+    return _parameters(shape) < 2e7
 
 
 def _trained(job: JobFile, shape: memory.Shape, learned: memory.Learned | None) -> float:

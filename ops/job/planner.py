@@ -17,12 +17,15 @@ from ops.job import notify, sent, tokens
 from ops.job.adapters import Adapters, taken_up
 from ops.job.job_file import JobFile
 from ops.job.label import this_user
-from ops.job.lengths import lengths_of_all
+from ops.job.lengths import Counted, lengths_of_all
 from ops.job.model_shape import family_of, model_config, shape_of
-from ops.job.needs import largest, needs_of, of_stages, workload_of
+from ops.job.needs import is_practice, largest, needs_of, of_stages, workload_of
 from ops.job.plan import Plan
 from ops.job.pushes import files_of_parts, pushes_of
 from ops.job.wire_job import make_wire_job
+from trainer.data import sharing
+from trainer.families import Family
+from trainer.wire.job import Job
 from trainer.wire.tables import loras_of
 
 CPU_FLOP_S = 1e11  # of a fast laptop
@@ -64,17 +67,16 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     wire_job = make_wire_job(job, run_id, parts, files, adapters)
     notes: list[str] = []
     entry = lookup(job.model.base) if or_estimate else None
-    lengths, tokenised = lengths_of_all(wire_job, folder, pushes, entry, notes)
+    counted, tokenised = lengths_of_all(wire_job, folder, pushes, entry, notes)
     config = model_config(job, notes)
-    shape = None
-    for part, of_part in zip(parts, lengths, strict=True):
-        family = family_of(part, config, max(of_part), notes, chained=bool(job.stages))
+    shape, loads = None, []
+    stages = zip(parts, counted, wire_job.parts(), job.stages or [None], strict=True)
+    for part, of_part, (wire, _), table in stages:
+        family = family_of(part, config, max(of_part.lengths), notes, chained=bool(job.stages))
         shape = shape_of(job, config, family, notes)
+        once = _shared(wire, of_part, family, on_gpu=not is_practice(shape), notes=notes)
+        loads.append(workload_of(part, of_part.lengths, shape, pushes, table, once))
     notes[:] = dict.fromkeys(notes)
-    loads = [
-        workload_of(part, of_part, shape, pushes, job.stages[n] if job.stages else None)
-        for n, (part, of_part) in enumerate(zip(parts, lengths, strict=True))
-    ]
     workload = of_stages(loads)
     needs = largest([needs_of(p, w, shape) for p, w in zip(parts, loads, strict=True)], workload)
     if merges := sum(one.merges for one in loads):
@@ -112,6 +114,20 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         notify=job.notify.model_dump() if job.notify else None,
         user=this_user(),
     )
+
+
+def _shared(
+    job: Job, counted: Counted, family: Family | None, *, on_gpu: bool, notes: list[str]
+) -> int:
+    """The tokens of prompts that are computed once for two answers; notes it."""
+    longest = max(counted.lengths)
+    if family is None or sharing.why_apart(job, family, longest, on_gpu) or not counted.common:
+        return 0
+    notes.append(
+        f"{counted.common:,} of these tokens are prompts that both answers of a pair have: they "
+        "are computed, and paid, once"
+    )
+    return counted.common
 
 
 def _validate_speed_here(plan: Plan) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.sharing import Borrowed, SharedKeys, shared_keys
+from trainer.data.shared_keys import SharedKeys, shared_keys
+from trainer.data.sharing import Borrowed
 from trainer.data.tokenised import Rows
 
 

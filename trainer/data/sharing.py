@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from trainer.data.tokenised import Rows
 from trainer.families import Family
@@ -20,18 +18,6 @@ from trainer.wire.job import Job
 from trainer.wire.stages import Shares
 
 LEAST = 64  # tokens of a beginning that are worth sharing
-
-
-class SharedKeys(NamedTuple):
-    """Which keys the documents of a pack of M tokens read, where these are N > M: all int64. `at`
-    (N,): the token of each key. `own` (M,): the key of each token in its own document. `lent`
-    (L,): the tokens that other documents read too. `copies` (J, L): their keys there, -1 where a
-    token is read by fewer than J others."""
-
-    at: Tensor
-    own: Tensor
-    lent: Tensor
-    copies: Tensor
 
 
 class Borrowed(NamedTuple):
@@ -74,34 +60,8 @@ def beginnings(rows: Rows, group: Sequence[int]) -> list[int]:
     return found
 
 
-def shared_keys(lengths: Sequence[int], borrowed: Sequence[Borrowed]) -> tuple[SharedKeys, Tensor]:
-    """(the keys of a pack whose rows have `lengths` tokens of their own and borrow these, the
-    boundaries of the documents' keys int32 (rows + 1,)). A row that lends borrows nothing."""
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    ends = np.concatenate(
-        [[0], np.cumsum([n + b.tokens for n, b in zip(lengths, borrowed, strict=True)])]
-    )
-    at, own = [], []
-    readers: dict[int, list[int]] = {}
-    for row, (place, tokens) in enumerate(borrowed):
-        at += [starts[place] + np.arange(tokens), np.arange(starts[row], starts[row + 1])]
-        own.append(np.arange(ends[row] + tokens, ends[row + 1]))
-        if tokens:
-            readers.setdefault(place, []).append(row)
-    lent, rounds = [np.zeros(0, np.int64)], max(map(len, readers.values()), default=0)
-    copies = [np.zeros((rounds, 0), np.int64)]
-    for place, those in readers.items():
-        longest = np.arange(max(borrowed[row].tokens for row in those))
-        block = np.full((rounds, len(longest)), -1)
-        for k, row in enumerate(those):
-            block[k, : borrowed[row].tokens] = ends[row] + longest[: borrowed[row].tokens]
-        lent.append(starts[place] + longest)
-        copies.append(block)
-    made = (
-        np.concatenate(at),
-        np.concatenate(own),
-        np.concatenate(lent),
-        np.concatenate(copies, 1),
-    )
-    keys = SharedKeys(*(torch.from_numpy(x.astype(np.int64)) for x in made))
-    return keys, torch.from_numpy(ends.astype(np.int32))
+def common_tokens(rows: Rows, size: int) -> int:
+    """Tokens that a pack of all rows has fewer where every `size` of them, in order, share their
+    beginnings."""
+    firsts = range(0, len(rows), size)
+    return sum(sum(beginnings(rows, range(first, first + size))) for first in firsts)

@@ -7,8 +7,8 @@ the GPU), and the same for k. Boundaries of k may differ from those of q: each d
 keys in front of its own (a learned prefix), and its last query stands at its last key. Without
 boundaries a row is one causal sequence: such a batch must not be padded at the left, because
 transformers makes no mask for an implementation that is not in its mask table. With ``shared_keys``
-(trainer/data/sharing.py) some documents also read keys of another one: each is then the end of a
-row whose beginning stands elsewhere in the pack.
+(trainer/data/shared_keys.py) some documents also read keys of another one: each is then the end of
+a row whose beginning stands elsewhere in the pack.
 
 A family's rules arrive as keywords: ``scaling``, ``sliding_window``, ``softcap``, ``s_aux`` (the
 sinks). An unknown keyword raises ValueError with the module and the keyword: attention that
@@ -38,7 +38,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from trainer.data.sharing import SharedKeys
+from trainer.data.shared_keys import SharedKeys
 from trainer.kernels.shared_keys import spread_heads
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.data.sharing import SharedKeys
+from trainer.data.shared_keys import SharedKeys
 from trainer.kernels.attention import (
     KeyEnds,
     Rules,

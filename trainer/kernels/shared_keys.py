@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.sharing import SharedKeys
+from trainer.data.shared_keys import SharedKeys
 
 
 def spread(own: Tensor, keys: SharedKeys) -> Tensor:

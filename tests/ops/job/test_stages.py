@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,24 @@ def test_answers_of_the_model_are_counted_at_their_longest(tmp_path: Path) -> No
     assert long.tokens - short.tokens == pytest.approx(100 * 4 * prompts, rel=0.02)
     assert long.least_tokens == short.least_tokens + 100
     assert "answers at their longest" in long.counted
+
+
+def test_a_prompt_that_a_pair_computes_once_is_paid_once(tmp_path: Path) -> None:
+    """On this computer's CPU; a long question in front of the file's own makes prompts long."""
+    data = tmp_path / "pairs.jsonl"
+    asked = "Answer in the language that was asked for, and in no other one. " * 8
+    row = {"instruction": asked, "chosen": "Yes.", "rejected": "No, never."}
+    data.write_text("".join(json.dumps(row | {"input": str(n)}) + "\n" for n in range(5)))
+    plans = []
+    for share in (None, False):
+        raw = tomllib.loads(EXAMPLE.with_name("practice-dpo.toml").read_text("utf-8"))
+        raw["data"] = {"files": [str(data)], "max_length": 512}
+        raw["dpo"] |= {} if share is None else {"share_prompts": share}
+        (folder := tmp_path / str(share)).mkdir()
+        plans.append(make_plan(config.parse(raw, EXAMPLE), "a-run", folder))
+    shared, whole = (plan.workload for plan in plans)
+    [told] = [note for note in plans[0].notes if note.endswith("computed, and paid, once")]
+    once = int(told.split()[0].replace(",", ""))
+    assert once > 5 * 64 and shared.tokens == whole.tokens - once
+    assert shared.row_tokens == whole.row_tokens and shared.least_tokens == whole.least_tokens
+    assert not any("paid, once" in note for note in plans[1].notes)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trainer.data import batch, sharing
+from trainer.data.shared_keys import shared_keys
 from trainer.data.sharing import Borrowed, beginnings
 from trainer.data.tokenised import Rows
 from trainer.kernels.shared_keys import gather, spread
@@ -54,7 +55,7 @@ def test_a_pack_has_shared_tokens_once_and_every_target_at_its_place() -> None:
 def test_gradients_of_keys_that_several_rows_read_are_added_up() -> None:
     """Of two groups, of three rows and of two, that share different lengths."""
     borrowed = [Borrowed(0, 0), Borrowed(0, 4), Borrowed(0, 2), Borrowed(3, 0), Borrowed(3, 3)]
-    keys, ends = sharing.shared_keys([6, 2, 3, 5, 2], borrowed)
+    keys, ends = shared_keys([6, 2, 3, 5, 2], borrowed)
     assert ends.tolist() == [0, 6, 12, 17, 22, 27]
     own = torch.randn(18, 2, 3, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(27, 2, 3, dtype=torch.float64)
