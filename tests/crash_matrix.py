@@ -290,7 +290,7 @@ def work(worker: int, workers: int, total: int, verbose: bool, results: Any) -> 
             if verbose:
                 print(f"{time.monotonic() - began:6.2f} s  {case}", flush=True)
         commands.send(None)
-        emulator.join(10)
+        emulator.join(60)
 
 
 def serve(folder: Path, pipe: Any) -> None:

@@ -92,7 +92,7 @@ class Running:
         self.loop, self._up = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._up.wait(20)
+        assert self._up.wait(60)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)

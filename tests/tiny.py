@@ -189,7 +189,7 @@ def _rank(job: Path, rank: int, world: int, port: int) -> None:
     main()
 
 
-def finish(processes: list[Any], seconds: float = 60) -> list[int]:
+def finish(processes: list[Any], seconds: float = 120) -> list[int]:
     """Waits for the ranks and returns their exit codes; what is still there after `seconds` tells
     where it stands, and is killed."""
     import os
@@ -206,7 +206,7 @@ def finish(processes: list[Any], seconds: float = 60) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def wait_for(condition: Any, seconds: float = 60) -> None:
+def wait_for(condition: Any, seconds: float = 120) -> None:
     """Polls until `condition()`; fails the test after `seconds`."""
     import time
 

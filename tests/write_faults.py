@@ -282,7 +282,7 @@ def main() -> int:
             if options.verbose:
                 print(f"{ended.get('code')} {case}", flush=True)
         commands.send(None)
-        emulator.join(10)
+        emulator.join(60)
     print(f"{met} of the failures were met, {time.monotonic() - began:.0f} s")
     print(f"{len(chosen)} cases at {len(sites)} sites, {left} boxes left, {broken} tracebacks")
     return 1 if left or broken else 0

@@ -24,7 +24,7 @@ class Key:
 
 
 def client_of(fake: FakeVast, key: str | None = None) -> VastClient:
-    return VastClient(api_key=key or fake.api_key, server_url=fake.url, retry=1, timeout=20)
+    return VastClient(api_key=key or fake.api_key, server_url=fake.url, retry=1, timeout=60)
 
 
 def call(
@@ -36,7 +36,7 @@ def call(
         if key is None
         else {"Authorization": f"Bearer {fake.api_key if key == 'account' else key}"}
     )
-    return requests.request(method, f"{fake.url}/api{path}", json=body, headers=headers, timeout=20)
+    return requests.request(method, f"{fake.url}/api{path}", json=body, headers=headers, timeout=60)
 
 
 def rent(

@@ -110,7 +110,7 @@ def test_the_old_list_is_410_and_a_bad_body_is_400(fake: FakeVast) -> None:
         f"{fake.url}/api/v0/asks/1/",
         data=b"{no",
         headers={"Authorization": f"Bearer {fake.api_key}"},
-        timeout=5,
+        timeout=60,
     )
     assert bad.status_code == 400 and bad.json()["msg"] == "Invalid json body"
 
@@ -263,7 +263,7 @@ def test_logs_and_commands_arrive_by_a_url_that_answers_404_first(
         == "invalid_args"
     )
     url = call(fake, "PUT", f"/v0/instances/request_logs/{number}/", {}).json()["result_url"]
-    assert [requests.get(url, timeout=5).status_code for _ in range(2)] == [404, 200]
+    assert [requests.get(url, timeout=60).status_code for _ in range(2)] == [404, 200]
 
 
 @pytest.mark.slow  # seconds of imports at each of its six calls
@@ -319,7 +319,7 @@ def test_everything_can_be_steered_over_http_from_another_process(
     def control(method: str, what: str, body: Any = None) -> Any:
         key = {"Authorization": f"Bearer {fake.api_key}"}
         url = f"{fake.url}/_fake/{what}"
-        reply = requests.request(method, url, json=body, headers=key, timeout=5)
+        reply = requests.request(method, url, json=body, headers=key, timeout=60)
         return reply.json() if reply.ok else reply.status_code
 
     assert control("POST", "faults", {"where": "show", "what": "502_before"}) == {"planned": 1}
@@ -342,8 +342,8 @@ def test_a_web_page_or_a_stranger_steers_nothing(
     fake: FakeVast, path: str, headers: dict[str, str]
 ) -> None:
     ours = {"Authorization": f"Bearer {fake.api_key}"}
-    assert requests.get(fake.url + path, headers=ours, timeout=5).status_code == 200
-    reply = requests.get(fake.url + path, headers=ours | headers, timeout=5)
+    assert requests.get(fake.url + path, headers=ours, timeout=60).status_code == 200
+    reply = requests.get(fake.url + path, headers=ours | headers, timeout=60)
     assert reply.status_code == 403
 
 

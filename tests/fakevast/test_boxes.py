@@ -307,7 +307,7 @@ def test_paramiko_runs_commands_and_sees_their_exit_codes(
 def test_a_terminal_works_for_people(box: tuple[int, Reach]) -> None:
     words = [*box[1].ssh, "-tt", "root@127.0.0.1", "tty; stty size; echo $TERM"]
     done = subprocess.run(
-        words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20
+        words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
     )
     assert done.returncode == 0 and done.stdout.startswith("/dev/pts/")
 
@@ -331,7 +331,7 @@ def test_only_known_keys_open_a_box_and_attaching_reaches_a_live_one(
         subprocess.run(
             ["ssh", "-p", port, *way.scp[2:], "nobody@127.0.0.1", "true"],
             capture_output=True,
-            timeout=20,
+            timeout=60,
         ).returncode
         == 255
     )
@@ -365,7 +365,7 @@ def test_destroy_ends_every_process_however_detached_and_removes_the_folder(
     vast_instances.destroy_instance(client, number)
     until(lambda: processes_of(folder) == [] and not folder.exists(), "all is gone")
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port), timeout=2)
+        socket.create_connection(("127.0.0.1", port), timeout=60)
 
 
 def test_a_box_that_is_not_up_refuses_connections_and_a_stopped_one_keeps_its_files(
@@ -376,12 +376,12 @@ def test_a_box_that_is_not_up_refuses_connections_and_a_stopped_one_keeps_its_fi
     vast_keys.create_ssh_key(client, key.public)
     number = rent(client)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", fake.instances()[0]["ssh_port"]), timeout=2)
+        socket.create_connection(("127.0.0.1", fake.instances()[0]["ssh_port"]), timeout=60)
     fake.clock.advance(101)
     assert reach(client, number, key).run("echo kept >file").returncode == 0
     vast_instances.stop_instance(client, number)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", fake.instances()[0]["ssh_port"]), timeout=2)
+        socket.create_connection(("127.0.0.1", fake.instances()[0]["ssh_port"]), timeout=60)
     vast_instances.start_instance(client, number)
     fake.clock.advance(101)
     assert reach(client, number, key).run("cat file").stdout == "kept\n"

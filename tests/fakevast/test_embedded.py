@@ -51,7 +51,7 @@ def api(server: Server, method: str, path: str, body: dict | None = None) -> req
         f"{server.url}/api/v0/{path}",
         json=body,
         headers={"Authorization": f"Bearer {server.api_key}"},
-        timeout=20,
+        timeout=60,
     )
 
 
@@ -173,7 +173,7 @@ def test_help_says_what_there_is() -> None:
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 0
     for option in (

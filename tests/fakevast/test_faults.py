@@ -248,7 +248,7 @@ def test_a_full_disk_refuses_bytes_over_ssh_and_sftp(
         ["scp", *way.scp, str(tmp_path / "big"), "root@127.0.0.1:big"],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode != 0
 

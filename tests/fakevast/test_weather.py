@@ -38,7 +38,7 @@ def over(fake: FakeVast) -> None:
 
 def api(fake: FakeVast, path: str, method: str = "GET", **more: Any) -> requests.Response:
     headers = {"Authorization": f"Bearer {fake.api_key}"}
-    return requests.request(method, f"{fake.url}{path}", headers=headers, timeout=10, **more)
+    return requests.request(method, f"{fake.url}{path}", headers=headers, timeout=60, **more)
 
 
 def test_every_kind_has_a_name_of_its_own_and_is_read_from_data() -> None:

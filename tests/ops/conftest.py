@@ -81,11 +81,11 @@ class SshServer:
         self._wait(self._loop.shutdown_asyncgens())
         self._loop.call_soon_threadsafe(self._loop.stop)
         assert self._thread is not None
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
 
     def _wait(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     async def _listen(self) -> asyncssh.SSHAcceptor:
         server = self
@@ -120,7 +120,7 @@ class SshServer:
             process_factory=self._run,
             sftp_factory=lambda channel: asyncssh.SFTPServer(channel, chroot=str(self.home)),
             encoding=None,
-            login_timeout=20,
+            login_timeout=60,
         )
 
     async def _shut(self) -> None:
@@ -136,7 +136,7 @@ class SshServer:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
-        await asyncio.wait(others, timeout=2) if others else None
+        await asyncio.wait(others, timeout=20) if others else None
 
     async def _run(self, process: asyncssh.SSHServerProcess) -> None:
         child = await asyncio.create_subprocess_exec(
@@ -290,7 +290,7 @@ class CuttingProxy:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
-        self._thread.join(5)
+        self._thread.join(60)
 
 
 @pytest.fixture

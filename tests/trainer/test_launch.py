@@ -97,7 +97,7 @@ def test_a_training_asked_to_stop_leaves_a_checkpoint_and_exits_with_143(
         for process in (*below, child) if everybody else (child,):
             process.send_signal(signal.SIGTERM)
         assert child.wait(30) == 143
-        assert psutil.wait_procs(below, timeout=5)[1] == [], "processes were left behind"
+        assert psutil.wait_procs(below, timeout=60)[1] == [], "processes were left behind"
     finally:
         for process in (*below, child):
             with suppress(psutil.NoSuchProcess):

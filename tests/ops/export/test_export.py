@@ -290,7 +290,7 @@ def submitted(folder: Path, environment: dict[str, str]) -> Iterator[subprocess.
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-            job.wait(10)
+            job.wait(60)
 
 
 def said(folder: Path) -> str:

@@ -28,7 +28,7 @@ from ops.run.session import Session
 from ops.wait import RealClock, until
 from trainer.wire import events
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(autouse=True)

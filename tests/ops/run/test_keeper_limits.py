@@ -121,8 +121,8 @@ def test_a_limit_is_kept_by_a_thread_of_its_own(
         time.sleep(0.1)
         assert client.fake.instances()
         client.session.shorten(0.0)
-        assert until(lambda: ended(box), every_s=0.02, timeout_s=20)
-        assert until(lambda: not client.fake.instances() or None, every_s=0.02, timeout_s=20)
+        assert until(lambda: ended(box), every_s=0.02, timeout_s=60)
+        assert until(lambda: not client.fake.instances() or None, every_s=0.02, timeout_s=60)
 
 
 def test_a_keeper_that_cannot_destroy_says_so_and_ends_the_story(

@@ -13,7 +13,7 @@ from ops.market.client import Vast
 from ops.market.provider import Provider
 from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture

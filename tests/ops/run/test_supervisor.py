@@ -446,7 +446,7 @@ def test_with_destroy_the_box_is_gone_and_resume_goes_on_elsewhere(
         owner = Forked(run, vast)
         told(run, mark)
     owner.kill()
-    came(lambda: not fake.instances(), within_s=15)
+    came(lambda: not fake.instances(), within_s=60)
     (own.image / "pause").unlink(missing_ok=True)
     assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
     assert [line.kind for line in run.journal].count("rented") == 2
@@ -467,7 +467,7 @@ def test_before_the_launch_a_dead_owners_box_is_gone_by_itself(
         owner = Forked(run, vast)
         told(run, mark)
     owner.kill()
-    came(lambda: not fake.instances(), within_s=15)
+    came(lambda: not fake.instances(), within_s=60)
     assert milktea.resume(run, vast=vast, root=own.runs).adapter is not None
 
 

@@ -143,7 +143,7 @@ def test_terminals_that_come_and_go_are_in_the_journal(session: Session) -> None
 def test_wishes_are_looked_for_while_the_story_runs(session: Session) -> None:
     with supervisor._signals(session), supervisor._listening(session):
         wishes.send(session.journal.folder, wishes.FETCH)
-        assert until(lambda: session.wish or None, every_s=0.02, timeout_s=10) == wishes.FETCH
+        assert until(lambda: session.wish or None, every_s=0.02, timeout_s=60) == wishes.FETCH
         session.shield.forget()
     assert not any(thread.name == "wishes" for thread in threading.enumerate())
 
@@ -263,7 +263,7 @@ def test_an_owner_that_does_not_come_up_shows_the_end_of_what_it_said(
     said = str(caught.value).split("did not come up: ", 1)[1]
     assert said == (folder / supervisor.LOG).read_text()[-1000:].strip() and "x" in said
     assert "--foreground" in caught.value.hint
-    assert detached.started[-1].wait(10) != 0
+    assert detached.started[-1].wait(60) != 0
 
 
 def test_an_owner_that_is_started_is_a_session_of_its_own_that_has_seen_the_market(

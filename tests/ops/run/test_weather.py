@@ -24,7 +24,7 @@ from ops.run.session import Detached
 from ops.wait import RealClock
 from trainer.wire.events import Event, Step
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 def forecast(fake: FakeVast, *events: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def test_tensorboard_itself_serves_the_runs_on_loopback(tmp_path: Path) -> None:
         from ops.wait import until
 
         def loss() -> Any:
-            return requests.get(f"{address}data/plugin/scalars/tags", timeout=10).json() or None
+            return requests.get(f"{address}data/plugin/scalars/tags", timeout=60).json() or None
 
         told = until(loss, every_s=0.5, timeout_s=30)
         assert set(told) == {run.id} and "loss" in told[run.id]

@@ -42,7 +42,7 @@ def served(own: rig.Rig) -> Iterator[Served]:
 def ask(served: Served, path: str, body: Any = None, **headers: str) -> requests.Response:
     headers = {"Authorization": f"Bearer {TOKEN}"} | headers
     method = "GET" if body is None else "POST"
-    return requests.request(method, served.url + path, json=body, headers=headers, timeout=10)
+    return requests.request(method, served.url + path, json=body, headers=headers, timeout=60)
 
 
 def test_only_this_page_with_the_token_may_ask_and_only_by_the_name_of_loopback(
@@ -63,7 +63,7 @@ def test_only_this_page_with_the_token_may_ask_and_only_by_the_name_of_loopback(
             assert ask(served, path, **headers).status_code == status, headers
         assert ask(served, "/runs/x/end", {"wish": "destroy"}, **headers).status_code == status
     assert ask(served, "/runs", Origin=served.url).status_code == 200
-    page = requests.get(served.url, timeout=10)
+    page = requests.get(served.url, timeout=60)
     assert page.content == PAGE.read_bytes() and len(page.content) < 60_000
     policy = page.headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy

@@ -245,7 +245,7 @@ def test_without_the_token_every_path_but_page_and_health_is_401(
 ) -> None:
     for path in PATHS:
         for method in ("GET", "POST", "OPTIONS", "DELETE"):
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
             connection.request(method, path, headers={"Authorization": token.encode()})
             response = connection.getresponse()
             assert response.status == 401, (method, path)
