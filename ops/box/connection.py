@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # see load()
 
 MAX_OUTPUT = 8 << 20  # bytes of stdout and of stderr; no command of ours has more
 ANSWER_S = 30.0  # seconds within which the box's sshd starts a command
+MIN_TRY_S = 5.0  # that one try to connect may take, however near the deadline is
 IDLE_S = 60.0  # seconds for which a stream may stand still
 
 # else paramiko's threads print a traceback of every cut link
@@ -220,7 +221,7 @@ class Box:
         last_good = self.endpoint
         reasons = []
         for endpoint in sorted(self.endpoints, key=lambda e: e != last_good):
-            timeout_s = max(0.5, min(self.connect_timeout_s, deadline.left_s()))
+            timeout_s = min(self.connect_timeout_s, max(MIN_TRY_S, deadline.left_s()))
             why = self._open(endpoint, timeout_s)
             if not why:
                 return ""
@@ -230,8 +231,7 @@ class Box:
         return "; ".join(reasons) or "no endpoint is known"
 
     def _open(self, endpoint: Endpoint, timeout_s: float) -> str:
-        """One try. "" when it worked, else the reason in a few words. Raises HostKeyChanged, and
-        what the box was ended with."""
+        """One try. "" when it worked, else why not. Raises HostKeyChanged, or what ended it."""
         import fabric
 
         self.close()

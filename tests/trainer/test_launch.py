@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
 
 def test_it_tells_its_wire_number() -> None:
     done = subprocess.run(
-        [*COMMAND, "--wire"], capture_output=True, text=True, env=environment(), timeout=60
+        [*COMMAND, "--wire"], capture_output=True, text=True, env=environment(), timeout=150
     )
     assert done.returncode == 0 and int(done.stdout) == WIRE
 
@@ -69,7 +69,7 @@ def test_bad_data_is_told_before_torch_is_imported(run_folder: Make, tmp_path: P
     job = run_folder(data=[{"instruction": "a"}])
     surroundings = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(
-        [*COMMAND, str(job)], capture_output=True, text=True, timeout=60, env=surroundings
+        [*COMMAND, str(job)], capture_output=True, text=True, timeout=150, env=surroundings
     )
     assert done.returncode == 3 and "train.jsonl:1" in done.stderr
     assert [e["event"] for e in events_of(job)] == ["failed"]
@@ -96,8 +96,8 @@ def test_a_training_asked_to_stop_leaves_a_checkpoint_and_exits_with_143(
         below = psutil.Process(child.pid).children(recursive=True)
         for process in (*below, child) if everybody else (child,):
             process.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 143
-        assert psutil.wait_procs(below, timeout=60)[1] == [], "processes were left behind"
+        assert child.wait(120) == 143
+        assert psutil.wait_procs(below, timeout=150)[1] == [], "processes were left behind"
     finally:
         for process in (*below, child):
             with suppress(psutil.NoSuchProcess):
@@ -117,7 +117,7 @@ def test_a_training_that_is_killed_is_no_success(run_folder: Make) -> None:
         trainer = psutil.Process(child.pid).children(recursive=True)[-1]
         assert "trainer.train" in trainer.cmdline()
         trainer.kill()
-        _, said = child.communicate(timeout=30)
+        _, said = child.communicate(timeout=120)
     finally:
         child.kill()
     assert child.returncode not in (0, 3, 4, 143) and "left no exit code" in said
