@@ -380,8 +380,11 @@ def test_a_box_that_is_not_up_refuses_connections_and_a_stopped_one_keeps_its_fi
     fake.clock.advance(101)
     assert reach(client, number, key).run("echo kept >file").returncode == 0
     vast_instances.stop_instance(client, number)
+    there = ("127.0.0.1", fake.instances()[0]["ssh_port"])
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", fake.instances()[0]["ssh_port"]), timeout=60)
+        socket.create_connection(there, timeout=60)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(there)
     vast_instances.start_instance(client, number)
     fake.clock.advance(101)
     assert reach(client, number, key).run("cat file").stdout == "kept\n"

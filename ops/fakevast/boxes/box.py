@@ -53,11 +53,16 @@ class Box:
         self.ssh_options: Any = None  # made by `serve` with the first connection
         self.tasks: set[asyncio.Task[None]] = set()
         self.connections: set[Any] = set()
-        self._direct, self._proxy = _bound(), _bound()
         self._listening: list[socket.socket] = []
         self._has_run = False
         self.bytes_per_s: float | None = None  # of each connection and way; None: as they come
+        self._take_ports()
+
+    def _take_ports(self) -> None:
+        self._direct, self._proxy = _bound(), _bound()
         self._publish()
+        # no other program gets the proxy's port while the box is stopped
+        self._kept = _bound(self.instance.ssh_port)
 
     def _publish(self) -> None:
         self.instance.ssh_port = self._proxy.getsockname()[1]
@@ -105,6 +110,11 @@ class Box:
         if self._has_run:
             processes.kill_marked(str(self.folder))
 
+    def end(self) -> None:
+        """Stop the box for good."""
+        self.stop()
+        self._kept.close()
+
     def move_ports(self) -> None:
         """What a provider does now and then: connections break, sshd is at other ports."""
         for sock in self._listening:
@@ -112,8 +122,8 @@ class Box:
             sock.close()
         for connection in list(self.connections):
             connection.abort()
-        self._direct, self._proxy = _bound(), _bound()
-        self._publish()
+        self._kept.close()
+        self._take_ports()
         self._listen()
 
     def clear(self) -> None:

@@ -1,6 +1,6 @@
 """The boxes of a cloud: one for each instance, gone with it.
 
-A box costs two bound sockets until it comes up and a folder until somebody connects; SSH is
+A box costs three bound sockets until it comes up and a folder until somebody connects; SSH is
 spoken only to who arrives.
 """
 
@@ -57,7 +57,7 @@ class Boxes:
 
     def _destroy(self, instance: Instance) -> None:
         box = self.live.pop(instance.id)
-        box.stop()
+        box.end()
         if box.folder.exists():
             self._discard(box.folder)
 
