@@ -26,7 +26,7 @@ from ops.job.wire_job import make_wire_job
 from trainer.data import sharing
 from trainer.families import Family
 from trainer.wire.job import Job
-from trainer.wire.tables import loras_of
+from trainer.wire.tables import StageTable, loras_of
 
 CPU_FLOP_S = 1e11  # of a fast laptop
 
@@ -70,7 +70,8 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     counted, tokenised = lengths_of_all(wire_job, folder, pushes, entry, notes)
     config = model_config(job, notes)
     shape, loads = None, []
-    stages = zip(parts, counted, wire_job.parts(), job.stages or [None], strict=True)
+    tables: list[StageTable | None] = [*job.stages] or [None]
+    stages = zip(parts, counted, wire_job.parts(), tables, strict=True)
     for part, of_part, (wire, _), table in stages:
         family = family_of(part, config, max(of_part.lengths), notes, chained=bool(job.stages))
         shape = shape_of(job, config, family, notes)
