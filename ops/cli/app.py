@@ -306,6 +306,20 @@ def _validate_ways(foreground: bool, detach: bool) -> None:
             raise ConfigError("--foreground or --detach, not both", hint="")
 
 
+def _tell_first_sentences(group: typer.Typer) -> None:
+    """The list of commands has the first sentence of each whole, where Typer would cut it."""
+    for command in group.registered_commands:
+        told = " ".join((command.callback.__doc__ or "").split()) if command.callback else ""
+        command.short_help = told.split(". ")[0].removesuffix(".")
+    for below in group.registered_groups:
+        if below.typer_instance is not None:
+            below.short_help = str(below.typer_instance.info.help)
+            _tell_first_sentences(below.typer_instance)
+
+
+_tell_first_sentences(app)
+
+
 def main() -> None:
     """`milktea`."""
     app()

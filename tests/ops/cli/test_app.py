@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 from machine import needs
+from typer.testing import CliRunner
 
 import rig
+from ops.cli.app import app
 from ops.errors import BoxLeaked
 from ops.fakevast import FakeVast
 from ops.run.journal import FILE, Journal
@@ -66,6 +68,12 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
     commands = "rent-and-train plan resume reap destroy cost explain status logs export image"
     assert all(f"  {word} " in said for word in commands.split())
     assert seconds < 1.0
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["image"], ["adapter"]])
+def test_the_list_of_commands_cuts_no_sentence(words: list[str]) -> None:
+    told = CliRunner().invoke(app, [*words, "--help"]).output
+    assert "Commands:" in told and "..." not in told.split("Commands:")[1]
 
 
 def test_version_says_what_a_report_needs_without_importing_torch(tmp_path: Path) -> None:
