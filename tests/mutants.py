@@ -77,6 +77,13 @@ KNOWN = {
     "ops.market.ranking": {
         'return counts.most_common(1)[0] if counts else ("", 0) -> 2': "only the first is taken",
     },
+    "ops.run.boot": {
+        "if booting.seconds > timeout_s: -> booting.seconds >= timeout_s": "it is never equal",
+        "if left_s < needs_s: -> left_s <= needs_s": "they are never equal",
+        "if running.end_unix_s < session.dies_at(): -> running.end_unix_s <= session.dies_at()": (
+            "they are never equal"
+        ),
+    },
     "ops.run.rental": {
         "LOG_S = 5.0  # to wait for a container's log after the proof -> 6.0": (
             "how long an end waits for the log of an error"

@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -192,10 +193,10 @@ def test_of_two_boxes_with_the_runs_label_none_is_kept(client: Client) -> None:
 
 def test_a_box_has_booted_when_it_runs_and_has_a_port(client: Client) -> None:
     number = client.rent()
-    client.clock.slow_s = 0.00123
+    client.clock.slept_s, client.clock.slow_s = 100.0, 0.00123
     client.show(actual_status="loading")
-    client.shows(1.5, actual_status="running", ssh_port=0, ports={})
-    client.shows(3.5, ssh_port=4321)
+    client.shows(101.5, actual_status="running", ssh_port=0, ports={})
+    client.shows(103.5, ssh_port=4321)
     found = boot(client.session, number, client.offer)
     assert (found.ssh_port, found.direct_port) == (4321, None)
     line = client.session.journal.last("booted")
@@ -210,10 +211,10 @@ def test_a_box_may_be_unseen_for_five_minutes_and_no_longer(
     """At half the pace; a look at 150 s exactly is not the last one, one at 150.3 s is."""
     number = client.rent()
     client.fake.faults.add(GONE, times=None)
-    client.clock.slow_s = look_s - 1.0
+    client.clock.slept_s, client.clock.slow_s = 40.0, look_s - 1.0
     with pytest.raises(NeverReady, match=f"is not to be seen {after_s:.0f} s after"):
         boot(client.session, number, client.offer)
-    assert client.clock.slept_s == pytest.approx(after_s)
+    assert client.clock.slept_s == pytest.approx(40.0 + after_s)
 
 
 def test_a_box_that_comes_to_be_seen_late_boots(client: Client) -> None:
@@ -330,10 +331,13 @@ def test_a_box_is_compared_with_the_offer_at_its_first_boot_only(client: Client)
 
 
 def test_a_box_whose_contract_ends_before_the_run_does_is_refused(client: Client) -> None:
-    number = client.rent()
-    client.show(end_date=client.clock.now() + 5.0)
-    with pytest.raises(Unsuitable, match="ends in 0 minutes, and the run is to take"):
-        boot(client.session, number, client.offer)
+    number, needs_s = client.rent(), 3600 * client.session.predicted(client.offer).hours
+    for left_s, refused in ((5.0, True), (needs_s - 0.001, True), (needs_s + 0.001, False)):
+        client.clock.slept_s += 10.0  # the next call to vast.ai waits for nothing
+        client.show(end_date=client.clock.now() + left_s)
+        words = f"ends in {left_s / 60:.0f} minutes, and the run is to take {needs_s / 60:.0f}"
+        with pytest.raises(Unsuitable, match=words) if refused else nullcontext():
+            boot(client.session, number, client.offer)
 
 
 def test_who_may_spend_more_than_the_contract_lasts_is_told_when_it_ends(client: Client) -> None:
