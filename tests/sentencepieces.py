@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,23 +32,26 @@ def pieces() -> list[tuple[str, float, int]]:
     return found
 
 
-def write_tokenizer_model(path: Path) -> None:
+def write_tokenizer_model(path: Path, dummy_prefix: bool = True) -> None:
     proto = import_protobuf().ModelProto()
     for piece, score, kind in pieces():
         proto.pieces.add(piece=piece, score=score, type=kind)
     proto.trainer_spec.model_type = 2
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = True
+    proto.normalizer_spec.add_dummy_prefix = dummy_prefix
     proto.normalizer_spec.remove_extra_whitespaces = False
     path.write_bytes(proto.SerializeToString())
 
 
-def by_the_rule(text: str) -> list[str]:
+def by_the_rule(
+    text: str, known: Iterable[tuple[str, float, int]] | None = None, prefix: str = "▁"
+) -> list[str]:
     """sentencepiece's byte-pair encoding: the best-scored neighbours are merged, the leftmost of
-    equals first, until none is a piece; what is no piece is spelt in bytes."""
-    scores = {piece: score for piece, score, kind in pieces() if kind == 1}
-    parts = list("▁" + text.replace(" ", "▁"))
+    equals first, until none is a piece; what is no piece is spelt in bytes. `known` pieces are by
+    default the small model's."""
+    scores = {piece: score for piece, score, kind in known or pieces() if kind == 1}
+    parts = list(prefix + text.replace(" ", "▁"))
     while True:
         pairs = [(-scores[a + b], n) for n, (a, b) in enumerate(pairwise(parts)) if a + b in scores]
         if not pairs:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
+import sentencepieces
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
 from tiny import write_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trainer.result import gguf_file
+from trainer.tools import sentencepiece_bpe
 
 SIGNS = "What is 1 + 2? It is three. 你好，世界。\n\n\t<|im_end|> <s> é🙂 {}'s don't 12345"
 
@@ -105,20 +109,68 @@ def test_q8_0_keeps_each_weight_within_half_a_step(tmp_path: Path) -> None:
     assert kinds["blk.0.attn_q.weight"] == "Q8_0" and kinds["blk.0.attn_q.bias"] == "F32"
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_thousand_texts_become_the_same_ids(tmp_path: Path, kind: str) -> None:
+def thousand_texts(signs: str, without: str = "\0") -> list[str]:
+    draw, found = random.Random(3), list[str]()
+    while len(found) < 1000:
+        text = "".join(draw.choices(signs, k=draw.randint(1, 40)))
+        found += [text] if without not in text else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "pre"), [("llama", "llama-bpe"), ("qwen2", "gpt-2"), ("qwen3", "qwen2")]
+)
+def test_a_thousand_texts_become_the_same_ids(tmp_path: Path, kind: str, pre: str) -> None:
     source = folder_of(tmp_path / "model", kind)
+    cuts = [pattern for pattern, name in gguf_file._CUTS.items() if name == pre]
+    own = Tokenizer.from_file(str(source / "tokenizer.json"))
+    if cuts:  # as the tokenizers of Llama 3 and Qwen are published
+        split = pre_tokenizers.Split(Regex(cuts[0]), "isolated")
+        own.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        own.save(str(source / "tokenizer.json"))
     gguf_file.write(source, tmp_path / "x.gguf")
-    own = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
     other = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
-    draw = random.Random(3)
-    texts = ["".join(draw.choices(SIGNS, k=draw.randint(1, 40))) for _ in range(1000)]
-    mine = own(texts, add_special_tokens=False)["input_ids"]
+    texts = thousand_texts(SIGNS)
+    mine = [found.ids for found in own.encode_batch(texts, add_special_tokens=False)]
     assert mine == other(texts, add_special_tokens=False)["input_ids"]
     reader = GGUFReader(tmp_path / "x.gguf")
-    assert value_of(reader, "tokenizer.ggml.pre") == "gpt-2"
+    assert value_of(reader, "tokenizer.ggml.pre") == pre
     assert len(value_of(reader, "tokenizer.ggml.tokens")) == 320
     assert "im_start" in value_of(reader, "tokenizer.chat_template")
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("mistral", "▁"), ("gemma2", "")])
+def test_a_thousand_texts_become_the_same_ids_by_sentencepieces(
+    tmp_path: Path, kind: str, prefix: str
+) -> None:
+    source, texts = tmp_path / "model", thousand_texts(sentencepieces.LETTERS + SIGNS, "<s>")
+    model = model_of(kind)
+    model.resize_token_embeddings(len(sentencepieces.pieces()), mean_resizing=False)
+    model.save_pretrained(source)
+    sentencepieces.write_tokenizer_model(source / "tokenizer.model", bool(prefix))
+    own = sentencepiece_bpe.read(source / "tokenizer.model", [], [], "")
+    own.save(str(source / "tokenizer.json"))
+    told = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(told))
+    gguf_file.write(source, tmp_path / "x.gguf")
+    reader = GGUFReader(tmp_path / "x.gguf")
+    words, scores, kinds = (
+        value_of(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
+    )
+    number = {word: n for n, word in enumerate(words)}
+    ids = [found.ids for found in own.encode_batch(texts, add_special_tokens=False)]
+    # as llama.cpp does, from what the file holds alone
+    known = list(zip(words, scores, kinds, strict=True))
+    ruled = [sentencepieces.by_the_rule(text, known, prefix) for text in texts]
+    assert len(texts) == 1000 and ids == [[number[part] for part in parts] for parts in ruled]
+    assert value_of(reader, "tokenizer.ggml.add_space_prefix") == bool(prefix)
+    # transformers' reader puts no blank before a text that begins with one
+    solid = [text.lstrip(" ") or "a" for text in texts] if prefix else texts
+    other = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+    ids = [found.ids for found in own.encode_batch(solid, add_special_tokens=False)]
+    assert ids == other(solid, add_special_tokens=False)["input_ids"]
 
 
 def test_a_sentencepiece_vocabulary_keeps_its_scores(tmp_path: Path) -> None:
