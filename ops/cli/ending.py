@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 def last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> None:
     """Print how a run ended: the model's answers, what it cost, where its adapter is."""
-    cost, adapter = run.cost(), run.adapter
+    cost, adapter, (merged, why_not) = run.cost(), run.adapter, run.merged
     if adapter is None:
         _detached(run, as_json)
         return
     if as_json:
         facts: dict[str, Any] = {"run_id": run.id, "adapter": str(adapter), "sha256": run.sha256}
         facts |= {"spent_usd": round(cost.spent_usd, 5), "bill_usd": cost.billed_usd}
+        facts |= {"merged": str(merged)} if merged else {}
+        facts |= {"no_merged": why_not} if why_not else {}
         print(json.dumps({"kind": "done", **facts}))
         return
     for sample in screen.samples:
@@ -40,6 +42,10 @@ def last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> Non
     predicted = "" if cost.predicted_usd is None else f", predicted {cost.predicted_usd:.4f} $"
     print(f"cost      {cost.spent_usd:.4f} $ (vast.ai's bill {bill}{predicted})")
     print(f"adapter   {_short(adapter)}")
+    if merged:
+        print(f"merged    {_short(merged)}")
+    elif why_not:
+        print(f"merged    not on the box: {plain(why_not)}; here: {_typed()} merge {run.id}")
     if run.answers:
         print(f"talk      {_typed()} serve {run.id}   (or chat)")
 

@@ -30,6 +30,13 @@ class Results(Strict):
     folder: Annotated[Path, Field(description="RUN/adapter.zip and its report go there")] = Path(
         "../out"
     )
+    merged: Annotated[
+        bool,
+        Field(
+            description="Once the result is at home, its machine merges it into its base, with a "
+            "certificate, and the model (2 bytes of each parameter) comes home too"
+        ),
+    ] = False
     then_chat_minutes: Annotated[
         Annotated[float, Field(ge=1)] | None,
         Field(

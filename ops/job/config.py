@@ -68,6 +68,8 @@ def _several(raw: dict[str, Any], path: Path) -> JobFile:
     if mistake:
         raise ConfigError(f"{path}: {mistake}")
     texts = parts_of(raw, tables)
+    for text in texts[:-1]:  # the run's result is that of the last stage
+        text["results"] = {k: v for k, v in text.get("results", {}).items() if k != "merged"}
     parts = [_validated(t, path, f"stages.{n}: ") for n, t in enumerate(texts)]
     try:
         loras_of(tables, [part.lora for part in parts])

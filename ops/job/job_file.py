@@ -330,9 +330,20 @@ class JobFile(Strict, Sections):
             raise ValueError(f'training.{asked}: data.held_out = "none" leaves nothing to look at')
         if self.evaluate is not None and self.data.held_out_file is None:
             raise ValueError("[evaluate] asks the rows of a file: name it in data.held_out")
+        if self.results.merged and (why := self._unmergeable):
+            raise ValueError(f"results.merged: {why}")
         if self.start is None and self.how != "continue":
             raise ValueError(f'how = "{self.how}" needs start')
         return self
+
+    @property
+    def _unmergeable(self) -> str:
+        """Why the result of this stage is no LoRA that is merged into a model that answers."""
+        if self.training.trains_base:
+            return f'training.method = "{self.training.method}" leaves a whole model'
+        if self.training.method != "lora":
+            return f'training.method = "{self.training.method}" leaves a learned prompt'
+        return "a reward model is not merged" if self.stage == "rm" else ""
 
     @property
     def takes_up(self) -> bool:

@@ -20,6 +20,8 @@ DRIVER_SHARE = 0.98  # torch can use this share of the memory that a GPU's drive
 HOST_GIB, PROCESS_GIB = 3.0, 4.0  # host memory of the system; of each process (torch, CUDA, data)
 SYSTEM_GIB = 4  # disk for logs, pip's cache and the container itself
 SHARD_GIB = 10.0  # a file of 5 GB of a base in bf16, in fp32 while an adapter is merged into it
+# of a merged model's bytes: the model in fp32, and what it says of the texts of one round
+CERTIFY_SHARE = 2.5
 IMAGE_UNPACKED = 2.5  # unpacked bytes for each compressed byte
 
 
@@ -48,10 +50,9 @@ def workload_of(
     image_bytes = job.image.size_gib * 2**30
     pushed = float(sum(p.local.stat().st_size for p in pushes))
     download = 0.0 if Path(job.model.base).is_dir() else parameters * 2
-    merges = int(job.start is not None and job.how == "merge")
-    merges += int(table is not None and table.how == "merge")
+    merges = _merges(job, table)
     merged = merges * parameters * (4 if job.model.precision == "fp32" else 2)
-    kept = 1.1 * (download + pushed) + 6 * adapter + merged
+    kept = 1.1 * (download + pushed) + 6 * adapter + merged + 1.5 * _comes_merged(job, parameters)
     written_gib = (image_bytes * IMAGE_UNPACKED + kept) / 2**30
     disk = job.offer.disk_gib or max(10, math.ceil(written_gib + SYSTEM_GIB))
     return Workload(
@@ -81,6 +82,7 @@ def workload_of(
         save_every_s=job.training.save_every_s,
         talk_s=job.results.talk_s,
         evaluate_s=job.evaluate.minutes * 60 if job.evaluate else 0.0,
+        merged_bytes=_comes_merged(job, parameters),
         merges=merges,
     )
 
@@ -92,6 +94,17 @@ def _parameters(shape: memory.Shape | None) -> float:
 def is_practice(shape: memory.Shape | None) -> bool:
     """Whether a model is so small that this computer's CPU trains it."""
     return _parameters(shape) < 2e7
+
+
+def _merges(job: JobFile, table: StageTable | None) -> int:
+    """How often an adapter is merged into the base before the training."""
+    ways = [job.how if job.start is not None else "", table.how if table is not None else ""]
+    return ways.count("merge")
+
+
+def _comes_merged(job: JobFile, parameters: float) -> float:
+    """Bytes of the merged model that comes home."""
+    return 2.0 * parameters if job.results.merged else 0.0
 
 
 def _trained(job: JobFile, shape: memory.Shape, learned: memory.Learned | None) -> float:
@@ -184,12 +197,15 @@ def needs_of(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Ne
 
 def _host_memory_gib(workload: Workload) -> float:
     """Host memory for training: of the system, of each process, and for the copy of parameters and
-    optimizer state from which a checkpoint is written."""
+    optimizer state from which a checkpoint is written; where the result is merged, for the
+    certificate."""
     if workload.cpu_practice:
         return 0.0
     copied = workload.checkpoint_bytes / 2**30
     shard = min(SHARD_GIB, workload.model_parameters * 4 / 2**30) if workload.merges else 0.0
-    return math.ceil(HOST_GIB + PROCESS_GIB * workload.num_gpus + copied + shard)
+    train_gib = HOST_GIB + PROCESS_GIB * workload.num_gpus + copied + shard
+    certify_gib = HOST_GIB + PROCESS_GIB + CERTIFY_SHARE * workload.merged_bytes / 2**30
+    return math.ceil(max(train_gib, certify_gib if workload.merged_bytes else 0.0))
 
 
 def _gpu_names(job: JobFile) -> list[str]:

@@ -45,6 +45,7 @@ class Plan:
     hold_s: float | None = None  # how long an ended training waits for a client; None: no limit
     talk_s: float = 0.0  # for which the box serves a result, once it does
     evaluate: dict[str, Any] | None = None  # rows, new_tokens, seconds at most: on the box
+    merged: bool = False  # the box merges the result, and the model comes home
     notify: dict[str, Any] | None = None  # the job's [notify]: who is told
     trains: bool = True  # else it is rented to talk to a result of another run
     user: str = ""  # who rents, as the label of its boxes says; "" in plans that are older

@@ -23,6 +23,7 @@ from ops.job.needs import is_practice, largest, needs_of, of_stages, workload_of
 from ops.job.plan import Plan
 from ops.job.pushes import files_of_parts, pushes_of
 from ops.job.wire_job import make_wire_job
+from ops.market.workload import Workload
 from trainer.data import sharing
 from trainer.families import Family
 from trainer.wire.job import Job
@@ -92,7 +93,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     notes += sent.describe(pushes, next((t for t in templates if t.is_absolute()), None))
     login, boards = job.image.login or "", job.training.report_to
     notes += tokens.describe(job.env, login, job.model.base, boards)
-    notes += notify.describe(job.notify)
+    notes += [*notify.describe(job.notify), *_merged_at_home(job, workload)]
     return Plan(
         run_id=run_id,
         image=job.image.ref,
@@ -112,6 +113,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
         hold_s=None if job.limits.hold_minutes is None else job.limits.hold_minutes * 60,
         talk_s=job.results.talk_s,
         evaluate=job.evaluate.asked() if job.evaluate else None,
+        merged=job.results.merged,
         notify=job.notify.model_dump() if job.notify else None,
         user=this_user(),
     )
@@ -129,6 +131,23 @@ def _shared(
         "are computed, and paid, once"
     )
     return counted.common
+
+
+def _merged_at_home(job: JobFile, workload: Workload) -> list[str]:
+    """What the user is told of results.merged. Raises PreflightError where results.folder's disk
+    has no room for the model."""
+    if not workload.merged_bytes:
+        return []
+    folder = job.results.folder
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    size_gb = workload.merged_bytes / 1e9
+    if workload.shape is not None and free < workload.merged_bytes:
+        raise PreflightError(
+            f"results.merged brings a model of {size_gb:.1f} GB home, and {folder} has "
+            f"{free / 1e9:.1f} GB left",
+            hint="make room, name another results.folder, or leave results.merged out",
+        )
+    return [f"the merged model, about {size_gb:.1f} GB, comes to {folder}/RUN/merged-bf16"]
 
 
 def _validate_speed_here(plan: Plan) -> None:

@@ -99,6 +99,7 @@ def _workload(run: Plan, pushes: list[PushFile], minutes: float) -> Workload:
         start_s=START_S,
         before=(),
         evaluate_s=0.0,
+        merged_bytes=0.0,
         talk_s=minutes * 60,
     )
 

@@ -23,11 +23,14 @@ _LINK_SHARE = 0.6
 _UNPACK_BYTES_S = 120e6  # compressed image bytes: docker inflates a layer on one core
 _MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU; used when the offer does not say
 _MERGE_BYTES_S = 200e6  # of a base that an adapter is merged into, on the CPU: not measured
+# of a certificate: tokens that four passes read, and what a CPU computes of them, none measured
+_CERTIFY_TOKENS, _CPU_FLOPS, _CERTIFY_GPU_BYTES, _MERGE_START_S = 4000, 100e9, 4 << 30, 120.0
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 survives a day with a chance of 0.98
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
 _BOOT_FAILS = 0.02  # chance, even on the best host
 # its boxes are processes
 _PRACTICE_BOOT_S, _PRACTICE_START_S, _PRACTICE_HOME_S = 3.0, 10.0, 2.0
+_PRACTICE_MERGE_S = 600.0
 # from the training's end to the proof that the box is gone, a small result's way home
 HOME_S = 30.0
 
@@ -60,12 +63,13 @@ class CostEstimate:
     stages_s: tuple[float, ...] = ()  # of `train_s`, by stage
     talk_s: float = 0.0
     evaluate_s: float = 0.0
+    merge_s: float = 0.0
     home_s: float = HOME_S
 
     @property
     def running_h(self) -> float:
         """The hours for which GPUs are billed: all but boot and image pull."""
-        after_s = self.evaluate_s + self.talk_s
+        after_s = self.evaluate_s + self.merge_s + self.talk_s
         return (self.transfer_s + self.start_s + self.train_s + after_s) / 3600
 
 
@@ -93,7 +97,8 @@ def predict(
     merging_s = 2 * workload.model_parameters / _MERGE_BYTES_S + read_s
     start_s = workload.start_s + read_s + merging_s * sum(one.merges for one in workload.each)
     train_s = sum(stages_s)
-    after_s = workload.evaluate_s + workload.talk_s
+    merged_s = merge_s(offer, workload)
+    after_s = workload.evaluate_s + merged_s + workload.talk_s
     running_h = (transfer_s + start_s + train_s + after_s) / 3600
     hours = running_h + (workload.boot_s + pull_s) / 3600
     rate = offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
@@ -101,7 +106,7 @@ def predict(
     gb_in = (workload.image_bytes + workload.model_download_bytes + workload.push_bytes) / GB
     inet_down_usd = gb_in * offer.inet_down_usd_per_gb
     mirrored_bytes = workload.checkpoint_bytes * math.floor(train_s / workload.save_every_s)
-    gb_out = (workload.pull_bytes + mirrored_bytes) / GB
+    gb_out = (workload.pull_bytes + workload.merged_bytes + mirrored_bytes) / GB
     gpu_usd, disk_usd, inet_up_usd = (
         rate * running_h,
         disk_rate * hours,
@@ -130,6 +135,7 @@ def predict(
         gb_out=gb_out,
         talk_s=workload.talk_s,
         evaluate_s=workload.evaluate_s,
+        merge_s=merged_s,
         home_s=_PRACTICE_HOME_S if workload.cpu_practice else HOME_S,
     )
     predicted = _with_accidents(undisturbed, offer, workload, bid_usd_per_hour, p_bad)
@@ -146,6 +152,22 @@ def _moving_s(offer: Offer, workload: Workload) -> tuple[float, float, float]:
     pull_s = max(_seconds_for(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
     read_s = 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
     return pull_s, transfer_s, read_s
+
+
+def merge_s(offer: Offer, workload: Workload) -> float:
+    """Seconds at most to merge the result into its base on the box and to certify it: on the CPU
+    where no GPU holds the model in fp32. 0 where the job does not ask for it."""
+    if not workload.merged_bytes:
+        return 0.0
+    if workload.cpu_practice:
+        return _PRACTICE_MERGE_S
+    parameters = workload.model_parameters
+    moved_s = 3 * workload.merged_bytes / _MERGE_BYTES_S + 4 * workload.merged_bytes / min(
+        _disk_speed(offer), _MODEL_READ_BYTES_S
+    )
+    on_gpu = offer.gpu_memory_gib * 2**30 > 4.4 * parameters + _CERTIFY_GPU_BYTES
+    flops = 2.0 * 4 * _CERTIFY_TOKENS * parameters
+    return _MERGE_START_S + moved_s + (0.0 if on_gpu else flops / _CPU_FLOPS)
 
 
 @dataclass(frozen=True)
@@ -169,6 +191,7 @@ def transfers(offer: Offer, workload: Workload) -> list[Transfer]:
         ("push", "from here", workload.push_bytes, min(down, home_up), in_usd_per_gb),
         ("model", "from the hub", workload.model_download_bytes, down, in_usd_per_gb),
         ("result", "home", workload.pull_bytes, min(up, home_down), out_usd_per_gb),
+        ("merged", "home", workload.merged_bytes, min(up, home_down), out_usd_per_gb),
     )
     return [
         Transfer(name, way, size, _seconds_for(size, rate), size / GB * usd)
@@ -314,9 +337,11 @@ def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str,
     rate = (c.usd_per_hour + disk_usd_per_hour(offer, workload.disk_gib)) / 3600
     talked = f"talk      {_duration(c.talk_s)} on {where} for ${c.talk_s * rate:.4f} at most"
     scored = f"evaluate  at most {_duration(c.evaluate_s)} for ${c.evaluate_s * rate:.4f}"
+    merged = f"merge     at most {_duration(c.merge_s)} for ${c.merge_s * rate:.4f}"
     return (
         *(trained if workload.tokens else []),
         *([scored] if c.evaluate_s else []),
+        *([merged] if c.merge_s else []),
         *([talked] if c.talk_s else []),
         f"before    {_duration(c.boot_s + c.pull_s)} to boot and pull "
         f"{workload.image_bytes / GB:.2f} GB of image",

@@ -36,7 +36,8 @@ class Workload:
     `cpu_practice`: a run against the emulator, on this computer's CPU. `before` are the stages that
     the same machine trains before this one, of which what they compute counts. `merges` adapters
     are merged into the base before it trains. `talk_s` is how long the box serves a result at the
-    end, `evaluate_s` how long it scores it at most.
+    end, `evaluate_s` how long it scores it at most, `merged_bytes` the size of the merged
+    model that comes home; 0 where none is asked for.
     """
 
     tokens: float
@@ -69,6 +70,7 @@ class Workload:
     before: tuple[Workload, ...] = ()
     talk_s: float = 0.0
     evaluate_s: float = 0.0
+    merged_bytes: float = 0.0
     merges: int = 0
     work: float = 1.0
 

@@ -10,17 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ops.box import errand
 from ops.box.connection import Box
 from ops.box.scripts import run_folder
 from ops.errors import BoxError, Failed
-from ops.job import tokens
 from ops.run import wishes
-from ops.run.retry import retry_transfer
-from ops.run.session import MARGIN_S, Interrupted, Session
+from ops.run.errands import follow_errand
+from ops.run.session import Interrupted, Session
 
 NAME, FILE = "evaluate", "evaluation.json"
-LOOK_S, TELL_S = 2.0, 5.0  # between two looks; between two words to whoever waits
 FILE_BYTES = 4 << 20
 MAX_ROWS = 40  # of a report's table
 
@@ -54,29 +51,9 @@ def evaluate_on_box(session: Session, box: Box, staging: Path, out: Path) -> boo
 
 def _evaluated(session: Session, box: Box, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The evaluation's JSON. Raises Failed with its last words, or where its minutes are over."""
-    run_id, began, told_s = session.run_id, session.clock.steady(), 0.0
     words = ["evaluate", ".", f"--rows={asked['rows']}", f"--new-tokens={asked['new_tokens']}"]
-    words += ["--to", f"{NAME}/{FILE}"]
-    start = errand.start(run_id, session.plan.trainer, NAME, words)
-    given = tokens.at_launch(session.plan.env)
-    if retry_transfer(session, box, lambda: box.run(start, input=given)).exit_code:
-        raise Failed("it could not be started")
-    while True:
-        answer = retry_transfer(session, box, lambda: box.run(errand.look(run_id, NAME)))
-        code, said = errand.parse_look(answer.stdout)
-        took_s = session.clock.steady() - began
-        if code is not None:
-            break
-        if took_s > asked["seconds"] or session.left_s() < 2 * MARGIN_S:
-            box.run(errand.stop(run_id, NAME))
-            raise Failed(f"its {asked['seconds'] / 60:.0f} minutes were over")
-        if took_s - told_s > TELL_S:
-            told_s, last = took_s, (said.splitlines() or ["loading"])[-1]
-            session.screen.waiting(f"evaluate: {last[-80:]} ({took_s:.0f} s)")
-        session.clock.sleep(LOOK_S)
-    if code:
-        raise Failed(f"it ended with exit code {code}: {said[-400:]}")
-    read = box.read_from(f"{run_folder(run_id)}/{NAME}/{FILE}", 0, FILE_BYTES)
+    follow_errand(session, box, NAME, [*words, "--to", f"{NAME}/{FILE}"], asked["seconds"])
+    read = box.read_from(f"{run_folder(session.run_id)}/{NAME}/{FILE}", 0, FILE_BYTES)
     told = json.loads(read)
     if not isinstance(told, dict) or not score_rows(told):
         raise ValueError("the box's evaluation holds no scores")

@@ -203,6 +203,9 @@ def _stage_and_text(line: Line) -> tuple[str, str]:
         case "evaluated":
             scores = ", ".join(f"{k} {v}" for k, v in list((d("scores") or {}).items())[:4])
             return "evaluate", scores or f"no scores: {d('why_not')}"
+        case "merged":
+            made = f"certified and verified: {d('tensors')} tensors in {d('folder')}"
+            return "merge", made if d("folder") else f"no merged model: {d('why_not')}"
         case "serving":
             at = time.strftime("%H:%M", time.localtime(d("ends_at", 0)))
             return "talk", f"the result is served on the box until {at}"

@@ -205,7 +205,7 @@ def spent_usd(lines: list[Line], now: float) -> float:
         elif line.kind == "price":
             rises.append((line.t, line["usd_per_hour"] - price))
             price = line["usd_per_hour"]
-        elif line.kind in ("pushed", "pulled", "checkpoint"):
+        elif line.kind in ("pushed", "pulled", "merged", "checkpoint"):
             gb_in += line.get("bytes_in", 0) / 1e9
             gb_out += line.get("bytes_out", 0) / 1e9
         elif line.kind in ("destroyed", "absent"):

@@ -21,6 +21,7 @@ from ops.run.evaluate import evaluate_on_box
 from ops.run.expected import ADAPTER
 from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow
 from ops.run.interrupt import fetch_newest, stage
+from ops.run.merge import merge_on_box
 from ops.run.on_rented_box import on_rented_box
 from ops.run.retry import retry_transfer
 from ops.run.session import Session, metered
@@ -153,4 +154,5 @@ def pull(session: Session, box: Box) -> RunResult:
     )
     if evaluate_on_box(session, box, staging, out):
         retrieve.write_out(session, staging, inspected, events_file, stages)  # now with the scores
+    merge_on_box(session, box, staging, out)
     return RunResult(out / ADAPTER, found.sha256, session.spent_usd())

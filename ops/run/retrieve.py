@@ -48,6 +48,12 @@ def checkpoint_bytes(workload: Workload) -> int:
     return _max_bytes(workload, 1.5 * workload.checkpoint_bytes)
 
 
+def merged_bytes(workload: Workload) -> int:
+    """How large the weights of this job's merged model can be at most, in bytes: a head that was
+    tied to its embedding may come beside it."""
+    return _max_bytes(workload, 1.5 * workload.merged_bytes)
+
+
 def _max_bytes(workload: Workload, predicted: float) -> int:
     unknown = workload.shape is None and not workload.cpu_practice  # `predicted` was a guess
     return int(predicted * (10 if unknown else 1)) + SLACK_BYTES

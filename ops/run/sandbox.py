@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ops.errors import AdapterError
-from ops.run import result
-from ops.run.expected import ADAPTER, ExpectedResult
+from ops.run import merged_result, result
+from ops.run.expected import ADAPTER, ExpectedResult, Invalid
 from ops.run.result import Verified
 from trainer.wire import tensors
 from trainer.wire.page import thinned
@@ -51,6 +51,19 @@ def verify(manifest: Path, archive: Path, expect: ExpectedResult) -> Inspected:
     seconds = START_S + archive.stat().st_size / BYTES_S
     answer = _run(request, seconds)
     return Inspected(Verified(**answer["verified"]), answer["facts"])
+
+
+def merged_listing(certificate: Path, manifest: Path) -> dict[str, Any]:
+    """ "files" ((sha256, bytes) by name) and "numbers" of a merged model's certificate, beside the
+    manifest of the verified adapter that it was made of. Raises AdapterError."""
+    told = {"certificate": str(certificate), "manifest": str(manifest)}
+    return _run(told, START_S)
+
+
+def verify_merged(folder: Path, size_bytes: int) -> dict[str, Any]:
+    """`ops.run.merged_result.verify` of a folder of so many bytes, within limits. Raises
+    AdapterError."""
+    return _run({"merged": str(folder)}, START_S + size_bytes / BYTES_S)
 
 
 def _run(request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -131,8 +144,26 @@ def _verified(request: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[s
     return {"verified": asdict(verified), "facts": facts}
 
 
+def _merged(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of what concerns a merged model."""
+    try:
+        if "merged" in request:
+            return dict(merged_result.verify(Path(request["merged"])))
+        told, manifest = (
+            tensors.strict_json(Path(request[name]).read_bytes())
+            for name in ("certificate", "manifest")
+        )
+        return merged_result.listed(told, result.as_wire_2(manifest)["members"])
+    except Invalid as defect:
+        return {"error": str(defect)}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return {"error": f"the merged model is not what a trainer writes: {error!r:.200}"}
+
+
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
+        if "merged" in request or "certificate" in request:
+            return _merged(request)
         manifest = tensors.strict_json(Path(request["manifest"]).read_bytes())
         return (_verified if "archive" in request else _listed)(request, manifest)
     except AdapterError as e:

@@ -56,6 +56,15 @@ class Run:
         return Path(pulled["adapter"]) if pulled else None
 
     @property
+    def merged(self) -> tuple[Path | None, str]:
+        """(the folder of the merged model that its box made, why there is none); (None, "") where
+        none was asked for."""
+        line = journal.last(self.journal, "merged")
+        if line is None:
+            return None, ""
+        return (Path(line["folder"]), "") if line.get("folder") else (None, line["why_not"])
+
+    @property
     def answers(self) -> bool:
         """Whether its result is a model to talk to: not one that scores, of the stage rm."""
         try:

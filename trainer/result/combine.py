@@ -30,7 +30,8 @@ from trainer.result.adapter import digest, zip_folder
 from trainer.result.command import answer, parser_of
 from trainer.result.engines import loads_in, read, table
 from trainer.result.open import unpacked
-from trainer.result.words import BASES_JINJA, JINJA, TOKENIZER_FILES
+from trainer.result.words import BASES_JINJA, JINJA
+from trainer.wire.merged import TOKENIZER_FILES
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _WORDS = ("template.json", "generation_config.json", JINJA, BASES_JINJA, *TOKENIZER_FILES)

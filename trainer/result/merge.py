@@ -44,13 +44,12 @@ from trainer.result.open import (
     texts_of,
     unpacked,
 )
-from trainer.result.words import TOKENIZER_FILES
+from trainer.wire.merged import CERTIFICATE, INDEX, WORDS
 
 Tell = Callable[[str], None]  # is called with each line of progress
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PREFIX = "base_model.model."
 _MARGIN_BYTES = 256 << 20
-_WORDS = ("chat_template.jinja", "generation_config.json", "template.json", *TOKENIZER_FILES)
 
 
 class MergeError(ValueError):
@@ -107,7 +106,7 @@ def merge(
             total += sum(t.nbytes for t in written.values())
     _write_settings(adapter, base, part, dtype, untied)
     if len(shards) > 1:
-        (part / "model.safetensors.index.json").write_text(
+        (part / INDEX).write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
         )
     part.rename(out)
@@ -293,7 +292,7 @@ def _write_settings(adapter: Path, base: Path, out: Path, dtype: str, untied: bo
     if untied:
         settings["tie_word_embeddings"] = False
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for name in _WORDS:
+    for name in WORDS:
         found = next((d / name for d in (adapter, base) if (d / name).is_file()), None)
         if found:
             shutil.copyfile(found, out / name)
@@ -328,7 +327,7 @@ def certified_merge(
         out.rename(refused)
         error.add_note(f"what was written lies in {refused}")
         raise
-    (out / "certificate.json").write_text(json.dumps(made, indent=1) + "\n")
+    (out / CERTIFICATE).write_text(json.dumps(made, indent=1) + "\n")
     return made
 
 

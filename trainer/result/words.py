@@ -11,14 +11,8 @@ from typing import Any
 from trainer.data.chat_template import CONVERSATIONS, prove
 from trainer.data.prepare import Prepared
 from trainer.data.template import TemplateError
+from trainer.wire.merged import TOKENIZER_FILES
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-)
 JINJA, BASES_JINJA = "chat_template.jinja", "chat_template.base.jinja"
 
 

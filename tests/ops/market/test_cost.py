@@ -553,3 +553,14 @@ def test_every_stage_is_priced_and_the_whole_is_their_sum() -> None:
     assert both.usd < sum(c.usd for c in alone), "one boot, one start, one push"
     kept = Workload(**json.loads(json.dumps(asdict(of_stages(loads)))))
     assert kept == of_stages(loads), "as the journal keeps it"
+
+
+def test_the_plan_prices_the_merge_and_its_way_home() -> None:
+    offer = OFFER
+    load = Workload(1e6, 7e9, disk_gib=60, home_down_mbps=100)
+    without, asked = (cost.predict(offer, replace(load, merged_bytes=b)) for b in (0.0, 14e9))
+    assert asked.gb_out - without.gb_out == 14 and asked.usd > without.usd
+    assert asked.merge_s > 600 and without.merge_s == 0.0  # 24 GiB do not hold it in fp32
+    assert any(line.startswith("merge     at most") for line in asked.lines)
+    large = replace(offer, gpu_memory_gib=80.0)
+    assert cost.merge_s(large, replace(load, merged_bytes=14e9)) < 600

@@ -1,0 +1,114 @@
+"""`results.merged` of a job: once the result is at home, its box merges it into its base, and the
+verified folder comes home beside the adapter. What goes wrong takes nothing of the result.
+
+The certificate's hashes are the box's own word: they prove that the folder came whole, and was made
+of the adapter that is here. `milktea merge RUN` makes the same folder without the box."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ops.box import pull
+from ops.box.connection import Box
+from ops.box.scripts import run_folder
+from ops.box.transfer import PART, sha256_of
+from ops.errors import AdapterError, BoxError, Failed, PreflightError
+from ops.market import cost
+from ops.run import retrieve, sandbox, wishes
+from ops.run.errands import follow_errand
+from ops.run.retry import retry_transfer
+from ops.run.session import MARGIN_S, Interrupted, Session
+from trainer.wire.merged import CERTIFICATE, holds_weights
+
+NAME, FOLDER = "merge", "merged-bf16"  # `milktea merge` calls it so
+ROWS = 16  # of the held-out file, in the certificate
+CERTIFICATE_BYTES = 4 << 20
+
+
+def merge_on_box(session: Session, box: Box, staging: Path, out: Path) -> None:
+    """Leave FOLDER in `out`; `staging` has the verified result and its manifest."""
+    if not session.plan.merged or (out / FOLDER).is_dir():
+        return
+    part = out / f".{FOLDER}.part"
+    try:
+        with session.own_deadline():
+            _validate_reach(session, out)
+            words = ["--out", f"{NAME}/model", "--dtype", "bf16", f"--rows={ROWS}"]
+            seconds = cost.merge_s(session.offer(), session.plan.workload)
+            follow_errand(session, box, NAME, [NAME, ".", *words], seconds)
+            told = _brought_home(session, box, staging, part)
+        part.rename(out / FOLDER)
+    except Interrupted:
+        box.close()  # a command may be half sent
+        session.note("interrupted", chosen=session.wish or wishes.DESTROY)
+        session.wish = ""
+        wishes.forget(session.journal.folder)
+        session.note("merged", why_not="interrupted", bytes_out=_bytes_in(part))
+    except (BoxError, Failed, AdapterError, PreflightError, ValueError, OSError) as e:
+        session.screen.waiting(f"no merged model: {e}; the adapter is at home")
+        session.note("merged", why_not=str(e)[:500], bytes_out=_bytes_in(part))
+    else:
+        session.note("merged", folder=str(out / FOLDER), **told)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _validate_reach(session: Session, out: Path) -> None:
+    """Raises Failed where time, money or this disk do not reach to merge and to fetch it."""
+    workload, offer = session.plan.workload, session.offer()
+    fetch_s = sum(t.seconds for t in cost.transfers(offer, workload) if t.name == "merged")
+    needs_s, left_s = cost.merge_s(offer, workload) + fetch_s, session.left_s() - 2 * MARGIN_S
+    if left_s < needs_s:
+        raise Failed(
+            f"it takes up to {needs_s / 60:.0f} minutes, and the limits leave "
+            f"{max(0.0, left_s) / 60:.0f}"
+        )
+    free = shutil.disk_usage(out).free - pull.reserve_bytes(out)
+    if free < workload.merged_bytes:
+        raise Failed(
+            f"it has {workload.merged_bytes / 1e9:.1f} GB, and {out} room for {free / 1e9:.1f}"
+        )
+
+
+def _brought_home(session: Session, box: Box, staging: Path, part: Path) -> dict[str, Any]:
+    """Pull the folder to `part` and verify it. Returns facts for the journal. Raises AdapterError,
+    BoxError, Failed, PreflightError."""
+    remote = f"{run_folder(session.run_id)}/{NAME}/model"
+    part.mkdir(parents=True, exist_ok=True)
+    certificate = part / CERTIFICATE
+    certificate.unlink(missing_ok=True)
+    _fetch(session, box, f"{remote}/{CERTIFICATE}", certificate, None, CERTIFICATE_BYTES)
+    told = sandbox.merged_listing(certificate, staging / retrieve.MANIFEST)
+    files: Mapping[str, Any] = told["files"]
+    most = retrieve.merged_bytes(session.plan.workload)
+    size = sum(size for name, (_, size) in files.items() if holds_weights(name))
+    if size > most:
+        raise AdapterError(f"it has {size:,} bytes, and this job's model at most {most:,}")
+    for path in part.iterdir():
+        if path.name.removesuffix(PART) not in (CERTIFICATE, *files):
+            path.unlink()
+    for name, (sha256, size_bytes) in files.items():
+        if (part / name).is_file() and sha256_of(part / name) == sha256:
+            continue  # by an earlier client
+        _fetch(session, box, f"{remote}/{name}", part / name, sha256, size_bytes)
+    found = sandbox.verify_merged(part, _bytes_in(part))
+    return found | {"bytes_out": _bytes_in(part), "numbers": told["numbers"]}
+
+
+def _fetch(
+    session: Session, box: Box, remote: str, local: Path, sha256: str | None, most: int
+) -> None:
+    def moving(done_bytes: int, total_bytes: int) -> None:
+        if session.left_s() < MARGIN_S:
+            raise Failed("the limits of the run were reached while it came home")
+        session.moving("merged", done_bytes, total_bytes)
+
+    retry_transfer(
+        session, box, lambda: pull.pull(box, remote, local, sha256, moving, max_bytes=most)
+    )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
