@@ -81,11 +81,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     notes[:] = dict.fromkeys(notes)
     workload = of_stages(loads)
     needs = largest([needs_of(p, w, shape) for p, w in zip(parts, loads, strict=True)], workload)
-    if merges := sum(one.merges for one in loads):
-        notes.append(
-            f"{merges} times an adapter is merged into the base on the machine, written to disk "
-            "and read again: the result needs that base (`milktea merge`) to be used"
-        )
+    notes += _told_of_merges(job, loads)
     templates = {Path(part.data.template) for part in parts}
     for name in job.offer.gpu_name:
         if (meant := gpus.meant(name)) != [name] and gpus.find(name) is None:
@@ -93,7 +89,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     notes += sent.describe(pushes, next((t for t in templates if t.is_absolute()), None))
     login, boards = job.image.login or "", job.training.report_to
     notes += tokens.describe(job.env, login, job.model.base, boards)
-    notes += [*notify.describe(job.notify), *_merged_at_home(job, workload)]
+    notes += notify.describe(job.notify)
     return Plan(
         run_id=run_id,
         image=job.image.ref,
@@ -133,11 +129,17 @@ def _shared(
     return counted.common
 
 
-def _merged_at_home(job: JobFile, workload: Workload) -> list[str]:
-    """What the user is told of results.merged. Raises PreflightError where results.folder's disk
-    has no room for the model."""
+def _told_of_merges(job: JobFile, loads: list[Workload]) -> list[str]:
+    """What the user is told of merges before a training and of results.merged. Raises
+    PreflightError where results.folder's disk has no room for the model."""
+    notes, workload = [], loads[-1]
+    if merges := sum(one.merges for one in loads):
+        notes.append(
+            f"{merges} times an adapter is merged into the base on the machine, written to disk "
+            "and read again: the result needs that base (`milktea merge`) to be used"
+        )
     if not workload.merged_bytes:
-        return []
+        return notes
     folder = job.results.folder
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     size_gb = workload.merged_bytes / 1e9
@@ -147,7 +149,8 @@ def _merged_at_home(job: JobFile, workload: Workload) -> list[str]:
             f"{free / 1e9:.1f} GB left",
             hint="make room, name another results.folder, or leave results.merged out",
         )
-    return [f"the merged model, about {size_gb:.1f} GB, comes to {folder}/RUN/merged-bf16"]
+    told = f"the merged model, about {size_gb:.1f} GB, comes to {folder}/RUN/merged-bf16"
+    return [*notes, told]
 
 
 def _validate_speed_here(plan: Plan) -> None:
