@@ -264,7 +264,10 @@ def web(told: Callable[[str], None], *, root: Path | None = None, port: int | No
 def _validate_may_end(run: Run, theirs: bool) -> None:
     """Raises NotYours for a run of another person that is not meant to be ended."""
     if not theirs:
-        people.validate_mine(run.folder, hint=f"`milktea stop {run.id}` asks whether to end it")
+        people.validate_mine(
+            run.folder,
+            hint=f"`milktea stop {run.id}` asks whether it is meant, and --yes says so",
+        )
 
 
 def _validate_end(run: Run, wish: str) -> None:

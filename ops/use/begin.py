@@ -15,7 +15,9 @@ from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job import cards
 from ops.job.config import parse
+from ops.job.needs import is_practice
 from ops.prepare.rows import stats
+from trainer import memory
 from trainer.data.sources import Reading
 from trainer.data.stats import Stats
 
@@ -23,6 +25,12 @@ from trainer.data.stats import Stats
 CARD_GIB = 24.0
 LEAST_LENGTH, MOST_LENGTH = 256, 4096  # tokens of data.max_length that are proposed
 WINDOW = 1024  # tokens of texts that are learned whole
+PRACTICE = "practice_model"  # the folder of milktea's own practice model
+IMAGE = (  # as jobs/practice.toml has it
+    'ref = "milktea/practice:3"  # without a key the emulator plays it; else `make image`',
+    'trainer = "image"',
+    "size_gib = 0.31",
+)
 SURE = 1.3  # tokens are told from characters
 STAGE = {"rows": "sft", "pairs": "dpo", "tagged": "kto"}
 STAGE_WORDS = {
@@ -49,6 +57,7 @@ class _Base:
     gated: bool
     context: int
     why: str
+    practice: bool = False  # milktea's own practice model, which its practice image trains on a CPU
 
 
 def begin(
@@ -129,14 +138,29 @@ def _of_folder(model: Path, folder: Path) -> _Base:
     """What a model's own folder tells of it."""
     there = os.path.relpath(model, folder)
     shown = there if there.startswith(".") else f"./{there}"
-    precision, why, context = "bf16", "its memory is not known", MOST_LENGTH
+    precision, why, context, practice = "bf16", "its memory is not known", MOST_LENGTH, False
     try:
         config = json.loads((model / "config.json").read_text("utf-8"))
         context = int(config.get("max_position_embeddings") or MOST_LENGTH)
         precision, why = _precision(shown, cards.lora_gib(config))
+        named = model.resolve().name == PRACTICE
+        practice = named and is_practice(memory.Shape.from_config(config))
     except (OSError, ValueError, TypeError, AttributeError):
         pass  # `milktea plan` says what is wrong with it
-    return _Base(shown, precision, _guessed(model.resolve().name), False, context, why)
+    if practice:
+        precision, why = "fp32", "milktea's practice model: the CPU of this computer trains it"
+    template = "chat" if _has_chat_template(model) else _guessed(model.resolve().name)
+    return _Base(shown, precision, template, False, context, why, practice)
+
+
+def _has_chat_template(model: Path) -> bool:
+    if (model / "chat_template.jinja").is_file():
+        return True
+    try:
+        told = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
+        return bool(told.get("chat_template"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _precision(name: str, lora_gib: Mapping[str, float]) -> tuple[str, str]:
@@ -231,7 +255,7 @@ def _text(
         "",
         "[training]",
         "num_train_epochs = 1  # more learn by heart sooner than better",
-        f"learning_rate = {'2e-4' if stage in ('sft', 'pt') else '1e-5'}",
+        f"learning_rate = {_rate(stage, base)}",
         "",
         "[limits]",
         f"max_usd = {max_usd:.2f}  # of the whole run; the machine itself keeps to it as well",
@@ -240,7 +264,15 @@ def _text(
         "[results]",
         'folder = "out"  # RUN/adapter.zip and its report',
     ]
+    if base.practice:
+        lines += ["", "[image]", *IMAGE]
     return "\n".join(lines) + "\n"
+
+
+def _rate(stage: str, base: _Base) -> str:
+    if stage not in ("sft", "pt"):
+        return "1e-5"
+    return "3e-3  # a tiny model learns fast" if base.practice else "2e-4"
 
 
 def _quoted(text: str) -> str:

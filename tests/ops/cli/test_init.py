@@ -86,9 +86,55 @@ def test_of_a_model_in_a_folder_memory_is_known_and_tokens_are_counted(
 ) -> None:
     rows = [row | {"output": "翡翠鹦鹉" * 50} for row in ROWS]  # bytes to this small vocabulary
     done = init(tmp_path, "--base", PRACTICE, "--max-usd", "1", rows=rows)
-    assert done.exit_code == 0 and "bf16: needs 1 GiB" in done.output, done.output
+    assert done.exit_code == 0 and "fp32: milktea's practice model" in done.output, done.output
     planned = api.plan(tmp_path / "jobs" / "job.toml", vast=market, root=tmp_path / "runs")
     assert not [note for note in planned.plan.notes if "left out" in note]
+
+
+def test_the_practice_model_gets_the_image_that_trains_it_here(tmp_path: Path) -> None:
+    assert init(tmp_path, "--base", PRACTICE, "--max-usd", "1").exit_code == 0
+    job = tomllib.loads((tmp_path / "jobs" / "job.toml").read_text("utf-8"))
+    ours = tomllib.loads((PRACTICE.parents[2] / "jobs" / "practice.toml").read_text("utf-8"))
+    assert job["image"] == ours["image"]
+    assert job["model"]["precision"] == ours["model"]["precision"] == "fp32"
+    assert job["training"]["learning_rate"] == ours["training"]["learning_rate"]
+
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "said"),
+    [
+        (LLAMA_8B, 0, "precision bf16: needs "),
+        (LLAMA_8B | {"num_hidden_layers": 64}, 0, "precision nf4: needs "),
+        (LLAMA_8B | {"num_hidden_layers": 4000}, 3, "no known card has it"),
+        ([], 0, "its memory is not known"),
+    ],
+)
+def test_a_model_folder_tells_its_size_and_whether_it_talks(
+    config: object, code: int, said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "config.json").write_text(json.dumps(config))
+    done = init(tmp_path, "--base", folder, "--max-usd", "9")
+    assert done.exit_code == code and said in done.output, done.output
+    if code == 0:
+        job = tomllib.loads((tmp_path / "jobs" / "job.toml").read_text("utf-8"))
+        assert job["data"]["template"] == "chat" and "image" not in job
 
 
 def test_held_out_rows_stand_in_the_job(tmp_path: Path, market: Vast) -> None:
