@@ -7,16 +7,19 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from shutil import which
 from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel
 
 from ops import api
-from ops.api import Kind, Planned, Quiet, Screen, Vast
+from ops.api import Kind, Planned, Screen, Vast
 from ops.declare.result import Result
+from ops.declare.told import Told
 from ops.declare.volume import Volume
 from ops.errors import ConfigError, NoOffer
+from ops.export.submit import Queued, no_slurm, submit
 from ops.job import config
 from ops.job.job_file import Data, Image, JobFile, Model
 
@@ -140,20 +143,23 @@ class Job:
         first. Raises ConfigError, PreflightError."""
         return api.export_job(kind, self.file, Path(to), nodes, queue)
 
-
-class Told(Quiet):
-    """A screen that prints each stage of a run as a line: in a terminal and in a notebook."""
-
-    def line(self, line: api.Line) -> None:
-        if text := api.told_line(line):
-            print(text, flush=True)
+    def submit(
+        self, to: str | Path = "exports", *, nodes: int = 1, queue: str | None = None
+    ) -> Queued:
+        """Hand the job to the Slurm of this machine: `export`, then sbatch. `to` must be a folder
+        that all nodes see; `queue` is the partition. Returns at once. Raises as `export`, and
+        PreflightError where no sbatch is, or where Slurm refuses."""
+        if which("sbatch") is None:
+            raise no_slurm("sbatch")
+        readme, *_ = self.export("slurm", to, nodes=nodes, queue=queue)
+        return submit(readme.parent.resolve())
 
 
 def _is_here(where: Where) -> bool:
     if where not in ("vast", "here"):
         raise ConfigError(
             f'where = {where!r} is neither "vast" nor "here"',
-            hint="job.export() for a cluster; job.to_toml() and docs/airgap.md for an image",
+            hint="job.submit() for a cluster; job.to_toml() and docs/airgap.md for an image",
         )
     return where == "here" or not api.uses_vast_ai()
 

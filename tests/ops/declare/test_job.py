@@ -123,6 +123,28 @@ def test_of_several_counts_of_gpus_the_cheapest_finished_run_is_planned(
     assert [t.settings for t in swept.trials] == [{"lora.r": 16}, {"lora.r": 8}]
 
 
+def test_a_cluster_gets_the_exported_job_and_slurm_s_refusal_is_told(
+    own: rig.Rig, declared: Callable[..., milktea.Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(rig.tiny_model(own.folder / "stub"))
+    given: dict[str, Any] = {"data": own.data, "model": {"base": base, "precision": "fp32"}}
+    job = declared(**given, image={"ref": rig.IMAGE, "trainer": "image"})
+    monkeypatch.setenv("PATH", str(own.folder / "bin"))
+    with pytest.raises(PreflightError, match="no Slurm to hand the job to"):
+        job.submit(own.folder / "shared")
+    assert not (own.folder / "shared").exists()
+    (own.folder / "bin").mkdir()
+    slurm = "#!/bin/sh\n[ -e refuse ] && { echo 'no partition' >&2; exit 1; }\necho '42;tea'\n"
+    (own.folder / "bin/sbatch").write_text(slurm)
+    (own.folder / "bin/sbatch").chmod(0o755)
+    queued = job.submit(own.folder / "shared", queue="gpu")
+    assert (queued.number, queued.adapter) == ("42", None)
+    assert "--partition=gpu" in (queued.folder / "train.sbatch").read_text()
+    (queued.folder / "refuse").touch()
+    with pytest.raises(PreflightError, match="sbatch refused: no partition"):
+        job.submit(own.folder / "shared")
+
+
 @pytest.mark.parametrize("name", ["insurance", "gpt2_pb2e"])
 def test_the_jobs_in_python_are_planned_on_the_practice_model(
     name: str, own: rig.Rig, vast: milktea.Vast, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,6 @@ import slurm
 from machine import NOT_HERE, needs
 
 import milktea
-from ops.export.folder import export_job
 
 ROOT = Path(__file__).parents[3]
 # the nodes' names have no address here, where the batch file lets the processes meet
@@ -59,7 +58,6 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on_on_both_nodes(
         pytest.skip(f"root, which slurmd wants: {NOT_HERE}")
     job = milktea.Job.from_toml(ROOT / "jobs/practice.toml")
     job = job.with_(training={"num_train_epochs": 1, "save_every_s": 600})
-    folder = export_job("slurm", job.file, tmp_path / "out", 2, "gpu")[0].parent
     (tmp_path / "bin").mkdir()
     real = str(shutil.which("scontrol"))
     texts = {"milktea-train": f"#!{sys.executable}\n{TRAIN}"}
@@ -72,23 +70,26 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on_on_both_nodes(
     for name, value in (more | {"PYTHONPATH": str(ROOT)}).items():
         monkeypatch.setenv(name, value)
     with slurm.slurm(tmp_path / "slurm") as env:
-        words = ["sbatch", "--parsable", f"--chdir={folder}", str(folder / "train.sbatch")]
-        number = subprocess.check_output(words, env=env, cwd=folder, text=True).strip()
+        for name in env.keys() - os.environ.keys():
+            monkeypatch.setenv(name, env[name])
+        queued = job.submit(tmp_path / "out", nodes=2, queue="gpu")
+        folder, number = queued.folder, queued.number
         try:
+            assert queued.state in ("PENDING", "CONFIGURING", "RUNNING")
             wait_for(folder, env, number, '"event": "step"')
             asked(env, "scancel", "--batch", "--signal=USR1", number)  # as --signal=B:USR1@120 does
             wait_until(lambda: state(env, number) == "PENDING", 240)
             [kept] = list((folder / "checkpoints").iterdir())
             asked(env, "scontrol", "update", f"JobId={number}", "StartTime=now")
             wait_for(folder, env, number, '"event": "finished"')
-            wait_until(lambda: state(env, number) == "COMPLETED", 120)
+            wait_until(lambda: queued.state == "COMPLETED", 120)
         finally:
-            subprocess.run(["scancel", number], env=env)
+            queued.cancel()
     rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     started = [row for row in rows if row["event"] == "started"]
     assert [row["processes"] for row in started] == [2, 2]
     assert started[1]["step"] == int(kept.name) > 0
-    assert (folder / "result/adapter.zip").is_file()
+    assert queued.adapter == folder / "result/adapter.zip"
 
 
 def wait_until(true: Callable[[], bool], seconds: float) -> None:
