@@ -1,4 +1,4 @@
-"""jobs/gpt2_pb2e.py on the practice model: declared, trained on this computer, talked to."""
+"""jobs/insurance.py and jobs/gpt2_pb2e.py on the practice model: declared, trained, talked to."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_declared_job_trains_here_and_its_result_answers_under_its_own_preamble(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["gpt2_pb2e", "insurance"])
+def test_a_declared_job_trains_here_and_its_result_answers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {
+    for variable, value in {
         "MILKTEA_RUNS": str(tmp_path / "runs"),
         "MILKTEA_EMULATOR": str(tmp_path / "emulator"),
         "VAST_API_KEY": "never used",
     }.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
-    spec = spec_from_file_location("gpt2_pb2e", ROOT / "jobs/gpt2_pb2e.py")
+    spec = spec_from_file_location(name, ROOT / f"jobs/{name}.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    beside = {"gpt2_pb2e": tmp_path / "template", "insurance": ROOT / "jobs/practice/held_out.json"}
     job = module.job(
         ROOT / "jobs/practice/train.json",
-        tmp_path / "template",
+        beside[name],
         model={"base": str(ROOT / "trainer/practice/practice_model"), "precision": "fp32"},
         image={"ref": "milktea/practice:3", "trainer": "image", "size_gib": 0.31},
         training={"method": "lora", "learning_rate": 3e-3, "save_every_s": 5},
