@@ -44,6 +44,11 @@ def export_job(
 ) -> list[Path]:
     """As `export`, of a job that was read already."""
     validate_nodes(job, nodes)
+    if job.image.packages is not None:
+        raise ConfigError(
+            "image.packages are installed on a rented box only",
+            hint="put them into an image of your own, and name it by image.ref",
+        )
     folder = out / f"{job.name}-{kind}"
     if (folder / "events.jsonl").exists():
         raise ConfigError(

@@ -175,6 +175,8 @@ def _with_absolute_paths(job: JobFile, folder: Path, own_judge: bool = False) ->
     model = job.model.model_copy(update={"base": str(local)}) if is_folder else job.model
     results = job.results.model_copy(update={"folder": here(job.results.folder)})
     changes |= {"data": data, "model": model, "results": results}
+    if job.image.packages is not None:
+        changes["image"] = job.image.model_copy(update={"packages": here(job.image.packages)})
     if job.notify is not None:
         changes["notify"] = job.notify.relative_to(folder)
     return job.model_copy(update=changes)

@@ -218,6 +218,19 @@ class Image(Strict):
         EnvironmentName | None,
         Field(description="Variable here that holds USER:TOKEN of a private image's registry"),
     ] = None
+    packages: Annotated[
+        Path | None,
+        Field(description="A requirements file, every line pinned: installed beside the trainer's"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _packages_need_push(self) -> Image:
+        if self.packages is not None and self.trainer == "image":
+            raise ValueError(
+                'packages need trainer = "push": an image that holds its trainer is taken as it '
+                "is, without a network; put them into your own image"
+            )
+        return self
 
 
 class JobFile(Strict, Sections):

@@ -11,6 +11,7 @@ from ops.job import sent
 from ops.job.adapters import Adapters
 from ops.job.data_files import data_files
 from ops.job.job_file import JobFile
+from ops.job.packages import packages
 from trainer.data import prepare
 
 TRAINER_SUFFIXES = (".py", ".toml", ".html")
@@ -26,6 +27,7 @@ def pushes_of(
         *{p.remote: p for of_part in files for p in of_part}.values(),
         *model_files(job),
         *mounts(job),
+        *packages(job),
         *(push for found in adapters for push in found.pushes),
         *(trainer_files() if job.image.trainer == "push" else []),
     ]

@@ -18,6 +18,12 @@ for path in site.getsitepackages() if sys.prefix != sys.base_prefix else []:
     --no-deps --require-hashes -r trainer-requirements.txt
   touch ../venv.ready
 fi
+if [ -e packages/requirements.txt ] && [ ! -e ../packages.ready ]; then
+  printf '{"t": %s, "event": "loading", "what": "installing packages of the job"}\n' "$(date +%s)" >>events.jsonl
+  ../venv/bin/python -m pip install -q --disable-pip-version-check \
+    --no-deps --only-binary=:all: -r packages/requirements.txt
+  touch ../packages.ready
+fi
 if [ "${1:-}" = serve ] && [ ! -e ../serve.ready ]; then
   ../venv/bin/python -m pip install -q --disable-pip-version-check \
     --no-deps --require-hashes -r serve-requirements.txt

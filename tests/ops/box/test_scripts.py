@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +328,7 @@ def test_a_port_that_is_none_is_refused(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_trainer_that_was_pushed_finds_the_torch_of_an_image_whose_python_is_a_venv(
+def test_a_pushed_trainer_finds_the_image_s_torch_in_a_venv_and_the_packages_of_the_job(
     tmp_path: Path,
 ) -> None:
     image, run = tmp_path / "image", tmp_path / "box/run"
@@ -335,11 +336,20 @@ def test_a_trainer_that_was_pushed_finds_the_torch_of_an_image_whose_python_is_a
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", image], check=True)
     (packages,) = image.glob("lib/python3*/site-packages")
     (packages / "torch.py").write_text("")
-    (run / "trainer/launch.py").write_text("import torch; print(torch.__file__)")
+    (run / "trainer/launch.py").write_text("import torch, tea; print(torch.__file__, tea.cups)")
     (run / "trainer-requirements.txt").write_text("# nothing more\n")
+    (run / "packages").mkdir()
+    (run / "packages/requirements.txt").write_text("tea==1.5\n")
+    with zipfile.ZipFile(tmp_path / "tea-1.5-py3-none-any.whl", "w") as wheel:
+        about = "tea-1.5.dist-info"
+        wheel.writestr("tea.py", "cups = 3\n")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: tea\nVersion: 1.5\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
     start = Path(scripts.__file__).parent / "bootstrap/trainer-start.sh"
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
     done = subprocess.run(
-        ["sh", start], cwd=run, env={"PATH": f"{image}/bin:{os.environ['PATH']}"},
+        ["sh", start], cwd=run, env={"PATH": f"{image}/bin:{os.environ['PATH']}"} | pip,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.strip() == str(packages / "torch.py"), done.stderr
+    assert done.stdout.split() == [str(packages / "torch.py"), "3"], done.stderr

@@ -166,6 +166,36 @@ def test_a_pushed_trainer_travels_whole_with_what_starts_it(
     assert sum(r.startswith("trainer/") for r in remotes) > 20
 
 
+def test_packages_of_the_job_travel_where_each_is_pinned_and_none_is_the_trainer_s(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    file = tmp_path / "packages.txt"
+    job = job | {"image": {"ref": "pytorch/pytorch:x", "packages": "packages.txt"}}
+    digest = f"--hash=sha256:{'0' * 64}"
+    for line, why in {
+        "math-verify": "no pinned package",
+        "math-verify>=1.14": "no pinned package",
+        "math-verify==1.*": "no pinned package",
+        "math-verify @ https://evil.example/sympy.whl": "no pinned package",
+        "--index-url https://evil.example": "no pinned package",
+        "-r other.txt": "no pinned package",
+        "Transformers==4.0.0": "transformers",
+        "torch==2.0.0": "torch",
+        "nvidia_cublas==1.0": "nvidia-cublas",
+        f"math-verify==1.14.0 {digest}\nopencc==1.1.9": "have hashes",
+    }.items():
+        file.write_text(line)
+        assert why in str(refused(tmp_path, fake, job)), line
+    file.unlink()
+    assert "cannot be read" in str(refused(tmp_path, fake, job))
+    with pytest.raises(ConfigError, match='packages need trainer = "push"'):
+        config.parse(job | {"image": job["image"] | {"trainer": "image"}}, tmp_path / "job.toml")
+    file.write_text(f"math-verify==0.8.0 \\\n  {digest}\nopencc==1.1.9 {digest}  # zh\n")
+    plan = planned(tmp_path, fake, job)
+    assert [p.local for p in plan.pushes if p.remote == "packages/requirements.txt"] == [file]
+    assert any("packages.txt (" in note for note in plan.notes)
+
+
 def test_a_key_that_vast_does_not_know_is_said_before_anything(
     tmp_path: Path, fake: FakeVast, job: dict[str, Any]
 ) -> None:
