@@ -127,7 +127,7 @@ class Terminal:
             case events.Score():
                 self.score = event
             case events.HeldOut():
-                right = f"{event.accuracy:.1%} of its tokens right"
+                right = f"{event.accuracy:.1%} right"
                 self._say(f"held out  step {event.step}: loss {event.loss:.4f}, {right}")
             case events.Measured():
                 for name, (before, after) in event.numbers.items():

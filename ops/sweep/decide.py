@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+LOSS_SETTINGS = ("rm.", "dpo.", "kto.")
 RUNGS = (0.25, 0.5)  # shares of a training's steps at which held-out losses are compared
 
 
@@ -48,6 +49,12 @@ def to_end(rungs: Mapping[int, Mapping[float, float]], live: Sequence[int]) -> d
             if number in worse_half({n: r[rung] for n, r in rungs.items() if rung in r}):
                 found[number] = rung
     return found
+
+
+def comparable(differing: Iterable[str]) -> bool:
+    """Whether held-out losses of runs that differ in these settings (dotted keys) are of one kind;
+    dpo.beta and the like say what the loss is."""
+    return not any(name.startswith(LOSS_SETTINGS) for name in differing)
 
 
 def reached(

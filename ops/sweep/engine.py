@@ -207,6 +207,8 @@ class Sweep:
             pass  # vast.ai does not answer: the run is live until the next look
 
     def _look_at_rungs(self, trial: Trial, run: Run) -> None:
+        if not decide.comparable(trial.settings):
+            return
         path = run.folder / "events.jsonl"
         size = path.stat().st_size if path.exists() else 0
         if size == self._seen.get(trial.number, 0):

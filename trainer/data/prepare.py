@@ -26,6 +26,7 @@ from trainer.data.template import Template, TemplateError, Turn, load, with_chat
 from trainer.data.tokenised import Rows, tokenise
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
 from trainer.wire.job import Data, Job
+from trainer.wire.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def order_of(job: Job, items: int) -> packing.Order:
 
 def looks_at(job: Job, rows: Rows, held: Rows) -> held_out.Looks:
     """When the first rows of `held` are measured while `rows` are trained on."""
-    order = order_of(job, len(rows))
+    order = order_of(job, len(rows) // STAGES[job.stage].rows_per_item)
     trained = int(rows.starts[-1]) * order.total_steps / order.steps_per_epoch
     size = int(held.starts[min(len(held), held_out.MOST_ROWS)])
     return held_out.looks(job.training, order.total_steps, trained, size)

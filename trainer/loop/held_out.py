@@ -21,7 +21,8 @@ BEST = "best/"  # before the names of parameters, in a checkpoint
 
 class Look(NamedTuple):
     """What held-out rows give: the mean loss of a target token in nats, and the share of target
-    tokens that are the likeliest."""
+    tokens that are the likeliest; or, of `rows` pairs or judged answers, the mean loss of one and
+    the share on its right side."""
 
     rows: int
     loss: float

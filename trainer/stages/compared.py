@@ -1,8 +1,10 @@
 """What the stages share that learn from preferences: items of one or two rows in one micro-batch,
-log-probabilities of whole answers, and those of the adapter that training starts from."""
+looks at held-out ones, log-probabilities of whole answers, and those of the adapter that training
+starts from."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 
 from trainer.data import batch, packing, sharing
 from trainer.data.errors import InvalidJob
+from trainer.data.held_out import MOST_ROWS
 from trainer.data.sharing import Borrowed
 from trainer.data.tokenised import Rows
 from trainer.loop.guards import ExpectedMetrics, Stopped
+from trainer.loop.held_out import Look
 from trainer.loop.ranks import Ranks
 from trainer.model.forward import target_log_probs
 from trainer.model.parts import family_of
@@ -82,6 +86,12 @@ def answer_log_probs(
     return empty.scatter(0, slots, found).view(shape), empty.scatter(0, slots, entropies).view(
         shape
     )
+
+
+def right(sides: Tensor) -> Tensor:
+    """Of (pairs, 2), the chosen side first: 1 where it has more, 0.5 where both have the same."""
+    first, second = sides.unbind(1)
+    return (first > second).double() + (first == second).double() / 2
 
 
 class Stage(measured.Stage):
@@ -163,7 +173,43 @@ class Stage(measured.Stage):
         )
 
 
-class Referenced(Stage):
+class Judged(Stage):
+    """A stage that looks at held-out items while it trains."""
+
+    @abstractmethod
+    def judgement(self, micro: dict[str, Any]) -> Tensor:
+        """Of a held-out micro-batch on the device, as `ready` makes it: (sum of the losses, items
+        that are on their right side, where equal ones are half right), fp64 (2,)."""
+
+    def before_look(self, held: Rows, items: range) -> None:
+        """What `judgement` needs of all items of a look. Collective."""
+
+    def ready(self, held: Rows, micro: dict[str, Any]) -> dict[str, Any]:
+        """A held-out micro-batch on the device, with what `judgement` needs. Collective."""
+        return batch.on(self.ranks.device, micro)
+
+    @torch.no_grad()
+    def look(self) -> Look | None:
+        """A look at the items of the first MOST_ROWS held-out rows: the mean loss of one, and the
+        share that is on its right side. The processes share them."""
+        held, size = self.held, self.rows_per_item
+        if held is None:
+            return None
+        items = range(min(MOST_ROWS, len(held)) // size)
+        wide = np.asarray(held.lengths).reshape(-1, size).sum(1).tolist()
+        mine = packing.share(items, wide, self.ranks.world)[self.ranks.rank]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        training, work = self.model.training, self.micro(held, mine)
+        self.model.eval()
+        self.before_look(held, items)
+        for micro, weight in self.ranks.level(work, self.micro(held, items[:1])[0]):
+            sums += weight * self.ranks.enter(self.judgement, self.ready(held, micro))
+        self.model.train(training)
+        loss, right = (self.ranks.sum(sums) / len(items)).tolist()
+        return Look(len(items), loss, right)
+
+
+class Referenced(Judged):
     """A stage whose loss compares with the adapter that training starts from. The reference's
     numbers are made in the packs of the first epoch, and kept for the ones after."""
 
@@ -178,6 +224,9 @@ class Referenced(Stage):
         super().__init__(job, run)
         rows = len(self.data.rows)
         self.reference = torch.full((rows,), torch.nan, dtype=torch.float64)  # host memory
+        held = len(self.held) if self.held is not None else 0
+        self.held_reference = torch.full((held,), torch.nan, dtype=torch.float64)
+        self.has_looked = False
 
     def load(self, ranks: Ranks) -> None:
         super().load(ranks)
@@ -201,6 +250,21 @@ class Referenced(Stage):
             for m in (*work.micro, work.filler)
         ]
         return replace(work, micro=made[:-1], filler=made[-1])
+
+    def ready(self, held: Rows, micro: dict[str, Any]) -> dict[str, Any]:
+        """With "stage/reference" (rows,). The reference's numbers are made in the first look."""
+        there, numbers = super().ready(held, micro), list(micro["stage/numbers"])
+        if not self.references:
+            return there
+        if not self.has_looked:
+            with self.start.in_place():
+                self.held_reference[numbers] = self.ranks.enter(self.sums, there).cpu()
+        return there | {"stage/reference": self.held_reference[numbers].to(self.ranks.device)}
+
+    def look(self) -> Look | None:
+        found = super().look()
+        self.has_looked = True
+        return found
 
     def _rows_of(self, step: int) -> list[int]:
         size = self.rows_per_item

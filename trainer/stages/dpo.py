@@ -22,7 +22,6 @@ from trainer.wire.stages import WITHOUT_REFERENCE
 
 class Stage(compared.Referenced):
     metrics = ("right", "chosen", "rejected", "chosen_log_prob", "difference")
-    rows_per_item = 2
 
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
@@ -43,11 +42,8 @@ class Stage(compared.Referenced):
         """`micro`: compared.Stage's, of whole pairs."""
         self.keys.set(self.job.training.seed, step, micro["rows"], micro["position_ids"])
         policy = self.sums(micro).view(-1, 2)
-        lengths = micro["stage/lengths"].view(-1, 2)
-        reference = micro["stage/reference"].view(-1, 2) if self.references else policy.detach()
-        losses = pair_losses(self.job.dpo, policy, reference, lengths)
-        told = policy.detach()
-        rewards = beta_of(self.job.dpo) * (told - reference if self.references else told / lengths)
+        losses, reference, rewards = self._compared(policy, micro)
+        lengths, told = micro["stage/lengths"].view(-1, 2), policy.detach()
         sums = {
             "right": (rewards[:, 0] > rewards[:, 1]).sum(),
             "chosen": rewards[:, 0].sum(),
@@ -56,6 +52,18 @@ class Stage(compared.Referenced):
             "difference": (told - reference).abs().sum() / 2,
         }
         return losses.sum().float(), {k: v.float() for k, v in sums.items()}
+
+    def _compared(self, policy: Tensor, micro: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(losses (pairs,), the reference's log-probabilities, rewards without gradient) of the
+        policy's log-probabilities (pairs, 2)."""
+        lengths, told = micro["stage/lengths"].view(-1, 2), policy.detach()
+        reference = micro["stage/reference"].view(-1, 2) if self.references else told
+        rewards = beta_of(self.job.dpo) * (told - reference if self.references else told / lengths)
+        return pair_losses(self.job.dpo, policy, reference, lengths), reference, rewards
+
+    def judgement(self, micro: dict[str, Any]) -> Tensor:
+        losses, _, rewards = self._compared(self.sums(micro).view(-1, 2), micro)
+        return torch.stack([losses.double().sum(), compared.right(rewards).sum()])
 
     def report(self, step: int, count: int, sums: dict[str, float]) -> dict[str, float]:
         self.validate_start(step, sums["difference"] / count)
@@ -73,9 +81,8 @@ class Stage(compared.Referenced):
         policy, reference, lengths = self.held_ratios(model, held, enter)
         told = policy - reference if self.references else policy / lengths
         first, second = told.view(-1, 2).unbind(1)
-        right = (first > second).double() + (first == second).double() / 2
         return {
-            "accuracy": float(right.mean()),
+            "accuracy": float(compared.right(told.view(-1, 2)).mean()),
             "margin": beta_of(self.job.dpo) * float((first - second).mean()),
             "chosen log-probability": float((policy / lengths).view(-1, 2)[:, 0].mean()),
         }

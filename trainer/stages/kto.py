@@ -9,6 +9,7 @@ loss is summed over the step and divided by its rows, never a mean of means.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from trainer.data import batch
 from trainer.data.tokenised import Rows
 from trainer.stages import compared, measured
+from trainer.wire.job import Job
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class KtoWork(batch.Work):
 
 class Stage(compared.Referenced):
     metrics = ("wanted", "wanted_reward", "unwanted_reward", "z", "difference")
+
+    def __init__(self, job: Job, run: Path) -> None:
+        super().__init__(job, run)
+        self.held_z = torch.zeros((), dtype=torch.float64)
+        self.held_mismatched: dict[int, Tensor] = {}  # the reference's, by micro-batch
 
     def batches(self, step: int) -> KtoWork:
         work, everything = super().batches(step), self.order.step(step)
@@ -63,11 +70,9 @@ class Stage(compared.Referenced):
     def loss(self, step: int, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """`micro`: compared.Stage's, with what `prepare` adds."""
         self.keys.set(self.job.training.seed, step, micro["rows"], micro["position_ids"])
-        settings, wanted, z = self.job.kto, micro["stage/wanted"], micro["stage/z"]
+        wanted, z = micro["stage/wanted"], micro["stage/z"]
         ratios = self.sums(micro) - micro["stage/reference"]
-        good = settings.desirable_weight * (1 - (settings.beta * (ratios - z)).sigmoid())
-        bad = settings.undesirable_weight * (1 - (settings.beta * (z - ratios)).sigmoid())
-        rewards = settings.beta * ratios.detach()
+        rewards = self.job.kto.beta * ratios.detach()
         sums = {
             "wanted": wanted.sum(),
             "wanted_reward": (rewards * wanted).sum(),
@@ -75,8 +80,40 @@ class Stage(compared.Referenced):
             "z": z * len(wanted),
             "difference": ratios.detach().abs().sum(),
         }
-        losses = torch.where(wanted > 0, good, bad)
+        losses = self._losses(ratios, wanted, z)
         return losses.sum().float(), {k: v.float() for k, v in sums.items()}
+
+    def _losses(self, ratios: Tensor, wanted: Tensor, z: Tensor) -> Tensor:
+        settings = self.job.kto
+        good = settings.desirable_weight * (1 - (settings.beta * (ratios - z)).sigmoid())
+        bad = settings.undesirable_weight * (1 - (settings.beta * (z - ratios)).sigmoid())
+        return torch.where(wanted > 0, good, bad)
+
+    # -- looks at held-out answers -----------------------------------------------------------------
+
+    def before_look(self, held: Rows, items: range) -> None:
+        """z of the held-out answers; every process computes all of it."""
+        rows, total = mismatch(held, list(items), list(items)), torch.zeros((), dtype=torch.float64)
+        for n, micro in enumerate(self.micro(rows, range(len(rows))) if len(rows) else ()):
+            there = batch.on(self.ranks.device, micro)
+            if not self.has_looked:
+                with self.start.in_place():
+                    self.held_mismatched[n] = self.ranks.enter(self.sums, there).cpu()
+            now = self.ranks.enter(self.sums, there).cpu()
+            total += (now - self.held_mismatched[n]).sum()
+        self.held_z = (total / max(1, len(rows))).clamp_min(0).to(self.ranks.device)
+
+    def ready(self, held: Rows, micro: dict[str, Any]) -> dict[str, Any]:
+        wanted = torch.from_numpy(held.extra["wanted"])[list(micro["stage/numbers"])]
+        return super().ready(held, micro | {"stage/wanted": wanted})
+
+    def judgement(self, micro: dict[str, Any]) -> Tensor:
+        """An answer is on its right side of z."""
+        wanted, z = micro["stage/wanted"], self.held_z
+        ratios = self.sums(micro) - micro["stage/reference"]
+        sides = torch.stack([ratios, z.expand_as(ratios)], 1)
+        found = torch.where(wanted > 0, compared.right(sides), compared.right(sides.flip(1)))
+        return torch.stack([self._losses(ratios, wanted, z).double().sum(), found.sum()])
 
     def report(self, step: int, count: int, sums: dict[str, float]) -> dict[str, float]:
         self.validate_start(step, sums["difference"] / count)

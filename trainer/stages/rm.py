@@ -55,9 +55,15 @@ def scores(model: nn.Module, micro: dict[str, Any]) -> Tensor:
     return found
 
 
-class Stage(compared.Stage):
+def margins(rows: Rows, micro: dict[str, Any]) -> Tensor:
+    """By how much the chosen score is to be larger, for each pair of a micro-batch: fp64 (pairs,)
+    in host memory."""
+    found = torch.from_numpy(rows.extra["margin"])
+    return found[list(micro["stage/numbers"])[::2]]
+
+
+class Stage(compared.Judged):
     metrics = ("right", "margin", "reward")
-    rows_per_item = 2
 
     def load(self, ranks: Ranks) -> None:
         super().load(ranks)
@@ -68,26 +74,36 @@ class Stage(compared.Stage):
     def batches(self, step: int) -> batch.Work:
         """With "stage/margin" (pairs,) in each micro-batch."""
         work = super().batches(step)
-        margins = torch.from_numpy(self.data.rows.extra["margin"])
         for micro in (*work.micro, work.filler):
-            micro["stage/margin"] = margins[list(micro["stage/numbers"])[::2]]
+            micro["stage/margin"] = margins(self.data.rows, micro)
         return work
+
+    def ready(self, held: Rows, micro: dict[str, Any]) -> dict[str, Any]:
+        return super().ready(held, micro | {"stage/margin": margins(held, micro)})
 
     def loss(self, step: int, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """`micro`: compared.Stage's, of whole pairs."""
         self.keys.set(self.job.training.seed, step, micro["rows"], micro["position_ids"])
-        chosen, rejected = scores(self.model, micro).view(-1, 2).unbind(1)
-        apart = chosen - rejected
-        losses = -logsigmoid(apart - micro["stage/margin"])
-        if center := self.job.rm.center_rewards_coefficient:
-            losses = losses + center * (chosen + rejected).square()
-        told = apart.detach()
+        losses, (chosen, rejected) = self._judged(micro)
+        told = (chosen - rejected).detach()
         sums = {
             "right": (told > 0).sum().float(),
             "margin": told.sum(),
             "reward": (chosen + rejected).detach().sum() / 2,
         }
         return losses.sum(), sums
+
+    def _judged(self, micro: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(losses, (scores of the chosen answers, of the rejected)), each (pairs,)."""
+        chosen, rejected = scores(self.model, micro).view(-1, 2).unbind(1)
+        losses = -logsigmoid(chosen - rejected - micro["stage/margin"])
+        if center := self.job.rm.center_rewards_coefficient:
+            losses = losses + center * (chosen + rejected).square()
+        return losses, (chosen, rejected)
+
+    def judgement(self, micro: dict[str, Any]) -> Tensor:
+        losses, sides = self._judged(micro)
+        return torch.stack([losses.double().sum(), compared.right(torch.stack(sides, 1)).sum()])
 
     def report(self, step: int, count: int, sums: dict[str, float]) -> dict[str, float]:
         return {
@@ -111,8 +127,7 @@ class Stage(compared.Stage):
 def describe(rewards: Tensor, lengths: Tensor) -> dict[str, float]:
     """The numbers of `measure`, from the answers' scores and tokens (pairs, 2), fp64, the chosen
     side first."""
-    apart = rewards[:, 0] - rewards[:, 1]
-    right = (apart > 0).double() + (apart == 0).double() / 2
+    right = compared.right(rewards)
     told = {"accuracy": float(right.mean())}
     order = (lengths[:, 0] - lengths[:, 1]).abs().argsort(stable=True)
     if len(order) >= QUARTILES:

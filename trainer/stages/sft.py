@@ -50,10 +50,9 @@ LEAK, LEAK_INT8 = 0.01, 0.05  # of a hidden state that another document may chan
 
 
 class Stage(stage.Stage):
-    rows_per_item = 1  # an item is what `training.batch_size` counts
-
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
+        self.rows_per_item = STAGES[job.stage].rows_per_item
         self.data = prepare(job, run)
         rows = self.data.rows
         self.validate(rows)

@@ -100,8 +100,9 @@ class Measured(_Event):
 
 
 class HeldOut(_Event):
-    """Of target tokens of held-out rows, after `step` steps: nats of one, and the share that greedy
-    guessing gets right."""
+    """Of held-out rows, after `step` steps: of target tokens, nats of one and the share that greedy
+    guessing gets right; of pairs and judged answers, the loss of one and the share on its right
+    side."""
 
     event: Literal["held_out"] = "held_out"
     step: Count

@@ -40,6 +40,11 @@ class StageFacts:
     splits: bool = True
 
     @property
+    def rows_per_item(self) -> int:
+        """Rows of what training.batch_size counts: both sides of a pair."""
+        return 2 if self.rows == "pairs" else 1
+
+    @property
     def learns_preferences(self) -> bool:
         return self.rows in ("pairs", "tagged")
 
@@ -55,11 +60,15 @@ STAGES: Mapping[StageName, StageFacts] = {
     "pt": StageFacts(formats=ANSWERS, rows="documents", looks=True),
     "sft": StageFacts(formats=ANSWERS, looks=True),
     # no logits are computed; otherwise the work of a token is sft's
-    "rm": StageFacts(formats=(), rows="pairs", methods=("lora",)),
+    "rm": StageFacts(formats=(), rows="pairs", methods=("lora",), looks=True),
     # a forward pass of the adapter that it starts from, beside forward and backward
-    "dpo": StageFacts(formats=(), rows="pairs", methods=("lora",), frozen_adapters=1, work=1.5),
+    "dpo": StageFacts(
+        formats=(), rows="pairs", methods=("lora",), frozen_adapters=1, work=1.5, looks=True
+    ),
     # the same, and both on prompts with another row's answer
-    "kto": StageFacts(formats=(), rows="tagged", methods=("lora",), frozen_adapters=1, work=2.5),
+    "kto": StageFacts(
+        formats=(), rows="tagged", methods=("lora",), frozen_adapters=1, work=2.5, looks=True
+    ),
     "ppo": StageFacts(
         formats=("alpaca", "sharegpt", "messages", "prompt"),
         rows="prompts",

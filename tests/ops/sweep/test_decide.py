@@ -59,6 +59,11 @@ def test_a_run_is_compared_at_its_last_rung_with_all_that_reached_it() -> None:
     assert decide.to_end(rungs, [1, 3, 4]) == {}
 
 
+def test_losses_of_runs_that_differ_in_what_the_loss_is_are_not_compared() -> None:
+    assert decide.comparable(["training.learning_rate", "lora.r", "stage"])
+    assert not decide.comparable(["training.learning_rate", "dpo.beta"])
+
+
 def test_a_rung_is_the_first_look_after_its_share_and_never_the_last_step() -> None:
     looks = [(0, 9.0), (3, 3.0), (4, 2.0), (8, 1.0)]
     assert decide.reached(looks, 8) == {0.25: 3.0, 0.5: 2.0}

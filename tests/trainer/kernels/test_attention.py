@@ -90,7 +90,9 @@ def test_a_pack_gives_what_each_document_gives_alone(rules, with_sinks, kv_heads
         softcap=rules.softcap,
         s_aux=s,
         cu_seq_lens_q=cu(),
+        cu_seq_lens_k=cu(),
         max_length_q=LONGEST,
+        max_length_k=LONGEST,
     )
     at = (q, k, v) if s is None else (q, k, v, s)
     same(out, alone(q, k, v, rules, s), at, rtol=1e-4, atol=1e-5)

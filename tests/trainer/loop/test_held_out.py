@@ -85,7 +85,7 @@ def test_settings_that_contradict_each_other_are_refused_by_name(run_folder: Mak
     with pytest.raises(ValidationError, match="held_out_share"):
         Data.model_validate(told["data"] | {"held_out_share": 0.1})
     for stage, training, processes in (
-        ("dpo", {"eval_steps": 2}, 1),
+        ("ppo", {"eval_steps": 2}, 1),
         ("grpo", {"early_stopping_patience": 2}, 1),
         ("sft", {"load_best_model_at_end": True, "method": "full"}, 2),
     ):

@@ -50,7 +50,7 @@ def steps(job: Path) -> list[dict[str, Any]]:
 
 def measured(job: Path) -> dict[str, list[float]]:
     [told] = [e for e in events_of(job) if e["event"] == "measured"]
-    assert manifest_of(job)["held_out"] == told["numbers"]
+    assert told["numbers"].items() <= manifest_of(job)["held_out"].items()
     numbers: dict[str, list[float]] = told["numbers"]
     return numbers
 
@@ -103,6 +103,29 @@ def test_a_reference_that_is_not_the_start_stops_the_run(
     monkeypatch.setattr(compared, "Reference", other)
     with pytest.raises(Stopped, match="the reference is not the model that training starts from"):
         run_job(stage_run("dpo", PAIRS, **SETTINGS))
+
+
+@IN_PROCESSES
+def test_a_look_at_held_out_rows_gives_the_loss_that_training_on_them_would_have(
+    stage: str, stage_run: Make, every_step_told: None
+) -> None:
+    """Every step is of all rows, and all are held out: a look sees the next step's loss."""
+    rows = ROWS[stage]
+    training = {"batch_size": len(rows), "max_steps": 3, "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "early_stopping_patience": 3}
+    job = stage_run(stage, rows, held_out=rows, training=training | best)
+    assert run_job(job) == 0
+    looks = [e for e in events_of(job) if e["event"] == "held_out"]
+    assert [(e["step"], e["rows"]) for e in looks] == [(n, len(rows)) for n in range(4)]
+    losses = [e["loss"] for e in looks]
+    near = 2e-3 if stage == "kto" else 1e-5  # z is of other pairs of prompts and answers there
+    assert losses[:-1] == pytest.approx([e["loss"] for e in steps(job)], abs=near)
+    assert losses[-1] < losses[0]
+    if stage != "rm":
+        assert looks[0]["accuracy"] == 0.5 < looks[-1]["accuracy"]
+    facts, (_, after) = manifest_of(job), measured(job).get("accuracy", (0, 0))
+    assert facts["held_out"]["loss"] == [losses[0], min(losses[1:])]
+    assert stage == "kto" or after == pytest.approx(looks[facts["result_step"]]["accuracy"])
 
 
 @IN_PROCESSES
