@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from pathlib import Path
 
 from trainer.data.tables import KINDS
 
 DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's, or, beside state.json, of `datasets`
+# train.jsonl, test-00000-of-00001.parquet
+SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?:-\d+-of-\d+)?\.")
 READ = (".json", ".jsonl", ".txt", *KINDS)
 
 
@@ -60,8 +63,28 @@ def _folder(path: Path) -> tuple[list[Path], tuple[str, str] | None]:
         return [path / DATASET_INFO], None
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and kind_of(p) in READ]
     files = [p for p in files if not any(q.startswith(".") for q in p.relative_to(path).parts)]
+    if found := _splits(files):
+        first = min(p for p in files if _split_of(p) == found[0])
+        ending = first.name[first.name.index(".") :]
+        return [], (
+            f"it holds the splits {', '.join(found)}, and one to test on must not be learned",
+            f'name the files of one, such as "{first.parent / found[0]}*{ending}"',
+        )
     fix = f"put files of rows there ({', '.join(READ)}), or name another folder"
     return files, None if files else ("the folder holds no file of rows", fix)
+
+
+def _splits(files: list[Path]) -> list[str]:
+    """The splits of files that are named as the Hugging Face hub names them; none where there is
+    one, or none to train on."""
+    names = {_split_of(p) for p in files} - {""}
+    found = sorted(names, key=lambda name: (name != "train", name))
+    return found if len(found) > 1 and found[0] == "train" else []
+
+
+def _split_of(path: Path) -> str:
+    named = SPLIT.match(path.name.lower())
+    return named[1] if named else ""
 
 
 def _saved(path: Path) -> tuple[list[Path], tuple[str, str] | None]:

@@ -31,6 +31,7 @@ KEYS = {
     "prompt": {"prompt"},
     "text": {"text"},
 }
+TEXT_PARTS = ("text", "input_text", "output_text")  # of a turn's content, as OpenAI has them
 ROLES = {
     "human": "user",
     "user": "user",
@@ -288,7 +289,7 @@ def _turn(
         calls = fields.calls_of_text(text, (*place, content_tag), problems) if text else []
         learned = fields.learned(one, "assistant", place, problems)
         return Turn("assistant", "", calls=tuple(calls), learned=learned)
-    if len(one) == 2:
+    if len(one) == 2 and content_tag in one:
         content = _content(one, content_tag, place, role, problems)
         return Turn(role, content) if role else None
     calls = fields.calls(one, role, place, problems)
@@ -341,10 +342,13 @@ def _content(
     if may_be_empty and not content:
         return ""
     if (
-        type(content) is list
-        and content
-        and all(type(p) is tuple and dict(p).get("type") == "text" for p in content)
+        type(content) is list and content and all(type(p) is tuple for p in content)
     ):  # OpenAI's content parts
+        kinds: list[Any] = [dict(p).get("type") for p in content]
+        if others := [n for n, held in enumerate(kinds) if held not in TEXT_PARTS]:
+            fault = f"is a part of the type {kinds[others[0]]!r}, and only texts are learned"
+            problems.append(((*place, tag, others[0]), fault, "drop the part, or the row"))
+            return ""
         texts: list[Any] = [dict(p).get("text") for p in content]
         for n, text in enumerate(texts):
             if type(text) is not str:
@@ -418,6 +422,13 @@ def _missing(row: dict[str, Any], name: str) -> Problem:
     )
     if close:
         return ((close[0],), f"the row has no {name!r}, but {close[0]!r}", f"call it {name!r}")
+    for column, value in row.items():
+        if type(value) is list and value and type(value[0]) is tuple:
+            turns = {"role": "messages", "from": "conversations"}
+            form = next((form for key, form in turns.items() if key in dict(value[0])), "")
+            if form:
+                fix = f'set data.columns = {{ {form} = "{column}" }}'
+                return ((column,), f"the row has no {form!r}, but turns in {column!r}", fix)
     asks = next((k for k in _ASKS if isinstance(row.get(k), str)), None)
     answers = next((k for k in _ANSWERS if isinstance(row.get(k), str)), None)
     mapped = ""

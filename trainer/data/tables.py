@@ -208,10 +208,19 @@ def _batches(read: Any, kind: str) -> Iterator[Item]:
                 number += 1
                 wanted = ("instruction", "output")
                 held = {k: v for k, v in row.items() if v is not None or k in wanted}
-                yield RowPlace(number), _as_pairs(held)
+                cells = ((k, _cell(k, v) if type(v) is str else v) for k, v in held.items())
+                yield RowPlace(number), tuple((k, _without_nulls(v)) for k, v in cells)
     except Exception as error:  # pyarrow raises whatever its parts raise
         reason = f"not a sound {kind} file ({error})"
         yield Broken(number + 1, 1, reason, "write it again", ends=True)
+
+
+def _without_nulls(value: Any) -> Any:
+    """As `_as_pairs`, without the fields that are null: all objects of a column have the same
+    fields there, so that each has those of all others as nulls."""
+    if isinstance(value, dict):
+        return tuple((k, _without_nulls(v)) for k, v in value.items() if v is not None)
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _as_pairs(value: Any) -> Any:

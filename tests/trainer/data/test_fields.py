@@ -178,6 +178,10 @@ REFUSED = {  # row -> what the one defect says
         {"messages": [U([{"type": "text", "text": None}]), A("2")]},
         "messages[0].content[0]",
     ),
+    "a picture as a content part": (
+        {"messages": [U([{"type": "text", "text": "1"}, {"type": "image_url"}]), A("2")]},
+        "messages[0].content[1]",
+    ),
     "a call that is no JSON": (
         {"conversations": [H("w?"), {"from": "function_call", "value": "call w"}, G("x")]},
         "conversations[1].value",
@@ -265,6 +269,17 @@ def test_a_row_with_other_names_says_which_columns_to_name(
     tmp_path: Path, row: dict[str, str], mapping: str
 ) -> None:
     assert any(f"data.columns = {{ {mapping} }}" in d for d in defects_of(tmp_path, row))
+
+
+@pytest.mark.parametrize(
+    ("turns", "form"), [([U("1"), A("2")], "messages"), ([H("1"), G("2")], "conversations")]
+)
+def test_turns_in_a_column_of_another_name_say_which_to_name(
+    tmp_path: Path, turns: list[Any], form: str
+) -> None:
+    row = {"id": 1, "conversation": turns}
+    assert f'set data.columns = {{ {form} = "conversation" }}' in defects_of(tmp_path, row)[0]
+    assert len(read(tmp_path, row, columns={form: "conversation"}).turns) == 2
 
 
 def test_placeholders_are_filled_and_others_left_as_they_are(tmp_path: Path) -> None:

@@ -144,6 +144,53 @@ def test_offsets_that_somebody_made_up_in_an_arrow_file_are_not_followed(tmp_pat
     assert "not a sound Arrow file" in defect.reason
 
 
+def test_fields_that_only_other_rows_have_are_not_learned_as_nulls(tmp_path: Path) -> None:
+    """Arrow gives every object of a column the fields of all of them."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    def asked(arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "w", "arguments": arguments}}
+        said = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return {"messages": [{"role": "user", "content": "?", "tool_calls": None}, said]}
+
+    def learned(path: Path) -> list[Any]:
+        return [row.turns[1].calls[0]["function"]["arguments"] for row in sound(path)]
+
+    wanted: list[Any] = [{"city": "Kyoto"}, {"zone": {"hours": 9}}]
+    table = pyarrow.Table.from_pylist([asked(arguments) for arguments in wanted])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert learned(tmp_path / "a.parquet") == wanted
+    texts = [asked(json.dumps(arguments)) for arguments in ({"city": None}, {"zone": 9})]
+    parquet.write_table(pyarrow.Table.from_pylist(texts), tmp_path / "b.parquet")
+    assert learned(tmp_path / "b.parquet") == [{"city": None}, {"zone": 9}]
+
+
+def test_turns_as_json_text_in_a_column_are_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "[Hello]"}]
+    table = pyarrow.Table.from_pylist([{"messages": json.dumps(turns)}])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert [t.text for t in sound(tmp_path / "a.parquet")[0].turns] == ["Hi", "[Hello]"]
+
+
+def test_a_folder_with_a_split_to_test_on_is_refused_with_the_files_to_name(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "hub" / "data"
+    data.mkdir(parents=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (data / f"{name}.jsonl").write_text(JSONL)
+    (defect,) = examine_files([tmp_path / "hub"]).defects
+    assert "the splits train, test" in defect.reason
+    pattern = defect.fix.split('"')[1]
+    assert len(sound(Path(pattern))) == 2 * len(ROWS)
+    (data / "test-00000-of-00001.jsonl").unlink()
+    assert len(sound(tmp_path / "hub")) == 2 * len(ROWS)
+
+
 def test_a_name_that_no_file_can_have_is_a_defect(tmp_path: Path) -> None:
     for name in ("a" * 70_000, "a\0b"):
         (defect,) = examine_files([tmp_path / name]).defects
