@@ -146,6 +146,8 @@ class Stage(measured.Stage):
 
     def micro(self, rows: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
         """The items `chosen` as micro-batches in host memory."""
+        if not chosen:  # fewer items than processes
+            return []
         size, made = self.rows_per_item, []
         borrowed, wide = self._laid(rows, chosen)
         lay = packing.pack if self.packed else packing.pad
