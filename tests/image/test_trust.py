@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,31 @@ def test_what_ssh_keygen_overlooks_in_a_signature_is_a_damage_too(
     ran = install(signed, "verify")
     assert ran.code == 5 and "SHA256SUMS.sig is damaged" in ran.err
     assert "do this: copy SHA256SUMS.sig" in ran.err
+
+
+@pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
+def test_what_openssl_overlooks_behind_a_signature_is_a_damage_too(
+    tiny: Any, install: Callable, tmp_path: Path, kind: str
+) -> None:
+    """openssl reads at most the longest signature of a key, and most are that long."""
+    key = tmp_path / "sender"
+    form = ["-t", kind, "-m", "PEM", *(["-b", "2048"] if kind == "rsa" else [])]
+    subprocess.run(["ssh-keygen", "-q", *form, "-N", "", "-f", key], check=True)
+    signature.write_public(key)
+    tiny.pack(tmp_path / "b", Options(key=key))
+    file = tmp_path / "b/SHA256SUMS.openssl"
+    longest = 72 if kind == "ecdsa" else file.stat().st_size
+    while file.stat().st_size < longest:  # an ECDSA signature has other bytes each time
+        signature.sign(tmp_path / "b/SHA256SUMS", key)
+    path = jail(tmp_path / "jail", "openssl")
+    words = ("verify", "--key", f"{key}.pem")
+    assert "signature good, by openssl" in install(tmp_path / "b", *words, path=path).out
+    for more in (b"x", b"more" * 3000):
+        whole = file.read_bytes()
+        file.write_bytes(whole + more)
+        ran = install(tmp_path / "b", *words, path=path)
+        assert ran.code == 5 and "SHA256SUMS.openssl is damaged" in ran.err
+        file.write_bytes(whole)
 
 
 def test_a_signature_as_large_as_a_layer_is_refused_at_once(
