@@ -85,6 +85,23 @@ def test_users_who_start_in_one_moment_do_not_get_the_same_gpu(
     assert one_more.returncode == 2
 
 
+def test_one_run_that_two_terminals_begin_in_one_moment_is_begun_once(
+    busy: Callable, tmp_path: Path
+) -> None:
+    server = busy("flock", 2)
+    (tmp_path / "hangs").touch()
+    first = server.train("mine-1")
+    while not (tmp_path / "asked").exists():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.02)
+    second = server.train("mine-1")
+    assert "run mine-1 is being begun by another terminal" in second.communicate()[0]
+    (tmp_path / "hangs").unlink()
+    assert "run mine-1: " in first.communicate()[0] and server.given() == ["0"]
+    assert "run mine-1 trains already" in server.train("mine-1").communicate()[0]
+    assert second.returncode == 2
+
+
 @pytest.mark.parametrize("locks_by", ["flock", "a folder"])
 def test_a_start_that_was_killed_keeps_nobody_waiting_for_ever(
     busy: Callable, tmp_path: Path, locks_by: str

@@ -407,13 +407,13 @@ def engine_says(tmp_path: Path, run: Callable) -> Callable[..., subprocess.Compl
     folder = tmp_path / "engine"
 
     def call(
-        *arguments: str, running: str = "", gpus: int = 2, **env: str
+        *arguments: str, running: str = "", gpus: int = 2, listed: str = "", **env: str
     ) -> subprocess.CompletedProcess[str]:
         for name, text in {
             "docker": (
                 f"""case "$*" in *Runtimes*) echo '{{"nvidia":{{}}}}' ;;
-                "ps --filter"*) printf '{running}' ;;
-                *" run "*|"run "*) echo "$*" >>{tmp_path}/asked ;; esac"""
+                "ps --filter"*) printf '{running}' ;; "images "*) printf '{listed}' ;;
+                *" run "*|"run "*|"rmi "*) echo "$*" >>{tmp_path}/asked ;; esac"""
             ),
             "nvidia-smi": f"seq 0 {gpus - 1}",
         }.items():
@@ -554,6 +554,22 @@ def test_rollback_exchanges_the_current_image_and_the_one_before(
     state.write_text("current milktea/other:new\nrelease 9\ngpus all\nprevious \n")
     refused = engine_says("rollback", "other")
     assert refused.returncode == 2 and "no image of other before" in refused.stderr
+
+
+@pytest.mark.parametrize("registry", ["", "docker.io/"])
+def test_prune_removes_what_is_neither_current_nor_the_one_before_and_says_its_size(
+    engine_says: Callable, tmp_path: Path, registry: str
+) -> None:
+    tags = ("abc", "old", "older", "current", "previous")
+    listed = "".join(f"{registry}milktea/tiny:{tag} 1.2GB\\n" for tag in tags)
+    told = engine_says("images", listed=listed).stdout
+    assert told.startswith("tiny: current milktea/tiny:abc, previous milktea/tiny:old\n")
+    assert f"{registry}milktea/tiny:older 1.2GB\n" in told
+    (tmp_path / "milktea/cache/triton").mkdir(parents=True)
+    told = engine_says("prune", listed=listed).stdout
+    assert f"removed {registry}milktea/tiny:older (1.2GB with what it shares)\n" in told
+    assert f"\t{tmp_path}/milktea/cache\n" in told and not (tmp_path / "milktea/cache").exists()
+    assert (tmp_path / "asked").read_text() == f"rmi {registry}milktea/tiny:older\n"
 
 
 def test_a_training_leaves_its_words_and_its_exit_code_and_hears_sigterm(tmp_path: Path) -> None:

@@ -207,12 +207,10 @@ train() {
         esac
     done
     _run=$(run_name "${_run:-$(basename "$_job" .toml)-$(date +%Y%m%d-%H%M%S)}")
-    _at=$RUNS/$_run
-    _folder=$(dirname "$_job")
+    _at=$RUNS/$_run _folder=$(dirname "$_job")
     if [ -f "$_at/job.toml" ] && [ "$(sha256sum <"$_job")" != "$(sha256sum <"$_at/job.toml")" ]; then
         refuse "run $_run was begun with another $(basename "$_job"): $_at/job.toml" "give the changed job a new name with --run, or restore the old one"
     fi
-    ! trains "$_run" || refuse "run $_run trains already" "milktea-run logs -f $_run"
     # first ask which files the job names, then mount exactly these, read-only, under the paths that they have here
     _named=$(DRY='' GPUS=none inside -v "$_folder:$_folder:ro" -- python3 /tools/job_from_toml.py paths "$_job") || exit $?
     set -- -v "$_folder:$_folder:ro"
@@ -222,16 +220,19 @@ train() {
     done <<LIST
 $_named
 LIST
+    [ -n "$DRY" ] || mkdir -p "$_at" || exit 2 # of two terminals that begin one run, the first does:
+    [ -n "$DRY" ] || ! command -v flock >/dev/null 2>&1 || { exec 8<"$_at"; flock -n 8; } || refuse "run $_run is being begun by another terminal" "milktea-run status"
+    ! trains "$_run" || refuse "run $_run trains already" "milktea-run logs -f $_run"
     if [ -f "$_at/job.json" ]; then
         echo "run $_run goes on from its last checkpoint"
     else
-        [ -n "$DRY" ] || mkdir -p "$_at"
         GPUS=none inside "$@" -- python3 /tools/job_from_toml.py run "$_job" "$_at" $_processes || { rmdir "$_at" 2>/dev/null; exit 2; }
         [ -n "$DRY" ] || { cp "$_job" "$_at/job.toml" && current_image >"$_at/image"; }
     fi
     NAMED=$(container_of "$_run") DETACHED=yes
     # the end of this inner shell ends its turn
-    _p=$(lease_gpus "$_share"; inside "$@" -w "$_at" -- python3 /tools/run_job.py 2>&1 9<&-) || { _code=$?; [ -z "$_p" ] || echo "$_p" >&2; exit $_code; }
+    _p=$(lease_gpus "$_share"; inside "$@" -w "$_at" -- python3 /tools/run_job.py 2>&1 8<&- 9<&-) || { _code=$?; [ -z "$_p" ] || echo "$_p" >&2; exit $_code; }
+    exec 8<&-
     [ -z "$DRY" ] || { echo "$_p"; return; }
     echo "run $_run: $_at    (milktea-run logs -f $_run, milktea-run stop $_run)"
     [ -z "$_quiet" ] || return 0
