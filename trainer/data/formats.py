@@ -56,8 +56,14 @@ FOLLOWS = {  # who may speak after whom
     "tool": ("assistant", "tool"),
 }
 # names that other data sets give to an instruction and to its output, to say how to map them
-_ASKS = ("question", "query", "inputs", "problem", "source", "prompt", "input", "instruction")
-_ANSWERS = ("answer", "response", "targets", "target", "solution", "completion", "chosen", "label")
+_ASKS = (
+    "question", "query", "inputs", "problem", "source", "prompt", "input", "instruction",
+    "问题", "提问", "指令", "输入",
+)  # fmt: skip
+_ANSWERS = (
+    "answer", "response", "targets", "target", "solution", "completion", "chosen", "label",
+    "答案", "回答", "回复", "输出",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -431,11 +437,12 @@ def _missing(row: dict[str, Any], name: str) -> Problem:
                 return ((column,), f"the row has no {form!r}, but turns in {column!r}", fix)
     asks = next((k for k in _ASKS if isinstance(row.get(k), str)), None)
     answers = next((k for k in _ANSWERS if isinstance(row.get(k), str)), None)
-    mapped = ""
+    mapped = f", or say what the file calls it: data.columns, --column {name}=NAME"
     if name in ("instruction", "output") and asks and answers:
         extra = ', input = "context"' if "context" in row else ""
         mapped = (
             f', or set data.columns = {{ instruction = "{asks}"{extra}, output = "{answers}" }}'
+            f" (commands: --column instruction={asks} --column output={answers})"
         )
     return (
         (),

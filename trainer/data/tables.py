@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,15 @@ def _text_table(path: Path, kind: str) -> Iterator[Item]:
             if fault := _header_fault(names):
                 yield Broken(line, 1, *fault, ends=True)
                 return
+        elif fault := _nameless(names, cells[: len(names)]):
+            yield Broken(line, 1, *fault, ends=True)
+            return
         elif len(cells) > len(names):
             reason = f"the row has {len(cells)} cells, the header {len(names)}"
             yield Broken(line, 1, reason, f"put quotation marks around texts that hold {sign!r}")
         else:
-            cells_of = zip(names, cells, strict=False)
-            yield RowPlace(line), tuple((name, _cell(name, cell)) for name, cell in cells_of)
+            held = [(n, c) for n, c in zip(names, cells, strict=False) if n]
+            yield RowPlace(line), tuple((name, _cell(name, cell)) for name, cell in held)
 
 
 def _lines(path: Path, broken: list[Broken]) -> Iterator[str]:
@@ -98,12 +101,18 @@ def _again(first: str, rest: Iterable[str]) -> Iterator[str]:
 
 
 def _header_fault(names: list[str]) -> tuple[str, str] | None:
-    empty = [n + 1 for n, name in enumerate(names) if not name]
     twice = sorted({name for name in names if name and names.count(name) > 1})
-    if empty:
-        return f"column {empty[0]} has no name", "the first row must name every column"
     if twice:
         return f"the column {twice[0]!r} is given twice", "rename or remove one"
+    return None
+
+
+def _nameless(names: list[str], cells: Sequence[Any]) -> tuple[str, str] | None:
+    """The fault of a row with a value where the header has no name; an empty column is none."""
+    for number, cell in enumerate(cells):
+        if cell not in (None, "") and not (number < len(names) and names[number]):
+            reason = f"column {number + 1} has a value and no name"
+            return reason, "the first row must name every column, with no title above it"
     return None
 
 
@@ -144,13 +153,14 @@ def _excel(path: Path) -> Iterator[Item]:
             continue
         if names is None:
             names = ["" if cell is None else str(cell).strip() for cell in cells]
-            while names and not names[-1]:
-                names.pop()
             if fault := _header_fault(names):
                 yield Broken(number, 1, *fault, ends=True)
                 return
             continue
-        held = [(n, c) for n, c in zip(names, cells, strict=False) if c is not None]
+        if fault := _nameless(names, cells):
+            yield Broken(number, 1, *fault, ends=True)
+            return
+        held = [(n, c) for n, c in zip(names, cells, strict=False) if n and c is not None]
         yield RowPlace(number), tuple((name, _cell(name, _text(cell))) for name, cell in held)
     book.close()
 

@@ -68,7 +68,8 @@ def test_turns_in_a_cell_are_json(tmp_path: Path) -> None:
 
 BROKEN_TABLES = {
     "a row with more cells than the header": ("instruction,output\na,b,c\n", 2, "3 cells"),
-    "a column without a name": ("instruction,\na,b\n", 1, "no name"),
+    "a column without a name": ("instruction,\na,b\n", 2, "column 2 has a value and no name"),
+    "a title above the names": ("My rows,\ninstruction,output\na,b\n", 2, "no title above"),
     "a column given twice": ("output,output\na,b\n", 1, "twice"),
     "a quotation mark that nothing closes": ('instruction,output\na,"b\n', 2, "CSV"),
     "a row without an answer": ("instruction,output\na,\n", 2, "output"),
@@ -103,6 +104,28 @@ def test_rows_of_excel_are_read_with_their_numbers(tmp_path: Path) -> None:
     rows = sound(tmp_path / "a.xlsx")
     assert [r.turns[1].text for r in rows] == ["4", "3.5"]
     assert [r.where for r in rows] == ["a.xlsx:2", "a.xlsx:4"]
+
+
+def test_an_empty_column_of_a_table_is_none(tmp_path: Path) -> None:
+    lines = [["instruction", None, "output", None], ["2+2", None, "4", None]]
+    write_excel(tmp_path / "a.xlsx", lines)
+    (tmp_path / "a.csv").write_text("instruction,,output,\n2+2,,4,\n")
+    assert [r.turns[1].text for r in sound(tmp_path / "a.xlsx", tmp_path / "a.csv")] == ["4", "4"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [["My rows"], ["instruction", "output"], ["2+2", "4"]],
+        [["instruction", "output"], ["2+2", "4", "five"]],
+    ],
+)
+def test_a_value_of_excel_that_no_name_stands_above_is_not_dropped(
+    tmp_path: Path, lines: list[list[str]]
+) -> None:
+    write_excel(tmp_path / "a.xlsx", lines)
+    (defect,) = examine_files([tmp_path / "a.xlsx"]).defects
+    assert defect.line == 2 and "has a value and no name" in str(defect)
 
 
 def test_a_file_that_is_no_excel_file_is_told(tmp_path: Path) -> None:
