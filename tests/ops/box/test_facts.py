@@ -213,6 +213,12 @@ def test_a_cuda_version_that_nobody_knows_is_not_held_against_the_box():
     assert unsuitable(GOOD, replace(EXPECTED, min_cuda=99.0)) is None
 
 
+def test_a_disk_that_df_does_not_find_is_a_complaint_and_any_other_is_none():
+    gpu = f"{MARK} gpu\n{GPUS['one consumer card'][0]}\n{MARK} gpu-exit\n0\n{MARK} disk\n"
+    assert parse(gpu + "df: .: Stale file handle").complaint == "df: df: .: Stale file handle"
+    assert parse(gpu + DISKS["English"][0]).complaint == ""
+
+
 def test_a_complaint_is_the_reason():
     facts = Facts(None, GOOD.disk, "nvidia-smi: No devices were found (exit 6)")
     assert unsuitable(facts, EXPECTED) == "nvidia-smi: No devices were found (exit 6)"
@@ -329,11 +335,15 @@ def test_a_container_with_less_memory_than_the_job_needs_is_refused():
         unsuitable(small, replace(EXPECTED, min_cpu_ram_gib=9))
     )
     assert unsuitable(small, replace(EXPECTED, min_cpu_ram_gib=4)) is None
+    tiny = replace(GOOD, host=HostFacts(memory_gib=0.5))
+    assert "needs 4" in str(unsuitable(tiny, replace(EXPECTED, min_cpu_ram_gib=4)))
+    assert unsuitable(tiny, EXPECTED) is None, "this job asks for none"
 
 
 def test_several_gpus_need_shared_memory_to_speak_by():
     small = replace(GOOD, host=HostFacts(64, 16, 1 << 20))
     assert "/dev/shm has 1 MiB" in str(unsuitable(small, EXPECTED))
+    assert "/dev/shm has 0 MiB" in str(unsuitable(replace(GOOD, host=HostFacts(0, 0, 1)), EXPECTED))
     one = replace(small, gpu=replace(GOOD.gpu, count=1))
     assert unsuitable(one, replace(EXPECTED, num_gpus=1)) is None
 
@@ -350,7 +360,7 @@ def test_this_machine_says_what_a_container_here_may_use():
 @pytest.mark.parametrize(
     ("least", "most_too_little", "word"),
     [
-        ({"gpu": {"memory_gib": 22.8}}, {"gpu": {"memory_gib": 22.79}}, "its GPU has"),
+        ({"gpu": {"memory_gib": 19.0}}, {"gpu": {"memory_gib": 18.99}}, "its GPU has"),
         ({"host": {"memory_gib": 14.4}}, {"host": {"memory_gib": 14.39}}, "its container"),
         ({"host": {"shm_bytes": 32 << 20}}, {"host": {"shm_bytes": (32 << 20) - 1}}, "/dev/shm"),
         ({"disk": {"free_bytes": 20 << 30}}, {"disk": {"free_bytes": (20 << 30) - 1}}, "free"),
@@ -358,7 +368,7 @@ def test_this_machine_says_what_a_container_here_may_use():
     ],
 )
 def test_each_limit_is_kept_to_the_last_unit(least, most_too_little, word):
-    expected = ExpectedMachine("RTX 4090", 2, 24.0, 40.0, 12.8, 16.0)
+    expected = ExpectedMachine("RTX 4090", 2, 20.0, 40.0, 12.8, 16.0)
 
     def judged(changes):
         facts = GOOD
