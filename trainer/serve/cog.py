@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import threading
 import time
@@ -103,7 +104,7 @@ def read_input(body: Any) -> dict[str, Any]:
 
 def _value(field: CogInput, given: Any) -> tuple[Any, str]:
     """(the value, "") or (None, why not)."""
-    value: Any = given
+    value: Any = _read(field.kind, given) if isinstance(given, str) else given
     if field.kind is float and isinstance(given, int) and not isinstance(given, bool):
         value = float(given)
     if field.kind not in {type(value)}:
@@ -113,6 +114,18 @@ def _value(field: CogInput, given: Any) -> tuple[Any, str]:
     if field.most is not None and not value <= field.most:
         return None, f"ensure this value is less than or equal to {field.most:g}"
     return value, ""
+
+
+def _read(kind: type, text: str) -> Any:
+    """A text as what its field holds, since Cog's older command sends every input as a text; the
+    text itself where it is none."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        value = kind(text) if kind is not str else text
+    except ValueError:
+        return text
+    return text if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _fault(name: str, why: str) -> dict[str, Any]:

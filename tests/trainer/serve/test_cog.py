@@ -89,6 +89,10 @@ def test_the_image_s_labels_survive_a_dockerfile_s_quoting(exported: Path) -> No
         ({"prompt": "x", "top_p": 2}, "top_p"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "image": "y"}, "image"),
+        ({"prompt": "x", "seed": "1.5"}, "seed"),
+        ({"prompt": "x", "max_tokens": "0"}, "max_tokens"),
+        ({"prompt": "x", "top_p": "nan"}, "top_p"),
+        ({"prompt": "x", "base": "perhaps"}, "base"),
     ],
 )
 def test_an_input_that_is_none_is_named_by_its_place(given: Any, place: str) -> None:
@@ -99,6 +103,13 @@ def test_an_input_that_is_none_is_named_by_its_place(given: Any, place: str) -> 
         with pytest.raises(WrongInput):
             read_input(body)
     assert read_input({"input": {"prompt": "x", "temperature": 1}})["temperature"] == 1.0
+
+
+def test_numbers_that_cog_s_command_sends_as_texts_are_read_by_the_schema() -> None:
+    # pkg/predict/input.go of older versions sends whatever stands after -i NAME= as a text
+    said = {"prompt": "7", "max_tokens": "6", "temperature": "0.5", "top_p": "1", "base": "true"}
+    found = read_input({"input": said})
+    assert found == said | {"max_tokens": 6, "temperature": 0.5, "top_p": 1.0, "base": True}
 
 
 async def asked(answers: CogAnswers) -> dict[str, Any]:
