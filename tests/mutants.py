@@ -65,7 +65,6 @@ TESTS = {  # module -> its own tests
     "trainer.data.chat": [
         "tests/trainer/data/test_chat.py",
         "tests/trainer/data/test_chat_labels.py",
-        "tests/trainer/data/test_chat_template.py",
     ],
     "trainer.data.template": ["tests/trainer/data/test_template.py"],
     "trainer.data.packing": ["tests/trainer/data/test_packing.py"],

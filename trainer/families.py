@@ -66,7 +66,10 @@ class Family:
 
     @property
     def layers(self) -> int:
-        found = whole(self.config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0
+        found = whole(self.config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        # Nemotron-H tells the kind of each, not how many there are
+        lists = (self.config.get(name) for name in ("layers_block_type", "hybrid_override_pattern"))
+        found = found or next((len(told) for told in lists if isinstance(told, list | str)), 0)
         if found > MOST_LAYERS:
             raise FamilyError(f"config.json tells of {found:,} layers", _AGAIN)
         return found

@@ -73,6 +73,8 @@ def test_layers_are_told_under_any_of_their_names() -> None:
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         assert family("llama", **{name: 5}).layers == 5
     assert family("llama").layers == 0
+    for kinds in ({"layers_block_type": ["moe", "mlp"]}, {"hybrid_override_pattern": "M*"}):
+        assert family("nemotron_h", **kinds).layers == 2, "as transformers 5 and NVIDIA write it"
     assert family("llama", num_hidden_layers=10_000).layers == 10_000
     with pytest.raises(FamilyError, match="tells of 10,001 layers"):
         _ = family("llama", num_hidden_layers=10_001).layers

@@ -183,7 +183,8 @@ class Shape:
         plain = cls(
             vocab=_need(config, "padded_vocab_size", "vocab_size"),
             hidden=hidden,
-            layers=_need(config, "num_hidden_layers", "num_layers"),
+            layers=(family.layers if family else 0)
+            or _need(config, "num_hidden_layers", "num_layers"),
             heads=heads,
             kv_heads=whole(config, "num_key_value_heads", "multi_query_group_num") or heads,
             head_dim=whole(config, "head_dim", "kv_channels") or hidden // heads,
