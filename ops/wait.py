@@ -56,21 +56,22 @@ def until(
     every_s: float,
     timeout_s: float = math.inf,
     clock: Clock = REAL,
+    tries: int = 1,
 ) -> T | None:
     """Call `check` every `every_s` seconds until it returns something other than None.
 
-    Returns that, or None when `timeout_s` is over; the last call is made at the deadline, not
-    before it. Both are scaled by the clock's pace, and what this machine slept counts in neither.
-    What `check` raises passes through."""
+    Returns that, or None when `timeout_s` is over and `tries` calls were made; the last call is
+    made at the deadline, not before it. Both are scaled by the clock's pace, and what this machine
+    slept counts in neither. What `check` raises passes through."""
     deadline = clock.steady() + timeout_s * clock.pace
     while True:
-        found = check()
+        found, tries = check(), tries - 1
         if found is not None:
             return found
         left_s = (deadline - clock.steady()) / clock.pace
-        if left_s <= 0:
+        if left_s <= 0 and tries <= 0:
             return None
-        began, wait_s = clock.steady(), min(every_s, left_s)
+        began, wait_s = clock.steady(), min(every_s, left_s if left_s > 0 else every_s)
         clock.sleep(wait_s)
         over_s = clock.steady() - began - wait_s * clock.pace
         deadline += over_s if over_s > ASLEEP_S else 0.0

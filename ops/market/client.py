@@ -54,6 +54,7 @@ INTERVAL_S = {
 }
 PATIENCE_S = 60.0  # how long a call is repeated
 FIRST_PATIENCE_S = 20.0  # the same, before vast.ai has answered once
+TRIES = 3  # at least, however long each took; before vast.ai has answered once, 2
 LOG_PATIENCE_S = 10.0  # for a container's log
 PAGE = 25  # rows of a list's page
 MAX_PAGES = 400  # of one list: more is a list that does not end
@@ -330,7 +331,9 @@ class Vast:
         `has` raises NoAnswer for the reply, for PATIENCE_S; for FIRST_PATIENCE_S where vast.ai has
         not answered once, because then the address or the network is wrong."""
         failed: list[MarketError] = []
-        patience_s = PATIENCE_S if self._answered else FIRST_PATIENCE_S
+        patience_s, tries = PATIENCE_S, TRIES
+        if not self._answered:
+            patience_s, tries = FIRST_PATIENCE_S, min(2, TRIES)
 
         def called() -> dict[str, Any] | None:
             try:
@@ -345,9 +348,8 @@ class Vast:
                 failed.append(e)
                 return None
 
-        reply = until(
-            called, every_s=2.0 * INTERVAL_S[kind], timeout_s=patience_s, clock=self.clock
-        )
+        every_s = 2.0 * INTERVAL_S[kind]
+        reply = until(called, every_s=every_s, timeout_s=patience_s, clock=self.clock, tries=tries)
         if reply is None:
             raise failed[-1]
         return reply

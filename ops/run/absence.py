@@ -86,7 +86,8 @@ def until_absent(
         ignore_errors(tell, trouble)
         return None
 
-    found = until(absent, every_s=PROOF_S, timeout_s=DESTROY_PATIENCE_S, clock=vast.clock)
+    patience_s = DESTROY_PATIENCE_S
+    found = until(absent, every_s=PROOF_S, timeout_s=patience_s, clock=vast.clock, tries=3)
     if found is None:
         raise _box_leaked(run_id, known, trouble)
     return found

@@ -82,7 +82,8 @@ def test_a_known_instance_is_destroyed_before_the_first_read(fake: FakeVast, vas
 def test_a_list_without_a_box_whose_destroy_was_refused_proves_nothing(
     fake: FakeVast, vast: Vast, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)  # one attempt a call
+    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)
+    monkeypatch.setattr("ops.market.client.TRIES", 1)
     number, refusal = rent(vast), {"message": "Forbidden"}
     late = {"success": True, "instances": [], "next_token": None}
     fake.faults.add(where="destroy", what="reply", status=status, body=refusal, times=1)
@@ -100,7 +101,8 @@ def test_a_box_that_comes_back_starts_the_count_again(fake: FakeVast, vast: Vast
 def test_a_read_that_fails_proves_nothing_and_the_count_starts_again(
     fake: FakeVast, vast: Vast, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)  # one attempt a call
+    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)
+    monkeypatch.setattr("ops.market.client.TRIES", 1)
     fake.faults.add(where="list", what="502_before", on_call=3)
     until_absent(vast, LABEL)
     assert asked(fake) == ["list"] * 6
@@ -137,7 +139,8 @@ def test_a_key_that_is_refused_is_a_leak_at_once(fake: FakeVast) -> None:
 def test_what_goes_wrong_on_the_way_is_told_and_the_first_delete_is_told_once(
     fake: FakeVast, vast: Vast, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)  # one attempt a call
+    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)
+    monkeypatch.setattr("ops.market.client.TRIES", 1)
     monkeypatch.setattr("ops.market.client.FIRST_PATIENCE_S", 0.0)
     number = rent(vast)
     fake.faults.add(where="destroy", what="reply", status=403, body=PAGE)

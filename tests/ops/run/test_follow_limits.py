@@ -236,7 +236,8 @@ def test_a_box_that_is_not_reached_for_its_lease_is_lost_and_no_stall_is_counted
 def test_without_vast_ais_answer_no_box_is_lost(
     client: Client, box: Box, state: following._State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)  # one attempt a call
+    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)
+    monkeypatch.setattr("ops.market.client.TRIES", 1)
     box.endpoints = []
     client.fake.faults.add(where="show", what="502_before", times=None)
     for _ in range(6):

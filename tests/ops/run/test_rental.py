@@ -499,7 +499,8 @@ def test_a_box_is_given_the_ports_of_its_record(client: Client) -> None:
 
 def test_only_an_answer_of_vast_ai_counts(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     client.rent()
-    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)  # one attempt a call
+    monkeypatch.setattr("ops.market.client.PATIENCE_S", 0.0)
+    monkeypatch.setattr("ops.market.client.TRIES", 1)
     client.fake.faults.add(where="show", what="502_before")
     assert raise_if_preempted(client.session, None) is False
     client.fake.faults.add(where="show", what="429_json")
