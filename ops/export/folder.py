@@ -56,15 +56,15 @@ def export_job(
         )
     with tempfile.TemporaryDirectory() as stage:
         plan = planner.make_plan(job, folder.name, Path(stage))
-    folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for push in plan.pushes:  # a table that was converted lies in `stage`
+            target = folder / push.remote
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(push.local, target)
     texts = WRITERS[kind](job, plan, nodes, queue)
     texts["job.json"] = json.dumps(plan.wire_job, indent=1, ensure_ascii=False) + "\n"
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for push in plan.pushes:
-        target = folder / push.remote
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(push.local, target)
     return [folder / name for name in (*texts, *(p.remote for p in plan.pushes))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tomllib
 from collections.abc import Callable
@@ -143,6 +144,25 @@ def test_a_cluster_gets_the_exported_job_and_slurm_s_refusal_is_told(
     (queued.folder / "refuse").touch()
     with pytest.raises(PreflightError, match="sbatch refused: no partition"):
         job.submit(own.folder / "shared")
+
+
+def test_a_spreadsheet_is_exported_as_the_rows_that_a_box_would_get(
+    own: rig.Rig, declared: Callable[..., milktea.Job]
+) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["instruction", "output"], ["why?", "because"], ["who?", "they"]):
+        book.active.append(row)
+    book.save(own.folder / "rows.xlsx")
+    given: dict[str, Any] = {"model": {"base": str(rig.tiny_model(own.folder / "stub"))}}
+    job = declared(**given, data=own.folder / "rows.xlsx", training={"batch_size": 2})
+    written = job.export("slurm", own.folder / "out")
+    [rows] = [path for path in written if path.match("*-slurm/data/*")]
+    told = [json.loads(line) for line in gzip.decompress(rows.read_bytes()).split(b"\n") if line]
+    assert [row["instruction"] for row in told] == ["why?", "who?"]
+    packages = {"ref": "pytorch/pytorch:x", "packages": str(own.folder / "p.txt")}
+    with pytest.raises(ConfigError, match="installed on a rented box only"):
+        job.with_(image=packages).export("slurm", own.folder / "out")
 
 
 @pytest.mark.parametrize("name", ["insurance", "gpt2_pb2e"])
