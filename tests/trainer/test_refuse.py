@@ -368,6 +368,28 @@ def test_a_stop_token_at_which_no_server_stops_is_told(run_folder: Make, tmp_pat
     assert "generation_config" not in "".join(prepared(job).rows.summary)
 
 
+def test_the_plan_asks_for_the_cards_that_the_trainer_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from ops.hardware.gpus import GPUS, MIN_COMPUTE_CAPABILITY
+    from trainer.model.load import validate_precision
+    from trainer.model.parts import ModelError
+
+    card = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    for known in sorted({gpu.compute_capability for gpu in GPUS}):
+        major, minor = map(int, f"{known:.1f}".split("."))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, x=(major, minor): x)
+        for precision, least in MIN_COMPUTE_CAPABILITY.items():
+            if known >= least:
+                validate_precision(precision, card)
+            else:
+                with pytest.raises(ModelError, match=f"precision {precision} needs"):
+                    validate_precision(precision, card)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4", "int8"])
 def test_a_card_before_ampere_is_told_what_it_can_compute_in(
     precision: str, monkeypatch: pytest.MonkeyPatch

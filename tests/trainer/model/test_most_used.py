@@ -47,6 +47,28 @@ def wide(name: str, folder: Path) -> Path:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_oss"])
+def test_a_card_that_says_that_it_is_a_turing_trains_in_fp32(
+    name: str, run_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    path = run_folder(model=wide(name, tmp_path / name), training={"max_steps": 6})
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"model": told["model"] | {"precision": "fp32"}}))
+    try:
+        assert run_job(path) == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+    losses = [e["loss"] for e in events_of(path) if e["event"] == "step"]
+    assert losses[-1] < losses[0] and all(math.isfinite(x) for x in losses)
+    print("MASKED", name, losses[0], losses[-1], json.dumps(manifest_of(path)["kernels"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["bf16", "nf4", "fp8"])
 @pytest.mark.parametrize("name", MOST_USED)
 def test_a_short_run_ends_with_a_result_or_is_refused_in_words(
