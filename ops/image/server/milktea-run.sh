@@ -146,7 +146,7 @@ take_turn() {
     (umask 0; mkdir "$TURN") 2>/dev/null
     if command -v flock >/dev/null 2>&1; then
         exec 9<"$TURN"
-        flock -w 600 9 || refuse "another run has been starting for ten minutes" "fuser -v $TURN names its process"
+        timeout 600 flock 9 || refuse "another run has been starting for ten minutes" "fuser -v $TURN names its process"
         return
     fi
     until mkdir "$TURN/taken" 2>/dev/null; do
