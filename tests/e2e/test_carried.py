@@ -90,10 +90,12 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Carried:
 
 @pytest.fixture(params=["docker", "podman"])
 def engine(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """The engine of the server, as the scripts find it; MILKTEA_PODMAN is another podman's path
-    (tests/image/modern-podman.sh makes one of podman 5)."""
+    """The engine of the server, as the scripts find it. Others than this machine's are named by
+    MILKTEA_SERVER_DOCKER_HOST (tests/image/modern-engine.sh) and MILKTEA_PODMAN, a podman's path
+    (tests/image/modern-podman.sh)."""
     if request.param == "docker":
-        yield {}
+        host = os.environ.get("MILKTEA_SERVER_DOCKER_HOST", "")
+        yield {"DOCKER_HOST": host} if host else {}
         return
     podman = os.environ.get("MILKTEA_PODMAN", "podman")
     env = {"DOCKER": podman, "CONTAINERS_CONF": str(PODMAN_CONF)}
@@ -205,7 +207,7 @@ def test_the_lines_of_the_readme_lead_from_the_disk_to_a_trained_adapter(
     assert "exact" in server.types(evaluate, work)
     chat = server.says(f"{command} chat").replace("RUN", run)
     assert "。" in server.types(chat, work, '"What animal is Zara?"'), "it answers in Chinese"
-    if not engine:  # podman's bridge wants more than this machine has
+    if not engine:  # the bridge of another engine wants more than this machine has
         line = server.says(f"{command} serve").replace("RUN", run)
         page, answer = served(server, line, work, work / "milktea" / run / "token")
         assert "<title>" in page and "。" in answer
