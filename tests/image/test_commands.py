@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import typer
 
 from ops.cli import app, image
 from ops.errors import ConfigError
+from ops.image import carry
 from ops.image.fetch.debian import Mirrors
 from ops.image.spec.definition import read
+from ops.image.spec.paths import Places
+from trainer.wire.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -95,6 +99,15 @@ def test_every_image_that_a_document_names_has_todays_version() -> None:
     named = said(re.compile(r"milktea/(practice|train-cu\d+):(\d+)"))
     assert len(named) > 3
     assert [x for x in named if x[0].startswith("docs/") and int(x[2]) != today[x[1]]] == []
+
+
+def test_a_bundle_carries_every_page_every_key_of_a_job_and_an_example_of_each_stage() -> None:
+    carried = carry._documents(Places())
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} < set(carried)
+    jobs = {name: path.read_text() for name, path in carried.items() if path.suffix == ".toml"}
+    known = jobs.pop("reference.toml")
+    assert {tomllib.loads(text).get("stage", "sft") for text in jobs.values()} == set(STAGES)
+    assert [stage for stage in STAGES if stage not in known] == []
 
 
 @pytest.mark.parametrize(("script", "most"), [("INSTALL.sh", 700), ("milktea-run.sh", 400)])
