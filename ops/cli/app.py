@@ -284,9 +284,9 @@ def export(
             raise ConfigError(
                 f"{kind!r} is none of {', '.join(known)}", hint="milktea export slurm JOB"
             )
-        print(
-            *api.export(cast(api.Kind, kind), job, out or Path("exports"), nodes, queue), sep="\n"
-        )
+        files = api.export(cast(api.Kind, kind), job, out or Path("exports"), nodes, queue)
+        print(*files, sep="\n")
+        print("\n" + files[0].read_text("utf-8"), end="")  # what to do next
 
 
 @app.command()

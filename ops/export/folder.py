@@ -62,10 +62,23 @@ def export_job(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(push.local, target)
     texts = WRITERS[kind](job, plan, nodes, queue)
+    texts["README.md"] += _left_out(job)
     texts["job.json"] = json.dumps(plan.wire_job, indent=1, ensure_ascii=False) + "\n"
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in (*texts, *(p.remote for p in plan.pushes))]
+
+
+def _left_out(job: JobFile) -> str:
+    """A paragraph of README.md on what only `rent-and-train` does of this job; "" for nothing."""
+    asked = {
+        "[evaluate]": job.evaluate is not None,
+        "[notify]": job.notify is not None,
+        "results.merged": job.results.merged,
+        "results.then_chat_minutes": job.results.then_chat_minutes is not None,
+    }
+    names = ", ".join(name for name, is_asked in asked.items() if is_asked)
+    return f"\nNot done here, only by `milktea rent-and-train`: {names}.\n" if names else ""
 
 
 def validate_nodes(job: JobFile, nodes: int) -> None:

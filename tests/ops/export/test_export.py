@@ -145,6 +145,15 @@ def test_exporting_twice_is_exporting_once_and_a_begun_run_is_left_alone(
         practice("slurm")
 
 
+def test_what_only_a_rented_box_does_is_named_in_the_readme(tmp_path: Path) -> None:
+    job = job_file(tmp_path)
+    plain = export("skypilot", job, tmp_path / "plain", 1, None)[0].read_text()
+    job.write_text(job.read_text() + '\n[results]\nmerged = true\n\n[notify]\ncommand = "true"\n')
+    told = export("skypilot", job, tmp_path / "more", 1, None)[0].read_text()
+    only = "Not done here, only by `milktea rent-and-train`: [notify], results.merged."
+    assert only in told and "Not done here" not in plain
+
+
 def test_more_gpus_than_rows_of_a_step_are_refused(practice: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="leaves some of 33 x 1 GPUs without a row"):
         practice("slurm", nodes=33)
