@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from trainer.model.parts import family_of
 from trainer.stages import measured, sft
 from trainer.stages.shared_probe import difference
 from trainer.wire.job import Job
+from trainer.wire.stages import Shares
 
 SAME = 1e-6  # nats by which policy and reference may differ before the first step, an answer
 REFERENCE = "reference"  # of what is kept in a checkpoint
@@ -94,21 +95,30 @@ def right(sides: Tensor) -> Tensor:
     return (first > second).double() + (first == second).double() / 2
 
 
+class Group(NamedTuple):
+    """Rows that stay in one micro-batch, what each of them borrows of the first, and the tokens
+    that they take there."""
+
+    rows: list[int]
+    borrowed: list[int]
+    tokens: int
+
+
 class Stage(measured.Stage):
     """A stage whose items are `rows_per_item` rows that stay in one micro-batch. Where the rows of
     an item begin alike, a pack has their beginning once (trainer/data/sharing.py)."""
 
-    shares = False  # whether rows of an item share their beginning; known from `probe` on
+    shares = False  # whether rows share their beginnings; known from `probe` on
 
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
         self.expected = ExpectedMetrics()
 
     def probe(self) -> None:
-        if self.rows_per_item > 1:
+        if isinstance(getattr(self.job, self.job.stage, None), Shares):
             why = self._why_apart()
             self.shares = not why
-            self.kernels["prompts"] = f"of each row: {why}" if why else "of a pair computed once"
+            self.kernels["prompts"] = f"of each row: {why}" if why else "of a group computed once"
         super().probe()
 
     def _why_apart(self) -> str:
@@ -119,43 +129,51 @@ class Stage(measured.Stage):
             return why
         if not self.packed:
             return "rows are not packed"
-        rows, items = self.data.rows, range(len(self.data.rows) // self.rows_per_item)
-        groups = (self._item(item) for item in items)
-        group = next((g for g in groups if any(sharing.beginnings(rows, g))), None)
-        if group is None:
-            return f"no two rows of a pair begin with the same {sharing.LEAST} tokens"
-        more = (self.job.model.precision, self.ranks.device)
-        said = self.ranks.enter(difference, self.model, rows, group, *more)
+        example = self.example()
+        if example is None:
+            return f"no answers have {sharing.LEAST} tokens of a prompt in common"
+        more = (*example, self.job.model.precision, self.ranks.device)
+        said = self.ranks.enter(difference, self.model, *more)
         return next((why for why in self.ranks.gather(said) if why), "")
+
+    def example(self) -> tuple[Rows, list[int]] | None:
+        """(rows, the numbers of some of them that share their beginning); None where none do."""
+        items = range(len(self.data.rows) // self.rows_per_item)
+        groups = (self._item(item) for item in items)
+        found = (g for g in groups if any(sharing.beginnings(self.data.rows, g)))
+        group = next(found, None)
+        return None if group is None else (self.data.rows, group)
 
     def _item(self, item: int) -> list[int]:
         """The rows of an item."""
         return [item * self.rows_per_item + side for side in range(self.rows_per_item)]
 
-    def _laid(self, rows: Rows, items: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        """(what the rows of each item borrow of its first, tokens that each item takes in a
-        batch)."""
-        lengths = np.diff(rows.starts).reshape(-1, self.rows_per_item)[list(items)]
-        if not self.packed:
-            wide = self.rows_per_item * lengths.max(1)
-            return [[0] * self.rows_per_item for _ in items], wide.tolist()
-        if not self.shares:
-            return [[0] * self.rows_per_item for _ in items], lengths.sum(1).tolist()
-        borrowed = [sharing.beginnings(rows, self._item(item)) for item in items]
-        return borrowed, (lengths.sum(1) - np.sum(borrowed, 1, dtype=int)).tolist()
+    def together(self, rows: Rows, items: Sequence[int]) -> list[list[int]]:
+        """The rows of the items, in lists of those that stay together."""
+        return [self._item(item) for item in items]
+
+    def grouped(self, rows: Rows, items: Sequence[int]) -> list[Group]:
+        """The rows of the items, as they stay together."""
+        lengths, made = np.diff(rows.starts), []
+        for one in self.together(rows, items):
+            borrowed = sharing.beginnings(rows, one) if self.shares else [0] * len(one)
+            tokens = int(lengths[one].sum()) - sum(borrowed)
+            if not self.packed:
+                tokens = len(one) * int(lengths[one].max())
+            made.append(Group(one, borrowed, tokens))
+        return made
 
     def micro(self, rows: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
         """The items `chosen` as micro-batches in host memory."""
-        if not chosen:  # fewer items than processes
-            return []
-        size, made = self.rows_per_item, []
-        borrowed, wide = self._laid(rows, chosen)
+        groups, made = self.grouped(rows, chosen), []
         lay = packing.pack if self.packed else packing.pad
-        for places in lay(range(len(chosen)), wide, self.budget):
-            numbers = [row for k in places for row in self._item(chosen[k])]
+        for places in lay(range(len(groups)), [g.tokens for g in groups], self.budget):
+            numbers: list[int] = []
+            taken: list[Borrowed] = []
+            for group in (groups[k] for k in places):
+                taken += [Borrowed(len(numbers), n) for n in group.borrowed]
+                numbers += group.rows
             if self.packed:
-                fronts = [n for k in places for n in borrowed[k]]
-                taken = [Borrowed(k // size * size, n) for k, n in enumerate(fronts)]
                 one = batch.packed(rows, numbers, sft.HOST, taken)
             else:
                 one = batch.padded(rows, numbers, sft.HOST)
@@ -164,7 +182,7 @@ class Stage(measured.Stage):
 
     def batches(self, step: int) -> batch.Work:
         items, data = self.order.step(step), self.data.rows
-        wide = dict(zip(items, self._laid(data, items)[1], strict=True))
+        wide = {i: g.tokens for i, g in zip(items, self.grouped(data, items), strict=True)}
         mine = packing.share(items, wide, self.ranks.world)[self.ranks.rank]
         return batch.Work(
             micro=self.micro(data, mine),

@@ -8,6 +8,7 @@ truncated answers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ import torch
 from torch import Tensor
 
 from trainer.data import batch, packing
+from trainer.data.sharing import LEAST, beginnings
+from trainer.data.tokenised import Rows
 from trainer.loop.ranks import Ranks
+from trainer.model.decode import Answer
 from trainer.stages import compared, rollout
 from trainer.stages.group_losses import advantages, count, group_losses
 from trainer.stages.rollout import Rollout
 from trainer.wire.job import Job
 from trainer.wire.stages import Grpo
+
+MADE_UP = 24  # tokens of the answers by which sharing is tried before the first step
 
 
 class Stage(rollout.Stage):
@@ -75,7 +81,43 @@ class Stage(rollout.Stage):
         return max(1, count(self.settings, len(lengths), int(lengths.sum())))
 
     def _mine(self, made: Rollout, taught: list[int]) -> list[int]:
-        return packing.share(taught, made.rows.lengths, self.ranks.world)[self.ranks.rank]
+        """The answers of this process; where they share their prompts, those of one prompt stay
+        together as far as a micro-batch holds them."""
+        if not self.shares:
+            return packing.share(taught, made.rows.lengths, self.ranks.world)[self.ranks.rank]
+        groups = self.grouped(made.rows, taught)
+        tokens = [group.tokens for group in groups]
+        mine = packing.share(range(len(groups)), tokens, self.ranks.world)[self.ranks.rank]
+        return [row for k in mine for row in groups[k].rows]
+
+    def together(self, rows: Rows, items: Sequence[int]) -> list[list[int]]:
+        """Answers to one prompt, as many as fit a micro-batch with their prompt once."""
+        if not self.shares:
+            return super().together(rows, items)
+        made: dict[int, list[list[int]]] = {}
+        tokens: dict[int, int] = {}
+        lengths = rows.lengths
+        for row in items:
+            prompt = row // self.settings.num_generations
+            lists = made.setdefault(prompt, [])
+            if lists:
+                tokens[prompt] += lengths[row] - beginnings(rows, [lists[-1][0], row])[1]
+            if lists and tokens[prompt] <= self.budget:
+                lists[-1].append(row)
+            else:
+                lists.append([row])
+                tokens[prompt] = lengths[row]
+        return [group for lists in made.values() for group in lists]
+
+    def example(self) -> tuple[Rows, list[int]] | None:
+        """Two answers, made up of the data's tokens, to a prompt that is long enough."""
+        rows = self.data.rows
+        long = next((k for k, n in enumerate(rows.lengths) if n > LEAST), None)
+        if long is None:
+            return None
+        said = [int(token) for token in rows.ids[: 2 * MADE_UP]]
+        answers = [Answer(ids, [], False) for ids in (said[:MADE_UP], said[MADE_UP:])]
+        return self.as_rows(rows, [long, long], answers), [0, 1]
 
     def _facts(self, made: Rollout) -> dict[str, float]:
         grouped = made.made["reward"].view(-1, self.settings.num_generations)

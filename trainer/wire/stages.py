@@ -262,7 +262,7 @@ class Ppo(Rollouts):
         return DECODED + 4 * READ + 2 * self.num_ppo_epochs
 
 
-class Grpo(Rollouts):
+class Grpo(Shares, Rollouts):
     loss_type: Annotated[
         Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"],
         Field(description="docs/stages.md says each"),

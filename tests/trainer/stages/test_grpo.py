@@ -71,6 +71,8 @@ def test_every_loss_takes_several_steps_on_the_same_answers_and_a_reference(
     told = steps(job)
     assert len(told) == 8
     assert [e["reward"] for e in told[::2]] == [e["reward"] for e in told[1::2]]
+    [started] = [e for e in events_of(job) if e["event"] == "started"]
+    assert started["kernels"]["prompts"] == "of a group computed once"
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_dpo_starts_at_ln_two_and_learns_to_prefer(stage_run: Make, every_step_t
     assert told[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert told[0]["margin"] == told[0]["chosen_reward"] == 0.0
     [started] = [e for e in events_of(job) if e["event"] == "started"]
-    assert started["kernels"]["prompts"] == "of a pair computed once"
+    assert started["kernels"]["prompts"] == "of a group computed once"
     assert told[-1]["accuracy"] == 1.0 and told[-1]["margin"] > 0.1
     assert measured(job)["accuracy"] == [0.5, 1.0]
 

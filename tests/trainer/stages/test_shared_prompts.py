@@ -51,11 +51,28 @@ def test_sharing_trains_what_both_sides_whole_train(
         changes = {"training": {"batch_size": 6}, stage: {"share_prompts": share}}
         jobs.append(stage_run(stage, PAIRS, held_out=PAIRS[:4], **changes))
         assert run_job(jobs[-1]) == 0
-    assert told(jobs[0]) == "of a pair computed once"
+    assert told(jobs[0]) == "of a group computed once"
     assert told(jobs[1]) == f"of each row: {stage}.share_prompts is false"
     assert losses(jobs[0]) == pytest.approx(losses(jobs[1]), abs=1e-5)
     shared, whole = (manifest_of(job)["held_out"]["accuracy"] for job in jobs)
     assert shared == whole
+
+
+@pytest.mark.slow
+def test_groups_that_share_their_prompt_train_what_answers_one_by_one_train(
+    stage_run: Make, every_step_told: None
+) -> None:
+    """In micro-batches that hold a part of a group, too."""
+    rows = [{"instruction": pair["instruction"], "output": "it is"} for pair in PAIRS[:4]]
+    section = {"rewards": [{"kind": "format", "regex": "^[\\x00-N]"}], "beta": 0.02}
+    section |= {"num_generations": 6, "max_completion_length": 3}
+    found = []
+    for share in (None, False):
+        job = stage_run("grpo", rows, grpo=section | {"share_prompts": share})
+        assert run_job(job) == 0
+        found.append([(e["loss"], e["grad_norm"]) for e in events_of(job) if e["event"] == "step"])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 # -- the look before the first step ----------------------------------------------------------------
