@@ -24,7 +24,7 @@ _MILKTEA_TRAIN = (
 
 def _script(path: Path, text: str) -> None:
     path.write_text(text)
-    path.chmod(0o755)
+    path.chmod(0o700)
 
 
 def install_tools(folder: Path) -> None:
