@@ -22,6 +22,9 @@ def errors(as_json: bool) -> Iterator[None]:
         yield
     except MilkteaError as e:
         _fail(e, as_json)
+    except typer.Abort as e:  # Ctrl-C or Ctrl-D at a question
+        print("\nthe question was not answered, and nothing more was done", file=sys.stderr)
+        raise typer.Exit(130) from e
     except OSError as e:
         if (said := disk_error(e)) is None:
             raise

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import rig
 from ops import api
 from ops.cli.app import app
+from ops.cli.errors import errors
 from ops.fakevast import FakeVast
 from ops.market.client import Vast
 from ops.market.provider import Provider
@@ -164,6 +166,12 @@ def test_a_job_that_exists_is_not_written_over(tmp_path: Path) -> None:
     again = init(tmp_path, *words)
     assert again.exit_code == 2 and file.read_text("utf-8") == "mine"
     assert init(tmp_path, *words, "--force").exit_code == 0
+
+
+def test_a_question_that_is_left_by_ctrl_c_exits_130(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, errors(as_json=False):
+        raise typer.Abort  # what Typer's prompts make of Ctrl-C and Ctrl-D
+    assert ended.value.exit_code == 130 and "nothing more was done" in capsys.readouterr().err
 
 
 def test_columns_and_the_reason_for_each_choice_stand_in_the_file(tmp_path: Path) -> None:
