@@ -95,18 +95,19 @@ def test_a_result_whose_verification_takes_longer_than_a_stall_comes_home(
     own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ops.run.keeper.STALL_GRACE_S", 0.0)
-    real, plan = sandbox.verify, own.plan(stall_s=600.0)
+    real, plan, stands = sandbox.verify, own.plan(stall_s=600.0), []
 
     def slowly(*words: Any) -> Any:
         session.moved_t -= 1200.0  # a large result on a slow disk says nothing meanwhile
         time.sleep(0.5)  # ten looks of the keeper
+        stands.append(bool(fake.instances()))
         return real(*words)
 
     monkeypatch.setattr(sandbox, "verify", slowly)
     with Journal(own.runs / plan.run_id) as j:
         session = rig.client(plan, j, fake.url, fake.api_key)
         assert rent_and_train(session).sha256
-        assert [line.kind for line in j.lines].count("rented") == 1
+        assert stands == [True] and [line.kind for line in j.lines].count("rented") == 1
 
 
 def test_a_price_that_rises_brings_the_deadline_nearer(
