@@ -23,7 +23,7 @@ from ops.image.bundle.contents import Options
 from ops.image.bundle.inventory import Present, read
 from ops.image.bundle.parts import final_tag
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 MODERN = Path(os.environ.get("MILKTEA_MODERN_ENGINE", "/var/tmp/milktea-modern-engine"))
 
