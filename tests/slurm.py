@@ -23,7 +23,7 @@ CONF = """\
 ClusterName=tea
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
-FirstJobId={port}
+FirstJobId={first}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
@@ -53,8 +53,9 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     do not come up."""
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
-    control, *ports = (free_port() for _ in range(1 + len(NODES)))
-    text = CONF.format(folder=folder, port=control)
+    first, control, *ports = (free_port() for _ in range(2 + len(NODES)))
+    # the processes of a job meet at a port that follows from its number (ops/export)
+    text = CONF.format(folder=folder, port=control, first=20000 + first % 20000)
     for name, port in zip(NODES, ports, strict=True):
         text += NODE.format(name=name, host=socket.gethostname(), port=port)
     (folder / "slurm.conf").write_text(text)

@@ -78,7 +78,7 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on_on_both_nodes(
             assert queued.state in ("PENDING", "CONFIGURING", "RUNNING")
             wait_for(folder, env, number, '"event": "step"')
             asked(env, "scancel", "--batch", "--signal=USR1", number)  # as --signal=B:USR1@120 does
-            wait_until(lambda: state(env, number) == "PENDING", 240)
+            wait_until(lambda: state(env, number) == "PENDING" and not has_steps(number), 240)
             [kept] = list((folder / "checkpoints").iterdir())
             asked(env, "scontrol", "update", f"JobId={number}", "StartTime=now")
             wait_for(folder, env, number, '"event": "finished"')
@@ -90,6 +90,12 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on_on_both_nodes(
     assert [row["processes"] for row in started] == [2, 2]
     assert started[1]["step"] == int(kept.name) > 0
     assert queued.adapter == folder / "result/adapter.zip"
+
+
+def has_steps(number: str) -> bool:
+    """Whether a node still ends what it ran of this job; Slurm itself waits two minutes for it."""
+    told = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    return f"slurmstepd: [{number}." in told.stdout
 
 
 def wait_until(true: Callable[[], bool], seconds: float) -> None:
