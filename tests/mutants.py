@@ -135,9 +135,6 @@ KNOWN = {
         "MAX_OPENING = 64  # characters of an answer (such as <think>) that a prompt may end with "
         "-> 128": "any length that no opening reaches",
         "if start >= 0 and marked != after: -> 1": "before an answer stands its question",
-        "for i, (x, y) in enumerate(zip(a, b, strict=False)): -> True": (
-            "texts of one length differ before their end"
-        ),
     },
     "trainer.data.template": {
         'jinja: str = field(default="", repr=False) -> True': "only how a debugger shows it",

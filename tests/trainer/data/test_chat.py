@@ -367,6 +367,11 @@ REFUSED = {
         ONE,
         "<think>",
     ),
+    "answers that it leaves out": (
+        CHATML.replace("in messages -", "in messages if m.role != 'assistant' -"),
+        ONE,
+        "does not begin as the chat template's own prompt",
+    ),
     "a noncharacter in a text": (CHATML, [Turn("user", "a\ufdd0"), ONE[1]], "U\\+FDD0"),
 }
 
