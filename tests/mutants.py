@@ -122,9 +122,8 @@ KNOWN = {
     "trainer.kernels.attention": {
         "LONG = 16384  # tokens of a document beyond which flash attention is used "
         "(docs/speed-log.md) -> 32768": "slower, and equal",
-        "for one, keys, values in zip(*_documents(cu, q, k, v), strict=True): -> False": (
-            "q, k and v are cut at the same places"
-        ),
+        "return zip(*(x.split(n, 2) for x, n in ((q, queries), (k, keys), (v, keys))), "
+        "strict=True) -> False": ("q, k and v are cut into as many documents"),
     },
     "trainer.data.formats": {
         "close = difflib.get_close_matches(str(name), known, 1, 0.5) -> 2": (
