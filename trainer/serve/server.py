@@ -107,6 +107,9 @@ def main() -> int:
     except (OSError, ValueError, zipfile.BadZipFile) as error:  # what ours raise are ValueErrors
         print(f"cannot serve: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:  # while it loads: later Ctrl-C ends it in order
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 def _serve(

@@ -49,6 +49,21 @@ def test_results_are_called_as_they_are_named_or_as_their_folder(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_it_may_be_interrupted_while_it_loads() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.serve.server", "--base", str(PRACTICE), "--port", "0"],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None and process.stderr.readline().startswith("loading ")
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and told.strip() == "interrupted"
+
+
+@pytest.mark.slow
 def test_it_serves_until_it_is_told_to_end(results: dict[str, Path], tmp_path: Path) -> None:
     words = ["--base", str(PRACTICE), "--port", "0", "--json", "--feedback", str(tmp_path)]
     words += ["--address", str(tmp_path / "address"), "--meter", str(tmp_path / "meter")]
