@@ -139,7 +139,7 @@ def next_to_nothing_learned(make: Make, patch: Patch, tmp_path: Path) -> Path:
 
 def attention_that_looks_ahead(make: Make, patch: Patch, tmp_path: Path) -> Path:
     def open_eyes(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, rules: Rules
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, rules: Rules, _: None
     ) -> torch.Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return (
@@ -156,7 +156,7 @@ def attention_that_looks_ahead(make: Make, patch: Patch, tmp_path: Path) -> Path
 
 def documents_that_see_each_other(make: Make, patch: Patch, tmp_path: Path) -> Path:
     def one_row(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, rules: Rules
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, rules: Rules, _: None
     ) -> torch.Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return (

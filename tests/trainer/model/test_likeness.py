@@ -112,7 +112,7 @@ def test_modules_that_only_the_whole_model_has_are_no_fault(folder_of: Any) -> N
 def attention_with(patch: Patch, change: Callable[..., tuple[Any, ...]]) -> None:
     """Packed attention on changed arguments: (q, k, v, sinks, cu, longest, rules)."""
     real = attention._packed
-    patch.setattr(attention, "_packed", lambda *given: real(*change(*given)))
+    patch.setattr(attention, "_packed", lambda *given: real(*change(*given[:7]), *given[7:]))
 
 
 def window_ignored(patch: Patch) -> None:
