@@ -395,7 +395,7 @@ STAGES = pytest.mark.parametrize("stage", ["train", "pull"])
         pytest.param(signal.SIGKILL, "train", id="SIGKILL-train"),
         pytest.param(signal.SIGKILL, "pull", id="SIGKILL-pull", marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, "train", id="SIGSTOP-train", marks=pytest.mark.slow),
-        pytest.param(signal.SIGSTOP, "pull", id="SIGSTOP-pull"),
+        pytest.param(signal.SIGSTOP, "pull", id="SIGSTOP-pull", marks=pytest.mark.slow),
     ],
 )
 def test_with_finish_the_same_box_brings_the_adapter_home_after_any_silence(
@@ -452,7 +452,7 @@ def test_with_destroy_the_box_is_gone_and_resume_goes_on_elsewhere(
     assert [line.kind for line in run.journal].count("rented") == 2
 
 
-@pytest.mark.parametrize("when_silent", ["finish", "destroy"])
+@pytest.mark.parametrize("when_silent", ["finish", pytest.param("destroy", marks=pytest.mark.slow)])
 def test_before_the_launch_a_dead_owners_box_is_gone_by_itself(
     own: rig.Rig,
     fake: FakeVast,

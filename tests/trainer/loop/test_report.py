@@ -74,6 +74,7 @@ def test_weights_and_biases_gets_every_told_step_and_no_data(
     assert calls[-1] == ["finish"]
 
 
+@pytest.mark.slow
 def test_where_it_is_not_installed_the_run_says_so_and_goes_on(
     run_folder: Make, tmp_path: Path
 ) -> None:
