@@ -7,6 +7,7 @@ set -eu
 dir=$2
 case $1 in
     build)
+        mkdir -p "$dir"
         [ -x "$dir/root/usr/sbin/dockerd" ] && exit 0
         mirror=$(sed -n 's/^URIs: *\([^ ]*\).*/\1/p' /etc/apt/sources.list.d/*.sources 2>/dev/null | grep '/debian/*$' | head -1)
         [ -n "$mirror" ] || mirror=$(sed -n 's/^deb [^h]*\(http[^ ]*\/debian\) .*/\1/p' /etc/apt/sources.list | head -1)
