@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from vastai.api import price_increase
 from vastai.api.client import VastClient
 
 from ops.fakevast import FakeVast, weather
+from ops.fakevast.boxes import sshd
 
 
 def come(fake: FakeVast, **event: Any) -> None:
@@ -137,6 +140,25 @@ def test_a_boxs_clock_is_wrong_and_is_put_right(fake: FakeVast, box: tuple[int, 
     assert 7100 < off_s() < 7300
     over(fake)
     assert abs(off_s()) < 60
+
+
+def test_bytes_of_a_slow_link_keep_their_order_on_a_machine_that_is_late() -> None:
+    sent = bytearray()
+    wire = SimpleNamespace(write=sent.extend)
+    link = SimpleNamespace(
+        box=SimpleNamespace(bytes_per_s=1000.0), broken=False, count=lambda out: None
+    )
+
+    async def write() -> None:
+        metered: Any = sshd._Metered(wire, link)  # type: ignore[arg-type]
+        metered.write(b"a" * 10)  # takes 10 ms
+        time.sleep(0.05)
+        link.box.bytes_per_s = None
+        metered.write(b"b")
+        await asyncio.sleep(0.05)
+
+    asyncio.run(write())
+    assert sent == b"a" * 10 + b"b"
 
 
 def test_a_slow_link_carries_so_many_bytes_a_second(

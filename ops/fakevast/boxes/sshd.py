@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from typing import Any
 
 import asyncssh
@@ -80,7 +81,6 @@ class _Pace:
         """Seconds until `count` bytes have passed behind those that are on their way."""
         now = asyncio.get_running_loop().time()
         took_s = count / bytes_per_s if bytes_per_s else 0.0
-        took_s += 1e-6 if self._free_at > now else 0.0  # behind those, not beside them
         self._free_at = max(now, self._free_at) + took_s
         return self._free_at - now
 
@@ -92,14 +92,19 @@ class _Metered:
         self._transport = transport
         self._connection = connection
         self._pace = _Pace()
+        self._waiting: deque[bytes] = deque()  # on a slow link, in order
 
     def write(self, data: bytes) -> None:
         self._connection.count(out=len(data))
         wait_s = self._pace.wait_s(len(data), self._connection.box.bytes_per_s)
-        if wait_s > 0:  # asyncio calls those of one loop in the order of their times
-            asyncio.get_running_loop().call_later(wait_s, self._send, bytes(data))
+        if wait_s > 0 or self._waiting:
+            self._waiting.append(bytes(data))
+            asyncio.get_running_loop().call_later(wait_s, self._send_next)
         else:
             self._send(data)
+
+    def _send_next(self) -> None:
+        self._send(self._waiting.popleft())
 
     def _send(self, data: bytes) -> None:
         if not self._connection.broken:  # what crosses a `cut` does not arrive
