@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ops.box.channel import MARK, Deadline, Flood, Input, Output, read_output, send_input
-from ops.box.transport import HOST_ALIAS, WriteFirstKey, make_transport, reason_of
+from ops.box.transport import HOST_ALIAS, LINK_ERRORS, WriteFirstKey, make_transport, reason_of
 from ops.errors import BoxError, HostKeyChanged, Lost, MilkteaError, NeverReady, Unsuitable
 from ops.wait import until
 
@@ -263,7 +263,7 @@ class Box:
                 "nothing was sent to it",
                 hint="destroy the box and rent another; the pinned key is never replaced by hand",
             ) from error
-        except (OSError, EOFError, paramiko.SSHException) as error:
+        except LINK_ERRORS as error:
             connection.client.close()
             return reason_of(error, timeout_s)
         connection.transport.set_keepalive(15)
@@ -333,9 +333,9 @@ class Box:
             return transport.open_channel("direct-tcpip", there, ("127.0.0.1", 0), timeout=ANSWER_S)
         except paramiko.ChannelException as error:
             raise BoxError(f"nobody listens at port {port} of the box: {error}") from error
-        except (OSError, EOFError, paramiko.SSHException) as error:
+        except LINK_ERRORS as error:
             raise self._lost(
-                f"a channel to port {port}: {error or type(error).__name__}"
+                f"a channel to port {port}: {str(error) or type(error).__name__}"
             ) from error
 
     def terminal(self, script: str, kind: str, columns: int, lines: int) -> paramiko.Channel:
@@ -347,8 +347,8 @@ class Box:
             channel.get_pty(kind, columns, lines)
             channel.exec_command(f"exec sh -c {shlex.quote(f'cd || exit; {script}')}")
             return channel
-        except (OSError, EOFError, paramiko.SSHException) as error:
-            raise self._lost(f"a terminal: {error or type(error).__name__}") from error
+        except LINK_ERRORS as error:
+            raise self._lost(f"a terminal: {str(error) or type(error).__name__}") from error
 
     def _exec(self, script: str, input: Input, deadline: Deadline, out: Output) -> Result:
         channel = self.command(script)
@@ -389,8 +389,8 @@ class Box:
             channel: paramiko.Channel = self._fabric.create_session()
             channel.exec_command(f"exec sh -c {shlex.quote(wrapped)}")
             return channel
-        except (OSError, EOFError, paramiko.SSHException) as error:
-            why = error or type(error).__name__
+        except LINK_ERRORS as error:
+            why = str(error) or type(error).__name__
             raise self._lost(f"starting a command: the link broke ({why})") from error
         finally:
             timer.cancel()

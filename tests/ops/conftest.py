@@ -241,13 +241,14 @@ def box(server: SshServer, make_box: Callable[..., Box]) -> Box:
 
 class CuttingProxy:
     """Forwards to `target`; once `budget` bytes have passed on one link in one direction, that link
-    is reset.
+    is reset. With `spoils` set, the next bytes that come down are changed, once.
 
     `up` and `down` count every byte taken from either side, also those of links that were cut."""
 
     def __init__(self, target: int, budget: int | None = None) -> None:
         self.target, self.budget = target, budget
         self.up = self.down = self.cuts = 0
+        self.spoils = False
         self._stop = threading.Event()
         self._sockets: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -273,6 +274,8 @@ class CuttingProxy:
         passed = 0
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if self.spoils and way == "down":
+                    self.spoils, data = False, data[:-1] + bytes([data[-1] ^ 1])
                 sink.sendall(data)
                 passed += len(data)
                 setattr(self, way, getattr(self, way) + len(data))

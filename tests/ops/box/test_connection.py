@@ -105,6 +105,19 @@ def test_a_command_that_is_closed_while_its_output_comes_leaves_the_link_alone(
     assert server.logins == 1
 
 
+def test_bytes_that_are_changed_on_their_way_break_the_link_and_the_next_call_works(
+    server, make_proxy, make_box
+):
+    proxy = make_proxy(server.port)
+    box = make_box(proxy.port)
+    box.connect(10)
+    for call in (box.run, lambda script: box.terminal(script, "dumb", 80, 24)):
+        proxy.spoils = True
+        with pytest.raises(Lost):
+            call("echo x")
+        assert box.run("echo alive").stdout == "alive\n"
+
+
 def test_noise_without_end_before_a_command_is_stopped_too(server, make_box):
     server.noise = "head -c 3000000 /dev/zero; "
     box = make_box(server.port)
