@@ -9,6 +9,7 @@ from ops.box import errand
 from ops.box.connection import Box
 from ops.errors import Failed
 from ops.job import tokens
+from ops.run import wishes
 from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Session
 
@@ -41,3 +42,11 @@ def follow_errand(
         session.clock.sleep(LOOK_S)
     if code:
         raise Failed(f"it ended with exit code {code}: {said[-400:]}")
+
+
+def leave_errand(session: Session, box: Box) -> None:
+    """After an interrupt, which ends the errand alone: its wish is written down and done with."""
+    box.close()  # a command may be half sent
+    session.note("interrupted", chosen=session.wish or wishes.DESTROY)
+    session.wish = ""
+    wishes.forget(session.journal.folder)

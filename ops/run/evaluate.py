@@ -13,8 +13,7 @@ from typing import Any
 from ops.box.connection import Box
 from ops.box.scripts import run_folder
 from ops.errors import BoxError, Failed
-from ops.run import wishes
-from ops.run.errands import follow_errand
+from ops.run.errands import follow_errand, leave_errand
 from ops.run.session import Interrupted, Session
 
 NAME, FILE = "evaluate", "evaluation.json"
@@ -36,10 +35,7 @@ def evaluate_on_box(session: Session, box: Box, staging: Path, out: Path) -> boo
             part.write_text(text, "utf-8")
             part.replace(folder / FILE)
     except Interrupted:
-        box.close()  # a command may be half sent
-        session.note("interrupted", chosen=session.wish or wishes.DESTROY)
-        session.wish = ""
-        wishes.forget(session.journal.folder)
+        leave_errand(session, box)
         return False
     except (BoxError, Failed, ValueError, OSError) as e:
         session.screen.waiting(f"no evaluation: {e}")

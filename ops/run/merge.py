@@ -17,8 +17,8 @@ from ops.box.scripts import run_folder
 from ops.box.transfer import PART, sha256_of
 from ops.errors import AdapterError, BoxError, Failed, PreflightError
 from ops.market import cost
-from ops.run import retrieve, sandbox, wishes
-from ops.run.errands import follow_errand
+from ops.run import retrieve, sandbox
+from ops.run.errands import follow_errand, leave_errand
 from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Interrupted, Session
 from trainer.wire.merged import CERTIFICATE, holds_weights
@@ -42,10 +42,7 @@ def merge_on_box(session: Session, box: Box, staging: Path, out: Path) -> None:
             told = _brought_home(session, box, staging, part)
         part.rename(out / FOLDER)
     except Interrupted:
-        box.close()  # a command may be half sent
-        session.note("interrupted", chosen=session.wish or wishes.DESTROY)
-        session.wish = ""
-        wishes.forget(session.journal.folder)
+        leave_errand(session, box)
         session.note("merged", why_not="interrupted", bytes_out=_bytes_in(part))
     except (BoxError, Failed, AdapterError, PreflightError, ValueError, OSError) as e:
         session.screen.waiting(f"no merged model: {e}; the adapter is at home")
