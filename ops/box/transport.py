@@ -24,7 +24,19 @@ LINK_ERRORS = (
     ArithmeticError,
     struct.error,
 )
+_MAX_PACKET = 1 << 20  # bytes; RFC 4253 asks for 35,000, and paramiko takes 32 KiB of data in one
 _WINDOW = 32 << 20  # bytes in flight towards us; paramiko's 2 MiB are 10 MB/s at 200 ms
+
+
+class BoundedPackets(paramiko.Packetizer):  # type: ignore[misc]  # it is untyped
+    """Refuses a packet that is longer than any of SSH's. paramiko believes the length that a packet
+    begins with, up to 4 GiB, and reads it into memory before it checks who sent it."""
+
+    def read_all(self, n: int, check_rekey: bool = False) -> bytes:
+        if n > _MAX_PACKET:
+            raise paramiko.SSHException(f"a packet of {n:,} bytes")
+        data: bytes = super().read_all(n, check_rekey)
+        return data
 
 
 class WriteFirstKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]  # it is untyped
@@ -44,7 +56,9 @@ def make_transport(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:
     """paramiko's transport with a cipher that CPUs have instructions for, and a wide window."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # keepalives unanswered for 30 s: broken, not slow
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
-    transport = paramiko.Transport(sock, default_window_size=_WINDOW, **kwargs)
+    transport = paramiko.Transport(
+        sock, default_window_size=_WINDOW, packetizer_class=BoundedPackets, **kwargs
+    )
     # paramiko asks for new keys every 512 MiB, and dies of it when a channel closes meanwhile:
     # its reader waits for itself. RFC 4344 allows AES 64 GiB; sshd asks in time on its side.
     transport.packetizer.REKEY_BYTES = 16 << 30

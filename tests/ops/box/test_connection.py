@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -116,6 +117,26 @@ def test_bytes_that_are_changed_on_their_way_break_the_link_and_the_next_call_wo
         with pytest.raises(Lost):
             call("echo x")
         assert box.run("echo alive").stdout == "alive\n"
+
+
+def test_a_packet_of_gigabytes_is_refused_before_it_is_read(make_box):
+    sent = 0
+
+    def flood(listener):
+        nonlocal sent
+        with listener.accept()[0] as there, contextlib.suppress(OSError):
+            there.sendall(b"SSH-2.0-box\r\n" + (0x7FFFFFF4).to_bytes(4, "big") + bytes(4))
+            while sent < 1 << 30:
+                there.sendall(bytes(1 << 20))
+                sent += 1 << 20
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        flooding = threading.Thread(target=flood, args=(listener,), daemon=True)
+        flooding.start()
+        with pytest.raises(Lost, match="cannot be reached"):
+            make_box(listener.getsockname()[1]).reconnect()
+        flooding.join(60)
+    assert not flooding.is_alive() and sent < 64 << 20
 
 
 def test_noise_without_end_before_a_command_is_stopped_too(server, make_box):
