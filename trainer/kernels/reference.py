@@ -334,6 +334,16 @@ def cross_entropy_rows(
     return loss, (grad * counted[:, None]).to(dlogits_dtype)
 
 
+def log_prob_rows(
+    logits: Tensor, targets: Tensor, scale: float = 1.0, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    x = logits.float() * scale
+    if cap is not None:
+        x = cap * torch.tanh(x / cap)
+    every = x.log_softmax(-1)
+    return every.gather(1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
+
+
 def dequantise_nf4(
     packed: Tensor, absmax: Tensor, codebook: Tensor, out: Tensor, block: int
 ) -> Tensor:

@@ -741,6 +741,29 @@ def cross_entropy_rows(
 
 
 @triton.jit
+def log_prob_rows(
+    logits, targets, log_probs, entropies, v, scale, cap, CAP: tl.constexpr, BN: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    best = -float("inf")
+    total = 0.0
+    weighed = 0.0  # sum of exp(x - best) x
+    for c in range(0, v, BN):
+        cols = c + tl.arange(0, BN)
+        x = _logits(logits + row * v + cols, cols < v, -float("inf"), scale, cap, CAP)
+        new = tl.maximum(best, tl.max(x, 0))
+        e = tl.exp(x - new)
+        kept = tl.exp(best - new)
+        total = total * kept + tl.sum(e, 0)
+        weighed = weighed * kept + tl.sum(e * tl.where(cols < v, x, 0.0), 0)
+        best = new
+    lse = best + tl.log(total)
+    picked = _logits(logits + row * v + tl.load(targets + row), True, 0.0, scale, cap, CAP)
+    tl.store(log_probs + row, picked - lse)
+    tl.store(entropies + row, lse - weighed / total)
+
+
+@triton.jit
 def dequantise_nf4(packed, absmax, codebook, out, n_bytes, BLOCK: tl.constexpr, BN: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     mask = at < n_bytes

@@ -608,6 +608,23 @@ def cross_entropy_rows(
     return loss, grad
 
 
+def log_prob_rows(
+    logits: Tensor, targets: Tensor, scale: float = 1.0, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log p of each row's target, entropy of each row), fp32 [C], of logits [C, V] x scale,
+    squashed to cap tanh(./cap). Reads them once."""
+    c, v = logits.shape
+    log_probs = _empty(logits, c, dtype=torch.float32)
+    entropies = _empty(logits, c, dtype=torch.float32)
+    jit.log_prob_rows[(c,)](
+        *(logits, targets, log_probs, entropies, v, scale, cap or 1.0),
+        CAP=cap is not None,
+        BN=4096,
+        num_warps=8,
+    )
+    return log_probs, entropies
+
+
 def dequantise_nf4(
     packed: Tensor, absmax: Tensor, codebook: Tensor, out: Tensor, block: int
 ) -> Tensor:

@@ -327,8 +327,15 @@ def _product_error(weight: Any, random: Any) -> float:
 
 def _loss_error(ops: ModuleType, logits: Tensor, dtype: torch.dtype) -> float:
     targets = torch.arange(len(logits), device=logits.device) * 300
+    everywhere = targets.clone()
     targets[3] = -100
     return _largest(
-        ops.cross_entropy_rows(logits, targets, dtype),
-        reference.cross_entropy_rows(logits, targets, dtype),
+        [
+            *ops.cross_entropy_rows(logits, targets, dtype),
+            *ops.log_prob_rows(logits, everywhere),
+        ],
+        [
+            *reference.cross_entropy_rows(logits, targets, dtype),
+            *reference.log_prob_rows(logits, everywhere),
+        ],
     )

@@ -18,38 +18,32 @@ LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of fp32 logits at a time
 
 
 class _LogProbs(torch.autograd.Function):
-    """log p of each target, whose gradient weighs each target by itself: logits are made again in
-    backward, so that none are kept."""
+    """log p of each target, whose gradient weighs each target by itself: d(hidden) of a target is
+    its weight times what the forward pass made while its logits were there."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, head: Tensor, targets: Tensor, scale: float, cap: float | None
     ) -> tuple[Tensor, Tensor]:
+        ops = operations(x.device)
         log_probs = x.new_empty(len(x), dtype=torch.float32)
         entropies = torch.empty_like(log_probs)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for part in chunks(len(x), head.shape[0]):
-            logits = _product_fp32(x[part], head.t()).mul_(scale)
-            if cap is not None:
-                logits = logits.div_(cap).tanh_().mul_(cap)
-            sums = logits.logsumexp(-1)
-            log_probs[part] = logits.gather(1, targets[part, None])[:, 0] - sums
-            p = (logits - sums[:, None]).exp_()
-            entropies[part] = sums - (p * logits).sum(-1)
-        ctx.save_for_backward(x, head, targets)
-        ctx.scale, ctx.cap = scale, cap
+            logits = _product_fp32(x[part], head.t())
+            rules = (targets[part], scale, cap)
+            log_probs[part], entropies[part] = ops.log_prob_rows(logits, *rules)
+            if dx is not None:
+                _, grad = ops.cross_entropy_rows(logits, targets[part], x.dtype, scale, cap)
+                torch.mm(grad, head, out=dx[part])
+        ctx.save_for_backward(dx)
         ctx.mark_non_differentiable(entropies)
         return log_probs, entropies
 
     @staticmethod
     def backward(ctx: Any, weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, head, targets = ctx.saved_tensors
-        ops, dx = operations(x.device), torch.empty_like(x)
-        for part in chunks(len(x), head.shape[0]):
-            logits = _product_fp32(x[part], head.t())
-            rules = (targets[part], torch.float32, ctx.scale, ctx.cap)
-            grad = ops.cross_entropy_rows(logits, *rules)[1] * -weights[part, None]
-            torch.mm(grad.to(x.dtype), head, out=dx[part])
-        return dx, None, None, None, None
+        [dx] = ctx.saved_tensors
+        return (dx * -weights[:, None]).to(dx.dtype), None, None, None, None
 
 
 def chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -143,7 +137,7 @@ def log_probs_of(
     (targets,), in the order of ``targets_at``; arguments as ``target_loss_sum``'s. Logits are
     divided by ``temperature`` at last. The first is
     differentiable in ``hidden``, each target with a weight of its own. No logits are kept: 2 h V
-    FLOPs a target forward, 4 h V backward."""
+    FLOPs a target without gradients, 4 h V with them."""
     x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets_at)
     apply: Any = _LogProbs.apply
     targets = labels.reshape(-1).index_select(0, targets_at)

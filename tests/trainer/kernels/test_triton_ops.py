@@ -258,6 +258,14 @@ def test_cross_entropy_is_its_twin_and_skips_what_is_no_target(scale, cap):
     assert got[0][4] == 0 and got[1][4].abs().max() == 0
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, None), (0.5, 2.0)])
+def test_log_probs_and_entropies_are_their_twins(scale, cap):
+    logits = torch.randn(9, 5000, device=DEVICE) * 3
+    targets = torch.randint(0, 5000, (9,), device=DEVICE)
+    rules = (logits, targets, scale, cap)
+    agree(triton_ops.log_prob_rows(*rules), reference.log_prob_rows(*rules))
+
+
 def test_nf4_is_decoded_as_its_twin_does():
     weight = random(64, 192)
     packed, absmax = quantise_nf4(weight)
