@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def measure(setting: Setting, asked: argparse.Namespace, device: torch.device) -
     torch.cuda.synchronize()
     speed = tokens / (time.perf_counter() - start)
     if asked.profile:
-        write_profile(steps, asked.profile)
+        write_profile(steps.step, asked.profile)
     losses, norms = (torch.stack(x).float().tolist() for x in (steps.losses, steps.norms))
     depth = layers or SHAPES[setting.model][1]["num_hidden_layers"]
     return {
@@ -297,10 +298,10 @@ def measure(setting: Setting, asked: argparse.Namespace, device: torch.device) -
     }
 
 
-def write_profile(steps: Steps, out: Path) -> None:
-    """The kernels of one step, by time."""
+def write_profile(step: Callable[[], object], out: Path) -> None:
+    """The kernels of one more step, by time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        steps.step()
+        step()
         torch.cuda.synchronize()
     table = seen.key_averages().table(
         sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70

@@ -8,8 +8,9 @@ made once for all stages of a line's model. Rows have the lengths of bench/train
 rm and dpo 64 pairs a step, kto 64 answers, grpo 8 prompts with 8 answers each, ppo 64 prompts,
 answers of `--new` tokens (a random model never stops). `real_tok_s` counts the tokens of rows, of
 both sides of a pair, over a step; of grpo and ppo, of prompts and answers once, over an iteration:
-drawing them, scoring them, and all optimizer steps that learn from them. `--capacity`: of a card of
-so many GiB, on which micro-batches are planned.
+drawing them, scoring them, and all optimizer steps that learn from them. With `--share` the prompt
+of a pair or group is computed once; its tokens count for each of the rows as without. `--capacity`:
+of a card of so many GiB, on which micro-batches are planned.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.families import build, configuration, gemm_tflops, start_adapters
+from bench.families import build, configuration, gemm_tflops, start_adapters, write_profile
 from bench.real_job import tokenizer
 from bench.rows import Setting, lengths
 from bench.shapes import SHAPES
@@ -102,6 +103,8 @@ def write_run(run: Path, model: str, precision: str, stage: str, asked: argparse
     letter = {"rewards": [{"kind": "format", "regex": "^w[0-9]*[02468] "}]}
     if stage in ("grpo", "ppo"):
         told[stage] = long | letter
+    if stage in ("rm", "dpo", "grpo"):
+        told.setdefault(stage, {})["share_prompts"] = asked.share
     (run / "job.json").write_text(json.dumps(told))
     return run
 
@@ -172,6 +175,15 @@ def opened(
     return stage, ranks, plan
 
 
+def tokens_of(stage: Any, step: int) -> int:
+    """Of the rows of a step, or of an iteration's prompts and answers."""
+    made = getattr(stage, "rollout", None)
+    if made is not None:
+        return int(made.rows.starts[-1])
+    size, lengths = stage.rows_per_item, np.diff(stage.data.rows.starts)
+    return int(sum(lengths[i * size : (i + 1) * size].sum() for i in stage.order.step(step)))
+
+
 def measure(
     model: nn.Module, names: dict[str, str], run: Path, asked: argparse.Namespace
 ) -> dict[str, Any]:
@@ -198,10 +210,11 @@ def measure(
                 tokens, began = 0, clock.now()
             work = ahead.take()
             loop._step(work)
-            made = getattr(stage, "rollout", None)
             if step % updates == 0:
-                tokens += work.tokens if made is None else int(made.rows.starts[-1])
+                tokens += tokens_of(stage, step)
         seconds = clock.now() - began
+        if asked.profile:
+            write_profile(lambda: loop._step(work), asked.profile)
         loop.progress.settle()
     finally:
         ahead.close()
@@ -219,6 +232,7 @@ def measure(
         "steps": asked.steps,
         "micro_batch": plan[0],
         "checkpoint_layers": plan[1],
+        "prompts": stage.kernels.get("prompts", ""),
         "drift_nats": round(max(drifts), 5),
         "start_differs_nats": max(starts),
         "loss_last": round(loop.state.curve[-1][1], 4),
@@ -236,6 +250,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--few", type=int, help="items of a step, in place of the protocol's")
     parser.add_argument("--capacity", type=float, help="GiB of the card that is planned for")
+    parser.add_argument("--share", action="store_true", help="a group's prompt is computed once")
+    parser.add_argument("--profile", type=Path, help="write the last step's kernels to this file")
     parser.add_argument("--append", type=Path, help="add the lines to this file")
     asked = parser.parse_args()
     asked.items = lambda stage: asked.few or ITEMS[stage]
