@@ -190,7 +190,8 @@ def measure(
     """Some steps of the run's stage."""
     stage, ranks, plan = opened(model, names, run, asked)
     updates = getattr(stage, "updates", 1)
-    stage.total_steps = min(stage.total_steps, updates * (asked.warm + asked.steps))
+    measured = updates * (asked.warm + asked.steps)
+    stage.total_steps = measured + (asked.profile is not None)
     reporter, clock = Reporter(stage.job, run, first=True), Clock(ranks.device)
     loop = Loop(stage.job, run, stage, ranks, reporter)
     drifts, starts = [0.0], [0.0]
@@ -202,19 +203,18 @@ def measure(
         stage.validate_start = lambda step, apart: starts.append(apart if step == 1 else 0.0)
     ahead, tokens, began = Prefetcher(stage.batches, 0, stage.total_steps), 0, 0.0
     try:
-        for step in range(stage.total_steps):
+        for step in range(measured):
             if step == updates * asked.warm:
                 clock.seconds.clear()
                 if ranks.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 tokens, began = 0, clock.now()
-            work = ahead.take()
-            loop._step(work)
+            loop._step(ahead.take())
             if step % updates == 0:
                 tokens += tokens_of(stage, step)
         seconds = clock.now() - began
         if asked.profile:
-            write_profile(lambda: loop._step(work), asked.profile)
+            write_profile(lambda: loop._step(ahead.take()), asked.profile)
         loop.progress.settle()
     finally:
         ahead.close()
@@ -251,7 +251,7 @@ def main() -> int:
     parser.add_argument("--few", type=int, help="items of a step, in place of the protocol's")
     parser.add_argument("--capacity", type=float, help="GiB of the card that is planned for")
     parser.add_argument("--share", action="store_true", help="a group's prompt is computed once")
-    parser.add_argument("--profile", type=Path, help="write the last step's kernels to this file")
+    parser.add_argument("--profile", type=Path, help="write the kernels of one step more to this file")
     parser.add_argument("--append", type=Path, help="add the lines to this file")
     asked = parser.parse_args()
     asked.items = lambda stage: asked.few or ITEMS[stage]
