@@ -202,6 +202,7 @@ def lines(name: str, asked: argparse.Namespace, device: torch.device) -> Iterato
     for width in asked.widths:
         if asked.serve:
             with served(model, vocab, device, width) as ask:
+                ask(width, asked.new)  # a server's rows grow once, and its graphs are captured
                 found = measure(ask, width, asked.new, device)
         else:
             found = measure(by_generate(model, vocab, device), width, asked.new, device)

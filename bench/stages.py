@@ -251,7 +251,7 @@ def main() -> int:
     parser.add_argument("--few", type=int, help="items of a step, in place of the protocol's")
     parser.add_argument("--capacity", type=float, help="GiB of the card that is planned for")
     parser.add_argument("--share", action="store_true", help="a group's prompt is computed once")
-    parser.add_argument("--profile", type=Path, help="write the kernels of one step more to this file")
+    parser.add_argument("--profile", type=Path, help="write one step more's kernels to this file")
     parser.add_argument("--append", type=Path, help="add the lines to this file")
     asked = parser.parse_args()
     asked.items = lambda stage: asked.few or ITEMS[stage]

@@ -12,7 +12,7 @@ from trainer.memory.counts import (
 from trainer.memory.shape import PADDED_EXPERT_RANK, DeltaNets, Shape, Targets
 
 DROPOUT = ", dropout"  # follows the name of a method that trains with lora_dropout
-_LOGITS_PER_CHUNK = 2**26  # trainer/model/loss.py
+_LOGITS_PER_CHUNK, _TILE = 2**26, 128  # trainer/model/loss.py
 _FLASH_ROUND = 128  # flash attention's backward rounds each document up to so many rows
 _NF4_BYTES = 0.5 + 4 / 64  # half a byte, and an fp32 scale for 64 values
 # lora_dropout's random keys take so many bytes for each feature of the widest input, for a moment
@@ -180,6 +180,7 @@ def loss_fused(shape: Shape, tokens: int, targets: int, element: int) -> float:
     """The final norm's input and output, the targets' states and their gradient; then logits: the
     next chunk's beside the last one's and its gradient."""
     rows = max(16, _LOGITS_PER_CHUNK // shape.vocab)
+    rows -= rows % _TILE if rows > _TILE else 0
     logits = min(targets, rows) * (4 + element) + min(max(targets - rows, 0), rows) * 4
     return 2 * (tokens + targets) * element * shape.hidden + logits * shape.vocab
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer.kernels.backend import operations
 
 LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of fp32 logits at a time
+TILE = 128  # rows that a product computes together: a part of one costs as much as the whole
 
 
 class _LogProbs(torch.autograd.Function):
@@ -47,8 +48,10 @@ class _LogProbs(torch.autograd.Function):
 
 
 def chunks(rows: int, vocabulary: int) -> list[slice]:
-    """Slices of `rows` targets, each of at most LOGITS_PER_CHUNK logits."""
+    """Slices of `rows` targets, each of at most LOGITS_PER_CHUNK logits, or of 16 rows; of whole
+    tiles where that leaves one."""
     size = max(16, LOGITS_PER_CHUNK // vocabulary)
+    size -= size % TILE if size > TILE else 0
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
@@ -62,17 +65,14 @@ class _TargetLoss(torch.autograd.Function):
         need_x, need_head = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if need_x else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if need_head else None
-        size = max(16, LOGITS_PER_CHUNK // head.shape[0])
-        for start in range(0, len(x), size):
-            part = x[start : start + size]
-            logits = _product_fp32(part, head.t())
-            part_targets = targets[start : start + size]
-            loss, grad = ops.cross_entropy_rows(logits, part_targets, x.dtype, scale, cap)
+        for part in chunks(len(x), head.shape[0]):
+            logits = _product_fp32(x[part], head.t())
+            loss, grad = ops.cross_entropy_rows(logits, targets[part], x.dtype, scale, cap)
             total += loss.sum()
             if dx is not None:
-                torch.mm(grad, head, out=dx[start : start + size])
+                torch.mm(grad, head, out=dx[part])
             if dhead is not None:
-                dhead += _product_fp32(grad.t(), part)
+                dhead += _product_fp32(grad.t(), x[part])
         ctx.save_for_backward(dx, None if dhead is None else dhead.to(head.dtype))
         return total
 

@@ -22,6 +22,7 @@ from trainer.data.sharing import Borrowed
 from trainer.data.tokenised import Rows
 from trainer.loop.guards import ExpectedMetrics, Stopped
 from trainer.loop.held_out import Look
+from trainer.loop.progress import Readback
 from trainer.loop.ranks import Ranks
 from trainer.model.forward import target_log_probs
 from trainer.model.parts import family_of
@@ -247,6 +248,7 @@ class Referenced(Judged):
         held = len(self.held) if self.held is not None else 0
         self.held_reference = torch.full((held,), torch.nan, dtype=torch.float64)
         self.has_looked = False
+        self._on_the_way: tuple[list[int], Readback] | None = None
 
     def load(self, ranks: Ranks) -> None:
         super().load(ranks)
@@ -258,18 +260,42 @@ class Referenced(Judged):
 
     @torch.no_grad()
     def prepare(self, step: int, work: batch.Work) -> batch.Work:
-        """The work with "stage/reference" (rows,) in each micro-batch."""
+        """The work with "stage/reference" (rows,) in each micro-batch. Nothing waits for the device
+        here: numbers that are made now come to the host while the step is computed."""
         if not self.references:
             return work
+        self._take_home()
         rows = self._rows_of(step)
-        if bool(self.reference[rows].isnan().any()):
-            self._ask_reference(rows, work)
-        device = self.ranks.device
-        made = [
-            m | {"stage/reference": self.reference[list(m["stage/numbers"])].to(device)}
-            for m in (*work.micro, work.filler)
-        ]
+        places = {row: k for k, row in enumerate(rows)}
+        found = self.reference[rows]
+        if bool(found.isnan().any()):
+            asked = self._asked_reference(places, work)
+            self._on_the_way = None if asked is None else (rows, Readback(asked))
+            found = found if asked is None else asked
+        each, device = (*work.micro, work.filler), self.ranks.device
+        made = []
+        for micro in each:
+            at = [places[n] for n in micro["stage/numbers"]]
+            if found.device.type == device.type:
+                chosen = found[self._index(at)]
+            else:
+                told = batch.pinned({"reference": found[at]}, device)
+                chosen = batch.on(device, told)["reference"]
+            made.append(micro | {"stage/reference": chosen})
         return replace(work, micro=made[:-1], filler=made[-1])
+
+    def _index(self, places: list[int]) -> Tensor:
+        """The numbers on the device, without waiting for it."""
+        told = batch.pinned({"places": torch.tensor(places)}, self.ranks.device)
+        index: Tensor = batch.on(self.ranks.device, told)["places"]
+        return index
+
+    def _take_home(self) -> None:
+        """Keeps the reference's numbers of the step before in host memory."""
+        if self._on_the_way is not None:
+            rows, numbers = self._on_the_way
+            self.reference[rows] = torch.tensor(numbers.read(), dtype=torch.float64)
+            self._on_the_way = None
 
     def ready(self, held: Rows, micro: dict[str, Any]) -> dict[str, Any]:
         """With "stage/reference" (rows,). The reference's numbers are made in the first look."""
@@ -290,19 +316,20 @@ class Referenced(Judged):
         size = self.rows_per_item
         return [item * size + side for item in self.order.step(step) for side in range(size)]
 
-    def _ask_reference(self, rows: list[int], work: batch.Work) -> None:
-        """The reference's numbers of a step's rows, of all processes."""
-        places = {row: k for k, row in enumerate(rows)}
-        found = torch.zeros(len(rows), dtype=torch.float64, device=self.ranks.device)
+    def _asked_reference(self, places: dict[int, int], work: batch.Work) -> Tensor | None:
+        """The reference's numbers of a step's rows, of all processes, on the device; `places` says
+        where each row's stands. None when this process leaves."""
+        found = torch.zeros(len(places), dtype=torch.float64, device=self.ranks.device)
         with self.start.in_place():
             for micro in work.micro:
                 if self.ranks.may_leave:
-                    return
-                mine = [places[n] for n in micro["stage/numbers"]]
+                    return None
+                mine = self._index([places[n] for n in micro["stage/numbers"]])
                 found[mine] = self.ranks.enter(self.sums, batch.on(self.ranks.device, micro))
-        self.reference[rows] = self.ranks.sum(found).cpu()
+        return self.ranks.sum(found)
 
     def state(self) -> dict[str, Tensor]:
+        self._take_home()
         return super().state() | {REFERENCE: self.reference}
 
     def restore(self, state: dict[str, Tensor]) -> None:
