@@ -440,6 +440,13 @@ def test_a_checkpoint_half_pulled_is_pulled_on(client: Client, box: Box, tmp_pat
     assert not local.exists(), "nothing half is left"
 
 
+def test_a_checkpoint_whose_folder_cannot_be_made_is_told_so(box: Box, tmp_path: Path) -> None:
+    (tmp_path / "3").write_text("a file of the user")
+    with pytest.raises(FileExistsError):
+        pull_folder(box, "milktea/run/checkpoints/3", tmp_path / "3", None, max_bytes=100)
+    assert (tmp_path / "3").exists()
+
+
 def listed(*sizes: int) -> dict[str, Any]:
     return {f"{n}.bin": {"sha256": "0", "bytes": size} for n, size in enumerate(sizes)}
 

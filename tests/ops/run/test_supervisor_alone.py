@@ -234,7 +234,8 @@ def test_the_process_says_that_it_is_ready_and_takes_its_pace_from_its_environme
     folder = planned(own, max_usd=0.0001)
     seen: list[Vast] = []
 
-    def owning(folder: Path, vast: Vast, begun: Callable[[], None]) -> int:
+    def owning(owned: Path, vast: Vast, begun: Callable[[], None]) -> int:
+        assert owned == folder
         seen.append(vast)
         begun()
         return 7
@@ -276,6 +277,7 @@ def test_an_owner_that_is_started_is_a_session_of_its_own_that_has_seen_the_mark
     code = detached.started[-1].wait(60)
     line = journal.read(folder)[-1]
     assert line.kind == "failed" and line["exit_code"] == code > 1
+    assert line["error"] == "NoOffer", "that market was empty"
     assert not (folder / supervisor.MARKET).exists(), "read once"
 
 
