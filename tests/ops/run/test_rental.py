@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -530,8 +531,17 @@ def test_the_log_of_the_container_is_kept_where_something_went_wrong(client: Cli
     assert client.asked("logs") == [] and not kept.exists()
     client.offer = client.other
     client.rent()
+    fetching: list[bool] = []
+    client.fake.faults.on_event.append(
+        lambda where, _: fetching.extend(
+            thread.daemon
+            for thread in threading.enumerate()
+            if where == "logs" and thread.name == "container-log"
+        )
+    )
     destroy(client.session, why="Failed", log=True)
     assert client.asked("logs") == ["logs"]
+    assert fetching == [True], "no process waits for it at its end"
 
 
 def test_the_bill_of_the_box_is_written_to_the_millionth_of_a_dollar(client: Client) -> None:
