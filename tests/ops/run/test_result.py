@@ -216,14 +216,8 @@ def test_expectations_come_from_the_wire_job():
     assert ExpectedResult.of(job.model_dump(mode="json")) == wanted
 
 
-def test_a_fully_trained_model_passes_without_an_adapter_config(adapter, tmp_path):
-    del adapter.members[CONFIG]
-    adapter.members = {
-        "model.safetensors" if n == WEIGHTS else n: b for n, b in adapter.members.items()
-    }
-    weights = adapter.members["model.safetensors"]
-    adapter.members[WEIGHTS] = weights
-    del adapter.members["model.safetensors"]
+def test_a_fully_trained_model_passes_as_its_weights_alone(adapter, tmp_path):
+    adapter.members = {WEIGHTS: adapter.members[WEIGHTS]}
     data = adapter.seal()
     adapter.manifest["method"] = "full"
     adapter.expect = replace(adapter.expect, method="full")
@@ -657,6 +651,22 @@ def test_text_beside_the_weights_has_a_limit_each_and_altogether(adapter, tmp_pa
         assert said in refused(tmp_path, claiming(adapter, sizes), adapter)
 
 
+def test_a_bomb_is_what_unfolds_to_a_byte_more_than_the_limits(adapter, tmp_path):
+    """A hundred times its size and 64 MiB, of each member and of all together."""
+    adapter.members |= {"one.txt": b"x" * 9999, "two.txt": b"x" * 9999}
+    rest = sum(len(data) for name, data in adapter.members.items() if not name.endswith(".txt"))
+    each = 100 * 9999 + (64 << 20)
+    all_of_them = 100 * len(adapter.zip(how=zipfile.ZIP_STORED)) + (64 << 20) - rest
+    for one, two, bomb in (
+        (each, 9, False),
+        (each + 1, 9, True),
+        (each, all_of_them - each, False),
+        (each, all_of_them - each + 1, True),
+    ):
+        said = refused(tmp_path, claiming(adapter, {"one.txt": one, "two.txt": two}), adapter)
+        assert ("a bomb" in said) is bomb
+
+
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another wire": (lambda m: m.update(wire=3), "wire 3"),
     "the wire of 0.1": (lambda m: m.update(wire=1), "adapter_sha256"),
@@ -800,11 +810,6 @@ def test_a_bomb_is_caught_before_it_unfolds(adapter, tmp_path):
     assert time.process_time() - began < 0.2
 
 
-def test_many_small_bombs_are_caught_together(adapter, tmp_path):
-    adapter.members |= {f"{i}.txt": bytes(4 << 20) for i in range(30)}
-    assert "a bomb" in refused(tmp_path, adapter.seal(), adapter)
-
-
 def test_a_member_that_unfolds_to_more_than_its_entry_says_is_caught(adapter, tmp_path):
     adapter.members["note.txt"] = b"x" * 5000
     data = bytearray(adapter.zip())
@@ -832,6 +837,13 @@ def test_a_member_that_lies_within_the_bytes_of_another_is_caught(adapter, tmp_p
     entry, inside = data.rindex(b"in.txt") - 46, data.rindex(adapter.members["out.txt"])
     data[entry + 42 : entry + 46] = struct.pack("<I", inside)
     assert "in.txt lies inside another" in refused(tmp_path, adapter.seal(bytes(data)), adapter)
+
+
+def test_a_member_that_begins_at_the_last_byte_of_another_is_caught(adapter, tmp_path):
+    data = bytearray(adapter.zip(how=zipfile.ZIP_STORED))
+    at = data.rindex(b"PK\1\2") + 42
+    data[at : at + 4] = struct.pack("<I", struct.unpack("<I", data[at : at + 4])[0] - 1)
+    assert "inside another member" in refused(tmp_path, adapter.seal(bytes(data)), adapter)
 
 
 def test_five_thousand_members_are_too_many(adapter, tmp_path):
