@@ -124,15 +124,12 @@ def parse(stdout: str) -> Facts:
 def parse_gpu(output: str, exit_code: str = "0") -> tuple[GpuFacts | None, str]:
     """The answer to NVIDIA_SMI, and its complaint or "". One GPU that cannot be read spoils the
     answer."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    rows = [[cell.strip() for cell in line.rsplit(",", 4)] for line in lines]
+    rows = [[c.strip() for c in line.split(",")] for line in output.splitlines() if line.strip()]
     readable = [row for row in rows if len(row) == 5 and _is_number(row[1]) and _is_number(row[3])]
     if not readable or len(readable) < len(rows) or exit_code.strip() not in ("", "0"):
         if exit_code.strip() == "124":
             return None, "nvidia-smi does not answer within 30 s"
-        strange = next(
-            (line for line, row in zip(lines, rows, strict=True) if row not in readable), ""
-        )
+        strange = next((", ".join(row) for row in rows if row not in readable), "")
         return None, f"nvidia-smi: {strange[:200] or 'says nothing'}" + (
             f" (exit {exit_code})" if exit_code.strip() else ""
         )
