@@ -54,17 +54,17 @@ class CostEstimate:
     p_finish: float
     expected_usd: float
     lines: tuple[str, ...]
-    start_s: float = 0.0
-    usd_per_hour: float = 0.0
-    tokens_per_s: float = 0.0
-    risk_usd: float = 0.0
-    gb_in: float = 0.0
-    gb_out: float = 0.0
-    stages_s: tuple[float, ...] = ()  # of `train_s`, by stage
-    talk_s: float = 0.0
-    evaluate_s: float = 0.0
-    merge_s: float = 0.0
-    home_s: float = HOME_S
+    start_s: float
+    usd_per_hour: float
+    tokens_per_s: float
+    risk_usd: float
+    gb_in: float
+    gb_out: float
+    stages_s: tuple[float, ...]  # of `train_s`, by stage
+    talk_s: float
+    evaluate_s: float
+    merge_s: float
+    home_s: float
 
     @property
     def running_h(self) -> float:
@@ -124,12 +124,13 @@ def predict(
         train_s=train_s,
         transfer_s=transfer_s,
         hours=hours,
-        p_finish=1.0,
+        p_finish=math.nan,  # this and the risk by `_with_accidents`
         expected_usd=usd,
         lines=(),
         start_s=start_s,
         usd_per_hour=rate,
         tokens_per_s=speeds[-1],
+        risk_usd=math.nan,
         stages_s=stages_s,
         gb_in=gb_in,
         gb_out=gb_out,
@@ -270,15 +271,15 @@ def burn_usd(
     return spent + gb_in * machine.inet_down_usd_per_gb + gb_out * machine.inet_up_usd_per_gb
 
 
-def compare(prediction: CostEstimate, bill_items: Iterable[Mapping[str, Any]]) -> list[str]:
+def compare(prediction: Mapping[str, Any], bill_items: Iterable[Mapping[str, Any]]) -> list[str]:
     """Lines that compare the bill (items of /charges/: type gpu, disk, bwd or bwu, and amount) with
-    the prediction: one for each type and a total. A type that we do not know is listed by its
-    name."""
+    the prediction, a CostEstimate as a journal keeps it: one for each type and a total. A type that
+    we do not know is listed by its name."""
     predicted = {
-        "gpu": prediction.gpu_usd,
-        "disk": prediction.disk_usd,
-        "bwd": prediction.inet_down_usd,
-        "bwu": prediction.inet_up_usd,
+        "gpu": prediction["gpu_usd"],
+        "disk": prediction["disk_usd"],
+        "bwd": prediction["inet_down_usd"],
+        "bwu": prediction["inet_up_usd"],
     }
     billed: dict[str, float] = dict.fromkeys(predicted, 0.0)
     for item in bill_items:
@@ -287,7 +288,7 @@ def compare(prediction: CostEstimate, bill_items: Iterable[Mapping[str, Any]]) -
     lines = [
         _comparison(_KINDS.get(k, k), predicted.get(k, 0.0), amount) for k, amount in billed.items()
     ]
-    return [*lines, _comparison("total", prediction.usd, sum(billed.values()))]
+    return [*lines, _comparison("total", prediction["usd"], sum(billed.values()))]
 
 
 _KINDS = {"gpu": "GPU", "disk": "disk", "bwd": "download", "bwu": "upload"}

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ops.market.cost import CostEstimate, compare
+from ops.market.cost import compare
 from ops.market.models import Offer
 from ops.run.journal import Line, last
 from ops.run.kept import kept, words
@@ -283,8 +283,7 @@ def cost_lines(lines: list[Line], now: float) -> list[str]:
         out.append(f"vast.ai's bill for instance {bill['instance_id']}: {bill['usd']:.4f} $")
         if predicted:
             out += [
-                f"  {line}"
-                for line in compare(CostEstimate(**predicted["predicted"]), _by_type(bill["items"]))
+                f"  {line}" for line in compare(predicted["predicted"], _by_type(bill["items"]))
             ]
     if len(bills) > 1 and (billed := billed_usd(lines)) is not None:
         out.append(f"vast.ai's bills for {len(bills)} machines together: {billed:.4f} $")

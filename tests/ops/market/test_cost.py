@@ -357,14 +357,16 @@ def test_the_bill_is_compared_kind_by_kind_and_in_total() -> None:
         {"type": "bwd", "amount": 0.01},
         {"type": "bwd", "amount": 0.02},
         {"type": "tax", "amount": 0.005},
+        {"type": "gift", "amount": None},
     ]
-    lines = cost.compare(predicted, items)
+    lines = cost.compare(asdict(predicted), items)
     assert [line.split()[0] for line in lines] == [
         "GPU",
         "disk",
         "download",
         "upload",
         "tax",
+        "gift",
         "total",
     ]
     assert (
@@ -372,12 +374,15 @@ def test_the_bill_is_compared_kind_by_kind_and_in_total() -> None:
         and "(+0%)" in lines[1]
         and "billed $0.0300" in lines[2]
         and "billed $0.0050" in lines[4]
+        and "billed $0.0000" in lines[5]
     )
     assert f"billed ${predicted.gpu_usd * 1.1 + predicted.disk_usd + 0.035:.4f}" in lines[-1]
 
 
 def test_an_empty_bill_is_compared_too() -> None:
-    assert cost.compare(cost.predict(OFFER, WORK), [])[-1].endswith("billed $0.0000 (-100%)")
+    assert cost.compare(asdict(cost.predict(OFFER, WORK)), [])[-1].endswith(
+        "billed $0.0000 (-100%)"
+    )
 
 
 def test_a_stage_with_more_adapters_and_passes_is_slower_and_needs_a_larger_card(
@@ -490,7 +495,8 @@ def test_a_practice_run_boots_and_starts_as_a_process_does() -> None:
     work = replace(WORK, cpu_practice=True, model_parameters=2e6, tokens=4e5)
     got = cost.predict(OFFER, work)
     assert got.tokens_per_s == pytest.approx(50e9 / (4 * 2e6 * STAGES["sft"].work))
-    assert (got.boot_s, got.pull_s, got.start_s) == (3.0, 0.0, 10.0)
+    assert (got.boot_s, got.pull_s, got.start_s, got.home_s) == (3.0, 0.0, 10.0, 2.0)
+    assert cost.merge_s(OFFER, replace(work, merged_bytes=1e6)) == 600.0
     assert "on this computer" in got.lines[0]
 
 
@@ -537,7 +543,7 @@ def test_the_arithmetic_shows_hours_rates_and_sizes() -> None:
         "3 min and $0.0270 for 13.5 GB from the hub",
     ):
         assert said in text, said
-    assert "2x" not in cost.predict(OFFER, WORK).lines[0]
+    assert "a second on RTX 4090" in cost.predict(OFFER, WORK).lines[0]
     assert not any(line.startswith("saves") for line in cost.predict(OFFER, WORK).lines)
     short = cost.predict(OFFER, replace(work, tokens=1e3))
     assert not any(line.startswith("saves") for line in short.lines)
@@ -549,18 +555,40 @@ def test_every_stage_is_priced_and_the_whole_is_their_sum() -> None:
     both = cost.predict(OFFER, of_stages(loads))
     assert both.stages_s == tuple(c.train_s for c in alone)
     assert both.train_s == sum(c.train_s for c in alone)
-    assert sum(line.startswith("train ") for line in both.lines) == 2
+    assert [line.startswith("train ") for line in both.lines[:3]] == [True, True, False]
+    for line, seconds in zip(both.lines, both.stages_s, strict=False):
+        assert line.endswith(f", ${0.36 * seconds / 3600:.4f}")
+    assert "$" not in alone[0].lines[0]
     assert both.usd < sum(c.usd for c in alone), "one boot, one start, one push"
     kept = Workload(**json.loads(json.dumps(asdict(of_stages(loads)))))
     assert kept == of_stages(loads), "as the journal keeps it"
 
 
-def test_the_plan_prices_the_merge_and_its_way_home() -> None:
-    offer = OFFER
-    load = Workload(1e6, 7e9, disk_gib=60, home_down_mbps=100)
-    without, asked = (cost.predict(offer, replace(load, merged_bytes=b)) for b in (0.0, 14e9))
-    assert asked.gb_out - without.gb_out == 14 and asked.usd > without.usd
-    assert asked.merge_s > 600 and without.merge_s == 0.0  # 24 GiB do not hold it in fp32
-    assert any(line.startswith("merge     at most") for line in asked.lines)
-    large = replace(offer, gpu_memory_gib=80.0)
-    assert cost.merge_s(large, replace(load, merged_bytes=14e9)) < 600
+def test_the_seconds_and_dollars_of_a_merge_are_those_that_a_hand_finds() -> None:
+    offer = replace(OFFER, disk_mb_s=400)
+    work = replace(WORK, merged_bytes=13.2e9, merges=3, evaluate_s=50.0, talk_s=70.0)
+    got, plain = cost.predict(offer, work), cost.predict(offer, WORK)
+    read_s = 2 * 6.6e9 / 400e6
+    assert plain.start_s == 40 + read_s
+    assert got.start_s == 40 + read_s + 3 * (2 * 6.6e9 / 200e6 + read_s)
+    on_gpu_s = 120 + 3 * 13.2e9 / 200e6 + 4 * 13.2e9 / 400e6
+    assert got.merge_s == on_gpu_s + 2 * 4 * 4000 * 6.6e9 / 100e9, "24 GiB do not hold it in fp32"
+    least_gib = (4.4 * 6.6e9 + (4 << 30)) / 2**30
+    for gib, seconds in ((least_gib, got.merge_s), (math.nextafter(least_gib, 99), on_gpu_s)):
+        assert cost.merge_s(replace(offer, gpu_memory_gib=gib), work) == seconds
+    assert cost.merge_s(replace(OFFER, gpu_memory_gib=99), work) == 120 + 198 + 66
+    assert cost.predict(replace(offer, disk_mb_s=0.5), WORK).start_s == 40 + 13.2e9 / 0.5e6
+    after_s = 50 + got.merge_s + 70
+    assert got.running_h == (got.transfer_s + got.start_s + got.train_s + after_s) / 3600
+    assert got.gpu_usd == pytest.approx(0.36 * got.running_h)
+    assert got.hours - got.running_h == pytest.approx((60 + got.pull_s) / 3600)
+    assert got.gb_out - plain.gb_out == pytest.approx(13.2)
+    assert got.transfer_s - plain.transfer_s == pytest.approx(13.2e9 / 12.5e6)
+    assert (plain.merge_s, plain.evaluate_s, plain.talk_s, plain.home_s) == (0, 0, 0, 30)
+    shown = [line for line in got.lines if line not in plain.lines]
+    assert shown[:3] == [
+        f"evaluate  at most 50 s for ${50 * 0.37 / 3600:.4f}",
+        f"merge     at most 43 min for ${got.merge_s * 0.37 / 3600:.4f}",
+        f"talk      70 s on RTX 4090 for ${70 * 0.37 / 3600:.4f} at most",
+    ]
+    assert not any(line.startswith(("evaluate", "merge", "talk")) for line in plain.lines)
