@@ -28,12 +28,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from trainer.model.chatglm import MARK, reorder, row_order
 from trainer.tools import checkpoint, sentencepiece_bpe
 from trainer.tools.checkpoint import InvalidCheckpoint, Progress
 
 SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")  # of ChatGLM3
-MARK = "chatglm_rows"  # in the config.json of a converted model: its rows are in our order
 NOT_TURNED = 1e30  # divides a frequency to 0
 FIRST = "take ChatGLM2-6B or ChatGLM3-6B; of GLM-4 the hub has folders that end in -hf"
 NAMES = {
@@ -138,20 +138,6 @@ def rope_factors(size: int, theta: float) -> list[float]:
     """
     turned = size // 4
     return [theta ** (2 * i / size) for i in range(turned)] + [NOT_TURNED] * (size // 2 - turned)
-
-
-def row_order(size: int) -> Tensor:
-    """Of one head of ``size`` rows: which old row each new row is. The turned pairs (2i, 2i+1) come
-    to i and i + size/2, the pairs of the half that is not turned behind them.
-    """
-    pairs = torch.arange(size).reshape(2, size // 4, 2)  # turned or not, pair, which of the two
-    return pairs.permute(2, 0, 1).reshape(size)
-
-
-def reorder(rows: Tensor, order: Tensor) -> Tensor:
-    """Weights (heads * d, in) or biases (heads * d) of q or k, each head's rows in ``order``."""
-    heads: Tensor = rows.unflatten(0, (-1, len(order)))
-    return heads[:, order].reshape(rows.shape)
 
 
 def weight_files(source: Path) -> list[Path]:
