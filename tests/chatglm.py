@@ -82,8 +82,12 @@ def save(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     return folder
 
 
-def their_forward(w: dict[str, Tensor], tokens: Tensor, theta: float) -> Tensor:
-    """ChatGLM2's logits (tokens, vocabulary): head by head, turned in complex numbers."""
+def their_forward(
+    w: dict[str, Tensor], tokens: Tensor, theta: float, prefix: Tensor | None = None
+) -> Tensor:
+    """ChatGLM2's logits (tokens, vocabulary): head by head, turned in complex numbers. A `prefix`
+    (k, 2 * LAYERS * GROUPS * SIZE) stands before the tokens as what was computed earlier does: its
+    keys are not turned, and the first token's position is 0."""
     x, length = w["transformer.embedding.word_embeddings.weight"][tokens], len(tokens)
     turned = SIZE // 2
     angle = torch.outer(
@@ -99,7 +103,11 @@ def their_forward(w: dict[str, Tensor], tokens: Tensor, theta: float) -> Tensor:
         pairs = torch.complex(head[:, 0:turned:2], head[:, 1:turned:2]) * turn
         return torch.cat([torch.view_as_real(pairs).flatten(1), head[:, turned:]], 1)
 
+    past = torch.zeros(0, 2 * LAYERS, GROUPS, SIZE)
+    if prefix is not None:
+        past = prefix.view(len(prefix), 2 * LAYERS, GROUPS, SIZE)
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    later = torch.cat([torch.zeros(length, len(past), dtype=torch.bool), later], 1)
     for n in range(LAYERS):
         at = f"transformer.encoder.layers.{n}."
         h = norm(x, w[f"{at}input_layernorm.weight"])
@@ -113,8 +121,10 @@ def their_forward(w: dict[str, Tensor], tokens: Tensor, theta: float) -> Tensor:
                 slice(head * SIZE, head * SIZE + SIZE),
                 slice(group * SIZE, (group + 1) * SIZE),
             )
-            score = rotated(q[:, own]) @ rotated(k[:, shared]).T / math.sqrt(SIZE)
-            heads.append(score.masked_fill(later, -math.inf).softmax(1) @ v[:, shared])
+            keys = torch.cat([past[:, 2 * n, group], rotated(k[:, shared])])
+            values = torch.cat([past[:, 2 * n + 1, group], v[:, shared]])
+            score = rotated(q[:, own]) @ keys.T / math.sqrt(SIZE)
+            heads.append(score.masked_fill(later, -math.inf).softmax(1) @ values)
         x = x + torch.cat(heads, 1) @ w[f"{at}self_attention.dense.weight"].T
         h = norm(x, w[f"{at}post_attention_layernorm.weight"])
         gate, up = (h @ w[f"{at}mlp.dense_h_to_4h.weight"].T).split(WIDE, 1)

@@ -126,10 +126,12 @@ class Family:
 
     @property
     def long_rope(self) -> bool:
-        """Whether the angles of a row depend on its length: LongRoPE and dynamic NTK."""
+        """Whether the angles of a row depend on its length: dynamic NTK, and LongRoPE unless long
+        rows have the factors of short ones (a converted ChatGLM)."""
         rope = _object(self.config, "rope_parameters") or _object(self.config, "rope_scaling")
         kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
-        names = {str(k.get("rope_type") or k.get("type")) for k in kinds}
+        differing = [k for k in kinds if not _same_factors(k)]
+        names = {str(k.get("rope_type") or k.get("type")) for k in differing}
         return bool(names & {"longrope", "su", "dynamic"})
 
     @property
@@ -434,3 +436,9 @@ def _table() -> dict[str, Config]:
 @cache
 def _towers() -> dict[str, str]:
     return {kind: row["tower"] for row in _file()["wrapper"] for kind in row["types"]}
+
+
+def _same_factors(rope: Config) -> bool:
+    """Whether LongRoPE divides the angles of short and of long rows by the same."""
+    short = rope.get("short_factor")
+    return short is not None and short == rope.get("long_factor")

@@ -30,7 +30,7 @@ Result = Annotated[
 Base = Annotated[
     str | None, typer.Option(help="The base model's folder or hub id, where it is not known")
 ]
-TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "cog", "hf")
+TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "cog", "hf", "chatglm")
 DTYPES = ("bf16", "fp16", "fp32")
 
 

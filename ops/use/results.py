@@ -64,7 +64,7 @@ def check_adapter(result: Found | str | Path) -> list[dict[str, Any]]:
 
 def export_adapter(
     result: Found | str | Path,
-    target: Literal["vllm", "sglang", "llama.cpp", "ollama", "cog", "hf"],
+    target: Literal["vllm", "sglang", "llama.cpp", "ollama", "cog", "hf", "chatglm"],
     *,
     name: str = "tuned",
     gguf_type: Literal["f16", "q8_0"] = "f16",

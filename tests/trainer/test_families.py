@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, MOST_USED, WINDOW, build, config
+from chatglm import THEIRS
 from torch import nn
 from transformers import AttentionInterface, AutoConfig
 from transformers.models.auto import modeling_auto
@@ -16,6 +17,7 @@ from trainer import families
 from trainer.families import FamilyError, read
 from trainer.kernels import delta
 from trainer.kernels.attention import packed_attention
+from trainer.tools.convert_chatglm import qwen2_config
 
 # in transformers 5.24 and not in the 5.23 of our lock
 NEWER = {
@@ -336,6 +338,15 @@ def test_granite_without_mamba_layers_may_be_packed():
 def test_angles_that_depend_on_a_rows_length_are_seen(settings):
     assert read({"model_type": "phi3", "num_hidden_layers": 2, **settings}).long_rope
     assert not read({"model_type": "phi3", "num_hidden_layers": 2}).long_rope
+
+
+def test_a_converted_chatglm_has_the_same_angles_at_every_length():
+    theirs = THEIRS | {"padded_vocab_size": 300}
+    family = read(qwen2_config(theirs))
+    assert not family.long_rope and not family.why_no_prompt() and not family.why_unshared()
+    other = qwen2_config(theirs)
+    other["rope_parameters"]["long_factor"][1] *= 2
+    assert read(other).long_rope
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ def by_length(model: nn.Module) -> bool:
 def _kinds(module: nn.Module) -> set[str]:
     told: Any = getattr(module, "rope_type", None)
     kinds = set(told.values()) if isinstance(told, dict) else {told}
+    rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    short = rope.get("short_factor")
+    if short is not None and short == rope.get("long_factor"):
+        return set()  # long rows have the angles of short ones (a converted ChatGLM)
     return {k for k in kinds if isinstance(k, str) and (k == "longrope" or "dynamic" in k)}
 
 

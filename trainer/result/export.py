@@ -7,6 +7,7 @@ llama.cpp      one GGUF file of the merged model, F16 or Q8_0
 ollama         that, and a Modelfile with the trained template and its stop token
 cog            cog.yaml, run.py and a Dockerfile, with result, base and trainer
 hf             the adapter's folder with its card; with --repo it is uploaded, by the user's token
+chatglm        a prefix as ChatGLM's own code loads it, the checkpoint of its P-Tuning v2
 
 What is merged is certified (trainer/result/certificate.py); certificate.json lies beside it.
 """
@@ -28,14 +29,14 @@ import torch
 
 from trainer.data.prepare import Prepared
 from trainer.data.template import TemplateError
-from trainer.result import cog, gguf_file, ollama
+from trainer.result import chatglm, cog, gguf_file, ollama
 from trainer.result.certificate import NotCertified
 from trainer.result.command import StatusLine, answer, parser_of
 from trainer.result.engines import EngineSupport, loads_in, read
 from trainer.result.merge import certified_merge
 from trainer.result.open import base_folder, open_words, unpacked
 
-TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "cog", "hf")
+TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "cog", "hf", "chatglm")
 _ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 Tell = Callable[[str], None]
 
@@ -72,6 +73,8 @@ def export(
         elif asked.target == "cog":
             cog.write(adapter, base, part, asked.name)
             commands, notes = _for_cog(out, asked)
+        elif asked.target == "chatglm":
+            commands, notes = _for_chatglm(adapter, base, part, out)
         elif asked.target == "hf":
             shutil.copytree(adapter, part, dirs_exist_ok=True)
             commands, notes = _for_hub(part, out, asked)
@@ -179,6 +182,21 @@ def _for_cog(out: Path, asked: ExportSettings) -> Told:
         f"cd {folder} && cog build -t {name} && cog run {name} -i prompt=hello",
         f"docker build {image} -t {name} {folder} && cog run {name} -i prompt=hello",
     ], ["the second needs no network and no `cog build`: it stands on an image of milktea's"]
+
+
+def _for_chatglm(adapter: Path, base: Path, part: Path, out: Path) -> Told:
+    try:
+        places = chatglm.write_theirs(adapter, base, part)
+    except chatglm.NotChatGlm as why:
+        raise ExportError(str(why)) from why
+    words = adapter / "template.json"
+    name = json.loads(words.read_bytes())["name"] if words.is_file() else "chatglm2"
+    asks = 'ChatGLM2\'s own code asks as [Round 1], which data.template = "chatglm2" trains'
+    command = "python web_demo.py --model_name_or_path THUDM/chatglm2-6b --ptuning_checkpoint"
+    return [f"{command} {_quoted(out)} --pre_seq_len {places}"], [
+        "the command is of the folder ptuning/ of ChatGLM2-6B's repository",
+        *([] if name == "chatglm2" else [f"it was trained in the template {name}: {asks}"]),
+    ]
 
 
 # -- the hub ---------------------------------------------------------------------------------------

@@ -112,15 +112,15 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(text + "\n", "utf-8")
 
 
-def main(convert: Callable[[Path, Path, Progress], list[Path]], usage: str) -> int:
-    """The command line of a converter: SOURCE TARGET; says what it refuses and returns 2."""
-    if len(sys.argv) != 3:
+def main(convert: Callable[..., list[Path]], usage: str, folders: int = 2) -> int:
+    """The command line of a converter, which takes so many folders and a Progress; says what it
+    refuses and returns 2."""
+    given = [Path(word) for word in sys.argv[1:]]
+    if len(given) != folders:
         print(usage, file=sys.stderr)
         return 2
     try:
-        shards = convert(
-            Path(sys.argv[1]), Path(sys.argv[2]), lambda line: print(line, file=sys.stderr)
-        )
+        shards = convert(*given, lambda line: print(line, file=sys.stderr))
     except InvalidCheckpoint as error:
         print(f"refused: {error}\ndo this: {error.hint}", file=sys.stderr)
         return 2

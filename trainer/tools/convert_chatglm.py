@@ -179,7 +179,10 @@ def _converted(
     """The tensors under their new names; the names are checked before the first is made."""
     names = {name for part in parts for name in part if name != DROPPED}
     if prefix := [name for name in names if name.startswith("transformer.prefix_encoder.")]:
-        raise InvalidCheckpoint(f"{prefix[0]}: this is a P-Tuning checkpoint, no base model", FIRST)
+        raise InvalidCheckpoint(
+            f"{prefix[0]}: this is a P-Tuning checkpoint, no base model",
+            "python -m trainer.tools.chatglm_prompt CHECKPOINT BASE TARGET converts it",
+        )
     wanted = set(TOP)
     for number in range(config["num_hidden_layers"]):
         wanted |= {

@@ -9,7 +9,7 @@ import torch
 from architectures import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainer.kernels.rotary import by_document, document_lengths
+from trainer.kernels.rotary import by_document, by_length, document_lengths
 
 ORIGINAL = 32
 LENGTHS = (20, 50, 32, 70, 33)
@@ -83,3 +83,11 @@ def test_twice_is_as_once():
 def test_a_token_after_a_cache_counts_what_is_in_the_cache():
     assert document_lengths(torch.tensor([[40]])).tolist() == [[41]]
     assert document_lengths(torch.tensor([[0, 1, 0, 0, 1, 2]])).tolist() == [[2, 2, 1, 3, 3, 3]]
+
+
+def test_long_rows_with_the_factors_of_short_ones_are_left_alone():
+    name, rope, more = KINDS["longrope"]
+    same = {**rope, "long_factor": rope["short_factor"]}
+    settings = {**ARCHITECTURES[name][1], "sliding_window": None, **more, "rope_parameters": same}
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings))
+    assert by_document(made) == 0 and not by_length(made)
