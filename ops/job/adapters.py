@@ -13,7 +13,7 @@ from typing import Any
 from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
 from ops.job.job_file import JobFile
-from trainer.wire.adapters import as_told, files_of, judge_defect, lora_from
+from trainer.wire.adapters import as_told, files_of, judge_defect, settings_from
 from trainer.wire.chain import CONFIG, text_of
 from trainer.wire.job import DataFile
 from trainer.wire.tables import REWARD_MODEL
@@ -32,7 +32,7 @@ class Adapters:
 
 
 def taken_up(job: JobFile, stage: Path) -> tuple[JobFile, Adapters]:
-    """The job with the LoRA settings of what it starts from, and its adapters; archives are
+    """The job with the settings of what it starts from, and its adapters; archives are
     unpacked in `stage`. Raises PreflightError for one that is not there or does not fit."""
     found, start = Adapters(), None if job.start is None else Path(job.start)
     base = Path(job.model.base).name if Path(job.model.base).is_dir() else job.model.base
@@ -56,7 +56,7 @@ def taken_up(job: JobFile, stage: Path) -> tuple[JobFile, Adapters]:
 
 
 def _started(job: JobFile, start: Path, found: Adapters, stage: Path) -> JobFile:
-    """The job with the LoRA settings that its start asks for, which is added to `found`. Raises
+    """The job with the settings that its start asks for, which is added to `found`. Raises
     OSError, ValueError."""
     _add(found, start, START, stage)
     if job.how == "merge":
@@ -64,9 +64,9 @@ def _started(job: JobFile, start: Path, found: Adapters, stage: Path) -> JobFile
             raise ValueError("it is no LoRA: only a LoRA is merged")
         found.told["merged"] = [found.told.pop(START)]
         return job
-    lora = lora_from(start, job.lora, job.how)
+    taken = settings_from(start, job.training.method, job.lora, job.prompt_learning, job.how)
     found.told[START]["how"] = job.how
-    return job.model_copy(update={"lora": lora})
+    return job.model_copy(update=taken)
 
 
 def _add_function(found: Adapters, file: Path) -> None:

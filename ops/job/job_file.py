@@ -333,7 +333,8 @@ class JobFile(Strict, Sections):
         told = self.lora != Lora()
         if defect := prompt_defect(self.training.method, self.model.precision, told):
             raise ValueError(defect)
-        if defect := start_defect(self.takes_up, self.training, self.lora):
+        how = self.how if self.takes_up else None
+        if defect := start_defect(how, self.training, self.lora, self.prompt_learning):
             raise ValueError(defect)
         if defect := looks_defect(self.stage, self.training, self.offer.num_gpus):
             raise ValueError(defect)

@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def run_folder(tmp_path: Path, models: Callable[..., Path]) -> Callable[..., Path]:
     """run_folder(kind="gqa", data=[...], held_out=[...], **job keys) -> job.json of a new run
     folder. Dicts merge into the defaults. `start` and `judge` are job.json of finished runs whose
-    adapters the job gets, `how` the first one is taken up."""
+    adapters the job gets, or folders of adapters, `how` the first one is taken up."""
     count = 0
 
     def make(
@@ -98,7 +98,11 @@ def run_folder(tmp_path: Path, models: Callable[..., Path]) -> Callable[..., Pat
 
 
 def put_adapter(job: Path, run: Path, name: str) -> dict[str, Any]:
-    """Unpacks a finished run's adapter into run/name; what a job says of it."""
+    """Unpacks a finished run's adapter into run/name, or links to a folder; what a job says of
+    it."""
+    if job.is_dir():
+        (run / name).symlink_to(job)
+        return {"path": name, "name": job.name, "sha256": weights_sha256(job)}
     with zipfile.ZipFile(job.parent / "result" / "adapter.zip") as archive:
         for file in FILES:
             archive.extract(file, run / name)

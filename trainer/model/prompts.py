@@ -10,6 +10,7 @@ first token stands at position k.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,12 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from trainer.model.parts import ModelError, causal, family_of
+from trainer.wire.chain import WEIGHTS
 from trainer.wire.job import Job
 
 
@@ -77,6 +80,21 @@ def validate_family(model: nn.Module) -> None:
 def is_prompted(model: nn.Module) -> bool:
     """Whether PEFT's wrapper holds a learned prompt."""
     return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
+
+
+def continue_prompt(model: Any, folder: Path) -> None:
+    """Lets a learned prompt without a network go on from that in an adapter's folder. Raises
+    ModelError for one of another shape."""
+    table = model.prompt_encoder[model.active_adapter].embedding.weight
+    found = load_file(folder / WEIGHTS).get("prompt_embeddings")
+    if found is None or found.shape != table.shape:
+        what = "no learned prompt" if found is None else f"one of {list(found.shape)}"
+        raise ModelError(
+            f"{folder.name}/ holds {what}, and this base has {list(table.shape)}: start from one "
+            "of the same base, with as many learned places"
+        )
+    with torch.no_grad():
+        table.copy_(found)
 
 
 class Prompt(NamedTuple):

@@ -31,6 +31,7 @@ from trainer.model.forward import hidden_states, target_facts, target_loss
 from trainer.model.load import family_in, why_unpacked
 from trainer.model.lora import start_values
 from trainer.model.parts import ModelError
+from trainer.model.prompts import continue_prompt, is_prompted
 from trainer.model.roles import continue_from, stack_on
 from trainer.model.small_copy import copy_of
 from trainer.result import adapter
@@ -121,7 +122,10 @@ class Stage(stage.Stage):
                 f"{start.name} was trained on other weights than those of {self.job.model.base} "
                 "here: start from an adapter of this base"
             )
-        (continue_from if start.how == "continue" else stack_on)(self.model, folder)
+        if is_prompted(self.model):
+            continue_prompt(self.model, folder)
+        else:
+            (continue_from if start.how == "continue" else stack_on)(self.model, folder)
 
     def _rehearse_saving(self) -> None:
         """Raises ResultError where the result of this model and method could not be saved."""

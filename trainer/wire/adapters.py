@@ -20,6 +20,7 @@ from trainer.wire.chain import (
     weights_sha256,
 )
 from trainer.wire.job import Adapter, How, Lora
+from trainer.wire.prompts import PROMPT_METHODS, TAKEN_UP, PromptLearning
 
 TAKEN = (
     "r",
@@ -43,6 +44,33 @@ def files_of(adapter: Path, to: Path) -> list[Path]:
         with opened(adapter, name) as source, open(to / name, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     return [to / name for name in held]
+
+
+def settings_from(
+    adapter: Path, method: str, lora: Lora, prompt: PromptLearning, how: How
+) -> dict[str, Lora | PromptLearning]:
+    """The keys of a job that what it takes up decides: lora, or of a learned prompt
+    prompt_learning. Raises ValueError with what does not go together, OSError."""
+    if method in PROMPT_METHODS:
+        return {"prompt_learning": prompt_from(adapter, method, prompt)}
+    return {"lora": lora_from(adapter, lora, how)}
+
+
+def prompt_from(adapter: Path, method: str, job: PromptLearning) -> PromptLearning:
+    """The job's settings with the number of learned places in the adapter. Raises ValueError for
+    one that this training.method does not go on from, OSError."""
+    told = json.loads(text_of(adapter, CONFIG))
+    kind = told.get("peft_type") if isinstance(told, dict) else None
+    if kind not in TAKEN_UP.get(method, ()):
+        kinds = " or ".join(TAKEN_UP.get(method, ()))
+        raise ValueError(f'it is {kind}, and training.method = "{method}" goes on from {kinds}')
+    name, plain = "num_virtual_tokens", PromptLearning()
+    if getattr(job, name) not in (getattr(plain, name), told.get(name)):
+        raise ValueError(
+            f"prompt_learning.{name} = {getattr(job, name)} (the adapter has {told.get(name)}): "
+            "remove it, the adapter says it"
+        )
+    return PromptLearning.model_validate(job.model_dump() | {name: told.get(name)})
 
 
 def lora_from(adapter: Path, job: Lora, how: How) -> Lora:

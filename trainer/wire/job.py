@@ -15,7 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trainer.wire.prompts import PromptLearning, prompt_defect, settings_defect
+from trainer.wire.prompts import (
+    PROMPT_METHODS,
+    PromptLearning,
+    prompt_defect,
+    prompt_start_defect,
+    settings_defect,
+)
 from trainer.wire.stages import (
     STAGES,
     Sections,
@@ -416,7 +422,8 @@ class Job(Strict, Sections):
     def _adapters_are_there(self) -> Job:
         if len(self.stages) > 1:
             return self
-        if defect := start_defect(self.start is not None, self.training, self.lora):
+        how = None if self.start is None else self.start.how
+        if defect := start_defect(how, self.training, self.lora, self.prompt_learning):
             raise ValueError(defect)
         section = getattr(self, self.stage, None)
         for kind, name, held in (
@@ -491,10 +498,15 @@ def looks_defect(stage: StageName, training: Training, processes: int) -> str:
     return ""
 
 
-def start_defect(starts: bool, training: Training, lora: Lora) -> str:
-    """Why a job that starts from an adapter must not have these settings; empty where it may."""
-    if not starts:
+def start_defect(
+    how: str | None, training: Training, lora: Lora, prompt_learning: PromptLearning
+) -> str:
+    """Why a job that takes up an adapter (`how`; None: takes up none) must not have these settings;
+    empty where it may."""
+    if how is None:
         return ""
+    if training.method in PROMPT_METHODS:
+        return prompt_start_defect(training.method, how, prompt_learning)
     if training.method != "lora":
         return f'start: an adapter is not trained on by training.method = "{training.method}"'
     if lora.init_lora_weights != "default" or lora.use_rslora or lora.use_dora:

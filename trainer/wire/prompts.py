@@ -18,6 +18,10 @@ PEFT_TYPES = {
     "p_tuning": "P_TUNING",
     "prompt_tuning": "PROMPT_TUNING",
 }
+TAKEN_UP = {  # types of a file that such a training goes on from; a network is in no file
+    "p_tuning_v2": ("PREFIX_TUNING",),
+    "prompt_tuning": ("PROMPT_TUNING", "P_TUNING"),
+}
 PRECISIONS = ("fp32", "bf16")
 MOST_TOKENS = 1024
 
@@ -82,6 +86,23 @@ def prompt_defect(method: str, precision: str, lora_is_told: bool) -> str:
         )
     if lora_is_told:
         return f'[lora] says nothing to training.method = "{method}": remove it'
+    return ""
+
+
+def prompt_start_defect(method: str, how: str, settings: PromptLearning) -> str:
+    """Why a training by this method must not start from a learned prompt; empty where it may."""
+    if method not in TAKEN_UP:
+        other = "p_tuning_v2" if method in PREFIXES else "prompt_tuning"
+        return (
+            f'start: the network of "{method}" is in no file, only what it gives: go on with '
+            f'training.method = "{other}"'
+        )
+    if how != "continue":
+        return f'how = "{how}" is of a LoRA: a learned prompt is continued'
+    if settings.prompt_tuning_init_text is not None:
+        return (
+            "start: its prompt says how it begins: remove prompt_learning.prompt_tuning_init_text"
+        )
     return ""
 
 

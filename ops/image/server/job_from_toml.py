@@ -22,7 +22,7 @@ from typing import Any
 from ops.errors import ConfigError, MilkteaError
 from ops.job.config import JobFile, load
 from trainer.data import template as prompt
-from trainer.wire.adapters import as_told, files_of, lora_from
+from trainer.wire.adapters import as_told, files_of, settings_from
 from trainer.wire.job import DataFile, Job
 from trainer.wire.tables import REWARD_MODEL, loras_of, told_of_chain
 
@@ -117,7 +117,7 @@ def _told(job: JobFile, run: Path, processes: int | None, before: str) -> dict[s
 
 def put_adapters(job: JobFile, run: Path) -> tuple[JobFile, dict[str, object]]:
     """Copies what the job starts from and is judged by into the run folder. Returns the job with
-    the LoRA settings of its start, and what job.json says of them. Raises ConfigError."""
+    the settings of its start, and what job.json says of them. Raises ConfigError."""
     own = job.judge is None or job.judge.path == REWARD_MODEL  # an earlier stage makes it
     wanted = {"start": job.start, "judge": None if own or not job.judge else job.judge.path}
     told: dict[str, object] = {}
@@ -127,8 +127,9 @@ def put_adapters(job: JobFile, run: Path) -> tuple[JobFile, dict[str, object]]:
         adapter = Path(path)
         try:
             if name == "start" and job.how != "merge":
-                lora = lora_from(adapter, job.lora, job.how)
-                job = job.model_copy(update={"lora": lora})
+                method, prompt = job.training.method, job.prompt_learning
+                taken = settings_from(adapter, method, job.lora, prompt, job.how)
+                job = job.model_copy(update=taken)
             for file in files_of(adapter, run / name):
                 if adapter.is_dir():
                     (run / name).mkdir(exist_ok=True)

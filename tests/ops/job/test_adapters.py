@@ -97,6 +97,20 @@ def test_an_adapter_that_is_merged_travels_and_asks_nothing_of_the_fresh_one(
     assert {p.remote.split("/")[0] for p in found.pushes} == {"start"}
 
 
+PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 7}
+
+
+def prompted(method: str, **more: Any) -> dict[str, Any]:
+    return {"start": "made", "training": {"method": method}, **more}
+
+
+def test_a_learned_prompt_is_continued_with_its_own_number_of_places(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "made", **PREFIX)
+    job, found = taken_up(a_job(tmp_path, **prompted("p_tuning_v2")), tmp_path / "stage")
+    assert job.prompt_learning.num_virtual_tokens == 7
+    assert found.told["start"]["how"] == "continue"
+
+
 @pytest.mark.parametrize(
     "changes, settings, said",
     [
@@ -106,6 +120,12 @@ def test_an_adapter_that_is_merged_travels_and_asks_nothing_of_the_fresh_one(
         ({"start": "made"}, {"use_dora": True}, "use_dora, which no stage"),
         ({"start": "made", "lora": {"r": 32}}, {}, r"lora.r = 32 \(the adapter has 4\)"),
         ({"start": "made", "how": "stack"}, {"rank_pattern": {"q": 2}}, "no rank_pattern"),
+        (prompted("p_tuning_v2"), {}, "it is LORA, and .* goes on from PREFIX_TUNING"),
+        (
+            prompted("p_tuning_v2", prompt_learning={"num_virtual_tokens": 9}),
+            PREFIX,
+            r"num_virtual_tokens = 9 \(the adapter has 7\)",
+        ),
         (
             {"start": "made", "how": "stack", "lora": {"target_modules": ["q_proj"]}},
             {},
@@ -127,6 +147,15 @@ def test_what_cannot_be_taken_up_is_refused(
         ({"how": "stack"}, "needs start"),
         ({"start": "x", "training": {"method": "full"}}, "not trained on by"),
         ({"start": "x", "lora": {"init_lora_weights": "pissa"}}, "how lora begins"),
+        (
+            prompted("prefix_tuning"),
+            'is in no file, only what it gives: go on with .*"p_tuning_v2"',
+        ),
+        (prompted("p_tuning_v2", how="stack"), "a learned prompt is continued"),
+        (
+            prompted("prompt_tuning", prompt_learning={"prompt_tuning_init_text": "a"}),
+            "its prompt says how it begins",
+        ),
         ({"stage": "ppo", "ppo": {"rewards": [{"kind": "model"}]}}, "which need one"),
     ],
 )

@@ -132,7 +132,7 @@ def prompted(method: str, **told: Any) -> dict[str, Any]:
             'stage dpo is trained by training.method = "lora"',
         ),
         (prompted("p_tuning", stage="ppo"), 'stage ppo is trained by training.method = "lora"'),
-        (prompted("p_tuning", start="run"), "an adapter is not trained on"),
+        (prompted("p_tuning", start="run"), "is in no file, only what it gives"),
         (prompted("p_tuning", optim="muon"), "an adapter is trained by"),
         (prompted("p_tuning_v2", encoder_hidden_size=8), "encoder_hidden_size says nothing"),
         (prompted("prompt_tuning", num_virtual_tokens=1025), "less than or equal to 1024"),

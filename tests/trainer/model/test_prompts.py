@@ -23,7 +23,7 @@ from trainer.model.decode import generate
 from trainer.model.dropout import TokenKeys
 from trainer.model.forward import target_loss
 from trainer.model.parts import ModelError
-from trainer.model.prompts import add_prompt
+from trainer.model.prompts import add_prompt, continue_prompt
 from trainer.result.adapter import save_model
 from trainer.result.open import load_model
 from trainer.wire.job import Job
@@ -172,6 +172,17 @@ def test_a_prompt_begins_as_the_text_that_is_told(
     save_model(model, asked, tmp_path, {})
     text = (tmp_path / "adapter_config.json").read_text()
     assert str(folder) not in text and '"tokenizer_name_or_path": "tiny/random"' in text
+
+
+def test_a_prompt_goes_on_from_what_a_network_gave_and_from_no_other_base(tmp_path: Path) -> None:
+    asked = job("p_tuning", encoder_hidden_size=8)
+    made = save_model(ours("qwen3", asked), asked, tmp_path / "made", {})
+    model = ours("qwen3", job("prompt_tuning"))
+    continue_prompt(model, tmp_path / "made")
+    table = model.prompt_encoder["default"].embedding.weight
+    assert torch.equal(table, made["prompt_embeddings"]) and table.requires_grad
+    with pytest.raises(ModelError, match=r"holds one of \[5, 32\], and this base has \[5, "):
+        continue_prompt(ours("qwen3", job("p_tuning_v2")), tmp_path / "made")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ what PEFT and the trainer compute with the adapter that it becomes."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,21 @@ import pytest
 import torch
 from chatglm import GROUPS, HIDDEN, LAYERS, SIZE, forms, quiet, save, their_forward, weights
 from peft import PeftModel
+from tiny import manifest_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from trainer.model.decode import generate
+from trainer.outcome import DONE
 from trainer.result import export
-from trainer.result.open import load_model, open_words
+from trainer.result.open import load_model, open_words, unpacked
 from trainer.tools.chatglm_prompt import convert
 from trainer.tools.checkpoint import InvalidCheckpoint
+from trainer.train import outcome_of
 
 K, WIDTH, RATIO = 7, 2 * LAYERS * GROUPS * SIZE, 50
 NAME = "transformer.prefix_encoder."
+PLAIN_LORA = {"r": 16, "lora_alpha": 32}  # as where it is left out
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,32 @@ def test_the_way_to_peft_and_back_keeps_the_numbers(bases: dict[str, Path], tmp_
             assert (back - own).abs().max() < 5e-7 * own.abs().max()
             assert json.loads((out / "config.json").read_text())["pre_seq_len"] == K
             assert f"--ptuning_checkpoint {out} --pre_seq_len {K}" in told["commands"][0]
+
+
+def test_a_job_goes_on_from_a_prefix_of_chatglm(
+    bases: dict[str, Path], run_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = prefix()
+    source = checkpoint_of(tmp_path / "theirs", {"embedding.weight": own})
+    convert(source, bases["qwen2"], tmp_path / "ours", quiet)
+    job = run_folder(
+        data=[{"instruction": "hi", "output": "phi"}],
+        model=bases["qwen2"],
+        start=tmp_path / "ours",
+        lora=PLAIN_LORA,
+        prompt_learning={"num_virtual_tokens": K},
+        training={"method": "p_tuning_v2", "learning_rate": 1e-9, "max_steps": 1},
+    )
+    end = outcome_of(job)
+    assert end.code == DONE, end.error
+    chain = manifest_of(job)["chain"]["links"]
+    assert [(link["run_id"], link["how"]) for link in chain] == [
+        ("ours", "new"),
+        ("test-run", "continue"),
+    ]
+    with unpacked(job.parent / "result/adapter.zip") as made:
+        exported(made, bases["qwen2"], tmp_path / "back")
+    assert (their_loading(tmp_path / "back") - own).abs().max() < 1e-5
 
 
 def test_a_prefix_that_a_network_makes_is_what_the_network_gives(
