@@ -124,6 +124,14 @@ KNOWN = {
         "(docs/speed-log.md) -> 32768": "slower, and equal",
         "return zip(*(x.split(n, 2) for x, n in ((q, queries), (k, keys), (v, keys))), "
         "strict=True) -> False": ("q, k and v are cut into as many documents"),
+        "cu: Tensor, tokens: int, window: int | None = None, ends: KeyEnds | None = None, "
+        "keys: int = 0 -> 1": "as many as tokens, without ends",
+        "cu: Tensor, tokens: int, window: int | None = None, ends: KeyEnds | None = None, "
+        "keys: int = 0 -> 2": "as many as tokens, without ends",
+        "if tokens > queries: -> tokens >= queries": "of as many keys, both are one triangle",
+        "if causal and mask is None and queries == keys: -> mask is not None": (
+            "slower, and equal: a window that no row fills hides nothing"
+        ),
     },
     "trainer.data.formats": {
         "close = difflib.get_close_matches(str(name), known, 1, 0.5) -> 2": (

@@ -118,6 +118,12 @@ def has_flash(q: Tensor) -> bool:
     )
 
 
+def takes_flash(q: Tensor, v: Tensor) -> bool:
+    """Whether flash attention computes q [1, H, M, D] with values [1, KV, N, E], which it wants no
+    wider than the keys."""
+    return has_flash(q) and v.shape[-1] <= q.shape[-1]
+
+
 class KeyEnds(NamedTuple):
     """Where the documents' keys end, where they have other keys than queries: boundaries ``cu``
     int32 [documents + 1], and the most keys of a document. The last query stands at the last
@@ -522,7 +528,7 @@ def _packed(
     rules = rules.within(longest if ends is None else ends.longest)
     cu_k = None if ends is None else ends.cu
     if rules.softcap is None:
-        if has_flash(q) and v.shape[-1] <= q.shape[-1]:
+        if takes_flash(q, v):
             return by_flash(q, k, v, sinks, cu, longest, rules, ends)
         if sinks is None:
             return by_document(q, k, v, cu, rules, cu_k)

@@ -234,9 +234,38 @@ def test_flash_attention_is_used_on_the_cards_and_shapes_that_torch_has_it_for(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         q = torch.empty(6, 2, d, dtype=dtype, device="cuda")
+        pack = torch.empty(1, 2, 6, d, dtype=dtype, device="cuda")
+        narrow, wide = (
+            torch.empty(1, 1, 6, d + more, dtype=dtype, device="cuda") for more in (-8, 8)
+        )
     assert attention.has_flash(q) is has
+    assert attention.takes_flash(pack, narrow) is attention.takes_flash(pack, pack) is has
+    assert not attention.takes_flash(pack, wide)
     if capability < (9, 0):
         assert attention.short_kernels(q, q, q, 6) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "longest", "rules", "asked"),
+    [
+        ((8, 9), torch.bfloat16, 6, None, False),
+        ((9, 0), torch.bfloat16, 6, None, True),
+        ((9, 0), torch.float32, 6, None, False),
+        ((9, 0), torch.bfloat16, attention.LONG, None, True),
+        ((9, 0), torch.bfloat16, attention.LONG + 1, Rules(0.3), False),
+        ((9, 0), torch.bfloat16, attention.LONG + 1, Rules(0.3, softcap=2.0), True),
+    ],
+)
+def test_short_documents_are_asked_of_triton_from_hopper_on(
+    capability, dtype, longest, rules, asked, monkeypatch
+):
+    """Where Triton is not there, the reason is kept and flash attention does its work."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "_short_refused", [])
+    with FakeTensorMode():
+        made = torch.empty(6, 3, 2, 64, dtype=dtype, device="cuda")
+    got = attention.short_kernels(*made.unbind(1), longest, rules)
+    assert bool(got or attention._short_refused) is asked
 
 
 def test_a_window_is_counted_as_torch_counts_it():
@@ -277,6 +306,10 @@ def test_attention_that_looks_both_ways_is_left_as_it_is_without_boundaries():
     out, _ = packed_attention(SimpleNamespace(is_causal=False), q, k, v, None, scaling=0.5)
     want = scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2)
     torch.testing.assert_close(out, want)
+    scores = 2 * torch.tanh(q @ k.transpose(-1, -2) * 0.5 / 2)
+    asked = {"scaling": 0.5, "softcap": 2.0}
+    out, _ = packed_attention(SimpleNamespace(is_causal=False), q, k, v, None, **asked)
+    torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2))
 
 
 # -- what is refused -------------------------------------------------------------------------------
