@@ -19,6 +19,7 @@ from ops.job.plan import Plan
 from ops.market.client import Vast
 from ops.run import people, place, rental, supervisor, wishes
 from ops.run.attach import Tail, raise_if_failed, watching
+from ops.run.errands import undone
 from ops.run.folders import runs_folder
 from ops.run.journal import Journal
 from ops.run.meter import may_have_box, plan_of
@@ -116,7 +117,8 @@ def resume(
                 f"{run.id} was rented to talk, and nobody talks any more",
                 hint=f"`milktea destroy {run.id}` if its box still stands",
             )
-        if (pulled := held.last("pulled")) is not None:
+        left = may_have_box(held.lines) and undone(held.lines, plan_of(held.lines))
+        if (pulled := held.last("pulled")) is not None and not left:
             raise JournalError(
                 f"{run.id} is done: its adapter is {pulled['adapter']}",
                 hint="`milktea reap` if its box still stands",

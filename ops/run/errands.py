@@ -9,7 +9,9 @@ from ops.box import errand
 from ops.box.connection import Box
 from ops.errors import Failed
 from ops.job import tokens
+from ops.job.plan import Plan
 from ops.run import wishes
+from ops.run.journal import Line
 from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Session
 
@@ -44,9 +46,11 @@ def follow_errand(
         raise Failed(f"it ended with exit code {code}: {said[-400:]}")
 
 
-def leave_errand(session: Session, box: Box) -> None:
-    """After an interrupt, which ends the errand alone: its wish is written down and done with."""
-    box.close()  # a command may be half sent
-    session.note("interrupted", chosen=session.wish or wishes.DESTROY)
-    session.wish = ""
-    wishes.forget(session.journal.folder)
+def undone(lines: Sequence[Line], plan: Plan) -> bool:
+    """Whether the result of this journal is at home, and its box was not told to end before it had
+    done what the job asks for afterwards."""
+    if not lines or lines[-1].kind == "destroying" or not wishes.at_home([*lines]):
+        return False
+    kinds = {line.kind for line in lines}
+    asked = {"evaluated": plan.evaluate is not None, "merged": plan.merged}
+    return any(wanted and kind not in kinds for kind, wanted in asked.items())

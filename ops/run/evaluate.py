@@ -12,9 +12,9 @@ from typing import Any
 
 from ops.box.connection import Box
 from ops.box.scripts import run_folder
-from ops.errors import BoxError, Failed
-from ops.run.errands import follow_errand, leave_errand
-from ops.run.session import Interrupted, Session
+from ops.errors import BoxError, TrainingError
+from ops.run.errands import follow_errand
+from ops.run.session import Session
 
 NAME, FILE = "evaluate", "evaluation.json"
 FILE_BYTES = 4 << 20
@@ -34,10 +34,7 @@ def evaluate_on_box(session: Session, box: Box, staging: Path, out: Path) -> boo
             part = folder / f".{FILE}.{os.getpid()}"
             part.write_text(text, "utf-8")
             part.replace(folder / FILE)
-    except Interrupted:
-        leave_errand(session, box)
-        return False
-    except (BoxError, Failed, ValueError, OSError) as e:
+    except (BoxError, TrainingError, ValueError, OSError) as e:
         session.screen.waiting(f"no evaluation: {e}")
         session.note("evaluated", why_not=str(e)[:500])
         return False

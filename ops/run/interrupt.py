@@ -52,8 +52,8 @@ def stage(act: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Ses
 def obey(session: Session, box: Box | None) -> None:
     """Carry out the wish, or what the user chooses now. Returns when the run is to go on.
 
-    Raises Interrupted to end a run that was not launched, Failed to end one that was, Detached to
-    leave the box, Kept once it is stopped."""
+    Raises Interrupted to end a run that was not launched or whose result is at home, Failed to end
+    any other, Detached to leave the box, Kept once it is stopped."""
     lines = session.journal.lines
     if not session.wish:
         offered = wishes.choices(lines, session.plan, session.clock.now(), attached=False)
@@ -67,6 +67,10 @@ def obey(session: Session, box: Box | None) -> None:
     wishes.forget(session.journal.folder)
     if wish == wishes.LEAVE and kept(lines) is not None:
         raise Kept
+    if wishes.at_home(lines):
+        if wish == wishes.GO_ON:
+            return
+        raise Interrupted
     if wish == wishes.LEAVE and wishes.works_alone(lines, session.plan):
         raise Detached
     if wish == wishes.GO_ON or (wish != wishes.DESTROY and wishes.coming_home(lines)):
@@ -101,7 +105,9 @@ def _sender(session: Session) -> dict[str, str]:
 
 def default_wish(session: Session) -> str:
     """The wish when this process has to end and nobody can be asked: leave a box that trains on
-    alone; otherwise fetch the checkpoint and destroy."""
+    alone; otherwise fetch the checkpoint, where the result is not at home, and destroy."""
+    if wishes.at_home(session.journal.lines):
+        return wishes.FETCH
     alone = wishes.works_alone(session.journal.lines, session.plan)
     return wishes.LEAVE if alone else wishes.FETCH
 

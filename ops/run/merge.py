@@ -15,12 +15,12 @@ from ops.box import pull
 from ops.box.connection import Box
 from ops.box.scripts import run_folder
 from ops.box.transfer import PART, sha256_of
-from ops.errors import AdapterError, BoxError, Failed, PreflightError
+from ops.errors import AdapterError, BoxError, Failed, PreflightError, TrainingError
 from ops.market import cost
 from ops.run import retrieve, sandbox
-from ops.run.errands import follow_errand, leave_errand
+from ops.run.errands import follow_errand
 from ops.run.retry import retry_transfer
-from ops.run.session import MARGIN_S, Interrupted, Session
+from ops.run.session import MARGIN_S, Session
 from trainer.wire.merged import CERTIFICATE, holds_weights
 
 NAME, FOLDER = "merge", "merged-bf16"  # `milktea merge` calls it so
@@ -29,26 +29,35 @@ CERTIFICATE_BYTES = 4 << 20
 
 
 def merge_on_box(session: Session, box: Box, staging: Path, out: Path) -> None:
-    """Leave FOLDER in `out`; `staging` has the verified result and its manifest."""
+    """Leave FOLDER in `out`; `staging` has the verified result and its manifest. Called again after
+    an interrupt, it goes on where that came: in the merge, or in the file that came home."""
     if not session.plan.merged or (out / FOLDER).is_dir():
         return
     part = out / f".{FOLDER}.part"
     try:
         with session.own_deadline():
-            _validate_reach(session, out)
+            if not part.is_dir():  # else it was begun, and is paid for
+                _validate_reach(session, out)
+                part.mkdir(parents=True)
             words = ["--out", f"{NAME}/model", "--dtype", "bf16", f"--rows={ROWS}"]
             seconds = cost.merge_s(session.offer(), session.plan.workload)
             follow_errand(session, box, NAME, [NAME, ".", *words], seconds)
             told = _brought_home(session, box, staging, part)
         part.rename(out / FOLDER)
-    except Interrupted:
-        leave_errand(session, box)
-        session.note("merged", why_not="interrupted", bytes_out=_bytes_in(part))
-    except (BoxError, Failed, AdapterError, PreflightError, ValueError, OSError) as e:
-        session.screen.waiting(f"no merged model: {e}; the adapter is at home")
-        session.note("merged", why_not=str(e)[:500], bytes_out=_bytes_in(part))
+    except (BoxError, TrainingError, AdapterError, PreflightError, ValueError, OSError) as e:
+        give_up(session, out, str(e))
     else:
         session.note("merged", folder=str(out / FOLDER), **told)
+
+
+def give_up(session: Session, out: Path, why: str) -> None:
+    """Note why no merged model lies in `out`, where the job asks for one, and remove what came of
+    it."""
+    if not session.plan.merged or (out / FOLDER).is_dir():
+        return
+    part = out / f".{FOLDER}.part"
+    session.screen.waiting(f"no merged model: {why}; the adapter is at home")
+    session.note("merged", why_not=why[:500], bytes_out=_bytes_in(part))
     shutil.rmtree(part, ignore_errors=True)
 
 
@@ -73,7 +82,6 @@ def _brought_home(session: Session, box: Box, staging: Path, part: Path) -> dict
     """Pull the folder to `part` and verify it. Returns facts for the journal. Raises AdapterError,
     BoxError, Failed, PreflightError."""
     remote = f"{run_folder(session.run_id)}/{NAME}/model"
-    part.mkdir(parents=True, exist_ok=True)
     certificate = part / CERTIFICATE
     certificate.unlink(missing_ok=True)
     _fetch(session, box, f"{remote}/{CERTIFICATE}", certificate, None, CERTIFICATE_BYTES)

@@ -32,7 +32,7 @@ from ops.errors import (
 )
 from ops.market.models import Instance, Offer
 from ops.market.ranking import Ranking
-from ops.run import blame, chain, place
+from ops.run import blame, chain, place, wishes
 from ops.run import boot as booting
 from ops.run.choose import choose, search
 from ops.run.interrupt import stage
@@ -100,8 +100,10 @@ def remember_failure(session: Session, offer: Offer, error: MilkteaError) -> Non
     """Write to the journal why this machine did not do, so that another is chosen next:
     "bad_machine" for a fault of its own, "missed" for what is not (outbid, taken by somebody else).
 
-    Raises when another machine would not help: a conversation that had begun, a changed host key,
-    or the same fatal word from machines of two owners."""
+    Raises when another machine would not help: a result that is at home, a conversation that had
+    begun, a changed host key, or the same fatal word from machines of two owners."""
+    if wishes.at_home(session.journal.lines):
+        raise error
     if _talked(session):
         raise Failed(f"the box was lost in the conversation: {error}", hint="") from error
     fault = isinstance(error, NeverReady | Unsuitable | Lost)

@@ -13,18 +13,27 @@ from pathlib import Path
 
 from ops.box import scripts
 from ops.box.connection import Box
-from ops.errors import AdapterError, Failed, OverBudget, Stalled, Unsuitable
+from ops.errors import (
+    AdapterError,
+    BoxError,
+    Failed,
+    OverBudget,
+    Stalled,
+    TrainingError,
+    Unsuitable,
+)
 from ops.job import tokens
 from ops.market.ranking import Ranking
-from ops.run import blame, chain, retrieve
+from ops.run import blame, chain, retrieve, sandbox
 from ops.run.evaluate import evaluate_on_box
-from ops.run.expected import ADAPTER
+from ops.run.expected import ADAPTER, ExpectedResult
 from ops.run.follow import EVENTS, NoFirstStep, Restarted, follow
 from ops.run.interrupt import fetch_newest, stage
-from ops.run.merge import merge_on_box
+from ops.run.merge import give_up, merge_on_box
 from ops.run.on_rented_box import on_rented_box
 from ops.run.retry import retry_transfer
-from ops.run.session import Session, metered
+from ops.run.sandbox import Inspected
+from ops.run.session import Interrupted, Session, metered
 from ops.run.talk import then_chat
 
 MAX_RESTARTS = 3  # of one box, before it is given up
@@ -45,18 +54,38 @@ def rent_and_train(session: Session, seen: Ranking | None = None) -> RunResult:
     """Rent a machine, train on it, bring the adapter home and destroy the machine. `seen` is the
     market as the user has just seen it.
 
-    Returns once a verified adapter is here and no box of this run exists. Raises otherwise, with
-    the same guarantee about the box; only BoxLeaked and Detached leave one."""
-    return on_rented_box(session, seen, train, "carried the run through")
+    Returns once a verified adapter is here and no box of this run exists: from then on nothing that
+    ends the box makes the run fail. Raises otherwise, with the same guarantee about the box; only
+    BoxLeaked and Detached leave one."""
+    try:
+        return on_rented_box(session, seen, train, "carried the run through")
+    except (BoxError, TrainingError, Interrupted) as e:
+        if (result := at_home(session)) is None:
+            raise
+        give_up(session, result.adapter_zip.parent, str(e) or "you ended it")
+        return result
 
 
 def train(session: Session, box: Box) -> RunResult:
-    """Train on a box that has everything, and bring the verified adapter home."""
-    launch(session, box)
-    watch(session, box)
-    result = pull(session, box)
-    then_chat(session, box, result.adapter_zip.parent)
+    """Train on a box that has everything, bring the verified adapter home, and let the box do what
+    the job asks for afterwards."""
+    if (result := at_home(session)) is None:
+        launch(session, box)
+        watch(session, box)
+        result = pull(session, box)
+    out = result.adapter_zip.parent
+    evaluate(session, box, out)
+    merge(session, box, out)
+    then_chat(session, box, out)
     return result
+
+
+def at_home(session: Session) -> RunResult | None:
+    """The verified result that this client, or an earlier one, brought home."""
+    line = session.journal.last("pulled")
+    if line is None:
+        return None
+    return RunResult(Path(line["adapter"]), line["sha256"], session.spent_usd())
 
 
 @stage
@@ -128,7 +157,7 @@ def watch(session: Session, box: Box) -> None:
 def pull(session: Session, box: Box) -> RunResult:
     """Pull the result and verify it; only then may the box be destroyed. A result that does not
     verify is fetched again, MAX_FETCHES times in all. Raises AdapterError."""
-    staging = session.journal.folder / "result"
+    staging = _staging(session)
     staging.mkdir(exist_ok=True)
     for attempt in range(1, MAX_FETCHES + 1):
         try:
@@ -141,9 +170,7 @@ def pull(session: Session, box: Box) -> RunResult:
             staging.mkdir()
             if attempt == MAX_FETCHES:
                 raise
-    events_file = session.journal.folder / EVENTS
-    stages = chain.sections(session)
-    out = retrieve.write_out(session, staging, inspected, events_file, stages)
+    out = _write_out(session, inspected)
     found = inspected.verified
     session.note(
         "pulled",
@@ -152,7 +179,30 @@ def pull(session: Session, box: Box) -> RunResult:
         tensors=found.tensors,
         adapter=str(out / ADAPTER),
     )
-    if evaluate_on_box(session, box, staging, out):
-        retrieve.write_out(session, staging, inspected, events_file, stages)  # now with the scores
-    merge_on_box(session, box, staging, out)
     return RunResult(out / ADAPTER, found.sha256, session.spent_usd())
+
+
+def _staging(session: Session) -> Path:
+    return session.journal.folder / "result"
+
+
+def _write_out(session: Session, inspected: Inspected) -> Path:
+    events_file, stages = session.journal.folder / EVENTS, chain.sections(session)
+    return retrieve.write_out(session, _staging(session), inspected, events_file, stages)
+
+
+@stage
+def evaluate(session: Session, box: Box, out: Path) -> None:
+    """Score the result beside its base, where the job asks for it; the report has the scores
+    then."""
+    staging = _staging(session)
+    if evaluate_on_box(session, box, staging, out):
+        expect = ExpectedResult.of(session.plan.wire_job)
+        found = sandbox.verify(staging / retrieve.MANIFEST, staging / ADAPTER, expect)
+        _write_out(session, found)
+
+
+@stage
+def merge(session: Session, box: Box, out: Path) -> None:
+    """Bring the result merged into its base home, where the job asks for it."""
+    merge_on_box(session, box, _staging(session), out)

@@ -100,7 +100,10 @@ def existing_instance(session: Session) -> int | None:
 def rent(session: Session, offer: Offer) -> int:
     """Create an instance, once, and return its id. Raises OfferGone when it is proven that nothing
     was created, Refused when vast.ai would refuse any offer, OverBudget when too little is left
-    for another machine, PreflightError where a token that the job names is not set."""
+    for another machine, PreflightError where a token that the job names is not set, Preempted
+    where the result is at home: its box is gone, and no other is needed."""
+    if session.journal.last("pulled") is not None:
+        raise Preempted("its box is gone")
     allowed_s = session.allowed_s(offer)
     tokens.validate(session.plan.env, session.plan.image_login)
     with session.shield:

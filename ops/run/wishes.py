@@ -61,6 +61,12 @@ def coming_home(lines: list[Line]) -> bool:
     return ended is not None and ended.kind == "ended" and ended["exit_code"] == 0
 
 
+def at_home(lines: list[Line]) -> bool:
+    """Whether the verified result is here: its box has nothing to lose then, only what the job asks
+    for afterwards to do."""
+    return last(lines, "pulled") is not None
+
+
 def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> list[Choice]:
     """The choices of this moment, each with its price; the first keeps what is paid for.
     `attached`: another process owns the run, and it goes on without this terminal."""
@@ -87,6 +93,8 @@ def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> lis
     about = f"about {max(predicted, spent):.3f} $, " if predicted else ""
     price = f"{about}at most {max_usd:.3f} $ in all"
     home = "the result is on its way home" if coming_home(lines) else "the adapter comes home"
+    if at_home(lines):
+        home = "the adapter is at home, and the box does what the job asks for afterwards"
     if talking(lines):
         home = f"people talk until {time.strftime('%H:%M', time.localtime(ends_at))}"
     offered = [
@@ -94,6 +102,9 @@ def choices(lines: list[Line], plan: Plan, now: float, *, attached: bool) -> lis
         if attached
         else Choice(GO_ON, f"go on, {home}: {price}")
     ]
+    if at_home(lines) and not talking(lines):
+        end = f"end it and destroy now, the adapter is at home: about {spent:.3f} $ in all"
+        return [*offered, Choice(DESTROY, end)]
     if works_alone(lines, plan) and not attached:
         at = time.strftime("%H:%M", time.localtime(ends_at))
         text = f"leave the box alone: it works on, and ends itself at {at}: {price}"

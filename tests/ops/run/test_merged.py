@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import signal
 import struct
 import zipfile
 from collections.abc import Callable
@@ -14,18 +16,24 @@ from typing import Any
 
 import pytest
 
+import milktea
 import rig
 from ops.box.transfer import sha256_of
-from ops.errors import ConfigError
+from ops.errors import ConfigError, OverBudget
 from ops.fakevast import FakeVast
 from ops.job import config
 from ops.job.plan import Plan
+from ops.market.client import Vast
+from ops.market.provider import Provider
 from ops.market.workload import Workload
+from ops.run import errands
 from ops.run.expected import Invalid
 from ops.run.merged_result import listed, verify
+from ops.run.session import Interrupted
 from ops.run.view import Run
+from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 ONE = struct.pack("<H", 0x3F80)  # 1 in bf16
 NUMBERS = {"kl_nats": 1e-7, "share_of_effect": 1e-4, "max_token_nats": 0.01}
 
@@ -73,20 +81,6 @@ def asking(own: rig.Rig, **more: Any) -> Plan:
     return own.plan(merged=True, workload=load, **more)
 
 
-def test_the_merged_model_comes_home_beside_the_adapter_and_is_told(
-    own: rig.Rig, fake: FakeVast
-) -> None:
-    made, plan = merged_model(own), asking(own)
-    outcome, lines, _ = rig.whole_run(own, fake, plan=plan)
-    home = outcome.adapter_zip.parent / "merged-bf16"
-    names = ["certificate.json", "config.json", "model.safetensors"]
-    assert sorted(p.name for p in home.iterdir()) == names
-    assert all(sha256_of(home / name) == sha256_of(made / name) for name in names)
-    assert [line.kind for line in lines][-5:-2] == ["pulled", "merged", "destroying"]
-    assert Run(own.runs / plan.run_id).merged == (home, "")
-    assert lines[-4]["tensors"] == 2 and lines[-4]["bytes_out"] > 100
-
-
 def no_number(own: rig.Rig) -> None:
     merged_model(own, **{"model.safetensors": weights(a=("BF16", struct.pack("<H", 0x7FC0)))})
 
@@ -123,6 +117,127 @@ def test_a_merge_for_which_the_limits_do_not_reach_is_not_begun(
     assert "it takes up to 10 minutes, and the limits leave" in line["why_not"]
     assert any("the adapter is at home" in told for told in screen.told)
     assert Run(own.runs / plan.run_id).merged[0] is None
+
+
+LIMIT = OverBudget("limits.max_usd = 1.0 or limits.max_hours is reached")  # as the keeper has it
+LARGE = {"model.safetensors": weights(a=("BF16", ONE * 600_000))}
+
+
+class Acting(rig.Silent):
+    """Calls `act` once the box merges (`moved` 0), or once so many bytes of the model are home."""
+
+    def __init__(self, act: Callable[[], object], moved: int = 0, choice: str = "go on") -> None:
+        super().__init__(choice)
+        self.act: Callable[[], object] | None = act
+        self.least, self.came = moved, []
+
+    def once(self) -> None:
+        if (act := self.act) is not None:
+            self.act = None
+            act()
+
+    def waiting(self, message: str) -> None:
+        super().waiting(message)
+        if not self.least and message.startswith("merge: "):
+            self.once()
+
+    def moving(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        if what == "merged" and total_bytes > 1e6:  # of the weights
+            self.came.append(done_bytes)
+            if done_bytes >= self.least > 0:
+                self.once()
+
+
+def test_the_merged_model_comes_home_beside_the_adapter_over_a_link_that_is_cut_in_its_middle(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    made, plan = merged_model(own, **LARGE), asking(own)
+
+    def cut() -> None:
+        boxes = fake.emulator.boxes.live.values()
+        fake.do(lambda: [box.break_link("cut") for box in boxes])
+
+    screen = Acting(cut, 300_000)
+    outcome, lines, _ = rig.whole_run(own, fake, plan=plan, screen=screen)
+    home = outcome.adapter_zip.parent / "merged-bf16"
+    names = ["certificate.json", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in home.iterdir()) == names
+    assert all(sha256_of(home / name) == sha256_of(made / name) for name in names)
+    assert [line.kind for line in lines][-5:-2] == ["pulled", "merged", "destroying"]
+    assert Run(own.runs / plan.run_id).merged == (home, "")
+    assert lines[-4]["tensors"] == 1 and lines[-4]["bytes_out"] > 1_200_000
+    assert screen.act is None and screen.came == sorted(screen.came), "it began again"
+
+
+@pytest.mark.parametrize("moved", [pytest.param(0, marks=pytest.mark.slow), 300_000])
+def test_ctrl_c_in_a_merge_asks_first_and_who_goes_on_pays_for_nothing_twice(
+    own: rig.Rig, fake: FakeVast, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errands, "TELL_S", 0.0)
+    merged_model(own, **LARGE)
+    if not moved:
+        (own.image / "slow").touch()
+
+    def pressed() -> None:
+        (own.image / "slow").unlink(missing_ok=True)
+        raise Interrupted
+
+    screen = Acting(pressed, moved)
+    outcome, lines, _ = rig.whole_run(own, fake, plan=asking(own), screen=screen)
+    kinds = [line.kind for line in lines]
+    assert kinds[kinds.index("pulled") :] == [
+        *("pulled", "interrupted", "merged", "destroying", "destroyed", "bill")
+    ]
+    assert [told for told in screen.told if isinstance(told, list)] == [["go on", "destroy"]]
+    assert outcome.sha256 and lines[kinds.index("merged")].get("why_not") is None
+    assert screen.came == sorted(screen.came), "it began again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "why"), [(Interrupted(), "you ended it"), (LIMIT, str(LIMIT))])
+def test_who_or_what_ends_a_merge_takes_nothing_of_the_adapter(
+    own: rig.Rig, fake: FakeVast, end: BaseException, why: str
+) -> None:
+    merged_model(own, **LARGE)
+
+    def act() -> None:
+        raise end
+
+    screen = Acting(act, 300_000, choice="destroy")
+    outcome, lines, _ = rig.whole_run(own, fake, plan=asking(own), screen=screen)
+    assert outcome.adapter_zip.is_file(), outcome
+    [line] = [line for line in lines if line.kind == "merged"]
+    assert line["why_not"] == why and line["bytes_out"] > 300_000
+    assert [p.name for p in outcome.adapter_zip.parent.iterdir() if "merged" in p.name] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("box", ["stands", "is gone"])
+def test_a_merge_whose_owner_was_killed_is_gone_on_with_where_its_box_stands(
+    own: rig.Rig, fake: FakeVast, box: str
+) -> None:
+    merged_model(own, **LARGE)
+    plan = asking(own, when_silent="finish")
+    child = os.fork()
+    if child == 0:
+        screen = Acting(lambda: os.kill(os.getpid(), signal.SIGKILL), 300_000)
+        rig.whole_run(own, fake, plan=plan, screen=screen)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
+    if box == "is gone":
+        [instance] = fake.instances()
+        vast.destroy(instance["id"])
+    run = milktea.resume(Run(own.runs / plan.run_id), vast=vast, root=own.runs, foreground=True)
+    assert run.adapter is not None
+    assert sum(r["route"] == "create" for r in fake.requests) == 1, "another was rented"
+    folder, why_not = run.merged
+    if box == "stands":
+        assert folder and sha256_of(folder / "model.safetensors")
+        assert [line.kind for line in run.journal].count("pulled") == 1
+    else:
+        assert folder is None and why_not == "its box is gone"
+        assert [p.name for p in run.adapter.parent.iterdir() if "merged" in p.name] == []
 
 
 @pytest.mark.parametrize(
