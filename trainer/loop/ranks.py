@@ -1,7 +1,8 @@
 """The processes of a run: what the loop and the stages ask of them, whatever each of them holds.
 
-Replicas (trainer/loop/replicas.py) hold the whole model each, Shards (trainer/loop/sharded.py) a
-part of it. One process is Replicas with a world of 1.
+Replicas (trainer/loop/replicas.py) hold the whole model each, or the whole adapter and a part of
+the base; Shards (trainer/loop/sharded.py) a part of it all. One process is Replicas with a world
+of 1.
 """
 
 from __future__ import annotations
@@ -190,3 +191,31 @@ class Ranks(ABC):
         if self.world == 1:
             return checkpoint.newest(root)
         return checkpoint.newest_for_all(root, self.rank, self.device)
+
+
+class Together(Ranks):
+    """Processes that each keep a part of the model: all take part in gathering every layer. They
+    make as many passes as each other, and stop together."""
+
+    def __init__(
+        self, stop: StopSignal, device: torch.device, rank: int = 0, world: int = 1
+    ) -> None:
+        super().__init__(stop, device, rank, world)
+        self.shard = rank
+        stop.together, stop.asked = True, False
+
+    def level(self, micro: list[Any], filler: Any) -> list[tuple[Any, float]]:
+        """The same number of micro-batches on every process."""
+        longest = torch.tensor(len(micro), device=self.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        fillers = [(filler, 0.0)] * (int(longest) - len(micro))
+        return [(batch, 1.0) for batch in micro] + fillers
+
+    def agree(self, due: bool) -> bool:
+        """Also agrees to stop, where one of them was asked to."""
+        stop, first = self.stop, due and self.rank == 0
+        wishes = torch.tensor([stop.heard, stop.late, first], dtype=torch.int32, device=self.device)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        asked, late, save = (bool(w) for w in wishes.tolist())
+        stop.asked, stop.late = stop.asked or asked, late
+        return save

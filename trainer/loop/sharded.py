@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.loop import checkpoint
 from trainer.loop.optim import EXTRA
-from trainer.loop.ranks import Ranks, StopSignal, Written
+from trainer.loop.ranks import StopSignal, Together, Written
 from trainer.model.load import load_base
 from trainer.model.parts import ModelError, decoder_layers
 from trainer.wire.job import Job
@@ -44,7 +44,7 @@ class _Entered(nn.Module):
         return function(*args, **kwargs)
 
 
-class Shards(Ranks):
+class Shards(Together):
     """A model in parts over all processes, which need a process group. Processes stop together,
     since each takes part in gathering every layer; all methods are collective. Raises ModelError
     where torch cannot write the checkpoints of parts: 2.7, of the image for older drivers."""
@@ -58,8 +58,6 @@ class Shards(Ranks):
                 'take an image with torch 2.11 or newer, one GPU, or training.method = "lora"'
             )
         super().__init__(stop, device, rank, world)
-        self.shard = rank
-        stop.together, stop.asked = True, False
 
     def place(self, model: nn.Module) -> None:
         """Spreads rank 0's weights (the others' may be on the meta device), a layer at a time: no
@@ -103,13 +101,6 @@ class Shards(Ranks):
             self._root.reshard()  # type: ignore[operator]  # else the backward pass does
         return result
 
-    def level(self, micro: list[Any], filler: Any) -> list[tuple[Any, float]]:
-        """The same number of micro-batches on every process."""
-        longest = torch.tensor(len(micro), device=self.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        fillers = [(filler, 0.0)] * (int(longest) - len(micro))
-        return [(batch, 1.0) for batch in micro] + fillers
-
     def gradients(self, parameters: Iterable[nn.Parameter], extra: int) -> ShardedGradients:
         return ShardedGradients(parameters, self.device, extra)
 
@@ -140,15 +131,6 @@ class Shards(Ranks):
         return plain
 
     # -- checkpoints -----------------------------------------------------------------------------
-
-    def agree(self, due: bool) -> bool:
-        """Also agrees to stop, where one of them was asked to."""
-        stop, first = self.stop, due and self.rank == 0
-        wishes = torch.tensor([stop.heard, stop.late, first], dtype=torch.int32, device=self.device)
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        asked, late, save = (bool(w) for w in wishes.tolist())
-        stop.asked, stop.late = stop.asked or asked, late
-        return save
 
     def save(
         self,

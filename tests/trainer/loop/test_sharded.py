@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load as load_bytes
 from tiny import adapter_sha256, events_of, manifest_of, rows, write_model
@@ -144,13 +143,6 @@ def test_what_one_process_began_two_finish_and_sigterm_saves_on_both(run_folder:
 
 
 # -- one process that holds all the parts, in this one ---------------------------------------------
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Trio:
