@@ -19,6 +19,7 @@ from trainer.kernels import delta, reference
 from trainer.kernels.attention import KeyEnds
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.backend import distrust, operations
+from trainer.kernels.base_parts import BaseParts
 from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_layer
 from trainer.kernels.delta_layer import DeltaLayer
 from trainer.kernels.experts import NAME as EXPERTS
@@ -59,6 +60,7 @@ def accelerate_model(
     checkpoint_layers: int = 0,
     keep_transpose: bool = False,
     materialise: Materialise | None = None,
+    parts: BaseParts | None = None,
 ) -> dict[str, str]:
     """Move ``model`` to ``device`` layer by layer, freeze the base in ``precision`` ("fp32",
     "bf16", "fp8", "nf4") and patch in the fast path. Returns what runs, by name, for the log and
@@ -67,18 +69,21 @@ def accelerate_model(
     Load the model on the CPU for fp8 and nf4: no more than one unquantised layer is then on the
     device. The first ``checkpoint_layers`` layers save only their input. ``keep_transpose``: see
     ``freeze_weight``. ``materialise`` is called on each part of a model built on the meta device
-    and must load its values there. Trainable base weights (full fine-tuning) are refused: the fast
-    path has no gradient for them. Not safe to call twice."""
+    and must load its values there. With ``parts`` process 0 has the values, the model may be on the
+    meta device on the others, and the layers come out cut: attach them. Trainable base weights
+    (full fine-tuning) are refused: the fast path has no gradient for them. Not safe to call
+    twice."""
     device = torch.device(device)
     inner = inner_model(model)
     layers: Sequence[nn.Module] = inner.layers  # type: ignore[assignment]
     ops = operations(device)
-    parts = {id(p) for layer in layers for p in layer.parameters()}
-    _place(model, device, materialise, skip=parts)
+    of_layers = {id(p) for layer in layers for p in layer.parameters()}
+    _place(model, device, materialise, parts, skip=of_layers)
     fast: list[FastLayer | None] = []
     reasons: list[str] = []
+    tested: dict[Any, int] = {}  # the first layer of each kind, which stays whole for the test
     for i, layer in enumerate(layers):
-        _place(layer, device, materialise)
+        _place(layer, device, materialise, parts)
         try:
             again, config = i < checkpoint_layers, getattr(inner, "config", None)
             fast.append(build_layer(layer, precision, ops, again, keep_transpose, config))
@@ -86,6 +91,9 @@ def accelerate_model(
             fast.append(None)
             reasons.append(str(why))
             _freeze_linears(layer, precision, keep_transpose)
+        one = fast[i]
+        if parts is not None and (one is None or tested.setdefault(one.kind, i) != i):
+            parts.cut(layer, one)
     built = [f for f in fast if f is not None]
     names = {"base": _base_name(built, precision), "layer": "transformers"}
     names["attention"] = attention_name(False, device)
@@ -96,6 +104,9 @@ def accelerate_model(
             _patch(inner, layers, fast, ops)
             names["layer"] = f"fused, {len(built)} of {len(layers)}{names.pop('test')}"
             names["checkpointed_layers"] = f"{sum(f.checkpoint for f in built)} of {len(layers)}"
+    if parts is not None:
+        for i in tested.values():
+            parts.cut(layers[i], fast[i])
     if reasons:
         names["not_fused"] = f"{len(reasons)} layers: {reasons[0]}"
     names["loss"] = "chunked, frozen head" + ("" if operations(device) is reference else ", Triton")
@@ -158,23 +169,27 @@ def _place(
     module: nn.Module,
     device: torch.device,
     materialise: Materialise | None,
+    parts: BaseParts | None,
     skip: set[int] | None = None,
 ) -> None:
     """Move a module's tensors, leaf by leaf, without those of ``skip``; meta tensors become empty
-    ones that ``materialise`` fills."""
+    ones that ``materialise`` fills, or process 0 by ``parts``."""
     for leaf in module.modules():
         own = list(leaf.parameters(recurse=False)) + list(leaf.buffers(recurse=False))
         if not own or (skip and any(id(t) in skip for t in own)):
             continue
         if any(t.is_meta for t in own):
-            if materialise is None:
+            if materialise is None and parts is None:
                 raise ValueError(
                     f"{type(leaf).__name__} is on the meta device and nothing was given to fill it"
                 )
             leaf.to_empty(device=device, recurse=False)
-            materialise(leaf)
+            if materialise is not None:
+                materialise(leaf)
         else:
             leaf._apply(lambda t: t.to(device), recurse=False)
+        if parts is not None:
+            parts.share(leaf)
 
 
 def build_layer(

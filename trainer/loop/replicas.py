@@ -1,4 +1,5 @@
-"""Processes that hold the whole model each: one alone, or several with an adapter to train.
+"""Processes that hold the whole model each: one alone, or several with an adapter to train. Or the
+whole adapter each and, of the frozen base, a part.
 
 They take shares of every step's rows and add up their gradients once a step. Each may stop by
 itself: rank 0 saves, and the others find it gone.
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.loop import checkpoint, optim
 from trainer.loop.guards import Stopped
-from trainer.loop.ranks import Ranks, StopSignal, Written
+from trainer.loop.ranks import Ranks, StopSignal, Together, Written
 from trainer.wire.job import Job
 
 
@@ -94,3 +95,8 @@ class Replicas(Ranks):
         fingerprint: str,
     ) -> checkpoint.State:
         return checkpoint.restore(folder, named, optimizer, fingerprint)
+
+
+class BaseInParts(Together, Replicas):
+    """Replicas of an adapter on one base, of whose decoder layers each process keeps a part:
+    trainer/kernels/base_parts.py. They need a process group."""

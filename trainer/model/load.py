@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -28,10 +29,11 @@ from trainer.families import Family, FamilyError
 from trainer.kernels import delta, experts, rotary
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
+from trainer.kernels.base_parts import BaseParts
 from trainer.model.balance import NoBalance, balance_of
 from trainer.model.dropout import KeyedNoise, TokenKeys
 from trainer.model.lora import add_lora
-from trainer.model.parts import ModelError, causal, decoder_layers, family_of
+from trainer.model.parts import ModelError, causal, decoder_layers, family_of, is_tied
 from trainer.model.prompts import add_prompt
 from trainer.wire.job import Job
 from trainer.wire.prompts import PROMPT_METHODS
@@ -49,8 +51,9 @@ def load(
     """(the trainable model on `device`, what computes it by name): the frozen base with LoRA or a
     learned prompt, or the parts that full and freeze train. Trained parameters are fp32. The first
     `checkpoint_layers` layers keep only their input for the backward pass; `longest` is the longest
-    row in tokens. For trainer/loop/sharded.py, `shard` is this process's rank: the model stays off
-    the device, and holds weights on rank 0 only. Raises ModelError."""
+    row in tokens. Where processes keep parts of the model, `shard` is this process's rank, and only
+    rank 0 reads weights. A model of method "full" then stays off the device, for
+    trainer/loop/sharded.py; of another the base is in parts on the devices. Raises ModelError."""
     validate_precision(job.model.precision, device)
     model = load_base(job, folder, device, not takes_fast_path(job, device), bool(shard), longest)
     return assemble(job, model, device, keys, checkpoint_layers, shard, longest)
@@ -87,6 +90,10 @@ def assemble(
     """What `load` returns, of a base that `load_base` loaded. `fast`: whether layers compute by
     trainer/kernels; None: where `takes_fast_path`. Raises ModelError."""
     precision = job.model.precision
+    parts = None
+    if shard is not None and job.training.method != "full":
+        parts = BaseParts(device, shard, dist.get_world_size())
+        checkpoint_layers = len(decoder_layers(model))  # else backward would need all weights
     model = add_trained(job, model, keys)
     names = prepare(model)
     try:
@@ -96,19 +103,20 @@ def assemble(
     if alpha := job.training.neftune_noise_alpha:
         causal(model).get_input_embeddings().register_forward_hook(KeyedNoise(alpha, keys))
         names["noise"] = f"NEFTune, alpha {alpha:g}"
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data = parameter.data.float()
     if takes_fast_path(job, device) if fast is None else fast:
         from trainer.kernels.patch import accelerate_model
 
         try:
-            names |= accelerate_model(model, precision, device, checkpoint_layers=checkpoint_layers)
+            names |= accelerate_model(
+                model, precision, device, checkpoint_layers=checkpoint_layers, parts=parts
+            )
             if family_of(model).fused and not names["layer"].startswith("fused"):
                 # the plan counted what the fused layer keeps: transformers' keeps more
                 checkpoint_layers = len(decoder_layers(model))
             checkpoint_first(model, checkpoint_layers)
-            return model.train(), names
+            return _in_parts(model, parts, names).train(), names
         except ValueError as why:
             if precision in ("fp8", "nf4"):
                 raise ModelError(
@@ -118,15 +126,30 @@ def assemble(
             reason = str(why)
     else:
         reason = f"{device.type}, {job.training.method}, {precision}"
-    if checkpoint_layers:
-        checkpoint_first(model, checkpoint_layers)
-    model = model if shard is not None else model.to(device)
+    checkpoint_first(model, checkpoint_layers)
+    if parts is not None:
+        parts.place(model, decoder_layers(model))
+    elif shard is None:
+        model = model.to(device)
     flash = device.type == "cuda" and precision != "fp32"
     names["layer"] = f"transformers ({reason})"
     names["attention"] = attention_name(False, device) if flash else "by document"
     if why_unpacked(family_of(model), longest, device, precision):
         names["attention"] = "transformers' own"
-    return model.train(), names
+    return _in_parts(model, parts, names).train(), names
+
+
+def _in_parts(model: nn.Module, parts: BaseParts | None, names: dict[str, str]) -> nn.Module:
+    """The model, whose layers gather what they compute with where `parts` has cut them."""
+    if parts is not None:
+        if is_tied(model):
+            causal(model).tie_weights()  # what left the meta device is two
+        parts.attach(decoder_layers(model))
+        causal(model).base_parts = parts
+        names["base"] = f"{names.get('base', '')}, in parts over {parts.world} processes".lstrip(
+            ", "
+        )
+    return model
 
 
 def family_in(folder: Path, longest: int = 0) -> Family:

@@ -19,10 +19,12 @@ from trainer.data import batch
 from trainer.data.sharing import Borrowed
 from trainer.data.tokenised import Rows
 from trainer.kernels.attention import register
+from trainer.kernels.base_parts import BaseParts
 from trainer.kernels.patch import accelerate_model
 from trainer.kernels.verify import stock_error
 from trainer.model.forward import target_loss
 from trainer.model.load import prepare
+from trainer.model.parts import decoder_layers
 
 DOCUMENTS = [40, 1, 21, 33]
 WIDE = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.1}
@@ -125,6 +127,39 @@ def test_a_pack_through_the_fused_layer_is_its_rows_alone_in_transformers_and_pe
     for key, grad in gradients(stock).items():
         assert grad.abs().max() > 0
         assert (found[key] - grad).norm() < 1e-3 * grad.norm(), key
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe", "gpt_oss", "qwen3_5"])
+def test_layers_that_gather_their_weights_compute_what_whole_ones_do_pass_after_pass(name):
+    whole = build(name, register())
+    gathering = copy.deepcopy(whole)
+    parts = BaseParts(torch.device("cpu"), rank=0, world=1)
+    for model in (whole, gathering):
+        prepare(model)
+        layers = len(decoder_layers(model))
+        more = {"checkpoint_layers": layers, "parts": parts if model is gathering else None}
+        assert accelerate_model(model, "fp32", "cpu", **more)["layer"].startswith("fused")
+    parts.attach(decoder_layers(gathering))
+    want = packed(whole)
+    want.backward()
+    for _ in range(2):
+        gathering.zero_grad()
+        got = packed(gathering)
+        got.backward()
+        torch.testing.assert_close(got, want)
+        for (key, a), b in zip(
+            gradients(gathering).items(), gradients(whole).values(), strict=True
+        ):
+            torch.testing.assert_close(a, b, msg=key)
+        with torch.no_grad():
+            torch.testing.assert_close(packed(gathering), want)
+    still = [
+        n
+        for n, p in decoder_layers(gathering).named_parameters()
+        if not p.requires_grad and p.numel() and p.dim() > 1 and "conv" not in n
+    ]
+    assert not still  # between two passes no layer holds its matrices
 
 
 def groups() -> tuple[Rows, list[Borrowed]]:
