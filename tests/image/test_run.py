@@ -577,7 +577,8 @@ def test_a_training_leaves_its_words_and_its_exit_code_and_hears_sigterm(tmp_pat
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__init__.py").touch()
     (tmp_path / "trainer" / "launch.py").write_text(
-        "import signal, sys, time\n"
+        "import os, pathlib, signal, sys, time\n"
+        "assert os.environ['MILKTEA_TELL'] == '1' and pathlib.Path('log.txt').is_file()\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(5)))\n"
         "print('step 1', flush=True)\n"
         "time.sleep(60)\n"

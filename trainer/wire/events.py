@@ -223,17 +223,72 @@ def end_cut_line(path: Path) -> None:
                 file.write(b"\n")
 
 
+class Words:
+    """The events of one run as lines of a log, each with this machine's time of day: few of them,
+    and of a failure none, because the trainer says on stderr why it stopped."""
+
+    EVERY_S = 10.0  # between the lines of two steps
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._next_t = 0.0
+        self._loading = ""
+
+    def line(self, event: _Event) -> str:
+        """What to print of `event`; empty where that is nothing."""
+        text = "".join(c if c.isprintable() else " " for c in self._text(event))
+        return f"{time.strftime('%H:%M:%S', time.localtime(event.t))}  {text}" if text else ""
+
+    def _text(self, event: _Event) -> str:
+        match event:
+            case Loading() if event.what != self._loading:
+                self._loading = event.what
+                return event.what
+            case Started():
+                self._total = event.total_steps
+                stage = f"{event.number} of {event.stages}, {event.stage}: "
+                on = f"{event.processes} x {event.device}"
+                return f"{stage if event.stages > 1 else ''}{event.total_steps} steps on {on}"
+            case Step() if event.t >= self._next_t or event.step == self._total:
+                self._next_t = event.t + self.EVERY_S
+                at = f"step {event.step} of {self._total}, loss {event.loss:.4f}"
+                left = f"{event.eta_s // 3600:.0f} h {event.eta_s % 3600 / 60:.0f} min left"
+                return f"{at}, {event.tokens_per_second:,.0f} tokens/s, {left}"
+            case Checkpoint():
+                return f"checkpoint of step {event.step}"
+            case HeldOut():
+                right = f"loss {event.loss:.4f}, {event.accuracy:.1%} right"
+                return f"held-out rows after step {event.step}: {right}"
+            case Score():
+                before, after = event.exact_match_before, event.exact_match_after
+                return f"exact match: {before:.1%} before, {after:.1%} after"
+            case Measured():
+                told = (
+                    f"{n}: {a:.4g} before, {b:.4g} after" for n, (a, b) in event.numbers.items()
+                )
+                return "; ".join(told)
+            case Warned():
+                return f"warning: {event.message}"
+            case Finished():
+                return f"done: {event.steps} steps in {event.seconds:.0f} s"
+            case _:
+                return ""
+
+
 class EventWriter:
     """Appends to events.jsonl; each line reaches the kernel before `write` returns. Used by rank 0
-    only."""
+    only. Where nobody follows that file, MILKTEA_TELL=1 prints the same for people to read."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self._words = Words() if os.environ.get("MILKTEA_TELL") == "1" else None
 
     def write(self, event: type[_Event], **fields: Any) -> None:
-        row = event(t=round(time.time(), 3), **fields).model_dump()
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        happened = event(t=round(time.time(), 3), **fields)
+        self._file.write(json.dumps(happened.model_dump(), ensure_ascii=False) + "\n")
         self._file.flush()
+        if self._words is not None and (line := self._words.line(happened)):
+            print(line, flush=True)
 
     def close(self) -> None:
         os.fsync(self._file.fileno())

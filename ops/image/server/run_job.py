@@ -1,11 +1,12 @@
-"""Inside the image: one training in its run folder, its words on stdout and in log.txt, SIGTERM
-passed on.
+"""Inside the image: one training in its run folder, its words and its progress on stdout and in
+log.txt, SIGTERM passed on.
 
     python run_job.py    in the run folder; ends with the trainer's exit code, as exit_code says
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -19,13 +20,15 @@ def main() -> int:
     code_file = Path("exit_code")
     code_file.unlink(missing_ok=True)
     command = [sys.executable, "-u", "-m", "trainer.launch", "job.json"]
+    os.environ["MILKTEA_TELL"] = "1"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as trainer:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: trainer.send_signal(number))
         assert trainer.stdout is not None
         log = Path("log.txt")
+        log.touch()
         for line in trainer.stdout:
-            if log.is_file() and log.stat().st_size > LOG_BYTES:
+            if log.stat().st_size > LOG_BYTES:
                 log.replace("log.txt.1")
             with log.open("ab") as file:
                 file.write(line)
