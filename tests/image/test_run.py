@@ -413,6 +413,7 @@ def engine_says(tmp_path: Path, run: Callable) -> Callable[..., subprocess.Compl
             "docker": (
                 f"""case "$*" in *Runtimes*) echo '{{"nvidia":{{}}}}' ;;
                 "ps --filter"*) printf '{running}' ;; "images "*) printf '{listed}' ;;
+                "container inspect"*) rm {tmp_path}/leaving ;;
                 *" run "*|"run "*|"rmi "*) echo "$*" >>{tmp_path}/asked ;; esac"""
             ),
             "nvidia-smi": f"seq 0 {gpus - 1}",
@@ -528,6 +529,14 @@ def test_a_run_is_found_by_the_name_that_its_user_gave_it(
     assert engine_says("logs", name).stdout == "its words\n"
     assert engine_says("stop", name).stdout.startswith(f"run {name} stopped")
     assert f"--base {found[2]}/model" in run("chat", name)[0]
+
+
+def test_a_stopped_run_may_be_begun_again_at_once(engine_says: Callable, tmp_path: Path) -> None:
+    """An engine stops a container and removes it a moment later; till then its name is taken."""
+    (tmp_path / "milktea/mine-1").mkdir(parents=True)
+    (tmp_path / "leaving").touch()
+    assert engine_says("stop", "mine-1").returncode == 0
+    assert not (tmp_path / "leaving").exists()
 
 
 def test_one_of_several_images_is_chosen_by_use(engine_says: Callable, tmp_path: Path) -> None:

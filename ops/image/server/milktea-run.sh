@@ -237,13 +237,14 @@ LIST
     echo "run $_run: $_at    (milktea-run logs -f $_run, milktea-run stop $_run)"
     [ -z "$_quiet" ] || return 0
     trap 'echo; echo "run $_run goes on: milktea-run logs -f $_run"; exit 0' INT HUP
-    $DOCKER logs -f "$NAMED" 2>&1
-    ended "$_run"
+    $DOCKER logs -f "$NAMED" 2>&1; ended "$_run"
 }
 
-ended() { # ended RUN: how it ended; waits for the container to be gone
+gone() { while $DOCKER container inspect "$(container_of "$1")" >/dev/null 2>&1; do sleep 1; done; } # gone RUN: its name is free again
+
+ended() { # ended RUN: how it ended
     local _code
-    while trains "$1"; do sleep 1; done
+    gone "$1"
     _code=$(cat "$RUNS/$1/exit_code" 2>/dev/null) || refuse "run $1 ended without an exit code: the engine or this server stopped it" "milktea-run train JOB.toml --run $1 goes on from its last checkpoint"
     [ "$_code" != 0 ] || echo "adapter: $RUNS/$1/result/adapter.zip"
     return "$_code"
@@ -269,14 +270,13 @@ logs() {
     if [ "${1:-}" = -f ]; then _follow=yes; shift; fi
     _at=$(run_folder "${1:-}") || exit 2
     if [ -n "$_follow" ] && trains "${_at##*/}"; then
-        $DOCKER logs -f "$(container_of "${_at##*/}")" 2>&1
-        ended "${_at##*/}"
+        $DOCKER logs -f "$(container_of "${_at##*/}")" 2>&1; ended "${_at##*/}"
     else cat "$_at/log.txt"; fi
 }
 
 stop() {
     $DOCKER stop -t 600 "$(container_of "${AT##*/}")" >/dev/null 2>&1 || refuse "run $1 does not train" "milktea-run status"
-    echo "run $1 stopped; milktea-run train JOB.toml --run $1 goes on"
+    gone "${AT##*/}"; echo "run $1 stopped; milktea-run train JOB.toml --run $1 goes on"
 }
 
 installed() { # of every image that INSTALL.sh brought: NAME CURRENT PREVIOUS
