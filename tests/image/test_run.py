@@ -272,6 +272,24 @@ def test_check_gives_the_self_test_the_lock_of_the_current_image(
     assert f" -v {lock}:/run/milktea/image.lock:ro " in run("check")[0]
 
 
+def test_an_image_that_is_gone_back_to_has_the_tools_that_came_with_it(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write job files that its own trainer reads."""
+    monkeypatch.syspath_prepend(SERVER)
+    small, prefix = tmp_path / "small", tmp_path / "prefix"
+    (small / "tools").mkdir(parents=True)
+    shutil.copy(SERVER / "milktea-run.sh", small / "tools/milktea-run")
+    (small / "image.lock").touch()
+    for identity in ("old", "abc"):
+        (small / "tools/run_job.py").write_text(identity)
+        module("installer").install_tools(f"id {identity}\n", small, prefix)
+    for identity in ("abc", "old"):
+        (prefix / "state/tiny").write_text(f"current milktea/tiny:{identity}\n")
+        [tools] = re.findall(r"-v (\S+):/tools:ro", run("check")[0])
+        assert (Path(tools) / "run_job.py").read_text() == identity
+
+
 def test_rootless_engines_and_servers_without_gpus_are_seen(run: Callable) -> None:
     (line,) = run("check", runtimes='{"runc":{}}', security='["name=rootless"]')
     assert "--user" not in line and "--gpus" not in line

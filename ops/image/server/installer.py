@@ -104,18 +104,21 @@ def _link_name(models: Path, name: str, digest: str) -> None:
 
 
 def install_tools(plan: str, small: Path, prefix: Path) -> None:
-    """Copy the bundle's tools, docs and lock; a folder is replaced by one rename, a file too."""
-    for name in ("tools", "docs"):
-        new, old = prefix / f"{name}.new", prefix / f"{name}.old"
+    """Copy the bundle's tools, docs and lock; a folder is replaced by one rename, a file too. An
+    image that is gone back to finds its own tools and lock among the records.
+    """
+    [[identity]] = rows(plan, "id")
+    own = f"records/tools-{identity}"
+    for name, target in (("tools", "tools"), ("tools", own), ("docs", "docs")):
+        new, old = prefix / f"{target}.new", prefix / f"{target}.old"
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
         if (small / name).is_dir():
             shutil.copytree(small / name, new)
-            if (prefix / name).is_dir():
-                (prefix / name).rename(old)
-            new.rename(prefix / name)
+            if (prefix / target).is_dir():
+                (prefix / target).rename(old)
+            new.rename(prefix / target)
             shutil.rmtree(old, ignore_errors=True)
-    [[identity]] = rows(plan, "id")
     for source, target, mode in (
         ("image.lock", f"records/image-{identity}.lock", 0o644),
         ("tools/milktea-run", "bin/milktea-run", 0o755),

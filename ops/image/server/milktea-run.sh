@@ -86,10 +86,10 @@ python_cache() {
 
 # inside EXTRA... -- PROGRAM ARGUMENTS...: the one way into the image. EXTRA are more docker options.
 inside() {
-    local _gpus _image _options _init _program='' _a _python _zone
+    local _gpus _image _options _init _program='' _a _python _tools _zone
     _image=$(current_image) || exit 2
-    _python=$(python_cache "$_image")
-    mkdir -p "$RUNS/cache"
+    _python=$(python_cache "$_image") _tools=$PREFIX/records/tools-${_image##*:} # those that came with it
+    [ -d "$_tools" ] || _tools=$PREFIX/tools; mkdir -p "$RUNS/cache"
     # podman's --init is a program of its own, catatonit, which is not everywhere; run_job.py does without
     _init=--init
     case $DOCKER in *podman*) [ -x "$(command -v catatonit)" ] || [ -x /usr/libexec/podman/catatonit ] || _init='' ;; esac
@@ -113,7 +113,7 @@ inside() {
                 set -- "$@" -e HOME=/tmp -e USER=milktea -e LOGNAME=milktea -e PYTHONPATH=/tools -e "MILKTEA_MODELS=$PREFIX/models" \
                     -e "TRITON_CACHE_DIR=$RUNS/cache/triton" -e "TORCHINDUCTOR_CACHE_DIR=$RUNS/cache/inductor" \
                     ${_python:+-e "PYTHONPYCACHEPREFIX=$_python"} \
-                    -v "$PREFIX/tools:/tools:ro" -v "$PREFIX/models:$PREFIX/models:ro" -v "$RUNS:$RUNS" --entrypoint "$_program" "$_image" ;;
+                    -v "$_tools:/tools:ro" -v "$PREFIX/models:$PREFIX/models:ro" -v "$RUNS:$RUNS" --entrypoint "$_program" "$_image" ;;
             *) set -- "$@" "$_a" ;;
         esac
     done
@@ -306,7 +306,7 @@ prune() {
         tags_of "$_now" '{{.Repository}}:{{.Tag}} {{.Size}}' | while read -r _image _size; do
             case /$_image in # podman puts docker.io/ or localhost/ before a name
                 */"$_now" | */"$_back" | */"${_now%:*}:current" | */"${_now%:*}:previous") ;;
-                *) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null && echo "removed $_image ($_size with what it shares)" ;;
+                *) $DOCKER rmi "$_image" >/dev/null 2>&1 </dev/null && rm -rf "$PREFIX/records/tools-${_image##*:}" && echo "removed $_image ($_size with what it shares)" ;;
             esac
         done
     done
