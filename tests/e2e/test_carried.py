@@ -13,14 +13,20 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from machine import free_port
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 PODMAN_CONF = ROOT / "tests/image/podman.conf"
+RUN = "/opt/milktea/bin/milktea-run"
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1800)]
 JOB = """\
 name = "mine"
@@ -141,6 +147,43 @@ class Server:
         assert done.returncode == code, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout + done.stderr
 
+    @contextmanager
+    def terminal(self, line: str, folder: Path) -> Iterator[Terminal]:
+        """A terminal in which this line was typed; it closes at the end of the block."""
+        screen, keyboard = os.openpty()
+        process = subprocess.Popen(
+            ["setsid", "--ctty", "sh", "-c", line.replace("/opt/milktea", str(self.prefix))],
+            cwd=folder,
+            env=os.environ | self.engine,
+            stdin=keyboard,
+            stdout=keyboard,
+            stderr=keyboard,
+        )
+        os.close(keyboard)
+        try:
+            yield Terminal(screen)
+        finally:
+            os.close(screen)
+            process.wait(60)
+
+
+class Terminal:
+    """What a person in front of a server sees."""
+
+    def __init__(self, screen: int) -> None:
+        self._screen, self.shows = screen, ""
+
+    def until(self, pattern: str) -> str:
+        """Wait for this; returns its first group. Fails where the program ended without it."""
+        while not (found := re.search(pattern, self.shows)):
+            try:
+                more = os.read(self._screen, 4096)
+            except OSError:  # nobody has the other side
+                more = b""
+            assert more, self.shows
+            self.shows += more.decode("utf-8", "replace")
+        return found[1]
+
 
 def served(server: Server, line: str, folder: Path, token: Path) -> tuple[str, str]:
     """(the page, an answer by OpenAI's interface) of `milktea-run serve`, from outside it."""
@@ -181,6 +224,76 @@ def served(server: Server, line: str, folder: Path, token: Path) -> tuple[str, s
         process.wait(60)
 
 
+def closed_terminal(server: Server, work: Path) -> None:
+    """A training whose terminal closes after its first step goes on, and another terminal sees its
+    end."""
+    with server.terminal(f"{RUN} train job.toml --run closed", work) as terminal:
+        terminal.until(r"(step 1 of \d+, loss [\d.]+)")
+    said = server.types(f"{RUN} logs -f closed", work)
+    assert "loading the model" in said and "done: " in said and "closed/result/adapter.zip" in said
+    assert events_of(work / "milktea/closed")[-1]["event"] == "finished"
+    assert (work / "milktea/closed/exit_code").read_text() == "0\n"
+    assert re.search(r"^closed +ended with 0", server.types(f"{RUN} status", work), re.M)
+    written = (work / "milktea/closed/log.txt").read_text()
+    assert written in said and server.types(f"{RUN} logs closed", work) == written
+
+
+def stopped(server: Server, work: Path) -> None:
+    """A detached training of a server in Shanghai: its log has that server's time; stopped, it
+    leaves a checkpoint, from which the same line goes on."""
+    (work / "long.toml").write_text(JOB.replace("num_train_epochs = 1", "max_steps = 100_000"))
+    begin = f"{RUN} train long.toml --run long --detach"
+    docker = "DOCKER" not in server.engine  # podman mounts an image for the terminal that asked
+    server.types(in_shanghai(begin, work) if docker and os.geteuid() == 0 else begin, work)
+    with server.terminal(f"{RUN} logs -f long", work) as terminal:
+        step = r"step (\d+) of 100000, loss"
+        first = terminal.until(rf"(\d\d:\d\d):\d\d  {step}")
+        status = server.types(f"{RUN} status", work)
+        assert re.search(r"^long +trains ", status, re.M) and "milktea-long-" in status
+        assert "trains already" in server.types(begin, work, code=2)
+        assert "run long stopped" in server.types(f"{RUN} stop long", work)
+        terminal.until(r"(checkpoint of step \d+)")
+    events = events_of(work / "milktea/long")
+    begun = next(event for event in events if event["event"] == "step")
+    saved = [event for event in events if event["event"] == "checkpoint"][-1]
+    zone = "Asia/Shanghai" if docker and os.geteuid() == 0 else None
+    at = datetime.fromtimestamp(begun["t"], ZoneInfo(zone) if zone else None)
+    assert first == at.strftime("%H:%M")
+    assert re.search(r"^long +ended with 143 ", server.types(f"{RUN} status", work), re.M)
+    assert "goes on from its last checkpoint" in server.types(begin, work)
+    with server.terminal(f"{RUN} logs -f long", work) as terminal:
+        assert int(terminal.until(step)) == saved["step"] + 1
+    server.types(f"{RUN} stop long", work)
+    assert "does not train" in server.types(f"{RUN} stop long", work, code=2)
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def in_shanghai(line: str, folder: Path) -> str:
+    """This line on a machine whose clock shows Shanghai's time."""
+    etc = folder.parent / "etc"
+    made = f"cp -a /etc {etc} && ln -sfn /usr/share/zoneinfo/Asia/Shanghai {etc}/localtime"
+    return f"unshare -m sh -c '{made} && mount --bind {etc} /etc && {line}'"
+
+
+def merged(server: Server, work: Path, run: str) -> None:
+    """`milktea-run merge` leaves a certificate, and a model that stock transformers opens."""
+    assert "certificate: passed" in server.types(f"{RUN} merge {run}", work)
+    model = work / "milktea" / run / "merged-bf16"
+    certificate = json.loads((model / "certificate.json").read_text())
+    assert certificate["numbers"]["share_of_effect"] <= 0.01
+    words = AutoTokenizer.from_pretrained(model)
+    asked = [{"role": "user", "content": "What animal is Zara?"}]
+    prompt = words.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    opened = AutoModelForCausalLM.from_pretrained(model)
+    answer = opened.generate(**prompt, max_new_tokens=20, do_sample=False)
+    assert "。" in words.decode(answer[0]), "it answers in Chinese"
+
+
 def test_the_lines_of_the_readme_lead_from_the_disk_to_a_trained_adapter(
     carried: Carried, engine: dict[str, str], tmp_path: Path
 ) -> None:
@@ -200,22 +313,26 @@ def test_the_lines_of_the_readme_lead_from_the_disk_to_a_trained_adapter(
     work = tmp_path / "训练 work"
     shutil.copytree(ROOT / "jobs/practice", work / "practice")
     (work / "job.toml").write_text(JOB)
-    command = "/opt/milktea/bin/milktea-run"
-    [run] = re.findall(r"^run (\S+):", server.types(server.says(f"{command} train"), work), re.M)
+    said = server.types(server.says(f"{RUN} train"), work)
+    [run] = re.findall(r"^run (\S+):", said, re.M)
+    assert "step 1 of " in said and "held-out rows" in said, "its progress is shown"
     assert (work / "milktea" / run / "result/adapter.zip").is_file()
-    evaluate = server.says(f"{command} evaluate").replace("RUN", run)
+    evaluate = server.says(f"{RUN} evaluate").replace("RUN", run)
     assert "exact" in server.types(evaluate, work)
-    chat = server.says(f"{command} chat").replace("RUN", run)
+    chat = server.says(f"{RUN} chat").replace("RUN", run)
     assert "。" in server.types(chat, work, '"What animal is Zara?"'), "it answers in Chinese"
     if not engine:  # the bridge of another engine wants more than this machine has
-        line = server.says(f"{command} serve").replace("RUN", run)
+        line = server.says(f"{RUN} serve").replace("RUN", run)
         page, answer = served(server, line, work, work / "milktea" / run / "token")
         assert "<title>" in page and "。" in answer
-    assert "prune" in server.types(server.says(f"{command} --help"), work)
-    assert run in server.types(f"{command} status", work)
-    assert "practice: current" in server.types(f"{command} images", work)
+    merged(server, work, run)
+    closed_terminal(server, work)
+    stopped(server, work)
+    assert "prune" in server.types(server.says(f"{RUN} --help"), work)
+    assert run in server.types(f"{RUN} status", work)
+    assert "practice: current" in server.types(f"{RUN} images", work)
     said = server.types(server.says("sh INSTALL.sh rollback"), code=2)
     assert "no image of practice before" in said
-    assert "removed" in server.types(f"{command} uninstall", work)
+    assert "removed" in server.types(f"{RUN} uninstall", work)
     owners = {path.lstat().st_uid for path in (work / "milktea").rglob("*")}
     assert owners == {work.stat().st_uid}
