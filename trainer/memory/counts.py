@@ -61,7 +61,11 @@ def parameters(shape: Shape) -> int:
     if shape.other_bias:
         qkv = {"q_proj", "k_proj", "v_proj", "attn.c_attn"}
         biases += shape.layers * sum(o for n, (_, o) in shape.linears().items() if n not in qkv)
-    return linear_parameters(shape) + embeddings + norms + biases + shape.other_parameters
+    wide = 0
+    if shape.wide is not None:
+        sizes = (shape.hidden, shape.q_size, shape.kv_size, shape.heads)
+        wide = shape.wide.more_parameters(*sizes)
+    return linear_parameters(shape) + embeddings + norms + biases + wide + shape.other_parameters
 
 
 def adapter_parameters(shape: Shape, r: int, target_modules: Targets = "all-linear") -> int:

@@ -47,6 +47,7 @@ MARGIN = 0.05  # share of the predicted peak that must stay free
 RESERVED_GIB = 1.0
 
 _CONSTANT_GIB = 0.10  # cuBLAS workspaces, position tables, the batch itself
+_BLOCKS = 1.001  # what is kept lies in blocks of whole pages (bench/results/families.jsonl)
 _NCCL_GIB = 0.4
 _MEAN_ROW = 200  # tokens of a row, assumed where the data is not known
 # a checkpointed layer takes this share of its time once more (bench/results/bench.jsonl: 14,559
@@ -138,7 +139,7 @@ def predict(
         weights += mixed_copies(shape, method, precision, trained)
     learning = min(trainable_layers if method == "freeze" else shape.layers, shape.layers)
     whole = min(learning, shape.layers - checkpointed_layers)  # layers that keep all
-    stored = tokens * (whole * layer + (learning - whole + 1) * element * shape.hidden)
+    stored = tokens * (whole * layer + (learning - whole + 1) * element * shape.hidden) * _BLOCKS
     passing += tokens * layer if whole == 0 else 0
     found = _summed((weights, adapter, optimizer, stored, loss, passing), processes)
     return _with_lines(found, shape, precision, trained, tokens, checkpointed_layers)

@@ -134,6 +134,40 @@ class DeltaNets:
 
 
 @dataclass(frozen=True)
+class WideLayers:
+    """Layers whose heads are wider than the others': Gemma 4's that see everything."""
+
+    layers: int
+    head_dim: int
+    kv_heads: int
+    values: bool  # whether they have a v_proj; else values are keys
+
+    @classmethod
+    def of(cls, family: Family, kv_heads: int) -> WideLayers | None:
+        """None where all heads are as wide. Defaults are those of transformers' own config."""
+        config = family.config
+        if not str(config.get("model_type", "")).startswith("gemma4"):
+            return None
+        alike = bool(config.get("attention_k_eq_v"))
+        if (own := config.get("per_layer_config")) is not None:  # as transformers 5 writes it
+            if not own:
+                return None
+            first = next(iter(own.values()))
+            head_dim, keys = whole(first, "head_dim"), whole(first, "num_key_value_heads")
+            return cls(len(own), head_dim or 512, keys or kv_heads, not alike)
+        kinds = config.get("layer_types") or []
+        full = sum(kind == "full_attention" for kind in kinds) or family.layers // 6
+        keys = whole(config, "num_global_key_value_heads") if alike else None
+        return cls(full, whole(config, "global_head_dim") or 512, keys or kv_heads, not alike)
+
+    def more_parameters(self, hidden: int, q: int, kv: int, heads: int) -> int:
+        """Parameters of their linears beyond those of layers with `q` and `kv` wide projections."""
+        keys = self.kv_heads * self.head_dim
+        own = 2 * heads * self.head_dim + (2 if self.values else 1) * keys
+        return self.layers * hidden * (own - 2 * q - 2 * kv)
+
+
+@dataclass(frozen=True)
 class Shape:
     """A decoder's dimensions, as its config.json tells them."""
 
@@ -157,15 +191,18 @@ class Shape:
     mixture: Mixture | None = None
     delta: DeltaNets | None = None
     gate: bool = False  # attention's output has a gate, beside each head of q_proj
+    wide: WideLayers | None = None
     state_bytes: int = 0  # bytes a token that a layer with a state keeps beside its linears
     other_parameters: int = 0  # parameters that the sizes above miss; negative: they count too many
 
     def __post_init__(self) -> None:
-        """From JSON too: a mixture and delta nets as dicts, modules as lists."""
+        """From JSON too: a mixture, delta nets and wide layers as dicts, modules as lists."""
         if isinstance(self.mixture, dict):
             object.__setattr__(self, "mixture", Mixture(**self.mixture))
         if isinstance(self.delta, dict):
             object.__setattr__(self, "delta", DeltaNets(**self.delta))
+        if isinstance(self.wide, dict):
+            object.__setattr__(self, "wide", WideLayers(**self.wide))
         object.__setattr__(self, "modules", tuple((n, i, o) for n, i, o in self.modules))
 
     @classmethod
@@ -207,7 +244,8 @@ class Shape:
         state = _state_bytes(config) if family.row["state"] else 0
         delta = DeltaNets.of(family) if family.row["delta"] else None
         gate = bool(family.row["gate"]) and "q_proj" in family.row["attention"]
-        made = replace(plain, mixture=mixture, delta=delta, gate=gate, state_bytes=state)
+        wide = WideLayers.of(family, plain.kv_heads)
+        made = replace(plain, mixture=mixture, delta=delta, gate=gate, wide=wide, state_bytes=state)
         return replace(made, modules=_modules(made, family))
 
     @classmethod
@@ -235,6 +273,13 @@ class Shape:
     @property
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
+
+    def attention_sizes(self) -> list[tuple[int, int, int]]:
+        """Of each kind of attention: layers, columns of q, columns of k."""
+        if (w := self.wide) is None:
+            return [(self.attending, self.q_size, self.kv_size)]
+        narrow = (self.attending - w.layers, self.q_size, self.kv_size)
+        return [narrow, (w.layers, self.heads * w.head_dim, w.kv_heads * w.head_dim)]
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """A layer's linear modules by the name that PEFT matches: (inputs, outputs). Where layers

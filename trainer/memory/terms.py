@@ -110,7 +110,7 @@ def kept_fused(shape: Shape, r: int, element: int) -> float:
     in fp32. Where layers are of two kinds, their mean."""
     h, f, rank = shape.hidden, shape.intermediate, _padded_rank(r)
     share = shape.attending / shape.layers
-    mixer = share * _attention_keeps(shape, rank, element)
+    mixer = _attention_keeps(shape, rank, element)
     if shape.delta is not None:
         mixer += (1 - share) * _delta_keeps(shape.delta, rank, element)
     if (m := shape.mixture) is not None:
@@ -121,10 +121,13 @@ def kept_fused(shape: Shape, r: int, element: int) -> float:
 
 
 def _attention_keeps(shape: Shape, rank: int, element: int) -> float:
-    """q k v, the gate, attention's output and its log-sum for each head, what A made."""
-    q, kv = shape.q_size, shape.kv_size
-    wide = (3 if shape.gate else 2) * q + 2 * kv
-    return element * (wide + 4 * rank) + 4 * shape.heads
+    """q k v, the gate, attention's output and its log-sum for each head, what A made; a mean over
+    all layers."""
+    columns = sum(
+        n * ((3 if shape.gate else 2) * q + 2 * kv) for n, q, kv in shape.attention_sizes()
+    )
+    rest = element * 4 * rank + 4 * shape.heads
+    return (element * columns + shape.attending * rest) / shape.layers
 
 
 def _delta_keeps(nets: DeltaNets, rank: int, element: int) -> float:
@@ -191,7 +194,8 @@ def passing_fused(
     """The most that one layer's backward holds beside what was kept: in attention's own backward,
     in the rotation after it, or around gate and up. FP8 adds casts of a byte, and the transposed
     weight where it is made on the fly."""
-    h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    h, f = shape.hidden, shape.intermediate
+    _, q, kv = max(shape.attention_sizes(), key=lambda kind: kind[1])
     cast = 1 if precision == "fp8" else 0
     # the gradients of the output and of the middle, and of attention's output
     streams = element * (2 * h + q)
