@@ -85,8 +85,8 @@ def follow(session: Session, box: Box) -> None:
     until(lambda: _look(session, box, state), every_s=POLL_S, clock=session.clock)
 
 
-def _look(session: Session, box: Box, state: _State) -> bool | None:
-    """Fetch the new events. True when the training ended with exit code 0, None while it runs."""
+def _look(session: Session, box: Box, state: _State) -> int | None:
+    """Fetch the new events. The exit code when the training ended with 0, None while it runs."""
     home = session.journal.folder / EVENTS
     answer = _poll(session, box, state, home.stat().st_size)
     while answer and _keep_events(session, box, state, home, answer):
@@ -106,7 +106,7 @@ def _look(session: Session, box: Box, state: _State) -> bool | None:
         if code is not None:
             with suppress(Lost):  # the next poll says it again
                 _record_end(session, box, code, state.failure)
-                return True
+                return code
         if state.gone and not running:
             with suppress(Lost):  # the next poll says it again
                 _raise_gone(session, box)

@@ -31,6 +31,7 @@ from ops.run.follow import (
     pull_folder,
 )
 from ops.wait import Patience
+from trainer.wire.events import Checkpoint
 
 STEP = b'{"t":1,"event":"step","step":1,"loss":2.0,"learning_rate":0.1,"grad_norm":1.0}\n'
 WARNING = b'{"t":1,"event":"warning","message":"%s"}\n'
@@ -219,10 +220,14 @@ def test_a_minute_before_the_boxs_end_the_training_is_ended(
 
 
 def test_a_box_that_is_not_reached_for_its_lease_is_lost_and_no_stall_is_counted(
-    client: Client, box: Box, state: following._State
+    client: Client, box: Box, state: following._State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client.show(ssh_port=1, ports={})
     box.endpoints = []
+    waited, connect = [], box.connect
+    monkeypatch.setattr(
+        box, "connect", lambda deadline_s: (waited.append(deadline_s), connect(deadline_s))
+    )
     lease_s = 600 * client.clock.pace
     for _ in range(4):
         client.clock.slept_s += lease_s / 4
@@ -231,6 +236,7 @@ def test_a_box_that_is_not_reached_for_its_lease_is_lost_and_no_stall_is_counted
     client.clock.slept_s += lease_s / 4
     with pytest.raises(Lost, match="although vast"):
         following._look(client.session, box, state)
+    assert waited == [20 * client.clock.pace] * 5, "the limits are looked at between two tries"
 
 
 def test_without_vast_ais_answer_no_box_is_lost(
@@ -438,6 +444,16 @@ def test_a_checkpoint_half_pulled_is_pulled_on(client: Client, box: Box, tmp_pat
     with pytest.raises(ValueError, match="3 files of 101 bytes"):
         pull_folder(box, remote, local, row["manifest_sha256"], max_bytes=100)
     assert not local.exists(), "nothing half is left"
+
+
+@pytest.mark.parametrize("path", ["checkpoints/4", "../3", "stages/1-other/checkpoints/3"])
+def test_a_checkpoint_that_lies_where_no_trainer_writes_is_not_taken_home(
+    client: Client, box: Box, path: str
+) -> None:
+    checkpoint(client, 4, FILES)
+    following.mirror(client.session, box, Checkpoint(t=1, step=3, path=path, manifest_sha256="0"))
+    told = client.session.screen.told  # type: ignore[attr-defined]
+    assert told[-1] == f"the box calls a checkpoint {path!r}: it is not taken home"
 
 
 def test_a_checkpoint_whose_folder_cannot_be_made_is_told_so(box: Box, tmp_path: Path) -> None:
