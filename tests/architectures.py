@@ -144,6 +144,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "vocab_size": 320, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 512, "word_embed_proj_dim": 32}),
     "bloom": ("bloom", {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mpt": ("mpt", {"vocab_size": 320, "d_model": 32, "n_heads": 4, "n_layers": 2,
+                    "max_seq_len": 512}),
     "cohere": ("cohere", _c(logit_scale=0.25)),
     "cohere2": ("cohere2", _c(_FOUR, _W, logit_scale=0.25,
                               layer_types=["sliding_attention"] * 3 + ["full_attention"])),

@@ -269,6 +269,18 @@ def seven_billion(tmp_path: Path, job: dict[str, Any]) -> None:
     job["model"]["precision"] = "bf16"
 
 
+def test_rows_beyond_the_positions_that_a_model_knows_are_told(
+    tmp_path: Path, fake: FakeVast, job: dict[str, Any]
+) -> None:
+    path = tmp_path / "model/config.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {"max_position_embeddings": 64}))
+    (told,) = [n for n in planned(tmp_path, fake, job).notes if "knows 64 positions" in n]
+    assert "it learns what it cannot do" in told
+    path.write_text(json.dumps(known))
+    assert not any(" positions" in n for n in planned(tmp_path, fake, job).notes)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "{"])
 def test_a_config_that_is_none_is_told_before_renting(
     tmp_path: Path, job: dict[str, Any], text: str

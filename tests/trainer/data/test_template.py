@@ -152,8 +152,11 @@ def test_alpaca_loras_json_template_is_taken_as_it_is() -> None:
 
 
 def test_an_empty_instruction_leaves_no_blank_line_before_the_input() -> None:
-    said, _ = written("vicuna", [Turn("user", "", "What?"), Turn("assistant", "That.")])
+    turns = [Turn("user", "", "What?"), Turn("assistant", "That.")]
+    said, _ = written("vicuna", turns)
     assert said.endswith(". USER: What? ASSISTANT: That.</s>")
+    own = rendered(with_chat_template(load("chat"), CHATML), turns)
+    assert own[0].text == "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_an_answer_that_is_not_to_be_learned_is_written_and_not_trained() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.functional import cross_entropy
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from trainer.kernels.attention import packed_attention
 from trainer.kernels.rotary import by_document, by_length, document_lengths
 
 ORIGINAL = 32
@@ -37,8 +40,8 @@ def model(kind: str):
     name, rope, more = KINDS[kind]
     settings = {**ARCHITECTURES[name][1], "sliding_window": None, **more, "rope_parameters": rope}
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings))
-    return made.eval()
+    told = AutoConfig.for_model(name, **settings)
+    return AutoModelForCausalLM.from_config(told, attn_implementation="eager").eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,6 +70,33 @@ def test_a_padded_rows_angles_are_those_of_the_row_alone(kind):
     cos, sin = made.model.rotary_emb(torch.zeros(2, 50, 32), padded)
     torch.testing.assert_close(cos[:1], alone[0][0])
     torch.testing.assert_close(sin[1:, :20], alone[1][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pack_of_short_and_long_rows_has_the_loss_of_the_rows_alone(kind):
+    """Stock transformers in eager attention, row by row, is the judge."""
+    alone = model(kind)
+    AttentionInterface.register("milktea", packed_attention)
+    packed = copy.deepcopy(alone)
+    packed.set_attn_implementation("milktea")
+    assert by_document(packed) == 1
+    rows = [torch.randint(5, 300, (n,)) for n in LENGTHS]
+    boundaries = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    with torch.no_grad():
+        got = packed(
+            input_ids=torch.cat(rows)[None],
+            position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None],
+            cu_seq_lens_q=boundaries,
+            cu_seq_lens_k=boundaries,
+            max_length_q=max(LENGTHS),
+            max_length_k=max(LENGTHS),
+            use_cache=False,
+        ).logits[0]
+        for ids, logits in zip(rows, got.split(LENGTHS), strict=True):
+            judge = copy.deepcopy(alone)  # dynamic angles keep the longest row that they saw
+            want = judge(input_ids=ids[None], use_cache=False).logits[0]
+            losses = [cross_entropy(x[:-1], ids[1:]) for x in (logits, want)]
+            assert abs(losses[0] - losses[1]) < 1e-5
 
 
 def test_models_whose_angles_do_not_depend_on_length_are_left_alone():

@@ -62,7 +62,9 @@ def test_what_was_a_traceback_ends_with_a_result(
     assert manifest_of(path)["tensors"]
 
 
-@pytest.mark.parametrize("name", ["bloom", "gptj", pytest.param("codegen", marks=slow)])
+@pytest.mark.parametrize(
+    "name", ["bloom", "gptj", *(pytest.param(n, marks=slow) for n in ("codegen", "mpt"))]
+)
 def test_attention_outside_the_interface_trains_or_is_refused_in_words(
     name: str, run_folder: Make, tmp_path: Path
 ) -> None:
