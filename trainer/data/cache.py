@@ -17,7 +17,7 @@ from trainer.data.tokenised import Rows
 from trainer.wire.job import Job
 from trainer.wire.stages import section_of
 
-VERSION = 4  # of the cache's layout and of what encode() makes
+VERSION = 5  # of the cache's layout and of what encode() makes
 
 
 EXTRA = "extra/"  # before the names of Rows.extra in the cache

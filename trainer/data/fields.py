@@ -165,7 +165,8 @@ def calls_of_text(text: str, place: Path_, problems: list[Problem]) -> list[Any]
 
 
 def tools(row: Mapping[str, Any], name: str, problems: list[Problem]) -> tuple[Any, ...]:
-    """The tools that a row offers; JSON text is decoded."""
+    """The tools that a row offers, as servers hand them to a chat template; JSON text is
+    decoded."""
     field = name if name != "tools" else next((n for n in TOOLS if row.get(n)), name)
     given = plain(row.get(field))
     if not given:
@@ -175,7 +176,16 @@ def tools(row: Mapping[str, Any], name: str, problems: list[Problem]) -> tuple[A
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         problems.append(((field,), "is no list of tools", 'write [{"type": "function", ...}]'))
         return ()
-    return tuple(given)
+    return tuple(map(_wrapped, given))
+
+
+def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool whose function stands bare, as ShareGPT and xLAM write it, in OpenAI's wrapping."""
+    if "function" in tool or not isinstance(tool.get("name"), str):
+        return tool
+    if tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
 
 
 def system(row: Mapping[str, Any], name: str, problems: list[Problem]) -> str:

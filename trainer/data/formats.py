@@ -112,7 +112,10 @@ def problems_or_row(value: Any, form: str, columns: Columns, where: str) -> Row 
     found = READERS[form](row, columns, where)
     if len(row) <= len(KEYS[form]) or not isinstance(found, Row):
         return found
-    names, problems = fields.unread(row, _read_by(form, columns))
+    read = _read_by(form, columns)
+    if form == "prompt":
+        read |= {_reply(row, columns)}
+    names, problems = fields.unread(row, read)
     return problems or (found._replace(unread=(*found.unread, *names)) if names else found)
 
 
@@ -123,7 +126,7 @@ def _read_by(form: str, columns: Columns) -> frozenset[str]:
         "alpaca": ("instruction", "input", "output", "history", "system"),
         "sharegpt": ("conversations", "system", "tools"),
         "messages": ("messages", "system", "tools"),
-        "prompt": ("prompt", "completion", "system", "tools"),
+        "prompt": ("prompt", "system", "tools"),
         "text": ("text",),
     }[form]
     found = {columns.name(name) for name in canonical}
@@ -131,7 +134,7 @@ def _read_by(form: str, columns: Columns) -> frozenset[str]:
         found |= set(fields.SYSTEM)
     if "tools" in canonical and columns.name("tools") == "tools":
         found |= set(fields.TOOLS)
-    return frozenset(found | ({"response"} if form == "prompt" else set()))
+    return frozenset(found)
 
 
 def kind_fault(form: str, keys: set[str]) -> tuple[str, str] | None:
@@ -378,9 +381,7 @@ def _content(
 
 def _prompt(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Problem]:
     ask = columns.name("prompt")
-    reply = columns.name("completion")
-    if reply not in row and "response" in row:
-        reply = "response"
+    reply = _reply(row, columns)
     asked, answered = row.get(ask), row.get(reply)
     if type(asked) is list and type(answered) is list:  # TRL's conversations in two halves
         whole = {k: v for k, v in row.items() if k not in (ask, reply)}
@@ -393,6 +394,12 @@ def _prompt(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Pro
     lead = (Turn("system", system),) if system else ()
     turns = (*lead, Turn("user", row[ask]), Turn("assistant", row[reply])) if not problems else ()
     return problems or Row(where, turns, tools=tools)
+
+
+def _reply(row: dict[str, Any], columns: Columns) -> str:
+    """The name of the answer beside a prompt: completion, or response where there is none."""
+    name = columns.name("completion")
+    return "response" if name not in row and "response" in row else name
 
 
 def _plain(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Problem]:

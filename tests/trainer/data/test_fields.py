@@ -132,6 +132,54 @@ def test_two_halves_of_a_conversation_are_one(tmp_path: Path) -> None:
         assert read(tmp_path, row).turns == (Turn("user", "Hi"), Turn("assistant", "Hello"))
 
 
+def test_of_two_answers_the_completion_is_learned_and_the_other_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "Hi", "completion": "Hello", "response": "Go away"}\n')
+    rows, defects = read_rows([path], Reading())
+    assert not defects and rows[0].turns == (Turn("user", "Hi"), Turn("assistant", "Hello"))
+    assert rows[0].unread == ("response",)
+    (defect,) = defects_of(tmp_path, {"prompt": "Hi"})
+    assert "has no 'completion'" in defect
+
+
+def test_a_system_turn_stays_and_the_same_one_twice_is_one(tmp_path: Path) -> None:
+    said = {"role": "system", "content": "pirate"}
+    turns = (Turn("system", "pirate"), Turn("user", "Hi"), Turn("assistant", "Arr"))
+    row = {"messages": [said, U("Hi"), A("Arr")]}
+    assert read(tmp_path, row).turns == read(tmp_path, row | {"system": "pirate"}).turns == turns
+
+
+def test_a_call_without_a_content_is_an_answer(tmp_path: Path) -> None:
+    """An answer of two fields, as OpenAI writes it where null is left out."""
+    row = {"messages": [U("weather?"), {"role": "assistant", "tool_calls": [CALL]}]}
+    assert read(tmp_path, row).turns[1] == Turn("assistant", "", calls=(CALL,))
+
+
+BARE = [
+    {"name": "w", "parameters": {"x": 1}},
+    {"type": "function", "name": "w", "parameters": {"x": 1}},
+]
+
+
+@pytest.mark.parametrize("bare", BARE)
+@pytest.mark.parametrize("column", ["tools", "functions"])
+def test_a_tool_without_its_wrapping_is_as_a_server_hands_it_to_the_template(
+    tmp_path: Path, column: str, bare: dict[str, Any]
+) -> None:
+    wrapped = {"type": "function", "function": {"name": "w", "parameters": {"x": 1}}}
+    talk = {"messages": [U("Hi"), A("Hello")]}
+    for written in ([bare], json.dumps([bare]), [wrapped]):
+        assert read(tmp_path, talk | {column: written}).tools == (wrapped,)
+    other = {"type": "web_search", "name": "w"}
+    assert read(tmp_path, talk | {column: [other]}).tools == (other,)
+
+
+def test_tools_beside_the_column_that_the_job_names_are_a_defect(tmp_path: Path) -> None:
+    renamed = {"messages": [U("Hi"), A("Hello")], "apis": [TOOL], "tools": [TOOL]}
+    (defect,) = defects_of(tmp_path, renamed, columns={"tools": "apis"})
+    assert ": tools: " in defect
+
+
 REFUSED = {  # row -> what the one defect says
     "a weight between": ({"messages": [U("1"), A("2", weight=0.5)]}, "messages[1].weight"),
     "a user's turn to learn": ({"messages": [U("1", train=True), A("2")]}, "messages[0].train"),
