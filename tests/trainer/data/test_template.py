@@ -178,8 +178,9 @@ def test_of_a_conversation_the_last_answer_alone_is_trained_where_that_is_asked_
 
 def test_the_model_is_asked_with_what_stands_before_its_answers() -> None:
     mine = parse("mine", "user = '{user}\\n'\nassistant = 'BOT: {assistant} END'".replace("'", '"'))
-    text = "".join(s.text for s in asked_text(mine, ONE[:1], TOKENS))
-    assert text == "Q1\nBOT: "
+    asked = asked_text(mine, ONE[:1], TOKENS)
+    assert "".join(s.text for s in asked) == "Q1\nBOT: "
+    assert not any(s.trained for s in asked)
     assert "".join(s.text for s in rendered(mine, ONE)) == "Q1\nBOT: A1 END</s>"
 
 
@@ -204,6 +205,8 @@ def test_braces_in_a_users_text_are_left_alone() -> None:
         "alpaca", [Turn("user", "print {output} and {instruction}"), Turn("assistant", "{input}")]
     )
     assert "print {output} and {instruction}" in said and said.endswith("{input}</s>")
+    mine = parse("mine", 'user = "{user}\\n"\nassistant = "{bos}{assistant}"')
+    assert rendered(mine, ONE)[-1].text == "{bos}A1</s>"
 
 
 @pytest.mark.parametrize("name", [*sorted(EXPECTED), "alpaca", "chat"])
