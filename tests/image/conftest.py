@@ -13,11 +13,12 @@ import random
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from image_engines import Engine, modern_engines
 from machine import needs
 
 from ops.hardware.driver import CudaLine
@@ -256,6 +257,12 @@ def release_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     key = tmp_path_factory.mktemp("keys") / "release"
     sign.make_key(key)
     return key
+
+
+@pytest.fixture(scope="session")
+def modern() -> Iterator[Callable[[str], Engine]]:
+    """The newer engine with the store "overlay2" or "containerd"."""
+    yield from modern_engines()
 
 
 @dataclass(frozen=True)

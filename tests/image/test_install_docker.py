@@ -9,14 +9,14 @@ import os
 import random
 import shutil
 import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from image_engines import Engine, answers, podman
 from image_shell import jail as few
 
 from ops.image.bundle.contents import Options
@@ -24,113 +24,6 @@ from ops.image.bundle.inventory import Present, read
 from ops.image.bundle.parts import final_tag
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]
-HERE = Path(__file__).parent
-MODERN = Path(os.environ.get("MILKTEA_MODERN_ENGINE", "/var/tmp/milktea-modern-engine"))
-
-
-@dataclass(frozen=True)
-class Engine:
-    name: str
-    host: str
-    program: str = "docker"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What INSTALL.sh needs to find it."""
-        if self.name == "podman":
-            return {"DOCKER": self.program, "CONTAINERS_CONF": str(HERE / "podman.conf")}
-        return {"DOCKER": self.program} | ({"DOCKER_HOST": self.host} if self.host else {})
-
-    def docker(self, *arguments: str, check: bool = True) -> str:
-        done = subprocess.run(
-            [self.program, *arguments],
-            capture_output=True,
-            text=True,
-            env=os.environ | self.environment,
-        )
-        assert not check or done.returncode == 0, done.stderr
-        return done.stdout
-
-    def tags(self, repository: str) -> set[str]:
-        return {
-            line
-            for line in self.docker(
-                "images", "--filter", f"reference={repository}", "--format", "{{.Tag}}"
-            ).split()
-            if line
-        }
-
-    def layers(self, ref: str) -> list[str]:
-        return json.loads(
-            self.docker("image", "inspect", "--format", "{{json .RootFS.Layers}}", ref)
-        )
-
-
-@pytest.fixture(scope="session")
-def modern() -> Iterator[Callable[[str], Engine]]:
-    """The newer engine with one of its stores, started once; ended by its own process id."""
-    if os.geteuid() or not (shutil.which("mmdebstrap") or (MODERN / "root").exists()):
-        pytest.skip("the newer engine needs root and mmdebstrap")
-    MODERN.mkdir(parents=True, exist_ok=True)
-    built = subprocess.run(
-        ["sh", str(HERE / "modern-engine.sh"), "build", str(MODERN)], capture_output=True, text=True
-    )
-    if built.returncode:
-        pytest.skip(f"the newer engine cannot be built here: {built.stderr.strip()[-200:]}")
-    started: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(store: str) -> Engine:
-        engine = Engine(f"28-{store}", f"unix://{MODERN}/{store}.sock")
-        if store not in started and not _answers(engine):
-            command = ["sh", str(HERE / "modern-engine.sh"), "run", str(MODERN), store]
-            started[store] = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            end = time.monotonic() + 60
-            while not _answers(engine):
-                assert time.monotonic() < end and started[store].poll() is None, (
-                    f"{engine.name} did not come up"
-                )
-                started[store].poll()
-        return engine
-
-    yield start
-    for process in started.values():
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """unshare(1) lets no SIGTERM through while it waits for its child; the child is dockerd, which
-    ends by it.
-    """
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), 15)
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _answers(engine: Engine) -> bool:
-    environment = dict(os.environ, DOCKER_HOST=engine.host)
-    return (
-        subprocess.run(
-            ["docker", "version"], capture_output=True, env=environment, timeout=20
-        ).returncode
-        == 0
-    )
-
-
-def podman() -> Engine:
-    """This machine's, or the one that MILKTEA_PODMAN names by its path."""
-    program = os.environ.get("MILKTEA_PODMAN", "podman")
-    if not shutil.which(program):
-        pytest.skip("no podman here")
-    done = subprocess.run([program, "info"], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"podman does not run here: {done.stderr.strip()[-200:]}")
-    return Engine("podman", "", program)
 
 
 @pytest.fixture(params=["here", "28-overlay2", "28-containerd", "podman"])
@@ -140,7 +33,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param != "here":
         return request.getfixturevalue("modern")(request.param.removeprefix("28-"))
     found = Engine("here", os.environ.get("DOCKER_HOST", ""))
-    if not shutil.which("docker") or not _answers(
+    if not shutil.which("docker") or not answers(
         replace(found, host=found.host or "unix:///var/run/docker.sock")
     ):
         pytest.skip("no Docker engine here")
