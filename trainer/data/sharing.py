@@ -42,7 +42,7 @@ def why_apart(job: Job, family: Family, longest: int, on_gpu: bool) -> str:
     if job.lora.lora_dropout or training.neftune_noise_alpha:
         return "dropout and noise are drawn for each row by itself"
     if asked is None and on_gpu:
-        return f"it is not measured on a GPU yet: {job.stage}.share_prompts = true asks for it"
+        return f"it gains little on a GPU: {job.stage}.share_prompts = true asks for it"
     return family.why_unshared(longest)
 
 

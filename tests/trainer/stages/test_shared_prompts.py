@@ -138,7 +138,7 @@ def test_a_model_that_does_not_understand_shared_keys_is_told_and_not_trained_so
     ("changes", "on_gpu", "why"),
     [
         ({}, False, ""),
-        ({}, True, "not measured on a GPU yet"),
+        ({}, True, "it gains little on a GPU"),
         ({"rm": {"share_prompts": True}}, True, ""),
         ({"rm": {"share_prompts": False}}, False, "rm.share_prompts is false"),
         ({"training": {"packing": False}}, False, "packing is false"),
