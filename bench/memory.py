@@ -25,8 +25,8 @@ import torch
 
 from bench.rows import Setting
 from bench.training import GIB, SHAPES, TimedSteps, build
-from trainer.kernels import nf4
 from trainer.kernels.patch import inner_model
+from trainer.kernels.scratch import release_scratch
 
 MODELS = [
     Setting("llama-7b", "bf16"),
@@ -56,7 +56,7 @@ def measure_grid(path: Path, device: torch.device) -> None:
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         del model, layers
-        nf4.release_scratch()
+        release_scratch()
         gc.collect()
         torch.cuda.empty_cache()
 

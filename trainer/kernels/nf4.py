@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.backend import operations
+from trainer.kernels.scratch import scratch
 
 BLOCK = 64
 # The 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact zero: the paper's
@@ -38,22 +39,6 @@ CODEBOOK = (
     0.7229568362236023,
     1.0,
 )
-
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-
-def scratch(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A buffer of at least n elements that the next call overwrites. Products on one stream use it
-    in turn."""
-    kept = _scratch.get((device, dtype))
-    if kept is None or kept.numel() < n:
-        kept = _scratch[device, dtype] = torch.empty(n, device=device, dtype=dtype)
-    return kept[:n]
-
-
-def release_scratch() -> None:
-    """Give the buffers back, for measurements of memory."""
-    _scratch.clear()
 
 
 def quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
