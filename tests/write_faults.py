@@ -230,8 +230,11 @@ def ended_by_a_person(folder: Path) -> int:
 
 
 def cases(sites: list[Site]) -> list[tuple[Site, str, bool]]:
-    """Each site with each error, once and for good."""
-    return [(site, name, stays) for site in sites for name in ERRORS for stays in (False, True)]
+    """Each site with each error, once and for good; each begins with another of these, so that
+    every N-th has some of all."""
+    ways = [(name, stays) for name in ERRORS for stays in (False, True)]
+    turned = [ways[n % len(ways) :] + ways[: n % len(ways)] for n in range(len(sites))]
+    return [(site, *way) for site, order in zip(sites, turned, strict=True) for way in order]
 
 
 def main() -> int:
