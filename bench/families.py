@@ -3,13 +3,17 @@
     python -m bench.families qwen3-8b:bf16 qwen3-8b:fp8 gemma-3-4b:bf16 --append \
         bench/results/families.jsonl
     python -m bench.families --table bench/results/families.jsonl
+    torchrun --nproc_per_node 4 -m bench.families llama-70b:bf16 --in-parts
 
 The protocol of docs/speed-log.md on the shapes that people download: a random-weight model, LoRA
 r=16 on all linears (8 on experts), 20,000 rows with log-normal lengths packed whole to 16,384
 tokens, real tokens a second. `gemm_tflops` is the card's bf16 rate on a product of 8,192 cubed,
 measured in the same process. `--layers` takes fewer layers where a card is too small;
 `full_depth_tok_s` then says what the whole depth would give, if the layers alone cost more.
-`--peer` measures transformers and PEFT by themselves on the same rows, padded.
+`--peer` measures transformers and PEFT by themselves on the same rows, padded. Over several
+processes each trains on rows of its own, and gradients are summed once a step; `real_tok_s` is of
+all together, `peak_gib` of the fullest card. `--in-parts` keeps the frozen layers in parts, all of
+them recomputed: compare it with `--layers` of the same share, recomputed, on one card.
 """
 
 from __future__ import annotations
@@ -22,17 +26,22 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench.processes import Processes
 from bench.rows import Setting, batches, lengths
 from bench.shapes import SHAPES
 from bench.training import BF16_TFLOPS, GIB, tell
+from trainer.kernels.base_parts import BaseParts
 
 EXPERT_RANK = 8
 
@@ -112,12 +121,14 @@ def start_adapters(model: nn.Module, device: torch.device) -> None:
 
 
 def build(
-    setting: Setting, layers: int | None, device: torch.device
+    setting: Setting, layers: int | None, device: torch.device, parts: BaseParts | None = None
 ) -> tuple[nn.Module, dict[str, str]]:
-    """The trainer's own path: (the model on the device, what computes it)."""
+    """The trainer's own path: (the model on the device, what computes it). With `parts` no process
+    ever has more than a layer of each kind beside its own."""
     from trainer.kernels.attention import register
     from trainer.kernels.patch import accelerate_model
     from trainer.model.load import checkpoint_first, prepare
+    from trainer.model.parts import decoder_layers
 
     model = empty_model(configuration(setting.model, layers), register(), setting.r)
     start_adapters(model, device)
@@ -128,9 +139,12 @@ def build(
         device,
         checkpoint_layers=setting.checkpoint_layers,
         materialise=fill,
+        parts=parts,
     )
     checkpoint_first(model, setting.checkpoint_layers)
     tie(model)
+    if parts is not None:
+        parts.attach(decoder_layers(model))
     return model.train(), names
 
 
@@ -150,13 +164,16 @@ def as_trained(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 class Steps:
-    """Training steps without a wait for the GPU."""
+    """Training steps without a wait for the GPU. With several processes, `world`, each has data of
+    its own."""
 
-    def __init__(self, model: nn.Module, data: list[dict[str, Any]], loss: Any) -> None:
+    def __init__(
+        self, model: nn.Module, data: list[dict[str, Any]], loss: Any, world: int = 1
+    ) -> None:
         from trainer.loop.optim import FlatGradients
 
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.model, self.data, self.loss = model, data, loss
+        self.model, self.data, self.loss, self.world = model, data, loss, world
         self.gradients = FlatGradients(trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
         self.losses: list[Tensor] = []
@@ -165,9 +182,12 @@ class Steps:
     def step(self) -> int:
         batch = self.data[len(self.losses) % len(self.data)]
         self.gradients.zero()
-        loss = self.loss(self.model, batch)
+        loss = self.loss(self.model, batch) / self.world
         loss.backward()
-        self.losses.append(loss.detach())
+        self.gradients.extra[0] = loss.detach()
+        if self.world > 1:
+            dist.all_reduce(self.gradients.buffer)
+        self.losses.append(self.gradients.extra[0].clone())
         self.norms.append(self.gradients.clip(1.0))
         self.optimizer.step()
         return int(batch["count"])
@@ -251,40 +271,52 @@ def full_depth(speed: float, model: str, layers: int) -> float:
     return 1.0 / (head + (1.0 / speed - head) * whole / layers)
 
 
-def measure(setting: Setting, asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(setting: Setting, asked: argparse.Namespace, all_of: Processes) -> dict[str, Any]:
     """Builds, warms up, runs and reports one model."""
-    layers, peer = asked.layers, asked.peer
-    torch.cuda.reset_peak_memory_stats()
+    layers, peer, device, world = asked.layers, asked.peer, all_of.device, all_of.world
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     vocab = SHAPES[setting.model][1]["vocab_size"]
-    model, names = (build_peer if peer else build)(setting, layers, device)
+    depth = layers or SHAPES[setting.model][1]["num_hidden_layers"]
+    parts = BaseParts(device, all_of.rank, world) if asked.in_parts else None
+    if parts is not None:
+        setting = replace(setting, checkpoint_layers=depth)
+    made = build_peer if peer else partial(build, parts=parts)
+    model, names = made(setting, layers, device)
+    all_of.say(f"{setting.model}: {depth} layers stand after {time.perf_counter() - began:.0f} s")
     count = 24 if setting.tokens <= 32768 else asked.warm + setting.steps + 1
-    data = (padded_batches if peer else batches)(setting, vocab, device, count=count)
-    steps = Steps(model, data, peer_loss if peer else our_loss)
+    rows = padded_batches if peer else partial(batches, rank=all_of.rank, world=world)
+    data = rows(setting, vocab, device, count=count)
+    steps = Steps(model, data, peer_loss if peer else our_loss, world)
     steps.step()
-    torch.cuda.synchronize()
+    all_of.wait()
     first = time.perf_counter() - began
+    all_of.say(f"first step after {first:.0f} s")
     for _ in range(asked.warm):
         steps.step()
-    torch.cuda.synchronize()
+    all_of.wait()
     start = time.perf_counter()
     tokens = sum(steps.step() for _ in range(setting.steps))
-    torch.cuda.synchronize()
-    speed = tokens / (time.perf_counter() - start)
+    all_of.wait()
+    speed = all_of.summed(tokens) / (time.perf_counter() - start)
+    all_of.say(f"{setting.steps} steps: {speed:,.0f} tok/s")
     if asked.profile:
         write_profile(steps.step, asked.profile)
     losses, norms = (torch.stack(x).float().tolist() for x in (steps.losses, steps.norms))
-    depth = layers or SHAPES[setting.model][1]["num_hidden_layers"]
+    peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0
+    held = None if parts is None else round(parts.held_bytes / GIB, 2)
     return {
         "model": setting.model,
         "precision": setting.precision,
-        "gpus": 1,
-        "card": torch.cuda.get_device_name(),
+        "gpus": world,
+        "card": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__,
         "layers": depth,
         "real_tok_s": round(speed, 1),
-        "full_depth_tok_s": round(full_depth(speed, setting.model, depth), 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+        "full_depth_tok_s": round(world * full_depth(speed / world, setting.model, depth), 1),
+        "peak_gib": round(all_of.largest(peak), 2),
         "loss_first": round(losses[0], 4),
         "loss_last": round(losses[-1], 4),
         "grad_norm_last": round(norms[-1], 5),
@@ -295,6 +327,7 @@ def measure(setting: Setting, asked: argparse.Namespace, device: torch.device) -
         "r": setting.r,
         "peer": peer,
         "kernels": names,
+        "base_in_parts_gib": held,
     }
 
 
@@ -343,36 +376,52 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, help="write one step's kernels to this file")
     parser.add_argument("--append", type=Path, help="add the lines to this file")
     parser.add_argument("--table", type=Path, help="print this file as a table instead")
+    parser.add_argument(
+        "--in-parts", action="store_true", help="keep the frozen layers in parts over the processes"
+    )
+    parser.add_argument("--cpu", action="store_true", help="try a small model without a GPU")
     parser.add_argument("--commit", default="", help="of the code measured, for the line")
     asked = parser.parse_args()
     if asked.table:
         print(table(asked.table))
         return 0
-    if not torch.cuda.is_available():
+    if not asked.cpu and not torch.cuda.is_available():
         print("bench.families measures a GPU, and torch sees none here", file=sys.stderr)
         return 3
-    device = torch.device("cuda")
-    rate, wrong = round(gemm_tflops(device), 1), 0
-    for name in asked.models:
-        model, precision = name.split(":")
-        settings = ("steps", "tokens", "checkpoint_layers", "r", "rows")
-        setting = Setting(model, precision, **{k: getattr(asked, k) for k in settings})
-        try:
-            line = measure(setting, asked, device)
-        except (RuntimeError, ValueError) as why:  # out of memory, most often: said, not a row
-            print(f"{name}: {type(why).__name__}: {str(why)[:400]}", file=sys.stderr, flush=True)
-            wrong += 1
-            line = None
-        gc.collect()
-        torch.cuda.empty_cache()
-        if line is None:
-            continue
-        command = "python -m bench.families " + " ".join(sys.argv[1:])
-        line |= {"gemm_tflops": rate, "command": command, "date": time.strftime("%Y-%m-%d")}
-        tell(line | ({"commit": asked.commit} if asked.commit else {}), asked.append)
-        learned = line["loss_last"] < line["loss_first"] and line["grad_norm_last"] > 0
-        wrong += not (learned and math.isfinite(line["loss_last"]))
+    all_of = Processes.join(asked.cpu)
+    if asked.in_parts and all_of.world == 1:
+        print("--in-parts wants several processes: accelerate launch", file=sys.stderr)
+        return 2
+    rate = 0.0 if asked.cpu else round(gemm_tflops(all_of.device), 1)
+    wrong = sum(not measured(name, asked, all_of, rate) for name in asked.models)
+    if all_of.world > 1:
+        dist.destroy_process_group()
     return 1 if wrong else 0
+
+
+def measured(name: str, asked: argparse.Namespace, all_of: Processes, rate: float) -> bool:
+    """Measures NAME:PRECISION and tells its line; whether that is a result."""
+    model, precision = name.split(":")
+    settings = ("steps", "tokens", "checkpoint_layers", "r", "rows")
+    setting = Setting(model, precision, **{k: getattr(asked, k) for k in settings})
+    try:
+        line = measure(setting, asked, all_of)
+    except (RuntimeError, ValueError) as why:  # out of memory, most often: said, not a row
+        print(f"{name}: {type(why).__name__}: {str(why)[:400]}", file=sys.stderr, flush=True)
+        if all_of.world > 1:  # the others wait for this one: the launcher ends them
+            os._exit(1)
+        line = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    if line is None:
+        return False
+    launched = "python" if all_of.world == 1 else f"torchrun --nproc_per_node {all_of.world}"
+    command = " ".join([launched, "-m bench.families", *sys.argv[1:]])
+    line |= {"gemm_tflops": rate, "command": command, "date": time.strftime("%Y-%m-%d")}
+    if all_of.rank == 0:
+        tell(line | ({"commit": asked.commit} if asked.commit else {}), asked.append)
+    learned = line["loss_last"] < line["loss_first"] and line["grad_norm_last"] > 0
+    return learned and math.isfinite(line["loss_last"])
 
 
 if __name__ == "__main__":
