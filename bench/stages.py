@@ -154,10 +154,10 @@ def opened(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = Job.model_validate_json((run / "job.json").read_bytes())
 
-    def planned(job: Job, base: Path, longest: int, device: torch.device, world: int) -> Any:
+    def planned(job: Job, base: Path, longest: int, ranks: Ranks) -> Any:
         if asked.capacity is None:
-            return budget.micro_batch(job, base, longest, device, world)
-        return budget.solve(job, base, longest, asked.capacity, world) or (longest, 99)
+            return budget.micro_batch(job, base, longest, ranks)
+        return budget.solve(job, base, longest, asked.capacity, ranks.world) or (longest, 99)
 
     patch.object(sft, "micro_batch", planned).start()
     stage = STAGES[job.stage].Stage(job, run)
@@ -166,7 +166,7 @@ def opened(
     stage._rehearse_saving = lambda: None
     ranks = Replicas(StopSignal(), device)
     stage.load(ranks)
-    plan = planned(job, stage.base, stage.longest, device, 1)
+    plan = planned(job, stage.base, stage.longest, ranks)
     for i, layer in enumerate(inner_model(model).fast_layers):  # type: ignore[arg-type]
         layer.checkpoint = i < plan[1]
     if job.stage == "ppo":  # the fourth role, in a reward model's place

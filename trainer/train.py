@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
 from trainer import chained
@@ -25,10 +26,11 @@ from trainer.chained import stage_of
 from trainer.data.errors import InvalidJob
 from trainer.data.template import TemplateError
 from trainer.loop import step
+from trainer.loop.budget import wants_parts
 from trainer.loop.checkpoint import CheckpointError
 from trainer.loop.guards import Stopped
 from trainer.loop.ranks import Ranks, StopSignal
-from trainer.loop.replicas import Replicas
+from trainer.loop.replicas import BaseInParts, Replicas
 from trainer.loop.reporter import Reporter
 from trainer.loop.sharded import Shards
 from trainer.model.parts import ModelError
@@ -56,10 +58,10 @@ def run_job(path: Path) -> int:
     if (run / "result" / "manifest.json").is_file():
         return DONE  # a run that is done is not trained again
     if len(job.stages) > 1:
-        ended = chained.train(job, run, join(job, stop), started_at())
+        ended = chained.train(job, run, join(job, stop, run), started_at())
         return TERMINATED if ended is None else DONE
     stage = stage_of(job, run)
-    ranks = join(job, stop)
+    ranks = join(job, stop, run, stage.longest)
     with closing(Reporter(job, run, first=ranks.rank == 0)) as reporter:
         ended = step.train(job, run, stage, ranks, reporter)
         if ended is not None:
@@ -67,15 +69,20 @@ def run_job(path: Path) -> int:
     return TERMINATED if ended is None else DONE
 
 
-def join(job: Job, stop: StopSignal) -> Ranks:
-    """This process among those of the run, which `accelerate launch` describes in the
-    environment."""
+def join(job: Job, stop: StopSignal, run: Path, longest: int = 0) -> Ranks:
+    """This process among those of the run, which `accelerate launch` describes in the environment.
+    `longest`: tokens of the longest row."""
     accelerator = Accelerator()
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    sharded = job.training.method == "full" and world > 1  # an adapter is small: each holds it all
-    return (Shards if sharded else Replicas)(stop, device, rank, world)
+    if job.training.method == "full" and world > 1:
+        return Shards(stop, device, rank, world)
+    # an adapter is small: each holds it all
+    parts = torch.tensor(int(wants_parts(job, run, longest, device, world)), device=device)
+    if world > 1:
+        dist.all_reduce(parts, dist.ReduceOp.MAX)
+    return (BaseInParts if parts else Replicas)(stop, device, rank, world)
 
 
 def started_at() -> float:
@@ -117,8 +124,8 @@ def run_and_report(path: Path) -> int:
         report_refusal(run, outcome.error)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         (run / os.environ.get(EXIT_VARIABLE, EXIT_FILE)).write_text(json.dumps(outcome.code))
-    if torch.distributed.is_initialized() and outcome.code == DONE:
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized() and outcome.code == DONE:
+        dist.destroy_process_group()
     if outcome.code == STOPPED and restarts:  # all for one reason: torchrun must not try again
         return DONE
     return outcome.code

@@ -29,7 +29,7 @@ _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 
 
 @dataclass
-class _Matrix:
+class Matrix:
     """A frozen matrix, or several that are joined, of one shape; `put` lets the layer read it from
     a tensor of that shape, and from nothing where the tensor is empty."""
 
@@ -39,8 +39,8 @@ class _Matrix:
 
 
 @dataclass
-class _LayerParts:
-    matrices: list[_Matrix]
+class LayerParts:
+    matrices: list[Matrix]
     size: int  # elements of the layer, a multiple of the number of processes
     part: Tensor  # this process's
 
@@ -52,8 +52,8 @@ class BaseParts:
     def __init__(self, device: torch.device, rank: int, world: int) -> None:
         self.device, self.rank, self.world = device, rank, world
         self.most_bytes = 0  # of parts, buffers and the layer that is cut, at any time
-        self._parts: dict[int, _LayerParts] = {}  # by the layer's id
-        self._layers: list[_LayerParts] = []  # in the model's order
+        self._parts: dict[int, LayerParts] = {}  # by the layer's id
+        self.layers: list[LayerParts] = []  # in the model's order
         self._buffers: list[Tensor] = []
         self._held: list[int | None] = [None] * BUFFERS  # the layer that a buffer has or awaits
         self._under_way: list[Any] = [None] * BUFFERS  # the gather that fills it
@@ -102,7 +102,7 @@ class BaseParts:
         ]
         start, matrices = 0, []
         for tensor, put, _ in found:
-            matrices.append(_Matrix(tensor.shape, start, put))
+            matrices.append(Matrix(tensor.shape, start, put))
             start += -(-tensor.numel() // ALIGNED) * ALIGNED
         size = -(-start // (ALIGNED * self.world)) * ALIGNED * self.world
         each = size // self.world
@@ -116,14 +116,14 @@ class BaseParts:
         self.most_bytes = max(self.most_bytes, self.held_bytes + _bytes(size, part))
         for matrix in matrices:
             matrix.put(part.new_empty(0))
-        self._parts[id(layer)] = _LayerParts(matrices, size, part)
+        self._parts[id(layer)] = LayerParts(matrices, size, part)
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Lets the decoder layers, which recompute their forward pass in the backward pass, gather
         what they compute with."""
-        self._layers = [self._parts[id(layer)] for layer in layers]
-        most = max(layer.size for layer in self._layers)
-        like = self._layers[0].part
+        self.layers = [self._parts[id(layer)] for layer in layers]
+        most = max(layer.size for layer in self.layers)
+        like = self.layers[0].part
         self._buffers = [like.new_empty(most) for _ in range(BUFFERS)]
         self.most_bytes = max(self.most_bytes, self.held_bytes)
         for number, layer in enumerate(layers):
@@ -146,11 +146,11 @@ class BaseParts:
         if self._under_way[at] is not None:
             self._under_way[at].wait()
             self._under_way[at] = None
-        for matrix in self._layers[number].matrices:
+        for matrix in self.layers[number].matrices:
             stop = matrix.start + matrix.shape.numel()
             matrix.put(self._buffers[at][matrix.start : stop].view(matrix.shape))
         self._open = number
-        if 0 <= then < len(self._layers):
+        if 0 <= then < len(self.layers):
             self._begin(then)
 
     def _begin(self, number: int) -> None:
@@ -161,7 +161,7 @@ class BaseParts:
             return
         if self._under_way[at] is not None:
             self._under_way[at].wait()
-        layer = self._layers[number]
+        layer = self.layers[number]
         whole = self._buffers[at][: layer.size]
         self._under_way[at] = _gather(whole, layer.part, async_op=True)
         self._held[at] = number
@@ -169,7 +169,7 @@ class BaseParts:
     def close(self) -> None:
         """Lets no layer read a buffer."""
         if self._open is not None:
-            for matrix in self._layers[self._open].matrices:
+            for matrix in self.layers[self._open].matrices:
                 matrix.put(self._buffers[0][:0])
         self._open = None
 

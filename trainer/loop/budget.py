@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
 
 from trainer import memory
 from trainer.data.errors import InvalidJob
+from trainer.data.prepare import model_folder
+from trainer.loop.ranks import Ranks
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
 CPU_TOKENS = 2048  # of a micro-batch where there is no GPU memory to fill
 GPU_TOKENS = 16384  # at most; the memory oracle says how many fit
+FORCED = "MILKTEA_BASE_IN_PARTS"  # a variable of the environment
 
 
-def micro_batch(
-    job: Job, base: Path, longest: int, device: torch.device, world: int
-) -> tuple[int, int]:
-    """(tokens of a micro-batch, layers to recompute in backward) that `device` holds, where the
-    longest row has `longest` tokens, a learned prompt's places among them, and `world` processes
-    share the work. Raises InvalidJob when none fits, or when the model's config.json does not tell
-    how large it is."""
+def micro_batch(job: Job, base: Path, longest: int, ranks: Ranks) -> tuple[int, int]:
+    """(tokens of a micro-batch, layers to recompute in backward) that the processes' devices hold,
+    where the longest row has `longest` tokens, a learned prompt's places among them. Raises
+    InvalidJob when none fits, or when the model's config.json does not tell how large it is."""
+    device = ranks.device
     if device.type != "cuda":
         return CPU_TOKENS, 0
-    capacity = torch.cuda.get_device_properties(device).total_memory / 2**30
-    solved = solve(job, base, longest, capacity, world)
+    capacity = capacity_of(device)
+    solved = solve(job, base, longest, capacity, ranks.world, ranks.base_in_parts)
     if solved is None:
         name = torch.cuda.get_device_name(device)
         raise InvalidJob(
@@ -38,8 +40,35 @@ def micro_batch(
     return solved
 
 
+def capacity_of(device: torch.device) -> float:
+    """GiB of a GPU, as torch reports them."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
+
+
+def wants_parts(job: Job, run: Path, longest: int, device: torch.device, world: int) -> bool:
+    """Whether processes are to keep the base in parts: the whole of it does not fit this device,
+    and parts do, or FORCED is set where they are possible. Raises InvalidJob as `micro_batch`."""
+    lora, training = job.lora, job.training
+    method = memory.method_of(training.method, lora.use_dora, lora.lora_dropout)
+    possible = memory.base_splits(job.stage, method, job.model.precision)
+    if not possible or lora.init_lora_weights == "pissa" or len(job.stages) > 1 or world == 1:
+        return False
+    if os.environ.get(FORCED):
+        return True
+    if device.type != "cuda":
+        return False
+    base, room = model_folder(job, run), capacity_of(device)
+    whole = solve(job, base, longest, room, world)
+    return whole is None and solve(job, base, longest, room, world, in_parts=True) is not None
+
+
 def solve(
-    job: Job, base: Path, longest: int, capacity_gib: float, world: int
+    job: Job,
+    base: Path,
+    longest: int,
+    capacity_gib: float,
+    world: int,
+    in_parts: bool = False,
 ) -> tuple[int, int] | None:
     """memory.solve for this job on a card of `capacity_gib`. Raises InvalidJob for a config.json or
     target_modules that it cannot reckon with."""
@@ -58,6 +87,7 @@ def solve(
             longest,
             max(longest, GPU_TOKENS),
             processes=world,
+            in_parts=in_parts,
             trainable_layers=training.freeze_trainable_layers,
             saved=tuple(lora.modules_to_save or ()),
             learned=memory.Learned.of(training.method, job.prompt_learning),

@@ -68,6 +68,7 @@ class Ranks(ABC):
     where they say so: every process calls them, in one order."""
 
     shard: int | None = None  # for model.load: this process's rank, where it is to hold a part
+    base_in_parts = False  # whether a pass of one process alone would wait for the others for ever
 
     def __init__(
         self, stop: StopSignal, device: torch.device, rank: int = 0, world: int = 1

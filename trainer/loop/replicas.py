@@ -100,3 +100,5 @@ class Replicas(Ranks):
 class BaseInParts(Together, Replicas):
     """Replicas of an adapter on one base, of whose decoder layers each process keeps a part:
     trainer/kernels/base_parts.py. They need a process group."""
+
+    base_in_parts = True

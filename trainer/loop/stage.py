@@ -10,6 +10,7 @@ The loop (trainer/loop/step.py) calls, in this order:
                       prepare(step, work)  with the model as it is now, before any gradient
                       loss(step, micro)    for each micro-batch
                       report(...)          what its sums mean
+    settle()          what all processes are needed for at the end
     finish(...)       on rank 0, with the whole model
 
 Accumulation, clipping, guards, checkpoints, resume, signals and deadlines are the loop's.
@@ -60,6 +61,11 @@ class Stage(ABC):
     def load(self, ranks: Ranks) -> None:
         """Sets `base`, `model`, `kernels` and `ranks`, and places the model. Raises ModelError,
         InvalidJob."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that the model reads; 0 where that is not known."""
+        return 0
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters to train, by name."""
@@ -135,6 +141,9 @@ class Stage(ABC):
 
     def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - nor anything to keep
         """Takes back what `state` gave, in host memory."""
+
+    def settle(self) -> None:  # noqa: B027 - most stages need no other process at the end
+        """Makes, after the last step, what `finish` cannot make alone. Collective."""
 
     @abstractmethod
     def finish(self, model: nn.Module, state: checkpoint.State, reporter: Reporter) -> str:

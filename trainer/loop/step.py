@@ -233,6 +233,7 @@ def train(job: Job, run: Path, stage: Stage, ranks: Ranks, reporter: Reporter) -
     state = Loop(job, run, stage, ranks, reporter).run()
     if state is None:
         return None
+    stage.settle()
     model, digest = ranks.whole(job, stage.base, on_device=stage.answers_at_end), ""
     if ranks.rank == 0 and model is not None:
         digest = stage.finish(model, state, reporter)

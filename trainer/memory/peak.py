@@ -37,6 +37,7 @@ from trainer.memory.terms import (
     passing_fused,
     passing_plain,
     weight_bytes,
+    weights_in_parts,
 )
 
 GIB = 1024**3
@@ -101,19 +102,20 @@ def predict(
     frozen_adapters: int = 0,
     saved: tuple[str, ...] = (),
     learned: Learned | None = None,
+    in_parts: bool = False,
 ) -> Memory:
     """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in
     `documents` rows, of which `targets` (left out: all) meet the head.
 
     `method` is as `method_of` gives it. `trainable_layers` counts for "freeze". `fused` None: where
     the fused layer takes the model. `keep_transpose` is FP8's faster form. With several `processes`
-    NCCL's own buffers count, which torch does not report, and method "full" is shared among them.
-    On the one base `adapters` are trained, and `frozen_adapters` held beside them; `saved` are the
-    modules that train whole beside an adapter, `learned` is the prompt of a method that has one:
-    its places are tokens. The first layers are the checkpointed ones: when backward reaches them,
-    what the last ones kept is gone, so one layer made again counts only where no layer kept
-    anything. Below the layers that "freeze" trains nothing is kept. Raises ValueError for unknown
-    precisions, methods, modules."""
+    NCCL's own buffers count, which torch does not report, and they share what method "full" holds,
+    or with `in_parts` the frozen layers (see `base_splits`). On the one base `adapters` are
+    trained, and `frozen_adapters` held; `saved` are the modules that train whole beside an adapter,
+    `learned` is a method's prompt, whose places are tokens. The first layers are the checkpointed
+    ones: when backward reaches them, what the last ones kept is gone, so one layer made again
+    counts only where no layer kept anything. Below the layers that "freeze" trains nothing is kept.
+    Raises ValueError for unknown precisions, methods, modules."""
     _validate_precision(precision)
     tokens, element = tokens_per_micro_batch, 4 if precision == "fp32" or method == "full" else 2
     fused = takes_fused_layer(shape, precision, r, method) if fused is None else fused
@@ -121,13 +123,11 @@ def predict(
     each = _trained(shape, method, r, target_modules, trainable_layers, learned)
     trained, beside = (adapters * (n + saved_parameters(shape, saved)) for n in each)
     weights = weight_bytes(shape, precision, element, fused, keep_transpose)
-    adapter = 4.0 * (trained + beside + _held(shape, r, target_modules, frozen_adapters))
-    optimizer = trained * 8.0
-    if fused:
-        adapter += (adapters + frozen_adapters) * padded_copies(shape, r, target_modules, element)
-    if method == "full" and processes > 1:  # trainer/loop/sharded.py: each has a part of all
-        weights, adapter = (x / processes + gathered_bytes(shape) for x in (weights, adapter))
-        optimizer /= processes
+    copies = padded_copies(shape, r, target_modules, element) if fused else 0
+    frozen = _held(shape, r, target_modules, frozen_adapters)
+    adapter = 4.0 * (trained + beside + frozen) + (adapters + frozen_adapters) * copies
+    shares = processes if method == "full" or in_parts else 1
+    held = _shared(shape, method, element, shares, (weights, adapter, 8.0 * trained))
     loss = loss_fused(shape, tokens, tokens if targets is None else targets, element)
     if fused:
         layer = kept_fused(shape, r, element)
@@ -136,13 +136,28 @@ def predict(
         layer = _kept_plain(shape, method, precision, r, learned, element)
         passing = passing_plain(shape, precision, method, tokens, element)
         loss += head_gradient(shape) if method == "full" or "lm_head" in saved else 0
-        weights += mixed_copies(shape, method, precision, trained)
-    learning = min(trainable_layers if method == "freeze" else shape.layers, shape.layers)
+        held = (held[0] + mixed_copies(shape, method, precision, trained), *held[1:])
+    learning = min(trainable_layers, shape.layers) if method == "freeze" else shape.layers
     whole = min(learning, shape.layers - checkpointed_layers)  # layers that keep all
     stored = tokens * (whole * layer + (learning - whole + 1) * element * shape.hidden) * _BLOCKS
     passing += tokens * layer if whole == 0 else 0
-    found = _summed((weights, adapter, optimizer, stored, loss, passing), processes)
+    found = _summed((*held, stored, loss, passing), processes)
     return _with_lines(found, shape, precision, trained, tokens, checkpointed_layers)
+
+
+def _shared(
+    shape: Shape, method: str, element: int, processes: int, held: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """Bytes of weights, of adapters with gradients and of moments that each of `processes`
+    holds. Of a model that trains whole it has a part of all (trainer/loop/sharded.py), else of the
+    frozen layers (trainer/kernels/base_parts.py)."""
+    weights, adapter, optimizer = held
+    if processes == 1:
+        return held
+    if method != "full":
+        return weights_in_parts(shape, weights, element, processes), adapter, optimizer
+    more = gathered_bytes(shape)
+    return weights / processes + more, adapter / processes + more, optimizer / processes
 
 
 def _held(shape: Shape, r: int, target_modules: Targets, frozen_adapters: int) -> int:
@@ -201,6 +216,13 @@ def method_of(method: str, use_dora: bool = False, lora_dropout: float = 0.0) ->
         if method != "lora"
         else ("dora" if use_dora else "lora") + (DROPOUT if lora_dropout else "")
     )
+
+
+def base_splits(stage: str, method: str, precision: str) -> bool:
+    """Whether several processes can share the frozen layers of a training by this method, as
+    `method_of` gives it."""
+    learns = stage in ("pt", "sft", "rm", "dpo")
+    return learns and method.removesuffix(DROPOUT) == "lora" and precision in ("bf16", "fp32")
 
 
 def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool:
@@ -303,10 +325,12 @@ def _fewest_checkpointed(
     def fits(layers: int) -> bool:
         return predict(shape, precision, r, targets, tokens, layers, method, **more).fits(capacity)
 
-    if fits(0):
+    if fits(0) and not more.get("in_parts"):
         return 0
     if not fits(shape.layers):
         return None
+    if more.get("in_parts"):
+        return shape.layers
     # low does not fit, high does; one checkpointed layer may cost more than it saves, never two
     low, high = 0, shape.layers
     while high - low > 1:

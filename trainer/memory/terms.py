@@ -31,6 +31,13 @@ def gathered_bytes(shape: Shape) -> int:
     return 4 * (parameters(shape) - linear + 2 * linear // shape.layers)
 
 
+def weights_in_parts(shape: Shape, weights: float, element: int, processes: int) -> float:
+    """Of a frozen base whose weights are so many bytes, what a process holds that keeps a part of
+    the layers, and two layers whole: one computes while the next is gathered."""
+    layers = linear_parameters(shape) * element
+    return weights - layers + layers / processes + 2 * layers / shape.layers
+
+
 def passing_plain(shape: Shape, precision: str, method: str, tokens: int, element: int) -> float:
     """Bytes that one layer's backward in transformers' own code holds for a while."""
     wide = shape.intermediate

@@ -321,11 +321,12 @@ class Referenced(Judged):
         where each row's stands. None when this process leaves."""
         found = torch.zeros(len(places), dtype=torch.float64, device=self.ranks.device)
         with self.start.in_place():
-            for micro in work.micro:
+            for micro, weight in self.ranks.level(work.micro, work.filler):
                 if self.ranks.may_leave:
                     return None
                 mine = self._index([places[n] for n in micro["stage/numbers"]])
-                found[mine] = self.ranks.enter(self.sums, batch.on(self.ranks.device, micro))
+                sums = self.ranks.enter(self.sums, batch.on(self.ranks.device, micro))
+                found[mine] += weight * sums
         return self.ranks.sum(found)
 
     def state(self) -> dict[str, Tensor]:

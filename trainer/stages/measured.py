@@ -33,6 +33,7 @@ class Stage(sft.Stage):
     def __init__(self, job: Job, run: Path) -> None:
         super().__init__(job, run)
         self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
 
     @abstractmethod
     def measure(self, model: nn.Module, held: Rows, enter: Enter) -> dict[str, float]:
@@ -55,6 +56,10 @@ class Stage(sft.Stage):
         model.train(training)
         return found
 
+    def settle(self) -> None:
+        if self.ranks.base_in_parts:
+            self.after = self.measured(self.model, self.ranks.enter)
+
     def state(self) -> dict[str, Tensor]:
         return {BEFORE + k: torch.tensor(v, dtype=torch.float64) for k, v in self.before.items()}
 
@@ -74,7 +79,7 @@ class Stage(sft.Stage):
             why = "the held-out rows were not measured: the whole model does not fit one card"
             reporter.event(events.Warned, message=why)
             return {}
-        after = self.measured(model, call)
+        after = self.after or self.measured(model, call)
         numbers = {name: (self.before[name], after[name]) for name in after}
         reporter.event(events.Measured, rows=min(MOST_ROWS, len(self.held)), numbers=numbers)
         return {"held_out": numbers}

@@ -98,7 +98,7 @@ class Stage(stage.Stage):
             self.kept.compared = self.compare_with_stock(ranks, self.packed)
         if ranks.rank == 0:
             self._rehearse_saving()
-        room = micro_batch(self.job, self.base, longest, ranks.device, ranks.world)
+        room = micro_batch(self.job, self.base, longest, ranks)
         self.budget, self.recomputed = room
         self.model, self.kernels = self.kept.load(
             self.job, self.base, ranks.device, self.recomputed, ranks.shard, longest
@@ -227,6 +227,11 @@ class Stage(stage.Stage):
         """Answers the held-out questions, where there are any and the whole model fits the
         device."""
         device = self.ranks.device
+        if self.ranks.base_in_parts:
+            if self.job.data.held_out:
+                why = "the held-out rows were not answered: the base is in parts"
+                reporter.event(events.Warned, message=f"{why} over {self.ranks.world} processes")
+            return held_out.Scored()
         if next(model.parameters()).device.type != device.type:
             if self.job.data.held_out:
                 why = "the held-out rows were not scored: the whole model does not fit one card"

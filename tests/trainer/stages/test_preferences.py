@@ -16,6 +16,7 @@ from tiny import adapter_sha256, events_of, finish, manifest_of, start
 
 from trainer.data.errors import InvalidJob
 from trainer.data.stage_rows import prepare
+from trainer.loop import budget
 from trainer.loop.guards import Stopped
 from trainer.stages import compared, rm
 from trainer.train import run_job
@@ -65,6 +66,23 @@ def test_dpo_starts_at_ln_two_and_learns_to_prefer(stage_run: Make, every_step_t
     assert started["kernels"]["prompts"] == "of a group computed once"
     assert told[-1]["accuracy"] == 1.0 and told[-1]["margin"] > 0.1
     assert measured(job)["accuracy"] == [0.5, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+def test_two_processes_with_half_the_base_each_learn_and_measure_as_one_does(
+    stage: str, stage_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "CPU_TOKENS", 128)  # so that they have unequal numbers of packs
+    one, two = (stage_run(stage, PAIRS, held_out=PAIRS[:8], **SETTINGS) for _ in range(2))
+    assert finish(start(one)) == [0]
+    monkeypatch.setenv(budget.FORCED, "1")
+    assert finish(start(two, 2)) == [0, 0]
+    [began] = [e for e in events_of(two) if e["event"] == "started"]
+    assert "in parts over 2 processes" in began["kernels"]["base"]
+    curves = [[loss for _, loss in manifest_of(job)["curve"]] for job in (one, two)]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert measured(two) == {k: pytest.approx(v, abs=1e-4) for k, v in measured(one).items()}
 
 
 @pytest.mark.parametrize("loss_type", ["orpo", "simpo"])
