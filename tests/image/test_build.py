@@ -10,9 +10,11 @@ import json
 import os
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from image_engines import Engine
 from image_world import forget, make_world
 
 from ops.errors import MilkteaError
@@ -24,6 +26,7 @@ from ops.image.spec.lock import Lock
 from ops.image.spec.paths import Places
 
 BASE = os.environ.get("MILKTEA_BASE", "base:bookworm")
+pytestmark = pytest.mark.timeout(900)  # a build waits for whatever else this machine does
 
 
 @pytest.fixture
@@ -81,8 +84,8 @@ def places(tmp_path, client):
 
 
 def test_every_spelling_of_a_tar_gives_the_same_layer(tmp_path):
-    """Order, owners' names, times, kinds of header and marks of the engine do not matter; a
-    capability does.
+    """Order, owners' names, times, kinds of header, devices and marks of the engine do not matter;
+    a capability does.
     """
     content = {"a/b": b"1", "a-c": b"22", "a": None, "a/link": "b"}
 
@@ -120,6 +123,9 @@ def test_every_spelling_of_a_tar_gives_the_same_layer(tmp_path):
         pax=odd,
     )
     assert layer(other) == plain
+    with tarfile.open(tmp_path / "2", "a") as tar:  # older engines leave it a device
+        tar.addfile(tarfile.TarInfo("./dev/null"))
+    assert layer(tmp_path / "2") == plain
     able = spelt(
         tmp_path / "3",
         ["a", "a/b", "a/link", "a-c"],
@@ -154,6 +160,27 @@ def test_two_builds_without_a_cache_have_the_same_files_and_the_same_bytes(place
     names = [row[0] for row in files[2]]
     assert "opt/link" in names and "opt/hard" in names
     assert "opt/trainer/wire/job.py" in [row[0] for row in files[3]], "sub-packages too"
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_another_engine_builds_the_same_files_and_the_same_bytes(
+    places: Places, modern: Callable[[str], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = built("tiny", places, BASE)
+    files = entries(one)
+    other = modern("overlay2")
+    with subprocess.Popen(["docker", "save", BASE], stdout=subprocess.PIPE) as base:
+        environment = os.environ | other.environment
+        subprocess.run(["docker", "load", "-q"], stdin=base.stdout, env=environment, check=True)
+    monkeypatch.setenv("DOCKER_HOST", other.host)
+    versions = {engine.connect().version()["Version"]}
+    two, _ = built("tiny", places, BASE)
+    pairs = zip(files, entries(two), strict=True)
+    assert [sorted({*here} ^ {*there}) for here, there in pairs] == [[]] * len(files)
+    assert two.config_digest == one.config_digest
+    monkeypatch.undo()
+    assert engine.connect().version()["Version"] not in versions, "they are two engines"
 
 
 @pytest.mark.docker
