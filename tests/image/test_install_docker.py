@@ -258,6 +258,22 @@ def test_an_image_that_does_not_prove_itself_never_becomes_current(
     )
 
 
+def test_an_engine_that_does_not_see_the_servers_folder_is_found_out_by_one_mount(
+    tiny: Any, modern: Callable[[str], Engine], install: Callable, tmp_path: Path
+) -> None:
+    """As Docker from snap, or one of another machine; this one sees /tmp and nothing else."""
+    tiny.name = f"t{uuid.uuid4().hex[:10]}"
+    tiny.with_python().pack(tmp_path / "b")
+    engine, prefix = modern("overlay2"), Path(f"/var/tmp/milktea-{tiny.name}")
+    try:
+        ran = install(tmp_path / "b", prefix=prefix, **engine.environment)
+        assert ran.code == 3 and "the engine does not see" in ran.err
+        assert "as it was before" in ran.err and f"may read {prefix}" in ran.err
+        assert engine.tags(f"mtb/{tiny.name}") == set()
+    finally:
+        shutil.rmtree(prefix, ignore_errors=True)
+
+
 def killed_runs(
     product: Any, engine: Engine, tmp_path: Path, seeds: range, update: bool = False
 ) -> None:
