@@ -422,7 +422,7 @@ def test_unpacking_reading_and_the_slower_end_of_a_link_set_the_pace() -> None:
     assert got.start_s == pytest.approx(40 + 2 * 6.6e9 / 400e6)
     push, model, result = cost.transfers(fast, WORK)
     assert push.seconds == pytest.approx(1e7 / 6.25e6) and push.usd == pytest.approx(2e-5)
-    assert model.seconds == pytest.approx(13.5e9 / 600e6) and model.usd == pytest.approx(0.027)
+    assert model.seconds == pytest.approx(13.5e9 / 600e6) and model.usd == 13.5e9 / 1e9 * 0.002
     assert result.seconds == pytest.approx(1.6e8 / 3e6) and result.usd == pytest.approx(6.4e-4)
     slow = replace(OFFER, inet_down_mbps=10)
     assert cost.transfers(slow, WORK)[0].seconds == pytest.approx(1e7 / 0.75e6)
