@@ -95,12 +95,24 @@ def no_network_and_read_only() -> str:
     return f"interfaces: {', '.join(found) or 'none'}; image read-only"
 
 
+def lower_precision() -> str:
+    """The precision of two bytes that training has here: fp16 on a GPU without bf16, else bf16."""
+    import torch
+
+    from trainer.kernels.backend import is_old
+
+    old = torch.cuda.is_available() and is_old(torch.device("cuda"))
+    return "fp16" if old else "bf16"
+
+
 def gpu_works(expected: bool) -> str:
-    """Every visible GPU multiplies in bf16 and is of an architecture that this torch has code for.
+    """Every visible GPU multiplies in two bytes, and this torch has code for its architecture.
 
     Raises CheckFailed where no GPU is visible and one is ``expected``.
     """
     import torch
+
+    from trainer.kernels.backend import half
 
     if not torch.cuda.is_available():
         if not expected:
@@ -119,11 +131,13 @@ def gpu_works(expected: bool) -> str:
         )
     works = []
     for i in range(torch.cuda.device_count()):
-        x = torch.randn(256, 256, device=f"cuda:{i}", dtype=torch.bfloat16)
+        device = torch.device("cuda", i)
+        dtype = half("bf16", device)
+        x = torch.randn(256, 256, device=device, dtype=dtype)
         wrong = ((x @ x).float() - x.float() @ x.float()).abs().max().item()
         # bf16 keeps 8 bits: sums of 256 products of about 16 are right to about 0.1
         if not wrong < 2.0:
-            raise CheckFailed(f"GPU {i} multiplies wrongly in bf16: off by {wrong:.3g}")
+            raise CheckFailed(f"GPU {i} multiplies wrongly in {dtype}: off by {wrong:.3g}")
         works.append(
             f"{torch.cuda.get_device_name(i)} "
             f"(sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
@@ -397,6 +411,7 @@ def run_all(lock_path: Path | None, expect_gpu: bool = False) -> dict[str, Any]:
             "HOME": str(work),
             "OMP_NUM_THREADS": "1",
         }
+        lower = lower_precision()
         checks: list[tuple[str, Callable[[], str]]] = [
             ("versions", lambda: versions_match_the_lock(lock)),
             ("isolation", no_network_and_read_only),
@@ -408,7 +423,7 @@ def run_all(lock_path: Path | None, expect_gpu: bool = False) -> dict[str, Any]:
             ),
             ("bitsandbytes", bitsandbytes_library),
             ("lora training, fp32", lambda: lora_learns(work, environment, "fp32")),
-            ("lora training, bf16", lambda: lora_learns(work, environment, "bf16")),
+            (f"lora training, {lower}", lambda: lora_learns(work, environment, lower)),
             ("connections", lambda: nothing_reached_out(audit, sorted(work.glob("strace-*.txt")))),
         ]
         results = [_result(name, check) for name, check in checks]

@@ -240,6 +240,12 @@ class Family:
             return "it has a state between tokens"
         return "the angles of a row depend on its length" if self.long_rope else ""
 
+    def why_no_fp16(self) -> str:
+        """Why fp16 does not serve this family, or ""."""
+        if self.model_type in _file()["no_fp16"]["types"]:
+            return "its hidden states pass 65,504, the largest number of fp16"
+        return ""
+
     def why_no_prompt(self) -> str:
         """Why rows of this family cannot have learned places in front of them, or "" where they
         may."""

@@ -193,7 +193,7 @@ def reading_of(data: Data) -> Reading:
 
 def validate_settings(job: Job) -> None:
     """Raises InvalidJob for settings that no card and no data could serve."""
-    if job.training.trains_base and job.model.precision not in ("fp32", "bf16"):
+    if job.training.trains_base and job.model.precision not in ("fp32", "bf16", "fp16"):
         raise InvalidJob(
             f'training.method = "{job.training.method}" changes base weights, which '
             f"{job.model.precision} cannot hold",

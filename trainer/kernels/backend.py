@@ -13,10 +13,23 @@ log = logging.getLogger(__name__)
 _without_triton: list[str] = []  # the reason, once it is known
 
 
+def is_old(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU below compute capability 8.0 (Turing, Volta): bf16, flash
+    attention and the kernels of Triton are for newer ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def half(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of two bytes that a job's products have on ``device``, unless its precision is
+    fp32: fp16 in precision fp16 and on an old GPU, else bf16."""
+    return torch.float16 if precision == "fp16" or is_old(device) else torch.bfloat16
+
+
 def operations(device: torch.device) -> ModuleType:
     """``trainer.kernels.triton_ops`` where it can run, else its twin
-    ``trainer.kernels.reference``: on CPUs, without Triton, or after ``distrust``."""
-    if device.type != "cuda" or _without_triton:
+    ``trainer.kernels.reference``: on CPUs and old GPUs, without Triton, or after
+    ``distrust``."""
+    if device.type != "cuda" or _without_triton or is_old(device):
         return reference
     try:
         from trainer.kernels import triton_ops

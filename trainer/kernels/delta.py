@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from trainer.kernels import delta_reference as reference
+from trainer.kernels.backend import is_old
 from trainer.kernels.spans import spans
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def _mixed(module: Any, x: Tensor, cu: Tensor) -> Tensor:
 def rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor) -> Tensor:
     """The gated delta rule within documents, differentiable. q, k [M, HK, D] of unit norm, v [M,
     HV, E], decay (logarithms) and beta [M, HV], cu int32 [documents + 1] -> [M, HV, E]."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or why_not(q.device):
+    if q.dtype is not torch.bfloat16 or why_not(q.device):
         return reference.rule(q, k, v, decay, beta, cu)
     from trainer.kernels import delta_fla
 
@@ -114,9 +115,12 @@ def why_not(device: torch.device, precision: str = "bf16") -> str:
     """Why rows of a model with gated delta nets cannot be packed on `device`, or ""."""
     if device.type != "cuda":
         return ""
-    if precision == "fp32":
-        return "gated delta nets in fp32 are computed row by row on a GPU"
-    return _refused[0] if _refused else _missing()
+    if precision in ("fp32", "fp16"):
+        return f"gated delta nets in {precision} are computed row by row on a GPU"
+    if why := _refused[0] if _refused else _missing():
+        return why
+    old = "gated delta nets are computed row by row below compute capability 8.0"
+    return old if is_old(device) else ""
 
 
 @cache

@@ -11,6 +11,7 @@ import torch
 from trainer import memory
 from trainer.data.errors import InvalidJob
 from trainer.data.prepare import model_folder
+from trainer.kernels.backend import is_old
 from trainer.loop.ranks import Ranks
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
@@ -28,7 +29,8 @@ def micro_batch(job: Job, base: Path, longest: int, ranks: Ranks) -> tuple[int, 
     if device.type != "cuda":
         return CPU_TOKENS, 0
     capacity = capacity_of(device)
-    solved = solve(job, base, longest, capacity, ranks.world, ranks.base_in_parts)
+    of_all = (ranks.world, ranks.base_in_parts, is_old(device))
+    solved = solve(job, base, longest, capacity, *of_all)
     if solved is None:
         name = torch.cuda.get_device_name(device)
         raise InvalidJob(
@@ -57,9 +59,9 @@ def wants_parts(job: Job, run: Path, longest: int, device: torch.device, world: 
         return True
     if device.type != "cuda":
         return False
-    base, room = model_folder(job, run), capacity_of(device)
-    whole = solve(job, base, longest, room, world)
-    return whole is None and solve(job, base, longest, room, world, in_parts=True) is not None
+    base, room, old = model_folder(job, run), capacity_of(device), is_old(device)
+    whole, parts = (solve(job, base, longest, room, world, p, old) for p in (False, True))
+    return whole is None and parts is not None
 
 
 def solve(
@@ -69,9 +71,10 @@ def solve(
     capacity_gib: float,
     world: int,
     in_parts: bool = False,
+    old: bool = False,
 ) -> tuple[int, int] | None:
-    """memory.solve for this job on a card of `capacity_gib`. Raises InvalidJob for a config.json or
-    target_modules that it cannot reckon with."""
+    """memory.solve for this job on a card of `capacity_gib`, which is `old` before Ampere. Raises
+    InvalidJob for a config.json or target_modules that it cannot reckon with."""
     lora, training = job.lora, job.training
     try:
         shape = memory.Shape.from_config(
@@ -92,6 +95,7 @@ def solve(
             saved=tuple(lora.modules_to_save or ()),
             learned=memory.Learned.of(training.method, job.prompt_learning),
             **STAGES[job.stage].memory,
+            **(memory.BEFORE_AMPERE if old else {}),
         )
     except ValueError as why:
         raise InvalidJob(

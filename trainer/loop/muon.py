@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.kernels.backend import is_old
+
 MOMENTUM, ITERATIONS, EPSILON = 0.95, 5, 1e-7
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic iteration
 
@@ -50,9 +52,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T, in bf16, by Newton and Schulz's iteration."""
+    """About U V^T of a matrix U S V^T, by Newton and Schulz's iteration, in bf16 where there is
+    any."""
     tall = matrix.size(0) > matrix.size(1)
-    x = matrix.bfloat16()
+    x = matrix.float() if is_old(matrix.device) else matrix.bfloat16()
     x = x.T if tall else x
     x = x / x.norm().clamp(min=EPSILON)
     for _ in range(ITERATIONS):

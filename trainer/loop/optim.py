@@ -41,6 +41,10 @@ class FlatGradients:
         """Adds up over all processes."""
         torch.distributed.all_reduce(self.buffer)
 
+    def divide(self, by: float) -> None:
+        """Divides the gradients, without `extra`."""
+        self.gradients.div_(by)
+
     def clip(self, max_norm: float) -> Tensor:
         """Scales to a norm of at most `max_norm` (torch.nn.utils.clip_grad_norm_'s formula);
         returns the norm before, on the device."""

@@ -8,9 +8,10 @@ something to do. Where it matters (the first step, a checkpoint, the end) they a
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from trainer.loop import checkpoint
 from trainer.loop.guards import TrainingMonitor
 from trainer.loop.reporter import Reporter
+from trainer.wire import events
 
 EVENT_EVERY_S = 0.25
 # of a step, its count, its metrics' sums
@@ -44,8 +46,9 @@ class Readback:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step whose update was launched. `step` counts from 1; `count`, `tokens` and `where` are its
-    Work's; `numbers` are its loss, its wishes to stop, its metrics' sums and its gradient norm."""
+    """A step whose update was launched, or in fp16 skipped. `step` counts from 1; `count`, `tokens`
+    and `where` are its Work's; `numbers` are its loss, its wishes to stop, its metrics' sums and
+    its gradient norm; `scaling` is LossScale's `facts` after it."""
 
     step: int
     rate: float
@@ -53,6 +56,8 @@ class Launched:
     tokens: int
     where: Sequence[str]
     numbers: Readback
+    taken: bool = True
+    scaling: Mapping[str, float] = field(default_factory=dict)
 
 
 class Progress:
@@ -86,6 +91,9 @@ class Progress:
             return False
         done, self._unread = self._unread, None
         loss, wishes, *sums, norm = done.numbers.read()
+        if not done.taken:
+            self._skipped(done, loss)
+            return wishes > 0
         self._monitor.look(done.step, loss, norm, done.where)
         metrics = self._report(done.step, done.count, sums)
         self._state.curve.append([done.step, loss])
@@ -95,8 +103,20 @@ class Progress:
             self._told = now
             values = {"loss": loss, "learning_rate": done.rate, "grad_norm": norm}
             values |= {"tokens_per_second": round(speed, 1), "gpu_memory_gib": self._held_gib()}
+            values |= done.scaling
             self._reporter.step(done.step, values | metrics, eta_s=self._eta_s(done.step, now))
         return wishes > 0
+
+    def _skipped(self, done: Launched, loss: float) -> None:
+        self._settled = time.monotonic()
+        if math.isfinite(loss):
+            self._state.curve.append([done.step, loss])
+        scale, skipped = done.scaling["loss_scale"], done.scaling["skipped_steps"]
+        message = (
+            f"step {done.step}: gradients overflow fp16; it is skipped ({skipped:.0f} so far), and "
+            f"the loss scale halved to {scale:g}"
+        )
+        self._reporter.event(events.Warned, message=message)
 
     def _eta_s(self, step: int, now: float) -> float:
         return round((now - self._began) / (step - self._begun_at) * (self._total - step), 1)

@@ -59,6 +59,9 @@ class Gradients(Protocol):
     def reduce(self) -> None:
         """Adds up over all processes. Collective; call Ranks.reduce."""
 
+    def divide(self, by: float) -> None:
+        """Divides the gradients, without `extra`."""
+
     def clip(self, max_norm: float) -> Tensor:
         """Scales to a norm of at most `max_norm`; returns the norm before, 0-d on the device."""
 

@@ -242,6 +242,9 @@ class ShardedGradients:
     def reduce(self) -> None:
         dist.all_reduce(self.extra)
 
+    def divide(self, by: float) -> None:
+        torch._foreach_div_(self.views, by)
+
     def clip(self, max_norm: float) -> Tensor:
         views = self.views
         squares = torch.stack(torch._foreach_norm(views)).square().sum()

@@ -28,6 +28,7 @@ from trainer.data.batch import Work
 from trainer.loop import checkpoint
 from trainer.loop.guards import ExpectedMetrics, Stopped
 from trainer.loop.held_out import Look
+from trainer.loop.loss_scale import skipped_in
 from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Reporter, versions
 from trainer.loop.schedule import learning_rate
@@ -152,14 +153,18 @@ class Stage(ABC):
 
     def facts(self, state: checkpoint.State) -> dict[str, Any]:
         """Facts of the finished run, for the manifest and the report."""
-        return self._seen(state) | {
-            "steps": state.step,
-            "final_loss": state.curve[-1][1],
-            "data_sha256": [f.sha256 for f in self.job.data.files],
-            "versions": versions(),
-            "kernels": self.kernels,
-            "curve": state.curve,
-        }
+        return (
+            self._seen(state)
+            | skipped_in(state.stage)
+            | {
+                "steps": state.step,
+                "final_loss": state.curve[-1][1],
+                "data_sha256": [f.sha256 for f in self.job.data.files],
+                "versions": versions(),
+                "kernels": self.kernels,
+                "curve": state.curve,
+            }
+        )
 
     def _seen(self, state: checkpoint.State) -> dict[str, Any]:
         """What the looks at held-out rows gave, before and in the result."""

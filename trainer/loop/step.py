@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 
 from trainer.data import batch
+from trainer.kernels.backend import half
 from trainer.loop import checkpoint
 from trainer.loop.guards import Stopped, TrainingMonitor
 from trainer.loop.held_out import EarlyStopping
+from trainer.loop.loss_scale import LossScale
 from trainer.loop.optim import EXTRA, LOSS, WISHES, optimizer_of, set_rates
 from trainer.loop.progress import Launched, Progress, Readback
 from trainer.loop.ranks import Gone, Ranks
@@ -41,10 +43,12 @@ class Loop:
         groups = [[self.named[name] for name in names] for names in stage.groups()]
         tables = [p for layer in ends(stage.model) for p in layer.parameters()]
         self.optimizer = optimizer_of(groups, job.training, ranks.device, tables)
-        mixed = job.training.trains_base and job.model.precision != "fp32"
-        device = ranks.device.type
-        self.precise = torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
+        lower, two_bytes = job.model.precision != "fp32", half(job.model.precision, ranks.device)
+        mixed = lower and job.training.trains_base
+        self.precise = torch.autocast(ranks.device.type, two_bytes) if mixed else nullcontext()
+        self.scaling = LossScale(on=lower and two_bytes is torch.float16)
         self.state = self._resume()
+        self.scaling.restore(self.state.stage)
         self.held_out = EarlyStopping(self.state, job.training)
         if self.state.step:
             stage.restore(self.state.stage)
@@ -79,6 +83,8 @@ class Loop:
             self._leave()
             return None
         self.ranks.wait()
+        self.scaling.validate_trained(self.state.step)
+        self.state.stage |= self.scaling.state()
         self.held_out.take_best(self.named)
         self.monitor.validate_base(self.state.step)
         self.optimizer.state.clear()  # the device's memory is the result's now
@@ -141,7 +147,7 @@ class Loop:
             with self.precise:
                 total, sums = self.ranks.enter(self.stage.loss, step, micro)
                 loss = total / work.count * weight  # this micro-batch's part of the step's mean
-            loss.backward()
+            self.scaling.scaled(loss).backward()
             extra[LOSS] += loss.detach()
             if sums:
                 metrics = [sums[name].detach() for name in self.stage.metrics]
@@ -152,18 +158,24 @@ class Loop:
         return True
 
     def _update(self, step: int, work: batch.Work) -> None:
-        """Clips the summed gradients and updates the parameters; the monitor looks at both."""
-        rates = self.stage.rates(step)
+        """Clips the summed gradients and updates the parameters; the monitor looks at both. In fp16
+        a step whose gradients overflow is skipped."""
+        rates, taken = self.stage.rates(step), True
+        if self.scaling.on:
+            self.gradients.divide(self.scaling.scale)
         self.monitor.before_update(self.gradients.views)
         norm = self.gradients.clip(self.job.training.max_grad_norm)
         numbers = Readback(torch.cat([self.gradients.extra, norm[None]]))
-        set_rates(self.optimizer, rates)
-        self.optimizer.step()
-        self.monitor.after_update(step + 1, min(rates), work.where)
-        if self.monitor.compares_ranks:
-            self.ranks.compare(self.monitor.checksum, step + 1)
+        if self.scaling.on:  # waits for the device
+            taken = self.scaling.takes(step + 1, float(norm), work.where)
+        if taken:
+            set_rates(self.optimizer, rates)
+            self.optimizer.step()
+            self.monitor.after_update(step + 1, min(rates), work.where)
+            if self.monitor.compares_ranks:
+                self.ranks.compare(self.monitor.checksum, step + 1)
         self.state.step = step + 1
-        facts = (work.count, work.tokens, work.where, numbers)
+        facts = (work.count, work.tokens, work.where, numbers, taken, self.scaling.facts)
         self.progress.launched(Launched(self.state.step, rates[0], *facts))
 
     def _report(self, step: int, count: int, sums: list[float]) -> dict[str, float]:
@@ -195,7 +207,7 @@ class Loop:
             self.last_save = time.monotonic()
 
     def _save(self) -> None:
-        self.state.stage = self.stage.state() | self.held_out.kept()
+        self.state.stage = self.stage.state() | self.held_out.kept() | self.scaling.state()
         trained = (self.named, self.optimizer, self.state)
         self.ranks.save(self.checkpoints, *trained, self.reporter.checkpoint)
 

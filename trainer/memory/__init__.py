@@ -12,6 +12,7 @@ from trainer.memory.counts import (
 )
 from trainer.memory.learned import Learned
 from trainer.memory.peak import (
+    BEFORE_AMPERE,
     GIB,
     MARGIN,
     RESERVED_GIB,
@@ -27,6 +28,7 @@ from trainer.memory.peak import (
 from trainer.memory.shape import Mixture, Shape, Targets
 
 __all__ = [
+    "BEFORE_AMPERE",
     "GIB",
     "MARGIN",
     "RESERVED_GIB",

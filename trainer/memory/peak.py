@@ -31,6 +31,7 @@ from trainer.memory.terms import (
     head_gradient,
     kept_fused,
     kept_plain,
+    kept_without_flash,
     loss_fused,
     mixed_copies,
     padded_copies,
@@ -46,6 +47,9 @@ MARGIN = 0.05  # share of the predicted peak that must stay free
 # what training cannot have of the total that torch reports: the CUDA context, and gaps between the
 # allocator's blocks
 RESERVED_GIB = 1.0
+
+# what `predict` is told for cards before Ampere
+BEFORE_AMPERE: dict[str, bool] = {"fused": False, "flash": False}
 
 _CONSTANT_GIB = 0.10  # cuBLAS workspaces, position tables, the batch itself
 _BLOCKS = 1.001  # what is kept lies in blocks of whole pages (bench/results/families.jsonl)
@@ -103,23 +107,23 @@ def predict(
     saved: tuple[str, ...] = (),
     learned: Learned | None = None,
     in_parts: bool = False,
+    flash: bool | None = None,
 ) -> Memory:
     """The peak of one GPU for one micro-batch of `tokens_per_micro_batch` packed tokens in
     `documents` rows, of which `targets` (left out: all) meet the head.
 
     `method` is as `method_of` gives it. `trainable_layers` counts for "freeze". `fused` None: where
-    the fused layer takes the model. `keep_transpose` is FP8's faster form. With several `processes`
-    NCCL's own buffers count, which torch does not report, and they share what method "full" holds,
-    or with `in_parts` the frozen layers (see `base_splits`). On the one base `adapters` are
-    trained, and `frozen_adapters` held; `saved` are the modules that train whole beside an adapter,
-    `learned` is a method's prompt, whose places are tokens. The first layers are the checkpointed
-    ones: when backward reaches them, what the last ones kept is gone, so one layer made again
-    counts only where no layer kept anything. Below the layers that "freeze" trains nothing is kept.
-    Raises ValueError for unknown precisions, methods, modules."""
+    the fused layer takes the model. `flash`: whether torch's flash attention computes; None: but in
+    fp16. `keep_transpose` is FP8's faster form. With several `processes` NCCL's own buffers count,
+    which torch does not report, and they share what method "full" holds, or with `in_parts` the
+    frozen layers (see `base_splits`). On the one base `adapters` are trained, and `frozen_adapters`
+    held; `saved` modules train whole beside an adapter, `learned` is a prompt, whose places are
+    tokens. The first layers are the checkpointed ones: when backward reaches them, what the last
+    ones kept is gone, so one layer made again counts only where no layer kept anything. Below what
+    "freeze" trains nothing is kept. Raises ValueError for unknown precision, method, modules."""
     _validate_precision(precision)
     tokens, element = tokens_per_micro_batch, 4 if precision == "fp32" or method == "full" else 2
     fused = takes_fused_layer(shape, precision, r, method) if fused is None else fused
-    rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
     each = _trained(shape, method, r, target_modules, trainable_layers, learned)
     trained, beside = (adapters * (n + saved_parameters(shape, saved)) for n in each)
     weights = weight_bytes(shape, precision, element, fused, keep_transpose)
@@ -130,10 +134,11 @@ def predict(
     held = _shared(shape, method, element, shares, (weights, adapter, 8.0 * trained))
     loss = loss_fused(shape, tokens, tokens if targets is None else targets, element)
     if fused:
+        rows = max(1, tokens // _MEAN_ROW) if documents is None else documents
         layer = kept_fused(shape, r, element)
         passing = passing_fused(shape, precision, tokens, rows, element, keep_transpose)
     else:
-        layer = _kept_plain(shape, method, precision, r, learned, element)
+        layer = _kept_plain(shape, method, precision, r, learned, element, flash)
         passing = passing_plain(shape, precision, method, tokens, element)
         loss += head_gradient(shape) if method == "full" or "lm_head" in saved else 0
         held = (held[0] + mixed_copies(shape, method, precision, trained), *held[1:])
@@ -167,12 +172,21 @@ def _held(shape: Shape, r: int, target_modules: Targets, frozen_adapters: int) -
 
 
 def _kept_plain(
-    shape: Shape, method: str, precision: str, r: int, learned: Learned | None, element: int
+    shape: Shape,
+    method: str,
+    precision: str,
+    r: int,
+    learned: Learned | None,
+    element: int,
+    flash: bool | None,
 ) -> float:
     """What a layer of transformers keeps of one token, in bytes."""
+    flash = precision != "fp16" if flash is None else flash
+    # in fp32 `kept_plain` counts what attention without flash keeps
+    more = 0.0 if flash or precision == "fp32" else kept_without_flash(shape)
     if learned is None:
-        return kept_plain(shape, method, precision, r)
-    return kept_plain(shape, method, precision, 0) + learned.kept(shape, element)
+        return more + kept_plain(shape, method, precision, r)
+    return more + kept_plain(shape, method, precision, 0) + learned.kept(shape, element)
 
 
 def _validate_precision(precision: str) -> None:
@@ -233,7 +247,7 @@ def takes_fused_layer(shape: Shape, precision: str, r: int, method: str) -> bool
         and not shape.other_bias
         and shape.head_dim in (32, 64, 128, 256, 512)
     )
-    return plain and method == "lora" and r <= 64 and precision != "int8"
+    return plain and method == "lora" and r <= 64 and precision not in ("int8", "fp16")
 
 
 def solve(

@@ -54,7 +54,7 @@ def passing_plain(shape: Shape, precision: str, method: str, tokens: int, elemen
     return passing
 
 
-LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": _NF4_BYTES, "int8": 1.0}
+LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "nf4": _NF4_BYTES, "int8": 1.0}
 
 
 def weight_bytes(
@@ -63,7 +63,7 @@ def weight_bytes(
     linear = outside_experts(shape)  # experts stay as they were loaded
     each = (
         float(element)
-        if precision in ("fp32", "bf16")
+        if precision in ("fp32", "bf16", "fp16")
         else LINEAR_BYTES[precision] + (precision == "fp8" and keep_transpose)
     )
     scales = (
@@ -156,6 +156,13 @@ def kept_plain(shape: Shape, method: str, precision: str, r: int) -> float:
         more += (1 - dense) * (shape.mixture.kept(h) + 10 * shape.mixture.shared)
         f = round(dense * f)
     return more + _kept_of_llama(shape, f, method, precision, r)
+
+
+def kept_without_flash(shape: Shape) -> float:
+    """What attention document by document keeps of one token in a layer beside what flash attention
+    does, in bytes: a copy of each head of k and v for every head of q, and its output twice."""
+    q, kv = shape.q_size, shape.kv_size
+    return shape.attending / shape.layers * 2 * (q if kv == q else 3 * q)
 
 
 def _kept_of_llama(shape: Shape, f: int, method: str, precision: str, r: int) -> float:

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from trainer.kernels.backend import is_old
 from trainer.kernels.lora import MOST_RANK, adapter_of
 from trainer.model.decode import packs
 from trainer.model.parts import ends, family_of
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def answers_fast(device: torch.device, precision: str) -> bool:
     """Whether models that answer compute by trainer/kernels here, where they can."""
-    return device.type == "cuda" and precision != "int8"
+    return device.type == "cuda" and precision != "int8" and not is_old(device)
 
 
 def accelerate(model: nn.Module, precision: str, device: torch.device) -> bool:

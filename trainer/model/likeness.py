@@ -4,14 +4,16 @@ job's model.
 The copy has the job's classes and widths, random weights, one layer of each kind (two at least), a
 short vocabulary, and windows and length limits shortened until its rows pass them. The loss, and
 the gradients of what trains, of rows packed (or padded) as in training must equal those of each row
-alone in transformers' eager attention and PEFT's own forward, in fp32. On a GPU the same is then
-asked of the job's own precision: no further off than eager attention in bf16 is.
+alone in transformers' eager attention and PEFT's own forward, in fp32. On a GPU, and in fp16, the
+same is then asked of the dtype that the job computes in, bf16 or fp16: no further off than eager
+attention in it is.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +31,7 @@ from trainer import families
 from trainer.data import batch
 from trainer.data.tokenised import Rows
 from trainer.kernels import delta
+from trainer.kernels.backend import half
 from trainer.model import load
 from trainer.model.dropout import TokenKeys
 from trainer.model.forward import target_loss
@@ -59,8 +62,9 @@ class Tolerance:
 FP32 = Tolerance(1e-4, 1e-3, 1e-2)
 # Triton's products round fp32 to TF32: real widths give 1e-4 and 0.002, the delta rule 0.007
 FP32_GPU = Tolerance(5e-4, 1e-2, 2e-2)
-WORSE = 4.0  # times as far from fp32 as eager attention in bf16 is, at most,
-LOWER = Tolerance(0.02, 0.02, 0.1)  # or this far
+WORSE = 4.0  # times as far from fp32 as eager attention in bf16 or fp16 is, at most,
+# or this far; fp16 has three bits more
+LOWER = {"bf16": Tolerance(0.02, 0.02, 0.1), "fp16": Tolerance(0.005, 0.005, 0.03)}
 
 
 class Unlike(RuntimeError):
@@ -102,14 +106,23 @@ def compare(job: Job, folder: Path, device: torch.device, packed: bool) -> str:
         log.warning("not compared with transformers: %s", why, exc_info=True)
         return f"not compared with transformers: {type(why).__name__}: {str(why)[:200]}"
     told = _compare(job, config, device, packed, "fp32", want, FP32_GPU if _gpu(device) else FP32)
-    if _gpu(device) and job.model.precision != "fp32":
-        near = distance(_lower(job, config, device), want)
-        limit = Tolerance(*(max(WORSE * n, w) for n, w in zip(near, _parts(LOWER), strict=True)))
-        told += "; " + _compare(job, config, device, packed, "bf16", want, limit)
+    if job.model.precision == "fp16" or (_gpu(device) and job.model.precision != "fp32"):
+        told += "; " + _compare_lower(job, config, device, packed, want)
     del judge, want
     if _gpu(device):
         free()
     return f"{told}, in {time.monotonic() - began:.1f} s"
+
+
+def _compare_lower(job: Job, config: Any, device: torch.device, packed: bool, want: Trace) -> str:
+    """The comparison in the dtype of two bytes that the job computes in. Raises Unlike."""
+    name = "fp16" if half(job.model.precision, device) is torch.float16 else "bf16"
+    near = distance(_lower(job, config, device, name), want)
+    if not all(math.isfinite(n) for n in near):
+        return f"{name} not compared: in it transformers' own attention is not finite"
+    least = _parts(LOWER[name])
+    limit = Tolerance(*(max(WORSE * n, w) for n, w in zip(near, least, strict=True)))
+    return _compare(job, config, device, packed, name, want, limit)
 
 
 def _compare(
@@ -179,9 +192,7 @@ def alone(model: Any, device: torch.device, precise: Any = None) -> Trace:
 def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: str) -> Trace:
     """The rows as one batch, by the model as `load` would make it of the job."""
     asked = job_of_copy(job, precision)
-    dtype = (
-        torch.bfloat16 if precision == "bf16" and not job.training.trains_base else torch.float32
-    )
+    dtype = _dtype(job, precision, device)
     packs = families.read(config.to_dict()).packs(max(LENGTHS))
     base = base_copy(asked, config, device, "milktea" if packed or packs else None, dtype)
     model, _ = load.assemble(asked, base, device, TokenKeys())
@@ -201,16 +212,22 @@ def ours(job: Job, config: Any, device: torch.device, packed: bool, precision: s
     return found
 
 
-def _lower(job: Job, config: Any, device: torch.device) -> Trace:
-    """Eager attention in bf16: what the precision explains."""
-    dtype = torch.float32 if job.training.trains_base else torch.bfloat16
-    return alone(stock(job, config, device, dtype), device, _precise(job, "bf16", device))
+def _lower(job: Job, config: Any, device: torch.device, precision: str) -> Trace:
+    """Eager attention in ``precision``, bf16 or fp16: what it explains."""
+    model = stock(job, config, device, _dtype(job, precision, device))
+    return alone(model, device, _precise(job, precision, device))
+
+
+def _dtype(job: Job, precision: str, device: torch.device) -> torch.dtype:
+    """What the copy's weights are held in."""
+    whole = precision == "fp32" or job.training.trains_base
+    return torch.float32 if whole else half(precision, device)
 
 
 def _precise(job: Job, precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """As trainer/loop/step.py: mixed precision where the weights themselves train."""
     mixed = job.training.trains_base and precision != "fp32"
-    return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
+    return torch.autocast(device.type, half(precision, device)) if mixed else nullcontext()
 
 
 def _rows() -> Rows:

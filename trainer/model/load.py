@@ -29,6 +29,7 @@ from trainer.families import Family, FamilyError
 from trainer.kernels import delta, experts, rotary
 from trainer.kernels.attention import name as attention_name
 from trainer.kernels.attention import register
+from trainer.kernels.backend import half, is_old
 from trainer.kernels.base_parts import BaseParts
 from trainer.model.balance import NoBalance, balance_of
 from trainer.model.dropout import KeyedNoise, TokenKeys
@@ -72,9 +73,12 @@ def add_trained(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
 
 
 def takes_fast_path(job: Job, device: torch.device) -> bool:
-    """Whether the layers are to compute by trainer/kernels, which quantises by itself."""
+    """Whether the layers are to compute by trainer/kernels, which quantises by itself; in fp16
+    they do not."""
     lora, precision = job.training.method == "lora", job.model.precision
-    return device.type == "cuda" and lora and precision != "int8"
+    if device.type != "cuda" or is_old(device):
+        return False
+    return lora and precision not in ("int8", "fp16")
 
 
 def assemble(
@@ -131,7 +135,7 @@ def assemble(
         parts.place(model, decoder_layers(model))
     elif shard is None:
         model = model.to(device)
-    flash = device.type == "cuda" and precision != "fp32"
+    flash = device.type == "cuda" and precision != "fp32" and not is_old(device)
     names["layer"] = f"transformers ({reason})"
     names["attention"] = attention_name(False, device) if flash else "by document"
     if why_unpacked(family_of(model), longest, device, precision):
@@ -195,14 +199,23 @@ def validate_precision(precision: str, device: torch.device) -> None:
         )
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
-        # nf4 and int8 compute in bf16
-        least = {"fp8": (8, 9), "fp32": (0, 0)}.get(precision, (8, 0))
-        if found < least:
-            other = "bf16" if precision == "fp8" and found >= (8, 0) else "fp32"
+        each = {"fp8": (8, 9), "fp32": (0, 0), "bf16": (8, 0), "int8": (7, 5)}
+        if found < (least := each.get(precision, (7, 0))):
+            other = "bf16" if found >= (8, 0) else "fp16" if found >= (7, 0) else "fp32"
             raise ModelError(
                 f"precision {precision} needs compute capability {least[0]}.{least[1]}, "
                 f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: "
                 f'set model.precision = "{other}", or ask for another card in [offer]'
+            )
+
+
+def validate_half(family: Family, precision: str, device: torch.device) -> None:
+    """Raises ModelError for a family whose numbers do not fit fp16, where that is computed in."""
+    if precision != "fp32" and half(precision, device) is torch.float16:
+        if why := family.why_no_fp16():
+            raise ModelError(
+                f"{family.model_type} is not computed in fp16: {why}: set model.precision = "
+                '"fp32", or take a card of compute capability 8.0 or more and "bf16"'
             )
 
 
@@ -240,6 +253,7 @@ def load_base(
     rows of up to `longest` tokens cannot be packed, attention is transformers' own. Raises
     ModelError."""
     family = family_in(folder)
+    validate_half(family, job.model.precision, device)
     logging.disable_progress_bar()
     register()
     config = AutoConfig.from_pretrained(folder)
@@ -248,13 +262,13 @@ def load_base(
     whole = job.model.precision == "fp32" or job.training.method == "full"
     settings: dict[str, Any] = {
         "config": config,
-        "dtype": torch.float32 if whole else torch.bfloat16,
+        "dtype": torch.float32 if whole else half(job.model.precision, device),
     }
     if not why_unpacked(family, longest, device, job.model.precision):
         settings["attn_implementation"] = "milktea"
     extra: dict[str, Any] = {}
     if quantise and job.model.precision in ("nf4", "int8"):
-        extra["quantization_config"] = quantisation(job.model.precision)
+        extra["quantization_config"] = quantisation(job.model.precision, device)
         extra["device_map"] = {"": device}
     elif method := restored_from(config):
         extra["quantization_config"] = method
@@ -298,14 +312,15 @@ def drop_other_towers(model: nn.Module, tower: str) -> None:
         setattr(parent, name, None)
 
 
-def quantisation(precision: str) -> Any:
+def quantisation(precision: str, device: torch.device) -> Any:
+    """How bitsandbytes holds the base."""
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=half(precision, device),
     )
 
 

@@ -63,24 +63,28 @@ class _TargetLoss(torch.autograd.Function):
         ops = operations(x.device)
         total = torch.zeros((), device=x.device, dtype=torch.float32)
         need_x, need_head = ctx.needs_input_grad[:2]
-        dx = torch.empty_like(x) if need_x else None
+        wide = torch.float32 if x.dtype is torch.float16 else x.dtype  # before the loss is scaled
+        dx = torch.empty_like(x, dtype=wide) if need_x else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if need_head else None
         for part in chunks(len(x), head.shape[0]):
             logits = _product_fp32(x[part], head.t())
             loss, grad = ops.cross_entropy_rows(logits, targets[part], x.dtype, scale, cap)
             total += loss.sum()
-            if dx is not None:
+            if dx is not None and wide is x.dtype:
                 torch.mm(grad, head, out=dx[part])
+            elif dx is not None:
+                dx[part] = _product_fp32(grad, head)
             if dhead is not None:
                 dhead += _product_fp32(grad.t(), x[part])
         ctx.save_for_backward(dx, None if dhead is None else dhead.to(head.dtype))
+        ctx.given = x.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dhead = ctx.saved_tensors
         return (
-            None if dx is None else dx * dloss.to(dx.dtype),
+            None if dx is None else (dx * dloss.to(dx.dtype)).to(ctx.given),
             None if dhead is None else dhead * dloss.to(dhead.dtype),
             *(None, None, None),
         )

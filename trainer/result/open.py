@@ -40,6 +40,7 @@ from trainer.data.template import TemplateError, Turn, load, parse, with_chat_te
 from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
+from trainer.kernels.backend import half
 from trainer.kernels.rotary import by_document
 from trainer.model.answering import accelerate, answers_fast
 from trainer.model.decode import answer
@@ -196,27 +197,30 @@ def is_prompt(adapter: Path) -> bool:
 
 
 def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> nn.Module:
-    """A model folder by transformers with our attention, in one of PRECISIONS."""
+    """A model folder by transformers with our attention, in one of PRECISIONS; for bf16 fp16 on a
+    GPU that has none, but of families that it does not serve."""
     register()
     precision = precision_of(precision, folder, device)
+    family = family_in(folder)  # of the model as it was published
+    two_bytes = torch.bfloat16 if family.why_no_fp16() else half(precision, device)
     quantised = {
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else two_bytes,
         ),
     }.get(precision)
     more = {"quantization_config": quantised, "device_map": {"": device}} if quantised else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        dtype=torch.float32 if precision == "fp32" else two_bytes,
         attn_implementation="milktea",
         **more,
     )
     if precision == "nf4" and device.type == "cpu":
         _validate_widths(model)
-    model.family = family_in(folder)  # of the model as it was published
+    model.family = family
     by_document(model)
     return cast(nn.Module, (model if quantised else model.to(device)).eval())
 

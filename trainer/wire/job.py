@@ -38,7 +38,7 @@ UNKNOWN = "0" * 64  # the sha256 of an adapter that is not trained yet
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Precision = Literal["fp32", "bf16", "fp8", "nf4", "int8"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "nf4", "int8"]
 Method = Literal[
     "lora", "full", "freeze", "prefix_tuning", "p_tuning_v2", "p_tuning", "prompt_tuning"
 ]
