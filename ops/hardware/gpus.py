@@ -25,7 +25,7 @@ class Gpu:
     name: str
     memory_gib: float
     compute_capability: float
-    bf16_tflops: float
+    bf16_tflops: float  # before Ampere: of fp16
     fp8_tflops: float  # 0: no FP8 units
     memory_gb_s: float
     gemm: float
@@ -59,6 +59,12 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("RTX 6000Ada", 48.0, 8.9, 364.2, 728.5, 960, 0.65),
     Gpu("RTX PRO 6000 S", 95.6, 12.0, 480.0, 960.0, 1597, 0.70),
     Gpu("RTX PRO 6000 WS", 95.6, 12.0, 503.8, 1007.6, 1792, 0.70),
+    Gpu("Tesla V100", 15.8, 7.0, 112.0, 0, 900, 0.50),
+    Gpu("Tesla V100", 31.7, 7.0, 112.0, 0, 900, 0.50),
+    Gpu("RTX 2080 Ti", 11.0, 7.5, 53.8, 0, 616, 0.50),
+    Gpu("Titan RTX", 24.0, 7.5, 130.5, 0, 672, 0.50),
+    Gpu("Q RTX 6000", 24.0, 7.5, 130.5, 0, 672, 0.50),
+    Gpu("Q RTX 8000", 48.0, 7.5, 130.5, 0, 672, 0.50),
     Gpu("Tesla T4", 15.0, 7.5, 65.0, 0, 320, 0.50),
     Gpu("A10", 22.5, 8.6, 125.0, 0, 600, 0.55),
     Gpu("L4", 22.5, 8.9, 121.0, 242.0, 300, 0.55),
@@ -80,7 +86,17 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("B300", 268.6, 10.3, 2250.0, 4500.0, 8000, 0.70),
 )
 
-MIN_COMPUTE_CAPABILITY = {"fp32": 7.5, "bf16": 8.0, "fp8": 8.9, "nf4": 8.0, "int8": 8.0}
+AMPERE = 8.0  # the first with bf16, with torch's flash attention and Triton's kernels
+MIN_COMPUTE_CAPABILITY = {
+    "fp32": 7.0,
+    "bf16": AMPERE,
+    "fp16": 7.0,
+    "fp8": 8.9,
+    "nf4": AMPERE,
+    "int8": AMPERE,
+}
+# on a card that the job names: before Ampere nf4 and int8 compute in fp16
+MIN_WHERE_NAMED = MIN_COMPUTE_CAPABILITY | {"nf4": 7.0, "int8": 7.5}
 
 # Calibrated on bench/results/families.jsonl of 2026-11-26, one H200, LoRA r = 16 on all linears.
 # A token's time less matrix products and attention is element-wise work, bound by memory. These are
@@ -102,7 +118,7 @@ _ELEMENTWISE_BYTES = 430.0
 # share of a layer's cost that checkpointing adds: forward without its last product and the head
 _RECOMPUTED = 0.38
 # time of matrix products against bf16 (fp8: against its own peak)
-_GEMM_COST = {"fp32": 4.0, "bf16": 1.0, "fp8": 1.0, "nf4": 1.04, "int8": 3.0}
+_GEMM_COST = {"fp32": 4.0, "bf16": 1.0, "fp16": 1.0, "fp8": 1.0, "nf4": 1.04, "int8": 3.0}
 _ATTENTION = 0.55  # share of the rate of large matrix products that attention reaches
 # RTX 5090: 209.5 TFLOP/s at DLPerf 142; RTX 4090: 165 at 95; the lower of the two
 _DLPERF_TO_BF16_TFLOPS = 1.5
@@ -129,7 +145,7 @@ _SOCKETS = ("PCIE", "SXM", "NVL")
 def meant(name: str) -> list[str]:
     """vast.ai's names for a name that a user wrote: "4090" is an RTX 4090, "H100" each card of that
     family. A name that the table lacks is returned as it is: the market may have it."""
-    if known := find(name) or find(f"RTX {name}"):
+    if known := find(name) or find(f"RTX {name}") or find(f"Tesla {name}"):
         return [known.name]
     family = [
         g.name

@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ops.errors import ConfigError
 from ops.job.job_file import JobFile as JobFile
+from ops.job.old_cards import with_precision
 from trainer.wire.stages import Rollouts
 from trainer.wire.tables import REWARD_MODEL, StageTable, chain_mistake, loras_of, parts_of
 
@@ -51,7 +52,7 @@ def parse(raw: dict[str, Any], path: Path) -> JobFile:
 
 def _validated(raw: dict[str, Any], path: Path, where: str = "") -> JobFile:
     try:
-        return JobFile.model_validate(raw)
+        return JobFile.model_validate(with_precision(raw))
     except ValidationError as e:
         lines = [f"{path}: {where}{_message(err)}" for err in e.errors()]
         raise ConfigError("\n".join(lines)) from e

@@ -67,7 +67,11 @@ class Model(Strict):
         ),
     ]
     precision: Annotated[
-        Precision, Field(description="How the frozen base is held: fp32, bf16, fp8, nf4 or int8")
+        Precision,
+        Field(
+            description="How the frozen base is held: fp32, bf16, fp16, fp8, nf4 or int8; left out "
+            "beside cards before Ampere alone, fp16"
+        ),
     ] = "bf16"
 
 
@@ -315,7 +319,7 @@ class JobFile(Strict, Sections):
         if self.training.trains_base and self.model.precision in ("fp8", "nf4", "int8"):
             raise ValueError(
                 f'training.method = "{self.training.method}" trains base weights: '
-                "model.precision must be bf16 or fp32"
+                "model.precision must be bf16, fp16 or fp32"
             )
         if self.training.batch_size < self.offer.num_gpus:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ops.catalogue.models import lookup
 from ops.errors import PreflightError
+from ops.job import old_cards
 from ops.job.job_file import JobFile
 from trainer import families, memory
 from trainer.wire.prompts import PROMPT_METHODS
@@ -63,6 +64,14 @@ def family_of(
         every = family.words(longest)
     except families.FamilyError as e:
         raise PreflightError(f"{job.model.base} cannot be trained: {e}", hint=e.hint) from e
+    if old_cards.computes_in_fp16(job):
+        if why := family.why_no_fp16():
+            raise PreflightError(
+                f"{job.model.base} ({family.model_type}) is not computed in fp16: {why}",
+                hint='set model.precision = "bf16" and name a card of compute capability 8.0 or '
+                'more in offer.gpu_name, or set model.precision = "fp32"',
+            )
+        notes.extend(old_cards.notes(job))
     if job.training.method in PROMPT_METHODS and (why := family.why_no_prompt()):
         raise PreflightError(
             f"{job.model.base} ({family.model_type}) takes no learned prompt: {why}",

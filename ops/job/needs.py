@@ -9,6 +9,7 @@ from pathlib import Path
 from ops.box.transfer import PushFile
 from ops.errors import PreflightError
 from ops.hardware import gpus
+from ops.job import old_cards
 from ops.job.job_file import JobFile
 from ops.market.ranking import Needs
 from ops.market.workload import Workload
@@ -155,6 +156,7 @@ def _active(shape: memory.Shape | None) -> float | None:
 
 
 def needs_of(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
+    old_cards.validate(job)
     min_gib = 0.0
     if shape:
         min_gib = (
@@ -170,6 +172,7 @@ def needs_of(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Ne
                 saved=workload.saved,
                 learned=workload.learned,
                 **STAGES[job.stage].memory,
+                **old_cards.on_cards(job),
             )
             / DRIVER_SHARE
         )
@@ -188,7 +191,7 @@ def needs_of(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Ne
         bid_usd_per_hour=o.bid_usd_per_hour,
         disk_gib=workload.disk_gib,
         hours=job.limits.max_hours,
-        min_compute_capability=gpus.MIN_COMPUTE_CAPABILITY[job.model.precision],
+        min_compute_capability=old_cards.least_capability(job),
         max_usd=job.limits.max_usd,
         min_cpu_ram_gib=o.min_cpu_ram_gib or _host_memory_gib(workload),
         min_cpu_cores=0.0 if workload.cpu_practice else float(o.num_gpus),

@@ -132,8 +132,11 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
         )
     recomputed = _recomputed_share(offer, workload)
     full, shape = workload.method == "full", workload.shape
-    fused = shape is not None and memory.takes_fused_layer(
-        shape, workload.precision, workload.r, workload.method
+    old = offer.compute_capability < gpus.AMPERE
+    fused = (
+        shape is not None
+        and not old
+        and memory.takes_fused_layer(shape, workload.precision, workload.r, workload.method)
     )
     speed = gpus.tokens_per_second(
         gpu,
@@ -176,6 +179,7 @@ def _recomputed_share(offer: Offer, workload: Workload) -> float:
         w.stage,
         w.saved,
         w.learned,
+        offer.compute_capability < gpus.AMPERE,
     )
     if isinstance(found, str):
         raise DoesNotFit(
@@ -199,6 +203,7 @@ def _fit(
     stage: StageName,
     saved: tuple[str, ...],
     learned: memory.Learned | None,
+    old: bool,
 ) -> float | str:
     """The share of layers (0 to 1) whose activations are recomputed on a GPU of that memory, or a
     text that says what memory it would need. Cached: a market has few sizes."""
@@ -209,6 +214,7 @@ def _fit(
         "saved": saved,
         "learned": learned,
         **STAGES[stage].memory,
+        **(memory.BEFORE_AMPERE if old else {}),
     }
     plan = memory.solve(shape, capacity, precision, r, targets, method, longest_row, **more)
     if plan is None:

@@ -373,7 +373,7 @@ def test_the_plan_asks_for_the_cards_that_the_trainer_takes(
 ) -> None:
     import torch
 
-    from ops.hardware.gpus import GPUS, MIN_COMPUTE_CAPABILITY
+    from ops.hardware.gpus import GPUS, MIN_COMPUTE_CAPABILITY, MIN_WHERE_NAMED
     from trainer.model.load import validate_precision
     from trainer.model.parts import ModelError
 
@@ -382,7 +382,8 @@ def test_the_plan_asks_for_the_cards_that_the_trainer_takes(
     for known in sorted({gpu.compute_capability for gpu in GPUS}):
         major, minor = map(int, f"{known:.1f}".split("."))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, x=(major, minor): x)
-        for precision, least in MIN_COMPUTE_CAPABILITY.items():
+        for precision, least in MIN_WHERE_NAMED.items():
+            assert least <= MIN_COMPUTE_CAPABILITY[precision]
             if known >= least:
                 validate_precision(precision, card)
             else:
@@ -390,7 +391,7 @@ def test_the_plan_asks_for_the_cards_that_the_trainer_takes(
                     validate_precision(precision, card)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_card_before_ampere_is_told_what_it_can_compute_in(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +402,32 @@ def test_a_card_before_ampere_is_told_what_it_can_compute_in(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
-    with pytest.raises(ModelError, match=r'Tesla T4 has 7\.5: set model\.precision = "fp32"'):
+    with pytest.raises(ModelError, match=r'Tesla T4 has 7\.5: set model\.precision = "fp16"'):
         validate_precision(precision, torch.device("cuda"))
-    validate_precision("fp32", torch.device("cuda"))
+    for served in ("fp16", "nf4", "int8", "fp32"):
+        validate_precision(served, torch.device("cuda"))
+
+
+def test_a_family_that_overflows_is_refused_where_fp16_is_computed_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from trainer import families
+    from trainer.model.load import validate_half
+    from trainer.model.parts import ModelError
+
+    card, host = torch.device("cuda"), torch.device("cpu")
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 2}
+    gemma = families.read({"model_type": "gemma3", "text_config": text})
+    llama = families.read({"model_type": "llama", "num_hidden_layers": 2})
+    for capability, refused in (((7, 5), ("fp16", "nf4", "int8")), ((8, 0), ("fp16",))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, x=capability: x)
+        for precision in ("fp32", "fp16", "nf4", "int8"):
+            validate_half(llama, precision, card)
+            if precision not in refused:
+                validate_half(gemma, precision, card)
+                continue
+            with pytest.raises(ModelError, match="is not computed in fp16"):
+                validate_half(gemma, precision, card)
+    validate_half(gemma, "nf4", host)

@@ -121,7 +121,7 @@ def prompted(method: str, **told: Any) -> dict[str, Any]:
         ({"offer": {"countries": ["Germany"]}}, "two-letter"),
         (
             {"training": {"method": "full"}, "model": {"base": "a", "precision": "nf4"}},
-            "must be bf16 or fp32",
+            "must be bf16, fp16 or fp32",
         ),
         (prompted("p_tuning", lora={"r": 8}), "[lora] says nothing"),
         (prompted("p_tuning", lora={"use_rslora": True}), "[lora] says nothing"),
