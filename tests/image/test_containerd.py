@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -78,3 +79,25 @@ def test_containerd_imports_the_parts_or_the_one_archive_and_the_image_runs(
         typed(line("images import FILE").replace("FILE", str(archive)), tmp_path, socket)
     run = f"ctr -n k8s.io run --rm docker.io/{name} tiny /bin/sh /bin/prove"
     assert "said hello" in typed(run, tmp_path, socket)
+
+
+@pytest.fixture
+def empty_podman() -> Iterator[list[str]]:
+    """A podman command with a store of its own, which has nothing yet."""
+    needs("podman")
+    folder = Path(tempfile.mkdtemp(prefix="milktea-", dir="/var/tmp"))  # it wants a short path
+    stores = ["--root", str(folder / "root"), "--runroot", str(folder / "run")]
+    yield ["podman", *stores, "--storage-driver=vfs"]
+    shutil.rmtree(folder)
+
+
+def test_podman_takes_the_one_archive_by_the_words_that_skopeo_takes(
+    tiny: Any, empty_podman: list[str], tmp_path: Path
+) -> None:
+    """Both are made of one library, containers/image."""
+    assert "skopeo copy oci-archive:FILE" in line("skopeo copy")
+    archive = bundle.write_oci(tiny.made(), tmp_path / "tiny.oci.tar")
+    pull = [*empty_podman, "pull", "-q", f"oci-archive:{archive}"]
+    done = subprocess.run(pull, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"sha256:{done.stdout.strip()}" == tiny.made().image.config_digest

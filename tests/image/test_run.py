@@ -599,6 +599,21 @@ def test_prune_removes_what_is_neither_current_nor_the_one_before_and_says_its_s
     assert (tmp_path / "asked").read_text() == f"rmi {registry}milktea/tiny:older\n"
 
 
+def test_uninstall_removes_every_image_and_none_while_a_run_trains(
+    engine_says: Callable, tmp_path: Path
+) -> None:
+    refused = engine_says("uninstall", running="milktea-theirs 0\\n")
+    assert refused.returncode == 2 and "runs train on this server" in refused.stderr
+    assert not (tmp_path / "asked").exists() and (tmp_path / "prefix/state/tiny").exists()
+    told = engine_says("uninstall", listed="milktea/tiny:abc\\nmilktea/tiny:old\\n").stdout
+    assert told.startswith("removed milktea/tiny:abc\nremoved milktea/tiny:old\n")
+    assert f"rm -r {tmp_path}/prefix" in told, "models and records are the user's"
+    asked = (tmp_path / "asked").read_text()
+    assert asked == "rmi -f milktea/tiny:abc\nrmi -f milktea/tiny:old\n"
+    assert list((tmp_path / "prefix/state").iterdir()) == []
+    assert "no image is installed" in engine_says("check").stderr
+
+
 def test_a_training_leaves_its_words_and_its_exit_code_and_hears_sigterm(tmp_path: Path) -> None:
     """run_job.py with a trainer that counts until it is asked to stop."""
     (tmp_path / "trainer").mkdir()
