@@ -3,9 +3,12 @@
 import hashlib
 import http.server
 import io
+import os
+import re
 import socket
 import tarfile
 import threading
+from pathlib import Path
 
 import pytest
 from image_world import make_wheel
@@ -172,6 +175,25 @@ def test_wheels_are_resolved_and_pinned_and_come_back_by_their_hash(index, tmp_p
     assert (locked.name, locked.version, locked.license) == ("pkg", "1.1", "MIT")
     packages.fetch(PYTHON, [locked], tmp_path / "other", quiet)
     assert packages.sha256_file(packages.where(locked, tmp_path / "other")) == locked.sha256
+
+
+@pytest.mark.slow
+def test_the_mirrors_of_the_documents_line_are_asked_for_wheels_and_for_debian(
+    mirror, tmp_path, monkeypatch
+):
+    root, url, asked = mirror
+    page = (Path(__file__).parents[2] / "docs/airgap.md").read_text()
+    [words] = re.findall(r"^    (PIP_INDEX_URL=.*) make image$", page, re.MULTILINE)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    for word in words.split():
+        monkeypatch.setenv(*word.replace("https://a-mirror", url).split("="))
+    (root / "simple/pkg").mkdir(parents=True)
+    make_wheel(root / "simple/pkg", "pkg", "1.0", {"pkg.py": b"1"})
+    [locked] = packages.resolve(PYTHON, ["pkg"], tmp_path / "cache", quiet)
+    assert locked.version == "1.0" and "/simple/pkg/" in asked
+    publish(root, b"package")
+    [path] = debian.fetch([deb(b"package")], Mirrors.given(os.environ), tmp_path / "debs", quiet)
+    assert path.read_bytes() == b"package" and asked[-1].startswith("/debian/pool/")
 
 
 def make_source(folder, name, version):
