@@ -27,7 +27,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"num_key_value_heads": 4, "head_dim": 64},
     "gemma3_text": {"num_key_value_heads": 4, "head_dim": 64, "query_pre_attn_scalar": 64},
-}
+    "qwen3_moe": {"num_key_value_heads": 4, "head_dim": 64, "moe_intermediate_size": 512,
+                  "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
+}  # fmt: skip
 SIZES: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -53,6 +55,7 @@ class Language:
         where = torch.rand(WORDS * WORDS, device=device, generator=generator) < changed
         self.follow[where] = other[where]
         self.chances = torch.tensor([0.5, 0.2, 0.1, 0.08, 0.05, 0.04, 0.02, 0.01], device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by rows
 
     def rows(self, count: int, seed: int) -> Tensor:
         """[count, LENGTH] words."""
@@ -62,9 +65,32 @@ class Language:
         picks = torch.multinomial(
             self.chances, count * LENGTH, replacement=True, generator=generator
         ).view(count, LENGTH)
+        if device.type != "cuda":
+            self._follow(out, picks)
+            return out
+        if count not in self._graphs:
+            self._graphs[count] = self._captured(out.clone(), picks.clone())
+        graph, words, picked = self._graphs[count]
+        words.copy_(out)
+        picked.copy_(picks)
+        graph.replay()
+        return words.clone()
+
+    def _follow(self, words: Tensor, picks: Tensor) -> None:
+        """Overwrites all words of each row but its first two with what follows them."""
         for t in range(2, LENGTH):
-            out[:, t] = self.follow[out[:, t - 2] * WORDS + out[:, t - 1], picks[:, t]]
-        return out
+            words[:, t] = self.follow[words[:, t - 2] * WORDS + words[:, t - 1], picks[:, t]]
+
+    def _captured(
+        self, words: Tensor, picks: Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """(a graph of ``_follow``, the tensors that it reads and writes): 2,500 launches in one."""
+        self._follow(words, picks)  # loads the kernels, which a capture may not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._follow(words, picks)
+        return graph, words, picks
 
 
 def train_base(device: torch.device, steps: int, family: str) -> tuple[nn.Module, float]:
@@ -73,9 +99,11 @@ def train_base(device: torch.device, steps: int, family: str) -> tuple[nn.Module
 
     torch.manual_seed(0)
     settings = {**SIZES, "vocab_size": WORDS, "max_position_embeddings": LENGTH}
-    settings |= {"tie_word_embeddings": False, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, **settings | FAMILIES[family])
+    settings |= {"tie_word_embeddings": False, "pad_token_id": 0, **FAMILIES[family]}
+    config = AutoConfig.for_model(family, **settings)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    if "num_experts" in settings:  # the only ones that mixed precision takes
+        model.set_experts_implementation("eager")
     model.to(device)
     language = Language(device)
     optimizer = torch.optim.AdamW(
@@ -88,7 +116,7 @@ def train_base(device: torch.device, steps: int, family: str) -> tuple[nn.Module
                 1e-3 * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             )
         rows = language.rows(128, 1000 + step)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             logits = model(input_ids=rows, use_cache=False).logits
         loss = nn.functional.cross_entropy(
             logits[:, 1:-1].flatten(0, 1).float(), rows[:, 2:].flatten()
@@ -131,16 +159,25 @@ def tune(base: nn.Module, precision: str, steps: int, seed: int) -> dict[str, An
     ``precision``."""
     from peft import LoraConfig, get_peft_model
 
+    from trainer import families
     from trainer.kernels.attention import register
     from trainer.kernels.patch import accelerate_model
+    from trainer.model.load import prepare
 
     device = next(base.parameters()).device
-    model = copy.deepcopy(base)
-    model.set_attn_implementation(register())  # type: ignore[operator]
+    model: Any = copy.deepcopy(base)
+    model.set_attn_implementation(register())
+    model.family = families.read(model.config.to_dict())
+    adapted = model.family.all_linear()
     torch.manual_seed(seed)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules=list(adapted.modules),
+        target_parameters=list(adapted.experts) or None,
+    )
     model = get_peft_model(model, config)
-    names = accelerate_model(model, precision, device)
+    names = prepare(model) | accelerate_model(model, precision, device)
     language = Language(device, changed=0.25)
     held_out = [packed(language.rows(64, 900 + i)) for i in range(8)]
 

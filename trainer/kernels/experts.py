@@ -10,6 +10,9 @@ Rows are (token, expert) pairs sorted by expert. Nothing waits for the GPU. Grou
 Experts with gate, up, silu and down and without biases are computed by one autograd function. It
 saves only gate and up of a pair (2f values); backward gathers the input and computes the activation
 again.
+
+``quantise`` holds the weights in FP8 or NF4. A product unpacks one projection of one layer into the
+scratch that all quantised weights share, and reads it there.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from trainer.kernels.backend import operations
+from trainer.kernels.frozen import FrozenWeight, freeze_weight
 
 log = logging.getLogger(__name__)
 
@@ -121,12 +125,58 @@ def factors_of(wrapper: Any | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return a, pad((b * scaling).to(dtype), (0, short)).contiguous()
 
 
-def adapted(
-    x: Tensor, weight: Tensor, ends: Tensor, wrapper: Any | None, transposed: bool
-) -> Tensor:
-    """x [S, in] -> [S, out] through the frozen experts and their adapter. `weight` is
-    [E, out, in], or transposed [E, in, out]."""
-    y = grouped(x, weight if transposed else weight.transpose(-2, -1), ends)
+class HeldExperts:
+    """The frozen weights [E, out, in] of one projection of all experts of a layer, in FP8 or NF4:
+    quantised by the rows of their outputs, as linears are."""
+
+    def __init__(self, weight: Tensor, precision: str, transposed: bool) -> None:
+        """`weight` is [E, out, in], or transposed [E, in, out]. Raises ValueError for a width that
+        the precision does not take."""
+        rows = weight.transpose(-2, -1) if transposed else weight
+        self.shape = rows.shape
+        self.rows: FrozenWeight = freeze_weight(rows.reshape(-1, rows.shape[-1]), precision)
+
+    def unpack(self) -> Tensor:
+        """[E, out, in] in the dtype that the weights had, in the scratch."""
+        return self.rows.unpack().view(self.shape)
+
+
+def held_in(experts: Any) -> dict[str, HeldExperts]:
+    """The quantised weights of a layer's experts by the parameter's name; empty where they are as
+    they were loaded."""
+    found: dict[str, HeldExperts] = getattr(experts, "held_experts", {})
+    return found
+
+
+def read_weight(experts: Any, name: str) -> Tensor:
+    """A parameter of experts that are not transposed, [E, out, in]: quantised ones in the
+    scratch."""
+    held = held_in(experts).get(name)
+    weight: Tensor = getattr(experts, name) if held is None else held.unpack()
+    return weight
+
+
+class _Unpacked(torch.autograd.Function):
+    """``grouped`` by quantised weights, which are unpacked once more for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: HeldExperts, ends: Tensor) -> Tensor:
+        ctx.held, ctx.ends = held, ends
+        return grouped(x, held.unpack().transpose(-2, -1), ends)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return grouped(dy.contiguous(), ctx.held.unpack(), ctx.ends), None, None
+
+
+def adapted(x: Tensor, experts: Any, name: str, ends: Tensor, wrapper: Any | None) -> Tensor:
+    """x [S, in] -> [S, out] through one projection of the frozen experts and its adapter."""
+    held, weight = held_in(experts).get(name), getattr(experts, name)
+    if held is not None:
+        apply: Any = _Unpacked.apply
+        y: Tensor = apply(x, held, ends)
+    else:
+        y = grouped(x, weight if experts.is_transposed else weight.transpose(-2, -1), ends)
     found = factors_of(wrapper, x.dtype)
     if found is None:
         return y
@@ -162,34 +212,36 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, share: Tensor, up: Tensor, down: Tensor, pairs: Pairs, *lora: Tensor
+        ctx: Any, x: Tensor, share: Tensor, experts: Any, pairs: Pairs, *lora: Tensor
     ) -> Tensor:
         ops, ends = operations(x.device), pairs.ends
         a1, b1, a2, b2 = lora or (None,) * 4
         xs = x[pairs.token]
-        gu, more, t, u = grouped(xs, up.transpose(1, 2), ends), None, None, None
+        up = read_weight(experts, "gate_up_proj").transpose(1, 2)
+        gu, more, t, u = grouped(xs, up, ends), None, None, None
         if a1 is not None and b1 is not None:
             t = grouped(xs, a1.transpose(1, 2), ends)
             more = grouped(t, b1.transpose(1, 2), ends)
         del xs
         act = ops.gate_forward_(gu, more)
-        y, more = grouped(act, down.transpose(1, 2), ends), None
+        down = read_weight(experts, "down_proj").transpose(1, 2)
+        y, more = grouped(act, down, ends), None
         if a2 is not None and b2 is not None:
             u = grouped(act, a2.transpose(1, 2), ends)
             more = grouped(u, b2.transpose(1, 2), ends)
         ctx.save_for_backward(x, share, gu, t, u, *lora)
-        ctx.weights, ctx.pairs = (up, down), pairs
+        ctx.experts, ctx.pairs = experts, pairs
         return cast(Tensor, ops.combine(y, more, pairs.back, share))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, share, gu, t, u, *lora = ctx.saved_tensors
-        (up, down), pairs = ctx.weights, ctx.pairs
+        experts, pairs = ctx.experts, ctx.pairs
         ops, ends = operations(x.device), pairs.ends
         grads: list[Tensor] = []
         dys, more = dout.contiguous()[pairs.token], None
         each = share.reshape(-1)[pairs.order]
-        dact = grouped(dys, down, ends)
+        dact = grouped(dys, read_weight(experts, "down_proj"), ends)
         if lora:
             a1, b1, a2, b2 = lora
             du = grouped(dys, b2, ends)
@@ -199,7 +251,7 @@ class _Gated(torch.autograd.Function):
             near = each[:, None].to(x.dtype)
             grads = [grouped_outer(du * near, act, ends), grouped_outer(dys, u * near, ends)]
         del act, dact, dys
-        dxs, more = grouped(dgu, up, ends), None
+        dxs, more = grouped(dgu, read_weight(experts, "gate_up_proj"), ends), None
         if lora:
             dt = grouped(dgu, b1, ends)
             more = grouped(dt, a1, ends)
@@ -207,7 +259,7 @@ class _Gated(torch.autograd.Function):
             grads = [*of_up, *grads]
         dx = ops.combine(dxs, more, pairs.back, torch.ones_like(share))
         dshare = dshare[pairs.back].view_as(share).to(share.dtype)
-        return dx, dshare, None, None, None, *grads
+        return dx, dshare, None, None, *grads
 
 
 def lean(experts: Any) -> bool:
@@ -232,7 +284,7 @@ def gated(experts: Any, x: Tensor, index: Tensor, share: Tensor) -> Tensor | Non
     _, pairs = sort_pairs(index, experts.num_experts)
     lora = [factor for pair in found if pair is not None for factor in pair]
     apply: Any = _Gated.apply
-    out: Tensor = apply(x.to(up.dtype), share, up, down, pairs, *lora)
+    out: Tensor = apply(x.to(up.dtype), share, experts, pairs, *lora)
     return out.to(x.dtype)
 
 
@@ -245,20 +297,50 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     tokens, k = top_k_index.shape
     expert, (order, token, ends, back) = sort_pairs(top_k_index, self.num_experts)
     wrappers: dict[str, Any] = getattr(self, "adapters_of_experts", {})
-    first = "gate_up_proj" if self.has_gate else "up_proj"
+    first, last = names_of(self)
 
     def product(x: Tensor, name: str) -> Tensor:
-        weight = getattr(self, name)
-        y = adapted(x.to(weight.dtype), weight, ends, wrappers.get(name), self.is_transposed)
+        y = adapted(x.to(getattr(self, name).dtype), self, name, ends, wrappers.get(name))
         return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
     y = product(hidden_states[token], first)
     y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-    y = product(y, "down_proj")
+    y = product(y, last)
     if self.has_post_expert_norm:
         y = self.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+
+def names_of(experts: Any) -> tuple[str, str]:
+    """The parameters of the first and the second product."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+@torch.no_grad()
+def quantise(module: nn.Module, precision: str) -> int:
+    """Hold the frozen experts inside `module` in FP8 or NF4, where that is the `precision`, and
+    compute them by ``forward``; their parameters become empty. Returns the number of layers.
+    Experts that train, and those outside transformers' interface (Llama 4), stay as they are.
+    Raises ValueError for a width that the precision does not take."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if precision not in ("fp8", "nf4"):
+        return 0
+    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
+    layers = 0
+    found: list[Any] = [m for m in module.modules() if "down_proj" in m._parameters]
+    for experts in found:
+        if not hasattr(experts, "has_gate") or experts.down_proj.requires_grad:
+            continue
+        experts.held_experts = {}
+        for name in names_of(experts):
+            weight = getattr(experts, name).data
+            experts.held_experts[name] = HeldExperts(weight, precision, experts.is_transposed)
+            setattr(experts, name, nn.Parameter(weight.new_empty(0), requires_grad=False))
+        experts.config._experts_implementation = NAME
+        layers += 1
+    return layers
 
 
 def attach(model: nn.Module) -> int:

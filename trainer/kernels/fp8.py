@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.backend import operations
+from trainer.kernels.scratch import scratch
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -114,6 +115,10 @@ class Fp8Weight:
 
     def dense(self) -> Tensor:
         return cast(Tensor, self.w8.float() * self.column_scale[:, None]).to(self.dtype)
+
+    def unpack(self) -> Tensor:
+        out = scratch(self.w8.numel(), self.w8.device, self.dtype).view(self.shape)
+        return out.copy_(self.w8).mul_(self.column_scale[:, None])
 
     def _decode(self, x: Tensor, scale: Tensor) -> Tensor:
         return (x.float() * scale[:, None]).to(self.dtype)

@@ -36,6 +36,11 @@ class FrozenWeight(Protocol):
         """W [N, K] in the compute dtype; a new tensor unless it is stored in that form."""
         ...
 
+    def unpack(self) -> Tensor:
+        """W [N, K] in the compute dtype, of a quantised weight in the scratch, which the next one
+        overwrites."""
+        ...
+
 
 class DenseWeight:
     """As loaded: bf16 on a GPU, fp32 in tests."""
@@ -56,6 +61,9 @@ class DenseWeight:
         return DenseWeight(self.weight[start:stop])
 
     def dense(self) -> Tensor:
+        return self.weight
+
+    def unpack(self) -> Tensor:
         return self.weight
 
 

@@ -76,7 +76,7 @@ class Nf4Weight:
         self.packed, self.absmax = quantise_nf4(weight)
         self.codebook = torch.tensor(CODEBOOK, device=weight.device)
 
-    def _write(self) -> Tensor:
+    def unpack(self) -> Tensor:
         out = scratch(self.shape[0] * self.shape[1], self.packed.device, self.dtype).view(
             self.shape
         )
@@ -84,10 +84,10 @@ class Nf4Weight:
         return cast(Tensor, ops.dequantise_nf4(self.packed, self.absmax, self.codebook, out, BLOCK))
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return torch.mm(x, self._write().t())
+        return torch.mm(x, self.unpack().t())
 
     def backward(self, dy: Tensor, scale: Tensor | None = None) -> Tensor:
-        return torch.mm(dy, self._write())
+        return torch.mm(dy, self.unpack())
 
     def rows(self, start: int, stop: int) -> Nf4Weight:
         part, k = copy(self), self.shape[1]
@@ -99,4 +99,4 @@ class Nf4Weight:
         return part
 
     def dense(self) -> Tensor:
-        return self._write().clone()
+        return self.unpack().clone()

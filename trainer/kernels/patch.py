@@ -24,6 +24,7 @@ from trainer.kernels.decoder_layer import FastLayer, Packed, frozen_norm, run_la
 from trainer.kernels.delta_layer import DeltaLayer
 from trainer.kernels.experts import NAME as EXPERTS
 from trainer.kernels.experts import lean
+from trainer.kernels.experts import quantise as quantise_experts
 from trainer.kernels.frozen import FrozenWeight, freeze_weight
 from trainer.kernels.lora import Group, base_linear, frozen_linear, refresh
 from trainer.kernels.norms import Norm
@@ -70,9 +71,8 @@ def accelerate_model(
     device. The first ``checkpoint_layers`` layers save only their input. ``keep_transpose``: see
     ``freeze_weight``. ``materialise`` is called on each part of a model built on the meta device
     and must load its values there. With ``parts`` process 0 has the values, the model may be on the
-    meta device on the others, and the layers come out cut: attach them. Trainable base weights
-    (full fine-tuning) are refused: the fast path has no gradient for them. Not safe to call
-    twice."""
+    meta device on the others, and the layers come out cut: attach them. Base weights that train
+    (full fine-tuning) are refused: the fast path has no gradient for them. Call it once."""
     device = torch.device(device)
     inner = inner_model(model)
     layers: Sequence[nn.Module] = inner.layers  # type: ignore[assignment]
@@ -84,6 +84,7 @@ def accelerate_model(
     tested: dict[Any, int] = {}  # the first layer of each kind, which stays whole for the test
     for i, layer in enumerate(layers):
         _place(layer, device, materialise, parts)
+        quantise_experts(layer, precision)
         try:
             again, config = i < checkpoint_layers, getattr(inner, "config", None)
             fast.append(build_layer(layer, precision, ops, again, keep_transpose, config))

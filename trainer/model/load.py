@@ -93,8 +93,7 @@ def assemble(
 ) -> tuple[nn.Module, dict[str, str]]:
     """What `load` returns, of a base that `load_base` loaded. `fast`: whether layers compute by
     trainer/kernels; None: where `takes_fast_path`. Raises ModelError."""
-    precision = job.model.precision
-    parts = None
+    precision, parts = job.model.precision, None
     if shard is not None and job.training.method != "full":
         parts = BaseParts(device, shard, dist.get_world_size())
         checkpoint_layers = len(decoder_layers(model))  # else backward would need all weights
@@ -130,6 +129,7 @@ def assemble(
             reason = str(why)
     else:
         reason = f"{device.type}, {job.training.method}, {precision}"
+    hold_experts(model, precision, names)
     checkpoint_first(model, checkpoint_layers)
     if parts is not None:
         parts.place(model, decoder_layers(model))
@@ -188,6 +188,16 @@ def prepare(model: nn.Module) -> dict[str, str]:
         if layers := experts.attach(model):
             names["experts"] = f"split adapters, {layers} layers"
     return names
+
+
+def hold_experts(model: nn.Module, precision: str, names: dict[str, str]) -> None:
+    """Quantises the experts for NF4, which bitsandbytes leaves as they are; `names` says so. Raises
+    ModelError for a width that NF4 does not take."""
+    try:
+        if layers := experts.quantise(model, precision):
+            names["base"] = f"{precision}, experts of {layers} layers too"
+    except ValueError as why:
+        raise ModelError(f"precision {precision} does not serve this model ({why})") from why
 
 
 def validate_precision(precision: str, device: torch.device) -> None:
