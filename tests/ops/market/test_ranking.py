@@ -572,6 +572,27 @@ def test_the_query_leaves_room_for_what_the_server_rounds() -> None:
     assert not {"verified", "cpu_ram", "direct_port_count", "gpu_name", "dph_total"} & set(bare)
 
 
+def test_needs_that_say_nothing_ask_for_a_sound_machine() -> None:
+    asked = {
+        "num_gpus": {"eq": 1},
+        "gpu_ram": {"gte": 0},
+        "compute_cap": {"gte": 800},
+        "cuda_max_good": {"gte": 12.8},
+        "disk_space": {"gte": 40},
+        "reliability": {"gte": 0.945},
+        "inet_down": {"gte": 95},
+        "duration": {"gte": 6 * 3600},
+        "verified": {"eq": True},
+        "type": "on-demand",
+    }
+    body = offers.query(Needs())
+    assert body | asked == body
+    assert not {"cpu_ram", "direct_port_count", "dph_total"} & set(body)
+    assert offers.query(Needs(min_reliability=0.9876))["reliability"] == {"gte": 0.983}
+    small = offer(cpu_ram_gib=0.5, cpu_cores=0.5, direct_ports=0)
+    assert offers.rank([small], Needs(), WORK).accepted
+
+
 def test_the_difference_to_the_best_is_split_into_its_causes() -> None:
     best = offer()
     dear = offer(id=2, usd_per_hour=0.72, storage_usd_per_gib_month=1.5)
@@ -590,8 +611,10 @@ def test_the_difference_to_the_best_is_split_into_its_causes() -> None:
     worse = replace(
         dear, inet_down_usd_per_gb=0.2, inet_up_usd_per_gb=0.3, inet_down_mbps=300, reliability=0.96
     )
-    why = offers.rank([best, worse], NEEDS, WORK).accepted[1].why
-    assert why.count("(+$") == 3, "the three dearest causes"
+    first, second = offers.rank([best, worse], NEEDS, replace(WORK, pull_bytes=1e9)).accepted
+    assert second.why.count("(+$") == 3, "the three dearest causes"
+    parts = sum(usd for usd, _ in offers._differences(worse, second.cost, best, first.cost))
+    assert parts == pytest.approx(second.cost.expected_usd - first.cost.expected_usd)
     twin = offers.rank([best, offer(id=21348646)], NEEDS, WORK).accepted[1]
     assert twin.why == "+$0.000: as good within a tenth of a cent"
     slow = offers.rank([best, offer(id=3, inet_down_mbps=300)], NEEDS, WORK).accepted[1]
