@@ -24,8 +24,8 @@ class NotTokenised(PreflightError):
 
 
 class Counted(NamedTuple):
-    """Tokens of each row; and of prompts that two answers of a pair have in common, each once, 0
-    where none were looked for."""
+    """Tokens of each row; and of prompts that several answers have in common, each once, 0 where
+    none were looked for."""
 
     lengths: list[int]
     common: int = 0
@@ -87,8 +87,12 @@ def lengths_of(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
         f"{max(lengths):,} tokens, stop token trained in every row"
     )
-    pairs = STAGES[job.stage].rows == "pairs"
-    return Counted(lengths, sharing.common_tokens(prepared.rows, 2) if pairs else 0)
+    rows, common = STAGES[job.stage].rows, 0
+    if rows == "pairs":
+        common = sharing.common_tokens(prepared.rows, 2)
+    elif rows == "prompts":
+        common = sharing.asked_tokens(prepared.rows)
+    return Counted(lengths, common)
 
 
 @contextmanager

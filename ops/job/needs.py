@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ops.box.transfer import PushFile
 from ops.errors import PreflightError
@@ -35,16 +36,9 @@ def workload_of(
     shared: int = 0,
 ) -> Workload:
     """Of a job, or of one stage of several, which `table` is. A learned prompt's places count among
-    the tokens of each row; `shared` tokens are computed for another row and not again."""
+    the tokens of each row; `shared` tokens are of prompts that are computed for one answer and not
+    again for others."""
     learned = memory.Learned.of(job.training.method, job.prompt_learning)
-    lengths = [n + (learned.tokens if learned else 0) for n in lengths]
-    steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
-    share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
-    answer, answers = 0, 1
-    if job.rollouts:
-        answer, answers = job.rollouts.max_completion_length, job.rollouts.num_generations
-    lengths = [n + answer for n in lengths]  # of answers at their longest
-    tokens = answers * (sum(lengths) - shared) * job.training.num_train_epochs * share
     parameters = _parameters(shape)
     saved = tuple(job.lora.modules_to_save or ())
     adapter = 4.0 * (_trained(job, shape, learned) if shape else parameters)
@@ -57,7 +51,7 @@ def workload_of(
     written_gib = (image_bytes * IMAGE_UNPACKED + kept) / 2**30
     disk = job.offer.disk_gib or max(10, math.ceil(written_gib + SYSTEM_GIB))
     return Workload(
-        tokens=tokens,
+        **_counted(job, [n + (learned.tokens if learned else 0) for n in lengths], shared),
         stage=job.stage,
         work=work_of(job),
         model_parameters=parameters,
@@ -77,8 +71,6 @@ def workload_of(
         target_modules=job.lora.counted_modules,
         saved=saved,
         learned=learned,
-        least_tokens=max(lengths),
-        row_tokens=sum(n * n for n in lengths) / sum(lengths),
         checkpoint_bytes=3 * adapter,
         save_every_s=job.training.save_every_s,
         talk_s=job.results.talk_s,
@@ -86,6 +78,25 @@ def workload_of(
         merged_bytes=_comes_merged(job, parameters),
         merges=merges,
     )
+
+
+def _counted(job: JobFile, lengths: list[int], shared: int) -> dict[str, Any]:
+    """What a Workload says of tokens; answers are at their longest."""
+    steps = math.ceil(len(lengths) * job.training.num_train_epochs / job.training.batch_size)
+    share = min(1.0, job.training.max_steps / steps) if job.training.max_steps else 1.0
+    passes = job.training.num_train_epochs * share
+    answer, answers, once = 0, 1, shared
+    if job.rollouts:
+        answer, answers, once = job.rollouts.max_completion_length, job.rollouts.num_generations, 0
+    lengths = [n + answer for n in lengths]
+    return {
+        "tokens": (answers * sum(lengths) - once) * passes,
+        "answers": answers,
+        "answer_tokens": answer,
+        "shared": shared * (answers - 1) * passes,
+        "least_tokens": max(lengths),
+        "row_tokens": sum(n * n for n in lengths) / sum(lengths),
+    }
 
 
 def _parameters(shape: memory.Shape | None) -> float:

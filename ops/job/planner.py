@@ -27,6 +27,7 @@ from ops.market.workload import Workload
 from trainer.data import sharing
 from trainer.families import Family
 from trainer.wire.job import Job
+from trainer.wire.stages import Rollouts
 from trainer.wire.tables import StageTable, loras_of
 
 CPU_FLOP_S = 1e11  # of a fast laptop
@@ -118,14 +119,17 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
 def _shared(
     job: Job, counted: Counted, family: Family | None, *, on_gpu: bool, notes: list[str]
 ) -> int:
-    """The tokens of prompts that are computed once for two answers; notes it."""
-    longest = max(counted.lengths)
+    """The tokens of prompts that are computed once for several answers; notes it."""
+    section = getattr(job, job.stage, None)
+    group = section if isinstance(section, Rollouts) else None
+    longest = max(counted.lengths) + (group.max_completion_length if group else 0)
     if family is None or sharing.why_apart(job, family, longest, on_gpu) or not counted.common:
         return 0
-    notes.append(
-        f"{counted.common:,} of these tokens are prompts that both answers of a pair have: they "
-        "are computed, and paid, once"
-    )
+    if group is None:
+        told = "prompts that both answers of a pair have: they are computed, and paid, once"
+    else:
+        told = "prompts that a micro-batch has once, for as many answers as it holds: priced so"
+    notes.append(f"{counted.common:,} of these tokens are {told}")
     return counted.common
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ops.hardware import gpus
 from ops.market.models import Offer
 from trainer import memory
-from trainer.wire.stages import STAGES, StageName
+from trainer.wire.stages import DECODED, STAGES, StageName
 
 _START_S = 40.0  # from the launch to step 1: imports, self-tests, compilation
 # share of the driver's memory that torch reports: 23.6 of an RTX 4090's 23.99 GiB
@@ -37,7 +37,9 @@ class Workload:
     the same machine trains before this one, of which what they compute counts. `merges` adapters
     are merged into the base before it trains. `talk_s` is how long the box serves a result at the
     end, `evaluate_s` how long it scores it at most, `merged_bytes` the size of the merged
-    model that comes home; 0 where none is asked for.
+    model that comes home; 0 where none is asked for. `answers` of `answer_tokens` are drawn to each
+    prompt; `shared` of the tokens are prompts' that a micro-batch that holds all answers to one
+    computes for the first alone, once they are drawn.
     """
 
     tokens: float
@@ -73,6 +75,9 @@ class Workload:
     merged_bytes: float = 0.0
     merges: int = 0
     work: float = 1.0
+    answers: int = 1
+    answer_tokens: int = 0
+    shared: float = 0.0
 
     def __post_init__(self) -> None:
         loads = [Workload(**w) if isinstance(w, dict) else w for w in self.before]
@@ -97,6 +102,17 @@ class Workload:
         answers = ", answers at their longest," if STAGES[self.stage].rows == "prompts" else ""
         return f"{self.tokens / 1e6:.2f} M tokens{answers}"
 
+    def work_in(self, micro_batch: int) -> float:
+        """What a token costs, sft's being 1, where a micro-batch holds so many tokens: answers that
+        do not fit one with their prompt compute it again."""
+        if not self.shared:
+            return self.work
+        prompt = self.least_tokens - self.answer_tokens
+        together = max(1, (micro_batch - prompt) // self.answer_tokens)
+        times = math.ceil(self.answers / together)
+        saved = self.shared * (self.answers - times) / (self.answers - 1)
+        return self.work - (self.work - DECODED) * saved / self.tokens
+
     @property
     def computed_parameters(self) -> float:
         """The parameters that one token uses."""
@@ -116,7 +132,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
     """The predicted training speed of an offer. Raises DoesNotFit when the GPU is too small, does
     not support the precision, or is neither in our table nor in vast.ai's benchmark."""
     if workload.cpu_practice:
-        flops = 4 * workload.computed_parameters * workload.work
+        flops = 4 * workload.computed_parameters * workload.work_in(memory.CPU_TOKENS)
         return _PRACTICE_FLOPS / flops
     gpu = gpus.find(offer.gpu_name, offer.gpu_memory_gib) or gpus.from_benchmark(
         offer.gpu_name,
@@ -130,7 +146,7 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
             f"the speed of a {offer.gpu_name} is unknown, and the offer carries no DLPerf",
             "gpu_name",
         )
-    recomputed = _recomputed_share(offer, workload)
+    micro_batch, recomputed = _fitting(offer, workload)
     full, shape = workload.method == "full", workload.shape
     old = offer.compute_capability < gpus.AMPERE
     fused = (
@@ -155,13 +171,14 @@ def tokens_per_second(offer: Offer, workload: Workload) -> float:
             f"compute in {workload.precision}"
         )
         raise DoesNotFit(why, "model.precision")
-    return speed / workload.work
+    return speed / workload.work_in(micro_batch)
 
 
-def _recomputed_share(offer: Offer, workload: Workload) -> float:
+def _fitting(offer: Offer, workload: Workload) -> tuple[int, float]:
+    """_fit of an offer. Raises DoesNotFit."""
     w = workload
     if w.shape is None:
-        return 0.0
+        return w.least_tokens, 0.0
     targets: tuple[str, ...] | Literal["all-linear"] = (
         "all-linear" if w.target_modules == "all-linear" else tuple(w.target_modules)
     )
@@ -204,9 +221,10 @@ def _fit(
     saved: tuple[str, ...],
     learned: memory.Learned | None,
     old: bool,
-) -> float | str:
-    """The share of layers (0 to 1) whose activations are recomputed on a GPU of that memory, or a
-    text that says what memory it would need. Cached: a market has few sizes."""
+) -> tuple[int, float] | str:
+    """The tokens of a micro-batch and the share of layers (0 to 1) whose activations are recomputed
+    on a GPU of that memory, or a text that says what memory it would need. Cached: a market has few
+    sizes."""
     capacity = driver_gib * _TORCH_SHARE
     more: Any = {
         "processes": processes,
@@ -220,4 +238,4 @@ def _fit(
     if plan is None:
         need = memory.min_gpu_memory_gib(shape, precision, r, targets, method, longest_row, **more)
         return f"needs {math.ceil(need / _TORCH_SHARE * 10) / 10:.1f} GiB"
-    return plan[1] / shape.layers
+    return plan[0], plan[1] / shape.layers

@@ -60,6 +60,11 @@ def beginnings(rows: Rows, group: Sequence[int]) -> list[int]:
     return found
 
 
+def asked_tokens(rows: Rows) -> int:
+    """Tokens of prompts that each further answer to them may borrow of the first."""
+    return sum(n - 1 for n in rows.lengths if n - 1 >= LEAST)
+
+
 def common_tokens(rows: Rows, size: int) -> int:
     """Tokens that a pack of all rows has fewer where every `size` of them, in order, share their
     beginnings."""

@@ -13,10 +13,10 @@ from trainer.data.errors import InvalidJob
 from trainer.data.prepare import model_folder
 from trainer.kernels.backend import is_old
 from trainer.loop.ranks import Ranks
+from trainer.memory import CPU_TOKENS
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
-CPU_TOKENS = 2048  # of a micro-batch where there is no GPU memory to fill
 GPU_TOKENS = 16384  # at most; the memory oracle says how many fit
 FORCED = "MILKTEA_BASE_IN_PARTS"  # a variable of the environment
 

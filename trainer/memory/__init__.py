@@ -13,6 +13,7 @@ from trainer.memory.counts import (
 from trainer.memory.learned import Learned
 from trainer.memory.peak import (
     BEFORE_AMPERE,
+    CPU_TOKENS,
     GIB,
     MARGIN,
     RESERVED_GIB,
@@ -29,6 +30,7 @@ from trainer.memory.shape import Mixture, Shape, Targets
 
 __all__ = [
     "BEFORE_AMPERE",
+    "CPU_TOKENS",
     "GIB",
     "MARGIN",
     "RESERVED_GIB",

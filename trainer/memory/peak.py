@@ -41,6 +41,7 @@ from trainer.memory.terms import (
     weights_in_parts,
 )
 
+CPU_TOKENS = 2048  # of a micro-batch where there is no GPU memory to fill
 GIB = 1024**3
 
 MARGIN = 0.05  # share of the predicted peak that must stay free

@@ -16,6 +16,7 @@ from ops.job.planner import make_plan
 from ops.market.cost import Workload
 from ops.market.ranking import Needs
 from trainer.wire.job import Job
+from trainer.wire.stages import DECODED
 
 EXAMPLE = Path(__file__).parents[3] / "jobs/practice-chain.toml"
 GRPO = EXAMPLE.with_name("practice-grpo.toml")
@@ -118,3 +119,31 @@ def test_a_prompt_that_a_pair_computes_once_is_paid_once(tmp_path: Path) -> None
     assert once > 5 * 64 and shared.tokens == whole.tokens - once
     assert shared.row_tokens == whole.row_tokens and shared.least_tokens == whole.least_tokens
     assert not any("paid, once" in note for note in plans[1].notes)
+
+
+def test_a_prompt_that_a_groups_answers_share_is_priced_by_what_a_micro_batch_holds(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    asked = "Answer in the language that was asked for, and in no other one. " * 8
+    rows = [{"instruction": asked, "input": str(n), "answer": "Yes."} for n in range(5)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plans = []
+    for share in (None, False):
+        raw = tomllib.loads(EXAMPLE.with_name("practice-grpo.toml").read_text("utf-8"))
+        raw["data"] = {"files": [str(data)], "max_length": 512}
+        raw["training"] |= {"batch_size": 5, "max_steps": 1}
+        raw["grpo"] |= {"num_generations": 4, "max_completion_length": 16}
+        raw["grpo"] |= {} if share is None else {"share_prompts": share}
+        (folder := tmp_path / str(share)).mkdir()
+        plans.append(make_plan(config.parse(raw, EXAMPLE), "a-run", folder))
+    shared, whole = (plan.workload for plan in plans)
+    [told] = [note for note in plans[0].notes if note.endswith("priced so")]
+    common = int(told.split()[0].replace(",", ""))
+    prompt = whole.least_tokens - 16
+    assert common == 5 * (prompt - 1) and shared.tokens == whole.tokens == 4 * 5 * (prompt + 16)
+    assert shared.shared == 3 * common and whole.shared == 0
+    learned = whole.work - DECODED
+    assert whole.work_in(1 << 14) == whole.work == shared.work_in(prompt + 16)
+    assert shared.work_in(1 << 14) == whole.work - learned * 3 * common / whole.tokens
+    assert shared.work_in(prompt + 32) == whole.work - learned * 2 * common / whole.tokens
