@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import adapter_sha256, events_of, finish, manifest_of, start, step_reached, wait_for
+from tiny import adapter_sha256, events_of, finish, manifest_of, start
 from torch import Tensor
 
 from trainer.data.errors import InvalidJob
+from trainer.loop import checkpoint
 from trainer.loop.guards import Stopped
 from trainer.loop.ranks import StopSignal
 from trainer.loop.replicas import Replicas
+from trainer.loop.step import Loop
+from trainer.model import decode
 from trainer.model.decode import Answer
+from trainer.result import adapter
 from trainer.stages import ppo, rm, rollout
 from trainer.stages.ppo_losses import (
     gae,
@@ -259,23 +265,49 @@ def test_a_stage_adds_its_numbers_and_stops_where_every_answer_fails(stage_run: 
         stage.rewards(rows, answers)
 
 
+PHASES: dict[str, tuple[Any, str]] = {
+    "while answers are drawn": (decode._Loop, "_step"),
+    "while answers are judged": (ppo.Stage, "rewards"),
+    "while log-probabilities are asked": (ppo.Stage, "log_probs"),
+    "while values are asked": (ppo.Stage, "values"),
+    "before advantages": (ppo, "gae"),
+    "before a loss": (ppo.Stage, "loss"),
+    "before an update": (Loop, "_update"),
+    "while a checkpoint is written": (checkpoint, "seal"),
+    "before the result is written": (adapter, "write_result"),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 3])
-@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_run_killed_in_any_phase_ends_in_the_same_bytes(
-    epochs: int, step: int, stage_run: Make, every_step_told: None
+    phase: str,
+    epochs: int,
+    stage_run: Make,
+    every_step_told: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With one step for each batch of answers every kill falls into or beside a rollout."""
+    """The kill comes as soon as a checkpoint is there to go on from."""
     section = SECTION | {"num_ppo_epochs": epochs, "target_kl": 0.01}
     settings = {"training": SETTINGS["training"] | {"save_every_s": 0.01, "num_train_epochs": 4}}
     whole, killed = (stage_run("ppo", ROWS, ppo=section, **settings) for _ in range(2))
     assert finish(start(whole)) == [0]
-    [process] = start(killed)
-    saved = killed.parent / "checkpoints"
-    wait_for(lambda: any(saved.glob("[0-9]*/manifest.json")) and step_reached(killed) >= step)
-    process.kill()
-    process.join()
+    owner, name = PHASES[phase]
+    real, saved = getattr(owner, name), killed.parent / "checkpoints"
+
+    def dying(*args: Any, **more: Any) -> Any:
+        if any(saved.glob("[0-9]*/manifest.json")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, dying)
+        assert finish(start(killed)) == [-signal.SIGKILL]
+    assert not (killed.parent / "result").exists()
     assert finish(start(killed)) == [0]
+    begun = [e["step"] for e in events_of(killed) if e["event"] == "started"]
+    assert begun[-1] > 0, "it went on from a checkpoint"
     assert adapter_sha256(killed) == adapter_sha256(whole)
 
 
