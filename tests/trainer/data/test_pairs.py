@@ -10,7 +10,9 @@ import pytest
 
 from trainer.data.pairs import PAIRS, TAGGED, Pair, Tagged
 from trainer.data.sources import Reading
+from trainer.data.windows import DOCUMENTS
 
+THEIRS = Path(__file__).parents[4] / "shared/data"  # not ours to commit
 ASK, GOOD, BAD = "What is 1 + 2?", "three", "four"
 MESSAGES = [{"role": "user", "content": ASK}]
 
@@ -177,3 +179,27 @@ def test_a_registry_of_llama_factory_says_how_to_read_preferences(
     info.write_text(json.dumps({"mine": entry}))
     [row], defects = (PAIRS if ranking else TAGGED).read([(info, info.name)], Reading())
     assert not defects and ASK in str(row) and GOOD in str(row)
+
+
+@pytest.mark.skipif(not THEIRS.exists(), reason="the shared sample data is not here")
+def test_llama_factorys_demo_files_are_read_as_they_are() -> None:
+    """But for six pairs that a broken decoding has cut a character of."""
+    names = ("dpo_zh_demo.json", "kto_en_demo.json", "wiki_demo.txt")
+    (pairs, faults), (tagged, more), (texts, most) = (
+        reader.read([(THEIRS / name, name)], Reading(), None)
+        for name, reader in zip(names, (PAIRS, TAGGED, DOCUMENTS), strict=True)
+    )
+    raw = [json.loads((THEIRS / name).read_text()) for name in names[:2]]
+    whole = [row for row in raw[0] if "\ufffd" not in str(row)]
+    assert len(faults) == len(raw[0]) - len(whole) == 6 and not more and not most
+    assert all("U+FFFD" in fault.reason for fault in faults)
+    for pair, row in zip(pairs, whole, strict=True):
+        assert pair.chosen[-1].text == row["chosen"]["value"]
+        assert pair.rejected[-1].text == row["rejected"]["value"]
+        asked = [turn["value"] for turn in row["conversations"]]
+        assert [turn.text for turn in pair.chosen[:-1]] == asked
+    for one, row in zip(tagged, raw[1], strict=True):
+        assert [turn.text for turn in one.turns] == [t["content"] for t in row["messages"]]
+        assert one.wanted is row["label"]
+    lines = (THEIRS / names[2]).read_text().splitlines()
+    assert [row.text.strip() for row in texts] == [line.strip() for line in lines if line.strip()]

@@ -11,7 +11,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -194,6 +194,22 @@ def test_losses_of_means_are_trls(golden: dict[str, Any]) -> None:
     orpo = pair_losses(Dpo(loss_type="orpo"), means, means, torch.ones_like(means))
     term = (orpo + means[:, 0]).tolist()  # less the chosen answers' cross-entropy
     assert term == pytest.approx(golden["means"]["orpo_term"], abs=1e-5)
+
+
+def test_smoothed_losses_are_what_swapped_labels_make_of_the_plain_one() -> None:
+    dice = torch.Generator().manual_seed(4)
+    policy, reference = torch.randn(2, 9, 2, generator=dice, dtype=torch.float64) * 5
+    lengths, e = torch.ones(9, 2), 0.2
+
+    def losses(kind: Literal["sigmoid", "robust"], smoothing: float) -> list[torch.Tensor]:
+        settings = Dpo(loss_type=kind, label_smoothing=smoothing)
+        pairs = ((policy, reference), (policy.flip(1), reference.flip(1)))
+        return [pair_losses(settings, *pair, lengths) for pair in pairs]
+
+    plain, swapped = losses("sigmoid", 0.0)
+    assert torch.allclose(losses("sigmoid", e)[0], (1 - e) * plain + e * swapped), "cDPO"
+    right, wrong = losses("robust", e)
+    assert torch.allclose((1 - e) * right + e * wrong, plain), "robust is unbiased"
 
 
 def test_trl_says_today_what_the_golden_numbers_say(
