@@ -77,12 +77,7 @@ def short_kernels(
     newer, for documents that are not very long, where q, k, v are views of matrices with rows of
     one length. It takes all lengths where flash attention cannot be used: soft caps and heads wider
     than 256."""
-    alone = q.shape[-1] > 256 or (rules is not None and rules.softcap is not None)
-    if _short_refused or (longest > LONG and not alone):
-        return None
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if torch.cuda.get_device_capability(q.device) < (9, 0):
+    if _short_refused or not takes_short(q, longest, rules):
         return None
     try:
         from trainer.kernels import attention_short
@@ -90,6 +85,17 @@ def short_kernels(
         validate_lengths(f"Triton is not usable: {why}")
         return None
     return attention_short if attention_short.fits(q, k, v) else None
+
+
+def takes_short(q: Tensor, longest: int, rules: Rules | None = None) -> bool:
+    """Whether the card, the numbers and the lengths are those of ``short_kernels``."""
+    alone = q.shape[-1] > 256 or (rules is not None and rules.softcap is not None)
+    return (
+        (longest <= LONG or alone)
+        and q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    )
 
 
 def validate_lengths(why: str) -> None:

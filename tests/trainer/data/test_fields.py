@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trainer.data.files import examine_files, read_rows
-from trainer.data.formats import Row
+from trainer.data.formats import Columns, Row, problems_or_row
 from trainer.data.sources import Reading
 from trainer.data.template import Turn
 
@@ -244,6 +244,12 @@ def test_a_field_that_would_change_what_is_learned_is_a_defect_at_its_place(
     row, word = REFUSED[kind]
     (defect,) = defects_of(tmp_path, row)
     assert defect.startswith("a.jsonl:1:") and f"{word}: " in defect
+
+
+def test_a_row_that_is_no_object_is_shown_by_its_first_thirty_characters() -> None:
+    for value in ("x" * 40, list(range(40))):
+        ((place, reason, _),) = problems_or_row(value, "text", Columns(), "a.jsonl:1")
+        assert place == () and reason.endswith(f" ({json.dumps(value)[:30]}), not an object")
 
 
 def test_other_fields_are_counted_and_told_once_by_name(tmp_path: Path) -> None:

@@ -245,27 +245,32 @@ def test_flash_attention_is_used_on_the_cards_and_shapes_that_torch_has_it_for(
         assert attention.short_kernels(q, q, q, 6) is None
 
 
+LONG = attention.LONG
+
+
 @pytest.mark.parametrize(
-    ("capability", "dtype", "longest", "rules", "asked"),
+    ("capability", "dtype", "d", "longest", "rules", "takes"),
     [
-        ((8, 9), torch.bfloat16, 6, None, False),
-        ((9, 0), torch.bfloat16, 6, None, True),
-        ((9, 0), torch.float32, 6, None, False),
-        ((9, 0), torch.bfloat16, attention.LONG, None, True),
-        ((9, 0), torch.bfloat16, attention.LONG + 1, Rules(0.3), False),
-        ((9, 0), torch.bfloat16, attention.LONG + 1, Rules(0.3, softcap=2.0), True),
+        ((8, 9), torch.bfloat16, 64, 6, None, False),
+        ((9, 0), torch.bfloat16, 64, 6, None, True),
+        ((9, 0), torch.float16, 64, LONG, Rules(0.3), True),
+        ((12, 0), torch.float32, 64, 6, None, False),
+        ((9, 0), torch.bfloat16, 64, LONG + 1, None, False),
+        ((9, 0), torch.bfloat16, 64, LONG + 1, Rules(0.3), False),
+        ((9, 0), torch.bfloat16, 64, LONG + 1, Rules(0.3, softcap=2.0), True),
+        ((9, 0), torch.bfloat16, 256, LONG + 1, Rules(0.3), False),
+        ((9, 0), torch.bfloat16, 257, LONG + 1, Rules(0.3), True),
     ],
 )
-def test_short_documents_are_asked_of_triton_from_hopper_on(
-    capability, dtype, longest, rules, asked, monkeypatch
+def test_short_documents_are_computed_by_triton_from_hopper_on(
+    capability, dtype, d, longest, rules, takes, monkeypatch
 ):
-    """Where Triton is not there, the reason is kept and flash attention does its work."""
+    """Long ones too, where flash attention cannot: soft caps and wide heads."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "_short_refused", [])
     with FakeTensorMode():
-        made = torch.empty(6, 3, 2, 64, dtype=dtype, device="cuda")
-    got = attention.short_kernels(*made.unbind(1), longest, rules)
-    assert bool(got or attention._short_refused) is asked
+        q = torch.empty(6, 2, d, dtype=dtype, device="cuda")
+    assert attention.takes_short(q, longest, rules) is takes
+    assert not attention.takes_short(torch.empty(6, 2, d, dtype=dtype), longest, rules)
 
 
 def test_a_window_is_counted_as_torch_counts_it():
