@@ -332,6 +332,7 @@ def test_the_batch_file_trains_on_two_nodes_and_goes_on_after_its_time_was_up(
         for line in (folder / "events.jsonl").read_text().splitlines()
         if '"started"' in line
     ]
+    assert f"step {started[0]['total_steps']} of " in (folder / "log.txt").read_text()
     assert [s["processes"] for s in started] == [2, 2] and started[1]["step"] == int(kept.name)
     manifest = json.loads((folder / "result" / "manifest.json").read_text())
     assert (
