@@ -161,9 +161,11 @@ def test_the_document_mask_is_causal_blocks_other_documents_and_ends_at_the_wind
     assert attention.document_mask(cu, 5, 1).int().tolist() == torch.eye(5).int().tolist()
 
 
-def test_the_cpu_gets_the_eager_twin_and_says_so():
+def test_the_cpu_gets_the_eager_twin_and_says_so(monkeypatch):
+    monkeypatch.setattr(attention, "_short_refused", [])
     q = torch.randn(6, 2, 64, dtype=torch.bfloat16)
     assert attention.short_kernels(q, q, q, 6) is None
+    assert attention._short_refused == []  # Triton was not asked for
     assert attention.name(False, torch.device("cpu")) == "eager"
     assert attention.name(True, torch.device("cuda")).startswith("Triton")
     assert attention.name(False, torch.device("cuda")).startswith("torch flash")
