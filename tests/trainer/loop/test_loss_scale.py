@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny import adapter_sha256, events_of, manifest_of, rows
+from tiny import adapter_sha256, events_of, finish, manifest_of, rows, start
 from transformers import AutoModelForCausalLM
 
 from trainer.loop.guards import Stopped
@@ -122,3 +122,18 @@ def test_overflow_is_skipped_and_told_and_a_resumed_run_ends_in_the_same_bytes(
     assert run_job(broken) == 0
     assert adapter_sha256(broken) == adapter_sha256(straight)
     assert manifest_of(broken)["skipped_steps"] == skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_skip_the_steps_that_one_skips(
+    method: str, run_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.loop.loss_scale.START", 2.0**22)  # the processes inherit it
+    changes = {"data": rows(24), "training": {"method": method}}
+    one, two = in_fp16(run_folder, **changes), in_fp16(run_folder, **changes)
+    assert finish(start(one, 1)) == [0] and finish(start(two, 2)) == [0, 0]
+    found, wanted = manifest_of(two), manifest_of(one)
+    assert 1 <= found["skipped_steps"] == wanted["skipped_steps"] < 6
+    for (_, a), (_, b) in zip(wanted["curve"], found["curve"], strict=True):
+        assert b == pytest.approx(a, rel=2e-3)
