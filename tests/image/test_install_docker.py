@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from image_engines import Engine, answers, podman
+from image_shell import CU130, script
 from image_shell import jail as few
 
 from ops.image.bundle.contents import Options
@@ -256,6 +257,29 @@ def test_an_image_that_does_not_prove_itself_never_becomes_current(
         engine.tags(f"mtb/{product.name}") == before
         and engine.layers(f"mtb/{product.name}:current") == current
     )
+
+
+def test_a_cuda_image_must_see_a_gpu_unless_the_server_is_said_to_have_none(
+    product: Any, engine: Engine, install: Callable, tmp_path: Path
+) -> None:
+    """The engine promises a GPU by CDI, and the container has none."""
+    prove = (
+        '#!/bin/sh\ncase "$*" in *--expect-gpu*) echo no GPU is visible >&2; exit 1 ;; esac\n'
+        f"echo '{product.prove_says}'\n"
+    )
+    product.contents["config"] = {"bin/prove": prove.encode()}
+    product.pack(tmp_path / "b", line=CU130)
+    without_devices = (
+        'for a; do shift; case $a in --device | nvidia.com/gpu=*) ;; *) set -- "$@" "$a" ;;'
+        f' esac; done\nexec {shutil.which(engine.program)} "$@"\n'
+    )
+    script(tmp_path / "bin", "engine", without_devices)
+    environment = engine.environment | {"DOCKER": str(tmp_path / "bin/engine")}
+    ran = install(tmp_path / "b", "--force", **environment)
+    assert ran.code == 7 and "no GPU is visible" in ran.err and "as it was before" in ran.err
+    assert engine.tags(f"mtb/{product.name}") == set()
+    ran = install(tmp_path / "b", "--gpus", "none", **environment)
+    assert ran.code == 0, ran.out + ran.err
 
 
 def test_an_engine_that_does_not_see_the_servers_folder_is_found_out_by_one_mount(
