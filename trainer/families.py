@@ -184,6 +184,11 @@ class Family:
     def mixture(self) -> bool:
         return self.experts > 1 and bool(self.row["experts"])
 
+    @property
+    def holds_experts(self) -> bool:
+        """Whether FP8 and NF4 hold the experts too (trainer/kernels/experts.py)."""
+        return self.mixture and self.model_type not in _file()["experts"]["outside"]
+
     def all_linear(self, experts: bool = True, router: bool = False) -> Adapted:
         """What `target_modules = "all-linear"` trains: every linear layer of attention, of the
         dense and the shared parts, the experts unless left out; the router only where asked."""

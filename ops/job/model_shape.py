@@ -90,7 +90,8 @@ def family_of(
             hint="name attention's modules in lora.target_modules",
         )
     notes.extend(w for w in every if lora or not w.startswith(("all-linear", "and all")))
-    if family.mixture and job.model.precision in ("fp8", "nf4", "int8"):
+    held = family.holds_experts and job.model.precision != "int8"
+    if family.mixture and job.model.precision in ("fp8", "nf4", "int8") and not held:
         notes.append(
             f"all {family.experts} experts of a layer stay in bf16: {job.model.precision} serves "
             "the layers around them, and the memory and price shown count so"

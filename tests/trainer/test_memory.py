@@ -446,6 +446,22 @@ def test_a_mixtures_weights_and_adapters_are_counted() -> None:
     assert memory.predict(shape).weights_gib > 56
 
 
+def test_a_mixture_in_nf4_and_fp8_holds_its_experts_so_and_one_projection_in_bf16() -> None:
+    shape = Shape.from_config(QWEN3_30B)
+    weights, outputs = 48 * 128 * 3 * 768 * 2048, 48 * 128 * (2 * 768 + 2048)
+    scratch = 2 * 128 * 2 * 768 * 2048
+    plain = memory.predict(shape, "int8").weights_gib * memory.GIB  # experts as loaded
+    linears = memory.linear_parameters(shape) - weights
+    nf4, fp8 = (memory.predict(shape, p).weights_gib * memory.GIB for p in ("nf4", "fp8"))
+    scales = 4 * 48 * (2 * 4096 + 2 * 512 + 2 * 2048)  # of linears
+    assert plain - fp8 == pytest.approx(weights - 4 * outputs - scratch, abs=scales)
+    assert fp8 - nf4 == pytest.approx(0.4375 * (weights + linears) + 4 * outputs, abs=1e7)
+    assert 17 < nf4 / memory.GIB < 18.5
+    llama4 = {**QWEN3_30B, "model_type": "llama4_text", "interleave_moe_layer_step": 1}
+    outside = Shape.from_config({**llama4, "num_local_experts": 16})
+    assert outside.mixture is not None and not outside.mixture.held
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -27,6 +27,7 @@ from trainer.memory.peak import (
     takes_fused_layer,
 )
 from trainer.memory.shape import Mixture, Shape, Targets
+from trainer.memory.terms import holds_experts
 
 __all__ = [
     "BEFORE_AMPERE",
@@ -43,6 +44,7 @@ __all__ = [
     "active_parameters",
     "base_splits",
     "adapter_parameters",
+    "holds_experts",
     "linear_parameters",
     "method_of",
     "min_gpu_memory_gib",

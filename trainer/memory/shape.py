@@ -25,6 +25,7 @@ class Mixture:
     shared: int  # width of the experts that every token meets, 0 for none
     others_adapted: bool  # whether dense and shared parts can have adapters
     lean: bool = False  # whether the trainer's own function computes them, which keeps little
+    held: bool = False  # whether FP8 and NF4 hold the experts too
 
     @classmethod
     def of(cls, family: Family) -> Mixture:
@@ -55,11 +56,20 @@ class Mixture:
             shared,
             any(m in family.row["dense"] for m in family.all_linear().modules),
             family.fused and family.row["stored"] == "plain",
+            family.holds_experts,
         )
 
     def weights(self, hidden: int) -> int:
         """Parameters of one layer's experts."""
         return self.experts * self.width * hidden * (3 if self.gated else 2)
+
+    def widest(self, hidden: int) -> int:
+        """Parameters of all experts in the larger of a layer's two products."""
+        return self.experts * self.width * hidden * (2 if self.gated else 1)
+
+    def outputs(self, hidden: int) -> int:
+        """Rows of all experts' weights in a layer, each with a scale in FP8."""
+        return self.experts * ((2 if self.gated else 1) * self.width + hidden)
 
     def adapter(self, hidden: int, r: int) -> int:
         """Parameters of the adapters of rank r on one layer's experts."""

@@ -60,7 +60,9 @@ LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "nf4": _NF4_B
 def weight_bytes(
     shape: Shape, precision: str, element: int, fused: bool, keep_transpose: bool
 ) -> float:
-    linear = outside_experts(shape)  # experts stay as they were loaded
+    linear = outside_experts(shape)
+    if held := holds_experts(shape, precision):
+        linear = linear_parameters(shape)
     each = (
         float(element)
         if precision in ("fp32", "bf16", "fp16")
@@ -72,8 +74,16 @@ def weight_bytes(
         else 0
     )
     # one buffer, never given back
-    scratch = _unpacked(shape, precision, joined=True) if precision == "nf4" and fused else 0
+    scratch = _unpacked(shape, precision, joined=True) if precision == "nf4" and fused else 0.0
+    if held and (m := shape.mixture) is not None:
+        scales += 4 * sparse_layers(shape) * m.outputs(shape.hidden) * (precision == "fp8")
+        scratch = max(scratch, float(element * m.widest(shape.hidden)))
     return linear * each + (parameters(shape) - linear) * element + scales + scratch
+
+
+def holds_experts(shape: Shape, precision: str) -> bool:
+    """Whether the experts are held in this precision; else they stay as they were loaded."""
+    return shape.mixture is not None and shape.mixture.held and precision in ("fp8", "nf4")
 
 
 def padded_copies(shape: Shape, r: int, targets: Targets, element: int) -> int:
@@ -223,7 +233,7 @@ def passing_fused(
     flash += tokens * turned * (q + 2 * kv)
     mlp: float = tokens * (element * (h + f) + cast * (h + 2 * f))
     if (m := shape.mixture) is not None:
-        cast = 0  # experts stay as they were loaded
+        cast = 0  # experts compute in bf16
         mlp = tokens * (element * m.active * (3 * h + 4 * m.width) if m.lean else 2 * m.kept(h))
     on_the_fly = cast and not keep_transpose
     if (d := shape.delta) is not None:

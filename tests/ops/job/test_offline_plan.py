@@ -14,6 +14,7 @@ from ops import api
 from ops.catalogue.models import entries, lookup
 from ops.errors import PreflightError
 from ops.fakevast import FakeVast
+from ops.hardware import gpus
 from ops.market.client import Vast
 from ops.market.provider import Provider
 from ops.wait import RealClock
@@ -117,11 +118,24 @@ def test_a_mixture_costs_what_a_token_meets(rows: Path, market: Vast) -> None:
 
 def test_experts_that_stay_in_bf16_are_told_and_priced(rows: Path, market: Vast) -> None:
     base = "Qwen/Qwen3-30B-A3B"
-    made = planned(base, rows, market, model={"base": base, "precision": "nf4"}).plan
+    made = planned(base, rows, market, model={"base": base, "precision": "int8"}).plan
     assert any("128 experts of a layer stay in bf16" in note for note in made.notes)
     experts = 48 * 128 * 3 * 768 * 2048 * 2 / memory.GIB
     assert made.needs.min_gpu_memory_gib > experts
+
+
+def test_a_mixture_of_30b_fits_a_card_of_24_gb_in_nf4_and_costs_a_little_more_than_in_bf16(
+    rows: Path, market: Vast
+) -> None:
+    base, lora = "Qwen/Qwen3-30B-A3B", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    made = planned(base, rows, market, model={"base": base, "precision": "nf4"}, lora=lora).plan
+    assert made.needs.min_gpu_memory_gib < 23.5  # as torch reports a card of 24
+    assert not any("stay in bf16" in note for note in made.notes)
     assert made.needs.min_compute_capability == 8.0  # nf4 computes in bf16
+    card, shape = gpus.find("H100 SXM"), made.workload.shape
+    assert card is not None
+    nf4, bf16 = (gpus.tokens_per_second(card, p, 0, shape) for p in ("nf4", "bf16"))
+    assert 0.9 * bf16 < nf4 < bf16
 
 
 def test_english_and_chinese_have_the_density_of_their_tokenizer() -> None:
