@@ -39,6 +39,9 @@ from trainer.model.prompts import add_prompt
 from trainer.wire.job import Job
 from trainer.wire.prompts import PROMPT_METHODS
 
+# their choice is a draw while they train; router_jitter_noise is a threshold of theirs
+DRAWING_ROUTERS = ("PhimoeTopKRouter",)
+
 
 def load(
     job: Job,
@@ -181,6 +184,8 @@ def prepare(model: nn.Module) -> dict[str, str]:
     """Adds what no class of transformers or PEFT does: rotary angles by document, adapters of
     experts beside their weights. Returns what was done, by name."""
     names = {}
+    if still_routers(model):
+        names["router"] = "as at inference"
     if rotary.by_document(model):
         names["rotary"] = "by document"
     delta.by_document(model)
@@ -335,8 +340,8 @@ def quantisation(precision: str, device: torch.device) -> Any:
 
 
 def silence_dropout(config: Any) -> None:
-    """Turns off the base model's own dropout: it draws from a generator, so the order of rows would
-    change the result. lora_dropout is keyed instead."""
+    """Turns off the base model's own dropout and noise: it draws from a generator, so the order of
+    rows would change the result. lora_dropout is keyed instead."""
     for name in (
         "attention_dropout",
         "hidden_dropout",
@@ -345,9 +350,26 @@ def silence_dropout(config: Any) -> None:
         "embd_pdrop",
         "dropout",
         "activation_dropout",
+        "layerdrop",
+        "input_jitter_noise",
+        "router_jitter_noise" if config.model_type != "phimoe" else "",
     ):
-        if getattr(config, name, None):
+        if name and getattr(config, name, None):
             setattr(config, name, 0.0)
+
+
+def still_routers(model: nn.Module) -> int:
+    """Makes routers that draw experts at random in training choose as at inference, and returns how
+    many: what a draw gives would depend on the order of rows, and a run could not go on from a
+    checkpoint to the same result."""
+
+    def hold(module: nn.Module, given: object) -> None:
+        module.training = False
+
+    found = [m for m in model.modules() if type(m).__name__ in DRAWING_ROUTERS]
+    for module in found:
+        module.register_forward_pre_hook(hold)
+    return len(found)
 
 
 def choose_trainable(job: Job, model: nn.Module) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from architectures import build
 from tiny import manifest_of
+from transformers import AutoConfig
 
 from trainer.model.dropout import KeyedNoise, TokenKeys
+from trainer.model.load import prepare, silence_dropout
 from trainer.train import run_job
 
 Make = Callable[..., Path]
@@ -54,6 +57,35 @@ def test_a_rows_noise_is_the_same_packed_and_padded_and_another_in_the_next_step
     later = noisy([3, 9], [40, 17], False, step=1)
     assert not torch.equal(packed[0], later[0])
     assert not torch.equal(packed[0][:17], packed[1])
+
+
+def test_a_router_that_draws_in_training_chooses_as_at_inference() -> None:
+    """PhiMoE's: training on a draw depends on the order of rows."""
+    model, ids = build("phimoe"), torch.arange(3, 40)[None] * 7 % 300
+    for module in model.modules():
+        if hasattr(module, "router_jitter_noise"):
+            module.router_jitter_noise = 0.5  # the draw is among experts that are nearly as good
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.Tensor(model(input_ids=ids, use_cache=False).logits)
+
+    want = logits()
+    model.train()
+    assert not torch.equal(logits(), want)
+    assert prepare(model)["router"] == "as at inference"
+    model.train()
+    assert torch.equal(logits(), want)
+
+
+def test_the_base_models_own_noise_is_off() -> None:
+    """Mixtral's and MiniMax's; PhiMoE's router has a threshold of this name, which stays."""
+    told = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1, "layerdrop": 0.1}
+    for kind, kept in (("mixtral", 0.0), ("phimoe", 0.1)):
+        config = AutoConfig.for_model(kind, **told)
+        silence_dropout(config)
+        assert (config.router_jitter_noise, config.layerdrop) == (kept, 0.0)
+        assert config.input_jitter_noise == 0.0
 
 
 def test_a_run_with_noise_says_so_and_ends_elsewhere(run_folder: Make) -> None:
