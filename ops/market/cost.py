@@ -22,9 +22,17 @@ GB = 1e9
 _LINK_SHARE = 0.6
 _UNPACK_BYTES_S = 120e6  # compressed image bytes: docker inflates a layer on one core
 _MODEL_READ_BYTES_S = 800e6  # from the host's disk to the GPU; used when the offer does not say
-_MERGE_BYTES_S = 200e6  # of a base that an adapter is merged into, on the CPU: not measured
-# of a certificate: tokens that four passes read, and what a CPU computes of them, none measured
-_CERTIFY_TOKENS, _CPU_FLOPS, _CERTIFY_GPU_BYTES, _MERGE_START_S = 4000, 100e9, 4 << 30, 120.0
+# of a bf16 base, by one core: merged with rank 32 in every layer (132e6 seen on an EPYC of 2026),
+# hashed (1,500e6 seen; a core without SHA instructions does a third), opened in fp32 (820e6 seen)
+_MERGE_BYTES_S, _HASH_BYTES_S, _OPEN_BYTES_S = 120e6, 500e6, 800e6
+_MERGE_START_S = 120.0  # to import what merges, and to read the adapter: a guess, on the safe side
+# of a certificate: tokens of its general texts and of the held-out rows at most (trainer/result/
+# certificate.py), how many passes read them, what is kept of one (fp32, a vocabulary of 262,144)
+_GENERAL_TOKENS, _CERTIFY_ROWS, _CERTIFY_ROW_TOKENS, _CERTIFY_PASSES = 1500, 16, 512, 4
+_SAID_BYTES, _ROUND_BYTES, _CERTIFY_GPU_BYTES = 1 << 20, 1 << 30, 4 << 30
+# fp32 of one of a host's threads (70e9 seen of one whose core is its own), and their number where
+# the offer does not say
+_CPU_FLOPS, _CPU_THREADS = 25e9, 4.0
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 survives a day with a chance of 0.98
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
 _BOOT_FAILS = 0.02  # chance, even on the best host
@@ -94,7 +102,7 @@ def predict(
         workload = replace(workload, boot_s=_PRACTICE_BOOT_S, start_s=_PRACTICE_START_S)
     pull_s, transfer_s, read_s = _moving_s(offer, workload)
     stages_s = tuple(one.tokens / s for one, s in zip(workload.each, speeds, strict=True))
-    merging_s = 2 * workload.model_parameters / _MERGE_BYTES_S + read_s
+    merging_s = 2 * workload.model_parameters / _MERGE_BYTES_S + 2 * read_s  # read and written
     start_s = workload.start_s + read_s + merging_s * sum(one.merges for one in workload.each)
     train_s = sum(stages_s)
     merged_s = merge_s(offer, workload)
@@ -157,18 +165,28 @@ def _moving_s(offer: Offer, workload: Workload) -> tuple[float, float, float]:
 
 def merge_s(offer: Offer, workload: Workload) -> float:
     """Seconds at most to merge the result into its base on the box and to certify it: on the CPU
-    where no GPU holds the model in fp32. 0 where the job does not ask for it."""
+    where no GPU holds the model in fp32. 0 where the job does not ask for it.
+
+    Derived, and never seen on a rented box: the base is read to merge, base and model to hash, both
+    once more for each round of the certificate, at the offer's disk speed; a core merges, hashes
+    and opens them at speeds seen on one machine; the certificate's four passes over its texts take
+    2 FLOP a weight and token where the CPU computes them, and no time on a GPU."""
     if not workload.merged_bytes:
         return 0.0
     if workload.cpu_practice:
         return _PRACTICE_MERGE_S
-    parameters = workload.model_parameters
-    moved_s = 3 * workload.merged_bytes / _MERGE_BYTES_S + 4 * workload.merged_bytes / min(
-        _disk_speed(offer), _MODEL_READ_BYTES_S
+    size = workload.merged_bytes
+    row_tokens = min(_CERTIFY_ROW_TOKENS, workload.least_tokens or _CERTIFY_ROW_TOKENS)
+    tokens = _GENERAL_TOKENS + _CERTIFY_ROWS * row_tokens
+    opened = 2 * math.ceil(tokens * _SAID_BYTES / max(_ROUND_BYTES, size / 2))
+    disk_s = (1 + 1 + 2 + opened) * size / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
+    core_s = size / _MERGE_BYTES_S + 2 * size / _HASH_BYTES_S + opened * size / _OPEN_BYTES_S
+    on_gpu = offer.gpu_memory_gib * 2**30 > 4.4 * workload.model_parameters + _CERTIFY_GPU_BYTES
+    flops_s = _CPU_FLOPS * (offer.cpu_cores or _CPU_THREADS)
+    certify_s = (
+        0.0 if on_gpu else 2.0 * _CERTIFY_PASSES * tokens * workload.computed_parameters / flops_s
     )
-    on_gpu = offer.gpu_memory_gib * 2**30 > 4.4 * parameters + _CERTIFY_GPU_BYTES
-    flops = 2.0 * 4 * _CERTIFY_TOKENS * parameters
-    return _MERGE_START_S + moved_s + (0.0 if on_gpu else flops / _CPU_FLOPS)
+    return _MERGE_START_S + disk_s + core_s + certify_s
 
 
 @dataclass(frozen=True)
