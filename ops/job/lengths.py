@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ops.box.transfer import PushFile
 from ops.catalogue.models import Entry
 from ops.errors import PreflightError
+from ops.job import hub
 from ops.job.mistakes import grouped
 from trainer.data import estimate, prepare, sharing, stage_rows
 from trainer.data import template as prompt
@@ -62,7 +63,7 @@ def lengths_of(
     tokenizer."""
     try:
         with _linked(folder, place, pushes):
-            prepared = stage_rows.prepare(job, folder / place)
+            prepared = stage_rows.prepare(job, folder / place, _cached(job))
     except InvalidJob as e:
         listed = "\n".join(f"  {s}" for s in grouped(e.samples))
         kind = NotTokenised if isinstance(e, ModelMissing) else PreflightError
@@ -93,6 +94,19 @@ def lengths_of(
     elif rows == "prompts":
         common = sharing.asked_tokens(prepared.rows)
     return Counted(lengths, common)
+
+
+def _cached(job: Job) -> Path | None:
+    """The base model's folder in the hub's cache, where the hub would be asked in vain; else None.
+    Raises NotTokenised."""
+    if job.model.path:
+        return None
+    try:
+        return hub.cached_folder(job.model.base, job.model.revision)
+    except hub.NotHere as e:
+        raise NotTokenised(
+            str(e), hint="check model.base and the network, or name a local folder"
+        ) from e
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from ops.catalogue.models import lookup
 from ops.errors import PreflightError
-from ops.job import old_cards
+from ops.job import hub, old_cards
 from ops.job.job_file import JobFile
 from trainer import families, memory
 from trainer.wire.prompts import PROMPT_METHODS
@@ -23,10 +23,7 @@ def model_config(job: JobFile, notes: list[str]) -> dict[str, Any]:
     entry = lookup(job.model.base)
     try:
         if not path.is_file():
-            from huggingface_hub import hf_hub_download
-
-            base, _, revision = job.model.base.partition("@")
-            path = Path(hf_hub_download(base, "config.json", revision=revision or None))
+            path = hub.file(job.model.base, "config.json")
         config = json.loads(path.read_text("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("config.json is no object")

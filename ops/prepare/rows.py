@@ -19,6 +19,7 @@ from typing import Any, get_args
 from tokenizers import Tokenizer
 
 from ops.errors import ConfigError, PreflightError
+from ops.job import hub
 from ops.prepare.languages import NAMES, Language
 from trainer.data import convert as conversion
 from trainer.data import curate, quality, records
@@ -161,10 +162,7 @@ def _tokenizer(base: str) -> Tokenizer:
     path = Path(base) / "tokenizer.json"
     try:
         if not Path(base).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            name, _, revision = base.partition("@")
-            path = Path(hf_hub_download(name, "tokenizer.json", revision=revision or None))
+            path = hub.file(base, "tokenizer.json")
         return Tokenizer.from_str(path.read_text("utf-8"))
     except Exception as e:  # a tokenizer that is none is a bare Exception
         what = f"the tokenizer of {base} cannot be had: {str(e).splitlines()[0][:200]}"

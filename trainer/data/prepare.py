@@ -79,12 +79,15 @@ def hub_folder(base: str, revision: str | None = None, weights: bool = False) ->
         ) from error
 
 
-def prepare(job: Job, run: Path, reader: Reader | None = None) -> Prepared:
-    """Checks and tokenises the job's data, as rows of answers unless a `reader` is given. Raises
-    InvalidJob, with every defect, or TemplateError, before anything costs time or money."""
+def prepare(
+    job: Job, run: Path, reader: Reader | None = None, model: Path | None = None
+) -> Prepared:
+    """Checks and tokenises the job's data, as rows of answers unless a `reader` is given. `model`
+    is the base model's folder, that of `model_folder` without it. Raises InvalidJob, with every
+    defect, or TemplateError, before anything costs time or money."""
     reader = reader or ANSWERS
     validate_settings(job)
-    folder = model_folder(job, run)
+    folder = model or model_folder(job, run)
     if not folder.is_dir():
         raise InvalidJob(
             f"the base model's folder {job.model.path}/ is not in the run folder",

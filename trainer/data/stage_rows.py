@@ -29,10 +29,10 @@ def reader_of(job: Job) -> Reader:
     return READERS[STAGES[job.stage].rows]
 
 
-def prepare(job: Job, run: Path) -> Prepared:
-    """Checks and tokenises the job's data for its stage. Raises InvalidJob, with every defect, or
-    TemplateError, before anything costs time or money."""
-    return rows.prepare(job, run, reader_of(job))
+def prepare(job: Job, run: Path, model: Path | None = None) -> Prepared:
+    """Checks and tokenises the job's data for its stage; `model` as rows.prepare takes it. Raises
+    InvalidJob, with every defect, or TemplateError, before anything costs time or money."""
+    return rows.prepare(job, run, reader_of(job), model)
 
 
 def read(job: Job, files: Sequence[tuple[Path, str]]) -> tuple[list[Row], list[Defect]]:
