@@ -1,5 +1,28 @@
-"""`python -m ops.cli`."""
+"""`milktea`, and `python -m ops.cli`: before anything large is imported, Ctrl-C is made to end it
+without a word."""
 
-from ops.cli.app import main
+from __future__ import annotations
 
-main()
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> None:
+    """`milktea`. Exits with 130 where it is interrupted while it loads."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(130)  # nothing was begun: an exception could end in a module half loaded
+
+    signal.signal(signal.SIGINT, leave)
+    from ops.cli.app import main as run
+
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -321,9 +322,7 @@ _tell_first_sentences(app)
 
 
 def main() -> None:
-    """`milktea`."""
-    app()
-
-
-if __name__ == "__main__":
-    main()
+    """The command that was typed. From its start on an interrupt raises KeyboardInterrupt."""
+    command = typer.main.get_command(app)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command()

@@ -211,3 +211,22 @@ def test_make_hides_an_exit_code_that_the_last_lines_say(tmp_path: Path) -> None
     assert done.returncode == 2
     assert "code:  8 (docs/troubleshooting.md)" in done.stderr
     assert done.stderr.rstrip().endswith("Error 8")
+
+
+@pytest.mark.parametrize("module", ["typer", "ops.cli.visit"])
+def test_ctrl_c_while_a_command_loads_ends_it_without_a_word(module: str) -> None:
+    pressing = f"""
+import os, signal, sys
+class Pressing:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Pressing())
+sys.argv = ["milktea", "status"]
+from ops.cli.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", pressing], cwd=ROOT, capture_output=True, timeout=100
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
