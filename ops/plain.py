@@ -7,6 +7,8 @@ import json
 import re
 from typing import Any
 
+from trainer.data.words import number_of as number_of
+
 # C0 but tab and newline, DEL, C1; what turns or hides the direction of text; lone surrogates.
 _ODD = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"

@@ -11,7 +11,7 @@ import typer
 from ops.cli.errors import errors
 from ops.cli.history import Json
 from ops.errors import ConfigError
-from ops.plain import json_line, plain
+from ops.plain import json_line, number_of, plain
 
 if TYPE_CHECKING:
     from ops import api
@@ -105,7 +105,7 @@ def _checked(
     for reason, count in reasons.items():
         print(plain(f"{count:>9,}  {reason}"))
     for one in quality:
-        print(plain(f"{one.rule}: {len(one.rows):,} rows: {one.what}"))
+        print(plain(f"{one.rule}: {number_of(len(one.rows), 'row')}: {one.what}"))
         for where, beginning in one.rows[:SHOWN]:
             print(plain(f"    {where}: {beginning}"))
     _tell(found)
@@ -316,7 +316,7 @@ def tell_written(written: api.data.RowsWritten, as_json: bool) -> None:
     if as_json:
         print(json_line({"kind": "written", **written.as_dict()}))
         return
-    print(f"{written.rows:,} rows read")
+    print(f"{number_of(written.rows, 'row')} read")
     for reason, count in written.removed.items():
         print(plain(f"{count:>9,}  left out: {reason}"))
     for path, count in written.files.items():

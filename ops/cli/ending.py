@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ops.plain import plain
+from ops.plain import number_of, plain
 
 if TYPE_CHECKING:
     from ops import api
@@ -36,7 +36,7 @@ def last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> Non
     if (score := screen.score) is not None:
         print(
             f"held-out exact match: {score.exact_match_before:.1%} before, "
-            f"{score.exact_match_after:.1%} after ({score.rows} rows)"
+            f"{score.exact_match_after:.1%} after ({number_of(score.rows, 'row')})"
         )
     bill = "not to be had yet" if cost.billed_usd is None else f"{cost.billed_usd:.4f} $"
     predicted = "" if cost.predicted_usd is None else f", predicted {cost.predicted_usd:.4f} $"

@@ -16,7 +16,7 @@ from ops.cli.data import Column, DropBad, Force, Format, reading_of, tell_writte
 from ops.cli.errors import errors
 from ops.cli.history import Json
 from ops.errors import ConfigError
-from ops.plain import json_line, plain
+from ops.plain import json_line, number_of, plain
 
 if TYPE_CHECKING:
     from ops import api
@@ -190,7 +190,7 @@ def _progress(what: str, as_json: bool) -> Iterator[api.Tell]:
         if now - shown[0] < (0.5 if seen else TOLD_EVERY_S):
             return
         shown[0] = now
-        line = f"{done:,} of {total:,} calls of {what}, ${spent.usd:.4f} at most"
+        line = f"{done:,} of {number_of(total, 'call')} of {what}, ${spent.usd:.4f} at most"
         print(plain(line), end="\r" if seen else "\n", file=sys.stderr, flush=True)
 
     try:

@@ -12,6 +12,7 @@ import typer
 
 from ops.cli.errors import errors
 from ops.errors import ConfigError
+from ops.plain import number_of
 
 if TYPE_CHECKING:
     from ops.api import images
@@ -94,7 +95,7 @@ def lock(name: Name = "practice") -> None:
         found = images.lock(name, mirrors=_mirrors(), progress=_say)
         counts = (
             f"{len(found.wheels)} wheels, {len(found.debs)} Debian packages, "
-            f"{len(found.models)} models"
+            f"{number_of(len(found.models), 'model')}"
         )
         print(f"images/{name}.lock: {counts}")
 

@@ -15,7 +15,7 @@ from ops.cli.compare import columns
 from ops.cli.errors import errors
 from ops.cli.history import Json
 from ops.errors import ConfigError, Failed
-from ops.plain import json_line, plain
+from ops.plain import json_line, number_of, plain
 
 if TYPE_CHECKING:
     from ops import api
@@ -82,7 +82,8 @@ def _show_plan(planned: api.PlannedSweep, as_json: bool) -> None:
     if planned.folder is not None:
         print(f"{planned.folder.name} goes on: what ended stays as it is")
     print(
-        f"{len(planned.trials)} runs, {planned.at_once} at a time: {predicted:.4f} $ predicted if "
+        f"{number_of(len(planned.trials), 'run')}, {planned.at_once} at a time: "
+        f"{predicted:.4f} $ predicted if "
         f"none ends early, at most {planned.max_usd:.2f} $ together"
     )
     if predicted > planned.max_usd:

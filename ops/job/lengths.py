@@ -16,6 +16,7 @@ from ops.job.mistakes import grouped
 from trainer.data import estimate, prepare, sharing, stage_rows
 from trainer.data import template as prompt
 from trainer.data.errors import InvalidJob, ModelMissing
+from trainer.data.words import number_of
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
@@ -85,7 +86,7 @@ def lengths_of(
     if prepared.held is not None and STAGES[job.stage].looks:
         notes.append(prepare.looks_at(job, prepared.rows, prepared.held).words)
     notes.append(
-        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch, longest row "
+        f"{number_of(len(lengths), 'row')}, {sum(lengths):,} tokens an epoch, longest row "
         f"{max(lengths):,} tokens, stop token trained in every row"
     )
     rows, common = STAGES[job.stage].rows, 0
@@ -146,12 +147,15 @@ def _estimated(
     lengths, limit = estimate.lengths(rows, density), job.data.max_length
     too_long = sum(n > limit for n in lengths)
     notes.append(
-        f"{len(rows):,} rows, about {sum(lengths):,} tokens an epoch: an estimate from characters "
+        f"{number_of(len(rows), 'row')}, about {sum(lengths):,} tokens an epoch: an "
+        "estimate from characters "
         f"({density.ascii:g} of ASCII a token, {density.wide:g} of Chinese), {estimate.OFF:.0%} "
         "off at most on texts that were tried"
     )
     if too_long:
-        notes.append(f"about {too_long:,} rows are longer than data.max_length {limit:,}")
+        notes.append(
+            f"about {number_of(too_long, 'row', 'is', 'are')} longer than data.max_length {limit:,}"
+        )
     return [min(n, limit) for n in lengths]
 
 
@@ -160,4 +164,6 @@ def changed_rows(messages: list[str]) -> list[str]:
     if not messages:
         return []
     more = f"; and {len(messages) - 1:,} more" if len(messages) > 1 else ""
-    return [f"{len(messages):,} rows are changed or left out: {messages[0]}{more}"]
+    return [
+        f"{number_of(len(messages), 'row', 'is', 'are')} changed or left out: {messages[0]}{more}"
+    ]

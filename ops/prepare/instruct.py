@@ -124,7 +124,7 @@ def instruct(
         calls.close()
     if missing and not partial:
         if calls.why_stopped:
-            raise ended_early(calls, len(picked.rows), len(picked.rows) + missing, "rows")
+            raise ended_early(calls, len(picked.rows), len(picked.rows) + missing, "row")
         raise PreflightError(
             f"only {len(picked.rows):,} new rows came that repeat no other",
             money=f"${calls.spent.usd:.4f} at most, and what came is kept",

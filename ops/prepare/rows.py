@@ -29,6 +29,7 @@ from trainer.data.records import Dataset, Record
 from trainer.data.sources import Reading
 from trainer.data.stats import Stats
 from trainer.data.stats import stats as stats_of
+from trainer.data.words import number_of
 from trainer.wire.job import DataFormat
 
 __all__ = [
@@ -243,7 +244,7 @@ def sound(files: Sequence[Path], reading: Reading | None = None) -> Dataset:
     found = records.read(files, reading)
     if found.defects:
         raise PreflightError(
-            f"{len(found.defects):,} defects, the first: {found.defects[0]}",
+            f"{number_of(len(found.defects), 'defect')}, the first: {found.defects[0]}",
             hint="`milktea data check FILE` tells all; --drop-bad leaves such rows out",
         )
     if not found.rows:

@@ -23,6 +23,7 @@ from ops.wait import REAL, Clock
 from trainer.data.curate import Picked, Removed
 from trainer.data.records import Record
 from trainer.data.sources import Reading
+from trainer.data.words import number_of
 
 OTHER_MODEL = "another --model, or --prompt for one that cannot write JSON"
 HOPELESS = 30  # texts that could not be translated, more than were: the model is not up to it
@@ -130,7 +131,7 @@ def translate(
         calls.close()
     picked, missing = _picked(todo, work)
     if missing and not partial:
-        raise ended_early(calls, len(todo.rows) - missing, len(todo.rows), "rows")
+        raise ended_early(calls, len(todo.rows) - missing, len(todo.rows), "row")
     if not picked.rows:
         raise _nothing(calls, picked)
     spent = asdict(calls.spent) | {"usd": round(calls.spent.usd, 6)}
@@ -145,7 +146,7 @@ def _nothing(calls: Calls, picked: Picked) -> PreflightError:
     why = picked.removed[-1].reason if picked.removed else "there is none"
     return PreflightError(
         f"no row could be translated: {why}",
-        money=f"${calls.spent.usd:.4f} at most, of {calls.spent.answered:,} answers",
+        money=f"${calls.spent.usd:.4f} at most, of {number_of(calls.spent.answered, 'answer')}",
         hint=OTHER_MODEL,
     )
 

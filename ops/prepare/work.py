@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ops.errors import MilkteaError, PreflightError
 from ops.prepare.calls import Calls, Spent, Stopped
+from trainer.data.words import number_of
 
 T = TypeVar("T")
 Tell = Callable[[int, int, Spent], None]  # done, of how many, what was spent
@@ -34,24 +35,29 @@ def at_once(
     """`act` on each part, so many at a time. Where the work ends early `calls.why_stopped` says
     why, and what was on its way has been waited for. Raises what `act` raises, but Stopped."""
     with ThreadPoolExecutor(number) as pool, _signals(calls):
-        left: set[Future[None]] = {pool.submit(_until_stopped, act, part) for part in parts}
+        left: set[Future[bool]] = {pool.submit(_until_stopped, act, part) for part in parts}
         failed: BaseException | None = None
+        whole = 0
         while left:
             done, left = wait(left, LOOK_S, FIRST_EXCEPTION)
             for one in done:
-                if (error := one.exception()) is not None and failed is None:
+                if (error := one.exception()) is None:
+                    whole += one.result()
+                elif failed is None:
                     failed = error
                     calls.stop(f"{type(error).__name__}: {error}")
-            tell(len(parts) - len(left), len(parts), calls.spent)
+            tell(whole, len(parts), calls.spent)
         if failed is not None:
             raise failed
 
 
-def _until_stopped(act: Callable[[T], None], part: T) -> None:
+def _until_stopped(act: Callable[[T], None], part: T) -> bool:
+    """Whether `act` came to its end."""
     try:
         act(part)
     except Stopped:
-        pass
+        return False
+    return True
 
 
 @contextmanager
@@ -81,7 +87,7 @@ def ended_early(calls: Calls, done: int, total: int, what: str) -> MilkteaError:
     """The error for work that stopped before its end."""
     spent = calls.spent
     return PreflightError(
-        f"{calls.why_stopped}; {done:,} of {total:,} {what} are done",
-        money=f"${spent.usd:.4f} at most, of {spent.answered:,} answers, which are kept",
+        f"{calls.why_stopped}; {done:,} of {number_of(total, what, 'is', 'are')} done",
+        money=f"${spent.usd:.4f} at most, of {number_of(spent.answered, 'answer')}, which are kept",
         hint=calls.what_next,
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ops.sweep.state import DONE, Trial
+from trainer.data.words import number_of
 from trainer.wire.page import EDGE, HEIGHT, SAFE, STYLE, WIDTH, thinned
 
 BEST, OTHERS = "#2f6f9f", "#b9a28a"  # of the best run, and of the others
@@ -58,7 +59,7 @@ def page(
     return (
         f'<!doctype html><meta charset="utf-8">{SAFE}<title>{title}</title>'
         f"<style>{STYLE}</style><h1>{title}</h1>"
-        f"<p>{len(trials)} runs, {spent_usd:.4f} $ of {max_usd:.2f} $.</p>"
+        f"<p>{number_of(len(trials), 'run')}, {spent_usd:.4f} $ of {max_usd:.2f} $.</p>"
         f"{picture(trials, looks)}<table><tr>{names}{table}</table>\n"
     ).encode("utf-8", "replace")
 

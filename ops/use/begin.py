@@ -20,6 +20,7 @@ from ops.prepare.rows import stats
 from trainer import memory
 from trainer.data.sources import Reading
 from trainer.data.stats import Stats
+from trainer.data.words import number_of
 
 # memory of cards that are cheap by the hour: a model that fits in bf16 stays in bf16
 CARD_GIB = 24.0
@@ -76,7 +77,8 @@ def begin(
     if found.defects or not found.rows:
         first = f", the first: {found.defects[0]}" if found.defects else ""
         raise PreflightError(
-            f"{len(found.rows):,} sound rows and {len(found.defects):,} defects{first}",
+            f"{number_of(len(found.rows), 'sound row')} and "
+            f"{number_of(len(found.defects), 'defect')}{first}",
             hint="milktea data check FILE",
         )
     kinds = {kind for kind, _, _ in found.files.values()}
@@ -103,13 +105,17 @@ def begin(
     text = _text(name, stage, there, known, length, max_usd, reading or Reading(), bool(held_out))
     parse(tomllib.loads(text), to)
     chosen = [
-        f"stage {stage}: {STAGE_WORDS[stage]}, {told.rows:,} rows, about {told.total_tokens:,} "
+        f"stage {stage}: {STAGE_WORDS[stage]}, {number_of(told.rows, 'row')}, about "
+        f"{told.total_tokens:,} "
         "tokens",
         f"precision {known.precision}: {known.why}",
         f"max_length {length:,}: {why_length}",
     ]
     if told.equal:
-        chosen.append(f"{told.equal:,} rows are equal to others: `milktea data dedupe` drops them")
+        chosen.append(
+            f"{number_of(told.equal, 'row', 'is', 'are')} equal to others: `milktea data "
+            "dedupe` drops them"
+        )
     return Begun(text, chosen)
 
 

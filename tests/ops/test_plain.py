@@ -10,7 +10,7 @@ from rich.console import Console
 from ops.cli.errors import errors
 from ops.cli.screen import Terminal
 from ops.errors import Failed
-from ops.plain import json_line, plain
+from ops.plain import json_line, number_of, plain
 from trainer.wire import events
 
 CLIPBOARD, TITLE, CLEAR = "\x1b]52;c;ZXZpbA==\x07", "\x1b]0;evil\x07", "\x1b[2J\x1b[H"
@@ -77,3 +77,8 @@ def test_no_answer_of_the_model_steers_the_terminal_at_the_end(
     told = capsys.readouterr().out
     assert told.count("52;c;ZXZpbA==") == 3
     assert not {"\x1b", "\x07", "\x9b", "\u202e", "\ud800"} & set(told)
+
+
+def test_one_row_is_a_row_and_two_are_rows() -> None:
+    assert [number_of(n, "row") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
+    assert [number_of(n, "row", "is", "are") for n in (1, 2)] == ["1 row is", "2 rows are"]

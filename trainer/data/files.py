@@ -27,6 +27,7 @@ from trainer.data.folders import kind_of
 from trainer.data.formats import Row
 from trainer.data.scan import Broken
 from trainer.data.sources import Defect, Reading, Source, find_sources, printable
+from trainer.data.words import number_of
 
 SAMPLED_ROWS = 20  # rows sampled to detect the format
 MAX_DEFECTS = 10_000  # of one file; reading it ends there
@@ -53,7 +54,8 @@ class Report:
             [
                 *map(str, self.defects),
                 *self.notes,
-                f"{self.rows} sound rows in {files or 'no file'}, {len(self.defects)} defects",
+                f"{number_of(self.rows, 'sound row')} in {files or 'no file'}, "
+                f"{number_of(len(self.defects), 'defect')}",
             ]
         )
 
@@ -74,11 +76,13 @@ class Findings:
     def notes(self) -> list[str]:
         """One line for each file that has something to tell."""
         lines = [
-            f'{name}: {count:,} rows left out (data.bad_rows = "drop"), first {first}'
+            f'{name}: {number_of(count, "row")} left out (data.bad_rows = "drop"), first {first}'
             for name, (count, first) in self.dropped.items()
         ]
         for name, counts in self.unread.items():
-            fields = ", ".join(f"{printable(k)} ({n:,} rows)" for k, n in counts.most_common(12))
+            fields = ", ".join(
+                f"{printable(k)} ({number_of(n, 'row')})" for k, n in counts.most_common(12)
+            )
             more = f" and {len(counts) - 12} more" if len(counts) > 12 else ""
             lines.append(f"{name}: nothing reads the fields {fields}{more}")
         return lines

@@ -30,6 +30,7 @@ from trainer.data.sources import Defect, Reading, Source, find_sources
 from trainer.data.template import Template, Turn
 from trainer.data.tokenised import Rows, tokenise
 from trainer.data.tokens import Vocabulary
+from trainer.data.words import number_of
 from trainer.wire.job import Job
 
 TAGS = ("kto_tag", "label")
@@ -138,7 +139,7 @@ def _sides(row: Value, columns: Columns) -> list[Problem] | tuple[_Side, _Side]:
         answers = row[output]
         if len(answers) != 2:
             fix = "write [better, worse]"
-            return [((output,), f"holds {len(answers)} answers, not two", fix)]
+            return [((output,), f"holds {number_of(len(answers), 'answer')}, not two", fix)]
         return _both(lambda at: _Side({**row, output: answers[at]}, "alpaca", {}))
     missing = [name for name in names if row.get(name) is None]
     if missing:

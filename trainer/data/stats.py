@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from trainer.data.estimate import AROUND_TURN, WIDE, Density
 from trainer.data.records import Record
+from trainer.data.words import number_of
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 TOGETHER = 1000  # rows that are tokenised at a time
@@ -56,7 +57,7 @@ class Stats:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.rows:,} rows, {self.total_characters:,} characters, "
+            f"{number_of(self.rows, 'row')}, {self.total_characters:,} characters, "
             f"{'' if self.counted else 'about '}{self.total_tokens:,} tokens",
             "of a row     " + "".join(f"{name:>9}" for name in self.characters),
         ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.formats import Row
+from trainer.data.words import number_of
 from trainer.eval import metrics
 from trainer.eval.choices import LETTERS, Question
 from trainer.eval.metrics import Mean
@@ -164,11 +165,15 @@ def text(told: dict[str, Any]) -> str:
         lines.append(f"chance is {told['chance']:.1f} %")
     for subject, row in told.get("subjects", {}).items():
         each = ", ".join(f"{n} {row[n]:.1f} %" for n in names)
-        lines.append(f"  {subject}: {each} of {row['questions']} questions")
+        lines.append(f"  {subject}: {each} of {number_of(row['questions'], 'question')}")
     for example in told["examples"]:
         lines += ["", *(f"{k + ':':10} {_short(v)}" for k, v in example.items())]
     if told["notes"]:
-        lines += ["", f"{len(told['notes'])} rows were left out, first {told['notes'][0]}"]
+        lines += [
+            "",
+            f"{number_of(len(told['notes']), 'row', 'was', 'were')} left out, first "
+            f"{told['notes'][0]}",
+        ]
     return "\n".join([*lines, *([f"\nwritten to {told['file']}"] if "file" in told else [])])
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from trainer.data.words import number_of
 from trainer.loop import report
 from trainer.loop.held_out import Look
 from trainer.wire import events
@@ -62,7 +63,10 @@ class Reporter:
         self.event(events.Started, versions=versions(), **self._place, **facts)
         if notes:
             (self._run / NOTES).write_text("\n".join(notes) + "\n", encoding="utf-8")
-            told = f"{len(notes)} rows were changed or left out: {notes[0]} ... ({NOTES} has all)"
+            told = (
+                f"{number_of(len(notes), 'row', 'was', 'were')} changed or left out: "
+                f"{notes[0]} ... ({NOTES} has all)"
+            )
             self.event(events.Warned, message=told)
         if self._boards.warning:
             self.event(events.Warned, message=self._boards.warning)

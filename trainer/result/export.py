@@ -29,6 +29,7 @@ import torch
 
 from trainer.data.prepare import Prepared
 from trainer.data.template import TemplateError
+from trainer.data.words import number_of
 from trainer.result import chatglm, cog, gguf_file, ollama
 from trainer.result.certificate import NotCertified
 from trainer.result.command import StatusLine, answer, parser_of
@@ -150,7 +151,8 @@ def _for_llama_cpp(
         (model / "certificate.json").rename(part / "certificate.json")
     shutil.rmtree(model)
     notes.append(
-        f"{file}: {written.tensors} tensors, {written.bytes / 1e9:.2f} GB, read back and compared"
+        f"{file}: {number_of(written.tensors, 'tensor')}, {written.bytes / 1e9:.2f} GB, "
+        "read back and compared"
         + (f"; {written.largest_error:.2%} off at most" if written.largest_error else "")
     )
     if made:

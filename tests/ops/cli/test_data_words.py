@@ -44,7 +44,7 @@ def test_check_names_the_place_of_a_defect_counts_it_and_exits_with_3(tmp_path: 
     assert refused.exit_code == 3 and "is empty" in refused.output
     assert said("dedupe", path, "--drop-bad").exit_code == 0
     report = json.loads((tmp_path / "bad.deduped.jsonl.report.json").read_text("utf-8"))
-    assert "1 rows left out" in report["notes"][0]
+    assert "1 row left out" in report["notes"][0]
 
 
 def test_a_disk_that_is_full_is_told_with_the_file_and_what_to_type(
@@ -128,7 +128,7 @@ def test_check_tells_what_the_rules_of_quality_find_and_drop_writes_the_other_ro
     told[7]["output"] = "N/A"
     rows.write_text(json.dumps(told), "utf-8")
     done = said("check", rows)
-    assert done.exit_code == 0 and "refusal: 1 rows" in done.output
+    assert done.exit_code == 0 and "refusal: 1 row:" in done.output
     assert f"{rows}:1, row 4: What is the" in done.output, "an array on one line has numbers"
     found = [json.loads(line) for line in said("check", rows, "--json").stdout.splitlines()]
     assert [f["rule"] for f in found if f["kind"] == "quality"] == ["no-answer", "refusal"]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from ops.cli.app import app
 from ops.errors import ConfigError, PreflightError
+from ops.prepare import translate
 from ops.prepare.calls import Calls
 from ops.prepare.endpoint import endpoint_of, refusal
 from ops.prepare.languages import Language, fault
@@ -166,6 +167,20 @@ def test_a_cap_ends_the_work_before_the_call_that_could_break_it_and_more_goes_o
         rest = fake.requests
         assert said(*asked, "--max-usd", str(worst * 2)).exit_code == 0
         assert fake.requests == rest + 15 - first
+
+
+def test_calls_that_were_never_sent_are_not_counted_as_done(rows: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    with Fake() as fake:
+        endpoint, how = endpoint_of(fake.url, "m", 2.0, 6.0, None), translate.how("zh", 2)
+        cap = translate.price([rows], endpoint, how).worst_usd / 8
+        with pytest.raises(PreflightError, match="rows are done"):
+            translate.translate(
+                *([rows], tmp_path / "out.jsonl", endpoint, how),
+                max_usd=cap,
+                tell=lambda done, total, spent: told.append((done, total)),
+            )
+        assert told[-1] == (fake.requests, 15) and 0 < fake.requests < 15
 
 
 def test_the_key_goes_to_the_endpoint_alone_and_into_no_file(rows: Path, tmp_path: Path) -> None:

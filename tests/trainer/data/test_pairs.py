@@ -101,7 +101,7 @@ FAULTS: list[tuple[Any, str]] = [
     (FORMS["prompt"] | {"margin": "much"}, "margin: is a text, not a number"),
     (FORMS["prompt"] | {"margin": 10**400}, "margin: is no margin of rewards"),
     (FORMS["prompt"] | {"margin": float("nan")}, "margin: is no margin of rewards"),
-    (FORMS["comparison_gpt4"] | {"output": [GOOD]}, "output: holds 1 answers, not two"),
+    (FORMS["comparison_gpt4"] | {"output": [GOOD]}, "output: holds 1 answer, not two"),
     (
         FORMS["whole conversations"]
         | {"rejected": [said("user", "another"), said("assistant", BAD)]},
