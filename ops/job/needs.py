@@ -24,6 +24,7 @@ SYSTEM_GIB = 4  # disk for logs, pip's cache and the container itself
 SHARD_GIB = 10.0  # a file of 5 GB of a base in bf16, in fp32 while an adapter is merged into it
 # of a merged model's bytes: the model in fp32, and what it says of the texts of one round
 CERTIFY_SHARE = 2.5
+INSTALL_BYTES = 148e6  # of the wheels in ops/box/bootstrap/trainer-requirements.txt
 IMAGE_UNPACKED = 2.5  # unpacked bytes for each compressed byte
 
 
@@ -40,7 +41,6 @@ def workload_of(
     again for others."""
     learned = memory.Learned.of(job.training.method, job.prompt_learning)
     parameters = _parameters(shape)
-    saved = tuple(job.lora.modules_to_save or ())
     adapter = 4.0 * (_trained(job, shape, learned) if shape else parameters)
     image_bytes = job.image.size_gib * 2**30
     pushed = float(sum(p.local.stat().st_size for p in pushes))
@@ -69,7 +69,7 @@ def workload_of(
         trainable_layers=job.training.freeze_trainable_layers,
         r=job.lora.largest_rank,
         target_modules=job.lora.counted_modules,
-        saved=saved,
+        saved=tuple(job.lora.modules_to_save or ()),
         learned=learned,
         checkpoint_bytes=3 * adapter,
         save_every_s=job.training.save_every_s,
@@ -77,6 +77,7 @@ def workload_of(
         evaluate_s=job.evaluate.minutes * 60 if job.evaluate else 0.0,
         merged_bytes=_comes_merged(job, parameters),
         merges=merges,
+        install_bytes=INSTALL_BYTES if job.image.trainer == "push" else 0.0,
     )
 
 

@@ -33,6 +33,7 @@ _SAID_BYTES, _ROUND_BYTES, _CERTIFY_GPU_BYTES = 1 << 20, 1 << 30, 4 << 30
 # fp32 of one of a host's threads (70e9 seen of one whose core is its own), and their number where
 # the offer does not say
 _CPU_FLOPS, _CPU_THREADS = 25e9, 4.0
+_INSTALL_BYTES_S = 3.5e6  # of wheels, by pip on one core: 44 s were seen for the box's 148 MB
 _RELIABLE_FOR_H = 24.0  # a host of reliability 0.98 survives a day with a chance of 0.98
 _OUTBID_PER_H = 0.08  # at 20 % over the minimum bid; halves with each 20 % more
 _BOOT_FAILS = 0.02  # chance, even on the best host
@@ -103,7 +104,8 @@ def predict(
     pull_s, transfer_s, read_s = _moving_s(offer, workload)
     stages_s = tuple(one.tokens / s for one, s in zip(workload.each, speeds, strict=True))
     merging_s = 2 * workload.model_parameters / _MERGE_BYTES_S + 2 * read_s  # read and written
-    start_s = workload.start_s + read_s + merging_s * sum(one.merges for one in workload.each)
+    start_s = workload.start_s + workload.install_bytes / _INSTALL_BYTES_S + read_s
+    start_s += merging_s * sum(one.merges for one in workload.each)
     train_s = sum(stages_s)
     merged_s = merge_s(offer, workload)
     after_s = workload.evaluate_s + merged_s + workload.talk_s
@@ -111,7 +113,7 @@ def predict(
     hours = running_h + (workload.boot_s + pull_s) / 3600
     rate = offer.usd_per_hour if bid_usd_per_hour is None else bid_usd_per_hour
     disk_rate = disk_usd_per_hour(offer, workload.disk_gib)
-    gb_in = (workload.image_bytes + workload.model_download_bytes + workload.push_bytes) / GB
+    gb_in = (workload.image_bytes + workload.fetched_bytes + workload.push_bytes) / GB
     inet_down_usd = gb_in * offer.inet_down_usd_per_gb
     mirrored_bytes = workload.checkpoint_bytes * math.floor(train_s / workload.save_every_s)
     gb_out = (workload.pull_bytes + workload.merged_bytes + mirrored_bytes) / GB
@@ -208,6 +210,7 @@ def transfers(offer: Offer, workload: Workload) -> list[Transfer]:
     in_usd_per_gb, out_usd_per_gb = offer.inet_down_usd_per_gb, offer.inet_up_usd_per_gb
     moved = (
         ("push", "from here", workload.push_bytes, min(down, home_up), in_usd_per_gb),
+        ("packages", "from PyPI", workload.install_bytes, down, in_usd_per_gb),
         ("model", "from the hub", workload.model_download_bytes, down, in_usd_per_gb),
         ("result", "home", workload.pull_bytes, min(up, home_down), out_usd_per_gb),
         ("merged", "home", workload.merged_bytes, min(up, home_down), out_usd_per_gb),

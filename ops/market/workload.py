@@ -37,9 +37,10 @@ class Workload:
     the same machine trains before this one, of which what they compute counts. `merges` adapters
     are merged into the base before it trains. `talk_s` is how long the box serves a result at the
     end, `evaluate_s` how long it scores it at most, `merged_bytes` the size of the merged
-    model that comes home; 0 where none is asked for. `answers` of `answer_tokens` are drawn to each
-    prompt; `shared` of the tokens are prompts' that a micro-batch that holds all answers to one
-    computes for the first alone, once they are drawn.
+    model that comes home; 0 where none is asked for. `install_bytes` are the wheels that the box
+    fetches and installs before it trains; 0 where the image has them.
+    `answers` of `answer_tokens` are drawn to each prompt; `shared` of the tokens are prompts' that
+    a micro-batch that holds all answers to one computes for the first alone, once they are drawn.
     """
 
     tokens: float
@@ -74,6 +75,7 @@ class Workload:
     evaluate_s: float = 0.0
     merged_bytes: float = 0.0
     merges: int = 0
+    install_bytes: float = 0.0
     work: float = 1.0
     answers: int = 1
     answer_tokens: int = 0
@@ -112,6 +114,11 @@ class Workload:
         times = math.ceil(self.answers / together)
         saved = self.shared * (self.answers - times) / (self.answers - 1)
         return self.work - (self.work - DECODED) * saved / self.tokens
+
+    @property
+    def fetched_bytes(self) -> float:
+        """What the box fetches by itself once it runs: wheels, and a base model of the hub."""
+        return self.install_bytes + self.model_download_bytes
 
     @property
     def computed_parameters(self) -> float:

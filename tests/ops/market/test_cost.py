@@ -564,6 +564,14 @@ def test_every_stage_is_priced_and_the_whole_is_their_sum() -> None:
     assert kept == of_stages(loads), "as the journal keeps it"
 
 
+def test_packages_that_the_box_installs_are_fetched_on_our_bill_and_take_time() -> None:
+    without, asked = (cost.predict(OFFER, replace(WORK, install_bytes=b)) for b in (0.0, 148e6))
+    assert asked.gb_in - without.gb_in == pytest.approx(0.148) and asked.usd > without.usd
+    assert 35 < asked.start_s - without.start_s < 60
+    assert asked.transfer_s > without.transfer_s
+    assert any(re.match("packages .* from PyPI", line) for line in asked.lines)
+
+
 def test_the_seconds_and_dollars_of_a_merge_are_those_that_a_hand_finds() -> None:
     offer = replace(OFFER, disk_mb_s=400)
     work = replace(WORK, merged_bytes=13.2e9, merges=3, evaluate_s=50.0, talk_s=70.0)
