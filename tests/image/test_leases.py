@@ -62,7 +62,8 @@ def busy(tmp_path: Path) -> Callable[[str, int], Busy]:
         (tmp_path / "job.toml").touch()
         docker = f"""for a; do case $a in milktea.run=*) name=${{a#*=}} ;; milktea.gpus=*) \
     gpus=${{a#*=}} ;; esac; done
-case "$*" in *Runtimes*) echo '{{"nvidia":{{}}}}' ;; "ps "*) cat {tmp_path}/shown/* ;;
+case "$*" in *Runtimes*) echo '{{"nvidia":{{}}}}' ;;
+    "ps "*|"container inspect"*) cat {tmp_path}/shown/* ;;
     *" -d "*) echo >{tmp_path}/asked; while [ -e {tmp_path}/hangs ]; do sleep 0.1; done
         sleep 0.5; echo "$name $gpus" >{tmp_path}/shown/$name ;; esac"""
         script(tmp_path / "engine", "docker", docker)

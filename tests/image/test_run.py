@@ -430,7 +430,8 @@ def engine_says(tmp_path: Path, run: Callable) -> Callable[..., subprocess.Compl
         for name, text in {
             "docker": (
                 f"""case "$*" in *Runtimes*) echo '{{"nvidia":{{}}}}' ;;
-                "ps --filter"*) printf '{running}' ;; "images "*) printf '{listed}' ;;
+                "ps -q"*|"container inspect --format"*) printf '{running}' ;;
+                "images "*) printf '{listed}' ;;
                 "container inspect"*) rm {tmp_path}/leaving ;;
                 *" run "*|"run "*|"rmi "*) echo "$*" >>{tmp_path}/asked ;; esac"""
             ),

@@ -136,7 +136,7 @@ run_name() {
 
 container_of() { printf 'milktea-%s-%s' "$1" "$(printf %s "$RUNS" | sha256sum | cut -c 1-8)"; } # container_of RUN: one a folder of runs
 
-runs_now() { $DOCKER ps --filter label=milktea.run --format '{{.Label "milktea.run"}} {{.Label "milktea.gpus"}}' 2>/dev/null; } # NAME GPUS
+runs_now() { set -- $($DOCKER ps -q --filter label=milktea.run 2>/dev/null); [ $# = 0 ] || $DOCKER container inspect --format '{{index .Config.Labels "milktea.run"}} {{index .Config.Labels "milktea.gpus"}}' "$@" 2>/dev/null; } # NAME GPUS, of docker and of podman
 trains() { case "$(runs_now)" in *"$(container_of "$1") "*) ;; *) return 1 ;; esac; } # trains RUN: its container is there
 
 # take_turn: one run at a time, of every user of this server, from its look at the GPUs until its container shows which it has.
