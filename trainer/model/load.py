@@ -39,7 +39,7 @@ from trainer.model.prompts import add_prompt
 from trainer.wire.job import Job
 from trainer.wire.prompts import PROMPT_METHODS
 
-# their choice is a draw while they train; router_jitter_noise is a threshold of theirs
+# their choice is a draw while they train
 DRAWING_ROUTERS = ("PhimoeTopKRouter",)
 
 
@@ -342,19 +342,11 @@ def quantisation(precision: str, device: torch.device) -> Any:
 def silence_dropout(config: Any) -> None:
     """Turns off the base model's own dropout and noise: it draws from a generator, so the order of
     rows would change the result. lora_dropout is keyed instead."""
-    for name in (
-        "attention_dropout",
-        "hidden_dropout",
-        "attn_pdrop",
-        "resid_pdrop",
-        "embd_pdrop",
-        "dropout",
-        "activation_dropout",
-        "layerdrop",
-        "input_jitter_noise",
-        "router_jitter_noise" if config.model_type != "phimoe" else "",
-    ):
-        if name and getattr(config, name, None):
+    noise = {"input_jitter_noise"}
+    if config.model_type != "phimoe":  # its routers' threshold
+        noise |= {"router_jitter_noise"}
+    for name, value in list(vars(config).items()):
+        if ("drop" in name or name in noise) and type(value) in (int, float):
             setattr(config, name, 0.0)
 
 

@@ -88,6 +88,17 @@ def test_the_base_models_own_noise_is_off() -> None:
         assert config.input_jitter_noise == 0.0
 
 
+def test_no_dropout_of_a_causal_model_is_left() -> None:
+    """Seed-OSS drops a tenth of each layer's output, under a name of its own."""
+    told = AutoConfig.for_model("seed_oss")
+    assert told.residual_dropout > 0
+    for kind in ("seed_oss", "phi", "gpt2", "opt", "bloom", "falcon", "stablelm", "bert"):
+        config = AutoConfig.for_model(kind)
+        silence_dropout(config)
+        left = {k: v for k, v in config.to_dict().items() if "dropout" in k or "pdrop" in k}
+        assert not any(v for v in left.values() if type(v) is float), kind
+
+
 def test_a_run_with_noise_says_so_and_ends_elsewhere(run_folder: Make) -> None:
     ends = []
     for alpha in (None, ALPHA):
