@@ -50,7 +50,7 @@ def workload_of(
     kept = 1.1 * (download + pushed) + 6 * adapter + merged + 1.5 * _comes_merged(job, parameters)
     written_gib = (image_bytes * IMAGE_UNPACKED + kept) / 2**30
     disk = job.offer.disk_gib or max(10, math.ceil(written_gib + SYSTEM_GIB))
-    return Workload(
+    load = Workload(
         **_counted(job, [n + (learned.tokens if learned else 0) for n in lengths], shared),
         stage=job.stage,
         work=work_of(job),
@@ -79,6 +79,7 @@ def workload_of(
         merges=merges,
         install_bytes=INSTALL_BYTES if job.image.trainer == "push" else 0.0,
     )
+    return replace(load, in_parts=_keeps_parts(job, load))
 
 
 def _counted(job: JobFile, lengths: list[int], shared: int) -> dict[str, Any]:
@@ -167,27 +168,64 @@ def _active(shape: memory.Shape | None) -> float | None:
     return float(memory.active_parameters(shape) + shape.vocab * shape.hidden)
 
 
+def _least_gib(job: JobFile, load: Workload, shape: memory.Shape, in_parts: bool) -> float:
+    """GiB that a card must have, as its driver reports them."""
+    least = memory.min_gpu_memory_gib(
+        shape,
+        load.precision,
+        load.r,
+        load.target_modules,
+        load.method,
+        load.least_tokens,
+        processes=load.num_gpus,
+        trainable_layers=load.trainable_layers,
+        saved=load.saved,
+        learned=load.learned,
+        in_parts=in_parts,
+        **STAGES[load.stage].memory,
+        **old_cards.on_cards(job),
+    )
+    return least / DRIVER_SHARE
+
+
+def _keeps_parts(job: JobFile, load: Workload) -> bool:
+    """Whether the GPUs are to keep the frozen base in parts: no card that the job accepts holds the
+    whole of it. trainer/loop/budget.py decides so of the card that was rented."""
+    possible = memory.base_splits(load.stage, load.method, load.precision)
+    if load.shape is None or load.num_gpus == 1 or not possible or job.stages:
+        return False
+    if job.lora.init_lora_weights == "pissa":
+        return False
+    whole = _least_gib(job, load, load.shape, in_parts=False)
+    known = [gpus.find(name) for name in _gpu_names(job)]
+    if known:
+        return not any(gpu is None or gpu.memory_gib >= whole for gpu in known)
+    return not gpus.that_hold(whole, load.precision)
+
+
+def told_of_parts(load: Workload) -> list[str]:
+    """What the user is told of a base in parts. Raises PreflightError where its result is also to
+    be served by the box."""
+    if not load.in_parts:
+        return []
+    if load.talk_s or load.evaluate_s:
+        raise PreflightError(
+            f"the base is kept in parts over {load.num_gpus} GPUs, and none of them holds all of "
+            "it to answer at the end",
+            hint="leave results.then_chat_minutes and [evaluate] out, or set "
+            'model.precision = "nf4"',
+        )
+    return [
+        f"base in parts over {load.num_gpus} GPUs: each holds 1/{load.num_gpus} of the frozen "
+        "layers, and recomputes all layers; held-out questions are not answered"
+    ]
+
+
 def needs_of(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Needs:
     old_cards.validate(job)
     min_gib = 0.0
     if shape:
-        min_gib = (
-            memory.min_gpu_memory_gib(
-                shape,
-                job.model.precision,
-                workload.r,
-                workload.target_modules,
-                workload.method,
-                workload.least_tokens,
-                processes=job.offer.num_gpus,
-                trainable_layers=workload.trainable_layers,
-                saved=workload.saved,
-                learned=workload.learned,
-                **STAGES[job.stage].memory,
-                **old_cards.on_cards(job),
-            )
-            / DRIVER_SHARE
-        )
+        min_gib = _least_gib(job, workload, shape, workload.in_parts)
         _validate_cards(job, min_gib)
     o = job.offer
     return Needs(
@@ -219,6 +257,8 @@ def _host_memory_gib(workload: Workload) -> float:
     copied = workload.checkpoint_bytes / 2**30
     shard = min(SHARD_GIB, workload.model_parameters * 4 / 2**30) if workload.merges else 0.0
     train_gib = HOST_GIB + PROCESS_GIB * workload.num_gpus + copied + shard
+    if workload.in_parts:  # process 0 reads all of it
+        train_gib += workload.model_parameters * (4 if workload.precision == "fp32" else 2) / 2**30
     certify_gib = HOST_GIB + PROCESS_GIB + CERTIFY_SHARE * workload.merged_bytes / 2**30
     return math.ceil(max(train_gib, certify_gib if workload.merged_bytes else 0.0))
 

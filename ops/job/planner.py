@@ -19,7 +19,14 @@ from ops.job.job_file import JobFile
 from ops.job.label import this_user
 from ops.job.lengths import Counted, lengths_of_all
 from ops.job.model_shape import family_of, model_config, shape_of
-from ops.job.needs import is_practice, largest, needs_of, of_stages, workload_of
+from ops.job.needs import (
+    is_practice,
+    largest,
+    needs_of,
+    of_stages,
+    told_of_parts,
+    workload_of,
+)
 from ops.job.plan import Plan
 from ops.job.pushes import files_of_parts, pushes_of
 from ops.job.wire_job import make_wire_job
@@ -82,7 +89,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     notes[:] = dict.fromkeys(notes)
     workload = of_stages(loads)
     needs = largest([needs_of(p, w, shape) for p, w in zip(parts, loads, strict=True)], workload)
-    notes += _told_of_merges(job, loads)
+    notes += _told_of_merges(job, loads) + told_of_parts(workload)
     templates = {Path(part.data.template) for part in parts}
     for name in job.offer.gpu_name:
         if (meant := gpus.meant(name)) != [name] and gpus.find(name) is None:

@@ -41,6 +41,7 @@ class Workload:
     fetches and installs before it trains; 0 where the image has them.
     `answers` of `answer_tokens` are drawn to each prompt; `shared` of the tokens are prompts' that
     a micro-batch that holds all answers to one computes for the first alone, once they are drawn.
+    `in_parts`: the GPUs keep a part of the frozen base each, as memory.predict has it.
     """
 
     tokens: float
@@ -80,6 +81,7 @@ class Workload:
     answers: int = 1
     answer_tokens: int = 0
     shared: float = 0.0
+    in_parts: bool = False
 
     def __post_init__(self) -> None:
         loads = [Workload(**w) if isinstance(w, dict) else w for w in self.before]
@@ -204,6 +206,7 @@ def _fitting(offer: Offer, workload: Workload) -> tuple[int, float]:
         w.saved,
         w.learned,
         offer.compute_capability < gpus.AMPERE,
+        w.in_parts,
     )
     if isinstance(found, str):
         raise DoesNotFit(
@@ -228,6 +231,7 @@ def _fit(
     saved: tuple[str, ...],
     learned: memory.Learned | None,
     old: bool,
+    in_parts: bool,
 ) -> tuple[int, float] | str:
     """The tokens of a micro-batch and the share of layers (0 to 1) whose activations are recomputed
     on a GPU of that memory, or a text that says what memory it would need. Cached: a market has few
@@ -238,6 +242,7 @@ def _fit(
         "trainable_layers": trainable_layers,
         "saved": saved,
         "learned": learned,
+        "in_parts": in_parts,
         **STAGES[stage].memory,
         **(memory.BEFORE_AMPERE if old else {}),
     }

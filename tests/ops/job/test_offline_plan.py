@@ -162,3 +162,21 @@ def test_every_model_of_the_catalogue_has_a_family() -> None:
         except families.FamilyError as why:
             refused.append(f"{entry.id}: {why}")
     assert not refused
+
+
+def test_a_base_that_none_of_the_cards_holds_is_planned_in_parts_over_several(
+    rows: Path, market: Vast
+) -> None:
+    base = {"base": "Qwen/Qwen2.5-72B-Instruct", "precision": "bf16"}
+    cards: dict[str, Any] = {"gpu_name": ["H100 SXM"], "num_gpus": 1}
+    with pytest.raises(PreflightError, match=r"needs .* GiB on one GPU"):
+        planned(base["base"], rows, market, model=base, offer=cards)
+    four = planned(base["base"], rows, market, model=base, offer=cards | {"num_gpus": 4}).plan
+    assert four.workload.in_parts and 40 < four.needs.min_gpu_memory_gib < 80
+    assert any("base in parts over 4 GPUs" in note for note in four.notes)
+    assert four.needs.min_cpu_ram_gib > 2 * 72e9 / 2**30  # process 0 reads the whole base
+    small = planned("Qwen/Qwen3-8B", rows, market, offer=cards | {"num_gpus": 4}).plan
+    assert not small.workload.in_parts and not any("in parts" in note for note in small.notes)
+    with pytest.raises(PreflightError, match="none of them holds all of it to answer"):
+        more = {"results": {"then_chat_minutes": 5}}
+        planned(base["base"], rows, market, model=base, offer=cards | {"num_gpus": 4}, **more)
