@@ -310,6 +310,7 @@ shapes = st.sampled_from(
 precisions = st.sampled_from(["fp32", "bf16", "fp8", "nf4", "int8"])
 
 
+@settings(deadline=None)
 @given(shapes, precisions, st.integers(256, 16384), st.integers(4, 32), st.data())
 def test_more_tokens_or_rank_need_more_and_more_checkpointing_never_does(
     shape: Shape, precision: str, tokens: int, r: int, data: st.DataObject
@@ -323,7 +324,7 @@ def test_more_tokens_or_rank_need_more_and_more_checkpointing_never_does(
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(shapes, precisions, st.floats(2, 200), st.integers(256, 4096))
 def test_what_is_solved_fits_with_the_margin_and_nothing_is_found_only_where_nothing_fits(
     shape: Shape, precision: str, capacity: float, least: int

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.hardware import gpus
@@ -242,6 +242,7 @@ def test_whatever_gets_worse_makes_the_finished_run_dearer(name: str) -> None:
     )
 
 
+@settings(deadline=None)
 @given(
     st.floats(0.5, 1), st.floats(1, 1e9), st.floats(0, 1), st.floats(0, 5000), st.floats(0, 5000)
 )

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.hardware import gpus
@@ -259,6 +259,7 @@ _ROWS = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(_ROWS)
 def test_the_server_never_filters_out_what_we_would_take(changed: dict[str, Any]) -> None:
     row = ROW | changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.packing import Order, pack, pad, share
@@ -66,6 +66,7 @@ def test_rows_of_like_length_are_padded_into_rectangles_that_fit() -> None:
     assert pad([], LENGTHS, 12) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 60), st.integers(1, 5))
 def test_no_row_is_lost_or_doubled_and_no_budget_broken(
     lengths: list[int], budget: int, ranks: int
