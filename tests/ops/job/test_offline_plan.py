@@ -135,7 +135,7 @@ def test_a_mixture_of_30b_fits_a_card_of_24_gb_in_nf4_and_costs_a_little_more_th
     card, shape = gpus.find("H100 SXM"), made.workload.shape
     assert card is not None
     nf4, bf16 = (gpus.tokens_per_second(card, p, 0, shape) for p in ("nf4", "bf16"))
-    assert 0.9 * bf16 < nf4 < bf16
+    assert 0.8 * bf16 < nf4 < bf16
 
 
 def test_english_and_chinese_have_the_density_of_their_tokenizer() -> None:
