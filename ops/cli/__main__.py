@@ -15,7 +15,8 @@ def main() -> None:
     def leave(number: int, frame: FrameType | None) -> None:
         os._exit(130)  # nothing was begun: an exception could end in a module half loaded
 
-    signal.signal(signal.SIGINT, leave)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's `&` leaves it
+        signal.signal(signal.SIGINT, leave)
     from ops.cli.app import main as run
 
     try:

@@ -322,7 +322,9 @@ _tell_first_sentences(app)
 
 
 def main() -> None:
-    """The command that was typed. From its start on an interrupt raises KeyboardInterrupt."""
+    """The command that was typed. From its start on an interrupt raises KeyboardInterrupt; one that
+    was ignored before, in the background of a script, stays so."""
     command = typer.main.get_command(app)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     command()

@@ -214,19 +214,30 @@ def test_make_hides_an_exit_code_that_the_last_lines_say(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("module", ["typer", "ops.cli.visit"])
-def test_ctrl_c_while_a_command_loads_ends_it_without_a_word(module: str) -> None:
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_a_command_loads_ends_it_without_a_word_or_is_ignored_as_a_shell_said(
+    module: str, ignored: bool
+) -> None:
+    """A shell's `&` in a script ignores it."""
     pressing = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN if {ignored} else signal.default_int_handler)
 class Pressing:
     def find_spec(self, name, path, target=None):
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Pressing())
-sys.argv = ["milktea", "status"]
+sys.argv = ["milktea", "--version"]
 from ops.cli.__main__ import main
-main()
+try:
+    main()
+finally:
+    assert {not ignored} or signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 """
     done = subprocess.run(
         [sys.executable, "-c", pressing], cwd=ROOT, capture_output=True, timeout=100
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    if ignored:
+        assert done.returncode == 0 and done.stdout.startswith(b"milktea "), done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
