@@ -257,7 +257,11 @@ def _host_memory_gib(workload: Workload) -> float:
     copied = workload.checkpoint_bytes / 2**30
     shard = min(SHARD_GIB, workload.model_parameters * 4 / 2**30) if workload.merges else 0.0
     train_gib = HOST_GIB + PROCESS_GIB * workload.num_gpus + copied + shard
-    if workload.in_parts:  # process 0 reads all of it
+    shape = workload.shape
+    # process 0 reads all of a base in parts; experts, which lie one by one in the files, are joined
+    # in host memory before a card gets them quantised. Other weights are mapped from the disk
+    joined = shape is not None and memory.holds_experts(shape, workload.precision)
+    if workload.in_parts or joined:
         train_gib += workload.model_parameters * (4 if workload.precision == "fp32" else 2) / 2**30
     certify_gib = HOST_GIB + PROCESS_GIB + CERTIFY_SHARE * workload.merged_bytes / 2**30
     return math.ceil(max(train_gib, certify_gib if workload.merged_bytes else 0.0))

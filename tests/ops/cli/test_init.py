@@ -151,7 +151,12 @@ def test_held_out_rows_stand_in_the_job(tmp_path: Path, market: Vast) -> None:
 def test_what_is_not_sound_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     bad = init(tmp_path, "--base", "Qwen/Qwen3-8B", "--max-usd", "1", rows=[*ROWS, {"a": "b"}])
     assert bad.exit_code == 3 and "data check" in bad.output
-    large = init(tmp_path, "--base", "MiniMaxAI/MiniMax-M2", "--max-usd", "1")
+    folder = tmp_path / "huge"
+    folder.mkdir()
+    huge = {"model_type": "llama", "hidden_size": 32768, "num_hidden_layers": 128}
+    huge |= {"num_attention_heads": 256, "intermediate_size": 98304, "vocab_size": 128256}
+    (folder / "config.json").write_text(json.dumps(huge))
+    large = init(tmp_path, "--base", folder, "--max-usd", "1")
     assert large.exit_code == 3 and "no known card" in large.output
     unasked = init(tmp_path, "--max-usd", "1")
     assert unasked.exit_code == 2 and "--base" in unasked.output
