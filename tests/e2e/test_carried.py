@@ -276,10 +276,10 @@ def sharded_model(server: Server, folder: Path) -> None:
     for file in base.glob("tokenizer*"):
         shutil.copy(file, folder)
     assert len(list(folder.glob("model-0000*.safetensors"))) > 2
-    sender = server.bundle.parent
-    add = ("image", "model", "add", folder, "--name", "company/Sharded", "--out", "disk")
-    milktea(*add, folder=sender)
-    server.types(f"sh INSTALL.sh --key {server.fingerprint}", sender / "disk")
+    disk = folder.with_name("disk")
+    add = ("image", "model", "add", folder, "--name", "company/Sharded", "--out", disk)
+    milktea(*add, folder=server.bundle.parent)
+    server.types(f"sh INSTALL.sh --key {server.fingerprint}", disk)
     assert "company/Sharded\n" in server.types(f"{RUN} models", folder)
 
 
