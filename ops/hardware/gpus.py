@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -157,6 +158,11 @@ def meant(name: str) -> list[str]:
         and plain(g.name).removeprefix(plain(name)).startswith(_SOCKETS)
     ]
     return list(dict.fromkeys(family)) or [name]
+
+
+def all_meant(names: Iterable[str]) -> list[str]:
+    """vast.ai's names for all names that a user wrote, each once."""
+    return list(dict.fromkeys(m for name in names for m in meant(name)))
 
 
 def like(name: str) -> list[str]:

@@ -197,7 +197,7 @@ def _keeps_parts(job: JobFile, load: Workload) -> bool:
     if job.lora.init_lora_weights == "pissa":
         return False
     whole = _least_gib(job, load, load.shape, in_parts=False)
-    known = [gpus.find(name) for name in _gpu_names(job)]
+    known = [gpus.find(name) for name in gpus.all_meant(job.offer.gpu_name)]
     if known:
         return not any(gpu is None or gpu.memory_gib >= whole for gpu in known)
     return not gpus.that_hold(whole, load.precision)
@@ -229,7 +229,7 @@ def needs_of(job: JobFile, workload: Workload, shape: memory.Shape | None) -> Ne
         _validate_cards(job, min_gib)
     o = job.offer
     return Needs(
-        gpu_names=tuple(_gpu_names(job)),
+        gpu_names=tuple(gpus.all_meant(job.offer.gpu_name)),
         min_gpu_memory_gib=max(min_gib, o.min_gpu_memory_gib or 0.0),
         num_gpus=o.num_gpus,
         max_usd_per_hour=o.max_usd_per_hour,
@@ -267,11 +267,6 @@ def _host_memory_gib(workload: Workload) -> float:
     return math.ceil(max(train_gib, certify_gib if workload.merged_bytes else 0.0))
 
 
-def _gpu_names(job: JobFile) -> list[str]:
-    """offer.gpu_name in vast.ai's spelling."""
-    return list(dict.fromkeys(m for n in job.offer.gpu_name for m in gpus.meant(n)))
-
-
 def _validate_cards(job: JobFile, min_gib: float) -> None:
     """Raises PreflightError, naming the smallest GPU that fits, when every GPU that the job accepts
     is too small."""
@@ -284,7 +279,7 @@ def _validate_cards(job: JobFile, min_gib: float) -> None:
             f"{largest.memory_gib:.0f} GiB",
             hint=f"set {less}, or a smaller lora.r",
         )
-    names = _gpu_names(job)
+    names = gpus.all_meant(job.offer.gpu_name)
     named = [g for n in names if (g := gpus.find(n))]
     if not named or len(named) < len(names) or any(g.memory_gib >= min_gib for g in named):
         return

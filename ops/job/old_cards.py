@@ -21,7 +21,7 @@ TURING = 7.5
 
 def named(job: JobFile) -> list[Gpu]:
     """The cards of offer.gpu_name that the table knows."""
-    every = dict.fromkeys(m for name in job.offer.gpu_name for m in gpus.meant(name))
+    every = gpus.all_meant(job.offer.gpu_name)
     return [found for name in every if (found := gpus.find(name))]
 
 
@@ -82,7 +82,7 @@ def with_precision(raw: Mapping[str, Any]) -> dict[str, Any]:
     names = offer.get("gpu_name")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return dict(raw)
-    cards = [gpus.find(m) for name in names for m in gpus.meant(name)]
+    cards = [gpus.find(name) for name in gpus.all_meant(names)]
     if not cards or any(g is None or g.compute_capability >= AMPERE for g in cards):
         return dict(raw)
     return {**raw, "model": {**model, "precision": "fp16"}}

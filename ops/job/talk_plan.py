@@ -115,9 +115,7 @@ def _memory_gib(run: Plan, adapter: Path) -> float:
         return run.needs.min_gpu_memory_gib
     each = WEIGHT_BYTES.get(workload.precision, 2.0)
     held = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * WIDTH * CONTEXT
-    experts = 0  # bitsandbytes leaves them in bf16
-    if (m := shape.mixture) is not None:
-        experts = memory.active_in_experts(shape) // m.active * m.experts
+    experts = memory.expert_parameters(shape)  # bitsandbytes leaves them in bf16
     weights = each * (workload.model_parameters - experts) + 2 * experts
     total = weights + 2 * adapter.stat().st_size + held
     return (total / 2**30 + CUDA_GIB) / DRIVER_SHARE

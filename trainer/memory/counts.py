@@ -11,7 +11,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_e
 
 def linear_parameters(shape: Shape) -> int:
     """Weights of all layers' linear modules and experts, without biases."""
-    return outside_experts(shape) + _in_experts(shape)
+    return outside_experts(shape) + expert_parameters(shape)
 
 
 def active_parameters(shape: Shape) -> int:
@@ -23,7 +23,7 @@ def active_parameters(shape: Shape) -> int:
 def active_in_experts(shape: Shape) -> int:
     """The experts' part of `active_parameters`."""
     m = shape.mixture
-    return 0 if m is None else _in_experts(shape) * m.active // m.experts
+    return 0 if m is None else expert_parameters(shape) * m.active // m.experts
 
 
 def outside_experts(shape: Shape) -> int:
@@ -45,7 +45,8 @@ def sparse_layers(shape: Shape) -> int:
     return 0 if shape.mixture is None else shape.layers - shape.mixture.dense_layers
 
 
-def _in_experts(shape: Shape) -> int:
+def expert_parameters(shape: Shape) -> int:
+    """Weights of all experts of all layers."""
     m = shape.mixture
     return 0 if m is None else (shape.layers - m.dense_layers) * m.weights(shape.hidden)
 
