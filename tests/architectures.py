@@ -3,6 +3,7 @@ window of 16 tokens where there is one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 WINDOW = 16
@@ -215,3 +216,12 @@ def build(name: str, attention: str = "eager") -> Any:
             elif "A_log" not in key and "dt" not in key:
                 p.add_(torch.randn(p.shape, generator=g) * 0.05)
     return model.eval()
+
+
+def folder_of(name: str, root: Path) -> Path:
+    """`build`'s model in the folder `root`, with a tokenizer."""
+    from tiny import write_tokenizer
+
+    build(name).save_pretrained(root)
+    write_tokenizer(root)
+    return root

@@ -374,3 +374,19 @@ curl() {{
     asked = (home / "milktea/asked").read_text()
     assert "/api/v0/instances/77/" in asked
     return int((home / "milktea/gone_at").read_text())
+
+
+def train_here(plan: Plan, box: Path) -> None:
+    """What the plan pushes, put into the folder `box` and trained there in this process."""
+    import torch
+
+    from trainer.launch import prepare_inputs, read_job
+    from trainer.train import run_job
+
+    for push in plan.pushes:
+        (box / push.remote).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(push.local, box / push.remote)
+    (box / "job.json").write_text(Job.model_validate(plan.wire_job).text())
+    torch.set_num_threads(1)
+    prepare_inputs(read_job(box / "job.json"), box)
+    assert run_job(box / "job.json") == 0

@@ -4,7 +4,6 @@ middle costs the stage that it trained, and no other."""
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import tomllib
 import zipfile
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -21,11 +19,8 @@ from ops.fakevast import FakeVast
 from ops.job import config
 from ops.job.plan import Plan
 from ops.job.planner import new_plan
-from trainer.launch import prepare_inputs, read_job
-from trainer.train import run_job
 from trainer.wire import events
 from trainer.wire.chain import chain_of
-from trainer.wire.job import Job
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "jobs/practice-chain.toml"
@@ -45,13 +40,7 @@ def plan_of(tmp_path: Path) -> Plan:
 
 def undisturbed(plan: Plan, box: Path) -> list[str]:
     """The weights of each stage where nothing happens, by their sha256."""
-    for push in plan.pushes:
-        (box / push.remote).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(push.local, box / push.remote)
-    (box / "job.json").write_text(Job.model_validate(plan.wire_job).text())
-    torch.set_num_threads(1)
-    prepare_inputs(read_job(box / "job.json"), box)
-    assert run_job(box / "job.json") == 0
+    rig.train_here(plan, box)
     manifest = json.loads((box / "result/manifest.json").read_text())
     return [stage["chain"]["links"][-1]["sha256"] for stage in manifest["stages"]]
 

@@ -4,20 +4,16 @@ to reach, from five seeds."""
 from __future__ import annotations
 
 import json
-import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+import rig
 from ops.job import config
 from ops.job.planner import make_plan
-from trainer.launch import prepare_inputs, read_job
-from trainer.train import run_job
-from trainer.wire.job import Job
 
 JOBS = Path(__file__).parents[2] / "jobs"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -36,13 +32,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, i
         (folder := tmp_path / "run").mkdir()
         plan = make_plan(config.parse(raw, path), "a-run", folder)
         box = tmp_path / "box"
-        for push in plan.pushes:
-            (box / push.remote).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(push.local, box / push.remote)
-        (box / "job.json").write_text(Job.model_validate(plan.wire_job).text())
-        torch.set_num_threads(1)
-        prepare_inputs(read_job(box / "job.json"), box)
-        assert run_job(box / "job.json") == 0
+        rig.train_here(plan, box)
         return box
 
     return go

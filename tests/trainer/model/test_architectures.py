@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, MOST_USED, build
+from architectures import ARCHITECTURES, MOST_USED, folder_of
 from peft import PeftModel
-from tiny import write_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -42,12 +41,6 @@ def long_rows() -> list[dict[str, str]]:
         {"instruction": f"Say number {n}", "input": "", "output": f"it is {n} " * (3 + n % 9)}
         for n in range(24)
     ]
-
-
-def folder_of(name: str, root: Path) -> Path:
-    build(name).save_pretrained(root)
-    write_tokenizer(root)
-    return root
 
 
 def opened(make: Make, folder: Path, **changes: Any) -> tuple[Job, Any, Any, int]:

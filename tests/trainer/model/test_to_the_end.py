@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, build
+from architectures import ARCHITECTURES, folder_of
 from peft import PeftModel
-from tiny import adapter_sha256, events_of, manifest_of, write_tokenizer
+from tiny import adapter_sha256, events_of, manifest_of
 from transformers import AutoModelForCausalLM
 
 from trainer.outcome import DONE
@@ -38,12 +38,6 @@ ROWS = [
     {"instruction": f"Say {n}", "input": "", "output": f"it is {n} " * (3 + n % 9)}
     for n in range(12)
 ]
-
-
-def folder_of(name: str, root: Path) -> Path:
-    build(name).save_pretrained(root)
-    write_tokenizer(root)
-    return root
 
 
 def trained(job: Path) -> dict[str, Any]:
