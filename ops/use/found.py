@@ -29,6 +29,7 @@ class Found:
     base: str = ""
     held_out: Path | None = None
     job: Path | None = None
+    precision: str = ""  # in which the training held the base
 
     @property
     def beside(self) -> Path:
@@ -90,6 +91,7 @@ def of_run(folder: Path, base: str | None = None, adapter: Path | None = None) -
         base or (str(config.local.parent) if config else named),
         asked.local if asked is not None and same else None,
         folder / "job.json" if (folder / "job.json").is_file() else None,
+        model.get("precision", ""),
     )
 
 

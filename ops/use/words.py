@@ -42,6 +42,8 @@ def merge(
     `data`, or of the job's held-out ones, beside general texts."""
     out = to or found.beside / f"merged-{dtype}"
     more = ["--data", str(data)] if data else _held_out(found)
+    if found.precision:
+        more = [*more, "--trained-in", found.precision]
     return Word(
         "trainer.result.merge",
         (str(found.adapter), *_base(found), "--out", str(out), "--dtype", dtype, *more),

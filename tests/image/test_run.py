@@ -368,10 +368,9 @@ def test_chat_evaluate_and_merge_open_a_run_by_its_name(run: Callable, tmp_path:
     assert run("evaluate", "mine-7", "new.json")[0].endswith(
         f"-m trainer.eval.score {at} {tmp_path}/new.json"
     )
-    adapter = f"{at}/result/adapter.zip --base {at}/model"
     for words, dtype in (((), "bf16"), (("fp32",), "fp32")):
         assert run("merge", "mine-7", *words)[0].endswith(
-            f"-m trainer.result.merge {adapter} --out {at}/merged-{dtype} --dtype {dtype}"
+            f"-m trainer.result.merge {at} --out {at}/merged-{dtype} --dtype {dtype}"
         )
 
 

@@ -4,8 +4,9 @@ and its adapter on real texts.
 Numbers are nats over the tokens of the texts: mean KL of the merged model from the adapted one, its
 share of the adapter's own effect (KL of the base), the KL that computing in bf16 alone makes (the
 noise floor), the largest difference of a text's own log-probability, and how often the likeliest
-token is the same. A merge passes when its KL is at most 1 % of the effect and at most twice the
-noise floor, and no token is off by more than half a nat.
+token is the same; where a training held the base in fewer bits, also the KL of base and adapter
+from what it was trained on, which refuses nothing. A merge passes when its KL is at most 1 % of the
+effect and at most twice the noise floor, and no token is off by more than half a nat.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trainer.model.weights import weight_files
+from trainer.result.held import FEWER_BITS, round_base
 
 MAX_SHARE, MAX_NOISE, MAX_TOKEN_NATS = 0.01, 2.0, 0.5
 MAX_TOKENS = 512  # of one text
@@ -49,22 +51,25 @@ def certify(
     texts: Sequence[str] = (),
     device: str = "cpu",
     tell: Callable[[str], None] = lambda line: None,
+    precision: str = "",
 ) -> dict[str, Any]:
     """Compare `merged` with `base` + `adapter` on `texts` and on general ones (English, Chinese,
     code), both read and computed in fp32, one after the other: memory holds one of them, and what
-    the other said of the texts of one round. `tell` hears of each text. Returns the certificate.
-    Raises NotCertified where the files compute something else, or where the adapter does nothing
-    at all."""
+    the other said of the texts of one round. `tell` hears of each text; `precision` is the one in
+    which the training held the base. Returns the certificate. Raises NotCertified where the files
+    compute something else, or where the adapter does nothing at all."""
     told = [*json.loads(GENERAL.read_text(encoding="utf-8")), *texts]
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
     rows = [ids for text in told if len(ids := tokenizer(text)["input_ids"][:MAX_TOKENS]) > 1]
     sums: dict[str, Any] = {"kl": 0.0, "effect": 0.0, "noise": 0.0, "same": 0, "tokens": 0}
+    if precision in FEWER_BITS:
+        sums["trained"] = 0.0
     worst, done = 0.0, 0
     for part in _rounds(rows, base):
         ids = list(_batches(part, device))
         names = [f"text {done + n} of {len(rows)}" for n in range(1, len(part) + 1)]
         tell(f"certificate: base and adapter, from {names[0]}")
-        said = _adapted(base, adapter, ids, device, sums)
+        said = _adapted(base, adapter, ids, device, sums, precision)
         written = _open(merged, device)
         for n, (its, held) in enumerate(zip(ids, said, strict=True)):
             tell(f"certificate: the merged model, {names[n]}")
@@ -89,9 +94,33 @@ def certify(
         "max_token_nats": worst,
         "same_top_token": sums["same"] / tokens,
     }
+    if "trained" in sums:
+        numbers |= {"trained_in": precision, "trained_kl_nats": sums["trained"] / tokens}
     if why := _defect(numbers):
         raise NotCertified(why, numbers)
     return numbers
+
+
+def certificate_text(out: Path, made: dict[str, Any]) -> str:
+    """The certificate in words."""
+    numbers, merged = made["numbers"], made["merge"]
+    share, dtype = numbers["share_of_effect"], merged["dtype"]
+    trained = (
+        f"\n  KL from what was trained {numbers['trained_kl_nats']:.2g} nats a token: the training "
+        f"held the base in {numbers['trained_in']}"
+        if "trained_in" in numbers
+        else ""
+    )
+    return (
+        f"{out}: {merged['changed']} weights merged as {dtype}, {merged['bytes'] / 1e9:.2f} GB\n"
+        f"certificate: passed on {numbers['tokens']:,} tokens of {numbers['texts']} texts, the "
+        "files re-opened by stock transformers\n"
+        f"  KL from base + adapter   {numbers['kl_nats']:.2g} nats a token, {share:.2%} of what "
+        "the adapter does (1 % may be lost)\n"
+        f"  noise of bf16 alone      {numbers['bf16_noise_nats']:.2g} nats a token\n"
+        f"  largest difference       {numbers['max_token_nats']:.2g} nats on one token\n"
+        f"  likeliest token equal    {numbers['same_top_token']:.2%}{trained}"
+    )
 
 
 def device_for(base: Path) -> str:
@@ -132,9 +161,11 @@ def _adapted(
     batches: Sequence[Tensor],
     device: str,
     sums: dict[str, Any],
+    precision: str,
 ) -> list[Tensor]:
-    """What base and adapter say of each text, on the CPU; adds the adapter's effect and the noise
-    of bf16 to `sums`. The model's memory is free when it returns."""
+    """What base and adapter say of each text, on the CPU; adds the adapter's effect, the noise of
+    bf16 and that of the training's `precision` to `sums`. The model's memory is free when it
+    returns."""
     model: Any = PeftModel.from_pretrained(_open(base, device), str(adapter)).eval()
     said = []
     for ids in batches:
@@ -144,6 +175,10 @@ def _adapted(
         with torch.autocast(device, torch.bfloat16):
             sums["noise"] += _kl(right, _log_probs(model, ids))
         said.append(right.cpu())
+    if "trained" in sums:
+        round_base(model, precision)
+        for ids, right in zip(batches, said, strict=True):
+            sums["trained"] += _kl(_log_probs(model, ids), right.to(device))
     _free(model)
     return said
 

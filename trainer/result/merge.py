@@ -11,6 +11,7 @@ counts once its certificate passes (trainer/result/certificate.py).
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -33,7 +34,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.model.weights import weight_files
 from trainer.result.adapter import digest, merged_defect
-from trainer.result.certificate import NotCertified, certify, device_for
+from trainer.result.certificate import NotCertified, certificate_text, certify, device_for
 from trainer.result.command import StatusLine, answer, parser_of
 from trainer.result.open import (
     NO_ANSWERS,
@@ -306,9 +307,10 @@ def certified_merge(
     texts: Sequence[str],
     device: str,
     tell: Tell = lambda line: None,
+    precision: str = "",
 ) -> dict[str, Any]:
-    """Merge, and write certificate.json into `out`. Where the certificate does not pass, the folder
-    is called OUT.refused and NotCertified raised."""
+    """Merge, and write certificate.json into `out`; `precision` is the training's. Where the
+    certificate does not pass, the folder is called OUT.refused and NotCertified raised."""
     merged = merge(adapter, base, out, dtype, tell)
     files = {p.name: digest(p) for p in sorted(out.iterdir())}
     made = {
@@ -320,7 +322,7 @@ def certified_merge(
         "files_bytes": {name: (out / name).stat().st_size for name in files},
     }
     try:
-        made["numbers"] = certify(adapter, base, out, texts, device, tell)
+        made["numbers"] = certify(adapter, base, out, texts, device, tell, precision)
     except NotCertified as error:
         refused = out.with_name(f"{out.name}.refused")
         shutil.rmtree(refused, ignore_errors=True)
@@ -331,22 +333,6 @@ def certified_merge(
     return made
 
 
-def certificate_text(out: Path, made: dict[str, Any]) -> str:
-    """The certificate in words."""
-    numbers, merged = made["numbers"], made["merge"]
-    share, dtype = numbers["share_of_effect"], merged["dtype"]
-    return (
-        f"{out}: {merged['changed']} weights merged as {dtype}, {merged['bytes'] / 1e9:.2f} GB\n"
-        f"certificate: passed on {numbers['tokens']:,} tokens of {numbers['texts']} texts, the "
-        "files re-opened by stock transformers\n"
-        f"  KL from base + adapter   {numbers['kl_nats']:.2g} nats a token, {share:.2%} of what "
-        "the adapter does (1 % may be lost)\n"
-        f"  noise of bf16 alone      {numbers['bf16_noise_nats']:.2g} nats a token\n"
-        f"  largest difference       {numbers['max_token_nats']:.2g} nats on one token\n"
-        f"  likeliest token equal    {numbers['same_top_token']:.2%}"
-    )
-
-
 def main() -> int:
     parser = parser_of("trainer.result.merge", "Merge an adapter into its base, and prove it.")
     parser.add_argument("adapter", type=Path, help="an adapter's folder or zip, or a run folder")
@@ -355,23 +341,19 @@ def main() -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--data", type=Path, help="rows for the certificate, beside general texts")
     parser.add_argument("--job", type=Path, help="job.json, which says how --data is read")
+    parser.add_argument("--trained-in", default="", help="what the training held the base in")
     parser.add_argument("--rows", type=int, default=TEXTS, help="the first ones of --data")
     told, tell = parser.parse_args(), StatusLine()
 
     def work() -> dict[str, Any]:
-        given, base, data, job = told.adapter, told.base and base_folder(told.base), told.data, None
-        if (told.adapter / "job.json").is_file():
-            given, base, data = _of_run(told.adapter, base, data)
-            job = told.adapter / "job.json"
-        if base is None:
-            raise MergeError("--base is needed for an adapter that is no run folder")
+        given, base, data, job, held = _sources(told)
         with unpacked(given) as adapter:
             if not (adapter / "adapter_config.json").is_file():
                 raise MergeError(f"{given} is a whole model: nothing is to be merged")
-            texts = texts_of(adapter, base, data, told.job or job, told.rows) if data else []
+            texts = texts_of(adapter, base, data, job, told.rows) if data else []
             try:
                 made = certified_merge(
-                    adapter, base, told.out, told.dtype, texts, device_for(base), tell
+                    adapter, base, told.out, told.dtype, texts, device_for(base), tell, held
                 )
             finally:
                 tell.end()
@@ -380,12 +362,20 @@ def main() -> int:
     return answer(work, lambda made: certificate_text(told.out, made), told.json, (NotCertified,))
 
 
-def _of_run(run: Path, base: Path | None, data: Path | None) -> tuple[Path, Path, Path | None]:
-    """(adapter, base, rows) of a run folder. Raises InvalidJob, ModelMissing."""
-    job, adapter = result_of_run(run)
-    if data is None and job.data.held_out is not None and job.stage not in NO_ANSWERS:
-        data = run / job.data.held_out.path
-    return adapter, base or base_of_result(job, run), data
+def _sources(told: argparse.Namespace) -> tuple[Path, Path, Path | None, Path | None, str]:
+    """(adapter, base, rows, the job.json that reads them, the training's precision). Raises
+    MergeError without a base, InvalidJob, ModelMissing."""
+    base, data = told.base and base_folder(told.base), told.data
+    if (told.adapter / "job.json").is_file():
+        run = told.adapter
+        job, adapter = result_of_run(run)
+        if data is None and job.data.held_out is not None and job.stage not in NO_ANSWERS:
+            data = run / job.data.held_out.path
+        base, held = base or base_of_result(job, run), told.trained_in or job.model.precision
+        return adapter, base, data, told.job or run / "job.json", held
+    if base is None:
+        raise MergeError("--base is needed for an adapter that is no run folder")
+    return told.adapter, base, data, told.job, told.trained_in
 
 
 if __name__ == "__main__":

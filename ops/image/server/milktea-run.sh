@@ -383,7 +383,7 @@ evaluate() {
     on_run "$_data" trainer.eval.score "$AT" ${_data:+"$_data"}
 }
 
-merge() { on_run '' trainer.result.merge "$AT/result/adapter.zip" --base "$AT/model" --out "$AT/merged-${2:-bf16}" --dtype "${2:-bf16}"; }
+merge() { on_run '' trainer.result.merge "$AT" --out "$AT/merged-${2:-bf16}" --dtype "${2:-bf16}"; }
 
 command=${1:-}
 [ $# -gt 0 ] && shift

@@ -21,7 +21,9 @@ from ops.use import words
 from ops.use.found import Found
 from ops.wait import until
 
-MINE = Found("mine", Path("out/mine/adapter.zip"), "org/base", Path("held.json"), Path("job.json"))
+MINE = Found(
+    "mine", Path("out/mine/adapter.zip"), "org/base", Path("held.json"), Path("job.json"), "nf4"
+)
 BARE = Found("bare", Path("bare.zip"), "org/base")
 
 
@@ -35,8 +37,9 @@ def test_each_word_is_a_module_with_the_adapter_its_base_and_the_jobs_rows() -> 
         "--out",
         "out/mine/merged-fp16",
     )
-    assert merge.arguments[-4:] == ("--data", "held.json", "--job", "job.json")
-    assert "--data" not in words.merge(BARE).arguments
+    rows = ("--data", "held.json", "--job", "job.json")
+    assert merge.arguments[-6:] == (*rows, "--trained-in", "nf4")
+    assert not {"--data", "--trained-in"} & set(words.merge(BARE).arguments)
     mine = words.evaluate(MINE, Path("my.json"), BARE, 50).arguments
     assert mine[3:5] == ("--data", "my.json") and "--job" not in mine
     assert mine[5:9] == ("--against", "bare.zip", "--against-base", "org/base")

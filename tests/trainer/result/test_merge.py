@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.result import certificate
 from trainer.result.certificate import NotCertified, certify
+from trainer.result.held import round_base
 from trainer.result.merge import MergeError, certified_merge, main, merge
 
 EXPERTS = {
@@ -189,6 +190,39 @@ def test_a_certificate_holds_one_model_at_a_time_and_says_the_same_in_rounds(
     monkeypatch.setattr(certificate, "ROUND_BYTES", said // 2)
     in_rounds = certify(adapter, base, tmp_path / "out")
     assert 4 <= len(models) <= 8 and in_rounds == at_once
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8", "fp8"])
+def test_a_certificate_tells_how_far_the_files_are_from_what_was_trained(
+    tmp_path: Path, precision: str
+) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    told = certified_merge(adapter, base, tmp_path / "out", "fp32", [], "cpu", precision=precision)
+    numbers = told["numbers"]
+    assert numbers["trained_in"] == precision and numbers["kl_nats"] < 1e-6
+    assert 10 * numbers["kl_nats"] < numbers["trained_kl_nats"] < numbers["effect_nats"]
+    assert f"held the base in {precision}" in certificate.certificate_text(tmp_path, told)
+    assert "trained_in" not in certify(adapter, base, tmp_path / "out", precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("llama", LINEAR), ("gpt2", LINEAR), ("qwen3_moe", EXPERTS)]
+)
+def test_a_base_in_int8_is_rounded_where_bitsandbytes_rounds(
+    tmp_path: Path, kind: str, lora: dict[str, Any]
+) -> None:
+    base, adapter = made(tmp_path, kind, **lora)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rounded = round_base(model, "int8")
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    assert rounded >= len(changed) > 0
+    assert all("layers." in name or ".h." in name for name in changed), changed
+    assert not any(word in name for name in changed for word in ("lora", "norm", "gate.weight"))
+    weight = next(iter(changed))
+    assert (model.state_dict()[weight] - before[weight]).abs().max() < before[
+        weight
+    ].abs().max() / 200
 
 
 def test_an_adapter_that_does_nothing_is_no_merge(tmp_path: Path) -> None:
