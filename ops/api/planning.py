@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from ops.market.ranking import Ranking, rank
 from ops.run import prices as price_list
 from ops.run.choose import bad_machines, no_offer_error, search_offers
 from ops.run.folders import runs_folder
+from ops.run.journal import FILE as JOURNAL
 
 
 @runtime_checkable
@@ -104,8 +107,9 @@ def plan(
     on_cpu: bool = False,
     or_estimate: bool = False,
 ) -> Planned:
-    """Everything that can fail for free, then the market ranked for this job. Rents nothing and
-    leaves nothing on the disk.
+    """Everything that can fail for free, then the market ranked for this job. Rents nothing. Tables
+    and archives lie in the run's folder as they will travel, until the plan is begun or dropped;
+    nothing else is left on the disk.
 
     `on_cpu` refuses what this computer's CPU could not train within limits.max_hours, which is
     where the emulator's boxes compute. `or_estimate` tells tokens from characters where a model
@@ -116,9 +120,24 @@ def plan(
     parsed, now = load_job(job), time.time()
     asked = {"on_cpu": on_cpu, "or_estimate": or_estimate}
     made = preflight(lambda: planner.new_plan(parsed, root, now, **asked), vast, root)
-    (root / made.run_id).rmdir()  # nothing is begun
-    offers = search_offers(vast, made.needs)
-    ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
-    if not ranking.accepted:
-        raise no_offer_error(ranking, 0, made.needs)
-    return Planned(made, ranking, vast.credit_usd())
+    folder = root / made.run_id
+    try:
+        offers = search_offers(vast, made.needs)
+        ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
+        if not ranking.accepted:
+            raise no_offer_error(ranking, 0, made.needs)
+        planned = Planned(made, ranking, vast.credit_usd())
+    except BaseException:
+        _remove_unbegun(folder)
+        raise
+    if any(folder.iterdir()):
+        weakref.finalize(planned, _remove_unbegun, folder)
+    else:
+        folder.rmdir()
+    return planned
+
+
+def _remove_unbegun(folder: Path) -> None:
+    """Removes the folder of a run that has no journal."""
+    if not (folder / JOURNAL).exists():
+        shutil.rmtree(folder, ignore_errors=True)

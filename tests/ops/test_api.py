@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 
 import milktea
@@ -48,6 +51,32 @@ def test_a_plan_says_what_a_run_would_cost_and_leaves_nothing(
     assert planned.credit_usd == vast.credit_usd()
     assert planned.plan.run_id.startswith("api-")
     assert list(own.runs.iterdir()) == [] and milktea.runs(own.runs) == []
+
+
+def test_a_spreadsheet_is_trained_on_and_a_plan_of_it_leaves_nothing(
+    own: rig.Rig, vast: milktea.Vast, job: dict[str, Any]
+) -> None:
+    book = openpyxl.Workbook()
+    book.worksheets[0].append(["instruction", "output"])
+    for n in range(20):
+        book.worksheets[0].append([f"say {n}", n])
+    book.save(own.folder / "rows.xlsx")
+    job["data"]["files"] = [str(own.folder / "rows.xlsx")]
+    planned = milktea.plan(job, vast=vast, root=own.runs)
+    shutil.rmtree(own.image)
+    rig.stub_image(own.image, planned.plan.wire_job["data"]["files"][0]["sha256"])
+    run = milktea.rent_and_train(planned, vast=vast, root=own.runs)
+    assert run.adapter is not None and run.adapter.is_file()
+    kept = {run.folder}
+    del planned
+    gc.collect()
+    assert set(own.runs.iterdir()) == kept and (run.folder / "converted").is_dir()
+    milktea.plan(job, vast=vast, root=own.runs)
+    gc.collect()
+    assert set(own.runs.iterdir()) == kept
+    with pytest.raises(NoOffer):
+        milktea.plan(job | {"offer": {"max_usd_per_hour": 0.001}}, vast=vast, root=own.runs)
+    assert set(own.runs.iterdir()) == kept
 
 
 def test_a_run_comes_home_with_its_adapter_cost_and_events(
