@@ -91,9 +91,10 @@ def describe(
     are not."""
     lines = []
     if names:
+        go, them = ("goes", "it") if len(names) == 1 else ("go", "them")
         lines.append(
-            f"{', '.join(names)} go to the machine at launch, over SSH: whoever owns the machine "
-            "can read them. Use a read-only, fine-grained token, and revoke it afterwards"
+            f"{', '.join(names)} {go} to the machine at launch, over SSH: whoever owns the machine "
+            f"can read {them}. Use a read-only, fine-grained token, and revoke it afterwards"
         )
     if login:
         lines.append(

@@ -457,7 +457,7 @@ def test_the_plan_says_that_the_machine_s_owner_can_read_a_token_and_never_its_v
     job["image"] = {"ref": "ghcr.io/me/private:1", "trainer": "image", "login": "GHCR_LOGIN"}
     plan = planned(tmp_path, fake, job | {"env": ["HF_TOKEN"]})
     notes = "\n".join(plan.notes)
-    assert "HF_TOKEN go to the machine at launch" in notes and "can read them" in notes
+    assert "HF_TOKEN goes to the machine at launch" in notes and "can read it." in notes
     assert "GHCR_LOGIN goes to vast.ai" in notes
     assert plan.env == ["HF_TOKEN"] and plan.image_login == "GHCR_LOGIN"
     assert "never_told" not in json.dumps(plan.to_line())
