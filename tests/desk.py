@@ -54,6 +54,7 @@ class Told:
         offer |= {"usd_per_hour": usd_per_hour, "verified": True, "rentable": True}
         predicted: dict[str, Any] = {f.name: 0.0 for f in fields(CostEstimate)} | {"lines": []}
         predicted |= {"boot_s": 30, "pull_s": 60, "transfer_s": 40, "start_s": 40, "train_s": 1200}
+        predicted |= {"stages_s": (1200,)}
         why = "cheapest finished run"
         self.add("offers", 2, chosen=7, seen=412, why=why, predicted=predicted | {"usd": 0.18})
         self.add("renting", 1, offer=offer, bid_usd_per_hour=None, disk_gib=16, max_s=7200)

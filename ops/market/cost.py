@@ -74,6 +74,8 @@ class CostEstimate:
     evaluate_s: float
     merge_s: float
     home_s: float
+    result_s: float  # of `transfer_s`, the result's way home
+    merged_s: float  # of `transfer_s`, the merged model's way home
 
     @property
     def running_h(self) -> float:
@@ -101,7 +103,9 @@ def predict(
     speeds = [tokens_per_second(offer, one) for one in workload.each]
     if workload.cpu_practice:
         workload = replace(workload, boot_s=_PRACTICE_BOOT_S, start_s=_PRACTICE_START_S)
-    pull_s, transfer_s, read_s = _moving_s(offer, workload)
+    pull_s, read_s = _reading_s(offer, workload)
+    moved_s = {t.name: t.seconds for t in transfers(offer, workload)}
+    transfer_s = sum(moved_s.values())
     stages_s = tuple(one.tokens / s for one, s in zip(workload.each, speeds, strict=True))
     merging_s = 2 * workload.model_parameters / _MERGE_BYTES_S + 2 * read_s  # read and written
     start_s = workload.start_s + workload.install_bytes / _INSTALL_BYTES_S + read_s
@@ -117,11 +121,8 @@ def predict(
     inet_down_usd = gb_in * offer.inet_down_usd_per_gb
     mirrored_bytes = workload.checkpoint_bytes * math.floor(train_s / workload.save_every_s)
     gb_out = (workload.pull_bytes + workload.merged_bytes + mirrored_bytes) / GB
-    gpu_usd, disk_usd, inet_up_usd = (
-        rate * running_h,
-        disk_rate * hours,
-        gb_out * offer.inet_up_usd_per_gb,
-    )
+    gpu_usd, disk_usd = rate * running_h, disk_rate * hours
+    inet_up_usd = gb_out * offer.inet_up_usd_per_gb
     usd = gpu_usd + disk_usd + inet_down_usd + inet_up_usd
     undisturbed = CostEstimate(
         usd=usd,
@@ -148,21 +149,21 @@ def predict(
         evaluate_s=workload.evaluate_s,
         merge_s=merged_s,
         home_s=_PRACTICE_HOME_S if workload.cpu_practice else HOME_S,
+        result_s=moved_s.get("result", 0.0),
+        merged_s=moved_s.get("merged", 0.0),
     )
     predicted = _with_accidents(undisturbed, offer, workload, bid_usd_per_hour, p_bad)
     return replace(predicted, lines=_arithmetic(offer, workload, predicted))
 
 
-def _moving_s(offer: Offer, workload: Workload) -> tuple[float, float, float]:
-    """(seconds to pull the image, to transfer files between home, hub and box, to read the
-    model)."""
-    down = offer.inet_down_mbps * _LINK_SHARE * 125e3  # bytes a second
-    transfer_s = sum(t.seconds for t in transfers(offer, workload))
+def _reading_s(offer: Offer, workload: Workload) -> tuple[float, float]:
+    """(seconds to pull the image, to read the model)."""
     if workload.cpu_practice:
-        return 0.0, transfer_s, 0.0
+        return 0.0, 0.0
+    down = offer.inet_down_mbps * _LINK_SHARE * 125e3  # bytes a second
     pull_s = max(_seconds_for(workload.image_bytes, down), workload.image_bytes / _UNPACK_BYTES_S)
     read_s = 2 * workload.model_parameters / min(_disk_speed(offer), _MODEL_READ_BYTES_S)
-    return pull_s, transfer_s, read_s
+    return pull_s, read_s
 
 
 def merge_s(offer: Offer, workload: Workload) -> float:

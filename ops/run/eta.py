@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from ops.run.journal import Line
 from trainer.wire import events
 
-PHASES = ("boot", "load", "train", "home")
+PHASES = ("boot", "load", "train", "pull", "evaluate", "merge", "home")
 # journal lines with which a phase begins; "" is none
 _BEGINS = {
     "renting": "boot",
     "starting": "boot",
     "booted": "load",
-    "ended": "home",
+    "ended": "pull",
+    "pulled": "evaluate",
+    "evaluated": "merge",
+    "merged": "home",
+    "destroying": "home",
+    "serving": "",
     "destroyed": "",
     "absent": "",
     "kept": "",
@@ -25,26 +32,33 @@ class Eta:
 
     def __init__(self) -> None:
         self._takes: dict[str, float] = {}  # predicted seconds of each phase
-        self._predicted_train_s = self._later_stages_s = 0.0
+        self._stages_s: list[float] = []
+        self._later_stages_s = 0.0
         self._phase, self._since = "", 0.0
 
     def line(self, line: Line) -> None:
         if line.kind == "offers":
-            p = line.get("predicted", {})
+            p: defaultdict[str, float] = defaultdict(float, line.get("predicted", {}))
+            moved_s = p["transfer_s"] - p["result_s"] - p["merged_s"]
             self._takes = {
-                "boot": p.get("boot_s", 0.0) + p.get("pull_s", 0.0),
-                "load": p.get("transfer_s", 0.0) + p.get("start_s", 0.0),
-                "train": p.get("train_s", 0.0),
-                "home": p.get("home_s", 0.0),
+                "boot": p["boot_s"] + p["pull_s"],
+                "load": moved_s + p["start_s"],
+                "train": p["train_s"],
+                "pull": p["result_s"],
+                "evaluate": p["evaluate_s"],
+                "merge": p["merge_s"] + p["merged_s"],
+                "home": p["home_s"],
             }
-            self._predicted_train_s = self._takes["train"]
+            self._stages_s = list(line.get("predicted", {}).get("stages_s", []))
         if line.kind in _BEGINS:
             self._phase, self._since = _BEGINS[line.kind], line.t
+            if self._phase == "evaluate" and not self._takes.get("evaluate"):
+                self._phase = "merge"
 
     def started(self, started: events.Started) -> None:
-        """Of several stages the later ones take their share of the plan's time."""
-        later = (started.stages - started.number) / started.stages if started.stages > 1 else 0.0
-        self._later_stages_s = later * self._predicted_train_s
+        """Of several stages the later ones take the plan's time."""
+        later = started.stages - started.number  # the plan of a second machine has these at its end
+        self._later_stages_s = sum(self._stages_s[-later:]) if later else 0.0
 
     def step(self, step: events.Step) -> None:
         """The trainer's own estimate takes the place of the plan's."""

@@ -90,13 +90,38 @@ def test_one_time_to_the_end_goes_through_all_phases_beside_the_money(
 
 def test_of_several_stages_the_later_ones_are_in_the_time_to_the_end() -> None:
     eta = Eta()
-    eta.line(Line(1, 1.0, "offers", {"predicted": PREDICTED}))
-    eta.started(events.Started(t=5.0, step=0, total_steps=9, number=1, stages=3))
+    stages = PREDICTED | {"stages_s": [100.0, 200.0, 300.0]}
+    eta.line(Line(1, 1.0, "offers", {"predicted": stages}))
+    for number, later_s in ((1, 500.0), (2, 300.0), (3, 0.0)):
+        eta.started(events.Started(t=5.0, step=0, total_steps=9, number=number, stages=3))
+        eta.step(step(4))
+        assert eta.left_s(1.0) == 55.0 + later_s + 30.0
+    left = PREDICTED | {"stages_s": [200.0, 300.0]}  # of a second machine
+    eta.line(Line(2, 1.0, "offers", {"predicted": left}))
+    eta.started(events.Started(t=5.0, step=0, total_steps=9, number=2, stages=3))
     eta.step(step(4))
-    assert eta.left_s(1.0) == 55.0 + 600.0 * 2 / 3 + 30.0
-    eta.started(events.Started(t=5.0, step=0, total_steps=9, number=3, stages=3))
-    eta.step(step(4))
-    assert eta.left_s(1.0) == 55.0 + 30.0
+    assert eta.left_s(1.0) == 55.0 + 300.0 + 30.0
+
+
+def test_the_time_to_the_end_has_what_the_box_does_after_its_training() -> None:
+    def at(n: int, kind: str, **data: Any) -> float | None:
+        eta.line(Line(n, 10.0 * n, kind, data))
+        return eta.left_s(10.0 * n)
+
+    eta = Eta()
+    moved = {"transfer_s": 90.0, "result_s": 20.0, "merged_s": 40.0}
+    after = {"evaluate_s": 300.0, "merge_s": 100.0}
+    at(1, "offers", predicted=PREDICTED | moved | after)
+    assert at(2, "booted") == (90.0 - 60.0 + 30.0) + 600.0 + 20.0 + 300.0 + 140.0 + 30.0
+    assert at(3, "ended", exit_code=0) == 20.0 + 300.0 + 140.0 + 30.0
+    assert at(4, "pulled") == 300.0 + 140.0 + 30.0
+    assert at(5, "evaluated") == 140.0 + 30.0
+    assert at(6, "merged") == 30.0
+    eta = Eta()
+    at(1, "offers", predicted=PREDICTED | moved | {"merge_s": 100.0})
+    assert at(4, "pulled") == 140.0 + 30.0
+    assert eta.left_s(60.0) == 140.0 + 30.0 - 20.0, "the merge runs once the result is at home"
+    assert at(7, "serving") is None, "everything is at home"
 
 
 def test_a_boot_has_a_bar_of_the_time_that_the_plan_foresaw(

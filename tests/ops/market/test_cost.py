@@ -600,7 +600,8 @@ def test_the_seconds_and_dollars_of_a_merge_are_those_that_a_hand_finds() -> Non
     assert got.gpu_usd == pytest.approx(0.36 * got.running_h)
     assert got.hours - got.running_h == pytest.approx((60 + got.pull_s) / 3600)
     assert got.gb_out - plain.gb_out == pytest.approx(13.2)
-    assert got.transfer_s - plain.transfer_s == pytest.approx(13.2e9 / 12.5e6)
+    assert got.transfer_s - plain.transfer_s == pytest.approx(got.merged_s) == 13.2e9 / 12.5e6
+    assert got.result_s == plain.result_s > 0 == plain.merged_s
     assert (plain.merge_s, plain.evaluate_s, plain.talk_s, plain.home_s) == (0, 0, 0, 30)
     shown = [line for line in got.lines if line not in plain.lines]
     assert shown[:3] == [
