@@ -13,20 +13,27 @@ from trainer.data.sharing import Borrowed
 
 
 class SharedKeys(NamedTuple):
-    """Which keys the documents of a pack of M tokens read, where these are N > M: all int64. `at`
-    (N,): the token of each key. `own` (M,): the key of each token in its own document. `lent`
-    (L,): the tokens that other documents read too. `copies` (J, L): their keys there, -1 where a
-    token is read by fewer than J others."""
+    """Which keys the documents of a pack of M tokens read, where these are N > M: all int64 but the
+    last. `at` (N,): the token of each key. `own` (M,): the key of each token in its own document.
+    `lent` (L,): the tokens that other documents read too. `copies` (J, L): their keys there, -1
+    where a token is read by fewer than J others. `reads` int32 (3, M): of each token the first one
+    that its document borrows, the one after the last (both M where it borrows none), and the one
+    after the last token that reads it."""
 
     at: Tensor
     own: Tensor
     lent: Tensor
     copies: Tensor
+    reads: Tensor
 
 
 def shared_keys(lengths: Sequence[int], borrowed: Sequence[Borrowed]) -> tuple[SharedKeys, Tensor]:
     """(the keys of a pack whose rows have `lengths` tokens of their own and borrow these, the
-    boundaries of the documents' keys int32 (rows + 1,)). A row that lends borrows nothing."""
+    boundaries of the documents' keys int32 (rows + 1,)). A row that lends borrows nothing. Raises
+    ValueError where other rows stand between the borrowing ones and the row that they borrow of."""
+    for row, (place, tokens) in enumerate(borrowed):
+        if tokens and any(other.place != place for other in borrowed[place + 1 : row]):
+            raise ValueError(f"row {row} does not follow those that borrow of row {place} too")
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ends = np.concatenate(
         [[0], np.cumsum([n + b.tokens for n, b in zip(lengths, borrowed, strict=True)])]
@@ -47,11 +54,19 @@ def shared_keys(lengths: Sequence[int], borrowed: Sequence[Borrowed]) -> tuple[S
             block[k, : borrowed[row].tokens] = ends[row] + longest[: borrowed[row].tokens]
         lent.append(starts[place] + longest)
         copies.append(block)
+    reads = np.full((3, int(starts[-1])), int(starts[-1]))
+    reads[2] = np.repeat(starts[1:], lengths)
+    for row, (place, tokens) in enumerate(borrowed):
+        if tokens:
+            reads[:2, starts[row] : starts[row + 1]] = [[starts[place]], [starts[place] + tokens]]
+            reads[2, starts[place] : starts[place] + tokens] = starts[row + 1]
     made = (
         np.concatenate(at),
         np.concatenate(own),
         np.concatenate(lent),
         np.concatenate(copies, 1),
     )
-    keys = SharedKeys(*(torch.from_numpy(x.astype(np.int64)) for x in made))
-    return keys, torch.from_numpy(ends.astype(np.int32))
+    every = (*(x.astype(np.int64) for x in made), reads.astype(np.int32))
+    return SharedKeys(*(torch.from_numpy(x) for x in every)), torch.from_numpy(
+        ends.astype(np.int32)
+    )

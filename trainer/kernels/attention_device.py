@@ -15,6 +15,12 @@ PAD, and heads of another key head are masked. LIMIT caps scores at limit tanh(x
 of two. SINKS starts each row's sum with one term whose value is zero. PAIRS: rotary pairs are
 neighbours, not halves apart.
 
+With SHARED, ``lent`` int32 [3, M] says of each token which tokens of another document its own
+document reads too: the first of them, the one after the last (both M where it reads none), and the
+one after the last token that reads this one. Documents that read the same one follow it, with
+nothing between. A tile then runs over the borrowed keys before its first token's document, and
+after them over its own.
+
 A program computes DO of a head's D output columns, because an accumulator of 512 columns does not
 fit the registers. The scores are recomputed for each such part.
 """
@@ -53,6 +59,29 @@ def _reach(first, begin, m, TOKENS: tl.constexpr):
     return low, end, tl.where(tl.load(first + end - 1) == low, begin + 1, 0)
 
 
+@triton.jit
+def _borrowed(theirs, until, m, own, alone, BN: tl.constexpr):
+    """Of a tile whose own keys begin at ``own``: (first value of the loop, what a value below
+    ``own`` is short of its key, the key after the last borrowed one, limit as ``_reach``'s)."""
+    before = theirs < own
+    front = tl.min(tl.where(before, theirs, m), 0)
+    last = tl.max(tl.where(before, until, front), 0)
+    low = own - (last - front + BN - 1) // BN * BN
+    return low, front - low, last, tl.where(alone > 0, last, 0)
+
+
+@triton.jit
+def _seen(keys, start, room, theirs, until, stop, SHARED: tl.constexpr):
+    """[rows, keys]: the keys of a row's document up to its token, and the borrowed ones. Unsigned,
+    so that one comparison excludes both later and earlier keys."""
+    seen = (keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None]
+    if SHARED:
+        wide = (until - theirs).to(tl.uint32)
+        seen |= (keys[None, :] - theirs[:, None]).to(tl.uint32) < wide[:, None]
+        seen &= (keys < stop)[None, :]
+    return seen
+
+
 @triton.jit(do_not_specialize=["m"])
 def attention_forward(
     q,
@@ -68,11 +97,13 @@ def attention_forward(
     scale,
     limit,
     sinks,
+    lent,
     G: tl.constexpr,
     D: tl.constexpr,
     DO: tl.constexpr,
     LIMIT: tl.constexpr,
     SINKS: tl.constexpr,
+    SHARED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -88,7 +119,6 @@ def attention_forward(
     q_tile = tl.load(
         q + token[:, None] * s + (head * D)[:, None] + d[None, :], mask=ok[:, None], other=0.0
     )
-    # unsigned, so that one comparison excludes both later and earlier keys
     room = (token - start).to(tl.uint32)
     if SINKS:
         best = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -99,20 +129,29 @@ def attention_forward(
     acc = tl.zeros([BM, DO], tl.float32)
     unit = 1.0 if LIMIT else scale
     low, end, alone = _reach(first, begin, m, BM // G)
+    own = low
+    theirs, until = start, start
+    if SHARED:
+        theirs, until = tl.load(lent + token), tl.load(lent + m + token)
+        low, skipped, last, alone_there = _borrowed(theirs, until, m, own, alone, BN)
     for c in tl.range(low, end, BN, num_stages=STAGES):
-        keys = c + tl.arange(0, BN)
-        x = tl.dot(q_tile, k.load([c, kv_head * D]).T)
+        at, stop, bound = c, end, alone
+        if SHARED:
+            at = tl.where(c < own, c + skipped, c)
+            stop = tl.where(c < own, last, end)
+            bound = tl.where(c < own, alone_there, alone)
+        x = tl.dot(q_tile, k.load([at, kv_head * D]).T)
         if LIMIT:
             x = _capped(x * scale, limit)
-        if c + BN > alone:
-            x = tl.where(
-                (keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None], x, -float("inf")
-            )
+        if at + BN > bound:
+            keys = at + tl.arange(0, BN)
+            seen = _seen(keys, start, room, theirs, until, stop, SHARED)
+            x = tl.where(seen, x, -float("inf"))
         new = tl.maximum(best, tl.max(x, 1) * unit)
         p = tl.exp2(x * unit - new[:, None])
         shrink = tl.exp2(best - new)
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(q_tile.dtype), v.load([c, kv_head * D + part]), acc * shrink[:, None])
+        acc = tl.dot(p.to(q_tile.dtype), v.load([at, kv_head * D + part]), acc * shrink[:, None])
         best = new
     columns = part + tl.arange(0, DO)
     to = out + token[:, None] * (kv_heads * G * D) + (head * D)[:, None] + columns[None, :]
@@ -160,12 +199,14 @@ def attention_backward_q(
     scale,
     back_scale,
     limit,
+    lent,
     G: tl.constexpr,
     D: tl.constexpr,
     DO: tl.constexpr,
     TURN: tl.constexpr,
     PAIRS: tl.constexpr,
     LIMIT: tl.constexpr,
+    SHARED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -181,10 +222,10 @@ def attention_backward_q(
     q_tile = tl.load(
         q + token[:, None] * s + (head * D)[:, None] + d[None, :], mask=ok[:, None], other=0.0
     )
-    at = token[:, None] * (kv_heads * G * D) + (head * D)[:, None] + d[None, :]
-    do_tile = tl.load(dout + at, mask=ok[:, None], other=0.0)
+    of_out = token[:, None] * (kv_heads * G * D) + (head * D)[:, None] + d[None, :]
+    do_tile = tl.load(dout + of_out, mask=ok[:, None], other=0.0)
     if DO == D:
-        o_tile = tl.load(out + at, mask=ok[:, None], other=0.0)
+        o_tile = tl.load(out + of_out, mask=ok[:, None], other=0.0)
         sums = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     else:
         sums = tl.zeros([BM], tl.float32)
@@ -198,22 +239,31 @@ def attention_backward_q(
     log = tl.load(lse + of_row)
     room = (token - start).to(tl.uint32)
     acc = tl.zeros([BM, DO], tl.float32)
-    low, end, _ = _reach(first, begin, m, BM // G)
+    low, end, alone = _reach(first, begin, m, BM // G)
+    own = low
+    theirs, until = start, start
+    if SHARED:
+        theirs, until = tl.load(lent + token), tl.load(lent + m + token)
+        low, skipped, last, _ = _borrowed(theirs, until, m, own, alone, BN)
     for c in tl.range(low, end, BN, num_stages=STAGES):
-        keys = c + tl.arange(0, BN)
-        k_tile = k.load([c, kv_head * D])
+        at, stop = c, end
+        if SHARED:
+            at = tl.where(c < own, c + skipped, c)
+            stop = tl.where(c < own, last, end)
+        keys = at + tl.arange(0, BN)
+        k_tile = k.load([at, kv_head * D])
         x = tl.dot(q_tile, k_tile.T) * scale
         if LIMIT:
             x = _capped(x, limit)
             slope = 1.0 - (x / limit) * (x / limit)
-        seen = (keys[None, :] - start[:, None]).to(tl.uint32) <= room[:, None]
+        seen = _seen(keys, start, room, theirs, until, stop, SHARED)
         p = tl.exp2(tl.where(seen, x - log[:, None], -float("inf")))
-        dp = tl.dot(do_tile, v.load([c, kv_head * D]).T)
+        dp = tl.dot(do_tile, v.load([at, kv_head * D]).T)
         change = p * (dp - sums[:, None])
         if LIMIT:
             change *= slope
         if DO != D:
-            k_tile = k_part.load([c, kv_head * D + part])
+            k_tile = k_part.load([at, kv_head * D + part])
         acc = tl.dot(change.to(q_tile.dtype), k_tile, acc)
     acc *= back_scale
     if TURN:
@@ -247,12 +297,14 @@ def attention_backward_kv(
     scale,
     back_scale,
     limit,
+    lent,
     G: tl.constexpr,
     D: tl.constexpr,
     DO: tl.constexpr,
     TURN: tl.constexpr,
     PAIRS: tl.constexpr,
     LIMIT: tl.constexpr,
+    SHARED: tl.constexpr,
     PAD: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -283,6 +335,8 @@ def attention_backward_kv(
     end = tl.load(past + tl.minimum(begin + BN, m) - 1)
     # keys of several documents: every block needs the mask
     above = tl.where(tl.load(past + begin) == end, end, 0)
+    if SHARED:
+        end = tl.max(tl.load(lent + 2 * m + keys, mask=held, other=0), 0)
     for c in tl.range(begin, end, BM // PAD, num_stages=STAGES):
         q_tile = tl.reshape(q.load([c, kv_head * G, 0]), (BM, D))
         if DK or DO == D:
@@ -300,11 +354,13 @@ def attention_backward_kv(
         x -= log[None, :]
         if (c < begin + BN - 1) | (c + BM // PAD > above):
             token = c + row // PAD
-            x = tl.where(
-                (keys[:, None] <= token[None, :]) & (token[None, :] < stop[:, None]),
-                x,
-                -float("inf"),
-            )
+            seen = (keys[:, None] <= token[None, :]) & (token[None, :] < stop[:, None])
+            if SHARED:
+                theirs = tl.load(lent + token, mask=token < m, other=0)
+                wide = tl.load(lent + m + token, mask=token < m, other=0) - theirs
+                ahead = (keys[:, None] - theirs[None, :]).to(tl.uint32)
+                seen |= ahead < wide.to(tl.uint32)[None, :]
+            x = tl.where(seen, x, -float("inf"))
         if PAD != G:
             x = tl.where((row % PAD < G)[None, :], x, -float("inf"))
         p = tl.exp2(x)

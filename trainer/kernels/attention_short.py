@@ -82,10 +82,12 @@ def forward(
     scale: float,
     cap: float | None = None,
     sinks: Tensor | None = None,
+    lent: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor]]:
     """Causal attention within spans: q [M, H, D], k and v [M, KV, D], sinks [H], scores squashed to
     cap tanh(score / cap) -> (out [M, H, D], what ``backward`` needs: the logarithms of the sums in
-    powers of two, fp32 [H, M and up to 15 more])."""
+    powers of two, fp32 [H, M and up to 15 more]). With ``lent``
+    (trainer/data/shared_keys.py) documents read keys of others too, and spans have no window."""
     (m, heads, d), kv_heads = q.shape, k.shape[1]
     out = q.new_empty(m, heads, d)
     # the copy engine takes rows of a multiple of 16 bytes
@@ -107,11 +109,13 @@ def forward(
         scale / math.log(2),
         (cap or 0.0) / math.log(2),
         sinks,
+        lent,
         G=group,
         D=d,
         DO=d // parts,
         LIMIT=cap is not None,
         SINKS=sinks is not None,
+        SHARED=lent is not None,
         **tile,
     )
     return out, (lse,)
@@ -130,6 +134,7 @@ def backward(
     sin: Tensor | None,
     pairs: bool = False,
     cap: float | None = None,
+    lent: Tensor | None = None,
 ) -> Tensor:
     """Gradients of ``forward``, joined: [M, (H + 2 KV) D]. With cos and sin [M, D] (halves equal)
     those of q and k are taken back to before rotary embedding; ``pairs``: its pairs are neighbours.
@@ -143,10 +148,10 @@ def backward(
     delta = torch.empty_like(lse)
     group = heads // kv_heads
     limit = (cap or 0.0) / math.log(2)
-    ending = (q.stride(0), joined.shape[1], kv_heads, scale / math.log(2), scale, limit)
+    ending = (q.stride(0), joined.shape[1], kv_heads, scale / math.log(2), scale, limit, lent)
     parts = -(-d // PART)
     fixed = {"G": group, "D": d, "DO": d // parts, "PAIRS": pairs, "LIMIT": cap is not None}
-    fixed["TURN"] = cos is not None
+    fixed |= {"TURN": cos is not None, "SHARED": lent is not None}
     bm, bn, tile = _tile("backward_q", d)
     jit.attention_backward_q[(kv_heads, triton.cdiv(m, bm // group), parts)](
         *(q, _wide(k, bn), _wide(k, bn, PART), _wide(v, bn), at.first, out, dout),

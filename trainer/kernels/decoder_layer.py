@@ -54,6 +54,18 @@ class Packed(NamedTuple):
         """The most keys that a document reads."""
         return self.longest if self.ends is None else self.ends.longest
 
+    @property
+    def reads(self) -> Tensor | None:
+        """Which tokens of others each document reads: ``SharedKeys.reads``."""
+        return None if self.shared is None else self.shared.reads
+
+    def short_kernels(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> ModuleType | None:
+        """Attention for short documents where it computes this pack: with a window only documents
+        that read no others."""
+        if self.shared is not None and rules.window is not None:
+            return None
+        return short_kernels(q, k, v, self.most_keys, rules)
+
 
 # the results of ``rope_backward``
 Turned = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -185,15 +197,14 @@ class FastLayer:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         rules = self.rules.within(packed.most_keys)
         near = (packed.cu, packed.longest, rules, self.sinks, packed.ends)
-        if packed.shared is not None:  # the short kernels read one run of keys a document
-            k, v = (spread(x, packed.shared) for x in (k, v))
-            return flash_forward(q, k, v, *near)
-        short = short_kernels(q, k, v, packed.longest, rules)
+        short = packed.short_kernels(q, k, v, rules)
         if short is None:
+            if packed.shared is not None:
+                k, v = (spread(x, packed.shared) for x in (k, v))
             return flash_forward(q, k, v, *near)
         first = short.spans(packed.cu, len(q), rules.window).first
         found: tuple[Tensor, tuple[Tensor, ...]] = short.forward(
-            q, k, v, first, rules.scale, rules.softcap, self.sinks
+            q, k, v, first, rules.scale, rules.softcap, self.sinks, packed.reads
         )
         return found
 
@@ -240,12 +251,10 @@ class FastLayer:
             turned = ops.rope_forward_(kept.qkv, *none, *turn, *counts, **self._turns)
         q, k, v = self._heads(kept.qkv, turned)
         rules, shared = self.rules.within(packed.most_keys), packed.shared
-        short = None
-        if shared is not None:
-            k, v = (spread(x, shared) for x in (k, v))
-        else:
-            short = short_kernels(q, k, v, packed.longest, rules)
+        short = packed.short_kernels(q, k, v, rules)
         if short is None:
+            if shared is not None:
+                k, v = (spread(x, shared) for x in (k, v))
             near = (packed.cu, packed.longest, rules, self.sinks, packed.ends)
             dq, dk, dv = flash_backward(dout, q, k, v, kept.out, flash, *near)
             if shared is not None:
@@ -258,7 +267,7 @@ class FastLayer:
         else:
             spans = short.spans(packed.cu, len(q), rules.window)
             asked = (None, None) if norms is not None else turn
-            more = (spans, rules.scale, *asked, self.pairs, rules.softcap)
+            more = (spans, rules.scale, *asked, self.pairs, rules.softcap, packed.reads)
             d = short.backward(dout, q, k, v, kept.out, flash[0], *more)
         if norms is not None:
             ops.head_norm_backward_(d, kept.qkv, *turn, *counts, **self._turns)

@@ -35,7 +35,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return gather(grad, SharedKeys(*ctx.saved_tensors)), None, None, None, None
+        return gather(grad, SharedKeys(*ctx.saved_tensors)), *(None,) * len(SharedKeys._fields)
 
 
 def spread_heads(own: Tensor, keys: SharedKeys) -> Tensor:

@@ -61,3 +61,8 @@ def test_gradients_of_keys_that_several_rows_read_are_added_up() -> None:
     grad = torch.randn(27, 2, 3, dtype=torch.float64)
     [want] = torch.autograd.grad(spread(own, keys), own, grad)
     torch.testing.assert_close(gather(grad, keys), want)
+
+
+def test_rows_that_borrow_stand_behind_the_one_that_lends() -> None:
+    with pytest.raises(ValueError, match="row 2 does not follow"):
+        shared_keys([6, 2, 3], [Borrowed(0, 0), Borrowed(1, 0), Borrowed(0, 4)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from trainer.data import shared_keys as data  # noqa: E402
+from trainer.data.sharing import Borrowed  # noqa: E402
 from trainer.kernels import attention, attention_short, reference  # noqa: E402
 from trainer.kernels.decoder_layer import Packed  # noqa: E402
+from trainer.kernels.shared_keys import gather, spread  # noqa: E402
 from trainer.kernels.verify import OTHERWISE, short_attention_error  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -106,6 +110,39 @@ def test_a_window_a_cap_and_sinks_are_the_twins(case, window):
         grads = torch.autograd.grad(want, given, dout)
     agree(out, want)
     agree(got, torch.cat([x.flatten(1) for x in grads], 1))
+
+
+SHARED = [
+    # own tokens and what is borrowed of which row; heads, key heads, head size. Answers of more
+    # than a tile, of few tokens, and one between that borrows nothing
+    (
+        [(150, 0, 0), (70, 0, 90), (20, 2, 0), (3, 2, 17), (2, 2, 0), (2, 2, 16), (40, 6, 0)],
+        2,
+        2,
+        64,
+    ),
+    ([(9, 0, 0), (40, 1, 0), (1, 1, 39), (1, 1, 20), (30, 1, 33)], 6, 2, 64),
+    ([(70, 0, 0), (66, 0, 64), (5, 0, 64)], 4, 1, 128),
+    ([(40, 0, 0), (9, 0, 30)], 2, 1, 256),
+]
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_documents_that_borrow_keys_attend_to_them_as_if_these_were_their_own(case):
+    rows, *heads = case
+    own = [n for n, _, _ in rows]
+    keys, ends = data.shared_keys(own, [Borrowed(place, n) for _, place, n in rows])
+    keys, most = data.SharedKeys(*(x.to(DEVICE) for x in keys)), int(ends.diff().max())
+    q, k, v, dout, cu, at = heads_of([0, *np.cumsum(own).tolist()], *heads)
+    near = (cu, attention.Rules(0.2, None, 5.0), None, attention.KeyEnds(ends.to(DEVICE), most))
+    out, (lse,) = attention_short.forward(q, k, v, at.first, 0.2, 5.0, lent=keys.reads)
+    spread_out = (q, spread(k, keys), spread(v, keys))
+    agree(out, attention.eager_forward(*spread_out, *near)[0])
+    more = (at, 0.2, None, None, False, 5.0, keys.reads)
+    got = attention_short.backward(dout, q, k, v, out, lse, *more)
+    dq, dk, dv = attention.eager_backward(dout, *spread_out, *near)
+    want = [dq, gather(dk, keys), gather(dv, keys)]
+    agree(got, torch.cat([x.flatten(1) for x in want], 1))
 
 
 def angles(m, d):
