@@ -17,7 +17,7 @@ from trainer.families import Family
 from trainer.wire.job import Job
 from trainer.wire.stages import Shares
 
-LEAST = 64  # tokens of a beginning that are worth sharing
+LEAST = 16  # tokens of a beginning that are worth sharing
 
 
 class Borrowed(NamedTuple):

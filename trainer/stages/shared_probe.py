@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 # of the norm of hidden states and of gradients; rounding alone gives a tenth of it
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.01, "nf4": 0.03, "fp8": 0.2, "int8": 0.2}
 NOISE = 4.0  # times what packing without sharing changes
-ANSWER = 24  # tokens of a row that are its own
+PROMPT, ANSWER = 64, 24  # tokens of a row that are shared, at most, and that are its own
 
 
 def difference(
@@ -58,15 +58,16 @@ def _apart(got: Tensor, want: Tensor) -> float:
 
 
 def _shortened(rows: Rows, group: list[int]) -> Rows:
-    """The rows with LEAST tokens of their common beginning, and the ANSWER tokens behind it."""
+    """The rows with up to PROMPT tokens of their common beginning, and ANSWER tokens behind it."""
     parts = []
     front = max(sharing.beginnings(rows, group))
+    kept = min(front, PROMPT)
     for row in group:
         ids = rows.ids[rows.starts[row] : rows.starts[row + 1]]
         own = ids[front : front + ANSWER]
-        parts.append(np.concatenate([ids[: sharing.LEAST], own]))
+        parts.append(np.concatenate([ids[:kept], own]))
     starts = np.cumsum([0, *(len(part) for part in parts)])
-    marks = [np.arange(len(part)) > sharing.LEAST for part in parts]
+    marks = [np.arange(len(part)) > kept for part in parts]
     told = (np.concatenate(parts), np.concatenate(marks), starts.astype(np.int64))
     return Rows(*told, np.ones(len(parts), np.bool_), [""] * len(parts))
 
