@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 import subprocess
 import time
@@ -119,6 +118,3 @@ class Browser:
         self.chrome("Emulation.setTouchEmulationEnabled", enabled=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.chrome("Emulation.setEmulatedMedia", features=[scheme])
-
-    def shot(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self._send("GET", "/screenshot")))

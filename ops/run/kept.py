@@ -24,7 +24,6 @@ from ops.run.meter import box_age_s, burn_usd_per_hour, halted, life_s, spent_us
 from ops.run.session import MARGIN_S, MORE, Kept, Session
 from ops.wait import until
 
-DAY_S = 86400.0
 MIN_KEPT_S = 3600.0  # for less a disk is not worth keeping
 STOP_PATIENCE_S = 300.0  # until vast.ai shows the box stopped
 ASK_S = 3.0  # between two calls that stop it

@@ -135,11 +135,6 @@ def by_row(answers: Sequence[str], references: Sequence[str]) -> dict[str, list[
     return rows
 
 
-def scored(answers: Sequence[str], references: Sequence[str]) -> dict[str, Mean]:
-    """Means of `by_row` with their intervals."""
-    return {name: interval(values) for name, values in by_row(answers, references).items()}
-
-
 def ratio(
     parts: Sequence[float],
     wholes: Sequence[float],

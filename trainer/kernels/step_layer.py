@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,20 +44,6 @@ class CachePositions(NamedTuple):
         firsts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
         starts = torch.nn.functional.pad((slots * longest).int(), (0, 1))
         return cls(slots, positions, firsts, starts, (positions + 1).int(), share)
-
-
-class KeyValueCache(Protocol):
-    """Keys and values of rows, by layer. ``place`` is None during prefill."""
-
-    place: CachePositions | None
-
-    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [M, KV, D] of packed tokens."""
-        ...
-
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values, [rows, longest, KV, D] each."""
-        ...
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, CachePositions, Rules, Tensor | None], Tensor]

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 WIDTH = 16  # answers decoded side by side
 WAITING = 256  # asks that wait before one is refused
-TOP = 20  # of the likeliest tokens, at most, that come with a token
 FIRST_ROOM = 256  # tokens of a row, to begin with: rows double as they need it
 
 

@@ -25,7 +25,6 @@ from trainer.result import cog
 from trainer.result.export import ExportSettings, export
 from trainer.serve.cog import CogAnswers, WrongInput, application, read_input
 
-ROOT = Path(__file__).parents[3]
 QUESTION = {"prompt": "里奥是什么动物？", "max_tokens": 6}
 
 
