@@ -68,7 +68,7 @@ def boot(session: Session, instance_id: int, offer: Offer) -> Instance:
         session.screen.booting(now, waited)
         if again and waited < RESTART_S * session.clock.pace and now.status in HALTED:
             return None  # it was told to start a moment ago
-        _raise_if_fatal(session, now)
+        _raise_if_fatal(now)
         if now.status in ("offline", "unknown"):
             offline_since.append(session.clock.steady())
             if session.clock.steady() - offline_since[0] > OFFLINE_PATIENCE_S * session.clock.pace:
@@ -112,7 +112,7 @@ def _validate_first_boot(session: Session, running: Instance, offer: Offer) -> N
         session.screen.waiting(f"vast.ai stops the box at {at}: its contract ends then")
 
 
-def _raise_if_fatal(session: Session, now: Instance) -> None:
+def _raise_if_fatal(now: Instance) -> None:
     if now.outbid:
         raise Preempted(f"instance {now.id} was outbid, or the credit ran out")
     if now.status == "exited" or blame.start_word(now.status_msg):

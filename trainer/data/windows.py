@@ -86,8 +86,8 @@ def tokenise_documents(
                 marks = [False] * (len(prefix) + begin - low) + [True] * (end - begin + len(last))
                 ids = [*prefix, *coding.ids[low:end], *last]
                 parts.add(ids, marks, row.where, len(own.encode()))
-            parts.document(len(cuts), row.where)
-    rows = parts.rows(len(texts), len(found))
+            parts.document(len(cuts))
+    rows = parts.rows(len(texts))
     if not chats:
         return rows
     talked = tokenise(chats, vocabulary, template, job.data)
@@ -121,11 +121,11 @@ class _Parts:
         self.where.append(where)
         self.bytes.append(size)
 
-    def document(self, count: int, where: str) -> None:
+    def document(self, count: int) -> None:
         self.numbers += [(self.numbers[-1] + 1 if self.numbers else 0)] * count
         self.cut += count > 1
 
-    def rows(self, texts: int, found: int) -> Rows:
+    def rows(self, texts: int) -> Rows:
         lengths = [len(i) for i in self.ids[1:]]
         summary = []
         if self.cut:

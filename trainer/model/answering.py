@@ -35,7 +35,7 @@ def accelerate(model: nn.Module, precision: str, device: torch.device) -> bool:
         if isinstance(module, LoraLayer):
             for name in module.lora_dropout:
                 module.lora_dropout[name] = nn.Identity()
-    if why := why_not(model, precision):
+    if why := _why_not(model):
         log.info("transformers' own layers answer: %s", why)
         return False
     names = accelerate_model(model.requires_grad_(False), precision, device)
@@ -43,7 +43,7 @@ def accelerate(model: nn.Module, precision: str, device: torch.device) -> bool:
     return True
 
 
-def why_not(model: nn.Module, precision: str) -> str:
+def _why_not(model: nn.Module) -> str:
     """Why the fused layers do not decode this model with these adapters, or ""."""
     family = family_of(model)
     if not (family.fused and packs(model, 1)) or family.mixture:

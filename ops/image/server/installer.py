@@ -130,7 +130,7 @@ def install_tools(plan: str, small: Path, prefix: Path) -> None:
         part.replace(prefix / target)
 
 
-def record(plan: str, facts: str, prefix: Path, sbom: str | None) -> dict[str, Any]:
+def record(plan: str, facts: str, sbom: str | None) -> dict[str, Any]:
     """What was verified, proved and installed, as one object: who, when, which hashes, the checks,
     the self-test.
     """
@@ -219,7 +219,7 @@ def main(arguments: list[str]) -> int:
         sbom = small / "sbom" / "image.cdx.json"
         digest = hashlib.sha256(sbom.read_bytes()).hexdigest() if sbom.is_file() else None
         facts = sys.stdin.buffer.read().decode("utf-8", "replace")  # a folder may be named in GBK
-        write_record(record(plan, facts, prefix, digest), prefix)
+        write_record(record(plan, facts, digest), prefix)
     else:
         print(__doc__, file=sys.stderr)
         return 2
