@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.data.template import Template, Turn, load, with_chat_template
+from trainer.data.template import Template, Turn, from_chat_template
 from trainer.data.tokens import Vocabulary, open_vocabulary
 
 TEMPLATES = Path(__file__).parent / "trainer/data/chat_templates"
@@ -179,7 +179,7 @@ def write_model_tokenizer(folder: Path, name: str) -> Path:
 
 def opened(folder: Path) -> tuple[Vocabulary, Template]:
     vocabulary = open_vocabulary(folder)
-    return vocabulary, with_chat_template(load("chat"), vocabulary.chat_template)
+    return vocabulary, from_chat_template(vocabulary.chat_template)
 
 
 def messages_of(turns: list[Turn], reasoning_key: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ def write_result(
     from transformers import AutoModelForCausalLM
 
     from trainer.data.prepare import Prepared
-    from trainer.data.template import load, with_chat_template
+    from trainer.data.template import from_chat_template, load
     from trainer.data.tokenised import Rows
     from trainer.data.tokens import open_vocabulary, stop_token, token_hash
     from trainer.result.words import write_words
@@ -35,7 +35,7 @@ def write_result(
     model.save_pretrained(folder)
     vocabulary, known = open_vocabulary(base), load(template)
     if template == "chat":
-        known = with_chat_template(known, vocabulary.chat_template)
+        known = from_chat_template(vocabulary.chat_template)
     stop, found = stop_token(vocabulary, known), token_hash(vocabulary, known)
     write_words(base, folder, Prepared(Rows.empty(), vocabulary, known, stop, found))
     return folder

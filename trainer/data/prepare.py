@@ -22,7 +22,7 @@ from trainer.data.files import read_rows
 from trainer.data.formats import Row
 from trainer.data.render import prompt
 from trainer.data.sources import Defect, Reading
-from trainer.data.template import Template, TemplateError, Turn, load, with_chat_template
+from trainer.data.template import Template, TemplateError, Turn, from_chat_template, load
 from trainer.data.tokenised import Rows, tokenise
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
 from trainer.wire.job import Data, Job
@@ -206,11 +206,7 @@ def validate_settings(job: Job) -> None:
 
 def job_template(job: Job, vocabulary: Vocabulary) -> Template:
     template = load(job.data.template, job.data.template_text)
-    return (
-        with_chat_template(template, vocabulary.chat_template)
-        if template.name == "chat"
-        else template
-    )
+    return from_chat_template(vocabulary.chat_template) if template.name == "chat" else template
 
 
 def validate_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:

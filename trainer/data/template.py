@@ -99,8 +99,8 @@ def names() -> list[str]:
 
 
 def load(name: str, text: str | None = None) -> Template:
-    """The template of job.data: `text` (a user's own file, whole) wins over the name. 'chat' needs
-    `with_chat_template` afterwards.
+    """The template of job.data: `text` (a user's own file, whole) wins over the name. 'chat' is
+    empty: `from_chat_template` makes the one to use.
 
     Raises TemplateError for an unknown name or a text without the places that it needs."""
     if text is not None:
@@ -116,8 +116,8 @@ def load(name: str, text: str | None = None) -> Template:
     return parse(name, path.read_text(encoding="utf-8"))
 
 
-def with_chat_template(template: Template, jinja: str) -> Template:
-    """The 'chat' template filled with the tokenizer's own Jinja text."""
+def from_chat_template(jinja: str) -> Template:
+    """The 'chat' template, of the tokenizer's own Jinja text."""
     if not jinja:
         raise TemplateError(
             "data.template is 'chat', but this tokenizer has no chat template: name one of "

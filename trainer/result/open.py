@@ -36,7 +36,7 @@ from trainer.data.prepare import (
 )
 from trainer.data.render import examples
 from trainer.data.sources import Reading
-from trainer.data.template import TemplateError, Turn, load, parse, with_chat_template
+from trainer.data.template import TemplateError, Turn, from_chat_template, parse
 from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
@@ -104,7 +104,7 @@ def open_words(adapter: Path, base: Path) -> Prepared:
     saved = json.loads((adapter / "template.json").read_text(encoding="utf-8"))
     vocabulary = open_vocabulary(base)
     template = (
-        with_chat_template(load("chat"), saved["source"])
+        from_chat_template(saved["source"])
         if saved["name"] == "chat"
         else parse(saved["name"], saved["source"])
     )

@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from trainer.data.prepare import Prepared
-from trainer.data.template import TemplateError, load, with_chat_template
+from trainer.data.template import TemplateError, from_chat_template
 from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_ids, stop_token, token_hash
 from trainer.model.parts import ModelError, family_of
@@ -180,7 +180,7 @@ def _own_words(base: Path, other: Prepared | None) -> Prepared:
     """The base's own chat template, or else `other`'s words."""
     vocabulary = open_vocabulary(base)
     try:
-        template = with_chat_template(load("chat"), vocabulary.chat_template)
+        template = from_chat_template(vocabulary.chat_template)
         stop = stop_token(vocabulary, template)
     except TemplateError:
         if other is None:

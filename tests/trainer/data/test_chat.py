@@ -23,7 +23,7 @@ from chat_world import (
 
 from trainer.data.chat import SpecialTokens, open_chat
 from trainer.data.render import examples, prompt
-from trainer.data.template import Template, TemplateError, Turn, load, with_chat_template
+from trainer.data.template import Template, TemplateError, Turn, from_chat_template
 from trainer.data.tokens import Vocabulary, encode, stop_ids, stop_token, unjoined
 
 TODAYS = ["qwen3", "qwen3_5", "qwen3_8", "gemma4", "gpt_oss", "glm4moe"]
@@ -243,7 +243,7 @@ ONE = [Turn("user", "Hi"), Turn("assistant", "Hello")]
 
 
 def made_up(jinja: str, turns: list[Turn], tokens: SpecialTokens = TOKENS, **settings: Any) -> list:
-    made = examples(with_chat_template(load("chat"), jinja), turns, tokens, **settings)
+    made = examples(from_chat_template(jinja), turns, tokens, **settings)
     return [[(s.text, s.trained) for s in example.segments] for example in made]
 
 
@@ -458,7 +458,7 @@ def test_where_a_token_would_reach_into_an_answer_each_answer_is_a_row(tmp_path:
     for row, (ids, trained) in zip(rows, encode(vocabulary, template, rows), strict=True):
         alone = vocabulary.tokenizer.encode(row[0].text, add_special_tokens=False).ids
         assert ids[: len(alone)] == alone and trained.index(True) == len(alone)
-    (whole,) = examples(with_chat_template(load("chat"), CHATML), turns, TOKENS)
+    (whole,) = examples(from_chat_template(CHATML), turns, TOKENS)
     assert unjoined(vocabulary, whole.segments) == [whole.segments]
 
 

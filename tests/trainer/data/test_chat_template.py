@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -46,7 +45,7 @@ def test_a_thousand_conversations_become_the_tokens_of_the_training(name: str, p
     prove(template, vocabulary(prefix, template.prefix))
 
 
-def test_stock_transformers_renders_the_proven_text(tmp_path: Path) -> None:
+def test_stock_transformers_renders_the_proven_text() -> None:
     from transformers import PreTrainedTokenizerFast
 
     told = vocabulary("<s>")
@@ -65,7 +64,7 @@ def test_a_tokenizers_own_template_is_taken_as_it_is() -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    own = templates.with_chat_template(templates.load("chat"), jinja)
+    own = templates.from_chat_template(jinja)
     assert prove(own, vocabulary("<s>"), 200) == jinja
     assert prove(own, vocabulary(), 200) == jinja
 
@@ -88,7 +87,7 @@ def test_other_programs_ask_for_reasoning_as_training_did_unless_told_otherwise(
         "{% if add_generation_prompt %}<|im_start|>"
         "{% if enable_thinking is defined and not enable_thinking %}(no){% endif %}{% endif %}"
     )
-    own = templates.with_chat_template(templates.load("chat"), jinja)
+    own = templates.from_chat_template(jinja)
     told = prove(own, vocabulary(), 200, thinking=False)
     messages = [{"role": "user", "content": "hi"}]
     assert render_chat(told, messages, "</s>", "<s>", True).endswith("(no)")

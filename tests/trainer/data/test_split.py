@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from trainer.data.errors import InvalidJob
 from trainer.data.formats import Row
 from trainer.data.split import rounds_of, split_long
-from trainer.data.template import Turn, load, with_chat_template
+from trainer.data.template import Turn, from_chat_template
 from trainer.data.tokenised import tokenise
 from trainer.data.tokens import open_vocabulary
 from trainer.wire.job import Data
@@ -70,7 +70,7 @@ def stock_pieces(stock: Any, turns: tuple[Turn, ...]) -> list[tuple[list[int], l
 @pytest.mark.parametrize("system", ["", "be kind"])
 def test_every_piece_is_what_stock_rendering_says_of_it(folder: Path, system: str) -> None:
     stock, vocabulary = AutoTokenizer.from_pretrained(folder), open_vocabulary(folder)
-    template = with_chat_template(load("chat"), vocabulary.chat_template)
+    template = from_chat_template(vocabulary.chat_template)
     rows = [Row("a:1", talk(12, system=system)), Row("a:2", talk(1, system=system))]
     found = tokenise(rows, vocabulary, template, settings())
     parts = [slice(a, b) for a, b in zip(found.starts[:-1], found.starts[1:], strict=True)]
@@ -85,7 +85,7 @@ def test_every_piece_is_what_stock_rendering_says_of_it(folder: Path, system: st
 
 def test_a_round_that_is_too_long_is_left_out_and_told(folder: Path) -> None:
     vocabulary = open_vocabulary(folder)
-    template = with_chat_template(load("chat"), vocabulary.chat_template)
+    template = from_chat_template(vocabulary.chat_template)
     long = (*talk(2), Turn("user", "go on"), Turn("assistant", "on and on " * 40), *talk(2)[1:])
     found = tokenise([Row("a:1", long)], vocabulary, template, settings())
     assert len(found) >= 2 and max(found.lengths) <= LIMIT

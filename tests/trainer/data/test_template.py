@@ -20,10 +20,10 @@ from trainer.data.template import (
     TemplateError,
     Turn,
     alpaca_turns,
+    from_chat_template,
     load,
     parse,
     render_pieces,
-    with_chat_template,
 )
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
 
@@ -155,7 +155,7 @@ def test_an_empty_instruction_leaves_no_blank_line_before_the_input() -> None:
     turns = [Turn("user", "", "What?"), Turn("assistant", "That.")]
     said, _ = written("vicuna", turns)
     assert said.endswith(". USER: What? ASSISTANT: That.</s>")
-    own = rendered(with_chat_template(load("chat"), CHATML), turns)
+    own = rendered(from_chat_template(CHATML), turns)
     assert own[0].text == "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -213,7 +213,7 @@ def test_braces_in_a_users_text_are_left_alone() -> None:
 def test_the_prompt_for_an_answer_is_how_the_training_row_begins(
     vocabulary: Vocabulary, name: str
 ) -> None:
-    template = with_chat_template(load("chat"), CHATML) if name == "chat" else load(name)
+    template = from_chat_template(CHATML) if name == "chat" else load(name)
     turns = TWO if name != "alpaca" else ONE
     whole, marks = encode(vocabulary, template, [rendered(template, turns)])[0]
     asked, _ = encode(
@@ -229,7 +229,7 @@ def test_the_prompt_for_an_answer_is_how_the_training_row_begins(
 def test_every_answer_ends_in_the_stop_token_as_a_trained_label(
     vocabulary: Vocabulary, name: str
 ) -> None:
-    template = with_chat_template(load("chat"), CHATML) if name == "chat" else load(name)
+    template = from_chat_template(CHATML) if name == "chat" else load(name)
     stop = stop_token(vocabulary, template)
     own = "<|im_end|>" if name == "chat" else template.stop
     assert vocabulary.tokenizer.id_to_token(stop) == ("</s>" if own == "eos" else own)
@@ -257,7 +257,7 @@ def test_our_rendering_of_a_chat_template_is_that_of_transformers(tmp_path: Path
     ]
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
     ours = rendered(
-        with_chat_template(load("chat"), CHATML),
+        from_chat_template(CHATML),
         [Turn(m["role"], m["content"]) for m in messages],
     )
     assert "".join(s.text for s in ours) == theirs
@@ -266,9 +266,7 @@ def test_our_rendering_of_a_chat_template_is_that_of_transformers(tmp_path: Path
 
 REFUSED = {
     "a chat template without a stop token": (
-        lambda: with_chat_template(
-            load("chat"), "{% for m in messages %}{{ m.content }} {% endfor %}"
-        ),
+        lambda: from_chat_template("{% for m in messages %}{{ m.content }} {% endfor %}"),
         "stop",
     ),
     "a stop text that is many tokens": (
@@ -320,9 +318,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         load("alpacca")
 
 
-def test_the_token_hash_changes_with_template_and_tokenizer(
-    tmp_path: Path, vocabulary: Vocabulary
-) -> None:
+def test_the_token_hash_changes_with_template_and_tokenizer(vocabulary: Vocabulary) -> None:
     first = token_hash(vocabulary, load("alpaca"))
     assert first == token_hash(vocabulary, load("alpaca")) != token_hash(vocabulary, load("vicuna"))
     changed = parse("alpaca", load("alpaca").source.replace("Write a response", "Give a response"))
@@ -341,6 +337,6 @@ def test_a_tokenizer_that_puts_a_start_token_first_does_so_once(
     )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     vocabulary = open_vocabulary(tmp_path)
-    for template in (load("alpaca"), with_chat_template(load("chat"), "{{ bos_token }}" + CHATML)):
+    for template in (load("alpaca"), from_chat_template("{{ bos_token }}" + CHATML)):
         ids, marks = encode(vocabulary, template, [rendered(template, ONE)])[0]
         assert ids[0] == 1 and ids.count(1) == 1 and not marks[0]
