@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,9 +160,7 @@ def test_bytes_of_a_slow_link_keep_their_order_on_a_machine_that_is_late() -> No
     assert sent == b"a" * 10 + b"b"
 
 
-def test_a_slow_link_carries_so_many_bytes_a_second(
-    fake: FakeVast, box: tuple[int, Reach], tmp_path: Path
-) -> None:
+def test_a_slow_link_carries_so_many_bytes_a_second(fake: FakeVast, box: tuple[int, Reach]) -> None:
     _, way = box
     come(fake, kind="slow_link", bytes_per_s=40_000, for_s=60)
     came(lambda: fake.emulator.weather.struck)

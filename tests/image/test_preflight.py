@@ -99,7 +99,7 @@ def test_a_driver_that_does_not_answer_is_no_old_gpu(
 
 @pytest.mark.parametrize("driver", ["470.256.02", "418.67"])
 def test_a_driver_that_knows_no_capability_is_too_old_and_nothing_else(
-    server: Callable, tmp_path: Path, driver: str
+    server: Callable, driver: str
 ) -> None:
     answer = f"""case "$*" in
     *compute_cap*) echo 'Field "compute_cap" is not a valid field to query.'; echo; exit 2 ;;
@@ -127,7 +127,7 @@ def test_one_gpu_that_is_lost_is_named_beside_one_that_is_well(server: Callable)
     ids=["hangs", "endless", "mute", "mute-and-content", "bytes"],
 )
 def test_an_nvidia_smi_that_hangs_or_babbles_is_quoted_and_steers_nothing(
-    server: Callable, tmp_path: Path, fake: str, said: str
+    server: Callable, fake: str, said: str
 ) -> None:
     found = server(smi=None, fake=fake + "\n", patience="0.4")
     assert found["driver"]["verdict"] == "fail" and said in found["driver"]["measured"]

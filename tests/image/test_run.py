@@ -538,7 +538,7 @@ def test_status_says_how_every_run_stands(engine_says: Callable, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["r1", "Alpaca_ZH", "微调", "my run"])
 def test_a_run_is_found_by_the_name_that_its_user_gave_it(
-    engine_says: Callable, run: Callable, job_folder: Path, tmp_path: Path, name: str
+    engine_says: Callable, run: Callable, job_folder: Path, name: str
 ) -> None:
     started = engine_says("train", str(job_folder / "job.toml"), "--run", name, "--detach")
     found = re.search(r"^run (\S+): (.*?) ", started.stdout, re.M)

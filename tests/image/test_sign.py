@@ -62,7 +62,7 @@ def test_a_missing_key_is_refused_with_the_command_that_makes_one(tmp_path: Path
     assert refused.value.hint.startswith("milktea image keygen")
 
 
-def test_a_key_is_never_overwritten(tmp_path: Path, release_key: Path) -> None:
+def test_a_key_is_never_overwritten(release_key: Path) -> None:
     before = release_key.read_bytes()
     with pytest.raises(PreflightError, match="exists"):
         sign.make_key(release_key)

@@ -102,9 +102,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     assert error.hint  # type: ignore[union-attr]
 
 
-def test_a_template_whose_stop_token_this_tokenizer_lacks_is_refused(
-    run_folder: Make, tmp_path: Path
-) -> None:
+def test_a_template_whose_stop_token_this_tokenizer_lacks_is_refused(run_folder: Make) -> None:
     job = run_folder()
     settings = json.loads(job.read_text())
     settings["data"] |= {

@@ -292,7 +292,7 @@ def test_the_driver_names_another_gpu_than_the_market(driver_name, market_name):
     assert not same_gpu(driver_name, market_name)
 
 
-def test_every_card_of_the_emulators_market_is_what_its_own_nvidia_smi_says(tmp_path):
+def test_every_card_of_the_emulators_market_is_what_its_own_nvidia_smi_says():
     """The emulator's boxes answer with full names: none of its honest machines may be refused."""
     from ops.fakevast.cloud.catalogue import CARDS
 

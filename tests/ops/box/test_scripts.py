@@ -91,7 +91,7 @@ def test_a_watchdogs_age_goes_on_over_restarts_of_container_and_host(tmp_path: P
     assert "silence" in (tmp_path / "milktea/watchdog.log").read_text()
 
 
-def test_a_date_that_jumps_moves_no_watchdog(tmp_path: Path) -> None:
+def test_a_date_that_jumps_moves_no_watchdog() -> None:
     assert "date" not in scripts.WATCHDOG
 
 

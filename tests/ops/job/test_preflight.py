@@ -482,7 +482,7 @@ def test_a_gated_model_without_a_token_is_refused_before_renting(
     assert "https://huggingface.co/google/gemma-3-4b-it" in error.hint
 
 
-def test_what_is_set_here_and_does_not_travel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_set_here_and_does_not_travel_is_told() -> None:
     here = {"HF_ENDPOINT": "https://hf-mirror.com", "HF_TOKEN": "hf_x"}
     told = "\n".join(tokens.describe([], "", "Qwen/Qwen3-8B", ["tensorboard", "wandb"], here))
     assert "HF_ENDPOINT is set here and not in env" in told

@@ -81,7 +81,7 @@ def test_a_full_disk_at_home_does_not_keep_the_box_alive(own: rig.Rig, fake: Fak
 
 
 def test_an_error_on_the_way_out_never_stands_before_the_delete(
-    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+    own: rig.Rig, fake: FakeVast
 ) -> None:
     """Each odd thing that a stranger's machine can make of our last lines."""
 

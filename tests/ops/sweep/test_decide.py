@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,7 +93,7 @@ def test_what_names_no_values_is_refused(word: str) -> None:
         grid.combinations(dict([grid.parse_set(word)]))
 
 
-def test_every_combination_is_a_job_of_its_own_name(tmp_path: Path) -> None:
+def test_every_combination_is_a_job_of_its_own_name() -> None:
     job = {
         "name": "m",
         "model": {"base": "org/base"},

@@ -62,7 +62,7 @@ def test_a_question_about_a_link_alone_and_an_answer_in_another_script_are_found
     assert found.rule == LANGUAGE and len(found.rows) == 1
 
 
-def test_the_rules_find_few_of_the_rows_that_people_train_on(tmp_path: Path) -> None:
+def test_the_rules_find_few_of_the_rows_that_people_train_on() -> None:
     """One row in twenty at most of the practice job's own."""
     jobs = Path(__file__).parents[3] / "jobs" / "practice" / "train.json"
     rows = [

@@ -305,9 +305,7 @@ def test_fifty_clean_runs_raise_no_alarm(run_folder: Make) -> None:
     assert [str(e.error) for e in outcomes if e.code] == [] and len(outcomes) == 50
 
 
-def test_the_fault_of_a_job_is_in_its_events_for_ops_to_read(
-    run_folder: Make, monkeypatch: Patch
-) -> None:
+def test_the_fault_of_a_job_is_in_its_events_for_ops_to_read(run_folder: Make) -> None:
     job = run_folder(**LONG)
     settings = json.loads(job.read_text())
     settings["model"]["precision"] = "fp8"

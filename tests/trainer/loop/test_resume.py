@@ -151,9 +151,7 @@ def test_two_processes_give_the_curve_of_one(run_folder: Make) -> None:
     )
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
-    run_folder: Make, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(run_folder: Make) -> None:
     job = run_folder(**SETTINGS)
     ranks = start(job)
     wait_for(lambda: len(list((job.parent / "checkpoints").glob("[0-9]*"))) >= 2)

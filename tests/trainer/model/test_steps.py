@@ -71,7 +71,7 @@ def test_the_fused_step_says_what_transformers_layers_say(
 
 
 def test_an_adapter_that_is_taken_or_changed_answers_from_then_on(
-    opened: Callable[[str, bool], Any], monkeypatch: pytest.MonkeyPatch
+    opened: Callable[[str, bool], Any],
 ) -> None:
     models = [opened("llama", True), opened("llama", False)]
 

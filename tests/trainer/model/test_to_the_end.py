@@ -74,7 +74,7 @@ def stock(folder: Path, adapter: Path | None = None) -> torch.Tensor:
 
 @every
 def test_an_adapter_is_merged_and_a_run_goes_on_to_the_same_bytes(
-    name: str, run_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, run_folder: Make, tmp_path: Path
 ) -> None:
     folder = folder_of(name, tmp_path / "model")
     asked = {"max_steps": STEPS, "learning_rate": 2e-2, "save_every_s": 0.0001}

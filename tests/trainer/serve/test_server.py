@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_no_address_beyond_this_computer_without_a_token_of_one_s_own(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for host in ("0.0.0.0", "::", "192.168.1.5", "box.example"):
         with pytest.raises(SystemExit):
