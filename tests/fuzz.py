@@ -119,9 +119,6 @@ overlay           52428800 1048576  51380224       2% /
 =milktea-facts= memory
 67430000000
 68719476736
-=milktea-facts= cores
-32
-800000 100000
 =milktea-facts= shm
 Filesystem     1024-blocks    Used Available Capacity Mounted on
 shm                  65536       0     65536       0% /dev/shm

@@ -76,14 +76,6 @@ KNOWN = {
     "ops.market.ranking": {
         'return counts.most_common(1)[0] if counts else ("", 0) -> 2': "only the first is taken",
     },
-    "ops.box.facts": {
-        "if len(cores) == 3 and all(map(_is_number, cores[1:])) and float(cores[2]) > 0: -> 2": (
-            "Linux takes no period under 1,000 microseconds"
-        ),
-        "if len(cores) == 3 and all(map(_is_number, cores[1:])) and float(cores[2]) > 0: -> 1": (
-            "Linux takes no period under 1,000 microseconds"
-        ),
-    },
     "ops.run.boot": {
         "if booting.seconds > timeout_s: -> booting.seconds >= timeout_s": "it is never equal",
         "if left_s < needs_s: -> left_s <= needs_s": "they are never equal",

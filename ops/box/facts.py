@@ -32,8 +32,6 @@ echo "{MARK} disk"; {DISK} 2>&1
 echo "{MARK} memory"
 while read -r key kib rest; do [ "$key" = MemTotal: ] && echo "$((kib * 1024))"; done </proc/meminfo
 cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null
-echo "{MARK} cores"
-grep -c ^processor /proc/cpuinfo 2>/dev/null; cat /sys/fs/cgroup/cpu.max 2>/dev/null
 echo "{MARK} shm"; df -Pk /dev/shm 2>/dev/null
 true
 """
@@ -71,7 +69,6 @@ class HostFacts:
     group count, since /proc shows the whole machine."""
 
     memory_gib: float = 0.0
-    cores: float = 0.0
     shm_bytes: int = 0
 
 
@@ -153,18 +150,10 @@ def parse_disk(output: str) -> DiskFacts | None:
 
 
 def parse_host(parts: dict[str, str]) -> HostFacts:
-    """The parts memory, cores and shm of SCRIPT's answer; 0 for what none of them says."""
+    """The parts memory and shm of SCRIPT's answer; 0 for what none of them says."""
     memory = [int(w) for w in parts.get("memory", "").split() if re.fullmatch(r"\d{1,18}", w)]
-    cores = parts.get("cores", "").split()
-    seen = [float(w) for w in cores[:1] if _is_number(w)]
-    if len(cores) == 3 and all(map(_is_number, cores[1:])) and float(cores[2]) > 0:
-        seen.append(float(cores[1]) / float(cores[2]))  # microseconds of each period
     shm = parse_disk(parts.get("shm", ""))
-    return HostFacts(
-        min(memory, default=0) / 2**30,
-        min(seen, default=0.0),
-        shm.free_bytes if shm is not None else 0,
-    )
+    return HostFacts(min(memory, default=0) / 2**30, shm.free_bytes if shm is not None else 0)
 
 
 def _is_number(text: str) -> bool:

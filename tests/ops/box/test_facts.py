@@ -309,21 +309,19 @@ def test_a_b300_is_the_card_that_its_driver_calls_ac() -> None:
 # -- the host --------------------------------------------------------------------------------------
 
 
-def host(memory: str = "", cores: str = "", shm: str = "") -> HostFacts:
-    text = f"{MARK} memory\n{memory}\n{MARK} cores\n{cores}\n{MARK} shm\n{shm}\n"
-    return parse(text).host
+def host(memory: str = "", shm: str = "") -> HostFacts:
+    return parse(f"{MARK} memory\n{memory}\n{MARK} shm\n{shm}\n").host
 
 
 def test_the_limits_of_the_container_count_and_not_what_the_machine_has():
-    shown = host("135000000000\n17179869184\n", "64\n800000 100000\n")
-    assert shown.memory_gib == 16.0 and shown.cores == 8.0
-    assert host("17179869184\nmax\n", "4\nmax 100000\n") == HostFacts(16.0, 4.0)
-    assert host("17179869184\n9223372036854771712\n", "4\n") == HostFacts(16.0, 4.0)
+    assert host("135000000000\n17179869184\n") == HostFacts(16.0)
+    assert host("17179869184\nmax\n") == HostFacts(16.0)
+    assert host("17179869184\n9223372036854771712\n") == HostFacts(16.0)
 
 
 @pytest.mark.parametrize("said", ["", "nonsense", "-5", "9" * 5000, "max"])
 def test_a_host_that_says_nothing_is_not_judged(said):
-    assert host(said, said, said) == HostFacts()
+    assert host(said, said) == HostFacts()
     unknown = replace(GOOD, host=HostFacts())
     assert unsuitable(unknown, replace(EXPECTED, min_cpu_ram_gib=64)) is None
     assert parse_disk(f"/dev/x 1 1 {said} 5% /") is None or said == "-5"
@@ -341,9 +339,9 @@ def test_a_container_with_less_memory_than_the_job_needs_is_refused():
 
 
 def test_several_gpus_need_shared_memory_to_speak_by():
-    small = replace(GOOD, host=HostFacts(64, 16, 1 << 20))
+    small = replace(GOOD, host=HostFacts(64, 1 << 20))
     assert "/dev/shm has 1 MiB" in str(unsuitable(small, EXPECTED))
-    assert "/dev/shm has 0 MiB" in str(unsuitable(replace(GOOD, host=HostFacts(0, 0, 1)), EXPECTED))
+    assert "/dev/shm has 0 MiB" in str(unsuitable(replace(GOOD, host=HostFacts(0, 1)), EXPECTED))
     one = replace(small, gpu=replace(GOOD.gpu, count=1))
     assert unsuitable(one, replace(EXPECTED, num_gpus=1)) is None
 
@@ -351,7 +349,7 @@ def test_several_gpus_need_shared_memory_to_speak_by():
 def test_this_machine_says_what_a_container_here_may_use():
     done = subprocess.run(["sh", "-c", SCRIPT], capture_output=True, text=True, timeout=60)
     shown = parse(done.stdout).host
-    assert shown.memory_gib > 0 and shown.cores > 0
+    assert shown.memory_gib > 0
 
 
 # -- to the number ---------------------------------------------------------------------------------
@@ -414,7 +412,5 @@ def test_free_space_is_counted_in_bytes_and_never_below_nothing():
 
 
 def test_the_smallest_of_a_hosts_limits_counts():
-    assert host("2147483648\n1073741824\n", "8\n50000 100000\n") == HostFacts(1.0, 0.5)
-    assert host("1073741824\n", "2\n800000 100000\n").cores == 2.0
-    assert host("1073741824\n", "8\n100000 0\n").cores == 8.0, "no period, no limit"
+    assert host("2147483648\n1073741824\n") == HostFacts(1.0)
     assert host(shm="h\nshm 65536 0 65536 0% /dev/shm").shm_bytes == 64 << 20
