@@ -22,11 +22,18 @@ TURN_FIELDS = frozenset(
 # fields that nothing here reads and that would change what is learned, and what to do about each
 MEANINGFUL = {
     **dict.fromkeys(
-        ("weight", "weights", "train", "loss", "mask", "loss_mask", "loss_weight", "trainable"),
+        (
+            *("weight", "weights", "train", "loss", "mask", "loss_mask", "loss_weight"),
+            *("trainable", "training", "learn", "masked", "ignore"),
+            *("train_detail", "training_detail"),  # Axolotl's, of parts of a turn
+        ),
         "give each turn its own weight (0 or 1), or take it out",
     ),
     **dict.fromkeys(
-        (*REASONING, "thought", "thoughts", "cot", "chain_of_thought", "rationale"),
+        (
+            *(*REASONING, "thought", "thoughts", "cot", "chain_of_thought", "rationale"),
+            *("reasoning_details", "thinking_blocks"),  # OpenRouter's, LiteLLM's
+        ),
         'write it into the answer\'s turn as "reasoning_content", or take it out',
     ),
     **dict.fromkeys(
@@ -42,7 +49,12 @@ MEANINGFUL = {
         ("chosen", "rejected", "label", "labels", "kto_tag"),
         "this stage does not learn from judgements: leave the row out, or take the field out",
     ),
+    "chat_template_kwargs": "set data.enable_thinking for all rows, or take it out",
+    "documents": "write them into a turn, or take it out",
 }
+# fields that say as much by false or 0 as by true or 1; the first ask to learn, as is done anyway
+ASKS = (*LEARNED_FLAGS, "weights", "loss_weight", "trainable", "training", "learn")
+BY_FALSE = frozenset((*ASKS, "label", "kto_tag"))
 PLACE = re.compile(r"\{\{(\w+)\}\}")
 IDENTITY = ("name", "author")  # of LLaMA-Factory's identity.json: never meant as they stand
 
@@ -59,14 +71,21 @@ def unread(
 ) -> tuple[list[str], list[Problem]]:
     """(names of filled fields that nothing reads, those of them that would change what is
     learned)."""
-    names = [k for k in row if k not in read and row[k] not in (None, "", [], (), False)]
+    names = [k for k in row if k not in read and _tells(k, row[k])]
     problems = [
         ((*place, name), "nothing reads this field, and it can change what is learned", fix)
         for name in names
         if (fix := MEANINGFUL.get(name.lower()) or _turns_fix(row[name]))
-        and not (name in LEARNED_FLAGS and row[name] in (1, True))
+        and not (name in ASKS and row[name] in (1, True))
     ]
     return names, problems
+
+
+def _tells(name: str, value: Any) -> bool:
+    """Whether a field says something: an empty one, as tables have them, does not."""
+    if value in (0, False):
+        return name.lower() in BY_FALSE
+    return value not in (None, "", [], ())
 
 
 def _turns_fix(value: Any) -> str:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -106,9 +107,7 @@ def problems_or_row(value: Any, form: str, columns: Columns, where: str) -> Row 
         return [((), f"the row is {kind(value)} ({shown}), not an object", 'write {"...": ...}')]
     row = dict(value)
     if len(row) != len(value):
-        keys = [k for k, _ in value]
-        twice = next(k for k in keys if keys.count(k) > 1)
-        return [((twice,), f"the field {twice!r} is given twice", "keep one")]
+        return [twice(key for key, _ in value)]
     found = READERS[form](row, columns, where)
     if len(row) <= len(KEYS[form]) or not isinstance(found, Row):
         return found
@@ -221,7 +220,7 @@ def _history(row: dict[str, Any], name: str, problems: list[Problem]) -> list[Tu
 def _chat(row: dict[str, Any], columns: Columns, where: str, form: str) -> Row | list[Problem]:
     key = columns.name("conversations" if form == "sharegpt" else "messages")
     given = row.get(key)
-    if given is None:
+    if given is None and key not in row:
         return [_missing(row, key)]
     role_tag = columns.role_tag or ("from" if form == "sharegpt" else "role")
     content_tag = columns.content_tag or ("value" if form == "sharegpt" else "content")
@@ -483,8 +482,8 @@ READERS: dict[str, Callable[[dict[str, Any], Columns, str], Row | list[Problem]]
 
 
 def suspicious_texts(value: Any, path: Path_ = ()) -> list[Problem]:
-    """Characters that no text should hold, anywhere in a row: NUL, U+FFFD (what is left of a broken
-    decoding), half of a surrogate pair."""
+    """What no row should hold, at any depth: a field given twice in one object; in a text NUL,
+    U+FFFD (what is left of a broken decoding), half of a surrogate pair."""
     if isinstance(value, str):
         if "\x00" in value:
             return [(path, "holds a NUL character", "remove it")]
@@ -507,5 +506,14 @@ def suspicious_texts(value: Any, path: Path_ = ()) -> list[Problem]:
                 )
             ]
         return []
+    if type(value) is tuple and len(dict(value)) != len(value):
+        return [twice((key for key, _ in value), path)]
     items = value if type(value) is tuple else enumerate(value) if type(value) is list else ()
     return [problem for key, inner in items for problem in suspicious_texts(inner, (*path, key))]
+
+
+def twice(keys: Iterable[str], path: Path_ = ()) -> Problem:
+    """That one of the `keys` of the object at `path` is given twice."""
+    counted = Counter(keys)
+    name = max(counted, key=lambda key: counted[key])
+    return ((*path, name), f"the field {name!r} is given twice", "keep one")

@@ -206,6 +206,25 @@ REFUSED = {  # row -> what the one defect says
     ),
     "tools beside an instruction": ({"instruction": "1", "output": "2", "tools": [TOOL]}, "tools"),
     "a mask of turns": ({"messages": [U("1"), A("2")], "loss_mask": [0, 1]}, "loss_mask"),
+    "a row that is not to be learned": ({"messages": [U("1"), A("2")], "weight": 0}, "weight"),
+    "an answer that is not wanted": ({"messages": [U("1"), A("2")], "label": False}, "label"),
+    "an answer that is not trained": (
+        {"messages": [U("1"), A("2", trainable=False)]},
+        "messages[1].trainable",
+    ),
+    "parts of an answer (Axolotl)": (
+        {"messages": [U("1"), A("2", train_detail=[{"begin_offset": 0}])]},
+        "messages[1].train_detail",
+    ),
+    "reasoning in parts (OpenRouter)": (
+        {"messages": [U("1"), A("2", reasoning_details=[{"text": "x"}])]},
+        "messages[1].reasoning_details",
+    ),
+    "flags of the template": (
+        {"messages": [U("1"), A("2")], "chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs",
+    ),
+    "turns that are null": ({"messages": None}, "messages"),
     "a second conversation": (
         {"instruction": "1", "output": "2", "chat": [U("1"), A("2")]},
         "chat",
@@ -244,6 +263,22 @@ def test_a_field_that_would_change_what_is_learned_is_a_defect_at_its_place(
     row, word = REFUSED[kind]
     (defect,) = defects_of(tmp_path, row)
     assert defect.startswith("a.jsonl:1:") and f"{word}: " in defect
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "name"),
+    [
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', 59, "content"),
+        ('{"instruction": "a", "output": "b", "x": {"y": 1, "z": 2, "y": 3}}', 64, "y"),
+    ],
+)
+def test_a_field_that_an_object_inside_a_row_has_twice_is_a_defect(
+    tmp_path: Path, text: str, place: int, name: str
+) -> None:
+    end = ', {"role": "assistant", "content": "c"}]}'
+    (tmp_path / "a.jsonl").write_text(text.replace("]}", end) + "\n")
+    (defect,) = map(str, examine_files([tmp_path / "a.jsonl"]).defects)
+    assert defect.startswith(f"a.jsonl:1:{place}: ") and f"{name!r} is given twice" in defect
 
 
 def test_a_row_that_is_no_object_is_shown_by_its_first_thirty_characters() -> None:
