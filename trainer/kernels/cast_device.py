@@ -1,5 +1,5 @@
-"""Device code of the casts to FP8, for ``trainer/kernels/triton_ops.py``. Arguments in capitals are
-compile-time constants."""
+"""Device code of the casts to and from FP8, for ``trainer/kernels/triton_ops.py``. Arguments in
+capitals are compile-time constants."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -46,6 +46,18 @@ def cast_rows(
     if FOLD:
         v = v * tl.load(column_scale + cols, mask=cols < k, other=0.0)[None, :]
     tl.store(out + rows[:, None] * k + cols[None, :], to_fp8(v), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+def dequantise_rows(w, scale, out, n, k, BM: tl.constexpr, BN: tl.constexpr):
+    across = tl.cdiv(k, BN)  # one axis of programs: only the first of a grid may be long
+    cols = tl.program_id(0) % across * BN + tl.arange(0, BN)
+    rows = (tl.program_id(0) // across * BM + tl.arange(0, BM)).to(tl.int64)
+    mask = (rows[:, None] < n) & (cols < k)[None, :]
+    at = rows[:, None] * k + cols[None, :]
+    v = tl.load(w + at, mask=mask, other=0.0).to(tl.float32)
+    v = v * tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["m"])

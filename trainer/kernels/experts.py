@@ -28,6 +28,7 @@ from transformers.integrations.moe import _default_apply_gate
 
 from trainer.kernels.backend import operations
 from trainer.kernels.frozen import FrozenWeight, freeze_weight
+from trainer.kernels.verify import trust_unpacking
 
 log = logging.getLogger(__name__)
 
@@ -336,7 +337,9 @@ def quantise(module: nn.Module, precision: str) -> int:
         experts.held_experts = {}
         for name in names_of(experts):
             weight = getattr(experts, name).data
-            experts.held_experts[name] = HeldExperts(weight, precision, experts.is_transposed)
+            held = HeldExperts(weight, precision, experts.is_transposed)
+            trust_unpacking(held.rows, weight.device, precision)
+            experts.held_experts[name] = held
             setattr(experts, name, nn.Parameter(weight.new_empty(0), requires_grad=False))
         experts.config._experts_implementation = NAME
         layers += 1

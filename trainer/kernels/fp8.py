@@ -118,7 +118,8 @@ class Fp8Weight:
 
     def unpack(self) -> Tensor:
         out = scratch(self.w8.numel(), self.w8.device, self.dtype).view(self.shape)
-        return out.copy_(self.w8).mul_(self.column_scale[:, None])
+        ops = operations(self.w8.device)
+        return cast(Tensor, ops.dequantise_rows(self.w8, self.column_scale, out))
 
     def _decode(self, x: Tensor, scale: Tensor) -> Tensor:
         return (x.float() * scale[:, None]).to(self.dtype)

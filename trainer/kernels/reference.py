@@ -352,6 +352,10 @@ def dequantise_nf4(
     return out
 
 
+def dequantise_rows(w: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(w).mul_(scale[:, None])
+
+
 def transpose_fp8(w: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         return w.view(torch.uint8).t().contiguous().view(FP8)

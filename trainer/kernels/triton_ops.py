@@ -46,6 +46,7 @@ TILES = {
     "swiglu_backward": (32, 64, 2, 2),
 }
 CAST = (16, 512, 8)  # rows and columns of a tile, warps
+UNPACK = (16, 256, 4)  # the same
 CAST_OUTER = (64, 128, 4, 3)  # the same, and stages
 
 
@@ -633,6 +634,14 @@ def dequantise_nf4(
     jit.dequantise_nf4[(triton.cdiv(n // 2, 2048),)](
         packed, absmax, codebook, out, n // 2, BLOCK=block, BN=2048, num_warps=4
     )
+    return out
+
+
+def dequantise_rows(w: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """w [N, K] in FP8 times scale fp32 [N] by rows, rounded once -> ``out [N, K]``."""
+    (n, k), (bm, bn, warps) = w.shape, UNPACK
+    tiles = triton.cdiv(n, bm) * triton.cdiv(k, bn)
+    cast_device.dequantise_rows[(tiles,)](w, scale, out, n, k, BM=bm, BN=bn, num_warps=warps)
     return out
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trainer.kernels import attention, reference
 from trainer.kernels.attention import Rules
+from trainer.kernels.backend import distrust
 from trainer.kernels.decoder_layer import FastLayer, Packed, run_layer
 from trainer.kernels.lora import refresh
 from trainer.kernels.nf4 import BLOCK, Nf4Weight
@@ -29,6 +30,7 @@ from trainer.kernels.parts import wide_angles
 from trainer.kernels.step_layer import CachePositions, by_flash, by_twin, step
 
 log = logging.getLogger(__name__)
+_unpacked: set[tuple[torch.device, str]] = set()  # what ``trust_unpacking`` has compared
 
 # Relative errors. bf16 rounding gives 0.006; a value on the edge of an FP8 step may round either
 # way, which gives 0.04. A wrong kernel gives 0.2 and more.
@@ -314,15 +316,43 @@ def _product_error(weight: Any, random: Any) -> float:
             (d8.float() * d_scale[:, None]) @ weight.w8.float(),
         ]
         return _largest([weight.forward(x8, x_scale), weight.backward(d8, d_scale)], want)
-    dense = weight.dense()
-    if isinstance(weight, Nf4Weight):
-        dense = reference.dequantise_nf4(
-            weight.packed, weight.absmax, weight.codebook, torch.empty_like(dense), BLOCK
-        )
+    dense = _decoded(weight)
     return _largest(
         [weight.forward(x, None), weight.backward(dy, None)],
         [x.float() @ dense.float().t(), dy.float() @ dense.float()],
     )
+
+
+def _decoded(weight: Any) -> Tensor:
+    """A frozen weight as torch itself decodes it."""
+    if not isinstance(weight, Nf4Weight):
+        dense: Tensor = weight.dense()
+        return dense
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.packed.device)
+    return reference.dequantise_nf4(weight.packed, weight.absmax, weight.codebook, out, BLOCK)
+
+
+def trust_unpacking(weight: Any, device: torch.device, precision: str) -> None:
+    """Compares the first and the last rows of a quantised weight, unpacked whole on this device,
+    with what torch decodes; where they differ, or the kernel does not run, plain torch does the
+    work of this process. Once for each device and precision."""
+    if (asked := (device, precision)) in _unpacked:
+        return
+    _unpacked.add(asked)
+    n = weight.shape[0]
+    few = min(TOKENS, n)
+    try:
+        whole = weight.unpack()
+        error = _largest(
+            [whole[:few].clone(), whole[n - few :].clone()],
+            [_decoded(weight.rows(0, few)), _decoded(weight.rows(n - few, n))],
+        )
+    # a card that lacks the memory or the instructions: Triton's errors share no class
+    except Exception as why:
+        distrust(f"{precision} weights are not unpacked here ({type(why).__name__}: {why})")
+        return
+    if not error < OTHERWISE:
+        distrust(f"the self-test of unpacking {precision} is off by {error:.4f}")
 
 
 def _loss_error(ops: ModuleType, logits: Tensor, dtype: torch.dtype) -> float:

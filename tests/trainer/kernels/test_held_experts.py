@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer import families
-from trainer.kernels import experts
+from trainer.kernels import backend, experts, verify
 from trainer.kernels.attention import register
+from trainer.kernels.fp8 import Fp8Weight
 from trainer.kernels.frozen import freeze_weight
 from trainer.kernels.lora import base_linear
 from trainer.kernels.patch import accelerate_model
@@ -120,3 +121,20 @@ def test_a_width_that_nf4_does_not_take_is_refused():
     layers_of_experts(model)[0].down_proj.data = torch.randn(4, 64, 40)
     with pytest.raises(ValueError, match="this weight has 40 columns"):
         experts.quantise(model, "nf4")
+
+
+class Shifted(Fp8Weight):
+    def unpack(self) -> torch.Tensor:
+        return super().unpack().roll(1, 0)
+
+
+def test_weights_that_this_device_unpacks_wrongly_are_left_to_plain_torch(monkeypatch, caplog):
+    told: list[str] = []
+    monkeypatch.setattr(backend, "_without_triton", told)
+    monkeypatch.setattr(verify, "_unpacked", set())
+    weight, here = torch.randn(400, 64), torch.device("cpu")
+    verify.trust_unpacking(freeze_weight(weight, "nf4"), here, "nf4")
+    verify.trust_unpacking(Fp8Weight(weight), here, "fp8 as it is")
+    assert told == []
+    verify.trust_unpacking(Shifted(weight), here, "fp8")
+    assert "self-test of unpacking fp8 is off by 1." in told[0] + caplog.text and len(told) == 1

@@ -278,6 +278,17 @@ def test_nf4_is_decoded_as_its_twin_does():
     )
 
 
+@pytest.mark.parametrize("columns", [96, 515])
+def test_fp8_is_unpacked_as_its_twin_does(columns):
+    """To the last bit: one product in fp32, rounded once."""
+    w8, scale, _ = reference.quantise_rows(random(70, columns), None, None)
+    got, want = (
+        ops.dequantise_rows(w8, scale, torch.full((70, columns), 9.0, device=DEVICE, dtype=DTYPE))
+        for ops in (triton_ops, reference)
+    )
+    assert torch.equal(got, want)
+
+
 def test_fp8_is_transposed_as_its_twin_does():
     w = random(80, 176).to(torch.float8_e4m3fn)
     assert torch.equal(
