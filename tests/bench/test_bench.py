@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.quality import CHANCES, Language
 from bench.rows import Setting, batches, lengths
 from bench.training import SHAPES, Dimensions, TimedSteps, build
 
@@ -72,6 +73,19 @@ def test_the_loop_learns_on_the_cpu_too(monkeypatch):
     tokens = [loop.step() for _ in range(6)]
     assert all(500 < n <= 512 for n in tokens)
     assert float(loop.losses[-1]) < float(loop.losses[0]) and float(loop.norms[-1]) > 0
+
+
+def test_the_language_of_the_quality_bench_keeps_its_rules_but_for_the_changed_quarter():
+    plain, changed = (Language(16, torch.device("cpu"), share) for share in (0.0, 0.25))
+    assert all(len(set(words)) == len(CHANCES) for words in plain.follow.tolist())
+    other = (plain.follow != changed.follow).any(1).float().mean()
+    assert 0.15 < float(other) < 0.35
+    rows = plain.rows(200, 40, seed=5)
+    assert torch.equal(rows, plain.rows(200, 40, seed=5))
+    pairs = rows[:, :-2] * 16 + rows[:, 1:-1]
+    places = (plain.follow[pairs] == rows[:, 2:, None]).float()
+    assert (places.sum(-1) == 1).all()  # each word is one of the eight that may follow
+    assert (places.mean((0, 1)) - torch.tensor(CHANCES)).abs().max() < 0.03
 
 
 def test_kept_figures_are_whole_and_carry_a_falling_loss():
