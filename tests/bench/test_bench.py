@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.peer_trl import padded, sizes
 from bench.quality import CHANCES, Language
 from bench.rows import Setting, batches, lengths
 from bench.training import SHAPES, Dimensions, TimedSteps, build
@@ -62,6 +63,14 @@ def test_the_shapes_have_the_parameters_of_their_models():
     # the field notes' N + Nh
     assert abs(SHAPES["llama-7b"].linear_parameters / 6.607e9 - 1) < 0.001
     assert abs(SHAPES["llama-3-8b"].linear_parameters / 7.504e9 - 1) < 0.001
+
+
+def test_what_a_peer_pads_counts_as_computed_and_not_as_real():
+    short = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
+    long = {"prompt_ids": [1] * 6, "chosen_ids": [3] * 4, "rejected_ids": [4]}
+    assert sizes([short, long]) == [3, 4, 10, 7]
+    assert padded([short, long], 1) == 2 * 4 + 2 * 10
+    assert padded([short, long], 2) == 4 * 10
 
 
 def test_the_loop_learns_on_the_cpu_too(monkeypatch):
