@@ -508,10 +508,10 @@ def packed_attention(
     elif cu_seq_lens_k is not None and key.shape[2] != query.shape[2]:
         if s_aux is not None or softcap is not None or _reaches(sliding_window, max_length_k):
             raise ValueError(f"{_named(module)}: no prefix beside sinks, a soft cap or a window")
-        plain = Rules(rules.scale)
-        return by_document(query, key, value, cu_seq_lens_q, plain, cu_seq_lens_k), None
     ends = None
-    if shared_keys is not None and cu_seq_lens_k is not None and max_length_k is not None:
+    if cu_seq_lens_k is not None and key.shape[2] != query.shape[2]:
+        if max_length_k is None:
+            raise ValueError(f"{_named(module)}: cu_seq_lens_k came without max_length_k")
         ends = KeyEnds(cu_seq_lens_k, int(max_length_k))
     return _packed(query, key, value, s_aux, cu_seq_lens_q, longest, rules, ends), None
 

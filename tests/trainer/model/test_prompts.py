@@ -104,6 +104,34 @@ def test_packed_and_padded_rows_give_the_loss_and_gradients_of_stock_peft_alone(
             assert float((found[key] - grad).abs().max()) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 0.1)])
+@pytest.mark.parametrize("method", PROMPT_METHODS)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_gpu_gives_the_loss_and_gradients_of_the_cpu(
+    name: str, method: str, precision: str, bound: float
+) -> None:
+    """bf16 attends by flash attention, with the prefix in front of each document's keys."""
+    asked, rows, found = job(method), drawn(), []
+    for device, dtype in ((CPU, "fp32"), (torch.device("cuda"), precision)):
+        register()
+        base = build(name, "milktea").requires_grad_(False)
+        base = base.to(torch.bfloat16) if dtype == "bf16" else base
+        told = asked.model.model_copy(update={"precision": dtype})
+        model = load.assemble(asked.model_copy(update={"model": told}), base, device, TokenKeys())
+        for collate in (batch.packed, batch.padded):
+            model[0].eval().zero_grad()
+            loss = target_loss(model[0], collate(rows, range(3), device)) / sum(rows.targets())
+            loss.backward()
+            flat = torch.cat([g.flatten().cpu() for g in gradients(model[0]).values()])
+            found.append((float(loss.detach()), flat))
+    want, wanted = found[0]
+    for got, gradient in found[1:]:
+        assert got == pytest.approx(want, rel=bound / 10)
+        assert float((gradient - wanted).norm() / wanted.norm()) < bound
+
+
 @pytest.mark.parametrize(
     ("method", "settings"), [*((m, {}) for m in PROMPT_METHODS), ("p_tuning", LSTM)]
 )
