@@ -108,6 +108,15 @@ def fill(leaf: nn.Module) -> None:
         b.fill_(getattr(leaf, "scalar_embed_scale", 1.0) if name == "embed_scale" else 1.0)
 
 
+def fill_all(model: nn.Module, device: torch.device) -> None:
+    """Random weights on the device for what is on the meta device."""
+    for leaf in model.modules():
+        own = [*leaf.parameters(recurse=False), *leaf.buffers(recurse=False)]
+        if any(t.is_meta for t in own):
+            leaf.to_empty(device=device, recurse=False)
+            fill(leaf)
+
+
 @torch.no_grad()
 def start_adapters(model: nn.Module, device: torch.device) -> None:
     """PEFT's own start (A uniform, B zero), in fp32 on the device."""
@@ -211,11 +220,7 @@ def build_peer(
     """transformers with PEFT, nothing of ours."""
     model = empty_model(configuration(setting.model, layers), "sdpa", setting.r)
     start_adapters(model, device)
-    for leaf in model.modules():
-        own = [*leaf.parameters(recurse=False), *leaf.buffers(recurse=False)]
-        if any(t.is_meta for t in own):
-            leaf.to_empty(device=device, recurse=False)
-            fill(leaf)
+    fill_all(model, device)
     tie(model.to(device))
     if setting.checkpoint_layers:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
