@@ -20,7 +20,6 @@ from ops.job.label import this_user
 from ops.job.lengths import Counted, lengths_of_all
 from ops.job.model_shape import family_of, model_config, shape_of
 from ops.job.needs import (
-    is_practice,
     largest,
     needs_of,
     of_stages,
@@ -84,7 +83,7 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     for part, of_part, (wire, _), table in stages:
         family = family_of(part, config, max(of_part.lengths), notes, chained=bool(job.stages))
         shape = shape_of(job, config, family, notes)
-        once = _shared(wire, of_part, family, on_gpu=not is_practice(shape), notes=notes)
+        once = _shared(wire, of_part, family, notes)
         loads.append(workload_of(part, of_part.lengths, shape, pushes, table, once))
     notes[:] = dict.fromkeys(notes)
     workload = of_stages(loads)
@@ -123,14 +122,12 @@ def make_plan(job: JobFile, run_id: str, folder: Path, *, or_estimate: bool = Fa
     )
 
 
-def _shared(
-    job: Job, counted: Counted, family: Family | None, *, on_gpu: bool, notes: list[str]
-) -> int:
+def _shared(job: Job, counted: Counted, family: Family | None, notes: list[str]) -> int:
     """The tokens of prompts that are computed once for several answers; notes it."""
     section = getattr(job, job.stage, None)
     group = section if isinstance(section, Rollouts) else None
     longest = max(counted.lengths) + (group.max_completion_length if group else 0)
-    if family is None or sharing.why_apart(job, family, longest, on_gpu) or not counted.common:
+    if family is None or sharing.why_apart(job, family, longest) or not counted.common:
         return 0
     if group is None:
         told = "prompts that both answers of a pair have: they are computed, and paid, once"

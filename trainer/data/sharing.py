@@ -28,21 +28,18 @@ class Borrowed(NamedTuple):
     tokens: int
 
 
-def why_apart(job: Job, family: Family, longest: int, on_gpu: bool) -> str:
+def why_apart(job: Job, family: Family, longest: int) -> str:
     """Why the rows of a job, whose longest has `longest` tokens, do not share their beginnings; ""
     where they may."""
     section, training = getattr(job, job.stage, None), job.training
     if not isinstance(section, Shares):
         return f"stage {job.stage} shares none"
-    asked = section.share_prompts
-    if asked is False:
+    if section.share_prompts is False:
         return f"{job.stage}.share_prompts is false"
     if not training.packing:
         return "training.packing is false"
     if job.lora.lora_dropout or training.neftune_noise_alpha:
         return "dropout and noise are drawn for each row by itself"
-    if asked is None and on_gpu:
-        return f"it gains little on a GPU: {job.stage}.share_prompts = true asks for it"
     return family.why_unshared(longest)
 
 

@@ -125,8 +125,7 @@ class Stage(measured.Stage):
     def _why_apart(self) -> str:
         """Why rows do not share their beginnings, after comparing some that do with the same rows
         alone. Collective."""
-        family, on_gpu = family_of(self.model), self.ranks.device.type == "cuda"
-        if why := sharing.why_apart(self.job, family, self.longest, on_gpu):
+        if why := sharing.why_apart(self.job, family_of(self.model), self.longest):
             return why
         if not self.packed:
             return "rows are not packed"

@@ -107,10 +107,7 @@ class Shares(Section):
 
     share_prompts: Annotated[
         bool | None,
-        Field(
-            description="Whether a prompt of 16 tokens or more is computed once for its answers; "
-            "left out: on a CPU, and not on a GPU, where prompts of a third of a row gained little"
-        ),
+        Field(description="Whether a prompt of 16 tokens or more is computed once for its answers"),
     ] = None
 
 

@@ -135,20 +135,18 @@ def test_a_model_that_does_not_understand_shared_keys_is_told_and_not_trained_so
 
 
 @pytest.mark.parametrize(
-    ("changes", "on_gpu", "why"),
+    ("changes", "why"),
     [
-        ({}, False, ""),
-        ({}, True, "it gains little on a GPU"),
-        ({"rm": {"share_prompts": True}}, True, ""),
-        ({"rm": {"share_prompts": False}}, False, "rm.share_prompts is false"),
-        ({"training": {"packing": False}}, False, "packing is false"),
-        ({"lora": {"lora_dropout": 0.1}}, False, "drawn for each row by itself"),
-        ({"training": {"neftune_noise_alpha": 5.0}}, False, "drawn for each row by itself"),
+        ({}, ""),
+        ({"rm": {"share_prompts": False}}, "rm.share_prompts is false"),
+        ({"training": {"packing": False}}, "packing is false"),
+        ({"lora": {"lora_dropout": 0.1}}, "drawn for each row by itself"),
+        ({"training": {"neftune_noise_alpha": 5.0}}, "drawn for each row by itself"),
     ],
 )
-def test_when_prompts_are_shared(changes: Any, on_gpu: bool, why: str, stage_run: Make) -> None:
+def test_when_prompts_are_shared(changes: Any, why: str, stage_run: Make) -> None:
     job = Job.model_validate_json(stage_run("rm", PAIRS, **changes).read_bytes())
-    found = sharing.why_apart(job, families.read({"model_type": "llama"}), 512, on_gpu)
+    found = sharing.why_apart(job, families.read({"model_type": "llama"}), 512)
     assert (why in found) if why else not found
 
 
