@@ -27,6 +27,7 @@ from trainer.kernels.decoder_layer import FastLayer, Packed, run_layer
 from trainer.kernels.lora import refresh
 from trainer.kernels.nf4 import BLOCK, Nf4Weight
 from trainer.kernels.parts import wide_angles
+from trainer.kernels.shared_keys import gather, spread
 from trainer.kernels.step_layer import CachePositions, by_flash, by_twin, step
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def compile_ahead(kinds: list[FastLayer]) -> None:
         with ops.only_compiling():
             for fast in kinds:
                 layer_error(fast)
-                if (short := _short_attention(fast)) is not None:
+                if (short := short_attention_inputs(fast)) is not None:
                     short_attention_error(*short)
             with ops.whole_tiles():  # the last norm, which no adapter follows
                 rstd = ops.norm_forward(h, *norm, None, False)[-1]
@@ -196,7 +197,7 @@ def trust_short_attention(fast: FastLayer) -> bool:
     """Whether attention for short documents agrees with its twin on this GPU, on the first layer's
     heads. Where not, it is disabled for this process. False also on devices that it does not
     support."""
-    if (asked := _short_attention(fast)) is None:
+    if (asked := short_attention_inputs(fast)) is None:
         return False
     try:
         error = short_attention_error(*asked)
@@ -209,7 +210,7 @@ def trust_short_attention(fast: FastLayer) -> bool:
     return error < OTHERWISE
 
 
-def _short_attention(fast: FastLayer) -> tuple[Any, ...] | None:
+def short_attention_inputs(fast: FastLayer) -> tuple[Any, ...] | None:
     """Arguments of `short_attention_error` for the first layer's heads; None where these kernels do
     not support this device."""
     device, dtype = fast.like.device, fast.like.dtype
@@ -251,14 +252,20 @@ def short_attention_error(
     turned: bool = True,
 ) -> float:
     """The largest relative error of the output and of the joined gradients against
-    ``trainer.kernels.reference``. ``turned``: backward also undoes rotary embedding."""
-    spans = short.spans(packed.cu, len(q), rules.window)
-    out, kept = short.forward(q, k, v, spans.first, rules.scale, rules.softcap, sinks)
+    ``trainer.kernels.reference``. ``turned``: backward also undoes rotary embedding. ``packed`` may
+    have keys that documents share."""
+    spans, shared = short.spans(packed.cu, len(q), rules.window), packed.shared
+    out, kept = short.forward(q, k, v, spans.first, rules.scale, rules.softcap, sinks, packed.reads)
     angles = (packed.cos, packed.sin) if turned else (None, None)
-    more = (spans, rules.scale, *angles, pairs, rules.softcap)
+    more = (spans, rules.scale, *angles, pairs, rules.softcap, packed.reads)
     got = short.backward(dout, q, k, v, out, *kept, *more)
-    want, _ = attention.eager_forward(q, k, v, packed.cu, rules, sinks)
-    grads = attention.eager_backward(dout, q, k, v, packed.cu, rules, sinks)
+    if shared is not None:
+        k, v = spread(k, shared), spread(v, shared)
+    near = (packed.cu, rules, sinks, packed.ends)
+    want, _ = attention.eager_forward(q, k, v, *near)
+    grads = attention.eager_backward(dout, q, k, v, *near)
+    if shared is not None:
+        grads = (grads[0], gather(grads[1], shared), gather(grads[2], shared))
     joined = torch.cat([x.flatten(1) for x in grads], 1)
     if turned:
         joined = reference.rope_backward(*grads, packed.cos, packed.sin, None, None, pairs)[0]

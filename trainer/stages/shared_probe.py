@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from trainer.data import batch, sharing
 from trainer.data.sharing import Borrowed
 from trainer.data.tokenised import Rows
+from trainer.kernels.patch import inner_model
+from trainer.kernels.verify_sharing import distrusts_sharing
 from trainer.model.forward import hidden_states, model_inputs
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ def difference(
 ) -> str:
     """Why rows must not share their beginnings, or "" where those of `group`, shortened, give the
     hidden states and the gradients that they give alone. Leaves gradients as they are."""
+    fast = getattr(inner_model(model), "fast_layers", [])
+    if why := distrusts_sharing(list({layer.kind: layer for layer in fast}.values())):
+        return why
     some = _shortened(rows, group)
     numbers = range(len(some))
     taken = [Borrowed(0, n) for n in sharing.beginnings(some, numbers)]
@@ -41,9 +46,9 @@ def difference(
         )
         packed = _asked(model, some, numbers, None, device)
         shared = _asked(model, some, numbers, taken, device)
-    except Exception as why:  # whatever the model's own code, or a kernel, cannot do
+    except Exception as wrong:  # whatever the model's own code, or a kernel, cannot do
         log.warning("prompts are not shared", exc_info=True)
-        return f"the model cannot be computed so ({type(why).__name__}: {str(why)[:120]})"
+        return f"the model cannot be computed so ({type(wrong).__name__}: {str(wrong)[:120]})"
     finally:
         model.train(training)
     for what, a, b, w in zip(("states", "gradients"), shared, packed, want, strict=True):

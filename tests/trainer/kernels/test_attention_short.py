@@ -24,6 +24,7 @@ from trainer.kernels import attention, attention_short, reference  # noqa: E402
 from trainer.kernels.decoder_layer import Packed  # noqa: E402
 from trainer.kernels.shared_keys import gather, spread  # noqa: E402
 from trainer.kernels.verify import OTHERWISE, short_attention_error  # noqa: E402
+from trainer.kernels.verify_sharing import LENGTHS, sharing  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -177,6 +178,21 @@ def test_the_self_test_passes_these_kernels_and_catches_a_wrong_one():
         spans=attention_short.spans, forward=blind, backward=attention_short.backward
     )
     assert short_attention_error(wrong, q, k, v, dout, packed, attention.Rules(0.2)) > OTHERWISE
+
+
+def test_the_self_test_of_shared_keys_passes_these_kernels_and_catches_a_blind_one():
+    q, k, v, dout, cu, _ = heads_of([0, sum(LENGTHS)], 2, 1, 64)
+    packed = sharing(Packed(*angles(len(q), q.shape[2]), cu, len(q)))
+    asked = (q, k, v, dout, packed, attention.Rules(0.2))
+    assert short_attention_error(attention_short, *asked) <= BOUND
+
+    def blind(*given):  # no document sees what it borrows
+        return attention_short.forward(*given[:-1])
+
+    wrong = SimpleNamespace(
+        spans=attention_short.spans, forward=blind, backward=attention_short.backward
+    )
+    assert short_attention_error(wrong, *asked) > OTHERWISE
 
 
 def test_a_document_does_not_see_its_neighbours():
