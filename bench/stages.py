@@ -10,7 +10,9 @@ answers of `--new` tokens (a random model never stops). `real_tok_s` counts the 
 both sides of a pair, over a step; of grpo and ppo, of prompts and answers once, over an iteration:
 drawing them, scoring them, and all optimizer steps that learn from them. With `--share` the prompt
 of a pair or group is computed once; its tokens count for each of the rows as without. `--capacity`:
-of a card of so many GiB, on which micro-batches are planned.
+of a card of so many GiB, on which micro-batches are planned. A run looks at all gradients and
+parameters after some of its first ten updates, and waits for the card then: steps are measured
+after these, iterations of grpo and ppo, which such a look hardly lengthens, from the third on.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from trainer.wire.job import Job
 
 STAGES: dict[str, Any] = {"rm": rm, "dpo": dpo, "kto": kto, "grpo": grpo, "ppo": ppo}
 ITEMS = {"rm": 64, "dpo": 64, "kto": 64, "grpo": 8, "ppo": 64}
+WARM = {"rm": 11, "dpo": 11, "kto": 11, "grpo": 2, "ppo": 2}  # steps that are not measured
 PROMPT = 0.3  # of a row's tokens
 
 
@@ -230,6 +233,7 @@ def measure(
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "items": stage.job.training.batch_size,
         "steps": asked.steps,
+        "warm": asked.warm,
         "micro_batch": plan[0],
         "checkpoint_layers": plan[1],
         "prompts": stage.kernels.get("prompts", ""),
@@ -245,8 +249,9 @@ def main() -> int:
     )
     parser.add_argument("models", nargs="+", help="NAME:PRECISION, NAME of " + ", ".join(SHAPES))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    for name, value in (("steps", 4), ("warm", 2), ("r", 16), ("new", 256)):
+    for name, value in (("steps", 4), ("r", 16), ("new", 256)):
         parser.add_argument("--" + name, type=int, default=value)
+    parser.add_argument("--warm", type=int, help="steps before those that are measured")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--few", type=int, help="items of a step, in place of the protocol's")
     parser.add_argument("--capacity", type=float, help="GiB of the card that is planned for")
@@ -254,6 +259,7 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, help="write one step more's kernels to this file")
     parser.add_argument("--append", type=Path, help="add the lines to this file")
     asked = parser.parse_args()
+    warm = asked.warm
     asked.items = lambda stage: asked.few or ITEMS[stage]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = round(gemm_tflops(device), 1) if device.type == "cuda" else 0.0
@@ -262,6 +268,7 @@ def main() -> int:
         shape, precision = name.split(":")
         model, names = build(Setting(shape, precision, r=asked.r), asked.layers, device)
         for stage in asked.stages:
+            asked.warm = WARM[stage] if warm is None else warm
             with tempfile.TemporaryDirectory() as folder:
                 told: dict[str, Any] = {"model": shape, "precision": precision, "stage": stage}
                 try:
