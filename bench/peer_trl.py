@@ -103,7 +103,8 @@ def measure(
         learning_rate=1e-4,
         train_sampling_strategy="sequential",
         save_strategy="no",
-        logging_steps=1,
+        logging_first_step=True,  # and no more: to log is to wait for the card
+        logging_steps=every,
         disable_tqdm=True,
     )
     # the rows are tokens already: what it would make of texts is not what is measured
@@ -118,7 +119,7 @@ def measure(
     trainer.train()
     seconds = times.ends[-1] - times.ends[asked.warm]
     counted = rows[asked.warm * asked.pairs :]
-    tokens, losses = sum(sizes(counted)), [s["loss"] for s in trainer.state.log_history[:every]]
+    tokens, losses = sum(sizes(counted)), [s["loss"] for s in trainer.state.log_history[:2]]
     return {
         "real_tok_s": round(tokens / seconds, 1),
         "step_s": round(seconds / asked.steps, 3),
@@ -126,7 +127,7 @@ def measure(
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "padding": round(1 - tokens / padded(counted, pairs), 3),
         "start_differs_nats": round(abs(losses[0] - math.log(2)), 6),
-        "loss_last": round(losses[-1], 4),
+        "loss_mean": round(losses[-1], 4),
     }
 
 
