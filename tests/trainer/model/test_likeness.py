@@ -72,15 +72,8 @@ def compared(folder: Path, packed: bool | None = None, **settings: Any) -> str:
     return likeness.compare(job(**settings), folder, CPU, packs)
 
 
-every = pytest.mark.parametrize(
-    "name", [n if n in BUSY else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
-)
-
-
-@every
+@pytest.mark.parametrize("name", BUSY)  # test_to_the_end.py trains every architecture
 def test_a_sound_model_is_like_transformers(name: str, folder_of: Any) -> None:
-    if name in ("bloom", "gptj", "codegen"):  # refused before anything is rented
-        pytest.skip("refused by its family")
     assert compared(folder_of(name)).startswith("fp32 loss within")
 
 
