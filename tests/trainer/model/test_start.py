@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import ARCHITECTURES, build, config
+from architectures import build, config
 from tiny import manifest_of, write_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,6 @@ from trainer.train import outcome_of
 from trainer.wire.job import Job
 
 Make = Callable[..., Path]
-slow = pytest.mark.slow
 ROWS = [
     {"instruction": f"Say {n}", "input": "", "output": f"it is {n} " * (6 + n % 9)}
     for n in range(12)
@@ -44,40 +43,18 @@ def ended(make: Make, folder: Path, **training: Any) -> tuple[Path, Any]:
     return path, outcome_of(path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("qwen3_5", "gemma2"),
-        *(
-            pytest.param(n, marks=slow)
-            for n in ("llama4", "falcon", "mamba2", "granite", "cohere2")
-        ),
-    ],
-)
-def test_what_was_a_traceback_ends_with_a_result(
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma2", "bloom", "gptj"])
+def test_attention_of_every_kind_ends_with_a_result(
     name: str, run_folder: Make, tmp_path: Path
 ) -> None:
+    """test_to_the_end.py trains every architecture."""
     path, end = ended(run_folder, folder_of(name, tmp_path / "model"))
     assert end.code == DONE, end.error
     assert manifest_of(path)["tensors"]
 
 
-@pytest.mark.parametrize(
-    "name", ["bloom", "gptj", *(pytest.param(n, marks=slow) for n in ("codegen", "mpt"))]
-)
-def test_attention_outside_the_interface_trains_or_is_refused_in_words(
-    name: str, run_folder: Make, tmp_path: Path
-) -> None:
-    _, end = ended(run_folder, folder_of(name, tmp_path / "model"))
-    assert end.code in (DONE, REFUSED), end.error
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["qwen3_moe", *(pytest.param(n, marks=slow) for n in ("llama", "mixtral", "deepseek_v3"))],
-)
-def test_full_training_ends_with_a_result(name: str, run_folder: Make, tmp_path: Path) -> None:
-    path, end = ended(run_folder, folder_of(name, tmp_path / "model"), method="full")
+def test_full_training_of_a_mixture_ends_with_a_result(run_folder: Make, tmp_path: Path) -> None:
+    path, end = ended(run_folder, folder_of("qwen3_moe", tmp_path / "model"), method="full")
     assert end.code == DONE, end.error
     assert manifest_of(path)["method"] == "full"
 
@@ -112,7 +89,3 @@ def test_rows_beyond_learned_positions_are_refused(run_folder: Make, tmp_path: P
     folder = folder_of("gpt2", tmp_path / "model", n_positions=32)
     _, end = ended(run_folder, folder)
     assert end.code == REFUSED and "32" in str(end.error), end.error
-
-
-def test_every_name_of_this_file_is_an_architecture() -> None:
-    assert {"qwen3_5", "llama4", "bloom", "mixtral", "gpt2"} <= set(ARCHITECTURES)
