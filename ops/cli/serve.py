@@ -36,7 +36,7 @@ def serve(
     width: Annotated[int, typer.Option(min=1, help="Answers decoded side by side")] = 16,
     context: Annotated[int, typer.Option(min=16, help="Tokens of prompt and answer")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or nf4")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp8, int8 or nf4")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Talk to results in the browser, or by any OpenAI client, on this computer: prints one address

@@ -72,7 +72,7 @@ def chat(
     tokens: Annotated[int, typer.Option(min=1, help="Of an answer at most")] = 1024,
     context: Annotated[int, typer.Option(min=2, help="Tokens of all turns at most")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or nf4")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp8, int8 or nf4")] = "auto",
     web: Annotated[
         bool, typer.Option("--web", help="In the browser, with settings there; as `milktea serve`")
     ] = False,

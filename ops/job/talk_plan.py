@@ -24,7 +24,8 @@ WIDTH, CONTEXT = 4, 4096  # answers side by side, and tokens of each at most
 START_S = 45.0  # to import and load, beside reading the weights
 BEFORE_S = 3600.0  # within which the box boots, pulls and loads, or the run ends
 CUDA_GIB, HOST_GIB = 1.5, 8.0  # what CUDA keeps for itself; host memory to load with
-WEIGHT_BYTES = {"nf4": 0.65, "int8": 1.15}  # of a parameter; 2 in bf16
+WEIGHT_BYTES = {"nf4": 0.65, "int8": 1.15, "fp8": 1.15}  # of a parameter; 2 in bf16
+READ_TOKENS = 8192  # of prompts that are read in one pack
 
 
 def talk_plan(run: Plan, adapter: Path, now: float, minutes: float, max_usd: float) -> Plan:
@@ -60,7 +61,7 @@ def talk_plan(run: Plan, adapter: Path, now: float, minutes: float, max_usd: flo
             disk_gib=workload.disk_gib,
             hours=minutes / 60 + 1,
             max_usd=max_usd,
-            min_cpu_ram_gib=0.0 if workload.cpu_practice else HOST_GIB,
+            min_cpu_ram_gib=_host_gib(run.workload),
         ),
         workload=workload,
         max_usd=max_usd,
@@ -113,9 +114,30 @@ def _memory_gib(run: Plan, adapter: Path) -> float:
     shape: memory.Shape | None = workload.shape
     if shape is None:
         return run.needs.min_gpu_memory_gib
-    each = WEIGHT_BYTES.get(workload.precision, 2.0)
-    held = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * WIDTH * CONTEXT
-    experts = memory.expert_parameters(shape)  # bitsandbytes leaves them in bf16
-    weights = each * (workload.model_parameters - experts) + 2 * experts
-    total = weights + 2 * adapter.stat().st_size + held
+    kept = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * WIDTH * CONTEXT
+    total = kept + _held_bytes(shape, workload, adapter.stat().st_size)
     return (total / 2**30 + CUDA_GIB) / DRIVER_SHARE
+
+
+def _held_bytes(shape: memory.Shape, workload: Workload, adapter: int) -> float:
+    """Of the weights, and of an adapter whose file has `adapter` bytes; of a mixture in FP8 or NF4
+    also what reading prompts takes."""
+    m = shape.mixture
+    if m is None or not memory.holds_experts(shape, workload.precision):
+        experts = memory.expert_parameters(shape)  # in bf16
+        each = WEIGHT_BYTES.get(workload.precision, 2.0)
+        return each * (workload.model_parameters - experts) + 2 * experts + 2 * adapter
+    weights = memory.weight_bytes(shape, workload.precision, 2, fused=True, keep_transpose=False)
+    # adapters of experts are held in bf16, the others in fp32 and copied
+    reading = 2 * READ_TOKENS * m.active * (3 * shape.hidden + 4 * m.width)
+    return weights + adapter + reading
+
+
+def _host_gib(workload: Workload) -> float:
+    """Host memory to load with: experts, which lie one by one in the files, are joined there."""
+    if workload.cpu_practice:
+        return 0.0
+    shape: memory.Shape | None = workload.shape
+    if shape is None or shape.mixture is None:
+        return HOST_GIB
+    return math.ceil(HOST_GIB + 2 * workload.model_parameters / 2**30)

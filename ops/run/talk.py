@@ -28,7 +28,7 @@ TELL_S = 5.0  # between two messages while the server loads
 UP_S = 2400.0  # limit for loading, including a download of the base from the hub
 VOTES = ("feedback.jsonl", "feedback.pairs.jsonl", "feedback.labels.jsonl")
 VOTES_BYTES = 8 << 20  # limit of one file
-KEPT_PRECISIONS = ("nf4", "int8")  # a base trained in one of these is served in it too
+KEPT_PRECISIONS = ("nf4", "int8", "fp8")  # a base trained in one of these is served in it too
 
 
 @dataclass(frozen=True)

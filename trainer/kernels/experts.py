@@ -12,7 +12,8 @@ saves only gate and up of a pair (2f values); backward gathers the input and com
 again.
 
 ``quantise`` holds the weights in FP8 or NF4. A product unpacks one projection of one layer into the
-scratch that all quantised weights share, and reads it there.
+scratch that all quantised weights share, and reads it there. Without gradients, and with few pairs,
+it unpacks only the experts that have any, which waits for the GPU.
 """
 
 from __future__ import annotations
@@ -114,13 +115,17 @@ def factors(wrapper: Any) -> tuple[Tensor, Tensor, float] | None:
     return a, b, wrapper.scaling[active[0]]
 
 
-def factors_of(wrapper: Any | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def factors_of(
+    wrapper: Any | None, dtype: torch.dtype, chosen: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
     """(A [E, r, in], s B [E, out, r]) in the form that grouped products take: in `dtype`, the rank
-    padded; None without an adapter. Differentiable."""
+    padded, of the `chosen` experts alone where given; None without an adapter. Differentiable."""
     found = None if wrapper is None else factors(wrapper)
     if found is None:
         return None
     a, b, scaling = found
+    if chosen is not None:
+        a, b = a[chosen], b[chosen]
     short = -a.shape[1] % RANK_STEP
     a = pad(a.to(dtype), (0, 0, 0, short)).contiguous()
     return a, pad((b * scaling).to(dtype), (0, short)).contiguous()
@@ -137,9 +142,13 @@ class HeldExperts:
         self.shape = rows.shape
         self.rows: FrozenWeight = freeze_weight(rows.reshape(-1, rows.shape[-1]), precision)
 
-    def unpack(self) -> Tensor:
-        """[E, out, in] in the dtype that the weights had, in the scratch."""
-        return self.rows.unpack().view(self.shape)
+    def unpack(self, chosen: Tensor | None = None) -> Tensor:
+        """[E, out, in] in the dtype that the weights had, in the scratch; of the experts `chosen`
+        int64 [C] alone, [C, out, in], where given."""
+        if chosen is None:
+            return self.rows.unpack().view(self.shape)
+        some = self.rows.blocks(self.shape[0], chosen)
+        return some.unpack().view(-1, *self.shape[1:])
 
 
 def held_in(experts: Any) -> dict[str, HeldExperts]:
@@ -149,50 +158,24 @@ def held_in(experts: Any) -> dict[str, HeldExperts]:
     return found
 
 
-def read_weight(experts: Any, name: str) -> Tensor:
-    """A parameter of experts that are not transposed, [E, out, in]: quantised ones in the
-    scratch."""
+def read_weight(experts: Any, name: str, chosen: Tensor | None = None) -> Tensor:
+    """A parameter of experts that are not transposed, [E, out, in]: quantised ones in the scratch,
+    of the `chosen` experts alone where given."""
     held = held_in(experts).get(name)
-    weight: Tensor = getattr(experts, name) if held is None else held.unpack()
+    weight: Tensor = getattr(experts, name) if held is None else held.unpack(chosen)
     return weight
-
-
-class _Unpacked(torch.autograd.Function):
-    """``grouped`` by quantised weights, which are unpacked once more for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, held: HeldExperts, ends: Tensor) -> Tensor:
-        ctx.held, ctx.ends = held, ends
-        return grouped(x, held.unpack().transpose(-2, -1), ends)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return grouped(dy.contiguous(), ctx.held.unpack(), ctx.ends), None, None
-
-
-def adapted(x: Tensor, experts: Any, name: str, ends: Tensor, wrapper: Any | None) -> Tensor:
-    """x [S, in] -> [S, out] through one projection of the frozen experts and its adapter."""
-    held, weight = held_in(experts).get(name), getattr(experts, name)
-    if held is not None:
-        apply: Any = _Unpacked.apply
-        y: Tensor = apply(x, held, ends)
-    else:
-        y = grouped(x, weight if experts.is_transposed else weight.transpose(-2, -1), ends)
-    found = factors_of(wrapper, x.dtype)
-    if found is None:
-        return y
-    a, b = found
-    return y + grouped(grouped(x, a.transpose(-2, -1), ends), b.transpose(-2, -1), ends)
 
 
 class Pairs(NamedTuple):
     """(token, expert) pairs sorted by expert: the original index [S] of each pair, its token [S],
-    the end of each expert's pairs int32 [E], and the sorted positions [S] of each token's pairs."""
+    the end of each expert's pairs int32 [E], and the sorted positions [S] of each token's pairs.
+    Where ``chosen`` int64 [C] names the experts that have any, ``ends`` are of these alone."""
 
     order: Tensor
     token: Tensor
     ends: Tensor
     back: Tensor
+    chosen: Tensor | None = None
 
 
 def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Pairs]:
@@ -208,6 +191,45 @@ def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Pairs]:
     return expert, Pairs(order, order // index.shape[1], ends, back)
 
 
+def pairs_of(experts: Any, index: Tensor) -> tuple[Tensor, Pairs]:
+    """``sort_pairs`` for these experts. Where they are quantised and no gradient is asked, few
+    pairs choose the experts that are unpacked; that waits for the device."""
+    count = experts.num_experts
+    expert, pairs = sort_pairs(index, count)
+    if torch.is_grad_enabled() or not held_in(experts) or 2 * len(expert) > count:
+        return expert, pairs
+    chosen = torch.unique_consecutive(expert)
+    return expert, pairs._replace(ends=pairs.ends[chosen], chosen=chosen)
+
+
+class _Unpacked(torch.autograd.Function):
+    """``grouped`` by quantised weights, which are unpacked once more for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: HeldExperts, pairs: Pairs) -> Tensor:
+        ctx.held, ctx.ends = held, pairs.ends
+        return grouped(x, held.unpack(pairs.chosen).transpose(-2, -1), pairs.ends)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return grouped(dy.contiguous(), ctx.held.unpack(), ctx.ends), None, None
+
+
+def adapted(x: Tensor, experts: Any, name: str, pairs: Pairs, wrapper: Any | None) -> Tensor:
+    """x [S, in] -> [S, out] through one projection of the frozen experts and its adapter."""
+    held, weight, ends = held_in(experts).get(name), getattr(experts, name), pairs.ends
+    if held is not None:
+        apply: Any = _Unpacked.apply
+        y: Tensor = apply(x, held, pairs)
+    else:
+        y = grouped(x, weight if experts.is_transposed else weight.transpose(-2, -1), ends)
+    found = factors_of(wrapper, x.dtype, pairs.chosen)
+    if found is None:
+        return y
+    a, b = found
+    return y + grouped(grouped(x, a.transpose(-2, -1), ends), b.transpose(-2, -1), ends)
+
+
 class _Gated(torch.autograd.Function):
     """See ``gated``."""
 
@@ -218,14 +240,14 @@ class _Gated(torch.autograd.Function):
         ops, ends = operations(x.device), pairs.ends
         a1, b1, a2, b2 = lora or (None,) * 4
         xs = x[pairs.token]
-        up = read_weight(experts, "gate_up_proj").transpose(1, 2)
+        up = read_weight(experts, "gate_up_proj", pairs.chosen).transpose(1, 2)
         gu, more, t, u = grouped(xs, up, ends), None, None, None
         if a1 is not None and b1 is not None:
             t = grouped(xs, a1.transpose(1, 2), ends)
             more = grouped(t, b1.transpose(1, 2), ends)
         del xs
         act = ops.gate_forward_(gu, more)
-        down = read_weight(experts, "down_proj").transpose(1, 2)
+        down = read_weight(experts, "down_proj", pairs.chosen).transpose(1, 2)
         y, more = grouped(act, down, ends), None
         if a2 is not None and b2 is not None:
             u = grouped(act, a2.transpose(1, 2), ends)
@@ -279,10 +301,13 @@ def gated(experts: Any, x: Tensor, index: Tensor, share: Tensor) -> Tensor | Non
         return None
     wrappers: dict[str, Any] = getattr(experts, "adapters_of_experts", {})
     up, down = experts.gate_up_proj, experts.down_proj
-    found = [factors_of(wrappers.get(n), up.dtype) for n in ("gate_up_proj", "down_proj")]
-    if up.requires_grad or down.requires_grad or (None in found and any(found)):
+    if up.requires_grad or down.requires_grad:
         return None
-    _, pairs = sort_pairs(index, experts.num_experts)
+    _, pairs = pairs_of(experts, index)
+    names = ("gate_up_proj", "down_proj")
+    found = [factors_of(wrappers.get(n), up.dtype, pairs.chosen) for n in names]
+    if None in found and any(found):
+        return None
     lora = [factor for pair in found if pair is not None for factor in pair]
     apply: Any = _Gated.apply
     out: Tensor = apply(x.to(up.dtype), share, experts, pairs, *lora)
@@ -296,21 +321,21 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     if out is not None:
         return out
     tokens, k = top_k_index.shape
-    expert, (order, token, ends, back) = sort_pairs(top_k_index, self.num_experts)
+    expert, pairs = pairs_of(self, top_k_index)
     wrappers: dict[str, Any] = getattr(self, "adapters_of_experts", {})
     first, last = names_of(self)
 
     def product(x: Tensor, name: str) -> Tensor:
-        y = adapted(x.to(getattr(self, name).dtype), self, name, ends, wrappers.get(name))
+        y = adapted(x.to(getattr(self, name).dtype), self, name, pairs, wrappers.get(name))
         return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
-    y = product(hidden_states[token], first)
+    y = product(hidden_states[pairs.token], first)
     y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
     y = product(y, last)
     if self.has_post_expert_norm:
         y = self.post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+    y = y * top_k_weights.reshape(-1)[pairs.order].unsqueeze(-1)
+    return y[pairs.back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
 
 def names_of(experts: Any) -> tuple[str, str]:

@@ -113,6 +113,14 @@ class Fp8Weight:
         part.shape = (stop - start, self.shape[1])
         return part
 
+    def blocks(self, count: int, chosen: Tensor) -> Fp8Weight:
+        part = copy(self)
+        bytes_of = self.w8.view(torch.uint8).view(count, -1)  # not every torch gathers FP8
+        part.w8 = bytes_of[chosen].view(FP8).view(-1, self.shape[1])
+        part.column_scale = self.column_scale.view(count, -1)[chosen].flatten()
+        part.w8_t, part.shape = None, (len(part.w8), self.shape[1])
+        return part
+
     def dense(self) -> Tensor:
         return cast(Tensor, self.w8.float() * self.column_scale[:, None]).to(self.dtype)
 

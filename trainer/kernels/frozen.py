@@ -32,6 +32,11 @@ class FrozenWeight(Protocol):
         """W[start:stop], sharing this one's storage."""
         ...
 
+    def blocks(self, count: int, chosen: Tensor) -> FrozenWeight:
+        """Of ``count`` blocks of equally many rows those that ``chosen`` int64 [C] names, one
+        behind the other, copied."""
+        ...
+
     def dense(self) -> Tensor:
         """W [N, K] in the compute dtype; a new tensor unless it is stored in that form."""
         ...
@@ -59,6 +64,9 @@ class DenseWeight:
 
     def rows(self, start: int, stop: int) -> DenseWeight:
         return DenseWeight(self.weight[start:stop])
+
+    def blocks(self, count: int, chosen: Tensor) -> DenseWeight:
+        return DenseWeight(self.weight.unflatten(0, (count, -1))[chosen].flatten(0, 1))
 
     def dense(self) -> Tensor:
         return self.weight

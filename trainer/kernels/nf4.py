@@ -98,5 +98,12 @@ class Nf4Weight:
         part.shape = (stop - start, k)
         return part
 
+    def blocks(self, count: int, chosen: Tensor) -> Nf4Weight:
+        part, (n, k) = copy(self), self.shape
+        part.packed = self.packed.view(count, -1)[chosen].flatten()
+        part.absmax = self.absmax.view(count, -1)[chosen].flatten()
+        part.shape = (len(chosen) * n // count, k)
+        return part
+
     def dense(self) -> Tensor:
         return self.unpack().clone()

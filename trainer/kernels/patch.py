@@ -114,6 +114,23 @@ def accelerate_model(
     return names
 
 
+def hold_frozen(
+    model: nn.Module, layers: nn.ModuleList, precision: str, device: torch.device
+) -> int:
+    """Move ``model`` to ``device`` decoder layer by decoder layer, its frozen linears and experts
+    held in ``precision`` ("fp8", "nf4"); transformers' layers go on computing, and what trains
+    stays as it is. Returns the number of layers whose experts are held. Raises ValueError for what
+    the precision does not serve."""
+    of_layers = {id(p) for layer in layers for p in layer.parameters()}
+    _place(model, device, None, None, skip=of_layers)
+    held = 0
+    for layer in layers:
+        _place(layer, device, None, None)
+        held += quantise_experts(layer, precision)
+        _freeze_linears(layer, precision, keep_transpose=False)
+    return held
+
+
 def one_of_each_kind(
     pairs: Sequence[tuple[nn.Module, FastLayer]],
 ) -> list[tuple[nn.Module, FastLayer]]:

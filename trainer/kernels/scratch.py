@@ -13,7 +13,8 @@ def scratch(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     in turn."""
     kept = _scratch.get((device, dtype))
     if kept is None or kept.numel() < n:
-        kept = _scratch[device, dtype] = torch.empty(n, device=device, dtype=dtype)
+        with torch.inference_mode(False):  # a later pass may be one of training
+            kept = _scratch[device, dtype] = torch.empty(n, device=device, dtype=dtype)
     return kept[:n]
 
 

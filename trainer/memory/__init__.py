@@ -28,7 +28,7 @@ from trainer.memory.peak import (
     takes_fused_layer,
 )
 from trainer.memory.shape import Mixture, Shape, Targets
-from trainer.memory.terms import holds_experts
+from trainer.memory.terms import holds_experts, weight_bytes
 
 __all__ = [
     "BEFORE_AMPERE",
@@ -56,4 +56,5 @@ __all__ = [
     "saved_parameters",
     "solve",
     "takes_fused_layer",
+    "weight_bytes",
 ]

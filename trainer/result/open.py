@@ -42,7 +42,13 @@ from trainer.data.tokens import open_vocabulary, stop_token, token_hash
 from trainer.kernels.attention import register
 from trainer.kernels.backend import half
 from trainer.kernels.rotary import by_document
-from trainer.model.answering import accelerate, answers_fast
+from trainer.model.answering import (
+    accelerate,
+    answers_fast,
+    attach_experts,
+    held_by_kernels,
+    hold,
+)
 from trainer.model.decode import answer
 from trainer.model.load import family_in
 from trainer.model.parts import ModelError
@@ -52,7 +58,7 @@ from trainer.wire.job import Job
 from trainer.wire.prompts import PEFT_TYPES
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
-PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
+PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8", "nf4")
 NO_ANSWERS = ("rm", "dpo", "kto")  # stages whose rows say which of answers is the better one
 TEXTS = 64  # texts of the user's own in a certificate
 NF4_BLOCK = 64  # weights of one scale
@@ -166,17 +172,37 @@ def load_answering(
 ) -> nn.Module:
     """The model of a folder with the adapters that `adapt` puts on it, in one of PRECISIONS, ready
     to answer. `fast`: its layers are computed by trainer/kernels where they compute such a model;
-    None: on an NVIDIA GPU."""
+    None: on an NVIDIA GPU. Raises ModelError for what the precision does not serve."""
     precision = precision_of(precision, folder, device)
-    if answers_fast(device, precision) if fast is None else fast:
+    validate_device(precision, device)
+    fast = answers_fast(device, precision) if fast is None else fast
+    alone = held_by_kernels(family_in(folder), precision)
+    if fast or alone:
         held = "fp32" if precision == "fp32" else "bf16"
-        model = adapt(load_plain(folder, torch.device("cpu"), held))
-        if accelerate(model, precision, device):
+        if alone:
+            held = precision_of("auto", folder, device)
+        model = adapt(load_plain(folder, device, held, on_cpu=True))
+        attach_experts(model)
+        if fast and accelerate(model, precision, device):
             return model.eval()
+        if alone:
+            return hold(model, precision, device).eval()
         if precision == held:
             return model.to(device).eval()
         del model
-    return adapt(load_plain(folder, device, precision)).eval()
+    model = adapt(load_plain(folder, device, precision))
+    attach_experts(model)
+    return model.eval()
+
+
+def validate_device(precision: str, device: torch.device) -> None:
+    """Raises ModelError for FP8 where no card computes it."""
+    if precision != "fp8":
+        return
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ModelError(
+            "fp8 needs an NVIDIA GPU of compute capability 8.9 or more: --precision nf4 or bf16"
+        )
 
 
 def with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
@@ -196,9 +222,12 @@ def is_prompt(adapter: Path) -> bool:
     return json.loads(config.read_bytes()).get("peft_type") in PEFT_TYPES.values()
 
 
-def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> nn.Module:
-    """A model folder by transformers with our attention, in one of PRECISIONS; for bf16 fp16 on a
-    GPU that has none, but of families that it does not serve."""
+def load_plain(
+    folder: Path, device: torch.device, precision: str = "auto", on_cpu: bool = False
+) -> nn.Module:
+    """A model folder by transformers with our attention, in one of PRECISIONS but fp8; for bf16
+    fp16 on a GPU that has none, but of families that it does not serve. `on_cpu`: what goes to
+    `device` later."""
     register()
     precision = precision_of(precision, folder, device)
     family = family_in(folder)  # of the model as it was published
@@ -222,7 +251,7 @@ def load_plain(folder: Path, device: torch.device, precision: str = "auto") -> n
         _validate_widths(model)
     model.family = family
     by_document(model)
-    return cast(nn.Module, (model if quantised else model.to(device)).eval())
+    return cast(nn.Module, (model if quantised or on_cpu else model.to(device)).eval())
 
 
 def _validate_widths(model: nn.Module) -> None:

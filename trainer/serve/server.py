@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=16, help="answers decoded side by side")
     parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and answer")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16, int8 or nf4")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp8, int8 or nf4")
     parser.add_argument("--json", action="store_true", help="the line that says where, as JSON")
     found = parser.parse_args(arguments)
     if found.host not in ("127.0.0.1", "localhost", "::1") and not found.token_file:

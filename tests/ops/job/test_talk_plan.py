@@ -13,9 +13,13 @@ from ops.errors import PreflightError
 from ops.job.talk_plan import talk_plan
 from ops.market import cost
 from ops.market.models import Offer
-from trainer.memory import Shape
+from trainer.memory import Mixture, Shape
 
 QWEN_7B = Shape(152064, 3584, 28, 28, 4, 128, 18944, qkv_bias=True)
+QWEN_30B_A3B = Shape(
+    vocab=151936, hidden=2048, layers=48, heads=32, kv_heads=4, head_dim=128, intermediate=6144,
+    qk_norm=True, mixture=Mixture(128, 8, 768, True, 0, 0, False, lean=True, held=True),
+)  # fmt: skip
 NOW = 1795740000.0
 OFFER: dict[str, Any] = {
     "id": 1,
@@ -63,6 +67,24 @@ def test_talking_needs_less_memory_than_training_and_holds_no_rows(
     assert [p.remote for p in plan.pushes] == ["result/adapter.zip"]
     assert plan.when_silent == "destroy" and not plan.trains and plan.needs.max_usd == 0.5
     assert plan.run_id.startswith("stub-chat-") and plan.run_id != run.run_id
+
+
+def test_a_mixture_trained_in_nf4_is_talked_to_on_a_card_of_24_gib(
+    own: rig.Rig, adapter: Path
+) -> None:
+    run = own.plan()
+    large = replace(run.workload, shape=QWEN_30B_A3B, model_parameters=30.5e9, cpu_practice=False)
+    needs = {
+        precision: talk_plan(
+            replace(run, workload=replace(large, precision=precision)), adapter, NOW, 30, 0.5
+        ).needs
+        for precision in ("nf4", "fp8", "bf16", "int8")
+    }
+    # experts of 29.0 G weights: 0.5625, 1 and 2 bytes each
+    assert 19 < needs["nf4"].min_gpu_memory_gib < 23.5  # as torch reports a card of 24
+    assert 30 < needs["fp8"].min_gpu_memory_gib < 38
+    assert needs["bf16"].min_gpu_memory_gib > 57 and needs["int8"].min_gpu_memory_gib > 55
+    assert needs["nf4"].min_cpu_ram_gib > 57, "where experts are joined"
 
 
 def test_a_plan_prices_the_minutes_of_talk(own: rig.Rig, adapter: Path) -> None:

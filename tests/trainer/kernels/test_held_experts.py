@@ -116,6 +116,13 @@ def test_a_weight_takes_the_bytes_that_the_plan_counts(precision, most):
     assert torch.equal(held.unpack().clone(), turned.unpack())
 
 
+@pytest.mark.parametrize("precision", ["nf4", "fp8"])
+def test_experts_that_are_chosen_are_unpacked_alone(precision):
+    held = experts.HeldExperts(torch.randn(6, 96, 64), precision, transposed=False)
+    whole, chosen = held.unpack().clone(), torch.tensor([1, 4, 5])
+    assert torch.equal(held.unpack(chosen), whole[chosen])
+
+
 def test_a_width_that_nf4_does_not_take_is_refused():
     model = mixture("qwen3_moe")
     layers_of_experts(model)[0].down_proj.data = torch.randn(4, 64, 40)
