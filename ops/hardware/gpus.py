@@ -115,7 +115,7 @@ _PAIR_BYTES = {"lean": 66.0, "plain": 240.0, "remade": 340.0}
 _GROUPED = 0.7  # share of the rate of large matrix products that grouped ones reach
 # time of experts' products in FP8 and NF4 against bf16: they unpack the weights of all experts in
 # each pass (12 layers of Qwen3-30B-A3B on an H200, 16,384 tokens a pass)
-_UNPACKED = {"nf4": 1.35, "fp8": 2.7}
+_UNPACKED = {"nf4": 1.35, "fp8": 1.4}
 _TARGETS = 0.7  # share of tokens that the head computes, always in bf16
 # without a shape: bytes for each of hidden x layers, as in a Llama
 _ELEMENTWISE_BYTES = 430.0
