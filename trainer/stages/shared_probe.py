@@ -4,6 +4,8 @@ first step, on the model and the device that train."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # of the norm of hidden states and of gradients; rounding alone gives a tenth of it
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.01, "nf4": 0.03, "fp8": 0.2, "int8": 0.2}
+# in which a rounding grows within tens of layers to what a fault would make: a few layers tell more
+COARSE = ("fp8", "int8")
 NOISE = 4.0  # times what packing without sharing changes
 PROMPT, ANSWER = 64, 24  # tokens of a row that are shared, at most, and that are its own
 
@@ -38,14 +42,16 @@ def difference(
     taken = [Borrowed(0, n) for n in sharing.beginnings(some, numbers)]
     training = model.training
     model.eval()
+    few = _first_layers(inner_model(model)) if precision in COARSE else nullcontext()
     try:
-        alone = [_asked(model, some, [n], None, device) for n in numbers]
+        with few:
+            alone = [_asked(model, some, [n], None, device) for n in numbers]
+            packed = _asked(model, some, numbers, None, device)
+            shared = _asked(model, some, numbers, taken, device)
         want = (
             torch.cat([states for states, _ in alone]),
             torch.stack([gradient for _, gradient in alone]).sum(0),
         )
-        packed = _asked(model, some, numbers, None, device)
-        shared = _asked(model, some, numbers, taken, device)
     except Exception as wrong:  # whatever the model's own code, or a kernel, cannot do
         log.warning("prompts are not shared", exc_info=True)
         return f"the model cannot be computed so ({type(wrong).__name__}: {str(wrong)[:120]})"
@@ -56,6 +62,18 @@ def difference(
         if not (off := _apart(a, w)) < limit:
             return f"{what} differ from those of rows alone by {off:.2g}, more than {limit:.2g}"
     return ""
+
+
+@contextmanager
+def _first_layers(inner: Any) -> Iterator[None]:
+    """The model with its first layers alone for the while: two, or as many as show each kind."""
+    every, kinds = inner.layers, getattr(inner.config.get_text_config(), "layer_types", None)
+    kinds = list(kinds or ["full_attention"] * len(every))
+    inner.layers = every[: max(2, *(kinds.index(kind) + 1 for kind in kinds))]
+    try:
+        yield
+    finally:
+        inner.layers = every
 
 
 def _apart(got: Tensor, want: Tensor) -> float:

@@ -3,6 +3,7 @@ it is found before the first step. Other tests of pairs (test_preferences.py) tr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,20 +90,25 @@ def pair() -> Rows:
 
 
 @pytest.fixture
-def looked(models: Make) -> Callable[[], str]:
-    def look() -> str:
+def looked(models: Make) -> Callable[..., str]:
+    def look(precision: str = "fp32") -> str:
         name = attention.register()
         model = AutoModelForCausalLM.from_pretrained(models("gqa"), attn_implementation=name)
-        return difference(model, pair(), [0, 1], "fp32", torch.device("cpu"))
+        model.model.layers.extend(copy.deepcopy(model.model.layers))
+        model.config.num_hidden_layers, every = 4, len(model.model.layers)
+        told = difference(model, pair(), [0, 1], precision, torch.device("cpu"))
+        assert len(model.model.layers) == every == 4
+        return told
 
     return look
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
 def test_attention_that_misreads_shared_keys_is_found(
-    looked: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    looked: Callable[..., str], monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     """As where a kernel aligns queries with the first keys, or adds up only one row's gradients."""
-    assert looked() == ""
+    assert looked(precision) == ""
     real = attention.by_document
 
     def wrong(q: Any, k: Any, v: Any, cu: Any, rules: Any, cu_k: Any = None) -> torch.Tensor:
@@ -114,10 +120,10 @@ def test_attention_that_misreads_shared_keys_is_found(
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "by_document", wrong)
-        assert looked().startswith("states differ from those of rows alone by")
+        assert looked(precision).startswith("states differ from those of rows alone by")
     own = "trainer.kernels.shared_keys.gather"
     monkeypatch.setattr(own, lambda grad, keys: grad.index_select(0, keys.own))
-    assert looked().startswith("gradients differ from those of rows alone by")
+    assert looked(precision).startswith("gradients differ from those of rows alone by")
 
 
 def test_a_model_that_does_not_understand_shared_keys_is_told_and_not_trained_so(
