@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -45,6 +46,7 @@ Near = Annotated[
     float, typer.Option(help="Share of 5-grams that near duplicates have in common, 0.4 to 1")
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Equal rows only, no near ones")]
+BASE = "Qwen/Qwen3-8B"  # proposed where a base model is asked for
 SHOWN = 3  # rows of each rule of quality; --json has all
 Seed = Annotated[int, typer.Option(help="Of what is drawn")]
 
@@ -66,8 +68,9 @@ def check(
     drop_bad: DropBad = False,
     as_json: Json = False,
 ) -> None:
-    """Every defect with its place, and how often each occurs; exit code 3 where there is one. Then
-    what the rules of quality find among the sound rows, which is no defect."""
+    """The first defects of each kind with their places (--json: every one), and how often each
+    occurs; exit code 3 where there is one. Then what the rules of quality find among the sound
+    rows, which is no defect."""
     with errors(as_json):
         from ops import api
 
@@ -100,8 +103,10 @@ def _checked_json(
 def _checked(
     found: api.data.Dataset, quality: list[api.data.Found], reasons: dict[str, int]
 ) -> None:
-    for defect in found.defects:
-        print(plain(str(defect)))
+    from ops import api
+
+    for line in api.data.grouped(map(str, found.defects)):
+        print(plain(line))
     for reason, count in reasons.items():
         print(plain(f"{count:>9,}  {reason}"))
     for one in quality:
@@ -342,6 +347,7 @@ def init(
     force: Force = False,
     form: Format = "auto",
     column: Column = None,
+    drop_bad: DropBad = False,
     as_json: Json = False,
 ) -> None:
     """Write a commented job file for rows, a base model and a budget; what is not given is asked
@@ -351,10 +357,15 @@ def init(
 
         if to.exists() and not force:
             raise ConfigError(f"{to} exists", hint="name another with --to, or add --force")
-        rows = files or [Path(_asked("Rows to train on", "FILES", as_json))]
-        model = base or _asked("Base model (`milktea models` lists)", "--base", as_json)
+        reading = reading_of(form, column, drop_bad)
+        rows = files or typed_paths(_asked("File with the rows to train on", "FILES", as_json))
+        if not (base and max_usd):
+            api.begin.validate(rows, reading)  # before more is asked
+        model = base or _asked(
+            "Base model (`milktea models` lists)", "--base", as_json, default=BASE
+        )
         usd = max_usd or _dollars(_asked("Dollars that the run may cost", "--max-usd", as_json))
-        begun = api.begin.begin(rows, model, usd, to, name, reading_of(form, column), held_out)
+        begun = api.begin.begin(rows, model, usd, to, name, reading, held_out)
         api.begin.write(begun, to, force)
         if as_json:
             print(json_line({"kind": "begun", "job": str(to), "chosen": begun.chosen}))
@@ -363,11 +374,22 @@ def init(
         print(plain(f"wrote {to}; `milktea plan {to}` shows what it costs"))
 
 
-def _asked(what: str, flag: str, as_json: bool) -> str:
+def typed_paths(typed: str) -> list[Path]:
+    """The files of a line that was typed, or that a terminal wrote where files were dropped on it:
+    in quotation marks, or with a backslash before each blank."""
+    whole = Path(typed.strip()).expanduser()
+    try:
+        parts = [str(whole)] if whole.exists() else shlex.split(typed)
+    except ValueError:  # a quotation mark that is part of a name
+        parts = [str(whole)]
+    return [Path(part).expanduser() for part in parts]
+
+
+def _asked(what: str, flag: str, as_json: bool, default: str | None = None) -> str:
     """What somebody types. Raises ConfigError where nobody can be asked."""
     if as_json or not sys.stdin.isatty():
         raise ConfigError(f"{flag} is not given, and nobody can be asked here", hint=f"add {flag}")
-    return str(typer.prompt(what))
+    return str(typer.prompt(what, default=default))
 
 
 def _dollars(text: str) -> float:

@@ -20,6 +20,8 @@ from trainer.data.words import number_of
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
+FEW_STEPS = 20
+
 
 class NotTokenised(PreflightError):
     """The data may be valid, but there is no tokenizer here to count its tokens."""
@@ -50,10 +52,24 @@ def lengths_of_all(
             tokenised = False
             counted = Counted(_estimated(part, folder, place, pushes, entry, said))
             said.append(f"{e}; a run asks for it")
+        said += _few_steps(part, len(counted.lengths))
         found.append(counted)
         of_stage = f"stage {number + 1}, {part.stage}: " if len(job.stages) > 1 else ""
         notes += [of_stage + line for line in said]
     return found, tokenised
+
+
+def _few_steps(job: Job, rows: int) -> list[str]:
+    """A line where so few steps are made of the rows that little is learned."""
+    training = job.training
+    steps = prepare.order_of(job, rows // STAGES[job.stage].rows_per_item).total_steps
+    if steps >= FEW_STEPS or training.max_steps:
+        return []
+    return [
+        f"{number_of(steps, 'step')} in all: hardly anything is learned in so few. A smaller "
+        f"training.batch_size (it is {training.batch_size}) makes more of them, and so do more "
+        f"training.num_train_epochs ({training.num_train_epochs:g})"
+    ]
 
 
 def lengths_of(

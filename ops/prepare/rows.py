@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from ops.errors import ConfigError, PreflightError
 from ops.job import hub
+from ops.job.mistakes import grouped
 from ops.prepare.languages import NAMES, Language
 from trainer.data import convert as conversion
 from trainer.data import curate, quality, records
@@ -40,9 +42,11 @@ __all__ = [
     "RowsWritten",
     "Stats",
     "check",
+    "check_words",
     "convert",
     "dedupe",
     "drop",
+    "grouped",
     "looked_at",
     "reasons",
     "sample",
@@ -245,11 +249,20 @@ def sound(files: Sequence[Path], reading: Reading | None = None) -> Dataset:
     if found.defects:
         raise PreflightError(
             f"{number_of(len(found.defects), 'defect')}, the first: {found.defects[0]}",
-            hint="`milktea data check FILE` tells all; --drop-bad leaves such rows out",
+            hint=f"`{check_words(files, reading)}` tells all; --drop-bad leaves such rows out",
         )
     if not found.rows:
-        raise PreflightError("the files hold no row", hint="milktea data check FILE")
+        raise PreflightError("the files hold no row", hint=check_words(files, reading))
     return found
+
+
+def check_words(files: Sequence[Path], reading: Reading | None = None) -> str:
+    """The command that tells all that is wrong with these files."""
+    reading = reading or Reading()
+    columns = (f"--column {shlex.quote(f'{k}={v}')}" for k, v in reading.columns.items())
+    form = [] if reading.form == "auto" else [f"--format {reading.form}"]
+    named = (shlex.quote(str(path)) for path in files)
+    return " ".join(["milktea data check", *named, *form, *columns])
 
 
 def outputs_of(files: Sequence[Path], named: Mapping[str, Path | None], force: bool) -> list[Path]:

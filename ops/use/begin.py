@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tomllib
@@ -16,7 +17,7 @@ from ops.hardware import gpus
 from ops.job import cards
 from ops.job.config import parse
 from ops.job.needs import is_practice
-from ops.prepare.rows import stats
+from ops.prepare.rows import Dataset, check, check_words, stats
 from trainer import memory
 from trainer.data.sources import Reading
 from trainer.data.stats import Stats
@@ -32,6 +33,8 @@ IMAGE = (  # as jobs/practice.toml has it
     'trainer = "image"',
     "size_gib = 0.31",
 )
+STEPS = 50  # of the optimizer, that few rows are to make: by more epochs, then by smaller batches
+MOST_EPOCHS, MOST_BATCH, LEAST_BATCH = 3, 32, 4
 SURE = 1.3  # tokens are told from characters
 STAGE = {"rows": "sft", "pairs": "dpo", "tagged": "kto"}
 STAGE_WORDS = {
@@ -74,13 +77,7 @@ def begin(
     it; nothing is written. Raises PreflightError for rows or a model that cannot be trained on,
     ConfigError."""
     told, found = stats(files, reading, _tokenizer(base))
-    if found.defects or not found.rows:
-        first = f", the first: {found.defects[0]}" if found.defects else ""
-        raise PreflightError(
-            f"{number_of(len(found.rows), 'sound row')} and "
-            f"{number_of(len(found.defects), 'defect')}{first}",
-            hint="milktea data check FILE",
-        )
+    _validate(found, files, reading)
     kinds = {kind for kind, _, _ in found.files.values()}
     if "prompts" in kinds:
         raise ConfigError(
@@ -102,7 +99,9 @@ def begin(
     name = name or re.sub(r"[^a-z0-9]+", "-", _stem(files[0]).lower()).strip("-")[:40] or "job"
     paths = [*files, *([held_out] if held_out else [])]
     there = [_quoted(os.path.relpath(path, to.parent)) for path in paths]
-    text = _text(name, stage, there, known, length, max_usd, reading or Reading(), bool(held_out))
+    rows = told.total_tokens // length if stage == "pt" else told.rows
+    reading, out = reading or Reading(), _out(to.resolve().parent)
+    text = _text(name, stage, there, known, length, max_usd, reading, bool(held_out), rows, out)
     parse(tomllib.loads(text), to)
     chosen = [
         f"stage {stage}: {STAGE_WORDS[stage]}, {number_of(told.rows, 'row')}, about "
@@ -111,12 +110,30 @@ def begin(
         f"precision {known.precision}: {known.why}",
         f"max_length {length:,}: {why_length}",
     ]
+    chosen += found.notes
     if told.equal:
         chosen.append(
             f"{number_of(told.equal, 'row', 'is', 'are')} equal to others: `milktea data "
             "dedupe` drops them"
         )
     return Begun(text, chosen)
+
+
+def validate(files: Sequence[Path], reading: Reading | None = None) -> None:
+    """Raises PreflightError for files that hold no row, or one that is not sound."""
+    _validate(check(files, reading), files, reading)
+
+
+def _validate(found: Dataset, files: Sequence[Path], reading: Reading | None) -> None:
+    if not found.defects and found.rows:
+        return
+    first = f", the first: {found.defects[0]}" if found.defects else ""
+    hint = f"`{check_words(files, reading)}` tells all"
+    raise PreflightError(
+        f"{number_of(len(found.rows), 'sound row')} and "
+        f"{number_of(len(found.defects), 'defect')}{first}",
+        hint=f"{hint}; --drop-bad leaves such rows out" if found.rows else hint,
+    )
 
 
 def _stem(path: Path) -> str:
@@ -222,6 +239,8 @@ def _text(
     max_usd: float,
     reading: Reading,
     held_out: bool,
+    rows: int,
+    out: str,
 ) -> str:
     """The commented TOML. `there` are the quoted paths of the files, the held-out one last."""
     files = there[:-1] if held_out else there
@@ -252,15 +271,11 @@ def _text(
             f'template = "{base.template}"  # chat: the model\'s own; alpaca suits one without any',
             f'over_length = "{over_length}"  # longer rows; the plan tells how many',
         ]
-    if reading.form != "auto":
-        lines.append(f'format = "{reading.form}"')
-    if reading.columns:
-        mapped = ", ".join(f"{k} = {_quoted(v)}" for k, v in reading.columns.items())
-        lines.append(f"columns = {{ {mapped} }}")
     lines += [
+        *_as_read(reading),
         "",
         "[training]",
-        "num_train_epochs = 1  # more learn by heart sooner than better",
+        *_pace(rows),
         f"learning_rate = {_rate(stage, base)}",
         "",
         "[limits]",
@@ -268,11 +283,47 @@ def _text(
         "max_hours = 6  # from rent to destroy",
         "",
         "[results]",
-        'folder = "out"  # RUN/adapter.zip and its report',
+        f"folder = {_quoted(out)}  # RUN/adapter.zip and its report",
     ]
     if base.practice:
         lines += ["", "[image]", *IMAGE]
     return "\n".join(lines) + "\n"
+
+
+def _out(folder: Path) -> str:
+    """`out` of the working directory as a job file in `folder` calls it; beside a job file that
+    lies elsewhere."""
+    here = Path.cwd()
+    return os.path.relpath(here / "out", folder) if folder.is_relative_to(here) else "out"
+
+
+def _as_read(reading: Reading) -> list[str]:
+    lines = []
+    if reading.form != "auto":
+        lines.append(f'format = "{reading.form}"')
+    if reading.bad_rows == "drop":
+        lines.append('bad_rows = "drop"  # rows that are not sound; the plan tells how many')
+    if reading.columns:
+        mapped = ", ".join(f"{k} = {_quoted(v)}" for k, v in reading.columns.items())
+        lines.append(f"columns = {{ {mapped} }}")
+    return lines
+
+
+def _pace(rows: int) -> list[str]:
+    """training.num_train_epochs and, of few rows, training.batch_size: about STEPS steps at least,
+    as far as MOST_EPOCHS and LEAST_BATCH go."""
+    rows = max(rows, 1)
+    epochs = min(MOST_EPOCHS, math.ceil(STEPS * MOST_BATCH / rows))
+    if epochs == 1:
+        return ["num_train_epochs = 1  # more learn by heart sooner than better"]
+    batch = MOST_BATCH
+    while batch > LEAST_BATCH and rows * epochs < STEPS * batch:
+        batch //= 2
+    steps = math.ceil(rows / batch) * epochs
+    return [
+        f"num_train_epochs = {epochs}  # {number_of(rows, 'row')}: few are read more than once",
+        f"batch_size = {batch}  # rows of one step: {steps} steps in all",
+    ]
 
 
 def _rate(stage: str, base: _Base) -> str:

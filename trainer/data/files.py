@@ -166,8 +166,7 @@ def sound_rows(source: Source, found: Findings, validate: Validate | None = None
             except RecursionError:
                 made = [((), "brackets are nested too deep", "flatten the row")]
             if not isinstance(made, list):
-                if isinstance(made, Row) and made.unread:
-                    unread.update(made.unread)
+                unread.update(getattr(made, "unread", ()))
                 yield made
                 continue
             defects = [_defect(name, place, problem) for problem in made[:MAX_ROW_DEFECTS]]

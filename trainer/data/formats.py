@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ _ANSWERS = (
     "answer", "response", "targets", "target", "solution", "completion", "chosen", "label",
     "答案", "回答", "回复", "输出",
 )  # fmt: skip
+
+
+# and to what stands beside an instruction
+_BESIDE = ("context", "补充", "背景", "上下文")
+_OURS = frozenset(["input", "completion", "response"]).union(*KEYS.values())
 
 
 @dataclass(frozen=True)
@@ -433,7 +439,8 @@ def _missing(row: dict[str, Any], name: str) -> Problem:
         name, [k for k in row if k not in ("instruction", "input", "output")], 1, 0.6
     )
     if close:
-        return ((close[0],), f"the row has no {name!r}, but {close[0]!r}", f"call it {name!r}")
+        fix = f"call it {name!r}" if name in _OURS else "name that in data.columns, or --column"
+        return ((close[0],), f"the row has no {name!r}, but {close[0]!r}", fix)
     for column, value in row.items():
         if type(value) is list and value and type(value[0]) is tuple:
             turns = {"role": "messages", "from": "conversations"}
@@ -444,12 +451,15 @@ def _missing(row: dict[str, Any], name: str) -> Problem:
     asks = next((k for k in _ASKS if isinstance(row.get(k), str)), None)
     answers = next((k for k in _ANSWERS if isinstance(row.get(k), str)), None)
     mapped = f", or say what the file calls it: data.columns, --column {name}=NAME"
-    if name in ("instruction", "output") and asks and answers:
-        extra = ', input = "context"' if "context" in row else ""
-        mapped = (
-            f', or set data.columns = {{ instruction = "{asks}"{extra}, output = "{answers}" }}'
-            f" (commands: --column instruction={asks} --column output={answers})"
-        )
+    if name not in _OURS:  # data.columns told what the file calls it
+        mapped = ', or leave such rows out: data.bad_rows = "drop" (commands: --drop-bad)'
+    elif name in ("instruction", "output") and asks and answers:
+        beside = next((k for k in _BESIDE if isinstance(row.get(k), str)), None)
+        named = {"instruction": asks, "input": beside, "output": answers}
+        told = [(key, column) for key, column in named.items() if column]
+        set_ = ", ".join(f'{key} = "{column}"' for key, column in told)
+        words = " ".join(f"--column {key}={shlex.quote(column)}" for key, column in told)
+        mapped = f", or set data.columns = {{ {set_} }} (commands: {words})"
     return (
         (),
         f"the row has no {name!r}",

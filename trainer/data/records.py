@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"\d+")
 class Record(NamedTuple):
     """One sound row. `where` is file:line, `line` its JSON as it was, `question` and `answer` what
     it says (a text that is learned whole is an answer), `label` what must be equal where rows are
-    alike: a judgement, the answer that was not preferred."""
+    alike: a judgement, the answer that was not preferred; `unread` fields that nothing reads."""
 
     where: str
     line: str
@@ -39,6 +39,7 @@ class Record(NamedTuple):
     answer: str
     label: str
     turns: int
+    unread: tuple[str, ...] = ()
 
     @property
     def characters(self) -> int:
@@ -132,7 +133,8 @@ def _row(judged: Judged, value: Any, source: Source, where: str) -> Record | lis
         return made
     if made.text:
         return formats.suspicious_texts(value) or Record(where, _line(value), "", made.text, "", 1)
-    return formats.suspicious_texts(value) or _of_turns(where, value, made.turns, "")
+    made_of = _of_turns(where, value, made.turns, "")._replace(unread=made.unread)
+    return formats.suspicious_texts(value) or made_of
 
 
 def _stage_row(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,14 @@ def _lines_of(book: Any) -> Iterator[Any]:
 
 
 def _text(cell: Any) -> str:
-    """A cell as a person sees it: 4.0 is 4."""
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    return cell.isoformat() if hasattr(cell, "isoformat") else str(cell)
+    """A cell as a person sees it: 4.0 is 4, a day has no hour."""
+    if isinstance(cell, bool):
+        return str(cell).upper()
+    if isinstance(cell, float):
+        return str(int(cell)) if cell.is_integer() else f"{cell:.15g}"  # Excel has 15 digits
+    if isinstance(cell, datetime):
+        return str(cell if cell.time() != time() else cell.date())
+    return str(cell)
 
 
 def _parquet(path: Path) -> Iterator[Item]:

@@ -120,6 +120,22 @@ def test_columns_of_another_name_are_read_and_written_as_they_are(tmp_path: Path
     assert written[0] == {"question": "why", "answer": "because"}
 
 
+def test_check_shows_the_first_defects_of_a_kind_and_counts_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"Q": "a", "A": "b"}\n' * 100, "utf-8")
+    done = said("check", path)
+    assert done.exit_code == 3 and len(done.output.splitlines()) < 40
+    assert "more of this kind" in done.output and "200 defects" in done.output
+    assert len(said("check", path, "--json").stdout.splitlines()) == 201
+
+
+def test_check_tells_which_columns_nothing_reads(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "output": "b", "day": "Monday"}\n', "utf-8")
+    done = said("check", path)
+    assert done.exit_code == 0 and "nothing reads the fields day (1 row)" in done.output
+
+
 def test_check_tells_what_the_rules_of_quality_find_and_drop_writes_the_other_rows(
     rows: Path,
 ) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 import rig
 from ops import api
 from ops.cli.app import app
+from ops.cli.data import typed_paths
 from ops.cli.errors import errors
 from ops.fakevast import FakeVast
 from ops.market.client import Vast
@@ -161,6 +162,54 @@ def test_what_is_not_sound_is_refused_and_nothing_is_written(tmp_path: Path) -> 
     unasked = init(tmp_path, "--max-usd", "1")
     assert unasked.exit_code == 2 and "--base" in unasked.output
     assert not (tmp_path / "jobs").exists()
+
+
+def test_of_few_rows_so_many_steps_are_made_that_something_is_learned(
+    tmp_path: Path, market: Vast
+) -> None:
+    assert init(tmp_path, "--base", PRACTICE, "--max-usd", "1").exit_code == 0
+    file = tmp_path / "jobs" / "job.toml"
+    text = file.read_text("utf-8")
+    job = tomllib.loads(text)
+    assert (job["training"]["num_train_epochs"], job["training"]["batch_size"]) == (3, 4)
+    assert "30 steps in all" in text
+    few = "hardly anything is learned"
+    planned = api.plan(file, vast=market, root=tmp_path / "runs")
+    assert few not in "".join(planned.plan.notes)
+    job = {"model": {"base": str(PRACTICE), "precision": "fp32"}, "image": job["image"]}
+    job |= {"name": "few", "data": {"files": [str(tmp_path / "My Rows.jsonl")]}}
+    job |= {"limits": {"max_usd": 1}}
+    planned = api.plan(job, vast=market, root=tmp_path / "runs")
+    assert f"2 steps in all: {few}" in "\n".join(planned.plan.notes)
+
+
+def test_bad_rows_are_told_with_the_command_and_may_be_left_out(tmp_path: Path) -> None:
+    words = ["--base", "Qwen/Qwen3-8B", "--max-usd", "1"]
+    rows = [*ROWS, {"instruction": "open?", "output": ""}]
+    refused = init(tmp_path, *words, rows=rows)
+    assert refused.exit_code == 3 and f"data check '{tmp_path / 'My Rows.jsonl'}'" in refused.output
+    done = init(tmp_path, *words, "--drop-bad", rows=rows)
+    assert done.exit_code == 0 and "1 row left out" in done.output
+    job = tomllib.loads((tmp_path / "jobs" / "job.toml").read_text("utf-8"))
+    assert job["data"]["bad_rows"] == "drop"
+
+
+@pytest.mark.parametrize("typed", ["{}", "'{}' ", "{}  ", "{b} "])
+def test_a_file_that_is_dropped_on_the_terminal_is_found(typed: str, tmp_path: Path) -> None:
+    data = written(tmp_path / "it's mine.jsonl", ROWS)
+    if "'" in typed:
+        data = data.rename(tmp_path / "my rows.jsonl")
+    escaped = str(data).replace(" ", "\\ ").replace("'", "\\'")
+    assert typed_paths(typed.format(data, b=escaped)) == [data]
+
+
+def test_results_go_to_out_of_the_working_directory_wherever_the_job_lies_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--base", "Qwen/Qwen3-8B", "--max-usd", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert init(Path(), *words).exit_code == 0
+    assert api.load_job("jobs/job.toml").results.folder == tmp_path / "out"
 
 
 def test_a_job_that_exists_is_not_written_over(tmp_path: Path) -> None:

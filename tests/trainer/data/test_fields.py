@@ -348,6 +348,10 @@ def test_columns_map_classes_and_other_names(tmp_path: Path) -> None:
         ({"question": "2+2?", "answer": "4"}, 'instruction = "question", output = "answer"'),
         ({"inputs": "cat", "targets": "chat"}, 'instruction = "inputs", output = "targets"'),
         ({"问题": "2+2?", "答案": "4"}, 'instruction = "问题", output = "答案"'),
+        (
+            {"问题": "How much?", "补充": "large", "回答": "4"},
+            'instruction = "问题", input = "补充", output = "回答"',
+        ),
         ({"input": "春", "target": "秋"}, 'instruction = "input", output = "target"'),
         (
             {"instruction": "When?", "context": "1901.", "response": "1901"},

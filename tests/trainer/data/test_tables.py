@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import zipfile
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from trainer.data import scan
 from trainer.data.files import examine_files, read_rows
 from trainer.data.formats import Row
+from trainer.data.sources import Reading
 from trainer.data.template import Turn
 
 ROWS = [
@@ -104,6 +106,27 @@ def test_rows_of_excel_are_read_with_their_numbers(tmp_path: Path) -> None:
     rows = sound(tmp_path / "a.xlsx")
     assert [r.turns[1].text for r in rows] == ["4", "3.5"]
     assert [r.where for r in rows] == ["a.xlsx:2", "a.xlsx:4"]
+
+
+def test_a_cell_of_excel_is_learned_as_a_person_sees_it(tmp_path: Path) -> None:
+    seen = {
+        "2026-11-27": datetime(2026, 11, 27),
+        "2026-11-27 09:30:00": datetime(2026, 11, 27, 9, 30),
+        "09:30:00": time(9, 30),
+        "0.3": 0.1 + 0.2,
+        "TRUE": True,
+        "“it’s hot” ": "“it’s hot” ",
+    }
+    lines = [["instruction", "output"], *(["say", value] for value in seen.values())]
+    write_excel(tmp_path / "a.xlsx", lines)
+    assert [r.turns[1].text for r in sound(tmp_path / "a.xlsx")] == [*seen]
+
+
+def test_an_empty_cell_of_a_mapped_column_says_what_may_be_done(tmp_path: Path) -> None:
+    write_excel(tmp_path / "a.xlsx", [["问题", "回答"], ["2+2", "4"], ["3+3", None]])
+    columns = {"instruction": "问题", "output": "回答"}
+    (defect,) = examine_files([tmp_path / "a.xlsx"], Reading("auto", columns)).defects
+    assert "--drop-bad" in defect.fix and "=NAME" not in defect.fix
 
 
 def test_an_empty_column_of_a_table_is_none(tmp_path: Path) -> None:
