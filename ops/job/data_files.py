@@ -9,9 +9,9 @@ from pathlib import Path
 from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
 from ops.job.job_file import JobFile
-from ops.job.mistakes import grouped
 from trainer.data import tables
 from trainer.data.folders import DATASET_INFO, expand, is_file, kind_of
+from trainer.data.mistakes import grouped
 from trainer.data.scan import Broken
 from trainer.data.sources import Reading, find_sources
 from trainer.wire.stages import STAGES

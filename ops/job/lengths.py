@@ -12,10 +12,10 @@ from ops.box.transfer import PushFile
 from ops.catalogue.models import Entry
 from ops.errors import PreflightError
 from ops.job import hub
-from ops.job.mistakes import grouped
 from trainer.data import estimate, prepare, sharing, stage_rows
 from trainer.data import template as prompt
 from trainer.data.errors import InvalidJob, ModelMissing
+from trainer.data.mistakes import grouped
 from trainer.data.words import number_of
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES

@@ -21,11 +21,11 @@ from tokenizers import Tokenizer
 
 from ops.errors import ConfigError, PreflightError
 from ops.job import hub
-from ops.job.mistakes import grouped
 from ops.prepare.languages import NAMES, Language
 from trainer.data import convert as conversion
 from trainer.data import curate, quality, records
 from trainer.data.curate import By, Picked
+from trainer.data.mistakes import grouped
 from trainer.data.quality import Found
 from trainer.data.records import Dataset, Record
 from trainer.data.sources import Reading

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ops.job.mistakes import KINDS, SHOWN, grouped
+from trainer.data.mistakes import KINDS, SHOWN, grouped
 
 
 def test_equal_mistakes_are_counted_and_the_first_ten_shown() -> None:
