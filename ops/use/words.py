@@ -41,9 +41,9 @@ def merge(
     """The base with the adapter in it, in the new folder `to`; the certificate is of the rows of
     `data`, or of the job's held-out ones, beside general texts."""
     out = to or found.beside / f"merged-{dtype}"
-    more = ["--data", str(data)] if data else _held_out(found)
+    more = _rows(found, data)
     if found.precision:
-        more = [*more, "--trained-in", found.precision]
+        more += ["--trained-in", found.precision]
     return Word(
         "trainer.result.merge",
         (str(found.adapter), *_base(found), "--out", str(out), "--dtype", dtype, *more),
@@ -60,7 +60,7 @@ def evaluate(
 ) -> Word:
     """Scores on the rows of `data`, or on the job's held-out ones, beside those of the base or of
     another result. Raises PreflightError where nobody says on which rows."""
-    more = ["--data", str(data)] if data else _held_out(found)
+    more = _rows(found, data)
     if not more:
         raise PreflightError(
             f"{found.name} has no held-out rows here",
@@ -89,10 +89,11 @@ def serve(results: Sequence[Found], options: Sequence[str] = ()) -> Word:
     return Word("trainer.serve.server", (*more, *named))
 
 
-def _held_out(found: Found) -> list[str]:
-    if found.held_out is None:
+def _rows(found: Found, data: Path | None) -> list[str]:
+    """The rows of `data`, else the job's held-out ones, as words of a command; none without any."""
+    if (file := data or found.held_out) is None:
         return []
-    return ["--data", str(found.held_out), *(["--job", str(found.job)] if found.job else [])]
+    return ["--data", str(file), *(["--job", str(found.job)] if found.job else [])]
 
 
 def chat(found: Found, options: Sequence[str] = ()) -> Word:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -458,13 +459,18 @@ def _missing(row: dict[str, Any], name: str) -> Problem:
         named = {"instruction": asks, "input": beside, "output": answers}
         told = [(key, column) for key, column in named.items() if column]
         set_ = ", ".join(f'{key} = "{column}"' for key, column in told)
-        words = " ".join(f"--column {key}={shlex.quote(column)}" for key, column in told)
+        words = " ".join(f"--column {key}={_word(column)}" for key, column in told)
         mapped = f", or set data.columns = {{ {set_} }} (commands: {words})"
     return (
         (),
         f"the row has no {name!r}",
         f"add {name!r}{mapped}; it has {', '.join(map(repr, row)) or 'nothing'}",
     )
+
+
+def _word(column: str) -> str:
+    """A column's name as a shell takes it."""
+    return column if re.fullmatch(r"[\w.-]+", column) else shlex.quote(column)
 
 
 def kind(value: Any) -> str:

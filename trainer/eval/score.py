@@ -235,7 +235,8 @@ def _of_run(
             why = f"held-out rows of {told.stage} are judgements, no questions with one answer"
         raise InvalidJob(why, hint=f"milktea-run evaluate {run.name} DATA.json")
     if data is None and told.data.held_out is not None:
-        data, job = run / told.data.held_out.path, run / "job.json"
+        data = run / told.data.held_out.path
+    job = job or run / "job.json"
     folder = base or base_of_result(told, run)
     return adapter, folder, data, job
 

@@ -12,6 +12,8 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+from trainer.data.mistakes import grouped
+
 DONE, REFUSED, INTERRUPTED = 0, 3, 130
 EVERY_S = 10.0  # between two lines of progress where stderr is no terminal
 
@@ -46,7 +48,8 @@ def answer(
 
 
 def _refuse(error: Exception, as_json: bool) -> None:
-    why = "\n".join([str(error), *getattr(error, "samples", ()), *getattr(error, "__notes__", ())])
+    samples = grouped(getattr(error, "samples", ()))
+    why = "\n".join([str(error), *samples, *getattr(error, "__notes__", ())])
     hint = getattr(error, "hint", "")
     if as_json:
         print(json.dumps({"refused": why, "hint": hint}, ensure_ascii=False))

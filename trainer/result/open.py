@@ -292,11 +292,17 @@ def precision_of(named: str, folder: Path, device: torch.device) -> str:
 
 
 def rows_in(file: Path, job: Path | None = None) -> list[Row]:
-    """The rows of a file, read as the job (a job.json) says. Raises InvalidJob with each defect."""
-    reading = Reading()
-    if job is not None:
-        reading = reading_of(Job.model_validate_json(job.read_bytes()).data)
-    rows, defects = read_rows([(file, file.name)], reading)
+    """The rows of a file, read as the job (a job.json) says where it is like the job's files, else
+    as files of its layout are read. Raises InvalidJob with each defect."""
+    told = Job.model_validate_json(job.read_bytes()) if job is not None else None
+    readings = [reading_of(told.data)] if told is not None else []
+    found = []
+    for reading in [*readings, Reading()]:
+        rows, defects = read_rows([(file, file.name)], reading)
+        if rows and not defects:
+            return rows
+        found.append((rows, defects))
+    rows, defects = found[0]
     validate_rows(defects)
     return rows
 

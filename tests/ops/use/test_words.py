@@ -41,8 +41,8 @@ def test_each_word_is_a_module_with_the_adapter_its_base_and_the_jobs_rows() -> 
     assert merge.arguments[-6:] == (*rows, "--trained-in", "nf4")
     assert not {"--data", "--trained-in"} & set(words.merge(BARE).arguments)
     mine = words.evaluate(MINE, Path("my.json"), BARE, 50).arguments
-    assert mine[3:5] == ("--data", "my.json") and "--job" not in mine
-    assert mine[5:9] == ("--against", "bare.zip", "--against-base", "org/base")
+    assert mine[3:7] == ("--data", "my.json", "--job", "job.json")
+    assert mine[7:11] == ("--against", "bare.zip", "--against-base", "org/base")
     assert words.export(MINE, "ollama").arguments[-1] == "out/mine/for-ollama"
     both = words.combine([(MINE, 1.0), (BARE, -0.5)], Path("mix.zip"), 8).arguments
     assert both == ("out/mine/adapter.zip=1.0", "bare.zip=-0.5", "--out", "mix.zip", "--rank", "8")

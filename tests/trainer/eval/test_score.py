@@ -66,6 +66,33 @@ def stock_nats(model: Any, tokenizer: Any, question: str, answer: str) -> tuple[
     return float(-log_probs.gather(1, ids[0, before:, None]).sum()), ids.shape[1] - before
 
 
+def test_a_file_of_the_users_is_read_as_the_jobs_files_or_as_its_own_layout_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"instruction": "问题", "output": "回答"}
+    file = {"path": "data/0.jsonl", "name": "a.jsonl", "sha256": "0" * 64, "size_bytes": 1}
+    data = {"files": [file], "columns": columns}
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    told = {"run_id": "a-run", "model": {"base": "stub", "precision": "fp32"}, "data": data}
+    job = tmp_path / "job.json"
+    job.write_text(Job.model_validate({**told, "lora": lora}).model_dump_json())
+    (tmp_path / "like.json").write_text(json.dumps([{"问题": "1+1", "回答": "2"}] * 30))
+    (tmp_path / "other.json").write_text(json.dumps(ROWS))
+    (tmp_path / "bad.json").write_text(json.dumps([{"Q": "1+1", "A": "2"}] * 30))
+    assert [row.turns[1].text for row in rows_in(tmp_path / "like.json", job)] == ["2"] * 30
+    assert len(rows_in(tmp_path / "other.json", job)) == len(ROWS)
+    words = [
+        str(tmp_path / "result"),
+        "--base",
+        str(tmp_path),
+        "--data",
+        str(tmp_path / "bad.json"),
+    ]
+    assert score.main([*words, "--job", str(job)]) == 3
+    refused = capsys.readouterr().err
+    assert "60 defects" in refused and len(refused.splitlines()) < 30
+
+
 def test_nats_of_answers_are_those_of_stock_transformers(
     result: tuple[Path, Path], chat: Chat, tmp_path: Path
 ) -> None:
