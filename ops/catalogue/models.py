@@ -7,6 +7,7 @@ value has a source and a date (`Entry.source_of`); what was not found is None.
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -112,6 +113,13 @@ class Entry:
 def lookup(name: str) -> Entry | None:
     """The entry of a hub name, `owner/model` with or without `@revision`, or None."""
     return _entries().get(name.partition("@")[0].lower())
+
+
+def did_you_mean(name: str) -> str:
+    """ "; did you mean ID?" of an unknown name that is nearly one of ours, else nothing."""
+    asked = name.partition("@")[0].lower()
+    near = difflib.get_close_matches(asked, _entries(), 1, 0.85) if lookup(name) is None else []
+    return f"; did you mean {_entries()[near[0]].id}?" if near else ""
 
 
 def entries() -> list[Entry]:

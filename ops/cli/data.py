@@ -11,6 +11,7 @@ import typer
 
 from ops.cli.errors import errors
 from ops.cli.history import Json
+from ops.cli.typed import as_typed
 from ops.errors import ConfigError
 from ops.plain import json_line, number_of, plain
 
@@ -370,8 +371,9 @@ def init(
         if as_json:
             print(json_line({"kind": "begun", "job": str(to), "chosen": begun.chosen}))
             return
-        print(*map(plain, begun.chosen), sep="\n")
-        print(plain(f"wrote {to}; `milktea plan {to}` shows what it costs"))
+        print(*(as_typed(plain(line)) for line in begun.chosen), sep="\n")
+        plan = f"`milktea plan {shlex.quote(str(to))}`"
+        print(as_typed(plain(f"wrote {to}; {plan} shows what it costs")))
 
 
 def typed_paths(typed: str) -> list[Path]:

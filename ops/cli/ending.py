@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ops.cli.typed import short, word
 from ops.plain import number_of, plain
 
 if TYPE_CHECKING:
@@ -41,19 +38,13 @@ def last_lines(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> Non
     bill = "not to be had yet" if cost.billed_usd is None else f"{cost.billed_usd:.4f} $"
     predicted = "" if cost.predicted_usd is None else f", predicted {cost.predicted_usd:.4f} $"
     print(f"cost      {cost.spent_usd:.4f} $ (vast.ai's bill {bill}{predicted})")
-    print(f"adapter   {_short(adapter)}")
+    print(f"adapter   {short(adapter)}")
     if merged:
-        print(f"merged    {_short(merged)}")
+        print(f"merged    {short(merged)}")
     elif why_not:
-        print(f"merged    not on the box: {plain(why_not)}; here: {_typed()} merge {run.id}")
+        print(f"merged    not on the box: {plain(why_not)}; here: {word()} merge {run.id}")
     if run.answers:
-        print(f"talk      {_typed()} serve {run.id}   (or chat)")
-
-
-def _typed() -> str:
-    """What this user types for milktea: its path where the shell does not find the name."""
-    here = Path(sys.executable).with_name("milktea")
-    return _short(here) if here.is_file() and not shutil.which("milktea") else "milktea"
+        print(f"talk      {word()} serve {run.id}   (or chat)")
 
 
 def _detached(run: api.Run, as_json: bool) -> None:
@@ -65,14 +56,14 @@ def _detached(run: api.Run, as_json: bool) -> None:
         print(json.dumps(row))
     elif run.is_owned:
         print(
-            f"the run goes on without this terminal: `milktea attach {run.id}` watches it, "
-            f"`milktea stop {run.id}` ends it"
+            f"the run goes on without this terminal: `{word()} attach {run.id}` watches it, "
+            f"`{word()} stop {run.id}` ends it"
         )
     else:
         at = f" at {time.strftime('%a %H:%M', time.localtime(ends_at))}" if ends_at else ""
         print(
-            f"the box works on alone and ends itself{at}: `milktea resume {run.id}` brings the "
-            "adapter home, `milktea reap` would destroy it"
+            f"the box works on alone and ends itself{at}: `{word()} resume {run.id}` brings the "
+            f"adapter home, `{word()} reap` would destroy it"
         )
 
 
@@ -83,8 +74,8 @@ def _kept(run: api.Run, as_json: bool) -> None:
         print(json.dumps({"kind": "kept", "run_id": run.id, **row}))
         return
     print(
-        f"the box is {run.kept}; `milktea resume {run.id}` starts it, "
-        f"`milktea destroy {run.id}` ends it"
+        f"the box is {run.kept}; `{word()} resume {run.id}` starts it, "
+        f"`{word()} destroy {run.id}` ends it"
     )
 
 
@@ -99,8 +90,4 @@ def stopped(run: api.Run, screen: Terminal | JsonLines, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"kind": "stopped", "run_id": run.id, "spent_usd": round(spent, 5)}))
     else:
-        print(f"stopped, {spent:.4f} $ spent; `milktea resume {run.id}` goes on from what is home")
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+        print(f"stopped, {spent:.4f} $ spent; `{word()} resume {run.id}` goes on from what is home")

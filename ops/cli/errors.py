@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import typer
 
+from ops.cli.typed import as_typed
 from ops.errors import MilkteaError, disk_error
 from ops.plain import json_line, plain
 
@@ -44,9 +45,10 @@ def _fail(e: MilkteaError, as_json: bool) -> NoReturn:
         }
         print(json_line(row))
         raise typer.Exit(e.exit_code)
-    print(f"\n{type(e).__name__}: {plain(str(e))}\n  money: {plain(e.money)}", file=sys.stderr)
-    if e.hint:
-        print(f"  next:  {plain(e.hint)}", file=sys.stderr)
+    what, hint = as_typed(plain(str(e))), as_typed(plain(e.hint))
+    print(f"\n{type(e).__name__}: {what}\n  money: {plain(e.money)}", file=sys.stderr)
+    if hint:
+        print(f"  next:  {hint}", file=sys.stderr)
     if e.exit_code == 70 and (first := e.__cause__) is not None:
         print(f"  first: {type(first).__name__}: {plain(str(first))}", file=sys.stderr)
     # make turns every code into its own 2

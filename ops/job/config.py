@@ -122,7 +122,7 @@ def _message(err: Any) -> str:
     if err["type"] == "extra_forbidden":
         near = [
             k for k in keys() if k.endswith("." + where.split(".")[-1])
-        ] or difflib.get_close_matches(where, keys(), 1, 0.6)
+        ] or difflib.get_close_matches(where, [*keys(), *JobFile.model_fields], 1, 0.6)
         return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     message = err["msg"].removeprefix("Value error, ")
     given = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ops.box.transfer import PushFile
-from ops.catalogue.models import Entry
+from ops.catalogue.models import Entry, did_you_mean
 from ops.errors import PreflightError
 from ops.job import hub
 from trainer.data import estimate, prepare, sharing, stage_rows
@@ -20,6 +20,7 @@ from trainer.data.words import number_of
 from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
+CHECK = "check model.base and the network, or name a local folder"
 FEW_STEPS = 20
 
 
@@ -83,14 +84,16 @@ def lengths_of(
             prepared = stage_rows.prepare(job, folder / place, _cached(job))
     except InvalidJob as e:
         listed = "\n".join(f"  {s}" for s in grouped(e.samples))
-        kind = NotTokenised if isinstance(e, ModelMissing) else PreflightError
-        raise kind(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
+        if isinstance(e, ModelMissing):
+            near = did_you_mean(job.model.base)
+            raise NotTokenised(f"{e}\n{listed}".rstrip(), hint=e.hint + near) from e
+        raise PreflightError(f"{e}\n{listed}".rstrip(), hint=e.hint) from e
     except prompt.TemplateError as e:
         raise PreflightError(str(e)) from e
     except OSError as e:
         raise NotTokenised(
             f"the tokenizer of {job.model.base} cannot be had: {str(e)[:200]}",
-            hint="check model.base and the network, or name a local folder",
+            hint=f"{CHECK}{did_you_mean(job.model.base)}",
         ) from e
     lengths = prepared.rows.lengths
     if not lengths:
@@ -121,9 +124,7 @@ def _cached(job: Job) -> Path | None:
     try:
         return hub.cached_folder(job.model.base, job.model.revision)
     except hub.NotHere as e:
-        raise NotTokenised(
-            str(e), hint="check model.base and the network, or name a local folder"
-        ) from e
+        raise NotTokenised(str(e), hint=f"{CHECK}{did_you_mean(job.model.base)}") from e
 
 
 @contextmanager

@@ -252,7 +252,7 @@ def sound(files: Sequence[Path], reading: Reading | None = None) -> Dataset:
             hint=f"`{check_words(files, reading)}` tells all; --drop-bad leaves such rows out",
         )
     if not found.rows:
-        raise PreflightError("the files hold no row", hint=check_words(files, reading))
+        raise PreflightError("the files hold no row", hint=f"`{check_words(files, reading)}`")
     return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.catalogue.models import lookup
+from ops.catalogue.models import did_you_mean, lookup
 from ops.errors import ConfigError, PreflightError
 from ops.hardware import gpus
 from ops.job import cards
@@ -146,7 +146,8 @@ def _base(name: str, folder: Path) -> _Base:
     if Path(name).expanduser().is_dir():
         return _of_folder(Path(name).expanduser(), folder)
     if entry is None:
-        why = "this model is not in `milktea models`; nf4 takes less memory"
+        near = did_you_mean(name)
+        why = f"this model is not in `milktea models`{near or '; nf4 takes less memory'}"
         return _Base(name, "bf16", _guessed(name), False, MOST_LENGTH, why)
     model = cards.known(entry)
     if model.why:

@@ -121,11 +121,11 @@ def prepare(
             write_cache(held_cache, held)
         write_cache(cache, rows)
     if not len(rows):
-        raise InvalidJob(
-            "no row is left to train on",
-            rows.notes,
-            "`python -m trainer.data FILE` says what each file holds",
-        )
+        too_long = any("data.max_length" in note for note in rows.notes)
+        hint = "`python -m trainer.data FILE` says what each file holds"
+        if too_long:
+            hint = 'raise data.max_length, set data.over_length = "truncate", or part long rows'
+        raise InvalidJob("no row is left to train on", rows.notes, hint)
     known = token_hash(vocabulary, template)
     return Prepared(rows, vocabulary, template, stop, known, held if held else None)
 

@@ -16,6 +16,7 @@ from ops import api
 from ops.cli.app import app
 from ops.cli.data import typed_paths
 from ops.cli.errors import errors
+from ops.errors import PreflightError
 from ops.fakevast import FakeVast
 from ops.market.client import Vast
 from ops.market.provider import Provider
@@ -181,6 +182,43 @@ def test_of_few_rows_so_many_steps_are_made_that_something_is_learned(
     job |= {"limits": {"max_usd": 1}}
     planned = api.plan(job, vast=market, root=tmp_path / "runs")
     assert f"2 steps in all: {few}" in "\n".join(planned.plan.notes)
+
+
+def test_a_misspelt_model_is_told_with_the_nearest_one(tmp_path: Path, market: Vast) -> None:
+    done = init(tmp_path, "--base", "Qwen/Qwen3-8", "--max-usd", "1")
+    assert done.exit_code == 0 and "did you mean Qwen/Qwen3-8B?" in done.output
+    file = tmp_path / "jobs" / "job.toml"
+    with pytest.raises(PreflightError) as refused:
+        api.plan(file, vast=market, root=tmp_path / "runs", or_estimate=True)
+    assert "did you mean Qwen/Qwen3-8B?" in refused.value.hint
+
+
+def test_rows_that_are_all_too_long_are_told_with_what_makes_them_fit(
+    tmp_path: Path, market: Vast
+) -> None:
+    rows = [{"instruction": "a", "output": "b" * 20_000}]
+    assert init(tmp_path, "--base", PRACTICE, "--max-usd", "1", rows=rows).exit_code == 0
+    with pytest.raises(PreflightError) as refused:
+        api.plan(tmp_path / "jobs" / "job.toml", vast=market, root=tmp_path / "runs")
+    assert "data.over_length" in refused.value.hint and not any((tmp_path / "runs").iterdir())
+
+
+def test_the_next_command_can_be_pasted_where_the_shell_does_not_find_milktea(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "milktea").touch()
+    folder = tmp_path / "my rows"
+    folder.mkdir()
+    done = init(folder, "--base", "Qwen/Qwen3-8B", "--max-usd", "1")
+    job = folder / "jobs" / "job.toml"
+    assert f"`{tmp_path}/bin/milktea plan '{job}'` shows" in done.output
+    refused = init(
+        folder, "--base", "Qwen/Qwen3-8B", "--max-usd", "1", "--force", rows=[{"a": "b"}]
+    )
+    assert f"`{tmp_path}/bin/milktea data check '" in refused.output
 
 
 def test_bad_rows_are_told_with_the_command_and_may_be_left_out(tmp_path: Path) -> None:
