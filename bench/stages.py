@@ -163,6 +163,8 @@ def opened(
         return budget.solve(job, base, longest, asked.capacity, ranks.world) or (longest, 99)
 
     patch.object(sft, "micro_batch", planned).start()
+    if asked.most:
+        patch.object(budget, "GPU_TOKENS", asked.most).start()
     stage = STAGES[job.stage].Stage(job, run)
     stage.kept.load = lambda *_: (model, dict(names))
     stage.compare_with_stock = lambda *_: {}  # another test's
@@ -255,6 +257,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--few", type=int, help="items of a step, in place of the protocol's")
     parser.add_argument("--capacity", type=float, help="GiB of the card that is planned for")
+    parser.add_argument("--most", type=int, help="tokens of a micro-batch, in place of the loop's")
     parser.add_argument("--share", action="store_true", help="a group's prompt is computed once")
     parser.add_argument("--profile", type=Path, help="write one step more's kernels to this file")
     parser.add_argument("--append", type=Path, help="add the lines to this file")
