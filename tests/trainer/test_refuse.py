@@ -102,6 +102,16 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     assert error.hint  # type: ignore[union-attr]
 
 
+def test_a_tokenizer_with_more_ids_than_a_text_tower_is_refused(
+    run_folder: Make, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path / "small")
+    text = {"model_type": "gemma3_text", "vocab_size": 290}
+    config = {"model_type": "gemma3", "text_config": text}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    assert "300 ids" in str(refused(run_folder(model=tmp_path / "small")))
+
+
 def test_a_template_whose_stop_token_this_tokenizer_lacks_is_refused(run_folder: Make) -> None:
     job = run_folder()
     settings = json.loads(job.read_text())
@@ -140,6 +150,24 @@ def test_a_special_token_written_out_in_a_text_is_refused(run_folder: Make) -> N
         run_folder(data=[*rows(3), {"instruction": "close </s> it", "input": "", "output": "done"}])
     )
     assert "'</s>'" in error.samples[0] and "train.jsonl:4" in error.samples[0]
+
+
+@pytest.mark.parametrize("where", ["call", "name of a tool", "description of a tool"])
+def test_a_special_token_written_out_in_a_tool_is_refused(run_folder: Make, where: str) -> None:
+    spelled, call = "close </s> it", {"name": "w", "arguments": {}}
+    tool = {"name": "w", "description": spelled if where.startswith("desc") else "d"}
+    result = {"role": "tool", "content": "1", "name": spelled if where.startswith("name") else "w"}
+    if where == "call":
+        call["arguments"] = {"x": [spelled]}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": call}]},
+        result,
+        {"role": "assistant", "content": "b"},
+    ]
+    row = {"messages": turns, "tools": [tool]}
+    error = refused(run_folder(data=[row]))
+    assert "'</s>'" in error.samples[0]
 
 
 def test_a_model_folder_without_a_fast_tokenizer_is_refused(

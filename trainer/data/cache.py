@@ -24,7 +24,8 @@ EXTRA = "extra/"  # before the names of Rows.extra in the cache
 
 
 def cache_key(job: Job, folder: Path, template: Template, kind: str) -> str:
-    read = [folder / "tokenizer.json", folder / "generation_config.json"]
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    read = [folder / name for name in names]
     known = [hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in read]
     settings = job.data.model_dump(exclude={"held_out", "template_text"}) | {
         "files": [(f.name, f.sha256) for f in job.data.files]

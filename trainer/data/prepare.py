@@ -25,6 +25,7 @@ from trainer.data.sources import Defect, Reading
 from trainer.data.template import Template, TemplateError, Turn, from_chat_template, load
 from trainer.data.tokenised import Rows, tokenise
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
+from trainer.families import TEXT_KEYS
 from trainer.wire.job import Data, Job
 from trainer.wire.stages import STAGES
 
@@ -211,12 +212,7 @@ def job_template(job: Job, vocabulary: Vocabulary) -> Template:
 
 def validate_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     """Raises InvalidJob when the tokenizer can emit ids that the model has no embedding for."""
-    config = folder / "config.json"
-    held = (
-        json.loads(config.read_text(encoding="utf-8")).get("vocab_size")
-        if config.is_file()
-        else None
-    )
+    held = vocabulary_size(folder)
     if held is not None and vocabulary.size > held:
         raise InvalidJob(
             f"the tokenizer of {folder.name}/ has {vocabulary.size} ids, the model's "
@@ -224,6 +220,23 @@ def validate_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
             hint="take both from the same release of the model; tokens that were added need a "
             "model whose embedding was resized",
         )
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """The vocabulary that config.json tells of, itself or for its text tower; None where it tells
+    of none. Raises InvalidJob for a file that is no JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        parts = [config, *(config.get(k) or {} for k in TEXT_KEYS)]
+        found = next((p["vocab_size"] for p in parts if "vocab_size" in p), None)
+    except (ValueError, TypeError, AttributeError, RecursionError) as why:
+        raise InvalidJob(
+            f"{folder.name}/config.json is no configuration ({why})", hint="fetch it again"
+        ) from why
+    return found if isinstance(found, int) else None
 
 
 def validate_files(job: Job, run: Path) -> None:

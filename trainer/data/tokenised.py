@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -273,13 +273,29 @@ def special_token_fault(row: Row, specials: re.Pattern[str] | None) -> str:
     if specials is None:
         return ""
     for turn in row.turns:
-        for text in (turn.text, turn.extra, turn.reasoning):
+        for text in (turn.text, turn.extra, turn.reasoning, turn.name, *_texts(turn.calls)):
             if text and (held := specials.search(text)):
-                return (
-                    f"holds the text {held[0]!r}, which this tokenizer reads as a special "
-                    "token: write it otherwise"
-                )
+                return _SPELLED.format(held[0])
+    for text in _texts(row.tools):
+        if held := specials.search(text):
+            return _SPELLED.format(held[0])
     return ""
+
+
+_SPELLED = "holds the text {!r}, which this tokenizer reads as a special token: write it otherwise"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def label_fault(ids: Sequence[int], trained: Sequence[bool], stops: frozenset[int]) -> str:

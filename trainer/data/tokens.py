@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
 from trainer.data.chat import SpecialTokens, open_chat
 from trainer.data.render import examples
@@ -59,55 +59,106 @@ class Vocabulary:
 
 def open_vocabulary(folder: Path) -> Vocabulary:
     """Reads tokenizer.json and the config files beside it. Raises TemplateError when there is no
-    tokenizer.json or no end token."""
+    tokenizer.json, no end token, or a file that cannot be read."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise TemplateError(
             f"{folder.name}/ has no tokenizer.json: save the fast tokenizer there "
             "(AutoTokenizer...save_pretrained)"
         )
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = _open(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    told = _json(folder / "tokenizer_config.json")
+    settings = _json(folder / "special_tokens_map.json") | told
+    _add_told(tokenizer, told)
     eos, bos = _token(settings.get("eos_token")), _token(settings.get("bos_token"))
     if not eos:
-        eos_id = _json(folder / "config.json").get("eos_token_id")
-        eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
-        eos = (tokenizer.id_to_token(eos_id) if isinstance(eos_id, int) else None) or ""
+        found = _texts_of(tokenizer, _json(folder / "config.json").get("eos_token_id"))
+        eos = found[0] if found else ""
     if not eos or tokenizer.token_to_id(eos) is None:
         raise TemplateError(
             f"the tokenizer in {folder.name}/ names no end token (eos_token={eos!r}): set "
             "eos_token in tokenizer_config.json"
         )
-    jinja = folder / "chat_template.jinja"
-    chat = (
-        jinja.read_text(encoding="utf-8")
-        if jinja.is_file()
-        else settings.get("chat_template") or ""
-    )
-    if isinstance(chat, list):  # several named templates: the default one
-        chat = next((c["template"] for c in chat if c.get("name") == "default"), "")
     added = tokenizer.encode("", add_special_tokens=True).ids
     prefix = tuple(i for i in added if i != tokenizer.token_to_id(eos) or eos == bos)
     tokenizer.post_processor = processors.Sequence([])  # it would trim blanks off the offsets
-    return Vocabulary(tokenizer, eos, bos, prefix, chat, folder, _stops(tokenizer, folder))
+    stops = _texts_of(tokenizer, _json(folder / "generation_config.json").get("eos_token_id"))
+    return Vocabulary(tokenizer, eos, bos, prefix, chat_text(folder), folder, stops)
 
 
-def _stops(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
-    ids = _json(folder / "generation_config.json").get("eos_token_id")
-    texts = [
-        tokenizer.id_to_token(i)
-        for i in (ids if isinstance(ids, list) else [ids])
-        if isinstance(i, int)
-    ]
-    return tuple(t for t in texts if t)
+def _open(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as why:  # the library raises no narrower one
+        raise TemplateError(
+            f"{path.parent.name}/{path.name} is no tokenizer ({str(why)[:200]}): fetch it again"
+        ) from why
+
+
+def _add_told(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """Adds the tokens of tokenizer_config.json that tokenizer.json lacks, as transformers does."""
+    held = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    told = settings.get("added_tokens_decoder")
+    numbered = {int(k): v for k, v in told.items() if k.isdecimal()} if told else {}
+    for _, token in sorted(numbered.items()):
+        if isinstance(token, dict) and (text := _token(token)) and text not in held:
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            kept = {name: bool(token[name]) for name in flags if name in token}
+            tokenizer.add_tokens([AddedToken(text, **kept)])
+
+
+def _texts_of(tokenizer: Tokenizer, ids: Any) -> tuple[str, ...]:
+    """The tokens with these ids (one or a list), without those that there are not."""
+    listed = ids if isinstance(ids, list) else [ids]
+    sound = (i for i in listed if type(i) is int and 0 <= i < 1 << 32)
+    return tuple(t for t in map(tokenizer.id_to_token, sound) if t)
+
+
+def chat_text(folder: Path) -> str:
+    """The chat template of a model's folder, "" where it has none. Of several named ones it is the
+    default, and what is called tool_use for rows with tools, as transformers chooses."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return _text(jinja)
+    # transformers keeps a processor's own in the last two, which servers of such models take
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        if told := _json(folder / name).get("chat_template"):
+            break
+    if not isinstance(told, list):
+        return told if isinstance(told, str) else ""
+    named = {t.get("name"): t.get("template") for t in told if isinstance(t, dict)}
+    chat, tools = (named.get(name) or "" for name in ("default", "tool_use"))
+    if not (chat and tools):
+        return chat
+    # "+" and a line's end keep Jinja from taking blanks off the texts
+    chat, tools = chat.removesuffix("\n"), tools.removesuffix("\n")
+    return f"{{% if tools %}}\n{tools}{{%+ else %}}\n{chat}{{%+ endif %}}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as why:
+        raise TemplateError(
+            f"{path.parent.name}/{path.name} is not UTF-8 ({why}): fetch it again"
+        ) from why
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """The object of a file, empty where there is none. Raises TemplateError."""
     if not path.is_file():
         return {}
-    return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError) as why:
+        raise TemplateError(
+            f"{path.parent.name}/{path.name} is not JSON ({why}): fetch it again"
+        ) from why
+    if not isinstance(found, dict):
+        raise TemplateError(f"{path.parent.name}/{path.name} is no object: fetch it again")
+    return found
 
 
 def _token(value: object) -> str:
