@@ -28,9 +28,9 @@ from trainer import loading
 from trainer.data.errors import InvalidJob
 from trainer.data.prepare import model_folder
 from trainer.data.stage_rows import prepare
+from trainer.data.weights import validate_weights
 from trainer.loading import cache_of
 from trainer.machines import Machines, read_machines
-from trainer.model.weights import validate_weights
 from trainer.outcome import EXIT_FILE, EXIT_VARIABLE, report_refusal
 from trainer.wire.chain import weights_sha256
 from trainer.wire.job import WIRE, Job

@@ -15,8 +15,8 @@ from tiny import rows, write_model, write_tokenizer
 from trainer.data.errors import InvalidJob
 from trainer.data.prepare import prepare, prompt_ids
 from trainer.data.template import TemplateError, Turn
+from trainer.data.weights import validate_weights
 from trainer.launch import main as launch
-from trainer.model.weights import validate_weights
 from trainer.outcome import report_refusal
 from trainer.train import outcome_of
 from trainer.wire.job import Job

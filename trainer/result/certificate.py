@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trainer.model.weights import weight_files
+from trainer.data.weights import weight_files
 from trainer.result.held import FEWER_BITS, round_base
 
 MAX_SHARE, MAX_NOISE, MAX_TOKEN_NATS = 0.01, 2.0, 0.5

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from trainer.model.weights import weight_files
+from trainer.data.weights import weight_files
 from trainer.result.adapter import digest, merged_defect
 from trainer.result.certificate import NotCertified, certificate_text, certify, device_for
 from trainer.result.command import StatusLine, answer, parser_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.data.errors import InvalidJob
-from trainer.model.weights import weight_files
+from trainer.data.weights import weight_files
 
 INDEX = "model.safetensors.index.json"
 
