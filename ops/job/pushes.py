@@ -13,6 +13,8 @@ from ops.job.data_files import data_files
 from ops.job.job_file import JobFile
 from ops.job.packages import packages
 from trainer.data import prepare
+from trainer.data.errors import InvalidJob
+from trainer.data.weights import validate_weights
 
 TRAINER_SUFFIXES = (".py", ".toml", ".html")
 MOUNTS = "mounts"  # their folder on the box
@@ -45,6 +47,10 @@ def model_files(job: JobFile) -> list[PushFile]:
             hint="save the model with save_pretrained, or name a hub model",
         )
     sent.validate_links(folder, files)
+    try:
+        validate_weights(folder)
+    except InvalidJob as e:
+        raise PreflightError(f"{e}", hint=e.hint) from e
     return [PushFile(p, f"model/{p.name}", sha256_of(p)) for p in files]
 
 

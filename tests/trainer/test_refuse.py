@@ -7,9 +7,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_world import write_model_tokenizer
+from safetensors.numpy import load_file, save_file
 from tiny import rows, write_model, write_tokenizer
 
 from trainer.data.errors import InvalidJob
@@ -209,6 +211,17 @@ def folder(models: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without(folder: Path, word: str) -> None:
+    """Takes the tensors with `word` in their names out of the weights."""
+    path = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if word not in k}, path)
+
+
 def test_a_sound_model_folder_passes(folder: Path) -> None:
     validate_weights(folder)
 
@@ -223,6 +236,10 @@ def test_a_sound_model_folder_passes(folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("{}"), "no model_type"),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "not a whole safetensors file"),
         (lambda f: shutil.rmtree(f), "not in the run folder"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
+        (lambda f: (f / "model.safetensors").rename(f / "x.safetensors"), "neither"),
+        (lambda f: configure(f, num_hidden_layers=3), "tells of 3 layers, the weights are of 2"),
+        (lambda f: without(f, "lm_head"), "no output layer"),
     ],
 )
 def test_a_model_folder_that_cannot_be_loaded_is_refused_with_what_to_do(
@@ -232,6 +249,37 @@ def test_a_model_folder_that_cannot_be_loaded_is_refused_with_what_to_do(
     with pytest.raises(InvalidJob, match=said) as caught:
         validate_weights(folder)
     assert caught.value.hint
+
+
+def test_a_tensor_that_the_weights_lack_is_named_and_not_made_up(
+    run_folder: Make, folder: Path
+) -> None:
+    without(folder, "layers.1.mlp.up_proj")
+    outcome = outcome_of(run_folder(model=folder))
+    assert outcome.code == 3 and "model.layers.1.mlp.up_proj.weight" in str(outcome.error)
+
+
+def test_float8_without_its_scales_is_refused(run_folder: Make, folder: Path) -> None:
+    import torch
+    from safetensors import torch as files
+
+    path, fp8 = folder / "model.safetensors", torch.float8_e4m3fn
+    held = files.load_file(path)
+    cast = {k: v.to(fp8) if k.endswith("up_proj.weight") else v for k, v in held.items()}
+    files.save_file(cast, path, metadata={"format": "pt"})
+    configure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    outcome = outcome_of(run_folder(model=folder))
+    assert outcome.code == 3 and "float8, without the scales" in str(outcome.error)
+
+
+def test_what_transformers_does_not_understand_is_refused_in_words(
+    run_folder: Make, folder: Path
+) -> None:
+    configure(folder, hidden_act="foo")
+    outcome = outcome_of(run_folder(model=folder))
+    assert outcome.code == 3 and "transformers cannot load model/ (KeyError: 'foo')" in str(
+        outcome.error
+    )
 
 
 def test_a_shard_that_the_index_names_and_nobody_pushed_is_named(folder: Path) -> None:

@@ -4,13 +4,19 @@ torch, no transformers."""
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from trainer import families
 from trainer.data.errors import InvalidJob
+from trainer.families import FamilyError
 
+INDEX = "model.safetensors.index.json"
+_HEADS = ("head", "embed_out", "output")  # in the names of output layers
 EMBEDDINGS = (
     "embed_tokens.weight",
     "wte.weight",
@@ -20,9 +26,15 @@ EMBEDDINGS = (
 )
 
 
+_LAYER = re.compile(r"(.*\b(?:layers|layer|h|blocks))\.(\d+)\.")
+_AGAIN = "push or fetch the model again"
+
+
 def validate_weights(folder: Path) -> None:
-    """Raises InvalidJob for a model folder that transformers could not load: files missing or cut,
-    or a vocabulary that is not the weights'."""
+    """Raises InvalidJob for a model folder that transformers could not load, or would fill up with
+    random numbers: an adapter's, files missing or cut, layers or an output layer missing, a
+    vocabulary that is not the weights'."""
+    _validate_no_adapter(folder)
     config = _read(folder, "config.json")
     if not config.get("model_type"):
         raise InvalidJob(
@@ -32,6 +44,8 @@ def validate_weights(folder: Path) -> None:
     shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
         shapes |= _shapes(path)
+    _validate_names(folder)
+    _validate_complete(folder, config, shapes)
     for name, shape in shapes.items():
         held = config.get("vocab_size")
         if name.endswith(EMBEDDINGS) and isinstance(held, int) and shape[0] != held:
@@ -41,6 +55,67 @@ def validate_weights(folder: Path) -> None:
                 hint="take both from the same release of the model; if the embedding was "
                 f"resized, set vocab_size to {shape[0]} in config.json",
             )
+
+
+def _validate_no_adapter(folder: Path) -> None:
+    """transformers would load an adapter that lies beside a model's weights, or the base that it
+    names."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    base = _read(folder, "adapter_config.json").get("base_model_name_or_path")
+    raise InvalidJob(
+        f"{folder.name}/ holds an adapter (adapter_config.json) of {base or 'another model'}",
+        hint="name the model that it was trained on in model.base, and this folder in start; or "
+        "merge them first",
+    )
+
+
+def _validate_names(folder: Path) -> None:
+    """Raises InvalidJob where transformers would not find the files by their names."""
+    if (folder / "model.safetensors").is_file() or (folder / INDEX).is_file():
+        return
+    names = sorted(p.name for p in weight_files(folder))
+    raise InvalidJob(
+        f"{folder.name}/ has {names[0]}"
+        + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        + f", and neither model.safetensors nor {INDEX}, by which transformers finds weights",
+        hint=f"{_AGAIN}, with {INDEX}"
+        if len(names) > 1
+        else "save the model again with save_pretrained",
+    )
+
+
+def _validate_complete(folder: Path, config: dict[str, Any], names: Collection[str]) -> None:
+    """Raises InvalidJob where layers that config.json tells of, or the output layer, have no
+    weights: transformers would make up theirs."""
+    try:
+        family = families.read(config)
+        layers = family.layers
+    except FamilyError:
+        return  # refused for its family
+    held: dict[str, int] = {}
+    for name in names:
+        if found := _LAYER.match(name):
+            held[found[1]] = max(held.get(found[1], 0), int(found[2]) + 1)
+    if held and max(held.values()) < layers:
+        raise InvalidJob(
+            f"{folder.name}/config.json tells of {layers} layers, the weights are of "
+            f"{max(held.values())}",
+            hint="take both from the same release of the model",
+        )
+    ties = [part.get("tie_word_embeddings") for part in (config, family.config)]
+    if (
+        False in ties
+        and not any(ties)
+        and held
+        and not any(word in name for name in names for word in _HEADS)
+    ):
+        raise InvalidJob(
+            f"{folder.name}/ has no output layer among its weights, and config.json says that it "
+            "is not the embedding (tie_word_embeddings)",
+            hint="name a causal language model in model.base: a classifier or an embedding model "
+            "has no output layer; or take config.json from the same release",
+        )
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
@@ -68,8 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
     all. Raises InvalidJob where one is missing or there is none."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    index = "model.safetensors.index.json"
-    if not (folder / index).is_file():
+    if not (folder / INDEX).is_file():
         names = {p.name for p in folder.glob("*.safetensors")}
         if not names:
             old = next((p.name for p in folder.glob("*.bin")), "")
@@ -81,18 +155,18 @@ def weight_files(folder: Path) -> list[Path]:
                 else "push the model's whole folder",
             )
         return [folder / name for name in sorted(names)]
-    told = _read(folder, index).get("weight_map")
+    told = _read(folder, INDEX).get("weight_map")
     if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
         raise InvalidJob(
-            f"{folder.name}/{index} has no weight_map from the names of tensors to files",
-            hint="push or fetch the model again",
+            f"{folder.name}/{INDEX} has no weight_map from the names of tensors to files",
+            hint=_AGAIN,
         )
     names = set(told.values())
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise InvalidJob(
             f"{folder.name}/ lacks {len(missing)} of {len(names)} files of weights: {missing[0]}",
-            hint="push or fetch the model again",
+            hint=_AGAIN,
         )
     return [folder / name for name in sorted(names)]
 
@@ -103,7 +177,6 @@ def _shapes(path: Path) -> dict[str, list[int]]:
             return {
                 name: list(file.get_slice(name).get_shape())
                 for name in file.keys()  # noqa: SIM118 - no iterator of its own
-                if name.endswith(EMBEDDINGS)
             }
     except (OSError, SafetensorError) as error:
         raise InvalidJob(

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
@@ -33,6 +32,7 @@ from trainer.kernels.backend import half, is_old
 from trainer.kernels.base_parts import BaseParts
 from trainer.model.balance import NoBalance, balance_of
 from trainer.model.dropout import KeyedNoise, TokenKeys
+from trainer.model.files import read_config, read_model
 from trainer.model.lora import add_lora
 from trainer.model.parts import ModelError, causal, decoder_layers, family_of, is_tied
 from trainer.model.prompts import add_prompt
@@ -271,7 +271,7 @@ def load_base(
     validate_half(family, job.model.precision, device)
     logging.disable_progress_bar()
     register()
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     for part in (config, config.get_text_config()):
         silence_dropout(part)
     whole = job.model.precision == "fp32" or job.training.method == "full"
@@ -292,7 +292,7 @@ def load_base(
         with torch.device("meta"):
             model = auto.from_config(**settings)
     else:
-        model = auto.from_pretrained(folder, **settings, **extra)
+        model = read_model(auto, folder, **settings, **extra)
     model.config.use_cache = False
     model.requires_grad_(False)
     model.family = family
