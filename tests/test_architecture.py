@@ -45,6 +45,7 @@ FLOORS = {
         ["data"],
         ["loading", "machines", "memory", "outcome"],
         ["families"],
+        ["config_faults"],
         ["wire"],
     ],
 }

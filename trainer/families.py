@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trainer.config_faults import fault_of
+
 TABLE = Path(__file__).with_name("families.toml")
 EXPERT_RANK = 8  # default of adapters on experts, which are many
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
@@ -351,6 +353,9 @@ def read(config: Config) -> Family:
         row = _general_row(kind)
     if row["refuse"] and not text.get("is_decoder"):
         raise FamilyError(f"model_type {kind}: {row['refuse']}", row["hint"])
+    _validate_quantised(text)
+    if why := fault_of(text, "window" in row["asks"] or bool(row["masks"])):
+        raise FamilyError(why, "correct config.json, or name another model in model.base")
     return Family(kind, "" if text is config else outer, tower or "", text, row, general)
 
 
@@ -381,8 +386,8 @@ def _general_row(kind: str) -> Config:
     general = _file()["general"]
     if kind not in general["types"]:
         raise FamilyError(
-            f"model_type {kind} is not one that transformers knows: its code would come with the "
-            "model's files, which is not run here",
+            f"model_type {kind} is not among transformers' causal language models: code that comes "
+            "with a model's files is not run here",
             "convert the model to a type that transformers has, or name another in model.base",
         )
     empty: Config = {"attention": [], "dense": [], "packs": general["packs"], "why": general["why"]}

@@ -354,14 +354,14 @@ def test_a_converted_chatglm_has_the_same_angles_at_every_length():
     [
         ({"model_type": "bert"}, "both directions", "causal"),
         ({"model_type": "bart"}, "encoder with a decoder", "causal"),
-        ({"model_type": "internlm2"}, "not one that transformers knows", "convert"),
+        ({"model_type": "internlm2"}, "not among transformers' causal", "convert"),
         ({"model_type": "whisper"}, "pictures or sound", "language model"),
         ({"model_type": "gemma4_assistant"}, "draft model", "-assistant"),
         ({}, "no model_type", "transformers reads"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "awq", "nf4"),
         (
             {"model_type": "internvl_chat", "llm_config": {"model_type": "qwen2"}},
-            "internvl_chat is not one that transformers knows",
+            "internvl_chat is not among transformers' causal",
             "convert",
         ),
     ],
@@ -370,6 +370,39 @@ def test_what_cannot_be_trained_is_refused_with_the_next_step(settings, reason, 
     with pytest.raises(FamilyError, match=reason) as said:
         read(settings)
     assert hint in said.value.hint
+
+
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+SLIDING = LLAMA | {"model_type": "qwen3", "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (LLAMA | {"rope_scaling": {"type": "ntk-by-parts"}}, "'ntk-by-parts', which transformers"),
+        (LLAMA | {"is_causal": False}, "reads later tokens too"),
+        (LLAMA | {"num_attention_heads": 0}, "num_attention_heads = 0"),
+        (LLAMA | {"num_key_value_heads": 3}, "which 3 key-value heads do not divide"),
+        (LLAMA | {"model_type": "mistral", "sliding_window": 0}, "sliding_window = 0"),
+        (SLIDING | {"sliding_window": None}, "and no sliding_window"),
+        (SLIDING | {"num_hidden_layers": 3, "sliding_window": 8}, "3 layers, and of 2 in layer_ty"),
+    ],
+)
+def test_what_transformers_would_raise_for_is_refused_from_the_configuration(settings, reason):
+    with pytest.raises(FamilyError, match=reason):
+        read(settings)
+
+
+def test_an_embedding_model_in_the_shape_of_a_decoder_is_refused():
+    with pytest.raises(FamilyError, match="reads later tokens too"):
+        read({"model_type": "gemma3_text", "use_bidirectional_attention": True})
+    assert read({"model_type": "gemma4_text", "use_bidirectional_attention": "vision"})
+
+
+def test_a_quantised_text_tower_is_refused_as_a_quantised_model_is():
+    text = {"model_type": "gemma3_text", "quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(FamilyError, match="quantised with awq"):
+        read({"model_type": "gemma3", "text_config": text})
 
 
 def test_a_checkpoint_whose_values_can_be_restored_is_taken():

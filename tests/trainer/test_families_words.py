@@ -27,7 +27,7 @@ def family(kind: str, **settings: Any) -> Family:
     [
         ("mistral", {}, (8, 8, 8)),
         ("mistral", {"sliding_window": None}, (None, None, None)),
-        ("mistral", {"sliding_window": 0}, (None, None, None)),
+        ("llama", {"sliding_window": 0}, (None, None, None)),
         ("mistral", {"use_sliding_window": False}, (None, None, None)),
         ("llama", {}, (None, None, None)),
         ("gemma2", {}, (8, None, 8)),
