@@ -1,9 +1,12 @@
 """Pure: what in a config.json makes transformers raise, or compute something else than a decoder
-does. Each check answers with a reason, "" where there is none; trainer/families.py raises it."""
+does; and what of a job's adapter a model cannot have. Each check answers with a reason, "" where
+there is none; trainer/families.py raises it."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from trainer.wire.job import Lora
 
 Config = dict[str, Any]
 # of transformers 5.23 and 5.24, with the older names that its configurations still read
@@ -73,4 +76,32 @@ def _window_fault(config: Config) -> str:
     sliding = isinstance(kinds, list) and "sliding_attention" in kinds
     if sliding and "sliding_window" in config and (size is None or not used):
         return "config.json has layers of sliding_attention in layer_types, and no sliding_window"
+    return ""
+
+
+def lora_fault(lora: Lora, layers: int, experts: bool) -> str:
+    """Why a model of so many layers cannot have this adapter, with what to do. `experts`: whether
+    the adapter is put on the experts of a mixture."""
+    chosen = lora.layers_to_transform
+    listed = [chosen] if isinstance(chosen, int) else chosen or []
+    if outside := [n for n in listed if n >= layers]:
+        return (
+            f"lora.layers_to_transform: there is no layer {outside[0]}, the model has {layers}: "
+            f"name layers of 0 to {layers - 1}"
+        )
+    if not experts:
+        return ""
+    excluded = lora.exclude_modules or []
+    odd = {
+        "lora_dropout": bool(lora.lora_dropout),
+        "use_dora": lora.use_dora,
+        "init_lora_weights": lora.init_lora_weights == "pissa",
+        "layers_to_transform": chosen is not None,
+        "exclude_modules": "experts" in str(excluded),
+    }
+    if name := next((name for name, on in odd.items() if on), ""):
+        return (
+            f"lora.{name} does not work on the experts of a mixture: leave it out, or name only "
+            "attention's modules in lora.target_modules"
+        )
     return ""

@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trainer.config_faults import fault_of
+from trainer.config_faults import fault_of, lora_fault
+from trainer.wire.job import Lora
 
 TABLE = Path(__file__).with_name("families.toml")
 EXPERT_RANK = 8  # default of adapters on experts, which are many
@@ -211,6 +212,13 @@ class Family:
         parts = [n for n in wanted if n in EXPERT_PARTS and n not in kept]
         modules = [n for n in wanted if n not in parts]
         return modules, list(self.row["experts"]) if parts else []
+
+    def lora_fault(self, lora: Lora) -> str:
+        """Why the model cannot have this adapter, with what to do; "" where it can."""
+        wanted, experts = lora.target_modules, list(self.all_linear().experts)
+        if wanted != "all-linear":
+            experts = [] if isinstance(wanted, str) else self.named(list(wanted))[1]
+        return lora_fault(lora, self.layers, bool(experts))
 
     def _taken(self) -> tuple[str, ...]:
         """Modules that PEFT would mistake for the experts, so that they cannot have adapters."""

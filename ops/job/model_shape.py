@@ -74,6 +74,9 @@ def family_of(
             f"{job.model.base} ({family.model_type}) takes no learned prompt: {why}",
             hint='set training.method = "lora", or name another model',
         )
+    if job.training.method == "lora" and (why := family.lora_fault(job.lora)):
+        reason, _, hint = why.rpartition(": ")
+        raise PreflightError(f"{job.model.base} ({family.model_type}): {reason}", hint=hint)
     lora = job.training.method == "lora" and job.lora.target_modules == "all-linear"
     if lora and family.mixture and chained:
         raise PreflightError(

@@ -23,19 +23,19 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     trainer's, whose mask is keyed by row. Raises ModelError for modules and experts that the model
     does not have."""
     settings = job.lora
+    if why := family_of(model).lora_fault(settings):
+        raise ModelError(why)
     modules, parameters = targets(job, model)
     ranks, alphas = dict(settings.rank_pattern), dict(settings.alpha_pattern)
     asked: dict[str, Any] = {}
     if parameters:
-        validate_experts(job)
         r = min(settings.r, EXPERT_RANK)
         ends = "|".join(re.escape(p.rsplit(".", 1)[-1]) for p in parameters)
         ranks[rf".*\.experts\.(?:{ends})"] = r
         # keeps the scale of an update
         alphas[rf".*\.experts\.(?:{ends})"] = settings.lora_alpha * r / settings.r
         asked["target_parameters"] = parameters
-    if settings.layers_to_transform is not None and isinstance(modules, list):
-        asked["layers_to_transform"] = settings.layers_to_transform
+    asked |= _layers(settings, modules)
     if settings.modules_to_save:
         validate_modules(model, settings.modules_to_save, "modules_to_save")
         asked["modules_to_save"] = settings.modules_to_save
@@ -65,12 +65,29 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
         warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
         try:
             peft = get_peft_model(model, config)
-        except ValueError as why:
-            raise ModelError(f"lora: PEFT finds nothing to adapt: {why}") from why
+        except (ValueError, TypeError, RuntimeError) as why:
+            if isinstance(why, torch.OutOfMemoryError):
+                raise
+            said = " ".join(str(why).split())[:400]
+            raise ModelError(f"lora: PEFT cannot adapt the model so: {said}") from why
     validate_patterns(settings, peft)
     keep_types(peft)
     key_dropouts(peft, keys)
     return peft
+
+
+def _layers(settings: Lora, modules: list[str] | str) -> dict[str, Any]:
+    """What PEFT is told of layers_to_transform. Raises ModelError."""
+    if settings.layers_to_transform is None:
+        return {}
+    if modules == "all-linear":
+        raise ModelError(
+            "lora.layers_to_transform: the modules of this architecture are not known here: name "
+            "them in lora.target_modules"
+        )
+    # an expression has the layers
+    named = isinstance(modules, list)
+    return {"layers_to_transform": settings.layers_to_transform} if named else {}
 
 
 def add_adapter(job: Job, peft: Any, config: LoraConfig, keys: TokenKeys) -> None:
@@ -132,25 +149,6 @@ def _in_tower(
     return rf"{re.escape(family.tower)}\.(?:.*\.)?{at}(?:.*\.)?(?:{ends})"
 
 
-def validate_experts(job: Job) -> None:
-    """Raises ModelError for settings that adapters of experts cannot have."""
-    settings = job.lora
-    odd = [
-        name
-        for name, on in (
-            ("lora_dropout", settings.lora_dropout),
-            ("use_dora", settings.use_dora),
-            ("init_lora_weights", settings.init_lora_weights == "pissa"),
-        )
-        if on
-    ]
-    if odd:
-        raise ModelError(
-            f"lora.{odd[0]} does not work on the experts of a mixture: leave it out, or name only "
-            "attention's modules in lora.target_modules"
-        )
-
-
 def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
     """Copies of the adapter's start values, by their names in the file, for methods that need them
     at the end (PiSSA); empty for others."""
@@ -165,13 +163,14 @@ def start_values(model: nn.Module, job: Job) -> dict[str, Tensor]:
 
 def validate_patterns(settings: Lora, peft: nn.Module) -> None:
     """Raises ModelError for a key of rank_pattern or alpha_pattern that no adapted module has."""
-    adapted = [n for n, m in peft.named_modules() if hasattr(m, "lora_A")]
+    held = (n for n, m in peft.named_modules() if hasattr(m, "lora_A"))
+    adapted = [n.removeprefix("base_model.model.") for n in held]  # as PEFT matches them
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(settings, name):
             if not any(re.fullmatch(rf"(.*\.)?({key})", module) for module in adapted):
                 raise ModelError(
                     f"lora.{name}: no module with an adapter matches {key!r}: correct the job "
-                    f"file; {adapted[0].removeprefix('base_model.model.')} is one"
+                    f"file; {adapted[0]} is one"
                 )
 
 
@@ -185,7 +184,14 @@ def keep_types(peft: nn.Module) -> None:
         module.register_forward_pre_hook(
             lambda _m, given: tuple(x.float() if _is_number(x) else x for x in given)
         )
-        module.register_forward_hook(lambda _m, _given, made, like=like: made.to(like))
+        module.register_forward_hook(lambda _m, _given, made, like=like: _cast(made, like))
+
+
+def _cast(made: Any, like: torch.dtype) -> Any:
+    """Numbers in `like`; of a router, which returns several tensors, each that holds numbers."""
+    if isinstance(made, tuple):
+        return tuple(_cast(part, like) for part in made)
+    return made.to(like) if _is_number(made) else made
 
 
 def _is_number(x: Any) -> bool:

@@ -106,6 +106,21 @@ class Lora(Strict):
                 raise ValueError(f"{name}: {value!r} is no regular expression: {why}") from why
         return self
 
+    @model_validator(mode="after")
+    def _layers_are_chosen_once(self) -> Lora:
+        chosen, wanted = self.layers_to_transform, self.target_modules
+        if chosen is None:
+            return self
+        listed = chosen if isinstance(chosen, list) else [chosen]
+        if not listed or min(listed) < 0:
+            raise ValueError(f"layers_to_transform: {chosen} names no layer: they count from 0")
+        if isinstance(wanted, str) and wanted != "all-linear":
+            raise ValueError(
+                "layers_to_transform: the expression in target_modules says which layers: "
+                r"write them there, as layers\.(0|1)\."
+            )
+        return self
+
     @property
     def largest_rank(self) -> int:
         """The largest rank of any module, which the memory prediction uses."""

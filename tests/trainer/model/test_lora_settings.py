@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from tiny import manifest_of, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -75,6 +75,8 @@ SETTINGS: list[tuple[str, dict[str, Any], Callable[[dict[str, torch.Size]], bool
      lambda t: all("layers.1." in n for n in t) and len(t) == 2 * 7),
     ("llama", {"target_modules": r".*\.layers\.1\..*\.(q|v)_proj"},
      lambda t: all("layers.1.self_attn.q" in n or "layers.1.self_attn.v" in n for n in t)),
+    ("llama", {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 1}},
+     lambda t: sum(1 in shape for shape in t.values()) == 2),
     ("llama", {"layers_to_transform": [1]}, lambda t: all("layers.1." in n for n in t)),
     ("llama", {"layers_to_transform": 0}, lambda t: all("layers.0." in n for n in t)),
     ("llama", {"rank_pattern": {"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 6}},
@@ -185,14 +187,49 @@ def test_b_learns_faster_with_lora_plus(run_folder: Make) -> None:
     [
         ({"modules_to_save": ["embed_token"]}, "modules_to_save: this model has no 'embed_token'"),
         ({"rank_pattern": {"w_down": 2}}, "rank_pattern: no module with an adapter matches"),
-        ({"target_modules": r".*nothing"}, "nothing to adapt"),
-        ({"exclude_modules": r".*"}, "nothing to adapt"),
-        ({"layers_to_transform": [7]}, "nothing to adapt"),
+        ({"target_modules": r".*nothing"}, "PEFT cannot adapt the model so: Target modules"),
+        ({"exclude_modules": r".*"}, "PEFT cannot adapt the model so: All modules"),
+        ({"layers_to_transform": [1, 7]}, "there is no layer 7, the model has 2: name layers of 0"),
     ],
 )
 def test_what_matches_nothing_is_refused(lora: dict[str, Any], said: str, folder_of: Any) -> None:
     with pytest.raises(ModelError, match=said):
         loaded(folder_of("llama"), **lora)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["experts"]},
+        {"exclude_modules": r".*\.experts.*"},
+        {"lora_dropout": 0.1, "target_modules": ["gate_proj"]},
+    ],
+)
+def test_what_does_not_reach_experts_is_refused(lora: dict[str, Any], folder_of: Any) -> None:
+    with pytest.raises(ModelError, match=f"lora.{next(iter(lora))} does not work on the experts"):
+        loaded(folder_of("qwen3_moe"), **lora)
+    loaded(folder_of("qwen3_moe"), **lora | {"target_modules": ["q_proj"]})
+
+
+def test_a_router_that_is_trained_whole_computes_as_in_stock_peft(folder_of: Any) -> None:
+    chosen = {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}
+    _, model = loaded(folder_of("qwen3_moe"), **chosen)
+    base = AutoModelForCausalLM.from_pretrained(folder_of("qwen3_moe"))
+    stock = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **chosen))
+    missing = stock.load_state_dict(model.state_dict(), strict=False).missing_keys
+    assert not any("lora" in key or "gate" in key for key in missing)
+    with torch.no_grad():
+        ours, theirs = model(input_ids=IDS).logits, stock.eval()(input_ids=IDS).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_layers_are_chosen_by_the_list_or_by_the_expression() -> None:
+    with pytest.raises(ValidationError, match="says which layers: write them there"):
+        Lora(target_modules=r".*q_proj", layers_to_transform=[0])
+    for none in ([], [-1], -1):
+        with pytest.raises(ValidationError, match="names no layer"):
+            Lora(layers_to_transform=none)
 
 
 def test_a_broken_expression_is_refused_when_the_job_is_read() -> None:
