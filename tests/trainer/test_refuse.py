@@ -315,6 +315,16 @@ def test_a_method_that_a_precision_cannot_serve_is_refused_without_torch(run_fol
     assert "cannot hold" in str(refused(job))
 
 
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_begins_from_the_base_is_refused_in_int8(
+    run_folder: Make, lora: dict[str, Any]
+) -> None:
+    job = run_folder(lora=lora)
+    job.write_text(job.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
+    error = refused(job)
+    assert f"lora.{next(iter(lora))}" in str(error) and "nf4" in error.hint  # type: ignore[union-attr]
+
+
 def test_a_template_with_an_empty_stop_token_is_refused(run_folder: Make) -> None:
     job = run_folder()
     settings = json.loads(job.read_text())

@@ -203,6 +203,13 @@ def validate_settings(job: Job) -> None:
             f"{job.model.precision} cannot hold",
             hint='set model.precision = "bf16", or training.method = "lora"',
         )
+    begun = "use_dora" if job.lora.use_dora else ""
+    begun = "init_lora_weights" if job.lora.init_lora_weights == "pissa" else begun
+    if job.training.method == "lora" and job.model.precision == "int8" and begun:
+        raise InvalidJob(
+            f"lora.{begun} reads the base's own numbers, which int8 does not give",
+            hint=f'set model.precision = "nf4" or "bf16", or leave lora.{begun} out',
+        )
 
 
 def job_template(job: Job, vocabulary: Vocabulary) -> Template:

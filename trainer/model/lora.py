@@ -23,8 +23,8 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
     trainer's, whose mask is keyed by row. Raises ModelError for modules and experts that the model
     does not have."""
     settings = job.lora
-    if why := family_of(model).lora_fault(settings):
-        raise ModelError(why)
+    if fault := family_of(model).lora_fault(settings):
+        raise ModelError(fault)
     modules, parameters = targets(job, model)
     ranks, alphas = dict(settings.rank_pattern), dict(settings.alpha_pattern)
     asked: dict[str, Any] = {}
@@ -65,9 +65,9 @@ def add_lora(job: Job, model: nn.Module, keys: TokenKeys) -> nn.Module:
         warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
         try:
             peft = get_peft_model(model, config)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, TypeError, RuntimeError) as why:
-            if isinstance(why, torch.OutOfMemoryError):
-                raise
             said = " ".join(str(why).split())[:400]
             raise ModelError(f"lora: PEFT cannot adapt the model so: {said}") from why
     validate_patterns(settings, peft)
