@@ -322,7 +322,8 @@ def test_an_adapter_that_begins_from_the_base_is_refused_in_int8(
     job = run_folder(lora=lora)
     job.write_text(job.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
     error = refused(job)
-    assert f"lora.{next(iter(lora))}" in str(error) and "nf4" in error.hint  # type: ignore[union-attr]
+    assert isinstance(error, InvalidJob) and "nf4" in error.hint
+    assert f"lora.{next(iter(lora))}" in str(error)
 
 
 def test_a_template_with_an_empty_stop_token_is_refused(run_folder: Make) -> None:
