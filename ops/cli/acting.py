@@ -65,8 +65,8 @@ def open_screen(as_json: bool) -> Terminal | JsonLines:
 
 def report(reaped: api.Reaped, as_json: bool, *, say_nothing_found: bool = False) -> None:
     found = bool(reaped.destroyed or reaped.left or reaped.leaked)
-    if as_json and (found or say_nothing_found):
-        row = {"destroyed": reaped.destroyed, "left": reaped.left}
+    if as_json and (found or reaped.removed or say_nothing_found):
+        row = {"destroyed": reaped.destroyed, "left": reaped.left, "removed": reaped.removed}
         row |= {"leaked": [str(e) for e in reaped.leaked]}
         print(json.dumps({"kind": "reaped", **row}))
     if not as_json:
@@ -74,6 +74,7 @@ def report(reaped: api.Reaped, as_json: bool, *, say_nothing_found: bool = False
             print(f"{run_id}: destroyed, absent in three spaced reads")
         for line in reaped.left:
             print(plain(f"left alone: {line}"))
+        print(*map(plain, reaped.removed), sep="\n", end="\n" if reaped.removed else "")
         if say_nothing_found and not found:
             print("no box of ours exists")
     if reaped.leaked:

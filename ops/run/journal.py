@@ -232,15 +232,19 @@ def is_held(folder: Path) -> bool:
 
 
 def is_locked(path: Path, how: int) -> bool:
-    """Whether another process's lock on the file excludes `how` (LOCK_SH or LOCK_EX). False where
-    the file cannot be opened."""
+    """Whether another process's lock on the file or folder excludes `how` (LOCK_SH or LOCK_EX).
+    False where it cannot be opened."""
+    lock = -1
     try:
-        with open(path) as lock:
-            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        lock = os.open(path, os.O_RDONLY)
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    finally:
+        if lock >= 0:
+            os.close(lock)
     return False
 
 

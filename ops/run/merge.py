@@ -6,8 +6,10 @@ of the adapter that is here. `milktea merge RUN` makes the same folder without t
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from ops.errors import AdapterError, BoxError, Failed, PreflightError, TrainingE
 from ops.market import cost
 from ops.run import retrieve, sandbox
 from ops.run.errands import follow_errand
+from ops.run.journal import Line, is_locked, last
+from ops.run.meter import may_have_box
 from ops.run.retry import retry_transfer
 from ops.run.session import MARGIN_S, Session
-from trainer.wire.merged import CERTIFICATE, holds_weights
+from trainer.wire.merged import CERTIFICATE, holds_weights, part_of
 
+LEFT_S = 60.0  # for so long, a merge may have begun and not locked its folder yet
 NAME, FOLDER = "merge", "merged-bf16"  # `milktea merge` calls it so
 ROWS = 16  # of the held-out file, in the certificate
 CERTIFICATE_BYTES = 4 << 20
@@ -33,7 +38,7 @@ def merge_on_box(session: Session, box: Box, staging: Path, out: Path) -> None:
     an interrupt, it goes on where that came: in the merge, or in the file that came home."""
     if not session.plan.merged or (out / FOLDER).is_dir():
         return
-    part = out / f".{FOLDER}.part"
+    part = part_of(out / FOLDER)
     try:
         with session.own_deadline():
             if not part.is_dir():  # else it was begun, and is paid for
@@ -55,10 +60,41 @@ def give_up(session: Session, out: Path, why: str) -> None:
     it."""
     if not session.plan.merged or (out / FOLDER).is_dir():
         return
-    part = out / f".{FOLDER}.part"
+    part = part_of(out / FOLDER)
     session.screen.waiting(f"no merged model: {why}; the adapter is at home")
     session.note("merged", why_not=why[:500], bytes_out=_bytes_in(part))
     shutil.rmtree(part, ignore_errors=True)
+
+
+def left_over(lines: list[Line], now: float) -> list[Path]:
+    """Folders of killed merges beside the result of a run that has no box: nobody goes on with
+    them."""
+    pulled = last(lines, "pulled")
+    if pulled is None or may_have_box(lines):
+        return []
+    parts = Path(pulled["adapter"]).parent.glob(part_of(Path("merged-*")).name)
+    return [p for p in parts if _is_left(p, now)]
+
+
+def _is_left(part: Path, now: float) -> bool:
+    with suppress(OSError):  # gone meanwhile
+        old = part.is_dir() and now - part.stat().st_mtime > LEFT_S
+        return old and not is_locked(part, fcntl.LOCK_EX)
+    return False
+
+
+def remove_left_over(session: Session) -> list[str]:
+    """Remove `left_over` of the session's run, and note that no merged model came where one was
+    asked for. Returns a sentence for each folder that is gone."""
+    told = []
+    for part in left_over(session.journal.lines, session.clock.now()):
+        size = _bytes_in(part)
+        if session.plan.merged and session.journal.last("merged") is None:
+            give_up(session, part.parent, "its process was killed, and nobody went on with it")
+        shutil.rmtree(part, ignore_errors=True)
+        if not part.exists():
+            told.append(f"{session.run_id}: removed {size / 1e9:.2f} GB of a merge that was killed")
+    return told
 
 
 def _validate_reach(session: Session, out: Path) -> None:

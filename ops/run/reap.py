@@ -12,7 +12,7 @@ from ops.errors import BoxLeaked, Elsewhere, Fenced, JournalError
 from ops.job import label
 from ops.job.label import Label, this_user
 from ops.market.client import Vast
-from ops.run import journal, people, place
+from ops.run import journal, merge, people, place
 from ops.run.absence import until_absent
 from ops.run.journal import Journal
 from ops.run.kept import due, kept_on, words
@@ -28,6 +28,7 @@ class Reaped:
     leaked: list[BoxLeaked] = field(default_factory=list)
     # of `left`, labels without a run folder here, or of other people
     foreign: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)  # "run id: what was removed from this disk"
 
 
 def unfinished(lines: list[journal.Line]) -> bool:
@@ -38,10 +39,14 @@ def unfinished(lines: list[journal.Line]) -> bool:
 
 def finish_destroys(root: Path, vast: Vast, screen: Screen) -> Reaped:
     """Finish what an earlier command began to destroy or to stop, and destroy boxes that are kept
-    past their date and those that appear late after a create without a clear answer. Runs that
-    another process owns are left to it."""
+    past their date and those that appear late after a create without a clear answer; remove what
+    killed merges left here. Runs that another process owns are left to it."""
     now = vast.clock.now()
-    reaped = _each(root, vast, screen, lambda lines: unfinished(lines) or due(lines, now))
+
+    def wanted(lines: list[journal.Line]) -> bool:
+        return unfinished(lines) or due(lines, now) or bool(merge.left_over(lines, now))
+
+    reaped = _each(root, vast, screen, wanted)
     appearing = [
         f for f in journal.runs(root) if _may_appear(f, vast) and f.name not in _handled(reaped)
     ]
@@ -121,12 +126,10 @@ def _each(
                 continue
             with Journal(folder, vast.clock.now) as held:
                 session = Session(held, plan_of(held.lines), vast, screen)
-                line = kept_on(session)
-                if line is None:
-                    destroy(session, why="reaped")
-                    reaped.destroyed.append(folder.name)
-                else:
-                    reaped.left.append(f"{folder.name}: {_kept(folder.name, line)}")
+                if may_have_box(held.lines) or unfinished(held.lines):
+                    _end(session, reaped)
+                if people.is_mine(folder):
+                    reaped.removed += merge.remove_left_over(session)
         except BoxLeaked as e:
             reaped.leaked.append(e)
         except (Fenced, Elsewhere) as e:
@@ -136,6 +139,16 @@ def _each(
             if people.is_mine(folder):
                 _by_label(vast, folder, reaped)
     return reaped
+
+
+def _end(session: Session, reaped: Reaped) -> None:
+    """Destroy the run's box, unless it is stopped and kept."""
+    line = kept_on(session)
+    if line is None:
+        destroy(session, why="reaped")
+        reaped.destroyed.append(session.run_id)
+    else:
+        reaped.left.append(f"{session.run_id}: {_kept(session.run_id, line)}")
 
 
 def _leave_theirs(folder: Path, reaped: Reaped) -> None:

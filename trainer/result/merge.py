@@ -12,12 +12,14 @@ counts once its certificate passes (trainer/result/certificate.py).
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ from trainer.result.open import (
     texts_of,
     unpacked,
 )
-from trainer.wire.merged import CERTIFICATE, INDEX, WORDS
+from trainer.wire.merged import CERTIFICATE, INDEX, WORDS, part_of
 
 Tell = Callable[[str], None]  # is called with each line of progress
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,11 +90,8 @@ def merge(
         raise MergeError(defect)
     shards = shards_of(base)
     _validate_room(shards, base, out, dtype)
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+    with _part(out) as part, safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
         plan = _plan(adapter, base, tensors, {n for names in shards.values() for n in names})
-        part = out.with_name(f".{out.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         total, untied = 0, False
         index: dict[str, str] = {}
         for number, (shard, names) in enumerate(shards.items(), 1):
@@ -105,13 +104,29 @@ def merge(
             save_file(written, part / shard, metadata={"format": "pt"})
             index |= dict.fromkeys(written, shard)
             total += sum(t.nbytes for t in written.values())
-    _write_settings(adapter, base, part, dtype, untied)
-    if len(shards) > 1:
-        (part / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-        )
-    part.rename(out)
+        _write_settings(adapter, base, part, dtype, untied)
+        if len(shards) > 1:
+            (part / INDEX).write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+            )
+        part.rename(out)
     return {"dtype": dtype, "changed": len(plan.changes), "bytes": total, "untied": untied}
+
+
+@contextmanager
+def _part(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, locked while the block runs, and gone after it."""
+    part = part_of(out)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    lock = os.open(part, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield part
+    finally:
+        os.close(lock)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def shards_of(base: Path) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 CERTIFICATE, CONFIG, INDEX = "certificate.json", "config.json", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -14,6 +15,11 @@ TOKENIZER_FILES = (
 )
 WORDS = ("chat_template.jinja", "generation_config.json", "template.json", *TOKENIZER_FILES)
 _WEIGHTS = re.compile(r"[A-Za-z0-9][\w-]{0,80}(\.[\w-]{1,80}){0,3}\.safetensors", re.ASCII)
+
+
+def part_of(out: Path) -> Path:
+    """The folder in which the merged model `out` is made; its maker holds a lock on it (flock)."""
+    return out.with_name(f".{out.name}.part")
 
 
 def holds_weights(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -28,7 +29,10 @@ from ops.market.provider import Provider
 from ops.market.workload import Workload
 from ops.run import errands
 from ops.run.expected import Invalid
+from ops.run.journal import Journal
+from ops.run.merge import left_over
 from ops.run.merged_result import listed, verify
+from ops.run.reap import finish_destroys
 from ops.run.session import Interrupted
 from ops.run.view import Run
 from ops.wait import RealClock
@@ -238,6 +242,34 @@ def test_a_merge_whose_owner_was_killed_is_gone_on_with_where_its_box_stands(
     else:
         assert folder is None and why_not == "its box is gone"
         assert [p.name for p in run.adapter.parent.iterdir() if "merged" in p.name] == []
+
+
+def test_what_killed_merges_left_is_removed_and_told_once_when_nobody_can_go_on_with_it(
+    own: rig.Rig, fake: FakeVast
+) -> None:
+    plan, out = asking(own), own.runs.parent / "out"
+    for name in (".merged-bf16.part", ".merged-fp16.part", "merged-fp32"):
+        (out / name).mkdir(parents=True)
+        (out / name / "model.safetensors").write_bytes(b"0" * 9)
+        os.utime(out / name, (0, 0))
+    with Journal(own.runs / plan.run_id) as made:
+        made.append("planned", began=0.0, **plan.to_line())
+        for kind in ("renting", "rented", "pulled", "destroyed"):
+            made.append(kind, adapter=str(out / "adapter.zip"))
+        assert left_over(made.lines[:-1], 1e9) == [], "a box may go on with it"
+    vast = Vast(Provider(fake.url, fake.api_key), RealClock(rig.PACE))
+    told = [f"{plan.run_id}: removed 0.00 GB of a merge that was killed"]
+    maker = os.open(out / ".merged-fp16.part", os.O_RDONLY)
+    try:
+        fcntl.flock(maker, fcntl.LOCK_EX)  # as `milktea merge` does while it lives
+        assert finish_destroys(own.runs, vast, rig.Silent()).removed == told
+        assert finish_destroys(own.runs, vast, rig.Silent()).removed == []
+    finally:
+        os.close(maker)
+    assert finish_destroys(own.runs, vast, rig.Silent()).removed == told
+    assert [p.name for p in out.iterdir()] == ["merged-fp32"]
+    [line] = [line for line in Run(own.runs / plan.run_id).journal if line.kind == "merged"]
+    assert line["why_not"] == "its process was killed, and nobody went on with it"
 
 
 @pytest.mark.parametrize(
