@@ -39,10 +39,13 @@ class Stopped(RuntimeError):
 class ExpectedMetrics:
     """What a stage's numbers look like when all is well. `entropy`: nats of guessing without
     looking, where the loss is one per target token; where it is None, no loss is too small or too
-    large. `still_steps`: whether a step may have no gradient at all."""
+    large. `still_steps`: whether a step may have no gradient at all. `learned`: training starts
+    from an adapter, which may know these rows: a loss that is small from the start is told, and
+    stops nothing."""
 
     entropy: float | None = None
     still_steps: bool = False
+    learned: bool = False
 
 
 def validate_labels(rows: Rows) -> None:
@@ -160,10 +163,11 @@ class TrainingMonitor:
         self._updates, self._first_loss, self._above = 0, math.nan, 0
         self._still_update = False  # the update under way has no gradient, and may
         self._expected = expected
+        self._told_learned = False
 
-    def look(self, step: int, loss: float, norm: float, seen: Sequence[str]) -> None:
+    def look(self, step: int, loss: float, norm: float, seen: Sequence[str]) -> str:
         """`norm` is that of the step's gradients before they were clipped; `seen` names its rows.
-        Steps come in order, maybe after their update."""
+        Steps come in order, maybe after their update. Returns a warning, "" without one."""
         shown = list(seen[:SHOWN])
         if not math.isfinite(loss):
             raise Stopped(
@@ -183,18 +187,25 @@ class TrainingMonitor:
                 shown,
                 "nothing is connected to the loss: check lora.target_modules",
             )
-        if self._expected.entropy is not None:
-            self._look_at_level(step, loss, self._expected.entropy, shown)
+        if self._expected.entropy is None:
+            return ""
+        return self._look_at_level(step, loss, self._expected.entropy, shown)
 
-    def _look_at_level(self, step: int, loss: float, entropy: float, shown: list[str]) -> None:
+    def _look_at_level(self, step: int, loss: float, entropy: float, shown: list[str]) -> str:
+        warning = ""
         if step <= EARLY and entropy > 0.5 and loss < TOO_GOOD * entropy:
-            raise Stopped(
-                f"step {step}: the loss is {loss:.5f}, guessing by frequency gives {entropy:.2f}: "
-                "the answers leak, or were learned before",
-                shown,
-                "check that the answers are not in the prompts, and that the base is not already "
-                "trained on this data",
-            )
+            guess = f"guessing by frequency gives {entropy:.2f}"
+            level = f"step {step}: the loss is {loss:.5f}, {guess}"
+            if not self._expected.learned:
+                raise Stopped(
+                    f"{level}: the answers leak, or were learned before",
+                    shown,
+                    "check that the answers are not in the prompts, and that the base is not "
+                    "already trained on this data",
+                )
+            if not self._told_learned:
+                warning = f"{level}: the adapter that it starts from knows these rows already"
+            self._told_learned = True
         if math.isnan(self._first_loss):
             self._first_loss = loss
         bound = 1.5 * max(self._first_loss, entropy) + 1.0
@@ -205,6 +216,7 @@ class TrainingMonitor:
                 shown,
                 "lower training.learning_rate",
             )
+        return warning
 
     def before_update(self, views: Sequence[Tensor]) -> None:
         """`views` are this step's summed gradients in the order of the trained parameters."""

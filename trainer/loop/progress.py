@@ -94,7 +94,8 @@ class Progress:
         if not done.taken:
             self._skipped(done, loss)
             return wishes > 0
-        self._monitor.look(done.step, loss, norm, done.where)
+        if warning := self._monitor.look(done.step, loss, norm, done.where):
+            self._reporter.event(events.Warned, message=warning)
         metrics = self._report(done.step, done.count, sums)
         self._state.curve.append([done.step, loss])
         now = time.monotonic()

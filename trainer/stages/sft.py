@@ -71,7 +71,8 @@ class Stage(stage.Stage):
                 "name a file in data.held_out, or remove the setting",
             )
         self.notes = tuple(rows.notes)
-        self.expected = ExpectedMetrics(entropy=target_entropy(rows))
+        learned = job.start is not None or bool(job.merged)
+        self.expected = ExpectedMetrics(entropy=target_entropy(rows), learned=learned)
         self.answers_at_end = job.data.held_out is not None
 
     def validate(self, rows: Rows) -> None:

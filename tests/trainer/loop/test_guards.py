@@ -224,6 +224,20 @@ def test_a_planted_fault_stops_the_run_with_its_reason(
     assert outcome.error.hint  # type: ignore[union-attr]
 
 
+def test_a_run_that_starts_from_an_adapter_which_knows_the_rows_is_told_so_and_goes_on(
+    run_folder: Make, monkeypatch: Patch, tmp_path: Path
+) -> None:
+    first = run_folder(training={"max_steps": 1})
+    assert outcome_of(first).code == 0
+    real = sft.target_loss
+    monkeypatch.setattr(sft, "target_loss", lambda model, batch: real(model, batch) * 0.001)
+    again = run_folder(start=first, training={"max_steps": 3})
+    outcome = outcome_of(again)
+    assert outcome.code == 0, outcome.error
+    [told] = [e["message"] for e in events_of(again) if e["event"] == "warning"]
+    assert told.startswith("step 1: ") and "starts from knows these rows already" in told
+
+
 def test_at_least_twelve_faults_are_planted() -> None:
     assert len(FAULTS) >= 12
 
