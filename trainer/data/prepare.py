@@ -214,7 +214,9 @@ def validate_settings(job: Job) -> None:
 
 def job_template(job: Job, vocabulary: Vocabulary) -> Template:
     template = load(job.data.template, job.data.template_text)
-    return from_chat_template(vocabulary.chat_template) if template.name == "chat" else template
+    if template.name == "chat" and not template.jinja:
+        return from_chat_template(vocabulary.chat_template)
+    return template
 
 
 def validate_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:

@@ -2,7 +2,7 @@
 no transformers.
 
 A template is one of
-  - a name: trainer/data/templates/NAME.toml;
+  - a name: trainer/data/templates/NAME.toml, or NAME.jinja, a chat template;
   - a user's own text with {instruction}, {input} and {output} (the paragraph that holds {input}
     goes when a row has none);
   - Alpaca-LoRA's JSON (prompt_input, prompt_no_input, response_split);
@@ -95,7 +95,7 @@ class Template:
 
 
 def names() -> list[str]:
-    return sorted(p.stem for p in FOLDER.glob("*.toml"))
+    return sorted(p.stem for p in FOLDER.iterdir() if p.suffix in (".toml", ".jinja"))
 
 
 def load(name: str, text: str | None = None) -> Template:
@@ -107,6 +107,9 @@ def load(name: str, text: str | None = None) -> Template:
         return parse(name, text)
     if name == "chat":
         return Template("chat", "", "", "")
+    path = FOLDER / f"{name}.jinja"
+    if path.is_file():
+        return from_chat_template(path.read_text("utf-8"))
     path = FOLDER / f"{name}.toml"
     if not path.is_file():
         raise TemplateError(

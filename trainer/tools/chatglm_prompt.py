@@ -47,11 +47,13 @@ def convert(source: Path, base: Path, target: Path, progress: Progress) -> list[
 
 
 def _write_words(base: Path, target: Path, progress: Progress) -> None:
-    """The template that ChatGLM2's own training asks in; ChatGLM3's is not among ours."""
-    vocabulary, template = open_vocabulary(base), load("chatglm2")
-    if vocabulary.tokenizer.token_to_id(ROLES[1]) is not None:
-        progress("ChatGLM3 asks in its roles, for which there is no template: train on from it")
+    """The template that the model's own training asks in."""
+    vocabulary = open_vocabulary(base)
+    has_roles = vocabulary.id_of(ROLES[1]) is not None
+    if has_roles and ROLES[1] not in vocabulary.special_texts:
+        progress("BASE has no chat template: convert it again, or train on from the adapter")
         return
+    template = load("chatglm3" if has_roles else "chatglm2")
     found = token_hash(vocabulary, template)
     stop = stop_token(vocabulary, template)
     write_words(base, target, Prepared(Rows.empty(), vocabulary, template, stop, found))

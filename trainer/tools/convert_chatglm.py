@@ -10,9 +10,11 @@ not turned gets the frequency 0, by the factors of rope type `longrope`. A SOURC
 turned back: into a Glm model, for programs that know that type and not `longrope`.
 
 The tokenizer is made of the sentencepiece model. The special tokens are numbered after its pieces
-and no text becomes one of them, as in ChatGLM's own code: `sop` is a part of "philosophy". It is
-read by `tokenizers` and `PreTrainedTokenizerFast`; transformers' AutoTokenizer takes Qwen2's own
-rules for any Qwen2 model, and this one's for the Glm form.
+and no text becomes one of them, as in ChatGLM's own code: `sop` is a part of "philosophy".
+ChatGLM3 gets a chat template (trainer/data/templates/chatglm3.jinja), which writes its roles,
+[gMASK] and, as <sop>, sop. The tokenizer is read by `tokenizers` and `PreTrainedTokenizerFast`;
+transformers' AutoTokenizer takes Qwen2's own rules for any Qwen2 model, and this one's for the Glm
+form.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from trainer.data.template import FOLDER
 from trainer.model.chatglm import MARK, reorder, row_order
 from trainer.tools import checkpoint, sentencepiece_bpe
 from trainer.tools.checkpoint import InvalidCheckpoint, Progress
 
 SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")  # of ChatGLM3
+OURS = ("chat_template.jinja", "generation_config.json")  # written beside ChatGLM3's tokenizer
 NOT_TURNED = 1e30  # divides a frequency to 0
 FIRST = "take ChatGLM2-6B or ChatGLM3-6B; of GLM-4 the hub has folders that end in -hf"
 NAMES = {
@@ -65,12 +69,15 @@ def convert(
         return _back(source, target, theirs, progress, shard_bytes)
     config = qwen2_config(theirs)
     files = weight_files(source)
-    tokenizer = read_tokenizer(source / "tokenizer.model", _has_roles(source))
+    roles = _has_roles(source)
+    tokenizer = read_tokenizer(source / "tokenizer.model", roles)
     made = _converted([checkpoint.read(file) for file in files], config)
     checkpoint.new_folder(target)
     shards = checkpoint.write(made, target, progress, shard_bytes)
     checkpoint.write_json(target / "config.json", config)
     _write_tokenizer(tokenizer, target, int(config["max_position_embeddings"]))
+    if roles:
+        _write_chat(tokenizer, target)
     for path in source.iterdir():
         if path.name.startswith(("LICENSE", "MODEL_LICENSE", "NOTICE")):
             shutil.copyfile(path, target / path.name)
@@ -169,8 +176,11 @@ def read_tokenizer(path: Path, roles: bool) -> Tokenizer:
     """The tokenizer of ChatGLM2's sentencepiece model; ``roles`` adds ChatGLM3's. Raises
     InvalidCheckpoint where the file is of another kind.
     """
-    special = [*SPECIAL, *(ROLES if roles else ())]
-    return sentencepiece_bpe.read(path, special, (SPECIAL[1], SPECIAL[3]), FIRST)
+    if not roles:
+        return sentencepiece_bpe.read(path, SPECIAL, (SPECIAL[1], SPECIAL[3]), FIRST)
+    special = [*(f"<{t}>" if t == "sop" else t for t in SPECIAL), *ROLES]
+    before = (special[1], special[3])
+    return sentencepiece_bpe.read(path, special, before, FIRST, (*before, *ROLES))
 
 
 def _converted(
@@ -262,7 +272,7 @@ def _back(
     }
     checkpoint.write_json(target / "config.json", theirs)
     for path in source.iterdir():
-        if path.name.startswith(("tokenizer", "LICENSE", "MODEL_LICENSE", "NOTICE")):
+        if path.name.startswith((*OURS, "tokenizer", "LICENSE", "MODEL_LICENSE", "NOTICE")):
             shutil.copyfile(path, target / path.name)
     return shards
 
@@ -281,6 +291,13 @@ def _write_tokenizer(tokenizer: Tokenizer, target: Path, length: int) -> None:
             "pad_token": "<unk>",
         },
     )
+
+
+def _write_chat(tokenizer: Tokenizer, target: Path) -> None:
+    """ChatGLM3's chat template, and the tokens at which its own code ends an answer."""
+    shutil.copyfile(FOLDER / "chatglm3.jinja", target / OURS[0])
+    ends = [tokenizer.token_to_id(token) for token in ("</s>", ROLES[1], ROLES[3])]
+    checkpoint.write_json(target / OURS[1], {"eos_token_id": ends})
 
 
 def _has_roles(source: Path) -> bool:

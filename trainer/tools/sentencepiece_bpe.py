@@ -14,9 +14,16 @@ from trainer.tools.checkpoint import InvalidCheckpoint
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 
 
-def read(path: Path, special: Sequence[str], before: Sequence[str], hint: str) -> Tokenizer:
+def read(
+    path: Path,
+    special: Sequence[str],
+    before: Sequence[str],
+    hint: str,
+    written: Sequence[str] = (),
+) -> Tokenizer:
     """The tokenizer of a sentencepiece model. ``special`` tokens are numbered after its pieces; one
-    that is a piece too, as sop, is called <sop>. ``before`` are put before every text.
+    that is a piece too, as sop, is called <sop>. ``before`` are put before every text; ``written``
+    are those of ``special`` that a text may hold, as a chat template does.
 
     Raises InvalidCheckpoint, with ``hint``, where the file is of another kind.
     """
@@ -60,9 +67,8 @@ def read(path: Path, special: Sequence[str], before: Sequence[str], hint: str) -
         pair=[*first, "$A", "$B"],
         special_tokens=[(token, vocab[token]) for token in first],
     )
-    made.add_special_tokens(
-        [AddedToken(x.piece, normalized=False) for x in pieces if x.type in (CONTROL, UNKNOWN)]
-    )
+    known = [x.piece for x in pieces if x.type in (CONTROL, UNKNOWN)]
+    made.add_special_tokens([AddedToken(token, normalized=False) for token in (*known, *written)])
     made.add_tokens(
         [AddedToken(x.piece, normalized=False) for x in pieces if x.type == USER_DEFINED]
     )

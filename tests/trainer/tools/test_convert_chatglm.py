@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trainer import families
+from trainer.data.render import examples, prompt
+from trainer.data.template import Turn, from_chat_template, load
+from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_ids
 from trainer.model.chatglm import row_order
 from trainer.tools import checkpoint
 from trainer.tools.checkpoint import InvalidCheckpoint
@@ -98,7 +102,7 @@ def test_special_tokens_follow_the_pieces_and_no_text_becomes_one(
     names += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"] if roles else []
     assert [made.token_to_id(name) for name in names] == list(range(first, first + len(names)))
     assert (made.token_to_id("<|user|>") is None) is not roles
-    for text in ("philosophy", "[gMASK]sop", "sop", "eop [MASK]", "<|user|>"):
+    for text in ("philosophy", "sop", "eop [MASK]", *(() if roles else ("[gMASK]sop", "<|user|>"))):
         assert max(made.encode(text, add_special_tokens=False).ids) < first, text
     assert made.encode("hi").ids[:2] == [first + 1, first + 3]
 
@@ -118,6 +122,87 @@ def test_transformers_opens_the_tokenizer_of_the_converted_folder(tmp_path: Path
         assert theirs.decode(theirs(text)["input_ids"][2:]) == text
     assert ours.token_to_id("<|observation|>") == len(pieces()) + 8
     assert (theirs.eos_token_id, theirs.pad_token_id) == (2, 0)
+
+
+def their_chat_input(messages: list[dict[str, Any]], query: str) -> list[str]:
+    """What ChatGLM3's build_chat_input makes of a history and a question: each message is a role's
+    token, its metadata with a line's end, and its text, each encoded for itself."""
+
+    def encoded(text: str) -> list[str]:
+        return by_the_rule(text) if text else []
+
+    found = ["[gMASK]", "<sop>"]
+    for message in [*messages, {"role": "user", "content": query}]:
+        text = message["content"]
+        if "tools" in message:
+            text += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+        metadata = message.get("metadata", "")
+        found += [f"<|{message['role']}|>", *encoded(f"{metadata}\n"), *encoded(text)]
+    return [*found, "<|assistant|>"]
+
+
+@pytest.fixture(scope="module")
+def chatglm3(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    source = save(tmp_path_factory.mktemp("chatglm3") / "chatglm3-6b", weights())
+    (source / "tokenization_chatglm.py").write_text('special = ["<|system|>", "<|user|>"]\n')
+    convert(source, source.parent / "out", quiet)
+    return open_vocabulary(source.parent / "out")
+
+
+def test_chatglm3_is_asked_id_by_id_as_its_own_code_asks(chatglm3: Vocabulary) -> None:
+    dice = random.Random(3)
+    template = from_chat_template(chatglm3.chat_template)
+    assert load("chatglm3") == template
+
+    def text() -> str:
+        return "".join(dice.choices(LETTERS.replace("\n", "") + "  é🙂", k=dice.randrange(1, 30)))
+
+    for _ in range(60):
+        tools = [{"name": "rain", "description": text(), "parameters": {"type": "object"}}]
+        tools = tools if dice.random() < 0.3 else []
+        theirs, turns = [], []
+        if tools or dice.random() < 0.5:
+            theirs = [{"role": "system", "content": text()} | ({"tools": tools} if tools else {})]
+            turns = [Turn("system", theirs[0]["content"])]
+        for _ in range(dice.randrange(4)):
+            asked, said = text(), text()
+            theirs += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            turns += [Turn("user", asked), Turn("assistant", said)]
+        query = text()
+        given = [{"type": "function", "function": tool} for tool in tools]
+        segments = prompt(
+            template, [*turns, Turn("user", query)], chatglm3.special_tokens, tools=given
+        )
+        ids = encode(chatglm3, template, [segments])[0][0]
+        tokens = [chatglm3.tokenizer.id_to_token(i) for i in ids]
+        assert tokens == their_chat_input(theirs, query)
+
+
+def test_chatglm3_learns_to_call_a_tool_and_to_end_where_its_own_code_stops(
+    chatglm3: Vocabulary,
+) -> None:
+    template = from_chat_template(chatglm3.chat_template)
+    call = {"function": {"name": "rain", "arguments": {"at": "the sea", "hours": 3}}}
+    turns = [
+        *(Turn("user", "hi"), Turn("assistant", "好"), Turn("user", "rain")),
+        *(Turn("assistant", "so", calls=(call,)), Turn("tool", "no"), Turn("assistant", "dry")),
+    ]
+    [made] = examples(template, turns, chatglm3.special_tokens, tools=[{"name": "rain"}])
+    assert [s.text for s in made.segments if s.trained] == [
+        "\n 好<|user|>",
+        "\n so<|assistant|>rain\n ```python\ntool_call(at='the sea', hours=3)\n```<|observation|>",
+        "\n dry<|user|>",
+    ]
+    [(ids, trained)] = encode(chatglm3, template, [made.segments])
+    first = [chatglm3.tokenizer.id_to_token(i) for i, t in zip(ids, trained, strict=True) if t][:4]
+    assert first == ["▁", "<0x0A>", "▁好", "<|user|>"]
+    ends = {chatglm3.tokenizer.id_to_token(i) for i in stop_ids(chatglm3, template)}
+    assert ends == {"</s>", "<|user|>", "<|observation|>"}
+    assert chatglm3.folder is not None
+    stock = PreTrainedTokenizerFast.from_pretrained(chatglm3.folder)
+    asked = [{"role": "user", "content": "hi sop"}]
+    theirs = stock.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert stock.convert_ids_to_tokens(theirs) == their_chat_input([], "hi sop")
 
 
 def refused(tmp_path: Path, source: Path) -> str:
