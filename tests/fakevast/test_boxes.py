@@ -351,6 +351,32 @@ def test_a_lost_connection_kills_nothing_that_was_detached(
     until((fake.home(number) / "survived").exists, "the detached process went on")
 
 
+def test_a_link_that_breaks_while_a_command_does_not_read_leaves_no_traceback_and_no_task(
+    fake: FakeVast, box: tuple[int, Reach], caplog: pytest.LogCaptureFixture
+) -> None:
+    number, way = box
+    sent, home = b"x" * 2_000_000, fake.home(number)
+    command = "until [ -e go ]; do sleep 0.05; done; cat > heard; touch over"
+    with subprocess.Popen([*way.ssh, "root@127.0.0.1", command], stdin=subprocess.PIPE) as ssh:
+        assert ssh.stdin is not None
+        ssh.stdin.write(sent)
+        ssh.stdin.close()
+        [at] = fake.emulator.boxes.live.values()
+
+        def all_sent() -> bool:
+            channels = [c for link in at.connections for c in link._channels.values()]
+            return any(c._recv_state == "eof_pending" for c in channels)
+
+        until(lambda: fake.do(all_sent), "the end of what it sends has arrived")
+        fake.do(lambda: at.break_link("cut"))
+        assert ssh.wait(30) == 255
+    (home / "go").touch()
+    until((home / "over").exists, "the command has read and ended")
+    left = lambda: any("_run()" in repr(task) for task in asyncio.all_tasks())  # noqa: E731
+    until(lambda: not fake.do(left), "nobody waits for the connection any more")
+    assert [r for r in caplog.records if r.name.startswith("async") and r.levelno > 30] == []
+
+
 def test_destroy_ends_every_process_however_detached_and_removes_the_folder(
     fake: FakeVast, client: VastClient, box: tuple[int, Reach]
 ) -> None:

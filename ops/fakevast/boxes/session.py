@@ -47,6 +47,21 @@ class BoxProcess(Process):
 
     def __init__(self, box: Box) -> None:
         super().__init__(partial(_run, box), partial(BoxSFTP, box), _SFTP_VERSION, False)
+        self._lost = False  # nobody is at the other end any more
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        super().connection_lost(exc)
+
+    def resume_feeding(self, datatype: Any) -> None:
+        """More is asked for while somebody can send it."""
+        if not self._lost:
+            super().resume_feeding(datatype)
+
+    def feed_data(self, data: bytes, datatype: Any) -> None:
+        """What the command says once the link broke is dropped."""
+        with contextlib.suppress(BrokenPipeError):
+            super().feed_data(data, datatype)
 
     def signal_received(self, signal_name: str) -> None:
         """Send the signal to the command's whole process group."""

@@ -156,6 +156,11 @@ class BoxConnection(asyncssh.SSHServerConnection):
         self.box.connections.discard(self)
         super().connection_lost(exc)
 
+    def internal_error(self, exc_info: Any = None, error_logger: Any = None) -> None:
+        """What fails because nobody is at the other end any more is no error."""
+        if not self.broken and not self.is_closed():
+            super().internal_error(exc_info, error_logger)
+
     def count(self, into: int = 0, out: int = 0) -> None:
         self.box.instance.carry(into, out)
         if self._cut_at is not None:
