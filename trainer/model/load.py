@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     FineGrainedFP8Config,
+    PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -272,8 +273,7 @@ def load_base(
     logging.disable_progress_bar()
     register()
     config = read_config(folder)
-    for part in (config, config.get_text_config()):
-        silence_dropout(part)
+    silence_dropout(config)
     whole = job.model.precision == "fp32" or job.training.method == "full"
     settings: dict[str, Any] = {
         "config": config,
@@ -340,13 +340,18 @@ def quantisation(precision: str, device: torch.device) -> Any:
 
 
 def silence_dropout(config: Any) -> None:
-    """Turns off the base model's own dropout and noise: it draws from a generator, so the order of
-    rows would change the result. lora_dropout is keyed instead."""
+    """Turns off the base model's own dropout and noise, in `config` and in those within it: it
+    draws from a generator, so the order of rows would change the result. lora_dropout is keyed
+    instead."""
     noise = {"input_jitter_noise"}
     if config.model_type != "phimoe":  # its routers' threshold
         noise |= {"router_jitter_noise"}
     for name, value in list(vars(config).items()):
-        if ("drop" in name or name in noise) and type(value) in (int, float):
+        if isinstance(value, PreTrainedConfig):
+            silence_dropout(value)
+        elif name == "moe_jitter_eps":  # DBRX's, which draws unless it is None
+            setattr(config, name, None)
+        elif ("drop" in name or name in noise) and type(value) in (int, float):
             setattr(config, name, 0.0)
 
 

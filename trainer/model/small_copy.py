@@ -44,8 +44,8 @@ def small(config: Any, windows: bool = True) -> Any:
     if asked, short windows."""
     made = copy.deepcopy(config)
     text = made.get_text_config()
+    load.silence_dropout(made)
     for part in (made, text):
-        load.silence_dropout(part)
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     _shorten(text)

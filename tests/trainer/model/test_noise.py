@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from architectures import build
 from tiny import manifest_of
-from transformers import AutoConfig
+from transformers import AutoConfig, DbrxConfig, DbrxForCausalLM
 
 from trainer.model.dropout import KeyedNoise, TokenKeys
 from trainer.model.load import prepare, silence_dropout
@@ -86,6 +86,20 @@ def test_the_base_models_own_noise_is_off() -> None:
         silence_dropout(config)
         assert (config.router_jitter_noise, config.layerdrop) == (kept, 0.0)
         assert config.input_jitter_noise == 0.0
+
+
+def test_the_noise_of_dbrx_which_stands_in_a_config_of_its_own_is_off() -> None:
+    attention = {"attn_pdrop": 0.5, "kv_n_heads": 1, "clip_qkv": 8, "rope_theta": 1e4}
+    experts = {"moe_jitter_eps": 0.5, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}
+    sizes = {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 50, "max_seq_len": 64}
+    config = DbrxConfig(**sizes, attn_config=attention, ffn_config=experts, resid_pdrop=0.5)
+    silence_dropout(config)
+    model, ids = DbrxForCausalLM(config), torch.arange(3, 40)[None]
+    generator = torch.get_rng_state()
+    with torch.no_grad():
+        drawn = model.train()(input_ids=ids, use_cache=False).logits
+        assert torch.equal(torch.get_rng_state(), generator), "something was drawn"
+        assert torch.equal(drawn, model.eval()(input_ids=ids, use_cache=False).logits)
 
 
 def test_no_dropout_of_a_causal_model_is_left() -> None:
