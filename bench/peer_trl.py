@@ -88,7 +88,8 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     every = asked.warm + asked.steps
     rows = tokenised(run, every)
-    peer, _ = build_peer(Setting(model, "bf16", r=asked.r), asked.layers, device)
+    peer: Any = build_peer(Setting(model, "bf16", r=asked.r), asked.layers, device)[0]
+    lora = peer.peft_config["default"]
     times = Times(asked.warm)
     args = trl.DPOConfig(
         output_dir=str(run / "trl"),
@@ -110,8 +111,9 @@ def measure(
     # the rows are tokens already: what it would make of texts is not what is measured
     with patch.object(trl.DPOTrainer, "_prepare_dataset", lambda self, dataset, *_: dataset):
         trainer = trl.DPOTrainer(
-            peer,
+            peer.unload(),  # TRL puts the adapter on: its reference is then the model without
             args=args,
+            peft_config=lora,
             train_dataset=data.Dataset.from_list(rows),
             processing_class=transformers.AutoTokenizer.from_pretrained(run / "model"),
             callbacks=[times],
