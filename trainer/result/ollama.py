@@ -1,16 +1,17 @@
 """A trained template in the words of Ollama's Modelfile (Go's text/template). No torch.
 
 Literals are written as string expressions, and every action trims the blanks around it, so that
-nothing but them is in the prompt. Ollama's messages have no place for Alpaca's input.
+nothing but them is in the prompt. Ollama's parser drops signs that Go does not print (other blanks
+than U+0020, joiners, controls), so these are escaped. Ollama's messages have no place for Alpaca's
+input.
 """
 
 from __future__ import annotations
 
-import json
 import re
 
 from trainer.data.template import Template, TemplateError
-from trainer.data.tokens import Vocabulary
+from trainer.data.tokens import Vocabulary, prefix_ids
 
 _HOLE = re.compile(r"\{(system|user|assistant|instruction|input|round|bos)\}")
 
@@ -20,7 +21,7 @@ def modelfile(gguf_name: str, template: Template, vocabulary: Vocabulary, stop: 
     lines = [f"FROM ./{gguf_name}"]
     if template.name != "chat":  # Ollama knows the model's own by its text in the GGUF
         lines.append(f'TEMPLATE """{go_template(template, vocabulary)}"""')
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}", "PARAMETER temperature 0"]
+    lines += [f'PARAMETER stop "{stop}"', "PARAMETER temperature 0"]  # it reads no escapes
     return "\n".join(lines) + "\n"
 
 
@@ -48,8 +49,12 @@ def go_template(template: Template, vocabulary: Vocabulary) -> str:
     stop = vocabulary.eos if template.stop == "eos" else template.stop
     answer = _filled(template.assistant, {"assistant": "{{- $m.Content -}}"}) + _literal(stop)
     lead = template.assistant.partition("{assistant}")[0]
+    # the tokenizer's own are put before by the GGUF's settings
+    named = () if vocabulary.prefix else prefix_ids(vocabulary, template)
+    before = [vocabulary.tokenizer.id_to_token(i) or "" for i in named]
     return "".join(
         (
+            _literal("".join(before)),
             "{{- $first := true -}}",
             "{{- range $i, $m := .Messages -}}",
             '{{- if eq $m.Role "user" -}}',
@@ -82,5 +87,13 @@ def _literal(text: str) -> str:
 
 
 def _string(text: str) -> str:
-    """Go reads the escapes of JSON; three quotes would end the Modelfile's string."""
-    return json.dumps(text, ensure_ascii=False).replace('\\"', "\\u0022")
+    """`text` as Go writes it in double quotes; the Modelfile's own quotes are three of these."""
+    return '"' + "".join(map(_sign, text)) + '"'
+
+
+def _sign(sign: str) -> str:
+    if sign == "\n":
+        return "\\n"
+    if sign.isprintable() and sign not in '"\\':
+        return sign
+    return f"\\u{ord(sign):04x}" if ord(sign) < 0x10000 else f"\\U{ord(sign):08x}"

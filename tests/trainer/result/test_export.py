@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +20,7 @@ from peft import PeftModel
 from results import write_both, write_result
 from transformers import AutoModelForCausalLM
 
-from trainer.data.template import TemplateError, load
+from trainer.data.template import TemplateError, load, parse
 from trainer.data.tokens import open_vocabulary
 from trainer.result import export, ollama
 
@@ -104,6 +106,26 @@ def test_a_go_template_opens_and_closes_and_has_the_templates_texts(
     for piece in (template.user, template.assistant, template.between):
         for part in piece.replace("}", "{").split("{")[::2]:
             assert not part or ollama._string(part) in text
+
+
+ODD_TEMPLATES = {
+    "indented": 'user = "\\u3000\\u3000问：{user}\\n\\u00a0答："',
+    "backslash": "user = 'C:\\{user}\\'",
+    "quotes": 'user = \'\'\'"""{user}""" says "x"\\\'\'\'',
+    "joiners": 'user = "🙂\\u200d🙂\\U000E0001{user}\\u0007\\u007f{{-}}"',
+    "prefix": 'prefix = ["<|im_start|>"]\nuser = "{user}"',
+}
+
+
+@pytest.mark.parametrize("name", ODD_TEMPLATES)
+def test_ollamas_parser_loses_no_sign_of_a_template(result: tuple[Path, Path], name: str) -> None:
+    template = parse(name, ODD_TEMPLATES[name] + '\nassistant = "{assistant}"\n')
+    text = ollama.go_template(template, open_vocabulary(result[0]))
+    assert text.isprintable() and '"""' not in text  # what is not printed is dropped, unsaid
+    strings = re.findall(r'(?<=\{\{- )"(?:[^"\\]|\\.)*"(?= -\}\})', text)
+    told = [ast.literal_eval(string) for string in strings]  # Go's escapes are Python's too
+    pieces = re.split(r"\{user\}|\{assistant\}", template.user + template.assistant)
+    assert set(filter(None, [*pieces, *template.prefix])) <= set(told)
 
 
 def test_a_template_that_counts_its_rounds_is_refused(result: tuple[Path, Path]) -> None:
