@@ -7,9 +7,9 @@ makes the model compute base and adapter separately, through transformers' Exper
 
 Rows are (token, expert) pairs sorted by expert. Nothing waits for the GPU. Groups may be empty.
 
-Experts with gate, up, silu and down and without biases are computed by one autograd function. It
-saves only gate and up of a pair (2f values); backward gathers the input and computes the activation
-again.
+Experts with gate, up, silu and down and without biases, and gpt-oss's with their biases and clamped
+gate, are computed by one autograd function. It saves only gate and up of a pair (2f values);
+backward gathers the input and computes the activation again.
 
 ``quantise`` holds the weights in FP8 or NF4. A product unpacks one projection of one layer into the
 scratch that all quantised weights share, and reads it there. Without gradients, and with few pairs,
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from trainer.kernels.backend import operations
 from trainer.kernels.frozen import FrozenWeight, freeze_weight
@@ -159,18 +160,22 @@ def held_in(experts: Any) -> dict[str, HeldExperts]:
 
 
 def read_weight(experts: Any, name: str, chosen: Tensor | None = None) -> Tensor:
-    """A parameter of experts that are not transposed, [E, out, in]: quantised ones in the scratch,
-    of the `chosen` experts alone where given."""
+    """The weights of experts [E, out, in]: quantised ones in the scratch, of the `chosen` experts
+    alone where given."""
     held = held_in(experts).get(name)
-    weight: Tensor = getattr(experts, name) if held is None else held.unpack(chosen)
-    return weight
+    if held is not None:
+        return held.unpack(chosen)
+    weight: Tensor = getattr(experts, name)
+    return weight.transpose(-2, -1) if experts.is_transposed else weight
 
 
 class Pairs(NamedTuple):
-    """(token, expert) pairs sorted by expert: the original index [S] of each pair, its token [S],
-    the end of each expert's pairs int32 [E], and the sorted positions [S] of each token's pairs.
+    """(token, expert) pairs sorted by expert: each pair's expert [S], its original index [S], its
+    token [S], the end of each expert's pairs int32 [E], and the sorted positions [S] of each
+    token's pairs.
     Where ``chosen`` int64 [C] names the experts that have any, ``ends`` are of these alone."""
 
+    expert: Tensor
     order: Tensor
     token: Tensor
     ends: Tensor
@@ -178,8 +183,8 @@ class Pairs(NamedTuple):
     chosen: Tensor | None = None
 
 
-def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Pairs]:
-    """index [T, k] -> (the expert of each sorted pair [S], the pairs)."""
+def sort_pairs(index: Tensor, experts: int) -> Pairs:
+    """The pairs of index [T, k]."""
     expert, order = torch.sort(index.reshape(-1))
     counted = torch.histc(
         expert.float() if expert.device.type == "cpu" else expert.int(),
@@ -188,18 +193,18 @@ def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Pairs]:
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     ends = torch.cumsum(counted, 0, dtype=torch.int32)
-    return expert, Pairs(order, order // index.shape[1], ends, back)
+    return Pairs(expert, order, order // index.shape[1], ends, back)
 
 
-def pairs_of(experts: Any, index: Tensor) -> tuple[Tensor, Pairs]:
+def pairs_of(experts: Any, index: Tensor) -> Pairs:
     """``sort_pairs`` for these experts. Where they are quantised and no gradient is asked, few
     pairs choose the experts that are unpacked; that waits for the device."""
     count = experts.num_experts
-    expert, pairs = sort_pairs(index, count)
-    if torch.is_grad_enabled() or not held_in(experts) or 2 * len(expert) > count:
-        return expert, pairs
-    chosen = torch.unique_consecutive(expert)
-    return expert, pairs._replace(ends=pairs.ends[chosen], chosen=chosen)
+    pairs = sort_pairs(index, count)
+    if torch.is_grad_enabled() or not held_in(experts) or 2 * len(pairs.expert) > count:
+        return pairs
+    chosen = torch.unique_consecutive(pairs.expert)
+    return pairs._replace(ends=pairs.ends[chosen], chosen=chosen)
 
 
 class _Unpacked(torch.autograd.Function):
@@ -246,7 +251,7 @@ class _Gated(torch.autograd.Function):
             t = grouped(xs, a1.transpose(1, 2), ends)
             more = grouped(t, b1.transpose(1, 2), ends)
         del xs
-        act = ops.gate_forward_(gu, more)
+        act = _gate(experts, pairs, gu, more)
         down = read_weight(experts, "down_proj", pairs.chosen).transpose(1, 2)
         y, more = grouped(act, down, ends), None
         if a2 is not None and b2 is not None:
@@ -254,7 +259,8 @@ class _Gated(torch.autograd.Function):
             more = grouped(u, b2.transpose(1, 2), ends)
         ctx.save_for_backward(x, share, gu, t, u, *lora)
         ctx.experts, ctx.pairs = experts, pairs
-        return cast(Tensor, ops.combine(y, more, pairs.back, share))
+        bias = (experts.down_proj_bias, pairs.expert) if experts.has_bias else ()
+        return cast(Tensor, ops.combine(y, more, pairs.back, share, *bias))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -269,7 +275,10 @@ class _Gated(torch.autograd.Function):
             a1, b1, a2, b2 = lora
             du = grouped(dys, b2, ends)
             more = grouped(du, a2, ends)
-        act, dgu, dshare = ops.gate_backward_(gu, dact, more, each)
+        if (clamped := _clamped(experts)) is None:
+            act, dgu, dshare = ops.gate_backward_(gu, dact, more, each)
+        else:
+            act, dgu, dshare = ops.clamped_backward_(gu, dact, more, each, *clamped)
         if lora:
             near = each[:, None].to(x.dtype)
             grads = [grouped_outer(du * near, act, ends), grouped_outer(dys, u * near, ends)]
@@ -281,29 +290,51 @@ class _Gated(torch.autograd.Function):
             of_up = grouped_outer(dt, x[pairs.token], ends), grouped_outer(dgu, t, ends)
             grads = [*of_up, *grads]
         dx = ops.combine(dxs, more, pairs.back, torch.ones_like(share))
-        dshare = dshare[pairs.back].view_as(share).to(share.dtype)
-        return dx, dshare, None, None, *grads
+        dshare = dshare[pairs.back].view_as(share)
+        if experts.has_bias:  # the trick above leaves out what stands beside the weights
+            index = pairs.expert[pairs.back].view_as(share)
+            dshare = dshare + (dout @ experts.down_proj_bias.t()).gather(1, index)
+        return dx, dshare.to(share.dtype), None, None, *grads
+
+
+def _gate(experts: Any, pairs: Pairs, gu: Tensor, more: Tensor | None) -> Tensor:
+    """The activation [S, f] of gu [S, 2f], to which the adapter's part `more` and biases are added
+    in place."""
+    ops, clamped = operations(gu.device), _clamped(experts)
+    if clamped is None:
+        return cast(Tensor, ops.gate_forward_(gu, more))
+    bias = experts.gate_up_proj_bias
+    return cast(Tensor, ops.clamped_forward_(gu, more, bias, pairs.expert, *clamped))
+
+
+def _clamped(experts: Any) -> tuple[float, float] | None:
+    """(alpha, limit) of gpt-oss's gate, or None for the plain one."""
+    if type(experts)._apply_gate is not GptOssExperts._apply_gate:
+        return None
+    return float(experts.alpha), float(experts.limit)
 
 
 def lean(experts: Any) -> bool:
-    """Whether ``gated`` supports these experts: gate, up, silu and down, nothing else."""
-    other = ("has_bias", "is_transposed", "has_post_expert_norm")
-    if not getattr(experts, "has_gate", False) or any(getattr(experts, n) for n in other):
+    """Whether ``gated`` supports these experts: gate, up, silu and down, nothing else, or gpt-oss's
+    with their biases and clamped gate."""
+    if not getattr(experts, "has_gate", False) or experts.has_post_expert_norm:
         return False
-    own = type(experts)._apply_gate is _default_apply_gate
+    if _clamped(experts) is not None:
+        return bool(experts.has_bias)
+    own = type(experts)._apply_gate is _default_apply_gate and not experts.has_bias
     return own and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 
 def gated(experts: Any, x: Tensor, index: Tensor, share: Tensor) -> Tensor | None:
-    """down(silu(gate x) up x) of each pair, times its share, summed by token: [T, h] -> [T, h].
+    """down(act(gate x) up x) of each pair, times its share, summed by token: [T, h] -> [T, h].
     None where the experts are of another form, train, or have an adapter on one half only."""
     if not lean(experts):
         return None
     wrappers: dict[str, Any] = getattr(experts, "adapters_of_experts", {})
-    up, down = experts.gate_up_proj, experts.down_proj
-    if up.requires_grad or down.requires_grad:
+    up = experts.gate_up_proj
+    if any(p.requires_grad for p in experts.parameters(recurse=False)):
         return None
-    _, pairs = pairs_of(experts, index)
+    pairs = pairs_of(experts, index)
     names = ("gate_up_proj", "down_proj")
     found = [factors_of(wrappers.get(n), up.dtype, pairs.chosen) for n in names]
     if None in found and any(found):
@@ -321,13 +352,13 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     if out is not None:
         return out
     tokens, k = top_k_index.shape
-    expert, pairs = pairs_of(self, top_k_index)
+    pairs = pairs_of(self, top_k_index)
     wrappers: dict[str, Any] = getattr(self, "adapters_of_experts", {})
     first, last = names_of(self)
 
     def product(x: Tensor, name: str) -> Tensor:
         y = adapted(x.to(getattr(self, name).dtype), self, name, pairs, wrappers.get(name))
-        return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
+        return y + getattr(self, f"{name}_bias")[pairs.expert] if self.has_bias else y
 
     y = product(hidden_states[pairs.token], first)
     y = self._apply_gate(y) if self.has_gate else self.act_fn(y)

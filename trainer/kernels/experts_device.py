@@ -28,6 +28,89 @@ def gate_forward(gu, more, act, s, f, MORE: tl.constexpr, BM: tl.constexpr, BN: 
 
 
 @triton.jit(do_not_specialize=["s"])
+def clamped_forward(
+    gu,
+    more,
+    bias,
+    expert,
+    act,
+    s,
+    f,
+    alpha,
+    limit,
+    MORE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    ok = rows < s
+    wide = tl.program_id(1) * 2 * BN + tl.arange(0, 2 * BN)  # gate and up by turns
+    mask = ok[:, None] & (wide < 2 * f)[None, :]
+    at = rows[:, None] * (2 * f) + wide[None, :]
+    whose = tl.load(expert + rows, mask=ok, other=0)
+    v = tl.load(gu + at, mask=mask, other=0.0).to(tl.float32)
+    v += tl.load(bias + whose[:, None] * (2 * f) + wide[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+    if MORE:
+        v += tl.load(more + at, mask=mask, other=0.0).to(tl.float32)
+    kept = v.to(gu.dtype.element_ty)
+    tl.store(gu + at, kept, mask=mask)
+    g, u = tl.split(tl.reshape(kept.to(tl.float32), [BM, BN, 2]))
+    g = tl.minimum(g, limit)
+    u = tl.minimum(tl.maximum(u, -limit), limit)
+    v = g * tl.sigmoid(alpha * g) * (u + 1.0)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    to = rows[:, None] * f + cols[None, :]
+    tl.store(act + to, v.to(act.dtype.element_ty), mask=ok[:, None] & (cols < f)[None, :])
+
+
+@triton.jit(do_not_specialize=["s"])
+def clamped_backward(
+    gu,
+    dact,
+    more,
+    share,
+    dshare,
+    s,
+    f,
+    alpha,
+    limit,
+    MORE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    ok = rows < s
+    near = tl.load(share + rows, mask=ok, other=0.0).to(tl.float32)[:, None]
+    total = tl.zeros([BM], tl.float32)
+    for c in range(0, f, BN):
+        wide, cols = 2 * c + tl.arange(0, 2 * BN), c + tl.arange(0, BN)
+        both = ok[:, None] & (wide < 2 * f)[None, :]
+        mask = ok[:, None] & (cols < f)[None, :]
+        at = gu + rows[:, None] * (2 * f) + wide[None, :]
+        to = rows[:, None] * f + cols[None, :]
+        v = tl.load(at, mask=both, other=0.0).to(tl.float32)
+        da = tl.load(dact + to, mask=mask, other=0.0).to(tl.float32)
+        if MORE:
+            da += tl.load(more + to, mask=mask, other=0.0).to(tl.float32)
+        g, u = tl.split(tl.reshape(v, [BM, BN, 2]))
+        gc = tl.minimum(g, limit)
+        uc = tl.minimum(tl.maximum(u, -limit), limit)
+        sig = tl.sigmoid(alpha * gc)
+        gated = gc * sig
+        total += tl.sum(gated * (uc + 1.0) * da, 1)
+        tl.store(dact + to, (gated * (uc + 1.0)).to(dact.dtype.element_ty), mask=mask)
+        da = da * near
+        slope = sig * (1.0 + alpha * gc * (1.0 - sig))
+        dg = tl.where(g <= limit, da * (uc + 1.0) * slope, 0.0)
+        du = tl.where(tl.abs(u) <= limit, da * gated, 0.0)
+        d = tl.reshape(tl.join(dg, du), [BM, 2 * BN])
+        tl.store(at, d.to(gu.dtype.element_ty), mask=both)
+    tl.store(dshare + rows, total, mask=ok)
+
+
+@triton.jit(do_not_specialize=["s"])
 def gate_backward(
     gu, dact, more, share, dshare, s, f, MORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
@@ -60,6 +143,8 @@ def gate_backward(
 def combine(
     y,
     more,
+    bias,
+    expert,
     back,
     share,
     out,
@@ -67,6 +152,7 @@ def combine(
     width,
     K: tl.constexpr,
     MORE: tl.constexpr,
+    BIAS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -82,5 +168,9 @@ def combine(
         v = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
         if MORE:
             v += tl.load(more + at, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            whose = tl.load(expert + pair, mask=ok, other=0)
+            at = whose[:, None] * width + cols[None, :]
+            v += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
         acc += v * weight[:, None]
     tl.store(out + rows[:, None] * width + cols[None, :], acc.to(out.dtype.element_ty), mask=mask)

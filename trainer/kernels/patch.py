@@ -297,8 +297,12 @@ def base_experts(layer: Any) -> Any:
 
 
 def keeps_little(experts: Any) -> bool:
-    """Whether the trainer's own function computes these experts; transformers' saves more."""
-    return lean(experts) and getattr(experts.config, "_experts_implementation", "") == EXPERTS
+    """Whether what these experts keep for backward need not be made again: the trainer's own
+    function computes them, which keeps little. With transposed weights (gpt-oss) it is made again,
+    as the plan counts it."""
+    if experts.is_transposed or not lean(experts):
+        return False
+    return getattr(experts.config, "_experts_implementation", "") == EXPERTS
 
 
 def _experts(layer: Any, norm: Norm, ops: ModuleType, middle: Tensor) -> Tensor:

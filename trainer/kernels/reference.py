@@ -302,8 +302,43 @@ def gate_backward_(
     return dact, gu, dshare
 
 
-def combine(y: Tensor, more: Tensor | None, back: Tensor, share: Tensor) -> Tensor:
+def clamped_forward_(
+    gu: Tensor, more: Tensor | None, bias: Tensor, expert: Tensor, alpha: float, limit: float
+) -> Tensor:
+    v = gu.float() + bias.float()[expert]
+    gu.copy_(v if more is None else v + more.float())
+    g, u = gu[:, ::2].float().clamp(max=limit), gu[:, 1::2].float().clamp(-limit, limit)
+    return (g * torch.sigmoid(alpha * g) * (u + 1)).to(gu.dtype)
+
+
+def clamped_backward_(
+    gu: Tensor, dact: Tensor, more: Tensor | None, share: Tensor, alpha: float, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, u = gu[:, ::2].float(), gu[:, 1::2].float()
+    near_g, near_u = g <= limit, u.abs() <= limit
+    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    da = dact.float() if more is None else dact.float() + more.float()
+    sig = torch.sigmoid(alpha * g)
+    act, near = g * sig * (u + 1), da * share.float()[:, None]
+    dg = near * (u + 1) * sig * (1 + alpha * g * (1 - sig)) * near_g
+    dgu = torch.stack([dg, near * g * sig * near_u], -1).flatten(1)
+    dshare = (act * da).sum(-1)
+    dact.copy_(act)
+    gu.copy_(dgu)
+    return dact, gu, dshare
+
+
+def combine(
+    y: Tensor,
+    more: Tensor | None,
+    back: Tensor,
+    share: Tensor,
+    bias: Tensor | None = None,
+    expert: Tensor | None = None,
+) -> Tensor:
     v = y.float() if more is None else y.float() + more.float()
+    if bias is not None:
+        v = v + bias.float()[expert]
     each = v[back].view(*share.shape, -1) * share.float()[..., None]
     return each.sum(1).to(y.dtype)
 

@@ -563,15 +563,57 @@ def gate_backward_(
     return dact, gu, dshare
 
 
-def combine(y: Tensor, more: Tensor | None, back: Tensor, share: Tensor) -> Tensor:
-    """Of each token the sum over its k pairs of share (y + more): y, more [T k, K], rows ``back``
-    [T k], share [T, k] -> [T, K]."""
+def clamped_forward_(
+    gu: Tensor, more: Tensor | None, bias: Tensor, expert: Tensor, alpha: float, limit: float
+) -> Tensor:
+    """As ``gate_forward_`` with gpt-oss's gate: gate and up stand by turns in ``gu [S, 2F]``, to
+    which ``bias [E, 2F]`` of each row's ``expert`` [S] is added too; gate ends at `limit`, up at
+    both its signs: gate sigmoid(alpha gate) (up + 1) [S, F]."""
+    s, f = len(gu), gu.shape[1] // 2
+    act = _empty(gu, s, f)
+    experts_device.clamped_forward[(triton.cdiv(s, 8), triton.cdiv(f, 128))](
+        *(gu, more, bias, expert, act, s, f, alpha, limit),
+        MORE=more is not None,
+        BM=8,
+        BN=128,
+        num_warps=4,
+    )
+    return act
+
+
+def clamped_backward_(
+    gu: Tensor, dact: Tensor, more: Tensor | None, share: Tensor, alpha: float, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``gate_backward_``, with gpt-oss's gate."""
+    s, f = len(gu), gu.shape[1] // 2
+    dshare = _empty(gu, s, dtype=torch.float32)
+    experts_device.clamped_backward[(triton.cdiv(s, 8),)](
+        *(gu, dact, more, share, dshare, s, f, alpha, limit),
+        MORE=more is not None,
+        BM=8,
+        BN=128,
+        num_warps=4,
+    )
+    return dact, gu, dshare
+
+
+def combine(
+    y: Tensor,
+    more: Tensor | None,
+    back: Tensor,
+    share: Tensor,
+    bias: Tensor | None = None,
+    expert: Tensor | None = None,
+) -> Tensor:
+    """Of each token the sum over its k pairs of share (y + more + bias): y, more [T k, K], rows
+    ``back`` [T k], share [T, k], ``bias [E, K]`` of each row's ``expert`` [T k] -> [T, K]."""
     (tokens, k), width = share.shape, y.shape[1]
     out = _empty(y, tokens, width)
     experts_device.combine[(triton.cdiv(tokens, 16), triton.cdiv(width, 128))](
-        *(y, more, back, share, out, tokens, width),
+        *(y, more, bias, expert, back, share, out, tokens, width),
         K=k,
         MORE=more is not None,
+        BIAS=bias is not None,
         BM=16,
         BN=128,
         num_warps=4,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from architectures import build
 from peft import LoraConfig, get_peft_model
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from trainer import families
-from trainer.kernels import experts
+from trainer.kernels import experts, reference
 
 MIXTURES = [
     *("qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen3_5_moe", "nemotron_h"),
@@ -34,6 +36,8 @@ def tuned(name: str, r: int = 4) -> Any:
     for key, p in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(p, 0, 0.1, generator=g)
+        elif key.endswith("_bias"):  # of gpt-oss's experts
+            torch.nn.init.normal_(p, 0, 0.3, generator=g)
     return model.eval()
 
 
@@ -126,3 +130,21 @@ def test_bf16_experts_on_the_gpu_agree_with_fp32_on_the_cpu(r):
         results.append([t.detach().float().cpu() for t in (out, x.grad, *grads)])
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 0.03 * a.norm()
+
+
+def test_the_clamped_gate_is_that_of_transformers_both_ways():
+    """Beyond its limits too, which a small model does not reach."""
+    rule = SimpleNamespace(alpha=1.702, limit=1.5)
+    gu, bias = torch.randn(50, 24) * 2, torch.randn(3, 24)
+    expert, dact, share = torch.arange(50) % 3, torch.randn(50, 12), torch.rand(50)
+    before = gu + bias[expert]
+    before.requires_grad_()
+    want = GptOssExperts._apply_gate(rule, before)
+    want.backward(dact * share[:, None])
+    kept = gu.clone()
+    act = reference.clamped_forward_(kept, None, bias, expert, 1.702, 1.5)
+    torch.testing.assert_close(act, want)
+    act, dgu, dshare = reference.clamped_backward_(kept, dact.clone(), None, share, 1.702, 1.5)
+    torch.testing.assert_close(act, want)
+    torch.testing.assert_close(dgu, before.grad)
+    torch.testing.assert_close(dshare, (want * dact).sum(-1))

@@ -239,6 +239,24 @@ def test_what_stands_between_the_products_of_experts_is_its_twin(lora):
     agree(*([ops.combine(y, more, back, shares)] for ops in (triton_ops, reference)))
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_clamped_gate_and_the_biases_of_experts_are_their_twins(lora):
+    gu, dact, share = random(M, 2 * F, scale=2.0), random(M, F), random(M)
+    wide, narrow = (random(M, 2 * F), random(M, F)) if lora else (None, None)
+    bias, expert = random(5, 2 * F), torch.randint(0, 5, (M,), device=DEVICE).sort().values
+    found = []
+    for ops in (triton_ops, reference):
+        before = gu.clone()
+        act = ops.clamped_forward_(before, wide, bias, expert, 1.702, 2.5)
+        more = (narrow, share, 1.702, 2.5)
+        found.append([before, act, *ops.clamped_backward_(gu.clone(), dact.clone(), *more)])
+    agree(*found)
+    back, shares = torch.randperm(36, device=DEVICE), random(12, 3)
+    y, more, down = random(36, K), random(36, K) if lora else None, random(5, K)
+    whose = torch.randint(0, 5, (36,), device=DEVICE)
+    agree(*([ops.combine(y, more, back, shares, down, whose)] for ops in (triton_ops, reference)))
+
+
 def test_residual_add_is_its_twin():
     h, y, t, b = random(M, K), random(M, K), random(M, R), random(K, R, scale=0.1)
     agree([triton_ops.residual_add(h, y.clone(), t, b)], [reference.residual_add(h, y, t, b)])
