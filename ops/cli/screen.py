@@ -55,6 +55,7 @@ class Terminal:
         self._spins = 0
         self._drawing = threading.RLock()  # `meter` is called by another thread
         self._began = time.time()
+        self._shown = self._began  # of the last line that was printed
         self.samples: list[events.Sample] = []
         self.score: events.Score | None = None
 
@@ -115,7 +116,7 @@ class Terminal:
                 if event.stages > 1:
                     self._stage = f"{event.number} of {event.stages}, {event.stage}  "
                     base = "base read" if event.weights_read == event.number else "base kept"
-                    self._say(f"stage     {self._stage}{base}")
+                    self._say(f"stage     {self._stage}{base}", t=self._when(event))
             case events.Loading():
                 there = f"  {event.done_bytes / 1e9:.2f} GB there" if event.done_bytes else ""
                 known = event.done_bytes / event.total_bytes if event.total_bytes else None
@@ -128,12 +129,14 @@ class Terminal:
                 self.score = event
             case events.HeldOut():
                 right = f"{event.accuracy:.1%} right"
-                self._say(f"held out  step {event.step}: loss {event.loss:.4f}, {right}")
+                text = f"held out  step {event.step}: loss {event.loss:.4f}, {right}"
+                self._say(text, t=self._when(event))
             case events.Measured():
                 for name, (before, after) in event.numbers.items():
-                    self._say(f"measured  {name}: {before:.4g} before, {after:.4g} after")
+                    text = f"measured  {name}: {before:.4g} before, {after:.4g} after"
+                    self._say(text, t=self._when(event))
             case events.Warned():
-                self._say(f"warning   {event.message}")
+                self._say(f"warning   {event.message}", t=self._when(event))
             case _:
                 pass
 
@@ -175,6 +178,7 @@ class Terminal:
                 return ""
             answer = sys.stdin.readline().strip()
         except KeyboardInterrupt:
+            self.console.print()
             answer = ""
         finally:
             signal.signal(signal.SIGINT, before)
@@ -182,11 +186,18 @@ class Terminal:
 
     # -- drawing -----------------------------------------------------------------------------------
 
+    def _when(self, event: events.Event) -> float:
+        """When it happened: the box's clock, as far as it fits what was shown and our own."""
+        return min(max(event.t, self._shown), time.time())
+
     def _say(self, text: str, style: str = "", t: float | None = None) -> None:
         """Print a line after the seconds since the run began, now or at unix second `t`."""
         text = plain(text)
+        at = t or time.time()
+        if text:
+            self._shown = at
         line = (
-            Text.assemble((f"{(t or time.time()) - self._began:6.1f} s  ", "dim"), (text, style))
+            Text.assemble((f"{at - self._began:6.1f} s  ", "dim"), (text, style))
             if text
             else Text()
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from ops.run.session import Interrupted, Screen
 from ops.run.supervisor import PROGRESS, WATCHED
 from trainer.wire import events
 
-# Journal lines before which the events that came earlier are shown.
-_AFTER_EVENTS = ("checkpoint", "event", "ended", "failed", "interrupted", "preempted")
+# Journal lines before which the events of until then are shown, and those before which all are.
+_AMONG_EVENTS = ("checkpoint", "event")
+_AFTER_EVENTS = ("ended", "failed", "interrupted", "preempted")
 
 
 @contextmanager
@@ -44,13 +46,16 @@ class Tail:
         self.lines: list[Line] = []
         self._journal_size = 0
         self._events, self._progress = _File(folder / EVENTS), _File(folder / PROGRESS)
+        self._to_show: list[events.Event] = []
         self._began = time.time()
 
     def show_new(self) -> None:
         """Show what is new: each journal line after the events that came before it."""
         before = len(self.lines)
         for line in self._read_journal()[before:]:
-            if line.kind in _AFTER_EVENTS:
+            if line.kind in _AMONG_EVENTS:
+                self._show_events(until=line.t)
+            elif line.kind in _AFTER_EVENTS:
                 self._show_events()
             self._screen.line(line)
         self._show_events()
@@ -68,14 +73,15 @@ class Tail:
             self.lines = journal.read(self._folder)
         return self.lines
 
-    def _show_events(self) -> None:
-        texts = self._events.new_lines()
-        if not texts or not self.lines:
+    def _show_events(self, until: float = math.inf) -> None:
+        """Show the events up to the unix second `until` by the box's clock, in their order."""
+        self._to_show += events.readable(self._events.new_lines())[0]
+        if not self._to_show or not self.lines:
             return
         lines, max_usd = self.lines, max_usd_of(self.lines)
         spent, dies_at = spent_usd(lines, time.time()), ends_itself_at(lines) or time.time()
-        for event in events.readable(texts)[0]:
-            self._screen.event(event, spent, max_usd, dies_at)
+        while self._to_show and self._to_show[0].t <= until:
+            self._screen.event(self._to_show.pop(0), spent, max_usd, dies_at)
 
     def _show_row(self, row: dict[str, Any]) -> None:
         if row["t"] < self._began - 1:  # progress of before this terminal attached

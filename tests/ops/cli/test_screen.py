@@ -177,3 +177,13 @@ def test_nothing_is_drawn_over_a_conversation_in_this_terminal(
     assert "http://127.0.0.1:1/#t" in out.getvalue()
     terminal.meter(0.2, 1.0)
     assert "0.2000 of 1.00 $" in drawn(out), "the page leaves this terminal free"
+
+
+def test_what_the_box_said_is_shown_with_the_time_when_it_said_it(
+    terminal: Terminal, out: io.StringIO
+) -> None:
+    terminal.line(Line(1, 1000.0, "planned", {"began": 990.0}))
+    for t in (1030.0, 1.0, 9e12):  # the last two by clocks that are wrong
+        terminal.event(events.HeldOut(t=t, step=1, rows=9, loss=2.0, accuracy=0.5), 0.0, 0.5, 0.0)
+    times = [float(x) for x in re.findall(r"([\d.]+) s  held out", out.getvalue())]
+    assert times[:2] == [40.0, 40.0] and times[2] < 9e9
