@@ -82,6 +82,18 @@ def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[
     return bins
 
 
+def level(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """`pack`, and where it leaves one less than half full, as many micro-batches of like size: few
+    tokens cost more each. Deterministic."""
+    packs = pack(rows, lengths, budget)
+    sizes = [sum(lengths[row] for row in part) for part in packs]
+    if len(packs) < 2 or 2 * min(sizes) >= budget:
+        return packs
+    alike = share(rows, lengths, len(packs))
+    most = max(sum(lengths[row] for row in part) for part in alike)
+    return alike if most <= budget else packs
+
+
 def pad(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Without packing: micro-batches of rows of similar length whose padded rectangle is at most
     `budget` tokens."""

@@ -166,7 +166,7 @@ class Stage(measured.Stage):
     def micro(self, rows: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
         """The items `chosen` as micro-batches in host memory."""
         groups, made = self.grouped(rows, chosen), []
-        lay = packing.pack if self.packed else packing.pad
+        lay = packing.level if self.packed else packing.pad
         for places in lay(range(len(groups)), [g.tokens for g in groups], self.budget):
             numbers: list[int] = []
             taken: list[Borrowed] = []

@@ -152,7 +152,7 @@ class Stage(stage.Stage):
 
     def micro(self, rows: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
         """The rows `chosen` as micro-batches in host memory."""
-        packed = (packing.pack, batch.packed)
+        packed = (packing.level, batch.packed)
         lay, collate = packed if self.packed else (packing.pad, batch.padded)
         packs = lay(
             chosen, self.lengths if rows is self.data.rows else self.places(rows), self.budget

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.packing import Order, pack, pad, share
+from trainer.data.packing import Order, level, pack, pad, share
 
 LENGTHS = [4, 9, 1, 6, 6, 3]
 ALL = range(len(LENGTHS))
@@ -59,6 +59,13 @@ def test_a_row_goes_where_least_room_is_left_and_one_too_long_goes_alone() -> No
     assert pack([], LENGTHS, 10) == []
 
 
+def test_micro_batches_are_of_like_size_where_the_last_one_would_be_small() -> None:
+    assert level(ALL, LENGTHS, 10) == pack(ALL, LENGTHS, 10)
+    assert pack(range(4), [4, 4, 2, 2], 10) == [[0, 1, 2], [3]]
+    assert level(range(4), [4, 4, 2, 2], 10) == [[0, 2], [1, 3]]
+    assert level([0, 1], [20, 2], 10) == [[0], [1]] and level([], LENGTHS, 10) == []
+
+
 def test_rows_of_like_length_are_padded_into_rectangles_that_fit() -> None:
     assert pad(ALL, LENGTHS, 12) == [[1], [3, 4], [0, 5, 2]]
     assert pad(ALL, LENGTHS, 11) == [[1], [3], [4], [0, 5], [2]]
@@ -75,6 +82,7 @@ def test_no_row_is_lost_or_doubled_and_no_budget_broken(
     assert sorted(chain.from_iterable(share(rows, lengths, ranks))) == rows
     for made, size in (
         (pack(rows, lengths, budget), lambda b: sum(lengths[r] for r in b)),
+        (level(rows, lengths, budget), lambda b: sum(lengths[r] for r in b)),
         (pad(rows, lengths, budget), lambda b: len(b) * max(lengths[r] for r in b)),
     ):
         assert sorted(chain.from_iterable(made)) == rows
