@@ -24,11 +24,18 @@ from trainer.wire.tensors import names as tensor_names
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OLLAMA_TYPES = ("llama", "gemma2")
+# families whose classes take no adapter in vLLM 0.32, and those that it splits where the base does
+# not
+_VLLM_TAKES_NONE = (
+    *("bloom", "cohere2_moe", "dbrx", "falcon", "falcon_mamba", "gemma3n", "gemma3n_text", "gpt2"),
+    *("gptj", "mamba", "mamba2", "stablelm", "zamba2"),
+)
+_VLLM_SPLITS = {"glm4": ".gate_up_proj."}
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the base stays as it is
 _CONFIG_MAX = 100_000_000  # bytes read of adapter_config.json
 _REFUSES = {  # the faults of an adapter by engine
     "PEFT": "",
-    "vLLM": "dora start rows modules experts rank",
+    "vLLM": "dora start rows modules experts rank family",
     "SGLang": "dora rslora start rows modules patterns experts",
     "llama.cpp": "dora rslora start rows modules patterns experts",
     "Ollama": "dora rslora alpha start rows modules patterns experts type",
@@ -60,16 +67,22 @@ def loads_in(
     rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     room = next((r for r in VLLM_RANKS if r >= rank), None)
     jinja = "--chat-template FOLDER/chat_template.jinja"
+    ends = "--generation-config FOLDER"  # the trained stop token, which vLLM asks of the base
     faults = _faults(config, tensors)
     if room is None:
         faults["rank"] = f"rank {rank} is above {VLLM_RANKS[-1]}"
+    if base_type in _VLLM_TAKES_NONE:
+        faults["family"] = f"it takes no adapter of {base_type}: merge it"
+    split = _VLLM_SPLITS.get(base_type or "")
+    if split and any(split in name for name in tensors):
+        faults["family"] = f"it splits {base_type}'s gate_up_proj, which is adapted whole: merge it"
     if base_type is not None and base_type not in OLLAMA_TYPES:
         known = " and ".join(OLLAMA_TYPES)
         faults["type"] = f"its converter knows {known}, not {base_type}: merge it"
     commands = {
         "PEFT": "PeftModel.from_pretrained(base, FOLDER)",
         "vLLM": f"vllm serve {base} --enable-lora --max-lora-rank {room} "
-        f"--lora-modules NAME=FOLDER {jinja}",
+        f"--lora-modules NAME=FOLDER {jinja} {ends}",
         "SGLang": f"python -m sglang.launch_server --model-path {base} --lora-paths NAME=FOLDER "
         f"--max-lora-rank {rank} {jinja}",
         "llama.cpp": f"python convert_lora_to_gguf.py --base {base} FOLDER && "

@@ -106,14 +106,37 @@ def _for_engine(
         return [start.format(_quoted(out), shlex.quote(asked.name))], notes
     shutil.copytree(adapter, part, dirs_exist_ok=True)
     named = json.loads((part / "adapter_config.json").read_bytes())["base_model_name_or_path"]
-    command = engine.command.replace("NAME=FOLDER", f"{shlex.quote(asked.name)}={_quoted(out)}")
-    command = command.replace("FOLDER", _quoted(out))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)):  # a local folder, not an id of the hub
-        command = command.replace(f" {named} ", f" {_quoted(base)} ", 1)
+    command = engine.command
     if not (part / "chat_template.jinja").is_file():
         command = re.sub(r" --chat-template \S+", "", command)
         notes.append("the trained template could not be said in Jinja: ask by /v1/completions")
+    if not (part / "generation_config.json").is_file():
+        command = re.sub(r" --generation-config \S+", "", command)
+    command = command.replace("NAME=FOLDER", f"{shlex.quote(asked.name)}={_quoted(out)}")
+    command = command.replace("FOLDER", _quoted(out))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)):  # a local folder, not an id of the hub
+        command = command.replace(f" {named} ", f" {_quoted(base)} ", 1)
+    if asked.target == "sglang":
+        notes += _unknown_ends(part, base)
     return [command], notes
+
+
+def _unknown_ends(adapter: Path, base: Path) -> list[str]:
+    """What to tell of trained stop tokens that are none of the base's."""
+    ours, theirs = (_ends(folder) for folder in (adapter, base))
+    missed = [n for n in ours if n not in theirs]
+    told = f'send "stop_token_ids": {missed} with each question, or export it --merged'
+    return [f"it does not end at the trained stop token by itself: {told}"] if missed else []
+
+
+def _ends(folder: Path) -> list[int]:
+    """The ids at which an answer ends, by generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ends = json.loads((folder / name).read_bytes()).get("eos_token_id")
+            if ends is not None:
+                return [ends] if isinstance(ends, int) else list(ends)
+    return []
 
 
 def _verdict(adapter: Path, base: Path, name: str) -> EngineSupport | None:

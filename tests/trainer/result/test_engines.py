@@ -50,6 +50,13 @@ def test_a_rank_between_vllms_is_given_the_next_one() -> None:
     assert "--max-lora-rank 64" in vllm.command and "above its default" in vllm.why
 
 
+def test_vllm_takes_no_adapter_of_some_families() -> None:
+    fused = [NAMES[0].replace("self_attn.q_proj", "mlp.gate_up_proj")]
+    assert not loads_in(PLAIN, NAMES, "gpt2")[1].loads
+    assert loads_in(PLAIN, NAMES, "glm4")[1].loads and loads_in(PLAIN, fused, "phi3")[1].loads
+    assert "splits glm4's gate_up_proj" in loads_in(PLAIN, fused, "glm4")[1].why
+
+
 def test_ollama_reads_adapters_of_two_architectures_only() -> None:
     assert not loads_in(PLAIN, NAMES, "qwen3")[-1].loads
     assert loads_in(PLAIN, NAMES, "llama")[-1].loads

@@ -52,7 +52,18 @@ def test_vllm_gets_the_adapter_the_template_and_one_command(
     assert words[:3] == ["vllm", "serve", str(result[0])] and "--max-lora-rank" in words
     assert f"mine={tmp_path}/out" in words
     assert Path(words[words.index("--chat-template") + 1]).is_file()
+    ends = Path(words[words.index("--generation-config") + 1]) / "generation_config.json"
+    assert json.loads(ends.read_bytes())["eos_token_id"] == [2]  # </s>
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+def test_sglang_is_told_of_a_stop_token_that_the_base_does_not_have(
+    result: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert not exported(result, "sglang", tmp_path / "same")["notes"]
+    chatml = write_result(tmp_path / "chatml", result[0], "chatml")
+    told = exported((result[0], chatml), "sglang", tmp_path / "out")
+    assert '"stop_token_ids": [4]' in told["notes"][0]  # <|im_end|>
 
 
 def test_what_an_engine_does_not_load_is_merged_for_it(
