@@ -127,6 +127,9 @@ def evaluate(
     ] = "base",
     rows: Annotated[int, typer.Option(help="The first ones of the file")] = 200,
     new_tokens: Annotated[int, typer.Option(help="Of one answer at most")] = 256,
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32, bf16, fp8, int8 or nf4, of both sides")
+    ] = "auto",
     base: Base = None,
     to: Annotated[
         Path | None, typer.Option(help="The JSON file; evaluation.json beside the adapter")
@@ -139,7 +142,8 @@ def evaluate(
         from ops.api import words
 
         other = None if against == "base" else _found(against, None)
-        _show(lambda: words.evaluate(_found(run, base), data, other, rows, new_tokens, to), as_json)
+        more = (rows, new_tokens, to, precision)
+        _show(lambda: words.evaluate(_found(run, base), data, other, *more), as_json)
 
 
 @adapter_app.command()

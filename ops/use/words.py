@@ -57,9 +57,11 @@ def evaluate(
     rows: int | None = None,
     new_tokens: int | None = None,
     to: Path | None = None,
+    precision: str | None = None,
 ) -> Word:
     """Scores on the rows of `data`, or on the job's held-out ones, beside those of the base or of
-    another result. Raises PreflightError where nobody says on which rows."""
+    another result; `precision` as of `chat`. Raises PreflightError where nobody says on which
+    rows."""
     more = _rows(found, data)
     if not more:
         raise PreflightError(
@@ -68,8 +70,9 @@ def evaluate(
         )
     if against is not None:
         more += ["--against", str(against.adapter), "--against-base", against.needs_base().base]
-    for option, value in (("--rows", rows), ("--new-tokens", new_tokens), ("--to", to)):
-        more += [option, str(value)] if value is not None else []
+    given = {"rows": rows, "new-tokens": new_tokens, "to": to, "precision": precision}
+    for option, value in given.items():
+        more += [f"--{option}", str(value)] if value is not None else []
     return Word("trainer.eval.score", (str(found.adapter), *_base(found), *more))
 
 

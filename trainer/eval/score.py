@@ -30,12 +30,14 @@ from trainer.model import decode
 from trainer.result.command import StatusLine, answer, parser_of
 from trainer.result.open import (
     NO_ANSWERS,
+    PRECISIONS,
     Chat,
     base_folder,
     base_of_result,
     here,
     load_model,
     open_words,
+    precision_of_job,
     result_of_run,
     rows_in,
     unpacked,
@@ -126,9 +128,10 @@ def _answers(found: Side, chat: Chat, asked: EvaluationSet, tell: Callable[[int]
 
 
 def sides(
-    adapter: Path, base: Path, against: tuple[Path, Path] | None
+    adapter: Path, base: Path, against: tuple[Path, Path] | None, precision: str = "auto"
 ) -> Iterator[tuple[str, Callable[[], Chat], Callable[[Chat], Any]]]:
-    """For each side its name, what loads it, and the context in which it computes. Raises
+    """For each side its name, what loads it in this precision, and the context in which it
+    computes. Raises
     TemplateError and ModelError before anything is loaded."""
     data, device = open_words(adapter, base), here()
     if against is not None:
@@ -136,7 +139,7 @@ def sides(
         words = open_words(other, its_base)
         yield (
             "other",
-            lambda: Chat(load_model(other, its_base, device), words, device, []),
+            lambda: Chat(load_model(other, its_base, device, precision), words, device, []),
             lambda chat: nullcontext(),
         )
     whole = not (adapter / "adapter_config.json").is_file()
@@ -144,13 +147,13 @@ def sides(
 
     def opened() -> Chat:
         if not tuned:
-            tuned.append(Chat(load_model(adapter, base, device), data, device, []))
+            tuned.append(Chat(load_model(adapter, base, device, precision), data, device, []))
         return tuned[0]
 
     if against is None and whole:
         yield (
             BASE,
-            lambda: Chat(load_model(None, base, device), data, device, []),
+            lambda: Chat(load_model(None, base, device, precision), data, device, []),
             lambda chat: nullcontext(),
         )
     elif against is None:
@@ -164,11 +167,12 @@ def evaluated(
     asked: EvaluationSet,
     against: tuple[Path, Path] | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """Both sides' scores by name, with intervals; their difference; a few answers to look at.
     Raises InvalidJob, TemplateError, ModelError."""
     found = []
-    for name, opened, within in list(sides(adapter, base, against)):
+    for name, opened, within in list(sides(adapter, base, against, precision)):
         tell(f"{name}: loading")
         chat = opened()
         with within(chat):
@@ -176,7 +180,7 @@ def evaluated(
         del chat
     count = len(asked.questions) or len(asked.rows)
     told = {"data": asked.file.name, "rows": count, "rows_in_file": asked.of}
-    told |= {"new_tokens": asked.new_tokens, "notes": found[-1].notes}
+    told |= {"new_tokens": asked.new_tokens, "notes": found[-1].notes, "precision": precision}
     return told | table.compared(found, asked.answered, asked.questions, SHOWN)
 
 
@@ -196,15 +200,23 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--new-tokens", type=int, default=NEW_TOKENS, help=f"of an answer at most, {NEW_TOKENS}"
     )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of a run folder, the job's on a GPU",
+    )
     parser.add_argument("--to", type=Path, help="the JSON file to write")
     told, tell = parser.parse_args(words), StatusLine()
 
     def work() -> dict[str, Any]:
         run = told.result if (told.result / "job.json").is_file() else None
-        adapter, data = told.result, told.data or told.given
+        adapter, data, precision = told.result, told.data or told.given, told.precision
         base, job = told.base and base_folder(told.base), told.job
         if run is not None:
             adapter, base, data, job = _of_run(run, base, data, job)
+            if precision == "auto":
+                precision = precision_of_job(result_of_run(run)[0], here())
         if base is None or data is None:
             raise InvalidJob("--base and --data are needed for a result that is no run folder")
         asked = asked_of(data, job, told.rows, told.new_tokens)
@@ -214,7 +226,7 @@ def main(words: list[str] | None = None) -> int:
                 other = stack.enter_context(unpacked(told.against))
                 against = other, base_folder(told.against_base) if told.against_base else base
             try:
-                made = evaluated(folder, base, asked, against, tell)
+                made = evaluated(folder, base, asked, against, tell, precision)
             finally:
                 tell.end()
         to = told.to or (run or adapter.parent) / "evaluation.json"

@@ -59,6 +59,7 @@ from trainer.wire.prompts import PEFT_TYPES
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8", "nf4")
+QUANTISED = ("fp8", "int8", "nf4")
 NO_ANSWERS = ("rm", "dpo", "kto")  # stages whose rows say which of answers is the better one
 TEXTS = 64  # texts of the user's own in a certificate
 NF4_BLOCK = 64  # weights of one scale
@@ -152,15 +153,19 @@ def unpacked(adapter: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def load_model(adapter: Path | None, base: Path, device: torch.device) -> nn.Module:
-    """The base with the adapter on it, or the whole model that `adapter` is, or the base alone."""
+def load_model(
+    adapter: Path | None, base: Path, device: torch.device, precision: str = "auto"
+) -> nn.Module:
+    """The base with the adapter on it, or the whole model that `adapter` is, or the base alone, in
+    one of PRECISIONS."""
     if adapter is None:
-        return load_answering(base, device)
+        return load_answering(base, device, precision)
     if not (adapter / "adapter_config.json").is_file():  # full or freeze: a whole model
-        return load_answering(adapter, device)
+        return load_answering(adapter, device, precision)
     # a learned prompt is computed by transformers' layers
     fast = False if is_prompt(adapter) else None
-    return load_answering(base, device, adapt=partial(with_adapter, adapter=adapter), fast=fast)
+    adapt = partial(with_adapter, adapter=adapter)
+    return load_answering(base, device, precision, adapt, fast)
 
 
 def load_answering(
@@ -289,6 +294,13 @@ def precision_of(named: str, folder: Path, device: torch.device) -> str:
         return "bf16"
     held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return "fp32" if 2 * held < psutil.virtual_memory().available else "bf16"
+
+
+def precision_of_job(job: Job, device: torch.device) -> str:
+    """The one of PRECISIONS in which a job's result is asked where nobody says one: on a GPU that
+    in which its base was quantised, since the GPU may hold no other."""
+    quantised = device.type == "cuda" and job.model.precision in QUANTISED
+    return job.model.precision if quantised else "auto"
 
 
 def rows_in(file: Path, job: Path | None = None) -> list[Row]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trainer.data.errors import InvalidJob
 from trainer.eval import choices, likelihood, score, table
 from trainer.model.parts import ModelError
-from trainer.result.open import Chat, load_model, open_words, rows_in
+from trainer.result.open import Chat, load_model, open_words, precision_of_job, rows_in
 from trainer.train import run_job
 from trainer.wire.job import Job
 
@@ -190,6 +190,27 @@ def test_a_result_is_compared_with_another_result(
     assert told["difference"]["accuracy"] == {"value": 0, "low": 0, "high": 0}
     assert told["subjects"]["sums"]["questions"] == 2
     assert "accuracy, %" in table.text(told) and "weather:" in table.text(told)
+
+
+def test_a_result_is_asked_in_the_precision_that_its_base_was_quantised_to(
+    result: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file = {"path": "data/0.jsonl", "name": "a.jsonl", "sha256": "0" * 64, "size_bytes": 1}
+    card = torch.device("cuda")
+    for trained, asked_in in {"nf4": "nf4", "fp8": "fp8", "bf16": "auto", "fp16": "auto"}.items():
+        job = Job.model_validate({
+            "run_id": "a-1",
+            "stages": [{"name": "sft"}],
+            "model": {"base": "practice", "path": "model", "precision": trained},
+            "data": {"files": [file], "template": "alpaca"},
+        })  # fmt: skip
+        assert precision_of_job(job, card) == asked_in
+        assert precision_of_job(job, CPU) == "auto"
+    base, adapter = result
+    (tmp_path / "q.csv").write_text(QUESTIONS, encoding="utf-8")
+    asked = score.asked_of(tmp_path / "q.csv", None, 200, 5)
+    with pytest.raises(ModelError, match="fp8 needs an NVIDIA GPU"):
+        score.evaluated(adapter, base, asked, precision="fp8")
 
 
 def test_the_difference_is_taken_row_by_row() -> None:
