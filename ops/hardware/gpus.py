@@ -111,7 +111,7 @@ _DELTA_BYTES = 165.0
 _PLAIN = 5.5
 # bytes of a (token, expert) pair per column of the stream and of the expert: with gate and up saved
 # (Qwen3-30B-A3B), all saved, all recomputed (gpt-oss)
-_PAIR_BYTES = {"lean": 66.0, "plain": 240.0, "remade": 340.0}
+_PAIR_BYTES = {"lean": 66.0, "plain": 240.0, "remade": 170.0}
 _GROUPED = 0.7  # share of the rate of large matrix products that grouped ones reach
 # time of experts' products in FP8 and NF4 against bf16: they unpack the weights of all experts in
 # each pass (12 layers of Qwen3-30B-A3B on an H200, 16,384 tokens a pass)
