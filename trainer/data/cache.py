@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,24 +36,27 @@ def cache_key(job: Job, folder: Path, template: Template, kind: str) -> str:
 
 
 def write_cache(path: Path, rows: Rows) -> None:
-    """Atomic. Several processes may write it at once: they write the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Atomic. Several processes may write it at once: they write the same bytes. Writes nothing
+    where the disk is full or refuses: rows without a cache are made again."""
     # a pid is not unique over machines
     part = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.part")
     told = [rows.where, rows.notes, rows.summary, rows.thinking]
     text = np.frombuffer(json.dumps(told).encode(), np.uint8)
-    save_file(
-        {
-            "ids": rows.ids,
-            "trained": rows.trained,
-            "starts": rows.starts,
-            "prompted": rows.prompted,
-            "text": text,
-            **{EXTRA + name: numbers for name, numbers in rows.extra.items()},
-        },
-        part,
-    )
-    part.rename(path)
+    arrays = {
+        "ids": rows.ids,
+        "trained": rows.trained,
+        "starts": rows.starts,
+        "prompted": rows.prompted,
+        "text": text,
+        **{EXTRA + name: numbers for name, numbers in rows.extra.items()},
+    }
+    with suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(arrays, part)
+            part.rename(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read_cache(path: Path) -> Rows | None:
