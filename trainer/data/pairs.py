@@ -38,18 +38,23 @@ SIDES = ("chosen", "rejected")
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt; `chosen` and `rejected` are whole conversations."""
+    """Two answers to one prompt; `chosen` and `rejected` are whole conversations. `tools` and
+    `unread` are as in a Row."""
 
     where: str
     chosen: tuple[Turn, ...]
     rejected: tuple[Turn, ...]
     margin: float = 0.0
+    tools: tuple[Any, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 class Tagged(NamedTuple):
     where: str
     turns: tuple[Turn, ...]
     wanted: bool
+    tools: tuple[Any, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 Found = Pair | Tagged
@@ -74,21 +79,27 @@ def pair_of(row: Value, columns: Columns, where: str) -> Pair | list[Problem]:
         problems.append((("margin",), f"is {formats.kind(margin)}, not a number", "write a number"))
     elif not abs(margin) <= LARGEST_MARGIN:  # NaN is not either
         problems.append((("margin",), "is no margin of rewards", f"at most {LARGEST_MARGIN:,.0f}"))
-    read: list[tuple[Turn, ...]] = []
+    read: list[Row] = []
     for side in found:
         one = side.read(columns, where)
         if isinstance(one, Row):
-            read.append(one.turns)
+            read.append(one)
         else:
             problems += [p for p in one if p not in problems]
     if problems:
         return problems
-    chosen, rejected = read
+    chosen, rejected = (row.turns for row in read)
     if chosen[:-1] != rejected[:-1]:
         return [((), "its two sides answer different prompts", "give both sides one prompt")]
-    if chosen[-1].text.strip() == rejected[-1].text.strip():
+    if _said(chosen[-1]) == _said(rejected[-1]):
         return [((), "its two sides are equal: nothing is preferred", "remove the row")]
-    return Pair(where, chosen, rejected, float(margin))
+    return Pair(where, chosen, rejected, float(margin), read[0].tools, read[0].unread)
+
+
+def _said(answer: Turn) -> tuple[str, str, list[Any]]:
+    """All that an answer says."""
+    calls = [call["function"] for call in answer.calls]
+    return answer.text.strip(), answer.reasoning.strip(), calls
 
 
 def tagged_of(row: Value, columns: Columns, where: str) -> Tagged | list[Problem]:
@@ -104,9 +115,12 @@ def tagged_of(row: Value, columns: Columns, where: str) -> Tagged | list[Problem
     form = formats.guess(set(row), columns) or "alpaca"
     if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
         turns = [*_messages(row.get("prompt")), *_messages(row.get("completion"))]
-        row, form = {"messages": turns}, "messages"
+        row = {k: v for k, v in row.items() if k not in ("prompt", "completion")}
+        row, form = {**row, "messages": turns}, "messages"
     read = formats.problems_or_row(tuple(row.items()), form, columns, where)
-    return Tagged(where, read.turns, wanted) if isinstance(read, Row) else read
+    if not isinstance(read, Row):
+        return read
+    return Tagged(where, read.turns, wanted, read.tools, read.unread)
 
 
 class _Side(NamedTuple):
@@ -207,12 +221,33 @@ def _common(texts: Sequence[str]) -> int:
 def _of_turns(row: Value, columns: Columns, names: Sequence[str]) -> tuple[_Side, _Side]:
     key = next((k for k in ("conversations", "messages") if columns.name(k) in row), None)
     form = "sharegpt" if key == "conversations" else "messages"
-    if key is None and isinstance(row.get("prompt"), list):
-        key, row = "messages", {**row, columns.name("messages"): row["prompt"]}
-    if key is None and isinstance(row.get("prompt"), str):
-        asked = [_turn(columns, form, "user", row["prompt"])]
-        key, row = "messages", {**row, columns.name("messages"): asked}
-    return _both(lambda at: _chat_side(row, columns, form, _messages(row[names[at]]), names[at]))
+    sides = [_messages(row[name]) for name in names]
+    asked = row.get(columns.name("prompt"))
+    if key is None and isinstance(asked, list | str):
+        said = asked if isinstance(asked, list) else [_turn(columns, form, "user", asked)]
+        row = {k: v for k, v in row.items() if k != columns.name("prompt")}
+        row |= {columns.name("messages"): said}
+    if _are_whole(row, columns, form, sides):
+        copies = [columns.name(k) for k in ("prompt", "conversations", "messages")]
+        row = {k: v for k, v in row.items() if k not in copies}
+    return _both(lambda at: _chat_side(row, columns, form, sides[at], names[at]))
+
+
+def _are_whole(row: Value, columns: Columns, form: str, sides: Sequence[list[Any]]) -> bool:
+    """Whether both sides repeat the prompt that stands beside them, as UltraFeedback's do."""
+    before = row.get(columns.name("conversations" if form == "sharegpt" else "messages"))
+    role, content = _tags(columns, form)
+    if type(before) is not list or not before or type(before[0]) is not tuple:
+        return False
+    if not all(type(turn) is tuple for side in sides for turn in side[:2]):
+        return False
+    first, roles = dict(before[0]).get(content), columns.roles or formats.ROLES
+    return all(
+        len(side) > 1
+        and roles.get(str(dict(side[0]).get(role))) != "assistant"
+        and any(dict(turn).get(content) == first for turn in side[:2])
+        for side in sides
+    )
 
 
 def _messages(value: Any) -> list[Any]:
@@ -220,21 +255,26 @@ def _messages(value: Any) -> list[Any]:
     return list(value) if type(value) is list else [] if value is None else [value]
 
 
+def _tags(columns: Columns, form: str) -> tuple[str, str]:
+    """The keys of a turn's role and of its text."""
+    role, content = ("from", "value") if form == "sharegpt" else ("role", "content")
+    return columns.role_tag or role, columns.content_tag or content
+
+
 def _turn(columns: Columns, form: str, role: str, text: str) -> tuple[tuple[str, str], ...]:
-    sharegpt = form == "sharegpt"
     name = next((k for k, v in columns.roles.items() if v == role), None)
-    name = name or ({"user": "human", "assistant": "gpt"}[role] if sharegpt else role)
-    return (
-        (columns.role_tag or ("from" if sharegpt else "role"), name),
-        (columns.content_tag or ("value" if sharegpt else "content"), text),
-    )
+    sharegpt = {"user": "human", "assistant": "gpt"}
+    name = name or (sharegpt[role] if form == "sharegpt" else role)
+    role_tag, content_tag = _tags(columns, form)
+    return ((role_tag, name), (content_tag, text))
 
 
 def _chat_side(row: Value, columns: Columns, form: str, turns: list[Any], name: str) -> _Side:
     key = columns.name("conversations" if form == "sharegpt" else "messages")
     before = row.get(key)
     said = [*(before if type(before) is list else []), *turns]
-    value = {k: v for k, v in row.items() if k == columns.name("system")} | {key: said}
+    read = (key, *(columns.name(side) for side in SIDES))
+    value = {k: v for k, v in row.items() if k not in read} | {key: said}
     return _Side(value, form, {"": name})
 
 
@@ -295,7 +335,7 @@ def conversations(item: Row | Found) -> list[Row]:
     if isinstance(item, Row):
         return [item]
     turns = (item.chosen, item.rejected) if isinstance(item, Pair) else (item.turns,)
-    return [Row(item.where, side) for side in turns]
+    return [Row(item.where, side, tools=item.tools) for side in turns]
 
 
 def tokenise_pairs(found: list[Pair], vocabulary: Vocabulary, template: Template, job: Job) -> Rows:

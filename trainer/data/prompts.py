@@ -34,7 +34,7 @@ NOT_SAID = "?"  # in the place of an answer that a row need not have
 
 def asked_of(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Problem]:
     """A row whose last turn is the expected answer, empty where none is said; or what is wrong."""
-    said = next((row[name] for name in EXPECTED if isinstance(row.get(name), str)), "")
+    told = next(((n, row[n]) for n in EXPECTED if row.get(n) is not None), ("", ""))
     row = {k: v for k, v in row.items() if k not in EXPECTED or k in columns.names.values()}
     form = _form(row, columns)
     value, answered = _answered(row, columns, form)
@@ -43,6 +43,10 @@ def asked_of(row: dict[str, Any], columns: Columns, where: str) -> Row | list[Pr
         return read
     if not read.turns:
         return [((), "the row is plain text: there is nothing to answer", "add a prompt")]
+    name, said = told
+    if not answered and not isinstance(said, str):
+        problem = f"is {formats.kind(said)}, not a text", "write the answer in quotation marks"
+        return [((name,), *problem)]
     last = read.turns[-1]
     expected = last.text if answered else said
     return read._replace(turns=(*read.turns[:-1], Turn("assistant", expected)))
@@ -111,11 +115,13 @@ def tokenise_prompts(
 ) -> Rows:
     """Prompts up to where the model answers, nothing in them trained. Raises InvalidJob for what
     the template refuses and, as data.over_length says, for prompts of more than data.max_length."""
+    _validate_expected(found, job)
     texts, refused, notes = [], [], []
-    flag = job.data.enable_thinking
+    flag, tokens = job.data.enable_thinking, vocabulary.special_tokens
     for row in found:
         try:
-            texts.append(prompt(template, row.turns[:-1], vocabulary.special_tokens, thinking=flag))
+            asked = prompt(template, row.turns[:-1], tokens, tools=row.tools, thinking=flag)
+            texts.append(asked)
         except TemplateError as error:
             refused.append(f"{row.where}: {error}")
     if refused:
@@ -139,6 +145,20 @@ def tokenise_prompts(
         [f"{note}: dropped" for note in notes],
     )
     return replace(rows, thinking=flag)
+
+
+def _validate_expected(found: list[Row], job: Job) -> None:
+    """Raises InvalidJob where a reward looks for answers that rows do not say."""
+    rules = getattr(job, job.stage).rewards
+    kind = next((r.kind for r in rules if r.kind in ("match", "contains")), "")
+    unsaid = [row.where for row in found if not row.turns[-1].text.strip()]
+    if kind and unsaid:
+        count = f"{len(unsaid)} of {len(found)} rows"
+        raise InvalidJob(
+            f"{count} say no answer, which the reward {kind!r} looks for",
+            unsaid,
+            'write "answer" into each row, or name another reward',
+        )
 
 
 PROMPTS = Reader("prompts", read_prompts, tokenise_prompts)

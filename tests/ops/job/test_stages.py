@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ops.errors import ConfigError
+from ops.errors import ConfigError, PreflightError
 from ops.job import config
 from ops.job.needs import largest, of_stages
 from ops.job.planner import make_plan
@@ -98,6 +98,16 @@ def test_answers_of_the_model_are_counted_at_their_longest(tmp_path: Path) -> No
     assert long.tokens - short.tokens == pytest.approx(100 * 4 * prompts, rel=0.02)
     assert long.least_tokens == short.least_tokens + 100
     assert "answers at their longest" in long.counted
+
+
+def test_a_reward_that_looks_for_an_answer_is_refused_where_rows_say_none(tmp_path: Path) -> None:
+    data = tmp_path / "asked.jsonl"
+    data.write_text('{"prompt": "1 + 1", "answer": "2"}\n{"prompt": "1 + 2"}\n' * 9)
+    raw = tomllib.loads(GRPO.read_text("utf-8")) | {"grpo": {"rewards": [{"kind": "match"}]}}
+    raw["data"] = {"files": [str(data)], "max_length": 128}
+    with pytest.raises(PreflightError, match="9 of 18 rows say no answer") as refused:
+        make_plan(config.parse(raw, GRPO), "a-run", tmp_path)
+    assert "asked.jsonl:2" in str(refused.value)
 
 
 def test_a_prompt_that_a_pair_computes_once_is_paid_once(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from trainer.data.pairs import PAIRS, TAGGED, Pair, Tagged
+from trainer.data.pairs import PAIRS, TAGGED, Pair, Tagged, conversations
+from trainer.data.prompts import PROMPTS
 from trainer.data.sources import Reading
 from trainer.data.windows import DOCUMENTS
 
@@ -46,6 +47,15 @@ FORMS: dict[str, dict[str, Any]] = {
         "chosen": [*MESSAGES, said("assistant", GOOD)],
         "rejected": [*MESSAGES, said("assistant", BAD)],
     },
+    "whole conversations beside their prompt": {  # UltraFeedback's
+        "prompt": ASK,
+        "prompt_id": "a1",
+        "chosen": [*MESSAGES, said("assistant", GOOD)],
+        "rejected": [*MESSAGES, said("assistant", BAD)],
+        "messages": [*MESSAGES, said("assistant", GOOD)],
+        "score_chosen": 8.0,
+        "score_rejected": 3.0,
+    },
 }
 
 
@@ -64,6 +74,34 @@ def test_a_pair_is_read_from_every_form_that_people_have(form: str, tmp_path: Pa
     assert pair.chosen[0].text.strip() == pair.rejected[0].text.strip() == ASK
     assert (pair.chosen[1].text, pair.rejected[1].text) == (GOOD, BAD)
     assert pair.margin == FORMS[form].get("margin", 0.0)
+
+
+def calls(city: str) -> dict[str, Any]:
+    call = {"function": {"name": "rain", "arguments": {"city": city}}}
+    return said("assistant", "") | {"tool_calls": [call]}
+
+
+TOOLS = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("asked", ["prompt", "messages"])
+def test_answers_that_differ_in_their_calls_alone_are_a_pair_and_keep_their_tools(
+    asked: str, tmp_path: Path
+) -> None:
+    row = {asked: MESSAGES, "chosen": [calls("Rome")], "rejected": [calls("Oslo")], "tools": TOOLS}
+    [pair], defects = read(tmp_path, PAIRS, row)
+    assert not defects and [row.tools for row in conversations(pair)] == [tuple(TOOLS)] * 2
+    row = {"prompt": MESSAGES, "completion": [calls("Rome")], "label": True, "tools": TOOLS}
+    [tagged], defects = read(tmp_path, TAGGED, row)
+    assert not defects and conversations(tagged)[0].tools == tuple(TOOLS)
+
+
+def test_what_a_prompt_expects_is_a_text_and_its_tools_are_kept(tmp_path: Path) -> None:
+    row = {"prompt": MESSAGES, "answer": "3", "tools": TOOLS}
+    [asked], defects = read(tmp_path, PROMPTS, row)
+    assert not defects and asked.turns[-1].text == "3" and asked.tools == tuple(TOOLS)
+    found, [defect] = read(tmp_path, PROMPTS, row | {"answer": 3})
+    assert not found and "answer: is a number, not a text" in defect
 
 
 @pytest.mark.parametrize("name", ["alpaca", "messages", "prompt", "prompt of messages"])
@@ -108,6 +146,7 @@ FAULTS: list[tuple[Any, str]] = [
         "its two sides answer different prompts",
     ),
     ({"chosen": "one thing", "rejected": "another"}, "begin differently, and there is no prompt"),
+    (FORMS["messages"] | {"weight": 0.5}, "weight: nothing reads this field"),
     (FORMS["messages"] | {"chosen": said("user", GOOD)}, "chosen.role: it is 'user' who speaks"),
     (FORMS["sharegpt"] | {"rejected": {"from": "gpt", "value": ""}}, "rejected.value: is empty"),
     ([1], "not an object"),
