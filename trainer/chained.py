@@ -25,10 +25,11 @@ from trainer.loop.ranks import Ranks
 from trainer.loop.reporter import Ended, Reporter
 from trainer.loop.stage import Stage
 from trainer.model.kept import KeptBase
-from trainer.result.adapter import ResultError, digest
+from trainer.result.adapter import ResultError
 from trainer.wire import events
 from trainer.wire.adapters import files_of
 from trainer.wire.chain import MIN_ACCURACY, weights_sha256
+from trainer.wire.digest import sha256_of
 from trainer.wire.job import Job
 
 ARCHIVE = "adapter.zip"
@@ -97,7 +98,7 @@ def is_whole(folder: Path) -> bool:
     if not manifest.is_file():
         return False
     listed = json.loads(manifest.read_text())["files"][ARCHIVE]["sha256"]
-    if digest(folder / "result" / ARCHIVE) != listed:
+    if sha256_of(folder / "result" / ARCHIVE) != listed:
         raise ResultError(f"{folder.name}/result/{ARCHIVE} is not the one that its manifest lists")
     return True
 
@@ -112,7 +113,7 @@ def _tell(job: Job, number: int, run: Path, ranks: Ranks) -> events.StageEnded:
         "number": number + 1,
         "stages": len(job.stages),
         "path": result.relative_to(run).as_posix(),
-        "manifest_sha256": digest(result / "manifest.json"),
+        "manifest_sha256": sha256_of(result / "manifest.json"),
         "steps": manifest["steps"],
         "final_loss": manifest["final_loss"],
         "numbers": {name: after for name, (_, after) in manifest.get("held_out", {}).items()},
@@ -155,7 +156,7 @@ def _write_result(job: Job, run: Path, last: Ended) -> Ended:
         folders[-1], made, copy_function=shutil.copyfile, ignore=lambda *_: ["manifest.json"]
     )
     told = [
-        {"stage": stage.name, "folder": job.folder(n), "manifest_sha256": digest(f)}
+        {"stage": stage.name, "folder": job.folder(n), "manifest_sha256": sha256_of(f)}
         | {"adapter_sha256": manifest["files"][ARCHIVE]["sha256"]}
         | {key: manifest[key] for key in OF_A_STAGE if key in manifest}
         for n, (stage, manifest) in enumerate(zip(job.stages, manifests, strict=True))

@@ -5,7 +5,6 @@ moves slower than MIN_BYTES_S stands still."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from ops.box.connection import Box
 from ops.errors import BoxError, Lost
 from ops.wait import until
+from trainer.wire.digest import sha256_of as sha256_of
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -37,11 +37,6 @@ class PushFile:
     local: Path
     remote: str
     sha256: str
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remote_sha256(box: Box, names: Sequence[str], size_bytes: int = 0) -> dict[str, str]:

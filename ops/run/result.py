@@ -24,6 +24,7 @@ from ops.run.expected import ADAPTER, CONFIG, ExpectedResult, Invalid, validate
 from ops.run.lora_result import validate_lora
 from ops.run.prompt_result import validate_prompt
 from trainer.wire import tensors
+from trainer.wire.digest import sha256_of
 from trainer.wire.prompts import PROMPT_METHODS
 from trainer.wire.tensors import Tensor
 
@@ -163,8 +164,7 @@ def _validate_digest(path: Path, listed: Mapping[str, Any]) -> str:
     """The file's sha256, which the manifest must have listed with its size."""
     size, listed_size = path.stat().st_size, listed["bytes"]
     validate(size == listed_size, f"adapter.zip has {size} bytes, its manifest says {listed_size}")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     wanted = listed["sha256"]
     validate(
         found == wanted,

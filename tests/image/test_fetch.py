@@ -19,6 +19,7 @@ from ops.image.fetch import wheels as packages
 from ops.image.fetch.debian import Mirrors
 from ops.image.spec.definition import Python
 from ops.image.spec.lock import Deb
+from trainer.wire.digest import sha256_of
 
 PYTHON = Python(version="3.11", requirements=["pkg"])
 
@@ -174,7 +175,7 @@ def test_wheels_are_resolved_and_pinned_and_come_back_by_their_hash(index, tmp_p
     [locked] = packages.resolve(PYTHON, ["pkg"], tmp_path / "cache", quiet)
     assert (locked.name, locked.version, locked.license) == ("pkg", "1.1", "MIT")
     packages.fetch(PYTHON, [locked], tmp_path / "other", quiet)
-    assert packages.sha256_file(packages.where(locked, tmp_path / "other")) == locked.sha256
+    assert sha256_of(packages.where(locked, tmp_path / "other")) == locked.sha256
 
 
 @pytest.mark.slow
@@ -228,7 +229,7 @@ def test_a_package_without_a_wheel_is_pinned_and_fetched_as_source(index, tmp_pa
     assert (source.file, source.license) == ("only-2.0.tar.gz", "MIT")
     packages.fetch(spec, [wheel, source], tmp_path / "other", quiet)
     found = packages.where(source, tmp_path / "other")
-    assert packages.sha256_file(found) == source.sha256
+    assert sha256_of(found) == source.sha256
     (tmp_path / "cut.tar.gz").write_bytes(found.read_bytes()[:80])
     with pytest.raises(PreflightError, match="not a whole package"):
         packages.lock(tmp_path / "cut.tar.gz")
@@ -251,7 +252,7 @@ def test_a_cached_wheel_is_hashed_again_when_its_file_changed(index, tmp_path):
     path.write_bytes(path.read_bytes()[::-1])
     assert not packages.is_whole(locked, tmp_path / "cache")
     packages.fetch(PYTHON, [locked], tmp_path / "cache", quiet)
-    assert packages.sha256_file(path) == locked.sha256
+    assert sha256_of(path) == locked.sha256
 
 
 def test_an_index_without_the_package_says_how_to_name_another(index, tmp_path):

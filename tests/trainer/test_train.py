@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny import adapter_sha256, events_of, manifest_of, rows
 
-from trainer.result import adapter
 from trainer.train import run_job
+from trainer.wire.digest import listed
 
 Make = Callable[..., Path]
 
@@ -43,7 +43,7 @@ def test_a_run_learns_and_writes_everything_that_the_wire_promises(run_folder: M
     manifest = manifest_of(job)
     assert set(manifest["files"]) == {"adapter.zip", "loss.png"}, "the report is made at home"
     for name, said in manifest["files"].items():
-        assert said == adapter.listed(result / name)
+        assert said == listed(result / name)
     with zipfile.ZipFile(result / "adapter.zip") as archive:
         assert set(archive.namelist()) == set(manifest["members"])
         assert {

@@ -8,7 +8,6 @@ dropped or cut without a line in `notes`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from trainer.data.template import Template, TemplateError, Turn, from_chat_templ
 from trainer.data.tokenised import Rows, tokenise
 from trainer.data.tokens import Vocabulary, encode, open_vocabulary, stop_token, token_hash
 from trainer.families import TEXT_KEYS
+from trainer.wire.digest import sha256_of
 from trainer.wire.job import Data, Job
 from trainer.wire.stages import STAGES
 
@@ -257,8 +257,7 @@ def validate_files(job: Job, run: Path) -> None:
             raise InvalidJob(
                 f"{file.name} is not in the run folder ({file.path})", hint="push the data again"
             )
-        with open(path, "rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != file.sha256:
             raise InvalidJob(
                 f"{file.name} has sha256 {found[:12]}, job.json says {file.sha256[:12]}",

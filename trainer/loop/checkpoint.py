@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from trainer.wire.digest import listed, sha256_of
 from trainer.wire.job import Job
 
 # safetensors; a name that torch.distributed.checkpoint does not take for its own
@@ -171,16 +172,11 @@ def write(root: Path, tensors: dict[str, torch.Tensor], state: State) -> tuple[P
     keeps the first."""
     final, part = root / str(state.step), root / f".{state.step}.part"
     if (final / "manifest.json").is_file():
-        return final, _sha256(final / "manifest.json")
+        return final, sha256_of(final / "manifest.json")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file(tensors, part / "state.safetensors")
-    return final, seal(root, part, state, {"state.safetensors": facts(part / "state.safetensors")})
-
-
-def facts(path: Path) -> dict[str, str | int]:
-    """What the manifest says of a file."""
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    return final, seal(root, part, state, {"state.safetensors": listed(part / "state.safetensors")})
 
 
 def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | int]]) -> str:
@@ -190,10 +186,10 @@ def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | 
     told: dict[str, Any] = {"step": state.step, "fingerprint": state.fingerprint}
     told |= {"curve": state.curve, "looks": state.looks}
     (part / "state.json").write_text(json.dumps(told))
-    files = {**files, "state.json": facts(part / "state.json")}
+    files = {**files, "state.json": listed(part / "state.json")}
     if state.stage:
         save_file(state.copy().stage, part / STAGE_FILE)
-        files[STAGE_FILE] = facts(part / STAGE_FILE)
+        files[STAGE_FILE] = listed(part / STAGE_FILE)
     files = dict(sorted(files.items()))
     (part / "manifest.json").write_text(json.dumps({"step": state.step, "files": files}, indent=1))
     for path in [*part.iterdir(), part]:
@@ -202,7 +198,7 @@ def seal(root: Path, part: Path, state: State, files: dict[str, dict[str, str | 
     _sync(root)
     for old in _numbered(root)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
-    return _sha256(final / "manifest.json")
+    return sha256_of(final / "manifest.json")
 
 
 def newest_for_all(root: Path, rank: int, device: torch.device) -> Path | None:
@@ -235,7 +231,7 @@ def whole(folder: Path) -> bool:
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         return bool(files) and all(
-            _sha256(folder / name) == facts["sha256"] for name, facts in files.items()
+            sha256_of(folder / name) == facts["sha256"] for name, facts in files.items()
         )
     except (OSError, ValueError, KeyError):
         return False
@@ -247,11 +243,6 @@ def _numbered(root: Path) -> list[Path]:
         if root.is_dir()
         else []
     )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

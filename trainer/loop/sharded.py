@@ -27,6 +27,7 @@ from trainer.loop.optim import EXTRA
 from trainer.loop.ranks import StopSignal, Together, Written
 from trainer.model.load import load_base
 from trainer.model.parts import ModelError, decoder_layers
+from trainer.wire.digest import listed
 from trainer.wire.job import Job
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -148,7 +149,7 @@ class Shards(Together):
         if not int(there):
             digest = self._write(root, part, named, optimizer, state)
         elif self.rank == 0:
-            digest = str(checkpoint.facts(final / "manifest.json")["sha256"])
+            digest = str(listed(final / "manifest.json")["sha256"])
         if self.rank == 0:
             written(state.step, final, digest)
 
@@ -172,7 +173,7 @@ class Shards(Together):
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(
             everyone,
-            {p.name: checkpoint.facts(p) for p in part.glob(f"shard-{self.rank + 1:05d}-*")},
+            {p.name: listed(p) for p in part.glob(f"shard-{self.rank + 1:05d}-*")},
         )
         digest = ""
         if self.rank == 0:

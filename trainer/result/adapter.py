@@ -28,6 +28,7 @@ from trainer.result.engines import table as engines_table
 from trainer.result.words import write_words
 from trainer.wire.chain import CHAIN, Chain, Link, chain_of, weights_sha256
 from trainer.wire.chain import How as LinkHow
+from trainer.wire.digest import listed
 from trainer.wire.job import WIRE, Job
 from trainer.wire.prompts import PROMPT_METHODS
 
@@ -293,16 +294,6 @@ def zip_folder(folder: Path, archive: Path) -> dict[str, dict[str, Any]]:
                 shutil.copyfileobj(source, target, 1 << 20)
             members[name] = listed(path)
     return members
-
-
-def listed(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
-    return {"sha256": digest(path), "bytes": path.stat().st_size}
-
-
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def card(job: Job, facts: dict[str, Any], folder: Path) -> str:

@@ -26,11 +26,12 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.result.adapter import digest, zip_folder
+from trainer.result.adapter import zip_folder
 from trainer.result.command import answer, parser_of
 from trainer.result.engines import loads_in, read, table
 from trainer.result.open import unpacked
 from trainer.result.words import BASES_JINJA, JINJA
+from trainer.wire.digest import sha256_of
 from trainer.wire.merged import TOKENIZER_FILES
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -230,7 +231,9 @@ def _write(
 
 def _card(folder: Path, adapters: Sequence[WeightedAdapter], told: dict[str, Any]) -> str:
     base = adapters[0].config.get("base_model_name_or_path")
-    rows = [f"| {p.name} | {p.weight:g} | `{digest(p.folder / WEIGHTS)[:16]}` |" for p in adapters]
+    rows = [
+        f"| {p.name} | {p.weight:g} | `{sha256_of(p.folder / WEIGHTS)[:16]}` |" for p in adapters
+    ]
     lines = ["---", f"base_model: {base}", "library_name: peft", "tags: [lora, milktea]", "---"]
     lines += ["# A sum of adapters", "", "| adapter | weight | sha256 |", "|---|---|---|", *rows]
     lines += ["", f"Rank {told['rank']}, {told['modules']} modules. {_loss(told)}", ""]

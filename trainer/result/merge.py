@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.data.weights import weight_files
-from trainer.result.adapter import digest, merged_defect
+from trainer.result.adapter import merged_defect
 from trainer.result.certificate import NotCertified, certificate_text, certify, device_for
 from trainer.result.command import StatusLine, answer, parser_of
 from trainer.result.open import (
@@ -47,6 +47,7 @@ from trainer.result.open import (
     texts_of,
     unpacked,
 )
+from trainer.wire.digest import sha256_of
 from trainer.wire.merged import CERTIFICATE, INDEX, WORDS, part_of
 
 Tell = Callable[[str], None]  # is called with each line of progress
@@ -327,11 +328,11 @@ def certified_merge(
     """Merge, and write certificate.json into `out`; `precision` is the training's. Where the
     certificate does not pass, the folder is called OUT.refused and NotCertified raised."""
     merged = merge(adapter, base, out, dtype, tell)
-    files = {p.name: digest(p) for p in sorted(out.iterdir())}
+    files = {p.name: sha256_of(p) for p in sorted(out.iterdir())}
     made = {
         "made_by": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "adapter_sha256": digest(adapter / "adapter_model.safetensors"),
-        "base_sha256": {name: digest(base / name) for name in shards_of(base)},
+        "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
+        "base_sha256": {name: sha256_of(base / name) for name in shards_of(base)},
         "merge": merged,
         "files_sha256": files,
         "files_bytes": {name: (out / name).stat().st_size for name in files},

@@ -17,6 +17,7 @@ from ops.image.fetch import debian, wheels
 from ops.image.spec.definition import Definition
 from ops.image.spec.lock import Lock, Wheel
 from ops.image.spec.paths import Places, link
+from trainer.wire.digest import sha256_of
 
 FETCHED = (".deb", ".whl", ".gz")
 
@@ -69,8 +70,7 @@ def release(dockerfile: str, places: Places) -> None:
     ]
     with places.released.open("a") as out:
         out.writelines(
-            f"{wheels.sha256_file(path)}  {path.relative_to(places.root / 'docker')}\n"
-            for path in files
+            f"{sha256_of(path)}  {path.relative_to(places.root / 'docker')}\n" for path in files
         )
 
 

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from ops.errors import PreflightError
 from ops.image.fetch import convert
-from ops.image.fetch.wheels import sha256_file
 from ops.image.spec.definition import ModelSource
 from ops.image.spec.lock import Model, ModelFile, set_digest
 from ops.image.spec.paths import link, safe_path
+from trainer.wire.digest import sha256_of
 
 Progress = Callable[[str], None]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -182,7 +182,7 @@ def _folder(source: ModelSource, root: Path, cache: Path, progress: Progress) ->
 
 def _as_found(folder: Path, path: str) -> ModelFile:
     at = folder / path
-    return ModelFile(path=path, sha256=sha256_file(at), size_bytes=at.stat().st_size)
+    return ModelFile(path=path, sha256=sha256_of(at), size_bytes=at.stat().st_size)
 
 
 def _missing(model: Model, folder: Path) -> list[str]:

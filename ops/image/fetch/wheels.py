@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import email
 import email.message
-import hashlib
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 from ops.errors import PreflightError
 from ops.image.spec.definition import Python
 from ops.image.spec.lock import Wheel
+from trainer.wire.digest import sha256_of
 
 Progress = Callable[[str], None]
 GLIBC = 36  # Debian 12 has glibc 2.36: wheels for an older one run too (PEP 600)
@@ -78,7 +78,7 @@ def fetch(spec: Python, locked: Iterable[Wheel], cache: Path, progress: Progress
             _download(spec, ["--no-deps", "--require-hashes", "-r", str(pins)], Path(folder))
             for wheel in missing:
                 path = Path(folder) / wheel.file
-                if not path.is_file() or sha256_file(path) != wheel.sha256:
+                if not path.is_file() or sha256_of(path) != wheel.sha256:
                     raise PreflightError(
                         f"{wheel.name} {wheel.version}: the index has no {wheel.file} with sha256"
                         f" {wheel.sha256[:12]}",
@@ -107,15 +107,10 @@ def is_whole(wheel: Wheel, cache: Path) -> bool:
     seen = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino} {wheel.sha256}"
     if stamp.is_file() and stamp.read_text() == seen:
         return True
-    if facts.st_size != wheel.size_bytes or sha256_file(path) != wheel.sha256:
+    if facts.st_size != wheel.size_bytes or sha256_of(path) != wheel.sha256:
         return False
     stamp.write_text(seen)
     return True
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _keep(path: Path, wheel: Wheel, cache: Path) -> None:
@@ -141,7 +136,7 @@ def lock(path: Path) -> Wheel:
             name=normalize(said["Name"]),
             version=said["Version"],
             file=path.name,
-            sha256=sha256_file(path),
+            sha256=sha256_of(path),
             size_bytes=path.stat().st_size,
             layer="",
             license=_license(said),

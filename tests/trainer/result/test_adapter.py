@@ -22,6 +22,7 @@ from trainer.result import adapter
 from trainer.result.adapter import ResultError, compare
 from trainer.result.open import open_adapter
 from trainer.train import run_job
+from trainer.wire.digest import sha256_of
 from trainer.wire.job import Job
 
 Make = Callable[..., Path]
@@ -156,7 +157,7 @@ def test_the_manifest_holds_what_is_needed_to_trust_and_repeat_the_run(run_folde
     }
     for name, facts in manifest["members"].items():
         assert (
-            adapter.digest(folder / name) == facts["sha256"]
+            sha256_of(folder / name) == facts["sha256"]
             and (folder / name).stat().st_size == facts["bytes"]
         )
     # weights hardly shrink, and a box waits for it
