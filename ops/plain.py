@@ -1,5 +1,5 @@
 """Text from elsewhere, made plain before it reaches a terminal: what a box, the API or a data set
-says may hold escape sequences that retitle, clear or forge the screen."""
+says may hold escape sequences that retitle, clear or forge the screen. And times in words."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def json_line(row: Any) -> str:
     without being steered. What is no JSON is written as text."""
     text = json.dumps(row, ensure_ascii=False, default=str)
     return _ODD.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def span(seconds: float) -> str:
+    """A length of time as people say it: 119 s, 89 min, 1.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _written_out(match: re.Match[str]) -> str:

@@ -12,7 +12,7 @@ import typer
 from ops.cli.acting import market
 from ops.cli.errors import errors
 from ops.errors import ConfigError, JournalError
-from ops.plain import json_line, plain
+from ops.plain import json_line, plain, span
 
 if TYPE_CHECKING:
     from ops import api
@@ -73,7 +73,7 @@ def _status_line(row: api.Status, now: float, mine: bool = True) -> str:
     box = f"box {row.box}" if row.box else "no box"
     words = [row.run_id, row.stage, box, f"{row.spent_usd:.4f} of {row.max_usd:.2f} $"]
     if row.owner:
-        words.insert(1, f"{row.owner} {_age(now - row.began)}")
+        words.insert(1, f"{row.owner} {span(now - row.began)}")
     if not mine:
         words.insert(1, f"of {row.user}")
     if row.usd_per_hour is not None:
@@ -91,10 +91,6 @@ def _status_line(row: api.Status, now: float, mine: bool = True) -> str:
     if row.adapter:
         words.append(row.adapter)
     return "  ".join(words)
-
-
-def _age(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def logs(

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.api import Eta, Instance, Line, Plan, Ranking, dearest_silence, events, told_line
-from ops.plain import json_line, plain
+from ops.plain import json_line, plain, span
 
 CHOOSE_S = 30.0  # to answer after Ctrl-C
 QUIET_EVERY_S = 5.0  # between status lines where the output is not a terminal
@@ -222,7 +222,7 @@ class Terminal:
     def _meter(self) -> str:
         """The money, and in how many minutes the run is at home."""
         left_s = self._eta.left_s(time.time())
-        return self._money + ("" if left_s is None else f"home in {_minutes(left_s)}  ")
+        return self._money + ("" if left_s is None else f"home in {span(left_s)}  ")
 
     def _predicted_bar(self) -> str:
         """The bar of a phase whose end only the plan predicts; "" without a prediction."""
@@ -393,7 +393,3 @@ def _bar(share: float, cells: int = 8) -> str:
 
 def _money(spent_usd: float, max_usd: float) -> str:
     return f"{spent_usd:.4f} of {max_usd:.2f} $  "
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -14,6 +14,7 @@ from typing import Any
 
 from ops.market.models import Instance, Offer
 from ops.market.workload import Workload, tokens_per_second
+from ops.plain import span
 
 MONTH_H = 720.0
 GB = 1e9
@@ -337,8 +338,7 @@ def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str,
     where = "this computer" if workload.cpu_practice else gpu
     disk_month = offer.storage_usd_per_gib_month
     moved = [
-        f"{t.name:<9} {_duration(t.seconds)} and ${t.usd:.4f} for "
-        f"{t.size_bytes / GB:.3g} GB {t.way}"
+        f"{t.name:<9} {span(t.seconds)} and ${t.usd:.4f} for {t.size_bytes / GB:.3g} GB {t.way}"
         for t in transfers(offer, workload)
     ]
     saves = math.floor(c.train_s / workload.save_every_s)
@@ -347,29 +347,29 @@ def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str,
         late = ": longer than save_every_s, not each comes home"
         moved.append(
             f"saves     {saves} x {one.size_bytes / GB:.3g} GB home while it trains, "
-            f"{_duration(one.seconds)} and ${one.usd:.4f} each"
+            f"{span(one.seconds)} and ${one.usd:.4f} each"
             + (late if one.seconds > workload.save_every_s else "")
         )
     each = workload.each
     trained = [
-        f"train     {f'{one.stage} ' if len(each) > 1 else ''}{_duration(seconds)} = "
+        f"train     {f'{one.stage} ' if len(each) > 1 else ''}{span(seconds)} = "
         f"{one.counted} / {one.tokens / max(seconds, 1e-9):,.0f} a second on {where}"
         + (f", ${c.usd_per_hour * seconds / 3600:.4f}" if len(each) > 1 else "")
         for one, seconds in zip(each, c.stages_s, strict=True)
     ]
     rate = (c.usd_per_hour + disk_usd_per_hour(offer, workload.disk_gib)) / 3600
-    talked = f"talk      {_duration(c.talk_s)} on {where} for ${c.talk_s * rate:.4f} at most"
-    scored = f"evaluate  at most {_duration(c.evaluate_s)} for ${c.evaluate_s * rate:.4f}"
-    merged = f"merge     at most {_duration(c.merge_s)} for ${c.merge_s * rate:.4f}"
+    talked = f"talk      {span(c.talk_s)} on {where} for ${c.talk_s * rate:.4f} at most"
+    scored = f"evaluate  at most {span(c.evaluate_s)} for ${c.evaluate_s * rate:.4f}"
+    merged = f"merge     at most {span(c.merge_s)} for ${c.merge_s * rate:.4f}"
     return (
         *(trained if workload.tokens else []),
         *([scored] if c.evaluate_s else []),
         *([merged] if c.merge_s else []),
         *([talked] if c.talk_s else []),
-        f"before    {_duration(c.boot_s + c.pull_s)} to boot and pull "
+        f"before    {span(c.boot_s + c.pull_s)} to boot and pull "
         f"{workload.image_bytes / GB:.2f} GB of image",
         *moved,
-        f"start     {_duration(c.start_s)} from the launch to the first "
+        f"start     {span(c.start_s)} from the launch to the first "
         f"{'step' if workload.tokens else 'answer'}",
         f"GPU       ${c.gpu_usd:.4f} = {c.running_h:.3f} h x ${c.usd_per_hour:.4f}/h "
         "(loading is not billed)",
@@ -383,12 +383,6 @@ def _arithmetic(offer: Offer, workload: Workload, c: CostEstimate) -> tuple[str,
         f"total     ${c.expected_usd:.4f} expected, ${c.usd:.4f} without accident; "
         f"{c.p_finish:.0%} that this machine finishes",
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _comparison(what: str, predicted: float, billed: float) -> str:

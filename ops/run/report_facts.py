@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import median
 
+from ops.plain import span
 from ops.run.journal import last
 from ops.run.session import Session
 from trainer.wire import events
@@ -49,8 +50,8 @@ def cards(session: Session, told: Iterable[events.Event]) -> list[Card]:
     launched, ended = last(lines, "launched"), last(lines, "ended")
     if rent is not None:
         trained = ended.t - launched.t if launched and ended and ended.n > launched.n else None
-        more = "" if trained is None else f"{_span(trained)} of training"
-        found.append(("from rent to home", _span(session.clock.now() - rent.t), more))
+        more = "" if trained is None else f"{span(trained)} of training"
+        found.append(("from rent to home", span(session.clock.now() - rent.t), more))
     speeds = [
         e.tokens_per_second
         for e, _ in zip(told, range(MOST_SPEEDS), strict=False)
@@ -68,9 +69,3 @@ def commands(run_id: str) -> list[tuple[str, str]]:
         (f"milktea serve {run_id}", "an OpenAI-compatible API and a page, on this machine"),
         (f"milktea adapter check {run_id}", "how PEFT, vLLM, llama.cpp and Ollama load it"),
     ]
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -10,7 +10,7 @@ from rich.console import Console
 from ops.cli.errors import errors
 from ops.cli.screen import Terminal
 from ops.errors import Failed
-from ops.plain import json_line, number_of, plain
+from ops.plain import json_line, number_of, plain, span
 from trainer.wire import events
 
 CLIPBOARD, TITLE, CLEAR = "\x1b]52;c;ZXZpbA==\x07", "\x1b]0;evil\x07", "\x1b[2J\x1b[H"
@@ -82,3 +82,17 @@ def test_no_answer_of_the_model_steers_the_terminal_at_the_end(
 def test_one_row_is_a_row_and_two_are_rows() -> None:
     assert [number_of(n, "row") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
     assert [number_of(n, "row", "is", "are") for n in (1, 2)] == ["1 row is", "2 rows are"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (119.4, "119 s"),
+        (120, "2 min"),
+        (5399, "90 min"),
+        (5400, "1.5 h"),
+        (36_000, "10.0 h"),
+    ],
+)
+def test_a_duration_is_told_in_the_unit_that_people_use(seconds: float, text: str) -> None:
+    assert span(seconds) == text

@@ -514,20 +514,6 @@ def test_a_card_that_nobody_knows_is_judged_by_vast_ais_benchmark_of_one_gpu() -
     assert old.value.filter_name == "model.precision"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (119.4, "119 s"),
-        (120, "2 min"),
-        (5399, "90 min"),
-        (5400, "1.5 h"),
-        (36_000, "10.0 h"),
-    ],
-)
-def test_a_duration_is_told_in_the_unit_that_people_use(seconds: float, text: str) -> None:
-    assert cost._duration(seconds) == text
-
-
 def test_the_arithmetic_shows_hours_rates_and_sizes() -> None:
     work = replace(WORK, checkpoint_bytes=5e8, save_every_s=120.0)
     got = cost.predict(replace(OFFER, num_gpus=2), replace(work, num_gpus=2))
