@@ -13,6 +13,7 @@ from machine import NOT_HERE
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub is imported: it tries for seconds
 # before torch is imported by any test: two workers with a thread for each core wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+SLOW_S = 900
 LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -29,6 +30,13 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test that names no time of its own may take as long as this."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

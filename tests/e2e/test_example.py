@@ -38,7 +38,6 @@ def test_its_jobs_are_planned_on_the_emulator(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_it_trains_the_cheapest_and_says_what_it_learned(tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("VAST_")}
     env |= {

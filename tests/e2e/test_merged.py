@@ -22,7 +22,7 @@ from ops.use import found, words
 
 ROOT = Path(__file__).parents[2]
 PRACTICE = ROOT / "jobs/practice.toml"
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def test_the_box_merges_what_stock_peft_computes_and_milktea_merge_makes_the_same_files(

@@ -42,7 +42,6 @@ folder = "out"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(not DATA.exists(), reason="the shared sample data is not here")
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_alpaca_in_chinese_trains_with_a_falling_loss(tmp_path: Path, gpus: int) -> None:

@@ -24,7 +24,7 @@ from trainer.wire.chain import chain_of
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "jobs/practice-chain.toml"
-pytestmark = [pytest.mark.timeout(500), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def plan_of(tmp_path: Path) -> Plan:

@@ -15,7 +15,7 @@ from ops.image.build import engine
 from trainer.wire.job import WIRE
 
 BASE = os.environ.get("MILKTEA_BASE", "base:bookworm") or None
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 TAG = build.define("practice").tag
 
 

@@ -20,7 +20,7 @@ from machine import needs
 from ops.image.bundle import bundle
 from ops.image.bundle.parts import final_tag
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 PAGE = (Path(__file__).parents[2] / "docs/airgap.md").read_text()
 
 

@@ -18,7 +18,7 @@ from ops.errors import MilkteaError
 from ops.image import carry, workflow
 from ops.image.build import engine
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 DOCUMENT = (Path(__file__).parents[2] / "docs/airgap.md").read_text()
 HOST_CERTIFICATES = Path("/usr/local/share/ca-certificates")
 

@@ -24,7 +24,7 @@ from ops.image.bundle.contents import Options
 from ops.image.bundle.inventory import Present, read
 from ops.image.bundle.parts import final_tag
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 
 @pytest.fixture(params=["here", "28-overlay2", "28-containerd", "podman"])

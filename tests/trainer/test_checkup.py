@@ -151,7 +151,6 @@ def test_a_check_that_breaks_counts_as_failed_and_the_others_still_run(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_whole_self_test_trains_counts_no_attempt_and_says_that_this_is_no_container(
     tmp_path: Path,
 ) -> None:

@@ -148,7 +148,6 @@ def saved(events: list[dict[str, Any]]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_killed_rank_costs_a_restart_and_the_final_loss_stays(
     run_folder: Make, agents: list[Agent]
 ) -> None:
@@ -165,7 +164,6 @@ def test_a_killed_rank_costs_a_restart_and_the_final_loss_stays(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_lost_machine_leaves_the_rest_to_the_other(run_folder: Make, agents: list[Agent]) -> None:
     expected, job, meet = undisturbed(run_folder), run_folder(training=LONG), meeting()
     first = start(agents, job, **meet, PET_NODE_RANK="0")

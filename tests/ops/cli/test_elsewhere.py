@@ -22,7 +22,6 @@ from ops.run.journal import Journal
 from ops.run.rental import rent
 from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(120)
 CHANGES = {  # the commands that would act on the run, and how they end: 8 is Elsewhere
     "resume": [(["resume", "RUN"], 8), (["resume", "RUN", "--foreground"], 8)],
     "stop": [(["stop", "RUN", f"--{end}"], 8) for end in ("fetch", "keep-disk", "destroy")],

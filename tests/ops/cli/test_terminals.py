@@ -18,7 +18,6 @@ from ops.fakevast import FakeVast
 from ops.run import journal
 from ops.wait import until
 
-pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).parents[3]
 JOB = """
 name = "typed"

@@ -13,7 +13,6 @@ from ops.use.found import Found
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_an_answer_comes_in_pieces_and_the_next_question_knows_it(tmp_path: Path) -> None:
     base, adapter = write_both(tmp_path)
     with Chat(Found("tea", adapter, str(base)), device="cpu", precision="fp32") as chat:

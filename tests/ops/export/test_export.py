@@ -314,7 +314,6 @@ def wait_for_a_step(folder: Path, job: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_batch_file_trains_on_two_nodes_and_goes_on_after_its_time_was_up(
     practice: Callable[..., Path], slurm_environment: dict[str, str]
 ) -> None:

@@ -17,7 +17,6 @@ from ops.run.journal import Journal, Line
 from ops.run.meter import spent_usd
 from ops.run.on_rented_box import MAX_MACHINES, offers, remember_failure
 
-pytestmark = pytest.mark.timeout(120)
 ECC = "CUDA error: uncorrectable ECC error encountered"
 
 

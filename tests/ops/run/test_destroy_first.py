@@ -34,7 +34,6 @@ from ops.run.rent_and_train import rent_and_train
 from ops.run.rental import destroy, rent
 from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(180)
 PAGE = "<html><body>Access to this site is blocked</body></html>"
 
 

@@ -25,7 +25,7 @@ from ops.run import sandbox
 from ops.run.reap import reap
 from ops.wait import RealClock
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 HALF_AN_HOUR_S = 9.0
 STAGES = ("load", "train", "save", "pull", "verify", "destroy")
 

@@ -15,7 +15,6 @@ from ops.fakevast import FakeVast
 from ops.job import config
 from ops.run.evaluate import score_rows
 
-pytestmark = pytest.mark.timeout(180)
 ASKED = {"rows": 5, "new_tokens": 16, "seconds": 60.0}
 
 

@@ -14,8 +14,6 @@ from ops.run.journal import Journal, Line
 from ops.run.rent_and_train import rent_and_train
 from trainer.wire.events import Step
 
-pytestmark = pytest.mark.timeout(180)
-
 
 def run(own: rig.Rig, old: str, new: str) -> tuple[object, Path]:
     """A run whose trainer has `new` in place of `old`: its outcome or error, and its folder."""

@@ -14,7 +14,6 @@ from ops.errors import AdapterError, Failed, PreflightError
 from ops.fakevast import FakeVast
 from ops.run import retrieve, retry
 
-pytestmark = pytest.mark.timeout(120)
 EVIL = b"<script>location='http://evil.example'</script>"
 
 

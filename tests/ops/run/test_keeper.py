@@ -28,8 +28,6 @@ from ops.run.session import Session
 from ops.wait import RealClock, until
 from trainer.wire import events
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

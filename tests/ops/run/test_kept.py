@@ -27,7 +27,6 @@ from ops.run.meter import age_s, box_age_s, ends_itself_at, spent_usd
 from ops.run.reap import finish_destroys, reap
 from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(120)
 LARGE = rig.Workload(
     1e5, 1e6, cpu_practice=True, disk_gib=16, image_bytes=4e8, model_download_bytes=3e11
 )  # a model that takes long to be downloaded again

@@ -13,8 +13,6 @@ from ops.market.client import Vast
 from ops.market.provider import Provider
 from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture
 def vast(fake: FakeVast) -> Vast:

@@ -37,7 +37,6 @@ from ops.run.session import Interrupted
 from ops.run.view import Run
 from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(180)
 ONE = struct.pack("<H", 0x3F80)  # 1 in bf16
 NUMBERS = {"kl_nats": 1e-7, "share_of_effect": 1e-4, "max_token_nats": 0.01}
 

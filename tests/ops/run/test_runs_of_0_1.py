@@ -31,7 +31,6 @@ from ops.run.rental import rented
 from ops.run.session import Detached
 from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(180)
 HERE = Path(__file__).parent / "runs_of_0_1"
 FINISHED, INTERRUPTED = "stub-20261126-141035-f0e0", "stub-20261126-141037-6b74"
 

@@ -39,7 +39,6 @@ from ops.run.session import Detached, Interrupted, Session
 from ops.wait import RealClock
 from trainer.wire import events
 
-pytestmark = pytest.mark.timeout(180)
 METER = re.compile(r"spent 0\.\d{4} \$ of 1\.00 \$")
 
 

@@ -43,7 +43,6 @@ from ops.run.attach import _File
 from ops.run.journal import Journal, Line
 from ops.wait import RealClock
 
-pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parents[3]
 
 

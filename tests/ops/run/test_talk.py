@@ -28,8 +28,6 @@ from ops.run import talk as talking
 from ops.run.journal import Journal
 from ops.wait import RealClock, until
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture
 def vast(fake: FakeVast) -> milktea.Vast:

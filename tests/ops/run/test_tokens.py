@@ -15,7 +15,6 @@ from ops.run.journal import Journal
 from ops.run.rent_and_train import rent_and_train
 from trainer.wire import events
 
-pytestmark = pytest.mark.timeout(120)
 TOKEN = "hf_nobody_may_find_this_anywhere"
 
 

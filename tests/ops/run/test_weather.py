@@ -24,8 +24,6 @@ from ops.run.session import Detached
 from ops.wait import RealClock
 from trainer.wire.events import Event, Step
 
-pytestmark = pytest.mark.timeout(180)
-
 
 def forecast(fake: FakeVast, *events: dict[str, Any]) -> None:
     fake.forecast(weather.parse(json.dumps(events)))

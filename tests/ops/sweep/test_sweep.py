@@ -40,7 +40,6 @@ class Counting(milktea.QuietSweep):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_best_comes_home_and_the_worse_ends_early_under_one_purse(
     own: rig.Rig, vast: milktea.Vast, job: dict[str, Any]
 ) -> None:
@@ -79,7 +78,6 @@ class Killer(Counting):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_of_eight_the_planted_one_is_found_though_two_owners_die(
     own: rig.Rig, vast: milktea.Vast, looking: FakeVast, job: dict[str, Any], seed: int

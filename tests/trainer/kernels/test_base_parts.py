@@ -139,7 +139,6 @@ def kernels(job: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_processes_with_half_the_base_each_train_as_one_does(
     run_folder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +161,6 @@ def test_two_processes_with_half_the_base_each_train_as_one_does(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_run_in_parts_that_was_stopped_ends_as_an_undisturbed_one_to_the_bit(
     run_folder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,7 +313,6 @@ def test_a_clean_run_raises_no_alarm(run_folder: Make, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_fifty_clean_runs_raise_no_alarm(run_folder: Make) -> None:
     outcomes = [outcome_of(run_folder(**clean(seed))) for seed in range(50)]
     assert [str(e.error) for e in outcomes if e.code] == [] and len(outcomes) == 50

@@ -70,7 +70,6 @@ def trained(job: Path) -> dict:
 
 @parts
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_processes_with_half_the_model_each_train_as_one_does(run_folder: Make) -> None:
     alone, shared = run_folder(training=FULL), run_folder(held_out=rows(2), training=FULL)
     assert run_job(alone) == 0
@@ -96,7 +95,6 @@ def copied(job: Path, name: str) -> Path:
 
 @parts
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_stopped_run_ends_as_an_undisturbed_one_on_two_processes_and_on_one(
     run_folder: Make,
 ) -> None:
@@ -118,7 +116,6 @@ def test_a_stopped_run_ends_as_an_undisturbed_one_on_two_processes_and_on_one(
 
 @parts
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_what_one_process_began_two_finish_and_sigterm_saves_on_both(run_folder: Make) -> None:
     long = FULL | {"num_train_epochs": 12}
     whole, handed = run_folder(training=long), run_folder(training=long)

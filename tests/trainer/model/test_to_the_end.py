@@ -27,7 +27,6 @@ from trainer.train import outcome_of
 PATTERNS = "The following .*_pattern keys did not match"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.filterwarnings(f"ignore:{PATTERNS}:RuntimeWarning"),
 ]
 Make = Callable[..., Path]

@@ -92,7 +92,6 @@ def test_the_practice_run_teaches_it_to_answer_in_chinese(run_folder: Make) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("seed", "world_size"), [(1, 1), (2, 1), (3, 2)])
 def test_it_does_so_with_other_seeds_and_on_two_processes(
     run_folder: Make, seed: int, world_size: int

@@ -168,7 +168,7 @@ def test_cog_s_own_server_answers_as_ours_does(
     print(shlex.join(map(str, command)))
     server = subprocess.Popen(command, cwd=exported, env=env)
     try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 150
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
         while True:
             try:
                 health = requests.get(f"{url}/health-check", timeout=5).json()
