@@ -277,7 +277,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--family", choices=FAMILIES, default="qwen3")
-    parser.add_argument("--base-steps", type=int, default=300)
+    parser.add_argument("--base-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
