@@ -26,6 +26,7 @@ from trainer.data.prepare import Prepared
 from trainer.data.template import TemplateError, from_chat_template
 from trainer.data.tokenised import Rows
 from trainer.data.tokens import open_vocabulary, stop_ids, stop_token, token_hash
+from trainer.model.decode import packs
 from trainer.model.parts import ModelError, family_of
 from trainer.model.prompts import is_prompted
 from trainer.model.steps import hold_adapters, steps_of
@@ -66,8 +67,10 @@ class Models:
         names = dict.fromkeys(v.adapter for v in self.voices.values() if v.adapter != NO_ADAPTER)
         self._held = hold_adapters(model, list(names)) if isinstance(model, PeftModel) else None
         layers = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
-        self.mixes = self._held is not None or (not steps_of(model) and all(map(_mixes, layers)))
-        """Whether rows of several adapters may stand in one batch."""
+        beside = not steps_of(model) and packs(model, self.context)
+        self.mixes = self._held is not None or (beside and all(map(_mixes, layers)))
+        """Whether rows of several adapters may stand in one batch; a model that does not pack has
+        one row in each."""
         if self.mixes and self._held is None:
             for layer in layers:
                 layer.register_forward_pre_hook(self._with_names, with_kwargs=True)

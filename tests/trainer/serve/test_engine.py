@@ -36,6 +36,7 @@ DRAWN = SamplingParams(temperature=0.9, top_p=0.95, seed=7)
 
 def answers(heard: list[Heard]) -> list[list[int]]:
     assert all(h.over.wait(60) for h in heard)
+    assert {h.why for h in heard} <= {"stop", "length", "cancelled"} and all(h.ids for h in heard)
     return [h.ids for h in heard]
 
 
@@ -130,6 +131,7 @@ def test_a_model_with_transformers_own_attention_is_served_too(
     torch.manual_seed(7)
     sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
     layers: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    layers |= {"num_key_value_heads": 4}
     StableLmForCausalLM(StableLmConfig(**sizes, **layers)).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
     adapter = write_adapter(tmp_path / "a", tmp_path / "base", 3)
