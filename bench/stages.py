@@ -157,21 +157,19 @@ def opened(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = Job.model_validate_json((run / "job.json").read_bytes())
 
-    def planned(job: Job, base: Path, longest: int, ranks: Ranks) -> Any:
+    def planned(job: Job, base: Path, longest: int, ranks: Ranks, step_tokens: int = 0) -> Any:
         if asked.capacity is None:
-            return budget.micro_batch(job, base, longest, ranks)
+            return budget.micro_batch(job, base, longest, ranks, asked.most or step_tokens)
         return budget.solve(job, base, longest, asked.capacity, ranks.world) or (longest, 99)
 
     patch.object(sft, "micro_batch", planned).start()
-    if asked.most:
-        patch.object(budget, "GPU_TOKENS", asked.most).start()
     stage = STAGES[job.stage].Stage(job, run)
     stage.kept.load = lambda *_: (model, dict(names))
     stage.compare_with_stock = lambda *_: {}  # another test's
     stage._rehearse_saving = lambda: None
     ranks = Replicas(StopSignal(), device)
     stage.load(ranks)
-    plan = planned(job, stage.base, stage.longest, ranks)
+    plan = (stage.budget, stage.recomputed)
     for i, layer in enumerate(inner_model(model).fast_layers):  # type: ignore[arg-type]
         layer.checkpoint = i < plan[1]
     if job.stage == "ppo":  # the fourth role, in a reward model's place
@@ -257,7 +255,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--few", type=int, help="items of a step, in place of the protocol's")
     parser.add_argument("--capacity", type=float, help="GiB of the card that is planned for")
-    parser.add_argument("--most", type=int, help="tokens of a micro-batch, in place of the loop's")
+    parser.add_argument("--most", type=int, help="of a step's tokens, in one micro-batch")
     parser.add_argument("--share", action="store_true", help="a group's prompt is computed once")
     parser.add_argument("--profile", type=Path, help="write one step more's kernels to this file")
     parser.add_argument("--append", type=Path, help="add the lines to this file")

@@ -18,19 +18,25 @@ from trainer.wire.job import Job
 from trainer.wire.stages import STAGES
 
 GPU_TOKENS = 16384  # at most; the memory oracle says how many fit
+# at most for a step of pairs that is larger, so that it leaves no small micro-batch: where this
+# share of the card's memory holds it without recomputing, since packs of many sizes leave gaps
+STEP_TOKENS, ROOMY = 32768, 0.9
 FORCED = "MILKTEA_BASE_IN_PARTS"  # a variable of the environment
 
 
-def micro_batch(job: Job, base: Path, longest: int, ranks: Ranks) -> tuple[int, int]:
+def micro_batch(
+    job: Job, base: Path, longest: int, ranks: Ranks, step_tokens: int = 0
+) -> tuple[int, int]:
     """(tokens of a micro-batch, layers to recompute in backward) that the processes' devices hold,
-    where the longest row has `longest` tokens, a learned prompt's places among them. Raises
+    where the longest row has `longest` tokens, a learned prompt's places among them. `step_tokens`:
+    of the largest step that a process computes, where a micro-batch may hold all of it. Raises
     InvalidJob when none fits, or when the model's config.json does not tell how large it is."""
     device = ranks.device
     if device.type != "cuda":
         return CPU_TOKENS, 0
     capacity = capacity_of(device)
     of_all = (ranks.world, ranks.base_in_parts, is_old(device))
-    solved = solve(job, base, longest, capacity, *of_all)
+    solved = for_step(step_tokens, job, base, longest, capacity, *of_all)
     if solved is None:
         name = torch.cuda.get_device_name(device)
         raise InvalidJob(
@@ -40,6 +46,26 @@ def micro_batch(job: Job, base: Path, longest: int, ranks: Ranks) -> tuple[int, 
             "or ask for a larger card in [offer]",
         )
     return solved
+
+
+def for_step(
+    step_tokens: int,
+    job: Job,
+    base: Path,
+    longest: int,
+    capacity_gib: float,
+    world: int,
+    in_parts: bool = False,
+    old: bool = False,
+) -> tuple[int, int] | None:
+    """`solve`, and on a card with much room a micro-batch for the whole of a step of so many
+    tokens."""
+    solved = solve(job, base, longest, capacity_gib, world, in_parts, old)
+    if solved is None or solved[1] or step_tokens <= solved[0]:
+        return solved
+    most, room = min(step_tokens, STEP_TOKENS), capacity_gib * ROOMY
+    larger = solve(job, base, longest, room, world, in_parts, old, most)
+    return solved if larger is None or larger[1] else max(solved, larger)
 
 
 def capacity_of(device: torch.device) -> float:
@@ -72,9 +98,11 @@ def solve(
     world: int,
     in_parts: bool = False,
     old: bool = False,
+    most: int = GPU_TOKENS,
 ) -> tuple[int, int] | None:
-    """memory.solve for this job on a card of `capacity_gib`, which is `old` before Ampere. Raises
-    InvalidJob for a config.json or target_modules that it cannot reckon with."""
+    """memory.solve for this job on a card of `capacity_gib`, which is `old` before Ampere, with
+    micro-batches of `most` tokens, or one longer row. Raises InvalidJob for a config.json or
+    target_modules that it cannot reckon with."""
     lora, training = job.lora, job.training
     try:
         shape = memory.Shape.from_config(
@@ -88,7 +116,7 @@ def solve(
             lora.counted_modules,
             memory.method_of(training.method, lora.use_dora, lora.lora_dropout),
             longest,
-            max(longest, GPU_TOKENS),
+            max(longest, most),
             processes=world,
             in_parts=in_parts,
             trainable_layers=training.freeze_trainable_layers,

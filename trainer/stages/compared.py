@@ -196,6 +196,12 @@ class Stage(measured.Stage):
 class Judged(Stage):
     """A stage that looks at held-out items while it trains."""
 
+    @property
+    def step_tokens(self) -> int:
+        tokens = np.asarray(self.data.rows.lengths).reshape(-1, self.rows_per_item).sum(1)
+        steps = range(self.order.steps_per_epoch)
+        return max((int(tokens[self.order.step(step)].sum()) for step in steps), default=0)
+
     @abstractmethod
     def judgement(self, micro: dict[str, Any]) -> Tensor:
         """Of a held-out micro-batch on the device, as `ready` makes it: (sum of the losses, items

@@ -88,6 +88,11 @@ class Stage(stage.Stage):
         """Tokens of the longest row that the model reads, with a learned prompt's places."""
         return max(self.lengths)
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the largest step, of all processes, where one micro-batch may hold it."""
+        return 0
+
     def load(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.base = base_of(self.job, self.run, ranks)
@@ -99,7 +104,8 @@ class Stage(stage.Stage):
             self.kept.compared = self.compare_with_stock(ranks, self.packed)
         if ranks.rank == 0:
             self._rehearse_saving()
-        room = micro_batch(self.job, self.base, longest, ranks)
+        step = self.step_tokens // ranks.world if self.packed else 0
+        room = micro_batch(self.job, self.base, longest, ranks, step)
         self.budget, self.recomputed = room
         self.model, self.kernels = self.kept.load(
             self.job, self.base, ranks.device, self.recomputed, ranks.shard, longest

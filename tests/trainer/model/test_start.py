@@ -13,7 +13,7 @@ from tiny import manifest_of, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from trainer import families, memory
-from trainer.loop.budget import solve
+from trainer.loop.budget import GPU_TOKENS, STEP_TOKENS, for_step, solve
 from trainer.outcome import DONE, REFUSED
 from trainer.train import outcome_of
 from trainer.wire.job import Job
@@ -64,6 +64,20 @@ def test_a_mixture_on_a_gpu_has_a_micro_batch(run_folder: Make, tmp_path: Path) 
     job = Job.model_validate_json(run_folder(model=folder).read_bytes())
     found = solve(job, folder, 200, 24.0, 1)
     assert found is not None and found[0] >= 200
+
+
+def test_a_step_of_pairs_is_one_micro_batch_where_the_card_has_much_room(
+    run_folder: Make, tmp_path: Path
+) -> None:
+    folder = folder_of("qwen3", tmp_path / "model")
+    job = Job.model_validate_json(run_folder(model=folder).read_bytes())
+    assert solve(job, folder, 200, 24.0, 1) == (GPU_TOKENS, 0)
+    assert for_step(20_000, job, folder, 200, 24.0, 1) == (20_000, 0)
+    assert for_step(99_000, job, folder, 200, 24.0, 1) == (STEP_TOKENS, 0)
+    assert for_step(9_000, job, folder, 200, 24.0, 1) == (GPU_TOKENS, 0)
+    sizes = (n / 10 for n in range(10, 240))
+    just = next(s for s in sizes if solve(job, folder, 200, s, 1) == (GPU_TOKENS, 0))
+    assert for_step(20_000, job, folder, 200, just, 1) == (GPU_TOKENS, 0)
 
 
 def test_the_oracle_reads_widths_that_differ_by_layer() -> None:
