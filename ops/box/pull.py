@@ -166,9 +166,9 @@ def _validate_space_here(local: Path, need: int) -> None:
     free, reserve = shutil.disk_usage(local.parent).free, reserve_bytes(local.parent)
     if need > free - reserve:
         raise PreflightError(
-            f"{local.parent} has {free / 2**30:.2f} GiB left, "
-            f"{local.name.removesuffix(PART)} needs {need / 2**30:.2f} GiB, and "
-            f"{reserve / 2**30:.2f} GiB are kept free",
+            f"{local.parent} has {free / 1e6:,.1f} MB left, "
+            f"{local.name.removesuffix(PART)} needs {need / 1e6:,.1f} MB, and "
+            f"{reserve / 1e6:,.1f} MB are kept free",
             money=KEPT,
             hint=MAKE_ROOM,
         )

@@ -18,6 +18,7 @@ from ops.errors import (
     BoxError,
     Failed,
     OverBudget,
+    PreflightError,
     Stalled,
     TrainingError,
     Unsuitable,
@@ -33,8 +34,9 @@ from ops.run.merge import give_up, merge_on_box
 from ops.run.on_rented_box import on_rented_box
 from ops.run.retry import retry_transfer
 from ops.run.sandbox import Inspected
-from ops.run.session import Interrupted, Session, metered
+from ops.run.session import MARGIN_S, Detached, Interrupted, Session, metered
 from ops.run.talk import then_chat
+from ops.run.wishes import works_alone
 
 MAX_RESTARTS = 3  # of one box, before it is given up
 MAX_FETCHES = 3  # of a result that does not verify
@@ -156,7 +158,8 @@ def watch(session: Session, box: Box) -> None:
 @stage
 def pull(session: Session, box: Box) -> RunResult:
     """Pull the result and verify it; only then may the box be destroyed. A result that does not
-    verify is fetched again, MAX_FETCHES times in all. Raises AdapterError."""
+    verify is fetched again, MAX_FETCHES times in all. Raises AdapterError; Detached where this disk
+    stays full, so that the box keeps the result as long as it keeps it for a silent client."""
     staging = _staging(session)
     staging.mkdir(exist_ok=True)
     for attempt in range(1, MAX_FETCHES + 1):
@@ -170,6 +173,12 @@ def pull(session: Session, box: Box) -> RunResult:
             staging.mkdir()
             if attempt == MAX_FETCHES:
                 raise
+        except PreflightError as e:  # this disk is full
+            may_stay = works_alone(session.journal.lines, session.plan)
+            if not may_stay or session.left_s() < 2 * MARGIN_S:
+                raise
+            session.screen.waiting(f"{e}; the result waits on the box, and `milktea resume` asks")
+            raise Detached from e
     out = _write_out(session, inspected)
     found = inspected.verified
     session.note(

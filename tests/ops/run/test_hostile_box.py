@@ -13,6 +13,7 @@ import rig
 from ops.errors import AdapterError, Failed, PreflightError
 from ops.fakevast import FakeVast
 from ops.run import retrieve, retry
+from ops.run.session import Detached
 
 EVIL = b"<script>location='http://evil.example'</script>"
 
@@ -148,5 +149,21 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_to_do(
     usage = shutil.disk_usage(own.folder)
     monkeypatch.setattr("ops.box.pull.shutil.disk_usage", lambda folder: usage._replace(free=0))
     monkeypatch.setattr(retry, "FULL_PATIENCE_S", 0.0)
-    outcome, _, _ = rig.whole_run(own, fake)
+    outcome, _, _ = rig.whole_run(own, fake, when_silent="destroy")
     assert isinstance(outcome, PreflightError) and "make room" in outcome.hint
+    assert fake.instances() == []
+
+
+def test_a_disk_that_stays_full_leaves_the_result_on_a_box_that_works_alone(
+    own: rig.Rig, fake: FakeVast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, plan = shutil.disk_usage(own.folder), own.plan()
+    with monkeypatch.context() as full:
+        full.setattr("ops.box.pull.shutil.disk_usage", lambda folder: usage._replace(free=0))
+        full.setattr(retry, "FULL_PATIENCE_S", 0.0)
+        outcome, _, screen = rig.whole_run(own, fake, plan=plan)
+    assert isinstance(outcome, Detached) and len(fake.instances()) == 1
+    assert any("the result waits on the box" in told for told in screen.told)
+    outcome, lines, _ = rig.whole_run(own, fake, plan=plan)
+    assert outcome.adapter_zip.is_file() and fake.instances() == []
+    assert [line.kind for line in lines].count("launched") <= 2
