@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 RUNNER = Path(__file__).with_name("reward_runner.py")
@@ -86,7 +88,9 @@ class RewardProcess:
 
 
 def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
-    process.kill()
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what the function started
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:

@@ -4,8 +4,8 @@ path, so nothing of ours is imported.
     python -I reward_runner.py FILE SECONDS MEMORY_BYTES
 
 Each line on standard input is a list of [prompt, answer, expected]; the line that comes back is a
-list of [number, fault], one of which is null. What the function prints is thrown away. It has
-SECONDS for an answer and MEMORY_BYTES in all.
+list of [number, fault], one of which is null. What the function prints is thrown away, and it has
+nothing to read. It has SECONDS for an answer and MEMORY_BYTES in all.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class TimeUp(Exception):
 
 
 def main(file: str, seconds: float, memory: int) -> None:
-    replies = os.fdopen(os.dup(1), "w")
+    asked, replies, own = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.getpid()
     nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, too_long)
@@ -38,8 +38,10 @@ def main(file: str, seconds: float, memory: int) -> None:
         function = runpy.run_path(file)["reward"]
     except BaseException as why:  # told with the first answers
         function = failing(why)
-    for line in sys.stdin:
-        told = [judged(function, asked, seconds) for asked in json.loads(line)]
+    for line in asked:
+        told = [judged(function, one, seconds) for one in json.loads(line)]
+        if os.getpid() != own:  # a copy that the function forked, and let return
+            os._exit(1)
         replies.write(json.dumps(told) + "\n")
         replies.flush()
 

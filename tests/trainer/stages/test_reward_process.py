@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,36 @@ def test_a_process_that_ends_is_a_fault_and_is_started_again(tmp_path: Path) -> 
     with pytest.raises(RewardFault, match="ended or hung"):
         one.ask(ASKED)
     assert one.ask(ASKED[:1]) == [1.0]
+
+
+def test_a_function_that_forks_and_reads_shifts_no_number_and_leaves_no_process(
+    tmp_path: Path,
+) -> None:
+    one = function(
+        tmp_path,
+        "import os, sys, time\n"
+        "def reward(prompt, answer, expected):\n"
+        "    if answer == 'five': os.fork()\n"
+        "    if answer == 'stay':\n"
+        "        pid = os.fork()\n"
+        "        return pid or time.sleep(99)\n"
+        "    return 2.0 if answer == expected and not sys.stdin.read() else 1.0\n",
+    )
+    for _ in range(3):
+        assert one.ask(ASKED) == [2.0, 1.0]
+        assert one.ask(ASKED[:1]) == [2.0], "of this answer, and not of the one before"
+    [child] = one.ask([("q", "stay", "")])
+    one.close()
+    for _ in range(3000):  # until init has reaped it
+        try:
+            os.kill(int(child), 0)
+            state = Path(f"/proc/{int(child)}/stat").read_text("utf-8").rsplit(")", 1)[1]
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        if "Z" in state:
+            return
+        time.sleep(0.01)
+    raise AssertionError("what the function started goes on")
 
 
 def test_it_has_nothing_of_ours_and_ends_with_its_owner(
