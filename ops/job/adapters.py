@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +12,7 @@ from typing import Any
 from ops.box.transfer import PushFile, sha256_of
 from ops.errors import PreflightError
 from ops.job.job_file import JobFile
-from trainer.wire.adapters import as_told, files_of, judge_defect, settings_from
-from trainer.wire.chain import CONFIG, text_of
+from trainer.wire.adapters import as_told, files_of, judge_defect, peft_type, settings_from
 from trainer.wire.job import DataFile
 from trainer.wire.tables import REWARD_MODEL
 
@@ -60,7 +58,7 @@ def _started(job: JobFile, start: Path, found: Adapters, stage: Path) -> JobFile
     OSError, ValueError."""
     _add(found, start, START, stage)
     if job.how == "merge":
-        if json.loads(text_of(start, CONFIG)).get("peft_type") != "LORA":
+        if peft_type(start) != "LORA":
             raise ValueError("it is no LoRA: only a LoRA is merged")
         found.told["merged"] = [found.told.pop(START)]
         return job

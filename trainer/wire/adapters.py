@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.wire import tensors
 from trainer.wire.chain import (
     CHAIN,
     CONFIG,
@@ -35,15 +36,20 @@ TAKEN = (
 
 def files_of(adapter: Path, to: Path) -> list[Path]:
     """Weights, settings and chain of an adapter; those of an archive are unpacked into the new
-    folder `to`. Raises OSError, ValueError (no archive)."""
+    folder `to`. Raises OSError, ValueError (no archive, no safetensors)."""
     held = [WEIGHTS, CONFIG, *([CHAIN] if chain_of(adapter) is not None else [])]
-    if adapter.is_dir():
-        return [adapter / name for name in held]
-    to.mkdir(parents=True, exist_ok=True)
-    for name in held:
-        with opened(adapter, name) as source, open(to / name, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-    return [to / name for name in held]
+    folder = adapter if adapter.is_dir() else to
+    if folder is to:
+        to.mkdir(parents=True, exist_ok=True)
+        for name in held:
+            with opened(adapter, name) as source, open(to / name, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+    with open(folder / WEIGHTS, "rb") as file:
+        try:
+            tensors.names(file, (folder / WEIGHTS).stat().st_size)
+        except ValueError as why:
+            raise ValueError(f"{WEIGHTS} cannot be read: {why}") from why
+    return [folder / name for name in held]
 
 
 def settings_from(
@@ -116,9 +122,9 @@ def _same(asked: Any, told: Any) -> bool:
 
 def settings_of(adapter: Path) -> dict[str, Any]:
     """TAKEN of adapter_config.json. Raises ValueError for an adapter that no stage takes up."""
-    told = json.loads(text_of(adapter, CONFIG))
-    if not isinstance(told, dict) or told.get("peft_type") != "LORA":
+    if peft_type(adapter) != "LORA":
         raise ValueError("it is no LoRA: only a LoRA is taken up")
+    told = json.loads(text_of(adapter, CONFIG))
     odd = {
         "use_dora": told.get("use_dora"),
         "use_rslora": told.get("use_rslora"),
@@ -131,7 +137,17 @@ def settings_of(adapter: Path) -> dict[str, Any]:
     taken = {name: told.get(name, getattr(Lora(), name)) for name in TAKEN}
     for name in ("rank_pattern", "alpha_pattern"):
         taken[name] = taken[name] or {}
+    kinds = {"r": (int,), "lora_alpha": (int, float), "target_modules": (list, str)}
+    for name, known in kinds.items():
+        if type(taken[name]) not in known:
+            raise ValueError(f"{CONFIG} has {name} = {taken[name]!r:.40}")
     return taken
+
+
+def peft_type(adapter: Path) -> str:
+    """What kind an adapter is by its settings, in PEFT's word. Raises OSError, ValueError."""
+    told = json.loads(text_of(adapter, CONFIG))
+    return f"{told.get('peft_type')}" if isinstance(told, dict) else "no adapter"
 
 
 def as_told(adapter: Path, path: str, name: str) -> dict[str, str]:

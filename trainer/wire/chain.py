@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,18 +55,22 @@ class Chain(BaseModel):
 
 @contextmanager
 def opened(adapter: Path, name: str) -> Iterator[IO[bytes]]:
-    """A file of an adapter, which is a folder or an archive. Raises FileNotFoundError."""
+    """A file of an adapter, which is a folder or an archive. Raises FileNotFoundError, and
+    ValueError for an archive that cannot be read."""
     if adapter.is_dir():
         with open(adapter / name, "rb") as file:
             yield file
         return
-    with zipfile.ZipFile(adapter) as archive:
-        try:
-            info = archive.getinfo(name)
-        except KeyError as why:
-            raise FileNotFoundError(f"{adapter} holds no {name}") from why
-        with archive.open(info) as file:
-            yield file
+    try:
+        with zipfile.ZipFile(adapter) as archive:
+            try:
+                info = archive.getinfo(name)
+            except KeyError as why:
+                raise FileNotFoundError(f"{adapter} holds no {name}") from why
+            with archive.open(info) as file:
+                yield file
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as why:
+        raise ValueError(f"it is no archive that can be read: {why}") from why
 
 
 def text_of(adapter: Path, name: str) -> bytes:

@@ -69,9 +69,11 @@ StageHow = Literal["continue", "stack", "merge"]
 
 
 class Strict(BaseModel):
-    """Frozen, and an unknown key is an error with its path."""
+    """Frozen; an unknown key is an error with its path, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Lora(Strict):

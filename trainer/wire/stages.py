@@ -88,9 +88,10 @@ STAGES: Mapping[StageName, StageFacts] = {
 
 
 class Section(BaseModel):
-    """The settings of one stage. Frozen, and an unknown key is an error with its path."""
+    """The settings of one stage. Frozen; an unknown key is an error with its path, and so is a
+    number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Pt(Section):
@@ -140,6 +141,14 @@ class Dpo(Shares):
         float,
         Field(ge=0, le=1, description="Weight of tokens beyond the shorter side's length"),
     ] = 1.0
+
+    @model_validator(mode="after")
+    def _has_what_its_loss_reads(self) -> Dpo:
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing says nothing to loss_type {self.loss_type!r}")
+        if self.loss_type != "simpo" and self.simpo_gamma != 1.0:
+            raise ValueError(f"simpo_gamma says nothing to loss_type {self.loss_type!r}")
+        return self
 
 
 class Kto(Section):

@@ -72,8 +72,12 @@ def read(source: Readable, size: int) -> Iterator[Tensor]:
 
 def names(source: Readable, size: int) -> list[str]:
     """The tensors' names in a safetensors file of `size` bytes, by its header alone. Raises
-    ValueError."""
-    return [entry[0] for entry in _entries(source, size)[0]]
+    ValueError, also for a file that ends before its tensors do."""
+    entries, length = _entries(source, size)
+    end, held = (entries[-1][-1] if entries else 0), size - 8 - length
+    if end != held:
+        raise ValueError(f"its tensors take {end} bytes, the file has {held}")
+    return [entry[0] for entry in entries]
 
 
 def _entries(source: Readable, size: int) -> tuple[list[Entry], int]:

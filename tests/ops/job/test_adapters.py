@@ -28,9 +28,13 @@ CONFIG = {
 
 
 def an_adapter(folder: Path, *stages: Any, base: str = "tea/7b", **changes: Any) -> Path:
-    """A folder with settings, bytes in the place of weights, and a chain of these stages."""
+    """A folder with settings, one tensor that its name decides, and a chain of these stages."""
     folder.mkdir(parents=True)
-    (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    named = folder.name.encode()
+    row = {"a": {"dtype": "U8", "shape": [len(named)], "data_offsets": [0, len(named)]}}
+    header = json.dumps(row).encode()
+    weights = len(header).to_bytes(8, "little") + header + named
+    (folder / "adapter_model.safetensors").write_bytes(weights)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
     links = [Link(stage=s, run_id="a-run", how="new", sha256=s[0] * 64) for s in stages]
     if links:
@@ -117,6 +121,8 @@ def test_a_learned_prompt_is_continued_with_its_own_number_of_places(tmp_path: P
         ({"start": "made", "how": "merge"}, {"peft_type": "LOHA"}, "it is no LoRA"),
         ({"start": "nowhere"}, {}, "holds no adapter"),
         ({"start": "made"}, {"peft_type": "LOHA"}, "it is no LoRA"),
+        ({"start": "made", "how": "stack"}, {"r": "4"}, "r = '4'"),
+        ({"start": "made", "how": "stack"}, {"target_modules": None}, "target_modules = None"),
         ({"start": "made"}, {"use_dora": True}, "use_dora, which no stage"),
         ({"start": "made", "lora": {"r": 32}}, {}, r"lora.r = 32 \(the adapter has 4\)"),
         ({"start": "made", "how": "stack"}, {"rank_pattern": {"q": 2}}, "no rank_pattern"),
@@ -139,6 +145,29 @@ def test_what_cannot_be_taken_up_is_refused(
     an_adapter(tmp_path / "made", "sft", **settings)
     with pytest.raises(PreflightError, match=said):
         taken_up(a_job(tmp_path, **changes), tmp_path / "stage")
+
+
+def test_an_archive_or_weights_that_cannot_be_read_are_refused_before_renting(
+    tmp_path: Path,
+) -> None:
+    folder = an_adapter(tmp_path / "made", "sft")
+    archive(folder, tmp_path / "whole" / "adapter.zip")
+    whole = (tmp_path / "whole" / "adapter.zip").read_bytes()
+    torn = {"torn.zip": whole[:-40], "none.zip": b"not one", "null": b""}
+    for name, text in torn.items():
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(PreflightError, match="it is no archive that can be read"):
+            taken_up(a_job(tmp_path, start=name), tmp_path / "stage")
+    weights = folder / "adapter_model.safetensors"
+    sound = weights.read_bytes()
+    for text in (b"garbage", sound[:-1]):
+        weights.write_bytes(text)
+        with pytest.raises(PreflightError, match="safetensors cannot be read"):
+            taken_up(a_job(tmp_path, start="made"), tmp_path / "stage")
+    weights.write_bytes(sound)
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(PreflightError, match="it is no LoRA"):
+        taken_up(a_job(tmp_path, start="made", how="merge"), tmp_path / "stage")
 
 
 @pytest.mark.parametrize(

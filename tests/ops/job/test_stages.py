@@ -71,6 +71,20 @@ def test_what_no_chain_can_be_is_refused_by_its_place(
         parsed(*stages, **changes)
 
 
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ({"beta": float("inf")}, "dpo.beta: Input should be a finite number"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing says nothing to loss_type"),
+        ({"loss_type": "orpo", "simpo_gamma": 2.0}, "simpo_gamma says nothing to loss_type"),
+    ],
+)
+def test_a_setting_that_its_loss_cannot_use_is_refused(section: dict[str, Any], said: str) -> None:
+    example = EXAMPLE.with_name("practice-dpo.toml")
+    with pytest.raises(ConfigError, match=said):
+        config.parse(tomllib.loads(example.read_text("utf-8")) | {"dpo": section}, example)
+
+
 def test_a_stage_that_needs_a_reward_model_that_no_stage_before_makes_is_refused(
     tmp_path: Path,
 ) -> None:
