@@ -44,8 +44,8 @@ status: setup ## where every run stands
 test: setup ## the test suite
 	@$(VENV)/bin/python -m pytest -n 3 # more than the two cores: many tests wait for a clock
 
-test-slow: setup ## the long proofs: crash matrix, kills, corruption, Docker where an engine is
-	@$(VENV)/bin/python -m pytest -m "(slow or docker) and not gpu and not live" -n 2
+test-slow: setup ## the long proofs: kills, corruption, every architecture, Docker where an engine is; PARTS="tests/ops ..."
+	@$(VENV)/bin/python -m pytest -m "(slow or docker) and not gpu and not live" -n 2 $(PARTS)
 
 test-versions: setup ## the trainer's tests on every torch and transformers of docs/architecture.md; ROWS="train-cu130 ..."
 	@$(VENV)/bin/python tests/versions.py $(ROWS)
