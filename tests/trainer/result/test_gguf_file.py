@@ -12,6 +12,7 @@ import pytest
 import sentencepieces
 import torch
 from gguf import GGUFReader
+from ggufs import folder_of, model_of
 from safetensors.torch import load_file
 from tiny import write_tokenizer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -23,29 +24,6 @@ from trainer.result import gguf_file
 from trainer.tools import sentencepiece_bpe
 
 SIGNS = "What is 1 + 2? It is three. 你好，世界。\n\n\t<|im_end|> <s> é🙂 {}'s don't 12345"
-
-
-def model_of(kind: str) -> Any:
-    """A random model whose matrices are fp16 numbers."""
-    if kind == "gemma3":  # six layers: llama.cpp knows which of them have a window
-        _, settings = architectures.ARCHITECTURES[kind]
-        from transformers import Gemma3TextConfig
-
-        own = {"num_hidden_layers": 6, "sliding_window_pattern": 6, "layer_types": None}
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**settings | own))
-    else:
-        model = architectures.build(kind)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data = parameter.data.half().float()
-    return model.eval()
-
-
-def folder_of(folder: Path, kind: str) -> Path:
-    model_of(kind).save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
 
 
 def value_of(reader: GGUFReader, key: str) -> Any:
