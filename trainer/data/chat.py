@@ -28,6 +28,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Unicode noncharacters around what {% generation %} holds; no text of a row may hold them
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
+_TAG = re.compile(r"<([^<>/]+)>\s*\Z")  # that a text ends with
 _QUESTION, _ANSWER, _REASON, _CALL = "Quokkaask", "Quokkasay", "Quokkawhy", "quokkacall"
 
 
@@ -182,6 +183,12 @@ class ChatTemplate:
     ) -> str:
         """What is learned behind `before` although `after` does not begin with it. `opening` is
         what add_generation_prompt adds."""
+        if self._dropped_words and _TAG.search(before):
+            at = before.rindex(self._dropped_words[0])
+            if after.startswith(before[:at]):
+                end = self._block_end or ""
+                end = end.rstrip("\n") if after.startswith("\n", at) else end
+                return turn.reasoning + end + after[at:]
         common = _common(before, after)
         supplied, rest = before[common:], after[common:]
         at = rest.find(supplied)
@@ -331,13 +338,27 @@ class ChatTemplate:
         if not found or (opens in head) != head.lstrip().startswith(opens) or opens in text:
             return turn
         reasoning = head.lstrip().removeprefix(opens).strip("\n")
-        return turn._replace(text=text.lstrip("\n"), reasoning=reasoning) if reasoning else turn
+        # what the template drops ends with the word: history has the blank lines behind it
+        text = text if self._dropped_words else text.lstrip("\n")
+        return turn._replace(text=text, reasoning=reasoning) if reasoning else turn
+
+    @cached_property
+    def _dropped_words(self) -> tuple[str, str] | None:
+        """The words before and behind reasoning of a template that reads none, whose prompt opens a
+        block of it, and that drops from an answer's text all that stands before the block's end
+        (DeepSeek-R1)."""
+        found = _TAG.search(self._probe([_user()], prompt=True))
+        if self.reasoning_key or not found:
+            return None
+        closes = f"</{found[1]}>"
+        said = self._probe([_user(), _user(_REASON + closes + _ANSWER) | {"role": "assistant"}])
+        return (found[0].strip(), closes) if _ANSWER in said and _REASON not in said else None
 
     @cached_property
     def _block_words(self) -> tuple[str, str] | None:
         """The words before and behind reasoning, such as <think> and </think>."""
         if not self.reasoning_key:
-            return None
+            return self._dropped_words
         answer = _assistant(False, **{self.reasoning_key: _REASON})
         written = self._probe([_user(), answer], True)
         before, found, behind = written.partition(_REASON)
@@ -349,7 +370,7 @@ class ChatTemplate:
     def _block_end(self) -> str | None:
         """What closes the block of reasoning that the prompt opens; None where it opens none."""
         if not self.reasoning_key:
-            return None
+            return f"\n{self._dropped_words[1]}\n\n" if self._dropped_words else None
         answer = _assistant(False, **{self.reasoning_key: _REASON})
         before = self._probe([_user()], True, prompt=True)
         label = self._probe([_user(), answer], True)[len(before) :]
@@ -390,7 +411,7 @@ class ChatTemplate:
                 f"turn {number + 1} holds a Unicode noncharacter (U+FDD0 or U+FDD1): remove it"
             )
         message: dict[str, Any] = {"role": turn.role, "content": joined}
-        if turn.reasoning:
+        if turn.reasoning and not self._dropped_words:
             if not self.reasoning_key:
                 raise TemplateError(
                     "the chat template has no place for an answer's reasoning: take it out of the "

@@ -313,6 +313,28 @@ def test_a_block_that_the_prompt_opens_is_closed_before_an_answer_without_reason
     assert asked == (prompt_of + "\n</think>\n\n", False) and learned == "Hello<|im_end|>"
 
 
+def test_reasoning_that_a_template_drops_is_learned_behind_the_prompt_that_opens_it() -> None:
+    """DeepSeek-R1: the template reads no reasoning, its prompt ends with <think>, and of each
+    answer, the last too, it writes what follows </think>."""
+    jinja = (
+        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{{- '<|im_start|>' +"
+        " m.content.split('</think>')[-1] + '<|im_end|>' -}}{%- else -%}{{- m.content -}}"
+        "{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|><think>\\n' -}}{%- endif -%}"
+    )
+    prompt = ("Hi<|im_start|><think>\n", False)
+    for said in (
+        Turn("assistant", "<b>Hello</b>", reasoning="greet"),
+        Turn("assistant", "<think>\ngreet\n</think>\n\n<b>Hello</b>"),
+        Turn("assistant", "greet\n</think>\n\n<b>Hello</b>"),
+    ):
+        learned = ("greet\n</think>\n\n<b>Hello</b><|im_end|>", True)
+        assert made_up(jinja, [ONE[0], said]) == [[prompt, learned]]
+    first, second = made_up(jinja, [*ONE, Turn("user", "Bye"), ONE[1]])
+    assert first == [prompt, ("\n</think>\n\nHello<|im_end|>", True)]
+    assert second[0] == ("Hi<|im_start|>Hello<|im_end|>Bye<|im_start|><think>\n", False)
+
+
 def test_an_answer_without_a_stop_token_of_its_own_ends_with_what_servers_stop_at() -> None:
     bare = "{%- for m in messages -%}{{- '<|im_start|>' + m.content -}}{%- endfor -%}" + (
         "{%- if add_generation_prompt -%}<|im_start|>{%- endif -%}"
