@@ -81,6 +81,8 @@ class ChatTemplate:
         self._tails: dict[bool | None, str] = {}
         ends = sorted((t for t in tokens.texts if t.strip()), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, ends))) if ends else None
+        self._as_parts = False
+        self._as_parts = _QUESTION not in self._probe([_user()]) and self._reads_parts()
         self._flags = [name for name in THINKING_FLAGS if self._reacts_to(name)]
 
     # -- what is learned ---------------------------------------------------------------------------
@@ -136,7 +138,8 @@ class ChatTemplate:
         thinking: bool | None,
     ) -> RenderedAnswer:
         number = sum(t.role == "assistant" for t in turns[: i + 1])
-        for flag in self._flags_for(turns[i], thinking):
+        flags = self._flags_for(turns[i], thinking)
+        for flag in flags:
             before = self.render(messages[:i], tools, True, flag)
             marked = self._render_marked(messages[: i + 1], tools, False, flag)
             after = _MARKS.sub("", marked)
@@ -144,9 +147,8 @@ class ChatTemplate:
                 label, start = after[len(before) :], len(before)
                 break
         else:
-            prompted = self.render(messages[:i], tools, False, flag)
-            opening = before[len(prompted) :] if before.startswith(prompted) else ""
-            label, start = self._realigned(before, after, opening, turns[i], flag, number), -1
+            flag, before, label = self._realigned(turns[i], messages[: i + 1], tools, flags, number)
+            start = -1
         self._validate_answer(before, label, turns[i], number)
         end, appended = self._end(label, bool(turns[i].calls), flag, number)
         learned = label[:end]
@@ -174,6 +176,28 @@ class ChatTemplate:
 
     def _realigned(
         self,
+        turn: Turn,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Any],
+        flags: Sequence[bool | None],
+        number: int,
+    ) -> tuple[bool | None, str, str]:
+        """(flag, prompt, what is learned behind it) of the last of `messages`, although no prompt
+        of `flags` begins the rendering with the answer. Raises TemplateError."""
+        refused: list[TemplateError] = []
+        for flag in reversed(flags):
+            before = self.render(messages[:-1], tools, True, flag)
+            after = self.render(messages, tools, False, flag)
+            prompted = self.render(messages[:-1], tools, False, flag)
+            opening = before[len(prompted) :] if before.startswith(prompted) else ""
+            try:
+                return flag, before, self._behind(before, after, opening, turn, flag, number)
+            except TemplateError as error:
+                refused.append(error)
+        raise refused[0]
+
+    def _behind(
+        self,
         before: str,
         after: str,
         opening: str,
@@ -192,8 +216,8 @@ class ChatTemplate:
         common = _common(before, after)
         supplied, rest = before[common:], after[common:]
         at = rest.find(supplied)
-        if at >= 0:  # the same prompt, written otherwise before it
-            return rest[at + len(supplied) :]
+        if at >= 0 and (label := rest[at + len(supplied) :]):  # written otherwise before it
+            return label
         if at := _aligned(before, after, opening):
             return after[at:]
         content = turn.text.strip()
@@ -317,6 +341,11 @@ class ChatTemplate:
                 if _REASON in self._probe([_user(), _assistant(calls, **{key: _REASON})], True):
                     return key
         return ""
+
+    def _reads_parts(self) -> bool:
+        """Whether contents are lists of parts to the template, as those of SmolVLM and LLaVA."""
+        self._as_parts = True
+        return _QUESTION in self._probe([_user()])
 
     def _reacts_to(self, name: str) -> bool:
         def written(value: bool) -> list[str]:
@@ -456,7 +485,7 @@ class ChatTemplate:
         try:
             return str(
                 self._compiled.render(
-                    messages=messages,
+                    messages=[_in_parts(m) for m in messages] if self._as_parts else messages,
                     tools=list(tools) or None,
                     add_generation_prompt=prompt,
                     eos_token=self._tokens.eos,
@@ -542,6 +571,11 @@ def _tool_names(tools: Sequence[Any]) -> list[str]:
     """Names of tools as OpenAI writes them, bare or wrapped in {"type", "function"}."""
     bare = [t.get("function", t) for t in tools if isinstance(t, dict)]
     return [t["name"] for t in bare if isinstance(t, dict) and isinstance(t.get("name"), str)]
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    text = message["content"]
+    return dict(message) | {"content": [{"type": "text", "text": text}] if text else []}
 
 
 def _user(text: str = _QUESTION) -> dict[str, Any]:

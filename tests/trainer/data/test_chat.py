@@ -288,6 +288,32 @@ def test_a_prompt_that_is_written_otherwise_once_it_is_history_is_found_again() 
     assert made_up(jinja, ONE) == made_up(CHATML, ONE)
 
 
+def test_a_prompt_that_ends_as_the_answer_does_and_a_flag_that_adds_to_it_are_seen_through() -> (
+    None
+):
+    """Gemma 4 of July 2026, after a tool's result: the prompt closes the turn that the answer goes
+    on with, and with thinking it opens a channel."""
+    jinja = (
+        "{%- for m in messages -%}{{- m.content + ('<|im_end|>' if loop.last else '') -}}"
+        "{%- endfor -%}{%- if add_generation_prompt and enable_thinking -%}{{- '<|other|>' -}}"
+        "{%- endif -%}"
+    )
+    assert made_up(jinja, ONE) == [[("Hi<|im_end|>", False), ("Hello<|im_end|>", True)]]
+
+
+def test_texts_are_given_as_parts_to_a_template_that_reads_no_others() -> None:
+    """Of SmolVLM, Idefics 3, LLaVA."""
+    parts = "{%- for part in m.content -%}{{- part.text -}}{%- endfor -%}"
+    jinja = (
+        "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}"
+        + parts
+        + "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        + ASK
+    )
+    system = [Turn("system", "Be kind."), *ONE]
+    assert made_up(jinja, system) == made_up(CHATML, system)
+
+
 OPENS = (  # the prompt opens a block of reasoning, history has only the answers
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}{%- if m.reasoning_content -%}"
     "{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' -}}{%- endif -%}"
