@@ -404,8 +404,10 @@ def _general_row(kind: str) -> Config:
 
 def _validate_quantised(config: Config) -> None:
     told = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(told, dict):
+    if not told:
         return
+    if not isinstance(told, dict):
+        raise FamilyError(f"config.json has quantization_config = {told!r:.60}", _AGAIN)
     method = str(told.get("quant_method") or "unknown")
     if method not in RESTORED:
         raise FamilyError(

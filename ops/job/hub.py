@@ -38,12 +38,14 @@ def cached_folder(model: str, revision: str | None) -> Path | None:
     if not (why := unreachable()):
         return None
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as e:
         raise NotHere(_missing(model, why)) from e
+    except HFValidationError as e:
+        raise NotHere(f"{model} is no folder on this machine, and no id of the hub") from e
     if not any(folder.glob("tokenizer*")):
         raise NotHere(_missing(model, why))
     return folder

@@ -10,8 +10,10 @@ from typing import Any
 from ops.catalogue.models import lookup
 from ops.errors import PreflightError
 from ops.job import hub, old_cards
+from ops.job.adapted import validate_names, validate_targets
 from ops.job.job_file import JobFile
 from trainer import families, memory
+from trainer.data.weights import module_names
 from trainer.wire.prompts import PROMPT_METHODS
 
 
@@ -118,6 +120,10 @@ def shape_of(
             f"memory is not predicted ({str(e)[:80]}); offer.min_gpu_memory_gib is believed"
         )
         return None
+    if job.training.method == "lora":
+        validate_targets(job.lora, shape)
+        if Path(job.model.base).is_dir() and not family.wrapper and not family.mixture:
+            validate_names(job.lora, module_names(Path(job.model.base)))
     entry = lookup(job.model.base)
     if entry is not None and entry.parameters:  # towers, and what config.json does not tell of
         beside = entry.parameters - memory.parameters(shape)

@@ -118,6 +118,13 @@ def _validate_complete(folder: Path, config: dict[str, Any], names: Collection[s
         )
 
 
+def module_names(folder: Path) -> set[str]:
+    """Names of the modules of a model's folder that have weights, or hold some that have, as its
+    files name them. Raises InvalidJob."""
+    steps = (name.split(".")[:-1] for path in weight_files(folder) for name in _shapes(path))
+    return {".".join(of[:n]) for of in steps for n in range(1, len(of) + 1)}
+
+
 def _read(folder: Path, name: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise InvalidJob(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from trainer import families
 from trainer.families import EXPERT_RANK
-from trainer.memory.shape import MLP_NAMES, Shape, Targets
-
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+from trainer.memory.shape import EMBEDDINGS, MLP_NAMES, Shape, Targets
 
 
 def linear_parameters(shape: Shape) -> int:
@@ -73,14 +71,16 @@ def adapter_parameters(shape: Shape, r: int, target_modules: Targets = "all-line
     """Weights of a LoRA adapter: r rows of A and r columns of B for each targeted module, and the
     experts' at their own rank."""
     m, h = shape.mixture, shape.hidden
+    ends = [t for t in target_modules if t.split(".")[-1] in EMBEDDINGS]
+    beside = len(ends) * r * (h + shape.vocab)
     if m is None:
         chosen = shape.targeted(target_modules)
-        return sum(shape.count(n) * r * (i + o) for n, (i, o) in chosen.items())
+        return beside + sum(shape.count(n) * r * (i + o) for n, (i, o) in chosen.items())
     named = target_modules != "all-linear"
     outside = [t for t in target_modules if t not in families.EXPERT_PARTS] if named else []
     chosen = shape.targeted(outside if named else "all-linear")
     others = {n: io for n, io in chosen.items() if n not in MLP_NAMES}
-    total = sum(shape.count(n) * r * (i + o) for n, (i, o) in others.items())
+    total = beside + sum(shape.count(n) * r * (i + o) for n, (i, o) in others.items())
     sparse = shape.layers - m.dense_layers
     if not named or len(outside) < len(target_modules):
         total += sparse * m.adapter(h, min(r, EXPERT_RANK))

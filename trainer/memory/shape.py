@@ -10,6 +10,10 @@ from trainer.families import Family, FamilyError, whole
 
 PADDED_EXPERT_RANK = 8  # of an expert's adapter in products: padded to whole 16 bytes
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3")
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+# that adapters may take although they are no linear of the layers' order; what is not an embedding
+# is too small to count
+BESIDE = (*EMBEDDINGS, "gate", "router", "per_layer_input_gate", "per_layer_projection")
 Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
 
 
@@ -203,6 +207,7 @@ class Shape:
     gate: bool = False  # attention's output has a gate, beside each head of q_proj
     wide: WideLayers | None = None
     state_bytes: int = 0  # bytes a token that a layer with a state keeps beside its linears
+    general: bool = False  # no row tells its linear modules' names
     other_parameters: int = 0  # parameters that the sizes above miss; negative: they count too many
 
     def __post_init__(self) -> None:
@@ -247,6 +252,7 @@ class Shape:
             # ChatGLM is converted to Llama's layer
             fused=family.fused if family else kind in ("", "chatglm"),
             norms=4 if family and family.row["norms"] == "before and after" else 2,
+            general=bool(family and family.general),
         )
         if family is None:
             return plain
@@ -327,23 +333,29 @@ class Shape:
 
     def targeted(self, target_modules: Targets) -> dict[str, tuple[int, int]]:
         """The linear modules of one layer that get an adapter. Raises ValueError when a name
-        matches none."""
+        matches none, the embedding, the head or a router."""
         linears = self.linears()
         if target_modules == "all-linear":
             return linears
-        chosen = {
-            n: s
-            for n, s in linears.items()
-            if n in target_modules or n.split(".")[-1] in target_modules
-        }
+        chosen = {n: s for n, s in linears.items() if any(_means(t, n) for t in target_modules)}
         unknown = [
-            t for t in target_modules if not any(t in (n, n.split(".")[-1]) for n in linears)
+            t
+            for t in target_modules
+            if not any(_means(t, n) for n in linears) and t.split(".")[-1] not in BESIDE
         ]
+        if unknown and self.general:
+            return linears  # all of them, at most
         if unknown:
             raise ValueError(
                 f"target_modules: {', '.join(unknown)} is not among {', '.join(linears)}"
             )
         return chosen
+
+
+def _means(target: str, name: str) -> bool:
+    """Whether a target of PEFT's, the end of a module's name or all of it, means linears of this
+    name."""
+    return target == name or target.endswith("." + name) or name.endswith("." + target)
 
 
 def _need(config: dict[str, Any], *names: str) -> int:

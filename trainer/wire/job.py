@@ -109,6 +109,12 @@ class Lora(Strict):
         return self
 
     @model_validator(mode="after")
+    def _something_is_adapted(self) -> Lora:
+        if not self.target_modules:
+            raise ValueError('target_modules: names no module: "all-linear" is all')
+        return self
+
+    @model_validator(mode="after")
     def _layers_are_chosen_once(self) -> Lora:
         chosen, wanted = self.layers_to_transform, self.target_modules
         if chosen is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainer.data.errors import InvalidJob
-from trainer.data.weights import weight_files
+from trainer.data.weights import module_names, weight_files
 
 INDEX = "model.safetensors.index.json"
 
@@ -29,3 +30,9 @@ def test_the_files_that_an_index_names_must_be_there(tmp_path: Path) -> None:
         weight_files(tmp_path)
     (tmp_path / "2.safetensors").touch()
     assert [p.name for p in weight_files(tmp_path)] == ["1.safetensors", "2.safetensors"]
+
+
+def test_modules_are_those_with_weights_and_what_holds_them(models: Callable[..., Path]) -> None:
+    names = module_names(models())
+    assert {"model", "model.layers.1.mlp", "model.layers.1.mlp.up_proj", "lm_head"} <= names
+    assert not any(name.endswith("weight") for name in names)
