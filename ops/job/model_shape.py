@@ -76,6 +76,7 @@ def family_of(
             f"{job.model.base} ({family.model_type}) takes no learned prompt: {why}",
             hint='set training.method = "lora", or name another model',
         )
+    _validate_training(job, family)
     if job.training.method == "lora" and (why := family.lora_fault(job.lora)):
         reason, _, hint = why.rpartition(": ")
         raise PreflightError(f"{job.model.base} ({family.model_type}): {reason}", hint=hint)
@@ -99,6 +100,23 @@ def family_of(
             "the layers around them, and the memory and price shown count so"
         )
     return family
+
+
+def _validate_training(job: JobFile, family: families.Family) -> None:
+    """Raises PreflightError for settings that this architecture has no place for."""
+    training = job.training
+    if training.router_aux_loss_coef and not family.mixture:
+        raise PreflightError(
+            f"training.router_aux_loss_coef: {family.model_type} has no experts to balance",
+            hint="take it out",
+        )
+    layers = family.layers
+    if training.method == "freeze" and 0 < layers < training.freeze_trainable_layers:
+        raise PreflightError(
+            f"training.freeze_trainable_layers = {training.freeze_trainable_layers}: the model has "
+            f"{layers}",
+            hint=f'set at most {layers}, or training.method = "full"',
+        )
 
 
 def shape_of(

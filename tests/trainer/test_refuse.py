@@ -413,6 +413,17 @@ def test_train_on_last_and_enable_thinking_are_settings_of_the_job(
     assert text.endswith("assistant\n<think>\n\n</think>\n\nSee you<|im_end|>\n")
 
 
+def test_a_flag_that_no_template_reads_is_refused(run_folder: Make) -> None:
+    for template in ("alpaca", "chat"):
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+        job = run_folder(data=[{"messages": turns}])
+        settings = json.loads(job.read_text())
+        settings["data"] |= {"template": template, "enable_thinking": True}
+        job.write_text(json.dumps(settings))
+        error = refused(job)
+        assert "data.enable_thinking" in str(error) and "no such flag" in str(error)
+
+
 def test_an_empty_block_of_reasoning_that_is_learned_is_told(
     run_folder: Make, tmp_path: Path
 ) -> None:

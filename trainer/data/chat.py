@@ -85,6 +85,11 @@ class ChatTemplate:
         self._as_parts = _QUESTION not in self._probe([_user()]) and self._reads_parts()
         self._flags = [name for name in THINKING_FLAGS if self._reacts_to(name)]
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The names under which the template reads whether the model is to reason."""
+        return tuple(self._flags)
+
     # -- what is learned ---------------------------------------------------------------------------
 
     def examples(

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.data import held_out, packing
 from trainer.data.cache import cache_key, read_cache, write_cache
+from trainer.data.chat import open_chat
 from trainer.data.errors import InvalidJob, ModelMissing
 from trainer.data.files import read_rows
 from trainer.data.formats import Row
@@ -213,9 +214,19 @@ def validate_settings(job: Job) -> None:
 
 
 def job_template(job: Job, vocabulary: Vocabulary) -> Template:
+    """The template of a job. Raises InvalidJob where data.enable_thinking would change nothing,
+    TemplateError."""
     template = load(job.data.template, job.data.template_text)
-    if template.name == "chat" and not template.jinja:
-        return from_chat_template(vocabulary.chat_template)
+    chat = template.name == "chat"
+    if chat and not template.jinja:
+        template = from_chat_template(vocabulary.chat_template)
+    asked = job.data.enable_thinking is not None
+    if asked and not (chat and open_chat(template.jinja, vocabulary.special_tokens).flags):
+        which = "this tokenizer's chat template" if chat else f"template {template.name}"
+        raise InvalidJob(
+            f"data.enable_thinking: {which} has no such flag",
+            hint="take it out" + ("" if chat else ', or set data.template = "chat"'),
+        )
     return template
 
 

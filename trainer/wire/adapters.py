@@ -32,6 +32,11 @@ TAKEN = (
     "rank_pattern",
     "alpha_pattern",
 )
+# settings of PEFT's that change what an adapter computes, and that nothing here computes
+UNKNOWN = (
+    *("target_parameters", "trainable_token_indices", "lora_bias", "alora_invocation_tokens"),
+    *("use_qalora", "megatron_config"),
+)
 
 
 def files_of(adapter: Path, to: Path) -> list[Path]:
@@ -128,7 +133,7 @@ def settings_of(adapter: Path) -> dict[str, Any]:
     odd = {
         "use_dora": told.get("use_dora"),
         "use_rslora": told.get("use_rslora"),
-        "target_parameters": told.get("target_parameters"),
+        **{name: told.get(name) for name in UNKNOWN},
         "modules_to_save": set(told.get("modules_to_save") or ()) - {"score"},
         "bias": told.get("bias", "none") != "none",
     }

@@ -173,7 +173,7 @@ class Training(Strict):
     load_best_model_at_end: bool = False
     packing: bool = True
     freeze_trainable_layers: Positive = 2
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     save_every_s: Annotated[float, Field(gt=0)] = 300.0
     report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
 

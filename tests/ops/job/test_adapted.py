@@ -8,6 +8,8 @@ import pytest
 
 from ops.errors import PreflightError
 from ops.job.adapted import validate_names, validate_targets
+from ops.job.job_file import JobFile
+from ops.job.model_shape import family_of
 from trainer import memory
 from trainer.wire.job import Lora
 
@@ -63,3 +65,20 @@ def test_adapters_of_the_head_and_of_whole_names_are_counted() -> None:
     assert head == 4 * (32 + 320)
     whole = memory.adapter_parameters(SHAPE, 4, ["model.layers.0.self_attn.q_proj", "lm_head"])
     assert whole == head + memory.adapter_parameters(SHAPE, 4, ["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"router_aux_loss_coef": 0.1}, "llama has no experts to balance"),
+        ({"method": "freeze", "freeze_trainable_layers": 3}, "= 3: the model has 2"),
+    ],
+)
+def test_a_setting_that_the_architecture_has_no_place_for_is_refused(
+    training: dict[str, Any], said: str
+) -> None:
+    told = {"name": "case", "model": {"base": "tea/tiny"}, "data": {"files": ["a.jsonl"]}}
+    job = JobFile.model_validate({**told, "limits": {"max_usd": 1.0}, "training": training})
+    with pytest.raises(PreflightError, match=said) as caught:
+        family_of(job, CONFIG, 10, [])
+    assert caught.value.hint

@@ -124,6 +124,8 @@ def test_a_learned_prompt_is_continued_with_its_own_number_of_places(tmp_path: P
         ({"start": "made", "how": "stack"}, {"r": "4"}, "r = '4'"),
         ({"start": "made", "how": "stack"}, {"target_modules": None}, "target_modules = None"),
         ({"start": "made"}, {"use_dora": True}, "use_dora, which no stage"),
+        ({"start": "made"}, {"lora_bias": True}, "lora_bias, which no stage"),
+        ({"start": "made"}, {"trainable_token_indices": [1]}, "trainable_token_indices, which"),
         ({"start": "made", "lora": {"r": 32}}, {}, r"lora.r = 32 \(the adapter has 4\)"),
         ({"start": "made", "how": "stack"}, {"rank_pattern": {"q": 2}}, "no rank_pattern"),
         (prompted("p_tuning_v2"), {}, "it is LORA, and .* goes on from PREFIX_TUNING"),
