@@ -283,7 +283,10 @@ def _words(writer: GGUFWriter, folder: Path, config: Any) -> None:
 
 
 def _token_list(told: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every id's text and type; ids that no token has are named, and never made."""
+    """Every id's text and type; ids that no token has are named, and never made. Raises NoGguf."""
+    added = [token["id"] for token in told.get("added_tokens", [])]
+    if (count := max([*told["model"]["vocab"].values(), *added]) + 1) > size:
+        raise NoGguf(f"the tokenizer has {count} tokens, the model has a row for {size} of them")
     tokens = [f"[PAD{n}]" for n in range(size)]
     types = [int(TokenType.UNUSED)] * size
     for text, n in told["model"]["vocab"].items():

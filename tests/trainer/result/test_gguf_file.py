@@ -184,4 +184,10 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text(text)
     with pytest.raises(gguf_file.NoGguf, match="way in which this tokenizer cuts"):
         gguf_file.write(source, tmp_path / "x.gguf")
+    source = folder_of(tmp_path / "long", "qwen2")
+    words = Tokenizer.from_file(str(source / "tokenizer.json"))
+    words.add_tokens([f"<extra{n}>" for n in range(40)])
+    words.save(str(source / "tokenizer.json"))
+    with pytest.raises(gguf_file.NoGguf, match="model has a row for 320"):
+        gguf_file.write(source, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
