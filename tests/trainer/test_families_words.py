@@ -246,4 +246,5 @@ def test_a_checkpoint_quantised_for_good_is_refused_by_the_methods_name() -> Non
         family("llama", quantization_config={"bits": 4})
     assert family("llama", quantization_config={"quant_method": "fp8"})
     assert family("llama", quantization_config={})
-    assert family("llama", quantization_config="odd")
+    with pytest.raises(FamilyError, match="quantization_config = 'odd'"):
+        family("llama", quantization_config="odd")
