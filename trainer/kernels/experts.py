@@ -13,7 +13,7 @@ backward gathers the input and computes the activation again.
 
 ``quantise`` holds the weights in FP8 or NF4. A product unpacks one projection of one layer into the
 scratch that all quantised weights share, and reads it there. Without gradients, and with few pairs,
-it unpacks only the experts that have any, which waits for the GPU.
+it unpacks only the experts of these.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Pairs(NamedTuple):
     """(token, expert) pairs sorted by expert: each pair's expert [S], its original index [S], its
     token [S], the end of each expert's pairs int32 [E], and the sorted positions [S] of each
     token's pairs.
-    Where ``chosen`` int64 [C] names the experts that have any, ``ends`` are of these alone."""
+    Where ``chosen`` int64 [C] names the experts that are unpacked, ``ends`` are of these alone."""
 
     expert: Tensor
     order: Tensor
@@ -198,13 +198,13 @@ def sort_pairs(index: Tensor, experts: int) -> Pairs:
 
 def pairs_of(experts: Any, index: Tensor) -> Pairs:
     """``sort_pairs`` for these experts. Where they are quantised and no gradient is asked, few
-    pairs choose the experts that are unpacked; that waits for the device."""
+    pairs choose what is unpacked: of each pair its expert, twice where two have the same."""
     count = experts.num_experts
     pairs = sort_pairs(index, count)
     if torch.is_grad_enabled() or not held_in(experts) or 2 * len(pairs.expert) > count:
         return pairs
-    chosen = torch.unique_consecutive(pairs.expert)
-    return pairs._replace(ends=pairs.ends[chosen], chosen=chosen)
+    ends = torch.arange(1, len(pairs.expert) + 1, device=index.device, dtype=torch.int32)
+    return pairs._replace(ends=ends, chosen=pairs.expert)
 
 
 class _Unpacked(torch.autograd.Function):
