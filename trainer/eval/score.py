@@ -28,6 +28,7 @@ from trainer.eval.choices import Question
 from trainer.eval.table import Side
 from trainer.model import decode
 from trainer.result.command import StatusLine, answer, parser_of
+from trainer.result.files import unpacked
 from trainer.result.open import (
     NO_ANSWERS,
     PRECISIONS,
@@ -40,7 +41,6 @@ from trainer.result.open import (
     precision_of_job,
     result_of_run,
     rows_in,
-    unpacked,
 )
 
 ROWS, NEW_TOKENS, SHOWN = 200, 256, 4

@@ -23,8 +23,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from trainer.data.prepare import Prepared
 from trainer.model.prompts import is_prompted
 from trainer.result.engines import loads_in
-from trainer.result.engines import read as read_adapter
 from trainer.result.engines import table as engines_table
+from trainer.result.files import read as read_adapter
 from trainer.result.words import write_words
 from trainer.wire.chain import CHAIN, Chain, Link, chain_of, weights_sha256
 from trainer.wire.chain import How as LinkHow
@@ -259,6 +259,18 @@ def merged_defect(adapter: Path, base: Path) -> str:
     return (
         f"the adapter stands on {chain.base} with the adapter of {before.run_id} ({before.stage}) "
         "merged into it: merge that one first (`milktea merge`), and name what it makes as the base"
+    )
+
+
+def base_defect(adapter: Path, base: Path) -> str:
+    """Why `base` is not the very model that an adapter was trained on. Empty where it is, and for
+    an adapter that does not say."""
+    chain = chain_of(adapter)
+    if chain is None or identity(base) == chain.base_sha256:
+        return ""
+    return (
+        f"{base.name}/ holds other weights or settings than the {chain.base} that the adapter was "
+        "trained on: name that one (--base, or ID@REVISION of the hub)"
     )
 
 

@@ -59,7 +59,8 @@ def certify(
     which the training held the base. Returns the certificate. Raises NotCertified where the files
     compute something else, or where the adapter does nothing at all."""
     told = [*json.loads(GENERAL.read_text(encoding="utf-8")), *texts]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
+    tokenizer = open_tokenizer(base)
+    _validate_tokenizer(tokenizer, open_tokenizer(merged), told)
     rows = [ids for text in told if len(ids := tokenizer(text)["input_ids"][:MAX_TOKENS]) > 1]
     sums: dict[str, Any] = {"kl": 0.0, "effect": 0.0, "noise": 0.0, "same": 0, "tokens": 0}
     if precision in FEWER_BITS:
@@ -121,6 +122,24 @@ def certificate_text(out: Path, made: dict[str, Any]) -> str:
         f"  largest difference       {numbers['max_token_nats']:.2g} nats on one token\n"
         f"  likeliest token equal    {numbers['same_top_token']:.2%}{trained}"
     )
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Raises ValueError for a folder without a tokenizer.json that can be read."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder.name}/ has no tokenizer.json, by which the merge is compared")
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{folder.name}/tokenizer.json cannot be read: {error}") from error
+
+
+def _validate_tokenizer(ours: Any, written: Any, texts: Sequence[str]) -> None:
+    """Raises NotCertified for a written tokenizer that makes other tokens of a text."""
+    for text in texts:
+        if ours(text)["input_ids"] != written(text)["input_ids"]:
+            raise NotCertified("the tokenizer that was written makes other tokens", {})
 
 
 def device_for(base: Path) -> str:

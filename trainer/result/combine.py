@@ -28,8 +28,8 @@ from torch import Tensor
 
 from trainer.result.adapter import zip_folder
 from trainer.result.command import answer, parser_of
-from trainer.result.engines import loads_in, read, table
-from trainer.result.open import unpacked
+from trainer.result.engines import loads_in, table
+from trainer.result.files import PLAIN_STARTS, json_object, read, unknown, unpacked, variant
 from trainer.result.words import BASES_JINJA, JINJA
 from trainer.wire.digest import sha256_of
 from trainer.wire.merged import TOKENIZER_FILES
@@ -69,16 +69,33 @@ def open_adapter(name: str, weight: float, folder: Path) -> WeightedAdapter:
         raise NoSum(f"{name} cannot be combined: {why}")
     tensors = load_file(folder / WEIGHTS)
     factors = {}
-    for key in (k for k in names if "lora_A" in k):
-        module = key.partition(".lora_A")[0]
-        a, b = tensors[key].float(), tensors[key.replace("lora_A", "lora_B")].float()
-        factors[module] = a, b * _scale(config, module, a.shape[0])
+    for key in (k for k in names if ".lora_A." in k):
+        module = key.partition(".lora_A.")[0]
+        a, b = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
+        if why := _factors_defect(a, b):
+            raise NoSum(f"{name} cannot be combined: {module} {why}")
+        factors[module] = a.float(), b.float() * _scale(config, module, a.shape[0])
     return WeightedAdapter(name, weight, folder, config, factors)
+
+
+def _factors_defect(a: Tensor, b: Tensor) -> str:
+    """Why these are no factors of a LoRA, "" where they are."""
+    if not (a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] and a.shape[0]):
+        return f"has factors of {tuple(a.shape)} and {tuple(b.shape)}, of no one rank"
+    if not (a.is_floating_point() and b.is_floating_point()):
+        return "has factors of whole numbers"
+    if not (a.float().isfinite().all() and b.float().isfinite().all()):
+        return "has a number that is not finite"
+    return ""
 
 
 def _refusal(config: dict[str, Any], names: Sequence[str]) -> str:
     start = config.get("init_lora_weights", True)
+    later, kind = unknown(config), variant(config)
     found = {
+        f"its settings have {later}, which PEFT 0.21 does not know": later,
+        f"{kind} makes it another kind of LoRA": kind,
+        "it repeats layers of the base": config.get("layer_replication"),
         "it is a DoRA, whose weights are no sum: merge each into a model of its own": config.get(
             "use_dora"
         ),
@@ -90,8 +107,7 @@ def _refusal(config: dict[str, Any], names: Sequence[str]) -> str:
         "it is no language model's (a classifier or a reward model)": config.get("task_type")
         not in (None, "CAUSAL_LM"),
         "it has biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        f"it stands on a base that {start} changed": start not in (True, False, "gaussian", "eva")
-        and start != "orthogonal",
+        f"it stands on a base that {start} changed": start not in PLAIN_STARTS,
         "it is no LoRA": config.get("peft_type", "LORA") != "LORA",
     }
     return "; ".join(why for why, is_so in found.items() if is_so)
@@ -127,7 +143,7 @@ def validate_alike(adapters: Sequence[WeightedAdapter]) -> list[str]:
 
 def _template(folder: Path) -> str:
     path = folder / "template.json"
-    return str(json.loads(path.read_bytes())["token_hash"]) if path.is_file() else ""
+    return str(json_object(path).get("token_hash", "")) if path.is_file() else ""
 
 
 # -- the sum ---------------------------------------------------------------------------------------

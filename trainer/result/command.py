@@ -12,6 +12,8 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+from safetensors import SafetensorError
+
 from trainer.data.mistakes import grouped
 
 DONE, REFUSED, INTERRUPTED = 0, 3, 130
@@ -31,10 +33,16 @@ def answer(
     as_json: bool,
     refusals: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Do `work`, print what it returns, and return the exit code. ValueError, OSError and
-    `refusals` are refusals."""
+    """Do `work`, print what it returns, and return the exit code. ValueError, OSError, files
+    that are cut off and `refusals` are refusals."""
     quiet()
-    caught: tuple[type[Exception], ...] = (ValueError, OSError, zipfile.BadZipFile, *refusals)
+    caught: tuple[type[Exception], ...] = (
+        ValueError,
+        OSError,
+        zipfile.BadZipFile,
+        SafetensorError,
+        *refusals,
+    )
     try:
         told = work()
     except caught as error:

@@ -9,18 +9,16 @@ ollama/convert.
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.result.command import answer, parser_of
+from trainer.result.files import PLAIN_STARTS, json_object, read, unknown, variant
 from trainer.wire.prompts import PEFT_TYPES
-from trainer.wire.tensors import names as tensor_names
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OLLAMA_TYPES = ("llama", "gemma2")
@@ -31,14 +29,14 @@ _VLLM_TAKES_NONE = (
     *("gptj", "mamba", "mamba2", "stablelm", "zamba2"),
 )
 _VLLM_SPLITS = {"glm4": ".gate_up_proj."}
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the base stays as it is
-_CONFIG_MAX = 100_000_000  # bytes read of adapter_config.json
+_TOWERS = ("vision", "visual", "image", "audio")  # parts of a model that reads more than text
+_NO_PLAIN_LORA = "unknown variant replication biases task towers"
 _REFUSES = {  # the faults of an adapter by engine
-    "PEFT": "",
-    "vLLM": "dora start rows modules experts rank family",
-    "SGLang": "dora rslora start rows modules patterns experts",
-    "llama.cpp": "dora rslora start rows modules patterns experts",
-    "Ollama": "dora rslora alpha start rows modules patterns experts type",
+    "PEFT": "unknown",
+    "vLLM": f"dora start rows modules experts rank family {_NO_PLAIN_LORA}",
+    "SGLang": f"dora rslora start rows modules patterns experts {_NO_PLAIN_LORA}",
+    "llama.cpp": f"dora rslora start rows modules patterns experts {_NO_PLAIN_LORA}",
+    "Ollama": f"dora rslora alpha start rows modules patterns experts type {_NO_PLAIN_LORA}",
 }
 
 
@@ -52,16 +50,12 @@ class EngineSupport:
     command: str = ""
 
 
-class NoAdapter(ValueError):
-    """The folder or archive holds no adapter of PEFT's."""
-
-
 def loads_in(
     config: Mapping[str, Any], tensors: Sequence[str], base_type: str | None = None
 ) -> list[EngineSupport]:
     """One verdict an engine. `config` is adapter_config.json, `tensors` the names in its
     safetensors file, `base_type` the base's model_type where it is known."""
-    base = str(config.get("base_model_name_or_path") or "BASE")
+    base = shlex.quote(config.get("base_model_name_or_path") or "BASE")
     if config.get("peft_type") in PEFT_TYPES.values():
         return _of_prompt()
     rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
@@ -109,6 +103,7 @@ def _faults(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, str]
     """The properties of this adapter that some engine does not take, by kind."""
     alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
     start = config.get("init_lora_weights", True)
+    task, later, kind = config.get("task_type"), unknown(config), variant(config)
     found = {
         "dora": (config.get("use_dora"), "it is a DoRA: merge it"),
         "rslora": (
@@ -117,7 +112,7 @@ def _faults(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, str]
         ),
         "alpha": (any(float(a) != int(a) for a in alphas), "lora_alpha is no whole number"),
         "start": (
-            start not in _PLAIN_INITS,
+            start not in PLAIN_STARTS,
             f"it stands on a base that {start} changed: convert it to a plain LoRA",
         ),
         "rows": (
@@ -136,36 +131,20 @@ def _faults(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, str]
             config.get("target_parameters") or any(".experts." in name for name in tensors),
             "experts are adapted: merge it",
         ),
+        "unknown": (later, f"its settings have {later}, which PEFT 0.21 does not know"),
+        "variant": (kind, f"{kind} makes it another kind of LoRA"),
+        "replication": (config.get("layer_replication"), "it repeats layers of the base"),
+        "biases": (
+            config.get("bias", "none") != "none" or config.get("lora_bias"),
+            "biases are trained beside the LoRA",
+        ),
+        "task": (task not in (None, "CAUSAL_LM"), f"it is no language model's but {task}'s"),
+        "towers": (
+            any(part in name for name in tensors for part in _TOWERS),
+            "it adapts the part of the base that reads images or sound",
+        ),
     }
     return {kind: why for kind, (is_so, why) in found.items() if is_so}
-
-
-def read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """adapter_config.json and the tensors' names, of a folder or an archive. Raises NoAdapter."""
-    if not path.is_dir() and not zipfile.is_zipfile(path):
-        raise NoAdapter(f"{path} is no folder and no zip: give an adapter's folder or its zip")
-    weights = "adapter_model.safetensors"
-    try:
-        with ExitStack() as stack:
-            place: Any = path
-            if path.is_dir():
-                size = (path / weights).stat().st_size
-            else:
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                place, size = zipfile.Path(archive), archive.getinfo(weights).file_size
-            file = stack.enter_context((place / "adapter_config.json").open("rb"))
-            config = json.loads(file.read(_CONFIG_MAX))
-            names = tensor_names(stack.enter_context((place / weights).open("rb")), size)
-        if config.get("peft_type") in PEFT_TYPES.values():
-            return config, names
-        if not isinstance(config["r"], int) or not isinstance(config["lora_alpha"], int | float):
-            raise ValueError("r and lora_alpha of adapter_config.json are no numbers")
-    except (KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise NoAdapter(
-            f"{path} holds no LoRA of PEFT's (adapter_config.json with r and lora_alpha, "
-            f"adapter_model.safetensors): {error}"
-        ) from error
-    return config, names
 
 
 def table(engines: Sequence[EngineSupport]) -> str:
@@ -200,7 +179,7 @@ def main() -> int:
         config, tensors = read(arguments.adapter)
         base_type = None
         if arguments.base:
-            base_type = json.loads((arguments.base / "config.json").read_bytes()).get("model_type")
+            base_type = json_object(arguments.base / "config.json").get("model_type")
         found.extend(loads_in(config, tensors, base_type))
         return {"loads_in": [asdict(engine) for engine in found]}
 

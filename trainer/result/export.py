@@ -33,9 +33,10 @@ from trainer.data.words import number_of
 from trainer.result import chatglm, cog, gguf_file, ollama
 from trainer.result.certificate import NotCertified
 from trainer.result.command import StatusLine, answer, parser_of
-from trainer.result.engines import EngineSupport, loads_in, read
+from trainer.result.engines import EngineSupport, loads_in
+from trainer.result.files import read, unpacked
 from trainer.result.merge import certified_merge
-from trainer.result.open import base_folder, open_words, unpacked
+from trainer.result.open import base_folder, open_words
 
 TARGETS = ("vllm", "sglang", "llama.cpp", "ollama", "cog", "hf", "chatglm")
 _ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}

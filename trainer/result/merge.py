@@ -4,9 +4,8 @@ No model is held in memory; of an adapted weight, one layer at a time.
     python -m trainer.result.merge ADAPTER --base MODEL --out FOLDER [--dtype bf16] [--data FILE]
     python -m trainer.result.merge RUN_FOLDER --out FOLDER
 
-The layers and their deltas are PEFT's, on a model without storage; the names in the files are
-transformers' (`revert_weight_conversion`: the experts of a mixture are stored one by one). A merge
-counts once its certificate passes (trainer/result/certificate.py).
+What becomes of each weight is planned first (trainer/result/merge_plan.py). A merge counts once
+its certificate passes (trainer/result/certificate.py).
 """
 
 from __future__ import annotations
@@ -17,27 +16,31 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.data.weights import weight_files
-from trainer.result.adapter import merged_defect
-from trainer.result.certificate import NotCertified, certificate_text, certify, device_for
+from trainer.result.adapter import base_defect, merged_defect
+from trainer.result.certificate import (
+    NotCertified,
+    certificate_text,
+    certify,
+    device_for,
+    open_tokenizer,
+)
 from trainer.result.command import StatusLine, answer, parser_of
+from trainer.result.files import PREFIX, unpacked
+from trainer.result.merge_plan import Change, MergeError, MergePlan, plan_of
 from trainer.result.open import (
     NO_ANSWERS,
     TEXTS,
@@ -45,37 +48,13 @@ from trainer.result.open import (
     base_of_result,
     result_of_run,
     texts_of,
-    unpacked,
 )
 from trainer.wire.digest import sha256_of
 from trainer.wire.merged import CERTIFICATE, INDEX, WORDS, part_of
 
 Tell = Callable[[str], None]  # is called with each line of progress
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PREFIX = "base_model.model."
 _MARGIN_BYTES = 256 << 20
-
-
-class MergeError(ValueError):
-    """A merge that cannot be right; the text says what to do."""
-
-
-@dataclass
-class Change:
-    """What becomes of one weight: `layer` adds its delta, or `replacement` (a tensor's name in the
-    adapter) takes its place."""
-
-    layer: str = ""
-    replacement: str = ""
-
-
-@dataclass
-class MergePlan:
-    """Names in the base's files with their changes, in the naming of the files."""
-
-    model: Any  # the base with LoRA layers, without storage
-    changes: dict[str, Change] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)  # a layer's name -> its parameter's
 
 
 def merge(
@@ -91,27 +70,36 @@ def merge(
         raise MergeError(defect)
     shards = shards_of(base)
     _validate_room(shards, base, out, dtype)
-    with _part(out) as part, safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        plan = _plan(adapter, base, tensors, {n for names in shards.values() for n in names})
-        total, untied = 0, False
-        index: dict[str, str] = {}
+    with _part(out) as part:
+        made = _written(adapter, base, shards, part, dtype, tell)
+        part.rename(out)
+    return made
+
+
+def _written(
+    adapter: Path, base: Path, shards: dict[str, list[str]], out: Path, dtype: str, tell: Tell
+) -> dict[str, Any]:
+    """Fills the folder `out`; returns and raises as `merge`."""
+    total = 0
+    index: dict[str, str] = {}
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+        stored = {n for names in shards.values() for n in names}
+        plan = plan_of(adapter, base, tensors, stored)
         for number, (shard, names) in enumerate(shards.items(), 1):
             tell(f"merging {shard}, {number} of {len(shards)}")
             written: dict[str, torch.Tensor] = {}
             with safe_open(base / shard, "pt") as source:
-                for name, value in _merged(plan, source, names, tensors):
-                    untied |= name not in names
-                    written[name] = _cast(name, value, dtype)
-            save_file(written, part / shard, metadata={"format": "pt"})
+                for name, value in _merged(plan, source, names, tensors, stored):
+                    written[name] = _cast(name, value, dtype, name in plan.changes)
+            save_file(written, out / shard, metadata={"format": "pt"})
             index |= dict.fromkeys(written, shard)
             total += sum(t.nbytes for t in written.values())
-        _write_settings(adapter, base, part, dtype, untied)
-        if len(shards) > 1:
-            (part / INDEX).write_text(
-                json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-            )
-        part.rename(out)
-    return {"dtype": dtype, "changed": len(plan.changes), "bytes": total, "untied": untied}
+    _write_settings(adapter, base, out, dtype, plan.unties)
+    if len(shards) > 1:
+        (out / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+        )
+    return {"dtype": dtype, "changed": len(plan.changes), "bytes": total, "untied": plan.unties}
 
 
 @contextmanager
@@ -152,75 +140,17 @@ def _validate_room(shards: dict[str, list[str]], base: Path, out: Path, dtype: s
         )
 
 
-def _plan(adapter: Path, base: Path, tensors: Any, names: set[str]) -> MergePlan:
-    kind = json.loads((adapter / "adapter_config.json").read_bytes()).get("peft_type")
-    if kind != "LORA":
-        raise MergeError(f"{adapter.name}/ is no LoRA but {kind}: it cannot be merged")
-    config: Any = PeftConfig.from_pretrained(str(adapter))
-    if config.trainable_token_indices:
-        raise MergeError("single rows of the embedding are trained: merge it with PEFT itself")
-    if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise MergeError(
-            f"it stands on a base that {config.init_lora_weights} changed: convert it first "
-            "(PEFT: path_initial_model_for_weight_conversion)"
-        )
-    saved, config.modules_to_save = config.modules_to_save, None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    prefix = f"{model.base_model_prefix}."
-    with warnings.catch_warnings():  # of heads tied to embeddings: they are untied here
-        warnings.simplefilter("ignore", UserWarning)
-        plan = MergePlan(get_peft_model(model, config, low_cpu_mem_usage=True))
-
-    def add(key: str, change: Change, like: torch.Tensor) -> None:
-        for name in revert_weight_conversion(model, {key: like}):
-            plain = name.removeprefix(prefix)
-            found = name if name in names or plain not in names else plain
-            if found not in names and not _is_tied_head(model, found):
-                raise MergeError(
-                    f"the adapter changes {found}, which {base.name}/ does not have: it is "
-                    "another base, or another kind of model"
-                )
-            plan.changes[found] = change
-
-    left = set(tensors.keys())
-    for layer, module in plan.model.named_modules():
-        own = {k for k in left if k.startswith((f"{layer}.lora_", f"{layer}.base_layer.weight"))}
-        if not any(".lora_" in k for k in own) or not isinstance(module, LoraLayer):
-            continue
-        left -= own
-        parameter = getattr(module, "parameter_name", "weight")
-        key = f"{layer}.{parameter}".removeprefix(_PREFIX).replace(".base_layer", "")
-        plan.keys[layer] = key
-        weight = module.get_base_layer()
-        while isinstance(weight, LoraLayer):
-            weight = weight.get_base_layer()
-        add(key, Change(layer=layer), getattr(weight, parameter))
-    for tensor in sorted(left):
-        key = tensor.removeprefix(_PREFIX)
-        if not saved or key not in model.state_dict():
-            raise MergeError(f"the adapter's {tensor} belongs to no layer of {base.name}/")
-        add(key, Change(replacement=tensor), model.state_dict()[key])
-    return plan
-
-
-def _is_tied_head(model: Any, name: str) -> bool:
-    return name == "lm_head.weight" and bool(model.config.tie_word_embeddings)
-
-
 def _merged(
-    plan: MergePlan, source: Any, names: list[str], tensors: Any
+    plan: MergePlan, source: Any, names: list[str], tensors: Any, stored: set[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of one file; where head and embedding were one and only one of them changed, the
-    head comes beside the embedding under its own name."""
-    deltas: dict[str, dict[str, torch.Tensor]] = {}  # of the layer at work
-    tied = bool(plan.model.config.tie_word_embeddings) and "lm_head.weight" not in names
+    """Every tensor of one file, of all the `stored` ones; where head and embedding were one and
+    only one of them changed, the head comes beside the embedding under its own name."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}  # of the layer at work
     for name in names:
         value = source.get_tensor(name)
-        yield name, _changed(plan, name, value, tensors, deltas)
-        head, embedding = plan.changes.get("lm_head.weight"), plan.changes.get(name)
-        if tied and name.endswith("embed_tokens.weight") and (head or embedding):
-            yield "lm_head.weight", _changed(plan, "lm_head.weight", value, tensors, deltas)
+        yield name, _changed(plan, name, value, tensors, parts)
+        if name == plan.embedding and plan.unties and plan.head not in stored:
+            yield plan.head, _changed(plan, plan.head, value, tensors, parts)
 
 
 def _changed(
@@ -228,31 +158,47 @@ def _changed(
     name: str,
     value: torch.Tensor,
     tensors: Any,
-    deltas: dict[str, dict[str, torch.Tensor]],
+    parts: dict[str, dict[str, torch.Tensor]],
 ) -> torch.Tensor:
     change = plan.changes.get(name)
     if change is None:
         return value
-    if change.replacement:
-        return torch.Tensor(tensors.get_tensor(change.replacement))
-    if (own := f"{change.layer}.base_layer.weight") in tensors.keys():  # noqa: SIM118 - a file
-        value = tensors.get_tensor(own)  # PEFT saves an adapted embedding along
-    if change.layer not in deltas:
-        deltas.clear()
-        deltas[change.layer] = _delta(plan, change.layer, tensors)
-    parts = deltas[change.layer]
-    delta = parts[name] if name in parts else parts[f"{plan.model.base_model_prefix}.{name}"]
-    if delta.shape != value.shape:
+    made = change.layer or change.replacement
+    if made not in parts:
+        parts.clear()
+        parts[made] = _parts(plan, change, tensors)
+    its = parts[made]
+    part = its[name] if name in its else its[f"{plan.model.base_model_prefix}.{name}"]
+    if part.shape != value.shape:
         raise MergeError(
-            f"{name} is {tuple(value.shape)} in the base and {tuple(delta.shape)} in the adapter: "
+            f"{name} is {tuple(value.shape)} in the base and {tuple(part.shape)} in the adapter: "
             "it is another base"
         )
-    merged = value.float() + delta
-    magnitude = f"{change.layer}.lora_magnitude_vector"
-    if magnitude not in tensors.keys():  # noqa: SIM118 - a file, not a dict
+    if change.replacement:
+        return part.clone()  # those of one tensor share its memory
+    if (own := f"{change.layer}.base_layer.weight") in tensors.keys():  # noqa: SIM118 - a file
+        value = tensors.get_tensor(own)  # PEFT saves an adapted embedding along
+    return _scaled(plan.model.get_submodule(change.layer), change, value.float() + part, tensors)
+
+
+def _scaled(module: Any, change: Change, merged: torch.Tensor, tensors: Any) -> torch.Tensor:
+    """Of a DoRA the vectors of a merged weight with the lengths that it learned."""
+    name = f"{change.layer}.lora_magnitude_vector"
+    if name not in tensors.keys():  # noqa: SIM118 - a file, not a dict
         return merged
-    length = torch.linalg.vector_norm(merged, dim=1)
-    return torch.Tensor(merged * (tensors.get_tensor(magnitude).float() / length)[:, None])
+    across = 0 if isinstance(module, Embedding) or module.fan_in_fan_out else 1
+    length = torch.linalg.vector_norm(merged, dim=across, keepdim=True)
+    learned = tensors.get_tensor(name).float().reshape(length.shape)
+    return torch.Tensor(merged * (learned / length))
+
+
+def _parts(plan: MergePlan, change: Change, tensors: Any) -> dict[str, torch.Tensor]:
+    """What a change brings, by the names in the files: deltas in fp32, or new weights."""
+    if change.layer:
+        return _delta(plan, change.layer, tensors)
+    new = tensors.get_tensor(change.replacement)
+    key = change.replacement.removeprefix(PREFIX)
+    return dict(revert_weight_conversion(plan.model.get_base_model(), {key: new}))
 
 
 def _delta(plan: MergePlan, layer: str, tensors: Any) -> dict[str, torch.Tensor]:
@@ -292,12 +238,16 @@ def _weight_at(module: Any) -> Iterator[None]:
         setattr(inner, name, held)
 
 
-def _cast(name: str, value: torch.Tensor, dtype: str) -> torch.Tensor:
+def _cast(name: str, value: torch.Tensor, dtype: str, changed: bool) -> torch.Tensor:
+    """Raises MergeError for a number that becomes none. What the base has of them stays."""
     if not value.is_floating_point():
         return value.contiguous()
     cast = value.to(DTYPES[dtype]).contiguous()
     if not torch.isfinite(cast).all():
-        raise MergeError(f"{name} does not fit {dtype}: use bf16 or fp32")
+        if changed and not torch.isfinite(value).all():
+            raise MergeError(f"{name} holds a number that is not finite, in base or adapter")
+        if (value.isfinite() & ~cast.isfinite()).any():
+            raise MergeError(f"{name} does not fit {dtype}: use bf16 or fp32")
     return cast
 
 
@@ -327,6 +277,9 @@ def certified_merge(
 ) -> dict[str, Any]:
     """Merge, and write certificate.json into `out`; `precision` is the training's. Where the
     certificate does not pass, the folder is called OUT.refused and NotCertified raised."""
+    open_tokenizer(base)
+    if defect := base_defect(adapter, base):
+        raise MergeError(defect)
     merged = merge(adapter, base, out, dtype, tell)
     files = {p.name: sha256_of(p) for p in sorted(out.iterdir())}
     made = {

@@ -9,7 +9,8 @@ from trainer.data.prepare import model_folder
 from trainer.loop.ranks import Ranks
 from trainer.model.parts import ModelError
 from trainer.result.adapter import identity
-from trainer.result.merge import MergeError, merge
+from trainer.result.merge import merge
+from trainer.result.merge_plan import MergeError
 from trainer.wire.chain import chain_of
 from trainer.wire.job import Job
 

@@ -8,10 +8,7 @@ nothing is loaded.
 from __future__ import annotations
 
 import json
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,18 +136,6 @@ def base_folder(named: str) -> Path:
             "hub (such as Qwen/Qwen2.5-0.5B)"
         )
     return hub_folder(base, revision or None, weights=True)
-
-
-@contextmanager
-def unpacked(adapter: Path) -> Iterator[Path]:
-    """The adapter's folder; an archive is unpacked into a temporary one."""
-    if adapter.is_dir():
-        yield adapter
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(adapter) as archive:
-            archive.extractall(folder)
-        yield Path(folder)
 
 
 def load_model(

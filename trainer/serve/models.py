@@ -30,7 +30,8 @@ from trainer.model.decode import packs
 from trainer.model.parts import ModelError, family_of
 from trainer.model.prompts import is_prompted
 from trainer.model.steps import hold_adapters, steps_of
-from trainer.result.open import is_prompt, load_answering, open_words, unpacked, with_adapter
+from trainer.result.files import unpacked
+from trainer.result.open import is_prompt, load_answering, open_words, with_adapter
 
 BASE = "base"
 NO_ADAPTER = "__base__"  # PEFT's name of a row without an adapter

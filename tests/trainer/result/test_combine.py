@@ -15,7 +15,8 @@ from tiny import write_model
 from transformers import AutoModelForCausalLM
 
 from trainer.result import combine
-from trainer.result.engines import loads_in, read
+from trainer.result.engines import loads_in
+from trainer.result.files import read
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

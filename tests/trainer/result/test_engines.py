@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainer.result.engines import NoAdapter, loads_in, read, table
+from trainer.result.engines import loads_in, table
+from trainer.result.files import NoAdapter, read
 
 PLAIN: dict[str, Any] = {"r": 16, "lora_alpha": 32, "base_model_name_or_path": "org/base"}
-NAMES = ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+NAMES = [f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"]
 EVERYONE = ["PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"]
 
 
@@ -34,6 +36,13 @@ EVERYONE = ["PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"]
         ({"modules_to_save": ["embed_tokens"]}, NAMES, ["PEFT"]),
         ({"trainable_token_indices": [5]}, NAMES, ["PEFT"]),
         ({"target_parameters": ["experts.down_proj"]}, NAMES, ["PEFT"]),
+        ({"alora_invocation_tokens": [3]}, NAMES, ["PEFT"]),
+        ({"layer_replication": [[0, 2]]}, NAMES, ["PEFT"]),
+        ({"lora_bias": True}, NAMES, ["PEFT"]),
+        ({"task_type": "SEQ_CLS"}, NAMES, ["PEFT"]),
+        ({}, [name.replace("model.layers", "visual.blocks") for name in NAMES], ["PEFT"]),
+        ({"use_superlora": False}, NAMES, EVERYONE),
+        ({"use_superlora": True}, NAMES, []),
     ],
 )
 def test_each_engine_is_named_that_would_load_it_right(
@@ -57,6 +66,12 @@ def test_vllm_takes_no_adapter_of_some_families() -> None:
     assert "splits glm4's gate_up_proj" in loads_in(PLAIN, fused, "glm4")[1].why
 
 
+def test_a_command_cannot_be_steered_by_the_name_of_a_base() -> None:
+    engines = loads_in(PLAIN | {"base_model_name_or_path": "x; rm -rf ~"}, NAMES)
+    assert all("'x; rm -rf ~'" in e.command for e in engines if "x; rm" in e.command)
+    assert any("x; rm" in e.command for e in engines)
+
+
 def test_ollama_reads_adapters_of_two_architectures_only() -> None:
     assert not loads_in(PLAIN, NAMES, "qwen3")[-1].loads
     assert loads_in(PLAIN, NAMES, "llama")[-1].loads
@@ -66,7 +81,7 @@ def test_ollama_reads_adapters_of_two_architectures_only() -> None:
 def adapter(folder: Path) -> Path:
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(PLAIN))
-    save_file({NAMES[0]: torch.zeros(1, 2)}, folder / "adapter_model.safetensors")
+    save_file({name: torch.zeros(1, 2) for name in NAMES}, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -78,6 +93,18 @@ def test_folder_and_archive_are_read_alike(tmp_path: Path) -> None:
     assert read(folder) == read(tmp_path / "a.zip") == (PLAIN, NAMES)
 
 
+def told(folder: Path, **settings: Any) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN | settings))
+
+
+def holds(folder: Path, names: list[str]) -> None:
+    save_file({name: torch.zeros(1, 2) for name in names}, folder / "adapter_model.safetensors")
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -86,6 +113,17 @@ def test_folder_and_archive_are_read_alike(tmp_path: Path) -> None:
         lambda folder: (folder / "adapter_config.json").write_text('{"r": "x", "lora_alpha": 1}'),
         lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 20),
         lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\1"),
+        lambda folder: (folder / "adapter_config.json").write_text("[]"),
+        lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000),
+        lambda folder: told(folder, r=0),
+        lambda folder: told(folder, lora_alpha=float("nan")),
+        lambda folder: told(folder, rank_pattern="x"),
+        lambda folder: told(folder, alpha_pattern={"q_proj": None}),
+        lambda folder: told(folder, peft_type="IA3"),
+        lambda folder: told(folder, base_model_name_or_path="a\x1b[31m"),
+        lambda folder: holds(folder, NAMES[:1]),
+        lambda folder: holds(folder, [n.removeprefix("base_model.model.") for n in NAMES]),
+        lambda folder: cut_off(folder / "adapter_model.safetensors"),
     ],
 )
 def test_what_is_no_adapter_is_told_in_a_sentence(tmp_path: Path, spoil: Any) -> None:

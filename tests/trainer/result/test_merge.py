@@ -17,15 +17,18 @@ from tiny import write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from trainer.result import certificate
+from trainer.result.adapter import identity
 from trainer.result.certificate import NotCertified, certify
 from trainer.result.held import round_base
-from trainer.result.merge import MergeError, certified_merge, main, merge
+from trainer.result.merge import certified_merge, main, merge
+from trainer.result.merge_plan import MergeError
 
 EXPERTS = {
     "target_modules": ["q_proj", "v_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
 LINEAR = {"target_modules": "all-linear"}
+CONV = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, LINEAR) for name in ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3")},
     **{name: (name, LINEAR) for name in ("glm4", "phi3_window", "mistral_window")},
@@ -38,6 +41,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
     "tied embedding": ("gemma2", {"target_modules": ["q_proj", "embed_tokens"]}),
     "tied head": ("gemma2", {"target_modules": ["q_proj", "lm_head"]}),
+    "tied under other names": ("gpt2", {"target_modules": ["c_attn", "wte"]}),
+    "tied head under other names": ("gpt2", CONV | {"modules_to_save": ["lm_head"]}),
+    "dora of a transposed weight": ("gpt2", CONV | {"use_dora": True}),
+    "dora of an embedding": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "saved experts": ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
 }
 pytestmark = [  # what PEFT says of embeddings when it saves them
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
@@ -145,6 +153,15 @@ def _rounded(held: dict[str, torch.Tensor], *_: Path) -> None:
         held[name] = (value * 16).round() / 16
 
 
+def _tokenizer(out: Path, *_: Path) -> None:
+    path = out / "tokenizer.json"
+    told = json.loads(path.read_text())
+    words = told["model"]["vocab"]
+    first, second = [word for word in words if len(word) == 1][:2]
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(told))
+
+
 FAULTS = {
     "the adapter added twice": _tensors(lambda held, base, _: _delta(held, base, 2)),
     "the adapter not added": _tensors(lambda held, base, _: _delta(held, base, 0)),
@@ -158,6 +175,7 @@ FAULTS = {
     "a number that is none": _tensors(_nan),
     "another revision of the base": _tensors(_other_base),
     "weights rounded to sixteenths": _tensors(_rounded),
+    "another tokenizer": _tokenizer,
 }
 
 
@@ -249,8 +267,13 @@ def test_a_model_in_several_files_keeps_its_files(tmp_path: Path) -> None:
     ("spoil", "why"),
     [
         (lambda base, adapter: shutil.rmtree(base) or base.mkdir(), "has no weights"),
-        (lambda base, adapter: _settings(adapter, peft_type="IA3"), "it cannot be merged"),
+        (lambda base, adapter: _settings(adapter, peft_type="IA3"), "peft_type"),
         (lambda base, adapter: _settings(adapter, init_lora_weights="pissa"), "pissa changed"),
+        (lambda base, adapter: _settings(adapter, alora_invocation_tokens=[3]), "another kind"),
+        (lambda base, adapter: _settings(adapter, lora_bias=True), "biases are trained"),
+        (lambda base, adapter: _settings(adapter, use_superlora=True), "does not know"),
+        (lambda base, adapter: _settings(adapter, r=5), "another rank"),
+        (lambda base, adapter: _spoil(adapter, float("nan")), "not finite"),
         (lambda base, adapter: _settings(adapter, target_modules=["q_proj"]), "belongs to no"),
         (lambda base, adapter: _narrow(base), "another base"),
     ],
@@ -263,6 +286,47 @@ def test_what_cannot_be_merged_is_refused_in_words(
     with pytest.raises((MergeError, ValueError), match=why):
         merge(adapter, base, tmp_path / "out", "fp32")
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+
+
+def _spoil(adapter: Path, value: float) -> None:
+    path = adapter / "adapter_model.safetensors"
+    held = load_file(path)
+    save_file({name: tensor * value for name, tensor in held.items()}, path)
+
+
+def test_a_base_that_is_not_the_trained_one_is_refused(tmp_path: Path) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    told = {"base": "org/base", "base_sha256": identity(base), "template": "t"}
+    (adapter / "chain.json").write_text(json.dumps(told))
+    certified_merge(adapter, base, tmp_path / "out", "fp32", [], "cpu")
+    path = base / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(MergeError, match="other weights or settings than the org/base"):
+        certified_merge(adapter, base, tmp_path / "again", "fp32", [], "cpu")
+
+
+def test_what_a_base_holds_of_numbers_that_are_none_stays(tmp_path: Path) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    path = base / "model.safetensors"
+    mask = torch.tensor([0.0, float("-inf")])
+    save_file(load_file(path) | {"model.mask": mask}, path, metadata={"format": "pt"})
+    merge(adapter, base, tmp_path / "out", "bf16")
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["model.mask"].float(), mask
+    )
+
+
+@pytest.mark.parametrize("spoil", [b"", b"{}"])
+def test_a_tokenizer_that_cannot_be_read_is_told_before_anything_is_merged(
+    tmp_path: Path, spoil: bytes
+) -> None:
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    (base / "tokenizer.json").write_bytes(spoil)
+    with pytest.raises(ValueError, match="cannot be read"):
+        certified_merge(adapter, base, tmp_path / "out", "fp32", [], "cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def _settings(adapter: Path, **changes: Any) -> None:

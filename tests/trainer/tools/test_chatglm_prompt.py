@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from trainer.model.decode import generate
 from trainer.outcome import DONE
 from trainer.result import export
-from trainer.result.open import load_model, open_words, unpacked
+from trainer.result.files import unpacked
+from trainer.result.open import load_model, open_words
 from trainer.tools.chatglm_prompt import convert
 from trainer.tools.checkpoint import InvalidCheckpoint
 from trainer.train import outcome_of
