@@ -321,16 +321,28 @@ async def _body(request: web.Request) -> Any:
             raw = await request.read()
     except TimeoutError:
         raise RequestError("the body did not come", None, "timeout", 408) from None
+    except web.RequestPayloadError:
+        raise RequestError("the body is not what its headers say", None, "body") from None
     if request.content_type != "application/json":
         raise RequestError("send application/json", "Content-Type", "content_type", 415)
     try:
-        return json.loads(raw, parse_constant=_no_constant)
+        return json.loads(raw, parse_constant=_no_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         raise RequestError("the body is not JSON", None, "invalid_json") from None
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(name)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; which of two values of one key is meant nobody can know."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RequestError(f"{key[:100]} stands twice in one object", key[:100], "invalid_json")
+        found[key] = value
+    return found
 
 
 def _dumps(value: Any) -> str:

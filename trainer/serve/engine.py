@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 WIDTH = 16  # answers decoded side by side
 WAITING = 256  # asks that wait before one is refused
+LEAST_TEMPERATURE = 1e-5  # below it fp32 leaves nothing but the likeliest token
 FIRST_ROOM = 256  # tokens of a row, to begin with: rows double as they need it
 
 
@@ -45,6 +46,11 @@ class SamplingParams:
     seed: int = 0
     number: int = 0
     top: int = 0
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance chooses; else it is the likeliest token."""
+        return self.temperature >= LEAST_TEMPERATURE and self.top_p > 0
 
 
 class Token(NamedTuple):
@@ -332,7 +338,7 @@ def choose(
     device = logits.device
     own = logits.float().log_softmax(-1)
     chosen = own.argmax(-1)
-    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
+    drawn = [i for i, s in enumerate(samplings) if s.draws]
     if drawn:
         at = torch.tensor(drawn, device=device)
         chosen[at] = _draw(own[at], [samplings[i] for i in drawn], positions[at])

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from trainer.serve.engine import Ask, SamplingParams, Token
@@ -73,6 +74,7 @@ class Shapes:
     seed: int
     logprobs: bool
     created: int = field(default_factory=lambda: int(time.time()))
+    _characters: dict[int, int] = field(default_factory=dict)  # of the tokens of each choice
     _around: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
 
     def _head(self, chunk: bool) -> Shape:
@@ -87,7 +89,7 @@ class Shapes:
         for index, its in enumerate(parts):
             text = "".join(delta.text for delta in its)
             choice: Shape = {"index": index, "finish_reason": its[-1].why}
-            choice["logprobs"] = self._logprobs([t for delta in its for t in delta.tokens])
+            choice["logprobs"] = self._logprobs(index, [t for d in its for t in d.tokens])
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
@@ -130,19 +132,23 @@ class Shapes:
         return self._head(True) | {"choices": [], "usage": usage}
 
     def _chunk(self, index: int, said: Shape, why: str | None, tokens: list[Token]) -> Shape:
-        choice = {"index": index, "finish_reason": why, "logprobs": self._logprobs(tokens)}
+        told = self._logprobs(index, tokens)
+        choice = {"index": index, "finish_reason": why, "logprobs": told}
         return self._head(True) | {"choices": [choice | said]}
 
-    def _logprobs(self, tokens: list[Token]) -> Shape | None:
+    def _logprobs(self, index: int, tokens: list[Token]) -> Shape | None:
         if not self.logprobs or not tokens:
             return None
         if self.chat:
-            told = [self._token(t.id, t.log_prob) | self._top(t) for t in tokens]
-            return {"content": told, "refusal": None}
+            each = [self._token(t.id, t.log_prob) | self._top(t) for t in tokens]
+            return {"content": each, "refusal": None}
         texts = [self._text(t.id) for t in tokens]
         tops = [{self._text(id_): log_prob for id_, log_prob in t.top} for t in tokens]
-        values = [t.log_prob for t in tokens]
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": []}
+        told: Shape = {"tokens": texts, "token_logprobs": [t.log_prob for t in tokens]}
+        begin = self._characters.get(index, 0)
+        ends = list(accumulate(map(len, texts), initial=begin))
+        self._characters[index] = ends.pop()
+        return told | {"top_logprobs": tops, "text_offset": ends}
 
     def _top(self, token: Token) -> Shape:
         return {"top_logprobs": [self._token(id_, log_prob) for id_, log_prob in token.top]}

@@ -186,6 +186,8 @@ ASKS_NOTHING: dict[str, Callable[[Any], bool]] = {
     "metadata": lambda value: isinstance(value, dict),
     "user": lambda value: isinstance(value, str),
     "safety_identifier": lambda value: isinstance(value, str),
+    "annotations": _nothing,
+    "refusal": _nothing,
     "echo": _nothing,
     "suffix": _nothing,
 }

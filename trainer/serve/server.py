@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import signal
 import ssl
 import sys
@@ -144,6 +145,16 @@ def _serve(
     return 0
 
 
+def is_of_this_server(record: logging.LogRecord) -> bool:
+    """Whether a line of aiohttp's log is of this server: what strangers send that is no HTTP is
+    answered by 400 and not told here."""
+    from aiohttp import web
+    from aiohttp.http_exceptions import HttpProcessingError
+
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
+
+
 async def _listen(
     app: web.Application,
     arguments: argparse.Namespace,
@@ -154,6 +165,7 @@ async def _listen(
 ) -> None:
     from aiohttp import web
 
+    logging.getLogger("aiohttp.server").addFilter(is_of_this_server)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
     await runner.setup()
     ends = asyncio.Event()

@@ -103,6 +103,14 @@ def test_a_stop_string_is_not_shown_nor_what_comes_behind_it(server: Running) ->
     assert told["usage"]["completion_tokens"] < 24
 
 
+@pytest.mark.parametrize("few", [{"temperature": 1e-46}, {"temperature": 1, "top_p": 0}])
+def test_chance_that_has_no_choice_takes_the_likeliest(
+    server: Running, few: dict[str, Any]
+) -> None:
+    text = server.chat()["choices"][0]["message"]["content"]
+    assert text and server.chat(seed=1, **few)["choices"][0]["message"]["content"] == text
+
+
 def test_log_probabilities_are_told_of_each_token_with_the_likeliest(server: Running) -> None:
     told = server.chat(logprobs=True, top_logprobs=3, max_tokens=6)["choices"][0]
     tokens = told["logprobs"]["content"]
@@ -131,7 +139,14 @@ def test_a_text_is_continued_and_so_are_several_and_token_ids(server: Running) -
     texts = [c["text"] for c in several["choices"]]
     assert [c["index"] for c in several["choices"]] == [0, 1, 2, 3]
     assert texts[0] == texts[1] == told["choices"][0]["text"] and texts[2] == texts[3]
+    tokens = server.ask(TEXT, {**SAID, "logprobs": 2}).json()["choices"][0]["logprobs"]
+    lengths = [len(token) for token in tokens["tokens"]]
+    assert tokens["text_offset"] == [sum(lengths[:n]) for n in range(len(lengths))]
     chunks = server.chunks(TEXT, {**SAID, "logprobs": 2})[:-1]
+    offsets = [
+        i for c in chunks for i in (c["choices"][0]["logprobs"] or {}).get("text_offset", ())
+    ]
+    assert offsets == tokens["text_offset"]
     assert "".join(c["choices"][0]["text"] for c in chunks) == texts[0]
     assert len(chunks[0]["choices"][0]["logprobs"]["top_logprobs"][0]) == 2
     assert (
@@ -224,6 +239,10 @@ def test_what_is_not_kept_is_refused_by_its_name(
 def test_bodies_that_are_no_json_too_large_or_of_another_kind_are_refused(server: Running) -> None:
     for raw in (b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"a": NaN}', b'{"a": ' + b"9" * 5000):
         assert server.ask(CHAT, raw=raw).json()["error"]["code"] == "invalid_json"
+    twice = json.dumps(ASKED).encode()[:-1] + b', "model": "base"}'
+    assert "model stands twice" in server.ask(CHAT, raw=twice).json()["error"]["message"]
+    packed = {"Content-Encoding": "gzip"}
+    assert server.ask(CHAT, raw=b"no gzip", headers=packed).json()["error"]["code"] == "body"
     assert server.ask(CHAT, [1]).status_code == 400
     long = {**ASKED, "user": "x" * (2 << 20)}
     assert server.ask(CHAT, long).json()["error"]["code"] == "request_entity_too_large"

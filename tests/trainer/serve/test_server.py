@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import requests
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from trainer.practice.model import HERE as PRACTICE
-from trainer.serve.server import named, parse, token_of
+from trainer.serve.server import is_of_this_server, named, parse, token_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -92,3 +95,13 @@ def test_it_serves_until_it_is_told_to_end(results: dict[str, Path], tmp_path: P
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     process.stdout.close()
+
+
+def test_what_strangers_send_that_is_no_http_is_not_in_the_log() -> None:
+    def line(error: Exception) -> logging.LogRecord:
+        told = (type(error), error, None)
+        return logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "failed", None, told)
+
+    assert not is_of_this_server(line(BadHttpMessage("a TLS greeting")))
+    assert not is_of_this_server(line(web.RequestPayloadError("no gzip")))
+    assert is_of_this_server(line(RuntimeError("our own fault")))
