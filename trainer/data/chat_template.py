@@ -12,12 +12,13 @@ import random
 import re
 from collections.abc import Sequence
 
-from trainer.data.chat import THINKING_FLAGS, render_chat
+from trainer.data.chat import DAY, THINKING_FLAGS, render_chat
 from trainer.data.render import prompt as render_prompt
 from trainer.data.template import Template, TemplateError, Turn, render_pieces
 from trainer.data.tokens import Vocabulary, encode, prefix_ids
 
 CONVERSATIONS = 1000  # of a proof
+_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _HOLE = re.compile(r"\{(system|user|assistant|instruction|input|round|bos)\}")
 _ALPHABET = (
     "a", "Hello", " ", "\n", "\n\n", "\t", "  ", "'", '"', "\\", "{", "}", "{{", "}}", "{%", "%}",
@@ -31,7 +32,7 @@ def chat_template(template: Template, vocabulary: Vocabulary, thinking: bool | N
     The template `chat` is the tokenizer's own text, which asks for reasoning unless told otherwise
     as training did (`thinking`). Raises TemplateError where it cannot be said in Jinja."""
     if template.name == "chat":
-        return _thinking_default(thinking) + template.jinja
+        return _thinking_default(thinking) + _day(template.jinja) + template.jinja
     before = _literal("".join(_texts(template, vocabulary)))
     system = "{%- set told = system -%}"
     if template.preamble or template.preamble_with_input:
@@ -129,6 +130,18 @@ def _thinking_default(thinking: bool | None) -> str:
         f"{{%- if {name} is not defined -%}}{{%- set {name} = {value} -%}}{{%- endif -%}}"
         for name in THINKING_FLAGS
     )
+
+
+def _day(jinja: str) -> str:
+    """For a text that writes today's date, the day that training wrote: elsewhere it would be
+    another one in each question. Raises TemplateError for a date that is computed otherwise."""
+    formats = {found[2] for found in _DATE.finditer(jinja)}
+    if len(_DATE.findall(jinja)) != jinja.count("strftime_now("):
+        raise TemplateError("the tokenizer's chat template writes a date in a form of its own")
+    if not formats:
+        return ""
+    days = ", ".join(f"{_string(f)}: {_string(DAY.strftime(f))}" for f in sorted(formats))
+    return f"{{%- macro strftime_now(form) -%}}{{{{ {{{days}}}[form] }}}}{{%- endmacro -%}}"
 
 
 def prove(

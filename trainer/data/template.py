@@ -289,7 +289,7 @@ def render_pieces(
             if number:
                 segments.append(Segment(_fill(template.between, {"bos": bos}), False))
             segments.append(
-                Segment(_user_text(template, turn, system_text, number // 2 + 1), False)
+                Segment(_user_text(template, turn, system_text, number // 2 + 1, bos), False)
             )
         else:
             text = _fill(template.assistant, {"assistant": turn.text}) + stop
@@ -319,7 +319,9 @@ def _validate_plain(template: Template, turns: Sequence[Turn]) -> None:
         )
 
 
-def _user_text(template: Template, turn: Turn, system_text: str, round_number: int) -> str:
+def _user_text(
+    template: Template, turn: Turn, system_text: str, round_number: int, bos: str
+) -> str:
     system = _fill(template.system, {"system": system_text}) if system_text else ""
     joined = f"{turn.text}\n{turn.extra}" if turn.text and turn.extra else turn.text + turn.extra
     values = {
@@ -327,6 +329,7 @@ def _user_text(template: Template, turn: Turn, system_text: str, round_number: i
         "instruction": turn.text,
         "input": turn.extra,
         "round": str(round_number),
+        "bos": bos,
         "system": system,
     }
     piece = template.user_with_input if turn.extra else template.user

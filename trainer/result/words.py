@@ -24,6 +24,7 @@ def write_words(base: Path, folder: Path, data: Prepared) -> dict[str, Any]:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     told: dict[str, Any]
+    jinja = ""
     try:
         jinja = prove(data.template, data.vocabulary, thinking=data.rows.thinking)
         told = {
@@ -33,7 +34,7 @@ def write_words(base: Path, folder: Path, data: Prepared) -> dict[str, Any]:
         (folder / JINJA).write_text(jinja, encoding="utf-8", newline="")
     except TemplateError as error:  # the result is whole without it; its card says so
         told = {"refused": str(error)}
-    if data.vocabulary.chat_template != data.template.jinja:
+    if data.vocabulary.chat_template != (jinja or data.template.jinja):
         _keep_the_bases(folder, data.vocabulary.chat_template)
     (folder / "generation_config.json").write_text(
         json.dumps(_generation(base, data.stop_id), indent=2, sort_keys=True) + "\n"

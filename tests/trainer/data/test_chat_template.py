@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from trainer.data import template as templates
 from trainer.data.chat import render_chat
 from trainer.data.chat_template import chat_template, prove
-from trainer.data.template import TemplateError, parse
+from trainer.data.template import TemplateError, Turn, parse, render_pieces
 from trainer.data.tokens import Vocabulary
 
 OWN = {
@@ -67,6 +67,31 @@ def test_a_tokenizers_own_template_is_taken_as_it_is() -> None:
     own = templates.from_chat_template(jinja)
     assert prove(own, vocabulary("<s>"), 200) == jinja
     assert prove(own, vocabulary(), 200) == jinja
+
+
+def test_stock_transformers_writes_the_day_that_training_wrote() -> None:
+    jinja = (
+        "{% set day = strftime_now('%d %b %Y') %}{% for m in messages %}<|im_start|>{{ day + ' ' }}"
+        '{{ strftime_now("%Y") }}{{ m.content }}<|im_end|>{% endfor %}'
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    own, told = templates.from_chat_template(jinja), vocabulary()
+    stock = PreTrainedTokenizerFast(tokenizer_object=told.tokenizer, eos_token="</s>")
+    stock.chat_template = prove(own, told, 50)
+    text = stock.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>26 Jul 2024 2024hi<|im_end|>"
+    with pytest.raises(TemplateError, match="a date in a form of its own"):
+        prove(templates.from_chat_template(jinja.replace("'%d %b %Y'", "form")), told, 1)
+
+
+def test_the_first_token_stands_where_a_users_piece_has_its_hole() -> None:
+    text = 'user = "{bos}{user}\\n"\nassistant = "{assistant}"\n'
+    piece = templates.parse("mine", text)
+    segments = render_pieces(piece, [Turn("user", "hi")], eos="</s>", bos="<s>", answer_next=True)
+    assert "".join(s.text for s in segments) == "<s>hi\n"
+    prove(piece, vocabulary(), 200)
 
 
 def test_turns_out_of_order_are_refused_by_the_text_itself() -> None:
