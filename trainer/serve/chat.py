@@ -18,7 +18,7 @@ from trainer.result.open import DEVICES, PRECISIONS, base_folder, device_of, pre
 from trainer.serve import terminal
 from trainer.serve.models import CONTEXT, Models, open_models
 from trainer.serve.stream import ChatSettings
-from trainer.serve.terminal import Conversation
+from trainer.serve.terminal import Conversation, validated
 
 NAME = "tuned"
 
@@ -32,7 +32,8 @@ def main(words: list[str] | None = None) -> int:
         found.append(_opened(told))
         if told.prompt is None:
             return {}
-        pieces = [piece for _, piece in found[0].answer(told.prompt, told.input)]
+        asked = [text.encode(errors="replace").decode() for text in (told.prompt, told.input)]
+        pieces = [piece for _, piece in found[0].answer(*asked)]
         return {"answer": "".join(pieces).strip()}
 
     if told.prompt is not None:
@@ -68,10 +69,12 @@ def _opened(told: argparse.Namespace) -> Conversation:
     base, device = base_folder(told.base), device_of(told.device)
     if not told.adapter.exists():
         raise ValueError(f"there is no {told.adapter}")
+    settings = validated(
+        ChatSettings(told.temperature, told.top_p, told.penalty, told.seed, told.tokens)
+    )
     precision = precision_of(told.precision, base, device)
     models = open_models({NAME: told.adapter}, base, device, told.context, precision)
     told.precision, told.device = precision, device.type
-    settings = ChatSettings(told.temperature, told.top_p, told.penalty, told.seed, told.tokens)
     return Conversation(models, NAME, settings, told.system)
 
 

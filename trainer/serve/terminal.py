@@ -4,12 +4,14 @@ slash. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
 from pathlib import Path
 
 from trainer.data.prepare import prompt_ids
@@ -185,7 +187,7 @@ class ChatLoop:
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a NUL in it
             self.say(f"not saved: {error}\n")
             return
         self.say(f"added to {path}\n")
@@ -209,9 +211,28 @@ def shown(text: str) -> str:
     return _ODD.sub(lambda odd: f"\\x{ord(odd[0]):02x}", text)
 
 
-def run(conversation: Conversation) -> None:
-    """Reads lines until the end. In a pipe there is no prompt, and an empty line begins anew."""
+def validated(settings: ChatSettings) -> ChatSettings:
+    """Raises ValueError for a setting outside of what its command takes."""
+    for name, kind, least, most in _LIMITS.values():
+        value = kind(getattr(settings, name))
+        if not least <= value <= most:
+            raise ValueError(f"{name} is {value}; give a number from {least:g} to {most:g}")
+    return settings
 
+
+def run(conversation: Conversation) -> None:
+    """Reads lines until the end, or until nobody reads the answers. In a pipe there is no prompt,
+    and an empty line begins anew."""
+    for stream_ in (sys.stdin, sys.stdout):
+        if isinstance(stream_, TextIOWrapper):  # what is no text of this terminal is shown as such
+            stream_.reconfigure(errors="replace")
+    try:
+        _read(conversation)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still held
+
+
+def _read(conversation: Conversation) -> None:
     def say(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()

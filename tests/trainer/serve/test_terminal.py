@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,7 @@ def test_commands_set_what_they_name_and_refuse_what_is_no_number(
     row = json.loads((tmp_path / "talk.jsonl").read_text())
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
     assert "not saved" in lines_of(talk, f"/save {tmp_path}/no/where")
+    assert "not saved" in lines_of(talk, f"/save {tmp_path}/a\0b")
     lines_of(talk, "/again")
     assert talk.settings.seed == 4 and len(talk.turns["tuned"]) == 2
     lines_of(talk, "/new")
@@ -263,6 +265,19 @@ def test_characters_of_several_tokens_are_shown_once_they_are_whole(models: Mode
     assert "" in pieces
 
 
+def test_a_pipe_may_hold_what_is_no_text_and_may_close(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Conversation(models, "tuned", ChatSettings(most=4))
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"a \xff b\nmore\n"), "utf-8"))
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        run(talk)
+    assert talk.turns["tuned"][0].text == "a \ufffd b"
+
+
 def test_nothing_that_a_model_says_steers_the_terminal() -> None:
     assert shown("a\x1b[2Jb\r\n\t\u202e\x9b") == "a\\x1b[2Jb\\x0d\n\t\\x202e\\x9b"
     assert not re.search("[\x00-\x08\x0b-\x1f]", shown("".join(map(chr, range(32)))))
@@ -275,10 +290,13 @@ def test_the_command_answers_one_question_or_says_why_not(
     words = [str(adapter), "--base", str(base), "--prompt", "hello", "--tokens", "3"]
     assert command.main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answer"]
+    assert command.main([*words[:4], "a\udcff", *words[5:]]) == 0, "half a byte of another encoding"
     for wrong, why in (
         ([str(tmp_path / "none.zip"), *words[1:]], "there is no"),
         ([*words[:2], str(tmp_path / "none"), *words[3:]], "there is no folder"),
         ([*words[:4], "word " * 5000], "begin a new one"),
+        ([*words, "--temperature", "nan"], "give a number from 0 to 100"),
+        ([*words, "--penalty", "0"], "give a number from 0.01 to 100"),
     ):
         assert command.main(wrong) == 3
         assert why in capsys.readouterr().err
