@@ -109,8 +109,11 @@ def _header_fault(names: list[str]) -> tuple[str, str] | None:
 
 
 def _nameless(names: list[str], cells: Sequence[Any]) -> tuple[str, str] | None:
-    """The fault of a row with a value where the header has no name; an empty column is none."""
+    """The fault of a row with a value where the header has no name; an empty column is none, and
+    neither are row numbers in the first one, as pandas and CMMLU write them."""
     for number, cell in enumerate(cells):
+        if number == 0 and str(cell).isdecimal():
+            continue
         if cell not in (None, "") and not (number < len(names) and names[number]):
             reason = f"column {number + 1} has a value and no name"
             return reason, "the first row must name every column, with no title above it"

@@ -96,10 +96,14 @@ def _validated(value: Any, source: Source, where: str) -> Any:
     text, answer = row.get("question"), row.get("answer")
     if not isinstance(text, str) or not 2 <= len(options) <= len(LETTERS):
         return [((), "it is no question with two to ten options", _NEEDS)]
+    missing = [n for n, option in enumerate(options) if option is None or not str(option).strip()]
+    if missing:
+        name = LETTERS[missing[0]]
+        return [((), f"the option {name} is empty", "write it, or leave the question out")]
     letter = str(answer).strip().upper()
-    if letter in LETTERS[: len(options)] and letter:
+    if letter in list(LETTERS[: len(options)]):
         place = LETTERS.index(letter)
-    elif listed is not None and letter.isdigit() and int(letter) < len(options):
+    elif listed is not None and letter.isdecimal() and int(letter) < len(options):
         place = int(letter)
     else:
         known = f"a letter of {LETTERS[: len(options)]}"

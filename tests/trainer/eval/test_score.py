@@ -144,6 +144,31 @@ def test_questions_are_read_as_each_benchmark_writes_them(
     assert (question.answer, question.options) == (answer, ("x", "y"))
 
 
+def test_cmmlus_own_files_are_read_with_their_row_numbers(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text(",Question,A,B,C,D,Answer\n0,q,w,x,y,z,D\n")
+    [question] = choices.read(tmp_path / "q.csv") or []
+    assert (question.text, question.options, question.answer) == ("q", tuple("wxyz"), 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ("q,w,x,y,z,AB", "the answer is 'AB'"),
+        ("q,w,x,y,z,A.", "the answer is 'A.'"),
+        ("q,w,x,y,z,", "the answer is ''"),
+        ("q,w,x,y,z,²", "the answer is '²'"),
+        ("q,w,,y,z,A", "the option B is empty"),
+    ],
+)
+def test_a_question_of_which_nobody_knows_the_answer_is_refused(
+    tmp_path: Path, row: str, why: str
+) -> None:
+    (tmp_path / "q.csv").write_text(f"question,A,B,C,D,answer\n{row}\n")
+    with pytest.raises(InvalidJob) as refused:
+        choices.read(tmp_path / "q.csv")
+    assert why in refused.value.samples[0]
+
+
 def test_a_file_of_rows_is_no_file_of_questions_and_a_wrong_answer_is_told(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     assert choices.read(tmp_path / "rows.json") is None
