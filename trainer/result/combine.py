@@ -29,7 +29,7 @@ from torch import Tensor
 from trainer.result.adapter import zip_folder
 from trainer.result.command import answer, parser_of
 from trainer.result.engines import loads_in, table
-from trainer.result.files import PLAIN_STARTS, json_object, read, unknown, unpacked, variant
+from trainer.result.files import PLAIN_STARTS, TOWERS, json_object, read, unknown, unpacked, variant
 from trainer.result.words import BASES_JINJA, JINJA
 from trainer.wire.digest import sha256_of
 from trainer.wire.merged import TOKENIZER_FILES
@@ -106,6 +106,9 @@ def _refusal(config: dict[str, Any], names: Sequence[str]) -> str:
         or any(".experts." in n for n in names),
         "it is no language model's (a classifier or a reward model)": config.get("task_type")
         not in (None, "CAUSAL_LM"),
+        "it adapts the part of the base that reads images or sound": any(
+            part in name for name in names for part in TOWERS
+        ),
         "it has biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         f"it stands on a base that {start} changed": start not in PLAIN_STARTS,
         "it is no LoRA": config.get("peft_type", "LORA") != "LORA",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.result.command import answer, parser_of
-from trainer.result.files import PLAIN_STARTS, json_object, read, unknown, variant
+from trainer.result.files import PLAIN_STARTS, TOWERS, json_object, read, unknown, variant
 from trainer.wire.prompts import PEFT_TYPES
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -29,7 +29,6 @@ _VLLM_TAKES_NONE = (
     *("gptj", "mamba", "mamba2", "stablelm", "zamba2"),
 )
 _VLLM_SPLITS = {"glm4": ".gate_up_proj."}
-_TOWERS = ("vision", "visual", "image", "audio")  # parts of a model that reads more than text
 _NO_PLAIN_LORA = "unknown variant replication biases task towers"
 _REFUSES = {  # the faults of an adapter by engine
     "PEFT": "unknown",
@@ -140,7 +139,7 @@ def _faults(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, str]
         ),
         "task": (task not in (None, "CAUSAL_LM"), f"it is no language model's but {task}'s"),
         "towers": (
-            any(part in name for name in tensors for part in _TOWERS),
+            any(part in name for name in tensors for part in TOWERS),
             "it adapts the part of the base that reads images or sound",
         ),
     }

@@ -41,6 +41,7 @@ VARIANTS = (
     "velora_config",
 )
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # the base stays as it is
+TOWERS = ("vision", "visual", "image", "audio")  # parts of a model that reads more than text
 PREFIX = "base_model.model."
 MAX_MEMBERS = 1000
 MAX_GROWTH, MAX_SMALL = 20, 64 << 20  # a file unpacks to so many times its size, and these bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from results import write_result
+from safetensors.torch import load_file, save_file
 from tiny import write_model
 from transformers import AutoModelForCausalLM
 
@@ -96,6 +98,8 @@ def test_one_adapter_twice_at_half_weight_is_itself(made: dict[str, Path], tmp_p
         ({"task_type": "SEQ_CLS"}, "no language model's"),
         ({"init_lora_weights": "pissa"}, "pissa changed"),
         ({"trainable_token_indices": [1]}, "single rows"),
+        ({"use_superlora": True}, "PEFT 0.21 does not know"),
+        ({"alora_invocation_tokens": [1]}, "another kind of LoRA"),
         ({"base_model_name_or_path": "other/base"}, "differ in base_model"),
     ],
 )
@@ -111,6 +115,25 @@ def test_what_is_no_sum_is_refused_in_words(
     with pytest.raises(combine.NoSum, match=why):
         mixed({**made, "other": other}, tmp_path / "mix", plain=1.0, other=1.0)
     assert not (tmp_path / "mix").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda name, tensor: (name.replace("layers", "vision"), tensor), "reads images"),
+        (lambda name, tensor: (name, tensor * float("nan")), "not finite"),
+        (lambda name, tensor: (name, tensor.to(torch.int8)), "whole numbers"),
+        (lambda name, tensor: (name, tensor[:1] if "lora_A" in name else tensor), "no one rank"),
+    ],
+)
+def test_factors_that_are_none_of_a_language_model_are_refused(
+    made: dict[str, Path], tmp_path: Path, spoil: Any, why: str
+) -> None:
+    shutil.copytree(made["plain"], tmp_path / "other")
+    path = tmp_path / "other" / "adapter_model.safetensors"
+    save_file(dict(spoil(n, t) for n, t in load_file(path).items()), path)
+    with pytest.raises(combine.NoSum, match=why):
+        mixed({**made, "other": tmp_path / "other"}, tmp_path / "mix", plain=1.0, other=1.0)
 
 
 def test_another_template_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
