@@ -1,13 +1,13 @@
 """Does FP8 or NF4 cost quality? On a model that really learns: python -m bench.quality
 
 A model is trained from nothing on an order-2 Markov language whose entropy is known: a Qwen3 of
-19 M parameters, or with `--family` another. Then a quarter of the language's rules change, and LoRA
+23 M parameters, or with `--family` another. Then a quarter of the language's rules change, and LoRA
 learns the change over the frozen base in bf16, FP8 and NF4: same start, same rows, same order.
 
 Tells its progress, and then prints one JSON object, which `--out` also writes to a file: held-out
 losses before and after, how much of what there was to learn is learned, and how far each precision
 ends from bf16. Exits with 1 where a precision ends more than 0.5 % above bf16, or where less than
-half was learned. Needs a GPU, two minutes; `--cpu` tries a tiny model.
+half was learned. Needs a GPU, three minutes; `--cpu` tries a tiny model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Sizes:
     words: int = 64
     length: int = 256
     hidden: int = 512
-    layers: int = 6
+    layers: int = 8
     rows: int = 128  # of a batch
     held_out: int = 512  # rows
 
@@ -277,8 +277,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--family", choices=FAMILIES, default="qwen3")
-    parser.add_argument("--base-steps", type=int, default=250)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--base-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     parser.add_argument("--cpu", action="store_true", help="try a tiny model without a GPU")
