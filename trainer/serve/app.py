@@ -189,8 +189,8 @@ class _Server:
         most = context - longest if wish.most is None else wish.most
         if most < 1 or longest + most > context:
             raise RequestError(
-                f"this model's context is {context} tokens; the prompt has {longest}, and "
-                f"{wish.most or 'more'} are wanted of the answer",
+                f"this model's context is {context} tokens; the prompt has {longest}, and the "
+                f"answer is to have {wish.most or 'at least 1'}: ask shorter, or for less",
                 "messages" if wish.prompts and isinstance(wish.prompts[0], list) else "prompt",
                 "context_length_exceeded",
             )
