@@ -64,22 +64,18 @@ def merge(
     each file. Returns the number of changed weights and of bytes. Raises MergeError for an adapter
     that does not fit this base, for one that cannot be merged, for a weight that does not fit the
     type."""
-    if out.exists():
-        raise MergeError(f"{out} exists: name a new folder")
-    if defect := merged_defect(adapter, base):
-        raise MergeError(defect)
-    shards = shards_of(base)
-    _validate_room(shards, base, out, dtype)
     with _part(out) as part:
-        made = _written(adapter, base, shards, part, dtype, tell)
+        made = _written(adapter, base, part, dtype, tell)
         part.rename(out)
     return made
 
 
-def _written(
-    adapter: Path, base: Path, shards: dict[str, list[str]], out: Path, dtype: str, tell: Tell
-) -> dict[str, Any]:
+def _written(adapter: Path, base: Path, out: Path, dtype: str, tell: Tell) -> dict[str, Any]:
     """Fills the folder `out`; returns and raises as `merge`."""
+    if defect := merged_defect(adapter, base):
+        raise MergeError(defect)
+    shards = shards_of(base)
+    _validate_room(shards, base, out, dtype)
     total = 0
     index: dict[str, str] = {}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
@@ -104,7 +100,10 @@ def _written(
 
 @contextmanager
 def _part(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, locked while the block runs, and gone after it."""
+    """A new folder beside `out`, locked while the block runs, and gone after it. Raises MergeError
+    where `out` is there."""
+    if out.exists():
+        raise MergeError(f"{out} exists: name a new folder")
     part = part_of(out)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -275,30 +274,33 @@ def certified_merge(
     tell: Tell = lambda line: None,
     precision: str = "",
 ) -> dict[str, Any]:
-    """Merge, and write certificate.json into `out`; `precision` is the training's. Where the
-    certificate does not pass, the folder is called OUT.refused and NotCertified raised."""
+    """Merge, and write certificate.json beside the files; `out` is there once all of it is.
+    `precision` is the training's. Where the certificate does not pass, the folder is called
+    OUT.refused and NotCertified raised."""
     open_tokenizer(base)
     if defect := base_defect(adapter, base):
         raise MergeError(defect)
-    merged = merge(adapter, base, out, dtype, tell)
-    files = {p.name: sha256_of(p) for p in sorted(out.iterdir())}
-    made = {
-        "made_by": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
-        "base_sha256": {name: sha256_of(base / name) for name in shards_of(base)},
-        "merge": merged,
-        "files_sha256": files,
-        "files_bytes": {name: (out / name).stat().st_size for name in files},
-    }
-    try:
-        made["numbers"] = certify(adapter, base, out, texts, device, tell, precision)
-    except NotCertified as error:
-        refused = out.with_name(f"{out.name}.refused")
-        shutil.rmtree(refused, ignore_errors=True)
-        out.rename(refused)
-        error.add_note(f"what was written lies in {refused}")
-        raise
-    (out / CERTIFICATE).write_text(json.dumps(made, indent=1) + "\n")
+    with _part(out) as part:
+        merged = _written(adapter, base, part, dtype, tell)
+        files = {p.name: sha256_of(p) for p in sorted(part.iterdir())}
+        made = {
+            "made_by": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
+            "base_sha256": {name: sha256_of(base / name) for name in shards_of(base)},
+            "merge": merged,
+            "files_sha256": files,
+            "files_bytes": {name: (part / name).stat().st_size for name in files},
+        }
+        try:
+            made["numbers"] = certify(adapter, base, part, texts, device, tell, precision)
+        except NotCertified as error:
+            refused = out.with_name(f"{out.name}.refused")
+            shutil.rmtree(refused, ignore_errors=True)
+            part.rename(refused)
+            error.add_note(f"what was written lies in {refused}")
+            raise
+        (part / CERTIFICATE).write_text(json.dumps(made, indent=1) + "\n")
+        part.rename(out)
     return made
 
 

@@ -243,6 +243,25 @@ def test_a_base_in_int8_is_rounded_where_bitsandbytes_rounds(
     ].abs().max() / 200
 
 
+def test_a_merge_stands_under_its_name_once_it_is_certified(tmp_path: Path) -> None:
+    """Who is killed before that can ask for the same folder again."""
+    base, adapter = made(tmp_path, "llama", **LINEAR)
+    out, heard = tmp_path / "out", []
+
+    def tell(line: str) -> None:
+        heard.append(line)
+        assert not out.exists()
+        if len(heard) == 2:
+            assert line.startswith("certificate")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        certified_merge(adapter, base, out, "fp32", [], "cpu", tell)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+    certified_merge(adapter, base, out, "fp32", [], "cpu", tell)
+    assert (out / "certificate.json").is_file() and len(heard) > 4
+
+
 def test_an_adapter_that_does_nothing_is_no_merge(tmp_path: Path) -> None:
     base, adapter = made(tmp_path, "llama", **LINEAR)
     path = adapter / "adapter_model.safetensors"
