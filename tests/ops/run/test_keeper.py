@@ -269,7 +269,7 @@ def test_a_watchdog_ends_its_box_sooner_where_it_is_told_so(tmp_path: Path) -> N
     assert 300 <= told <= 300 + scripts.WATCH_S
 
 
-LEASE_S, LINK, LONG = 3, 1_000_000, 4_000_000  # seconds, bytes a second, bytes
+LEASE_S, LINK, LONG = 8, 400_000, 4_000_000  # seconds, bytes a second, bytes
 
 
 def long_rig(folder: Path) -> rig.Rig:
