@@ -352,7 +352,7 @@ def silence_dropout(config: Any) -> None:
         elif name == "moe_jitter_eps":  # DBRX's, which draws unless it is None
             setattr(config, name, None)
         elif ("drop" in name or name in noise) and type(value) in (int, float):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0))  # MPT's attn_pdrop must stay an int
 
 
 def still_routers(model: nn.Module) -> int:

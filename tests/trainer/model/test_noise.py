@@ -86,6 +86,9 @@ def test_the_base_models_own_noise_is_off() -> None:
         silence_dropout(config)
         assert (config.router_jitter_noise, config.layerdrop) == (kept, 0.0)
         assert config.input_jitter_noise == 0.0
+    whole = AutoConfig.for_model("mpt")  # refuses a fraction in attn_config.attn_pdrop
+    silence_dropout(whole)
+    assert whole.attn_config.attn_pdrop == 0
 
 
 def test_the_noise_of_dbrx_which_stands_in_a_config_of_its_own_is_off() -> None:
