@@ -97,8 +97,10 @@ def test_adapters_are_looked_at_from_python_and_the_command_line(tmp_path: Path)
     from safetensors.numpy import save_file
 
     np = pytest.importorskip("numpy")
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    save_file({name: np.zeros((1, 2), "float32")}, tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    pair = {f"{name}A.weight": (16, 2), f"{name}B.weight": (2, 16)}
+    tensors = {key: np.zeros(shape, "float32") for key, shape in pair.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = {"r": 16, "lora_alpha": 32, "base_model_name_or_path": "org/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert [v["name"] for v in api.check_adapter(tmp_path)][:2] == ["PEFT", "vLLM"]
