@@ -13,6 +13,7 @@ from ops.job import hub, old_cards
 from ops.job.adapted import validate_names, validate_targets
 from ops.job.job_file import JobFile
 from trainer import families, memory
+from trainer.data.errors import InvalidJob
 from trainer.data.weights import module_names
 from trainer.wire.prompts import PROMPT_METHODS
 
@@ -119,6 +120,13 @@ def _validate_training(job: JobFile, family: families.Family) -> None:
         )
 
 
+def _modules_in(folder: Path) -> set[str]:
+    try:
+        return module_names(folder)
+    except InvalidJob as e:
+        raise PreflightError(f"{e}", hint=e.hint) from e
+
+
 def shape_of(
     job: JobFile, config: dict[str, Any], family: families.Family | None, notes: list[str]
 ) -> memory.Shape | None:
@@ -141,7 +149,7 @@ def shape_of(
     if job.training.method == "lora":
         validate_targets(job.lora, shape)
         if Path(job.model.base).is_dir() and not family.wrapper and not family.mixture:
-            validate_names(job.lora, module_names(Path(job.model.base)))
+            validate_names(job.lora, _modules_in(Path(job.model.base)))
     entry = lookup(job.model.base)
     if entry is not None and entry.parameters:  # towers, and what config.json does not tell of
         beside = entry.parameters - memory.parameters(shape)

@@ -275,10 +275,11 @@ def outputs_of(files: Sequence[Path], named: Mapping[str, Path | None], force: b
     given = {path.resolve() for path in files}
     if len({path.resolve() for path in found}) < len(found):
         raise ConfigError("both outputs are one file", hint="name two with --to and --held-to")
-    for path in [*found, report_of(found[0])]:
+    report = report_of(found[0])  # alone, it is what a process left that was killed as it wrote
+    for path in [*found, report]:
         if path.resolve() in given:
             raise ConfigError(f"{path} is read: it cannot be written", hint="name another file")
-        if path.exists() and not force:
+        if path.exists() and not force and path != report:
             raise ConfigError(f"{path} exists", hint="name another with --to, or add --force")
     return found
 
@@ -296,28 +297,34 @@ def write(
     notes: Sequence[str],
     more: Mapping[str, Any] | None = None,
 ) -> RowsWritten:
-    """Writes what was picked, and the report beside the first file; `more` stands in it too."""
+    """Writes the report beside the first file, in which `more` stands too, and then what was
+    picked: who finds the rows finds the report."""
     parts = [picked.rows, picked.held][: len(outputs)]
-    for path, part in zip(outputs, parts, strict=True):
-        _replace(path, "".join(f"{row.line}\n" for row in part))
     report = report_of(outputs[0])
     counts = {str(path): len(part) for path, part in zip(outputs, parts, strict=True)}
     told = {"word": word, "settings": dict(settings), "rows": len(rows), "files": counts}
     left = [{k: v for k, v in asdict(r).items() if v not in ("", None)} for r in picked.removed]
     whole = told | dict(more or {}) | {"notes": list(notes), "removed": left}
-    _replace(report, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
+    texts = {report: json.dumps(whole, ensure_ascii=False, indent=1) + "\n"}
+    for path, part in zip(outputs, parts, strict=True):
+        texts[path] = "".join(f"{row.line}\n" for row in part)
+    _replace(texts)
     removed = dict(Counter(r.reason for r in picked.removed).most_common())
     return RowsWritten(len(rows), counts, removed, str(report))
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes the file whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _replace(texts: Mapping[Path, str]) -> None:
+    """Writes the files whole, in their order, or none of them where the disk is full."""
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    path = next(iter(texts))
     try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path].write_text(text, "utf-8")
+        for path, part in parts.items():
+            os.replace(part, path)
     except OSError as error:  # a write says no file, and the reader knows no temporary one
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)

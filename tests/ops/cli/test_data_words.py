@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -70,6 +71,24 @@ def test_dedupe_writes_the_rows_as_they_were_and_says_what_went(rows: Path) -> N
     [gone] = json.loads(Path(told["report"]).read_text("utf-8"))["removed"]
     assert gone["reason"] == "equal" and gone["of"].startswith(f"{rows}:")
     assert rows.read_bytes() == before
+
+
+def test_who_is_killed_while_it_writes_leaves_no_rows_without_their_report(
+    rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, report = rows.with_name("out.jsonl"), rows.with_name("out.jsonl.report.json")
+    real = os.replace
+
+    def ended(here: Path, there: Path) -> None:
+        if there == out:
+            raise KeyboardInterrupt
+        real(here, there)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", ended)
+        assert said("dedupe", rows, "--to", out).exit_code
+    assert report.is_file() and not out.exists()
+    assert said("dedupe", rows, "--to", out).exit_code == 0 and out.is_file()
 
 
 def test_nothing_is_overwritten_without_force(rows: Path) -> None:
