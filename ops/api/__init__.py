@@ -21,7 +21,7 @@ from __future__ import annotations
 from ops.api.chat import plan_chat, rent_and_talk
 from ops.api.market import open_market, uses_vast_ai
 from ops.api.planning import Job as Job
-from ops.api.planning import Planned, gpus, load_job, models, plan, prices, schema
+from ops.api.planning import Planned, drop, gpus, load_job, models, plan, prices, schema
 from ops.api.reading import boxes, closed_runs, compare
 from ops.api.reaping import finish_destroys, reap
 from ops.api.running import attach, destroy, rent_and_train, resume, stop, web, wish_end
@@ -146,6 +146,7 @@ __all__ = [
     "models",
     "open_market",
     "parse_set",
+    "drop",
     "plan",
     "plan_chat",
     "plan_map",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from ops.hardware.gpus import Gpu
 from ops.job import cards, config, planner
 from ops.job.cards import KnownCard, Price
 from ops.job.job_file import JobFile
+from ops.job.label import RUN_ID
 from ops.job.plan import Plan
 from ops.job.preflight import preflight
 from ops.market.client import Vast
@@ -36,6 +37,7 @@ class Declared(Protocol):
 
 
 Job = JobFile | Declared | Mapping[str, Any] | Path | str
+KEPT_S = 86_400.0  # that a plan may be begun in, where it left files
 schema = config.schema
 models = cards.models
 
@@ -108,8 +110,8 @@ def plan(
     or_estimate: bool = False,
 ) -> Planned:
     """Everything that can fail for free, then the market ranked for this job. Rents nothing. Tables
-    and archives lie in the run's folder as they will travel, until the plan is begun or dropped;
-    nothing else is left on the disk.
+    and archives lie in the run's folder as they will travel; `drop` removes them, or the first plan
+    a day later. Nothing else is left on the disk.
 
     `on_cpu` refuses what this computer's CPU could not train within limits.max_hours, which is
     where the emulator's boxes compute. `or_estimate` tells tokens from characters where a model
@@ -118,9 +120,9 @@ def plan(
     vast, root = vast or open_market(), root or runs_folder()
     finished(vast, root)
     parsed, now = load_job(job), time.time()
+    _sweep(root, now)
     asked = {"on_cpu": on_cpu, "or_estimate": or_estimate}
     made = preflight(lambda: planner.new_plan(parsed, root, now, **asked), vast, root)
-    folder = root / made.run_id
     try:
         offers = search_offers(vast, made.needs)
         ranking = rank(offers, made.needs, made.workload, bad_machines(root, time.time()))
@@ -128,13 +130,24 @@ def plan(
             raise no_offer_error(ranking, 0, made.needs)
         planned = Planned(made, ranking, vast.credit_usd())
     except BaseException:
-        _remove_unbegun(folder)
+        _remove_unbegun(root / made.run_id)
         raise
-    if any(folder.iterdir()):
-        weakref.finalize(planned, _remove_unbegun, folder)
-    else:
-        folder.rmdir()
+    if not any((root / made.run_id).iterdir()):
+        (root / made.run_id).rmdir()
     return planned
+
+
+def drop(planned: Planned, root: Path | None = None) -> None:
+    """Removes what a plan left in `root` that will not be begun."""
+    _remove_unbegun((root or runs_folder()) / planned.plan.run_id)
+
+
+def _sweep(root: Path, now: float) -> None:
+    """Drops the plans that nobody began within KEPT_S."""
+    for folder in root.iterdir() if root.is_dir() else ():
+        with suppress(OSError):  # another process was first, or it is another's
+            if RUN_ID.fullmatch(folder.name) and folder.stat().st_mtime < now - KEPT_S:
+                _remove_unbegun(folder)
 
 
 def _remove_unbegun(folder: Path) -> None:

@@ -98,6 +98,7 @@ def rent_and_train(
         planned = api.plan(job, vast=vast, on_cpu=not real)
         screen.plan(planned.plan, planned.ranking, planned.credit_usd)
         if real and not yes and sys.stdin.isatty() and not typer.confirm("Rent it?", default=True):
+            api.drop(planned)
             print("nothing was rented")
             raise typer.Exit(0)
         run = api.rent_and_train(
@@ -118,6 +119,7 @@ def plan(job: JobArgument = PRACTICE, as_json: Json = False) -> None:
         from ops import api
 
         planned = api.plan(job, vast=vast, or_estimate=True)
+        api.drop(planned)
         screen.plan(planned.plan, planned.ranking, planned.credit_usd)
 
 

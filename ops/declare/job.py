@@ -118,7 +118,11 @@ class Job:
         if not found:
             assert refused is not None, "a job has a file"
             raise refused
-        return min(found, key=lambda planned: planned.ranking.accepted[0].cost.expected_usd)
+        best = min(found, key=lambda planned: planned.ranking.accepted[0].cost.expected_usd)
+        for other in found:
+            if other is not best:
+                api.drop(other)
+        return best
 
     def remote(
         self,

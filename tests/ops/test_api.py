@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def test_a_plan_says_what_a_run_would_cost_and_leaves_nothing(
     assert list(own.runs.iterdir()) == [] and milktea.runs(own.runs) == []
 
 
-def test_a_spreadsheet_is_trained_on_and_a_plan_of_it_leaves_nothing(
+def test_a_spreadsheet_is_trained_on_and_a_plan_that_is_dropped_leaves_nothing(
     own: rig.Rig, vast: milktea.Vast, job: dict[str, Any]
 ) -> None:
     book = openpyxl.Workbook()
@@ -68,11 +68,15 @@ def test_a_spreadsheet_is_trained_on_and_a_plan_of_it_leaves_nothing(
     run = milktea.rent_and_train(planned, vast=vast, root=own.runs)
     assert run.adapter is not None and run.adapter.is_file()
     kept = {run.folder}
-    del planned
-    gc.collect()
+    milktea.drop(planned, own.runs)
     assert set(own.runs.iterdir()) == kept and (run.folder / "converted").is_dir()
-    milktea.plan(job, vast=vast, root=own.runs)
-    gc.collect()
+    for day in (0, 2):
+        left = own.runs / milktea.plan(job, vast=vast, root=own.runs).plan.run_id
+        os.utime(left, (time.time() - day * 86_400, time.time() - day * 86_400))
+    other = milktea.plan(job, vast=vast, root=own.runs)
+    assert not left.exists() and len(set(own.runs.iterdir()) - kept) == 2
+    for folder in set(own.runs.iterdir()) - kept:
+        milktea.drop(replace(other, plan=replace(other.plan, run_id=folder.name)), own.runs)
     assert set(own.runs.iterdir()) == kept
     with pytest.raises(NoOffer):
         milktea.plan(job | {"offer": {"max_usd_per_hour": 0.001}}, vast=vast, root=own.runs)
