@@ -259,17 +259,21 @@ def test_a_tensor_that_the_weights_lack_is_named_and_not_made_up(
     assert outcome.code == 3 and "model.layers.1.mlp.up_proj.weight" in str(outcome.error)
 
 
-def test_float8_without_its_scales_is_refused(run_folder: Make, folder: Path) -> None:
+def test_float8_without_its_scales_is_refused_and_with_them_is_not(folder: Path) -> None:
     import torch
     from safetensors import torch as files
 
     path, fp8 = folder / "model.safetensors", torch.float8_e4m3fn
     held = files.load_file(path)
-    cast = {k: v.to(fp8) if k.endswith("up_proj.weight") else v for k, v in held.items()}
+    names = [name for name in held if name.endswith("up_proj.weight")]
+    cast = held | {name: held[name].to(fp8) for name in names}
     files.save_file(cast, path, metadata={"format": "pt"})
-    configure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
-    outcome = outcome_of(run_folder(model=folder))
-    assert outcome.code == 3 and "float8, without the scales" in str(outcome.error)
+    with pytest.raises(InvalidJob, match="float8, without the scales") as caught:
+        validate_weights(folder)
+    assert names[0] in str(caught.value) and caught.value.hint
+    scales = {f"{name}_scale_inv": torch.ones(1) for name in names}
+    files.save_file(cast | scales, path, metadata={"format": "pt"})
+    validate_weights(folder)
 
 
 def test_what_transformers_does_not_understand_is_refused_in_words(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,12 @@ def validate_weights(folder: Path) -> None:
             f"{folder.name}/config.json names no model_type",
             hint="take config.json from the model's own release",
         )
-    shapes: dict[str, list[int]] = {}
+    headers: dict[str, tuple[str, list[int]]] = {}
     for path in weight_files(folder):
-        shapes |= _shapes(path)
+        headers |= _headers(path)
+    shapes = {name: shape for name, (_, shape) in headers.items()}
     _validate_names(folder)
+    _validate_scales(folder, headers)
     _validate_complete(folder, config, shapes)
     for name, shape in shapes.items():
         held = config.get("vocab_size")
@@ -118,10 +120,22 @@ def _validate_complete(folder: Path, config: dict[str, Any], names: Collection[s
         )
 
 
+def _validate_scales(folder: Path, headers: Mapping[str, tuple[str, Any]]) -> None:
+    """Raises InvalidJob for a tensor in float8 beside which no scale stands."""
+    for name, (kind, _) in headers.items():
+        module = name.removesuffix("weight")
+        scales = (f"{name}_scale", f"{module}scale", f"{module}weight_scale")
+        if kind.startswith("F8_E") and not any(other.startswith(scales) for other in headers):
+            raise InvalidJob(
+                f"{name} of {folder.name}/ is in float8, without the scales that restore it",
+                hint="name the model that it was made from in model.base",
+            )
+
+
 def module_names(folder: Path) -> set[str]:
     """Names of the modules of a model's folder that have weights, or hold some that have, as its
     files name them. Raises InvalidJob."""
-    steps = (name.split(".")[:-1] for path in weight_files(folder) for name in _shapes(path))
+    steps = (name.split(".")[:-1] for path in weight_files(folder) for name in _headers(path))
     return {".".join(of[:n]) for of in steps for n in range(1, len(of) + 1)}
 
 
@@ -178,13 +192,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def _headers(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """The type and the shape of each tensor of a file."""
     try:
         with safe_open(path, "numpy") as file:
-            return {
-                name: list(file.get_slice(name).get_shape())
-                for name in file.keys()  # noqa: SIM118 - no iterator of its own
-            }
+            parts = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118 - no iterator
+            return {n: (part.get_dtype(), list(part.get_shape())) for n, part in parts.items()}
     except (OSError, SafetensorError) as error:
         raise InvalidJob(
             f"{path.parent.name}/{path.name} ({path.stat().st_size:,} bytes) is not a whole "

@@ -33,12 +33,6 @@ def read_model(auto: Any, folder: Path, **settings: Any) -> Any:
             f"the weights of {folder.name}/ lack {len(missing)} of the tensors that config.json "
             f"asks for: {', '.join(missing[:3])}: take both from the same release of the model"
         )
-    floats = ((n, p) for n, p in model.named_parameters() if p.is_floating_point())
-    if bare := next((n for n, p in floats if p.dtype.itemsize == 1), ""):
-        raise ModelError(
-            f"{bare} of {folder.name}/ is in float8, without the scales that restore it: name the "
-            "model that it was made from in model.base"
-        )
     return model
 
 
