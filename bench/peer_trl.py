@@ -13,12 +13,12 @@ multiprocess must be importable; they are none of our dependencies.
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from bench.families import build_peer, gemm_tflops
 from bench.rows import Setting
 from bench.shapes import SHAPES
 from bench.stages import ITEMS, write_run
-from bench.training import GIB, tell
+from bench.training import GIB, attempted, tell
 from trainer.stages import dpo
 from trainer.wire.job import Job
 
@@ -83,7 +83,8 @@ class Times(transformers.TrainerCallback):
 def measure(
     model: str, pairs: int, recomputed: bool, run: Path, asked: argparse.Namespace
 ) -> dict[str, Any]:
-    """Some steps of TRL with micro-batches of so many pairs."""
+    """Some steps of TRL with micro-batches of so many pairs; `run` is a new folder."""
+    write_run(run, model, "bf16", "dpo", asked)
     trl, data = import_module("trl"), import_module("datasets")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     every = asked.warm + asked.steps
@@ -155,15 +156,9 @@ def main() -> int:
         told: dict[str, Any] = {"model": model, "precision": "bf16", "stage": "dpo"}
         told |= {"peer": f"trl {import_module('trl').__version__}", "checkpointing": recomputed}
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                run = write_run(Path(folder) / "run", model, "bf16", "dpo", asked)
-                told |= measure(model, pairs, recomputed, run, asked)
-            except Exception as why:  # out of memory, most often: said, and the next one goes
-                told["error"] = f"{type(why).__name__}: {str(why)[:300]}"
-                wrong += 1
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+            at = Path(folder) / "run"
+            told |= attempted(partial(measure, model, pairs, recomputed, at, asked))
+        wrong += "error" in told
         told |= {"items": asked.pairs, "steps": asked.steps, "micro_batch_pairs": pairs}
         told |= {"card": torch.cuda.get_device_name() if rate else "cpu", "gemm_tflops": rate}
         told |= {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -11,10 +11,10 @@ tokens of rows, not the learned places.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import nn
 from bench.families import Steps, build, configuration, fill_all, gemm_tflops, our_loss
 from bench.rows import Setting, batches
 from bench.shapes import SHAPES
-from bench.training import GIB, tell
+from bench.training import GIB, attempted, tell
 from trainer import families
 from trainer.kernels.attention import register
 from trainer.loop import budget
@@ -125,14 +125,8 @@ def main() -> int:
     rate = round(gemm_tflops(device), 1) if device.type == "cuda" else 0.0
     for model, method in ((m, k) for m in asked.models for k in asked.methods):
         told: dict[str, Any] = {"model": model, "precision": "bf16", "method": method}
-        try:
-            told |= measure(model, method, asked)
-        except Exception as why:  # out of memory, most often: said, and the next one goes
-            told["error"] = f"{type(why).__name__}: {str(why)[:300]}"
-            wrong += 1
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        told |= attempted(partial(measure, model, method, asked))
+        wrong += "error" in told
         told |= {"places": asked.places if method != "lora" else 0, "gemm_tflops": rate}
         told |= {"card": torch.cuda.get_device_name() if rate else "cpu"}
         told |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}

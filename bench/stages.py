@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +39,7 @@ from bench.families import build, configuration, gemm_tflops, start_adapters, wr
 from bench.real_job import tokenizer
 from bench.rows import Setting, lengths
 from bench.shapes import SHAPES
-from bench.training import GIB, tell
+from bench.training import GIB, attempted, tell
 from trainer.data.batch import Prefetcher
 from trainer.kernels.patch import inner_model
 from trainer.loop import budget
@@ -243,6 +244,18 @@ def measure(
     }
 
 
+def measure_anew(
+    model: nn.Module,
+    names: dict[str, str],
+    device: torch.device,
+    run: Callable[[], Path],
+    asked: argparse.Namespace,
+) -> dict[str, Any]:
+    """`measure` in a run that is made now, with adapters as they begin."""
+    as_new(model, device)
+    return measure(model, names, run(), asked)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -272,16 +285,9 @@ def main() -> int:
             asked.warm = WARM[stage] if warm is None else warm
             with tempfile.TemporaryDirectory() as folder:
                 told: dict[str, Any] = {"model": shape, "precision": precision, "stage": stage}
-                try:
-                    as_new(model, device)
-                    run = write_run(Path(folder) / "run", shape, precision, stage, asked)
-                    told |= measure(model, names, run, asked)
-                except Exception as why:  # out of memory, most often: said, and the next one goes
-                    told["error"] = f"{type(why).__name__}: {str(why)[:300]}"
-                    wrong += 1
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+                run = partial(write_run, Path(folder) / "run", shape, precision, stage, asked)
+                told |= attempted(partial(measure_anew, model, names, device, run, asked))
+            wrong += "error" in told
             told |= {"capacity_gib": asked.capacity, "new": asked.new, "r": asked.r}
             told |= {"card": torch.cuda.get_device_name() if rate else "cpu", "gemm_tflops": rate}
             told |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}

@@ -13,10 +13,12 @@ gradient norm be above zero, or the exit code is 1: fast and wrong is not a resu
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -286,6 +288,19 @@ def profile(setting: Setting, device: torch.device, out: Path) -> None:
             sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90
         )
     )
+
+
+def attempted(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` returns, or its error as a line: out of memory, most often, and the next one
+    goes. What it held of a GPU is free when this returns."""
+    try:
+        return measure()
+    except Exception as why:
+        return {"error": f"{type(why).__name__}: {str(why)[:300]}"}
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def tell(line: dict[str, Any], append: Path | None) -> None:
